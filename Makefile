@@ -1,0 +1,50 @@
+# Short names for the real commands. Everything is installed into .venv; nothing outside it changes.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check -q
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-kernels test-all check bench gpu-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+# One stamp per set of extras: a set is installed once, and again when pyproject.toml changes.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try: make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.with-%: pyproject.toml $(VENV)/.created
+	@echo "installing infera-gpu[$*] into $(VENV)"
+	@$(PIP) install --editable '.[$*]'
+	@touch $@
+
+run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real input, leave the server running
+	@$(PY) examples/demo.py
+
+test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
+	@$(PY) -m pytest -m "not large and not gpu and not kernels"
+
+test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels: interpreted and compiled for sm_80 and sm_90, no GPU
+	@$(PY) -m pytest -m "kernels and not gpu" tests/kernels
+
+test-all: test test-kernels  ## everything that needs no GPU, large models included
+	@$(PY) -m pytest -m "large and not gpu"
+
+check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import contracts
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads; writes bench/results
+	@$(PY) -m bench
+
+gpu-check: $(VENV)/.created  ## on a machine with a GPU: kernels, parity, capture, benchmarks; one JSON file
+	@$(PY) -m bench.gpu_check
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,0 +1,72 @@
+"""Every exception that infera_gpu raises on purpose.
+
+::
+
+    InferaError
+    ├── ModelError                    the file is not a model that can be run
+    │   └── UnsupportedOperatorError  operators without a declaration, all of them listed
+    ├── InputError                    a feed is missing, unknown, of the wrong type or shape
+    ├── PlanError                     a node cannot be planned at these shapes
+    ├── DeviceError                   the device is absent, unsupported or failed
+    │   └── OutOfMemoryError          a plan needs more memory than there is; nothing was allocated
+    └── FetchError                    a model could not be brought here
+
+A message names the thing (node, input, file), what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class InferaError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ModelError(InferaError):
+    """The file is not a model that can be run."""
+
+
+class UnsupportedOperatorError(ModelError):
+    """The model uses operators that have no declaration.
+
+    `missing` holds one `(operator, node name)` pair for each such node, in graph order.
+    """
+
+    def __init__(self, missing: Sequence[tuple[str, str]], *, opset: int) -> None:
+        self.missing = tuple(missing)
+        by_op: dict[str, list[str]] = {}
+        for op, node in missing:
+            by_op.setdefault(op, []).append(node)
+        lines = "; ".join(
+            f"{op} ({len(nodes)}: {', '.join(nodes[:3])}{', ...' if len(nodes) > 3 else ''})"
+            for op, nodes in by_op.items()
+        )
+        super().__init__(
+            f"{len(by_op)} unsupported operator{'s' if len(by_op) > 1 else ''} at opset {opset}: {lines}"
+            "; see CONTRIBUTING.md, 'Add an operator'"
+        )
+
+
+class InputError(InferaError, ValueError):
+    """A feed is missing, unknown, of the wrong type or of the wrong shape."""
+
+
+class PlanError(InferaError):
+    """A node cannot be planned at these shapes."""
+
+
+class DeviceError(InferaError):
+    """The device is absent, unsupported or failed."""
+
+
+class OutOfMemoryError(DeviceError):
+    """A plan needs `needed` bytes where only `available` are; nothing was allocated."""
+
+    def __init__(self, what: str, *, needed: int, available: int) -> None:
+        self.needed, self.available = needed, available
+        super().__init__(f"{what} needs {needed:,} bytes, {available:,} are available ({needed - available:,} missing)")
+
+
+class FetchError(InferaError):
+    """A model could not be brought here."""

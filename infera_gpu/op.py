@@ -1,0 +1,269 @@
+"""What an operator is: one declaration from which planning, tests, the support table and benchmarks derive.
+
+An `Op` says what goes in and out (`infer`), how to compute it plainly (`compute`, the reference), how to compute it
+fast (`kernels`, by kind) and on what examples that must hold (`cases`). Nothing here imports a device library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from infera_gpu.errors import PlanError
+from infera_gpu.graph import Attrs, HostArray, Node
+from infera_gpu.spec import Array, DType, TensorSpec
+
+Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
+"""A step of a bound kernel: `fn(*args)`, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
+
+
+class Required:
+    """Marks an attribute without a default."""
+
+
+REQUIRED = Required()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node at concrete shapes: everything a kernel may know while planning.
+
+    `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out, and
+    `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None.
+    """
+
+    node: Node
+    attrs: Attrs
+    ins: tuple[TensorSpec | None, ...]
+    values: tuple[HostArray | None, ...]
+    outs: tuple[TensorSpec, ...] = ()
+    opset: int = 0
+
+    def has(self, i: int) -> bool:
+        """Whether input i is present."""
+        return i < len(self.ins) and self.ins[i] is not None
+
+    def spec(self, i: int) -> TensorSpec:
+        """Input i's spec. Raises PlanError where it is left out."""
+        spec = self.ins[i] if i < len(self.ins) else None
+        if spec is None:
+            raise PlanError(f"{self.node}: input {i} is required")
+        return spec
+
+    def value(self, i: int) -> HostArray | None:
+        """Input i's value where it is known before the run."""
+        return self.values[i] if i < len(self.values) else None
+
+    def ints(self, i: int) -> tuple[int, ...] | None:
+        """Input i's value as a tuple of integers, None where it is left out. Raises PlanError where it is unknown."""
+        if not self.has(i):
+            return None
+        value = self.value(i)
+        if value is None:
+            raise PlanError(f"{self.node}: input {i} ('{self.node.inputs[i]}') must be known while planning")
+        return tuple(int(v) for v in np.asarray(value).reshape(-1))
+
+    def axis(self, name: str = "axis", rank: int | None = None) -> int:
+        """Attribute `name` as a non-negative axis. Raises PlanError where it is out of range."""
+        n = self.spec(0).ndim if rank is None else rank
+        axis = int(self.attrs[name])
+        if not -n <= axis < max(n, 1):
+            raise PlanError(f"{self.node}: axis {axis} out of range for {self.spec(0)}")
+        return axis % n if n else 0
+
+    def fail(self, problem: str) -> PlanError:
+        """An error that names this node."""
+        return PlanError(f"{self.node}: {problem}")
+
+
+class Launcher(Protocol):
+    """Turns a Triton kernel and its arguments into a Call; see infera_kernels.launch."""
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: Mapping[str, Any],
+        constexprs: Mapping[str, Any],
+        **options: Any,
+    ) -> Call: ...
+
+
+class Buffers(Protocol):
+    """The arrays that a kernel is bound to, and what it may ask for while binding."""
+
+    ins: tuple[Array, ...]
+    """None where an input is left out; contiguous unless the kernel says `strided`."""
+    outs: tuple[Array, ...]
+    """Contiguous, uninitialised."""
+    xp: Any
+    """numpy or cupy"""
+
+    @property
+    def launcher(self) -> Launcher: ...
+
+    def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        """A workspace array, alive only while this node runs. What is asked for here is planned into the arena."""
+        ...
+
+    def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
+        """`build(value of input i)`, made once a session and shared by all its plans. Input i must be constant."""
+        ...
+
+
+Bind: TypeAlias = Callable[[Site, Buffers], Sequence[Call]]
+
+
+def _always(site: Site) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A fast implementation. `bind` is called once while planning and returns the calls of every run.
+
+    The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
+    `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
+    `strided` gets contiguous inputs. `workspace` gives the bytes of scratch; None measures them by binding once on
+    host dummies. `allocates` marks a kernel that does allocate, which `inspect` shows.
+    """
+
+    bind: Bind
+    supports: Callable[[Site], bool] = _always
+    workspace: Callable[[Site], int] | None = None
+    inplace: tuple[int, ...] = ()
+    strided: bool = False
+    allocates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One example of an operator: a spec (random values), an array, or None for each input.
+
+    `tol` bounds |got - want| relative to the largest |want|. `low` and `high` bound random values.
+    """
+
+    id: str
+    ins: tuple[TensorSpec | HostArray | None, ...]
+    attrs: Attrs = field(default_factory=dict)
+    n_outs: int = 1
+    tol: float = 1e-5
+    low: float = -2.0
+    high: float = 2.0
+    opset: int | None = None
+
+
+def f32(*shape: int) -> TensorSpec:
+    """A float32 spec, for cases."""
+    return TensorSpec(shape, np.dtype(np.float32))
+
+
+Infer: TypeAlias = Callable[[Site], Sequence[TensorSpec | None]]
+Compute: TypeAlias = Callable[..., Array | Sequence[Array]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator from opset `since` on.
+
+    `infer(site)` gives the output specs; None for a spec means that its shape depends on data, and the node then ends
+    a plan segment. `compute(xp, site, *ins)` returns the output array, or a sequence of them: plain, correct, free to
+    allocate; it folds constants, runs on NumPy (and on CuPy where `portable`) when no kernel supports a site, and is
+    what kernels are tested against. `values` lists the inputs whose values `infer` needs. `view(x, site)` makes
+    output 0 a view of input 0 wherever strides allow. `attrs` maps every attribute to its default or REQUIRED.
+    """
+
+    name: str
+    since: int
+    infer: Infer
+    compute: Compute
+    cases: tuple[Case, ...]
+    attrs: Attrs = field(default_factory=dict)
+    domain: str = ""
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    values: tuple[int, ...] = ()
+    view: Callable[[Array, Site], Array] | None = None
+    portable: bool = True
+    pure: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise ValueError(f"{self.qualified}: an operator needs at least one Case")
+
+    @property
+    def qualified(self) -> str:
+        return f"{self.domain + '.' if self.domain else ''}{self.name}-{self.since}"
+
+    def fill(self, node: Node) -> dict[str, Any]:
+        """The node's attributes with defaults. Raises PlanError for an unknown or a missing one."""
+        unknown = [k for k in node.attrs if k not in self.attrs]
+        if unknown:
+            raise PlanError(
+                f"{node}: unknown attribute '{unknown[0]}'; {self.qualified} has {', '.join(self.attrs) or 'none'}"
+            )
+        filled = {**self.attrs, **node.attrs}
+        missing = [k for k, v in filled.items() if v is REQUIRED]
+        if missing:
+            raise PlanError(f"{node}: attribute '{missing[0]}' is required")
+        return filled
+
+    def outputs(self, xp: Any, site: Site, ins: Sequence[Array]) -> tuple[Array, ...]:
+        """`compute`, as a tuple."""
+        made = self.compute(xp, site, *ins)
+        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
+
+
+class Registry:
+    """Operators by domain and name; the newest `since` not above the model's opset wins."""
+
+    def __init__(self, ops: Iterable[Op] = ()) -> None:
+        self._ops: dict[tuple[str, str], list[Op]] = {}
+        for op in ops:
+            versions = self._ops.setdefault((op.domain, op.name), [])
+            if any(o.since == op.since for o in versions):
+                raise ValueError(f"{op.qualified} is declared twice")
+            versions.append(op)
+            versions.sort(key=lambda o: o.since)
+
+    def find(self, domain: str, name: str, opset: int) -> Op | None:
+        """The declaration for this opset, or None."""
+        versions = self._ops.get((domain, name), ())
+        return next((o for o in reversed(versions) if o.since <= opset), None)
+
+    def __iter__(self) -> Iterator[Op]:
+        return (o for versions in self._ops.values() for o in versions)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({o.qualified.rsplit("-", 1)[0] for o in self}))
+
+
+# Shape rules that many operators share.
+
+
+def same_as(i: int = 0, dtype: DType | None = None) -> Infer:
+    """Output 0 has input i's shape, and its dtype unless another is given."""
+
+    def infer(site: Site) -> Sequence[TensorSpec]:
+        spec = site.spec(i)
+        return (TensorSpec(spec.shape, spec.dtype if dtype is None else dtype),)
+
+    return infer
+
+
+def broadcast(dtype: DType | None = None) -> Infer:
+    """Output 0 has the broadcast shape of all present inputs and the last one's dtype unless another is given."""
+
+    def infer(site: Site) -> Sequence[TensorSpec]:
+        present = [s for s in site.ins if s is not None]
+        try:
+            shape = np.broadcast_shapes(*(s.dims for s in present))
+        except ValueError:
+            raise site.fail(f"shapes {', '.join(map(str, present))} do not broadcast") from None
+        return (TensorSpec(shape, present[-1].dtype if dtype is None else dtype),)
+
+    return infer

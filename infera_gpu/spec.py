@@ -1,0 +1,116 @@
+"""Tensor types: a shape and a dtype, and the table between ONNX's element types and NumPy's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+Dim: TypeAlias = int | str | None
+"""A size, a symbol (equal symbols are equal sizes), or None where nothing is known."""
+
+Array: TypeAlias = Any
+"""A numpy.ndarray or a cupy.ndarray: the runtime is written for both and imports only the first."""
+
+DType: TypeAlias = np.dtype[Any]
+
+# TensorProto.DataType, by number (onnx.proto is append-only, so the numbers are stable).
+_ONNX_TO_NUMPY: dict[int, DType] = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.uint8),
+    3: np.dtype(np.int8),
+    4: np.dtype(np.uint16),
+    5: np.dtype(np.int16),
+    6: np.dtype(np.int32),
+    7: np.dtype(np.int64),
+    8: np.dtype(object),  # STRING: Python str, never in an arena
+    9: np.dtype(np.bool_),
+    10: np.dtype(np.float16),
+    11: np.dtype(np.float64),
+    12: np.dtype(np.uint32),
+    13: np.dtype(np.uint64),
+    14: np.dtype(np.complex64),
+    15: np.dtype(np.complex128),
+    16: np.dtype(ml_dtypes.bfloat16),
+    17: np.dtype(ml_dtypes.float8_e4m3fn),
+    18: np.dtype(ml_dtypes.float8_e4m3fnuz),
+    19: np.dtype(ml_dtypes.float8_e5m2),
+    20: np.dtype(ml_dtypes.float8_e5m2fnuz),
+    21: np.dtype(ml_dtypes.uint4),
+    22: np.dtype(ml_dtypes.int4),
+}
+_NUMPY_TO_ONNX: dict[DType, int] = {dtype: code for code, dtype in _ONNX_TO_NUMPY.items()}
+
+
+def dtype_of_onnx(code: int) -> DType:
+    """The NumPy dtype of a TensorProto.DataType. Raises KeyError for UNDEFINED and for types not known here."""
+    return _ONNX_TO_NUMPY[code]
+
+
+def onnx_of_dtype(dtype: DType) -> int:
+    """The TensorProto.DataType of a NumPy dtype. Raises KeyError for a dtype that ONNX has not."""
+    return _NUMPY_TO_ONNX[np.dtype(dtype)]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """The type of a tensor: its shape (symbols in a Graph, integers only in a Plan) and its dtype."""
+
+    shape: tuple[Dim, ...]
+    dtype: DType
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every dimension is an integer."""
+        return all(type(d) is int for d in self.shape)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape as integers. Raises TypeError where a dimension is symbolic."""
+        if not self.is_static:
+            raise TypeError(f"{self} is not static")
+        return self.shape  # type: ignore[return-value]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.size * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
+
+
+def spec_of(array: Array) -> TensorSpec:
+    """The spec of an array."""
+    return TensorSpec(tuple(int(d) for d in array.shape), np.dtype(array.dtype))
+
+
+def bind_symbols(pairs: Iterable[tuple[str, TensorSpec, tuple[int, ...]]]) -> dict[str, int]:
+    """Symbol sizes from (value name, declared spec, actual shape). Raises ValueError naming the first contradiction."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, spec, shape in pairs:
+        if len(spec.shape) != len(shape):
+            raise ValueError(f"'{name}' has {len(shape)} dimensions {list(shape)}, expected {spec}")
+        for declared, actual in zip(spec.shape, shape, strict=True):
+            if isinstance(declared, int) and declared != actual:
+                raise ValueError(f"'{name}' has shape {list(shape)}, expected {spec}")
+            if isinstance(declared, str):
+                size, by = sizes.setdefault(declared, (actual, name))
+                if size != actual:
+                    raise ValueError(
+                        f"'{name}' has shape {list(shape)}: '{declared}' is {actual} there but {size} in '{by}'"
+                    )
+    return {symbol: size for symbol, (size, _) in sizes.items()}
