@@ -18,7 +18,7 @@ from infera_gpu.graph import Attrs, HostArray, Node
 from infera_gpu.spec import Array, DType, TensorSpec
 
 Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
-"""A step of a bound kernel: `fn(*args)`, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
+"""A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
 
 
 class Required:
@@ -175,6 +175,8 @@ class Op:
     allocate; it folds constants, runs on NumPy (and on CuPy where `portable`) when no kernel supports a site, and is
     what kernels are tested against. `values` lists the inputs whose values `infer` needs. `view(x, site)` makes
     output 0 a view of input 0 wherever strides allow. `attrs` maps every attribute to its default or REQUIRED.
+    A `pure` operator gives the same outputs for the same inputs; `shapes_only` says that its outputs depend on the
+    specs of its inputs alone (Shape, Size), so that planning computes it without data.
     """
 
     name: str
@@ -189,6 +191,7 @@ class Op:
     view: Callable[[Array, Site], Array] | None = None
     portable: bool = True
     pure: bool = True
+    shapes_only: bool = False
 
     def __post_init__(self) -> None:
         if not self.cases:

@@ -1,0 +1,1 @@
+"""Benchmarks against onnxruntime: `python -m bench`. Results are committed under bench/results."""

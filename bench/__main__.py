@@ -1,0 +1,120 @@
+"""`python -m bench`: every model against onnxruntime, each number of threads in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.environment import environment, host_class, load, thread_environment
+from bench.inputs import EXAMPLES
+from bench.worker import Job
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
+TIMEOUT_S = 1800
+"""For one model with one number of threads; a worker that takes longer hangs."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=sorted(EXAMPLES), default=list(EXAMPLES), metavar="MODEL")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9, help="quiet samples wanted of each contender (9)")
+    parser.add_argument("--quick", action="store_true", help="3 short rounds of each model's first example")
+    parser.add_argument("--out", type=Path, help="the results file (bench/results/<host class>-<date>.json)")
+    return parser.parse_args(argv)
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """One for each model and number of threads. --quick lowers the rounds."""
+    quick: dict[str, Any] = {"block_s": 0.1, "examples": 1} if options.quick else {}
+    rounds = min(options.rounds, 3) if options.quick else options.rounds
+    return [Job(model, threads, rounds, **quick) for model in options.models for threads in options.threads]
+
+
+def run(job: Job) -> Iterator[dict[str, Any]]:
+    """The rows of one worker. A worker that dies gives a row that says so."""
+    command = [sys.executable, "-m", "bench.worker"]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(asdict(job)),
+            env=thread_environment(job.threads),
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        yield failed(job, f"took more than {TIMEOUT_S} s")
+        return
+    yield from (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        yield failed(job, f"the worker ended with status {done.returncode}: {last}")
+
+
+def failed(job: Job, reason: str) -> dict[str, Any]:
+    return {"model": job.model, "example": "", "threads": job.threads, "failure": reason, "summaries": {}}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Ratios infera / onnxruntime, below one being faster. `~` marks times taken while others were busy."""
+    shown = Table(title="time infera / time onnxruntime (below 1 is faster; ~ taken on a busy machine)")
+    for column in ("model", "input"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("threads", "infera ms", "onnxruntime ms", "wall", "cpu", "error"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        start = (row["model"], row["example"], str(row["threads"]))
+        if row["failure"]:
+            shown.add_row(*start, f"[red]failed[/red]: {row['failure'][:200]}")
+            continue
+        ours, peer = row["summaries"]["infera"], row["summaries"]["onnxruntime"]
+        mark = "~" if ours["disturbed"] or peer["disturbed"] else ""
+        times = (f"{s['wall_ms']:.2f} ±{(s['wall_q3_ms'] - s['wall_q1_ms']) / 2:.2f}" for s in (ours, peer))
+        ratios = row["ratios"]
+        shown.add_row(*start, *times, f"{mark}{ratios['wall']:.2f}", f"{ratios['cpu']:.2f}", f"{row['error']:.0e}")
+    return shown
+
+
+def main() -> int:
+    """0 when every row was measured and agreed with the peer, else 1."""
+    options = parse()
+    console = Console()
+    too_many = [t for t in options.threads if t > (os.cpu_count() or 1)]
+    if too_many:
+        console.print(f"warning: {too_many} threads on {os.cpu_count()} processors measure contention, not scaling")
+    results: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "options": {"quick": options.quick}}
+    rows: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        todo = jobs(options)
+        task = progress.add_task("", total=len(todo))
+        for job in todo:
+            progress.update(task, description=f"{job.model}, {job.threads} thread{'s' if job.threads > 1 else ''}")
+            rows.extend(run(job))
+            progress.advance(task)
+    results |= {"rows": rows, "load_after": load()}
+    out = options.out or RESULTS / f"{host_class()}-{datetime.now(UTC):%Y-%m-%d}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(table(rows))
+    console.print(f"written to {out}")
+    return 1 if any(row["failure"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

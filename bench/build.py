@@ -1,0 +1,153 @@
+"""Architectures with seeded random weights: ResNet-50 v1.5 and BERT-base, as exporters write them.
+
+The weights are scaled so that activations keep their magnitude through the depth and the outputs vary with the input:
+a comparison of outputs then notices a wrong layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Weights = np.ndarray[Any, np.dtype[Any]]
+
+
+class Builder:
+    """Appends nodes and initialisers; every method returns the name of the value that it made."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """One node with one output."""
+        output = output or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        """An initialiser."""
+        name = f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
+        return name
+
+    def normal(self, *shape: int, std: float, mean: float = 0.0) -> str:
+        """An initialiser of normally distributed values."""
+        values = self.rng.standard_normal(shape, np.float32)
+        return self.constant(values * np.float32(std) + np.float32(mean))
+
+    def model(
+        self,
+        name: str,
+        inputs: Sequence[tuple[str, int, Sequence[str | int]]],
+        outputs: Sequence[tuple[str, int, Sequence[str | int]]],
+        opset: int = 17,
+    ) -> onnx.ModelProto:
+        """The checked model; `inputs` and `outputs` are (name, TensorProto type, shape)."""
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [helper.make_tensor_value_info(*value) for value in inputs],
+            [helper.make_tensor_value_info(*value) for value in outputs],
+            self.initializers,
+        )
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        onnx.checker.check_model(made)
+        return made
+
+
+def resnet50(seed: int = 0) -> onnx.ModelProto:
+    """ResNet-50 v1.5 (arXiv 1512.03385, with the stride on the 3x3): `image` [N,3,224,224] to `logits` [N,1000].
+
+    BatchNormalization follows every convolution as in a model exported without folding.
+    """
+    b = Builder(seed)
+
+    def conv_norm(x: str, channels: int, filters: int, kernel: int, stride: int = 1, gain: float = 1.0) -> str:
+        std = (2.0 / (channels * kernel * kernel)) ** 0.5
+        y = b.op(
+            "Conv",
+            x,
+            b.normal(filters, channels, kernel, kernel, std=std),
+            kernel_shape=[kernel, kernel],
+            strides=[stride, stride],
+            pads=[kernel // 2] * 4,
+        )
+        scale, bias = b.normal(filters, std=0.1 * gain, mean=gain), b.normal(filters, std=0.1)
+        mean = b.normal(filters, std=0.1)
+        variance = b.constant(1 + 0.2 * b.rng.random(filters, np.float32))
+        return b.op("BatchNormalization", y, scale, bias, mean, variance, epsilon=1e-5)
+
+    x = b.op("Relu", conv_norm("image", 3, 64, 7, 2))
+    x = b.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    channels = 64
+    for width, blocks, first_stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            stride = first_stride if block == 0 else 1
+            y = b.op("Relu", conv_norm(x, channels, width, 1))
+            y = b.op("Relu", conv_norm(y, width, width, 3, stride))
+            y = conv_norm(y, width, 4 * width, 1, gain=0.5)
+            shortcut = conv_norm(x, channels, 4 * width, 1, stride) if block == 0 else x
+            x = b.op("Relu", b.op("Add", y, shortcut))
+            channels = 4 * width
+    x = b.op("Flatten", b.op("GlobalAveragePool", x), axis=1)
+    b.op("Gemm", x, b.normal(1000, 2048, std=0.02), b.normal(1000, std=0.1), output="logits", transB=1)
+    return b.model(
+        "resnet50",
+        [("image", TensorProto.FLOAT, ["N", 3, 224, 224])],
+        [("logits", TensorProto.FLOAT, ["N", 1000])],
+    )
+
+
+def bert(
+    seed: int = 0, *, layers: int = 12, hidden: int = 768, heads: int = 12, inner: int = 3072, vocabulary: int = 30522
+) -> onnx.ModelProto:
+    """BERT-base (arXiv 1810.04805): ids, mask and types [batch, sequence] to `last_hidden_state`; sequences up to 512.
+
+    Attention, GELU (by Erf) and the mask are spelled out in basic operators, as PyTorch exports them at opset 17.
+    """
+    b = Builder(seed)
+    size = hidden // heads
+    split, merge = b.constant([0, 0, heads, size], np.int64), b.constant([0, 0, hidden], np.int64)
+    one, half, root2 = b.constant(1.0), b.constant(0.5), b.constant(2.0**0.5)
+    zero, axis1 = b.constant([0], np.int64), b.constant([1], np.int64)
+
+    def linear(x: str, rows: int, columns: int, std: float = 0.02) -> str:
+        return b.op("Add", b.normal(columns, std=0.02), b.op("MatMul", x, b.normal(rows, columns, std=std)))
+
+    def norm(x: str) -> str:
+        scale, bias = b.normal(hidden, std=0.1, mean=1.0), b.normal(hidden, std=0.1)
+        return b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-12)
+
+    def project(x: str, std: float, permutation: Sequence[int]) -> str:
+        return b.op("Transpose", b.op("Reshape", linear(x, hidden, hidden, std), split), perm=permutation)
+
+    def gelu(x: str) -> str:
+        erf = b.op("Erf", b.op("Div", x, root2))
+        return b.op("Mul", b.op("Mul", x, b.op("Add", erf, one)), half)
+
+    length = b.op("Slice", b.op("Shape", "input_ids"), axis1, b.constant([2], np.int64), zero)
+    positions = b.op("Slice", b.constant(np.arange(512)[None], np.int64), zero, length, axis1)
+    words = b.op("Gather", b.normal(vocabulary, hidden, std=0.05), "input_ids")
+    types = b.op("Gather", b.normal(2, hidden, std=0.05), "token_type_ids")
+    places = b.op("Gather", b.normal(512, hidden, std=0.05), positions)
+    x = norm(b.op("Add", b.op("Add", words, types), places))
+
+    visible = b.op("Cast", b.op("Unsqueeze", "attention_mask", b.constant([1, 2], np.int64)), to=TensorProto.FLOAT)
+    bias = b.op("Mul", b.op("Sub", one, visible), b.constant(float(np.finfo(np.float32).min)))
+    for _ in range(layers):
+        # Wider query and key weights than the rest, so that attention is peaked instead of nearly an average.
+        query, key = project(x, 0.05, [0, 2, 1, 3]), project(x, 0.05, [0, 2, 3, 1])
+        scores = b.op("Div", b.op("MatMul", query, key), b.constant(size**0.5))
+        attention = b.op("Softmax", b.op("Add", scores, bias), axis=-1)
+        context = b.op("Transpose", b.op("MatMul", attention, project(x, 0.02, [0, 2, 1, 3])), perm=[0, 2, 1, 3])
+        x = norm(b.op("Add", linear(b.op("Reshape", context, merge), hidden, hidden), x))
+        x = norm(b.op("Add", linear(gelu(linear(x, hidden, inner)), inner, hidden), x))
+    b.op("Identity", x, output="last_hidden_state")
+    ids = [(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "attention_mask", "token_type_ids")]
+    return b.model("bert", ids, [("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", hidden])])

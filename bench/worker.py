@@ -1,0 +1,112 @@
+"""Measures one model with one number of threads, in a process of its own: `python -m bench.worker` with a job on stdin.
+
+Prints one JSON row a line. The parent sets OPENBLAS_NUM_THREADS and its like, which libraries read when they load.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import onnx
+
+import infera_gpu
+from bench.inputs import EXAMPLES, Example, Feeds
+from bench.measure import Summary, interleave, summarize
+from bench.models import path_of, with_logits
+from infera_gpu.errors import InferaError
+from infera_gpu.verify import TOLERANCE, OnnxRuntime, compare
+
+OURS, PEER = "infera", "onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to measure: both examples of the model, or the first alone."""
+
+    model: str
+    threads: int
+    rounds: int
+    block_s: float = 0.25
+    examples: int = 2
+
+
+@dataclass(slots=True)
+class Row:
+    """One model at one shape with one number of threads.
+
+    `error` is the worst over all outputs, logits included, as a fraction of the output's peak. `failure` says why there
+    are no times; then `summaries` is empty.
+    """
+
+    model: str
+    example: str
+    threads: int
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    error: float | None = None
+    failure: str = ""
+    summaries: dict[str, Summary] = field(default_factory=dict)
+    arena_bytes: int | None = None
+    lower_bound_bytes: int | None = None
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """infera / onnxruntime: below one is faster."""
+        if not self.summaries:
+            return {}
+        ours, peer = self.summaries[OURS], self.summaries[PEER]
+        return {"wall": ours.wall_ms / peer.wall_ms, "cpu": ours.cpu_ms / peer.cpu_ms}
+
+    def as_dict(self) -> dict[str, Any]:
+        summaries = {name: summary.as_dict() for name, summary in self.summaries.items()}
+        return {**asdict(self), "summaries": summaries, "ratios": self.ratios}
+
+
+def check(model: onnx.ModelProto, feeds: Feeds, threads: int) -> tuple[float, str]:
+    """Worst error against unoptimised onnxruntime, logits included, and what is wrong if it is above the tolerance."""
+    exposed = with_logits(model).SerializeToString()
+    want = OnnxRuntime(exposed, threads=threads).run(feeds)
+    with infera_gpu.load(exposed, device="cpu", threads=threads) as session:
+        found = compare(session.run(feeds), want)
+    wrong = [str(d) for d in found if not d.within(TOLERANCE)]
+    return max((d.error for d in found), default=math.inf), "; ".join(wrong)
+
+
+def measure(job: Job, example: Example, row: Row) -> None:
+    """Fills `row`. Outputs are compared before anything is timed, and a mismatch leaves the row without times."""
+    path = path_of(job.model)
+    feeds = example.feeds()
+    row.shapes = {name: list(array.shape) for name, array in feeds.items()}
+    row.error, wrong = check(onnx.load(path), feeds, job.threads)
+    if wrong:
+        row.failure = f"outputs differ: {wrong}"
+        return
+    peer = OnnxRuntime(path, threads=job.threads, optimized=True)
+    with infera_gpu.load(path, device="cpu", threads=job.threads) as session:
+        contenders: dict[str, Callable[[], object]] = {
+            OURS: lambda: session.run(feeds),
+            PEER: lambda: peer.run(feeds),
+        }
+        taken = interleave(contenders, rounds=job.rounds, block_s=job.block_s)
+        plan = session.plan_for(feeds)
+        row.arena_bytes, row.lower_bound_bytes = plan.arena_bytes, plan.lower_bound
+    row.summaries = {name: summarize(samples) for name, samples in taken.items()}
+
+
+def main() -> None:
+    job = Job(**json.load(sys.stdin))
+    for example in EXAMPLES[job.model][: job.examples]:
+        row = Row(job.model, example.label, job.threads)
+        try:
+            measure(job, example, row)
+        except InferaError as error:
+            row.failure = f"{type(error).__name__}: {error}"
+        print(json.dumps(row.as_dict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Plan + memory -> calls. Everything that a run does is decided here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.devices.base import Device, host_block, host_view
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import Operand, Space, contiguous_strides
+from infera_gpu.memory import aligned
+from infera_gpu.op import Call, Kernel, Launcher
+from infera_gpu.plan import Plan, Step
+from infera_gpu.spec import Array
+from infera_gpu.specialize import Placed
+
+
+class Constants:
+    """A session's constants as the device holds them: each one, and each packed form of it, made once."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._made: dict[tuple[int, str, Space], tuple[HostArray, Array]] = {}
+
+    def get(
+        self, host: HostArray, space: Space, tag: str = "", build: Callable[[HostArray], HostArray] | None = None
+    ) -> Array:
+        """`host` in `space`, or what `build` makes of it. `tag` names the packed form."""
+        key = (id(host), tag, space)
+        if key not in self._made:
+            made = np.ascontiguousarray(build(host)) if build else host
+            self._made[key] = (host, self._device.constant(made, space))  # `host` is kept so that its id stays its own
+        return self._made[key][1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the constants in the device's space."""
+        return sum(int(array.nbytes) for (_, _, space), (_, array) in self._made.items() if space == self._device.space)
+
+
+class BoundBuffers:
+    """What a kernel is bound to: implements op.Buffers over arena memory."""
+
+    def __init__(
+        self,
+        device: Device,
+        constants: Constants,
+        placed: Placed,
+        ins: tuple[Array | None, ...],
+        outs: tuple[Array, ...],
+        space: Space,
+        scratch: Callable[[int], tuple[Any, int]],
+    ) -> None:
+        self.ins, self.outs = ins, outs
+        self.xp: Any = np if space == "host" else device.xp
+        self._device, self._constants, self._placed, self._space = device, constants, placed, space
+        self._scratch = scratch
+
+    @property
+    def launcher(self) -> Launcher:
+        return self._device.launcher
+
+    def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        dtype = np.dtype(dtype)
+        shape = tuple(int(d) for d in shape)
+        operand = Operand("scratch", self._space, shape, dtype, contiguous_strides(shape, dtype.itemsize))
+        block, offset = self._scratch(operand.nbytes)
+        return _view(self._device, block, operand.moved(offset))
+
+    def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
+        value = self._placed.site.value(i)
+        if value is None:
+            raise self._placed.site.fail(f"input {i} is not constant and cannot be packed")
+        return self._constants.get(value, self._space, tag, build)
+
+
+def _view(device: Device, block: Any, operand: Operand) -> Array:
+    return host_view(block, operand) if operand.space == "host" else device.view(block, operand)
+
+
+def measurer(device: Device, constants: Constants) -> Callable[..., int]:
+    """A lower.Measure: binds a kernel to host dummies and adds up the scratch that it asks for."""
+
+    def measure(kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]) -> int:
+        total = 0
+
+        def scratch(nbytes: int) -> tuple[HostArray, int]:
+            nonlocal total
+            total += aligned(nbytes)
+            return host_block(nbytes), 0
+
+        io = BoundBuffers(
+            device, constants, placed, tuple(o and _dummy(o) for o in ins), tuple(map(_dummy, outs)), "host", scratch
+        )
+        kernel.bind(placed.site, io)
+        return total
+
+    return measure
+
+
+def _dummy(operand: Operand) -> HostArray:
+    low, high = operand.bounds()
+    return host_view(host_block(high - low), operand.moved(-low))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A plan bound to one set of arenas: inputs to fill, calls to make, outputs to read.
+
+    `spans[i]` is the slice of `calls` that belongs to the plan's step i.
+    """
+
+    plan: Plan
+    inputs: Mapping[str, Array]
+    calls: tuple[Call, ...]
+    outputs: Mapping[str, Array]
+    spans: tuple[slice, ...]
+
+
+def bind(plan: Plan, arenas: Mapping[Space, Any], device: Device, constants: Constants) -> Bound:
+    """Bind every step to its memory."""
+
+    def array(o: Operand) -> Array:
+        if o.constant:
+            return constants.get(plan.constants[o.root], o.space)
+        return _view(device, arenas[o.space], o)
+
+    def calls_of(step: Step) -> list[Call]:
+        ins = tuple(None if o is None else array(o) for o in step.ins)
+        outs = tuple(map(array, step.outs))
+        if step.kernel is None:
+            if step.placed is None:
+                return [device.transfer(ins[0], outs[0])]
+            return [device.compute(step, ins, outs)]
+        top = step.workspace.offset if step.workspace else 0
+        end = top + (step.workspace.nbytes if step.workspace else 0)
+
+        def scratch(nbytes: int) -> tuple[Any, int]:
+            nonlocal top
+            at, top = top, top + aligned(nbytes)
+            if top > end:
+                raise AssertionError(f"{step.label}: its kernel asks for more scratch than it did while planning")
+            return arenas[step.space] if nbytes else host_block(0), at if nbytes else 0
+
+        assert step.placed is not None
+        io = BoundBuffers(device, constants, step.placed, ins, outs, step.space, scratch)
+        return device.wrap(step, list(step.kernel.bind(step.placed.site, io)), ins, outs)
+
+    calls: list[Call] = []
+    spans: list[slice] = []
+    for step in plan.steps:
+        start = len(calls)
+        calls += calls_of(step)
+        spans.append(slice(start, len(calls)))
+    return Bound(
+        plan,
+        {v: array(o) for v, o in plan.inputs.items()},
+        tuple(calls),
+        {v: array(o) for v, o in plan.outputs.items()},
+        tuple(spans),
+    )

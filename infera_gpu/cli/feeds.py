@@ -1,0 +1,128 @@
+"""Input arrays from the command line: files, shapes, random values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from infera_gpu.cli.console import note
+from infera_gpu.errors import InputError
+from infera_gpu.graph import HostArray
+from infera_gpu.spec import TensorSpec, spec_of
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict[str, HostArray]:
+    """Arrays from `-i name=x.npy`, `-i x.npy` (the model's only input left) or `-i all.npz` (arrays by input name)."""
+    feeds: dict[str, HostArray] = {}
+    for option in options:
+        name, equals, path = option.partition("=")
+        if not equals or (name not in inputs and Path(option).exists()):
+            name, path = "", option
+        loaded = _load(path)
+        if isinstance(loaded, dict):
+            if name:
+                raise InputError(f"-i {option}: an .npz file holds arrays by name; give it without '{name}='")
+            feeds |= loaded
+            continue
+        if not name:
+            left = [n for n in inputs if n not in feeds]
+            if len(left) != 1:
+                raise InputError(f"-i {option}: which input? the model has {_listed(inputs)}; give -i name={path}")
+            name = left[0]
+        feeds[name] = loaded
+    return feeds
+
+
+def _load(path: str) -> HostArray | dict[str, HostArray]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; inputs are .npy or .npz files") from None
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path}: not a .npy or .npz file that can be read: {error}") from None
+
+
+def read_shapes(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> Shapes:
+    """Shapes from `--shape name=1,3,640,640`, or `--shape 1,3,640,640` where the model has one input."""
+    shapes: Shapes = {}
+    for option in options:
+        name, equals, text = option.rpartition("=")
+        if not equals:
+            if len(inputs) != 1:
+                raise InputError(f"--shape {option}: which input? the model has {_listed(inputs)}; give name={option}")
+            name = next(iter(inputs))
+        if name not in inputs:
+            raise InputError(f"--shape {option}: '{name}' is not an input; the model has {_listed(inputs)}")
+        try:
+            shapes[name] = tuple(int(d) for d in text.split(",") if d.strip())
+        except ValueError:
+            raise InputError(f"--shape {option}: '{text}' is not a list of integers such as 1,3,640,640") from None
+        if any(d < 0 for d in shapes[name]):
+            raise InputError(f"--shape {option}: a dimension is negative")
+    return shapes
+
+
+def free_dimensions(inputs: Mapping[str, TensorSpec], known: Mapping[str, object]) -> list[str]:
+    """`input[axis]`, with the symbol if it has one, of every dimension that neither the model nor `known` settles."""
+    return [
+        f"{name}[{axis}]" + (f" '{d}'" if d else "")
+        for name, spec in inputs.items()
+        if name not in known
+        for axis, d in enumerate(spec.shape)
+        if not isinstance(d, int)
+    ]
+
+
+def random_feeds(
+    inputs: Mapping[str, TensorSpec], given: Mapping[str, HostArray], shapes: Shapes, seed: int = 0
+) -> dict[str, HostArray]:
+    """`given`, and seeded random arrays for the other inputs; free dimensions are 1, or as `given` has their symbol.
+
+    Floats are normally distributed; integers are 0 or 1, so that they are valid as indices, masks and lengths.
+    """
+    sizes = {
+        symbol: size
+        for name, shape in {**shapes, **{n: a.shape for n, a in given.items()}}.items()
+        for symbol, size in zip(inputs[name].shape if name in inputs else (), shape, strict=False)
+        if isinstance(symbol, str)
+    }
+    rng = np.random.default_rng(seed)
+    made: dict[str, HostArray] = {}
+    for name, spec in inputs.items():
+        if name not in given:
+            usual = tuple(d if isinstance(d, int) else sizes.get(d or "", 1) for d in spec.shape)
+            made[name] = _random(rng, spec, shapes.get(name, usual))
+    return {**made, **given}
+
+
+def gather(
+    inputs: Mapping[str, TensorSpec], files: Sequence[str] | None, shapes: Sequence[str] | None, seed: int
+) -> dict[str, HostArray]:
+    """The arrays of `-i`, random ones for the rest; says on stderr which shapes were chosen where any was free."""
+    given, sizes = read_feeds(files or [], inputs), read_shapes(shapes or [], inputs)
+    feeds = random_feeds(inputs, given, sizes, seed)
+    free = free_dimensions(inputs, {**sizes, **given})
+    if free:
+        note(f"free dimensions {', '.join(free)}: using " + ", ".join(f"{n} {spec_of(a)}" for n, a in feeds.items()))
+    return feeds
+
+
+def _random(rng: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) -> HostArray:
+    if spec.dtype.kind == "O":
+        return np.full(shape, "text", object)
+    if spec.dtype.kind in "iub":
+        return rng.integers(0, 2, shape).astype(spec.dtype)
+    return np.asarray(rng.standard_normal(shape)).astype(spec.dtype)
+
+
+def _listed(inputs: Mapping[str, TensorSpec]) -> str:
+    return ", ".join(f"'{name}' {spec}" for name, spec in inputs.items()) or "no inputs"

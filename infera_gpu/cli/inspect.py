@@ -1,0 +1,94 @@
+"""`infera inspect`: what a model is, and how it will run."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+import typer
+
+from infera_gpu.cli import options
+from infera_gpu.cli.console import note, table, working
+from infera_gpu.cli.feeds import Shapes, free_dimensions, random_feeds, read_feeds, read_shapes
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.plan import Step
+from infera_gpu.session import Session
+
+PROFILE_RUNS = 5
+
+
+def command(
+    model: options.Model,
+    shape: options.Shape = None,
+    input: options.Input = None,
+    time: Annotated[bool, typer.Option("--time", help=f"Time every step, over {PROFILE_RUNS} runs.")] = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
+    path = options.locate(model)
+    with options.opened(path, device, threads) as session:
+        _show_model(session)
+        given = read_feeds(input or [], session.inputs)
+        shapes = read_shapes(shape or [], session.inputs)
+        free = free_dimensions(session.inputs, {**shapes, **given})
+        if free:
+            example = ",".join(str(d) if isinstance(d, int) else "1" for d in next(iter(session.inputs.values())).shape)
+            name = next(iter(session.inputs))
+            note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
+            return
+        _show_plan(session, shapes, given)
+        if time:
+            _show_times(session, random_feeds(session.inputs, given, shapes, seed))
+
+
+def _show_model(session: Session) -> None:
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in session.graph.opsets.items())
+    print(f"{session.name}: opset {opsets}, {session.constant_bytes:,} bytes of constants")
+    sides = (("input", session.inputs), ("output", session.outputs))
+    table(("", "name", "type"), [(side, name, str(spec)) for side, specs in sides for name, spec in specs.items()])
+    counts = Counter(node.qualified for node in all_nodes(session.graph))
+    table(
+        ("operator", "count"),
+        [(op, str(n)) for op, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))],
+        title=f"{counts.total()} nodes after optimisation",
+        right=("count",),
+    )
+
+
+def all_nodes(graph: Graph) -> Iterator[Node]:
+    """The graph's nodes and those of its subgraphs."""
+    for node in graph.nodes:
+        yield node
+        for _, sub in node.subgraphs:
+            yield from all_nodes(sub)
+
+
+def _show_plan(session: Session, shapes: Shapes, given: Mapping[str, HostArray]) -> None:
+    static = {name: spec.dims for name, spec in session.inputs.items() if spec.is_static}
+    with working("planning"):
+        plan = session.plan_for({**static, **shapes, **{name: array.shape for name, array in given.items()}})
+    print(plan)
+
+
+def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
+    with working("timing"):
+        session.profile(feeds)
+        runs = [session.profile(feeds) for _ in range(PROFILE_RUNS)]
+    steps = [timing.step for timing in runs[0]]
+    medians = [statistics.median(run[i].seconds for run in runs) for i in range(len(steps))]
+    total = sum(medians) or 1.0
+    columns = ("#", "step", "via", "ms", "share")
+    table(
+        columns,
+        [_timed(i, step, seconds, total) for i, (step, seconds) in enumerate(zip(steps, medians, strict=True))],
+        title=f"{1e3 * total:.3f} ms in {len(steps)} steps, the median of {PROFILE_RUNS} runs",
+        right=("#", "ms", "share"),
+    )
+
+
+def _timed(index: int, step: Step, seconds: float, total: float) -> tuple[str, ...]:
+    return str(index), step.label, step.via, f"{1e3 * seconds:.4f}", f"{100 * seconds / total:.1f}%"

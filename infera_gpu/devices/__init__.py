@@ -1,0 +1,34 @@
+"""Places to run. A device is chosen by name and opened when a session asks for it, never at import."""
+
+from __future__ import annotations
+
+from infera_gpu.devices.base import Device
+from infera_gpu.errors import DeviceError
+
+
+def open_device(name: str = "auto") -> Device:
+    """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
+
+    Raises DeviceError where it is unknown or absent.
+    """
+    if name == "auto":
+        from infera_gpu.devices.cuda import why_unavailable
+
+        name = "cpu" if why_unavailable() else "cuda"
+    if name == "cpu":
+        from infera_gpu.devices.cpu import CpuDevice
+
+        return CpuDevice()
+    if name == "recording":
+        from infera_gpu.devices.recording import RecordingDevice
+
+        return RecordingDevice()
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (index.isdigit() or not index):
+        from infera_gpu.devices.cuda import CudaDevice
+
+        return CudaDevice(int(index or 0))
+    raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
+
+
+__all__ = ["Device", "open_device"]

@@ -1,0 +1,88 @@
+"""What a device offers: memory, transfers, and the kinds of kernels it runs. Which kernel runs is never its choice."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import Operand, Space
+from infera_gpu.memory import ALIGN
+from infera_gpu.op import Call, Launcher
+from infera_gpu.plan import Step
+from infera_gpu.spec import Array
+
+
+class Device(Protocol):
+    """A place to run.
+
+    `kinds` are kernel kinds in order of preference; `space` is where its arena lies. A device whose space is "device"
+    has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with each other;
+    `synchronize` waits for all of them.
+    """
+
+    name: str
+    space: Space
+    kinds: tuple[str, ...]
+    runs_portable: bool
+    xp: Any
+
+    @property
+    def launcher(self) -> Launcher: ...
+
+    def alloc(self, nbytes: int, space: Space) -> Any:
+        """A block of uninitialised memory, aligned to memory.ALIGN. Raises OutOfMemoryError."""
+        ...
+
+    def view(self, block: Any, operand: Operand) -> Array:
+        """The operand's window into its block."""
+        ...
+
+    def constant(self, host: HostArray, space: Space) -> Array:
+        """The constant in `space`; uploaded at once."""
+        ...
+
+    def transfer(self, source: Array, target: Array) -> Call:
+        """A call that copies between any two arrays of one shape and dtype, within a space or across."""
+        ...
+
+    def compute(self, step: Step, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> Call:
+        """A call that runs the operator's own function for a step without a kernel."""
+        ...
+
+    def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
+        """What to run in place of a bound kernel's calls: the calls, unless the device only pretends."""
+        ...
+
+    def accepts(self, value: object) -> Array | None:
+        """`value` as an array that lies in this device's space, without a copy; None where it does not."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def host_block(nbytes: int) -> HostArray:
+    """Aligned, uninitialised host memory."""
+    raw = np.empty(nbytes + ALIGN, np.uint8)
+    skip = -raw.ctypes.data % ALIGN
+    return raw[skip : skip + nbytes]
+
+
+def host_view(block: HostArray, operand: Operand) -> HostArray:
+    """The operand's window into host memory."""
+    return np.ndarray(operand.shape, operand.dtype, block.data, operand.offset, operand.strides)
+
+
+def host_copy(source: Array, target: Array) -> Call:
+    return np.copyto, (target, source)
+
+
+def compute_into(xp: Any, step: Step, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> None:
+    """Run the operator's own function and copy what it returns into `outs`."""
+    assert step.placed is not None
+    made = step.placed.op.outputs(xp, step.placed.site, ins)
+    for out, array in zip(outs, made, strict=False):
+        xp.copyto(out, array)

@@ -1,0 +1,57 @@
+"""The CPU: NumPy, in host memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view
+from infera_gpu.errors import DeviceError, OutOfMemoryError
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import Operand, Space
+from infera_gpu.op import Call, Launcher
+from infera_gpu.plan import Step
+from infera_gpu.spec import Array
+
+
+class CpuDevice:
+    """Runs "cpu" kernels, and operators' own functions where there is none."""
+
+    name = "cpu"
+    space: Space = "host"
+    kinds: tuple[str, ...] = ("cpu",)
+    runs_portable = True
+    xp: Any = np
+
+    @property
+    def launcher(self) -> Launcher:
+        raise DeviceError("the CPU launches no Triton kernels")
+
+    def alloc(self, nbytes: int, space: Space) -> HostArray:
+        try:
+            return host_block(nbytes)
+        except MemoryError:
+            raise OutOfMemoryError("the arena", needed=nbytes, available=0) from None
+
+    def view(self, block: Any, operand: Operand) -> HostArray:
+        return host_view(block, operand)
+
+    def constant(self, host: HostArray, space: Space) -> HostArray:
+        return host
+
+    def transfer(self, source: Array, target: Array) -> Call:
+        return host_copy(source, target)
+
+    def compute(self, step: Step, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> Call:
+        return compute_into, (np, step, ins, outs)
+
+    def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
+        return calls
+
+    def accepts(self, value: object) -> HostArray | None:
+        return value if isinstance(value, np.ndarray) else None
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,89 @@
+"""A device that plans like CUDA and computes on NumPy: sessions, arenas and transfers are testable without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import Operand, Space
+from infera_gpu.op import Call, Launcher
+from infera_gpu.plan import Step
+from infera_gpu.spec import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that the device was asked: `kind` is alloc, constant, transfer, compute or kernel."""
+
+    kind: str
+    label: str
+    nbytes: int = 0
+
+
+class RecordingDevice:
+    """Prefers Triton kernels as the CUDA device does, so that its plans are the CUDA device's plans.
+
+    `events` lists what was asked, in order. Kernels are bound (to a launcher that records) but not launched: the
+    operator's own function fills their outputs, so that a session's answers are right and every offset, view, transfer
+    and reuse of memory is put to the test.
+    """
+
+    name = "recording"
+    space: Space = "device"
+    runs_portable = True
+    xp: Any = np
+
+    def __init__(self) -> None:
+        self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
+        self.events: list[Event] = []
+        self._launcher: Launcher | None = None
+
+    @property
+    def launcher(self) -> Launcher:
+        if self._launcher is None:
+            from infera_kernels.launch import RecordingLauncher
+
+            self._launcher = RecordingLauncher()
+        return self._launcher
+
+    def alloc(self, nbytes: int, space: Space) -> HostArray:
+        self.events.append(Event("alloc", space, nbytes))
+        return host_block(nbytes)
+
+    def view(self, block: Any, operand: Operand) -> HostArray:
+        return host_view(block, operand)
+
+    def constant(self, host: HostArray, space: Space) -> HostArray:
+        if space == "device":
+            self.events.append(Event("constant", "", host.nbytes))
+        return host
+
+    def transfer(self, source: Array, target: Array) -> Call:
+        copy, args = host_copy(source, target)
+        return self._record, (Event("transfer", "", target.nbytes), copy, args)
+
+    def compute(self, step: Step, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> Call:
+        event = Event("compute", step.label, sum(o.nbytes for o in outs))
+        return self._record, (event, compute_into, (np, step, ins, outs))
+
+    def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
+        if step.space == "host":
+            return calls
+        event = Event("kernel", step.label, sum(o.nbytes for o in outs))
+        return [*calls, (self._record, (event, compute_into, (np, step, ins, outs)))]
+
+    def _record(self, event: Event, run: Any, args: tuple[Any, ...]) -> None:
+        self.events.append(event)
+        run(*args)
+
+    def accepts(self, value: object) -> HostArray | None:
+        return value if isinstance(value, np.ndarray) else None
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,144 @@
+"""What this machine offers and what infera will do with it. Nothing that cannot be determined is guessed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, TypeAlias
+
+State: TypeAlias = Literal["ok", "absent", "unknown", "problem"]
+
+CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+TRITON_RANGE = ((3, 6), (3, 10))
+"""The releases whose compiler and launch interface the kernels are tested with: from, and below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact. `absent` is a thing that is not here and need not be; `problem` is one to act on."""
+
+    subject: str
+    state: State
+    detail: str
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, one at a time: some take a second. Raises nothing: a check that fails is an unknown."""
+    for subject, check in _CHECKS:
+        try:
+            yield from check()
+        except Exception as error:
+            yield Finding(subject, "unknown", f"could not be determined: {type(error).__name__}: {error}")
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _blas() -> Iterator[Finding]:
+    import numpy as np
+    from threadpoolctl import threadpool_info
+
+    libraries = [lib for lib in threadpool_info() if lib["user_api"] == "blas"]
+    if not libraries:
+        yield Finding("BLAS", "unknown", f"NumPy {np.__version__} uses a BLAS that threadpoolctl does not know")
+    for lib in libraries:
+        yield Finding(
+            "BLAS",
+            "ok",
+            f"NumPy {np.__version__} with {lib['internal_api']} {lib.get('version') or '(version unknown)'} for "
+            f"{lib.get('architecture') or 'an unknown processor'}, {lib['num_threads']} threads on {os.cpu_count()} "
+            "processors",
+        )
+
+
+def _driver() -> Iterator[Finding]:
+    """The driver and every GPU, as NVML tells it."""
+    from infera_gpu.telemetry import snapshot
+
+    found = snapshot()
+    yield Finding("NVIDIA driver", "unknown", str(found))
+
+
+def _cupy() -> Iterator[Finding]:
+    from infera_gpu.devices.cuda import why_unavailable
+
+    installed = [f"{name} {found}" for name in CUPY_PACKAGES if (found := _version(name))]
+    if len(installed) > 1:
+        yield Finding("CuPy", "problem", f"{' and '.join(installed)} overwrite each other: pip uninstall all but one")
+        return
+    reason = why_unavailable()
+    if reason is None:
+        yield Finding("CuPy", "ok", ", ".join(installed))
+    else:
+        yield Finding("CuPy", "problem" if installed else "absent", reason)
+
+
+def _triton() -> Iterator[Finding]:
+    found = _version("triton")
+    low, high = (".".join(map(str, v)) for v in TRITON_RANGE)
+    if found is None:
+        yield Finding("Triton", "absent", "not installed; it comes with infera-gpu[cuda12], [cuda13] or [kernels]")
+        return
+    release = tuple(int(part) for part in found.split(".")[:2])
+    if TRITON_RANGE[0] <= release < TRITON_RANGE[1]:
+        yield Finding("Triton", "ok", found)
+    else:
+        yield Finding("Triton", "problem", f"{found} is not among the tested releases, {low} to below {high}")
+
+
+def _kernels() -> Iterator[Finding]:
+    """What "auto" chooses, and the kernel kinds that can run on it."""
+    from infera_gpu.devices import open_device
+    from infera_gpu.ops import registry
+
+    device = open_device("auto")
+    try:
+        kinds = [*device.kinds, *(["portable"] if device.runs_portable else [])]
+        yield Finding("Device 'auto'", "ok", f"{device.name}, kernel kinds {', '.join(kinds)} in order of preference")
+    finally:
+        device.close()
+    ops = list(registry())
+    counts = ", ".join(f"{sum(kind in op.kernels for op in ops)} with a '{kind}' kernel" for kind in device.kinds)
+    yield Finding("Operators", "ok", f"{len(ops)} declared: {counts}; the others run their plain function")
+
+
+def _cache() -> Iterator[Finding]:
+    from infera_gpu.fetch import cache_dir
+
+    path = cache_dir()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    writable = os.access(existing, os.W_OK)
+    used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.exists() else 0
+    state: State = "ok" if writable else "problem"
+    yield Finding("Cache", state, f"{path}, {used / 1e6:,.1f} MB" + ("" if writable else "; it cannot be written to"))
+
+
+def _peers() -> Iterator[Finding]:
+    found = _version("onnxruntime") or _version("onnxruntime-gpu")
+    if found:
+        yield Finding("onnxruntime", "ok", f"{found}, a reference for `infera verify`")
+    else:
+        yield Finding("onnxruntime", "absent", "not installed; `infera verify` can compare devices only")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+_CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    ("Python", _python),
+    ("BLAS", _blas),
+    ("NVIDIA driver", _driver),
+    ("CuPy", _cupy),
+    ("Triton", _triton),
+    ("Device 'auto'", _kernels),
+    ("Cache", _cache),
+    ("onnxruntime", _peers),
+)

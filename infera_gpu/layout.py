@@ -1,0 +1,93 @@
+"""Where a value lies: an operand is a strided window into an arena, or a constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from infera_gpu.graph import HostArray
+from infera_gpu.spec import DType, TensorSpec
+
+Space: TypeAlias = Literal["host", "device"]
+
+
+def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Row-major strides in bytes."""
+    strides: list[int] = []
+    step = itemsize
+    for d in reversed(shape):
+        strides.append(step)
+        step *= max(d, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A typed, strided window. `root` names the block of memory it lies in; `offset` and `strides` are bytes.
+
+    While lowering, `offset` counts from the root's start; in a Plan it counts from the arena's. A constant's root is
+    the constant's name.
+    """
+
+    root: str
+    space: Space
+    shape: tuple[int, ...]
+    dtype: DType
+    strides: tuple[int, ...]
+    offset: int = 0
+    constant: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Row-major without gaps (dimensions of one element have any stride)."""
+        want = contiguous_strides(self.shape, self.dtype.itemsize)
+        return 0 in self.shape or all(d == 1 or s == w for d, s, w in zip(self.shape, self.strides, want, strict=True))
+
+    def bounds(self) -> tuple[int, int]:
+        """First byte and one past the last byte that the window touches."""
+        if 0 in self.shape:
+            return self.offset, self.offset
+        reach = [(d - 1) * s for d, s in zip(self.shape, self.strides, strict=True)]
+        low = self.offset + sum(min(r, 0) for r in reach)
+        return low, self.offset + sum(max(r, 0) for r in reach) + self.dtype.itemsize
+
+    def moved(self, by: int) -> Operand:
+        return replace(self, offset=self.offset + by)
+
+
+def dense(root: str, space: Space, spec: TensorSpec, *, constant: bool = False) -> Operand:
+    """A contiguous operand at the start of its root."""
+    return Operand(
+        root, space, spec.dims, spec.dtype, contiguous_strides(spec.dims, spec.dtype.itemsize), constant=constant
+    )
+
+
+def dummy(operand: Operand) -> HostArray:
+    """An array with the operand's shape and strides over no memory: for shape and stride arithmetic only."""
+    return as_strided(np.empty(1, operand.dtype), operand.shape, operand.strides)
+
+
+def view_of(operand: Operand, view: Callable[[HostArray], HostArray]) -> Operand | None:
+    """The operand that `view` makes of this one by shape and stride operations; None where it would have to copy."""
+    base = dummy(operand)
+    try:
+        made = view(base)
+    except ValueError:  # reshape(copy=False) of strides that do not allow it
+        return None
+    offset = made.__array_interface__["data"][0] - base.__array_interface__["data"][0] if made.size else 0
+    return replace(
+        operand,
+        shape=made.shape,
+        strides=tuple(int(s) for s in made.strides),
+        dtype=made.dtype,
+        offset=operand.offset + int(offset),
+    )

@@ -1,0 +1,198 @@
+"""ONNX file -> Graph. The only module, with the operators' schema look-ups, that imports onnx."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from infera_gpu.errors import ModelError
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.spec import Dim, TensorSpec, dtype_of_onnx
+
+if TYPE_CHECKING:
+    import onnx
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
+
+
+def load_graph(source: Source) -> Graph:
+    """The graph of an ONNX model: a path (external data beside it is read), serialised bytes or a ModelProto.
+
+    Model-local functions are inlined and Constant nodes become constants. Raises ModelError for anything that is not
+    a complete ONNX model, naming what is wrong.
+    """
+    model, name = _read(source)
+    if model.functions:
+        from onnx import inliner
+
+        model = inliner.inline_local_functions(model)
+    opsets = {_domain(o.domain): int(o.version) for o in model.opset_import}
+    if not opsets:
+        raise ModelError(f"{name}: the model imports no operator set; it is not a complete ONNX model")
+    try:
+        return _graph(model.graph, opsets, name=name).check()
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _read(source: Source) -> tuple[onnx.ModelProto, str]:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if isinstance(source, onnx.ModelProto):
+        return source, source.graph.name or "model"
+    if isinstance(source, bytes):
+        name, payload = "model", source
+    else:
+        path = Path(source)
+        name = path.name
+        try:
+            payload = path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror or error}") from None
+    if not payload:
+        raise ModelError(f"{name}: the file is empty")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(payload)
+    except DecodeError:
+        raise ModelError(
+            f"{name}: not an ONNX model, or a truncated one ({len(payload):,} bytes do not parse)"
+        ) from None
+    if not model.ir_version or not model.HasField("graph"):
+        raise ModelError(f"{name}: not an ONNX model ({len(payload):,} bytes parse, but hold no graph)")
+    if not isinstance(source, bytes):
+        try:
+            onnx.load_external_data_for_model(model, str(Path(source).parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise ModelError(f"{name}: its external data cannot be read: {error}") from None
+    return model, name
+
+
+def _graph(proto: onnx.GraphProto, opsets: Mapping[str, int], name: str = "") -> Graph:
+    constants: dict[str, HostArray] = {t.name: _array(t, f"initialiser '{t.name}'") for t in proto.initializer}
+    if proto.sparse_initializer:
+        raise ModelError(f"sparse initialiser '{proto.sparse_initializer[0].values.name}' is not supported")
+    nodes: list[Node] = []
+    for n in proto.node:
+        node = _node(n, opsets)
+        if node.op == "Constant" and not node.domain:
+            constants[node.outputs[0]] = _constant(node)
+        else:
+            nodes.append(node)
+    return Graph(
+        nodes=tuple(nodes),
+        inputs={v.name: _spec(v, "input") for v in proto.input if v.name not in constants},
+        outputs={v.name: _spec(v, "output") for v in proto.output},
+        constants=constants,
+        opsets=opsets,
+        name=name or proto.name,
+    )
+
+
+def _array(tensor: onnx.TensorProto, what: str) -> HostArray:
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_location == TensorProto.EXTERNAL:
+        raise ModelError(f"{what} lies in an external file; load the model from its path instead of from bytes")
+    try:
+        array: HostArray = numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{what} is damaged: {error}") from None
+    array.flags.writeable = False
+    return array
+
+
+def _node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
+    domain = _domain(proto.domain)
+    label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
+    return Node(
+        op=proto.op_type,
+        inputs=tuple(proto.input),
+        outputs=tuple(proto.output),
+        attrs={a.name: _attribute(a, opsets, label) for a in proto.attribute},
+        domain=domain,
+        name=proto.name,
+    )
+
+
+def _text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _attribute(a: onnx.AttributeProto, opsets: Mapping[str, int], label: str) -> Any:
+    from onnx import AttributeProto as A
+
+    match a.type:
+        case A.FLOAT:
+            return float(a.f)
+        case A.INT:
+            return int(a.i)
+        case A.STRING:
+            return _text(a.s)
+        case A.TENSOR:
+            return _array(a.t, f"{label}: attribute '{a.name}'")
+        case A.GRAPH:
+            return _graph(a.g, opsets)
+        case A.FLOATS:
+            return tuple(float(v) for v in a.floats)
+        case A.INTS:
+            return tuple(int(v) for v in a.ints)
+        case A.STRINGS:
+            return tuple(_text(v) for v in a.strings)
+        case A.TENSORS:
+            return tuple(_array(t, f"{label}: attribute '{a.name}'") for t in a.tensors)
+        case A.GRAPHS:
+            return tuple(_graph(g, opsets) for g in a.graphs)
+        case other:
+            raise ModelError(f"{label}: attribute '{a.name}' has type {A.AttributeType.Name(other)}, not supported")
+
+
+_CONSTANT_DTYPES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_string": object,
+    "value_strings": object,
+}
+
+
+def _constant(node: Node) -> HostArray:
+    if len(node.attrs) != 1:
+        raise ModelError(f"{node}: exactly one value attribute is expected, it has {len(node.attrs)}")
+    ((kind, value),) = node.attrs.items()
+    if kind == "value":
+        return value  # type: ignore[no-any-return]
+    if kind not in _CONSTANT_DTYPES:
+        raise ModelError(f"{node}: a constant given as '{kind}' is not supported")
+    return np.array(value, dtype=_CONSTANT_DTYPES[kind])
+
+
+def _spec(value: onnx.ValueInfoProto, what: str) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    if kind not in ("tensor_type", None):
+        raise ModelError(f"{what} '{value.name}' is a {kind.removesuffix('_type')}, only tensors are supported")
+    tensor = value.type.tensor_type
+    try:
+        dtype = dtype_of_onnx(tensor.elem_type) if kind and tensor.elem_type else np.dtype(np.float32)
+    except KeyError:
+        raise ModelError(f"{what} '{value.name}' has the unknown element type {tensor.elem_type}") from None
+    return TensorSpec(tuple(_dim(d) for d in tensor.shape.dim), dtype)
+
+
+def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:
+    if d.WhichOneof("value") == "dim_value":
+        return int(d.dim_value) if d.dim_value >= 0 else None
+    return d.dim_param or None

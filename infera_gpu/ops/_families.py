@@ -1,0 +1,83 @@
+"""What the declarations of whole families of operators share. Declares no operators itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import Bind, Buffers, Call, Compute, Infer, Kernel, Op, Site
+from infera_gpu.spec import Array, DType, TensorSpec
+
+BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int64, np.float32))
+
+
+def i64(*values: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """A constant int64 input, for cases."""
+    return np.array(values, np.int64)
+
+
+def plain(fn: Callable[..., Any]) -> Compute:
+    """`fn(xp, site, *ins)` as a compute function: silent about overflow and the like, always returning arrays."""
+
+    def compute(xp: Any, site: Site, *ins: Array) -> Array | Sequence[Array]:
+        with np.errstate(all="ignore"):
+            made = fn(xp, site, *ins)
+        return tuple(map(xp.asarray, made)) if isinstance(made, (tuple, list)) else xp.asarray(made)
+
+    return compute
+
+
+def native(site: Site) -> bool:
+    """Whether every operand has a dtype with NumPy loops of its own: booleans, integers, float16 to float64."""
+    return all(s is None or s.dtype.kind in "biuf" for s in (*site.ins, *site.outs))
+
+
+def floating(site: Site) -> bool:
+    """Whether every operand is float16, float32 or float64."""
+    return all(s is None or s.dtype.kind == "f" for s in (*site.ins, *site.outs))
+
+
+def movable(site: Site) -> bool:
+    """Whether every operand is plain bytes: strings never lie in an arena."""
+    return all(s is None or s.dtype.kind != "O" for s in (*site.ins, *site.outs))
+
+
+def copies(pairs: Callable[[Site, Buffers], Sequence[tuple[Array, Array]]]) -> Kernel:
+    """A kernel that copies views of inputs onto views of outputs: `pairs(site, io)` gives (destination, source)."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        return [(np.copyto, pair) for pair in pairs(site, io)]
+
+    return Kernel(bind=bind, supports=movable, strided=True)
+
+
+def elementwise(
+    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native
+) -> dict[str, Kernel]:
+    """The `kernels` of an elementwise operator: any strides, the output may take over an input."""
+    return {"cpu": Kernel(bind=bind, supports=supports, inplace=inplace, strided=True)}
+
+
+def shaped(shape: Callable[[Site], Sequence[int]], dtype: DType | None = None) -> Infer:
+    """Output 0 has the shape that `shape(site)` gives, and input 0's dtype unless another is given."""
+
+    def infer(site: Site) -> Sequence[TensorSpec]:
+        return (TensorSpec(tuple(shape(site)), site.spec(0).dtype if dtype is None else dtype),)
+
+    return infer
+
+
+def normalized(site: Site, axes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Axes as non-negative numbers, in the order given. Raises PlanError where one is out of range or repeated."""
+    for axis in axes:
+        if not -rank <= axis < rank:
+            raise site.fail(f"axis {axis} out of range for rank {rank}")
+    found = tuple(axis % rank for axis in axes)
+    if len(set(found)) != len(found):
+        raise site.fail(f"axes {list(axes)} name an axis twice")
+    return found
+
+
+OPS: tuple[Op, ...] = ()

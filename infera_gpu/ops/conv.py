@@ -1,0 +1,216 @@
+"""Conv, ConvInteger, and FusedConv: a convolution with what passes fold into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from infera_kernels.calls import Pack
+from infera_kernels.cpu.conv import conv2d
+from infera_kernels.cpu.conv_epilogue import ACTIVATIONS, Activation, activate
+from infera_kernels.portable.conv import convolution
+
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops.window import ATTRS, Window, window
+from infera_gpu.spec import Array, TensorSpec
+
+
+def conv_window(site: Site) -> Window:
+    """The window of a convolution. Raises PlanError where weights, bias or groups do not fit the input."""
+    x, w = site.spec(0), site.spec(1)
+    group = int(site.attrs["group"])
+    if x.ndim < 3 or w.ndim != x.ndim:
+        raise site.fail(f"weights are {w} for an input {x}, expected both (n, channels, spatial...)")
+    if x.dims[1] != w.dims[1] * group or w.dims[0] % group:
+        raise site.fail(f"input {x} has {x.dims[1]} channels, expected {w.dims[1]} in each of {group} groups of {w}")
+    if site.has(2) and site.node.op != "ConvInteger" and site.spec(2).dims != w.dims[:1]:
+        raise site.fail(f"bias is {site.spec(2)}, expected {w.dims[0]} elements")
+    return window(site, w.dims[2:])
+
+
+def _infer(site: Site) -> Sequence[TensorSpec]:
+    dtype = np.dtype(np.int32) if site.node.op == "ConvInteger" else site.spec(0).dtype
+    return (TensorSpec((site.spec(0).dims[0], site.spec(1).dims[0], *conv_window(site).out), dtype),)
+
+
+def _compute(xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, *_: Array | None) -> Array:
+    found = conv_window(site)
+    return convolution(xp, x, w, b, found.out, group=int(site.attrs["group"]), **found.params)
+
+
+def _compute_integer(
+    xp: Any, site: Site, x: Array, w: Array, x_zero: Array | None = None, w_zero: Array | None = None
+) -> Array:
+    """Sums in float64, exact below 2**53, because integer products have no BLAS."""
+    found = conv_window(site)
+    wide, weights = x.astype(xp.float64), w.astype(xp.float64)
+    if x_zero is not None:
+        wide = wide - x_zero.astype(xp.float64).reshape(())
+    if w_zero is not None:
+        weights = weights - w_zero.astype(xp.float64).reshape(-1, *(1,) * (w.ndim - 1))
+    y = convolution(xp, wide, weights, None, found.out, group=int(site.attrs["group"]), **found.params)
+    return y.astype(xp.int32)
+
+
+def activation_of(site: Site) -> Activation | None:
+    """The activation that a fused node names. Raises PlanError for an unknown one or for missing parameters."""
+    name, params = str(site.attrs["activation"]), tuple(map(float, site.attrs["activation_params"]))
+    if not name:
+        return None
+    if name not in ACTIVATIONS:
+        raise site.fail(f"activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
+    if len(params) != ACTIVATIONS[name][0]:
+        raise site.fail(f"activation '{name}' has {len(params)} parameters, expected {ACTIVATIONS[name][0]}")
+    return (name, *params)
+
+
+def _infer_fused(site: Site) -> Sequence[TensorSpec]:
+    activation_of(site)
+    (y,) = _infer(site)
+    if site.has(3) and site.spec(3) != y:
+        raise site.fail(f"residual is {site.spec(3)}, expected {y}")
+    return (y,)
+
+
+def _compute_fused(
+    xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, residual: Array | None = None
+) -> Array:
+    y = _compute(xp, site, x, w, b)
+    if residual is not None:
+        y += residual
+    for fn, args in activate(y, activation_of(site), lambda shape, dtype=np.float32: xp.empty(shape, dtype)):
+        fn(*args)
+    return y
+
+
+def _supports(site: Site) -> bool:
+    x = site.spec(0)
+    return x.ndim in (3, 4) and x.size > 0 and x.dtype in (np.float32, np.float64)
+
+
+def as_2d(a: Array | None) -> Array | None:
+    """(n, c, length) as (n, c, 1, length); arrays of four axes and None as they are."""
+    return a if a is None or a.ndim == 4 else a[:, :, None]
+
+
+def window_2d(found: Window) -> Window:
+    """A one-dimensional window as one of height 1."""
+    if len(found.out) == 2:
+        return found
+    one = (1,)
+    return replace(
+        found,
+        kernel=one + found.kernel,
+        strides=one + found.strides,
+        dilations=one + found.dilations,
+        pads=((0, 0), *found.pads),
+        out=one + found.out,
+    )
+
+
+def packer(site: Site, io: Buffers, i: int) -> Pack | None:
+    """Packs input i, where it is constant."""
+    return None if site.value(i) is None else lambda tag, build: io.pack(i, tag, build)
+
+
+def _bind(site: Site, io: Buffers) -> Sequence[Call]:
+    x, w, b, residual = (*io.ins, None, None)[:4]
+    return conv2d(
+        as_2d(x),
+        as_2d(w),
+        b,
+        as_2d(io.outs[0]),
+        io.scratch,
+        group=int(site.attrs["group"]),
+        activation=activation_of(site) if "activation" in site.attrs else None,
+        residual=as_2d(residual),
+        pack=packer(site, io, 1),
+        **window_2d(conv_window(site)).params,
+    )
+
+
+_KERNELS = {"cpu": Kernel(_bind, _supports)}
+
+
+def _u8(*shape: int) -> TensorSpec:
+    return TensorSpec(shape, np.dtype(np.uint8))
+
+
+_CASES = (
+    Case("3x3", (f32(2, 3, 7, 9), f32(5, 3, 3, 3), f32(5)), {"pads": (1, 1, 1, 1)}),
+    Case("no-bias-or-padding", (f32(1, 4, 6, 5), f32(3, 4, 3, 2))),
+    Case("one-pixel", (f32(2, 3, 1, 1), f32(4, 3, 1, 1), f32(4))),
+    Case("pointwise", (f32(2, 5, 7, 3), f32(4, 5, 1, 1), f32(4))),
+    Case("pointwise-strided", (f32(2, 5, 7, 6), f32(4, 5, 1, 1)), {"strides": (2, 3)}),
+    Case("pointwise-padded", (f32(1, 2, 3, 3), f32(4, 2, 1, 1), f32(4)), {"pads": (1, 0, 2, 1)}),
+    Case("pointwise-grouped", (f32(2, 6, 5, 5), f32(4, 3, 1, 1)), {"group": 2}),
+    Case("winograd-2", (f32(2, 16, 11, 13), f32(17, 16, 3, 3), f32(17)), {"pads": (1, 1, 1, 1)}),
+    Case("winograd-2-uneven-pads", (f32(1, 16, 12, 11), f32(16, 16, 3, 3)), {"pads": (0, 2, 1, 0)}),
+    Case("winograd-4", (f32(1, 16, 29, 34), f32(16, 16, 3, 3), f32(16)), {"pads": (1, 1, 1, 1)}),
+    Case("winograd-4-blocks", (f32(1, 64, 57, 56), f32(32, 64, 3, 3), f32(32)), {"pads": (1, 1, 1, 1)}),
+    Case("stem", (f32(1, 3, 31, 33), f32(8, 3, 7, 7), f32(8)), {"strides": (2, 2), "pads": (3, 3, 3, 3)}),
+    Case("blocks", (f32(1, 64, 50, 64), f32(3, 64, 3, 3), f32(3)), {"pads": (1, 1, 1, 1)}),
+    Case("strided-past-padding", (f32(1, 2, 5, 5), f32(2, 2, 1, 1)), {"strides": (3, 3), "pads": (2, 2, 2, 2)}),
+    Case("dilated", (f32(1, 3, 11, 10), f32(2, 3, 3, 2)), {"dilations": (2, 3), "pads": (2, 1, 0, 3)}),
+    Case("dilated-strided", (f32(1, 3, 13, 14), f32(2, 3, 3, 3)), {"dilations": (3, 2), "strides": (2, 3)}),
+    Case("grouped", (f32(2, 6, 9, 8), f32(9, 2, 3, 3), f32(9)), {"group": 3, "pads": (1, 1, 1, 1)}),
+    Case("depthwise", (f32(2, 7, 9, 10), f32(7, 1, 3, 3), f32(7)), {"group": 7, "pads": (1, 1, 1, 1)}),
+    Case("depthwise-strided", (f32(1, 6, 15, 12), f32(6, 1, 5, 3)), {"group": 6, "strides": (2, 3), "pads": (1, 0, 2, 1)}),
+    Case("depthwise-dilated", (f32(1, 3, 12, 12), f32(3, 1, 3, 3), f32(3)), {"group": 3, "dilations": (2, 3)}),
+    Case("depthwise-blocks", (f32(1, 40, 60, 60), f32(40, 1, 3, 3), f32(40)), {"group": 40, "pads": (1, 1, 1, 1)}),
+    Case("depthwise-multiplied", (f32(1, 4, 6, 6), f32(12, 1, 3, 3), f32(12)), {"group": 4}),
+    Case("same-upper", (f32(1, 2, 8, 7), f32(3, 2, 4, 3)), {"auto_pad": "SAME_UPPER", "strides": (3, 2)}),
+    Case("same-lower", (f32(1, 2, 8, 7), f32(3, 2, 4, 3)), {"auto_pad": "SAME_LOWER", "strides": (3, 2)}),
+    Case("valid", (f32(1, 2, 8, 7), f32(3, 2, 4, 3)), {"auto_pad": "VALID"}),
+    Case("1d", (f32(2, 3, 17), f32(4, 3, 5), f32(4)), {"pads": (2, 1), "strides": (2,), "dilations": (2,)}),
+    Case("1d-depthwise", (f32(2, 3, 17), f32(3, 1, 4)), {"group": 3, "pads": (3, 0)}),
+    Case("3d", (f32(1, 2, 5, 4, 6), f32(4, 1, 2, 3, 3), f32(4)), {"group": 2, "pads": (1, 0, 1, 0, 1, 1)}),
+    Case("no-batch", (f32(0, 3, 5, 5), f32(2, 3, 3, 3))),
+    Case("opset-22", (f32(1, 2, 5, 5), f32(3, 2, 3, 3)), {"kernel_shape": (3, 3)}, opset=22),
+)  # fmt: skip
+
+_FUSED = {
+    "relu": (),
+    "clip": (-0.5, 1.5),
+    "leaky_relu": (0.1,),
+    "hard_sigmoid": (0.2, 0.4),
+    "sigmoid": (),
+    "tanh": (),
+    "silu": (),
+    "hard_swish": (),
+}
+
+_FUSED_CASES = (
+    Case("bare", (f32(1, 3, 5, 5), f32(4, 3, 3, 3))),
+    Case("pointwise", (f32(2, 3, 5, 4), f32(4, 3, 1, 1), f32(4), f32(2, 4, 5, 4)), {"activation": "relu"}),
+    Case("one-pixel", (f32(2, 3, 1, 1), f32(4, 3, 1, 1), f32(4), f32(2, 4, 1, 1)), {"activation": "relu"}),
+    Case(
+        "winograd", (f32(1, 16, 30, 29), f32(16, 16, 3, 3), None, f32(1, 16, 30, 29)),
+        {"activation": "relu", "pads": (1, 1, 1, 1)},
+    ),
+    Case("im2col", (f32(2, 3, 6, 5), f32(4, 3, 3, 3), f32(4), f32(2, 4, 4, 3)), {"activation": "relu"}),
+    Case("depthwise", (f32(2, 3, 6, 5), f32(3, 1, 3, 3), None, f32(2, 3, 4, 3)), {"activation": "relu", "group": 3}),
+    *(
+        Case(name, (f32(2, 3, 6, 5), f32(4, 3, 2, 2), f32(4)), {"activation": name, "activation_params": params})
+        for name, params in _FUSED.items()
+    ),
+)  # fmt: skip
+
+OPS: tuple[Op, ...] = (
+    Op("Conv", 1, _infer, _compute, _CASES, {**ATTRS, "group": 1}, kernels=_KERNELS),
+    Op(
+        "FusedConv", 1, _infer_fused, _compute_fused, _FUSED_CASES,
+        {**ATTRS, "group": 1, "activation": "", "activation_params": ()}, "infera", _KERNELS, portable=False,
+    ),
+    Op(
+        "ConvInteger", 10, _infer, _compute_integer,
+        (
+            Case("plain", (_u8(1, 2, 5, 6), _u8(3, 2, 3, 3)), low=0, high=255),
+            Case("zero-points", (_u8(2, 2, 5, 6), _u8(4, 1, 3, 3), np.array(130, np.uint8), np.array([120], np.uint8)),
+                 {"group": 2, "pads": (1, 1, 0, 1), "strides": (2, 1)}, low=0, high=255),
+        ),
+        {**ATTRS, "group": 1},
+    ),
+)  # fmt: skip

@@ -1,0 +1,112 @@
+"""The geometry that convolutions and pools share: kernel, strides, dilations, padding, and the output they give.
+
+Declares no operators itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infera_gpu.op import Op, Site
+
+ATTRS: dict[str, Any] = {"auto_pad": "NOTSET", "dilations": None, "kernel_shape": None, "pads": None, "strides": None}
+"""The attributes that `window` reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window's geometry; every field has one entry a spatial axis. `pads` are (before, after)."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    out: tuple[int, ...]
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Input elements that the dilated kernel spans."""
+        return extents(self.kernel, self.dilations)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Strides, dilations and pads, as the kernels take them."""
+        return {"strides": self.strides, "dilations": self.dilations, "pads": self.pads}
+
+
+def extents(kernel: Sequence[int], dilations: Sequence[int]) -> tuple[int, ...]:
+    """Elements that a dilated kernel spans."""
+    return tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
+
+
+def per_axis(site: Site, name: str, count: int, default: int) -> tuple[int, ...]:
+    """Attribute `name` as `count` integers. Raises PlanError where it has another length."""
+    value = site.attrs.get(name)
+    if value is None:
+        return (default,) * count
+    if len(value) != count:
+        raise site.fail(f"{name} has {len(value)} values {list(value)}, expected {count}")
+    return tuple(map(int, value))
+
+
+def pad_pairs(site: Site, rank: int) -> tuple[tuple[int, int], ...]:
+    """The attribute `pads`, all begins then all ends, as (before, after) of each axis."""
+    flat = per_axis(site, "pads", 2 * rank, 0)
+    return tuple(zip(flat[:rank], flat[rank:], strict=True))
+
+
+def window(site: Site, kernel: Sequence[int] | None = None) -> Window:
+    """The window over the spatial axes of input 0; `kernel` is the weights' where the attribute may be left out.
+
+    Raises PlanError for lengths that do not match, negative padding, or an input smaller than the window.
+    """
+    x = site.spec(0)
+    size = x.dims[2:]
+    rank = len(size)
+    if rank < 1:
+        raise site.fail(f"input 0 is {x}, expected at least one spatial axis after (batch, channels)")
+    declared = site.attrs.get("kernel_shape")
+    if kernel is None and declared is None:
+        raise site.fail("attribute 'kernel_shape' is required")
+    shape = per_axis(site, "kernel_shape", rank, 1) if declared is not None else tuple(kernel or ())
+    if kernel is not None and tuple(kernel) != shape:
+        raise site.fail(f"kernel_shape is {list(shape)} but the weights' kernel is {list(kernel)}")
+    strides, dilations = per_axis(site, "strides", rank, 1), per_axis(site, "dilations", rank, 1)
+    if min(*strides, *dilations, *shape) < 1:
+        raise site.fail(f"kernel {shape}, strides {strides} and dilations {dilations} must be at least 1")
+    spans = extents(shape, dilations)
+    mode = site.attrs["auto_pad"]
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        out = tuple(-(-n // s) for n, s in zip(size, strides, strict=True))
+        totals = [max(0, (o - 1) * s + e - n) for o, s, e, n in zip(out, strides, spans, size, strict=True)]
+        return Window(shape, strides, dilations, split_pads(totals, extra_after=mode == "SAME_UPPER"), out)
+    if mode not in ("NOTSET", "VALID"):
+        raise site.fail(f"auto_pad '{mode}' is not one of NOTSET, SAME_UPPER, SAME_LOWER, VALID")
+    pads = pad_pairs(site, rank) if mode == "NOTSET" else ((0, 0),) * rank
+    if min(map(min, pads)) < 0:
+        raise site.fail(f"pads {pads} must not be negative")
+    ceil = bool(site.attrs.get("ceil_mode", 0))
+    out = tuple(_steps(n, e, s, p, ceil) for n, e, s, p in zip(size, spans, strides, pads, strict=True))
+    if min(out) < 1 and min(size) > 0:
+        raise site.fail(f"a window of {spans} does not fit into {x} padded by {pads}")
+    return Window(shape, strides, dilations, pads, tuple(max(o, 0) for o in out))
+
+
+def split_pads(totals: Sequence[int], *, extra_after: bool) -> tuple[tuple[int, int], ...]:
+    """Totals split into (before, after), the odd element after or before."""
+    halves = [(total // 2, total - total // 2) for total in totals]
+    return tuple(halves if extra_after else ((after, before) for before, after in halves))
+
+
+def _steps(size: int, span: int, stride: int, pads: tuple[int, int], ceil: bool) -> int:
+    """Positions of a window; with `ceil` a last one may hang over the end, but it starts inside input or padding."""
+    free = size + sum(pads) - span
+    if not ceil:
+        return free // stride + 1
+    steps = -(-free // stride) + 1
+    return steps - 1 if (steps - 1) * stride >= size + pads[0] else steps
+
+
+OPS: tuple[Op, ...] = ()

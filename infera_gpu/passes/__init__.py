@@ -1,0 +1,26 @@
+"""Rewrites of the graph, once a model: what pays on every device, each provably safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from infera_gpu.graph import Graph
+from infera_gpu.op import Registry
+from infera_gpu.passes import conv, gelu, matmul
+from infera_gpu.passes.engine import Fusion, apply
+from infera_gpu.passes.fold import drop_dead, remove_identities, try_fold
+
+FUSIONS: tuple[Fusion, ...] = (*conv.FUSIONS, *gelu.FUSIONS, *matmul.FUSIONS)
+"""In the order in which they are applied."""
+
+
+def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None) -> Graph:
+    """The graph after every pass. `report(pass, times it fired)` is told what each did."""
+    graph = drop_dead(remove_identities(try_fold(graph, registry)))
+    for fusion in FUSIONS:
+        times = 1
+        while times:  # BatchNormalization then Mul then Add on one Conv: each application may enable the next
+            graph, times = apply(graph, fusion)
+            if report is not None and times:
+                report(fusion.name, times)
+    return drop_dead(graph)

@@ -1,0 +1,97 @@
+"""Rewrites that need no pattern: constants computed once, identities removed, dead code dropped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from infera_gpu.errors import PlanError
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.op import Registry, Site
+from infera_gpu.spec import spec_of
+
+FOLD_LIMIT = 1 << 28
+"""Bytes. A node that would fold to more is left for the run."""
+
+
+def fold_constants(graph: Graph, registry: Registry) -> Graph:
+    """Every pure node whose inputs are all constants becomes constants."""
+    constants: dict[str, HostArray] = dict(graph.constants)
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        made = _fold(node, constants, graph, registry)
+        if made is None:
+            nodes.append(node)
+        else:
+            constants.update(made)
+    return replace(graph, nodes=tuple(nodes), constants=constants)
+
+
+def _fold(node: Node, constants: dict[str, HostArray], graph: Graph, registry: Registry) -> dict[str, HostArray] | None:
+    if node.subgraphs or not all(i in constants for i in node.inputs if i):
+        return None
+    opset = graph.opsets.get(node.domain, 1)
+    op = registry.find(node.domain, node.op, opset)
+    if op is None or not op.pure:
+        return None
+    values = tuple(constants[i] if i else None for i in node.inputs)
+    site = Site(node, op.fill(node), tuple(None if v is None else spec_of(v) for v in values), values, opset=opset)
+    specs = op.infer(site)
+    if sum(s.nbytes for s in specs if s is not None) > FOLD_LIMIT:
+        return None
+    site = replace(site, outs=tuple(s for s in specs if s is not None))
+    with np.errstate(all="ignore"):
+        made = op.outputs(np, site, values)
+    return {name: np.asarray(a) for name, a in zip(node.outputs, made, strict=False) if name}
+
+
+def remove_identities(graph: Graph) -> Graph:
+    """Identity, and Dropout whose mask nobody reads, vanish; an output of the graph keeps its name."""
+    uses = graph.readers()
+    renamed: dict[str, str] = {}
+    nodes: list[Node] = []
+    captured = {v for n in graph.nodes for _, sub in n.subgraphs for v in sub.captures()}
+    for n in graph.nodes:
+        n = replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs))
+        identity = not n.domain and n.op == "Identity"
+        dropout = not n.domain and n.op == "Dropout" and _is_inference(n, graph) and not _mask_read(n, graph, uses)
+        if (identity or dropout) and n.outputs[0] not in graph.outputs and n.outputs[0] not in captured:
+            renamed[n.outputs[0]] = n.inputs[0]
+        else:
+            nodes.append(n)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _is_inference(n: Node, graph: Graph) -> bool:
+    if len(n.inputs) < 3 or not n.inputs[2]:
+        return True
+    mode = graph.constants.get(n.inputs[2])
+    return mode is not None and not bool(mode.reshape(-1)[0])
+
+
+def _mask_read(n: Node, graph: Graph, uses: dict[str, list[Node]]) -> bool:
+    return any(o and (o in uses or o in graph.outputs) for o in n.outputs[1:])
+
+
+def drop_dead(graph: Graph) -> Graph:
+    """Nodes and constants that no output needs vanish."""
+    needed = set(graph.outputs)
+    live: list[Node] = []
+    for n in reversed(graph.nodes):
+        if any(o in needed for o in n.outputs):
+            live.append(n)
+            needed.update(n.reads())
+    return replace(
+        graph,
+        nodes=tuple(reversed(live)),
+        constants={k: v for k, v in graph.constants.items() if k in needed},
+    )
+
+
+def try_fold(graph: Graph, registry: Registry) -> Graph:
+    """`fold_constants`, leaving a node that cannot be planned to the specialiser, whose error is the one to show."""
+    try:
+        return fold_constants(graph, registry)
+    except PlanError:
+        return graph

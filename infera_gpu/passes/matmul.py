@@ -1,0 +1,152 @@
+"""MatMul and Gemm with their bias, activation and residual in one node."""
+
+from __future__ import annotations
+
+from infera_gpu.passes.engine import Fusion, Match, Replacement, fused, infera, node
+
+ACTIVATIONS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "infera.Gelu": "gelu"}
+
+
+def _is_row_bias(match: Match) -> bool:
+    weight, bias = match.constant("w"), match.constant("b")
+    return weight.ndim == 2 and bias.size == bias.shape[-1:][0] == weight.shape[1] if bias.ndim else False
+
+
+BIAS = Fusion(
+    name="matmul_bias",
+    patterns=(node("Add", node("MatMul", "a", "#w"), "#b", commutes=True),),
+    guard=_is_row_bias,
+    build=fused("FusedMatMul", ("a", "w", "b")),
+    example="""
+        example (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = Add(b, t)
+        }""",
+    near_misses=(
+        """
+        product_is_an_output (float[2, 3] a) => (float[2, 2] y, float[2, 2] t)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = Add(b, t)
+        }""",
+        """
+        bias_a_column (float[2, 3] a) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2, 1] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = Add(t, b)
+        }""",
+    ),
+)
+
+
+def _gemm(match: Match) -> bool:
+    g = match.nodes["gemm"]
+    return float(g.attrs.get("beta", 1.0)) == 1.0 and match.constant("w").ndim == 2 and _gemm_bias_is_row(match)
+
+
+def _gemm_bias_is_row(match: Match) -> bool:
+    if "b" not in match.values:
+        return True
+    bias, weight = match.constant("b"), match.constant("w")
+    columns = weight.shape[0 if match.nodes["gemm"].attrs.get("transB", 0) else 1]
+    return bias.ndim >= 1 and bias.size == bias.shape[-1] == columns
+
+
+def _from_gemm(match: Match) -> Replacement:
+    g = match.nodes["gemm"]
+    attrs = {k: v for k, v in g.attrs.items() if k in ("transA", "transB", "alpha")}
+    names = tuple(match.values[n] for n in ("a", "w", "b") if n in match.values)
+    return Replacement(infera(match, "FusedMatMul", names, attrs))
+
+
+GEMM = Fusion(
+    name="gemm",
+    patterns=(node("Gemm", "a", "#w", "?#b", name="gemm"),),
+    guard=_gemm,
+    build=_from_gemm,
+    example="""
+        example (float[2, 3] a) => (float[2, 2] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            y = Gemm <transB = 1, alpha = 0.5> (a, w, b)
+        }""",
+    near_misses=(
+        """
+        scaled_bias (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            y = Gemm <beta = 2.0> (a, w, b)
+        }""",
+        """
+        full_bias (float[2, 3] a) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2, 2] b = {0.5, -1, 2, 3}> {
+            y = Gemm(a, w, b)
+        }""",
+    ),
+)
+
+
+def _plain(match: Match) -> bool:
+    """The matrix product has no activation yet, and a GELU is one that FusedMatMul knows."""
+    return not match.nodes["mm"].attrs.get("activation", "")
+
+
+def _with_activation(match: Match) -> Replacement:
+    inner, root = match.nodes["mm"], match.root
+    name = ACTIVATIONS[root.qualified]
+    if name == "gelu" and root.attrs.get("approximate") == "tanh":
+        name = "gelu_tanh"
+    return Replacement(infera(match, "FusedMatMul", inner.inputs, {**inner.attrs, "activation": name}))
+
+
+ACTIVATION = Fusion(
+    name="matmul_activation",
+    patterns=(node(tuple(ACTIVATIONS), node("infera.FusedMatMul", "a", "w", "?b", name="mm")),),
+    guard=_plain,
+    build=_with_activation,
+    example="""
+        example (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = infera.FusedMatMul(a, w, b)
+            y = Relu(t)
+        }""",
+    near_misses=(
+        """
+        activated_already (float[2, 3] a) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = infera.FusedMatMul <activation = "tanh"> (a, w, b)
+            y = Relu(t)
+        }""",
+        """
+        residual_comes_after_the_activation (float[2, 3] a, float[2, 2] r) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = infera.FusedMatMul(a, w, b, r)
+            y = Relu(t)
+        }""",
+    ),
+)
+
+
+def _with_residual(match: Match) -> Replacement:
+    inner = match.nodes["mm"]
+    inputs = (*inner.inputs, *[""] * (3 - len(inner.inputs)), match.values["r"])
+    return Replacement(infera(match, "FusedMatMul", inputs, inner.attrs))
+
+
+RESIDUAL = Fusion(
+    name="matmul_residual",
+    patterns=(node("Add", node("infera.FusedMatMul", "a", "w", "?b", name="mm"), "r", commutes=True),),
+    guard=lambda match: match.values["r"] not in match.graph.constants,
+    build=_with_residual,
+    example="""
+        example (float[2, 3] a, float[2, 2] r) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = infera.FusedMatMul(a, w, b)
+            y = Add(r, t)
+        }""",
+    near_misses=(
+        """
+        two_residuals (float[2, 3] a, float[2, 2] r, float[2, 2] s) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = infera.FusedMatMul(a, w, b, s)
+            y = Add(r, t)
+        }""",
+    ),
+)
+
+FUSIONS = (BIAS, GEMM, ACTIVATION, RESIDUAL)

@@ -1,0 +1,125 @@
+"""The executable: steps over operands whose places are fixed. Printable, and free of any decision at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import Operand, Space
+from infera_gpu.op import Kernel
+from infera_gpu.specialize import Placed, Segment
+
+StepKind: TypeAlias = Literal["kernel", "compute", "copy", "upload", "download"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do. Its operands are absolute; `workspace` is scratch of its own in the same space.
+
+    `kind` is "kernel" (a bound fast kernel), "compute" (the operator's plain function, which allocates), "copy" (to
+    make a strided value contiguous), or a transfer between host and device.
+    """
+
+    kind: StepKind
+    label: str
+    via: str
+    ins: tuple[Operand | None, ...]
+    outs: tuple[Operand, ...]
+    space: Space
+    placed: Placed | None = None
+    kernel: Kernel | None = None
+    workspace: Operand | None = None
+
+    @property
+    def allocates(self) -> bool:
+        return self.kind == "compute" or (self.kernel is not None and self.kernel.allocates)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A segment made executable on one device.
+
+    `inputs` are uploaded before the steps and `outputs` are where results lie after them. `arenas` gives the bytes of
+    each memory space, `lower_bounds` the most bytes alive at one step: no plan can need less.
+    """
+
+    device: str
+    segment: Segment
+    steps: tuple[Step, ...]
+    inputs: Mapping[str, Operand]
+    carried: Mapping[str, Operand]
+    outputs: Mapping[str, Operand]
+    constants: Mapping[str, HostArray]
+    arenas: Mapping[Space, int]
+    lower_bounds: Mapping[Space, int]
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(self.arenas.values())
+
+    @property
+    def lower_bound(self) -> int:
+        return sum(self.lower_bounds.values())
+
+    @property
+    def transfers(self) -> tuple[Step, ...]:
+        """The copies between host and device inside the plan."""
+        return tuple(s for s in self.steps if s.kind in ("upload", "download"))
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline, *table(rows(self))])
+
+    @property
+    def headline(self) -> str:
+        ins = ", ".join(f"{k} {_spec(o)}" for k, o in {**self.inputs, **self.carried}.items())
+        text = (
+            f"plan on {self.device}: {ins or 'no inputs'}\n"
+            f"{len(self.steps)} steps, {len(self.transfers)} transfers, arena {self.arena_bytes:,} bytes "
+            f"(lower bound {self.lower_bound:,})"
+        )
+        if not self.segment.is_last:
+            why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(p.node) for p in self.segment.eager])
+            text += f"\nthe rest is planned when known: {why}"
+        return text
+
+
+def _spec(o: Operand) -> str:
+    return f"{o.dtype.name}[{', '.join(map(str, o.shape))}]"
+
+
+HEADER = ("#", "step", "via", "output", "at", "bytes", "scratch")
+
+
+def rows(plan: Plan) -> list[tuple[str, ...]]:
+    """The plan as rows of text under HEADER."""
+    found: list[tuple[str, ...]] = []
+    for i, s in enumerate(plan.steps):
+        out = s.outs[0]
+        in_place = any(o is not None and not o.constant and o.offset == out.offset for o in s.ins)
+        found.append(
+            (
+                str(i),
+                s.label,
+                s.via + (" (allocates)" if s.allocates else ""),
+                _spec(out),
+                f"{out.offset:,}" + (" in place" if in_place and out.nbytes else ""),
+                f"{out.nbytes:,}",
+                f"{s.workspace.nbytes:,}" if s.workspace else "",
+            )
+        )
+    return found
+
+
+def table(body: list[tuple[str, ...]]) -> list[str]:
+    """Aligned lines with a header."""
+    lines = [HEADER, *body]
+    widths = [max(len(line[c]) for line in lines) for c in range(len(HEADER))]
+    right = {0, 4, 5, 6}
+    return [
+        "  ".join(
+            cell.rjust(w) if c in right else cell.ljust(w) for c, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

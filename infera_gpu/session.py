@@ -1,0 +1,337 @@
+"""Load once, plan once a shape, run many times."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.bind import Bound, Constants, bind
+from infera_gpu.devices import Device, open_device
+from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.graph import Graph
+from infera_gpu.layout import Space
+from infera_gpu.loader import Source, load_graph
+from infera_gpu.ops import registry
+from infera_gpu.passes import optimize
+from infera_gpu.plan import Plan, Step
+from infera_gpu.spec import Array, TensorSpec, bind_symbols
+from infera_gpu.specialize import check_supported
+from infera_gpu.stages import Stage, Stages
+
+Shapes = tuple[tuple[int, ...], ...]
+
+MAX_SHAPES = 64
+"""Input shapes whose plans are kept; the least recently used is dropped beyond that."""
+
+
+def load(
+    model: Source,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    fuse: bool = True,
+    max_concurrency: int = 4,
+) -> Session:
+    """Load an ONNX model: a path, serialised bytes or a ModelProto.
+
+    `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` sets how many
+    threads NumPy's BLAS uses, which is a setting of the whole process; None leaves it. `fuse=False` runs the graph as
+    it is written. Up to `max_concurrency` runs go on at once, each in an arena of its own.
+
+    Raises ModelError (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
+    """
+    graph = load_graph(model)
+    check_supported(graph, registry())
+    if threads is not None:
+        from threadpoolctl import ThreadpoolController
+
+        ThreadpoolController().limit(limits=threads, user_api="blas")
+    return Session(graph, open_device(device), fuse=fuse, max_concurrency=max_concurrency)
+
+
+class Lease:
+    """Arenas that one run at a time may use, and the plans bound to them."""
+
+    def __init__(self, device: Device, constants: Constants) -> None:
+        self._device, self._constants = device, constants
+        self._arenas: dict[Space, Any] = {}
+        self._sizes: dict[Space, int] = {}
+        self._bound: weakref.WeakKeyDictionary[Plan, Bound] = weakref.WeakKeyDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def bound(self, plan: Plan) -> Bound:
+        """The plan bound to these arenas, which grow first if it needs more than they have."""
+        found = self._bound.get(plan)
+        if found is None:
+            self._fit(plan)
+            found = self._bound[plan] = bind(plan, self._arenas, self._device, self._constants)
+        return found
+
+    def _fit(self, plan: Plan) -> None:
+        for space, nbytes in plan.arenas.items():
+            if nbytes > self._sizes.get(space, -1):
+                self._bound.clear()
+                if not plan.carried:
+                    self._arenas.pop(space, None)  # give the old one back before asking for the new one
+                old, had = self._arenas.get(space), self._sizes.get(space, 0)
+                self._arenas[space] = self._device.alloc(nbytes, space)
+                self._sizes[space] = nbytes
+                if old is not None and had:
+                    self._keep(old, self._arenas[space], had, space)
+
+    def _keep(self, old: Any, new: Any, nbytes: int, space: Space) -> None:
+        """Copy what earlier segments of this very run left behind."""
+        from infera_gpu.layout import dense
+
+        operand = dense("arena", space, TensorSpec((nbytes,), np.dtype(np.uint8)))
+        copy, args = self._device.transfer(self._device.view(old, operand), self._device.view(new, operand))
+        copy(*args)
+        self._device.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A step and the seconds it took."""
+
+    step: Step
+    seconds: float
+
+
+class Session:
+    """A loaded model. `run` may be called from several threads."""
+
+    def __init__(self, graph: Graph, device: Device, *, fuse: bool = True, max_concurrency: int = 4) -> None:
+        self.graph = optimize(graph, registry()) if fuse else graph
+        self.device = device
+        self.name = graph.name
+        self.inputs: Mapping[str, TensorSpec] = graph.inputs
+        self.outputs: Mapping[str, TensorSpec] = graph.outputs
+        self._constants = Constants(device)
+        self._stages = Stages(self.graph, device, registry(), self._constants)
+        self._first: OrderedDict[Shapes, Stage] = OrderedDict()
+        self._planning = threading.RLock()
+        self._free: list[Lease] = []
+        self._leases = 0
+        self._max_leases = max(1, max_concurrency)
+        self._available = threading.Condition()
+        self._closed = False
+
+    # ---- running
+
+    def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run the model: arrays in by name, arrays out by name.
+
+        Arrays that lie on the session's GPU (CuPy, or anything with DLPack) are read where they are. Results are new
+        NumPy arrays, except those named in `out`, which are written in place and must match in shape and dtype; with
+        every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit.
+        """
+        arrays, shapes = self._check(feeds)
+        results: dict[str, Array] = dict.fromkeys(self.outputs)
+        with self._lease() as lease, np.errstate(all="ignore"):
+            stage: Stage | None = self._stage(shapes)
+            entering: Mapping[str, Array] = arrays
+            while stage is not None:
+                bound = lease.bound(stage.plan)
+                self._fill(bound, entering)
+                for fn, args in bound.calls:
+                    fn(*args)
+                self._read(bound, stage, results, out)
+                if stage.is_last:
+                    break
+                stage, entering = self._advance(stage, bound)
+        return results
+
+    def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
+        transfer = self.device.transfer
+        for name, target in bound.inputs.items():
+            copy, args = transfer(entering[name], target)
+            copy(*args)
+
+    def _read(self, bound: Bound, stage: Stage, results: dict[str, Array], out: Mapping[str, Array] | None) -> None:
+        for name in stage.final:
+            source = bound.outputs[name]
+            target = out.get(name) if out else None
+            if target is None:
+                target = np.empty(source.shape, source.dtype)
+            elif target.shape != source.shape or target.dtype != source.dtype:
+                raise InputError(
+                    f"out['{name}'] is {target.dtype.name}{list(target.shape)}, "
+                    f"the output is {source.dtype.name}{list(source.shape)}"
+                )
+            copy, args = self.device.transfer(source, target)
+            copy(*args)
+            results[name] = target
+        self.device.synchronize()
+
+    def _advance(self, stage: Stage, bound: Bound) -> tuple[Stage, Mapping[str, Array]]:
+        """The stage that follows, now that the values it waits for are there; and what eager nodes made."""
+
+        def read(name: str) -> np.ndarray[Any, Any]:
+            source = bound.outputs[name]
+            host = np.empty(source.shape, source.dtype)
+            copy, args = self.device.transfer(source, host)
+            copy(*args)
+            self.device.synchronize()
+            return host
+
+        with self._planning:
+            return self._stages.advance(stage, read)
+
+    @contextmanager
+    def _lease(self) -> Iterator[Lease]:
+        with self._available:
+            if self._closed:
+                raise DeviceError(f"the session of '{self.name}' is closed")
+            while not self._free and self._leases >= self._max_leases:
+                self._available.wait()
+            if self._free:
+                lease = self._free.pop()
+            else:
+                lease = Lease(self.device, self._constants)
+                self._leases += 1
+        try:
+            yield lease
+        finally:
+            with self._available:
+                self._free.append(lease)
+                self._available.notify()
+
+    # ---- planning
+
+    def _stage(self, shapes: Shapes) -> Stage:
+        stage = self._first.get(shapes)
+        if stage is not None:
+            self._first.move_to_end(shapes)
+            return stage
+        with self._planning:
+            specs = {
+                name: TensorSpec(shape, spec.dtype)
+                for (name, spec), shape in zip(self.inputs.items(), shapes, strict=True)
+            }
+            stage = self._first[shapes] = self._stages.first(specs)
+            while len(self._first) > MAX_SHAPES:
+                self._first.popitem(last=False)
+            return stage
+
+    def plan_for(self, inputs: Mapping[str, Sequence[int] | Array]) -> Plan:
+        """The plan for these inputs, given as shapes or as arrays: its first segment, where there are several.
+
+        `print(session.plan_for(x=...))` shows every step. Raises InputError or PlanError.
+        """
+        shapes = {
+            name: tuple(int(d) for d in (value.shape if hasattr(value, "shape") else value))
+            for name, value in inputs.items()
+        }
+        self._check_names(shapes)
+        ordered = tuple(shapes[name] for name in self.inputs)
+        self._check_shapes(ordered)
+        return self._stage(ordered).plan
+
+    def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
+        """Run once, timing every step of every segment; the device is synchronised after each."""
+        arrays, shapes = self._check(feeds)
+        timings: list[Timing] = []
+        with self._lease() as lease, np.errstate(all="ignore"):
+            stage, entering = self._stage(shapes), arrays
+            while True:
+                bound = lease.bound(stage.plan)
+                self._fill(bound, entering)
+                self.device.synchronize()
+                for step, span in zip(stage.plan.steps, bound.spans, strict=True):
+                    began = time.perf_counter()
+                    for fn, args in bound.calls[span]:
+                        fn(*args)
+                    self.device.synchronize()
+                    timings.append(Timing(step, time.perf_counter() - began))
+                if stage.is_last:
+                    return timings
+                stage, entering = self._advance(stage, bound)  # type: ignore[assignment]
+
+    # ---- feeds
+
+    def _check(self, feeds: Mapping[str, Any]) -> tuple[dict[str, Array], Shapes]:
+        self._check_names(feeds)
+        arrays: dict[str, Array] = {}
+        for name, spec in self.inputs.items():
+            array = self._array(name, feeds[name], spec)
+            if array.dtype != spec.dtype:
+                raise InputError(
+                    f"input '{name}' is {array.dtype.name}, expected {spec}; "
+                    f"convert it with .astype('{spec.dtype.name}')"
+                )
+            arrays[name] = array
+        shapes = tuple(a.shape for a in arrays.values())
+        if shapes not in self._first:
+            self._check_shapes(shapes)
+        return arrays, shapes
+
+    def _array(self, name: str, value: Any, spec: TensorSpec) -> Array:
+        if isinstance(value, np.ndarray):
+            return value
+        array = self.device.accepts(value)
+        if array is not None:
+            return array
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        try:
+            return np.asarray(value, spec.dtype)  # Python numbers and lists have no dtype of their own
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"input '{name}' is no array and cannot be made one of {spec}: {error}") from None
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        if given.keys() == self.inputs.keys():
+            return
+        expected = ", ".join(f"{k} {s}" for k, s in self.inputs.items()) or "none"
+        for name in self.inputs:
+            if name not in given:
+                raise InputError(f"input '{name}' is missing; the model's inputs are: {expected}")
+        for name in given:
+            if name not in self.inputs:
+                raise InputError(f"'{name}' is not an input; the model's inputs are: {expected}")
+
+    def _check_shapes(self, shapes: Shapes) -> None:
+        try:
+            bind_symbols((n, s, shape) for (n, s), shape in zip(self.inputs.items(), shapes, strict=True))
+        except ValueError as error:
+            raise InputError(f"input {error}") from None
+
+    # ---- the rest
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of the graph's constants."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.graph.constants.values())
+
+    def close(self) -> None:
+        """Give the memory back. Runs that go on finish; later ones raise DeviceError."""
+        with self._available:
+            self._closed = True
+            while len(self._free) < self._leases:
+                self._available.wait()
+            self._free.clear()
+        self._first.clear()
+        self._constants = Constants(self.device)
+        self.device.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        ins = ", ".join(f"{k} {s}" for k, s in self.inputs.items())
+        outs = ", ".join(f"{k} {s}" for k, s in self.outputs.items())
+        return f"<Session {self.name} on {self.device.name}: {ins} -> {outs}>"

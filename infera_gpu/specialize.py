@@ -1,0 +1,223 @@
+"""Graph + concrete input shapes -> every shape known, and the arithmetic on shapes computed away.
+
+A node whose inputs are all known is computed here and now; every other node gets the specs of its outputs. Where
+planning must know a value that only a run can tell (the condition of an If, a computed Reshape, the number of boxes
+that NonMaxSuppression keeps), the segment ends: what comes before is planned and run, the value is read, and the rest
+is specialised with it. Segments form a tree, cached by those values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from infera_gpu.errors import PlanError, UnsupportedOperatorError
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.op import Op, Registry, Site
+from infera_gpu.spec import TensorSpec, spec_of
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A node with its operator and its site."""
+
+    op: Op
+    site: Site
+
+    @property
+    def node(self) -> Node:
+        return self.site.node
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What can be planned at once.
+
+    `inputs` are the values that enter (the graph's inputs, or what earlier segments left), `outputs` those that the
+    graph's outputs, later segments or `waits` need. `waits` are values to read after the run, `eager` nodes to run
+    then because the shapes of their outputs depend on data; `rest` is what is left to specialise after that.
+    """
+
+    nodes: tuple[Placed, ...]
+    inputs: Mapping[str, TensorSpec]
+    outputs: tuple[str, ...]
+    specs: Mapping[str, TensorSpec]
+    constants: Mapping[str, HostArray]
+    waits: tuple[str, ...] = ()
+    eager: tuple[Placed, ...] = ()
+    rest: tuple[Node, ...] = ()
+
+    @property
+    def is_last(self) -> bool:
+        return not self.rest and not self.eager
+
+
+def check_supported(graph: Graph, registry: Registry) -> None:
+    """Raises UnsupportedOperatorError listing every node without an operator, those in subgraphs included."""
+    missing: list[tuple[str, str]] = []
+
+    def walk(nodes: Iterable[Node]) -> None:
+        for n in nodes:
+            known = registry.find(n.domain, n.op, graph.opsets.get(n.domain, 1)) is not None
+            if not known and (n.domain or n.op not in CONTROL):
+                missing.append((n.qualified, n.name or n.outputs[0]))
+            for _, sub in n.subgraphs:
+                walk(sub.nodes)
+
+    walk(graph.nodes)
+    if missing:
+        raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0))
+
+
+CONTROL = frozenset({"If"})
+"""Control flow that specialising takes apart: it needs no operator of its own."""
+
+
+@dataclass
+class _Walk:
+    """The state of one pass over the nodes."""
+
+    registry: Registry
+    opsets: Mapping[str, int]
+    specs: dict[str, TensorSpec]
+    known: dict[str, HostArray]
+    placed: list[Placed] = field(default_factory=list)
+    waits: dict[str, None] = field(default_factory=dict)
+    eager: list[Placed] = field(default_factory=list)
+    rest: list[Node] = field(default_factory=list)
+    blocked: set[str] = field(default_factory=set)
+
+    def block(self, node: Node, *, keep: bool = True) -> None:
+        self.blocked.update(o for o in node.outputs if o)
+        if keep:
+            self.rest.append(node)
+
+    def visit(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if any(v in self.blocked for v in node.reads()):
+                self.block(node)
+            elif node.op == "If" and not node.domain:
+                self.branch(node)
+            else:
+                self.place(node)
+
+    def branch(self, node: Node) -> None:
+        """An If whose condition is known is its branch; otherwise it waits for the condition."""
+        condition = self.known.get(node.inputs[0])
+        if condition is None:
+            self.waits[node.inputs[0]] = None
+            self.block(node)
+            return
+        taken: Graph = node.attrs["then_branch" if bool(np.asarray(condition).reshape(-1)[0]) else "else_branch"]
+        self.known.update(taken.constants)
+        self.specs.update({k: spec_of(v) for k, v in taken.constants.items()})
+        self.visit(taken.nodes)
+        self.visit(
+            Node("Identity", (inner,), (outer,), name=f"{node.name or 'If'}/{outer}")
+            for inner, outer in zip(taken.outputs, node.outputs, strict=True)
+            if outer
+        )
+
+    def place(self, node: Node) -> None:
+        opset = self.opsets.get(node.domain, 1)
+        op = self.registry.find(node.domain, node.op, opset)
+        if op is None:
+            raise UnsupportedOperatorError([(node.qualified, node.name or node.outputs[0])], opset=opset)
+        site = Site(
+            node=node,
+            attrs=op.fill(node),
+            ins=tuple(self.specs[i] if i else None for i in node.inputs),
+            values=tuple(self.known.get(i) if i else None for i in node.inputs),
+            opset=opset,
+        )
+        unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
+        if unknown:
+            self.waits.update(dict.fromkeys(unknown))
+            self.block(node)
+            return
+        inferred = tuple(op.infer(site))
+        if any(s is None for s in inferred):
+            self.depends_on_data(op, site)
+            return
+        site = replace(site, outs=tuple(s for s in inferred if s is not None))
+        present = [v for i, v in enumerate(site.values) if site.has(i)]
+        if op.pure and all(v is not None for v in present):
+            self.fold(op, site, site.values)
+        elif op.shapes_only:
+            self.fold(
+                op, site, [None if s is None else np.broadcast_to(np.zeros((), s.dtype), s.dims) for s in site.ins]
+            )
+        else:
+            self.placed.append(Placed(op, site))
+            self.specs.update(named(node, site.outs))
+
+    def depends_on_data(self, op: Op, site: Site) -> None:
+        """Compute now if the inputs are known; else the node runs between two segments."""
+        if op.pure and all(v is not None for i, v in enumerate(site.values) if site.has(i)):
+            self.fold(op, site, site.values)
+            return
+        self.eager.append(Placed(op, site))
+        self.block(site.node, keep=False)
+
+    def fold(self, op: Op, site: Site, values: Sequence[HostArray | None]) -> None:
+        with np.errstate(all="ignore"):
+            made = op.outputs(np, site, values)
+        for name, array in zip(site.node.outputs, made, strict=False):
+            if name:
+                self.known[name] = np.asarray(array)
+                self.specs[name] = spec_of(self.known[name])
+
+
+def named(node: Node, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+    """The specs of the outputs that have a name."""
+    return {o: s for o, s in zip(node.outputs, specs, strict=False) if o}
+
+
+def specialize(
+    nodes: Iterable[Node],
+    *,
+    specs: Mapping[str, TensorSpec],
+    constants: Mapping[str, HostArray],
+    outputs: Iterable[str],
+    opsets: Mapping[str, int],
+    registry: Registry,
+) -> Segment:
+    """The next segment.
+
+    `specs` are the static specs of the values that enter, `constants` what is known (initialisers, values read from
+    earlier segments), `outputs` the graph's outputs that no earlier segment has made. Raises PlanError naming the
+    node that does not fit.
+    """
+    entering = dict(specs)
+    walk = _Walk(registry, opsets, {**entering, **{k: spec_of(v) for k, v in constants.items()}}, dict(constants))
+    walk.visit(nodes)
+    if walk.rest and not walk.waits and not walk.eager:
+        raise PlanError(f"{walk.rest[0]}: cannot be planned, yet nothing that a run would tell is missing")
+
+    later = {v for n in walk.rest for v in n.reads()} | {i for p in walk.eager for i in p.node.inputs if i}
+    wanted = {*outputs, *walk.waits, *later} - walk.blocked
+    live = prune(walk.placed, wanted)
+    made = {o for p in live for o in p.node.outputs if o}
+    reads = {i for p in live for i in p.node.inputs if i} | wanted
+    return Segment(
+        nodes=tuple(live),
+        inputs={k: s for k, s in entering.items() if k in reads and k not in walk.known},
+        outputs=tuple(sorted(v for v in wanted if v in made or v in entering or v in walk.known)),
+        specs=walk.specs,
+        constants={k: v for k, v in walk.known.items() if k in reads},
+        waits=tuple(walk.waits),
+        eager=tuple(walk.eager),
+        rest=tuple(walk.rest),
+    )
+
+
+def prune(placed: Sequence[Placed], wanted: Iterable[str]) -> list[Placed]:
+    """The nodes that `wanted` values need, in order."""
+    needed, live = set(wanted), []
+    for p in reversed(placed):
+        if any(o in needed for o in p.node.outputs):
+            live.append(p)
+            needed.update(i for i in p.node.inputs if i)
+    return live[::-1]

@@ -1,0 +1,37 @@
+"""What a kernel is bound to and what binding returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any
+"""A numpy.ndarray or a cupy.ndarray."""
+
+Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
+"""`fn(*args)` with everything decided: a bound kernel is a list of these, run in order, allocating nothing."""
+
+
+class Scratch(Protocol):
+    """Gives uninitialised, contiguous temporaries that live while one kernel runs."""
+
+    def __call__(self, shape: Sequence[int], dtype: Any = ...) -> Array: ...
+
+
+class Pack(Protocol):
+    """`build(weights)`, made once and kept: what a kernel derives from weights that never change."""
+
+    def __call__(self, tag: str, build: Callable[[Any], Any]) -> Array: ...
+
+
+def maximum(a: Array, b: Array, out: Array) -> Call:
+    """np.maximum into `out`, which NumPy takes by keyword only."""
+    return (partial(np.maximum, out=out), (a, b))
+
+
+def minimum(a: Array, b: Array, out: Array) -> Call:
+    """np.minimum into `out`, which NumPy takes by keyword only."""
+    return (partial(np.minimum, out=out), (a, b))

@@ -1,0 +1,153 @@
+"""Two-dimensional convolution on NumPy and its BLAS, channels first.
+
+Four strategies, by shape: pointwise (a GEMM straight from x), depthwise (shifted multiply-adds), Winograd (3x3), and
+for the rest a block of columns (im2col) and a GEMM. Every one applies the epilogue to a block while it is in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Pack, Scratch
+from infera_kernels.cpu.conv_depthwise import depthwise
+from infera_kernels.cpu.conv_epilogue import Activation, epilogue, reuse
+from infera_kernels.cpu.conv_planes import Pair, planes
+from infera_kernels.cpu.conv_winograd import tile_of, winograd
+
+COLUMN_BYTES = 1 << 21
+"""Columns of one im2col block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
+
+
+def conv2d(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    *,
+    strides: Pair,
+    pads: tuple[Pair, Pair],
+    dilations: Pair,
+    group: int,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    pack: Pack | None = None,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual).
+
+    x (N, C, H, W), w (O, C / group, KH, KW), b (O,) or None, y and residual (N, O, OH, OW); all contiguous, of one
+    floating dtype. `pads` are (before, after) of each axis and at least 0. `pack` is given where w never changes.
+    """
+    kernel = w.shape[2:]
+    if not y.size:
+        return []
+    if group > 1 and w.shape[:2] == (group, 1):
+        return depthwise(
+            x, w, b, y, scratch, strides=strides, pads=pads, dilations=dilations, activation=activation,
+            residual=residual,
+        )  # fmt: skip
+    if kernel == (1, 1) and not any(map(any, pads)):
+        return _pointwise(x, w, b, y, scratch, strides, group, activation, residual)
+    tile = tile_of(w.shape, y.shape[2:], strides, dilations, group) if pack is not None else 0
+    if tile and pack is not None:
+        return winograd(x, w, b, y, scratch, pack, tile, pads=pads, activation=activation, residual=residual)
+    return _im2col(x, w, b, y, scratch, strides, pads, dilations, group, activation, residual)
+
+
+def _matrices(w: Array, group: int) -> Array:
+    """w as (O, taps), or (group, O / group, taps)."""
+    return w.reshape(w.shape[0], -1) if group == 1 else w.reshape(group, w.shape[0] // group, -1)
+
+
+def _grouped(a: Array, group: int) -> Array:
+    """(rows, columns) as (group, rows / group, columns)."""
+    return a if group == 1 else a.reshape(group, a.shape[0] // group, a.shape[1])
+
+
+def _pointwise(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    strides: Pair,
+    group: int,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    n, c = x.shape[:2]
+    o, pixels = y.shape[1], y.shape[2] * y.shape[3]
+    calls: list[Call] = []
+    weights = _matrices(w, group)
+    if pixels == 1 and group == 1 and strides == (1, 1):
+        flat = y.reshape(n, o)
+        flat_residual = None if residual is None else residual.reshape(n, o)
+        calls.append((np.matmul, (x.reshape(n, c), weights.T, flat)))
+        return calls + epilogue(flat, b, flat_residual, activation, scratch)
+    gathered = None if strides == (1, 1) else scratch((c, *y.shape[2:]), x.dtype)
+    shared = reuse(scratch)
+    column = None if b is None else b.reshape(o, 1)
+    for i in range(n):
+        if gathered is not None:
+            calls.append((np.copyto, (gathered, x[i, :, :: strides[0], :: strides[1]])))
+        source = (x[i] if gathered is None else gathered).reshape(c, pixels)
+        image = y[i].reshape(o, pixels)
+        rest = None if residual is None else residual[i].reshape(o, pixels)
+        calls.append((np.matmul, (weights, _grouped(source, group), _grouped(image, group))))
+        calls += epilogue(image, column, rest, activation, shared)
+    return calls
+
+
+def _im2col(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    strides: Pair,
+    pads: tuple[Pair, Pair],
+    dilations: Pair,
+    group: int,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    n, c = x.shape[:2]
+    o, height, width = y.shape[1:]
+    kh, kw = w.shape[2:]
+    out = (height, width)
+    before = (pads[0][0], pads[1][0])
+    padded = planes(scratch, c, out, (kh, kw), x.dtype, strides=strides, dilations=dilations, before=before)
+    weights = _matrices(w, group)
+    column = None if b is None else b.reshape(o, 1)
+    taps = c * kh * kw
+    step = _block(height, taps * width * x.itemsize, COLUMN_BYTES)
+    room = scratch((taps * step * width,), x.dtype)
+    shared = reuse(scratch)
+    calls: list[Call] = [padded.clear()]
+    for i in range(n):
+        calls += padded.load(x[i])
+        for rows in _spans(height, step):
+            count = (rows.stop - rows.start) * width
+            p = slice(rows.start * width, rows.start * width + count)
+            cols = room[: taps * count].reshape(c, kh, kw, rows.stop - rows.start, width)
+            calls += [
+                (np.copyto, (cols[:, a, e], padded.tap(a, e, rows, width))) for a in range(kh) for e in range(kw)
+            ]
+            block = y[i].reshape(o, -1)[:, p]
+            rest = None if residual is None else residual[i].reshape(o, -1)[:, p]
+            calls.append((np.matmul, (weights, _grouped(cols.reshape(taps, count), group), _grouped(block, group))))
+            calls += epilogue(block, column, rest, activation, shared)
+    return calls
+
+
+def _block(count: int, nbytes: int, budget: int) -> int:
+    """Items of a block: `budget` bytes' worth, the blocks of nearly equal size."""
+    blocks = max(1, -(-count * nbytes // max(budget, nbytes)))
+    return -(-count // blocks)
+
+
+def _spans(count: int, step: int) -> Iterator[slice]:
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))

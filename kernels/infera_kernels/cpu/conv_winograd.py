@@ -1,0 +1,127 @@
+"""3x3 convolution by Winograd's minimal filtering, F(2x2, 3x3) and F(4x4, 3x3).
+
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308. The two transforms of a tile are
+written as one matrix each (the Kronecker square of the one-dimensional transform), so that they too are GEMMs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Pack, Scratch
+from infera_kernels.cpu.conv_epilogue import Activation, epilogue, reuse
+from infera_kernels.cpu.conv_planes import Pair, planes
+
+BLOCK_BYTES = 1 << 20
+"""Gathered tiles and their transforms of one block of tile rows."""
+
+_POINTS: dict[int, tuple[Fraction, ...]] = {
+    2: (Fraction(0), Fraction(1), Fraction(-1)),
+    4: (Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(4, 3), Fraction(-4, 3)),
+}
+"""Interpolation points by output tile (infinity is added). Those of 4 round three times better than 0, 1, -1, 2, -2."""
+
+
+def transforms(tile: int) -> tuple[Array, Array, Array]:
+    """(B^T of the data, G of the filter, A^T of the output) of F(tile, 3) in float64, by the Cook-Toom construction."""
+    points = _POINTS[tile]
+    size = tile + 2
+
+    def powers(count: int) -> list[list[Fraction]]:
+        return [[p**k for k in range(count)] for p in points] + [[Fraction(0)] * (count - 1) + [Fraction(1)]]
+
+    def vanishing_at(roots: Sequence[Fraction]) -> list[Fraction]:
+        polynomial = [Fraction(1)]
+        for root in roots:
+            polynomial = [
+                low - root * high for low, high in zip([Fraction(0), *polynomial], [*polynomial, Fraction(0)], strict=True)
+            ]
+        return polynomial + [Fraction(0)] * (size - len(polynomial))
+
+    others = [[q for q in points if q != p] for p in points]
+    data = [*map(vanishing_at, others), vanishing_at(points)]
+    scales = [Fraction(1) / math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
+    taps = [[scale * v for v in row] for scale, row in zip([*scales, Fraction(1)], powers(3), strict=True)]
+    return np.array(data, np.float64), np.array(taps, np.float64), np.array(powers(tile), np.float64).T
+
+
+def tile_of(w: Sequence[int], out: Sequence[int], strides: Pair, dilations: Pair, group: int) -> int:
+    """The output tile that pays at this shape, 0 for none."""
+    if tuple(w[2:]) != (3, 3) or strides != (1, 1) or dilations != (1, 1) or group != 1 or min(w[:2]) < 16:
+        return 0
+    smallest = min(out)
+    return 4 if smallest >= 28 else 2 if smallest >= 10 else 0
+
+
+def winograd(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    pack: Pack,
+    tile: int,
+    *,
+    pads: tuple[Pair, Pair],
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual) with w (O, C, 3, 3), stride 1; see `conv2d`."""
+    n, c = x.shape[:2]
+    o, height, width = y.shape[1:]
+    size = tile + 2
+    data, _, out = transforms(tile)
+    data, out = np.kron(data, data).astype(x.dtype), np.kron(out, out).astype(x.dtype)
+    filters = pack(f"winograd{tile}", lambda weights: transform_filters(weights, tile))
+    down, across = -(-height // tile), -(-width // tile)
+    padded = planes(
+        scratch, c, (down, across), (size, size), x.dtype, strides=(tile, tile), dilations=(1, 1),
+        before=(pads[0][0], pads[1][0]),
+    )  # fmt: skip
+    row_bytes = size * size * across * max(c, o) * x.itemsize
+    blocks = max(1, -(-down * row_bytes // max(BLOCK_BYTES, row_bytes)))
+    step = -(-down // blocks)
+    most = size * size * step * across * max(c, o)
+    one, two = scratch((most,), x.dtype), scratch((most,), x.dtype)
+    column = None if b is None else b.reshape(o, 1, 1)
+    shared = reuse(scratch)
+    calls: list[Call] = [padded.clear()]
+    for i in range(n):
+        calls += padded.load(x[i])
+        for start in range(0, down, step):
+            rows = slice(start, min(start + step, down))
+            tiles = (rows.stop - start) * across
+
+            def matrix(room: Array, count: int, channels: int, tiles: int = tiles) -> Array:
+                return room[: count * channels * tiles].reshape(count, channels, tiles)
+
+            gathered, spectrum = matrix(one, size * size, c), matrix(two, size * size, c)
+            grid = gathered.reshape(size, size, c, rows.stop - start, across)
+            calls += [
+                (np.copyto, (grid[a, e], padded.tap(a, e, rows, across))) for a in range(size) for e in range(size)
+            ]
+            calls.append((np.matmul, (data, gathered.reshape(size * size, -1), spectrum.reshape(size * size, -1))))
+            sums, pixels = matrix(one, size * size, o), matrix(two, tile * tile, o)
+            calls.append((np.matmul, (filters, spectrum, sums)))
+            calls.append((np.matmul, (out, sums.reshape(size * size, -1), pixels.reshape(tile * tile, -1))))
+            band = slice(start * tile, min(rows.stop * tile, height))
+            block = y[i, :, band]
+            made = pixels.reshape(tile, tile, o, rows.stop - start, across)
+            for a in range(tile):
+                for e in range(tile):
+                    target = block[:, a::tile, e::tile]
+                    source = made[a, e, :, : target.shape[1], : target.shape[2]]
+                    calls.append((np.copyto, (target, source)) if column is None else (np.add, (source, column, target)))
+            calls += epilogue(block, None, None if residual is None else residual[i, :, band], activation, shared)
+    return calls
+
+
+def transform_filters(w: Array, tile: int) -> Array:
+    """(O, C, 3, 3) -> (tiles' elements, O, C): G w G^T, in float64, rounded once."""
+    g = transforms(tile)[1]
+    made = np.einsum("ai,ocij,ej->aeoc", g, w.astype(np.float64), g, optimize=True)
+    return np.ascontiguousarray(made.reshape(-1, *w.shape[:2]), dtype=w.dtype)

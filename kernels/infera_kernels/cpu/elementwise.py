@@ -1,0 +1,134 @@
+"""The words of bound NumPy kernels: calls, constants, cache-sized blocks; and the elementwise kernels themselves.
+
+A kernel function takes its arrays once and returns the calls of every later run. Nothing a call does may allocate an
+array, so temporaries come from `scratch(shape, dtype)` and every view is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch, maximum, minimum
+
+BLOCK = 16384
+"""Elements of a block in a chain of ufuncs: its float32 operands stay in L2, and a call's overhead stays below 15%."""
+
+
+def call(ufunc: Callable[..., object], *operands: Array) -> Call:
+    """`ufunc(*inputs, output)`. NumPy 2.4 takes the output of maximum and minimum by keyword only."""
+    if ufunc is np.maximum:
+        return maximum(*operands)
+    if ufunc is np.minimum:
+        return minimum(*operands)
+    return ufunc, operands
+
+
+def copy(dst: Array, src: Array) -> Call:
+    """dst[...] = src, cast where the dtypes differ; `src` may broadcast."""
+    return np.copyto, (dst, src, "unsafe")
+
+
+def copy_where(dst: Array, src: Array, mask: Array) -> Call:
+    """dst[mask] = src[mask]"""
+    return np.copyto, (dst, src, "unsafe", mask)
+
+
+def const(value: Any, like: Array) -> Array:
+    """A 0-d array of `like`'s dtype: unlike a Python number it is not converted anew in every call."""
+    return np.asarray(value, like.dtype)
+
+
+def contiguous(x: Array, scratch: Scratch) -> tuple[Array, list[Call]]:
+    """`x` itself where it is C-contiguous, else a scratch copy and the call that fills it."""
+    if x.flags.c_contiguous:
+        return x, []
+    dense = scratch(x.shape, x.dtype)
+    return dense, [copy(dense, x)]
+
+
+def converted(x: Array, dtype: Any, scratch: Scratch) -> tuple[Array, list[Call]]:
+    """`x` itself where it has `dtype`, else a scratch copy of that dtype and the call that fills it."""
+    if x.dtype == dtype:
+        return x, []
+    cast = scratch(x.shape, dtype)
+    return cast, [copy(cast, x)]
+
+
+def blocks(*arrays: Array, size: int = BLOCK) -> Iterator[tuple[Array, ...]]:
+    """Views of at most about `size` elements that together cover the arrays, which have one shape.
+
+    Flat where every array is C-contiguous; else whole trailing axes and a range of the axis before them.
+    """
+    shape = arrays[0].shape
+    if all(a.flags.c_contiguous for a in arrays):
+        flat = [a.reshape(-1) for a in arrays]
+        for i in range(0, flat[0].size, size):
+            yield tuple(f[i : i + size] for f in flat)
+        return
+    if 0 in shape:
+        return
+    axis, inner = len(shape) - 1, 1
+    while axis > 0 and inner * shape[axis] <= size:
+        inner *= shape[axis]
+        axis -= 1
+    rows = max(1, size // inner)
+    for outer in np.ndindex(*shape[:axis]):
+        parts = [a[outer] for a in arrays]
+        for i in range(0, shape[axis], rows):
+            yield tuple(p[i : i + rows] for p in parts)
+
+
+def truncated_divide(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
+    """Integer a / b rounded towards zero, as in C; `out` may be `a` or `b`."""
+    if out.dtype.kind == "u":
+        return [call(np.floor_divide, a, b, out)]
+    exact = scratch(out.shape, out.dtype)
+    return [
+        call(np.fmod, a, b, exact),
+        call(np.subtract, a, exact, exact),
+        call(np.floor_divide, exact, b, out),
+    ]
+
+
+def power(a: Array, b: Array, out: Array, scratch: Scratch, *, exponent: float | None) -> list[Call]:
+    """a ** b of floats, where `exponent` is b's value if it is one known number; `out` may be `a`."""
+    if exponent == 2:
+        return [call(np.square, a, out)]
+    if exponent == 3:
+        size = min(out.size, BLOCK)
+        t = scratch((size,), out.dtype)
+        calls: list[Call] = []
+        for x, y in blocks(np.broadcast_to(a, out.shape), out):
+            square = t[: x.size].reshape(x.shape)
+            calls += [call(np.square, x, square), call(np.multiply, x, square, y)]
+        return calls
+    b, calls = converted(b, out.dtype, scratch)
+    return [*calls, call(np.power, a, b, out)]
+
+
+def variadic(ufunc: Callable[..., object], ins: Sequence[Array], out: Array, *, mean: bool = False) -> list[Call]:
+    """The inputs combined from left to right, divided by their number for a mean."""
+    if len(ins) == 1:
+        return [copy(out, ins[0])]
+    calls = [call(ufunc, ins[0], ins[1], out), *(call(ufunc, out, x, out) for x in ins[2:])]
+    return [*calls, call(np.true_divide, out, const(len(ins), out), out)] if mean else calls
+
+
+def where(condition: Array, x: Array, y: Array, out: Array) -> list[Call]:
+    """x where the condition holds, else y; `out` may be `y`."""
+    return [copy(out, y), copy_where(out, x, condition)]
+
+
+def clip(x: Array, low: Array | None, high: Array | None, out: Array) -> list[Call]:
+    """min(max(x, low), high) with 0-d bounds; `out` may be `x`."""
+    calls: list[Call] = []
+    for src, dst in blocks(x, out):
+        steps = [(f, bound) for f, bound in ((np.maximum, low), (np.minimum, high)) if bound is not None]
+        for f, bound in steps:
+            calls.append(call(f, src, bound, dst))
+            src = dst
+        if not steps:
+            calls.append(copy(dst, src))
+    return calls

@@ -1,0 +1,146 @@
+"""Triton kernels on an NVIDIA GPU: compiled once, kept on disk, launched by the driver with arguments packed once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from infera_kernels.calls import Call
+from infera_kernels.launch.abi import Address, pack
+from infera_kernels.launch.cache import KernelCache
+from infera_kernels.launch.compile import Binary, cache_key, compile_kernel, compiler_options
+from infera_kernels.launch.compiling import nothing
+from infera_kernels.launch.signature import bind, kernel_name
+from infera_kernels.launch.types import LaunchError, Target, grid_of
+
+_DEFAULT_SHARED = 48 * 1024
+"""Dynamic shared memory that a block may use without opting in."""
+
+
+class Driver(Protocol):
+    """The part of the CUDA driver that launching needs."""
+
+    @property
+    def launch(self) -> Callable[..., object]:
+        """cuLaunchKernel(function, gx, gy, gz, bx, by, bz, shared bytes, stream, parameters, extra)"""
+        ...
+
+    def target(self, device_id: int) -> Target: ...
+
+    def load(self, device_id: int, cubin: bytes, name: str) -> Address:
+        """The function `name` of a cubin; the address keeps its module loaded. Raises LaunchError."""
+        ...
+
+    def allow_shared(self, function: int, nbytes: int) -> None:
+        """Lets a function use more than 48 KiB of dynamic shared memory."""
+        ...
+
+
+class CupyDriver:
+    """The driver by way of CuPy, which a process with CUDA arrays has loaded anyway."""
+
+    def __init__(self) -> None:
+        from cupy_backends.cuda.api import driver
+
+        self._driver = driver
+        self.launch: Callable[..., object] = driver.launchKernel
+
+    def target(self, device_id: int) -> Target:
+        import cupy
+
+        device = cupy.cuda.Device(device_id)
+        attributes = device.attributes
+        return Target(
+            int(device.compute_capability),
+            attributes["MultiProcessorCount"],
+            attributes["MaxSharedMemoryPerBlockOptin"],
+        )
+
+    def load(self, device_id: int, cubin: bytes, name: str) -> Address:
+        import cupy
+
+        module = cupy.cuda.function.Module()
+        try:
+            with cupy.cuda.Device(device_id):
+                module.load(cubin)
+                function = module.get_function(name)
+        except self._driver.CUDADriverError as e:
+            version = cupy.cuda.runtime.driverGetVersion()
+            raise LaunchError(
+                f"{name}: the driver (CUDA {version // 1000}.{version % 1000 // 10}) does not load it: {e}. Where it "
+                "is older than Triton's assembler, set TRITON_PTXAS_BLACKWELL_PATH to triton/backends/nvidia/bin/ptxas"
+            ) from e
+        return Address.of(function.ptr, (function, module))
+
+    def allow_shared(self, function: int, nbytes: int) -> None:
+        attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._driver.funcSetAttribute(function, attribute, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    binary: Binary
+    function: Address
+
+
+class CudaLauncher:
+    """Launches on one device and one stream.
+
+    `stream` is a cupy stream, or its address. `launch` compiles or loads what is not there yet, so it must run
+    outside a graph capture; the Calls it returns may be captured. It may be called from several threads.
+    """
+
+    def __init__(
+        self, device_id: int, stream: Any, *, driver: Driver | None = None, cache: KernelCache | None = None
+    ) -> None:
+        self.device_id = device_id
+        self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
+        self._driver = driver or CupyDriver()
+        self._cache = cache or KernelCache()
+        self.target = self._driver.target(device_id)
+        self._loaded: dict[str, _Loaded] = {}
+        self._lock = threading.Lock()
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: Mapping[str, Any],
+        constexprs: Mapping[str, Any],
+        **options: Any,
+    ) -> Call:
+        x, y, z = grid_of(grid, kernel_name(kernel))
+        binding = bind(kernel, args, constexprs)
+        settings = compiler_options(options)
+        if x * y * z == 0:
+            return nothing, ()
+        key = cache_key(kernel, binding, settings, self.target.arch)
+        with self._lock:
+            loaded = self._loaded.get(key)
+            if loaded is None:
+                binary = self._cache.get(key)
+                if binary is None:
+                    binary = compile_kernel(kernel, binding, settings, self.target.arch)
+                    self._cache.put(key, binary)
+                loaded = self._loaded[key] = self._load(binary)
+        runtime = binding.runtime()
+        spec = loaded.binary.spec
+        parameters = pack(spec.types, [leaf.value for leaf in runtime], keep=[leaf.array for leaf in runtime])
+        return self._driver.launch, (
+            *(loaded.function, x, y, z, spec.threads, 1, 1, spec.shared_bytes),
+            *(self._stream, parameters, 0),
+        )
+
+    def _load(self, binary: Binary) -> _Loaded:
+        spec = binary.spec
+        if spec.shared_bytes > self.target.shared_bytes:
+            raise LaunchError(
+                f"{spec.name}: needs {spec.shared_bytes:,} bytes of shared memory a block, device {self.device_id} "
+                f"(sm_{self.target.arch}) has {self.target.shared_bytes:,}: choose a smaller tile or fewer stages"
+            )
+        function = self._driver.load(self.device_id, binary.cubin, spec.name)
+        if spec.shared_bytes > _DEFAULT_SHARED:
+            self._driver.allow_shared(function, spec.shared_bytes)
+        return _Loaded(binary, function)

@@ -1,0 +1,87 @@
+"""Kernels run by Triton's interpreter on NumPy arrays: numerics without a GPU.
+
+The interpreter computes bfloat16 on its 16-bit storage, silently wrong; kernels therefore widen to float32 before
+they compute (and before `tl.dot` where `INTERPRETED`). It ignores `input_precision` and sees no races.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from infera_kernels.calls import Call
+from infera_kernels.launch.recording import Launch, launch_of
+from infera_kernels.launch.signature import CONSTEXPR, Leaf, bind
+from infera_kernels.launch.types import LaunchError, Target, nominal_target
+
+
+class _Scalar(np.ndarray[Any, np.dtype[Any]]):
+    """A one-element array that converts to int.
+
+    Triton 3.6 makes loop bounds with `int(array of shape (1,))`, which NumPy 2.4 refuses. Arithmetic keeps the
+    subclass, so bounds computed from arguments convert as well.
+    """
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+
+_SCALARS = {"i1": np.bool_, "i32": np.int32, "i64": np.int64, "fp32": np.float32}
+
+
+def _tensor(leaf: Leaf, annotated: bool) -> Any:
+    """What the interpreter passes for a leaf: a Triton tensor, or a plain value for a constant."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if leaf.type == CONSTEXPR:
+        if annotated or type(leaf.value) is not int:
+            return leaf.value
+        leaf = Leaf(leaf.path, "i32" if -(2**31) <= leaf.value < 2**31 else "i64", leaf.value)
+    if leaf.type.startswith("*"):
+        kind, data = tl.pointer_type(tl.str_to_ty(leaf.type[1:], None)), np.array([leaf.value], np.uint64)
+    else:
+        kind, data = tl.str_to_ty(leaf.type, None), np.array([leaf.value], _SCALARS[leaf.type]).view(_Scalar)
+    return tl.tensor(TensorHandle(data, kind), kind)
+
+
+class InterpreterLauncher:
+    """Executing a Call interprets the kernel, program after program, and appends its Launch to `launches`.
+
+    TRITON_INTERPRET=1 must be set before any module with kernels is imported. Raises LaunchError otherwise.
+    """
+
+    def __init__(self, target: Target | None = None) -> None:
+        self.target = target or nominal_target(90)
+        self.launches: list[Launch] = []
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: Mapping[str, Any],
+        constexprs: Mapping[str, Any],
+        **options: Any,
+    ) -> Call:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        launch = launch_of(kernel, grid, args, constexprs, options)
+        if not isinstance(kernel, InterpretedFunction):
+            raise LaunchError(
+                f"{launch.kernel} was imported for compilation; set TRITON_INTERPRET=1 before importing kernels"
+            )
+        binding = bind(kernel, args, constexprs)
+        values = [
+            tuple(_tensor(e, False) for e in leaf)
+            if isinstance(leaf, tuple)
+            else _tensor(leaf, name in binding.annotated)
+            for name, leaf in zip(binding.names, binding.leaves, strict=True)
+        ]
+        return self._run, (kernel[launch.grid], values, launch)
+
+    def _run(self, kernel: Any, values: list[Any], launch: Launch) -> None:
+        with np.errstate(all="ignore"):
+            kernel(*values)
+        self.launches.append(launch)

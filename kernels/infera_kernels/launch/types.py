@@ -1,0 +1,98 @@
+"""What a launch is made of: arrays, scalars, constants and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from infera_kernels.calls import Call
+
+class LaunchError(RuntimeError):
+    """A kernel cannot be compiled, loaded or launched as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    """An argument, or one element of a tuple argument, whose value is compiled into the kernel.
+
+    Strides of 0 and 1 are passed so: a compiler that knows a stride is 1 can use wide loads.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU as kernels see it: what a tile may use."""
+
+    arch: int
+    """Compute capability: 80 for sm_80, 90 for sm_90."""
+    multiprocessors: int
+    shared_bytes: int
+    """The most dynamic shared memory that one block may opt in to."""
+
+
+_SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+_MULTIPROCESSORS = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
+
+
+def nominal_target(arch: int) -> Target:
+    """The usual GPU of an architecture (CUDA C++ Programming Guide, table 'Technical Specifications').
+
+    An architecture not listed gets 99 KiB of shared memory, which every one since sm_80 has.
+    """
+    return Target(arch, _MULTIPROCESSORS.get(arch, 64), _SHARED_KIB.get(arch, 99) * 1024)
+
+
+class Typed(Protocol):
+    """Anything with a shape and a dtype: an array or a tensor spec."""
+
+    @property
+    def shape(self) -> tuple[Any, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+class Launcher(Protocol):
+    """Turns a Triton kernel and its arguments into a Call.
+
+    `args` maps the kernel's run-time parameters to arrays, ints, floats, None (compiled in) or tuples of ints; an
+    array's address and a number's value are fixed in the Call. `constexprs` maps the others. `options` are the
+    compiler's: num_warps, num_stages, maxnreg, enable_fp_fusion. Raises LaunchError or TypeError.
+    """
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: Mapping[str, Any],
+        constexprs: Mapping[str, Any],
+        **options: Any,
+    ) -> Call: ...
+
+
+def target_of(launcher: Launcher) -> Target:
+    """The launcher's target; the least of the supported ones where it names none."""
+    target = getattr(launcher, "target", None)
+    return target if isinstance(target, Target) else Target(80, 64, 99 * 1024)
+
+
+def address_of(array: Any) -> int:
+    """The address of an array's first element. Works for numpy, cupy and the CUDA array interface."""
+    if isinstance(array, np.ndarray):
+        return int(array.ctypes.data)
+    pointer = getattr(getattr(array, "data", None), "ptr", None)
+    if pointer is None:
+        pointer = array.__cuda_array_interface__["data"][0]
+    return int(pointer)
+
+
+def grid_of(grid: Sequence[int], kernel: str) -> tuple[int, int, int]:
+    """The grid in three dimensions. Raises LaunchError where a dimension is beyond CUDA's limit."""
+    x, y, z = (*grid, 1, 1, 1)[:3] if len(grid) <= 3 else (-1, -1, -1)
+    if not (0 <= x < 2**31 and 0 <= y < 2**16 and 0 <= z < 2**16):
+        raise LaunchError(f"{kernel}: grid {tuple(grid)} is outside CUDA's limits (2147483647, 65535, 65535)")
+    return x, y, z

@@ -1,0 +1,350 @@
+"""Many callers, one running batch.
+
+A `Batcher` owns one engine thread. A job that finds it idle runs at once; jobs that arrive during a run wait, and the
+next run takes as many of one group (rows that fit in one array) as the batch holds. No delay is ever added. The group
+whose first job has waited longest goes next, so no shape blocks another.
+
+Nothing here knows HTTP, ONNX or a GPU: `run` takes arrays and returns arrays.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from infera_server.errors import Expired, Overloaded, Unavailable
+
+HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Arrays: TypeAlias = Mapping[str, HostArray]
+Run: TypeAlias = Callable[[Arrays], Arrays]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the rows of a batch lie: the batch axis of every input and output, and the sizes a batch is padded to.
+
+    `buckets` is ascending; the last one is the most rows a batch, and so a request, may have.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    buckets: tuple[int, ...]
+
+    @property
+    def max_rows(self) -> int:
+        return self.buckets[-1]
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket that holds `rows`."""
+        return next(b for b in self.buckets if b >= rows)
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """One run. Times are seconds of `time.monotonic`; `rows` excludes the `padded - rows` rows of padding."""
+
+    jobs: Sequence[Job]
+    rows: int
+    padded: int
+    taken_at: float
+    gathered_at: float = 0.0
+    ran_at: float = 0.0
+    split_at: float = 0.0
+    results: Sequence[Arrays | Exception] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether one job is all there is: its arrays are run as they are."""
+        return len(self.jobs) == 1 and self.rows == self.padded
+
+
+Done: TypeAlias = Callable[[Arrays | Exception, Batch | None], None]
+"""Called once a job, unless it was cancelled; without a batch where the job never ran."""
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One caller's request: `rows` rows in every array of `feeds`.
+
+    Jobs of equal `group` can share a batch. `nbytes` is what the job keeps in memory while it waits. `deadline` is a
+    time of `time.monotonic`.
+    """
+
+    feeds: Arrays
+    done: Done
+    rows: int = 1
+    group: Hashable = None
+    nbytes: int = 0
+    deadline: float = math.inf
+    queued_at: float = 0.0
+    state: State = State.WAITING
+
+
+def in_order(feeds: Arrays) -> Arrays:
+    """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
+    return {name: np.require(array, requirements="CA") for name, array in feeds.items()}
+
+
+def _call(deliver: Callable[[Batch], None], batch: Batch) -> None:
+    deliver(batch)
+
+
+@dataclass(eq=False)
+class Batcher:
+    """The queue and the engine thread of one model.
+
+    `run` is called from the engine thread only, one call at a time. `post(deliver, batch)` is called from there once
+    a batch and must call `deliver(batch)` in the thread of the callers (`loop.call_soon_threadsafe`); `observe` is
+    then called with each batch that ran, before its jobs' callbacks. Without a `layout` every job runs alone.
+    """
+
+    run: Run
+    layout: Layout | None
+    max_queue: int = 256
+    max_queue_bytes: int = 1 << 30
+    name: str = "model"
+    post: Callable[[Callable[[Batch], None], Batch], object] = _call
+    observe: Callable[[Batch], None] = lambda batch: None
+
+    queued: int = field(default=0, init=False)
+    queued_rows: int = field(default=0, init=False)
+    queued_bytes: int = field(default=0, init=False)
+    run_seconds: float = field(default=0.0, init=False)
+    """Moving average of one batch, queue excluded; 0 before the first."""
+
+    def __post_init__(self) -> None:
+        self._groups: dict[Hashable, deque[Job]] = {}
+        self._changed = threading.Condition()
+        self._draining = False
+        self._buffers: dict[str, HostArray] = {}
+        self._thread = threading.Thread(target=self._serve, name=f"infera-engine-{self.name}", daemon=True)
+        self._thread.start()
+
+    # --- callers ---------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises Overloaded where the queue is full and Unavailable once `drain` was called."""
+        with self._changed:
+            if self._draining:
+                raise Unavailable("the server is shutting down; send the request to another one")
+            if self.queued >= self.max_queue or (self.queued and self.queued_bytes + job.nbytes > self.max_queue_bytes):
+                raise Overloaded(
+                    f"model '{self.name}' has {self.queued} requests ({self.queued_bytes:,} bytes) waiting, "
+                    f"its limit is {self.max_queue} ({self.max_queue_bytes:,} bytes); send the request again later",
+                    self.expected_wait(),
+                )
+            job.queued_at = time.monotonic()
+            self._groups.setdefault(job.group, deque()).append(job)
+            self._count(job, 1)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> bool:
+        """Forget a job: its callback is not called. Returns whether that kept it from running."""
+        with self._changed:
+            waiting = job.state is State.WAITING and job in self._groups.get(job.group, ())
+            if waiting:
+                self._remove(job)
+            job.state = State.CANCELLED
+            return waiting
+
+    def expire(self) -> None:
+        """Answer the waiting jobs whose deadline has passed, without waiting for the run in progress."""
+        if not self.queued:
+            return
+        now = time.monotonic()
+        with self._changed:
+            late = [job for group in self._groups.values() for job in group if job.deadline <= now]
+            for job in late:
+                self._remove(job)
+        self._post_late(late, now)
+
+    def expected_wait(self) -> float:
+        """Seconds until what waits now has run, by the measured time of a batch."""
+        most = self.layout.max_rows if self.layout else 1
+        return (math.ceil(self.queued_rows / most) + 1) * self.run_seconds
+
+    def drain(self) -> None:
+        """Refuse new jobs from now on; the engine thread ends once every accepted job has run."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """`drain`, and answer what still waits with Unavailable instead of running it."""
+        with self._changed:
+            self._draining = True
+            left = [job for group in self._groups.values() for job in group]
+            for job in left:
+                self._remove(job)
+            self._changed.notify()
+        self._post_failures(left, Unavailable("the server shut down before the request ran"))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the engine thread to end, which needs `drain` or `close`. Returns whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # --- bookkeeping, under the lock -------------------------------------------------------------------------------
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.queued += sign
+        self.queued_rows += sign * job.rows
+        self.queued_bytes += sign * job.nbytes
+
+    def _remove(self, job: Job) -> None:
+        group = self._groups[job.group]
+        group.remove(job)
+        if not group:
+            del self._groups[job.group]
+        self._count(job, -1)
+
+    # --- the engine thread -----------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while jobs := self._take():
+            batch = self._execute(jobs)
+            try:
+                self.post(self._deliver, batch)
+            except RuntimeError:  # the callers' event loop is closed: nobody is left to answer
+                log.warning("model '%s': %d results had nowhere to go", self.name, len(jobs))
+
+    def _take(self) -> list[Job]:
+        """The next batch, waiting for one. Empty: drained."""
+        most = self.layout.max_rows if self.layout else 1
+        while True:
+            late: list[Job] = []
+            jobs: list[Job] = []
+            with self._changed:
+                while not self._groups:
+                    if self._draining:
+                        return []
+                    self._changed.wait()
+                now = time.monotonic()
+                key = min(self._groups, key=lambda k: self._groups[k][0].queued_at)
+                group, rows = self._groups[key], 0
+                while group and (not jobs or (self.layout and rows + group[0].rows <= most)):
+                    job = group.popleft()
+                    self._count(job, -1)
+                    if job.deadline <= now:
+                        late.append(job)
+                        continue
+                    job.state = State.RUNNING
+                    jobs.append(job)
+                    rows += job.rows
+                if not group:
+                    del self._groups[key]
+            self._post_late(late, now)
+            if jobs:
+                return jobs
+
+    def _execute(self, jobs: Sequence[Job]) -> Batch:
+        rows = sum(job.rows for job in jobs)
+        batch = Batch(jobs, rows, self.layout.bucket(rows) if self.layout else rows, time.monotonic())
+        try:
+            batch.results = self._run_together(batch)
+        except Exception as error:
+            if batch.alone:
+                batch.results = [error]
+            else:
+                log.warning("model '%s': a batch of %d failed, each runs alone now: %s", self.name, len(jobs), error)
+                batch.results = [self._run_alone(job) for job in jobs]
+            batch.ran_at = time.monotonic()
+            batch.gathered_at = batch.gathered_at or batch.taken_at
+        batch.split_at = time.monotonic()
+        took = batch.split_at - batch.taken_at
+        self.run_seconds = took if not self.run_seconds else 0.8 * self.run_seconds + 0.2 * took
+        return batch
+
+    def _run_together(self, batch: Batch) -> list[Arrays | Exception]:
+        jobs, layout = batch.jobs, self.layout
+        feeds = in_order(jobs[0].feeds) if batch.alone else self._gather(batch)
+        batch.gathered_at = time.monotonic()
+        outputs = self.run(feeds)
+        batch.ran_at = time.monotonic()
+        if batch.alone or layout is None:
+            return [outputs]
+        for name, axis in layout.outputs.items():
+            if outputs[name].shape[axis] != batch.padded:
+                raise ValueError(f"output '{name}' is {outputs[name].shape} for a batch of {batch.padded} rows")
+        results: list[Arrays | Exception] = []
+        start = 0
+        for job in jobs:
+            rows = slice(start, start := start + job.rows)
+            results.append({name: outputs[name][(slice(None),) * axis + (rows,)] for name, axis in layout.outputs.items()})
+        return results
+
+    def _run_alone(self, job: Job) -> Arrays | Exception:
+        """The job by itself and unpadded, after a batch that held it failed."""
+        if job.state is State.CANCELLED:
+            return Unavailable("cancelled")
+        try:
+            return self.run(in_order(job.feeds))
+        except Exception as error:
+            return error
+
+    def _gather(self, batch: Batch) -> Arrays:
+        """All jobs' rows in one array an input; padding repeats the last row, so it fails only where that row does."""
+        assert self.layout is not None
+        feeds: dict[str, HostArray] = {}
+        for name, axis in self.layout.inputs.items():
+            parts = [job.feeds[name] for job in batch.jobs]
+            shape = list(parts[0].shape)
+            shape[axis] = batch.padded
+            whole = self._buffer(name, parts[0].dtype, shape)
+            ahead = (slice(None),) * axis
+            np.concatenate(parts, axis=axis, out=whole[(*ahead, slice(batch.rows))])
+            if batch.rows < batch.padded:
+                whole[(*ahead, slice(batch.rows, None))] = whole[(*ahead, slice(batch.rows - 1, batch.rows))]
+            feeds[name] = whole
+        return feeds
+
+    def _buffer(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> HostArray:
+        """An uninitialised array in the memory kept for this input, which grows to the largest batch it has held."""
+        if dtype.hasobject:
+            return np.empty(shape, dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        kept = self._buffers.get(name)
+        if kept is None or kept.nbytes < nbytes:
+            kept = self._buffers[name] = np.empty(nbytes, np.uint8)
+        return kept[:nbytes].view(dtype).reshape(shape)
+
+    # --- results ---------------------------------------------------------------------------------------------------
+
+    def _deliver(self, batch: Batch) -> None:
+        """In the callers' thread: account for the batch, then call every job back."""
+        ran = bool(batch.padded)
+        if ran:
+            self.observe(batch)
+        for job, result in zip(batch.jobs, batch.results, strict=True):
+            if job.state is State.CANCELLED:
+                continue
+            try:
+                job.done(result, batch if ran else None)
+            except Exception:
+                log.exception("model '%s': the callback of a request failed", self.name)
+
+    def _post_late(self, jobs: Sequence[Job], now: float) -> None:
+        for job in jobs:
+            waited = f"{(now - job.queued_at) * 1e3:.1f} ms"
+            self._post_failures([job], Expired(f"model '{self.name}': the request's time was up after {waited} in the queue"))
+
+    def _post_failures(self, jobs: Sequence[Job], error: Exception) -> None:
+        if jobs:
+            self.post(self._deliver, Batch(jobs, 0, 0, time.monotonic(), results=[error] * len(jobs)))

@@ -1,0 +1,237 @@
+"""Tensors on the wire: little-endian bytes or JSON values <-> arrays, without a copy where the bytes allow it.
+
+What cannot be read raises BadRequest. Texts are Triton's where it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import orjson
+
+from infera_server.batcher import HostArray
+from infera_server.errors import BadRequest
+
+Buffer: TypeAlias = bytes | memoryview
+
+MAX_DIMENSIONS = 32
+MAX_DIMENSION = 2**31 - 1
+
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BYTES": np.dtype(object),
+}
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_BINARY_ONLY = frozenset({"FP16", "BF16"})
+
+# What NumPy may infer for a JSON list of each kind of datatype, and Triton's text for anything else.
+_JSON_KINDS: dict[str, tuple[str, str]] = {
+    "b": ("biu", "non-boolean as boolean"),
+    "u": ("iu", "non-unsigned-integer as unsigned-integer"),
+    "i": ("iu", "non-signed-integer as signed-integer"),
+    "f": ("iuf", "non-number as double"),
+}
+
+
+def datatype_of(dtype: np.dtype[Any], name: str) -> str:
+    """The protocol's name of a dtype. Raises ValueError, naming tensor `name`, where it has none."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise ValueError(f"'{name}' is {dtype.name}, which the V2 protocol cannot carry") from None
+
+
+def short(text: str, most: int = 100) -> str:
+    """Text of a request, fit for quoting back."""
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def shape_of(value: object) -> tuple[int, ...]:
+    """A shape out of JSON: non-negative integers, no more and no larger than an array may have."""
+    if type(value) is not list:
+        raise BadRequest("Unable to parse 'shape': attempt to access JSON non-array as array")
+    if len(value) > MAX_DIMENSIONS:
+        raise BadRequest(f"Unable to parse 'shape': {len(value)} dimensions, at most {MAX_DIMENSIONS} are supported")
+    for dim in value:
+        if type(dim) is not int or dim < 0:
+            raise BadRequest(
+                "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
+            )
+        if dim > MAX_DIMENSION:
+            raise BadRequest(f"Unable to parse 'shape': dimension {dim} is over {MAX_DIMENSION}")
+    return tuple(value)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def from_bytes(data: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> HostArray:
+    """The tensor in `data`, whose length is exactly that of the shape: a read-only view, maybe unaligned.
+
+    BYTES elements become str; what is not UTF-8 survives the round trip as surrogate escapes.
+    """
+    if dtype.hasobject:
+        return _reshape(_strings_from_bytes(data, math.prod(shape), name), shape, name)
+    flat = np.frombuffer(data, np.uint8 if dtype.kind == "b" else dtype)
+    if dtype.kind == "b":
+        flat = flat != 0  # a bool byte other than 0 and 1 is undefined behaviour in most kernels
+    return _reshape(flat, shape, name)
+
+
+def nbytes_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int | None:
+    """Bytes of such a tensor; None for BYTES, where only the data says."""
+    return None if dtype.hasobject else math.prod(shape) * dtype.itemsize
+
+
+def to_bytes(array: HostArray) -> Buffer:
+    """The tensor's bytes, row-major; a view of a large contiguous array, which must not change afterwards."""
+    if array.dtype.hasobject:
+        return b"".join(struct.pack("<I", len(raw)) + raw for raw in map(_encode, array.ravel()))
+    if array.nbytes < 1 << 16:
+        return array.tobytes()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _encode(item: object) -> bytes:
+    return item if isinstance(item, bytes) else str(item).encode("utf-8", "surrogateescape")
+
+
+def _strings_from_bytes(data: Buffer, count: int, name: str) -> HostArray:
+    if count * 4 > len(data):
+        raise BadRequest(f"input '{name}': {len(data)} bytes cannot hold {count} BYTES elements of 4 bytes and more")
+    items = np.empty(count, object)
+    offset = 0
+    for i in range(count):
+        start = offset + 4
+        if start > len(data):
+            raise BadRequest(f"input '{name}': BYTES element {i} of {count} has no length; the data ends before it")
+        offset = start + int.from_bytes(data[offset:start], "little")
+        if offset > len(data):
+            raise BadRequest(f"input '{name}': BYTES element {i} of {count} is longer than the data that is left")
+        items[i] = bytes(data[start:offset]).decode("utf-8", "surrogateescape")
+    if offset != len(data):
+        raise BadRequest(f"input '{name}': {len(data) - offset} bytes are left after {count} BYTES elements")
+    return items
+
+
+def _reshape(flat: HostArray, shape: tuple[int, ...], name: str) -> HostArray:
+    try:
+        return flat.reshape(shape)
+    except ValueError:  # a zero beside dimensions whose product no array can have
+        raise BadRequest(f"input '{name}': no array has the shape {list(shape)}") from None
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def check_json(verb: str, datatype: str, what: str) -> None:
+    """Raises BadRequest for a datatype that goes in binary only: JSON has no 16-bit floats."""
+    if datatype in _BINARY_ONLY:
+        raise BadRequest(
+            f"{verb} {datatype} data via JSON is not supported. Please use the binary data format for {what}"
+        )
+
+
+def from_json(data: object, datatype: str, shape: tuple[int, ...], name: str) -> HostArray:
+    """The tensor in a JSON list, flat or nested in any way: its elements in row-major order fill the shape."""
+    check_json("receiving", datatype, f"input {name}")
+    if type(data) is not list:
+        raise BadRequest("Unable to parse 'data': attempt to access JSON non-array as array")
+    dtype = DATATYPES[datatype]
+    flat = _strings_from_json(data) if dtype.hasobject else _numbers_from_json(data, dtype)
+    if flat.size != math.prod(shape):
+        raise BadRequest("Unable to parse 'data': Shape does not match true shape of 'data' field")
+    return _reshape(flat.reshape(-1), shape, name)
+
+
+def _numbers_from_json(data: list[Any], dtype: np.dtype[Any]) -> HostArray:
+    kinds, text = _JSON_KINDS[dtype.kind]
+    try:
+        found = np.array(data)
+    except (ValueError, OverflowError, RecursionError):
+        raise BadRequest("Unable to parse 'data': Shape does not match true shape of 'data' field") from None
+    if found.size == 0:
+        return np.empty(found.shape, dtype)
+    if found.dtype.kind not in kinds:
+        raise BadRequest(f"Unable to parse 'data': attempt to access JSON {text}")
+    try:
+        with np.errstate(over="raise", invalid="ignore"):
+            values = found.astype(dtype)
+    except FloatingPointError:
+        raise BadRequest(f"Unable to parse 'data': a number is too big for {_NAMES[dtype]}") from None
+    if dtype.kind != "f" and found.dtype != dtype and not np.array_equal(values, found):
+        raise BadRequest(f"Unable to parse 'data': a number does not fit in {_NAMES[dtype]}")
+    return values
+
+
+def _strings_from_json(data: list[Any]) -> HostArray:
+    items: list[str] = []
+    stack = [iter(data)]
+    while stack:
+        for item in stack[-1]:
+            if type(item) is str:
+                items.append(item)
+            elif type(item) is list:
+                if len(stack) >= MAX_DIMENSIONS:
+                    raise BadRequest(f"Unable to parse 'data': nested deeper than {MAX_DIMENSIONS} lists")
+                stack.append(iter(item))
+                break
+            else:
+                raise BadRequest("Unable to parse 'data': attempt to access JSON non-string as string")
+        else:
+            stack.pop()
+    try:
+        "".join(items).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("Unable to parse 'data': a string holds a lone surrogate") from None
+    flat = np.empty(len(items), object)
+    flat[:] = items
+    return flat
+
+
+def to_json(array: HostArray, datatype: str, name: str) -> Any:
+    """What orjson makes the flat JSON list of. Not-a-number and infinities are written as Triton writes them."""
+    if datatype == "BYTES":
+        texts = [item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else str(item) for item in array.flat]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise BadRequest(f"output '{name}' is not UTF-8. Please use the binary data format for it") from None
+        return texts
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
+        return orjson.Fragment(json.dumps(flat.tolist()).encode())
+    return flat
+
+
+# --- classification --------------------------------------------------------------------------------------------------
+
+
+def top_classes(array: HostArray, count: int, rows: bool) -> HostArray:
+    """`score:index` of the `count` largest scores, best first, ties by index; of each row where the first axis is rows."""
+    scores = array.reshape(array.shape[0], -1) if rows else array.reshape(1, -1)
+    count = min(count, scores.shape[1])
+    order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
+    text = "{:.6f}:{}" if array.dtype.kind not in "biu" else "{:d}:{}"
+    best = np.empty(order.shape, object)
+    for row, column in np.ndindex(*order.shape):
+        index = order[row, column]
+        best[row, column] = text.format(scores[row, index].item(), index)
+    return best if rows else best[0]

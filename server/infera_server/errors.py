@@ -1,0 +1,99 @@
+"""What a request can be answered with instead of a result.
+
+::
+
+    RequestError
+    ├── BadRequest       400  the client's mistake
+    ├── NotFound         404  no such model or version
+    ├── TooLarge         413  the body is over the limit
+    ├── UnknownCoding    415  a content coding that is not spoken here
+    ├── Overloaded       429  the queue is full; `retry_after` says when to come back
+    ├── InternalError    500  the server's mistake
+    ├── Unavailable      503  not loaded, or draining before exit
+    └── Expired          504  the deadline passed before the request ran
+
+The message goes to the client as it is: it names the thing, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from infera_gpu.errors import InputError, OutOfMemoryError, PlanError
+
+
+class RequestError(Exception):
+    """Base of all answers that are not a result."""
+
+    status: ClassVar[int] = 500
+    retry_after: float | None = None
+    """Seconds after which the same request may succeed; None: no estimate."""
+
+
+class BadRequest(RequestError):
+    """The client's mistake."""
+
+    status = 400
+
+
+class NotFound(RequestError):
+    """No such model or version."""
+
+    status = 404
+
+
+class TooLarge(RequestError):
+    """The body is over the limit."""
+
+    status = 413
+
+
+class UnknownCoding(RequestError):
+    """A content coding that is not spoken here."""
+
+    status = 415
+
+
+class Overloaded(RequestError):
+    """The queue is full; after `retry_after` seconds it has probably run empty."""
+
+    status = 429
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class InternalError(RequestError):
+    """The server's mistake."""
+
+    status = 500
+
+
+class Unavailable(RequestError):
+    """Not loaded, or draining before exit."""
+
+    status = 503
+
+
+class Expired(RequestError):
+    """The deadline passed before the request ran."""
+
+    status = 504
+
+
+def request_error(error: Exception, model: str) -> RequestError:
+    """The answer to an exception that running `model` raised.
+
+    What the runtime says of the fed shapes and values (InputError, PlanError) is the client's to mend, and so is what
+    a kernel says of values it cannot use (IndexError, ValueError: an index past the table, a negative size).
+    """
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, InputError | PlanError):
+        return BadRequest(f"model '{model}': {error}")
+    if isinstance(error, OutOfMemoryError):
+        return Unavailable(f"model '{model}': {error}")
+    if isinstance(error, IndexError | ValueError):
+        return BadRequest(f"model '{model}' cannot run on this input: {error}")
+    return InternalError(f"model '{model}' failed: {type(error).__name__}; the server's log says more")

@@ -1,0 +1,341 @@
+"""The Open Inference Protocol V2 over REST, with Triton's binary tensor, raw and classification extensions.
+
+https://github.com/kserve/open-inference-protocol and https://github.com/triton-inference-server/server/tree/main/docs/protocol
+
+Refusals have Triton's texts. Where Triton answers 500 to a mistake of the client, this answers 400.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from infera_server import codec
+from infera_server.batcher import Arrays, HostArray
+from infera_server.codec import Buffer, short
+from infera_server.errors import BadRequest, NotFound
+from infera_server.signature import Signature, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output asked for: its `classes` best classes instead of its values where that is not 0."""
+
+    name: str
+    binary: bool
+    classes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An inference request, checked against the model's signature. `timeout` is in seconds, None: not given."""
+
+    id: str
+    feeds: dict[str, HostArray]
+    outputs: Sequence[Output]
+    timeout: float | None = None
+
+
+def header_length(value: bytes) -> int:
+    """Inference-Header-Content-Length. Raises BadRequest for what is not a number."""
+    digits = value.strip()
+    if not digits.isdigit() and not (digits[:1] == b"-" and digits[1:].isdigit()):
+        raise BadRequest(f"inference header size should be a number, got: {short(value.decode('latin-1'))}")
+    return int(digits[:20])
+
+
+def parse(body: bytes, header: int | None, model: Signature) -> Request:
+    """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none)."""
+    if header == 0:
+        return Request("", _raw_feeds(body, model), _all_outputs(model, binary=True))
+    if header is not None and not 0 < header <= len(body):
+        raise BadRequest(f"inference header size should be in range (0, {len(body)}), got: {header}")
+    document, rest = _load(body if header is None else memoryview(body)[:header])
+    tail = memoryview(body)[len(body) if header is None else header :]
+    if "inputs" not in document:
+        raise _missing("inputs")
+    found: dict[str, tuple[Tensor, HostArray | Slice]] = {}
+    offset = 0
+    for entry in _list(document["inputs"], "inputs"):
+        tensor, data = _input(entry, tail, offset, model)
+        if tensor.name in found:
+            raise BadRequest(f"input '{tensor.name}' already exists in request")
+        found[tensor.name] = tensor, data
+        offset += len(data.raw) if isinstance(data, Slice) else 0
+    if offset != len(tail):
+        raise BadRequest(f"unexpected additional input data for model '{model.name}'")
+    feeds = {
+        name: _from_slice(tensor, data, model) if isinstance(data, Slice) else data
+        for name, (tensor, data) in found.items()
+    }
+    if rest:
+        raise BadRequest(
+            "failed to parse the request JSON buffer: The document root must not be followed by other values. "
+            "Is the Inference-Header-Content-Length header missing?"
+        )
+    _check_complete(feeds, model)
+    request_id = document.get("id", "")
+    if type(request_id) is not str or not _is_utf8(request_id):
+        raise BadRequest("Unable to parse 'id': attempt to access JSON non-string as string")
+    timeout, binary = _parameters(document.get("parameters", {}))
+    return Request(request_id, feeds, _outputs(document, binary, model), timeout)
+
+
+def respond(request: Request, outputs: Arrays, model: Signature) -> tuple[bytes, list[Buffer]]:
+    """The reply's JSON, and the bytes that follow it: none where every output is in the JSON."""
+    entries: list[dict[str, Any]] = []
+    tail: list[Buffer] = []
+    for want in request.outputs:
+        array, datatype = outputs[want.name], model.outputs[want.name].datatype
+        if want.classes:
+            array, datatype = codec.top_classes(array, want.classes, rows=model.leading), "BYTES"
+        entry: dict[str, Any] = {"name": want.name, "datatype": datatype, "shape": array.shape}
+        if want.binary:
+            data = codec.to_bytes(array)
+            entry["parameters"] = {"binary_data_size": len(data)}
+            tail.append(data)
+        else:
+            entry["data"] = codec.to_json(array, datatype, want.name)
+        entries.append(entry)
+    reply: dict[str, Any] = {"id": request.id} if request.id else {}
+    reply |= {"model_name": model.name, "model_version": model.version, "outputs": entries}
+    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY), tail
+
+
+def error_body(message: str) -> bytes:
+    """`{"error": message}`; in ASCII, so that any text of a request can be quoted."""
+    return json.dumps({"error": message}).encode()
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def _load(text: Buffer) -> tuple[dict[str, Any], bool]:
+    """The JSON object, and whether anything followed it."""
+    rest = False
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        document, rest = _load_leniently(bytes(text), error)
+    if type(document) is not dict:
+        raise _missing("inputs")
+    return document, rest
+
+
+def _load_leniently(text: bytes, error: orjson.JSONDecodeError) -> tuple[Any, bool]:
+    """As Triton reads: NaN and Infinity are numbers, and what follows the document is somebody else's to refuse.
+
+    Bytes that are not UTF-8 become surrogate escapes, which nothing that takes text from the document accepts.
+    """
+    decoded = text.decode("utf-8", "surrogateescape")
+    start = len(decoded) - len(decoded.lstrip(" \t\r\n"))
+    try:
+        document, end = json.JSONDecoder(parse_float=_finite).raw_decode(decoded, start)
+    except (ValueError, RecursionError):
+        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
+    return document, bool(decoded[end:].strip(" \t\r\n"))
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits} is too big for a double")
+    return value
+
+
+def _missing(member: str) -> BadRequest:
+    return BadRequest(f"Unable to parse '{member}': attempt to access non-existing object member '{member}'")
+
+
+def _list(value: object, member: str) -> list[Any]:
+    if type(value) is not list:
+        raise BadRequest(f"Unable to parse '{member}': attempt to access JSON non-array as array")
+    return value
+
+
+def _text(entry: dict[str, Any], member: str) -> str:
+    value = entry.get(member)
+    if type(value) is not str:
+        if member not in entry:
+            raise _missing(member)
+        raise BadRequest(f"Unable to parse '{member}': attempt to access JSON non-string as string")
+    return value
+
+
+def _natural(value: object, member: str, verb: str = "parse") -> int:
+    if type(value) is not int or value < 0:
+        raise BadRequest(
+            f"Unable to {verb} '{member}': attempt to access JSON non-unsigned-integer as unsigned-integer"
+        )
+    return value
+
+
+def _flag(value: object, member: str) -> bool:
+    if type(value) is not bool:
+        raise BadRequest(f"Unable to parse '{member}': attempt to access JSON non-boolean as boolean")
+    return value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise BadRequest(f"failed to get {what}: attempt to get members for non-object")
+    return value
+
+
+def _parameters(value: object) -> tuple[float | None, bool]:
+    """The timeout in seconds and whether outputs are binary by default."""
+    parameters = _object(value, "request params")
+    for key, given in parameters.items():
+        if not isinstance(given, str | int | float):
+            raise BadRequest(
+                f"parameter '{short(key)}' has invalid type. It should be either 'int', 'bool', or 'string'."
+            )
+    micros = _natural(parameters.get("timeout", 0), "timeout")
+    return min(micros, 2**62) / 1e6 or None, _flag(parameters.get("binary_data_output", False), "binary_data_output")
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The bytes of a binary input, not yet measured against its shape."""
+
+    raw: memoryview
+    shape: tuple[int, ...]
+
+
+def _input(entry: object, tail: memoryview, offset: int, model: Signature) -> tuple[Tensor, HostArray | Slice]:
+    """One input: its values if they are in the JSON, else its bytes, from `offset` in `tail`."""
+    entry = _object(entry, "input")
+    name = _text(entry, "name")
+    if "shape" not in entry:
+        raise _missing("shape")
+    shape = codec.shape_of(entry["shape"])
+    datatype = _text(entry, "datatype")
+    if datatype not in codec.DATATYPES:
+        raise BadRequest(f"invalid datatype for input {short(name)}")
+    parameters = _object(entry.get("parameters", {}), "input params")
+    _refuse_shared_memory(parameters)
+    if ("data" in entry) == ("binary_data_size" in parameters):
+        found = "set 'data' 'binary_data_size'" if "data" in entry else "no field is set"
+        raise BadRequest(
+            "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
+            f"'shared_memory_region' in 'parameters'. But {found}"
+        )
+    tensor = model.inputs.get(name)
+    if tensor is None:
+        raise BadRequest(f"unexpected inference input '{short(name)}' for model '{model.name}'")
+    if "data" in entry:
+        array = codec.from_json(entry["data"], datatype, shape, name)
+        _check_input(tensor, datatype, shape, model)
+        return tensor, array
+    _check_input(tensor, datatype, shape, model)
+    size = _natural(parameters["binary_data_size"], "binary_data_size")
+    if size > len(tail) - offset:
+        raise BadRequest(
+            f"unexpected size for input '{name}', expecting {size - len(tail) + offset} additional bytes "
+            f"for model '{model.name}'"
+        )
+    return tensor, Slice(tail[offset : offset + size], shape)
+
+
+def _from_slice(tensor: Tensor, data: Slice, model: Signature) -> HostArray:
+    need = codec.nbytes_of(tensor.dtype, data.shape)
+    if need is not None and need != len(data.raw):
+        raise BadRequest(
+            f"input byte size mismatch for input '{tensor.name}' for model '{model.name}'. "
+            f"Expected {need}, got {len(data.raw)}"
+        )
+    return codec.from_bytes(data.raw, tensor.dtype, data.shape, tensor.name)
+
+
+def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
+    if "shared_memory_region" in parameters:
+        raise NotFound(f"Unable to find shared memory region: '{short(str(parameters['shared_memory_region']))}'")
+
+
+def _check_input(tensor: Tensor, datatype: str, shape: tuple[int, ...], model: Signature) -> None:
+    if datatype != tensor.datatype:
+        raise BadRequest(
+            f"inference input '{tensor.name}' data-type is '{datatype}', "
+            f"but model '{model.name}' expects '{tensor.datatype}'"
+        )
+    if not tensor.accepts(shape):
+        want, got = (",".join(map(str, s)) for s in (tensor.shape, shape))
+        raise BadRequest(
+            f"unexpected shape for input '{tensor.name}' for model '{model.name}'. Expected [{want}], got [{got}]."
+        )
+
+
+def _check_complete(feeds: Arrays, model: Signature) -> None:
+    missing = [name for name in model.inputs if name not in feeds]
+    if missing:
+        raise BadRequest(
+            f"expected {len(model.inputs)} inputs but got {len(feeds)} inputs for model '{model.name}'. "
+            f"Got input(s) {sorted(feeds)}, but missing required input(s) {missing}. "
+            "Please provide all required input(s)."
+        )
+
+
+def _raw_feeds(body: bytes, model: Signature) -> dict[str, HostArray]:
+    """The whole body is the one input: one row of it, with at most one open dimension, which the size then tells."""
+    if len(model.inputs) != 1:
+        raise BadRequest(f"a raw request needs a model with one input, '{model.name}' has {len(model.inputs)}")
+    (tensor,) = model.inputs.values()
+    if tensor.datatype == "BYTES":
+        raise BadRequest(f"a raw request cannot carry BYTES, which input '{tensor.name}' of '{model.name}' is")
+    shape = list(tensor.shape)
+    if model.layout:
+        shape[model.layout.inputs[tensor.name]] = 1
+    known = math.prod(d for d in shape if d != -1) * tensor.dtype.itemsize
+    if shape.count(-1) == 1 and known and len(body) % known == 0:
+        shape[shape.index(-1)] = len(body) // known
+    if -1 in shape:
+        raise BadRequest(f"a raw request of {len(body)} bytes does not tell the shape {list(tensor.shape)}")
+    if len(body) != known and -1 not in tensor.shape[1:]:
+        raise BadRequest(
+            f"input byte size mismatch for input 'raw_input' for model '{model.name}'. Expected {known}, got {len(body)}"
+        )
+    return {tensor.name: codec.from_bytes(body, tensor.dtype, tuple(shape), tensor.name)}
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _all_outputs(model: Signature, binary: bool) -> list[Output]:
+    return [Output(name, binary) for name in model.outputs]
+
+
+def _outputs(document: dict[str, Any], binary: bool, model: Signature) -> Sequence[Output]:
+    entries = _list(document.get("outputs", []), "outputs")
+    wanted: dict[str, Output] = {}
+    for entry in entries:
+        entry = _object(entry, "output")
+        name = _text(entry, "name")
+        if name not in model.outputs:
+            raise BadRequest(f"unexpected inference output '{short(name)}' for model '{model.name}'")
+        parameters = _object(entry.get("parameters", {}), "output params")
+        _refuse_shared_memory(parameters)
+        classes = _natural(parameters.get("classification", 0), "classification", verb="set")
+        if classes and model.outputs[name].datatype == "BYTES":
+            raise BadRequest(f"output '{name}' is BYTES, which has no scores to classify by")
+        wanted[name] = Output(name, _flag(parameters.get("binary_data", binary), "binary_data"), classes)
+    outputs = list(wanted.values()) or _all_outputs(model, binary)
+    for output in outputs:
+        if not output.binary and not output.classes:
+            codec.check_json("sending", model.outputs[output.name].datatype, f"output {output.name}")
+    return outputs

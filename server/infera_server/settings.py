@@ -1,0 +1,26 @@
+"""What can be set: by flag, by INFERA_* environment variable, by default, in this order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Limits and choices of one server. Times are seconds, sizes bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="INFERA_", extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+    max_body_bytes: int = Field(64 << 20, ge=1)
+    max_batch: int = Field(64, ge=1)
+    max_queue: int = Field(256, ge=1)
+    max_queue_bytes: int = Field(1 << 30, ge=1)
+    request_timeout: float = Field(30.0, gt=0)
+    drain_timeout: float = Field(30.0, gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,58 @@
+"""What a served model takes and gives, in the terms of the V2 protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infera_server.batcher import Layout
+from infera_server.batching import Specs
+from infera_server.codec import datatype_of
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output. `shape` has -1 for every dimension that is not fixed, the batch included."""
+
+    name: str
+    datatype: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether the fixed dimensions are as declared."""
+        return len(shape) == len(self.shape) and all(
+            want in (-1, got) for want, got in zip(self.shape, shape, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A model version's tensors; with a layout, requests have at most `layout.max_rows` rows."""
+
+    name: str
+    version: str
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    layout: Layout | None
+
+    @property
+    def leading(self) -> bool:
+        """Whether the batch is the first axis of every tensor, which is all that Triton's configuration can say."""
+        return self.layout is not None and not any((*self.layout.inputs.values(), *self.layout.outputs.values()))
+
+
+def tensors(specs: Specs) -> dict[str, Tensor]:
+    """The specs in the protocol's terms. Raises ValueError for a dtype that has no name there."""
+    return {
+        name: Tensor(
+            name,
+            datatype_of(spec.dtype, name),
+            spec.dtype,
+            tuple(d if isinstance(d, int) else -1 for d in spec.shape),
+        )
+        for name, spec in specs.items()
+    }

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import infera_gpu
+from infera_gpu.devices.recording import RecordingDevice
+from infera_gpu.errors import DeviceError, InputError, ModelError, PlanError, UnsupportedOperatorError
+from infera_gpu.loader import load_graph
+from infera_gpu.session import Session
+from tests.text import parse
+
+CHAIN = "g (float[N, 4] x, float[N, 4] z) => (float[N, 4] y) { a = Mul(x, z) b = Exp(a) c = Add(b, x) y = Neg(c) }"
+BRANCH = """
+g (float[N] x, int64 flag) => (float[N] y) <int64 one = {1}> {
+    doubled = Add(x, x)
+    c = Equal(flag, one)
+    t = If (c) <
+        then_branch = yes () => (float[N] p) { p = Neg(doubled) },
+        else_branch = no () => (float[N] q) { q = Mul(doubled, x) }
+    >
+    y = Add(t, doubled)
+}"""
+DYNAMIC = """
+g (float[N, M] x, float[N, M] w) => (float[K] y, float[N, M] early) {
+    early = Mul(x, w)
+    at = NonZero(early)
+    t = Transpose <perm = [1, 0]> (at)
+    picked = GatherND(x, t)
+    y = Mul(picked, picked)
+}"""
+
+
+@pytest.fixture(params=["cpu", "recording"])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def feeds(*names: str, shape: tuple[int, ...] = (3, 4), seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(shape).astype(np.float32) for n in names}
+
+
+def test_runs_at_any_size_of_a_symbolic_dimension(device: str) -> None:
+    session = infera_gpu.load(parse(CHAIN), device=device)
+    for n in (1, 5, 0, 5):
+        f = feeds("x", "z", shape=(n, 4), seed=n)
+        want = -(np.exp(f["x"] * f["z"]) + f["x"])
+        np.testing.assert_allclose(session.run(f)["y"], want, rtol=1e-6)
+
+
+def test_accepts_a_path_bytes_and_a_proto(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(parse(CHAIN), path)
+    data = path.read_bytes()
+    f = feeds("x", "z")
+    for source in (path, data, parse(CHAIN)):
+        assert infera_gpu.load(source, device="cpu").run(f)["y"].shape == (3, 4)
+
+
+def test_elementwise_results_reuse_the_memory_of_what_dies() -> None:
+    plan = infera_gpu.load(parse(CHAIN), device="cpu").plan_for({"x": (64, 4), "z": (64, 4)})
+    assert plan.arena_bytes == plan.lower_bound == 3 * 1024  # x, z and one intermediate
+    text = str(plan)
+    assert "in place" in text
+    assert "lower bound 3,072" in text
+
+
+def test_inputs_are_never_written_to() -> None:
+    session = infera_gpu.load(
+        parse("g (float[N] x) => (float[N] y, float[N] z) { y = Neg(x) z = Exp(x) }"), device="cpu"
+    )
+    x = np.arange(4, dtype=np.float32)
+    out = session.run({"x": x})
+    np.testing.assert_array_equal(x, np.arange(4))
+    np.testing.assert_allclose(out["z"], np.exp(x))
+
+
+def test_views_take_no_step_and_no_memory(device: str) -> None:
+    model = parse(
+        """
+        g (float[2, 3, 4] x) => (float[4, 6] y, float[2, 12] z) <int64[2] s = {4, 6}, int64[2] t = {2, 12}> {
+            a = Transpose <perm = [2, 0, 1]> (x)
+            b = Neg(a)
+            y = Reshape(b, s)
+            c = Reshape(x, t)
+            z = Exp(c)
+        }"""
+    )
+    session = infera_gpu.load(model, device=device)
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    out = session.run({"x": x})
+    np.testing.assert_array_equal(out["y"], -x.transpose(2, 0, 1).reshape(4, 6))
+    np.testing.assert_allclose(out["z"], np.exp(x.reshape(2, 12)), rtol=1e-6)
+    assert not any("Reshape" in s.label for s in session.plan_for({"x": (2, 3, 4)}).steps)
+
+
+def test_a_branch_is_planned_when_its_condition_is_known(device: str) -> None:
+    session = infera_gpu.load(parse(BRANCH), device=device)
+    x = np.array([1, 2, 3], np.float32)
+    for _ in range(2):
+        np.testing.assert_array_equal(session.run({"x": x, "flag": np.int64(1)})["y"], 2 * x - 2 * x)
+        np.testing.assert_array_equal(session.run({"x": x, "flag": np.int64(0)})["y"], 2 * x * x + 2 * x)
+    assert "the rest is planned when known" in str(session.plan_for({"x": (3,), "flag": ()}))
+
+
+def test_shapes_that_depend_on_data(device: str) -> None:
+    session = infera_gpu.load(parse(DYNAMIC), device=device)
+    for seed, keep in ((0, 0.5), (1, 0.0), (2, 1.0), (0, 0.5)):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((3, 4)).astype(np.float32)
+        w = (rng.random((3, 4)) < keep).astype(np.float32)
+        out = session.run({"x": x, "w": w})
+        np.testing.assert_allclose(out["y"], x[(x * w) != 0] ** 2, rtol=1e-6)
+        np.testing.assert_array_equal(out["early"], x * w)
+
+
+def test_a_warm_run_allocates_its_results_and_nothing_else() -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu")
+    f = feeds("x", "z", shape=(5000, 4))
+    out = {"y": np.empty((5000, 4), np.float32)}
+    session.run(f)
+    session.run(f, out=out)
+
+    def peak(**kwargs: object) -> int:
+        tracemalloc.start()
+        session.run(f, **kwargs)  # type: ignore[arg-type]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert 80_000 <= peak() < 84_000
+    assert peak(out=out) < 4_000
+    np.testing.assert_array_equal(out["y"], session.run(f)["y"])
+
+
+def test_threads_share_a_session() -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu", max_concurrency=2)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(30):
+                f = feeds("x", "z", shape=(1 + (seed + i) % 7, 4), seed=seed * 100 + i)
+                np.testing.assert_allclose(session.run(f)["y"], -(np.exp(f["x"] * f["z"]) + f["x"]), rtol=1e-6)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+    assert session._leases <= 2
+
+
+def test_a_device_plan_shows_its_transfers_and_answers_right() -> None:
+    device = RecordingDevice()
+    session = Session(load_graph(parse(DYNAMIC)), device)
+    f = {"x": np.ones((2, 2), np.float32), "w": np.eye(2, dtype=np.float32)}
+    np.testing.assert_array_equal(session.run(f)["y"], [1, 1])
+    kinds = {e.kind for e in device.events}
+    assert {"alloc", "transfer"} <= kinds
+    assert kinds & {"compute", "kernel"}
+
+
+def test_closing_refuses_later_runs() -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu")
+    with session:
+        session.run(feeds("x", "z"))
+    with pytest.raises(DeviceError, match="closed"):
+        session.run(feeds("x", "z"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({}, "input 'x' is missing"),
+        ({**feeds("x", "z"), "q": 1}, "'q' is not an input"),
+        ({**feeds("x"), "z": np.zeros((3, 4))}, "input 'z' is float64, expected float32"),
+        ({**feeds("x"), "z": np.zeros((3, 5), np.float32)}, r"'z' has shape \[3, 5\], expected float32\[N, 4\]"),
+        ({**feeds("x"), "z": np.zeros((2, 4), np.float32)}, "'N' is 2 there but 3 in 'x'"),
+        ({**feeds("x"), "z": np.zeros(4, np.float32)}, "'z' has 1 dimensions"),
+        ({**feeds("x"), "z": "no"}, "is no array"),
+    ],
+)
+def test_a_feed_that_does_not_fit_is_named(bad: dict[str, object], message: str) -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu")
+    with pytest.raises(InputError, match=message):
+        session.run(bad)
+    assert session.run(feeds("x", "z"))["y"].shape == (3, 4)
+
+
+def test_an_out_that_does_not_fit_is_named() -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu")
+    with pytest.raises(InputError, match=r"out\['y'\] is float64"):
+        session.run(feeds("x", "z"), out={"y": np.zeros((3, 4))})
+
+
+def test_all_unsupported_operators_are_listed() -> None:
+    model = parse(
+        "g (float[N] x) => (float[N] y) { a = com.microsoft.Foo(x) b = com.microsoft.Bar(a) y = com.microsoft.Foo(b) }"
+    )
+    with pytest.raises(UnsupportedOperatorError) as caught:
+        infera_gpu.load(model, device="cpu")
+    assert [op for op, _ in caught.value.missing] == ["com.microsoft.Foo", "com.microsoft.Bar", "com.microsoft.Foo"]
+    assert "com.microsoft.Foo (2: a, y)" in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", parse(CHAIN).SerializeToString()[:-20]])
+def test_what_is_no_model_is_refused(data: bytes) -> None:
+    with pytest.raises(ModelError):
+        infera_gpu.load(data, device="cpu")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ModelError, match=r"nowhere\.onnx: No such file"):
+        infera_gpu.load("nowhere.onnx", device="cpu")
+
+
+def test_shapes_that_do_not_fit_name_the_node() -> None:
+    session = infera_gpu.load(parse("g (float[N] x, float[M] z) => (float[N] y) { y = Add(x, z) }"), device="cpu")
+    with pytest.raises(PlanError, match="Add 'y'"):
+        session.run({"x": np.zeros(3, np.float32), "z": np.zeros(4, np.float32)})
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(DeviceError, match="unknown device 'tpu'"):
+        infera_gpu.load(parse(CHAIN), device="tpu")
