@@ -70,30 +70,39 @@ def failed(job: Job, reason: str) -> dict[str, Any]:
     return {"model": job.model, "example": "", "threads": job.threads, "failure": reason, "summaries": {}}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Ratios infera / onnxruntime, below one being faster. `~` marks times taken while others were busy."""
-    shown = Table(title="time infera / time onnxruntime (below 1 is faster; ~ taken on a busy machine)")
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Ratios infera / onnxruntime of the rows that were measured, and the reasons of those that were not."""
+    shown = Table(title="time infera / time onnxruntime: below 1 is faster; ~ taken on a busy machine")
     for column in ("model", "input"):
         shown.add_column(column, no_wrap=True)
     for column in ("threads", "infera ms", "onnxruntime ms", "wall", "cpu", "error"):
-        shown.add_column(column, justify="right")
-    for row in rows:
-        start = (row["model"], row["example"], str(row["threads"]))
-        if row["failure"]:
-            shown.add_row(*start, f"[red]failed[/red]: {row['failure'][:200]}")
-            continue
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in (row for row in rows if not row["failure"]):
         ours, peer = row["summaries"]["infera"], row["summaries"]["onnxruntime"]
         mark = "~" if ours["disturbed"] or peer["disturbed"] else ""
         times = (f"{s['wall_ms']:.2f} ±{(s['wall_q3_ms'] - s['wall_q1_ms']) / 2:.2f}" for s in (ours, peer))
-        ratios = row["ratios"]
-        shown.add_row(*start, *times, f"{mark}{ratios['wall']:.2f}", f"{ratios['cpu']:.2f}", f"{row['error']:.0e}")
-    return shown
+        shown.add_row(
+            row["model"],
+            row["example"],
+            str(row["threads"]),
+            *times,
+            f"{mark}{row['ratios']['wall']:.2f}",
+            f"{row['ratios']['cpu']:.2f}",
+            f"{row['error']:.0e}",
+        )
+    if shown.row_count:
+        console.print(shown)
+    for row in (row for row in rows if row["failure"]):
+        where = f"{row['model']} {row['example']}, threads {row['threads']}"
+        console.print(f"failed: {where}: {row['failure'][:500]}", markup=False, highlight=False)
 
 
 def main() -> int:
     """0 when every row was measured and agreed with the peer, else 1."""
     options = parse()
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     too_many = [t for t in options.threads if t > (os.cpu_count() or 1)]
     if too_many:
         console.print(f"warning: {too_many} threads on {os.cpu_count()} processors measure contention, not scaling")
@@ -111,7 +120,7 @@ def main() -> int:
     out = options.out or RESULTS / f"{host_class()}-{datetime.now(UTC):%Y-%m-%d}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(table(rows))
+    show(rows, console)
     console.print(f"written to {out}")
     return 1 if any(row["failure"] for row in rows) else 0
 

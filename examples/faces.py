@@ -35,10 +35,11 @@ class Face(NamedTuple):
 
 
 def detect(image: Array, infer: Infer, *, threshold: float = 0.6, overlap: float = 0.3) -> list[Face]:
-    """Faces in uint8[height, width, 3] (RGB), best first; of boxes that overlap more than `overlap` the best is kept."""
+    """Faces in uint8[height, width, 3] (RGB), best first; of boxes overlapping more than `overlap`, the best."""
     found = decode(infer({"input": prepare(image)}))
     found = found[found[:, 4] >= threshold]
-    return [Face(*map(float, row[:5]), tuple(map(float, row[5:]))) for row in found[suppress(found, overlap)]]
+    kept = found[suppress(found, overlap)].tolist()
+    return [Face(x, y, width, height, score, tuple(points)) for x, y, width, height, score, *points in kept]
 
 
 def prepare(image: Array) -> Array:

@@ -84,7 +84,7 @@ class Client:
 
 
 def _tensors(answer: bytes, length: int) -> dict[str, Array]:
-    """Outputs of a response whose first `length` bytes are JSON; binary tensors follow in the order of their entries."""
+    """Outputs of a response: its first `length` bytes are JSON, binary tensors follow in the order of entries."""
     found: dict[str, Array] = {}
     at = length
     for output in json.loads(answer[:length])["outputs"]:

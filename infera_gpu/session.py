@@ -139,7 +139,7 @@ class Session:
         """
         arrays, shapes = self._check(feeds)
         results: dict[str, Array] = dict.fromkeys(self.outputs)
-        with self._lease() as lease, np.errstate(all="ignore"):
+        with self._lease() as lease, self.device.running():
             stage: Stage | None = self._stage(shapes)
             entering: Mapping[str, Array] = arrays
             while stage is not None:
@@ -243,7 +243,7 @@ class Session:
         """Run once, timing every step of every segment; the device is synchronised after each."""
         arrays, shapes = self._check(feeds)
         timings: list[Timing] = []
-        with self._lease() as lease, np.errstate(all="ignore"):
+        with self._lease() as lease, self.device.running():
             stage, entering = self._stage(shapes), arrays
             while True:
                 bound = lease.bound(stage.plan)
@@ -278,11 +278,11 @@ class Session:
         return arrays, shapes
 
     def _array(self, name: str, value: Any, spec: TensorSpec) -> Array:
-        if isinstance(value, np.ndarray):
-            return value
         array = self.device.accepts(value)
         if array is not None:
             return array
+        if isinstance(value, np.ndarray):
+            return value
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
         try:

@@ -40,8 +40,6 @@ class Guarded:
 class GuardedBuffers:
     """`infera_gpu.op.Buffers` over guarded arrays. `values` are the inputs that are constant."""
 
-    xp = np
-
     def __init__(
         self,
         ins: Sequence[HostArray | None],
@@ -51,6 +49,7 @@ class GuardedBuffers:
         strided: bool = False,
         inplace: int | None = None,
     ) -> None:
+        self.xp: Any = np
         self._values = tuple(values)
         self._out = [Guarded(s.dims, s.dtype) for s in specs]
         self._scratch: list[Guarded] = []

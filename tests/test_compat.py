@@ -12,7 +12,9 @@ import infera_gpu
 from tests.text import parse
 
 MODEL = parse(
-    "g (float[N, 4] x, int64[N] i) => (float[N, 4] y, int64[N] j, bool[N, 4] p) { y = Exp(x) j = Add(i, i) p = Less(x, y) }"
+    """g (float[N, 4] x, int64[N] i) => (float[N, 4] y, int64[N] j, bool[N, 4] p) {
+        y = Exp(x) j = Add(i, i) p = Less(x, y)
+    }"""
 ).SerializeToString()
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from buffers import GuardedBuffers
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -22,6 +21,7 @@ import infera_gpu.ops
 from infera_gpu.graph import HostArray, Node
 from infera_gpu.op import Call, Case, Op, Registry, Site
 from infera_gpu.spec import TensorSpec, onnx_of_dtype, spec_of
+from tests.buffers import GuardedBuffers
 
 OPS: tuple[Op, ...] = tuple(
     op
@@ -33,11 +33,11 @@ REGISTRY = Registry(OPS)
 OLDEST = 7
 """The oldest opset that is supported here and by onnxruntime."""
 
-NO_ORACLE = frozenset({"infera"})
-"""Domains that only this runtime knows: their references are compared in tests of their own."""
+WITH_ORACLE = frozenset({"", "ai.onnx.ml", "com.microsoft"})
+"""Domains that onnxruntime knows. References of others are compared in tests of their own."""
 
-ALLOWANCE = 1024
-"""Bytes of Python objects that a run may make and drop; every array worth planning is larger."""
+ALLOWANCE = 4096
+"""Bytes of bookkeeping that a run may take and give back. Some case of every kernel has larger arrays."""
 
 
 def opset_of(op: Op, case: Case) -> int:
@@ -138,16 +138,21 @@ def run(calls: Sequence[Call]) -> None:
 
 
 def allocated(calls: Sequence[Call]) -> int:
-    """Bytes allocated at the peak of a second run."""
-    tracemalloc.start()
-    try:
-        run(calls)
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        run(calls)
-        return tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
+    """Bytes allocated at the peak of a second run.
+
+    NumPy's iterators copy broadcast operands through buffers of their own; the smallest buffers leave only arrays.
+    """
+    with np.errstate():
+        np.setbufsize(16)
+        tracemalloc.start()
+        try:
+            run(calls)
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            run(calls)
+            return tracemalloc.get_traced_memory()[1] - before
+        finally:
+            tracemalloc.stop()
 
 
 def variants(op: Op, case: Case, kind: str) -> list[tuple[Site, tuple[HostArray | None, ...]]]:
@@ -175,7 +180,7 @@ def kernels() -> Iterator[Any]:
                     yield pytest.param(op, kind, case, id=f"{op.qualified}-{kind}-{case.id}")
 
 
-@pytest.mark.parametrize(("op", "case"), references())
+@pytest.mark.parametrize(("op", "case"), [*references()])
 def test_reference(op: Op, case: Case) -> None:
     assert REGISTRY.find(op.domain, op.name, opset_of(op, case)) is op, "a newer version answers at this opset"
     ins = inputs_of(op, case)
@@ -185,13 +190,13 @@ def test_reference(op: Op, case: Case) -> None:
     assert len(got) >= case.n_outs
     for i, (array, spec) in enumerate(zip(got, specs, strict=False)):
         assert spec is None or spec_of(array) == spec, f"output {i} is {spec_of(array)}, inferred {spec}"
-    if op.domain in NO_ORACLE or not op.pure:
+    if op.domain not in WITH_ORACLE or not op.pure:
         return
     for i, (g, w) in enumerate(zip(got, oracle(op, case, ins), strict=False)):
         assert_close(np.asarray(g), w, case.tol, f"output {i}")
 
 
-@pytest.mark.parametrize(("op", "kind", "case"), kernels())
+@pytest.mark.parametrize(("op", "kind", "case"), [*kernels()])
 def test_kernel(op: Op, kind: str, case: Case) -> None:
     kernel = op.kernels[kind]
     for site, ins in variants(op, case, kind):

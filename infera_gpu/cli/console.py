@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-    from rich.table import Table
 
 
 def print_error(message: str) -> None:
@@ -38,10 +37,12 @@ def working(what: str) -> Iterator[None]:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
     """Print a table to stdout; the columns named in `right` are aligned right. Cells are text, not markup."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
-    shown = _table(title)
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -49,14 +50,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: do not fold what a program may read
+    if title:
+        print(title)
     console.print(shown)
-
-
-def _table(title: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
 
 
 @contextmanager

@@ -35,6 +35,9 @@ def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict
                 raise InputError(f"-i {option}: which input? the model has {_listed(inputs)}; give -i name={path}")
             name = left[0]
         feeds[name] = loaded
+    for name in feeds:
+        if name not in inputs:
+            raise InputError(f"'{name}' is not an input; the model has {_listed(inputs)}")
     return feeds
 
 

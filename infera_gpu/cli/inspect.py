@@ -54,7 +54,7 @@ def _show_model(session: Session) -> None:
     table(
         ("operator", "count"),
         [(op, str(n)) for op, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))],
-        title=f"{counts.total()} nodes after optimisation",
+        title=f"nodes after optimisation: {counts.total()}",
         right=("count",),
     )
 
@@ -85,7 +85,7 @@ def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
     table(
         columns,
         [_timed(i, step, seconds, total) for i, (step, seconds) in enumerate(zip(steps, medians, strict=True))],
-        title=f"{1e3 * total:.3f} ms in {len(steps)} steps, the median of {PROFILE_RUNS} runs",
+        title=f"steps: {len(steps)}, {1e3 * total:.3f} ms in all; medians of {PROFILE_RUNS} runs",
         right=("#", "ms", "share"),
     )
 

@@ -11,6 +11,7 @@ import typer
 from infera_gpu.cli import options
 from infera_gpu.cli.console import note, table, working
 from infera_gpu.cli.feeds import gather, read_feeds
+from infera_gpu.errors import InputError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import spec_of
 
@@ -26,6 +27,8 @@ def command(
     seed: options.Seed = 0,
 ) -> None:
     """Run a model once."""
+    if shape and not random:
+        raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
     with options.opened(options.locate(model), device, threads) as session:
         feeds = gather(session.inputs, input, shape, seed) if random else read_feeds(input or [], session.inputs)
         with working("running"):

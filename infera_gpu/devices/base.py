@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +14,18 @@ from infera_gpu.memory import ALIGN
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+
+UFUNC_BUFFER = 256
+"""Elements. NumPy's ufuncs take buffers of this size for operands that they cannot walk in one stride or must cast;
+with its default of 8192 a run would take and give back 32 KB for each."""
+
+
+@contextmanager
+def quiet_numpy() -> Iterator[None]:
+    """How plans run on NumPy: no floating-point warnings, small ufunc buffers. Restores the settings afterwards."""
+    with np.errstate(all="ignore"):
+        np.setbufsize(UFUNC_BUFFER)
+        yield
 
 
 class Device(Protocol):
@@ -30,6 +44,10 @@ class Device(Protocol):
 
     @property
     def launcher(self) -> Launcher: ...
+
+    def running(self) -> AbstractContextManager[None]:
+        """What binding and running happen in: the thread's current GPU and stream, NumPy's settings."""
+        ...
 
     def alloc(self, nbytes: int, space: Space) -> Any:
         """A block of uninitialised memory, aligned to memory.ALIGN. Raises OutOfMemoryError."""

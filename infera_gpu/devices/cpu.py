@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -27,6 +28,9 @@ class CpuDevice:
     @property
     def launcher(self) -> Launcher:
         raise DeviceError("the CPU launches no Triton kernels")
+
+    def running(self) -> AbstractContextManager[None]:
+        return quiet_numpy()
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_view
+from infera_gpu.devices.base import compute_into, host_view, quiet_numpy
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -34,12 +36,11 @@ def why_unavailable() -> str | None:
 class CudaDevice:
     """GPU `index`. Raises DeviceError where there is none, saying why.
 
-    Everything is ordered on one non-blocking stream: transfers, kernel launches and the portable operators, which run
-    on CuPy with that stream as the current one.
+    Everything is ordered on one non-blocking stream, the current one inside `running`: transfers, kernel launches and
+    the portable operators, which run on CuPy.
     """
 
     space: Space = "device"
-    kinds: tuple[str, ...] = ("triton", "cupy")
     runs_portable = True
 
     def __init__(self, index: int = 0) -> None:
@@ -57,6 +58,7 @@ class CudaDevice:
         self._device = cupy.cuda.Device(index)
         with self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
+        self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self._launcher: Launcher | None = None
 
     @property
@@ -67,16 +69,20 @@ class CudaDevice:
             self._launcher = CudaLauncher(self.index, self._stream.ptr)
         return self._launcher
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._device, self._stream, quiet_numpy():
+            yield
+
     def alloc(self, nbytes: int, space: Space) -> Any:
         cupy = self.xp
-        with self._device:
-            if space == "host":  # pinned, so that transfers are asynchronous
-                return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
-            free, _ = cupy.cuda.runtime.memGetInfo()
-            if nbytes > free:
-                raise OutOfMemoryError(f"the arena on {self.name}", needed=nbytes, available=int(free))
-            memory = cupy.cuda.Memory(max(nbytes, 1))  # cudaMalloc, outside CuPy's pool; freed with its last view
-            return cupy.cuda.MemoryPointer(memory, 0)
+        if space == "host":  # pinned, so that transfers are asynchronous
+            return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8)
+        free, _ = cupy.cuda.runtime.memGetInfo()
+        if nbytes > free:
+            raise OutOfMemoryError(f"the arena on {self.name}", needed=nbytes, available=int(free))
+        memory = cupy.cuda.Memory(max(nbytes, 1))  # cudaMalloc, outside CuPy's pool; freed with its last view
+        return cupy.cuda.MemoryPointer(memory, 0)
 
     def view(self, block: Any, operand: Operand) -> Array:
         if operand.space == "host":
@@ -84,27 +90,22 @@ class CudaDevice:
         return self.xp.ndarray(operand.shape, operand.dtype, block + operand.offset, operand.strides)
 
     def constant(self, host: HostArray, space: Space) -> Array:
-        if space == "host":
-            return host
-        with self._device, self._stream:
-            return self.xp.asarray(host)
+        return host if space == "host" else self.xp.asarray(host)
 
     def transfer(self, source: Array, target: Array) -> Call:
-        on_host = isinstance(source, np.ndarray), isinstance(target, np.ndarray)
-        if on_host == (True, True):
-            return self._after_stream, (np.copyto, (target, source))
-        if on_host == (False, False):
-            return self._on_stream, (self.xp.copyto, (target, source))
-        if on_host == (True, False):
-            return target.set, (source, self._stream)
-        return self._download, (source, target)
+        here = self.xp.ndarray
+        match isinstance(source, here), isinstance(target, here):
+            case True, True:
+                return self.xp.copyto, (target, source)
+            case True, False:
+                return self._download, (source, target)
+            case False, True:
+                return target.set, (np.ascontiguousarray(source), self._stream)
+            case _:
+                return self._after_stream, (np.copyto, (target, source))
 
     def _download(self, source: Array, target: HostArray) -> None:
         source.get(self._stream, out=target, blocking=True)
-
-    def _on_stream(self, fn: Any, args: tuple[Any, ...]) -> None:
-        with self._device, self._stream:
-            fn(*args)
 
     def _after_stream(self, fn: Any, args: tuple[Any, ...]) -> None:
         self._stream.synchronize()
@@ -113,7 +114,7 @@ class CudaDevice:
     def compute(self, step: Step, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> Call:
         if step.space == "host":
             return self._after_stream, (compute_into, (np, step, ins, outs))
-        return self._on_stream, (compute_into, (self.xp, step, ins, outs))
+        return compute_into, (self.xp, step, ins, outs)
 
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
         return calls
@@ -123,7 +124,7 @@ class CudaDevice:
         cupy = self.xp
         if isinstance(value, cupy.ndarray):
             return value if value.device.id == self.index else None
-        if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        if not hasattr(value, "__dlpack_device__"):
             return None
         kind, index = value.__dlpack_device__()
         return cupy.from_dlpack(value) if (int(kind), index) == (2, self.index) else None  # 2 is kDLCUDA

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -50,6 +51,9 @@ class RecordingDevice:
 
             self._launcher = RecordingLauncher()
         return self._launcher
+
+    def running(self) -> AbstractContextManager[None]:
+        return quiet_numpy()
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         self.events.append(Event("alloc", space, nbytes))

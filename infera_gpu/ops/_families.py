@@ -29,14 +29,19 @@ def plain(fn: Callable[..., Any]) -> Compute:
     return compute
 
 
+def is_native(dtype: DType) -> bool:
+    """Whether it is a boolean, an integer or a float16 to float64: NumPy's own, not ml_dtypes', and not text."""
+    return dtype.isbuiltin == 1 and dtype.kind in "biuf"
+
+
 def native(site: Site) -> bool:
-    """Whether every operand has a dtype with NumPy loops of its own: booleans, integers, float16 to float64."""
-    return all(s is None or s.dtype.kind in "biuf" for s in (*site.ins, *site.outs))
+    """Whether every operand has a dtype with NumPy loops of its own."""
+    return all(s is None or is_native(s.dtype) for s in (*site.ins, *site.outs))
 
 
 def floating(site: Site) -> bool:
     """Whether every operand is float16, float32 or float64."""
-    return all(s is None or s.dtype.kind == "f" for s in (*site.ins, *site.outs))
+    return all(s is None or (is_native(s.dtype) and s.dtype.kind == "f") for s in (*site.ins, *site.outs))
 
 
 def movable(site: Site) -> bool:

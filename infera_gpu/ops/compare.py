@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from infera_kernels.cpu import elementwise as cpu
-from infera_kernels.portable import elementwise as portable
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, broadcast, f32, same_as
-from infera_gpu.ops._families import BOOL, elementwise, plain
+from infera_gpu.ops._families import BOOL, elementwise, is_native, plain
 from infera_gpu.ops.elementwise import ufunc_op
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import elementwise as cpu
+from infera_kernels.portable import elementwise as portable
 
 _SPECIAL = np.array([np.nan, np.inf, -np.inf, 0, 1], np.float32)
 _A = np.array([[1, 2, 3], [4, 5, 6]])
@@ -19,17 +19,17 @@ _B = np.array([[1, 3, 2]])
 _BITS = np.array([True, False, True, False]), np.array([True, True, False, False])
 
 _COMPARE_CASES = (
-    Case("float", (_A.astype(np.float32), _B.astype(np.float32)), opset=9),
+    Case("float", (_A.astype(np.float32), _B.astype(np.float32)), opset=11),
     Case("int64", (_A.astype(np.int64), _B.astype(np.int64)), opset=9),
-    Case("nan", (_SPECIAL, _SPECIAL), opset=9),
-    Case("random", (f32(4, 1, 3), f32(5, 1)), opset=9),
-    Case("empty", (f32(0, 3), f32(3)), opset=9),
+    Case("nan", (_SPECIAL, _SPECIAL), opset=11),
+    Case("random", (f32(4, 1, 3), f32(5, 1)), opset=11),
+    Case("empty", (f32(0, 3), f32(3)), opset=11),
 )
 
 
 def _compare(name: str, ufunc: str, since: int) -> Op:
     cases = _COMPARE_CASES
-    if since > 9:
+    if since > 11:
         cases = tuple(Case(c.id, c.ins) for c in cases)
     return ufunc_op(name, ufunc, cases, since=since, dtype=BOOL)
 
@@ -74,7 +74,7 @@ def _is_inf(xp: Any, site: Site, x: Array) -> Array:
 
 def _native(x: Array) -> Array:
     """The narrow floats of ml_dtypes as float32: not all of them have loops of their own."""
-    return x.astype(np.float32) if x.dtype.kind == "V" else x
+    return x if is_native(x.dtype) else x.astype(np.float32)
 
 
 def _bind_where(site: Site, io: Buffers) -> list[Call]:

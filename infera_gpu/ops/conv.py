@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from infera_kernels.calls import Pack
-from infera_kernels.cpu.conv import conv2d
-from infera_kernels.cpu.conv_epilogue import ACTIVATIONS, Activation, activate
-from infera_kernels.portable.conv import convolution
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.calls import Pack
+from infera_kernels.cpu.conv import conv2d
+from infera_kernels.cpu.conv_epilogue import ACTIVATIONS, Activation, activator
+from infera_kernels.portable.conv import convolution
 
 
 def conv_window(site: Site) -> Window:
@@ -61,8 +61,8 @@ def activation_of(site: Site) -> Activation | None:
         return None
     if name not in ACTIVATIONS:
         raise site.fail(f"activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
-    if len(params) != ACTIVATIONS[name][0]:
-        raise site.fail(f"activation '{name}' has {len(params)} parameters, expected {ACTIVATIONS[name][0]}")
+    if len(params) != len(ACTIVATIONS[name]):
+        raise site.fail(f"activation '{name}' has parameters {params}, expected ({', '.join(ACTIVATIONS[name])})")
     return (name, *params)
 
 
@@ -80,7 +80,8 @@ def _compute_fused(
     y = _compute(xp, site, x, w, b)
     if residual is not None:
         y += residual
-    for fn, args in activate(y, activation_of(site), lambda shape, dtype=np.float32: xp.empty(shape, dtype)):
+    apply = activator(activation_of(site), y.size, y.dtype, np.empty)
+    for fn, args in apply(y):
         fn(*args)
     return y
 
@@ -157,7 +158,7 @@ _CASES = (
     Case("dilated-strided", (f32(1, 3, 13, 14), f32(2, 3, 3, 3)), {"dilations": (3, 2), "strides": (2, 3)}),
     Case("grouped", (f32(2, 6, 9, 8), f32(9, 2, 3, 3), f32(9)), {"group": 3, "pads": (1, 1, 1, 1)}),
     Case("depthwise", (f32(2, 7, 9, 10), f32(7, 1, 3, 3), f32(7)), {"group": 7, "pads": (1, 1, 1, 1)}),
-    Case("depthwise-strided", (f32(1, 6, 15, 12), f32(6, 1, 5, 3)), {"group": 6, "strides": (2, 3), "pads": (1, 0, 2, 1)}),
+    Case("depthwise-strided", (f32(1, 6, 15, 12), f32(6, 1, 5, 3)), {"group": 6, "strides": (2, 3), "pads": (1, 0) * 2}),
     Case("depthwise-dilated", (f32(1, 3, 12, 12), f32(3, 1, 3, 3), f32(3)), {"group": 3, "dilations": (2, 3)}),
     Case("depthwise-blocks", (f32(1, 40, 60, 60), f32(40, 1, 3, 3), f32(40)), {"group": 40, "pads": (1, 1, 1, 1)}),
     Case("depthwise-multiplied", (f32(1, 4, 6, 6), f32(12, 1, 3, 3), f32(12)), {"group": 4}),
@@ -178,7 +179,7 @@ _FUSED = {
     "hard_sigmoid": (0.2, 0.4),
     "sigmoid": (),
     "tanh": (),
-    "silu": (),
+    "swish": (),
     "hard_swish": (),
 }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from infera_kernels.cpu import activation as cpu_activation
-from infera_kernels.cpu import elementwise as cpu
-from infera_kernels.portable import activation as portable_activation
-from infera_kernels.portable import elementwise as portable
 
 from infera_gpu.op import Buffers, Call, Case, Compute, Op, Site, broadcast, f32, same_as
 from infera_gpu.ops._families import elementwise, floating, native, plain
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import activation as cpu_activation
+from infera_kernels.cpu import elementwise as cpu
+from infera_kernels.portable import activation as portable_activation
+from infera_kernels.portable import elementwise as portable
 
 
 def _ints(*shape: int, dtype: str = "int64") -> TensorSpec:

@@ -99,7 +99,7 @@ class Job:
 
 def in_order(feeds: Arrays) -> Arrays:
     """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
-    return {name: np.require(array, requirements="CA") for name, array in feeds.items()}
+    return {name: np.require(array, requirements=["C", "A"]) for name, array in feeds.items()}
 
 
 def _call(deliver: Callable[[Batch], None], batch: Batch) -> None:
@@ -287,7 +287,9 @@ class Batcher:
         start = 0
         for job in jobs:
             rows = slice(start, start := start + job.rows)
-            results.append({name: outputs[name][(slice(None),) * axis + (rows,)] for name, axis in layout.outputs.items()})
+            results.append(
+                {name: outputs[name][(slice(None),) * axis + (rows,)] for name, axis in layout.outputs.items()}
+            )
         return results
 
     def _run_alone(self, job: Job) -> Arrays | Exception:
@@ -343,7 +345,9 @@ class Batcher:
     def _post_late(self, jobs: Sequence[Job], now: float) -> None:
         for job in jobs:
             waited = f"{(now - job.queued_at) * 1e3:.1f} ms"
-            self._post_failures([job], Expired(f"model '{self.name}': the request's time was up after {waited} in the queue"))
+            self._post_failures(
+                [job], Expired(f"model '{self.name}': the request's time was up after {waited} in the queue")
+            )
 
     def _post_failures(self, jobs: Sequence[Job], error: Exception) -> None:
         if jobs:

@@ -99,7 +99,9 @@ def candidates(inputs: Specs, outputs: Specs) -> Iterator[Candidate]:
     if not inputs or not outputs:
         return
     specs = [*inputs.values(), *outputs.values()]
-    shared = [s for s in dict.fromkeys(specs[0].shape) if isinstance(s, str) and all(x.shape.count(s) == 1 for x in specs)]
+    shared = [
+        s for s in dict.fromkeys(specs[0].shape) if isinstance(s, str) and all(x.shape.count(s) == 1 for x in specs)
+    ]
     for symbol in sorted(shared, key=lambda s: sum(spec.shape.index(s) for spec in specs)):
         yield Candidate(
             {name: spec.shape.index(symbol) for name, spec in inputs.items()},

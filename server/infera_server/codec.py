@@ -71,9 +71,7 @@ def shape_of(value: object) -> tuple[int, ...]:
         raise BadRequest(f"Unable to parse 'shape': {len(value)} dimensions, at most {MAX_DIMENSIONS} are supported")
     for dim in value:
         if type(dim) is not int or dim < 0:
-            raise BadRequest(
-                "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
-            )
+            raise BadRequest("Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer")
         if dim > MAX_DIMENSION:
             raise BadRequest(f"Unable to parse 'shape': dimension {dim} is over {MAX_DIMENSION}")
     return tuple(value)
@@ -209,7 +207,9 @@ def _strings_from_json(data: list[Any]) -> HostArray:
 def to_json(array: HostArray, datatype: str, name: str) -> Any:
     """What orjson makes the flat JSON list of. Not-a-number and infinities are written as Triton writes them."""
     if datatype == "BYTES":
-        texts = [item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else str(item) for item in array.flat]
+        texts = [
+            item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else str(item) for item in array.flat
+        ]
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
@@ -225,7 +225,7 @@ def to_json(array: HostArray, datatype: str, name: str) -> Any:
 
 
 def top_classes(array: HostArray, count: int, rows: bool) -> HostArray:
-    """`score:index` of the `count` largest scores, best first, ties by index; of each row where the first axis is rows."""
+    """`score:index` of the `count` largest scores, best first, ties by index; for each of the first axis with `rows`."""
     scores = array.reshape(array.shape[0], -1) if rows else array.reshape(1, -1)
     count = min(count, scores.shape[1])
     order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]

@@ -14,6 +14,7 @@ Coding: TypeAlias = Literal["gzip", "deflate"]
 _WBITS: dict[Coding, int] = {"gzip": 31, "deflate": 15}
 _BARE = -15
 _LEVEL = 1
+_MAX_MEMBERS = 64
 
 
 def coding_of(value: bytes) -> Coding | None:
@@ -29,7 +30,7 @@ def coding_of(value: bytes) -> Coding | None:
 
 
 def preferred(accept: bytes) -> Coding | None:
-    """The coding of the reply to a request with this Accept-Encoding: the best liked of ours, the first among equals."""
+    """The coding of the reply to a request with this Accept-Encoding: the best liked of ours, the first of equals."""
     best: Coding | None = None
     best_quality = 0.0
     for part in accept.decode("latin-1").lower().split(","):
@@ -73,9 +74,9 @@ def decompress(body: bytes, coding: Coding, limit: int) -> bytes:
         if not stream.eof:
             raise BadRequest(f"the request body's {coding} data is cut short")
         whole.append(part)
-        left = stream.unused_data  # gzip files may be several members in a row
-        if left and coding != "gzip":
-            raise BadRequest(f"{len(left)} bytes follow the request body's deflate data")
+        left = stream.unused_data  # gzip data may be several members in a row
+        if left and (coding != "gzip" or len(whole) == _MAX_MEMBERS):
+            raise BadRequest(f"{len(left)} bytes follow the request body's {coding} data")
     return whole[0] if len(whole) == 1 else b"".join(whole)
 
 

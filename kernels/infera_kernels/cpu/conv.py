@@ -12,7 +12,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch
 from infera_kernels.cpu.conv_depthwise import depthwise
-from infera_kernels.cpu.conv_epilogue import Activation, epilogue, reuse
+from infera_kernels.cpu.conv_epilogue import Activation, epilogue
 from infera_kernels.cpu.conv_planes import Pair, planes
 from infera_kernels.cpu.conv_winograd import tile_of, winograd
 
@@ -85,9 +85,9 @@ def _pointwise(
         flat = y.reshape(n, o)
         flat_residual = None if residual is None else residual.reshape(n, o)
         calls.append((np.matmul, (x.reshape(n, c), weights.T, flat)))
-        return calls + epilogue(flat, b, flat_residual, activation, scratch)
+        return calls + epilogue(activation, y.size, y.dtype, scratch)(flat, b, flat_residual)
     gathered = None if strides == (1, 1) else scratch((c, *y.shape[2:]), x.dtype)
-    shared = reuse(scratch)
+    finish = epilogue(activation, y[0].size, y.dtype, scratch)
     column = None if b is None else b.reshape(o, 1)
     for i in range(n):
         if gathered is not None:
@@ -96,7 +96,7 @@ def _pointwise(
         image = y[i].reshape(o, pixels)
         rest = None if residual is None else residual[i].reshape(o, pixels)
         calls.append((np.matmul, (weights, _grouped(source, group), _grouped(image, group))))
-        calls += epilogue(image, column, rest, activation, shared)
+        calls += finish(image, column, rest)
     return calls
 
 
@@ -124,7 +124,7 @@ def _im2col(
     taps = c * kh * kw
     step = _block(height, taps * width * x.itemsize, COLUMN_BYTES)
     room = scratch((taps * step * width,), x.dtype)
-    shared = reuse(scratch)
+    finish = epilogue(activation, y[0].size, y.dtype, scratch)
     calls: list[Call] = [padded.clear()]
     for i in range(n):
         calls += padded.load(x[i])
@@ -132,13 +132,11 @@ def _im2col(
             count = (rows.stop - rows.start) * width
             p = slice(rows.start * width, rows.start * width + count)
             cols = room[: taps * count].reshape(c, kh, kw, rows.stop - rows.start, width)
-            calls += [
-                (np.copyto, (cols[:, a, e], padded.tap(a, e, rows, width))) for a in range(kh) for e in range(kw)
-            ]
+            calls += [(np.copyto, (cols[:, a, e], padded.tap(a, e, rows, width))) for a in range(kh) for e in range(kw)]
             block = y[i].reshape(o, -1)[:, p]
             rest = None if residual is None else residual[i].reshape(o, -1)[:, p]
             calls.append((np.matmul, (weights, _grouped(cols.reshape(taps, count), group), _grouped(block, group))))
-            calls += epilogue(block, column, rest, activation, shared)
+            calls += finish(block, column, rest)
     return calls
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
-from infera_kernels.cpu.conv_epilogue import Activation, activate, reuse
+from infera_kernels.cpu.conv_epilogue import Activation, activator
 from infera_kernels.cpu.conv_planes import Pair, planes
 
 BLOCK_BYTES = 1 << 21
@@ -41,7 +41,7 @@ def depthwise(
     )
     count = height * padded.width
     cols, sums = scratch((step, taps, count), x.dtype), scratch((step, 1, count), x.dtype)
-    shared = reuse(scratch)
+    apply = activator(activation, step * height * width, y.dtype, scratch)
     calls: list[Call] = [padded.clear()]
     for i in range(n):
         for start in range(0, c, step):
@@ -49,7 +49,7 @@ def depthwise(
             size = channels.stop - start
             part, columns, total = padded.head(size), cols[:size], sums[:size]
             calls += part.load(x[i, channels])
-            calls += [(np.copyto, (columns[:, k], part.flat_tap(*divmod(k, kw), count))) for k in range(taps)]
+            calls += [(np.copyto, (columns[:, k], part.flat_tap(k // kw, k % kw, count))) for k in range(taps)]
             calls.append((np.matmul, (w[channels].reshape(size, 1, taps), columns, total)))
             made = total.reshape(size, height, padded.width)[:, :, :width]
             block = y[i, channels]
@@ -59,7 +59,7 @@ def depthwise(
                 calls.append((np.add, (made, b[channels].reshape(size, 1, 1), block)))
             if residual is not None:
                 calls.append((np.add, (block, residual[i, channels], block)))
-            calls += activate(block, activation, shared)
+            calls += apply(block)
     return calls
 
 

@@ -2,101 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from infera_kernels.calls import Array, Call, Scratch, maximum, minimum
+from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.activation import blockwise
+from infera_kernels.cpu.elementwise import BLOCK, blocks, call, const
 
 Activation: TypeAlias = tuple[str | float, ...]
 """A name of `ACTIVATIONS`, then its parameters."""
 
+Epilogue: TypeAlias = Callable[[Array, Array | None, Array | None], list[Call]]
+"""`finish(y, b, residual)`: the calls that turn a block of sums into activation(y + b + residual), in place."""
 
-def _relu(y: Array, scratch: Scratch) -> list[Call]:
-    return [maximum(y, y.dtype.type(0), y)]
-
-
-def _clip(y: Array, scratch: Scratch, low: float, high: float) -> list[Call]:
-    return [maximum(y, y.dtype.type(low), y), minimum(y, y.dtype.type(high), y)]
-
-
-def _leaky_relu(y: Array, scratch: Scratch, alpha: float) -> list[Call]:
-    t = scratch(y.shape, y.dtype)
-    zero = y.dtype.type(0)
-    return [
-        minimum(y, zero, t),
-        (np.multiply, (t, y.dtype.type(alpha), t)),
-        maximum(y, zero, y),
-        (np.add, (y, t, y)),
-    ]
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "relu": (),
+        "clip": ("low", "high"),
+        "leaky_relu": ("alpha",),
+        "hard_sigmoid": ("alpha", "beta"),
+        "hard_swish": (),
+        "sigmoid": (),
+        "swish": (),
+        "tanh": (),
+    }
+)
+"""Name -> its parameters, in order."""
 
 
-def _hard_sigmoid(y: Array, scratch: Scratch, alpha: float, beta: float) -> list[Call]:
-    number = y.dtype.type
-    return [(np.multiply, (y, number(alpha), y)), (np.add, (y, number(beta), y)), *_clip(y, scratch, 0.0, 1.0)]
+def activator(activation: Activation | None, size: int, dtype: Any, scratch: Scratch) -> Callable[[Array], list[Call]]:
+    """`apply(y)`: calls that apply an activation in place, to arrays of any size.
 
-
-def _sigmoid(y: Array, scratch: Scratch) -> list[Call]:
-    half = y.dtype.type(0.5)
-    return [(np.multiply, (y, half, y)), (np.tanh, (y, y)), (np.multiply, (y, half, y)), (np.add, (y, half, y))]
-
-
-def _tanh(y: Array, scratch: Scratch) -> list[Call]:
-    return [(np.tanh, (y, y))]
-
-
-def _gated(gate: Callable[..., list[Call]]) -> Callable[..., list[Call]]:
-    """y * gate(y)"""
-
-    def calls(y: Array, scratch: Scratch, *params: float) -> list[Call]:
-        t = scratch(y.shape, y.dtype)
-        return [(np.copyto, (t, y)), *gate(t, scratch, *params), (np.multiply, (y, t, y))]
-
-    return calls
-
-
-ACTIVATIONS: dict[str, tuple[int, Callable[..., list[Call]]]] = {
-    "relu": (0, _relu),
-    "clip": (2, _clip),
-    "leaky_relu": (1, _leaky_relu),
-    "hard_sigmoid": (2, _hard_sigmoid),
-    "sigmoid": (0, _sigmoid),
-    "tanh": (0, _tanh),
-    "silu": (0, _gated(_sigmoid)),
-    "hard_swish": (0, _gated(lambda y, scratch: _hard_sigmoid(y, scratch, 1 / 6, 0.5))),
-}
-"""Name -> (number of parameters, calls that apply it in place)."""
-
-
-def activate(y: Array, activation: Activation | None, scratch: Scratch) -> list[Call]:
-    """Applies an activation in place. Raises KeyError for an unknown name, TypeError for missing parameters."""
-    if activation is None:
-        return []
-    name, *params = activation
-    return ACTIVATIONS[str(name)][1](y, scratch, *params)
-
-
-def epilogue(
-    y: Array, b: Array | None, residual: Array | None, activation: Activation | None, scratch: Scratch
-) -> list[Call]:
-    """y = activation(y + b + residual) in place; `b` broadcasts."""
-    added: list[Call] = [(np.add, (y, term, y)) for term in (b, residual) if term is not None]
-    return added + activate(y, activation, scratch)
-
-
-def reuse(scratch: Scratch) -> Scratch:
-    """Scratch that hands the same memory to every ask, for blocks that run one after another.
-
-    Each ask must fit into the largest before it, so bind the largest block first.
+    Raises KeyError for an unknown name and ValueError for missing parameters. `size` is the largest array's.
     """
-    held: dict[Any, Array] = {}
+    if activation is None:
+        return lambda y: []
+    name = str(activation[0])
+    attrs = {k: float(v) for k, v in zip(ACTIVATIONS[name], activation[1:], strict=True)}
+    if name == "relu":
+        return lambda y: [call(np.maximum, y, const(0, y), y)]
+    if name == "clip":
+        low, high = attrs["low"], attrs["high"]
+        return lambda y: [call(np.maximum, y, const(low, y), y), call(np.minimum, y, const(high, y), y)]
+    emit = blockwise(name, min(size, BLOCK), dtype, scratch, **attrs)
+    return lambda y: [c for (part,) in blocks(y) for c in emit(part, part)]
 
-    def take(shape: Any, dtype: Any = np.float32) -> Array:
-        size = int(np.prod(shape))
-        key = np.dtype(dtype)
-        if key not in held or held[key].size < size:
-            held[key] = scratch((size,), dtype)
-        return held[key][:size].reshape(shape)
 
-    return take
+def epilogue(activation: Activation | None, size: int, dtype: Any, scratch: Scratch) -> Epilogue:
+    """The epilogue of blocks of at most `size` elements; they share its temporaries. The bias broadcasts."""
+    apply = activator(activation, size, dtype, scratch)
+
+    def finish(y: Array, b: Array | None, residual: Array | None) -> list[Call]:
+        return [*((np.add, (y, term, y)) for term in (b, residual) if term is not None), *apply(y)]
+
+    return finish

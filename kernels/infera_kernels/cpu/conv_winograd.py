@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch
-from infera_kernels.cpu.conv_epilogue import Activation, epilogue, reuse
+from infera_kernels.cpu.conv_epilogue import Activation, epilogue
 from infera_kernels.cpu.conv_planes import Pair, planes
 
 BLOCK_BYTES = 1 << 20
@@ -38,7 +38,8 @@ def transforms(tile: int) -> tuple[Array, Array, Array]:
         polynomial = [Fraction(1)]
         for root in roots:
             polynomial = [
-                low - root * high for low, high in zip([Fraction(0), *polynomial], [*polynomial, Fraction(0)], strict=True)
+                low - root * high
+                for low, high in zip([Fraction(0), *polynomial], [*polynomial, Fraction(0)], strict=True)
             ]
         return polynomial + [Fraction(0)] * (size - len(polynomial))
 
@@ -88,7 +89,7 @@ def winograd(
     most = size * size * step * across * max(c, o)
     one, two = scratch((most,), x.dtype), scratch((most,), x.dtype)
     column = None if b is None else b.reshape(o, 1, 1)
-    shared = reuse(scratch)
+    finish = epilogue(activation, y[0].size, y.dtype, scratch)
     calls: list[Call] = [padded.clear()]
     for i in range(n):
         calls += padded.load(x[i])
@@ -115,8 +116,10 @@ def winograd(
                 for e in range(tile):
                     target = block[:, a::tile, e::tile]
                     source = made[a, e, :, : target.shape[1], : target.shape[2]]
-                    calls.append((np.copyto, (target, source)) if column is None else (np.add, (source, column, target)))
-            calls += epilogue(block, None, None if residual is None else residual[i, :, band], activation, shared)
+                    calls.append(
+                        (np.copyto, (target, source)) if column is None else (np.add, (source, column, target))
+                    )
+            calls += finish(block, None, None if residual is None else residual[i, :, band])
     return calls
 
 

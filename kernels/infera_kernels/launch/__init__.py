@@ -12,7 +12,7 @@ from infera_kernels.launch.cuda import CudaLauncher, CupyDriver, Driver
 from infera_kernels.launch.interpreter import InterpreterLauncher
 from infera_kernels.launch.recording import Launch, RecordingLauncher
 from infera_kernels.launch.types import (
-        Const,
+    Const,
     Launcher,
     LaunchError,
     Target,

@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_kernels.calls import Call
 
+
 class LaunchError(RuntimeError):
     """A kernel cannot be compiled, loaded or launched as asked."""
 

@@ -23,7 +23,7 @@ def convolution(
     dilations: Sequence[int],
     group: int,
 ) -> Array:
-    """(N, C, *in) * (O, C / group, *kernel) [+ (O,)] -> (N, O, *out), in `w`'s dtype; float16 accumulates in float32."""
+    """(N, C, *in) * (O, C / group, *kernel) [+ (O,)] -> (N, O, *out). Half precision accumulates in float32."""
     kernel, spatial = w.shape[2:], len(out)
     n, o = x.shape[0], w.shape[0]
     seen = windows(xp, x, out, kernel=kernel, strides=strides, dilations=dilations, pads=pads)

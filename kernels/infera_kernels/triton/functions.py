@@ -161,9 +161,9 @@ def pow(x, y):
     whole = tl.floor(y) == y
     odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
     signed = tl.where((x < 0) & odd, -magnitude, magnitude)
-    undefined = (x < 0) & (whole == 0) & (tl.abs(x) != float("inf"))
+    undefined = (x < 0) & (whole == 0) & (x != float("-inf"))
     power = tl.where(undefined, float("nan"), signed)
-    return tl.where((y == 0) | (x == 1), 1.0, power)
+    return tl.where((y == 0) | (x == 1) | ((x == -1) & (tl.abs(y) == float("inf"))), 1.0, power)
 
 
 @triton.jit

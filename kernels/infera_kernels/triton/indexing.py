@@ -1,4 +1,4 @@
-"""Index arithmetic that kernels share."""
+"""What kernels share: index arithmetic, and conversions between the types they store and compute in."""
 
 import triton
 import triton.language as tl
@@ -26,9 +26,26 @@ def offset_of(index, dims, strides, FIRST: tl.constexpr, LAST: tl.constexpr):
 @triton.jit
 def widened(x):
     """Half precision as float32, every other type as it is."""
-    if x.dtype == tl.float16:
-        return x.to(tl.float32)
-    elif x.dtype == tl.bfloat16:
+    if x.dtype == tl.float16 or x.dtype == tl.bfloat16:
         return x.to(tl.float32)
     else:
         return x
+
+
+@triton.jit
+def store_type(value, pointer):
+    """`value` in the type that `pointer` points to, floats rounded to nearest even.
+
+    The interpreter truncates float32 to bfloat16 (with an explicit rounding mode it drops a carry), and reads other
+    types' bits as bfloat16: there the rounding is done here, on the bits.
+    """
+    if pointer.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+        if INTERPRETED:
+            bits = value.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            return value.to(tl.bfloat16)
+    else:
+        return value.to(pointer.dtype.element_ty)

@@ -8,31 +8,25 @@ dimension than the output, that dimension alone: such a tile is a transpose thro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import triton
 import triton.language as tl
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Const, Launcher, Typed
-from infera_kernels.triton import functions as f
-from infera_kernels.triton.indexing import offset_of, widened
+from infera_kernels.launch import Launcher
+from infera_kernels.triton.indexing import offset_of, store_type, widened
 from infera_kernels.triton.layout import (
-    FLOATS,
     INT32_MAX,
-    INTEGERS,
     MAX_DIMS,
-    STORED,
     Dims,
     broadcast_strides,
     ceil_div,
     coalesce,
     element_strides,
     fold,
-    name_of,
     next_power_of_two,
     span,
 )
@@ -90,7 +84,7 @@ def pointwise_kernel(
             z = widened(tl.load(c + (at + col * c_strides[0]), mask=inside, other=0))
             value = FN(x, y, z)
     at = offset_of(tile, dims, out_strides, ROW_DIMS, LAST) + offset_of(row, dims, out_strides, 1, ROW_DIMS)
-    tl.store(out + (at + col * out_strides[0]), value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (at + col * out_strides[0]), store_type(value, out), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +124,10 @@ def pick_tiling(shape: Dims, strides: Sequence[Dims]) -> Tiling:
     return Tiling(dims, walked, len(dims), rows, (min(_TILE // cols, next_power_of_two(rows)), cols))
 
 
-def _pointwise(
+def pointwise(
     fn: Any, ins: Sequence[Any], out: Any, launcher: Launcher, alpha: float | None = None, beta: float | None = None
 ) -> list[Call]:
+    """out = fn(*ins) for one to three inputs that broadcast to `out`; no calls where `out` is empty."""
     shape = tuple(out.shape)
     if 0 in shape:
         return []
@@ -140,8 +135,8 @@ def _pointwise(
     a, b, c = (*ins, None, None)[:3]
     a_strides, b_strides, c_strides = (*map(fold, tiling.strides[:-1]), None, None)[:3]
     args = {
-        **{"a": a, "b": b, "c": c, "out": out, "dims": tiling.dims, "rows": tiling.rows, "alpha": alpha, "beta": beta},
-        **{"a_strides": a_strides, "b_strides": b_strides, "c_strides": c_strides},
+        "a": a, "b": b, "c": c, "out": out, "dims": tiling.dims, "rows": tiling.rows, "alpha": alpha, "beta": beta,
+        "a_strides": a_strides, "b_strides": b_strides, "c_strides": c_strides,
         "out_strides": fold(tiling.strides[-1]),
     }
     constexprs = {

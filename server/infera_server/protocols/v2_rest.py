@@ -308,7 +308,8 @@ def _raw_feeds(body: bytes, model: Signature) -> dict[str, HostArray]:
         raise BadRequest(f"a raw request of {len(body)} bytes does not tell the shape {list(tensor.shape)}")
     if len(body) != known and -1 not in tensor.shape[1:]:
         raise BadRequest(
-            f"input byte size mismatch for input 'raw_input' for model '{model.name}'. Expected {known}, got {len(body)}"
+            f"input byte size mismatch for input 'raw_input' for model '{model.name}'. "
+            f"Expected {known}, got {len(body)}"
         )
     return {tensor.name: codec.from_bytes(body, tensor.dtype, tuple(shape), tensor.name)}
 

@@ -1,0 +1,77 @@
+"""Einsum."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.ops._families import plain
+from infera_gpu.spec import TensorSpec
+
+_ELLIPSIS = "..."
+
+
+def _parse(equation: str) -> tuple[list[str], str]:
+    """The operands' terms and the output's term, the latter made up by NumPy's rule where it is left out."""
+    left, arrow, output = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        counts = Counter(left.replace(_ELLIPSIS, "").replace(",", ""))
+        once = "".join(sorted(label for label, n in counts.items() if n == 1))
+        output = (_ELLIPSIS if _ELLIPSIS in left else "") + once
+    return terms, output
+
+
+def _einsum_spec(site: Site) -> tuple[TensorSpec]:
+    equation = str(site.attrs["equation"])
+    terms, output = _parse(equation)
+    operands = [s for s in site.ins if s is not None]
+    if len(terms) != len(operands):
+        raise site.fail(f"equation '{equation}' has {len(terms)} terms for {len(operands)} inputs")
+    sizes: dict[str, int] = {}
+    batch: tuple[int, ...] = ()
+    for term, spec in zip(terms, operands, strict=True):
+        before, dots, after = term.partition(_ELLIPSIS)
+        free = spec.ndim - len(before) - len(after)
+        if free < 0 or (free and not dots):
+            raise site.fail(f"equation '{equation}': term '{term}' does not fit {spec}")
+        dims = spec.dims
+        for label, size in zip(before + after, dims[: len(before)] + dims[len(before) + free :], strict=True):
+            known = sizes.setdefault(label, size)
+            if known != size and 1 not in (known, size):
+                raise site.fail(f"equation '{equation}': '{label}' is {known} and {size}")
+            if known == 1:
+                sizes[label] = size
+        try:
+            batch = np.broadcast_shapes(batch, dims[len(before) : len(before) + free])
+        except ValueError:
+            raise site.fail(f"equation '{equation}': the parts under '...' do not broadcast") from None
+    before, dots, after = output.partition(_ELLIPSIS)
+    unknown = sorted(set(before + after) - set(sizes))
+    if unknown:
+        raise site.fail(f"equation '{equation}': output label '{unknown[0]}' is in no input")
+    shape = (*(sizes[k] for k in before), *(batch if dots else ()), *(sizes[k] for k in after))
+    return (TensorSpec(shape, operands[0].dtype),)
+
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "Einsum",
+        12,
+        infer=_einsum_spec,
+        compute=plain(lambda xp, site, *ins: xp.einsum(str(site.attrs["equation"]), *ins, optimize=True)),
+        attrs={"equation": REQUIRED},
+        cases=(
+            Case("matmul", (f32(2, 3), f32(3, 4)), {"equation": "ij,jk->ik"}),
+            Case("implicit", (f32(2, 3), f32(3, 4)), {"equation": "ij, jk"}),
+            Case("batch", (f32(2, 3, 4), f32(5, 4)), {"equation": "bsd,ed->bse"}),
+            Case("ellipsis", (f32(2, 3, 4), f32(2, 4, 5)), {"equation": "...ij,...jk->...ik"}),
+            Case("transpose", (f32(2, 3),), {"equation": "ij->ji"}),
+            Case("trace", (f32(3, 3),), {"equation": "ii"}),
+            Case("outer", (f32(2), f32(3)), {"equation": "i,j->ij"}),
+            Case("ellipsis_sum", (f32(2, 3, 4),), {"equation": "...i->..."}),
+        ),
+    ),
+)

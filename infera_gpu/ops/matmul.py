@@ -1,0 +1,224 @@
+"""Matrix products: MatMul, Gemm, the fused form that graph passes make, Det."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import floating, native, plain
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import matmul as cpu
+from infera_kernels.portable import matmul as portable
+
+_PACK_ROWS = 256
+"""Up to so many rows, BLAS gains 10 % and more from a constant transposed weight laid out anew (measured)."""
+
+
+def product_dims(site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a @ b by NumPy's rules. Raises PlanError where they do not fit."""
+    if not a or not b:
+        raise site.fail(f"cannot multiply {list(a)} by {list(b)}: a matrix product needs at least one dimension")
+    left, right = (1, *a) if len(a) == 1 else a, (*b, 1) if len(b) == 1 else b
+    try:
+        batch = np.broadcast_shapes(left[:-2], right[:-2])
+    except ValueError:
+        batch = None
+    if batch is None or left[-1] != right[-2]:
+        raise site.fail(f"cannot multiply {list(a)} by {list(b)}")
+    return (*batch, *(left[-2:-1] if len(a) > 1 else ()), *(right[-1:] if len(b) > 1 else ()))
+
+
+def _swapped(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
+    return (*dims[:-2], dims[-1], dims[-2]) if flag else dims
+
+
+def _infer(site: Site) -> tuple[TensorSpec]:
+    a = _swapped(site.spec(0).dims, site.attrs.get("transA"))
+    b = _swapped(site.spec(1).dims, site.attrs.get("transB"))
+    return (TensorSpec(product_dims(site, a, b), site.spec(0).dtype),)
+
+
+def _operands(site: Site, io: Buffers) -> tuple[Array, Array]:
+    """Both matrices with their transpositions applied as views, a constant weight packed where that pays."""
+    a = portable.transposed(io.ins[0], site.attrs.get("transA"))
+    if not site.attrs.get("transB"):
+        return a, io.ins[1]
+    rows = a.size // max(a.shape[-1], 1)
+    if site.value(1) is not None and rows <= _PACK_ROWS:
+        return a, io.pack(1, "transposed", lambda w: np.ascontiguousarray(w.swapaxes(-1, -2)))
+    return a, io.ins[1].swapaxes(-1, -2)
+
+
+def _input(io: Buffers, i: int) -> Array | None:
+    return io.ins[i] if i < len(io.ins) else None
+
+
+def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
+    return cpu.matmul(*io.ins, io.outs[0], io.scratch)
+
+
+def _bind_gemm(site: Site, io: Buffers) -> list[Call]:
+    a, b = _operands(site, io)
+    alpha, beta = site.attrs["alpha"], site.attrs["beta"]
+    return cpu.gemm(a, b, _input(io, 2), io.outs[0], io.scratch, alpha=alpha, beta=beta)
+
+
+def _gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
+    a, b = portable.transposed(a, site.attrs["transA"]), portable.transposed(b, site.attrs["transB"])
+    return portable.gemm(xp, a, b, c, alpha=site.attrs["alpha"], beta=site.attrs["beta"])
+
+
+def _blas(site: Site) -> bool:
+    """Whether every operand is float32 or float64."""
+    return floating(site) and site.spec(0).dtype.itemsize >= 4
+
+
+def _numeric(site: Site) -> bool:
+    return native(site) and site.spec(0).dtype != np.float16
+
+
+def _gemm_spec(site: Site) -> tuple[TensorSpec]:
+    if site.spec(0).ndim != 2 or site.spec(1).ndim != 2:
+        raise site.fail(f"expected two matrices, got {site.spec(0)} and {site.spec(1)}")
+    return _infer(site)
+
+
+_W = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+_MATMUL = Op(
+    "MatMul",
+    1,
+    infer=_infer,
+    compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
+    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)},
+    cases=(
+        Case("matrices", (f32(5, 3), f32(3, 7))),
+        Case("rows", (f32(2, 3, 4), _W)),
+        Case("two_rows", (f32(2, 1, 40), f32(40, 33))),
+        Case("batch", (f32(2, 3, 5, 4), f32(2, 3, 4, 6))),
+        Case("broadcast", (f32(2, 1, 5, 4), f32(3, 4, 6))),
+        Case("vector", (f32(4), _W)),
+        Case("matrix_vector", (f32(3, 5, 4), f32(4))),
+        Case("vectors", (f32(7), f32(7))),
+        Case("no_terms", (f32(2, 0), f32(0, 3))),
+        Case("empty", (f32(0, 5), f32(5, 3))),
+        Case(
+            "int32", (np.arange(6, dtype=np.int32).reshape(2, 3), np.arange(6, dtype=np.int32).reshape(3, 2)), opset=9
+        ),
+    ),
+)
+_GEMM = Op(
+    "Gemm",
+    7,
+    infer=_gemm_spec,
+    compute=plain(_gemm),
+    kernels={"cpu": Kernel(bind=_bind_gemm, supports=_blas, strided=True)},
+    attrs={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
+    cases=(
+        Case("bias", (f32(5, 4), _W, f32(3))),
+        Case("none", (f32(5, 4), _W), opset=11),
+        Case("constant_weight", (f32(2, 3), _W, f32(4)), {"transB": 1}),
+        Case("one_row", (f32(1, 3), _W, f32(4)), {"transB": 1}),
+        Case("many_rows", (f32(301, 3), _W, f32(4)), {"transB": 1}),
+        Case("both", (f32(4, 5), f32(6, 4), f32(5, 1)), {"transA": 1, "transB": 1}),
+        Case("scaled", (f32(5, 4), _W, f32(5, 3)), {"alpha": 0.5, "beta": -2.0}),
+        Case("scalar_bias", (f32(5, 4), _W, f32()), {"alpha": 2.0}),
+        Case("past_block", (f32(130, 5), f32(5, 301), f32(1, 301)), {"beta": 0.25}),
+    ),
+)
+
+
+_ACTIVATIONS = {
+    "": "",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "silu": "swish",
+}
+
+
+def _fused_spec(site: Site) -> tuple[TensorSpec]:
+    if site.attrs["activation"] not in _ACTIVATIONS:
+        known = ", ".join(repr(a) for a in _ACTIVATIONS)
+        raise site.fail(f"activation is '{site.attrs['activation']}', expected one of {known}")
+    (spec,) = _infer(site)
+    for i, what in ((2, "bias"), (3, "residual")):
+        if site.has(i):
+            _check_term(site, what, site.spec(i), spec)
+    return (spec,)
+
+
+def _check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> None:
+    try:
+        fits = np.broadcast_shapes(term.dims, spec.dims) == spec.dims
+    except ValueError:
+        fits = False
+    if not fits:
+        raise site.fail(f"{what} {term} does not broadcast to {spec}")
+
+
+def _bind_fused(site: Site, io: Buffers) -> list[Call]:
+    a, b = _operands(site, io)
+    out = io.outs[0]
+    return [
+        *cpu.matmul(a, b, out, io.scratch),
+        *cpu.epilogue(
+            out,
+            io.scratch,
+            alpha=site.attrs["alpha"],
+            bias=_input(io, 2),
+            activation=_ACTIVATIONS[site.attrs["activation"]],
+            residual=_input(io, 3),
+        ),
+    ]
+
+
+def _fused(xp: Any, site: Site, a: Array, b: Array, bias: Array | None = None, residual: Array | None = None) -> Array:
+    a, b = portable.transposed(a, site.attrs["transA"]), portable.transposed(b, site.attrs["transB"])
+    act = _ACTIVATIONS[site.attrs["activation"]]
+    return portable.fused_matmul(xp, a, b, bias, residual, alpha=site.attrs["alpha"], act=act)
+
+
+def _fused_supported(site: Site) -> bool:
+    exact = site.spec(0).dtype == np.float32 or site.attrs["activation"] != "gelu"
+    return _blas(site) and exact
+
+
+# Y = act(alpha A' @ B' + bias) + residual. A' is A, or with transA = 1 A with its last two axes swapped; so is B'.
+# The product follows MatMul's rules; bias and residual broadcast to it and may be left out. `activation` is "" (none),
+# relu, gelu (erf), gelu_tanh, tanh, sigmoid or silu.
+_FUSED = Op(
+    "FusedMatMul",
+    1,
+    domain="infera",
+    infer=_fused_spec,
+    compute=plain(_fused),
+    kernels={"cpu": Kernel(bind=_bind_fused, supports=_fused_supported, strided=True)},
+    attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},
+    cases=(
+        Case("plain", (f32(5, 4), _W)),
+        Case("bias", (f32(2, 5, 4), _W, f32(3))),
+        Case("residual", (f32(2, 5, 4), _W, None, f32(2, 5, 3))),
+        Case("row_residual", (f32(2, 5, 4), _W, f32(3), f32(5, 1))),
+        *(Case(act, (f32(3, 4), _W, f32(3), f32(3, 3)), {"activation": act}) for act in _ACTIVATIONS if act),
+        Case("heads", (f32(2, 3, 5, 4), f32(2, 3, 6, 4), f32(2, 1, 1, 6)), {"transB": 1, "alpha": 0.125}),
+        Case("left", (f32(2, 4, 5), f32(4, 6)), {"transA": 1}),
+        Case("past_block", (f32(2, 33, 5), f32(5, 701), f32(701), f32(33, 701)), {"activation": "gelu"}),
+        Case("vector", (f32(4), _W, f32(3)), {"activation": "relu"}),
+        Case("empty", (f32(0, 4), _W, f32(3)), {"activation": "relu"}),
+    ),
+)
+
+
+_DET = Op(
+    "Det",
+    11,
+    infer=lambda site: (TensorSpec(site.spec(0).shape[:-2], site.spec(0).dtype),),
+    compute=plain(lambda xp, site, x: xp.linalg.det(x).astype(x.dtype)),
+    cases=(Case("matrix", (f32(3, 3),)), Case("batch", (f32(2, 3, 4, 4),)), Case("one", (f32(2, 1, 1),))),
+)
+
+OPS: tuple[Op, ...] = (_MATMUL, _GEMM, _FUSED, _DET)

@@ -1,0 +1,127 @@
+"""Matrix products on NumPy's BLAS, and what follows a product while it is in cache.
+
+np.matmul hands a matrix to BLAS where one of its last two strides is the item size and the other at least a row; other
+layouts it copies on its own, so they are copied into scratch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.activation import blockwise
+from infera_kernels.cpu.elementwise import BLOCK, call, const, copy
+
+
+def _blas_takes(x: Array) -> bool:
+    """Whether BLAS reads the matrices in `x`'s last two axes where they lie, as they are or transposed."""
+    rows, cols = x.shape[-2:]
+    down, right = x.strides[-2:]
+    item = x.itemsize
+
+    def laid_out(inner: int, outer: int, width: int, count: int) -> bool:
+        return (inner == item or width == 1) and (count == 1 or (outer % item == 0 and outer >= width * item))
+
+    return laid_out(right, down, cols, rows) or laid_out(down, right, rows, cols)
+
+
+def _readable(x: Array, scratch: Scratch) -> tuple[Array, list[Call]]:
+    if x.ndim < 2 or x.size == 0 or _blas_takes(x):
+        return x, []
+    dense = scratch(x.shape, x.dtype)
+    return dense, [copy(dense, x)]
+
+
+def _rows(x: Array) -> Array | None:
+    """(..., K) as (rows, K) without a copy, or None."""
+    try:
+        return x.reshape((-1 if x.size else math.prod(x.shape[:-1]), x.shape[-1]), copy=False)
+    except ValueError:
+        return None
+
+
+_FEW_ROWS = 3
+"""Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first (measured)."""
+
+
+def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
+    """out = a @ b by np.matmul's rules; (..., M, K) times one (K, N) matrix is one product of all rows."""
+    if b.ndim == 2 and a.ndim > 2:
+        flat, target = _rows(a), _rows(out)
+        if flat is not None and target is not None:
+            a, out = flat, target
+    if a.ndim == b.ndim == 2 and 1 < a.shape[0] <= _FEW_ROWS:
+        a, out = a[:, None], out[:, None]
+    a, calls = _readable(a, scratch)
+    b, more = _readable(b, scratch)
+    return [*calls, *more, (np.matmul, (a, b, out))]
+
+
+def gemm(
+    a: Array, b: Array, c: Array | None, out: Array, scratch: Scratch, *, alpha: float = 1.0, beta: float = 1.0
+) -> list[Call]:
+    """out = alpha a @ b + beta c with `c` broadcast to `out`; a (..., M, K), b (..., K, N) any way BLAS reads."""
+    calls = matmul(a, b, out, scratch)
+    scaled = c
+    if c is not None and beta != 1:
+        scaled = scratch(c.shape, c.dtype)
+        calls.append(call(np.multiply, c, const(beta, c), scaled))
+    return calls + epilogue(out, scratch, alpha=alpha, bias=scaled)
+
+
+def epilogue(
+    y: Array,
+    scratch: Scratch,
+    *,
+    alpha: float = 1.0,
+    bias: Array | None = None,
+    activation: str = "",
+    residual: Array | None = None,
+) -> list[Call]:
+    """y = act(alpha y + bias) + residual in place, over cache-sized ranges of rows; both terms broadcast to `y`.
+
+    `activation` is "" or a name of `infera_kernels.cpu.activation.PROGRAMS` without parameters.
+    """
+    if not y.size or (alpha == 1 and bias is None and not activation and residual is None):
+        return []
+    width = y.shape[-1] if y.ndim else 1
+    rows = y.reshape(-1, width)
+    chunk = max(1, BLOCK // width)
+    activate = None
+    if activation:
+        activate = blockwise(activation, min(rows.shape[0], chunk) * width, y.dtype, scratch)
+    add_bias, add_residual = _adder(y, bias), _adder(y, residual)
+    calls: list[Call] = []
+    for i in range(0, rows.shape[0], chunk):
+        block = rows[i : i + chunk]
+        if alpha != 1:
+            calls.append(call(np.multiply, block, const(alpha, y), block))
+        calls += add_bias(block, i)
+        if activate is not None:
+            flat = block.reshape(-1)
+            calls += activate(flat, flat)
+        calls += add_residual(block, i)
+    return calls
+
+
+def _adder(y: Array, term: Array | None) -> Callable[[Array, int], list[Call]]:
+    """Adds to a range of y's rows, starting at row i, its part of a term that broadcasts to `y`.
+
+    Row by row where the term's own rows cannot be laid out as y's are without copying it.
+    """
+    if term is None:
+        return lambda block, i: []
+    if term.size == 1 or term.shape[:-1] == (1,) * (term.ndim - 1):
+        row = term.reshape(()) if term.size == 1 else term.reshape(-1)
+        return lambda block, i: [call(np.add, block, row, block)]
+    full = np.broadcast_to(term, y.shape)
+    flat = _rows(full)
+    if flat is not None:
+        return lambda block, i: [call(np.add, block, flat[i : i + len(block)], block)]
+    lead = y.shape[:-1]
+    return lambda block, i: [
+        call(np.add, block[j], full[np.unravel_index(i + j, lead)], block[j]) for j in range(len(block))
+    ]

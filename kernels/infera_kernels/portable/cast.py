@@ -1,0 +1,51 @@
+"""Conversion between element types, with what NumPy's astype does otherwise than wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from infera_kernels.calls import Array
+
+
+def cast(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool = True) -> Array:
+    """`x` as `dtype`. Into float8, values out of range become the largest finite one (`saturate`) or inf or NaN.
+
+    Text is read as numbers, and numbers are written as text with as many digits as tell their values apart.
+    Raises ValueError where a text is not a number.
+    """
+    if x.dtype.kind == "O" and dtype.kind != "O":
+        return _parsed(x, dtype)
+    if dtype.kind == "O":
+        return _written(x)
+    if dtype.name.startswith("float8"):
+        return _float8(xp, x.astype(np.float32), dtype, saturate=saturate)
+    return x.astype(dtype)
+
+
+def _float8(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool) -> Array:
+    if saturate:
+        largest = float(ml_dtypes.finfo(dtype).max)
+        x = xp.clip(x, -largest, largest)
+    return x.astype(dtype)
+
+
+def _parsed(x: Array, dtype: np.dtype[Any]) -> Array:
+    read = int if dtype.kind in "iu" else float
+    return np.array([read(v) for v in x.reshape(-1)]).reshape(x.shape).astype(dtype)
+
+
+def _written(x: Array) -> Array:
+    def text(v: Any) -> str:
+        if not isinstance(v, float):
+            return str(int(v))
+        if v != v:
+            return "NaN"
+        return f"{v:.{digits}g}".upper() if abs(v) == float("inf") else f"{v:.{digits}g}"
+
+    digits = 17 if x.dtype == np.float64 else 8
+    written = np.empty(x.size, object)
+    written[:] = [text(v) for v in x.reshape(-1).tolist()]
+    return written.reshape(x.shape)

@@ -1,0 +1,215 @@
+"""Everything but inference: health, metadata, configuration, statistics, the index, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import version as distribution_version
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+
+from infera_server.errors import BadRequest, NotFound, RequestError, Unavailable
+from infera_server.metrics import Exposition
+from infera_server.model import Model
+from infera_server.protocols import v2_rest
+from infera_server.repository import State
+from infera_server.service import Service
+from infera_server.signature import Tensor
+
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters", "statistics")
+READ = ["GET", "HEAD"]
+MAX_MANAGEMENT_BODY = 1 << 16
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
+
+
+class Json(Response):
+    """A JSON reply made by orjson."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
+    """The management application over a service."""
+    app = FastAPI(title="infera", version=_version(), lifespan=lifespan, redirect_slashes=False)
+    repository = service.repository
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Exposition(repository))
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return _error(error.status, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def failed(request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail))
+
+    def read(path: str) -> Callable[..., Any]:
+        return app.api_route(path, methods=READ)
+
+    def read_model(suffix: str) -> Callable[..., Any]:
+        """Register under a model and under each of its versions."""
+
+        def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+            for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+                app.add_api_route(path + suffix, handler, methods=READ)
+            return handler
+
+        return register
+
+    def find(model: str, version: str | None) -> Model:
+        if version is not None and not (version.isascii() and version.isdigit()):
+            raise NotFound("Not Found")
+        return repository.get(model, version)
+
+    @read("/")
+    async def alive() -> Response:
+        return Json({"status": "alive"})
+
+    @read("/v2")
+    async def server() -> Response:
+        return Json({"name": "infera", "version": _version(), "extensions": EXTENSIONS})
+
+    @read("/v2/health/live")
+    async def live() -> Response:
+        return Json({"live": True})
+
+    @read("/v2/health/ready")
+    async def ready() -> Response:
+        return Json({"ready": service.ready}, 200 if service.ready else 503)
+
+    @read("/v2/models")
+    async def models() -> Response:
+        return Json({"models": list(dict.fromkeys(m.signature.name for m in repository.ready()))})
+
+    @read("/v2/models/stats")
+    async def all_statistics() -> Response:
+        return Json({"model_stats": [_statistics(m) for m in repository.ready()]})
+
+    @read_model("")
+    async def metadata(model: str, version: str | None = None) -> Response:
+        found = find(model, version).signature
+        return Json(
+            {
+                "name": found.name,
+                "versions": repository.versions(found.name),
+                "platform": "onnx_infera",
+                "inputs": [_tensor(t) for t in found.inputs.values()],
+                "outputs": [_tensor(t) for t in found.outputs.values()],
+            }
+        )
+
+    @read_model("/ready")
+    async def model_ready(model: str, version: str | None = None) -> Response:
+        find(model, version)
+        if service.draining:
+            raise Unavailable("the server is shutting down")
+        return Json({"ready": True})
+
+    @read_model("/config")
+    async def configuration(model: str, version: str | None = None) -> Response:
+        return Json(_configuration(find(model, version)))
+
+    @read_model("/stats")
+    async def statistics(model: str, version: str | None = None) -> Response:
+        return Json({"model_stats": [_statistics(find(model, version))]})
+
+    @app.post("/v2/repository/index")
+    async def index(request: Request) -> Response:
+        only_ready = _only_ready(await _body(request))
+        entries = [e for e in repository.entries() if not only_ready or e.state is State.READY]
+        return Json(
+            [
+                {"name": e.source.name, "version": e.source.version, "state": e.state.value}
+                | ({"reason": e.reason} if e.reason else {})
+                for e in entries
+            ]
+        )
+
+    @read("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def infer(request: Request) -> Response:
+        """Inference is answered by `hotpath`: what arrives here has another verb, or a version that is no number."""
+        return _error(404, "Not Found") if request.method == "POST" else _error(405, "Method Not Allowed")
+
+    for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"):
+        app.add_route(path, infer, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+    return app
+
+
+def _version() -> str:
+    return distribution_version("infera-gpu")
+
+
+def _error(status: int, message: str) -> Response:
+    return Response(v2_rest.error_body(message), status, media_type="application/json")
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_MANAGEMENT_BODY:
+            raise BadRequest(f"the request body is over the limit of {MAX_MANAGEMENT_BODY:,} bytes")
+    return body
+
+
+def _only_ready(body: bytes) -> bool:
+    if not body:
+        return False
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
+    wanted = document.get("ready", False) if isinstance(document, dict) else None
+    if not isinstance(wanted, bool):
+        raise BadRequest("attempt to access JSON non-boolean as boolean")
+    return wanted
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+
+
+def _statistics(model: Model) -> dict[str, Any]:
+    return {"name": model.signature.name, "version": model.signature.version, **model.stats.as_dict()}
+
+
+def _configuration(model: Model) -> dict[str, Any]:
+    """Triton's ModelConfig as far as its clients read it; a batch on another axis than the first is not told there."""
+    signature = model.signature
+    batched = signature.leading
+
+    def entry(tensor: Tensor) -> dict[str, Any]:
+        kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+        return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": tensor.shape[1:] if batched else tensor.shape}
+
+    config: dict[str, Any] = {
+        "name": signature.name,
+        "platform": "onnx_infera",
+        "backend": "infera",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": signature.layout.max_rows if signature.layout and batched else 0,
+        "input": [entry(t) for t in signature.inputs.values()],
+        "output": [entry(t) for t in signature.outputs.values()],
+        "instance_group": [{"name": f"{signature.name}_0", "kind": _kind(model.device), "count": 1}],
+    }
+    if batched and signature.layout:
+        config["dynamic_batching"] = {
+            "preferred_batch_size": list(signature.layout.buckets),
+            "max_queue_delay_microseconds": 0,
+        }
+    return config
+
+
+def _kind(device: str) -> str:
+    return "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"

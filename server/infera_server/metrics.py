@@ -1,0 +1,212 @@
+"""Counters of what was served, and their Prometheus exposition.
+
+Everything is counted in the event loop's thread with plain integers (about 1 µs a request); the Prometheus objects are
+made when somebody asks. What is not known (a GPU without NVML) has no series, never a zero.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from infera_server.batcher import Batch
+
+if TYPE_CHECKING:
+    from infera_server.repository import Repository
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+REASONS = {413: "too_large", 429: "queue_full", 503: "unavailable", 504: "deadline"}
+"""Answers that are refusals by the server, by status."""
+
+
+class Histogram:
+    """Counts of values up to each bound, and their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def cumulative(self) -> Iterator[tuple[str, float]]:
+        """(bound, values up to it), as Prometheus has it."""
+        running = 0
+        for bound, count in zip((*self.bounds, math.inf), self.counts, strict=True):
+            running += count
+            yield ("+Inf" if math.isinf(bound) else repr(bound)), running
+
+
+class Times:
+    """A count and the nanoseconds it took, the unit of the V2 statistics."""
+
+    __slots__ = ("count", "ns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.ns = 0
+
+    def add(self, count: int, seconds: float) -> None:
+        self.count += count
+        self.ns += int(seconds * 1e9)
+
+    def as_dict(self) -> dict[str, int]:
+        return {"count": self.count, "ns": self.ns}
+
+
+class ModelStats:
+    """What one model version did. Used from the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.duration = Histogram(SECONDS)
+        self.queue = Histogram(SECONDS)
+        self.execution = Histogram(SECONDS)
+        self.rows = Histogram(ROWS)
+        self.padding = 0
+        self.phases = {name: Times() for name in ("queue", "compute_input", "compute_infer", "compute_output")}
+        self.success, self.fail = Times(), Times()
+        self.batches: dict[int, dict[str, Times]] = {}
+        self.last_inference = 0
+
+    def replied(self, status: int, seconds: float) -> None:
+        """A reply was written `seconds` after the request's headers."""
+        self.statuses[status] += 1
+        self.duration.observe(seconds)
+        (self.success if status == 200 else self.fail).add(1, seconds)
+
+    def ran(self, batch: Batch) -> None:
+        """A batch ran."""
+        jobs = len(batch.jobs)
+        self.rows.observe(batch.rows)
+        self.padding += batch.padded - batch.rows
+        self.execution.observe(batch.ran_at - batch.gathered_at)
+        waited = 0.0
+        for job in batch.jobs:
+            wait = batch.taken_at - job.queued_at
+            waited += wait
+            self.queue.observe(wait)
+        size = self.batches.get(batch.rows) or self.batches.setdefault(
+            batch.rows, {name: Times() for name in ("compute_input", "compute_infer", "compute_output")}
+        )
+        self.phases["queue"].add(jobs, waited)
+        for name, seconds in (
+            ("compute_input", batch.gathered_at - batch.taken_at),
+            ("compute_infer", batch.ran_at - batch.gathered_at),
+            ("compute_output", batch.split_at - batch.ran_at),
+        ):
+            self.phases[name].add(jobs, seconds * jobs)
+            size[name].add(1, seconds)
+        self.last_inference = int(time.time() * 1e3)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counters as the V2 statistics extension names them."""
+        none = {"count": 0, "ns": 0}
+        return {
+            "last_inference": self.last_inference,
+            "inference_count": int(self.rows.total),
+            "execution_count": self.rows.count,
+            "inference_stats": {
+                "success": self.success.as_dict(),
+                "fail": self.fail.as_dict(),
+                **{name: times.as_dict() for name, times in self.phases.items()},
+                "cache_hit": none,
+                "cache_miss": none,
+            },
+            "response_stats": {},
+            "batch_stats": [
+                {"batch_size": rows, **{name: times.as_dict() for name, times in sizes.items()}}
+                for rows, sizes in sorted(self.batches.items())
+            ],
+            "memory_usage": [],
+        }
+
+
+class Exposition:
+    """A Prometheus collector over a repository's models and the machine's GPUs."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._telemetry = _open_telemetry()
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._models()
+        yield from self._gpus()
+
+    def _models(self) -> Iterator[Metric]:
+        own = ["model", "version"]
+        requests = CounterMetricFamily("infera_requests", "Requests answered, by HTTP status.", labels=[*own, "code"])
+        rejected = CounterMetricFamily("infera_rejected", "Requests refused, by reason.", labels=[*own, "reason"])
+        padding = CounterMetricFamily("infera_padding_rows", "Rows run only to fill a bucket.", labels=own)
+        depth = GaugeMetricFamily("infera_queue_depth", "Requests waiting for a run.", labels=own)
+        info = InfoMetricFamily("infera_model", "What is served and how.", labels=own)
+        histograms = {
+            "duration": HistogramMetricFamily(
+                "infera_request_duration_seconds", "From a request's headers to its reply.", labels=own
+            ),
+            "queue": HistogramMetricFamily("infera_queue_duration_seconds", "Waiting for a run.", labels=own),
+            "execution": HistogramMetricFamily("infera_execution_duration_seconds", "One run of a batch.", labels=own),
+            "rows": HistogramMetricFamily("infera_batch_rows", "Rows in a batch, padding excluded.", labels=own),
+        }
+        for model in self._repository.ready():
+            key, stats = [model.signature.name, model.signature.version], model.stats
+            layout = model.signature.layout
+            for code, count in sorted(stats.statuses.items()):
+                requests.add_metric([*key, str(code)], count)
+                if code in REASONS:
+                    rejected.add_metric([*key, REASONS[code]], count)
+            padding.add_metric(key, stats.padding)
+            depth.add_metric(key, model.batcher.queued)
+            info.add_metric(
+                key,
+                {"device": model.device, "max_batch": str(layout.max_rows if layout else 1), "path": model.source_name},
+            )
+            for name, family in histograms.items():
+                histogram: Histogram = getattr(stats, name)
+                family.add_metric(key, list(histogram.cumulative()), histogram.total)
+        yield from (requests, rejected, padding, depth, info, *histograms.values())
+
+    def _gpus(self) -> Iterator[Metric]:
+        readings = self._telemetry.read() if self._telemetry is not None else None
+        for name, text, attribute, scale in (
+            ("infera_gpu_utilization_ratio", "Share of time a kernel was running.", "utilization", 1.0),
+            ("infera_gpu_memory_used_bytes", "Device memory in use.", "memory_used", 1.0),
+            ("infera_gpu_memory_size_bytes", "Device memory there is.", "memory_total", 1.0),
+        ):
+            family = GaugeMetricFamily(name, text, labels=["gpu", "name"])
+            for reading in readings or ():
+                value = getattr(reading, attribute)
+                if value is not None:
+                    family.add_metric([str(reading.index), str(reading.name)], value * scale)
+            if family.samples:
+                yield family
+
+
+def _open_telemetry() -> Any:
+    try:
+        from infera_gpu.telemetry import Telemetry
+    except ImportError:
+        return None
+    return Telemetry()

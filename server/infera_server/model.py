@@ -1,0 +1,123 @@
+"""A model version that is being served: its session, its batcher, its counters."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infera_server.batcher import Batch, Batcher, Done, HostArray, Job
+from infera_server.batching import Batching, Session, derive
+from infera_server.errors import BadRequest, request_error
+from infera_server.metrics import ModelStats
+from infera_server.settings import Settings
+from infera_server.signature import Signature, tensors
+
+Post = Callable[..., object]
+Opener = Callable[[Path, Settings], Session]
+
+
+@dataclass(eq=False)
+class Model:
+    """`submit` takes requests until `drain`. Made by `open_model`."""
+
+    signature: Signature
+    session: Session
+    batching: Batching
+    batcher: Batcher
+    stats: ModelStats
+    timeout: float
+    source_name: str
+    device: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.session.device.name
+
+    def submit(self, feeds: dict[str, HostArray], timeout: float | None, nbytes: int, done: Done) -> Job:
+        """Queue a request, which keeps `nbytes` in memory. `done` gets its outputs or a RequestError, once, later.
+
+        Raises BadRequest where its inputs do not agree on the batch, Overloaded, or Unavailable.
+        """
+        rows, group = self._rows(feeds)
+        job = Job(feeds, done, rows, group, nbytes, time.monotonic() + min(timeout or math.inf, self.timeout))
+        self.batcher.submit(job)
+        return job
+
+    def _rows(self, feeds: dict[str, HostArray]) -> tuple[int, Any]:
+        """The batch size, and what must be equal for requests to share a batch: all other dimensions."""
+        layout, name = self.signature.layout, self.signature.name
+        if layout is None:
+            return 1, None
+        rows, group = -1, []
+        for tensor, array in feeds.items():
+            axis, shape = layout.inputs[tensor], array.shape
+            if rows not in (-1, shape[axis]):
+                raise BadRequest(f"input '{tensor}' batch size does not match other inputs for '{name}'")
+            rows = shape[axis]
+            group.append((tensor, shape[:axis], shape[axis + 1 :]))
+        if rows > layout.max_rows:
+            raise BadRequest(f"inference request batch-size must be <= {layout.max_rows} for '{name}'")
+        if rows == 0:
+            raise BadRequest(f"inference request batch-size must be at least 1 for '{name}'")
+        group.sort()
+        return rows, tuple(group)
+
+    def close(self) -> None:
+        """Answer what waits with Unavailable, let the run in progress end, and release the device."""
+        self.batcher.close()
+        if self.batcher.join(self.timeout):
+            self.session.close()
+
+
+def open_session(path: Path, settings: Settings) -> Session:
+    """Load an ONNX file with the runtime. Raises InferaError."""
+    import infera_gpu
+
+    session: Session = infera_gpu.load(path, device=settings.device, threads=settings.threads)
+    return session
+
+
+def open_model(
+    name: str,
+    version: str,
+    path: Path,
+    settings: Settings,
+    *,
+    post: Post,
+    device_lock: Callable[[str], threading.Lock],
+    opener: Opener = open_session,
+) -> Model:
+    """Load, find the batch axis by running the model, start the engine thread. Raises whatever loading raises."""
+    session = opener(path, settings)
+    try:
+        inputs, outputs = tensors(session.inputs), tensors(session.outputs)
+        with (lock := device_lock(session.device.name)):
+            batching = derive(session, settings.max_batch)
+    except BaseException:
+        session.close()
+        raise
+    stats = ModelStats()
+
+    def run(feeds: Any) -> Any:
+        with lock:
+            return session.run(feeds)
+
+    def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
+        batch.results = [request_error(r, name) if isinstance(r, Exception) else r for r in batch.results]
+        post(deliver, batch)
+
+    batcher = Batcher(
+        run,
+        batching.layout,
+        max_queue=settings.max_queue,
+        max_queue_bytes=settings.max_queue_bytes,
+        name=name,
+        post=answer,
+        observe=stats.ran,
+    )
+    signature = Signature(name, version, inputs, outputs, batching.layout)
+    return Model(signature, session, batching, batcher, stats, settings.request_timeout, path.name)

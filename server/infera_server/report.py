@@ -1,0 +1,63 @@
+"""What was derived for a model and why, for a human."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from infera_server.model import Model
+from infera_server.repository import Entry
+from infera_server.settings import Settings
+from infera_server.signature import Tensor
+
+
+def bytes_text(n: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def describe(entry: Entry, settings: Settings) -> Panel:
+    """A panel about a loaded or failed model."""
+    title = f"{entry.source.name} version {entry.source.version}"
+    if entry.model is None:
+        return Panel(escape(entry.reason), title=f"[red]{escape(title)}: cannot be served", title_align="left")
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column()
+    for what, text in _facts(entry.model, settings, str(entry.source.path)):
+        rows.add_row(what, escape(text))
+    return Panel(rows, title=f"[green]{escape(title)}", title_align="left")
+
+
+def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]:
+    signature, batching = model.signature, model.batching
+    facts = [("file", path), ("device", model.device)]
+    for kind, tensors, axes in (
+        ("input", signature.inputs, signature.layout.inputs if signature.layout else {}),
+        ("output", signature.outputs, signature.layout.outputs if signature.layout else {}),
+    ):
+        facts += [(kind, _tensor(t, axes.get(t.name))) for t in tensors.values()]
+    facts.append(("batching", batching.reason))
+    if signature.layout:
+        facts.append(("buckets", ", ".join(map(str, signature.layout.buckets)) + ": a batch is padded to the next one"))
+    if batching.arena_bytes:
+        at = f" at {', '.join(f'{k}={v}' for k, v in batching.sizes.items())}" if batching.sizes else ""
+        arenas = "; ".join(f"batch {rows}: {bytes_text(n)}" for rows, n in batching.arena_bytes.items())
+        facts.append(("arena", arenas + at))
+    limits = (
+        f"{settings.max_queue} waiting requests, {bytes_text(settings.max_queue_bytes)} of them, "
+        f"{bytes_text(settings.max_body_bytes)} a body, {settings.request_timeout:g} s a request"
+    )
+    facts.append(("limits", limits))
+    return facts
+
+
+def _tensor(tensor: Tensor, batch_axis: int | None) -> str:
+    dims = ["batch" if axis == batch_axis else "any" if d < 0 else str(d) for axis, d in enumerate(tensor.shape)]
+    return f"{tensor.name}: {tensor.datatype} [{', '.join(dims)}]"

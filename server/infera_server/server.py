@@ -1,0 +1,113 @@
+"""Start, serve, drain, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from infera_server.app import create_app
+from infera_server.hotpath import HotPathProtocol
+from infera_server.repository import Entry, Repository
+from infera_server.service import Service
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with two differences: a signal drains before the listener closes, and is not raised again at the end.
+
+    While draining, connections are still taken, so that probes see "not ready" and clients a 503 instead of a refusal.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timeout = self.service.settings.drain_timeout
+        began = time.monotonic()
+        if not await self.service.drain(timeout):
+            log.error("requests were still running after %g s and were given up", timeout)
+        self.config.timeout_graceful_shutdown = max(1, int(timeout - (time.monotonic() - began)))
+        await super().shutdown(sockets)
+
+
+class Host:
+    """One server process: listens at once, loads while it listens, exits when asked or when nothing could be loaded."""
+
+    def __init__(self, repository: Repository, sock: socket.socket) -> None:
+        self.repository = repository
+        self.service = Service(repository.settings, repository)
+        self._sock = sock
+        self.server = Server(
+            uvicorn.Config(
+                create_app(self.service, self._lifespan),
+                http=HotPathProtocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                backlog=BACKLOG,
+            ),
+            self.service,
+        )
+        self.on_settled: Callable[[Entry], None] = lambda entry: None
+        self.on_loaded: Callable[[], None] = lambda: None
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
+        tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.service.expire())]
+        try:
+            yield {"service": self.service}
+        finally:
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _load(self) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self.repository.load, loop.call_soon_threadsafe, self.on_settled)
+        self.on_loaded()
+        if not any(self.repository.ready()):
+            self.server.should_exit = True
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT. Returns the exit status: 1 where no model could be loaded, else 0."""
+        try:
+            self.server.run([self._sock])
+        finally:
+            models = list(self.repository.ready())
+            for model in models:
+                model.close()
+        return 0 if models else 1
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock

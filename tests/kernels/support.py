@@ -1,0 +1,103 @@
+"""Arrays that show what a kernel did to them, and how close it must come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from infera_kernels.calls import Call
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half a unit in the last place, relative: what one rounding to the type may cost."""
+
+_GUARD = 64
+_UNTOUCHED = 0xA5
+
+
+class Guarded:
+    """An output: NaN (or 0x5A bytes) where the kernel must write, a known pattern everywhere else around it.
+
+    `step` leaves gaps of step - 1 elements along the last axis.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, *, step: int = 1) -> None:
+        dtype = np.dtype(dtype)
+        *outer, last = shape if shape else (1,)
+        wide = (*outer, last * step)
+        nbytes = int(np.prod(wide)) * dtype.itemsize
+        self._memory = np.full(nbytes + 2 * _GUARD, _UNTOUCHED, np.uint8)
+        self._written = np.zeros(nbytes + 2 * _GUARD, np.bool_)
+        self.array = self._view(self._memory, nbytes).view(dtype).reshape(wide)[..., ::step].reshape(shape, copy=False)
+        if dtype.kind in "iub":
+            self.array[...] = np.frombuffer(bytes([0x5A] * dtype.itemsize), dtype)[0]
+        else:
+            self.array[...] = np.nan
+        marks = self._view(self._written, nbytes).reshape(*wide, dtype.itemsize)
+        marks[..., ::step, :] = True
+
+    @staticmethod
+    def _view(memory: Array, nbytes: int) -> Array:
+        return memory[_GUARD : _GUARD + nbytes]
+
+    def check_guards(self) -> None:
+        """Raises AssertionError where a byte outside of the array has changed."""
+        outside = self._memory[~self._written]
+        assert (outside == _UNTOUCHED).all(), f"{(outside != _UNTOUCHED).sum()} bytes written outside of the output"
+
+
+def execute(calls: Sequence[Call]) -> None:
+    for fn, args in calls:
+        fn(*args)
+
+
+def assert_close(out: Guarded, want: Array, *, error: float = 0.0) -> None:
+    """Holds `out` against a float64 reference: guards whole, the same NaN and infinities, and elsewhere within one
+    rounding to the type of out plus `error` times the largest |want|."""
+    out.check_guards()
+    got = out.array.astype(np.float64)
+    want = np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want), "NaN in other places")
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[~finite & ~np.isnan(want)], want[~finite & ~np.isnan(want)])
+    if finite.any():
+        largest = float(np.abs(want[finite]).max())
+        bound = ROUNDING[out.array.dtype.name] * np.abs(want[finite]) + error * largest + 1e-30
+        if out.array.dtype == np.float16:
+            bound = bound + 2.0**-25  # half of the smallest subnormal
+        excess = np.abs(got[finite] - want[finite]) / bound
+        assert excess.max() <= 1.0, f"off by {excess.max():.2f} times the bound, largest |want| {largest:.3g}"
+
+
+def random(shape: Sequence[int], dtype: Any, *, low: float = -2.0, high: float = 2.0, seed: int = 0) -> Array:
+    """Uniform values between the bounds, rounded to the type; integers and bools likewise."""
+    return np.random.default_rng([seed, *shape]).uniform(low, high, tuple(shape)).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    ptr: int
+
+
+class FakeArray:
+    """A device array with nothing behind its address."""
+
+    def __init__(
+        self, shape: Sequence[int], dtype: Any, *, address: int = 0x7F0000000000, transposed: bool = False
+    ) -> None:
+        layout = np.empty(0, dtype)
+        strides, step = [], layout.itemsize
+        for size in reversed(shape):
+            strides.append(step)
+            step *= size
+        self.shape, self.dtype, self.size = tuple(shape), layout.dtype, step // layout.itemsize
+        self.strides = tuple(strides) if transposed else tuple(reversed(strides))
+        self.data = Pointer(address)
