@@ -59,8 +59,28 @@ def _driver() -> Iterator[Finding]:
     """The driver and every GPU, as NVML tells it."""
     from infera_gpu.telemetry import snapshot
 
-    found = snapshot()
-    yield Finding("NVIDIA driver", "unknown", str(found))
+    readings, state = snapshot()
+    if not readings:
+        yield Finding("NVIDIA driver", "absent" if state.startswith("no ") else "unknown", state)
+        return
+    versions = {r.driver for r in readings if r.driver}
+    yield Finding("NVIDIA driver", "ok" if versions else "unknown", ", ".join(versions) or "NVML tells no version")
+    for r in readings:
+        memory = f"{_known(r.memory_free, 1e-9, ' GB')} of {_known(r.memory_total, 1e-9, ' GB')} memory free"
+        rest = (
+            f"{_known(r.temperature, 1, ' °C')}, {_known(r.power, 1e-3, ' W')}, busy {_known(r.utilization, 1, ' %')}"
+        )
+        yield Finding(
+            f"GPU {r.index}",
+            "ok" if r.name and r.memory_free is not None else "unknown",
+            f"{r.name or 'name unknown'}: {memory}, {rest}",
+        )
+    if state:
+        yield Finding("NVML", "problem", state)
+
+
+def _known(value: float | None, scale: float, unit: str) -> str:
+    return "unknown" if value is None else f"{value * scale:,.4g}{unit}"
 
 
 def _cupy() -> Iterator[Finding]:

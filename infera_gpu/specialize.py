@@ -15,7 +15,7 @@ import numpy as np
 
 from infera_gpu.errors import PlanError, UnsupportedOperatorError
 from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.op import Op, Registry, Site
+from infera_gpu.op import FOLD_LIMIT, Op, Registry, Site
 from infera_gpu.spec import TensorSpec, spec_of
 
 
@@ -142,8 +142,7 @@ class _Walk:
             self.depends_on_data(op, site)
             return
         site = replace(site, outs=tuple(s for s in inferred if s is not None))
-        present = [v for i, v in enumerate(site.values) if site.has(i)]
-        if op.pure and all(v is not None for v in present):
+        if is_known(op, site) and sum(s.nbytes for s in site.outs) <= FOLD_LIMIT:
             self.fold(op, site, site.values)
         elif op.shapes_only:
             self.fold(
@@ -155,7 +154,7 @@ class _Walk:
 
     def depends_on_data(self, op: Op, site: Site) -> None:
         """Compute now if the inputs are known; else the node runs between two segments."""
-        if op.pure and all(v is not None for i, v in enumerate(site.values) if site.has(i)):
+        if is_known(op, site):
             self.fold(op, site, site.values)
             return
         self.eager.append(Placed(op, site))
@@ -168,6 +167,11 @@ class _Walk:
             if name:
                 self.known[name] = np.asarray(array)
                 self.specs[name] = spec_of(self.known[name])
+
+
+def is_known(op: Op, site: Site) -> bool:
+    """Whether the outputs can be computed while planning."""
+    return op.pure and all(v is not None for i, v in enumerate(site.values) if site.has(i))
 
 
 def named(node: Node, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:

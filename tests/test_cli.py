@@ -278,6 +278,21 @@ def test_doctor_says_unknown_where_a_check_fails(monkeypatch: pytest.MonkeyPatch
     assert list(doctor.examine()) == [doctor.Finding("Bus", "unknown", "could not be determined: OSError: no such bus")]
 
 
+def test_doctor_tells_unknown_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    from infera_gpu import doctor, telemetry
+
+    full = telemetry.GpuReading(0, "H200", "570.1", 0, 2_000_000_000, 0, 2_000_000_000, 30, 70_000)
+    readings = (full, telemetry.GpuReading(1))
+    monkeypatch.setattr(telemetry, "snapshot", lambda: (readings, "GPU 1 cannot be opened"))
+    found = {f.subject: f for f in doctor._driver()}
+    assert found["NVIDIA driver"] == doctor.Finding("NVIDIA driver", "ok", "570.1")
+    assert (found["GPU 0"].state, found["GPU 1"].state, found["NVML"].state) == ("ok", "unknown", "problem")
+    assert found["GPU 0"].detail == "H200: 2 GB of 2 GB memory free, 30 °C, 70 W, busy 0 %"
+    assert found["GPU 1"].detail.count("unknown") == 6
+    monkeypatch.setattr(telemetry, "snapshot", lambda: ((), "no NVIDIA driver library"))
+    assert [f.state for f in doctor._driver()] == ["absent"]
+
+
 # ---- the frame
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import infera_gpu
 from infera_gpu.devices.recording import RecordingDevice
-from infera_gpu.errors import DeviceError, InputError, ModelError, PlanError, UnsupportedOperatorError
+from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryError, PlanError, UnsupportedOperatorError
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from tests.text import parse
@@ -228,6 +228,15 @@ def test_shapes_that_do_not_fit_name_the_node() -> None:
     session = infera_gpu.load(parse("g (float[N] x, float[M] z) => (float[N] y) { y = Add(x, z) }"), device="cpu")
     with pytest.raises(PlanError, match="Add 'y'"):
         session.run({"x": np.zeros(3, np.float32), "z": np.zeros(4, np.float32)})
+
+
+def test_memory_that_is_not_there_is_refused_with_the_bytes() -> None:
+    model = parse(
+        "g (float[N] x) => (float[M] y) <int64[1] s = {40000000000000}> { a = ConstantOfShape(s)  y = Add(a, x) }"
+    )
+    session = infera_gpu.load(model, device="cpu")
+    with pytest.raises(OutOfMemoryError, match="the arena needs 160,000,000,000,"):
+        session.run({"x": np.zeros(1, np.float32)})
 
 
 def test_an_unknown_device_is_refused() -> None:

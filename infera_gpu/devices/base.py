@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.memory import ALIGN
@@ -82,8 +84,25 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
+CHECK_ABOVE = 1 << 26
+"""Bytes. Smaller blocks are not worth asking the system how much there is."""
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that the kernel could give without swapping; None where the system does not say."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def host_block(nbytes: int) -> HostArray:
-    """Aligned, uninitialised host memory."""
+    """Aligned, uninitialised host memory. Raises OutOfMemoryError where there is not that much."""
+    if nbytes > CHECK_ABOVE:
+        available = host_memory()
+        if available is not None and nbytes > available:  # Linux may promise it, and kill the process later
+            raise OutOfMemoryError("the arena", needed=nbytes, available=available)
     raw = np.empty(nbytes + ALIGN, np.uint8)
     skip = -raw.ctypes.data % ALIGN
     return raw[skip : skip + nbytes]

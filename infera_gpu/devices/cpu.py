@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
-from infera_gpu.errors import DeviceError, OutOfMemoryError
+from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -33,10 +33,7 @@ class CpuDevice:
         return quiet_numpy()
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
-        try:
-            return host_block(nbytes)
-        except MemoryError:
-            raise OutOfMemoryError("the arena", needed=nbytes, available=0) from None
+        return host_block(nbytes)
 
     def view(self, block: Any, operand: Operand) -> HostArray:
         return host_view(block, operand)

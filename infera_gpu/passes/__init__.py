@@ -8,7 +8,7 @@ from infera_gpu.graph import Graph
 from infera_gpu.op import Registry
 from infera_gpu.passes import conv, gelu, matmul
 from infera_gpu.passes.engine import Fusion, apply
-from infera_gpu.passes.fold import drop_dead, remove_identities, try_fold
+from infera_gpu.passes.fold import drop_dead, fold_constants, remove_identities
 
 FUSIONS: tuple[Fusion, ...] = (*conv.FUSIONS, *gelu.FUSIONS, *matmul.FUSIONS)
 """In the order in which they are applied."""
@@ -16,7 +16,7 @@ FUSIONS: tuple[Fusion, ...] = (*conv.FUSIONS, *gelu.FUSIONS, *matmul.FUSIONS)
 
 def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None) -> Graph:
     """The graph after every pass. `report(pass, times it fired)` is told what each did."""
-    graph = drop_dead(remove_identities(try_fold(graph, registry)))
+    graph = drop_dead(remove_identities(fold_constants(graph, registry)))
     for fusion in FUSIONS:
         times = 1
         while times:  # BatchNormalization then Mul then Add on one Conv: each application may enable the next

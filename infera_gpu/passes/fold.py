@@ -8,11 +8,8 @@ import numpy as np
 
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.op import Registry, Site
+from infera_gpu.op import FOLD_LIMIT, Registry, Site
 from infera_gpu.spec import spec_of
-
-FOLD_LIMIT = 1 << 28
-"""Bytes. A node that would fold to more is left for the run."""
 
 
 def fold_constants(graph: Graph, registry: Registry) -> Graph:
@@ -36,8 +33,11 @@ def _fold(node: Node, constants: dict[str, HostArray], graph: Graph, registry: R
     if op is None or not op.pure:
         return None
     values = tuple(constants[i] if i else None for i in node.inputs)
-    site = Site(node, op.fill(node), tuple(None if v is None else spec_of(v) for v in values), values, opset=opset)
-    specs = op.infer(site)
+    try:
+        site = Site(node, op.fill(node), tuple(None if v is None else spec_of(v) for v in values), values, opset=opset)
+        specs = op.infer(site)
+    except PlanError:  # the specialiser meets it again if the node is live, and its error is the one to show
+        return None
     if sum(s.nbytes for s in specs if s is not None) > FOLD_LIMIT:
         return None
     site = replace(site, outs=tuple(s for s in specs if s is not None))
@@ -87,11 +87,3 @@ def drop_dead(graph: Graph) -> Graph:
         nodes=tuple(reversed(live)),
         constants={k: v for k, v in graph.constants.items() if k in needed},
     )
-
-
-def try_fold(graph: Graph, registry: Registry) -> Graph:
-    """`fold_constants`, leaving a node that cannot be planned to the specialiser, whose error is the one to show."""
-    try:
-        return fold_constants(graph, registry)
-    except PlanError:
-        return graph

@@ -225,7 +225,7 @@ def to_json(array: HostArray, datatype: str, name: str) -> Any:
 
 
 def top_classes(array: HostArray, count: int, rows: bool) -> HostArray:
-    """`score:index` of the `count` largest scores, best first, ties by index; for each of the first axis with `rows`."""
+    """`score:index` of the `count` largest scores, best first, ties by index; with `rows`, of each row."""
     scores = array.reshape(array.shape[0], -1) if rows else array.reshape(1, -1)
     count = min(count, scores.shape[1])
     order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]

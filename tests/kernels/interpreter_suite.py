@@ -358,7 +358,9 @@ def test_softmax_of_padded_rows(launcher: InterpreterLauncher) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
-@pytest.mark.parametrize(("shape", "long"), [((1, 1), False), ((9, 33), False), ((2, 5, 768), False), ((2, 20000), True)])
+@pytest.mark.parametrize(
+    ("shape", "long"), [((1, 1), False), ((9, 33), False), ((2, 5, 768), False), ((2, 20000), True)]
+)
 @pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms", "rms without weight"])
 def test_norm(kind: str, shape: tuple[int, ...], long: bool, dtype: Any, launcher: InterpreterLauncher) -> None:
     x, out = random(shape, dtype, low=90, high=110), Guarded(shape, dtype)

@@ -33,8 +33,9 @@ class CompileLauncher:
         constexprs: Mapping[str, Any],
         **options: Any,
     ) -> Call:
+        settings = compiler_options(options)
         launch = launch_of(kernel, grid, args, constexprs, options)
-        binary = compile_kernel(kernel, bind(kernel, args, constexprs), compiler_options(options), self.target.arch)
+        binary = compile_kernel(kernel, bind(kernel, args, constexprs), settings, self.target.arch)
         self.launches.append(launch)
         self.compiled.append(Inspection(binary))
         return nothing, ()

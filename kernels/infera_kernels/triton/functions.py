@@ -160,7 +160,8 @@ def pow(x, y):
     magnitude = tl.exp(y.to(tl.float64) * tl.log(tl.abs(x).to(tl.float64))).to(tl.float32)
     whole = tl.floor(y) == y
     odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
-    signed = tl.where((x < 0) & odd, -magnitude, magnitude)
+    negative = x.to(tl.int32, bitcast=True) < 0  # -0.0 too
+    signed = tl.where(negative & odd, -magnitude, magnitude)
     undefined = (x < 0) & (whole == 0) & (x != float("-inf"))
     power = tl.where(undefined, float("nan"), signed)
     return tl.where((y == 0) | (x == 1) | ((x == -1) & (tl.abs(y) == float("inf"))), 1.0, power)

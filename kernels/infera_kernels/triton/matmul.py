@@ -200,7 +200,15 @@ def matmul(
     tile = tile or pick_tile(m, n, math.prod(leading), kind, target_of(launcher))
     entry = UNARY[activation] if activation else None
     args = {
-        "a": a, "b": b, "out": out, "bias": bias, "residual": residual, "M": m, "N": n, "K": k, "batch": batch,
+        "a": a,
+        "b": b,
+        "out": out,
+        "bias": bias,
+        "residual": residual,
+        "M": m,
+        "N": n,
+        "K": k,
+        "batch": batch,
         **dict(zip(("a_batch", "b_batch", "out_batch", "residual_batch"), map(fold, walked), strict=True)),
         **dict(zip(("a_m", "a_k"), fold(a_strides[-2:]), strict=True)),
         **dict(zip(("b_k", "b_n"), fold(b_strides[-2:]), strict=True)),
@@ -212,8 +220,13 @@ def matmul(
         "act_beta": entry and (entry.beta if act_beta is None else float(act_beta)),
     }
     constexprs = {
-        "ACT": entry.fn if entry else None, "PRECISION": precision, "GROUP": _GROUP,
-        "BM": tile.m, "BN": tile.n, "BK": tile.k, "WHOLE_K": k % tile.k == 0,
+        "ACT": entry.fn if entry else None,
+        "PRECISION": precision,
+        "GROUP": _GROUP,
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "WHOLE_K": k % tile.k == 0,
     }
     grid = (math.prod(leading) * ceil_div(m, tile.m) * ceil_div(n, tile.n),)
     return [launcher.launch(matmul_kernel, grid, args, constexprs, num_warps=tile.warps, num_stages=tile.stages)]

@@ -153,8 +153,16 @@ def _norm(
     if not rows * cols:
         return []
     args = {
-        "x": x, "weight": weight, "bias": bias, "out": out, "mean_out": mean, "inv_std_out": inv_std,
-        "cols": cols, "x_stride": fold_one(x_stride), "out_stride": fold_one(out_stride), "eps": float(eps),
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "out": out,
+        "mean_out": mean,
+        "inv_std_out": inv_std,
+        "cols": cols,
+        "x_stride": fold_one(x_stride),
+        "out_stride": fold_one(out_stride),
+        "eps": float(eps),
     }
     tile = row_tile(rows, cols)
     if tile is None:

@@ -135,8 +135,17 @@ def pointwise(
     a, b, c = (*ins, None, None)[:3]
     a_strides, b_strides, c_strides = (*map(fold, tiling.strides[:-1]), None, None)[:3]
     args = {
-        "a": a, "b": b, "c": c, "out": out, "dims": tiling.dims, "rows": tiling.rows, "alpha": alpha, "beta": beta,
-        "a_strides": a_strides, "b_strides": b_strides, "c_strides": c_strides,
+        "a": a,
+        "b": b,
+        "c": c,
+        "out": out,
+        "dims": tiling.dims,
+        "rows": tiling.rows,
+        "alpha": alpha,
+        "beta": beta,
+        "a_strides": a_strides,
+        "b_strides": b_strides,
+        "c_strides": c_strides,
         "out_strides": fold(tiling.strides[-1]),
     }
     constexprs = {

@@ -35,10 +35,10 @@ class Tile:
         return (self.m + self.n) * self.k * self.stages * _ITEMSIZE[kind]
 
     def cycles(self, kind: str) -> float:
-        """Of one multiprocessor, for one unit of depth: the longer of computing and loading."""
+        """Of one multiprocessor, for one unit of depth: computing and loading, as if they did not overlap."""
         computing = self.m * self.n / _PRODUCTS_PER_CYCLE[kind]
         loading = (self.m + self.n) * _ITEMSIZE[kind] / _LOADED_PER_CYCLE
-        return max(computing, loading)
+        return computing + loading
 
 
 _TF32 = (

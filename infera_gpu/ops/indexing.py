@@ -1,0 +1,274 @@
+"""Gathers and scatters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from infera_kernels.cpu import indexing as cpu
+from infera_kernels.portable import indexing as portable
+
+from infera_gpu.graph import Attrs
+from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import i64, movable, native, plain
+from infera_gpu.spec import Array, TensorSpec
+
+
+def _gather_spec(site: Site) -> tuple[TensorSpec]:
+    spec, axis = site.spec(0), site.axis()
+    return (TensorSpec((*spec.dims[:axis], *site.spec(1).dims, *spec.dims[axis + 1 :]), spec.dtype),)
+
+
+def _bind_gather(site: Site, io: Buffers) -> list[Call]:
+    x, indices = io.ins
+    axis = site.axis()
+    known = site.value(1)
+    if known is not None and known.ndim == 0 and -x.shape[axis] <= known < x.shape[axis]:
+        return [(np.copyto, (io.outs[0], x[(slice(None),) * axis + (int(known),)]))]
+    if known is not None:
+        indices = io.pack(1, "int64", lambda v: v.astype(np.int64))
+    return cpu.take(x, indices, axis, io.outs[0], io.scratch)
+
+
+def _filled(site: Site) -> bool:
+    """Whether input 0 has elements, of a kind that lies in memory as it is."""
+    return movable(site) and site.spec(0).size > 0
+
+
+_GATHER = Op(
+    "Gather",
+    1,
+    infer=_gather_spec,
+    compute=plain(lambda xp, site, x, indices: portable.gather(xp, x, indices, site.axis())),
+    kernels={"cpu": Kernel(bind=_bind_gather, supports=_filled)},
+    attrs={"axis": 0},
+    cases=(
+        Case("rows", (f32(5, 3), i64(0, 4, 4, 1))),
+        Case("embedding", (f32(50, 33), np.array([[3, 49, 0], [7, 7, 12]], np.int32))),
+        Case("negative", (f32(5, 3), np.array([-1, 2])), opset=11),
+        Case("last", (f32(2, 3, 4), np.array([[0, 3]])), {"axis": -1}),
+        Case("scalar", (f32(2, 3, 4), np.array(1)), {"axis": 1}),
+        Case("vector", (np.array([2, 3, 5, 7]), np.array(2))),
+        Case("none", (f32(5, 3), np.zeros((0,), np.int64))),
+    ),
+)
+
+
+def _check_elements(site: Site) -> None:
+    x, indices, axis = site.spec(0), site.spec(1), site.axis()
+    pairs = enumerate(zip(x.dims, indices.dims, strict=False))
+    if x.ndim != indices.ndim or any(n > d for i, (d, n) in pairs if i != axis):
+        raise site.fail(f"indices {indices} do not fit {x} along axis {axis}")
+
+
+def _elements_spec(site: Site) -> tuple[TensorSpec]:
+    _check_elements(site)
+    return (TensorSpec(site.spec(1).dims, site.spec(0).dtype),)
+
+
+def _bind_elements(site: Site, io: Buffers) -> list[Call]:
+    return cpu.gather_elements(*io.ins, site.axis(), io.outs[0], io.scratch)
+
+
+_GATHER_ELEMENTS = Op(
+    "GatherElements",
+    11,
+    infer=_elements_spec,
+    compute=plain(lambda xp, site, x, indices: portable.gather_elements(xp, x, indices, site.axis())),
+    kernels={"cpu": Kernel(bind=_bind_elements, supports=_filled)},
+    attrs={"axis": 0},
+    cases=(
+        Case("rows", (f32(3, 2), np.array([[0, 2], [1, -1]]))),
+        Case("columns", (f32(2, 3), np.array([[2, 0], [1, 1]], np.int32)), {"axis": 1}),
+        Case("middle", (f32(2, 4, 3), np.array([[[0, 3, -4]], [[1, 1, 2]]])), {"axis": -2}),
+        Case("none", (f32(2, 3), np.zeros((0, 3), np.int64))),
+    ),
+)
+
+
+def _batch_dims(site: Site) -> int:
+    return int(site.attrs.get("batch_dims", 0))
+
+
+def _gather_nd_spec(site: Site) -> tuple[TensorSpec]:
+    x, indices, batch = site.spec(0), site.spec(1), _batch_dims(site)
+    depth = indices.dims[-1]
+    if depth + batch > x.ndim or x.dims[:batch] != indices.dims[:batch]:
+        raise site.fail(f"indices {indices} do not fit {x} with {batch} batch dimensions")
+    return (TensorSpec((*indices.dims[:-1], *x.dims[batch + depth :]), x.dtype),)
+
+
+def _bind_gather_nd(site: Site, io: Buffers) -> list[Call]:
+    return cpu.gather_nd(*io.ins, io.outs[0], io.scratch, batch_dims=_batch_dims(site))
+
+
+def _gather_nd(since: int, attrs: dict[str, Any], extra: Sequence[Case] = ()) -> Op:
+    return Op(
+        "GatherND",
+        since,
+        infer=_gather_nd_spec,
+        compute=plain(lambda xp, site, x, indices: portable.gather_nd(xp, x, indices, _batch_dims(site))),
+        kernels={"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)},
+        attrs=attrs,
+        cases=(
+            Case("elements", (f32(2, 3), np.array([[0, 2], [1, -1]]))),
+            Case("rows", (f32(4, 3, 2), np.array([[[1], [3]], [[0], [0]]]))),
+            Case("none", (f32(2, 3), np.zeros((0, 2), np.int64))),
+            *extra,
+        ),
+    )
+
+
+_GATHER_ND = (
+    _gather_nd(11, {}),
+    _gather_nd(
+        12,
+        {"batch_dims": 0},
+        (
+            Case("batch", (f32(2, 4, 3), np.array([[[1]], [[3]]])), {"batch_dims": 1}),
+            Case("two_batches", (f32(2, 2, 3), np.array([[[1], [0]], [[2], [-1]]])), {"batch_dims": 2}),
+        ),
+    ),
+)
+
+
+def _reduction(site: Site) -> str:
+    reduction = str(site.attrs.get("reduction", "none"))
+    if reduction not in ("none", "add", "mul", "max", "min"):
+        raise site.fail(f"reduction is '{reduction}', expected none, add, mul, max or min")
+    return reduction
+
+
+def _scatter_spec(site: Site) -> tuple[TensorSpec]:
+    _check_elements(site)
+    _reduction(site)
+    if site.spec(1).dims != site.spec(2).dims:
+        raise site.fail(f"indices {site.spec(1)} and updates {site.spec(2)} differ in shape")
+    return (site.spec(0),)
+
+
+def _scatter_supported(site: Site) -> bool:
+    return _filled(site) and (_reduction(site) == "none" or native(site))
+
+
+def _bind_scatter(site: Site, io: Buffers) -> list[Call]:
+    return cpu.scatter_elements(*io.ins, site.axis(), io.outs[0], io.scratch, reduction=_reduction(site))
+
+
+def _scattering(bind: Bind, attrs: Attrs) -> dict[str, Kernel]:
+    """Kernels of a scatter. Reductions go through ufunc.at, which allocates 5 KB of bookkeeping whatever the size."""
+    return {"cpu": Kernel(bind=bind, supports=_scatter_supported, inplace=(0,), allocates="reduction" in attrs)}
+
+
+_SCATTER_CASES = (
+    Case("rows", (f32(3, 3), np.array([[1, 0, 2], [0, 2, 1]]), f32(2, 3))),
+    Case("columns", (f32(1, 5), np.array([[1, 3]], np.int32), f32(1, 2)), {"axis": 1}),
+    Case("negative", (f32(1, 5), np.array([[1, -1]]), f32(1, 2)), {"axis": 1}, opset=11),
+    Case("none", (f32(2, 3), np.zeros((0, 3), np.int64), f32(0, 3))),
+)
+
+
+def _reductions(names: Sequence[str], id: str, *ins: Any, **attrs: Any) -> tuple[Case, ...]:
+    return tuple(Case(f"{id}_{r}", ins, {"reduction": r, **attrs}) for r in names)
+
+
+def _scatter(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    return Op(
+        name,
+        since,
+        infer=_scatter_spec,
+        compute=plain(
+            lambda xp, site, *ins: portable.scatter_elements(xp, *ins, site.axis(), _reduction(site))
+        ),
+        kernels=_scattering(_bind_scatter, attrs),
+        attrs={"axis": 0, **attrs},
+        cases=cases,
+    )
+
+
+def _scatter_nd_spec(site: Site) -> tuple[TensorSpec]:
+    x, indices, updates = site.spec(0), site.spec(1), site.spec(2)
+    depth = indices.dims[-1]
+    _reduction(site)
+    if depth > x.ndim or updates.dims != (*indices.dims[:-1], *x.dims[depth:]):
+        raise site.fail(f"indices {indices} and updates {updates} do not fit {x}")
+    return (x,)
+
+
+def _bind_scatter_nd(site: Site, io: Buffers) -> list[Call]:
+    return cpu.scatter_nd(*io.ins, io.outs[0], io.scratch, reduction=_reduction(site))
+
+
+def _scatter_nd(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    return Op(
+        "ScatterND",
+        since,
+        infer=_scatter_nd_spec,
+        compute=plain(lambda xp, site, *ins: portable.scatter_nd(xp, *ins, _reduction(site))),
+        kernels=_scattering(_bind_scatter_nd, attrs),
+        attrs=attrs,
+        cases=cases,
+    )
+
+
+_DUPLICATES = f32(2, 3), np.array([[1, 0, 1], [1, 0, 0]]), f32(2, 3)
+_SCATTER_ND_CASES = (
+    Case("elements", (f32(3, 4), np.array([[0, 1], [2, -1]]), f32(2))),
+    Case("rows", (f32(5, 3), np.array([[4], [1]]), f32(2, 3))),
+    Case("none", (f32(2, 3), np.zeros((0, 1), np.int64), f32(0, 3))),
+)
+_ND_DUPLICATES = f32(4, 3), np.array([[1], [1], [3]]), f32(3, 3)
+_16, _18 = ("add", "mul"), ("max", "min")
+
+
+def _one_hot_dims(site: Site) -> tuple[int, int]:
+    """The axis among the output's, and the depth."""
+    rank = site.spec(0).ndim + 1
+    (depth,) = site.ints(1) or (0,)
+    return site.axis(rank=rank), depth
+
+
+def _one_hot_spec(site: Site) -> tuple[TensorSpec]:
+    axis, depth = _one_hot_dims(site)
+    dims = site.spec(0).dims
+    return (TensorSpec((*dims[:axis], depth, *dims[axis:]), site.spec(2).dtype),)
+
+
+def _bind_one_hot(site: Site, io: Buffers) -> list[Call]:
+    return cpu.one_hot(io.ins[0], io.ins[2], _one_hot_dims(site)[0], io.outs[0], io.scratch)
+
+
+def _one_hot(xp: Any, site: Site, indices: Array, depth: Array, values: Array) -> Array:
+    axis, count = _one_hot_dims(site)
+    return portable.one_hot(xp, indices, count, values, axis)
+
+
+_ONE_HOT = Op(
+    "OneHot",
+    9,
+    infer=_one_hot_spec,
+    compute=plain(_one_hot),
+    kernels={"cpu": Kernel(bind=_bind_one_hot, supports=movable, strided=True)},
+    attrs={"axis": -1},
+    values=(1,),
+    cases=(
+        Case("last", (np.array([[1, 9], [2, 4]]), i64(10), np.array([0, 1], np.float32))),
+        Case("first", (np.array([1, 0, 2]), np.array(4), np.array([-1, 3], np.int64)), {"axis": 0}),
+        Case("outside", (np.array([-1, 7, -9]), i64(5), np.array([2, 5], np.float32)), opset=11),
+    ),
+)
+
+OPS: tuple[Op, ...] = (
+    _GATHER,
+    _GATHER_ELEMENTS,
+    *_GATHER_ND,
+    _scatter("Scatter", 9, {}, _SCATTER_CASES[:2]),
+    _scatter("ScatterElements", 11, {}, _SCATTER_CASES),
+    _scatter("ScatterElements", 16, {"reduction": "none"}, _reductions(_16, "dup", *_DUPLICATES)),
+    _scatter("ScatterElements", 18, {"reduction": "none"}, _reductions(_18, "dup", *_DUPLICATES)),
+    _scatter_nd(11, {}, _SCATTER_ND_CASES),
+    _scatter_nd(16, {"reduction": "none"}, _reductions(_16, "dup", *_ND_DUPLICATES)),
+    _scatter_nd(18, {"reduction": "none"}, _reductions(_18, "dup", *_ND_DUPLICATES)),
+    _ONE_HOT,
+)

@@ -1,0 +1,121 @@
+"""Pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from infera_kernels.cpu import pad as cpu
+from infera_kernels.portable.pad import pad
+
+from infera_gpu.graph import HostArray
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.spec import Array, TensorSpec
+
+_PADS, _VALUE, _AXES = 1, 2, 3
+
+
+def _pads(site: Site) -> tuple[tuple[int, int], ...]:
+    """(before, after) of every axis. Raises PlanError where they do not fit the input, or the mode is unknown."""
+    x = site.spec(0)
+    modes = ("constant", "edge", "reflect", *(("wrap",) if site.opset >= 19 else ()))
+    if site.attrs["mode"] not in modes:
+        raise site.fail(f"mode '{site.attrs['mode']}' is not one of {', '.join(modes)} at opset {site.opset}")
+    flat = site.attrs["pads"] if "pads" in site.attrs else site.ints(_PADS)
+    if flat is None:
+        raise site.fail("input 1 (pads) is required")
+    axes = site.ints(_AXES)
+    named = range(x.ndim) if axes is None else [axis % x.ndim if -x.ndim <= axis < x.ndim else -1 for axis in axes]
+    if -1 in named or len(flat) != 2 * len(named):
+        raise site.fail(f"pads {list(flat)} and axes {axes} do not fit {x}")
+    pads = [(0, 0)] * x.ndim
+    for i, axis in enumerate(named):
+        pads[axis] = (int(flat[i]), int(flat[i + len(named)]))
+    return tuple(pads)
+
+
+def _infer(site: Site) -> Sequence[TensorSpec]:
+    x, pads = site.spec(0), _pads(site)
+    shape = tuple(b + n + a for n, (b, a) in zip(x.dims, pads, strict=True))
+    if any(n + min(b, 0) + min(a, 0) < 0 for n, (b, a) in zip(x.dims, pads, strict=True)):
+        raise site.fail(f"pads {pads} remove more than there is in {x}")
+    return (TensorSpec(shape, x.dtype),)
+
+
+def _fill(site: Site, value: Array | None) -> Array:
+    """The constant to pad with, 0-d."""
+    if value is not None:
+        return value.reshape(())
+    return np.asarray(site.attrs.get("value", 0), site.spec(0).dtype)
+
+
+def _compute(xp: Any, site: Site, x: Array, pads: Array | None = None, value: Array | None = None, *_: Any) -> Array:
+    return pad(xp, x, _pads(site), mode=site.attrs["mode"], value=_fill(site, value))
+
+
+def _supports(site: Site) -> bool:
+    return site.spec(0).dtype != object and cpu.fits(site.spec(0).dims, _pads(site), site.attrs["mode"])
+
+
+def _bind(site: Site, io: Buffers) -> Sequence[Call]:
+    value = io.ins[_VALUE] if len(io.ins) > _VALUE else None
+    return cpu.pad(io.ins[0], io.outs[0], _pads(site), mode=site.attrs["mode"], value=_fill(site, value))
+
+
+def _i64(*values: int) -> HostArray:
+    return np.array(values, np.int64)
+
+
+_PATTERNS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
+    ("images", (2, 3, 5, 4), (0, 0, 1, 2, 0, 0, 3, 1)),
+    ("vector", (6,), (2, 3)),
+    ("nothing", (2, 3), (0, 0, 0, 0)),
+    ("every-axis", (3, 4, 5), (1, 2, 0, 2, 1, 3)),
+    ("negative", (4, 5), (-1, 2, 1, -2)),
+)
+
+
+def _cases(*modes: str, attributes: bool = False) -> tuple[Case, ...]:
+    """Every pattern in every mode, with the pads as attribute or as input."""
+    return tuple(
+        Case(f"{mode}-{name}", (f32(*shape),), {"mode": mode, "pads": pads})
+        if attributes
+        else Case(f"{mode}-{name}", (f32(*shape), _i64(*pads)), {"mode": mode})
+        for mode in modes
+        for name, shape, pads in _PATTERNS
+    )
+
+
+_VALUES = (
+    Case("value", (f32(2, 3), _i64(1, 0, 2, 1), np.array(1.5, np.float32))),
+    Case("large", (f32(2, 33, 65), _i64(0, 1, 1, 0, 1, 1), f32())),
+    Case("integers", (TensorSpec((2, 3), np.dtype(np.int64)), _i64(1, 0, 2, 1), np.array(-7))),
+    Case("empty", (f32(0, 3), _i64(1, 0, 2, 1))),
+)
+_BOOLEANS = (Case("booleans", (TensorSpec((2, 3), np.dtype(np.bool_)), _i64(1, 0, 2, 1)), opset=13),)
+_AXES_CASES = (
+    Case("axes", (f32(2, 3, 4), _i64(1, 2, 3, 0), None, _i64(2, 0))),
+    Case("negative-axes", (f32(2, 3, 4), _i64(1, 2, 3, 0), f32(), np.array([-1, -2], np.int32))),
+)
+_WRAP = (
+    *_cases("wrap"),
+    Case("wrap-more-than-once", (f32(3, 4), _i64(4, 0, 5, 9)), {"mode": "wrap"}),
+)
+_INPUTS = _cases("constant", "edge", "reflect") + _VALUES
+_KERNELS = {"cpu": Kernel(_bind, _supports, strided=True)}
+_MODE = {"mode": "constant"}
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "Pad", 2, _infer, _compute,
+        (
+            *_cases("constant", "edge", "reflect", attributes=True),
+            Case("value", (f32(2, 33, 35),), {"pads": (0, 1, 1, 0, 2, 1), "value": 1.5}),
+        ),
+        {**_MODE, "pads": REQUIRED, "value": 0.0}, kernels=_KERNELS,
+    ),
+    Op("Pad", 11, _infer, _compute, _INPUTS + _BOOLEANS, _MODE, kernels=_KERNELS, values=(_PADS,)),
+    Op("Pad", 18, _infer, _compute, _INPUTS + _AXES_CASES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
+    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
+)  # fmt: skip

@@ -1,0 +1,326 @@
+"""Parts of tensors: Slice, Split, Concat, Tile, and the rearrangements of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
+from infera_gpu.ops._families import copies, i64, movable, normalized, plain, shaped
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import shape as cpu
+from infera_kernels.portable import shape as portable
+
+
+def _slices(site: Site) -> tuple[slice, ...]:
+    """One slice for each axis. ONNX clamps bounds as Python does, a negative step's end below -n included."""
+    names = ("starts", "ends", "axes")
+    if names[0] in site.attrs:
+        starts, ends, axes, steps = (*(site.attrs[n] for n in names), None)
+    else:
+        starts, ends, axes, steps = (site.ints(i) for i in range(1, 5))
+    axes = range(len(starts)) if axes is None else axes
+    steps = (1,) * len(starts) if steps is None else steps
+    if not len(starts) == len(ends) == len(axes) == len(steps):
+        raise site.fail(f"{len(starts)} starts, {len(ends)} ends, {len(axes)} axes, {len(steps)} steps")
+    if 0 in steps:
+        raise site.fail("a step is 0")
+    found = [slice(None)] * site.spec(0).ndim
+    for axis, start, end, step in zip(normalized(site, axes, len(found)), starts, ends, steps, strict=True):
+        found[axis] = slice(start, end, step)
+    return tuple(found)
+
+
+def _sliced(x: Array, site: Site) -> Array:
+    return x[_slices(site)] if x.ndim else x
+
+
+def _slice(since: int, cases: tuple[Case, ...], attrs: dict[str, Any], values: tuple[int, ...]) -> Op:
+    def dims(site: Site) -> Sequence[int]:
+        return [len(range(d)[s]) for d, s in zip(site.spec(0).dims, _slices(site), strict=True)]
+
+    return Op(
+        "Slice",
+        since,
+        infer=shaped(dims),
+        compute=plain(lambda xp, site, x, *_: _sliced(x, site)),
+        view=_sliced,
+        attrs=attrs,
+        values=values,
+        cases=cases,
+    )
+
+
+_FAR = np.iinfo(np.int64)
+_SLICE = (
+    _slice(
+        1,
+        (
+            Case("rows", (f32(5, 4),), {"starts": (1,), "ends": (-1,)}),
+            Case("axes", (f32(5, 4, 3),), {"starts": (0, 1), "ends": (2, 99), "axes": (2, 0)}),
+        ),
+        {"starts": REQUIRED, "ends": REQUIRED, "axes": None},
+        (),
+    ),
+    _slice(
+        10,
+        (
+            Case("rows", (f32(5, 4), i64(1), i64(-1))),
+            Case("axes", (f32(5, 4, 3), i64(0, 1), i64(2, 99), i64(-1, 0))),
+            Case("steps", (f32(9, 4), i64(1), i64(_FAR.max), i64(0), i64(3))),
+            Case("reverse", (f32(5, 4), i64(-1, 2), i64(_FAR.min, 0), i64(0, 1), i64(-1, -2))),
+            Case("none", (f32(5, 4), i64(3), i64(1))),
+            Case("int32", (f32(5, 4), np.array([1], np.int32), np.array([3], np.int32), np.array([1], np.int32))),
+        ),
+        {},
+        (1, 2, 3, 4),
+    ),
+)
+
+
+def _concat_spec(site: Site) -> tuple[TensorSpec]:
+    first, axis = site.spec(0), site.axis()
+    present = [s for s in site.ins if s is not None]
+    for s in present:
+        if s.ndim != first.ndim or any(
+            a != b for i, (a, b) in enumerate(zip(s.dims, first.dims, strict=True)) if i != axis
+        ):
+            raise site.fail(f"cannot join {first} and {s} along axis {axis}")
+    dims = list(first.dims)
+    dims[axis] = sum(s.dims[axis] for s in present)
+    return (TensorSpec(tuple(dims), first.dtype),)
+
+
+def _concat_pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
+    axis = site.axis()
+    return list(zip(cpu.parts(io.outs[0], axis, [x.shape[axis] for x in io.ins]), io.ins, strict=True))
+
+
+_CONCAT = Op(
+    "Concat",
+    4,
+    infer=_concat_spec,
+    compute=plain(lambda xp, site, *ins: xp.concatenate(ins, axis=site.axis())),
+    kernels={"cpu": copies(_concat_pairs)},
+    attrs={"axis": REQUIRED},
+    cases=(
+        Case("rows", (f32(2, 3), f32(1, 3)), {"axis": 0}),
+        Case("last", (f32(2, 3, 4), f32(2, 3, 1), f32(2, 3, 2)), {"axis": -1}, opset=11),
+        Case("one", (f32(2, 3),), {"axis": 1}),
+        Case("empty_part", (f32(2, 0), f32(2, 3)), {"axis": 1}),
+        Case("int64", (np.arange(3), np.arange(2)), {"axis": 0}),
+    ),
+)
+
+
+def _sizes(site: Site) -> tuple[int, ...]:
+    """The sizes of the parts: given, or equal but for a smaller last one."""
+    axis, count = site.axis(), len(site.node.outputs)
+    total = site.spec(0).dims[axis]
+    given = site.attrs["split"] if "split" in site.attrs else site.ints(1)
+    if given is None:
+        count = site.attrs.get("num_outputs") or count
+        size = -(-total // count)
+        given = (*(size,) * (count - 1), total - size * (count - 1))
+    if sum(given) != total or min(given) < 0 or len(given) != len(site.node.outputs):
+        raise site.fail(f"cannot split axis {axis} of {site.spec(0)} into {len(site.node.outputs)}: {list(given)}")
+    return tuple(given)
+
+
+def _split_specs(site: Site) -> tuple[TensorSpec, ...]:
+    spec, axis = site.spec(0), site.axis()
+    return tuple(TensorSpec((*spec.dims[:axis], n, *spec.dims[axis + 1 :]), spec.dtype) for n in _sizes(site))
+
+
+def _split_pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
+    return list(zip(io.outs, cpu.parts(io.ins[0], site.axis(), _sizes(site)), strict=True))
+
+
+def _split(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    return Op(
+        "Split",
+        since,
+        infer=_split_specs,
+        compute=plain(lambda xp, site, x, *_: tuple(cpu.parts(x, site.axis(), _sizes(site)))),
+        kernels={"cpu": copies(_split_pairs)},
+        attrs={"axis": 0, **attrs},
+        values=() if "split" in attrs else (1,),
+        cases=cases,
+    )
+
+
+_SPLIT = (
+    _split(
+        2,
+        {"split": None},
+        (
+            Case("equal", (f32(6, 4),), n_outs=3),
+            Case("sizes", (f32(2, 6),), {"axis": 1, "split": (1, 3, 2)}, n_outs=3),
+        ),
+    ),
+    _split(
+        13,
+        {},
+        (
+            Case("equal", (f32(6, 4),), n_outs=3),
+            Case("sizes", (f32(2, 6, 3), i64(1, 3, 2)), {"axis": -2}, n_outs=3),
+            Case("empty_part", (f32(2, 6), i64(6, 0)), {"axis": 1}, n_outs=2),
+        ),
+    ),
+    _split(
+        18,
+        {"num_outputs": None},
+        (
+            Case("uneven", (f32(7, 4),), {"num_outputs": 3}, n_outs=3),
+            Case("sizes", (f32(2, 6), i64(4, 2)), {"axis": 1}, n_outs=2),
+        ),
+    ),
+)
+
+
+def _tiled(site: Site) -> Sequence[int]:
+    repeats = site.ints(1) or ()
+    if len(repeats) != site.spec(0).ndim or any(r < 0 for r in repeats):
+        raise site.fail(f"repeats {list(repeats)} do not fit {site.spec(0)}")
+    return [d * r for d, r in zip(site.spec(0).dims, repeats, strict=True)]
+
+
+def _bind_tile(site: Site, io: Buffers) -> list[Call]:
+    return cpu.tile(io.ins[0], site.ints(1) or (), io.outs[0])
+
+
+_TILE = Op(
+    "Tile",
+    6,
+    infer=shaped(_tiled),
+    compute=plain(lambda xp, site, x, _: xp.tile(x, site.ints(1))),
+    kernels={"cpu": Kernel(bind=_bind_tile, supports=movable)},
+    values=(1,),
+    cases=(
+        Case("both", (f32(2, 3), i64(2, 3))),
+        Case("one", (f32(2, 1, 3), i64(1, 4, 1))),
+        Case("none", (f32(2, 3), i64(0, 1))),
+    ),
+)
+
+
+def _blocked(site: Site) -> tuple[int, int, int, int, int]:
+    spec, block = site.spec(0), int(site.attrs["blocksize"])
+    if spec.ndim != 4:
+        raise site.fail(f"expected N, C, H, W, got {spec}")
+    if site.attrs.get("mode", "DCR") not in ("DCR", "CRD"):
+        raise site.fail(f"mode is '{site.attrs['mode']}', expected 'DCR' or 'CRD'")
+    n, c, h, w = spec.dims
+    return n, c, h, w, block
+
+
+def _space_dims(site: Site) -> tuple[int, ...]:
+    n, c, h, w, block = _blocked(site)
+    if c % (block * block):
+        raise site.fail(f"{c} channels are not a multiple of blocksize² = {block * block}")
+    return n, c // (block * block), h * block, w * block
+
+
+def _depth_dims(site: Site) -> tuple[int, ...]:
+    n, c, h, w, block = _blocked(site)
+    if h % block or w % block:
+        raise site.fail(f"{h} x {w} is not a multiple of blocksize {block}")
+    return n, c * block * block, h // block, w // block
+
+
+def _blocks(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    dims, fn = (
+        (_space_dims, portable.depth_to_space) if name == "DepthToSpace" else (_depth_dims, portable.space_to_depth)
+    )
+
+    def rearranged(site: Site, x: Array) -> Array:
+        return fn(x, int(site.attrs["blocksize"]), str(site.attrs.get("mode", "DCR")))
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        made = rearranged(site, io.ins[0])
+        return [(np.copyto, (io.outs[0].reshape(made.shape), made))]
+
+    return Op(
+        name,
+        since,
+        infer=shaped(dims),
+        compute=plain(lambda xp, site, x: rearranged(site, x).reshape(dims(site))),
+        kernels={"cpu": Kernel(bind=bind, supports=movable)},
+        attrs={"blocksize": REQUIRED, **attrs},
+        cases=cases,
+    )
+
+
+_BLOCKS = (
+    _blocks("DepthToSpace", 1, {}, (Case("dcr", (f32(2, 8, 3, 5),), {"blocksize": 2}),)),
+    _blocks(
+        "DepthToSpace",
+        11,
+        {"mode": "DCR"},
+        tuple(Case(m.lower(), (f32(2, 18, 2, 5),), {"blocksize": 3, "mode": m}) for m in ("DCR", "CRD")),
+    ),
+    _blocks("SpaceToDepth", 1, {}, (Case("blocks", (f32(2, 3, 4, 6),), {"blocksize": 2}),)),
+    _blocks(
+        "SpaceToDepth",
+        28,
+        {"mode": "DCR"},
+        tuple(Case(m.lower(), (f32(2, 3, 4, 6),), {"blocksize": 2, "mode": m}) for m in ("DCR", "CRD")),
+    ),
+)
+
+
+def _diagonal(site: Site) -> int:
+    return (site.ints(1) or (0,))[0]
+
+
+def _bind_triangle(site: Site, io: Buffers) -> list[Call]:
+    return cpu.triangle(io.ins[0], _diagonal(site), io.outs[0], io.scratch, upper=bool(site.attrs["upper"]))
+
+
+_TRILU = Op(
+    "Trilu",
+    14,
+    infer=same_as(),
+    compute=plain(
+        lambda xp, site, x, *k: portable.triangle(xp, x, int(k[0]) if k else 0, upper=bool(site.attrs["upper"]))
+    ),
+    kernels={
+        "cpu": Kernel(
+            bind=_bind_triangle,
+            supports=lambda site: movable(site) and (not site.has(1) or site.value(1) is not None),
+            strided=True,
+            inplace=(0,),
+        )
+    },
+    attrs={"upper": 1},
+    cases=(
+        Case("upper", (f32(3, 4),)),
+        Case("lower", (f32(2, 4, 3),), {"upper": 0}),
+        Case("above", (f32(4, 4), np.array(2))),
+        Case("below", (f32(4, 5), np.array(-1)), {"upper": 0}),
+        Case("far", (f32(2, 2), np.array(-9))),
+        Case("int64", (np.arange(9).reshape(3, 3),)),
+    ),
+)
+
+
+def _reversed(xp: Any, site: Site, x: Array, lengths: Array) -> Array:
+    axes = {name: site.axis(name) for name in ("time_axis", "batch_axis")}
+    return portable.reverse_sequence(xp, x, lengths, **axes)
+
+
+_REVERSE = Op(
+    "ReverseSequence",
+    10,
+    infer=same_as(),
+    compute=plain(_reversed),
+    attrs={"time_axis": 0, "batch_axis": 1},
+    cases=(
+        Case("time_first", (f32(5, 3), i64(1, 5, 3))),
+        Case("batch_first", (f32(3, 5, 2), i64(2, 0, 4)), {"time_axis": 1, "batch_axis": 0}),
+    ),
+)
+
+OPS: tuple[Op, ...] = (*_SLICE, _CONCAT, *_SPLIT, _TILE, *_BLOCKS, _TRILU, _REVERSE)

@@ -1,0 +1,113 @@
+"""Normalisations on NumPy: rows standardised in cache-sized blocks, sums as BLAS products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.elementwise import const
+
+BLOCK_BYTES = 1 << 18
+"""A block of rows: it is read four times."""
+
+Finish = Callable[[slice], list[Call]]
+"""What follows the standardised rows of a block, in place."""
+
+
+def standardize(
+    x: Array,
+    y: Array,
+    scratch: Scratch,
+    *,
+    epsilon: float,
+    center: bool = True,
+    mean: Array | None = None,
+    inverse: Array | None = None,
+    every: int = 1,
+    finish: Finish = lambda rows: [],
+) -> list[Call]:
+    """y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) along the rows of x (R, L); `y` may be `x`.
+
+    Without `center` the mean is 0. `mean` and `inverse` (R,) receive the statistics. Blocks are multiples of `every`
+    rows.
+    """
+    count, length = x.shape
+    weights = scratch((length,), x.dtype) if center else None
+    means = (scratch((count,), x.dtype) if mean is None else mean) if center else None
+    inverses = scratch((count,), x.dtype) if inverse is None else inverse
+    share, one, shift = const(1 / length, x), const(1, x), const(epsilon, x)
+    calls: list[Call] = [] if weights is None else [(np.copyto, (weights, share))]
+    for rows in row_blocks(count, length * x.itemsize, every):
+        source, target, inv = x[rows], y[rows], inverses[rows]
+        if means is not None:
+            calls.append((np.matmul, (source, weights, means[rows])))
+            calls.append((np.subtract, (source, means[rows, None], target)))
+            source = target
+        calls += [
+            (np.vecdot, (source, source, inv)),
+            (np.multiply, (inv, share, inv)),
+            (np.add, (inv, shift, inv)),
+            (np.sqrt, (inv, inv)),
+            (np.true_divide, (one, inv, inv)),
+            (np.multiply, (source, inv[:, None], target)),
+            *finish(rows),
+        ]
+    return calls
+
+
+def row_blocks(count: int, nbytes: int, every: int = 1) -> Iterator[slice]:
+    """Slices of rows of `nbytes` each, a block at a time."""
+    step = max(1, BLOCK_BYTES // max(1, nbytes * every)) * every
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def scaled(y: Array, scale: Array | None, bias: Array | None) -> list[Call]:
+    """y = y * scale + bias in place, both broadcast."""
+    calls: list[Call] = []
+    if scale is not None:
+        calls.append((np.multiply, (y, scale, y)))
+    if bias is not None:
+        calls.append((np.add, (y, bias, y)))
+    return calls
+
+
+def batch_norm(
+    x: Array, scale: Array, bias: Array, mean: Array, variance: Array, y: Array, scratch: Scratch, *, epsilon: float
+) -> list[Call]:
+    """y = (x - mean) / sqrt(variance + epsilon) * scale + bias; the four broadcast to x, and `y` may be `x`."""
+    factor, offset = scratch(scale.shape, y.dtype), scratch(scale.shape, y.dtype)
+    return [
+        (np.add, (variance, const(epsilon, y), factor)),
+        (np.sqrt, (factor, factor)),
+        (np.true_divide, (scale, factor, factor)),
+        (np.multiply, (mean, factor, offset)),
+        (np.subtract, (bias, offset, offset)),
+        (np.multiply, (x, factor, y)),
+        (np.add, (y, offset, y)),
+    ]
+
+
+def local_response(
+    x: Array, y: Array, scratch: Scratch, *, size: int, alpha: float, beta: float, bias: float
+) -> list[Call]:
+    """y = x / (bias + alpha / size * sum of squares over `size` neighbouring channels) ** beta, (N, C, *spatial)."""
+    channels = x.shape[1]
+    squares, sums = scratch(x.shape[1:], x.dtype), scratch(x.shape[1:], x.dtype)
+    calls: list[Call] = []
+    for source, target in zip(x, y, strict=True):
+        calls += [(np.multiply, (source, source, squares)), (np.copyto, (sums, squares))]
+        for shift in range(-((size - 1) // 2), size // 2 + 1):
+            low, high = max(0, -shift), min(channels, channels - shift)
+            if shift and low < high:
+                part = sums[low:high]
+                calls.append((np.add, (part, squares[low + shift : high + shift], part)))
+        calls += [
+            (np.multiply, (sums, const(alpha / size, x), sums)),
+            (np.add, (sums, const(bias, x), sums)),
+            (np.power, (sums, const(-beta, x), sums)),
+            (np.multiply, (source, sums, target)),
+        ]
+    return calls

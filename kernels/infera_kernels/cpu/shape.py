@@ -1,0 +1,38 @@
+"""Kernels that move elements without computing: every one a few strided copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.elementwise import call, const, copy, copy_where
+
+
+def parts(x: Array, axis: int, sizes: Sequence[int]) -> list[Array]:
+    """Views of `x` cut along `axis` into parts of these sizes."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(x[(slice(None),) * axis + (slice(start, start + size),)])
+        start += size
+    return found
+
+
+def tile(x: Array, repeats: Sequence[int], out: Array) -> list[Call]:
+    """`out` is `x` repeated `repeats[i]` times along each axis i: one broadcast copy."""
+    pairs = [n for r, d in zip(repeats, x.shape, strict=True) for n in (r, d)]
+    spread = x.reshape([n for d in x.shape for n in (1, d)])
+    return [copy(out.reshape(pairs), spread)]
+
+
+def triangle(x: Array, k: int, out: Array, scratch: Scratch, *, upper: bool) -> list[Call]:
+    """x with what lies below (`upper`) or above its k-th diagonal set to 0; `out` may be `x`."""
+    rows, cols = out.shape[-2:]
+    drop = scratch((rows, cols), np.bool_)
+    i, j = np.arange(rows)[:, None] + k, np.arange(cols)
+    return [
+        call(np.less if upper else np.greater, j, i, drop),
+        copy(out, x),
+        copy_where(out, const(0, out), drop),
+    ]

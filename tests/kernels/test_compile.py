@@ -1,0 +1,177 @@
+"""Every kernel compiled for sm_80 and sm_90: parameters, registers and instructions, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infera_kernels.launch import CompileLauncher, Inspection, LaunchError
+from infera_kernels.launch.abi import ptx_parameter_sizes
+from tests.kernels.support import FakeArray
+
+pytest.importorskip("triton")
+
+from infera_kernels.triton import elementwise, matmul, norm, softmax, tiles
+
+pytestmark = pytest.mark.kernels
+
+ARCHS = [80, 90]
+
+
+@pytest.fixture(params=ARCHS, ids=lambda a: f"sm_{a}")
+def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
+    return CompileLauncher(request.param)
+
+
+def compiled(launcher: CompileLauncher) -> Inspection:
+    """The one kernel that was compiled, without spills."""
+    (result,) = launcher.compiled
+    assert result.binary.spec.arch == launcher.target.arch
+    assert result.spilled_bytes == 0
+    return result
+
+
+@pytest.mark.parametrize("op", elementwise.UNARY)
+def test_unary(op: str, launcher: CompileLauncher) -> None:
+    dtype = "bool" if op == "logical_not" else "float32"
+    elementwise.unary(op, FakeArray((1000, 1024), dtype), FakeArray((1000, 1024), dtype), launcher)
+    result = compiled(launcher)
+    if dtype == "float32":
+        assert result.count("LDG.E.128") > 0
+        assert result.count("STG.E.128") > 0
+
+
+@pytest.mark.parametrize("op", elementwise.BINARY)
+def test_binary_with_broadcasting(op: str, launcher: CompileLauncher) -> None:
+    entry = elementwise.BINARY[op]
+    dtype = "bool" if "bool" in entry.dtypes else "float16"
+    out = FakeArray((8, 12, 64), entry.result or dtype)
+    elementwise.binary(op, FakeArray((8, 12, 64), dtype), FakeArray((12, 1), dtype), out, launcher)
+    compiled(launcher)
+
+
+def test_rows_keep_wide_loads_under_broadcasting(launcher: CompileLauncher) -> None:
+    x, bias = FakeArray((1000, 1024), "float16"), FakeArray((1024,), "float16")
+    elementwise.binary("add", x, bias, FakeArray((1000, 1024), "float16"), launcher)
+    result = compiled(launcher)
+    assert result.count("LDG.E.128") >= 2
+    assert result.count("STG.E.128") >= 1
+
+
+def test_misaligned_arrays_get_narrow_loads(launcher: CompileLauncher) -> None:
+    x, out = FakeArray((4096,), "float32", address=0x7F0000000004), FakeArray((4096,), "float32")
+    elementwise.unary("relu", x, out, launcher)
+    result = compiled(launcher)
+    assert result.count("LDG.E.128") == 0
+    assert result.count("LDG.E") > 0
+    assert result.count("STG.E.128") > 0
+
+
+def test_where(launcher: CompileLauncher) -> None:
+    condition, x = FakeArray((5, 7), "bool"), FakeArray((5, 7), "bfloat16")
+    elementwise.where(condition, x, FakeArray((), "bfloat16"), FakeArray((5, 7), "bfloat16"), launcher)
+    compiled(launcher)
+
+
+def test_transpose_goes_through_shared_memory(launcher: CompileLauncher) -> None:
+    x = FakeArray((512, 512), "float32", transposed=True)
+    elementwise.copy(x, FakeArray((512, 512), "float32"), launcher)
+    result = compiled(launcher)
+    assert result.binary.spec.shared_bytes >= 32 * 32 * 4
+    assert result.count("LDG.E.128") > 0
+    assert result.count("STG.E.128") > 0
+
+
+@pytest.mark.parametrize("target", sorted(elementwise.STORED))
+def test_cast_from_float32(target: str) -> None:
+    launcher = CompileLauncher(80)
+    elementwise.copy(FakeArray((777,), "float32"), FakeArray((777,), target), launcher)
+    compiled(launcher)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("cols", [7, 1000, 16384, 20000])
+def test_softmax(cols: int, log: bool, launcher: CompileLauncher) -> None:
+    softmax.softmax(FakeArray((64, cols), "float16"), FakeArray((64, cols), "float16"), launcher, log=log)
+    compiled(launcher)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("cols", [64, 768, 16384, 20000])
+def test_norm(cols: int, centred: bool, launcher: CompileLauncher) -> None:
+    x, out, weight = FakeArray((64, cols), "float16"), FakeArray((64, cols), "float16"), FakeArray((cols,), "float16")
+    if centred:
+        norm.layer_norm(x, weight, weight, out, launcher)
+    else:
+        norm.rms_norm(x, weight, out, launcher)
+    compiled(launcher)
+
+
+def square(dtype: str, *, transposed: bool = False) -> FakeArray:
+    return FakeArray((1024, 1024), dtype, transposed=transposed)
+
+
+def multiply(launcher: CompileLauncher, dtype: str, **options: Any) -> Inspection:
+    bias = FakeArray((1024,), dtype)
+    operands = square(dtype), square(dtype, transposed=options.pop("turned", False)), square(dtype)
+    matmul.matmul(*operands, launcher, bias=bias, activation="relu", **options)
+    return compiled(launcher)
+
+
+CASES = [
+    *[("float16", "ieee", tile) for tile in tiles.TILES["half"]],
+    ("bfloat16", "ieee", tiles.TILES["half"][-1]),
+    *[("float32", kind, tile) for kind in ("tf32", "tf32x3", "ieee") for tile in tiles.TILES[kind]],
+]
+
+
+@pytest.mark.parametrize(("dtype", "precision", "tile"), CASES, ids=[f"{d}-{p}-{t.m}x{t.n}x{t.k}" for d, p, t in CASES])
+def test_matmul(dtype: str, precision: str, tile: tiles.Tile, launcher: CompileLauncher) -> None:
+    result = multiply(launcher, dtype, precision=precision, tile=tile)
+    kind = precision if dtype == "float32" else "half"
+    assert result.count("LDGSTS") > 0, "loads are not pipelined"
+    assert result.binary.spec.shared_bytes <= max(tile.shared_bytes(kind), 48 * 1024)
+    wgmma = launcher.target.arch == 90 and tile.m >= 64
+    tensor_cores = {"HGMMA": wgmma, "HMMA": not wgmma}
+    for instruction, expected in tensor_cores.items():
+        assert (result.count(instruction) > 0) == (expected and kind != "ieee"), instruction
+
+
+def test_matmul_of_a_transposed_matrix(launcher: CompileLauncher) -> None:
+    result = multiply(launcher, "float16", turned=True)
+    assert result.count("LDGSTS") > 0
+    assert result.count("HGMMA") + result.count("HMMA") > 0
+
+
+@pytest.mark.parametrize("activation", [*elementwise.UNARY, None])
+def test_every_activation_fits_in_the_epilogue(activation: str | None) -> None:
+    if activation == "logical_not":
+        assert not matmul.supports_matmul(*[square("float16")] * 3, activation=activation)
+        return
+    launcher = CompileLauncher(80)
+    a, b, out = (FakeArray((64, 64), "float16") for _ in range(3))
+    matmul.matmul(a, b, out, launcher, residual=out, activation=activation, tile=tiles.TILES["half"][0])
+    compiled(launcher)
+
+
+def test_unit_strides_are_compiled_in_and_others_are_not() -> None:
+    launcher = CompileLauncher(80)
+    multiply(launcher, "float16")
+    spec = launcher.compiled[0].binary.spec
+    sizes = ptx_parameter_sizes(launcher.compiled[0].binary.ptx)
+    # a, b, out, bias; M, N, K, batch; one stride of a, b and out each; two scratch areas.
+    assert spec.types == ("*fp16", "*fp16", "*fp16", "*fp16", *["i32"] * 7)
+    assert sizes == [8] * 4 + [4] * 7 + [8, 8]
+
+
+def test_an_unknown_option_is_refused(launcher: CompileLauncher) -> None:
+    with pytest.raises(TypeError, match="unknown compiler option 'warps'"):
+        launcher.launch(softmax.softmax_kernel, (1,), {}, {}, warps=4)
+
+
+def test_what_triton_cannot_compile_is_named() -> None:
+    args = {"x": FakeArray((4,), "float32"), "out": FakeArray((4,), "float32"), "rows": 1, "cols": 4}
+    args |= {"x_stride": 4, "out_stride": 4}
+    with pytest.raises(LaunchError, match=r"softmax_kernel: Triton .* cannot compile it for sm_80"):
+        CompileLauncher(80).launch(softmax.softmax_kernel, (1,), args, {"LOG": False, "ROWS": 1, "COLS": 3})

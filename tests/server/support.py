@@ -1,0 +1,188 @@
+"""A server in a thread, models in NumPy, and a raw client: what the tests of the server share."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.spec import Dim, TensorSpec
+from infera_server.batcher import Arrays, HostArray
+from infera_server.batching import Session
+from infera_server.repository import Repository, Source
+from infera_server.server import Host, listen
+from infera_server.settings import Settings
+
+WAIT = 10.0
+"""Seconds after which a test gives up on something that takes milliseconds."""
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    arena_bytes: int
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    name: str = "cpu"
+
+
+@dataclass
+class FakeSession:
+    """A model written in NumPy. While `gate` is clear a run waits; `batches` has the rows of every run."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    fn: Callable[[Arrays], Arrays]
+    device: FakeDevice = field(default_factory=FakeDevice)
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    batches: list[int] = field(default_factory=list)
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def run(self, feeds: Arrays) -> Arrays:
+        self.batches.append(next(iter(feeds.values())).shape[0])
+        self.entered.release()
+        assert self.gate.wait(WAIT)
+        return self.fn(feeds)
+
+    def plan_for(self, shapes: Mapping[str, tuple[int, ...]]) -> FakePlan:
+        return FakePlan(sum(int(np.prod(s)) * 4 for s in shapes.values()))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def block(self) -> None:
+        """Make the next run wait for `gate`; forget what ran before."""
+        self.gate.clear()
+        while self.entered.acquire(blocking=False):
+            pass
+        self.batches.clear()
+
+    def wait_entered(self) -> None:
+        """Return once a run has begun since `block`."""
+        assert self.entered.acquire(timeout=WAIT)
+
+
+def spec(*shape: Dim, dtype: Any = np.float32) -> TensorSpec:
+    return TensorSpec(shape, np.dtype(dtype))
+
+
+def doubler(width: int = 4) -> FakeSession:
+    """x [N, width] -> y = 2x; a row holding -1 in its first place is an error of the model, 666 one of the server."""
+
+    def fn(feeds: Arrays) -> Arrays:
+        x = feeds["x"]
+        if (x[:, 0] == -1).any():
+            raise IndexError("row cannot be used")
+        if (x[:, 0] == 666).any():
+            raise RuntimeError("the device is on fire")
+        return {"y": x * 2}
+
+    return FakeSession({"x": spec("N", width)}, {"y": spec("N", width)}, fn)
+
+
+def any_width() -> FakeSession:
+    """x [N, W] -> y = 2x for any width."""
+    return FakeSession({"x": spec("N", "W")}, {"y": spec("N", "W")}, lambda feeds: {"y": feeds["x"] * 2})
+
+
+@dataclass
+class Running:
+    """A server that answers on `port`."""
+
+    host: Host
+    port: int
+    sessions: Mapping[str, Session]
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def request(
+        self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, dict(headers or {}))
+            reply = connection.getresponse()
+            return reply.status, reply.headers, reply.read()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        status, _, body = self.request("GET", path)
+        return status, json.loads(body)
+
+    def infer(self, model: str, document: Any, **headers: str) -> tuple[int, Any]:
+        body = document if isinstance(document, bytes | str) else json.dumps(document)
+        status, _, reply = self.request("POST", f"/v2/models/{model}/infer", body, headers)
+        return status, json.loads(reply)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
+
+
+@contextlib.contextmanager
+def serving(sessions: Mapping[str, Session], **settings: Any) -> Iterator[Running]:
+    """Serve sessions under their names in a thread of this process."""
+    chosen = Settings(**settings)
+    sources = [Source(name, "1", Path(f"{name}.onnx")) for name in sessions]
+    repository = Repository(chosen, sources, opener=lambda path, _: sessions[path.stem])
+    sock = listen("127.0.0.1", 0)
+    host = Host(repository, sock)
+    loaded = threading.Event()
+    host.on_loaded = loaded.set
+    thread = threading.Thread(target=host.run)
+    thread.start()
+    try:
+        assert loaded.wait(WAIT)
+        until(lambda: host.server.started)
+        yield Running(host, sock.getsockname()[1], sessions)
+    finally:
+        host.server.should_exit = True
+        thread.join(WAIT * 2)
+        assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def request_of(x: HostArray, **more: Any) -> dict[str, Any]:
+    """A JSON inference request of input `x`."""
+    return {"inputs": [{"name": "x", "shape": x.shape, "datatype": "FP32", "data": x.ravel().tolist()}], **more}
+
+
+def http_request(
+    body: bytes, path: str = "/v2/models/double/infer", headers: str = "", length: int | None = None
+) -> bytes:
+    """The bytes of a POST."""
+    declared = len(body) if length is None else length
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {declared}\r\n{headers}\r\n".encode() + body
+
+
+def read_reply(stream: Any) -> tuple[int, dict[str, str], bytes]:
+    """One HTTP reply off a socket's file; status 0 where the connection is closed instead."""
+    line = stream.readline()
+    if not line:
+        return 0, {}, b""
+    headers = {}
+    while (header := stream.readline().strip()) != b"":
+        name, _, value = header.decode().partition(":")
+        headers[name.lower()] = value.strip()
+    return int(line.split()[1]), headers, stream.read(int(headers.get("content-length", 0)))

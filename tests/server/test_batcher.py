@@ -1,0 +1,341 @@
+"""The batcher alone: who runs with whom, in what order, and what the others do not notice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from infera_server.batcher import Arrays, Batch, Batcher, HostArray, Job, Layout
+from infera_server.errors import Expired, Overloaded, Unavailable
+from tests.server.support import WAIT, until
+
+LAYOUT = Layout({"x": 0}, {"y": 0}, (1, 2, 4, 8))
+
+
+class Engine:
+    """y = 2x, one run at a time as the gate allows; rows that hold a negative number fail."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+        self.runs: list[HostArray] = []
+
+    def __call__(self, feeds: Arrays) -> Arrays:
+        self.runs.append(feeds["x"].copy())
+        self.entered.release()
+        assert self.gate.acquire(timeout=WAIT)
+        if (feeds["x"] < 0).any():
+            raise IndexError("negative")
+        return {"y": feeds["x"] * 2}
+
+
+class Caller:
+    """What one job got back."""
+
+    def __init__(self, batcher: Batcher, x: HostArray, deadline: float = float("inf")) -> None:
+        self.results: list[Arrays | Exception] = []
+        self.batch: Batch | None = None
+        self.x = x
+        self.job = Job({"x": x}, self._done, len(x), x.shape[1:], x.nbytes, deadline)
+        batcher.submit(self.job)
+
+    def _done(self, result: Arrays | Exception, batch: Batch | None) -> None:
+        self.results.append(result)
+        self.batch = batch
+
+    def answer(self) -> Arrays | Exception:
+        until(lambda: bool(self.results))
+        (result,) = self.results
+        return result
+
+    def check(self) -> None:
+        result = self.answer()
+        assert isinstance(result, dict), result
+        np.testing.assert_array_equal(result["y"], self.x * 2)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def batcher(engine: Engine) -> Iterator[Batcher]:
+    made = Batcher(engine, LAYOUT, max_queue=16)
+    yield made
+    made.close()
+    engine.gate.release(1000)
+    assert made.join(WAIT)
+
+
+def rows(n: int, width: int = 3, start: float = 1.0) -> HostArray:
+    return np.arange(start, start + n * width, dtype=np.float32).reshape(n, width)
+
+
+def occupy(batcher: Batcher, engine: Engine) -> Caller:
+    """A caller whose run has begun, so that what comes next waits."""
+    caller = Caller(batcher, rows(1))
+    assert engine.entered.acquire(timeout=WAIT)
+    return caller
+
+
+def test_idle_runs_at_once_and_alone(batcher: Batcher, engine: Engine) -> None:
+    engine.gate.release()
+    caller = Caller(batcher, rows(1))
+    caller.check()
+    assert caller.batch is not None
+    assert (caller.batch.rows, caller.batch.padded) == (1, 1)
+    assert engine.runs[0].shape == (1, 3)
+
+
+def test_what_waits_runs_together_in_order_padded_to_a_bucket(batcher: Batcher, engine: Engine) -> None:
+    first = occupy(batcher, engine)
+    callers = [Caller(batcher, rows(n, start=10 * n)) for n in (1, 2, 2)]
+    engine.gate.release(2)
+    for caller in [first, *callers]:
+        caller.check()
+    together = engine.runs[1]
+    assert together.shape == (8, 3)
+    np.testing.assert_array_equal(together[:5], np.concatenate([c.x for c in callers]))
+    np.testing.assert_array_equal(together[5:], np.repeat(callers[-1].x[-1:], 3, axis=0))
+    assert len({id(c.batch) for c in callers}) == 1
+
+
+def test_a_batch_is_never_over_the_largest_bucket(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    callers = [Caller(batcher, rows(3)) for _ in range(5)]
+    engine.gate.release(10)
+    for caller in callers:
+        caller.check()
+    assert [len(run) for run in engine.runs[1:]] == [8, 8, 4]  # 6, 6 and 3 rows, padded
+
+
+def test_one_job_of_an_odd_size_is_padded_and_cut(batcher: Batcher, engine: Engine) -> None:
+    engine.gate.release()
+    caller = Caller(batcher, rows(3))
+    caller.check()
+    assert engine.runs[0].shape == (4, 3)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_rows_may_lie_on_any_axis(axis: int) -> None:
+    layout = Layout({"x": axis}, {"y": 0}, (1, 2, 4, 8))
+    gate = threading.Event()
+
+    def run(feeds: Arrays) -> Arrays:
+        assert gate.wait(WAIT)
+        return {"y": np.moveaxis(feeds["x"], axis, 0).sum((1, 2))}
+
+    batcher = Batcher(run, layout)
+    xs = [np.random.default_rng(n).random((2, 2, 2)).astype(np.float32) for n in range(4)]
+    got: dict[int, Arrays | Exception] = {}
+    for i, x in enumerate(xs):
+        batcher.submit(Job({"x": x}, lambda result, batch, i=i: got.setdefault(i, result), 2))  # type: ignore[misc]
+    gate.set()
+    batcher.drain()
+    assert batcher.join(WAIT)
+    for i, x in enumerate(xs):
+        result = got[i]
+        assert isinstance(result, dict)
+        np.testing.assert_allclose(result["y"], np.moveaxis(x, axis, 0).sum((1, 2)))
+
+
+def test_unaligned_feeds_are_run_aligned(batcher: Batcher, engine: Engine) -> None:
+    odd = np.frombuffer(b"?" + rows(2).tobytes(), np.float32, 6, 1).reshape(2, 3)
+    assert not odd.flags.aligned
+    engine.gate.release()
+    seen: list[bool] = []
+    batcher.run = lambda feeds: (seen.append(feeds["x"].flags.aligned), engine(feeds))[1]  # type: ignore[func-returns-value]
+    Caller(batcher, odd).check()
+    assert seen == [True]
+
+
+def test_shapes_take_turns_oldest_first(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    narrow = [Caller(batcher, rows(8, 2)) for _ in range(2)]
+    wide = Caller(batcher, rows(1, 5))
+    narrow += [Caller(batcher, rows(8, 2)) for _ in range(3)]
+    engine.gate.release(10)
+    for caller in [*narrow, wide]:
+        caller.check()
+    assert [run.shape[1] for run in engine.runs[1:]] == [2, 2, 5, 2, 2, 2]
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(batcher: Batcher, engine: Engine) -> None:
+    engine.gate.release()
+    Caller(batcher, rows(1)).check()
+    until(lambda: batcher.run_seconds > 0)
+    assert engine.entered.acquire(timeout=WAIT)
+    occupy(batcher, engine)
+    waiting = [Caller(batcher, rows(1)) for _ in range(16)]
+    with pytest.raises(Overloaded, match="16 requests") as refusal:
+        Caller(batcher, rows(1))
+    assert refusal.value.retry_after == pytest.approx(3 * batcher.run_seconds)
+    engine.gate.release(10)
+    for caller in waiting:
+        caller.check()
+
+
+def test_waiting_bytes_are_limited_too(engine: Engine) -> None:
+    batcher = Batcher(engine, LAYOUT, max_queue_bytes=100)
+    occupy(batcher, engine)
+    Caller(batcher, rows(8))  # 96 bytes
+    with pytest.raises(Overloaded, match="96 bytes"):
+        Caller(batcher, rows(1))
+    engine.gate.release(10)
+    batcher.drain()
+    assert batcher.join(WAIT)
+
+
+def test_a_deadline_that_passes_in_the_queue_is_answered_without_a_run(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    late = Caller(batcher, rows(1, start=50), deadline=time.monotonic() + 0.01)
+    patient = Caller(batcher, rows(1))
+    time.sleep(0.02)
+    engine.gate.release(2)
+    assert isinstance(late.answer(), Expired)
+    patient.check()
+    assert not any((run == 50).any() for run in engine.runs)
+    assert batcher.queued == batcher.queued_rows == batcher.queued_bytes == 0
+
+
+def test_expire_answers_while_a_run_goes_on(batcher: Batcher, engine: Engine) -> None:
+    first = occupy(batcher, engine)
+    late = Caller(batcher, rows(1), deadline=time.monotonic() - 1)
+    batcher.expire()
+    assert isinstance(late.answer(), Expired)
+    assert not first.results
+    assert batcher.queued == 0
+
+
+def test_a_cancelled_job_does_not_run_and_frees_its_place(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    gone = Caller(batcher, rows(1, start=50))
+    stays = Caller(batcher, rows(1))
+    assert batcher.cancel(gone.job)
+    assert batcher.queued == 1
+    engine.gate.release(2)
+    stays.check()
+    assert not gone.results
+    assert not any((run == 50).any() for run in engine.runs)
+
+
+def test_a_job_cancelled_during_its_run_disturbs_nobody(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    pair = [Caller(batcher, rows(1)), Caller(batcher, rows(1))]
+    engine.gate.release()
+    assert engine.entered.acquire(timeout=WAIT)
+    assert not batcher.cancel(pair[0].job)
+    engine.gate.release()
+    pair[1].check()
+    assert not pair[0].results
+
+
+def test_a_poisonous_job_fails_alone(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    good = [Caller(batcher, rows(2, start=s)) for s in (10, 20)]
+    bad = Caller(batcher, -rows(1))
+    good.append(Caller(batcher, rows(1, start=30)))
+    engine.gate.release(10)
+    for caller in good:
+        caller.check()
+    assert isinstance(bad.answer(), IndexError)
+
+
+def test_an_output_without_the_batch_fails_together_and_works_alone() -> None:
+    batcher = Batcher(lambda feeds: {"y": feeds["x"].sum(0, keepdims=True)}, LAYOUT)
+    caller = Caller(batcher, rows(3))
+    result = caller.answer()
+    assert isinstance(result, dict)
+    np.testing.assert_array_equal(result["y"], rows(3).sum(0, keepdims=True))
+    batcher.close()
+    assert batcher.join(WAIT)
+
+
+def test_without_a_layout_every_job_runs_alone(engine: Engine) -> None:
+    batcher = Batcher(engine, None)
+    callers = [Caller(batcher, rows(n)) for n in (1, 3, 1)]
+    engine.gate.release(3)
+    for caller in callers:
+        caller.check()
+    assert [len(run) for run in engine.runs] == [1, 3, 1]
+    batcher.drain()
+    assert batcher.join(WAIT)
+
+
+def test_drain_finishes_what_was_accepted_and_refuses_the_rest(batcher: Batcher, engine: Engine) -> None:
+    callers = [occupy(batcher, engine), *(Caller(batcher, rows(5, width)) for width in (2, 3, 2))]
+    batcher.drain()
+    with pytest.raises(Unavailable):
+        Caller(batcher, rows(1))
+    assert not batcher.join(0.01)
+    engine.gate.release(10)
+    assert batcher.join(WAIT)
+    for caller in callers:
+        caller.check()
+
+
+def test_close_answers_what_waits(batcher: Batcher, engine: Engine) -> None:
+    first = occupy(batcher, engine)
+    waiting = Caller(batcher, rows(1))
+    batcher.close()
+    assert isinstance(waiting.answer(), Unavailable)
+    engine.gate.release()
+    first.check()
+
+
+def test_a_failing_callback_does_not_stop_the_others(batcher: Batcher, engine: Engine) -> None:
+    occupy(batcher, engine)
+    job = Job({"x": rows(1)}, lambda result, batch: 1 / 0, 1, (3,))  # type: ignore[arg-type, return-value]
+    batcher.submit(job)
+    after = Caller(batcher, rows(1))
+    engine.gate.release(5)
+    after.check()
+
+
+def test_strings_are_batched() -> None:
+    gate = threading.Event()
+    sizes: list[int] = []
+
+    def run(feeds: Arrays) -> Arrays:
+        assert gate.wait(WAIT)
+        sizes.append(len(feeds["x"]))
+        return {"y": feeds["x"]}
+
+    batcher = Batcher(run, LAYOUT)
+    callers = [Job({"x": np.array([w], object)}, lambda r, b, w=w: got.append((w, r)), 1) for w in ("a", "bb", "c")]  # type: ignore[misc]
+    got: list[tuple[str, Arrays | Exception]] = []
+    for job in callers:
+        batcher.submit(job)
+    gate.set()
+    batcher.drain()
+    assert batcher.join(WAIT)
+    assert all(isinstance(r, dict) and r["y"].tolist() == [w] for w, r in got)
+    assert len(got) == 3
+
+
+def test_under_many_threads_everyone_gets_their_own_answer() -> None:
+    batcher = Batcher(lambda feeds: {"y": feeds["x"] * 2}, LAYOUT, max_queue=1000)
+    failures: list[BaseException] = []
+
+    def call(seed: int) -> None:
+        try:
+            rng = np.random.default_rng(seed)
+            for _ in range(30):
+                Caller(batcher, rng.random((rng.integers(1, 9), rng.integers(1, 3))).astype(np.float32)).check()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert not failures
+    batcher.drain()
+    assert batcher.join(WAIT)
+    assert batcher.queued == batcher.queued_rows == batcher.queued_bytes == 0

@@ -1,0 +1,146 @@
+"""The batch axis is found where there is one, and refused, with the reason, where rows are not independent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_gpu.errors import OutOfMemoryError
+from infera_gpu.spec import TensorSpec
+from infera_server.batcher import Arrays
+from infera_server.batching import buckets_to, derive
+from tests.server.support import FakePlan, FakeSession, doubler, spec
+
+
+def session(inputs: TensorSpec, outputs: TensorSpec, fn: Callable[[Any], Any]) -> FakeSession:
+    return FakeSession({"x": inputs}, {"y": outputs}, lambda feeds: {"y": fn(feeds["x"])})
+
+
+@pytest.mark.parametrize(
+    ("most", "buckets"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))]
+)
+def test_buckets(most: int, buckets: tuple[int, ...]) -> None:
+    assert buckets_to(most) == buckets
+
+
+def test_a_shared_symbol_is_the_batch() -> None:
+    found = derive(doubler(), 8)
+    assert found.layout is not None
+    assert found.layout.inputs == {"x": 0}
+    assert found.layout.buckets == (1, 2, 4, 8)
+    assert found.arena_bytes == {1: 16, 2: 32, 4: 64, 8: 128}
+    assert "'N' occurs once" in found.reason
+
+
+def test_the_symbol_may_be_on_another_axis() -> None:
+    found = derive(session(spec(3, "N"), spec("N"), lambda x: x.sum(0)), 4)
+    assert found.layout is not None
+    assert (found.layout.inputs, found.layout.outputs) == ({"x": 1}, {"y": 0})
+
+
+def test_open_leading_axes_are_tried_without_symbols() -> None:
+    found = derive(session(spec(None, 3), spec("M", 3), np.abs), 4)
+    assert found.layout is not None
+    assert "first axis" in found.reason
+
+
+def test_of_two_shared_symbols_the_leading_one_is_tried_first() -> None:
+    found = derive(session(spec("B", "S"), spec("B", "S", 2), lambda x: np.stack([x, x], -1)), 4)
+    assert found.layout is not None
+    assert found.layout.inputs == {"x": 0}
+    assert found.sizes == {"S": 8}
+
+
+def test_a_sequence_that_looks_like_a_batch_is_found_out() -> None:
+    """Softmax over the open axis: shapes fit, rows depend on each other."""
+
+    def softmax(x: Any) -> Any:
+        e = np.exp(x)
+        return e / e.sum(0)
+
+    found = derive(session(spec("S", 3), spec("S", 3), softmax), 4)
+    assert found.layout is None
+    assert "differs between 3 rows together and one by one" in found.reason
+
+
+def test_the_second_symbol_serves_where_the_first_mixes_rows() -> None:
+    found = derive(session(spec("S", "B"), spec("S", "B"), lambda x: np.cumsum(x, 0)), 4)
+    assert found.layout is not None
+    assert found.layout.inputs == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "why"),
+    [
+        (spec(1, 4), spec(1, 4), "input 'x' is float32[1, 4]: its first axis is fixed"),
+        (spec("N", 4), spec(4), "output 'y' is float32[4]: its first axis is fixed"),
+        (spec("N", 4), spec(), "output 'y' is a scalar"),
+    ],
+)
+def test_reasons(inputs: TensorSpec, outputs: TensorSpec, why: str) -> None:
+    found = derive(session(inputs, outputs, lambda x: x), 4)
+    assert found.layout is None
+    assert why in found.reason
+
+
+def test_a_wrong_row_count_is_found_out() -> None:
+    found = derive(session(spec("N", 4), spec("M", 4), lambda x: np.concatenate([x, x])), 4)
+    assert found.layout is None
+    assert "output 'y' is [6, 4] for 3 rows" in found.reason
+
+
+def test_a_failing_probe_is_a_reason() -> None:
+    def fail(x: Any) -> Any:
+        raise ValueError("needs at least 300 columns")
+
+    found = derive(session(spec("N", "W"), spec("N", "W"), fail), 4)
+    assert found.layout is None
+    assert "needs at least 300 columns" in found.reason
+
+
+def test_open_dimensions_grow_until_the_probe_runs() -> None:
+    def convolve(x: Any) -> Any:
+        if x.shape[1] < 30:
+            raise ValueError("too small")
+        return x * 2
+
+    found = derive(session(spec("N", "W"), spec("N", "W"), convolve), 4)
+    assert found.sizes == {"W": 32}
+    assert found.layout is not None
+
+
+def test_integers_are_probed_as_small_indices() -> None:
+    table = np.random.default_rng(0).random((2, 5)).astype(np.float32)
+    found = derive(session(spec("N", "S", dtype=np.int64), spec("N", "S", 5), lambda x: table[x]), 4)
+    assert found.layout is not None
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.bool_, object])
+def test_every_kind_of_data_is_probed(dtype: Any) -> None:
+    found = derive(session(spec("N", 2, dtype=dtype), spec("N", 2, dtype=dtype), lambda x: x.copy()), 4)
+    assert found.layout is not None
+
+
+def test_max_batch_1_needs_no_probe() -> None:
+    model = doubler()
+    assert derive(model, 1).layout is None
+    assert model.batches == []
+
+
+def test_buckets_end_where_memory_does() -> None:
+    class Small(FakeSession):
+        def plan_for(self, shapes: Mapping[str, tuple[int, ...]]) -> FakePlan:
+            if shapes["x"][0] > 4:
+                raise OutOfMemoryError("the plan", needed=100, available=60)
+            return FakePlan(1)
+
+    def fn(feeds: Arrays) -> Arrays:
+        return {"y": feeds["x"]}
+
+    found = derive(Small({"x": spec("N", 2)}, {"y": spec("N", 2)}, fn), 64)
+    assert found.layout is not None
+    assert found.layout.buckets == (1, 2, 4)
+    assert "no more than 4 rows, because the plan needs 100 bytes" in found.reason

@@ -1,0 +1,368 @@
+"""Inference over sockets: framing, order, limits, overload, leaving clients."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from infera_server.hotpath import infer_target
+from tests.server.support import (
+    WAIT,
+    FakeSession,
+    Running,
+    any_width,
+    doubler,
+    http_request,
+    read_reply,
+    request_of,
+    serving,
+    until,
+)
+
+LIMIT = 100_000
+X = np.arange(4, dtype=np.float32).reshape(1, 4)
+BODY = json.dumps(request_of(X)).encode()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving({"double": doubler(), "any": any_width()}, max_body_bytes=LIMIT, max_batch=8) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def blocked(running: Running, name: str = "double") -> Iterator[FakeSession]:
+    """The model does not answer inside; one request is in its run."""
+    session = running.sessions[name]
+    assert isinstance(session, FakeSession)
+    session.block()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.infer, name, request_of(X))
+        session.wait_entered()
+        try:
+            yield session
+        finally:
+            session.gate.set()
+            assert first.result(WAIT)[0] == 200
+
+
+def queued(running: Running, name: str = "double") -> int:
+    return running.host.repository.get(name).batcher.queued
+
+
+def outputs(document: bytes) -> list[float]:
+    found: list[float] = json.loads(document)["outputs"][0]["data"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [
+        (b"/v2/models/m/infer", ("m", None)),
+        (b"/v2/models/m/infer?x=/infer", ("m", None)),
+        (b"/v2/models/m/versions/12/infer", ("m", "12")),
+        (b"/v2/models/m%6C/infer", ("ml", None)),
+        (b"/v2/models/..%2F..%2Fetc/infer", ("../../etc", None)),
+        (b"/v2/models/%FF/infer", ("\ufffd", None)),
+        (b"http://host:1/v2/models/m/infer", ("m", None)),
+        (b"/v2/models/infer", None),
+        (b"/v2/models//infer", None),
+        (b"/v2/models/m/versions/x/infer", None),
+        (b"/v2/models/m/versions//infer", None),
+        (b"/v2/models/m/n/infer", None),
+        (b"/v1/models/m/infer", None),
+        (b"/v2/models/m/infer/", None),
+        (b"infer", None),
+    ],
+)
+def test_urls(url: bytes, target: tuple[str, str | None] | None) -> None:
+    assert infer_target(url) == target
+
+
+# --- framing -------------------------------------------------------------------------------------------------------
+
+
+def test_keep_alive_serves_many_requests_on_one_connection(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        for _ in range(5):
+            sock.sendall(http_request(BODY))
+            status, headers, body = read_reply(stream)
+            assert status == 200
+            assert "connection" not in headers
+            assert outputs(body) == [0, 2, 4, 6]
+
+
+def test_connection_close_and_http_1_0_are_honoured(server: Running) -> None:
+    old = http_request(BODY).replace(b"HTTP/1.1", b"HTTP/1.0")
+    for request in (http_request(BODY, headers="Connection: close\r\n"), old):
+        with server.connect() as sock, sock.makefile("rb") as stream:
+            sock.sendall(request)
+            status, headers, _ = read_reply(stream)
+            assert (status, headers["connection"]) == (200, "close")
+            assert stream.read() == b""
+
+
+def test_pipelined_requests_of_both_kinds_are_answered_in_order(server: Running) -> None:
+    bad = http_request(b"{bad")
+    get = b"GET /v2/models/double HTTP/1.1\r\nHost: x\r\n\r\n"
+    other = http_request(BODY, path="/v2/models/any/infer")
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(BODY) + get + bad + http_request(BODY) + get + get + other)
+        replies = [read_reply(stream) for _ in range(7)]
+    assert [status for status, _, _ in replies] == [200, 200, 400, 200, 200, 200, 200]
+    assert [next(iter(json.loads(body))) for _, _, body in replies] == [
+        "model_name", "name", "error", "model_name", "name", "name", "model_name",
+    ]  # fmt: skip
+
+
+def test_a_long_pipeline_of_refusals(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(b"", path="/v2/models/nope/infer") * 3000)
+        assert {read_reply(stream)[0] for _ in range(3000)} == {404}
+
+
+def test_a_request_may_come_byte_by_byte(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in http_request(BODY):
+            sock.sendall(bytes([byte]))
+        assert outputs(read_reply(stream)[2]) == [0, 2, 4, 6]
+
+
+def test_chunked_bodies(server: Running) -> None:
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BODY[:1], BODY[1:30], BODY[30:]))
+    head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head + chunks + b"0\r\n\r\n" + head + b"zz\r\n")
+        assert outputs(read_reply(stream)[2]) == [0, 2, 4, 6]
+        status, headers, body = read_reply(stream)
+        assert (status, headers["connection"]) == (400, "close")
+        assert "Invalid HTTP request" in json.loads(body)["error"]
+
+
+def test_expect_100_continue(server: Running) -> None:
+    head, body = http_request(BODY, headers="Expect: 100-continue\r\n").split(b"\r\n\r\n", 1)
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head + b"\r\n\r\n")
+        assert read_reply(stream)[0] == 100
+        sock.sendall(body)
+        assert read_reply(stream)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("request_head", "status"),
+    [
+        (http_request(b"", path="/v2/models/nope/infer", headers="Expect: 100-continue\r\n", length=10), 404),
+        (http_request(b"", headers="Expect: 100-continue\r\n", length=LIMIT + 1), 413),
+        (http_request(b"", headers="Expect: 100-continue\r\nContent-Encoding: br\r\n", length=10), 415),
+    ],
+)
+def test_expect_100_continue_is_refused_before_the_body(server: Running, request_head: bytes, status: int) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(request_head)
+        found, headers, _ = read_reply(stream)
+        assert (found, headers["connection"]) == (status, "close")
+
+
+def test_an_upgrade_offer_is_ignored(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(BODY, headers="Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"))
+        assert outputs(read_reply(stream)[2]) == [0, 2, 4, 6]
+
+
+# --- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_too_large_a_body_is_refused_while_it_is_sent(server: Running) -> None:
+    """The client sends all of it before it reads, as most do: it must find a reply, not a reset."""
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(bytes(5 * LIMIT)))
+        status, headers, body = read_reply(stream)
+        assert (status, headers["connection"]) == (413, "close")
+        assert "at most 100,000 are accepted" in json.loads(body)["error"]
+
+
+def test_too_large_a_chunked_body_is_refused_when_it_is(server: Running) -> None:
+    head = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head)
+        for _ in range(12):
+            sock.sendall(b"%x\r\n%s\r\n" % (10_000, bytes(10_000)))
+        assert read_reply(stream)[0] == 413
+
+
+def test_a_body_that_decodes_to_too_much_is_refused(server: Running) -> None:
+    status, _, body = server.request(
+        "POST", "/v2/models/double/infer", gzip.compress(bytes(10 * LIMIT)), {"Content-Encoding": "gzip"}
+    )
+    assert status == 413
+    assert "after gzip decoding" in json.loads(body)["error"]
+
+
+def test_a_refused_body_within_the_limit_keeps_the_connection(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(bytes(50_000), path="/v2/models/nope/infer") + http_request(BODY))
+        assert read_reply(stream)[0] == 404
+        assert read_reply(stream)[0] == 200
+
+
+def test_a_body_that_ends_early_is_refused(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(BODY[:50], length=len(BODY)))
+        sock.shutdown(socket.SHUT_WR)
+        status, _, body = read_reply(stream)
+        assert status == 400
+        assert "ends after 50 bytes" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("lengths", [("5", "6"), ("-1",), ("x",), ("99999999999999999999999",)])
+def test_nonsense_lengths_are_refused(server: Running, lengths: tuple[str, ...]) -> None:
+    fields = "".join(f"Content-Length: {n}\r\n" for n in lengths)
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(f"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+        status, _, body = read_reply(stream)
+        assert status == 400
+        assert "error" in json.loads(body)
+
+
+def test_garbage_after_a_request_waits_its_turn(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(BODY) + b"\x16\x03\x01 what is this\r\n\r\n")
+        assert read_reply(stream)[0] == 200
+        assert read_reply(stream)[0] == 400
+        assert stream.read() == b""
+
+
+# --- codings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "pack", "unpack"), [("gzip", gzip.compress, gzip.decompress), ("deflate", zlib.compress, zlib.decompress)])  # fmt: skip
+def test_content_codings_both_ways(server: Running, name: str, pack: object, unpack: object) -> None:
+    assert callable(pack)
+    assert callable(unpack)
+    status, headers, body = server.request(
+        "POST", "/v2/models/double/infer", pack(BODY), {"Content-Encoding": name, "Accept-Encoding": name}
+    )
+    assert (status, headers["content-encoding"]) == (200, name)
+    assert outputs(unpack(body)) == [0, 2, 4, 6]
+
+
+# --- many callers --------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_is_batched_and_everyone_gets_their_own(server: Running) -> None:
+    xs = [np.random.default_rng(i).random((i % 3 + 1, 4)).astype(np.float32) for i in range(20)]
+    with blocked(server) as session, ThreadPoolExecutor(len(xs)) as pool:
+        calls = [pool.submit(server.infer, "double", request_of(x)) for x in xs]
+        until(lambda: queued(server) == len(xs))
+        session.gate.set()
+        for x, call in zip(xs, calls, strict=True):
+            status, document = call.result(WAIT)
+            assert status == 200
+            np.testing.assert_allclose(document["outputs"][0]["data"], (x * 2).ravel(), rtol=1e-6)
+    assert len(session.batches) < 10
+    assert max(session.batches) == 8
+
+
+def test_one_bad_row_fails_only_its_own_request(server: Running) -> None:
+    good, bad, fire = request_of(X), request_of(X * 0 - 1), request_of(X * 0 + 666)
+    with blocked(server) as session, ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(server.infer, "double", document) for document in (good, bad, good, fire, good)]
+        until(lambda: queued(server) == 5)
+        session.gate.set()
+        replies = [call.result(WAIT) for call in calls]
+    assert [status for status, _ in replies] == [200, 400, 200, 500, 200]
+    assert replies[1][1] == {"error": "model 'double' cannot run on this input: row cannot be used"}
+    assert "RuntimeError" in replies[3][1]["error"]
+    assert "fire" not in replies[3][1]["error"]
+
+
+def test_a_client_that_leaves_does_not_run(server: Running) -> None:
+    with blocked(server) as session, ThreadPoolExecutor(1) as pool:
+        gone = server.connect()
+        gone.sendall(http_request(json.dumps(request_of(X + 500)).encode()))
+        until(lambda: queued(server) == 1)
+        stays = pool.submit(server.infer, "double", request_of(X))
+        until(lambda: queued(server) == 2)
+        gone.close()
+        until(lambda: queued(server) == 1)
+        session.gate.set()
+        assert stays.result(WAIT)[0] == 200
+        assert session.batches == [1, 1]
+
+
+def test_a_client_that_leaves_during_the_run_disturbs_nobody(server: Running) -> None:
+    session = server.sessions["double"]
+    assert isinstance(session, FakeSession)
+    session.block()
+    gone = server.connect()
+    gone.sendall(http_request(BODY))
+    session.wait_entered()
+    gone.close()
+    time.sleep(0.02)
+    session.gate.set()
+    assert server.infer("double", request_of(X))[0] == 200
+
+
+def test_a_request_that_runs_out_of_time_in_the_queue(server: Running) -> None:
+    with blocked(server):
+        began = time.monotonic()
+        status, document = server.infer("double", request_of(X, parameters={"timeout": 1000}))
+        assert status == 504
+        assert "time was up" in document["error"]
+        assert time.monotonic() - began < 1
+
+
+def test_other_shapes_do_not_wait_for_each_other() -> None:
+    with serving({"any": any_width()}, max_batch=4) as running, blocked(running, "any") as session:
+        wide = np.zeros((1, 9), np.float32)
+        with ThreadPoolExecutor(9) as pool:
+            calls = [pool.submit(running.infer, "any", request_of(x)) for x in (X, X, wide, X, X, X, wide)]
+            until(lambda: queued(running, "any") == 7)
+            session.gate.set()
+            assert [call.result(WAIT)[0] for call in calls] == [200] * 7
+
+
+def test_a_full_queue_answers_429_and_says_when() -> None:
+    with serving({"double": doubler()}, max_queue=2, max_batch=2) as running:
+        assert running.infer("double", request_of(X))[0] == 200
+        with blocked(running), ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(running.infer, "double", request_of(X)) for _ in range(2)]
+            until(lambda: queued(running) == 2)
+            status, headers, body = running.request("POST", "/v2/models/double/infer", BODY)
+            assert status == 429
+            assert int(headers["retry-after"]) >= 1
+            assert "2 requests" in json.loads(body)["error"]
+            running.sessions["double"].gate.set()  # type: ignore[attr-defined]
+            assert [call.result(WAIT)[0] for call in waiting] == [200, 200]
+        _, _, metrics = running.request("GET", "/metrics")
+        assert b'infera_rejected_total{model="double",reason="queue_full",version="1"} 1.0' in metrics
+
+
+def test_a_client_that_does_not_read_is_not_read_either(server: Running) -> None:
+    """Replies of 400 kB each, none read: the server must stop taking requests, and go on when the client reads."""
+    x = np.zeros((8, 2400), np.float32)
+    head = json.dumps({
+        "inputs": [{"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}],
+    }).encode()  # fmt: skip
+    one = http_request(head + x.tobytes(), "/v2/models/any/infer", f"Inference-Header-Content-Length: {len(head)}\r\n")
+    total = 60
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sender = threading.Thread(target=sock.sendall, args=(one * total,))
+        sender.start()
+        time.sleep(0.3)
+        served = sum(server.host.repository.get("any").stats.statuses.values())
+        assert [read_reply(stream)[0] for _ in range(total)] == [200] * total
+        sender.join(WAIT)
+    assert served <= sum(server.host.repository.get("any").stats.statuses.values())
+    assert server.infer("double", request_of(X))[0] == 200
