@@ -79,14 +79,22 @@ def show(models: list[Exhibit], folder: Path, port: int, *, once: bool) -> None:
     with served(paths, port, folder / "server.log") as process:
         client = Client(HOST, port)
         wait_until_ready(client, process, folder / "server.log")
+        refused = unavailable(client)
+        for name, reason in refused.items():
+            console.print(f"[red]{name} cannot be served: {escape(reason)}[/red]")
+        ready = [m for m in models if m.name not in refused]
+        if not ready:
+            raise DemoError("no model can be served")
         console.print(f"\n[bold]asked over HTTP, http://{HOST}:{port}/v2/models/.../infer[/bold]")
-        for model in models:
+        for model in ready:
             began = time.perf_counter()
             for answer in model.ask(client):
                 console.print(f"  [cyan]{model.name:11}[/cyan] {escape(answer)}")
             console.print(f"  {'':11} [dim]{1000 * (time.perf_counter() - began):.0f} ms[/dim]")
-        suggest(models, folder, port)
+        suggest(ready, folder, port)
         client.close()
+        if once and refused:
+            raise DemoError(f"{len(refused)} of {len(models)} models cannot be served")
         if not once:
             console.print("\nserving until Ctrl-C")
             process.wait()
@@ -205,7 +213,7 @@ def served(paths: list[Path], port: int, log: Path) -> Iterator[subprocess.Popen
 
 
 def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns when every model is ready. Raises DemoError with the end of the server's log."""
+    """Returns when the server has loaded what it can. Raises DemoError with the end of its log."""
     began = time.monotonic()
     with console.status("starting the server"):
         while not client.ready():
@@ -216,6 +224,12 @@ def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path
             time.sleep(0.1)
 
 
+def unavailable(client: Client) -> dict[str, str]:
+    """The models that the server could not load, with its reasons."""
+    _, _, answer = client.request("POST", "/v2/repository/index", b"{}", {"Content-Type": "application/json"})
+    return {m["name"]: m.get("reason", "no reason given") for m in json.loads(answer) if m.get("state") != "READY"}
+
+
 def tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-20:]) or "(it wrote nothing)"
 
@@ -223,13 +237,14 @@ def tail(log: Path) -> str:
 def suggest(models: list[Exhibit], folder: Path, port: int) -> None:
     """Prints commands to try. The request file that they send is written where the server's models lie."""
     url = f"http://{HOST}:{port}"
-    model = next(m for m in models if m.sample is not None)
-    request = folder / "request.json"
-    request.write_text(json.dumps({"inputs": [json_tensor(k, v) for k, v in (model.sample or {}).items()]}))
-    lines = [
-        f"curl -s {url}/v2/models/{model.name}",
-        f"curl -s {url}/v2/models/{model.name}/infer -H 'Content-Type: application/json' -d @{request}",
-        f"curl -s {url}/metrics",
+    model = next((m for m in models if m.sample is not None), models[0])
+    lines = [f"curl -s {url}/v2/models/{model.name}", f"curl -s {url}/metrics"]
+    if model.sample is not None:
+        request = folder / "request.json"
+        request.write_text(json.dumps({"inputs": [json_tensor(k, v) for k, v in model.sample.items()]}))
+        body = f"-H 'Content-Type: application/json' -d @{request}"
+        lines.append(f"curl -s {url}/v2/models/{model.name}/infer {body}")
+    lines += [
         f"{sys.executable} -m infera_gpu.cli inspect {model.file}",
         f"{sys.executable} -c \"import infera_gpu; print(infera_gpu.load('{model.file}'))\"",
     ]

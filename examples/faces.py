@@ -108,7 +108,7 @@ def _unfilter(packed: bytes, width: int, height: int) -> Array:
     """Undoes PNG's row filters (ISO/IEC 15948, clause 9) for three bytes a pixel."""
     rows = np.frombuffer(packed, np.uint8).reshape(height, 1 + 3 * width)
     image = np.zeros((height, width + 1, 3), np.int32)  # a column of zeros on the left
-    above = image[0]
+    above = np.zeros_like(image[0])
     for row, line, coded in zip(image, rows[:, 1:].reshape(height, width, 3).astype(np.int32), rows[:, 0], strict=True):
         if coded in (0, 2):
             row[1:] = line if coded == 0 else line + above[1:] & 255

@@ -29,7 +29,7 @@ class FakeNvml:
 
     def __init__(self, gpus: int = 2) -> None:
         self.gpus = gpus
-        self.errors: dict[str | tuple[str, int], int] = {}
+        self.errors: dict[str | tuple[str, int | None], int] = {}
         self.calls: list[str] = []
         self.open = 0
 
@@ -37,9 +37,9 @@ class FakeNvml:
         self.calls.append(name)
         if name != "nvmlInit" and not self.open:
             raise FakeError(1)
-        for key in (name, (name, gpu)):
-            if key in self.errors:
-                raise FakeError(self.errors[key])  # type: ignore[index]
+        error = self.errors.get(name, self.errors.get((name, gpu)))
+        if error is not None:
+            raise FakeError(error)
 
     def nvmlInit(self) -> None:
         self._enter("nvmlInit")

@@ -84,6 +84,11 @@ def _gelu_form(site: Site) -> str:
     return forms[approximate]
 
 
+def _gelu_spec(site: Site) -> tuple[TensorSpec]:
+    _gelu_form(site)
+    return (site.spec(0),)
+
+
 def _bind_gelu(site: Site, io: Buffers) -> list[Call]:
     return cpu.activation(_gelu_form(site), io.ins[0], io.outs[0], io.scratch)
 
@@ -94,7 +99,7 @@ def _gelu(domain: str, since: int) -> Op:
         "Gelu",
         since,
         domain=domain,
-        infer=same_as(),
+        infer=_gelu_spec,
         compute=plain(lambda xp, site, x: portable.activation(xp, _gelu_form(site), x)),
         kernels=elementwise(_bind_gelu, supports=single),
         attrs={"approximate": "none"},
@@ -108,6 +113,29 @@ def _gelu(domain: str, since: int) -> Op:
             Case("empty", (f32(0, 2),)),
         ),
     )
+
+
+def _bind_swiglu(site: Site, io: Buffers) -> list[Call]:
+    gate, x = io.ins
+    return cpu.swiglu(gate, x, io.outs[0], io.scratch, alpha=site.attrs["alpha"])
+
+
+def _swiglu(xp: Any, site: Site, gate: Array, x: Array) -> Array:
+    return portable.activation(xp, "swish", gate, alpha=site.attrs["alpha"]) * x
+
+
+_SWIGLU = Op(
+    "SwiGLU",
+    28,
+    infer=same_as(),
+    compute=plain(_swiglu),
+    kernels=elementwise(_bind_swiglu, supports=floating),
+    attrs={"alpha": 1.0},
+    cases=(
+        Case("matrix", (f32(3, 5), f32(3, 5)), {"alpha": 1.5}),
+        Case("past_block", (f32(3, 6001), f32(3, 6001))),
+    ),
+)
 
 
 def _bind_prelu(site: Site, io: Buffers) -> list[Call]:
@@ -161,7 +189,8 @@ def _clip(since: int, cases: tuple[Case, ...], attrs: Attrs | None = None) -> Op
         infer=same_as(),
         compute=plain(compute),
         kernels=elementwise(
-            lambda site, io: cpu_elementwise.clip(io.ins[0], *bounds(site, io.ins), io.outs[0]), supports=native
+            lambda site, io: cpu_elementwise.clip(io.ins[0], *bounds(site, io.ins), io.outs[0], io.scratch),
+            supports=native,
         ),
         attrs=attrs or {},
         cases=cases,
@@ -193,4 +222,4 @@ _CLIP = (
     ),
 )
 
-OPS: tuple[Op, ...] = (*_FAMILY, _gelu("", 20), _gelu("infera", 1), _PRELU, *_CLIP)
+OPS: tuple[Op, ...] = (*_FAMILY, _gelu("", 20), _gelu("infera", 1), _SWIGLU, _PRELU, *_CLIP)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, broadcast, f32, same_as
-from infera_gpu.ops._families import BOOL, elementwise, is_native, plain
+from infera_gpu.ops._families import BOOL, elementwise, is_native, movable, plain
 from infera_gpu.ops.elementwise import ufunc_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import elementwise as cpu
@@ -19,18 +20,16 @@ _B = np.array([[1, 3, 2]])
 _BITS = np.array([True, False, True, False]), np.array([True, True, False, False])
 
 _COMPARE_CASES = (
-    Case("float", (_A.astype(np.float32), _B.astype(np.float32)), opset=11),
-    Case("int64", (_A.astype(np.int64), _B.astype(np.int64)), opset=9),
-    Case("nan", (_SPECIAL, _SPECIAL), opset=11),
-    Case("random", (f32(4, 1, 3), f32(5, 1)), opset=11),
-    Case("empty", (f32(0, 3), f32(3)), opset=11),
+    Case("float", (_A.astype(np.float32), _B.astype(np.float32))),
+    Case("int64", (_A.astype(np.int64), _B.astype(np.int64))),
+    Case("nan", (_SPECIAL, _SPECIAL)),
+    Case("random", (f32(4, 1, 3), f32(5, 1))),
+    Case("empty", (f32(0, 3), f32(3))),
 )
 
 
 def _compare(name: str, ufunc: str, since: int) -> Op:
-    cases = _COMPARE_CASES
-    if since > 11:
-        cases = tuple(Case(c.id, c.ins) for c in cases)
+    cases = tuple(replace(c, opset=max(11, since)) for c in _COMPARE_CASES)
     return ufunc_op(name, ufunc, cases, since=since, dtype=BOOL)
 
 
@@ -79,7 +78,11 @@ def _native(x: Array) -> Array:
 
 def _bind_where(site: Site, io: Buffers) -> list[Call]:
     condition, x, y = io.ins
-    return cpu.where(condition, x, y, io.outs[0])
+    return cpu.where(condition, x, y, io.outs[0], io.scratch)
+
+
+def _bitwise_copy(site: Site) -> bool:
+    return movable(site) and site.outs[0].dtype.itemsize <= 8
 
 
 _COMPARISONS = tuple(
@@ -147,7 +150,7 @@ OPS: tuple[Op, ...] = (
         9,
         infer=broadcast(),
         compute=plain(lambda xp, site, condition, x, y: xp.where(condition, x, y)),
-        kernels=elementwise(_bind_where, inplace=(2,)),
+        kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy),
         cases=(
             Case("same", (_BITS[0], f32(4), f32(4))),
             Case("all", (_BITS[0].reshape(4, 1), f32(3), f32(2, 1, 1))),

@@ -80,8 +80,8 @@ def _compute_fused(
     y = _compute(xp, site, x, w, b)
     if residual is not None:
         y += residual
-    apply = activator(activation_of(site), y.size, y.dtype, np.empty)
-    for fn, args in apply(y):
+    once, apply = activator(activation_of(site), y.size, y.dtype, np.empty)
+    for fn, args in [*once, *apply(y)]:
         fn(*args)
     return y
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from infera_kernels.cpu.conv_transpose import conv_transpose
-from infera_kernels.portable.conv import transposed_convolution
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops.window import ATTRS, Window, extents, pad_pairs, per_axis, split_pads
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu.conv_transpose import conv_transpose
+from infera_kernels.portable.conv import transposed_convolution
 
 
 def _window(site: Site) -> Window:

@@ -90,7 +90,7 @@ def _steps(site: Site) -> int:
     start, limit, delta = (site.values[i] for i in range(3))
     if start is None or limit is None or delta is None or not delta:
         raise site.fail("start, limit and a delta that is not 0 must be known while planning")
-    return max(0, math.ceil(float((limit.reshape(()) - start.reshape(()))) / float(delta.reshape(()))))
+    return max(0, math.ceil(float(limit.reshape(()) - start.reshape(())) / float(delta.reshape(()))))
 
 
 def _range(xp: Any, site: Site, start: Array, limit: Array, delta: Array) -> Array:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from infera_kernels.cpu import indexing as cpu
-from infera_kernels.portable import indexing as portable
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, movable, native, plain
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import indexing as cpu
+from infera_kernels.portable import indexing as portable
 
 
 def _gather_spec(site: Site) -> tuple[TensorSpec]:
@@ -68,7 +68,8 @@ def _elements_spec(site: Site) -> tuple[TensorSpec]:
 
 
 def _bind_elements(site: Site, io: Buffers) -> list[Call]:
-    return cpu.gather_elements(*io.ins, site.axis(), io.outs[0], io.scratch)
+    x, indices = io.ins
+    return cpu.gather_elements(x, indices, site.axis(), io.outs[0], io.scratch)
 
 
 _GATHER_ELEMENTS = Op(
@@ -100,7 +101,8 @@ def _gather_nd_spec(site: Site) -> tuple[TensorSpec]:
 
 
 def _bind_gather_nd(site: Site, io: Buffers) -> list[Call]:
-    return cpu.gather_nd(*io.ins, io.outs[0], io.scratch, batch_dims=_batch_dims(site))
+    x, indices = io.ins
+    return cpu.gather_nd(x, indices, io.outs[0], io.scratch, batch_dims=_batch_dims(site))
 
 
 def _gather_nd(since: int, attrs: dict[str, Any], extra: Sequence[Case] = ()) -> Op:
@@ -153,7 +155,8 @@ def _scatter_supported(site: Site) -> bool:
 
 
 def _bind_scatter(site: Site, io: Buffers) -> list[Call]:
-    return cpu.scatter_elements(*io.ins, site.axis(), io.outs[0], io.scratch, reduction=_reduction(site))
+    x, indices, updates = io.ins
+    return cpu.scatter_elements(x, indices, updates, site.axis(), io.outs[0], io.scratch, reduction=_reduction(site))
 
 
 def _scattering(bind: Bind, attrs: Attrs) -> dict[str, Kernel]:
@@ -179,7 +182,9 @@ def _scatter(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ..
         since,
         infer=_scatter_spec,
         compute=plain(
-            lambda xp, site, *ins: portable.scatter_elements(xp, *ins, site.axis(), _reduction(site))
+            lambda xp, site, x, indices, updates: portable.scatter_elements(
+                xp, x, indices, updates, site.axis(), _reduction(site)
+            )
         ),
         kernels=_scattering(_bind_scatter, attrs),
         attrs={"axis": 0, **attrs},
@@ -197,7 +202,8 @@ def _scatter_nd_spec(site: Site) -> tuple[TensorSpec]:
 
 
 def _bind_scatter_nd(site: Site, io: Buffers) -> list[Call]:
-    return cpu.scatter_nd(*io.ins, io.outs[0], io.scratch, reduction=_reduction(site))
+    x, indices, updates = io.ins
+    return cpu.scatter_nd(x, indices, updates, io.outs[0], io.scratch, reduction=_reduction(site))
 
 
 def _scatter_nd(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
@@ -205,7 +211,9 @@ def _scatter_nd(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> O
         "ScatterND",
         since,
         infer=_scatter_nd_spec,
-        compute=plain(lambda xp, site, *ins: portable.scatter_nd(xp, *ins, _reduction(site))),
+        compute=plain(
+            lambda xp, site, x, indices, updates: portable.scatter_nd(xp, x, indices, updates, _reduction(site))
+        ),
         kernels=_scattering(_bind_scatter_nd, attrs),
         attrs=attrs,
         cases=cases,

@@ -56,7 +56,8 @@ def _input(io: Buffers, i: int) -> Array | None:
 
 
 def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
-    return cpu.matmul(*io.ins, io.outs[0], io.scratch)
+    a, b = io.ins
+    return cpu.matmul(a, b, io.outs[0], io.scratch)
 
 
 def _bind_gemm(site: Site, io: Buffers) -> list[Call]:

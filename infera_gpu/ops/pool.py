@@ -120,7 +120,7 @@ _CEIL = tuple(
     for name, attrs in (
         ("ceil", {"kernel_shape": (3, 3), "strides": (2, 2)}),
         ("ceil-padded", {"kernel_shape": (3, 3), "strides": (2, 3), "pads": (1, 1, 1, 1)}),
-        ("ceil-starts-in-padding", {"kernel_shape": (2, 2), "strides": (3, 4), "pads": (0, 0, 2, 1)}),
+        ("ceil-starts-in-padding", {"kernel_shape": (2, 2), "strides": (8, 9), "pads": (0, 0, 1, 1)}),
     )
 )
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from infera_kernels.cpu.resize import resize as fast_resize
-from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filter, axis_table, resize
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu.resize import resize as fast_resize
+from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filter, axis_table, resize
 
 _ROI, _SCALES, _SIZES = 1, 2, 3
 
@@ -41,11 +41,13 @@ def _target(site: Site) -> _Target:
     """What to resize to. Raises PlanError where neither scales nor sizes fit the input."""
     x = site.spec(0)
     n = x.ndim
-    roi = None
+    roi: HostArray | None = None
+    scales: HostArray | None = None
+    sizes: HostArray | None = None
     if "scales" in site.attrs:
-        scales, sizes = np.array(site.attrs["scales"], np.float32), None
+        scales = np.array(site.attrs["scales"], np.float32)
     elif site.node.op == "Upsample" or site.opset < 11:
-        scales, sizes = _known(site, 1), None
+        scales = _known(site, 1)
     else:
         roi, scales, sizes = (_known(site, i) for i in (_ROI, _SCALES, _SIZES))
     given = site.attrs.get("axes")
@@ -166,16 +168,21 @@ def _sizes(*values: int) -> HostArray:
 
 
 def _scaled(name: str, x: TensorSpec, scales: HostArray, **attrs: Any) -> Case:
-    return Case(name, (x, None, scales), attrs)
+    return Case(name, (x, _EMPTY, scales), attrs)
 
 
 def _sized(name: str, x: TensorSpec, sizes: HostArray, **attrs: Any) -> Case:
-    return Case(name, (x, None, None, sizes), attrs)
+    return Case(name, (x, _EMPTY, _EMPTY, sizes), attrs)
 
 
 _X = f32(1, 2, 7, 5)
+_EMPTY = np.zeros(0, np.float32)
 _UP, _DOWN, _MIXED = _scales(1, 1, 2, 3), _scales(1, 1, 0.6, 0.5), _scales(1, 1, 1.7, 0.7)
-_OLD = tuple((f"{mode}-{n}", mode, s) for mode in ("nearest", "linear") for n, s in (("up", _UP), ("larger", _scales(1, 1, 1.7, 2.3))))
+_OLD = tuple(
+    (f"{mode}-{n}", mode, s)
+    for mode in ("nearest", "linear")
+    for n, s in (("up", _UP), ("larger", _scales(1, 1, 1.7, 2.3)))
+)
 _MODES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
 
 _RESIZE_11 = (
@@ -199,14 +206,14 @@ _RESIZE_11 = (
     _scaled("exclude-outside", _X, _MIXED, mode="cubic", exclude_outside=1),
     _scaled("cubic-a", _X, _UP, mode="cubic", cubic_coeff_a=-0.5),
     Case(
-        "crop", (_X, _scales(0, 0, 0.1, 0.2, 1, 1, 0.9, 0.7), None, _sizes(1, 2, 4, 6)),
+        "crop", (_X, _scales(0, 0, 0.1, 0.2, 1, 1, 0.9, 0.7), _EMPTY, _sizes(1, 2, 4, 6)),
         {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"},
     ),
     Case(
-        "crop-past-the-edge", (_X, _scales(0, 0, -0.2, 0.5, 1, 1, 1.1, 1.3), None, _sizes(1, 2, 4, 6)),
+        "crop-past-the-edge", (_X, _scales(0, 0, -0.2, 0.5, 1, 1, 1.1, 1.3), _EMPTY, _sizes(1, 2, 4, 6)),
         {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 9.0},
     ),
-    Case("bytes", (TensorSpec((1, 2, 4, 5), np.dtype(np.uint8)), None, _UP), low=0, high=255),
+    Case("bytes", (TensorSpec((1, 2, 4, 5), np.dtype(np.uint8)), _EMPTY, _UP), low=0, high=255),
 )  # fmt: skip
 
 _RESIZE_18 = (
@@ -224,7 +231,8 @@ _RESIZE_18 = (
     ),
 )
 _RESIZE_19 = (
-    _scaled("symmetric", _X, _scales(1, 1, 1.7, 2.3), mode="linear", coordinate_transformation_mode="half_pixel_symmetric"),
+    Case("left-out", (_X, None, None, _sizes(1, 2, 9, 3)), {"mode": "linear"}),
+    _scaled("symmetric", _X, _MIXED, mode="linear", coordinate_transformation_mode="half_pixel_symmetric"),
     _scaled("linear", _X, _MIXED, mode="linear"),
 )  # fmt: skip
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from infera_kernels.portable import indexing as portable
 
 from infera_gpu.op import Case, Op, Site
 from infera_gpu.ops._families import i64, plain
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable import indexing as portable
 
 
 def _unknown(site: Site) -> Sequence[TensorSpec | None]:

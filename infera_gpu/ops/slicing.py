@@ -1,4 +1,4 @@
-"""Parts of tensors: Slice, Split, Concat, Tile, and the rearrangements of blocks."""
+"""Parts of tensors: Slice, Split, Concat, Tile."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import copies, i64, movable, normalized, plain, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
-from infera_kernels.portable import shape as portable
 
 
 def _slices(site: Site) -> tuple[slice, ...]:
@@ -206,121 +205,4 @@ _TILE = Op(
 )
 
 
-def _blocked(site: Site) -> tuple[int, int, int, int, int]:
-    spec, block = site.spec(0), int(site.attrs["blocksize"])
-    if spec.ndim != 4:
-        raise site.fail(f"expected N, C, H, W, got {spec}")
-    if site.attrs.get("mode", "DCR") not in ("DCR", "CRD"):
-        raise site.fail(f"mode is '{site.attrs['mode']}', expected 'DCR' or 'CRD'")
-    n, c, h, w = spec.dims
-    return n, c, h, w, block
-
-
-def _space_dims(site: Site) -> tuple[int, ...]:
-    n, c, h, w, block = _blocked(site)
-    if c % (block * block):
-        raise site.fail(f"{c} channels are not a multiple of blocksize² = {block * block}")
-    return n, c // (block * block), h * block, w * block
-
-
-def _depth_dims(site: Site) -> tuple[int, ...]:
-    n, c, h, w, block = _blocked(site)
-    if h % block or w % block:
-        raise site.fail(f"{h} x {w} is not a multiple of blocksize {block}")
-    return n, c * block * block, h // block, w // block
-
-
-def _blocks(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
-    dims, fn = (
-        (_space_dims, portable.depth_to_space) if name == "DepthToSpace" else (_depth_dims, portable.space_to_depth)
-    )
-
-    def rearranged(site: Site, x: Array) -> Array:
-        return fn(x, int(site.attrs["blocksize"]), str(site.attrs.get("mode", "DCR")))
-
-    def bind(site: Site, io: Buffers) -> list[Call]:
-        made = rearranged(site, io.ins[0])
-        return [(np.copyto, (io.outs[0].reshape(made.shape), made))]
-
-    return Op(
-        name,
-        since,
-        infer=shaped(dims),
-        compute=plain(lambda xp, site, x: rearranged(site, x).reshape(dims(site))),
-        kernels={"cpu": Kernel(bind=bind, supports=movable)},
-        attrs={"blocksize": REQUIRED, **attrs},
-        cases=cases,
-    )
-
-
-_BLOCKS = (
-    _blocks("DepthToSpace", 1, {}, (Case("dcr", (f32(2, 8, 3, 5),), {"blocksize": 2}),)),
-    _blocks(
-        "DepthToSpace",
-        11,
-        {"mode": "DCR"},
-        tuple(Case(m.lower(), (f32(2, 18, 2, 5),), {"blocksize": 3, "mode": m}) for m in ("DCR", "CRD")),
-    ),
-    _blocks("SpaceToDepth", 1, {}, (Case("blocks", (f32(2, 3, 4, 6),), {"blocksize": 2}),)),
-    _blocks(
-        "SpaceToDepth",
-        28,
-        {"mode": "DCR"},
-        tuple(Case(m.lower(), (f32(2, 3, 4, 6),), {"blocksize": 2, "mode": m}) for m in ("DCR", "CRD")),
-    ),
-)
-
-
-def _diagonal(site: Site) -> int:
-    return (site.ints(1) or (0,))[0]
-
-
-def _bind_triangle(site: Site, io: Buffers) -> list[Call]:
-    return cpu.triangle(io.ins[0], _diagonal(site), io.outs[0], io.scratch, upper=bool(site.attrs["upper"]))
-
-
-_TRILU = Op(
-    "Trilu",
-    14,
-    infer=same_as(),
-    compute=plain(
-        lambda xp, site, x, *k: portable.triangle(xp, x, int(k[0]) if k else 0, upper=bool(site.attrs["upper"]))
-    ),
-    kernels={
-        "cpu": Kernel(
-            bind=_bind_triangle,
-            supports=lambda site: movable(site) and (not site.has(1) or site.value(1) is not None),
-            strided=True,
-            inplace=(0,),
-        )
-    },
-    attrs={"upper": 1},
-    cases=(
-        Case("upper", (f32(3, 4),)),
-        Case("lower", (f32(2, 4, 3),), {"upper": 0}),
-        Case("above", (f32(4, 4), np.array(2))),
-        Case("below", (f32(4, 5), np.array(-1)), {"upper": 0}),
-        Case("far", (f32(2, 2), np.array(-9))),
-        Case("int64", (np.arange(9).reshape(3, 3),)),
-    ),
-)
-
-
-def _reversed(xp: Any, site: Site, x: Array, lengths: Array) -> Array:
-    axes = {name: site.axis(name) for name in ("time_axis", "batch_axis")}
-    return portable.reverse_sequence(xp, x, lengths, **axes)
-
-
-_REVERSE = Op(
-    "ReverseSequence",
-    10,
-    infer=same_as(),
-    compute=plain(_reversed),
-    attrs={"time_axis": 0, "batch_axis": 1},
-    cases=(
-        Case("time_first", (f32(5, 3), i64(1, 5, 3))),
-        Case("batch_first", (f32(3, 5, 2), i64(2, 0, 4)), {"time_axis": 1, "batch_axis": 0}),
-    ),
-)
-
-OPS: tuple[Op, ...] = (*_SLICE, _CONCAT, *_SPLIT, _TILE, *_BLOCKS, _TRILU, _REVERSE)
+OPS: tuple[Op, ...] = (*_SLICE, _CONCAT, *_SPLIT, _TILE)

@@ -23,7 +23,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a run. [default: the library's]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a run. [default: all but one]")] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
     ] = None,
@@ -43,13 +43,14 @@ def serve(
     try:
         settings = Settings(**given)
         sources = discover(paths)
-        sock = listen(settings.host, settings.port)
     except ValidationError as error:
         raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
     except DiscoveryError as error:
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
+    try:
+        sock = listen(settings.host, settings.port)
     except OSError as error:
-        console.print(f"cannot listen on {host}:{port}: {error}", style="red", markup=False)
+        console.print(f"cannot listen on {settings.host}:{settings.port}: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
     _log_to(console, settings.log_level)
     server = Host(Repository(settings, sources), sock)

@@ -167,12 +167,16 @@ def _numbers_from_json(data: list[Any], dtype: np.dtype[Any]) -> HostArray:
         raise BadRequest("Unable to parse 'data': Shape does not match true shape of 'data' field") from None
     if found.size == 0:
         return np.empty(found.shape, dtype)
-    if found.dtype.kind not in kinds:
+    if dtype.kind in "iu" and found.dtype.kind == "f":  # fractions, or integers that only UINT64 holds beside others
+        found = np.array(data, object)
+        if not all(type(value) is int for value in found.flat):
+            raise BadRequest(f"Unable to parse 'data': attempt to access JSON {text}")
+    elif found.dtype.kind not in kinds:
         raise BadRequest(f"Unable to parse 'data': attempt to access JSON {text}")
     try:
         with np.errstate(over="raise", invalid="ignore"):
             values = found.astype(dtype)
-    except FloatingPointError:
+    except (FloatingPointError, OverflowError):
         raise BadRequest(f"Unable to parse 'data': a number is too big for {_NAMES[dtype]}") from None
     if dtype.kind != "f" and found.dtype != dtype and not np.array_equal(values, found):
         raise BadRequest(f"Unable to parse 'data': a number does not fit in {_NAMES[dtype]}")

@@ -5,6 +5,7 @@
     RequestError
     ├── BadRequest       400  the client's mistake
     ├── NotFound         404  no such model or version
+    ├── TooSlow          408  the body did not arrive in time
     ├── TooLarge         413  the body is over the limit
     ├── UnknownCoding    415  a content coding that is not spoken here
     ├── Overloaded       429  the queue is full; `retry_after` says when to come back
@@ -40,6 +41,12 @@ class NotFound(RequestError):
     """No such model or version."""
 
     status = 404
+
+
+class TooSlow(RequestError):
+    """The body did not arrive in time."""
+
+    status = 408
 
 
 class TooLarge(RequestError):

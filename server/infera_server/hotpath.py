@@ -17,12 +17,13 @@ import time
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from infera_server import coding
 from infera_server.batcher import Arrays, Batch, Job
 from infera_server.codec import Buffer
-from infera_server.errors import BadRequest, RequestError, TooLarge, request_error
+from infera_server.errors import BadRequest, RequestError, TooLarge, TooSlow, request_error
 from infera_server.model import Model
 from infera_server.protocols import v2_rest
 from infera_server.service import Service, explain
@@ -111,14 +112,55 @@ class HotPathProtocol(HttpToolsProtocol):
         self.held: Exchange | None = None
         self.lingering = False
         self.stalled: asyncio.TimerHandle | None = None
+        self.receiving: asyncio.TimerHandle | None = None
 
     # --- receiving -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if not self.lingering:
-            super().data_received(data)
+        if self.lingering:
+            return
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        if self.receiving is None and isinstance(self.cycle, Exchange) and not self.cycle.received:
+            self._allow_time(self.cycle)
+
+    def _allow_time(self, exchange: Exchange) -> None:
+        self.receiving = self.loop.call_later(self.service.settings.request_timeout, self._time_out, exchange)
+
+    def _time_out(self, exchange: Exchange) -> None:
+        """The rest of a body has not come in time; a client that was kept waiting itself gets as long again."""
+        self.receiving = None
+        if not exchange.turn:
+            self._allow_time(exchange)
+        elif not exchange.received:
+            exchange.refusal = TooSlow(f"{exchange.size:,} bytes of the request body arrived in time, not all of it")
+            exchange.keep_alive = False
+            self._proceed(exchange)
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Go on in HTTP/1.1, as if the offer (Java's client makes one for HTTP/2) had not been made.
+
+        The parser ends a message that offers an upgrade with its headers: they are parsed again without the offer.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("this server is no proxy")
+            return
+        head = [b"%s %s HTTP/%s\r\n" % (method, self.url, self.parser.get_http_version().encode())]
+        head += [
+            b"%s: %s\r\n" % (name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")
+        ]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"".join([*head, b"\r\n", rest]))
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         target = infer_target(self.url) if self.parser.get_method() == b"POST" else None
         if target is None:
             super().on_headers_complete()
@@ -170,10 +212,15 @@ class HotPathProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         exchange = self.cycle
+        if self.parser.should_upgrade():
+            return
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
             return
         exchange.received = True
+        if self.receiving is not None:
+            self.receiving.cancel()
+            self.receiving = None
         self._proceed(exchange)
 
     def send_400_response(self, msg: str) -> None:
@@ -298,8 +345,6 @@ class HotPathProtocol(HttpToolsProtocol):
             self.pipeline.clear()
             self._hang_up(exchange)
         self.on_response_complete()
-        if self.flow.write_paused:
-            self.flow.pause_reading()
 
     def _hang_up(self, exchange: Exchange) -> None:
         """Close; after a reply to half a request only once the client has stopped sending, or soon anyway."""
@@ -318,7 +363,6 @@ class HotPathProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.flow.pause_reading()
         if self.stalled is None:
             self.stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
@@ -327,7 +371,6 @@ class HotPathProtocol(HttpToolsProtocol):
         if self.stalled is not None:
             self.stalled.cancel()
             self.stalled = None
-        self.flow.resume_reading()
         if self.held is not None:
             held, self.held = self.held, None
             self._begin(held)
@@ -335,9 +378,10 @@ class HotPathProtocol(HttpToolsProtocol):
     # --- leaving ---------------------------------------------------------------------------------------------------
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.stalled is not None:
-            self.stalled.cancel()
-            self.stalled = None
+        for timer in (self.stalled, self.receiving):
+            if timer is not None:
+                timer.cancel()
+        self.stalled = self.receiving = None
         exchange, self.active, self.held = self.active, None, None
         if exchange is not None and exchange.job is not None and exchange.model is not None:
             exchange.model.batcher.cancel(exchange.job)

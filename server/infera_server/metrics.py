@@ -21,6 +21,7 @@ from prometheus_client.core import (
     Metric,
 )
 
+from infera_gpu.telemetry import Telemetry
 from infera_server.batcher import Batch
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Exposition:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._telemetry = _open_telemetry()
+        self._telemetry = Telemetry()
 
     def collect(self) -> Iterable[Metric]:
         yield from self._models()
@@ -189,24 +190,16 @@ class Exposition:
         yield from (requests, rejected, padding, depth, info, *histograms.values())
 
     def _gpus(self) -> Iterator[Metric]:
-        readings = self._telemetry.read() if self._telemetry is not None else None
+        readings = self._telemetry.read()
         for name, text, attribute, scale in (
-            ("infera_gpu_utilization_ratio", "Share of time a kernel was running.", "utilization", 1.0),
+            ("infera_gpu_utilization_ratio", "Share of time a kernel was running.", "utilization", 0.01),
             ("infera_gpu_memory_used_bytes", "Device memory in use.", "memory_used", 1.0),
             ("infera_gpu_memory_size_bytes", "Device memory there is.", "memory_total", 1.0),
         ):
             family = GaugeMetricFamily(name, text, labels=["gpu", "name"])
-            for reading in readings or ():
+            for reading in readings:
                 value = getattr(reading, attribute)
                 if value is not None:
-                    family.add_metric([str(reading.index), str(reading.name)], value * scale)
+                    family.add_metric([str(reading.index), reading.name or ""], value * scale)
             if family.samples:
                 yield family
-
-
-def _open_telemetry() -> Any:
-    try:
-        from infera_gpu.telemetry import Telemetry
-    except ImportError:
-        return None
-    return Telemetry()

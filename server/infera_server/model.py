@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -73,11 +75,17 @@ class Model:
             self.session.close()
 
 
+def threads_of(settings: Settings) -> int:
+    """CPU threads of a run: as set, else all but one, which the event loop needs while a run goes on."""
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return settings.threads or max(1, cpus - 1)
+
+
 def open_session(path: Path, settings: Settings) -> Session:
     """Load an ONNX file with the runtime. Raises InferaError."""
     import infera_gpu
 
-    session: Session = infera_gpu.load(path, device=settings.device, threads=settings.threads)
+    session: Session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings))
     return session
 
 

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from infera_server.model import Model
+from infera_server.model import Model, threads_of
 from infera_server.repository import Entry
 from infera_server.settings import Settings
 from infera_server.signature import Tensor
@@ -37,7 +37,10 @@ def describe(entry: Entry, settings: Settings) -> Panel:
 
 def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]:
     signature, batching = model.signature, model.batching
-    facts = [("file", path), ("device", model.device)]
+    threads, why = threads_of(settings), "as set" if settings.threads else "one CPU is left to the event loop"
+    on_cpu = model.device == "cpu"
+    device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
+    facts = [("file", path), ("device", device)]
     for kind, tensors, axes in (
         ("input", signature.inputs, signature.layout.inputs if signature.layout else {}),
         ("output", signature.outputs, signature.layout.outputs if signature.layout else {}),

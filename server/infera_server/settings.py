@@ -14,13 +14,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="INFERA_", extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     device: str = "auto"
-    threads: int | None = Field(None, ge=1)
-    max_body_bytes: int = Field(64 << 20, ge=1)
-    max_batch: int = Field(64, ge=1)
-    max_queue: int = Field(256, ge=1)
-    max_queue_bytes: int = Field(1 << 30, ge=1)
-    request_timeout: float = Field(30.0, gt=0)
-    drain_timeout: float = Field(30.0, gt=0)
+    threads: int | None = Field(default=None, ge=1)
+    max_body_bytes: int = Field(default=64 << 20, ge=1)
+    max_batch: int = Field(default=64, ge=1)
+    max_queue: int = Field(default=256, ge=1)
+    max_queue_bytes: int = Field(default=1 << 30, ge=1)
+    request_timeout: float = Field(default=30.0, gt=0)
+    drain_timeout: float = Field(default=30.0, gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,9 +80,23 @@ def assert_close(out: Guarded, want: Array, *, error: float = 0.0) -> None:
         assert excess.max() <= 1.0, f"off by {excess.max():.2f} times the bound, largest |want| {largest:.3g}"
 
 
+def fenced(values: Array) -> Array:
+    """A copy that ends where memory becomes inaccessible: to read past it ends the process. (On Linux; else a copy.)"""
+    if not sys.platform.startswith("linux"):
+        return values.copy()
+    room = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), np.uint8)
+    fence = ctypes.c_void_p(memory.ctypes.data + room)
+    if ctypes.CDLL(None, use_errno=True).mprotect(fence, ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = memory[room - values.nbytes : room].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
 def random(shape: Sequence[int], dtype: Any, *, low: float = -2.0, high: float = 2.0, seed: int = 0) -> Array:
-    """Uniform values between the bounds, rounded to the type; integers and bools likewise."""
-    return np.random.default_rng([seed, *shape]).uniform(low, high, tuple(shape)).astype(dtype)
+    """Uniform values between the bounds, rounded to the type; integers and bools likewise. The array is fenced."""
+    return fenced(np.random.default_rng([seed, *shape]).uniform(low, high, tuple(shape)).astype(dtype))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.kernels.support import FakeArray
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import elementwise, matmul, norm, softmax, tiles
+from infera_kernels.triton import elementwise, layout, matmul, norm, softmax, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -83,7 +83,7 @@ def test_transpose_goes_through_shared_memory(launcher: CompileLauncher) -> None
     assert result.count("STG.E.128") > 0
 
 
-@pytest.mark.parametrize("target", sorted(elementwise.STORED))
+@pytest.mark.parametrize("target", sorted(layout.STORED))
 def test_cast_from_float32(target: str) -> None:
     launcher = CompileLauncher(80)
     elementwise.copy(FakeArray((777,), "float32"), FakeArray((777,), target), launcher)
@@ -147,7 +147,8 @@ def test_matmul_of_a_transposed_matrix(launcher: CompileLauncher) -> None:
 @pytest.mark.parametrize("activation", [*elementwise.UNARY, None])
 def test_every_activation_fits_in_the_epilogue(activation: str | None) -> None:
     if activation == "logical_not":
-        assert not matmul.supports_matmul(*[square("float16")] * 3, activation=activation)
+        x = square("float16")
+        assert not matmul.supports_matmul(x, x, x, activation=activation)
         return
     launcher = CompileLauncher(80)
     a, b, out = (FakeArray((64, 64), "float16") for _ in range(3))

@@ -1,4 +1,4 @@
-"""Runs interpreter_suite.py where kernels are imported to be interpreted: in a process of its own."""
+"""Runs the files interpret_*.py where kernels are imported to be interpreted: in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 
 pytestmark = pytest.mark.kernels
 
-SUITE = Path(__file__).parent / "interpreter_suite.py"
-LEAST = 400
-"""Tests that the suite holds; fewer would mean that some were not collected."""
+SUITES = sorted(Path(__file__).parent.glob("interpret_*.py"))
+LEAST = 450
+"""Tests that the suites hold; fewer would mean that some were not collected."""
 
 
 def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     report = tmp_path / "report.xml"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(SUITE)],
-        cwd=SUITE.parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *map(str, SUITES)],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

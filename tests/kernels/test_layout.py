@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infera_kernels.launch import Const, Target, nominal_target
+from infera_kernels.launch import Const, RecordingLauncher, Target, nominal_target
+from tests.kernels.support import FakeArray
 
 pytest.importorskip("triton")
 
@@ -102,6 +103,15 @@ def test_pointwise_tiles(inner: int, outer: int, tile: tuple[int, int]) -> None:
 def test_offsets_past_32_bits_are_seen() -> None:
     assert layout.span((2**16, 2**15), (2**15, 1)) == 2**31 - 1
     assert layout.span((3, 2), (-(2**30), 5)) == 2**31 + 5
+
+
+@pytest.mark.parametrize(("rows_", "wide"), [(2**15, False), (2**15 + 1, True)])
+def test_large_arrays_get_64_bit_offsets(rows_: int, wide: bool) -> None:
+    recorder = RecordingLauncher()
+    x, y, out = (FakeArray(s, "float16") for s in ((rows_, 2**16 - 1), (2**16 - 1,), (rows_, 2**16 - 1)))
+    ((fn, args),) = elementwise.binary("add", x, y, out, recorder)
+    fn(*args)
+    assert recorder.launches[0].constexprs["WIDE"] is wide
 
 
 def test_too_many_dimensions() -> None:

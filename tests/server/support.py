@@ -134,8 +134,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(sessions: Mapping[str, Session], **settings: Any) -> Iterator[Running]:
-    """Serve sessions under their names in a thread of this process."""
+def serving(sessions: Mapping[str, Session], wait: bool = True, **settings: Any) -> Iterator[Running]:
+    """Serve sessions under their names in a thread of this process; with `wait`, from when they are loaded."""
     chosen = Settings(**settings)
     sources = [Source(name, "1", Path(f"{name}.onnx")) for name in sessions]
     repository = Repository(chosen, sources, opener=lambda path, _: sessions[path.stem])
@@ -146,7 +146,7 @@ def serving(sessions: Mapping[str, Session], **settings: Any) -> Iterator[Runnin
     thread = threading.Thread(target=host.run)
     thread.start()
     try:
-        assert loaded.wait(WAIT)
+        assert not wait or loaded.wait(WAIT)
         until(lambda: host.server.started)
         yield Running(host, sock.getsockname()[1], sessions)
     finally:

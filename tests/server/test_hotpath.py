@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import json
 import socket
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from infera_server.hotpath import infer_target
+from infera_server.hotpath import HotPathProtocol, infer_target
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -26,6 +25,7 @@ from tests.server.support import (
     read_reply,
     request_of,
     serving,
+    spec,
     until,
 )
 
@@ -127,7 +127,9 @@ def test_pipelined_requests_of_both_kinds_are_answered_in_order(server: Running)
 
 def test_a_long_pipeline_of_refusals(server: Running) -> None:
     with server.connect() as sock, sock.makefile("rb") as stream:
-        sock.sendall(http_request(b"", path="/v2/models/nope/infer") * 3000)
+        slow = b"GET /v2/models/double HTTP/1.1\r\nHost: x\r\n\r\n"  # an ASGI task, so that the others queue up
+        sock.sendall(slow + http_request(b"", path="/v2/models/nope/infer") * 3000)
+        assert read_reply(stream)[0] == 200
         assert {read_reply(stream)[0] for _ in range(3000)} == {404}
 
 
@@ -186,7 +188,7 @@ def test_an_upgrade_offer_is_ignored(server: Running) -> None:
 def test_too_large_a_body_is_refused_while_it_is_sent(server: Running) -> None:
     """The client sends all of it before it reads, as most do: it must find a reply, not a reset."""
     with server.connect() as sock, sock.makefile("rb") as stream:
-        sock.sendall(http_request(bytes(5 * LIMIT)))
+        sock.sendall(http_request(bytes(200 * LIMIT)))
         status, headers, body = read_reply(stream)
         assert (status, headers["connection"]) == (413, "close")
         assert "at most 100,000 are accepted" in json.loads(body)["error"]
@@ -225,6 +227,15 @@ def test_a_body_that_ends_early_is_refused(server: Running) -> None:
         assert "ends after 50 bytes" in json.loads(body)["error"]
 
 
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    with serving({"double": doubler()}, request_timeout=0.3) as running:
+        with running.connect() as sock, sock.makefile("rb") as stream:
+            sock.sendall(http_request(BODY[:50], length=len(BODY)))
+            status, headers, _ = read_reply(stream)
+            assert (status, headers["connection"]) == (408, "close")
+        assert running.infer("double", request_of(X))[0] == 200
+
+
 @pytest.mark.parametrize("lengths", [("5", "6"), ("-1",), ("x",), ("99999999999999999999999",)])
 def test_nonsense_lengths_are_refused(server: Running, lengths: tuple[str, ...]) -> None:
     fields = "".join(f"Content-Length: {n}\r\n" for n in lengths)
@@ -246,7 +257,13 @@ def test_garbage_after_a_request_waits_its_turn(server: Running) -> None:
 # --- codings -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "pack", "unpack"), [("gzip", gzip.compress, gzip.decompress), ("deflate", zlib.compress, zlib.decompress)])  # fmt: skip
+CODECS: list[tuple[str, object, object]] = [
+    ("gzip", gzip.compress, gzip.decompress),
+    ("deflate", zlib.compress, zlib.decompress),
+]
+
+
+@pytest.mark.parametrize(("name", "pack", "unpack"), CODECS)
 def test_content_codings_both_ways(server: Running, name: str, pack: object, unpack: object) -> None:
     assert callable(pack)
     assert callable(unpack)
@@ -349,20 +366,29 @@ def test_a_full_queue_answers_429_and_says_when() -> None:
         assert b'infera_rejected_total{model="double",reason="queue_full",version="1"} 1.0' in metrics
 
 
-def test_a_client_that_does_not_read_is_not_read_either(server: Running) -> None:
-    """Replies of 400 kB each, none read: the server must stop taking requests, and go on when the client reads."""
-    x = np.zeros((8, 2400), np.float32)
-    head = json.dumps({
-        "inputs": [{"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}],
-    }).encode()  # fmt: skip
-    one = http_request(head + x.tobytes(), "/v2/models/any/infer", f"Inference-Header-Content-Length: {len(head)}\r\n")
-    total = 60
-    with server.connect() as sock, sock.makefile("rb") as stream:
-        sender = threading.Thread(target=sock.sendall, args=(one * total,))
-        sender.start()
-        time.sleep(0.3)
-        served = sum(server.host.repository.get("any").stats.statuses.values())
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_a_client_that_does_not_read_is_not_served(pipelined: bool) -> None:
+    """Replies of 400 kB, none read: the server must stop, hold little, and go on when the client reads."""
+    width, total = 100_000, 60
+    wide = FakeSession(
+        {"x": spec("N", 1)}, {"y": spec("N", width)}, lambda feeds: {"y": np.repeat(feeds["x"], width, axis=1)}
+    )
+    one = http_request(json.dumps({
+        "inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1]}],
+        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
+    }).encode(), path="/v2/models/wide/infer")  # fmt: skip
+    with serving({"wide": wide}, max_batch=2) as running, running.connect() as sock, sock.makefile("rb") as stream:
+        stats = running.host.repository.get("wide").stats
+        (connection,) = running.host.server.server_state.connections or [None]
+        assert isinstance(connection, HotPathProtocol)
+        for sent in range(1, total + 1):
+            sock.sendall(one)
+            if not pipelined:
+                deadline = time.monotonic() + 0.3
+                while stats.statuses[200] < sent and time.monotonic() < deadline:
+                    time.sleep(0.001)
+        until(lambda: connection.flow.write_paused)
+        time.sleep(0.1)
+        assert stats.statuses[200] < total
+        assert connection.transport.get_write_buffer_size() < 2 * 4 * width
         assert [read_reply(stream)[0] for _ in range(total)] == [200] * total
-        sender.join(WAIT)
-    assert served <= sum(server.host.repository.get("any").stats.statuses.values())
-    assert server.infer("double", request_of(X))[0] == 200

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -285,6 +286,10 @@ def test_shared_memory_is_not_found() -> None:
         )
 
 
+def test_large_unsigned_integers_are_exact() -> None:
+    assert codec.from_json([2**63 + 1, 0], "UINT64", (2,), "x").tolist() == [2**63 + 1, 0]
+
+
 @pytest.mark.parametrize(
     ("data", "datatype", "text"),
     [
@@ -293,6 +298,9 @@ def test_shared_memory_is_not_found() -> None:
         ([-1], "UINT8", "does not fit in UINT8"),
         ([2**64], "UINT64", "non-unsigned-integer"),
         ([2**63], "INT64", "does not fit in INT64"),
+        ([2**63, 0], "INT64", "too big for INT64"),
+        ([2**63, -1], "UINT64", "too big for UINT64"),
+        ([2**63, 0.5], "UINT64", "non-unsigned-integer"),
         ([2], "BOOL", "does not fit in BOOL"),
         (["x"], "BOOL", "non-boolean"),
         ([1], "BYTES", "non-string as string"),
@@ -356,8 +364,8 @@ JSON = st.recursive(
                 st.fixed_dictionaries(
                     {},
                     optional={
-                        "name": st.just("x") | JSON, "shape": st.just([1, 2]) | JSON, "datatype": st.just("FP32") | JSON,
-                        "data": st.just([1, 2]) | JSON, "parameters": JSON,
+                        "name": st.just("x") | JSON, "shape": st.just([1, 2]) | JSON, "parameters": JSON,
+                        "datatype": st.just("FP32") | JSON, "data": st.just([1, 2]) | JSON,
                     },
                 ),
                 max_size=2,
@@ -398,8 +406,12 @@ def test_bare_deflate_and_several_gzip_members_are_read() -> None:
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
 def test_a_bomb_is_defused(name: Any) -> None:
     bomb = coding.compress([bytes(10_000_000)], name)
+    tracemalloc.start()
     with pytest.raises(TooLarge, match="more than 1,000 bytes after"):
         coding.decompress(bomb, name, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_many_empty_members_are_refused() -> None:

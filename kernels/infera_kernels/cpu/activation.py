@@ -14,22 +14,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
-from infera_kernels.cpu.elementwise import BLOCK, blocks, call, const, copy, copy_where
+from infera_kernels.cpu.elementwise import BLOCK, blocks, call, const, copy, copy_where, cut, limit
 
-# erf(x) = tanh(x P(x²)) to 6e-8 with P of degree 6: atanh(erf(x)) / x fitted on (0, 4], weighted by 1 - erf(x)² and
-# then iteratively (Lawson) to level the error. Beyond 4, where P is held at P(16), tanh rounds to ±1 in float32.
-# Written with NumPy's SIMD tanh this takes 16 passes over a block, against 27 for the usual rational form.
-_ERF = (1.12837971, 0.102765481, -0.000184383734, -0.000625719532, 8.97125694e-05, -5.9856874e-06, 1.5896002e-07)
+# erf(x) = tanh(x P(x²)) to 8e-8, P of degree 6 with P(0) = 2 / sqrt(pi), so that small results keep their relative
+# accuracy: atanh(erf(x)) / x fitted on (0, 4], weighted by 1 - erf(x)² and then iteratively (Lawson) to level the
+# error. Beyond 4, where P is held at P(16), tanh rounds to ±1 in float32. In float32 the error is at most 1.7e-7.
+# With NumPy's SIMD tanh this takes 16 passes over a block, against 27 for the usual rational form.
+_ERF = (1.12837917, 0.102768807, -0.000190301108, -0.000621436438, 8.83061213e-05, -5.77970913e-06, 1.48178798e-07)
 _ERF_FLAT_FROM = 4.0
 
 
 def _erf(x: Array, out: Array, t: Sequence[Array], scale: float = 1.0) -> list[Call]:
     """erf(scale x)"""
-    z, p = t
+    z, p, flat_from = t
     c = [const(k * scale ** (2 * i + 1), x) for i, k in enumerate(_ERF)]
     calls = [
         call(np.multiply, x, x, z),
-        call(np.minimum, z, const((_ERF_FLAT_FROM / scale) ** 2, x), z),
+        call(np.minimum, z, flat_from, z),
         call(np.multiply, z, c[-1], p),
     ]
     for k in c[-2:0:-1]:
@@ -38,7 +39,7 @@ def _erf(x: Array, out: Array, t: Sequence[Array], scale: float = 1.0) -> list[C
 
 
 def _gelu(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
-    z, p = t
+    z, p, _ = t
     return [*_erf(x, p, t, 0.5**0.5), *_half_gate(x, p, z, out)]
 
 
@@ -81,20 +82,21 @@ def _swish(x: Array, out: Array, t: Sequence[Array], alpha: float = 1.0) -> list
 
 
 def _relu(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
-    return [call(np.maximum, x, const(0, x), out)]
+    (zero,) = t
+    return [call(np.maximum, x, zero, out)]
 
 
 def _leaky_relu(x: Array, out: Array, t: Sequence[Array], alpha: float) -> list[Call]:
-    (slope,) = t
+    slope, zero = t
     calls = [call(np.multiply, x, const(alpha, x), slope)]
     if 0 <= alpha <= 1:
         return [*calls, call(np.maximum, x, slope, out)]
     if alpha > 1:
         return [*calls, call(np.minimum, x, slope, out)]
     return [
-        call(np.minimum, x, const(0, x), slope),
+        call(np.minimum, x, zero, slope),
         call(np.multiply, slope, const(alpha, x), slope),
-        call(np.maximum, x, const(0, x), out),
+        call(np.maximum, x, zero, out),
         call(np.add, out, slope, out),
     ]
 
@@ -103,8 +105,7 @@ def _elu(
     x: Array, out: Array, t: Sequence[Array], alpha: float, *, gamma: float = 1.0, width: float = 1.0
 ) -> list[Call]:
     """gamma x above 0, gamma alpha (exp(x / width) - 1) below"""
-    (low,) = t
-    zero = const(0, x)
+    low, zero = t
     return [
         call(np.minimum, x, zero, low),
         *([call(np.true_divide, low, const(width, x), low)] if width != 1 else []),
@@ -125,17 +126,18 @@ def _celu(x: Array, out: Array, t: Sequence[Array], alpha: float) -> list[Call]:
 
 
 def _hard_sigmoid(x: Array, out: Array, t: Sequence[Array], alpha: float, beta: float) -> list[Call]:
+    zero, one = t
     return [
         call(np.multiply, x, const(alpha, x), out),
         call(np.add, out, const(beta, x), out),
-        call(np.maximum, out, const(0, x), out),
-        call(np.minimum, out, const(1, x), out),
+        call(np.maximum, out, zero, out),
+        call(np.minimum, out, one, out),
     ]
 
 
 def _hard_swish(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
-    (gate,) = t
-    return [*_hard_sigmoid(x, gate, (), 1 / 6, 0.5), call(np.multiply, x, gate, out)]
+    gate, *limits = t
+    return [*_hard_sigmoid(x, gate, limits, 1 / 6, 0.5), call(np.multiply, x, gate, out)]
 
 
 def _tanh(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
@@ -143,15 +145,24 @@ def _tanh(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
 
 
 def _softplus(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
-    """max(x, 0) + log1p(exp(-|x|)), which does not overflow"""
-    (low,) = t
+    """max(x, 0) + log1p(e), e = exp(-|x|), which does not overflow.
+
+    log1p(e) = log(u) - ((u - 1) - e) / u with u = 1 + e rounded (as in GSL): NumPy's own log1p has no SIMD.
+    """
+    e, u, rounding, zero = t
+    one = const(1, x)
     return [
-        call(np.abs, x, low),
-        call(np.negative, low, low),
-        call(np.exp, low, low),
-        call(np.log1p, low, low),
-        call(np.maximum, x, const(0, x), out),
-        call(np.add, out, low, out),
+        call(np.abs, x, e),
+        call(np.negative, e, e),
+        call(np.exp, e, e),
+        call(np.add, e, one, u),
+        call(np.subtract, u, one, rounding),
+        call(np.subtract, rounding, e, rounding),
+        call(np.true_divide, rounding, u, rounding),
+        call(np.log, u, u),
+        call(np.subtract, u, rounding, u),
+        call(np.maximum, x, zero, out),
+        call(np.add, out, u, out),
     ]
 
 
@@ -162,10 +173,10 @@ def _softsign(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
 
 def _mish(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
     """x tanh(softplus(x)) = x n / (n + 2) with e = exp(x), n = e (e + 2); it equals x in float64 from 20 on."""
-    n, d = t
+    n, d, twenty = t
     two = const(2, x)
     return [
-        call(np.minimum, x, const(20, x), d),
+        call(np.minimum, x, twenty, d),
         call(np.exp, d, d),
         call(np.add, d, two, n),
         call(np.multiply, n, d, n),
@@ -190,53 +201,62 @@ def _shrink(x: Array, out: Array, t: Sequence[Array], bias: float, lambd: float)
     """x + bias below -lambd, x - bias above lambd, else 0"""
     result, mask = t
     calls = [copy(result, const(0, x))]
-    for test, limit, shift in ((np.less, -lambd, bias), (np.greater, lambd, -bias)):
+    for test, edge, shift in ((np.less, -lambd, bias), (np.greater, lambd, -bias)):
         calls += [
-            call(test, x, const(limit, x), mask),
+            call(test, x, const(edge, x), mask),
             (partial(np.add, where=mask), (x, const(shift, x), result)),
         ]
     return [*calls, copy(out, result)]
 
 
 class Program(NamedTuple):
-    """How one block is computed, and how many temporaries of its dtype and of bool that takes."""
+    """How one block is computed, and what temporaries that takes: blocks of its dtype, blocks of bool, and blocks
+    full of one number each, which np.maximum and np.minimum are faster against than against a single value."""
 
     emit: Callable[..., list[Call]]
     temporaries: int = 0
     masks: int = 0
+    limits: tuple[float, ...] = ()
 
 
 PROGRAMS: Mapping[str, Program] = MappingProxyType(
     {
-        "erf": Program(_erf, 2),
-        "gelu": Program(_gelu, 2),
+        "erf": Program(_erf, 2, limits=(_ERF_FLAT_FROM**2,)),
+        "gelu": Program(_gelu, 2, limits=(2 * _ERF_FLAT_FROM**2,)),
         "gelu_tanh": Program(_gelu_tanh, 2),
         "sigmoid": Program(_sigmoid),
         "swish": Program(_swish, 1),
-        "relu": Program(_relu),
-        "leaky_relu": Program(_leaky_relu, 1),
-        "elu": Program(_elu, 1),
-        "selu": Program(_selu, 1),
-        "celu": Program(_celu, 1),
-        "hard_sigmoid": Program(_hard_sigmoid),
-        "hard_swish": Program(_hard_swish, 1),
+        "relu": Program(_relu, limits=(0,)),
+        "leaky_relu": Program(_leaky_relu, 1, limits=(0,)),
+        "elu": Program(_elu, 1, limits=(0,)),
+        "selu": Program(_selu, 1, limits=(0,)),
+        "celu": Program(_celu, 1, limits=(0,)),
+        "hard_sigmoid": Program(_hard_sigmoid, limits=(0, 1)),
+        "hard_swish": Program(_hard_swish, 1, limits=(0, 1)),
         "tanh": Program(_tanh),
-        "softplus": Program(_softplus, 1),
+        "softplus": Program(_softplus, 3, limits=(0,)),
         "softsign": Program(_softsign, 1),
-        "mish": Program(_mish, 2),
-        "thresholded_relu": Program(_thresholded_relu, 0, 1),
-        "shrink": Program(_shrink, 1, 1),
+        "mish": Program(_mish, 2, limits=(20,)),
+        "thresholded_relu": Program(_thresholded_relu, masks=1),
+        "shrink": Program(_shrink, 1, masks=1),
     }
 )
 
 
-def blockwise(name: str, size: int, dtype: Any, scratch: Scratch, **attrs: float) -> Callable[[Array, Array], list[Call]]:
-    """`emit(x, out)` for blocks of at most `size` elements; the blocks share their temporaries."""
+def blockwise(
+    name: str, size: int, dtype: Any, scratch: Scratch, **attrs: float
+) -> tuple[list[Call], Callable[[Array, Array], list[Call]]]:
+    """The calls to make once, and `emit(x, out)` for blocks of at most `size` elements, which share temporaries."""
     program = PROGRAMS[name]
     half = np.dtype(dtype).itemsize == 2
     work = np.dtype(np.float32) if half else np.dtype(dtype)
     flat = [scratch((size,), work) for _ in range(program.temporaries)]
     flat += [scratch((size,), np.bool_) for _ in range(program.masks)]
+    once: list[Call] = []
+    for bound in program.limits:
+        full, filled = limit(bound, size, work, scratch)
+        flat.append(full)
+        once += filled
     staging = scratch((size,), work) if half else None
 
     def emit(x: Array, out: Array) -> list[Call]:
@@ -246,22 +266,30 @@ def blockwise(name: str, size: int, dtype: Any, scratch: Scratch, **attrs: float
         wide = staging[: x.size].reshape(x.shape)
         return [copy(wide, x), *program.emit(wide, wide, t, **attrs), copy(out, wide)]
 
-    return emit
+    return once, emit
 
 
 def activation(name: str, x: Array, out: Array, scratch: Scratch, **attrs: float) -> list[Call]:
     """The activation `name` of PROGRAMS over whole arrays; `x` may be strided, and `out` may be `x`."""
-    emit = blockwise(name, min(out.size, BLOCK), out.dtype, scratch, **attrs)
-    return [c for src, dst in blocks(x, out) for c in emit(src, dst)]
+    once, emit = blockwise(name, min(out.size, BLOCK), out.dtype, scratch, **attrs)
+    return once + [c for src, dst in blocks(x, out) for c in emit(src, dst)]
+
+
+def swiglu(gate: Array, x: Array, out: Array, scratch: Scratch, *, alpha: float) -> list[Call]:
+    """gate sigmoid(alpha gate) x; `out` may be `gate`."""
+    calls, emit = blockwise("swish", min(out.size, BLOCK), out.dtype, scratch, alpha=alpha)
+    for a, b, dst in blocks(gate, x, out):
+        calls += [*emit(a, dst), call(np.multiply, dst, b, dst)]
+    return calls
 
 
 def prelu(x: Array, slope: Array, out: Array, scratch: Scratch) -> list[Call]:
     """max(x, 0) + slope min(x, 0), the slope broadcast to x; `out` may be `x`."""
-    low = scratch((min(out.size, BLOCK),), out.dtype)
-    zero = const(0, out)
-    calls: list[Call] = []
-    for src, factor, dst in blocks(x, np.broadcast_to(slope, out.shape), out):
-        t = low[: src.size].reshape(src.shape)
+    size = min(out.size, BLOCK)
+    low = scratch((size,), out.dtype)
+    zeros, calls = limit(0, size, out.dtype, scratch)
+    for (src, dst), (factor,) in cut([x, out], [slope]):
+        t, zero = (f[: src.size].reshape(src.shape) for f in (low, zeros))
         calls += [
             call(np.minimum, src, zero, t),
             call(np.multiply, t, factor, t),

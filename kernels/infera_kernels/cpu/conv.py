@@ -79,15 +79,14 @@ def _pointwise(
 ) -> list[Call]:
     n, c = x.shape[:2]
     o, pixels = y.shape[1], y.shape[2] * y.shape[3]
-    calls: list[Call] = []
     weights = _matrices(w, group)
     if pixels == 1 and group == 1 and strides == (1, 1):
         flat = y.reshape(n, o)
         flat_residual = None if residual is None else residual.reshape(n, o)
-        calls.append((np.matmul, (x.reshape(n, c), weights.T, flat)))
-        return calls + epilogue(activation, y.size, y.dtype, scratch)(flat, b, flat_residual)
+        calls, finish = epilogue(activation, y.size, y.dtype, scratch)
+        return [*calls, (np.matmul, (x.reshape(n, c), weights.T, flat)), *finish(flat, b, flat_residual)]
     gathered = None if strides == (1, 1) else scratch((c, *y.shape[2:]), x.dtype)
-    finish = epilogue(activation, y[0].size, y.dtype, scratch)
+    calls, finish = epilogue(activation, y[0].size, y.dtype, scratch)
     column = None if b is None else b.reshape(o, 1)
     for i in range(n):
         if gathered is not None:
@@ -124,8 +123,8 @@ def _im2col(
     taps = c * kh * kw
     step = _block(height, taps * width * x.itemsize, COLUMN_BYTES)
     room = scratch((taps * step * width,), x.dtype)
-    finish = epilogue(activation, y[0].size, y.dtype, scratch)
-    calls: list[Call] = [padded.clear()]
+    calls, finish = epilogue(activation, y[0].size, y.dtype, scratch)
+    calls.append(padded.clear())
     for i in range(n):
         calls += padded.load(x[i])
         for rows in _spans(height, step):

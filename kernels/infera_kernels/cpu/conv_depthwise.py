@@ -41,8 +41,8 @@ def depthwise(
     )
     count = height * padded.width
     cols, sums = scratch((step, taps, count), x.dtype), scratch((step, 1, count), x.dtype)
-    apply = activator(activation, step * height * width, y.dtype, scratch)
-    calls: list[Call] = [padded.clear()]
+    calls, apply = activator(activation, step * height * width, y.dtype, scratch)
+    calls.append(padded.clear())
     for i in range(n):
         for start in range(0, c, step):
             channels = slice(start, min(start + step, c))

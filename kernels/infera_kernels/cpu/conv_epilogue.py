@@ -33,29 +33,31 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Name -> its parameters, in order."""
 
 
-def activator(activation: Activation | None, size: int, dtype: Any, scratch: Scratch) -> Callable[[Array], list[Call]]:
-    """`apply(y)`: calls that apply an activation in place, to arrays of any size.
+def activator(
+    activation: Activation | None, size: int, dtype: Any, scratch: Scratch
+) -> tuple[list[Call], Callable[[Array], list[Call]]]:
+    """The calls to make once, and `apply(y)`: calls that apply an activation in place to arrays of at most `size`.
 
-    Raises KeyError for an unknown name and ValueError for missing parameters. `size` is the largest array's.
+    Raises KeyError for an unknown name and ValueError for missing parameters.
     """
     if activation is None:
-        return lambda y: []
+        return [], lambda y: []
     name = str(activation[0])
     attrs = {k: float(v) for k, v in zip(ACTIVATIONS[name], activation[1:], strict=True)}
     if name == "relu":
-        return lambda y: [call(np.maximum, y, const(0, y), y)]
+        return [], lambda y: [call(np.maximum, y, const(0, y), y)]
     if name == "clip":
         low, high = attrs["low"], attrs["high"]
-        return lambda y: [call(np.maximum, y, const(low, y), y), call(np.minimum, y, const(high, y), y)]
-    emit = blockwise(name, min(size, BLOCK), dtype, scratch, **attrs)
-    return lambda y: [c for (part,) in blocks(y) for c in emit(part, part)]
+        return [], lambda y: [call(np.maximum, y, const(low, y), y), call(np.minimum, y, const(high, y), y)]
+    once, emit = blockwise(name, min(size, BLOCK), dtype, scratch, **attrs)
+    return once, lambda y: [c for (part,) in blocks(y) for c in emit(part, part)]
 
 
-def epilogue(activation: Activation | None, size: int, dtype: Any, scratch: Scratch) -> Epilogue:
-    """The epilogue of blocks of at most `size` elements; they share its temporaries. The bias broadcasts."""
-    apply = activator(activation, size, dtype, scratch)
+def epilogue(activation: Activation | None, size: int, dtype: Any, scratch: Scratch) -> tuple[list[Call], Epilogue]:
+    """The calls to make once, and the epilogue of blocks of at most `size` elements. The bias broadcasts."""
+    once, apply = activator(activation, size, dtype, scratch)
 
     def finish(y: Array, b: Array | None, residual: Array | None) -> list[Call]:
         return [*((np.add, (y, term, y)) for term in (b, residual) if term is not None), *apply(y)]
 
-    return finish
+    return once, finish

@@ -89,8 +89,8 @@ def winograd(
     most = size * size * step * across * max(c, o)
     one, two = scratch((most,), x.dtype), scratch((most,), x.dtype)
     column = None if b is None else b.reshape(o, 1, 1)
-    finish = epilogue(activation, y[0].size, y.dtype, scratch)
-    calls: list[Call] = [padded.clear()]
+    calls, finish = epilogue(activation, y[0].size, y.dtype, scratch)
+    calls.append(padded.clear())
     for i in range(n):
         calls += padded.load(x[i])
         for start in range(0, down, step):

@@ -1,13 +1,14 @@
 """Gathers and scatters without temporaries: indices are turned into offsets of a flat array in scratch.
 
-Negative indices count from the end. An index out of range is taken modulo the axis: checking would cost a pass over
-the indices in every run.
+Negative indices count from the end. An index out of range reads or writes some other element of the same array, or
+raises IndexError in a scatter that reduces: checking would cost a pass over the indices in every run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,14 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def _wrapped(indices: Array, size: int, stride: int, offsets: Array) -> list[Call]:
-    """offsets = (indices mod size) stride"""
-    return [
+def _counted(indices: Array, size: int, stride: int, offsets: Array, negative: Array) -> list[Call]:
+    """offsets = stride times indices, those below 0 counted from the end; `negative` is a mask to work with."""
+    calls: list[Call] = [
         copy(offsets, indices),
-        call(np.remainder, offsets, const(max(size, 1), offsets), offsets),
-        call(np.multiply, offsets, const(stride, offsets), offsets),
+        call(np.less, offsets, const(0, offsets), negative),
+        (partial(np.add, where=negative), (offsets, const(size, offsets), offsets)),
     ]
+    return calls if stride == 1 else [*calls, call(np.multiply, offsets, const(stride, offsets), offsets)]
 
 
 def _add_position(offsets: Array, axis: int, stride: int) -> Call:
@@ -45,9 +47,9 @@ def _add_position(offsets: Array, axis: int, stride: int) -> Call:
 
 def _element_offsets(shape: Sequence[int], indices: Array, axis: int, scratch: Scratch) -> tuple[Array, list[Call]]:
     """Offsets into an array of `shape` of the elements that GatherElements reads at `indices`."""
-    offsets = scratch(indices.shape, np.int64)
+    offsets, negative = scratch(indices.shape, np.int64), scratch(indices.shape, np.bool_)
     strides = _strides(shape)
-    calls = _wrapped(indices, shape[axis], strides[axis], offsets)
+    calls = _counted(indices, shape[axis], strides[axis], offsets, negative)
     others = [i for i in range(len(shape)) if i != axis]
     return offsets, [*calls, *(_add_position(offsets, i, strides[i]) for i in others)]
 
@@ -60,10 +62,12 @@ def _row_offsets(
     outer = shape[: batch_dims + depth]
     strides = [s * stride for s in _strides(outer)]
     offsets, term = scratch(indices.shape[:-1], np.int64), scratch(indices.shape[:-1], np.int64)
+    negative = scratch(indices.shape[:-1], np.bool_)
     calls = [copy(offsets, const(0, offsets))]
     for j in range(depth):
         axis = batch_dims + j
-        calls += [*_wrapped(indices[..., j], outer[axis], strides[axis], term), call(np.add, offsets, term, offsets)]
+        calls += _counted(indices[..., j], outer[axis], strides[axis], term, negative)
+        calls.append(call(np.add, offsets, term, offsets))
     return offsets, [*calls, *(_add_position(offsets, i, strides[i]) for i in range(batch_dims))]
 
 
@@ -106,9 +110,7 @@ def scatter_elements(
     return [copy(out, x), *calls, _write(out, offsets, updates, reduction)]
 
 
-def scatter_nd(
-    x: Array, indices: Array, updates: Array, out: Array, scratch: Scratch, *, reduction: str
-) -> list[Call]:
+def scatter_nd(x: Array, indices: Array, updates: Array, out: Array, scratch: Scratch, *, reduction: str) -> list[Call]:
     """out = x, then out[indices[i]] = updates[i] for index tuples in the last axis."""
     if not updates.size:
         return [copy(out, x)]

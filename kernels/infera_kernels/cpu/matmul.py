@@ -90,11 +90,11 @@ def epilogue(
     width = y.shape[-1] if y.ndim else 1
     rows = y.reshape(-1, width)
     chunk = max(1, BLOCK // width)
+    calls: list[Call] = []
     activate = None
     if activation:
-        activate = blockwise(activation, min(rows.shape[0], chunk) * width, y.dtype, scratch)
+        calls, activate = blockwise(activation, min(rows.shape[0], chunk) * width, y.dtype, scratch)
     add_bias, add_residual = _adder(y, bias), _adder(y, residual)
-    calls: list[Call] = []
     for i in range(0, rows.shape[0], chunk):
         block = rows[i : i + chunk]
         if alpha != 1:

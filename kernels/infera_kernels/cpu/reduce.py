@@ -18,7 +18,7 @@ def _kept(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
 
 def _reduce(ufunc: Any, x: Array, axes: tuple[int, ...], out: Array) -> Call:
     """`out` has x's rank; an empty reduction leaves the ufunc's identity, which an extremum takes from its dtype."""
-    args = (x, axes, out.dtype, out, True)
+    args: tuple[Any, ...] = (x, axes, out.dtype, out, True)
     if ufunc in (np.maximum, np.minimum) and 0 in (x.shape[a] for a in axes):
         args = (*args, _worst(out.dtype, highest=ufunc is np.minimum))
     return ufunc.reduce, args
@@ -105,14 +105,22 @@ def arg_extremum(x: Array, axis: int, out: Array, scratch: Scratch, *, largest: 
     return [*calls, call(np.subtract, const(n - 1, out), target, target)] if last else calls
 
 
-def scan(
-    ufunc: Any, x: Array, axis: int, out: Array, *, exclusive: bool, reverse: bool, identity: int
-) -> list[Call]:
+def scan(ufunc: Any, x: Array, axis: int, out: Array, *, exclusive: bool, reverse: bool, identity: int) -> list[Call]:
     """Running sums or products along `axis`; `exclusive` leaves out the element itself, `reverse` runs backwards."""
     src, dst = np.moveaxis(x, axis, 0), np.moveaxis(out, axis, 0)
     if reverse:
         src, dst = src[::-1], dst[::-1]
-    if not exclusive:
-        return [(ufunc.accumulate, (src, 0, out.dtype, dst))] if x.size else []
-    calls = [copy(dst[:1], const(identity, out))]
-    return [*calls, (ufunc.accumulate, (src[:-1], 0, out.dtype, dst[1:]))] if src[:-1].size else calls
+    calls: list[Call] = []
+    if exclusive:
+        calls.append(copy(dst[:1], const(identity, out)))
+        src, dst = src[:-1], dst[1:]
+    if not src.size:
+        return calls
+    if src[0].size < _WIDE:
+        return [*calls, (ufunc.accumulate, (src, 0, out.dtype, dst))]
+    calls.append(copy(dst[0], src[0]))
+    return calls + [call(ufunc, dst[i - 1], src[i], dst[i]) for i in range(1, len(src))]
+
+
+_WIDE = 16
+"""From so many elements beside the axis one call a step beats ufunc.accumulate, which strides along the axis."""

@@ -100,6 +100,8 @@ class CudaLauncher:
         self._driver = driver or CupyDriver()
         self._cache = cache or KernelCache()
         self.target = self._driver.target(device_id)
+        self.compiled = 0
+        """Kernels that were not in the cache and were compiled here."""
         self._loaded: dict[str, _Loaded] = {}
         self._lock = threading.Lock()
 
@@ -124,6 +126,7 @@ class CudaLauncher:
                 if binary is None:
                     binary = compile_kernel(kernel, binding, settings, self.target.arch)
                     self._cache.put(key, binary)
+                    self.compiled += 1
                 loaded = self._loaded[key] = self._load(binary)
         runtime = binding.runtime()
         spec = loaded.binary.spec

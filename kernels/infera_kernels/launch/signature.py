@@ -92,7 +92,8 @@ def _leaf(path: Path, value: Any, where: str) -> Leaf:
             raise LaunchError(f"{where}: {value} does not fit in 64 bits")
         return Leaf(path, "i32" if -(2**31) <= value < 2**31 else "i64", value, value % ALIGNMENT == 0)
     if isinstance(value, float):
-        return Leaf(path, "fp32", value)
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, as in a cast
+            return Leaf(path, "fp32", float(np.float32(value)))
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         raise TypeError(f"{where}: expected an array, a number, None or a tuple of these, got {type(value).__name__}")

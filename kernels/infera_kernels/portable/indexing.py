@@ -23,7 +23,9 @@ def gather_elements(xp: Any, x: Array, indices: Array, axis: int) -> Array:
 
 
 def _positions(xp: Any, indices: Array, axis: int) -> tuple[Array, ...]:
-    grid = [xp.arange(d).reshape([-1 if i == k else 1 for k in range(indices.ndim)]) for i, d in enumerate(indices.shape)]
+    grid = [
+        xp.arange(d).reshape([-1 if i == k else 1 for k in range(indices.ndim)]) for i, d in enumerate(indices.shape)
+    ]
     grid[axis] = indices
     return tuple(grid)
 
@@ -31,9 +33,7 @@ def _positions(xp: Any, indices: Array, axis: int) -> tuple[Array, ...]:
 def gather_nd(xp: Any, x: Array, indices: Array, batch_dims: int) -> Array:
     """out[i] = x[indices[i]] for index tuples in the last axis, within each of the leading `batch_dims` axes."""
     lead = indices.ndim - 1
-    batch = [
-        xp.arange(x.shape[i]).reshape([-1 if i == k else 1 for k in range(lead)]) for i in range(batch_dims)
-    ]
+    batch = [xp.arange(x.shape[i]).reshape([-1 if i == k else 1 for k in range(lead)]) for i in range(batch_dims)]
     return x[(*batch, *xp.moveaxis(indices, -1, 0))]
 
 

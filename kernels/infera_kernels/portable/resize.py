@@ -74,7 +74,9 @@ class AxisTable:
     outside: Array | None = None
 
 
-def axis_table(axis: int, size: int, out: int, scale: float, how: Filter, roi: tuple[float, float] = (0, 1)) -> AxisTable:
+def axis_table(
+    axis: int, size: int, out: int, scale: float, how: Filter, roi: tuple[float, float] = (0, 1)
+) -> AxisTable:
     """The table of one axis of `size` elements resized to `out`; `scale` is out / size before rounding."""
     steps = np.arange(out, dtype=np.float32)
     x = np.asarray(COORDINATES[how.coordinates](steps, np.float32(scale), size, out, roi), np.float32)
@@ -91,8 +93,9 @@ def axis_table(axis: int, size: int, out: int, scale: float, how: Filter, roi: t
     index = np.floor(position).astype(np.int64)[:, None] + np.arange(1 - count // 2, count // 2 + 1)
     distance = np.abs(index - position[:, None]) * stretch
     weights = np.maximum(0, 1 - distance) if how.mode == "linear" else _cubic(distance, how.cubic_a)
-    if how.exclude_outside or how.antialias:
+    if how.exclude_outside:
         weights = np.where((index < 0) | (index >= size), 0, weights)
+    if how.exclude_outside or how.antialias:
         weights = weights / weights.sum(axis=1, keepdims=True)
     return AxisTable(axis, size, np.clip(index, 0, size - 1), weights, _if_any(outside))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from infera_kernels.calls import Array
 
+
 def depth_to_space(x: Array, block: int, mode: str) -> Array:
     """(N, C, H, W) seen as (N, C / b², H, b, W, b), b = `block`; "DCR" takes the block from the outer channels."""
     n, c, h, w = x.shape

@@ -153,6 +153,6 @@ def pointwise(
         "ROW_DIMS": tiling.row_dims,
         "ROWS": tiling.tile[0],
         "COLS": tiling.tile[1],
-        "WIDE": any(span(tiling.dims, s) > INT32_MAX for s in tiling.strides),
+        "WIDE": any(span(tiling.dims, s) > INT32_MAX - _TILE for s in tiling.strides),
     }
     return [launcher.launch(pointwise_kernel, (tiling.programs,), args, constexprs, num_warps=4)]

@@ -1,0 +1,224 @@
+"""Linear quantisation: QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import FLOAT32, is_native, plain
+from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
+from infera_kernels.cpu import quant as cpu
+from infera_kernels.portable import quant as portable
+
+UINT8 = np.dtype(np.uint8)
+
+
+def _block(site: Site) -> int:
+    return int(site.attrs.get("block_size", 0))
+
+
+def _axis(site: Site) -> int:
+    """The axis that scales run along: without meaning, and so not checked, where there is but one scale."""
+    return site.axis() if "axis" in site.attrs and site.spec(1).size > 1 else 0
+
+
+def _check_scale(site: Site) -> None:
+    x, scale, axis, block = site.spec(0), site.spec(1), _axis(site), _block(site)
+    if scale.size == 1 and not block:
+        return
+    if block:
+        blocked = tuple(-(-d // block) if i == axis else d for i, d in enumerate(x.dims))
+        if scale.dims != blocked:
+            raise site.fail(
+                f"scale is {scale}, expected {list(blocked)} for blocks of {block} along axis {axis} of {x}"
+            )
+    elif scale.dims != x.dims[axis : axis + 1]:
+        raise site.fail(f"scale is {scale}, expected one value or {x.dims[axis]} for axis {axis} of {x}")
+
+
+def _target(site: Site) -> DType:
+    if site.has(2):
+        return site.spec(2).dtype
+    code = int(site.attrs.get("output_dtype", 0))
+    return dtype_of_onnx(code) if code else UINT8
+
+
+def _parameters(xp: Any, site: Site, *parameters: Array | None) -> list[Array | None]:
+    shape = site.spec(0).dims
+    return [None if p is None else portable.aligned(xp, p, shape, _axis(site), _block(site)) for p in parameters]
+
+
+def _quantize_spec(site: Site) -> tuple[TensorSpec]:
+    _check_scale(site)
+    return (TensorSpec(site.spec(0).shape, _target(site)),)
+
+
+def _quantize(xp: Any, site: Site, x: Array, scale: Array, zero: Array | None = None) -> Array:
+    factor, shift = _parameters(xp, site, scale, zero)
+    saturate = bool(site.attrs.get("saturate", 1))
+    return portable.quantize(xp, x, factor, shift, _target(site), saturate=saturate)
+
+
+def _zero(site: Site, io: Buffers, i: int) -> tuple[Array | None, list[Call]]:
+    """Input i, a zero point, as float32: None where it is left out or known to be 0."""
+    known = site.value(i)
+    if not site.has(i) or (known is not None and not known.any()):
+        return None, []
+    if known is not None:
+        return io.pack(i, "float32", lambda v: v.astype(np.float32)), []
+    return cpu.as_float(io.ins[i], io.scratch)
+
+
+def _bind_quantize(site: Site, io: Buffers) -> list[Call]:
+    zero, calls = _zero(site, io, 2)
+    factor, shift = _parameters(np, site, io.ins[1], zero)
+    return calls + cpu.quantize(io.ins[0], factor, shift, io.outs[0], io.scratch)
+
+
+def _plain_types(wide: TensorSpec, scale: TensorSpec, narrow: TensorSpec) -> bool:
+    """Whether it is float32 on the wide side and an integer of at most 32 bits that NumPy knows on the narrow one."""
+    small = is_native(narrow.dtype) and narrow.dtype.kind in "iu" and narrow.dtype.itemsize <= 4
+    return wide.dtype == scale.dtype == FLOAT32 and small
+
+
+def _quantize_supported(site: Site) -> bool:
+    return _plain_types(site.spec(0), site.spec(1), site.outs[0]) and not _block(site)
+
+
+def _dequantize_supported(site: Site) -> bool:
+    return _plain_types(site.outs[0], site.spec(1), site.spec(0)) and not _block(site)
+
+
+def _u8(*shape: int) -> TensorSpec:
+    return TensorSpec(shape, UINT8)
+
+
+def _scalar(value: float, dtype: Any = np.float32) -> np.ndarray[Any, np.dtype[Any]]:
+    return np.array(value, dtype)
+
+
+_SCALES = np.array([0.02, 0.1, 0.5], np.float32)
+_ZEROS = np.array([128, 0, 255], np.uint8)
+_SIGNED = np.array([3, 0, -7], np.int8)
+_TIES = np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 1e9, -1e9], np.float32)
+
+_TENSOR_CASES = (
+    Case("no_zero", (f32(3, 5), _scalar(0.02))),
+    Case("uint8", (f32(3, 5), _scalar(0.02), _scalar(128, np.uint8))),
+    Case("int8", (f32(3, 5), _scalar(0.02), _scalar(-5, np.int8))),
+    Case("ties", (_TIES, _scalar(1), _scalar(3, np.uint8))),
+    Case("past_block", (f32(3, 6001), _scalar(0.02), _scalar(7, np.uint8))),
+    Case("empty", (f32(0, 5), _scalar(0.02), _scalar(7, np.uint8))),
+)
+_AXIS_CASES = (
+    Case("rows", (f32(3, 5), _SCALES, _ZEROS), {"axis": 0}),
+    Case("channels", (f32(2, 3, 4, 5), _SCALES, _SIGNED)),
+    Case("last", (f32(4, 3), _SCALES, _SIGNED), {"axis": -1}),
+    Case("channels_past_block", (f32(2, 3, 90, 101), _SCALES, _ZEROS)),
+)
+_BLOCK_SCALES = np.array([[0.02, 0.1], [0.5, 0.05], [0.3, 0.01]], np.float32)
+_QUANTIZE_21 = (
+    Case("blocks", (f32(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4, "output_dtype": 2}),
+    Case("uint16", (f32(3, 5), _scalar(0.001), _scalar(30000, np.uint16))),
+    Case("int16", (f32(3, 5), _scalar(0.001), _scalar(-100, np.int16))),
+    Case("output_dtype", (f32(3, 5), _scalar(0.02)), {"output_dtype": 3}),
+)
+
+
+def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    return Op(
+        "QuantizeLinear",
+        since,
+        infer=_quantize_spec,
+        compute=plain(_quantize),
+        kernels={"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)},
+        attrs=attrs,
+        cases=cases,
+    )
+
+
+def _dequantize_spec(site: Site) -> tuple[TensorSpec]:
+    _check_scale(site)
+    code = int(site.attrs.get("output_dtype", 0))
+    return (TensorSpec(site.spec(0).shape, dtype_of_onnx(code) if code else site.spec(1).dtype),)
+
+
+def _dequantize(xp: Any, site: Site, q: Array, scale: Array, zero: Array | None = None) -> Array:
+    factor, shift = _parameters(xp, site, scale, zero)
+    code = int(site.attrs.get("output_dtype", 0))
+    return portable.dequantize(xp, q, factor, shift, dtype_of_onnx(code) if code else scale.dtype)
+
+
+def _bind_dequantize(site: Site, io: Buffers) -> list[Call]:
+    zero, calls = _zero(site, io, 2)
+    factor, shift = _parameters(np, site, io.ins[1], zero)
+    return calls + cpu.dequantize(io.ins[0], factor, shift, io.outs[0])
+
+
+def _dequantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    return Op(
+        "DequantizeLinear",
+        since,
+        infer=_dequantize_spec,
+        compute=plain(_dequantize),
+        kernels={"cpu": Kernel(bind=_bind_dequantize, supports=_dequantize_supported, strided=True)},
+        attrs=attrs,
+        cases=cases,
+    )
+
+
+_BACK_CASES = (
+    Case("no_zero", (_u8(3, 5), _scalar(0.02)), low=0, high=255),
+    Case("uint8", (_u8(3, 5), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
+    Case("int32", (TensorSpec((7,), np.dtype(np.int32)), _scalar(0.02)), low=-9999, high=9999),
+    Case("past_block", (_u8(3, 6001), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
+)
+_BACK_AXIS_CASES = (
+    Case("rows", (_u8(3, 5), _SCALES, _ZEROS), {"axis": 0}, low=0, high=255),
+    Case("channels", (_u8(2, 3, 4, 5), _SCALES, _ZEROS), low=0, high=255),
+    Case("last", (_u8(4, 3), _SCALES, _ZEROS), {"axis": -1}, low=0, high=255),
+)
+_BACK_21 = (
+    Case("blocks", (_u8(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
+    Case("uint16", (TensorSpec((3, 5), np.dtype(np.uint16)), _scalar(0.001), _scalar(99, np.uint16)), high=60000),
+)
+
+
+def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
+    q, scale, zero = io.outs
+    return cpu.dynamic_quantize(io.ins[0], q, scale, zero, io.scratch)
+
+
+_DYNAMIC = Op(
+    "DynamicQuantizeLinear",
+    11,
+    infer=lambda site: (
+        TensorSpec(site.spec(0).shape, UINT8),
+        TensorSpec((), FLOAT32),
+        TensorSpec((), UINT8),
+    ),
+    compute=plain(lambda xp, site, x: portable.dynamic_quantize(xp, x)),
+    kernels={"cpu": Kernel(bind=_bind_dynamic)},
+    cases=(
+        Case("both_signs", (f32(3, 5),), n_outs=3),
+        Case("positive", (f32(3, 5),), n_outs=3, low=1, high=5),
+        Case("negative", (f32(3, 5),), n_outs=3, low=-5, high=-1),
+        Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=3),
+        Case("past_block", (f32(3, 6001),), n_outs=3),
+    ),
+)
+
+OPS: tuple[Op, ...] = (
+    _quantize_op(10, {}, _TENSOR_CASES),
+    _quantize_op(13, {"axis": 1}, _TENSOR_CASES[:2] + _AXIS_CASES),
+    _quantize_op(19, {"axis": 1, "saturate": 1}, _TENSOR_CASES[1:3] + _AXIS_CASES[:1]),
+    _quantize_op(21, {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0}, _AXIS_CASES[:1] + _QUANTIZE_21),
+    _quantize_op(23, {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0, "precision": 0}, _QUANTIZE_21[-1:]),
+    _dequantize_op(10, {}, _BACK_CASES),
+    _dequantize_op(13, {"axis": 1}, _BACK_CASES[:2] + _BACK_AXIS_CASES),
+    _dequantize_op(21, {"axis": 1, "block_size": 0}, _BACK_AXIS_CASES[:1] + _BACK_21),
+    _dequantize_op(23, {"axis": 1, "block_size": 0, "output_dtype": 0}, _BACK_CASES[1:2]),
+    _DYNAMIC,
+)

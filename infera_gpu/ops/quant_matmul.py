@@ -1,0 +1,261 @@
+"""Products of quantised tensors: MatMulInteger, QLinearMatMul, QLinearConv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.graph import HostArray
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
+from infera_gpu.ops._families import INT32, plain
+from infera_gpu.ops.matmul import product_dims
+from infera_gpu.ops.window import ATTRS, window
+from infera_gpu.spec import Array, DType, TensorSpec
+from infera_kernels.cpu import quant as cpu
+from infera_kernels.portable import conv as portable_conv
+from infera_kernels.portable import quant as portable
+
+
+def _row_zero(zero: Array | None) -> Array | None:
+    """A zero point of `a` broadcasting to it: one value, or one a row."""
+    return zero.reshape(-1, 1) if zero is not None and zero.ndim == 1 and zero.size > 1 else zero
+
+
+def _packed(site: Site, io: Buffers, b: int, zero: int) -> tuple[Array, HostArray | None, list[Call]]:
+    """Input b as float32 less its zero point: packed, and its value given, where both are known."""
+    known, point = site.value(b), site.value(zero)
+    if known is None or (site.has(zero) and point is None):
+        wide, calls = cpu.centred(io.ins[b], io.ins[zero] if site.has(zero) else None, io.scratch)
+        return wide, None, calls
+
+    def centred(weights: HostArray) -> HostArray:
+        wide: HostArray = portable.centred(np, weights, point, weights.ndim - 1).astype(np.float32)
+        return wide
+
+    tag = "centred" if point is None else f"centred {point.tolist()}"
+    return io.pack(b, tag, centred), centred(known), []
+
+
+def _product(site: Site, io: Buffers, operands: tuple[int, int, int, int], out: Array) -> list[Call]:
+    """int32 out = (a - a's zero point) @ (b - b's): `operands` are the inputs a, its zero point, b, its zero point."""
+    a, a_zero, b, b_zero = operands
+    left, calls = cpu.centred(io.ins[a], _row_zero(io.ins[a_zero]) if site.has(a_zero) else None, io.scratch)
+    right, known, more = _packed(site, io, b, b_zero)
+    reach = [
+        cpu.largest(site.spec(i).dtype, site.value(z), known=not site.has(z) or site.value(z) is not None)
+        for i, z in ((a, a_zero), (b, b_zero))
+    ]
+    ranges = cpu.exact_ranges(left.shape[-1], reach[0], reach[1], known)
+    return [*calls, *more, *cpu.matmul_integer(left, right, out, ranges, io.scratch)]
+
+
+def _supported(site: Site, b: int) -> bool:
+    return site.spec(b).ndim >= 2
+
+
+def _integer_spec(site: Site) -> tuple[TensorSpec]:
+    return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(1).dims), INT32),)
+
+
+def _integer(
+    xp: Any, site: Site, a: Array, b: Array, a_zero: Array | None = None, b_zero: Array | None = None
+) -> Array:
+    return portable.matmul_integer(xp, a, b, a_zero, b_zero)
+
+
+def _spec(dtype: Any, *shape: int) -> TensorSpec:
+    return TensorSpec(shape, np.dtype(dtype))
+
+
+def _u8(*shape: int) -> TensorSpec:
+    return _spec(np.uint8, *shape)
+
+
+def _s8(*shape: int) -> TensorSpec:
+    return _spec(np.int8, *shape)
+
+
+def _point(value: int, dtype: Any = np.uint8) -> HostArray:
+    return np.array(value, dtype)
+
+
+_WEIGHT = np.arange(-60, 60, dtype=np.int8).reshape(8, 15)
+_LIMITS: dict[str, Any] = {"low": -128, "high": 255}
+
+_MATMUL_INTEGER = Op(
+    "MatMulInteger",
+    10,
+    infer=_integer_spec,
+    compute=plain(_integer),
+    kernels={
+        "cpu": Kernel(
+            bind=lambda site, io: _product(site, io, (0, 2, 1, 3), io.outs[0]),
+            supports=lambda site: _supported(site, 1),
+            strided=True,
+        )
+    },
+    cases=(
+        Case("no_zeros", (_u8(3, 8), _u8(8, 5)), **_LIMITS),
+        Case("zeros", (_u8(3, 8), _u8(8, 5), _point(128), _point(7)), **_LIMITS),
+        Case("weights", (_u8(2, 3, 8), _WEIGHT, _u8(), _point(0, np.int8)), **_LIMITS),
+        Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
+        Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
+        Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
+        Case("past_block", (_u8(130, 40), _s8(40, 130)), **_LIMITS),
+        Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
+    ),
+)
+
+
+def _linear_spec(site: Site) -> tuple[TensorSpec]:
+    return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(3).dims), site.spec(7).dtype),)
+
+
+def _row_scale(scale: Array) -> Array:
+    return scale.reshape(()) if scale.size == 1 else scale.reshape(-1, 1) if scale.ndim == 1 else scale
+
+
+def _column(parameter: Array) -> Array:
+    return parameter.reshape(()) if parameter.size == 1 else parameter
+
+
+def _linear(
+    xp: Any,
+    site: Site,
+    a: Array,
+    a_scale: Array,
+    a_zero: Array,
+    b: Array,
+    b_scale: Array,
+    b_zero: Array,
+    y_scale: Array,
+    y_zero: Array,
+) -> Array:
+    sums = portable.matmul_integer(xp, a, b, a_zero, b_zero)
+    factor = _row_scale(a_scale) * _column(b_scale) / y_scale.reshape(())
+    return portable.requantize(xp, sums, factor, y_zero.reshape(()))
+
+
+def _bind_linear(site: Site, io: Buffers) -> list[Call]:
+    a_scale, b_scale = _row_scale(io.ins[1]), _column(io.ins[4])
+    sums = io.scratch(io.outs[0].shape, np.int32)
+    factor = io.scratch(np.broadcast_shapes(a_scale.shape, b_scale.shape), np.float32)
+    zero, calls = cpu.as_float(io.ins[7].reshape(()), io.scratch)
+    return [
+        *_product(site, io, (0, 2, 3, 5), sums),
+        (np.multiply, (a_scale, b_scale, factor)),
+        (np.true_divide, (factor, io.ins[6].reshape(()), factor)),
+        *calls,
+        *cpu.requantize(sums, factor, zero, io.outs[0], io.scratch),
+    ]
+
+
+def _linear_supported(site: Site) -> bool:
+    eight_bit = all(site.spec(i).dtype.name in ("uint8", "int8") for i in (0, 3, 7))
+    return eight_bit and site.spec(1).dtype == np.float32 and _supported(site, 3)
+
+
+def _scale(*values: float) -> HostArray:
+    return np.array(values if len(values) > 1 else values[0], np.float32)
+
+
+_QLINEAR_MATMUL = Op(
+    "QLinearMatMul",
+    10,
+    infer=_linear_spec,
+    compute=plain(_linear),
+    kernels={"cpu": Kernel(bind=_bind_linear, supports=_linear_supported, strided=True)},
+    cases=(
+        Case(
+            "uint8",
+            (_u8(3, 8), _scale(0.02), _point(128), _u8(8, 5), _scale(0.01), _point(7), _scale(0.2), _point(100)),
+            **_LIMITS,
+        ),
+        Case(
+            "weights",
+            (
+                _u8(2, 3, 8),
+                _scale(0.02),
+                _point(128),
+                _WEIGHT,
+                _scale(0.01),
+                _point(0, np.int8),
+                _scale(0.1),
+                _point(100),
+            ),
+            **_LIMITS,
+        ),
+        Case(
+            "signed",
+            (
+                _s8(130, 8),
+                _scale(0.02),
+                _point(1, np.int8),
+                _s8(8, 140),
+                _scale(0.01),
+                _point(0, np.int8),
+                _scale(0.1),
+                _point(-3, np.int8),
+            ),
+            **_LIMITS,
+        ),
+    ),
+)
+
+
+def _conv_spec(site: Site) -> tuple[TensorSpec]:
+    x, w = site.spec(0), site.spec(3)
+    group = int(site.attrs["group"])
+    if x.ndim != w.ndim or x.dims[1] != w.dims[1] * group or w.dims[0] % group:
+        raise site.fail(f"weights {w} do not fit {x} in {group} groups")
+    shape = (x.dims[0], w.dims[0], *window(site, w.dims[2:]).out)
+    return (TensorSpec(shape, site.spec(7).dtype),)
+
+
+def _conv(
+    xp: Any,
+    site: Site,
+    x: Array,
+    x_scale: Array,
+    x_zero: Array,
+    w: Array,
+    w_scale: Array,
+    w_zero: Array,
+    y_scale: Array,
+    y_zero: Array,
+    bias: Array | None = None,
+) -> Array:
+    """Padding holds the zero point, which is 0 once the inputs are centred."""
+    view = window(site, w.shape[2:])
+    data, weights = portable.centred(xp, x, x_zero, 0), portable.centred(xp, w, w_zero, 0)
+    group = int(site.attrs["group"])
+    sums = portable_conv.convolution(xp, data, weights, bias, view.out, group=group, **view.params)
+    factor = x_scale.reshape(()) * w_scale / y_scale.reshape(())
+    return portable.requantize(xp, sums, portable.aligned(xp, factor, sums.shape, 1), y_zero.reshape(()))
+
+
+def _conv_case(id: str, w: DType, *shapes: tuple[int, ...], per_channel: bool = False, **attrs: Any) -> Case:
+    x_shape, w_shape = shapes
+    out = w_shape[0]
+    scale = np.linspace(0.01, 0.05, out, dtype=np.float32) if per_channel else _scale(0.02)
+    zero = np.zeros(out, w) if per_channel else _point(2, w)
+    bias = np.arange(out, dtype=np.int32) * 50
+    ins = (_u8(*x_shape), _scale(0.05), _point(120), _spec(w, *w_shape), scale, zero, _scale(0.5), _point(99), bias)
+    return Case(id, ins, attrs, **_LIMITS)
+
+
+_QLINEAR_CONV = Op(
+    "QLinearConv",
+    10,
+    infer=_conv_spec,
+    compute=plain(_conv),
+    attrs={**ATTRS, "group": 1},
+    cases=(
+        _conv_case("padded", np.dtype(np.uint8), (1, 2, 5, 6), (3, 2, 3, 3), pads=(1, 1, 1, 1)),
+        _conv_case("channels", np.dtype(np.int8), (2, 2, 5, 6), (3, 2, 3, 3), per_channel=True, strides=(2, 1)),
+        _conv_case("depthwise", np.dtype(np.int8), (1, 4, 5, 5), (4, 1, 3, 3), per_channel=True, group=4),
+    ),
+)
+
+OPS: tuple[Op, ...] = (_MATMUL_INTEGER, _QLINEAR_MATMUL, _QLINEAR_CONV)

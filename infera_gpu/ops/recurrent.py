@@ -1,0 +1,270 @@
+"""LSTM, GRU and RNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.graph import Attrs, HostArray
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import recurrent as cpu
+from infera_kernels.portable import recurrent as portable
+from infera_kernels.portable.recurrent import FUNCTIONS, Cell
+
+_X, _W, _R, _B, _LENGTHS, _H, _C, _P = range(8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What tells the three apart: gates, states, default activations, the plain step, the fast direction."""
+
+    gates: int
+    states: int
+    defaults: tuple[str, ...]
+    step: Callable[..., tuple[Array, ...]]
+    fast: Callable[..., list[Call]]
+
+
+_KINDS = {
+    "LSTM": _Kind(4, 2, ("sigmoid", "tanh", "tanh"), portable.lstm_step, cpu.lstm),
+    "GRU": _Kind(3, 1, ("sigmoid", "tanh"), portable.gru_step, cpu.gru),
+    "RNN": _Kind(1, 1, ("tanh",), portable.rnn_step, cpu.rnn),
+}
+_DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
+"""Whether each direction runs backwards."""
+
+
+def _reverses(site: Site) -> tuple[bool, ...]:
+    direction = str(site.attrs["direction"]).lower()
+    if direction not in _DIRECTIONS:
+        raise site.fail(f"direction '{direction}' is not one of {', '.join(_DIRECTIONS)}")
+    return _DIRECTIONS[direction]
+
+
+def _names(site: Site) -> tuple[str, ...]:
+    """Activations of all directions, in lower case. Raises PlanError for an unknown one or a wrong number."""
+    kind, count = _KINDS[site.node.op], len(_reverses(site))
+    given = site.attrs["activations"]
+    names = kind.defaults * count if not given else tuple(str(n).lower() for n in given)
+    if site.node.op == "RNN" and given and len(names) > count:
+        names = names[:count]  # the schema's default is for two directions
+    unknown = [n for n in names if n not in FUNCTIONS]
+    if unknown or len(names) != len(kind.defaults) * count:
+        raise site.fail(f"activations {given}: expected {len(kind.defaults) * count} of {', '.join(FUNCTIONS)}")
+    return names
+
+
+def _cells(site: Site) -> list[Cell]:
+    """One cell a direction; activation_alpha and activation_beta go in turn to the activations that take them."""
+    names = _names(site)
+    alphas, betas = (iter(site.attrs[k] or ()) for k in ("activation_alpha", "activation_beta"))
+    made = []
+    for name in names:
+        function = FUNCTIONS[name]
+        alpha = 0.0 if function.alpha is None else float(next(alphas, function.alpha))
+        beta = 0.0 if function.beta is None else float(next(betas, function.beta))
+        made.append(portable.activation(name, alpha, beta))
+    each = len(_KINDS[site.node.op].defaults)
+    return [
+        Cell(
+            made[d * each : (d + 1) * each],
+            site.attrs["clip"],
+            bool(site.attrs.get("input_forget", 0)),
+            bool(site.attrs.get("linear_before_reset", 0)),
+        )
+        for d in range(len(_reverses(site)))
+    ]
+
+
+def _batch_first(site: Site) -> bool:
+    return bool(site.attrs.get("layout", 0))
+
+
+def _sizes(site: Site) -> tuple[int, int, int, int]:
+    """(steps, batch, directions, hidden size). Raises PlanError where the weights do not fit the input."""
+    x, w, r = (site.spec(i) for i in (_X, _W, _R))
+    if (x.ndim, w.ndim, r.ndim) != (3, 3, 3):
+        raise site.fail(f"X, W and R are {x}, {w} and {r}, expected three axes each")
+    steps, batch = (x.dims[1], x.dims[0]) if _batch_first(site) else x.dims[:2]
+    directions, hidden = len(_reverses(site)), r.dims[2]
+    rows = _KINDS[site.node.op].gates * hidden
+    if w.dims != (directions, rows, x.dims[2]) or r.dims != (directions, rows, hidden):
+        raise site.fail(f"W is {w} and R is {r}, expected [{directions}, {rows}, {x.dims[2]} and {hidden}]")
+    if site.attrs["hidden_size"] not in (None, hidden):
+        raise site.fail(f"hidden_size is {site.attrs['hidden_size']} but R is {r}")
+    return steps, batch, directions, hidden
+
+
+def _infer(site: Site) -> Sequence[TensorSpec]:
+    _names(site)
+    steps, batch, directions, hidden = _sizes(site)
+    dtype = site.spec(_X).dtype
+    y: tuple[int, ...] = (steps, directions, batch, hidden)
+    state: tuple[int, ...] = (directions, batch, hidden)
+    if _batch_first(site):
+        y, state = (batch, steps, directions, hidden), (batch, directions, hidden)
+    specs = [TensorSpec(y, dtype), *[TensorSpec(state, dtype)] * _KINDS[site.node.op].states]
+    return specs[: max(1, len(site.node.outputs))]
+
+
+def _compute(xp: Any, site: Site, x: Array, w: Array, r: Array, *optional: Array | None) -> Sequence[Array]:
+    b, lengths, h, c, p = (optional + (None,) * 5)[:5]
+    kind, first = _KINDS[site.node.op], _batch_first(site)
+    _, batch, _, hidden = _sizes(site)
+    ys, ends = [], []
+    for d, (cell, reverse) in enumerate(zip(_cells(site), _reverses(site), strict=True)):
+        start = tuple(
+            xp.zeros((batch, hidden), x.dtype) if s is None else (s[:, d] if first else s[d])
+            for s in (h, c)[: kind.states]
+        )
+        y, end = portable.over_time(
+            xp, kind.step, cell, x.swapaxes(0, 1) if first else x, w[d], r[d], None if b is None else b[d], lengths,
+            start, None if p is None else p[d], reverse=reverse,
+        )  # fmt: skip
+        ys.append(y)
+        ends.append(end)
+    y = xp.stack(ys, axis=1)  # (T, D, B, H)
+    made = [y.transpose(2, 0, 1, 3) if first else y]
+    made += [xp.stack([end[i] for end in ends], axis=1 if first else 0) for i in range(kind.states)]
+    return [xp.ascontiguousarray(a) for a in made[: max(1, len(site.node.outputs))]]
+
+
+def _supports(site: Site) -> bool:
+    """The default cell over whole sequences: no clip, peepholes, coupled gates or other activations."""
+    steps, _, directions, _ = _sizes(site)
+    lengths = site.value(_LENGTHS)
+    whole = not site.has(_LENGTHS) or (lengths is not None and bool((lengths == steps).all()))
+    plain = site.attrs["clip"] is None and not site.attrs.get("input_forget", 0) and not site.has(_P)
+    dtype = site.spec(_X).dtype
+    return (
+        whole
+        and plain
+        and _names(site) == _KINDS[site.node.op].defaults * directions
+        and dtype in (np.float32, np.float64)
+        and site.spec(_X).size > 0
+    )
+
+
+def _all_inputs(io: Buffers) -> tuple[Array, ...]:
+    """The eight inputs, None for those left out."""
+    return (io.ins + (None,) * 8)[:8]
+
+
+def _bind(site: Site, io: Buffers) -> Sequence[Call]:
+    x, w, r, b, _, h, c, _ = _all_inputs(io)
+    first, kind = _batch_first(site), _KINDS[site.node.op]
+
+    def direction(state: Array | None, d: int) -> Array | None:
+        return None if state is None else state[:, d] if first else state[d]
+
+    y = io.outs[0]
+    calls: list[Call] = []
+    for d, reverse in enumerate(_reverses(site)):
+        calls += kind.fast(
+            x.swapaxes(0, 1) if first else x,
+            w[d],
+            r[d],
+            None if b is None else b[d],
+            direction(h, d),
+            direction(c, d),
+            y[:, :, d].swapaxes(0, 1) if first else y[:, d],
+            io.scratch,
+            reverse=reverse,
+            last=[direction(end, d) for end in io.outs[1:]],
+            linear_before_reset=bool(site.attrs.get("linear_before_reset", 0)),
+        )
+    return calls
+
+
+# ---- cases
+
+
+def _ins(
+    op: str, steps: int, batch: int, features: int, hidden: int, directions: int, *, bias: bool = True
+) -> list[TensorSpec | HostArray | None]:
+    """X, W, R and B, with four optional inputs left out."""
+    rows = _KINDS[op].gates * hidden
+    weights = (f32(directions, rows, features), f32(directions, rows, hidden))
+    return [f32(steps, batch, features), *weights, f32(directions, 2 * rows) if bias else None, *[None] * 4]
+
+
+def _cases(op: str) -> tuple[Case, ...]:
+    kind = _KINDS[op]
+    n_outs = 1 + kind.states
+
+    def case(
+        name: str, steps: int, batch: int, features: int, hidden: int, directions: int = 1, *, bias: bool = True,
+        bound: float = 1.0, more: dict[int, TensorSpec | HostArray] | None = None, **attrs: Any,
+    ) -> Case:  # fmt: skip
+        ins = _ins(op, steps, batch, features, hidden, directions, bias=bias)
+        for i, value in (more or {}).items():
+            ins[i] = value
+        while ins[-1] is None:
+            ins.pop()
+        return Case(name, tuple(ins), {"hidden_size": hidden, **attrs}, n_outs, low=-bound, high=bound)
+
+    state = {_H + i: f32(2, 3, 4) for i in range(kind.states)}
+    lengths = np.array([5, 2, 3], np.int32)
+    both = "bidirectional"
+    return (
+        case("forward", 5, 3, 6, 4),
+        case("one", 1, 1, 1, 1),
+        case("no-bias", 4, 2, 3, 5, bias=False),
+        case("reverse", 5, 3, 6, 4, direction="reverse"),
+        case("both-ways", 5, 3, 6, 4, 2, direction=both, more=dict(state)),
+        # small weights: large ones make the network chaotic, and rounding errors grow from step to step
+        case("large", 7, 33, 40, 65, 2, direction=both, bound=0.2),
+        case("lengths", 5, 3, 6, 4, 2, direction=both, more={_LENGTHS: lengths}),
+        case("whole-lengths", 5, 3, 6, 4, more={_LENGTHS: np.full(3, 5, np.int32)}),
+        case("clip", 5, 3, 6, 4, clip=0.3),
+        case(
+            "activations", 5, 3, 6, 4,
+            activations=("HardSigmoid", "Elu", "LeakyRelu")[: len(kind.defaults)],
+            activation_alpha=(0.3, 0.5, 0.1)[: len(kind.defaults)], activation_beta=(0.4,),
+        ),
+    )  # fmt: skip
+
+
+_EXTRA: dict[str, tuple[Case, ...]] = {
+    "LSTM": (
+        Case("peepholes", (*_ins("LSTM", 5, 3, 6, 4, 1)[:7], f32(1, 12)), {"hidden_size": 4}, 3, low=-1, high=1),
+    ),
+    "GRU": tuple(
+        Case(
+            f"linear-before-reset{name}", tuple(_ins("GRU", 5, 3, 6, 4, 1, bias=bias)[:end]),
+            {"linear_before_reset": 1, "hidden_size": 4}, 2, low=-1, high=1,
+        )
+        for name, bias, end in (("", True, 4), ("-no-bias", False, 3))
+    ),
+    "RNN": (),
+}  # fmt: skip
+
+
+def _layout(op: str) -> tuple[Case, ...]:
+    """Batch first; onnxruntime has it not, and onnx's reference has one direction of it."""
+    ins = _ins(op, 5, 3, 6, 4, 1)[:4]
+    return (Case("batch-first", tuple(ins), {"layout": 1, "hidden_size": 4}, 1 + _KINDS[op].states, low=-1, high=1),)
+
+
+_ATTRS: Attrs = {
+    "activation_alpha": None,
+    "activation_beta": None,
+    "activations": None,
+    "clip": None,
+    "direction": "forward",
+    "hidden_size": None,
+}
+_OWN: dict[str, Attrs] = {"LSTM": {"input_forget": 0}, "GRU": {"linear_before_reset": 0}, "RNN": {}}
+
+OPS: tuple[Op, ...] = tuple(
+    Op(op, since, _infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels={"cpu": Kernel(_bind, _supports)})
+    for op in _KINDS
+    for since, cases, more in (
+        (7, _cases(op) + _EXTRA[op], {}),
+        (14, (_cases(op)[0], *_layout(op)), {"layout": 0}),
+    )
+)

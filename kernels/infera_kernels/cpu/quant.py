@@ -1,0 +1,176 @@
+"""Linear quantisation, and exact products of 8-bit matrices by float32 BLAS.
+
+NumPy multiplies integer matrices without BLAS. Products of 8-bit integers are exact in float32 as long as no partial
+sum passes 2**24, whatever the order of summation; so the sums run over ranges of K for which that is proven, from the
+constant matrix's own values where there is one, and the ranges are added up in int32. Constant 8-bit weights of
+transformers mostly need a single range: the cost is that of the float32 product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.elementwise import BLOCK, call, const, copy, copy_where, cut, limit
+from infera_kernels.cpu.matmul import matmul
+
+EXACT = 2**24
+"""Integers up to this size are float32s, and so are their sums up to it."""
+
+
+def as_float(x: Array | None, scratch: Scratch) -> tuple[Array | None, list[Call]]:
+    """A zero point as float32."""
+    if x is None:
+        return None, []
+    wide = scratch(x.shape, np.float32)
+    return wide, [copy(wide, x)]
+
+
+class _Saturate:
+    """Clamps blocks of float32 to an integer type's range and stores them in it."""
+
+    def __init__(self, dtype: np.dtype[Any], size: int, scratch: Scratch, *, above_only: bool = False) -> None:
+        info = np.iinfo(dtype)
+        self.once: list[Call] = []
+        self._limits = []
+        bounds = ((np.minimum, info.max),) if above_only else ((np.maximum, info.min), (np.minimum, info.max))
+        for ufunc, bound in bounds:
+            full, filled = limit(bound, size, np.float32, scratch)
+            self._limits.append((ufunc, full))
+            self.once += filled
+
+    def calls(self, t: Array, q: Array) -> list[Call]:
+        return [*(call(f, t, full[: t.size].reshape(t.shape), t) for f, full in self._limits), copy(q, t)]
+
+
+def quantize(
+    x: Array, scale: Array, zero: Array | None, q: Array, scratch: Scratch, *, above_only: bool = False
+) -> list[Call]:
+    """q = saturate(round(x / scale) + zero); x float32, scale and `zero` float32, single or broadcasting to x.
+
+    `above_only` promises that no value falls below q's range.
+    """
+    size = min(q.size, BLOCK)
+    t = scratch((size,), np.float32)
+    saturate = _Saturate(q.dtype, size, scratch, above_only=above_only)
+    calls = saturate.once
+    for (src, dst), (factor, shift) in cut([x, q], [scale, zero]):
+        part = t[: src.size].reshape(src.shape)
+        calls += [call(np.true_divide, src, factor, part), call(np.rint, part, part)]
+        if shift is not None:
+            calls.append(call(np.add, part, shift, part))
+        calls += saturate.calls(part, dst)
+    return calls
+
+
+def dequantize(q: Array, scale: Array, zero: Array | None, x: Array) -> list[Call]:
+    """x = (q - zero) scale; x float32, scale and `zero` float32, 0-d or broadcasting to q."""
+    calls: list[Call] = []
+    for (src, dst), (factor, shift) in cut([q, x], [scale, zero]):
+        calls.append(copy(dst, src))
+        if shift is not None:
+            calls.append(call(np.subtract, dst, shift, dst))
+        calls.append(call(np.multiply, dst, factor, dst))
+    return calls
+
+
+def dynamic_quantize(x: Array, q: Array, scale: Array, zero: Array, scratch: Scratch) -> list[Call]:
+    """q, scale and zero point of x over the range that holds it and 0; x float32 and contiguous, q uint8.
+
+    The lowest value becomes round(low / scale) + round(-low / scale) = 0, so that none falls below; the highest may
+    be rounded up to 256.
+    """
+    low, high, point = (scratch((), np.float32) for _ in range(3))
+    flat_range = scratch((), np.bool_)
+    flat = x.reshape(-1)
+    calls: list[Call] = [
+        (np.minimum.reduce, (flat, 0, None, low, False, 0)),
+        (np.maximum.reduce, (flat, 0, None, high, False, 0)),
+        call(np.subtract, high, low, scale),
+        call(np.true_divide, scale, const(255, scale), scale),
+        call(np.equal, scale, const(0, scale), flat_range),
+        copy_where(scale, const(1, scale), flat_range),
+        call(np.true_divide, low, scale, point),
+        call(np.negative, point, point),
+        call(np.minimum, point, const(255, point), point),
+        call(np.rint, point, point),
+        copy(zero, point),
+    ]
+    return calls + quantize(x, scale, point, q, scratch, above_only=True)
+
+
+def largest(dtype: np.dtype[Any], zero: Array | None, *, known: bool) -> int:
+    """The largest |value - zero point| of an 8-bit type. `zero` is None where there is none or it is not `known`."""
+    info = np.iinfo(dtype)
+    if not known:
+        return int(info.max) - int(info.min)
+    points = [0] if zero is None else [int(z) for z in np.asarray(zero).reshape(-1)]
+    return max(max(int(info.max) - z, z - int(info.min)) for z in points)
+
+
+def exact_ranges(k: int, a_largest: int, b_largest: int, b: Array | None = None) -> list[tuple[int, int]]:
+    """The fewest equal ranges of K over which no sum of |a b| passes EXACT.
+
+    `b` (..., K, N), where it is known, is the centred right-hand matrix, whose columns' own sums bound the products.
+    """
+    longest = EXACT // (a_largest * b_largest)
+    most = max(1, -(-k // longest))
+    if b is not None:
+        sizes = np.abs(np.asarray(b, np.float64))
+        for count in range(1, most):
+            ranges = _ranges(k, count)
+            if all(sizes[..., i:j, :].sum(-2).max(initial=0) * a_largest <= EXACT for i, j in ranges):
+                return ranges
+    return _ranges(k, most)
+
+
+def _ranges(k: int, count: int) -> list[tuple[int, int]]:
+    edges = [i * k // count for i in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def centred(q: Array, zero: Array | None, scratch: Scratch) -> tuple[Array, list[Call]]:
+    """q - zero as float32, the zero point broadcasting to q."""
+    wide = scratch(q.shape, np.float32)
+    shift, calls = as_float(zero, scratch)
+    calls.append(copy(wide, q))
+    return wide, calls if shift is None else [*calls, call(np.subtract, wide, shift, wide)]
+
+
+def matmul_integer(a: Array, b: Array, out: Array, ranges: Sequence[tuple[int, int]], scratch: Scratch) -> list[Call]:
+    """int32 out = a @ b for float32 matrices of integers, summed over the `ranges` of K that `exact_ranges` gave.
+
+    `a` (..., K) and `b` (..., K, N) as np.matmul takes them, `b` with two dimensions at least.
+    """
+    product = scratch(out.shape, np.float32)
+    term = scratch(out.shape if len(ranges) > 1 else (0,), np.int32)
+    calls: list[Call] = []
+    for n, (i, j) in enumerate(ranges):
+        calls += matmul(a[..., i:j], b[..., i:j, :], product, scratch)
+        if n == 0:
+            calls.append(copy(out, product))
+        else:
+            calls += [copy(term, product), call(np.add, out, term, out)]
+    return calls
+
+
+def requantize(sums: Array, factor: Array, zero: Array, q: Array, scratch: Scratch) -> list[Call]:
+    """q = saturate(round(sums factor) + zero); int32 sums, factor and `zero` float32, 0-d or broadcasting to them."""
+    size = min(q.size, BLOCK)
+    t = scratch((size,), np.float32)
+    saturate = _Saturate(q.dtype, size, scratch)
+    calls = saturate.once
+    for (src, dst), (scale, shift) in cut([sums, q], [factor, zero]):
+        part = t[: src.size].reshape(src.shape)
+        calls += [
+            copy(part, src),
+            call(np.multiply, part, scale, part),
+            call(np.rint, part, part),
+            call(np.add, part, shift, part),
+            *saturate.calls(part, dst),
+        ]
+    return calls

@@ -1,0 +1,94 @@
+"""Linear quantisation, and products of quantised matrices, written once for NumPy and CuPy.
+
+q = saturate(round(x / scale) + zero point), halves rounded to even; x = (q - zero point) scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from infera_kernels.calls import Array
+from infera_kernels.portable.cast import cast
+
+
+def is_integer(dtype: np.dtype[Any]) -> bool:
+    """Whether it is an integer type, ml_dtypes' four-bit ones included."""
+    return dtype.kind in "iu" or dtype.name in ("int4", "uint4", "int2", "uint2")
+
+
+def bounds(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """The smallest and the largest value of an integer type."""
+    info = ml_dtypes.iinfo(dtype)
+    return int(info.min), int(info.max)
+
+
+def aligned(xp: Any, parameter: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
+    """A scale or zero point laid out to broadcast with a tensor of `shape`.
+
+    One value for the whole tensor, one for each entry along `axis`, or with `block` one for each run of so many.
+    """
+    if block:
+        return xp.take(xp.repeat(parameter, block, axis=axis), xp.arange(shape[axis]), axis=axis)
+    if parameter.size == 1:
+        return parameter.reshape(())
+    return parameter.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+def quantize(
+    xp: Any, x: Array, scale: Array, zero: Array | None, dtype: np.dtype[Any], *, saturate: bool = True
+) -> Array:
+    """x as `dtype`; scale and zero point broadcast to it. `saturate` is asked for float8 only."""
+    q = x.astype(xp.float32) / scale.astype(xp.float32)
+    if not is_integer(dtype):
+        return cast(xp, q, dtype, saturate=saturate)
+    q = xp.rint(q)
+    if zero is not None:
+        q = q + zero.astype(xp.float32)
+    low, high = bounds(dtype)
+    return xp.clip(q, low, high).astype(dtype)
+
+
+def dequantize(xp: Any, q: Array, scale: Array, zero: Array | None, dtype: np.dtype[Any]) -> Array:
+    """q as the floating-point `dtype`; scale and zero point broadcast to it."""
+    x = q.astype(xp.float32) if not is_integer(q.dtype) else q.astype(xp.int32)
+    if zero is not None:
+        x = x - zero.astype(x.dtype)
+    return (x.astype(xp.float32) * scale.astype(xp.float32)).astype(dtype)
+
+
+def dynamic_quantize(xp: Any, x: Array) -> tuple[Array, Array, Array]:
+    """x as uint8 over the range that holds it and 0; its scale and zero point."""
+    zero = xp.zeros((1,), x.dtype)
+    flat = xp.concatenate([x.reshape(-1), zero])
+    low, high = flat.min(), flat.max()
+    scale = ((high - low) / xp.asarray(255, x.dtype)).astype(x.dtype)
+    scale = xp.where(scale == 0, xp.ones_like(scale), scale)
+    point = xp.rint(xp.clip(-low / scale, 0, 255)).astype(xp.uint8)
+    return quantize(xp, x, scale, point, np.dtype(np.uint8)), scale, point
+
+
+def centred(xp: Any, q: Array, zero: Array | None, axis: int) -> Array:
+    """q less its zero point, int32. A zero point of one dimension has one value for each entry along `axis`."""
+    wide = q.astype(xp.int32)
+    if zero is None:
+        return wide
+    zero = zero.astype(xp.int32)
+    if zero.ndim == 1 and zero.size > 1:
+        zero = zero.reshape([-1 if i == axis % q.ndim else 1 for i in range(q.ndim)])
+    return wide - (zero.reshape(()) if zero.size == 1 else zero)
+
+
+def matmul_integer(xp: Any, a: Array, b: Array, a_zero: Array | None, b_zero: Array | None) -> Array:
+    """(a - a_zero) @ (b - b_zero) in int32; zero points of rows of `a` and of columns of `b`."""
+    rows, columns = max(a.ndim - 2, 0), b.ndim - 1
+    return xp.matmul(centred(xp, a, a_zero, rows), centred(xp, b, b_zero, columns))
+
+
+def requantize(xp: Any, sums: Array, factor: Array, zero: Array) -> Array:
+    """int32 sums times `factor` as zero's type."""
+    low, high = bounds(zero.dtype)
+    q = xp.rint(sums.astype(xp.float32) * factor.astype(xp.float32)) + zero.astype(xp.float32)
+    return xp.clip(q, low, high).astype(zero.dtype)

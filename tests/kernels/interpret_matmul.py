@@ -1,0 +1,125 @@
+"""Matrix products in Triton's interpreter, against float64 NumPy."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_kernels.launch import Const, InterpreterLauncher, Target
+from tests.kernels.references import F32, UNARY, ids, only
+from tests.kernels.support import FLOATS, Guarded, assert_close, execute, random
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
+
+from infera_kernels.triton import matmul, tiles
+
+pytestmark = pytest.mark.kernels
+
+
+def _largest_tile(kind: str) -> tiles.Tile:
+    return max(tiles.TILES[kind], key=lambda t: t.m * t.n)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (1, 70, 33), (17, 5, 64), (65, 33, 130), (3, 130, 0)], ids=lambda v: str(v)
+)
+def test_matmul(m: int, n: int, k: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    a, b, out = random((m, k), dtype), random((k, n), dtype, seed=1), Guarded((m, n), dtype)
+    execute(matmul.matmul(a, b, out.array, interpreter))
+    launch = only(interpreter, matmul.matmul_kernel)
+    tile = tiles.pick_tile(m, n, 1, "ieee" if dtype == F32 else "half", interpreter.target)
+    assert (launch.constexprs["BM"], launch.constexprs["BN"]) == (tile.m, tile.n)
+    assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["half", "tf32", "tf32x3", "ieee"])
+def test_matmul_largest_tile(kind: str, interpreter: InterpreterLauncher) -> None:
+    dtype = np.float16 if kind == "half" else np.float32
+    tile = _largest_tile(kind)
+    a, b, out = random((tile.m + 1, 40), dtype), random((40, tile.n + 1), dtype, seed=1), None
+    out = Guarded((tile.m + 1, tile.n + 1), dtype)
+    precision = "ieee" if kind == "half" else kind
+    execute(matmul.matmul(a, b, out.array, interpreter, tile=tile, precision=precision))
+    assert only(interpreter, matmul.matmul_kernel).grid == (4, 1, 1)
+    assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
+
+
+def test_matmul_groups_of_tiles(interpreter: InterpreterLauncher) -> None:
+    tile = tiles.TILES["ieee"][0]
+    shape = 9 * tile.m + 1, 2 * tile.n + 1
+    a, b, out = random((shape[0], 5), F32), random((5, shape[1]), F32, seed=1), Guarded(shape, F32)
+    execute(matmul.matmul(a, b, out.array, interpreter, tile=tile))
+    launch = only(interpreter, matmul.matmul_kernel)
+    assert launch.grid == (10 * 3, 1, 1)
+    assert launch.constexprs["GROUP"] < 10
+    assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
+
+
+@pytest.mark.parametrize("order", ["NN", "NT", "TN", "TT"])
+def test_matmul_orders(order: str, interpreter: InterpreterLauncher) -> None:
+    a = random((19, 34), F32) if order[0] == "N" else random((34, 19), F32).T
+    b = random((34, 21), F32, seed=1) if order[1] == "N" else random((21, 34), F32, seed=1).T
+    out = Guarded((19, 21), F32)
+    execute(matmul.matmul(a, b, out.array, interpreter))
+    args = only(interpreter, matmul.matmul_kernel).args
+    assert args["a_k" if order[0] == "N" else "a_m"] == Const(1)
+    assert args["b_n" if order[1] == "N" else "b_k"] == Const(1)
+    assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((3, 5, 7), (3, 7, 4)),
+        ((2, 3, 5, 7), (7, 4)),
+        ((5, 7), (2, 1, 7, 4)),
+        ((2, 1, 5, 7), (3, 7, 4)),
+        ((2, 1, 2, 3, 5), (1, 3, 1, 5, 4)),
+    ],
+)
+def test_matmul_batches(a: tuple[int, ...], b: tuple[int, ...], interpreter: InterpreterLauncher) -> None:
+    x, y = random(a, F32), random(b, F32, seed=1)
+    want = x.astype(np.float64) @ y.astype(np.float64)
+    out = Guarded(want.shape, F32)
+    execute(matmul.matmul(x, y, out.array, interpreter))
+    only(interpreter, matmul.matmul_kernel)
+    assert_close(out, want, error=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "clip"])
+def test_matmul_epilogue(activation: str | None, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    a, b, bias = random((2, 20, 30), dtype), random((30, 18), dtype, seed=1), random((18,), dtype, seed=2)
+    residual = random((20, 1), dtype, seed=3)
+    out = Guarded((2, 20, 18), dtype, step=2)
+    bounds = {"act_alpha": -0.5, "act_beta": 1.25} if activation == "clip" else {}
+    execute(
+        matmul.matmul(
+            *(a, b, out.array, interpreter),
+            bias=bias,
+            residual=residual,
+            alpha=0.5,
+            beta=-2.0,
+            activation=activation,
+            **bounds,  # type: ignore[arg-type]
+        )
+    )
+    only(interpreter, matmul.matmul_kernel)
+    wide = [v.astype(np.float64) for v in (a, b, bias, residual)]
+    want = 0.5 * (wide[0] @ wide[1]) + wide[2] - 2 * wide[3]
+    assert_close(out, want if activation is None else UNARY[activation][0](want), error=1e-6)
+
+
+def test_small_shared_memory_takes_another_tile() -> None:
+    a, b = random((128, 64), np.float16), random((64, 128), np.float16, seed=1)
+    small = InterpreterLauncher(Target(86, 1, 99 * 1024))
+    out = Guarded((128, 128), np.float16)
+    execute(matmul.matmul(a, b, out.array, small))
+    constexprs = only(small, matmul.matmul_kernel).constexprs
+    assert (constexprs["BM"], constexprs["BN"], constexprs["BK"]) == (128, 128, 32)
+    assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)

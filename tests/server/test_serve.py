@@ -1,0 +1,354 @@
+"""`infera serve` as users meet it: its own process, the real runtime, unmodified clients, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from infera_server.batcher import HostArray
+from infera_server.model import Model
+from tests.server.support import WAIT, FakeSession, Running, doubler, request_of, serving, until
+
+WEIGHTS = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+SERVE = [sys.executable, "-m", "infera_server"]
+
+
+def write_linear(path: Path, weights: HostArray = WEIGHTS) -> Path:
+    """y [N, 3] = relu(x [N, 6] @ weights)."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def linear(x: HostArray, weights: HostArray = WEIGHTS) -> Any:
+    return np.maximum(x @ weights, 0)
+
+
+@dataclass
+class Process:
+    """A server process; `output` is everything it has printed."""
+
+    popen: subprocess.Popen[str]
+    address: str
+    lines: list[str]
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+
+@contextlib.contextmanager
+def process(*arguments: str | Path) -> Iterator[Process]:
+    popen = subprocess.Popen(
+        [*SERVE, *map(str, arguments), "--port", "0", "--device", "cpu"],
+        stderr=subprocess.PIPE, text=True, env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    lines: list[str] = []
+    assert popen.stderr is not None
+    reader = threading.Thread(target=lines.extend, args=(popen.stderr,))
+    reader.start()
+    served = Process(popen, "", lines)
+    try:
+        until(lambda: popen.poll() is not None or "serving " in served.output)
+        found = re.search(r"on http://(\S+)", served.output)
+        assert found, served.output
+        served.address = found[1]
+        yield served
+    finally:
+        popen.kill()
+        popen.wait(WAIT)
+        reader.join(WAIT)
+        popen.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_linear(root / "linear.onnx")
+    write_linear(root / "versions" / "1" / "model.onnx")
+    write_linear(root / "versions" / "2" / "model.onnx", WEIGHTS * 2)
+    (root / "broken.onnx").write_bytes(b"this is no model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Process]:
+    with process(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def client(served: Process) -> Iterator[Any]:
+    http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is in the test extra")
+    made = http.InferenceServerClient(served.address)
+    yield made
+    made.close()
+
+
+def x_of(rows: int) -> HostArray:
+    return np.random.default_rng(rows).standard_normal((rows, 6)).astype(np.float32)
+
+
+# --- the process ---------------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_it_derived_and_why(served: Process) -> None:
+    assert "serving 3 of 4 on http://127.0.0.1:" in served.output
+    for text in (
+        "x: FP32 [batch, 6]",
+        "'N' occurs once in every input and output",
+        "1, 2, 4, 8, 16, 32, 64: a batch is padded",
+        "64 MiB a body",
+        "broken version 1: cannot be served",
+    ):
+        assert text in served.output
+
+
+def test_nothing_loaded_is_exit_status_1(folder: Path) -> None:
+    done = subprocess.run(
+        [*SERVE, str(folder / "broken.onnx"), "--port", "0"], capture_output=True, text=True, timeout=WAIT * 3
+    )
+    assert done.returncode == 1
+    assert "serving 0 of 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [(["nope.onnx"], "does not exist"), (["nope.onnx", "--max-batch", "0"], "max_batch")]
+)
+def test_usage_errors_are_exit_status_2(arguments: list[str], text: str) -> None:
+    done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=WAIT * 3)
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_status_0(folder: Path, number: signal.Signals) -> None:
+    with process(folder / "linear.onnx", "--drain-timeout", "5") as found:
+        found.popen.send_signal(number)
+        assert found.popen.wait(WAIT) == 0
+
+
+def test_sigterm_under_load_loses_nothing_accepted(folder: Path) -> None:
+    """Every request gets a right answer, a 503, or, once the listener is closed, no connection."""
+    with process(folder / "linear.onnx") as found:
+        fake = Running(None, int(found.address.partition(":")[2]), {})  # type: ignore[arg-type]
+        outcomes: list[int] = []
+        right = [0]
+
+        def call(seed: int) -> None:
+            x = x_of(seed + 1)
+            while True:
+                try:
+                    status, reply = fake.infer("linear", request_of(x))
+                except (ConnectionError, OSError):
+                    outcomes.append(0)
+                    return
+                outcomes.append(status)
+                if status == 200:
+                    np.testing.assert_allclose(reply["outputs"][0]["data"], linear(x).ravel(), rtol=1e-4, atol=1e-5)
+                    right[0] += 1
+
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(call, seed) for seed in range(8)]
+            until(lambda: outcomes.count(200) > 50)
+            found.popen.terminate()
+            for done in calls:
+                done.result(WAIT)
+        assert found.popen.wait(WAIT) == 0
+        assert set(outcomes) <= {0, 200, 503}
+        assert outcomes.count(200) == right[0]
+
+
+def test_draining_finishes_the_accepted_and_refuses_the_rest() -> None:
+    with serving({"double": doubler()}) as running:
+        session = running.sessions["double"]
+        assert isinstance(session, FakeSession)
+        session.block()
+        x = np.ones((1, 4), np.float32)
+        with ThreadPoolExecutor(3) as pool:
+            accepted = [pool.submit(running.infer, "double", request_of(x))]
+            session.wait_entered()
+            accepted += [pool.submit(running.infer, "double", request_of(x)) for _ in range(2)]
+            model: Model = running.host.repository.get("double")
+            until(lambda: model.batcher.queued == 2)
+            running.host.server.should_exit = True
+            until(lambda: running.host.service.draining)
+            assert running.get("/v2/health/ready") == (503, {"ready": False})
+            assert running.get("/v2/health/live") == (200, {"live": True})
+            status, document = running.infer("double", request_of(x))
+            assert status == 503
+            assert "shutting down" in document["error"]
+            session.gate.set()
+            assert [call.result(WAIT)[0] for call in accepted] == [200, 200, 200]
+
+
+def test_a_drain_that_takes_too_long_is_given_up() -> None:
+    with serving({"double": doubler()}, drain_timeout=0.2) as running:
+        session = running.sessions["double"]
+        assert isinstance(session, FakeSession)
+        session.block()
+        with ThreadPoolExecutor(2) as pool:
+            stuck = pool.submit(running.infer, "double", request_of(np.ones((1, 4), np.float32)))
+            session.wait_entered()
+            waiting = pool.submit(running.infer, "double", request_of(np.ones((1, 4), np.float32)))
+            model: Model = running.host.repository.get("double")
+            until(lambda: model.batcher.queued == 1)
+            began = time.monotonic()
+            running.host.server.should_exit = True
+            assert waiting.result(WAIT)[0] == 503
+            assert time.monotonic() - began < 2
+            session.gate.set()
+            assert stuck.result(WAIT)[0] == 200
+
+
+def test_not_ready_while_loading() -> None:
+    release = threading.Event()
+
+    class Slow(FakeSession):
+        def run(self, feeds: Any) -> Any:
+            assert release.wait(WAIT)
+            return super().run(feeds)
+
+    fast = doubler()
+    slow = Slow(fast.inputs, fast.outputs, fast.fn)
+    threading.Timer(0.5, release.set).start()
+    with serving({"slow": slow}, wait=False) as running:
+        assert running.get("/v2/health/live")[0] == 200
+        assert running.get("/v2/health/ready") == (503, {"ready": False})
+        status, document = running.infer("slow", request_of(np.ones((1, 4), np.float32)))
+        assert (status, document) == (503, {"error": "model 'slow' is still loading"})
+        until(lambda: running.get("/v2/health/ready")[0] == 200)
+
+
+# --- clients -------------------------------------------------------------------------------------------------------
+
+
+def test_tritonclient_manages(client: Any) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("linear")
+    assert not client.is_model_ready("broken")
+    assert client.get_server_metadata()["name"] == "infera"
+    assert client.get_model_metadata("linear")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 6]}]
+    assert client.get_model_config("linear")["max_batch_size"] == 64
+    assert client.get_inference_statistics("linear")["model_stats"][0]["name"] == "linear"
+    states = {(m["name"], m["version"]): m["state"] for m in client.get_model_repository_index()}
+    assert states == {
+        ("broken", "1"): "UNAVAILABLE",
+        ("linear", "1"): "READY",
+        ("versions", "1"): "READY",
+        ("versions", "2"): "READY",
+    }
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("coding", [None, "gzip", "deflate"])
+def test_tritonclient_infers(client: Any, binary_in: bool, binary_out: bool, coding: str | None) -> None:
+    from tritonclient.http import InferInput, InferRequestedOutput
+
+    x = x_of(5)
+    feed = InferInput("x", list(x.shape), "FP32")
+    feed.set_data_from_numpy(x, binary_data=binary_in)
+    result = client.infer(
+        "linear", [feed], outputs=[InferRequestedOutput("y", binary_data=binary_out)], request_id="a-1",
+        request_compression_algorithm=coding, response_compression_algorithm=coding,
+    )  # fmt: skip
+    np.testing.assert_allclose(result.as_numpy("y"), linear(x), rtol=1e-5, atol=1e-6)
+    assert result.get_response()["id"] == "a-1"
+
+
+def test_tritonclient_asks_for_versions_classes_and_nothing(client: Any) -> None:
+    from tritonclient.http import InferInput, InferRequestedOutput
+
+    x = x_of(2)
+    feed = InferInput("x", list(x.shape), "FP32")
+    feed.set_data_from_numpy(x)
+    for version, factor in (("1", 1), ("2", 2), ("", 2)):
+        found = client.infer("versions", [feed], model_version=version).as_numpy("y")
+        np.testing.assert_allclose(found, linear(x) * factor, rtol=1e-5, atol=1e-6)
+    best = client.infer("linear", [feed], outputs=[InferRequestedOutput("y", class_count=1)]).as_numpy("y")
+    assert [int(row[0].split(b":")[1]) for row in best] == linear(x).argmax(1).tolist()
+
+
+def test_tritonclient_is_told_its_mistakes(client: Any) -> None:
+    from tritonclient.http import InferInput
+    from tritonclient.utils import InferenceServerException
+
+    feed = InferInput("x", [1, 5], "FP32")
+    feed.set_data_from_numpy(np.ones((1, 5), np.float32))
+    with pytest.raises(InferenceServerException, match=r"Expected \[-1,6\], got \[1,5\]") as refusal:
+        client.infer("linear", [feed])
+    assert refusal.value.status() == "400"
+
+
+def test_tritonclient_sends_strings() -> None:
+    http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is in the test extra")
+    from infera_gpu.spec import TensorSpec
+
+    text = {"s": TensorSpec(("N",), np.dtype(object))}, {"t": TensorSpec(("N",), np.dtype(object))}
+    model = FakeSession(*text, lambda feeds: {"t": feeds["s"]})
+    with serving({"words": model}) as running:
+        client = http.InferenceServerClient(running.address)
+        words = np.array(["a", "", "ü" * 100], object)
+        feed = http.InferInput("s", [3], "BYTES")
+        for binary in (True, False):
+            feed.set_data_from_numpy(words, binary_data=binary)
+            found = client.infer("words", [feed]).as_numpy("t")
+            assert [w.decode() for w in found] == words.tolist()
+        client.close()
+
+
+def test_curl(served: Process) -> None:
+    if (curl := shutil.which("curl")) is None:
+        pytest.skip("curl is not installed")
+    x = x_of(200)
+    body = json.dumps({"inputs": [{"name": "x", "shape": [50, 6], "datatype": "FP32", "data": x[:50].tolist()}]})
+    url = f"http://{served.address}/v2/models/linear/infer"
+    command = [curl, "-sS", "--compressed", "-H", "Expect: 100-continue", "--data-binary", "@-", url]
+    done = subprocess.run(command, input=body, capture_output=True, text=True, timeout=WAIT, check=True)
+    (output,) = json.loads(done.stdout)["outputs"]
+    assert output["shape"] == [50, 3]
+    np.testing.assert_allclose(output["data"], linear(x[:50]).ravel(), rtol=1e-5, atol=1e-6)
+
+
+def test_concurrent_clients_share_batches_of_the_real_runtime(served: Process) -> None:
+    port = int(served.address.partition(":")[2])
+    running = Running(None, port, {})  # type: ignore[arg-type]
+
+    def call(seed: int) -> None:
+        for step in range(20):
+            x = x_of(seed * 20 % 7 + step % 3 + 1)
+            status, reply = running.infer("linear", request_of(x))
+            assert status == 200
+            np.testing.assert_allclose(reply["outputs"][0]["data"], linear(x).ravel(), rtol=1e-4, atol=1e-5)
+
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(call, seed) for seed in range(16)]:
+            done.result(WAIT * 2)
+    stats = running.get("/v2/models/linear/stats")[1]["model_stats"][0]
+    assert stats["execution_count"] < stats["inference_stats"]["queue"]["count"]
