@@ -15,8 +15,6 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from bench.models import with_logits
-
 NAMES = (
     "bvlc_alexnet",
     "densenet121",
@@ -31,9 +29,9 @@ NAMES = (
 
 
 def light(name: str, seed: int = 0) -> onnx.ModelProto:
-    """One of NAMES, at batch 1 as stored, with logits exposed."""
+    """One of NAMES, at batch 1 as stored."""
     path = Path(onnx.__file__).parent / "backend/test/data/light" / f"light_{name}.onnx"
-    model = with_logits(onnx.load(path))
+    model = onnx.load(path)
     graph = model.graph
     rng = np.random.default_rng(seed)
     shapes = {t.name: numpy_helper.to_array(t) for t in graph.initializer}

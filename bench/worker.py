@@ -17,7 +17,8 @@ import onnx
 import infera_gpu
 from bench.inputs import EXAMPLES, Example
 from bench.measure import Summary, interleave, summarize
-from bench.models import path_of, with_logits
+from bench.models import path_of
+from bench.reference import Reference
 from infera_gpu.errors import InferaError
 from infera_gpu.verify import TOLERANCE, OnnxRuntime, compare
 
@@ -72,15 +73,15 @@ class Row:
 def measure(job: Job, example: Example, row: Row) -> None:
     """Fills `row`. Outputs are compared before anything is timed, and a mismatch leaves the row without times.
 
-    The reference is onnxruntime without optimisations, the contender onnxruntime with all of them. Logits are compared
-    in a session of their own: exposing them changes the model that is timed.
+    The reference runs without graph optimisations, the contender with all of them. Logits are compared in a session of
+    their own: exposing them changes the model that is timed.
     """
     path = path_of(job.model)
     feeds = example.feeds()
     row.shapes = {name: list(array.shape) for name, array in feeds.items()}
-    exposed = with_logits(onnx.load(path)).SerializeToString()
-    want = OnnxRuntime(exposed, threads=job.threads).run(feeds)
-    with infera_gpu.load(exposed, device="cpu", threads=job.threads) as session:
+    reference = Reference(onnx.load(path), job.threads)
+    want = reference.run(feeds)
+    with infera_gpu.load(reference.payload, device="cpu", threads=job.threads) as session:
         found = compare(session.run(feeds), want)
     peer = OnnxRuntime(path, threads=job.threads, optimized=True)
     with infera_gpu.load(path, device="cpu", threads=job.threads) as session:

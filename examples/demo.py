@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import signal
 import socket
@@ -43,9 +44,11 @@ Question = Callable[[Client], Iterator[str]]
 
 @dataclass(frozen=True, slots=True)
 class Exhibit:
-    """A model under the name it is served by, what is asked of it, and inputs that the commands to try send."""
+    """A model under the name it is served by, where `infera` finds it (a catalogue name or a path), its file, what is
+    asked of it, and inputs that the commands to try send."""
 
     name: str
+    source: str
     file: Path
     ask: Question
     sample: Mapping[str, Array] | None = None
@@ -119,15 +122,16 @@ def fetched() -> list[Exhibit]:
     types = filetype.FileTypes(config, content_types)
     own = Path(__file__).read_bytes()
     return [
-        Exhibit("magika", magika, lambda client: tell_types(client, types), {"bytes": types.features(own)}),
-        Exhibit("yunet", yunet, find_faces),
-        Exhibit("silero-vad", silero, hear_speech),
+        Exhibit("magika", "magika", magika, lambda client: tell_types(client, types), {"bytes": types.features(own)}),
+        Exhibit("yunet", "yunet", yunet, find_faces),
+        Exhibit("silero-vad", "silero-vad", silero, hear_speech),
     ]
 
 
 def small() -> Exhibit:
     own = Path(__file__).read_bytes()
-    return Exhibit("smalltype", DATA / "smalltype.onnx", tell_small_types, {"bytes": smalltype.features([own])})
+    file = DATA / "smalltype.onnx"
+    return Exhibit("smalltype", shown(file), file, tell_small_types, {"bytes": smalltype.features([own])})
 
 
 def bring(name: str) -> tuple[Path, ...]:
@@ -139,7 +143,11 @@ def bring(name: str) -> tuple[Path, ...]:
         def report(done: int, total: int | None) -> None:
             progress.update(task, completed=done, total=total)
 
-        files = fetch_files(name, progress=report)
+        try:
+            files = fetch_files(name, progress=report)
+        except FetchError:
+            progress.remove_task(task)
+            raise
         if not progress.tasks[0].completed:
             size = sum(file.stat().st_size for file in files)
             progress.update(task, completed=size, total=size)
@@ -244,14 +252,21 @@ def suggest(models: list[Exhibit], folder: Path, port: int) -> None:
         request.write_text(json.dumps({"inputs": [json_tensor(k, v) for k, v in model.sample.items()]}))
         body = f"-H 'Content-Type: application/json' -d @{request}"
         lines.append(f"curl -s {url}/v2/models/{model.name}/infer {body}")
-    lines += [
-        f"{sys.executable} -m infera_gpu.cli inspect {model.file}",
-        f"{sys.executable} -c \"import infera_gpu; print(infera_gpu.load('{model.file}'))\"",
-    ]
+    python, source = shlex.quote(shown(Path(sys.executable))), shlex.quote(model.source)
+    code = (
+        f"import infera_gpu as i; from infera_gpu.fetch import fetch; print(i.load(fetch({json.dumps(model.source)})))"
+    )
+    lines += [f"{python} -m infera_gpu.cli inspect {source}", f"{python} -c {shlex.quote(code)}"]
     console.print("\n[bold]to try next[/bold]")
     for line in lines:
         console.print(f"  {escape(line)}")
     console.print(f"  {url}/docs in a browser")
+
+
+def shown(path: Path) -> str:
+    """The path as a person in this folder would write it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def json_tensor(name: str, array: Array) -> dict[str, object]:

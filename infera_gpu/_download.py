@@ -186,9 +186,11 @@ def _largest_wheel(folder: Path) -> int:
 
 
 def _last_words(said: str) -> str:
-    errors = [line.strip() for line in said.splitlines() if line.strip()]
-    chosen = [line for line in errors if line.startswith("ERROR")] or errors[-2:] or ["nothing."]
-    return " ".join(chosen)[:600]
+    """What broke the connection, where something did, and pip's errors."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-2:] or ["nothing."]
+    return " ".join((*broken[-1:], *errors))[:600]
 
 
 def _copy(

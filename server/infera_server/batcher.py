@@ -14,40 +14,17 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TypeAlias
 
 from infera_server.errors import Expired, Overloaded, Unavailable
+from infera_server.rows import Arrays, Gatherer, Layout, in_order, split
 
-HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-Arrays: TypeAlias = Mapping[str, HostArray]
 Run: TypeAlias = Callable[[Arrays], Arrays]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the rows of a batch lie: the batch axis of every input and output, and the sizes a batch is padded to.
-
-    `buckets` is ascending; the last one is the most rows a batch, and so a request, may have.
-    """
-
-    inputs: Mapping[str, int]
-    outputs: Mapping[str, int]
-    buckets: tuple[int, ...]
-
-    @property
-    def max_rows(self) -> int:
-        return self.buckets[-1]
-
-    def bucket(self, rows: int) -> int:
-        """The smallest bucket that holds `rows`."""
-        return next(b for b in self.buckets if b >= rows)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,11 +74,6 @@ class Job:
     state: State = State.WAITING
 
 
-def in_order(feeds: Arrays) -> Arrays:
-    """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
-    return {name: np.require(array, requirements=["C", "A"]) for name, array in feeds.items()}
-
-
 def _call(deliver: Callable[[Batch], None], batch: Batch) -> None:
     deliver(batch)
 
@@ -133,7 +105,7 @@ class Batcher:
         self._groups: dict[Hashable, deque[Job]] = {}
         self._changed = threading.Condition()
         self._draining = False
-        self._buffers: dict[str, HostArray] = {}
+        self._gather = Gatherer(self.layout.inputs if self.layout else {})
         self._thread = threading.Thread(target=self._serve, name=f"infera-engine-{self.name}", daemon=True)
         self._thread.start()
 
@@ -219,11 +191,14 @@ class Batcher:
 
     def _serve(self) -> None:
         while jobs := self._take():
-            batch = self._execute(jobs)
-            try:
-                self.post(self._deliver, batch)
-            except RuntimeError:  # the callers' event loop is closed: nobody is left to answer
-                log.warning("model '%s': %d results had nowhere to go", self.name, len(jobs))
+            self._post(self._execute(jobs))
+            del jobs  # or the arrays would live until the next batch
+
+    def _post(self, batch: Batch) -> None:
+        try:
+            self.post(self._deliver, batch)
+        except RuntimeError:  # the callers' event loop is closed: nobody is left to answer
+            log.warning("model '%s': %d results had nowhere to go", self.name, len(batch.jobs))
 
     def _take(self) -> list[Job]:
         """The next batch, waiting for one. Empty: drained."""
@@ -274,23 +249,17 @@ class Batcher:
 
     def _run_together(self, batch: Batch) -> list[Arrays | Exception]:
         jobs, layout = batch.jobs, self.layout
-        feeds = in_order(jobs[0].feeds) if batch.alone else self._gather(batch)
+        feeds = (
+            in_order(jobs[0].feeds)
+            if batch.alone
+            else self._gather([job.feeds for job in jobs], batch.rows, batch.padded)
+        )
         batch.gathered_at = time.monotonic()
         outputs = self.run(feeds)
         batch.ran_at = time.monotonic()
         if batch.alone or layout is None:
             return [outputs]
-        for name, axis in layout.outputs.items():
-            if outputs[name].shape[axis] != batch.padded:
-                raise ValueError(f"output '{name}' is {outputs[name].shape} for a batch of {batch.padded} rows")
-        results: list[Arrays | Exception] = []
-        start = 0
-        for job in jobs:
-            rows = slice(start, start := start + job.rows)
-            results.append(
-                {name: outputs[name][(slice(None),) * axis + (rows,)] for name, axis in layout.outputs.items()}
-            )
-        return results
+        return list(split(outputs, layout, [job.rows for job in jobs], batch.padded))
 
     def _run_alone(self, job: Job) -> Arrays | Exception:
         """The job by itself and unpadded, after a batch that held it failed."""
@@ -300,32 +269,6 @@ class Batcher:
             return self.run(in_order(job.feeds))
         except Exception as error:
             return error
-
-    def _gather(self, batch: Batch) -> Arrays:
-        """All jobs' rows in one array an input; padding repeats the last row, so it fails only where that row does."""
-        assert self.layout is not None
-        feeds: dict[str, HostArray] = {}
-        for name, axis in self.layout.inputs.items():
-            parts = [job.feeds[name] for job in batch.jobs]
-            shape = list(parts[0].shape)
-            shape[axis] = batch.padded
-            whole = self._buffer(name, parts[0].dtype, shape)
-            ahead = (slice(None),) * axis
-            np.concatenate(parts, axis=axis, out=whole[(*ahead, slice(batch.rows))])
-            if batch.rows < batch.padded:
-                whole[(*ahead, slice(batch.rows, None))] = whole[(*ahead, slice(batch.rows - 1, batch.rows))]
-            feeds[name] = whole
-        return feeds
-
-    def _buffer(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> HostArray:
-        """An uninitialised array in the memory kept for this input, which grows to the largest batch it has held."""
-        if dtype.hasobject:
-            return np.empty(shape, dtype)
-        nbytes = math.prod(shape) * dtype.itemsize
-        kept = self._buffers.get(name)
-        if kept is None or kept.nbytes < nbytes:
-            kept = self._buffers[name] = np.empty(nbytes, np.uint8)
-        return kept[:nbytes].view(dtype).reshape(shape)
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -351,4 +294,4 @@ class Batcher:
 
     def _post_failures(self, jobs: Sequence[Job], error: Exception) -> None:
         if jobs:
-            self.post(self._deliver, Batch(jobs, 0, 0, time.monotonic(), results=[error] * len(jobs)))
+            self._post(Batch(jobs, 0, 0, time.monotonic(), results=[error] * len(jobs)))

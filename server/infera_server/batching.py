@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.batcher import Arrays, HostArray, Layout
+from infera_server.rows import Arrays, HostArray, Layout
 
 Specs: TypeAlias = Mapping[str, TensorSpec]
 

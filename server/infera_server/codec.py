@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import orjson
 
-from infera_server.batcher import HostArray
 from infera_server.errors import BadRequest
+from infera_server.rows import HostArray
 
 Buffer: TypeAlias = bytes | memoryview
 

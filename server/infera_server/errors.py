@@ -8,6 +8,7 @@
     ├── TooSlow          408  the body did not arrive in time
     ├── TooLarge         413  the body is over the limit
     ├── UnknownCoding    415  a content coding that is not spoken here
+    ├── HeadTooLarge     431  the URL and headers are over the limit
     ├── Overloaded       429  the queue is full; `retry_after` says when to come back
     ├── InternalError    500  the server's mistake
     ├── Unavailable      503  not loaded, or draining before exit
@@ -59,6 +60,12 @@ class UnknownCoding(RequestError):
     """A content coding that is not spoken here."""
 
     status = 415
+
+
+class HeadTooLarge(RequestError):
+    """The URL and headers are over the limit."""
+
+    status = 431
 
 
 class Overloaded(RequestError):

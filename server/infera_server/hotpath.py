@@ -15,20 +15,23 @@ import logging
 import math
 import time
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from infera_server import coding
-from infera_server.batcher import Arrays, Batch, Job
+from infera_server.batcher import Batch
 from infera_server.codec import Buffer
-from infera_server.errors import BadRequest, RequestError, TooLarge, TooSlow, request_error
-from infera_server.model import Model
+from infera_server.errors import BadRequest, HeadTooLarge, RequestError, TooLarge, TooSlow, request_error
+from infera_server.exchange import Exchange, infer_target
 from infera_server.protocols import v2_rest
+from infera_server.rows import Arrays
 from infera_server.service import Service, explain
 
 log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 1 << 16
+"""The most that a URL and its headers may take after the first piece that is received of them."""
 
 LINGER_SECONDS = 2.0
 """How long a refused upload is read and thrown away, so that the client sees the refusal and not a reset."""
@@ -42,65 +45,6 @@ JOIN_BYTES = 1 << 16
 _FIELDS = frozenset({b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length"})
 
 
-def infer_target(url: bytes) -> tuple[str, str | None] | None:
-    """The (model, version) of an inference URL; None for any other. A version is decimal."""
-    path = url.partition(b"?")[0]
-    if not path.endswith(b"/infer"):
-        return None
-    if not path.startswith(b"/"):  # the absolute form, which proxies are sent
-        path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
-    parts = path.split(b"/")
-    if parts[1:3] != [b"v2", b"models"] or len(parts) not in (5, 7):
-        return None
-    name, version = parts[3], None
-    if len(parts) == 7:
-        if parts[4] != b"versions" or not parts[5].isdigit():
-            return None
-        version = parts[5].decode()
-    if b"%" in name:
-        name = unquote_to_bytes(name)
-    return (name.decode("utf-8", "replace"), version) if name else None
-
-
-class Exchange:
-    """One inference request and its reply. `keep_alive` and `response_complete` are what uvicorn asks of a cycle."""
-
-    __slots__ = (
-        "accept",
-        "body",
-        "coding",
-        "expects_continue",
-        "header",
-        "job",
-        "keep_alive",
-        "model",
-        "received",
-        "refusal",
-        "request",
-        "response_complete",
-        "size",
-        "started_at",
-        "turn",
-    )  # fmt: skip
-
-    def __init__(self, keep_alive: bool, expects_continue: bool) -> None:
-        self.keep_alive = keep_alive
-        self.expects_continue = expects_continue
-        self.response_complete = False
-        self.received = False
-        self.turn = False
-        self.body: list[bytes] = []
-        self.size = 0
-        self.coding: coding.Coding | None = None
-        self.accept = b""
-        self.header: int | None = None
-        self.model: Model | None = None
-        self.refusal: RequestError | None = None
-        self.job: Job | None = None
-        self.request: v2_rest.Request | None = None
-        self.started_at = time.monotonic()
-
-
 class HotPathProtocol(HttpToolsProtocol):
     """`uvicorn.Config(http=HotPathProtocol)`. The lifespan's state must hold the Service as "service"."""
 
@@ -111,6 +55,8 @@ class HotPathProtocol(HttpToolsProtocol):
         self.active: Exchange | None = None
         self.held: Exchange | None = None
         self.lingering = False
+        self.in_head = False
+        self.head_size = 0
         self.stalled: asyncio.TimerHandle | None = None
         self.receiving: asyncio.TimerHandle | None = None
 
@@ -120,12 +66,15 @@ class HotPathProtocol(HttpToolsProtocol):
         if self.lingering:
             return
         self._unset_keepalive_if_required()
+        self.head_size += len(data)  # on_message_begin sets it to 0: of a message's first piece nothing is counted
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
+        if self.in_head and self.head_size > MAX_HEAD_BYTES and not self.lingering:
+            self._refuse_rest(HeadTooLarge(f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} bytes"))
         if self.receiving is None and isinstance(self.cycle, Exchange) and not self.cycle.received:
             self._allow_time(self.cycle)
 
@@ -158,7 +107,12 @@ class HotPathProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"".join([*head, b"\r\n", rest]))
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.in_head, self.head_size = True, 0
+
     def on_headers_complete(self) -> None:
+        self.in_head = False
         if self.parser.should_upgrade():
             return
         target = infer_target(self.url) if self.parser.get_method() == b"POST" else None
@@ -224,13 +178,17 @@ class HotPathProtocol(HttpToolsProtocol):
         self._proceed(exchange)
 
     def send_400_response(self, msg: str) -> None:
-        """What does not parse: the message that it ends is refused, after the replies still owed."""
+        """What does not parse."""
+        self._refuse_rest(BadRequest(msg))
+
+    def _refuse_rest(self, error: RequestError) -> None:
+        """The message being received is refused, after the replies still owed, and the connection closed."""
         if self.cycle is not None and not isinstance(self.cycle, Exchange) and not self.cycle.response_complete:
-            super().send_400_response(msg)
+            super().send_400_response(str(error))
             return
         broken = self.cycle if isinstance(self.cycle, Exchange) and not self.cycle.received else None
         exchange = broken or Exchange(keep_alive=False, expects_continue=False)
-        exchange.refusal, exchange.keep_alive = BadRequest(msg), False
+        exchange.refusal, exchange.keep_alive = error, False
         if broken is None:
             self._enqueue(exchange)
         else:
@@ -324,7 +282,7 @@ class HotPathProtocol(HttpToolsProtocol):
         self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
-        self.active = None
+        self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange
         if exchange.response_complete or self.transport.is_closing():
             return
         exchange.response_complete = True

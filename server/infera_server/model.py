@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -12,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infera_server.batcher import Batch, Batcher, Done, HostArray, Job
+from infera_server.batcher import Batch, Batcher, Done, Job
 from infera_server.batching import Batching, Session, derive
-from infera_server.errors import BadRequest, request_error
+from infera_server.errors import BadRequest, InternalError, RequestError, request_error
 from infera_server.metrics import ModelStats
+from infera_server.rows import HostArray
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
+
+log = logging.getLogger(__name__)
 
 Post = Callable[..., object]
 Opener = Callable[[Path, Settings], Session]
@@ -115,7 +119,7 @@ def open_model(
             return session.run(feeds)
 
     def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
-        batch.results = [request_error(r, name) if isinstance(r, Exception) else r for r in batch.results]
+        batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]
         post(deliver, batch)
 
     batcher = Batcher(
@@ -129,3 +133,11 @@ def open_model(
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
     return Model(signature, session, batching, batcher, stats, settings.request_timeout, path.name)
+
+
+def _answer(error: Exception, name: str) -> RequestError:
+    """What the client is told; what it is not told goes to the log."""
+    answer = request_error(error, name)
+    if isinstance(answer, InternalError) and answer is not error:
+        log.error("model '%s' failed", name, exc_info=error)
+    return answer

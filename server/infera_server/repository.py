@@ -116,6 +116,7 @@ class Repository:
             self._entries.setdefault(source.name, {})[source.version] = Entry(source)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._guard = threading.Lock()
+        self._stopped = False
 
     def load(self, post: Post, progress: Callable[[Entry], None] = lambda entry: None) -> None:
         """Load everything, several at a time; a failure is noted in its entry and stops no other.
@@ -130,6 +131,9 @@ class Repository:
 
     def _load(self, entry: Entry, post: Post) -> Entry:
         source = entry.source
+        if self._stopped:
+            entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped before it was loaded"
+            return entry
         try:
             model = open_model(
                 source.name,
@@ -154,6 +158,10 @@ class Repository:
             assert newest.model is not None
             self._served[source.name, None] = newest.model
         return entry
+
+    def stop(self) -> None:
+        """Load nothing more; what is being loaded is finished."""
+        self._stopped = True
 
     def _lock_of(self, device: str) -> threading.Lock:
         with self._guard:

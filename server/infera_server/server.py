@@ -53,6 +53,7 @@ class Host:
         self.repository = repository
         self.service = Service(repository.settings, repository)
         self._sock = sock
+        self._failed = False
         self.server = Server(
             uvicorn.Config(
                 create_app(self.service, self._lifespan),
@@ -75,6 +76,7 @@ class Host:
         try:
             yield {"service": self.service}
         finally:
+            self.repository.stop()
             for task in tasks:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -85,17 +87,16 @@ class Host:
         await asyncio.to_thread(self.repository.load, loop.call_soon_threadsafe, self.on_settled)
         self.on_loaded()
         if not any(self.repository.ready()):
-            self.server.should_exit = True
+            self._failed = self.server.should_exit = True
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit status: 1 where no model could be loaded, else 0."""
         try:
             self.server.run([self._sock])
         finally:
-            models = list(self.repository.ready())
-            for model in models:
+            for model in self.repository.ready():
                 model.close()
-        return 0 if models else 1
+        return 1 if self._failed else 0
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -51,7 +51,7 @@ class Service:
         deadline = time.monotonic() + timeout
 
         def join() -> bool:
-            return min([m.batcher.join(max(0.0, deadline - time.monotonic())) for m in models], default=True)
+            return all(model.batcher.join(max(0.0, deadline - time.monotonic())) for model in models)
 
         finished = await asyncio.to_thread(join)
         await asyncio.sleep(0)  # the last batches' replies were posted before their threads ended: let them be written

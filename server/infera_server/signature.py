@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from infera_server.batcher import Layout
 from infera_server.batching import Specs
 from infera_server.codec import datatype_of
+from infera_server.rows import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.batcher import Arrays, HostArray
 from infera_server.batching import Session
 from infera_server.repository import Repository, Source
+from infera_server.rows import Arrays, HostArray
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
 

@@ -11,8 +11,9 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from infera_server.batcher import Arrays, Batch, Batcher, HostArray, Job, Layout
+from infera_server.batcher import Batch, Batcher, Job
 from infera_server.errors import Expired, Overloaded, Unavailable
+from infera_server.rows import Arrays, HostArray, Layout
 from tests.server.support import WAIT, until
 
 LAYOUT = Layout({"x": 0}, {"y": 0}, (1, 2, 4, 8))

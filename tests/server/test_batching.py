@@ -10,8 +10,8 @@ import pytest
 
 from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.spec import TensorSpec
-from infera_server.batcher import Arrays
 from infera_server.batching import buckets_to, derive
+from infera_server.rows import Arrays
 from tests.server.support import FakePlan, FakeSession, doubler, spec
 
 

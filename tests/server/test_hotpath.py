@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from infera_server.hotpath import HotPathProtocol, infer_target
+from infera_server.exchange import Exchange, infer_target
+from infera_server.hotpath import HotPathProtocol
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -227,6 +228,26 @@ def test_a_body_that_ends_early_is_refused(server: Running) -> None:
         assert "ends after 50 bytes" in json.loads(body)["error"]
 
 
+@pytest.mark.parametrize("start", [b"GET /", b"POST /v2/models/double/infer HTTP/1.1\r\nX: "])
+def test_an_endless_head_is_refused(server: Running, start: bytes) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(start + b"a" * 1_000_000)
+        status, headers, body = read_reply(stream)
+        assert (status, headers["connection"]) == (431, "close")
+        assert "over the limit of 65,536" in json.loads(body)["error"]
+
+
+def test_an_idle_connection_keeps_no_arrays(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(BODY))
+        assert read_reply(stream)[0] == 200
+        (connection,) = server.host.server.server_state.connections
+        assert isinstance(connection, HotPathProtocol)
+        exchange = connection.cycle
+        assert isinstance(exchange, Exchange)
+        assert (exchange.job, exchange.request, exchange.body) == (None, None, [])
+
+
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     with serving({"double": doubler()}, request_timeout=0.3) as running:
         with running.connect() as sock, sock.makefile("rb") as stream:
@@ -379,7 +400,9 @@ def test_a_client_that_does_not_read_is_not_served(pipelined: bool) -> None:
     }).encode(), path="/v2/models/wide/infer")  # fmt: skip
     with serving({"wide": wide}, max_batch=2) as running, running.connect() as sock, sock.makefile("rb") as stream:
         stats = running.host.repository.get("wide").stats
-        (connection,) = running.host.server.server_state.connections or [None]
+        connections = running.host.server.server_state.connections
+        until(lambda: len(connections) == 1)
+        (connection,) = connections
         assert isinstance(connection, HotPathProtocol)
         for sent in range(1, total + 1):
             sock.sendall(one)

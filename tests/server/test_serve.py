@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from infera_server.batcher import HostArray
 from infera_server.model import Model
+from infera_server.rows import HostArray
 from tests.server.support import WAIT, FakeSession, Running, doubler, request_of, serving, until
 
 WEIGHTS = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)

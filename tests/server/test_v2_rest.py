@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from infera_server import codec, coding
-from infera_server.batcher import HostArray, Layout
 from infera_server.errors import BadRequest, NotFound, RequestError, TooLarge, UnknownCoding
 from infera_server.protocols import v2_rest
+from infera_server.rows import HostArray, Layout
 from infera_server.signature import Signature, tensors
 from tests.server.support import spec
 

@@ -16,9 +16,10 @@ from typing import Any
 import orjson
 
 from infera_server import codec
-from infera_server.batcher import Arrays, HostArray
 from infera_server.codec import Buffer, short
 from infera_server.errors import BadRequest, NotFound
+from infera_server.protocols import members
+from infera_server.rows import Arrays, HostArray
 from infera_server.signature import Signature, Tensor
 
 
@@ -55,13 +56,13 @@ def parse(body: bytes, header: int | None, model: Signature) -> Request:
         return Request("", _raw_feeds(body, model), _all_outputs(model, binary=True))
     if header is not None and not 0 < header <= len(body):
         raise BadRequest(f"inference header size should be in range (0, {len(body)}), got: {header}")
-    document, rest = _load(body if header is None else memoryview(body)[:header])
+    document, rest = members.load(body if header is None else memoryview(body)[:header])
     tail = memoryview(body)[len(body) if header is None else header :]
     if "inputs" not in document:
-        raise _missing("inputs")
+        raise members.missing("inputs")
     found: dict[str, tuple[Tensor, HostArray | Slice]] = {}
     offset = 0
-    for entry in _list(document["inputs"], "inputs"):
+    for entry in members.list_of(document["inputs"], "inputs"):
         tensor, data = _input(entry, tail, offset, model)
         if tensor.name in found:
             raise BadRequest(f"input '{tensor.name}' already exists in request")
@@ -80,7 +81,7 @@ def parse(body: bytes, header: int | None, model: Signature) -> Request:
         )
     _check_complete(feeds, model)
     request_id = document.get("id", "")
-    if type(request_id) is not str or not _is_utf8(request_id):
+    if type(request_id) is not str or not members.is_utf8(request_id):
         raise BadRequest("Unable to parse 'id': attempt to access JSON non-string as string")
     timeout, binary = _parameters(document.get("parameters", {}))
     return Request(request_id, feeds, _outputs(document, binary, model), timeout)
@@ -115,96 +116,18 @@ def error_body(message: str) -> bytes:
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
-def _load(text: Buffer) -> tuple[dict[str, Any], bool]:
-    """The JSON object, and whether anything followed it."""
-    rest = False
-    try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        document, rest = _load_leniently(bytes(text), error)
-    if type(document) is not dict:
-        raise _missing("inputs")
-    return document, rest
-
-
-def _load_leniently(text: bytes, error: orjson.JSONDecodeError) -> tuple[Any, bool]:
-    """As Triton reads: NaN and Infinity are numbers, and what follows the document is somebody else's to refuse.
-
-    Bytes that are not UTF-8 become surrogate escapes, which nothing that takes text from the document accepts.
-    """
-    decoded = text.decode("utf-8", "surrogateescape")
-    start = len(decoded) - len(decoded.lstrip(" \t\r\n"))
-    try:
-        document, end = json.JSONDecoder(parse_float=_finite).raw_decode(decoded, start)
-    except (ValueError, RecursionError):
-        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
-    return document, bool(decoded[end:].strip(" \t\r\n"))
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"{digits} is too big for a double")
-    return value
-
-
-def _missing(member: str) -> BadRequest:
-    return BadRequest(f"Unable to parse '{member}': attempt to access non-existing object member '{member}'")
-
-
-def _list(value: object, member: str) -> list[Any]:
-    if type(value) is not list:
-        raise BadRequest(f"Unable to parse '{member}': attempt to access JSON non-array as array")
-    return value
-
-
-def _text(entry: dict[str, Any], member: str) -> str:
-    value = entry.get(member)
-    if type(value) is not str:
-        if member not in entry:
-            raise _missing(member)
-        raise BadRequest(f"Unable to parse '{member}': attempt to access JSON non-string as string")
-    return value
-
-
-def _natural(value: object, member: str, verb: str = "parse") -> int:
-    if type(value) is not int or value < 0:
-        raise BadRequest(
-            f"Unable to {verb} '{member}': attempt to access JSON non-unsigned-integer as unsigned-integer"
-        )
-    return value
-
-
-def _flag(value: object, member: str) -> bool:
-    if type(value) is not bool:
-        raise BadRequest(f"Unable to parse '{member}': attempt to access JSON non-boolean as boolean")
-    return value
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _object(value: object, what: str) -> dict[str, Any]:
-    if type(value) is not dict:
-        raise BadRequest(f"failed to get {what}: attempt to get members for non-object")
-    return value
-
-
 def _parameters(value: object) -> tuple[float | None, bool]:
     """The timeout in seconds and whether outputs are binary by default."""
-    parameters = _object(value, "request params")
+    parameters = members.object_of(value, "request params")
     for key, given in parameters.items():
         if not isinstance(given, str | int | float):
             raise BadRequest(
                 f"parameter '{short(key)}' has invalid type. It should be either 'int', 'bool', or 'string'."
             )
-    micros = _natural(parameters.get("timeout", 0), "timeout")
-    return min(micros, 2**62) / 1e6 or None, _flag(parameters.get("binary_data_output", False), "binary_data_output")
+    micros = members.natural(parameters.get("timeout", 0), "timeout")
+    return min(micros, 2**62) / 1e6 or None, members.flag(
+        parameters.get("binary_data_output", False), "binary_data_output"
+    )
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -220,15 +143,15 @@ class Slice:
 
 def _input(entry: object, tail: memoryview, offset: int, model: Signature) -> tuple[Tensor, HostArray | Slice]:
     """One input: its values if they are in the JSON, else its bytes, from `offset` in `tail`."""
-    entry = _object(entry, "input")
-    name = _text(entry, "name")
+    entry = members.object_of(entry, "input")
+    name = members.text(entry, "name")
     if "shape" not in entry:
-        raise _missing("shape")
+        raise members.missing("shape")
     shape = codec.shape_of(entry["shape"])
-    datatype = _text(entry, "datatype")
+    datatype = members.text(entry, "datatype")
     if datatype not in codec.DATATYPES:
         raise BadRequest(f"invalid datatype for input {short(name)}")
-    parameters = _object(entry.get("parameters", {}), "input params")
+    parameters = members.object_of(entry.get("parameters", {}), "input params")
     _refuse_shared_memory(parameters)
     if ("data" in entry) == ("binary_data_size" in parameters):
         found = "set 'data' 'binary_data_size'" if "data" in entry else "no field is set"
@@ -244,7 +167,7 @@ def _input(entry: object, tail: memoryview, offset: int, model: Signature) -> tu
         _check_input(tensor, datatype, shape, model)
         return tensor, array
     _check_input(tensor, datatype, shape, model)
-    size = _natural(parameters["binary_data_size"], "binary_data_size")
+    size = members.natural(parameters["binary_data_size"], "binary_data_size")
     if size > len(tail) - offset:
         raise BadRequest(
             f"unexpected size for input '{name}', expecting {size - len(tail) + offset} additional bytes "
@@ -322,19 +245,19 @@ def _all_outputs(model: Signature, binary: bool) -> list[Output]:
 
 
 def _outputs(document: dict[str, Any], binary: bool, model: Signature) -> Sequence[Output]:
-    entries = _list(document.get("outputs", []), "outputs")
+    entries = members.list_of(document.get("outputs", []), "outputs")
     wanted: dict[str, Output] = {}
     for entry in entries:
-        entry = _object(entry, "output")
-        name = _text(entry, "name")
+        entry = members.object_of(entry, "output")
+        name = members.text(entry, "name")
         if name not in model.outputs:
             raise BadRequest(f"unexpected inference output '{short(name)}' for model '{model.name}'")
-        parameters = _object(entry.get("parameters", {}), "output params")
+        parameters = members.object_of(entry.get("parameters", {}), "output params")
         _refuse_shared_memory(parameters)
-        classes = _natural(parameters.get("classification", 0), "classification", verb="set")
+        classes = members.natural(parameters.get("classification", 0), "classification", verb="set")
         if classes and model.outputs[name].datatype == "BYTES":
             raise BadRequest(f"output '{name}' is BYTES, which has no scores to classify by")
-        wanted[name] = Output(name, _flag(parameters.get("binary_data", binary), "binary_data"), classes)
+        wanted[name] = Output(name, members.flag(parameters.get("binary_data", binary), "binary_data"), classes)
     outputs = list(wanted.values()) or _all_outputs(model, binary)
     for output in outputs:
         if not output.binary and not output.classes:

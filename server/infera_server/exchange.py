@@ -1,0 +1,71 @@
+"""One inference request on a connection: which model it is for, how far it is."""
+
+from __future__ import annotations
+
+import time
+from urllib.parse import unquote_to_bytes
+
+from infera_server.batcher import Job
+from infera_server.coding import Coding
+from infera_server.errors import RequestError
+from infera_server.model import Model
+from infera_server.protocols import v2_rest
+
+
+def infer_target(url: bytes) -> tuple[str, str | None] | None:
+    """The (model, version) of an inference URL; None for any other. A version is decimal."""
+    path = url.partition(b"?")[0]
+    if not path.endswith(b"/infer"):
+        return None
+    if not path.startswith(b"/"):  # the absolute form, which proxies are sent
+        path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
+    parts = path.split(b"/")
+    if parts[1:3] != [b"v2", b"models"] or len(parts) not in (5, 7):
+        return None
+    name, version = parts[3], None
+    if len(parts) == 7:
+        if parts[4] != b"versions" or not parts[5].isdigit():
+            return None
+        version = parts[5].decode()
+    if b"%" in name:
+        name = unquote_to_bytes(name)
+    return (name.decode("utf-8", "replace"), version) if name else None
+
+
+class Exchange:
+    """One inference request and its reply. `keep_alive` and `response_complete` are what uvicorn asks of a cycle."""
+
+    __slots__ = (
+        "accept",
+        "body",
+        "coding",
+        "expects_continue",
+        "header",
+        "job",
+        "keep_alive",
+        "model",
+        "received",
+        "refusal",
+        "request",
+        "response_complete",
+        "size",
+        "started_at",
+        "turn",
+    )  # fmt: skip
+
+    def __init__(self, keep_alive: bool, expects_continue: bool) -> None:
+        self.keep_alive = keep_alive
+        self.expects_continue = expects_continue
+        self.response_complete = False
+        self.received = False
+        self.turn = False
+        self.body: list[bytes] = []
+        self.size = 0
+        self.coding: Coding | None = None
+        self.accept = b""
+        self.header: int | None = None
+        self.model: Model | None = None
+        self.refusal: RequestError | None = None
+        self.job: Job | None = None
+        self.request: v2_rest.Request | None = None
+        self.started_at = time.monotonic()
