@@ -42,7 +42,7 @@ def with_logits(model: onnx.ModelProto) -> onnx.ModelProto:
 class Reference:
     """onnxruntime without graph optimisations over `model`, whose logits are outputs too.
 
-    Its Sigmoid is an approximation with an absolute error of 1e-7, which is 1e-3 of the peak where every probability is
+    Its Sigmoid is an approximation, off by up to 1.6e-7, which is 1e-3 of the peak where every probability is
     small (an image without a face); such outputs are computed from their logits in float64 instead.
     """
 

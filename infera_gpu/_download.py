@@ -177,11 +177,13 @@ def _run_pip(
 def _largest_wheel(folder: Path) -> int:
     """Bytes of the largest wheel below `folder`: pip downloads into a scratch folder and then copies."""
     sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # moved since it was listed
-            continue
+    for parent, _, files in os.walk(folder):  # passes over folders that pip removes meanwhile, unlike Path.rglob
+        for name in files:
+            if name.endswith(".whl"):
+                try:
+                    sizes.append(os.path.getsize(os.path.join(parent, name)))
+                except FileNotFoundError:
+                    continue
     return max(sizes)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.devices.base import Device, host_block, host_view
+from infera_gpu.errors import InputError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import aligned
@@ -118,6 +119,23 @@ class Bound:
     calls: tuple[Call, ...]
     outputs: Mapping[str, Array]
     spans: tuple[slice, ...]
+
+    def run(self) -> None:
+        """Make the calls. Raises InputError naming the node that met an index out of range."""
+        args: tuple[Any, ...] = ()
+        try:
+            for fn, args in self.calls:
+                fn(*args)
+        except IndexError as error:
+            raise InputError(f"{self._step_of(args).label}: {error}") from None
+        except Exception as error:
+            error.add_note(f"in the step {self._step_of(args).label}")
+            raise
+
+    def _step_of(self, args: tuple[Any, ...]) -> Step:
+        """The step that a call with these arguments belongs to."""
+        at = next(i for i, (_, a) in enumerate(self.calls) if a is args)
+        return next(s for s, span in zip(self.plan.steps, self.spans, strict=True) if span.start <= at < span.stop)
 
 
 def bind(plan: Plan, arenas: Mapping[Space, Any], device: Device, constants: Constants) -> Bound:

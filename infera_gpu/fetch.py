@@ -130,7 +130,7 @@ def _ensure(wanted: Sequence[_Wanted], bring: Callable[[Path], Sequence[Path]], 
                 w.kept.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, w.kept)
     except OSError as error:
-        raise FetchError(f"{wanted[0].source}: cannot write to the cache {root}: {error}") from error
+        raise FetchError(f"{wanted[0].source}: cannot be put into the cache {root}: {error}") from error
     finally:
         for w in wrong:
             if w.kept.exists() and not _matches(w.kept, w.sha256):

@@ -29,7 +29,7 @@ from infera_gpu.stages import Stage, Stages
 
 Shapes = tuple[tuple[int, ...], ...]
 
-MAX_SHAPES = 64
+MAX_SHAPES = 256
 """Input shapes whose plans are kept; the least recently used is dropped beyond that."""
 
 
@@ -135,7 +135,8 @@ class Session:
 
         Arrays that lie on the session's GPU (CuPy, or anything with DLPack) are read where they are. Results are new
         NumPy arrays, except those named in `out`, which are written in place and must match in shape and dtype; with
-        every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit.
+        every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit, or the node
+        that met an index out of range.
         """
         arrays, shapes = self._check(feeds)
         results: dict[str, Array] = dict.fromkeys(self.outputs)
@@ -145,8 +146,7 @@ class Session:
             while stage is not None:
                 bound = lease.bound(stage.plan)
                 self._fill(bound, entering)
-                for fn, args in bound.calls:
-                    fn(*args)
+                bound.run()
                 self._read(bound, stage, results, out)
                 if stage.is_last:
                     break

@@ -20,7 +20,7 @@ class ndarray(np.ndarray):
         return np.ndarray.__new__(cls, tuple(shape), dtype, block.data, offset, strides)
 
     @property
-    def device(self) -> Any:  # type: ignore[override]
+    def device(self) -> Any:
         return types.SimpleNamespace(id=0)
 
     def set(self, host: np.ndarray[Any, Any], stream: Stream) -> None:

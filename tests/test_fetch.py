@@ -229,5 +229,5 @@ def test_concurrent_fetches_see_whole_files_only(site: Site, tmp_path: Path) -> 
 
 def test_a_cache_that_cannot_be_made_is_named(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(FetchError, match="cannot write to the cache"):
+    with pytest.raises(FetchError, match="cannot be put into the cache"):
         fetch(site.put("/m.onnx", CONTENT), cache=tmp_path / "file" / "cache")

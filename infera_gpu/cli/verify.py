@@ -17,6 +17,8 @@ from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
 
 Outputs = Mapping[str, HostArray]
 ONNXRUNTIME = "onnxruntime"
+RESOLUTION = 2e-7
+"""What onnxruntime's Sigmoid is off by at most (1.6e-7 measured), which shows where a whole output is close to zero."""
 
 
 def command(
@@ -47,7 +49,7 @@ def command(
     found = compare(got, want)
     table(
         ("output", "max error / peak", "peak", ""),
-        [_row(d, tolerance) for d in found],
+        [_row(d, tolerance, reference) for d in found],
         title=f"{tested} against {reference}, tolerance {tolerance:g} of the peak",
         right=("max error / peak", "peak"),
     )
@@ -63,7 +65,9 @@ def _run(path: Path, reference: str, threads: int | None, feeds: Mapping[str, Ho
         return session.run(feeds)
 
 
-def _row(d: Difference, tolerance: float) -> tuple[str, str, str, str]:
-    agrees = d.within(tolerance)
+def _row(d: Difference, tolerance: float, reference: str) -> tuple[str, str, str, str]:
+    verdict = "ok" if d.within(tolerance) else d.problem or "differs"
+    if verdict == "differs" and reference == ONNXRUNTIME and d.error * d.peak < RESOLUTION:
+        verdict = f"differs by less than {RESOLUTION:.1g}: onnxruntime's own Sigmoid is no closer"
     error = "equal" if d.error == 0 else f"{d.error:.3g}"
-    return d.name, error, f"{d.peak:.6g}", "ok" if agrees else d.problem or "differs"
+    return d.name, error, f"{d.peak:.6g}", verdict

@@ -1,7 +1,7 @@
 """Gathers and scatters without temporaries: indices are turned into offsets of a flat array in scratch.
 
-Negative indices count from the end. An index out of range reads or writes some other element of the same array, or
-raises IndexError in a scatter that reduces: checking would cost a pass over the indices in every run.
+Negative indices count from the end. An index out of range raises IndexError when the calls run, before anything is
+read or written.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.elementwise import call, const, converted, copy, copy_where
 
 
+def _require_range(indices: Array, size: int) -> None:
+    """Raises IndexError naming the first index outside [-size, size)."""
+    if indices.size:
+        low, high = np.minimum.reduce(indices, None), np.maximum.reduce(indices, None)
+        if low < -size or high >= size:
+            raise IndexError(f"index {low if low < -size else high} is out of range for an axis of {size}")
+
+
 def take(x: Array, indices: Array, axis: int, out: Array, scratch: Scratch) -> list[Call]:
     """out = x's entries along `axis` at `indices`; all arrays are contiguous."""
     indices, calls = converted(indices, np.int64, scratch)
-    return [*calls, (np.ndarray.take, (x, indices, axis, out, "wrap"))]
+    return [*calls, (_require_range, (indices, x.shape[axis])), (np.ndarray.take, (x, indices, axis, out, "wrap"))]
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
@@ -32,6 +40,7 @@ def _counted(indices: Array, size: int, stride: int, offsets: Array, negative: A
     """offsets = stride times indices, those below 0 counted from the end; `negative` is a mask to work with."""
     calls: list[Call] = [
         copy(offsets, indices),
+        (_require_range, (offsets, size)),
         call(np.less, offsets, const(0, offsets), negative),
         (partial(np.add, where=negative), (offsets, const(size, offsets), offsets)),
     ]

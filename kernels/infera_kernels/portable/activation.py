@@ -19,7 +19,7 @@ def erf(xp: Any, x: Array) -> Array:
     """The error function, by the C library on NumPy and by the CUDA library on CuPy."""
     if xp is np:
         return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), np.float64)
-    from cupyx.scipy.special import erf as device_erf  # type: ignore[import-not-found,unused-ignore]
+    from cupyx.scipy.special import erf as device_erf
 
     return device_erf(x)
 
