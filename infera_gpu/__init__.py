@@ -22,6 +22,7 @@ from infera_gpu.errors import (
     ModelError,
     OutOfMemoryError,
     PlanError,
+    UnreachableError,
     UnsupportedOperatorError,
 )
 from infera_gpu.plan import Plan
@@ -44,6 +45,7 @@ __all__ = [
     "Session",
     "SessionOptions",
     "TensorSpec",
+    "UnreachableError",
     "UnsupportedOperatorError",
     "__version__",
     "get_available_providers",

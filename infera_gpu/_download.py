@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TypeAlias
 from urllib.parse import urlsplit
 
-from infera_gpu.errors import FetchError
+from infera_gpu.errors import FetchError, UnreachableError
 
 Progress: TypeAlias = Callable[[int, int | None], None]
 """Called with the bytes so far and, where known, the total."""
@@ -43,10 +43,6 @@ _PIP_OUT_OF_REACH = re.compile(
     r"Retrying \(|Max retries|NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError"
     r"|CERTIFICATE_VERIFY_FAILED|Network is unreachable|Connection (?:refused|reset|aborted|broken)"
 )
-
-
-class UnreachableError(FetchError):
-    """Nothing answered: no network, no registry, a proxy or a certificate in the way."""
 
 
 def from_url(url: str, folder: Path, progress: Progress | None, max_bytes: int) -> Path:

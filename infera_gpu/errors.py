@@ -10,6 +10,7 @@
     ├── DeviceError                   the device is absent, unsupported or failed
     │   └── OutOfMemoryError          a plan needs more memory than there is; nothing was allocated
     └── FetchError                    a model could not be brought here
+        └── UnreachableError          nothing answered: no network, no registry, a proxy or certificate in the way
 
 A message names the thing (node, input, file), what was expected, what came and what to do.
 """
@@ -70,3 +71,7 @@ class OutOfMemoryError(DeviceError):
 
 class FetchError(InferaError):
     """A model could not be brought here."""
+
+
+class UnreachableError(FetchError):
+    """Nothing answered: no network, no registry, a proxy or a certificate in the way."""

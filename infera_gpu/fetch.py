@@ -27,9 +27,9 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from infera_gpu import _download
-from infera_gpu._download import MAX_BYTES, Progress, UnreachableError
+from infera_gpu._download import MAX_BYTES, Progress
 from infera_gpu.catalogue import CATALOGUE
-from infera_gpu.errors import FetchError
+from infera_gpu.errors import FetchError, UnreachableError
 
 __all__ = ["MAX_BYTES", "Progress", "UnreachableError", "cache_dir", "fetch", "fetch_files"]
 

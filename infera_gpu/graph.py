@@ -80,6 +80,13 @@ class Graph:
                 found.setdefault(value, []).append(n)
         return found
 
+    def walk(self) -> Iterator[Graph]:
+        """This graph and every graph inside it."""
+        yield self
+        for n in self.nodes:
+            for _, sub in n.subgraphs:
+                yield from sub.walk()
+
     def captures(self) -> set[str]:
         """Outer values that this (sub)graph reads."""
         own = {*self.inputs, *self.constants}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.bind import Bound, Constants, bind
+from infera_gpu.bind import Bound, Constants
 from infera_gpu.devices import Device, open_device
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.graph import Graph
-from infera_gpu.layout import Space
+from infera_gpu.lease import Lease
 from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import optimize
@@ -58,49 +56,6 @@ def load(
     return Session(graph, open_device(device), fuse=fuse, max_concurrency=max_concurrency)
 
 
-class Lease:
-    """Arenas that one run at a time may use, and the plans bound to them."""
-
-    def __init__(self, device: Device, constants: Constants) -> None:
-        self._device, self._constants = device, constants
-        self._arenas: dict[Space, Any] = {}
-        self._sizes: dict[Space, int] = {}
-        self._bound: weakref.WeakKeyDictionary[Plan, Bound] = weakref.WeakKeyDictionary()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self._sizes.values())
-
-    def bound(self, plan: Plan) -> Bound:
-        """The plan bound to these arenas, which grow first if it needs more than they have."""
-        found = self._bound.get(plan)
-        if found is None:
-            self._fit(plan)
-            found = self._bound[plan] = bind(plan, self._arenas, self._device, self._constants)
-        return found
-
-    def _fit(self, plan: Plan) -> None:
-        for space, nbytes in plan.arenas.items():
-            if nbytes > self._sizes.get(space, -1):
-                self._bound.clear()
-                if not plan.carried:
-                    self._arenas.pop(space, None)  # give the old one back before asking for the new one
-                old, had = self._arenas.get(space), self._sizes.get(space, 0)
-                self._arenas[space] = self._device.alloc(nbytes, space)
-                self._sizes[space] = nbytes
-                if old is not None and had:
-                    self._keep(old, self._arenas[space], had, space)
-
-    def _keep(self, old: Any, new: Any, nbytes: int, space: Space) -> None:
-        """Copy what earlier segments of this very run left behind."""
-        from infera_gpu.layout import dense
-
-        operand = dense("arena", space, TensorSpec((nbytes,), np.dtype(np.uint8)))
-        copy, args = self._device.transfer(self._device.view(old, operand), self._device.view(new, operand))
-        copy(*args)
-        self._device.synchronize()
-
-
 @dataclass(frozen=True, slots=True)
 class Timing:
     """A step and the seconds it took."""
@@ -135,23 +90,28 @@ class Session:
 
         Arrays that lie on the session's GPU (CuPy, or anything with DLPack) are read where they are. Results are new
         NumPy arrays, except those named in `out`, which are written in place and must match in shape and dtype; with
-        every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit, or the node
-        that met an index out of range.
+        every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit, or the
+        node that met an index out of range.
         """
-        arrays, shapes = self._check(feeds)
         results: dict[str, Array] = dict.fromkeys(self.outputs)
+        for stage, bound in self._segments(feeds, Bound.run):
+            self._read(bound, stage, results, out)
+        return results
+
+    def _segments(self, feeds: Mapping[str, Any], run: Callable[[Bound], None]) -> Iterator[tuple[Stage, Bound]]:
+        """The segments of one run, each after `run` has run it. Their outputs are good until the next is asked for."""
+        arrays, shapes = self._check(feeds)
         with self._lease() as lease, self.device.running():
-            stage: Stage | None = self._stage(shapes)
+            stage = self._stage(shapes)
             entering: Mapping[str, Array] = arrays
-            while stage is not None:
+            while True:
                 bound = lease.bound(stage.plan)
                 self._fill(bound, entering)
-                bound.run()
-                self._read(bound, stage, results, out)
+                run(bound)
+                yield stage, bound
                 if stage.is_last:
-                    break
+                    return
                 stage, entering = self._advance(stage, bound)
-        return results
 
     def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
         transfer = self.device.transfer
@@ -239,25 +199,26 @@ class Session:
         self._check_shapes(ordered)
         return self._stage(ordered).plan
 
+    def plans(self, feeds: Mapping[str, Any]) -> tuple[Plan, ...]:
+        """The plans of a run with these feeds: one a segment. Runs the model."""
+        return tuple(stage.plan for stage, _ in self._segments(feeds, Bound.run))
+
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""
-        arrays, shapes = self._check(feeds)
         timings: list[Timing] = []
-        with self._lease() as lease, self.device.running():
-            stage, entering = self._stage(shapes), arrays
-            while True:
-                bound = lease.bound(stage.plan)
-                self._fill(bound, entering)
+
+        def timed(bound: Bound) -> None:
+            self.device.synchronize()
+            for step, span in zip(bound.plan.steps, bound.spans, strict=True):
+                began = time.perf_counter()
+                for fn, args in bound.calls[span]:
+                    fn(*args)
                 self.device.synchronize()
-                for step, span in zip(stage.plan.steps, bound.spans, strict=True):
-                    began = time.perf_counter()
-                    for fn, args in bound.calls[span]:
-                        fn(*args)
-                    self.device.synchronize()
-                    timings.append(Timing(step, time.perf_counter() - began))
-                if stage.is_last:
-                    return timings
-                stage, entering = self._advance(stage, bound)  # type: ignore[assignment]
+                timings.append(Timing(step, time.perf_counter() - began))
+
+        for _ in self._segments(feeds, timed):
+            pass
+        return timings
 
     # ---- feeds
 
@@ -311,8 +272,8 @@ class Session:
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of the graph's constants."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.graph.constants.values())
+        """Bytes of the graph's constants, those of its subgraphs included."""
+        return sum(a.nbytes for graph in self.graph.walk() for a in graph.constants.values())
 
     def close(self) -> None:
         """Give the memory back. Runs that go on finish; later ones raise DeviceError."""

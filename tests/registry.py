@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 
 from examples.v2client import Infer
-from infera_gpu.fetch import UnreachableError, fetch_files
+from infera_gpu.errors import UnreachableError
+from infera_gpu.fetch import fetch_files
 
 
 def fetched(name: str) -> tuple[Path, ...]:

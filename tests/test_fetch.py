@@ -12,8 +12,8 @@ from threading import Barrier, Thread
 
 import pytest
 
-from infera_gpu.errors import FetchError
-from infera_gpu.fetch import UnreachableError, cache_dir, fetch
+from infera_gpu.errors import FetchError, UnreachableError
+from infera_gpu.fetch import cache_dir, fetch
 
 CONTENT = bytes(range(256)) * 2000
 SUM = hashlib.sha256(CONTENT).hexdigest()

@@ -20,8 +20,8 @@ import pytest
 from infera_gpu import _download
 from infera_gpu import fetch as fetching
 from infera_gpu.catalogue import CATALOGUE, Entry, PackagedFile
-from infera_gpu.errors import FetchError
-from infera_gpu.fetch import UnreachableError, fetch, fetch_files
+from infera_gpu.errors import FetchError, UnreachableError
+from infera_gpu.fetch import fetch, fetch_files
 from tests.registry import fetched
 from tests.test_fetch import CONTENT, OTHER_SUM, SUM, files_under
 

@@ -25,7 +25,7 @@ from bench.inputs import EXAMPLES, Feeds, image
 from bench.measure import Sample, interleave, sample, summarize
 from bench.models import BUILT, path_of
 from bench.reference import Reference
-from infera_gpu.fetch import UnreachableError
+from infera_gpu.errors import UnreachableError
 from infera_gpu.verify import compare
 
 TRAINED = [name for name in EXAMPLES if name not in BUILT]

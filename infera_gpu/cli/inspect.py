@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from infera_gpu.cli import options
 from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import Shapes, free_dimensions, random_feeds, read_feeds, read_shapes
-from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.plan import Step
+from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
+from infera_gpu.errors import InferaError
+from infera_gpu.graph import HostArray
+from infera_gpu.plan import Plan, Step
 from infera_gpu.session import Session
 
 PROFILE_RUNS = 5
@@ -40,9 +41,10 @@ def command(
             name = next(iter(session.inputs))
             note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
             return
-        _show_plan(session, shapes, given)
+        feeds = random_feeds(session.inputs, given, shapes, seed)
+        _show_plans(session, feeds)
         if time:
-            _show_times(session, random_feeds(session.inputs, given, shapes, seed))
+            _show_times(session, feeds)
 
 
 def _show_model(session: Session) -> None:
@@ -50,7 +52,7 @@ def _show_model(session: Session) -> None:
     print(f"{session.name}: opset {opsets}, {session.constant_bytes:,} bytes of constants")
     sides = (("input", session.inputs), ("output", session.outputs))
     table(("", "name", "type"), [(side, name, str(spec)) for side, specs in sides for name, spec in specs.items()])
-    counts = Counter(node.qualified for node in all_nodes(session.graph))
+    counts = Counter(node.qualified for graph in session.graph.walk() for node in graph.nodes)
     table(
         ("operator", "count"),
         [(op, str(n)) for op, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))],
@@ -59,19 +61,19 @@ def _show_model(session: Session) -> None:
     )
 
 
-def all_nodes(graph: Graph) -> Iterator[Node]:
-    """The graph's nodes and those of its subgraphs."""
-    for node in graph.nodes:
-        yield node
-        for _, sub in node.subgraphs:
-            yield from all_nodes(sub)
-
-
-def _show_plan(session: Session, shapes: Shapes, given: Mapping[str, HostArray]) -> None:
-    static = {name: spec.dims for name, spec in session.inputs.items() if spec.is_static}
+def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> None:
+    """Every segment's plan. What follows the first depends on values, so it is shown for these feeds."""
+    problem = None
     with working("planning"):
-        plan = session.plan_for({**static, **shapes, **{name: array.shape for name, array in given.items()}})
-    print(plan)
+        plans: tuple[Plan, ...] = (session.plan_for(feeds),)
+        if not plans[0].segment.is_last:
+            try:
+                plans = session.plans(feeds)
+            except InferaError as error:  # random values need not make sense to the model
+                problem = error
+    print("\n\n".join(map(str, plans)))
+    if problem is not None:
+        note(f"the rest cannot be planned with these values ({problem}). Give sensible ones with --input name=file.npy")
 
 
 def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
