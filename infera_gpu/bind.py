@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_gpu.devices.base import Device, host_block, host_view
 from infera_gpu.errors import InputError
-from infera_gpu.graph import HostArray
+from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import aligned
 from infera_gpu.op import Call, Kernel, Launcher
@@ -20,26 +20,32 @@ from infera_gpu.specialize import Placed
 
 
 class Constants:
-    """A session's constants as the device holds them: each one, and each packed form of it, made once."""
+    """A session's constants as the device holds them: each one, and each packed form of it, made once.
 
-    def __init__(self, device: Device) -> None:
+    Only the arrays of `graph` are kept; what planning folded for one shape lives as long as what is bound to it.
+    """
+
+    def __init__(self, device: Device, graph: Graph) -> None:
         self._device = device
-        self._made: dict[tuple[int, str, Space], tuple[HostArray, Array]] = {}
+        self._lasting = {id(a): a for g in graph.walk() for a in g.constants.values()}
+        self._made: dict[tuple[int, str, Space], Array] = {}
 
     def get(
         self, host: HostArray, space: Space, tag: str = "", build: Callable[[HostArray], HostArray] | None = None
     ) -> Array:
         """`host` in `space`, or what `build` makes of it. `tag` names the packed form."""
         key = (id(host), tag, space)
-        if key not in self._made:
-            made = np.ascontiguousarray(build(host)) if build else host
-            self._made[key] = (host, self._device.constant(made, space))  # `host` is kept so that its id stays its own
-        return self._made[key][1]
+        found = self._made.get(key)
+        if found is None:
+            found = self._device.constant(np.ascontiguousarray(build(host)) if build else host, space)
+            if id(host) in self._lasting:
+                self._made[key] = found
+        return found
 
     @property
     def nbytes(self) -> int:
         """Bytes of the constants in the device's space."""
-        return sum(int(array.nbytes) for (_, _, space), (_, array) in self._made.items() if space == self._device.space)
+        return sum(int(a.nbytes) for (_, _, space), a in self._made.items() if space == self._device.space)
 
 
 class BoundBuffers:

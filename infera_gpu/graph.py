@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -86,6 +86,37 @@ class Graph:
         for n in self.nodes:
             for _, sub in n.subgraphs:
                 yield from sub.walk()
+
+    def prefixed(self, prefix: str) -> Graph:
+        """The same graph with every value that it makes or holds as a constant renamed; captured values keep their names.
+
+        Inlining a subgraph needs this: two of them may use one name for different values.
+        """
+        own = {*self.constants, *(o for n in self.nodes for o in n.outputs if o)}
+        return self._renamed({name: f"{prefix}/{name}" for name in own})
+
+    def _renamed(self, names: Mapping[str, str]) -> Graph:
+        def inner(sub: Graph) -> Graph:
+            hidden = {*sub.inputs, *sub.constants, *(o for n in sub.nodes for o in n.outputs)}
+            return sub._renamed({k: v for k, v in names.items() if k not in hidden})
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        return replace(
+            self,
+            nodes=tuple(
+                replace(
+                    n,
+                    inputs=tuple(map(new, n.inputs)),
+                    outputs=tuple(map(new, n.outputs)),
+                    attrs={k: inner(v) if isinstance(v, Graph) else v for k, v in n.attrs.items()},
+                )
+                for n in self.nodes
+            ),
+            outputs={new(k): s for k, s in self.outputs.items()},
+            constants={new(k): a for k, a in self.constants.items()},
+        )
 
     def captures(self) -> set[str]:
         """Outer values that this (sub)graph reads."""

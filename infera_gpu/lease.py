@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
 from infera_gpu.spec import TensorSpec
 
+MAX_BOUND = 128
+"""Plans that stay bound to a lease's arenas; the least recently used is let go beyond that."""
+
 
 class Lease:
     """Arenas that one run at a time may use, and the plans bound to them."""
@@ -21,7 +24,7 @@ class Lease:
         self._device, self._constants = device, constants
         self._arenas: dict[Space, Any] = {}
         self._sizes: dict[Space, int] = {}
-        self._bound: weakref.WeakKeyDictionary[Plan, Bound] = weakref.WeakKeyDictionary()
+        self._bound: OrderedDict[Plan, Bound] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
@@ -33,14 +36,19 @@ class Lease:
         if found is None:
             self._fit(plan)
             found = self._bound[plan] = bind(plan, self._arenas, self._device, self._constants)
+            while len(self._bound) > MAX_BOUND:
+                self._bound.popitem(last=False)
+        else:
+            self._bound.move_to_end(plan)
         return found
 
     def _fit(self, plan: Plan) -> None:
         for space, nbytes in plan.arenas.items():
             if nbytes > self._sizes.get(space, -1):
                 self._bound.clear()
-                if not plan.carried:
-                    self._arenas.pop(space, None)  # give the old one back before asking for the new one
+                if not plan.carried:  # give the old one back before asking for the new one
+                    self._arenas.pop(space, None)
+                    self._sizes.pop(space, None)
                 old, had = self._arenas.get(space), self._sizes.get(space, 0)
                 self._arenas[space] = self._device.alloc(nbytes, space)
                 self._sizes[space] = nbytes

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from infera_gpu.stages import Stage, Stages
 
 Shapes = tuple[tuple[int, ...], ...]
 
-MAX_SHAPES = 256
+MAX_SHAPES = 128
 """Input shapes whose plans are kept; the least recently used is dropped beyond that."""
 
 
@@ -73,7 +73,7 @@ class Session:
         self.name = graph.name
         self.inputs: Mapping[str, TensorSpec] = graph.inputs
         self.outputs: Mapping[str, TensorSpec] = graph.outputs
-        self._constants = Constants(device)
+        self._constants = Constants(device, self.graph)
         self._stages = Stages(self.graph, device, registry(), self._constants)
         self._first: OrderedDict[Shapes, Stage] = OrderedDict()
         self._planning = threading.RLock()
@@ -93,6 +93,9 @@ class Session:
         every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit, or the
         node that met an index out of range.
         """
+        for name in out or ():
+            if name not in self.outputs:
+                raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
         results: dict[str, Array] = dict.fromkeys(self.outputs)
         for stage, bound in self._segments(feeds, Bound.run):
             self._read(bound, stage, results, out)
@@ -130,6 +133,8 @@ class Session:
                     f"out['{name}'] is {target.dtype.name}{list(target.shape)}, "
                     f"the output is {source.dtype.name}{list(source.shape)}"
                 )
+            elif isinstance(target, np.ndarray) and not target.flags.writeable:
+                raise InputError(f"out['{name}'] is read-only")
             copy, args = self.device.transfer(source, target)
             copy(*args)
             results[name] = target
@@ -152,10 +157,10 @@ class Session:
     @contextmanager
     def _lease(self) -> Iterator[Lease]:
         with self._available:
+            while not self._closed and not self._free and self._leases >= self._max_leases:
+                self._available.wait()
             if self._closed:
                 raise DeviceError(f"the session of '{self.name}' is closed")
-            while not self._free and self._leases >= self._max_leases:
-                self._available.wait()
             if self._free:
                 lease = self._free.pop()
             else:
@@ -166,14 +171,15 @@ class Session:
         finally:
             with self._available:
                 self._free.append(lease)
-                self._available.notify()
+                self._available.notify_all()
 
     # ---- planning
 
     def _stage(self, shapes: Shapes) -> Stage:
         stage = self._first.get(shapes)
         if stage is not None:
-            self._first.move_to_end(shapes)
+            with suppress(KeyError):  # another thread may have dropped it just now
+                self._first.move_to_end(shapes)
             return stage
         with self._planning:
             specs = {
@@ -279,11 +285,12 @@ class Session:
         """Give the memory back. Runs that go on finish; later ones raise DeviceError."""
         with self._available:
             self._closed = True
+            self._available.notify_all()
             while len(self._free) < self._leases:
                 self._available.wait()
             self._free.clear()
         self._first.clear()
-        self._constants = Constants(self.device)
+        self._constants = Constants(self.device, self.graph)
         self.device.close()
 
     def __enter__(self) -> Session:

@@ -110,7 +110,8 @@ class _Walk:
             self.waits[node.inputs[0]] = None
             self.block(node)
             return
-        taken: Graph = node.attrs["then_branch" if bool(np.asarray(condition).reshape(-1)[0]) else "else_branch"]
+        branch: Graph = node.attrs["then_branch" if bool(np.asarray(condition).reshape(-1)[0]) else "else_branch"]
+        taken = branch.prefixed(node.outputs[0])
         self.known.update(taken.constants)
         self.specs.update({k: spec_of(v) for k, v in taken.constants.items()})
         self.visit(taken.nodes)

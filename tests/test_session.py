@@ -11,8 +11,10 @@ import pytest
 import infera_gpu
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryError, PlanError, UnsupportedOperatorError
+from infera_gpu.layout import Space
+from infera_gpu.lease import MAX_BOUND
 from infera_gpu.loader import load_graph
-from infera_gpu.session import Session
+from infera_gpu.session import MAX_SHAPES, Session
 from tests.text import parse
 
 CHAIN = "g (float[N, 4] x, float[N, 4] z) => (float[N, 4] y) { a = Mul(x, z) b = Exp(a) c = Add(b, x) y = Neg(c) }"
@@ -107,6 +109,69 @@ def test_a_branch_is_planned_when_its_condition_is_known(device: str) -> None:
         np.testing.assert_array_equal(session.run({"x": x, "flag": np.int64(1)})["y"], 2 * x - 2 * x)
         np.testing.assert_array_equal(session.run({"x": x, "flag": np.int64(0)})["y"], 2 * x * x + 2 * x)
     assert "the rest is planned when known" in str(session.plan_for({"x": (3,), "flag": ()}))
+
+
+def test_branches_may_use_one_name_for_different_values(device: str) -> None:
+    model = parse(
+        """
+        g (float[N] x, bool c, bool d) => (float[N] y) {
+            a = If (c) <
+                then_branch = one () => (float[N] p) <float k = {2.0}> { q = Mul(x, k) p = Neg(q) },
+                else_branch = two () => (float[N] p) { q = Exp(x) p = Neg(q) }
+            >
+            b = If (d) <
+                then_branch = three () => (float[N] p) <float k = {5.0}> {
+                    q = Add(x, k)
+                    p = If (c) <
+                        then_branch = four () => (float[N] r) { r = Mul(q, k) },
+                        else_branch = five () => (float[N] r) { r = Sub(q, k) }
+                    >
+                },
+                else_branch = six () => (float[N] p) { p = Identity(x) }
+            >
+            y = Add(a, b)
+        }"""
+    )
+    session = infera_gpu.load(model, device=device)
+    x = np.array([1, 2], np.float32)
+    for c in (True, False):
+        for d in (True, False):
+            a = -2 * x if c else -np.exp(x)
+            b = ((x + 5) * 5 if c else x) if d else x
+            got = session.run({"x": x, "c": np.bool_(c), "d": np.bool_(d)})["y"]
+            np.testing.assert_allclose(got, a + b, rtol=1e-6)
+
+
+def test_what_a_shape_folded_is_let_go_with_its_plan() -> None:
+    model = parse(
+        """g (float[N] x) => (float[N] y) <float[1] one = {1.0}> {
+            s = Shape(x)
+            e = Expand(one, s)
+            y = Add(x, e)
+        }"""
+    )
+    session = infera_gpu.load(model, device="cpu")
+    for n in range(1, 3 * MAX_SHAPES):
+        assert session.run({"x": np.zeros(n, np.float32)})["y"].sum() == n
+    assert len(session._first) == MAX_SHAPES
+    assert len(session._free[0]._bound) <= MAX_BOUND
+    assert session._constants.nbytes <= sum(a.nbytes for a in session.graph.constants.values())
+
+
+def test_an_arena_that_could_not_grow_leaves_a_session_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu")
+    session.run(feeds("x", "z"))
+    alloc = session.device.alloc
+
+    def refuse(nbytes: int, space: Space) -> object:
+        raise OutOfMemoryError("the arena", needed=nbytes, available=0)
+
+    monkeypatch.setattr(session.device, "alloc", refuse)
+    with pytest.raises(OutOfMemoryError):
+        session.run(feeds("x", "z", shape=(5000, 4)))
+    monkeypatch.setattr(session.device, "alloc", alloc)
+    f = feeds("x", "z")
+    np.testing.assert_allclose(session.run(f)["y"], -(np.exp(f["x"] * f["z"]) + f["x"]), rtol=1e-6)
 
 
 def test_shapes_that_depend_on_data(device: str) -> None:
@@ -213,6 +278,12 @@ def test_an_out_that_does_not_fit_is_named() -> None:
     session = infera_gpu.load(parse(CHAIN), device="cpu")
     with pytest.raises(InputError, match=r"out\['y'\] is float64"):
         session.run(feeds("x", "z"), out={"y": np.zeros((3, 4))})
+    with pytest.raises(InputError, match=r"out\['q'\] is not an output"):
+        session.run(feeds("x", "z"), out={"q": np.zeros((3, 4))})
+    fixed = np.zeros((3, 4), np.float32)
+    fixed.flags.writeable = False
+    with pytest.raises(InputError, match=r"out\['y'\] is read-only"):
+        session.run(feeds("x", "z"), out={"y": fixed})
 
 
 def test_all_unsupported_operators_are_listed() -> None:

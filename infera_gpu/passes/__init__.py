@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from infera_gpu.graph import Graph
+from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
 from infera_gpu.passes import conv, gelu, matmul
 from infera_gpu.passes.engine import Fusion, apply
@@ -15,7 +16,8 @@ FUSIONS: tuple[Fusion, ...] = (*conv.FUSIONS, *gelu.FUSIONS, *matmul.FUSIONS)
 
 
 def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None) -> Graph:
-    """The graph after every pass. `report(pass, times it fired)` is told what each did."""
+    """The graph after every pass, its subgraphs first. `report(pass, times it fired)` is told what each did."""
+    graph = replace(graph, nodes=tuple(_inside(n, registry, report) for n in graph.nodes))
     graph = drop_dead(remove_identities(fold_constants(graph, registry)))
     for fusion in FUSIONS:
         times = 1
@@ -24,3 +26,10 @@ def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None
             if report is not None and times:
                 report(fusion.name, times)
     return drop_dead(graph)
+
+
+def _inside(node: Node, registry: Registry, report: Callable[[str, int], None] | None) -> Node:
+    if not node.subgraphs:
+        return node
+    subgraphs = {k: optimize(g, registry, report) for k, g in node.subgraphs}
+    return replace(node, attrs={**node.attrs, **subgraphs})
