@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-all check bench gpu-check clean
+.PHONY: help run test test-kernels test-all check bench gpu-check docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads
 
 gpu-check: $(VENV)/.created  ## on a machine with a GPU: kernels, parity, capture, benchmarks; one JSON file
 	@$(PY) -m bench.gpu_check
+
+docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfile.cuda without installing (downloads 1 GB)
+	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -88,7 +88,7 @@ class Graph:
                 yield from sub.walk()
 
     def prefixed(self, prefix: str) -> Graph:
-        """The same graph with every value that it makes or holds as a constant renamed; captured values keep their names.
+        """The same graph with the values that it makes and its constants renamed; captured values keep their names.
 
         Inlining a subgraph needs this: two of them may use one name for different values.
         """

@@ -13,7 +13,7 @@ from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
 from infera_gpu.spec import TensorSpec
 
-MAX_BOUND = 128
+MAX_BOUND = 32
 """Plans that stay bound to a lease's arenas; the least recently used is let go beyond that."""
 
 

@@ -167,6 +167,8 @@ _CASES = (
     Case("valid", (f32(1, 2, 8, 7), f32(3, 2, 4, 3)), {"auto_pad": "VALID"}),
     Case("1d", (f32(2, 3, 17), f32(4, 3, 5), f32(4)), {"pads": (2, 1), "strides": (2,), "dilations": (2,)}),
     Case("1d-depthwise", (f32(2, 3, 17), f32(3, 1, 4)), {"group": 3, "pads": (3, 0)}),
+    Case("1d-few-pixels", (f32(37, 3, 40), f32(65, 3, 16), f32(65)), {"strides": (8,)}),
+    Case("few-pixels-blocks", (f32(40, 64, 7, 7), f32(5, 64, 3, 3), f32(5)), {"dilations": (1, 2), "strides": (2, 1)}),
     Case("3d", (f32(1, 2, 5, 4, 6), f32(4, 1, 2, 3, 3), f32(4)), {"group": 2, "pads": (1, 0, 1, 0, 1, 1)}),
     Case("no-batch", (f32(0, 3, 5, 5), f32(2, 3, 3, 3))),
     Case("opset-22", (f32(1, 2, 5, 5), f32(3, 2, 3, 3)), {"kernel_shape": (3, 3)}, opset=22),
@@ -184,6 +186,7 @@ _FUSED = {
 }
 
 _FUSED_CASES = (
+    Case("few-pixels", (f32(3, 3, 5, 5), f32(4, 3, 3, 3), f32(4), f32(3, 4, 3, 3)), {"activation": "relu"}),
     Case("bare", (f32(1, 3, 5, 5), f32(4, 3, 3, 3))),
     Case("pointwise", (f32(2, 3, 5, 4), f32(4, 3, 1, 1), f32(4), f32(2, 4, 5, 4)), {"activation": "relu"}),
     Case("one-pixel", (f32(2, 3, 1, 1), f32(4, 3, 1, 1), f32(4), f32(2, 4, 1, 1)), {"activation": "relu"}),

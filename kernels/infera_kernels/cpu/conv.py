@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call, Pack, Scratch
 from infera_kernels.cpu.conv_depthwise import depthwise
@@ -18,6 +19,9 @@ from infera_kernels.cpu.conv_winograd import tile_of, winograd
 
 COLUMN_BYTES = 1 << 21
 """Columns of one im2col block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
+
+FEW_PIXELS = 128
+"""Output pixels of an unpadded image below which one copy and one product serve several images."""
 
 
 def conv2d(
@@ -116,11 +120,14 @@ def _im2col(
     o, height, width = y.shape[1:]
     kh, kw = w.shape[2:]
     out = (height, width)
-    before = (pads[0][0], pads[1][0])
-    padded = planes(scratch, c, out, (kh, kw), x.dtype, strides=strides, dilations=dilations, before=before)
     weights = _matrices(w, group)
     column = None if b is None else b.reshape(o, 1)
     taps = c * kh * kw
+    if group == 1 and height * width < FEW_PIXELS and not any(map(any, pads)):
+        windows = _windows(x, (kh, kw), out, strides, dilations)
+        return _small_images(windows, weights, column, y, scratch, activation, residual)
+    before = (pads[0][0], pads[1][0])
+    padded = planes(scratch, c, out, (kh, kw), x.dtype, strides=strides, dilations=dilations, before=before)
     step = _block(height, taps * width * x.itemsize, COLUMN_BYTES)
     room = scratch((taps * step * width,), x.dtype)
     calls, finish = epilogue(activation, y[0].size, y.dtype, scratch)
@@ -137,6 +144,47 @@ def _im2col(
             calls.append((np.matmul, (weights, _grouped(cols.reshape(taps, count), group), _grouped(block, group))))
             calls += finish(block, column, rest)
     return calls
+
+
+def _windows(x: Array, kernel: Pair, out: Pair, strides: Pair, dilations: Pair) -> Array:
+    """(C, KH, KW, N, OH, OW): what every kernel tap meets, as a view of an unpadded x (N, C, H, W)."""
+    n, c = x.shape[:2]
+    image, channel, down, right = x.strides
+    steps = (down * dilations[0], right * dilations[1], image, down * strides[0], right * strides[1])
+    return as_strided(x, (c, *kernel, n, *out), (channel, *steps), writeable=False)
+
+
+def _small_images(
+    windows: Array,
+    weights: Array,
+    column: Array | None,
+    y: Array,
+    scratch: Scratch,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    """im2col of several images at once: their few columns side by side make a product that BLAS is good at."""
+    n, o, height, width = y.shape
+    pixels, taps = height * width, weights.shape[1]
+    step = _block(n, taps * pixels * y.itemsize, COLUMN_BYTES)
+    room, sums = scratch((taps * step * pixels,), y.dtype), scratch((o * step * pixels,), y.dtype)
+    calls, finish = epilogue(activation, sums.size, y.dtype, scratch)
+    for images in _spans(n, step):
+        columns = (images.stop - images.start) * pixels
+        cols = room[: taps * columns].reshape(*windows.shape[:3], -1, height, width)
+        block = sums[: o * columns].reshape(o, columns)
+        spread = block.reshape(o, -1, pixels)
+        calls += [(np.copyto, (cols, windows[:, :, :, images])), (np.matmul, (weights, cols.reshape(taps, -1), block))]
+        if residual is not None:
+            calls.append((np.add, (spread, _by_channel(residual[images]), spread)))
+        calls += finish(block, column, None)
+        calls.append((np.copyto, (_by_channel(y[images]), spread)))
+    return calls
+
+
+def _by_channel(y: Array) -> Array:
+    """(N, C, H, W) seen as (C, N, pixels)."""
+    return y.reshape(*y.shape[:2], -1).transpose(1, 0, 2)
 
 
 def _block(count: int, nbytes: int, budget: int) -> int:
