@@ -13,7 +13,7 @@ from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, dense, view_of
 from infera_gpu.memory import Request, aligned, plan_arena
 from infera_gpu.op import Kernel
-from infera_gpu.plan import Plan, Step
+from infera_gpu.plan import Block, Plan, Step
 from infera_gpu.spec import TensorSpec
 from infera_gpu.specialize import Placed, Segment
 
@@ -273,6 +273,11 @@ class _Lowering:
             constants={k: _dense(a) for k, a in self.segment.constants.items()},
             arenas=arenas,
             lower_bounds=bounds,
+            blocks=tuple(
+                Block(k, r.space, offsets[k], aligned(r.nbytes), r.begin, r.end)
+                for k, r in self.roots.items()
+                if k in offsets
+            ),
         )
 
 

@@ -37,12 +37,25 @@ class Step:
         return self.kind == "compute" or (self.kernel is not None and self.kernel.allocates)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A piece of an arena and the steps [begin, end) on which what lies in it is needed."""
+
+    name: str
+    space: Space
+    offset: int
+    nbytes: int
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A segment made executable on one device.
 
     `inputs` are uploaded before the steps and `outputs` are where results lie after them. `arenas` gives the bytes of
     each memory space, `lower_bounds` the most bytes alive at one step: no plan can need less.
+    `blocks` says what lies where and when.
     """
 
     device: str
@@ -54,6 +67,7 @@ class Plan:
     constants: Mapping[str, HostArray]
     arenas: Mapping[Space, int]
     lower_bounds: Mapping[Space, int]
+    blocks: tuple[Block, ...]
 
     @property
     def arena_bytes(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from infera_gpu.cli.console import note, table, working
 from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
+from infera_gpu.picture import memory_svg
 from infera_gpu.plan import Plan, Step
 from infera_gpu.session import Session
 
@@ -25,6 +27,7 @@ def command(
     shape: options.Shape = None,
     input: options.Input = None,
     time: Annotated[bool, typer.Option("--time", help=f"Time every step, over {PROFILE_RUNS} runs.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw memory over the steps to this file.")] = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,
@@ -42,7 +45,9 @@ def command(
             note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
             return
         feeds = random_feeds(session.inputs, given, shapes, seed)
-        _show_plans(session, feeds)
+        plans = _show_plans(session, feeds)
+        if svg is not None:
+            _draw(plans, svg)
         if time:
             _show_times(session, feeds)
 
@@ -61,7 +66,17 @@ def _show_model(session: Session) -> None:
     )
 
 
-def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> None:
+def _draw(plans: Sequence[Plan], path: Path) -> None:
+    """The memory of the plan with the largest arena."""
+    plan = max(plans, key=lambda p: p.arena_bytes)
+    try:
+        path.write_text(memory_svg(plan))
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+    note(f"memory over {len(plan.steps)} steps: {path}")
+
+
+def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> Sequence[Plan]:
     """Every segment's plan. What follows the first depends on values, so it is shown for these feeds."""
     problem = None
     with working("planning"):
@@ -74,6 +89,7 @@ def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> None:
     print("\n\n".join(map(str, plans)))
     if problem is not None:
         note(f"the rest cannot be planned with these values ({problem}). Give sensible ones with --input name=file.npy")
+    return plans
 
 
 def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:

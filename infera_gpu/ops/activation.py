@@ -8,6 +8,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Buffers, Call, Case, Op, Site, broadcast, f32, same_as
+from infera_gpu.ops import _triton
 from infera_gpu.ops._families import elementwise, floating, native, plain
 from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
@@ -49,7 +50,7 @@ def _activation(
         since,
         infer=same_as(),
         compute=plain(compute),
-        kernels=elementwise(bind, supports=floating),
+        kernels=elementwise(bind, supports=floating) | _triton.activation(function),
         attrs=attrs or {},
         cases=_cases(variants, half=name != "Celu"),  # which takes float32 only
     )
@@ -101,7 +102,7 @@ def _gelu(domain: str, since: int) -> Op:
         domain=domain,
         infer=_gelu_spec,
         compute=plain(lambda xp, site, x: portable.activation(xp, _gelu_form(site), x)),
-        kernels=elementwise(_bind_gelu, supports=single),
+        kernels=elementwise(_bind_gelu, supports=single) | _triton.gelu(_gelu_form),
         attrs={"approximate": "none"},
         cases=(
             Case("erf", (f32(3, 5),), low=-6, high=6),
@@ -191,7 +192,8 @@ def _clip(since: int, cases: tuple[Case, ...], attrs: Attrs | None = None) -> Op
         kernels=elementwise(
             lambda site, io: cpu_elementwise.clip(io.ins[0], *bounds(site, io.ins), io.outs[0], io.scratch),
             supports=native,
-        ),
+        )
+        | _triton.CLIP,
         attrs=attrs or {},
         cases=cases,
     )

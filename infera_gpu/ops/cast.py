@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, f32
+from infera_gpu.ops import _triton
 from infera_gpu.ops._families import elementwise, is_native, plain
 from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx, onnx_of_dtype
 from infera_kernels.cpu import elementwise as cpu
@@ -43,7 +44,8 @@ def _cast(name: str, since: int, target: Callable[[Site], DType], cases: tuple[C
     def compute(xp: Any, site: Site, x: Array, *_: Array) -> Array:
         return portable.cast(xp, x, target(site), saturate=bool(site.attrs.get("saturate", 1)))
 
-    return Op(name, since, infer, plain(compute), cases, attrs, kernels=elementwise(_bind, supports=_direct))
+    kernels = elementwise(_bind, supports=_direct) | _triton.CAST
+    return Op(name, since, infer, plain(compute), cases, attrs, kernels=kernels)
 
 
 def _code(dtype: Any) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, broadcast, f32, same_as
+from infera_gpu.ops import _triton
 from infera_gpu.ops._families import BOOL, elementwise, is_native, movable, plain
 from infera_gpu.ops.elementwise import ufunc_op
 from infera_gpu.spec import Array, TensorSpec
@@ -150,7 +151,7 @@ OPS: tuple[Op, ...] = (
         9,
         infer=broadcast(),
         compute=plain(lambda xp, site, condition, x, y: xp.where(condition, x, y)),
-        kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy),
+        kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy) | _triton.WHERE,
         cases=(
             Case("same", (_BITS[0], f32(4), f32(4))),
             Case("all", (_BITS[0].reshape(4, 1), f32(3), f32(2, 1, 1))),

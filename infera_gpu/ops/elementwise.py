@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Compute, Op, Site, broadcast, f32, same_as
+from infera_gpu.ops import _triton
 from infera_gpu.ops._families import elementwise, floating, native, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import activation as cpu_activation
@@ -47,7 +48,7 @@ def ufunc_op(name: str, ufunc: str, cases: tuple[Case, ...], *, since: int = 7, 
         since,
         infer=same_as(dtype=dtype) if n == 1 else broadcast(dtype),
         compute=_ufunc(ufunc),
-        kernels=elementwise(bind, inplace=tuple(range(n))),
+        kernels=elementwise(bind, inplace=tuple(range(n))) | _triton.ufunc(ufunc),
         cases=cases,
     )
 
@@ -93,7 +94,7 @@ _ARITHMETIC = (
         7,
         infer=broadcast(),
         compute=plain(lambda xp, site, a, b: portable.divide(xp, a, b)),
-        kernels=elementwise(_divide, inplace=(0, 1)),
+        kernels=elementwise(_divide, inplace=(0, 1)) | _triton.ufunc("true_divide"),
         cases=(
             Case("float", (f32(3, 1, 5), f32(2, 1)), low=0.5),
             Case("trunc", (DIVIDENDS, DIVISORS)),
@@ -107,7 +108,7 @@ _ARITHMETIC = (
         7,
         infer=_power_spec,
         compute=plain(lambda xp, site, a, b: portable.power(xp, a, b)),
-        kernels=elementwise(_power, supports=_float_base),
+        kernels=elementwise(_power, supports=_float_base) | _triton.POWER,
         cases=(
             Case("float", (f32(3, 1, 5), f32(2, 1)), low=0.5),
             Case("square", (f32(5, 3), np.array(2, np.float32))),
@@ -153,7 +154,8 @@ def _variadic(name: str, ufunc: str, *, mean: bool = False, integers: bool = Fal
     ]
     if integers:
         cases.append(Case("int8", (_ints(5, dtype="int8"), _ints(2, 1, dtype="int8")), low=-99, high=99, opset=12))
-    return Op(name, 6, broadcast(), plain(combined), tuple(cases), kernels=elementwise(bind, inplace=()))
+    kernels = elementwise(bind, inplace=()) | ({} if mean else _triton.variadic(ufunc))
+    return Op(name, 6, broadcast(), plain(combined), tuple(cases), kernels=kernels)
 
 
 _VARIADIC = (
@@ -217,7 +219,7 @@ _ERF = Op(
     9,
     infer=same_as(),
     compute=plain(lambda xp, site, x: portable_activation.activation(xp, "erf", x)),
-    kernels=elementwise(_erf, supports=single),
+    kernels=elementwise(_erf, supports=single) | _triton.unary("erf"),
     cases=(
         Case("matrix", (f32(3, 5),), tol=1e-6),
         Case("past_block", (f32(3, 6001),), tol=1e-6, low=-6, high=6),

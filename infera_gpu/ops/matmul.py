@@ -8,6 +8,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import floating, native, plain
+from infera_gpu.ops._triton_matmul import PRODUCT
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import matmul as cpu
 from infera_kernels.portable import matmul as portable
@@ -92,7 +93,7 @@ _MATMUL = Op(
     1,
     infer=_infer,
     compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
-    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)},
+    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)} | PRODUCT,
     cases=(
         Case("matrices", (f32(5, 3), f32(3, 7))),
         Case("rows", (f32(2, 3, 4), _W)),
@@ -114,7 +115,7 @@ _GEMM = Op(
     7,
     infer=_gemm_spec,
     compute=plain(_gemm),
-    kernels={"cpu": Kernel(bind=_bind_gemm, supports=_blas, strided=True)},
+    kernels={"cpu": Kernel(bind=_bind_gemm, supports=_blas, strided=True)} | PRODUCT,
     attrs={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
     cases=(
         Case("bias", (f32(5, 4), _W, f32(3))),
@@ -197,7 +198,7 @@ _FUSED = Op(
     domain="infera",
     infer=_fused_spec,
     compute=plain(_fused),
-    kernels={"cpu": Kernel(bind=_bind_fused, supports=_fused_supported, strided=True)},
+    kernels={"cpu": Kernel(bind=_bind_fused, supports=_fused_supported, strided=True)} | PRODUCT,
     attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},
     cases=(
         Case("plain", (f32(5, 4), _W)),

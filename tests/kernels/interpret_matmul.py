@@ -123,3 +123,23 @@ def test_small_shared_memory_takes_another_tile() -> None:
     constexprs = only(small, matmul.matmul_kernel).constexprs
     assert (constexprs["BM"], constexprs["BN"], constexprs["BK"]) == (128, 128, 32)
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("residual", "rows"), [(None, 6), ((2, 3, 4), 6), ((3, 4), 3), ((3, 1), 3), ((4,), 6), ((2, 1, 1), 3)], ids=str
+)
+def test_one_matrix_for_a_whole_batch_is_one_tall_product(
+    residual: tuple[int, ...] | None, rows: int, interpreter: InterpreterLauncher
+) -> None:
+    a, b, out = random((2, 3, 5), F32), random((1, 5, 4), F32, seed=1), Guarded((2, 3, 4), F32)
+    added = None if residual is None else random(residual, F32, seed=2)
+    execute(matmul.matmul(a, b, out.array, interpreter, residual=added))
+    assert only(interpreter, matmul.matmul_kernel).args["M"] == rows
+    assert_close(out, a.astype(np.float64) @ b + (0 if added is None else added), error=1e-6)
+
+
+def test_rows_that_do_not_follow_each_other_stay_a_batch(interpreter: InterpreterLauncher) -> None:
+    a, b, out = random((3, 2, 5), F32).transpose(1, 0, 2), random((5, 4), F32, seed=1), Guarded((2, 3, 4), F32)
+    execute(matmul.matmul(a, b, out.array, interpreter))
+    assert only(interpreter, matmul.matmul_kernel).args["M"] == 3
+    assert_close(out, a.astype(np.float64) @ b, error=1e-6)

@@ -194,6 +194,13 @@ def matmul(
     b_strides = broadcast_strides(b, (*leading, k, n))
     out_strides = element_strides(out)
     residual_strides = (0,) * len(shape) if residual is None else broadcast_strides(residual, shape)
+    if not any(b_strides[:-2]):
+        rows, down = coalesce(shape[:-1], [s[:-1] for s in (a_strides, out_strides, residual_strides)])
+        if len(rows) == 1:  # one matrix b, and rows that follow each other: one taller product
+            m, leading, b_strides = rows[0], (), b_strides[-2:]
+            a_strides, out_strides, residual_strides = (
+                (*step, s[-1]) for step, s in zip(down, (a_strides, out_strides, residual_strides), strict=True)
+            )
     batch, walked = coalesce(leading, [s[:-2] for s in (a_strides, b_strides, out_strides, residual_strides)])
 
     kind = precision if name_of(a) == "float32" else HALF

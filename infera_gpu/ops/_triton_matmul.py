@@ -1,0 +1,86 @@
+"""The "triton" kernel of matrix products: MatMul, Gemm and FusedMatMul. Declares no operators itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._triton import kernels
+from infera_gpu.spec import Array, TensorSpec
+
+
+def _turned(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
+    return (*dims[:-2], dims[-1], dims[-2]) if flag else dims
+
+
+def _matrices(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The shapes of both factors, transposed as the attributes say, and of the output: vectors as matrices."""
+    a = _turned(site.spec(0).dims, site.attrs.get("transA"))
+    b = _turned(site.spec(1).dims, site.attrs.get("transB"))
+    left, right = (1, *a) if len(a) == 1 else a, (*b, 1) if len(b) == 1 else b
+    out = site.outs[0].dims
+    batch = out[: len(out) - (len(a) > 1) - (len(b) > 1)]
+    return left, right, (*batch, left[-2], right[-1])
+
+
+def _terms(site: Site) -> tuple[TensorSpec | None, TensorSpec | None]:
+    """What is added before the activation (input 2) and after it (input 3)."""
+    before, after = (site.spec(i) if site.has(i) else None for i in (2, 3))
+    return before, after
+
+
+def _supports_product(site: Site) -> bool:
+    from infera_kernels.triton.matmul import supports_matmul
+
+    dtypes = site.spec(0).dtype, site.spec(1).dtype, site.outs[0].dtype
+    a, b, out = (TensorSpec(s, d) for s, d in zip(_matrices(site), dtypes, strict=True))
+    terms = _terms(site)
+    lifted = out.shape != site.outs[0].shape
+    if lifted and any(terms):
+        return False
+    activation = site.attrs.get("activation") or None
+    return all(supports_matmul(a, b, out, residual=term, activation=activation) for term in terms)
+
+
+def _bind_product(site: Site, io: Buffers) -> list[Call]:
+    """One launch; a second adds what follows an activation, or is one term too many for the first."""
+    from infera_kernels.triton import elementwise
+    from infera_kernels.triton.matmul import matmul
+
+    a, b = (
+        x.swapaxes(-1, -2) if site.attrs.get(flag) else x
+        for x, flag in zip(io.ins[:2], ("transA", "transB"), strict=True)
+    )
+    shapes = _matrices(site)
+    out = io.outs[0]
+    activation, beta = site.attrs.get("activation") or None, float(site.attrs.get("beta", 1.0))
+    before, after = (*io.ins[2:], None, None)[:2]
+    row = before if before is not None and beta == 1.0 and _is_row(before, shapes[2][-1]) else None
+    residual = before if row is None else None
+    if residual is None and activation is None:
+        residual, after = after, None
+    left, right, made = (x.reshape(shape) for x, shape in zip((a, b, out), shapes, strict=True))
+    calls = matmul(
+        left,
+        right,
+        made,
+        io.launcher,
+        bias=None if row is None else row.reshape(-1),
+        residual=residual,
+        alpha=float(site.attrs.get("alpha", 1.0)),
+        beta=beta,
+        activation=activation,
+    )
+    return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
+
+
+def _is_row(term: Array, columns: int) -> bool:
+    """Whether it is one contiguous row of so many elements, added everywhere."""
+    itemsize = term.dtype.itemsize
+    return bool(term.size == columns and term.shape[-1:] == (columns,) and term.strides[-1] == itemsize)
+
+
+PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True)
+"""MatMul, Gemm and FusedMatMul: act(alpha A' @ B' + beta input 2) + input 3, each part where there is such an input."""
+
+OPS: tuple[Op, ...] = ()

@@ -1,0 +1,68 @@
+"""Every operator's Triton kernel on every case that it supports, in Triton's interpreter, against `compute`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+from infera_gpu.op import Case, Op
+from infera_gpu.ops import registry
+from infera_gpu.spec import spec_of
+from infera_kernels.launch import InterpreterLauncher
+from tests.cases import Variant, assert_close, compute, covered, run, wrong
+from tests.kernels.buffers import LaunchingBuffers, bindings
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
+
+pytestmark = pytest.mark.kernels
+
+COVERED = list(covered("triton"))
+MOST_PROGRAMS = 600
+"""Programs of one launch that are worth interpreting, at a few milliseconds each."""
+
+TOO_LARGE: frozenset[str] = frozenset()
+"""Cases that launch more than that and are left out."""
+
+
+def name_of(op: Op, case: Case) -> str:
+    return f"{op.qualified}-{case.id}"
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "variants"), [pytest.param(*row, id=name_of(*row[:2])) for row in COVERED]
+)
+def test_kernel(op: Op, case: Case, variants: list[Variant], interpreter: InterpreterLauncher) -> None:
+    kernel = op.kernels["triton"]
+    for site, ins in variants:
+        want = compute(op, site, ins)[: case.n_outs]
+        assert kernel.workspace is not None
+        assert kernel.workspace(site) == 0
+        for options in bindings(kernel, site):
+            interpreter.launches.clear()
+            buffers = LaunchingBuffers(interpreter, ins, [spec_of(w) for w in want], site.values, **options)
+            calls = list(kernel.bind(site, buffers))
+            buffers.prepare([wrong(w) for w in want])
+            run(calls)
+            assert len(interpreter.launches) == len(calls) >= (want[0].size > 0), "it does not launch"
+            most = max((launch.grid[0] * launch.grid[1] * launch.grid[2] for launch in interpreter.launches), default=0)
+            assert most <= MOST_PROGRAMS, f"{most} programs: name the case in TOO_LARGE"
+            buffers.check()
+            for i, (got, w) in enumerate(zip(buffers.outs, want, strict=True)):
+                assert_close(got, w, case.tol, f"output {i} {options}")
+
+
+def test_every_kernel_has_a_case() -> None:
+    with_kernel = {op.qualified for op in registry() if "triton" in op.kernels}
+    assert with_kernel == {op.qualified for op, _, _ in COVERED}
+
+
+def test_families_are_covered() -> None:
+    """What a change to `supports` must not silently lose."""
+    cases = Counter(op.name for op, _, _ in COVERED)
+    for name in ("Add", "Div", "Pow", "Max", "Equal", "And", "Not", "Where", "Clip", "Cast", "Erf", "Gelu", "Relu"):
+        assert cases[name] >= 1, name
+    for name, least in {"Softmax": 8, "LogSoftmax": 8, "LayerNormalization": 10, "MatMul": 9, "FusedMatMul": 12}.items():
+        assert cases[name] >= least, (name, cases[name])
