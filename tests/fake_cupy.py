@@ -1,68 +1,181 @@
 """Enough of CuPy, over NumPy, to run the CUDA device without a GPU: memory with addresses, streams with a log.
 
-It shows what the device asks CuPy for and in which order. It shows nothing about CuPy or a GPU.
+It shows what the device asks CuPy for and in which order, refuses what CuPy 14 refuses (arrays that `set` and `get`
+cannot copy at once), and counts memory. It shows nothing about CuPy's kernels or a GPU.
 """
 
 from __future__ import annotations
 
+import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 
-class ndarray(np.ndarray):
-    """An array in "device" memory."""
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"cudaError {status}")
+        self.status = status
 
-    def __new__(cls, shape: Sequence[int], dtype: Any = float, memptr: Any = None, strides: Any = None) -> ndarray:
-        block, offset = (np.empty(0, np.uint8), 0) if memptr is None else (memptr.block, memptr.offset)
-        return np.ndarray.__new__(cls, tuple(shape), dtype, block.data, offset, strides)
+
+class CUDADriverError(CUDARuntimeError):
+    pass
+
+
+class PoolError(MemoryError):
+    """cupy.cuda.memory.OutOfMemoryError"""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"Out of memory allocating {size:,} bytes")
+        self._size = size
+
+
+class _Thread(threading.local):
+    """What CuPy keeps for each thread."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = [NULL]
+        self.allocators: list[Callable[[int], MemoryPointer]] = []
+
+
+class Vram:
+    """How much memory is out, blocks that a pool keeps for later included."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.used = total, 0
+
+    def take(self, nbytes: int) -> None:
+        if self.used + nbytes > self.total:
+            raise CUDARuntimeError(2)
+        self.used += nbytes
+
+
+class Memory:
+    """A block of `vram`, given back when the last pointer to it goes; pooled blocks are given back to their pool."""
+
+    def __init__(self, vram: Vram, nbytes: int, pool: MemoryPool | None = None) -> None:
+        self._vram, self._pool, self.nbytes = vram, pool, nbytes
+        vram.take(nbytes)
+        self.block = np.empty(nbytes, np.uint8)
+
+    def __del__(self) -> None:
+        if not hasattr(self, "block"):
+            return
+        if self._pool is None:
+            self._vram.used -= self.nbytes
+        else:
+            self._pool.cached += self.nbytes
+
+
+class MemoryPool:
+    def __init__(self, vram: Vram) -> None:
+        self._vram, self.cached = vram, 0
+
+    def malloc(self, nbytes: int) -> MemoryPointer:
+        try:
+            return MemoryPointer(Memory(self._vram, nbytes, self), 0)
+        except CUDARuntimeError:
+            raise PoolError(nbytes) from None
+
+    def free_all_blocks(self) -> None:
+        self._vram.used -= self.cached
+        self.cached = 0
+
+
+class MemoryPointer:
+    def __init__(self, memory: Memory, offset: int) -> None:
+        self.memory, self.offset = memory, offset
+
+    def __add__(self, by: int) -> MemoryPointer:
+        return MemoryPointer(self.memory, self.offset + by)
+
+
+class PinnedMemory:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+class PinnedMemoryPointer(bytearray):
+    def __init__(self, memory: PinnedMemory, offset: int) -> None:
+        super().__init__(memory.nbytes - offset)
+
+
+class ndarray(np.ndarray):
+    """An array in "device" memory, which it keeps."""
+
+    memory: Memory | None = None
+
+    def __new__(cls, shape: Sequence[int], dtype: Any, memptr: MemoryPointer, strides: Any = None) -> ndarray:
+        array = np.ndarray.__new__(cls, tuple(shape), dtype, memptr.memory.block.data, memptr.offset, strides)
+        array.memory = memptr.memory
+        return array
+
+    def __array_finalize__(self, parent: Any) -> None:
+        self.memory = getattr(parent, "memory", None)
 
     @property
     def device(self) -> Any:
         return types.SimpleNamespace(id=0)
 
     def set(self, host: np.ndarray[Any, Any], stream: Stream) -> None:
-        assert not isinstance(host, ndarray)
+        assert type(host) is np.ndarray
+        assert (host.shape, host.dtype) == (self.shape, self.dtype)
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
         stream.log.append(f"h2d {host.nbytes}")
         np.copyto(self, host)
 
     def get(self, stream: Stream, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
         assert not isinstance(out, ndarray)
+        out = np.empty(self.shape, self.dtype) if out is None else out
+        if not (out.flags.c_contiguous or out.flags.f_contiguous):
+            raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         stream.log.append(f"d2h {self.nbytes}")
         np.copyto(out, self)
         return out
 
 
-class Memory:
-    def __init__(self, nbytes: int) -> None:
-        self.block = np.empty(nbytes, np.uint8)
+class Event:
+    """Knows which stream it was recorded on."""
 
-
-class MemoryPointer:
-    def __init__(self, memory: Memory, offset: int) -> None:
-        self.memory, self.block, self.offset = memory, memory.block, offset
-
-    def __add__(self, by: int) -> MemoryPointer:
-        return MemoryPointer(self.memory, self.offset + by)
+    def __init__(self, disable_timing: bool = False) -> None:
+        assert disable_timing
+        self.stream: Stream | None = None
 
 
 class Stream:
     """A stream that logs what is put on it."""
 
-    def __init__(self, non_blocking: bool = False) -> None:
-        self.ptr, self.log, self.active = 1, [], 0  # type: ignore[var-annotated]
+    def __init__(self, non_blocking: bool = False, name: str = "a stream") -> None:
+        self.ptr, self.name, self.active = 1, name, 0
+        self.log: list[str] = []
 
     def __enter__(self) -> Stream:
+        CURRENT.streams.append(self)
         self.active += 1
         return self
 
     def __exit__(self, *_: object) -> None:
+        CURRENT.streams.pop()
         self.active -= 1
+
+    def record(self, event: Event) -> Event:
+        event.stream = self
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        assert event.stream is not None
+        self.log.append(f"wait for {event.stream.name}")
 
     def synchronize(self) -> None:
         self.log.append("sync")
+
+
+NULL = Stream(name="the null stream")
+CURRENT = _Thread()
 
 
 class Device:
@@ -76,26 +189,61 @@ class Device:
     def __exit__(self, *_: object) -> None: ...
 
 
+@contextmanager
+def using_allocator(allocator: Callable[[int], MemoryPointer]) -> Iterator[None]:
+    CURRENT.allocators.append(allocator)
+    yield
+    CURRENT.allocators.pop()
+
+
 def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None) -> types.ModuleType:
-    """A module to stand in for cupy on a machine with `gpus` GPUs, or with a driver that fails with `error`."""
+    """A module to stand in for cupy on a machine with `gpus` GPUs, or with a driver that fails with `error`.
+
+    `vram` on it counts the memory that is out.
+    """
+    vram = Vram(free)
+    default = MemoryPool(vram)
 
     def count() -> int:
         if error:
             raise error
         return gpus
 
+    def empty(shape: Sequence[int], dtype: Any) -> ndarray:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        allocate = CURRENT.allocators[-1] if CURRENT.allocators else default.malloc
+        return ndarray(shape, dtype, allocate(nbytes))
+
+    def asarray(a: Any) -> ndarray:
+        array = empty(np.shape(a), np.asarray(a).dtype)
+        np.copyto(array, a)
+        return array
+
     fake = types.ModuleType("cupy")
     fake.__dict__.update(
         {name: getattr(np, name) for name in np.__all__ if name != "ndarray"},
         ndarray=ndarray,
-        asarray=lambda a: np.array(a).view(ndarray),
+        asarray=asarray,
+        empty=empty,
+        vram=vram,
         cuda=types.SimpleNamespace(
             Device=Device,
+            Event=Event,
             Stream=Stream,
-            Memory=Memory,
+            Memory=lambda nbytes: Memory(vram, nbytes),
             MemoryPointer=MemoryPointer,
-            alloc_pinned_memory=lambda n: bytearray(n),
-            runtime=types.SimpleNamespace(getDeviceCount=count, memGetInfo=lambda: (free, 1 << 31)),
+            MemoryPool=lambda: MemoryPool(vram),
+            PinnedMemory=PinnedMemory,
+            PinnedMemoryPointer=PinnedMemoryPointer,
+            get_current_stream=lambda: CURRENT.streams[-1],
+            using_allocator=using_allocator,
+            memory=types.SimpleNamespace(OutOfMemoryError=PoolError),
+            driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
+            runtime=types.SimpleNamespace(
+                getDeviceCount=count,
+                memGetInfo=lambda: (vram.total - vram.used, vram.total),
+                CUDARuntimeError=CUDARuntimeError,
+            ),
         ),
     )
     return fake

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def test_a_session_answers_right_and_orders_everything_on_one_stream(cupy: Any) 
         out = session.run({"x": x})
         np.testing.assert_allclose(out["y"], -np.exp(x), rtol=1e-6)
         np.testing.assert_array_equal(out["at"], np.nonzero(x))
-        assert device._stream.log[0] == f"h2d {x.nbytes}"
+        assert device._stream.log[:2] == ["wait for the null stream", f"h2d {x.nbytes}"]
         assert device._stream.log[-1] == "sync"
         assert device._stream.active == 0
     assert session.plan_for({"x": (2, 4)}).arenas.keys() == {"device"}
@@ -60,8 +62,109 @@ def test_arrays_on_the_gpu_are_not_brought_to_the_host(cupy: Any) -> None:
     out = {"y": cupy.asarray(np.zeros(3, np.float32))}
     device._stream.log.clear()
     session.run({"x": x}, out=out)
-    assert device._stream.log == ["sync"]
+    assert device._stream.log == ["wait for the null stream", "sync"]
     np.testing.assert_allclose(out["y"], np.exp([0, 1, 2]), rtol=1e-6)
+
+
+def test_a_run_waits_for_the_callers_stream(cupy: Any) -> None:
+    device = cuda.CudaDevice(0)
+    session = Session(load_graph(MODEL), device)
+    with fake_cupy.Stream(name="the caller's stream"):
+        session.run({"x": np.ones((2, 4), np.float32)})
+    assert device._stream.log[0] == "wait for the caller's stream"
+
+
+def test_scalars_and_strided_results_are_copied_right(cupy: Any) -> None:
+    model = parse("g (float[2, 3] x, float s) => (float[3, 2] y) { a = Mul(x, s) y = Transpose <perm = [1, 0]> (a) }")
+    session = Session(load_graph(model), cuda.CudaDevice(0))
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    feeds = {"x": x[::-1, ::-1], "s": np.array(2, np.float32)}
+    want = 2 * feeds["x"].T
+    np.testing.assert_array_equal(session.run(feeds)["y"], want)
+    gaps = np.zeros((3, 4), np.float32)[:, ::2]
+    session.run(feeds, out={"y": gaps})
+    np.testing.assert_array_equal(gaps, want)
+
+
+def test_a_kernel_on_the_host_waits_for_uploads_that_read_its_memory(cupy: Any) -> None:
+    device = cuda.CudaDevice(0)
+    calls = [(list, ()), (dict, ())]
+    step = SimpleNamespace(space="host")
+    for fn, args in device.wrap(cast(Any, step), cast(Any, calls), (), ()):
+        fn(*args)
+    assert device._stream.log == ["sync"]
+    step.space = "device"
+    assert device.wrap(cast(Any, step), cast(Any, calls), (), ()) is calls
+
+
+def test_runs_of_several_threads_share_the_stream_and_no_memory(cupy: Any) -> None:
+    device = cuda.CudaDevice(0)
+    session = Session(load_graph(MODEL), device, max_concurrency=4)
+
+    def answer(seed: int) -> None:
+        x = np.random.default_rng(seed).standard_normal((1 + seed % 3, 4)).astype(np.float32)
+        for _ in range(10):
+            np.testing.assert_allclose(session.run({"x": x})["y"], -np.exp(x), rtol=1e-6)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(answer, range(8)))
+    assert device._stream.active == 0
+    assert fake_cupy.NULL.log == []
+
+
+def test_closing_gives_arenas_and_temporaries_back(cupy: Any) -> None:
+    session = Session(load_graph(parse("g (float[N, 2] x) => (float[N, 2] y) { y = Exp(x) }")), cuda.CudaDevice(0))
+    session.run({"x": np.ones((5, 2), np.float32)})
+    assert cupy.vram.used > 0
+    session.close()
+    assert cupy.vram.used == 0
+
+
+@pytest.mark.xfail(strict=True, reason="Session.close drops its constants, but its Stages still measure with them")
+def test_closing_gives_weights_back(cupy: Any) -> None:
+    model = parse("g (float[N, 2] x) => (float[N, 2] y) <float[2] w = {1, 2}> { y = Add(x, w) }")
+    session = Session(load_graph(model), cuda.CudaDevice(0))
+    session.run({"x": np.ones((5, 2), np.float32)})
+    assert cupy.vram.used > 0
+    session.close()
+    assert cupy.vram.used == 0
+
+
+def test_what_fails_in_cuda_is_a_device_error_that_names_the_step(cupy: Any) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fail(*_: Any) -> None:
+        raise fake_cupy.CUDARuntimeError(700)
+
+    cupy.exp = fail
+    with pytest.raises(DeviceError, match="cuda:0 failed in a run: cudaError 700") as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert "boom" in caught.value.__notes__[0]
+
+
+def test_temporaries_that_do_not_fit_are_an_out_of_memory_error(cupy: Any) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fill(x: Any) -> Any:
+        return cupy.empty((1 << 40,), np.uint8)
+
+    cupy.exp = fill
+    with pytest.raises(OutOfMemoryError, match=r"a run on cuda:0 needs 1,099,511,627,776 bytes") as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert caught.value.available < 1 << 30
+
+
+def test_cached_temporaries_make_room_for_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_cupy.module(free=10_000)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
+    device = cuda.CudaDevice(0)
+    with device.running():
+        fake.empty((8_000,), np.uint8)
+    assert fake.vram.used == 8_000  # nobody has it, the pool keeps it
+    device.alloc(9_000, "device")
+    with pytest.raises(OutOfMemoryError):
+        device.alloc(11_000, "device")
 
 
 def test_an_arena_that_does_not_fit_is_refused_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

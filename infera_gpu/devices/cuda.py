@@ -1,4 +1,7 @@
-"""An NVIDIA GPU through CuPy: arenas in VRAM, transfers and launches on one stream."""
+"""An NVIDIA GPU through CuPy: arenas in VRAM, transfers and launches on one stream.
+
+Written against CuPy 14. Its calls that take no stream use the thread's current one, which `running` sets.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_view, quiet_numpy
+from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation; CuPy's Python modules have no name for it."""
 
 INSTALL = "pip install 'infera-gpu[cuda12]' or 'infera-gpu[cuda13]', whichever CUDA the driver supports, never both"
 
@@ -36,8 +42,13 @@ def why_unavailable() -> str | None:
 class CudaDevice:
     """GPU `index`. Raises DeviceError where there is none, saying why.
 
-    Everything is ordered on one non-blocking stream, the current one inside `running`: transfers, kernel launches and
-    the portable operators, which run on CuPy.
+    One non-blocking stream orders everything: transfers, kernel launches, and the portable operators, which run on
+    CuPy. Runs of several threads share it. Each keeps its own order on it, their arenas are disjoint, and memory that
+    one gives back is used again only behind what was queued before; so nothing needs a lock, and the GPU works on one
+    run at a time.
+
+    Weights and what CuPy allocates for portable operators come from a pool of the device's own, arenas from the driver
+    directly: closing gives all of it back, whatever else in the process uses CuPy.
     """
 
     space: Space = "device"
@@ -58,6 +69,7 @@ class CudaDevice:
         self._device = cupy.cuda.Device(index)
         with self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._pool = cupy.cuda.MemoryPool()
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self._launcher: Launcher | None = None
 
@@ -66,23 +78,56 @@ class CudaDevice:
         if self._launcher is None:
             from infera_kernels.launch import CudaLauncher
 
-            self._launcher = CudaLauncher(self.index, self._stream.ptr)
+            self._launcher = CudaLauncher(self.index, self._stream)
         return self._launcher
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self._device, self._stream, quiet_numpy():
+        """This device, its stream and its pool are the thread's; what fails in CUDA is a DeviceError.
+
+        The stream waits for what the caller has queued on a stream of his own: it may still be writing the arrays that
+        he gives, or reading those that he wants results in.
+        """
+        cuda = self.xp.cuda
+        with self._device, quiet_numpy(), self._failures("a run"):
+            ready = cuda.get_current_stream().record(cuda.Event(disable_timing=True))
+            self._stream.wait_event(ready)
+            with self._stream, cuda.using_allocator(self._pool.malloc):
+                yield
+
+    @contextmanager
+    def _failures(self, what: str, nbytes: int = 0, space: Space = "device") -> Iterator[None]:
+        """Raises OutOfMemoryError or DeviceError for CuPy's exceptions; `nbytes` is what was asked for, where known."""
+        cuda = self.xp.cuda
+        try:
             yield
+        except cuda.memory.OutOfMemoryError as error:  # of the pool
+            needed = int(getattr(error, "_size", nbytes))
+            failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
+            raise _with_notes(failure, error) from error
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            if error.status != OUT_OF_MEMORY:
+                raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
+            available = self._free() if space == "device" else host_memory() or 0
+            failure = OutOfMemoryError(f"{what} on {self.name}", needed=nbytes, available=available)
+            raise _with_notes(failure, error) from error
+
+    def _free(self) -> int:
+        with self._device:
+            return int(self.xp.cuda.runtime.memGetInfo()[0])
 
     def alloc(self, nbytes: int, space: Space) -> Any:
-        cupy = self.xp
-        if space == "host":  # pinned, so that transfers are asynchronous
-            return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8)
-        free, _ = cupy.cuda.runtime.memGetInfo()
-        if nbytes > free:
-            raise OutOfMemoryError(f"the arena on {self.name}", needed=nbytes, available=int(free))
-        memory = cupy.cuda.Memory(max(nbytes, 1))  # cudaMalloc, outside CuPy's pool; freed with its last view
-        return cupy.cuda.MemoryPointer(memory, 0)
+        cuda = self.xp.cuda
+        what = "the arena" if space == "device" else "the pinned arena"
+        with self._device, self._failures(what, nbytes, space):
+            if space == "host":  # pinned, so that transfers are asynchronous; freed with its last view, as is VRAM
+                pinned = cuda.PinnedMemoryPointer(cuda.PinnedMemory(max(nbytes, 1)), 0)
+                return np.frombuffer(pinned, np.uint8)
+            if nbytes > self._free():
+                self._pool.free_all_blocks()
+            if nbytes > (free := self._free()):
+                raise OutOfMemoryError(f"the arena on {self.name}", needed=nbytes, available=free)
+            return cuda.MemoryPointer(cuda.Memory(max(nbytes, 1)), 0)
 
     def view(self, block: Any, operand: Operand) -> Array:
         if operand.space == "host":
@@ -90,7 +135,12 @@ class CudaDevice:
         return self.xp.ndarray(operand.shape, operand.dtype, block + operand.offset, operand.strides)
 
     def constant(self, host: HostArray, space: Space) -> Array:
-        return host if space == "host" else self.xp.asarray(host)
+        if space == "host":
+            return host
+        with self._device, self._stream, self.xp.cuda.using_allocator(self._pool.malloc):
+            array = self.xp.empty(host.shape, host.dtype)
+            array.set(host, self._stream)
+        return array
 
     def transfer(self, source: Array, target: Array) -> Call:
         here = self.xp.ndarray
@@ -100,12 +150,15 @@ class CudaDevice:
             case True, False:
                 return self._download, (source, target)
             case False, True:
-                return target.set, (np.ascontiguousarray(source), self._stream)
+                return target.set, (source, self._stream)
             case _:
                 return self._after_stream, (np.copyto, (target, source))
 
     def _download(self, source: Array, target: HostArray) -> None:
-        source.get(self._stream, out=target, blocking=True)
+        if target.flags.c_contiguous or target.flags.f_contiguous:
+            source.get(self._stream, out=target)
+        else:
+            np.copyto(target, source.get(self._stream))
 
     def _after_stream(self, fn: Any, args: tuple[Any, ...]) -> None:
         self._stream.synchronize()
@@ -117,7 +170,8 @@ class CudaDevice:
         return compute_into, (self.xp, step, ins, outs)
 
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
-        return calls
+        """A kernel for NumPy waits: an upload may still be reading the memory that it writes."""
+        return [(self._after_stream, call) for call in calls[:1]] + calls[1:] if step.space == "host" else calls
 
     def accepts(self, value: object) -> Array | None:
         """A CuPy array on this GPU as it is; anything else that offers its GPU memory through DLPack, wrapped."""
@@ -127,10 +181,23 @@ class CudaDevice:
         if not hasattr(value, "__dlpack_device__"):
             return None
         kind, index = value.__dlpack_device__()
-        return cupy.from_dlpack(value) if (int(kind), index) == (2, self.index) else None  # 2 is kDLCUDA
+        if (int(kind), index) != (2, self.index):  # 2 is kDLCUDA
+            return None
+        with self._device:  # whatever made it is ordered before the current stream, for which `running` waits
+            return cupy.from_dlpack(value)
 
     def synchronize(self) -> None:
         self._stream.synchronize()
 
     def close(self) -> None:
-        self.synchronize()
+        """Gives back the pool's memory that no array holds."""
+        with self._device:
+            self.synchronize()
+            self._pool.free_all_blocks()
+
+
+def _with_notes(failure: DeviceError, error: BaseException) -> DeviceError:
+    """The failure with the notes of what caused it, which name the step."""
+    for note in getattr(error, "__notes__", ()):
+        failure.add_note(note)
+    return failure

@@ -134,8 +134,7 @@ def variadic(ufunc: str) -> Kernels:
         out = site.outs[0]
         if len(site.ins) == 1:
             return supports_copy(site.spec(0), out)
-        pairs = ((site.spec(0), site.spec(1)), *((out, site.spec(i)) for i in range(2, len(site.ins))))
-        return all(supports_binary(function, a, b, out) for a, b in pairs)
+        return all(supports_binary(function, site.spec(0), site.spec(i), out) for i in range(1, len(site.ins)))
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton import elementwise

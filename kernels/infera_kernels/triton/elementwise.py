@@ -95,12 +95,12 @@ BINARY: Mapping[str, Elementwise] = MappingProxyType(
 
 
 def _fits(out: Typed, *ins: Typed) -> bool:
-    """Whether the inputs broadcast to exactly the output's shape, of at most MAX_DIMS dimensions."""
+    """Whether every input broadcasts to the output's shape, of at most MAX_DIMS dimensions."""
+    shape = tuple(out.shape)
     try:
-        shape = np.broadcast_shapes(*(tuple(x.shape) for x in ins))
+        return np.broadcast_shapes(shape, *(tuple(x.shape) for x in ins)) == shape and len(shape) <= MAX_DIMS
     except ValueError:
         return False
-    return tuple(shape) == tuple(out.shape) and len(shape) <= MAX_DIMS
 
 
 def _supports(table: Mapping[str, Elementwise], op: str, out: Typed, *ins: Typed) -> bool:
@@ -112,23 +112,23 @@ def _supports(table: Mapping[str, Elementwise], op: str, out: Typed, *ins: Typed
 
 
 def supports_unary(op: str, x: Typed, out: Typed) -> bool:
-    """A name in UNARY, x of a type listed there, `out` of the same type and of x's broadcast shape."""
+    """A name in UNARY, x of a type listed there, `out` of the same type and of a shape that x broadcasts to."""
     return _supports(UNARY, op, out, x)
 
 
 def supports_binary(op: str, x: Typed, y: Typed, out: Typed) -> bool:
-    """A name in BINARY, both inputs of one type listed there, `out` of its result type and the broadcast shape."""
+    """A name in BINARY, both inputs of one type listed there and broadcasting to `out`, which has its result type."""
     return _supports(BINARY, op, out, x, y)
 
 
 def supports_where(condition: Typed, x: Typed, y: Typed, out: Typed) -> bool:
-    """A bool condition, and x, y, out of one type that can be stored; `out` of the broadcast shape."""
+    """A bool condition, and x, y, out of one type that can be stored; all broadcasting to `out`."""
     dtypes = {name_of(x), name_of(y), name_of(out)}
     return name_of(condition) == "bool" and len(dtypes) == 1 and dtypes <= STORED and _fits(out, condition, x, y)
 
 
 def supports_copy(x: Typed, out: Typed) -> bool:
-    """Any two types that can be stored; `out` of x's broadcast shape."""
+    """Any two types that can be stored; x broadcasts to `out`."""
     return name_of(x) in STORED and name_of(out) in STORED and _fits(out, x)
 
 

@@ -1,0 +1,74 @@
+"""`infera ops`: the operators that are declared, and how each device runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from infera_gpu.cli.console import table
+from infera_gpu.op import Op
+
+COLUMNS = ("domain", "operator", "from opset", "CPU", "CUDA")
+
+
+def support(ops: Iterable[Op]) -> list[tuple[str, ...]]:
+    """One row under COLUMNS for each operator, its versions together; what differs between versions is listed.
+
+    "kernel" is one that allocates nothing (CPU) or a Triton kernel (CUDA), for the types and shapes that it supports;
+    "plain" and "CuPy" are the operator's own function on NumPy and on CuPy; "NumPy" is a step on the host, with copies.
+    """
+    versions: dict[tuple[str, str], list[Op]] = {}
+    for op in ops:
+        versions.setdefault((op.domain, op.name), []).append(op)
+
+    def joined(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    return [
+        (
+            domain or "ai.onnx",
+            name,
+            ", ".join(str(op.since) for op in found),
+            joined("view" if op.view else "kernel" if "cpu" in op.kernels else "plain" for op in found),
+            joined(
+                "view" if op.view else "kernel" if "triton" in op.kernels else "CuPy" if op.portable else "NumPy"
+                for op in found
+            ),
+        )
+        for (domain, name), found in sorted(versions.items())
+    ]
+
+
+def markdown(rows: Iterable[tuple[str, ...]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def command(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/operators.md.")] = False,
+) -> None:
+    """Show the operators that are declared, from which opset on, and how each device runs them."""
+    from infera_gpu.ops import registry
+
+    rows = support(registry())
+    if as_markdown:
+        print(PAGE + markdown(rows), end="")
+    else:
+        table(COLUMNS, rows)
+
+
+PAGE = """# Operators
+
+Made by `infera ops --markdown > docs/operators.md`; a test compares. A version answers from its opset until the next.
+
+- **kernel**: on the CPU one that allocates nothing, on CUDA a Triton kernel; for the types and shapes that it supports.
+  Where it does not, the operator runs as below.
+- **view**: a window into its input; no step and no memory.
+- **plain**: the operator's own function on NumPy. **CuPy**: the same function on the GPU. **NumPy**: on the host, with
+  the copies as steps of the plan.
+- `If` needs no row: it is replaced by the branch that is taken.
+
+"""

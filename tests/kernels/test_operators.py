@@ -1,0 +1,97 @@
+"""Operators' Triton kernels compiled for sm_80 and sm_90: parameters against the PTX, and no spills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from infera_gpu.op import Case, Op, f32
+from infera_gpu.ops import registry
+from infera_gpu.spec import TensorSpec, spec_of
+from infera_kernels.launch import CompileLauncher
+from tests.cases import compute, inputs_of, variants
+from tests.kernels.buffers import LaunchingBuffers
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.kernels
+
+HALF, BRAIN = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+
+# Operator, domain, a case of its own (or one given here): one or two for each family of kernels.
+CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
+    ("Add", "", "both"),
+    ("Div", "", Case("half", (TensorSpec((8, 64), HALF), TensorSpec((64,), HALF)))),
+    ("Max", "", "three"),
+    ("Pow", "", "float"),
+    ("Pow", "", "square"),
+    ("Equal", "", "int64"),
+    ("And", "", "broadcast"),
+    ("Not", "", "flags"),
+    ("Where", "", "all"),
+    ("Clip", "", "both"),
+    ("Cast", "", "float_float16"),
+    ("CastLike", "", "bool"),
+    ("Erf", "", "past_block"),
+    ("Relu", "", "half"),
+    ("HardSigmoid", "", "alpha0.5_beta0.6"),
+    ("Gelu", "", "half"),
+    ("Gelu", "infera", "tanh_past_block"),
+    ("Softmax", "", "blocks"),
+    ("LogSoftmax", "", "last-axis"),
+    ("LayerNormalization", "", "statistics-blocks"),
+    ("LayerNormalization", "", "half"),
+    ("RMSNormalization", "", "trailing-axes"),
+    ("MatMul", "", "broadcast"),
+    ("MatMul", "", "vectors"),
+    ("MatMul", "", Case("brain", (TensorSpec((2, 128, 64), BRAIN), TensorSpec((64, 256), BRAIN)))),
+    ("Gemm", "", "scaled"),
+    ("Gemm", "", "many_rows"),
+    ("FusedMatMul", "infera", "gelu"),
+    ("FusedMatMul", "infera", "heads"),
+    ("FusedMatMul", "infera", Case("half", (*(TensorSpec(s, HALF) for s in ((128, 64), (64, 256), (256,))),), tol=1)),
+)
+
+
+def chosen() -> Iterator[Any]:
+    for name, domain, wanted in CHOSEN:
+        op = registry().find(domain, name, 28)
+        assert op is not None, name
+        case = next(c for c in op.cases if c.id == wanted) if isinstance(wanted, str) else wanted
+        yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("op", "case"), [*chosen()])
+def test_kernel_compiles(op: Op, case: Case, arch: int) -> None:
+    kernel = op.kernels["triton"]
+    site, ins = variants(op, case, "triton")[-1]
+    launcher = CompileLauncher(arch)
+    outs = [spec_of(a) for a in compute(op, site, inputs_of(op, case))[: case.n_outs]]
+    calls = kernel.bind(site, LaunchingBuffers(launcher, ins, outs, site.values))
+    assert len(calls) == len(launcher.compiled) >= 1
+    for inspection in launcher.compiled:
+        assert inspection.binary.spec.arch == arch
+        assert inspection.spilled_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "launches"),
+    [
+        ("bias", Case("b", (f32(8, 16), f32(16, 4), f32(4)), {"activation": "relu"}), 1),
+        ("wide_bias", Case("b", (f32(8, 16), f32(16, 4), f32(8, 1)), {"activation": "relu"}), 1),
+        ("residual", Case("r", (f32(8, 16), f32(16, 4), f32(4), f32(8, 4))), 1),
+        ("residual_after", Case("r", (f32(8, 16), f32(16, 4), f32(4), f32(8, 4)), {"activation": "relu"}), 2),
+        ("two_terms", Case("t", (f32(8, 16), f32(16, 4), f32(8, 1), f32(8, 4))), 2),
+    ],
+)
+def test_epilogues_are_fused_where_the_order_of_things_allows(name: str, case: Case, launches: int) -> None:
+    op = registry().find("infera", "FusedMatMul", 1)
+    assert op is not None
+    launcher = CompileLauncher(80)
+    site, ins = variants(op, case, "triton")[0]
+    op.kernels["triton"].bind(site, LaunchingBuffers(launcher, ins, site.outs, site.values))
+    assert len(launcher.launches) == launches

@@ -1,0 +1,99 @@
+"""Which kernels whole models get: plans of the recording device are the CUDA device's plans."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+import pytest
+
+import infera_gpu
+from bench.build import bert
+from infera_gpu.plan import Plan
+from tests.text import parse
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.kernels
+
+MLP = """
+g (float[N, 16] x) => (float[N, 3] y) <
+    float[16, 32] w = {%s}, float[32] b = {%s}, float[3, 32] v = {%s}, float[3] c = {%s},
+    float low = {0.0}, float high = {6.0}
+> {
+    a = MatMul(x, w)
+    h = Add(a, b)
+    r = Clip(h, low, high)
+    z = Gemm <transB = 1> (r, v, c)
+    y = LogSoftmax(z)
+}"""
+
+
+def numbers(n: int) -> str:
+    return ", ".join(f"{v:.4f}" for v in np.random.default_rng(n).uniform(-1, 1, n))
+
+
+def small_bert() -> onnx.ModelProto:
+    return bert(layers=2, hidden=32, heads=2, inner=64, vocabulary=50)
+
+
+def bert_feeds() -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(0, 50, (2, 7))
+    mask = np.ones((2, 7), np.int64)
+    mask[1, 4:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros((2, 7), np.int64)}
+
+
+def kinds(plan: Plan) -> dict[str, set[str]]:
+    """operator -> how its steps run; "" for the copies"""
+    found: dict[str, set[str]] = defaultdict(set)
+    for step in plan.steps:
+        found[step.placed.node.op if step.placed else ""].add(step.via)
+    return found
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "as_written"])
+@pytest.mark.parametrize(
+    ("model", "feeds"),
+    [
+        (small_bert(), bert_feeds()),
+        (parse(MLP % tuple(map(numbers, (512, 32, 96, 3)))), {"x": np.ones((5, 16), np.float32)}),
+    ],
+    ids=["bert", "mlp"],
+)
+def test_answers_are_the_cpus_and_nothing_leaves_the_gpu(
+    model: onnx.ModelProto, feeds: dict[str, np.ndarray], fuse: bool
+) -> None:
+    recording = infera_gpu.load(model, device="recording", fuse=fuse)
+    want = infera_gpu.load(model, device="cpu", fuse=fuse).run(feeds)
+    got = recording.run(feeds)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-5 * np.abs(want[name]).max())
+    (plan,) = recording.plans(feeds)
+    assert not [s for s in plan.steps if s.kind in ("upload", "download")]
+    assert {s.space for s in plan.steps} == {"device"}
+
+
+def test_a_transformer_runs_on_triton() -> None:
+    session = infera_gpu.load(small_bert(), device="recording")
+    (plan,) = session.plans(bert_feeds())
+    found = kinds(plan)
+    on_triton = {op for op, via in found.items() if via == {"triton"}}
+    products = {"MatMul", "FusedMatMul"} & found.keys()
+    assert products
+    assert {"Softmax", "LayerNormalization", "Add", "Mul", *products} <= on_triton
+    assert {op for op in found if op and op not in on_triton} == {"Gather"}
+
+
+def test_a_transformer_as_written_runs_on_triton() -> None:
+    session = infera_gpu.load(small_bert(), device="recording", fuse=False)
+    (plan,) = session.plans(bert_feeds())
+    found = kinds(plan)
+    expected = {"Softmax", "LayerNormalization", "Add", "Mul", "Sub", "Div", "Cast", "Erf", "MatMul"}
+    assert {op for op, via in found.items() if via == {"triton"}} == expected
+
+
+def test_a_perceptron_runs_on_triton() -> None:
+    model = parse(MLP % tuple(map(numbers, (512, 32, 96, 3))))
+    (plan,) = infera_gpu.load(model, device="recording").plans({"x": np.ones((5, 16), np.float32)})
+    assert {s.via for s in plan.steps} == {"triton"}
