@@ -19,7 +19,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as wheels:
         subprocess.run([*pip, "wheel", "-q", "--no-deps", "--wheel-dir", wheels, str(ROOT)], check=True)
         for line in lines:
-            args = [wheels if a == "/wheels" else a for a in shlex.split(line) if a != "--no-cache-dir"]
+            wheel = str(next(Path(wheels).glob("*.whl")))
+            args = [a for a in shlex.split(line.replace("$(ls /wheels/*.whl)", wheel)) if a != "--no-cache-dir"]
             done = subprocess.run(
                 [*pip, "install", "--dry-run", "--ignore-installed", *args], capture_output=True, text=True
             )

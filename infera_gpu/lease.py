@@ -17,6 +17,11 @@ MAX_BOUND = 32
 """Plans that stay bound to a lease's arenas; the least recently used is let go beyond that."""
 
 
+SHRINK_ABOVE = 1 << 26
+SHRINK_AFTER = 64
+"""An arena of more than SHRINK_ABOVE bytes, four times what any of the last SHRINK_AFTER plans needed, is given back."""
+
+
 class Lease:
     """Arenas that one run at a time may use, and the plans bound to them."""
 
@@ -25,6 +30,8 @@ class Lease:
         self._arenas: dict[Space, Any] = {}
         self._sizes: dict[Space, int] = {}
         self._bound: OrderedDict[Plan, Bound] = OrderedDict()
+        self._needed = 0
+        self._served = 0
 
     @property
     def nbytes(self) -> int:
@@ -32,6 +39,8 @@ class Lease:
 
     def bound(self, plan: Plan) -> Bound:
         """The plan bound to these arenas, which grow first if it needs more than they have."""
+        if not plan.carried:
+            self._consider(plan)
         found = self._bound.get(plan)
         if found is None:
             self._fit(plan)
@@ -41,6 +50,17 @@ class Lease:
         else:
             self._bound.move_to_end(plan)
         return found
+
+    def _consider(self, plan: Plan) -> None:
+        """Give arenas back that have been far too large for a while: one huge request must not hold its memory."""
+        self._served += 1
+        self._needed = max(self._needed, plan.arena_bytes)
+        if self._served >= SHRINK_AFTER:
+            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed):
+                self._bound.clear()
+                self._arenas.clear()
+                self._sizes.clear()
+            self._served, self._needed = 0, 0
 
     def _fit(self, plan: Plan) -> None:
         for space, nbytes in plan.arenas.items():

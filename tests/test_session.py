@@ -12,7 +12,7 @@ import infera_gpu
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryError, PlanError, UnsupportedOperatorError
 from infera_gpu.layout import Space
-from infera_gpu.lease import MAX_BOUND
+from infera_gpu.lease import MAX_BOUND, SHRINK_ABOVE, SHRINK_AFTER
 from infera_gpu.loader import load_graph
 from infera_gpu.session import MAX_SHAPES, Session
 from tests.text import parse
@@ -156,6 +156,18 @@ def test_what_a_shape_folded_is_let_go_with_its_plan() -> None:
     assert len(session._first) == MAX_SHAPES
     assert len(session._free[0]._bound) <= MAX_BOUND
     assert session._constants.nbytes <= sum(a.nbytes for a in session.graph.constants.values())
+
+
+def test_the_memory_of_one_huge_request_is_given_back() -> None:
+    session = infera_gpu.load(parse(CHAIN), device="cpu")
+    session.run(feeds("x", "z", shape=(3_000_000, 4)))
+    lease = session._free[0]
+    assert lease.nbytes > SHRINK_ABOVE
+    f = feeds("x", "z")
+    for _ in range(2 * SHRINK_AFTER):
+        out = session.run(f)
+    assert lease.nbytes == session.plan_for(f).arena_bytes
+    np.testing.assert_allclose(out["y"], -(np.exp(f["x"] * f["z"]) + f["x"]), rtol=1e-6)
 
 
 def test_an_arena_that_could_not_grow_leaves_a_session_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
