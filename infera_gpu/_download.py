@@ -18,8 +18,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TypeAlias
-from urllib.parse import urlsplit
+from typing import IO, Any, TypeAlias
+from urllib.parse import SplitResult, quote, urlsplit
 
 from infera_gpu.errors import FetchError, UnreachableError
 
@@ -45,21 +45,56 @@ _PIP_OUT_OF_REACH = re.compile(
 )
 
 
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL. Raises FetchError for what is none, without showing credentials."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which raises for what is no port
+    except ValueError as error:
+        raise _malformed(url, str(error)) from None
+    return parts
+
+
+def sendable(url: str) -> str:
+    """An http(s) URL in ASCII, as it goes over the wire: an international host by IDNA (RFC 3490), the rest
+    percent-encoded. Raises FetchError for a malformed one."""
+    parts = split_url(url)
+    try:
+        host = (parts.hostname or "").encode("idna").decode()
+    except UnicodeError as error:
+        raise _malformed(url, f"the host is not a name: {error.__cause__ or error}") from None
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]+", host):
+        raise _malformed(url, f"'{host}' is not a host" if host else "it names no host")
+    netloc = parts.netloc if parts.netloc.isascii() else host + (f":{parts.port}" if parts.port else "")
+    return parts._replace(netloc=netloc, path=_quoted(parts.path), query=_quoted(parts.query), fragment="").geturl()
+
+
+def _quoted(text: str) -> str:
+    """Percent-encodes what a URL may not hold; what is encoded already stays."""
+    return quote(text, safe="/%:=&?~+!$,;'@()*[]")
+
+
+def _malformed(url: str, why: str) -> FetchError:
+    shown = re.sub(r"//[^/@]*@", "//...@", url)
+    return FetchError(f"{shown}: not a URL that can be asked: {why}; expected https://host/path/model.onnx")
+
+
 def from_url(url: str, folder: Path, progress: Progress | None, max_bytes: int) -> Path:
     """The file at an https:// URL (http:// on this machine only), complete by its Content-Length."""
-    parts = urlsplit(url)
-    if not _allowed(url):
-        raise FetchError(f"{url}: plain http:// is for this machine only; use https://")
+    parts = split_url(url)
     if parts.username or parts.password:
         raise FetchError(f"{parts.scheme}://...@{parts.hostname}: credentials in a URL are not supported")
+    address = sendable(url)
+    if not _allowed(address):
+        raise FetchError(f"{url}: plain http:// is for this machine only; use https://")
     path = folder / "download"
     handlers: list[urllib.request.BaseHandler] = [
         urllib.request.HTTPSHandler(context=ssl.create_default_context()),
         _Redirects(),
     ]
-    if _is_loopback(url):
+    if _is_loopback(address):
         handlers.append(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, headers={"User-Agent": "infera-gpu", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(address, headers={"User-Agent": "infera-gpu", "Accept-Encoding": "identity"})
     try:
         with (
             urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT_S) as response,
@@ -69,6 +104,7 @@ def from_url(url: str, folder: Path, progress: Progress | None, max_bytes: int) 
             total = int(length) if length and length.isdigit() else None
             done = _copy(response, out, url, total, progress, max_bytes)
     except urllib.error.HTTPError as error:
+        error.close()
         raise FetchError(f"{url}: the server answered {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
@@ -225,6 +261,18 @@ def _allowed(url: str) -> bool:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a redirect to https://, and on this machine to this machine; never to plain http:// elsewhere."""
 
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage
+    ) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError as error:  # urllib takes the address apart before it asks `redirect_request`
+            raise FetchError(f"{req.full_url}: redirects to what is no URL: {error}") from error
+        finally:
+            fp.close()
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(
         self,
         req: urllib.request.Request,
@@ -234,6 +282,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
+        newurl = sendable(newurl)
         if not _allowed(newurl) or (_is_loopback(newurl) and not _is_loopback(req.full_url)):
             raise FetchError(f"{req.full_url}: redirects to {newurl}, which is not followed; expected https://")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 from urllib.request import url2pathname
 
 from infera_gpu import _download
-from infera_gpu._download import MAX_BYTES, Progress
+from infera_gpu._download import MAX_BYTES, Progress, split_url
 from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.errors import FetchError, UnreachableError
 
@@ -66,7 +66,8 @@ def fetch(
 
     A catalogue name wins over a file of the same name; write `./magika` for the file. What a catalogue entry keeps
     beside its model (external weights, labels) comes with it. With `sha256` (64 hex digits) the content is compared at
-    every use: a kept file that differs is downloaded again, a download that differs is thrown away.
+    every use: a kept file that differs is downloaded again, and replaced if the download has that sum; a download that
+    differs is thrown away. No kept file is ever removed: the sum may be what is wrong.
     `progress(done, total)` gets bytes so far, and the total where the sender says; it is not called for a kept file.
 
     Raises FetchError saying what was tried and what to do; `UnreachableError`, one of its kind, where nothing answered.
@@ -78,8 +79,8 @@ def fetch(
         _verify(model, want, source)
         return model
     if "://" not in source:
-        return _local(Path(source).expanduser(), want, source)
-    parts = urlsplit(source)
+        return _local(Path(os.path.expanduser(source)), want, source)
+    parts = split_url(source)
     match parts.scheme:
         case "file":
             if parts.netloc not in ("", "localhost"):
@@ -115,10 +116,30 @@ def fetch_files(
 
 
 def _ensure(wanted: Sequence[_Wanted], bring: Callable[[Path], Sequence[Path]], root: Path) -> None:
-    """Leaves every wanted file in the cache, whole and verified. `bring` downloads all of them into a given folder."""
-    wrong = [w for w in wanted if w.kept.exists() and not _matches(w.kept, w.sha256)]
-    if not wrong and all(w.kept.exists() for w in wanted):
+    """Leaves every wanted file in the cache, whole and verified. `bring` downloads all of them into a given folder.
+
+    A kept file is replaced by a verified download and by nothing else: where there is none, it stays as it is, and
+    the error says how it differs from what was wanted.
+    """
+    kept = [w for w in wanted if w.kept.exists()]
+    differs: FetchError | None = None
+    try:
+        for w in kept:
+            _verify(w.kept, w.sha256, str(w.kept))
+    except FetchError as error:
+        differs = error
+    if differs is None and len(kept) == len(wanted):
         return
+    try:
+        _replace(wanted, bring, root)
+    except FetchError as error:
+        if differs is None:
+            raise
+        raise type(error)(f"{differs}. It is left as it is; a new download failed: {error}") from error
+
+
+def _replace(wanted: Sequence[_Wanted], bring: Callable[[Path], Sequence[Path]], root: Path) -> None:
+    """Downloads every wanted file, verifies them all, and then puts them into the cache."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".part-", ignore_cleanup_errors=True) as part:
@@ -131,10 +152,6 @@ def _ensure(wanted: Sequence[_Wanted], bring: Callable[[Path], Sequence[Path]], 
                 os.replace(file, w.kept)
     except OSError as error:
         raise FetchError(f"{wanted[0].source}: cannot be put into the cache {root}: {error}") from error
-    finally:
-        for w in wrong:
-            if w.kept.exists() and not _matches(w.kept, w.sha256):
-                w.kept.unlink(missing_ok=True)
 
 
 def _local(path: Path, sha256: str | None, source: str) -> Path:
@@ -170,7 +187,7 @@ def _kept_member(root: Path, requirement: str, member: str) -> Path:
 
 
 def _kept_url(root: Path, url: str) -> Path:
-    parts = urlsplit(url)
+    parts = split_url(url)
     file = re.sub(r"[^A-Za-z0-9._-]", "_", unquote(PurePosixPath(parts.path).name)).lstrip(".") or "model.onnx"
     host = re.sub(r"[^A-Za-z0-9.-]", "_", parts.netloc)
     return root / parts.scheme / host / hashlib.sha256(url.encode()).hexdigest()[:16] / file
@@ -189,12 +206,8 @@ def _sum_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _matches(path: Path, sha256: str | None) -> bool:
-    return sha256 is None or _sum_of(path) == sha256
-
-
 def _verify(path: Path, sha256: str | None, source: str) -> None:
     if sha256 is not None and (found := _sum_of(path)) != sha256:
         raise FetchError(
-            f"{source}: its SHA-256 is {found}, expected {sha256}; it is not what was pinned, do not use it"
+            f"{source}: its SHA-256 is {found}, expected {sha256}: it is not what was pinned, or the pin is wrong"
         )

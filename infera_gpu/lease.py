@@ -19,7 +19,7 @@ MAX_BOUND = 32
 
 SHRINK_ABOVE = 1 << 26
 SHRINK_AFTER = 64
-"""An arena of more than SHRINK_ABOVE bytes, four times what any of the last SHRINK_AFTER plans needed, is given back."""
+"""An arena over SHRINK_ABOVE bytes and four times what each of the last SHRINK_AFTER plans needed is given back."""
 
 
 class Lease:

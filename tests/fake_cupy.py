@@ -58,7 +58,10 @@ class Memory:
 
     def __init__(self, vram: Vram, nbytes: int, pool: MemoryPool | None = None) -> None:
         self._vram, self._pool, self.nbytes = vram, pool, nbytes
-        vram.take(nbytes)
+        if pool is not None and pool.cached >= nbytes:
+            pool.cached -= nbytes
+        else:
+            vram.take(nbytes)
         self.block = np.empty(nbytes, np.uint8)
 
     def __del__(self) -> None:

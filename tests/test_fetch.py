@@ -12,6 +12,7 @@ from threading import Barrier, Thread
 
 import pytest
 
+from infera_gpu import _download
 from infera_gpu.errors import FetchError, UnreachableError
 from infera_gpu.fetch import cache_dir, fetch
 
@@ -54,12 +55,22 @@ def test_a_local_file_with_another_sum_is_refused_and_left_alone(tmp_path: Path)
         ("ftp://host/model.onnx", "cannot fetch from 'ftp://'"),
         ("http://example.invalid/model.onnx", "for this machine only"),
         ("https://me:secret@example.invalid/model.onnx", "credentials in a URL"),
+        ("https://me:secret@[::1/x", "https://...@[::1/x: not a URL that can be asked: Invalid IPv6 URL"),
+        ("file://[::1/x", "Invalid IPv6 URL"),
+        ("http://localhost:abc/x", "Port could not be cast to integer value as 'abc'"),
+        ("https://host:70000/x", "Port out of range"),
+        (f"https://{'a' * 80}.invalid/x", "the host is not a name: label empty or too long"),
+        ("https://a..invalid/x", "the host is not a name: label empty or too long"),
+        ("http://local host/x", "'local host' is not a host"),
+        ("https:///x", "it names no host"),
+        ("~nobody-of-that-name/model.onnx", "neither a file nor a name"),
     ],
 )
 def test_what_is_no_source_is_refused_with_a_reason(source: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=re.escape(says)) as caught:
         fetch(source, cache=tmp_path)
     assert "secret" not in str(caught.value)
+    assert not isinstance(caught.value, UnreachableError)
 
 
 def test_a_malformed_sum_is_refused() -> None:
@@ -103,6 +114,14 @@ class Site:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Closes the port. Again is no error."""
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
 
     def put(self, path: str, body: bytes, *, length: int | None = None) -> str:
         """Serves `body`, announced as `length` bytes (its own number unless given, none where negative)."""
@@ -118,12 +137,8 @@ class Site:
 @pytest.fixture
 def site() -> Iterator[Site]:
     made = Site()
-    thread = Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    made.stop()
 
 
 def test_a_url_is_downloaded_once_and_its_progress_reported(site: Site, tmp_path: Path) -> None:
@@ -139,6 +154,14 @@ def test_a_url_is_downloaded_once_and_its_progress_reported(site: Site, tmp_path
     assert site.asked == ["/model.onnx"]
     assert seen == []
     assert files_under(tmp_path) == [path]
+
+
+def test_a_url_is_sent_in_ascii(site: Site, tmp_path: Path) -> None:
+    sent = "/caf%C3%A9%20%41/m.onnx?v=%C3%BC&w=1"
+    site.put(sent, CONTENT)
+    assert fetch(site.url + "/café %41/m.onnx?v=ü&w=1#part", cache=tmp_path).read_bytes() == CONTENT
+    assert site.asked == [sent]
+    assert _download.sendable("https://bücher.example:8080/é") == "https://xn--bcher-kva.example:8080/%C3%A9"
 
 
 def test_two_urls_of_the_same_name_are_kept_apart(site: Site, tmp_path: Path) -> None:
@@ -158,13 +181,20 @@ def test_a_kept_file_that_was_damaged_is_downloaded_again(site: Site, tmp_path: 
     assert fetch(url, sha256=SUM, cache=tmp_path).read_bytes() == CONTENT
 
 
-def test_a_damaged_file_is_not_kept_when_its_origin_is_gone(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("origin", ["unchanged", "gone", "out of reach"])
+def test_a_wrong_pin_costs_no_kept_file(site: Site, tmp_path: Path, origin: str) -> None:
     url = site.put("/m.onnx", CONTENT)
-    fetch(url, cache=tmp_path).write_bytes(b"damaged")
-    site.answers.clear()
-    with pytest.raises(FetchError, match="404"):
-        fetch(url, sha256=SUM, cache=tmp_path)
-    assert files_under(tmp_path) == []
+    kept = fetch(url, cache=tmp_path)
+    if origin == "gone":
+        site.answers.clear()
+    if origin == "out of reach":
+        site.stop()
+    says = {"unchanged": OTHER_SUM, "gone": "answered 404", "out of reach": "no answer"}[origin]
+    with pytest.raises(FetchError, match=f"{SUM}.*{OTHER_SUM}.*left as it is.*{says}") as caught:
+        fetch(url, sha256=OTHER_SUM, cache=tmp_path)
+    assert isinstance(caught.value, UnreachableError) == (origin == "out of reach")
+    assert files_under(tmp_path) == [kept]
+    assert fetch(url, sha256=SUM, cache=tmp_path).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("sent", [0, 1, 300_000, len(CONTENT) - 1])
@@ -193,7 +223,7 @@ def test_redirects_stay_safe(site: Site, tmp_path: Path) -> None:
     assert fetch(site.redirect("/here", site.url + "/m.onnx"), cache=tmp_path).read_bytes() == CONTENT
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
-    for target in ("http://example.invalid/m.onnx", secret.as_uri()):
+    for target in ("http://example.invalid/m.onnx", secret.as_uri(), "https://[::1/x", "https://a:b/x", "https:///x"):
         with pytest.raises(FetchError):
             fetch(site.redirect("/away", target), cache=tmp_path)
 

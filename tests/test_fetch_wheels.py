@@ -71,6 +71,19 @@ def test_one_file_of_a_wheel_is_taken_and_no_other(wheels: Path, tmp_path: Path)
     assert fetch(source, sha256=SUM, cache=cache) == path
 
 
+def test_a_wrong_pin_costs_no_kept_member(wheels: Path, tmp_path: Path) -> None:
+    wheel = make_wheel(wheels, {"m.onnx": CONTENT})
+    source, cache = "pypi://sample==1.0/m.onnx", tmp_path / "cache"
+    kept = fetch(source, cache=cache)
+    with pytest.raises(FetchError, match=f"{SUM}.*{OTHER_SUM}.*left as it is"):
+        fetch(source, sha256=OTHER_SUM, cache=cache)
+    wheel.unlink()
+    with pytest.raises(FetchError, match=f"{SUM}.*{OTHER_SUM}.*left as it is.*pip found no wheel"):
+        fetch(source, sha256=OTHER_SUM, cache=cache)
+    assert files_under(cache) == [kept]
+    assert fetch(source, sha256=SUM, cache=cache).read_bytes() == CONTENT
+
+
 def test_a_wheel_for_another_platform_will_do(wheels: Path, tmp_path: Path) -> None:
     make_wheel(
         wheels, {"m.onnx": CONTENT}, tag="cp311-cp311-win_amd64" if os.name != "nt" else "py3-none-manylinux2014"
