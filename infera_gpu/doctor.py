@@ -130,11 +130,14 @@ def _cache() -> Iterator[Finding]:
     from infera_gpu.fetch import cache_dir
 
     path = cache_dir()
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    writable = os.access(existing, os.W_OK)
-    used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.exists() else 0
-    state: State = "ok" if writable else "problem"
-    yield Finding("Cache", state, f"{path}, {used / 1e6:,.1f} MB" + ("" if writable else "; it cannot be written to"))
+    existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not os.path.isdir(existing):
+        yield Finding("Cache", "problem", f"{path}: {existing} is no folder; set INFERA_CACHE_DIR to one")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Finding("Cache", "problem", f"{path}: {existing} cannot be written to; set INFERA_CACHE_DIR to a folder")
+    else:
+        used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        yield Finding("Cache", "ok", f"{path}, {used / 1e6:,.1f} MB")
 
 
 def _peers() -> Iterator[Finding]:

@@ -3,22 +3,31 @@
 Agreement is judged output by output. Floats may differ by a fraction of the output's peak, the largest finite
 magnitude of the reference: unlike an elementwise relative error it does not blow up around zeros, and unlike an
 absolute one it means the same for logits and for activations. Integers, booleans and strings must be equal.
+
+There are two references. onnxruntime is another implementation: it shows what is computed wrongly. The model in float64
+is our own: it shows who rounds worse where the two differ by little (an approximate Sigmoid, whose absolute error of
+1.6e-7 is large where the whole output is close to zero).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import InferaError
-from infera_gpu.graph import HostArray
-from infera_gpu.spec import spec_of
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.loader import Source, load_graph
+from infera_gpu.ops import registry
+from infera_gpu.session import Session
+from infera_gpu.spec import TensorSpec, onnx_of_dtype, spec_of
+from infera_gpu.specialize import check_supported
 
 TOLERANCE = 1e-4
 """Of the output's peak: what float32 kernels that sum in different orders stay well below."""
@@ -125,3 +134,71 @@ class OnnxRuntime:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+# ---- the model in float64
+
+_FLOAT64 = np.dtype(np.float64)
+_NARROW = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
+_NARROW_CODES = tuple(map(onnx_of_dtype, _NARROW))
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype", "stash_type")
+"""The attributes that hold an element type, in every operator that has one of these names."""
+
+
+class _PlainDevice(CpuDevice):
+    """The CPU without kernels: every operator runs its own function."""
+
+    kinds: tuple[str, ...] = ()
+
+
+def run_in_float64(model: Source, feeds: Mapping[str, HostArray]) -> dict[str, HostArray]:
+    """Every output by name, each float computed in float64 from the same weights and feeds.
+
+    The nodes run as the file has them, each by its operator's plain function: no fusion and no kernel, whose errors
+    this is to measure. An error in a plain function itself shows in onnxruntime only. Inside quantised operators and
+    in Resize's coordinates the arithmetic is float32, as ONNX defines it. Raises as `infera_gpu.load` and
+    `Session.run` do.
+    """
+    graph = load_graph(model)
+    check_supported(graph, registry())
+    with Session(_widened_graph(graph), _PlainDevice(), fuse=False) as session:
+        return session.run(widened(feeds))
+
+
+def widened(arrays: Mapping[str, HostArray]) -> dict[str, HostArray]:
+    """The arrays, floats narrower than float64 converted to it; float8, a storage format, is left."""
+    return {name: _wide(array) for name, array in arrays.items()}
+
+
+def _wide(array: HostArray) -> HostArray:
+    return array.astype(_FLOAT64) if array.dtype in _NARROW else array
+
+
+def _widened_graph(graph: Graph) -> Graph:
+    def wide(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        return {k: replace(s, dtype=_FLOAT64) if s.dtype in _NARROW else s for k, s in specs.items()}
+
+    return replace(
+        graph,
+        nodes=tuple(_widened_node(n, graph.opsets) for n in graph.nodes),
+        inputs=wide(graph.inputs),
+        outputs=wide(graph.outputs),
+        constants=widened(graph.constants),
+        specs=wide(graph.specs),
+    )
+
+
+def _widened_node(node: Node, opsets: Mapping[str, int]) -> Node:
+    """The node with its element types written out: left out, they mean float32 to some operators."""
+    op = registry().find(node.domain, node.op, opsets.get(node.domain, 1))
+    attrs = dict(node.attrs) if op is None else {k: v for k, v in op.fill(node).items() if v is not None}
+    for name, value in attrs.items():
+        if isinstance(value, Graph):
+            attrs[name] = _widened_graph(value)
+        elif isinstance(value, np.ndarray):
+            attrs[name] = _wide(value)
+        elif name in _TYPE_ATTRIBUTES and value in _NARROW_CODES:
+            attrs[name] = onnx_of_dtype(_FLOAT64)
+    if node.op == "ConstantOfShape":
+        attrs.setdefault("value", np.zeros(1))
+    return replace(node, attrs=attrs)

@@ -93,6 +93,9 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.format_message()} (see infera --help)", int(getattr(error, "exit_code", 2))
     if isinstance(error, InferaError):
         return str(error), 1
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+    if isinstance(error, OSError):
+        said = error.strerror or str(error)
+        return f"{error.filename}: {said}" if error.filename and error.strerror else said, 1
+    if isinstance(error, MemoryError):
+        return f"out of memory{f': {error}' if str(error) else ''}; give smaller inputs or free some", 1
     return f"{type(error).__name__}: {error} (unexpected: `infera --debug ...` shows where)", 1

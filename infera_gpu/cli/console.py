@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+from typing import TypeAlias
 
 
 def print_error(message: str) -> None:
@@ -23,16 +20,40 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""To be told the bytes done, and those in all or None."""
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    with _spinning(what):
         yield
-        return
-    from rich.console import Console
 
-    with Console(stderr=True).status(what):
-        yield
+
+@contextmanager
+def downloading(what: str) -> Iterator[Progress]:
+    """A spinner with a bar of bytes, from before the first byte on: pip and a slow server let one wait."""
+    with _spinning(what, bytes_too=True) as progress:
+        yield progress
+
+
+@contextmanager
+def _spinning(what: str, *, bytes_too: bool = False) -> Iterator[Progress]:
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+    from rich.markup import escape
+
+    columns: list[rich.ProgressColumn] = [rich.SpinnerColumn(), rich.TextColumn("{task.description}")]
+    if bytes_too:
+        columns += [rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn()]
+    # Not rich's Status: that draws from a thread only, which a parser holding the interpreter lock keeps waiting.
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(escape(what), total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
@@ -53,24 +74,3 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     if title:
         print(title)
     console.print(shown)
-
-
-@contextmanager
-def downloading(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A function to be told (bytes done, bytes in all or None), which shows a bar once something is downloaded."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: list[TaskID] = []
-
-        def progress(done: int, total: int | None) -> None:
-            if not tasks:
-                tasks.append(bars.add_task(what))
-            bars.update(tasks[0], completed=done, total=total)
-
-        yield progress

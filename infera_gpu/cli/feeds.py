@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from infera_gpu.cli.console import note
-from infera_gpu.errors import InputError
+from infera_gpu.devices.base import host_memory
+from infera_gpu.errors import InputError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import TensorSpec, spec_of
 
 Shapes = dict[str, tuple[int, ...]]
+
+_RANDOM_BYTES = 8
+"""Of each element while random values are made, before they are converted: float64 and int64."""
+
+MAX_ELEMENTS = sys.maxsize // _RANDOM_BYTES
+"""What NumPy can count the bytes of, zeros in the shape taken as ones."""
 
 
 def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict[str, HostArray]:
@@ -41,17 +49,30 @@ def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict
     return feeds
 
 
+def type_of(spec: TensorSpec) -> str:
+    """The spec as a person reads it: strings are "string", which NumPy calls objects."""
+    text = str(spec)
+    return f"string{text.removeprefix(spec.dtype.name)}" if spec.dtype.kind == "O" else text
+
+
 def _load(path: str) -> HostArray | dict[str, HostArray]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return loaded
+            return _strings_as_objects(loaded)
         with loaded as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: _strings_as_objects(archive[name]) for name in archive.files}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; inputs are .npy or .npz files") from None
-    except (ValueError, EOFError, BadZipFile) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # damage surfaces as whatever zipfile, zlib, tokenize or an allocation raises
         raise InputError(f"{path}: not a .npy or .npz file that can be read: {error}") from None
+
+
+def _strings_as_objects(array: HostArray) -> HostArray:
+    """Files hold strings in fixed width, models take Python's."""
+    return array.astype(object) if array.dtype.kind == "U" else array
 
 
 def read_shapes(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> Shapes:
@@ -71,6 +92,8 @@ def read_shapes(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> Sha
             raise InputError(f"--shape {option}: '{text}' is not a list of integers such as 1,3,640,640") from None
         if any(d < 0 for d in shapes[name]):
             raise InputError(f"--shape {option}: a dimension is negative")
+        if math.prod(d or 1 for d in shapes[name]) > MAX_ELEMENTS:
+            raise InputError(f"--shape {option}: no array is that large; expected at most {MAX_ELEMENTS:,} elements")
     return shapes
 
 
@@ -91,6 +114,7 @@ def random_feeds(
     """`given`, and seeded random arrays for the other inputs; free dimensions are 1, or as `given` has their symbol.
 
     Floats are normally distributed; integers are 0 or 1, so that they are valid as indices, masks and lengths.
+    Raises OutOfMemoryError where an array does not fit into memory.
     """
     sizes = {
         symbol: size
@@ -103,7 +127,12 @@ def random_feeds(
     for name, spec in inputs.items():
         if name not in given:
             usual = tuple(d if isinstance(d, int) else sizes.get(d or "", 1) for d in spec.shape)
-            made[name] = _random(rng, spec, shapes.get(name, usual))
+            shape = shapes.get(name, usual)
+            needed, available = math.prod(shape) * (_RANDOM_BYTES + spec.dtype.itemsize), host_memory()
+            if available is not None and needed > available:
+                what = f"a random input '{name}' {type_of(TensorSpec(shape, spec.dtype))}"
+                raise OutOfMemoryError(what, needed=needed, available=available)
+            made[name] = _random(rng, spec, shape)
     return {**made, **given}
 
 
@@ -115,7 +144,10 @@ def gather(
     feeds = random_feeds(inputs, given, sizes, seed)
     free = free_dimensions(inputs, {**sizes, **given})
     if free:
-        note(f"free dimensions {', '.join(free)}: using " + ", ".join(f"{n} {spec_of(a)}" for n, a in feeds.items()))
+        note(
+            f"free dimensions {', '.join(free)}: using "
+            + ", ".join(f"{n} {type_of(spec_of(a))}" for n, a in feeds.items())
+        )
     return feeds
 
 
@@ -128,4 +160,4 @@ def _random(rng: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) 
 
 
 def _listed(inputs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(f"'{name}' {spec}" for name, spec in inputs.items()) or "no inputs"
+    return ", ".join(f"'{name}' {type_of(spec)}" for name, spec in inputs.items()) or "no inputs"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
 from infera_gpu.cli import options
+from infera_gpu.cli.archive import write_npz
 from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import gather, read_feeds
+from infera_gpu.cli.feeds import gather, read_feeds, type_of
 from infera_gpu.errors import InputError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import spec_of
@@ -34,18 +35,11 @@ def command(
         with working("running"):
             outputs = session.run(feeds)
     if output:
-        arrays: dict[str, Any] = {name: _storable(array) for name, array in outputs.items()}
-        with output.open("wb") as file:
-            np.savez(file, **arrays)
+        write_npz(output, outputs)
         note(f"{len(outputs)} output{'s' if len(outputs) != 1 else ''} written to {output}")
         return
-    rows = [(name, str(spec_of(array)), *_statistics(array)) for name, array in outputs.items()]
+    rows = [(name, type_of(spec_of(array)), *_statistics(array)) for name, array in outputs.items()]
     table(("output", "type", "min", "max", "mean", "first values"), rows, right=("min", "max", "mean"))
-
-
-def _storable(array: HostArray) -> HostArray:
-    """NumPy's file format knows its own dtypes only: bfloat16 and its like become float32, which holds them exactly."""
-    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _statistics(array: HostArray) -> tuple[str, str, str, str]:

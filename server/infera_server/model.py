@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from infera_server.batcher import Batch, Batcher, Done, Job
-from infera_server.batching import Batching, Session, derive
+from infera_server.batching import Batching, derive
 from infera_server.errors import BadRequest, InternalError, RequestError, request_error
 from infera_server.metrics import ModelStats
 from infera_server.rows import HostArray
+from infera_server.runtime import Session
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
 

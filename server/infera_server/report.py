@@ -53,6 +53,8 @@ def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]
         at = f" at {', '.join(f'{k}={v}' for k, v in batching.sizes.items())}" if batching.sizes else ""
         arenas = "; ".join(f"batch {rows}: {bytes_text(n)}" for rows, n in batching.arena_bytes.items())
         facts.append(("arena", arenas + at))
+    else:
+        facts.append(("arena", "depends on the request's shape"))
     limits = (
         f"{settings.max_queue} waiting requests, {bytes_text(settings.max_queue_bytes)} of them, "
         f"{bytes_text(settings.max_body_bytes)} a body, {settings.request_timeout:g} s a request"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_server.batching import Specs
+from infera_server.runtime import Specs
 from infera_server.codec import datatype_of
 from infera_server.rows import Layout
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.batching import Session
+from infera_server.runtime import Session
 from infera_server.repository import Repository, Source
 from infera_server.rows import Arrays, HostArray
 from infera_server.server import Host, listen
@@ -44,6 +45,7 @@ class FakeSession:
     outputs: Mapping[str, TensorSpec]
     fn: Callable[[Arrays], Arrays]
     device: FakeDevice = field(default_factory=FakeDevice)
+    nodes: tuple[Node, ...] = ()
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     batches: list[int] = field(default_factory=list)
@@ -51,6 +53,10 @@ class FakeSession:
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    @property
+    def graph(self) -> Graph:
+        return Graph(self.nodes, self.inputs, self.outputs)
 
     def run(self, feeds: Arrays) -> Arrays:
         self.batches.append(next(iter(feeds.values())).shape[0])

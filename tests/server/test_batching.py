@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import onnx.parser
 import pytest
 
-from infera_gpu.errors import OutOfMemoryError
-from infera_gpu.spec import TensorSpec
+import infera_gpu
+from infera_gpu.errors import OutOfMemoryError, PlanError
+from infera_gpu.spec import Dim, TensorSpec
 from infera_server.batching import buckets_to, derive
-from infera_server.rows import Arrays
+from infera_server.rows import Arrays, HostArray
 from tests.server.support import FakePlan, FakeSession, doubler, spec
 
 
@@ -63,7 +68,7 @@ def test_a_sequence_that_looks_like_a_batch_is_found_out() -> None:
 
     found = derive(session(spec("S", 3), spec("S", 3), softmax), 4)
     assert found.layout is None
-    assert "differs between 3 rows together and one by one" in found.reason
+    assert "differs between 5 rows together and one by one" in found.reason
 
 
 def test_the_second_symbol_serves_where_the_first_mixes_rows() -> None:
@@ -89,7 +94,7 @@ def test_reasons(inputs: TensorSpec, outputs: TensorSpec, why: str) -> None:
 def test_a_wrong_row_count_is_found_out() -> None:
     found = derive(session(spec("N", 4), spec("M", 4), lambda x: np.concatenate([x, x])), 4)
     assert found.layout is None
-    assert "output 'y' is [6, 4] for 3 rows" in found.reason
+    assert "output 'y' is [10, 4] for 5 rows" in found.reason
 
 
 def test_a_failing_probe_is_a_reason() -> None:
@@ -113,6 +118,7 @@ def test_open_dimensions_grow_until_the_probe_runs() -> None:
 
 
 def test_integers_are_probed_as_small_indices() -> None:
+    """Without a table in the graph that says how many there are, 0 and 1 are tried last."""
     table = np.random.default_rng(0).random((2, 5)).astype(np.float32)
     found = derive(session(spec("N", "S", dtype=np.int64), spec("N", "S", 5), lambda x: table[x]), 4)
     assert found.layout is not None
@@ -144,3 +150,94 @@ def test_buckets_end_where_memory_does() -> None:
     assert found.layout is not None
     assert found.layout.buckets == (1, 2, 4)
     assert "no more than 4 rows, because the plan needs 100 bytes" in found.reason
+
+
+# --- models of the runtime: what their graphs say ------------------------------------------------------------------
+
+
+def load(text: str, constants: Mapping[str, HostArray] | None = None) -> infera_gpu.Session:
+    """A model in ONNX's text syntax with `constants` as initialisers."""
+    graph = onnx.parser.parse_graph(text)
+    for name, array in (constants or {}).items():
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    return infera_gpu.load(model, device="cpu")
+
+
+RNG = np.random.default_rng(0)
+TABLE = (RNG.standard_normal((50, 4)) * np.geomspace(0.1, 10, 50)[:, None]).astype(np.float32)
+WEIGHTS = RNG.integers(0, 255, (4, 3)).astype(np.uint8)
+
+EMBEDDED = """g (int64[N, S] ids) => (int32[N, S, 3] y) {
+    e = Gather(table, ids)  q, s, z = DynamicQuantizeLinear(e)  y = MatMulInteger(q, w, z) }"""
+
+
+def test_a_scale_over_all_rows_is_read_off_the_graph() -> None:
+    """Rows 0 and 1 of the table have one range, so that ids of 0 and 1 show no dependence."""
+    found = derive(load(EMBEDDED, {"table": TABLE, "w": WEIGHTS}), 8)
+    assert found.layout is None
+    assert "DynamicQuantizeLinear" in found.reason
+    assert "takes one scale from all rows" in found.reason
+
+
+def test_a_scale_of_constants_mixes_no_rows() -> None:
+    text = "g (float[N, 4] x) => (float[N, 4] y) { q, s, z = DynamicQuantizeLinear(c)  y = Mul(x, s) }"
+    found = derive(load(text, {"c": TABLE}), 8)
+    assert found.layout is not None
+
+
+@pytest.mark.parametrize("condition", ["m = ReduceMax(x)", "m = ReduceMax(x)  unused = Shape(x)"])
+def test_a_branch_that_the_values_choose_mixes_rows(condition: str) -> None:
+    branch = "{0} () => (float[N, 2] {0}_y) {{ {0}_y = {1}(x) }}"
+    text = f"""g (float[N, 2] x) => (float[N, 2] y) {{
+        {condition}  high = Greater(m, most)  flag = Squeeze(high)
+        y = If(flag) <then_branch = {branch.format("a", "Neg")}, else_branch = {branch.format("b", "Identity")}> }}"""
+    found = derive(load(text, {"most": np.array([[1000.0]], np.float32)}), 8)
+    assert found.layout is None
+    assert "takes one branch for all rows" in found.reason
+
+
+def test_ids_are_probed_up_to_the_size_of_their_table() -> None:
+    """Only ids from 2 on let one row see another here."""
+    text = """g (int64[N, S] ids) => (float[N, S, 4] y) {
+        same = Cast<to = 7>(ids)  e = Gather(table, same)  top = ReduceMax<keepdims = 1, axes = [0, 1]>(e)
+        y = Max(e, top) }"""
+    table = np.maximum(TABLE, 0.0)
+    table[:2] = 0
+    found = derive(load(text, {"table": table}), 8)
+    assert found.layout is None
+    assert "differs between 5 rows together" in found.reason
+
+
+def test_small_rows_show_what_large_rows_hide() -> None:
+    """Each row is rounded to a step that the largest of all rows sets, as the smallest of them notice."""
+    found = derive(session(spec("N", 4), spec("N", 4), lambda x: np.round(x / (s := abs(x).max() / 2000)) * s), 8)
+    assert found.layout is None
+
+
+def test_results_that_are_nowhere_finite_prove_nothing() -> None:
+    found = derive(session(spec("N", 4), spec("N", 4), lambda x: x * np.nan), 8)
+    assert found.layout is None
+    assert "nowhere finite" in found.reason
+
+
+def test_an_arena_is_shown_at_an_example_shape_without_a_batch() -> None:
+    found = derive(session(spec("N", "M"), spec("K"), lambda x: x.ravel()), 1)
+    assert (found.arena_bytes, found.sizes) == ({1: 4}, {"N": 1, "M": 1})
+
+
+class Unplannable(FakeSession):
+    def plan_for(self, shapes: Mapping[str, tuple[int, ...]]) -> FakePlan:
+        raise PlanError("Concat 'y': strings are not computed" + f" at {shapes}" * self.closed)
+
+
+@pytest.mark.parametrize("shape", [("N", 4), (2, 4)])
+def test_what_can_never_be_planned_is_raised(shape: tuple[Dim, ...]) -> None:
+    with pytest.raises(PlanError, match="strings are not computed"):
+        derive(Unplannable({"x": spec(*shape)}, {"y": spec(*shape)}, lambda feeds: {"y": feeds["x"]}), 8)
+
+
+def test_what_other_sizes_might_make_plannable_is_served() -> None:
+    model = Unplannable({"x": spec("N", 4)}, {"y": spec(4)}, lambda feeds: {"y": feeds["x"][0]})
+    model.closed = True  # so that the refusals name the sizes
+    assert derive(model, 8).arena_bytes == {}

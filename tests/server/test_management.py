@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infera_gpu.errors import ModelError
-from infera_server.batching import Session
+from infera_server.runtime import Session
 from infera_server.errors import NotFound, Unavailable
 from infera_server.metrics import ModelStats
 from infera_server.repository import DiscoveryError, Entry, Repository, Source, State, discover

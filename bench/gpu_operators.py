@@ -1,0 +1,196 @@
+"""Operators on a GPU against NumPy: every Triton kernel, and every portable function through CuPy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from bench.gpu_report import CheckFailed, Context, Section
+from infera_gpu.doctor import examine
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import dense
+from infera_gpu.op import Case, Kernel, Op, Site
+from infera_gpu.ops import registry
+from infera_gpu.spec import TensorSpec, spec_of
+from tests.cases import assert_close, compute, covered, inputs_of, run, site_of
+
+Result = tuple[str, Mapping[str, Any]]
+Array = Any
+
+GUARD, PATTERN, POISON = 256, 0xA5, 0xFF
+
+
+def facts(context: Context) -> Result:
+    """What `infera doctor` says."""
+    found = [asdict(finding) for finding in examine()]
+    problems = [f"{f['subject']}: {f['detail']}" for f in found if f["state"] == "problem"]
+    if problems:
+        raise CheckFailed("; ".join(problems), {"findings": found})
+    return f"{len(found)} findings, no problem", {"findings": found}
+
+
+# ---- operators
+
+
+def fetch(device: Any, array: Array) -> HostArray:
+    """A copy on the host, when everything before it has happened."""
+    host = np.empty(array.shape, array.dtype)
+    copy, args = device.transfer(array, host)
+    copy(*args)
+    device.synchronize()
+    return host
+
+
+class GuardedOutput:
+    """An output in a block of its own: NaN, or all bits set, between guard bytes."""
+
+    def __init__(self, device: Any, spec: TensorSpec) -> None:
+        size = spec.nbytes + 2 * GUARD
+        block = device.alloc(size, "device")
+        self._device = device
+        self._whole = device.view(block, dense("whole", "device", TensorSpec((size,), np.dtype(np.uint8))))
+        self.array = device.view(block, dense("output", "device", spec).moved(GUARD))
+        host = np.full(size, PATTERN, np.uint8)
+        host[GUARD:-GUARD] = POISON
+        copy, args = device.transfer(host, self._whole)
+        copy(*args)
+
+    def check(self) -> None:
+        """Raises AssertionError where a byte outside of the output was written."""
+        host = fetch(self._device, self._whole)
+        assert (host[:GUARD] == PATTERN).all(), "the kernel wrote before the array"
+        assert (host[-GUARD:] == PATTERN).all(), "the kernel wrote after the array"
+
+
+class DeviceBuffers:
+    """`infera_gpu.op.Buffers` on the device, for kernels without scratch."""
+
+    def __init__(
+        self, device: Any, ins: Sequence[HostArray | None], specs: Sequence[TensorSpec], *, strided: bool, inplace: int
+    ) -> None:
+        self.xp, self.launcher = device.xp, device.launcher
+        self.guarded = [GuardedOutput(device, spec) for spec in specs]
+        self.outs = tuple(g.array for g in self.guarded)
+        given: list[Array | None] = []
+        for i, x in enumerate(ins):
+            if i == inplace and x is not None:
+                copy, args = device.transfer(x, self.outs[0])
+                copy(*args)
+                given.append(self.outs[0])
+            elif strided and x is not None and x.ndim:
+                given.append(device.constant(np.repeat(x, 2, axis=-1), "device")[..., ::2])
+            else:
+                given.append(None if x is None else device.constant(x, "device"))
+        self.ins: tuple[Any, ...] = tuple(given)
+
+    def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        raise AssertionError("a Triton kernel asked for scratch")
+
+    def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
+        raise AssertionError("a Triton kernel packs nothing")
+
+
+def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
+    """The ways in which a planner may bind it: contiguous, strided, over an input's memory (-1: none)."""
+    yield {"strided": False, "inplace": -1}
+    if kernel.strided:
+        yield {"strided": True, "inplace": -1}
+    for i in kernel.inplace:
+        if site.has(i) and site.value(i) is None and site.ins[i] == site.outs[0]:
+            yield {"strided": False, "inplace": i}
+
+
+def check_kernel(device: Any, op: Op, case: Case, site: Site, ins: Sequence[HostArray | None]) -> int:
+    """Runs the Triton kernel in every binding against `compute`; the number of launches. Raises AssertionError."""
+    kernel = op.kernels["triton"]
+    want = compute(op, site, ins)[: case.n_outs]
+    launches = 0
+    for options in bindings(kernel, site):
+        buffers = DeviceBuffers(device, ins, [spec_of(w) for w in want], **options)
+        calls = list(kernel.bind(site, buffers))
+        run(calls)
+        launches += len(calls)
+        for i, (guarded, w) in enumerate(zip(buffers.guarded, want, strict=True)):
+            assert_close(fetch(device, guarded.array), w, case.tol, f"output {i} {options}")
+            guarded.check()
+    return launches
+
+
+def _swept(what: str, ran: Counter[str], failed: Mapping[str, str], left: int, **more: Any) -> Result:
+    """The result of checking case after case. A case for which there was no time is counted, and is no failure."""
+    facts = {"cases": ran.total(), "operators": dict(ran), "failed": dict(failed), "no_time_for": left, **more}
+    summary = f"{ran.total()} {what} of {len(ran)} operators agree with NumPy"
+    if left:
+        summary += f", no time for {left}"
+    if failed or not ran:
+        name, problem = next(iter(failed.items()), ("", "nothing ran"))
+        raise CheckFailed(f"{summary}, {len(failed)} fail: {name}: {problem}", facts)
+    return summary, facts
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def kernels(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -> Result:
+    """Every Triton kernel on every case that it supports."""
+    device = context.open()
+    ran: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    left = launches = 0
+    with device.running():
+        for op, case, variants in covered("triton"):
+            if not wanted(op):
+                continue
+            if context.left() <= 0:
+                left += 1
+                continue
+            try:
+                launches += sum(check_kernel(device, op, case, site, ins) for site, ins in variants)
+                ran[op.qualified] += 1
+            except Exception as error:
+                failed[f"{op.qualified} {case.id}"] = _first_line(error)
+    return _swept("cases", ran, failed, left, launches=launches, compiled=getattr(device.launcher, "compiled", None))
+
+
+def check_portable(device: Any, op: Op, case: Case) -> bool:
+    """Runs `compute` on the device against NumPy; False where it would run on the host: text, shapes from data."""
+    ins = inputs_of(op, case)
+    site = site_of(op, case, ins)
+    want = compute(op, site, ins)
+    if len(site.outs) < case.n_outs or any(a is not None and a.dtype == object for a in (*ins, *want)):
+        return False
+    given = [None if x is None else device.constant(x, "device") for x in ins]
+    for i, (got, w) in enumerate(zip(op.outputs(device.xp, site, given), want[: case.n_outs], strict=False)):
+        assert_close(fetch(device, got), w, case.tol, f"output {i}")
+    return True
+
+
+def portable(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -> Result:
+    """Every portable operator's own function through CuPy: what runs where there is no kernel."""
+    device = context.open()
+    ran: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    left = on_host = 0
+    with device.running():
+        for op in registry():
+            for case in op.cases if op.portable and op.pure and wanted(op) else ():
+                if context.left() <= 0:
+                    left += 1
+                    continue
+                try:
+                    if check_portable(device, op, case):
+                        ran[op.qualified] += 1
+                    else:
+                        on_host += 1
+                except Exception as error:
+                    failed[f"{op.qualified} {case.id}"] = _first_line(error)
+    return _swept("cases through CuPy", ran, failed, left, on_the_host=on_host)
+
+
+SECTIONS: Mapping[str, Section] = {"facts": facts, "kernels": kernels, "portable": portable}

@@ -1,0 +1,71 @@
+"""What a model's graph says about its rows: operators that make them depend on each other, and how large ids may be.
+
+Running rows together and apart (`batching.prove`) shows most dependence, but not one that the data tried does not
+bring out: a scale taken over the whole tensor changes nothing while every row has much the same range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from infera_gpu.graph import Graph, HostArray, Node
+
+_SHAPE_ONLY = frozenset({"Shape", "Size"})
+
+_MIXES = {
+    "DynamicQuantizeLinear": "takes one scale from all rows",
+    "Unique": "removes what is equal in other rows",
+}
+
+_KEEPS_IDS = frozenset(
+    {"Cast", "Clip", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "Expand", "Tile",
+     "Concat", "Where", "Min", "Max", "Abs", "Relu", "Split", "Gather"}
+)  # fmt: skip
+"""Operators whose first inputs' ids come out as they went in, or smaller."""
+
+
+def mixes_rows(graph: Graph) -> str | None:
+    """The first operator whose results for one row depend on the values of the others, and why; None: none is known."""
+    return _mixing(graph, set(graph.inputs))
+
+
+def _mixing(graph: Graph, fed: set[str]) -> str | None:
+    """`fed` holds the values that depend on what a request sends; what this graph makes of them is added."""
+    for node in graph.nodes:
+        if not any(value in fed for value in node.reads()):
+            continue
+        if not node.domain and node.op in _MIXES:
+            return f"{node} {_MIXES[node.op]}"
+        if not node.domain and node.op == "If" and node.inputs[0] in fed:
+            return f"{node} takes one branch for all rows"
+        for _, inner in node.subgraphs:
+            found = _mixing(inner, fed | set(inner.inputs))
+            if found:
+                return found
+        if node.op not in _SHAPE_ONLY:
+            fed.update(o for o in node.outputs if o)
+    return None
+
+
+def id_limits(graph: Graph) -> Mapping[str, int]:
+    """For each input that a Gather uses as indices: the rows of the smallest constant table it looks up."""
+    origins: dict[str, set[str]] = {name: {name} for name in graph.inputs}
+    limits: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        for table, ids in _lookups(node, graph.constants):
+            for name in origins.get(ids, ()):
+                limits[name] = min(table, limits.get(name, table))
+        if node.op in _KEEPS_IDS:
+            found: set[str] = set().union(*(origins.get(value, set()) for value in node.inputs))
+            origins.update({output: found for output in node.outputs if output and found})
+    return limits
+
+
+def _lookups(node: Node, constants: Mapping[str, HostArray]) -> Iterator[tuple[int, str]]:
+    """(rows of the table, value that holds the indices) of a Gather from a constant."""
+    table = constants.get(node.inputs[0]) if node.op == "Gather" else None
+    if table is not None and table.ndim:
+        axis = node.attrs.get("axis", 0)
+        yield table.shape[axis], node.inputs[1]

@@ -1,0 +1,88 @@
+"""The sections of `bench.gpu_check` over a stand-in for CuPy, kernels interpreted: that they check what they say."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from bench.build import bert
+from bench.gpu_models import memory, models
+from bench.gpu_operators import kernels, portable
+from bench.gpu_report import CheckFailed, Context
+from infera_gpu.devices import cuda
+from infera_gpu.op import Op
+from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
+from tests import fake_cupy
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture
+def opener(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Context]:
+    """A context whose devices have the launcher that `launcher()` makes."""
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy.module())
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
+
+    def context(launcher: Any) -> Context:
+        def opened() -> cuda.CudaDevice:
+            device = cuda.CudaDevice(0)
+            device._launcher = launcher()
+            return device
+
+        return Context(opened, float("inf"))
+
+    return context
+
+
+def named(*names: str) -> Callable[[Op], bool]:
+    return lambda op: op.name in names
+
+
+def test_kernels(opener: Callable[[Any], Context]) -> None:
+    names = ("Add", "Clip", "Where", "Not")
+    summary, facts = kernels(opener(InterpreterLauncher), named(*names))
+    assert {name.split("-")[0] for name in facts["operators"]} == set(names)
+    assert facts["failed"] == {}
+    assert facts["launches"] > facts["cases"] > 15
+    assert summary.startswith(f"{facts['cases']} cases of ")
+
+
+def test_kernels_that_do_not_run_are_found(opener: Callable[[Any], Context]) -> None:
+    with pytest.raises(CheckFailed, match=r"Mul-7 same: AssertionError") as caught:
+        kernels(opener(RecordingLauncher), named("Mul"))
+    assert len(caught.value.facts["failed"]) == 6  # all but the empty one
+
+
+def test_what_there_is_no_time_for_is_counted(opener: Callable[[Any], Context]) -> None:
+    context = Context(opener(InterpreterLauncher).open, 0.0)
+    with pytest.raises(CheckFailed, match="nothing ran") as caught:
+        kernels(context, named("Mul"))
+    assert caught.value.facts["no_time_for"] == 7
+
+
+def test_portable_operators(opener: Callable[[Any], Context]) -> None:
+    _, facts = portable(opener(InterpreterLauncher), named("Add", "Gather", "NonZero"))
+    assert set(facts["operators"]) == {"Add-7", "Gather-1"}
+    assert facts["on_the_host"] > 0
+
+
+def test_a_transformer_agrees_with_the_cpu(opener: Callable[[Any], Context]) -> None:
+    _, facts = models(opener(InterpreterLauncher), ["bert-small"])
+    found = facts["bert-small"]
+    assert found["steps"]["triton"] > 20
+    assert not {"upload", "download", "numpy", "cpu"} & found["steps"].keys()
+
+
+def test_memory(opener: Callable[[Any], Context]) -> None:
+    small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
+    _, facts = memory(opener(InterpreterLauncher), small)
+    assert facts["after_first_run"] == facts["after_more"] < facts["free_before"]
+    assert "missing" in facts["refusal of an arena"]

@@ -1,0 +1,123 @@
+"""`bench.gpu_check` without a GPU: its command line, its table and its file. What it checks is in tests/kernels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_check
+from bench.gpu_report import CheckFailed, Context, Outcome, Section, check, table, write
+
+GPU = {"name": "NVIDIA H200", "driver": "580.1"}
+
+
+def good(context: Context) -> tuple[str, Mapping[str, Any]]:
+    assert context.left() > 0
+    return "3 cases", {"cases": 3}
+
+
+def bad(context: Context) -> tuple[str, Mapping[str, Any]]:
+    raise CheckFailed("1 of 3 is wrong", {"wrong": ["Relu"]})
+
+
+def broken(context: Context) -> tuple[str, Mapping[str, Any]]:
+    raise ZeroDivisionError("by zero\nat length")
+
+
+def command(tmp_path: Path, *argv: str, sections: Mapping[str, Section], reason: str | None = None) -> int:
+    return gpu_check.main(
+        [*argv, "--output", str(tmp_path)], sections=sections, unavailable=lambda: reason, describe=lambda index: GPU
+    )
+
+
+def test_without_a_gpu_it_says_so_in_a_line_and_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(tmp_path, sections={"good": good}, reason="the driver reports no GPU") == gpu_check.NO_GPU == 3
+    assert capsys.readouterr().out == "no GPU, nothing was checked: the driver reports no GPU\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_section_is_recorded_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tmp_path, sections={"bad": bad, "broken": broken, "good": good}) == 1
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert not record["passed"]
+    assert record["gpu"] == GPU
+    assert {"commit", "cpu", "packages", "python", "time"} <= record.keys()
+    assert record["packages"]["numpy"]
+    assert [(s["section"], s["status"]) for s in record["sections"]] == [
+        ("bad", "failed"),
+        ("broken", "failed"),
+        ("good", "ok"),
+    ]
+    assert record["sections"][0]["facts"] == {"wrong": ["Relu"]}
+    assert "ZeroDivisionError" in record["sections"][1]["facts"]["traceback"]
+    assert record["sections"][2]["facts"] == {"cases": 3}
+    first, *rows, last = capsys.readouterr().out.splitlines()
+    assert first == "NVIDIA H200, driver 580.1"
+    assert [row.split()[:2] for row in rows] == [["bad", "failed"], ["broken", "failed"], ["good", "ok"]]
+    assert rows[1].endswith("ZeroDivisionError: by zero")
+    assert last == str(path)
+
+
+def test_all_well_is_zero_and_only_runs_what_is_named(tmp_path: Path) -> None:
+    assert command(tmp_path, "--only", "good", sections={"bad": bad, "good": good}) == 0
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert record["passed"]
+    assert len(record["sections"]) == 1
+
+
+def test_nothing_begins_after_the_deadline(tmp_path: Path) -> None:
+    assert command(tmp_path, "--minutes", "0", sections={"good": good}) == 1, "nothing was checked"
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert record["sections"][0]["status"] == "skipped"
+    assert not record["passed"]
+
+
+def test_sections_get_a_device_of_their_own() -> None:
+    opened: list[int] = []
+
+    def opening(context: Context) -> tuple[str, Mapping[str, Any]]:
+        context.open()
+        return "", {}
+
+    check({"a": opening, "b": opening}, Context(lambda: opened.append(1), float("inf")))
+    assert opened == [1, 1]
+
+
+def test_a_table_lines_up() -> None:
+    rows = table([Outcome("a", "ok", 1.25, "fine"), Outcome("longer", "failed", 100, "not")]).splitlines()
+    assert rows[0].index("fine") == rows[1].index("not")
+
+
+def test_the_file_is_named_after_gpu_and_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "new", GPU, [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T0304.json"
+
+
+def test_an_unknown_section_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command(tmp_path, "--only", "nothing", sections={"good": good})
+    assert caught.value.code == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_check", "--help"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "kernels, models, memory" in " ".join(done.stdout.split())
