@@ -28,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from examples import faces, filetype, smalltype, speech
 from examples.v2client import Array, Client, ServerError
 from infera_gpu.errors import FetchError
-from infera_gpu.fetch import fetch_files
+from infera_gpu.fetch import cache_dir, fetch_files
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -94,11 +94,11 @@ def show(models: list[Exhibit], folder: Path, port: int, *, once: bool) -> None:
             for answer in model.ask(client):
                 console.print(f"  [cyan]{model.name:11}[/cyan] {escape(answer)}")
             console.print(f"  {'':11} [dim]{1000 * (time.perf_counter() - began):.0f} ms[/dim]")
-        suggest(ready, folder, port)
         client.close()
         if once and refused:
             raise DemoError(f"{len(refused)} of {len(models)} models cannot be served")
         if not once:
+            suggest(ready, port)
             console.print("\nserving until Ctrl-C")
             process.wait()
             raise DemoError(f"the server ended by itself:\n{tail(folder / 'server.log')}")
@@ -242,16 +242,18 @@ def tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-20:]) or "(it wrote nothing)"
 
 
-def suggest(models: list[Exhibit], folder: Path, port: int) -> None:
-    """Prints commands to try. The request file that they send is written where the server's models lie."""
+def suggest(models: list[Exhibit], port: int) -> None:
+    """Prints commands to try. The request that one of them sends is kept in the cache, so that it outlives this run."""
     url = f"http://{HOST}:{port}"
     model = next((m for m in models if m.sample is not None), models[0])
     lines = [f"curl -s {url}/v2/models/{model.name}", f"curl -s {url}/metrics"]
     if model.sample is not None:
-        request = folder / "request.json"
-        request.write_text(json.dumps({"inputs": [json_tensor(k, v) for k, v in model.sample.items()]}))
-        body = f"-H 'Content-Type: application/json' -d @{request}"
-        lines.append(f"curl -s {url}/v2/models/{model.name}/infer {body}")
+        try:
+            body = shlex.quote(f"@{keep_request(model.name, model.sample)}")
+            json_type = "-H 'Content-Type: application/json'"
+            lines.append(f"curl -s {url}/v2/models/{model.name}/infer {json_type} -d {body}")
+        except OSError as error:
+            console.print(f"[yellow]no request to try: {escape(str(error))}[/yellow]")
     python, source = shlex.quote(shown(Path(sys.executable))), shlex.quote(model.source)
     code = (
         f"import infera_gpu as i; from infera_gpu.fetch import fetch; print(i.load(fetch({json.dumps(model.source)})))"
@@ -261,6 +263,14 @@ def suggest(models: list[Exhibit], folder: Path, port: int) -> None:
     for line in lines:
         console.print(f"  {escape(line)}")
     console.print(f"  {url}/docs in a browser")
+
+
+def keep_request(name: str, inputs: Mapping[str, Array]) -> Path:
+    """Writes a V2 inference request for the model into the cache and returns its path. Raises OSError."""
+    path = cache_dir() / "requests" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"inputs": [json_tensor(k, v) for k, v in inputs.items()]}))
+    return path
 
 
 def shown(path: Path) -> str:

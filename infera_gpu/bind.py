@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.devices.base import Device, host_block, host_view
-from infera_gpu.errors import InputError
+from infera_gpu.errors import InferaError, InputError, PlanError, planning
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import aligned
@@ -41,6 +41,11 @@ class Constants:
             if id(host) in self._lasting:
                 self._made[key] = found
         return found
+
+    def clear(self) -> None:
+        """Let every constant go."""
+        self._lasting.clear()
+        self._made.clear()
 
     @property
     def nbytes(self) -> int:
@@ -127,13 +132,17 @@ class Bound:
     spans: tuple[slice, ...]
 
     def run(self) -> None:
-        """Make the calls. Raises InputError naming the node that met an index out of range."""
+        """Make the calls. What fails is an InferaError naming the node: InputError for an index out of range."""
         args: tuple[Any, ...] = ()
         try:
             for fn, args in self.calls:
                 fn(*args)
+        except InferaError:
+            raise
         except IndexError as error:
             raise InputError(f"{self._step_of(args).label}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{self._step_of(args).label}: {error}") from error
         except Exception as error:
             error.add_note(f"in the step {self._step_of(args).label}")
             raise
@@ -177,7 +186,8 @@ def bind(plan: Plan, arenas: Mapping[Space, Any], device: Device, constants: Con
     spans: list[slice] = []
     for step in plan.steps:
         start = len(calls)
-        calls += calls_of(step)
+        with planning(step.label):
+            calls += calls_of(step)
         spans.append(slice(start, len(calls)))
     return Bound(
         plan,

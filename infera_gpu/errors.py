@@ -17,7 +17,8 @@ A message names the thing (node, input, file), what was expected, what came and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InferaError(Exception):
@@ -55,6 +56,17 @@ class InputError(InferaError, ValueError):
 
 class PlanError(InferaError):
     """A node cannot be planned at these shapes."""
+
+
+@contextmanager
+def planning(what: object) -> Iterator[None]:
+    """Whatever goes wrong in here beside errors raised on purpose is a PlanError that names `what`."""
+    try:
+        yield
+    except InferaError:
+        raise
+    except Exception as error:
+        raise PlanError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 class DeviceError(InferaError):

@@ -1,4 +1,4 @@
-"""ONNX file -> Graph. The only module, with the operators' schema look-ups, that imports onnx."""
+"""ONNX file -> Graph. With wellformed, its checks, the only module that imports onnx."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 from infera_gpu.errors import ModelError
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.spec import Dim, TensorSpec, dtype_of_onnx
+from infera_gpu.wellformed import check_node, domain_name, inlined, opset_versions
 
 if TYPE_CHECKING:
     import onnx
 
-Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto"
+Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | onnx.ModelProto"
 
 
 def load_graph(source: Source) -> Graph:
@@ -26,21 +27,17 @@ def load_graph(source: Source) -> Graph:
     a complete ONNX model, naming what is wrong.
     """
     model, name = _read(source)
-    if model.functions:
-        from onnx import inliner
-
-        model = inliner.inline_local_functions(model)
-    opsets = {_domain(o.domain): int(o.version) for o in model.opset_import}
-    if not opsets:
-        raise ModelError(f"{name}: the model imports no operator set; it is not a complete ONNX model")
     try:
-        return _graph(model.graph, opsets, name=name).check()
+        model = inlined(model)
+        opsets = opset_versions(model)
+        graph = _graph(model.graph, opsets, name=name)
+        if not graph.outputs:
+            raise ModelError("the graph has no outputs")
+        return graph.check()
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
-
-
-def _domain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
+    except RecursionError:
+        raise ModelError(f"{name}: its graphs are nested too deep") from None
 
 
 def _read(source: Source) -> tuple[onnx.ModelProto, str]:
@@ -49,8 +46,10 @@ def _read(source: Source) -> tuple[onnx.ModelProto, str]:
 
     if isinstance(source, onnx.ModelProto):
         return source, source.graph.name or "model"
-    if isinstance(source, bytes):
-        name, payload = "model", source
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, payload = "model", bytes(source)
+    elif not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
+        raise ModelError(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
     else:
         path = Path(source)
         name = path.name
@@ -69,7 +68,7 @@ def _read(source: Source) -> tuple[onnx.ModelProto, str]:
         ) from None
     if not model.ir_version or not model.HasField("graph"):
         raise ModelError(f"{name}: not an ONNX model ({len(payload):,} bytes parse, but hold no graph)")
-    if not isinstance(source, bytes):
+    if isinstance(source, str | os.PathLike):
         try:
             onnx.load_external_data_for_model(model, str(Path(source).parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -78,20 +77,42 @@ def _read(source: Source) -> tuple[onnx.ModelProto, str]:
 
 
 def _graph(proto: onnx.GraphProto, opsets: Mapping[str, int], name: str = "") -> Graph:
-    constants: dict[str, HostArray] = {t.name: _array(t, f"initialiser '{t.name}'") for t in proto.initializer}
+    constants: dict[str, HostArray] = {}
+    for t in proto.initializer:
+        if t.name in constants:
+            raise ModelError(f"initialiser '{t.name}' is given twice")
+        constants[t.name] = _array(t, f"initialiser '{t.name}'")
     if proto.sparse_initializer:
         raise ModelError(f"sparse initialiser '{proto.sparse_initializer[0].values.name}' is not supported")
+    inputs: dict[str, TensorSpec] = {}
+    for v in proto.input:
+        if v.name in inputs:
+            raise ModelError(f"input '{v.name}' is given twice")
+        if v.name not in constants:
+            inputs[v.name] = _spec(v, "input")
     nodes: list[Node] = []
     for n in proto.node:
         node = _node(n, opsets)
+        if not any(node.outputs):
+            raise ModelError(f"{node.qualified} '{node.name}' has no outputs")
         if node.op == "Constant" and not node.domain:
+            if node.outputs[0] in constants or node.outputs[0] in inputs:
+                raise ModelError(f"{node}: its output '{node.outputs[0]}' is made twice")
             constants[node.outputs[0]] = _constant(node)
         else:
             nodes.append(node)
+    outputs: dict[str, TensorSpec] = {}
+    for v in proto.output:
+        name_of_output = v.name
+        while name_of_output in outputs:  # a branch may give one value twice
+            name_of_output += "'"
+        if name_of_output != v.name:
+            nodes.append(Node("Identity", (v.name,), (name_of_output,)))
+        outputs[name_of_output] = _spec(v, "output")
     return Graph(
         nodes=tuple(nodes),
-        inputs={v.name: _spec(v, "input") for v in proto.input if v.name not in constants},
-        outputs={v.name: _spec(v, "output") for v in proto.output},
+        inputs=inputs,
+        outputs=outputs,
         constants=constants,
         opsets=opsets,
         name=name or proto.name,
@@ -101,6 +122,8 @@ def _graph(proto: onnx.GraphProto, opsets: Mapping[str, int], name: str = "") ->
 def _array(tensor: onnx.TensorProto, what: str) -> HostArray:
     from onnx import TensorProto, numpy_helper
 
+    if any(d < 0 for d in tensor.dims):
+        raise ModelError(f"{what} has the shape {list(tensor.dims)}")
     if tensor.data_location == TensorProto.EXTERNAL:
         raise ModelError(f"{what} lies in an external file; load the model from its path instead of from bytes")
     try:
@@ -112,7 +135,8 @@ def _array(tensor: onnx.TensorProto, what: str) -> HostArray:
 
 
 def _node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
-    domain = _domain(proto.domain)
+    check_node(proto, opsets)
+    domain = domain_name(proto.domain)
     label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
     return Node(
         op=proto.op_type,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from infera_gpu.devices.base import Device
-from infera_gpu.errors import PlanError
+from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, dense, view_of
 from infera_gpu.memory import Request, aligned, plan_arena
@@ -196,7 +196,7 @@ class _Lowering:
     def taken_over(
         self, index: int, choice: Choice, ins: tuple[Operand | None, ...], spec: TensorSpec
     ) -> Operand | None:
-        """An input whose memory the kernel may write its output 0 to: it dies here and nobody else looks at it."""
+        """An input whose memory the kernel may write output 0 to: it dies here, and no other operand looks at it."""
         for i in choice.kernel.inplace if choice.kernel else ():
             operand = ins[i] if i < len(ins) else None
             if operand is None or operand.constant or operand.root in self.staged:
@@ -209,7 +209,7 @@ class _Lowering:
                 and operand.nbytes == root.nbytes
                 and root.fixed is None
                 and all(self.last_read.get(v, -1) <= index for v in root.values)
-                and all(o is None or o.root != operand.root or o == operand for o in ins)
+                and sum(o is not None and o.root == operand.root for o in ins) == 1
             ):
                 return operand
         return None
@@ -229,7 +229,8 @@ class _Lowering:
                 operand = replace(operand, root=value, offset=operand.offset - start)
             self.own(value, operand)
         for i, placed in enumerate(self.segment.nodes):
-            self.node(i, placed)
+            with planning(placed.node):
+                self.node(i, placed)
         outputs = {v: self.home(v) for v in self.segment.outputs}
         for operand in outputs.values():
             self.touch(operand, until=len(self.steps))

@@ -166,6 +166,14 @@ def f32(*shape: int) -> TensorSpec:
     return TensorSpec(shape, np.dtype(np.float32))
 
 
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """Nodes that stand for one node, and the constants that they use."""
+
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, HostArray] = field(default_factory=dict)
+
+
 Infer: TypeAlias = Callable[[Site], Sequence[TensorSpec | None]]
 Compute: TypeAlias = Callable[..., Array | Sequence[Array]]
 
@@ -179,8 +187,10 @@ class Op:
     allocate; it folds constants, runs on NumPy (and on CuPy where `portable`) when no kernel supports a site, and is
     what kernels are tested against. `values` lists the inputs whose values `infer` needs. `view(x, site)` makes
     output 0 a view of input 0 wherever strides allow. `attrs` maps every attribute to its default or REQUIRED.
-    A `pure` operator gives the same outputs for the same inputs; `shapes_only` says that its outputs depend on the
-    specs of its inputs alone (Shape, Size), so that planning computes it without data.
+    `expand(site)` gives the nodes that do the same where the operator does not cover a site: a fused operator whose
+    residual turns out to broadcast becomes its parts again. A `pure` operator gives the same outputs for the same
+    inputs; `shapes_only` says that its outputs depend on the specs of its inputs alone (Shape, Size), so that planning
+    computes it without data.
     """
 
     name: str
@@ -193,6 +203,7 @@ class Op:
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     values: tuple[int, ...] = ()
     view: Callable[[Array, Site], Array] | None = None
+    expand: Callable[[Site], Expansion | None] | None = None
     portable: bool = True
     pure: bool = True
     shapes_only: bool = False
@@ -262,11 +273,18 @@ def same_as(i: int = 0, dtype: DType | None = None) -> Infer:
     return infer
 
 
-def broadcast(dtype: DType | None = None) -> Infer:
-    """Output 0 has the broadcast shape of all present inputs and the last one's dtype unless another is given."""
+def broadcast(dtype: DType | None = None, *, mixed: bool = False) -> Infer:
+    """Output 0 has the broadcast shape of all present inputs and the last one's dtype unless another is given.
+
+    Raises PlanError where there is no such shape or, unless `mixed`, where the inputs' dtypes differ.
+    """
 
     def infer(site: Site) -> Sequence[TensorSpec]:
         present = [s for s in site.ins if s is not None]
+        if not present:
+            raise site.fail("at least one input is required")
+        if not mixed and len({s.dtype for s in present}) > 1:
+            raise site.fail(f"inputs {', '.join(map(str, present))} differ in type; expected one type, Cast the others")
         try:
             shape = np.broadcast_shapes(*(s.dims for s in present))
         except ValueError:

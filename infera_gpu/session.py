@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +20,9 @@ from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import optimize
 from infera_gpu.plan import Plan, Step
-from infera_gpu.spec import Array, TensorSpec, bind_symbols
+from infera_gpu.spec import Array, DType, TensorSpec, bind_symbols
 from infera_gpu.specialize import check_supported
-from infera_gpu.stages import Stage, Stages
-
-Shapes = tuple[tuple[int, ...], ...]
-
-MAX_SHAPES = 128
-"""Input shapes whose plans are kept; the least recently used is dropped beyond that."""
+from infera_gpu.stages import Shapes, Stage, Stages
 
 
 def load(
@@ -75,8 +69,6 @@ class Session:
         self.outputs: Mapping[str, TensorSpec] = graph.outputs
         self._constants = Constants(device, self.graph)
         self._stages = Stages(self.graph, device, registry(), self._constants)
-        self._first: OrderedDict[Shapes, Stage] = OrderedDict()
-        self._planning = threading.RLock()
         self._free: list[Lease] = []
         self._leases = 0
         self._max_leases = max(1, max_concurrency)
@@ -88,12 +80,14 @@ class Session:
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run the model: arrays in by name, arrays out by name.
 
-        Arrays that lie on the session's GPU (CuPy, or anything with DLPack) are read where they are. Results are new
-        NumPy arrays, except those named in `out`, which are written in place and must match in shape and dtype; with
-        every output in `out` a run allocates no memory. Raises InputError naming the feed that does not fit, or the
-        node that met an index out of range.
+        Arrays that lie on the session's GPU (CuPy, or anything with DLPack) go to the arena without a way through the
+        host. Results are new NumPy arrays, except those named in `out`, which are written in place and must match in
+        shape and dtype; with every output in `out` a run allocates no array. Raises InputError naming the feed that
+        does not fit, or the node that met an index out of range.
         """
-        for name in out or ():
+        for name, target in (out or {}).items():
+            if not hasattr(target, "dtype"):
+                raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")
             if name not in self.outputs:
                 raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
         results: dict[str, Array] = dict.fromkeys(self.outputs)
@@ -105,7 +99,7 @@ class Session:
         """The segments of one run, each after `run` has run it. Their outputs are good until the next is asked for."""
         arrays, shapes = self._check(feeds)
         with self._lease() as lease, self.device.running():
-            stage = self._stage(shapes)
+            stage = self._stages.first(shapes)
             entering: Mapping[str, Array] = arrays
             while True:
                 bound = lease.bound(stage.plan)
@@ -151,8 +145,7 @@ class Session:
             self.device.synchronize()
             return host
 
-        with self._planning:
-            return self._stages.advance(stage, read)
+        return self._stages.advance(stage, read)
 
     @contextmanager
     def _lease(self) -> Iterator[Lease]:
@@ -175,22 +168,6 @@ class Session:
 
     # ---- planning
 
-    def _stage(self, shapes: Shapes) -> Stage:
-        stage = self._first.get(shapes)
-        if stage is not None:
-            with suppress(KeyError):  # another thread may have dropped it just now
-                self._first.move_to_end(shapes)
-            return stage
-        with self._planning:
-            specs = {
-                name: TensorSpec(shape, spec.dtype)
-                for (name, spec), shape in zip(self.inputs.items(), shapes, strict=True)
-            }
-            stage = self._first[shapes] = self._stages.first(specs)
-            while len(self._first) > MAX_SHAPES:
-                self._first.popitem(last=False)
-            return stage
-
     def plan_for(self, inputs: Mapping[str, Sequence[int] | Array]) -> Plan:
         """The plan for these inputs, given as shapes or as arrays: its first segment, where there are several.
 
@@ -203,7 +180,9 @@ class Session:
         self._check_names(shapes)
         ordered = tuple(shapes[name] for name in self.inputs)
         self._check_shapes(ordered)
-        return self._stage(ordered).plan
+        if self._closed:
+            raise DeviceError(f"the session of '{self.name}' is closed")
+        return self._stages.first(ordered).plan
 
     def plans(self, feeds: Mapping[str, Any]) -> tuple[Plan, ...]:
         """The plans of a run with these feeds: one a segment. Runs the model."""
@@ -229,33 +208,34 @@ class Session:
     # ---- feeds
 
     def _check(self, feeds: Mapping[str, Any]) -> tuple[dict[str, Array], Shapes]:
+        if not isinstance(feeds, Mapping):
+            raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
         self._check_names(feeds)
-        arrays: dict[str, Array] = {}
-        for name, spec in self.inputs.items():
-            array = self._array(name, feeds[name], spec)
-            if array.dtype != spec.dtype:
-                raise InputError(
-                    f"input '{name}' is {array.dtype.name}, expected {spec}; "
-                    f"convert it with .astype('{spec.dtype.name}')"
-                )
-            arrays[name] = array
+        arrays = {name: self._array(name, feeds[name], spec) for name, spec in self.inputs.items()}
         shapes = tuple(a.shape for a in arrays.values())
-        if shapes not in self._first:
+        if not self._stages.known(shapes):
             self._check_shapes(shapes)
         return arrays, shapes
 
     def _array(self, name: str, value: Any, spec: TensorSpec) -> Array:
+        """The feed as an array of the input's dtype. Python numbers and lists have no dtype of their own."""
         array = self.device.accepts(value)
-        if array is not None:
+        if array is None and hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray | np.generic):
+            array = np.from_dlpack(value)
+        if array is None:
+            try:
+                array = np.asarray(value)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"input '{name}' cannot be made an array of {spec}: {error}") from None
+            if not isinstance(value, np.ndarray | np.generic) and _is_exact(array, spec.dtype):
+                return array.astype(spec.dtype)
+        if array.dtype == spec.dtype:
             return array
-        if isinstance(value, np.ndarray):
-            return value
-        if hasattr(value, "__dlpack__"):
-            return np.from_dlpack(value)
-        try:
-            return np.asarray(value, spec.dtype)  # Python numbers and lists have no dtype of their own
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"input '{name}' is no array and cannot be made one of {spec}: {error}") from None
+        if array.dtype == spec.dtype.newbyteorder():
+            return array.astype(spec.dtype)
+        raise InputError(
+            f"input '{name}' is {array.dtype.name}, expected {spec}; convert it with .astype('{spec.dtype.name}')"
+        )
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         if given.keys() == self.inputs.keys():
@@ -284,13 +264,16 @@ class Session:
     def close(self) -> None:
         """Give the memory back. Runs that go on finish; later ones raise DeviceError."""
         with self._available:
+            if self._closed:
+                return
             self._closed = True
             self._available.notify_all()
             while len(self._free) < self._leases:
                 self._available.wait()
             self._free.clear()
-        self._first.clear()
-        self._constants = Constants(self.device, self.graph)
+            self._leases = 0
+        self._stages.clear()
+        self._constants.clear()
         self.device.close()
 
     def __enter__(self) -> Session:
@@ -303,3 +286,14 @@ class Session:
         ins = ", ".join(f"{k} {s}" for k, s in self.inputs.items())
         outs = ", ".join(f"{k} {s}" for k, s in self.outputs.items())
         return f"<Session {self.name} on {self.device.name}: {ins} -> {outs}>"
+
+
+def _is_exact(array: np.ndarray[Any, Any], dtype: DType) -> bool:
+    """Whether Python numbers, as NumPy reads them, are values of `dtype`: no fraction, sign or text is lost."""
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "b") != (dtype.kind == "b"):
+        return array.size == 0
+    if array.dtype.kind == "f" and dtype.kind in "iu":
+        return False
+    with np.errstate(all="ignore"):
+        there = array.astype(dtype)
+        return dtype.kind not in "iu" or bool((there.astype(array.dtype) == array).all())

@@ -98,6 +98,13 @@ def spec_of(array: Array) -> TensorSpec:
     return TensorSpec(tuple(int(d) for d in array.shape), np.dtype(array.dtype))
 
 
+def constant(array: Array) -> np.ndarray[Any, DType]:
+    """`array` as a constant: a read-only host array."""
+    fixed = np.asarray(array).view()
+    fixed.flags.writeable = False
+    return fixed
+
+
 def bind_symbols(pairs: Iterable[tuple[str, TensorSpec, tuple[int, ...]]]) -> dict[str, int]:
     """Symbol sizes from (value name, declared spec, actual shape). Raises ValueError naming the first contradiction."""
     sizes: dict[str, tuple[int, str]] = {}

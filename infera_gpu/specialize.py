@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from infera_gpu.errors import PlanError, UnsupportedOperatorError
+from infera_gpu.errors import PlanError, UnsupportedOperatorError, planning
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import FOLD_LIMIT, Op, Registry, Site
-from infera_gpu.spec import TensorSpec, spec_of
+from infera_gpu.spec import TensorSpec, constant, spec_of
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class _Walk:
     eager: list[Placed] = field(default_factory=list)
     rest: list[Node] = field(default_factory=list)
     blocked: set[str] = field(default_factory=set)
+    budget: int = FOLD_LIMIT
 
     def block(self, node: Node, *, keep: bool = True) -> None:
         self.blocked.update(o for o in node.outputs if o)
@@ -98,10 +99,12 @@ class _Walk:
         for node in nodes:
             if any(v in self.blocked for v in node.reads()):
                 self.block(node)
-            elif node.op == "If" and not node.domain:
-                self.branch(node)
             else:
-                self.place(node)
+                with planning(node):
+                    if node.op == "If" and not node.domain:
+                        self.branch(node)
+                    else:
+                        self.place(node)
 
     def branch(self, node: Node) -> None:
         """An If whose condition is known is its branch; otherwise it waits for the condition."""
@@ -112,14 +115,17 @@ class _Walk:
             return
         branch: Graph = node.attrs["then_branch" if bool(np.asarray(condition).reshape(-1)[0]) else "else_branch"]
         taken = branch.prefixed(node.outputs[0])
-        self.known.update(taken.constants)
-        self.specs.update({k: spec_of(v) for k, v in taken.constants.items()})
+        self.define(taken.constants)
         self.visit(taken.nodes)
         self.visit(
             Node("Identity", (inner,), (outer,), name=f"{node.name or 'If'}/{outer}")
             for inner, outer in zip(taken.outputs, node.outputs, strict=True)
             if outer
         )
+
+    def define(self, constants: Mapping[str, HostArray]) -> None:
+        self.known.update(constants)
+        self.specs.update({k: spec_of(v) for k, v in constants.items()})
 
     def place(self, node: Node) -> None:
         opset = self.opsets.get(node.domain, 1)
@@ -138,12 +144,17 @@ class _Walk:
             self.waits.update(dict.fromkeys(unknown))
             self.block(node)
             return
+        expansion = op.expand(site) if op.expand else None
+        if expansion is not None:
+            self.define(expansion.constants)
+            self.visit(expansion.nodes)
+            return
         inferred = tuple(op.infer(site))
         if any(s is None for s in inferred):
             self.depends_on_data(op, site)
             return
         site = replace(site, outs=tuple(s for s in inferred if s is not None))
-        if is_known(op, site) and sum(s.nbytes for s in site.outs) <= FOLD_LIMIT:
+        if is_known(op, site) and sum(s.nbytes for s in site.outs) <= self.budget:
             self.fold(op, site, site.values)
         elif op.shapes_only:
             self.fold(
@@ -166,8 +177,8 @@ class _Walk:
             made = op.outputs(np, site, values)
         for name, array in zip(site.node.outputs, made, strict=False):
             if name:
-                self.known[name] = np.asarray(array)
-                self.specs[name] = spec_of(self.known[name])
+                self.define({name: constant(array)})
+                self.budget -= array.nbytes
 
 
 def is_known(op: Op, site: Site) -> bool:

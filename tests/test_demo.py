@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -113,10 +114,10 @@ def test_the_demonstration_answers_in_words(port: int) -> None:
         "examples/demo.py is: Python source",
         "examples/data/astronaut.png is: PNG image",
         "examples/data/speech.wav is: WAV audio",
-        f"curl -s http://127.0.0.1:{port}/v2/models/smalltype",
     ):
         assert line in said
     assert "Traceback" not in said
+    assert "curl" not in said, "the server has stopped: there is nothing to try"
 
 
 @pytest.mark.models
@@ -137,7 +138,10 @@ def test_the_demonstration_shows_three_real_models(port: int) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the commands that are printed need curl")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_demonstration_serves_until_it_is_stopped(port: int, number: signal.Signals) -> None:
+def test_the_demonstration_serves_until_it_is_stopped(
+    port: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path / "a cache"))
     process = demonstration("--offline", port=port)
     assert process.stdout is not None
     said = ""
@@ -160,8 +164,22 @@ def test_the_demonstration_serves_until_it_is_stopped(port: int, number: signal.
         rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said + rest
     assert "Traceback" not in rest
+    (sent,) = [argument for argument in commands[2] if argument.startswith("@")]
+    assert json.loads(Path(sent[1:]).read_text())["inputs"][0]["name"] == "bytes", "the request outlives the run"
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_cache_that_cannot_be_written_costs_one_command_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path / "file"))
+    demo.suggest([demo.small()], 8000)
+    said = capsys.readouterr().out
+    assert "no request to try" in said
+    assert "curl -s http://127.0.0.1:8000/v2/models/smalltype\n" in said
+    assert "/infer" not in said
 
 
 def test_a_model_that_cannot_be_served_is_explained(

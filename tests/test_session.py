@@ -14,7 +14,8 @@ from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryEr
 from infera_gpu.layout import Space
 from infera_gpu.lease import MAX_BOUND, SHRINK_ABOVE, SHRINK_AFTER
 from infera_gpu.loader import load_graph
-from infera_gpu.session import MAX_SHAPES, Session
+from infera_gpu.session import Session
+from infera_gpu.stages import MAX_STAGES
 from tests.text import parse
 
 CHAIN = "g (float[N, 4] x, float[N, 4] z) => (float[N, 4] y) { a = Mul(x, z) b = Exp(a) c = Add(b, x) y = Neg(c) }"
@@ -151,9 +152,9 @@ def test_what_a_shape_folded_is_let_go_with_its_plan() -> None:
         }"""
     )
     session = infera_gpu.load(model, device="cpu")
-    for n in range(1, 3 * MAX_SHAPES):
+    for n in range(1, 2 * MAX_STAGES):
         assert session.run({"x": np.zeros(n, np.float32)})["y"].sum() == n
-    assert len(session._first) == MAX_SHAPES
+    assert len(session._stages) == len(session._stages._first) == MAX_STAGES
     assert len(session._free[0]._bound) <= MAX_BOUND
     assert session._constants.nbytes <= sum(a.nbytes for a in session.graph.constants.values())
 
@@ -264,7 +265,8 @@ def test_closing_refuses_later_runs() -> None:
         ({**feeds("x"), "z": np.zeros((3, 5), np.float32)}, r"'z' has shape \[3, 5\], expected float32\[N, 4\]"),
         ({**feeds("x"), "z": np.zeros((2, 4), np.float32)}, "'N' is 2 there but 3 in 'x'"),
         ({**feeds("x"), "z": np.zeros(4, np.float32)}, "'z' has 1 dimensions"),
-        ({**feeds("x"), "z": "no"}, "is no array"),
+        ({**feeds("x"), "z": "no"}, "input 'z' is str"),
+        ([1, 2], "feeds are a mapping"),
     ],
 )
 def test_a_feed_that_does_not_fit_is_named(bad: dict[str, object], message: str) -> None:
@@ -272,6 +274,53 @@ def test_a_feed_that_does_not_fit_is_named(bad: dict[str, object], message: str)
     with pytest.raises(InputError, match=message):
         session.run(bad)
     assert session.run(feeds("x", "z"))["y"].shape == (3, 4)
+
+
+def test_stages_are_bounded_however_many_values_a_run_depends_on() -> None:
+    model = parse(
+        """g (float[N] x, bool[N] a) => (float[K] y) {
+            p = Compress(x, a)
+            q = Exp(p)
+            b = Less(p, q)
+            c = Compress(q, b)
+            y = Neg(c)
+        }"""
+    )
+    session = infera_gpu.load(model, device="cpu")
+    rng = np.random.default_rng(0)
+    for _ in range(3 * MAX_STAGES):
+        n = int(rng.integers(1, 60))
+        x, a = rng.standard_normal(n).astype(np.float32), rng.random(n) < 0.5
+        np.testing.assert_allclose(session.run({"x": x, "a": a})["y"], -np.exp(x[a]), rtol=1e-6)
+    alive, todo = 0, list(session._stages._first.values())
+    while todo:
+        stage = todo.pop()
+        alive += 1
+        todo += stage.next.values()
+    assert alive == len(session._stages) <= MAX_STAGES
+
+
+def test_closing_twice_is_closing_once() -> None:
+    with infera_gpu.load(parse(CHAIN), device="cpu") as session:
+        session.run(feeds("x", "z"))
+        session.close()
+    with pytest.raises(DeviceError, match="closed"):
+        session.plan_for({"x": (3, 4), "z": (3, 4)})
+
+
+@pytest.mark.parametrize("given", [[1, 2], (1.0, 2.0), [1, 2.5], np.array([1, 2], ">f4")])
+def test_numbers_that_fit_are_taken(given: object) -> None:
+    session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), device="cpu")
+    np.testing.assert_array_equal(session.run({"x": given})["y"], -np.asarray(given, np.float32))
+
+
+@pytest.mark.parametrize(
+    "given", [[1.9, 2.0], ["3", "4"], [None, 1], [True, False], np.float64(1.5), 1 << 70, [[1], []]]
+)
+def test_numbers_that_would_change_are_refused(given: object) -> None:
+    session = infera_gpu.load(parse("g (int32[N] x) => (int32[N] y) { y = Neg(x) }"), device="cpu")
+    with pytest.raises(InputError, match="'x'"):
+        session.run({"x": given})
 
 
 @pytest.mark.parametrize(

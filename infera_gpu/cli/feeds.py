@@ -57,11 +57,12 @@ def type_of(spec: TensorSpec) -> str:
 
 def _load(path: str) -> HostArray | dict[str, HostArray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return _strings_as_objects(loaded)
-        with loaded as archive:
-            return {name: _strings_as_objects(archive[name]) for name in archive.files}
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return _strings_as_objects(loaded)
+            with loaded as archive:
+                return {name: _strings_as_objects(archive[name]) for name in archive.files}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; inputs are .npy or .npz files") from None
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from infera_gpu.cli import options
-from infera_gpu.cli.console import table
+from infera_gpu.cli.console import table, working
 from infera_gpu.errors import FetchError
 
 
@@ -30,7 +30,8 @@ def command(
         return
     path = options.locate(source, sha256)
     if output is not None:
-        path = _copy(source, path, output)
+        with working(f"copying to {output}"):
+            path = _copy(source, path, output)
     print(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -24,10 +25,17 @@ with its default of 8192 a run would take and give back 32 KB for each."""
 
 @contextmanager
 def quiet_numpy() -> Iterator[None]:
-    """How plans run on NumPy: no floating-point warnings, small ufunc buffers. Restores the settings afterwards."""
-    with np.errstate(all="ignore"):
-        np.setbufsize(UFUNC_BUFFER)
-        yield
+    """How plans run on NumPy: no floating-point warnings, small ufunc buffers. Restores the settings afterwards.
+
+    Memory that NumPy does not get is an OutOfMemoryError.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            np.setbufsize(UFUNC_BUFFER)
+            yield
+    except MemoryError as error:
+        needed = math.prod(getattr(error, "shape", ())) * getattr(error, "dtype", np.dtype(np.uint8)).itemsize
+        raise OutOfMemoryError("an array on the host", needed=needed, available=host_memory() or 0) from error
 
 
 class Device(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Bind, Buffers, Call, Compute, Infer, Kernel, Op, Site
-from infera_gpu.spec import Array, DType, TensorSpec
+from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
 
 BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int64, np.float32))
 
@@ -63,6 +63,25 @@ def elementwise(
 ) -> dict[str, Kernel]:
     """The `kernels` of an elementwise operator: any strides, the output may take over an input."""
     return {"cpu": Kernel(bind=bind, supports=supports, inplace=inplace, strided=True)}
+
+
+def single(site: Site, i: int, name: str) -> int | None:
+    """The integer that input i holds, None where it is left out. Raises PlanError where it holds more or fewer."""
+    given = site.ints(i)
+    if given is not None and len(given) != 1:
+        raise site.fail(f"{name} (input {i}) has {len(given)} values {list(given)}, expected one")
+    return None if given is None else given[0]
+
+
+def element_type(site: Site, name: str, default: DType | None = None) -> DType:
+    """The dtype that the attribute names, or `default` where it is left out or 0. Raises PlanError for an unknown one."""
+    code = site.attrs.get(name)
+    if not code and default is not None:
+        return default
+    try:
+        return dtype_of_onnx(code)
+    except (KeyError, TypeError):
+        raise site.fail(f"{name}: element type {code} is not supported") from None
 
 
 def shaped(shape: Callable[[Site], Sequence[int]], dtype: DType | None = None) -> Infer:

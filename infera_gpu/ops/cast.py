@@ -9,18 +9,14 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, f32
 from infera_gpu.ops import _triton
-from infera_gpu.ops._families import elementwise, is_native, plain
-from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx, onnx_of_dtype
+from infera_gpu.ops._families import element_type, elementwise, is_native, plain
+from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.cpu import elementwise as cpu
 from infera_kernels.portable import cast as portable
 
 
 def _to(site: Site) -> DType:
-    code = int(site.attrs["to"])
-    try:
-        return dtype_of_onnx(code)
-    except KeyError:
-        raise site.fail(f"element type {code} is not supported") from None
+    return element_type(site, "to")
 
 
 def _like(site: Site) -> DType:

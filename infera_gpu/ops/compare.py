@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +49,14 @@ def _bitwise(name: str, ufunc: str) -> Op:
 
 
 def _shift(site: Site) -> Any:
+    if site.attrs["direction"] not in ("LEFT", "RIGHT"):
+        raise site.fail(f"direction is '{site.attrs['direction']}', expected 'LEFT' or 'RIGHT'")
     return np.left_shift if site.attrs["direction"] == "LEFT" else np.right_shift
+
+
+def _shifted_spec(site: Site) -> Sequence[TensorSpec | None]:
+    _shift(site)
+    return broadcast()(site)
 
 
 def _bind_shift(site: Site, io: Buffers) -> list[Call]:
@@ -75,6 +83,15 @@ def _is_inf(xp: Any, site: Site, x: Array) -> Array:
 def _native(x: Array) -> Array:
     """The narrow floats of ml_dtypes as float32: not all of them have loops of their own."""
     return x if is_native(x.dtype) else x.astype(np.float32)
+
+
+def _where_spec(site: Site) -> Sequence[TensorSpec | None]:
+    condition, x, y = (site.spec(i) for i in range(3))
+    if condition.dtype != BOOL:
+        raise site.fail(f"the condition is {condition}, expected bool")
+    if x.dtype != y.dtype:
+        raise site.fail(f"inputs {x} and {y} differ in type; expected one type")
+    return broadcast(x.dtype, mixed=True)(site)
 
 
 def _bind_where(site: Site, io: Buffers) -> list[Call]:
@@ -115,7 +132,7 @@ OPS: tuple[Op, ...] = (
     Op(
         "BitShift",
         11,
-        infer=broadcast(),
+        infer=_shifted_spec,
         compute=plain(_shifted),
         kernels=elementwise(_bind_shift, inplace=(0, 1)),
         attrs={"direction": REQUIRED},
@@ -149,7 +166,7 @@ OPS: tuple[Op, ...] = (
     Op(
         "Where",
         9,
-        infer=broadcast(),
+        infer=_where_spec,
         compute=plain(lambda xp, site, condition, x, y: xp.where(condition, x, y)),
         kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy) | _triton.WHERE,
         cases=(

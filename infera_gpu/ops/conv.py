@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.graph import Node
+from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.calls import Pack
@@ -72,6 +73,34 @@ def _infer_fused(site: Site) -> Sequence[TensorSpec]:
     if site.has(3) and site.spec(3) != y:
         raise site.fail(f"residual is {site.spec(3)}, expected {y}")
     return (y,)
+
+
+_APART = {"relu": ("Relu",), "leaky_relu": ("LeakyRelu", "alpha"), "": ("Identity",)}
+
+
+def _split(site: Site) -> Expansion | None:
+    """The convolution, the addition and the activation apart, where the residual must be broadcast or is wider."""
+    (spec,) = _infer(site)
+    if not site.has(3) or site.spec(3) == spec:
+        return None
+    node, activation = site.node, str(site.attrs["activation"])
+    params = [float(v) for v in site.attrs["activation_params"]]
+    conv, total, capped = (f"{node.outputs[0]}/{part}" for part in ("conv", "sum", "capped"))
+    plain = {k: v for k, v in node.attrs.items() if k not in ("activation", "activation_params")}
+    nodes = [
+        replace(node, inputs=node.inputs[:3], outputs=(conv,), attrs=plain),
+        Node("Add", (conv, node.inputs[3]), (total,), name=f"{node.name}/residual"),
+    ]
+    if activation == "clip":
+        limits = {f"{capped}/{i}": np.array(v, spec.dtype) for i, v in enumerate(params)}
+        low, high = limits
+        nodes += [Node("Max", (total, low), (capped,)), Node("Min", (capped, high), node.outputs)]
+        return Expansion(tuple(nodes), limits)
+    if activation not in _APART:
+        raise site.fail(f"residual is {site.spec(3)}, expected {spec}")
+    op, *names = _APART[activation]
+    nodes.append(Node(op, (total,), node.outputs, dict(zip(names, params, strict=True))))
+    return Expansion(tuple(nodes))
 
 
 def _compute_fused(
@@ -207,6 +236,7 @@ OPS: tuple[Op, ...] = (
     Op(
         "FusedConv", 1, _infer_fused, _compute_fused, _FUSED_CASES,
         {**ATTRS, "group": 1, "activation": "", "activation_params": ()}, "infera", _KERNELS, portable=False,
+        expand=_split,
     ),
     Op(
         "ConvInteger", 10, _infer, _compute_integer,

@@ -28,6 +28,11 @@ def _einsum_spec(site: Site) -> tuple[TensorSpec]:
     equation = str(site.attrs["equation"])
     terms, output = _parse(equation)
     operands = [s for s in site.ins if s is not None]
+    labels = Counter("".join(terms).replace(_ELLIPSIS, ""))
+    if not all(label.isascii() and label.isalpha() for label in labels):
+        raise site.fail(f"equation '{equation}': labels are letters")
+    if len({s.dtype for s in operands}) > 1:
+        raise site.fail(f"inputs {', '.join(map(str, operands))} differ in type; expected one type")
     if len(terms) != len(operands):
         raise site.fail(f"equation '{equation}' has {len(terms)} terms for {len(operands)} inputs")
     sizes: dict[str, int] = {}
@@ -50,6 +55,8 @@ def _einsum_spec(site: Site) -> tuple[TensorSpec]:
             raise site.fail(f"equation '{equation}': the parts under '...' do not broadcast") from None
     before, dots, after = output.partition(_ELLIPSIS)
     unknown = sorted(set(before + after) - set(sizes))
+    if len(set(before + after)) < len(before + after):
+        raise site.fail(f"equation '{equation}': the output names a label twice")
     if unknown:
         raise site.fail(f"equation '{equation}': output label '{unknown[0]}' is in no input")
     shape = (*(sizes[k] for k in before), *(batch if dots else ()), *(sizes[k] for k in after))

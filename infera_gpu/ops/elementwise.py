@@ -68,7 +68,8 @@ def _power(site: Site, io: Buffers) -> list[Call]:
 
 
 def _power_spec(site: Site) -> tuple[TensorSpec]:
-    (spec,) = broadcast(site.spec(0).dtype)(site)
+    """The base and the exponent may differ in type."""
+    (spec,) = broadcast(site.spec(0).dtype, mixed=True)(site)
     assert spec is not None
     return (spec,)
 

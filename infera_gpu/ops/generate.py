@@ -9,8 +9,8 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._families import i64, plain
-from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx, spec_of
+from infera_gpu.ops._families import element_type, i64, plain
+from infera_gpu.spec import Array, DType, TensorSpec, spec_of
 
 
 def _constant(site: Site) -> HostArray:
@@ -58,8 +58,10 @@ _CONSTANT = (
 
 
 def _fill(site: Site) -> HostArray:
-    value = site.attrs["value"]
-    return np.zeros(1, np.float32) if value is None else np.asarray(value)
+    value = np.zeros(1, np.float32) if site.attrs["value"] is None else np.asarray(site.attrs["value"])
+    if value.size != 1:
+        raise site.fail(f"value has {value.size} elements, expected one")
+    return value
 
 
 def _filled_spec(site: Site) -> tuple[TensorSpec]:
@@ -87,10 +89,17 @@ _CONSTANT_OF_SHAPE = Op(
 
 def _steps(site: Site) -> int:
     """Elements of a Range: the difference is rounded to the operands' type, as in C, before it is divided."""
-    start, limit, delta = (site.values[i] for i in range(3))
+    values = [site.value(i) for i in range(3)]
+    start, limit, delta = (None if v is None or v.size != 1 else v.reshape(()) for v in values)
     if start is None or limit is None or delta is None or not delta:
-        raise site.fail("start, limit and a delta that is not 0 must be known while planning")
-    return max(0, math.ceil(float(limit.reshape(()) - start.reshape(())) / float(delta.reshape(()))))
+        raise site.fail("start, limit and a delta that is not 0 must be numbers known while planning")
+    if not start.dtype == limit.dtype == delta.dtype:
+        raise site.fail(f"start, limit and delta are {start.dtype}, {limit.dtype} and {delta.dtype}, expected one type")
+    with np.errstate(all="ignore"):
+        count = float(limit - start) / float(delta)
+    if not math.isfinite(count):
+        raise site.fail(f"from {start} to {limit} in steps of {delta} there is no number of elements")
+    return max(0, math.ceil(count))
 
 
 def _range(xp: Any, site: Site, start: Array, limit: Array, delta: Array) -> Array:
@@ -125,8 +134,13 @@ _RANGE = (_range_op(11, {}, _RANGE_CASES), _range_op(27, {"stash_type": 1}, _RAN
 
 
 def _eye_dtype(site: Site) -> DType:
-    code = site.attrs["dtype"]
-    return site.spec(0).dtype if code is None else dtype_of_onnx(int(code))
+    return element_type(site, "dtype", site.spec(0).dtype)
+
+
+def _eye_spec(site: Site) -> tuple[TensorSpec]:
+    if site.spec(0).ndim != 2:
+        raise site.fail(f"input 0 is {site.spec(0)}, expected a matrix")
+    return (TensorSpec(site.spec(0).shape, _eye_dtype(site)),)
 
 
 def _eye(xp: Any, site: Site, x: Array) -> Array:
@@ -137,7 +151,7 @@ def _eye(xp: Any, site: Site, x: Array) -> Array:
 _EYE_LIKE = Op(
     "EyeLike",
     9,
-    infer=lambda site: (TensorSpec(site.spec(0).shape, _eye_dtype(site)),),
+    infer=_eye_spec,
     compute=plain(_eye),
     attrs={"dtype": None, "k": 0},
     cases=(

@@ -9,14 +9,33 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops._families import i64, movable, native, plain
+from infera_gpu.ops._families import i64, movable, native, plain, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import indexing as cpu
 from infera_kernels.portable import indexing as portable
 
 
+def _check_known(site: Site, sizes: Sequence[int]) -> None:
+    """Raises PlanError where indices known while planning are out of range.
+
+    With several `sizes` the indices' last axis has an index for each.
+    """
+    if site.spec(1).dtype not in (np.int32, np.int64):
+        raise site.fail(f"indices are {site.spec(1)}, expected int32 or int64")
+    known = site.value(1)
+    if known is None or not known.size:
+        return
+    for size, indices in zip(sizes, [known] if len(sizes) == 1 else np.moveaxis(known, -1, 0), strict=True):
+        low, high = int(indices.min()), int(indices.max())
+        if low < -size or high >= size:
+            raise site.fail(f"index {low if low < -size else high} is out of range for an axis of {size}")
+
+
 def _gather_spec(site: Site) -> tuple[TensorSpec]:
     spec, axis = site.spec(0), site.axis()
+    if not spec.ndim:
+        raise site.fail(f"input 0 is {spec}, which has no axis to gather along")
+    _check_known(site, (spec.dims[axis],))
     return (TensorSpec((*spec.dims[:axis], *site.spec(1).dims, *spec.dims[axis + 1 :]), spec.dtype),)
 
 
@@ -25,7 +44,7 @@ def _bind_gather(site: Site, io: Buffers) -> list[Call]:
     axis = site.axis()
     known = site.value(1)
     if known is not None and known.ndim == 0 and -x.shape[axis] <= known < x.shape[axis]:
-        return [(np.copyto, (io.outs[0], x[(slice(None),) * axis + (int(known),)]))]
+        return [(np.copyto, (io.outs[0], x[(*(slice(None),) * axis, int(known), ...)]))]
     if known is not None:
         indices = io.pack(1, "int64", lambda v: v.astype(np.int64))
     return cpu.take(x, indices, axis, io.outs[0], io.scratch)
@@ -60,6 +79,9 @@ def _check_elements(site: Site) -> None:
     pairs = enumerate(zip(x.dims, indices.dims, strict=False))
     if x.ndim != indices.ndim or any(n > d for i, (d, n) in pairs if i != axis):
         raise site.fail(f"indices {indices} do not fit {x} along axis {axis}")
+    if not x.ndim:
+        raise site.fail(f"input 0 is {x}, which has no axis to index")
+    _check_known(site, (x.dims[axis],))
 
 
 def _elements_spec(site: Site) -> tuple[TensorSpec]:
@@ -94,9 +116,11 @@ def _batch_dims(site: Site) -> int:
 
 def _gather_nd_spec(site: Site) -> tuple[TensorSpec]:
     x, indices, batch = site.spec(0), site.spec(1), _batch_dims(site)
-    depth = indices.dims[-1]
-    if depth + batch > x.ndim or x.dims[:batch] != indices.dims[:batch]:
+    depth = indices.dims[-1] if indices.ndim else 0
+    free = indices.ndim - 1 - batch
+    if not depth or batch < 0 or free < 0 or depth + batch > x.ndim or x.dims[:batch] != indices.dims[:batch]:
         raise site.fail(f"indices {indices} do not fit {x} with {batch} batch dimensions")
+    _check_known(site, x.dims[batch : batch + depth])
     return (TensorSpec((*indices.dims[:-1], *x.dims[batch + depth :]), x.dtype),)
 
 
@@ -147,7 +171,13 @@ def _scatter_spec(site: Site) -> tuple[TensorSpec]:
     _reduction(site)
     if site.spec(1).dims != site.spec(2).dims:
         raise site.fail(f"indices {site.spec(1)} and updates {site.spec(2)} differ in shape")
+    _check_updates(site)
     return (site.spec(0),)
+
+
+def _check_updates(site: Site) -> None:
+    if site.spec(2).dtype != site.spec(0).dtype:
+        raise site.fail(f"updates are {site.spec(2)}, expected the type of {site.spec(0)}")
 
 
 def _scatter_supported(site: Site) -> bool:
@@ -194,10 +224,12 @@ def _scatter(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ..
 
 def _scatter_nd_spec(site: Site) -> tuple[TensorSpec]:
     x, indices, updates = site.spec(0), site.spec(1), site.spec(2)
-    depth = indices.dims[-1]
+    depth = indices.dims[-1] if indices.ndim else 0
     _reduction(site)
-    if depth > x.ndim or updates.dims != (*indices.dims[:-1], *x.dims[depth:]):
+    if not 0 < depth <= x.ndim or updates.dims != (*indices.dims[:-1], *x.dims[depth:]):
         raise site.fail(f"indices {indices} and updates {updates} do not fit {x}")
+    _check_updates(site)
+    _check_known(site, x.dims[:depth])
     return (x,)
 
 
@@ -233,13 +265,17 @@ _16, _18 = ("add", "mul"), ("max", "min")
 def _one_hot_dims(site: Site) -> tuple[int, int]:
     """The axis among the output's, and the depth."""
     rank = site.spec(0).ndim + 1
-    (depth,) = site.ints(1) or (0,)
+    depth = single(site, 1, "depth") or 0
+    if depth < 0:
+        raise site.fail(f"depth is {depth}, expected at least 0")
     return site.axis(rank=rank), depth
 
 
 def _one_hot_spec(site: Site) -> tuple[TensorSpec]:
     axis, depth = _one_hot_dims(site)
     dims = site.spec(0).dims
+    if site.spec(2).dims != (2,):
+        raise site.fail(f"values are {site.spec(2)}, expected two: off and on")
     return (TensorSpec((*dims[:axis], depth, *dims[axis:]), site.spec(2).dtype),)
 
 

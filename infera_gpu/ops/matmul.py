@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.graph import Node
+from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import floating, native, plain
 from infera_gpu.ops._triton_matmul import PRODUCT
 from infera_gpu.spec import Array, TensorSpec
@@ -153,12 +155,30 @@ def _fused_spec(site: Site) -> tuple[TensorSpec]:
     return (spec,)
 
 
-def _check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> None:
+def _split(site: Site) -> Expansion | None:
+    """The product and the addition apart, where the residual is wider than the product."""
+    (spec,) = _infer(site)
+    if not site.has(3) or _fits(site.spec(3), spec):
+        return None
+    node, product = site.node, f"{site.node.outputs[0]}/product"
+    return Expansion(
+        (
+            replace(node, inputs=node.inputs[:3], outputs=(product,)),
+            Node("Add", (product, node.inputs[3]), node.outputs, name=f"{node.name}/residual"),
+        )
+    )
+
+
+def _fits(term: TensorSpec, spec: TensorSpec) -> bool:
+    """Whether a term broadcasts to the product without widening it."""
     try:
-        fits = np.broadcast_shapes(term.dims, spec.dims) == spec.dims
+        return np.broadcast_shapes(term.dims, spec.dims) == spec.dims
     except ValueError:
-        fits = False
-    if not fits:
+        return False
+
+
+def _check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> None:
+    if not _fits(term, spec):
         raise site.fail(f"{what} {term} does not broadcast to {spec}")
 
 
@@ -197,6 +217,7 @@ _FUSED = Op(
     1,
     domain="infera",
     infer=_fused_spec,
+    expand=_split,
     compute=plain(_fused),
     kernels={"cpu": Kernel(bind=_bind_fused, supports=_fused_supported, strided=True)} | PRODUCT,
     attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},

@@ -10,7 +10,8 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops import _triton
-from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
+from infera_gpu.ops._families import element_type
+from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import norm as cpu
 from infera_kernels.portable import norm as portable
 
@@ -42,7 +43,7 @@ def _infer_layer(site: Site) -> Sequence[TensorSpec]:
                 raise site.fail(f"input {i} is {site.spec(i)}, which does not broadcast to {x}")
     if site.node.op == "RMSNormalization":
         return (x,)
-    statistic = TensorSpec((*x.dims[:axis], *(1,) * (x.ndim - axis)), dtype_of_onnx(int(site.attrs["stash_type"])))
+    statistic = TensorSpec((*x.dims[:axis], *(1,) * (x.ndim - axis)), element_type(site, "stash_type"))
     return (x, statistic, statistic)[: max(1, len(site.node.outputs))]
 
 
@@ -208,7 +209,7 @@ _IMAGES = (Case("images", (f32(2, 3, 5, 7),)), Case("large", (f32(2, 9, 33, 35),
 
 OPS: tuple[Op, ...] = (
     Op(
-        "LayerNormalization", 17, _infer_layer, _compute_layer, _LAYER_CASES + _STATISTICS,
+        "LayerNormalization", 1, _infer_layer, _compute_layer, _LAYER_CASES + _STATISTICS,
         {"axis": -1, "epsilon": 1e-5, "stash_type": 1}, kernels=_LAYER_KERNELS,
     ),
     Op(

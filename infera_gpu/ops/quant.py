@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops._families import FLOAT32, is_native, plain
-from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
+from infera_gpu.ops._families import FLOAT32, element_type, is_native, plain
+from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
 
@@ -41,8 +41,7 @@ def _check_scale(site: Site) -> None:
 def _target(site: Site) -> DType:
     if site.has(2):
         return site.spec(2).dtype
-    code = int(site.attrs.get("output_dtype", 0))
-    return dtype_of_onnx(code) if code else UINT8
+    return element_type(site, "output_dtype", UINT8)
 
 
 def _parameters(xp: Any, site: Site, *parameters: Array | None) -> list[Array | None]:
@@ -141,14 +140,12 @@ def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> 
 
 def _dequantize_spec(site: Site) -> tuple[TensorSpec]:
     _check_scale(site)
-    code = int(site.attrs.get("output_dtype", 0))
-    return (TensorSpec(site.spec(0).shape, dtype_of_onnx(code) if code else site.spec(1).dtype),)
+    return (TensorSpec(site.spec(0).shape, element_type(site, "output_dtype", site.spec(1).dtype)),)
 
 
 def _dequantize(xp: Any, site: Site, q: Array, scale: Array, zero: Array | None = None) -> Array:
     factor, shift = _parameters(xp, site, scale, zero)
-    code = int(site.attrs.get("output_dtype", 0))
-    return portable.dequantize(xp, q, factor, shift, dtype_of_onnx(code) if code else scale.dtype)
+    return portable.dequantize(xp, q, factor, shift, element_type(site, "output_dtype", scale.dtype))
 
 
 def _bind_dequantize(site: Site, io: Buffers) -> list[Call]:

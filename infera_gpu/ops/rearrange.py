@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
-from infera_gpu.ops._families import i64, movable, plain, shaped
+from infera_gpu.ops._families import i64, movable, plain, shaped, single
 from infera_gpu.spec import Array
 from infera_kernels.cpu import shape as cpu
 from infera_kernels.portable import shape as portable
@@ -17,6 +17,8 @@ def _blocked(site: Site) -> tuple[int, int, int, int, int]:
     spec, block = site.spec(0), int(site.attrs["blocksize"])
     if spec.ndim != 4:
         raise site.fail(f"expected N, C, H, W, got {spec}")
+    if block < 1:
+        raise site.fail(f"blocksize is {block}, expected at least 1")
     if site.attrs.get("mode", "DCR") not in ("DCR", "CRD"):
         raise site.fail(f"mode is '{site.attrs['mode']}', expected 'DCR' or 'CRD'")
     n, c, h, w = spec.dims
@@ -79,7 +81,7 @@ _BLOCKS = (
 
 
 def _diagonal(site: Site) -> int:
-    return (site.ints(1) or (0,))[0]
+    return single(site, 1, "k") or 0
 
 
 def _bind_triangle(site: Site, io: Buffers) -> list[Call]:

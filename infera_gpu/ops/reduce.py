@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
-from infera_gpu.ops._families import INT64, i64, native, normalized, plain
+from infera_gpu.ops._families import INT64, i64, native, normalized, plain, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import reduce as cpu
 from infera_kernels.portable import reduce as portable
@@ -159,9 +159,7 @@ def _arg(name: str, since: int) -> Op:
 
 
 def _scan_axis(site: Site) -> int:
-    axes = site.ints(1)
-    assert axes is not None
-    return normalized(site, axes[:1], site.spec(0).ndim)[0]
+    return normalized(site, (single(site, 1, "axis") or 0,), site.spec(0).ndim)[0]
 
 
 def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op:
@@ -199,8 +197,7 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
 def _k(site: Site) -> int:
     if "k" in site.attrs:
         return int(site.attrs["k"])
-    (k,) = site.ints(1) or (0,)
-    return k
+    return single(site, 1, "k") or 0
 
 
 def _top_k_spec(site: Site) -> tuple[TensorSpec, TensorSpec]:

@@ -11,11 +11,15 @@ import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import normalized
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.resize import resize as fast_resize
 from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filter, axis_table, resize
 
 _ROI, _SCALES, _SIZES = 1, 2, 3
+
+_LONGEST = 1 << 24
+"""Elements of an axis: planning makes tables of some hundred bytes for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,14 @@ def _target(site: Site) -> _Target:
     else:
         roi, scales, sizes = (_known(site, i) for i in (_ROI, _SCALES, _SIZES))
     given = site.attrs.get("axes")
-    axes = [a % n for a in given] if given is not None else list(range(n))
+    axes = list(range(n)) if given is None else list(normalized(site, given, n))
     if (scales is None) == (sizes is None):
         raise site.fail("expected either scales or sizes")
     wanted = scales if sizes is None else sizes
     if wanted is None or len(wanted) != len(axes) or (roi is not None and len(roi) != 2 * len(axes)):
         raise site.fail(f"scales {scales}, sizes {sizes} or roi {roi} do not match axes {axes} of {x}")
+    if not (np.isfinite(wanted) & (wanted > 0)).all() or (roi is not None and not np.isfinite(roi).all()):
+        raise site.fail(f"scales {scales}, sizes {sizes} or roi {roi} are not all finite and above 0")
     shape, factors, regions = list(x.dims), [1.0] * n, [(0.0, 1.0)] * n
     for i, axis in enumerate(axes):
         if roi is not None:
@@ -69,11 +75,15 @@ def _target(site: Site) -> _Target:
                 shape[axis] = int(np.floor(np.float32(x.dims[axis]) * span * np.float32(scales[i])))
     if sizes is not None:
         _fit(site, shape, factors, axes, [int(s) for s in sizes])
+    if max(shape, default=0) > _LONGEST:
+        raise site.fail(f"the output would be {shape}; at most {_LONGEST:,} elements along an axis are accepted")
     return _Target(tuple(shape), tuple(factors), tuple(regions))
 
 
 def _fit(site: Site, shape: list[int], factors: list[float], axes: list[int], sizes: list[int]) -> None:
     """Sets the axes' shape and factors from the wanted sizes and the aspect ratio policy."""
+    if any(not shape[axis] for axis in axes):
+        raise site.fail(f"cannot resize {site.spec(0)}, which has no elements, to sizes {sizes}")
     ratios = [size / shape[axis] for size, axis in zip(sizes, axes, strict=True)]
     policy = site.attrs.get("keep_aspect_ratio_policy", "stretch")
     if policy not in ("stretch", "not_larger", "not_smaller"):

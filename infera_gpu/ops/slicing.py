@@ -14,7 +14,7 @@ from infera_kernels.cpu import shape as cpu
 
 
 def _slices(site: Site) -> tuple[slice, ...]:
-    """One slice for each axis. ONNX clamps bounds as Python does, a negative step's end below -n included."""
+    """One slice for each axis. Raises PlanError where starts, ends, axes and steps do not go together."""
     names = ("starts", "ends", "axes")
     if names[0] in site.attrs:
         starts, ends, axes, steps = (*(site.attrs[n] for n in names), None)
@@ -28,8 +28,19 @@ def _slices(site: Site) -> tuple[slice, ...]:
         raise site.fail("a step is 0")
     found = [slice(None)] * site.spec(0).ndim
     for axis, start, end, step in zip(normalized(site, axes, len(found)), starts, ends, steps, strict=True):
-        found[axis] = slice(start, end, step)
+        found[axis] = _clamped(site.spec(0).dims[axis], start, end, step)
     return tuple(found)
+
+
+def _clamped(size: int, start: int, end: int, step: int) -> slice:
+    """ONNX's slice of an axis as one of Python's.
+
+    They differ in one point: with a negative step, ONNX moves a start before the first element to that element, where
+    Python finds nothing left.
+    """
+    if step < 0 and size and start < -size:
+        start = 0
+    return slice(start, end, step)
 
 
 def _sliced(x: Array, site: Site) -> Array:

@@ -127,6 +127,12 @@ RESIDUAL = Fusion(
         }""",
     near_misses=(
         """
+        the_convolution_twice (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
+            t = Conv(x, w)
+            y = Add(t, t)
+        }""",
+        """
         sum_of_three (float[1, 1, 3, 3] x, float[1, 2, 2, 2] r) => (float[1, 2, 2, 2] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
             t = Conv(x, w)

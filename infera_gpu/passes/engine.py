@@ -58,6 +58,15 @@ class Match:
         """The value of a constant named in the pattern."""
         return self.graph.constants[self.values[name]]
 
+    @property
+    def numbers_rank(self) -> int:
+        """The highest rank of the constants that stood for numbers: 1 where an exporter wrote [0.5] for 0.5."""
+        return max((self.constant(name).ndim for name in self.values if name.startswith("=")), default=0)
+
+    def has_axes(self, name: str) -> bool:
+        """Whether a named value is known to have an axis at least: a number of rank 1 then leaves its shape alone."""
+        return _has_axes(self.graph, self.graph.producers(), self.values[name])
+
     def opset(self, domain: str = "") -> int:
         return self.graph.opsets.get(domain, 1)
 
@@ -68,6 +77,32 @@ class Replacement:
 
     node: Node
     constants: Mapping[str, HostArray] = field(default_factory=dict)
+
+
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Relu", "Tanh", "Sigmoid", "Erf", "Cast", "Identity"})
+_WITH_AXES = frozenset({"Conv", "FusedConv", "Gemm", "LayerNormalization", "BatchNormalization", "Softmax"})
+
+
+def _has_axes(graph: Graph, producers: Mapping[str, Node], value: str) -> bool:
+    todo, seen = [value], set[str]()
+    while todo:
+        value = todo.pop()
+        if not value or value in seen:
+            continue
+        seen.add(value)
+        made_by = producers.get(value)
+        known = graph.constants[value].shape if value in graph.constants else None
+        if value in graph.inputs:
+            known = graph.inputs[value].shape
+        if known or (made_by is not None and made_by.op in _WITH_AXES):
+            return True
+        if made_by is not None and made_by.op in ("MatMul", "FusedMatMul"):
+            weight = graph.constants.get(made_by.inputs[1])
+            if weight is not None and weight.ndim > 1:
+                return True
+        elif made_by is not None and made_by.op in _ELEMENTWISE:
+            todo += made_by.inputs
+    return False
 
 
 def _always(match: Match) -> bool:
@@ -118,15 +153,17 @@ class _Matcher:
 
     def match(self, pattern: P, root: Node) -> Match | None:
         for values, nodes, inside in self._node(pattern, root, {}, {}, ()):
-            if self._is_closed(inside):
+            if self._is_closed(inside, values):
                 return Match(self.graph, values, nodes, inside)
         return None
 
-    def _is_closed(self, inside: tuple[Node, ...]) -> bool:
-        """Whether nobody outside the match reads what its inner nodes make."""
-        members = {id(n) for n in inside}
+    def _is_closed(self, inside: tuple[Node, ...], values: Mapping[str, str]) -> bool:
+        """Whether nobody needs what the inner nodes make: not outside the match, nor the replacement by a name."""
+        members, named = {id(n) for n in inside}, set(values.values())
         return all(
-            n.outputs[0] not in self.graph.outputs and all(id(r) in members for r in self.readers.get(n.outputs[0], ()))
+            n.outputs[0] not in self.graph.outputs
+            and n.outputs[0] not in named
+            and all(id(r) in members for r in self.readers.get(n.outputs[0], ()))
             for n in inside[1:]
         )
 
@@ -177,11 +214,11 @@ class _Matcher:
             if values.get(name, value) == value:
                 yield from self._args(rest, {**values, name: value}, nodes, inside)
         elif self._is_number(value, arg):
-            yield from self._args(rest, values, nodes, inside)
+            yield from self._args(rest, {**values, f"={value}": value}, nodes, inside)
 
     def _is_number(self, value: str, number: float) -> bool:
         constant = self.graph.constants.get(value)
-        if constant is None or constant.size != 1 or constant.dtype == object:
+        if constant is None or constant.size != 1 or constant.ndim > 1 or constant.dtype.kind not in "fiu":
             return False
         return bool(np.isclose(float(constant.reshape(-1)[0]), number, rtol=1e-6, atol=0.0))
 

@@ -6,26 +6,29 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.errors import PlanError
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import FOLD_LIMIT, Registry, Site
-from infera_gpu.spec import spec_of
+from infera_gpu.spec import constant, spec_of
 
 
 def fold_constants(graph: Graph, registry: Registry) -> Graph:
     """Every pure node whose inputs are all constants becomes constants."""
     constants: dict[str, HostArray] = dict(graph.constants)
     nodes: list[Node] = []
+    budget = FOLD_LIMIT
     for node in graph.nodes:
-        made = _fold(node, constants, graph, registry)
+        made = _fold(node, constants, graph, registry, budget)
         if made is None:
             nodes.append(node)
         else:
             constants.update(made)
+            budget -= sum(a.nbytes for a in made.values())
     return replace(graph, nodes=tuple(nodes), constants=constants)
 
 
-def _fold(node: Node, constants: dict[str, HostArray], graph: Graph, registry: Registry) -> dict[str, HostArray] | None:
+def _fold(
+    node: Node, constants: dict[str, HostArray], graph: Graph, registry: Registry, budget: int
+) -> dict[str, HostArray] | None:
     if node.subgraphs or not all(i in constants for i in node.inputs if i):
         return None
     opset = graph.opsets.get(node.domain, 1)
@@ -36,14 +39,14 @@ def _fold(node: Node, constants: dict[str, HostArray], graph: Graph, registry: R
     try:
         site = Site(node, op.fill(node), tuple(None if v is None else spec_of(v) for v in values), values, opset=opset)
         specs = op.infer(site)
-    except PlanError:  # the specialiser meets it again if the node is live, and its error is the one to show
+        if sum(s.nbytes for s in specs if s is not None) > budget:
+            return None
+        site = replace(site, outs=tuple(s for s in specs if s is not None))
+        with np.errstate(all="ignore"):
+            made = op.outputs(np, site, values)
+    except Exception:  # the specialiser meets it again if the node is live, and its error is the one to show
         return None
-    if sum(s.nbytes for s in specs if s is not None) > FOLD_LIMIT:
-        return None
-    site = replace(site, outs=tuple(s for s in specs if s is not None))
-    with np.errstate(all="ignore"):
-        made = op.outputs(np, site, values)
-    return {name: np.asarray(a) for name, a in zip(node.outputs, made, strict=False) if name}
+    return {name: constant(a) for name, a in zip(node.outputs, made, strict=False) if name}
 
 
 def remove_identities(graph: Graph) -> Graph:
@@ -56,7 +59,12 @@ def remove_identities(graph: Graph) -> Graph:
         n = replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs))
         identity = not n.domain and n.op == "Identity"
         dropout = not n.domain and n.op == "Dropout" and _is_inference(n, graph) and not _mask_read(n, graph, uses)
-        if (identity or dropout) and n.outputs[0] not in graph.outputs and n.outputs[0] not in captured:
+        if (
+            (identity or dropout)
+            and n.outputs[0]
+            and n.outputs[0] not in graph.outputs
+            and n.outputs[0] not in captured
+        ):
             renamed[n.outputs[0]] = n.inputs[0]
         else:
             nodes.append(n)

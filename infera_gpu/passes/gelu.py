@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, P, fused, node
+from infera_gpu.passes.engine import Fusion, Match, P, fused, node
 
 SQRT_HALF = 0.7071067811865476
 TANH_SCALE = 0.7978845608028654  # √(2/π)
+
+
+def _keeps_shape(match: Match) -> bool:
+    """Numbers written as [0.5] would give a scalar x an axis."""
+    return match.numbers_rank == 0 or match.has_axes("x")
 
 
 def _products(x: str, factor: P) -> tuple[P, ...]:
@@ -37,6 +42,7 @@ def _tanh_forms() -> tuple[P, ...]:
 GELU = Fusion(
     name="gelu",
     patterns=_erf_forms(),
+    guard=_keeps_shape,
     build=fused("Gelu", ("x",), approximate="none"),
     example="""
         example (float[3, 7] x) => (float[3, 7] y) <float r = {1.4142135}, float one = {1.0}, float half = {0.5}> {
@@ -49,6 +55,15 @@ GELU = Fusion(
     near_misses=(
         """
         other_divisor (float[3, 7] x) => (float[3, 7] y) <float r = {1.5}, float one = {1.0}, float half = {0.5}> {
+            a = Div(x, r)
+            b = Erf(a)
+            c = Add(b, one)
+            d = Mul(x, c)
+            y = Mul(d, half)
+        }""",
+        """
+        numbers_give_a_scalar_an_axis (float x) => (float[1] y)
+        <float[1] r = {1.4142135}, float[1] one = {1.0}, float[1] half = {0.5}> {
             a = Div(x, r)
             b = Erf(a)
             c = Add(b, one)
@@ -79,6 +94,7 @@ GELU = Fusion(
 GELU_TANH = Fusion(
     name="gelu_tanh",
     patterns=_tanh_forms(),
+    guard=_keeps_shape,
     build=fused("Gelu", ("x",), approximate="tanh"),
     example="""
         example (float[3, 7] x) => (float[3, 7] y)

@@ -9,7 +9,7 @@ ACTIVATIONS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "infera.Gel
 
 def _is_row_bias(match: Match) -> bool:
     weight, bias = match.constant("w"), match.constant("b")
-    return weight.ndim == 2 and bias.size == bias.shape[-1:][0] == weight.shape[1] if bias.ndim else False
+    return weight.ndim == 2 and bias.shape == weight.shape[1:] and bias.dtype == weight.dtype
 
 
 BIAS = Fusion(
@@ -28,6 +28,12 @@ BIAS = Fusion(
         <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
             t = MatMul(a, w)
             y = Add(b, t)
+        }""",
+        """
+        bias_adds_an_axis (float[2, 3] a) => (float[1, 2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[1, 1, 2] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = Add(t, b)
         }""",
         """
         bias_a_column (float[2, 3] a) => (float[2, 2] y)
@@ -49,7 +55,7 @@ def _gemm_bias_is_row(match: Match) -> bool:
         return True
     bias, weight = match.constant("b"), match.constant("w")
     columns = weight.shape[0 if match.nodes["gemm"].attrs.get("transB", 0) else 1]
-    return bias.ndim >= 1 and bias.size == bias.shape[-1] == columns
+    return bias.ndim >= 1 and bias.size == bias.shape[-1] == columns and bias.ndim <= 2
 
 
 def _from_gemm(match: Match) -> Replacement:
@@ -140,6 +146,12 @@ RESIDUAL = Fusion(
             y = Add(r, t)
         }""",
     near_misses=(
+        """
+        the_product_twice (float[2, 3] a) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = infera.FusedMatMul(a, w, b)
+            y = Add(t, t)
+        }""",
         """
         two_residuals (float[2, 3] a, float[2, 2] r, float[2, 2] s) => (float[2, 2] y)
         <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {

@@ -11,8 +11,9 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from infera_server.errors import BadRequest, NotFound, RequestError, Unavailable
+from infera_server.errors import BadRequest, InternalError, NotFound, RequestError, TooLarge, Unavailable
 from infera_server.metrics import Exposition
 from infera_server.model import Model
 from infera_server.protocols import v2_rest
@@ -50,6 +51,11 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        """Starlette raises the exception again once this is sent, so that the log has it."""
+        return _error(InternalError.status, "the server failed; its log says more")
 
     def read(path: str) -> Callable[..., Any]:
         return app.api_route(path, methods=READ)
@@ -156,10 +162,13 @@ def _error(status: int, message: str) -> Response:
 
 async def _body(request: Request) -> bytes:
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_MANAGEMENT_BODY:
-            raise BadRequest(f"the request body is over the limit of {MAX_MANAGEMENT_BODY:,} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_MANAGEMENT_BODY:
+                raise TooLarge(f"the request body is over the limit of {MAX_MANAGEMENT_BODY:,} bytes")
+    except ClientDisconnect:
+        raise BadRequest("the request body did not arrive") from None  # nobody reads this
     return body
 
 
@@ -197,7 +206,7 @@ def _configuration(model: Model) -> dict[str, Any]:
         "name": signature.name,
         "platform": "onnx_infera",
         "backend": "infera",
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": {"all": {}},
         "max_batch_size": signature.layout.max_rows if signature.layout and batched else 0,
         "input": [entry(t) for t in signature.inputs.values()],
         "output": [entry(t) for t in signature.outputs.values()],

@@ -152,6 +152,8 @@ def from_json(data: object, datatype: str, shape: tuple[int, ...], name: str) ->
     check_json("receiving", datatype, f"input {name}")
     if type(data) is not list:
         raise BadRequest("Unable to parse 'data': attempt to access JSON non-array as array")
+    if len(data) > max(math.prod(shape), *shape, 1):  # before anything is made of a million empty lists
+        raise BadRequest("Unable to parse 'data': Shape does not match true shape of 'data' field")
     dtype = DATATYPES[datatype]
     flat = _strings_from_json(data) if dtype.hasobject else _numbers_from_json(data, dtype)
     if flat.size != math.prod(shape):

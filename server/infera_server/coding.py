@@ -30,29 +30,35 @@ def coding_of(value: bytes) -> Coding | None:
 
 
 def preferred(accept: bytes) -> Coding | None:
-    """The coding of the reply to a request with this Accept-Encoding: the best liked of ours, the first of equals."""
+    """The coding of the reply to a request with this Accept-Encoding: the best liked of ours, the first of equals.
+
+    None, the identity, where that is liked better by name (RFC 9110, section 12.5.3).
+    """
     best: Coding | None = None
-    best_quality = 0.0
+    best_quality = identity = 0.0
     for part in accept.decode("latin-1").lower().split(","):
-        name, _, parameter = part.partition(";")
-        quality = _quality(parameter)
-        if quality > best_quality and (coding := _named(name.strip())):
+        name, *parameters = (text.strip() for text in part.split(";"))
+        quality = _quality(parameters)
+        if name == "identity":
+            identity = quality
+        elif quality > best_quality and (coding := _named(name)):
             best, best_quality = coding, quality
-    return best
+    return best if best_quality >= identity else None
 
 
 def _named(name: str) -> Coding | None:
     return "gzip" if name in ("gzip", "x-gzip") else "deflate" if name == "deflate" else None
 
 
-def _quality(parameter: str) -> float:
-    key, _, value = parameter.partition("=")
-    if key.strip() != "q":
-        return 1.0
-    try:
-        return float(value)
-    except ValueError:
-        return 0.0
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
 
 
 def decompress(body: bytes, coding: Coding, limit: int) -> bytes:

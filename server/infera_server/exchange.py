@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from urllib.parse import unquote_to_bytes
 
-from infera_server.batcher import Job
 from infera_server.coding import Coding
 from infera_server.errors import RequestError
+from infera_server.jobs import Job
 from infera_server.model import Model
 from infera_server.protocols import v2_rest
 

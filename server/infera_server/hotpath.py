@@ -20,10 +20,10 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from infera_server import coding
-from infera_server.batcher import Batch
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, HeadTooLarge, RequestError, TooLarge, TooSlow, request_error
 from infera_server.exchange import Exchange, infer_target
+from infera_server.jobs import Batch
 from infera_server.protocols import v2_rest
 from infera_server.rows import Arrays
 from infera_server.service import Service, explain

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 )
 
 from infera_gpu.telemetry import Telemetry
-from infera_server.batcher import Batch
+from infera_server.jobs import Batch
 
 if TYPE_CHECKING:
     from infera_server.repository import Repository

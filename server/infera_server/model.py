@@ -6,21 +6,22 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infera_server.batcher import Batch, Batcher, Done, Job
+from infera_server.batcher import Batcher
 from infera_server.batching import Batching, derive
 from infera_server.errors import BadRequest, InternalError, RequestError, request_error
+from infera_server.jobs import Batch, Done, Job
 from infera_server.metrics import ModelStats
 from infera_server.rows import HostArray
 from infera_server.runtime import Session
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
+from infera_server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,13 @@ class Model:
         group.sort()
         return rows, tuple(group)
 
-    def close(self) -> None:
-        """Answer what waits with Unavailable, let the run in progress end, and release the device."""
+    def close(self, timeout: float | None = None) -> None:
+        """Answer what waits with Unavailable and release the device once the run in progress has ended.
+
+        A run that goes on after `timeout` seconds (None: as long as a request may wait) is left to the process's end.
+        """
         self.batcher.close()
-        if self.batcher.join(self.timeout):
+        if self.batcher.join(self.timeout if timeout is None else max(timeout, 0.0)):
             self.session.close()
 
 
@@ -101,36 +105,34 @@ def open_model(
     settings: Settings,
     *,
     post: Post,
-    device_lock: Callable[[str], threading.Lock],
+    turns_of: Callable[[str], Turns],
     opener: Opener = open_session,
 ) -> Model:
     """Load, find the batch axis by running the model, start the engine thread. Raises whatever loading raises."""
     session = opener(path, settings)
     try:
         inputs, outputs = tensors(session.inputs), tensors(session.outputs)
-        with (lock := device_lock(session.device.name)):
+        with (turns := turns_of(session.device.name)):
             batching = derive(session, settings.max_batch)
     except BaseException:
         session.close()
         raise
     stats = ModelStats()
 
-    def run(feeds: Any) -> Any:
-        with lock:
-            return session.run(feeds)
-
     def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
         batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]
         post(deliver, batch)
 
     batcher = Batcher(
-        run,
+        session.run,
         batching.layout,
         max_queue=settings.max_queue,
         max_queue_bytes=settings.max_queue_bytes,
         name=name,
         post=answer,
         observe=stats.ran,
+        turns=turns,
+        run_limit=settings.request_timeout,
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
     return Model(signature, session, batching, batcher, stats, settings.request_timeout, path.name)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from infera_gpu.errors import InferaError
 from infera_server.codec import short
 from infera_server.errors import NotFound, Unavailable
 from infera_server.model import Model, Opener, Post, open_model, open_session
 from infera_server.settings import Settings
+from infera_server.turns import Turns
 
-log = logging.getLogger(__name__)
+MAX_LOADERS = 4
+
+RESERVED = frozenset({"stats"})
+"""Names in the place of a model that mean something else: `GET /v2/models/stats` is about all of them."""
 
 
 class DiscoveryError(ValueError):
@@ -56,7 +60,7 @@ class Entry:
 def discover(paths: Sequence[Path]) -> list[Source]:
     """The models at `paths`: ONNX files, folders of them, model folders (`NAME/1/model.onnx`) or folders of these.
 
-    Raises DiscoveryError where a path holds none or two models would have one name.
+    Raises DiscoveryError where a path holds none, two models would have one name, or a name cannot be served.
     """
     found: dict[tuple[str, str], Source] = {}
     for path in paths:
@@ -64,10 +68,25 @@ def discover(paths: Sequence[Path]) -> list[Source]:
         if not sources:
             raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
         for source in sources:
+            _check_name(source)
             other = found.setdefault((source.name, source.version), source)
             if other is not source:
                 raise DiscoveryError(f"{other.path} and {source.path} would both be served as {source}; rename one")
     return list(found.values())
+
+
+def _check_name(source: Source) -> None:
+    """Raises DiscoveryError for a name that the protocol cannot say."""
+    try:
+        source.name.encode()
+    except UnicodeEncodeError:
+        raise DiscoveryError(f"{str(source.path)!a} is not named in UTF-8; rename it") from None
+    if source.name in RESERVED:
+        raise DiscoveryError(f"{source.path} would be served at /v2/models/{source.name}, which is taken; rename it")
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx" and path.is_file()
 
 
 def _sources(path: Path) -> Iterator[Source]:
@@ -78,7 +97,7 @@ def _sources(path: Path) -> Iterator[Source]:
         yield from own
         if not own:
             for child in sorted(path.iterdir()):
-                if child.is_file() and child.suffix == ".onnx":
+                if _is_model(child):
                     yield Source(child.stem, "1", child)
                 elif child.is_dir():
                     yield from _versions(child)
@@ -92,7 +111,7 @@ def _versions(folder: Path) -> Iterator[Source]:
     for child in sorted(folder.iterdir()):
         if not (child.is_dir() and child.name.isascii() and child.name.isdigit() and int(child.name) > 0):
             continue
-        files = sorted(child.glob("*.onnx"))
+        files = sorted(filter(_is_model, child.iterdir()))
         named = [f for f in files if f.name == "model.onnx"] or files
         if len(named) > 1:
             raise DiscoveryError(f"{child} holds {len(named)} .onnx files, none of them named model.onnx")
@@ -114,7 +133,7 @@ class Repository:
         self._entries = {}
         for source in sorted(self.sources, key=lambda s: (s.name, int(s.version))):
             self._entries.setdefault(source.name, {})[source.version] = Entry(source)
-        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._turns: defaultdict[str, Turns] = defaultdict(Turns)
         self._guard = threading.Lock()
         self._stopped = False
 
@@ -124,10 +143,22 @@ class Repository:
         `post(fn, arg)` must call `fn(arg)` in the event loop's thread. `progress` is called as each entry is settled.
         """
         entries = list(self.entries())
-        workers = min(len(entries), os.cpu_count() or 1, 4)
-        with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="infera-load") as pool:
-            for done in as_completed([pool.submit(self._load, entry, post) for entry in entries]):
-                progress(done.result())
+        waiting: SimpleQueue[Entry] = SimpleQueue()
+        settled: SimpleQueue[Entry] = SimpleQueue()
+        for entry in entries:
+            waiting.put(entry)
+
+        def work() -> None:
+            with suppress(Empty):
+                while True:
+                    settled.put(self._load(waiting.get_nowait(), post))
+
+        for _ in range(min(len(entries), os.cpu_count() or 1, MAX_LOADERS)):
+            threading.Thread(target=work, name="infera-load", daemon=True).start()  # the process's exit waits for none
+        for _ in entries:
+            entry = settled.get()
+            if not self._stopped:
+                progress(entry)
 
     def _load(self, entry: Entry, post: Post) -> Entry:
         source = entry.source
@@ -141,31 +172,50 @@ class Repository:
                 source.path,
                 self.settings,
                 post=post,
-                device_lock=self._lock_of,
+                turns_of=self._turns_of,
                 opener=self.opener,
             )
         except Exception as error:
             entry.reason = str(error) if isinstance(error, InferaError) else f"{type(error).__name__}: {error}"
             entry.state = State.UNAVAILABLE
-            log.error("%s (%s) cannot be served: %s", source, source.path, entry.reason)
+            self._choose_default(source.name)
             return entry
         with self._guard:
-            entry.model, entry.state = model, State.READY
-            self._served[source.name, source.version] = model
-            newest = max(
-                (e for e in self._entries[source.name].values() if e.model), key=lambda e: int(e.source.version)
-            )
-            assert newest.model is not None
-            self._served[source.name, None] = newest.model
+            if late := self._stopped:
+                entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped while it was loaded"
+            else:
+                entry.model, entry.state = model, State.READY
+                self._served[source.name, source.version] = model
+        if late:
+            model.close()
+        else:
+            self._choose_default(source.name)
         return entry
 
-    def stop(self) -> None:
-        """Load nothing more; what is being loaded is finished."""
-        self._stopped = True
-
-    def _lock_of(self, device: str) -> threading.Lock:
+    def _choose_default(self, name: str) -> None:
+        """The newest version is the default, once no newer one may still come."""
         with self._guard:
-            return self._locks[device]
+            for entry in sorted(self._entries[name].values(), key=lambda e: int(e.source.version), reverse=True):
+                if entry.state is State.LOADING:
+                    return
+                if entry.model is not None:
+                    self._served[name, None] = entry.model
+                    return
+
+    def stop(self) -> None:
+        """Load nothing more; what is being loaded is thrown away when it is done."""
+        with self._guard:
+            self._stopped = True
+
+    def _turns_of(self, device: str) -> Turns:
+        with self._guard:
+            return self._turns[device]
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a run has kept a device for longer than a request may wait."""
+        with self._guard:
+            return any(turns.held_for() > self.settings.request_timeout for turns in self._turns.values())
 
     def get(self, name: str, version: str | None = None) -> Model:
         """A model that can run; the newest version by default. Raises NotFound or Unavailable."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 
+MIN_FAREWELL = 0.5
+"""Seconds that replies have to leave after a drain that took all its time."""
+
 
 class Server(uvicorn.Server):
     """uvicorn, with two differences: a signal drains before the listener closes, and is not raised again at the end.
@@ -33,17 +38,28 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
 
+        self.deadline = 0.0
+        """When all must be over; before `shutdown` there is no hurry and nothing to wait for."""
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, stop waiting at the second, be gone at the third."""
+        if self.force_exit:
+            os._exit(128 + sig)
         self.force_exit = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         timeout = self.service.settings.drain_timeout
         began = time.monotonic()
-        if not await self.service.drain(timeout):
-            log.error("requests were still running after %g s and were given up", timeout)
-        self.config.timeout_graceful_shutdown = max(1, int(timeout - (time.monotonic() - began)))
+        self.deadline = began + timeout
+        if not await self.service.drain(self.deadline, lambda: self.force_exit):
+            log.error("requests were still running after %.3g s and were given up", time.monotonic() - began)
+        left = max(MIN_FAREWELL, self.deadline - time.monotonic())
+        self.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # asyncio.wait_for takes any number
         await super().shutdown(sockets)
+        if self.force_exit:
+            self.deadline = 0.0
+            await self.lifespan.shutdown()  # which uvicorn leaves out; it waits for nothing
 
 
 class Host:
@@ -84,7 +100,17 @@ class Host:
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self.repository.load, loop.call_soon_threadsafe, self.on_settled)
+        finished = asyncio.Event()
+
+        def work() -> None:
+            try:
+                self.repository.load(loop.call_soon_threadsafe, self.on_settled)
+            finally:
+                with suppress(RuntimeError):  # the loop is closed: the server was stopped meanwhile
+                    loop.call_soon_threadsafe(finished.set)
+
+        threading.Thread(target=work, name="infera-loading", daemon=True).start()  # not the executor: it is waited for
+        await finished.wait()
         self.on_loaded()
         if not any(self.repository.ready()):
             self._failed = self.server.should_exit = True
@@ -94,8 +120,9 @@ class Host:
         try:
             self.server.run([self._sock])
         finally:
+            self.repository.stop()
             for model in self.repository.ready():
-                model.close()
+                model.close(self.server.deadline - time.monotonic())
         return 1 if self._failed else 0
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from infera_server.batcher import Batch
 from infera_server.errors import Unavailable
+from infera_server.jobs import Batch
 from infera_server.model import Model
 from infera_server.repository import Repository
 from infera_server.settings import Settings
 
 EXPIRY_PERIOD = 0.05
 """Seconds between looks for waiting requests whose deadline has passed."""
+
+DRAIN_PERIOD = 0.02
+"""Seconds between looks for engine threads that have ended."""
 
 
 @dataclass(eq=False)
@@ -32,8 +36,13 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that could be loaded is, at least one was, and requests are taken."""
-        return not self.draining and self.repository.is_settled and any(self.repository.ready())
+        """Whether requests are taken, every model that could be loaded is, one at least was, and no device is stuck."""
+        return (
+            not self.draining
+            and self.repository.is_settled
+            and any(self.repository.ready())
+            and not self.repository.is_stuck
+        )
 
     async def expire(self) -> None:
         """Answer requests whose time is up while another batch runs; for ever."""
@@ -42,21 +51,23 @@ class Service:
             for model in self.repository.ready():
                 model.batcher.expire()
 
-    async def drain(self, timeout: float) -> bool:
-        """Refuse new requests and finish the accepted ones. Returns whether all were finished in `timeout` seconds."""
+    async def drain(self, deadline: float, forced: Callable[[], bool] = lambda: False) -> bool:
+        """Refuse new requests and finish the accepted ones, at most until `deadline` or until `forced()`.
+
+        Returns whether all were finished; those that were not are answered with Unavailable.
+        """
         self.draining = True
         models = list(self.repository.ready())
         for model in models:
             model.batcher.drain()
-        deadline = time.monotonic() + timeout
-
-        def join() -> bool:
-            return all(model.batcher.join(max(0.0, deadline - time.monotonic())) for model in models)
-
-        finished = await asyncio.to_thread(join)
-        await asyncio.sleep(0)  # the last batches' replies were posted before their threads ended: let them be written
+        while not (finished := all(model.batcher.join(0) for model in models)):
+            if forced() or time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(DRAIN_PERIOD)
         for model in models:
             model.batcher.close()
+            model.batcher.give_up(Unavailable("the server shut down before the run ended"))
+        await asyncio.sleep(0)  # replies were posted from other threads: let them be written
         return finished
 
 

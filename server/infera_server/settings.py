@@ -13,7 +13,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="INFERA_", extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)  # to a socket, "" means every interface
     port: int = Field(default=8000, ge=0, le=65535)
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from infera_server.runtime import Specs
 from infera_server.codec import datatype_of
 from infera_server.rows import Layout
+from infera_server.runtime import Specs
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ import numpy as np
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.runtime import Session
 from infera_server.repository import Repository, Source
 from infera_server.rows import Arrays, HostArray
+from infera_server.runtime import Session
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
 

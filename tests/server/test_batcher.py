@@ -11,9 +11,11 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from infera_server.batcher import Batch, Batcher, Job
+from infera_server.batcher import Batcher
 from infera_server.errors import Expired, Overloaded, Unavailable
+from infera_server.jobs import Batch, Job
 from infera_server.rows import Arrays, HostArray, Layout
+from infera_server.turns import Turns
 from tests.server.support import WAIT, until
 
 LAYOUT = Layout({"x": 0}, {"y": 0}, (1, 2, 4, 8))
@@ -309,6 +311,92 @@ def test_a_failing_callback_does_not_stop_the_others(batcher: Batcher, engine: E
     after = Caller(batcher, rows(1))
     engine.gate.release(5)
     after.check()
+
+
+# --- the device ----------------------------------------------------------------------------------------------------
+
+
+def test_jobs_wait_until_the_device_is_free_and_others_join_them(engine: Engine) -> None:
+    turns = Turns()
+    with turns:
+        batcher = Batcher(engine, LAYOUT, turns=turns)
+        first = Caller(batcher, rows(1))
+        time.sleep(0.02)
+        late = Caller(batcher, rows(1, start=50), deadline=time.monotonic() - 1)
+        gone = Caller(batcher, rows(1, start=50))
+        second = Caller(batcher, rows(1))
+        assert batcher.queued == 4
+        assert batcher.cancel(gone.job)
+        batcher.expire()
+        assert isinstance(late.answer(), Expired)
+    engine.gate.release(2)
+    first.check()
+    second.check()
+    assert [len(run) for run in engine.runs] == [2]
+    batcher.drain()
+    assert batcher.join(WAIT)
+
+
+def test_waiting_for_the_device_is_no_execution(engine: Engine) -> None:
+    turns = Turns()
+    with turns:
+        batcher = Batcher(engine, LAYOUT, turns=turns)
+        caller = Caller(batcher, rows(1))
+        time.sleep(0.1)
+        engine.gate.release()
+    caller.check()
+    assert caller.batch is not None
+    assert caller.batch.taken_at - caller.job.queued_at >= 0.1
+    assert batcher.run_seconds < 0.1
+    batcher.drain()
+    assert batcher.join(WAIT)
+
+
+def test_the_device_is_handed_on_in_the_order_of_asking() -> None:
+    turns, order = Turns(), []
+
+    def take(name: int) -> None:
+        for _ in range(3):
+            with turns:
+                order.append(name)
+
+    with turns:
+        threads = [threading.Thread(target=take, args=(name,)) for name in range(3)]
+        for name, thread in enumerate(threads):
+            thread.start()
+            until(lambda count=name + 1: len(turns._waiting) == count)  # type: ignore[misc]
+        assert turns.held_for() > 0
+    for thread in threads:
+        thread.join(WAIT)
+    assert order == [0, 1, 2] * 3
+    assert turns.held_for() == 0
+
+
+def test_a_run_over_the_limit_is_answered_and_its_result_forgotten(engine: Engine) -> None:
+    batcher = Batcher(engine, LAYOUT, run_limit=0.01)
+    stuck = occupy(batcher, engine)
+    time.sleep(0.02)
+    batcher.expire()
+    answer = stuck.answer()
+    assert isinstance(answer, Expired)
+    assert "has been running" in str(answer)
+    engine.gate.release()
+    batcher.drain()
+    assert batcher.join(WAIT)
+    assert len(stuck.results) == 1
+
+
+def test_every_run_after_a_failed_batch_is_observed(batcher: Batcher, engine: Engine) -> None:
+    seen: list[tuple[int, int]] = []
+    occupy(batcher, engine)
+    batcher.observe = lambda batch: seen.append((len(batch.jobs), batch.rows))
+    callers = [Caller(batcher, rows(2)), Caller(batcher, -rows(1)), Caller(batcher, rows(1))]
+    engine.gate.release(10)
+    for caller in callers:
+        caller.answer()
+    until(lambda: len(seen) == 4)
+    assert seen == [(1, 1), (1, 2), (1, 1), (1, 1)]
+    assert [caller.batch.rows for caller in callers if caller.batch] == [2, 1, 1]
 
 
 def test_strings_are_batched() -> None:

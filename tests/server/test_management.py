@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from infera_gpu.errors import ModelError
-from infera_server.runtime import Session
+from infera_gpu.errors import ModelError, PlanError
 from infera_server.errors import NotFound, Unavailable
 from infera_server.metrics import ModelStats
 from infera_server.repository import DiscoveryError, Entry, Repository, Source, State, discover
+from infera_server.runtime import Session
 from infera_server.settings import Settings
-from tests.server.support import FakeSession, Running, doubler, request_of, serving, spec
+from tests.server.support import FakeSession, Running, doubler, request_of, serving, spec, until
 
 X = np.ones((2, 4), np.float32)
 
@@ -90,6 +93,7 @@ def test_configuration_has_what_clients_read(server: Running) -> None:
     status, config = server.get("/v2/models/double/config")
     assert status == 200
     assert config["max_batch_size"] == 4
+    assert config["version_policy"] == {"all": {}}
     assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}]
     config = server.get("/v2/models/words/config")[1]
     assert config["max_batch_size"] == 0
@@ -102,6 +106,19 @@ def test_the_index_filters(server: Running) -> None:
         assert found == status
         if status == 200:
             assert [m["state"] for m in json.loads(reply)] == ["READY", "READY"]
+
+
+def test_a_management_body_has_a_limit(server: Running) -> None:
+    status, _, body = server.request("POST", "/v2/repository/index", b" " * 100_000)
+    assert status == 413
+    assert "65,536 bytes" in json.loads(body)["error"]
+
+
+def test_what_breaks_in_management_is_json(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.host.repository, "versions", lambda name: 1 / 0)
+    status, headers, body = server.request("GET", "/v2/models/double")
+    assert (status, headers["content-type"]) == (500, "application/json")
+    assert "its log says more" in json.loads(body)["error"]
 
 
 def test_strings_are_served(server: Running) -> None:
@@ -203,6 +220,20 @@ def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
             discover(paths)
 
 
+def test_names_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / os.fsdecode(b"bad\xff.onnx")).touch()
+    touch(tmp_path, "s/stats.onnx", "v/stats/1/model.onnx")
+    for folder, text in (("n", r"bad\\udcff.onnx' is not named in UTF-8"), ("s", "taken"), ("v", "taken")):
+        with pytest.raises(DiscoveryError, match=text):
+            discover([tmp_path / folder])
+
+
+def test_the_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    touch(tmp_path, "UP.ONNX", "v/1/MODEL.Onnx")
+    assert found_in(tmp_path) == {("UP", "1", "UP.ONNX"), ("v", "1", "MODEL.Onnx")}
+
+
 def test_the_newest_version_serves_and_a_failure_stops_no_other() -> None:
     sessions: dict[str, FakeSession] = {}
 
@@ -234,6 +265,45 @@ def test_the_newest_version_serves_and_a_failure_stops_no_other() -> None:
     assert all(s.closed for s in sessions.values())
 
 
+def test_no_older_version_stands_in_while_a_newer_one_loads() -> None:
+    release, seen = threading.Event(), threading.Event()
+
+    def opener(path: Path, settings: Settings) -> Session:
+        if path.name == "2":
+            seen.set()
+            assert release.wait(10)
+            raise ModelError("2: not a model")
+        return doubler()
+
+    repository = Repository(Settings(max_batch=1), [Source("m", v, Path(v)) for v in ("1", "2")], opener=opener)
+    loading = threading.Thread(target=repository.load, args=(lambda fn, arg: fn(arg),))
+    loading.start()
+    assert seen.wait(10)
+    until(lambda: repository.versions("m") == ["1"])
+    assert repository.get("m", "1").signature.version == "1"
+    with pytest.raises(Unavailable, match="still loading"):
+        repository.get("m")
+    release.set()
+    loading.join()
+    assert repository.get("m").signature.version == "1"
+    repository.get("m").close()
+
+
+def test_a_model_that_can_never_run_is_unavailable() -> None:
+    class Unplannable(FakeSession):
+        def plan_for(self, shapes: Any) -> Any:
+            raise PlanError("'s' is a string tensor computed at run time, which is not supported")
+
+    session = Unplannable({"x": spec("N", 4)}, {"y": spec("N", 4)}, lambda feeds: {"y": feeds["x"]})
+    repository = Repository(Settings(), [Source("m", "1", Path("m"))], opener=lambda path, settings: session)
+    repository.load(lambda fn, arg: fn(arg))
+    (entry,) = repository.entries()
+    assert (entry.state, entry.reason) == (
+        State.UNAVAILABLE,
+        "'s' is a string tensor computed at run time, which is not supported",
+    )
+
+
 def test_a_model_that_the_protocol_cannot_carry_is_refused() -> None:
     session = FakeSession(
         {"x": spec("N", dtype=np.complex64)}, {"y": spec("N", dtype=np.complex64)}, lambda f: {"y": f["x"]}
@@ -250,3 +320,5 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert (Settings().max_batch, Settings(max_batch=3).max_batch) == (7, 3)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         Settings(max_batch=0)
+    with pytest.raises(ValueError, match="at least 1 character"):
+        Settings(host="")

@@ -217,12 +217,82 @@ def test_a_drain_that_takes_too_long_is_given_up() -> None:
             waiting = pool.submit(running.infer, "double", request_of(np.ones((1, 4), np.float32)))
             model: Model = running.host.repository.get("double")
             until(lambda: model.batcher.queued == 1)
-            began = time.monotonic()
             running.host.server.should_exit = True
             assert waiting.result(WAIT)[0] == 503
-            assert time.monotonic() - began < 2
+            assert stuck.result(WAIT)[0] == 503
+
+
+def test_runs_that_do_not_end_delay_the_exit_by_one_drain_timeout() -> None:
+    """However many models hang: their engine threads are not waited for one after the other."""
+    sessions = {name: doubler() for name in ("a", "b", "c")}
+    with ThreadPoolExecutor(3) as pool:
+        with serving(sessions, drain_timeout=0.5, request_timeout=3) as running:
+            for name, session in sessions.items():
+                session.block()
+                pool.submit(running.infer, name, request_of(np.ones((1, 4), np.float32)))
+            sessions["a"].wait_entered()
+            began = time.monotonic()
+        took = time.monotonic() - began
+        for session in sessions.values():
             session.gate.set()
-            assert stuck.result(WAIT)[0] == 200
+    assert took < 2
+
+
+def test_a_run_that_does_not_end_is_answered_and_makes_the_server_unready() -> None:
+    with serving({"double": doubler()}, request_timeout=0.3) as running:
+        session = running.sessions["double"]
+        assert isinstance(session, FakeSession)
+        session.block()
+        status, document = running.infer("double", request_of(np.ones((1, 4), np.float32)))
+        assert status == 504
+        assert "has been running" in document["error"]
+        assert running.get("/v2/health/ready") == (503, {"ready": False})
+        session.gate.set()
+        until(lambda: running.get("/v2/health/ready")[0] == 200)
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from infera_server.repository import Repository, Source
+from infera_server.server import Host, listen
+from infera_server.settings import Settings
+
+def opener(path, settings):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+sys.exit(Host(Repository(Settings(), [Source("m", "1", Path("m"))], opener=opener), listen("127.0.0.1", 0)).run())
+"""
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_a_signal_while_loading_does_not_wait_for_the_model(signals: list[signal.Signals]) -> None:
+    with subprocess.Popen([sys.executable, "-c", HANGS], stderr=subprocess.PIPE, text=True) as found:
+        assert found.stderr is not None
+        assert found.stderr.readline() == "loading\n"
+        for number in signals:
+            found.send_signal(number)
+            time.sleep(0.05)
+        assert found.wait(WAIT) == 0
+        assert "Traceback" not in found.stderr.read()
+
+
+def test_a_second_signal_does_not_wait_for_the_drain() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with serving({"double": doubler()}, drain_timeout=60) as running:
+            session = running.sessions["double"]
+            assert isinstance(session, FakeSession)
+            session.block()
+            pool.submit(running.infer, "double", request_of(np.ones((1, 4), np.float32)))
+            session.wait_entered()
+            running.host.server.handle_exit(signal.SIGINT, None)
+            until(lambda: running.host.service.draining)
+            running.host.server.handle_exit(signal.SIGINT, None)
+            began = time.monotonic()
+        took = time.monotonic() - began
+        session.gate.set()
+    assert took < 2
 
 
 def test_not_ready_while_loading() -> None:

@@ -221,7 +221,7 @@ REFUSALS: list[tuple[Any, str]] = [
     ({"inputs": [GOOD | {"shape": 2}]}, "non-array as array"),
     ({"inputs": [GOOD | {"shape": [1] * 40}]}, "40 dimensions"),
     ({"inputs": [GOOD | {"shape": [2**63, 2]}]}, f"dimension {2**63} is over"),
-    ({"inputs": [GOOD | {"shape": [2**31 - 1] * 2}]}, "Shape does not match true shape"),
+    ({"inputs": [GOOD | {"shape": [2**31 - 1, 2]}]}, "Shape does not match true shape"),
     (
         {"inputs": [GOOD | {"shape": [1, 1, 2]}]},
         "unexpected shape for input 'x' for model 'm'. Expected [-1,2], got [1,1,2]",
@@ -309,7 +309,7 @@ def test_large_unsigned_integers_are_exact() -> None:
 )
 def test_values_that_do_not_fit(data: list[Any], datatype: str, text: str) -> None:
     with pytest.raises(BadRequest, match=text):
-        codec.from_json(data, datatype, (1,), "x")
+        codec.from_json(data, datatype, (len(data),), "x")
 
 
 def test_deeply_nested_strings_are_refused() -> None:
@@ -452,3 +452,84 @@ def test_timeouts_are_bounded() -> None:
     timeout = v2_rest.parse(body, None, BATCHED).timeout
     assert timeout is not None
     assert math.isfinite(timeout)
+
+
+# --- raw requests, parameters, codings -----------------------------------------------------------------------------
+
+
+def raw_model(shape: tuple[Any, ...], axis: int | None = None) -> Signature:
+    layout = None if axis is None else Layout({"x": axis}, {"y": 0}, (1, 2, 4))
+    return Signature("m", "1", tensors({"x": spec(*shape)}), tensors({"y": spec(*shape)}), layout)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "floats", "got"),
+    [
+        (("K",), None, 10, (10,)),
+        (("N", "K"), 0, 10, (1, 10)),
+        ((3, "N"), 1, 3, (3, 1)),
+        (("K", 5), None, 10, (2, 5)),
+        ((2, 5), None, 10, (2, 5)),
+        (("K", 5), None, 0, (0, 5)),
+    ],
+)
+def test_a_raw_request_tells_the_open_dimension(
+    shape: tuple[Any, ...], axis: int | None, floats: int, got: tuple[int, ...]
+) -> None:
+    assert v2_rest.parse(bytes(4 * floats), 0, raw_model(shape, axis)).feeds["x"].shape == got
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "size", "expected"),
+    [
+        (("K",), None, 15, 12),
+        (("N", 4), 0, 15, 16),
+        ((3, "N"), 1, 24, 12),
+        (("K", 5), None, 30, 20),
+        ((2,), None, 0, 8),
+    ],
+)
+def test_a_raw_request_of_another_size_is_refused(
+    shape: tuple[Any, ...], axis: int | None, size: int, expected: int
+) -> None:
+    with pytest.raises(BadRequest, match=f"Expected {expected}, got {size}"):
+        v2_rest.parse(bytes(size), 0, raw_model(shape, axis))
+
+
+def test_the_shape_is_checked_before_the_data_is_read() -> None:
+    body = b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[' + b"[]," * 300_000 + b"[]]}]}"
+    with pytest.raises(BadRequest, match=r"Expected \[-1,2\], got \[1,3\]"):
+        v2_rest.parse(body, None, BATCHED)
+    lists: list[Any] = [[]] * 1_000_000
+    tracemalloc.start()
+    with pytest.raises(BadRequest, match="Shape does not match"):
+        codec.from_json(lists, "FP32", (1, 2), "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize("name", v2_rest.SEQUENCE)
+def test_sequences_are_refused(name: str) -> None:
+    document = {"inputs": [GOOD], "parameters": {name: 1}}
+    with pytest.raises(BadRequest, match=f"'{name}' is not supported"):
+        v2_rest.parse(json.dumps(document).encode(), None, BATCHED)
+
+
+def test_no_sequence_and_any_priority_are_accepted() -> None:
+    document = {"inputs": [GOOD], "parameters": {"sequence_id": 0, "sequence_start": False, "priority": 3}}
+    assert v2_rest.parse(json.dumps(document).encode(), None, BATCHED).feeds["x"].shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        (b"identity;q=1, gzip;q=0.1", None),
+        (b"gzip;q=0.1, identity;q=0", "gzip"),
+        (b"gzip;level=1;q=0", None),
+        (b"gzip; level=1 ; q=0.5, deflate;q=0.6", "deflate"),
+        (b"identity, gzip", "gzip"),
+    ],
+)
+def test_the_identity_may_be_liked_better(accept: bytes, chosen: str | None) -> None:
+    assert coding.preferred(accept) == chosen

@@ -22,6 +22,9 @@ from infera_server.protocols import members
 from infera_server.rows import Arrays, HostArray
 from infera_server.signature import Signature, Tensor
 
+SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
+"""Parameters of Triton's sequence extension."""
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -117,13 +120,19 @@ def error_body(message: str) -> bytes:
 
 
 def _parameters(value: object) -> tuple[float | None, bool]:
-    """The timeout in seconds and whether outputs are binary by default."""
+    """The timeout in seconds and whether outputs are binary by default.
+
+    Sequences are refused, since their answers would be wrong. `priority` and what is unknown is ignored: requests
+    run in the order of their arrival.
+    """
     parameters = members.object_of(value, "request params")
     for key, given in parameters.items():
         if not isinstance(given, str | int | float):
             raise BadRequest(
                 f"parameter '{short(key)}' has invalid type. It should be either 'int', 'bool', or 'string'."
             )
+    if asked := [key for key in SEQUENCE if parameters.get(key)]:
+        raise BadRequest(f"parameter '{asked[0]}' is not supported: no state is kept from one request to the next")
     micros = members.natural(parameters.get("timeout", 0), "timeout")
     return min(micros, 2**62) / 1e6 or None, members.flag(
         parameters.get("binary_data_output", False), "binary_data_output"
@@ -163,10 +172,10 @@ def _input(entry: object, tail: memoryview, offset: int, model: Signature) -> tu
     if tensor is None:
         raise BadRequest(f"unexpected inference input '{short(name)}' for model '{model.name}'")
     if "data" in entry:
-        array = codec.from_json(entry["data"], datatype, shape, name)
-        _check_input(tensor, datatype, shape, model)
-        return tensor, array
+        codec.check_json("receiving", datatype, f"input {name}")
     _check_input(tensor, datatype, shape, model)
+    if "data" in entry:
+        return tensor, codec.from_json(entry["data"], datatype, shape, name)
     size = members.natural(parameters["binary_data_size"], "binary_data_size")
     if size > len(tail) - offset:
         raise BadRequest(
@@ -225,14 +234,15 @@ def _raw_feeds(body: bytes, model: Signature) -> dict[str, HostArray]:
     if model.layout:
         shape[model.layout.inputs[tensor.name]] = 1
     known = math.prod(d for d in shape if d != -1) * tensor.dtype.itemsize
-    if shape.count(-1) == 1 and known and len(body) % known == 0:
+    if shape.count(-1) == 1 and known:
         shape[shape.index(-1)] = len(body) // known
     if -1 in shape:
         raise BadRequest(f"a raw request of {len(body)} bytes does not tell the shape {list(tensor.shape)}")
-    if len(body) != known and -1 not in tensor.shape[1:]:
+    expected = math.prod(shape) * tensor.dtype.itemsize
+    if len(body) != expected:
         raise BadRequest(
             f"input byte size mismatch for input 'raw_input' for model '{model.name}'. "
-            f"Expected {known}, got {len(body)}"
+            f"Expected {expected}, got {len(body)}"
         )
     return {tensor.name: codec.from_bytes(body, tensor.dtype, tuple(shape), tensor.name)}
 

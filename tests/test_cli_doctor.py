@@ -1,0 +1,74 @@
+"""`infera doctor`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infera_gpu import doctor, telemetry
+from tests.commandline import infera
+
+
+def test_doctor_covers_every_subject() -> None:
+    status, out, err = infera("doctor")
+    assert err == ""
+    for subject in ("Python", "BLAS", "NVIDIA driver", "CuPy", "Triton", "Device 'auto'", "Cache", "onnxruntime"):
+        assert subject in out
+    assert status == (1 if "problem" in out else 0)
+
+
+def test_doctor_says_unknown_where_a_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise OSError("no such bus")
+        yield
+
+    monkeypatch.setattr(doctor, "_CHECKS", (("Bus", broken),))
+    assert list(doctor.examine()) == [doctor.Finding("Bus", "unknown", "could not be determined: OSError: no such bus")]
+
+
+def test_doctor_tells_unknown_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = telemetry.GpuReading(0, "H200", "570.1", 0, 2_000_000_000, 0, 2_000_000_000, 30, 70_000)
+    readings = (full, telemetry.GpuReading(1))
+    monkeypatch.setattr(telemetry, "snapshot", lambda: (readings, "GPU 1 cannot be opened"))
+    found = {f.subject: f for f in doctor._driver()}
+    assert found["NVIDIA driver"] == doctor.Finding("NVIDIA driver", "ok", "570.1")
+    assert (found["GPU 0"].state, found["GPU 1"].state, found["NVML"].state) == ("ok", "unknown", "problem")
+    assert found["GPU 0"].detail == "H200: 2 GB of 2 GB memory free, 30 °C, 70 W, busy 0 %"
+    assert found["GPU 1"].detail.count("unknown") == 6
+    monkeypatch.setattr(telemetry, "snapshot", lambda: ((), "no NVIDIA driver library"))
+    assert [f.state for f in doctor._driver()] == ["absent"]
+
+
+@pytest.mark.parametrize(
+    ("place", "state", "says"),
+    [
+        ("", "ok", "0.0 MB"),
+        ("new/cache", "ok", "0.0 MB"),
+        ("file", "problem", "file is no folder"),
+        ("file/cache", "problem", "file is no folder"),
+        ("dangling", "problem", "dangling is no folder"),
+    ],
+)
+def test_doctor_sees_whether_the_cache_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, state: str, says: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path / place))
+    monkeypatch.setattr(doctor, "_CHECKS", (("Cache", doctor._cache),))
+    status, out, _ = infera("doctor")
+    (found,) = doctor.examine()
+    assert (found.state, status) == (state, 1 if state == "problem" else 0)
+    assert says in found.detail
+    assert state in out
+
+
+def test_doctor_sees_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    (found,) = doctor._cache()
+    assert found.state == "problem"
+    assert "cannot be written to" in found.detail

@@ -1,0 +1,52 @@
+"""`infera inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import infera_gpu
+from tests.commandline import infera, model, save_relu
+
+
+@pytest.fixture
+def relu(tmp_path: Path) -> Path:
+    return save_relu(tmp_path)
+
+
+def test_inspect_shows_model_plan_and_times(relu: Path) -> None:
+    status, out, err = infera("inspect", relu, "--shape", "x=4,3", "--time", "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert "opset ai.onnx 17" in out
+    assert "float32[N, 3]" in out
+    plan = infera_gpu.load(relu, device="cpu").plan_for({"x": (4, 3)})
+    assert str(plan) in out
+    assert f"arena {plan.arena_bytes:,} bytes (lower bound {plan.lower_bound:,})" in out
+    assert "100.0%" in out
+
+
+def test_inspect_names_the_free_dimensions(relu: Path) -> None:
+    status, out, err = infera("inspect", relu)
+    assert status == 0
+    assert "Relu" in out
+    assert "plan on" not in out
+    assert "x[0] 'N'" in err
+    assert "--shape x=1,3" in err
+
+
+def test_inspect_counts_nodes_of_subgraphs(tmp_path: Path) -> None:
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(op, ["x"], [name])], name, [], [helper.make_tensor_value_info(name, 1, [3])]
+        )
+        for name, op in (("then", "Relu"), ("else", "Neg"))
+    }
+    made = model([helper.make_node("If", ["c"], ["y"], **branches)], {"x": [3]}, {"y": [3]})
+    made.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    onnx.save(made, tmp_path / "if.onnx")
+    status, out, _ = infera("inspect", tmp_path / "if.onnx", "--device", "cpu")
+    assert status == 0
+    assert "nodes after optimisation: 3" in out

@@ -1,0 +1,107 @@
+"""`infera verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from infera_gpu.session import Session
+from infera_gpu.verify import run_in_float64
+from tests.commandline import assert_fails, infera, model, save_add
+
+
+@pytest.fixture
+def add(tmp_path: Path) -> Path:
+    return save_add(tmp_path)
+
+
+def test_verify_against_onnxruntime(add: Path) -> None:
+    status, out, _ = infera("verify", add, "--device", "cpu")
+    assert status == 0
+    assert "cpu against onnxruntime" in out
+    assert "ok" in out
+
+
+def test_verify_reports_a_difference(add: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infera_gpu.cli import verify
+
+    monkeypatch.setattr(verify, "_run", lambda path, reference, threads, feeds: {"y": feeds["a"]})
+    status, out, err = infera("verify", add, "--device", "cpu")
+    assert_fails((status, out, err), "1 of 1 outputs differ", "y: error")
+    assert "differs" in out
+
+
+def test_verify_refuses_to_compare_a_device_with_itself(add: Path) -> None:
+    assert_fails(infera("verify", add, "--device", "cpu", "--against", "cpu"), "compared with itself")
+
+
+# ---- against float64
+
+
+def test_float64_tells_who_rounds_worse(tmp_path: Path) -> None:
+    """onnxruntime's Sigmoid is off by up to 1.6e-7, which is most of an output whose peak is about 1e-6."""
+    path = tmp_path / "small.onnx"
+    shift = numpy_helper.from_array(np.array(-14, np.float32), "shift")
+    nodes = [helper.make_node("Add", ["x", "shift"], ["logit"]), helper.make_node("Sigmoid", ["logit"], ["p"])]
+    made = model(nodes, {"x": [64]}, {"p": [64]})
+    made.graph.initializer.append(shift)
+    onnx.save(made, path)
+    assert_fails(infera("verify", path, "--device", "cpu"), "1 of 1 outputs differ", "--against float64")
+    status, out, err = infera("verify", path, "--device", "cpu", "--against", "float64")
+    assert (status, err) == (0, "")
+    assert "cpu against float64" in out
+    assert "ok; onnxruntime differs" in out
+
+
+def test_float64_fails_where_infera_is_wrong(add: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Session.run
+    monkeypatch.setattr(
+        Session,
+        "run",
+        lambda self, feeds: {k: v * (1.001 if v.dtype == np.float32 else 1) for k, v in run(self, feeds).items()},
+    )
+    result = infera("verify", add, "--device", "cpu", "--against", "float64")
+    assert_fails(result, "1 of 1 outputs differ", "y: error 0.001")
+    assert "onnxruntime differs" not in result[1]
+
+
+def test_float64_needs_no_onnxruntime(add: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, out, err = infera("verify", add, "--device", "cpu", "--against", "float64")
+    assert status == 0
+    assert "ok" in out
+    assert err == "onnxruntime is not installed: pip install onnxruntime; its errors are left out\n"
+
+
+def test_a_whole_graph_is_widened() -> None:
+    """Constants, casts, tensor attributes and their defaults, subgraphs; integers and strings stay as they are."""
+    branch = [
+        helper.make_graph([helper.make_node(op, ["wide"], [op])], op, [], [helper.make_tensor_value_info(op, 1, [2])])
+        for op in ("Neg", "Exp")
+    ]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("Cast", ["shape"], ["size"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["half"], ["back"], to=TensorProto.FLOAT),
+        helper.make_node("Sum", ["back", "zeros", "size", "tenth"], ["wide"]),
+        helper.make_node("Greater", ["size", "tenth"], ["more"]),
+        helper.make_node("Squeeze", ["more"], ["condition"]),
+        helper.make_node("If", ["condition"], ["y"], then_branch=branch[0], else_branch=branch[1]),
+        helper.make_node("ArgMax", ["y"], ["at"]),
+    ]
+    made = model(nodes, {"x": [2]}, {"y": [2]})
+    made.graph.initializer.append(numpy_helper.from_array(np.array([0.1], np.float32), "tenth"))
+    made.graph.output.append(helper.make_tensor_value_info("at", TensorProto.INT64, [1]))
+    x = np.array([1.00001, -3], np.float32)
+    found = run_in_float64(made, {"x": x})
+    assert found["y"].tolist() == (-(x.astype(np.float64) + 2 + np.float64(np.float32(0.1)))).tolist()
+    assert found["y"].dtype == np.float64
+    assert found["at"].dtype == np.int64
+    assert found["at"].tolist() == [1]
