@@ -213,7 +213,7 @@ def _spec(value: onnx.ValueInfoProto, what: str) -> TensorSpec:
         dtype = dtype_of_onnx(tensor.elem_type) if kind and tensor.elem_type else np.dtype(np.float32)
     except KeyError:
         raise ModelError(f"{what} '{value.name}' has the unknown element type {tensor.elem_type}") from None
-    return TensorSpec(tuple(_dim(d) for d in tensor.shape.dim), dtype)
+    return TensorSpec(tuple(_dim(d) for d in tensor.shape.dim), dtype, ranked=tensor.HasField("shape"))
 
 
 def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:

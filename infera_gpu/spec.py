@@ -58,15 +58,19 @@ def onnx_of_dtype(dtype: DType) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """The type of a tensor: its shape (symbols in a Graph, integers only in a Plan) and its dtype."""
+    """The type of a tensor: its shape (symbols in a Graph, integers only in a Plan) and its dtype.
+
+    A model may leave out a shape altogether: such a spec is not `ranked`, and its `shape` is empty and says nothing.
+    """
 
     shape: tuple[Dim, ...]
     dtype: DType
+    ranked: bool = True
 
     @property
     def is_static(self) -> bool:
         """Whether every dimension is an integer."""
-        return all(type(d) is int for d in self.shape)
+        return self.ranked and all(type(d) is int for d in self.shape)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -90,6 +94,8 @@ class TensorSpec:
         return self.size * self.dtype.itemsize
 
     def __str__(self) -> str:
+        if not self.ranked:
+            return f"{self.dtype.name}[...]"
         return f"{self.dtype.name}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
 
 
@@ -109,6 +115,8 @@ def bind_symbols(pairs: Iterable[tuple[str, TensorSpec, tuple[int, ...]]]) -> di
     """Symbol sizes from (value name, declared spec, actual shape). Raises ValueError naming the first contradiction."""
     sizes: dict[str, tuple[int, str]] = {}
     for name, spec, shape in pairs:
+        if not spec.ranked:
+            continue
         if len(spec.shape) != len(shape):
             raise ValueError(f"'{name}' has {len(shape)} dimensions {list(shape)}, expected {spec}")
         for declared, actual in zip(spec.shape, shape, strict=True):

@@ -38,7 +38,11 @@ class Guarded:
 
 
 class GuardedBuffers:
-    """`infera_gpu.op.Buffers` over guarded arrays. `values` are the inputs that are constant."""
+    """`infera_gpu.op.Buffers` over guarded arrays. `values` are the inputs that are constant.
+
+    The others are poisoned until `fill`, as they are uninitialised memory while a plan is bound. One array given for
+    several inputs is one array here.
+    """
 
     def __init__(
         self,
@@ -53,12 +57,27 @@ class GuardedBuffers:
         self._values = tuple(values)
         self._out = [Guarded(s.dims, s.dtype) for s in specs]
         self._scratch: list[Guarded] = []
-        self._inplace = inplace
-        self._source = None if inplace is None else ins[inplace]
+        self._given = tuple(ins)
         self.outs: tuple[HostArray, ...] = tuple(g.array for g in self._out)
+        self._held: list[HostArray | None] = []
+        """Each input's memory, writable; None for an input left out."""
+        shared: dict[tuple[int, bool], HostArray] = {}
+        for i, x in enumerate(ins):
+            if x is None or i == inplace:
+                self._held.append(None if x is None else self.outs[0])
+                continue
+            key = id(x), self._is_constant(i)
+            if key not in shared:
+                shared[key] = _like(x, strided=strided)
+                if self._is_constant(i):
+                    np.copyto(shared[key], x)
+            self._held.append(shared[key])
         self.ins: tuple[HostArray | None, ...] = tuple(
-            self.outs[0] if i == inplace else _read_only(x, strided=strided) for i, x in enumerate(ins)
+            x if x is None or i == inplace else _read_only(x) for i, x in enumerate(self._held)
         )
+
+    def _is_constant(self, i: int) -> bool:
+        return i < len(self._values) and self._values[i] is not None
 
     @property
     def launcher(self) -> Launcher:
@@ -73,14 +92,19 @@ class GuardedBuffers:
         assert value is not None, f"pack('{tag}') of input {i}, which is not constant"
         return build(value)
 
-    def prepare(self, wrong: Sequence[HostArray]) -> None:
-        """Before a run: scratch poisoned, outputs holding `wrong` values, the input that is overwritten restored."""
+    def prepare(self, wrong: Sequence[HostArray], ins: Sequence[HostArray | None] | None = None) -> None:
+        """Before a run: scratch poisoned, outputs holding `wrong` values, inputs as given, or `ins`."""
         for g in self._scratch:
             g.poison()
         for out, bad in zip(self.outs, wrong, strict=True):
             np.copyto(out, bad)
-        if self._source is not None:
-            np.copyto(self.outs[0], self._source)
+        self.fill(self._given if ins is None else ins)
+
+    def fill(self, ins: Sequence[HostArray | None]) -> None:
+        """Gives the inputs that are not constant their values."""
+        for i, (held, x) in enumerate(zip(self._held, ins, strict=True)):
+            if held is not None and x is not None and not self._is_constant(i):
+                np.copyto(held, x)
 
     def check(self) -> None:
         """After a run: nothing was written outside the arrays."""
@@ -90,14 +114,15 @@ class GuardedBuffers:
             g.check(f"scratch {i}")
 
 
-def _read_only(x: HostArray | None, *, strided: bool) -> HostArray | None:
-    if x is None:
-        return None
-    if strided and x.ndim:
-        wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype, order="F")
-        copy = wide[..., ::2]
-        copy[...] = x
-    else:
-        copy = np.array(x, order="C")
-    copy.flags.writeable = False
-    return copy
+def _like(x: HostArray, *, strided: bool) -> HostArray:
+    """A poisoned array of x's shape and dtype."""
+    shape = (*x.shape[:-1], 2 * x.shape[-1]) if strided and x.ndim else x.shape
+    made: HostArray = np.empty(shape, x.dtype, order="F" if strided else "C")
+    made.reshape(-1, order="A").view(np.uint8)[...] = POISON
+    return made[..., ::2] if strided and x.ndim else made
+
+
+def _read_only(x: HostArray) -> HostArray:
+    view = x.view()
+    view.flags.writeable = False
+    return view

@@ -53,8 +53,10 @@ def run_kernel(op: Op, *ins: HostArray | None, known: Sequence[int] = (), n_outs
     kernel = op.kernels["cpu"]
     assert kernel.supports(site)
     buffers = GuardedBuffers(ins, site.outs, site.values)
+    calls = list(kernel.bind(site, buffers))
+    buffers.fill(ins)
     with np.errstate(all="ignore"):
-        for fn, args in kernel.bind(site, buffers):
+        for fn, args in calls:
             fn(*args)
     buffers.check()
     return buffers.outs

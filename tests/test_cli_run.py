@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,11 @@ def npy(header: str) -> bytes:
 
 
 def damaged_npz(folder: Path) -> bytes:
+    """An archive whose only member begins with a block of a type that deflate has not."""
     np.savez_compressed(folder / "good.npz", x=np.random.default_rng(0).standard_normal((50, 3)))
     content = bytearray((folder / "good.npz").read_bytes())
-    content[200:400] = bytes(200)
+    name, extra = struct.unpack_from("<HH", content, 26)
+    content[30 + name + extra] = 0xFF
     return bytes(content)
 
 

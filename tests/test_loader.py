@@ -134,3 +134,13 @@ def test_a_branch_that_is_no_graph_is_named() -> None:
     model.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
     with pytest.raises(InferaError, match="If 'a'"):
         infera_gpu.load(model, device="cpu").run({"x": np.zeros(2, np.float32), "c": np.bool_(True)})
+
+
+def test_a_shape_that_is_left_out_says_nothing() -> None:
+    model = parse(RELU)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    session = infera_gpu.load(model, device="cpu")
+    assert str(session.inputs["x"]) == "float32[...]"
+    for shape in ((), (3,), (2, 0, 4)):
+        assert session.run({"x": np.ones(shape, np.float32)})["y"].shape == shape

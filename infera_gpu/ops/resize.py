@@ -18,8 +18,8 @@ from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filt
 
 _ROI, _SCALES, _SIZES = 1, 2, 3
 
-_LONGEST = 1 << 24
-"""Elements of an axis: planning makes tables of some hundred bytes for each."""
+_LARGEST = 1 << 26
+"""Elements of an axis' table, of which planning makes one for each tap of an output element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,9 @@ def _target(site: Site) -> _Target:
     wanted = scales if sizes is None else sizes
     if wanted is None or len(wanted) != len(axes) or (roi is not None and len(roi) != 2 * len(axes)):
         raise site.fail(f"scales {scales}, sizes {sizes} or roi {roi} do not match axes {axes} of {x}")
-    if not (np.isfinite(wanted) & (wanted > 0)).all() or (roi is not None and not np.isfinite(roi).all()):
-        raise site.fail(f"scales {scales}, sizes {sizes} or roi {roi} are not all finite and above 0")
+    fit = wanted >= 0 if scales is None else np.isfinite(wanted) & (wanted > 0)
+    if not fit.all() or (roi is not None and not np.isfinite(roi).all()):
+        raise site.fail(f"scales {scales}, sizes {sizes} or roi {roi} are not sizes of a tensor")
     shape, factors, regions = list(x.dims), [1.0] * n, [(0.0, 1.0)] * n
     for i, axis in enumerate(axes):
         if roi is not None:
@@ -75,16 +76,16 @@ def _target(site: Site) -> _Target:
                 shape[axis] = int(np.floor(np.float32(x.dims[axis]) * span * np.float32(scales[i])))
     if sizes is not None:
         _fit(site, shape, factors, axes, [int(s) for s in sizes])
-    if max(shape, default=0) > _LONGEST:
-        raise site.fail(f"the output would be {shape}; at most {_LONGEST:,} elements along an axis are accepted")
+    if any(out and out * math.ceil(4 / min(1.0, f)) > _LARGEST for out, f in zip(shape, factors, strict=True)):
+        raise site.fail(f"the output would be {shape}, scaled by {factors}: more than can be planned")
     return _Target(tuple(shape), tuple(factors), tuple(regions))
 
 
 def _fit(site: Site, shape: list[int], factors: list[float], axes: list[int], sizes: list[int]) -> None:
     """Sets the axes' shape and factors from the wanted sizes and the aspect ratio policy."""
-    if any(not shape[axis] for axis in axes):
+    if any(size and not shape[axis] for size, axis in zip(sizes, axes, strict=True)):
         raise site.fail(f"cannot resize {site.spec(0)}, which has no elements, to sizes {sizes}")
-    ratios = [size / shape[axis] for size, axis in zip(sizes, axes, strict=True)]
+    ratios = [size / shape[axis] if size else 1.0 for size, axis in zip(sizes, axes, strict=True)]
     policy = site.attrs.get("keep_aspect_ratio_policy", "stretch")
     if policy not in ("stretch", "not_larger", "not_smaller"):
         raise site.fail(f"keep_aspect_ratio_policy '{policy}' is not one of stretch, not_larger, not_smaller")
