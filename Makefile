@@ -43,8 +43,9 @@ check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import 
 bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads; writes bench/results
 	@$(PY) -m bench
 
-gpu-check: $(VENV)/.created  ## on a machine with a GPU: kernels, parity, capture, benchmarks; one JSON file
-	@$(PY) -m bench.gpu_check
+gpu-check:  ## on a machine with a GPU, with the packages that $(PYTHON) has: kernels, parity, memory, timings; one JSON file
+	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
+	@PYTHONPATH=.:kernels:server $(PYTHON) -m bench.gpu_check
 
 docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfile.cuda without installing (downloads 1 GB)
 	@$(PY) .ci/docker_check.py

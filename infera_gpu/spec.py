@@ -94,9 +94,10 @@ class TensorSpec:
         return self.size * self.dtype.itemsize
 
     def __str__(self) -> str:
+        name = "string" if self.dtype == object else self.dtype.name
         if not self.ranked:
-            return f"{self.dtype.name}[...]"
-        return f"{self.dtype.name}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
+            return f"{name}[...]"
+        return f"{name}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
 
 
 def spec_of(array: Array) -> TensorSpec:

@@ -18,7 +18,7 @@ from infera_gpu.op import Case, Op, Site, f32
 from infera_gpu.ops import registry
 from infera_gpu.spec import spec_of
 from infera_kernels.cpu.conv_winograd import transforms
-from tests.test_ops import assert_close, inputs_of, site_of
+from tests.cases import assert_close, inputs_of, site_of
 
 OPSET = 18
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import tracemalloc
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import infera_gpu.ops
-from infera_gpu.graph import HostArray, Node
+from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op, Registry, Site
 from infera_gpu.spec import TensorSpec, onnx_of_dtype, spec_of
 from tests.buffers import GuardedBuffers
+from tests.cases import assert_close, compute, inputs_of, opset_of, run, site_of, wrong
 
 OPS: tuple[Op, ...] = tuple(
     op
@@ -30,50 +32,11 @@ OPS: tuple[Op, ...] = tuple(
 )
 REGISTRY = Registry(OPS)
 
-OLDEST = 7
-"""The oldest opset that is supported here and by onnxruntime."""
-
 WITH_ORACLE = frozenset({"", "ai.onnx.ml", "com.microsoft"})
 """Domains that onnxruntime knows. References of others are compared in tests of their own."""
 
 ALLOWANCE = 4096
 """Bytes of bookkeeping that a run may take and give back. Some case of every kernel has larger arrays."""
-
-
-def opset_of(op: Op, case: Case) -> int:
-    return max(op.since, case.opset or 0, OLDEST if op.domain == "" else 1)
-
-
-def inputs_of(op: Op, case: Case) -> tuple[HostArray | None, ...]:
-    """The case's inputs, random ones from a seed of its own."""
-    rng = np.random.default_rng(zlib.crc32(f"{op.qualified} {case.id}".encode()))
-    return tuple(_random(rng, i, case) if isinstance(i, TensorSpec) else i for i in case.ins)
-
-
-def _random(rng: np.random.Generator, spec: TensorSpec, case: Case) -> HostArray:
-    if spec.dtype == np.bool_:
-        return rng.random(spec.dims) < 0.5
-    if spec.dtype.kind in "iu":
-        bounds = np.iinfo(spec.dtype)
-        low, high = max(int(np.ceil(case.low)), bounds.min), min(int(np.floor(case.high)), bounds.max)
-        return rng.integers(low, high, spec.dims, endpoint=True).astype(spec.dtype)
-    return np.asarray(rng.uniform(case.low, case.high, spec.dims)).astype(spec.dtype)
-
-
-def site_of(op: Op, case: Case, ins: Sequence[HostArray | None], *, constant: bool = False) -> Site:
-    """The case as a site: the inputs that `infer` needs are known, with `constant` all but the first."""
-    node = Node(
-        op.name,
-        tuple("" if x is None else f"in{i}" for i, x in enumerate(ins)),
-        tuple(f"out{i}" for i in range(case.n_outs)),
-        case.attrs,
-        op.domain,
-    )
-    values = tuple(x if i in op.values or (constant and i) else None for i, x in enumerate(ins))
-    specs = tuple(None if x is None else spec_of(x) for x in ins)
-    site = Site(node, op.fill(node), specs, values, opset=opset_of(op, case))
-    outs = tuple(s for s in op.infer(site) if s is not None)
-    return Site(node, site.attrs, specs, values, outs, site.opset)
 
 
 def oracle(op: Op, case: Case, ins: Sequence[HostArray | None], made: Sequence[TensorSpec]) -> list[HostArray]:
@@ -120,40 +83,6 @@ def oracle(op: Op, case: Case, ins: Sequence[HostArray | None], made: Sequence[T
     return [np.asarray(a) for a in session.run(None, fed)]
 
 
-def assert_close(got: HostArray, want: HostArray, tol: float, what: str) -> None:
-    """Equal for integers, booleans and strings; else within `tol` of the largest finite |want|."""
-    assert got.dtype == want.dtype, f"{what} is {got.dtype}, expected {want.dtype}"
-    assert got.shape == want.shape, f"{what} is {got.shape}, expected {want.shape}"
-    if want.dtype.kind in "iubOUS":
-        np.testing.assert_array_equal(got, want, err_msg=what)
-        return
-    wide = np.complex128 if want.dtype.kind == "c" else np.float64
-    g, w = got.astype(wide), want.astype(wide)
-    finite = np.isfinite(w)
-    np.testing.assert_array_equal(g[~finite], w[~finite], err_msg=f"{what}: not finite")
-    scale = np.abs(w[finite]).max(initial=0.0)
-    np.testing.assert_allclose(g[finite], w[finite], rtol=0, atol=tol * scale, err_msg=what)
-
-
-def wrong(want: HostArray) -> HostArray:
-    """Values that differ from `want` everywhere."""
-    if want.dtype.kind in "iu":
-        return np.invert(want)
-    return np.logical_not(want) if want.dtype == np.bool_ else np.full_like(want, np.nan)
-
-
-def run(calls: Sequence[Call]) -> None:
-    """As a plan does: infinities and NaNs are results, not warnings."""
-    with np.errstate(all="ignore"):
-        for fn, args in calls:
-            fn(*args)
-
-
-def compute(op: Op, site: Site, ins: Sequence[HostArray | None]) -> tuple[HostArray, ...]:
-    with np.errstate(all="ignore"):
-        return op.outputs(np, site, ins)
-
-
 def allocated(calls: Sequence[Call]) -> int:
     """Bytes allocated at the peak of a second run.
 
@@ -172,13 +101,43 @@ def allocated(calls: Sequence[Call]) -> int:
             tracemalloc.stop()
 
 
-def variants(op: Op, case: Case, kind: str) -> list[tuple[Site, tuple[HostArray | None, ...]]]:
-    """The sites of a case that a kernel supports: with the inputs after the first unknown, and constant."""
+def others_of(op: Op, case: Case) -> tuple[HostArray | None, ...]:
+    """Inputs of the same specs with other values, those excepted that `infer` needs.
+
+    Arrays that the case gives are turned round, and single numbers halved: indices stay in range, sizes positive.
+    """
+    drawn = inputs_of(op, replace(case, id=f"{case.id} again"))
+    return tuple(
+        x if x is None or i in op.values or isinstance(case.ins[i], TensorSpec) else _varied(x)
+        for i, x in enumerate(drawn)
+    )
+
+
+def _varied(x: HostArray) -> HostArray:
+    axis = next((i for i, d in enumerate(x.shape) if d > 1), None)
+    if axis is not None:
+        return np.flip(x, axis)
+    return np.logical_not(x) if x.dtype == np.bool_ else np.asarray(x.astype(np.float64) / 2).astype(x.dtype)
+
+
+def bindings(op: Op, case: Case, kind: str) -> list[Site]:
+    """The sites of a case that a kernel supports: no input constant beside those that `infer` needs, each one, all but
+    each one."""
     ins = inputs_of(op, case)
-    sites = [site_of(op, case, ins)]
-    if len(ins) > 1:
-        sites.append(site_of(op, case, ins, constant=True))
-    return [(s, ins) for s in sites if op.kernels[kind].supports(s)]
+    site = site_of(op, case, ins)
+    free = [i for i, x in enumerate(ins) if x is not None and i not in op.values]
+    choices = {(), *((i,) for i in free), *(tuple(k for k in free if k != i) for i in free)} - {tuple(free)}
+    sites = (
+        replace(site, values=tuple(x if i in (*op.values, *chosen) else None for i, x in enumerate(ins)))
+        for chosen in sorted(choices, key=lambda chosen: (len(chosen), chosen))
+    )
+    return [s for s in sites if op.kernels[kind].supports(s)]
+
+
+def twins(site: Site) -> Iterator[tuple[int, int]]:
+    """Pairs of inputs that one array may serve."""
+    free = [i for i, s in enumerate(site.ins) if s is not None and site.value(i) is None]
+    return ((i, j) for i, j in combinations(free, 2) if site.ins[i] == site.ins[j])
 
 
 def references() -> Iterator[Any]:
@@ -189,12 +148,9 @@ def references() -> Iterator[Any]:
 
 def kernels() -> Iterator[Any]:
     for op in OPS:
-        for kind in op.kernels:
-            if kind != "cpu":
-                continue
-            for case in op.cases:
-                if variants(op, case, kind):
-                    yield pytest.param(op, kind, case, id=f"{op.qualified}-{kind}-{case.id}")
+        for case in op.cases if "cpu" in op.kernels else ():
+            if bindings(op, case, "cpu"):
+                yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
 
 
 @pytest.mark.parametrize(("op", "case"), [*references()])
@@ -213,32 +169,67 @@ def test_reference(op: Op, case: Case) -> None:
         assert_close(np.asarray(g), w, case.tol, f"output {i}")
 
 
-@pytest.mark.parametrize(("op", "kind", "case"), [*kernels()])
-def test_kernel(op: Op, kind: str, case: Case) -> None:
-    kernel = op.kernels[kind]
-    for site, ins in variants(op, case, kind):
-        want = compute(op, site, ins)[: case.n_outs]
-        runs: list[dict[str, Any]] = [{}]
-        if kernel.strided:
-            runs.append({"strided": True})
-        runs += [
-            {"inplace": i}
-            for i in kernel.inplace
-            if i < len(ins) and site.has(i) and site.value(i) is None and site.ins[i] == site.outs[0]
-        ]
-        for options in runs:
-            buffers = GuardedBuffers(ins, [spec_of(w) for w in want], site.values, **options)
+@pytest.mark.parametrize(("op", "case"), [*kernels()])
+def test_kernel(op: Op, case: Case) -> None:
+    """Bound once, run on two sets of values: what a kernel reads while it is bound is poison."""
+    kernel = op.kernels["cpu"]
+    first, second = inputs_of(op, case), others_of(op, case)
+    whole = site_of(op, case, first)
+    wants = [made(op, case, whole, ins) for ins in (first, second)]
+    for site in bindings(op, case, "cpu"):
+        known = [v is not None for v in site.values]
+        mixed = tuple(a if k else b for a, b, k in zip(first, second, known, strict=True))
+        changed = wants[1] if all(a is b for a, b in zip(mixed, second, strict=True)) else made(op, case, site, mixed)
+        feeds = [(first, wants[0]), (mixed, changed)]
+        options: list[dict[str, Any]] = [{}, *([{"strided": True}] if kernel.strided else [])]
+        options += [{"inplace": i} for i in kernel.inplace if site.has(i) and not known[i] and takes_over(site, i)]
+        for option in options:
+            buffers = GuardedBuffers(first, site.outs, site.values, **option)
             calls = list(kernel.bind(site, buffers))
-            for _ in range(2):
-                buffers.prepare([wrong(w) for w in want])
-                run(calls)
-                buffers.check()
-                for i, (g, w) in enumerate(zip(buffers.outs, want, strict=True)):
-                    assert_close(g, w, case.tol, f"output {i} {options}")
+            for ins, want in feeds:
+                check(buffers, calls, ins, want, case.tol, str(option))
             if not kernel.allocates:
-                buffers.prepare([wrong(w) for w in want])
+                buffers.prepare([wrong(w) for w in wants[0]])
                 peak = allocated(calls)
-                assert peak < ALLOWANCE, f"a run allocates {peak} bytes {options}"
+                assert peak < ALLOWANCE, f"a run allocates {peak} bytes {option}"
+
+
+@pytest.mark.parametrize(("op", "case"), [*kernels()])
+def test_kernel_on_one_array_twice(op: Op, case: Case) -> None:
+    ins, kernel = list(inputs_of(op, case)), op.kernels["cpu"]
+    for site in bindings(op, case, "cpu")[:1]:
+        for i, j in twins(site):
+            same = [ins[i] if k == j else x for k, x in enumerate(ins)]
+            want = made(op, case, site, same)
+            buffers = GuardedBuffers(same, site.outs, site.values)
+            calls = list(kernel.bind(site, buffers))
+            check(buffers, calls, same, want, case.tol, f"inputs {i} and {j} are one")
+
+
+def made(op: Op, case: Case, site: Site, ins: Sequence[HostArray | None]) -> tuple[HostArray, ...]:
+    """The case's outputs by the operator's own function."""
+    return compute(op, site, ins)[: case.n_outs]
+
+
+def takes_over(site: Site, i: int) -> bool:
+    """Whether output 0 may lie in input i's memory."""
+    return site.ins[i] == site.outs[0]
+
+
+def check(
+    buffers: GuardedBuffers,
+    calls: Sequence[Call],
+    ins: Sequence[HostArray | None],
+    want: Sequence[HostArray],
+    tol: float,
+    what: str,
+) -> None:
+    """One run of bound calls on these inputs gives `want` and writes nothing else."""
+    buffers.prepare([wrong(w) for w in want], ins)
+    run(calls)
+    buffers.check()
+    for i, (g, w) in enumerate(zip(buffers.outs, want, strict=True)):
+        assert_close(g, w, tol, f"output {i} {what}")
 
 
 @pytest.mark.parametrize(
@@ -246,4 +237,4 @@ def test_kernel(op: Op, kind: str, case: Case) -> None:
     [pytest.param(op, kind, id=f"{op.qualified}-{kind}") for op in OPS for kind in op.kernels if kind == "cpu"],
 )
 def test_some_case_takes_the_kernel(op: Op, kind: str) -> None:
-    assert any(variants(op, case, kind) for case in op.cases), "its `supports` turns every case away"
+    assert any(bindings(op, case, kind) for case in op.cases), "its `supports` turns every case away"
