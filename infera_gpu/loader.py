@@ -220,3 +220,22 @@ def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:
     if d.WhichOneof("value") == "dim_value":
         return int(d.dim_value) if d.dim_value >= 0 else None
     return d.dim_param or None
+
+
+def read_metadata(source: Source) -> dict[str, Any]:
+    """What a model says about itself, by the names of onnxruntime's ModelMetadata. External data is not read."""
+    import onnx
+
+    if isinstance(source, bytes | bytearray | memoryview):
+        model = onnx.load_model_from_string(bytes(source))
+    else:
+        model = source if isinstance(source, onnx.ModelProto) else onnx.load(source, load_external_data=False)
+    return {
+        "custom_metadata_map": {p.key: p.value for p in model.metadata_props},
+        "description": model.doc_string,
+        "domain": model.domain,
+        "graph_description": model.graph.doc_string,
+        "graph_name": model.graph.name,
+        "producer_name": model.producer_name,
+        "version": int(model.model_version),
+    }

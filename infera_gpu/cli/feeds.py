@@ -49,12 +49,6 @@ def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict
     return feeds
 
 
-def type_of(spec: TensorSpec) -> str:
-    """The spec as a person reads it: strings are "string", which NumPy calls objects."""
-    text = str(spec)
-    return f"string{text.removeprefix(spec.dtype.name)}" if spec.dtype.kind == "O" else text
-
-
 def _load(path: str) -> HostArray | dict[str, HostArray]:
     try:
         with open(path, "rb") as file:
@@ -131,7 +125,7 @@ def random_feeds(
             shape = shapes.get(name, usual)
             needed, available = math.prod(shape) * (_RANDOM_BYTES + spec.dtype.itemsize), host_memory()
             if available is not None and needed > available:
-                what = f"a random input '{name}' {type_of(TensorSpec(shape, spec.dtype))}"
+                what = f"a random input '{name}' {TensorSpec(shape, spec.dtype)}"
                 raise OutOfMemoryError(what, needed=needed, available=available)
             made[name] = _random(rng, spec, shape)
     return {**made, **given}
@@ -145,10 +139,7 @@ def gather(
     feeds = random_feeds(inputs, given, sizes, seed)
     free = free_dimensions(inputs, {**sizes, **given})
     if free:
-        note(
-            f"free dimensions {', '.join(free)}: using "
-            + ", ".join(f"{n} {type_of(spec_of(a))}" for n, a in feeds.items())
-        )
+        note(f"free dimensions {', '.join(free)}: using " + ", ".join(f"{n} {spec_of(a)}" for n, a in feeds.items()))
     return feeds
 
 
@@ -161,4 +152,4 @@ def _random(rng: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...]) 
 
 
 def _listed(inputs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(f"'{name}' {type_of(spec)}" for name, spec in inputs.items()) or "no inputs"
+    return ", ".join(f"'{name}' {spec}" for name, spec in inputs.items()) or "no inputs"

@@ -12,7 +12,7 @@ import typer
 
 from infera_gpu.cli import options
 from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes, type_of
+from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
 from infera_gpu.picture import memory_svg
@@ -56,7 +56,7 @@ def _show_model(session: Session) -> None:
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in session.graph.opsets.items())
     print(f"{session.name}: opset {opsets}, {session.constant_bytes:,} bytes of constants")
     sides = (("input", session.inputs), ("output", session.outputs))
-    table(("", "name", "type"), [(side, name, type_of(spec)) for side, specs in sides for name, spec in specs.items()])
+    table(("", "name", "type"), [(side, name, str(spec)) for side, specs in sides for name, spec in specs.items()])
     counts = Counter(node.qualified for graph in session.graph.walk() for node in graph.nodes)
     table(
         ("operator", "count"),

@@ -11,7 +11,7 @@ import typer
 from infera_gpu.cli import options
 from infera_gpu.cli.archive import write_npz
 from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import gather, read_feeds, type_of
+from infera_gpu.cli.feeds import gather, read_feeds
 from infera_gpu.errors import InputError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import spec_of
@@ -38,7 +38,7 @@ def command(
         write_npz(output, outputs)
         note(f"{len(outputs)} output{'s' if len(outputs) != 1 else ''} written to {output}")
         return
-    rows = [(name, type_of(spec_of(array)), *_statistics(array)) for name, array in outputs.items()]
+    rows = [(name, str(spec_of(array)), *_statistics(array)) for name, array in outputs.items()]
     table(("output", "type", "min", "max", "mean", "first values"), rows, right=("min", "max", "mean"))
 
 

@@ -25,11 +25,6 @@ def check_name(name: str, known: Iterable[str], what: str) -> str:
     return name
 
 
-def near(value: OrtValue, device: Device) -> Array:
-    """The value as an array that a session on `device` can read: its own, or a copy in host memory."""
-    return value.array if value.device.name in ("cpu", device.name) else value.numpy()
-
-
 class IOBinding:
     """The inputs and outputs of runs of one session. Made by InferenceSession.io_binding().
 
@@ -69,7 +64,7 @@ class IOBinding:
     ) -> None:
         """With `buffer_ptr`, every run writes that memory, which the caller keeps alive; else memory of its own.
 
-        Raises ValueError where `buffer_ptr` comes without `element_type` and `shape`.
+        Raises InputError where `buffer_ptr` comes without `element_type` and `shape`.
         """
         place = open_place(device_type, device_id, self.session.device)
         bound: OrtValue | Device = place
@@ -94,7 +89,7 @@ class IOBinding:
 
     def copy_outputs_to_cpu(self) -> list[HostArray]:
         """Copies of the outputs of the last run in host memory."""
-        return [value.numpy() for value in self._results]
+        return [value.copy() for value in self._results]
 
     def clear_binding_inputs(self) -> None:
         self._inputs.clear()
@@ -108,7 +103,7 @@ class IOBinding:
         if not self._outputs:
             raise InputError("no output is bound; bind at least one with bind_output")
         here = self.session.device
-        feeds = {name: near(value, here) for name, value in self._inputs.items()}
+        feeds = {name: value.readable_on(here) for name, value in self._inputs.items()}
         memory = self._memory(feeds)
         direct = {name: v.array for name, v in memory.items() if v.device.name in ("cpu", here.name)}
         results = self.session.run(feeds, out=direct)

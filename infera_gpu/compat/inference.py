@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from infera_gpu.compat.binding import IOBinding, check_name, near
+from infera_gpu.compat.binding import IOBinding, check_name
 from infera_gpu.compat.options import GraphOptimizationLevel, RunOptions, SessionOptions, check_run_options
 from infera_gpu.compat.ortvalue import OrtValue, open_place
 from infera_gpu.compat.providers import CPU, CUDA, Provider, device_of
@@ -68,7 +66,7 @@ class InferenceSession:
             threads=options.intra_op_num_threads or None,
             fuse=options.graph_optimization_level > GraphOptimizationLevel.ORT_DISABLE_ALL,
         )
-        self.session = _sized(session, options._free_dimensions) if options._free_dimensions else session
+        self.session = _sized(session, options.free_dimensions) if options.free_dimensions else session
 
     # ---- running
 
@@ -114,11 +112,7 @@ class InferenceSession:
     def _feed(self, name: str, value: Any) -> Any:
         if value is None:
             raise InputError(f"input '{name}' is None")
-        if isinstance(value, OrtValue):
-            return near(value, self.session.device)
-        if isinstance(value, np.ndarray) and not value.dtype.isnative:
-            return value.astype(value.dtype.newbyteorder("="))
-        return value
+        return value.readable_on(self.session.device) if isinstance(value, OrtValue) else value
 
     # ---- what it is
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -41,20 +41,16 @@ def _converted(name: str, kind: type, value: Any) -> Any:
     return value
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Options:
     """Attributes with a type each, and entries by key. Assigning any other attribute raises AttributeError."""
 
-    __slots__ = ("_entries",)
-    __dataclass_fields__: dict[str, Any]
-    _entries: dict[str, str]
-
-    def __post_init__(self) -> None:
-        self._entries = {}
+    _entries: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        field = self.__dataclass_fields__.get(name)
-        if field is not None and field.default is not MISSING:
-            value = _converted(name, type(field.default), value)
+        option = self.__dataclass_fields__.get(name)
+        if option is not None and option.default is not MISSING:
+            value = _converted(name, type(option.default), value)
         object.__setattr__(self, name, value)
 
     def _add(self, key: str, value: str) -> None:
@@ -90,11 +86,7 @@ class SessionOptions(_Options):
     profile_file_prefix: str = "onnxruntime_profile_"
     use_deterministic_compute: bool = False
     use_per_session_threads: bool = True
-
-    def __post_init__(self) -> None:
-        _Options.__post_init__(self)
-        self._free_dimensions: dict[str, int]
-        object.__setattr__(self, "_free_dimensions", {})
+    free_dimensions: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def add_session_config_entry(self, key: str, value: str) -> None:
         """Keeps the entry; none has an effect."""
@@ -109,7 +101,7 @@ class SessionOptions(_Options):
         count = _converted(f"the size of '{name}'", int, size)
         if count < 0:
             raise InputError(f"the size of dimension '{name}' is {count}, expected 0 or more")
-        self._free_dimensions[name] = count
+        self.free_dimensions[name] = count
 
     def add_free_dimension_override_by_denotation(self, denotation: str, size: int) -> None:
         """Raises InferaError: denotations are not read from the model."""
@@ -178,12 +170,12 @@ def _severity(level: int) -> None:
 
 
 def set_default_logger_severity(severity: int) -> None:
-    """No effect: infera_gpu logs nothing. Raises InputError outside 0 to 4."""
+    """No effect: what there is to log goes through Python's logging. Raises InputError outside 0 to 4."""
     _severity(severity)
 
 
 def set_default_logger_verbosity(level: int) -> None:
-    """No effect: infera_gpu logs nothing."""
+    """No effect: what there is to log goes through Python's logging."""
 
 
 def set_seed(seed: int) -> None:

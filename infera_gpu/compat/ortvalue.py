@@ -87,16 +87,22 @@ class OrtValue:
         return cls(raw.view(dtype).reshape(dims), device)
 
     def numpy(self) -> HostArray:
+        """The array itself where it lies in host memory; a copy of what lies on a GPU."""
+        return self.array if self.device.space == "host" else self.copy()
+
+    def copy(self) -> HostArray:
         """A copy in host memory."""
         host = np.empty(self.array.shape, self.array.dtype)
         self._copy(self.array, host)
         return host
 
+    def readable_on(self, device: Device) -> Array:
+        """The array, where what runs on `device` can read it; else a copy in host memory."""
+        return self.array if self.device.name in ("cpu", device.name) else self.copy()
+
     def update_inplace(self, data: HostArray | OrtValue) -> None:
-        """Copy `data` into this memory. Raises InputError where dtype or number of elements differ, or it is read-only."""
-        source = data.array if isinstance(data, OrtValue) else host_array(data, "data")
-        if isinstance(data, OrtValue) and "cpu" != data.device.name != self.device.name:
-            source = data.numpy()
+        """Copy `data` here. Raises InputError where dtype or number of elements differ, or this memory is read-only."""
+        source = data.readable_on(self.device) if isinstance(data, OrtValue) else host_array(data, "data")
         if source.dtype != self.array.dtype or source.size != self.array.size:
             raise InputError(
                 f"data is {source.dtype.name}{list(source.shape)}, expected {self.array.dtype.name}{self.shape()}"
@@ -146,10 +152,12 @@ class OrtValue:
         return False
 
     def __array__(self, dtype: DType | None = None, copy: bool | None = None) -> HostArray:
+        """`numpy()`, in the way of np.array. Raises ValueError where `copy=False` and one is needed."""
+        if self.device.space == "host":
+            return np.array(self.array, dtype, copy=copy)
         if copy is False:
-            raise ValueError("an OrtValue is given to NumPy as a copy; `array` is the array itself")
-        host = self.numpy()
-        return host if dtype is None else host.astype(dtype, copy=False)
+            raise ValueError(f"a tensor on {self.device.name} cannot be given to NumPy without a copy")
+        return self.copy().astype(dtype or self.array.dtype, copy=False)
 
     def __dlpack__(self, **how: Any) -> Any:
         return self.array.__dlpack__(**how)

@@ -74,7 +74,7 @@ def single(site: Site, i: int, name: str) -> int | None:
 
 
 def element_type(site: Site, name: str, default: DType | None = None) -> DType:
-    """The dtype that the attribute names, or `default` where it is left out or 0. Raises PlanError for an unknown one."""
+    """The dtype that the attribute names, `default` where it is left out or 0. Raises PlanError for an unknown one."""
     code: Any = site.attrs.get(name)
     if not code and default is not None:
         return default

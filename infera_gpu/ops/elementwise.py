@@ -69,6 +69,7 @@ def _power(site: Site, io: Buffers) -> list[Call]:
 
 def _power_spec(site: Site) -> tuple[TensorSpec]:
     """The base and the exponent may differ in type."""
+    site.spec(1)
     (spec,) = broadcast(site.spec(0).dtype, mixed=True)(site)
     assert spec is not None
     return (spec,)

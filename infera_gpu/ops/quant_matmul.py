@@ -108,7 +108,14 @@ _MATMUL_INTEGER = Op(
 )
 
 
+def _require_parameters(site: Site) -> None:
+    """Raises PlanError where one of the eight inputs that both QLinear operators need is left out."""
+    for i in range(8):
+        site.spec(i)
+
+
 def _linear_spec(site: Site) -> tuple[TensorSpec]:
+    _require_parameters(site)
     return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(3).dims), site.spec(7).dtype),)
 
 
@@ -205,6 +212,7 @@ _QLINEAR_MATMUL = Op(
 
 
 def _conv_spec(site: Site) -> tuple[TensorSpec]:
+    _require_parameters(site)
     x, w = site.spec(0), site.spec(3)
     group = int(site.attrs["group"])
     if x.ndim != w.ndim or x.dims[1] != w.dims[1] * group or w.dims[0] % group:

@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops._families import i64, movable, plain, shaped, single
-from infera_gpu.spec import Array
+from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
 from infera_kernels.portable import shape as portable
 
@@ -120,10 +120,20 @@ def _reversed(xp: Any, site: Site, x: Array, lengths: Array) -> Array:
     return portable.reverse_sequence(xp, x, lengths, **axes)
 
 
+def _reversed_spec(site: Site) -> tuple[TensorSpec]:
+    x, lengths = site.spec(0), site.spec(1)
+    time, batch = (site.axis(name) for name in ("time_axis", "batch_axis"))
+    if x.ndim < 2 or time == batch:
+        raise site.fail(f"time_axis {time} and batch_axis {batch} are no two axes of {x}")
+    if lengths.dims != (x.dims[batch],):
+        raise site.fail(f"lengths are {lengths}, expected {x.dims[batch]} for axis {batch} of {x}")
+    return (x,)
+
+
 _REVERSE = Op(
     "ReverseSequence",
     10,
-    infer=same_as(),
+    infer=_reversed_spec,
     compute=plain(_reversed),
     attrs={"time_axis": 0, "batch_axis": 1},
     cases=(

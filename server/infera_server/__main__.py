@@ -1,8 +1,8 @@
 """`python -m infera_server PATH...`, the same as `infera serve PATH...`."""
 
-import typer
+import sys
 
-from infera_server.cli import serve
+from infera_gpu.cli import main
 
 if __name__ == "__main__":
-    typer.run(serve)
+    sys.exit(main(["serve", *sys.argv[1:]]))

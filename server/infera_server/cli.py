@@ -8,12 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from infera_server.report import describe
-from infera_server.repository import DiscoveryError, Entry, Repository, discover
+from infera_gpu.cli.console import print_error
+from infera_server.repository import DiscoveryError, Repository, discover
+from infera_server.screen import screen
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
 
@@ -30,6 +28,11 @@ def serve(
     max_queue: Annotated[int | None, typer.Option(help="Most requests waiting for a model. [default: 256]")] = None,
     max_queue_bytes: Annotated[int | None, typer.Option(help="Most bytes they may hold. [default: 1 GiB]")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body. [default: 64 MiB]")] = None,
+    max_json_bytes: Annotated[int | None, typer.Option(help="Largest JSON part of a body. [default: 16 MiB]")] = None,
+    max_intake_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of bodies that are being received. [default: 1 GiB]")
+    ] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Most open connections. [default: 4096]")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may wait. [default: 30]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish work at exit. [default: 30]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
@@ -38,7 +41,6 @@ def serve(
 
     Every option can be set as an environment variable too: INFERA_PORT, INFERA_MAX_BATCH and so on.
     """
-    console = Console(stderr=True)
     given = {name: value for name, value in locals().items() if name in Settings.model_fields and value is not None}
     try:
         settings = Settings(**given)
@@ -50,29 +52,20 @@ def serve(
     try:
         sock = listen(settings.host, settings.port)
     except OSError as error:
-        console.print(f"cannot listen on {settings.host}:{settings.port}: {error}", style="red", markup=False)
+        print_error(f"cannot listen on {settings.host}:{settings.port}: {error}")
         raise typer.Exit(1) from None
-    _log_to(console, settings.log_level)
     server = Host(Repository(settings, sources), sock)
-    address = _url(sock.getsockname())
-    progress = Progress(
-        SpinnerColumn(), TextColumn("loading {task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console, transient=True,
-    )  # fmt: skip
-
-    with progress:
-        task = progress.add_task(f"{len(sources)} model{'s' if len(sources) > 1 else ''}", total=len(sources))
-
-        def settled(entry: Entry) -> None:
-            progress.print(describe(entry, settings))
-            progress.advance(task)
+    with screen(len(sources)) as out:
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(message)s", handlers=[out.handler()], force=True
+        )
+        logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
 
         def loaded() -> None:
-            progress.stop()
             ready = sum(1 for _ in server.repository.ready())
-            console.print(f"serving {ready} of {len(sources)} on {address}", markup=False, highlight=False)
+            out.serving(f"serving {ready} of {len(sources)} on {_url(sock.getsockname())}")
 
-        server.on_settled, server.on_loaded = settled, loaded
+        server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()
     raise typer.Exit(status)
 
@@ -80,14 +73,3 @@ def serve(
 def _url(name: Any) -> str:
     host, port = name[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _log_to(console: Console, level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[RichHandler(console=console, show_path=False, markup=False)],
-        force=True,
-    )
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))

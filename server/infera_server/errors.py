@@ -12,7 +12,9 @@
     ├── Overloaded       429  the queue is full; `retry_after` says when to come back
     ├── InternalError    500  the server's mistake
     ├── Unavailable      503  not loaded, or draining before exit
-    └── Expired          504  the deadline passed before the request ran
+    ├── Expired          504  the deadline passed before the request had run
+    ├── UnknownTransfer  501  a transfer coding that is not spoken here
+    └── UnknownVersion   505  an HTTP version that is not spoken here
 
 The message goes to the client as it is: it names the thing, what was expected and what came.
 """
@@ -90,8 +92,20 @@ class Unavailable(RequestError):
     status = 503
 
 
+class UnknownTransfer(RequestError):
+    """A transfer coding that is not spoken here."""
+
+    status = 501
+
+
+class UnknownVersion(RequestError):
+    """An HTTP version that is not spoken here."""
+
+    status = 505
+
+
 class Expired(RequestError):
-    """The deadline passed before the request ran."""
+    """The deadline passed before the request had run."""
 
     status = 504
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from urllib.parse import unquote_to_bytes
 
+from infera_server import coding
 from infera_server.coding import Coding
-from infera_server.errors import RequestError
+from infera_server.errors import RequestError, TooLarge
+from infera_server.intake import Intake
 from infera_server.jobs import Job
 from infera_server.model import Model
 from infera_server.protocols import v2_rest
+from infera_server.settings import Settings
 
 
 def infer_target(url: bytes) -> tuple[str, str | None] | None:
@@ -41,6 +44,7 @@ class Exchange:
         "coding",
         "expects_continue",
         "header",
+        "held",
         "job",
         "keep_alive",
         "model",
@@ -61,6 +65,7 @@ class Exchange:
         self.turn = False
         self.body: list[bytes] = []
         self.size = 0
+        self.held = 0
         self.coding: Coding | None = None
         self.accept = b""
         self.header: int | None = None
@@ -69,3 +74,29 @@ class Exchange:
         self.job: Job | None = None
         self.request: v2_rest.Request | None = None
         self.started_at = time.monotonic()
+
+    def keep(self, part: bytes, intake: Intake) -> None:
+        """Keep a part of the body. Raises Overloaded where too much is being received."""
+        intake.check(len(part))
+        intake.held += len(part)
+        self.held += len(part)
+        self.body.append(part)
+
+    def let_go(self, intake: Intake) -> None:
+        """Forget the body."""
+        intake.held -= self.held
+        self.held = 0
+        self.body = []
+
+
+def decode(body: bytes, exchange: Exchange, model: Model, settings: Settings) -> tuple[v2_rest.Request, int]:
+    """The request in a body, and the bytes that it keeps in memory. Raises RequestError; may run in any thread."""
+    if exchange.coding is not None:
+        body = coding.decompress(body, exchange.coding, settings.max_body_bytes)
+    size = len(body) if exchange.header is None else min(exchange.header, len(body))
+    if size > settings.max_json_bytes:
+        raise TooLarge(
+            f"the request's JSON has {size:,} bytes, at most {settings.max_json_bytes:,} are accepted; "
+            "send large tensors in binary (Inference-Header-Content-Length)"
+        )
+    return v2_rest.parse(body, exchange.header, model.signature), len(body)

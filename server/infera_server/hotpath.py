@@ -16,28 +16,26 @@ import math
 import time
 from typing import Any
 
-import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from infera_server import coding
 from infera_server.codec import Buffer
-from infera_server.errors import BadRequest, HeadTooLarge, RequestError, TooLarge, TooSlow, request_error
-from infera_server.exchange import Exchange, infer_target
+from infera_server.connection import CONTINUE, Connection
+from infera_server.errors import RequestError, TooLarge, request_error
+from infera_server.exchange import Exchange, decode, infer_target
 from infera_server.jobs import Batch
+from infera_server.model import Model
 from infera_server.protocols import v2_rest
 from infera_server.rows import Arrays
-from infera_server.service import Service, explain
+from infera_server.service import explain
 
 log = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 1 << 16
-"""The most that a URL and its headers may take after the first piece that is received of them."""
+INLINE_BYTES, INLINE_CODED_BYTES = 1 << 18, 1 << 14
+"""Bodies up to this size, plain and compressed, are read at once: in a millisecond or two. Others take a thread."""
 
 LINGER_SECONDS = 2.0
 """How long a refused upload is read and thrown away, so that the client sees the refusal and not a reset."""
-
-STALL_SECONDS = 60.0
-"""How long a client may not read its replies before its connection is cut."""
 
 JOIN_BYTES = 1 << 16
 """Replies up to this size are written in one piece."""
@@ -45,75 +43,28 @@ JOIN_BYTES = 1 << 16
 _FIELDS = frozenset({b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length"})
 
 
-class HotPathProtocol(HttpToolsProtocol):
+class HotPathProtocol(Connection):
     """`uvicorn.Config(http=HotPathProtocol)`. The lifespan's state must hold the Service as "service"."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.service: Service = self.app_state["service"]
         self.max_body = self.service.settings.max_body_bytes
         self.active: Exchange | None = None
         self.held: Exchange | None = None
         self.lingering = False
-        self.in_head = False
-        self.head_size = 0
-        self.stalled: asyncio.TimerHandle | None = None
-        self.receiving: asyncio.TimerHandle | None = None
 
     # --- receiving -------------------------------------------------------------------------------------------------
-
-    def data_received(self, data: bytes) -> None:
-        if self.lingering:
-            return
-        self._unset_keepalive_if_required()
-        self.head_size += len(data)  # on_message_begin sets it to 0: of a message's first piece nothing is counted
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._decline_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
-        if self.in_head and self.head_size > MAX_HEAD_BYTES and not self.lingering:
-            self._refuse_rest(HeadTooLarge(f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} bytes"))
-        if self.receiving is None and isinstance(self.cycle, Exchange) and not self.cycle.received:
-            self._allow_time(self.cycle)
-
-    def _allow_time(self, exchange: Exchange) -> None:
-        self.receiving = self.loop.call_later(self.service.settings.request_timeout, self._time_out, exchange)
-
-    def _time_out(self, exchange: Exchange) -> None:
-        """The rest of a body has not come in time; a client that was kept waiting itself gets as long again."""
-        self.receiving = None
-        if not exchange.turn:
-            self._allow_time(exchange)
-        elif not exchange.received:
-            exchange.refusal = TooSlow(f"{exchange.size:,} bytes of the request body arrived in time, not all of it")
-            exchange.keep_alive = False
-            self._proceed(exchange)
-
-    def _decline_upgrade(self, rest: bytes) -> None:
-        """Go on in HTTP/1.1, as if the offer (Java's client makes one for HTTP/2) had not been made.
-
-        The parser ends a message that offers an upgrade with its headers: they are parsed again without the offer.
-        """
-        method = self.parser.get_method()
-        if method == b"CONNECT":
-            self.send_400_response("this server is no proxy")
-            return
-        head = [b"%s %s HTTP/%s\r\n" % (method, self.url, self.parser.get_http_version().encode())]
-        head += [
-            b"%s: %s\r\n" % (name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")
-        ]
-        self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"".join([*head, b"\r\n", rest]))
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.in_head, self.head_size = True, 0
 
     def on_headers_complete(self) -> None:
         self.in_head = False
         if self.parser.should_upgrade():
+            return
+        self.in_body = True
+        try:
+            self.check_message()
+        except RequestError as error:
+            self.in_body = False
+            self.refuse_rest(error)
             return
         target = infer_target(self.url) if self.parser.get_method() == b"POST" else None
         if target is None:
@@ -130,18 +81,19 @@ class HotPathProtocol(HttpToolsProtocol):
     def _admit(self, exchange: Exchange, target: tuple[str, str | None], fields: dict[bytes, bytes]) -> None:
         """What the headers alone decide. Raises RequestError."""
         exchange.accept = fields.get(b"accept-encoding", b"")
-        exchange.size = int(fields.get(b"content-length", b"0"))
-        if exchange.size > self.max_body:
+        size = int(fields.get(b"content-length", b"0"))
+        if size > self.max_body:
             exchange.keep_alive = False
-            raise TooLarge(f"the request body has {exchange.size:,} bytes, at most {self.max_body:,} are accepted")
-        exchange.size = 0
+            raise TooLarge(f"the request body has {size:,} bytes, at most {self.max_body:,} are accepted")
         exchange.model = self.service.model(*target)
+        exchange.model.batcher.check_room(size)
+        self.service.intake.check(size)
         exchange.coding = coding.coding_of(fields.get(b"content-encoding", b""))
         if b"inference-header-content-length" in fields:
             exchange.header = v2_rest.header_length(fields[b"inference-header-content-length"])
 
     def _enqueue(self, exchange: Exchange) -> None:
-        before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
+        before, self.cycle = self.cycle, exchange
         if before is not None and not before.response_complete:
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
@@ -155,14 +107,19 @@ class HotPathProtocol(HttpToolsProtocol):
         if not isinstance(exchange, Exchange):
             super().on_body(body)
             return
+        self.head_size = 0
         exchange.size += len(body)
         if exchange.size > self.max_body:
             exchange.refusal = TooLarge(f"the request body is over the limit of {self.max_body:,} bytes")
             exchange.keep_alive = False
-            exchange.body.clear()
+            exchange.let_go(self.service.intake)
             self._proceed(exchange)
         elif exchange.refusal is None:
-            exchange.body.append(body)
+            try:
+                exchange.keep(body, self.service.intake)
+            except RequestError as error:
+                exchange.refusal = error
+                exchange.let_go(self.service.intake)
 
     def on_message_complete(self) -> None:
         exchange = self.cycle
@@ -171,33 +128,9 @@ class HotPathProtocol(HttpToolsProtocol):
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
             return
+        self.in_body, self.head_size = False, 0
         exchange.received = True
-        if self.receiving is not None:
-            self.receiving.cancel()
-            self.receiving = None
         self._proceed(exchange)
-
-    def send_400_response(self, msg: str) -> None:
-        """What does not parse."""
-        self._refuse_rest(BadRequest(msg))
-
-    def _refuse_rest(self, error: RequestError) -> None:
-        """The message being received is refused, after the replies still owed, and the connection closed."""
-        if self.cycle is not None and not isinstance(self.cycle, Exchange) and not self.cycle.response_complete:
-            super().send_400_response(str(error))
-            return
-        broken = self.cycle if isinstance(self.cycle, Exchange) and not self.cycle.received else None
-        exchange = broken or Exchange(keep_alive=False, expects_continue=False)
-        exchange.refusal, exchange.keep_alive = error, False
-        if broken is None:
-            self._enqueue(exchange)
-        else:
-            self._proceed(exchange)
-
-    def eof_received(self) -> None:
-        exchange = self.cycle
-        if isinstance(exchange, Exchange) and not exchange.received and exchange.turn and not self.lingering:
-            self.send_400_response(f"the request body ends after {exchange.size:,} bytes, before its end")
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -214,11 +147,12 @@ class HotPathProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self.lingering:
             return
         exchange.turn = True
+        self.waiting_since = time.monotonic()
         if exchange.expects_continue and not exchange.received:
             if exchange.refusal is not None:
                 exchange.keep_alive = False  # the client may send the body or not: the framing is lost
             else:
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.transport.write(CONTINUE)
         self._proceed(exchange)
 
     def _proceed(self, exchange: Exchange) -> None:
@@ -231,23 +165,45 @@ class HotPathProtocol(HttpToolsProtocol):
         elif exchange.received:
             try:
                 self._submit(exchange)
-            except RequestError as error:
-                self._refuse(exchange, error)
             except Exception as error:
-                log.exception("a request could not be read")
-                self._refuse(exchange, request_error(error, exchange.model.signature.name if exchange.model else ""))
+                self._refuse_unread(exchange, error)
+
+    def _refuse_unread(self, exchange: Exchange, error: Exception) -> None:
+        """Answer what was raised between a body's arrival and the queue."""
+        if not isinstance(error, RequestError):
+            log.error("a request could not be read", exc_info=error)
+            error = request_error(error, exchange.model.signature.name if exchange.model else "")
+        self._refuse(exchange, error)
 
     def _submit(self, exchange: Exchange) -> None:
         model, parts = exchange.model, exchange.body
         assert model is not None
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        exchange.body = []
-        if exchange.coding is not None:
-            body = coding.decompress(body, exchange.coding, self.max_body)
-        exchange.request = request = v2_rest.parse(body, exchange.header, model.signature)
         self.active = exchange
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        arguments = body, exchange, model, self.service.settings
+        if len(body) <= (INLINE_BYTES if exchange.coding is None else INLINE_CODED_BYTES):
+            self._send(exchange, model, *decode(*arguments))
+        else:
+            exchange.body = []
+            del parts, body
+            decoded = self.loop.run_in_executor(None, decode, *arguments)
+            decoded.add_done_callback(lambda found: self._decoded(exchange, model, found))
+
+    def _decoded(self, exchange: Exchange, model: Model, found: asyncio.Future[tuple[v2_rest.Request, int]]) -> None:
+        """A large body was read in another thread, or could not be; the client may have left meanwhile."""
+        if found.cancelled() or self.active is not exchange:
+            exchange.let_go(self.service.intake)
+            return
+        try:
+            self._send(exchange, model, *found.result())
+        except Exception as error:
+            self._refuse_unread(exchange, error)
+
+    def _send(self, exchange: Exchange, model: Model, request: v2_rest.Request, nbytes: int) -> None:
+        exchange.request = request
+        exchange.let_go(self.service.intake)
         exchange.job = model.submit(
-            request.feeds, request.timeout, len(body), lambda result, batch: self._done(exchange, result, batch)
+            request.feeds, request.timeout, nbytes, lambda result, batch: self._done(exchange, result, batch)
         )
 
     def _done(self, exchange: Exchange, result: Arrays | Exception, batch: Batch | None) -> None:
@@ -283,6 +239,7 @@ class HotPathProtocol(HttpToolsProtocol):
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
         self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange
+        exchange.let_go(self.service.intake)
         if exchange.response_complete or self.transport.is_closing():
             return
         exchange.response_complete = True
@@ -309,7 +266,7 @@ class HotPathProtocol(HttpToolsProtocol):
         if exchange.received or not self.transport.can_write_eof():
             self.transport.close()
             return
-        self.lingering = True
+        self.lingering = self.deaf = True
         self.transport.write_eof()
         self.flow.resume_reading()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
@@ -319,16 +276,8 @@ class HotPathProtocol(HttpToolsProtocol):
         if self.lingering:
             self._unset_keepalive_if_required()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self.stalled is None:
-            self.stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
-
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.stalled is not None:
-            self.stalled.cancel()
-            self.stalled = None
         if self.held is not None:
             held, self.held = self.held, None
             self._begin(held)
@@ -336,10 +285,9 @@ class HotPathProtocol(HttpToolsProtocol):
     # --- leaving ---------------------------------------------------------------------------------------------------
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self.stalled, self.receiving):
-            if timer is not None:
-                timer.cancel()
-        self.stalled = self.receiving = None
+        for cycle in (self.cycle, self.held, *(cycle for cycle, _ in self.pipeline)):
+            if isinstance(cycle, Exchange):
+                cycle.let_go(self.service.intake)
         exchange, self.active, self.held = self.active, None, None
         if exchange is not None and exchange.job is not None and exchange.model is not None:
             exchange.model.batcher.cancel(exchange.job)

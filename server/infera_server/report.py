@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -22,7 +24,17 @@ def bytes_text(n: int) -> str:
     return f"{size:.4g} GiB"
 
 
-def describe(entry: Entry, settings: Settings) -> Panel:
+def lines(entry: Entry, settings: Settings) -> Iterator[str]:
+    """Lines about a loaded or failed model, each of which says which."""
+    title = str(entry.source)
+    if entry.model is None:
+        yield f"error: {title}: cannot be served: {' '.join(entry.reason.split())}"
+        return
+    for what, text in _facts(entry.model, settings, str(entry.source.path)):
+        yield f"{title}: {what}: {text}"
+
+
+def panel(entry: Entry, settings: Settings) -> Panel:
     """A panel about a loaded or failed model."""
     title = f"{entry.source.name} version {entry.source.version}"
     if entry.model is None:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from infera_server.errors import Unavailable
+from infera_server.intake import Intake
 from infera_server.jobs import Batch
 from infera_server.model import Model
 from infera_server.repository import Repository
 from infera_server.settings import Settings
 
+if TYPE_CHECKING:
+    from infera_server.connection import Connection
+
 EXPIRY_PERIOD = 0.05
 """Seconds between looks for waiting requests whose deadline has passed."""
+
+CONNECTION_TICKS = 4
+"""Of these looks, every how manieth is at the connections too."""
+
+SPARE_FILES = 64
+"""File descriptors that are kept from connections: sockets that listen, models, libraries."""
 
 DRAIN_PERIOD = 0.02
 """Seconds between looks for engine threads that have ended."""
@@ -27,6 +40,15 @@ class Service:
     settings: Settings
     repository: Repository
     draining: bool = False
+    connections: set[Connection] = field(default_factory=set, init=False)
+    intake: Intake = field(init=False)
+    max_connections: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(self.settings.max_intake_bytes)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        spare = files // 2 if files < 2 * SPARE_FILES else files - SPARE_FILES
+        self.max_connections = min(self.settings.max_connections, max(1, spare))
 
     def model(self, name: str, version: str | None) -> Model:
         """A model to send a request to. Raises NotFound, or Unavailable while loading or draining."""
@@ -45,11 +67,15 @@ class Service:
         )
 
     async def expire(self) -> None:
-        """Answer requests whose time is up while another batch runs; for ever."""
-        while True:
+        """Answer requests whose time is up while another batch runs, and end what clients let lie; for ever."""
+        for tick in itertools.count():
             await asyncio.sleep(EXPIRY_PERIOD)
             for model in self.repository.ready():
                 model.batcher.expire()
+            if tick % CONNECTION_TICKS == 0:
+                now = time.monotonic()
+                for connection in list(self.connections):
+                    connection.check_time(now)
 
     async def drain(self, deadline: float, forced: Callable[[], bool] = lambda: False) -> bool:
         """Refuse new requests and finish the accepted ones, at most until `deadline` or until `forced()`.

@@ -18,6 +18,9 @@ class Settings(BaseSettings):
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     max_body_bytes: int = Field(default=64 << 20, ge=1)
+    max_json_bytes: int = Field(default=16 << 20, ge=1)
+    max_intake_bytes: int = Field(default=1 << 30, ge=1)
+    max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
     max_queue: int = Field(default=256, ge=1)
     max_queue_bytes: int = Field(default=1 << 30, ge=1)

@@ -407,7 +407,7 @@ def test_a_client_that_does_not_read_is_not_served(pipelined: bool) -> None:
         for sent in range(1, total + 1):
             sock.sendall(one)
             if not pipelined:
-                deadline = time.monotonic() + 0.3
+                deadline = time.monotonic() + 0.1
                 while stats.statuses[200] < sent and time.monotonic() < deadline:
                     time.sleep(0.001)
         until(lambda: connection.flow.write_paused)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -123,9 +124,44 @@ def test_it_says_what_it_derived_and_why(served: Process) -> None:
         "'N' occurs once in every input and output",
         "1, 2, 4, 8, 16, 32, 64: a batch is padded",
         "64 MiB a body",
-        "broken version 1: cannot be served",
+        "error: broken version 1: cannot be served",
     ):
         assert text in served.output
+    assert served.output.count("cannot be served") == 1
+    assert {line.partition(":")[0] for line in served.lines} == {
+        "linear version 1", "versions version 1", "versions version 2", "error", "serving 3 of 4 on http",
+    }  # fmt: skip
+
+
+def test_logs_are_lines_however_long() -> None:
+    log = "infera_server.screen.Plain().handler().emit(logging.LogRecord('x', 30, '', 0, 'a ' * 200, None, None))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import logging, infera_server.screen; {log}"], capture_output=True, text=True
+    )
+    assert "WARNING a a a" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_does_not_end_the_server(folder: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [*SERVE, str(folder / "linear.onnx"), "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as popen:
+        assert popen.stderr is not None
+        popen.stderr.close()
+        running = Running(None, port, {})  # type: ignore[arg-type]
+
+        def is_ready() -> bool:
+            try:
+                return running.get("/v2/health/ready")[0] == 200
+            except OSError:
+                return False
+
+        until(lambda: popen.poll() is not None or is_ready())
+        assert running.infer("linear", request_of(np.ones((1, 6), np.float32)))[0] == 200
+        popen.terminate()
+        assert popen.wait(WAIT) == 0
 
 
 def test_nothing_loaded_is_exit_status_1(folder: Path) -> None:
@@ -137,12 +173,18 @@ def test_nothing_loaded_is_exit_status_1(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"), [(["nope.onnx"], "does not exist"), (["nope.onnx", "--max-batch", "0"], "max_batch")]
+    ("arguments", "text"),
+    [
+        (["nope.onnx"], "does not exist"),
+        (["nope.onnx", "--max-batch", "0"], "max_batch"),
+        (["nope.onnx", "--host", ""], "host"),
+    ],
 )
 def test_usage_errors_are_exit_status_2(arguments: list[str], text: str) -> None:
     done = subprocess.run([*SERVE, *arguments], capture_output=True, text=True, timeout=WAIT * 3)
     assert done.returncode == 2
     assert text in done.stderr
+    assert re.fullmatch(r"error: .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
