@@ -159,6 +159,13 @@ def _compute_lp(xp: Any, site: Site, x: Array) -> Array:
     return portable.lp_normalized(xp, x, site.axis(), int(site.attrs["p"]))
 
 
+def _infer_lrn(site: Site) -> Sequence[TensorSpec]:
+    x = site.spec(0)
+    if x.ndim < 2 or site.attrs["size"] < 1:
+        raise site.fail(f"size is {site.attrs['size']} for {x}, expected at least 1, and (batch, channels, ...)")
+    return (x,)
+
+
 def _lrn(site: Site) -> dict[str, Any]:
     return {name: site.attrs[name] for name in ("size", "alpha", "beta", "bias")}
 
@@ -247,7 +254,7 @@ OPS: tuple[Op, ...] = (
         {"axis": -1, "p": 2},
     ),
     Op(
-        "LRN", 1, same_as(), lambda xp, site, x: portable.local_response(xp, x, **_lrn(site)),
+        "LRN", 1, _infer_lrn, lambda xp, site, x: portable.local_response(xp, x, **_lrn(site)),
         (
             *(Case(c.id, c.ins, {"size": 3}) for c in _IMAGES),
             Case("parameters", (f32(1, 7, 3, 3),), {"size": 5, "alpha": 0.5, "beta": 0.6, "bias": 2.0}),

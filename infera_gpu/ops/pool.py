@@ -44,9 +44,26 @@ def _compute_average(xp: Any, site: Site, x: Array) -> Array:
     return average_pool(xp, x, found.out, kernel=found.kernel, include_pad=padded, **found.params)
 
 
+def _norm_order(site: Site) -> int:
+    p = int(site.attrs["p"])
+    if p < 1:
+        raise site.fail(f"p is {p}, expected at least 1")
+    return p
+
+
+def _infer_lp(site: Site) -> Sequence[TensorSpec]:
+    _norm_order(site)
+    return _infer(site)
+
+
+def _infer_global_lp(site: Site) -> Sequence[TensorSpec]:
+    _norm_order(site)
+    return _infer_global(site)
+
+
 def _compute_lp(xp: Any, site: Site, x: Array) -> Array:
     found = window(site)
-    return lp_pool(xp, x, found.out, p=site.attrs["p"], kernel=found.kernel, **found.params)
+    return lp_pool(xp, x, found.out, p=_norm_order(site), kernel=found.kernel, **found.params)
 
 
 def _over_planes(reduce: Callable[[Any, Site, Array], Array]) -> Compute:
@@ -60,7 +77,7 @@ def _over_planes(reduce: Callable[[Any, Site, Array], Array]) -> Compute:
 
 
 def _lp(xp: Any, site: Site, x: Array) -> Array:
-    p = site.attrs["p"]
+    p = _norm_order(site)
     return (xp.abs(x) ** p).sum(axis=-1) ** (1 / p)
 
 
@@ -186,8 +203,8 @@ OPS: tuple[Op, ...] = (
         "AveragePool", 19, _infer, _compute_average, _CASES + _COUNTED + _CEIL + _DILATED + _COUNTED_CEIL,
         _attrs(count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
     ),
-    Op("LpPool", 1, _infer, _compute_lp, _CASES, _attrs("dilations", p=2)),
-    Op("LpPool", 18, _infer, _compute_lp, _CASES + _CEIL + _DILATED, _attrs(p=2, ceil_mode=0)),
+    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, _attrs("dilations", p=2)),
+    Op("LpPool", 18, _infer_lp, _compute_lp, _CASES + _CEIL + _DILATED, _attrs(p=2, ceil_mode=0)),
     Op(
         "GlobalAveragePool", 1, _infer_global, _over_planes(lambda xp, site, x: x.mean(axis=-1)), _GLOBAL,
         kernels={"cpu": Kernel(_bind_global_average, _floating)},
@@ -196,5 +213,5 @@ OPS: tuple[Op, ...] = (
         "GlobalMaxPool", 1, _infer_global, _over_planes(lambda xp, site, x: x.max(axis=-1)), _GLOBAL,
         kernels={"cpu": Kernel(_bind_global_max, _floating)},
     ),
-    Op("GlobalLpPool", 1, _infer_global, _over_planes(_lp), _GLOBAL, {"p": 2}),
+    Op("GlobalLpPool", 1, _infer_global_lp, _over_planes(_lp), _GLOBAL, {"p": 2}),
 )  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.elementwise import const
+from infera_kernels.portable.norm import neighbours
 
 BLOCK_BYTES = 1 << 18
 """A block of rows: it is read four times."""
@@ -99,9 +100,9 @@ def local_response(
     calls: list[Call] = []
     for source, target in zip(x, y, strict=True):
         calls += [(np.multiply, (source, source, squares)), (np.copyto, (sums, squares))]
-        for shift in range(-((size - 1) // 2), size // 2 + 1):
+        for shift in neighbours(size, channels):
             low, high = max(0, -shift), min(channels, channels - shift)
-            if shift and low < high:
+            if shift:
                 part = sums[low:high]
                 calls.append((np.add, (part, squares[low + shift : high + shift], part)))
         calls += [

@@ -45,13 +45,17 @@ def lp_normalized(xp: Any, x: Array, axis: int, p: int) -> Array:
     return (wide / xp.where(norm == 0, 1, norm)).astype(x.dtype, copy=False)
 
 
+def neighbours(size: int, channels: int) -> range:
+    """How far the `size` channels around a channel lie from it, as far as there are any."""
+    return range(max(-((size - 1) // 2), 1 - channels), min(size // 2, channels - 1) + 1)
+
+
 def local_response(xp: Any, x: Array, *, size: int, alpha: float, beta: float, bias: float) -> Array:
     """x / (bias + alpha / size * sum of squares over `size` neighbouring channels) ** beta."""
     channels = x.shape[1]
     wide = x.astype(xp.promote_types(x.dtype, xp.float32), copy=False)
     sums = xp.zeros_like(wide)
-    for shift in range(-((size - 1) // 2), size // 2 + 1):
+    for shift in neighbours(size, channels):
         low, high = max(0, -shift), min(channels, channels - shift)
-        if low < high:
-            sums[:, low:high] += wide[:, low + shift : high + shift] ** 2
+        sums[:, low:high] += wide[:, low + shift : high + shift] ** 2
     return (wide / (bias + alpha / size * sums) ** beta).astype(x.dtype, copy=False)
