@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import ml_dtypes
@@ -303,6 +304,26 @@ def test_view_of_a_strided_input_is_a_view_or_refuses(op: Op, case: Any) -> None
         np.testing.assert_array_equal(got, op.outputs(np, site, (x, *rest))[0])
 
 
+# ---- slices
+
+
+@pytest.mark.parametrize("size", range(4))
+def test_every_slice_is_the_specifications(size: int) -> None:
+    """Bounds below 0 count from the end, then are clamped: for a positive step to [0, size], for a negative one the
+    start to [0, size - 1] and the end to [-1, size - 1]."""
+    x = np.arange(size, dtype=np.float32)
+    for start, end, step in product(range(-6, 7), range(-6, 7), (-2, -1, 1, 2)):
+        low, high = (b + size if b < 0 else b for b in (start, end))
+        if step > 0:
+            kept = range(min(max(low, 0), size), min(max(high, 0), size), step)
+        else:
+            kept = range(min(max(low, 0), size - 1), min(max(high, -1), size - 1), step)
+        op, bounds = find("Slice"), [np.array([v]) for v in (start, end, 0, step)]
+        (got,) = compute(op, x, *bounds)
+        assert got.tolist() == [x[i] for i in kept], (start, end, step)
+        assert site_of(op, x, *bounds).outs[0].dims == got.shape
+
+
 # ---- errors
 
 F = np.zeros((2, 3), np.float32)
@@ -338,6 +359,40 @@ F = np.zeros((2, 3), np.float32)
         ("QuantizeLinear", (F, np.zeros(2, np.float32)), {}, "scale is float32"),
         ("DepthToSpace", (np.zeros((1, 3, 2, 2), np.float32),), {"blocksize": 2}, "not a multiple"),
         ("Cast", (F,), {"to": 99}, "element type 99"),
+        ("Add", (F, np.array([1])), {}, r"float32\[2, 3\], int64\[1\] differ in type"),
+        ("Equal", (F, np.array([1])), {}, "differ in type"),
+        ("Sum", (F, F, F.astype(np.float64)), {}, "differ in type"),
+        ("PRelu", (F, np.array([1])), {}, "differ in type"),
+        ("Where", (F, F, F), {}, "expected bool"),
+        ("Where", (F > 0, F, np.array([1])), {}, "differ in type"),
+        ("BitShift", (np.array([1]), np.array([1])), {"direction": "UP"}, "direction is 'UP'"),
+        (
+            "Range",
+            (np.float32(0).reshape(()), np.array(np.nan, np.float32), np.array(1, np.float32)),
+            {},
+            "from 0.0 to",
+        ),
+        ("Range", (np.array(0.0), np.array(np.inf), np.array(1.0)), {}, "from 0.0 to inf"),
+        ("Range", (np.array(0), np.array(5), np.array(0)), {}, "a delta that is not 0"),
+        ("Range", (np.array(0), np.array(5.0), np.array(1)), {}, "expected one type"),
+        ("Gather", (F, np.array([0, 2])), {}, "index 2 is out of range for an axis of 2"),
+        ("Gather", (F, np.array(-3)), {}, "index -3 is out of range"),
+        ("Gather", (F, np.zeros(1, np.float32)), {}, "expected int32 or int64"),
+        ("GatherND", (F, np.array([[0, 3]])), {}, "index 3 is out of range for an axis of 3"),
+        ("ScatterND", (F, np.array([[2]]), F[:1]), {}, "index 2 is out of range"),
+        ("ScatterElements", (F, np.array([[0]]), np.array([[1]])), {}, "expected the type of"),
+        ("OneHot", (np.array([0]), np.array([2, 2]), np.array([0, 1])), {}, "depth .* has 2 values"),
+        ("OneHot", (np.array([0]), np.array(-1), np.array([0, 1])), {}, "depth is -1"),
+        ("OneHot", (np.array([0]), np.array(2), np.array([0, 1, 2])), {}, "expected two: off and on"),
+        ("TopK", (F, np.array([1, 1])), {}, "k .* has 2 values"),
+        ("CumSum", (F, np.array([0, 1])), {}, "axis .* has 2 values"),
+        ("DepthToSpace", (np.zeros((1, 4, 2, 2), np.float32),), {"blocksize": 0}, "blocksize is 0"),
+        ("ConstantOfShape", (np.array([2]),), {"value": np.zeros(0, np.float32)}, "value has 0 elements"),
+        ("EyeLike", (F[0],), {}, "expected a matrix"),
+        ("ReverseSequence", (F, np.array([1, 2])), {}, "expected 3 for axis 1"),
+        ("Einsum", (F, F.astype(np.float64)), {"equation": "ij,ij->ij"}, "differ in type"),
+        ("Einsum", (F,), {"equation": "ij->ii"}, "names a label twice"),
+        ("Einsum", (F,), {"equation": "i1->i"}, "labels are letters"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(

@@ -147,6 +147,15 @@ def _zeros(*shape: int) -> HostArray:
         ("LSTM", (_zeros(2, 1, 3), _zeros(1, 8, 3), _zeros(1, 4, 1)), {}, "W is"),
         ("GRU", (_zeros(2, 1, 3), _zeros(1, 3, 3), _zeros(1, 3, 1)), {"direction": "up"}, "direction 'up'"),
         ("RNN", (_zeros(2, 1, 3), _zeros(1, 1, 3), _zeros(1, 1, 1)), {"activations": ("Sine",)}, "expected 1 of"),
+        *(
+            ("Resize", (_zeros(1, 1, 2, 2), None, np.array([1, 1, bad, 1], np.float32)), {}, "are not sizes")
+            for bad in (np.nan, np.inf, 0, -1)
+        ),
+        ("Resize", (_zeros(1, 1, 2, 2), None, np.array([1, 1, 1e15, 1], np.float32)), {}, "more than can be planned"),
+        ("Resize", (_zeros(1, 1, 2, 2), None, None, np.array([1, 1, -1, 1])), {}, "are not sizes"),
+        ("Resize", (_zeros(1, 1, 0, 2), None, None, np.array([1, 1, 3, 1])), {}, "which has no elements"),
+        ("LRN", (_zeros(1, 1, 2, 2),), {"size": 0}, "size is 0"),
+        ("LpPool", (_zeros(1, 1, 2, 2),), {"kernel_shape": (1, 1), "p": 0}, "p is 0"),
         ("Resize", (_zeros(1, 1, 2, 2), None, None, None), {}, "either scales or sizes"),
         ("Resize", (_zeros(1, 1, 2, 2), None, _zeros(4)), {"mode": "area"}, "mode 'area' is not one of"),
         ("Pad", (_zeros(2, 3), np.zeros(2, np.int64)), {}, "do not fit"),
