@@ -69,6 +69,8 @@ class Site:
         value = self.value(i)
         if value is None:
             raise PlanError(f"{self.node}: input {i} ('{self.node.inputs[i]}') must be known while planning")
+        if value.dtype.kind not in "iu":
+            raise PlanError(f"{self.node}: input {i} is {self.ins[i]}, expected integers")
         return tuple(int(v) for v in np.asarray(value).reshape(-1))
 
     def axis(self, name: str = "axis", rank: int | None = None) -> int:

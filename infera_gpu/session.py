@@ -13,6 +13,7 @@ import numpy as np
 
 from infera_gpu.bind import Bound, Constants
 from infera_gpu.devices import Device, open_device
+from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.graph import Graph
 from infera_gpu.lease import Lease
@@ -121,6 +122,7 @@ class Session:
             source = bound.outputs[name]
             target = out.get(name) if out else None
             if target is None:
+                require_host_memory(f"output '{name}'", source.nbytes)
                 target = np.empty(source.shape, source.dtype)
             elif target.shape != source.shape or target.dtype != source.dtype:
                 raise InputError(

@@ -150,6 +150,8 @@ class _Walk:
             self.visit(expansion.nodes)
             return
         inferred = tuple(op.infer(site))
+        if any(node.outputs[len(inferred) :]):
+            raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
         if any(s is None for s in inferred):
             self.depends_on_data(op, site)
             return

@@ -383,6 +383,12 @@ def test_memory_that_is_not_there_is_refused_with_the_bytes() -> None:
         session.run({"x": np.zeros(1, np.float32)})
 
 
+def test_an_output_too_large_for_memory_is_refused_with_the_bytes() -> None:
+    model = parse("g (float[1] x) => (float[M] y) <int64[1] s = {35184372088832}> { y = Expand(x, s) }")
+    with pytest.raises(OutOfMemoryError, match="output 'y' needs 140,737,488,355,328 bytes"):
+        infera_gpu.load(model, device="cpu").run({"x": np.zeros(1, np.float32)})
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(DeviceError, match="unknown device 'tpu'"):
         infera_gpu.load(parse(CHAIN), device="tpu")

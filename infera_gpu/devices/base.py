@@ -105,12 +105,17 @@ def host_memory() -> int | None:
         return None
 
 
-def host_block(nbytes: int) -> HostArray:
-    """Aligned, uninitialised host memory. Raises OutOfMemoryError where there is not that much."""
+def require_host_memory(what: str, nbytes: int) -> None:
+    """Raises OutOfMemoryError where there is not that much: Linux may promise it, and kill the process later."""
     if nbytes > CHECK_ABOVE:
         available = host_memory()
-        if available is not None and nbytes > available:  # Linux may promise it, and kill the process later
-            raise OutOfMemoryError("the arena", needed=nbytes, available=available)
+        if available is not None and nbytes > available:
+            raise OutOfMemoryError(what, needed=nbytes, available=available)
+
+
+def host_block(nbytes: int) -> HostArray:
+    """Aligned, uninitialised host memory. Raises OutOfMemoryError where there is not that much."""
+    require_host_memory("the arena", nbytes)
     raw = np.empty(nbytes + ALIGN, np.uint8)
     skip = -raw.ctypes.data % ALIGN
     return raw[skip : skip + nbytes]

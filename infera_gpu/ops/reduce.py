@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import INT64, i64, native, normalized, plain, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import reduce as cpu
@@ -162,6 +162,11 @@ def _scan_axis(site: Site) -> int:
     return normalized(site, (single(site, 1, "axis") or 0,), site.spec(0).ndim)[0]
 
 
+def _scan_spec(site: Site) -> tuple[TensorSpec]:
+    _scan_axis(site)
+    return (site.spec(0),)
+
+
 def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op:
     def flags(site: Site) -> dict[str, bool]:
         return {k: bool(site.attrs[k]) for k in ("exclusive", "reverse")}
@@ -176,7 +181,7 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
     return Op(
         name,
         since,
-        infer=same_as(),
+        infer=_scan_spec,
         compute=plain(compute),
         kernels={"cpu": Kernel(bind=bind, supports=native, strided=True)},
         attrs={"exclusive": 0, "reverse": 0},
