@@ -153,12 +153,23 @@ class Bound:
         return next(s for s, span in zip(self.plan.steps, self.spans, strict=True) if span.start <= at < span.stop)
 
 
-def bind(plan: Plan, arenas: Mapping[Space, Any], device: Device, constants: Constants) -> Bound:
-    """Bind every step to its memory."""
+def bind(
+    plan: Plan,
+    arenas: Mapping[Space, Any],
+    device: Device,
+    constants: Constants,
+    given: Mapping[str, Array] | None = None,
+) -> Bound:
+    """Bind every step to its memory. Inputs in `given`, dense arrays on the device, are read where they lie."""
+    given = given or {}
+    elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
 
     def array(o: Operand) -> Array:
         if o.constant:
             return constants.get(plan.constants[o.root], o.space)
+        if o.root in elsewhere:
+            block, start = elsewhere[o.root]
+            return _view(device, block, o.moved(-start))
         return _view(device, arenas[o.space], o)
 
     def calls_of(step: Step) -> list[Call]:
@@ -191,7 +202,7 @@ def bind(plan: Plan, arenas: Mapping[Space, Any], device: Device, constants: Con
         spans.append(slice(start, len(calls)))
     return Bound(
         plan,
-        {v: array(o) for v, o in plan.inputs.items()},
+        {v: array(o) for v, o in plan.inputs.items() if v not in given},
         tuple(calls),
         {v: array(o) for v, o in plan.outputs.items()},
         tuple(spans),

@@ -81,8 +81,8 @@ class Session:
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run the model: arrays in by name, arrays out by name.
 
-        Arrays that lie on the session's GPU (CuPy, or anything with DLPack) go to the arena without a way through the
-        host. Results are new NumPy arrays, except those named in `out`, which are written in place and must match in
+        Arrays that lie on the session's GPU (CuPy, or anything with DLPack) never go through the host: the same array
+        given again is read where it lies, others are copied on the device. Results are new NumPy arrays, except those named in `out`, which are written in place and must match in
         shape and dtype; with every output in `out` a run allocates no array. Raises InputError naming the feed that
         does not fit, or the node that met an index out of range.
         """
@@ -103,7 +103,7 @@ class Session:
             stage = self._stages.first(shapes)
             entering: Mapping[str, Array] = arrays
             while True:
-                bound = lease.bound(stage.plan)
+                bound = lease.bound(stage.plan, entering)
                 self._fill(bound, entering)
                 run(bound)
                 yield stage, bound

@@ -123,6 +123,12 @@ class ndarray(np.ndarray):
     def device(self) -> Any:
         return types.SimpleNamespace(id=0)
 
+    @property
+    def data(self) -> Any:
+        assert self.memory is not None
+        start = self.memory.block.__array_interface__["data"][0]
+        return MemoryPointer(self.memory, self.__array_interface__["data"][0] - start)
+
     def set(self, host: np.ndarray[Any, Any], stream: Stream) -> None:
         assert type(host) is np.ndarray
         assert (host.shape, host.dtype) == (self.shape, self.dtype)

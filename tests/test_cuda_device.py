@@ -194,3 +194,50 @@ def test_a_gpu_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch, fake:
 def test_a_gpu_number_that_does_not_exist_is_named(cupy: Any) -> None:
     with pytest.raises(DeviceError, match="cuda:3 does not exist; this machine has 1 GPU"):
         infera_gpu.load(MODEL, device="cuda:3")
+
+
+VIEWED = parse(
+    """
+    g (float[N, 3] x, float[N, 3] z) => (float[3, N] y, float[N, 3] same) {
+        a = Transpose <perm = [1, 0]> (x)
+        b = Transpose <perm = [1, 0]> (z)
+        y = Sub(a, b)
+        same = Identity(x)
+    }"""
+)
+
+
+def test_arrays_on_the_gpu_that_come_again_are_read_where_they_lie(cupy: Any) -> None:
+    session = Session(load_graph(VIEWED), cuda.CudaDevice(0))
+    rng = np.random.default_rng(0)
+    x = cupy.asarray(rng.standard_normal((6, 3)).astype(np.float32))[2:]  # dense, not at the start of its memory
+    z = cupy.asarray(rng.standard_normal((4, 3)).astype(np.float32))
+    for i in range(4):
+        out = session.run({"x": x, "z": z})
+        np.testing.assert_array_equal(out["y"], np.asarray(x).T - np.asarray(z).T)
+        np.testing.assert_array_equal(out["same"], np.asarray(x))
+        direct = session._free[0]._direct
+        assert len(direct) == (i > 0)  # the first run copies them: binding costs more than a copy
+        x += np.float32(1)
+    ((bound, held),) = direct.values()
+    assert not bound.inputs
+    assert held["x"] is x
+    assert all(a is not x for a in bound.outputs.values())
+
+
+def test_arrays_that_change_or_lie_apart_are_copied(cupy: Any) -> None:
+    session = Session(load_graph(VIEWED), cuda.CudaDevice(0))
+    rng = np.random.default_rng(1)
+    arrays = [cupy.asarray(rng.standard_normal((4, 3)).astype(np.float32)) for _ in range(3)]
+    wide = cupy.asarray(rng.standard_normal((4, 6)).astype(np.float32))[:, ::2]
+    for x, z in [(arrays[i % 3], arrays[(i + 1) % 3]) for i in range(6)] + 3 * [(wide, wide)] + [(arrays[0], wide)]:
+        out = session.run({"x": x, "z": z})
+        np.testing.assert_array_equal(out["y"], np.asarray(x).T - np.asarray(z).T)
+    assert not session._free[0]._direct
+
+
+def test_what_is_bound_to_the_callers_arrays_goes_when_the_arena_grows(cupy: Any) -> None:
+    session = Session(load_graph(VIEWED), cuda.CudaDevice(0))
+    x, big = (cupy.asarray(np.ones((n, 3), np.float32)) for n in (4, 20))
+    for given in (x, x, x, big, big, x, x):
+        np.testing.assert_array_equal(session.run({"x": given, "z": given})["y"], np.zeros(given.shape).T)

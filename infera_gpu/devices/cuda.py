@@ -186,6 +186,9 @@ class CudaDevice:
         with self._device:  # whatever made it is ordered before the current stream, for which `running` waits
             return cupy.from_dlpack(value)
 
+    def block_of(self, array: Array) -> Any | None:
+        return array.data if isinstance(array, self.xp.ndarray) and array.flags.c_contiguous else None
+
     def synchronize(self) -> None:
         self._stream.synchronize()
 

@@ -88,6 +88,9 @@ class RecordingDevice:
     def accepts(self, value: object) -> HostArray | None:
         return value if isinstance(value, np.ndarray) else None
 
+    def block_of(self, array: Array) -> None:
+        return None
+
     def synchronize(self) -> None: ...
 
     def close(self) -> None: ...
