@@ -82,9 +82,10 @@ class Session:
         """Run the model: arrays in by name, arrays out by name.
 
         Arrays that lie on the session's GPU (CuPy, or anything with DLPack) never go through the host: the same array
-        given again is read where it lies, others are copied on the device. Results are new NumPy arrays, except those named in `out`, which are written in place and must match in
-        shape and dtype; with every output in `out` a run allocates no array. Raises InputError naming the feed that
-        does not fit, or the node that met an index out of range.
+        given again is read where it lies, others are copied on the device. Results are new NumPy arrays, except those
+        named in `out`, which are written in place and must match in shape and dtype; with every output in `out` a run
+        allocates no array. Raises InputError naming the feed that does not fit, or the node that met an index out of
+        range.
         """
         for name, target in (out or {}).items():
             if not hasattr(target, "dtype"):
