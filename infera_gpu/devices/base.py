@@ -18,7 +18,7 @@ from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 
-UFUNC_BUFFER = 128
+UFUNC_BUFFER = 64
 """Elements. NumPy's ufuncs take buffers of this size for operands that they cannot walk in one stride or must cast;
 with its default of 8192 a run would take and give back 32 KB for each."""
 
