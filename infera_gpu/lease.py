@@ -55,9 +55,10 @@ class Lease:
             self._consider(plan)
         given = self._on_device(plan, entering)
         if given:
-            key = (plan, tuple(map(id, given.values())))
+            blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
+            key = (plan, tuple(int(block.ptr) for block in blocks))
             again = self._last is not None and self._last[0] == key
-            self._last = (key, given)  # which keeps the arrays, so that their ids stay theirs
+            self._last = (key, given)  # which keeps the arrays, so that their addresses stay theirs
             if again or key in self._direct:
                 return self._bound_to(key, given)
         found = self._bound.get(plan)

@@ -92,6 +92,10 @@ class MemoryPointer:
     def __init__(self, memory: Memory, offset: int) -> None:
         self.memory, self.offset = memory, offset
 
+    @property
+    def ptr(self) -> int:
+        return int(self.memory.block.__array_interface__["data"][0]) + self.offset
+
     def __add__(self, by: int) -> MemoryPointer:
         return MemoryPointer(self.memory, self.offset + by)
 

@@ -213,7 +213,7 @@ def test_arrays_on_the_gpu_that_come_again_are_read_where_they_lie(cupy: Any) ->
     x = cupy.asarray(rng.standard_normal((6, 3)).astype(np.float32))[2:]  # dense, not at the start of its memory
     z = cupy.asarray(rng.standard_normal((4, 3)).astype(np.float32))
     for i in range(4):
-        out = session.run({"x": x, "z": z})
+        out = session.run({"x": x[:], "z": z[:]})  # new objects, as from_dlpack makes them, over the same memory
         np.testing.assert_array_equal(out["y"], np.asarray(x).T - np.asarray(z).T)
         np.testing.assert_array_equal(out["same"], np.asarray(x))
         direct = session._free[0]._direct
@@ -221,8 +221,7 @@ def test_arrays_on_the_gpu_that_come_again_are_read_where_they_lie(cupy: Any) ->
         x += np.float32(1)
     ((bound, held),) = direct.values()
     assert not bound.inputs
-    assert held["x"] is x
-    assert all(a is not x for a in bound.outputs.values())
+    assert np.shares_memory(held["x"], x)
 
 
 def test_arrays_that_change_or_lie_apart_are_copied(cupy: Any) -> None:

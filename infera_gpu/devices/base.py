@@ -88,7 +88,10 @@ class Device(Protocol):
         ...
 
     def block_of(self, array: Array) -> Any | None:
-        """A block that starts at the array's first element, for `view`; None unless it lies dense in device memory."""
+        """A block for `view`, with its address as `ptr`, that starts at the array's first element.
+
+        None unless the array lies dense in device memory.
+        """
         ...
 
     def synchronize(self) -> None: ...
