@@ -1,0 +1,33 @@
+"""The ONNX project's own test suite, every case of the installed version, through `infera_gpu.backend`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx.backend.test
+import pytest
+
+from infera_gpu.backend import InferaBackend
+
+with warnings.catch_warnings():  # the suite makes its data on import, and NumPy remarks on some of it
+    warnings.simplefilter("ignore")
+    SUITE = onnx.backend.test.BackendTest(InferaBackend, __name__)
+
+UNREACHABLE: dict[str, str] = {}
+"""Cases that cannot pass, and why."""
+
+
+def cases() -> Iterator[Any]:
+    for category in SUITE.test_cases.values():
+        for name in dir(category):
+            if name.startswith("test_") and name.endswith("_cpu"):
+                marks = [pytest.mark.xfail(reason=UNREACHABLE[name], strict=True)] if name in UNREACHABLE else []
+                yield pytest.param(category, name, id=name.removesuffix("_cpu"), marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the suite's own comparisons
+@pytest.mark.parametrize(("category", "name"), [*cases()])
+def test_case(category: Any, name: str) -> None:
+    getattr(category(name), name)()
