@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.errors import ModelError
-from infera_gpu.spec import TensorSpec
+from infera_gpu.spec import ValueSpec
 
 Attrs = Mapping[str, Any]
 HostArray = np.ndarray[Any, np.dtype[Any]]
@@ -61,11 +61,11 @@ class Graph:
     """
 
     nodes: tuple[Node, ...]
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
+    inputs: Mapping[str, ValueSpec]
+    outputs: Mapping[str, ValueSpec]
     constants: Mapping[str, HostArray] = field(default_factory=lambda: EMPTY)
     opsets: Mapping[str, int] = field(default_factory=lambda: EMPTY)
-    specs: Mapping[str, TensorSpec] = field(default_factory=lambda: EMPTY)
+    specs: Mapping[str, ValueSpec] = field(default_factory=lambda: EMPTY)
     name: str = ""
 
     def producers(self) -> dict[str, Node]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from infera_gpu.errors import ModelError
 from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.spec import Dim, TensorSpec, dtype_of_onnx
+from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.wellformed import check_node, domain_name, inlined, opset_versions
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _graph(proto: onnx.GraphProto, opsets: Mapping[str, int], name: str = "") ->
         constants[t.name] = _array(t, f"initialiser '{t.name}'")
     if proto.sparse_initializer:
         raise ModelError(f"sparse initialiser '{proto.sparse_initializer[0].values.name}' is not supported")
-    inputs: dict[str, TensorSpec] = {}
+    inputs: dict[str, ValueSpec] = {}
     for v in proto.input:
         if v.name in inputs:
             raise ModelError(f"input '{v.name}' is given twice")
@@ -101,7 +101,7 @@ def _graph(proto: onnx.GraphProto, opsets: Mapping[str, int], name: str = "") ->
             constants[node.outputs[0]] = _constant(node)
         else:
             nodes.append(node)
-    outputs: dict[str, TensorSpec] = {}
+    outputs: dict[str, ValueSpec] = {}
     for v in proto.output:
         name_of_output = v.name
         while name_of_output in outputs:  # a branch may give one value twice
@@ -169,6 +169,8 @@ def _attribute(a: onnx.AttributeProto, opsets: Mapping[str, int], label: str) ->
             return _array(a.t, f"{label}: attribute '{a.name}'")
         case A.GRAPH:
             return _graph(a.g, opsets)
+        case A.TYPE_PROTO:
+            return _type(a.tp, f"{label}: attribute '{a.name}'")
         case A.FLOATS:
             return tuple(float(v) for v in a.floats)
         case A.INTS:
@@ -204,16 +206,35 @@ def _constant(node: Node) -> HostArray:
     return np.array(value, dtype=_CONSTANT_DTYPES[kind])
 
 
-def _spec(value: onnx.ValueInfoProto, what: str) -> TensorSpec:
-    kind = value.type.WhichOneof("value")
-    if kind not in ("tensor_type", None):
-        raise ModelError(f"{what} '{value.name}' is a {kind.removesuffix('_type')}, only tensors are supported")
-    tensor = value.type.tensor_type
+def _spec(value: onnx.ValueInfoProto, what: str) -> ValueSpec:
+    return _type(value.type, f"{what} '{value.name}'") or TensorSpec((), np.dtype(np.float32), ranked=False)
+
+
+def _type(proto: onnx.TypeProto, what: str) -> ValueSpec | None:
+    """None where nothing is said."""
+    kind = proto.WhichOneof("value")
+    match kind:
+        case None:
+            return None
+        case "tensor_type":
+            tensor = proto.tensor_type
+            dtype = _element(tensor.elem_type, what) if tensor.elem_type else np.dtype(np.float32)
+            return TensorSpec(tuple(_dim(d) for d in tensor.shape.dim), dtype, ranked=tensor.HasField("shape"))
+        case "sequence_type":
+            return SequenceSpec(_type(proto.sequence_type.elem_type, what))
+        case "optional_type":
+            return OptionalSpec(_type(proto.optional_type.elem_type, what))
+        case "map_type":
+            return MapSpec(_element(proto.map_type.key_type, what), _type(proto.map_type.value_type, what))
+        case _:
+            raise ModelError(f"{what} is a {kind.removesuffix('_type')}, which is not supported")
+
+
+def _element(code: int, what: str) -> DType:
     try:
-        dtype = dtype_of_onnx(tensor.elem_type) if kind and tensor.elem_type else np.dtype(np.float32)
+        return dtype_of_onnx(code)
     except KeyError:
-        raise ModelError(f"{what} '{value.name}' has the unknown element type {tensor.elem_type}") from None
-    return TensorSpec(tuple(_dim(d) for d in tensor.shape.dim), dtype, ranked=tensor.HasField("shape"))
+        raise ModelError(f"{what} has the unknown element type {code}") from None
 
 
 def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:

@@ -15,7 +15,7 @@ import numpy as np
 
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Attrs, HostArray, Node
-from infera_gpu.spec import Array, DType, TensorSpec
+from infera_gpu.spec import Array, DType, TensorSpec, ValueSpec
 
 Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 """A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
@@ -36,8 +36,9 @@ REQUIRED = Required()
 class Site:
     """One node at concrete shapes: everything a kernel may know while planning.
 
-    `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out, and
-    `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None.
+    `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out or is no tensor,
+    and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
+    node runs on the host between two plans all its values are known, and its subgraphs are callables: see `Subgraph`.
     """
 
     node: Node
@@ -84,6 +85,18 @@ class Site:
     def fail(self, problem: str) -> PlanError:
         """An error that names this node."""
         return PlanError(f"{self.node}: {problem}")
+
+
+class Subgraph(Protocol):
+    """What a host operator finds in place of an attribute that is a graph: calling it runs the graph once.
+
+    Values that the graph captures are supplied. `inputs` and `outputs` are the specs that the graph declares.
+    """
+
+    inputs: tuple[ValueSpec, ...]
+    outputs: tuple[ValueSpec, ...]
+
+    def __call__(self, *values: Any) -> list[Any]: ...
 
 
 class Launcher(Protocol):
@@ -148,19 +161,28 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One example of an operator: a spec (random values), an array, or None for each input.
+    """One example of an operator: a spec (random values), an array, a sequence of arrays, or None for each input.
+
+    Attributes that are graphs are `GraphText`.
 
     `tol` bounds |got - want| relative to the largest |want|. `low` and `high` bound random values.
     """
 
     id: str
-    ins: tuple[TensorSpec | HostArray | None, ...]
+    ins: tuple[TensorSpec | HostArray | list[HostArray] | None, ...]
     attrs: Attrs = field(default_factory=dict)
     n_outs: int = 1
     tol: float = 1e-5
     low: float = -2.0
     high: float = 2.0
     opset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphText:
+    """A graph in ONNX's text syntax: an attribute of a case."""
+
+    text: str
 
 
 def f32(*shape: int) -> TensorSpec:
@@ -192,7 +214,9 @@ class Op:
     `expand(site)` gives the nodes that do the same where the operator does not cover a site: a fused operator whose
     residual turns out to broadcast becomes its parts again. A `pure` operator gives the same outputs for the same
     inputs; `shapes_only` says that its outputs depend on the specs of its inputs alone (Shape, Size), so that planning
-    computes it without data.
+    computes it without data. A `host` operator works on what no arena holds (sequences, maps, strings, subgraphs): it
+    runs on the host between two plans, `compute(numpy, site, *values)` gets and returns values of any kind, a sequence
+    of outputs as a tuple, and `infer` is not asked for what a run will tell.
     """
 
     name: str
@@ -209,6 +233,7 @@ class Op:
     portable: bool = True
     pure: bool = True
     shapes_only: bool = False
+    host: bool = False
 
     def __post_init__(self) -> None:
         if not self.cases:
@@ -234,7 +259,7 @@ class Op:
     def outputs(self, xp: Any, site: Site, ins: Sequence[Array]) -> tuple[Array, ...]:
         """`compute`, as a tuple."""
         made = self.compute(xp, site, *ins)
-        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
+        return tuple(made) if isinstance(made, tuple if self.host else (tuple, list)) else (made,)
 
 
 class Registry:

@@ -94,7 +94,7 @@ class Plan:
             f"(lower bound {self.lower_bound:,})"
         )
         if not self.segment.is_last:
-            why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(p.node) for p in self.segment.eager])
+            why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(e.node) for e in self.segment.eager])
             text += f"\nthe rest is planned when known: {why}"
         return text
 

@@ -21,7 +21,18 @@ from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import optimize
 from infera_gpu.plan import Plan, Step
-from infera_gpu.spec import Array, DType, TensorSpec, bind_symbols
+from infera_gpu.spec import (
+    Array,
+    DType,
+    MapSpec,
+    OptionalSpec,
+    SequenceSpec,
+    TensorSpec,
+    ValueSpec,
+    bind_symbols,
+    is_plain,
+    tensors_of,
+)
 from infera_gpu.specialize import check_supported
 from infera_gpu.stages import Shapes, Stage, Stages
 
@@ -59,17 +70,35 @@ class Timing:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """The feeds of a run: arrays, the shapes of all inputs, and what no arena holds, to which a run adds."""
+
+    arrays: dict[str, Array]
+    shapes: Shapes
+    objects: dict[str, Any]
+
+
 class Session:
     """A loaded model. `run` may be called from several threads."""
 
-    def __init__(self, graph: Graph, device: Device, *, fuse: bool = True, max_concurrency: int = 4) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        device: Device,
+        *,
+        fuse: bool = True,
+        max_concurrency: int = 4,
+        constants: Constants | None = None,
+    ) -> None:
         self.graph = optimize(graph, registry()) if fuse else graph
         self.device = device
         self.name = graph.name
-        self.inputs: Mapping[str, TensorSpec] = graph.inputs
-        self.outputs: Mapping[str, TensorSpec] = graph.outputs
-        self._constants = Constants(device, self.graph)
-        self._stages = Stages(self.graph, device, registry(), self._constants)
+        self.inputs: Mapping[str, ValueSpec] = graph.inputs
+        self.outputs: Mapping[str, ValueSpec] = graph.outputs
+        self._constants = constants or Constants(device, self.graph)
+        self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
+        self._all_plain = all(map(is_plain, self.inputs.values()))
         self._free: list[Lease] = []
         self._leases = 0
         self._max_leases = max(1, max_concurrency)
@@ -77,6 +106,14 @@ class Session:
         self._closed = False
 
     # ---- running
+
+    @property
+    def tensor_inputs(self) -> Mapping[str, TensorSpec]:
+        """`inputs`, where all of them are tensors. Raises InputError otherwise."""
+        try:
+            return tensors_of(self.inputs, "input")
+        except TypeError as error:
+            raise InputError(str(error)) from None
 
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run the model: arrays in by name, arrays out by name.
@@ -92,17 +129,30 @@ class Session:
                 raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")
             if name not in self.outputs:
                 raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
-        results: dict[str, Array] = dict.fromkeys(self.outputs)
-        for stage, bound in self._segments(feeds, Bound.run):
+        return self._collect(self._check(feeds), out)
+
+    def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
+        results: dict[str, Any] = dict.fromkeys(self.outputs)
+        for stage, bound in self._segments(entering, Bound.run):
             self._read(bound, stage, results, out)
+            for name in stage.segment.objects:
+                results[name] = entering.objects[name] if name in entering.objects else stage.segment.constants[name]
         return results
 
-    def _segments(self, feeds: Mapping[str, Any], run: Callable[[Bound], None]) -> Iterator[tuple[Stage, Bound]]:
+    def _nested(self, graph: Graph) -> Callable[..., list[Any]]:
+        """A subgraph of this session's graph, callable; on the same device, with the same constants."""
+        inner = Session(graph, self.device, fuse=False, max_concurrency=self._max_leases, constants=self._constants)
+
+        def run(*values: Any) -> list[Any]:
+            return list(inner._collect(inner._sort(dict(zip(inner.inputs, values, strict=True)))).values())
+
+        return run
+
+    def _segments(self, feeds: Entering, run: Callable[[Bound], None]) -> Iterator[tuple[Stage, Bound]]:
         """The segments of one run, each after `run` has run it. Their outputs are good until the next is asked for."""
-        arrays, shapes = self._check(feeds)
         with self._lease() as lease, self.device.running():
-            stage = self._stages.first(shapes)
-            entering: Mapping[str, Array] = arrays
+            stage = self._stages.first(feeds.shapes)
+            entering: Mapping[str, Array] = feeds.arrays
             while True:
                 bound = lease.bound(stage.plan, entering)
                 self._fill(bound, entering)
@@ -110,7 +160,7 @@ class Session:
                 yield stage, bound
                 if stage.is_last:
                     return
-                stage, entering = self._advance(stage, bound)
+                stage, entering = self._advance(stage, bound, feeds.objects)
 
     def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
         transfer = self.device.transfer
@@ -137,7 +187,7 @@ class Session:
             results[name] = target
         self.device.synchronize()
 
-    def _advance(self, stage: Stage, bound: Bound) -> tuple[Stage, Mapping[str, Array]]:
+    def _advance(self, stage: Stage, bound: Bound, objects: dict[str, Any]) -> tuple[Stage, Mapping[str, Array]]:
         """The stage that follows, now that the values it waits for are there; and what eager nodes made."""
 
         def read(name: str) -> np.ndarray[Any, Any]:
@@ -148,7 +198,7 @@ class Session:
             self.device.synchronize()
             return host
 
-        return self._stages.advance(stage, read)
+        return self._stages.advance(stage, read, objects)
 
     @contextmanager
     def _lease(self) -> Iterator[Lease]:
@@ -189,7 +239,7 @@ class Session:
 
     def plans(self, feeds: Mapping[str, Any]) -> tuple[Plan, ...]:
         """The plans of a run with these feeds: one a segment. Runs the model."""
-        return tuple(stage.plan for stage, _ in self._segments(feeds, Bound.run))
+        return tuple(stage.plan for stage, _ in self._segments(self._check(feeds), Bound.run))
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""
@@ -204,24 +254,52 @@ class Session:
                 self.device.synchronize()
                 timings.append(Timing(step, time.perf_counter() - began))
 
-        for _ in self._segments(feeds, timed):
+        for _ in self._segments(self._check(feeds), timed):
             pass
         return timings
 
     # ---- feeds
 
-    def _check(self, feeds: Mapping[str, Any]) -> tuple[dict[str, Array], Shapes]:
+    def _check(self, feeds: Mapping[str, Any]) -> Entering:
         if not isinstance(feeds, Mapping):
             raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
         self._check_names(feeds)
-        arrays = {name: self._array(name, feeds[name], spec) for name, spec in self.inputs.items()}
-        shapes = tuple(a.shape for a in arrays.values())
-        if not self._stages.known(shapes):
-            self._check_shapes(shapes)
-        return arrays, shapes
+        found = self._sort({name: self._value(name, feeds[name], spec) for name, spec in self.inputs.items()})
+        if not self._stages.known(found.shapes):
+            self._check_shapes(found.shapes)
+        return found
+
+    def _sort(self, values: dict[str, Any]) -> Entering:
+        if self._all_plain:
+            return Entering(values, tuple(a.shape for a in values.values()), {})
+        plain = {k: v for k, v in values.items() if is_plain(self.inputs[k])}
+        return Entering(
+            plain,
+            tuple(v.shape if isinstance(self.inputs[k], TensorSpec) else () for k, v in values.items()),
+            {k: v for k, v in values.items() if k not in plain},
+        )
+
+    def _value(self, name: str, value: Any, spec: ValueSpec) -> Any:
+        """The feed as a value of the input's type. Raises InputError."""
+        match spec:
+            case TensorSpec():
+                return self._array(name, value, spec)
+            case OptionalSpec():
+                return None if value is None else value if spec.elem is None else self._value(name, value, spec.elem)
+            case SequenceSpec():
+                if not isinstance(value, list | tuple):
+                    raise InputError(f"input '{name}' is {type(value).__name__}, expected a list: {spec}")
+                elem = spec.elem
+                return [v if elem is None else self._value(f"{name}[{i}]", v, elem) for i, v in enumerate(value)]
+            case MapSpec():
+                if not isinstance(value, Mapping):
+                    raise InputError(f"input '{name}' is {type(value).__name__}, expected a dict: {spec}")
+                return dict(value)
 
     def _array(self, name: str, value: Any, spec: TensorSpec) -> Array:
         """The feed as an array of the input's dtype. Python numbers and lists have no dtype of their own."""
+        if spec.dtype == object:
+            return _strings(name, value)
         array = self.device.accepts(value)
         if array is None and hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray | np.generic):
             array = np.from_dlpack(value)
@@ -253,7 +331,11 @@ class Session:
 
     def _check_shapes(self, shapes: Shapes) -> None:
         try:
-            bind_symbols((n, s, shape) for (n, s), shape in zip(self.inputs.items(), shapes, strict=True))
+            bind_symbols(
+                (n, s, shape)
+                for (n, s), shape in zip(self.inputs.items(), shapes, strict=True)
+                if isinstance(s, TensorSpec)
+            )
         except ValueError as error:
             raise InputError(f"input {error}") from None
 
@@ -289,6 +371,17 @@ class Session:
         ins = ", ".join(f"{k} {s}" for k, s in self.inputs.items())
         outs = ", ".join(f"{k} {s}" for k, s in self.outputs.items())
         return f"<Session {self.name} on {self.device.name}: {ins} -> {outs}>"
+
+
+def _strings(name: str, value: Any) -> np.ndarray[Any, Any]:
+    """Text, in lists or arrays of any kind, as an array of str. Raises InputError for anything else."""
+    array = np.array(value, dtype=object)
+    for i, text in enumerate(array.flat):
+        if isinstance(text, bytes):
+            array.flat[i] = text.decode(errors="replace")
+        elif not isinstance(text, str):
+            raise InputError(f"input '{name}' has a {type(text).__name__} among its elements, expected strings")
+    return array
 
 
 def _is_exact(array: np.ndarray[Any, Any], dtype: DType) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -98,6 +98,68 @@ class TensorSpec:
         if not self.ranked:
             return f"{name}[...]"
         return f"{name}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """The type of a sequence: a list at run time. `elem` is None where the type of its elements is not told."""
+
+    elem: ValueSpec | None = None
+
+    def __str__(self) -> str:
+        return f"sequence({self.elem or '?'})"
+
+
+@dataclass(frozen=True, slots=True)
+class OptionalSpec:
+    """The type of a value that may be absent: at run time the value itself, or None."""
+
+    elem: ValueSpec | None = None
+
+    def __str__(self) -> str:
+        return f"optional({self.elem or '?'})"
+
+
+@dataclass(frozen=True, slots=True)
+class MapSpec:
+    """The type of a map from integers or strings to values: a dict at run time."""
+
+    key: DType
+    value: ValueSpec | None = None
+
+    def __str__(self) -> str:
+        return f"map({'string' if self.key.kind == 'O' else self.key.name}, {self.value or '?'})"
+
+
+ValueSpec: TypeAlias = TensorSpec | SequenceSpec | OptionalSpec | MapSpec
+"""The type of any value of a graph."""
+
+
+def tensors_of(specs: Mapping[str, ValueSpec], what: str) -> dict[str, TensorSpec]:
+    """The specs, where all of them are tensors'. Raises TypeError naming `what` and the first that is none."""
+    for name, spec in specs.items():
+        if not isinstance(spec, TensorSpec):
+            raise TypeError(f"{what} '{name}' is a {spec}, where only tensors can be used; see Session.run in Python")
+    return {name: spec for name, spec in specs.items() if isinstance(spec, TensorSpec)}
+
+
+def is_plain(spec: ValueSpec) -> bool:
+    """Whether such values are bytes that an arena can hold: tensors, those of strings excepted."""
+    return isinstance(spec, TensorSpec) and spec.dtype != object
+
+
+def value_spec(value: Any) -> ValueSpec:
+    """The type of a value at run time: an array, a list, a dict or None."""
+    match value:
+        case None:
+            return OptionalSpec()
+        case list():
+            return SequenceSpec(value_spec(value[0]) if value else None)
+        case dict():
+            key = next(iter(value), 0)
+            return MapSpec(np.dtype(object if isinstance(key, str) else np.int64))
+        case _:
+            return spec_of(value)
 
 
 def spec_of(array: Array) -> TensorSpec:

@@ -16,7 +16,7 @@ import numpy as np
 from infera_gpu.errors import PlanError, UnsupportedOperatorError, planning
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import FOLD_LIMIT, Op, Registry, Site
-from infera_gpu.spec import TensorSpec, constant, spec_of
+from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,23 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Eager:
+    """A node that runs on the host once the segment has run: its outputs' shapes depend on data, or they are no arrays
+    that an arena can hold."""
+
+    op: Op
+    node: Node
+    opset: int
+
+
+@dataclass(frozen=True)
 class Segment:
     """What can be planned at once.
 
     `inputs` are the values that enter (the graph's inputs, or what earlier segments left), `outputs` those that the
     graph's outputs, later segments or `waits` need. `waits` are values to read after the run, `eager` nodes to run
-    then because the shapes of their outputs depend on data; `rest` is what is left to specialise after that.
+    then, in order; `rest` is what is left to specialise after that. `objects` are the graph's outputs that are known by
+    now and that no arena can hold.
     """
 
     nodes: tuple[Placed, ...]
@@ -46,8 +57,9 @@ class Segment:
     specs: Mapping[str, TensorSpec]
     constants: Mapping[str, HostArray]
     waits: tuple[str, ...] = ()
-    eager: tuple[Placed, ...] = ()
+    eager: tuple[Eager, ...] = ()
     rest: tuple[Node, ...] = ()
+    objects: tuple[str, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -83,11 +95,13 @@ class _Walk:
     opsets: Mapping[str, int]
     specs: dict[str, TensorSpec]
     known: dict[str, HostArray]
+    objects: set[str]
     placed: list[Placed] = field(default_factory=list)
     waits: dict[str, None] = field(default_factory=dict)
-    eager: list[Placed] = field(default_factory=list)
+    eager: list[Eager] = field(default_factory=list)
     rest: list[Node] = field(default_factory=list)
     blocked: set[str] = field(default_factory=set)
+    pending: set[str] = field(default_factory=set)
     budget: int = FOLD_LIMIT
 
     def block(self, node: Node, *, keep: bool = True) -> None:
@@ -97,7 +111,8 @@ class _Walk:
 
     def visit(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            if any(v in self.blocked for v in node.reads()):
+            missing = {v for v in node.reads() if v in self.blocked}
+            if missing and not (missing <= self.pending and self.find(node).host):
                 self.block(node)
             else:
                 with planning(node):
@@ -105,6 +120,13 @@ class _Walk:
                         self.branch(node)
                     else:
                         self.place(node)
+
+    def find(self, node: Node) -> Op:
+        opset = self.opsets.get(node.domain, 1)
+        op = self.registry.find(node.domain, node.op, opset)
+        if op is None:
+            raise UnsupportedOperatorError([(node.qualified, node.name or node.outputs[0])], opset=opset)
+        return op
 
     def branch(self, node: Node) -> None:
         """An If whose condition is known is its branch; otherwise it waits for the condition."""
@@ -129,9 +151,10 @@ class _Walk:
 
     def place(self, node: Node) -> None:
         opset = self.opsets.get(node.domain, 1)
-        op = self.registry.find(node.domain, node.op, opset)
-        if op is None:
-            raise UnsupportedOperatorError([(node.qualified, node.name or node.outputs[0])], opset=opset)
+        op = self.find(node)
+        if op.host or any(v in self.objects and v not in self.known for v in node.inputs):
+            self.later(op, node)
+            return
         site = Site(
             node=node,
             attrs=op.fill(node),
@@ -152,8 +175,11 @@ class _Walk:
         inferred = tuple(op.infer(site))
         if any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
-        if any(s is None for s in inferred):
-            self.depends_on_data(op, site)
+        if any(s is None or not is_plain(s) for s in inferred):
+            if is_known(op, site):
+                self.fold(op, site, site.values)
+            else:
+                self.later(op, node)
             return
         site = replace(site, outs=tuple(s for s in inferred if s is not None))
         if is_known(op, site) and sum(s.nbytes for s in site.outs) <= self.budget:
@@ -166,13 +192,11 @@ class _Walk:
             self.placed.append(Placed(op, site))
             self.specs.update(named(node, site.outs))
 
-    def depends_on_data(self, op: Op, site: Site) -> None:
-        """Compute now if the inputs are known; else the node runs between two segments."""
-        if is_known(op, site):
-            self.fold(op, site, site.values)
-            return
-        self.eager.append(Placed(op, site))
-        self.block(site.node, keep=False)
+    def later(self, op: Op, node: Node) -> None:
+        """The node runs between two segments."""
+        self.eager.append(Eager(op, node, self.opsets.get(node.domain, 1)))
+        self.block(node, keep=False)
+        self.pending.update(o for o in node.outputs if o)
 
     def fold(self, op: Op, site: Site, values: Sequence[HostArray | None]) -> None:
         with np.errstate(all="ignore"):
@@ -180,6 +204,8 @@ class _Walk:
         for name, array in zip(site.node.outputs, made, strict=False):
             if name:
                 self.define({name: constant(array)})
+                if array.dtype == object:
+                    self.objects.add(name)
                 self.budget -= array.nbytes
 
 
@@ -196,7 +222,7 @@ def named(node: Node, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
 def specialize(
     nodes: Iterable[Node],
     *,
-    specs: Mapping[str, TensorSpec],
+    specs: Mapping[str, ValueSpec],
     constants: Mapping[str, HostArray],
     outputs: Iterable[str],
     opsets: Mapping[str, int],
@@ -204,17 +230,20 @@ def specialize(
 ) -> Segment:
     """The next segment.
 
-    `specs` are the static specs of the values that enter, `constants` what is known (initialisers, values read from
-    earlier segments), `outputs` the graph's outputs that no earlier segment has made. Raises PlanError naming the
-    node that does not fit.
+    `specs` are the specs of the values that enter, static ones of tensors, `constants` what is known (initialisers,
+    values read from earlier segments), `outputs` the graph's outputs that no earlier segment has made. Raises PlanError
+    naming the node that does not fit.
     """
-    entering = dict(specs)
-    walk = _Walk(registry, opsets, {**entering, **{k: spec_of(v) for k, v in constants.items()}}, dict(constants))
+    entering = {k: s for k, s in specs.items() if isinstance(s, TensorSpec) and is_plain(s)}
+    objects = {k for k in specs if k not in entering} | {k for k, v in constants.items() if v.dtype == object}
+    walk = _Walk(
+        registry, opsets, {**entering, **{k: spec_of(v) for k, v in constants.items()}}, dict(constants), objects
+    )
     walk.visit(nodes)
     if walk.rest and not walk.waits and not walk.eager:
         raise PlanError(f"{walk.rest[0]}: cannot be planned, yet nothing that a run would tell is missing")
 
-    later = {v for n in walk.rest for v in n.reads()} | {i for p in walk.eager for i in p.node.inputs if i}
+    later = {v for n in (*walk.rest, *(e.node for e in walk.eager)) for v in n.reads()}
     wanted = {*outputs, *walk.waits, *later} - walk.blocked
     live = prune(walk.placed, wanted)
     made = {o for p in live for o in p.node.outputs if o}
@@ -222,12 +251,13 @@ def specialize(
     return Segment(
         nodes=tuple(live),
         inputs={k: s for k, s in entering.items() if k in reads and k not in walk.known},
-        outputs=tuple(sorted(v for v in wanted if v in made or v in entering or v in walk.known)),
+        outputs=tuple(sorted(v for v in wanted - walk.objects if v in made or v in entering or v in walk.known)),
         specs=walk.specs,
         constants={k: v for k, v in walk.known.items() if k in reads},
         waits=tuple(walk.waits),
         eager=tuple(walk.eager),
         rest=tuple(walk.rest),
+        objects=tuple(o for o in outputs if o in walk.objects and o not in walk.blocked),
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,10 +17,10 @@ from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.lower import lower
-from infera_gpu.op import Registry
+from infera_gpu.op import Registry, Site, Subgraph
 from infera_gpu.plan import Plan
-from infera_gpu.spec import TensorSpec, spec_of
-from infera_gpu.specialize import Segment, specialize
+from infera_gpu.spec import TensorSpec, ValueSpec, is_plain, spec_of, value_spec
+from infera_gpu.specialize import Eager, Segment, specialize
 
 MAX_STAGES = 256
 """Planned segments that a session keeps, over all shapes and values; the least recently used is dropped beyond that."""
@@ -32,15 +32,23 @@ Told: TypeAlias = tuple[tuple[object, ...], ...]
 Read: TypeAlias = Callable[[str], HostArray]
 """Fetches a value that a run left."""
 
+Nest: TypeAlias = Callable[[Graph], Callable[..., list[Any]]]
+"""Makes a graph without captured values callable: its inputs in order in, its outputs in order out."""
+
 
 @dataclass(eq=False)
 class Stage:
-    """A planned segment. `final` are the graph's outputs that it makes, `missing` those that later stages make."""
+    """A planned segment. `final` are the graph's outputs that it makes, `missing` those that later stages make.
+
+    `objects` are the types of the values at hand that no arena holds.
+    """
 
     plan: Plan
     final: tuple[str, ...]
     missing: tuple[str, ...]
+    objects: Mapping[str, ValueSpec]
     next: dict[Told, Stage] = field(default_factory=dict)
+    bodies: dict[int, _Body] = field(default_factory=dict)
 
     @property
     def segment(self) -> Segment:
@@ -49,6 +57,55 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.segment.is_last
+
+
+class _Body:
+    """A subgraph as a stage's host nodes call it; planned for every combination of types that it is called with."""
+
+    def __init__(self, graph: Graph, known: Mapping[str, HostArray], opsets: Mapping[str, int], nest: Nest) -> None:
+        captured = sorted(graph.captures())
+        self.fed = tuple(v for v in captured if v not in known)
+        constants = {**{v: known[v] for v in captured if v in known}, **graph.constants}
+        self._graph = replace(graph, constants=constants, opsets=opsets)
+        self._nest = nest
+        self._made: dict[tuple[ValueSpec, ...], Callable[..., list[Any]]] = {}
+
+    def bound(self, captured: tuple[Any, ...]) -> Subgraph:
+        return _Bound(self, captured)
+
+    @property
+    def graph(self) -> Graph:
+        return self._graph
+
+    def __call__(self, values: tuple[Any, ...]) -> list[Any]:
+        types = tuple(map(_type, values))
+        found = self._made.get(types)
+        if found is None:
+            names = (*self._graph.inputs, *self.fed)
+            graph = replace(self._graph, inputs=dict(zip(names, types, strict=True)))
+            found = self._made[types] = self._nest(graph)
+        return found(*values)
+
+
+def _type(value: Any) -> ValueSpec:
+    """The type of a value, for which a subgraph is planned: of a tensor, the element type."""
+    return TensorSpec((), value.dtype, ranked=False) if isinstance(value, np.ndarray) else value_spec(value)
+
+
+class _Bound:
+    """A body with the values that it captures: implements op.Subgraph."""
+
+    def __init__(self, body: _Body, captured: tuple[Any, ...]) -> None:
+        self._body, self._captured = body, captured
+        self.inputs = tuple(body.graph.inputs.values())
+        self.outputs = tuple(body.graph.outputs.values())
+
+    def __call__(self, *values: Any) -> list[Any]:
+        if len(values) != len(self.inputs):
+            raise PlanError(f"its subgraph has {len(self.inputs)} inputs, {len(values)} values are given")
+        return self._body(
+            (*(v if v is None or isinstance(v, (list, dict)) else np.asarray(v) for v in values), *self._captured)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +122,8 @@ class _Place:
 class Stages:
     """Plans a graph, stage by stage, each once. Finding a planned stage takes no lock; planning takes one."""
 
-    def __init__(self, graph: Graph, device: Device, registry: Registry, constants: Constants) -> None:
-        self._graph, self._device, self._registry = graph, device, registry
+    def __init__(self, graph: Graph, device: Device, registry: Registry, constants: Constants, nest: Nest) -> None:
+        self._graph, self._device, self._registry, self._nest = graph, device, registry, nest
         self._measure = measurer(device, constants)
         self._first: dict[Shapes, Stage] = {}
         self._recent: OrderedDict[Stage, _Place] = OrderedDict()
@@ -92,34 +149,60 @@ class Stages:
         self._touch(stage)
         return stage
 
-    def advance(self, stage: Stage, read: Read) -> tuple[Stage, Mapping[str, HostArray]]:
-        """The stage after `stage`, with what its eager nodes made."""
-        segment = stage.segment
+    def advance(
+        self, stage: Stage, read: Read, objects: MutableMapping[str, Any]
+    ) -> tuple[Stage, Mapping[str, HostArray]]:
+        """The stage after `stage`, with the arrays that its eager nodes made.
 
-        def value(name: str) -> HostArray:
-            known = segment.constants.get(name)
-            return read(name) if known is None else known
+        `objects` are the run's values that no arena holds; what eager nodes make of that kind is added.
+        """
+        segment = stage.segment
+        made: dict[str, Any] = {}
+
+        def value(name: str) -> Any:
+            for values in (made, objects, segment.constants):
+                if name in values:
+                    return values[name]
+            return read(name)
 
         told = {name: value(name) for name in segment.waits}
-        made: dict[str, HostArray] = {}
-        for placed in segment.eager:
-            with planning(placed.node):
-                arrays = placed.op.outputs(np, placed.site, [value(i) if i else None for i in placed.node.inputs])
-            made.update((n, np.asarray(a)) for n, a in zip(placed.node.outputs, arrays, strict=False) if n)
+        for eager in segment.eager:
+            with planning(eager.node):
+                made.update(self._run(stage, eager, value))
+        types = {k: value_spec(v) for k, v in made.items()}
         key: Told = (
             *((a.shape, a.tobytes()) for a in told.values()),
-            *((a.shape, a.dtype) for a in made.values()),
+            *((s.shape, s.dtype) if isinstance(s, TensorSpec) and is_plain(s) else (type(s),) for s in types.values()),
         )
         following = stage.next.get(key)
         if following is None:
             with self._planning:
                 following = stage.next.get(key)
                 if following is None:
-                    following = self._follow(stage, told, {k: spec_of(v) for k, v in made.items()})
+                    following = self._follow(stage, told, types)
                     stage.next[key] = following
                     self._keep(following, _Place(stage.next, key))
         self._touch(following)
-        return following, made
+        arrays = {k: v for k, v in made.items() if is_plain(types[k])}
+        objects.update((k, v) for k, v in made.items() if k not in arrays)
+        return following, arrays
+
+    def _run(self, stage: Stage, eager: Eager, value: Callable[[str], Any]) -> dict[str, Any]:
+        """What a node makes of actual values."""
+        op, node = eager.op, eager.node
+        ins = [value(i) if i else None for i in node.inputs]
+        tensors = tuple(v if isinstance(v, np.ndarray) else None for v in ins)
+        attrs = op.fill(node)
+        for name, graph in node.subgraphs:
+            body = stage.bodies.get(id(graph))
+            if body is None:
+                body = stage.bodies[id(graph)] = _Body(graph, stage.segment.constants, self._graph.opsets, self._nest)
+            attrs[name] = body.bound(tuple(map(value, body.fed)))
+        site = Site(node, attrs, tuple(None if v is None else spec_of(v) for v in tensors), tensors, opset=eager.opset)
+        if not op.host and not any(v is None and i for v, i in zip(tensors, node.inputs, strict=True)):
+            site = replace(site, outs=tuple(s for s in op.infer(site) if s is not None))
+        made = op.outputs(np, site, ins)
+        return {n: _value(v) for n, v in zip(node.outputs, made, strict=False) if n}
 
     def clear(self) -> None:
         """Forget every stage."""
@@ -144,33 +227,48 @@ class Stages:
 
     def _start(self, shapes: Shapes) -> Stage:
         inputs = self._graph.inputs
+        specs: dict[str, ValueSpec] = {
+            n: TensorSpec(shape, s.dtype) if isinstance(s, TensorSpec) and is_plain(s) else s
+            for (n, s), shape in zip(inputs.items(), shapes, strict=True)
+        }
         segment = specialize(
             self._graph.nodes,
-            specs={n: TensorSpec(s, spec.dtype) for (n, spec), s in zip(inputs.items(), shapes, strict=True)},
+            specs=specs,
             constants=self._graph.constants,
             outputs=self._graph.outputs,
             opsets=self._graph.opsets,
             registry=self._registry,
         )
-        return self._plan(segment, tuple(self._graph.outputs), {})
+        return self._plan(segment, tuple(self._graph.outputs), {}, specs)
 
-    def _follow(self, stage: Stage, told: Mapping[str, HostArray], made: Mapping[str, TensorSpec]) -> Stage:
+    def _follow(self, stage: Stage, told: Mapping[str, HostArray], made: Mapping[str, ValueSpec]) -> Stage:
         segment = stage.segment
         carried = {v: o for v, o in stage.plan.outputs.items() if v not in told and not o.constant}
         following = specialize(
             segment.rest,
-            specs={v: TensorSpec(o.shape, o.dtype) for v, o in carried.items()} | dict(made),
+            specs={v: TensorSpec(o.shape, o.dtype) for v, o in carried.items()} | dict(stage.objects) | dict(made),
             constants={**segment.constants, **told},
             outputs=stage.missing,
             opsets=self._graph.opsets,
             registry=self._registry,
         )
-        return self._plan(following, stage.missing, carried)
+        return self._plan(following, stage.missing, carried, {**stage.objects, **made})
 
-    def _plan(self, segment: Segment, wanted: tuple[str, ...], carried: Mapping[str, Operand]) -> Stage:
+    def _plan(
+        self,
+        segment: Segment,
+        wanted: tuple[str, ...],
+        carried: Mapping[str, Operand],
+        entering: Mapping[str, ValueSpec],
+    ) -> Stage:
         plan = lower(segment, self._device, self._measure, carried)
         final = tuple(o for o in wanted if o in plan.outputs)
-        missing = tuple(o for o in wanted if o not in plan.outputs)
+        missing = tuple(o for o in wanted if o not in plan.outputs and o not in segment.objects)
         if segment.is_last and missing:
             raise PlanError(f"output '{missing[0]}' is made by no node")
-        return Stage(plan, final, missing)
+        return Stage(plan, final, missing, {k: s for k, s in entering.items() if not is_plain(s)})
+
+
+def _value(made: Any) -> Any:
+    """What a node made, as a value: arrays, lists, dicts and None."""
+    return made if made is None or isinstance(made, (list, dict)) else np.asarray(made)

@@ -26,7 +26,7 @@ from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
 from infera_gpu.session import Session
-from infera_gpu.spec import TensorSpec, onnx_of_dtype, spec_of
+from infera_gpu.spec import TensorSpec, ValueSpec, onnx_of_dtype, spec_of
 from infera_gpu.specialize import check_supported
 
 TOLERANCE = 1e-4
@@ -175,8 +175,11 @@ def _wide(array: HostArray) -> HostArray:
 
 
 def _widened_graph(graph: Graph) -> Graph:
-    def wide(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        return {k: replace(s, dtype=_FLOAT64) if s.dtype in _NARROW else s for k, s in specs.items()}
+    def wide(specs: Mapping[str, ValueSpec]) -> dict[str, ValueSpec]:
+        return {
+            k: replace(s, dtype=_FLOAT64) if isinstance(s, TensorSpec) and s.dtype in _NARROW else s
+            for k, s in specs.items()
+        }
 
     return replace(
         graph,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,10 @@ def opset_of(op: Op, case: Case) -> int:
 
 
 def inputs_of(op: Op, case: Case) -> tuple[HostArray | None, ...]:
-    """The case's inputs, random ones from a seed of its own."""
+    """The case's inputs, random ones from a seed of its own; lists for the sequences of host operators."""
     rng = np.random.default_rng(zlib.crc32(f"{op.qualified} {case.id}".encode()))
-    return tuple(_random(rng, i, case) if isinstance(i, TensorSpec) else i for i in case.ins)
+    drawn: Any = tuple(_random(rng, i, case) if isinstance(i, TensorSpec) else i for i in case.ins)
+    return drawn  # type: ignore[no-any-return]
 
 
 def _random(rng: np.random.Generator, spec: TensorSpec, case: Case) -> HostArray:

@@ -36,15 +36,17 @@ def command(
     path = options.locate(model)
     with options.opened(path, device, threads) as session:
         _show_model(session)
-        given = read_feeds(input or [], session.inputs)
-        shapes = read_shapes(shape or [], session.inputs)
-        free = free_dimensions(session.inputs, {**shapes, **given})
+        given = read_feeds(input or [], session.tensor_inputs)
+        shapes = read_shapes(shape or [], session.tensor_inputs)
+        free = free_dimensions(session.tensor_inputs, {**shapes, **given})
         if free:
-            example = ",".join(str(d) if isinstance(d, int) else "1" for d in next(iter(session.inputs.values())).shape)
+            example = ",".join(
+                str(d) if isinstance(d, int) else "1" for d in next(iter(session.tensor_inputs.values())).shape
+            )
             name = next(iter(session.inputs))
             note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
             return
-        feeds = random_feeds(session.inputs, given, shapes, seed)
+        feeds = random_feeds(session.tensor_inputs, given, shapes, seed)
         plans = _show_plans(session, feeds)
         if svg is not None:
             _draw(plans, svg)

@@ -31,7 +31,11 @@ def command(
     if shape and not random:
         raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
     with options.opened(options.locate(model), device, threads) as session:
-        feeds = gather(session.inputs, input, shape, seed) if random else read_feeds(input or [], session.inputs)
+        feeds = (
+            gather(session.tensor_inputs, input, shape, seed)
+            if random
+            else read_feeds(input or [], session.tensor_inputs)
+        )
         with working("running"):
             outputs = session.run(feeds)
     if output:

@@ -45,7 +45,7 @@ def command(
     """
     path = options.locate(model)
     with options.opened(path, device, threads) as session:
-        feeds = gather(session.inputs, input, shape, seed)
+        feeds = gather(session.tensor_inputs, input, shape, seed)
         tested = session.device.name
         with working(f"running on {tested}"):
             got: Outputs = session.run(feeds)

@@ -16,15 +16,17 @@ from infera_gpu.devices import open_device
 from infera_gpu.errors import InputError
 from infera_gpu.loader import Source, read_metadata
 from infera_gpu.session import Session, load
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, TensorSpec, ValueSpec
 
 
 def _sized(session: Session, sizes: Mapping[str, int]) -> Session:
     """The session with symbols replaced by sizes."""
 
-    def sized(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    def sized(specs: Mapping[str, ValueSpec]) -> dict[str, ValueSpec]:
         return {
             name: replace(spec, shape=tuple(sizes.get(d, d) if isinstance(d, str) else d for d in spec.shape))
+            if isinstance(spec, TensorSpec)
+            else spec
             for name, spec in specs.items()
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.errors import InputError
-from infera_gpu.spec import Dim, DType, TensorSpec, dtype_of_onnx
+from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 
 _SPELLINGS = {"float32": "float", "float64": "double", "object": "string"}
 
@@ -16,6 +16,21 @@ _SPELLINGS = {"float32": "float", "float64": "double", "object": "string"}
 def type_name(dtype: DType) -> str:
     """onnxruntime's name of a tensor type: `tensor(float)`, `tensor(int64)`, `tensor(float8e4m3fn)`."""
     return f"tensor({_SPELLINGS.get(dtype.name, dtype.name.replace('_', ''))})"
+
+
+def spelled(spec: ValueSpec | None) -> str:
+    """onnxruntime's name of any type: `seq(tensor(float))`, `optional(tensor(int64))`, `map(int64,tensor(float))`."""
+    match spec:
+        case TensorSpec():
+            return type_name(spec.dtype)
+        case SequenceSpec():
+            return f"seq({spelled(spec.elem)})"
+        case OptionalSpec():
+            return f"optional({spelled(spec.elem)})"
+        case MapSpec():
+            return f"map({_SPELLINGS.get(spec.key.name, spec.key.name)},{spelled(spec.value)})"
+        case None:
+            return "undefined"
 
 
 def dtype_of(element_type: Any) -> DType:
@@ -40,8 +55,8 @@ class NodeArg:
     type: str
 
     @classmethod
-    def of(cls, name: str, spec: TensorSpec) -> NodeArg:
-        return cls(name, list(spec.shape), type_name(spec.dtype))
+    def of(cls, name: str, spec: ValueSpec) -> NodeArg:
+        return cls(name, list(spec.shape) if isinstance(spec, TensorSpec) else [], spelled(spec))
 
 
 @dataclass(frozen=True, slots=True)

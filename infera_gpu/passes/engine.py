@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,9 @@ def _has_axes(graph: Graph, producers: Mapping[str, Node], value: str) -> bool:
         seen.add(value)
         made_by = producers.get(value)
         known = graph.constants[value].shape if value in graph.constants else None
-        if value in graph.inputs:
-            known = graph.inputs[value].shape
+        spec = graph.inputs.get(value)
+        if isinstance(spec, TensorSpec):
+            known = spec.shape
         if known or (made_by is not None and made_by.op in _WITH_AXES):
             return True
         if made_by is not None and made_by.op in ("MatMul", "FusedMatMul"):

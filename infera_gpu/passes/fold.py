@@ -33,7 +33,7 @@ def _fold(
         return None
     opset = graph.opsets.get(node.domain, 1)
     op = registry.find(node.domain, node.op, opset)
-    if op is None or not op.pure:
+    if op is None or not op.pure or op.host:
         return None
     values = tuple(constants[i] if i else None for i in node.inputs)
     try:

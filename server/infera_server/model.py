@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from infera_gpu.errors import ModelError
+from infera_gpu.spec import tensors_of
 from infera_server.batcher import Batcher
 from infera_server.batching import Batching, derive
 from infera_server.errors import BadRequest, InternalError, RequestError, request_error
@@ -94,8 +96,14 @@ def open_session(path: Path, settings: Settings) -> Session:
     """Load an ONNX file with the runtime. Raises InferaError."""
     import infera_gpu
 
-    session: Session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings))
-    return session
+    session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings))
+    try:
+        tensors_of(session.inputs, "input")
+        tensors_of(session.outputs, "output")
+    except TypeError as error:
+        session.close()
+        raise ModelError(f"{path.name} cannot be served: {error}") from None
+    return cast(Session, session)
 
 
 def open_model(

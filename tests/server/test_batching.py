@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,6 +17,7 @@ from infera_gpu.errors import OutOfMemoryError, PlanError
 from infera_gpu.spec import Dim, TensorSpec
 from infera_server.batching import buckets_to, derive
 from infera_server.rows import Arrays, HostArray
+from infera_server.runtime import Session
 from tests.server.support import FakePlan, FakeSession, doubler, spec
 
 
@@ -155,13 +156,13 @@ def test_buckets_end_where_memory_does() -> None:
 # --- models of the runtime: what their graphs say ------------------------------------------------------------------
 
 
-def load(text: str, constants: Mapping[str, HostArray] | None = None) -> infera_gpu.Session:
+def load(text: str, constants: Mapping[str, HostArray] | None = None) -> Session:
     """A model in ONNX's text syntax with `constants` as initialisers."""
     graph = onnx.parser.parse_graph(text)
     for name, array in (constants or {}).items():
         graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    return infera_gpu.load(model, device="cpu")
+    return cast(Session, infera_gpu.load(model, device="cpu"))
 
 
 RNG = np.random.default_rng(0)
