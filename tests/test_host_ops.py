@@ -15,10 +15,11 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import infera_gpu
-from infera_gpu.op import Case, GraphText, Op
+from infera_gpu.op import Case, Op
 from infera_gpu.ops import registry
-from infera_gpu.spec import TensorSpec, onnx_of_dtype
+from infera_gpu.spec import TensorSpec
 from tests.cases import assert_close, inputs_of, opset_of
+from tests.protos import attributes, value_info
 
 
 def cases() -> Iterator[Any]:
@@ -27,25 +28,10 @@ def cases() -> Iterator[Any]:
             yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
 
 
-def tensor_info(name: str, array: Any) -> onnx.ValueInfoProto:
-    if isinstance(array, list):
-        kind = helper.make_tensor_type_proto(onnx_of_dtype(array[0].dtype if array else np.dtype(np.float32)), None)
-        return helper.make_value_info(name, helper.make_sequence_type_proto(kind))
-    return helper.make_tensor_value_info(name, onnx_of_dtype(array.dtype), array.shape)
-
-
 def model_of(op: Op, case: Case) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The case as a model, and what to feed it: what a case gives as arrays are initialisers."""
     ins = inputs_of(op, case)
     names = ["" if x is None else f"in{i}" for i, x in enumerate(ins)]
-    attrs = {
-        k: onnx.parser.parse_graph(v.text)
-        if isinstance(v, GraphText)
-        else numpy_helper.from_array(v)
-        if isinstance(v, np.ndarray)
-        else v
-        for k, v in case.attrs.items()
-    }
     outs = [f"out{i}" for i in range(case.n_outs)]
     fed = {n: x for n, x, c in zip(names, ins, case.ins, strict=True) if isinstance(c, (TensorSpec, list))}
     fixed = [
@@ -53,11 +39,11 @@ def model_of(op: Op, case: Case) -> tuple[onnx.ModelProto, dict[str, Any]]:
         for n, x in zip(names, ins, strict=True)
         if isinstance(x, np.ndarray) and n not in fed
     ]
-    node = helper.make_node(op.name, names, outs, domain=op.domain, **attrs)
+    node = helper.make_node(op.name, names, outs, domain=op.domain, **attributes(case.attrs))
     graph = helper.make_graph(
         [node],
         "case",
-        [tensor_info(n, x) for n, x in fed.items()],
+        [value_info(n, x) for n, x in fed.items()],
         [onnx.ValueInfoProto(name=o) for o in outs],
         fixed,
     )

@@ -24,6 +24,7 @@ from infera_gpu.op import Call, Case, Op, Registry, Site
 from infera_gpu.spec import TensorSpec, onnx_of_dtype, spec_of
 from tests.buffers import GuardedBuffers
 from tests.cases import assert_close, compute, inputs_of, opset_of, run, site_of, wrong
+from tests.protos import attributes, value_info
 
 OPS: tuple[Op, ...] = tuple(
     op
@@ -45,9 +46,8 @@ def oracle(op: Op, case: Case, ins: Sequence[HostArray | None], made: Sequence[T
     `made` are the specs expected of the outputs. Raises onnx.checker.ValidationError where the case is no valid model.
     """
     names = ["" if x is None else f"in{i}" for i, x in enumerate(ins)]
-    attrs = {k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in case.attrs.items()}
     outs = [f"out{i}" for i in range(case.n_outs)]
-    node = helper.make_node(op.name, names, outs, domain=op.domain, **attrs)
+    node = helper.make_node(op.name, names, outs, domain=op.domain, **attributes(case.attrs))
     fed = {f"in{i}": x for i, x in enumerate(ins) if x is not None and isinstance(case.ins[i], TensorSpec)}
     fixed = [
         numpy_helper.from_array(x, f"in{i}")
@@ -57,7 +57,7 @@ def oracle(op: Op, case: Case, ins: Sequence[HostArray | None], made: Sequence[T
     graph = helper.make_graph(
         [node],
         "case",
-        [helper.make_tensor_value_info(k, onnx_of_dtype(v.dtype), v.shape) for k, v in fed.items()],
+        [value_info(k, v) for k, v in fed.items()],
         [
             helper.make_tensor_value_info(o, onnx_of_dtype(s.dtype), [None] * s.ndim)
             for o, s in zip(outs, made, strict=False)
