@@ -10,6 +10,12 @@ import typer
 from infera_gpu.cli.console import table
 from infera_gpu.op import Op
 
+
+def _way(op: Op, kind: str, plain: str) -> str:
+    """How the device that prefers this kind of kernel runs the operator."""
+    return "host" if op.host else "view" if op.view else "kernel" if kind in op.kernels else plain
+
+
 COLUMNS = ("domain", "operator", "from opset", "CPU", "CUDA")
 
 
@@ -17,7 +23,8 @@ def support(ops: Iterable[Op]) -> list[tuple[str, ...]]:
     """One row under COLUMNS for each operator, its versions together; what differs between versions is listed.
 
     "kernel" is one that allocates nothing (CPU) or a Triton kernel (CUDA), for the types and shapes that it supports;
-    "plain" and "CuPy" are the operator's own function on NumPy and on CuPy; "NumPy" is a step on the host, with copies.
+    "plain" and "CuPy" are the operator's own function on NumPy and on CuPy; "NumPy" is a step on the host, with copies;
+    "host" runs there between two plans.
     """
     versions: dict[tuple[str, str], list[Op]] = {}
     for op in ops:
@@ -31,11 +38,8 @@ def support(ops: Iterable[Op]) -> list[tuple[str, ...]]:
             domain or "ai.onnx",
             name,
             ", ".join(str(op.since) for op in found),
-            joined("view" if op.view else "kernel" if "cpu" in op.kernels else "plain" for op in found),
-            joined(
-                "view" if op.view else "kernel" if "triton" in op.kernels else "CuPy" if op.portable else "NumPy"
-                for op in found
-            ),
+            joined(_way(op, "cpu", "plain") for op in found),
+            joined(_way(op, "triton", "CuPy" if op.portable else "NumPy") for op in found),
         )
         for (domain, name), found in sorted(versions.items())
     ]
@@ -69,6 +73,8 @@ Made by `infera ops --markdown > docs/operators.md`; a test compares. A version 
 - **view**: a window into its input; no step and no memory.
 - **plain**: the operator's own function on NumPy. **CuPy**: the same function on the GPU. **NumPy**: on the host, with
   the copies as steps of the plan.
+- **host**: between two plans, on values that no arena holds: sequences, maps, strings, the turns of a loop. What a loop
+  repeats is planned like everything else.
 - `If` needs no row: it is replaced by the branch that is taken.
 
 """

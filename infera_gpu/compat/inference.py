@@ -16,7 +16,7 @@ from infera_gpu.devices import open_device
 from infera_gpu.errors import InputError
 from infera_gpu.loader import Source, read_metadata
 from infera_gpu.session import Session, load
-from infera_gpu.spec import Array, TensorSpec, ValueSpec
+from infera_gpu.spec import Array, OptionalSpec, TensorSpec, ValueSpec
 
 
 def _sized(session: Session, sizes: Mapping[str, int]) -> Session:
@@ -112,7 +112,7 @@ class InferenceSession:
         return [check_name(name, self.session.outputs, "output") for name in given or self.session.outputs]
 
     def _feed(self, name: str, value: Any) -> Any:
-        if value is None:
+        if value is None and not isinstance(self.session.inputs.get(name), OptionalSpec):
             raise InputError(f"input '{name}' is None")
         return value.readable_on(self.session.device) if isinstance(value, OrtValue) else value
 
