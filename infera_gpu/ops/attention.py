@@ -1,0 +1,352 @@
+"""Attention, rotary embedding, caches written in place, and their recurrent relatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.ops._families import element_type, normalized, plain, shaped
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable import attention as portable
+
+_ATTENTION_23: dict[str, Any] = {
+    "is_causal": 0,
+    "kv_num_heads": None,
+    "q_num_heads": None,
+    "qk_matmul_output_mode": 0,
+    "scale": None,
+    "softcap": 0.0,
+    "softmax_precision": None,
+}
+
+
+def _heads(site: Site) -> tuple[int, int]:
+    """Query heads and key/value heads."""
+    q, k = site.spec(0), site.spec(1)
+    if q.ndim == 4:
+        found = int(q.dims[1]), int(k.dims[1])
+    else:
+        if site.attrs["q_num_heads"] is None or site.attrs["kv_num_heads"] is None:
+            raise site.fail(f"q_num_heads and kv_num_heads are required for {q}")
+        found = int(site.attrs["q_num_heads"]), int(site.attrs["kv_num_heads"])
+    if min(found) <= 0 or found[0] % found[1]:
+        raise site.fail(f"{found[0]} query heads do not share {found[1]} key heads evenly")
+    return found
+
+
+def _as_4d(site: Site, i: int, heads: int) -> tuple[int, ...]:
+    """Input i's shape as (batch, heads, sequence, size)."""
+    spec = site.spec(i)
+    if spec.ndim == 4:
+        return spec.dims
+    if spec.ndim != 3 or spec.dims[2] % heads:
+        raise site.fail(f"input {i} is {spec}, expected four axes, or three of which the last holds {heads} heads")
+    return spec.dims[0], heads, spec.dims[1], spec.dims[2] // heads
+
+
+def _infer_attention(site: Site) -> tuple[TensorSpec, ...]:
+    heads, kv_heads = _heads(site)
+    q, k, v = _as_4d(site, 0, heads), _as_4d(site, 1, kv_heads), _as_4d(site, 2, kv_heads)
+    if len({s.ndim for s in (site.spec(0), site.spec(1), site.spec(2))}) > 1:
+        raise site.fail(f"Q, K and V are {site.spec(0)}, {site.spec(1)} and {site.spec(2)}, expected one rank")
+    if q[0] != k[0] or k[:3] != v[:3] or q[3] != k[3]:
+        raise site.fail(f"Q {list(q)}, K {list(k)} and V {list(v)} do not fit (batch, heads, sequence, size)")
+    if site.has(4) != site.has(5) or (site.has(6) and site.has(4)):
+        raise site.fail("past_key and past_value come together, and not with nonpad_kv_seqlen")
+    total = k[2]
+    if site.has(4):
+        pk, pv = site.spec(4).dims, site.spec(5).dims
+        if len(pk) != 4 or (pk[:2], pk[3]) != (k[:2], k[3]) or pv != (*v[:2], pk[2], v[3]):
+            raise site.fail(f"past_key {list(pk)} and past_value {list(pv)} do not continue K {list(k)}, V {list(v)}")
+        total += pk[2]
+    if site.has(6) and site.spec(6).dims != (q[0],):
+        raise site.fail(f"nonpad_kv_seqlen is {site.spec(6)}, expected one length for each of {q[0]} rows")
+    dtype = site.spec(0).dtype
+    four = site.spec(0).ndim == 4
+    y = (q[0], heads, q[2], v[3]) if four else (q[0], q[2], heads * v[3])
+    return (
+        TensorSpec(y, dtype),
+        TensorSpec((*k[:2], total, k[3]), site.spec(1).dtype),
+        TensorSpec((*v[:2], total, v[3]), site.spec(2).dtype),
+        TensorSpec((q[0], heads, q[2], total), dtype),
+    )
+
+
+def _attention(
+    xp: Any,
+    site: Site,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None = None,
+    past_k: Array | None = None,
+    past_v: Array | None = None,
+    lengths: Array | None = None,
+) -> tuple[Array, ...]:
+    heads, kv_heads = _heads(site)
+    three = q.ndim == 3
+    if three:
+        q, k, v = (portable.split_heads(x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    if past_k is not None:
+        k, v = xp.concatenate((past_k, k), axis=2), xp.concatenate((past_v, v), axis=2)
+    queries, keys = q.shape[2], k.shape[2]
+    offset: Any = 0 if past_k is None else past_k.shape[2]
+    if lengths is not None:
+        offset = lengths - queries
+    left, right = site.attrs.get("left_window_size", -1), site.attrs.get("right_window_size", -1)
+    if site.attrs["is_causal"]:
+        right = 0
+    minus = xp.full((), -np.inf, q.dtype)
+    zero = xp.zeros((), q.dtype)
+    bias = None if mask is None else portable.additive(xp, mask, keys, q.dtype)
+    if left >= 0 or right >= 0:
+        seen = portable.within(xp, queries, keys, offset, left=left, right=right)
+        near = xp.where(seen, zero, minus)
+        bias = near if bias is None else bias + near
+    if lengths is not None:
+        there = xp.where(xp.arange(keys) < lengths.reshape(-1, 1, 1, 1), zero, minus)
+        bias = there if bias is None else bias + there
+    precision = site.attrs["softmax_precision"] and element_type(site, "softmax_precision")
+    y, scores = portable.attention(
+        xp,
+        q,
+        k,
+        v,
+        bias,
+        scale=site.attrs["scale"],
+        softcap=site.attrs["softcap"],
+        precision=precision or None,
+        shown=site.attrs["qk_matmul_output_mode"],
+    )
+    return (portable.merge_heads(y) if three else y), k, v, scores
+
+
+_MASK = np.random.default_rng(0).random((3, 5)) < 0.7
+_THREE = {"q_num_heads": 4, "kv_num_heads": 2}
+ATTENTION_CASES = (
+    Case("plain", (f32(2, 3, 4, 8), f32(2, 3, 6, 8), f32(2, 3, 6, 5))),
+    Case("one", (f32(1, 1, 1, 1), f32(1, 1, 1, 1), f32(1, 1, 1, 1))),
+    Case("grouped", (f32(2, 4, 3, 8), f32(2, 2, 5, 8), f32(2, 2, 5, 8)), {"is_causal": 1}),
+    Case("flat", (f32(2, 3, 32), f32(2, 5, 16), f32(2, 5, 16)), {**_THREE, "scale": 0.3}),
+    Case("mask", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), f32(3, 5))),
+    Case("bool_mask", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), _MASK)),
+    Case("softcap", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8)), {"softcap": 1.5}),
+    Case(
+        "past",
+        (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), None, f32(2, 3, 7, 8), f32(2, 3, 7, 8)),
+        {"is_causal": 1},
+        n_outs=3,
+    ),
+    Case(
+        "scores", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), f32(3, 5)), {"qk_matmul_output_mode": 2}, n_outs=4
+    ),
+    Case("weights", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8)), {"qk_matmul_output_mode": 3}, n_outs=4),
+)
+
+
+def _attention_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+    return Op("Attention", since, infer=_infer_attention, compute=plain(_attention), cases=cases, attrs=attrs)
+
+
+_WINDOW = {"left_window_size": -1, "right_window_size": -1}
+_LENGTHS = Case(
+    "lengths", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), None, None, None, np.array([4, 3])), {"is_causal": 1}
+)
+_ATTENTION = (
+    _attention_op(23, _ATTENTION_23, ATTENTION_CASES),
+    _attention_op(24, _ATTENTION_23, (*ATTENTION_CASES[:4], _LENGTHS)),
+    _attention_op(
+        25,
+        {**_ATTENTION_23, **_WINDOW},
+        (
+            *ATTENTION_CASES[:3],
+            Case(
+                "window",
+                (f32(1, 2, 6, 4), f32(1, 2, 6, 4), f32(1, 2, 6, 4)),
+                {"left_window_size": 2, "right_window_size": 1},
+            ),
+        ),
+    ),
+)
+
+
+def _rotary(xp: Any, site: Site, x: Array, cos: Array, sin: Array, at: Array | None = None) -> Array:
+    flat = x.ndim == 3
+    heads = int(site.attrs["num_heads"] or 0)
+    if flat and (heads <= 0 or x.shape[2] % heads):
+        raise site.fail(f"num_heads is {heads}, expected a divisor of {x.shape[2]}")
+    split = x.reshape(*x.shape[:2], heads, -1) if flat else x.transpose(0, 2, 1, 3)
+    width = int(site.attrs["rotary_embedding_dim"]) or split.shape[3]
+    if at is not None:
+        cos, sin = cos[at], sin[at]
+    if cos.shape[-1] != width // 2 or cos.shape != sin.shape:
+        raise site.fail(f"the caches are {list(cos.shape)} and {list(sin.shape)}, expected {width // 2} elements last")
+    made = portable.rotary(xp, split, cos, sin, width=width, interleaved=bool(site.attrs["interleaved"]))
+    return made.reshape(x.shape) if flat else made.transpose(0, 2, 1, 3)
+
+
+_AT = np.array([[3, 4, 5], [0, 1, 2]])
+_ROTARY = Op(
+    "RotaryEmbedding",
+    23,
+    infer=shaped(lambda site: site.spec(0).dims),
+    compute=plain(_rotary),
+    attrs={"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0},
+    cases=(
+        Case("heads", (f32(2, 4, 3, 8), f32(2, 3, 4), f32(2, 3, 4))),
+        Case("positions", (f32(2, 4, 3, 8), f32(50, 4), f32(50, 4), _AT)),
+        Case("flat", (f32(2, 3, 32), f32(50, 4), f32(50, 4), _AT), {"num_heads": 4}),
+        Case("interleaved", (f32(2, 4, 3, 8), f32(50, 4), f32(50, 4), _AT), {"interleaved": 1}),
+        Case("partial", (f32(2, 4, 3, 8), f32(50, 2), f32(50, 2), _AT), {"rotary_embedding_dim": 4}),
+    ),
+)
+
+
+def _cache_axis(site: Site) -> int:
+    cache, update = site.spec(0), site.spec(1)
+    (axis,) = normalized(site, [int(site.attrs["axis"])], cache.ndim)
+    same = [d for i, d in enumerate(cache.dims) if i != axis] == [d for i, d in enumerate(update.dims) if i != axis]
+    if axis == 0 or cache.ndim != update.ndim or not same or update.dims[axis] > cache.dims[axis]:
+        raise site.fail(f"an update of {update} does not fit {cache} along axis {axis}")
+    if site.attrs["mode"] not in ("linear", "circular"):
+        raise site.fail(f"mode is '{site.attrs['mode']}', expected linear or circular")
+    return axis
+
+
+def _tensor_scatter(xp: Any, site: Site, cache: Array, update: Array, at: Array | None = None) -> Array:
+    circular = site.attrs["mode"] == "circular"
+    return portable.tensor_scatter(xp, cache, update, at, axis=_cache_axis(site), circular=circular)
+
+
+def _infer_tensor_scatter(site: Site) -> tuple[TensorSpec]:
+    _cache_axis(site)
+    return (site.spec(0),)
+
+
+_TENSOR_SCATTER = Op(
+    "TensorScatter",
+    24,
+    infer=_infer_tensor_scatter,
+    compute=plain(_tensor_scatter),
+    attrs={"axis": -2, "mode": "linear"},
+    cases=(
+        Case("start", (f32(2, 3, 6, 4), f32(2, 3, 2, 4))),
+        Case("rows", (f32(2, 3, 6, 4), f32(2, 3, 2, 4), np.array([3, 4]))),
+        Case("circular", (f32(2, 6, 4), f32(2, 4, 4), np.array([5, 1])), {"mode": "circular", "axis": 1}),
+    ),
+)
+
+
+_RULES = {"linear": (False, False), "gated": (True, False), "delta": (False, True), "gated_delta": (True, True)}
+
+
+def _infer_linear(site: Site) -> tuple[TensorSpec, ...]:
+    heads, kv_heads = int(site.attrs["q_num_heads"]), int(site.attrs["kv_num_heads"])
+    rule = site.attrs["update_rule"]
+    if rule not in _RULES:
+        raise site.fail(f"update_rule is '{rule}', expected one of {', '.join(_RULES)}")
+    if (site.has(4), site.has(5)) != _RULES[rule]:
+        raise site.fail(f"update_rule '{rule}' takes decay: {_RULES[rule][0]}, beta: {_RULES[rule][1]}")
+    if kv_heads <= 0 or heads <= 0 or heads % kv_heads:
+        raise site.fail(f"{heads} query heads do not share {kv_heads} key heads evenly")
+    q, k, v = site.spec(0), site.spec(1), site.spec(2)
+    if any(s.ndim != 3 for s in (q, k, v)) or q.dims[2] % heads or k.dims[2] % kv_heads or v.dims[2] % kv_heads:
+        raise site.fail(f"query {q}, key {k} and value {v} do not hold {heads} and {kv_heads} heads")
+    if q.dims[:2] != k.dims[:2] or q.dims[:2] != v.dims[:2] or q.dims[2] // heads != k.dims[2] // kv_heads:
+        raise site.fail(f"query {q}, key {k} and value {v} do not fit each other")
+    size, out = q.dims[2] // heads, v.dims[2] // kv_heads
+    state = (q.dims[0], kv_heads, size, out)
+    if site.has(3) and site.spec(3).dims != state:
+        raise site.fail(f"past_state is {site.spec(3)}, expected {list(state)}")
+    if site.has(4) and site.spec(4).dims not in ((*q.dims[:2], kv_heads), (*q.dims[:2], kv_heads * size)):
+        raise site.fail(f"decay is {site.spec(4)}, expected {kv_heads} or {kv_heads * size} elements last")
+    if site.has(5) and site.spec(5).dims not in ((*q.dims[:2], kv_heads), (*q.dims[:2], 1)):
+        raise site.fail(f"beta is {site.spec(5)}, expected {kv_heads} elements last, or 1")
+    kept = site.spec(3).dtype if site.has(3) else q.dtype
+    return TensorSpec((*q.dims[:2], heads * out), q.dtype), TensorSpec(state, kept)
+
+
+def _linear(
+    xp: Any,
+    site: Site,
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Array | None = None,
+    decay: Array | None = None,
+    beta: Array | None = None,
+) -> tuple[Array, Array]:
+    _infer_linear(site)
+    heads, kv_heads = int(site.attrs["q_num_heads"]), int(site.attrs["kv_num_heads"])
+    return portable.linear_attention(
+        xp, q, k, v, state, decay, beta, heads=heads, kv_heads=kv_heads, scale=site.attrs["scale"]
+    )
+
+
+_SHARED = {"q_num_heads": 4, "kv_num_heads": 2}
+_QKV = (f32(2, 5, 32), f32(2, 5, 16), f32(2, 5, 12))
+_LINEAR = Op(
+    "LinearAttention",
+    27,
+    infer=_infer_linear,
+    compute=plain(_linear),
+    attrs={
+        "chunk_size": 64,
+        "kv_num_heads": REQUIRED,
+        "q_num_heads": REQUIRED,
+        "scale": 0.0,
+        "update_rule": "gated_delta",
+    },
+    cases=(
+        Case("linear", _QKV, {**_SHARED, "update_rule": "linear", "scale": 0.5}, n_outs=2),
+        Case("gated", (*_QKV, None, f32(2, 5, 16)), {**_SHARED, "update_rule": "gated"}, n_outs=2, high=0.0),
+        Case(
+            "delta",
+            (*_QKV, f32(2, 2, 8, 6), None, f32(2, 5, 1)),
+            {**_SHARED, "update_rule": "delta"},
+            n_outs=2,
+            low=0,
+            high=0.5,
+        ),
+        Case("both", (*_QKV, f32(2, 2, 8, 6), f32(2, 5, 2), f32(2, 5, 2)), _SHARED, n_outs=2, low=-0.5, high=0.0),
+    ),
+)
+
+
+def _infer_causal_conv(site: Site) -> tuple[TensorSpec, ...]:
+    x, w = site.spec(0), site.spec(1)
+    if x.ndim != 3 or w.ndim != 3 or w.dims[0] != x.dims[1] or w.dims[1] != 1 or not w.dims[2]:
+        raise site.fail(f"input {x} and weight {w} do not fit (batch, channels, length) and (channels, 1, k)")
+    state = (*x.dims[:2], w.dims[2] - 1)
+    if site.has(3) and site.spec(3).dims != state:
+        raise site.fail(f"past_state is {site.spec(3)}, expected {list(state)}")
+    if site.has(2) and site.spec(2).dims != (x.dims[1],):
+        raise site.fail(f"bias is {site.spec(2)}, expected {x.dims[1]} elements")
+    if site.attrs["activation"] not in ("none", "silu", "swish"):
+        raise site.fail(f"activation is '{site.attrs['activation']}', expected none, silu or swish")
+    return x, TensorSpec(state, x.dtype)
+
+
+def _causal_conv(
+    xp: Any, site: Site, x: Array, w: Array, bias: Array | None = None, state: Array | None = None
+) -> tuple[Array, Array]:
+    silu = None if site.attrs["activation"] == "none" else lambda y: y / (1 + xp.exp(-y))
+    return portable.causal_conv(xp, x, w, bias, state, activation=silu)
+
+
+_CAUSAL_CONV = Op(
+    "CausalConvWithState",
+    27,
+    infer=_infer_causal_conv,
+    compute=plain(_causal_conv),
+    attrs={"activation": "none"},
+    cases=(
+        Case("plain", (f32(2, 3, 7), f32(3, 1, 4)), n_outs=2),
+        Case("all", (f32(2, 3, 1), f32(3, 1, 4), f32(3), f32(2, 3, 3)), {"activation": "silu"}, n_outs=2),
+        Case("one", (f32(1, 1, 1), f32(1, 1, 1)), n_outs=2),
+    ),
+)
+
+OPS = (*_ATTENTION, _ROTARY, _TENSOR_SCATTER, _LINEAR, _CAUSAL_CONV)
