@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
 from infera_gpu.ops._families import element_type, normalized, plain, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
@@ -349,4 +349,42 @@ _CAUSAL_CONV = Op(
     ),
 )
 
-OPS = (*_ATTENTION, _ROTARY, _TENSOR_SCATTER, _LINEAR, _CAUSAL_CONV)
+
+def _flex(xp: Any, site: Site, q: Array, k: Array, v: Array) -> tuple[Array]:
+    """softmax(score_mod(q kᵀ scale)) v, the weights through prob_mod; the modifiers are subgraphs."""
+    if q.ndim != 4 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise site.fail(
+            f"Q {list(q.shape)} and K {list(k.shape)} are not (batch, heads, sequence, size) with shared heads"
+        )
+    wide = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+    precision = element_type(site, "softmax_precision", wide)
+    scale = site.attrs["scale"]
+    k, v = (portable.repeat_heads(xp, x, q.shape[1]) for x in (k, v))
+    scores = portable.matmul(xp, q.astype(precision), k.astype(precision).swapaxes(-1, -2))
+    scores = scores * precision.type(1 / np.sqrt(q.shape[-1]) if scale is None else scale)
+    score_mod, prob_mod = site.attrs["score_mod"], site.attrs["prob_mod"]
+    if score_mod is not None:
+        (scores,) = score_mod(scores)
+    weights = portable.softmax(xp, scores)
+    if prob_mod is not None:
+        (weights,) = prob_mod(weights)
+    return (portable.matmul(xp, weights.astype(v.dtype), v),)
+
+
+_TANH = GraphText("mod (float[B, H, L, S] s) => (float[B, H, L, S] t) { t = Tanh(s) }")
+_FLEX = Op(
+    "FlexAttention",
+    1,
+    domain="ai.onnx.preview",
+    infer=lambda site: (None,),
+    compute=_flex,
+    attrs={"prob_mod": None, "scale": None, "score_mod": None, "softmax_precision": None},
+    cases=(
+        Case("plain", (f32(2, 3, 4, 8), f32(2, 3, 6, 8), f32(2, 3, 6, 5))),
+        Case("grouped", (f32(1, 4, 3, 8), f32(1, 2, 5, 8), f32(1, 2, 5, 8)), {"score_mod": _TANH, "scale": 0.7}),
+        Case("weights", (f32(1, 2, 3, 8), f32(1, 2, 5, 8), f32(1, 2, 5, 8)), {"prob_mod": _TANH}),
+    ),
+    host=True,
+)
+
+OPS = (*_ATTENTION, _FLEX, _ROTARY, _TENSOR_SCATTER, _LINEAR, _CAUSAL_CONV)

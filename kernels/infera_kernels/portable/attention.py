@@ -189,7 +189,7 @@ def causal_conv(
     *,
     activation: Callable[[Array], Array] | None,
 ) -> tuple[Array, Array]:
-    """Depthwise convolution over (batch, channels, length) that looks back only; the state is the last k - 1 columns."""
+    """Depthwise convolution of (batch, channels, length) that looks back only. The state is the last k - 1 columns."""
     k = weight.shape[2]
     before = xp.zeros((*x.shape[:2], k - 1), x.dtype) if state is None else state
     padded = xp.concatenate((before, x), axis=2)
