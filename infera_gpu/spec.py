@@ -42,6 +42,10 @@ _ONNX_TO_NUMPY: dict[int, DType] = {
     20: np.dtype(ml_dtypes.float8_e5m2fnuz),
     21: np.dtype(ml_dtypes.uint4),
     22: np.dtype(ml_dtypes.int4),
+    23: np.dtype(ml_dtypes.float4_e2m1fn),
+    24: np.dtype(ml_dtypes.float8_e8m0fnu),
+    25: np.dtype(ml_dtypes.uint2),
+    26: np.dtype(ml_dtypes.int2),
 }
 _NUMPY_TO_ONNX: dict[DType, int] = {dtype: code for code, dtype in _ONNX_TO_NUMPY.items()}
 

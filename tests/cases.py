@@ -14,14 +14,14 @@ from infera_gpu.ops import registry
 from infera_gpu.spec import TensorSpec, spec_of
 
 OLDEST = 7
-"""The oldest opset that is supported here and by onnxruntime."""
+"""The oldest opset that onnxruntime supports: what cases run at unless they say another."""
 
 Variant = tuple[Site, tuple[HostArray | None, ...]]
 """A case at concrete shapes, with its inputs."""
 
 
 def opset_of(op: Op, case: Case) -> int:
-    return max(op.since, case.opset or 0, OLDEST if op.domain == "" else 1)
+    return max(op.since, case.opset or (OLDEST if op.domain == "" else 1))
 
 
 def inputs_of(op: Op, case: Case) -> tuple[HostArray | None, ...]:

@@ -1,14 +1,15 @@
-"""BatchNormalization for inference."""
+"""BatchNormalization for inference; in training mode, an operator of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Attrs
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.graph import Attrs, Node
+from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.norm import batch_norm
 
@@ -17,8 +18,8 @@ _PARAMETERS = ("scale", "bias", "mean", "variance")
 
 def _infer(site: Site) -> Sequence[TensorSpec]:
     x = site.spec(0)
-    if site.attrs.get("training_mode", 0) or len([o for o in site.node.outputs if o]) > 1:
-        raise site.fail("training mode is not supported; export the model for inference")
+    if len([o for o in site.node.outputs if o]) > 1:
+        raise site.fail("it has more than one output, which means training; export the model for inference")
     if x.ndim < 1:
         raise site.fail(f"input 0 is {x}, expected (batch, channels, ...)")
     for i, name in enumerate(_PARAMETERS, 1):
@@ -83,11 +84,52 @@ _PER_ELEMENT = Case(
 _ATTRS: Attrs = {"epsilon": 1e-5, "momentum": 0.9}
 _KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True)}
 
-OPS: tuple[Op, ...] = tuple(
-    Op("BatchNormalization", since, _infer, _compute, cases, {**_ATTRS, **more}, kernels=_KERNELS)
-    for since, cases, more in (
-        (7, (*_CASES, _PER_ELEMENT), {"spatial": 1}),
-        (9, _CASES, {}),
-        (14, _CASES, {"training_mode": 0}),
-    )
+
+def _expand(site: Site) -> Expansion | None:
+    """In training mode, an operator of its own."""
+    if not site.attrs.get("training_mode", 0):
+        return None
+    n = site.node
+    attrs = {name: site.attrs[name] for name in ("epsilon", "momentum")}
+    return Expansion((Node("TrainingBatchNormalization", n.inputs, n.outputs, attrs, "infera", n.name),))
+
+
+def _infer_training(site: Site) -> Sequence[TensorSpec]:
+    (x,) = _infer(replace(site, node=replace(site.node, outputs=site.node.outputs[:1])))
+    return x, site.spec(3), site.spec(4)
+
+
+def _train(xp: Any, site: Site, x: Array, scale: Array, bias: Array, mean: Array, variance: Array) -> Sequence[Array]:
+    """Normalised by the batch's own mean and variance, towards which the running ones move."""
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+    wide = x.astype(xp.float64)
+    own = wide.mean(axis=axes), wide.var(axis=axes)
+    momentum = site.attrs["momentum"]
+    running = [
+        (old * momentum + new * (1 - momentum)).astype(old.dtype)
+        for old, new in zip((mean, variance), own, strict=True)
+    ]
+    return _compute(xp, site, x, scale, bias, *own), *running
+
+
+_TRAINING = Op(
+    "TrainingBatchNormalization",
+    1,
+    _infer_training,
+    _train,
+    (replace(_case("images", 2, 3, 5, 7), n_outs=3), replace(_case("matrix", 4, 6, momentum=0.3), n_outs=3)),
+    _ATTRS,
+    domain="infera",
+)
+
+OPS: tuple[Op, ...] = (
+    _TRAINING,
+    *(
+        Op("BatchNormalization", since, _infer, _compute, cases, {**_ATTRS, **more}, kernels=_KERNELS, expand=_expand)
+        for since, cases, more in (
+            (7, (*_CASES, _PER_ELEMENT), {"spatial": 1}),
+            (9, _CASES, {}),
+            (14, _CASES, {"training_mode": 0}),
+        )
+    ),
 )

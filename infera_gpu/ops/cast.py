@@ -38,7 +38,10 @@ def _cast(name: str, since: int, target: Callable[[Site], DType], cases: tuple[C
         return (TensorSpec(site.spec(0).shape, target(site)),)
 
     def compute(xp: Any, site: Site, x: Array, *_: Array) -> Array:
-        return portable.cast(xp, x, target(site), saturate=bool(site.attrs.get("saturate", 1)))
+        rounding = site.attrs.get("round_mode", "up")
+        if rounding not in ("up", "down", "nearest"):
+            raise site.fail(f"round_mode is '{rounding}', expected up, down or nearest")
+        return portable.cast(xp, x, target(site), saturate=bool(site.attrs.get("saturate", 1)), rounding=rounding)
 
     kernels = elementwise(_bind, supports=_direct) | _triton.CAST
     return Op(name, since, infer, plain(compute), cases, attrs, kernels=kernels)

@@ -1,4 +1,4 @@
-"""Dropout for inference: the input itself, and a mask.
+"""Dropout: the input itself and a mask for inference; in training mode, an operator of its own that draws.
 
 From opset 12 on the mask keeps everything. Before, ONNX leaves it open and onnxruntime gives zeros, as here.
 """
@@ -10,16 +10,47 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Op, Site, f32
+from infera_gpu.graph import Node
+from infera_gpu.op import Case, Expansion, Op, Site, f32
+from infera_gpu.ops._families import plain
+from infera_gpu.ops.random import generator
 from infera_gpu.spec import Array, TensorSpec
 
 _TRAINING = 2
 
 
-def _infer(site: Site) -> Sequence[TensorSpec]:
+def _is_training(site: Site) -> bool:
     mode = site.value(_TRAINING)
-    if mode is not None and bool(mode):
-        raise site.fail("training mode is not supported; export the model for inference")
+    return mode is not None and bool(mode.reshape(-1)[0])
+
+
+def _expand(site: Site) -> Expansion | None:
+    if not _is_training(site):
+        return None
+    n = site.node
+    return Expansion(
+        (Node("TrainingDropout", n.inputs[:2], n.outputs, {"seed": site.attrs["seed"]}, "infera", n.name),)
+    )
+
+
+def _infer_training(site: Site) -> Sequence[TensorSpec]:
+    if site.has(1) and site.spec(1).size != 1:
+        raise site.fail(f"ratio is {site.spec(1)}, expected one number")
+    return site.spec(0), TensorSpec(site.spec(0).shape, np.dtype(np.bool_))
+
+
+def _train(xp: Any, site: Site, x: Array, ratio: Array | None = None) -> Sequence[Array]:
+    """Each element with probability `ratio` 0, the others scaled so that the mean stays."""
+    rate = 0.5 if ratio is None else float(np.asarray(ratio).reshape(-1)[0])
+    if not 0 <= rate < 1:
+        raise site.fail(f"ratio is {rate}, expected 0 to less than 1")
+    if rate == 0:
+        return x, np.ones(x.shape, np.bool_)
+    kept = generator(site.attrs["seed"]).uniform(0, 1, x.shape) >= rate
+    return (np.where(kept, x, 0) * (1 / (1 - rate))).astype(x.dtype), kept
+
+
+def _infer(site: Site) -> Sequence[TensorSpec]:
     x = site.spec(0)
     mask = TensorSpec(x.shape, x.dtype if site.opset < 10 else np.dtype(np.bool_))
     return (x, mask)[: max(1, len(site.node.outputs))]
@@ -36,11 +67,29 @@ _INPUTS = (
     Case("inference", (f32(3, 4), None, np.array(False)), {"seed": 1}),
 )
 
-OPS: tuple[Op, ...] = tuple(
-    Op("Dropout", since, _infer, _compute, cases, attrs, values=values, view=lambda x, site: x)
-    for since, cases, attrs, values in (
-        (7, _CASES, {"ratio": 0.5}, ()),
-        (10, _CASES + _MASK, {"ratio": 0.5}, ()),
-        (12, _CASES + _MASK + _INPUTS, {"seed": None}, (_TRAINING,)),
-    )
+_TRAINING_DROPOUT = Op(
+    "TrainingDropout",
+    1,
+    _infer_training,
+    plain(_train),
+    (
+        Case("half", (f32(3, 4),), n_outs=2),
+        Case("seeded", (f32(3, 4), np.array(0.25, np.float32)), {"seed": 3}, n_outs=2),
+    ),
+    {"seed": None},
+    domain="infera",
+    portable=False,
+    pure=False,
+)
+
+OPS: tuple[Op, ...] = (
+    _TRAINING_DROPOUT,
+    *(
+        Op("Dropout", since, _infer, _compute, cases, attrs, values=values, view=lambda x, site: x, expand=_expand)
+        for since, cases, attrs, values in (
+            (7, _CASES, {"ratio": 0.5}, ()),
+            (10, _CASES + _MASK, {"ratio": 0.5}, ()),
+            (12, _CASES + _MASK + _INPUTS, {"seed": None}, (_TRAINING,)),
+        )
+    ),
 )

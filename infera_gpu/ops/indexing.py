@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops._families import i64, movable, native, plain, single
+from infera_gpu.ops._families import i64, movable, native, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import indexing as cpu
 from infera_kernels.portable import indexing as portable
@@ -265,9 +265,12 @@ _16, _18 = ("add", "mul"), ("max", "min")
 def _one_hot_dims(site: Site) -> tuple[int, int]:
     """The axis among the output's, and the depth."""
     rank = site.spec(0).ndim + 1
-    depth = single(site, 1, "depth") or 0
+    given = site.value(1)
+    if given is None or given.size != 1 or given.dtype.kind not in "iuf":
+        raise site.fail(f"depth is {site.ins[1]}, expected one number that is known while planning")
+    depth = int(given.reshape(-1)[0]) if np.isfinite(given).all() else -1
     if depth < 0:
-        raise site.fail(f"depth is {depth}, expected at least 0")
+        raise site.fail(f"depth is {given.reshape(-1)[0]}, expected at least 0")
     return site.axis(rank=rank), depth
 
 

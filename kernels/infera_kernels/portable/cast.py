@@ -10,9 +10,10 @@ import numpy as np
 from infera_kernels.calls import Array
 
 
-def cast(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool = True) -> Array:
+def cast(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool = True, rounding: str = "up") -> Array:
     """`x` as `dtype`. Into float8, values out of range become the largest finite one (`saturate`) or inf or NaN.
 
+    Into float8_e8m0, powers of two, values are rounded "up", "down" or to the "nearest".
     Text is read as numbers, and numbers are written as text with as many digits as tell their values apart.
     Raises ValueError where a text is not a number.
     """
@@ -20,9 +21,27 @@ def cast(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool = True) -> A
         return _parsed(x, dtype)
     if dtype.kind == "O":
         return _written(x)
+    if dtype.name == "float8_e8m0fnu":
+        return _power_of_two(xp, x.astype(np.float32), saturate=saturate, rounding=rounding).view(dtype)
     if dtype.name.startswith("float8"):
         return _float8(xp, x.astype(np.float32), dtype, saturate=saturate)
     return x.astype(dtype)
+
+
+def _power_of_two(xp: Any, x: Array, *, saturate: bool, rounding: str) -> Array:
+    """The exponent of float32 values as bits of float8_e8m0: the sign is lost, infinities are NaN (255)."""
+    bits = x.view(np.uint32)
+    exponent = (bits >> 23) & 0xFF
+    rest = bits & 0x7FFFFF
+    half = 0x400000
+    if rounding == "up":
+        more = rest > 0
+    elif rounding == "nearest":
+        more = (rest > half) | ((rest == half) & (exponent > 0))
+    else:
+        more = xp.zeros(bits.shape, np.bool_)
+    more = more & (exponent < (0xFE if saturate else 0xFF))
+    return xp.where(exponent == 0xFF, 0xFF, exponent + more).astype(np.uint8)
 
 
 def _float8(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool) -> Array:

@@ -15,6 +15,13 @@ import numpy as np
 
 from infera_kernels.calls import Array
 
+
+def _unrounded(scale: float, size: int, out: int) -> float:
+    """What the size of the output would be without rounding: ONNX aligns the corners of that."""
+    length = float(scale) * size
+    return out if abs(length - out) < 1e-4 * out else length
+
+
 # name -> f(x, scale, size, out, roi): the source coordinate of output element x. `out` is the output's size and
 # `scale * size` what it would be without rounding. In float32, because ties must fall as in other runtimes.
 COORDINATES: Mapping[str, Callable[[Array, Any, int, int, tuple[float, float]], Array]] = MappingProxyType(
@@ -25,6 +32,9 @@ COORDINATES: Mapping[str, Callable[[Array, Any, int, int, tuple[float, float]], 
         ),
         "pytorch_half_pixel": lambda x, scale, size, out, roi: (x + 0.5) / scale - 0.5 if out > 1 else 0 * x,
         "align_corners": lambda x, scale, size, out, roi: x * (size - 1) / (out - 1) if out > 1 else 0 * x,
+        "align_unrounded_corners": lambda x, scale, size, out, roi: (
+            x * (size - 1) / (_unrounded(scale, size, out) - 1) if out > 1 else 0 * x
+        ),
         "asymmetric": lambda x, scale, size, out, roi: x / scale,
         "tf_half_pixel_for_nn": lambda x, scale, size, out, roi: (x + 0.5) / scale,
         "tf_crop_and_resize": lambda x, scale, size, out, roi: (

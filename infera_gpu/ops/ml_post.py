@@ -1,0 +1,64 @@
+"""What ai.onnx.ml's models end with: labels, and transformations of scores. Declares no operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import Op, Site
+from infera_gpu.spec import Array
+
+
+def labels_of(site: Site, ints: str) -> Array:
+    """The classes' labels, from `classlabels_strings` or the attribute named. Raises PlanError where there are none."""
+    words, numbers = site.attrs["classlabels_strings"], site.attrs[ints]
+    if not words and not numbers:
+        raise site.fail(f"it has no labels: expected {ints} or classlabels_strings")
+    return np.asarray(words, object) if words else np.asarray(numbers, np.int64)
+
+
+def winners(scores: Array) -> Array:
+    """The class with the highest score in each row, the first of equals."""
+    return scores.argmax(axis=1)
+
+
+def _softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def _softmax_zero(x: Array) -> Array:
+    """Softmax over what is not 0; zeros stay."""
+    e = np.where(np.abs(x) > 1e-7, np.exp(x - x.max(axis=1, keepdims=True)), 0)
+    total = e.sum(axis=1, keepdims=True)
+    return e / np.where(total == 0, 1, total)
+
+
+def _probit(x: Array) -> Array:
+    """√2 erf⁻¹(2x - 1), by Winitzki's approximation as onnxruntime computes it."""
+    y = 2 * x.astype(np.float32) - 1
+    log = np.log((1 - y) * (1 + y))
+    v = 2 / (np.float32(3.14159265358979323846) * np.float32(0.147)) + np.float32(0.5) * log
+    root = np.sqrt(-v + np.sqrt(v * v - log / np.float32(0.147)))
+    return np.float32(1.41421356) * np.sign(y) * root
+
+
+TRANSFORMS: dict[str, Any] = {
+    "NONE": lambda x: x,
+    "SOFTMAX": _softmax,
+    "LOGISTIC": lambda x: 1 / (1 + np.exp(-x)),
+    "SOFTMAX_ZERO": _softmax_zero,
+    "PROBIT": _probit,
+}
+
+
+def post_transform(site: Site, scores: Array, name: str | None = None) -> Array:
+    """The scores (rows, classes) as the attribute `post_transform` says, or `name`."""
+    name = site.attrs["post_transform"] if name is None else name
+    if name not in TRANSFORMS:
+        raise site.fail(f"post_transform is '{name}', expected one of {', '.join(TRANSFORMS)}")
+    return np.asarray(TRANSFORMS[name](scores)).astype(scores.dtype)
+
+
+OPS: tuple[Op, ...] = ()
