@@ -55,7 +55,8 @@ def _side(site: Site, side: str) -> tuple[Array, str]:
 
 
 def _encoded_dtype(site: Site) -> np.dtype[Any]:
-    return _side(site, "values")[0].dtype
+    dtype: np.dtype[Any] = _side(site, "values")[0].dtype
+    return dtype
 
 
 def _encode(xp: Any, site: Site, x: Array) -> Array:
@@ -472,7 +473,7 @@ def _dict_vector(xp: Any, site: Site, given: dict[Any, Any]) -> tuple[Array]:
 
 def _cast_map(xp: Any, site: Site, given: dict[Any, Any]) -> tuple[Array]:
     """A map from integers to values as one row, in the order of its keys; SPARSE puts each at its key's place."""
-    to = {"TO_FLOAT": float, "TO_INT64": lambda v: int(float(v)), "TO_STRING": str}
+    to: dict[str, Callable[[Any], Any]] = {"TO_FLOAT": float, "TO_INT64": lambda v: int(float(v)), "TO_STRING": str}
     if site.attrs["cast_to"] not in to or site.attrs["map_form"] not in ("DENSE", "SPARSE"):
         raise site.fail(f"cast_to '{site.attrs['cast_to']}' or map_form '{site.attrs['map_form']}' is unknown")
     change = to[site.attrs["cast_to"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -58,7 +58,7 @@ def _full_match(xp: Any, site: Site, x: Array) -> tuple[Array]:
     return (np.array([pattern.fullmatch(s) is not None for s in x.flat], np.bool_).reshape(x.shape),)
 
 
-_CHANGES = {"NONE": str, "LOWER": str.lower, "UPPER": str.upper}
+_CHANGES: dict[str, Callable[[str], str]] = {"NONE": str, "LOWER": str.lower, "UPPER": str.upper}
 
 
 def _normalize(xp: Any, site: Site, x: Array) -> tuple[Array]:
