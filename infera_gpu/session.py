@@ -20,6 +20,7 @@ from infera_gpu.lease import Lease
 from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import optimize
+from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import (
     Array,
@@ -53,7 +54,7 @@ def load(
 
     Raises ModelError (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
     """
-    graph = load_graph(model)
+    graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None:
         from threadpoolctl import ThreadpoolController

@@ -106,7 +106,7 @@ def model_of(op: Op, case: Case, wrong: Wrong, *, constant: bool) -> tuple[onnx.
         [numpy_helper.from_array(x, k) for k, x in given.items() if k in fixed],
     )
     opsets = [helper.make_opsetid("", opset_of(op, case) if not op.domain else 17)]
-    opsets += [helper.make_opsetid(op.domain, 1)] if op.domain else []
+    opsets += [helper.make_opsetid(op.domain, opset_of(op, case))] if op.domain else []
     return helper.make_model(graph, opset_imports=opsets), {k: x for k, x in given.items() if k not in fixed}
 
 

@@ -84,6 +84,17 @@ def element_type(site: Site, name: str, default: DType | None = None) -> DType:
         raise site.fail(f"{name}: element type {code} is not supported") from None
 
 
+def requiring(infer: Infer, *inputs: int) -> Infer:
+    """`infer`, after making sure that these inputs are present."""
+
+    def checked(site: Site) -> Sequence[TensorSpec | None]:
+        for i in inputs:
+            site.spec(i)
+        return infer(site)
+
+    return checked
+
+
 def shaped(shape: Callable[[Site], Sequence[int]], dtype: DType | None = None) -> Infer:
     """Output 0 has the shape that `shape(site)` gives, and input 0's dtype unless another is given."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
-from infera_gpu.ops._families import element_type, normalized, plain, shaped
+from infera_gpu.ops._families import element_type, normalized, plain, requiring, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 
@@ -191,7 +191,7 @@ _AT = np.array([[3, 4, 5], [0, 1, 2]])
 _ROTARY = Op(
     "RotaryEmbedding",
     23,
-    infer=shaped(lambda site: site.spec(0).dims),
+    infer=requiring(shaped(lambda site: site.spec(0).dims), 1, 2),
     compute=plain(_rotary),
     attrs={"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0},
     cases=(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import plain
-from infera_gpu.spec import TensorSpec
+from infera_gpu.spec import Array, TensorSpec
 
 _ELLIPSIS = "..."
 
@@ -25,6 +26,13 @@ def _parse(equation: str) -> tuple[list[str], str]:
         once = "".join(sorted(label for label, n in counts.items() if n == 1))
         output = (_ELLIPSIS if _ELLIPSIS in left else "") + once
     return terms, output
+
+
+def _einsum(xp: Any, site: Site, *ins: Array) -> Array:
+    """Half-precision operands are added up in float32, and the result rounded once."""
+    half = ins[0].dtype.itemsize == 2 and ins[0].dtype.kind not in "iu"
+    wide = [x.astype(np.float32) for x in ins] if half else list(ins)
+    return xp.einsum(str(site.attrs["equation"]), *wide, optimize=True).astype(ins[0].dtype)
 
 
 def _einsum_spec(site: Site) -> tuple[TensorSpec]:
@@ -73,7 +81,7 @@ OPS: tuple[Op, ...] = (
         "Einsum",
         12,
         infer=_einsum_spec,
-        compute=plain(lambda xp, site, *ins: xp.einsum(str(site.attrs["equation"]), *ins, optimize=True)),
+        compute=plain(_einsum),
         attrs={"equation": REQUIRED},
         cases=(
             Case("matmul", (f32(2, 3), f32(3, 4)), {"equation": "ij,jk->ik"}),

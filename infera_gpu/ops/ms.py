@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Compute, Infer, Op, Site, f32, same_as
-from infera_gpu.ops._families import plain
+from infera_gpu.ops._families import plain, requiring
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import activation
 from infera_kernels.portable import attention as portable
@@ -17,10 +17,18 @@ DOMAIN = "com.microsoft"
 F32 = np.dtype(np.float32)
 
 
-def ms_op(name: str, infer: Infer, compute: Any, cases: tuple[Case, ...], domain: str = DOMAIN, **attrs: Any) -> Op:
-    """A declaration of version 1."""
+def ms_op(
+    name: str,
+    infer: Infer,
+    compute: Any,
+    cases: tuple[Case, ...],
+    domain: str = DOMAIN,
+    needs: tuple[int, ...] = (),
+    **attrs: Any,
+) -> Op:
+    """A declaration of version 1. `needs` are the inputs that must be present."""
     wrapped: Compute = plain(compute)
-    return Op(name, 1, infer, wrapped, cases, attrs, domain=domain)
+    return Op(name, 1, requiring(infer, *needs), wrapped, cases, attrs, domain=domain)
 
 
 def _wide(x: Array) -> Array:
@@ -50,7 +58,7 @@ def _quick_gelu(xp: Any, site: Site, x: Array) -> Array:
 
 _ACTIVATIONS = (
     ms_op("Gelu", same_as(), _gelu, (Case("matrix", (f32(3, 5),)), Case("empty", (f32(0, 2),)))),
-    ms_op("BiasGelu", same_as(), _gelu, (Case("bias", (f32(2, 3, 5), f32(5))),)),
+    ms_op("BiasGelu", same_as(), _gelu, (Case("bias", (f32(2, 3, 5), f32(5))),), needs=(1,)),
     ms_op("FastGelu", same_as(), _fast_gelu, (Case("plain", (f32(3, 5),)), Case("bias", (f32(2, 3, 5), f32(5))))),
     ms_op(
         "QuickGelu",
@@ -94,6 +102,13 @@ def _skip(simple: bool) -> Any:
     return compute
 
 
+def _infer_simplified(site: Site) -> tuple[TensorSpec, TensorSpec]:
+    x = site.spec(0)
+    if not x.ndim or not x.dims[-1] or site.spec(1).dims != x.dims[-1:]:
+        raise site.fail(f"X {x} and scale {site.spec(1)} do not fit each other")
+    return x, TensorSpec((*x.dims[:-1], 1), F32)
+
+
 def _simplified(xp: Any, site: Site, x: Array, scale: Array) -> tuple[Array, Array]:
     if site.attrs["axis"] not in (-1, x.ndim - 1):
         raise site.fail(f"axis is {site.attrs['axis']}, only the last one is supported")
@@ -103,7 +118,7 @@ def _simplified(xp: Any, site: Site, x: Array, scale: Array) -> tuple[Array, Arr
 
 def _infer_embed(site: Site) -> tuple[TensorSpec, ...]:
     ids, words = site.spec(0), site.spec(2)
-    if ids.ndim != 2 or words.ndim != 2:
+    if ids.ndim != 2 or words.ndim != 2 or {site.spec(i).dims for i in (5, 6)} != {words.dims[1:]}:
         raise site.fail(f"input_ids {ids} and word_embedding {words}: expected two axes each")
     made = TensorSpec((*ids.dims, words.dims[1]), words.dtype)
     return made, TensorSpec((ids.dims[0],), np.dtype(np.int32)), made
@@ -139,6 +154,7 @@ _NORMS = (
             Case("shared", (f32(2, 3, 8), f32(3, 8), f32(8))),
         ),
         epsilon=1e-12,
+        needs=(0, 1, 2),
     ),
     ms_op(
         "SkipSimplifiedLayerNormalization",
@@ -149,10 +165,11 @@ _NORMS = (
             Case("bias", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8))),
         ),
         epsilon=1e-12,
+        needs=(0, 1, 2),
     ),
     ms_op(
         "SimplifiedLayerNormalization",
-        lambda site: (site.spec(0), TensorSpec((*site.spec(0).dims[:-1], 1), F32)),
+        _infer_simplified,
         _simplified,
         (Case("plain", (f32(2, 3, 8), f32(8))),),
         domain="",
@@ -170,6 +187,7 @@ _NORMS = (
         ),
         epsilon=1e-12,
         mask_index_type=0,
+        needs=(0, 2, 3, 5, 6),
     ),
 )
 
@@ -205,6 +223,12 @@ def _infer_fused(site: Site) -> tuple[TensorSpec]:
 
 def _fused(xp: Any, site: Site, a: Array, b: Array) -> Array:
     return portable.matmul(xp, *_operands(site, a, b)) * a.dtype.type(site.attrs["alpha"])
+
+
+def _infer_dynamic(site: Site) -> tuple[TensorSpec]:
+    if site.spec(0).dtype != F32:
+        raise site.fail(f"A is {site.spec(0)}, expected float32")
+    return _infer_quantized(site)
 
 
 def _infer_quantized(site: Site) -> tuple[TensorSpec]:
@@ -302,6 +326,7 @@ _PRODUCTS = (
         transB=0,
         transBatchA=0,
         transBatchB=0,
+        needs=(0, 1),
     ),
     ms_op(
         "MatMulIntegerToFloat",
@@ -323,10 +348,11 @@ _PRODUCTS = (
                 high=50,
             ),
         ),
+        needs=(0, 1, 2, 3),
     ),
     ms_op(
         "DynamicQuantizeMatMul",
-        _infer_quantized,
+        _infer_dynamic,
         _dynamic,
         (
             Case(
@@ -334,6 +360,7 @@ _PRODUCTS = (
             ),
             Case("columns", (f32(2, 4), TensorSpec((4, 3), _U8), _SCALES, None, f32(3)), low=0, high=3),
         ),
+        needs=(0, 1, 2),
     ),
     ms_op(
         "MatMulNBits",
@@ -346,6 +373,7 @@ _PRODUCTS = (
         bits=4,
         block_size=REQUIRED,
         weight_prepacked=0,
+        needs=(0, 1, 2),
     ),
 )
 
@@ -520,6 +548,7 @@ _ATTENTION = (
         num_heads=0,
         rotary_embedding_dim=0,
         scale=1.0,
+        needs=(0, 1, 2, 3),
     ),
 )
 

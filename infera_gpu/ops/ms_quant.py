@@ -42,6 +42,8 @@ def quantized(name: str, operands: int, plain: Plain, shape: Shape, cases: tuple
     n = 3 * operands
 
     def infer(site: Site) -> tuple[TensorSpec]:
+        for i in (*range(0, n, 3), *range(1, n, 3), n):
+            site.spec(i)
         _scalars(site, *(i for i in range(n + 2) if i % 3), n)
         return (TensorSpec(shape(site), site.spec(0).dtype),)
 
@@ -125,7 +127,9 @@ def _infer_concat(site: Site) -> tuple[TensorSpec]:
         if (*dims[:axis], *dims[axis + 1 :]) != (*first.dims[:axis], *first.dims[axis + 1 :]) or not dims:
             raise site.fail(f"input {i} is {site.spec(i)}, which does not continue {first} along axis {axis}")
         total += dims[axis]
+        site.spec(i + 1)
         _scalars(site, i + 1, i + 2)
+    site.spec(0)
     _scalars(site, 0, 1)
     return (TensorSpec((*first.dims[:axis], total, *first.dims[axis + 1 :]), site.spec(1).dtype),)
 

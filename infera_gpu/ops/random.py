@@ -75,7 +75,7 @@ def _bernoulli(xp: Any, site: Site, x: Array) -> Array:
     chances = np.asarray(x, np.float64)
     if not ((chances >= 0) & (chances <= 1)).all():
         raise site.fail("its input has elements that are no probabilities, expected 0 to 1")
-    return generator(site.attrs["seed"]).binomial(1, p=chances).astype(_like(site))
+    return np.asarray(generator(site.attrs["seed"]).binomial(1, p=chances)).astype(_like(site))
 
 
 def _multinomial(xp: Any, site: Site, x: Array) -> Array:
