@@ -266,8 +266,10 @@ def _one_hot_dims(site: Site) -> tuple[int, int]:
     """The axis among the output's, and the depth."""
     rank = site.spec(0).ndim + 1
     given = site.value(1)
-    if given is None or given.size != 1 or given.dtype.kind not in "iuf":
-        raise site.fail(f"depth is {site.ins[1]}, expected one number that is known while planning")
+    if given is None or given.dtype.kind not in "iuf":
+        raise site.fail(f"depth is {site.ins[1]}, expected a number that is known while planning")
+    if given.size != 1:
+        raise site.fail(f"depth (input 1) has {given.size} values {given.reshape(-1)[:9].tolist()}, expected one")
     depth = int(given.reshape(-1)[0]) if np.isfinite(given).all() else -1
     if depth < 0:
         raise site.fail(f"depth is {given.reshape(-1)[0]}, expected at least 0")
