@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import movable
 from infera_gpu.ops.ml_post import labels_of, post_transform, winners
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import trees as cpu
@@ -18,9 +19,6 @@ TRANSFORMS = ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO", "PROBIT")
 
 Packed = tuple[cpu.Forest, Array, Array]
 """The forest, each node's weights for every target, and which of them it names."""
-
-# A node's attributes never change: packed once, let go with the node.
-_PACKED: dict[int, tuple[Any, Packed]] = {}
 
 
 def _depth(site: Site, children: Array, roots: Array) -> int:
@@ -191,19 +189,13 @@ def _version_5(site: Site) -> Packed:
 
 
 def _packed(site: Site, kind: str, targets: int) -> Packed:
-    key = id(site.node.attrs)
-    found = _PACKED.get(key)
-    if found is None or found[0] is not site.node.attrs:
-        made = _version_5(site) if not kind else _classic(site, kind, targets)
-        if len(_PACKED) > 64:
-            _PACKED.clear()
-        found = _PACKED[key] = (site.node.attrs, made)
-    return found[1]
+    return _classic(site, kind, targets) if kind else _version_5(site)
 
 
-def _scores(site: Site, x: Array, kind: str, targets: int, how: str) -> tuple[Array, Array]:
+def _scores(site: Site, packed: Packed, x: Array, how: str) -> tuple[Array, Array]:
     """Each row's scores, and which targets its leaves have named."""
-    forest, weights, hit = _packed(site, kind, targets)
+    forest, weights, hit = packed
+    targets = weights.shape[1]
     wide = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
     found = cpu.leaves(forest, wide.reshape(-1, x.shape[-1]))
     everywhere = targets == 1 or site.attrs.get("base_values") is None
@@ -228,12 +220,11 @@ def _base(site: Site, scores: Array, named: Array | None = None) -> Array:
     return scores + (base if named is None or scores.shape[1] == 1 else np.where(named, base, 0))
 
 
-def _regress(xp: Any, site: Site, x: Array) -> Array:
-    targets = _targets(site)
+def _regress(site: Site, packed: Packed, x: Array) -> Array:
     how = site.attrs["aggregate_function"]
     if how not in AGGREGATES:
         raise site.fail(f"aggregate_function is '{how}', expected one of {', '.join(AGGREGATES)}")
-    scores = _base(site, *_scores(site, x, "target", targets, how))
+    scores = _base(site, *_scores(site, packed, x, how))
     return post_transform(site, scores.astype(np.float32))
 
 
@@ -244,20 +235,20 @@ def _targets(site: Site) -> int:
     return targets
 
 
-def _ensemble(xp: Any, site: Site, x: Array) -> Array:
+def _ensemble(site: Site, packed: Packed, x: Array) -> Array:
     how, post = int(site.attrs["aggregate_function"]), int(site.attrs["post_transform"])
     if not 0 <= how < len(AGGREGATES) or not 0 <= post < len(TRANSFORMS):
         raise site.fail(f"aggregate_function {how} or post_transform {post} is unknown")
-    scores, _ = _scores(site, x, "", int(site.attrs["n_targets"] or 1), AGGREGATES[how])
+    scores, _ = _scores(site, packed, x, AGGREGATES[how])
     return post_transform(site, scores.astype(x.dtype), TRANSFORMS[post])
 
 
-def _classify(xp: Any, site: Site, x: Array) -> tuple[Array, Array]:
+def _classify(site: Site, packed: Packed, x: Array) -> tuple[Array, Array]:
     labels = labels_of(site, "classlabels_int64s")
     classes = len(labels)
     ids = set(site.attrs["class_ids"] or ())
     binary = classes == 2 and len(ids) == 1
-    scores, named = _scores(site, x, "class", classes, "SUM")
+    scores, named = _scores(site, packed, x, "SUM")
     forest_ids = next(iter(ids)) if binary else 0
     if not binary:
         scores = _base(site, scores, named)
@@ -283,6 +274,35 @@ def _two(site: Site, score: Array, *, positive: bool) -> Array:
         return post_transform(site, np.stack((1 - score, score), axis=1))
     columns = np.stack((1 - score if positive and post == "NONE" else -score, score), axis=1)
     return post_transform(site, columns)
+
+
+Run = Callable[[Site, Packed, Array], Array | tuple[Array, Array]]
+
+
+def _targets_of(site: Site, kind: str) -> int:
+    if kind == "class":
+        return len(labels_of(site, "classlabels_int64s"))
+    return _targets(site) if kind else int(site.attrs["n_targets"] or 1)
+
+
+def _ways(run: Run, kind: str) -> dict[str, Any]:
+    """`compute`, which packs the trees each time, and a kernel that packs them once a plan."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        packed = _packed(site, kind, _targets_of(site, kind))
+
+        def call(x: Array, *outs: Array) -> None:
+            made = run(site, packed, x)
+            for out, array in zip(outs, made if isinstance(made, tuple) else (made,), strict=True):
+                np.copyto(out, array)
+
+        return [(call, (io.ins[0], *io.outs))]
+
+    return {
+        "compute": lambda xp, site, x: run(site, _packed(site, kind, _targets_of(site, kind)), x),
+        "kernels": {"cpu": Kernel(bind, supports=movable, allocates=True)},
+        "portable": False,
+    }
 
 
 _NODES: dict[str, Any] = dict.fromkeys(
@@ -342,7 +362,7 @@ def _regressor(since: int, extra: dict[str, Any]) -> Op:
         since,
         domain="ai.onnx.ml",
         infer=lambda site: (TensorSpec((_rows(site), _targets(site)), np.dtype(np.float32)),),
-        compute=_regress,
+        **_ways(_regress, "target"),
         attrs={
             **_NODES,
             **_leaf_attrs("target"),
@@ -356,7 +376,6 @@ def _regressor(since: int, extra: dict[str, Any]) -> Op:
             *(Case(how.lower(), (f32(7, 4),), {**base, "aggregate_function": how}) for how in AGGREGATES),
             Case("one_row", (f32(1, 4),), {**forest(2, 1, 4, 1, "target"), "n_targets": 1}),
         ),
-        portable=False,
     )
 
 
@@ -373,7 +392,7 @@ def _classifier(since: int, extra: dict[str, Any]) -> Op:
         since,
         domain="ai.onnx.ml",
         infer=infer,
-        compute=_classify,
+        **_ways(_classify, "class"),
         attrs={
             **_NODES,
             **_leaf_attrs("class"),
@@ -393,7 +412,6 @@ def _classifier(since: int, extra: dict[str, Any]) -> Op:
                 for p in ("NONE", "LOGISTIC")
             ),
         ),
-        portable=False,
     )
 
 
@@ -403,7 +421,7 @@ _ENSEMBLE = Op(
     5,
     domain="ai.onnx.ml",
     infer=lambda site: (TensorSpec((_rows(site), int(site.attrs["n_targets"] or 1)), site.spec(0).dtype),),
-    compute=_ensemble,
+    **_ways(_ensemble, ""),
     attrs={
         "aggregate_function": 1,
         "leaf_targetids": REQUIRED,
@@ -443,7 +461,6 @@ _ENSEMBLE = Op(
             high=6,
         ),
     ),
-    portable=False,
 )
 
 OPS = (
