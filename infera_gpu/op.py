@@ -161,7 +161,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One example of an operator: a spec (random values), an array, a sequence of arrays, or None for each input.
+    """One example of an operator: a spec (random values), an array, a sequence of arrays, a map, or None an input.
 
     Attributes that are graphs are `GraphText`.
 
@@ -169,7 +169,7 @@ class Case:
     """
 
     id: str
-    ins: tuple[TensorSpec | HostArray | list[HostArray] | None, ...]
+    ins: tuple[TensorSpec | HostArray | list[HostArray] | dict[Any, Any] | None, ...]
     attrs: Attrs = field(default_factory=dict)
     n_outs: int = 1
     tol: float = 1e-5

@@ -14,7 +14,12 @@ from infera_gpu.spec import onnx_of_dtype
 
 
 def value_info(name: str, value: Any) -> onnx.ValueInfoProto:
-    """The type of an array, with its shape, or of a list of arrays."""
+    """The type of an array, with its shape, of a list of arrays, or of a map."""
+    if isinstance(value, dict):
+        (key, found), *_ = value.items()
+        kinds = {int: onnx.TensorProto.INT64, float: onnx.TensorProto.FLOAT, str: onnx.TensorProto.STRING}
+        inner = helper.make_tensor_type_proto(kinds[type(found)], [])
+        return helper.make_value_info(name, helper.make_map_type_proto(kinds[type(key)], inner))
     if isinstance(value, list):
         elem = value[0].dtype if value else np.dtype(np.float32)
         kind = helper.make_tensor_type_proto(onnx_of_dtype(elem), None)

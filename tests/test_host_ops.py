@@ -33,7 +33,7 @@ def model_of(op: Op, case: Case) -> tuple[onnx.ModelProto, dict[str, Any]]:
     ins = inputs_of(op, case)
     names = ["" if x is None else f"in{i}" for i, x in enumerate(ins)]
     outs = [f"out{i}" for i in range(case.n_outs)]
-    fed = {n: x for n, x, c in zip(names, ins, case.ins, strict=True) if isinstance(c, (TensorSpec, list))}
+    fed = {n: x for n, x, c in zip(names, ins, case.ins, strict=True) if isinstance(c, (TensorSpec, list, dict))}
     fixed = [
         numpy_helper.from_array(x, n)
         for n, x in zip(names, ins, strict=True)

@@ -48,6 +48,8 @@ class Wrong:
 
 def changed(x: HostArray | list[HostArray]) -> Iterator[tuple[str, Any]]:
     """The array with another element type, another shape, other values; the sequence with other elements."""
+    if isinstance(x, dict):
+        return
     if isinstance(x, list):
         yield from (("is empty", []), ("has an element more", [*x, np.zeros((2, 2), np.float32)]))
         return
@@ -95,7 +97,11 @@ def _with(arrays: Sequence[HostArray | None], i: int, x: HostArray | None) -> tu
 def model_of(op: Op, case: Case, wrong: Wrong, *, constant: bool) -> tuple[onnx.ModelProto, dict[str, HostArray]]:
     """The model and what to feed: all inputs constant, or those alone that planning needs."""
     given = {f"in{i}": x for i, x in enumerate(wrong.arrays) if x is not None}
-    fixed = {name for name, x in given.items() if not isinstance(x, list) and (constant or int(name[2:]) in op.values)}
+    fixed = {
+        name
+        for name, x in given.items()
+        if not isinstance(x, (list, dict)) and (constant or int(name[2:]) in op.values)
+    }
     names = [f"in{i}" if x is not None else "" for i, x in enumerate(wrong.arrays)]
     outs = [f"out{i}" for i in range(wrong.n_outs)]
     graph = helper.make_graph(
@@ -124,6 +130,8 @@ def complaint(model: onnx.ModelProto, feeds: Mapping[str, HostArray]) -> str:
 
 
 def size(x: Any) -> int:
+    if isinstance(x, dict):
+        return len(x)
     return x.size if isinstance(x, TensorSpec) else sum(np.size(y) for y in (x if isinstance(x, list) else [x]))
 
 

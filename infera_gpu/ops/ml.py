@@ -491,6 +491,27 @@ def _cast_map(xp: Any, site: Site, given: dict[Any, Any]) -> tuple[Array]:
 
 _MAPS = (
     _op(
+        "DictVectorizer",
+        1,
+        lambda site: (None,),
+        _dict_vector,
+        {"int64_vocabulary": None, "string_vocabulary": None},
+        (Case("words", ({"a": 1.5, "c": 2.0},), {"string_vocabulary": ("a", "b", "c")}),),
+        host=True,
+    ),
+    _op(
+        "CastMap",
+        1,
+        lambda site: (None,),
+        _cast_map,
+        {"cast_to": "TO_FLOAT", "map_form": "DENSE", "max_map": 1},
+        (
+            Case("dense", ({1: 0.5, 3: 2.5},)),
+            Case("sparse", ({1: 0.5, 3: 2.5},), {"map_form": "SPARSE", "max_map": 5, "cast_to": "TO_INT64"}),
+        ),
+        host=True,
+    ),
+    _op(
         "ZipMap",
         1,
         lambda site: (None,),
