@@ -248,10 +248,10 @@ def _classify(site: Site, packed: Packed, x: Array) -> tuple[Array, Array]:
     classes = len(labels)
     ids = set(site.attrs["class_ids"] or ())
     binary = classes == 2 and len(ids) == 1
-    scores, named = _scores(site, packed, x, "SUM")
+    scores, _ = _scores(site, packed, x, "SUM")
     forest_ids = next(iter(ids)) if binary else 0
     if not binary:
-        scores = _base(site, scores, named)
+        scores = _base(site, scores)
         return labels[winners(scores)], post_transform(site, scores.astype(np.float32))
     one = scores[:, forest_ids]
     base = _floats(site, "base_values")
@@ -411,6 +411,7 @@ def _classifier(since: int, extra: dict[str, Any]) -> Op:
                 Case(f"binary_{p.lower()}", (f32(7, 4),), {**binary, "post_transform": p}, n_outs=2)
                 for p in ("NONE", "LOGISTIC")
             ),
+            Case("base_values", (f32(40, 4),), {**three, "base_values": (0.3, -0.2, 0.1)}, n_outs=2),
         ),
     )
 
