@@ -103,9 +103,7 @@ class _Bound:
     def __call__(self, *values: Any) -> list[Any]:
         if len(values) != len(self.inputs):
             raise PlanError(f"its subgraph has {len(self.inputs)} inputs, {len(values)} values are given")
-        return self._body(
-            (*(v if v is None or isinstance(v, (list, dict)) else np.asarray(v) for v in values), *self._captured)
-        )
+        return self._body((*map(_value, values), *self._captured))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
 from infera_gpu.ops._families import element_type, normalized, plain, requiring, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
+from infera_kernels.portable.activation import activation
+from infera_kernels.portable.matmul import matmul
 
 _ATTENTION_23: dict[str, Any] = {
     "is_causal": 0,
@@ -332,7 +334,7 @@ def _infer_causal_conv(site: Site) -> tuple[TensorSpec, ...]:
 def _causal_conv(
     xp: Any, site: Site, x: Array, w: Array, bias: Array | None = None, state: Array | None = None
 ) -> tuple[Array, Array]:
-    silu = None if site.attrs["activation"] == "none" else lambda y: y / (1 + xp.exp(-y))
+    silu = None if site.attrs["activation"] == "none" else lambda y: activation(xp, "swish", y)
     return portable.causal_conv(xp, x, w, bias, state, activation=silu)
 
 
@@ -360,7 +362,7 @@ def _flex(xp: Any, site: Site, q: Array, k: Array, v: Array) -> tuple[Array]:
     precision = element_type(site, "softmax_precision", wide)
     scale = site.attrs["scale"]
     k, v = (portable.repeat_heads(xp, x, q.shape[1]) for x in (k, v))
-    scores = portable.matmul(xp, q.astype(precision), k.astype(precision).swapaxes(-1, -2))
+    scores = matmul(xp, q.astype(precision), k.astype(precision).swapaxes(-1, -2))
     scores = scores * precision.type(1 / np.sqrt(q.shape[-1]) if scale is None else scale)
     score_mod, prob_mod = site.attrs["score_mod"], site.attrs["prob_mod"]
     if score_mod is not None:
@@ -368,7 +370,7 @@ def _flex(xp: Any, site: Site, q: Array, k: Array, v: Array) -> tuple[Array]:
     weights = portable.softmax(xp, scores)
     if prob_mod is not None:
         (weights,) = prob_mod(weights)
-    return (portable.matmul(xp, weights.astype(v.dtype), v),)
+    return (matmul(xp, weights.astype(v.dtype), v),)
 
 
 _TANH = GraphText("mod (float[B, H, L, S] s) => (float[B, H, L, S] t) { t = Tanh(s) }")

@@ -10,6 +10,7 @@ from infera_gpu.op import Case, Op, Site, f32
 from infera_gpu.ops._families import plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import loss as portable
+from infera_kernels.portable.softmax import log_softmax
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -44,7 +45,7 @@ def _loss(xp: Any, site: Site, x: Array, target: Array, weight: Array | None = N
 
 def _softmax_loss(xp: Any, site: Site, x: Array, target: Array, weight: Array | None = None) -> tuple[Array, Array]:
     wide = x.astype(np.float32) if x.dtype.itemsize < 4 else x
-    log = portable.log_softmax(xp, wide)
+    log = log_softmax(xp, wide)
     return _loss(xp, site, log, target, weight).astype(x.dtype), log.astype(x.dtype)
 
 

@@ -37,7 +37,8 @@ def _swapped(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
     return (*dims[:-2], dims[-1], dims[-2]) if flag else dims
 
 
-def _infer(site: Site) -> tuple[TensorSpec]:
+def matmul_spec(site: Site) -> tuple[TensorSpec]:
+    """The product of inputs 0 and 1, transposed as `transA` and `transB` say."""
     a = _swapped(site.spec(0).dims, site.attrs.get("transA"))
     b = _swapped(site.spec(1).dims, site.attrs.get("transB"))
     return (TensorSpec(product_dims(site, a, b), site.spec(0).dtype),)
@@ -86,14 +87,14 @@ def _numeric(site: Site) -> bool:
 def _gemm_spec(site: Site) -> tuple[TensorSpec]:
     if site.spec(0).ndim != 2 or site.spec(1).ndim != 2:
         raise site.fail(f"expected two matrices, got {site.spec(0)} and {site.spec(1)}")
-    return _infer(site)
+    return matmul_spec(site)
 
 
 _W = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 _MATMUL = Op(
     "MatMul",
     1,
-    infer=_infer,
+    infer=matmul_spec,
     compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
     kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)} | PRODUCT,
     cases=(
@@ -148,7 +149,7 @@ def _fused_spec(site: Site) -> tuple[TensorSpec]:
     if site.attrs["activation"] not in _ACTIVATIONS:
         known = ", ".join(repr(a) for a in _ACTIVATIONS)
         raise site.fail(f"activation is '{site.attrs['activation']}', expected one of {known}")
-    (spec,) = _infer(site)
+    (spec,) = matmul_spec(site)
     for i, what in ((2, "bias"), (3, "residual")):
         if site.has(i):
             _check_term(site, what, site.spec(i), spec)
@@ -157,7 +158,7 @@ def _fused_spec(site: Site) -> tuple[TensorSpec]:
 
 def _split(site: Site) -> Expansion | None:
     """The product and the addition apart, where the residual is wider than the product."""
-    (spec,) = _infer(site)
+    (spec,) = matmul_spec(site)
     if not site.has(3) or _fits(site.spec(3), spec):
         return None
     node, product = site.node, f"{site.node.outputs[0]}/product"
@@ -240,7 +241,7 @@ _DET = Op(
     "Det",
     11,
     infer=lambda site: (TensorSpec(site.spec(0).shape[:-2], site.spec(0).dtype),),
-    compute=plain(lambda xp, site, x: xp.linalg.det(x).astype(x.dtype)),
+    compute=plain(lambda xp, site, x: xp.linalg.det(x.astype(xp.promote_types(x.dtype, xp.float32))).astype(x.dtype)),
     cases=(Case("matrix", (f32(3, 3),)), Case("batch", (f32(2, 3, 4, 4),)), Case("one", (f32(2, 1, 1),))),
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import movable
-from infera_gpu.ops.ml_post import labels_of, post_transform, winners
+from infera_gpu.ops._ml import labels_of, post_transform, winners
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import trees as cpu
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site
 from infera_gpu.ops._families import normalized
-from infera_gpu.ops.ms import ms_op
+from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable.activation import activation
 from infera_kernels.portable.quant import dequantize, quantize
+from infera_kernels.portable.softmax import softmax
 
-F32 = np.dtype(np.float32)
 Shape = Callable[[Site], tuple[int, ...]]
 Plain = Callable[[Any, Site, Sequence[Array]], Array]
 """The operator on floats: `plain(xp, site, operands)`."""
@@ -86,12 +88,8 @@ def _pool(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
 def _softmax(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
     (x,) = ins
     (axis,) = normalized(site, [int(site.attrs["axis"])], x.ndim)
-    if int(site.attrs["opset"]) < 13:
-        flat = x.reshape(int(np.prod(x.shape[:axis])), -1)
-        e = xp.exp(flat - flat.max(axis=1, keepdims=True))
-        return (e / e.sum(axis=1, keepdims=True)).reshape(x.shape)
-    e = xp.exp(x - x.max(axis=axis, keepdims=True))
-    return e / e.sum(axis=axis, keepdims=True)
+    inner = math.prod(x.shape[axis + 1 :]) if int(site.attrs["opset"]) >= 13 else 1
+    return softmax(xp, x.reshape(math.prod(x.shape[:axis]), -1, inner)).reshape(x.shape) if x.size else x
 
 
 def _u8(*shape: int) -> TensorSpec:
@@ -146,7 +144,7 @@ OPS = (
     quantized(
         "QLinearLeakyRelu",
         1,
-        lambda xp, site, ins: xp.where(ins[0] >= 0, ins[0], ins[0] * np.float32(site.attrs["alpha"])),
+        lambda xp, site, ins: activation(xp, "leaky_relu", ins[0], alpha=site.attrs["alpha"]),
         _same,
         (Case("plain", (*_A, *_OUT), {"alpha": 0.1}, **_WIDE),),
         alpha=0.01,
@@ -154,7 +152,7 @@ OPS = (
     quantized(
         "QLinearSigmoid",
         1,
-        lambda xp, site, ins: 1 / (1 + xp.exp(-ins[0])),
+        lambda xp, site, ins: activation(xp, "sigmoid", ins[0]),
         _same,
         (Case("plain", (*_A, _scale(1 / 256), _zero(0)), **_WIDE),),
     ),

@@ -92,10 +92,10 @@ def _stft_frames(site: Site) -> tuple[int, int, int]:
     x = site.spec(0)
     step = single(site, 1, "frame_step")
     length = single(site, 3, "frame_length")
-    if length is None:
-        length = site.spec(2).size if site.has(2) else x.dims[1]
     if x.ndim not in (2, 3) or (x.ndim == 3 and x.dims[2] not in (1, 2)):
         raise site.fail(f"signal is {x}, expected (batch, length, 1 or 2)")
+    if length is None:
+        length = site.spec(2).size if site.has(2) else x.dims[1]
     if step is None or step < 1 or not 1 <= length <= x.dims[1]:
         raise site.fail(f"frame_step {step} and frame_length {length} do not fit a signal of {x.dims[1]}")
     if site.has(2) and site.spec(2).dims != (length,):

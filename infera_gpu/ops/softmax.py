@@ -12,23 +12,10 @@ from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops import _triton
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.softmax import softmax
+from infera_kernels.portable import softmax as portable
 
 Form = Callable[[Any, Array], Array]
 """(array module, (outer, axis, inner) in float64) -> the same shape, normalised along the middle."""
-
-
-def _softmax(xp: Any, x: Array) -> Array:
-    e = xp.exp(x - x.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
-
-def _log_softmax(xp: Any, x: Array) -> Array:
-    shifted = x - x.max(axis=1, keepdims=True)
-    return shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def _hardmax(xp: Any, x: Array) -> Array:
-    return (xp.arange(x.shape[1])[:, None] == x.argmax(axis=1)[:, None]).astype(x.dtype)
 
 
 def _shape(site: Site) -> tuple[int, int, int]:
@@ -88,9 +75,9 @@ _CASES = (
 _NEGATIVE = (Case("negative-axis", (f32(3, 4, 5),), {"axis": -2}), Case("no-rows", (f32(0, 5),)))
 
 _FORMS: tuple[tuple[str, Form, dict[str, Kernel]], ...] = (
-    ("Softmax", _softmax, {"cpu": _kernel(log=False)} | _triton.softmax(_shape, log=False)),
-    ("LogSoftmax", _log_softmax, {"cpu": _kernel(log=True)} | _triton.softmax(_shape, log=True)),
-    ("Hardmax", _hardmax, {}),
+    ("Softmax", portable.softmax, {"cpu": _kernel(log=False)} | _triton.softmax(_shape, log=False)),
+    ("LogSoftmax", portable.log_softmax, {"cpu": _kernel(log=True)} | _triton.softmax(_shape, log=True)),
+    ("Hardmax", portable.hardmax, {}),
 )
 
 OPS: tuple[Op, ...] = tuple(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Array
+from infera_kernels.portable.matmul import matmul
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -61,13 +62,6 @@ def softmax(xp: Any, x: Array) -> Array:
     e = xp.exp(x - xp.where(xp.isneginf(top), xp.zeros((), x.dtype), top))
     total = e.sum(axis=-1, keepdims=True)
     return e / xp.where(total == 0, xp.ones((), x.dtype), total)
-
-
-def matmul(xp: Any, a: Array, b: Array) -> Array:
-    """Products of halves are added up in float32 and rounded once."""
-    if a.dtype.itemsize == 2:
-        return xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
-    return xp.matmul(a, b)
 
 
 def attention(

@@ -9,12 +9,6 @@ import numpy as np
 from infera_kernels.calls import Array
 
 
-def log_softmax(xp: Any, x: Array) -> Array:
-    """log softmax over axis 1."""
-    shifted = x - x.max(axis=1, keepdims=True)
-    return shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
-
-
 def negative_log_likelihood(
     xp: Any, x: Array, target: Array, weight: Array | None, *, reduction: str, ignored: int | None
 ) -> Array:

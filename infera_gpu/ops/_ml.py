@@ -1,13 +1,38 @@
-"""What ai.onnx.ml's models end with: labels, and transformations of scores. Declares no operators."""
+"""What the declarations of ai.onnx.ml share: labels, transformations of scores. Declares no operators itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Op, Site
+from infera_gpu.op import Case, Op, Site
 from infera_gpu.spec import Array
+from infera_kernels.portable.softmax import softmax
+
+
+def ml_op(
+    name: str,
+    since: int,
+    infer: Any,
+    compute: Callable[..., Any],
+    attrs: dict[str, Any],
+    cases: Sequence[Case],
+    *,
+    host: bool = False,
+) -> Op:
+    return Op(name, since, infer, compute, tuple(cases), attrs, domain="ai.onnx.ml", host=host, portable=False)
+
+
+def floats(site: Site, name: str) -> Array:
+    """A list of floats, empty where it is left out."""
+    return np.asarray(site.attrs[name] or (), np.float32)
+
+
+def table(x: Array) -> Array:
+    """(features,) or (rows, features) as float32 rows."""
+    return x.reshape(1, -1).astype(np.float32) if x.ndim == 1 else x.astype(np.float32)
 
 
 def labels_of(site: Site, ints: str) -> Array:
@@ -21,11 +46,6 @@ def labels_of(site: Site, ints: str) -> Array:
 def winners(scores: Array) -> Array:
     """The class with the highest score in each row, the first of equals."""
     return scores.argmax(axis=1)
-
-
-def _softmax(x: Array) -> Array:
-    e = np.exp(x - x.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
 
 
 def _softmax_zero(x: Array) -> Array:
@@ -46,7 +66,7 @@ def _probit(x: Array) -> Array:
 
 TRANSFORMS: dict[str, Any] = {
     "NONE": lambda x: x,
-    "SOFTMAX": _softmax,
+    "SOFTMAX": lambda x: softmax(np, x),
     "LOGISTIC": lambda x: 1 / (1 + np.exp(-x)),
     "SOFTMAX_ZERO": _softmax_zero,
     "PROBIT": _probit,

@@ -1,0 +1,184 @@
+"""com.microsoft: attention and rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import REQUIRED, Case, Op, Site, f32, same_as
+from infera_gpu.ops._ms import ms_op
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable import attention as portable
+
+
+def _infer_mha(site: Site) -> tuple[TensorSpec, ...]:
+    q, heads = site.spec(0), int(site.attrs["num_heads"])
+    if q.ndim != 3 or not site.has(1) or not site.has(2) or heads < 1 or q.dims[2] % heads:
+        raise site.fail(f"query is {q}, expected (batch, sequence, {heads} heads), with key and value of their own")
+    k, v = site.spec(1), site.spec(2)
+    if any(site.has(i) for i in (8, 9)):
+        raise site.fail("past_sequence_length and cache_indirection are not supported")
+    size = q.dims[2] // heads
+    if k.ndim == 4:
+        keys, out = k.dims[2], v.dims[3] * heads
+    else:
+        if k.ndim != 3 or v.ndim != 3 or k.dims[:2] != v.dims[:2] or k.dims[2] != q.dims[2] or v.dims[2] % heads:
+            raise site.fail(f"key {k} and value {v} do not fit query {q}")
+        keys, out = k.dims[1], v.dims[2]
+    total = keys + (site.spec(6).dims[2] if site.has(6) else 0)
+    return (
+        TensorSpec((*q.dims[:2], out), q.dtype),
+        TensorSpec((q.dims[0], heads, total, size), q.dtype),
+        TensorSpec((q.dims[0], heads, total, out // heads), q.dtype),
+    )
+
+
+def _filter_value(site: Site) -> float:
+    given = site.attrs["mask_filter_value"]
+    return -10000.0 if given is None else float(given)
+
+
+def _key_bias(xp: Any, site: Site, mask: Array, batch: int, keys: int, dtype: Any) -> Array:
+    """A padding mask as a bias: lengths (batch,), or ones where keys count, (batch, keys) or (batch, queries, keys)."""
+    if mask.ndim == 1 and mask.shape[0] == batch:
+        seen = xp.arange(keys) < mask.reshape(-1, 1, 1, 1)
+    elif mask.ndim == 2 and mask.shape == (batch, keys):
+        seen = mask[:, None, None, :] != 0
+    elif mask.ndim == 3 and mask.shape[0] == batch and mask.shape[2] == keys:
+        seen = mask[:, None] != 0
+    else:
+        raise site.fail(f"a mask of {list(mask.shape)} is not supported for {batch} rows of {keys} keys")
+    return xp.where(seen, 0, _filter_value(site)).astype(dtype)
+
+
+def _mha(
+    xp: Any,
+    site: Site,
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    extra: Array | None = None,
+    past_k: Array | None = None,
+    past_v: Array | None = None,
+    *_: Array | None,
+) -> tuple[Array, ...]:
+    heads = int(site.attrs["num_heads"])
+    if bias is not None:
+        n = q.shape[2]
+        q = q + bias[:n]
+        if k.ndim == 3:
+            k, v = k + bias[n : 2 * n], v + bias[2 * n :]
+    q = portable.split_heads(q, heads)
+    if k.ndim == 3:
+        k, v = portable.split_heads(k, heads), portable.split_heads(v, heads)
+    if past_k is not None:
+        k, v = xp.concatenate((past_k, k), axis=2), xp.concatenate((past_v, v), axis=2)
+    total = None if mask is None else _key_bias(xp, site, mask, q.shape[0], k.shape[2], q.dtype)
+    if extra is not None:
+        total = extra if total is None else total + extra
+    if site.attrs["unidirectional"]:
+        seen = portable.within(xp, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], left=-1, right=0)
+        ahead = xp.where(seen, 0, _filter_value(site)).astype(q.dtype)
+        total = ahead if total is None else total + ahead
+    y, _scores = portable.attention(xp, q, k, v, total, scale=site.attrs["scale"] or None)
+    return portable.merge_heads(y), k, v
+
+
+def _infer_attention(site: Site) -> tuple[TensorSpec, ...]:
+    x, w, heads = site.spec(0), site.spec(1), int(site.attrs["num_heads"])
+    if (
+        x.ndim != 3
+        or w.ndim != 2
+        or w.dims[0] != x.dims[2]
+        or w.dims[1] % (3 * heads)
+        or site.attrs["qkv_hidden_sizes"]
+    ):
+        raise site.fail(f"input {x} and weights {w} do not fit three times {heads} heads")
+    if any(site.has(i) for i in (4, 6)) or site.attrs["do_rotary"]:
+        raise site.fail("past, past_sequence_length and do_rotary are not supported")
+    return (TensorSpec((*x.dims[:2], w.dims[1] // 3), x.dtype),)
+
+
+def _attention(
+    xp: Any, site: Site, x: Array, w: Array, bias: Array | None = None, mask: Array | None = None, *rest: Array | None
+) -> Array:
+    qkv = x @ w if bias is None else x @ w + bias
+    q, k, v = xp.split(qkv, 3, axis=-1)
+    return _mha(xp, site, q, k, v, None, mask, (*rest, None, None)[1])[0]
+
+
+def _rotary(xp: Any, site: Site, x: Array, at: Array, cos: Array, sin: Array) -> Array:
+    width = int(site.attrs["rotary_embedding_dim"]) or 2 * cos.shape[1]
+    heads = int(site.attrs["num_heads"])
+    if site.attrs["is_packed_batching"] or site.attrs["scale"] != 1.0:
+        raise site.fail("is_packed_batching and scale are not supported")
+    flat = x.ndim == 3
+    if flat:
+        size = x.shape[2] // heads if heads else width
+        split = x.reshape(*x.shape[:2], -1, size)
+    else:
+        split = x.transpose(0, 2, 1, 3)
+    place = at.reshape(-1, 1) + xp.arange(split.shape[1]) if at.size == 1 else at
+    if xp is np and place.size and not 0 <= place.min() <= place.max() < len(cos):
+        raise IndexError(f"a position is out of range for {len(cos)} in the caches")
+    place = xp.broadcast_to(place, split.shape[:2])
+    made = portable.rotary(xp, split, cos[place], sin[place], width=width, interleaved=bool(site.attrs["interleaved"]))
+    return made.reshape(x.shape) if flat else made.transpose(0, 2, 1, 3)
+
+
+_SEEN = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
+_QKV = (f32(2, 3, 16), f32(2, 5, 16), f32(2, 5, 16))
+OPS: tuple[Op, ...] = (
+    ms_op(
+        "MultiHeadAttention",
+        _infer_mha,
+        _mha,
+        (
+            Case("plain", _QKV, {"num_heads": 4}),
+            Case("bias", (*_QKV, f32(48)), {"num_heads": 2, "scale": 0.3}),
+            Case("mask", (*_QKV, None, np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)), {"num_heads": 4}),
+            Case("added", (*_QKV, None, None, f32(1, 4, 3, 5)), {"num_heads": 4}),
+            Case("past", (*_QKV, None, None, None, f32(2, 4, 6, 4), f32(2, 4, 6, 4)), {"num_heads": 4}, n_outs=3),
+        ),
+        mask_filter_value=None,
+        num_heads=REQUIRED,
+        scale=None,
+        unidirectional=0,
+    ),
+    ms_op(
+        "Attention",
+        _infer_attention,
+        _attention,
+        (
+            Case("plain", (f32(2, 3, 8), f32(8, 24), f32(24)), {"num_heads": 2}),
+            Case("causal", (f32(2, 4, 8), f32(8, 24), f32(24)), {"num_heads": 4, "unidirectional": 1}),
+            Case("mask", (f32(2, 3, 8), f32(8, 24), f32(24), _SEEN), {"num_heads": 2}),
+        ),
+        do_rotary=0,
+        mask_filter_value=None,
+        num_heads=REQUIRED,
+        past_present_share_buffer=0,
+        qkv_hidden_sizes=None,
+        rotary_embedding_dim=0,
+        scale=None,
+        unidirectional=0,
+    ),
+    ms_op(
+        "RotaryEmbedding",
+        same_as(),
+        _rotary,
+        (
+            Case("flat", (f32(2, 3, 16), np.array([[0, 1, 2], [4, 5, 6]]), f32(9, 4), f32(9, 4))),
+            Case("offset", (f32(2, 4, 3, 8), np.array([2]), f32(9, 4), f32(9, 4)), {"interleaved": 1}),
+        ),
+        interleaved=0,
+        is_packed_batching=0,
+        num_heads=0,
+        rotary_embedding_dim=0,
+        scale=1.0,
+        needs=(0, 1, 2, 3),
+    ),
+)

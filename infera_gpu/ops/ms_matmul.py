@@ -1,0 +1,174 @@
+"""com.microsoft: matrix products with what is done to them before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.ops._ms import F32, ms_op, wide
+from infera_gpu.ops.matmul import matmul_spec, product_dims
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable.matmul import matmul, transposed
+from infera_kernels.portable.quant import dynamic_quantize, matmul_integer
+
+
+def _infer_fused(site: Site) -> tuple[TensorSpec]:
+    if site.attrs["transBatchA"] or site.attrs["transBatchB"]:
+        raise site.fail("transBatchA and transBatchB are not supported")
+    return matmul_spec(site)
+
+
+def _fused(xp: Any, site: Site, a: Array, b: Array) -> Array:
+    a, b = transposed(a, site.attrs["transA"]), transposed(b, site.attrs["transB"])
+    return matmul(xp, a, b) * a.dtype.type(site.attrs["alpha"])
+
+
+def _infer_dynamic(site: Site) -> tuple[TensorSpec]:
+    if site.spec(0).dtype != F32:
+        raise site.fail(f"A is {site.spec(0)}, expected float32")
+    return _infer_quantized(site)
+
+
+def _infer_quantized(site: Site) -> tuple[TensorSpec]:
+    return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(1).dims), F32),)
+
+
+def _integer_to_float(
+    xp: Any,
+    site: Site,
+    a: Array,
+    b: Array,
+    a_scale: Array,
+    b_scale: Array,
+    a_zero: Array | None = None,
+    b_zero: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    made = matmul_integer(xp, a, b, a_zero, b_zero).astype(np.float32) * (a_scale * b_scale)
+    return (made if bias is None else made + bias).astype(np.float32)
+
+
+def _dynamic(
+    xp: Any, site: Site, a: Array, b: Array, scale: Array, zero: Array | None = None, bias: Array | None = None
+) -> Array:
+    q, a_scale, a_zero = dynamic_quantize(xp, a)
+    return _integer_to_float(xp, site, q, b, a_scale, scale, a_zero, zero, bias)
+
+
+def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
+    n, k, bits, block = (int(site.attrs[x]) for x in ("N", "K", "bits", "block_size"))
+    if bits not in (2, 4, 8) or block < 16 or block & (block - 1) or n < 1 or k < 1:
+        raise site.fail(f"N {n}, K {k}, bits {bits}, block_size {block} are not valid")
+    blocks = -(-k // block)
+    if site.spec(1).size != n * blocks * block * bits // 8 or site.spec(2).size != n * blocks:
+        raise site.fail(f"B {site.spec(1)} and scales {site.spec(2)} do not hold {n} x {blocks} blocks")
+    return n, k, bits, block, blocks
+
+
+def _infer_nbits(site: Site) -> tuple[TensorSpec]:
+    n, k, *_ = _nbits_sizes(site)
+    if not site.spec(0).ndim or site.spec(0).dims[-1] != k:
+        raise site.fail(f"A is {site.spec(0)}, expected {k} elements last")
+    return (TensorSpec((*site.spec(0).dims[:-1], n), site.spec(0).dtype),)
+
+
+def _unpacked(xp: Any, packed: Array, bits: int) -> Array:
+    """(..., bytes) -> (..., values): the lowest bits of a byte come first."""
+    per = 8 // bits
+    shifts = xp.arange(per, dtype=np.uint8) * np.uint8(bits)
+    made = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return made.reshape(*packed.shape[:-1], -1)
+
+
+def _nbits(
+    xp: Any, site: Site, a: Array, b: Array, scales: Array, zeros: Array | None = None, *rest: Array | None
+) -> Array:
+    n, k, bits, _, blocks = _nbits_sizes(site)
+    group, bias = (*rest, None, None)[:2]
+    if group is not None:
+        raise site.fail("g_idx is not supported")
+    q = _unpacked(xp, b.reshape(n, blocks, -1), bits).astype(np.float32)
+    scale = scales.reshape(n, blocks, 1).astype(np.float32)
+    if zeros is None:
+        zero: Any = np.float32(1 << (bits - 1))
+    elif zeros.dtype == np.uint8:
+        zero = _unpacked(xp, zeros.reshape(n, -1), bits)[:, :blocks, None].astype(np.float32)
+    else:
+        zero = zeros.reshape(n, blocks, 1).astype(np.float32)
+    w = ((q - zero) * scale).reshape(n, -1)[:, :k]
+    made = wide(a) @ w.T
+    return (made if bias is None else made + wide(bias)).astype(a.dtype)
+
+
+_U8, _I8 = np.dtype(np.uint8), np.dtype(np.int8)
+_SCALES = np.array([0.02, 0.05, 0.01], np.float32)
+_B4 = np.random.default_rng(1).integers(0, 256, (5, 2, 16)).astype(np.uint8)
+_S4 = np.random.default_rng(2).uniform(0.01, 0.1, (5, 2)).astype(np.float32)
+_Z4 = np.random.default_rng(3).integers(0, 256, (5, 1)).astype(np.uint8)
+_NB = {"N": 5, "K": 50, "bits": 4, "block_size": 32}
+OPS: tuple[Op, ...] = (
+    ms_op(
+        "FusedMatMul",
+        _infer_fused,
+        _fused,
+        (
+            Case("plain", (f32(2, 3, 4), f32(4, 5)), {"alpha": 0.5}),
+            Case("transposed", (f32(2, 4, 3), f32(2, 5, 4)), {"transA": 1, "transB": 1}),
+        ),
+        alpha=1.0,
+        transA=0,
+        transB=0,
+        transBatchA=0,
+        transBatchB=0,
+        needs=(0, 1),
+    ),
+    ms_op(
+        "MatMulIntegerToFloat",
+        _infer_quantized,
+        _integer_to_float,
+        (
+            Case(
+                "columns",
+                (
+                    TensorSpec((2, 4), _U8),
+                    TensorSpec((4, 3), _I8),
+                    np.array(0.1, np.float32),
+                    _SCALES,
+                    np.array(7, np.uint8),
+                    np.array([1, 0, -2], np.int8),
+                    f32(3),
+                ),
+                low=-50,
+                high=50,
+            ),
+        ),
+        needs=(0, 1, 2, 3),
+    ),
+    ms_op(
+        "DynamicQuantizeMatMul",
+        _infer_dynamic,
+        _dynamic,
+        (
+            Case(
+                "tensor", (f32(2, 4), TensorSpec((4, 3), _I8), np.array(0.1, np.float32), np.array(3, np.int8)), low=-3
+            ),
+            Case("columns", (f32(2, 4), TensorSpec((4, 3), _U8), _SCALES, None, f32(3)), low=0, high=3),
+        ),
+        needs=(0, 1, 2),
+    ),
+    ms_op(
+        "MatMulNBits",
+        _infer_nbits,
+        _nbits,
+        (Case("symmetric", (f32(3, 50), _B4, _S4), _NB), Case("zeros", (f32(2, 1, 50), _B4, _S4, _Z4), _NB)),
+        K=REQUIRED,
+        N=REQUIRED,
+        accuracy_level=0,
+        bits=4,
+        block_size=REQUIRED,
+        weight_prepacked=0,
+        needs=(0, 1, 2),
+    ),
+)
