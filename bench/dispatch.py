@@ -7,8 +7,6 @@ exist already, and through onnxruntime where that is installed; interleaved, med
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -17,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 import infera_gpu
+from bench.measure import medians
 
 KINDS = (("Add", np.add), ("Mul", np.multiply), ("Sub", np.subtract), ("Div", np.divide))
 
@@ -73,13 +72,7 @@ def main() -> None:
     want = plain(x)
     for name, run in runs.items():
         np.testing.assert_allclose(run(), want, rtol=1e-6, err_msg=name)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - began)
-    per_node = {name: statistics.median(t) / options.nodes * 1e6 for name, t in taken.items()}
+    per_node = {name: s / options.nodes * 1e6 for name, s in medians(runs, options.rounds).items()}
     for name, micros in per_node.items():
         print(f"{name}: {micros:.3f} µs a node")
     print(f"infera_gpu above NumPy's own calls: {per_node['infera_gpu'] - per_node['NumPy by hand']:.3f} µs a node")

@@ -84,6 +84,17 @@ def sample(run: Callable[[], object], repeats: int) -> Sample:
     return Sample(wall / repeats, cpu / repeats, others)
 
 
+def medians(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of single runs, taken in turn: for what is compared within one run and not recorded."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], object]],
     *,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +11,8 @@ import onnxruntime
 from onnx import helper
 
 import infera_gpu
-from infera_gpu.ops.ml_trees import forest
+from bench.measure import medians
+from infera_gpu.ops._forest import forest
 
 
 def model(trees: int, depth: int, features: int) -> onnx.ModelProto:
@@ -48,16 +47,10 @@ def main() -> None:
         "infera_gpu": lambda: session.run({"x": x})["y"],
     }
     np.testing.assert_allclose(runs["infera_gpu"](), runs["onnxruntime"](), atol=1e-5)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(t) * 1e3 for name, t in taken.items()}
-    for name, ms in medians.items():
+    found = {name: s * 1e3 for name, s in medians(runs, options.rounds).items()}
+    for name, ms in found.items():
         print(f"{name}: {ms:.2f} ms")
-    print(f"ratio: {medians['infera_gpu'] / medians['onnxruntime']:.2f}")
+    print(f"ratio: {found['infera_gpu'] / found['onnxruntime']:.2f}")
 
 
 if __name__ == "__main__":

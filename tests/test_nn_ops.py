@@ -139,6 +139,7 @@ def _zeros(*shape: int) -> HostArray:
         ("Conv", (_zeros(1, 3, 5, 5), _zeros(4, 3, 3, 3)), {"auto_pad": "SAME"}, "auto_pad 'SAME' is not one of"),
         ("ConvTranspose", (_zeros(1, 3, 5, 5), _zeros(4, 2, 3, 3)), {}, "weights are"),
         ("MaxPool", (_zeros(1, 3, 5, 5),), {"kernel_shape": (3,)}, "kernel_shape has 1 values"),
+        ("STFT", (_zeros(9), np.array(2)), {}, "expected (batch, length, 1 or 2)"),
         ("Softmax", (_zeros(2, 3),), {"axis": 2}, "axis 2 out of range"),
         ("LayerNormalization", (_zeros(2, 3), _zeros(2)), {}, "does not broadcast"),
         ("GroupNormalization", (_zeros(1, 4, 2), _zeros(3), _zeros(3)), {"num_groups": 3}, "do not divide"),

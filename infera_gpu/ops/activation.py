@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ _EDGES = np.array([0.0, -0.0, np.inf, -1e30, 1e30, 1e-30, -20.5, 20.5, 100, -100
 
 def _f16(*shape: int) -> TensorSpec:
     return TensorSpec(shape, np.dtype(np.float16))
+
+
+_INTEGERS = Case("integers", (np.arange(-4, 5, dtype=np.int32),), {"bias": 1.5, "lambd": 2.0})
 
 
 def _cases(variants: tuple[Attrs, ...], *, half: bool) -> tuple[Case, ...]:
@@ -56,6 +60,10 @@ def _activation(
     )
 
 
+def _with_cases(op: Op, *cases: Case) -> Op:
+    return replace(op, cases=(*op.cases, *cases))
+
+
 _SELU = {"alpha": 1.6732631921768188, "gamma": 1.0507010221481323}
 
 _FAMILY = (
@@ -73,7 +81,9 @@ _FAMILY = (
     _activation("ThresholdedRelu", "thresholded_relu", 10, {"alpha": 1.0}, {"alpha": 0.25}),
     _activation("Mish", "mish", 18),
     _activation("Swish", "swish", 24, {"alpha": 1.0}, {"alpha": 1.7}),
-    _activation("Shrink", "shrink", 9, {"bias": 0.0, "lambd": 0.5}, {"bias": 0.5, "lambd": 1.0}),
+    _with_cases(
+        _activation("Shrink", "shrink", 9, {"bias": 0.0, "lambd": 0.5}, {"bias": 0.5, "lambd": 1.0}), _INTEGERS
+    ),
 )
 
 

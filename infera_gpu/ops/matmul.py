@@ -242,7 +242,12 @@ _DET = Op(
     11,
     infer=lambda site: (TensorSpec(site.spec(0).shape[:-2], site.spec(0).dtype),),
     compute=plain(lambda xp, site, x: xp.linalg.det(x.astype(xp.promote_types(x.dtype, xp.float32))).astype(x.dtype)),
-    cases=(Case("matrix", (f32(3, 3),)), Case("batch", (f32(2, 3, 4, 4),)), Case("one", (f32(2, 1, 1),))),
+    cases=(
+        Case("matrix", (f32(3, 3),)),
+        Case("batch", (f32(2, 3, 4, 4),)),
+        Case("one", (f32(2, 1, 1),)),
+        Case("half", (TensorSpec((3, 3), np.dtype(np.float16)),), tol=1e-3),
+    ),
 )
 
 OPS: tuple[Op, ...] = (_MATMUL, _GEMM, _FUSED, _DET)

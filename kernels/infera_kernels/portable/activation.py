@@ -122,7 +122,7 @@ FUNCTIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
 def activation(xp: Any, name: str, x: Array, **attrs: float) -> Array:
     """The activation `name` of FUNCTIONS, computed in float64 and rounded once to x's dtype; integers stay integers."""
     if x.dtype.kind in "iu":
-        return FUNCTIONS[name](xp, x, **attrs)
+        return FUNCTIONS[name](xp, x, **attrs).astype(x.dtype)
     return FUNCTIONS[name](xp, x.astype(xp.float64), **attrs).astype(x.dtype)
 
 
