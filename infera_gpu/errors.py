@@ -3,7 +3,8 @@
 ::
 
     InferaError
-    ├── ModelError                    the file is not a model that can be run
+    ├── ModelError                    the model cannot be run
+    │   ├── InvalidModel              it is damaged, or breaks the rules of its format
     │   └── UnsupportedOperatorError  operators without a declaration, all of them listed
     ├── InputError                    a feed is missing, unknown, of the wrong type or shape
     ├── PlanError                     a node cannot be planned at these shapes
@@ -26,7 +27,11 @@ class InferaError(Exception):
 
 
 class ModelError(InferaError):
-    """The file is not a model that can be run."""
+    """The model cannot be run."""
+
+
+class InvalidModel(ModelError):
+    """It is damaged, no model at all, or breaks the rules of its format."""
 
 
 class UnsupportedOperatorError(ModelError):

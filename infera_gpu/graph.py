@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.errors import ModelError
+from infera_gpu.errors import InvalidModel
 from infera_gpu.spec import ValueSpec
 
 Attrs = Mapping[str, Any]
@@ -17,12 +17,17 @@ HostArray = np.ndarray[Any, np.dtype[Any]]
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
+FOLD_LIMIT = 1 << 30
+"""Bytes. What planning computes ahead must not be larger: a few bytes of a file can ask for any size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
     """One operation. An input named "" is an optional input left out; so is an output.
 
-    `attrs` values are int, float, str, tuples of these, numpy.ndarray (tensors) or Graph (subgraphs).
+    `attrs` values are int, float, str, tuples of these, numpy.ndarray (tensors) or Graph (subgraphs). `overload` tells
+    model-local functions of one name apart. `opset` is the node's own version of its domain, where that is not the
+    graph's: functions may import another one.
     """
 
     op: str
@@ -31,6 +36,8 @@ class Node:
     attrs: Attrs = field(default_factory=lambda: EMPTY)
     domain: str = ""
     name: str = ""
+    overload: str = ""
+    opset: int = 0
 
     def __str__(self) -> str:
         return f"{self.op} '{self.name or next((o for o in self.outputs if o), '')}'"
@@ -52,12 +59,18 @@ class Node:
             yield from sub.captures()
 
 
+def version_of(node: Node, opsets: Mapping[str, int]) -> int:
+    """The version of its domain that a node belongs to, in a graph that imports `opsets`."""
+    return node.opset or opsets.get(node.domain, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     """Nodes in topological order, one producer a value.
 
     `inputs` and `outputs` map names to specs, which may hold symbols. `constants` are initialisers, and what folding
     added to them. `specs` says what is known of other values. `opsets` maps a domain ("" is ai.onnx) to its version.
+    `overridable` are the constants that a run may be given other values for.
     """
 
     nodes: tuple[Node, ...]
@@ -67,6 +80,11 @@ class Graph:
     opsets: Mapping[str, int] = field(default_factory=lambda: EMPTY)
     specs: Mapping[str, ValueSpec] = field(default_factory=lambda: EMPTY)
     name: str = ""
+    overridable: Mapping[str, ValueSpec] = field(default_factory=lambda: EMPTY)
+
+    def opset_of(self, node: Node) -> int:
+        """The version of its domain that a node of this graph belongs to."""
+        return version_of(node, self.opsets)
 
     def producers(self) -> dict[str, Node]:
         """value -> the node that makes it"""
@@ -93,18 +111,25 @@ class Graph:
         Inlining a subgraph needs this: two of them may use one name for different values.
         """
         own = {*self.constants, *(o for n in self.nodes for o in n.outputs if o)}
-        return self._renamed({name: f"{prefix}/{name}" for name in own})
+        return self.renamed({name: f"{prefix}/{name}" for name in own})
 
-    def _renamed(self, names: Mapping[str, str]) -> Graph:
+    def renamed(self, names: Mapping[str, str]) -> Graph:
+        """The same graph with other names. What a subgraph makes itself hides names, and makes way for new ones."""
+        taken = set(names.values())
+
         def inner(sub: Graph) -> Graph:
-            hidden = {*sub.inputs, *sub.constants, *(o for n in sub.nodes for o in n.outputs)}
-            return sub._renamed({k: v for k, v in names.items() if k not in hidden})
+            own = {*sub.inputs, *sub.constants, *(o for n in sub.nodes for o in n.outputs if o)}
+            moved = {k: f"{k}'" for k in own & taken}
+            while not taken.isdisjoint(moved.values()) or not own.isdisjoint(moved.values()):
+                moved = {k: f"{v}'" for k, v in moved.items()}
+            return sub.renamed({**{k: v for k, v in names.items() if k not in own}, **moved})
 
         def new(name: str) -> str:
             return names.get(name, name)
 
         return replace(
             self,
+            inputs={new(k): s for k, s in self.inputs.items()},
             nodes=tuple(
                 replace(
                     n,
@@ -128,20 +153,20 @@ class Graph:
         return needed | {o for o in self.outputs if o not in own}
 
     def check(self, outer: Iterable[str] = ()) -> Graph:
-        """Returns itself. Raises ModelError where a value has no producer before its use, or has two."""
+        """Returns itself. Raises InvalidModel where a value has no producer before its use, or has two."""
         known = {*self.inputs, *self.constants, *outer}
         for n in self.nodes:
             for value in n.inputs:
                 if value and value not in known:
-                    raise ModelError(f"{n}: its input '{value}' is made by no node before it")
+                    raise InvalidModel(f"{n}: its input '{value}' is made by no node before it")
             for _, sub in n.subgraphs:
                 sub.check(known)
             for value in n.outputs:
                 if value and value in known:
-                    raise ModelError(f"{n}: its output '{value}' is made twice")
+                    raise InvalidModel(f"{n}: its output '{value}' is made twice")
                 if value:
                     known.add(value)
         for value in self.outputs:
             if value not in known:
-                raise ModelError(f"output '{value}' is made by no node")
+                raise InvalidModel(f"output '{value}' is made by no node")
         return self

@@ -1,18 +1,22 @@
-"""ONNX file -> Graph. With wellformed, its checks, the only module that imports onnx."""
+"""ONNX file -> Graph. With tensors and wellformed, the only modules that import onnx."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from infera_gpu.errors import ModelError
+from infera_gpu.errors import InvalidModel
+from infera_gpu.functions import Function, Key, Reference, constants_first, inline
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
-from infera_gpu.wellformed import check_node, domain_name, inlined, opset_versions
+from infera_gpu.tensors import Tensors
+from infera_gpu.wellformed import check_node, domain_name, opset_versions
 
 if TYPE_CHECKING:
     import onnx
@@ -20,24 +24,32 @@ if TYPE_CHECKING:
 Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | onnx.ModelProto"
 
 
-def load_graph(source: Source) -> Graph:
-    """The graph of an ONNX model: a path (external data beside it is read), serialised bytes or a ModelProto.
+MAX_BYTES = 1 << 31
+"""Bytes of a model file: no protobuf is larger. What is, keeps its tensors in external files."""
 
-    Model-local functions are inlined and Constant nodes become constants. Raises ModelError for anything that is not
-    a complete ONNX model, naming what is wrong.
+
+def load_graph(source: Source) -> Graph:
+    """The graph of an ONNX model: a path (external data beside it is mapped), serialised bytes or a ModelProto.
+
+    Model-local functions are inlined, Constant nodes become constants and sparse tensors dense ones. Raises
+    InvalidModel for anything that is not a complete ONNX model, naming what is wrong.
     """
     model, name = _read(source)
+    tensors = Tensors(Path(source) if isinstance(source, str | os.PathLike) else None)
     try:
-        model = inlined(model)
-        opsets = opset_versions(model)
-        graph = _graph(model.graph, opsets, name=name)
+        opsets = opset_versions(model.opset_import)
+        reader = _Reader(opsets, tensors)
+        graph = inline(reader.graph(model.graph, name), _functions(model, reader))
+        graph = constants_first(graph, _constant)
         if not graph.outputs:
-            raise ModelError("the graph has no outputs")
+            raise InvalidModel("the graph has no outputs")
         return graph.check()
-    except ModelError as error:
-        raise ModelError(f"{name}: {error}") from None
+    except InvalidModel as error:
+        raise InvalidModel(f"{name}: {error}") from None
     except RecursionError:
-        raise ModelError(f"{name}: its graphs are nested too deep") from None
+        raise InvalidModel(f"{name}: its graphs are nested too deep") from None
+    except UnicodeDecodeError:
+        raise InvalidModel(f"{name}: damaged, a name in it is no text") from None
 
 
 def _read(source: Source) -> tuple[onnx.ModelProto, str]:
@@ -49,103 +61,170 @@ def _read(source: Source) -> tuple[onnx.ModelProto, str]:
     if isinstance(source, bytes | bytearray | memoryview):
         name, payload = "model", bytes(source)
     elif not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
-        raise ModelError(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
+        raise InvalidModel(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
     else:
-        path = Path(source)
-        name = path.name
-        try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise ModelError(f"{path}: {error.strerror or error}") from None
+        name, payload = Path(source).name, _payload(Path(source))
     if not payload:
-        raise ModelError(f"{name}: the file is empty")
+        raise InvalidModel(f"{name}: the file is empty")
     model = onnx.ModelProto()
     try:
         model.ParseFromString(payload)
     except DecodeError:
-        raise ModelError(
+        raise InvalidModel(
             f"{name}: not an ONNX model, or a truncated one ({len(payload):,} bytes do not parse)"
         ) from None
     if not model.ir_version or not model.HasField("graph"):
-        raise ModelError(f"{name}: not an ONNX model ({len(payload):,} bytes parse, but hold no graph)")
-    if isinstance(source, str | os.PathLike):
-        try:
-            onnx.load_external_data_for_model(model, str(Path(source).parent))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise ModelError(f"{name}: its external data cannot be read: {error}") from None
+        raise InvalidModel(f"{name}: not an ONNX model ({len(payload):,} bytes parse, but hold no graph)")
     return model, name
 
 
-def _graph(proto: onnx.GraphProto, opsets: Mapping[str, int], name: str = "") -> Graph:
-    constants: dict[str, HostArray] = {}
-    for t in proto.initializer:
-        if t.name in constants:
-            raise ModelError(f"initialiser '{t.name}' is given twice")
-        constants[t.name] = _array(t, f"initialiser '{t.name}'")
-    if proto.sparse_initializer:
-        raise ModelError(f"sparse initialiser '{proto.sparse_initializer[0].values.name}' is not supported")
-    inputs: dict[str, ValueSpec] = {}
-    for v in proto.input:
-        if v.name in inputs:
-            raise ModelError(f"input '{v.name}' is given twice")
-        if v.name not in constants:
-            inputs[v.name] = _spec(v, "input")
-    nodes: list[Node] = []
-    for n in proto.node:
-        node = _node(n, opsets)
-        if not any(node.outputs):
-            raise ModelError(f"{node.qualified} '{node.name}' has no outputs")
-        if node.op == "Constant" and not node.domain:
-            if node.outputs[0] in constants or node.outputs[0] in inputs:
-                raise ModelError(f"{node}: its output '{node.outputs[0]}' is made twice")
-            constants[node.outputs[0]] = _constant(node)
-        else:
-            nodes.append(node)
-    outputs: dict[str, ValueSpec] = {}
-    for v in proto.output:
-        name_of_output = v.name
-        while name_of_output in outputs:  # a branch may give one value twice
-            name_of_output += "'"
-        if name_of_output != v.name:
-            nodes.append(Node("Identity", (v.name,), (name_of_output,)))
-        outputs[name_of_output] = _spec(v, "output")
-    return Graph(
-        nodes=tuple(nodes),
-        inputs=inputs,
-        outputs=outputs,
-        constants=constants,
-        opsets=opsets,
-        name=name or proto.name,
-    )
-
-
-def _array(tensor: onnx.TensorProto, what: str) -> HostArray:
-    from onnx import TensorProto, numpy_helper
-
-    if any(d < 0 for d in tensor.dims):
-        raise ModelError(f"{what} has the shape {list(tensor.dims)}")
-    if tensor.data_location == TensorProto.EXTERNAL:
-        raise ModelError(f"{what} lies in an external file; load the model from its path instead of from bytes")
+def _payload(path: Path) -> bytes:
     try:
-        array: HostArray = numpy_helper.to_array(tensor)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{what} is damaged: {error}") from None
-    array.flags.writeable = False
-    return array
+        about = path.stat()
+        if stat.S_ISFIFO(about.st_mode) or stat.S_ISCHR(about.st_mode):
+            raise InvalidModel(f"{path}: no regular file")
+        if about.st_size >= MAX_BYTES:
+            raise InvalidModel(
+                f"{path}: {about.st_size:,} bytes, an ONNX file has less than {MAX_BYTES:,}; "
+                "save it with its tensors as external data"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidModel(f"{path}: {error.strerror or error}") from None
 
 
-def _node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> Node:
-    check_node(proto, opsets)
-    domain = domain_name(proto.domain)
-    label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
-    return Node(
-        op=proto.op_type,
-        inputs=tuple(proto.input),
-        outputs=tuple(proto.output),
-        attrs={a.name: _attribute(a, opsets, label) for a in proto.attribute},
-        domain=domain,
-        name=proto.name,
-    )
+def _functions(model: onnx.ModelProto, reader: _Reader) -> dict[Key, Function]:
+    found: dict[Key, Function] = {}
+    for f in model.functions:
+        key = (domain_name(f.domain), f.name, f.overload)
+        label = ".".join(filter(None, key))
+        if key in found:
+            raise InvalidModel(f"the function {label} is defined twice")
+        try:
+            own = {**reader.opsets, **opset_versions(f.opset_import, required=False)}
+            found[key] = _Reader(own, reader.tensors, in_function=True).function(f)
+        except InvalidModel as error:
+            raise InvalidModel(f"in the function {label}: {error}") from None
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads what one list of imported operator sets covers."""
+
+    opsets: Mapping[str, int]
+    tensors: Tensors
+    in_function: bool = False
+
+    def graph(self, proto: onnx.GraphProto, name: str = "") -> Graph:
+        constants: dict[str, HostArray] = {}
+        for kind, read, given in (
+            ("initialiser", self.tensors.array, [(t.name, t) for t in proto.initializer]),
+            ("sparse initialiser", self.tensors.sparse, [(t.values.name, t) for t in proto.sparse_initializer]),
+        ):
+            for label, tensor in given:
+                if label in constants:
+                    raise InvalidModel(f"initialiser '{label}' is given twice")
+                constants[label] = read(tensor, f"{kind} '{label}'")
+        inputs: dict[str, ValueSpec] = {}
+        overridable: dict[str, ValueSpec] = {}
+        for v in proto.input:
+            if v.name in inputs or v.name in overridable:
+                raise InvalidModel(f"input '{v.name}' is given twice")
+            (overridable if v.name in constants else inputs)[v.name] = _spec(v, "input")
+        nodes = [self.node(n) for n in proto.node]
+        outputs: dict[str, ValueSpec] = {}
+        for v in proto.output:
+            name_of_output = v.name
+            while name_of_output in outputs:  # a branch may give one value twice
+                name_of_output += "'"
+            if name_of_output != v.name:
+                nodes.append(Node("Identity", (v.name,), (name_of_output,)))
+            outputs[name_of_output] = _spec(v, "output")
+        return Graph(
+            nodes=tuple(nodes),
+            inputs=inputs,
+            outputs=outputs,
+            constants=constants,
+            opsets=self.opsets,
+            name=name or proto.name,
+            overridable=overridable,
+        )
+
+    def function(self, proto: onnx.FunctionProto) -> Function:
+        unknown = TensorSpec((), np.dtype(np.float32), ranked=False)
+        nodes = [self.node(n) for n in proto.node]
+        outputs: dict[str, ValueSpec] = {}
+        for name in proto.output:
+            inner = name
+            while inner in outputs:
+                inner += "'"
+            if inner != name:
+                nodes.append(Node("Identity", (name,), (inner,)))
+            outputs[inner] = unknown
+        if len(set(proto.input)) < len(proto.input):
+            raise InvalidModel("it gives two inputs one name")
+        body = Graph(tuple(nodes), dict.fromkeys(proto.input, unknown), outputs, opsets=self.opsets, name=proto.name)
+        defaults = {a.name: self.attribute(a, proto.name) for a in proto.attribute_proto}
+        body = constants_first(body, _constant)
+        body.check()
+        return Function(body, frozenset((*proto.attribute, *defaults)), defaults)
+
+    def node(self, proto: onnx.NodeProto) -> Node:
+        check_node(proto, self.opsets)
+        label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
+        if not any(proto.output):
+            raise InvalidModel(f"{label} has no outputs")
+        attrs: dict[str, Any] = {}
+        for a in proto.attribute:
+            if a.name in attrs:
+                raise InvalidModel(f"{label}: attribute '{a.name}' is given twice")
+            attrs[a.name] = self.attribute(a, label)
+        return Node(
+            op=proto.op_type,
+            inputs=tuple(proto.input),
+            outputs=tuple(proto.output),
+            attrs=attrs,
+            domain=domain_name(proto.domain),
+            name=proto.name,
+            overload=proto.overload,
+        )
+
+    def attribute(self, a: onnx.AttributeProto, label: str) -> Any:
+        from onnx import AttributeProto as A
+
+        what = f"{label}: attribute '{a.name}'"
+        if a.ref_attr_name:
+            if not self.in_function:
+                raise InvalidModel(f"{what} refers to an attribute of a function, and is in none")
+            return Reference(a.ref_attr_name)
+        match a.type:
+            case A.FLOAT:
+                return float(a.f)
+            case A.INT:
+                return int(a.i)
+            case A.STRING:
+                return _text(a.s)
+            case A.TENSOR:
+                return self.tensors.array(a.t, what)
+            case A.SPARSE_TENSOR:
+                return self.tensors.sparse(a.sparse_tensor, what)
+            case A.GRAPH:
+                return self.graph(a.g)
+            case A.TYPE_PROTO:
+                return _type(a.tp, what)
+            case A.FLOATS:
+                return tuple(float(v) for v in a.floats)
+            case A.INTS:
+                return tuple(int(v) for v in a.ints)
+            case A.STRINGS:
+                return tuple(_text(v) for v in a.strings)
+            case A.TENSORS:
+                return tuple(self.tensors.array(t, what) for t in a.tensors)
+            case A.GRAPHS:
+                return tuple(self.graph(g) for g in a.graphs)
+            case other:
+                raise InvalidModel(f"{what} has type {A.AttributeType.Name(other)}, not supported")
 
 
 def _text(value: bytes) -> str | bytes:
@@ -153,36 +232,6 @@ def _text(value: bytes) -> str | bytes:
         return value.decode()
     except UnicodeDecodeError:
         return value
-
-
-def _attribute(a: onnx.AttributeProto, opsets: Mapping[str, int], label: str) -> Any:
-    from onnx import AttributeProto as A
-
-    match a.type:
-        case A.FLOAT:
-            return float(a.f)
-        case A.INT:
-            return int(a.i)
-        case A.STRING:
-            return _text(a.s)
-        case A.TENSOR:
-            return _array(a.t, f"{label}: attribute '{a.name}'")
-        case A.GRAPH:
-            return _graph(a.g, opsets)
-        case A.TYPE_PROTO:
-            return _type(a.tp, f"{label}: attribute '{a.name}'")
-        case A.FLOATS:
-            return tuple(float(v) for v in a.floats)
-        case A.INTS:
-            return tuple(int(v) for v in a.ints)
-        case A.STRINGS:
-            return tuple(_text(v) for v in a.strings)
-        case A.TENSORS:
-            return tuple(_array(t, f"{label}: attribute '{a.name}'") for t in a.tensors)
-        case A.GRAPHS:
-            return tuple(_graph(g, opsets) for g in a.graphs)
-        case other:
-            raise ModelError(f"{label}: attribute '{a.name}' has type {A.AttributeType.Name(other)}, not supported")
 
 
 _CONSTANT_DTYPES = {
@@ -197,12 +246,12 @@ _CONSTANT_DTYPES = {
 
 def _constant(node: Node) -> HostArray:
     if len(node.attrs) != 1:
-        raise ModelError(f"{node}: exactly one value attribute is expected, it has {len(node.attrs)}")
+        raise InvalidModel(f"{node}: exactly one value attribute is expected, it has {len(node.attrs)}")
     ((kind, value),) = node.attrs.items()
-    if kind == "value":
+    if kind in ("value", "sparse_value"):
         return value  # type: ignore[no-any-return]
     if kind not in _CONSTANT_DTYPES:
-        raise ModelError(f"{node}: a constant given as '{kind}' is not supported")
+        raise InvalidModel(f"{node}: a constant given as '{kind}' is not supported")
     return np.array(value, dtype=_CONSTANT_DTYPES[kind])
 
 
@@ -227,14 +276,14 @@ def _type(proto: onnx.TypeProto, what: str) -> ValueSpec | None:
         case "map_type":
             return MapSpec(_element(proto.map_type.key_type, what), _type(proto.map_type.value_type, what))
         case _:
-            raise ModelError(f"{what} is a {kind.removesuffix('_type')}, which is not supported")
+            raise InvalidModel(f"{what} is a {kind.removesuffix('_type')}, which is not supported")
 
 
 def _element(code: int, what: str) -> DType:
     try:
         return dtype_of_onnx(code)
     except KeyError:
-        raise ModelError(f"{what} has the unknown element type {code}") from None
+        raise InvalidModel(f"{what} has the unknown element type {code}") from None
 
 
 def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:

@@ -21,10 +21,6 @@ Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 """A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
 
 
-FOLD_LIMIT = 1 << 30
-"""Bytes. What planning computes ahead must not be larger: a few bytes of a file can ask for any size."""
-
-
 class Required:
     """Marks an attribute without a default."""
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from infera_gpu.errors import PlanError, UnsupportedOperatorError, planning
-from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.op import FOLD_LIMIT, Op, Registry, Site
+from infera_gpu.graph import FOLD_LIMIT, Graph, HostArray, Node, version_of
+from infera_gpu.op import Op, Registry, Site
 from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
 
 
@@ -72,7 +72,7 @@ def check_supported(graph: Graph, registry: Registry) -> None:
 
     def walk(nodes: Iterable[Node]) -> None:
         for n in nodes:
-            known = registry.find(n.domain, n.op, graph.opsets.get(n.domain, 1)) is not None
+            known = registry.find(n.domain, n.op, graph.opset_of(n)) is not None
             if not known and (n.domain or n.op not in CONTROL):
                 missing.append((n.qualified, n.name or n.outputs[0]))
             for _, sub in n.subgraphs:
@@ -122,7 +122,7 @@ class _Walk:
                         self.place(node)
 
     def find(self, node: Node) -> Op:
-        opset = self.opsets.get(node.domain, 1)
+        opset = version_of(node, self.opsets)
         op = self.registry.find(node.domain, node.op, opset)
         if op is None:
             raise UnsupportedOperatorError([(node.qualified, node.name or node.outputs[0])], opset=opset)
@@ -150,7 +150,7 @@ class _Walk:
         self.specs.update({k: spec_of(v) for k, v in constants.items()})
 
     def place(self, node: Node) -> None:
-        opset = self.opsets.get(node.domain, 1)
+        opset = version_of(node, self.opsets)
         op = self.find(node)
         if op.host or any(v in self.objects and v not in self.known for v in node.inputs):
             self.later(op, node)
@@ -170,7 +170,7 @@ class _Walk:
         expansion = op.expand(site) if op.expand else None
         if expansion is not None:
             self.define(expansion.constants)
-            self.visit(expansion.nodes)
+            self.visit(replace(n, opset=node.opset) if n.domain == node.domain else n for n in expansion.nodes)
             return
         inferred = tuple(op.infer(site))
         if any(node.outputs[len(inferred) :]):
@@ -194,7 +194,7 @@ class _Walk:
 
     def later(self, op: Op, node: Node) -> None:
         """The node runs between two segments."""
-        self.eager.append(Eager(op, node, self.opsets.get(node.domain, 1)))
+        self.eager.append(Eager(op, node, version_of(node, self.opsets)))
         self.block(node, keep=False)
         self.pending.update(o for o in node.outputs if o)
 

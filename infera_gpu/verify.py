@@ -22,7 +22,7 @@ import numpy as np
 
 from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import InferaError
-from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.graph import Graph, HostArray, Node, version_of
 from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
 from infera_gpu.session import Session
@@ -193,7 +193,7 @@ def _widened_graph(graph: Graph) -> Graph:
 
 def _widened_node(node: Node, opsets: Mapping[str, int]) -> Node:
     """The node with its element types written out: left out, they mean float32 to some operators."""
-    op = registry().find(node.domain, node.op, opsets.get(node.domain, 1))
+    op = registry().find(node.domain, node.op, version_of(node, opsets))
     attrs = dict(node.attrs) if op is None else {k: v for k, v in op.fill(node).items() if v is not None}
     for name, value in attrs.items():
         if isinstance(value, Graph):

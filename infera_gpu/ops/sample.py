@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import FOLD_LIMIT, REQUIRED, Case, Op, Site, f32
+from infera_gpu.graph import FOLD_LIMIT
+from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import i64, normalized, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import sample as portable

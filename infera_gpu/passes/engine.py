@@ -172,7 +172,7 @@ class _Matcher:
     def _node(
         self, p: P, n: Node, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]
     ) -> Iterator[tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]]:
-        if n.qualified not in p.names or any(n.outputs[1:]) or n.subgraphs:
+        if n.qualified not in p.names or any(n.outputs[1:]) or n.subgraphs or n.opset:
             return
         required = sum(not (isinstance(a, str) and a.startswith("?")) for a in p.args)
         if not required <= len(n.inputs) <= len(p.args):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.op import FOLD_LIMIT, Registry, Site
+from infera_gpu.graph import FOLD_LIMIT, Graph, HostArray, Node
+from infera_gpu.op import Registry, Site
 from infera_gpu.spec import constant, spec_of
 
 
@@ -31,7 +31,7 @@ def _fold(
 ) -> dict[str, HostArray] | None:
     if node.subgraphs or not all(i in constants for i in node.inputs if i):
         return None
-    opset = graph.opsets.get(node.domain, 1)
+    opset = graph.opset_of(node)
     op = registry.find(node.domain, node.op, opset)
     if op is None or not op.pure or op.host:
         return None
