@@ -105,6 +105,16 @@ class Graph:
             for _, sub in n.subgraphs:
                 yield from sub.walk()
 
+    def overriding(self, names: Iterable[str]) -> Graph:
+        """The same graph with these of its overridable constants as inputs."""
+        given = {k: self.overridable[k] for k in self.overridable if k in set(names)}
+        return replace(
+            self,
+            inputs={**self.inputs, **given},
+            constants={k: v for k, v in self.constants.items() if k not in given},
+            overridable={},
+        )
+
     def prefixed(self, prefix: str) -> Graph:
         """The same graph with the values that it makes and its constants renamed; captured values keep their names.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def load(
     threads NumPy's BLAS uses, which is a setting of the whole process; None leaves it. `fuse=False` runs the graph as
     it is written. Up to `max_concurrency` runs go on at once, each in an arena of its own.
 
-    Raises ModelError (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
+    Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
     """
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
@@ -61,6 +62,10 @@ def load(
 
         ThreadpoolController().limit(limits=threads, user_api="blas")
     return Session(graph, open_device(device), fuse=fuse, max_concurrency=max_concurrency)
+
+
+MAX_OVERRIDING = 8
+"""Sets of overridden constants for which a session keeps plans; the least recently used is dropped beyond that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +97,17 @@ class Session:
         max_concurrency: int = 4,
         constants: Constants | None = None,
     ) -> None:
+        self.loaded = graph
         self.graph = optimize(graph, registry()) if fuse else graph
+        self.fuse = fuse
         self.device = device
         self.name = graph.name
         self.inputs: Mapping[str, ValueSpec] = graph.inputs
         self.outputs: Mapping[str, ValueSpec] = graph.outputs
+        self.overridable: Mapping[str, ValueSpec] = graph.overridable
         self._constants = constants or Constants(device, self.graph)
         self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
+        self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
         self._all_plain = all(map(is_plain, self.inputs.values()))
         self._free: list[Lease] = []
         self._leases = 0
@@ -119,6 +128,9 @@ class Session:
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run the model: arrays in by name, arrays out by name.
 
+        Constants that the model lists as inputs too, `overridable`, may be given as well; each set of them that is
+        given has a session of its own, kept for later runs, with its own plans and its own copy of the other constants.
+
         Arrays that lie on the session's GPU (CuPy, or anything with DLPack) never go through the host: the same array
         given again is read where it lies, others are copied on the device. Results are new NumPy arrays, except those
         named in `out`, which are written in place and must match in shape and dtype; with every output in `out` a run
@@ -130,6 +142,8 @@ class Session:
                 raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")
             if name not in self.outputs:
                 raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
+        if (session := self._for(feeds)) is not self:
+            return session.run(feeds, out)
         return self._collect(self._check(feeds), out)
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
@@ -139,6 +153,25 @@ class Session:
             for name in stage.segment.objects:
                 results[name] = entering.objects[name] if name in entering.objects else stage.segment.constants[name]
         return results
+
+    def _for(self, feeds: Mapping[str, Any]) -> Session:
+        """The session that takes these feeds: this one, or one whose inputs are some overridable constants as well."""
+        if not self.overridable or not isinstance(feeds, Mapping):
+            return self
+        given = frozenset(self.overridable.keys() & feeds.keys())
+        if not given:
+            return self
+        with self._available:
+            self._refuse_closed()
+            session = self._overriding.get(given)
+            if session is None:
+                session = self._overriding[given] = Session(
+                    self.loaded.overriding(given), self.device, fuse=self.fuse, max_concurrency=self._max_leases
+                )
+                if len(self._overriding) > MAX_OVERRIDING:
+                    self._overriding.popitem(last=False)
+            self._overriding.move_to_end(given)
+            return session
 
     def _nested(self, graph: Graph) -> Callable[..., list[Any]]:
         """A subgraph of this session's graph, callable; on the same device, with the same constants."""
@@ -201,13 +234,16 @@ class Session:
 
         return self._stages.advance(stage, read, objects)
 
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise DeviceError(f"the session of '{self.name}' is closed")
+
     @contextmanager
     def _lease(self) -> Iterator[Lease]:
         with self._available:
             while not self._closed and not self._free and self._leases >= self._max_leases:
                 self._available.wait()
-            if self._closed:
-                raise DeviceError(f"the session of '{self.name}' is closed")
+            self._refuse_closed()
             if self._free:
                 lease = self._free.pop()
             else:
@@ -231,19 +267,24 @@ class Session:
             name: tuple(int(d) for d in (value.shape if hasattr(value, "shape") else value))
             for name, value in inputs.items()
         }
+        if (session := self._for(shapes)) is not self:
+            return session.plan_for(inputs)
         self._check_names(shapes)
         ordered = tuple(shapes[name] for name in self.inputs)
         self._check_shapes(ordered)
-        if self._closed:
-            raise DeviceError(f"the session of '{self.name}' is closed")
+        self._refuse_closed()
         return self._stages.first(ordered).plan
 
     def plans(self, feeds: Mapping[str, Any]) -> tuple[Plan, ...]:
         """The plans of a run with these feeds: one a segment. Runs the model."""
+        if (session := self._for(feeds)) is not self:
+            return session.plans(feeds)
         return tuple(stage.plan for stage, _ in self._segments(self._check(feeds), Bound.run))
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""
+        if (session := self._for(feeds)) is not self:
+            return session.profile(feeds)
         timings: list[Timing] = []
 
         def timed(bound: Bound) -> None:
@@ -358,6 +399,7 @@ class Session:
                 self._available.wait()
             self._free.clear()
             self._leases = 0
+        self._overriding.clear()
         self._stages.clear()
         self._constants.clear()
         self.device.close()

@@ -166,15 +166,17 @@ def test_sources_and_metadata(ort: Any, tmp_path: Path) -> None:
         ort.InferenceSession("absent.onnx", providers=CPU)
 
 
-def test_initialisers_that_are_inputs_too_are_constants_here() -> None:
+def test_initialisers_that_are_inputs_too_may_be_fed() -> None:
     model = parse("g (float[N] x, float[1] w) => (float[N] y) { y = Mul(x, w) }")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2], np.float32), "w"))
     theirs, ours = (m.InferenceSession(model.SerializeToString(), providers=CPU) for m in (onnxruntime, infera_gpu))
     assert [a.name for a in ours.get_inputs()] == [a.name for a in theirs.get_inputs()] == ["x"]
-    assert (len(theirs.get_overridable_initializers()), ours.get_overridable_initializers()) == (1, [])
+    told = [[(a.name, a.type, a.shape) for a in m.get_overridable_initializers()] for m in (ours, theirs)]
+    assert told[0] == told[1] == [("w", "tensor(float)", [1])]
     one = np.ones(1, np.float32)
-    with pytest.raises(infera_gpu.InputError, match="'w' is not an input"):
-        ours.run(None, {"x": one, "w": one})
+    for session in (ours, theirs):
+        assert session.run(None, {"x": one})[0].tolist() == [2]
+        assert session.run(None, {"x": one, "w": 5 * one})[0].tolist() == [5]
 
 
 @both

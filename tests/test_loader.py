@@ -1,4 +1,4 @@
-"""What is no well-formed model is one clear ModelError, and costs nothing."""
+"""What is no well-formed model is one clear InvalidModel, and costs nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import infera_gpu
-from infera_gpu.errors import InferaError, ModelError
+from infera_gpu.errors import DeviceError, InferaError, InputError, InvalidModel
 from tests.text import parse
 
 RELU = "g (float[N] x) => (float[N] y) { y = Relu(x) }"
@@ -53,13 +54,13 @@ def initialiser(name: str) -> Callable[[onnx.ModelProto], object]:
     ],
 )
 def test_what_is_wrong_is_named(edit: Callable[[onnx.ModelProto], object], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(InvalidModel, match=message):
         infera_gpu.load(changed(edit), device="cpu")
 
 
 @pytest.mark.parametrize("source", [None, 3, "a\0b", bytearray(b"nothing"), object()])
 def test_what_is_no_source_is_refused(source: object) -> None:
-    with pytest.raises(ModelError):
+    with pytest.raises(InvalidModel):
         infera_gpu.load(source, device="cpu")  # type: ignore[arg-type]
 
 
@@ -67,36 +68,6 @@ def test_bytes_of_any_kind_are_read() -> None:
     data = parse(RELU).SerializeToString()
     for source in (data, bytearray(data), memoryview(data)):
         assert infera_gpu.load(source, device="cpu").outputs.keys() == {"y"}
-
-
-def functions(depth: int, *, recursive: bool = False) -> onnx.ModelProto:
-    """y = f_depth(x), each function calling the one below it twice."""
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]
-    made = []
-    for i in range(depth):
-        below = f"f{i - 1}" if i else ("f0" if recursive else "")
-        domain = "f" if below else ""
-        nodes = [helper.make_node(below or "Relu", [a], [b], domain=domain) for a, b in (("a", "b"), ("b", "c"))]
-        made.append(helper.make_function("f", f"f{i}", ["a"], ["c"], nodes, opsets))
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy")
-    graph = helper.make_graph([helper.make_node(f"f{depth - 1}", ["x"], ["y"], domain="f")], "g", [x], [y])
-    return helper.make_model(graph, functions=made, opset_imports=opsets, ir_version=8)
-
-
-def test_functions_are_inlined() -> None:
-    session = infera_gpu.load(functions(3), device="cpu")
-    assert session.run({"x": np.array([-1, 2], np.float32)})["y"].tolist() == [0, 2]
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(functions(40), "expand to"), (functions(1, recursive=True), "calls itself")],
-)
-def test_functions_without_end_are_refused_at_once(model: onnx.ModelProto, message: str) -> None:
-    began = time.perf_counter()
-    with pytest.raises(ModelError, match=message):
-        infera_gpu.load(model, device="cpu")
-    assert time.perf_counter() - began < 10
 
 
 def test_large_constants_made_of_few_bytes_are_not_made() -> None:
@@ -144,3 +115,99 @@ def test_a_shape_that_is_left_out_says_nothing() -> None:
     assert str(session.inputs["x"]) == "float32[...]"
     for shape in ((), (3,), (2, 0, 4)):
         assert session.run({"x": np.ones(shape, np.float32)})["y"].shape == shape
+
+
+# ---- sparse tensors
+
+
+def sparse(values: list[float], indices: object, dims: list[int], name: str = "w") -> onnx.SparseTensorProto:
+    made = onnx.SparseTensorProto(dims=dims)
+    made.values.CopyFrom(numpy_helper.from_array(np.array(values, np.float32), name))
+    made.indices.CopyFrom(numpy_helper.from_array(np.array(indices, np.int64)))
+    return made
+
+
+def plus(tensor: onnx.SparseTensorProto) -> onnx.ModelProto:
+    model = parse("g (float[N,M] x) => (float[N,M] y) { y = Add(x, w) }")
+    model.graph.sparse_initializer.append(tensor)
+    return model
+
+
+@pytest.mark.parametrize("indices", [[1, 5, 6], [[0, 1], [1, 2], [2, 0]]])
+def test_sparse_initialisers_are_written_out(indices: list[object]) -> None:
+    model = plus(sparse([1, 2, 3], indices, [3, 3]))
+    x = np.ones((3, 3), np.float32)
+    want = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(infera_gpu.load(model, device="cpu").run({"x": x})["y"], want)
+    assert want.tolist() == [[1, 2, 1], [1, 1, 3], [4, 1, 1]]
+
+
+@pytest.mark.parametrize("opset", [11, 13, 21])
+def test_sparse_constants_are_written_out(opset: int) -> None:
+    model = parse("g (float[N,M] x) => (float[N,M] y) { w = Constant <value_float = 0.0> ()  y = Add(x, w) }", opset)
+    attribute = helper.make_attribute("sparse_value", sparse([4, 5], [0, 3], [2, 2]))
+    model.graph.node[0].attribute[0].CopyFrom(attribute)
+    x = np.zeros((2, 2), np.float32)
+    assert infera_gpu.load(model, device="cpu").run({"x": x})["y"].tolist() == [[4, 0], [0, 5]]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (sparse([1, 2], [0, 9], [3, 3]), "an index outside"),
+        (sparse([1, 2], [-1, 3], [3, 3]), "an index outside"),
+        (sparse([1, 2], [[0, 0], [0, 3]], [3, 3]), "an index outside"),
+        (sparse([1, 2], [3, 3], [3, 3]), "do not ascend"),
+        (sparse([1, 2], [4, 3], [3, 3]), "do not ascend"),
+        (sparse([1, 2], [1], [3, 3]), r"expected \[n\] values"),
+        (sparse([1], [0], [1 << 20, 1 << 20]), "sparse tensors of"),
+        (sparse([1], [0], [1 << 40, 1 << 40]), "no memory holds"),
+        (sparse([1], [0], [-1]), "has the shape"),
+    ],
+)
+def test_sparse_tensors_are_checked(tensor: onnx.SparseTensorProto, message: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(InvalidModel, match=message):
+        infera_gpu.load(plus(tensor), device="cpu")
+    assert time.perf_counter() - began < 5
+
+
+# ---- initialisers that are inputs too
+
+
+OVERRIDABLE = """g (float[N] x, float[K] b, float[1] c) => (float[N] y) <float[2] b = {1, 2}, float[1] c = {10}> {
+    s = Mul(b, c)  t = ReduceSum <keepdims = 0> (s)  y = Add(x, t)
+}"""
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"b": [3, 4, 5]}, {"c": [2]}, {"b": [1], "c": [7]}], ids=["none", "one", "other", "both"]
+)
+def test_initialisers_that_are_inputs_may_be_given(given: dict[str, list[float]]) -> None:
+    model = parse(OVERRIDABLE)
+    feeds = {k: np.array(v, np.float32) for k, v in {"x": [1, 2], **given}.items()}
+    want = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
+    with infera_gpu.load(model, device="cpu") as session:
+        assert list(session.inputs) == ["x"]
+        assert list(session.overridable) == ["b", "c"]
+        for _ in range(2):
+            np.testing.assert_array_equal(session.run(feeds)["y"], want)
+            np.testing.assert_array_equal(session.run({"x": feeds["x"]})["y"], feeds["x"] + 30)
+        assert session.plan_for(feeds).outputs.keys() == {"y"}
+        assert len(session.profile(feeds)) >= 1
+        with pytest.raises(InputError, match="'z' is not an input"):
+            session.run({**feeds, "z": feeds["x"]})
+    with pytest.raises(DeviceError, match="closed"):
+        session.run(feeds)
+
+
+def test_plans_for_given_initialisers_are_bounded() -> None:
+    names = [f"w{i}" for i in range(12)]
+    ins = ", ".join(f"float[1] {n}" for n in names)
+    fixed = ", ".join(f"float[1] {n} = {{1}}" for n in names)
+    model = parse(f"g (float[1] x, {ins}) => (float[1] y) <{fixed}> {{ y = Sum(x, {', '.join(names)}) }}")
+    with infera_gpu.load(model, device="cpu") as session:
+        for name in names:
+            feeds = {"x": np.zeros(1, np.float32), name: np.full(1, 5, np.float32)}
+            assert session.run(feeds)["y"].tolist() == [16]
+        assert len(session._overriding) <= 8

@@ -30,9 +30,9 @@ def _sized(session: Session, sizes: Mapping[str, int]) -> Session:
             for name, spec in specs.items()
         }
 
-    graph = session.graph
+    graph = session.loaded
     graph = replace(graph, inputs=sized(graph.inputs), outputs=sized(graph.outputs), specs=sized(graph.specs))
-    return Session(graph, session.device, fuse=False)
+    return Session(graph, session.device, fuse=session.fuse)
 
 
 class InferenceSession:
@@ -125,8 +125,7 @@ class InferenceSession:
         return [NodeArg.of(k, s) for k, s in self.session.outputs.items()]
 
     def get_overridable_initializers(self) -> list[NodeArg]:
-        """Empty: initialisers are constants here, even where the model lists them as inputs too."""
-        return []
+        return [NodeArg.of(k, s) for k, s in self.session.overridable.items()]
 
     def get_modelmeta(self) -> ModelMetadata:
         """What the model says about itself, read again from where it came."""
@@ -156,7 +155,7 @@ class InferenceSession:
         device, passed_over = device_of(providers, provider_options)
         for text in passed_over:
             warnings.warn(text, UserWarning, stacklevel=2)
-        self.session = Session(self.session.graph, open_device(device), fuse=False)
+        self.session = Session(self.session.loaded, open_device(device), fuse=self.session.fuse)
 
     def enable_fallback(self) -> None:
         """No effect: a provider that fails during a run raises DeviceError."""
