@@ -12,13 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from infera_gpu.errors import PlanError
+import infera_gpu
+from infera_gpu.errors import InputError, PlanError
 from infera_gpu.graph import HostArray, Node
 from infera_gpu.op import Case, Op, Site, f32
 from infera_gpu.ops import registry
 from infera_gpu.spec import spec_of
 from infera_kernels.cpu.conv_winograd import transforms
 from tests.cases import assert_close, inputs_of, site_of
+from tests.text import parse
 
 OPSET = 18
 
@@ -140,6 +142,7 @@ def _zeros(*shape: int) -> HostArray:
         ("ConvTranspose", (_zeros(1, 3, 5, 5), _zeros(4, 2, 3, 3)), {}, "weights are"),
         ("MaxPool", (_zeros(1, 3, 5, 5),), {"kernel_shape": (3,)}, "kernel_shape has 1 values"),
         ("STFT", (_zeros(9), np.array(2)), {}, "expected (batch, length, 1 or 2)"),
+        ("STFT", (_zeros(1, 9, 2), np.array(2)), {}, "a one-sided transform takes real input"),
         ("Softmax", (_zeros(2, 3),), {"axis": 2}, "axis 2 out of range"),
         ("LayerNormalization", (_zeros(2, 3), _zeros(2)), {}, "does not broadcast"),
         ("GroupNormalization", (_zeros(1, 4, 2), _zeros(3), _zeros(3)), {"num_groups": 3}, "do not divide"),
@@ -170,3 +173,15 @@ def test_a_bad_node_is_refused_with_its_name_and_the_reason(
         op.infer(_site(op, ins, attrs))
     assert message in str(raised.value)
     assert f"{name} 'y'" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"])
+@pytest.mark.parametrize("target", [-1, -5, 5, 1 << 40])
+def test_a_target_that_is_no_class_is_refused(name: str, target: int) -> None:
+    """Losses count no classes from the end: -1 is an error unless it is what `ignore_index` says."""
+    model = parse(f"g (float[N, 5] x, int64[N] t) => (float y) {{ y = {name} <ignore_index = -7> (x, t) }}")
+    session = infera_gpu.load(model, device="cpu")
+    x = np.log(np.full((3, 5), 0.2, np.float32))
+    with pytest.raises(InputError, match=rf"{name} 'y': target {target} is out of range for 5 classes"):
+        session.run({"x": x, "t": np.array([0, target, -7])})
+    np.testing.assert_allclose(session.run({"x": x, "t": np.array([0, 4, -7])})["y"], np.log(5), rtol=1e-6)

@@ -28,6 +28,17 @@ def session(op: str, feeds: dict[str, np.ndarray], **attrs: Any) -> infera_gpu.S
 
 N = 20000
 X = np.zeros((N,), np.float32)
+CHANCES = np.array([[0.1, 0.6, 0.3], [0.5, 0.25, 0.25], [0.02, 0.0, 0.98]])
+DRAWS: dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]] = {
+    "RandomUniform": ({}, {"shape": [N]}),
+    "RandomUniformLike": ({"x": X}, {}),
+    "RandomNormal": ({}, {"shape": [N]}),
+    "RandomNormalLike": ({"x": X}, {}),
+    "Bernoulli": ({"x": X + np.float32(0.3)}, {}),
+    "Multinomial": ({"x": np.log(CHANCES[:1], dtype=np.float32)}, {"sample_size": N}),
+    "Dropout": ({"x": X + 1, "ratio": np.array(0.4, np.float32), "training": np.array(True)}, {}),
+}
+"""Feeds and attributes that make each operator draw N numbers. Multinomial's are classes, Dropout's kept or not."""
 
 
 @pytest.mark.parametrize(
@@ -48,19 +59,48 @@ def test_moments_and_bounds(y: object, mean: float, deviation: float, low: float
     assert low <= got.min() <= got.max() <= high
     assert abs(got.mean() - mean) < 5 * deviation / N**0.5
     assert abs(got.std() - deviation) < 5 * deviation / N**0.5
-    correlation = np.corrcoef(got[1:], got[:-1])[0, 1]
-    assert abs(correlation) < 5 / N**0.5
 
 
-def test_multinomial_follows_the_log_probabilities() -> None:
-    chances = np.array([0.1, 0.6, 0.3])
-    got = draw("Multinomial", {"x": np.log(chances)[None].astype(np.float32)}, sample_size=N)
-    counts = np.bincount(got[0], minlength=3) / N
-    assert (np.abs(counts - chances) < 5 * np.sqrt(chances * (1 - chances) / N)).all()
+@pytest.mark.parametrize("op", DRAWS)
+def test_draws_are_independent_of_those_before(op: str) -> None:
+    """No correlation at lags 1 to 10, and as many pairs of neighbours in each pair of quartiles as chance gives.
+
+    Within five standard errors, as above. The statistic of the pairs is chi-square with n = (k - 1)² degrees of
+    freedom, which exceeds n + 2 √(n t) + 2 t with probability e^-t at most (Laurent and Massart 2000, lemma 1).
+    """
+    feeds, attrs = DRAWS[op]
+    got = draw(op, feeds, **attrs).astype(np.float64).reshape(-1)
+    for lag in range(1, 11):
+        assert abs(np.corrcoef(got[lag:], got[:-lag])[0, 1]) < 5 / N**0.5, f"lag {lag}"
+    edges = np.unique(got)[1:] if len(np.unique(got)) < 4 else np.quantile(got, [0.25, 0.5, 0.75])
+    kind, k = np.searchsorted(edges, got, side="right"), len(edges) + 1
+    seen = np.bincount(kind[0::2] * k + kind[1::2], minlength=k * k)  # pairs that do not overlap
+    share = np.bincount(kind, minlength=k) / N
+    expected = np.outer(share, share).reshape(-1) * (N / 2)
+    n, t = (k - 1) ** 2, 14.5  # once in two million runs
+    assert ((seen - expected) ** 2 / expected).sum() < n + 2 * (n * t) ** 0.5 + 2 * t
 
 
-@pytest.mark.parametrize("op", ["RandomUniform", "RandomNormal"])
+def test_multinomial_follows_the_log_probabilities_of_each_row() -> None:
+    with np.errstate(divide="ignore"):
+        logs = np.log(CHANCES).astype(np.float32) + np.array([[0], [3], [-40]], np.float32)  # unnormalised
+    got = draw("Multinomial", {"x": logs}, sample_size=N)
+    assert got.shape == (3, N)
+    for row, chances in zip(got, CHANCES, strict=True):
+        share = np.bincount(row, minlength=3) / N
+        assert (np.abs(share - chances) <= 5 * np.sqrt(chances * (1 - chances) / N)).all()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs(np.corrcoef(got[a], got[b])[0, 1]) < 5 / N**0.5, f"rows {a} and {b}"
+
+
+@pytest.mark.parametrize("op", DRAWS)
 def test_a_seed_repeats_and_none_does_not(op: str) -> None:
-    seeded, free = session(op, {}, shape=[8], seed=3.0), session(op, {}, shape=[8])
-    np.testing.assert_array_equal(seeded.run({})["y"], seeded.run({})["y"])
-    assert (free.run({})["y"] != free.run({})["y"]).any()
+    feeds, attrs = DRAWS[op]
+    number = int if op == "Dropout" else float  # the type of the attribute
+    seeded, again, other = (session(op, feeds, **attrs, seed=number(seed)) for seed in (3, 3, 4))
+    free = session(op, feeds, **attrs)
+    first = seeded.run(feeds)["y"]
+    np.testing.assert_array_equal(first, seeded.run(feeds)["y"])
+    np.testing.assert_array_equal(first, again.run(feeds)["y"])
+    assert (first != other.run(feeds)["y"]).any()
+    assert (free.run(feeds)["y"] != free.run(feeds)["y"]).any()

@@ -36,8 +36,9 @@ def _loss(xp: Any, site: Site, x: Array, target: Array, weight: Array | None = N
     ignored = site.attrs["ignore_index"]
     if xp is np:
         counted = target if ignored is None else target[target != ignored]
-        if counted.size and not -x.shape[1] <= counted.min() <= counted.max() < x.shape[1]:
-            raise IndexError(f"a target is out of range for {x.shape[1]} classes")
+        low, high = counted.min(initial=0), counted.max(initial=0)
+        if low < 0 or high >= x.shape[1]:
+            raise IndexError(f"target {low if low < 0 else high} is out of range for {x.shape[1]} classes")
     return portable.negative_log_likelihood(
         xp, x, target, weight, reduction=site.attrs["reduction"], ignored=None if ignored is None else int(ignored)
     )

@@ -111,8 +111,12 @@ def _infer(site: Site) -> Sequence[TensorSpec]:
     return specs[: max(1, len(site.node.outputs))]
 
 
-def _compute(xp: Any, site: Site, x: Array, w: Array, r: Array, *optional: Array | None) -> Sequence[Array]:
-    b, lengths, h, c, p = (optional + (None,) * 5)[:5]
+def _compute(xp: Any, site: Site, *ins: Array | None) -> Sequence[Array]:
+    """Halves are computed in float32: rounding them after every step would let the errors grow with the steps."""
+    dtype = site.spec(_X).dtype
+    kept = dtype.itemsize >= 4
+    wide: list[Any] = [a if kept or a is None or i == _LENGTHS else a.astype(np.float32) for i, a in enumerate(ins)]
+    x, w, r, b, lengths, h, c, p = (*wide, *[None] * 8)[:8]
     kind, first = _KINDS[site.node.op], _batch_first(site)
     _, batch, _, hidden = _sizes(site)
     ys, ends = [], []
@@ -130,7 +134,7 @@ def _compute(xp: Any, site: Site, x: Array, w: Array, r: Array, *optional: Array
     y = xp.stack(ys, axis=1)  # (T, D, B, H)
     made = [y.transpose(2, 0, 1, 3) if first else y]
     made += [xp.stack([end[i] for end in ends], axis=1 if first else 0) for i in range(kind.states)]
-    return [xp.ascontiguousarray(a) for a in made[: max(1, len(site.node.outputs))]]
+    return [xp.ascontiguousarray(a, dtype) for a in made[: max(1, len(site.node.outputs))]]
 
 
 def _supports(site: Site) -> bool:

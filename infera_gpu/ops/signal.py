@@ -106,6 +106,8 @@ def _stft_frames(site: Site) -> tuple[int, int, int]:
 def _infer_stft(site: Site) -> tuple[TensorSpec]:
     length, _, frames = _stft_frames(site)
     x = site.spec(0)
+    if site.attrs["onesided"] and x.ndim == 3 and x.dims[2] == 2:
+        raise site.fail(f"a one-sided transform takes real input, this is {x}")
     bins = length // 2 + 1 if site.attrs["onesided"] else length
     return (TensorSpec((x.dims[0], frames, bins, 2), x.dtype),)
 
@@ -126,6 +128,7 @@ _STFT = Op(
         Case("window", (f32(2, 32, 1), np.array(4), f32(8))),
         Case("length", (f32(1, 21, 1), np.array(5), None, np.array(9))),
         Case("both_sides", (f32(1, 16, 1), np.array(8), f32(8)), {"onesided": 0}),
+        Case("complex", (f32(2, 16, 2), np.array(3), f32(8)), {"onesided": 0}),
     ),
 )
 

@@ -19,9 +19,7 @@ def negative_log_likelihood(
     """
     wide = np.float32 if x.dtype.itemsize < 4 else x.dtype
     counted = xp.ones(target.shape, np.bool_) if ignored is None else target != ignored
-    classes = x.shape[1]
     safe = xp.where(counted, target, 0)
-    safe = xp.where(safe < 0, safe + classes, safe)
     picked = -xp.take_along_axis(x.astype(wide), xp.expand_dims(safe, 1), axis=1)[:, 0]
     w = counted.astype(wide) if weight is None else xp.where(counted, weight[safe], 0).astype(wide)
     loss = xp.where(counted, picked, 0) * w
