@@ -33,7 +33,7 @@ def _infer_global(site: Site) -> Sequence[TensorSpec]:
 
 def _compute_max(xp: Any, site: Site, x: Array) -> Sequence[Array]:
     found = window(site)
-    columns = bool(site.attrs["storage_order"])
+    columns = bool(site.attrs.get("storage_order", 0))
     made = max_pool(xp, x, found.out, kernel=found.kernel, column_major=columns, **found.params)
     return made[: len(site.node.outputs)]
 
@@ -184,7 +184,7 @@ _MAX = {"cpu": Kernel(_bind_max, _planar)}
 _AVERAGE = {"cpu": Kernel(_bind_average, _planar)}
 
 OPS: tuple[Op, ...] = (
-    Op("MaxPool", 1, _infer, _compute_max, _CASES, _attrs("dilations", storage_order=0), kernels=_MAX),
+    Op("MaxPool", 1, _infer, _compute_max, _CASES, _attrs("dilations"), kernels=_MAX),
     Op("MaxPool", 8, _infer, _compute_max, (*_CASES, *_COLUMNS), _attrs("dilations", storage_order=0), kernels=_MAX),
     Op(
         "MaxPool", 10, _infer, _compute_max, (*_CASES, *_CEIL, *_DILATED, *_INDEXED, *_COLUMNS),

@@ -18,6 +18,17 @@ from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filt
 
 _ROI, _SCALES, _SIZES = 1, 2, 3
 
+_DEFAULTS: Attrs = {
+    "mode": "nearest",
+    "coordinate_transformation_mode": "half_pixel",
+    "nearest_mode": "round_prefer_floor",
+    "cubic_coeff_a": -0.75,
+    "exclude_outside": 0,
+    "extrapolation_value": 0.0,
+    "antialias": 0,
+}
+_OLD_DEFAULTS: Attrs = {**_DEFAULTS, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "simple"}
+
 _LARGEST = 1 << 26
 """Elements of an axis' table, of which planning makes one for each tap of an output element."""
 
@@ -29,6 +40,16 @@ class _Target:
     shape: tuple[int, ...]
     scales: tuple[float, ...]
     roi: tuple[tuple[float, float], ...]
+
+
+def _is_old(site: Site) -> bool:
+    """Whether it is Upsample or the first Resize: its inputs are x and scales, `mode` its only option."""
+    return site.node.op == "Upsample" or site.opset < 11
+
+
+def _options(site: Site) -> Attrs:
+    """The attributes, and what those mean that this version has not."""
+    return {**(_OLD_DEFAULTS if _is_old(site) else _DEFAULTS), **site.attrs}
 
 
 def _known(site: Site, i: int) -> HostArray | None:
@@ -50,7 +71,7 @@ def _target(site: Site) -> _Target:
     sizes: HostArray | None = None
     if "scales" in site.attrs:
         scales = np.array(site.attrs["scales"], np.float32)
-    elif site.node.op == "Upsample" or site.opset < 11:
+    elif _is_old(site):
         scales = _known(site, 1)
     else:
         roi, scales, sizes = (_known(site, i) for i in (_ROI, _SCALES, _SIZES))
@@ -71,7 +92,7 @@ def _target(site: Site) -> _Target:
         if scales is not None:
             factors[axis] = float(scales[i])
             shape[axis] = int(np.floor(np.float32(x.dims[axis]) * np.float32(scales[i])))
-            if site.attrs["coordinate_transformation_mode"] == "tf_crop_and_resize":
+            if _options(site)["coordinate_transformation_mode"] == "tf_crop_and_resize":
                 span = np.float32(regions[axis][1]) - np.float32(regions[axis][0])
                 shape[axis] = int(np.floor(np.float32(x.dims[axis]) * span * np.float32(scales[i])))
     if sizes is not None:
@@ -99,14 +120,14 @@ def _fit(site: Site, shape: list[int], factors: list[float], axes: list[int], si
 
 def _coordinates(site: Site) -> str:
     """From opset 18 on, ONNX's test suite aligns the corners of the size that the scales give before rounding."""
-    named = str(site.attrs["coordinate_transformation_mode"])
+    named = str(_options(site)["coordinate_transformation_mode"])
     unrounded = named == "align_corners" and site.opset >= 18 and site.has(2)
     return "align_unrounded_corners" if unrounded else named
 
 
 def _filter(site: Site) -> Filter:
     """How to interpolate. Raises PlanError for an unknown name."""
-    a = site.attrs
+    a = _options(site)
     chosen = {
         "mode": (a["mode"], ("nearest", "linear", "cubic")),
         "nearest_mode": (a["nearest_mode"], tuple(NEAREST)),
@@ -164,17 +185,9 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
     return fast_resize(io.ins[0], io.outs[0], io.scratch, _tables(site, how), nearest=how.mode == "nearest")
 
 
-_ATTRS: dict[str, Any] = {
-    "mode": "nearest",
-    "coordinate_transformation_mode": "half_pixel",
-    "nearest_mode": "round_prefer_floor",
-    "cubic_coeff_a": -0.75,
-    "exclude_outside": 0,
-    "extrapolation_value": 0.0,
-    "antialias": 0,
-}
-_OLD_ATTRS: dict[str, Any] = {**_ATTRS, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "simple"}
-_KEPT: Attrs = {**_ATTRS, "axes": None, "keep_aspect_ratio_policy": "stretch"}
+_MODE: Attrs = {"mode": "nearest"}
+_RESIZE = {k: v for k, v in _DEFAULTS.items() if k != "antialias"}
+_KEPT: Attrs = {**_DEFAULTS, "axes": None, "keep_aspect_ratio_policy": "stretch"}
 
 
 def _scales(*values: float) -> HostArray:
@@ -260,11 +273,11 @@ OPS: tuple[Op, ...] = (
     Op(
         "Upsample", 7, _infer, _compute,
         tuple(Case(name, (_X,), {"mode": mode, "scales": tuple(map(float, s))}) for name, mode, s in _OLD),
-        {**_OLD_ATTRS, "scales": REQUIRED}, kernels=_KERNELS,
+        {**_MODE, "scales": REQUIRED}, kernels=_KERNELS,
     ),
     Op(
         "Upsample", 9, _infer, _compute, tuple(Case(name, (_X, s), {"mode": mode}) for name, mode, s in _OLD),
-        _OLD_ATTRS, kernels=_KERNELS, values=(1,),
+        _MODE, kernels=_KERNELS, values=(1,),
     ),
     Op(
         "Resize", 10, _infer, _compute,
@@ -272,9 +285,9 @@ OPS: tuple[Op, ...] = (
             Case(name, (_X, s), {"mode": mode})
             for name, mode, s in (*_OLD, ("nearest-down", "nearest", _DOWN), ("linear-down", "linear", _DOWN))
         ),
-        _OLD_ATTRS, kernels=_KERNELS, values=(1,),
+        _MODE, kernels=_KERNELS, values=(1,),
     ),
-    Op("Resize", 11, _infer, _compute, _RESIZE_11, _ATTRS, kernels=_KERNELS, values=(_ROI, _SCALES, _SIZES)),
+    Op("Resize", 11, _infer, _compute, _RESIZE_11, _RESIZE, kernels=_KERNELS, values=(_ROI, _SCALES, _SIZES)),
     Op("Resize", 18, _infer, _compute, _RESIZE_18, _KEPT, kernels=_KERNELS, values=(_ROI, _SCALES, _SIZES)),
     Op("Resize", 19, _infer, _compute, _RESIZE_19, _KEPT, kernels=_KERNELS, values=(_ROI, _SCALES, _SIZES)),
 )  # fmt: skip

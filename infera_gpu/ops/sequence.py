@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import INT64
 
 
@@ -160,7 +160,7 @@ OPS = (
         "ConcatFromSequence",
         _concat,
         [Case("joined", (EQUAL,), {"axis": 1}), Case("stacked", (EQUAL,), {"axis": -1, "new_axis": 1})],
-        axis=0,
+        axis=REQUIRED,
         new_axis=0,
     ),
     _op("Optional", _optional, [Case("tensor", (f32(2),)), Case("sequence", (THREE,))], 15, type=None),
