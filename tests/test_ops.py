@@ -11,20 +11,15 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 import infera_gpu.ops
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op, Registry, Site
-from infera_gpu.spec import TensorSpec, onnx_of_dtype, spec_of
+from infera_gpu.spec import TensorSpec, spec_of
 from tests.buffers import GuardedBuffers
 from tests.cases import OLDEST, assert_close, compute, inputs_of, opset_of, run, site_of, wrong
-from tests.protos import attributes, value_info
+from tests.oracle import oracle
 
 OPS: tuple[Op, ...] = tuple(
     op
@@ -38,49 +33,6 @@ WITH_ORACLE = frozenset({"", "ai.onnx.ml", "com.microsoft"})
 
 ALLOWANCE = 4096
 """Bytes of bookkeeping that a run may take and give back. Some case of every kernel has larger arrays."""
-
-
-def oracle(op: Op, case: Case, ins: Sequence[HostArray | None], made: Sequence[TensorSpec]) -> list[HostArray]:
-    """What onnxruntime answers without optimisations, or onnx's reference where it has no implementation.
-
-    `made` are the specs expected of the outputs. Raises onnx.checker.ValidationError where the case is no valid model.
-    """
-    names = ["" if x is None else f"in{i}" for i, x in enumerate(ins)]
-    outs = [f"out{i}" for i in range(case.n_outs)]
-    node = helper.make_node(op.name, names, outs, domain=op.domain, **attributes(case.attrs))
-    fed = {f"in{i}": x for i, x in enumerate(ins) if x is not None and isinstance(case.ins[i], TensorSpec)}
-    fixed = [
-        numpy_helper.from_array(x, f"in{i}")
-        for i, x in enumerate(ins)
-        if x is not None and not isinstance(case.ins[i], TensorSpec)
-    ]
-    graph = helper.make_graph(
-        [node],
-        "case",
-        [value_info(k, v) for k, v in fed.items()],
-        [
-            helper.make_tensor_value_info(o, onnx_of_dtype(s.dtype), [None] * s.ndim)
-            for o, s in zip(outs, made, strict=False)
-        ],
-        fixed,
-    )
-    opsets = [helper.make_opsetid(op.domain, opset_of(op, case))]
-    if op.domain:
-        opsets.append(helper.make_opsetid("", 17))
-    ir_version = max(8, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
-    known = op.domain or onnx.defs.has(op.name, opset_of(op, case), "")
-    if known and (op.domain or not onnx.defs.get_schema(op.name, opset_of(op, case)).deprecated):
-        onnx.checker.check_model(model)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except (ort_errors.NotImplemented, ort_errors.InvalidGraph, ort_errors.Fail, ort_errors.RuntimeException):
-        return [np.asarray(a) for a in ReferenceEvaluator(model).run(None, fed)]
-    return [np.asarray(a) for a in session.run(None, fed)]
 
 
 def allocated(calls: Sequence[Call]) -> int:

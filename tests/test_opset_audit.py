@@ -19,7 +19,7 @@ import infera_gpu
 from infera_gpu.op import REQUIRED, Case, Op
 from infera_gpu.ops import registry
 from infera_gpu.spec import spec_of
-from tests import test_host_ops, test_ops
+from tests import oracle, test_host_ops
 from tests.cases import OLDEST, assert_close, compute, inputs_of, opset_of, site_of
 from tests.text import parse
 
@@ -122,8 +122,8 @@ def test_cases_mean_the_same_at_later_versions(op: Op, version: int, cases: list
         compare(op, replace(case, opset=version), replace(case, opset=min(version, LAST_ORACLE.get(op.name, NEWEST))))
 
 
-def compare_site(op: Op, case: Case, oracle: Case) -> None:
-    """The case's outputs are as inferred, and what the oracle answers for its case."""
+def compare_site(op: Op, case: Case, asked: Case) -> None:
+    """The case's outputs are as inferred, and what the oracle answers to `asked`."""
     ins = inputs_of(op, case)
     site = site_of(op, case, ins)
     got = compute(op, site, ins)
@@ -131,18 +131,18 @@ def compare_site(op: Op, case: Case, oracle: Case) -> None:
     for spec, inferred in zip(specs, op.infer(site), strict=False):
         assert inferred in (None, spec), case.id
     if op.pure:
-        wants = test_ops.oracle(op, oracle, ins, specs)
+        wants = oracle.oracle(op, asked, ins, specs)
         for i, (g, want) in enumerate(zip(got, wants, strict=False)):
             assert_close(np.asarray(g), want, case.tol, f"{case.id}: output {i}")
 
 
-def compare_model(op: Op, case: Case, oracle: Case) -> None:
-    """The case as a model gives what the oracle answers for its case."""
+def compare_model(op: Op, case: Case, asked: Case) -> None:
+    """The case as a model gives what the oracle answers to `asked`."""
     model, feeds = test_host_ops.model_of(op, case)
     with infera_gpu.load(model, device="cpu") as session:
         got = session.run(feeds)
     if op.pure:
-        wants = test_host_ops.oracle(test_host_ops.model_of(op, oracle)[0], feeds)
+        wants = test_host_ops.oracle(test_host_ops.model_of(op, asked)[0], feeds)
         for (name, g), want in zip(got.items(), wants, strict=True):
             test_host_ops.assert_same(g, want, case.tol, f"{case.id}: {name}")
 
