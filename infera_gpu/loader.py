@@ -16,7 +16,7 @@ from infera_gpu.functions import Function, Key, Reference, constants_first, inli
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
-from infera_gpu.wellformed import check_node, domain_name, opset_versions
+from infera_gpu.wellformed import check_node, domain_name, opset_versions, text
 
 if TYPE_CHECKING:
     import onnx
@@ -48,8 +48,6 @@ def load_graph(source: Source) -> Graph:
         raise InvalidModel(f"{name}: {error}") from None
     except RecursionError:
         raise InvalidModel(f"{name}: its graphs are nested too deep") from None
-    except UnicodeDecodeError:
-        raise InvalidModel(f"{name}: damaged, a name in it is no text") from None
 
 
 def _read(source: Source) -> tuple[onnx.ModelProto, str]:
@@ -96,7 +94,7 @@ def _payload(path: Path) -> bytes:
 def _functions(model: onnx.ModelProto, reader: _Reader) -> dict[Key, Function]:
     found: dict[Key, Function] = {}
     for f in model.functions:
-        key = (domain_name(f.domain), f.name, f.overload)
+        key = (domain_name(f.domain), text(f.name), text(f.overload))
         label = ".".join(filter(None, key))
         if key in found:
             raise InvalidModel(f"the function {label} is defined twice")
@@ -123,19 +121,21 @@ class _Reader:
             ("sparse initialiser", self.tensors.sparse, [(t.values.name, t) for t in proto.sparse_initializer]),
         ):
             for label, tensor in given:
+                _named(label, kind)
                 if label in constants:
                     raise InvalidModel(f"initialiser '{label}' is given twice")
                 constants[label] = read(tensor, f"{kind} '{label}'")
         inputs: dict[str, ValueSpec] = {}
         overridable: dict[str, ValueSpec] = {}
         for v in proto.input:
+            _named(v.name, "input")
             if v.name in inputs or v.name in overridable:
                 raise InvalidModel(f"input '{v.name}' is given twice")
             (overridable if v.name in constants else inputs)[v.name] = _spec(v, "input")
         nodes = [self.node(n) for n in proto.node]
         outputs: dict[str, ValueSpec] = {}
         for v in proto.output:
-            name_of_output = v.name
+            name_of_output = _named(v.name, "output")
             while name_of_output in outputs:  # a branch may give one value twice
                 name_of_output += "'"
             if name_of_output != v.name:
@@ -156,7 +156,7 @@ class _Reader:
         nodes = [self.node(n) for n in proto.node]
         outputs: dict[str, ValueSpec] = {}
         for name in proto.output:
-            inner = name
+            inner = _named(name, "output")
             while inner in outputs:
                 inner += "'"
             if inner != name:
@@ -164,11 +164,12 @@ class _Reader:
             outputs[inner] = unknown
         if len(set(proto.input)) < len(proto.input):
             raise InvalidModel("it gives two inputs one name")
-        body = Graph(tuple(nodes), dict.fromkeys(proto.input, unknown), outputs, opsets=self.opsets, name=proto.name)
+        inputs = {_named(name, "input"): unknown for name in proto.input}
+        body = Graph(tuple(nodes), inputs, outputs, opsets=self.opsets, name=proto.name)
         defaults = {a.name: self.attribute(a, proto.name) for a in proto.attribute_proto}
         body = constants_first(body, _constant)
         body.check()
-        return Function(body, frozenset((*proto.attribute, *defaults)), defaults)
+        return Function(body, frozenset((*map(text, proto.attribute), *defaults)), defaults)
 
     def node(self, proto: onnx.NodeProto) -> Node:
         check_node(proto, self.opsets)
@@ -177,17 +178,17 @@ class _Reader:
             raise InvalidModel(f"{label} has no outputs")
         attrs: dict[str, Any] = {}
         for a in proto.attribute:
-            if a.name in attrs:
+            if text(a.name) in attrs:
                 raise InvalidModel(f"{label}: attribute '{a.name}' is given twice")
             attrs[a.name] = self.attribute(a, label)
         return Node(
             op=proto.op_type,
-            inputs=tuple(proto.input),
-            outputs=tuple(proto.output),
+            inputs=tuple(map(text, proto.input)),
+            outputs=tuple(map(text, proto.output)),
             attrs=attrs,
             domain=domain_name(proto.domain),
-            name=proto.name,
-            overload=proto.overload,
+            name=text(proto.name),
+            overload=text(proto.overload),
         )
 
     def attribute(self, a: onnx.AttributeProto, label: str) -> Any:
@@ -197,7 +198,7 @@ class _Reader:
         if a.ref_attr_name:
             if not self.in_function:
                 raise InvalidModel(f"{what} refers to an attribute of a function, and is in none")
-            return Reference(a.ref_attr_name)
+            return Reference(text(a.ref_attr_name))
         match a.type:
             case A.FLOAT:
                 return float(a.f)
@@ -227,6 +228,12 @@ class _Reader:
                 raise InvalidModel(f"{what} has type {A.AttributeType.Name(other)}, not supported")
 
 
+def _named(name: str, what: str) -> str:
+    if not text(name):
+        raise InvalidModel(f"an {what} has no name")
+    return name
+
+
 def _text(value: bytes) -> str | bytes:
     try:
         return value.decode()
@@ -252,7 +259,10 @@ def _constant(node: Node) -> HostArray:
         return value  # type: ignore[no-any-return]
     if kind not in _CONSTANT_DTYPES:
         raise InvalidModel(f"{node}: a constant given as '{kind}' is not supported")
-    return np.array(value, dtype=_CONSTANT_DTYPES[kind])
+    try:
+        return np.array(value, dtype=_CONSTANT_DTYPES[kind])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidModel(f"{node}: its attribute '{kind}' is no constant: {error}") from None
 
 
 def _spec(value: onnx.ValueInfoProto, what: str) -> ValueSpec:
@@ -289,7 +299,7 @@ def _element(code: int, what: str) -> DType:
 def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:
     if d.WhichOneof("value") == "dim_value":
         return int(d.dim_value) if d.dim_value >= 0 else None
-    return d.dim_param or None
+    return text(d.dim_param) or None
 
 
 def read_metadata(source: Source) -> dict[str, Any]:

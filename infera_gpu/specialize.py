@@ -130,6 +130,8 @@ class _Walk:
 
     def branch(self, node: Node) -> None:
         """An If whose condition is known is its branch; otherwise it waits for the condition."""
+        if not node.inputs[0]:
+            raise PlanError(f"{node}: its condition is left out")
         condition = self.known.get(node.inputs[0])
         if condition is None:
             self.waits[node.inputs[0]] = None

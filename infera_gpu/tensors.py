@@ -12,6 +12,7 @@ from infera_gpu.errors import InvalidModel
 from infera_gpu.external import ExternalFiles
 from infera_gpu.graph import FOLD_LIMIT, HostArray
 from infera_gpu.spec import DType, dtype_of_onnx
+from infera_gpu.wellformed import text
 
 if TYPE_CHECKING:
     import onnx
@@ -66,7 +67,7 @@ class Tensors:
             raise InvalidModel(f"{what} lies in an external file; load the model from its path instead of from bytes")
         if dtype.kind == "O":
             raise InvalidModel(f"{what} has strings in an external file, which ONNX does not allow")
-        entries = {e.key: e.value for e in tensor.external_data}
+        entries = {text(e.key): text(e.value) for e in tensor.external_data}
         data = self._files.read(entries.get("location", ""))
         offset = _number(entries, "offset", 0, what)
         length = _number(entries, "length", nbytes(dtype, shape), what)

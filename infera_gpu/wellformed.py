@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     import onnx
 
 
+def text(value: str | bytes) -> str:
+    """A name of the file. Raises InvalidModel where it is none: protobuf gives bytes for what is no UTF-8."""
+    if not isinstance(value, str):
+        raise InvalidModel(f"the name {value!r:.80} is no text")
+    return value
+
+
 def domain_name(domain: str) -> str:
+    domain = text(domain)
     return "" if domain == "ai.onnx" else domain
 
 
@@ -22,6 +30,9 @@ def opset_versions(imports: Iterable[onnx.OperatorSetIdProto], *, required: bool
     opsets = {domain_name(o.domain): int(o.version) for o in imports}
     if required and not opsets:
         raise InvalidModel("the model imports no operator set; it is not a complete ONNX model")
+    wrong = next((f"{domain or 'ai.onnx'} {v}" for domain, v in opsets.items() if not 1 <= v < 1 << 31), None)
+    if wrong:
+        raise InvalidModel(f"the imported operator set {wrong} has a version that none can have")
     newest = onnx.defs.onnx_opset_version()
     if not 1 <= opsets.get("", 1) <= newest:
         raise InvalidModel(f"opset {opsets['']} is unknown; this version of onnx knows 1 to {newest}")
@@ -35,7 +46,7 @@ def check_node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
     domain = domain_name(proto.domain)
     version = opsets.get(domain, 1)
     try:
-        schema = onnx.defs.get_schema(proto.op_type, version, domain)
+        schema = onnx.defs.get_schema(text(proto.op_type), version, domain)
     except onnx.defs.SchemaError:
         return  # not a standard operator: the registry knows it, or lists it as unsupported
     label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"

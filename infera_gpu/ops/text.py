@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.graph import FOLD_LIMIT
 from infera_gpu.op import REQUIRED, Case, Op, Site
 from infera_gpu.spec import Array
 
@@ -111,11 +112,13 @@ def _tfidf(xp: Any, site: Site, x: Array) -> tuple[Array]:
         raise site.fail(f"mode is '{mode}', expected TF, IDF or TFIDF")
     width = max(site.attrs["ngram_indexes"], default=-1) + 1
     rows = x.reshape(1, -1) if x.ndim < 2 else x
+    if 4 * len(rows) * width > FOLD_LIMIT:
+        raise site.fail(f"{len(rows)} rows of {width:,} columns are more than {FOLD_LIMIT:,} bytes")
     counts = np.zeros((len(rows), width), np.float32)
     low, high = int(site.attrs["min_gram_length"]), int(site.attrs["max_gram_length"])
     longest = min(high, max(map(len, grams), default=0))
     for row, count in zip(rows.tolist(), counts, strict=True):
-        for n in range(low, longest + 1):
+        for n in range(max(low, 1), longest + 1):
             for skip in range(1, (1 if n == 1 else int(site.attrs["max_skip_count"]) + 1) + 1):
                 span = (n - 1) * skip
                 if span >= len(row):
