@@ -164,6 +164,9 @@ class Stages:
             return read(name)
 
         told = {name: value(name) for name in segment.waits}
+        for name, known in told.items():
+            if not isinstance(known, np.ndarray):
+                raise PlanError(f"'{name}' is {value_spec(known)}, expected a tensor: its value decides what follows")
         for eager in segment.eager:
             with planning(eager.node):
                 made.update(self._run(stage, eager, value))

@@ -145,3 +145,16 @@ def test_strings_are_text() -> None:
     assert got["same"].tolist() == [True, True]
     with pytest.raises(InputError, match="'s' has a int among its elements"):
         session.run({"s": ["a", 1], "at": np.array([0])})
+
+
+def test_a_condition_that_is_no_tensor_is_named() -> None:
+    model = parse(
+        """g (float[N] x, optional(bool) c) => (float[N] y) {
+            y = If (c) <
+                then_branch = t () => (float[N] r) { r = Neg(x) },
+                else_branch = e () => (float[N] r) { r = Exp(x) }
+            >
+        }"""
+    )
+    with pytest.raises(PlanError, match="expected a tensor"):
+        infera_gpu.load(model, device="cpu").run({"x": np.ones(2, np.float32), "c": None})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,84 @@ def test_a_shape_that_is_left_out_says_nothing() -> None:
     assert str(session.inputs["x"]) == "float32[...]"
     for shape in ((), (3,), (2, 0, 4)):
         assert session.run({"x": np.ones(shape, np.float32)})["y"].shape == shape
+
+
+def nested(depth: int) -> onnx.ModelProto:
+    """If in If in If ..."""
+    inner = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["r"])], "b", [], [helper.make_empty_tensor_value_info("r")]
+    )
+    for i in range(depth):
+        node = helper.make_node("If", ["c"], [f"r{i}"], then_branch=inner, else_branch=inner)
+        inner = helper.make_graph([node], "b", [], [helper.make_empty_tensor_value_info(f"r{i}")])
+    model = parse("g (float[N] x, bool c) => (float[N] y) { y = Identity(x) }")
+    model.graph.node.extend(inner.node)
+    return model
+
+
+def varint(n: int) -> bytes:
+    made = b""
+    while n > 127:
+        made, n = made + bytes([n & 127 | 128]), n >> 7
+    return made + bytes([n])
+
+
+def field(number: int, data: bytes) -> bytes:
+    """A field of a protobuf that holds bytes."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def test_graphs_nested_deep_are_read_or_refused_at_once() -> None:
+    began = time.perf_counter()
+    feeds = {"x": np.ones(2, np.float32), "c": np.array(True)}
+    assert infera_gpu.load(nested(8), device="cpu").run(feeds)["y"].tolist() == [1, 1]
+    chain = b""
+    for _ in range(5000):  # each graph holds a node with an attribute that is a graph
+        attribute = field(1, b"then_branch") + field(6, chain) + varint(20 << 3) + b"\x05"
+        chain = field(1, field(4, b"If") + field(5, attribute))
+    with pytest.raises(InvalidModel, match="do not parse"):
+        infera_gpu.load(b"\x08\x08" + field(7, chain), device="cpu")
+    assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ([1 << 62, 1 << 62], "no memory holds"),
+        ([0, 1 << 62, 1 << 62], "no memory holds"),
+        ([1 << 40], "needs 4,398,046,511,104 bytes, it has 8"),
+        ([3], "needs 12 bytes, it has 8"),
+        ([1], "needs 4 bytes, it has 8"),
+        ([1] * 40, "has 40 axes"),
+    ],
+)
+def test_shapes_of_initialisers_must_fit_their_bytes(dims: list[int], message: str) -> None:
+    model = parse(RELU)
+    model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=dims, raw_data=bytes(8))
+    with pytest.raises(InvalidModel, match=message):
+        infera_gpu.load(model, device="cpu")
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"onnx", bytes(100), b"\xff" * 100, b"PK\x03\x04" * 9, b"{}" * 50])
+def test_what_is_no_protobuf_is_named(data: bytes) -> None:
+    with pytest.raises(InvalidModel, match=r"empty|not an ONNX model"):
+        infera_gpu.load(data, device="cpu")
+
+
+def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for path in ("/dev/zero", tmp_path / "pipe.onnx"):
+        with pytest.raises(InvalidModel, match="no regular file"):
+            infera_gpu.load(path, device="cpu")
+    with pytest.raises(InvalidModel, match="Is a directory"):
+        infera_gpu.load(tmp_path, device="cpu")
+
+
+def test_files_larger_than_a_protobuf_are_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "large.onnx", "wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(InvalidModel, match="external data"):
+        infera_gpu.load(tmp_path / "large.onnx", device="cpu")
 
 
 # ---- sparse tensors
