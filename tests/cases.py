@@ -38,7 +38,10 @@ def _random(rng: np.random.Generator, spec: TensorSpec, case: Case) -> HostArray
         bounds = np.iinfo(spec.dtype)
         low, high = max(int(np.ceil(case.low)), bounds.min), min(int(np.floor(case.high)), bounds.max)
         return rng.integers(low, high, spec.dims, endpoint=True).astype(spec.dtype)
-    return np.asarray(rng.uniform(case.low, case.high, spec.dims)).astype(spec.dtype)
+    drawn = np.asarray(rng.uniform(case.low, case.high, spec.dims))
+    if spec.dtype.kind == "c":
+        return np.asarray(drawn + 1j * rng.uniform(case.low, case.high, spec.dims)).astype(spec.dtype)
+    return drawn.astype(spec.dtype)
 
 
 def site_of(op: Op, case: Case, ins: Sequence[HostArray | None], *, constant: bool = False) -> Site:

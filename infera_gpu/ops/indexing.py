@@ -178,6 +178,8 @@ def _scatter_spec(site: Site) -> tuple[TensorSpec]:
 def _check_updates(site: Site) -> None:
     if site.spec(2).dtype != site.spec(0).dtype:
         raise site.fail(f"updates are {site.spec(2)}, expected the type of {site.spec(0)}")
+    if site.spec(0).dtype == object and _reduction(site) in ("add", "mul"):
+        raise site.fail(f"reduction '{_reduction(site)}' of {site.spec(0)}: expected none, max or min for strings")
 
 
 def _scatter_supported(site: Site) -> bool:

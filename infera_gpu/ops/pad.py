@@ -11,7 +11,7 @@ from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import pad as cpu
-from infera_kernels.portable.pad import pad
+from infera_kernels.portable.pad import blank, pad
 
 _PADS, _VALUE, _AXES = 1, 2, 3
 
@@ -47,7 +47,8 @@ def _fill(site: Site, value: Array | None) -> Array:
     """The constant to pad with, 0-d."""
     if value is not None:
         return value.reshape(())
-    return np.asarray(site.attrs.get("value", 0), site.spec(0).dtype)
+    dtype = site.spec(0).dtype
+    return np.asarray(site.attrs["value"], dtype) if "value" in site.attrs else blank(np, dtype)
 
 
 def _compute(xp: Any, site: Site, x: Array, pads: Array | None = None, value: Array | None = None, *_: Any) -> Array:

@@ -33,6 +33,14 @@ def _like(site: Site) -> DType:
     return element_type(site, "dtype", site.spec(0).dtype)
 
 
+def _float_like(site: Site) -> DType:
+    """Raises PlanError where neither `dtype` nor the input's type is a float's."""
+    dtype = _like(site)
+    if dtype.kind != "f" and dtype.name != "bfloat16":
+        raise site.fail(f"cannot draw {dtype.name} for {site.spec(0)}, expected a `dtype` of floating point")
+    return dtype
+
+
 def _shape(site: Site) -> tuple[int, ...]:
     shape = tuple(site.attrs["shape"])
     spec = TensorSpec(shape, element_type(site, "dtype"))
@@ -62,8 +70,8 @@ def _family(name: str, draw: Callable[[Site, tuple[int, ...], DType], Array], at
         Op(
             f"{name}Like",
             1,
-            infer=lambda site: (TensorSpec(site.spec(0).dims, _like(site)),),
-            compute=plain(lambda xp, site, x: made(site, site.spec(0).dims, _like(site))),
+            infer=lambda site: (TensorSpec(site.spec(0).dims, _float_like(site)),),
+            compute=plain(lambda xp, site, x: made(site, site.spec(0).dims, _float_like(site))),
             attrs={"dtype": None, "seed": None, **attrs},
             cases=(Case("same", (f32(2, 3),)), Case("double", (f32(2, 0),), {"dtype": 11, "seed": 1.0})),
             portable=False,

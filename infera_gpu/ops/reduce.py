@@ -98,6 +98,8 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
     extra: tuple[Case, ...] = ()
     if kind in ("sum", "max", "min", "prod"):
         extra = (Case("int32", (np.arange(-5, 7, dtype=np.int32).reshape(3, 4), i64(1))),)
+    if kind in ("mean", "l2"):
+        extra = (Case("large", (np.array([[2**30 + 9, 2**30 - 2, 2**30], [-5, 3, -5]], np.int32), i64(1))),)
     if kind in ("max", "min"):
         extra += (
             Case("bool", (np.array([[True, False], [False, False]]), i64(1)), opset=20),

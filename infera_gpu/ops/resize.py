@@ -161,7 +161,9 @@ def _tables(site: Site, how: Filter) -> list[AxisTable]:
 
 
 def _infer(site: Site) -> Sequence[TensorSpec]:
-    _filter(site)
+    mode = _filter(site).mode
+    if site.spec(0).dtype == object and mode != "nearest":
+        raise site.fail(f"{site.spec(0)} cannot be interpolated: expected mode 'nearest' for strings")
     return (TensorSpec(_target(site).shape, site.spec(0).dtype),)
 
 

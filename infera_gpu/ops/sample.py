@@ -12,6 +12,7 @@ from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import i64, normalized, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import sample as portable
+from infera_kernels.portable.pad import blank
 
 _MODES = {"bilinear": "linear", "bicubic": "cubic", "linear": "linear", "cubic": "cubic", "nearest": "nearest"}
 _PADDINGS = ("zeros", "border", "reflection")
@@ -23,6 +24,8 @@ def _infer_grid(site: Site) -> tuple[TensorSpec]:
         raise site.fail(f"grid is {grid}, expected (batch, ..., {x.ndim - 2}) with {x.ndim} axes for {x}")
     if site.attrs["mode"] not in _MODES or site.attrs["padding_mode"] not in _PADDINGS:
         raise site.fail(f"mode '{site.attrs['mode']}' or padding_mode '{site.attrs['padding_mode']}' is unknown")
+    if x.dtype == object and site.attrs["mode"] != "nearest":
+        raise site.fail(f"{x} cannot be interpolated: expected mode 'nearest' for strings")
     if 0 in x.dims[2:]:
         raise site.fail(f"there is nothing to sample in {x}")
     return (TensorSpec((*x.dims[:2], *grid.dims[1:-1]), x.dtype),)
@@ -108,6 +111,8 @@ def _windowing(site: Site, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tu
 
 def _infer_col2im(site: Site) -> tuple[TensorSpec]:
     x, image, block = site.spec(0), site.ints(1) or (), site.ints(2) or ()
+    if x.dtype == object:
+        raise site.fail(f"{x} cannot be added up: expected numbers")
     n = len(image)
     strides, pads, dilations = _windowing(site, n)
     size = math.prod(block)
@@ -160,14 +165,14 @@ def _crop_shape(site: Site) -> tuple[int, ...]:
 
 
 def _center_crop_pad(xp: Any, site: Site, x: Array, _: Array) -> Array:
-    """The middle of what is too large, in the middle of zeros where it is too small."""
+    """The middle of what is too large, in the middle of blanks where it is too small."""
     dims = _crop_shape(site)
     take, put = [], []
     for have, want in zip(x.shape, dims, strict=True):
         n, cut, gap = min(have, want), max(have - want, 0) // 2, max(want - have, 0) // 2
         take.append(slice(cut, cut + n))
         put.append(slice(gap, gap + n))
-    made = xp.zeros(dims, x.dtype)
+    made = xp.full(dims, blank(xp, x.dtype), x.dtype)
     made[tuple(put)] = x[tuple(take)]
     return made
 
@@ -312,7 +317,11 @@ OPS = (
     _grid_op(
         20,
         "linear",
-        (*_grid_cases("linear"), Case("volume", (f32(1, 2, 3, 4, 5), f32(1, 2, 3, 2, 3)), low=-1.2, high=1.2)),
+        (
+            *_grid_cases("linear"),
+            Case("complex", (TensorSpec((1, 2, 3, 4), np.dtype(np.complex64)), f32(1, 2, 3, 2))),
+            Case("volume", (f32(1, 2, 3, 4, 5), f32(1, 2, 3, 2, 3)), low=-1.2, high=1.2),
+        ),
     ),
     _AFFINE,
     _COL2IM,

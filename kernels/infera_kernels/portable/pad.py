@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from infera_kernels.calls import Array
 
 Pads = Sequence[tuple[int, int]]
 """(before, after) of each axis; a negative count removes elements."""
+
+
+def blank(xp: Any, dtype: np.dtype[Any]) -> Array:
+    """What fills a tensor of this type where nothing else is said: 0, False or the empty string. 0-d."""
+    return np.array("", object) if dtype.kind == "O" else xp.zeros((), dtype)
 
 
 def crop(x: Array, pads: Pads) -> tuple[Array, tuple[tuple[int, int], ...]]:

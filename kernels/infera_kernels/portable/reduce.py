@@ -61,8 +61,18 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 
 
 def reduction(xp: Any, kind: str, x: Array, axes: Sequence[int], shape: Sequence[int]) -> Array:
-    """`x` reduced over `axes`, as `shape`. Two-byte floats are reduced in float32; integers keep their dtype."""
-    wide = x.astype(xp.float32) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
+    """`x` reduced over `axes`, as `shape`.
+
+    Two-byte floats are reduced in float32. Integers wrap around where the result does not fit, not before: means are
+    summed in 64 bits, and squares and exponentials that a root or a logarithm undoes are float64.
+    """
+    wide = x
+    if x.dtype.kind not in "iu":
+        wide = x.astype(xp.float32) if x.dtype.itemsize == 2 else x
+    elif kind in ("l2", "log_sum", "log_sum_exp"):
+        wide = x.astype(xp.float64)
+    elif kind == "mean" and x.dtype.itemsize < 8:
+        wide = x.astype(xp.int64)
     return _REDUCTIONS[kind](xp, wide, tuple(axes)).astype(x.dtype).reshape(shape)
 
 

@@ -122,9 +122,9 @@ def _cubic(d: Array, a: float) -> Array:
 
 
 def resize(xp: Any, x: Array, tables: Sequence[AxisTable], how: Filter) -> Array:
-    """`x` resized along the axes of `tables`. Nearest copies elements of any dtype; else float64 sums, then rounded
-    to nearest for integers."""
-    y = x if how.mode == "nearest" else x.astype(xp.float64)
+    """`x` resized along the axes of `tables`. Nearest copies elements of any dtype; else sums in double precision,
+    which integers cut off towards zero."""
+    y = x if how.mode == "nearest" else x.astype(xp.complex128 if x.dtype.kind == "c" else xp.float64)
     for table in tables:
         column = (-1, *(1,) * (x.ndim - table.axis - 1))
         if how.mode == "nearest":

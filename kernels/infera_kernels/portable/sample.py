@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Array
+from infera_kernels.portable.pad import blank
 
 CUBIC = -0.75
 """The coefficient of Keys' cubic convolution (10.1109/TASSP.1981.1163711) that PyTorch and ONNX use."""
@@ -41,7 +42,7 @@ def _fetch(xp: Any, x: Array, at: Sequence[Array], padding: str, *, aligned: boo
         index.append(xp.clip(p, 0, size - 1).astype(np.int64))
     rows = xp.arange(x.shape[0]).reshape(-1, *(1,) * (at[0].ndim - 1))
     found = xp.moveaxis(x[(rows, slice(None), *index)], -1, 1)
-    return xp.where(inside[:, None], found, xp.zeros((), x.dtype))
+    return xp.where(inside[:, None], found, blank(xp, x.dtype))
 
 
 def _taps(xp: Any, p: Array, mode: str) -> list[tuple[Array, Array]]:
@@ -61,10 +62,11 @@ def _taps(xp: Any, p: Array, mode: str) -> list[tuple[Array, Array]]:
 def grid_sample(xp: Any, x: Array, grid: Array, *, mode: str, padding: str, aligned: bool) -> Array:
     """x (batch, channels, *spatial) at the points of grid (batch, *points, axes), whose last axis counts backwards.
 
-    `mode` is nearest, linear or cubic, `padding` zeros, border or reflection. ONNX's GridSample-20.
+    `mode` is nearest, which copies elements of any type, linear or cubic, which cut integers off towards zero;
+    `padding` zeros, border or reflection. ONNX's GridSample-20.
     """
     axes = x.ndim - 2
-    wide = np.float64 if x.dtype == np.float64 else np.float32
+    wide = np.float32 if x.dtype in (np.float32, np.complex64) or x.dtype.itemsize < 4 else np.float64
     taps = []
     for i, size in enumerate(x.shape[2:]):
         p = _pixel(xp, grid[..., axes - 1 - i].astype(wide), size, aligned=aligned)
@@ -73,13 +75,16 @@ def grid_sample(xp: Any, x: Array, grid: Array, *, mode: str, padding: str, alig
         elif mode != "cubic" and padding == "reflection":
             p = xp.clip(_reflected(xp, p, size, aligned=aligned), 0, size - 1)
         taps.append(_taps(xp, p, mode))
-    made = xp.zeros((*x.shape[:2], *grid.shape[1:-1]), wide)
+    if mode == "nearest":
+        return _fetch(xp, x, [at for ((at, _),) in taps], padding, aligned=aligned)
+    sums = np.result_type(wide, np.complex64) if x.dtype.kind == "c" else np.dtype(wide)
+    made = xp.zeros((*x.shape[:2], *grid.shape[1:-1]), sums)
     for combination in itertools.product(*taps):
         weight = combination[0][1]
         for _, w in combination[1:]:
             weight = weight * w
         values = _fetch(xp, x, [at for at, _ in combination], padding, aligned=aligned)
-        made = made + values.astype(wide) * weight[:, None]
+        made = made + values.astype(sums) * weight[:, None]
     return made.astype(x.dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from infera_kernels.calls import Array
+from infera_kernels.portable.pad import blank
 
 
 def depth_to_space(x: Array, block: int, mode: str) -> Array:
@@ -24,11 +25,11 @@ def space_to_depth(x: Array, block: int, mode: str) -> Array:
 
 
 def triangle(xp: Any, x: Array, k: int, *, upper: bool) -> Array:
-    """x with what lies below (`upper`) or above its k-th diagonal set to 0."""
+    """x with what lies below (`upper`) or above its k-th diagonal blank: 0, or empty strings."""
     rows, cols = x.shape[-2:]
     i, j = xp.arange(rows)[:, None], xp.arange(cols)
     keep = j - i >= k if upper else j - i <= k
-    return xp.where(keep, x, xp.zeros((), x.dtype))
+    return xp.where(keep, x, blank(xp, x.dtype))
 
 
 def reverse_sequence(xp: Any, x: Array, lengths: Array, *, time_axis: int, batch_axis: int) -> Array:
