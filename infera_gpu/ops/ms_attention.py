@@ -14,23 +14,37 @@ from infera_kernels.portable import attention as portable
 
 def _infer_mha(site: Site) -> tuple[TensorSpec, ...]:
     q, heads = site.spec(0), int(site.attrs["num_heads"])
-    if q.ndim != 3 or not site.has(1) or not site.has(2) or heads < 1 or q.dims[2] % heads:
-        raise site.fail(f"query is {q}, expected (batch, sequence, {heads} heads), with key and value of their own")
-    k, v = site.spec(1), site.spec(2)
     if any(site.has(i) for i in (8, 9)):
         raise site.fail("past_sequence_length and cache_indirection are not supported")
-    size = q.dims[2] // heads
+    if q.ndim == 5 and not site.has(1) and not site.has(2) and q.dims[2:4] == (heads, 3):
+        size, keys, out = q.dims[4], q.dims[1], heads * q.dims[4]
+        return _outputs(site, q.dims[:2], heads, keys, size, out)
+    if q.ndim != 3 or not site.has(1) or heads < 1 or q.dims[2] % heads:
+        raise site.fail(
+            f"query is {q}, expected (batch, sequence, {heads} heads), or {heads} x 3 x size with q, k and v"
+        )
+    k, size = site.spec(1), q.dims[2] // heads
+    if k.ndim == 5 and not site.has(2) and (k.dims[0], *k.dims[2:]) == (q.dims[0], heads, 2, size):
+        return _outputs(site, q.dims[:2], heads, k.dims[1], size, q.dims[2])
+    v = site.spec(2)
     if k.ndim == 4:
         keys, out = k.dims[2], v.dims[3] * heads
     else:
         if k.ndim != 3 or v.ndim != 3 or k.dims[:2] != v.dims[:2] or k.dims[2] != q.dims[2] or v.dims[2] % heads:
             raise site.fail(f"key {k} and value {v} do not fit query {q}")
         keys, out = k.dims[1], v.dims[2]
+    return _outputs(site, q.dims[:2], heads, keys, size, out)
+
+
+def _outputs(site: Site, rows: tuple[int, ...], heads: int, keys: int, size: int, out: int) -> tuple[TensorSpec, ...]:
+    """The result, both caches, and the scores before softmax, as onnxruntime gives them."""
+    dtype = site.spec(0).dtype
     total = keys + (site.spec(6).dims[2] if site.has(6) else 0)
     return (
-        TensorSpec((*q.dims[:2], out), q.dtype),
-        TensorSpec((q.dims[0], heads, total, size), q.dtype),
-        TensorSpec((q.dims[0], heads, total, out // heads), q.dtype),
+        TensorSpec((*rows, out), dtype),
+        TensorSpec((rows[0], heads, total, size), dtype),
+        TensorSpec((rows[0], heads, total, out // heads), dtype),
+        TensorSpec((rows[0], heads, rows[1], total), dtype),
     )
 
 
@@ -40,9 +54,12 @@ def _filter_value(site: Site) -> float:
 
 
 def _key_bias(xp: Any, site: Site, mask: Array, batch: int, keys: int, dtype: Any) -> Array:
-    """A padding mask as a bias: lengths (batch,), or ones where keys count, (batch, keys) or (batch, queries, keys)."""
-    if mask.ndim == 1 and mask.shape[0] == batch:
-        seen = xp.arange(keys) < mask.reshape(-1, 1, 1, 1)
+    """A padding mask as a bias: ends (batch,), ends and beginnings (2 batch,), lengths and sums of lengths (3 batch +
+    2,), or ones where keys count: (batch, keys) or (batch, queries, keys)."""
+    if mask.ndim == 1 and mask.shape[0] in (batch, 2 * batch, 3 * batch + 2):
+        seen = xp.arange(keys) < mask[:batch].reshape(-1, 1, 1, 1)
+        if mask.shape[0] == 2 * batch:
+            seen = seen & (xp.arange(keys) >= mask[batch:].reshape(-1, 1, 1, 1))
     elif mask.ndim == 2 and mask.shape == (batch, keys):
         seen = mask[:, None, None, :] != 0
     elif mask.ndim == 3 and mask.shape[0] == batch and mask.shape[2] == keys:
@@ -56,8 +73,8 @@ def _mha(
     xp: Any,
     site: Site,
     q: Array,
-    k: Array,
-    v: Array,
+    k: Array | None = None,
+    v: Array | None = None,
     bias: Array | None = None,
     mask: Array | None = None,
     extra: Array | None = None,
@@ -66,6 +83,12 @@ def _mha(
     *_: Array | None,
 ) -> tuple[Array, ...]:
     heads = int(site.attrs["num_heads"])
+    if q.ndim == 5:
+        q, k, v = (q[:, :, :, i].reshape(*q.shape[:2], -1) for i in range(3))
+    elif k is not None and k.ndim == 5:
+        k, v = (k[:, :, :, i].reshape(*k.shape[:2], -1) for i in range(2))
+    assert k is not None
+    assert v is not None
     if bias is not None:
         n = q.shape[2]
         q = q + bias[:n]
@@ -83,31 +106,57 @@ def _mha(
         seen = portable.within(xp, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], left=-1, right=0)
         ahead = xp.where(seen, 0, _filter_value(site)).astype(q.dtype)
         total = ahead if total is None else total + ahead
-    y, _scores = portable.attention(xp, q, k, v, total, scale=site.attrs["scale"] or None)
-    return portable.merge_heads(y), k, v
+    y, weights = portable.attention(xp, q, k, v, total, scale=site.attrs["scale"] or None, shown=2)
+    return portable.merge_heads(y), k, v, weights
 
 
 def _infer_attention(site: Site) -> tuple[TensorSpec, ...]:
     x, w, heads = site.spec(0), site.spec(1), int(site.attrs["num_heads"])
-    if (
-        x.ndim != 3
-        or w.ndim != 2
-        or w.dims[0] != x.dims[2]
-        or w.dims[1] % (3 * heads)
-        or site.attrs["qkv_hidden_sizes"]
-    ):
-        raise site.fail(f"input {x} and weights {w} do not fit three times {heads} heads")
-    if any(site.has(i) for i in (4, 6)) or site.attrs["do_rotary"]:
-        raise site.fail("past, past_sequence_length and do_rotary are not supported")
-    return (TensorSpec((*x.dims[:2], w.dims[1] // 3), x.dtype),)
+    widths = _widths(site)
+    if x.ndim != 3 or w.ndim != 2 or w.dims[0] != x.dims[2] or sum(widths) != w.dims[1]:
+        raise site.fail(f"input {x} and weights {w} do not fit q, k and v of {list(widths)}")
+    if heads < 1 or any(n % heads for n in widths) or widths[0] != widths[1]:
+        raise site.fail(f"q, k and v of {list(widths)} are not {heads} heads, or q and k differ")
+    if site.has(6) or site.attrs["do_rotary"] or site.attrs["past_present_share_buffer"]:
+        raise site.fail("past_sequence_length, past_present_share_buffer and do_rotary are not supported")
+    size, past = widths[0] // heads, 0
+    if site.has(4):
+        given = site.spec(4)
+        past = given.dims[3] if given.ndim == 5 else 0
+        if given.dims != (2, x.dims[0], heads, past, size) or widths[2] != widths[0]:
+            raise site.fail(f"past is {given}, expected [2, {x.dims[0]}, {heads}, past, {size}], and v as wide as k")
+    return (
+        TensorSpec((*x.dims[:2], widths[2]), x.dtype),
+        TensorSpec((2, x.dims[0], heads, past + x.dims[1], size), x.dtype),
+    )
+
+
+def _widths(site: Site) -> tuple[int, ...]:
+    """Elements of q, k and v."""
+    given = site.attrs["qkv_hidden_sizes"]
+    widths = tuple(map(int, given)) if given else (site.spec(1).dims[-1] // 3,) * 3
+    if len(widths) != 3 or min(widths) < 1:
+        raise site.fail(f"qkv_hidden_sizes is {list(widths)}, expected three numbers")
+    return widths
 
 
 def _attention(
-    xp: Any, site: Site, x: Array, w: Array, bias: Array | None = None, mask: Array | None = None, *rest: Array | None
-) -> Array:
+    xp: Any,
+    site: Site,
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    past: Array | None = None,
+    extra: Array | None = None,
+    *_: Array | None,
+) -> tuple[Array, ...]:
     qkv = x @ w if bias is None else x @ w + bias
-    q, k, v = xp.split(qkv, 3, axis=-1)
-    return _mha(xp, site, q, k, v, None, mask, (*rest, None, None)[1])[0]
+    a, b, _c = _widths(site)
+    q, k, v = qkv[..., :a], qkv[..., a : a + b], qkv[..., a + b :]
+    before = (None, None) if past is None else (past[0], past[1])
+    y, k, v, _weights = _mha(xp, site, q, k, v, None, mask, extra, *before)
+    return (y, xp.stack((k, v))) if k.shape == v.shape else (y,)
 
 
 def _rotary(xp: Any, site: Site, x: Array, at: Array, cos: Array, sin: Array) -> Array:
@@ -130,6 +179,7 @@ def _rotary(xp: Any, site: Site, x: Array, at: Array, cos: Array, sin: Array) ->
 
 
 _SEEN = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
+_ROWS = np.array([[[1, 0], [1, 1]], [[0, 1], [1, 1]]], np.int32)
 _QKV = (f32(2, 3, 16), f32(2, 5, 16), f32(2, 5, 16))
 OPS: tuple[Op, ...] = (
     ms_op(
@@ -142,6 +192,10 @@ OPS: tuple[Op, ...] = (
             Case("mask", (*_QKV, None, np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)), {"num_heads": 4}),
             Case("added", (*_QKV, None, None, f32(1, 4, 3, 5)), {"num_heads": 4}),
             Case("past", (*_QKV, None, None, None, f32(2, 4, 6, 4), f32(2, 4, 6, 4)), {"num_heads": 4}, n_outs=3),
+            Case("cross", (f32(2, 3, 16), f32(2, 4, 5, 4), f32(2, 4, 5, 4)), {"num_heads": 4}),
+            Case("lengths", (*_QKV, None, np.array([3, 5], np.int32)), {"num_heads": 4}),
+            Case("causal", (*(f32(2, 4, 16),) * 3,), {"num_heads": 4, "unidirectional": 1}),
+            Case("weights", (*_QKV, None, None, f32(2, 1, 3, 5)), {"num_heads": 4}, n_outs=4),
         ),
         mask_filter_value=None,
         num_heads=REQUIRED,
@@ -156,6 +210,12 @@ OPS: tuple[Op, ...] = (
             Case("plain", (f32(2, 3, 8), f32(8, 24), f32(24)), {"num_heads": 2}),
             Case("causal", (f32(2, 4, 8), f32(8, 24), f32(24)), {"num_heads": 4, "unidirectional": 1}),
             Case("mask", (f32(2, 3, 8), f32(8, 24), f32(24), _SEEN), {"num_heads": 2}),
+            Case("wide", (f32(2, 3, 8), f32(8, 28), f32(28)), {"num_heads": 2, "qkv_hidden_sizes": (8, 8, 12)}),
+            Case("past", (f32(2, 3, 8), f32(8, 24), f32(24), None, f32(2, 2, 2, 5, 4)), {"num_heads": 2}, n_outs=2),
+            Case("ends", (f32(2, 3, 8), f32(8, 24), f32(24), np.array([2, 3], np.int32)), {"num_heads": 2}),
+            Case("begins", (f32(2, 3, 8), f32(8, 24), f32(24), np.array([3, 2, 1, 0], np.int32)), {"num_heads": 2}),
+            Case("rows", (f32(2, 2, 8), f32(8, 24), f32(24), _ROWS), {"num_heads": 2}),
+            Case("added", (f32(2, 3, 8), f32(8, 24), f32(24), None, None, f32(2, 2, 3, 3)), {"num_heads": 2}),
         ),
         do_rotary=0,
         mask_filter_value=None,

@@ -56,11 +56,16 @@ def within(xp: Any, queries: int, keys: int, offset: Array | int, *, left: int, 
     return seen
 
 
-def softmax(xp: Any, x: Array) -> Array:
-    """Softmax over the last axis; a row of -inf alone gives zeros."""
+def softmax(xp: Any, x: Array, sink: Array | None = None) -> Array:
+    """Softmax over the last axis; a row of -inf alone gives zeros. `sink` is a score more, whose weight is dropped."""
     top = x.max(axis=-1, keepdims=True)
-    e = xp.exp(x - xp.where(xp.isneginf(top), xp.zeros((), x.dtype), top))
+    if sink is not None:
+        top = xp.maximum(top, sink)
+    top = xp.where(xp.isneginf(top), xp.zeros((), x.dtype), top)
+    e = xp.exp(x - top)
     total = e.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + xp.exp(sink - top)
     return e / xp.where(total == 0, xp.ones((), x.dtype), total)
 
 
@@ -75,11 +80,13 @@ def attention(
     softcap: float = 0.0,
     precision: Any = None,
     shown: int = 0,
+    sink: Array | None = None,
 ) -> tuple[Array, Array]:
     """softmax(q kᵀ scale + bias) v, and the scores: as they are (`shown` 0), capped (1), biased (2) or the weights (3).
 
     `scale` defaults to 1/√(head size). A query whose every key has a bias of -inf gives zeros. ONNX's Attention-23 to
     25, whose half-precision roundings are kept: the scale is split between both operands, each result is rounded.
+    `sink` adds a score for each head, of a key whose value is zero.
     """
     dtype = q.dtype
     root = dtype.type(math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1])))
@@ -95,7 +102,9 @@ def attention(
         scores = scores + bias
     if shown == 2:
         given = scores
-    weights = softmax(xp, scores if precision is None else scores.astype(precision))
+    weights = softmax(
+        xp, scores if precision is None else scores.astype(precision), None if sink is None else sink.reshape(-1, 1, 1)
+    )
     if bias is not None:
         blind = xp.isneginf(bias.max(axis=-1, keepdims=True)) if bias.shape[-1] else xp.zeros((), np.bool_)
         weights = xp.where(blind, xp.zeros((), weights.dtype), weights)
@@ -131,6 +140,16 @@ def tensor_scatter(xp: Any, cache: Array, update: Array, at: Array | None, *, ax
     places = start[:, None] + xp.arange(new.shape[1])
     made[rows, places % made.shape[1] if circular else places] = new
     return xp.moveaxis(made, 1, axis)
+
+
+def continued(xp: Any, past: Array | None, new: Array, at: Array, length: int) -> Array:
+    """A right-padded cache (batch, heads, length, size): of each row `at` elements of `past`, `new`, then zeros."""
+    batch, heads, _, size = new.shape
+    made = xp.zeros((batch, heads, length, size), new.dtype)
+    if past is not None:
+        kept = xp.arange(past.shape[2]) < at.reshape(-1, 1)
+        made[:, :, : past.shape[2]] = xp.where(kept[:, None, :, None], past, xp.zeros((), past.dtype))
+    return tensor_scatter(xp, made, new, at, axis=2, circular=False)
 
 
 def linear_attention(
