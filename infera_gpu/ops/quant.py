@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
@@ -126,10 +127,11 @@ _QUANTIZE_21 = (
 )
 
 
-def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], domain: str = "") -> Op:
     return Op(
         "QuantizeLinear",
         since,
+        domain=domain,
         infer=_quantize_spec,
         compute=plain(_quantize),
         kernels={"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)},
@@ -154,10 +156,11 @@ def _bind_dequantize(site: Site, io: Buffers) -> list[Call]:
     return calls + cpu.dequantize(io.ins[0], factor, shift, io.outs[0])
 
 
-def _dequantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
+def _dequantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], domain: str = "") -> Op:
     return Op(
         "DequantizeLinear",
         since,
+        domain=domain,
         infer=_dequantize_spec,
         compute=plain(_dequantize),
         kernels={"cpu": Kernel(bind=_bind_dequantize, supports=_dequantize_supported, strided=True)},
@@ -181,6 +184,14 @@ _BACK_21 = (
     Case("blocks", (_u8(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
     Case("uint16", (TensorSpec((3, 5), np.dtype(np.uint16)), _scalar(0.001), _scalar(99, np.uint16)), high=60000),
 )
+
+_INT4 = np.arange(-7, 8).reshape(3, 5).astype(ml_dtypes.int4)
+_MS_BACK = (
+    Case("int16", (TensorSpec((3, 5), np.dtype(np.int16)), _scalar(0.001)), low=-30000, high=30000),
+    Case("int4", (_INT4, _scalar(0.1), _scalar(-2, ml_dtypes.int4))),
+    Case("uint4_rows", ((_INT4.astype(np.int8) & 7).astype(ml_dtypes.uint4), _SCALES), {"axis": 0}),
+)
+_MS: dict[str, Any] = {"domain": "com.microsoft"}
 
 
 def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
@@ -217,5 +228,7 @@ OPS: tuple[Op, ...] = (
     _dequantize_op(13, {"axis": 1}, _BACK_CASES[:2] + _BACK_AXIS_CASES),
     _dequantize_op(21, {"axis": 1, "block_size": 0}, _BACK_AXIS_CASES[:1] + _BACK_21),
     _dequantize_op(23, {"axis": 1, "block_size": 0, "output_dtype": 0}, _BACK_CASES[1:2]),
+    _quantize_op(1, {"axis": 1}, _TENSOR_CASES[:2] + _AXIS_CASES[:2] + _QUANTIZE_21[1:3], **_MS),
+    _dequantize_op(1, {"axis": 1}, _BACK_CASES[1:3] + _BACK_AXIS_CASES[:2] + _BACK_21[1:] + _MS_BACK, **_MS),
     _DYNAMIC,
 )
