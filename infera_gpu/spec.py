@@ -46,6 +46,8 @@ _ONNX_TO_NUMPY: dict[int, DType] = {
     24: np.dtype(ml_dtypes.float8_e8m0fnu),
     25: np.dtype(ml_dtypes.uint2),
     26: np.dtype(ml_dtypes.int2),
+    27: np.dtype(ml_dtypes.float6_e2m3fn),
+    28: np.dtype(ml_dtypes.float6_e3m2fn),
 }
 _NUMPY_TO_ONNX: dict[DType, int] = {dtype: code for code, dtype in _ONNX_TO_NUMPY.items()}
 

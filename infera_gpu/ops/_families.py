@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from infera_gpu.op import Bind, Buffers, Call, Compute, Infer, Kernel, Op, Site
+from infera_gpu.op import Bind, Buffers, Call, Case, Compute, Infer, Kernel, Op, Site
 from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
+from infera_kernels.portable.quant import is_integer
 
 BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int64, np.float32))
 
@@ -16,6 +18,34 @@ BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int6
 def i64(*values: int) -> np.ndarray[Any, np.dtype[Any]]:
     """A constant int64 input, for cases."""
     return np.array(values, np.int64)
+
+
+NARROW = {
+    np.dtype(t): since
+    for since, types in (
+        (19, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)),
+        (21, (ml_dtypes.uint4, ml_dtypes.int4)),
+        (23, (ml_dtypes.float4_e2m1fn,)),
+        (24, (ml_dtypes.float8_e8m0fnu,)),
+        (25, (ml_dtypes.uint2, ml_dtypes.int2)),
+    )
+    for t in types
+}
+"""Types of at most eight bits that NumPy has not, and the opset from which ONNX has operators on them."""
+
+
+def narrow(dtype: DType, *shape: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """A constant input of a type of `NARROW`, for cases: small values that it holds."""
+    info = (ml_dtypes.iinfo if is_integer(dtype) else ml_dtypes.finfo)(dtype)
+    return np.resize(np.clip([1, 0, 2, -1, 1, 0.5], float(info.min), float(info.max)).astype(dtype), shape)
+
+
+def narrow_cases(shape: Sequence[int], *rest: Any, since: int = 19, **attrs: Any) -> tuple[Case, ...]:
+    """A case of each type of `NARROW`: a tensor of `shape`, the other inputs, at the first opset that has them all."""
+    return tuple(
+        Case(dtype.name, (narrow(dtype, *shape), *rest), attrs, opset=max(since, opset))
+        for dtype, opset in NARROW.items()
+    )
 
 
 def plain(fn: Callable[..., Any]) -> Compute:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
-from infera_gpu.ops._families import element_type, normalized, plain, requiring, shaped
+from infera_gpu.ops._families import NARROW, element_type, narrow, normalized, plain, requiring, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 from infera_kernels.portable.activation import activation
@@ -237,6 +237,11 @@ _TENSOR_SCATTER = Op(
         Case("start", (f32(2, 3, 6, 4), f32(2, 3, 2, 4))),
         Case("rows", (f32(2, 3, 6, 4), f32(2, 3, 2, 4), np.array([3, 4]))),
         Case("circular", (f32(2, 6, 4), f32(2, 4, 4), np.array([5, 1])), {"mode": "circular", "axis": 1}),
+        *(
+            Case(dtype.name, (narrow(dtype, 2, 6, 4), narrow(dtype, 2, 3, 4), np.array([2, 1])))
+            for dtype, since in NARROW.items()
+            if since < 25
+        ),
     ),
 )
 

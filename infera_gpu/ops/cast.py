@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, f32
 from infera_gpu.ops import _triton
-from infera_gpu.ops._families import element_type, elementwise, is_native, plain
+from infera_gpu.ops._families import NARROW, element_type, elementwise, is_native, narrow, plain
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.cpu import elementwise as cpu
 from infera_kernels.portable import cast as portable
+from infera_kernels.portable.quant import is_integer
 
 
 def _to(site: Site) -> DType:
@@ -51,6 +54,13 @@ def _code(dtype: Any) -> int:
     return onnx_of_dtype(np.dtype(dtype))
 
 
+def _whole(dtype: DType) -> HostArray:
+    """float32 values to convert, whole and in range for integers: onnxruntime rounds others, onnx cuts them off."""
+    if is_integer(dtype):
+        return narrow(dtype, 2, 3).astype(np.float32)
+    return np.array([[0.3, 1, 2.7], [3.1, 1e9, 0.001]], np.float32) if dtype.name == "float8_e8m0fnu" else _MIXED
+
+
 _MIXED = np.array([[-1.75, 0, 1.5], [2.5, -0.25, 100]], np.float32)
 
 _CAST_CASES = (
@@ -64,14 +74,54 @@ _CAST_CASES = (
     Case("past_block", (f32(3, 6001),), {"to": _code(np.int64)}, low=-99, high=99),
     Case("empty", (f32(0, 2),), {"to": _code(np.int64)}),
 )
+_NARROW_CASES = tuple(
+    case
+    for dtype, since in (
+        *NARROW.items(),
+        *((np.dtype(t), 28) for t in (ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn)),
+    )
+    for case in (
+        Case(f"float_{dtype.name}", (_whole(dtype),), {"to": _code(dtype)}, opset=since),
+        Case(f"{dtype.name}_float", (narrow(dtype, 2, 3),), {"to": _code(np.float32)}, opset=since),
+        Case(f"{dtype.name}_half", (narrow(dtype, 2, 3),), {"to": _code(np.float16)}, opset=since),
+    )
+)
 _LIKE_CASES = tuple(
     Case(np.dtype(t).name, (_MIXED, TensorSpec((2,), np.dtype(t)))) for t in (np.float64, np.int32, np.bool_)
 )
 
 
+_NARROW = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2, "float6_e2m3fn": 6, "float6_e3m2fn": 6}
+
+
+def _bits(dtype: DType) -> int:
+    """Bits of an element, of which NumPy may leave some of its bytes unused. 0 for strings."""
+    return 0 if dtype.hasobject else _NARROW.get(dtype.name, 8 * dtype.itemsize)
+
+
+_NARROW_LIKE = tuple(
+    Case(dtype.name, (_whole(dtype), narrow(dtype, 2)), opset=since) for dtype, since in NARROW.items()
+)
+_EDGES = np.array(
+    [0, 1e-40, 2**-128, 2**-127, 1.25 * 2**-127, 1.5 * 2**-127, 2**-126, 1.25 * 2**-126, 1, 1.5, 1.6, 2.0**127,
+     1.25 * 2.0**127, 1.5 * 2.0**127, np.inf, np.nan],
+    np.float32,
+)  # fmt: skip
+_POWERS = tuple(
+    Case(f"power_{mode}_{saturate}", (_EDGES,), {"to": 24, "round_mode": mode, "saturate": saturate})
+    for mode in ("up", "down", "nearest")
+    for saturate in (0, 1)
+)
+
+
+def _at(cases: tuple[Case, ...], first: int, end: int) -> tuple[Case, ...]:
+    """The cases of these opsets."""
+    return tuple(c for c in cases if first <= (c.opset or 0) < end)
+
+
 def _bit_cast_spec(site: Site) -> tuple[TensorSpec]:
     source, target = site.spec(0), _to(site)
-    if source.dtype.itemsize != target.itemsize:
+    if _bits(source.dtype) != _bits(target) or not _bits(target):
         raise site.fail(f"cannot reinterpret {source} as {target.name}: the elements differ in size")
     return (TensorSpec(source.shape, target),)
 
@@ -83,15 +133,29 @@ _BIT_CAST = Op(
     compute=plain(lambda xp, site, x: x.view(_to(site))),
     view=lambda x, site: x.view(site.outs[0].dtype),
     attrs={"to": REQUIRED},
-    cases=(Case("float_int", (f32(2, 3),), {"to": _code(np.int32)}),),
+    cases=(
+        Case("float_int", (f32(2, 3),), {"to": _code(np.int32)}),
+        Case("int4_uint4", (np.arange(-8, 8).astype(ml_dtypes.int4),), {"to": _code(ml_dtypes.uint4)}),
+        Case("uint2_int2", (np.arange(4).astype(ml_dtypes.uint2),), {"to": _code(ml_dtypes.int2)}),
+        Case("uint16_bfloat16", (np.array([0x3F80, 0xC000, 1], np.uint16),), {"to": _code(ml_dtypes.bfloat16)}),
+        Case("float8_int8", (_MIXED.astype(ml_dtypes.float8_e5m2),), {"to": _code(np.int8)}),
+    ),
 )
 
 OPS: tuple[Op, ...] = (
     _cast("Cast", 6, _to, _CAST_CASES, to=REQUIRED),
-    _cast("Cast", 19, _to, _CAST_CASES[:2], to=REQUIRED, saturate=1),
-    _cast("Cast", 24, _to, _CAST_CASES[:2], to=REQUIRED, saturate=1, round_mode="up"),
+    _cast("Cast", 19, _to, _CAST_CASES[:2] + _at(_NARROW_CASES, 19, 24), to=REQUIRED, saturate=1),
+    _cast(
+        "Cast",
+        24,
+        _to,
+        (*_CAST_CASES[:2], *_at(_NARROW_CASES, 24, 29), *_POWERS),
+        to=REQUIRED,
+        saturate=1,
+        round_mode="up",
+    ),
     _cast("CastLike", 15, _like, _LIKE_CASES),
-    _cast("CastLike", 19, _like, _LIKE_CASES, saturate=1),
-    _cast("CastLike", 24, _like, _LIKE_CASES, saturate=1, round_mode="up"),
+    _cast("CastLike", 19, _like, _LIKE_CASES + _at(_NARROW_LIKE, 19, 24), saturate=1),
+    _cast("CastLike", 24, _like, _LIKE_CASES + _at(_NARROW_LIKE, 24, 26), saturate=1, round_mode="up"),
     _BIT_CAST,
 )

@@ -10,13 +10,16 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, broadcast, f32, same_as
 from infera_gpu.ops import _triton
-from infera_gpu.ops._families import BOOL, elementwise, is_native, movable, plain
+from infera_gpu.ops._families import BOOL, NARROW, elementwise, is_native, movable, plain
 from infera_gpu.ops.elementwise import ufunc_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import elementwise as cpu
 from infera_kernels.portable import elementwise as portable
 
 _SPECIAL = np.array([np.nan, np.inf, -np.inf, 0, 1], np.float32)
+_NARROW_SPECIAL = tuple(
+    Case(dtype.name, (_SPECIAL.astype(dtype),), opset=20) for dtype, since in NARROW.items() if since == 19
+)
 _A = np.array([[1, 2, 3], [4, 5, 6]])
 _B = np.array([[1, 3, 2]])
 _BITS = np.array([True, False, True, False]), np.array([True, True, False, False])
@@ -147,7 +150,7 @@ OPS: tuple[Op, ...] = (
         infer=same_as(dtype=BOOL),
         compute=plain(lambda xp, site, x: xp.isnan(_native(x))),
         kernels=elementwise(lambda site, io: [cpu.call(np.isnan, io.ins[0], io.outs[0])], inplace=()),
-        cases=(Case("special", (_SPECIAL,)), Case("empty", (f32(0),))),
+        cases=(Case("special", (_SPECIAL,)), Case("empty", (f32(0),)), *_NARROW_SPECIAL),
     ),
     Op(
         "IsInf",
@@ -161,6 +164,7 @@ OPS: tuple[Op, ...] = (
             Case("negative", (_SPECIAL,), {"detect_positive": 0}),
             Case("positive", (_SPECIAL,), {"detect_negative": 0}),
             Case("none", (_SPECIAL,), {"detect_negative": 0, "detect_positive": 0}),
+            *_NARROW_SPECIAL,
         ),
     ),
     Op(

@@ -12,7 +12,7 @@ import numpy as np
 
 from infera_gpu.graph import Node
 from infera_gpu.op import Case, Expansion, Op, Site, f32
-from infera_gpu.ops._families import plain
+from infera_gpu.ops._families import NARROW, narrow, plain
 from infera_gpu.ops.random import generator
 from infera_gpu.spec import Array, TensorSpec
 
@@ -65,6 +65,7 @@ _MASK = (Case("mask", (f32(3, 4),), n_outs=2),)
 _INPUTS = (
     Case("ratio", (f32(3, 4), np.array(0.4, np.float32)), n_outs=2),
     Case("inference", (f32(3, 4), None, np.array(False)), {"seed": 1}),
+    *(Case(dtype.name, (narrow(dtype, 2, 3),), opset=22) for dtype, since in NARROW.items() if since == 19),
 )
 
 _TRAINING_DROPOUT = Op(

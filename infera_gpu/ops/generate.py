@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._families import element_type, i64, plain
+from infera_gpu.ops._families import NARROW, element_type, i64, plain
 from infera_gpu.spec import Array, DType, TensorSpec, spec_of
 
 
@@ -83,6 +83,10 @@ _CONSTANT_OF_SHAPE = Op(
         Case("value", (i64(4),), {"value": np.array([-3], np.int64)}),
         Case("scalar", (np.zeros(0, np.int64),), {"value": np.array([True])}),
         Case("empty", (i64(0, 3),)),
+        *(
+            Case(dtype.name, (i64(2, 3),), {"value": np.ones(1, dtype)}, opset=max(20, since))
+            for dtype, since in NARROW.items()
+        ),
     ),
 )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import NARROW, narrow, narrow_cases
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import pad as cpu
 from infera_kernels.portable.pad import blank, pad
@@ -99,6 +100,13 @@ _AXES_CASES = (
     Case("axes", (f32(2, 3, 4), _i64(1, 2, 3, 0), None, _i64(2, 0))),
     Case("negative-axes", (f32(2, 3, 4), _i64(1, 2, 3, 0), f32(), _i64(-1, -2))),
 )
+_NARROW = (
+    *(c for c in narrow_cases((2, 3), _i64(1, 0, 2, 1), since=21) if c.id != "float8_e8m0fnu"),  # which has no 0
+    *(
+        Case(f"{dtype.name}-value", (narrow(dtype, 2, 3), _i64(1, 0, 2, 1), np.ones((), dtype)), opset=max(21, since))
+        for dtype, since in NARROW.items()
+    ),
+)
 _WRAP = (
     *_cases("wrap"),
     Case("wrap-more-than-once", (f32(3, 4), _i64(4, 0, 5, 9)), {"mode": "wrap"}),
@@ -118,5 +126,5 @@ OPS: tuple[Op, ...] = (
     ),
     Op("Pad", 11, _infer, _compute, _INPUTS + _BOOLEANS, _MODE, kernels=_KERNELS, values=(_PADS,)),
     Op("Pad", 18, _infer, _compute, _INPUTS + _AXES_CASES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
-    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
+    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES + _NARROW, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
 )  # fmt: skip

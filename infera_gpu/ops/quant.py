@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops._families import FLOAT32, element_type, is_native, plain
-from infera_gpu.spec import Array, DType, TensorSpec
+from infera_gpu.ops._families import FLOAT32, NARROW, element_type, is_native, narrow, plain
+from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
+from infera_kernels.portable.quant import is_integer
 
 UINT8 = np.dtype(np.uint8)
 
@@ -99,6 +100,18 @@ def _scalar(value: float, dtype: Any = np.float32) -> np.ndarray[Any, np.dtype[A
     return np.array(value, dtype)
 
 
+_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
+_TARGETS = {d: since for d, since in NARROW.items() if d != _E8M0} | {
+    np.dtype(t): 28 for t in (ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn)
+}
+"""The narrow types to quantise to, and the opset from which ONNX has them; float8_e8m0 is one for scales."""
+
+_POWER_SCALE = (
+    Case("power_scale", (f32(3, 5), np.array(0.25).astype(_E8M0)), {"output_dtype": 3}, opset=24),
+)  # fmt: skip
+_POWER_SCALE_BACK = (
+    Case("power_scale", (np.arange(-3, 3, dtype=np.int8), np.array(0.25).astype(_E8M0)), {"output_dtype": 1}, opset=24),
+)  # fmt: skip
 _SCALES = np.array([0.02, 0.1, 0.5], np.float32)
 _ZEROS = np.array([128, 0, 255], np.uint8)
 _SIGNED = np.array([3, 0, -7], np.int8)
@@ -194,6 +207,44 @@ _MS_BACK = (
 _MS: dict[str, Any] = {"domain": "com.microsoft"}
 
 
+def _zero_of(dtype: DType) -> Array:
+    return np.zeros((), dtype)
+
+
+def _rounded(*since: int) -> tuple[Case, ...]:
+    """float32 to narrow types, those that came with these opsets; from 21 on also in blocks, told by an attribute."""
+    found = [(d, s) for d, s in _TARGETS.items() if s in since]
+    x = np.array([[-1.5, 0.3, 0.5, 1.5, 2.4, 100], [-100, 0, 0.25, -0.25, 3, 6]], np.float32)
+    return (
+        *(Case(f"{d.name}_zero", (x, _scalar(0.5), _zero_of(d)), opset=s) for d, s in found),
+        *(
+            Case(
+                f"{d.name}_blocks",
+                (x, np.array([[0.5, 2], [1, 0.25]], np.float32)),
+                {"axis": 1, "block_size": 3, "output_dtype": onnx_of_dtype(d)},
+                opset=max(21, s),
+            )
+            for d, s in found
+            if min(since) >= 21
+        ),
+    )
+
+
+def _widened(*since: int) -> tuple[Case, ...]:
+    """Narrow types to float32: with a zero point, which is 0 for floats, and along an axis."""
+    found = [(d, s) for d, s in _TARGETS.items() if s in since]
+    return (
+        *(
+            Case(d.name, (narrow(d, 2, 6), _scalar(0.5), np.full((), is_integer(d), np.int8).astype(d)), opset=s)
+            for d, s in found
+        ),
+        *(
+            Case(f"{d.name}_axis", (narrow(d, 2, 6), np.array([0.5, 0.2], np.float32)), {"axis": 0}, opset=s)
+            for d, s in found
+        ),
+    )
+
+
 def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
     q, scale, zero = io.outs
     return cpu.dynamic_quantize(io.ins[0], q, scale, zero, io.scratch)
@@ -221,13 +272,25 @@ _DYNAMIC = Op(
 OPS: tuple[Op, ...] = (
     _quantize_op(10, {}, _TENSOR_CASES),
     _quantize_op(13, {"axis": 1}, _TENSOR_CASES[:2] + _AXIS_CASES),
-    _quantize_op(19, {"axis": 1, "saturate": 1}, _TENSOR_CASES[1:3] + _AXIS_CASES[:1]),
-    _quantize_op(21, {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0}, _AXIS_CASES[:1] + _QUANTIZE_21),
-    _quantize_op(23, {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0, "precision": 0}, _QUANTIZE_21[-1:]),
+    _quantize_op(19, {"axis": 1, "saturate": 1}, _TENSOR_CASES[1:3] + _AXIS_CASES[:1] + _rounded(19)),
+    _quantize_op(
+        21,
+        {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0},
+        _AXIS_CASES[:1] + _QUANTIZE_21 + _rounded(21),
+    ),
+    _quantize_op(
+        23,
+        {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0, "precision": 0},
+        (*_QUANTIZE_21[-1:], *_rounded(23, 25, 28), *_POWER_SCALE),
+    ),
     _dequantize_op(10, {}, _BACK_CASES),
-    _dequantize_op(13, {"axis": 1}, _BACK_CASES[:2] + _BACK_AXIS_CASES),
-    _dequantize_op(21, {"axis": 1, "block_size": 0}, _BACK_AXIS_CASES[:1] + _BACK_21),
-    _dequantize_op(23, {"axis": 1, "block_size": 0, "output_dtype": 0}, _BACK_CASES[1:2]),
+    _dequantize_op(13, {"axis": 1}, _BACK_CASES[:2] + _BACK_AXIS_CASES + _widened(19)),
+    _dequantize_op(21, {"axis": 1, "block_size": 0}, _BACK_AXIS_CASES[:1] + _BACK_21 + _widened(21)),
+    _dequantize_op(
+        23,
+        {"axis": 1, "block_size": 0, "output_dtype": 0},
+        (*_BACK_CASES[1:2], *_widened(23, 25, 28), *_POWER_SCALE_BACK),
+    ),
     _quantize_op(1, {"axis": 1}, _TENSOR_CASES[:2] + _AXIS_CASES[:2] + _QUANTIZE_21[1:3], **_MS),
     _dequantize_op(1, {"axis": 1}, _BACK_CASES[1:3] + _BACK_AXIS_CASES[:2] + _BACK_21[1:] + _MS_BACK, **_MS),
     _DYNAMIC,

@@ -140,6 +140,7 @@ def _linear(
     y_zero: Array,
 ) -> Array:
     sums = portable.matmul_integer(xp, a, b, a_zero, b_zero)
+    a_scale, b_scale, y_scale = (s.astype(np.float32) for s in (a_scale, b_scale, y_scale))
     factor = _row_scale(a_scale) * _column(b_scale) / y_scale.reshape(())
     return portable.requantize(xp, sums, factor, y_zero.reshape(()))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._families import INT64, i64, normalized, plain, shaped
+from infera_gpu.ops._families import INT64, i64, narrow_cases, normalized, plain, shaped
 from infera_gpu.spec import Array, TensorSpec
 
 
@@ -41,6 +41,7 @@ _SHAPE = (
             Case("middle", (f32(2, 3, 4, 5),), {"start": 1, "end": -1}),
             Case("clamped", (f32(2, 3),), {"start": -9, "end": 9}),
             Case("none", (f32(2, 3),), {"start": 2, "end": 1}),
+            *narrow_cases((2, 3)),
         ),
     ),
 )
@@ -50,7 +51,7 @@ _SIZE = Op(
     1,
     infer=lambda site: (TensorSpec((), INT64),),
     compute=plain(lambda xp, site, x: xp.asarray(site.spec(0).size, dtype=INT64)),
-    cases=(Case("matrix", (f32(2, 3),)), Case("scalar", (f32(),)), Case("empty", (f32(0, 5),))),
+    cases=(Case("matrix", (f32(2, 3),)), Case("scalar", (f32(),)), Case("empty", (f32(0, 5),)), *narrow_cases((2, 3))),
     shapes_only=True,
 )
 
@@ -106,7 +107,11 @@ _RESHAPE = (
         "Reshape",
         14,
         _reshaped,
-        (*_RESHAPE_CASES[:4], Case("allowzero", (f32(0, 3), i64(3, 0)), {"allowzero": 1})),
+        (
+            *_RESHAPE_CASES[:4],
+            Case("allowzero", (f32(0, 3), i64(3, 0)), {"allowzero": 1}),
+            *narrow_cases((2, 6), i64(4, -1)),
+        ),
         attrs={"allowzero": 0},
         values=(1,),
     ),
@@ -159,7 +164,11 @@ _SQUEEZE = (
         "Squeeze",
         13,
         _squeezed,
-        (*_SQUEEZE_CASES, *_axes_cases((1, 3, 1, 2), ((0,), (0, -2)), as_input=True)),
+        (
+            *_SQUEEZE_CASES,
+            *_axes_cases((1, 3, 1, 2), ((0,), (0, -2)), as_input=True),
+            *narrow_cases((1, 3, 1), i64(2), since=21),
+        ),
         values=(1,),
     ),
 )
@@ -171,7 +180,13 @@ _UNSQUEEZE = (
         _axes_cases((3, 2), ((0,), (1, 3)), as_input=False),
         attrs={"axes": REQUIRED},
     ),
-    view_op("Unsqueeze", 13, _unsqueezed, _axes_cases((3, 2), ((0,), (3, 1), (-1, 0)), as_input=True), values=(1,)),
+    view_op(
+        "Unsqueeze",
+        13,
+        _unsqueezed,
+        (*_axes_cases((3, 2), ((0,), (3, 1), (-1, 0)), as_input=True), *narrow_cases((3, 2), i64(1), since=21)),
+        values=(1,),
+    ),
 )
 
 
@@ -193,6 +208,7 @@ _FLATTEN = view_op(
         Case("end", (f32(2, 3, 4),), {"axis": 3}),
         Case("negative", (f32(2, 3, 4),), {"axis": -1}, opset=11),
         Case("empty", (f32(0, 3, 4),)),
+        *narrow_cases((2, 1, 3), since=21),
     ),
     attrs={"axis": 1},
 )
@@ -203,7 +219,12 @@ _IDENTITY = Op(
     infer=shaped(lambda site: site.spec(0).dims),
     compute=lambda xp, site, x: (x,),
     view=lambda x, site: x,
-    cases=(Case("matrix", (f32(2, 3),)), Case("scalar", (f32(),)), Case("int64", (np.arange(3),))),
+    cases=(
+        Case("matrix", (f32(2, 3),)),
+        Case("scalar", (f32(),)),
+        Case("int64", (np.arange(3),)),
+        *narrow_cases((2, 3)),
+    ),
 )
 
 
@@ -232,6 +253,7 @@ _TRANSPOSE = Op(
         Case("heads", (f32(2, 3, 4, 5),), {"perm": (0, 2, 1, 3)}),
         Case("same", (f32(2, 3),), {"perm": (0, 1)}),
         Case("empty", (f32(0, 3),)),
+        *narrow_cases((2, 3), since=21),
     ),
 )
 

@@ -29,19 +29,23 @@ def cast(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool = True, roun
 
 
 def _power_of_two(xp: Any, x: Array, *, saturate: bool, rounding: str) -> Array:
-    """The exponent of float32 values as bits of float8_e8m0: the sign is lost, infinities are NaN (255)."""
-    bits = x.view(np.uint32)
-    exponent = (bits >> 23) & 0xFF
-    rest = bits & 0x7FFFFF
+    """float32 values as bits of float8_e8m0, 2^-127 to 2^127; the sign is lost. The table of ONNX's Cast-24.
+
+    What lies outside, infinities too, becomes the nearest of these with `saturate`, else NaN (255), as NaN does.
+    """
+    bits = x.view(np.uint32) & 0x7FFFFFFF
+    exponent, rest = bits >> 23, bits & 0x7FFFFF
+    rest = xp.where(exponent == 0, (rest - 0x400000) << 1, rest)  # float32 holds 2^-127 without its leading one
     half = 0x400000
     if rounding == "up":
         more = rest > 0
     elif rounding == "nearest":
-        more = (rest > half) | ((rest == half) & (exponent > 0))
+        more = rest >= half
     else:
         more = xp.zeros(bits.shape, np.bool_)
-    more = more & (exponent < (0xFE if saturate else 0xFF))
-    return xp.where(exponent == 0xFF, 0xFF, exponent + more).astype(np.uint8)
+    code = xp.where(bits < 0x400000, 0 if saturate else 0xFF, exponent + more)
+    code = xp.where(bits > 0x7F000000, 0xFE if saturate else 0xFF, code)
+    return xp.where(bits > 0x7F800000, 0xFF, code).astype(np.uint8)
 
 
 def _float8(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool) -> Array:

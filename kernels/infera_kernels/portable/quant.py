@@ -71,24 +71,31 @@ def dynamic_quantize(xp: Any, x: Array) -> tuple[Array, Array, Array]:
 
 
 def centred(xp: Any, q: Array, zero: Array | None, axis: int) -> Array:
-    """q less its zero point, int32. A zero point of one dimension has one value for each entry along `axis`."""
-    wide = q.astype(xp.int32)
+    """q less its zero point, int32, float32 for floats.
+
+    A zero point of one dimension has one value for each entry along `axis`.
+    """
+    wide = q.astype(xp.int32 if is_integer(q.dtype) else xp.float32)
     if zero is None:
         return wide
-    zero = zero.astype(xp.int32)
+    zero = zero.astype(wide.dtype)
     if zero.ndim == 1 and zero.size > 1:
         zero = zero.reshape([-1 if i == axis % q.ndim else 1 for i in range(q.ndim)])
     return wide - (zero.reshape(()) if zero.size == 1 else zero)
 
 
 def matmul_integer(xp: Any, a: Array, b: Array, a_zero: Array | None, b_zero: Array | None) -> Array:
-    """(a - a_zero) @ (b - b_zero) in int32; zero points of rows of `a` and of columns of `b`."""
+    """(a - a_zero) @ (b - b_zero) in int32, in floating point for floats; zero points of rows of `a` and of columns
+    of `b`."""
     rows, columns = max(a.ndim - 2, 0), b.ndim - 1
     return xp.matmul(centred(xp, a, a_zero, rows), centred(xp, b, b_zero, columns))
 
 
 def requantize(xp: Any, sums: Array, factor: Array, zero: Array) -> Array:
-    """int32 sums times `factor` as zero's type."""
+    """Sums times `factor`, plus the zero point, as zero's type."""
+    q = sums.astype(xp.float32) * factor.astype(xp.float32)
+    if not is_integer(zero.dtype):
+        return cast(xp, q + zero.astype(xp.float32), zero.dtype)
     low, high = bounds(zero.dtype)
-    q = xp.rint(sums.astype(xp.float32) * factor.astype(xp.float32)) + zero.astype(xp.float32)
+    q = xp.rint(q) + zero.astype(xp.float32)
     return xp.clip(q, low, high).astype(zero.dtype)

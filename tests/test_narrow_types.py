@@ -1,0 +1,64 @@
+"""Narrow and complex types where neither onnxruntime nor onnx's reference has an answer: against plain formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from infera_gpu.errors import PlanError
+from infera_gpu.op import Case
+from infera_gpu.ops import registry
+from infera_gpu.ops._families import NARROW
+from infera_gpu.spec import DType, onnx_of_dtype
+from tests.cases import compute, inputs_of, site_of
+
+FLOAT8 = tuple(dtype for dtype, since in NARROW.items() if since == 19)
+
+
+def outcome(name: str, *ins: Any, opset: int = 28, **attrs: Any) -> Any:
+    op = registry().find("", name, opset)
+    assert op is not None
+    case = Case("narrow", ins, attrs, opset=opset)
+    given = inputs_of(op, case)
+    return compute(op, site_of(op, case, given), given)[0]
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+@pytest.mark.parametrize("scale", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_products_of_float8_are_those_of_what_they_stand_for(dtype: DType, scale: Any) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(-3, 3, shape).astype(dtype) for shape in ((3, 8), (8, 5)))
+    scales = [np.array(v, scale) for v in (0.5, 0.25, 0.125)]
+    zero = np.zeros((), dtype)
+    got = outcome("QLinearMatMul", a, scales[0], zero, b, scales[1], zero, scales[2], zero)
+    want = a.astype(np.float64) @ b.astype(np.float64)  # the scales cancel, and the products are exact
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float32).astype(dtype).astype(np.float64))
+
+
+def test_products_of_float8_saturate() -> None:
+    dtype = np.dtype(ml_dtypes.float8_e4m3fn)
+    one, zero, many = np.array(1, np.float32), np.zeros((), dtype), np.full((1, 4), 200).astype(dtype)
+    got = outcome("QLinearMatMul", many, one, zero, -many.reshape(4, 1), one, zero, one, zero)
+    assert got.astype(float).tolist() == [[-448]]
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_complex_values_are_resized_in_both_parts(mode: str) -> None:
+    rng = np.random.default_rng(1)
+    real, imaginary = rng.standard_normal((2, 4, 5))
+    scales = np.array([1.7, 0.6], np.float32)
+    got = outcome("Resize", real + 1j * imaginary, None, scales, mode=mode)
+    parts = [outcome("Resize", x, None, scales, mode=mode) for x in (real, imaginary)]
+    np.testing.assert_allclose(got, parts[0] + 1j * parts[1], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(ml_dtypes.int4, np.int8), (ml_dtypes.uint2, ml_dtypes.uint4), (np.int64, object)]
+)
+def test_bits_are_not_reinterpreted_as_more_or_fewer(source: Any, target: Any) -> None:
+    with pytest.raises(PlanError, match="the elements differ in size"):
+        outcome("BitCast", np.ones(3).astype(source), to=onnx_of_dtype(np.dtype(target)))
