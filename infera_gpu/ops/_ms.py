@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Compute, Infer, Op
+from infera_gpu.op import Case, Compute, Infer, Kernel, Op
 from infera_gpu.ops._families import plain, requiring
 from infera_gpu.spec import Array
 
@@ -20,11 +20,13 @@ def ms_op(
     cases: tuple[Case, ...],
     domain: str = "com.microsoft",
     needs: tuple[int, ...] = (),
+    kernel: Kernel | None = None,
     **attrs: Any,
 ) -> Op:
-    """A declaration of version 1. `needs` are the inputs that must be present."""
+    """A declaration of version 1. `needs` are the inputs that must be present, `kernel` is the CPU's."""
     wrapped: Compute = plain(compute)
-    return Op(name, 1, requiring(infer, *needs), wrapped, cases, attrs, domain=domain)
+    kernels = {} if kernel is None else {"cpu": kernel}
+    return Op(name, 1, requiring(infer, *needs), wrapped, cases, attrs, domain=domain, kernels=kernels)
 
 
 def wide(x: Array) -> Array:

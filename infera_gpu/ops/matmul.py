@@ -33,14 +33,15 @@ def product_dims(site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[in
     return (*batch, *(left[-2:-1] if len(a) > 1 else ()), *(right[-1:] if len(b) > 1 else ()))
 
 
-def _swapped(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
+def swapped(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
+    """The shape with its last two axes swapped if `flag` holds."""
     return (*dims[:-2], dims[-1], dims[-2]) if flag else dims
 
 
 def matmul_spec(site: Site) -> tuple[TensorSpec]:
     """The product of inputs 0 and 1, transposed as `transA` and `transB` say."""
-    a = _swapped(site.spec(0).dims, site.attrs.get("transA"))
-    b = _swapped(site.spec(1).dims, site.attrs.get("transB"))
+    a = swapped(site.spec(0).dims, site.attrs.get("transA"))
+    b = swapped(site.spec(1).dims, site.attrs.get("transB"))
     return (TensorSpec(product_dims(site, a, b), site.spec(0).dtype),)
 
 
@@ -152,7 +153,7 @@ def _fused_spec(site: Site) -> tuple[TensorSpec]:
     (spec,) = matmul_spec(site)
     for i, what in ((2, "bias"), (3, "residual")):
         if site.has(i):
-            _check_term(site, what, site.spec(i), spec)
+            check_term(site, what, site.spec(i), spec)
     return (spec,)
 
 
@@ -178,7 +179,8 @@ def _fits(term: TensorSpec, spec: TensorSpec) -> bool:
         return False
 
 
-def _check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> None:
+def check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> None:
+    """Raises PlanError where a term does not broadcast to the product."""
     if not _fits(term, spec):
         raise site.fail(f"{what} {term} does not broadcast to {spec}")
 

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._ms import F32, ms_op, wide
-from infera_gpu.ops.matmul import matmul_spec, product_dims
+from infera_gpu.ops._ms import ms_op, wide
+from infera_gpu.ops.matmul import matmul_spec
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.matmul import matmul, transposed
-from infera_kernels.portable.quant import dynamic_quantize, matmul_integer
 
 
 def _infer_fused(site: Site) -> tuple[TensorSpec]:
@@ -23,38 +22,6 @@ def _infer_fused(site: Site) -> tuple[TensorSpec]:
 def _fused(xp: Any, site: Site, a: Array, b: Array) -> Array:
     a, b = transposed(a, site.attrs["transA"]), transposed(b, site.attrs["transB"])
     return matmul(xp, a, b) * a.dtype.type(site.attrs["alpha"])
-
-
-def _infer_dynamic(site: Site) -> tuple[TensorSpec]:
-    if site.spec(0).dtype != F32:
-        raise site.fail(f"A is {site.spec(0)}, expected float32")
-    return _infer_quantized(site)
-
-
-def _infer_quantized(site: Site) -> tuple[TensorSpec]:
-    return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(1).dims), F32),)
-
-
-def _integer_to_float(
-    xp: Any,
-    site: Site,
-    a: Array,
-    b: Array,
-    a_scale: Array,
-    b_scale: Array,
-    a_zero: Array | None = None,
-    b_zero: Array | None = None,
-    bias: Array | None = None,
-) -> Array:
-    made = matmul_integer(xp, a, b, a_zero, b_zero).astype(np.float32) * (a_scale * b_scale)
-    return (made if bias is None else made + bias).astype(np.float32)
-
-
-def _dynamic(
-    xp: Any, site: Site, a: Array, b: Array, scale: Array, zero: Array | None = None, bias: Array | None = None
-) -> Array:
-    q, a_scale, a_zero = dynamic_quantize(xp, a)
-    return _integer_to_float(xp, site, q, b, a_scale, scale, a_zero, zero, bias)
 
 
 def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
@@ -102,8 +69,6 @@ def _nbits(
     return (made if bias is None else made + wide(bias)).astype(a.dtype)
 
 
-_U8, _I8 = np.dtype(np.uint8), np.dtype(np.int8)
-_SCALES = np.array([0.02, 0.05, 0.01], np.float32)
 _B4 = np.random.default_rng(1).integers(0, 256, (5, 2, 16)).astype(np.uint8)
 _S4 = np.random.default_rng(2).uniform(0.01, 0.1, (5, 2)).astype(np.float32)
 _Z4 = np.random.default_rng(3).integers(0, 256, (5, 1)).astype(np.uint8)
@@ -123,40 +88,6 @@ OPS: tuple[Op, ...] = (
         transBatchA=0,
         transBatchB=0,
         needs=(0, 1),
-    ),
-    ms_op(
-        "MatMulIntegerToFloat",
-        _infer_quantized,
-        _integer_to_float,
-        (
-            Case(
-                "columns",
-                (
-                    TensorSpec((2, 4), _U8),
-                    TensorSpec((4, 3), _I8),
-                    np.array(0.1, np.float32),
-                    _SCALES,
-                    np.array(7, np.uint8),
-                    np.array([1, 0, -2], np.int8),
-                    f32(3),
-                ),
-                low=-50,
-                high=50,
-            ),
-        ),
-        needs=(0, 1, 2, 3),
-    ),
-    ms_op(
-        "DynamicQuantizeMatMul",
-        _infer_dynamic,
-        _dynamic,
-        (
-            Case(
-                "tensor", (f32(2, 4), TensorSpec((4, 3), _I8), np.array(0.1, np.float32), np.array(3, np.int8)), low=-3
-            ),
-            Case("columns", (f32(2, 4), TensorSpec((4, 3), _U8), _SCALES, None, f32(3)), low=0, high=3),
-        ),
-        needs=(0, 1, 2),
     ),
     ms_op(
         "MatMulNBits",

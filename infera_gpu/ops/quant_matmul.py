@@ -15,6 +15,7 @@ from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import conv as portable_conv
 from infera_kernels.portable import quant as portable
+from infera_kernels.portable.matmul import transposed
 
 
 def _row_zero(zero: Array | None) -> Array | None:
@@ -23,35 +24,52 @@ def _row_zero(zero: Array | None) -> Array | None:
 
 
 def _packed(site: Site, io: Buffers, b: int, zero: int) -> tuple[Array, HostArray | None, list[Call]]:
-    """Input b as float32 less its zero point: packed, and its value given, where both are known."""
-    known, point = site.value(b), site.value(zero)
+    """Input b, transposed with transB, as float32 less its zero point: packed, and its value given, where both are
+    known."""
+    known, point, flag = site.value(b), site.value(zero), site.attrs.get("transB")
     if known is None or (site.has(zero) and point is None):
-        wide, calls = cpu.centred(io.ins[b], io.ins[zero] if site.has(zero) else None, io.scratch)
+        turned = transposed(io.ins[b], flag)
+        wide, calls = cpu.centred(turned, io.ins[zero] if site.has(zero) else None, io.scratch)
         return wide, None, calls
 
     def centred(weights: HostArray) -> HostArray:
-        wide: HostArray = portable.centred(np, weights, point, weights.ndim - 1).astype(np.float32)
+        turned = transposed(weights, flag)
+        wide: HostArray = portable.centred(np, turned, point, turned.ndim - 1).astype(np.float32)
         return wide
 
-    tag = "centred" if point is None else f"centred {point.tolist()}"
+    tag = f"centred{' transposed' if flag else ''}{'' if point is None else f' {point.tolist()}'}"
     return io.pack(b, tag, centred), centred(known), []
 
 
-def _product(site: Site, io: Buffers, operands: tuple[int, int, int, int], out: Array) -> list[Call]:
+def reach(site: Site, i: int, zero: int) -> int:
+    """The largest |value - zero point| that 8-bit input i can hold."""
+    point = site.value(zero)
+    return cpu.largest(site.spec(i).dtype, point, known=not site.has(zero) or point is not None)
+
+
+def left_operand(site: Site, io: Buffers, a: int, zero: int) -> tuple[Array, list[Call]]:
+    """Input a, transposed with transA, as float32 less its zero point."""
+    turned = transposed(io.ins[a], site.attrs.get("transA"))
+    return cpu.centred(turned, _row_zero(io.ins[zero]) if site.has(zero) else None, io.scratch)
+
+
+def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zero: int, out: Array) -> list[Call]:
+    """int32 out = left @ (input b - its zero point); `left` holds integers of at most `left_reach` as float32."""
+    right, known, calls = _packed(site, io, b, b_zero)
+    ranges = cpu.exact_ranges(left.shape[-1], left_reach, reach(site, b, b_zero), known)
+    return [*calls, *cpu.matmul_integer(left, right, out, ranges, io.scratch)]
+
+
+def of_inputs(site: Site, io: Buffers, operands: tuple[int, int, int, int], out: Array) -> list[Call]:
     """int32 out = (a - a's zero point) @ (b - b's): `operands` are the inputs a, its zero point, b, its zero point."""
     a, a_zero, b, b_zero = operands
-    left, calls = cpu.centred(io.ins[a], _row_zero(io.ins[a_zero]) if site.has(a_zero) else None, io.scratch)
-    right, known, more = _packed(site, io, b, b_zero)
-    reach = [
-        cpu.largest(site.spec(i).dtype, site.value(z), known=not site.has(z) or site.value(z) is not None)
-        for i, z in ((a, a_zero), (b, b_zero))
-    ]
-    ranges = cpu.exact_ranges(left.shape[-1], reach[0], reach[1], known)
-    return [*calls, *more, *cpu.matmul_integer(left, right, out, ranges, io.scratch)]
+    left, calls = left_operand(site, io, a, a_zero)
+    return [*calls, *product(site, io, left, reach(site, a, a_zero), b, b_zero, out)]
 
 
-def _supported(site: Site, b: int) -> bool:
-    return site.spec(b).ndim >= 2
+def is_matrix(site: Site, i: int) -> bool:
+    """Whether input i has two axes at least: what the kernels multiply by."""
+    return site.spec(i).ndim >= 2
 
 
 def _integer_spec(site: Site) -> tuple[TensorSpec]:
@@ -90,8 +108,8 @@ _MATMUL_INTEGER = Op(
     compute=plain(_integer),
     kernels={
         "cpu": Kernel(
-            bind=lambda site, io: _product(site, io, (0, 2, 1, 3), io.outs[0]),
-            supports=lambda site: _supported(site, 1),
+            bind=lambda site, io: of_inputs(site, io, (0, 2, 1, 3), io.outs[0]),
+            supports=lambda site: is_matrix(site, 1),
             strided=True,
         )
     },
@@ -119,11 +137,13 @@ def _linear_spec(site: Site) -> tuple[TensorSpec]:
     return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(3).dims), site.spec(7).dtype),)
 
 
-def _row_scale(scale: Array) -> Array:
+def row_scale(scale: Array) -> Array:
+    """A scale of the left operand broadcasting to the product."""
     return scale.reshape(()) if scale.size == 1 else scale.reshape(-1, 1) if scale.ndim == 1 else scale
 
 
-def _column(parameter: Array) -> Array:
+def column(parameter: Array) -> Array:
+    """A parameter of the right operand's columns broadcasting to the product."""
     return parameter.reshape(()) if parameter.size == 1 else parameter
 
 
@@ -141,17 +161,17 @@ def _linear(
 ) -> Array:
     sums = portable.matmul_integer(xp, a, b, a_zero, b_zero)
     a_scale, b_scale, y_scale = (s.astype(np.float32) for s in (a_scale, b_scale, y_scale))
-    factor = _row_scale(a_scale) * _column(b_scale) / y_scale.reshape(())
+    factor = row_scale(a_scale) * column(b_scale) / y_scale.reshape(())
     return portable.requantize(xp, sums, factor, y_zero.reshape(()))
 
 
 def _bind_linear(site: Site, io: Buffers) -> list[Call]:
-    a_scale, b_scale = _row_scale(io.ins[1]), _column(io.ins[4])
+    a_scale, b_scale = row_scale(io.ins[1]), column(io.ins[4])
     sums = io.scratch(io.outs[0].shape, np.int32)
     factor = io.scratch(np.broadcast_shapes(a_scale.shape, b_scale.shape), np.float32)
     zero, calls = cpu.as_float(io.ins[7].reshape(()), io.scratch)
     return [
-        *_product(site, io, (0, 2, 3, 5), sums),
+        *of_inputs(site, io, (0, 2, 3, 5), sums),
         (np.multiply, (a_scale, b_scale, factor)),
         (np.true_divide, (factor, io.ins[6].reshape(()), factor)),
         *calls,
@@ -161,7 +181,7 @@ def _bind_linear(site: Site, io: Buffers) -> list[Call]:
 
 def _linear_supported(site: Site) -> bool:
     eight_bit = all(site.spec(i).dtype.name in ("uint8", "int8") for i in (0, 3, 7))
-    return eight_bit and site.spec(1).dtype == np.float32 and _supported(site, 3)
+    return eight_bit and site.spec(1).dtype == np.float32 and is_matrix(site, 3)
 
 
 def _scale(*values: float) -> HostArray:

@@ -1,0 +1,263 @@
+"""com.microsoft: products of quantised matrices, the result in floating point or quantised again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._ms import F32, ms_op
+from infera_gpu.ops.matmul import check_term, product_dims, swapped
+from infera_gpu.ops.quant_matmul import column, is_matrix, left_operand, of_inputs, product, reach
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import quant as cpu
+from infera_kernels.portable import quant as portable
+from infera_kernels.portable.matmul import transposed
+
+
+def _infer(site: Site) -> tuple[TensorSpec]:
+    return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(1).dims), F32),)
+
+
+def _scaled(sums: Array, scale: Array, bias: Array | None) -> Array:
+    made = sums.astype(np.float32) * scale
+    return (made if bias is None else made + bias).astype(np.float32)
+
+
+def _bind_scaled(sums: Array, scales: tuple[Array, Array], bias: Array | None, out: Array, io: Buffers) -> list[Call]:
+    """out = sums times both scales + bias: float32 from int32."""
+    left, right = scales[0].reshape(()), column(scales[1])
+    factor = io.scratch(right.shape, np.float32)
+    calls: list[Call] = [(np.multiply, (left, right, factor)), *cpu.dequantize(sums, factor, None, out)]
+    return calls if bias is None else [*calls, (np.add, (out, bias, out))]
+
+
+def _input(io: Buffers, i: int) -> Array | None:
+    return io.ins[i] if i < len(io.ins) else None
+
+
+# ---- MatMulIntegerToFloat
+
+
+def _integer_to_float(
+    xp: Any,
+    site: Site,
+    a: Array,
+    b: Array,
+    a_scale: Array,
+    b_scale: Array,
+    a_zero: Array | None = None,
+    b_zero: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    sums = portable.matmul_integer(xp, a, b, a_zero, b_zero)
+    return _scaled(sums, a_scale.reshape(()) * column(b_scale), bias)
+
+
+def _bind_integer_to_float(site: Site, io: Buffers) -> list[Call]:
+    out = io.outs[0]
+    sums = io.scratch(out.shape, np.int32)
+    return [
+        *of_inputs(site, io, (0, 4, 1, 5), sums),
+        *_bind_scaled(sums, (io.ins[2], io.ins[3]), _input(io, 6), out, io),
+    ]
+
+
+# ---- DynamicQuantizeMatMul
+
+
+def _infer_dynamic(site: Site) -> tuple[TensorSpec]:
+    if site.spec(0).dtype != F32:
+        raise site.fail(f"A is {site.spec(0)}, expected float32")
+    return _infer(site)
+
+
+def _dynamic(
+    xp: Any, site: Site, a: Array, b: Array, scale: Array, zero: Array | None = None, bias: Array | None = None
+) -> Array:
+    q, a_scale, a_zero = portable.dynamic_quantize(xp, a)
+    return _integer_to_float(xp, site, q, b, a_scale, scale, a_zero, zero, bias)
+
+
+def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
+    a, out = io.ins[0], io.outs[0]
+    q, scale, zero = io.scratch(a.shape, np.uint8), io.scratch((), np.float32), io.scratch((), np.uint8)
+    sums = io.scratch(out.shape, np.int32)
+    left, calls = cpu.centred(q, zero, io.scratch)
+    return [
+        *cpu.dynamic_quantize(a, q, scale, zero, io.scratch),
+        *calls,
+        *product(site, io, left, 255, 1, 3, sums),
+        *_bind_scaled(sums, (scale, io.ins[2]), _input(io, 4), out, io),
+    ]
+
+
+def _supported(site: Site) -> bool:
+    """Whether the second matrix is one, and what is not it is not empty: reductions need a value."""
+    return is_matrix(site, 1) and site.spec(0).size > 0
+
+
+# ---- QGemm
+
+_B, _C, _Y_SCALE, _Y_ZERO = 3, 6, 7, 8
+
+
+def _infer_gemm(site: Site) -> tuple[TensorSpec]:
+    a, b = site.spec(0), site.spec(_B)
+    if a.ndim != 2 or b.ndim != 2:
+        raise site.fail(f"expected two matrices, got {a} and {b}")
+    if site.has(_Y_SCALE) != site.has(_Y_ZERO):
+        raise site.fail("y_scale and y_zero_point come together or not at all")
+    dims = product_dims(site, swapped(a.dims, site.attrs["transA"]), swapped(b.dims, site.attrs["transB"]))
+    for i in (1, 2, 4, 5, _Y_SCALE, _Y_ZERO):
+        if site.has(i) and site.spec(i).size != 1 and (i not in (4, 5) or site.spec(i).dims != dims[1:]):
+            raise site.fail(f"input {i} is {site.spec(i)}, expected one value{f' or {dims[1]}' if i in (4, 5) else ''}")
+    if site.has(_C):
+        check_term(site, "C", site.spec(_C), TensorSpec(dims, site.spec(_C).dtype))
+    return (TensorSpec(dims, site.spec(_Y_ZERO).dtype if site.has(_Y_ZERO) else F32),)
+
+
+def _gemm(
+    xp: Any,
+    site: Site,
+    a: Array,
+    a_scale: Array,
+    a_zero: Array,
+    b: Array,
+    b_scale: Array,
+    b_zero: Array,
+    c: Array | None = None,
+    y_scale: Array | None = None,
+    y_zero: Array | None = None,
+) -> Array:
+    a, b = transposed(a, site.attrs["transA"]), transposed(b, site.attrs["transB"])
+    sums = portable.matmul_integer(xp, a, b, a_zero, b_zero)
+    sums = sums if c is None else sums + c
+    factor = np.float32(site.attrs["alpha"]) * a_scale.reshape(()) * column(b_scale)
+    if y_scale is None or y_zero is None:
+        return _scaled(sums, factor, None)
+    return portable.requantize(xp, sums, factor / y_scale.reshape(()), y_zero.reshape(()))
+
+
+def _bind_gemm(site: Site, io: Buffers) -> list[Call]:
+    out, c, scale = io.outs[0], _input(io, _C), column(io.ins[4])
+    sums, factor = io.scratch(out.shape, np.int32), io.scratch(scale.shape, np.float32)
+    left, calls = left_operand(site, io, 0, 2)
+    calls += product(site, io, left, reach(site, 0, 2), _B, 5, sums)
+    if c is not None:
+        calls.append((np.add, (sums, c, sums)))
+    calls += [
+        (np.multiply, (np.float32(site.attrs["alpha"]), io.ins[1].reshape(()), factor)),
+        (np.multiply, (factor, scale, factor)),
+    ]
+    if not site.has(_Y_SCALE):
+        return [*calls, *cpu.dequantize(sums, factor, None, out)]
+    zero, more = cpu.as_float(io.ins[_Y_ZERO].reshape(()), io.scratch)
+    calls.append((np.true_divide, (factor, io.ins[_Y_SCALE].reshape(()), factor)))
+    return [*calls, *more, *cpu.requantize(sums, factor, zero, out, io.scratch)]
+
+
+# ---- cases
+
+
+def _u8(*shape: int) -> TensorSpec:
+    return TensorSpec(shape, np.dtype(np.uint8))
+
+
+def _s8(*shape: int) -> TensorSpec:
+    return TensorSpec(shape, np.dtype(np.int8))
+
+
+def _scale(*values: float) -> Array:
+    return np.array(values if len(values) > 1 else values[0], np.float32)
+
+
+def _zero(*values: int, dtype: Any = np.uint8) -> Array:
+    return np.array(values if len(values) > 1 else values[0], dtype)
+
+
+_BYTES: dict[str, Any] = {"low": -128, "high": 255}
+_COLUMNS = _scale(0.0217, 0.0513, 0.0109)
+_A, _TENSOR = (_u8(5, 4), _scale(0.0531), _zero(120)), (_scale(0.0217), _zero(3, dtype=np.int8))
+_WEIGHT = np.arange(-60, 60, 10, dtype=np.int8).reshape(4, 3)
+
+OPS: tuple[Op, ...] = (
+    ms_op(
+        "MatMulIntegerToFloat",
+        _infer,
+        _integer_to_float,
+        (
+            Case(
+                "columns",
+                (_u8(2, 4), _s8(4, 3), _scale(0.1), _COLUMNS, _zero(7), _zero(1, 0, -2, dtype=np.int8), f32(3)),
+                low=-50,
+                high=50,
+            ),
+            Case("batch", (_u8(2, 5, 4), _WEIGHT, _scale(0.1), _scale(0.2), _zero(7)), **_BYTES),
+            Case("past_block", (_u8(130, 40), _s8(40, 130), _scale(0.1), _scale(0.2)), **_BYTES),
+        ),
+        kernel=Kernel(_bind_integer_to_float, _supported, strided=True),
+        needs=(0, 1, 2, 3),
+    ),
+    ms_op(
+        "DynamicQuantizeMatMul",
+        _infer_dynamic,
+        _dynamic,
+        (
+            Case("tensor", (f32(2, 4), _s8(4, 3), _scale(0.1), _zero(3, dtype=np.int8)), low=-3),
+            Case("columns", (f32(2, 4), _u8(4, 3), _COLUMNS, None, f32(3)), low=0, high=3),
+            Case("batch", (f32(2, 5, 4), _WEIGHT, _COLUMNS, None, f32(3))),
+            Case("past_block", (f32(130, 40), _s8(40, 130), _scale(0.1)), low=-100, high=100),
+        ),
+        kernel=Kernel(_bind_dynamic, _supported),
+        needs=(0, 1, 2),
+    ),
+    ms_op(
+        "QGemm",
+        _infer_gemm,
+        _gemm,
+        (
+            Case("float", (*_A, _s8(4, 3), *_TENSOR), **_BYTES),
+            Case(
+                "columns",
+                (
+                    *_A,
+                    _s8(4, 3),
+                    _COLUMNS,
+                    _zero(0, 4, -7, dtype=np.int8),
+                    np.array([500, -90, 7], np.int32),
+                    _scale(0.419),
+                    _zero(100),
+                ),
+                {"alpha": 0.7},
+                **_BYTES,
+            ),
+            Case(
+                "transposed",
+                (_u8(4, 5), *_A[1:], np.ascontiguousarray(_WEIGHT.T), *_TENSOR, None, _scale(0.419), _zero(100)),
+                {"transA": 1, "transB": 1},
+                **_BYTES,
+            ),
+            Case(
+                "signed",
+                (
+                    _s8(130, 40),
+                    _scale(0.0531),
+                    _zero(-9, dtype=np.int8),
+                    _s8(40, 130),
+                    *_TENSOR,
+                    np.arange(130, dtype=np.int32).reshape(130, 1),
+                    _scale(3.19),
+                    _zero(-3, dtype=np.int8),
+                ),
+                **_BYTES,
+            ),
+        ),
+        kernel=Kernel(_bind_gemm, lambda site: site.spec(0).size > 0, strided=True),
+        alpha=1.0,
+        transA=0,
+        transB=0,
+        needs=(0, 1, 2, 3, 4, 5),
+    ),
+)
