@@ -76,8 +76,8 @@ def _infer_dynamic(site: Site) -> tuple[TensorSpec]:
 def _dynamic(
     xp: Any, site: Site, a: Array, b: Array, scale: Array, zero: Array | None = None, bias: Array | None = None
 ) -> Array:
-    q, a_scale, a_zero = portable.dynamic_quantize(xp, a)
-    return _integer_to_float(xp, site, q, b, a_scale, scale, a_zero, zero, bias)
+    made = portable.dynamic_matmul(xp, a, b, column(scale), zero)
+    return made if bias is None else made + bias
 
 
 def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:

@@ -58,7 +58,7 @@ def _names(site: Site) -> tuple[str, ...]:
     return names
 
 
-def _cells(site: Site) -> list[Cell]:
+def cells(site: Site) -> list[Cell]:
     """One cell a direction; activation_alpha and activation_beta go in turn to the activations that take them."""
     names = _names(site)
     alphas, betas = (iter(site.attrs[k] or ()) for k in ("activation_alpha", "activation_beta"))
@@ -99,7 +99,7 @@ def _sizes(site: Site) -> tuple[int, int, int, int]:
     return steps, batch, directions, hidden
 
 
-def _infer(site: Site) -> Sequence[TensorSpec]:
+def infer(site: Site) -> Sequence[TensorSpec]:
     _names(site)
     steps, batch, directions, hidden = _sizes(site)
     dtype = site.spec(_X).dtype
@@ -112,7 +112,14 @@ def _infer(site: Site) -> Sequence[TensorSpec]:
 
 
 def _compute(xp: Any, site: Site, *ins: Array | None) -> Sequence[Array]:
-    """Halves are computed in float32: rounding them after every step would let the errors grow with the steps."""
+    return over_directions(xp, site, cells(site), *ins)
+
+
+def over_directions(xp: Any, site: Site, cells: Sequence[Cell], *ins: Array | None) -> Sequence[Array]:
+    """The outputs of a site whose directions compute with `cells`.
+
+    Halves are computed in float32: rounding them after every step would let the errors grow with the steps.
+    """
     dtype = site.spec(_X).dtype
     kept = dtype.itemsize >= 4
     wide: list[Any] = [a if kept or a is None or i == _LENGTHS else a.astype(np.float32) for i, a in enumerate(ins)]
@@ -120,7 +127,7 @@ def _compute(xp: Any, site: Site, *ins: Array | None) -> Sequence[Array]:
     kind, first = _KINDS[site.node.op], _batch_first(site)
     _, batch, _, hidden = _sizes(site)
     ys, ends = [], []
-    for d, (cell, reverse) in enumerate(zip(_cells(site), _reverses(site), strict=True)):
+    for d, (cell, reverse) in enumerate(zip(cells, _reverses(site), strict=True)):
         start = tuple(
             xp.zeros((batch, hidden), x.dtype) if s is None else (s[:, d] if first else s[d])
             for s in (h, c)[: kind.states]
@@ -263,9 +270,10 @@ _ATTRS: Attrs = {
     "hidden_size": None,
 }
 _OWN: dict[str, Attrs] = {"LSTM": {"input_forget": 0}, "GRU": {"linear_before_reset": 0}, "RNN": {}}
+LSTM_ATTRS: Attrs = {**_ATTRS, **_OWN["LSTM"]}
 
 OPS: tuple[Op, ...] = tuple(
-    Op(op, since, _infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels={"cpu": Kernel(_bind, _supports)})
+    Op(op, since, infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels={"cpu": Kernel(_bind, _supports)})
     for op in _KINDS
     for since, cases, more in (
         (7, _cases(op) + _EXTRA[op], {}),

@@ -91,6 +91,12 @@ def matmul_integer(xp: Any, a: Array, b: Array, a_zero: Array | None, b_zero: Ar
     return xp.matmul(centred(xp, a, a_zero, rows), centred(xp, b, b_zero, columns))
 
 
+def dynamic_matmul(xp: Any, a: Array, b: Array, scale: Array, zero: Array | None) -> Array:
+    """a @ b in float32: `a` float, quantised over its own range, `b` by `scale` and `zero`, single or by columns."""
+    q, a_scale, a_zero = dynamic_quantize(xp, a)
+    return matmul_integer(xp, q, b, a_zero, zero).astype(xp.float32) * (a_scale * scale)
+
+
 def requantize(xp: Any, sums: Array, factor: Array, zero: Array) -> Array:
     """Sums times `factor`, plus the zero point, as zero's type."""
     q = sums.astype(xp.float32) * factor.astype(xp.float32)

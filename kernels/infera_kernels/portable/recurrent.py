@@ -39,6 +39,8 @@ FUNCTIONS: Mapping[str, Function] = MappingProxyType(
 )
 
 Activation = Callable[[Any, Array], Array]
+Product = Callable[[Any, Array, Array], Array]
+"""`f(xp, x, w)`: x (..., K) times w (N, K) transposed."""
 
 
 def activation(name: str, alpha: float, beta: float) -> Activation:
@@ -47,14 +49,24 @@ def activation(name: str, alpha: float, beta: float) -> Activation:
     return lambda xp, x: apply(xp, x, alpha, beta)
 
 
+def product(xp: Any, x: Array, w: Array) -> Array:
+    """The plain `Product`."""
+    return x @ w.T
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one direction computes with. `clip` bounds what enters an activation; None leaves it."""
+    """What one direction computes with. `clip` bounds what enters an activation; None leaves it.
+
+    `inputs` multiplies the inputs of all steps by w, and `recurrent` a step's states by r, in an LSTM.
+    """
 
     activations: Sequence[Activation]
     clip: float | None = None
     input_forget: bool = False
     linear_before_reset: bool = False
+    inputs: Product = product
+    recurrent: Product = product
 
     def at(self, i: int, xp: Any, x: Array) -> Array:
         """Activation i of x."""
@@ -67,7 +79,7 @@ def lstm_step(
     """(h, c) after one step; gates in the order i, o, f, c; peepholes p (3 * H,) in the order i, o, f."""
     h, c = state
     size = c.shape[1]
-    i, o, f, g = (gates + h @ r.T + rb).reshape(len(h), 4, size).swapaxes(0, 1)
+    i, o, f, g = (gates + cell.recurrent(xp, h, r) + rb).reshape(len(h), 4, size).swapaxes(0, 1)
     pi, po, pf = (0, 0, 0) if p is None else p.reshape(3, size)
     i = cell.at(0, xp, i + pi * c)
     f = 1 - i if cell.input_forget else cell.at(0, xp, f + pf * c)
@@ -115,7 +127,8 @@ def over_time(
     """(h of every step (T, B, H), zero past a sequence's end; the states after its last step).
 
     `b` is input biases, then recurrent ones. With `reverse` each sequence runs from its end to its beginning, and its
-    outputs stay in place.
+    outputs stay in place. What a cell multiplies of a sequence that has ended is 0, as its outputs are: its range may
+    count.
     """
     steps, batch = x.shape[:2]
     wb, rb = (xp.zeros(2 * len(w), x.dtype) if b is None else b).reshape(2, -1)
@@ -124,11 +137,11 @@ def over_time(
     time = xp.arange(steps)[:, None]
     order = xp.where(time < lengths, lengths - 1 - time, time) if reverse else time + 0 * lengths
     column = xp.arange(batch)
-    gates = x[order, column] @ w.T + wb
+    gates = cell.inputs(xp, x[order, column], w) + wb
     y = xp.zeros((steps, batch, r.shape[1]), x.dtype)
     for t in range(steps):
         alive = (t < lengths)[:, None]
-        moved = step(xp, cell, gates[t], r, rb, state, p)
+        moved = step(xp, cell, gates[t], r, rb, (xp.where((t <= lengths)[:, None], state[0], 0), *state[1:]), p)
         state = tuple(xp.where(alive, new, old) for new, old in zip(moved, state, strict=True))
         y[order[t], column] = xp.where(alive, moved[0], 0)
     return y, state
