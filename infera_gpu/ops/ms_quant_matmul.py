@@ -25,7 +25,7 @@ def _scaled(sums: Array, scale: Array, bias: Array | None) -> Array:
     return (made if bias is None else made + bias).astype(np.float32)
 
 
-def _bind_scaled(sums: Array, scales: tuple[Array, Array], bias: Array | None, out: Array, io: Buffers) -> list[Call]:
+def bind_scaled(sums: Array, scales: tuple[Array, Array], bias: Array | None, out: Array, io: Buffers) -> list[Call]:
     """out = sums times both scales + bias: float32 from int32."""
     left, right = scales[0].reshape(()), column(scales[1])
     factor = io.scratch(right.shape, np.float32)
@@ -40,7 +40,7 @@ def _input(io: Buffers, i: int) -> Array | None:
 # ---- MatMulIntegerToFloat
 
 
-def _integer_to_float(
+def integer_to_float(
     xp: Any,
     site: Site,
     a: Array,
@@ -51,16 +51,17 @@ def _integer_to_float(
     b_zero: Array | None = None,
     bias: Array | None = None,
 ) -> Array:
+    """MatMulIntegerToFloat: (a - a_zero) @ (b - b_zero), times both scales, plus a bias."""
     sums = portable.matmul_integer(xp, a, b, a_zero, b_zero)
     return _scaled(sums, a_scale.reshape(()) * column(b_scale), bias)
 
 
-def _bind_integer_to_float(site: Site, io: Buffers) -> list[Call]:
+def _bind_to_float(site: Site, io: Buffers) -> list[Call]:
     out = io.outs[0]
     sums = io.scratch(out.shape, np.int32)
     return [
         *of_inputs(site, io, (0, 4, 1, 5), sums),
-        *_bind_scaled(sums, (io.ins[2], io.ins[3]), _input(io, 6), out, io),
+        *bind_scaled(sums, (io.ins[2], io.ins[3]), _input(io, 6), out, io),
     ]
 
 
@@ -89,7 +90,7 @@ def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
         *cpu.dynamic_quantize(a, q, scale, zero, io.scratch),
         *calls,
         *product(site, io, left, 255, 1, 3, sums),
-        *_bind_scaled(sums, (scale, io.ins[2]), _input(io, 4), out, io),
+        *bind_scaled(sums, (scale, io.ins[2]), _input(io, 4), out, io),
     ]
 
 
@@ -186,7 +187,7 @@ OPS: tuple[Op, ...] = (
     ms_op(
         "MatMulIntegerToFloat",
         _infer,
-        _integer_to_float,
+        integer_to_float,
         (
             Case(
                 "columns",
@@ -197,7 +198,7 @@ OPS: tuple[Op, ...] = (
             Case("batch", (_u8(2, 5, 4), _WEIGHT, _scale(0.1), _scale(0.2), _zero(7)), **_BYTES),
             Case("past_block", (_u8(130, 40), _s8(40, 130), _scale(0.1), _scale(0.2)), **_BYTES),
         ),
-        kernel=Kernel(_bind_integer_to_float, _supported, strided=True),
+        kernel=Kernel(_bind_to_float, _supported, strided=True),
         needs=(0, 1, 2, 3),
     ),
     ms_op(
