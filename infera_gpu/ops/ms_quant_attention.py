@@ -47,7 +47,7 @@ def _multi_head(site: Site) -> Site:
 
 
 def _infer(site: Site) -> Sequence[TensorSpec]:
-    made, key, _ = _MULTI_HEAD.infer(_multi_head(site))
+    made, key, *_ = _MULTI_HEAD.infer(_multi_head(site))
     assert made is not None
     assert key is not None
     return (made, TensorSpec((2, *key.dims), key.dtype))[: len(site.node.outputs)]
@@ -57,7 +57,7 @@ def _attend(xp: Any, site: Site, projected: Array, mask: Array | None, past: Arr
     """What is made of the three projections, and the keys and values of past and present."""
     q, k, v = xp.split(projected, 3, axis=-1)
     past_k, past_v = (None, None) if past is None else past
-    made, key, value = _MULTI_HEAD.outputs(xp, _multi_head(site), (q, k, v, None, mask, None, past_k, past_v))
+    made, key, value, *_ = _MULTI_HEAD.outputs(xp, _multi_head(site), (q, k, v, None, mask, None, past_k, past_v))
     return (made, xp.stack((key, value)))[: len(site.node.outputs)]
 
 
