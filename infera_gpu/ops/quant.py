@@ -255,7 +255,7 @@ _DYNAMIC = Op(
     11,
     infer=lambda site: (
         TensorSpec(site.spec(0).shape, UINT8),
-        TensorSpec((), FLOAT32),
+        TensorSpec((), site.spec(0).dtype),
         TensorSpec((), UINT8),
     ),
     compute=plain(lambda xp, site, x: portable.dynamic_quantize(xp, x)),
