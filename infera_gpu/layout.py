@@ -72,8 +72,12 @@ def dense(root: str, space: Space, spec: TensorSpec, *, constant: bool = False) 
 
 
 def dummy(operand: Operand) -> HostArray:
-    """An array with the operand's shape and strides over no memory: for shape and stride arithmetic only."""
-    return as_strided(np.empty(1, operand.dtype), operand.shape, operand.strides)
+    """An array with the operand's shape and strides over no memory: for shape and stride arithmetic only.
+
+    NumPy's stride tricks write the type down, and what they write for float8_e5m2 is not read again.
+    """
+    made = as_strided(np.empty(1, f"V{operand.dtype.itemsize}"), operand.shape, operand.strides)
+    return made.view(operand.dtype)
 
 
 def view_of(operand: Operand, view: Callable[[HostArray], HostArray]) -> Operand | None:

@@ -95,7 +95,7 @@ def wrong(want: HostArray) -> HostArray:
     """Values that differ from `want` everywhere."""
     if want.dtype.kind in "iu":
         return np.invert(want)
-    if want.dtype.kind == "V" and want.dtype.itemsize == 1:
+    if want.dtype.isbuiltin != 1 and want.dtype.itemsize == 1:
         return np.asarray((want.view(np.uint8) ^ 1).view(want.dtype))
     return np.logical_not(want) if want.dtype == np.bool_ else np.full_like(want, np.nan)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import FOLD_LIMIT
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._families import element_type, plain
+from infera_gpu.ops._families import element_type, is_native, plain
 from infera_gpu.spec import Array, DType, TensorSpec
 
 FLOAT = {"dtype": 1, "seed": None}
@@ -36,7 +36,7 @@ def _like(site: Site) -> DType:
 def _float_like(site: Site) -> DType:
     """Raises PlanError where neither `dtype` nor the input's type is a float's."""
     dtype = _like(site)
-    if dtype.kind != "f" and dtype.name != "bfloat16":
+    if not (is_native(dtype) and dtype.kind == "f") and dtype.name != "bfloat16":
         raise site.fail(f"cannot draw {dtype.name} for {site.spec(0)}, expected a `dtype` of floating point")
     return dtype
 

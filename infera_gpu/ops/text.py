@@ -225,6 +225,7 @@ OPS = (
         },
         (
             Case("counts", (_IDS,), _POOL),
+            Case("int64", (_IDS.astype(np.int64),), _POOL),
             Case("row", (_IDS[1],), {**_POOL, "max_skip_count": 3, "min_gram_length": 2}),
             Case("weighted", (_IDS,), {**_POOL, "mode": "TFIDF", "weights": (0.5, 2.0, 1.5, 3.0, 1.0, 4.0, 0.25)}),
             Case(

@@ -44,7 +44,7 @@ def average_pool2d(
         np, x.shape[2:], y.shape[2:], kernel=kernel, strides=strides, dilations=dilations, pads=pads,
         include_pad=include_pad,
     )  # fmt: skip
-    weights = (1 / size).astype(y.dtype)
+    weights = (1 / size.astype(np.float64)).astype(y.dtype)
     scale = weights if (weights != weights[0, 0]).any() else const(weights[0, 0], y)
     zero = const(0, y)
     calls: list[Call] = []
