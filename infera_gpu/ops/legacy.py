@@ -86,6 +86,10 @@ _ARITHMETIC = tuple(
             Case("same", (made(2, 3), made(2, 3)), opset=6),
             Case("end", (made(2, 3, 4), made(4)), {"broadcast": 1}, opset=6),
             Case("middle", (made(2, 3, 4), made(3)), {"broadcast": 1, "axis": 1}, opset=6),
+            Case("first", (made(2, 3, 4), made(2)), {"broadcast": 1, "axis": 0}, opset=6),
+            Case("pair", (made(2, 3, 4, 5), made(3, 4)), {"broadcast": 1, "axis": 1}, opset=6),
+            Case("negative", (made(2, 3, 4), made(3)), {"broadcast": 1, "axis": -2}, opset=6),
+            Case("one", (made(2, 3), made(1)), {"broadcast": 1}, opset=6),
         ),
     )
     for names, made in (
@@ -103,13 +107,21 @@ OPS = (
         _newest_of(matmul.OPS, "Gemm"),
         {"broadcast": 0},
         _same,
-        (Case("bias", (f32(5, 4), f32(4, 3), f32(3)), {"broadcast": 1}, opset=6),),
+        (
+            Case("bias", (f32(5, 4), f32(4, 3), f32(3)), {"broadcast": 1}, opset=6),
+            Case("whole", (f32(5, 4), f32(4, 3), f32(5, 3)), {"alpha": 0.5, "beta": 2.0}, opset=6),
+            Case("turned", (f32(4, 5), f32(3, 4), f32(1)), {"broadcast": 1, "transA": 1, "transB": 1}, opset=6),
+        ),
     ),
     _older(
         _newest_of(activation.OPS, "PRelu"),
         {"consumed_inputs": None},
         _slope,
-        (Case("channels", (f32(2, 3, 4), f32(3)), opset=6), Case("one", (f32(2, 3), f32(1)), opset=6)),
+        (
+            Case("channels", (f32(2, 3, 4), f32(3)), opset=6),
+            Case("images", (f32(2, 3, 4, 5), f32(3)), opset=6),
+            Case("one", (f32(2, 3), f32(1)), opset=6),
+        ),
     ),
     _older(
         _newest_of(batchnorm.OPS, "BatchNormalization"),
