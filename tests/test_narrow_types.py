@@ -8,12 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from infera_gpu.compat.types import type_name
 from infera_gpu.errors import PlanError
 from infera_gpu.op import Case
 from infera_gpu.ops import registry
 from infera_gpu.ops._families import NARROW
 from infera_gpu.spec import DType, onnx_of_dtype
 from tests.cases import compute, inputs_of, site_of
+from tests.test_opset_audit import NEWEST
+from tests.test_type_audit import DTYPES, converted, kind
 
 FLOAT8 = tuple(dtype for dtype, since in NARROW.items() if since == 19)
 
@@ -62,3 +65,40 @@ def test_complex_values_are_resized_in_both_parts(mode: str) -> None:
 def test_bits_are_not_reinterpreted_as_more_or_fewer(source: Any, target: Any) -> None:
     with pytest.raises(PlanError, match="the elements differ in size"):
         outcome("BitCast", np.ones(3).astype(source), to=onnx_of_dtype(np.dtype(target)))
+
+
+def test_types_are_spelt_as_onnx_spells_them() -> None:
+    assert {name: type_name(dtype) for name, dtype in DTYPES.items()} == {name: name for name in DTYPES}
+
+
+REAL = {name[7:-1]: dtype for name, dtype in DTYPES.items() if dtype.kind != "c"}
+WIDTHS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4}
+
+
+def wrapped(values: Any, name: str, dtype: DType) -> Any:
+    """Whole numbers as the type holds them: low bits of integers, the nearest power of two that is not below."""
+    if dtype == np.bool_:
+        return values != 0
+    if kind(dtype) == "i":
+        bits = WIDTHS.get(name, 8 * dtype.itemsize)
+        low = values.astype(np.int64) & ((1 << bits) - 1) if bits < 64 else values.astype(np.int64)
+        return np.where(low >> (bits - 1), low - (1 << bits), low) if bits < 64 and not name.startswith("u") else low
+    return np.exp2(np.ceil(np.log2(values))) if name == "float8e8m0" else values
+
+
+@pytest.mark.parametrize("target", REAL)
+@pytest.mark.parametrize("source", REAL)
+def test_cast_from_any_type_to_any_other(source: str, target: str) -> None:
+    """Small whole numbers, which every float holds; into unsigned types and powers of two, those that are positive."""
+    positive = target.startswith("u") or "float8e8m0" in (source, target)
+    values = np.array([1, 2, 3, 4] if positive else [1, 2, 3, 6, -1, -3, -4, 0], np.float64)
+    text = [str(int(v)) for v in values]
+    x = np.array(text, object) if source == "string" else converted(values, REAL[source])
+    got = outcome("Cast", x, opset=NEWEST, to=onnx_of_dtype(REAL[target]))
+    assert got.dtype == REAL[target]
+    held = values if source == "string" else x.astype(np.float64)
+    if target == "string":
+        assert got.tolist() == [str(int(v)) for v in held]
+    else:
+        want = wrapped(held, target, REAL[target])
+        np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))

@@ -84,9 +84,6 @@ NOT_ASKED: Mapping[str, tuple[str, str]] = {
     "OneHot": ("if", "the reference takes a depth of another type for none"),
     "ReduceSumSquare": ("i", "the reference gives uint64 for uint32"),
     "Resize": ("ibcO", "the reference rounds integers where onnxruntime cuts them off, and has no other types"),
-    "Trilu": ("O", "the reference blanks strings with 0; see test_text_tensors.py"),
-    "Pad": ("O", "the reference blanks strings with 0; see test_text_tensors.py"),
-    "CenterCropPad": ("O", "the reference blanks strings with 0; see test_text_tensors.py"),
 }
 """Operators for which onnx's reference is not asked where onnxruntime has no kernel: for which kinds, and why."""
 

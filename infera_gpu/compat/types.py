@@ -10,7 +10,15 @@ import numpy as np
 from infera_gpu.errors import InputError
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 
-_SPELLINGS = {"float32": "float", "float64": "double", "object": "string"}
+_SPELLINGS = {
+    "float32": "float",
+    "float64": "double",
+    "object": "string",
+    "float8_e8m0fnu": "float8e8m0",
+    "float6_e2m3fn": "float6e2m3",
+    "float6_e3m2fn": "float6e3m2",
+    "float4_e2m1fn": "float4e2m1",
+}
 
 
 def type_name(dtype: DType) -> str:

@@ -18,13 +18,15 @@ def cast(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool = True, roun
     Raises ValueError where a text is not a number.
     """
     if x.dtype.kind == "O" and dtype.kind != "O":
-        return _parsed(x, dtype)
+        x = _parsed(x, dtype)
     if dtype.kind == "O":
-        return _written(x)
+        return x.copy() if x.dtype.kind == "O" else _written(x)
     if dtype.name == "float8_e8m0fnu":
         return _power_of_two(xp, x.astype(np.float32), saturate=saturate, rounding=rounding).view(dtype)
     if dtype.name.startswith("float8"):
         return _float8(xp, x.astype(np.float32), dtype, saturate=saturate)
+    if x.dtype.isbuiltin != 1 and dtype.isbuiltin != 1:  # ml_dtypes has few conversions between types of its own
+        x = x.astype(np.float32)  # holds them all
     return x.astype(dtype)
 
 
@@ -56,8 +58,10 @@ def _float8(xp: Any, x: Array, dtype: np.dtype[Any], *, saturate: bool) -> Array
 
 
 def _parsed(x: Array, dtype: np.dtype[Any]) -> Array:
+    """As numbers of the type, or, of ml_dtypes' types, in float64."""
     read = int if dtype.kind in "iu" else float
-    return np.array([read(v) for v in x.reshape(-1)]).reshape(x.shape).astype(dtype)
+    numbers = np.array([read(v) for v in x.reshape(-1)]).reshape(x.shape)
+    return numbers.astype(dtype) if dtype.isbuiltin == 1 else numbers.astype(np.float64)
 
 
 def _written(x: Array) -> Array:
