@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import defs
+from onnx import defs, helper, numpy_helper
 
 import infera_gpu
 from infera_gpu.op import REQUIRED, Case, Op
@@ -166,3 +166,37 @@ def test_a_branch_is_taken_at_every_opset(opset: int, chosen: bool) -> None:
     with infera_gpu.load(model, device="cpu") as session:
         got = session.run({"c": np.array(chosen), "x": x})["y"]
     np.testing.assert_array_equal(got, x * 2 if chosen else x / 2)
+
+
+SPARSE = helper.make_sparse_tensor(
+    helper.make_tensor("values", onnx.TensorProto.FLOAT, [2], [5, -7]),
+    helper.make_tensor("indices", onnx.TensorProto.INT64, [2], [1, 5]),
+    [2, 3],
+)
+CONSTANTS: dict[str, tuple[Any, Any]] = {
+    "sparse_value": (SPARSE, np.array([[0, 5, 0], [0, 0, -7]], np.float32)),
+    "value": (numpy_helper.from_array(np.array([[1, 2]], np.int16)), np.array([[1, 2]], np.int16)),
+    "value_float": (1.5, np.array(1.5, np.float32)),
+    "value_floats": ([1.5, 2.0], np.array([1.5, 2], np.float32)),
+    "value_int": (-3, np.array(-3)),
+    "value_ints": ([1, -3], np.array([1, -3])),
+    "value_string": ("a", np.array("a", object)),
+    "value_strings": (["a", "b"], np.array(["a", "b"], object)),
+}
+
+
+@pytest.mark.parametrize("opset", range(OLDEST, NEWEST + 1))
+def test_the_loader_knows_every_attribute_of_a_constant(opset: int) -> None:
+    (schema,) = (s for v, s in schemas("Constant") if v == opset)
+    assert schema.attributes.keys() <= CONSTANTS.keys()
+    for name in schema.attributes:
+        given, want = CONSTANTS[name]
+        graph = helper.make_graph(
+            [helper.make_node("Constant", [], ["c"], **{name: given}), helper.make_node("Identity", ["c"], ["y"])],
+            "constant",
+            [],
+            [helper.make_empty_tensor_value_info("y")],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        with infera_gpu.load(model, device="cpu") as session:
+            assert_close(session.run({})["y"], want, 0, name)
