@@ -1,4 +1,4 @@
-"""Conv, ConvInteger, and FusedConv: a convolution with what passes fold into it."""
+"""Conv, ConvInteger, and FusedConv: a convolution with what passes fold into it, as onnxruntime's passes do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.calls import Pack
 from infera_kernels.cpu.conv import conv2d
-from infera_kernels.cpu.conv_epilogue import ACTIVATIONS, Activation, activator
+from infera_kernels.cpu.conv_epilogue import ACTIVATIONS, Activation
+from infera_kernels.portable.activation import activation
 from infera_kernels.portable.conv import convolution
 
 
@@ -55,13 +56,28 @@ def _compute_integer(
     return y.astype(xp.int32)
 
 
+_SPELLINGS = {
+    "com.microsoft": {
+        "Clip": "clip",
+        "HardSigmoid": "hard_sigmoid",
+        "LeakyRelu": "leaky_relu",
+        "Relu": "relu",
+        "Sigmoid": "sigmoid",
+        "Tanh": "tanh",
+    }
+}
+"""Domain -> how it calls the activations that its fused convolution may have."""
+
+
 def activation_of(site: Site) -> Activation | None:
     """The activation that a fused node names. Raises PlanError for an unknown one or for missing parameters."""
+    spelled = _SPELLINGS.get(site.node.domain, {name: name for name in ACTIVATIONS})
     name, params = str(site.attrs["activation"]), tuple(map(float, site.attrs["activation_params"]))
     if not name:
         return None
-    if name not in ACTIVATIONS:
-        raise site.fail(f"activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
+    if name not in spelled:
+        raise site.fail(f"activation '{name}' is not one of {', '.join(spelled)}")
+    name = spelled[name]
     if len(params) != len(ACTIVATIONS[name]):
         raise site.fail(f"activation '{name}' has parameters {params}, expected ({', '.join(ACTIVATIONS[name])})")
     return (name, *params)
@@ -108,11 +124,13 @@ def _compute_fused(
 ) -> Array:
     y = _compute(xp, site, x, w, b)
     if residual is not None:
-        y += residual
-    once, apply = activator(activation_of(site), y.size, y.dtype, np.empty)
-    for fn, args in [*once, *apply(y)]:
-        fn(*args)
-    return y
+        y = y + residual
+    name, *params = activation_of(site) or ("",)
+    if name == "clip":
+        return xp.clip(y, *params)
+    if not name:
+        return y
+    return activation(xp, str(name), y, **dict(zip(ACTIVATIONS[str(name)], map(float, params), strict=True)))
 
 
 def _supports(site: Site) -> bool:
@@ -231,13 +249,26 @@ _FUSED_CASES = (
     ),
 )  # fmt: skip
 
+_FUSED_ATTRS = {**ATTRS, "group": 1, "activation": "", "activation_params": ()}
+_MS_FUSED_CASES = (
+    Case("residual", (f32(2, 3, 6, 5), f32(4, 3, 3, 3), f32(4), f32(2, 4, 4, 3)), {"activation": "Relu"}),
+    Case("bare", (f32(1, 3, 5, 5), f32(4, 3, 3, 3)), {"pads": (1, 1, 1, 1)}),
+    *(
+        Case(
+            name, (f32(2, 3, 6, 5), f32(4, 3, 2, 2), f32(4)),
+            {"activation": name, **({"activation_params": _FUSED[own]} if _FUSED[own] else {})},
+        )
+        for name, own in _SPELLINGS["com.microsoft"].items()
+    ),
+)  # fmt: skip
+
 OPS: tuple[Op, ...] = (
     Op("Conv", 1, _infer, _compute, _CASES, {**ATTRS, "group": 1}, kernels=_KERNELS),
     Op(
         "FusedConv", 1, _infer_fused, _compute_fused, _FUSED_CASES,
-        {**ATTRS, "group": 1, "activation": "", "activation_params": ()}, "infera", _KERNELS, portable=False,
-        expand=_split,
+        _FUSED_ATTRS, "infera", _KERNELS, expand=_split,
     ),
+    Op("FusedConv", 1, _infer_fused, _compute_fused, _MS_FUSED_CASES, _FUSED_ATTRS, "com.microsoft", _KERNELS),
     Op(
         "ConvInteger", 10, _infer, _compute_integer,
         (

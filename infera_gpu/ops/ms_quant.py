@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, Op, Site
 from infera_gpu.ops._families import normalized
 from infera_gpu.ops._ms import F32, ms_op
+from infera_gpu.ops.pool import compute_average, pool_attrs, pool_spec
+from infera_gpu.ops.window import channels_last
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.activation import activation
 from infera_kernels.portable.quant import dequantize, quantize
@@ -35,35 +38,56 @@ def _operand(xp: Any, ins: Sequence[Array | None], i: int) -> Array:
     return dequantize(xp, x, scale.reshape(()), None if zero is None else zero.reshape(()), F32)
 
 
-def _again(xp: Any, made: Array, scale: Array, zero: Array | None, dtype: Any) -> Array:
-    return quantize(xp, made, scale.reshape(()), None if zero is None else zero.reshape(()), dtype)
+def _again(xp: Any, made: Array, scale: Array, zero: Array | None, dtype: Any, *, shifted_first: bool = False) -> Array:
+    """`made` quantised. `shifted_first` adds the zero point before rounding, which moves halves."""
+    scale, zero = scale.reshape(()), None if zero is None else zero.reshape(())
+    if shifted_first and zero is not None:
+        made, scale, zero = made / scale + zero.astype(F32), xp.ones_like(scale), None
+    return quantize(xp, made, scale, zero, dtype)
 
 
-def quantized(name: str, operands: int, plain: Plain, shape: Shape, cases: tuple[Case, ...], **attrs: Any) -> Op:
-    """An operator of `operands` quantised tensors: each with scale and zero point, then those of the output."""
-    n = 3 * operands
+def quantized(
+    name: str,
+    operands: int,
+    plain: Plain,
+    shape: Shape,
+    cases: tuple[Case, ...],
+    first: int = 0,
+    shifted_first: bool = False,
+    **attrs: Any,
+) -> Op:
+    """An operator of `operands` quantised tensors: each with scale and zero point, then those of the output.
+
+    `first` inputs come before them as they are, and go to `plain` before the others.
+    """
+    n = first + 3 * operands
+    tensors = range(first, n, 3)
 
     def infer(site: Site) -> tuple[TensorSpec]:
-        for i in (*range(0, n, 3), *range(1, n, 3), n):
+        for i in (*range(first), *tensors, *(i + 1 for i in tensors), n):
             site.spec(i)
-        _scalars(site, *(i for i in range(n + 2) if i % 3), n)
-        return (TensorSpec(shape(site), site.spec(0).dtype),)
+        _scalars(site, *(i + k for i in tensors for k in (1, 2)), n, n + 1)
+        return (TensorSpec(shape(site), site.spec(first).dtype),)
 
     def compute(xp: Any, site: Site, *ins: Array | None) -> Array:
-        made = plain(xp, site, [_operand(xp, ins, i) for i in range(0, n, 3)])
+        made = plain(xp, site, [*ins[:first], *(_operand(xp, ins, i) for i in tensors)])
         zero = ins[n + 1] if len(ins) > n + 1 else None
         scale = ins[n]
         assert scale is not None
-        return _again(xp, made, scale, zero, site.spec(0).dtype)
+        return _again(xp, made, scale, zero, site.spec(first).dtype, shifted_first=shifted_first)
 
     return ms_op(name, infer, compute, cases, **attrs)
 
 
-def _broadcast(site: Site) -> tuple[int, ...]:
-    try:
-        return np.broadcast_shapes(site.spec(0).dims, site.spec(3).dims)
-    except ValueError:
-        raise site.fail(f"{site.spec(0)} and {site.spec(3)} do not broadcast") from None
+def _broadcast(*inputs: int) -> Shape:
+    def shape(site: Site) -> tuple[int, ...]:
+        specs = [site.spec(i) for i in inputs]
+        try:
+            return np.broadcast_shapes(*(s.dims for s in specs))
+        except ValueError:
+            raise site.fail(f"{', '.join(map(str, specs))} do not broadcast") from None
+
+    return shape
 
 
 def _same(site: Site) -> tuple[int, ...]:
@@ -83,6 +107,9 @@ def _pool(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
     (x,) = ins
     axes = tuple(range(1, x.ndim - 1)) if site.attrs["channels_last"] else tuple(range(2, x.ndim))
     return x.mean(axis=axes, keepdims=True)
+
+
+_AVERAGE = channels_last(pool_spec, partial(compute_average, in_order=True), lambda site: site.attrs["channels_last"])
 
 
 def _softmax(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
@@ -139,8 +166,8 @@ def _concat(xp: Any, site: Site, *ins: Array) -> Array:
 
 _BINARY = (Case("broadcast", (*_A, *_B, *_OUT), **_WIDE),)
 OPS = (
-    quantized("QLinearAdd", 2, lambda xp, site, ins: ins[0] + ins[1], _broadcast, _BINARY),
-    quantized("QLinearMul", 2, lambda xp, site, ins: ins[0] * ins[1], _broadcast, _BINARY),
+    quantized("QLinearAdd", 2, lambda xp, site, ins: ins[0] + ins[1], _broadcast(0, 3), _BINARY),
+    quantized("QLinearMul", 2, lambda xp, site, ins: ins[0] * ins[1], _broadcast(0, 3), _BINARY),
     quantized(
         "QLinearLeakyRelu",
         1,
@@ -172,6 +199,50 @@ OPS = (
         _pooled,
         (Case("images", (_u8(2, 3, 4, 5), _scale(0.05), _zero(120), *_OUT), **_WIDE),),
         channels_last=0,
+    ),
+    quantized(
+        "QLinearAveragePool",
+        1,
+        lambda xp, site, ins: _AVERAGE[1](xp, site, ins[0]),
+        lambda site: _AVERAGE[0](site)[0].dims,
+        (
+            Case("2d", (_u8(2, 3, 6, 5), _scale(0.0531), _zero(120), *_OUT), {"kernel_shape": (3, 2)}, **_WIDE),
+            Case(
+                "padded",
+                (_u8(1, 3, 6, 5), _scale(0.0531), _zero(120), *_OUT),
+                {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1), "strides": (2, 1)},
+                **_WIDE,
+            ),
+            Case(
+                "last",
+                (_u8(1, 6, 5, 3), _scale(0.0531), _zero(120), *_OUT),
+                {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1), "count_include_pad": 1, "channels_last": 1},
+                **_WIDE,
+            ),
+            Case(
+                "quarters",
+                (_u8(1, 3, 8, 8), _scale(0.05), _zero(4), _scale(0.05), _zero(3)),
+                {"kernel_shape": (2, 2), "strides": (2, 2)},
+                **_WIDE,
+            ),
+            Case(
+                "halves",
+                (_u8(1, 3, 6, 5), _scale(0.05), _zero(3), _scale(0.05), _zero(3)),
+                {"kernel_shape": (2, 1)},
+                **_WIDE,
+            ),
+        ),
+        shifted_first=True,
+        **pool_attrs("dilations", ceil_mode=0, count_include_pad=0),
+        channels_last=0,
+    ),
+    quantized(
+        "QLinearWhere",
+        2,
+        lambda xp, site, ins: xp.where(*ins),
+        _broadcast(0, 1, 4),
+        (Case("broadcast", (TensorSpec((3, 4), np.dtype(np.bool_)), *_A, *_B, *_OUT), **_WIDE),),
+        first=1,
     ),
     ms_op(
         "QLinearConcat",

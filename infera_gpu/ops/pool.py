@@ -18,7 +18,8 @@ from infera_kernels.portable.pool import average_pool, lp_pool, max_pool
 _INT64: DType = np.dtype(np.int64)
 
 
-def _infer(site: Site) -> Sequence[TensorSpec]:
+def pool_spec(site: Site) -> Sequence[TensorSpec]:
+    """The output of a pool, and the indices where a second output is wanted."""
     x = site.spec(0)
     y = TensorSpec((*x.dims[:2], *window(site).out), x.dtype)
     return (y, TensorSpec(y.shape, _INT64)) if len(site.node.outputs) > 1 else (y,)
@@ -31,17 +32,19 @@ def _infer_global(site: Site) -> Sequence[TensorSpec]:
     return (TensorSpec((*x.dims[:2], *(1,) * (x.ndim - 2)), x.dtype),)
 
 
-def _compute_max(xp: Any, site: Site, x: Array) -> Sequence[Array]:
+def compute_max(xp: Any, site: Site, x: Array) -> Sequence[Array]:
+    """MaxPool."""
     found = window(site)
     columns = bool(site.attrs.get("storage_order", 0))
     made = max_pool(xp, x, found.out, kernel=found.kernel, column_major=columns, **found.params)
     return made[: len(site.node.outputs)]
 
 
-def _compute_average(xp: Any, site: Site, x: Array) -> Array:
+def compute_average(xp: Any, site: Site, x: Array, *, in_order: bool = False) -> Array:
+    """AveragePool."""
     found = window(site)
     padded = bool(site.attrs["count_include_pad"])
-    return average_pool(xp, x, found.out, kernel=found.kernel, include_pad=padded, **found.params)
+    return average_pool(xp, x, found.out, kernel=found.kernel, include_pad=padded, in_order=in_order, **found.params)
 
 
 def _norm_order(site: Site) -> int:
@@ -53,7 +56,7 @@ def _norm_order(site: Site) -> int:
 
 def _infer_lp(site: Site) -> Sequence[TensorSpec]:
     _norm_order(site)
-    return _infer(site)
+    return pool_spec(site)
 
 
 def _infer_global_lp(site: Site) -> Sequence[TensorSpec]:
@@ -111,7 +114,7 @@ def _bind_global_max(site: Site, io: Buffers) -> Sequence[Call]:
     return global_max_pool(io.ins[0], io.outs[0])
 
 
-def _attrs(*without: str, **more: Any) -> Attrs:
+def pool_attrs(*without: str, **more: Any) -> Attrs:
     """The attributes of a pool: the window's less some, the kernel required, and more."""
     kept = {k: v for k, v in ATTRS.items() if k not in without}
     return {**kept, "kernel_shape": REQUIRED, **more}
@@ -184,27 +187,30 @@ _MAX = {"cpu": Kernel(_bind_max, _planar)}
 _AVERAGE = {"cpu": Kernel(_bind_average, _planar)}
 
 OPS: tuple[Op, ...] = (
-    Op("MaxPool", 1, _infer, _compute_max, _CASES, _attrs("dilations"), kernels=_MAX),
-    Op("MaxPool", 8, _infer, _compute_max, (*_CASES, *_COLUMNS), _attrs("dilations", storage_order=0), kernels=_MAX),
+    Op("MaxPool", 1, pool_spec, compute_max, _CASES, pool_attrs("dilations"), kernels=_MAX),
     Op(
-        "MaxPool", 10, _infer, _compute_max, (*_CASES, *_CEIL, *_DILATED, *_INDEXED, *_COLUMNS),
-        _attrs(storage_order=0, ceil_mode=0), kernels=_MAX,
+        "MaxPool", 8, pool_spec, compute_max, (*_CASES, *_COLUMNS), pool_attrs("dilations", storage_order=0),
+        kernels=_MAX,
     ),
-    Op("MaxPool", 12, _infer, _compute_max, _BYTES + _CEIL, _attrs(storage_order=0, ceil_mode=0), kernels=_MAX),
     Op(
-        "AveragePool", 1, _infer, _compute_average, _CASES + _COUNTED, _attrs("dilations", count_include_pad=0),
+        "MaxPool", 10, pool_spec, compute_max, (*_CASES, *_CEIL, *_DILATED, *_INDEXED, *_COLUMNS),
+        pool_attrs(storage_order=0, ceil_mode=0), kernels=_MAX,
+    ),
+    Op("MaxPool", 12, pool_spec, compute_max, _BYTES + _CEIL, pool_attrs(storage_order=0, ceil_mode=0), kernels=_MAX),
+    Op(
+        "AveragePool", 1, pool_spec, compute_average, _CASES + _COUNTED, pool_attrs("dilations", count_include_pad=0),
         kernels=_AVERAGE,
     ),
     Op(
-        "AveragePool", 10, _infer, _compute_average, _CASES + _COUNTED + _CEIL,
-        _attrs("dilations", count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
+        "AveragePool", 10, pool_spec, compute_average, _CASES + _COUNTED + _CEIL,
+        pool_attrs("dilations", count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
     ),
     Op(
-        "AveragePool", 19, _infer, _compute_average, _CASES + _COUNTED + _CEIL + _DILATED + _COUNTED_CEIL,
-        _attrs(count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
+        "AveragePool", 19, pool_spec, compute_average, _CASES + _COUNTED + _CEIL + _DILATED + _COUNTED_CEIL,
+        pool_attrs(count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
     ),
-    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, _attrs("dilations", p=2)),
-    Op("LpPool", 18, _infer_lp, _compute_lp, _CASES + _CEIL + _DILATED, _attrs(p=2, ceil_mode=0)),
+    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, pool_attrs("dilations", p=2)),
+    Op("LpPool", 18, _infer_lp, _compute_lp, _CASES + _CEIL + _DILATED, pool_attrs(p=2, ceil_mode=0)),
     Op(
         "GlobalAveragePool", 1, _infer_global, _over_planes(lambda xp, site, x: x.mean(axis=-1)), _GLOBAL,
         kernels={"cpu": Kernel(_bind_global_average, _floating)},

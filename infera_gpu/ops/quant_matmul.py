@@ -232,7 +232,8 @@ _QLINEAR_MATMUL = Op(
 )
 
 
-def _conv_spec(site: Site) -> tuple[TensorSpec]:
+def conv_spec(site: Site) -> tuple[TensorSpec]:
+    """The output of QLinearConv."""
     _require_parameters(site)
     x, w = site.spec(0), site.spec(3)
     group = int(site.attrs["group"])
@@ -242,7 +243,7 @@ def _conv_spec(site: Site) -> tuple[TensorSpec]:
     return (TensorSpec(shape, site.spec(7).dtype),)
 
 
-def _conv(
+def conv(
     xp: Any,
     site: Site,
     x: Array,
@@ -255,16 +256,20 @@ def _conv(
     y_zero: Array,
     bias: Array | None = None,
 ) -> Array:
-    """Padding holds the zero point, which is 0 once the inputs are centred."""
+    """QLinearConv. Padding holds the zero point, which is 0 once the inputs are centred.
+
+    Sums are float64, exact below 2**53, because integer products have no BLAS.
+    """
     view = window(site, w.shape[2:])
-    data, weights = portable.centred(xp, x, x_zero, 0), portable.centred(xp, w, w_zero, 0)
+    data, weights = (portable.centred(xp, q, zero, 0).astype(xp.float64) for q, zero in ((x, x_zero), (w, w_zero)))
     group = int(site.attrs["group"])
     sums = portable_conv.convolution(xp, data, weights, bias, view.out, group=group, **view.params)
     factor = x_scale.reshape(()) * w_scale / y_scale.reshape(())
     return portable.requantize(xp, sums, portable.aligned(xp, factor, sums.shape, 1), y_zero.reshape(()))
 
 
-def _conv_case(id: str, w: DType, *shapes: tuple[int, ...], per_channel: bool = False, **attrs: Any) -> Case:
+def conv_case(id: str, w: DType, *shapes: tuple[int, ...], per_channel: bool = False, **attrs: Any) -> Case:
+    """A case of QLinearConv with uint8 inputs."""
     x_shape, w_shape = shapes
     out = w_shape[0]
     scale = np.linspace(0.01, 0.05, out, dtype=np.float32) if per_channel else _scale(0.02)
@@ -277,13 +282,13 @@ def _conv_case(id: str, w: DType, *shapes: tuple[int, ...], per_channel: bool = 
 _QLINEAR_CONV = Op(
     "QLinearConv",
     10,
-    infer=_conv_spec,
-    compute=plain(_conv),
+    infer=conv_spec,
+    compute=plain(conv),
     attrs={**ATTRS, "group": 1},
     cases=(
-        _conv_case("padded", np.dtype(np.uint8), (1, 2, 5, 6), (3, 2, 3, 3), pads=(1, 1, 1, 1)),
-        _conv_case("channels", np.dtype(np.int8), (2, 2, 5, 6), (3, 2, 3, 3), per_channel=True, strides=(2, 1)),
-        _conv_case("depthwise", np.dtype(np.int8), (1, 4, 5, 5), (4, 1, 3, 3), per_channel=True, group=4),
+        conv_case("padded", np.dtype(np.uint8), (1, 2, 5, 6), (3, 2, 3, 3), pads=(1, 1, 1, 1)),
+        conv_case("channels", np.dtype(np.int8), (2, 2, 5, 6), (3, 2, 3, 3), per_channel=True, strides=(2, 1)),
+        conv_case("depthwise", np.dtype(np.int8), (1, 4, 5, 5), (4, 1, 3, 3), per_channel=True, group=4),
     ),
 )
 

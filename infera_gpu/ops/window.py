@@ -5,11 +5,12 @@ Declares no operators itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from infera_gpu.op import Op, Site
+from infera_gpu.spec import Array, TensorSpec
 
 ATTRS: dict[str, Any] = {"auto_pad": "NOTSET", "dilations": None, "kernel_shape": None, "pads": None, "strides": None}
 """The attributes that `window` reads."""
@@ -107,6 +108,37 @@ def _steps(size: int, span: int, stride: int, pads: tuple[int, int], ceil: bool)
         return free // stride + 1
     steps = -(-free // stride) + 1
     return steps - 1 if (steps - 1) * stride >= size + pads[0] else steps
+
+
+Specs: TypeAlias = Callable[[Site], Sequence[TensorSpec]]
+
+
+def channels_first(site: Site) -> Site:
+    """The site as it would be if input 0 were (batch, channels, spatial...) and not channels last."""
+    x = site.spec(0)
+    if x.ndim < 3:
+        raise site.fail(f"input 0 is {x}, expected (batch, spatial..., channels)")
+    return replace(site, ins=(TensorSpec((x.dims[0], x.dims[-1], *x.dims[1:-1]), x.dtype), *site.ins[1:]))
+
+
+def channels_last(
+    infer: Specs, compute: Callable[..., Array], wanted: Callable[[Site], Any]
+) -> tuple[Specs, Callable[..., Array]]:
+    """Shape rule and function of an operator whose input 0 and only output have channels last where `wanted`."""
+
+    def inferred(site: Site) -> Sequence[TensorSpec]:
+        if not wanted(site):
+            return infer(site)
+        (made,) = infer(channels_first(site))
+        return (TensorSpec((made.dims[0], *made.dims[2:], made.dims[1]), made.dtype),)
+
+    def computed(xp: Any, site: Site, x: Array, *rest: Array | None) -> Array:
+        if not wanted(site):
+            return compute(xp, site, x, *rest)
+        made = compute(xp, channels_first(site), xp.moveaxis(x, -1, 1), *rest)
+        return xp.ascontiguousarray(xp.moveaxis(made, 1, -1))
+
+    return inferred, computed
 
 
 OPS: tuple[Op, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from infera_kernels.calls import Array
@@ -74,11 +75,16 @@ def average_pool(
     dilations: Sequence[int],
     pads: Pads,
     include_pad: bool,
+    in_order: bool = False,
 ) -> Array:
-    """The means (N, C, *out) of the windows."""
+    """The means (N, C, *out) of the windows; `in_order` adds one tap after the other, for what the last bit decides."""
     geometry: dict[str, Any] = {"kernel": kernel, "strides": strides, "dilations": dilations, "pads": pads}
     wide = x.astype(xp.promote_types(x.dtype, xp.float32), copy=False)
-    sums = windows(xp, wide, out, **geometry).sum(axis=tuple(range(-len(out), 0)))
+    seen = windows(xp, wide, out, **geometry)
+    if in_order:
+        sums = sum(seen[(..., *tap)] for tap in product(*map(range, kernel)))
+    else:
+        sums = seen.sum(axis=tuple(range(-len(out), 0)))
     return (sums / counts(xp, x.shape[2:], out, include_pad=include_pad, **geometry)).astype(x.dtype, copy=False)
 
 
