@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,12 @@ def ms_op(
     cases: tuple[Case, ...],
     domain: str = "com.microsoft",
     needs: tuple[int, ...] = (),
-    kernel: Kernel | None = None,
+    kernels: Mapping[str, Kernel] | None = None,
     **attrs: Any,
 ) -> Op:
-    """A declaration of version 1. `needs` are the inputs that must be present, `kernel` is the CPU's."""
+    """A declaration of version 1. `needs` are the inputs that must be present."""
     wrapped: Compute = plain(compute)
-    kernels = {} if kernel is None else {"cpu": kernel}
-    return Op(name, 1, requiring(infer, *needs), wrapped, cases, attrs, domain=domain, kernels=kernels)
+    return Op(name, 1, requiring(infer, *needs), wrapped, cases, attrs, domain=domain, kernels=kernels or {})
 
 
 def wide(x: Array) -> Array:

@@ -7,10 +7,11 @@ from typing import Any
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import kernels
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable.matmul import transposed
 
 
 def _turned(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
-    return (*dims[:-2], dims[-1], dims[-2]) if flag else dims
+    return (*dims[:-2], dims[-1], dims[-2]) if flag and len(dims) > 1 else dims
 
 
 def _matrices(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -47,10 +48,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     from infera_kernels.triton import elementwise
     from infera_kernels.triton.matmul import matmul
 
-    a, b = (
-        x.swapaxes(-1, -2) if site.attrs.get(flag) else x
-        for x, flag in zip(io.ins[:2], ("transA", "transB"), strict=True)
-    )
+    a, b = (transposed(x, site.attrs.get(flag)) for x, flag in zip(io.ins[:2], ("transA", "transB"), strict=True))
     shapes = _matrices(site)
     out = io.outs[0]
     activation, beta = site.attrs.get("activation") or None, float(site.attrs.get("beta", 1.0))

@@ -34,8 +34,8 @@ def product_dims(site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[in
 
 
 def swapped(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
-    """The shape with its last two axes swapped if `flag` holds."""
-    return (*dims[:-2], dims[-1], dims[-2]) if flag else dims
+    """The shape with its last two axes swapped if `flag` holds; vectors stay."""
+    return (*dims[:-2], dims[-1], dims[-2]) if flag and len(dims) > 1 else dims
 
 
 def matmul_spec(site: Site) -> tuple[TensorSpec]:
@@ -48,7 +48,7 @@ def matmul_spec(site: Site) -> tuple[TensorSpec]:
 def _operands(site: Site, io: Buffers) -> tuple[Array, Array]:
     """Both matrices with their transpositions applied as views, a constant weight packed where that pays."""
     a = portable.transposed(io.ins[0], site.attrs.get("transA"))
-    if not site.attrs.get("transB"):
+    if not site.attrs.get("transB") or io.ins[1].ndim < 2:
         return a, io.ins[1]
     rows = a.size // max(a.shape[-1], 1)
     if site.value(1) is not None and rows <= _PACK_ROWS:
@@ -65,18 +65,18 @@ def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
     return cpu.matmul(a, b, io.outs[0], io.scratch)
 
 
-def _bind_gemm(site: Site, io: Buffers) -> list[Call]:
+def bind_gemm(site: Site, io: Buffers) -> list[Call]:
     a, b = _operands(site, io)
     alpha, beta = site.attrs["alpha"], site.attrs["beta"]
     return cpu.gemm(a, b, _input(io, 2), io.outs[0], io.scratch, alpha=alpha, beta=beta)
 
 
-def _gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
+def gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
     a, b = portable.transposed(a, site.attrs["transA"]), portable.transposed(b, site.attrs["transB"])
     return portable.gemm(xp, a, b, c, alpha=site.attrs["alpha"], beta=site.attrs["beta"])
 
 
-def _blas(site: Site) -> bool:
+def blas(site: Site) -> bool:
     """Whether every operand is float32 or float64."""
     return floating(site) and site.spec(0).dtype.itemsize >= 4
 
@@ -85,7 +85,7 @@ def _numeric(site: Site) -> bool:
     return native(site) and site.spec(0).dtype != np.float16
 
 
-def _gemm_spec(site: Site) -> tuple[TensorSpec]:
+def gemm_spec(site: Site) -> tuple[TensorSpec]:
     if site.spec(0).ndim != 2 or site.spec(1).ndim != 2:
         raise site.fail(f"expected two matrices, got {site.spec(0)} and {site.spec(1)}")
     return matmul_spec(site)
@@ -117,9 +117,9 @@ _MATMUL = Op(
 _GEMM = Op(
     "Gemm",
     7,
-    infer=_gemm_spec,
-    compute=plain(_gemm),
-    kernels={"cpu": Kernel(bind=_bind_gemm, supports=_blas, strided=True)} | PRODUCT,
+    infer=gemm_spec,
+    compute=plain(gemm),
+    kernels={"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True)} | PRODUCT,
     attrs={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
     cases=(
         Case("bias", (f32(5, 4), _W, f32(3))),
@@ -185,7 +185,7 @@ def check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> Non
         raise site.fail(f"{what} {term} does not broadcast to {spec}")
 
 
-def _bind_fused(site: Site, io: Buffers) -> list[Call]:
+def bind_fused(site: Site, io: Buffers) -> list[Call]:
     a, b = _operands(site, io)
     out = io.outs[0]
     return [
@@ -195,7 +195,7 @@ def _bind_fused(site: Site, io: Buffers) -> list[Call]:
             io.scratch,
             alpha=site.attrs["alpha"],
             bias=_input(io, 2),
-            activation=_ACTIVATIONS[site.attrs["activation"]],
+            activation=_ACTIVATIONS[site.attrs.get("activation", "")],
             residual=_input(io, 3),
         ),
     ]
@@ -207,9 +207,9 @@ def _fused(xp: Any, site: Site, a: Array, b: Array, bias: Array | None = None, r
     return portable.fused_matmul(xp, a, b, bias, residual, alpha=site.attrs["alpha"], act=act)
 
 
-def _fused_supported(site: Site) -> bool:
-    exact = site.spec(0).dtype == np.float32 or site.attrs["activation"] != "gelu"
-    return _blas(site) and exact
+def fused_supported(site: Site) -> bool:
+    exact = site.spec(0).dtype == np.float32 or site.attrs.get("activation") != "gelu"
+    return blas(site) and exact
 
 
 # Y = act(alpha A' @ B' + bias) + residual. A' is A, or with transA = 1 A with its last two axes swapped; so is B'.
@@ -222,7 +222,7 @@ _FUSED = Op(
     infer=_fused_spec,
     expand=_split,
     compute=plain(_fused),
-    kernels={"cpu": Kernel(bind=_bind_fused, supports=_fused_supported, strided=True)} | PRODUCT,
+    kernels={"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)} | PRODUCT,
     attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},
     cases=(
         Case("plain", (f32(5, 4), _W)),

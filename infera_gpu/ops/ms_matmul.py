@@ -2,104 +2,196 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._ms import ms_op, wide
-from infera_gpu.ops.matmul import matmul_spec
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._ms import ms_op
+from infera_gpu.ops._triton_matmul import PRODUCT
+from infera_gpu.ops.matmul import (
+    bind_fused,
+    bind_gemm,
+    blas,
+    check_term,
+    fused_supported,
+    gemm,
+    gemm_spec,
+    product_dims,
+    swapped,
+)
 from infera_gpu.spec import Array, TensorSpec
-from infera_kernels.portable.matmul import matmul, transposed
+from infera_kernels.cpu.activation import activation as cpu_activation
+from infera_kernels.portable.activation import activation
+from infera_kernels.portable.matmul import fused_matmul, transposed
+
+# ---- FusedMatMul, TransposeMatMul
+
+_SIDES = ("A", "B")
 
 
-def _infer_fused(site: Site) -> tuple[TensorSpec]:
-    if site.attrs["transBatchA"] or site.attrs["transBatchB"]:
-        raise site.fail("transBatchA and transBatchB are not supported")
-    return matmul_spec(site)
+def _moved(site: Site, side: str) -> bool:
+    """Whether that operand's rows are its first axis: (rows, batch..., columns)."""
+    return bool(site.attrs.get(f"transBatch{side}", 0))
 
 
-def _fused(xp: Any, site: Site, a: Array, b: Array) -> Array:
-    a, b = transposed(a, site.attrs["transA"]), transposed(b, site.attrs["transB"])
-    return matmul(xp, a, b) * a.dtype.type(site.attrs["alpha"])
+def _infer(site: Site) -> tuple[TensorSpec]:
+    dims = []
+    for i, side in enumerate(_SIDES):
+        given = site.spec(i).dims
+        if _moved(site, side):
+            if len(given) < 3 or site.spec(0).ndim != site.spec(1).ndim:
+                raise site.fail(f"transBatch{side} is set for {site.spec(0)} and {site.spec(1)}, expected as many axes")
+            given = (*given[1:-1], given[0], given[-1])
+        dims.append(swapped(given, site.attrs[f"trans{side}"]))
+    return (TensorSpec(product_dims(site, *dims), site.spec(0).dtype),)
 
 
-def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
-    n, k, bits, block = (int(site.attrs[x]) for x in ("N", "K", "bits", "block_size"))
-    if bits not in (2, 4, 8) or block < 16 or block & (block - 1) or n < 1 or k < 1:
-        raise site.fail(f"N {n}, K {k}, bits {bits}, block_size {block} are not valid")
-    blocks = -(-k // block)
-    if site.spec(1).size != n * blocks * block * bits // 8 or site.spec(2).size != n * blocks:
-        raise site.fail(f"B {site.spec(1)} and scales {site.spec(2)} do not hold {n} x {blocks} blocks")
-    return n, k, bits, block, blocks
+def _product(xp: Any, site: Site, *ins: Array) -> Array:
+    a, b = (
+        transposed(xp.moveaxis(x, 0, -2) if _moved(site, side) else x, site.attrs[f"trans{side}"])
+        for x, side in zip(ins, _SIDES, strict=True)
+    )
+    return fused_matmul(xp, a, b, None, None, alpha=site.attrs["alpha"], act="")
 
 
-def _infer_nbits(site: Site) -> tuple[TensorSpec]:
-    n, k, *_ = _nbits_sizes(site)
-    if not site.spec(0).ndim or site.spec(0).dims[-1] != k:
-        raise site.fail(f"A is {site.spec(0)}, expected {k} elements last")
-    return (TensorSpec((*site.spec(0).dims[:-1], n), site.spec(0).dtype),)
+def _in_place(kernel: Kernel) -> Kernel:
+    """The kernel where no operand has its rows first."""
+    supports = kernel.supports
+    return replace(kernel, supports=lambda site: not any(_moved(site, side) for side in _SIDES) and supports(site))
 
 
-def _unpacked(xp: Any, packed: Array, bits: int) -> Array:
-    """(..., bytes) -> (..., values): the lowest bits of a byte come first."""
-    per = 8 // bits
-    shifts = xp.arange(per, dtype=np.uint8) * np.uint8(bits)
-    made = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return made.reshape(*packed.shape[:-1], -1)
+_PRODUCT = {
+    kind: _in_place(kernel)
+    for kind, kernel in {"cpu": Kernel(bind_fused, fused_supported, strided=True), **PRODUCT}.items()
+}
+_SWAPPED = Case("transposed", (f32(2, 4, 3), f32(2, 5, 4)), {"transA": 1, "transB": 1})
+_PLAIN_CASES = (
+    Case("scaled", (f32(2, 3, 4), f32(4, 5)), {"alpha": 0.5}),
+    _SWAPPED,
+    Case("past_block", (f32(70, 130), f32(90, 130)), {"transB": 1, "alpha": 0.125}),
+)
+_PLAIN_ATTRS: dict[str, Any] = {"alpha": 1.0, "transA": 0, "transB": 0}
 
 
-def _nbits(
-    xp: Any, site: Site, a: Array, b: Array, scales: Array, zeros: Array | None = None, *rest: Array | None
-) -> Array:
-    n, k, bits, _, blocks = _nbits_sizes(site)
-    group, bias = (*rest, None, None)[:2]
-    if group is not None:
-        raise site.fail("g_idx is not supported")
-    q = _unpacked(xp, b.reshape(n, blocks, -1), bits).astype(np.float32)
-    scale = scales.reshape(n, blocks, 1).astype(np.float32)
-    if zeros is None:
-        zero: Any = np.float32(1 << (bits - 1))
-    elif zeros.dtype == np.uint8:
-        zero = _unpacked(xp, zeros.reshape(n, -1), bits)[:, :blocks, None].astype(np.float32)
-    else:
-        zero = zeros.reshape(n, blocks, 1).astype(np.float32)
-    w = ((q - zero) * scale).reshape(n, -1)[:, :k]
-    made = wide(a) @ w.T
-    return (made if bias is None else made + wide(bias)).astype(a.dtype)
+# ---- FusedGemm
+
+_ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "Celu": ("celu", "alpha"),
+        "Elu": ("elu", "alpha"),
+        "HardSigmoid": ("hard_sigmoid", "alpha", "beta"),
+        "LeakyRelu": ("leaky_relu", "alpha"),
+        "Relu": ("relu",),
+        "Selu": ("selu", "alpha", "gamma"),
+        "Sigmoid": ("sigmoid",),
+        "Softplus": ("softplus",),
+        "Softsign": ("softsign",),
+        "Tanh": ("tanh",),
+        "ThresholdedRelu": ("thresholded_relu", "alpha"),
+    }
+)
+"""How FusedGemm calls an activation -> how the kernels do, and the parameters that it takes."""
 
 
-_B4 = np.random.default_rng(1).integers(0, 256, (5, 2, 16)).astype(np.uint8)
-_S4 = np.random.default_rng(2).uniform(0.01, 0.1, (5, 2)).astype(np.float32)
-_Z4 = np.random.default_rng(3).integers(0, 256, (5, 1)).astype(np.uint8)
-_NB = {"N": 5, "K": 50, "bits": 4, "block_size": 32}
+def _activation(site: Site) -> tuple[str, dict[str, float]]:
+    """The activation's name and its parameters. Raises PlanError for an unknown one or a missing parameter."""
+    given = site.attrs["activation"]
+    if given not in _ACTIVATIONS:
+        raise site.fail(f"activation is '{given}', expected one of {', '.join(_ACTIVATIONS)}")
+    name, *wanted = _ACTIVATIONS[given]
+    found = {key: site.attrs[f"activation_{key}"] for key in wanted}
+    missing = [key for key, value in found.items() if value is None]
+    if missing:
+        raise site.fail(f"activation '{given}' needs the attribute 'activation_{missing[0]}'")
+    return name, {key: float(value) for key, value in found.items()}
+
+
+def _infer_gemm(site: Site) -> tuple[TensorSpec]:
+    _activation(site)
+    (spec,) = gemm_spec(site)
+    if site.has(2):
+        check_term(site, "C", site.spec(2), spec)
+    return (spec,)
+
+
+def _gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
+    name, parameters = _activation(site)
+    return activation(xp, name, gemm(xp, site, a, b, c), **parameters)
+
+
+def _bind_gemm(site: Site, io: Buffers) -> list[Call]:
+    (name, parameters), out = _activation(site), io.outs[0]
+    return [*bind_gemm(site, io), *cpu_activation(name, out, out, io.scratch, **parameters)]
+
+
+def _own(site: Site) -> Site:
+    """The site with its activation as the Triton product calls it."""
+    return replace(site, attrs={**site.attrs, "activation": _activation(site)[0]})
+
+
+def _one_launch(kernel: Kernel) -> Kernel:
+    """The kernel of a product and its activation, where that has no parameters."""
+    bind, supports = kernel.bind, kernel.supports
+    return replace(
+        kernel,
+        bind=lambda site, io: bind(_own(site), io),
+        supports=lambda site: not _activation(site)[1] and supports(_own(site)),
+    )
+
+
+_PARAMETERS = {"alpha": 0.3, "beta": 0.4, "gamma": 1.2}
 OPS: tuple[Op, ...] = (
     ms_op(
         "FusedMatMul",
-        _infer_fused,
-        _fused,
+        _infer,
+        _product,
         (
-            Case("plain", (f32(2, 3, 4), f32(4, 5)), {"alpha": 0.5}),
-            Case("transposed", (f32(2, 4, 3), f32(2, 5, 4)), {"transA": 1, "transB": 1}),
+            *_PLAIN_CASES,
+            Case("rows_first", (f32(3, 2, 4), f32(2, 4, 5)), {"transBatchA": 1, "alpha": 0.5}),
+            Case(
+                "both_rows_first",
+                (f32(4, 2, 6, 3), f32(5, 2, 6, 4)),
+                {"transBatchA": 1, "transA": 1, "transBatchB": 1, "transB": 1},
+            ),
+            Case("vector", (f32(4), f32(4, 5)), {"transA": 1}),
         ),
-        alpha=1.0,
-        transA=0,
-        transB=0,
+        kernels=_PRODUCT,
+        **_PLAIN_ATTRS,
         transBatchA=0,
         transBatchB=0,
         needs=(0, 1),
     ),
+    ms_op("TransposeMatMul", _infer, _product, _PLAIN_CASES, kernels=_PRODUCT, **_PLAIN_ATTRS, needs=(0, 1)),
     ms_op(
-        "MatMulNBits",
-        _infer_nbits,
-        _nbits,
-        (Case("symmetric", (f32(3, 50), _B4, _S4), _NB), Case("zeros", (f32(2, 1, 50), _B4, _S4, _Z4), _NB)),
-        K=REQUIRED,
-        N=REQUIRED,
-        accuracy_level=0,
-        bits=4,
-        block_size=REQUIRED,
-        weight_prepacked=0,
-        needs=(0, 1, 2),
+        "FusedGemm",
+        _infer_gemm,
+        _gemm,
+        (
+            *(
+                Case(
+                    given,
+                    (f32(5, 4), f32(4, 3), f32(3)),
+                    {"activation": given, **{f"activation_{key}": _PARAMETERS[key] for key in wanted}},
+                )
+                for given, (_, *wanted) in _ACTIVATIONS.items()
+            ),
+            Case(
+                "scaled",
+                (f32(4, 130), f32(90, 4), f32(130, 1)),
+                {"activation": "Relu", "alpha": 0.5, "beta": -2.0, "transA": 1, "transB": 1},
+            ),
+            Case("no_bias", (f32(5, 4), f32(4, 3)), {"activation": "Tanh"}),
+        ),
+        kernels={"cpu": Kernel(_bind_gemm, blas, strided=True)}
+        | {kind: _one_launch(kernel) for kind, kernel in PRODUCT.items()},
+        **_PLAIN_ATTRS,
+        beta=1.0,
+        activation="",
+        activation_alpha=None,
+        activation_beta=None,
+        activation_gamma=None,
+        needs=(0, 1),
     ),
 )

@@ -143,7 +143,7 @@ OPS: tuple[Op, ...] = (
                 n_outs=2,
             ),
         ),
-        kernel=Kernel(_bind, lambda site: site.spec(0).size > 0, strided=True, allocates=True),
+        kernels={"cpu": Kernel(_bind, lambda site: site.spec(0).size > 0, strided=True, allocates=True)},
         do_rotary=0,
         mask_filter_value=None,
         num_heads=REQUIRED,

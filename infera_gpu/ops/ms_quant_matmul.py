@@ -198,7 +198,7 @@ OPS: tuple[Op, ...] = (
             Case("batch", (_u8(2, 5, 4), _WEIGHT, _scale(0.1), _scale(0.2), _zero(7)), **_BYTES),
             Case("past_block", (_u8(130, 40), _s8(40, 130), _scale(0.1), _scale(0.2)), **_BYTES),
         ),
-        kernel=Kernel(_bind_to_float, _supported, strided=True),
+        kernels={"cpu": Kernel(_bind_to_float, _supported, strided=True)},
         needs=(0, 1, 2, 3),
     ),
     ms_op(
@@ -211,7 +211,7 @@ OPS: tuple[Op, ...] = (
             Case("batch", (f32(2, 5, 4), _WEIGHT, _COLUMNS, None, f32(3))),
             Case("past_block", (f32(130, 40), _s8(40, 130), _scale(0.1)), low=-100, high=100),
         ),
-        kernel=Kernel(_bind_dynamic, _supported),
+        kernels={"cpu": Kernel(_bind_dynamic, _supported)},
         needs=(0, 1, 2),
     ),
     ms_op(
@@ -255,7 +255,7 @@ OPS: tuple[Op, ...] = (
                 **_BYTES,
             ),
         ),
-        kernel=Kernel(_bind_gemm, lambda site: site.spec(0).size > 0, strided=True),
+        kernels={"cpu": Kernel(_bind_gemm, lambda site: site.spec(0).size > 0, strided=True)},
         alpha=1.0,
         transA=0,
         transB=0,

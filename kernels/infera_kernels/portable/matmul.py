@@ -37,5 +37,5 @@ def fused_matmul(
 
 
 def transposed(x: Array, flag: Any) -> Array:
-    """`x` with its last two axes swapped if `flag` holds."""
-    return x.swapaxes(-1, -2) if flag else x
+    """`x` with its last two axes swapped if `flag` holds; vectors stay."""
+    return x.swapaxes(-1, -2) if flag and x.ndim > 1 else x
