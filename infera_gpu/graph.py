@@ -21,6 +21,11 @@ FOLD_LIMIT = 1 << 30
 """Bytes. What planning computes ahead must not be larger: a few bytes of a file can ask for any size."""
 
 
+def fold_budget(constants: Mapping[str, HostArray]) -> int:
+    """Bytes that planning may compute ahead: four times what the file brings, at least 64 MiB, at most FOLD_LIMIT."""
+    return min(FOLD_LIMIT, max(64 << 20, 4 * sum(a.nbytes for a in constants.values())))
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One operation. An input named "" is an optional input left out; so is an output.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from infera_gpu.errors import PlanError, UnsupportedOperatorError, planning
-from infera_gpu.graph import FOLD_LIMIT, Graph, HostArray, Node, version_of
+from infera_gpu.graph import Graph, HostArray, Node, fold_budget, version_of
 from infera_gpu.op import Op, Registry, Site
 from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
 
@@ -102,7 +102,7 @@ class _Walk:
     rest: list[Node] = field(default_factory=list)
     blocked: set[str] = field(default_factory=set)
     pending: set[str] = field(default_factory=set)
-    budget: int = FOLD_LIMIT
+    budget: int = 0
 
     def block(self, node: Node, *, keep: bool = True) -> None:
         self.blocked.update(o for o in node.outputs if o)
@@ -239,7 +239,12 @@ def specialize(
     entering = {k: s for k, s in specs.items() if isinstance(s, TensorSpec) and is_plain(s)}
     objects = {k for k in specs if k not in entering} | {k for k, v in constants.items() if v.dtype == object}
     walk = _Walk(
-        registry, opsets, {**entering, **{k: spec_of(v) for k, v in constants.items()}}, dict(constants), objects
+        registry,
+        opsets,
+        {**entering, **{k: spec_of(v) for k, v in constants.items()}},
+        dict(constants),
+        objects,
+        budget=fold_budget(constants),
     )
     walk.visit(nodes)
     if walk.rest and not walk.waits and not walk.eager:

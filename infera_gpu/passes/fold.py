@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.graph import FOLD_LIMIT, Graph, HostArray, Node
+from infera_gpu.graph import Graph, HostArray, Node, fold_budget
 from infera_gpu.op import Registry, Site
 from infera_gpu.spec import constant, spec_of
 
@@ -15,7 +15,7 @@ def fold_constants(graph: Graph, registry: Registry) -> Graph:
     """Every pure node whose inputs are all constants becomes constants."""
     constants: dict[str, HostArray] = dict(graph.constants)
     nodes: list[Node] = []
-    budget = FOLD_LIMIT
+    budget = fold_budget(graph.constants)
     for node in graph.nodes:
         made = _fold(node, constants, graph, registry, budget)
         if made is None:
