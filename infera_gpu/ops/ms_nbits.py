@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._ms import ms_op, wide
+from infera_gpu.ops.matmul import product_dims
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.portable.quant import aligned, bounds, dequantize, is_integer, unpacked
 
 
 def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
@@ -18,6 +21,12 @@ def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
     blocks = -(-k // block)
     if site.spec(1).size != n * blocks * block * bits // 8 or site.spec(2).size != n * blocks:
         raise site.fail(f"B {site.spec(1)} and scales {site.spec(2)} do not hold {n} x {blocks} blocks")
+    if site.has(3):
+        zeros = site.spec(3)
+        if zeros.size != n * (-(-blocks * bits // 8) if zeros.dtype == np.uint8 else blocks):
+            raise site.fail(f"zero_points {zeros} do not hold {n} x {blocks} values")
+    if site.has(4) and site.spec(4).size < k:
+        raise site.fail(f"g_idx is {site.spec(4)}, expected {k} values at least")
     return n, k, bits, block, blocks
 
 
@@ -28,50 +37,227 @@ def _infer_nbits(site: Site) -> tuple[TensorSpec]:
     return (TensorSpec((*site.spec(0).dims[:-1], n), site.spec(0).dtype),)
 
 
-def _unpacked(xp: Any, packed: Array, bits: int) -> Array:
-    """(..., bytes) -> (..., values): the lowest bits of a byte come first."""
-    per = 8 // bits
-    shifts = xp.arange(per, dtype=np.uint8) * np.uint8(bits)
-    made = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return made.reshape(*packed.shape[:-1], -1)
-
-
 def _nbits(
-    xp: Any, site: Site, a: Array, b: Array, scales: Array, zeros: Array | None = None, *rest: Array | None
+    xp: Any,
+    site: Site,
+    a: Array,
+    b: Array,
+    scales: Array,
+    zeros: Array | None = None,
+    group: Array | None = None,
+    bias: Array | None = None,
 ) -> Array:
-    n, k, bits, _, blocks = _nbits_sizes(site)
-    group, bias = (*rest, None, None)[:2]
-    if group is not None:
-        raise site.fail("g_idx is not supported")
-    q = _unpacked(xp, b.reshape(n, blocks, -1), bits).astype(np.float32)
-    scale = scales.reshape(n, blocks, 1).astype(np.float32)
+    """`group` names the block whose scale and zero point each of the K inputs has; without it they follow in order."""
+    n, k, bits, block, blocks = _nbits_sizes(site)
+    q = unpacked(xp, b.reshape(n, blocks, -1), bits).reshape(n, -1)[:, :k].astype(np.float32)
     if zeros is None:
-        zero: Any = np.float32(1 << (bits - 1))
+        zero = xp.full((n, blocks), 1 << (bits - 1), np.float32)
     elif zeros.dtype == np.uint8:
-        zero = _unpacked(xp, zeros.reshape(n, -1), bits)[:, :blocks, None].astype(np.float32)
+        zero = unpacked(xp, zeros.reshape(n, -1), bits)[:, :blocks].astype(np.float32)
     else:
-        zero = zeros.reshape(n, blocks, 1).astype(np.float32)
-    w = ((q - zero) * scale).reshape(n, -1)[:, :k]
+        zero = zeros.reshape(n, blocks).astype(np.float32)
+    at = xp.arange(k) // block if group is None else group[:k]
+    w = (q - zero[:, at]) * scales.reshape(n, blocks).astype(np.float32)[:, at]
     made = wide(a) @ w.T
     return (made if bias is None else made + wide(bias)).astype(a.dtype)
 
 
-_B4 = np.random.default_rng(1).integers(0, 256, (5, 2, 16)).astype(np.uint8)
-_S4 = np.random.default_rng(2).uniform(0.01, 0.1, (5, 2)).astype(np.float32)
-_Z4 = np.random.default_rng(3).integers(0, 256, (5, 1)).astype(np.uint8)
+# ---- GatherBlockQuantized
+
+
+def _gather_axes(site: Site) -> tuple[int, int]:
+    data = site.spec(0)
+    along, blocked = site.axis("gather_axis"), site.axis("quantize_axis")
+    if data.dtype == np.uint8 and (along, blocked) != (0, data.ndim - 1):
+        raise site.fail(f"gather_axis {along} and quantize_axis {blocked}: expected 0 and {data.ndim - 1} for {data}")
+    return along, blocked
+
+
+def _gather_bits(site: Site) -> int:
+    """Bits of a value in a byte of input 0, 8 where it holds one value an element."""
+    bits = int(site.attrs["bits"])
+    if bits not in (2, 4, 8):
+        raise site.fail(f"bits is {bits}, expected 2, 4 or 8")
+    return bits if site.spec(0).dtype == np.uint8 else 8
+
+
+def _infer_gather(site: Site) -> tuple[TensorSpec]:
+    data, scales, size = site.spec(0), site.spec(2), int(site.attrs["block_size"])
+    along, blocked = _gather_axes(site)
+    floats = not is_integer(data.dtype)
+    if (size < 16 and not (floats and size == 0)) or size & (size - 1):
+        raise site.fail(f"block_size is {size}, expected a power of two from 16 on{', or 0' if floats else ''}")
+    dims = list(data.dims)
+    dims[blocked] *= 8 // _gather_bits(site)
+    wanted = [-(-d // (size or max(d, 1))) if i == blocked else d for i, d in enumerate(dims)]
+    pairs = enumerate(zip(scales.dims, wanted, strict=False))
+    fits = [s == w or (floats and i != blocked and s == 1) for i, (s, w) in pairs]
+    if scales.ndim != data.ndim or not all(fits):
+        raise site.fail(f"scales are {scales}, expected {wanted} for {data} in blocks of {size}")
+    if site.has(3):
+        wanted[blocked] = -(-wanted[blocked] // (8 // _gather_bits(site)))
+        if floats or site.spec(3).dims != tuple(wanted):
+            raise site.fail(f"zero_points are {site.spec(3)}, expected {'none' if floats else wanted} for {data}")
+    return (TensorSpec((*dims[:along], *site.spec(1).dims, *dims[along + 1 :]), scales.dtype),)
+
+
+def _gather(xp: Any, site: Site, data: Array, indices: Array, scales: Array, zeros: Array | None = None) -> Array:
+    """Only what is gathered is dequantised, unless blocks run along the same axis. Outside, the output is 0."""
+    along, blocked = _gather_axes(site)
+    bits, size, rows = _gather_bits(site), int(site.attrs["block_size"]), data.shape[along]
+    seen = (indices >= -rows) & (indices < rows)
+    place = xp.where(seen, indices % max(rows, 1), 0).reshape(-1)
+    if along != blocked:
+        data, scales, zeros = (
+            x if x is None or x.shape[along] != rows else xp.take(x, place, axis=along) for x in (data, scales, zeros)
+        )
+    if data.dtype == np.uint8:
+        data = unpacked(xp, data, bits)
+        zeros = xp.full(scales.shape, 1 << (bits - 1), xp.uint8) if zeros is None else unpacked(xp, zeros, bits)
+        zeros = zeros[..., : scales.shape[-1]]
+    factor, shift = (
+        p if p is None else aligned(xp, p, data.shape, blocked, size or data.shape[blocked]) for p in (scales, zeros)
+    )
+    made = dequantize(xp, data, factor, shift, scales.dtype)
+    made = xp.take(made, place, axis=along) if along == blocked else made
+    made = xp.where(seen.reshape(-1, *(1,) * (made.ndim - along - 1)), made, xp.zeros((), made.dtype))
+    return made.reshape(*made.shape[:along], *indices.shape, *made.shape[along + 1 :])
+
+
+# ---- MatMulBnb4
+
+_FLOAT4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+"""bitsandbytes' four-bit float without its sign, which is the highest bit."""
+_NORMAL4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Quantiles of the normal distribution: the NF4 of QLoRA (Dettmers et al. 2023, appendix E)."""
+_TABLES = {0: (*_FLOAT4, *(-v for v in _FLOAT4)), 1: _NORMAL4}
+
+
+def _infer_bnb4(site: Site) -> tuple[TensorSpec]:
+    n, k, block = (int(site.attrs[x]) for x in ("N", "K", "block_size"))
+    if block < 16 or block & (block - 1) or n < 1 or k < 1 or site.attrs["quant_type"] not in _TABLES:
+        raise site.fail(f"N {n}, K {k}, block_size {block}, quant_type {site.attrs['quant_type']} are not valid")
+    if not site.attrs["transB"]:
+        raise site.fail("transB 0 is not supported")
+    if site.spec(1).size != (n * k + 1) // 2 or site.spec(2).size != -(-n * k // block):
+        raise site.fail(f"B {site.spec(1)} and absmax {site.spec(2)} do not hold {n} x {k} weights")
+    return (TensorSpec(product_dims(site, site.spec(0).dims, (k, n)), site.spec(0).dtype),)
+
+
+def _bnb4(xp: Any, site: Site, a: Array, b: Array, largest: Array) -> Array:
+    n, k, block = (int(site.attrs[x]) for x in ("N", "K", "block_size"))
+    codes = unpacked(xp, b.reshape(-1), 4).reshape(-1, 2)[:, ::-1].reshape(-1)[: n * k]
+    values = xp.asarray(_TABLES[site.attrs["quant_type"]], np.float32)[codes]
+    w = values * xp.repeat(largest.reshape(-1).astype(np.float32), block)[: n * k]
+    return (wide(a) @ w.reshape(n, k).T).astype(a.dtype)
+
+
+# ---- cases
+
+
+def _random(seed: int, dtype: Any, *shape: int) -> Array:
+    """All values of an integer type."""
+    low, high = bounds(np.dtype(dtype))
+    return np.random.default_rng(seed).integers(low, high, shape, endpoint=True).astype(dtype)
+
+
+def _scales(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).uniform(0.01, 0.1, shape).astype(np.float32)
+
+
+_B4, _S4, _Z4 = _random(1, np.uint8, 5, 2, 16), _scales(2, 5, 2), _random(3, np.uint8, 5, 1)
 _NB = {"N": 5, "K": 50, "bits": 4, "block_size": 32}
+_EIGHT = np.array([0, 1, 1, 0, 0, 0, 1, 0], np.int32)
+_GROUPS = np.concatenate((np.tile(_EIGHT, 4), np.tile(1 - _EIGHT, 4)))
+"""The same in every eight of a block: onnxruntime reads a block's first eight for all of it (and no zero points)."""
+_AT = np.array([[2, 0, 2], [-1, 5, 9]])
+_LAST = {"block_size": 16, "quantize_axis": -1}
+_FLOAT8 = np.linspace(-4, 4, 6 * 40, dtype=np.float32).reshape(6, 40).astype(ml_dtypes.float8_e4m3fn)
+
 OPS: tuple[Op, ...] = (
     ms_op(
         "MatMulNBits",
         _infer_nbits,
         _nbits,
-        (Case("symmetric", (f32(3, 50), _B4, _S4), _NB), Case("zeros", (f32(2, 1, 50), _B4, _S4, _Z4), _NB)),
+        (
+            Case("symmetric", (f32(3, 50), _B4, _S4), _NB),
+            Case("zeros", (f32(2, 1, 50), _B4, _S4, _Z4), _NB),
+            Case("float_zeros", (f32(3, 50), _B4, _S4, _scales(4, 5, 2) * 100), _NB),
+            Case("groups", (f32(3, 50), _B4, _S4, None, _GROUPS), _NB),
+            Case("bias", (f32(3, 50), _B4, _S4, None, None, f32(5)), _NB),
+            Case("bytes", (f32(3, 50), _random(5, np.uint8, 5, 2, 32), _S4), {**_NB, "bits": 8}),
+        ),
         K=REQUIRED,
         N=REQUIRED,
         accuracy_level=0,
         bits=4,
         block_size=REQUIRED,
         weight_prepacked=0,
+        needs=(0, 1, 2),
+    ),
+    ms_op(
+        "MatMulBnb4",
+        _infer_bnb4,
+        _bnb4,
+        (
+            *(
+                Case(
+                    name,
+                    (f32(2, 3, 24), _random(6, np.uint8, 60), _scales(7, 8)),
+                    {"N": 5, "K": 24, "block_size": 16, "quant_type": kind},
+                )
+                for name, kind in (("float", 0), ("normal", 1))
+            ),
+        ),
+        K=REQUIRED,
+        N=REQUIRED,
+        block_size=REQUIRED,
+        quant_type=REQUIRED,
+        training_mode=0,
+        transB=1,
+        needs=(0, 1, 2),
+    ),
+    ms_op(
+        "GatherBlockQuantized",
+        _infer_gather,
+        _gather,
+        (
+            *(
+                Case(
+                    f"{bits}_bits",
+                    (_random(8, np.uint8, 6, 40 * bits // 8), _AT, _scales(9, 6, 3)),
+                    {**_LAST, "bits": bits},
+                )
+                for bits in (2, 4, 8)
+            ),
+            Case("zeros", (_random(8, np.uint8, 6, 20), _AT, _scales(9, 6, 3), _random(10, np.uint8, 6, 2)), _LAST),
+            Case("int4", (_random(8, ml_dtypes.int4, 6, 40), _AT, _scales(9, 6, 3)), _LAST),
+            Case(
+                "uint4_zeros",
+                (_random(8, ml_dtypes.uint4, 6, 40), _AT, _scales(9, 6, 3), _random(10, ml_dtypes.uint4, 6, 3)),
+                _LAST,
+            ),
+            Case(
+                "columns",
+                (_random(8, ml_dtypes.int4, 40, 6), _AT.astype(np.int32), _scales(9, 3, 6)),
+                {"block_size": 16, "quantize_axis": 0, "gather_axis": 1},
+            ),
+            Case(
+                "one_axis",
+                (_random(8, ml_dtypes.int4, 40, 6), _AT, _scales(9, 3, 6)),
+                {"block_size": 16, "quantize_axis": 0},
+            ),
+            Case("float8", (_FLOAT8, _AT, _scales(9, 6, 3)), _LAST),
+            Case("float8_rows", (_FLOAT8, _AT, _scales(9, 1, 1)), {"block_size": 0, "quantize_axis": 1}),
+        ),
+        bits=4,
+        block_size=128,
+        gather_axis=0,
+        quantize_axis=1,
         needs=(0, 1, 2),
     ),
 )

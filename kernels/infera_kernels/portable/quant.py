@@ -37,6 +37,13 @@ def aligned(xp: Any, parameter: Array, shape: tuple[int, ...], axis: int, block:
     return parameter.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
+def unpacked(xp: Any, packed: Array, bits: int) -> Array:
+    """(..., bytes) -> (..., values) of 2, 4 or 8 bits: the lowest bits of a byte come first."""
+    shifts = xp.arange(8 // bits, dtype=xp.uint8) * bits
+    made = (packed[..., None] >> shifts) & ((1 << bits) - 1)
+    return made.astype(xp.uint8).reshape(*packed.shape[:-1], -1)
+
+
 def quantize(
     xp: Any, x: Array, scale: Array, zero: Array | None, dtype: np.dtype[Any], *, saturate: bool = True
 ) -> Array:
