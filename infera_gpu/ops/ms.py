@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Op, Site, f32, same_as
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _triton
+from infera_gpu.ops._families import elementwise, floating
 from infera_gpu.ops._ms import F32, ms_op, wide
+from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu.activation import activation as cpu_activation
 from infera_kernels.portable.activation import activation
 from infera_kernels.portable.norm import affine, standardized
 
 # ---- activations
 
 
-def _activation(name: str) -> Any:
-    """`name` of portable.activation, of the input and a bias where there is one."""
+def _activation(name: str, cases: tuple[Case, ...], function: str, needs: tuple[int, ...] = (), **attrs: Any) -> Op:
+    """`function` of portable.activation, of the input and a bias where there is one."""
 
     def compute(xp: Any, site: Site, x: Array, bias: Array | None = None) -> Array:
-        return activation(xp, name, x if bias is None else x + bias, **site.attrs)
+        return activation(xp, function, x if bias is None else x + bias, **site.attrs)
 
-    return compute
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        (out,) = io.outs
+        added = [(np.add, (*io.ins, out))] if site.has(1) else []
+        return [*added, *cpu_activation(function, out if added else io.ins[0], out, io.scratch, **site.attrs)]
+
+    def alone(kernel: Kernel) -> Kernel:
+        supports = kernel.supports
+        return replace(kernel, supports=lambda site: not site.has(1) and supports(site))
+
+    on_device = _triton.activation(function) if attrs else _triton.gelu(lambda site: function)
+    kernels = elementwise(bind, supports=floating if attrs else single)
+    kernels |= {kind: alone(kernel) for kind, kernel in on_device.items()}
+    return ms_op(name, _infer_activation, compute, cases, kernels=kernels, needs=needs, **attrs)
+
+
+def _infer_activation(site: Site) -> tuple[TensorSpec]:
+    x = site.spec(0)
+    if site.has(1) and site.spec(1).dims != x.dims[-1:]:
+        raise site.fail(f"bias is {site.spec(1)}, expected one value for each of the last axis of {x}")
+    return (x,)
 
 
 _PLAIN, _BIAS = Case("plain", (f32(3, 5),)), Case("bias", (f32(2, 3, 5), f32(5)))
+_LONG = Case("past_block", (f32(2, 3, 3001),), low=-6, high=6)
 _ACTIVATIONS = (
-    ms_op("Gelu", same_as(), _activation("gelu"), (_PLAIN, Case("empty", (f32(0, 2),)))),
-    ms_op("BiasGelu", same_as(), _activation("gelu"), (_BIAS,), needs=(1,)),
-    ms_op("FastGelu", same_as(), _activation("gelu_tanh"), (_PLAIN, _BIAS)),
-    ms_op(
-        "QuickGelu", same_as(), _activation("swish"), (_PLAIN, Case("one", (f32(3, 5),), {"alpha": 1.0})), alpha=1.702
-    ),
+    _activation("Gelu", (_PLAIN, _LONG, Case("empty", (f32(0, 2),))), "gelu"),
+    _activation("BiasGelu", (_BIAS, Case("past_block", (f32(3, 6001), f32(6001)))), "gelu", needs=(1,)),
+    _activation("FastGelu", (_PLAIN, _BIAS, _LONG), "gelu_tanh"),
+    _activation("QuickGelu", (_PLAIN, _LONG, Case("one", (f32(3, 5),), {"alpha": 1.0})), "swish", alpha=1.702),
 )
 
 
