@@ -20,10 +20,8 @@ def routes(xp: Any, logits: Array, k: int, weights: Array | None = None, *, norm
     to 1. Of equals the expert with the higher number goes first.
     """
     chances = softmax(xp, logits.astype(xp.float32))
-    order = xp.argsort(chances, axis=-1, kind="stable")[:, -k:]
-    kept = xp.zeros(chances.shape, bool)
-    xp.put_along_axis(kept, order, True, axis=-1)
-    made = xp.where(kept, chances if weights is None else weights.astype(xp.float32), 0)
+    ranks = xp.argsort(xp.argsort(chances, axis=-1, kind="stable"), axis=-1, kind="stable")
+    made = xp.where(ranks >= chances.shape[1] - k, chances if weights is None else weights.astype(xp.float32), 0)
     total = made.sum(axis=-1, keepdims=True)
     return made / xp.where(total == 0, 1, total) if normalize else made
 
