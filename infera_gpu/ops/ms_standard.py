@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Op, Registry, Site, f32
-from infera_gpu.ops import indexing, pad, rearrange, sample, select, shape
+from infera_gpu.op import REQUIRED, Case, Op, Registry, Site, f32
+from infera_gpu.ops import attention, generate, indexing, pad, rearrange, sample, select, shape
 from infera_gpu.ops._ms import ms_op, wide
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, TensorSpec, spec_of
 
-_STANDARD = Registry(op for module in (indexing, pad, rearrange, sample, select, shape) for op in module.OPS)
+_STANDARD = Registry(
+    op for module in (attention, generate, indexing, pad, rearrange, sample, select, shape) for op in module.OPS
+)
 
 
 def _standard(name: str, opset: int) -> Op:
@@ -29,7 +31,53 @@ def _same(name: str, opset: int, *cases: Case, called: str = "", without: str = 
     return replace(op, name=called or name, domain="com.microsoft", since=1, cases=kept)
 
 
-_UNIQUE = _standard("Unique", 11)
+def _only(op: Op, **fixed: Any) -> Op:
+    """The operator with further attributes, which may have these values only."""
+
+    def infer(site: Site) -> Sequence[TensorSpec | None]:
+        for name, value in fixed.items():
+            if site.attrs[name] != value:
+                raise site.fail(f"{name} is {site.attrs[name]}, only {value} is supported")
+        return op.infer(site)
+
+    return replace(op, infer=infer, attrs={**op.attrs, **fixed})
+
+
+_UNIQUE, _RANGE = _standard("Unique", 11), _standard("Range", 11)
+
+
+def _with_delta(site: Site) -> Site:
+    """The site of the standard Range, whose delta may not be left out."""
+    if site.has(2):
+        return site
+    one = np.ones((), site.spec(0).dtype)
+    return replace(site, ins=(*site.ins[:2], spec_of(one)), values=(*site.values[:2], one))
+
+
+def _range(xp: Any, site: Site, start: Array, limit: Array, delta: Array | None = None) -> Array:
+    whole = _with_delta(site)
+    return _RANGE.outputs(xp, whole, (start, limit, whole.value(2) if delta is None else delta))[0]
+
+
+def _windows(site: Site) -> tuple[int, int, int, int]:
+    """Axis, size, step and number of windows."""
+    axis, size, step = site.axis("dim"), int(site.attrs["size"]), int(site.attrs["step"])
+    length = site.spec(0).dims[axis] if site.spec(0).ndim else 0
+    if step < 1 or not 1 <= size <= length:
+        raise site.fail(f"windows of {size} elements in steps of {step} do not fit axis {axis} of {site.spec(0)}")
+    return axis, size, step, (length - size) // step + 1
+
+
+def _infer_unfold(site: Site) -> Sequence[TensorSpec]:
+    axis, size, _, count = _windows(site)
+    dims = site.spec(0).dims
+    return (TensorSpec((*dims[:axis], count, *dims[axis + 1 :], size), site.spec(0).dtype),)
+
+
+def _unfold(xp: Any, site: Site, x: Array) -> Array:
+    axis, size, step, count = _windows(site)
+    taken = xp.arange(count)[:, None] * step + xp.arange(size)
+    return xp.ascontiguousarray(xp.moveaxis(xp.take(x, taken, axis=axis), axis + 1, -1))
 
 
 def _infer_unique(site: Site) -> Sequence[None]:
@@ -87,6 +135,41 @@ OPS: tuple[Op, ...] = (
         13,
         *(Case(str(axis), (f32(3, 2), np.array(axis, np.int32))) for axis in (0, 1, 2, -1, -2)),
         called="ExpandDims",
+    ),
+    _only(_same("LinearAttention", 27), state_window=0),
+    _only(
+        _same("CausalConvWithState", 27),
+        ndim=1,
+        dilation=1,
+        channels_last=0,
+        input_channel_offset=0,
+        input_channels=0,
+        state_channels_last=-1,
+        state_length=0,
+        state_update_capacity=0,
+        state_window=0,
+    ),
+    replace(
+        ms_op(
+            "Range",
+            lambda site: _RANGE.infer(_with_delta(site)),
+            _range,
+            (*_RANGE.cases, Case("no_delta", (np.array(2), np.array(7)))),
+            needs=(0, 1),
+        ),
+        values=_RANGE.values,
+    ),
+    ms_op(
+        "UnfoldTensor",
+        _infer_unfold,
+        _unfold,
+        (
+            Case("last", (f32(2, 3, 7),), {"size": 3, "step": 2}),
+            Case("first", (f32(5, 2, 3),), {"size": 2, "dim": 0}),
+        ),
+        dim=-1,
+        size=REQUIRED,
+        step=1,
     ),
     ms_op(
         "Unique",
