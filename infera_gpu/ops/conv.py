@@ -32,12 +32,14 @@ def conv_window(site: Site) -> Window:
     return window(site, w.dims[2:])
 
 
-def _infer(site: Site) -> Sequence[TensorSpec]:
+def conv_spec(site: Site) -> Sequence[TensorSpec]:
+    """The output of Conv or ConvInteger."""
     dtype = np.dtype(np.int32) if site.node.op == "ConvInteger" else site.spec(0).dtype
     return (TensorSpec((site.spec(0).dims[0], site.spec(1).dims[0], *conv_window(site).out), dtype),)
 
 
-def _compute(xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, *_: Array | None) -> Array:
+def compute_conv(xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, *_: Array | None) -> Array:
+    """Conv."""
     found = conv_window(site)
     return convolution(xp, x, w, b, found.out, group=int(site.attrs["group"]), **found.params)
 
@@ -85,7 +87,7 @@ def activation_of(site: Site) -> Activation | None:
 
 def _infer_fused(site: Site) -> Sequence[TensorSpec]:
     activation_of(site)
-    (y,) = _infer(site)
+    (y,) = conv_spec(site)
     if site.has(3) and site.spec(3) != y:
         raise site.fail(f"residual is {site.spec(3)}, expected {y}")
     return (y,)
@@ -96,7 +98,7 @@ _APART = {"relu": ("Relu",), "leaky_relu": ("LeakyRelu", "alpha"), "": ("Identit
 
 def _split(site: Site) -> Expansion | None:
     """The convolution, the addition and the activation apart, where the residual must be broadcast or is wider."""
-    (spec,) = _infer(site)
+    (spec,) = conv_spec(site)
     if not site.has(3) or site.spec(3) == spec:
         return None
     node, activation = site.node, str(site.attrs["activation"])
@@ -122,7 +124,7 @@ def _split(site: Site) -> Expansion | None:
 def _compute_fused(
     xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, residual: Array | None = None
 ) -> Array:
-    y = _compute(xp, site, x, w, b)
+    y = compute_conv(xp, site, x, w, b)
     if residual is not None:
         y = y + residual
     name, *params = activation_of(site) or ("",)
@@ -263,14 +265,14 @@ _MS_FUSED_CASES = (
 )  # fmt: skip
 
 OPS: tuple[Op, ...] = (
-    Op("Conv", 1, _infer, _compute, _CASES, {**ATTRS, "group": 1}, kernels=_KERNELS),
+    Op("Conv", 1, conv_spec, compute_conv, _CASES, {**ATTRS, "group": 1}, kernels=_KERNELS),
     Op(
         "FusedConv", 1, _infer_fused, _compute_fused, _FUSED_CASES,
         _FUSED_ATTRS, "infera", _KERNELS, expand=_split,
     ),
     Op("FusedConv", 1, _infer_fused, _compute_fused, _MS_FUSED_CASES, _FUSED_ATTRS, "com.microsoft", _KERNELS),
     Op(
-        "ConvInteger", 10, _infer, _compute_integer,
+        "ConvInteger", 10, conv_spec, _compute_integer,
         (
             Case("plain", (_u8(1, 2, 5, 6), _u8(3, 2, 3, 3)), low=0, high=255),
             Case("zero-points", (_u8(2, 2, 5, 6), _u8(4, 1, 3, 3), np.array(130, np.uint8), np.array([120], np.uint8)),
