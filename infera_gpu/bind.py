@@ -98,6 +98,8 @@ def measurer(device: Device, constants: Constants) -> Callable[..., int]:
 
     def measure(kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]) -> int:
         total = 0
+        if not any(o.nbytes for o in outs):
+            return 0
 
         def scratch(nbytes: int) -> tuple[HostArray, int]:
             nonlocal total
@@ -175,6 +177,8 @@ def bind(
     def calls_of(step: Step) -> list[Call]:
         ins = tuple(None if o is None else array(o) for o in step.ins)
         outs = tuple(map(array, step.outs))
+        if not any(o.nbytes for o in step.outs):
+            return []  # nothing is computed on nothing; kernels need not know empty arrays
         if step.kernel is None:
             if step.placed is None:
                 return [device.transfer(ins[0], outs[0])]

@@ -253,7 +253,9 @@ class Op:
         return filled
 
     def outputs(self, xp: Any, site: Site, ins: Sequence[Array]) -> tuple[Array, ...]:
-        """`compute`, as a tuple."""
+        """`compute`, as a tuple; where all outputs are known to be empty there is nothing to compute."""
+        if site.outs and not any(s.size for s in site.outs):
+            return tuple(xp.empty(s.dims, s.dtype) for s in site.outs)
         made = self.compute(xp, site, *ins)
         return tuple(made) if isinstance(made, tuple if self.host else (tuple, list)) else (made,)
 
