@@ -35,7 +35,8 @@ def conv_window(site: Site) -> Window:
 def conv_spec(site: Site) -> Sequence[TensorSpec]:
     """The output of Conv or ConvInteger."""
     dtype = np.dtype(np.int32) if site.node.op == "ConvInteger" else site.spec(0).dtype
-    return (TensorSpec((site.spec(0).dims[0], site.spec(1).dims[0], *conv_window(site).out), dtype),)
+    out = conv_window(site).out
+    return (TensorSpec((site.spec(0).dims[0], site.spec(1).dims[0], *out), dtype),)
 
 
 def compute_conv(xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, *_: Array | None) -> Array:

@@ -65,6 +65,9 @@ def _infer_skip(site: Site) -> tuple[TensorSpec, ...]:
     x, skip = site.spec(0), site.spec(1)
     if x.ndim not in (2, 3) or skip.dims[-2:] != x.dims[-2:] or site.spec(2).dims != x.dims[-1:]:
         raise site.fail(f"input {x}, skip {skip} and gamma {site.spec(2)} do not fit each other")
+    for i in (3, 4):
+        if site.has(i) and site.spec(i).dims != x.dims[-1:]:
+            raise site.fail(f"input {i} is {site.spec(i)}, expected {x.dims[-1]} values")
     rows = TensorSpec((*x.dims[:-1], 1), F32)
     return x, rows, rows, x
 
@@ -99,6 +102,16 @@ def _infer_embed(site: Site) -> tuple[TensorSpec, ...]:
     ids, words = site.spec(0), site.spec(2)
     if ids.ndim != 2 or words.ndim != 2 or {site.spec(i).dims for i in (5, 6)} != {words.dims[1:]}:
         raise site.fail(f"input_ids {ids} and word_embedding {words}: expected two axes each")
+    for i in (3, 4):
+        if site.has(i) and (site.spec(i).ndim != 2 or site.spec(i).dims[1] != words.dims[1]):
+            raise site.fail(f"input {i} is {site.spec(i)}, expected rows of {words.dims[1]}")
+    for i in (1, 7):
+        if site.has(i) and site.spec(i).dims != ids.dims:
+            raise site.fail(f"input {i} is {site.spec(i)}, expected the shape of input_ids, {ids}")
+    if site.has(8) and site.spec(8).dims not in (ids.dims, (1, ids.dims[1])):
+        raise site.fail(f"position_ids are {site.spec(8)}, expected the shape of input_ids, {ids}")
+    if not site.has(8) and ids.dims[1] > site.spec(3).dims[0]:
+        raise site.fail(f"input_ids {ids} are more than the positions of {site.spec(3)}")
     made = TensorSpec((*ids.dims, words.dims[1]), words.dtype)
     return made, TensorSpec((ids.dims[0],), np.dtype(np.int32)), made
 

@@ -62,7 +62,7 @@ def _check_layer(site: Site, layer: _Linear, experts: int, rows: int, columns: i
             raise site.fail(f"input {i} is {site.spec(i)}, expected {list(dims)} for {layer.name} {weights}")
 
 
-def _check(site: Site, first: _Linear, second: _Linear, unsupported: tuple[int, ...]) -> tuple[TensorSpec]:
+def _check(site: Site, first: _Linear, second: _Linear, unsupported: tuple[int, ...], given: int) -> tuple[TensorSpec]:
     x, router = site.spec(0), site.spec(1)
     kind, fusion = site.attrs["activation_type"], int(site.attrs["swiglu_fusion"])
     if kind not in _ACTIVATIONS:
@@ -76,6 +76,8 @@ def _check(site: Site, first: _Linear, second: _Linear, unsupported: tuple[int, 
         raise site.fail(f"{refused[0]} is not supported")
     if x.ndim not in (2, 3) or router.dims != (math.prod(x.dims[:-1]), *router.dims[1:]) or router.ndim != 2:
         raise site.fail(f"router_probs are {router}, expected a row of experts for each token of {x}")
+    if given >= 0 and site.has(given) and site.spec(given).dims != router.dims:
+        raise site.fail(f"router_weights are {site.spec(given)}, expected the shape of router_probs, {router}")
     experts, hidden = router.dims[1], x.dims[-1]
     if not 1 <= int(site.attrs["k"]) <= experts:
         raise site.fail(f"k is {site.attrs['k']}, expected 1 to {experts} experts")
@@ -135,7 +137,7 @@ def _moe(
     """
 
     def infer(site: Site) -> tuple[TensorSpec]:
-        return _check(site, first, second, unsupported)
+        return _check(site, first, second, unsupported, router)
 
     def compute(xp: Any, site: Site, *ins: Array | None) -> Array:
         x, logits = ins[:2]

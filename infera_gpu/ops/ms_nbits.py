@@ -25,8 +25,10 @@ def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
         zeros = site.spec(3)
         if zeros.size != n * (-(-blocks * bits // 8) if zeros.dtype == np.uint8 else blocks):
             raise site.fail(f"zero_points {zeros} do not hold {n} x {blocks} values")
-    if site.has(4) and site.spec(4).size < k:
+    if site.has(4) and (site.spec(4).ndim != 1 or site.spec(4).size < k):
         raise site.fail(f"g_idx is {site.spec(4)}, expected {k} values at least")
+    if site.has(5) and site.spec(5).dims != (n,):
+        raise site.fail(f"bias is {site.spec(5)}, expected {n} values")
     return n, k, bits, block, blocks
 
 
@@ -67,6 +69,8 @@ def _nbits(
 
 def _gather_axes(site: Site) -> tuple[int, int]:
     data = site.spec(0)
+    if not data.ndim:
+        raise site.fail(f"data is {data}, expected one axis at least")
     along, blocked = site.axis("gather_axis"), site.axis("quantize_axis")
     if data.dtype == np.uint8 and (along, blocked) != (0, data.ndim - 1):
         raise site.fail(f"gather_axis {along} and quantize_axis {blocked}: expected 0 and {data.ndim - 1} for {data}")

@@ -96,8 +96,8 @@ def _same(site: Site) -> tuple[int, ...]:
 
 def _pooled(site: Site) -> tuple[int, ...]:
     dims = site.spec(0).dims
-    if len(dims) < 3:
-        raise site.fail(f"its input is {site.spec(0)}, expected batch, channels and at least one more axis")
+    if len(dims) < 3 or 0 in dims:
+        raise site.fail(f"its input is {site.spec(0)}, expected batch, channels and at least one more axis, none empty")
     if site.attrs["channels_last"]:
         return (dims[0], *(1,) * (len(dims) - 2), dims[-1])
     return (*dims[:2], *(1,) * (len(dims) - 2))

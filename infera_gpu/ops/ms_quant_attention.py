@@ -12,7 +12,7 @@ from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import ms_attention
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops.ms_quant_matmul import bind_scaled, integer_to_float
-from infera_gpu.ops.quant_matmul import of_inputs
+from infera_gpu.ops.quant_matmul import check_parameters, of_inputs
 from infera_gpu.spec import Array, TensorSpec
 
 _MASK, _PAST = 5, 8
@@ -26,18 +26,16 @@ def _multi_head(site: Site) -> Site:
     x, w = site.spec(0), site.spec(1)
     if x.ndim != 3 or w.ndim != 2 or w.dims[0] != x.dims[2] or w.dims[1] % 3 or site.spec(2).dims != w.dims[1:]:
         raise site.fail(f"input {x}, weights {w} and bias {site.spec(2)} do not fit three projections")
-    for i in (3, 4, 6, 7):
-        if site.has(i) and site.spec(i).size != 1 and (i in (3, 6) or site.spec(i).dims != w.dims[1:]):
-            raise site.fail(
-                f"input {i} is {site.spec(i)}, expected one value{'' if i in (3, 6) else ' or one a column'}"
-            )
+    check_parameters(site, (3, 6), (4, 7), w.dims[1])
     if site.attrs["do_rotary"] or site.attrs["past_present_share_buffer"]:
         raise site.fail("do_rotary and past_present_share_buffer are not supported")
     hidden, past = w.dims[1] // 3, None
     projected = TensorSpec((*x.dims[:2], hidden), F32)
     if site.has(_PAST):
-        if site.spec(_PAST).ndim != 5 or site.spec(_PAST).dims[0] != 2:
-            raise site.fail(f"past is {site.spec(_PAST)}, expected (2, batch, heads, steps, head size)")
+        heads = max(int(site.attrs["num_heads"]), 1)
+        fixed, given = (2, x.dims[0], heads, hidden // heads), site.spec(_PAST).dims
+        if len(given) != 5 or (*given[:3], given[4]) != fixed:
+            raise site.fail(f"past is {site.spec(_PAST)}, expected {list(fixed[:3])}, steps and {fixed[3]}")
         past = TensorSpec(site.spec(_PAST).dims[1:], F32)
     ins = (projected,) * 3 + (None, site.spec(_MASK) if site.has(_MASK) else None, None, past, past)
     names = tuple("" if spec is None else f"{site.node.outputs[0]}/{i}" for i, spec in enumerate(ins))

@@ -9,15 +9,21 @@ import numpy as np
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops.matmul import check_term, product_dims, swapped
-from infera_gpu.ops.quant_matmul import column, is_matrix, left_operand, of_inputs, product, reach
+from infera_gpu.ops.quant_matmul import check_parameters, column, is_matrix, left_operand, of_inputs, product, reach
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
 from infera_kernels.portable.matmul import transposed
 
 
-def _infer(site: Site) -> tuple[TensorSpec]:
-    return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(1).dims), F32),)
+def _infer_product(site: Site, single: tuple[int, ...], many: tuple[int, ...], bias: int) -> tuple[TensorSpec]:
+    """The product of inputs 0 and 1, with parameters for all or for each column, and a bias for each column."""
+    b = site.spec(1)
+    columns = b.dims[-1] if b.ndim > 1 else 1
+    check_parameters(site, single, many, columns)
+    if site.has(bias) and site.spec(bias).dims != (columns,):
+        raise site.fail(f"bias is {site.spec(bias)}, expected {columns} elements")
+    return (TensorSpec(product_dims(site, site.spec(0).dims, b.dims), F32),)
 
 
 def _scaled(sums: Array, scale: Array, bias: Array | None) -> Array:
@@ -71,7 +77,7 @@ def _bind_to_float(site: Site, io: Buffers) -> list[Call]:
 def _infer_dynamic(site: Site) -> tuple[TensorSpec]:
     if site.spec(0).dtype != F32:
         raise site.fail(f"A is {site.spec(0)}, expected float32")
-    return _infer(site)
+    return _infer_product(site, (), (2, 3), 4)
 
 
 def _dynamic(
@@ -111,9 +117,7 @@ def _infer_gemm(site: Site) -> tuple[TensorSpec]:
     if site.has(_Y_SCALE) != site.has(_Y_ZERO):
         raise site.fail("y_scale and y_zero_point come together or not at all")
     dims = product_dims(site, swapped(a.dims, site.attrs["transA"]), swapped(b.dims, site.attrs["transB"]))
-    for i in (1, 2, 4, 5, _Y_SCALE, _Y_ZERO):
-        if site.has(i) and site.spec(i).size != 1 and (i not in (4, 5) or site.spec(i).dims != dims[1:]):
-            raise site.fail(f"input {i} is {site.spec(i)}, expected one value{f' or {dims[1]}' if i in (4, 5) else ''}")
+    check_parameters(site, (1, 2, _Y_SCALE, _Y_ZERO), (4, 5), dims[1])
     if site.has(_C):
         check_term(site, "C", site.spec(_C), TensorSpec(dims, site.spec(_C).dtype))
     return (TensorSpec(dims, site.spec(_Y_ZERO).dtype if site.has(_Y_ZERO) else F32),)
@@ -186,7 +190,7 @@ _WEIGHT = np.arange(-60, 60, 10, dtype=np.int8).reshape(4, 3)
 OPS: tuple[Op, ...] = (
     ms_op(
         "MatMulIntegerToFloat",
-        _infer,
+        lambda site: _infer_product(site, (2, 4), (3, 5), 6),
         integer_to_float,
         (
             Case(

@@ -38,6 +38,10 @@ def _pads(site: Site) -> tuple[tuple[int, int], ...]:
 
 def _infer(site: Site) -> Sequence[TensorSpec]:
     x, pads = site.spec(0), _pads(site)
+    if len(site.ins) > _VALUE and site.has(_VALUE) and site.spec(_VALUE).size != 1:
+        raise site.fail(f"value is {site.spec(_VALUE)}, expected one")
+    if site.attrs["mode"] != "constant" and any(n == 0 < max(p) for n, p in zip(x.dims, pads, strict=True)):
+        raise site.fail(f"pads {pads} of an empty axis of {x} have nothing to repeat in mode '{site.attrs['mode']}'")
     shape = tuple(b + n + a for n, (b, a) in zip(x.dims, pads, strict=True))
     if any(n + min(b, 0) + min(a, 0) < 0 for n, (b, a) in zip(x.dims, pads, strict=True)):
         raise site.fail(f"pads {pads} remove more than there is in {x}")

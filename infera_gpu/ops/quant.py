@@ -28,6 +28,8 @@ def _axis(site: Site) -> int:
 
 def _check_scale(site: Site) -> None:
     x, scale, axis, block = site.spec(0), site.spec(1), _axis(site), _block(site)
+    if site.has(2) and site.spec(2).size != 1 and site.spec(2).dims != scale.dims:
+        raise site.fail(f"zero point is {site.spec(2)}, expected one value or the shape of the scale, {scale}")
     if scale.size == 1 and not block:
         return
     if block:
@@ -37,7 +39,7 @@ def _check_scale(site: Site) -> None:
                 f"scale is {scale}, expected {list(blocked)} for blocks of {block} along axis {axis} of {x}"
             )
     elif scale.dims != x.dims[axis : axis + 1]:
-        raise site.fail(f"scale is {scale}, expected one value or {x.dims[axis]} for axis {axis} of {x}")
+        raise site.fail(f"scale is {scale}, expected one value, or one for each element of axis {axis} of {x}")
 
 
 def _target(site: Site) -> DType:

@@ -67,6 +67,13 @@ def of_inputs(site: Site, io: Buffers, operands: tuple[int, int, int, int], out:
     return [*calls, *product(site, io, left, reach(site, a, a_zero), b, b_zero, out)]
 
 
+def check_parameters(site: Site, single: tuple[int, ...], many: tuple[int, ...], count: int) -> None:
+    """Raises PlanError where a scale or zero point holds neither one value nor, if it is among `many`, `count`."""
+    for i in (*single, *many):
+        if site.has(i) and site.spec(i).size != 1 and (i in single or site.spec(i).dims != (count,)):
+            raise site.fail(f"input {i} is {site.spec(i)}, expected one value{f' or {count}' if i in many else ''}")
+
+
 def is_matrix(site: Site, i: int) -> bool:
     """Whether input i has two axes at least: what the kernels multiply by."""
     return site.spec(i).ndim >= 2
@@ -237,8 +244,11 @@ def conv_spec(site: Site) -> tuple[TensorSpec]:
     _require_parameters(site)
     x, w = site.spec(0), site.spec(3)
     group = int(site.attrs["group"])
-    if x.ndim != w.ndim or x.dims[1] != w.dims[1] * group or w.dims[0] % group:
+    if x.ndim < 3 or x.ndim != w.ndim or group < 1 or x.dims[1] != w.dims[1] * group or w.dims[0] % group:
         raise site.fail(f"weights {w} do not fit {x} in {group} groups")
+    check_parameters(site, (1, 2, 6, 7), (4, 5), w.dims[0])
+    if site.has(8) and site.spec(8).dims != w.dims[:1]:
+        raise site.fail(f"bias is {site.spec(8)}, expected {w.dims[0]} elements")
     shape = (x.dims[0], w.dims[0], *window(site, w.dims[2:]).out)
     return (TensorSpec(shape, site.spec(7).dtype),)
 

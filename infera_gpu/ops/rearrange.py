@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, movable, plain, shaped, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
@@ -80,8 +80,20 @@ _BLOCKS = (
 )
 
 
+def _triangle_spec(site: Site) -> tuple[TensorSpec]:
+    if site.spec(0).ndim < 2:
+        raise site.fail(f"input 0 is {site.spec(0)}, expected matrices")
+    if site.has(1) and site.spec(1).size != 1:
+        raise site.fail(f"k is {site.spec(1)}, expected one number")
+    return (site.spec(0),)
+
+
 def _diagonal(site: Site) -> int:
     return single(site, 1, "k") or 0
+
+
+def _triangle(xp: Any, site: Site, x: Array, k: Array | None = None) -> Array:
+    return portable.triangle(xp, x, 0 if k is None else int(k.reshape(())), upper=bool(site.attrs["upper"]))
 
 
 def _bind_triangle(site: Site, io: Buffers) -> list[Call]:
@@ -91,10 +103,8 @@ def _bind_triangle(site: Site, io: Buffers) -> list[Call]:
 _TRILU = Op(
     "Trilu",
     14,
-    infer=same_as(),
-    compute=plain(
-        lambda xp, site, x, *k: portable.triangle(xp, x, int(k[0]) if k else 0, upper=bool(site.attrs["upper"]))
-    ),
+    infer=_triangle_spec,
+    compute=plain(_triangle),
     kernels={
         "cpu": Kernel(
             bind=_bind_triangle,

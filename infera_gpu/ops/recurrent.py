@@ -96,6 +96,11 @@ def _sizes(site: Site) -> tuple[int, int, int, int]:
         raise site.fail(f"W is {w} and R is {r}, expected [{directions}, {rows}, {x.dims[2]} and {hidden}]")
     if site.attrs["hidden_size"] not in (None, hidden):
         raise site.fail(f"hidden_size is {site.attrs['hidden_size']} but R is {r}")
+    state = (batch, directions, hidden) if _batch_first(site) else (directions, batch, hidden)
+    wanted = {_B: (directions, 2 * rows), _LENGTHS: (batch,), _H: state, _C: state, _P: (directions, 3 * hidden)}
+    for i, dims in wanted.items():
+        if site.has(i) and site.spec(i).dims != dims:
+            raise site.fail(f"input {i} is {site.spec(i)}, expected {list(dims)}")
     return steps, batch, directions, hidden
 
 

@@ -41,7 +41,7 @@ def unpacked(xp: Any, packed: Array, bits: int) -> Array:
     """(..., bytes) -> (..., values) of 2, 4 or 8 bits: the lowest bits of a byte come first."""
     shifts = xp.arange(8 // bits, dtype=xp.uint8) * bits
     made = (packed[..., None] >> shifts) & ((1 << bits) - 1)
-    return made.astype(xp.uint8).reshape(*packed.shape[:-1], -1)
+    return made.astype(xp.uint8).reshape(*packed.shape[:-1], packed.shape[-1] * (8 // bits))
 
 
 def quantize(
