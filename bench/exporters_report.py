@@ -1,0 +1,161 @@
+"""`python -m bench.exporters_report DIR`: what `bench.exporters` wrote, against onnxruntime and PyTorch, as a table.
+
+NAME-EXPORTER.npz holds the arrays of every example, `0/in/input_ids`, `0/out/logits`, `1/in/...`, and under `about` a
+text in JSON: model, exporter, summary, the sizes of each example, the version of PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from rich.console import Console
+from rich.progress import track
+
+import infera_gpu
+from infera_gpu.graph import HostArray
+from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
+
+HEAD = """# What PyTorch's exporters write
+
+Models as PyTorch {torch} exports them, run by infera on the CPU and compared with onnxruntime (optimisations off) and
+with PyTorch at every size. `make exports` exports them and runs the comparison as a test; this page is written by
+`python -m bench.exporters_report DIR --out docs/exporters.md`.
+
+Weights are random, from a fixed seed; `bench/architectures.py` has every configuration. `torchscript` is
+`torch.onnx.export(dynamo=False)` of attention written out, `torchscript-sdpa` of `scaled_dot_product_attention`;
+`dynamo` and `dynamo23` are `dynamo=True`, at opset 23 with the operators Attention, RMSNormalization and
+RotaryEmbedding. The dimensions named under Sizes are free in the file, and the first size is the one exported with. A
+difference is the largest over all outputs and sizes, as a part of the output's peak.
+
+| Model | Exporter | Opset | Nodes | From onnxruntime | From PyTorch |
+|---|---|--:|--:|--:|--:|
+"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """One exported model with its examples."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        with np.load(self.path.with_suffix(".npz")) as stored:
+            return dict(json.loads(str(stored["about"])))
+
+    @cached_property
+    def examples(self) -> tuple[tuple[dict[str, HostArray], dict[str, HostArray]], ...]:
+        """Feeds and PyTorch's outputs."""
+        found: list[tuple[dict[str, HostArray], dict[str, HostArray]]] = [({}, {}) for _ in self.about["sizes"]]
+        with np.load(self.path.with_suffix(".npz")) as stored:
+            for key in stored.files:
+                if key != "about":
+                    i, side, name = key.split("/", 2)
+                    found[int(i)][side == "out"][name] = stored[key]
+        return tuple(found)
+
+    @property
+    def sizes(self) -> str:
+        return "; ".join(", ".join(f"{k} {v}" for k, v in sizes.items()) for sizes in self.about["sizes"])
+
+
+def exports(folder: Path) -> list[Export]:
+    """Every model in the folder that has examples."""
+    return [Export(path) for path in sorted(folder.glob("*.onnx")) if path.with_suffix(".npz").exists()]
+
+
+def differences(export: Export, *, fuse: bool = True) -> tuple[list[Difference], list[Difference]]:
+    """Every output at every size: from onnxruntime, and from PyTorch."""
+    reference = OnnxRuntime(export.path, threads=1)
+    from_peer: list[Difference] = []
+    from_torch: list[Difference] = []
+    with infera_gpu.load(export.path, device="cpu", fuse=fuse) as session:
+        for feeds, wanted in export.examples:
+            given = {name: feeds[name] for name in session.inputs}  # tracing drops inputs that nothing reads
+            got = session.run(given)
+            from_peer += compare(got, reference.run(given))
+            from_torch += compare(got, wanted)
+    return from_peer, from_torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. `problem` says why there are no figures."""
+
+    export: Export
+    opset: int
+    nodes: int
+    peer: float = math.inf
+    torch: float = math.inf
+    problem: str = ""
+
+    def __str__(self) -> str:
+        figures = self.problem or f"{self.peer:.0e} | {self.torch:.0e}"
+        about = self.export.about
+        return f"| {about['model']} | {about['exporter']} | {self.opset} | {self.nodes} | {figures} |"
+
+
+def measured(export: Export) -> Row:
+    model = onnx.load(export.path, load_external_data=False)
+    opset = next(o.version for o in model.opset_import if not o.domain)
+    nodes = len(model.graph.node)
+    try:
+        peer, torch = (max(d.error for d in found) for found in differences(export))
+    except infera_gpu.InferaError as error:
+        return Row(export, opset, nodes, problem=f"{error} |")
+    return Row(export, opset, nodes, peer, torch)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page in Markdown: the table, then what each model is and its sizes."""
+    lines = [
+        HEAD.format(torch=rows[0].export.about["torch"]) + "\n".join(map(str, rows)),
+        "",
+        "| Model | What | Sizes |",
+    ]
+    lines.append("|---|---|---|")
+    models = {row.export.about["model"]: row.export for row in rows}
+    lines += [f"| {name} | {export.about['summary']} | {export.sizes} |" for name, export in models.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every model agrees with onnxruntime, else 1."""
+    parser = argparse.ArgumentParser("python -m bench.exporters_report", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, help="write the page there instead of printing it")
+    options = parser.parse_args(argv)
+    found = exports(options.folder)
+    if not found:
+        parser.error(
+            f"{options.folder} has no models with examples; `python -m bench.exporters {options.folder}` makes them"
+        )
+    console = Console(stderr=True)
+    rows = [measured(export) for export in track(found, "comparing", console=console, transient=True)]
+    text = page(rows)
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text, end="")
+    wrong = [row.export.name for row in rows if row.peer > TOLERANCE]
+    if wrong:
+        console.print(f"different from onnxruntime, or not run: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

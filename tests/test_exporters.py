@@ -1,0 +1,41 @@
+"""Models as PyTorch's exporters write them: against onnxruntime, and against PyTorch itself.
+
+`python -m bench.exporters FOLDER` writes them with a Python that has PyTorch; nothing here needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bench.exporters_report import Export, differences, exports
+from infera_gpu.verify import TOLERANCE
+
+pytestmark = pytest.mark.large
+FOLDER = os.environ.get("INFERA_EXPORTS") or None
+FOUND = exports(Path(FOLDER)) if FOLDER else []
+
+MASKED = (
+    "rows of a left-padded batch that attend to nothing: PyTorch answers them with zeros and the exported graph with a "
+    "mean; nothing reads them"
+)
+UNFAITHFUL = {"gpt2-dynamo": MASKED, "llama-dynamo": MASKED}
+"""What the exporter writes means something else than the PyTorch model: onnxruntime differs from PyTorch as we do."""
+
+
+def test_there_are_exports() -> None:
+    if FOLDER is None:
+        pytest.skip("INFERA_EXPORTS is not set: `make exports`, or `python -m bench.exporters FOLDER` with PyTorch")
+    assert FOUND, f"{FOLDER} has no models with examples"
+
+
+@pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "as written"])
+def test_agrees_with_onnxruntime_and_pytorch(export: Export, fuse: bool) -> None:
+    from_peer, from_torch = differences(export, fuse=fuse)
+    wrong = [str(d) for d in from_peer if not d.within()]
+    assert not wrong, f"from onnxruntime: {'; '.join(wrong)}"
+    apart = [str(d) for d in from_torch if not d.within()]
+    assert bool(apart) == (export.name in UNFAITHFUL), f"from PyTorch: {'; '.join(apart) or f'within {TOLERANCE}'}"
