@@ -98,8 +98,9 @@ def test_nothing_is_computed_on_nothing(op: Op, case: Case) -> None:
     with infera_gpu.load(model, device="cpu") as session:
         try:
             got = list(session.run(fed).values())
-        except InferaError as error:
-            assert op.name in REFUSED, error
+        except InferaError:
+            if op.name not in REFUSED:
+                raise
             return
     if op.name in NAN:
         assert all(np.isnan(g).all() and not np.asarray(w).any() for g, w in zip(got, want, strict=True) if g.size)
