@@ -16,6 +16,7 @@ from infera_gpu.bind import Bound, Constants
 from infera_gpu.devices import Device, open_device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.feeds import value_of
 from infera_gpu.graph import Graph
 from infera_gpu.lease import Lease
 from infera_gpu.loader import Source, load_graph
@@ -25,10 +26,6 @@ from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import (
     Array,
-    DType,
-    MapSpec,
-    OptionalSpec,
-    SequenceSpec,
     TensorSpec,
     ValueSpec,
     bind_symbols,
@@ -108,6 +105,7 @@ class Session:
         self._constants = constants or Constants(device, self.graph)
         self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
+        self._deriving = threading.Lock()
         self._all_plain = all(map(is_plain, self.inputs.values()))
         self._free: list[Lease] = []
         self._leases = 0
@@ -161,7 +159,7 @@ class Session:
         given = frozenset(self.overridable.keys() & feeds.keys())
         if not given:
             return self
-        with self._available:
+        with self._deriving:  # not the lock that runs wait for: passes take their time
             self._refuse_closed()
             session = self._overriding.get(given)
             if session is None:
@@ -306,7 +304,7 @@ class Session:
         if not isinstance(feeds, Mapping):
             raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
         self._check_names(feeds)
-        found = self._sort({name: self._value(name, feeds[name], spec) for name, spec in self.inputs.items()})
+        found = self._sort({name: value_of(name, feeds[name], spec, self.device) for name, spec in self.inputs.items()})
         if not self._stages.known(found.shapes):
             self._check_shapes(found.shapes)
         return found
@@ -319,45 +317,6 @@ class Session:
             plain,
             tuple(v.shape if isinstance(self.inputs[k], TensorSpec) else () for k, v in values.items()),
             {k: v for k, v in values.items() if k not in plain},
-        )
-
-    def _value(self, name: str, value: Any, spec: ValueSpec) -> Any:
-        """The feed as a value of the input's type. Raises InputError."""
-        match spec:
-            case TensorSpec():
-                return self._array(name, value, spec)
-            case OptionalSpec():
-                return None if value is None else value if spec.elem is None else self._value(name, value, spec.elem)
-            case SequenceSpec():
-                if not isinstance(value, list | tuple):
-                    raise InputError(f"input '{name}' is {type(value).__name__}, expected a list: {spec}")
-                elem = spec.elem
-                return [v if elem is None else self._value(f"{name}[{i}]", v, elem) for i, v in enumerate(value)]
-            case MapSpec():
-                if not isinstance(value, Mapping):
-                    raise InputError(f"input '{name}' is {type(value).__name__}, expected a dict: {spec}")
-                return dict(value)
-
-    def _array(self, name: str, value: Any, spec: TensorSpec) -> Array:
-        """The feed as an array of the input's dtype. Python numbers and lists have no dtype of their own."""
-        if spec.dtype == object:
-            return _strings(name, value)
-        array = self.device.accepts(value)
-        if array is None and hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray | np.generic):
-            array = np.from_dlpack(value)
-        if array is None:
-            try:
-                array = np.asarray(value)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"input '{name}' cannot be made an array of {spec}: {error}") from None
-            if not isinstance(value, np.ndarray | np.generic) and _is_exact(array, spec.dtype):
-                return array.astype(spec.dtype)
-        if array.dtype == spec.dtype:
-            return array
-        if array.dtype == spec.dtype.newbyteorder():
-            return array.astype(spec.dtype)
-        raise InputError(
-            f"input '{name}' is {array.dtype.name}, expected {spec}; convert it with .astype('{spec.dtype.name}')"
         )
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
@@ -414,25 +373,3 @@ class Session:
         ins = ", ".join(f"{k} {s}" for k, s in self.inputs.items())
         outs = ", ".join(f"{k} {s}" for k, s in self.outputs.items())
         return f"<Session {self.name} on {self.device.name}: {ins} -> {outs}>"
-
-
-def _strings(name: str, value: Any) -> np.ndarray[Any, Any]:
-    """Text, in lists or arrays of any kind, as an array of str. Raises InputError for anything else."""
-    array = np.array(value, dtype=object)
-    for i, text in enumerate(array.flat):
-        if isinstance(text, bytes):
-            array.flat[i] = text.decode(errors="replace")
-        elif not isinstance(text, str):
-            raise InputError(f"input '{name}' has a {type(text).__name__} among its elements, expected strings")
-    return array
-
-
-def _is_exact(array: np.ndarray[Any, Any], dtype: DType) -> bool:
-    """Whether Python numbers, as NumPy reads them, are values of `dtype`: no fraction, sign or text is lost."""
-    if array.dtype.kind not in "biuf" or (array.dtype.kind == "b") != (dtype.kind == "b"):
-        return array.size == 0
-    if array.dtype.kind == "f" and dtype.kind in "iu":
-        return False
-    with np.errstate(all="ignore"):
-        there = array.astype(dtype)
-        return dtype.kind not in "iu" or bool((there.astype(array.dtype) == array).all())
