@@ -16,12 +16,21 @@ from infera_gpu.ops.pool import compute_average, pool_attrs, pool_spec
 from infera_gpu.ops.window import channels_last
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.activation import activation
-from infera_kernels.portable.quant import dequantize, quantize
+from infera_kernels.portable.quant import added, centred, dequantize, quantize, requantize
 from infera_kernels.portable.softmax import softmax
 
 Shape = Callable[[Site], tuple[int, ...]]
 Plain = Callable[[Any, Site, Sequence[Array]], Array]
 """The operator on floats: `plain(xp, site, operands)`."""
+
+
+Operands = Sequence[tuple[Array, Array | None]]
+"""Quantised tensors and their zero points."""
+Integers = Callable[[Any, Site, Operands, Sequence[Array], Array, Array], Array]
+"""It on integers: `integers(xp, site, operands, their scales, the output's scale and zero point)`.
+
+What lies halfway between two integers then does so exactly, where the scales allow it.
+"""
 
 
 def _scalars(site: Site, *inputs: int) -> None:
@@ -49,16 +58,18 @@ def _again(xp: Any, made: Array, scale: Array, zero: Array | None, dtype: Any, *
 def quantized(
     name: str,
     operands: int,
-    plain: Plain,
+    plain: Plain | None,
     shape: Shape,
     cases: tuple[Case, ...],
+    integers: Integers | None = None,
     first: int = 0,
     shifted_first: bool = False,
     **attrs: Any,
 ) -> Op:
     """An operator of `operands` quantised tensors: each with scale and zero point, then those of the output.
 
-    `first` inputs come before them as they are, and go to `plain` before the others.
+    `first` inputs come before them as they are, and go to `plain` before the others. Without `plain` it is what
+    `integers` makes.
     """
     n = first + 3 * operands
     tensors = range(first, n, 3)
@@ -70,10 +81,16 @@ def quantized(
         return (TensorSpec(shape(site), site.spec(first).dtype),)
 
     def compute(xp: Any, site: Site, *ins: Array | None) -> Array:
-        made = plain(xp, site, [*ins[:first], *(_operand(xp, ins, i) for i in tensors)])
         zero = ins[n + 1] if len(ins) > n + 1 else None
         scale = ins[n]
         assert scale is not None
+        if integers is not None:
+            point = xp.zeros((), site.spec(first).dtype) if zero is None else zero.reshape(())
+            given: list[Any] = [(ins[i], ins[i + 2]) for i in tensors]
+            scales: list[Any] = [ins[i + 1] for i in tensors]
+            return integers(xp, site, given, [s.reshape(()) for s in scales], scale.reshape(()), point)
+        assert plain is not None
+        made = plain(xp, site, [*ins[:first], *(_operand(xp, ins, i) for i in tensors)])
         return _again(xp, made, scale, zero, site.spec(first).dtype, shifted_first=shifted_first)
 
     return ms_op(name, infer, compute, cases, **attrs)
@@ -103,13 +120,23 @@ def _pooled(site: Site) -> tuple[int, ...]:
     return (*dims[:2], *(1,) * (len(dims) - 2))
 
 
-def _pool(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
-    (x,) = ins
+def _mean(xp: Any, site: Site, operands: Operands, scales: Sequence[Array], scale: Array, zero: Array) -> Array:
+    (x,) = (centred(xp, q, point, 0) for q, point in operands)
     axes = tuple(range(1, x.ndim - 1)) if site.attrs["channels_last"] else tuple(range(2, x.ndim))
-    return x.mean(axis=axes, keepdims=True)
+    sums = x.sum(axis=axes, keepdims=True)
+    return requantize(xp, sums, scales[0] / (scale * np.float32(x.size // sums.size)), zero)
 
 
 _AVERAGE = channels_last(pool_spec, partial(compute_average, in_order=True), lambda site: site.attrs["channels_last"])
+
+
+def _sum(xp: Any, site: Site, operands: Operands, scales: Sequence[Array], scale: Array, zero: Array) -> Array:
+    return added(xp, operands, [s / scale for s in scales], zero)
+
+
+def _product(xp: Any, site: Site, operands: Operands, scales: Sequence[Array], scale: Array, zero: Array) -> Array:
+    a, b = (centred(xp, q, point, 0) for q, point in operands)
+    return requantize(xp, a * b, scales[0] * scales[1] / scale, zero)
 
 
 def _softmax(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
@@ -164,10 +191,24 @@ def _concat(xp: Any, site: Site, *ins: Array) -> Array:
     return _again(xp, xp.concatenate(parts, axis=int(site.attrs["axis"])), ins[0], ins[1], site.spec(1).dtype)
 
 
+_HALVES = Case(
+    "halves",
+    (
+        _u8(20, 30),
+        _scale(2 / 255),
+        _zero(128),
+        np.array(255, np.uint8),
+        _scale(1 / 255),
+        _zero(0),
+        _scale(2 / 255),
+        _zero(3),
+    ),
+    **_WIDE,
+)
 _BINARY = (Case("broadcast", (*_A, *_B, *_OUT), **_WIDE),)
 OPS = (
-    quantized("QLinearAdd", 2, lambda xp, site, ins: ins[0] + ins[1], _broadcast(0, 3), _BINARY),
-    quantized("QLinearMul", 2, lambda xp, site, ins: ins[0] * ins[1], _broadcast(0, 3), _BINARY),
+    quantized("QLinearAdd", 2, None, _broadcast(0, 3), (*_BINARY, _HALVES), integers=_sum),
+    quantized("QLinearMul", 2, None, _broadcast(0, 3), (*_BINARY, _HALVES), integers=_product),
     quantized(
         "QLinearLeakyRelu",
         1,
@@ -195,9 +236,13 @@ OPS = (
     quantized(
         "QLinearGlobalAveragePool",
         1,
-        _pool,
+        None,
         _pooled,
-        (Case("images", (_u8(2, 3, 4, 5), _scale(0.05), _zero(120), *_OUT), **_WIDE),),
+        (
+            Case("halves", (_u8(2, 3, 4, 4), _scale(0.05), _zero(120), _scale(0.05), _zero(3)), **_WIDE),
+            Case("images", (_u8(2, 3, 4, 5), _scale(0.05), _zero(120), *_OUT), **_WIDE),
+        ),
+        integers=_mean,
         channels_last=0,
     ),
     quantized(

@@ -5,6 +5,7 @@ q = saturate(round(x / scale) + zero point), halves rounded to even; x = (q - ze
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -102,6 +103,22 @@ def dynamic_matmul(xp: Any, a: Array, b: Array, scale: Array, zero: Array | None
     """a @ b in float32: `a` float, quantised over its own range, `b` by `scale` and `zero`, single or by columns."""
     q, a_scale, a_zero = dynamic_quantize(xp, a)
     return matmul_integer(xp, q, b, a_zero, zero).astype(xp.float32) * (a_scale * scale)
+
+
+def added(xp: Any, operands: Sequence[tuple[Array, Array | None]], factors: Sequence[Array], zero: Array) -> Array:
+    """The sum of (quantised, zero point) times float32 factors, plus the output's zero point, rounded to its type.
+
+    The last bit decides what lies halfway between two integers, so the order is that of onnxruntime's kernel: zero
+    points, then operands that repeat along the last axis, then the others.
+    """
+    f32 = xp.float32
+    points = [f * (0 if p is None else p.reshape(()).astype(f32)) for (_, p), f in zip(operands, factors, strict=True)]
+    total = zero.astype(f32) - sum(points[1:], start=points[0])
+    pairs = list(zip(operands, factors, strict=True))
+    for (q, _), factor in sorted(pairs, key=lambda pair: pair[0][0].shape[-1:] not in ((), (1,))):
+        total = total + q.astype(f32) * factor
+    low, high = bounds(zero.dtype)
+    return xp.clip(xp.rint(total), low, high).astype(zero.dtype)
 
 
 def requantize(xp: Any, sums: Array, factor: Array, zero: Array) -> Array:
