@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import numpy as np
-
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Op, Site
 from infera_gpu.spec import TensorSpec
 
@@ -87,6 +85,26 @@ def unary(name: str) -> Kernels:
 def gelu(form: Callable[[Site], str]) -> Kernels:
     """The kernels of Gelu, "gelu" or "gelu_tanh" as `form` says."""
     return _unary(form)
+
+
+def of_sum(function: str) -> Kernels:
+    """The kernels of f(x + bias), the bias where there is one."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.elementwise import supports_binary, supports_unary
+
+        x, out = site.spec(0), site.outs[0]
+        sums = not site.has(1) or supports_binary("add", x, site.spec(1), out)
+        return sums and supports_unary(function, x, out)
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton import elementwise
+
+        (out,) = io.outs
+        added = elementwise.binary("add", io.ins[0], io.ins[1], out, io.launcher) if site.has(1) else []
+        return [*added, *elementwise.unary(function, out if added else io.ins[0], out, io.launcher)]
+
+    return kernels(bind, supports, inplace=(0,), strided=True)
 
 
 def activation(name: str) -> Kernels:
@@ -250,27 +268,5 @@ def softmax(shape: Callable[[Site], tuple[int, int, int]], *, log: bool) -> Kern
 
     return kernels(bind, supports, inplace=(0,), strided=False)
 
-
-def _supports_norm(site: Site) -> bool:
-    from infera_kernels.triton.norm import supports_norm
-
-    weight, bias = (site.ins[i] if site.has(i) else None for i in (1, 2))
-    statistics = all(s.dtype == np.float32 for s in site.outs[1:])
-    return statistics and supports_norm(site.spec(0), site.outs[0], weight, bias, axis=site.axis())
-
-
-def _bind_norm(site: Site, io: Buffers) -> list[Call]:
-    from infera_kernels.triton import norm
-
-    x, weight, bias = (*io.ins, None, None)[:3]
-    eps, axis = float(site.attrs["epsilon"]), site.axis()
-    if site.node.op == "RMSNormalization":
-        return norm.rms_norm(x, weight, io.outs[0], io.launcher, eps=eps, axis=axis)
-    out, mean, inverse = (*io.outs, None, None)[:3]
-    return norm.layer_norm(x, weight, bias, out, io.launcher, eps=eps, axis=axis, mean=mean, inv_std=inverse)
-
-
-NORM = kernels(_bind_norm, _supports_norm, inplace=(0,), strided=False)
-"""LayerNormalization and RMSNormalization whose scale has the normalised axes' shape."""
 
 OPS: tuple[Op, ...] = ()

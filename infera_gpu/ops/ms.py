@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,10 @@ from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton
 from infera_gpu.ops._families import elementwise, floating
 from infera_gpu.ops._ms import F32, ms_op, wide
+from infera_gpu.ops._triton_norm import skip_norm
 from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import norm as cpu
 from infera_kernels.cpu.activation import activation as cpu_activation
 from infera_kernels.portable.activation import activation
 from infera_kernels.portable.norm import affine, standardized
@@ -31,13 +32,8 @@ def _activation(name: str, cases: tuple[Case, ...], function: str, needs: tuple[
         added = [(np.add, (*io.ins, out))] if site.has(1) else []
         return [*added, *cpu_activation(function, out if added else io.ins[0], out, io.scratch, **site.attrs)]
 
-    def alone(kernel: Kernel) -> Kernel:
-        supports = kernel.supports
-        return replace(kernel, supports=lambda site: not site.has(1) and supports(site))
-
-    on_device = _triton.activation(function) if attrs else _triton.gelu(lambda site: function)
     kernels = elementwise(bind, supports=floating if attrs else single)
-    kernels |= {kind: alone(kernel) for kind, kernel in on_device.items()}
+    kernels |= _triton.activation(function) if attrs else _triton.of_sum(function)
     return ms_op(name, _infer_activation, compute, cases, kernels=kernels, needs=needs, **attrs)
 
 
@@ -69,7 +65,7 @@ def _infer_skip(site: Site) -> tuple[TensorSpec, ...]:
         if site.has(i) and site.spec(i).dims != x.dims[-1:]:
             raise site.fail(f"input {i} is {site.spec(i)}, expected {x.dims[-1]} values")
     rows = TensorSpec((*x.dims[:-1], 1), F32)
-    return x, rows, rows, x
+    return (x, rows, rows, x)[: len(site.node.outputs)]
 
 
 def _skip(simple: bool) -> Any:
@@ -79,9 +75,39 @@ def _skip(simple: bool) -> Any:
         total = total if bias is None else total + wide(bias)
         made, mean, inverse = standardized(xp, total, (-1,), site.attrs["epsilon"], center=not simple)
         mean = xp.broadcast_to(mean, inverse.shape)
-        return affine(made, gamma, beta, x.dtype), mean.astype(F32), inverse.astype(F32), total.astype(x.dtype)
+        made = affine(made, gamma, beta, x.dtype)
+        return (made, mean.astype(F32), inverse.astype(F32), total.astype(x.dtype))[: len(site.node.outputs)]
 
     return compute
+
+
+def _skip_kernels(simple: bool) -> dict[str, Kernel]:
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        x, skip, gamma, *rest = io.ins
+        beta, bias = (None, *rest, None)[:2] if simple else (*rest, None, None)[:2]
+        made, mean, inverse, total = (*io.outs, None, None, None)[:4]
+        total = made if total is None else total
+        calls: list[Call] = [(np.add, (x, skip, total))]
+        if bias is not None:
+            calls.append((np.add, (total, bias, total)))
+        if simple and mean is not None:
+            calls.append((np.copyto, (mean, np.float32(0))))
+        flat = made.reshape(-1, made.shape[-1])
+        return calls + cpu.standardize(
+            total.reshape(flat.shape),
+            flat,
+            io.scratch,
+            epsilon=site.attrs["epsilon"],
+            center=not simple,
+            mean=None if simple or mean is None else mean.reshape(-1),
+            inverse=None if inverse is None else inverse.reshape(-1),
+            finish=lambda part: cpu.scaled(flat[part], gamma, beta),
+        )
+
+    def supports(site: Site) -> bool:
+        return site.spec(0).size > 0 and all(s is None or s.dtype == F32 for s in site.ins)
+
+    return {"cpu": Kernel(bind, supports, inplace=(0, 1))} | skip_norm(center=not simple)
 
 
 def _infer_simplified(site: Site) -> tuple[TensorSpec, TensorSpec]:
@@ -144,7 +170,10 @@ _NORMS = (
             Case("beta", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8))),
             Case("bias", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8), f32(8))),
             Case("shared", (f32(2, 3, 8), f32(3, 8), f32(8))),
+            Case("sum", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8), f32(8)), n_outs=4),
+            Case("past_block", (f32(130, 301), f32(130, 301), f32(301), f32(301))),
         ),
+        kernels=_skip_kernels(simple=False),
         epsilon=1e-12,
         needs=(0, 1, 2),
     ),
@@ -155,7 +184,9 @@ _NORMS = (
         (
             Case("plain", (f32(2, 3, 8), f32(2, 3, 8), f32(8))),
             Case("bias", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8))),
+            Case("sum", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8)), n_outs=4),
         ),
+        kernels=_skip_kernels(simple=True),
         epsilon=1e-12,
         needs=(0, 1, 2),
     ),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
-from infera_gpu.ops import _triton
 from infera_gpu.ops._families import element_type
+from infera_gpu.ops._triton_norm import NORM
 from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import norm as cpu
 from infera_kernels.portable import norm as portable
@@ -215,7 +215,7 @@ def _group_cases(per_group: bool) -> tuple[Case, ...]:
     )
 
 
-_LAYER_KERNELS = {"cpu": Kernel(_bind_layer, _supports_layer, inplace=(0,))} | _triton.NORM
+_LAYER_KERNELS = {"cpu": Kernel(_bind_layer, _supports_layer, inplace=(0,))} | NORM
 _GROUP_KERNELS = {"cpu": Kernel(_bind_group, _floating, inplace=(0,))}
 _IMAGES = (Case("images", (f32(2, 3, 5, 7),)), Case("large", (f32(2, 9, 33, 35),)))
 
