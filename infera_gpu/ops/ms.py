@@ -81,6 +81,10 @@ def _skip(simple: bool) -> Any:
     return compute
 
 
+def _single_precision(site: Site) -> bool:
+    return site.spec(0).size > 0 and all(s is None or s.dtype == F32 for s in site.ins)
+
+
 def _skip_kernels(simple: bool) -> dict[str, Kernel]:
     def bind(site: Site, io: Buffers) -> list[Call]:
         x, skip, gamma, *rest = io.ins
@@ -104,24 +108,35 @@ def _skip_kernels(simple: bool) -> dict[str, Kernel]:
             finish=lambda part: cpu.scaled(flat[part], gamma, beta),
         )
 
-    def supports(site: Site) -> bool:
-        return site.spec(0).size > 0 and all(s is None or s.dtype == F32 for s in site.ins)
-
-    return {"cpu": Kernel(bind, supports, inplace=(0, 1))} | skip_norm(center=not simple)
+    return {"cpu": Kernel(bind, _single_precision, inplace=(0, 1))} | skip_norm(center=not simple)
 
 
-def _infer_simplified(site: Site) -> tuple[TensorSpec, TensorSpec]:
+def _infer_simplified(site: Site) -> tuple[TensorSpec, ...]:
     x = site.spec(0)
     if not x.ndim or not x.dims[-1] or site.spec(1).dims != x.dims[-1:]:
         raise site.fail(f"X {x} and scale {site.spec(1)} do not fit each other")
-    return x, TensorSpec((*x.dims[:-1], 1), F32)
-
-
-def _simplified(xp: Any, site: Site, x: Array, scale: Array) -> tuple[Array, Array]:
     if site.attrs["axis"] not in (-1, x.ndim - 1):
         raise site.fail(f"axis is {site.attrs['axis']}, only the last one is supported")
+    return (x, TensorSpec((*x.dims[:-1], 1), F32))[: len(site.node.outputs)]
+
+
+def _simplified(xp: Any, site: Site, x: Array, scale: Array) -> tuple[Array, ...]:
     made, _, inverse = standardized(xp, x, (-1,), site.attrs["epsilon"], center=False)
-    return affine(made, scale, None, x.dtype), inverse.astype(F32)
+    return (affine(made, scale, None, x.dtype), inverse.astype(F32))[: len(site.node.outputs)]
+
+
+def _bind_simplified(site: Site, io: Buffers) -> list[Call]:
+    made, inverse = (*io.outs, None)[:2]
+    flat = made.reshape(-1, made.shape[-1])
+    return cpu.standardize(
+        io.ins[0].reshape(flat.shape),
+        flat,
+        io.scratch,
+        epsilon=site.attrs["epsilon"],
+        center=False,
+        inverse=None if inverse is None else inverse.reshape(-1),
+        finish=lambda part: cpu.scaled(flat[part], io.ins[1], None),
+    )
 
 
 def _infer_embed(site: Site) -> tuple[TensorSpec, ...]:
@@ -194,8 +209,12 @@ _NORMS = (
         "SimplifiedLayerNormalization",
         _infer_simplified,
         _simplified,
-        (Case("plain", (f32(2, 3, 8), f32(8))),),
+        (
+            Case("plain", (f32(2, 3, 8), f32(8))),
+            Case("statistics", (f32(130, 301), f32(301)), {"epsilon": 0.1}, n_outs=2),
+        ),
         domain="",
+        kernels={"cpu": Kernel(_bind_simplified, _single_precision, inplace=(0,))},
         axis=-1,
         epsilon=1e-5,
         stash_type=1,
