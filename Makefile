@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-all check bench gpu-check docker-check clean
+.PHONY: help run test test-kernels test-all check bench exports gpu-check docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,6 +43,27 @@ check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import 
 bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads; writes bench/results
 	@$(PY) -m bench
 
+# Exporting needs PyTorch, which nothing else here may import: an environment of its own, or TORCH_PYTHON=a Python with it.
+EXPORTS     ?= $(CURDIR)/.cache/exports
+TORCH_VENV  := .venv-torch
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+ifndef TORCH_PYTHON
+TORCH_PYTHON := $(TORCH_VENV)/bin/python
+TORCH_READY  := $(TORCH_VENV)/.installed
+endif
+TORCH_PIP = $(TORCH_PYTHON) -m pip --disable-pip-version-check -q install
+
+$(TORCH_VENV)/.installed:
+	@echo "installing PyTorch (200 MB), transformers and diffusers into $(TORCH_VENV)"
+	@$(PYTHON) -m venv $(TORCH_VENV)
+	@$(TORCH_PIP) --retries 1 --index-url $(TORCH_INDEX) torch==2.13.0 || $(TORCH_PIP) torch==2.13.0
+	@$(TORCH_PIP) torch==2.13.0 transformers==5.24.0 diffusers==0.42.1 onnxscript==0.7.2 onnx==1.23.2
+	@touch $@
+
+exports: $(VENV)/.with-test $(TORCH_READY)  ## models as PyTorch's exporters write them, against onnxruntime; NAMES="bert llama" for some
+	@$(TORCH_PYTHON) -m bench.exporters $(EXPORTS) $(NAMES); made=$$?; \
+	INFERA_EXPORTS=$(EXPORTS) $(PY) -m pytest tests/test_exporters.py && exit $$made
+
 gpu-check:  ## on a machine with a GPU, with the packages that $(PYTHON) has: kernels, parity, memory, timings; one JSON file
 	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server $(PYTHON) -m bench.gpu_check
@@ -51,4 +72,4 @@ docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfil
 	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(TORCH_VENV) .mypy_cache .pytest_cache .ruff_cache build dist

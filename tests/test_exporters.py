@@ -10,19 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.exporters_report import Export, differences, exports
+from bench.exporters_report import UNFAITHFUL, Export, differences, exports
 from infera_gpu.verify import TOLERANCE
 
 pytestmark = pytest.mark.large
 FOLDER = os.environ.get("INFERA_EXPORTS") or None
 FOUND = exports(Path(FOLDER)) if FOLDER else []
-
-MASKED = (
-    "rows of a left-padded batch that attend to nothing: PyTorch answers them with zeros and the exported graph with a "
-    "mean; nothing reads them"
-)
-UNFAITHFUL = {"gpt2-dynamo": MASKED, "llama-dynamo": MASKED}
-"""What the exporter writes means something else than the PyTorch model: onnxruntime differs from PyTorch as we do."""
 
 
 def test_there_are_exports() -> None:
