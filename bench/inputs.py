@@ -270,3 +270,10 @@ EXAMPLES: Mapping[str, tuple[Example, Example]] = {
         Example("b3 s31", _answered((31, 5, 20), 9)),
     ),
 }
+
+_ROUNDS = "it quantises on the way, and turns one rounding into another answer: tests/test_quantized_models.py"
+UNSTABLE: Mapping[str, str] = {
+    **dict.fromkeys(("bert-tiny-ner", "quire-tagger", "traceforge-encoder", "traceforge-decoder"), _ROUNDS),
+    "u2netp": "onnxruntime itself is up to 1.3e-4 from the model in float64: tests/test_models.py",
+}
+"""Models whose outputs no two runtimes agree on to 1e-4 of the peak, and where what is right about them is tested."""
