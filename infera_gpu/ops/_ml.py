@@ -35,6 +35,14 @@ def table(x: Array) -> Array:
     return x.reshape(1, -1).astype(np.float32) if x.ndim == 1 else x.astype(np.float32)
 
 
+def rows_of(site: Site) -> int:
+    """How many rows `table` makes of the input. Raises PlanError where it has neither form."""
+    x = site.spec(0)
+    if x.ndim not in (1, 2) or not x.dims[-1]:
+        raise site.fail(f"its input is {x}, expected (rows, features)")
+    return x.dims[0] if x.ndim == 2 else 1
+
+
 def labels_of(site: Site, ints: str) -> Array:
     """The classes' labels, from `classlabels_strings` or the attribute named. Raises PlanError where there are none."""
     words, numbers = site.attrs["classlabels_strings"], site.attrs[ints]
@@ -79,6 +87,20 @@ def post_transform(site: Site, scores: Array, name: str | None = None) -> Array:
     if name not in TRANSFORMS:
         raise site.fail(f"post_transform is '{name}', expected one of {', '.join(TRANSFORMS)}")
     return np.asarray(TRANSFORMS[name](scores)).astype(scores.dtype)
+
+
+def both_columns(site: Site, score: Array, *, complement: bool) -> Array:
+    """Two classes' scores from the one that is known, (rows,) -> (rows, 2), as onnxruntime fills them in.
+
+    LOGISTIC gives two probabilities. Else the first column is 1 - score with `complement`, or -score, and SOFTMAX and
+    SOFTMAX_ZERO change neither. PROBIT, of which onnxruntime leaves a column unset, is that of 1 - score and score.
+    """
+    post = site.attrs["post_transform"]
+    if post == "LOGISTIC":
+        return post_transform(site, np.stack((-score, score), axis=1))
+    if post == "PROBIT":
+        return post_transform(site, np.stack((1 - score, score), axis=1))
+    return post_transform(site, np.stack((1 - score if complement else -score, score), axis=1), "NONE")
 
 
 OPS: tuple[Op, ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import movable
 from infera_gpu.ops._forest import NODE_LISTS, Packed, forest, packed_trees, tree_floats
-from infera_gpu.ops._ml import labels_of, post_transform, winners
+from infera_gpu.ops._ml import labels_of, post_transform, rows_of, winners
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import trees as cpu
 
@@ -27,13 +27,6 @@ def _scores(site: Site, packed: Packed, x: Array, how: str) -> tuple[Array, Arra
     everywhere = targets == 1 or site.attrs.get("base_values") is None
     named = np.ones((1, targets), np.bool_) if everywhere else hit.take(found, axis=0).any(axis=1)
     return cpu.aggregate(found, weights, hit, how), named
-
-
-def _rows(site: Site) -> int:
-    x = site.spec(0)
-    if x.ndim not in (1, 2) or not x.dims[-1]:
-        raise site.fail(f"its input is {x}, expected (rows, features)")
-    return x.dims[0] if x.ndim == 2 else 1
 
 
 def _base(site: Site, scores: Array, named: Array | None = None) -> Array:
@@ -146,7 +139,7 @@ def _regressor(since: int, extra: dict[str, Any]) -> Op:
         "TreeEnsembleRegressor",
         since,
         domain="ai.onnx.ml",
-        infer=lambda site: (TensorSpec((_rows(site), _targets(site)), np.dtype(np.float32)),),
+        infer=lambda site: (TensorSpec((rows_of(site), _targets(site)), np.dtype(np.float32)),),
         **_ways(_regress, "target"),
         attrs={
             **NODE_LISTS,
@@ -170,7 +163,9 @@ def _classifier(since: int, extra: dict[str, Any]) -> Op:
 
     def infer(site: Site) -> tuple[TensorSpec, TensorSpec]:
         labels = labels_of(site, "classlabels_int64s")
-        return TensorSpec((_rows(site),), labels.dtype), TensorSpec((_rows(site), len(labels)), np.dtype(np.float32))
+        return TensorSpec((rows_of(site),), labels.dtype), TensorSpec(
+            (rows_of(site), len(labels)), np.dtype(np.float32)
+        )
 
     return Op(
         "TreeEnsembleClassifier",
@@ -206,7 +201,7 @@ _ENSEMBLE = Op(
     "TreeEnsemble",
     5,
     domain="ai.onnx.ml",
-    infer=lambda site: (TensorSpec((_rows(site), int(site.attrs["n_targets"] or 1)), site.spec(0).dtype),),
+    infer=lambda site: (TensorSpec((rows_of(site), int(site.attrs["n_targets"] or 1)), site.spec(0).dtype),),
     **_ways(_ensemble, ""),
     attrs={
         "aggregate_function": 1,
