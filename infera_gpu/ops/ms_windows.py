@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.op import Case, Op, Site
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.ops.pool import compute_max, pool_attrs, pool_spec
-from infera_gpu.ops.quant_matmul import conv, conv_case, conv_spec
+from infera_gpu.ops.quant_conv import KERNELS, conv, conv_case, conv_spec
 from infera_gpu.ops.window import ATTRS, channels_last
 from infera_gpu.spec import Array, TensorSpec
 
@@ -44,6 +44,7 @@ OPS: tuple[Op, ...] = (
             conv_case("depthwise", _S8, (1, 5, 5, 4), (4, 1, 3, 3), per_channel=True, group=4, **_LAST),
             conv_case("1d", _S8, (1, 9, 4), (3, 4, 3), pads=(2, 0), dilations=(2,), **_LAST),
         ),
+        kernels=KERNELS,
         **ATTRS,
         group=1,
         channels_last=0,

@@ -1,4 +1,4 @@
-"""Products of quantised tensors: MatMulInteger, QLinearMatMul, QLinearConv."""
+"""Products of quantised tensors: MatMulInteger, QLinearMatMul."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
 from infera_gpu.ops._families import INT32, plain
 from infera_gpu.ops.matmul import product_dims
-from infera_gpu.ops.window import ATTRS, window
-from infera_gpu.spec import Array, DType, TensorSpec
+from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import quant as cpu
-from infera_kernels.portable import conv as portable_conv
 from infera_kernels.portable import quant as portable
 from infera_kernels.portable.matmul import transposed
 
@@ -133,14 +131,14 @@ _MATMUL_INTEGER = Op(
 )
 
 
-def _require_parameters(site: Site) -> None:
+def require_parameters(site: Site) -> None:
     """Raises PlanError where one of the eight inputs that both QLinear operators need is left out."""
     for i in range(8):
         site.spec(i)
 
 
 def _linear_spec(site: Site) -> tuple[TensorSpec]:
-    _require_parameters(site)
+    require_parameters(site)
     return (TensorSpec(product_dims(site, site.spec(0).dims, site.spec(3).dims), site.spec(7).dtype),)
 
 
@@ -238,68 +236,4 @@ _QLINEAR_MATMUL = Op(
     ),
 )
 
-
-def conv_spec(site: Site) -> tuple[TensorSpec]:
-    """The output of QLinearConv."""
-    _require_parameters(site)
-    x, w = site.spec(0), site.spec(3)
-    group = int(site.attrs["group"])
-    if x.ndim < 3 or x.ndim != w.ndim or group < 1 or x.dims[1] != w.dims[1] * group or w.dims[0] % group:
-        raise site.fail(f"weights {w} do not fit {x} in {group} groups")
-    check_parameters(site, (1, 2, 6, 7), (4, 5), w.dims[0])
-    if site.has(8) and site.spec(8).dims != w.dims[:1]:
-        raise site.fail(f"bias is {site.spec(8)}, expected {w.dims[0]} elements")
-    shape = (x.dims[0], w.dims[0], *window(site, w.dims[2:]).out)
-    return (TensorSpec(shape, site.spec(7).dtype),)
-
-
-def conv(
-    xp: Any,
-    site: Site,
-    x: Array,
-    x_scale: Array,
-    x_zero: Array,
-    w: Array,
-    w_scale: Array,
-    w_zero: Array,
-    y_scale: Array,
-    y_zero: Array,
-    bias: Array | None = None,
-) -> Array:
-    """QLinearConv. Padding holds the zero point, which is 0 once the inputs are centred.
-
-    Sums are float64, exact below 2**53, because integer products have no BLAS.
-    """
-    view = window(site, w.shape[2:])
-    data, weights = (portable.centred(xp, q, zero, 0).astype(xp.float64) for q, zero in ((x, x_zero), (w, w_zero)))
-    group = int(site.attrs["group"])
-    sums = portable_conv.convolution(xp, data, weights, bias, view.out, group=group, **view.params)
-    factor = x_scale.reshape(()) * w_scale / y_scale.reshape(())
-    return portable.requantize(xp, sums, portable.aligned(xp, factor, sums.shape, 1), y_zero.reshape(()))
-
-
-def conv_case(id: str, w: DType, *shapes: tuple[int, ...], per_channel: bool = False, **attrs: Any) -> Case:
-    """A case of QLinearConv with uint8 inputs."""
-    x_shape, w_shape = shapes
-    out = w_shape[0]
-    scale = np.linspace(0.01, 0.05, out, dtype=np.float32) if per_channel else _scale(0.02)
-    zero = np.zeros(out, w) if per_channel else _point(2, w)
-    bias = np.arange(out, dtype=np.int32) * 50
-    ins = (_u8(*x_shape), _scale(0.05), _point(120), _spec(w, *w_shape), scale, zero, _scale(0.5), _point(99), bias)
-    return Case(id, ins, attrs, **_LIMITS)
-
-
-_QLINEAR_CONV = Op(
-    "QLinearConv",
-    10,
-    infer=conv_spec,
-    compute=plain(conv),
-    attrs={**ATTRS, "group": 1},
-    cases=(
-        conv_case("padded", np.dtype(np.uint8), (1, 2, 5, 6), (3, 2, 3, 3), pads=(1, 1, 1, 1)),
-        conv_case("channels", np.dtype(np.int8), (2, 2, 5, 6), (3, 2, 3, 3), per_channel=True, strides=(2, 1)),
-        conv_case("depthwise", np.dtype(np.int8), (1, 4, 5, 5), (4, 1, 3, 3), per_channel=True, group=4),
-    ),
-)
-
-OPS: tuple[Op, ...] = (_MATMUL_INTEGER, _QLINEAR_MATMUL, _QLINEAR_CONV)
+OPS: tuple[Op, ...] = (_MATMUL_INTEGER, _QLINEAR_MATMUL)
