@@ -17,6 +17,7 @@ KERNELS_OWN = {
     ("QuantizeLinear", "axis"): 1,
     ("DequantizeLinear", "axis"): 1,
     ("RotaryEmbedding", "scale"): 1.0,
+    ("MRotaryEmbedding", "scale"): 1.0,
 }
 """Defaults that are onnxruntime's kernels', not the schemas'."""
 
