@@ -54,7 +54,7 @@ def model_of(
     graph = helper.make_graph(nodes, "case", [value_info(k, v) for k, v in fed.items()], outputs, fixed)
     opsets = [helper.make_opsetid(op.domain, opset_of(op, case))]
     if op.domain:
-        opsets.append(helper.make_opsetid("", 17))
+        opsets.append(helper.make_opsetid("", 21))
     ir_version = max(8, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
     model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
     known = op.domain or onnx.defs.has(op.name, opset_of(op, case), "")

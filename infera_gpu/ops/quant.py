@@ -206,6 +206,10 @@ _MS_BACK = (
     Case("int4", (_INT4, _scalar(0.1), _scalar(-2, ml_dtypes.int4))),
     Case("uint4_rows", ((_INT4.astype(np.int8) & 7).astype(ml_dtypes.uint4), _SCALES), {"axis": 0}),
 )
+_INT4_CASES = tuple(
+    Case(np.dtype(t).name, (f32(3, 5), _scalar(0.3), _scalar(zero, t)))
+    for t, zero in ((ml_dtypes.int4, -2), (ml_dtypes.uint4, 7))
+)
 _MS: dict[str, Any] = {"domain": "com.microsoft"}
 
 
@@ -293,7 +297,7 @@ OPS: tuple[Op, ...] = (
         {"axis": 1, "block_size": 0, "output_dtype": 0},
         (*_BACK_CASES[1:2], *_widened(23, 25, 28), *_POWER_SCALE_BACK),
     ),
-    _quantize_op(1, {"axis": 1}, _TENSOR_CASES[:2] + _AXIS_CASES[:2] + _QUANTIZE_21[1:3], **_MS),
+    _quantize_op(1, {"axis": 1}, _INT4_CASES + _TENSOR_CASES[:2] + _AXIS_CASES[:2] + _QUANTIZE_21[1:3], **_MS),
     _dequantize_op(1, {"axis": 1}, _BACK_CASES[1:3] + _BACK_AXIS_CASES[:2] + _BACK_21[1:] + _MS_BACK, **_MS),
     _DYNAMIC,
 )
