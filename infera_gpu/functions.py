@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from infera_gpu.errors import InvalidModel
-from infera_gpu.graph import Graph, HostArray, Node
+import numpy as np
 
-MAX_NODES = 200_000
-"""Nodes that functions may expand to: a few of them that call each other twice can ask for any number."""
+from infera_gpu.errors import InvalidModel
+from infera_gpu.graph import Graph, HostArray, Node, made_name
+
+MAX_SIZE = 2_000_000
+"""Nodes, with their inputs and outputs, that functions may expand to; long names count more than once. A few functions
+that call each other twice can ask for any number."""
 
 Key: TypeAlias = tuple[str, str, str]
 """domain, name, overload"""
@@ -19,9 +22,27 @@ Key: TypeAlias = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """In a function's body, in place of an attribute: the attribute of the call that has this name."""
+    """In a function's body, in place of an attribute: the attribute of the call that has this name, and its kind."""
 
     name: str
+    kind: str
+
+    def check(self, value: Any, label: str) -> Any:
+        """`value`. Raises InvalidModel where it is of another kind."""
+        found = kind_of(value)
+        if found != self.kind and not (value == () and self.kind.endswith("S")):
+            raise InvalidModel(f"{label}: attribute '{self.name}' is {found}, the function needs {self.kind}")
+        return value
+
+
+_KINDS = {float: "FLOAT", int: "INT", str: "STRING", bytes: "STRING", Graph: "GRAPH"}
+
+
+def kind_of(value: Any) -> str:
+    """The name of an attribute's type (AttributeProto.AttributeType), from a value as nodes hold it."""
+    if isinstance(value, tuple):
+        return f"{kind_of(value[0])}S" if value else "INTS"
+    return "TENSOR" if isinstance(value, np.ndarray) else _KINDS.get(type(value), "TYPE_PROTO")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +61,40 @@ def key_of(node: Node) -> Key:
 def inline(graph: Graph, functions: Mapping[Key, Function]) -> Graph:
     """The graph without calls of functions, in subgraphs neither.
 
-    Raises InvalidModel for functions that call themselves or expand to more than MAX_NODES nodes.
+    Raises InvalidModel for functions that call themselves or expand to more than MAX_SIZE.
     """
-    count = _Sizes(functions).of(graph)
-    if count > MAX_NODES:
-        raise InvalidModel(f"its functions expand to {count:,} nodes, at most {MAX_NODES:,} are accepted")
+    if functions:
+        size = _Sizes(functions).of(graph)
+        if size > MAX_SIZE:
+            raise InvalidModel(f"its functions expand to {size:,} nodes and values, at most {MAX_SIZE:,} are accepted")
     return _inlined(graph, functions, itertools.count())
 
 
 class _Sizes:
-    """How many nodes calls expand to."""
+    """How many nodes and values calls expand to."""
 
     def __init__(self, functions: Mapping[Key, Function]) -> None:
         self._functions = functions
         self._known: dict[Key, int | None] = {}
 
     def of(self, graph: Graph) -> int:
-        return sum(self._node(n) + sum(self.of(sub) for _, sub in n.subgraphs) for n in graph.nodes)
+        own = len(graph.constants) + len(graph.outputs)
+        return own + sum(self._node(n) + sum(self.of(sub) for _, sub in n.subgraphs) for n in graph.nodes)
 
     def _node(self, node: Node) -> int:
         key = key_of(node)
         function = self._functions.get(key)
+        names = (node.name, node.op, *node.inputs, *node.outputs)
+        size = len(names) + sum(len(name) // 64 for name in names)
         if function is None:
-            return 1
+            return size
         if key not in self._known:
             self._known[key] = None
             self._known[key] = self.of(function.body)
         found = self._known[key]
         if found is None:
             raise InvalidModel(f"the function {node.qualified} calls itself")
-        return found
+        return size + found
 
 
 def _inlined(graph: Graph, functions: Mapping[Key, Function], numbers: Iterator[int]) -> Graph:
@@ -83,7 +108,7 @@ def _inlined(graph: Graph, functions: Mapping[Key, Function], numbers: Iterator[
         if function is None:
             nodes.append(node)
             continue
-        called = _called(function, node, graph.opsets, f"{node.op}.{next(numbers)}")
+        called = _called(function, node, graph.opsets, made_name(node.op[:40], next(numbers)))
         body = _inlined(called, functions, numbers)
         nodes += body.nodes
         constants.update(body.constants)
@@ -93,7 +118,7 @@ def _inlined(graph: Graph, functions: Mapping[Key, Function], numbers: Iterator[
 def _called(function: Function, call: Node, opsets: Mapping[str, int], prefix: str) -> Graph:
     """The body as this call needs it: attributes and names filled in, every node at the function's opset.
 
-    Its own values are named `prefix`/..., which no other call's are.
+    Its own values are named `prefix`⁄..., which no other call's are.
     """
     body = function.body
     unknown = [k for k in call.attrs if k not in function.attrs]
@@ -104,13 +129,16 @@ def _called(function: Function, call: Node, opsets: Mapping[str, int], prefix: s
             raise InvalidModel(f"{call} has {len(actual)} {what}, the function {call.qualified} has {len(formal)}")
     attrs = {**function.defaults, **call.attrs}
     given = dict(zip(body.inputs, (*call.inputs, *[""] * len(body.inputs)), strict=False))
-    names = {v: f"{prefix}/{v}" for v in (*body.constants, *(o for n in body.nodes for o in n.outputs if o))}
+    names = {v: made_name(prefix, v) for v in (*body.constants, *(o for n in body.nodes for o in n.outputs if o))}
     copies: list[Node] = []
     for inner, outer in zip(body.outputs, call.outputs, strict=False):
         if not outer:
             continue
         if inner in given or inner in body.constants:
-            copies.append(Node("Identity", (given.get(inner) or names[inner],), (outer,)))
+            source = given.get(inner, names.get(inner, ""))
+            if not source:
+                raise InvalidModel(f"{call}: its output '{outer}' is the input '{inner}', which is left out")
+            copies.append(Node("Identity", (source,), (outer,)))
         else:
             names[inner] = outer
     filled = _filled(body, attrs, body.opsets, opsets, call.name or call.op)
@@ -125,7 +153,7 @@ def _filled(
 
     def value(v: Any) -> Any:
         if isinstance(v, Reference):
-            return attrs.get(v.name, v)
+            return v.check(attrs[v.name], label) if v.name in attrs else v
         return _filled(v, attrs, own, outer, label) if isinstance(v, Graph) else v
 
     def node(n: Node) -> Node:

@@ -20,10 +20,13 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 FOLD_LIMIT = 1 << 30
 """Bytes. What planning computes ahead must not be larger: a few bytes of a file can ask for any size."""
 
+JOINT = "\N{FRACTION SLASH}"
+"""Joins the parts of names that are made here. Files with such names are refused: none is like one of ours."""
 
-def fold_budget(constants: Mapping[str, HostArray]) -> int:
-    """Bytes that planning may compute ahead: four times what the file brings, at least 64 MiB, at most FOLD_LIMIT."""
-    return min(FOLD_LIMIT, max(64 << 20, 4 * sum(a.nbytes for a in constants.values())))
+
+def made_name(*parts: object) -> str:
+    """The name of a value that is in no file, made of a name that is unique where it stands, and of what it is."""
+    return JOINT.join(map(str, parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ class Graph:
 
     def overriding(self, names: Iterable[str]) -> Graph:
         """The same graph with these of its overridable constants as inputs."""
-        given = {k: self.overridable[k] for k in self.overridable if k in set(names)}
+        names = set(names)
+        given = {k: spec for k, spec in self.overridable.items() if k in names}
         return replace(
             self,
             inputs={**self.inputs, **given},
@@ -126,7 +130,7 @@ class Graph:
         Inlining a subgraph needs this: two of them may use one name for different values.
         """
         own = {*self.constants, *(o for n in self.nodes for o in n.outputs if o)}
-        return self.renamed({name: f"{prefix}/{name}" for name in own})
+        return self.renamed({name: made_name(prefix, name) for name in own})
 
     def renamed(self, names: Mapping[str, str]) -> Graph:
         """The same graph with other names. What a subgraph makes itself hides names, and makes way for new ones."""
@@ -134,9 +138,9 @@ class Graph:
 
         def inner(sub: Graph) -> Graph:
             own = {*sub.inputs, *sub.constants, *(o for n in sub.nodes for o in n.outputs if o)}
-            moved = {k: f"{k}'" for k in own & taken}
+            moved = {k: made_name(k, "") for k in own & taken}
             while not taken.isdisjoint(moved.values()) or not own.isdisjoint(moved.values()):
-                moved = {k: f"{v}'" for k, v in moved.items()}
+                moved = {k: made_name(v, "") for k, v in moved.items()}
             return sub.renamed({**{k: v for k, v in names.items() if k not in own}, **moved})
 
         def new(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ import numpy as np
 
 from infera_gpu.errors import InvalidModel
 from infera_gpu.functions import Function, Key, Reference, constants_first, inline
-from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
-from infera_gpu.wellformed import check_node, domain_name, opset_versions, text
+from infera_gpu.wellformed import check_node, domain_name, opset_versions, text, value_name
 
 if TYPE_CHECKING:
     import onnx
@@ -93,13 +94,14 @@ def _payload(path: Path) -> bytes:
 
 def _functions(model: onnx.ModelProto, reader: _Reader) -> dict[Key, Function]:
     found: dict[Key, Function] = {}
+    shared = dict(reader.opsets)
     for f in model.functions:
         key = (domain_name(f.domain), text(f.name), text(f.overload))
         label = ".".join(filter(None, key))
         if key in found:
             raise InvalidModel(f"the function {label} is defined twice")
         try:
-            own = {**reader.opsets, **opset_versions(f.opset_import, required=False)}
+            own = ChainMap(opset_versions(f.opset_import, required=False), shared)
             found[key] = _Reader(own, reader.tensors, in_function=True).function(f)
         except InvalidModel as error:
             raise InvalidModel(f"in the function {label}: {error}") from None
@@ -117,8 +119,8 @@ class _Reader:
     def graph(self, proto: onnx.GraphProto, name: str = "") -> Graph:
         constants: dict[str, HostArray] = {}
         for kind, read, given in (
-            ("initialiser", self.tensors.array, [(t.name, t) for t in proto.initializer]),
-            ("sparse initialiser", self.tensors.sparse, [(t.values.name, t) for t in proto.sparse_initializer]),
+            ("initialiser", self.tensors.array, ((t.name, t) for t in proto.initializer)),
+            ("sparse initialiser", self.tensors.sparse, ((t.values.name, t) for t in proto.sparse_initializer)),
         ):
             for label, tensor in given:
                 _named(label, kind)
@@ -135,12 +137,7 @@ class _Reader:
         nodes = [self.node(n) for n in proto.node]
         outputs: dict[str, ValueSpec] = {}
         for v in proto.output:
-            name_of_output = _named(v.name, "output")
-            while name_of_output in outputs:  # a branch may give one value twice
-                name_of_output += "'"
-            if name_of_output != v.name:
-                nodes.append(Node("Identity", (v.name,), (name_of_output,)))
-            outputs[name_of_output] = _spec(v, "output")
+            outputs[_copied(_named(v.name, "output"), outputs, nodes)] = _spec(v, "output")
         return Graph(
             nodes=tuple(nodes),
             inputs=inputs,
@@ -156,12 +153,7 @@ class _Reader:
         nodes = [self.node(n) for n in proto.node]
         outputs: dict[str, ValueSpec] = {}
         for name in proto.output:
-            inner = _named(name, "output")
-            while inner in outputs:
-                inner += "'"
-            if inner != name:
-                nodes.append(Node("Identity", (name,), (inner,)))
-            outputs[inner] = unknown
+            outputs[_copied(_named(name, "output"), outputs, nodes)] = unknown
         if len(set(proto.input)) < len(proto.input):
             raise InvalidModel("it gives two inputs one name")
         inputs = {_named(name, "input"): unknown for name in proto.input}
@@ -183,8 +175,8 @@ class _Reader:
             attrs[a.name] = self.attribute(a, label)
         return Node(
             op=proto.op_type,
-            inputs=tuple(map(text, proto.input)),
-            outputs=tuple(map(text, proto.output)),
+            inputs=tuple(map(value_name, proto.input)),
+            outputs=tuple(map(value_name, proto.output)),
             attrs=attrs,
             domain=domain_name(proto.domain),
             name=text(proto.name),
@@ -198,7 +190,10 @@ class _Reader:
         if a.ref_attr_name:
             if not self.in_function:
                 raise InvalidModel(f"{what} refers to an attribute of a function, and is in none")
-            return Reference(text(a.ref_attr_name))
+            kind = A.AttributeType.Name(a.type)
+            if not a.type:
+                raise InvalidModel(f"{what} refers to '{text(a.ref_attr_name)}' without saying of which type that is")
+            return Reference(text(a.ref_attr_name), kind)
         match a.type:
             case A.FLOAT:
                 return float(a.f)
@@ -228,8 +223,17 @@ class _Reader:
                 raise InvalidModel(f"{what} has type {A.AttributeType.Name(other)}, not supported")
 
 
+def _copied(name: str, outputs: Mapping[str, ValueSpec], nodes: list[Node]) -> str:
+    """The name under which an output is given: a graph may give one value twice, and a copy gets a name of its own."""
+    if name not in outputs:
+        return name
+    copy = made_name(name, len(outputs))
+    nodes.append(Node("Identity", (name,), (copy,)))
+    return copy
+
+
 def _named(name: str, what: str) -> str:
-    if not text(name):
+    if not value_name(name):
         raise InvalidModel(f"an {what} has no name")
     return name
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from infera_gpu.errors import PlanError, UnsupportedOperatorError, planning
-from infera_gpu.graph import Graph, HostArray, Node, fold_budget, version_of
+from infera_gpu.folding import fold_budget, may_fold
+from infera_gpu.graph import Graph, HostArray, Node, version_of
 from infera_gpu.op import Op, Registry, Site
 from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
 
@@ -138,7 +139,7 @@ class _Walk:
             self.block(node)
             return
         branch: Graph = node.attrs["then_branch" if bool(np.asarray(condition).reshape(-1)[0]) else "else_branch"]
-        taken = branch.prefixed(node.outputs[0])
+        taken = branch.prefixed(next(o for o in node.outputs if o))
         self.define(taken.constants)
         self.visit(taken.nodes)
         self.visit(
@@ -178,13 +179,13 @@ class _Walk:
         if any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
         if any(s is None or not is_plain(s) for s in inferred):
-            if is_known(op, site):
+            if is_known(op, site) and may_fold(op, site, inferred, self.budget):
                 self.fold(op, site, site.values)
             else:
                 self.later(op, node)
             return
         site = replace(site, outs=tuple(s for s in inferred if s is not None))
-        if is_known(op, site) and sum(s.nbytes for s in site.outs) <= self.budget:
+        if is_known(op, site) and may_fold(op, site, site.outs, self.budget):
             self.fold(op, site, site.values)
         elif op.shapes_only:
             self.fold(

@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 
     Buffer = bytes | memoryview
 
-_PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
-"""Types of which one byte holds several, the first in its lowest bits; NumPy gives each a byte of its own."""
+_PACKED_BITS = {
+    **{"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2},
+    **{"float6_e2m3fn": 6, "float6_e3m2fn": 6},
+}
+"""Types whose elements follow each other bit by bit, from the lowest bits on; NumPy gives each a byte of its own."""
+
+DENSEST = 64
+"""Times as many bytes as are stored may be made of sparse tensors, beyond FREE_BYTES."""
+
+FREE_BYTES = 16 << 20
 
 MAX_RANK = 32
 """Axes of a tensor; NumPy itself stops at 64."""
@@ -37,7 +45,7 @@ class Tensors:
         self._files = None if model is None else ExternalFiles(model)
         self._copies: dict[tuple[str, int, tuple[int, ...], int], HostArray] = {}
         self._copied = 0
-        self._dense = 0
+        self._dense = self._stored = 0
 
     def array(self, tensor: onnx.TensorProto, what: str) -> HostArray:
         """The tensor as an array. Raises InvalidModel, naming it as `what`."""
@@ -89,7 +97,7 @@ class Tensors:
         return array
 
     def sparse(self, tensor: onnx.SparseTensorProto, what: str) -> HostArray:
-        """The sparse tensor, written out. Raises InvalidModel, also where all of them together exceed FOLD_LIMIT."""
+        """The sparse tensor, written out. Raises InvalidModel, also where they are large beside what is stored."""
         values = self.array(tensor.values, f"{what}: its values")
         indices = self.array(tensor.indices, f"{what}: its indices")
         shape = _shape(tensor.dims, what)
@@ -100,8 +108,10 @@ class Tensors:
                 f"expected [n] values and int64 indices [n] or [n, {len(shape)}]"
             )
         self._dense += math.prod(shape) * values.dtype.itemsize
-        if self._dense > FOLD_LIMIT:
-            raise InvalidModel(f"{what}: sparse tensors of {self._dense:,} bytes in all, at most {FOLD_LIMIT:,} are")
+        self._stored += values.nbytes + indices.nbytes
+        most = min(FOLD_LIMIT, max(FREE_BYTES, DENSEST * self._stored))
+        if self._dense > most:
+            raise InvalidModel(f"{what}: sparse tensors of {self._dense:,} bytes written out, at most {most:,} are")
         linear = indices
         if indices.ndim == 2:
             if count and not ((indices >= 0) & (indices < np.array(shape, np.int64))).all():
@@ -129,7 +139,7 @@ def _shape(dims: Any, what: str) -> tuple[int, ...]:
         raise InvalidModel(f"{what} has the shape {list(shape)}")
     if len(shape) > MAX_RANK:
         raise InvalidModel(f"{what} has {len(shape)} axes, at most {MAX_RANK} are supported")
-    if math.prod(d for d in shape if d) >= 1 << 62:
+    if math.prod(d for d in shape if d) >= 1 << 58:
         raise InvalidModel(f"{what} has the shape {list(shape)}, which no memory holds")
     return shape
 
@@ -154,15 +164,22 @@ def _elements(data: Buffer, dtype: DType, shape: tuple[int, ...], what: str) -> 
         return np.empty(shape, dtype)
     bits = _PACKED_BITS.get(dtype.name)
     if bits:
-        shifts = np.arange(0, 8, bits).astype(np.uint8)
-        values = (np.frombuffer(data, np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
-        flat = values.reshape(-1)[: math.prod(shape)]
-        return _low_bits(flat, dtype, bits).reshape(shape)
+        return _low_bits(_unpacked(np.frombuffer(data, np.uint8), bits, math.prod(shape)), dtype, bits).reshape(shape)
     if dtype == np.bool_:
         truth: HostArray = np.frombuffer(data, np.uint8) != 0
         return truth.reshape(shape)
     array: HostArray = np.frombuffer(data, dtype).reshape(shape)
     return array if array.flags.aligned else array.copy()
+
+
+def _unpacked(packed: HostArray, bits: int, count: int) -> HostArray:
+    """The first `count` groups of `bits` bits, one a byte."""
+    if 8 % bits:
+        single = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+        return np.packbits(single, axis=1, bitorder="little")[:, 0]
+    shifts = np.arange(0, 8, bits).astype(np.uint8)
+    values: HostArray = (packed[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return values.reshape(-1)[:count]
 
 
 def _low_bits(values: HostArray, dtype: DType, bits: int) -> HostArray:

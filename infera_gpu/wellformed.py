@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from infera_gpu.errors import InvalidModel
+from infera_gpu.graph import JOINT
 
 if TYPE_CHECKING:
     import onnx
@@ -16,6 +17,14 @@ def text(value: str | bytes) -> str:
     if not isinstance(value, str):
         raise InvalidModel(f"the name {value!r:.80} is no text")
     return value
+
+
+def value_name(name: str | bytes) -> str:
+    """The name of a value, "" where it is left out. Raises InvalidModel for one that is like those made here."""
+    found = text(name)
+    if JOINT in found:
+        raise InvalidModel(f"the name {found!r:.80} has the character {JOINT!r}, which names of values may not have")
+    return found
 
 
 def domain_name(domain: str) -> str:
@@ -59,6 +68,6 @@ def check_node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
             raise InvalidModel(f"{label} has {given} {what}, expected {expected}")
     for a in proto.attribute:
         declared: Any = schema.attributes.get(a.name)
-        if declared is not None and int(declared.type.value) != a.type and not a.ref_attr_name:
+        if declared is not None and int(declared.type.value) != a.type:
             got = onnx.AttributeProto.AttributeType.Name(a.type)
             raise InvalidModel(f"{label}: attribute '{a.name}' is {got}, expected {declared.type.name}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Node
+from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
@@ -104,14 +104,14 @@ def _split(site: Site) -> Expansion | None:
         return None
     node, activation = site.node, str(site.attrs["activation"])
     params = [float(v) for v in site.attrs["activation_params"]]
-    conv, total, capped = (f"{node.outputs[0]}/{part}" for part in ("conv", "sum", "capped"))
+    conv, total, capped = (made_name(node.outputs[0], part) for part in ("conv", "sum", "capped"))
     plain = {k: v for k, v in node.attrs.items() if k not in ("activation", "activation_params")}
     nodes = [
         replace(node, inputs=node.inputs[:3], outputs=(conv,), attrs=plain),
         Node("Add", (conv, node.inputs[3]), (total,), name=f"{node.name}/residual"),
     ]
     if activation == "clip":
-        limits = {f"{capped}/{i}": np.array(v, spec.dtype) for i, v in enumerate(params)}
+        limits = {made_name(capped, i): np.array(v, spec.dtype) for i, v in enumerate(params)}
         low, high = limits
         nodes += [Node("Max", (total, low), (capped,)), Node("Min", (capped, high), node.outputs)]
         return Expansion(tuple(nodes), limits)

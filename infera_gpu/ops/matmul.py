@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Node
+from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import floating, native, plain
 from infera_gpu.ops._triton_matmul import PRODUCT
@@ -162,7 +162,7 @@ def _split(site: Site) -> Expansion | None:
     (spec,) = matmul_spec(site)
     if not site.has(3) or _fits(site.spec(3), spec):
         return None
-    node, product = site.node, f"{site.node.outputs[0]}/product"
+    node, product = site.node, made_name(site.node.outputs[0], "product")
     return Expansion(
         (
             replace(node, inputs=node.inputs[:3], outputs=(product,)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Node
+from infera_gpu.graph import Node, made_name
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import ms_attention
 from infera_gpu.ops._ms import F32, ms_op
@@ -38,7 +38,7 @@ def _multi_head(site: Site) -> Site:
             raise site.fail(f"past is {site.spec(_PAST)}, expected {list(fixed[:3])}, steps and {fixed[3]}")
         past = TensorSpec(site.spec(_PAST).dims[1:], F32)
     ins = (projected,) * 3 + (None, site.spec(_MASK) if site.has(_MASK) else None, None, past, past)
-    names = tuple("" if spec is None else f"{site.node.outputs[0]}/{i}" for i, spec in enumerate(ins))
+    names = tuple("" if spec is None else made_name(site.node.outputs[0], i) for i, spec in enumerate(ins))
     attrs = {k: site.attrs[k] for k in _SHARED if site.attrs[k] is not None}
     node = Node(site.node.op, names, site.node.outputs[:1], attrs, _MULTI_HEAD.domain, site.node.name)
     return Site(node, _MULTI_HEAD.fill(node), ins, (None,) * len(ins), opset=site.opset)

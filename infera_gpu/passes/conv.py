@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.graph import HostArray
+from infera_gpu.graph import HostArray, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
 
 
@@ -18,8 +18,8 @@ def _rescaled(match: Match, scale: HostArray, shift: HostArray) -> Replacement:
     wide = weight.astype(np.float64) * scale.reshape((-1,) + (1,) * (weight.ndim - 1))
     name = match.root.outputs[0]
     constants = {
-        f"{match.values['w']}/{name}": wide.astype(weight.dtype),
-        f"bias/{name}": (bias.astype(np.float64) * scale + shift).astype(weight.dtype),
+        made_name(name, "weight"): wide.astype(weight.dtype),
+        made_name(name, "bias"): (bias.astype(np.float64) * scale + shift).astype(weight.dtype),
     }
     made = replace(conv, inputs=(match.values["x"], *constants), outputs=match.root.outputs)
     return Replacement(made, constants)

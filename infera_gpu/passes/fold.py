@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.graph import Graph, HostArray, Node, fold_budget
+from infera_gpu.folding import fold_budget, may_fold
+from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import Registry, Site
 from infera_gpu.spec import constant, spec_of
 
@@ -39,7 +40,7 @@ def _fold(
     try:
         site = Site(node, op.fill(node), tuple(None if v is None else spec_of(v) for v in values), values, opset=opset)
         specs = op.infer(site)
-        if sum(s.nbytes for s in specs if s is not None) > budget:
+        if not may_fold(op, site, specs, budget):
             return None
         site = replace(site, outs=tuple(s for s in specs if s is not None))
         with np.errstate(all="ignore"):
@@ -75,7 +76,7 @@ def _is_inference(n: Node, graph: Graph) -> bool:
     if len(n.inputs) < 3 or not n.inputs[2]:
         return True
     mode = graph.constants.get(n.inputs[2])
-    return mode is not None and not bool(mode.reshape(-1)[0])
+    return mode is not None and mode.size == 1 and not bool(mode.reshape(-1)[0])
 
 
 def _mask_read(n: Node, graph: Graph, uses: dict[str, list[Node]]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from infera_gpu.errors import ModelError
-from infera_gpu.graph import Graph, Node
+from infera_gpu.graph import Graph, Node, made_name
 
 DOMAIN = "ai.onnx.preview.training"
 
@@ -19,7 +19,7 @@ class _Tape:
     nodes: list[Node] = field(default_factory=list)
 
     def __call__(self, op: str, *inputs: str, domain: str = "") -> str:
-        name = f"{self.prefix}/{len(self.nodes)}"
+        name = made_name(self.prefix, len(self.nodes))
         self.nodes.append(Node(op, inputs, (name,), domain=domain, name=name))
         return name
 
@@ -103,7 +103,7 @@ def _gradient(before: list[Node], node: Node) -> list[Node]:
     for n in before:
         if depends.intersection(n.inputs):
             depends.update(n.outputs)
-    tape = _Tape(f"{node.name or node.outputs[0]}/gradient")
+    tape = _Tape(made_name(next(o for o in node.outputs if o), "gradient"))
     shares: dict[str, list[str]] = {y: [tape("OnesLike", y, domain="infera")]}
     totals: dict[str, str] = {}
 
