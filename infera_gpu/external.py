@@ -16,6 +16,9 @@ from infera_gpu.errors import InvalidModel
 
 _NOTHING = memoryview(b"")
 
+MOST_MAPS = 256
+"""Files that stay open: a mapping holds a descriptor, of which a process has 1,024. Further files are read instead."""
+
 
 class ExternalFiles:
     """The external data of one model. Each file is mapped once; its pages are read when they are needed.
@@ -26,6 +29,7 @@ class ExternalFiles:
 
     def __init__(self, model: Path) -> None:
         self._model = model
+        self._target = model.resolve() if model.is_symlink() else None
         self._maps: dict[str, memoryview] = {}
 
     @property
@@ -62,6 +66,9 @@ class ExternalFiles:
                     raise InvalidModel(f"external data at {location!r:.200} is a hard link to a file of somebody else")
                 if not about.st_size:
                     return _NOTHING
+                if len(self._maps) >= MOST_MAPS:
+                    with os.fdopen(os.dup(descriptor), "rb") as file:
+                        return memoryview(file.read())
                 return memoryview(mmap.mmap(descriptor, about.st_size, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
             problem = (error.strerror if isinstance(error, OSError) else None) or error
@@ -82,7 +89,7 @@ class ExternalFiles:
         name = parts[-1]
         if stat.S_ISLNK(about.st_mode):
             name = self._beside_target(os.readlink(name, dir_fd=folder), parts)
-            folder = opened(self._model.resolve().parent, os.O_DIRECTORY)
+            folder = opened(self._target.parent if self._target else self._model.parent, os.O_DIRECTORY)
         return opened(name, os.O_NOFOLLOW | os.O_NONBLOCK, folder)
 
     def _beside_target(self, target: str, parts: tuple[str, ...]) -> str:
@@ -91,9 +98,9 @@ class ExternalFiles:
         Hugging Face's cache is laid out so. Raises InvalidModel for any other link.
         """
         here = self._model.parent.joinpath(*parts[:-1])
-        if self._model.is_symlink():
+        if self._target is not None:
             there = Path(os.path.normpath(here.resolve() / target))
-            if there.parent == self._model.resolve().parent:
+            if there.parent == self._target.parent:
                 return there.name
         raise InvalidModel(
             f"external data at {'/'.join(parts)!r:.200} is a symbolic link; put the file itself into the model's folder"

@@ -15,7 +15,7 @@ FREE_WORK = 1 << 28
 """Inputs' elements times outputs' elements: no operator takes more steps than that, and few take as many."""
 
 LINEAR = frozenset(
-    {
+    [
         "Abs",
         "Acos",
         "Add",
@@ -100,7 +100,7 @@ LINEAR = frozenset(
         "Unsqueeze",
         "Where",
         "Xor",
-    }
+    ]
 )
 """Standard operators whose work and temporaries are a few times their inputs and outputs."""
 

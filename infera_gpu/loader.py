@@ -6,7 +6,7 @@ import os
 import stat
 from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -36,12 +36,14 @@ def load_graph(source: Source) -> Graph:
     InvalidModel for anything that is not a complete ONNX model, naming what is wrong.
     """
     model, name = _read(source)
-    tensors = Tensors(Path(source) if isinstance(source, str | os.PathLike) else None)
+    tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None)
     try:
         opsets = opset_versions(model.opset_import)
         reader = _Reader(opsets, tensors)
         graph = inline(reader.graph(model.graph, name), _functions(model, reader))
         graph = constants_first(graph, _constant)
+        if model.ir_version < 4:  # such files list every initialiser as an input
+            graph = replace(graph, overridable={})
         if not graph.outputs:
             raise InvalidModel("the graph has no outputs")
         return graph.check()
@@ -59,10 +61,11 @@ def _read(source: Source) -> tuple[onnx.ModelProto, str]:
         return source, source.graph.name or "model"
     if isinstance(source, bytes | bytearray | memoryview):
         name, payload = "model", bytes(source)
-    elif not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
+    elif not isinstance(source, str | os.PathLike) or "\0" in os.fsdecode(source):
         raise InvalidModel(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
     else:
-        name, payload = Path(source).name, _payload(Path(source))
+        path = Path(os.fsdecode(source))
+        name, payload = path.name, _payload(path)
     if not payload:
         raise InvalidModel(f"{name}: the file is empty")
     model = onnx.ModelProto()
@@ -90,6 +93,8 @@ def _payload(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidModel(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InvalidModel(f"the path {str(path)!r} is none: {error}") from None
 
 
 def _functions(model: onnx.ModelProto, reader: _Reader) -> dict[Key, Function]:

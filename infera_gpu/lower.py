@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class _Root:
     begin: int
     end: int
     fixed: int | None = None
-    values: set[str] = field(default_factory=set)
+    last_read: int = -1
 
 
 class _Lowering:
@@ -90,7 +90,11 @@ class _Lowering:
     def own(self, value: str, operand: Operand) -> None:
         self.homes[value] = operand
         if not operand.constant:
-            self.roots[operand.root].values.add(value)
+            self.read_as(value, self.roots[operand.root])
+
+    def read_as(self, value: str, root: _Root) -> None:
+        """The memory holds this value too."""
+        root.last_read = max(root.last_read, self.last_read.get(value, -1))
 
     def emit(self, step: Step) -> None:
         for operand in (*step.ins, *step.outs, step.workspace):
@@ -130,7 +134,7 @@ class _Lowering:
         kind = "copy" if source.space == space else ("upload" if space == "device" else "download")
         self.emit(Step(kind, f"{kind} {value}", self.device.name, (source,), (target,), space))  # type: ignore[arg-type]
         self.copies[key] = target
-        self.roots[target.root].values.add(value)
+        self.read_as(value, self.roots[target.root])
         return target
 
     # ---- nodes
@@ -208,7 +212,7 @@ class _Lowering:
                 and operand.offset == 0
                 and operand.nbytes == root.nbytes
                 and root.fixed is None
-                and all(self.last_read.get(v, -1) <= index for v in root.values)
+                and root.last_read <= index
                 and sum(o is not None and o.root == operand.root for o in ins) == 1
             ):
                 return operand

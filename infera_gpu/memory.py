@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
 
 ALIGN = 256
 """Bytes. What cudaMalloc guarantees; enough for Triton's 16-byte loads, TMA descriptors and cuBLASLt."""
@@ -34,12 +35,30 @@ class ArenaPlan:
     lower_bound: int
 
 
-@dataclass(order=True, slots=True)
-class _Placed:
-    low: int
-    high: int
-    begin: int = field(compare=False)
-    end: int = field(compare=False)
+class _Arena:
+    """The places that are taken, by offset: columns low, high, begin, end."""
+
+    def __init__(self, most: int) -> None:
+        self._rows = np.zeros((4, most), np.int64)
+        self._count = 0
+
+    def free_from(self, size: int, begin: int, end: int) -> int:
+        """The lowest offset with `size` free bytes on steps [begin, end)."""
+        low, high, since, until = self._rows[:, : self._count]
+        beside = (since < end) & (until > begin)
+        starts = np.concatenate(([0], np.maximum.accumulate(high[beside])))
+        fits = starts[:-1] + size <= low[beside]
+        return int(starts[fits.argmax() if fits.any() else -1])
+
+    def take(self, low: int, size: int, begin: int, end: int) -> None:
+        at = int(np.searchsorted(self._rows[0, : self._count], low))
+        self._rows[:, at + 1 : self._count + 1] = self._rows[:, at : self._count].copy()
+        self._rows[:, at] = low, low + size, begin, end
+        self._count += 1
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._rows[1].max(initial=0))
 
 
 def plan_arena(requests: Iterable[Request], fixed: Mapping[str, int] | None = None) -> ArenaPlan:
@@ -51,20 +70,14 @@ def plan_arena(requests: Iterable[Request], fixed: Mapping[str, int] | None = No
     fixed = fixed or {}
     wanted = [r for r in requests if r.nbytes > 0 and r.begin < r.end]
     wanted.sort(key=lambda r: (r.value not in fixed, -r.nbytes, r.begin, r.value))
-    placed: list[_Placed] = []
+    arena = _Arena(len(wanted))
     offsets: dict[str, int] = {}
     for r in wanted:
         size = aligned(r.nbytes)
-        at = fixed.get(r.value, 0)
-        if r.value not in fixed:
-            for p in placed:
-                if r.begin < p.end and p.begin < r.end:
-                    if at + size <= p.low:
-                        break
-                    at = max(at, p.high)
-        insort(placed, _Placed(at, at + size, r.begin, r.end))
+        at = fixed[r.value] if r.value in fixed else arena.free_from(size, r.begin, r.end)
+        arena.take(at, size, r.begin, r.end)
         offsets[r.value] = at
-    return ArenaPlan(max((p.high for p in placed), default=0), offsets, lower_bound(wanted))
+    return ArenaPlan(arena.nbytes, offsets, lower_bound(wanted))
 
 
 def lower_bound(requests: Iterable[Request]) -> int:

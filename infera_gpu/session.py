@@ -106,6 +106,7 @@ class Session:
         self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
         self._deriving = threading.Lock()
+        self._guests = 0
         self._all_plain = all(map(is_plain, self.inputs.values()))
         self._free: list[Lease] = []
         self._leases = 0
@@ -141,7 +142,8 @@ class Session:
             if name not in self.outputs:
                 raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
         if (session := self._for(feeds)) is not self:
-            return session.run(feeds, out)
+            with self._hosting():
+                return session.run(feeds, out)
         return self._collect(self._check(feeds), out)
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
@@ -232,6 +234,19 @@ class Session:
 
         return self._stages.advance(stage, read, objects)
 
+    @contextmanager
+    def _hosting(self) -> Iterator[None]:
+        """A run of an overriding session, which `close` waits for."""
+        with self._available:
+            self._refuse_closed()
+            self._guests += 1
+        try:
+            yield
+        finally:
+            with self._available:
+                self._guests -= 1
+                self._available.notify_all()
+
     def _refuse_closed(self) -> None:
         if self._closed:
             raise DeviceError(f"the session of '{self.name}' is closed")
@@ -276,13 +291,15 @@ class Session:
     def plans(self, feeds: Mapping[str, Any]) -> tuple[Plan, ...]:
         """The plans of a run with these feeds: one a segment. Runs the model."""
         if (session := self._for(feeds)) is not self:
-            return session.plans(feeds)
+            with self._hosting():
+                return session.plans(feeds)
         return tuple(stage.plan for stage, _ in self._segments(self._check(feeds), Bound.run))
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""
         if (session := self._for(feeds)) is not self:
-            return session.profile(feeds)
+            with self._hosting():
+                return session.profile(feeds)
         timings: list[Timing] = []
 
         def timed(bound: Bound) -> None:
@@ -354,7 +371,7 @@ class Session:
                 return
             self._closed = True
             self._available.notify_all()
-            while len(self._free) < self._leases:
+            while len(self._free) < self._leases or self._guests:
                 self._available.wait()
             self._free.clear()
             self._leases = 0

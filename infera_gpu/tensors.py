@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     Buffer = bytes | memoryview
 
 _PACKED_BITS = {
-    **{"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2},
-    **{"float6_e2m3fn": 6, "float6_e3m2fn": 6},
+    "int4": 4,
+    "uint4": 4,
+    "float4_e2m1fn": 4,
+    "int2": 2,
+    "uint2": 2,
+    "float6_e2m3fn": 6,
+    "float6_e3m2fn": 6,
 }
 """Types whose elements follow each other bit by bit, from the lowest bits on; NumPy gives each a byte of its own."""
 

@@ -31,7 +31,13 @@ def _sized(session: Session, sizes: Mapping[str, int]) -> Session:
         }
 
     graph = session.loaded
-    graph = replace(graph, inputs=sized(graph.inputs), outputs=sized(graph.outputs), specs=sized(graph.specs))
+    graph = replace(
+        graph,
+        inputs=sized(graph.inputs),
+        outputs=sized(graph.outputs),
+        specs=sized(graph.specs),
+        overridable=sized(graph.overridable),
+    )
     return Session(graph, session.device, fuse=session.fuse)
 
 

@@ -16,6 +16,9 @@ _ELLIPSIS = "..."
 _MOST_LABELS = 26
 """The work is the product of all labels' sizes: with many labels, tiny inputs ask for any amount of it."""
 
+_MOST_OPERANDS = 32
+"""The order in which they are multiplied is searched for."""
+
 
 def _parse(equation: str) -> tuple[list[str], str]:
     """The operands' terms and the output's term, the latter made up by NumPy's rule where it is left out."""
@@ -44,6 +47,8 @@ def _einsum_spec(site: Site) -> tuple[TensorSpec]:
         raise site.fail(f"equation '{equation}': labels are letters")
     if len(labels) > _MOST_LABELS:
         raise site.fail(f"equation '{equation}' has {len(labels)} labels, at most {_MOST_LABELS} are accepted")
+    if len(terms) > _MOST_OPERANDS:
+        raise site.fail(f"equation has {len(terms)} operands, at most {_MOST_OPERANDS} are accepted")
     if len({s.dtype for s in operands}) > 1:
         raise site.fail(f"inputs {', '.join(map(str, operands))} differ in type; expected one type")
     if len(terms) != len(operands):

@@ -15,17 +15,23 @@ FUSIONS: tuple[Fusion, ...] = (*conv.FUSIONS, *gelu.FUSIONS, *matmul.FUSIONS)
 """In the order in which they are applied."""
 
 
+ROUNDS = 8
+"""Applications of one fusion: BatchNormalization then Mul then Add on one Conv, each of which enables the next."""
+
+
 def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None) -> Graph:
     """The graph after every pass, its subgraphs first. `report(pass, times it fired)` is told what each did."""
     graph = replace(graph, nodes=tuple(_inside(n, registry, report) for n in graph.nodes))
     graph = drop_dead(remove_identities(fold_constants(graph, registry)))
     for fusion in FUSIONS:
-        times = 1
-        while times:  # BatchNormalization then Mul then Add on one Conv: each application may enable the next
+        for _ in range(ROUNDS):
             graph, times = apply(graph, fusion)
-            if report is not None and times:
+            if not times:
+                break
+            graph = drop_dead(graph)
+            if report is not None:
                 report(fusion.name, times)
-    return drop_dead(graph)
+    return graph
 
 
 def _inside(node: Node, registry: Registry, report: Callable[[str, int], None] | None) -> Node:

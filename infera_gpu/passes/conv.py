@@ -25,6 +25,17 @@ def _rescaled(match: Match, scale: HostArray, shift: HostArray) -> Replacement:
     return Replacement(made, constants)
 
 
+def _fits(match: Match, *others: str) -> bool:
+    """The weight is one of a convolution; bias and the constants named have one value a channel, all of one type."""
+    weight = match.constant("w")
+    rows = [match.constant(name) for name in (*others, *(["b"] if "b" in match.values else []))]
+    return (
+        weight.ndim > 2
+        and weight.dtype.kind == "f"
+        and all(row.shape == weight.shape[:1] and row.dtype == weight.dtype for row in rows)
+    )
+
+
 def _normalized(match: Match) -> Replacement:
     scale, shift, mean, var = (match.constant(n).astype(np.float64) for n in ("scale", "shift", "mean", "var"))
     factor = scale / np.sqrt(var + float(match.nodes["bn"].attrs.get("epsilon", 1e-5)))
@@ -33,7 +44,8 @@ def _normalized(match: Match) -> Replacement:
 
 def _is_inference(match: Match) -> bool:
     attrs = match.nodes["bn"].attrs
-    return not attrs.get("training_mode", 0) and bool(attrs.get("spatial", 1))
+    plain = not attrs.get("training_mode", 0) and bool(attrs.get("spatial", 1))
+    return plain and _fits(match, "scale", "shift", "mean", "var")
 
 
 CONV = node("Conv", "x", "#w", "?#b", name="conv")
@@ -73,6 +85,8 @@ BATCH_NORM = Fusion(
 def _per_channel(match: Match) -> bool:
     """The constant has one value a channel, or one value, and does not widen the output."""
     weight, c = match.constant("w"), match.constant("c")
+    if not _fits(match):
+        return False
     rank, channels = weight.ndim, weight.shape[0]
     shape = (1,) * (rank - c.ndim) + c.shape
     return len(shape) == rank and c.size in (1, channels) and shape[1] == c.size and c.dtype == weight.dtype
@@ -154,7 +168,7 @@ def _bounds(match: Match) -> tuple[float, float] | None:
     for i, (name, default) in enumerate((("min", -np.inf), ("max", np.inf)), 1):
         if len(clip.inputs) > i and clip.inputs[i]:
             constant = match.graph.constants.get(clip.inputs[i])
-            if constant is None or constant.size != 1:
+            if constant is None or constant.size != 1 or constant.dtype.kind != "f":
                 return None
             limits.append(float(constant.reshape(-1)[0]))
         else:

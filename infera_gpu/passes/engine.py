@@ -49,6 +49,7 @@ class Match:
     values: Mapping[str, str]
     nodes: Mapping[str, Node]
     inside: tuple[Node, ...]
+    producers: Mapping[str, Node]
 
     @property
     def root(self) -> Node:
@@ -66,7 +67,7 @@ class Match:
 
     def has_axes(self, name: str) -> bool:
         """Whether a named value is known to have an axis at least: a number of rank 1 then leaves its shape alone."""
-        return _has_axes(self.graph, self.graph.producers(), self.values[name])
+        return _has_axes(self.graph, self.producers, self.values[name])
 
     def opset(self, domain: str = "") -> int:
         return self.graph.opsets.get(domain, 1)
@@ -99,7 +100,7 @@ def _has_axes(graph: Graph, producers: Mapping[str, Node], value: str) -> bool:
         if known or (made_by is not None and made_by.op in _WITH_AXES):
             return True
         if made_by is not None and made_by.op in ("MatMul", "FusedMatMul"):
-            weight = graph.constants.get(made_by.inputs[1])
+            weight = graph.constants.get(made_by.inputs[1]) if len(made_by.inputs) > 1 else None
             if weight is not None and weight.ndim > 1:
                 return True
         elif made_by is not None and made_by.op in _ELEMENTWISE:
@@ -156,7 +157,7 @@ class _Matcher:
     def match(self, pattern: P, root: Node) -> Match | None:
         for values, nodes, inside in self._node(pattern, root, {}, {}, ()):
             if self._is_closed(inside, values):
-                return Match(self.graph, values, nodes, inside)
+                return Match(self.graph, values, nodes, inside, self.producers)
         return None
 
     def _is_closed(self, inside: tuple[Node, ...], values: Mapping[str, str]) -> bool:
@@ -225,6 +226,18 @@ class _Matcher:
         return bool(np.isclose(float(constant.reshape(-1)[0]), number, rtol=1e-6, atol=0.0))
 
 
+def _made(fusion: Fusion, match: Match) -> Replacement | None:
+    """What takes the match's place, None where the guard says no.
+
+    Nothing has been checked when passes run. A node that makes a guard stumble (a weight without axes, a string where a
+    number belongs, an input too few) is left as it is: it is named when it is planned.
+    """
+    try:
+        return fusion.build(match) if fusion.guard(match) else None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
 def apply(graph: Graph, fusion: Fusion) -> tuple[Graph, int]:
     """The graph with every match replaced, and how many there were. Matches do not overlap."""
     matcher = _Matcher(graph, graph.producers(), graph.readers())
@@ -237,8 +250,10 @@ def apply(graph: Graph, fusion: Fusion) -> tuple[Graph, int]:
             continue
         for pattern in fusion.patterns:
             match = matcher.match(pattern, n)
-            if match and not any(id(i) in gone for i in match.inside) and fusion.guard(match):
-                made = fusion.build(match)
+            if match is None or any(id(i) in gone for i in match.inside):
+                continue
+            made = _made(fusion, match)
+            if made is not None:
                 gone.update(id(i) for i in match.inside)
                 replaced[id(n)] = made.node
                 constants.update(made.constants)
