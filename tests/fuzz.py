@@ -29,57 +29,39 @@ import numpy as np
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from rich.console import Console
 from rich.progress import Progress
 
 import infera_gpu
 from infera_gpu.errors import InferaError, InvalidModel
 from infera_gpu.spec import TensorSpec
-from tests.text import parse
+from tests.fuzz_models import models
 
 MEMORY, SECONDS = 4 << 30, 10
+PEAK = 400 << 20
+"""Bytes that one file may add to the most that the process ever had."""
 LARGEST_INPUT = 1 << 16
 
-TEXTS = (
-    """g (float[N,3,8,8] x) => (float[N,M] y) <float[4,3,3,3] w = {WEIGHTS}, float[4] b = {1,2,3,4}> {
-        c = Conv <pads = [1,1,1,1], strides = [2,2]> (x, w, b)  r = Relu(c)  p = MaxPool <kernel_shape = [2,2]> (r)
-        y = Flatten(p)
-    }""".replace("WEIGHTS", ",".join(["0.1"] * 108)),
-    """g (float[N,4] x, bool c) => (float[N,4] y) {
-        y = If (c) <
-            then_branch = t () => (float[N,4] r) { e = Exp(x)  r = Neg(e) },
-            else_branch = e () => (float[N,4] r) { r = Softmax <axis = -1> (x) }
-        >
-    }""",
-    """g (int64 n, float[2] x) => (float[2] y, float[K,2] z) <bool go = {1}> {
-        y, z = Loop (n, go, x) <
-            body = b (int64 i, bool k, float[2] s) => (bool k2, float[2] s2, float[2] o) {
-                k2 = Identity(k)  s2 = Add(s, s)  o = Identity(s2)
-            }
-        >
-    }""",
-    """g (float[N,M] x) => (float[K] y) <int64[1] shape = {-1}, int64[2] at = {0,1}, float s = {0.1}, uint8 z = {3}> {
-        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  t = Transpose <perm = [1,0]> (d)
-        f = Gather <axis = 1> (t, at)  y = Reshape(f, shape)
-    }""",
-    """g (float[N,5] x) => (float[A,B] y, int64[A,B] i) <int64[1] k = {2}, int64[1] a = {1}, float[5,5] w = {WEIGHTS}> {
-        m = MatMul(x, w)  s = Unsqueeze(m, a)  u = Squeeze(s, a)  c = Concat <axis = 1> (u, x)
-        y, i = TopK <axis = 1> (c, k)
-    }""".replace("WEIGHTS", ",".join(["0.5"] * 25)),
-    """g (seq(float[N]) xs) => (float[M] y) { y = ConcatFromSequence <axis = 0> (xs) }""",
-    """g (string[N] x) => (float[M,K] y) { y = TfIdfVectorizer <max_gram_length = 1, max_skip_count = 0,
-        min_gram_length = 1, mode = "TF", ngram_counts = [0], ngram_indexes = [0,1], pool_strings = ["a","b"]> (x) }""",
-    """g (float[2,N] x) => (float[2,K] y) <int64[2] s = {2,4}, int64[1] e = {3}> {
-        c = ConstantOfShape <value = float[1] {2.0}> (s)  p = MatMul(x, c)  t = Tile(p, s)  r = Expand(e, s)
-        f = Cast <to = 1> (r)  z = ReduceSum(f)  y = Add(t, z)
-    }""",
+OPERATORS = (
+    *("Relu", "Identity", "Dropout", "BatchNormalization", "Conv", "Mul", "Add", "Clip", "Gemm", "MatMul", "Erf", "If"),
+    *(
+        "NonZero",
+        "Unique",
+        "Compress",
+        "Softmax",
+        "Transpose",
+        "Squeeze",
+        "Shape",
+        "Reshape",
+        "Expand",
+        "Tile",
+        "Split",
+    ),
+    *("Cast", "ReduceSum", "Einsum", "Where", "Concat", "Slice", "Pad", "TopK", "Gather", "Range", "Loop", "Split"),
 )
-
-FUNCTION = """<ir_version: 10, opset_import: ["" : 17, "f" : 1]>
-g (float[N] x) => (float[N] y) { t = f.a <k = 0.5> (x)  y = f.b(t) }
-<domain: "f", opset_import: ["" : 17, "f" : 1]> a <k> (v) => (w) { u = LeakyRelu <alpha: float = @k> (v)  w = f.b(u) }
-<domain: "f", opset_import: ["" : 11]> b (v) => (w) { c = Constant <value_float = 2.0> ()  w = Add(v, c) }"""
+SHAPES = ((), (0,), (1,), (2,), (3,), (1, 2), (2, 1), (2, 2), (1, 2, 1, 1), (2, 2, 1, 1), (2, 2, 3, 3), (2, 0, 1, 1))
+DTYPES = ("float32", "float32", "float32", "float64", "float16", "int64", "int32", "bool", "uint8", "object")
 
 NAMES = (
     "",
@@ -96,47 +78,6 @@ NAMES = (
 )
 NUMBERS = (0, 1, -1, 2, 3, 7, 15, 17, 255, 1 << 15, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 62, (1 << 63) - 1)
 FLOATS = (0.0, -1.0, 1e30, float("nan"), float("inf"), 1e-40)
-
-
-def models() -> Iterator[onnx.ModelProto]:
-    """Small models that hold between them everything that a file can."""
-    yield from (parse(text) for text in TEXTS)
-    yield onnx.parser.parse_model(FUNCTION)
-    external = parse("g (float[N,3] x) => (float[N,3] y) { y = Add(x, w) }")
-    tensor = external.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[2, 3])
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", "weights.bin"), ("offset", "8"), ("length", "24")):
-        tensor.external_data.add(key=key, value=value)
-    yield external
-    sparse = parse("g (float[N,3] x) => (float[N,3] y) { y = Mul(x, w) }")
-    made = sparse.graph.sparse_initializer.add(dims=[2, 3])
-    made.values.CopyFrom(numpy_helper.from_array(np.ones(2, np.float32), "w"))
-    made.indices.CopyFrom(numpy_helper.from_array(np.array([1, 5])))
-    yield sparse
-    yield _forest()
-
-
-def _forest() -> onnx.ModelProto:
-    attrs: dict[str, Any] = {
-        "nodes_treeids": [0, 0, 0],
-        "nodes_nodeids": [0, 1, 2],
-        "nodes_featureids": [1, 0, 0],
-        "nodes_values": [0.5, 0.0, 0.0],
-        "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"],
-        "nodes_truenodeids": [1, 0, 0],
-        "nodes_falsenodeids": [2, 0, 0],
-        "target_treeids": [0, 0],
-        "target_nodeids": [1, 2],
-        "target_ids": [0, 0],
-        "target_weights": [1.0, 2.0],
-        "n_targets": 1,
-    }
-    node = helper.make_node("TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", **attrs)
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 1])
-    graph = helper.make_graph([node], "g", [x], [y])
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
 # ---- damage
@@ -233,6 +174,44 @@ def _scalar(field: FieldDescriptor, rng: random.Random) -> Any:
             return rng.choice(NUMBERS) if rng.random() < 0.8 else rng.randrange(-(1 << 63), 1 << 63)
 
 
+def rewired(model: onnx.ModelProto, rng: random.Random) -> bytes:
+    """Values read in other places, constants of other types and shapes, other operators: well formed, mostly wrong."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    nodes = [m for m in _messages(made) if isinstance(m, onnx.NodeProto)]
+    names = [
+        *(t.name for t in graph.initializer),
+        *(i.name for i in graph.input),
+        *(o for n in graph.node for o in n.output),
+    ]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        node = rng.choice(nodes)
+        match rng.randrange(7):
+            case 0 | 1 if node.input:
+                node.input[rng.randrange(len(node.input))] = rng.choice([*names, ""])
+            case 2 if node.input:
+                del node.input[rng.randrange(len(node.input)) :]
+            case 3:
+                node.op_type = rng.choice(OPERATORS)
+            case 4:
+                node.domain = rng.choice(("", "infera", "com.microsoft", "f"))
+            case 5 if graph.input:
+                value = graph.input[rng.randrange(len(graph.input))]
+                graph.initializer.append(_constant(value.name, rng))
+            case _ if graph.initializer:
+                tensor = graph.initializer[rng.randrange(len(graph.initializer))]
+                tensor.CopyFrom(_constant(tensor.name, rng))
+    return bytes(made.SerializeToString())
+
+
+def _constant(name: str, rng: random.Random) -> onnx.TensorProto:
+    dtype = rng.choice(DTYPES)
+    return numpy_helper.from_array(
+        np.full(rng.choice(SHAPES), "a" if dtype == "object" else rng.randrange(3), dtype), name
+    )
+
+
 def damaged(rng: random.Random) -> Iterator[bytes]:
     """Files without end."""
     seeds = list(models())
@@ -240,10 +219,12 @@ def damaged(rng: random.Random) -> Iterator[bytes]:
     while True:
         i = rng.randrange(len(seeds))
         kind = rng.random()
-        if kind < 0.6:
+        if kind < 0.35:
+            yield rewired(seeds[i], rng)
+        elif kind < 0.7:
             yield rewritten(seeds[i], rng)
         else:
-            yield flipped(whole[i], rng) if kind < 0.85 else spliced(whole[i], rng)
+            yield flipped(whole[i], rng) if kind < 0.87 else spliced(whole[i], rng)
 
 
 # ---- trial
@@ -322,6 +303,11 @@ def limited() -> None:
     signal.signal(signal.SIGALRM, _too_slow)
 
 
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def attempt(trial: Callable[[bytes], str], data: bytes) -> tuple[str, str]:
     """("", what came of it), or what went wrong and where."""
     signal.alarm(SECONDS)
@@ -361,8 +347,10 @@ def main() -> int:
         for n, data in enumerate(files()):
             if n >= args.files if args.files else time.monotonic() > ends:
                 break
-            began = time.monotonic()
+            began, before = time.monotonic(), peak()
             problem, outcome = attempt(trial, data)
+            if not problem and peak() - before > PEAK:
+                problem = f"{outcome}, with {peak() - before:,} bytes more"
             slowest = max(slowest, time.monotonic() - began)
             if problem:
                 wrong.setdefault((problem.split(":")[0], outcome), data)

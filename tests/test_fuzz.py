@@ -13,7 +13,8 @@ import pytest
 
 import infera_gpu
 from infera_gpu.errors import ModelError
-from tests.fuzz import Leak, Trial, attempt, damaged, models, truncations
+from tests.fuzz import Leak, Trial, attempt, damaged, truncations
+from tests.fuzz_models import models
 
 
 def test_thousands_of_damaged_files_give_errors_of_ours() -> None:
