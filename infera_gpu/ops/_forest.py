@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,20 @@ from infera_gpu.spec import Array
 from infera_kernels.cpu import trees as cpu
 
 MODES = ("BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ")
-Packed = tuple[cpu.Forest, Array, Array]
-"""The forest, each node's weights for every target, and which of them it names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The forest, each node's weights for every target, and which of them it names: (nodes, targets).
+
+    `certain` says that every row's leaves name every target, whatever the row.
+    """
+
+    forest: cpu.Forest
+    weights: Array
+    hit: Array
+    certain: bool
+
 
 NODE_LISTS: dict[str, Any] = dict.fromkeys(
     f"nodes_{n}"
@@ -93,6 +106,18 @@ def _forest(
     )
 
 
+def _packed(forest: cpu.Forest, rows: Array, ids: Array, weights: Array, targets: int) -> Packed:
+    """With the weight that each of these nodes has for a target; a node may have several."""
+    table, hit = (np.zeros((len(forest.feature), targets), t) for t in (np.float64, np.bool_))
+    np.add.at(table, (rows, ids), weights)
+    hit[rows, ids] = True
+    named = hit
+    for _ in range(forest.depth):
+        below = named[forest.children[0::2]] & named[forest.children[1::2]]
+        named = hit | below
+    return Packed(forest, table, hit, bool(named[forest.roots].any(axis=0).all()))
+
+
 def _classic(site: Site, kind: str, targets: int) -> Packed:
     """The form of versions 1 to 3: nodes named by tree and number."""
     a = site.attrs
@@ -141,11 +166,7 @@ def _classic(site: Site, kind: str, targets: int) -> Packed:
     owners = list(zip(a[f"{kind}_treeids"] or (), a[f"{kind}_nodeids"] or (), strict=False))
     if weights is None or not len(weights) == len(ids) == len(owners) or any(o not in place for o in owners):
         raise site.fail(f"{kind}_ids, {kind}_nodeids, {kind}_treeids and {kind}_weights do not name leaves one by one")
-    table, hit = np.zeros((n, targets), np.float64), np.zeros((n, targets), np.bool_)
-    rows = [place[o] for o in owners]
-    np.add.at(table, (rows, ids), weights)
-    hit[rows, ids] = True
-    return forest, table, hit
+    return _packed(forest, np.asarray([place[o] for o in owners], np.int64), ids, weights, targets)
 
 
 def _version_5(site: Site) -> Packed:
@@ -192,38 +213,52 @@ def _version_5(site: Site) -> Packed:
     missing = None if not track else [*track, *[0] * leafs]
     value = np.concatenate((split, np.zeros(leafs, split.dtype)))
     forest = _forest(site, site.spec(0).dtype, roots, feature, value, false, true, named, missing, members)
-    table, hit = np.zeros((n + leafs, targets), np.float64), np.zeros((n + leafs, targets), np.bool_)
-    table[n + np.arange(leafs), ids] = weights
-    hit[n + np.arange(leafs), ids] = True
-    return forest, table, hit
+    return _packed(forest, n + np.arange(leafs), ids, weights, targets)
 
 
 def packed_trees(site: Site, kind: str, targets: int) -> Packed:
     return _classic(site, kind, targets) if kind else _version_5(site)
 
 
-def forest(trees: int, depth: int, features: int, targets: int, kind: str, seed: int = 0) -> dict[str, Any]:
-    """Attributes of full trees with random splits and weights: for cases and benchmarks."""
+def forest(
+    trees: int,
+    depth: int,
+    features: int,
+    targets: int,
+    kind: str,
+    seed: int = 0,
+    modes: Sequence[str] = MODES[:1],
+    low: float = -1,
+    whole: bool = False,
+) -> dict[str, Any]:
+    """Attributes of full trees with random splits and weights: for cases and benchmarks.
+
+    Nodes take the modes in turn. Weights lie from `low` to 1. Splits that are `whole` are integers from -2 to 2.
+    """
     rng = np.random.default_rng(seed)
     inner, total = (1 << depth) - 1, (1 << (depth + 1)) - 1
     found: dict[str, list[Any]] = {k: [] for k in NODE_LISTS if "hitrates" not in k}
     leaf: dict[str, list[Any]] = {f"{kind}_{k}": [] for k in ("ids", "nodeids", "treeids", "weights")}
+
+    def split() -> float:
+        return float(rng.integers(-2, 3)) if whole else float(np.float32(rng.uniform(-1, 1)))
+
     for tree in range(trees):
         for node in range(total):
             is_leaf = node >= inner
             for key, value in {
                 "treeids": tree,
                 "nodeids": node,
-                "modes": "LEAF" if is_leaf else "BRANCH_LEQ",
+                "modes": "LEAF" if is_leaf else modes[node % len(modes)],
                 "featureids": 0 if is_leaf else int(rng.integers(features)),
-                "values": 0.0 if is_leaf else float(np.float32(rng.uniform(-1, 1))),
+                "values": 0.0 if is_leaf else split(),
                 "truenodeids": 0 if is_leaf else 2 * node + 1,
                 "falsenodeids": 0 if is_leaf else 2 * node + 2,
                 "missing_value_tracks_true": int(rng.integers(2)) if not is_leaf else 0,
             }.items():
                 found[f"nodes_{key}"].append(value)
             if is_leaf:
-                row = (int(rng.integers(targets)), node, tree, float(np.float32(rng.uniform(-1, 1))))
+                row = (int(rng.integers(targets)), node, tree, float(np.float32(rng.uniform(low, 1))))
                 for key, value in zip(("ids", "nodeids", "treeids", "weights"), row, strict=True):
                     leaf[f"{kind}_{key}"].append(value)
     return {k: tuple(v) for k, v in (found | leaf).items()}

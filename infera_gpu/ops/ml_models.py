@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
-from infera_gpu.ops._ml import floats, labels_of, ml_op, post_transform, rows_of, table, winners
+from infera_gpu.ops._ml import both_columns, floats, labels_of, ml_op, post_transform, rows_of, table, winners
 from infera_gpu.spec import Array, TensorSpec
 
 F32 = np.dtype(np.float32)
@@ -40,19 +40,18 @@ def _linear_classes(xp: Any, site: Site, x: Array) -> tuple[Array, Array]:
     n = floats(site, "coefficients").size // max(rows.shape[1], 1)
     shift = floats(site, "intercepts")
     scores = rows @ _matrix(site, n, rows.shape[1]).T + (shift if shift.size else 0)
+    scores = scores.astype(np.float32)
     if n == 1 and len(labels) == 2:
-        pick = (scores[:, 0] > 0).astype(int)
-        scores = np.concatenate((-scores, scores), axis=1)
-    elif n == len(labels):
-        pick = winners(scores)
-    else:
+        return labels[(scores[:, 0] > 0).astype(int)], both_columns(site, scores[:, 0], complement=True)
+    if n != len(labels):
         raise site.fail(f"coefficients for {n} classes, labels for {len(labels)}")
-    return labels[pick], post_transform(site, scores.astype(np.float32))
+    return labels[winners(scores)], post_transform(site, scores)
 
 
 _RNG = np.random.default_rng(5)
 _COEFFICIENTS = tuple(map(float, _RNG.uniform(-1, 1, 12).astype(np.float32)))
 _THREE = {"coefficients": _COEFFICIENTS, "classlabels_ints": (0, 4, 7), "intercepts": (0.1, 0.2, 0.3)}
+_TWO = {"coefficients": _COEFFICIENTS[:4], "classlabels_ints": (3, 8), "intercepts": (0.1,)}
 OPS: tuple[Op, ...] = (
     ml_op(
         "LinearRegressor",
@@ -76,18 +75,9 @@ OPS: tuple[Op, ...] = (
             "post_transform": "NONE",
         },
         tuple(
-            Case(
-                p.lower(),
-                (f32(5, 4),),
-                {
-                    "coefficients": _COEFFICIENTS,
-                    "classlabels_ints": (0, 4, 7),
-                    "intercepts": (0.1, 0.2, 0.3),
-                    "post_transform": p,
-                },
-                n_outs=2,
-            )
-            for p in ("NONE", "SOFTMAX", "LOGISTIC")
+            Case(f"{name}{p.lower()}", (f32(5, 4),), {**attrs, "post_transform": p}, n_outs=2)
+            for name, attrs in (("", _THREE), ("two_", _TWO))
+            for p in ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO")
         ),
     ),
 )

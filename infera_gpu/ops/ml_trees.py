@@ -9,8 +9,8 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import movable
-from infera_gpu.ops._forest import NODE_LISTS, Packed, forest, packed_trees, tree_floats
-from infera_gpu.ops._ml import labels_of, post_transform, rows_of, winners
+from infera_gpu.ops._forest import MODES, NODE_LISTS, Packed, forest, packed_trees, tree_floats
+from infera_gpu.ops._ml import both_columns, labels_of, post_transform, rows_of, winners
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import trees as cpu
 
@@ -18,32 +18,33 @@ AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")
 TRANSFORMS = ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO", "PROBIT")
 
 
-def _scores(site: Site, packed: Packed, x: Array, how: str) -> tuple[Array, Array]:
-    """Each row's scores, and which targets its leaves have named."""
-    forest, weights, hit = packed
-    targets = weights.shape[1]
+def _scores(packed: Packed, x: Array, how: str) -> tuple[Array, Array | None]:
+    """Each row's scores, and which targets its leaves have named; None where that is all of them."""
     wide = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
-    found = cpu.leaves(forest, wide.reshape(-1, x.shape[-1]))
-    everywhere = targets == 1 or site.attrs.get("base_values") is None
-    named = np.ones((1, targets), np.bool_) if everywhere else hit.take(found, axis=0).any(axis=1)
-    return cpu.aggregate(found, weights, hit, how), named
+    found = cpu.leaves(packed.forest, wide.reshape(-1, x.shape[-1]))
+    named = None if packed.certain else packed.hit.take(found, axis=0).any(axis=1)
+    return cpu.aggregate(found, packed.weights, packed.hit, how), named
 
 
-def _base(site: Site, scores: Array, named: Array | None = None) -> Array:
-    """With the base values, which onnxruntime leaves out, of several targets, for one that no leaf has named."""
+def _checked_base(site: Site, base: Array, targets: int) -> Array:
+    if len(base) != targets:
+        raise site.fail(f"base_values has {len(base)} values for {targets} targets or classes")
+    return base
+
+
+def _base(site: Site, targets: int) -> Array | None:
     base = tree_floats(site, "base_values")
-    if base is None or not len(base):
-        return scores
-    if len(base) not in (1, scores.shape[1]):
-        raise site.fail(f"{len(base)} base_values for {scores.shape[1]} targets")
-    return scores + (base if named is None or scores.shape[1] == 1 else np.where(named, base, 0))
+    return None if base is None or not len(base) else _checked_base(site, base, targets)
 
 
 def _regress(site: Site, packed: Packed, x: Array) -> Array:
     how = site.attrs["aggregate_function"]
     if how not in AGGREGATES:
         raise site.fail(f"aggregate_function is '{how}', expected one of {', '.join(AGGREGATES)}")
-    scores = _base(site, *_scores(site, packed, x, how))
+    scores, named = _scores(packed, x, how)
+    base = _base(site, scores.shape[1])
+    if base is not None:  # as in onnxruntime, one of several targets that no leaf of a row names stays 0
+        scores = scores + (base if named is None or len(base) == 1 else np.where(named, base, 0))
     return post_transform(site, scores.astype(np.float32))
 
 
@@ -58,41 +59,42 @@ def _ensemble(site: Site, packed: Packed, x: Array) -> Array:
     how, post = int(site.attrs["aggregate_function"]), int(site.attrs["post_transform"])
     if not 0 <= how < len(AGGREGATES) or not 0 <= post < len(TRANSFORMS):
         raise site.fail(f"aggregate_function {how} or post_transform {post} is unknown")
-    scores, _ = _scores(site, packed, x, AGGREGATES[how])
+    scores, _ = _scores(packed, x, AGGREGATES[how])
     return post_transform(site, scores.astype(x.dtype), TRANSFORMS[post])
 
 
 def _classify(site: Site, packed: Packed, x: Array) -> tuple[Array, Array]:
+    """The class with the highest score wins; without base values, of the classes that the row's leaves name."""
     labels = labels_of(site, "classlabels_int64s")
-    classes = len(labels)
+    scores, named = _scores(packed, x, "SUM")
     ids = set(site.attrs["class_ids"] or ())
-    binary = classes == 2 and len(ids) == 1
-    scores, _ = _scores(site, packed, x, "SUM")
-    forest_ids = next(iter(ids)) if binary else 0
-    if not binary:
-        scores = _base(site, scores)
-        return labels[winners(scores)], post_transform(site, scores.astype(np.float32))
-    one = scores[:, forest_ids]
-    base = tree_floats(site, "base_values")
-    if base is not None and len(base):
-        one = one + base[-1 if len(base) == 2 else 0]
-    weights = tree_floats(site, "class_weights")
+    wide = np.float64 if x.dtype == np.float64 else np.float32
+    if len(labels) == 2 and len(ids) == 1:
+        return _classify_two(site, labels, scores.astype(wide), int(ids.pop()))
+    base = _base(site, len(labels))
+    scores = (scores if base is None else scores + base).astype(wide)
+    open_to = scores if named is None or base is not None else np.where(named, scores, -np.inf)
+    return labels[winners(open_to)], post_transform(site, scores.astype(np.float32))
+
+
+def _classify_two(site: Site, labels: Array, scores: Array, scored: int) -> tuple[Array, Array]:
+    """Two classes of which the leaves score one, as onnxruntime reads them.
+
+    The second label wins with a score above 0, or above 1/2 where no weight is negative. Weights of class 0 are in fact
+    the second's, and the first gets what is left; weights of class 1 leave the first 0.
+    """
+    base, weights = tree_floats(site, "base_values"), tree_floats(site, "class_weights")
+    if base is None or not len(base):
+        base = np.zeros(2)
+    elif len(base) == 1:
+        base = np.where(np.arange(2) == scored, base, 0)
+    score = scores[:, scored] + _checked_base(site, base, 2)[scored].astype(scores.dtype)
     positive = weights is None or bool((weights >= 0).all())
-    pick = one > (0.5 if positive else 0)
-    made = _two(site, one.astype(np.float32), positive=positive)
-    return labels[pick.astype(int)], made
-
-
-def _two(site: Site, score: Array, *, positive: bool) -> Array:
-    """Both columns of a binary classifier that scores one class, as onnxruntime fills them in."""
-    post = site.attrs["post_transform"]
-    if post == "LOGISTIC":
-        p = 1 / (1 + np.exp(-score))
-        return np.stack((1 - p, p), axis=1)
-    if post == "PROBIT":
-        return post_transform(site, np.stack((1 - score, score), axis=1))
-    columns = np.stack((1 - score if positive and post == "NONE" else -score, score), axis=1)
-    return post_transform(site, columns)
+    picked = labels[(score > (0.5 if positive else 0)).astype(int)]
+    if scored == 0:
+        return picked, both_columns(site, score.astype(np.float32), complement=positive)
+    made = np.stack((np.full_like(score, base[0]), score), axis=1)
+    return picked, post_transform(site, made.astype(np.float32))
 
 
 Run = Callable[[Site, Packed, Array], Array | tuple[Array, Array]]
@@ -133,6 +135,10 @@ def _leaf_attrs(kind: str) -> dict[str, Any]:
     return dict.fromkeys(f"{kind}_{k}" for k in ("ids", "nodeids", "treeids", "weights"))
 
 
+_WHOLE = np.random.default_rng(0).integers(-3, 4, (30, 4)).astype(np.float32)
+_WHOLE[::3, 1] = np.nan
+
+
 def _regressor(since: int, extra: dict[str, Any]) -> Op:
     base = {**forest(5, 3, 4, 3, "target"), "n_targets": 3, "base_values": (0.1, 0.2, 0.3)}
     return Op(
@@ -152,6 +158,12 @@ def _regressor(since: int, extra: dict[str, Any]) -> Op:
         },
         cases=(
             *(Case(how.lower(), (f32(7, 4),), {**base, "aggregate_function": how}) for how in AGGREGATES),
+            *(
+                Case(m.lower(), (_WHOLE,), {**forest(4, 3, 4, 2, "target", 1, (m,), whole=True), "n_targets": 2})
+                for m in MODES[1:]
+            ),
+            Case("mixed", (_WHOLE,), {**forest(4, 4, 4, 1, "target", 2, MODES, whole=True), "n_targets": 1}),
+            Case("double", (TensorSpec((7, 4), np.dtype(np.float64)),), base),
             Case("one_row", (f32(1, 4),), {**forest(2, 1, 4, 1, "target"), "n_targets": 1}),
         ),
     )
@@ -159,7 +171,8 @@ def _regressor(since: int, extra: dict[str, Any]) -> Op:
 
 def _classifier(since: int, extra: dict[str, Any]) -> Op:
     three = {**forest(5, 3, 4, 3, "class"), "classlabels_int64s": (4, 7, 9)}
-    binary = {**forest(5, 3, 4, 1, "class"), "classlabels_int64s": (0, 1)}
+    binary = {**forest(5, 3, 4, 1, "class"), "classlabels_int64s": (3, 8)}
+    positive = {**forest(5, 3, 4, 1, "class", low=0), "classlabels_int64s": (3, 8)}
 
     def infer(site: Site) -> tuple[TensorSpec, TensorSpec]:
         labels = labels_of(site, "classlabels_int64s")
@@ -188,9 +201,13 @@ def _classifier(since: int, extra: dict[str, Any]) -> Op:
                 for p in ("NONE", "SOFTMAX", "LOGISTIC")
             ),
             *(
-                Case(f"binary_{p.lower()}", (f32(7, 4),), {**binary, "post_transform": p}, n_outs=2)
-                for p in ("NONE", "LOGISTIC")
+                Case(f"{name}_{p.lower()}", (f32(7, 4),), {**attrs, "post_transform": p}, n_outs=2)
+                for name, attrs in (("binary", binary), ("positive", positive))
+                for p in ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO")
             ),
+            Case("binary_base", (f32(40, 4),), {**binary, "base_values": (0.7,)}, n_outs=2),
+            Case("second_class", (f32(40, 4),), {**binary, "class_ids": (1,) * len(binary["class_ids"])}, n_outs=2),
+            Case("integers", (TensorSpec((9, 4), np.dtype(np.int64)),), three, n_outs=2),
             Case("base_values", (f32(40, 4),), {**three, "base_values": (0.3, -0.2, 0.1)}, n_outs=2),
         ),
     )
