@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.architectures import ARCHITECTURES, Architecture, Tensors, choose_attention
+from bench.architecture import Architecture, Tensors, choose_attention
+from bench.architectures import ARCHITECTURES
 
 SEED = 0
 
@@ -149,6 +150,14 @@ def _tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Tensors:
     return {k: torch.from_numpy(v.copy()) for k, v in arrays.items()}
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what is at the bottom of it: the exporters wrap errors in advice."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when everything was exported, else 1."""
     parser = argparse.ArgumentParser("python -m bench.exporters", description=__doc__)
@@ -172,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 export(name, exporter, options.folder)
         except Exception as error:  # every exporter has exceptions of its own
             failures += 1
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            print(f"failed after {time.monotonic() - started:.1f} s: {type(error).__name__}: {lines[0][:300]}")
+            print(f"failed after {time.monotonic() - started:.1f} s: {reason(error)}")
         else:
             print(f"{time.monotonic() - started:.1f} s")
     print(f"{len(todo) - failures} of {len(todo)} exported to {options.folder}")
