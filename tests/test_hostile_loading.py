@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -263,7 +264,7 @@ def test_chains_of_scales_do_not_multiply_the_weight() -> None:
     scale = np.full((1, 1000, 1, 1), 1.001, np.float32)
     names = ["t", *(f"t{i}" for i in range(200))]
     nodes = [node("Conv", ["x", "w"], ["t"])]
-    nodes += [node("Mul", [a, "s"], [b]) for a, b in zip(names, names[1:], strict=False)]
+    nodes += [node("Mul", [a, "s"], [b]) for a, b in itertools.pairwise(names)]
     nodes.append(node("Identity", [names[-1]], ["y"]))
     with at_most(20, 300):
         infera_gpu.load(model(nodes, inits=[fixed(w, "w"), fixed(scale, "s")]), device="cpu").close()
@@ -308,7 +309,7 @@ def test_plans_of_many_nodes_are_made_in_time(kind: str) -> None:
     n = 10_000
     if kind == "chain":
         names = ["x", *(f"t{i}" for i in range(n)), "y"]
-        nodes = [node("Relu", [a], [b]) for a, b in zip(names, names[1:], strict=False)]
+        nodes = [node("Relu", [a], [b]) for a, b in itertools.pairwise(names)]
     else:
         nodes = [node("Exp", ["x"], [f"t{i}"]) for i in range(n)]
         nodes.append(node("Concat", [f"t{i}" for i in range(n)], ["y"], axis=0))
