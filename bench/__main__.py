@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.environment import environment, host_class, load, thread_environment
+from bench.environment import environment, thread_environment, write_results
 from bench.inputs import EXAMPLES
 from bench.worker import Job
 
-RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
 TIMEOUT_S = 1800
 """For one model with one number of threads; a worker that takes longer hangs."""
 
@@ -106,7 +103,7 @@ def main() -> int:
     too_many = [t for t in options.threads if t > (os.cpu_count() or 1)]
     if too_many:
         console.print(f"warning: {too_many} threads on {os.cpu_count()} processors measure contention, not scaling")
-    results: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "options": {"quick": options.quick}}
+    measured = environment()
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -116,10 +113,7 @@ def main() -> int:
             progress.update(task, description=f"{job.model}, {job.threads} thread{'s' if job.threads > 1 else ''}")
             rows.extend(run(job))
             progress.advance(task)
-    results |= {"rows": rows, "load_after": load()}
-    out = options.out or RESULTS / f"{host_class()}-{datetime.now(UTC):%Y-%m-%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    out = write_results(measured, {"quick": options.quick}, rows, options.out)
     show(rows, console)
     console.print(f"written to {out}")
     return 1 if any(row["failure"] for row in rows) else 0

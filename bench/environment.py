@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
 PACKAGES = ("infera-gpu", "numpy", "onnx", "onnxruntime", "triton", "cupy-cuda12x", "cupy-cuda13x")
 VECTOR_FLAGS = ("avx512_vnni", "avx512f", "avx2", "sve", "asimd")
 """Widest first: what decides how fast a processor multiplies matrices."""
@@ -37,6 +41,23 @@ def environment() -> dict[str, Any]:
         "blas": blas(),
         "load": load(),
     }
+
+
+def write_results(
+    measured: Mapping[str, Any],
+    options: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    out: Path | None = None,
+    topic: str = "",
+) -> Path:
+    """A results file; without `out`, bench/results/<host class>-<topic>-<date>.json. `measured` is `environment()` from
+    before the first row."""
+    parts = (host_class(), topic, f"{datetime.now(UTC):%Y-%m-%d}")
+    path = out or RESULTS / f"{'-'.join(p for p in parts if p)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"schema": SCHEMA, "environment": measured, "options": options, "rows": rows, "load_after": load()}
+    path.write_text(json.dumps(made, indent=1) + "\n")
+    return path
 
 
 def commit() -> str:
