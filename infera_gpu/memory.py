@@ -38,8 +38,8 @@ class ArenaPlan:
 class _Arena:
     """The places that are taken, by offset: columns low, high, begin, end."""
 
-    def __init__(self, most: int) -> None:
-        self._rows = np.zeros((4, most), np.int64)
+    def __init__(self, most: int, nbytes: int) -> None:
+        self._rows = np.zeros((4, most), np.int64 if nbytes < 1 << 62 else object)
         self._count = 0
 
     def free_from(self, size: int, begin: int, end: int) -> int:
@@ -70,7 +70,7 @@ def plan_arena(requests: Iterable[Request], fixed: Mapping[str, int] | None = No
     fixed = fixed or {}
     wanted = [r for r in requests if r.nbytes > 0 and r.begin < r.end]
     wanted.sort(key=lambda r: (r.value not in fixed, -r.nbytes, r.begin, r.value))
-    arena = _Arena(len(wanted))
+    arena = _Arena(len(wanted), sum(aligned(r.nbytes) for r in wanted) + max(fixed.values(), default=0))
     offsets: dict[str, int] = {}
     for r in wanted:
         size = aligned(r.nbytes)

@@ -34,6 +34,9 @@ REFUSED = {
 NAN = {"ReduceMean"}
 """The mean of nothing is not a number, as in NumPy and PyTorch; onnxruntime gives 0."""
 
+UNSET = {"ConvInteger"}
+"""Sums of nothing are 0; onnxruntime gives what its memory held."""
+
 
 def emptied(case: Case) -> Iterator[tuple[int, Case]]:
     """The case with each axis of its first input set to zero, and with it the axes of other inputs of that size."""
@@ -102,6 +105,9 @@ def test_nothing_is_computed_on_nothing(op: Op, case: Case) -> None:
             if op.name not in REFUSED:
                 raise
             return
+    if op.name in UNSET:
+        assert not any(g.any() for g in got)
+        return
     if op.name in NAN:
         assert all(np.isnan(g).all() and not np.asarray(w).any() for g, w in zip(got, want, strict=True) if g.size)
         return

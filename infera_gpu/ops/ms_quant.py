@@ -113,8 +113,9 @@ def _same(site: Site) -> tuple[int, ...]:
 
 def _pooled(site: Site) -> tuple[int, ...]:
     dims = site.spec(0).dims
-    if len(dims) < 3 or 0 in dims:
-        raise site.fail(f"its input is {site.spec(0)}, expected batch, channels and at least one more axis, none empty")
+    inner = dims[1:-1] if site.attrs["channels_last"] else dims[2:]
+    if len(dims) < 3 or 0 in inner:
+        raise site.fail(f"its input is {site.spec(0)}, expected batch, channels and axes to pool over, none empty")
     if site.attrs["channels_last"]:
         return (dims[0], *(1,) * (len(dims) - 2), dims[-1])
     return (*dims[:2], *(1,) * (len(dims) - 2))
