@@ -34,8 +34,8 @@ REFUSED = {
 NAN = {"ReduceMean"}
 """The mean of nothing is not a number, as in NumPy and PyTorch; onnxruntime gives 0."""
 
-UNSET = {"ConvInteger"}
-"""Sums of nothing are 0; onnxruntime gives what its memory held."""
+UNSET = {"ConvInteger", "QLinearConv", "LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
+"""Of sums over no channels, and of states after no steps, onnxruntime gives what its memory held."""
 
 
 def emptied(case: Case) -> Iterator[tuple[int, Case]]:
@@ -106,7 +106,11 @@ def test_nothing_is_computed_on_nothing(op: Op, case: Case) -> None:
                 raise
             return
     if op.name in UNSET:
-        assert not any(g.any() for g in got)
+        with infera_gpu.load(model, device="cpu", fuse=False) as session:
+            again = list(session.run(fed).values())
+        for g, a, w in zip(got, again, want, strict=True):
+            assert spec_of(g) == spec_of(np.asarray(w))
+            np.testing.assert_array_equal(g, a)
         return
     if op.name in NAN:
         assert all(np.isnan(g).all() and not np.asarray(w).any() for g, w in zip(got, want, strict=True) if g.size)

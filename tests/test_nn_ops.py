@@ -161,7 +161,7 @@ def _zeros(*shape: int) -> HostArray:
         ("Resize", (_zeros(1, 1, 2, 2), None, None, None), {}, "either scales or sizes"),
         ("Resize", (_zeros(1, 1, 2, 2), None, _zeros(4)), {"mode": "area"}, "mode 'area' is not one of"),
         ("Pad", (_zeros(2, 3), np.zeros(2, np.int64)), {}, "do not fit"),
-        ("Pad", (_zeros(2, 3), np.zeros(4, np.int64)), {"mode": "wrap"}, "mode 'wrap' is not one of"),
+        ("Pad", (_zeros(2, 3), np.zeros(4, np.int64)), {"mode": "mirror"}, "mode 'mirror' is not one of"),
         ("Pad", (_zeros(2, 3), np.array([-3, 0, 0, 0])), {}, "remove more than there is"),
     ],
 )  # fmt: skip

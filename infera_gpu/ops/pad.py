@@ -18,9 +18,12 @@ _PADS, _VALUE, _AXES = 1, 2, 3
 
 
 def _pads(site: Site) -> tuple[tuple[int, int], ...]:
-    """(before, after) of every axis. Raises PlanError where they do not fit the input, or the mode is unknown."""
+    """(before, after) of every axis. Raises PlanError where they do not fit the input, or the mode is unknown.
+
+    ONNX has the mode wrap from opset 19 on; PyTorch writes it at 18, and onnxruntime runs that.
+    """
     x = site.spec(0)
-    modes = ("constant", "edge", "reflect", *(("wrap",) if site.opset >= 19 else ()))
+    modes = ("constant", "edge", "reflect", *(("wrap",) if site.opset >= 18 else ()))
     if site.attrs["mode"] not in modes:
         raise site.fail(f"mode '{site.attrs['mode']}' is not one of {', '.join(modes)} at opset {site.opset}")
     flat = site.attrs["pads"] if "pads" in site.attrs else site.ints(_PADS)
@@ -129,6 +132,11 @@ OPS: tuple[Op, ...] = (
         {**_MODE, "pads": REQUIRED, "value": 0.0}, kernels=_KERNELS,
     ),
     Op("Pad", 11, _infer, _compute, _INPUTS + _BOOLEANS, _MODE, kernels=_KERNELS, values=(_PADS,)),
+<<<<<<< HEAD
     Op("Pad", 18, _infer, _compute, _INPUTS + _AXES_CASES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
     Op("Pad", 19, _infer, _compute, _WRAP + _VALUES + _NARROW, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
+=======
+    Op("Pad", 18, _infer, _compute, _INPUTS + _AXES_CASES + _WRAP, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
+    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
+>>>>>>> ff8db8b (Pad wraps at opset 18 too, where PyTorch's exporter writes it and onnxruntime runs it)
 )  # fmt: skip
