@@ -132,11 +132,6 @@ OPS: tuple[Op, ...] = (
         {**_MODE, "pads": REQUIRED, "value": 0.0}, kernels=_KERNELS,
     ),
     Op("Pad", 11, _infer, _compute, _INPUTS + _BOOLEANS, _MODE, kernels=_KERNELS, values=(_PADS,)),
-<<<<<<< HEAD
-    Op("Pad", 18, _infer, _compute, _INPUTS + _AXES_CASES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
-    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES + _NARROW, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
-=======
     Op("Pad", 18, _infer, _compute, _INPUTS + _AXES_CASES + _WRAP, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
-    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
->>>>>>> ff8db8b (Pad wraps at opset 18 too, where PyTorch's exporter writes it and onnxruntime runs it)
+    Op("Pad", 19, _infer, _compute, _WRAP + _VALUES + _NARROW, _MODE, kernels=_KERNELS, values=(_PADS, _AXES)),
 )  # fmt: skip
