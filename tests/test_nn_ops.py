@@ -147,6 +147,10 @@ def _zeros(*shape: int) -> HostArray:
         ("LayerNormalization", (_zeros(2, 3), _zeros(2)), {}, "does not broadcast"),
         ("GroupNormalization", (_zeros(1, 4, 2), _zeros(3), _zeros(3)), {"num_groups": 3}, "do not divide"),
         ("LSTM", (_zeros(2, 1, 3), _zeros(1, 8, 3), _zeros(1, 4, 1)), {}, "W is"),
+        (
+            "LSTM", (_zeros(2, 1, 3), _zeros(1, 8, 3), _zeros(1, 8, 2), None, None, _zeros(1, 1, 2), _zeros(1, 1, 4)),
+            {}, "input 6 is float32[1, 1, 4], expected [1, 1, 2]",
+        ),
         ("GRU", (_zeros(2, 1, 3), _zeros(1, 3, 3), _zeros(1, 3, 1)), {"direction": "up"}, "direction 'up'"),
         ("RNN", (_zeros(2, 1, 3), _zeros(1, 1, 3), _zeros(1, 1, 1)), {"activations": ("Sine",)}, "expected 1 of"),
         *(

@@ -112,6 +112,11 @@ def infer(site: Site) -> Sequence[TensorSpec]:
     state: tuple[int, ...] = (directions, batch, hidden)
     if _batch_first(site):
         y, state = (batch, steps, directions, hidden), (batch, directions, hidden)
+    biases, peepholes = 2 * _KINDS[site.node.op].gates * hidden, 3 * hidden
+    expected = {_B: (directions, biases), _LENGTHS: (batch,), _H: state, _C: state, _P: (directions, peepholes)}
+    for i, dims in expected.items():
+        if site.has(i) and site.spec(i).dims != dims:
+            raise site.fail(f"input {i} is {site.spec(i)}, expected {list(dims)}")
     specs = [TensorSpec(y, dtype), *[TensorSpec(state, dtype)] * _KINDS[site.node.op].states]
     return specs[: max(1, len(site.node.outputs))]
 
