@@ -1,4 +1,4 @@
-# Short names for the real commands. Everything is installed into .venv; nothing outside it changes.
+# Short names for the real commands. Everything is installed into .venv; nothing outside it changes but the cache of models.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python

@@ -18,7 +18,7 @@ A message names the thing (node, input, file), what was expected, what came and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -40,7 +40,9 @@ class UnsupportedOperatorError(ModelError):
     `missing` holds one `(operator, node name)` pair for each such node, in graph order.
     """
 
-    def __init__(self, missing: Sequence[tuple[str, str]], *, opset: int) -> None:
+    def __init__(
+        self, missing: Sequence[tuple[str, str]], *, opset: int, hints: Mapping[str, str] | None = None
+    ) -> None:
         self.missing = tuple(missing)
         by_op: dict[str, list[str]] = {}
         for op, node in missing:
@@ -51,7 +53,8 @@ class UnsupportedOperatorError(ModelError):
         )
         super().__init__(
             f"{len(by_op)} unsupported operator{'s' if len(by_op) > 1 else ''} at opset {opset}: {lines}"
-            "; see CONTRIBUTING.md, 'Add an operator'"
+            + "".join(f"; {hint}" for hint in (hints or {}).values())
+            + ("" if len(hints or {}) == len(by_op) else "; see CONTRIBUTING.md, 'Add an operator'")
         )
 
 

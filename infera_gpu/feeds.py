@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +31,22 @@ def value_of(name: str, value: Any, spec: ValueSpec, device: Device) -> Any:
             return dict(value)
 
 
+def shape_of(name: str, value: Any) -> tuple[int, ...]:
+    """The shape that an array has, or that is given. Raises InputError for what is none."""
+    given = value.shape if hasattr(value, "shape") else value
+    try:
+        sizes = tuple(map(operator.index, given))
+    except TypeError:
+        sizes = (-1,)
+    if min(sizes, default=0) < 0:
+        raise InputError(f"input '{name}' is {value!r:.80}, expected an array or a shape: sizes from 0 on")
+    return sizes
+
+
 def _array(name: str, value: Any, spec: TensorSpec, device: Device) -> Array:
     """The feed as an array of the input's dtype. Python numbers and lists have no dtype of their own."""
+    if value is None:
+        raise InputError(f"input '{name}' is None, expected {spec}")
     if spec.dtype == object:
         return _strings(name, value)
     array = device.accepts(value)

@@ -17,7 +17,7 @@ from infera_gpu.functions import Function, Key, Reference, constants_first, inli
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
-from infera_gpu.wellformed import check_node, domain_name, opset_versions, text, value_name
+from infera_gpu.wellformed import check_ir_version, check_node, domain_name, opset_versions, text, value_name
 
 if TYPE_CHECKING:
     import onnx
@@ -38,6 +38,7 @@ def load_graph(source: Source) -> Graph:
     model, name = _read(source)
     tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None)
     try:
+        check_ir_version(model.ir_version)
         opsets = opset_versions(model.opset_import)
         reader = _Reader(opsets, tensors)
         graph = inline(reader.graph(model.graph, name), _functions(model, reader))
@@ -72,12 +73,22 @@ def _read(source: Source) -> tuple[onnx.ModelProto, str]:
     try:
         model.ParseFromString(payload)
     except DecodeError:
+        what = next((what for start, what in _OTHER_FILES.items() if payload.lstrip().startswith(start)), "")
         raise InvalidModel(
-            f"{name}: not an ONNX model, or a truncated one ({len(payload):,} bytes do not parse)"
+            f"{name}: not an ONNX model, {what or 'or a truncated one'} ({len(payload):,} bytes do not parse)"
         ) from None
     if not model.ir_version or not model.HasField("graph"):
         raise InvalidModel(f"{name}: not an ONNX model ({len(payload):,} bytes parse, but hold no graph)")
     return model, name
+
+
+_OTHER_FILES = {
+    b"version https://git-lfs": "but a pointer to one in Git LFS: fetch it with `git lfs pull`",
+    b"<": "but a page of a web site; was it downloaded from the right address?",
+    b"PK": "but an archive: unpack it",
+    b"\x1f\x8b": "but a compressed file: unpack it",
+}
+"""What files begin with that are often taken for models."""
 
 
 def _payload(path: Path) -> bytes:

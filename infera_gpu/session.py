@@ -16,7 +16,7 @@ from infera_gpu.bind import Bound, Constants
 from infera_gpu.devices import Device, open_device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
-from infera_gpu.feeds import value_of
+from infera_gpu.feeds import shape_of, value_of
 from infera_gpu.graph import Graph
 from infera_gpu.lease import Lease
 from infera_gpu.loader import Source, load_graph
@@ -55,6 +55,8 @@ def load(
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None:
+        if not isinstance(threads, int) or threads < 1:
+            raise InputError(f"threads is {threads!r}, expected a positive number")
         from threadpoolctl import ThreadpoolController
 
         ThreadpoolController().limit(limits=threads, user_api="blas")
@@ -71,6 +73,9 @@ class Timing:
 
     step: Step
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"<{self.step.label}: {self.seconds * 1e6:.1f} µs>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,10 +281,7 @@ class Session:
 
         `print(session.plan_for(x=...))` shows every step. Raises InputError or PlanError.
         """
-        shapes = {
-            name: tuple(int(d) for d in (value.shape if hasattr(value, "shape") else value))
-            for name, value in inputs.items()
-        }
+        shapes = {name: shape_of(name, value) for name, value in inputs.items()}
         if (session := self._for(shapes)) is not self:
             return session.plan_for(inputs)
         self._check_names(shapes)

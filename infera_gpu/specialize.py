@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from infera_gpu.errors import PlanError, UnsupportedOperatorError, planning
+from infera_gpu.errors import InvalidModel, PlanError, UnsupportedOperatorError, planning
 from infera_gpu.folding import fold_budget, may_fold
 from infera_gpu.graph import Graph, HostArray, Node, version_of
 from infera_gpu.op import Op, Registry, Site
@@ -68,20 +68,38 @@ class Segment:
 
 
 def check_supported(graph: Graph, registry: Registry) -> None:
-    """Raises UnsupportedOperatorError listing every node without an operator, those in subgraphs included."""
+    """Raises UnsupportedOperatorError listing every node without an operator, those in subgraphs included.
+
+    Raises InvalidModel where a node has an attribute that its operator has not, or lacks one.
+    """
     missing: list[tuple[str, str]] = []
 
     def walk(nodes: Iterable[Node]) -> None:
         for n in nodes:
-            known = registry.find(n.domain, n.op, graph.opset_of(n)) is not None
-            if not known and (n.domain or n.op not in CONTROL):
+            op = registry.find(n.domain, n.op, graph.opset_of(n))
+            if op is not None:
+                try:
+                    op.fill(n)
+                except PlanError as error:
+                    raise InvalidModel(f"{graph.name}: {error}") from None
+            elif n.domain or n.op not in CONTROL:
                 missing.append((n.qualified, n.name or n.outputs[0]))
             for _, sub in n.subgraphs:
                 walk(sub.nodes)
 
     walk(graph.nodes)
     if missing:
-        raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0))
+        hints = {op: hint for op, _ in missing if (hint := _hint(op, registry))}
+        raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0), hints=hints)
+
+
+def _hint(qualified: str, registry: Registry) -> str:
+    """What there is instead of an operator that is not there."""
+    since = min((o.since for o in registry if o.qualified.rsplit("-", 1)[0] == qualified), default=0)
+    if since:
+        return f"there is {qualified} from opset {since} on, to which onnx.version_converter brings models"
+    close = {name.lower(): name for name in registry.names}.get(qualified.lower())
+    return f"there is {close}" if close else ""
 
 
 CONTROL = frozenset({"If"})

@@ -267,7 +267,16 @@ class Stages:
         missing = tuple(o for o in wanted if o not in plan.outputs and o not in segment.objects)
         if segment.is_last and missing:
             raise PlanError(f"output '{missing[0]}' is made by no node")
+        for name in final:
+            declared, made = self._graph.outputs[name], plan.outputs[name].dtype
+            if isinstance(declared, TensorSpec) and is_declared(declared) and declared.dtype != made:
+                raise PlanError(f"output '{name}' is {made.name}, the model declares it as {declared.dtype.name}")
         return Stage(plan, final, missing, {k: s for k, s in entering.items() if not is_plain(s)})
+
+
+def is_declared(spec: TensorSpec) -> bool:
+    """Whether a file says so: one that leaves out the type of an output is read as float32 of unknown rank."""
+    return spec.ranked or spec.dtype != np.float32
 
 
 def _value(made: Any) -> Any:

@@ -32,6 +32,15 @@ def domain_name(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
+def check_ir_version(version: int) -> None:
+    import onnx
+
+    if version > onnx.IR_VERSION:
+        raise InvalidModel(
+            f"the file's IR version is {version}, this version of onnx knows {onnx.IR_VERSION}: install a newer one"
+        )
+
+
 def opset_versions(imports: Iterable[onnx.OperatorSetIdProto], *, required: bool = True) -> dict[str, int]:
     """Versions by domain. Raises InvalidModel where there is none and one is `required`, or one is unknown."""
     import onnx

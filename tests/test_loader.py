@@ -181,6 +181,25 @@ def test_what_is_no_protobuf_is_named(data: bytes) -> None:
         infera_gpu.load(data, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!doctype html><html></html>", "a page of a web site"),
+        (b"PK\x03\x04" + bytes(20), "an archive"),
+        (b"\x1f\x8b\x08" + bytes(20), "a compressed file"),
+    ],
+)
+def test_files_often_taken_for_models_are_named(data: bytes, hint: str) -> None:
+    with pytest.raises(InvalidModel, match=hint):
+        infera_gpu.load(data, device="cpu")
+
+
+def test_files_of_the_future_are_named() -> None:
+    with pytest.raises(InvalidModel, match="IR version is 99"):
+        infera_gpu.load(changed(lambda m: setattr(m, "ir_version", 99)), device="cpu")
+
+
 def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
     for path in ("/dev/zero", tmp_path / "pipe.onnx"):

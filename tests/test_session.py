@@ -392,3 +392,35 @@ def test_an_output_too_large_for_memory_is_refused_with_the_bytes() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(DeviceError, match="unknown device 'tpu'"):
         infera_gpu.load(parse(CHAIN), device="tpu")
+
+
+def test_an_output_that_is_declared_as_another_type_is_named() -> None:
+    model = parse("g (float[N] x) => (int64[N] y) { y = Relu(x) }")
+    with pytest.raises(PlanError, match="output 'y' is float32, the model declares it as int64"):
+        infera_gpu.load(model, device="cpu").run({"x": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize("shape", ["N", 2, (-1,), ("N",), (1.5,)])
+def test_shapes_to_plan_for_are_checked(shape: object) -> None:
+    session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device="cpu")
+    with pytest.raises(InputError, match="input 'x' is"):
+        session.plan_for({"x": shape})
+    assert session.plan_for({"x": (np.int64(3),)}).outputs["y"].shape == (3,)
+    assert repr(session.profile({"x": np.ones(3, np.float32)})[0]).startswith("<Relu")
+
+
+@pytest.mark.parametrize("threads", [0, -1, "2", 1.5])
+def test_threads_are_a_positive_number(threads: object) -> None:
+    with pytest.raises(InputError, match="threads"):
+        infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device="cpu", threads=threads)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("op", "opset", "hint"),
+    [("Gelu", 13, "there is Gelu from opset 20 on"), ("relu", 17, "there is Relu"), ("Frobnicate", 17, "CONTRIBUTING")],
+)
+def test_unsupported_operators_come_with_advice(op: str, opset: int, hint: str) -> None:
+    model = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }", opset)
+    model.graph.node[0].op_type = op
+    with pytest.raises(UnsupportedOperatorError, match=hint):
+        infera_gpu.load(model, device="cpu")

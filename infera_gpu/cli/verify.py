@@ -68,7 +68,11 @@ def command(
     )
     wrong = [d for d in found if not d.within(tolerance)]
     if wrong:
-        hint = f"; --against {FLOAT64} tells whose rounding it is" if reference == ONNXRUNTIME else ""
+        hint = (
+            f"; `infera verify {model} --against {FLOAT64}` tells whose rounding it is"
+            if reference == ONNXRUNTIME
+            else ""
+        )
         raise InferaError(f"{len(wrong)} of {len(found)} outputs differ: {'; '.join(map(str, wrong[:3]))}{hint}")
 
 

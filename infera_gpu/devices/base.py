@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from infera_gpu.errors import OutOfMemoryError
+from infera_gpu.errors import OutOfMemoryError, PlanError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.memory import ALIGN
@@ -142,4 +142,6 @@ def compute_into(xp: Any, step: Step, ins: tuple[Array | None, ...], outs: tuple
     assert step.placed is not None
     made = step.placed.op.outputs(xp, step.placed.site, ins)
     for out, array in zip(outs, made, strict=False):
+        if array.shape != out.shape:
+            raise PlanError(f"{step.label}: it made {list(array.shape)}, {list(out.shape)} was inferred")
         xp.copyto(out, array)
