@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from infera_gpu.cli.feeds import random_feeds, read_feeds
 from infera_gpu.spec import TensorSpec, spec_of
 from tests.commandline import assert_explained, assert_fails, infera, model, save, save_add, save_relu
+from tests.text import parse
 
 
 @pytest.fixture
@@ -259,3 +260,17 @@ def test_unsupported_operator(tmp_path: Path) -> None:
     made.opset_import.append(helper.make_opsetid("example", 1))
     onnx.save(made, path)
     assert_fails(infera("run", path, "--random"), "unsupported operator", "Frobnicate", "knob")
+
+
+def test_bfloat16_is_read_from_what_numpy_saves(tmp_path: Path) -> None:
+    onnx.save(parse("g (bfloat16[N] x) => (float[N] y) { y = Cast <to = 1> (x) }"), tmp_path / "m.onnx")
+    x = save(tmp_path / "x.npy", np.array([1.5, -2], ml_dtypes.bfloat16))
+    status, out, _ = infera("run", tmp_path / "m.onnx", "-i", x, "--device", "cpu")
+    assert status == 0
+    assert "1.5, -2" in out
+
+
+def test_random_values_that_make_no_sense_come_with_advice(tmp_path: Path) -> None:
+    onnx.save(parse("g (float[N] x, int64[M] s) => (float[A,B] y) { y = Reshape(x, s) }"), tmp_path / "m.onnx")
+    result = infera("run", tmp_path / "m.onnx", "--random", "--shape", "x=7", "--shape", "s=2", "--device", "cpu")
+    assert_fails(result, "are random; give sensible ones")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from infera_gpu.cli.console import note
 from infera_gpu.devices.base import host_memory
-from infera_gpu.errors import InputError, OutOfMemoryError
+from infera_gpu.errors import InferaError, InputError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import TensorSpec, spec_of
 
@@ -46,7 +47,26 @@ def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict
     for name in feeds:
         if name not in inputs:
             raise InputError(f"'{name}' is not an input; the model has {_listed(inputs)}")
-    return feeds
+    return {name: _as_saved(array, inputs[name]) for name, array in feeds.items()}
+
+
+def _as_saved(array: HostArray, spec: TensorSpec) -> HostArray:
+    """Files know NumPy's own types only: bfloat16 and its like are saved as bytes without a type."""
+    is_bytes = array.dtype.kind == "V" and array.dtype.itemsize == spec.dtype.itemsize
+    return array.view(spec.dtype) if is_bytes else array
+
+
+@contextmanager
+def on_random(inputs: Mapping[str, TensorSpec], files: Sequence[str] | None) -> Iterator[None]:
+    """What fails in here says that inputs not given are random, which need not make sense to the model."""
+    try:
+        yield
+    except InferaError as error:
+        if len(read_feeds(files or [], inputs)) == len(inputs):
+            raise
+        raise InferaError(
+            f"{error}. Inputs not given are random; give sensible ones with --input name=file.npy"
+        ) from error
 
 
 def _load(path: str) -> HostArray | dict[str, HostArray]:

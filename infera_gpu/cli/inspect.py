@@ -40,10 +40,8 @@ def command(
         shapes = read_shapes(shape or [], session.tensor_inputs)
         free = free_dimensions(session.tensor_inputs, {**shapes, **given})
         if free:
-            example = ",".join(
-                str(d) if isinstance(d, int) else "1" for d in next(iter(session.tensor_inputs.values())).shape
-            )
-            name = next(iter(session.inputs))
+            name = free[0].rpartition("[")[0]
+            example = ",".join(str(d) if isinstance(d, int) else "1" for d in session.tensor_inputs[name].shape)
             note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
             return
         feeds = random_feeds(session.tensor_inputs, given, shapes, seed)

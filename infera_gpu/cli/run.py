@@ -11,7 +11,7 @@ import typer
 from infera_gpu.cli import options
 from infera_gpu.cli.archive import write_npz
 from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import gather, read_feeds
+from infera_gpu.cli.feeds import gather, on_random, read_feeds
 from infera_gpu.errors import InputError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import spec_of
@@ -36,7 +36,7 @@ def command(
             if random
             else read_feeds(input or [], session.tensor_inputs)
         )
-        with working("running"):
+        with working("running"), on_random(session.tensor_inputs, input):
             outputs = session.run(feeds)
     if output:
         write_npz(output, outputs)

@@ -10,7 +10,7 @@ import typer
 
 from infera_gpu.cli import options
 from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import gather
+from infera_gpu.cli.feeds import gather, on_random
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
 from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare, run_in_float64, widened
@@ -47,7 +47,7 @@ def command(
     with options.opened(path, device, threads) as session:
         feeds = gather(session.tensor_inputs, input, shape, seed)
         tested = session.device.name
-        with working(f"running on {tested}"):
+        with working(f"running on {tested}"), on_random(session.tensor_inputs, input):
             got: Outputs = session.run(feeds)
     reference = against or ("cpu" if tested.startswith("cuda") else ONNXRUNTIME)
     if reference == tested:
