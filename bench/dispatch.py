@@ -1,7 +1,8 @@
 """`python -m bench.dispatch`: what a node costs at run time beyond NumPy's own call.
 
 A chain of tiny elementwise nodes runs through a session, as the same NumPy calls written out by hand into arrays that
-exist already, and through onnxruntime where that is installed; interleaved, medians.
+exist already, and through onnxruntime where that is installed; interleaved, medians. Writes
+bench/results/<host class>-dispatch-<date>.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 import infera_gpu
+from bench.environment import environment, write_results
 from bench.measure import medians
 
 KINDS = (("Add", np.add), ("Mul", np.multiply), ("Sub", np.subtract), ("Div", np.divide))
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=300)
     options = parser.parse_args()
+    measured = environment()
     model = chain(options.nodes, options.width)
     x = np.linspace(-1, 1, options.width, dtype=np.float32)
     session = infera_gpu.load(model, device="cpu")
@@ -75,7 +78,11 @@ def main() -> None:
     per_node = {name: s / options.nodes * 1e6 for name, s in medians(runs, options.rounds).items()}
     for name, micros in per_node.items():
         print(f"{name}: {micros:.3f} µs a node")
-    print(f"infera_gpu above NumPy's own calls: {per_node['infera_gpu'] - per_node['NumPy by hand']:.3f} µs a node")
+    above = per_node["infera_gpu"] - per_node["NumPy by hand"]
+    print(f"infera_gpu above NumPy's own calls: {above:.3f} µs a node")
+    row = {"model": f"chain of {options.nodes}", "micros_a_node": per_node, "above_numpy": above}
+    chosen = {"nodes": options.nodes, "width": options.width, "rounds": options.rounds}
+    print(write_results(measured, chosen, [row], topic="dispatch"))
 
 
 if __name__ == "__main__":

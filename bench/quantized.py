@@ -2,13 +2,13 @@
 
 For each example and seed: the largest difference between infera_gpu, onnxruntime without optimisations and the same
 model in float64, relative to the peak. One rounding that falls the other way shows as a large difference; what counts
-is how often that happens to each. Writes bench/results/quantized.json.
+is how often that happens to each. Writes
+bench/results/<host class>-quantized-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 import infera_gpu
-from bench.environment import environment
+from bench.environment import environment, write_results
 from bench.inputs import EXAMPLES, Feeds
 from bench.models import path_of
 from infera_gpu.verify import OnnxRuntime, compare, run_in_float64
@@ -63,15 +63,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
     options = parser.parse_args()
+    measured = environment()
     found = [row for name in options.models for row in rows(name, options.seeds)]
     for row in found:
         print(
             f"{row['model']:20} {row['pair']:26} same in {row['same']:3} of {row['runs']}, "
             f"median {row['median']:.1e}, largest {row['largest']:.1e}"
         )
-    out = Path(__file__).parent / "results" / "quantized.json"
-    out.write_text(json.dumps({"environment": environment(), "rows": found}, indent=1) + "\n")
-    print(out)
+    chosen = {"seeds": options.seeds, "models": list(options.models)}
+    print(write_results(measured, chosen, found, topic="quantized"))
 
 
 if __name__ == "__main__":
