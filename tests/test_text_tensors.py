@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_gpu.errors import PlanError
+import infera_gpu
+from infera_gpu.errors import InferaError, PlanError
 from infera_gpu.op import Case
 from infera_gpu.ops import registry
 from tests.cases import compute, inputs_of, site_of
+from tests.text import parse
 
 WORDS = np.array([["a", "b", "c"], ["d", "", "f"]], object)
 IMAGE = WORDS.reshape(1, 1, 2, 3)
@@ -83,3 +85,10 @@ def test_arithmetic_on_what_is_no_number_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=message):
         outcome(name, ins, attrs)
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "Mod"])
+def test_strings_are_no_numbers(op: str) -> None:
+    model = parse(f"g (string[N] x, string[N] z) => (string[N] y) {{ y = {op}(x, z) }}")
+    with pytest.raises(InferaError, match="expected numbers"):
+        infera_gpu.load(model, device="cpu").run({"x": ["a"], "z": ["b"]})

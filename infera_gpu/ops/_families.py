@@ -125,6 +125,18 @@ def requiring(infer: Infer, *inputs: int) -> Infer:
     return checked
 
 
+def numeric(infer: Infer) -> Infer:
+    """`infer`, for operators that have no meaning for strings, which Python would join and compare."""
+
+    def checked(site: Site) -> Sequence[TensorSpec | None]:
+        for i, spec in enumerate(site.ins):
+            if spec is not None and spec.dtype.kind == "O":
+                raise site.fail(f"input {i} is {spec}, expected numbers")
+        return infer(site)
+
+    return checked
+
+
 def shaped(shape: Callable[[Site], Sequence[int]], dtype: DType | None = None) -> Infer:
     """Output 0 has the shape that `shape(site)` gives, and input 0's dtype unless another is given."""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Compute, Op, Site, broadcast, f32, same_as
 from infera_gpu.ops import _triton
-from infera_gpu.ops._families import elementwise, floating, native, plain
+from infera_gpu.ops._families import elementwise, floating, native, numeric, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import activation as cpu_activation
 from infera_kernels.cpu import elementwise as cpu
@@ -36,17 +36,18 @@ def _ufunc(name: str) -> Compute:
 
 
 def ufunc_op(name: str, ufunc: str, cases: tuple[Case, ...], *, since: int = 7, dtype: Any = None) -> Op:
-    """An operator that is one ufunc, of the same name in NumPy and CuPy."""
+    """An operator that is one ufunc, of the same name in NumPy and CuPy; without a `dtype` it takes numbers alone."""
     fn = getattr(np, ufunc)
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         return [cpu.call(fn, *io.ins, io.outs[0])]
 
     n = fn.nin
+    infer = same_as(dtype=dtype) if n == 1 else broadcast(dtype)
     return Op(
         name,
         since,
-        infer=same_as(dtype=dtype) if n == 1 else broadcast(dtype),
+        infer=infer if dtype else numeric(infer),
         compute=_ufunc(ufunc),
         kernels=elementwise(bind, inplace=tuple(range(n))) | _triton.ufunc(ufunc),
         cases=cases,
@@ -94,7 +95,7 @@ _ARITHMETIC = (
     Op(
         "Div",
         7,
-        infer=broadcast(),
+        infer=numeric(broadcast()),
         compute=plain(lambda xp, site, a, b: portable.divide(xp, a, b)),
         kernels=elementwise(_divide, inplace=(0, 1)) | _triton.ufunc("true_divide"),
         cases=(
@@ -126,7 +127,7 @@ _ARITHMETIC = (
     Op(
         "Mod",
         10,
-        infer=broadcast(),
+        infer=numeric(broadcast()),
         compute=plain(lambda xp, site, a, b: portable.modulo(xp, a, b, fmod=bool(site.attrs["fmod"]))),
         kernels=elementwise(_modulo, inplace=(0, 1)),
         attrs={"fmod": 0},
@@ -157,7 +158,7 @@ def _variadic(name: str, ufunc: str, *, mean: bool = False, integers: bool = Fal
     if integers:
         cases.append(Case("int8", (_ints(5, dtype="int8"), _ints(2, 1, dtype="int8")), low=-99, high=99, opset=12))
     kernels = elementwise(bind, inplace=()) | ({} if mean else _triton.variadic(ufunc))
-    return Op(name, 6, broadcast(), plain(combined), tuple(cases), kernels=kernels)
+    return Op(name, 6, numeric(broadcast()), plain(combined), tuple(cases), kernels=kernels)
 
 
 _VARIADIC = (
