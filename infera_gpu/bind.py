@@ -143,7 +143,7 @@ class Bound:
             raise
         except IndexError as error:
             raise InputError(f"{self._step_of(args).label}: {error}") from None
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, TypeError, ValueError) as error:
             raise PlanError(f"{self._step_of(args).label}: {error}") from error
         except Exception as error:
             error.add_note(f"in the step {self._step_of(args).label}")

@@ -89,12 +89,12 @@ class ExternalFiles:
         about = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
         name = parts[-1]
         if stat.S_ISLNK(about.st_mode):
-            name = self._beside_target(os.readlink(name, dir_fd=folder), parts)
-            folder = opened(self._target.parent if self._target else self._model.parent, os.O_DIRECTORY)
+            found = self._beside_target(os.readlink(name, dir_fd=folder), parts)
+            folder, name = opened(found.parent, os.O_DIRECTORY), found.name
         return opened(name, os.O_NOFOLLOW | os.O_NONBLOCK, folder)
 
-    def _beside_target(self, target: str, parts: tuple[str, ...]) -> str:
-        """The name of a link's target, where the model is a link itself and both targets lie in one folder.
+    def _beside_target(self, target: str, parts: tuple[str, ...]) -> Path:
+        """A link's target, where the model is a link itself and both targets lie in one folder.
 
         Hugging Face's cache is laid out so. Raises InvalidModel for any other link.
         """
@@ -102,7 +102,7 @@ class ExternalFiles:
         if self._target is not None:
             there = Path(os.path.normpath(here.resolve() / target))
             if there.parent == self._target.parent:
-                return there.name
+                return there
         raise InvalidModel(
             f"external data at {'/'.join(parts)!r:.200} is a symbolic link; put the file itself into the model's folder"
         )

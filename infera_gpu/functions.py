@@ -63,10 +63,11 @@ def inline(graph: Graph, functions: Mapping[Key, Function]) -> Graph:
 
     Raises InvalidModel for functions that call themselves or expand to more than MAX_SIZE.
     """
-    if functions:
-        size = _Sizes(functions).of(graph)
-        if size > MAX_SIZE:
-            raise InvalidModel(f"its functions expand to {size:,} nodes and values, at most {MAX_SIZE:,} are accepted")
+    if not functions:
+        return graph
+    size = _Sizes(functions).of(graph)
+    if size > MAX_SIZE:
+        raise InvalidModel(f"its functions expand to {size:,} nodes and values, at most {MAX_SIZE:,} are accepted")
     return _inlined(graph, functions, itertools.count())
 
 

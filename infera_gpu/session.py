@@ -88,7 +88,11 @@ class Entering:
 
 
 class Session:
-    """A loaded model. `run` may be called from several threads."""
+    """A loaded model. `run` may be called from several threads.
+
+    `loaded` is the graph as the file has it, `graph` what passes made of it where `fuse` is set. `overridable` are the
+    constants that a run may be given values for.
+    """
 
     def __init__(
         self,

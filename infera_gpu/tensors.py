@@ -31,9 +31,10 @@ _PACKED_BITS = {
 """Types whose elements follow each other bit by bit, from the lowest bits on; NumPy gives each a byte of its own."""
 
 DENSEST = 64
-"""Times as many bytes as are stored may be made of sparse tensors, beyond FREE_BYTES."""
+"""Times as many bytes as are stored may be made of sparse tensors."""
 
-FREE_BYTES = 16 << 20
+FREE_DENSE = 16 << 20
+"""Bytes that may be made of them in any case."""
 
 MAX_RANK = 32
 """Axes of a tensor; NumPy itself stops at 64."""
@@ -43,7 +44,7 @@ class Tensors:
     """Reads the tensors of one model; `model` is its path, None where it came without one.
 
     Arrays are read-only. Those in external files look into the mapped file; what has to be copied out of one (packed
-    or unaligned elements, booleans) is copied once, and never adds up to more than the files hold.
+    or unaligned elements, booleans) is read once, and what is read so never adds up to more than the files hold.
     """
 
     def __init__(self, model: Path | None = None) -> None:
@@ -114,7 +115,7 @@ class Tensors:
             )
         self._dense += math.prod(shape) * values.dtype.itemsize
         self._stored += values.nbytes + indices.nbytes
-        most = min(FOLD_LIMIT, max(FREE_BYTES, DENSEST * self._stored))
+        most = min(FOLD_LIMIT, max(FREE_DENSE, DENSEST * self._stored))
         if self._dense > most:
             raise InvalidModel(f"{what}: sparse tensors of {self._dense:,} bytes written out, at most {most:,} are")
         linear = indices
@@ -150,12 +151,12 @@ def _shape(dims: Any, what: str) -> tuple[int, ...]:
 
 
 def _number(entries: dict[str, str], key: str, default: int, what: str) -> int:
-    text = entries.get(key)
-    if text is None:
+    given = entries.get(key)
+    if given is None:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise InvalidModel(f"{what}: its external data has the {key} {text!r:.40}, expected a number of bytes")
-    return int(text)
+    if not (given.isascii() and given.isdigit() and len(given) < 20):
+        raise InvalidModel(f"{what}: its external data has the {key} {given!r:.40}, expected a number of bytes")
+    return int(given)
 
 
 def _elements(data: Buffer, dtype: DType, shape: tuple[int, ...], what: str) -> HostArray:

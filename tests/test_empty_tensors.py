@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -96,8 +97,10 @@ def test_nothing_is_computed_on_nothing(op: Op, case: Case) -> None:
     for output in model.graph.output:
         output.ClearField("type")
     want = answered(model, fed)
-    if want is None:
-        pytest.skip("onnxruntime has no answer")
+    if want is None:  # then all that is asked is no exception but ours
+        with suppress(InferaError), infera_gpu.load(model, device="cpu") as session:
+            session.run(fed)
+        return
     with infera_gpu.load(model, device="cpu") as session:
         try:
             got = list(session.run(fed).values())

@@ -89,7 +89,7 @@ def attention(
     `sink` adds a score for each head, of a key whose value is zero.
     """
     dtype = q.dtype
-    root = dtype.type(math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1])))
+    root = dtype.type(math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1] or 1)))
     k, v = repeat_heads(xp, k, q.shape[1]), repeat_heads(xp, v, q.shape[1])
     scores = matmul(xp, q * root, k.swapaxes(-1, -2) * root)
     given = scores
@@ -181,7 +181,7 @@ def linear_attention(
         beta = split_heads(beta, beta.shape[-1]).astype(f32)
     s = xp.zeros((batch, kv_heads, size, v4.shape[-1]), f32) if state is None else state.astype(f32)
     out = xp.zeros((batch, heads, length, v4.shape[-1]), f32)
-    factor = f32(scale or 1 / math.sqrt(size))
+    factor = f32(scale or 1 / math.sqrt(size or 1))
     for i in range(length):
         key, value = k4[:, :, i], v4[:, :, i]
         if decay is not None:
