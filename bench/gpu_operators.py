@@ -13,7 +13,7 @@ from bench.gpu_report import CheckFailed, Context, Section
 from infera_gpu.doctor import examine
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import dense
-from infera_gpu.op import Case, Kernel, Op, Site
+from infera_gpu.op import Call, Case, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import TensorSpec, spec_of
 from tests.cases import assert_close, compute, covered, inputs_of, run, site_of
@@ -73,6 +73,7 @@ class DeviceBuffers:
         self, device: Any, ins: Sequence[HostArray | None], specs: Sequence[TensorSpec], *, strided: bool, inplace: int
     ) -> None:
         self.xp, self.launcher = device.xp, device.launcher
+        self.threads, self.strict = 1, False
         self.guarded = [GuardedOutput(device, spec) for spec in specs]
         self.outs = tuple(g.array for g in self.guarded)
         given: list[Array | None] = []
@@ -86,6 +87,9 @@ class DeviceBuffers:
             else:
                 given.append(None if x is None else device.constant(x, "device"))
         self.ins: tuple[Any, ...] = tuple(given)
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        raise AssertionError("a Triton kernel splits its work among threads")
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         raise AssertionError("a Triton kernel asked for scratch")

@@ -70,10 +70,15 @@ class BoundBuffers:
         self.xp: Any = np if space == "host" else device.xp
         self._device, self._constants, self._placed, self._space = device, constants, placed, space
         self._scratch = scratch
+        self.threads = device.threads if space == "host" else 1
+        self.strict = device.strict
 
     @property
     def launcher(self) -> Launcher:
         return self._device.launcher
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        return self._device.parallel(parts)
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         dtype = np.dtype(dtype)

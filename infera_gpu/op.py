@@ -118,8 +118,20 @@ class Buffers(Protocol):
     xp: Any
     """numpy or cupy"""
 
+    threads: int
+    """Into how many parts a kernel on the CPU may split its work; 1 elsewhere."""
+    strict: bool
+    """Whether to keep to the order of operations that the model writes, as far as BLAS does: no Winograd."""
+
     @property
     def launcher(self) -> Launcher: ...
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        """The calls that make those of every part, at most `threads` of them at the same time, and then go on.
+
+        Parts must not touch each other's outputs or scratch.
+        """
+        ...
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         """A workspace array, alive only while this node runs. What is asked for here is planned into the arena."""

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,16 +42,21 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     fuse: bool = True,
+    accuracy: Literal["fast", "strict"] = "fast",
     max_concurrency: int = 4,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
     `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` sets how many
     threads NumPy's BLAS uses, which is a setting of the whole process; None leaves it. `fuse=False` runs the graph as
-    it is written. Up to `max_concurrency` runs go on at once, each in an arena of its own.
+    it is written. `accuracy="strict"` keeps to the order of operations that the model writes, as far as BLAS does:
+    nothing is folded into weights, and convolutions take no Winograd. Up to `max_concurrency` runs go on at once, each
+    in an arena of its own.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
     """
+    if accuracy not in ("fast", "strict"):
+        raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None:
@@ -60,7 +65,7 @@ def load(
         from threadpoolctl import ThreadpoolController
 
         ThreadpoolController().limit(limits=threads, user_api="blas")
-    return Session(graph, open_device(device), fuse=fuse, max_concurrency=max_concurrency)
+    return Session(graph, open_device(device, strict=accuracy == "strict"), fuse=fuse, max_concurrency=max_concurrency)
 
 
 MAX_OVERRIDING = 8
@@ -104,7 +109,7 @@ class Session:
         constants: Constants | None = None,
     ) -> None:
         self.loaded = graph
-        self.graph = optimize(graph, registry()) if fuse else graph
+        self.graph = optimize(graph, registry(), strict=device.strict) if fuse else graph
         self.fuse = fuse
         self.device = device
         self.name = graph.name

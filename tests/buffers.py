@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import Launcher
+from infera_gpu.op import Call, Launcher
 from infera_gpu.spec import TensorSpec
 
 GUARD = 64
@@ -52,8 +52,10 @@ class GuardedBuffers:
         *,
         strided: bool = False,
         inplace: int | None = None,
+        threads: int = 1,
     ) -> None:
         self.xp: Any = np
+        self.threads, self.strict = threads, False
         self._values = tuple(values)
         self._out = [Guarded(s.dims, s.dtype) for s in specs]
         self._scratch: list[Guarded] = []
@@ -82,6 +84,10 @@ class GuardedBuffers:
     @property
     def launcher(self) -> Launcher:
         raise AssertionError("a kernel for NumPy asked for a Triton launcher")
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        """Part after part, the last first: nobody may rely on an order."""
+        return [call for part in reversed(parts) for call in part]
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> HostArray:
         self._scratch.append(Guarded(shape, dtype))

@@ -6,10 +6,10 @@ from infera_gpu.devices.base import Device
 from infera_gpu.errors import DeviceError
 
 
-def open_device(name: str = "auto") -> Device:
+def open_device(name: str = "auto", *, threads: int = 1, strict: bool = False) -> Device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
-    Raises DeviceError where it is unknown or absent.
+    `threads` is for the CPU; `strict` see `Device`. Raises DeviceError where the device is unknown or absent.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
@@ -18,16 +18,16 @@ def open_device(name: str = "auto") -> Device:
     if name == "cpu":
         from infera_gpu.devices.cpu import CpuDevice
 
-        return CpuDevice()
+        return CpuDevice(threads, strict)
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice
 
-        return RecordingDevice()
+        return RecordingDevice(strict)
     kind, _, index = name.partition(":")
     if kind == "cuda" and (index.isdigit() or not index):
         from infera_gpu.devices.cuda import CudaDevice
 
-        return CudaDevice(int(index or 0))
+        return CudaDevice(int(index or 0), strict)
     raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
 
 

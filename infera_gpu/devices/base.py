@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,9 +41,10 @@ def quiet_numpy() -> Iterator[None]:
 class Device(Protocol):
     """A place to run.
 
-    `kinds` are kernel kinds in order of preference; `space` is where its arena lies. A device whose space is "device"
-    has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with each other;
-    `synchronize` waits for all of them.
+    `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
+    step run at a time on the host, and `strict` turns off what changes the order of operations beyond BLAS. A device
+    whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with
+    each other; `synchronize` waits for all of them.
     """
 
     name: str
@@ -51,12 +52,18 @@ class Device(Protocol):
     kinds: tuple[str, ...]
     runs_portable: bool
     xp: Any
+    threads: int
+    strict: bool
 
     @property
     def launcher(self) -> Launcher: ...
 
     def running(self) -> AbstractContextManager[None]:
         """What binding and running happen in: the thread's current GPU and stream, NumPy's settings."""
+        ...
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        """Calls that make those of every part, up to `threads` of them at the same time; host memory only."""
         ...
 
     def alloc(self, nbytes: int, space: Space) -> Any:
@@ -131,6 +138,11 @@ def host_block(nbytes: int) -> HostArray:
 def host_view(block: HostArray, operand: Operand) -> HostArray:
     """The operand's window into host memory."""
     return np.ndarray(operand.shape, operand.dtype, block.data, operand.offset, operand.strides)
+
+
+def one_after_the_other(parts: Sequence[Sequence[Call]]) -> list[Call]:
+    """The calls of every part, in order."""
+    return [call for part in parts for call in part]
 
 
 def host_copy(source: Array, target: Array) -> Call:

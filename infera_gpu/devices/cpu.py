@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, one_after_the_other, quiet_numpy
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -25,12 +26,18 @@ class CpuDevice:
     runs_portable = True
     xp: Any = np
 
+    def __init__(self, threads: int = 1, strict: bool = False) -> None:
+        self.threads, self.strict = threads, strict
+
     @property
     def launcher(self) -> Launcher:
         raise DeviceError("the CPU launches no Triton kernels")
 
     def running(self) -> AbstractContextManager[None]:
         return quiet_numpy()
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        return one_after_the_other(parts)
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         return host_block(nbytes)

@@ -5,14 +5,14 @@ Written against CuPy 14. Its calls that take no stream use the thread's current 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
+from infera_gpu.devices.base import compute_into, host_memory, host_view, one_after_the_other, quiet_numpy
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -53,8 +53,10 @@ class CudaDevice:
 
     space: Space = "device"
     runs_portable = True
+    threads = 1
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, strict: bool = False) -> None:
+        self.strict = strict
         reason = why_unavailable()
         if reason:
             raise DeviceError(f"cuda:{index} is not available: {reason}")
@@ -115,6 +117,9 @@ class CudaDevice:
     def _free(self) -> int:
         with self._device:
             return int(self.xp.cuda.runtime.memGetInfo()[0])
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        return one_after_the_other(parts)
 
     def alloc(self, nbytes: int, space: Space) -> Any:
         cuda = self.xp.cuda

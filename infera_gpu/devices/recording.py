@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, one_after_the_other, quiet_numpy
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -38,8 +39,10 @@ class RecordingDevice:
     space: Space = "device"
     runs_portable = True
     xp: Any = np
+    threads = 1
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self.events: list[Event] = []
         self._launcher: Launcher | None = None
@@ -54,6 +57,9 @@ class RecordingDevice:
 
     def running(self) -> AbstractContextManager[None]:
         return quiet_numpy()
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        return one_after_the_other(parts)
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         self.events.append(Event("alloc", space, nbytes))

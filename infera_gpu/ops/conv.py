@@ -162,8 +162,8 @@ def window_2d(found: Window) -> Window:
 
 
 def packer(site: Site, io: Buffers, i: int) -> Pack | None:
-    """Packs input i, where it is constant."""
-    return None if site.value(i) is None else lambda tag, build: io.pack(i, tag, build)
+    """Packs input i, where it is constant and what is packed may round otherwise."""
+    return None if site.value(i) is None or io.strict else lambda tag, build: io.pack(i, tag, build)
 
 
 def _bind(site: Site, io: Buffers) -> Sequence[Call]:

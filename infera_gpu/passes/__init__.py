@@ -19,11 +19,18 @@ ROUNDS = 8
 """Applications of one fusion: BatchNormalization then Mul then Add on one Conv, each of which enables the next."""
 
 
-def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None) -> Graph:
-    """The graph after every pass, its subgraphs first. `report(pass, times it fired)` is told what each did."""
-    graph = replace(graph, nodes=tuple(_inside(n, registry, report) for n in graph.nodes))
+def optimize(
+    graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None, *, strict: bool = False
+) -> Graph:
+    """The graph after every pass, its subgraphs first. `report(pass, times it fired)` is told what each did.
+
+    `strict` leaves out the fusions that change the order of operations.
+    """
+    graph = replace(graph, nodes=tuple(_inside(n, registry, report, strict) for n in graph.nodes))
     graph = drop_dead(remove_identities(fold_constants(graph, registry)))
     for fusion in FUSIONS:
+        if strict and fusion.reassociates:
+            continue
         for _ in range(ROUNDS):
             graph, times = apply(graph, fusion)
             if not times:
@@ -34,8 +41,8 @@ def optimize(graph: Graph, registry: Registry, report: Callable[[str, int], None
     return graph
 
 
-def _inside(node: Node, registry: Registry, report: Callable[[str, int], None] | None) -> Node:
+def _inside(node: Node, registry: Registry, report: Callable[[str, int], None] | None, strict: bool) -> Node:
     if not node.subgraphs:
         return node
-    subgraphs = {k: optimize(g, registry, report) for k, g in node.subgraphs}
+    subgraphs = {k: optimize(g, registry, report, strict=strict) for k, g in node.subgraphs}
     return replace(node, attrs={**node.attrs, **subgraphs})

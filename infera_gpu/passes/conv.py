@@ -55,6 +55,7 @@ BATCH_NORM = Fusion(
     patterns=(node("BatchNormalization", CONV, "#scale", "#shift", "#mean", "#var", name="bn"),),
     guard=_is_inference,
     build=_normalized,
+    reassociates=True,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[2] s = {1.5, 0.5}, float[2] b = {0.1, -3},
@@ -105,6 +106,7 @@ AFFINE = Fusion(
     patterns=(node(("Add", "Mul"), CONV, "#c", commutes=True),),
     guard=_per_channel,
     build=_affine,
+    reassociates=True,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[1, 2, 1, 1] c = {1.5, -0.5}> {

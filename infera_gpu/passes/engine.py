@@ -118,7 +118,8 @@ class Fusion:
 
     `build` makes the replacement of a match that `guard` accepts. `example` and `near_misses` are graphs in ONNX's
     text syntax (without the header): the rewrite must fire exactly once on the first and never on the others, and the
-    rewritten example must compute what the example computes. Tests are generated from them.
+    rewritten example must compute what the example computes. Tests are generated from them. A rewrite that
+    `reassociates` computes something else in exact order (a factor folded into weights); strict sessions leave it out.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Fusion:
     near_misses: tuple[str, ...]
     guard: Callable[[Match], bool] = _always
     opset: int = 17
+    reassociates: bool = False
 
 
 def fused(op: str, inputs: tuple[str, ...], **attrs: Any) -> Callable[[Match], Replacement]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
-from infera_kernels.cpu.elementwise import BLOCK, blocks, call, const, copy, copy_where, cut, limit
+from infera_kernels.cpu.elementwise import BLOCK, blocks, call, clamp, const, copy, copy_where, cut, limit
 
 # erf(x) = tanh(x P(x²)) to 8e-8, P of degree 6 with P(0) = 2 / sqrt(pi), so that small results keep their relative
 # accuracy: atanh(erf(x)) / x fitted on (0, 4], weighted by 1 - erf(x)² and then iteratively (Lawson) to level the
@@ -82,8 +82,7 @@ def _swish(x: Array, out: Array, t: Sequence[Array], alpha: float = 1.0) -> list
 
 
 def _relu(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
-    (zero,) = t
-    return [call(np.maximum, x, zero, out)]
+    return [clamp(x, const(0, x), const(np.inf, x), out)]
 
 
 def _leaky_relu(x: Array, out: Array, t: Sequence[Array], alpha: float) -> list[Call]:
@@ -226,7 +225,7 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType(
         "gelu_tanh": Program(_gelu_tanh, 2),
         "sigmoid": Program(_sigmoid),
         "swish": Program(_swish, 1),
-        "relu": Program(_relu, limits=(0,)),
+        "relu": Program(_relu),
         "leaky_relu": Program(_leaky_relu, 1, limits=(0,)),
         "elu": Program(_elu, 1, limits=(0,)),
         "selu": Program(_selu, 1, limits=(0,)),

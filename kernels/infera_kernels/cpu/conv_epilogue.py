@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.activation import blockwise
-from infera_kernels.cpu.elementwise import BLOCK, blocks, call, const
+from infera_kernels.cpu.elementwise import BLOCK, blocks, clamp, const
 
 Activation: TypeAlias = tuple[str | float, ...]
 """A name of `ACTIVATIONS`, then its parameters."""
@@ -45,10 +45,9 @@ def activator(
     name = str(activation[0])
     attrs = {k: float(v) for k, v in zip(ACTIVATIONS[name], activation[1:], strict=True)}
     if name == "relu":
-        return [], lambda y: [call(np.maximum, y, const(0, y), y)]
+        return [], lambda y: [clamp(y, const(0, y), const(np.inf, y), y)]
     if name == "clip":
-        low, high = attrs["low"], attrs["high"]
-        return [], lambda y: [call(np.maximum, y, const(low, y), y), call(np.minimum, y, const(high, y), y)]
+        return [], lambda y: [clamp(y, const(attrs["low"], y), const(attrs["high"], y), y)]
     once, emit = blockwise(name, min(size, BLOCK), dtype, scratch, **attrs)
     return once, lambda y: [c for (part,) in blocks(y) for c in emit(part, part)]
 
