@@ -200,9 +200,20 @@ def _silero_v6(frames: int) -> Callable[[np.random.Generator], Feeds]:
 EXAMPLES: Mapping[str, tuple[Example, Example]] = {
     "resnet50": (
         Example("b1", _image("image", 1, 3, 224, 224, low=-2, high=2.5)),
-        Example("b4", _image("image", 4, 3, 224, 224, low=-2, high=2.5)),
+        Example("b8", _image("image", 8, 3, 224, 224, low=-2, high=2.5)),
     ),
-    "bert-base": (Example("b1 s128", _bert(128)), Example("b4 s128", _bert(128, 90, 17, 128))),
+    "bert-base": (
+        Example("b1 s128", _bert(128)),
+        Example("b8 s128", _bert(128, 90, 17, 128, 64, 33, 101, 120)),
+    ),
+    "vgg19": (
+        Example("b1", _image("data_0", 1, 3, 224, 224, low=-2, high=2.5)),
+        Example("b1 dark", _image("data_0", 1, 3, 224, 224, low=-2, high=0)),
+    ),
+    "squeezenet": (
+        Example("b1", _image("data_0", 1, 3, 224, 224, low=-2, high=2.5)),
+        Example("b1 dark", _image("data_0", 1, 3, 224, 224, low=-2, high=0)),
+    ),
     "magika": (
         Example("b1", lambda rng: {"bytes": file_bytes(rng, 1)}),
         Example("b5", lambda rng: {"bytes": file_bytes(rng, 5)}),

@@ -1,18 +1,25 @@
-"""The models by name: two built here with random weights, nine trained ones from the catalogue."""
+"""The models by name: some built here with random weights, trained ones from the catalogue."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx
 
 from bench.build import bert, resnet50
+from bench.light import light
 from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.fetch import cache_dir, fetch
 
-BUILT: Mapping[str, Callable[[], onnx.ModelProto]] = {"resnet50": resnet50, "bert-base": bert}
+BUILT: Mapping[str, Callable[[], onnx.ModelProto]] = {
+    "resnet50": resnet50,
+    "bert-base": bert,
+    "vgg19": partial(light, "vgg19"),
+    "squeezenet": partial(light, "squeezenet"),
+}
 REVISION = 1
 """Of the builders; part of the cached files' names, to be raised when a builder changes."""
 
