@@ -43,6 +43,7 @@ def load(
     threads: int | None = None,
     fuse: bool = True,
     accuracy: Literal["fast", "strict"] = "fast",
+    jit: bool | None = None,
     max_concurrency: int = 4,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
@@ -50,8 +51,9 @@ def load(
     `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` sets how many
     threads NumPy's BLAS uses, which is a setting of the whole process; None leaves it. `fuse=False` runs the graph as
     it is written. `accuracy="strict"` keeps to the order of operations that the model writes, as far as BLAS does:
-    nothing is folded into weights, and convolutions take no Winograd. Up to `max_concurrency` runs go on at once, each
-    in an arena of its own.
+    nothing is folded into weights, and convolutions take no Winograd. `jit` says whether the CPU runs kernels that
+    numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at once, each in an arena of
+    its own.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
     """
@@ -65,7 +67,9 @@ def load(
         from threadpoolctl import ThreadpoolController
 
         ThreadpoolController().limit(limits=threads, user_api="blas")
-    return Session(graph, open_device(device, strict=accuracy == "strict"), fuse=fuse, max_concurrency=max_concurrency)
+    return Session(
+        graph, open_device(device, strict=accuracy == "strict", jit=jit), fuse=fuse, max_concurrency=max_concurrency
+    )
 
 
 MAX_OVERRIDING = 8

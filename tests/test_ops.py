@@ -17,6 +17,7 @@ import infera_gpu.ops
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op, Registry, Site
 from infera_gpu.spec import TensorSpec, spec_of
+from infera_kernels.jit import installed
 from tests.buffers import GuardedBuffers
 from tests.cases import OLDEST, assert_close, compute, inputs_of, opset_of, run, site_of, wrong
 from tests.oracle import oracle
@@ -98,11 +99,15 @@ def references() -> Iterator[Any]:
             yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
 
 
+KINDS = ("jit", "cpu") if installed() else ("cpu",)
+"""Of the kernels that run here."""
+
+
 def kernels() -> Iterator[Any]:
-    for op in OPS:
-        for case in op.cases if "cpu" in op.kernels else ():
-            if bindings(op, case, "cpu"):
-                yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
+    for op, kind in product(OPS, KINDS):
+        for case in op.cases if kind in op.kernels else ():
+            if bindings(op, case, kind):
+                yield pytest.param(op, case, kind, id=f"{op.qualified}-{case.id}-{kind}")
 
 
 @pytest.mark.parametrize(("op", "case"), [*references()])
@@ -121,14 +126,14 @@ def test_reference(op: Op, case: Case) -> None:
         assert_close(np.asarray(g), w, case.tol, f"output {i}")
 
 
-@pytest.mark.parametrize(("op", "case"), [*kernels()])
-def test_kernel(op: Op, case: Case) -> None:
+@pytest.mark.parametrize(("op", "case", "kind"), [*kernels()])
+def test_kernel(op: Op, case: Case, kind: str) -> None:
     """Bound once, run on two sets of values. What a kernel reads while it is bound is poison, or another run's."""
-    kernel = op.kernels["cpu"]
+    kernel = op.kernels[kind]
     first, second = inputs_of(op, case), others_of(op, case)
     whole = site_of(op, case, first)
     wants = [made(op, case, whole, ins) for ins in (first, second)]
-    for site in bindings(op, case, "cpu"):
+    for site in bindings(op, case, kind):
         known = [v is not None for v in site.values]
         mixed = tuple(a if k else b for a, b, k in zip(first, second, known, strict=True))
         changed = wants[1] if all(a is b for a, b in zip(mixed, second, strict=True)) else made(op, case, site, mixed)
@@ -148,10 +153,10 @@ def test_kernel(op: Op, case: Case) -> None:
                 assert peak < ALLOWANCE, f"a run allocates {peak} bytes {option}"
 
 
-@pytest.mark.parametrize(("op", "case"), [*kernels()])
-def test_kernel_on_one_array_twice(op: Op, case: Case) -> None:
-    ins, kernel = list(inputs_of(op, case)), op.kernels["cpu"]
-    for site in bindings(op, case, "cpu")[:1]:
+@pytest.mark.parametrize(("op", "case", "kind"), [*kernels()])
+def test_kernel_on_one_array_twice(op: Op, case: Case, kind: str) -> None:
+    ins, kernel = list(inputs_of(op, case)), op.kernels[kind]
+    for site in bindings(op, case, kind)[:1]:
         for i, j in twins(site):
             same = [ins[i] if k == j else x for k, x in enumerate(ins)]
             want = made(op, case, site, same)
@@ -188,7 +193,7 @@ def check(
 
 @pytest.mark.parametrize(
     ("op", "kind"),
-    [pytest.param(op, kind, id=f"{op.qualified}-{kind}") for op in OPS for kind in op.kernels if kind == "cpu"],
+    [pytest.param(op, kind, id=f"{op.qualified}-{kind}") for op in OPS for kind in op.kernels if kind in KINDS],
 )
 def test_some_case_takes_the_kernel(op: Op, kind: str) -> None:
     assert any(bindings(op, case, kind) for case in op.cases), "its `supports` turns every case away"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import DeviceError
+from infera_kernels.jit import installed
 
 
-def open_device(name: str = "auto", *, threads: int = 1, strict: bool = False) -> Device:
+def open_device(name: str = "auto", *, threads: int = 1, strict: bool = False, jit: bool | None = None) -> Device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
-    `threads` is for the CPU; `strict` see `Device`. Raises DeviceError where the device is unknown or absent.
+    `threads` is for the CPU, and so is `jit`: whether to run what numba compiles, None where it is installed. `strict`:
+    see `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
@@ -18,7 +20,7 @@ def open_device(name: str = "auto", *, threads: int = 1, strict: bool = False) -
     if name == "cpu":
         from infera_gpu.devices.cpu import CpuDevice
 
-        return CpuDevice(threads, strict)
+        return CpuDevice(threads, strict, _compiles(jit))
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice
 
@@ -29,6 +31,12 @@ def open_device(name: str = "auto", *, threads: int = 1, strict: bool = False) -
 
         return CudaDevice(int(index or 0), strict)
     raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
+
+
+def _compiles(jit: bool | None) -> bool:
+    if jit and not installed():
+        raise DeviceError("jit=True needs numba: pip install 'infera-gpu[jit]'")
+    return installed() if jit is None else jit
 
 
 __all__ = ["Device", "open_device"]

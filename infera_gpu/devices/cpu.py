@@ -18,16 +18,16 @@ from infera_gpu.spec import Array
 
 
 class CpuDevice:
-    """Runs "cpu" kernels, and operators' own functions where there is none."""
+    """Runs "cpu" kernels, with `jit` compiled ones before them, and operators' own functions where there is none."""
 
     name = "cpu"
     space: Space = "host"
-    kinds: tuple[str, ...] = ("cpu",)
     runs_portable = True
     xp: Any = np
 
-    def __init__(self, threads: int = 1, strict: bool = False) -> None:
+    def __init__(self, threads: int = 1, strict: bool = False, jit: bool = False) -> None:
         self.threads, self.strict = threads, strict
+        self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
 
     @property
     def launcher(self) -> Launcher:

@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Buffers, Call, Case, Op, Site, broadcast, f32, same_as
-from infera_gpu.ops import _triton
+from infera_gpu.ops import _jit, _triton
 from infera_gpu.ops._families import elementwise, floating, native, plain
 from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
@@ -40,6 +40,12 @@ def _cases(variants: tuple[Attrs, ...], *, half: bool) -> tuple[Case, ...]:
     )
 
 
+def _compiled(function: str) -> _jit.Kernels:
+    if function not in _jit.ACTIVATIONS:
+        return {}
+    return _jit.activation(lambda site: function, lambda site: tuple(map(float, site.attrs.values())))
+
+
 def _activation(
     name: str, function: str, since: int, attrs: dict[str, float] | None = None, *variants: dict[str, float]
 ) -> Op:
@@ -54,7 +60,7 @@ def _activation(
         since,
         infer=same_as(),
         compute=plain(compute),
-        kernels=elementwise(bind, supports=floating) | _triton.activation(function),
+        kernels=elementwise(bind, supports=floating) | _triton.activation(function) | _compiled(function),
         attrs=attrs or {},
         cases=_cases(variants, half=name != "Celu"),  # which takes float32 only
     )
@@ -112,7 +118,7 @@ def _gelu(domain: str, since: int) -> Op:
         domain=domain,
         infer=_gelu_spec,
         compute=plain(lambda xp, site, x: portable.activation(xp, _gelu_form(site), x)),
-        kernels=elementwise(_bind_gelu, supports=single) | _triton.gelu(_gelu_form),
+        kernels=elementwise(_bind_gelu, supports=single) | _triton.gelu(_gelu_form) | _jit.activation(_gelu_form),
         attrs={"approximate": "none"},
         cases=(
             Case("erf", (f32(3, 5),), low=-6, high=6),

@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit
 from infera_gpu.ops._families import floating, native, plain
 from infera_gpu.ops._triton_matmul import PRODUCT
 from infera_gpu.spec import Array, TensorSpec
@@ -61,8 +62,7 @@ def _input(io: Buffers, i: int) -> Array | None:
 
 
 def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
-    a, b = io.ins
-    return cpu.matmul(a, b, io.outs[0], io.scratch)
+    return cpu.matmul(*_operands(site, io), io.outs[0], io.scratch)
 
 
 def bind_gemm(site: Site, io: Buffers) -> list[Call]:
@@ -97,7 +97,9 @@ _MATMUL = Op(
     1,
     infer=matmul_spec,
     compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
-    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)} | PRODUCT,
+    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)}
+    | PRODUCT
+    | _jit.product(_bind_matmul, lambda site: "", _numeric),
     cases=(
         Case("matrices", (f32(5, 3), f32(3, 7))),
         Case("rows", (f32(2, 3, 4), _W)),
@@ -119,7 +121,9 @@ _GEMM = Op(
     7,
     infer=gemm_spec,
     compute=plain(gemm),
-    kernels={"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True)} | PRODUCT,
+    kernels={"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True)}
+    | PRODUCT
+    | _jit.product(_bind_matmul, lambda site: "", blas),
     attrs={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
     cases=(
         Case("bias", (f32(5, 4), _W, f32(3))),
@@ -222,7 +226,9 @@ _FUSED = Op(
     infer=_fused_spec,
     expand=_split,
     compute=plain(_fused),
-    kernels={"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)} | PRODUCT,
+    kernels={"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)}
+    | PRODUCT
+    | _jit.product(_bind_matmul, lambda site: _ACTIVATIONS[site.attrs["activation"]], fused_supported),
     attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},
     cases=(
         Case("plain", (f32(5, 4), _W)),

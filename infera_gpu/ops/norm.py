@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
+from infera_gpu.ops import _jit
 from infera_gpu.ops._families import element_type
 from infera_gpu.ops._triton_norm import NORM
 from infera_gpu.spec import Array, DType, TensorSpec
@@ -56,10 +57,15 @@ def _compute_layer(xp: Any, site: Site, x: Array, scale: Array | None = None, bi
     return (y, *(s.astype(spec.dtype) for s, spec in zip((mean, inverse), site.outs[1:], strict=False)))
 
 
+def _rows(site: Site) -> tuple[int, int]:
+    """The input as rows to normalise, and their length."""
+    dims, axis = site.spec(0).dims, site.axis()
+    return math.prod(dims[:axis]), math.prod(dims[axis:])
+
+
 def _bind_layer(site: Site, io: Buffers) -> Sequence[Call]:
     x, y = io.ins[0], io.outs[0]
-    axis = site.axis()
-    rows, length = math.prod(x.shape[:axis]), math.prod(x.shape[axis:])
+    rows, length = _rows(site)
     scale, bias = (None if a is None else a.reshape(-1) for a in (*io.ins[1:3], None, None)[:2])
     flat = y.reshape(rows, length)
     statistics = [io.outs[i].reshape(rows) if len(io.outs) > i else None for i in (1, 2)]
@@ -215,7 +221,9 @@ def _group_cases(per_group: bool) -> tuple[Case, ...]:
     )
 
 
-_LAYER_KERNELS = {"cpu": Kernel(_bind_layer, _supports_layer, inplace=(0,))} | NORM
+_LAYER_KERNELS = (
+    {"cpu": Kernel(_bind_layer, _supports_layer, inplace=(0,))} | NORM | _jit.standardize(_rows, _supports_layer)
+)
 _GROUP_KERNELS = {"cpu": Kernel(_bind_group, _floating, inplace=(0,))}
 _IMAGES = (Case("images", (f32(2, 3, 5, 7),)), Case("large", (f32(2, 9, 33, 35),)))
 

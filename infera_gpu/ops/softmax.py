@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32, same_as
-from infera_gpu.ops import _triton
+from infera_gpu.ops import _jit, _triton
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.softmax import softmax
 from infera_kernels.portable import softmax as portable
@@ -75,7 +75,11 @@ _CASES = (
 _NEGATIVE = (Case("negative-axis", (f32(3, 4, 5),), {"axis": -2}), Case("no-rows", (f32(0, 5),)))
 
 _FORMS: tuple[tuple[str, Form, dict[str, Kernel]], ...] = (
-    ("Softmax", portable.softmax, {"cpu": _kernel(log=False)} | _triton.softmax(_shape, log=False)),
+    (
+        "Softmax",
+        portable.softmax,
+        {"cpu": _kernel(log=False)} | _triton.softmax(_shape, log=False) | _jit.softmax(_shape),
+    ),
     ("LogSoftmax", portable.log_softmax, {"cpu": _kernel(log=True)} | _triton.softmax(_shape, log=True)),
     ("Hardmax", portable.hardmax, {}),
 )

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from infera_kernels.disk import default_directory
 from infera_kernels.launch import CudaLauncher, KernelCache
-from infera_kernels.launch.cache import default_directory
 from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compiler_options
 from infera_kernels.launch.signature import bind
 from tests.kernels.support import FakeArray

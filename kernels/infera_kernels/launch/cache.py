@@ -6,20 +6,12 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
+from infera_kernels.disk import default_directory
 from infera_kernels.launch.compile import Binary, KernelSpec
 
 _log = logging.getLogger(__name__)
-
-
-def default_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """$INFERA_CACHE_DIR/kernels, else $XDG_CACHE_HOME/infera/kernels, else ~/.cache/infera/kernels."""
-    if own := environ.get("INFERA_CACHE_DIR"):
-        return Path(own) / "kernels"
-    xdg = environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "infera" / "kernels"
 
 
 class KernelCache:

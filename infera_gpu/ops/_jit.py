@@ -1,0 +1,157 @@
+"""The operators' "jit" kernels: what numba compiles for the CPU. What wraps them says which shapes they cover.
+
+numba is imported when a kernel is bound: only a device that runs such kernels asks. They take dense float32 arrays; for
+the rest there are the "cpu" kernels. Declares no operators itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
+from infera_gpu.spec import Array
+from infera_kernels.cpu.elementwise import contiguous
+
+Kernels = dict[str, Kernel]
+
+CHUNK = 1 << 15
+"""Elements that are worth a thread of their own."""
+
+
+def kernels(
+    bind: Bind, supports: Callable[[Site], bool], inplace: tuple[int, ...] = (), *, strided: bool = False
+) -> Kernels:
+    """A "jit" kernel for sites whose operands are all float32, some element each."""
+
+    def checked(site: Site) -> bool:
+        specs = [*(s for s in site.ins if s is not None), *site.outs]
+        return all(s.dtype == np.float32 and s.size > 0 for s in specs) and supports(site)
+
+    return {"jit": Kernel(bind, checked, inplace=inplace, strided=strided)}
+
+
+def rows(io: Buffers, count: int, elements: int, part: Callable[[slice], list[Call]]) -> list[Call]:
+    """The calls of `part` for ranges of `count` rows that have so many elements in all: one for each thread."""
+    parts = max(1, min(io.threads, count, elements // CHUNK))
+    edges = [count * i // parts for i in range(parts + 1)]
+    return io.parallel([part(slice(a, b)) for a, b in pairwise(edges)])
+
+
+ACTIVATIONS = frozenset({"erf", "hard_sigmoid", "hard_swish", "sigmoid", "swish", "tanh"})
+"""Those that win by being compiled, of infera_kernels.jit.epilogue.CODES: the others are one pass in NumPy too."""
+
+
+def activation(name: Callable[[Site], str], given: Callable[[Site], Sequence[float]] = lambda site: ()) -> Kernels:
+    """y = activation(x), elementwise."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.epilogue import apply
+
+        x, y = io.ins[0].reshape(-1), io.outs[0].reshape(-1)
+        return rows(io, x.size, x.size, lambda part: apply(name(site), x[part], y[part], given(site)))
+
+    return kernels(bind, lambda site: True, inplace=(0,))
+
+
+def softmax(shape: Callable[[Site], tuple[int, int, int]]) -> Kernels:
+    """Softmax of (outer, axis, inner) where inner is 1."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.rows import softmax
+
+        count, length, _ = shape(site)
+        x, y = (a.reshape(count, length) for a in (io.ins[0], io.outs[0]))
+        return rows(io, count, x.size, lambda part: softmax(x[part], y[part]))
+
+    return kernels(bind, lambda site: shape(site)[2] == 1, inplace=(0,))
+
+
+def standardize(view: Callable[[Site], tuple[int, int]], supports: Callable[[Site], bool]) -> Kernels:
+    """Layer or RMS normalisation of (rows, length), with one output."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.rows import standardize
+
+        x, y = (a.reshape(view(site)) for a in (io.ins[0], io.outs[0]))
+        scale, bias = vector(site, io, 1), vector(site, io, 2)
+        epsilon, center = float(site.attrs["epsilon"]), site.node.op == "LayerNormalization"
+        return rows(
+            io, len(x), x.size, lambda part: standardize(x[part], y[part], scale, bias, epsilon=epsilon, center=center)
+        )
+
+    return kernels(bind, lambda site: len(site.outs) == 1 and supports(site), inplace=(0,))
+
+
+def product(
+    multiply: Callable[[Site, Buffers], list[Call]], name: Callable[[Site], str], supports: Callable[[Site], bool]
+) -> Kernels:
+    """activation(alpha A' @ B' + bias) + residual: a bias for each column, a residual of the output's shape.
+
+    A constant matrix B is packed once; any other product is `multiply`'s.
+    """
+
+    def fits(site: Site) -> bool:
+        (y,) = site.outs
+        row = not site.has(2) or (site.spec(2).size == y.dims[-1] and site.spec(2).dims[-1] == y.dims[-1])
+        same = not site.has(3) or site.spec(3).dims == y.dims
+        attrs = site.attrs
+        plain = float(attrs.get("alpha", 1)) == 1 and (not site.has(2) or float(attrs.get("beta", 1)) == 1)
+        useful = site.has(2) or site.has(3) or bool(name(site)) or _packs(site)
+        return y.ndim > 1 and row and same and plain and useful and supports(site)
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.epilogue import finish
+
+        y = io.outs[0].reshape(-1, io.outs[0].shape[-1])
+        activation, bias = name(site), vector(site, io, 2)
+        if _packs(site):
+            low = 0.0 if activation == "relu" and (bias is None or site.value(2) is not None) else -np.inf
+            folded = None if bias is None or site.value(2) is None else bias
+            calls = _packed(site, io, y, folded is not None, low)
+            bias = bias if folded is None else None
+            activation = "" if low == 0 else activation
+        else:
+            calls = multiply(site, io)
+        residual = None
+        if site.has(3):
+            residual, copied = contiguous(io.ins[3], io.scratch)
+            residual = residual.reshape(y.shape)
+            calls += copied
+
+        def part(span: slice) -> list[Call]:
+            after = None if residual is None else residual[span]
+            return finish(y[span], bias=bias, after=after, activation=activation)
+
+        return [*calls, *rows(io, len(y), y.size, part)]
+
+    return kernels(bind, fits, strided=True)
+
+
+def _packs(site: Site) -> bool:
+    """Whether B is a constant matrix, and A has its rows one behind the other."""
+    w = site.value(1)
+    return w is not None and w.ndim == 2 and site.spec(0).ndim > 1 and not site.attrs.get("transA", 0)
+
+
+def _packed(site: Site, io: Buffers, y: Array, with_bias: bool, low: float) -> list[Call]:
+    """y = max(A @ B' + bias, low)"""
+    from infera_kernels.jit import gemm
+
+    a, calls = contiguous(io.ins[0], io.scratch)
+    flip = bool(site.attrs.get("transB", 0))
+    weight = io.pack(1, f"panels{flip:d}", lambda w: gemm.pack(w.T if flip else w))
+    bias = io.pack(2, "panels", gemm.pack_bias) if with_bias else None
+    parts = max(1, min(io.threads, y.size // CHUNK))
+    return [*calls, *io.parallel(gemm.product(a.reshape(len(y), -1), weight, bias, y, low=low, parts=parts))]
+
+
+def vector(site: Site, io: Buffers, i: int) -> Array | None:
+    """Input i as a vector; a constant as a copy that may be written to: functions are compiled for either kind."""
+    if not site.has(i):
+        return None
+    if site.value(i) is not None:
+        return io.pack(i, "vector", lambda a: np.array(a).reshape(-1))
+    return io.ins[i].reshape(-1)

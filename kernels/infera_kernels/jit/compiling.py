@@ -1,0 +1,79 @@
+"""How functions are compiled, kept on disk, and bound to their arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+
+from infera_kernels.calls import Call
+from infera_kernels.disk import default_directory
+
+_log = logging.getLogger(__name__)
+
+FAST_MATH = frozenset({"contract", "nsz", "arcp", "reassoc"})
+"""Fused multiply-adds, and sums in vector lanes. NaN and infinity keep their meaning."""
+
+Function = Callable[..., Any]
+
+
+def compiled(function: Function) -> Function:
+    """`function` compiled: without the GIL, bounds checks or exceptions for a division by zero; kept on disk."""
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": set(FAST_MATH)}
+    made: Function
+    try:
+        with _kept_below(default_directory() / f"numba-{_sources()}"):
+            made = numba.njit(cache=True, **options)(function)
+    except (OSError, RuntimeError) as error:  # numba finds no directory that it may write to
+        _log.warning("%s is compiled anew in every process: %s", function.__qualname__, error)
+        made = numba.njit(**options)(function)
+    return made
+
+
+def inlined(function: Function) -> Function:
+    """`function` as a part of the compiled functions that call it."""
+    made: Function = numba.njit(inline="always")(function)
+    return made
+
+
+def bound(function: Any, *args: Any) -> Call:
+    """The call of a compiled function with these arguments, compiled for their types now and not in the first run."""
+    function.compile(tuple(map(numba.typeof, args)))
+    return function, args
+
+
+def bound_by_address(function: Any, *args: Any) -> Call:
+    """As `bound`, for a function that asks arrays for their address, shape and strides alone: one compiled form takes
+    arrays of any layout, read-only ones too."""
+    if function._can_compile:
+        types = map(numba.typeof, args)
+        anyhow = (t.copy(layout="A", readonly=True) if isinstance(t, numba.types.Array) else t for t in types)
+        function.compile(tuple(anyhow))
+        function.disable_compile()
+    return function, args
+
+
+@cache
+def _sources() -> str:
+    """A digest of this package: numba looks at the file of a function alone, not at what it inlines from others."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _kept_below(directory: Path) -> Iterator[None]:
+    """numba decides where a function is kept when it is decorated."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(directory)
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
