@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,26 @@ class Pack(Protocol):
     """`build(weights)`, made once and kept: what a kernel derives from weights that never change."""
 
     def __call__(self, tag: str, build: Callable[[Any], Any]) -> Array: ...
+
+
+class Split(NamedTuple):
+    """Into how many parts a kernel may split its work, and how the calls of the parts become one list."""
+
+    threads: int
+    parallel: Callable[[Sequence[Sequence[Call]]], list[Call]]
+    """Makes the calls of every part, at most `threads` parts at a time, and goes on when all are done.
+
+    Parts must not touch each other's outputs or scratch.
+    """
+
+
+def one_after_the_other(parts: Sequence[Sequence[Call]]) -> list[Call]:
+    """The calls of every part in turn."""
+    return list(chain.from_iterable(parts))
+
+
+SERIAL = Split(1, one_after_the_other)
+"""All work in one part."""
 
 
 def maximum(a: Array, b: Array, out: Array) -> Call:

@@ -1,0 +1,160 @@
+"""Two-dimensional convolution, channels last, straight from the image: no columns are built.
+
+A line of output pixels is a matrix product whose left-hand rows are windows of the (padded) image, one a pixel, a fixed
+distance apart. So a convolution is the product of `gemm` with a run of values for each kernel row in place of one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.jit import windows
+from infera_kernels.jit.epilogue import finish
+from infera_kernels.jit.gemm import multiply, pack_bias
+from infera_kernels.jit.gemm import pack as pack_matrix
+from infera_kernels.jit.windows import Pair, spans
+
+SLAB_BYTES = 1 << 19
+"""Of padded input at a time: it is read once for every panel, from the second-level cache."""
+
+CHUNK = 1 << 15
+"""Multiply-adds that are worth a thread of their own, in thousands."""
+
+
+def conv2d(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    split: Split,
+    *,
+    strides: Pair,
+    pads: tuple[Pair, Pair],
+    dilations: Pair,
+    group: int,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    pack: Pack,
+    pack_b: Pack,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual).
+
+    x (N, H, W, C), y and residual (N, OH, OW, O), contiguous float32; w (O, C / group, KH, KW) and b (O,) are constant:
+    `pack` and `pack_b` keep what is made of them. `pads` are (before, after) of each axis and at least 0.
+    """
+    name, *given = activation or ("",)
+    values = tuple(map(float, given))
+    if group > 1 and w.shape[:2] == (group, 1) and y.shape[3] == x.shape[3]:
+        taps = pack("taps", lambda weights: weights[:, 0].transpose(1, 2, 0))
+        bias = None if b is None else pack_b("vector", lambda row: np.array(row))
+        parts = windows.depthwise(
+            x, taps, bias, y, strides=strides, pads=pads, dilations=dilations, activation=str(name), given=values,
+            residual=residual, parts=_parts(y.size * w[0].size, split.threads),
+        )  # fmt: skip
+        return split.parallel(parts)
+    bounds = {"relu": (0.0, np.inf), "clip": values}.get(str(name)) if residual is None else None
+    low, high = bounds or (-np.inf, np.inf)
+    work = _Convolution(x, w, y, strides, pads, dilations, group)
+    packed = pack(f"panels{group}", work.pack)
+    bias = None if b is None else pack_b(f"panels{group}", work.pack_bias)
+    done: list[list[Call]] = []
+    for first, last in spans(y.shape[0] * y.shape[1], _parts(y[..., 0].size * w.size, split.threads)):
+        calls = work.calls(packed, bias, first, last, scratch, low, high)
+        if not bounds:
+            rows = y.reshape(-1, *y.shape[2:])[first:last].reshape(-1, y.shape[3])
+            before = None if residual is None else residual.reshape(-1, *y.shape[2:])[first:last].reshape(rows.shape)
+            calls += finish(rows, before=before, activation=str(name), given=values)
+        done.append(calls)
+    return split.parallel(done)
+
+
+def _parts(operations: int, threads: int) -> int:
+    return max(1, min(threads, operations // (CHUNK * 1000)))
+
+
+class _Convolution:
+    """One convolution's geometry."""
+
+    def __init__(
+        self, x: Array, w: Array, y: Array, strides: Pair, pads: tuple[Pair, Pair], dilations: Pair, group: int
+    ) -> None:
+        self.x, self.y, self.strides, self.dilations, self.group = x, y, strides, dilations, group
+        self.kernel = w.shape[2:]
+        self.before = (pads[0][0], pads[1][0])
+        self.padded = any(map(any, pads))
+        self.channels = w.shape[1]
+        self.merged = group == 1 and (dilations[1] == 1 or self.kernel[1] == 1)
+        """Whether the values under a kernel row lie one behind the other."""
+
+    def pack(self, w: Array) -> Array:
+        """(O, C / group, KH, KW) -> (group, panels, KH * KW * C / group, COLUMNS)"""
+        matrices = w.reshape(self.group, -1, *w.shape[1:]).transpose(0, 3, 4, 2, 1)
+        return np.stack([pack_matrix(m.reshape(-1, m.shape[-1])) for m in matrices])
+
+    def pack_bias(self, b: Array) -> Array:
+        return np.stack([pack_bias(part) for part in b.reshape(self.group, -1)])
+
+    def offsets(self, source: Array) -> tuple[list[int], int]:
+        """Bytes from a window's first value to each run, and the values of a run."""
+        down, right = source.strides[1] * self.dilations[0], source.strides[2] * self.dilations[1]
+        kh, kw = self.kernel
+        if self.merged:
+            return [u * down for u in range(kh)], kw * self.channels
+        return [u * down + v * right for u in range(kh) for v in range(kw)], self.channels
+
+    def calls(
+        self, packed: Array, bias: Array | None, first: int, last: int, scratch: Scratch, low: float, high: float
+    ) -> list[Call]:
+        """Lines [first, last) of all images' lines."""
+        n, lines = self.y.shape[:2]
+        if not self.padded and self.kernel == (1, 1) and self.strides == (1, 1):
+            pixels = slice(first * self.y.shape[2], last * self.y.shape[2])
+            source, target = (a.reshape(1, 1, -1, a.shape[3])[:, :, pixels] for a in (self.x, self.y))
+            return self.multiply(source, target, packed, bias, (0, 1), low, high)
+        if not self.padded:
+            return self.multiply(self.x, self.y, packed, bias, (first, last), low, high)
+        reach = (self.kernel[0] - 1) * self.dilations[0] + 1
+        width = (self.y.shape[2] - 1) * self.strides[1] + (self.kernel[1] - 1) * self.dilations[1] + 1
+        row_bytes = width * self.x.shape[3] * 4
+        most = max(1, (SLAB_BYTES // row_bytes - reach) // self.strides[0] + 1)
+        slab = scratch((1, (min(most, lines, last - first) - 1) * self.strides[0] + reach, width, self.x.shape[3]))
+        left, right = self.before[1], min(width, self.before[1] + self.x.shape[2])
+        made: list[Call] = [(np.copyto, (side, 0)) for side in (slab[:, :, :left], slab[:, :, right:]) if side.size]
+        for image in range(n):
+            begin, end = max(first - image * lines, 0), min(last - image * lines, lines)
+            for start in range(begin, end, most):
+                stop = min(start + most, end)
+                made += self.load(slab, image, start, stop, left, right)
+                target = self.y[image : image + 1, start:stop]
+                made += self.multiply(slab, target, packed, bias, (0, stop - start), low, high)
+        return made
+
+    def load(self, slab: Array, image: int, start: int, stop: int, left: int, right: int) -> list[Call]:
+        """The input rows under output lines [start, stop) copied into a slab whose sides are clear."""
+        top = start * self.strides[0] - self.before[0]
+        rows = (stop - start - 1) * self.strides[0] + (self.kernel[0] - 1) * self.dilations[0] + 1
+        low, high = min(max(top, 0), self.x.shape[1]), min(max(top + rows, 0), self.x.shape[1])
+        inner = slab[0, :rows, left:right]
+        outside = (inner[: low - top], inner[high - top :])
+        made: list[Call] = [(np.copyto, (part, 0)) for part in outside if part.size]
+        if high > low:
+            made.append((np.copyto, (inner[low - top : high - top], self.x[image, low:high, : right - left])))
+        return made
+
+    def multiply(
+        self, source: Array, y: Array, packed: Array, bias: Array | None, part: Pair, low: float, high: float
+    ) -> list[Call]:
+        """Lines of y, all channels of them, group by group."""
+        offsets, run = self.offsets(source)
+        steps = (source.strides[0], source.strides[1] * self.strides[0], source.strides[2] * self.strides[1])
+        out = y.shape[3] // self.group
+        return [
+            multiply(
+                source[..., g * self.channels :], packed[g], None if bias is None else bias[g],
+                y[..., g * out : (g + 1) * out], low=low, high=high, steps=steps, offsets=offsets, run=run, part=part,
+            )
+            for g in range(self.group)
+        ]  # fmt: skip
