@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
-from infera_kernels.jit import windows
+from infera_kernels.jit import windows, winograd
 from infera_kernels.jit.epilogue import finish
 from infera_kernels.jit.gemm import multiply, pack_bias
 from infera_kernels.jit.gemm import pack as pack_matrix
@@ -39,11 +39,13 @@ def conv2d(
     residual: Array | None = None,
     pack: Pack,
     pack_b: Pack,
+    fast: bool = True,
 ) -> list[Call]:
     """y = activation(conv(x, w) + b + residual).
 
     x (N, H, W, C), y and residual (N, OH, OW, O), contiguous float32; w (O, C / group, KH, KW) and b (O,) are constant:
-    `pack` and `pack_b` keep what is made of them. `pads` are (before, after) of each axis and at least 0.
+    `pack` and `pack_b` keep what is made of them. `pads` are (before, after) of each axis and at least 0. `fast` allows
+    Winograd's reassociation.
     """
     name, *given = activation or ("",)
     values = tuple(map(float, given))
@@ -58,11 +60,14 @@ def conv2d(
     bounds = {"relu": (0.0, np.inf), "clip": values}.get(str(name)) if residual is None else None
     low, high = bounds or (-np.inf, np.inf)
     work = _Convolution(x, w, y, strides, pads, dilations, group)
-    packed = pack(f"panels{group}", work.pack)
+    tiled = fast and work.tiled
+    packed = pack("tiles", winograd.pack) if tiled else pack(f"panels{group}", work.pack)
     bias = None if b is None else pack_b(f"panels{group}", work.pack_bias)
+    if tiled and bias is None:
+        bias = np.zeros((1, y.shape[3]), np.float32)
     done: list[list[Call]] = []
     for first, last in spans(y.shape[0] * y.shape[1], _parts(y[..., 0].size * w.size, split.threads)):
-        calls = work.calls(packed, bias, first, last, scratch, low, high)
+        calls = work.calls(packed, bias, first, last, scratch, low, high, tiled=tiled)
         if not bounds:
             rows = y.reshape(-1, *y.shape[2:])[first:last].reshape(-1, y.shape[3])
             before = None if residual is None else residual.reshape(-1, *y.shape[2:])[first:last].reshape(rows.shape)
@@ -86,6 +91,10 @@ class _Convolution:
         self.before = (pads[0][0], pads[1][0])
         self.padded = any(map(any, pads))
         self.channels = w.shape[1]
+        self.tiled = (
+            (self.kernel, strides, dilations, group) == ((3, 3), (1, 1), (1, 1), 1)
+            and winograd.pays(y.shape[1:3], w.shape[1], w.shape[0])
+        )  # fmt: skip
         self.merged = group == 1 and (dilations[1] == 1 or self.kernel[1] == 1)
         """Whether the values under a kernel row lie one behind the other."""
 
@@ -106,36 +115,51 @@ class _Convolution:
         return [u * down + v * right for u in range(kh) for v in range(kw)], self.channels
 
     def calls(
-        self, packed: Array, bias: Array | None, first: int, last: int, scratch: Scratch, low: float, high: float
-    ) -> list[Call]:
+        self, packed: Array, bias: Array | None, first: int, last: int, scratch: Scratch, low: float, high: float,
+        *, tiled: bool,
+    ) -> list[Call]:  # fmt: skip
         """Lines [first, last) of all images' lines."""
         n, lines = self.y.shape[:2]
         if not self.padded and self.kernel == (1, 1) and self.strides == (1, 1):
             pixels = slice(first * self.y.shape[2], last * self.y.shape[2])
             source, target = (a.reshape(1, 1, -1, a.shape[3])[:, :, pixels] for a in (self.x, self.y))
             return self.multiply(source, target, packed, bias, (0, 1), low, high)
-        if not self.padded:
+        if not self.padded and not tiled:
             return self.multiply(self.x, self.y, packed, bias, (first, last), low, high)
-        reach = (self.kernel[0] - 1) * self.dilations[0] + 1
-        width = (self.y.shape[2] - 1) * self.strides[1] + (self.kernel[1] - 1) * self.dilations[1] + 1
-        row_bytes = width * self.x.shape[3] * 4
-        most = max(1, (SLAB_BYTES // row_bytes - reach) // self.strides[0] + 1)
-        slab = scratch((1, (min(most, lines, last - first) - 1) * self.strides[0] + reach, width, self.x.shape[3]))
-        left, right = self.before[1], min(width, self.before[1] + self.x.shape[2])
+        most = min(self.together(packed, tiled), lines, last - first)
+        slab = scratch((1, self.extent(0, most, tiled), self.extent(1, self.y.shape[2], tiled), self.x.shape[3]))
+        left, right = self.before[1], min(slab.shape[2], self.before[1] + self.x.shape[2])
         made: list[Call] = [(np.copyto, (side, 0)) for side in (slab[:, :, :left], slab[:, :, right:]) if side.size]
+        room = winograd.rooms(most, self.y.shape[2], self.x.shape[3], self.y.shape[3], scratch) if tiled else None
         for image in range(n):
             begin, end = max(first - image * lines, 0), min(last - image * lines, lines)
             for start in range(begin, end, most):
                 stop = min(start + most, end)
-                made += self.load(slab, image, start, stop, left, right)
+                made += self.load(slab, image, start, self.extent(0, stop - start, tiled), left, right)
                 target = self.y[image : image + 1, start:stop]
-                made += self.multiply(slab, target, packed, bias, (0, stop - start), low, high)
+                if room is not None:
+                    made += winograd.tiles_of(slab, packed, bias, target, room, low, high)
+                else:
+                    made += self.multiply(slab, target, packed, bias, (0, stop - start), low, high)
         return made
 
-    def load(self, slab: Array, image: int, start: int, stop: int, left: int, right: int) -> list[Call]:
-        """The input rows under output lines [start, stop) copied into a slab whose sides are clear."""
+    def together(self, packed: Array, tiled: bool) -> int:
+        """Output lines of one slab."""
+        if tiled:
+            return winograd.lines_of(self.y.shape[2], self.x.shape[3] + self.y.shape[3], packed.nbytes)
+        row_bytes: int = self.extent(1, self.y.shape[2], tiled) * self.x.shape[3] * 4
+        return max(1, (SLAB_BYTES // row_bytes - self.extent(0, 1, tiled)) // self.strides[0] + 1)
+
+    def extent(self, axis: int, out: int, tiled: bool) -> int:
+        """Padded input under `out` outputs."""
+        if tiled:
+            return winograd.extent(out)
+        reach: int = (self.kernel[axis] - 1) * self.dilations[axis]
+        return (out - 1) * self.strides[axis] + reach + 1
+
+    def load(self, slab: Array, image: int, start: int, rows: int, left: int, right: int) -> list[Call]:
+        """The input rows from under output line `start` on, copied into a slab whose sides are clear."""
         top = start * self.strides[0] - self.before[0]
-        rows = (stop - start - 1) * self.strides[0] + (self.kernel[0] - 1) * self.dilations[0] + 1
         low, high = min(max(top, 0), self.x.shape[1]), min(max(top + rows, 0), self.x.shape[1])
         inner = slab[0, :rows, left:right]
         outside = (inner[: low - top], inner[high - top :])

@@ -32,7 +32,8 @@ def _multiply(
     """
     a, c = x.ctypes.data, y.ctypes.data
     b, starts, shifts = packed.ctypes.data, bias.ctypes.data, offsets.ctypes.data
-    panels, panel, n = packed.shape[0], packed.strides[0], y.shape[3]
+    panels, panel, n = packed.shape[1], packed.strides[1], y.shape[3]
+    another = packed.strides[0] if packed.shape[0] > 1 else 0
     for begin in range(first, last, together):
         end = min(begin + together, last)
         for left in range(0, cols, chunk):
@@ -42,11 +43,12 @@ def _multiply(
                 for at in range(begin, end):
                     source = a + (at // lines) * image + (at % lines) * line + left * pixel
                     target = c + (at // lines) * y.strides[0] + (at % lines) * y.strides[1] + left * y.strides[2]
+                    weights = b + (at // lines) * another + p * panel
                     done = 0
                     for t in range(tiles):
                         rows = width * (t + 1) // tiles - done
                         multiply_tile(
-                            rows, source + done * pixel, pixel, shifts, offsets.size, run, b + p * panel,
+                            rows, source + done * pixel, pixel, shifts, offsets.size, run, weights,
                             starts + p * COLUMNS * 4, target + done * y.strides[2] + p * COLUMNS * 4, y.strides[2],
                             n - p * COLUMNS, low, high,
                         )  # fmt: skip
@@ -84,9 +86,9 @@ def multiply(
 ) -> Call:
     """y = clamp(bias + the products of windows of x with `packed`, low, high).
 
-    y (images, lines, cols, N), N contiguous. `packed` is `pack` of (taps * run, N) and `bias` `pack_bias`'s. The window
-    of output (n, i, j) begins n * steps[0] + i * steps[1] + j * steps[2] bytes into x, and has a run of `run` values at
-    each of `offsets`, in bytes. `part` is a range of the images' lines.
+    y (images, lines, cols, N), N contiguous. `packed` is `pack` of (taps * run, N), or one for each image; `bias` is
+    `pack_bias`'s. The window of output (n, i, j) begins n * steps[0] + i * steps[1] + j * steps[2] bytes into x, and
+    has a run of `run` values at each of `offsets`, in bytes. `part` is a range of the images' lines.
     """
     images, lines, cols, _ = y.shape
     first, last = part or (0, images * lines)
@@ -95,6 +97,8 @@ def multiply(
     chunk = cols if cols * window <= block else max(ROWS, block // window // ROWS * ROWS)
     together = max(1, block // (chunk * window))
     bias = no_bias(packed) if bias is None else bias
+    packed = packed.reshape(-1, *packed.shape[-3:])
+    x = x[(None,) * (4 - x.ndim)]
     return bound_by_address(
         _multiply, x, *steps, np.array(offsets, np.int64), run, packed, bias, y, lines, first, last, cols, chunk,
         together, F(low), F(high),
@@ -129,4 +133,5 @@ def product(
 
 
 def no_bias(packed: Array) -> Array:
-    return np.zeros(packed.shape[0] * COLUMNS, np.float32)
+    """For as many columns as `packed` has."""
+    return np.zeros(packed.shape[-3] * COLUMNS, np.float32)

@@ -41,27 +41,28 @@ def _tile() -> Tile:
 
 TILE = _tile()
 
-_F32, _I64, _I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR = ir.VectorType(_F32, TILE.lanes)
+F32, I64, _I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+VECTOR = ir.VectorType(F32, TILE.lanes)
 _FIRST = ir.Constant(ir.VectorType(_I32, TILE.lanes), [0] * TILE.lanes)
 
 
-def _at(builder: Any, address: Any, nbytes: int, kind: Any) -> Any:
+def address_of(builder: Any, address: Any, nbytes: int, kind: Any) -> Any:
     """A pointer to `kind`, so many bytes behind an address."""
-    return builder.inttoptr(builder.add(address, ir.Constant(_I64, nbytes)), kind.as_pointer())
+    return builder.inttoptr(builder.add(address, ir.Constant(I64, nbytes)), kind.as_pointer())
 
 
-def _load(builder: Any, address: Any, nbytes: int) -> Any:
-    return builder.load(_at(builder, address, nbytes, _VECTOR), align=4)
+def load(builder: Any, address: Any, nbytes: int) -> Any:
+    """The vector so many bytes behind an address."""
+    return builder.load(address_of(builder, address, nbytes, VECTOR), align=4)
 
 
-def _spread(builder: Any, value: Any, kind: Any = _VECTOR) -> Any:
+def spread(builder: Any, value: Any, kind: Any = VECTOR) -> Any:
     """A vector full of one value."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), _FIRST)
 
 
-def _clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
+def clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
     """x between low and high; a NaN compares false and stays."""
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     return builder.select(builder.fcmp_ordered(">", x, high), high, x)
@@ -85,7 +86,7 @@ def multiply_tile(
         cases = [builder.append_basic_block(f"rows{r}") for r in range(1, TILE.rows + 1)]
         choice = builder.switch(rows, done)
         for r, block in enumerate(cases, 1):
-            choice.add_case(ir.Constant(_I64, r), block)
+            choice.add_case(ir.Constant(I64, r), block)
             with builder.goto_block(block):
                 _tile_of(builder, r, *operands)
                 builder.branch(done)
@@ -101,38 +102,38 @@ def _tile_of(
 ) -> None:  # fmt: skip
     """Emits `multiply_tile` for one number of rows."""
     width = TILE.lanes * 4
-    fma_type = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    fma_type = ir.FunctionType(VECTOR, [VECTOR] * 3)
     fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{TILE.lanes}f32")
-    sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(TILE.vectors)] for _ in range(rows)]
+    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(TILE.vectors)] for _ in range(rows)]
     for v in range(TILE.vectors):
-        start = _load(builder, bias, v * width)
+        start = load(builder, bias, v * width)
         for r in range(rows):
             builder.store(start, sums[r][v])
     panel = cgutils.alloca_once_value(builder, b)
     with cgutils.for_range(builder, taps) as tap:
-        where = builder.add(offsets, builder.mul(tap.index, ir.Constant(_I64, 8)))
-        shift = builder.load(builder.inttoptr(where, _I64.as_pointer()))
-        left = cgutils.alloca_once(builder, _I64)
+        where = builder.add(offsets, builder.mul(tap.index, ir.Constant(I64, 8)))
+        shift = builder.load(builder.inttoptr(where, I64.as_pointer()))
+        left = cgutils.alloca_once(builder, I64)
         builder.store(builder.add(a, shift), left)
         with cgutils.for_range(builder, run):
             source, line = builder.load(left), builder.load(panel)
-            weights = [_load(builder, line, v * width) for v in range(TILE.vectors)]
+            weights = [load(builder, line, v * width) for v in range(TILE.vectors)]
             for r in range(rows):
-                row = builder.add(source, builder.mul(lda, ir.Constant(_I64, r)))
-                value = _spread(builder, builder.load(_at(builder, row, 0, _F32)))
+                row = builder.add(source, builder.mul(lda, ir.Constant(I64, r)))
+                value = spread(builder, builder.load(address_of(builder, row, 0, F32)))
                 for v in range(TILE.vectors):
                     builder.store(builder.call(fma, [value, weights[v], builder.load(sums[r][v])]), sums[r][v])
-            builder.store(builder.add(source, ir.Constant(_I64, 4)), left)
-            builder.store(builder.add(line, ir.Constant(_I64, TILE.columns * 4)), panel)
-    least, most = _spread(builder, low), _spread(builder, high)
-    made = [[_clamp(builder, builder.load(s), least, most) for s in line] for line in sums]
-    lines = [builder.add(c, builder.mul(ldc, ir.Constant(_I64, r))) for r in range(rows)]
-    whole = builder.icmp_signed(">=", columns, ir.Constant(_I64, TILE.columns))
+            builder.store(builder.add(source, ir.Constant(I64, 4)), left)
+            builder.store(builder.add(line, ir.Constant(I64, TILE.columns * 4)), panel)
+    least, most = spread(builder, low), spread(builder, high)
+    made = [[clamp(builder, builder.load(s), least, most) for s in line] for line in sums]
+    lines = [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)]
+    whole = builder.icmp_signed(">=", columns, ir.Constant(I64, TILE.columns))
     with builder.if_else(whole) as (full, partial):
         with full:
             for values, line in zip(made, lines, strict=True):
                 for v, value in enumerate(values):
-                    builder.store(value, _at(builder, line, v * width, _VECTOR), align=4)
+                    builder.store(value, address_of(builder, line, v * width, VECTOR), align=4)
         with partial:
             _store_some(builder, made, lines, columns)
 
@@ -140,12 +141,12 @@ def _tile_of(
 def _store_some(builder: Any, made: Any, lines: Any, columns: Any) -> None:
     """The first `columns` values of every line."""
     lanes = TILE.lanes
-    mask_type, counts = ir.VectorType(ir.IntType(1), lanes), ir.VectorType(_I64, lanes)
-    store_type = ir.FunctionType(ir.VoidType(), [_VECTOR, _VECTOR.as_pointer(), _I32, mask_type])
+    mask_type, counts = ir.VectorType(ir.IntType(1), lanes), ir.VectorType(I64, lanes)
+    store_type = ir.FunctionType(ir.VoidType(), [VECTOR, VECTOR.as_pointer(), _I32, mask_type])
     store = cgutils.get_or_insert_function(builder.module, store_type, f"llvm.masked.store.v{lanes}f32.p0v{lanes}f32")
-    limit = _spread(builder, columns, counts)
+    limit = spread(builder, columns, counts)
     for v in range(TILE.vectors):
         mask = builder.icmp_signed("<", ir.Constant(counts, [v * lanes + i for i in range(lanes)]), limit)
         for values, line in zip(made, lines, strict=True):
-            target = _at(builder, line, v * lanes * 4, _VECTOR)
+            target = address_of(builder, line, v * lanes * 4, VECTOR)
             builder.call(store, [values[v], target, ir.Constant(_I32, 4), mask])
