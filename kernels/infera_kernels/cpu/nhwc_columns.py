@@ -1,0 +1,87 @@
+"""Convolution as a product, channels last: a block of columns (im2col) at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_pointwise import grouped
+from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
+
+BLOCK_BYTES = 1 << 20
+"""Columns of one block."""
+
+
+def columns(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    split: Split,
+    pack: Pack | None,
+    window: Window,
+    *,
+    group: int,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual); see `conv2d`."""
+    c, o = x.shape[3], y.shape[3]
+    kernel, taps = window.kernel, w.shape[1] * w.shape[2] * w.shape[3]
+    height, width = window.out
+    once, weights = _weights(w, group, scratch, pack)
+    target, rest = flat(y), None if residual is None else flat(residual)
+    most = max(1, BLOCK_BYTES // (width * taps * group * x.itemsize))
+
+    def part(start: int, stop: int) -> list[Call]:
+        step = longest(start, stop, most)
+        calls, finish = epilogue(activation, b, step * width, o, y, scratch)
+        room = room_for(x, window, min(step, height), scratch)
+        space = scratch((step * width * taps * group,), x.dtype)
+        for first, last in spans(start, stop, step):
+            pixels = slice(first * width, last * width)
+            cols = space[: (last - first) * width * taps * group]
+            spread = cols.reshape(group, last - first, width, *kernel, c // group).transpose(1, 2, 3, 4, 0, 5)
+            done = 0
+            for i, row, end in images(first, last, height):
+                band, load = padded(x[i], room, window, row, end)
+                into = spread[done : done + end - row]
+                calls += [*load, (np.copyto, (into, _windows(band, window, into.shape)))]
+                done += end - row
+            block = target[pixels]
+            calls.append((np.matmul, (cols.reshape(group, -1, taps), weights, grouped(block, group))))
+            calls += finish(block, None if rest is None else rest[pixels])
+        return calls
+
+    return [*once, *in_parts(y.shape[0] * height, split, part)]
+
+
+def _windows(band: Array, window: Window, shape: tuple[int, ...]) -> Array:
+    """(rows, OW, KH, KW, group, C / group): what each output pixel sees of a band, as a view."""
+    down, right, one = band.strides
+    steps = (
+        down * window.strides[0],
+        right * window.strides[1],
+        down * window.dilations[0],
+        right * window.dilations[1],
+    )
+    return as_strided(band, shape, (*steps, shape[-1] * one, one), writeable=False)
+
+
+def _weights(w: Array, group: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
+    """(group, KH * KW * C / group, O / group), and the calls that make it."""
+
+    def in_order(w: Array) -> Array:
+        return w.reshape(group, -1, *w.shape[1:]).transpose(3, 4, 2, 0, 1)
+
+    calls: list[Call] = []
+    if pack is not None:
+        made = pack("columns", lambda w: np.ascontiguousarray(in_order(w)).reshape(-1, w.shape[0]))
+    else:
+        made = scratch((w[0].size, w.shape[0]), w.dtype)
+        calls.append((np.copyto, (made.reshape(in_order(w).shape), in_order(w))))
+    return calls, grouped(made, group)

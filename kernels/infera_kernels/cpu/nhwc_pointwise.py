@@ -1,0 +1,63 @@
+"""1x1 convolution, channels last: a product straight from x, in blocks of pixels that stay in the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch, Split
+from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.conv_planes import Pair
+from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, spans
+
+BLOCK_BYTES = 1 << 19
+"""Output of one block."""
+
+
+def pointwise(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    split: Split,
+    *,
+    strides: Pair,
+    group: int,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual) with w (O, C / group, 1, 1) and no padding; see `conv2d`."""
+    o, c = y.shape[3], x.shape[3]
+    weights = w.reshape(group, o // group, -1).transpose(0, 2, 1)
+    target, rest = flat(y), None if residual is None else flat(residual)
+    height, width = y.shape[1:3]
+    dense = strides == (1, 1)
+    line = 1 if dense else width
+    most = max(1, BLOCK_BYTES // (line * o * y.itemsize))
+
+    def part(start: int, stop: int) -> list[Call]:
+        step = longest(start, stop, most)
+        calls, finish = epilogue(activation, b, step * line, o, y, scratch)
+        gathered = None if dense else scratch((step, width, c), x.dtype)
+        for first, last in spans(start, stop, step):
+            pixels = slice(first * line, last * line)
+            if gathered is None:
+                source = flat(x)[pixels]
+            else:
+                source = flat(gathered[: last - first])
+                done = 0
+                for i, row, end in images(first, last, height):
+                    seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
+                    calls.append((np.copyto, (gathered[done : done + end - row], seen[:, :width])))
+                    done += end - row
+            calls.append((np.matmul, (grouped(source, group), weights, grouped(target[pixels], group))))
+            calls += finish(target[pixels], None if rest is None else rest[pixels])
+        return calls
+
+    return in_parts(target.shape[0] // line, split, part)
+
+
+def grouped(a: Array, group: int) -> Array:
+    """(pixels, channels) as (group, pixels, channels / group)."""
+    return a.reshape(a.shape[0], group, -1, copy=False).transpose(1, 0, 2)

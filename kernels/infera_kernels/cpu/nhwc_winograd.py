@@ -1,0 +1,149 @@
+"""3x3 convolution by Winograd's minimal filtering, channels last; see `conv_winograd` for its matrices.
+
+Both transforms are separable: one product for each axis of a tile. Filters of taps d apart see d x d images, one for
+each phase of the pixels, that have nothing in common: these are convolved like the images of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.conv_planes import Pair
+from infera_kernels.cpu.conv_winograd import transform_filters, transforms
+from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, padded, spans
+
+BLOCK_BYTES = 1 << 19
+"""Transformed tiles of one block."""
+
+
+class Image(NamedTuple):
+    """One image, or one phase of it: views (H, W, C) and (OH, OW, O), and the padding above and left."""
+
+    x: Array
+    y: Array
+    residual: Array | None
+    before: Pair
+
+
+def tile_of(w: tuple[int, ...], out: Pair, strides: Pair, dilations: Pair, group: int) -> int:
+    """The output tile that pays at this shape, 0 for none."""
+    if tuple(w[2:]) != (3, 3) or strides != (1, 1) or group != 1 or min(w[:2]) < 16:
+        return 0
+    smallest = min(-(-n // d) for n, d in zip(out, dilations, strict=True))
+    return 4 if smallest >= 28 else 2 if smallest >= 10 else 0
+
+
+def phases(x: Array, y: Array, residual: Array | None, window: Window) -> Iterator[Image]:
+    """The images of a batch, apart by the phases of a dilated convolution."""
+    for i, down, right in product(range(x.shape[0]), *map(range, window.dilations)):
+        (top, first), (left, second) = (
+            divmod(phase - before, dilation)
+            for phase, before, dilation in zip((down, right), window.before, window.dilations, strict=True)
+        )
+        to = slice(down, None, window.dilations[0]), slice(right, None, window.dilations[1])
+        at = slice(first, None, window.dilations[0]), slice(second, None, window.dilations[1])
+        if y[i][to].size:
+            rest = None if residual is None else residual[i][to]
+            yield Image(x[i][at], y[i][to], rest, (-top, -left))
+
+
+def winograd(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    split: Split,
+    pack: Pack,
+    tile: int,
+    window: Window,
+    *,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual) with w (O, C, 3, 3), stride 1; see `conv2d`."""
+    c, o = x.shape[3], y.shape[3]
+    size = tile + 2
+    data, _, out = (m.astype(x.dtype) for m in transforms(tile))
+    filters = pack(f"winograd{tile}-last", lambda w: _filters(w, tile)).reshape(size * size, c, o)
+    jobs = list(phases(x, y, residual, window))
+    down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
+    tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
+    most = max(1, BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize))
+
+    def part(start: int, stop: int) -> list[Call]:
+        step = longest(start, stop, most)
+        calls, finish = epilogue(activation, None, step * tile * across * tile, o, y, scratch)
+        rows = tiles.seen(0, min(step, down))
+        room = scratch((rows, tiles.seen(1, across), c), x.dtype)
+        gathered, halved = (scratch((rows, size, across * c), x.dtype) for _ in range(2))
+        one, two = (scratch((size * size * step * across * max(c, o),), x.dtype) for _ in range(2))
+
+        def shaped(space: Array, *shape: int) -> Array:
+            return space[: math.prod(shape)].reshape(shape)
+
+        for first, last in spans(start, stop, step):
+            h, done = last - first, 0
+            spectrum = shaped(one, size, size, h, across * c)
+            for i, row, end in images(first, last, down):
+                band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
+                into = spectrum[:, :, done : done + end - row]
+                calls += load + _transform(band, data, gathered, halved, into, tile)
+                done += end - row
+            sums = shaped(two, size * size, h * across, o)
+            calls.append((np.matmul, (spectrum.reshape(size * size, -1, c), filters, sums)))
+            half, pixels = shaped(one, tile, size, h * across * o), shaped(two, tile, tile, h * across * o)
+            sums = sums.reshape(size, size, -1)
+            calls.append((np.matmul, (out, sums.transpose(1, 0, 2), half.transpose(1, 0, 2))))
+            calls.append((np.matmul, (out, half, pixels)))
+            made, done = pixels.reshape(tile, tile, h, across, o), 0
+            for i, row, end in images(first, last, down):
+                band = slice(row * tile, end * tile)
+                block, rest = jobs[i].y[band], jobs[i].residual
+                calls += _scatter(made[:, :, done : done + end - row], b, block)
+                calls += finish(block, None if rest is None else rest[band])
+                done += end - row
+        return calls
+
+    return in_parts(len(jobs) * down, split, part)
+
+
+def _transform(band: Array, data: Array, gathered: Array, halved: Array, spectrum: Array, tile: int) -> list[Call]:
+    """The tiles of a band, transformed, into spectrum (size, size, tile rows, across * C)."""
+    size, _, h, line = spectrum.shape
+    rows, _, c = band.shape
+    down, right, one = band.strides
+    tiles = as_strided(band, (rows, size, line // c, c), (down, right, tile * right, one), writeable=False)
+    gathered, halved = gathered[:rows], halved[:rows]
+    below, column = halved.strides[:2]
+    seen = as_strided(halved, (h, size, size, line), (tile * below, column, below, one), writeable=False)
+    return [
+        (np.copyto, (gathered.reshape(tiles.shape), tiles)),
+        (np.matmul, (data, gathered, halved)),
+        (np.matmul, (data, seen, spectrum.transpose(2, 1, 0, 3))),
+    ]
+
+
+def _scatter(made: Array, b: Array | None, y: Array) -> list[Call]:
+    """The pixels of tiles (tile, tile, rows, across, O), with the bias, to their places in y (OH, OW, O)."""
+    calls: list[Call] = []
+    for i, j in product(*map(range, made.shape[:2])):
+        target = y[i :: made.shape[0], j :: made.shape[1]]
+        source = made[i, j, : target.shape[0], : target.shape[1]]
+        if target.size:
+            calls.append((np.copyto, (target, source)) if b is None else (np.add, (source, b, target)))
+    return calls
+
+
+def _filters(w: Array, tile: int) -> Array:
+    """(elements of a tile, C, O)"""
+    return np.ascontiguousarray(transform_filters(w, tile).transpose(0, 2, 1))

@@ -1,0 +1,317 @@
+"""Channels-last convolution and pooling on NumPy against the plain definitions in float64."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_gpu.devices.base import quiet_numpy
+from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
+from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
+from infera_kernels.cpu.nhwc_conv import conv2d
+from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
+from infera_kernels.portable.activation import activation as plain_activation
+from infera_kernels.portable.conv import convolution
+from infera_kernels.portable.pool import average_pool, max_pool
+
+DIRECT, WINOGRAD = 2e-6, 5e-6
+"""Largest error of float32, relative to the largest magnitude of the result."""
+
+TRANSIENT_BYTES = 4096
+"""What NumPy may use and give back in a call: its iterators, and buffers of `UFUNC_BUFFER` elements."""
+
+
+def backwards(parts: Sequence[Sequence[Call]]) -> list[Call]:
+    return one_after_the_other(parts[::-1])
+
+
+SPLITS = {"serial": SERIAL, "three": Split(3, backwards), "many": Split(11, backwards)}
+
+
+def scratch(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+    """Poisoned."""
+    return np.full(shape, np.nan, dtype)
+
+
+def packer(w: Array) -> Pack:
+    made: dict[str, Array] = {}
+
+    def pack(tag: str, build: Callable[[Any], Any]) -> Array:
+        if tag not in made:
+            made[tag] = build(w)
+        return made[tag]
+
+    return pack
+
+
+def sliced(a: Array, left: int = 3, right: int = 2) -> Array:
+    """A copy of `a` as a channel slice of a wider array."""
+    wide = np.full((*a.shape[:-1], left + a.shape[-1] + right), np.nan, a.dtype)
+    view = wide[..., left : left + a.shape[-1]]
+    view[...] = a
+    return view
+
+
+def first(a: Array) -> Array:
+    return np.moveaxis(a, -1, 1)
+
+
+def last(a: Array) -> Array:
+    return np.moveaxis(a, 1, -1)
+
+
+def random(seed: int, *shape: int, dtype: Any = np.float32) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def run(calls: Sequence[Call]) -> None:
+    with quiet_numpy():
+        for fn, args in calls:
+            fn(*args)
+
+
+def assert_near(y: Array, want: Array, bound: float) -> None:
+    assert np.isfinite(y).all()
+    assert np.abs(y - want).max() <= bound * max(1.0, np.abs(want).max())
+
+
+def allocated(calls: Sequence[Call]) -> int:
+    """The most bytes that a warm run has in use above what it started with."""
+    run(calls)
+    tracemalloc.start()
+    try:
+        run(calls)
+        level, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        run(calls)
+        return tracemalloc.get_traced_memory()[1] - level
+    finally:
+        tracemalloc.stop()
+
+
+@dataclass(frozen=True)
+class Conv:
+    """x (N, H, W, C), w (O, C / group, KH, KW)"""
+
+    name: str
+    x: tuple[int, int, int, int]
+    w: tuple[int, int, int, int]
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilations: tuple[int, int] = (1, 1)
+    group: int = 1
+    bound: float = DIRECT
+    window: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        window = {"strides": self.strides, "pads": self.pads, "dilations": self.dilations, "group": self.group}
+        object.__setattr__(self, "window", window)
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return tuple(
+            (n + sum(pad) - (k - 1) * d - 1) // s + 1
+            for n, k, s, d, pad in zip(self.x[1:3], self.w[2:], self.strides, self.dilations, self.pads, strict=True)
+        )  # type: ignore[return-value]
+
+    @property
+    def y(self) -> tuple[int, int, int, int]:
+        return (self.x[0], *self.out, self.w[0])
+
+
+def same(n: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return ((n, n), (n, n))
+
+
+CONVS = (
+    Conv("pointwise", (1, 9, 7, 20), (24, 20, 1, 1)),
+    Conv("pointwise-blocks", (1, 130, 131, 8), (33, 8, 1, 1)),
+    Conv("pointwise-batch", (3, 5, 3, 16), (70, 16, 1, 1)),
+    Conv("pointwise-strided", (2, 7, 10, 12), (16, 12, 1, 1), strides=(2, 3)),
+    Conv("pointwise-padded", (2, 4, 5, 6), (8, 6, 1, 1), pads=((1, 0), (0, 2))),
+    Conv("pointwise-groups", (2, 4, 5, 12), (24, 4, 1, 1), group=3),
+    Conv("one-pixel", (1, 1, 1, 40), (50, 40, 1, 1)),
+    Conv("one-pixel-3x3", (2, 1, 1, 16), (17, 16, 3, 3), pads=same(1)),
+    Conv("few-channels", (1, 20, 21, 3), (16, 3, 3, 3), strides=(2, 2), pads=same(1)),
+    Conv("stem", (1, 33, 30, 3), (24, 3, 7, 7), strides=(2, 2), pads=same(3)),
+    Conv("columns-batch", (3, 6, 5, 8), (12, 8, 3, 2), pads=((0, 1), (1, 0))),
+    Conv("columns-dilated", (2, 11, 12, 5), (7, 5, 3, 3), dilations=(2, 3), pads=same(3)),
+    Conv("columns-groups", (2, 8, 7, 12), (18, 4, 3, 3), group=3, pads=same(1)),
+    Conv("multiplier", (2, 8, 7, 5), (10, 1, 3, 3), group=5, pads=same(1)),
+    Conv("strides-past-padding", (2, 3, 3, 4), (6, 4, 2, 2), strides=(5, 4), pads=same(2)),
+    Conv("rows-of-padding", (1, 2, 2, 4), (6, 4, 3, 3), pads=same(5)),
+    Conv("kernel-past-input", (1, 4, 5, 6), (8, 6, 7, 7), pads=((5, 2), (2, 5))),
+    Conv("long-blocks", (1, 90, 70, 40), (8, 40, 5, 5), pads=same(2)),
+    Conv("winograd-2", (1, 12, 11, 16), (20, 16, 3, 3), pads=same(1), bound=WINOGRAD),
+    Conv("winograd-2-batch", (3, 10, 13, 32), (16, 32, 3, 3), pads=same(1), bound=WINOGRAD),
+    Conv("winograd-4", (1, 30, 29, 64), (48, 64, 3, 3), pads=same(1), bound=WINOGRAD),
+    Conv("winograd-4-blocks", (2, 57, 70, 33), (40, 33, 3, 3), pads=((0, 1), (2, 0)), bound=WINOGRAD),
+    Conv("winograd-unpadded", (1, 32, 34, 16), (16, 16, 3, 3), bound=WINOGRAD),
+    Conv("winograd-dilated", (2, 23, 25, 16), (18, 16, 3, 3), dilations=(2, 2), pads=same(2), bound=WINOGRAD),
+    Conv("winograd-uneven", (1, 61, 60, 16), (16, 16, 3, 3), dilations=(1, 2), pads=((0, 1), (1, 3)), bound=WINOGRAD),
+    Conv("winograd-phases", (1, 40, 88, 16), (16, 16, 3, 3), dilations=(4, 8), pads=((4, 4), (8, 8)), bound=WINOGRAD),
+    Conv("depthwise", (1, 9, 10, 24), (24, 1, 3, 3), group=24, pads=same(1)),
+    Conv("depthwise-blocks", (2, 60, 50, 64), (64, 1, 3, 3), group=64, pads=same(1)),
+    Conv("depthwise-strided", (3, 9, 10, 8), (8, 1, 3, 3), group=8, pads=((0, 1), (0, 1)), strides=(2, 2)),
+    Conv("depthwise-5x5", (1, 9, 7, 7), (7, 1, 5, 5), group=7, pads=same(2), strides=(2, 1)),
+    Conv("depthwise-dilated", (1, 9, 8, 16), (16, 1, 3, 3), group=16, dilations=(2, 3), pads=same(2)),
+    Conv("depthwise-unpadded", (2, 9, 8, 6), (6, 1, 3, 3), group=6),
+    Conv("depthwise-1x1", (2, 3, 4, 6), (6, 1, 1, 1), group=6),
+)  # fmt: skip
+
+
+def reference(conv: Conv, x: Array, w: Array, b: Array | None) -> Array:
+    wide = (None if a is None else a.astype(np.float64) for a in (x, w, b))
+    x64, w64, b64 = wide
+    return last(convolution(np, first(x64), w64, b64, conv.out, **conv.window))
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("constant", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
+def test_convolution(conv: Conv, constant: bool, layout: Callable[[Array], Array], split: Split) -> None:
+    x, w, b, residual = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1], conv.y)))
+    want = reference(conv, x, w, b) + residual
+    y = layout(scratch(conv.y))
+    pack = packer(w) if constant else None
+    calls = conv2d(layout(x), w, b, y, scratch, split, residual=layout(residual), pack=pack, **conv.window)
+    for _ in range(2):
+        y[...] = np.nan
+        run(calls)
+        assert_near(y, want, conv.bound if constant else DIRECT)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
+def test_convolution_in_float64_without_bias(conv: Conv) -> None:
+    x, w = random(0, *conv.x, dtype=np.float64), random(1, *conv.w, dtype=np.float64)
+    y = scratch(conv.y, np.float64)
+    run(conv2d(x, w, None, y, scratch, SERIAL, pack=packer(w), **conv.window))
+    assert_near(y, reference(conv, x, w, None), 1e-13)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
+def test_convolution_allocates_nothing(conv: Conv) -> None:
+    x, w, b, residual = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1], conv.y)))
+    y = scratch(conv.y)
+    calls = conv2d(
+        x, w, b, y, scratch, SPLITS["three"], activation=("relu",), residual=residual, pack=packer(w), **conv.window
+    )
+    assert allocated(calls) < TRANSIENT_BYTES
+
+
+def test_allocations_are_seen() -> None:
+    a = np.zeros(TRANSIENT_BYTES)
+    assert allocated([(np.add, (a, a))]) >= a.nbytes
+
+
+ACTIVATED = {"pointwise-batch", "columns-groups", "winograd-4", "winograd-dilated", "depthwise-blocks"}
+PARAMETERS = {"low": -0.5, "high": 0.75, "alpha": 0.2, "beta": 0.5}
+
+
+@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("conv", [c for c in CONVS if c.name in ACTIVATED], ids=lambda c: c.name)
+def test_activations(conv: Conv, name: str, layout: Callable[[Array], Array]) -> None:
+    x, w, b = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1])))
+    params = {k: PARAMETERS[k] for k in ACTIVATIONS[name]}
+    sums = reference(conv, x, w, b)
+    want = (
+        np.clip(sums, params["low"], params["high"]) if name == "clip" else plain_activation(np, name, sums, **params)
+    )
+    y = layout(scratch(conv.y))
+    calls = conv2d(
+        x, w, b, y, scratch, SPLITS["three"], activation=(name, *params.values()), pack=packer(w), **conv.window
+    )
+    run(calls)
+    assert np.isfinite(y).all()
+    assert np.abs(y - want).max() <= conv.bound * max(1.0, np.abs(sums).max())
+
+
+@dataclass(frozen=True)
+class Pool:
+    """x (N, H, W, C)"""
+
+    name: str
+    x: tuple[int, int, int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilations: tuple[int, int] = (1, 1)
+    ceil: tuple[int, int] = (0, 0)
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return tuple(
+            (n + sum(pad) - (k - 1) * d - 1) // s + 1 + more
+            for n, k, s, d, pad, more in zip(
+                self.x[1:3], self.kernel, self.strides, self.dilations, self.pads, self.ceil, strict=True
+            )
+        )
+
+    @property
+    def window(self) -> dict[str, Any]:
+        return {"kernel": self.kernel, "strides": self.strides, "pads": self.pads, "dilations": self.dilations}
+
+
+POOLS = (
+    Pool("3x3s2", (2, 9, 10, 5), (3, 3), (2, 2), same(1)),
+    Pool("2x2s2", (1, 7, 6, 16), (2, 2), (2, 2)),
+    Pool("3x3", (3, 6, 7, 4), (3, 3), pads=same(1)),
+    Pool("blocks", (2, 64, 60, 40), (3, 3), (2, 2), ((0, 1), (0, 1))),
+    Pool("uneven", (1, 5, 6, 2), (3, 4), (1, 2), ((0, 2), (1, 0))),
+    Pool("one-pixel", (2, 1, 1, 3), (1, 1)),
+    Pool("padded-pixel", (1, 1, 1, 3), (3, 3), pads=same(1)),
+    Pool("dilated", (1, 9, 8, 3), (2, 3), (1, 2), ((1, 0), (2, 2)), (3, 2)),
+    Pool("whole", (2, 4, 5, 6), (4, 5)),
+    Pool("hanging-over", (1, 6, 6, 3), (3, 3), (2, 2), ceil=(1, 1)),
+    Pool("large", (1, 13, 13, 6), (13, 13), pads=same(6)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("pool", POOLS, ids=lambda p: p.name)
+def test_pooling(pool: Pool, layout: Callable[[Array], Array], split: Split) -> None:
+    x = random(0, *pool.x)
+    shape = (pool.x[0], *pool.out, pool.x[3])
+    wide = first(x).astype(np.float64)
+    y = layout(scratch(shape))
+    run(max_pool2d(layout(x), y, scratch, split, **pool.window))
+    np.testing.assert_array_equal(y, last(max_pool(np, wide, pool.out, **pool.window)[0]))
+    for include_pad in (False, True):
+        y[...] = np.nan
+        run(average_pool2d(layout(x), y, scratch, split, include_pad=include_pad, **pool.window))
+        assert_near(y, last(average_pool(np, wide, pool.out, include_pad=include_pad, **pool.window)), 1e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("shape", [(1, 7, 7, 64), (3, 1, 1, 5), (2, 6, 5, 4)], ids=str)
+def test_global_pooling(shape: tuple[int, ...], layout: Callable[[Array], Array], split: Split) -> None:
+    x = random(0, *shape)
+    y = layout(scratch((shape[0], 1, 1, shape[3])))
+    run(global_max_pool(layout(x), y, scratch, split))
+    np.testing.assert_array_equal(y, x.max(axis=(1, 2), keepdims=True))
+    run(global_average_pool(layout(x), y, scratch, split))
+    assert_near(y, x.astype(np.float64).mean(axis=(1, 2), keepdims=True), 1e-6)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=lambda p: p.name)
+def test_pooling_allocates_nothing(pool: Pool) -> None:
+    x = random(0, *pool.x)
+    y = scratch((pool.x[0], *pool.out, pool.x[3]))
+    one = scratch((pool.x[0], 1, 1, pool.x[3]))
+    split = SPLITS["three"]
+    calls = [
+        *max_pool2d(x, y, scratch, split, **pool.window),
+        *average_pool2d(x, y, scratch, split, include_pad=False, **pool.window),
+        *global_average_pool(x, one, scratch, split),
+        *global_max_pool(x, one, scratch, split),
+    ]
+    assert allocated(calls) < TRANSIENT_BYTES
