@@ -113,7 +113,7 @@ class Session:
         constants: Constants | None = None,
     ) -> None:
         self.loaded = graph
-        self.graph = optimize(graph, registry(), strict=device.strict) if fuse else graph
+        self.graph = optimize(graph, registry(), strict=device.strict, kinds=device.kinds) if fuse else graph
         self.fuse = fuse
         self.device = device
         self.name = graph.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import onnx
@@ -50,3 +51,30 @@ def test_inspect_counts_nodes_of_subgraphs(tmp_path: Path) -> None:
     status, out, _ = infera("inspect", tmp_path / "if.onnx", "--device", "cpu")
     assert status == 0
     assert "nodes after optimisation: 3" in out
+
+
+def test_inspect_lists_what_passes_did(tmp_path: Path) -> None:
+    weights = [
+        helper.make_tensor(name, TensorProto.FLOAT, shape, [0.5] * math.prod(shape))
+        for name, shape in (("w", (3, 2)), ("b", (2,)))
+    ]
+    nodes = [
+        helper.make_node("Identity", ["x"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["t"]),
+        helper.make_node("Add", ["t", "b"], ["s"]),
+        helper.make_node("Relu", ["s"], ["y"]),
+    ]
+    made = model(nodes, {"x": [2, 3]}, {"y": [2, 2]})
+    made.graph.initializer.extend(weights)
+    onnx.save(made, tmp_path / "dense.onnx")
+    status, out, err = infera("inspect", tmp_path / "dense.onnx", "--passes", "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert "passes: 4 nodes become 1" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["remove_identities", "1", "4", "3"] in rows
+    assert ["matmul_bias", "1", "3", "2"] in rows
+    assert ["matmul_activation", "1", "2", "1"] in rows
+
+
+def test_inspect_says_nothing_of_passes_unasked(relu: Path) -> None:
+    assert "passes:" not in infera("inspect", relu, "--device", "cpu")[1]

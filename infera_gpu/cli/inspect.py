@@ -15,6 +15,8 @@ from infera_gpu.cli.console import note, table, working
 from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
+from infera_gpu.ops import registry
+from infera_gpu.passes import Fired, optimize
 from infera_gpu.picture import memory_svg
 from infera_gpu.plan import Plan, Step
 from infera_gpu.session import Session
@@ -28,6 +30,7 @@ def command(
     input: options.Input = None,
     time: Annotated[bool, typer.Option("--time", help=f"Time every step, over {PROFILE_RUNS} runs.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw memory over the steps to this file.")] = None,
+    passes: Annotated[bool, typer.Option("--passes", help="List what every pass did to the model.")] = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,
@@ -36,6 +39,8 @@ def command(
     path = options.locate(model)
     with options.opened(path, device, threads) as session:
         _show_model(session)
+        if passes:
+            _show_passes(session)
         given = read_feeds(input or [], session.tensor_inputs)
         shapes = read_shapes(shape or [], session.tensor_inputs)
         free = free_dimensions(session.tensor_inputs, {**shapes, **given})
@@ -64,6 +69,25 @@ def _show_model(session: Session) -> None:
         title=f"nodes after optimisation: {counts.total()}",
         right=("count",),
     )
+
+
+def _show_passes(session: Session) -> None:
+    """What every pass that changed something did, to the model and its subgraphs together."""
+    times, gone = Counter[str](), Counter[str]()
+
+    def add(fired: Fired) -> None:
+        times[fired.name] += fired.times
+        gone[fired.name] += fired.before - fired.after
+
+    device = session.device
+    optimize(session.loaded, registry(), add, strict=device.strict, kinds=device.kinds)
+    total = before = sum(len(graph.nodes) for graph in session.loaded.walk())
+    rows = []
+    for name, count in times.items():
+        rows.append((name, str(count), str(before), str(before - gone[name])))
+        before -= gone[name]
+    columns = ("pass", "fired", "nodes before", "after")
+    table(columns, rows, title=f"passes: {total} nodes become {before}", right=columns[1:])
 
 
 def _draw(plans: Sequence[Plan], path: Path) -> None:

@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
 from infera_gpu.passes import conv, gelu, matmul
-from infera_gpu.passes.engine import Fusion, apply
+from infera_gpu.passes.draft import Draft
+from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants, remove_identities
 
-FUSIONS: tuple[Fusion, ...] = (*conv.FUSIONS, *gelu.FUSIONS, *matmul.FUSIONS)
+FUSIONS: tuple[Fusion, ...] = (
+    *conv.FUSIONS,
+    *gelu.FUSIONS,
+    *matmul.FUSIONS,
+)
 """In the order in which they are applied."""
 
 
-ROUNDS = 8
-"""Applications of one fusion: BatchNormalization then Mul then Add on one Conv, each of which enables the next."""
+@dataclass(frozen=True, slots=True)
+class Fired:
+    """A pass that changed a graph: how often it did, and how many nodes the graph had before and after."""
+
+    name: str
+    times: int
+    before: int
+    after: int
+
+
+Report = Callable[[Fired], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    registry: Registry
+    report: Report | None
+    strict: bool
+    kinds: tuple[str, ...]
+
+    def run(self, graph: Graph) -> Graph:
+        graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
+        for name, rewritten in (
+            ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
+            ("remove_identities", remove_identities),
+        ):
+            before, graph = graph, rewritten(graph)
+            self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
+        draft = Draft(graph)
+        for fusion in FUSIONS:
+            if fusion.fits(self.strict, self.kinds):
+                count = len(draft)
+                self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
+        return drop_dead(draft.finished())
+
+    def inside(self, node: Node) -> Node:
+        """The node with its subgraphs rewritten."""
+        if not node.subgraphs:
+            return node
+        return replace(node, attrs={**node.attrs, **{k: self.run(g) for k, g in node.subgraphs}})
+
+    def tell(self, name: str, times: int, before: int, after: int) -> None:
+        if times and self.report is not None:
+            self.report(Fired(name, times, before, after))
 
 
 def optimize(
-    graph: Graph, registry: Registry, report: Callable[[str, int], None] | None = None, *, strict: bool = False
+    graph: Graph,
+    registry: Registry,
+    report: Report | None = None,
+    *,
+    strict: bool = False,
+    kinds: Sequence[str] = ("cpu",),
 ) -> Graph:
-    """The graph after every pass, its subgraphs first. `report(pass, times it fired)` is told what each did.
+    """The graph after every pass, its subgraphs first. `report` is told what each pass that changed something did.
 
-    `strict` leaves out the fusions that change the order of operations.
+    `strict` leaves out the fusions that change the order of operations. `kinds` are the kinds of kernels that the
+    device runs.
     """
-    graph = replace(graph, nodes=tuple(_inside(n, registry, report, strict) for n in graph.nodes))
-    graph = drop_dead(remove_identities(fold_constants(graph, registry)))
-    for fusion in FUSIONS:
-        if strict and fusion.reassociates:
-            continue
-        for _ in range(ROUNDS):
-            graph, times = apply(graph, fusion)
-            if not times:
-                break
-            graph = drop_dead(graph)
-            if report is not None:
-                report(fusion.name, times)
-    return graph
-
-
-def _inside(node: Node, registry: Registry, report: Callable[[str, int], None] | None, strict: bool) -> Node:
-    if not node.subgraphs:
-        return node
-    subgraphs = {k: optimize(g, registry, report, strict=strict) for k, g in node.subgraphs}
-    return replace(node, attrs={**node.attrs, **subgraphs})
+    return _Passes(registry, report, strict, tuple(kinds)).run(graph)

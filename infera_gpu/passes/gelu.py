@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, P, fused, node
+from infera_gpu.passes.engine import Fusion, Match, fused, node
+from infera_gpu.passes.pattern import P
 
 SQRT_HALF = 0.7071067811865476
 TANH_SCALE = 0.7978845608028654  # √(2/π)

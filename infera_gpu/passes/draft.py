@@ -1,0 +1,101 @@
+"""A graph while passes rewrite it: its nodes in slots, indexed by value and by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.passes.facts import Facts
+from infera_gpu.spec import TensorSpec
+
+
+class Draft:
+    """The nodes of a graph, each in a slot of its place in topological order; slots fall empty, none is added.
+
+    `graph` has the inputs, outputs and opsets, and the constants with those that were added; not its nodes, which
+    `finished` gives. `readers` maps a value to those who read it, by identity; captures of subgraphs count.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.constants: dict[str, HostArray] = dict(graph.constants)
+        self.graph = replace(graph, nodes=(), constants=self.constants)
+        self.slots: list[Node | None] = list(graph.nodes)
+        self.producers: dict[str, Node] = {}
+        self.made_by: dict[str, str] = {}
+        self.readers: dict[str, dict[int, Node]] = {}
+        self.by_op: dict[str, set[int]] = {}
+        self._slot: dict[int, int] = {}
+        for slot, n in enumerate(graph.nodes):
+            self._enter(n, slot)
+        self._facts = Facts(self.graph, self.producers)
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def candidates(self, ops: Iterable[str]) -> list[Node]:
+        """The nodes of these operators, the last one first."""
+        slots = sorted((s for op in ops for s in self.by_op.get(op, ())), reverse=True)
+        return [n for s in slots if (n := self.slots[s]) is not None]
+
+    def holds(self, n: Node) -> bool:
+        """Whether this very node is still there."""
+        slot = self._slot.get(id(n))
+        return slot is not None and self.slots[slot] is n
+
+    def spec(self, value: str) -> TensorSpec | None:
+        """What is known of a value's type; None where not even its element type is."""
+        return self._facts.spec(value)
+
+    def replace(self, inside: Iterable[Node], made: Node, constants: Iterable[tuple[str, HostArray]] = ()) -> None:
+        """Put `made` where the first of `inside` stands, take all of them out, and what nobody needs any more."""
+        self.constants.update(constants)
+        inside = tuple(inside)
+        slot = self._slot[id(inside[0])]
+        for n in inside:
+            self._leave(n)
+        self._enter(made, slot)
+        self._sweep(v for n in inside for v in n.reads())
+
+    def finished(self) -> Graph:
+        """The graph as it is now; constants that nobody reads are left out."""
+        needed = {*self.graph.outputs, *self.readers}
+        return replace(
+            self.graph,
+            nodes=tuple(n for n in self.slots if n is not None),
+            constants={k: v for k, v in self.constants.items() if k in needed},
+        )
+
+    def _enter(self, n: Node, slot: int) -> None:
+        self.slots[slot] = n
+        self._slot[id(n)] = slot
+        op = n.qualified
+        self.by_op.setdefault(op, set()).add(slot)
+        for o in n.outputs:
+            if o:
+                self.producers[o] = n
+                self.made_by[o] = op
+        for v in n.reads():
+            self.readers.setdefault(v, {})[id(n)] = n
+
+    def _leave(self, n: Node) -> None:
+        slot = self._slot.pop(id(n))
+        self.slots[slot] = None
+        self.by_op[n.qualified].discard(slot)
+        for o in n.outputs:
+            if o:
+                del self.producers[o], self.made_by[o]
+        for v in set(n.reads()):
+            readers = self.readers[v]
+            readers.pop(id(n), None)
+            if not readers:
+                del self.readers[v]
+
+    def _sweep(self, values: Iterable[str]) -> None:
+        todo = list(values)
+        while todo:
+            n = self.producers.get(todo.pop())
+            if n is None or any(o in self.readers or o in self.graph.outputs for o in n.outputs if o):
+                continue
+            self._leave(n)
+            todo += n.reads()

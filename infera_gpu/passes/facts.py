@@ -1,0 +1,277 @@
+"""What is known of values before any shape is: element types, ranks, and dimensions where they follow.
+
+Only what the inputs and constants say counts, which every run is held to; what a file claims of other values does not.
+A value without a rule is unknown. Rules need not refuse what is wrong: planning does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
+
+import numpy as np
+
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.spec import Dim, DType, TensorSpec, dtype_of_onnx, spec_of
+
+Known: TypeAlias = TensorSpec | None
+Rule: TypeAlias = Callable[["Facts", Node, Sequence[Known]], Known]
+"""The type of output 0, from the node and what is known of its inputs."""
+
+
+class Facts:
+    """The types of a graph's values, found out when they are asked for. `producers` may change as long as the values
+    of a name stay alike."""
+
+    def __init__(self, graph: Graph, producers: Mapping[str, Node]) -> None:
+        self._graph, self._producers = graph, producers
+        self._known: dict[str, Known] = {}
+
+    def constant(self, value: str) -> HostArray | None:
+        return self._graph.constants.get(value)
+
+    def spec(self, value: str) -> Known:
+        """What is known of a value; None where not even its element type is."""
+        todo = [value]
+        while todo:
+            asked = todo[-1]
+            if asked in self._known:
+                todo.pop()
+                continue
+            n = self._producers.get(asked)
+            if n is None or n.outputs[0] != asked or (rule := RULES.get(n.qualified)) is None:
+                self._known[asked] = self._given(asked) if n is None else None
+                continue
+            missing = [i for i in n.inputs if i and i not in self._known]
+            if missing:
+                todo += missing
+                continue
+            self._known[asked] = self._applied(rule, n)
+        return self._known[value]
+
+    def _given(self, value: str) -> Known:
+        constant = self.constant(value)
+        if constant is not None:
+            return spec_of(constant)
+        spec = self._graph.inputs.get(value)
+        return spec if isinstance(spec, TensorSpec) else None
+
+    def _applied(self, rule: Rule, n: Node) -> Known:
+        try:
+            return rule(self, n, [self._known.get(i) if i else None for i in n.inputs])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return None
+
+
+def _unranked(spec: Known, dtype: DType | None = None) -> Known:
+    return None if spec is None else TensorSpec((), dtype or spec.dtype, ranked=False)
+
+
+def _with_dtype(spec: Known, dtype: DType) -> TensorSpec:
+    return TensorSpec((), dtype, ranked=False) if spec is None else TensorSpec(spec.shape, dtype, spec.ranked)
+
+
+def _same(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    return ins[0]
+
+
+def _cast(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    return _with_dtype(ins[0], dtype_of_onnx(n.attrs["to"]))
+
+
+def broadcast(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
+    """The shape that shapes broadcast to, as far as it is known."""
+    rank = max(map(len, shapes))
+    found: list[Dim] = []
+    for column in zip(*((1,) * (rank - len(s)) + s for s in shapes), strict=True):
+        wide = {d for d in column if d != 1}
+        sizes = [d for d in wide if isinstance(d, int)]
+        found.append(sizes[0] if sizes else wide.pop() if len(wide) == 1 else None if wide else 1)
+    return tuple(found)
+
+
+def _elementwise(first: int = 0, dtype: DType | None = None) -> Rule:
+    """All inputs broadcast; the element type is `dtype`, or that of input `first`."""
+
+    def rule(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+        like = ins[first]
+        made = dtype or (like.dtype if like is not None else None)
+        if made is None:
+            made = next((s.dtype for s in ins[first:] if s is not None), None)
+        if made is None:
+            return None
+        shapes = [s.shape for s in ins if s is not None and s.ranked]
+        known = len(shapes) == len(ins)
+        return TensorSpec(broadcast(shapes) if known else (), made, known)
+
+    return rule
+
+
+def _product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    a, b = ins[:2]
+    if a is None or b is None or not (a.ranked and b.ranked) or min(a.ndim, b.ndim) < 2:
+        return _unranked(a or b)
+    left, right = (
+        (*s.shape[:-2], s.shape[-1], s.shape[-2]) if n.attrs.get(flag) else s.shape
+        for s, flag in ((a, "transA"), (b, "transB"))
+    )
+    return TensorSpec((*broadcast([left[:-2], right[:-2]]), left[-2], right[-1]), a.dtype)
+
+
+def _convolved(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """(batch, channels, ...), the channels of Conv's weights."""
+    x = ins[0]
+    if x is None or not x.ranked:
+        return _unranked(x)
+    channels = ins[1].shape[0] if n.op in ("Conv", "FusedConv") and ins[1] is not None and ins[1].ranked else None
+    if n.op.endswith("Pool"):
+        channels = x.shape[1]
+    spatial: tuple[Dim, ...] = (1,) * (x.ndim - 2) if n.op.startswith("Global") else (None,) * (x.ndim - 2)
+    return TensorSpec((x.shape[0], channels, *spatial), x.dtype)
+
+
+def _transposed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x = ins[0]
+    if x is None or not x.ranked:
+        return _unranked(x)
+    perm = n.attrs.get("perm") or range(x.ndim)[::-1]
+    return TensorSpec(tuple(x.shape[p] for p in perm), x.dtype)
+
+
+def _reshaped(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x, target = ins[0], facts.constant(n.inputs[1])
+    if x is None or target is None:
+        return _unranked(x)
+    keeps = not n.attrs.get("allowzero", 0)
+    sizes: list[Dim] = []
+    for i, size in enumerate(target.tolist()):
+        if size == 0 and keeps:
+            sizes.append(x.shape[i] if x.ranked else None)
+        else:
+            sizes.append(size if size >= 0 else None)
+    if sizes.count(None) == 1 and x.is_static and all(sizes[i] != 0 for i in range(len(sizes))):
+        rest = int(np.prod([s for s in sizes if isinstance(s, int)], dtype=np.int64))
+        if all(s is None or isinstance(s, int) for s in sizes):
+            sizes[sizes.index(None)] = x.size // rest
+    return TensorSpec(tuple(sizes), x.dtype)
+
+
+def _given_axes(facts: Facts, n: Node) -> tuple[int, ...] | None:
+    """Axes from the attribute or from constant input 1; None where they are left out. Raises where they are unknown."""
+    if "axes" in n.attrs:
+        return tuple(n.attrs["axes"])
+    if len(n.inputs) < 2 or not n.inputs[1]:
+        return None
+    found = facts.constant(n.inputs[1])
+    if found is None:
+        raise LookupError
+    return tuple(found.reshape(-1).tolist())
+
+
+def _reduced(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x = ins[0]
+    if x is None or not x.ranked:
+        return _unranked(x)
+    axes = _given_axes(facts, n)
+    gone = {a % x.ndim for a in axes} if axes else set(range(0 if n.attrs.get("noop_with_empty_axes") else x.ndim))
+    if n.attrs.get("keepdims", 1):
+        return TensorSpec(tuple(1 if i in gone else d for i, d in enumerate(x.shape)), x.dtype)
+    return TensorSpec(tuple(d for i, d in enumerate(x.shape) if i not in gone), x.dtype)
+
+
+def _unsqueezed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x, axes = ins[0], _given_axes(facts, n)
+    if x is None or not x.ranked or axes is None:
+        return _unranked(x)
+    rank = x.ndim + len(axes)
+    new, old = {a % rank for a in axes}, iter(x.shape)
+    return TensorSpec(tuple(1 if i in new else next(old) for i in range(rank)), x.dtype)
+
+
+def _squeezed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x, axes = ins[0], _given_axes(facts, n)
+    if x is None or not x.ranked or axes is None:
+        return _unranked(x)
+    gone = {a % x.ndim for a in axes}
+    return TensorSpec(tuple(d for i, d in enumerate(x.shape) if i not in gone), x.dtype)
+
+
+def _gathered(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x, index = ins[:2]
+    if x is None or index is None or not (x.ranked and index.ranked):
+        return _unranked(x)
+    axis = int(n.attrs.get("axis", 0)) % x.ndim
+    return TensorSpec((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), x.dtype)
+
+
+def _of_same_rank(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Slice, Pad, Split, Concat: which dimensions stay is not followed."""
+    x = ins[0]
+    return _unranked(x) if x is None or not x.ranked else TensorSpec((None,) * x.ndim, x.dtype)
+
+
+def _expanded(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x, shape = ins[0], facts.constant(n.inputs[1])
+    if x is None or not x.ranked or shape is None:
+        return _unranked(x)
+    return TensorSpec(broadcast([x.shape, tuple(shape.tolist())]), x.dtype)
+
+
+def _shape(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x = ins[0]
+    whole = x is not None and x.ranked and not {"start", "end"} & n.attrs.keys()
+    return TensorSpec((x.ndim if x is not None and whole else None,), np.dtype(np.int64))
+
+
+_ACTIVATIONS = (
+    *(
+        "Relu",
+        "LeakyRelu",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Tanh",
+        "Softplus",
+        "Softsign",
+    ),
+    *("ThresholdedRelu", "Mish", "Swish", "Shrink", "Gelu", "infera.Gelu", "PRelu", "Clip", "com.microsoft.QuickGelu"),
+    *("com.microsoft.Gelu", "com.microsoft.FastGelu", "com.microsoft.BiasGelu"),
+)
+_FUNCTIONS = (
+    *("Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Tan", "Asin"),
+    *("Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Erf", "Not", "Identity", "Dropout", "CumSum"),
+)
+_NORMS = (
+    *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
+    *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
+    *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "Trilu"),
+)
+_BOOL = np.dtype(np.bool_)
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        **dict.fromkeys((*_ACTIVATIONS, *_FUNCTIONS, *_NORMS), _same),
+        **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Sum", "Mean", "Pow"), _elementwise()),
+        **dict.fromkeys(("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"), _elementwise(dtype=_BOOL)),
+        **dict.fromkeys(("And", "Or", "Xor"), _elementwise(dtype=_BOOL)),
+        "Where": _elementwise(1),
+        "Cast": _cast,
+        **dict.fromkeys(("MatMul", "Gemm", "infera.FusedMatMul"), _product),
+        **dict.fromkeys(("Conv", "infera.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"), _convolved),
+        **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _convolved),
+        "Transpose": _transposed,
+        "Reshape": _reshaped,
+        **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare"), _reduced),
+        "Unsqueeze": _unsqueezed,
+        "Squeeze": _squeezed,
+        "Gather": _gathered,
+        **dict.fromkeys(("Slice", "Pad", "Split", "Concat", "Resize"), _of_same_rank),
+        "Expand": _expanded,
+        "Shape": _shape,
+    }
+)
+"""Operator -> its rule."""

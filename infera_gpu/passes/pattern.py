@@ -1,0 +1,255 @@
+"""Patterns of nodes as data, and where they fit in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.passes.draft import Draft
+from infera_gpu.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class P:
+    """Matches a node: one of `ops` (standard domain unless qualified) over `args`.
+
+    An argument is another P, alternatives to try in order (`either`), the name of a value ("x"), the name of a constant
+    ("#w"), the name of a constant of one element at most one axis ("%eps", see `Match.number`), or a number that such a
+    constant must equal to float32 precision. A missing trailing optional input matches "?name" (so does a present one).
+    `node` names the matched node for guards; two patterns of one name match one node.
+    """
+
+    ops: str | tuple[str, ...]
+    args: tuple[Arg, ...]
+    commutes: bool = False
+    node: str = ""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return (self.ops,) if isinstance(self.ops, str) else self.ops
+
+    @cached_property
+    def required(self) -> int:
+        """Inputs that a node must have."""
+        return sum(not (isinstance(a, str) and a.startswith("?")) for a in self.args)
+
+    @cached_property
+    def below(self) -> tuple[frozenset[str], ...]:
+        """For each argument that is a node in every alternative: the operators that may make it."""
+        return tuple(made for a in self.args if (made := _makers(a)) is not None)
+
+    @cached_property
+    def needs(self) -> tuple[frozenset[str], ...]:
+        """Sets of operators: a graph without any of one set has no such node."""
+        return (frozenset(self.names), *(need for a in self.args for need in _needs(a)))
+
+
+@dataclass(frozen=True)
+class Either:
+    """Alternatives for an argument, tried in order."""
+
+    args: tuple[Arg, ...]
+
+
+Arg: TypeAlias = P | Either | str | float
+
+
+def node(ops: str | tuple[str, ...], *args: Arg, commutes: bool = False, name: str = "") -> P:
+    """A pattern, short to write."""
+    return P(ops, args, commutes, name)
+
+
+def either(*args: Arg) -> Either:
+    """Any of the arguments."""
+    return Either(args)
+
+
+def maybe(op: str, arg: Arg, name: str = "") -> Either:
+    """The argument, or a node of one input over it."""
+    return Either((node(op, arg, name=name), arg))
+
+
+def _makers(arg: Arg) -> frozenset[str] | None:
+    """The operators that may make an argument, None where it need not be made by a node."""
+    if isinstance(arg, P):
+        return frozenset(arg.names)
+    if not isinstance(arg, Either):
+        return None
+    found = [_makers(a) for a in arg.args]
+    return None if None in found else frozenset[str]().union(*(f for f in found if f is not None))
+
+
+def _needs(arg: Arg) -> tuple[frozenset[str], ...]:
+    if isinstance(arg, P):
+        return arg.needs
+    made = _makers(arg)
+    return () if made is None else (made,)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern fits: the graph's values and nodes under the pattern's names.
+
+    `graph` has the constants, inputs and outputs as they are now.
+    """
+
+    graph: Graph
+    values: Mapping[str, str]
+    nodes: Mapping[str, Node]
+    inside: tuple[Node, ...]
+    draft: Draft
+
+    @property
+    def root(self) -> Node:
+        """The last node of the match; the replacement makes its outputs."""
+        return self.inside[0]
+
+    @property
+    def producers(self) -> Mapping[str, Node]:
+        """value -> the node that makes it"""
+        return self.draft.producers
+
+    def constant(self, name: str) -> HostArray:
+        """The value of a constant named in the pattern."""
+        return self.graph.constants[self.values[name]]
+
+    def number(self, name: str) -> float:
+        """The value of a constant of one element."""
+        return float(self.constant(name).reshape(-1)[0])
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """What is known of a named value's type; None where not even its element type is."""
+        return self.draft.spec(self.values[name])
+
+    def rank(self, name: str) -> int | None:
+        """How many axes a named value has, None where that is not known."""
+        spec = self.spec(name)
+        return spec.ndim if spec is not None and spec.ranked else None
+
+    @property
+    def numbers_rank(self) -> int:
+        """The highest rank of the constants that stood for numbers: 1 where an exporter wrote [0.5] for 0.5."""
+        return max((self.constant(name).ndim for name in self.values if name.startswith("=")), default=0)
+
+    def has_axes(self, name: str) -> bool:
+        """Whether a named value is known to have an axis at least: a number of rank 1 then leaves its shape alone."""
+        return bool(self.rank(name))
+
+    def keeps_shape(self, name: str = "x") -> bool:
+        """Whether the numbers of the match add no axis to a named value."""
+        return self.numbers_rank == 0 or self.has_axes(name)
+
+    def opset(self, domain: str = "") -> int:
+        return self.graph.opsets.get(domain, 1)
+
+    def axes(self, name: str) -> tuple[int, ...] | None:
+        """The axes that a named reduction goes over, as they are written; None for all, or where they are computed."""
+        made = self.nodes[name]
+        if "axes" in made.attrs:
+            return tuple(int(a) for a in made.attrs["axes"])
+        given = self.graph.constants.get(made.inputs[1]) if len(made.inputs) > 1 and made.inputs[1] else None
+        return None if given is None else tuple(int(a) for a in given.reshape(-1))
+
+
+_Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
+
+LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
+"""Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """Finds patterns in a draft of a graph."""
+
+    draft: Draft
+
+    def match(self, pattern: P, root: Node) -> Iterator[Match]:
+        """Every way in which the pattern fits with this last node, each safe to replace."""
+        made_by = self.draft.made_by
+        ops = [made_by.get(i) for i in root.inputs]
+        if not all(any(op in makers for op in ops) for makers in pattern.below):
+            return
+        for values, nodes, inside in self._node(pattern, root, {}, {}, ()):
+            if self._is_closed(inside, values):
+                yield Match(self.draft.graph, values, nodes, inside, self.draft)
+
+    def _is_closed(self, inside: tuple[Node, ...], values: Mapping[str, str]) -> bool:
+        """Whether nobody needs what the inner nodes make: not outside the match, nor the replacement by a name."""
+        members, named = {id(n) for n in inside}, set(values.values())
+        return all(
+            n.outputs[0] not in self.draft.graph.outputs
+            and n.outputs[0] not in named
+            and members.issuperset(self.draft.readers.get(n.outputs[0], ()))
+            for n in inside[1:]
+        )
+
+    def _node(
+        self, p: P, n: Node, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]
+    ) -> Iterator[_Found]:
+        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER):
+            return
+        if not p.required <= len(n.inputs) <= len(p.args):
+            return
+        inputs = [*n.inputs, *[""] * (len(p.args) - len(n.inputs))]
+        orders = [inputs, inputs[::-1]] if p.commutes else [inputs]
+        if p.node:
+            if nodes.get(p.node, n) is not n:
+                return
+            nodes = {**nodes, p.node: n}
+        inside = inside if any(i is n for i in inside) else (*inside, n)
+        for order in orders:
+            yield from self._args(p.args, order, values, nodes, inside)
+
+    def _args(
+        self,
+        args: Sequence[Arg],
+        given: Sequence[str],
+        values: dict[str, str],
+        nodes: dict[str, Node],
+        inside: tuple[Node, ...],
+    ) -> Iterator[_Found]:
+        if not args:
+            yield values, nodes, inside
+            return
+        for found in self._arg(args[0], given[0], values, nodes, inside):
+            yield from self._args(args[1:], given[1:], *found)
+
+    def _arg(
+        self, arg: Arg, value: str, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]
+    ) -> Iterator[_Found]:
+        if isinstance(arg, P):
+            if self.draft.made_by.get(value) in arg.names:
+                yield from self._node(arg, self.draft.producers[value], values, nodes, inside)
+        elif isinstance(arg, Either):
+            for alternative in arg.args:
+                yield from self._arg(alternative, value, values, nodes, inside)
+        elif isinstance(arg, str):
+            if self._may_be(arg, value):
+                name = arg.lstrip("#?%")
+                if not value:
+                    yield values, nodes, inside
+                elif values.get(name, value) == value:
+                    yield {**values, name: value}, nodes, inside
+        elif self._is_number(value, arg):
+            yield {**values, f"={value}": value}, nodes, inside
+
+    def _may_be(self, arg: str, value: str) -> bool:
+        """Whether a value is of the kind that a name asks for."""
+        if not value:
+            return arg.startswith("?")
+        if "%" in arg[:2]:
+            return self._scalar(value) is not None
+        return "#" not in arg[:2] or value in self.draft.graph.constants
+
+    def _scalar(self, value: str) -> HostArray | None:
+        constant = self.draft.graph.constants.get(value)
+        if constant is None or constant.size != 1 or constant.ndim > 1 or constant.dtype.kind not in "fiu":
+            return None
+        return constant
+
+    def _is_number(self, value: str, number: float) -> bool:
+        constant = self._scalar(value)
+        return constant is not None and bool(abs(float(constant.reshape(-1)[0]) - number) <= 1e-6 * abs(number))
