@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
-from infera_gpu.passes import conv, gelu, matmul
+from infera_gpu.passes import conv, gelu, matmul, norm
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
-from infera_gpu.passes.fold import drop_dead, fold_constants, remove_identities
+from infera_gpu.passes.fold import drop_dead, fold_constants
+from infera_gpu.passes.same import remove_identities, share_values
 
 FUSIONS: tuple[Fusion, ...] = (
+    *norm.FUSIONS,
     *conv.FUSIONS,
     *gelu.FUSIONS,
     *matmul.FUSIONS,
@@ -45,6 +47,7 @@ class _Passes:
         for name, rewritten in (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
             ("remove_identities", remove_identities),
+            ("share_values", lambda g: share_values(g, self.registry)),
         ):
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))

@@ -15,6 +15,9 @@ import numpy as np
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.spec import Dim, DType, TensorSpec, dtype_of_onnx, spec_of
 
+MAX_RANK = 64
+"""Of arrays, as NumPy has it: a file may ask for more."""
+
 Known: TypeAlias = TensorSpec | None
 Rule: TypeAlias = Callable[["Facts", Node, Sequence[Known]], Known]
 """The type of output 0, from the node and what is known of its inputs."""
@@ -40,7 +43,7 @@ class Facts:
                 todo.pop()
                 continue
             n = self._producers.get(asked)
-            if n is None or n.outputs[0] != asked or (rule := RULES.get(n.qualified)) is None:
+            if n is None or (n.outputs[0] != asked and n.op != "Split") or (rule := RULES.get(n.qualified)) is None:
                 self._known[asked] = self._given(asked) if n is None else None
                 continue
             missing = [i for i in n.inputs if i and i not in self._known]
@@ -120,7 +123,7 @@ def _product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _convolved(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    """(batch, channels, ...), the channels of Conv's weights."""
+    """(batch, channels, ...)"""
     x = ins[0]
     if x is None or not x.ranked:
         return _unranked(x)
@@ -140,9 +143,12 @@ def _transposed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _reshaped(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    x, target = ins[0], facts.constant(n.inputs[1])
+    x, target, of = ins[0], facts.constant(n.inputs[1]), ins[1]
     if x is None or target is None:
-        return _unranked(x)
+        rank = of.shape[0] if of is not None and of.ranked and of.ndim == 1 else None
+        if x is None or not isinstance(rank, int) or rank > MAX_RANK:
+            return _unranked(x)
+        return TensorSpec((None,) * rank, x.dtype)
     keeps = not n.attrs.get("allowzero", 0)
     sizes: list[Dim] = []
     for i, size in enumerate(target.tolist()):
@@ -206,9 +212,29 @@ def _gathered(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _of_same_rank(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    """Slice, Pad, Split, Concat: which dimensions stay is not followed."""
+    """Slice, Pad, Split: which dimensions stay is not followed."""
     x = ins[0]
     return _unranked(x) if x is None or not x.ranked else TensorSpec((None,) * x.ndim, x.dtype)
+
+
+def _joined(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    x = ins[0]
+    if x is None or not all(s is not None and s.ranked and s.ndim == x.ndim for s in ins):
+        return _unranked(x)
+    parts = [s.shape[int(n.attrs["axis"])] for s in ins if s is not None]
+    sizes = [d for d in parts if isinstance(d, int)]
+    whole = sum(sizes) if len(sizes) == len(parts) else None
+    axis = int(n.attrs["axis"]) % x.ndim
+    return TensorSpec(tuple(whole if i == axis else d for i, d in enumerate(x.shape)), x.dtype)
+
+
+def _dequantized(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """The type of the scale."""
+    return _with_dtype(ins[0], ins[1].dtype) if ins[1] is not None else None
+
+
+def _integer_product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    return _with_dtype(_product(facts, n, ins), np.dtype(np.int32))
 
 
 def _expanded(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
@@ -269,7 +295,10 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Unsqueeze": _unsqueezed,
         "Squeeze": _squeezed,
         "Gather": _gathered,
-        **dict.fromkeys(("Slice", "Pad", "Split", "Concat", "Resize"), _of_same_rank),
+        **dict.fromkeys(("Slice", "Pad", "Split", "Resize"), _of_same_rank),
+        "Concat": _joined,
+        "DequantizeLinear": _dequantized,
+        "MatMulInteger": _integer_product,
         "Expand": _expanded,
         "Shape": _shape,
     }

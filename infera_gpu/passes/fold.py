@@ -1,4 +1,4 @@
-"""Rewrites that need no pattern: constants computed once, identities removed, dead code dropped."""
+"""Rewrites that need no pattern: constants computed once, dead code dropped."""
 
 from __future__ import annotations
 
@@ -48,39 +48,6 @@ def _fold(
     except Exception:  # the specialiser meets it again if the node is live, and its error is the one to show
         return None
     return {name: constant(a) for name, a in zip(node.outputs, made, strict=False) if name}
-
-
-def remove_identities(graph: Graph) -> Graph:
-    """Identity, and Dropout whose mask nobody reads, vanish; an output of the graph keeps its name."""
-    uses = graph.readers()
-    renamed: dict[str, str] = {}
-    nodes: list[Node] = []
-    captured = {v for n in graph.nodes for _, sub in n.subgraphs for v in sub.captures()}
-    for n in graph.nodes:
-        n = replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs))
-        identity = not n.domain and n.op == "Identity"
-        dropout = not n.domain and n.op == "Dropout" and _is_inference(n, graph) and not _mask_read(n, graph, uses)
-        if (
-            (identity or dropout)
-            and n.outputs[0]
-            and n.outputs[0] not in graph.outputs
-            and n.outputs[0] not in captured
-        ):
-            renamed[n.outputs[0]] = n.inputs[0]
-        else:
-            nodes.append(n)
-    return replace(graph, nodes=tuple(nodes))
-
-
-def _is_inference(n: Node, graph: Graph) -> bool:
-    if len(n.inputs) < 3 or not n.inputs[2]:
-        return True
-    mode = graph.constants.get(n.inputs[2])
-    return mode is not None and mode.size == 1 and not bool(mode.reshape(-1)[0])
-
-
-def _mask_read(n: Node, graph: Graph, uses: dict[str, list[Node]]) -> bool:
-    return any(o and (o in uses or o in graph.outputs) for o in n.outputs[1:])
 
 
 def drop_dead(graph: Graph) -> Graph:

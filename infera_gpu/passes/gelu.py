@@ -9,11 +9,6 @@ SQRT_HALF = 0.7071067811865476
 TANH_SCALE = 0.7978845608028654  # √(2/π)
 
 
-def _keeps_shape(match: Match) -> bool:
-    """Numbers written as [0.5] would give a scalar x an axis."""
-    return match.numbers_rank == 0 or match.has_axes("x")
-
-
 def _products(x: str, factor: P) -> tuple[P, ...]:
     """Every order in which x · ½ · factor is written."""
     return (
@@ -43,7 +38,7 @@ def _tanh_forms() -> tuple[P, ...]:
 GELU = Fusion(
     name="gelu",
     patterns=_erf_forms(),
-    guard=_keeps_shape,
+    guard=Match.keeps_shape,
     build=fused("Gelu", ("x",), approximate="none"),
     example="""
         example (float[3, 7] x) => (float[3, 7] y) <float r = {1.4142135}, float one = {1.0}, float half = {0.5}> {
@@ -95,7 +90,7 @@ GELU = Fusion(
 GELU_TANH = Fusion(
     name="gelu_tanh",
     patterns=_tanh_forms(),
-    guard=_keeps_shape,
+    guard=Match.keeps_shape,
     build=fused("Gelu", ("x",), approximate="tanh"),
     example="""
         example (float[3, 7] x) => (float[3, 7] y)

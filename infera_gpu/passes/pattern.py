@@ -16,10 +16,10 @@ from infera_gpu.spec import TensorSpec
 class P:
     """Matches a node: one of `ops` (standard domain unless qualified) over `args`.
 
-    An argument is another P, alternatives to try in order (`either`), the name of a value ("x"), the name of a constant
-    ("#w"), the name of a constant of one element at most one axis ("%eps", see `Match.number`), or a number that such a
-    constant must equal to float32 precision. A missing trailing optional input matches "?name" (so does a present one).
-    `node` names the matched node for guards; two patterns of one name match one node.
+    An argument is another P, alternatives to try in order (`either`), the name of a value ("x"), of a constant ("#w"),
+    of a constant of one element ("%eps", see `Match.number`), or a number that such a constant must equal to float32
+    precision. A missing trailing optional input matches "?name" (so does a present one). `node` names the matched node
+    for guards; two patterns of one name match one node.
     """
 
     ops: str | tuple[str, ...]
@@ -131,16 +131,12 @@ class Match:
 
     @property
     def numbers_rank(self) -> int:
-        """The highest rank of the constants that stood for numbers: 1 where an exporter wrote [0.5] for 0.5."""
+        """The highest rank of the constants of one element: 1 where an exporter wrote [0.5] for 0.5."""
         return max((self.constant(name).ndim for name in self.values if name.startswith("=")), default=0)
-
-    def has_axes(self, name: str) -> bool:
-        """Whether a named value is known to have an axis at least: a number of rank 1 then leaves its shape alone."""
-        return bool(self.rank(name))
 
     def keeps_shape(self, name: str = "x") -> bool:
         """Whether the numbers of the match add no axis to a named value."""
-        return self.numbers_rank == 0 or self.has_axes(name)
+        return self.numbers_rank == 0 or (self.rank(name) or 0) >= self.numbers_rank
 
     def opset(self, domain: str = "") -> int:
         return self.graph.opsets.get(domain, 1)
@@ -231,6 +227,9 @@ class Matcher:
                 name = arg.lstrip("#?%")
                 if not value:
                     yield values, nodes, inside
+                elif "%" in arg:
+                    if values.get(name, value) == value:
+                        yield {**values, name: value, f"={value}": value}, nodes, inside
                 elif values.get(name, value) == value:
                     yield {**values, name: value}, nodes, inside
         elif self._is_number(value, arg):
@@ -246,7 +245,7 @@ class Matcher:
 
     def _scalar(self, value: str) -> HostArray | None:
         constant = self.draft.graph.constants.get(value)
-        if constant is None or constant.size != 1 or constant.ndim > 1 or constant.dtype.kind not in "fiu":
+        if constant is None or constant.size != 1 or constant.dtype.kind not in "fiu":
             return None
         return constant
 

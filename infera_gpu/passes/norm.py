@@ -1,0 +1,342 @@
+"""LayerNormalization and RMSNormalization as exporters write them out, and the scale and shift that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from infera_gpu.graph import made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, standard
+from infera_gpu.passes.pattern import Arg, P
+
+
+def _squared(x: Arg) -> Arg:
+    return either(node("Pow", x, 2.0), node("Mul", x, x))
+
+
+def _variance(x: Arg) -> P:
+    """The mean of squares, and a small number."""
+    return node("Add", node("ReduceMean", _squared(x), "?#axes", name="variance"), "%epsilon", commutes=True)
+
+
+def _inverse_root(variance: P) -> Arg:
+    root = node("Sqrt", variance)
+    return either(
+        node("Reciprocal", root),
+        node("Div", 1.0, root),
+        node("Pow", variance, -0.5),
+        node("Sqrt", node("Reciprocal", variance)),
+    )
+
+
+def _standardized(x: Arg, variance: P) -> tuple[P, ...]:
+    """x / √variance, and the same narrowed by a Cast."""
+    over = node("Div", x, either(node("Sqrt", variance), node("Pow", variance, 0.5)))
+    times = node("Mul", x, _inverse_root(variance), commutes=True)
+    return (node("Cast", either(over, times), name="narrowed"), over, times)
+
+
+MEAN = node("ReduceMean", "x", "?#mean_axes", name="mean")
+CENTERED = node("Sub", "x", MEAN, name="centered")
+
+
+def trailing_axis(match: Match, reduction: str) -> int | None:
+    """The first of the trailing axes that a named reduction of x goes over and keeps, counted from the last.
+
+    None where it goes over other axes, or where that is not known.
+    """
+    axes, rank = match.axes(reduction), match.rank("x")
+    if axes is None or not match.nodes[reduction].attrs.get("keepdims", 1):
+        return None
+    if any(a >= 0 for a in axes):
+        if rank is None:
+            return None
+        axes = tuple(a % rank - rank for a in axes)
+    return -len(axes) if sorted(axes) == list(range(-len(axes), 0)) else None
+
+
+def _source(match: Match) -> str:
+    """What is normalised: where the result is narrowed by a Cast, what was widened before."""
+    x = match.values["x"]
+    widened = match.producers.get(x)
+    return widened.inputs[0] if "narrowed" in match.nodes and widened is not None and widened.op == "Cast" else x
+
+
+def _is_standardized(match: Match) -> bool:
+    """Floats over trailing axes, the same for mean and variance; and a Cast that follows undoes the one before."""
+    axis, x = trailing_axis(match, "variance"), match.spec("x")
+    if axis is None or x is None or x.dtype.kind != "f" or match.number("epsilon") < 0 or not match.keeps_shape():
+        return False
+    if "mean" in match.nodes and trailing_axis(match, "mean") != axis:
+        return False
+    if "narrowed" not in match.nodes:
+        return True
+    source, made = match.draft.spec(_source(match)), match.draft.spec(match.root.outputs[0])
+    return x.dtype == np.float32 and source is not None and made is not None and source.dtype == made.dtype
+
+
+def _normalization(op: str, since: int, *affine: str) -> Callable[[Match], Replacement]:
+    """The operator over the source and the constants of these names, each one row."""
+
+    def build(match: Match) -> Replacement:
+        axis = trailing_axis(match, "variance")
+        assert axis is not None
+        rows = {made_name(match.root.outputs[0], name): _row(match, name, axis) for name in affine}
+        attrs = {"axis": axis, "epsilon": match.number("epsilon")}
+        return Replacement(standard(match, op, since, (_source(match), *rows), attrs), rows)
+
+    return build
+
+
+def _row(match: Match, name: str, axis: int) -> np.ndarray:
+    """A constant in the shape of the normalised axes: without axes of size 1 before them."""
+    value = match.constant(name)
+    return value.reshape(value.shape[axis:])
+
+
+LAYER_NORM = Fusion(
+    name="layer_norm",
+    patterns=_standardized(CENTERED, _variance(CENTERED)),
+    guard=_is_standardized,
+    build=_normalization("LayerNormalization", 1),
+    opset=13,
+    example="""
+        example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
+            m = ReduceMean <axes = [-1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [-1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+    near_misses=(
+        """
+        other_axes (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
+            m = ReduceMean <axes = [-1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [-2, -1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+        """
+        inner_axis (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
+            m = ReduceMean <axes = [1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+        """
+        cubes (float[B, 3, 8] x) => (float[B, 3, 8] y) <float three = {3}, float e = {1e-5}> {
+            m = ReduceMean <axes = [-1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, three)
+            v = ReduceMean <axes = [-1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+        """
+        deviation_is_an_output (float[B, 3, 8] x) => (float[B, 3, 8] y, float[B, 3, 1] r)
+        <float two = {2}, float e = {1e-5}> {
+            m = ReduceMean <axes = [-1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [-1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+    ),
+)
+
+
+def _is_scaled_and_shifted(match: Match) -> bool:
+    axis = trailing_axis(match, "variance")
+    return _is_standardized(match) and axis is not None and _are_rows(match, axis, "scale", "shift")
+
+
+def _are_rows(match: Match, axis: int, *names: str) -> bool:
+    """Whether constants have the shape of the axes from `axis` on, as far as that is known, and add none."""
+    x = match.spec("x")
+    known = x.shape[axis:] if x is not None and x.ranked else (None,) * -axis
+    rank = x.ndim if x is not None and x.ranked else -axis
+    return all(
+        -axis <= value.ndim <= rank
+        and value.size == np.prod(value.shape[axis:])
+        and (x is None or value.dtype == x.dtype)
+        and all(
+            d == size if isinstance(d, int) else size > 1 for d, size in zip(known, value.shape[axis:], strict=True)
+        )
+        for value in map(match.constant, names)
+    )
+
+
+_FACTOR = node("Mul", _inverse_root(_variance(CENTERED)), "#scale", commutes=True, name="factor")
+
+LAYER_NORM_AS_FACTORS = Fusion(
+    name="layer_norm_as_factors",
+    patterns=(
+        node(
+            "Add",
+            node("Mul", "x", _FACTOR, commutes=True),
+            node("Sub", "#shift", node("Mul", MEAN, _FACTOR, commutes=True)),
+            commutes=True,
+        ),
+        node("Add", node("Mul", CENTERED, _FACTOR, commutes=True), "#shift", commutes=True),
+    ),
+    guard=_is_scaled_and_shifted,
+    build=_normalization("LayerNormalization", 1, "scale", "shift"),
+    reassociates=True,
+    opset=13,
+    example="""
+        example (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float e = {1e-5}, float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
+            m = ReduceMean <axes = [2]> (x)
+            c = Sub(x, m)
+            s = Mul(c, c)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            f = Mul(i, g)
+            p = Mul(f, x)
+            q = Mul(m, f)
+            t = Sub(b, q)
+            y = Add(p, t)
+        }""",
+    near_misses=(
+        """
+        scale_of_another_axis (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float e = {1e-5}, float[3, 1] g = {1, -2, 0.5}, float[4] b = {0.5, 1, 2, -1}> {
+            m = ReduceMean <axes = [2]> (x)
+            c = Sub(x, m)
+            s = Mul(c, c)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            f = Mul(i, g)
+            p = Mul(f, x)
+            q = Mul(m, f)
+            t = Sub(b, q)
+            y = Add(p, t)
+        }""",
+    ),
+)
+
+RMS_NORM = Fusion(
+    name="rms_norm",
+    patterns=_standardized("x", _variance("x")),
+    guard=_is_standardized,
+    build=_normalization("RMSNormalization", 23),
+    opset=18,
+    example="""
+        example (float[B, 3, 8] x) => (float[B, 3, 8] y)
+        <float two = {2}, float e = {1e-6}, float one = {1}, int64[1] last = {-1}> {
+            s = Pow(x, two)
+            v = ReduceMean(s, last)
+            a = Add(v, e)
+            r = Sqrt(a)
+            i = Div(one, r)
+            y = Mul(x, i)
+        }""",
+    near_misses=(
+        """
+        every_axis (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-6}, float one = {1}> {
+            s = Pow(x, two)
+            v = ReduceMean(s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            i = Div(one, r)
+            y = Mul(x, i)
+        }""",
+        """
+        another_value (float[B, 3, 8] x, float[B, 3, 8] z) => (float[B, 3, 8] y)
+        <float two = {2}, float e = {1e-6}, float one = {1}, int64[1] last = {-1}> {
+            s = Pow(z, two)
+            v = ReduceMean(s, last)
+            a = Add(v, e)
+            r = Sqrt(a)
+            i = Div(one, r)
+            y = Mul(x, i)
+        }""",
+        """
+        two_over_the_root (float[B, 3, 8] x) => (float[B, 3, 8] y)
+        <float two = {2}, float e = {1e-6}, int64[1] last = {-1}> {
+            s = Pow(x, two)
+            v = ReduceMean(s, last)
+            a = Add(v, e)
+            r = Sqrt(a)
+            i = Div(two, r)
+            y = Mul(x, i)
+        }""",
+    ),
+)
+
+
+def _takes_row(match: Match) -> bool:
+    """The norm has neither scale nor shift yet, or not this one, and what comes is a row of its normalised axes."""
+    norm = match.nodes["norm"]
+    return _are_rows(match, _axis_of(match), "c") and not any(norm.inputs[1 if match.root.op == "Mul" else 2 :])
+
+
+def _axis_of(match: Match) -> int:
+    """The axis of the norm, counted from the last."""
+    axis, rank = int(match.nodes["norm"].attrs.get("axis", -1)), match.rank("x")
+    return axis if axis < 0 else axis - (rank or 0)
+
+
+def _with_row(match: Match) -> Replacement:
+    norm, name = match.nodes["norm"], made_name(match.root.outputs[0], "row")
+    scale = match.values.get("scale", "")
+    inputs = (match.values["x"], name) if match.root.op == "Mul" else (match.values["x"], scale, name)
+    return Replacement(
+        replace(norm, inputs=inputs, outputs=match.root.outputs), {name: _row(match, "c", _axis_of(match))}
+    )
+
+
+NORM_AFFINE = Fusion(
+    name="norm_affine",
+    patterns=(
+        node("Mul", node(("LayerNormalization", "RMSNormalization"), "x", name="norm"), "#c", commutes=True),
+        node("Add", node("LayerNormalization", "x", "?scale", name="norm"), "#c", commutes=True),
+    ),
+    guard=_takes_row,
+    build=_with_row,
+    example="""
+        example (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float[4] g = {1, -2, 0.5, 3}, float[1, 1, 4] b = {0.5, 1, 2, -1}> {
+            n = LayerNormalization(x, g)
+            y = Add(b, n)
+        }""",
+    near_misses=(
+        """
+        one_value_a_row (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float[4] g = {1, -2, 0.5, 3}, float[3, 1] b = {0.5, 1, 2}> {
+            n = LayerNormalization(x, g)
+            y = Add(b, n)
+        }""",
+        """
+        shifted_already (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
+            n = LayerNormalization(x, g, b)
+            y = Add(b, n)
+        }""",
+        """
+        norm_is_an_output (float[B, 3, 4] x) => (float[B, 3, 4] y, float[B, 3, 4] n)
+        <float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
+            n = LayerNormalization(x, g)
+            y = Add(b, n)
+        }""",
+    ),
+)
+
+FUSIONS = (LAYER_NORM_AS_FACTORS, LAYER_NORM, RMS_NORM, NORM_AFFINE)
