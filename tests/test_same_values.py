@@ -85,7 +85,7 @@ SHARED = {
         3,
     ),
     "constants_of_other_signs": (
-        "g (float[3] x) => (float[3] y) <float c = {0}, float d = {-0.0}> { a = Mul(x, c)  b = Mul(x, d)  y = Add(a, b) }",
+        "g (float[3] x) => (float[3] y) <float c={0}, float d={-0.0}> { a = Mul(x, c)  b = Mul(x, d)  y = Sub(a, b) }",
         3,
     ),
     "outputs_differ": ("g (float[2] x) => (float[2] y, bool[2] m) { y, m = Dropout(x) }", 1),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
-from infera_gpu.passes import conv, gelu, matmul, norm
+from infera_gpu.passes import activation, conv, gates, gelu, matmul, norm
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
@@ -15,8 +15,10 @@ from infera_gpu.passes.same import remove_identities, share_values
 
 FUSIONS: tuple[Fusion, ...] = (
     *norm.FUSIONS,
-    *conv.FUSIONS,
     *gelu.FUSIONS,
+    *activation.FUSIONS,
+    *gates.FUSIONS,
+    *conv.FUSIONS,
     *matmul.FUSIONS,
 )
 """In the order in which they are applied."""

@@ -244,6 +244,11 @@ def _expanded(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec(broadcast([x.shape, tuple(shape.tolist())]), x.dtype)
 
 
+def _alike(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Of input 0's type; its shape is not followed."""
+    return _unranked(ins[0])
+
+
 def _shape(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     x = ins[0]
     whole = x is not None and x.ranked and not {"start", "end"} & n.attrs.keys()
@@ -276,6 +281,11 @@ _NORMS = (
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "Trilu"),
 )
+_OTHERS = (
+    *("LSTM", "GRU", "RNN", "Einsum", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
+    *("DepthToSpace", "SpaceToDepth", "Flatten", "Upsample", "GridSample", "RoiAlign", "Range", "TopK", "STFT", "DFT"),
+    *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
+)
 _BOOL = np.dtype(np.bool_)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -299,6 +309,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Concat": _joined,
         "DequantizeLinear": _dequantized,
         "MatMulInteger": _integer_product,
+        **dict.fromkeys(_OTHERS, _alike),
         "Expand": _expanded,
         "Shape": _shape,
     }
