@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
 import infera_gpu
 from infera_gpu.devices import open_device
+from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import FUSIONS
-from infera_gpu.passes.engine import Fusion, apply
+from infera_gpu.passes.engine import Either, Fusion, apply, node
+from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.session import Session
-from infera_gpu.spec import tensors_of
+from infera_gpu.spec import TensorSpec, tensors_of
 from tests.text import parse
 
 EXAMPLES = [pytest.param(f, id=f.name) for f in FUSIONS]
@@ -49,11 +54,71 @@ def test_never_fires_on_a_near_miss(fusion: Fusion, text: str) -> None:
     assert apply(graph, fusion) == (graph, 0)
 
 
+def spellings(arg: Arg) -> Iterator[Arg]:
+    """What the alternatives in a pattern amount to, one by one."""
+    if isinstance(arg, Either):
+        for alternative in arg.args:
+            yield from spellings(alternative)
+    elif isinstance(arg, P):
+        for op in arg.names:
+            for args in itertools.product(*map(spellings, arg.args)):
+                yield node(op, *args)
+    else:
+        yield arg
+
+
+def is_of_x_alone(arg: Arg) -> bool:
+    if isinstance(arg, str):
+        return arg == "x"
+    return not isinstance(arg, P | Either) or all(map(is_of_x_alone, arg.args))
+
+
+def written(pattern: P) -> Graph:
+    """The graph of a pattern of x and numbers alone."""
+    nodes: list[Node] = []
+    constants: dict[str, HostArray] = {}
+
+    def value(arg: Arg) -> str:
+        if isinstance(arg, P):
+            inputs = tuple(map(value, arg.args))
+            domain, _, op = str(arg.ops).rpartition(".")
+            nodes.append(Node(op, inputs, (f"v{len(nodes)}",), domain=domain))
+            return nodes[-1].outputs[0]
+        if isinstance(arg, float):
+            constants[f"c{arg}"] = np.array(arg, np.float32)
+            return f"c{arg}"
+        return str(arg)
+
+    spec = TensorSpec((3, 7), np.dtype(np.float32))
+    y = value(pattern)
+    return Graph(tuple(nodes), {"x": spec}, {y: spec}, constants, {"": 17})
+
+
+SPELLINGS = [
+    pytest.param(f, spelling, id=f"{f.name}-{i}")
+    for f in FUSIONS
+    if all(map(is_of_x_alone, f.patterns))
+    for i, spelling in enumerate(itertools.chain.from_iterable(map(spellings, f.patterns)))
+]
+
+
+@pytest.mark.parametrize(("fusion", "spelling"), SPELLINGS)
+def test_every_spelling_is_recognised(fusion: Fusion, spelling: P) -> None:
+    graph = written(spelling)
+    rewritten, times = apply(graph, fusion)
+    assert times == 1
+    x = np.linspace(-4, 4, 21, dtype=np.float32).reshape(3, 7)
+    want, got = (
+        next(iter(Session(g, open_device("cpu"), fuse=False).run({"x": x}).values())) for g in (graph, rewritten)
+    )
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
 def test_every_fused_operator_is_declared() -> None:
     for fusion in FUSIONS:
         rewritten, _ = apply(load_graph(parse(fusion.example, fusion.opset)), fusion)
-        for node in rewritten.nodes:
-            assert registry().find(node.domain, node.op, rewritten.opset_of(node)), node.qualified
+        for n in rewritten.nodes:
+            assert registry().find(n.domain, n.op, rewritten.opset_of(n)), n.qualified
 
 
 def test_identities_vanish_but_outputs_keep_their_names() -> None:

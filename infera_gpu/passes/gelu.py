@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, fused, node
-from infera_gpu.passes.pattern import P
+from infera_gpu.passes.engine import Fusion, Match, either, fused, node
+from infera_gpu.passes.pattern import Arg, P
 
 SQRT_HALF = 0.7071067811865476
 TANH_SCALE = 0.7978845608028654  # √(2/π)
+CUBIC = 0.044715
 
 
-def _products(x: str, factor: P) -> tuple[P, ...]:
+def _times(a: Arg, b: Arg) -> P:
+    return node("Mul", a, b, commutes=True)
+
+
+def _plus(a: Arg, b: Arg) -> P:
+    return node("Add", a, b, commutes=True)
+
+
+def _half(of: Arg) -> Arg:
+    return either(_times(of, 0.5), node("Div", of, 2.0))
+
+
+def _products(factor: P) -> tuple[P, ...]:
     """Every order in which x · ½ · factor is written."""
+    product = _times("x", factor)
     return (
-        node("Mul", node("Mul", x, factor, commutes=True), 0.5, commutes=True),
-        node("Mul", node("Mul", x, 0.5, commutes=True), factor, commutes=True),
-        node("Mul", x, node("Mul", factor, 0.5, commutes=True), commutes=True),
+        _times(product, 0.5),
+        node("Div", product, 2.0),
+        _times(_half("x"), factor),
+        _times("x", _half(factor)),
     )
 
 
 def _erf_forms() -> tuple[P, ...]:
-    scaled = (node("Div", "x", 2 * SQRT_HALF), node("Mul", "x", SQRT_HALF, commutes=True))
-    factors = [node("Add", node("Erf", s), 1.0, commutes=True) for s in scaled]
-    return tuple(p for f in factors for p in _products("x", f))
+    scaled = either(node("Div", "x", 2 * SQRT_HALF), _times("x", SQRT_HALF))
+    return _products(_plus(node("Erf", scaled), 1.0))
 
 
 def _tanh_forms() -> tuple[P, ...]:
-    cubes = (
-        node("Pow", "x", 3.0),
-        node("Mul", node("Mul", "x", "x"), "x", commutes=True),
+    square = either(_times("x", "x"), node("Pow", "x", 2.0))
+    cube = either(node("Pow", "x", 3.0), _times("x", square))
+    small = _times("x", CUBIC)
+    cubic = either(_times(cube, CUBIC), _times(small, square), _times("x", _times("x", small)))
+    slope = either(_plus(_times(square, CUBIC), 1.0), _plus(_times("x", small), 1.0))
+    inner = either(
+        _times(_plus("x", cubic), TANH_SCALE),
+        _times(_times("x", TANH_SCALE), slope),
+        _times(_times("x", slope), TANH_SCALE),
+        _times("x", _times(slope, TANH_SCALE)),
     )
-    inner = [node("Add", "x", node("Mul", cube, 0.044715, commutes=True), commutes=True) for cube in cubes]
-    scaled = [node("Mul", i, TANH_SCALE, commutes=True) for i in inner]
-    factors = [node("Add", node("Tanh", s), 1.0, commutes=True) for s in scaled]
-    return tuple(p for f in factors for p in _products("x", f))
+    return _products(_plus(node("Tanh", inner), 1.0))
 
 
 GELU = Fusion(
