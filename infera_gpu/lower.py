@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
-from infera_gpu.graph import HostArray
+from infera_gpu.graph import HostArray, Node
 from infera_gpu.layout import Operand, Space, dense, view_of
 from infera_gpu.memory import Request, aligned, plan_arena
 from infera_gpu.op import Kernel
@@ -53,6 +53,7 @@ class _Root:
     end: int
     fixed: int | None = None
     last_read: int = -1
+    rank: int = 0
 
 
 class _Lowering:
@@ -238,6 +239,9 @@ class _Lowering:
         outputs = {v: self.home(v) for v in self.segment.outputs}
         for operand in outputs.values():
             self.touch(operand, until=len(self.steps))
+        for rank, value in enumerate(_reads(self.segment.rest), 1):
+            if value in outputs and not outputs[value].constant:
+                self.roots[outputs[value].root].rank = rank
         return self.place(outputs, carried)
 
     def place(self, outputs: Mapping[str, Operand], carried: Mapping[str, Operand]) -> Plan:
@@ -249,7 +253,7 @@ class _Lowering:
             roots = {k: r for k, r in self.roots.items() if r.space == space}
             if roots:
                 arena = plan_arena(
-                    [Request(k, r.nbytes, r.begin, r.end) for k, r in roots.items()],
+                    [Request(k, r.nbytes, r.begin, r.end, r.rank) for k, r in roots.items()],
                     {k: r.fixed for k, r in roots.items() if r.fixed is not None},
                 )
                 arenas[space], bounds[space] = arena.nbytes, arena.lower_bound
@@ -284,6 +288,14 @@ class _Lowering:
                 if k in offsets
             ),
         )
+
+
+def _reads(nodes: Iterable[Node]) -> Iterator[str]:
+    """What the nodes and their subgraphs read, in the order of execution."""
+    for node in nodes:
+        yield from node.inputs
+        for _, sub in node.subgraphs:
+            yield from _reads(sub.nodes)
 
 
 def _dense(array: HostArray) -> HostArray:

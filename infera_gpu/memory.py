@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 ALIGN = 256
 """Bytes. What cudaMalloc guarantees; enough for Triton's 16-byte loads, TMA descriptors and cuBLASLt."""
+
+SLACK = 0.02
+"""How far above the lower bound, as a part of it, an arena may be before a smaller one is searched for."""
+
+EFFORT = 400_000
+"""Pairs of values that a search may look at. That takes about 40 ms; those for real models end after one to ten."""
 
 
 def aligned(nbytes: int) -> int:
@@ -18,12 +25,16 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`nbytes` that are alive on steps [begin, end)."""
+    """`nbytes` that are alive on steps [begin, end).
+
+    The higher the `rank`, the lower the place: for values that later plans find in the arena, and plan around.
+    """
 
     value: str
     nbytes: int
     begin: int
     end: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +72,76 @@ class _Arena:
         return int(self._rows[1].max(initial=0))
 
 
+class _Search:
+    """Looks for offsets below a given top, by squeaky wheel optimisation (Joslin and Clements, JAIR 10, 1999).
+
+    Values are placed one by one, each at its lowest free offset. One that would reach above the top moves forward in
+    the order, to before one of the values that lie in its way, and placing goes on from there. `effort` counts down.
+    """
+
+    def __init__(self, requests: Sequence[Request], fixed: Mapping[str, int]) -> None:
+        self._requests = requests
+        self._sizes = [aligned(r.nbytes) for r in requests]
+        self._fixed = [fixed.get(r.value, -1) for r in requests]
+        self._begins = np.array([r.begin for r in requests])
+        self._ends = np.array([r.end for r in requests])
+        self._near: dict[int, list[int]] = {}
+        self.effort = 0
+
+    def beside(self, i: int) -> list[int]:
+        """The requests alive together with request i."""
+        found = self._near.get(i)
+        if found is None:
+            r = self._requests[i]
+            found = np.flatnonzero((self._begins < r.end) & (self._ends > r.begin)).tolist()
+            found.remove(i)
+            self._near[i] = found
+        return found
+
+    def below(self, top: int) -> list[int] | None:
+        """Offsets of all requests, or None where none were found."""
+        self.effort = EFFORT
+        choose, sizes, lows = random.Random(0), self._sizes, self._fixed.copy()
+        order = [i for i, low in enumerate(lows) if low < 0]
+        place = {i: k for k, i in enumerate(order)}
+        k = 0
+        while k < len(order):
+            i = order[k]
+            size, beside = sizes[i], self.beside(i)
+            self.effort -= len(beside) + 10
+            if self.effort < 0:
+                return None
+            free = 0
+            for low, j in sorted([(lows[j], j) for j in beside if lows[j] >= 0]):
+                if low - free >= size:
+                    break
+                free = max(free, low + sizes[j])
+            if free + size <= top:
+                lows[i] = free
+                k += 1
+                continue
+            earlier = [place[j] for j in beside if place.get(j, k) < k]
+            if not earlier:
+                return None
+            to = earlier[int(choose.random() * len(earlier))]
+            for j in order[to:k]:
+                lows[j] = -1
+            order[to : k + 1] = [i, *order[to:k]]
+            place.update(zip(order[to : k + 1], range(to, k + 1), strict=True))
+            k = to
+        return lows
+
+
 def plan_arena(requests: Iterable[Request], fixed: Mapping[str, int] | None = None) -> ArenaPlan:
     """Greedy by size: the largest first, each at the lowest offset that is free for its whole lifetime.
 
     Pisarchyk and Lee, "Efficient memory management for deep neural net inference" (arXiv 2001.03288), algorithm 3.
-    `fixed` gives the offsets of requests that lie in the arena already.
+    Where that is more than SLACK above the lower bound, a search follows for offsets that come closer.
+    `fixed` gives the offsets of requests that lie in the arena already. The same requests get the same offsets.
     """
     fixed = fixed or {}
     wanted = [r for r in requests if r.nbytes > 0 and r.begin < r.end]
-    wanted.sort(key=lambda r: (r.value not in fixed, -r.nbytes, r.begin, r.value))
+    wanted.sort(key=lambda r: (r.value not in fixed, -r.rank, -r.nbytes, r.begin, r.value))
     arena = _Arena(len(wanted), sum(aligned(r.nbytes) for r in wanted) + max(fixed.values(), default=0))
     offsets: dict[str, int] = {}
     for r in wanted:
@@ -77,7 +149,23 @@ def plan_arena(requests: Iterable[Request], fixed: Mapping[str, int] | None = No
         at = fixed[r.value] if r.value in fixed else arena.free_from(size, r.begin, r.end)
         arena.take(at, size, r.begin, r.end)
         offsets[r.value] = at
-    return ArenaPlan(arena.nbytes, offsets, lower_bound(wanted))
+    bound = lower_bound(wanted)
+    if arena.nbytes > (1 + SLACK) * bound:
+        return _closer(wanted, fixed, ArenaPlan(arena.nbytes, offsets, bound))
+    return ArenaPlan(arena.nbytes, offsets, bound)
+
+
+def _closer(wanted: Sequence[Request], fixed: Mapping[str, int], plan: ArenaPlan) -> ArenaPlan:
+    """A plan of fewer bytes, where a search finds one."""
+    wanted = sorted(wanted, key=lambda r: (-r.nbytes * (r.end - r.begin), r.begin, r.value))
+    search = _Search(wanted, fixed)
+    lowest = max([plan.lower_bound, *(fixed[r.value] + aligned(r.nbytes) for r in wanted if r.value in fixed)])
+    for top in (int((1 + SLACK / 2) * lowest), (lowest + plan.nbytes) // 2):
+        lows = search.below(min(top, plan.nbytes - 1))
+        if lows is not None:
+            nbytes = max(low + aligned(r.nbytes) for low, r in zip(lows, wanted, strict=True))
+            return ArenaPlan(nbytes, {r.value: low for low, r in zip(lows, wanted, strict=True)}, plan.lower_bound)
+    return plan
 
 
 def lower_bound(requests: Iterable[Request]) -> int:

@@ -1,7 +1,13 @@
+from __future__ import annotations
+
+import random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infera_gpu.memory import ALIGN, Request, aligned, plan_arena
+from infera_gpu import memory
+from infera_gpu.memory import ALIGN, SLACK, ArenaPlan, Request, aligned, plan_arena
 
 
 @st.composite
@@ -10,14 +16,30 @@ def requests(draw: st.DrawFn) -> list[Request]:
     return [Request(f"v{i}", nbytes, begin, begin + length) for i, (nbytes, begin, length) in enumerate(rows)]
 
 
+def puzzle(seed: int, cuts: int = 5) -> list[Request]:
+    """A full arena of 100 units and 100 steps, cut into pieces at random: they can be put together without a gap."""
+    choose = random.Random(seed)
+    pieces = [(0, 100, 0, 100)]
+    for _ in range(cuts):
+        parts = []
+        for low, high, begin, end in pieces:
+            if choose.random() < 0.5 and high - low > 1:
+                middle = choose.randint(low + 1, high - 1)
+                parts += [(low, middle, begin, end), (middle, high, begin, end)]
+            elif end - begin > 1:
+                middle = choose.randint(begin + 1, end - 1)
+                parts += [(low, high, begin, middle), (low, high, middle, end)]
+            else:
+                parts.append((low, high, begin, end))
+        pieces = parts
+    return [Request(f"v{i}", ALIGN * (high - low), b, e) for i, (low, high, b, e) in enumerate(pieces)]
+
+
 def overlap(a: Request, b: Request) -> bool:
     return a.begin < b.end and b.begin < a.end
 
 
-@settings(deadline=None)
-@given(requests())
-def test_values_alive_together_never_overlap(wanted: list[Request]) -> None:
-    plan = plan_arena(wanted)
+def check(wanted: list[Request], plan: ArenaPlan) -> None:
     for i, a in enumerate(wanted):
         low = plan.offsets[a.value]
         assert low % ALIGN == 0
@@ -26,8 +48,59 @@ def test_values_alive_together_never_overlap(wanted: list[Request]) -> None:
             if overlap(a, b):
                 other = plan.offsets[b.value]
                 assert low + aligned(a.nbytes) <= other or other + aligned(b.nbytes) <= low
-    peak = max((sum(aligned(r.nbytes) for r in wanted if r.begin <= s < r.end) for s in range(30)), default=0)
+    steps = {r.begin for r in wanted}
+    peak = max((sum(aligned(r.nbytes) for r in wanted if r.begin <= s < r.end) for s in steps), default=0)
     assert peak == plan.lower_bound <= plan.nbytes <= sum(aligned(r.nbytes) for r in wanted)
+
+
+@settings(deadline=None)
+@given(requests())
+def test_values_alive_together_never_overlap(wanted: list[Request]) -> None:
+    check(wanted, plan_arena(wanted))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_arena_is_as_small_as_it_can_be(seed: int) -> None:
+    wanted = puzzle(seed)
+    plan = plan_arena(wanted)
+    check(wanted, plan)
+    assert plan.lower_bound == 100 * ALIGN
+    assert plan.nbytes <= (1 + SLACK) * plan.lower_bound
+    assert plan_arena(reversed(wanted)) == plan, "the order of requests decides nothing"
+
+
+def test_greedy_alone_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SLACK", 1.0)
+    assert sum(plan_arena(puzzle(seed)).nbytes > (1 + SLACK) * 100 * ALIGN for seed in range(40)) > 10
+
+
+@given(requests(), st.data())
+@settings(deadline=None)
+def test_a_search_leaves_what_is_fixed(wanted: list[Request], data: st.DataObject) -> None:
+    before = plan_arena(wanted)
+    kept = {r.value for r in wanted if data.draw(st.booleans())}
+    fixed = {v: at for v, at in before.offsets.items() if v in kept}
+    plan = plan_arena(wanted, fixed)
+    assert fixed.items() <= plan.offsets.items()
+    for i, a in enumerate(wanted):
+        for b in wanted[i + 1 :]:
+            low, other = plan.offsets[a.value], plan.offsets[b.value]
+            assert not overlap(a, b) or low + aligned(a.nbytes) <= other or other + aligned(b.nbytes) <= low
+
+
+def test_a_search_ends_where_nothing_better_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = puzzle(3)
+    monkeypatch.setattr(memory, "SLACK", 1.0)
+    greedy = plan_arena(wanted)
+    monkeypatch.undo()
+    assert greedy.nbytes > (1 + SLACK) * greedy.lower_bound
+    monkeypatch.setattr(memory, "EFFORT", 0)
+    assert plan_arena(wanted) == greedy
+
+
+def test_what_is_needed_longest_lies_lowest() -> None:
+    wanted = [Request("large", 4096, 0, 3), Request("kept", 256, 0, 3, rank=2), Request("long", 512, 1, 3, rank=1)]
+    assert plan_arena(wanted).offsets == {"kept": 0, "long": 256, "large": 768}
 
 
 def test_memory_is_reused_after_the_last_use() -> None:
