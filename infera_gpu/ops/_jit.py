@@ -155,3 +155,40 @@ def vector(site: Site, io: Buffers, i: int) -> Array | None:
     if site.value(i) is not None:
         return io.pack(i, "vector", lambda a: np.array(a).reshape(-1))
     return io.ins[i].reshape(-1)
+
+
+def convolution(
+    window: Callable[[Site], Mapping[str, Any]], activation: Callable[[Site], Sequence[str | float] | None]
+) -> Kernels:
+    """FusedConv of images whose channels are last, (N, L, C) or (N, H, W, C), with constant weight and bias.
+
+    `window` gives strides, pads and dilations of two axes.
+    """
+
+    def fits(site: Site) -> bool:
+        constant = site.value(1) is not None and (not site.has(2) or site.value(2) is not None)
+        return constant and site.spec(0).ndim in (3, 4)
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.conv import conv2d
+
+        x, w, y, residual = (as_image(a) for a in (io.ins[0], io.ins[1], io.outs[0], (*io.ins, None, None)[3]))
+        if w.ndim == 3:
+            w = w[:, :, None]
+        return conv2d(
+            x,
+            w,
+            io.ins[2] if site.has(2) else None,
+            y,
+            io.scratch,
+            Split(io.threads, io.parallel),
+            group=int(site.attrs["group"]),
+            activation=activation(site),
+            residual=residual,
+            pack=lambda tag, build: io.pack(1, tag, build),
+            pack_b=lambda tag, build: io.pack(2, tag, build),
+            fast=not io.strict,
+            **window(site),
+        )
+
+    return kernels(bind, fits)
