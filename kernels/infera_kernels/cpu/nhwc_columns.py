@@ -8,10 +8,10 @@ from numpy.lib.stride_tricks import as_strided
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.nhwc_epilogue import epilogue
-from infera_kernels.cpu.nhwc_pointwise import grouped
+from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 """Columns of one block."""
 
 
@@ -75,13 +75,8 @@ def _windows(band: Array, window: Window, shape: tuple[int, ...]) -> Array:
 def _weights(w: Array, group: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
     """(group, KH * KW * C / group, O / group), and the calls that make it."""
 
-    def in_order(w: Array) -> Array:
-        return w.reshape(group, -1, *w.shape[1:]).transpose(3, 4, 2, 0, 1)
-
-    calls: list[Call] = []
     if pack is not None:
-        made = pack("columns", lambda w: np.ascontiguousarray(in_order(w)).reshape(-1, w.shape[0]))
-    else:
-        made = scratch((w[0].size, w.shape[0]), w.dtype)
-        calls.append((np.copyto, (made.reshape(in_order(w).shape), in_order(w))))
-    return calls, grouped(made, group)
+        return [], packed(pack, group)
+    made = scratch((w[0].size, w.shape[0]), w.dtype)
+    target = made.reshape(by_taps(w, group).shape)
+    return [(np.copyto, (target, by_taps(w, group)))], grouped(made, group)

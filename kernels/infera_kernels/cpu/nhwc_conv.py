@@ -62,7 +62,7 @@ def conv2d(
         return depthwise(x, w, b, y, scratch, split, pack, window, activation=activation, residual=residual)
     if kernel == (1, 1) and window.fits(x):
         return pointwise(
-            x, w, b, y, scratch, split, strides=strides, group=group, activation=activation, residual=residual
+            x, w, b, y, scratch, split, pack, strides=strides, group=group, activation=activation, residual=residual
         )
     tile = tile_of(w.shape, out, strides, dilations, group) if pack is not None else 0
     if tile and pack is not None:

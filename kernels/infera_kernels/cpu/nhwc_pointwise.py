@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from infera_kernels.calls import Array, Call, Scratch, Split
+from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, spans
 
-BLOCK_BYTES = 1 << 19
-"""Output of one block."""
+BLOCK_BYTES = 1 << 21
+"""Output of one block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
+
+FEW_PIXELS = 1024
+"""Pixels of a product up to which its speed depends on how the weights lie."""
 
 
 def pointwise(
@@ -21,6 +24,7 @@ def pointwise(
     y: Array,
     scratch: Scratch,
     split: Split,
+    pack: Pack | None,
     *,
     strides: Pair,
     group: int,
@@ -29,12 +33,13 @@ def pointwise(
 ) -> list[Call]:
     """y = activation(conv(x, w) + b + residual) with w (O, C / group, 1, 1) and no padding; see `conv2d`."""
     o, c = y.shape[3], x.shape[3]
-    weights = w.reshape(group, o // group, -1).transpose(0, 2, 1)
     target, rest = flat(y), None if residual is None else flat(residual)
     height, width = y.shape[1:3]
     dense = strides == (1, 1)
     line = 1 if dense else width
     most = max(1, BLOCK_BYTES // (line * o * y.itemsize))
+    few = 1 < min(most * line, target.shape[0] // split.threads) <= FEW_PIXELS
+    weights = packed(pack, group) if pack is not None and few else by_taps(w, group)[0, 0].transpose(1, 0, 2)
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
@@ -61,3 +66,17 @@ def pointwise(
 def grouped(a: Array, group: int) -> Array:
     """(pixels, channels) as (group, pixels, channels / group)."""
     return a.reshape(a.shape[0], group, -1, copy=False).transpose(1, 0, 2)
+
+
+def by_taps(w: Array, group: int) -> Array:
+    """w (O, C / group, KH, KW) as (KH, KW, C / group, group, O / group), a view."""
+    return w.reshape(group, -1, *w.shape[1:], copy=False).transpose(3, 4, 2, 0, 1)
+
+
+def packed(pack: Pack, group: int) -> Array:
+    """The matrices (group, taps, O / group) of weights that never change."""
+
+    def build(w: Array) -> Array:
+        return np.ascontiguousarray(by_taps(w, group)).reshape(-1, w.shape[0])
+
+    return grouped(pack("columns", build), group)

@@ -74,6 +74,7 @@ def winograd(
     c, o = x.shape[3], y.shape[3]
     size = tile + 2
     data, _, out = (m.astype(x.dtype) for m in transforms(tile))
+    with_bias = np.hstack([out, np.ones((tile, 1), out.dtype)])
     filters = pack(f"winograd{tile}-last", lambda w: _filters(w, tile)).reshape(size * size, c, o)
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
@@ -87,6 +88,9 @@ def winograd(
         room = scratch((rows, tiles.seen(1, across), c), x.dtype)
         gathered, halved = (scratch((rows, size, across * c), x.dtype) for _ in range(2))
         one, two = (scratch((size * size * step * across * max(c, o),), x.dtype) for _ in range(2))
+        half = scratch((tile, size + 1, step * across * o), x.dtype)
+        biases = half[:, size].reshape(tile, -1, o)
+        calls.append((np.copyto, (biases, half.dtype.type(0) if b is None else b)))
 
         def shaped(space: Array, *shape: int) -> Array:
             return space[: math.prod(shape)].reshape(shape)
@@ -101,16 +105,17 @@ def winograd(
                 done += end - row
             sums = shaped(two, size * size, h * across, o)
             calls.append((np.matmul, (spectrum.reshape(size * size, -1, c), filters, sums)))
-            half, pixels = shaped(one, tile, size, h * across * o), shaped(two, tile, tile, h * across * o)
+            rest = half[:, :, : h * across * o]
+            pixels = shaped(one, tile, tile, h * across * o)
             sums = sums.reshape(size, size, -1)
-            calls.append((np.matmul, (out, sums.transpose(1, 0, 2), half.transpose(1, 0, 2))))
-            calls.append((np.matmul, (out, half, pixels)))
+            calls.append((np.matmul, (out, sums.transpose(1, 0, 2), rest[:, :size].transpose(1, 0, 2))))
+            calls.append((np.matmul, (with_bias, rest, pixels)))
             made, done = pixels.reshape(tile, tile, h, across, o), 0
             for i, row, end in images(first, last, down):
                 band = slice(row * tile, end * tile)
-                block, rest = jobs[i].y[band], jobs[i].residual
-                calls += _scatter(made[:, :, done : done + end - row], b, block)
-                calls += finish(block, None if rest is None else rest[band])
+                block, residual = jobs[i].y[band], jobs[i].residual
+                calls += _scatter(made[:, :, done : done + end - row], block)
+                calls += finish(block, None if residual is None else residual[band])
                 done += end - row
         return calls
 
@@ -133,15 +138,25 @@ def _transform(band: Array, data: Array, gathered: Array, halved: Array, spectru
     ]
 
 
-def _scatter(made: Array, b: Array | None, y: Array) -> list[Call]:
-    """The pixels of tiles (tile, tile, rows, across, O), with the bias, to their places in y (OH, OW, O)."""
+def _scatter(made: Array, y: Array) -> list[Call]:
+    """The pixels of tiles (tile, tile, rows, across, O) to their places in y (OH, OW, O)."""
     calls: list[Call] = []
-    for i, j in product(*map(range, made.shape[:2])):
-        target = y[i :: made.shape[0], j :: made.shape[1]]
-        source = made[i, j, : target.shape[0], : target.shape[1]]
-        if target.size:
-            calls.append((np.copyto, (target, source)) if b is None else (np.add, (source, b, target)))
+    for rows, down in _whole_and_cut(y.shape[0], made.shape[0]):
+        for cols, right in _whole_and_cut(y.shape[1], made.shape[1]):
+            target = y[rows.start * made.shape[0] :, cols.start * made.shape[1] :]
+            target = target[: (rows.stop - rows.start) * down, : (cols.stop - cols.start) * right]
+            target = target.reshape(-1, down, target.shape[1] // right, right, y.shape[2], copy=False)
+            calls.append((np.copyto, (target, made[:down, :right, rows, cols].transpose(2, 0, 3, 1, 4))))
     return calls
+
+
+def _whole_and_cut(size: int, tile: int) -> Iterator[tuple[slice, int]]:
+    """(tiles, their length): the whole tiles of an axis, and the one that its end cuts."""
+    whole, rest = divmod(size, tile)
+    if whole:
+        yield slice(0, whole), tile
+    if rest:
+        yield slice(whole, whole + 1), rest
 
 
 def _filters(w: Array, tile: int) -> Array:
