@@ -21,7 +21,7 @@ from infera_gpu.graph import Graph
 from infera_gpu.lease import Lease
 from infera_gpu.loader import Source, load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import optimize
+from infera_gpu.passes import Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import (
@@ -96,6 +96,13 @@ class Entering:
     objects: dict[str, Any]
 
 
+def optimized(graph: Graph, device: Device, report: Report | None = None) -> Graph:
+    """What the passes make of a graph for a device."""
+    return optimize(
+        graph, registry(), report, strict=device.strict, kinds=device.kinds, channels_last=device.channels_last
+    )
+
+
 class Session:
     """A loaded model. `run` may be called from several threads.
 
@@ -113,7 +120,7 @@ class Session:
         constants: Constants | None = None,
     ) -> None:
         self.loaded = graph
-        self.graph = optimize(graph, registry(), strict=device.strict, kinds=device.kinds) if fuse else graph
+        self.graph = optimized(graph, device) if fuse else graph
         self.fuse = fuse
         self.device = device
         self.name = graph.name

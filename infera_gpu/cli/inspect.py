@@ -15,11 +15,10 @@ from infera_gpu.cli.console import note, table, working
 from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
-from infera_gpu.ops import registry
-from infera_gpu.passes import Fired, optimize
+from infera_gpu.passes import Fired
 from infera_gpu.picture import memory_svg
 from infera_gpu.plan import Plan, Step
-from infera_gpu.session import Session
+from infera_gpu.session import Session, optimized
 
 PROFILE_RUNS = 5
 
@@ -79,8 +78,7 @@ def _show_passes(session: Session) -> None:
         times[fired.name] += fired.times
         gone[fired.name] += fired.before - fired.after
 
-    device = session.device
-    optimize(session.loaded, registry(), add, strict=device.strict, kinds=device.kinds)
+    optimized(session.loaded, session.device, add)
     total = before = sum(len(graph.nodes) for graph in session.loaded.walk())
     rows = []
     for name, count in times.items():

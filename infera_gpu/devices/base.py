@@ -42,8 +42,9 @@ class Device(Protocol):
     """A place to run.
 
     `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
-    step run at a time on the host, and `strict` turns off what changes the order of operations beyond BLAS. A device
-    whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with
+    step run at a time on the host, and `strict` turns off what changes the order of operations beyond BLAS.
+    `channels_last` says that it prefers convolutions whose channels are the last axis. A device whose space is "device"
+    has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with
     each other; `synchronize` waits for all of them.
     """
 
@@ -54,6 +55,7 @@ class Device(Protocol):
     xp: Any
     threads: int
     strict: bool
+    channels_last: bool
 
     @property
     def launcher(self) -> Launcher: ...

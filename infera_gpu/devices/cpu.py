@@ -23,6 +23,7 @@ class CpuDevice:
     name = "cpu"
     space: Space = "host"
     runs_portable = True
+    channels_last = True
     xp: Any = np
 
     def __init__(self, threads: int = 1, strict: bool = False, jit: bool = False) -> None:

@@ -53,6 +53,7 @@ class CudaDevice:
 
     space: Space = "device"
     runs_portable = True
+    channels_last = False
     threads = 1
 
     def __init__(self, index: int = 0, strict: bool = False) -> None:

@@ -38,6 +38,7 @@ class RecordingDevice:
     name = "recording"
     space: Space = "device"
     runs_portable = True
+    channels_last = False
     xp: Any = np
     threads = 1
 

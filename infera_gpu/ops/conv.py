@@ -59,7 +59,7 @@ def _compute_integer(
     return y.astype(xp.int32)
 
 
-_SPELLINGS = {
+SPELLINGS = {
     "com.microsoft": {
         "Clip": "clip",
         "HardSigmoid": "hard_sigmoid",
@@ -74,7 +74,7 @@ _SPELLINGS = {
 
 def activation_of(site: Site) -> Activation | None:
     """The activation that a fused node names. Raises PlanError for an unknown one or for missing parameters."""
-    spelled = _SPELLINGS.get(site.node.domain, {name: name for name in ACTIVATIONS})
+    spelled = SPELLINGS.get(site.node.domain, {name: name for name in ACTIVATIONS})
     name, params = str(site.attrs["activation"]), tuple(map(float, site.attrs["activation_params"]))
     if not name:
         return None
@@ -162,8 +162,10 @@ def window_2d(found: Window) -> Window:
 
 
 def packer(site: Site, io: Buffers, i: int) -> Pack | None:
-    """Packs input i, where it is constant and what is packed may round otherwise."""
-    return None if site.value(i) is None or io.strict else lambda tag, build: io.pack(i, tag, build)
+    """Packs input i as `as_2d` gives it, where it is constant and what is packed may round otherwise."""
+    if site.value(i) is None or io.strict:
+        return None
+    return lambda tag, build: io.pack(i, tag, lambda w: build(as_2d(w)))
 
 
 def _bind(site: Site, io: Buffers) -> Sequence[Call]:
@@ -261,7 +263,7 @@ _MS_FUSED_CASES = (
             name, (f32(2, 3, 6, 5), f32(4, 3, 2, 2), f32(4)),
             {"activation": name, **({"activation_params": _FUSED[own]} if _FUSED[own] else {})},
         )
-        for name, own in _SPELLINGS["com.microsoft"].items()
+        for name, own in SPELLINGS["com.microsoft"].items()
     ),
 )  # fmt: skip
 

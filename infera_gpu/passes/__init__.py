@@ -11,6 +11,7 @@ from infera_gpu.passes import activation, conv, gates, gelu, matmul, norm
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
+from infera_gpu.passes.layout import convert
 from infera_gpu.passes.same import remove_identities, share_values
 
 FUSIONS: tuple[Fusion, ...] = (
@@ -43,6 +44,7 @@ class _Passes:
     report: Report | None
     strict: bool
     kinds: tuple[str, ...]
+    channels_last: bool
 
     def run(self, graph: Graph) -> Graph:
         graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
@@ -58,7 +60,12 @@ class _Passes:
             if fusion.fits(self.strict, self.kinds):
                 count = len(draft)
                 self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
-        return drop_dead(draft.finished())
+        graph = drop_dead(draft.finished())
+        if not self.channels_last:
+            return graph
+        moved = convert(graph, self.registry)
+        self.tell("channels_last", int(moved is not graph), len(graph.nodes), len(moved.nodes))
+        return moved
 
     def inside(self, node: Node) -> Node:
         """The node with its subgraphs rewritten."""
@@ -78,10 +85,11 @@ def optimize(
     *,
     strict: bool = False,
     kinds: Sequence[str] = ("cpu",),
+    channels_last: bool = False,
 ) -> Graph:
     """The graph after every pass, its subgraphs first. `report` is told what each pass that changed something did.
 
     `strict` leaves out the fusions that change the order of operations. `kinds` are the kinds of kernels that the
-    device runs.
+    device runs, `channels_last` says that it prefers convolutions whose channels are the last axis.
     """
-    return _Passes(registry, report, strict, tuple(kinds)).run(graph)
+    return _Passes(registry, report, strict, tuple(kinds), channels_last).run(graph)

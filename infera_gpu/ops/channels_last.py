@@ -1,0 +1,197 @@
+"""Operators on images whose channels are the last axis, (N, H, W, C) or (N, L, C): each is its ONNX operator, moved.
+
+`passes/layout.py` puts them in the place of ONNX's, which have channels first. Weights keep ONNX's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from infera_gpu.graph import HostArray
+from infera_gpu.op import Bind, Buffers, Call, Case, Expansion, Kernel, Op, Site
+from infera_gpu.ops import batchnorm, conv, pool
+from infera_gpu.ops.window import window
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.calls import Split
+from infera_kernels.cpu.nhwc_conv import conv2d
+from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
+from infera_kernels.cpu.norm import batch_norm
+
+SUFFIX = "NHWC"
+"""What the name of ONNX's operator gets."""
+
+Image = TypeVar("Image", TensorSpec, HostArray)
+
+
+def _moved(xp: Any, a: Array, source: int, target: int) -> Array:
+    return xp.ascontiguousarray(xp.moveaxis(a, source, target))
+
+
+def _spec(spec: TensorSpec, source: int, target: int) -> TensorSpec:
+    dims = list(spec.shape)
+    dims.insert(target % len(dims), dims.pop(source))
+    return replace(spec, shape=tuple(dims))
+
+
+@dataclass(frozen=True)
+class ChannelsLast:
+    """The operator that does what `first` does with the channels of its inputs `images` and of its output last."""
+
+    first: Op
+    images: tuple[int, ...] = (0,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}{SUFFIX}"
+
+    def site(self, site: Site) -> Site:
+        """The same node as `first` would meet it. Raises PlanError where an input has no channels."""
+        for i in self.images:
+            if site.has(i) and site.spec(i).ndim < 3:
+                raise site.fail(f"input {i} is {site.spec(i)}, expected (batch, spatial..., channels)")
+        return replace(
+            site,
+            node=replace(site.node, op=self.first.name, domain=self.first.domain),
+            ins=tuple(s and _spec(s, -1, 1) if i in self.images else s for i, s in enumerate(site.ins)),
+            outs=tuple(_spec(s, -1, 1) for s in site.outs),
+        )
+
+    def infer(self, site: Site) -> Sequence[TensorSpec]:
+        (made,) = self.first.infer(self.site(site))
+        assert made is not None
+        return (_spec(made, 1, -1),)
+
+    def compute(self, xp: Any, site: Site, *ins: Array | None) -> Array:
+        given = [a if a is None or i not in self.images else _moved(xp, a, -1, 1) for i, a in enumerate(ins)]
+        (made,) = self.first.outputs(xp, self.site(site), given)
+        return _moved(xp, made, 1, -1)
+
+    def expand(self, site: Site) -> Expansion | None:
+        """That of `first`: what else it is made of works element by element."""
+        made = self.first.expand(self.site(site)) if self.first.expand else None
+        if made is None:
+            return None
+        here = (self.first.domain, self.first.name)
+        return replace(
+            made,
+            nodes=tuple(
+                replace(n, op=self.name, domain="infera") if (n.domain, n.op) == here else n for n in made.nodes
+            ),
+        )
+
+    def op(self, cases: Iterable[Case], kernels: Mapping[str, Kernel]) -> Op:
+        """The declaration, with those of the cases that are images."""
+        return Op(
+            self.name,
+            1,
+            self.infer,
+            self.compute,
+            tuple(self._case(c) for c in cases if _is_image(c) and c.n_outs == 1),
+            self.first.attrs,
+            "infera",
+            kernels,
+            expand=self.expand if self.first.expand else None,
+        )
+
+    def _case(self, case: Case) -> Case:
+        return replace(
+            case, opset=None, ins=tuple(_case_input(v) if i in self.images else v for i, v in enumerate(case.ins))
+        )
+
+
+def _is_image(case: Case) -> bool:
+    return isinstance(case.ins[0], (TensorSpec, np.ndarray)) and case.ins[0].ndim in (3, 4)
+
+
+def _case_input(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        return _spec(value, 1, -1)
+    return value if value is None else np.moveaxis(value, 1, -1)
+
+
+def _named(ops: Iterable[Op], name: str, domain: str = "") -> Op:
+    """The newest declaration of that name."""
+    return max((o for o in ops if (o.domain, o.name) == (domain, name)), key=lambda o: o.since)
+
+
+CONV = ChannelsLast(_named(conv.OPS, "FusedConv", "infera"), images=(0, 3))
+BATCH_NORM = ChannelsLast(replace(_named(batchnorm.OPS, "BatchNormalization"), attrs={"epsilon": 1e-5}, expand=None))
+MAX, AVERAGE, GLOBAL_AVERAGE, GLOBAL_MAX = POOLS = tuple(
+    ChannelsLast(_named(pool.OPS, name)) for name in ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+)
+
+
+def _as_2d(a: Array | None) -> Array | None:
+    """(n, length, c) as (n, 1, length, c); arrays of four axes and None as they are."""
+    return a if a is None or a.ndim == 4 else a[:, None]
+
+
+def _split(io: Buffers) -> Split:
+    return Split(io.threads, io.parallel)
+
+
+def _bind_conv(site: Site, io: Buffers) -> Sequence[Call]:
+    x, w, b, residual = (*io.ins, None, None)[:4]
+    first = CONV.site(site)
+    return conv2d(
+        _as_2d(x),
+        conv.as_2d(w),
+        b,
+        _as_2d(io.outs[0]),
+        io.scratch,
+        _split(io),
+        group=int(site.attrs["group"]),
+        activation=conv.activation_of(first),
+        residual=_as_2d(residual),
+        pack=conv.packer(site, io, 1),
+        **conv.window_2d(conv.conv_window(first)).params,
+    )
+
+
+def _bind_max(site: Site, io: Buffers) -> Sequence[Call]:
+    found = conv.window_2d(window(MAX.site(site)))
+    return max_pool2d(
+        _as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, _split(io), kernel=found.kernel, **found.params
+    )
+
+
+def _bind_average(site: Site, io: Buffers) -> Sequence[Call]:
+    found = conv.window_2d(window(AVERAGE.site(site)))
+    padded = bool(site.attrs["count_include_pad"])
+    return average_pool2d(
+        _as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, _split(io), kernel=found.kernel, include_pad=padded,
+        **found.params,
+    )  # fmt: skip
+
+
+def _bind_global(pool: Callable[..., list[Call]]) -> Bind:
+    return lambda site, io: pool(_as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, _split(io))
+
+
+def _bind_batch_norm(site: Site, io: Buffers) -> Sequence[Call]:
+    x, scale, bias, mean, variance = io.ins
+    return batch_norm(x, scale, bias, mean, variance, io.outs[0], io.scratch, epsilon=float(site.attrs["epsilon"]))
+
+
+def _planar(site: Site) -> bool:
+    x = site.spec(0)
+    return x.ndim in (3, 4) and x.size > 0 and x.dtype in (np.float32, np.float64)
+
+
+_PLAIN_CONV = tuple(replace(c, id=f"bare-{c.id}") for c in _named(conv.OPS, "Conv").cases)
+_BINDS: tuple[tuple[ChannelsLast, Bind], ...] = (
+    (MAX, _bind_max),
+    (AVERAGE, _bind_average),
+    (GLOBAL_AVERAGE, _bind_global(global_average_pool)),
+    (GLOBAL_MAX, _bind_global(global_max_pool)),
+)
+
+OPS: tuple[Op, ...] = (
+    CONV.op((*CONV.first.cases, *_PLAIN_CONV), {"cpu": Kernel(_bind_conv, _planar)} | _jit.convolution(_window, _activation)),
+    BATCH_NORM.op(BATCH_NORM.first.cases, {"cpu": replace(BATCH_NORM.first.kernels["cpu"], bind=_bind_batch_norm)}),
+    *(moved.op(moved.first.cases, {"cpu": Kernel(bind, _planar)}) for moved, bind in _BINDS),
+)
