@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -157,13 +158,8 @@ def vector(site: Site, io: Buffers, i: int) -> Array | None:
     return io.ins[i].reshape(-1)
 
 
-def convolution(
-    window: Callable[[Site], Mapping[str, Any]], activation: Callable[[Site], Sequence[str | float] | None]
-) -> Kernels:
-    """FusedConv of images whose channels are last, (N, L, C) or (N, H, W, C), with constant weight and bias.
-
-    `window` gives strides, pads and dilations of two axes.
-    """
+def convolution(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
+    """A convolution with channels last, whose weight and bias are constant; `told` gives conv2d's arguments."""
 
     def fits(site: Site) -> bool:
         constant = site.value(1) is not None and (not site.has(2) or site.value(2) is not None)
@@ -172,23 +168,24 @@ def convolution(
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.jit.conv import conv2d
 
-        x, w, y, residual = (as_image(a) for a in (io.ins[0], io.ins[1], io.outs[0], (*io.ins, None, None)[3]))
-        if w.ndim == 3:
-            w = w[:, :, None]
-        return conv2d(
-            x,
-            w,
-            io.ins[2] if site.has(2) else None,
-            y,
-            io.scratch,
-            Split(io.threads, io.parallel),
-            group=int(site.attrs["group"]),
-            activation=activation(site),
-            residual=residual,
-            pack=lambda tag, build: io.pack(1, tag, build),
-            pack_b=lambda tag, build: io.pack(2, tag, build),
-            fast=not io.strict,
-            **window(site),
-        )
+        def pack(tag: str, build: Callable[[Array], Array]) -> Array:
+            return io.pack(1, tag, lambda w: build(w if w.ndim == 4 else w[:, :, None]))
+
+        def pack_b(tag: str, build: Callable[[Array], Array]) -> Array:
+            return io.pack(2, tag, build)
+
+        return conv2d(**told(site, io), pack=pack, pack_b=pack_b, fast=not io.strict)
 
     return kernels(bind, fits)
+
+
+def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
+    """Maximum pooling with channels last; `told` gives max_pool's arguments."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.windows import max_pool
+
+        parts = max(1, min(io.threads, site.spec(0).size // CHUNK))
+        return io.parallel(max_pool(**told(site, io), parts=parts))
+
+    return kernels(bind, lambda site: len(site.outs) == 1 and site.spec(0).ndim in (3, 4))

@@ -13,7 +13,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Bind, Buffers, Call, Case, Expansion, Kernel, Op, Site
-from infera_gpu.ops import batchnorm, conv, pool
+from infera_gpu.ops import _jit, batchnorm, conv, pool
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.calls import Split
@@ -134,29 +134,36 @@ def _split(io: Buffers) -> Split:
     return Split(io.threads, io.parallel)
 
 
-def _bind_conv(site: Site, io: Buffers) -> Sequence[Call]:
+def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
+    """What convolutions of two-dimensional images are told."""
     x, w, b, residual = (*io.ins, None, None)[:4]
     first = CONV.site(site)
-    return conv2d(
-        _as_2d(x),
-        conv.as_2d(w),
-        b,
-        _as_2d(io.outs[0]),
-        io.scratch,
-        _split(io),
-        group=int(site.attrs["group"]),
-        activation=conv.activation_of(first),
-        residual=_as_2d(residual),
-        pack=conv.packer(site, io, 1),
+    return {
+        "x": _as_2d(x),
+        "w": conv.as_2d(w),
+        "b": b,
+        "y": _as_2d(io.outs[0]),
+        "scratch": io.scratch,
+        "split": _split(io),
+        "group": int(site.attrs["group"]),
+        "activation": conv.activation_of(first),
+        "residual": _as_2d(residual),
         **conv.window_2d(conv.conv_window(first)).params,
-    )
+    }
+
+
+def _bind_conv(site: Site, io: Buffers) -> Sequence[Call]:
+    return conv2d(**_convolution(site, io), pack=conv.packer(site, io, 1))
+
+
+def _max(site: Site, io: Buffers) -> dict[str, Any]:
+    """What maximum pooling of two-dimensional images is told."""
+    found = conv.window_2d(window(MAX.site(site)))
+    return {"x": _as_2d(io.ins[0]), "y": _as_2d(io.outs[0]), "kernel": found.kernel, **found.params}
 
 
 def _bind_max(site: Site, io: Buffers) -> Sequence[Call]:
-    found = conv.window_2d(window(MAX.site(site)))
-    return max_pool2d(
-        _as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, _split(io), kernel=found.kernel, **found.params
-    )
+    return max_pool2d(**_max(site, io), scratch=io.scratch, split=_split(io))
 
 
 def _bind_average(site: Site, io: Buffers) -> Sequence[Call]:
@@ -183,15 +190,15 @@ def _planar(site: Site) -> bool:
 
 
 _PLAIN_CONV = tuple(replace(c, id=f"bare-{c.id}") for c in _named(conv.OPS, "Conv").cases)
-_BINDS: tuple[tuple[ChannelsLast, Bind], ...] = (
-    (MAX, _bind_max),
-    (AVERAGE, _bind_average),
-    (GLOBAL_AVERAGE, _bind_global(global_average_pool)),
-    (GLOBAL_MAX, _bind_global(global_max_pool)),
+_POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
+    (MAX, {"cpu": Kernel(_bind_max, _planar)} | _jit.max_pool(_max)),
+    (AVERAGE, {"cpu": Kernel(_bind_average, _planar)}),
+    (GLOBAL_AVERAGE, {"cpu": Kernel(_bind_global(global_average_pool), _planar)}),
+    (GLOBAL_MAX, {"cpu": Kernel(_bind_global(global_max_pool), _planar)}),
 )
 
 OPS: tuple[Op, ...] = (
-    CONV.op((*CONV.first.cases, *_PLAIN_CONV), {"cpu": Kernel(_bind_conv, _planar)} | _jit.convolution(_window, _activation)),
+    CONV.op((*CONV.first.cases, *_PLAIN_CONV), {"cpu": Kernel(_bind_conv, _planar)} | _jit.convolution(_convolution)),
     BATCH_NORM.op(BATCH_NORM.first.cases, {"cpu": replace(BATCH_NORM.first.kernels["cpu"], bind=_bind_batch_norm)}),
-    *(moved.op(moved.first.cases, {"cpu": Kernel(bind, _planar)}) for moved, bind in _BINDS),
+    *(moved.op(moved.first.cases, kernels) for moved, kernels in _POOL_KERNELS),
 )
