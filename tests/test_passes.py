@@ -135,3 +135,28 @@ def test_constant_arithmetic_is_folded_and_dead_nodes_dropped() -> None:
     session = infera_gpu.load(model, device="cpu")
     assert [n.op for n in session.graph.nodes] == ["Mul"]
     np.testing.assert_array_equal(session.run({"x": np.array([1, 1], np.float32)})["y"], [2, 4])
+
+
+@pytest.mark.parametrize(
+    "activation",
+    ["Relu", "Sigmoid", "Tanh", "Softplus", "HardSigmoid <alpha = 0.3>", "LeakyRelu <alpha = 0.2>", "HardSwish"],
+)
+@pytest.mark.parametrize("residual", ["1, 2, 2, 2", "1, 2, 1, 1", "3, 2, 2, 2"])
+def test_a_residual_may_broadcast_before_any_activation(activation: str, residual: str) -> None:
+    """What the residual's shape is shows when the model is planned: the fused node then becomes its parts again."""
+    model = parse(
+        f"""
+        g (float[1, 1, 3, 3] x, float[{residual}] r) => (float[N, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {{1, -2, 3, -4, 5, 6, -7, 8}}> {{
+            a = Conv(x, w)
+            b = Add(r, a)
+            y = {activation}(b)
+        }}"""
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 1, 3, 3), "r": tuple(map(int, residual.split(",")))}
+    feeds = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+    want = infera_gpu.load(model, device="cpu", fuse=False).run(feeds)["y"]
+    session = infera_gpu.load(model, device="cpu")
+    assert [n.op for n in session.graph.nodes] == ["FusedConv"]
+    np.testing.assert_allclose(session.run(feeds)["y"], want, rtol=2e-6, atol=2e-6 * np.abs(want).max())

@@ -94,7 +94,21 @@ def _infer_fused(site: Site) -> Sequence[TensorSpec]:
     return (y,)
 
 
-_APART = {"relu": ("Relu",), "leaky_relu": ("LeakyRelu", "alpha"), "": ("Identity",)}
+_APART: dict[str, Node] = {
+    "": Node("Identity", (), ()),
+    "relu": Node("Relu", (), ()),
+    "leaky_relu": Node("LeakyRelu", (), ()),
+    "hard_sigmoid": Node("HardSigmoid", (), ()),
+    "hard_swish": Node("HardSwish", (), (), opset=14),
+    "sigmoid": Node("Sigmoid", (), ()),
+    "softplus": Node("Softplus", (), ()),
+    "swish": Node("Swish", (), (), opset=24),
+    "tanh": Node("Tanh", (), ()),
+    "mish": Node("Mish", (), (), opset=18),
+    "gelu": Node("Gelu", (), (), domain="infera"),
+    "gelu_tanh": Node("Gelu", (), (), {"approximate": "tanh"}, domain="infera"),
+}
+"""An activation -> the node that is it; its parameters are attributes."""
 
 
 def _split(site: Site) -> Expansion | None:
@@ -115,10 +129,9 @@ def _split(site: Site) -> Expansion | None:
         low, high = limits
         nodes += [Node("Max", (total, low), (capped,)), Node("Min", (capped, high), node.outputs)]
         return Expansion(tuple(nodes), limits)
-    if activation not in _APART:
-        raise site.fail(f"residual is {site.spec(3)}, expected {spec}")
-    op, *names = _APART[activation]
-    nodes.append(Node(op, (total,), node.outputs, dict(zip(names, params, strict=True))))
+    apart = _APART[activation]
+    attrs = {**apart.attrs, **dict(zip(ACTIVATIONS.get(activation, ()), params, strict=True))}
+    nodes.append(replace(apart, inputs=(total,), outputs=node.outputs, attrs=attrs))
     return Expansion(tuple(nodes))
 
 
@@ -138,7 +151,8 @@ def _compute_fused(
 
 def _supports(site: Site) -> bool:
     x = site.spec(0)
-    return x.ndim in (3, 4) and x.size > 0 and x.dtype in (np.float32, np.float64)
+    exact = x.dtype == np.float32 or site.attrs.get("activation") != "gelu"
+    return x.ndim in (3, 4) and x.size > 0 and x.dtype in (np.float32, np.float64) and exact
 
 
 def as_2d(a: Array | None) -> Array | None:
@@ -235,6 +249,10 @@ _FUSED = {
     "tanh": (),
     "swish": (),
     "hard_swish": (),
+    "gelu": (),
+    "gelu_tanh": (),
+    "mish": (),
+    "softplus": (),
 }
 
 _FUSED_CASES = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
-from infera_gpu.passes import activation, conv, gates, gelu, matmul, norm
+from infera_gpu.passes import activation, conv, gates, gelu, matmul, norm, weights
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
@@ -19,6 +19,8 @@ FUSIONS: tuple[Fusion, ...] = (
     *gelu.FUSIONS,
     *activation.FUSIONS,
     *gates.FUSIONS,
+    matmul.BIAS,
+    *weights.FUSIONS,
     *conv.FUSIONS,
     *matmul.FUSIONS,
 )

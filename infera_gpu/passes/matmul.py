@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, Replacement, fused, infera, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, fused, infera, node
+from infera_gpu.passes.epilogue import activated, activation_of
 
-ACTIVATIONS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "infera.Gelu": "gelu"}
+ACTIVATIONS = {name: name for name in ("relu", "tanh", "sigmoid", "gelu", "gelu_tanh")} | {"swish": "silu"}
+"""An epilogue's name -> FusedMatMul's."""
+
+ROWS = node("MatMul", "a", "#w", name="mm")
+PRODUCT = either(ROWS, node("infera.FusedMatMul", "a", "w", "?b", name="mm"))
 
 
 def _is_row_bias(match: Match) -> bool:
+    """One value a column, with as many axes before as the product has at most."""
     weight, bias = match.constant("w"), match.constant("b")
-    return weight.ndim == 2 and bias.shape == weight.shape[1:] and bias.dtype == weight.dtype
+    row = bias.size == bias.shape[-1] == weight.shape[-1] and bias.ndim <= (match.rank("a") or 1)
+    return weight.ndim == 2 and row and bias.dtype == weight.dtype
 
 
 BIAS = Fusion(
@@ -88,23 +95,22 @@ GEMM = Fusion(
 )
 
 
-def _plain(match: Match) -> bool:
-    """The matrix product has no activation yet, and a GELU is one that FusedMatMul knows."""
-    return not match.nodes["mm"].attrs.get("activation", "")
+def _can_activate(match: Match) -> bool:
+    """The product has no activation yet, and this is one that FusedMatMul knows, without parameters."""
+    found = activation_of(match, match.root)
+    return not match.nodes["mm"].attrs.get("activation", "") and found is not None and found[0] in ACTIVATIONS
 
 
 def _with_activation(match: Match) -> Replacement:
-    inner, root = match.nodes["mm"], match.root
-    name = ACTIVATIONS[root.qualified]
-    if name == "gelu" and root.attrs.get("approximate") == "tanh":
-        name = "gelu_tanh"
-    return Replacement(infera(match, "FusedMatMul", inner.inputs, {**inner.attrs, "activation": name}))
+    inner, found = match.nodes["mm"], activation_of(match, match.root)
+    assert found is not None
+    return Replacement(infera(match, "FusedMatMul", inner.inputs, {**inner.attrs, "activation": ACTIVATIONS[found[0]]}))
 
 
 ACTIVATION = Fusion(
     name="matmul_activation",
-    patterns=(node(tuple(ACTIVATIONS), node("infera.FusedMatMul", "a", "w", "?b", name="mm")),),
-    guard=_plain,
+    patterns=activated(PRODUCT),
+    guard=_can_activate,
     build=_with_activation,
     example="""
         example (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
@@ -136,7 +142,7 @@ def _with_residual(match: Match) -> Replacement:
 
 RESIDUAL = Fusion(
     name="matmul_residual",
-    patterns=(node("Add", node("infera.FusedMatMul", "a", "w", "?b", name="mm"), "r", commutes=True),),
+    patterns=(node("Add", PRODUCT, "r", commutes=True),),
     guard=lambda match: match.values["r"] not in match.graph.constants,
     build=_with_residual,
     example="""
@@ -161,4 +167,4 @@ RESIDUAL = Fusion(
     ),
 )
 
-FUSIONS = (BIAS, GEMM, ACTIVATION, RESIDUAL)
+FUSIONS = (GEMM, ACTIVATION, RESIDUAL)

@@ -22,10 +22,14 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "relu": (),
         "clip": ("low", "high"),
+        "gelu": (),
+        "gelu_tanh": (),
         "leaky_relu": ("alpha",),
         "hard_sigmoid": ("alpha", "beta"),
         "hard_swish": (),
+        "mish": (),
         "sigmoid": (),
+        "softplus": (),
         "swish": (),
         "tanh": (),
     }
