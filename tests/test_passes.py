@@ -68,9 +68,10 @@ def spellings(arg: Arg) -> Iterator[Arg]:
 
 
 def is_of_x_alone(arg: Arg) -> bool:
+    """Whether a pattern has no other value and no attributes that a guard would read."""
     if isinstance(arg, str):
         return arg == "x"
-    return not isinstance(arg, P | Either) or all(map(is_of_x_alone, arg.args))
+    return not isinstance(arg, P | Either) or (not getattr(arg, "node", "") and all(map(is_of_x_alone, arg.args)))
 
 
 def written(pattern: P) -> Graph:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
-from infera_gpu.passes import activation, conv, gates, gelu, matmul, norm, weights
+from infera_gpu.passes import activation, conv, gates, gelu, group, matmul, norm, pad, pairs, softmax, weights
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
@@ -15,7 +15,11 @@ from infera_gpu.passes.layout import convert
 from infera_gpu.passes.same import remove_identities, share_values
 
 FUSIONS: tuple[Fusion, ...] = (
+    *pairs.FUSIONS,
+    *pad.FUSIONS,
     *norm.FUSIONS,
+    *group.FUSIONS,
+    *softmax.FUSIONS,
     *gelu.FUSIONS,
     *activation.FUSIONS,
     *gates.FUSIONS,

@@ -1,0 +1,175 @@
+"""Pad goes into the window that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from infera_gpu.graph import Node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, node
+
+PADDED = node("Pad", "x", "?#pads", "?#value", name="pad")
+
+
+def _pads(match: Match) -> tuple[int, ...] | None:
+    """The padding of spatial axes, all begins then all ends; None where other axes are padded, or any is cropped."""
+    pad = match.nodes["pad"]
+    given: Sequence[int] = pad.attrs["pads"] if "pads" in pad.attrs else match.constant("pads").reshape(-1).tolist()
+    half = len(given) // 2
+    begins, ends = given[:half], given[half:]
+    if pad.attrs.get("mode", "constant") != "constant" or min(given) < 0 or half < 3:
+        return None
+    return None if any((*begins[:2], *ends[:2])) else (*map(int, begins[2:]), *map(int, ends[2:]))
+
+
+def _value(match: Match) -> float:
+    """What is padded with."""
+    if "value" in match.values:
+        return match.number("value")
+    return float(match.nodes["pad"].attrs.get("value", 0.0))
+
+
+def _own(window: Node, pads: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The window's own padding; None where it depends on the input's size."""
+    if window.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    return tuple(window.attrs.get("pads", ())) or (0,) * len(pads)
+
+
+def _is_padded(match: Match, value: float) -> bool:
+    """With a value that is the window's own beyond its input."""
+    pads, window = _pads(match), match.nodes["window"]
+    own = None if pads is None else _own(window, pads)
+    return pads is not None and own is not None and len(own) == len(pads) and _value(match) == value
+
+
+def _with_pads(match: Match, **attrs: int) -> Replacement:
+    window, pads = match.nodes["window"], _pads(match)
+    assert pads is not None
+    own = _own(window, pads)
+    assert own is not None
+    together = tuple(a + b for a, b in zip(own, pads, strict=True))
+    kept = {k: v for k, v in window.attrs.items() if k != "auto_pad"}
+    inputs = (match.values["x"], *window.inputs[1:])
+    return Replacement(replace(window, inputs=inputs, attrs={**kept, "pads": together, **attrs}))
+
+
+CONV = Fusion(
+    name="pad_into_conv",
+    patterns=(node("Conv", PADDED, "w", "?b", name="window"),),
+    guard=lambda match: _is_padded(match, 0.0),
+    build=_with_pads,
+    example="""
+        example (float[1, 1, 3, 3] x) => (float[1, 2, 4, 3] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}> {
+            t = Pad(x, p)
+            y = Conv <pads = [1, 0, 0, 1]> (t, w)
+        }""",
+    near_misses=(
+        """
+        one_outside (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}, float v = {1}> {
+            t = Pad(x, p, v)
+            y = Conv(t, w)
+        }""",
+        """
+        cropped (float[1, 1, 4, 3] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, -1, 0}> {
+            t = Pad(x, p)
+            y = Conv(t, w)
+        }""",
+        """
+        reflected (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}> {
+            t = Pad <mode = "reflect"> (x, p)
+            y = Conv(t, w)
+        }""",
+        """
+        channels (float[1, 1, 3, 3] x) => (float[1, 1, 2, 2] y)
+        <float[1, 2, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 1, 0, 0, 0, 0, 0, 0}> {
+            t = Pad(x, p)
+            y = Conv(t, w)
+        }""",
+        """
+        padding_read_elsewhere (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y, float[1, 1, 4, 3] t)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}> {
+            t = Pad(x, p)
+            y = Conv(t, w)
+        }""",
+    ),
+)
+
+
+def _is_averaged(match: Match) -> bool:
+    """Padding counts, which it does where the pool has none of its own; a last partial window counts otherwise."""
+    window = match.nodes["window"]
+    counts = bool(window.attrs.get("count_include_pad", 0)) or not any(window.attrs.get("pads", ()))
+    return counts and not window.attrs.get("ceil_mode", 0) and _is_padded(match, 0.0)
+
+
+AVERAGE = Fusion(
+    name="pad_into_average_pool",
+    patterns=(node("AveragePool", PADDED, name="window"),),
+    guard=_is_averaged,
+    build=lambda match: _with_pads(match, count_include_pad=1),
+    example="""
+        example (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
+            t = Pad(x, p)
+            y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+    near_misses=(
+        """
+        own_padding_does_not_count (float[1, 2, 4, 3] x) => (float[1, 2, 3, 2] y)
+        <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
+            t = Pad(x, p)
+            y = AveragePool <kernel_shape = [2, 2], strides = [2, 2], pads = [1, 0, 1, 0]> (t)
+        }""",
+    ),
+)
+
+
+def _is_maximum(match: Match) -> bool:
+    """Nothing is below what is padded with."""
+    if _value(match) == -np.inf:
+        return _is_padded(match, -np.inf)
+    return match.draft.made_by.get(match.values["x"]) in ("Relu", "Sigmoid", "Softplus") and _is_covered(match)
+
+
+def _is_covered(match: Match) -> bool:
+    """Zeros around what is not negative: every window must reach inside, or its maximum would be -inf."""
+    pads, kernel = _pads(match), match.nodes["window"].attrs["kernel_shape"]
+    dilated = any(d != 1 for d in match.nodes["window"].attrs.get("dilations", ()))
+    own = any(match.nodes["window"].attrs.get("pads", ()))
+    reach = pads is not None and all(p < k for p, k in zip(pads, (*kernel, *kernel), strict=True))
+    return reach and not dilated and not own and _is_padded(match, 0.0)
+
+
+MAXIMUM = Fusion(
+    name="pad_into_max_pool",
+    patterns=(node("MaxPool", PADDED, name="window"),),
+    guard=_is_maximum,
+    build=_with_pads,
+    example="""
+        example (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
+            r = Relu(x)
+            t = Pad(r, p)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+    near_misses=(
+        """
+        zeros_among_negatives (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
+            t = Pad(x, p)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+        """
+        window_of_zeros (float[1, 2, 4, 2] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 2, 0, 0, 0, 0}> {
+            r = Relu(x)
+            t = Pad(r, p)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+    ),
+)
+
+FUSIONS = (CONV, AVERAGE, MAXIMUM)
