@@ -98,26 +98,83 @@ def _view(device: Device, block: Any, operand: Operand) -> Array:
     return host_view(block, operand) if operand.space == "host" else device.view(block, operand)
 
 
+MEASURED = 4096
+"""Answers that a measurer remembers; beyond that it forgets all of them."""
+
+SMALL = 16
+"""Elements of a constant on which a kernel's scratch may depend whatever its type; see op.Kernel."""
+
+
 def measurer(device: Device, constants: Constants) -> Callable[..., int]:
-    """A lower.Measure: binds a kernel to host dummies and adds up the scratch that it asks for."""
+    """A lower.Measure: binds a kernel to host dummies and adds up the scratch that it asks for.
+
+    Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
+    """
+    known: dict[tuple[object, ...], int] = {}
 
     def measure(kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]) -> int:
-        total = 0
         if not any(o.nbytes for o in outs):
             return 0
-
-        def scratch(nbytes: int) -> tuple[HostArray, int]:
-            nonlocal total
-            total += aligned(nbytes)
-            return host_block(nbytes), 0
-
-        io = BoundBuffers(
-            device, constants, placed, tuple(o and _dummy(o) for o in ins), tuple(map(_dummy, outs)), "host", scratch
-        )
-        kernel.bind(placed.site, io)
-        return total
+        key = _alike(kernel, placed, ins, outs)
+        found = None if key is None else known.get(key)
+        if found is None:
+            found = _scratch_bytes(device, constants, kernel, placed, ins, outs)
+            if key is not None:
+                if len(known) >= MEASURED:
+                    known.clear()
+                known[key] = found
+        return found
 
     return measure
+
+
+def _scratch_bytes(
+    device: Device,
+    constants: Constants,
+    kernel: Kernel,
+    placed: Placed,
+    ins: tuple[Operand | None, ...],
+    outs: tuple[Operand, ...],
+) -> int:
+    total = 0
+
+    def scratch(nbytes: int) -> tuple[HostArray, int]:
+        nonlocal total
+        total += aligned(nbytes)
+        return host_block(nbytes), 0
+
+    dummies = tuple(o and _dummy(o) for o in ins)
+    io = BoundBuffers(device, constants, placed, dummies, tuple(map(_dummy, outs)), "host", scratch)
+    kernel.bind(placed.site, io)
+    return total
+
+
+def _alike(
+    kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
+) -> tuple[object, ...] | None:
+    """Equal for two nodes that ask for the same scratch; None where that cannot be told."""
+    site = placed.site
+    values: list[object] = []
+    for value in site.values:
+        if value is None:
+            values.append(None)
+        elif value.size <= SMALL and value.dtype != object:
+            values.append(value.tobytes())
+        elif value.dtype.kind == "f":
+            values.append(True)
+        else:
+            return None
+    key = (
+        (id(placed.op), id(kernel), site.opset, *site.attrs.values()),
+        tuple(None if o is None else (o.shape, o.strides, o.dtype) for o in (*ins, *outs)),
+        tuple(values),
+        tuple(map(bool, site.node.outputs)),
+    )
+    try:
+        hash(key)
+    except TypeError:  # an attribute is an array
+        return None
+    return key
 
 
 def _dummy(operand: Operand) -> HostArray:

@@ -22,8 +22,9 @@ def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     step = itemsize
     for d in reversed(shape):
         strides.append(step)
-        step *= max(d, 1)
-    return tuple(reversed(strides))
+        if d:
+            step *= d
+    return tuple(strides[::-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Operand:
     def is_contiguous(self) -> bool:
         """Row-major without gaps (dimensions of one element have any stride)."""
         want = contiguous_strides(self.shape, self.dtype.itemsize)
-        return 0 in self.shape or all(d == 1 or s == w for d, s, w in zip(self.shape, self.strides, want, strict=True))
+        if self.strides == want or 0 in self.shape:
+            return True
+        return all(d == 1 or s == w for d, s, w in zip(self.shape, self.strides, want, strict=True))
 
     def bounds(self) -> tuple[int, int]:
         """First byte and one past the last byte that the window touches."""
@@ -61,7 +64,9 @@ class Operand:
         return low, self.offset + sum(max(r, 0) for r in reach) + self.dtype.itemsize
 
     def moved(self, by: int) -> Operand:
-        return replace(self, offset=self.offset + by)
+        return Operand(
+            self.root, self.space, self.shape, self.dtype, self.strides, self.offset + by, self.constant
+        )  # several times faster than dataclasses.replace, and asked for several times a node
 
 
 def dense(root: str, space: Space, spec: TensorSpec, *, constant: bool = False) -> Operand:

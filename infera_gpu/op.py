@@ -44,6 +44,10 @@ class Site:
     outs: tuple[TensorSpec, ...] = ()
     opset: int = 0
 
+    def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
+        """The same site with these outputs."""
+        return Site(self.node, self.attrs, self.ins, self.values, outs, self.opset)
+
     def has(self, i: int) -> bool:
         """Whether input i is present."""
         return i < len(self.ins) and self.ins[i] is not None
@@ -156,7 +160,9 @@ class Kernel:
     The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
     `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
     `strided` gets contiguous inputs. `workspace` gives the bytes of scratch; None measures them by binding once on
-    host dummies. `allocates` marks a kernel that does allocate, which `inspect` shows.
+    host dummies. What is asked for may depend on the attributes, on shapes, strides and types, on small constants and
+    on those of integers, but not on the elements of a large floating-point constant: nodes that differ in nothing else
+    are measured once. `allocates` marks a kernel that does allocate, which `inspect` shows.
     """
 
     bind: Bind
@@ -253,16 +259,20 @@ class Op:
 
     def fill(self, node: Node) -> dict[str, Any]:
         """The node's attributes with defaults. Raises PlanError for an unknown or a missing one."""
-        unknown = [k for k in node.attrs if k not in self.attrs]
-        if unknown:
+        given = node.attrs.keys()
+        if not given <= self.attrs.keys():
+            unknown = next(k for k in given if k not in self.attrs)
             raise PlanError(
-                f"{node}: unknown attribute '{unknown[0]}'; {self.qualified} has {', '.join(self.attrs) or 'none'}"
+                f"{node}: unknown attribute '{unknown}'; {self.qualified} has {', '.join(self.attrs) or 'none'}"
             )
-        filled = {**self.attrs, **node.attrs}
-        missing = [k for k, v in filled.items() if v is REQUIRED]
-        if missing:
-            raise PlanError(f"{node}: attribute '{missing[0]}' is required")
-        return filled
+        if not given >= self._required:
+            missing = next(k for k in self.attrs if k in self._required - given)
+            raise PlanError(f"{node}: attribute '{missing}' is required")
+        return {**self.attrs, **node.attrs}
+
+    @cached_property
+    def _required(self) -> frozenset[str]:
+        return frozenset(k for k, v in self.attrs.items() if v is REQUIRED)
 
     def outputs(self, xp: Any, site: Site, ins: Sequence[Array]) -> tuple[Array, ...]:
         """`compute`, as a tuple; where all outputs are known to be empty there is nothing to compute."""
@@ -277,6 +287,7 @@ class Registry:
 
     def __init__(self, ops: Iterable[Op] = ()) -> None:
         self._ops: dict[tuple[str, str], list[Op]] = {}
+        self._found: dict[tuple[str, str, int], Op | None] = {}
         for op in ops:
             versions = self._ops.setdefault((op.domain, op.name), [])
             if any(o.since == op.since for o in versions):
@@ -286,8 +297,13 @@ class Registry:
 
     def find(self, domain: str, name: str, opset: int) -> Op | None:
         """The declaration for this opset, or None."""
-        versions = self._ops.get((domain, name), ())
-        return next((o for o in reversed(versions) if o.since <= opset), None)
+        key = (domain, name, opset)
+        if key not in self._found:
+            versions = self._ops.get((domain, name))
+            if versions is None:  # names come from files: those of no operator are not kept
+                return None
+            self._found[key] = next((o for o in reversed(versions) if o.since <= opset), None)
+        return self._found[key]
 
     def __iter__(self) -> Iterator[Op]:
         return (o for versions in self._ops.values() for o in versions)
@@ -322,10 +338,12 @@ def broadcast(dtype: DType | None = None, *, mixed: bool = False) -> Infer:
             raise site.fail("at least one input is required")
         if not mixed and len({s.dtype for s in present}) > 1:
             raise site.fail(f"inputs {', '.join(map(str, present))} differ in type; expected one type, Cast the others")
-        try:
-            shape = np.broadcast_shapes(*(s.dims for s in present))
-        except ValueError:
-            raise site.fail(f"shapes {', '.join(map(str, present))} do not broadcast") from None
+        shape = present[0].dims
+        if any(s.dims != shape for s in present):
+            try:
+                shape = np.broadcast_shapes(*(s.dims for s in present))
+            except ValueError:
+                raise site.fail(f"shapes {', '.join(map(str, present))} do not broadcast") from None
         return (TensorSpec(shape, present[-1].dtype if dtype is None else dtype),)
 
     return infer

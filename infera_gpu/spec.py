@@ -18,6 +18,8 @@ Array: TypeAlias = Any
 
 DType: TypeAlias = np.dtype[Any]
 
+_INT = frozenset({int})
+
 # TensorProto.DataType, by number (onnx.proto is append-only, so the numbers are stable).
 _ONNX_TO_NUMPY: dict[int, DType] = {
     1: np.dtype(np.float32),
@@ -76,7 +78,7 @@ class TensorSpec:
     @property
     def is_static(self) -> bool:
         """Whether every dimension is an integer."""
-        return self.ranked and all(type(d) is int for d in self.shape)
+        return self.ranked and _INT.issuperset(map(type, self.shape))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -151,7 +153,7 @@ def tensors_of(specs: Mapping[str, ValueSpec], what: str) -> dict[str, TensorSpe
 
 def is_plain(spec: ValueSpec) -> bool:
     """Whether such values are bytes that an arena can hold: tensors, those of strings excepted."""
-    return isinstance(spec, TensorSpec) and spec.dtype != object
+    return isinstance(spec, TensorSpec) and spec.dtype.kind != "O"
 
 
 def value_spec(value: Any) -> ValueSpec:
@@ -170,6 +172,8 @@ def value_spec(value: Any) -> ValueSpec:
 
 def spec_of(array: Array) -> TensorSpec:
     """The spec of an array."""
+    if type(array) is np.ndarray:
+        return TensorSpec(array.shape, array.dtype)
     return TensorSpec(tuple(int(d) for d in array.shape), np.dtype(array.dtype))
 
 

@@ -130,7 +130,7 @@ class _Walk:
 
     def visit(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            missing = {v for v in node.reads() if v in self.blocked}
+            missing = self.blocked.intersection(node.reads()) if self.blocked else None
             if missing and not (missing <= self.pending and self.find(node).host):
                 self.block(node)
             else:
@@ -173,7 +173,7 @@ class _Walk:
     def place(self, node: Node) -> None:
         opset = version_of(node, self.opsets)
         op = self.find(node)
-        if op.host or any(v in self.objects and v not in self.known for v in node.inputs):
+        if op.host or (self.objects and any(v in self.objects and v not in self.known for v in node.inputs)):
             self.later(op, node)
             return
         site = Site(
@@ -183,11 +183,12 @@ class _Walk:
             values=tuple(self.known.get(i) if i else None for i in node.inputs),
             opset=opset,
         )
-        unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
-        if unknown:
-            self.waits.update(dict.fromkeys(unknown))
-            self.block(node)
-            return
+        if op.values:
+            unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
+            if unknown:
+                self.waits.update(dict.fromkeys(unknown))
+                self.block(node)
+                return
         expansion = op.expand(site) if op.expand else None
         if expansion is not None:
             self.define(expansion.constants)
@@ -202,8 +203,8 @@ class _Walk:
             else:
                 self.later(op, node)
             return
-        site = replace(site, outs=tuple(s for s in inferred if s is not None))
-        if is_known(op, site) and may_fold(op, site, site.outs, self.budget):
+        site = site.giving(tuple(s for s in inferred if s is not None))
+        if is_known(op, site) and may_fold(op, site, inferred, self.budget):
             self.fold(op, site, site.values)
         elif op.shapes_only:
             self.fold(
@@ -232,7 +233,7 @@ class _Walk:
 
 def is_known(op: Op, site: Site) -> bool:
     """Whether the outputs can be computed while planning."""
-    return op.pure and all(v is not None for i, v in enumerate(site.values) if site.has(i))
+    return op.pure and all(v is not None or s is None for s, v in zip(site.ins, site.values, strict=True))
 
 
 def named(node: Node, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:

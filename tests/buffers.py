@@ -98,6 +98,11 @@ class GuardedBuffers:
         assert value is not None, f"pack('{tag}') of input {i}, which is not constant"
         return build(value)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of everything that was asked for."""
+        return sum(g.array.nbytes for g in self._scratch)
+
     def prepare(self, wrong: Sequence[HostArray], ins: Sequence[HostArray | None] | None = None) -> None:
         """Before a run: scratch poisoned, outputs holding `wrong` values, inputs as given, or `ins`."""
         for g in self._scratch:

@@ -1,0 +1,94 @@
+"""What planning a shape may take for granted, and what it does only once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_gpu.bind import SMALL, Constants, measurer
+from infera_gpu.devices.cpu import CpuDevice
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.layout import Operand, dense
+from infera_gpu.op import Buffers, Call, Kernel, Op, Site
+from infera_gpu.ops import registry
+from infera_gpu.spec import spec_of
+from infera_gpu.specialize import Placed
+from tests.buffers import GuardedBuffers
+from tests.cases import covered
+
+
+def scratch_bytes(kernel: Kernel, site: Site, ins: Sequence[HostArray | None]) -> int:
+    buffers = GuardedBuffers(ins, site.outs, site.values)
+    kernel.bind(site, buffers)
+    return buffers.scratch_bytes
+
+
+@pytest.mark.parametrize("filling", [0.0, 1.0, -1000.0])
+def test_scratch_does_not_depend_on_what_large_constants_hold(filling: float) -> None:
+    """What Kernel promises of floating-point constants, and planning relies on."""
+    compared = 0
+    for op, case, variants in covered("cpu"):
+        kernel = op.kernels["cpu"]
+        for site, ins in variants:
+            large = [v is not None and v.dtype.kind == "f" and v.size > SMALL for v in site.values]
+            filled = tuple(
+                np.full_like(v, filling) if is_large and v is not None else v
+                for v, is_large in zip(site.values, large, strict=True)
+            )
+            changed = replace(site, values=filled)
+            if any(large) and kernel.supports(changed):
+                assert scratch_bytes(kernel, changed, ins) == scratch_bytes(kernel, site, ins), f"{op.name} {case.id}"
+                compared += 1
+    assert compared > 50
+
+
+class Counting:
+    """A kernel that asks for scratch, and says how often it was bound."""
+
+    def __init__(self) -> None:
+        self.bound = 0
+        self.kernel = Kernel(self.bind)
+        self.measure = measurer(CpuDevice(), Constants(CpuDevice(), Graph((), {}, {})))
+
+    def bind(self, site: Site, io: Buffers) -> list[Call]:
+        self.bound += 1
+        io.scratch((self.bound, 1000))
+        return []
+
+    def ask(self, op: Op, *ins: HostArray, known: Sequence[int] = (1,), **attrs: Any) -> int:
+        """Bytes for a node over these inputs, of which some are constants."""
+        node = Node(op.name, tuple(f"in{i}" for i in range(len(ins))), ("y",), attrs)
+        values = tuple(x if i in known else None for i, x in enumerate(ins))
+        specs = tuple(map(spec_of, ins))
+        site = Site(node, op.fill(node), specs, values, specs[:1], 17)
+        given: tuple[Operand, ...] = tuple(dense(f"in{i}", "host", s) for i, s in enumerate(specs))
+        return self.measure(self.kernel, Placed(op, site), given, (dense("y", "host", specs[0]),))
+
+
+def test_nodes_that_are_alike_are_measured_once() -> None:
+    op = registry().find("", "Gemm", 17)
+    assert op is not None
+    x, w = np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32)
+    counting = Counting()
+    first = counting.ask(op, x, w)
+    assert counting.ask(op, x + 1, w + 1) == first  # other values
+    assert counting.bound == 1
+    one = w[:1, :4]
+    different: tuple[tuple[HostArray, HostArray, dict[str, Any]], ...] = (
+        (x, w, {"alpha": 2.0}),
+        (x, w, {"known": ()}),
+        (x[:4], w, {}),
+        (x.astype(np.float64), w.astype(np.float64), {}),
+        (x, one, {}),
+        (x, one + 1, {}),  # a small constant
+        (x, w.astype(np.int64), {}),
+        (x, w.astype(np.int64), {}),  # a large one of integers
+    )
+    for a, b, options in different:
+        before = counting.bound
+        counting.ask(op, a, b, **options)
+        assert counting.bound == before + 1
