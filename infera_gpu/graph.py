@@ -58,13 +58,16 @@ class Node:
     @property
     def subgraphs(self) -> tuple[tuple[str, Graph], ...]:
         """(attribute, graph) of every subgraph."""
-        return tuple((k, v) for k, v in self.attrs.items() if isinstance(v, Graph))
+        if not self.attrs:
+            return ()
+        return tuple([(k, v) for k, v in self.attrs.items() if isinstance(v, Graph)])
 
-    def reads(self) -> Iterator[str]:
+    def reads(self) -> list[str]:
         """Every value this node needs, those that its subgraphs capture included."""
-        yield from (i for i in self.inputs if i)
+        needed = [i for i in self.inputs if i]
         for _, sub in self.subgraphs:
-            yield from sub.captures()
+            needed += sub.captures()
+        return needed
 
 
 def version_of(node: Node, opsets: Mapping[str, int]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from infera_gpu.errors import InvalidModel
@@ -63,20 +65,49 @@ def check_node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
 
     domain = domain_name(proto.domain)
     version = opsets.get(domain, 1)
-    try:
-        schema = onnx.defs.get_schema(text(proto.op_type), version, domain)
-    except onnx.defs.SchemaError:
+    rules = _rules(text(proto.op_type), version, domain)
+    if rules is None:
         return  # not a standard operator: the registry knows it, or lists it as unsupported
-    label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
-    for what, given, least, most in (
-        ("inputs", len(proto.input), schema.min_input, schema.max_input),
-        ("outputs", len(proto.output), schema.min_output, schema.max_output),
+    for what, given, (least, most) in (
+        ("inputs", len(proto.input), rules.inputs),
+        ("outputs", len(proto.output), rules.outputs),
     ):
         if not least <= given <= most:
             expected = str(least) if least == most else f"{least} to {most}" if most < 1 << 20 else f"{least} or more"
-            raise InvalidModel(f"{label} has {given} {what}, expected {expected}")
+            raise InvalidModel(f"{_label(proto)} has {given} {what}, expected {expected}")
     for a in proto.attribute:
-        declared: Any = schema.attributes.get(a.name)
-        if declared is not None and int(declared.type.value) != a.type:
+        declared = rules.attributes.get(a.name)
+        if declared is not None and declared[0] != a.type:
             got = onnx.AttributeProto.AttributeType.Name(a.type)
-            raise InvalidModel(f"{label}: attribute '{a.name}' is {got}, expected {declared.type.name}")
+            raise InvalidModel(f"{_label(proto)}: attribute '{a.name}' is {got}, expected {declared[1]}")
+
+
+def _label(proto: onnx.NodeProto) -> str:
+    return f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What ONNX says of an operator: how many inputs and outputs, at least and at most, and its attributes' types, as
+    numbers and names of AttributeProto.AttributeType."""
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    attributes: Mapping[str, tuple[int, str]]
+
+
+@lru_cache(maxsize=1024)
+def _rules(name: str, version: int, domain: str) -> _Rules | None:
+    """None for what is no standard operator."""
+    import onnx
+
+    try:
+        schema = onnx.defs.get_schema(name, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+    declared: Mapping[str, Any] = schema.attributes
+    return _Rules(
+        (schema.min_input, schema.max_input),
+        (schema.min_output, schema.max_output),
+        {k: (int(a.type.value), a.type.name) for k, a in declared.items()},
+    )
