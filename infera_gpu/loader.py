@@ -1,32 +1,26 @@
-"""ONNX file -> Graph. With tensors and wellformed, the only modules that import onnx."""
+"""ONNX file -> Graph. With source, tensors and wellformed, the only modules that import onnx."""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infera_gpu.errors import InvalidModel
 from infera_gpu.functions import Function, Key, Reference, constants_first, inline
 from infera_gpu.graph import Graph, HostArray, Node, made_name
+from infera_gpu.source import Bodies, Source, read_model
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
 from infera_gpu.wellformed import check_ir_version, check_node, domain_name, opset_versions, text, value_name
 
 if TYPE_CHECKING:
     import onnx
-
-Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | onnx.ModelProto"
-
-
-MAX_BYTES = 1 << 31
-"""Bytes of a model file: no protobuf is larger. What is, keeps its tensors in external files."""
 
 
 def load_graph(source: Source) -> Graph:
@@ -35,13 +29,13 @@ def load_graph(source: Source) -> Graph:
     Model-local functions are inlined, Constant nodes become constants and sparse tensors dense ones. Raises
     InvalidModel for anything that is not a complete ONNX model, naming what is wrong.
     """
-    model, name = _read(source)
+    model, name, bodies = read_model(source)
     tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None)
     try:
         check_ir_version(model.ir_version)
         opsets = opset_versions(model.opset_import)
         reader = _Reader(opsets, tensors)
-        graph = inline(reader.graph(model.graph, name), _functions(model, reader))
+        graph = inline(reader.graph(model.graph, name, bodies), _functions(model, reader))
         graph = constants_first(graph, _constant)
         if model.ir_version < 4:  # such files list every initialiser as an input
             graph = replace(graph, overridable={})
@@ -52,60 +46,6 @@ def load_graph(source: Source) -> Graph:
         raise InvalidModel(f"{name}: {error}") from None
     except RecursionError:
         raise InvalidModel(f"{name}: its graphs are nested too deep") from None
-
-
-def _read(source: Source) -> tuple[onnx.ModelProto, str]:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if isinstance(source, onnx.ModelProto):
-        return source, source.graph.name or "model"
-    if isinstance(source, bytes | bytearray | memoryview):
-        name, payload = "model", bytes(source)
-    elif not isinstance(source, str | os.PathLike) or "\0" in os.fsdecode(source):
-        raise InvalidModel(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
-    else:
-        path = Path(os.fsdecode(source))
-        name, payload = path.name, _payload(path)
-    if not payload:
-        raise InvalidModel(f"{name}: the file is empty")
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(payload)
-    except DecodeError:
-        what = next((what for start, what in _OTHER_FILES.items() if payload.lstrip().startswith(start)), "")
-        raise InvalidModel(
-            f"{name}: not an ONNX model, {what or 'or a truncated one'} ({len(payload):,} bytes do not parse)"
-        ) from None
-    if not model.ir_version or not model.HasField("graph"):
-        raise InvalidModel(f"{name}: not an ONNX model ({len(payload):,} bytes parse, but hold no graph)")
-    return model, name
-
-
-_OTHER_FILES = {
-    b"version https://git-lfs": "but a pointer to one in Git LFS: fetch it with `git lfs pull`",
-    b"<": "but a page of a web site; was it downloaded from the right address?",
-    b"PK": "but an archive: unpack it",
-    b"\x1f\x8b": "but a compressed file: unpack it",
-}
-"""What files begin with that are often taken for models."""
-
-
-def _payload(path: Path) -> bytes:
-    try:
-        about = path.stat()
-        if stat.S_ISFIFO(about.st_mode) or stat.S_ISCHR(about.st_mode):
-            raise InvalidModel(f"{path}: no regular file")
-        if about.st_size >= MAX_BYTES:
-            raise InvalidModel(
-                f"{path}: {about.st_size:,} bytes, an ONNX file has less than {MAX_BYTES:,}; "
-                "save it with its tensors as external data"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidModel(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InvalidModel(f"the path {str(path)!r} is none: {error}") from None
 
 
 def _functions(model: onnx.ModelProto, reader: _Reader) -> dict[Key, Function]:
@@ -132,17 +72,22 @@ class _Reader:
     tensors: Tensors
     in_function: bool = False
 
-    def graph(self, proto: onnx.GraphProto, name: str = "") -> Graph:
+    def graph(self, proto: onnx.GraphProto, name: str = "", bodies: Bodies | None = None) -> Graph:
+        """`bodies` holds the raw data of initialisers that are empty in `proto`, by their number."""
         constants: dict[str, HostArray] = {}
-        for kind, read, given in (
-            ("initialiser", self.tensors.array, ((t.name, t) for t in proto.initializer)),
-            ("sparse initialiser", self.tensors.sparse, ((t.values.name, t) for t in proto.sparse_initializer)),
-        ):
-            for label, tensor in given:
-                _named(label, kind)
-                if label in constants:
-                    raise InvalidModel(f"initialiser '{label}' is given twice")
-                constants[label] = read(tensor, f"{kind} '{label}'")
+
+        def new(label: str, kind: str) -> str:
+            if _named(label, kind) in constants:
+                raise InvalidModel(f"initialiser '{label}' is given twice")
+            return f"{kind} '{label}'"
+
+        for i, tensor in enumerate(proto.initializer):
+            constants[tensor.name] = self.tensors.array(
+                tensor, new(tensor.name, "initialiser"), bodies.get(i) if bodies else None
+            )
+        for sparse in proto.sparse_initializer:
+            label = sparse.values.name
+            constants[label] = self.tensors.sparse(sparse, new(label, "sparse initialiser"))
         inputs: dict[str, ValueSpec] = {}
         overridable: dict[str, ValueSpec] = {}
         for v in proto.input:
@@ -320,22 +265,3 @@ def _dim(d: onnx.TensorShapeProto.Dimension) -> Dim:
     if d.WhichOneof("value") == "dim_value":
         return int(d.dim_value) if d.dim_value >= 0 else None
     return text(d.dim_param) or None
-
-
-def read_metadata(source: Source) -> dict[str, Any]:
-    """What a model says about itself, by the names of onnxruntime's ModelMetadata. External data is not read."""
-    import onnx
-
-    if isinstance(source, bytes | bytearray | memoryview):
-        model = onnx.load_model_from_string(bytes(source))
-    else:
-        model = source if isinstance(source, onnx.ModelProto) else onnx.load(source, load_external_data=False)
-    return {
-        "custom_metadata_map": {p.key: p.value for p in model.metadata_props},
-        "description": model.doc_string,
-        "domain": model.domain,
-        "graph_description": model.graph.doc_string,
-        "graph_name": model.graph.name,
-        "producer_name": model.producer_name,
-        "version": int(model.model_version),
-    }

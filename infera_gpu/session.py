@@ -19,11 +19,12 @@ from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.feeds import shape_of, value_of
 from infera_gpu.graph import Graph
 from infera_gpu.lease import Lease
-from infera_gpu.loader import Source, load_graph
+from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
+from infera_gpu.source import Source
 from infera_gpu.spec import (
     Array,
     TensorSpec,

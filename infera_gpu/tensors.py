@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from infera_gpu.wellformed import text
 if TYPE_CHECKING:
     import onnx
 
-    Buffer = bytes | memoryview
+Buffer: TypeAlias = bytes | memoryview | HostArray
 
 _PACKED_BITS = {
     "int4": 4,
@@ -53,8 +53,11 @@ class Tensors:
         self._copied = 0
         self._dense = self._stored = 0
 
-    def array(self, tensor: onnx.TensorProto, what: str) -> HostArray:
-        """The tensor as an array. Raises InvalidModel, naming it as `what`."""
+    def array(self, tensor: onnx.TensorProto, what: str, body: Buffer | None = None) -> HostArray:
+        """The tensor as an array. `body` is its raw data, where that has been cut out.
+
+        Raises InvalidModel, naming it as `what`.
+        """
         from onnx import TensorProto
 
         dtype, shape = self._type(tensor, what)
@@ -63,7 +66,7 @@ class Tensors:
         if tensor.data_location == TensorProto.EXTERNAL:
             array = self._external(tensor, dtype, shape, what)
         elif tensor.HasField("raw_data"):
-            array = _elements(tensor.raw_data, dtype, shape, what)
+            array = _elements(tensor.raw_data if body is None else body, dtype, shape, what)
         else:
             array = _typed(tensor, shape, what)
         array.flags.writeable = False

@@ -23,9 +23,10 @@ import numpy as np
 from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import Graph, HostArray, Node, version_of
-from infera_gpu.loader import Source, load_graph
+from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.session import Session
+from infera_gpu.source import Source
 from infera_gpu.spec import TensorSpec, ValueSpec, onnx_of_dtype, spec_of
 from infera_gpu.specialize import check_supported
 

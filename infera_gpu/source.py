@@ -1,0 +1,125 @@
+"""A path, bytes or a ModelProto -> a parsed model, its large initialisers read past the parser."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+import numpy as np
+
+from infera_gpu.errors import InvalidModel
+from infera_gpu.graph import HostArray
+from infera_gpu.tensors import Buffer
+from infera_gpu.wire import skim
+
+if TYPE_CHECKING:
+    import onnx
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | onnx.ModelProto"
+
+Bodies: TypeAlias = Mapping[int, Buffer]
+"""The raw data of initialisers that have been cut out of a model, by the initialiser's number."""
+
+_NONE: Bodies = {}
+
+SKIMMED = 1 << 20
+"""Bytes of a file from which on its large initialisers do not go through the parser."""
+
+MAX_BYTES = 1 << 31
+"""Bytes of a model file: no protobuf is larger. What is, keeps its tensors in external files."""
+
+
+def read_model(source: Source, *, weights: bool = True) -> tuple[onnx.ModelProto, str, Bodies]:
+    """The model, its name, and what has been cut out of it; without `weights` that is not read.
+
+    Raises InvalidModel for what is no model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if isinstance(source, onnx.ModelProto):
+        return source, source.graph.name or "model", _NONE
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, payload = "model", bytes(source)
+        size, bodies = len(payload), _NONE
+        if size >= SKIMMED and (found := skim(payload)):
+            bodies = {i: memoryview(payload)[start:stop] for i, (start, stop) in found.spans.items()}
+            payload = found.skeleton
+    elif not isinstance(source, str | os.PathLike) or "\0" in os.fsdecode(source):
+        raise InvalidModel(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
+    else:
+        path = Path(os.fsdecode(source))
+        name, (payload, size, bodies) = path.name, _payload(path, weights)
+    if not payload:
+        raise InvalidModel(f"{name}: the file is empty")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(payload)
+    except DecodeError:
+        what = next((what for start, what in _OTHER_FILES.items() if payload.lstrip().startswith(start)), "")
+        raise InvalidModel(
+            f"{name}: not an ONNX model, {what or 'or a truncated one'} ({size:,} bytes do not parse)"
+        ) from None
+    if not model.ir_version or not model.HasField("graph"):
+        raise InvalidModel(f"{name}: not an ONNX model ({size:,} bytes parse, but hold no graph)")
+    return model, name, bodies
+
+
+_OTHER_FILES = {
+    b"version https://git-lfs": "but a pointer to one in Git LFS: fetch it with `git lfs pull`",
+    b"<": "but a page of a web site; was it downloaded from the right address?",
+    b"PK": "but an archive: unpack it",
+    b"\x1f\x8b": "but a compressed file: unpack it",
+}
+"""What files begin with that are often taken for models."""
+
+
+def _payload(path: Path, weights: bool) -> tuple[bytes, int, Bodies]:
+    """What is to be parsed, how many bytes the file has, and what has been cut out."""
+    try:
+        about = path.stat()
+        if stat.S_ISFIFO(about.st_mode) or stat.S_ISCHR(about.st_mode):
+            raise InvalidModel(f"{path}: no regular file")
+        if about.st_size >= MAX_BYTES:
+            raise InvalidModel(
+                f"{path}: {about.st_size:,} bytes, an ONNX file has less than {MAX_BYTES:,}; "
+                "save it with its tensors as external data"
+            )
+        with path.open("rb") as file:
+            found = None
+            if about.st_size >= SKIMMED:
+                with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+                    found = skim(data)
+            if found is None:
+                payload = file.read()
+                return payload, len(payload), _NONE
+            wanted = found.spans if weights else {}
+            bodies = {i: _part(file, start, stop) for i, (start, stop) in wanted.items()}
+            return found.skeleton, about.st_size, bodies
+    except OSError as error:
+        raise InvalidModel(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InvalidModel(f"the path {str(path)!r} is none: {error}") from None
+
+
+def _part(file: BinaryIO, start: int, stop: int) -> HostArray:
+    file.seek(start)
+    return np.fromfile(file, np.uint8, stop - start)
+
+
+def read_metadata(source: Source) -> dict[str, Any]:
+    """What a model says about itself, by the names of onnxruntime's ModelMetadata. External data is not read."""
+    model = read_model(source, weights=False)[0]
+    return {
+        "custom_metadata_map": {p.key: p.value for p in model.metadata_props},
+        "description": model.doc_string,
+        "domain": model.domain,
+        "graph_description": model.graph.doc_string,
+        "graph_name": model.graph.name,
+        "producer_name": model.producer_name,
+        "version": int(model.model_version),
+    }
