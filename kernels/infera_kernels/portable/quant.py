@@ -61,10 +61,13 @@ def quantize(
 
 def dequantize(xp: Any, q: Array, scale: Array, zero: Array | None, dtype: np.dtype[Any]) -> Array:
     """q as the floating-point `dtype`; scale and zero point broadcast to it."""
-    x = q.astype(xp.float32) if not is_integer(q.dtype) else q.astype(xp.int32)
+    exact = q.dtype.itemsize <= 2 or not is_integer(q.dtype)  # differences of 16-bit integers are, in float32
+    x = q.astype(xp.float32 if exact else xp.int32)
     if zero is not None:
-        x = x - zero.astype(x.dtype)
-    return (x.astype(xp.float32) * scale.astype(xp.float32)).astype(dtype)
+        x -= zero.astype(x.dtype)
+    x = x.astype(xp.float32, copy=False)
+    x *= scale.astype(xp.float32)
+    return x.astype(dtype, copy=False)
 
 
 def dynamic_quantize(xp: Any, x: Array) -> tuple[Array, Array, Array]:
