@@ -15,6 +15,7 @@ import numpy as np
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
+from infera_kernels.jit.codes import CODES
 
 Kernels = dict[str, Kernel]
 
@@ -42,7 +43,7 @@ def rows(io: Buffers, count: int, elements: int, part: Callable[[slice], list[Ca
 
 
 ACTIVATIONS = frozenset({"erf", "hard_sigmoid", "hard_swish", "sigmoid", "swish", "tanh"})
-"""Those that win by being compiled, of infera_kernels.jit.epilogue.CODES: the others are one pass in NumPy too."""
+"""Those that win by being compiled, of infera_kernels.jit.codes.CODES: the others are one pass in NumPy too."""
 
 
 def activation(name: Callable[[Site], str], given: Callable[[Site], Sequence[float]] = lambda site: ()) -> Kernels:
@@ -101,7 +102,7 @@ def product(
         attrs = site.attrs
         plain = float(attrs.get("alpha", 1)) == 1 and (not site.has(2) or float(attrs.get("beta", 1)) == 1)
         useful = site.has(2) or site.has(3) or bool(name(site)) or _packs(site)
-        return y.ndim > 1 and row and same and plain and useful and supports(site)
+        return y.ndim > 1 and row and same and plain and useful and name(site) in CODES and supports(site)
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.jit.epilogue import finish
@@ -163,7 +164,7 @@ def convolution(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
 
     def fits(site: Site) -> bool:
         constant = site.value(1) is not None and (not site.has(2) or site.value(2) is not None)
-        return constant and site.spec(0).ndim in (3, 4)
+        return constant and site.spec(0).ndim in (3, 4) and site.attrs["activation"] in CODES
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.jit.conv import conv2d

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from infera_kernels.calls import Array, Call
+from infera_kernels.jit.codes import (
+    CLIP,
+    CODES,
+    ERF,
+    GELU,
+    GELU_TANH,
+    HARD_SIGMOID,
+    HARD_SWISH,
+    LEAKY,
+    NONE,
+    SIGMOID,
+    SWISH,
+    TANH,
+)
 from infera_kernels.jit.compiling import bound, compiled
 from infera_kernels.jit.functions import F, clamped, erf, gelu, gelu_tanh, sigmoid, tanh
-
-NONE, CLIP, LEAKY, GELU, GELU_TANH, SIGMOID, SWISH, TANH, HARD_SIGMOID, HARD_SWISH, ERF = range(11)
-
-CODES: Mapping[str, tuple[int, tuple[float, ...]]] = MappingProxyType(
-    {
-        "": (NONE, ()),
-        "relu": (CLIP, (0.0, np.inf)),
-        "clip": (CLIP, ()),
-        "leaky_relu": (LEAKY, ()),
-        "gelu": (GELU, ()),
-        "gelu_tanh": (GELU_TANH, ()),
-        "sigmoid": (SIGMOID, ()),
-        "swish": (SWISH, (1.0,)),
-        "tanh": (TANH, ()),
-        "hard_sigmoid": (HARD_SIGMOID, ()),
-        "hard_swish": (HARD_SWISH, ()),
-        "erf": (ERF, ()),
-    }
-)
-"""Activation -> its code, and its parameters where the name says them."""
-
 
 PIECE = 2048
 """Elements: 8 KB of float32."""
