@@ -49,12 +49,12 @@ def conv2d(
     """
     name, *given = activation or ("",)
     values = tuple(map(float, given))
-    if group > 1 and w.shape[:2] == (group, 1) and y.shape[3] == x.shape[3]:
+    if group > 1 and w.shape[:2] == (group, 1) and group >= windows.LEAST_CHANNELS:
         taps = pack("taps", lambda weights: weights[:, 0].transpose(1, 2, 0))
         bias = None if b is None else pack_b("vector", lambda row: np.array(row))
         parts = windows.depthwise(
-            x, taps, bias, y, strides=strides, pads=pads, dilations=dilations, activation=str(name), given=values,
-            residual=residual, parts=_parts(y.size * w[0].size, split.threads),
+            x, taps, bias, y, scratch, strides=strides, pads=pads, dilations=dilations, activation=str(name),
+            given=values, residual=residual, parts=_parts(y.size * w[0].size, split.threads),
         )  # fmt: skip
         return split.parallel(parts)
     bounds = {"relu": (0.0, np.inf), "clip": values}.get(str(name)) if residual is None else None

@@ -68,6 +68,12 @@ def clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, high), high, x)
 
 
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c of vectors, rounded once."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{TILE.lanes}f32"), [a, b, c])
+
+
 @intrinsic
 def multiply_tile(
     context: Any, rows: Any, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any, c: Any, ldc: Any,
@@ -76,20 +82,24 @@ def multiply_tile(
     """One tile of 1 to TILE.rows rows; addresses, strides and offsets in bytes:
 
     c[r, :columns] = clamp(bias + sum over t < taps, k < run of a[r, offsets[t] + k] * b[t * run + k], low, high), where
-    row r of `a` lies at a + r * lda, `b` is one panel (taps * run, TILE.columns) and `bias` has TILE.columns values.
+    row r of `a` lies at a + r * lda, `b` is one panel (taps * run, TILE.columns) and `bias` has TILE.columns values. Up
+    to TILE.lanes columns take one vector a row.
     """
     signature = types.void(*(types.intp,) * 11, types.float32, types.float32)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows, *operands = args
         done = builder.append_basic_block("done")
-        cases = [builder.append_basic_block(f"rows{r}") for r in range(1, TILE.rows + 1)]
-        choice = builder.switch(rows, done)
-        for r, block in enumerate(cases, 1):
-            choice.add_case(ir.Constant(I64, r), block)
-            with builder.goto_block(block):
-                _tile_of(builder, r, *operands)
-                builder.branch(done)
+        narrow = builder.icmp_signed("<=", operands[8], ir.Constant(I64, TILE.lanes))
+        half = builder.select(narrow, ir.Constant(I64, TILE.rows), ir.Constant(I64, 0))
+        choice = builder.switch(builder.add(rows, half), done)
+        for vectors, before in ((TILE.vectors, 0), (1, TILE.rows)):
+            for r in range(1, TILE.rows + 1):
+                block = builder.append_basic_block(f"tile{vectors}x{r}")
+                choice.add_case(ir.Constant(I64, before + r), block)
+                with builder.goto_block(block):
+                    _tile_of(builder, r, vectors, *operands)
+                    builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
@@ -97,15 +107,13 @@ def multiply_tile(
 
 
 def _tile_of(
-    builder: Any, rows: int, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any, c: Any, ldc: Any,
-    columns: Any, low: Any, high: Any,
+    builder: Any, rows: int, vectors: int, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any,
+    c: Any, ldc: Any, columns: Any, low: Any, high: Any,
 ) -> None:  # fmt: skip
-    """Emits `multiply_tile` for one number of rows."""
+    """Emits `multiply_tile` for one size of tiles."""
     width = TILE.lanes * 4
-    fma_type = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{TILE.lanes}f32")
-    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(TILE.vectors)] for _ in range(rows)]
-    for v in range(TILE.vectors):
+    sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(rows)]
+    for v in range(vectors):
         start = load(builder, bias, v * width)
         for r in range(rows):
             builder.store(start, sums[r][v])
@@ -117,18 +125,18 @@ def _tile_of(
         builder.store(builder.add(a, shift), left)
         with cgutils.for_range(builder, run):
             source, line = builder.load(left), builder.load(panel)
-            weights = [load(builder, line, v * width) for v in range(TILE.vectors)]
+            weights = [load(builder, line, v * width) for v in range(vectors)]
             for r in range(rows):
                 row = builder.add(source, builder.mul(lda, ir.Constant(I64, r)))
                 value = spread(builder, builder.load(address_of(builder, row, 0, F32)))
-                for v in range(TILE.vectors):
-                    builder.store(builder.call(fma, [value, weights[v], builder.load(sums[r][v])]), sums[r][v])
+                for v in range(vectors):
+                    builder.store(multiply_add(builder, value, weights[v], builder.load(sums[r][v])), sums[r][v])
             builder.store(builder.add(source, ir.Constant(I64, 4)), left)
             builder.store(builder.add(line, ir.Constant(I64, TILE.columns * 4)), panel)
     least, most = spread(builder, low), spread(builder, high)
     made = [[clamp(builder, builder.load(s), least, most) for s in line] for line in sums]
     lines = [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)]
-    whole = builder.icmp_signed(">=", columns, ir.Constant(I64, TILE.columns))
+    whole = builder.icmp_signed(">=", columns, ir.Constant(I64, vectors * TILE.lanes))
     with builder.if_else(whole) as (full, partial):
         with full:
             for values, line in zip(made, lines, strict=True):
@@ -145,7 +153,7 @@ def _store_some(builder: Any, made: Any, lines: Any, columns: Any) -> None:
     store_type = ir.FunctionType(ir.VoidType(), [VECTOR, VECTOR.as_pointer(), _I32, mask_type])
     store = cgutils.get_or_insert_function(builder.module, store_type, f"llvm.masked.store.v{lanes}f32.p0v{lanes}f32")
     limit = spread(builder, columns, counts)
-    for v in range(TILE.vectors):
+    for v in range(len(made[0])):
         mask = builder.icmp_signed("<", ir.Constant(counts, [v * lanes + i for i in range(lanes)]), limit)
         for values, line in zip(made, lines, strict=True):
             target = address_of(builder, line, v * lanes * 4, VECTOR)

@@ -20,7 +20,7 @@ from infera_kernels.jit.compiling import bound_by_address, compiled
 from infera_kernels.jit.functions import F
 from infera_kernels.jit.gemm import multiply
 from infera_kernels.jit.gemm import pack as pack_matrix
-from infera_kernels.jit.microkernel import I64, TILE, VECTOR, address_of, clamp, load, spread
+from infera_kernels.jit.microkernel import I64, TILE, VECTOR, address_of, clamp, load, multiply_add, spread
 
 OUT, SIZE = 4, 6
 BLOCK_BYTES = (1 << 20, 1 << 23)
@@ -31,8 +31,6 @@ DATA, _, RESULT = transforms(OUT)
 
 def _combined(builder: Any, matrix: Array, values: list[Any]) -> list[Any]:
     """The matrix times a column of vectors, zeros left out."""
-    fma_type = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{TILE.lanes}f32")
     made = []
     for row in matrix:
         total = None
@@ -45,7 +43,7 @@ def _combined(builder: Any, matrix: Array, values: list[Any]) -> list[Any]:
             elif factor == 1:
                 total = builder.fadd(total, value)
             else:
-                total = builder.call(fma, [constant, value, total])
+                total = multiply_add(builder, constant, value, total)
         made.append(total)
     return made
 
