@@ -1,9 +1,9 @@
 """Convolutions with channels last, and as few Transposes as that takes.
 
 A value is `Transpose(stored, perm)` of what is stored. Convolutions ask for inputs stored with channels last, operators
-that work in any order (`permute.RULES`) take over that of their inputs, and a Transpose of the model only changes what
-is known of its value. Where a value is needed as the model has it, a Transpose makes it. What hangs together this way
-is a region: one that costs more than it gains is left as it was.
+that work in any order (`RULES`) take over that of their inputs, and a Transpose of the model only changes what is known
+of its value. Where a value is needed as the model has it, a Transpose makes it. What hangs together this way is a
+region: one that costs more than it gains is left as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.op import Registry
 from infera_gpu.passes.fold import drop_dead
-from infera_gpu.passes.permute import CONVOLUTIONS, RULES, Moved, Order, inverse, last_order
+from infera_gpu.passes.permute import Moved, Order, inverse, last_order
+from infera_gpu.passes.permute_images import CONVOLUTIONS, RULES
 from infera_gpu.passes.sketch import sketch
 from infera_gpu.spec import TensorSpec, constant
 
@@ -74,6 +75,9 @@ class _Conversion:
             return len(self.views[value][1])
         spec = self.specs.get(value)
         return None if spec is None else spec.ndim
+
+    def example(self, value: str) -> TensorSpec | None:
+        return self.specs.get(value)
 
     def constant(self, value: str) -> HostArray | None:
         return self.graph.constants.get(value)
