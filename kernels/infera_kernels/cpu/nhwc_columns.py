@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
 
 BLOCK_BYTES = 1 << 21
 """Columns of one block."""
+
+SHORT_RUN = 24
+"""Elements of x that one row of a window reads."""
 
 
 def columns(
@@ -44,8 +50,7 @@ def columns(
         space = scratch((step * width * taps * group,), x.dtype)
         for first, last in spans(start, stop, step):
             pixels = slice(first * width, last * width)
-            cols = space[: (last - first) * width * taps * group]
-            spread = cols.reshape(group, last - first, width, *kernel, c // group).transpose(1, 2, 3, 4, 0, 5)
+            spread, matrices = _shaped(space, (last - first, width), (*kernel, c // group), group)
             done = 0
             for i, row, end in images(first, last, height):
                 band, load = padded(x[i], room, window, row, end)
@@ -53,11 +58,25 @@ def columns(
                 calls += [*load, (np.copyto, (into, _windows(band, window, into.shape)))]
                 done += end - row
             block = target[pixels]
-            calls.append((np.matmul, (cols.reshape(group, -1, taps), weights, grouped(block, group))))
+            calls.append((np.matmul, (matrices, weights, grouped(block, group))))
             calls += finish(block, None if rest is None else rest[pixels])
         return calls
 
     return [*once, *in_parts(y.shape[0] * height, split, part)]
+
+
+def _shaped(space: Array, pixels: Pair, window: tuple[int, int, int], group: int) -> tuple[Array, Array]:
+    """Columns as (rows, OW, KH, KW, group, C / group) and as (group, pixels, taps).
+
+    A pixel's taps lie side by side. Where few of them are so in x too, they are copied one by one all the same, and
+    then the pixels lie side by side: that makes longer loops.
+    """
+    count, taps = math.prod(pixels), math.prod(window)
+    if group == 1 and window[1] * window[2] < SHORT_RUN:
+        cols = space[: taps * count].reshape(*window[:2], 1, window[2], *pixels)
+        return cols.transpose(4, 5, 0, 1, 2, 3), cols.reshape(1, taps, count).transpose(0, 2, 1)
+    cols = space[: group * count * taps].reshape(group, *pixels, *window)
+    return cols.transpose(1, 2, 3, 4, 0, 5), cols.reshape(group, count, taps)
 
 
 def _windows(band: Array, window: Window, shape: tuple[int, ...]) -> Array:

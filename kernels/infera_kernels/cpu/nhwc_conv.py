@@ -1,8 +1,8 @@
 """Two-dimensional convolution on NumPy and its BLAS, channels last.
 
-Four strategies, by shape: pointwise (a product straight from x), depthwise (multiply-adds of whole rows), Winograd
-(3x3), and for the rest a block of columns (im2col) and a product. Every one applies the epilogue to a block while it is
-in cache, and is split by rows of the output, or by its channels where the rows are few.
+Five strategies, by shape: pointwise (a product straight from x), depthwise (multiply-adds of whole rows), shifted sums
+(few output channels), Winograd (3x3), and for the rest a block of columns (im2col) and a product. Every one applies the
+epilogue to a block while it is in cache, and is split by rows of the output, or by its channels where the rows are few.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from infera_kernels.cpu.nhwc_columns import columns
 from infera_kernels.cpu.nhwc_depthwise import depthwise
 from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
+from infera_kernels.cpu.nhwc_shifted import shifted
 from infera_kernels.cpu.nhwc_winograd import tile_of, winograd
 
+FEW_OUTPUTS = 4
+"""Output channels up to which a product for each tap and a sum of planes is faster than columns."""
+
 ROWS_OF_A_PART = 2
-"""Rows of the output below which a part is made of channels."""
+"""Rows of the output, of all images, below which a part is made of channels."""
+
+CHANNELS_OF_A_PART = 16
+"""The fewest channels of such a part."""
 
 
 def conv2d(
@@ -45,7 +52,7 @@ def conv2d(
     if not y.size:
         return []
     out, kernel = (y.shape[1], y.shape[2]), (w.shape[2], w.shape[3])
-    if group == 1 and y.shape[0] * y.shape[1] < ROWS_OF_A_PART * split.threads and y.shape[3] >= split.threads > 1:
+    if group == 1 and _by_channels(y, split.threads):
 
         def part(start: int, stop: int) -> list[Call]:
             some = slice(start, stop)
@@ -58,15 +65,25 @@ def conv2d(
 
         return in_parts(y.shape[3], split, part)
     window = Window(out, kernel, strides, dilations, (pads[0][0], pads[1][0]))
-    if group > 1 and w.shape[:2] == (group, 1):
+    if w.shape[:2] == (group, 1):
         return depthwise(x, w, b, y, scratch, split, pack, window, activation=activation, residual=residual)
     if kernel == (1, 1) and window.fits(x):
         return pointwise(
             x, w, b, y, scratch, split, pack, strides=strides, group=group, activation=activation, residual=residual
         )
-    tile = tile_of(w.shape, out, strides, dilations, group) if pack is not None else 0
+    if strides == (1, 1) and group == 1 and w.shape[0] <= FEW_OUTPUTS:
+        return shifted(x, w, b, y, scratch, split, window, activation=activation, residual=residual)
+    tile = tile_of(w.shape, y.shape[0], out, strides, dilations, group) if pack is not None else 0
     if tile and pack is not None:
         return winograd(x, w, b, y, scratch, split, pack, tile, window, activation=activation, residual=residual)
     return columns(
         x, w, b, y, scratch, split, pack, window, group=group, activation=activation, residual=residual
     )  # fmt: skip
+
+
+def _by_channels(y: Array, threads: int) -> bool:
+    """Whether a part is made of channels of y: rows are few, or weights outnumber the pixels they meet."""
+    if threads == 1 or y.shape[3] < CHANNELS_OF_A_PART * threads:
+        return False
+    rows = y.shape[0] * y.shape[1]
+    return bool(rows < ROWS_OF_A_PART * threads or rows * y.shape[2] < y.shape[3])

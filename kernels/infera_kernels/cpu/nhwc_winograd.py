@@ -21,8 +21,15 @@ from infera_kernels.cpu.conv_winograd import transform_filters, transforms
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, padded, spans
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 """Transformed tiles of one block."""
+
+BLOCK_TILES = 64
+"""Tiles of one block, even where they are larger."""
+
+MANY_FILTERS = 1 << 15
+FEW_TILES = 24
+"""What `tile_of` takes as many products of input and output channels, and as few tiles of an image."""
 
 
 class Image(NamedTuple):
@@ -34,12 +41,19 @@ class Image(NamedTuple):
     before: Pair
 
 
-def tile_of(w: tuple[int, ...], out: Pair, strides: Pair, dilations: Pair, group: int) -> int:
-    """The output tile that pays at this shape, 0 for none."""
-    if tuple(w[2:]) != (3, 3) or strides != (1, 1) or group != 1 or min(w[:2]) < 16:
-        return 0
+def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations: Pair, group: int) -> int:
+    """The output tile that pays at this shape, 0 for none.
+
+    Many filters need many tiles in a product: else BLAS spends its time on laying out the filters.
+    """
     smallest = min(-(-n // d) for n, d in zip(out, dilations, strict=True))
-    return 4 if smallest >= 28 else 2 if smallest >= 10 else 0
+    if tuple(w[2:]) != (3, 3) or strides != (1, 1) or group != 1 or min(w[:2]) < 8:
+        return 0
+    if smallest < (7 if dilations == (1, 1) else 14):
+        return 0
+    if w[0] * w[1] < MANY_FILTERS:
+        return 4
+    return next((tile for tile in (4, 2) if images * math.prod(-(-n // tile) for n in out) >= FEW_TILES), 0)
 
 
 def phases(x: Array, y: Array, residual: Array | None, window: Window) -> Iterator[Image]:
@@ -79,7 +93,7 @@ def winograd(
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
     tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
-    most = max(1, BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize))
+    most = max(BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize), -(-BLOCK_TILES // across))
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
