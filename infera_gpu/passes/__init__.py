@@ -7,7 +7,20 @@ from dataclasses import dataclass, replace
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
-from infera_gpu.passes import activation, conv, gates, gelu, group, matmul, norm, pad, pairs, softmax, weights
+from infera_gpu.passes import (
+    activation,
+    attention,
+    conv,
+    gates,
+    gelu,
+    group,
+    matmul,
+    norm,
+    pad,
+    pairs,
+    softmax,
+    weights,
+)
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
@@ -23,6 +36,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *gelu.FUSIONS,
     *activation.FUSIONS,
     *gates.FUSIONS,
+    *attention.FUSIONS,
     matmul.BIAS,
     *weights.FUSIONS,
     *conv.FUSIONS,

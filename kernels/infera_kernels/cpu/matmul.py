@@ -28,7 +28,7 @@ def _blas_takes(x: Array) -> bool:
     return laid_out(right, down, cols, rows) or laid_out(down, right, rows, cols)
 
 
-def _readable(x: Array, scratch: Scratch) -> tuple[Array, list[Call]]:
+def readable(x: Array, scratch: Scratch) -> tuple[Array, list[Call]]:
     if x.ndim < 2 or x.size == 0 or _blas_takes(x):
         return x, []
     dense = scratch(x.shape, x.dtype)
@@ -55,8 +55,8 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
             a, out = flat, target
     if a.ndim == b.ndim == 2 and 1 < a.shape[0] <= _FEW_ROWS:
         a, out = a[:, None], out[:, None]
-    a, calls = _readable(a, scratch)
-    b, more = _readable(b, scratch)
+    a, calls = readable(a, scratch)
+    b, more = readable(b, scratch)
     return [*calls, *more, (np.matmul, (a, b, out))]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_kernels.calls import Array
 from infera_kernels.portable.matmul import matmul
+from infera_kernels.portable.softmax import softmax as rows_softmax
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -216,3 +217,34 @@ def causal_conv(
     if activation is not None:
         made = activation(made.astype(wide)).astype(x.dtype)
     return made, padded[:, :, padded.shape[2] - (k - 1) :]
+
+
+def fused(
+    xp: Any,
+    q: Array,
+    kt: Array,
+    v: Array,
+    mask: Array | None,
+    keep: Array | None,
+    *,
+    scale: float,
+    fill: float,
+    guarded: bool,
+) -> Array:
+    """softmax(scale q @ kt + mask) @ v in steps that each round to q's dtype; scores are `fill` where `keep` is not.
+
+    With `guarded` weights that are NaN become 0.
+    """
+    dtype = q.dtype
+    scores = matmul(xp, q, kt)
+    if scale != 1:
+        scores = (scores * dtype.type(scale)).astype(dtype)
+    if keep is not None:
+        scores = xp.where(keep, scores, xp.asarray(fill, dtype))
+    if mask is not None:
+        scores = scores + mask
+    flat = scores.astype(xp.float64).reshape(-1, scores.shape[-1])
+    weights = rows_softmax(xp, flat).reshape(scores.shape).astype(dtype)
+    if guarded:
+        weights = xp.where(xp.isnan(weights), xp.zeros((), dtype), weights)
+    return matmul(xp, weights, v)

@@ -1,0 +1,153 @@
+"""The fused attention that graph passes make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.graph import HostArray, Node, made_name
+from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.ops._families import plain
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import attention as cpu
+from infera_kernels.portable.attention import fused
+
+
+def _lead(site: Site) -> tuple[int, ...] | None:
+    """The leading axes of the result; None where the operands do not fit."""
+    q, kt, v = (site.spec(i).dims for i in range(3))
+    if min(map(len, (q, kt, v))) < 2 or q[-1] != kt[-2] or kt[-1] != v[-2]:
+        return None
+    scores = q[-2], kt[-1]
+    extra = [site.spec(i).dims for i in (3, 4) if site.has(i)]
+    if any(d not in (1, s) for x in extra for d, s in zip(x[:-3:-1], scores[::-1], strict=False)):
+        return None
+    try:
+        return np.broadcast_shapes(*(x[:-2] for x in (q, kt, v, *extra)))
+    except ValueError:
+        return None
+
+
+def _infer(site: Site) -> tuple[TensorSpec]:
+    lead, q, v = _lead(site), site.spec(0), site.spec(2)
+    if lead is None:
+        raise site.fail(f"{', '.join(str(s) for s in site.ins if s is not None)} do not fit each other")
+    dims = (*lead, q.dims[-2], v.dims[-1])
+    if site.attrs["heads_last"]:
+        if len(dims) != 4:
+            raise site.fail(f"heads_last needs four axes, the result has {list(dims)}")
+        dims = (dims[0], dims[2], dims[1], dims[3])
+    return (TensorSpec(dims, q.dtype),)
+
+
+def _parts(site: Site) -> Expansion | None:
+    """The operators apart, where vectors are multiplied or a mask is wider than the scores."""
+    if _lead(site) is not None:
+        return None
+    attrs, (q, kt, v, mask, condition) = site.attrs, (*site.node.inputs, *[""] * (5 - len(site.node.inputs)))
+    out = site.node.outputs[0]
+    constants: dict[str, HostArray] = {}
+    nodes: list[Node] = []
+
+    def number(value: float) -> str:
+        name = made_name(out, f"number {len(constants)}")
+        constants[name] = np.array(value, site.spec(0).dtype)
+        return name
+
+    def add(op: str, *inputs: str, **kwargs: Any) -> str:
+        name = made_name(out, f"part {len(nodes)}")
+        nodes.append(Node(op, inputs, (name,), kwargs, name=f"{site.node.name}/{op} {len(nodes)}"))
+        return name
+
+    x = add("MatMul", q, kt)
+    if attrs["scale"] != 1:
+        x = add("Mul", x, number(attrs["scale"]))
+    if condition:
+        fill = number(attrs["fill"])
+        x = add("Where", condition, *((fill, x) if attrs["fill_where"] else (x, fill)))
+    if mask:
+        x = add("Add", x, mask)
+    x = add("Softmax", x, axis=-1)
+    if attrs["guarded"]:
+        x = add("Where", add("IsNaN", x), number(0), x)
+    x = add("MatMul", x, v)
+    if attrs["heads_last"]:
+        x = add("Transpose", x, perm=(0, 2, 1, 3))
+    add("Identity", x)
+    nodes[-1] = Node("Identity", (x,), (out,), name=f"{site.node.name}/Identity")
+    return Expansion(tuple(nodes), constants)
+
+
+def _bind(site: Site, io: Buffers) -> list[Call]:
+    mask, condition = (io.ins[i] if site.has(i) else None for i in (3, 4))
+    attrs, out = site.attrs, io.outs[0]
+    first, parts = cpu.attention(
+        io.ins[0],
+        io.ins[1],
+        io.ins[2],
+        out.swapaxes(1, 2) if attrs["heads_last"] else out,
+        io.scratch,
+        cpu.Options(attrs["scale"], attrs["fill"], bool(attrs["fill_where"]), bool(attrs["guarded"])),
+        mask=mask,
+        condition=condition,
+        parts=io.threads,
+    )
+    return first + (io.parallel(parts) if len(parts) > 1 else parts[0])
+
+
+def _compute(
+    xp: Any,
+    site: Site,
+    q: Array,
+    kt: Array,
+    v: Array,
+    mask: Array | None = None,
+    condition: Array | None = None,
+) -> Array:
+    attrs = site.attrs
+    keep = None if condition is None else condition if not attrs["fill_where"] else xp.logical_not(condition)
+    y = fused(xp, q, kt, v, mask, keep, scale=attrs["scale"], fill=attrs["fill"], guarded=bool(attrs["guarded"]))
+    return y.swapaxes(1, 2) if attrs["heads_last"] else y
+
+
+def _supported(site: Site) -> bool:
+    floats = [s for i, s in enumerate(site.ins) if s is not None and i != 4]
+    return all(s.dtype in (np.float32, np.float64) for s in floats) and all(s.size for s in (*floats, *site.outs))
+
+
+_Q, _K, _V = f32(2, 3, 5, 4), f32(2, 3, 4, 7), f32(2, 3, 7, 6)
+_SEEN = np.random.default_rng(0).random((2, 1, 5, 7)) < 0.7
+_LOW = np.where(_SEEN, 0, -np.inf).astype(np.float32)
+_LOW[0, 0, 2] = -np.inf
+_FAR = f32(2, 4, 300, 4), f32(2, 4, 4, 290), f32(2, 4, 290, 6)
+
+# Y = softmax(scale Q @ KT + mask, axis -1) @ V by MatMul's rules, KT being the keys with their last two axes swapped.
+# Where the boolean condition equals fill_where, a score is `fill` before the mask is added. With guarded = 1 weights
+# that are NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size).
+_FUSED = Op(
+    "Attention",
+    1,
+    domain="infera",
+    infer=_infer,
+    compute=plain(_compute),
+    expand=_parts,
+    kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
+    attrs={"scale": 1.0, "fill": 0.0, "fill_where": 0, "guarded": 0, "heads_last": 0},
+    cases=(
+        Case("plain", (_Q, _K, _V)),
+        Case("scaled", (_Q, _K, _V), {"scale": 0.5}),
+        Case("mask", (_Q, _K, _V, f32(2, 1, 1, 7)), {"scale": 0.5, "heads_last": 1}),
+        Case("wide_mask", (f32(1, 1, 5, 4), f32(1, 1, 4, 7), f32(1, 1, 7, 6), f32(2, 3, 5, 7))),
+        Case("nothing_seen", (_Q, _K, _V, _LOW)),
+        Case("guarded", (_Q, _K, _V, _LOW), {"guarded": 1, "scale": 0.5}),
+        Case("kept", (_Q, _K, _V, None, _SEEN), {"fill": -np.inf}),
+        Case("filled", (_Q, _K, _V, f32(5, 7), _SEEN[0, 0]), {"fill": -1e4, "fill_where": 1}),
+        Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
+        Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
+        Case("blocks", _FAR, {"scale": 0.3}),
+        Case("no_queries", (f32(2, 3, 0, 4), _K, _V)),
+    ),
+)
+
+OPS: tuple[Op, ...] = (_FUSED,)

@@ -1,0 +1,254 @@
+"""Scaled dot-product attention as exporters write it: products, scale, mask, softmax and the guard against NaN."""
+
+from __future__ import annotations
+
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, named, node, standard
+from infera_gpu.passes.pattern import Arg, P
+
+INPUTS = ("q", "kt", "v", "mask", "condition")
+OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition")
+CPU = frozenset({"cpu"})
+"""Elsewhere there are kernels for the parts and none for the whole."""
+
+
+# ---- PyTorch swaps the last two axes of keys through three axes
+
+
+def _keys() -> P:
+    shape, last = node("Shape", "k"), 2.0**63
+    heads, length, size = (
+        node("Slice", shape, begin, end) for begin, end in ((-last, -2.0), (-2.0, -1.0), (-1.0, last))
+    )
+    flat = node("Reshape", "k", node("Concat", -1.0, length, size))
+    return node("Reshape", node("Transpose", flat, name="swap"), node("Concat", heads, size, length))
+
+
+def _swapped(match: Match) -> Replacement:
+    axes = tuple(range(match.spec("k").ndim))  # type: ignore[union-attr]
+    perm = (*axes[:-2], axes[-1], axes[-2])
+    return Replacement(standard(match, "Transpose", 1, (match.values["k"],), {"perm": perm}))
+
+
+KEYS = Fusion(
+    name="transposed_keys",
+    patterns=(_keys(),),
+    guard=lambda match: match.rank("k") is not None and tuple(match.nodes["swap"].attrs["perm"]) == (0, 2, 1),
+    build=_swapped,
+    example="""
+        example (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)
+        <int64[1] low = {-9223372036854775808}, int64[1] two = {-2}, int64[1] one = {-1},
+         int64[1] high = {9223372036854775807}> {
+            s = Shape(k)
+            heads = Slice(s, low, two)
+            length = Slice(s, two, one)
+            size = Slice(s, one, high)
+            a = Concat <axis = 0> (one, length, size)
+            b = Reshape(k, a)
+            c = Transpose <perm = [0, 2, 1]> (b)
+            d = Concat <axis = 0> (heads, size, length)
+            y = Reshape(c, d)
+        }""",
+    near_misses=(
+        """
+        not_swapped_back (float[2, 3, 4, 5] k) => (float[2, 3, 4, 5] y)
+        <int64[1] low = {-9223372036854775808}, int64[1] two = {-2}, int64[1] one = {-1},
+         int64[1] high = {9223372036854775807}> {
+            s = Shape(k)
+            heads = Slice(s, low, two)
+            length = Slice(s, two, one)
+            size = Slice(s, one, high)
+            a = Concat <axis = 0> (one, length, size)
+            b = Reshape(k, a)
+            c = Transpose <perm = [0, 2, 1]> (b)
+            d = Concat <axis = 0> (heads, length, size)
+            y = Reshape(c, d)
+        }""",
+        """
+        other_permutation (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)
+        <int64[1] low = {-9223372036854775808}, int64[1] two = {-2}, int64[1] one = {-1},
+         int64[1] high = {9223372036854775807}> {
+            s = Shape(k)
+            heads = Slice(s, low, two)
+            length = Slice(s, two, one)
+            size = Slice(s, one, high)
+            a = Concat <axis = 0> (one, length, size)
+            b = Reshape(k, a)
+            c = Transpose <perm = [1, 0, 2]> (b)
+            d = Concat <axis = 0> (heads, size, length)
+            y = Reshape(c, d)
+        }""",
+    ),
+)
+
+
+# ---- the core
+
+
+def _core() -> P:
+    scores = node("MatMul", "q", "kt")
+    scaled = either(node("Mul", scores, "%factor", commutes=True), node("Div", scores, "%divisor"), scores)
+    filled = either(
+        node("Where", "condition", scaled, "%fill", name="kept"),
+        node("Where", "condition", "%fill", scaled, name="filled"),
+        scaled,
+    )
+    softmax = node("Softmax", either(node("Add", filled, "mask", commutes=True), filled), name="softmax")
+    guarded = node("Where", node("IsNaN", softmax), 0.0, softmax, name="guard")
+    return node("MatMul", either(guarded, softmax), "v")
+
+
+def _is_last_axis(match: Match) -> bool:
+    """Whether the softmax goes along the keys, and the numbers add no axis."""
+    softmax = match.nodes["softmax"]
+    axis = int(softmax.attrs.get("axis", -1 if match.opset() >= 13 else 1))
+    spec = match.draft.spec(softmax.inputs[0])
+    last = axis == -1 or (spec is not None and spec.ranked and axis == spec.ndim - 1)
+    return last and (match.numbers_rank <= 1 or match.keeps_shape("q"))
+
+
+def _fused(match: Match) -> Replacement:
+    attrs: dict[str, float] = {"scale": _factor(match)}
+    if "fill" in match.values:
+        attrs |= {"fill": match.number("fill"), "fill_where": int("filled" in match.nodes)}
+    if "guard" in match.nodes:
+        attrs["guarded"] = 1
+    return Replacement(infera(match, "Attention", named(match, INPUTS), attrs))
+
+
+def _factor(match: Match) -> float:
+    """What the scale of a match multiplies by."""
+    if "divisor" in match.values:
+        return 1 / match.number("divisor")
+    return match.number("factor") if "factor" in match.values else 1.0
+
+
+ATTENTION = Fusion(
+    name="attention",
+    patterns=(_core(),),
+    guard=_is_last_axis,
+    build=_fused,
+    reassociates=True,
+    kinds=CPU,
+    example="""
+        example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v, float[2, 1, 1, 6] m)
+            => (float[2, 3, 4, 5] y) <float root = {2.2360679}, float zero = {0}> {
+            a = MatMul(q, kt)
+            b = Div(a, root)
+            c = Add(m, b)
+            d = Softmax <axis = -1> (c)
+            e = IsNaN(d)
+            f = Where(e, zero, d)
+            y = MatMul(f, v)
+        }""",
+    near_misses=(
+        """
+        softmax_over_queries (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y) {
+            a = MatMul(q, kt)
+            b = Softmax <axis = 2> (a)
+            y = MatMul(b, v)
+        }""",
+        """
+        weights_are_an_output (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v)
+            => (float[2, 3, 4, 5] y, float[2, 3, 4, 6] b) {
+            a = MatMul(q, kt)
+            b = Softmax <axis = -1> (a)
+            y = MatMul(b, v)
+        }""",
+        """
+        guarded_by_one (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y)
+        <float one = {1}> {
+            a = MatMul(q, kt)
+            b = Softmax <axis = -1> (a)
+            c = IsNaN(b)
+            d = Where(c, one, b)
+            y = MatMul(d, v)
+        }""",
+        """
+        values_first (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 5, 4] v) => (float[2, 3, 5, 6] y) {
+            a = MatMul(q, kt)
+            b = Softmax <axis = -1> (a)
+            y = MatMul(v, b)
+        }""",
+    ),
+)
+
+
+# ---- a scale on queries or keys
+
+
+def _with_inputs(match: Match, **attrs: float) -> Replacement:
+    inner = match.nodes["attention"]
+    return Replacement(infera(match, "Attention", named(match, INPUTS), {**inner.attrs, **attrs}))
+
+
+def _scaled(x: str) -> Arg:
+    return either(node("Mul", x, "%factor", commutes=True), node("Div", x, "%divisor"))
+
+
+SCALE = Fusion(
+    name="attention_scale",
+    patterns=(
+        node("infera.Attention", _scaled("q"), *OPERANDS[1:], name="attention"),
+        node("infera.Attention", "q", _scaled("kt"), *OPERANDS[2:], name="attention"),
+    ),
+    guard=lambda match: match.numbers_rank <= 1 or match.keeps_shape("q"),
+    build=lambda match: _with_inputs(
+        match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * _factor(match)
+    ),
+    reassociates=True,
+    kinds=CPU,
+    example="""
+        example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y)
+        <float s = {0.6687403}> {
+            a = Mul(s, q)
+            y = infera.Attention <scale = 0.5> (a, kt, v)
+        }""",
+    near_misses=(
+        """
+        a_factor_for_each (float[2, 3, 4, 2] q, float[2, 3, 2, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y)
+        <float[2] s = {0.5, 0.25}> {
+            a = Mul(s, q)
+            y = infera.Attention(a, kt, v)
+        }""",
+        """
+        queries_read_elsewhere (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v)
+            => (float[2, 3, 4, 5] y, float[2, 3, 4, 5] a) <float s = {0.5}> {
+            a = Mul(s, q)
+            y = infera.Attention(a, kt, v)
+        }""",
+    ),
+)
+
+
+# ---- heads back beside their elements
+
+HEADS_LAST = Fusion(
+    name="attention_heads_last",
+    patterns=(node("Transpose", node("infera.Attention", *OPERANDS, name="attention"), name="swap"),),
+    guard=lambda match: (
+        tuple(match.nodes["swap"].attrs.get("perm", ())) == (0, 2, 1, 3)
+        and not match.nodes["attention"].attrs.get("heads_last", 0)
+    ),
+    build=lambda match: _with_inputs(match, heads_last=1),
+    kinds=CPU,
+    example="""
+        example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v, bool[4, 6] c)
+            => (float[2, 4, 3, 5] y) {
+            a = infera.Attention <fill = -10000.0> (q, kt, v, , c)
+            y = Transpose <perm = [0, 2, 1, 3]> (a)
+        }""",
+    near_misses=(
+        """
+        elements_first (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 5, 4] y) {
+            a = infera.Attention(q, kt, v)
+            y = Transpose <perm = [0, 1, 3, 2]> (a)
+        }""",
+        """
+        swapped_already (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y) {
+            a = infera.Attention <heads_last = 1> (q, kt, v)
+            y = Transpose <perm = [0, 2, 1, 3]> (a)
+        }""",
+    ),
+)
+
+FUSIONS = (KEYS, ATTENTION, SCALE, HEADS_LAST)

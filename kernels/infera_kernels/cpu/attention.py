@@ -1,0 +1,141 @@
+"""Scaled dot-product attention on NumPy, a block of scores in cache at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.elementwise import call, const, copy, copy_where
+from infera_kernels.cpu.matmul import readable
+
+BLOCK = 65536
+"""Scores of a block: in float32 half of a 512 KB L2 cache; they go through it six times."""
+
+Piece: TypeAlias = tuple[int | slice, ...]
+"""An index into the leading axes and the rows of the scores."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How scores become weights.
+
+    Scores are multiplied by `scale`. With a condition those where it equals `fill_where` are `fill` instead. Weights
+    that are no numbers become 0 where `guarded`.
+    """
+
+    scale: float = 1.0
+    fill: float = 0.0
+    fill_where: bool = False
+    guarded: bool = False
+
+
+def attention(
+    q: Array,
+    kt: Array,
+    v: Array,
+    out: Array,
+    scratch: Scratch,
+    options: Options,
+    *,
+    mask: Array | None = None,
+    condition: Array | None = None,
+    parts: int = 1,
+) -> tuple[list[Call], list[list[Call]]]:
+    """out = softmax(scale q kt + mask) v: calls to make first, then up to `parts` lists that may run side by side.
+
+    The queries are scaled in place of the scores, and weights are divided by their sum after the last product.
+
+    q (..., M, D), kt (..., D, N), v (..., N, E) and out (..., M, E) have any strides and no empty axis; leading axes
+    broadcast to out's. `mask` and `condition` broadcast to the scores (..., M, N).
+    """
+    first: list[Call] = []
+    q, kt, v = (_readable(x, scratch, first) for x in (q, kt, v))
+    if condition is not None and not options.fill_where:
+        inverse = scratch(condition.shape, np.bool_)
+        first.append(call(np.logical_not, condition, inverse))
+        condition = inverse
+    lead, m, n = out.shape[:-2], q.shape[-2], kt.shape[-1]
+    q, kt, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (q, kt, v))
+    added, filled = (None if x is None else np.broadcast_to(x, (*lead, m, n)) for x in (mask, condition))
+    operands = _Operands(q, kt, v, out, added, filled)
+    pieces = list(_pieces(lead, m, n, parts))
+    share = -(-len(pieces) // parts)
+    spread = [operands.bind(pieces[i : i + share], scratch, options) for i in range(0, len(pieces), share)]
+    return first, spread
+
+
+def _readable(x: Array, scratch: Scratch, first: list[Call]) -> Array:
+    x, calls = readable(x, scratch)
+    first += calls
+    return x
+
+
+def _pieces(lead: tuple[int, ...], m: int, n: int, parts: int) -> Iterator[Piece]:
+    """Blocks that cover all rows of scores: whole trailing axes, and a range of the axis before them."""
+    axes, axis, inner = (*lead, m), len(lead), n
+    most = min(BLOCK, max(n, -(-prod(axes) * n // parts)))
+    while axis > 0 and inner * axes[axis] <= most:
+        inner *= axes[axis]
+        axis -= 1
+    step = max(1, most // inner)
+    for outer in np.ndindex(axes[:axis]):
+        for i in range(0, axes[axis], step):
+            yield (*outer, slice(i, min(i + step, axes[axis])))
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Everything over the leading axes of `out`."""
+
+    q: Array
+    kt: Array
+    v: Array
+    out: Array
+    mask: Array | None
+    condition: Array | None
+
+    def bind(self, pieces: Sequence[Piece], scratch: Scratch, options: Options) -> list[Call]:
+        """The calls of these pieces, which share scratch."""
+        like, depth, keys = self.out, self.q.shape[-1], self.kt.shape[-1]
+        rows = max(prod(self.out[p].shape[:-1]) for p in pieces)
+        queries, scores, top, total = (scratch((rows * k,), like.dtype) for k in (depth, keys, 1, 1))
+        lost, ones = scratch((rows,), np.bool_), scratch((keys,), like.dtype)
+        factor, one, fill, zero = (const(x, like) for x in (options.scale, 1, options.fill, 0))
+        calls = [copy(ones, one)]
+        for piece in pieces:
+            q, out = self.q[piece], self.out[piece]
+            heads = piece[: self.out.ndim - 2]
+            count, shape = prod(out.shape[:-1]), out.shape[:-1]
+            s = scores[: count * keys].reshape(*shape, keys)
+            high, low = top[:count].reshape(*shape, 1), total[:count].reshape(shape)
+            gone = lost[:count].reshape(shape)
+            if options.scale != 1:
+                t = queries[: count * depth].reshape(*shape, depth)
+                calls.append(call(np.multiply, q, factor, t))
+                q = t
+            calls.append((np.matmul, (q, self.kt[heads], s)))
+            if self.condition is not None:
+                calls.append(copy_where(s, fill, self.condition[piece]))
+            if self.mask is not None:
+                calls.append(call(np.add, s, self.mask[piece], s))
+            calls += [
+                (np.maximum.reduce, (s, -1, None, high, True)),
+                (np.subtract, (s, high, s)),
+                (np.exp, (s, s)),
+                (np.matmul, (s, ones, low)),
+            ]
+            if options.guarded:
+                calls.append((np.isnan, (low, gone)))
+            calls += [
+                (np.true_divide, (one, low, low)),
+                (np.matmul, (s, self.v[heads], out)),
+                call(np.multiply, out, low[..., None], out),
+            ]
+            if options.guarded:
+                calls.append(copy_where(out, zero, gone[..., None]))
+        return calls
