@@ -21,6 +21,7 @@ from infera_gpu.passes import (
     softmax,
     weights,
 )
+from infera_gpu.passes.chains import chained
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
@@ -81,11 +82,16 @@ class _Passes:
                 count = len(draft)
                 self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
         graph = drop_dead(draft.finished())
-        if not self.channels_last:
-            return graph
-        moved = convert(graph, self.registry)
-        self.tell("channels_last", int(moved is not graph), len(graph.nodes), len(moved.nodes))
-        return moved
+        if self.channels_last:
+            moved = convert(graph, self.registry)
+            self.tell("channels_last", int(moved is not graph), len(graph.nodes), len(moved.nodes))
+            graph = moved
+        if "cpu" in self.kinds:
+            draft = Draft(graph)
+            count = len(draft)
+            self.tell("elementwise_chains", chained(draft), count, len(draft))
+            graph = drop_dead(draft.finished())
+        return graph
 
     def inside(self, node: Node) -> Node:
         """The node with its subgraphs rewritten."""

@@ -11,12 +11,12 @@ from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, node, standard
 
 
-def bounds(match: Match, clip: Node) -> tuple[float, float] | None:
+def bounds(constants: Mapping[str, HostArray], clip: Node) -> tuple[float, float] | None:
     """The bounds of a Clip of floats, from its attributes or its constant inputs; None where they are not known."""
     limits = []
     for i, (name, default) in enumerate((("min", -np.inf), ("max", np.inf)), 1):
         if len(clip.inputs) > i and clip.inputs[i]:
-            constant = match.graph.constants.get(clip.inputs[i])
+            constant = constants.get(clip.inputs[i])
             if constant is None or constant.size != 1 or constant.dtype.kind != "f":
                 return None
             limits.append(float(constant.reshape(-1)[0]))
@@ -123,7 +123,7 @@ def _known(match: Match) -> tuple[float, float]:
     """The bounds that follow the Relu. Raises TypeError where they are not known."""
     if "clip" not in match.nodes:
         return -np.inf, match.number("high")
-    found = bounds(match, match.nodes["clip"])
+    found = bounds(match.graph.constants, match.nodes["clip"])
     if found is None or found[0] > found[1]:
         raise TypeError
     return found

@@ -43,6 +43,10 @@ class Draft:
         slot = self._slot.get(id(n))
         return slot is not None and self.slots[slot] is n
 
+    def place(self, n: Node) -> int:
+        """Where a node stands: after those that it reads."""
+        return self._slot[id(n)]
+
     def spec(self, value: str) -> TensorSpec | None:
         """What is known of a value's type; None where not even its element type is."""
         return self._facts.spec(value)

@@ -27,7 +27,7 @@ def _swish(match: Match, n: Node) -> Activation | None:
 
 
 def _clip(match: Match, n: Node) -> Activation | None:
-    limits = bounds(match, n)
+    limits = bounds(match.graph.constants, n)
     return None if limits is None else ("clip", limits)
 
 

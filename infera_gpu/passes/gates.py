@@ -12,7 +12,7 @@ def _clip_to(x: Arg, name: str) -> P:
 
 
 def _clips(match: Match, name: str, low: float, high: float) -> bool:
-    return bounds(match, match.nodes[name]) == (low, high)
+    return bounds(match.graph.constants, match.nodes[name]) == (low, high)
 
 
 _RAMP = _clip_to(node("Add", "x", 3.0, commutes=True), "clip")

@@ -90,7 +90,9 @@ def blocks(*arrays: Array, size: int = BLOCK) -> Iterator[tuple[Array, ...]]:
             yield tuple(p[i : i + rows] for p in parts)
 
 
-def cut(arrays: Sequence[Array], operands: Sequence[Array | None]) -> Iterator[tuple[list[Array], list[Array | None]]]:
+def cut(
+    arrays: Sequence[Array], operands: Sequence[Array | None], size: int = BLOCK
+) -> Iterator[tuple[list[Array], list[Array | None]]]:
     """`blocks` of arrays of one shape, with the part of each operand that goes with them.
 
     Operands broadcast to that shape; None and single values go whole with every block.
@@ -98,7 +100,7 @@ def cut(arrays: Sequence[Array], operands: Sequence[Array | None]) -> Iterator[t
     shape = arrays[0].shape
     whole = [None if p is None else p.reshape(()) if p.size == 1 else np.broadcast_to(p, shape) for p in operands]
     spread = [p for p in whole if p is not None and p.ndim]
-    for views in blocks(*arrays, *spread):
+    for views in blocks(*arrays, *spread, size=size):
         parts = iter(views[len(arrays) :])
         yield list(views[: len(arrays)]), [p if p is None or not p.ndim else next(parts) for p in whole]
 

@@ -1,0 +1,112 @@
+"""Elementwise chains: what goes into one, what stays out, and what comes apart again once shapes are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import infera_gpu
+from infera_gpu.loader import load_graph
+from infera_gpu.ops import registry
+from infera_gpu.ops.chain import parsed, spelled
+from infera_gpu.passes import optimize
+from infera_gpu.spec import tensors_of
+from tests.text import parse
+
+XZ = "(float[3, 5] x, float[3, 5] z) => (float[3, 5] y)"
+CHAINS = {
+    "two": (f"g {XZ} {{ a = Mul(x, z)  y = Exp(a) }}", ["Elementwise"]),
+    "tree": (f"g {XZ} {{ a = Exp(x)  b = Neg(z)  c = Add(a, b)  y = Abs(c) }}", ["Elementwise"]),
+    "used_twice_inside": (f"g {XZ} {{ a = Sub(x, z)  b = Mul(a, a)  y = Neg(b) }}", ["Elementwise"]),
+    "clip": (
+        f"g {XZ} <float l = {{-0.5}}, float h = {{0.5}}> {{ a = Add(x, z)  b = Clip(a, l, h)  y = Neg(b) }}",
+        ["Elementwise"],
+    ),
+    "choice": (f"g {XZ} {{ m = Less(x, z)  a = Exp(x)  y = Where(m, a, z) }}", ["Less", "Elementwise"]),
+    "one_alone": (f"g {XZ} {{ y = Add(x, z) }}", ["Add"]),
+    "an_output_between": (
+        "g (float[3] x) => (float[3] y, float[3] a) { a = Exp(x)  y = Neg(a) }",
+        ["Exp", "Neg"],
+    ),
+    "read_elsewhere": (
+        "g (float[3, 3] x) => (float[3, 3] y) { a = Exp(x)  b = Neg(a)  y = MatMul(a, b) }",
+        ["Exp", "Neg", "MatMul"],
+    ),
+    "integers": ("g (int64[3] x) => (int64[3] y) { a = Add(x, x)  y = Neg(a) }", ["Add", "Neg"]),
+    "halves": ("g (float16[3] x) => (float16[3] y) { a = Add(x, x)  y = Neg(a) }", ["Add", "Neg"]),
+    "other_operators_between": (
+        "g (float[3, 3] x) => (float[3, 3] y) { a = Exp(x)  b = Transpose(a)  y = Neg(b) }",
+        ["Exp", "Transpose", "Neg"],
+    ),
+    "bounds_are_inputs": ("g (float[3] x, float l) => (float[3] y) { a = Exp(x)  y = Clip(a, l) }", ["Exp", "Clip"]),
+}
+
+
+@pytest.mark.parametrize(("text", "ops"), CHAINS.values(), ids=CHAINS)
+def test_chains_of_floats_become_one_node(text: str, ops: list[str]) -> None:
+    graph = load_graph(parse(text))
+    rewritten = optimize(graph, registry())
+    rewritten.check()
+    assert [n.op for n in rewritten.nodes] == ops
+    rng = np.random.default_rng(0)
+    feeds = {k: rng.standard_normal(s.dims).astype(s.dtype) for k, s in tensors_of(graph.inputs, "input").items()}
+    want, got = (infera_gpu.load(parse(text), device="cpu", fuse=fuse).run(feeds) for fuse in (False, True))
+    for name, expected in want.items():
+        np.testing.assert_array_equal(got[name], expected)
+
+
+def test_devices_without_its_kernel_keep_the_parts() -> None:
+    graph = load_graph(parse(CHAINS["two"][0]))
+    assert [n.op for n in optimize(graph, registry(), kinds=("triton", "cupy")).nodes] == ["Mul", "Exp"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [
+        pytest.param((3, 5), ["Elementwise"], id="same"),
+        pytest.param((5,), ["Sigmoid", "Elementwise"], id="row"),
+        pytest.param((3, 1), ["Sigmoid", "Elementwise"], id="column"),
+        pytest.param((2, 3, 5), ["Exp", "Elementwise"], id="wider"),
+    ],
+)
+def test_steps_of_another_shape_come_apart(shape: tuple[int, ...], steps: list[str]) -> None:
+    """A gate of one value a row is computed once a row."""
+    axes = ", ".join(f"D{i}" for i in range(len(shape)))
+    body = "a = Exp(x)  b = Sigmoid(g)  c = Mul(a, b)  y = Neg(c)"
+    model = parse(f"g (float[N, M] x, float[{axes}] g) => (float[] y) {{ {body} }}")
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((3, 5), np.float32), "g": rng.standard_normal(shape, np.float32)}
+    session = infera_gpu.load(model, device="cpu")
+    assert [n.op for n in session.graph.nodes] == ["Elementwise"]
+    assert [n.op for n in (p.node for p in session.plan_for(feeds).segment.nodes)] == steps
+    want = infera_gpu.load(model, device="cpu", fuse=False).run(feeds)["y"]
+    np.testing.assert_array_equal(session.run(feeds)["y"], want)
+
+
+def test_what_is_known_while_planning_is_computed_then() -> None:
+    """The size of an input is known once its shape is, and what is made of it is not computed in every run."""
+    text = """
+        g (float[N, 4] x) => (float[N, 4] y) {
+            s = Shape(x)
+            f = Cast <to = 1> (s)
+            l = ReduceMax <axes = [0], keepdims = 0> (f)
+            r = Sqrt(l)
+            d = Div(x, r)
+            y = Tanh(d)
+        }"""
+    session = infera_gpu.load(parse(text), device="cpu")
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    assert len(session.plan_for({"x": (3, 4)}).steps) == 1
+    np.testing.assert_allclose(session.run({"x": x})["y"], np.tanh(x / 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("expression", ["Conv x0", "Neg t0", "Neg x1", "Neg y0", ""])
+def test_an_expression_that_is_none_is_refused(expression: str) -> None:
+    model = parse(f'g (float[3] x) => (float[3] y) {{ y = infera.Elementwise <expression = "{expression}"> (x) }}')
+    with pytest.raises(infera_gpu.PlanError, match="expression"):
+        infera_gpu.load(model, device="cpu", fuse=False).run({"x": np.zeros(3, np.float32)})
+
+
+def test_expressions_are_spelled_as_they_are_read() -> None:
+    text = "LeakyRelu:alpha=0.1 x0; Clip:min=-inf,max=6.0 t0; Gelu:approximate=tanh x1; Where x2 t1 t2"
+    assert spelled(parsed(text, 3), 3) == text
