@@ -131,7 +131,11 @@ def rewrite(draft: Draft, fusion: Fusion) -> int:
 
 
 def _rewritten(matcher: Matcher, fusion: Fusion, patterns: list[P], n: Node) -> bool:
+    made_by = matcher.draft.made_by
+    ops = {made_by[i] for i in n.inputs if i in made_by}
     for pattern in patterns:
+        if not pattern.may_stand_on(ops):
+            continue
         for match in matcher.match(pattern, n):
             made = _made(fusion, match)
             if made is not None:

@@ -41,6 +41,10 @@ class P:
         """For each argument that is a node in every alternative: the operators that may make it."""
         return tuple(made for a in self.args if (made := _makers(a)) is not None)
 
+    def may_stand_on(self, ops: set[str]) -> bool:
+        """Whether inputs that these operators make may be what the arguments ask for."""
+        return all(not ops.isdisjoint(makers) for makers in self.below)
+
     @cached_property
     def needs(self) -> tuple[frozenset[str], ...]:
         """Sets of operators: a graph without any of one set has no such node."""
@@ -164,10 +168,6 @@ class Matcher:
 
     def match(self, pattern: P, root: Node) -> Iterator[Match]:
         """Every way in which the pattern fits with this last node, each safe to replace."""
-        made_by = self.draft.made_by
-        ops = [made_by.get(i) for i in root.inputs]
-        if not all(any(op in makers for op in ops) for makers in pattern.below):
-            return
         for values, nodes, inside in self._node(pattern, root, {}, {}, ()):
             if self._is_closed(inside, values):
                 yield Match(self.draft.graph, values, nodes, inside, self.draft)
