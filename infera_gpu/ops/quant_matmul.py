@@ -21,24 +21,6 @@ def _row_zero(zero: Array | None) -> Array | None:
     return zero.reshape(-1, 1) if zero is not None and zero.ndim == 1 and zero.size > 1 else zero
 
 
-def _packed(site: Site, io: Buffers, b: int, zero: int) -> tuple[Array, HostArray | None, list[Call]]:
-    """Input b, transposed with transB, as float32 less its zero point: packed, and its value given, where both are
-    known."""
-    known, point, flag = site.value(b), site.value(zero), site.attrs.get("transB")
-    if known is None or (site.has(zero) and point is None):
-        turned = transposed(io.ins[b], flag)
-        wide, calls = cpu.centred(turned, io.ins[zero] if site.has(zero) else None, io.scratch)
-        return wide, None, calls
-
-    def centred(weights: HostArray) -> HostArray:
-        turned = transposed(weights, flag)
-        wide: HostArray = portable.centred(np, turned, point, turned.ndim - 1).astype(np.float32)
-        return wide
-
-    tag = f"centred{' transposed' if flag else ''}{'' if point is None else f' {point.tolist()}'}"
-    return io.pack(b, tag, centred), centred(known), []
-
-
 def reach(site: Site, i: int, zero: int) -> int:
     """The largest |value - zero point| that 8-bit input i can hold."""
     point = site.value(zero)
@@ -52,10 +34,28 @@ def left_operand(site: Site, io: Buffers, a: int, zero: int) -> tuple[Array, lis
 
 
 def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zero: int, out: Array) -> list[Call]:
-    """int32 out = left @ (input b - its zero point); `left` holds integers of at most `left_reach` as float32."""
-    right, known, calls = _packed(site, io, b, b_zero)
-    ranges = cpu.exact_ranges(left.shape[-1], left_reach, reach(site, b, b_zero), known)
-    return [*calls, *cpu.matmul_integer(left, right, out, ranges, io.scratch)]
+    """int32 or float32 out = left @ (input b - its zero point); `left` holds integers of at most `left_reach` as
+    float32."""
+    turn, known, point = site.attrs.get("transB"), site.value(b), site.value(b_zero)
+    ranges = cpu.exact_ranges(left.shape[-1], left_reach, reach(site, b, b_zero))
+    if known is None or (site.has(b_zero) and point is None):
+        zero = io.ins[b_zero] if site.has(b_zero) else None
+        right, calls = cpu.centred(transposed(io.ins[b], turn), zero, io.scratch)
+        return [*calls, *cpu.matmul_integer(left, right, out, ranges, io.scratch)]
+
+    def centred(weights: HostArray) -> HostArray:
+        turned = transposed(weights, turn)
+        wide: HostArray = portable.centred(np, turned, point, turned.ndim - 1)
+        return wide
+
+    if len(ranges) > 1:
+        ranges = cpu.exact_ranges(left.shape[-1], left_reach, reach(site, b, b_zero), centred(known))
+    tag = f"centred{' transposed' if turn else ''}{'' if point is None else f' {point.tolist()}'}"
+    if io.ins[b].ndim == 2 and left.flags.c_contiguous:
+        panels = io.pack(b, f"{tag} panels", lambda weights: cpu.packed_panels(centred(weights)))
+        return cpu.matmul_panels(left, panels, out, ranges, io.scratch)
+    right = io.pack(b, tag, lambda weights: centred(weights).astype(np.float32))
+    return cpu.matmul_integer(left, right, out, ranges, io.scratch)
 
 
 def of_inputs(site: Site, io: Buffers, operands: tuple[int, int, int, int], out: Array) -> list[Call]:
