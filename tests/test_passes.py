@@ -13,21 +13,22 @@ from infera_gpu.devices import open_device
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import FUSIONS
+from infera_gpu.passes import FUSIONS, QUANTIZED
 from infera_gpu.passes.engine import Either, Fusion, apply, node
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.session import Session
 from infera_gpu.spec import TensorSpec, tensors_of
 from tests.text import parse
 
-EXAMPLES = [pytest.param(f, id=f.name) for f in FUSIONS]
+ALL = (*QUANTIZED, *FUSIONS)
+EXAMPLES = [pytest.param(f, id=f.name) for f in ALL]
 NEAR_MISSES = [
-    pytest.param(f, text, id=f"{f.name}-{text.split('(')[0].strip()}") for f in FUSIONS for text in f.near_misses
+    pytest.param(f, text, id=f"{f.name}-{text.split('(')[0].strip()}") for f in ALL for text in f.near_misses
 ]
 
 
 def test_fusions_have_names_of_their_own() -> None:
-    assert len({f.name for f in FUSIONS}) == len(FUSIONS) > 0
+    assert len({f.name for f in ALL}) == len(ALL) > 0
 
 
 @pytest.mark.parametrize("fusion", EXAMPLES)
@@ -116,7 +117,7 @@ def test_every_spelling_is_recognised(fusion: Fusion, spelling: P) -> None:
 
 
 def test_every_fused_operator_is_declared() -> None:
-    for fusion in FUSIONS:
+    for fusion in ALL:
         rewritten, _ = apply(load_graph(parse(fusion.example, fusion.opset)), fusion)
         for n in rewritten.nodes:
             assert registry().find(n.domain, n.op, rewritten.opset_of(n)), n.qualified

@@ -35,9 +35,10 @@ def left_operand(site: Site, io: Buffers, a: int, zero: int) -> tuple[Array, lis
 
 def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zero: int, out: Array) -> list[Call]:
     """int32 or float32 out = left @ (input b - its zero point); `left` holds integers of at most `left_reach` as
-    float32."""
+    float32, any floats where that is 0."""
     turn, known, point = site.attrs.get("transB"), site.value(b), site.value(b_zero)
-    ranges = cpu.exact_ranges(left.shape[-1], left_reach, reach(site, b, b_zero))
+    k = left.shape[-1]
+    ranges = cpu.exact_ranges(k, left_reach, reach(site, b, b_zero)) if left_reach else [(0, k)]
     if known is None or (site.has(b_zero) and point is None):
         zero = io.ins[b_zero] if site.has(b_zero) else None
         right, calls = cpu.centred(transposed(io.ins[b], turn), zero, io.scratch)
@@ -49,7 +50,7 @@ def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zer
         return wide
 
     if len(ranges) > 1:
-        ranges = cpu.exact_ranges(left.shape[-1], left_reach, reach(site, b, b_zero), centred(known))
+        ranges = cpu.exact_ranges(k, left_reach, reach(site, b, b_zero), centred(known))
     tag = f"centred{' transposed' if turn else ''}{'' if point is None else f' {point.tolist()}'}"
     if io.ins[b].ndim == 2 and left.flags.c_contiguous:
         panels = io.pack(b, f"{tag} panels", lambda weights: cpu.packed_panels(centred(weights)))

@@ -18,6 +18,7 @@ from infera_gpu.passes import (
     norm,
     pad,
     pairs,
+    quant,
     softmax,
     weights,
 )
@@ -27,6 +28,9 @@ from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.layout import convert
 from infera_gpu.passes.same import remove_identities, share_values
+
+QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
+"""Applied first of all, where kernels of kind "cpu" run."""
 
 FUSIONS: tuple[Fusion, ...] = (
     *pairs.FUSIONS,
@@ -41,6 +45,7 @@ FUSIONS: tuple[Fusion, ...] = (
     matmul.BIAS,
     *weights.FUSIONS,
     *conv.FUSIONS,
+    *quant.FOLLOWING,
     *matmul.FUSIONS,
 )
 """In the order in which they are applied."""
@@ -69,6 +74,8 @@ class _Passes:
 
     def run(self, graph: Graph) -> Graph:
         graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
+        if "cpu" in self.kinds:
+            graph = drop_dead(quant.centred(self.fused(graph, QUANTIZED)))
         for name, rewritten in (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
             ("remove_identities", remove_identities),
@@ -76,12 +83,7 @@ class _Passes:
         ):
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
-        draft = Draft(graph)
-        for fusion in FUSIONS:
-            if fusion.fits(self.strict, self.kinds):
-                count = len(draft)
-                self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
-        graph = drop_dead(draft.finished())
+        graph = self.fused(graph, FUSIONS)
         if self.channels_last:
             moved = convert(graph, self.registry)
             self.tell("channels_last", int(moved is not graph), len(graph.nodes), len(moved.nodes))
@@ -92,6 +94,15 @@ class _Passes:
             self.tell("elementwise_chains", chained(draft), count, len(draft))
             graph = drop_dead(draft.finished())
         return graph
+
+    def fused(self, graph: Graph, fusions: Sequence[Fusion]) -> Graph:
+        """The graph after these fusions, in order."""
+        draft = Draft(graph)
+        for fusion in fusions:
+            if fusion.fits(self.strict, self.kinds):
+                count = len(draft)
+                self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
+        return drop_dead(draft.finished())
 
     def inside(self, node: Node) -> Node:
         """The node with its subgraphs rewritten."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
-from infera_kernels.cpu.elementwise import BLOCK, call, const, copy, copy_where, cut, limit
+from infera_kernels.cpu.elementwise import BLOCK, blocks, call, clamp, const, copy, copy_where, cut, limit
 from infera_kernels.cpu.matmul import matmul
 
 EXACT = 2**24
@@ -78,19 +78,28 @@ def dequantize(q: Array, scale: Array, zero: Array | None, x: Array) -> list[Cal
     return calls
 
 
-def dynamic_quantize(x: Array, q: Array, scale: Array, zero: Array, scratch: Scratch) -> list[Call]:
-    """q, scale and zero point of x over the range that holds it and 0; x float32 and contiguous, q uint8.
+def centre(x: Array, scale: Array, bounds: tuple[int, int], out: Array, *, dequantize: bool = False) -> list[Call]:
+    """out = round(x / scale) clamped to `bounds`: quantised x less its zero point, as float32; `out` may be `x`.
 
-    The lowest value becomes round(low / scale) + round(-low / scale) = 0, so that none falls below; the highest may
-    be rounded up to 256.
+    With `dequantize` times `scale` again. `scale` is 0-d.
     """
-    low, high, point = (scratch((), np.float32) for _ in range(3))
-    flat_range = scratch((), np.bool_)
+    low, high = (const(bound, out) for bound in bounds)
+    calls: list[Call] = []
+    for src, dst in blocks(x, out):
+        calls += [call(np.true_divide, src, scale, dst), call(np.rint, dst, dst), clamp(dst, low, high, dst)]
+        if dequantize:
+            calls.append(call(np.multiply, dst, scale, dst))
+    return calls
+
+
+def _dynamic_range(x: Array, scale: Array, point: Array, scratch: Scratch) -> list[Call]:
+    """Scale and zero point, both 0-d float32, of x quantised to uint8 over the range that holds it and 0."""
+    low, flat_range = scratch((), np.float32), scratch((), np.bool_)
     flat = x.reshape(-1)
-    calls: list[Call] = [
+    return [
         (np.minimum.reduce, (flat, 0, None, low, False, 0)),
-        (np.maximum.reduce, (flat, 0, None, high, False, 0)),
-        call(np.subtract, high, low, scale),
+        (np.maximum.reduce, (flat, 0, None, scale, False, 0)),
+        call(np.subtract, scale, low, scale),
         call(np.true_divide, scale, const(255, scale), scale),
         call(np.equal, scale, const(0, scale), flat_range),
         copy_where(scale, const(1, scale), flat_range),
@@ -98,9 +107,31 @@ def dynamic_quantize(x: Array, q: Array, scale: Array, zero: Array, scratch: Scr
         call(np.negative, point, point),
         call(np.minimum, point, const(255, point), point),
         call(np.rint, point, point),
-        copy(zero, point),
     ]
+
+
+def dynamic_quantize(x: Array, q: Array, scale: Array, zero: Array, scratch: Scratch) -> list[Call]:
+    """q, scale and zero point of x over the range that holds it and 0; x float32 and contiguous, q uint8.
+
+    The lowest value becomes round(low / scale) + round(-low / scale) = 0, so that none falls below; the highest may
+    be rounded up to 256.
+    """
+    point = scratch((), np.float32)
+    calls = [*_dynamic_range(x, scale, point, scratch), copy(zero, point)]
     return calls + quantize(x, scale, point, q, scratch, above_only=True)
+
+
+def dynamic_centre(x: Array, out: Array, scale: Array, scratch: Scratch) -> list[Call]:
+    """`dynamic_quantize` whose integers, less their zero point, are float32."""
+    low, high, point = (scratch((), np.float32) for _ in range(3))
+    calls = [
+        *_dynamic_range(x, scale, point, scratch),
+        call(np.negative, point, low),
+        call(np.subtract, const(255, point), point, high),
+    ]
+    for src, dst in blocks(x, out):
+        calls += [call(np.true_divide, src, scale, dst), call(np.rint, dst, dst), clamp(dst, low, high, dst)]
+    return calls
 
 
 def largest(dtype: np.dtype[Any], zero: Array | None, *, known: bool) -> int:
@@ -174,7 +205,7 @@ def _panels(k: int, n: int) -> list[tuple[int, int]]:
 
 
 def packed_panels(b: Array) -> Array:
-    """A (K, N) matrix of integers as int8, or int16 where it needs that: panels of columns one after the other, flat."""
+    """A (K, N) matrix of integers as int8, or int16 where it needs that: panels of columns, one after another."""
     small = not b.size or (b.min() >= -128 and b.max() <= 127)
     narrow = b.astype(np.int8 if small else np.int16)
     return np.concatenate([narrow[:, i:j].reshape(-1) for i, j in _panels(*b.shape)] or [narrow.reshape(-1)])

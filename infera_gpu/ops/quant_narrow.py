@@ -1,0 +1,211 @@
+"""What passes make of quantised models on the CPU: integers that lie in float32, their products with narrow weights.
+
+A tensor is *centred* where it holds quantised values less their zero point, as float32: what products take. It never
+exists as 8-bit integers then, and is made once for all its readers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.graph import HostArray
+from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import FLOAT32, plain
+from infera_gpu.ops.matmul import product_dims
+from infera_gpu.ops.quant_matmul import check_parameters, column, product
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.cpu import quant as cpu
+from infera_kernels.cpu.matmul import epilogue
+from infera_kernels.portable import quant as portable
+
+# ---- DynamicCentre: (x) -> centred, scale. DynamicQuantizeLinear whose integers are centred.
+
+
+def _infer_dynamic(site: Site) -> tuple[TensorSpec, TensorSpec]:
+    _require_float32(site, 0)
+    return site.spec(0), TensorSpec((), FLOAT32)
+
+
+def _require_float32(site: Site, *inputs: int) -> None:
+    for i in inputs:
+        if site.has(i) and site.spec(i).dtype != FLOAT32:
+            raise site.fail(f"input {i} is {site.spec(i)}, expected float32")
+
+
+def _dynamic(xp: Any, site: Site, x: Array) -> tuple[Array, Array]:
+    q, scale, zero = portable.dynamic_quantize(xp, x)
+    return q.astype(xp.float32) - zero.astype(xp.float32), scale
+
+
+def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
+    return cpu.dynamic_centre(io.ins[0], io.outs[0], io.outs[1], io.scratch)
+
+
+def _not_empty(site: Site) -> bool:
+    """Reductions need a value."""
+    return site.spec(0).size > 0
+
+
+# ---- Centre: (x, scale, zero point) -> centred. QuantizeLinear whose integers are centred; with `dequantize` they are
+# multiplied by the scale again, with `relu` what is negative becomes 0 in between. Scale and zero point are constants.
+
+
+def _infer_centre(site: Site) -> tuple[TensorSpec]:
+    _require_float32(site, 0, 1)
+    site.spec(2)
+    check_parameters(site, (1, 2), (), 1)
+    return (site.spec(0),)
+
+
+def _bounds(site: Site, zero: HostArray) -> tuple[int, int]:
+    """The smallest and the largest centred value."""
+    low, high = portable.bounds(zero.dtype)
+    point = int(zero.reshape(())[()])
+    return 0 if site.attrs["relu"] else low - point, max(0 if site.attrs["relu"] else low - point, high - point)
+
+
+def _centre(xp: Any, site: Site, x: Array, scale: Array, zero: Array) -> Array:
+    q = portable.quantize(xp, x, scale.reshape(()), zero.reshape(()), zero.dtype)
+    wide = q.astype(xp.float32) - zero.reshape(()).astype(xp.float32)
+    wide = xp.maximum(wide, xp.float32(0)) if site.attrs["relu"] else wide
+    return wide * scale.reshape(()) if site.attrs["dequantize"] else wide
+
+
+def _bind_centre(site: Site, io: Buffers) -> list[Call]:
+    zero = site.value(2)
+    assert zero is not None
+    again = bool(site.attrs["dequantize"])
+    return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site, zero), io.outs[0], dequantize=again)
+
+
+# ---- NarrowMatMul: (a, b, scale, b's zero point, a's scale, bias) -> float32.
+# a @ (b - zero point) * (a's scale * scale) + bias. b (K, N) has 8 bits and is constant, as its zero point is; both
+# parameters of b have one value or N, a's scale has one, bias N. With `reach` a is centred and none of its integers
+# larger than that: sums are exact, and scaled once.
+
+_SCALE, _ZERO, _A_SCALE, _BIAS = range(2, 6)
+
+
+def _infer_product(site: Site) -> tuple[TensorSpec]:
+    _require_float32(site, 0, _SCALE, _A_SCALE, _BIAS)
+    b = site.spec(1)
+    if b.ndim != 2 or b.dtype.name not in ("int8", "uint8"):
+        raise site.fail(f"b is {b}, expected a matrix of 8-bit integers")
+    site.spec(_SCALE)
+    check_parameters(site, (_A_SCALE,), (_SCALE, _ZERO, _BIAS), b.dims[1])
+    return (TensorSpec(product_dims(site, site.spec(0).dims, b.dims), FLOAT32),)
+
+
+def _product(
+    xp: Any,
+    site: Site,
+    a: Array,
+    b: Array,
+    scale: Array,
+    zero: Array | None = None,
+    a_scale: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    summed = xp.float64 if site.attrs["reach"] else xp.float32
+    sums = xp.matmul(a.astype(summed), portable.centred(xp, b, zero, 1).astype(summed)).astype(xp.float32)
+    made = sums * (column(scale) if a_scale is None else a_scale.reshape(()) * column(scale))
+    return made if bias is None else made + column(bias)
+
+
+def _bind_product(site: Site, io: Buffers) -> list[Call]:
+    a, out, factor = io.ins[0], io.outs[0], column(io.ins[_SCALE])
+    calls = product(site, io, a, int(site.attrs["reach"]), 1, _ZERO, out)
+    if site.has(_A_SCALE):
+        scale, factor = factor, io.scratch(factor.shape, np.float32)
+        calls.append((np.multiply, (io.ins[_A_SCALE].reshape(()), scale, factor)))
+    bias = column(io.ins[_BIAS]) if site.has(_BIAS) else None
+    return [*calls, (np.multiply, (out, factor, out)), *epilogue(out, io.scratch, bias=bias)]
+
+
+def _narrow_constant(site: Site) -> bool:
+    return site.value(1) is not None and (not site.has(_ZERO) or site.value(_ZERO) is not None)
+
+
+# ---- cases
+
+
+def _point(*values: int, dtype: Any = np.uint8) -> HostArray:
+    return np.array(values if len(values) > 1 else values[0], dtype)
+
+
+def _scale(*values: float) -> HostArray:
+    return np.array(values if len(values) > 1 else values[0], np.float32)
+
+
+_CENTRED = np.linspace(-128, 127, 30, dtype=np.float32).round().reshape(2, 3, 5)
+_WEIGHT = np.arange(-60, 60, 8, dtype=np.int8).reshape(5, 3)
+_COLUMNS, _ROW = _scale(0.0217, 0.0513, 0.0109), _scale(0.5, -0.25, 3)
+_ENDS = np.linspace(-9, 9, 40, dtype=np.float32)
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "DynamicCentre",
+        1,
+        domain="infera",
+        infer=_infer_dynamic,
+        compute=plain(_dynamic),
+        kernels={"cpu": Kernel(_bind_dynamic, _not_empty)},
+        cases=(
+            Case("both_signs", (f32(3, 5),), n_outs=2),
+            Case("positive", (f32(3, 5),), n_outs=2, low=1, high=5),
+            Case("negative", (f32(3, 5),), n_outs=2, low=-5, high=-1),
+            Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=2),
+            Case("past_block", (f32(3, 6001),), n_outs=2),
+        ),
+    ),
+    Op(
+        "Centre",
+        1,
+        domain="infera",
+        infer=_infer_centre,
+        compute=plain(_centre),
+        kernels={"cpu": Kernel(_bind_centre, lambda site: site.value(2) is not None, inplace=(0,), strided=True)},
+        attrs={"dequantize": 0, "relu": 0},
+        cases=(
+            Case("uint8", (_ENDS, _scale(0.05), _point(100))),
+            Case("int8", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8))),
+            Case("dequantized", (f32(3, 6001), _scale(0.02), _point(7)), {"dequantize": 1}),
+            Case("relu", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
+            Case("only_negative", (_ENDS, _scale(0.05), _point(255)), {"relu": 1}),
+            Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), _scale(1), _point(3))),
+        ),
+    ),
+    Op(
+        "NarrowMatMul",
+        1,
+        domain="infera",
+        infer=_infer_product,
+        compute=plain(_product),
+        kernels={"cpu": Kernel(_bind_product, _narrow_constant)},
+        attrs={"reach": 0},
+        cases=(
+            Case("floats", (f32(2, 4, 5), _WEIGHT, _COLUMNS, None, None, _ROW)),
+            Case("integers", (_CENTRED, _WEIGHT, _COLUMNS, _point(3, dtype=np.int8), _scale(0.1)), {"reach": 128}),
+            Case(
+                "columns",
+                (_CENTRED, _WEIGHT, _scale(0.1), _point(3, 0, -128, dtype=np.int8), _scale(0.3), _ROW),
+                {"reach": 255},
+            ),
+            Case(
+                "past_panel",
+                (
+                    np.resize(_CENTRED, (7, 1100)),
+                    np.resize(_WEIGHT.view(np.uint8), (1100, 150)),
+                    _scale(0.1),
+                    _point(3),
+                    _scale(0.3),
+                ),
+                {"reach": 128},
+            ),
+            Case("vector", (f32(5), _WEIGHT, _COLUMNS)),
+            Case("empty", (f32(0, 5), _WEIGHT, _COLUMNS)),
+        ),
+    ),
+)

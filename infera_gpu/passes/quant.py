@@ -1,0 +1,396 @@
+"""Quantise-dequantise pairs become products of integers, before constant folding makes floats of the weights.
+
+In two steps. The fusions make one product, com.microsoft.MatMulIntegerToFloat, of each of the ways in which exporters
+write it. `centred` then lets activations stay in float32 between quantisation and product (see `ops/quant_narrow.py`).
+Only the CPU has kernels for what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from infera_gpu.graph import Graph, HostArray, Node, made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+
+_PRODUCT = "com.microsoft.MatMulIntegerToFloat"
+_QUANTIZE = ("QuantizeLinear", "com.microsoft.QuantizeLinear")
+_DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
+_FLOAT = 1
+"""ONNX's number of float32."""
+
+
+def _is_byte(array: HostArray) -> bool:
+    return array.dtype.name in ("int8", "uint8")
+
+
+def _fits_columns(parameter: HostArray, columns: int) -> bool:
+    """Whether it is one value, or one for each column of a matrix."""
+    return parameter.size == 1 or parameter.shape in ((columns,), (1, columns))
+
+
+def _is_weight(weight: HostArray, scale: HostArray, zero: HostArray | None) -> bool:
+    """Whether it is an 8-bit matrix with parameters that its columns take after the product."""
+    columns = weight.shape[-1] if weight.ndim else 0
+    return (
+        _is_byte(weight)
+        and weight.ndim == 2
+        and scale.dtype == np.float32
+        and _fits_columns(scale, columns)
+        and (zero is None or (zero.dtype == weight.dtype and _fits_columns(zero, columns)))
+    )
+
+
+def _flat(match: Match, *names: str) -> tuple[list[str], dict[str, HostArray]]:
+    """The names of constants, "" where they are left out; those of one row without its axis, as new constants."""
+    values: list[str] = []
+    made: dict[str, HostArray] = {}
+    for name in names:
+        value = match.values.get(name, "")
+        if value and match.constant(name).ndim > 1:
+            flat = made_name(match.root.outputs[0], name)
+            made[flat] = match.constant(name).reshape(-1)
+            value = flat
+        values.append(value)
+    return values, made
+
+
+def _product(match: Match, inputs: Sequence[str], constants: dict[str, HostArray]) -> Replacement:
+    root = match.root
+    name = root.name or root.outputs[0]
+    return Replacement(
+        Node("MatMulIntegerToFloat", tuple(inputs), root.outputs, domain="com.microsoft", name=name), constants
+    )
+
+
+# ---- weights and activations quantised on the way
+
+
+def _is_dynamic(match: Match) -> bool:
+    made_by = match.producers.get(match.values["q"])
+    given = tuple(match.values[name] for name in ("q", "s", "z"))
+    zero = match.constant("bz") if "bz" in match.values else None
+    return (
+        match.nodes["cast"].attrs.get("to") == _FLOAT
+        and made_by is not None
+        and made_by.qualified == "DynamicQuantizeLinear"
+        and made_by.outputs == given
+        and _is_weight(match.constant("b"), match.constant("w"), zero)
+    )
+
+
+def _from_dynamic(match: Match) -> Replacement:
+    (scale, zero), constants = _flat(match, "w", "bz")
+    q, b, s, z = (match.values[name] for name in ("q", "b", "s", "z"))
+    return _product(match, [q, b, s, scale, z, *([zero] if zero else [])], constants)
+
+
+_DYNAMIC = """
+    {name} (float[2, 3] x) => ({outs}) <int8[3, 2] b = {{1, 2, -3, 4, 5, 127}}, float[2] w = {{0.5, 0.25}}> {{
+        q, s, z = DynamicQuantizeLinear(x)
+        i = MatMulInteger(q, b, {zero})
+        f = Cast <to = {to}> (i)
+        t = Mul({scale}, w)
+        y = Mul(t, f)
+    }}"""
+
+
+def _dynamic(name: str = "example", outs: str = "float[2, 2] y", zero: str = "z", to: int = 1, scale: str = "s") -> str:
+    return _DYNAMIC.format(name=name, outs=outs, zero=zero, to=to, scale=scale)
+
+
+DYNAMIC = Fusion(
+    name="dynamic_quantized_matmul",
+    patterns=(
+        node(
+            "Mul",
+            node("Cast", node("MatMulInteger", "q", "#b", "z", "?#bz"), name="cast"),
+            node("Mul", "s", "#w", commutes=True),
+            commutes=True,
+        ),
+    ),
+    guard=_is_dynamic,
+    build=_from_dynamic,
+    example=_dynamic(),
+    near_misses=(
+        _dynamic("no_zero_point", zero=""),
+        _dynamic("sums_are_an_output", outs="float[2, 2] y, int32[2, 2] i"),
+        """
+        scale_of_another_value (float[2, 3] x, float[2, 3] v) => (float[2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[2] w = {0.5, 0.25}> {
+            q, s, z = DynamicQuantizeLinear(x)
+            r, t, p = DynamicQuantizeLinear(v)
+            i = MatMulInteger(q, b, z)
+            f = Cast <to = 1> (i)
+            m = Mul(t, w)
+            y = Mul(m, f)
+        }""",
+        """
+        scale_of_rows (float[2, 3] x) => (float[2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[2, 1] w = {0.5, 0.25}> {
+            q, s, z = DynamicQuantizeLinear(x)
+            i = MatMulInteger(q, b, z)
+            f = Cast <to = 1> (i)
+            m = Mul(s, w)
+            y = Mul(m, f)
+        }""",
+    ),
+)
+
+
+# ---- both sides dequantised
+
+
+def _parameters(graph: Graph, n: Node) -> tuple[HostArray, HostArray] | None:
+    """Scale and zero point of a node that quantises to 8 bits or back, where both are known and single.
+
+    From opset 23 on the float's type is no longer that of the scale.
+    """
+    scale, zero = (graph.constants.get(i) for i in (n.inputs[1], n.inputs[2] if len(n.inputs) > 2 else ""))
+    if scale is None or zero is None or scale.dtype != np.float32 or not _is_byte(zero):
+        return None
+    single = scale.size == zero.size == 1 and bool(scale.reshape(()) > 0)
+    plain = not n.attrs.get("block_size", 0) and (n.domain or graph.opset_of(n) < 23)
+    return (scale, zero) if single and plain else None
+
+
+def _columns_of(graph: Graph, n: Node) -> bool:
+    """Whether a node dequantises a constant matrix whose columns share scale and zero point."""
+    given = [graph.constants.get(i) for i in n.inputs]
+    weight, scale, zero = (*given, None)[:3]
+    if weight is None or scale is None or (len(n.inputs) > 2 and n.inputs[2] and zero is None):
+        return False
+    along = scale.size == 1 or n.attrs.get("axis", 1) in (1, -1)
+    plain = not n.attrs.get("block_size", 0) and (n.domain or graph.opset_of(n) < 23)
+    return bool(plain) and along and _is_weight(weight, scale, zero)
+
+
+def _dequantized(match: Match, name: str) -> Node | None:
+    made_by = match.producers.get(match.values[name])
+    return made_by if made_by is not None and made_by.qualified in _DEQUANTIZE else None
+
+
+def _is_qdq(match: Match) -> bool:
+    a, b = _dequantized(match, "a"), _dequantized(match, "b")
+    return (
+        a is not None
+        and b is not None
+        and a.inputs[0] not in match.graph.constants
+        and _parameters(match.graph, a) is not None
+        and _columns_of(match.graph, b)
+    )
+
+
+def _from_qdq(match: Match) -> Replacement:
+    a, b = (match.producers[match.values[name]] for name in ("a", "b"))
+    return _product(match, [a.inputs[0], b.inputs[0], a.inputs[1], b.inputs[1], a.inputs[2], *b.inputs[2:]], {})
+
+
+_QDQ = """
+    {name} (float[2, 3] x) => ({outs})
+    <int8[3, 2] w = {{1, 2, -3, 4, 5, 127}}, float s = {{0.05}}, uint8 z = {{120}}, float[2] t = {{0.5, 0.25}},
+     float[3] r = {{0.5, 0.25, 2}}, int8[2] p = {{0, -3}}, int8[3] o = {{0, 1, 2}}> {{
+        q = QuantizeLinear(x, s, z)
+        a = DequantizeLinear(q, s, z)
+        b = DequantizeLinear <axis = {axis}> (w, {parameters})
+        y = MatMul({order})
+    }}"""
+
+
+def _qdq(
+    name: str = "example", outs: str = "float[2, 2] y", axis: int = 1, parameters: str = "t, p", order: str = "a, b"
+) -> str:
+    return _QDQ.format(name=name, outs=outs, axis=axis, parameters=parameters, order=order)
+
+
+QDQ = Fusion(
+    name="dequantized_matmul",
+    patterns=(node("MatMul", "a", "b"),),
+    guard=_is_qdq,
+    build=_from_qdq,
+    example=_qdq(),
+    near_misses=(
+        _qdq("scales_of_rows", axis=0, parameters="r, o"),
+        _qdq("weights_on_the_left", outs="float[3, 3] y", order="b, a"),
+    ),
+)
+
+
+# ---- weights alone are narrow
+
+
+def _is_narrow(match: Match) -> bool:
+    cast = match.nodes.get("cast")
+    return (cast is None or cast.attrs.get("to") == _FLOAT) and _is_weight(
+        match.constant("b"), match.constant("s"), None
+    )
+
+
+def _from_narrow(match: Match) -> Replacement:
+    (scale,), constants = _flat(match, "s")
+    return Replacement(infera(match, "NarrowMatMul", (match.values["a"], match.values["b"], scale), {}), constants)
+
+
+NARROW = Fusion(
+    name="narrow_matmul",
+    patterns=(node("MatMul", "a", node("Mul", node("Cast", "#b", name="cast"), "#s", commutes=True)),),
+    guard=_is_narrow,
+    build=_from_narrow,
+    example="""
+        example (float[2, 3] a) => (float[2, 2] y) <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[1, 2] s = {0.5, 0.3}> {
+            f = Cast <to = 1> (b)
+            w = Mul(f, s)
+            y = MatMul(a, w)
+        }""",
+    near_misses=(
+        """
+        scales_of_rows (float[2, 3] a) => (float[2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[3, 1] s = {0.5, 0.3, 2}> {
+            f = Cast <to = 1> (b)
+            w = Mul(f, s)
+            y = MatMul(a, w)
+        }""",
+        """
+        wide_weights (float[2, 3] a) => (float[2, 2] y)
+        <int32[3, 2] b = {1, 2, -3, 4, 5, 127}, float[1, 2] s = {0.5, 0.3}> {
+            f = Cast <to = 1> (b)
+            w = Mul(f, s)
+            y = MatMul(a, w)
+        }""",
+    ),
+    reassociates=True,
+)
+
+FUSIONS = (DYNAMIC, QDQ, NARROW)
+
+
+# ---- after constants are folded: what follows a product
+
+
+def _is_row(match: Match) -> bool:
+    bias = match.constant("bias")
+    return bias.dtype == np.float32 and bias.shape == match.constant("b").shape[1:]
+
+
+def _with_bias(match: Match) -> Replacement:
+    inner = match.nodes["product"]
+    inputs = (*inner.inputs, *[""] * (5 - len(inner.inputs)), match.values["bias"])
+    return Replacement(infera(match, "NarrowMatMul", inputs, inner.attrs))
+
+
+BIAS = Fusion(
+    name="narrow_matmul_bias",
+    patterns=(
+        node("Add", node("infera.NarrowMatMul", "a", "#b", "#s", "?#z", "?t", name="product"), "#bias", commutes=True),
+    ),
+    guard=_is_row,
+    build=_with_bias,
+    example="""
+        example (float[2, 3] a) => (float[2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float s = {0.5}, float[2] bias = {0.5, -1}> {
+            t = infera.NarrowMatMul(a, b, s)
+            y = Add(bias, t)
+        }""",
+    near_misses=(
+        """
+        bias_adds_an_axis (float[2, 3] a) => (float[1, 2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float s = {0.5}, float[1, 1, 2] bias = {0.5, -1}> {
+            t = infera.NarrowMatMul(a, b, s)
+            y = Add(bias, t)
+        }""",
+        """
+        two_biases (float[2, 3] a) => (float[2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float s = {0.5}, float[2] bias = {0.5, -1}> {
+            t = infera.NarrowMatMul(a, b, s, , , bias)
+            y = Add(bias, t)
+        }""",
+    ),
+)
+
+FOLLOWING = (BIAS,)
+
+
+# ---- activations stay float32
+
+
+def _reads_as(graph: Graph, product: Node, q: str, zero: str) -> bool:
+    """Whether a node is a product that takes `q`, with this zero point, as its left side alone, and known weights."""
+    if product.qualified != _PRODUCT or product.inputs.count(q) != 1 or len(product.inputs) < 5:
+        return False
+    weight, points = graph.constants.get(product.inputs[1]), product.inputs[5:6]
+    known = not points or not points[0] or points[0] in graph.constants
+    return product.inputs[0] == q and product.inputs[4] == zero and known and weight is not None and weight.ndim == 2
+
+
+def _on_floats(product: Node, centred: str, reach: int) -> Node:
+    _, b, a_scale, scale, _, *rest = product.inputs
+    zero, *bias = rest or [""]
+    return Node(
+        "NarrowMatMul",
+        (centred, b, scale, zero, a_scale, *bias),
+        product.outputs,
+        {"reach": reach},
+        domain="infera",
+        name=product.name,
+    )
+
+
+def _dynamic_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
+    q, scale, zero = n.outputs
+    if readers and all(_reads_as(graph, r, q, zero) for r in readers):
+        centred = made_name(q, "centred")
+        yield n, Node("DynamicCentre", n.inputs, (centred, scale), domain="infera", name=n.name)
+        for r in readers:
+            yield r, _on_floats(r, centred, 255)
+
+
+def _same(graph: Graph, a: Node, b: Node, at: tuple[int, int]) -> bool:
+    """Whether two nodes have the same constants as their inputs at 1 and 2, and at `at`."""
+    pairs = zip((a.inputs[1], a.inputs[2]), (b.inputs[i] for i in at), strict=True)
+    found = [(graph.constants[i], graph.constants.get(j)) for i, j in pairs]
+    return all(
+        y is not None and x.dtype == y.dtype and x.size == y.size == 1 and x.item() == y.item() for x, y in found
+    )
+
+
+def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
+    parameters = _parameters(graph, n)
+    if parameters is None or not readers:
+        return
+    info, point = np.iinfo(parameters[1].dtype), int(parameters[1].item())
+    reach = max(int(info.max) - point, point - int(info.min))
+    q, products, floats = n.outputs[0], [], []
+    for r in readers:
+        if r.qualified in _DEQUANTIZE and len(r.inputs) > 2 and _parameters(graph, r) and _same(graph, n, r, (1, 2)):
+            floats.append(r)
+        elif _reads_as(graph, r, q, r.inputs[4] if len(r.inputs) > 4 else "") and _same(graph, n, r, (2, 4)):
+            products.append(r)
+        else:
+            return
+    if not products and len(floats) == 1:
+        (r,) = floats
+        yield r, Node("Centre", n.inputs, r.outputs, {"dequantize": 1}, domain="infera", name=r.name)
+        return
+    centred = made_name(q, "centred")
+    yield n, Node("Centre", n.inputs, (centred,), domain="infera", name=n.name)
+    for r in products:
+        yield r, _on_floats(r, centred, reach)
+    for r in floats:
+        yield r, Node("Mul", (centred, n.inputs[1]), r.outputs, name=r.name)
+
+
+def centred(graph: Graph) -> Graph:
+    """Values that are quantised only to be multiplied or dequantised never become 8-bit integers."""
+    readers = graph.readers()
+    made: dict[int, Node] = {}
+    for n in graph.nodes:
+        dynamic = n.qualified == "DynamicQuantizeLinear"
+        inner = [o for o in n.outputs if o and not (dynamic and o == n.outputs[1])]
+        if n.opset or not (dynamic or n.qualified in _QUANTIZE) or any(o in graph.outputs for o in inner):
+            continue
+        found = list({id(r): r for o in inner for r in readers.get(o, ())}.values())
+        steps = _dynamic_centred(graph, n, found) if dynamic else _static_centred(graph, n, found)
+        made.update({id(old): new for old, new in steps})
+    return replace(graph, nodes=tuple(made.get(id(n), n) for n in graph.nodes)) if made else graph
