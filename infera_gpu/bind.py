@@ -18,6 +18,9 @@ from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
 
+MAX_FOLDED = 1 << 28
+"""Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
+
 
 class Constants:
     """A session's constants as the device holds them: each one, and each packed form of it, made once.
@@ -41,6 +44,10 @@ class Constants:
             if id(host) in self._lasting:
                 self._made[key] = found
         return found
+
+    def folded(self, plan: Plan) -> int:
+        """Bytes of the plan's constants that are none of the graph's."""
+        return sum(a.nbytes for a in plan.constants.values() if id(a) not in self._lasting)
 
     def clear(self) -> None:
         """Let every constant go."""

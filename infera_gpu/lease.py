@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from infera_gpu.bind import Bound, Constants, bind
+from infera_gpu.bind import MAX_FOLDED, Bound, Constants, bind
 from infera_gpu.devices.base import Device
 from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
@@ -36,6 +36,7 @@ class Lease:
         self._arenas: dict[Space, Any] = {}
         self._sizes: dict[Space, int] = {}
         self._bound: OrderedDict[Plan, Bound] = OrderedDict()
+        self._folded: dict[Plan, int] = {}
         self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
         self._last: tuple[_Key, Mapping[str, Array]] | None = None
         self._needed = 0
@@ -65,8 +66,9 @@ class Lease:
         if found is None:
             self._fit(plan)
             found = self._bound[plan] = bind(plan, self._arenas, self._device, self._constants)
-            while len(self._bound) > MAX_BOUND:
-                self._bound.popitem(last=False)
+            self._folded[plan] = self._constants.folded(plan)
+            while len(self._bound) > MAX_BOUND or (sum(self._folded.values()) > MAX_FOLDED and len(self._bound) > 1):
+                del self._folded[self._bound.popitem(last=False)[0]]
         else:
             self._bound.move_to_end(plan)
         return found
@@ -90,6 +92,7 @@ class Lease:
     def _forget(self) -> None:
         """Let go of everything bound to the arenas."""
         self._bound.clear()
+        self._folded.clear()
         self._direct.clear()
 
     def _consider(self, plan: Plan) -> None:

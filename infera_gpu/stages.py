@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from infera_gpu.bind import Constants, measurer
+from infera_gpu.bind import MAX_FOLDED, Constants, measurer
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import Graph, HostArray
@@ -49,6 +49,8 @@ class Stage:
     objects: Mapping[str, ValueSpec]
     next: dict[Told, Stage] = field(default_factory=dict)
     bodies: dict[int, _Body] = field(default_factory=dict)
+    folded: int = 0
+    """Bytes of constants that planning computed."""
 
     @property
     def segment(self) -> Segment:
@@ -125,6 +127,8 @@ class Stages:
         self._measure = measurer(device, constants)
         self._first: dict[Shapes, Stage] = {}
         self._recent: OrderedDict[Stage, _Place] = OrderedDict()
+        self._constants = constants
+        self._folded = 0
         self._planning = threading.Lock()
 
     def __len__(self) -> int:
@@ -210,6 +214,7 @@ class Stages:
         with self._planning:
             self._first.clear()
             self._recent.clear()
+            self._folded = 0
 
     def _touch(self, stage: Stage) -> None:
         with suppress(KeyError):  # another thread may have dropped it just now
@@ -217,13 +222,15 @@ class Stages:
 
     def _keep(self, stage: Stage, place: _Place) -> None:
         self._recent[stage] = place
-        while len(self._recent) > MAX_STAGES:
-            dropped, where = self._recent.popitem(last=False)
-            where.cut()
-            todo = list(dropped.next.values())
+        self._folded += stage.folded
+        while len(self._recent) > MAX_STAGES or (self._folded > MAX_FOLDED and len(self._recent) > 1):
+            dropped = next(iter(self._recent))
+            self._recent[dropped].cut()
+            todo = [dropped]
             while todo:  # nothing leads to these any more
                 below = todo.pop()
-                self._recent.pop(below, None)
+                if self._recent.pop(below, None) is not None:
+                    self._folded -= below.folded
                 todo += below.next.values()
 
     def _start(self, shapes: Shapes) -> Stage:
@@ -271,7 +278,8 @@ class Stages:
             declared, made = self._graph.outputs[name], plan.outputs[name].dtype
             if isinstance(declared, TensorSpec) and is_declared(declared) and declared.dtype != made:
                 raise PlanError(f"output '{name}' is {made.name}, the model declares it as {declared.dtype.name}")
-        return Stage(plan, final, missing, {k: s for k, s in entering.items() if not is_plain(s)})
+        objects = {k: s for k, s in entering.items() if not is_plain(s)}
+        return Stage(plan, final, missing, objects, folded=self._constants.folded(plan))
 
 
 def is_declared(spec: TensorSpec) -> bool:

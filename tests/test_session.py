@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 import infera_gpu
+from infera_gpu import lease, stages
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryError, PlanError, UnsupportedOperatorError
 from infera_gpu.layout import Space
@@ -159,15 +160,38 @@ def test_what_a_shape_folded_is_let_go_with_its_plan() -> None:
     assert session._constants.nbytes <= sum(a.nbytes for a in session.graph.constants.values())
 
 
+def test_plans_share_a_budget_for_what_was_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse(
+        """g (float[N] x) => (float[N] y) <float[1] one = {1}> {
+            n = Shape(x)
+            ones = Expand(one, n)
+            y = Add(x, ones)
+        }"""
+    )
+    each, kept = 4000, 3
+    for module in (stages, lease):
+        monkeypatch.setattr(module, "MAX_FOLDED", kept * each + 100)
+    session = infera_gpu.load(model, device="cpu")
+    for n in range(each // 4, each // 4 - 10, -1):
+        assert session.run({"x": np.zeros(n, np.float32)})["y"].sum() == n
+    assert len(session._stages) == len(session._stages._first) == kept
+    assert len(session._free[0]._bound) == kept
+    big = np.zeros(10 * each, np.float32)
+    assert session.run({"x": big})["y"].sum() == big.size
+    assert len(session._stages) == len(session._free[0]._bound) == 1
+    assert session.run({"x": big[:3]})["y"].sum() == 3
+    assert len(session._stages) == 1
+
+
 def test_the_memory_of_one_huge_request_is_given_back() -> None:
     session = infera_gpu.load(parse(CHAIN), device="cpu")
     session.run(feeds("x", "z", shape=(3_000_000, 4)))
-    lease = session._free[0]
-    assert lease.nbytes > SHRINK_ABOVE
+    borrowed = session._free[0]
+    assert borrowed.nbytes > SHRINK_ABOVE
     f = feeds("x", "z")
     for _ in range(2 * SHRINK_AFTER):
         out = session.run(f)
-    assert lease.nbytes == session.plan_for(f).arena_bytes
+    assert borrowed.nbytes == session.plan_for(f).arena_bytes
     np.testing.assert_allclose(out["y"], -(np.exp(f["x"] * f["z"]) + f["x"]), rtol=1e-6)
 
 
