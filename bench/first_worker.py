@@ -29,12 +29,9 @@ def _infera() -> Load:
 
 
 def _infera_modules() -> None:
-    """What infera_gpu imports when it loads its first model."""
+    """What infera_gpu imports when it loads its first model, but for the files of the operators that it has."""
     import onnx
 
-    from infera_gpu.ops import registry
-
-    registry()
     onnx.ModelProto()
 
 

@@ -287,7 +287,11 @@ class Registry:
 
     def __init__(self, ops: Iterable[Op] = ()) -> None:
         self._ops: dict[tuple[str, str], list[Op]] = {}
-        self._found: dict[tuple[str, str, int], Op | None] = {}
+        self._found: dict[tuple[str, str, int], Op] = {}
+        self.add(ops)
+
+    def add(self, ops: Iterable[Op]) -> None:
+        """More operators, of names that nobody has looked up yet. Raises ValueError where one is there already."""
         for op in ops:
             versions = self._ops.setdefault((op.domain, op.name), [])
             if any(o.since == op.since for o in versions):
@@ -298,12 +302,16 @@ class Registry:
     def find(self, domain: str, name: str, opset: int) -> Op | None:
         """The declaration for this opset, or None."""
         key = (domain, name, opset)
-        if key not in self._found:
-            versions = self._ops.get((domain, name))
-            if versions is None:  # names come from files: those of no operator are not kept
-                return None
-            self._found[key] = next((o for o in reversed(versions) if o.since <= opset), None)
-        return self._found[key]
+        found = self._found.get(key)
+        if found is None:  # names come from files: those of no operator are not remembered
+            found = next((o for o in reversed(self._versions(domain, name)) if o.since <= opset), None)
+            if found is not None:
+                self._found[key] = found
+        return found
+
+    def _versions(self, domain: str, name: str) -> list[Op]:
+        """Declarations of a name, the oldest first."""
+        return self._ops.get((domain, name), [])
 
     def __iter__(self) -> Iterator[Op]:
         return (o for versions in self._ops.values() for o in versions)

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from infera_gpu import ops
+from infera_gpu.ops._index import INDEX
+
 HEAVY = ("cupy", "triton", "onnx", "onnxruntime", "torch", "pynvml", "fastapi")
 
 
@@ -15,11 +18,23 @@ HEAVY = ("cupy", "triton", "onnx", "onnxruntime", "torch", "pynvml", "fastapi")
     [
         "import infera_gpu",
         "import infera_gpu, infera_gpu.ops; assert len(list(infera_gpu.ops.registry())) > 100",
+        "import infera_gpu.ops as o; o.registry().find('', 'Relu', 9); assert not hasattr(o, 'text')",
         "import infera_gpu.devices.cuda, infera_gpu.devices.recording, infera_kernels.launch",
     ],
-    ids=["package", "operators", "devices"],
+    ids=["package", "operators", "operator", "devices"],
 )
 def test_nothing_heavy_is_loaded(work: str) -> None:
     look = f"{work}; import sys; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_names_that_the_index_has_not_are_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is new, or an operator that moved: then every file is imported."""
+    whole = ops.registry()
+    for index in ("", INDEX.replace(" MaxPool", " Gelu").replace(" Relu ", " MaxPool ")):
+        monkeypatch.setattr(ops, "INDEX", index)
+        made = ops._Declared()
+        for name in ("MaxPool", "Relu", "NoSuch"):
+            assert made.find("", name, 17) is whole.find("", name, 17)
+        assert {id(op) for op in made} == {id(op) for op in whole}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from infera_gpu import ops
 from infera_gpu.cli.ops import PAGE, markdown, support
 from infera_gpu.ops import registry
+from infera_gpu.ops.__main__ import index
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 def test_the_page_is_current() -> None:
     page = (ROOT / "docs" / "operators.md").read_text()
     assert page == PAGE + markdown(support(registry())), "run: infera ops --markdown > docs/operators.md"
+
+
+def test_the_index_of_files_is_current() -> None:
+    assert (Path(ops.__file__).parent / "_index.py").read_text() == index(), "run: python -m infera_gpu.ops"
 
 
 def test_versions_of_an_operator_share_a_row() -> None:
