@@ -76,13 +76,13 @@ def check_supported(graph: Graph, registry: Registry) -> None:
 
     def walk(nodes: Iterable[Node]) -> None:
         for n in nodes:
-            op = registry.find(n.domain, n.op, graph.opset_of(n))
+            op = None if is_control(n) else registry.find(n.domain, n.op, graph.opset_of(n))
             if op is not None:
                 try:
                     op.fill(n)
                 except PlanError as error:
                     raise InvalidModel(f"{graph.name}: {error}") from None
-            elif n.domain or n.op not in CONTROL:
+            elif not is_control(n):
                 missing.append((n.qualified, n.name or n.outputs[0]))
             for _, sub in n.subgraphs:
                 walk(sub.nodes)
@@ -102,8 +102,9 @@ def _hint(qualified: str, registry: Registry) -> str:
     return f"there is {close}" if close else ""
 
 
-CONTROL = frozenset({"If"})
-"""Control flow that specialising takes apart: it needs no operator of its own."""
+def is_control(node: Node) -> bool:
+    """Whether it is control flow that specialising takes apart, and that needs no operator of its own."""
+    return node.op == "If" and not node.domain
 
 
 @dataclass
@@ -131,11 +132,12 @@ class _Walk:
     def visit(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             missing = self.blocked.intersection(node.reads()) if self.blocked else None
-            if missing and not (missing <= self.pending and self.find(node).host):
+            control = is_control(node)
+            if missing and (control or not (missing <= self.pending and self.find(node).host)):
                 self.block(node)
             else:
                 with planning(node):
-                    if node.op == "If" and not node.domain:
+                    if control:
                         self.branch(node)
                     else:
                         self.place(node)

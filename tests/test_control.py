@@ -72,6 +72,19 @@ g (float[2] start, float[N, 2] x, float[2] w) => (float[2] last, float[N, 2] y) 
     }> (start, x)
 }"""
 
+DECIDED = """
+g (float[N] x, int64 n, bool c) => (float[N] y) {
+    v, on = Loop (n, c, x, c) <body = b (int64 i, bool go, float[N] a, bool s) => (bool goes, float[N] o, bool t) {
+        goes = Identity(go)
+        o = Add(a, a)
+        t = Identity(s)
+    }>
+    y = If (on) <
+        then_branch = t () => (float[N] p) { p = Neg(v) },
+        else_branch = e () => (float[N] q) { q = Mul(v, v) }
+    >
+}"""
+
 
 def both(text: str, feeds: dict[str, Any], device: str = "cpu") -> None:
     model = parse(text)
@@ -100,6 +113,8 @@ def floats(*shape: int) -> Any:
         pytest.param(GROWING, {"x": floats(0), "n": np.array(2)}, id="growing_from_nothing"),
         pytest.param(COLLECTED, {"x": floats(9, 2)}, id="collected"),
         pytest.param(PREFIX, {"start": floats(2), "x": floats(5, 2), "w": floats(2)}, id="scan"),
+        pytest.param(DECIDED, {"x": floats(3), "n": np.array(2), "c": np.array(True)}, id="decided_by_a_loop"),
+        pytest.param(DECIDED, {"x": floats(3), "n": np.array(2), "c": np.array(False)}, id="decided_otherwise"),
     ],
 )
 def test_as_onnxruntime(text: str, feeds: dict[str, Any], device: str) -> None:
