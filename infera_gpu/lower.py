@@ -2,72 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from infera_gpu.choice import Choice, choose
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import HostArray, Node
 from infera_gpu.layout import Operand, Space, dense, view_of
-from infera_gpu.memory import Request, aligned, plan_arena
+from infera_gpu.memory import aligned, crowded
 from infera_gpu.op import Kernel
-from infera_gpu.plan import Block, Plan, Step
+from infera_gpu.place import Lowered, Root, place, requests
+from infera_gpu.plan import Plan, Step
+from infera_gpu.slots import slots_of
 from infera_gpu.spec import TensorSpec
 from infera_gpu.specialize import Placed, Segment
 
 Measure = Callable[[Kernel, Placed, tuple[Operand | None, ...], tuple[Operand, ...]], int]
 """Bytes of scratch that a kernel asks for when it is bound to these operands."""
 
+ATTEMPTS = 3
+"""How often a segment is lowered, at most, with fewer slots each time, to bring down the most bytes alive at once."""
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """How a node will run: a kernel of some kind, or the operator's own function through an array library."""
-
-    via: str
-    space: Space
-    kernel: Kernel | None
-
-
-def choose(placed: Placed, device: Device) -> Choice:
-    """The first kernel that the device prefers and that supports the site, else the operator's `compute`."""
-    for kind in device.kinds:
-        kernel = placed.op.kernels.get(kind)
-        if kernel is not None and kernel.supports(placed.site):
-            return Choice(kind, device.space, kernel)
-    if device.space == "device" and placed.op.portable and device.runs_portable:
-        return Choice("portable", "device", None)
-    if device.space == "device":
-        kernel = placed.op.kernels.get("cpu")
-        if kernel is not None and kernel.supports(placed.site):
-            return Choice("cpu", "host", kernel)
-    return Choice("numpy", "host", None)
-
-
-@dataclass(slots=True)
-class _Root:
-    space: Space
-    nbytes: int
-    begin: int
-    end: int
-    fixed: int | None = None
-    last_read: int = -1
-    rank: int = 0
+SMALL = 1 << 16
+"""Bytes. What fits in that keeps its slots: copies would cost more than memory."""
 
 
 class _Lowering:
-    def __init__(self, segment: Segment, device: Device, measure: Measure) -> None:
-        self.segment, self.device, self.measure = segment, device, measure
+    """A segment's steps, and the memory that they need, not yet placed. `without` are joined values without slots."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        device: Device,
+        measure: Measure,
+        choices: Sequence[Choice],
+        without: Collection[str],
+    ) -> None:
+        self.segment, self.device, self.measure, self.choices = segment, device, measure, choices
         self.steps: list[Step] = []
-        self.roots: dict[str, _Root] = {}
+        self.roots: dict[str, Root] = {}
         self.homes: dict[str, Operand] = {}
-        self.copies: dict[tuple[str, Space, bool], Operand] = {}
+        self.copies: dict[tuple[str, Space], Operand] = {}
+        self.places = slots_of(segment, choices, device.space, without)
+        self.slabs: dict[str, str] = {}
+        """The root of each joined value that values were written into before it was joined."""
+        self.joined: dict[str, int] = {}
+        """The step at which a slab was full."""
         self.last_read: dict[str, int] = {}
         for i, p in enumerate(segment.nodes):
-            self.last_read.update({v: i for v in p.node.inputs if v})
+            for v in p.site.node.inputs:
+                self.last_read[v] = i
         self.last_read.update(dict.fromkeys(segment.outputs, len(segment.nodes)))
         self.staged: set[str] = set()
+        self.saved: Counter[str] = Counter()
 
     # ---- memory
 
@@ -75,7 +66,7 @@ class _Lowering:
         unique = name
         while unique in self.roots:
             unique += "'"
-        self.roots[unique] = _Root(space, nbytes, len(self.steps), len(self.steps) + 1)
+        self.roots[unique] = Root(space, nbytes, len(self.steps), len(self.steps) + 1)
         return unique
 
     def new(self, name: str, space: Space, spec: TensorSpec) -> Operand:
@@ -93,7 +84,7 @@ class _Lowering:
         if not operand.constant:
             self.read_as(value, self.roots[operand.root])
 
-    def read_as(self, value: str, root: _Root) -> None:
+    def read_as(self, value: str, root: Root) -> None:
         """The memory holds this value too."""
         root.last_read = max(root.last_read, self.last_read.get(value, -1))
 
@@ -117,7 +108,7 @@ class _Lowering:
         """The value in `space`, contiguous unless `strided`; adds the copies this takes."""
         operand = self.home(value)
         if operand.constant:
-            return replace(operand, space=space)
+            return operand if operand.space == space else replace(operand, space=space)
         if operand.space != space:
             operand = self.copy(value, operand, space)
         if not strided and not operand.is_contiguous:
@@ -126,77 +117,104 @@ class _Lowering:
 
     def copy(self, value: str, source: Operand, space: Space) -> Operand:
         """A contiguous copy of `source` in `space`, made once."""
-        key = (value, space, True)
+        key = (value, space)
         if key in self.copies:
             return self.copies[key]
         if source.space != space and not source.is_contiguous:
             source = self.copy(value, source, source.space)
         target = self.new(f"{value}@{space}", space, TensorSpec(source.shape, source.dtype))
-        kind = "copy" if source.space == space else ("upload" if space == "device" else "download")
-        self.emit(Step(kind, f"{kind} {value}", self.device.name, (source,), (target,), space))  # type: ignore[arg-type]
+        self.move(value, source, target)
         self.copies[key] = target
         self.read_as(value, self.roots[target.root])
         return target
 
+    def move(self, value: str, source: Operand, target: Operand) -> None:
+        kind = "copy" if source.space == target.space else ("upload" if target.space == "device" else "download")
+        self.emit(Step(kind, f"{kind} {value}", self.device.name, (source,), (target,), target.space))  # type: ignore[arg-type]
+
     # ---- nodes
 
     def node(self, index: int, placed: Placed) -> None:
-        if placed.op.view is not None and self.view(placed):
+        op, site, choice = placed.op, placed.site, self.choices[index]
+        if (op.view is not None and self.view(placed)) or (op.windows is not None and self.join(placed, choice.space)):
             return
-        choice = choose(placed, self.device)
         kernel = choice.kernel
         strided = kernel.strided if kernel else True
-        ins = tuple(self.fetch(v, choice.space, strided=strided) if v else None for v in placed.node.inputs)
+        ins = tuple(self.fetch(v, choice.space, strided=strided) if v else None for v in site.node.inputs)
         outs = self.outputs(index, placed, choice, ins)
         workspace = None
         if kernel is not None:
-            nbytes = kernel.workspace(placed.site) if kernel.workspace else self.measure(kernel, placed, ins, outs)
+            nbytes = kernel.workspace(site) if kernel.workspace else self.measure(kernel, placed, ins, outs)
             if nbytes:
                 workspace = self.new(f"scratch {index}", choice.space, TensorSpec((nbytes,), np.dtype(np.uint8)))
-        self.emit(
-            Step(
-                "kernel" if kernel else "compute",
-                str(placed.node),
-                choice.via,
-                ins,
-                outs,
-                choice.space,
-                placed,
-                kernel,
-                workspace,
-            )
-        )
-        for name, operand in zip(placed.node.outputs, outs, strict=False):
+        kind = "kernel" if kernel else "compute"
+        self.emit(Step(kind, str(site.node), choice.via, ins, outs, choice.space, placed, kernel, workspace))  # type: ignore[arg-type]
+        for name, operand in zip(site.node.outputs, outs, strict=False):
             if name:
                 self.own(name, operand)
 
     def view(self, placed: Placed) -> bool:
-        """Make output 0 a window into input 0; True unless the input is a constant or the node has more outputs."""
-        value, name = placed.node.inputs[0], placed.node.outputs[0]
+        """Make the outputs windows into input 0; False where that is a constant or an output is no window."""
+        site = placed.site
+        value, names = site.node.inputs[0], site.node.outputs
         source = self.home(value)
-        if source.constant or any(placed.node.outputs[1:]):
+        if source.constant:
             return False
-        apply, site = placed.op.view, placed.site
-        assert apply is not None
-        made = view_of(source, lambda x: apply(x, site))
+        made = _views(source, placed)
         if made is None:
-            made = view_of(self.fetch(value, source.space, strided=False), lambda x: apply(x, site))
-        if made is None or made.shape != site.outs[0].shape:
-            raise PlanError(f"{placed.node}: its view does not give {site.outs[0]}")
-        self.own(name, made)
+            made = _views(self.fetch(value, source.space, strided=False), placed)
+        if made is None:
+            return False
+        for name, operand, spec in zip(names, made, site.outs, strict=False):
+            if operand.shape != spec.shape:
+                raise PlanError(f"{site.node}: its view does not give {spec}")
+            if name:
+                self.own(name, operand)
+                self.saved["as views"] += operand.nbytes
+        return True
+
+    def join(self, placed: Placed, space: Space) -> bool:
+        """Copy the inputs that do not lie in their windows; False where none does, and the node runs as any other."""
+        site, windows = placed.site, placed.op.windows
+        name = site.node.outputs[0]
+        place = self.places.get(name) or dense(name, space, site.outs[0])
+        if place.root not in self.slabs:
+            return False
+        assert windows is not None
+        whole = replace(place, root=self.slabs[place.root])
+        away = []
+        for k, value in enumerate(site.node.inputs):
+            window = view_of(whole, lambda y, k=k: windows(y, site)[k])  # type: ignore[misc]
+            assert window is not None
+            if not _same(self.home(value), window):
+                away.append((value, window))
+        if len(away) == len(site.node.inputs):
+            return False
+        for value, target in away:
+            self.move(value, self.fetch(value, space, strided=True), target)
+        self.own(name, whole)
+        self.joined[self.slabs[place.root]] = len(self.steps)
         return True
 
     def outputs(
         self, index: int, placed: Placed, choice: Choice, ins: tuple[Operand | None, ...]
     ) -> tuple[Operand, ...]:
-        specs = placed.site.outs[: len(placed.node.outputs)]
-        names = placed.node.outputs
-        made = [
-            self.taken_over(index, choice, ins, specs[0])
-            or self.new(names[0] or f"unused {index}", choice.space, specs[0])
-        ]
-        made += [self.new(names[i] or f"unused {index}.{i}", choice.space, spec) for i, spec in enumerate(specs[1:], 1)]
+        names, specs = placed.site.node.outputs, placed.site.outs
+        made: list[Operand] = []
+        for i, (name, spec) in enumerate(zip(names, specs, strict=False)):
+            operand = self.slot(name) or (self.taken_over(index, choice, ins, spec) if i == 0 else None)
+            made.append(operand or self.new(name or f"unused {index}.{i}", choice.space, spec))
         return tuple(made)
+
+    def slot(self, name: str) -> Operand | None:
+        """Where the value lies in a joined one, which gets its memory now if it is the first."""
+        place = self.places.get(name)
+        if place is None:
+            return None
+        if place.root not in self.slabs:
+            self.slabs[place.root] = self.new_root(place.root, place.space, self.segment.specs[place.root].nbytes)
+        self.saved["into slots"] += place.nbytes
+        return replace(place, root=self.slabs[place.root])
 
     def taken_over(
         self, index: int, choice: Choice, ins: tuple[Operand | None, ...], spec: TensorSpec
@@ -216,12 +234,13 @@ class _Lowering:
                 and root.last_read <= index
                 and sum(o is not None and o.root == operand.root for o in ins) == 1
             ):
+                self.saved["in place"] += operand.nbytes
                 return operand
         return None
 
     # ---- the whole
 
-    def run(self, carried: Mapping[str, Operand]) -> Plan:
+    def run(self, carried: Mapping[str, Operand]) -> None:
         for value, spec in self.segment.inputs.items():
             operand = carried.get(value)
             if operand is None:
@@ -230,11 +249,11 @@ class _Lowering:
             else:
                 low, high = operand.bounds()
                 start = low // aligned(1) * aligned(1)
-                self.roots[value] = _Root(operand.space, high - start, 0, 1, fixed=start)
+                self.roots[value] = Root(operand.space, high - start, 0, 1, fixed=start)
                 operand = replace(operand, root=value, offset=operand.offset - start)
             self.own(value, operand)
         for i, placed in enumerate(self.segment.nodes):
-            with planning(placed.node):
+            with planning(placed.site.node):
                 self.node(i, placed)
         outputs = {v: self.home(v) for v in self.segment.outputs}
         for operand in outputs.values():
@@ -242,52 +261,59 @@ class _Lowering:
         for rank, value in enumerate(_reads(self.segment.rest), 1):
             if value in outputs and not outputs[value].constant:
                 self.roots[outputs[value].root].rank = rank
-        return self.place(outputs, carried)
 
-    def place(self, outputs: Mapping[str, Operand], carried: Mapping[str, Operand]) -> Plan:
-        arenas: dict[Space, int] = {}
-        bounds: dict[Space, int] = {}
-        offsets: dict[str, int] = {}
-        spaces: tuple[Space, ...] = ("host", "device")
-        for space in spaces:
-            roots = {k: r for k, r in self.roots.items() if r.space == space}
-            if roots:
-                arena = plan_arena(
-                    [Request(k, r.nbytes, r.begin, r.end, r.rank) for k, r in roots.items()],
-                    {k: r.fixed for k, r in roots.items() if r.fixed is not None},
-                )
-                arenas[space], bounds[space] = arena.nbytes, arena.lower_bound
-                offsets.update(arena.offsets)
+    def crowded(self) -> tuple[int, set[str]]:
+        """The most bytes alive at one step, and the joined values that are not complete then."""
+        nbytes, step = crowded(requests(self.roots, self.device.space))
+        waiting = {
+            name
+            for name, root in self.slabs.items()
+            if self.roots[root].begin <= step < self.joined.get(root, self.roots[root].end)
+        }
+        return nbytes, waiting
 
-        def absolute(o: Operand) -> Operand:
-            return o if o.constant else o.moved(offsets.get(o.root, 0))
-
-        steps = tuple(
-            replace(
-                s,
-                ins=tuple(o and absolute(o) for o in s.ins),
-                outs=tuple(map(absolute, s.outs)),
-                workspace=s.workspace and absolute(s.workspace),
-            )
-            for s in self.steps
-        )
-        entering = {v: absolute(self.homes[v]) for v in self.segment.inputs}
-        return Plan(
-            device=self.device.name,
-            segment=self.segment,
-            steps=steps,
-            inputs={v: o for v, o in entering.items() if v not in carried},
-            carried={v: o for v, o in entering.items() if v in carried},
-            outputs={v: absolute(o) for v, o in outputs.items()},
-            constants={k: _dense(a) for k, a in self.segment.constants.items()},
-            arenas=arenas,
-            lower_bounds=bounds,
-            blocks=tuple(
-                Block(k, r.space, offsets[k], aligned(r.nbytes), r.begin, r.end)
-                for k, r in self.roots.items()
-                if k in offsets
+    def plan(self, carried: Collection[str]) -> Plan:
+        return place(
+            Lowered(
+                self.device.name,
+                self.segment,
+                self.steps,
+                self.roots,
+                entering={v: self.homes[v] for v in self.segment.inputs},
+                outputs={v: self.home(v) for v in self.segment.outputs},
+                saved=self.saved,
             ),
+            carried,
         )
+
+
+def _views(source: Operand, placed: Placed) -> list[Operand] | None:
+    """The outputs as windows into input 0, which lies at `source`; None where one of them is none."""
+    apply, site = placed.op.view, placed.site
+    assert apply is not None
+
+    def part(x: HostArray, i: int) -> HostArray:
+        made = apply(x, site)
+        parts: tuple[HostArray, ...] = made if isinstance(made, tuple) else (made,)
+        if i >= len(parts):
+            raise ValueError("only its first output is a view")
+        return parts[i]
+
+    found = []
+    for i, name in enumerate(site.node.outputs):
+        made = view_of(source, lambda x, i=i: part(x, i)) if name else source  # type: ignore[misc]
+        if made is None:
+            return None
+        found.append(made)
+    return found
+
+
+def _same(a: Operand, b: Operand) -> bool:
+    """Whether they are the same elements in the same order. Empty operands lie everywhere."""
+    return not b.nbytes or (
+        (a.root, a.offset, a.shape, a.dtype) == (b.root, b.offset, b.shape, b.dtype)
+        and all(d == 1 or s == t for d, s, t in zip(a.shape, a.strides, b.strides, strict=True))
+    )
 
 
 def _reads(nodes: Iterable[Node]) -> Iterator[str]:
@@ -298,11 +324,24 @@ def _reads(nodes: Iterable[Node]) -> Iterator[str]:
             yield from _reads(sub.nodes)
 
 
-def _dense(array: HostArray) -> HostArray:
-    """A constant as kernels expect it; folding may have left a broadcast view."""
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
-
 def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[str, Operand] | None = None) -> Plan:
-    """The plan of a segment. `carried` are the operands that earlier segments left in the arena."""
-    return _Lowering(segment, device, measure).run(carried or {})
+    """The plan of a segment. `carried` are the operands that earlier segments left in the arena.
+
+    A joined value is alive from the first of its parts on. Where that is what needs most memory, its parts are joined
+    by copying.
+    """
+    choices = [choose(p, device) for p in segment.nodes]
+    best, least, without = None, 0, set[str]()
+    for _ in range(ATTEMPTS):
+        lowering = _Lowering(segment, device, measure, choices, without)
+        lowering.run(carried or {})
+        if not without and not lowering.slabs:
+            return lowering.plan(carried or {})
+        nbytes, waiting = lowering.crowded()
+        if best is None or nbytes < least:
+            best, least = lowering, nbytes
+        if not waiting or nbytes <= SMALL:
+            break
+        without |= waiting
+    assert best is not None
+    return best.plan(carried or {})

@@ -170,12 +170,18 @@ def _closer(wanted: Sequence[Request], fixed: Mapping[str, int], plan: ArenaPlan
 
 def lower_bound(requests: Iterable[Request]) -> int:
     """The most (aligned) bytes alive at one step: no arena can be smaller."""
+    return crowded(requests)[0]
+
+
+def crowded(requests: Iterable[Request]) -> tuple[int, int]:
+    """The most (aligned) bytes alive at one step, and the first such step."""
     changes: dict[int, int] = {}
     for r in requests:
         changes[r.begin] = changes.get(r.begin, 0) + aligned(r.nbytes)
         changes[r.end] = changes.get(r.end, 0) - aligned(r.nbytes)
-    alive = most = 0
+    alive = most = at = 0
     for step in sorted(changes):
         alive += changes[step]
-        most = max(most, alive)
-    return most
+        if alive > most:
+            most, at = alive, step
+    return most, at

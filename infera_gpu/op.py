@@ -118,7 +118,7 @@ class Buffers(Protocol):
     ins: tuple[Array, ...]
     """None where an input is left out; contiguous unless the kernel says `strided`."""
     outs: tuple[Array, ...]
-    """Contiguous, uninitialised."""
+    """Uninitialised; contiguous unless the kernel says `strided_out`."""
     xp: Any
     """numpy or cupy"""
 
@@ -159,8 +159,8 @@ class Kernel:
 
     The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
     `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
-    `strided` gets contiguous inputs. `workspace` gives the bytes of scratch; None measures them by binding once on
-    host dummies. What is asked for may depend on the attributes, on shapes, strides and types, on small constants and
+    `strided` gets contiguous inputs, and one that is not `strided_out` contiguous outputs. `workspace` gives the bytes
+    of scratch; None measures them by binding once on host dummies. What is asked for may depend on the attributes, on shapes, strides and types, on small constants and
     on those of integers, but not on the elements of a large floating-point constant: nodes that differ in nothing else
     are measured once. `allocates` marks a kernel that does allocate, which `inspect` shows.
     """
@@ -170,6 +170,7 @@ class Kernel:
     workspace: Callable[[Site], int] | None = None
     inplace: tuple[int, ...] = ()
     strided: bool = False
+    strided_out: bool = False
     allocates: bool = False
 
 
@@ -220,17 +221,18 @@ Compute: TypeAlias = Callable[..., Array | Sequence[Array]]
 class Op:
     """An operator from opset `since` on.
 
-    `infer(site)` gives the output specs; None for a spec means that its shape depends on data, and the node then ends
-    a plan segment. `compute(xp, site, *ins)` returns the output array, or a sequence of them: plain, correct, free to
+    `infer(site)` gives the output specs; None for a spec means that its shape depends on data, and the node then ends a
+    plan segment. `compute(xp, site, *ins)` returns the output array, or a sequence of them: plain, correct, free to
     allocate; it folds constants, runs on NumPy (and on CuPy where `portable`) when no kernel supports a site, and is
-    what kernels are tested against. `values` lists the inputs whose values `infer` needs. `view(x, site)` makes
-    output 0 a view of input 0 wherever strides allow. `attrs` maps every attribute to its default or REQUIRED.
-    `expand(site)` gives the nodes that do the same where the operator does not cover a site: a fused operator whose
-    residual turns out to broadcast becomes its parts again. A `pure` operator gives the same outputs for the same
-    inputs; `shapes_only` says that its outputs depend on the specs of its inputs alone (Shape, Size), so that planning
-    computes it without data. A `host` operator works on what no arena holds (sequences, maps, strings, subgraphs): it
-    runs on the host between two plans, `compute(numpy, site, *values)` gets and returns values of any kind, a sequence
-    of outputs as a tuple, and `infer` is not asked for what a run will tell.
+    what kernels are tested against. `values` lists the inputs whose values `infer` needs. `view(x, site)` makes output
+    0 a view of input 0 wherever strides allow; a tuple of views where there are more outputs. `windows(y, site)` says,
+    of an operator that only joins its inputs, where each lies in output 0. `attrs` maps every attribute to its default
+    or REQUIRED. `expand(site)` gives the nodes that do the same where the operator does not cover a site: a fused
+    operator whose residual turns out to broadcast becomes its parts again. A `pure` operator gives the same outputs for
+    the same inputs; `shapes_only` says that its outputs depend on the specs of its inputs alone (Shape, Size), so that
+    planning computes it without data. A `host` operator works on what no arena holds (sequences, maps, strings,
+    subgraphs): it runs on the host between two plans, `compute(numpy, site, *values)` gets and returns values of any
+    kind, a sequence of outputs as a tuple, and `infer` is not asked for what a run will tell.
     """
 
     name: str
@@ -242,7 +244,8 @@ class Op:
     domain: str = ""
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     values: tuple[int, ...] = ()
-    view: Callable[[Array, Site], Array] | None = None
+    view: Callable[[Array, Site], Array | tuple[Array, ...]] | None = None
+    windows: Callable[[Array, Site], Sequence[Array]] | None = None
     expand: Callable[[Site], Expansion | None] | None = None
     portable: bool = True
     pure: bool = True

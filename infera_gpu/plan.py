@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -37,8 +37,7 @@ class Step:
         return self.kind == "compute" or (self.kernel is not None and self.kernel.allocates)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """A piece of an arena and the steps [begin, end) on which what lies in it is needed."""
 
     name: str
@@ -55,7 +54,8 @@ class Plan:
 
     `inputs` are uploaded before the steps and `outputs` are where results lie after them. `arenas` gives the bytes of
     each memory space, `lower_bounds` the most bytes alive at one step: no plan can need less.
-    `blocks` says what lies where and when.
+    `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
+    others, computed "in place" of an input, or written "into slots" of the value that joins them.
     """
 
     device: str
@@ -68,6 +68,7 @@ class Plan:
     arenas: Mapping[Space, int]
     lower_bounds: Mapping[Space, int]
     blocks: tuple[Block, ...]
+    saved: Mapping[str, int]
 
     @property
     def arena_bytes(self) -> int:
@@ -91,8 +92,12 @@ class Plan:
         text = (
             f"plan on {self.device}: {ins or 'no inputs'}\n"
             f"{len(self.steps)} steps, {len(self.transfers)} transfers, arena {self.arena_bytes:,} bytes "
-            f"(lower bound {self.lower_bound:,})"
+            f"(lower bound {self.lower_bound:,}, {self.arena_bytes / max(self.lower_bound, 1):.3f} of it)"
         )
+        if any(self.saved.values()):
+            text += "\nbytes without memory of their own: " + ", ".join(
+                f"{nbytes:,} {how}" for how, nbytes in self.saved.items() if nbytes
+            )
         if not self.segment.is_last:
             why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(e.node) for e in self.segment.eager])
             text += f"\nthe rest is planned when known: {why}"

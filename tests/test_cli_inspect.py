@@ -25,7 +25,7 @@ def test_inspect_shows_model_plan_and_times(relu: Path) -> None:
     assert "float32[N, 3]" in out
     plan = infera_gpu.load(relu, device="cpu").plan_for({"x": (4, 3)})
     assert str(plan) in out
-    assert f"arena {plan.arena_bytes:,} bytes (lower bound {plan.lower_bound:,})" in out
+    assert f"arena {plan.arena_bytes:,} bytes (lower bound {plan.lower_bound:,}, 1.000 of it)" in out
     assert "100.0%" in out
 
 

@@ -139,6 +139,7 @@ def test_kernel(op: Op, case: Case, kind: str) -> None:
         changed = wants[1] if all(a is b for a, b in zip(mixed, second, strict=True)) else made(op, case, site, mixed)
         feeds = [(first, wants[0]), (mixed, changed)]
         options: list[dict[str, Any]] = [{}, *([{"strided": True}] if kernel.strided else [])]
+        options += [{"strided_out": True}] if kernel.strided_out else []
         options += [{"inplace": i} for i in kernel.inplace if site.has(i) and not known[i] and takes_over(site, i)]
         for option, early in product(options, (False, True)):
             buffers = GuardedBuffers(first, site.outs, site.values, **option)

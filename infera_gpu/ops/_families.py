@@ -85,14 +85,14 @@ def copies(pairs: Callable[[Site, Buffers], Sequence[tuple[Array, Array]]]) -> K
     def bind(site: Site, io: Buffers) -> list[Call]:
         return [(np.copyto, pair) for pair in pairs(site, io)]
 
-    return Kernel(bind=bind, supports=movable, strided=True)
+    return Kernel(bind=bind, supports=movable, strided=True, strided_out=True)
 
 
 def elementwise(
     bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native
 ) -> dict[str, Kernel]:
     """The `kernels` of an elementwise operator: any strides, the output may take over an input."""
-    return {"cpu": Kernel(bind=bind, supports=supports, inplace=inplace, strided=True)}
+    return {"cpu": Kernel(bind=bind, supports=supports, inplace=inplace, strided=True, strided_out=True)}
 
 
 def single(site: Site, i: int, name: str) -> int | None:

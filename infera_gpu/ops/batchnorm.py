@@ -82,7 +82,7 @@ _PER_ELEMENT = Case(
     {"spatial": 0},
 )
 _ATTRS: Attrs = {"epsilon": 1e-5, "momentum": 0.9}
-_KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True)}
+_KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True, strided_out=True)}
 
 
 def _expand(site: Site) -> Expansion | None:

@@ -97,7 +97,7 @@ _MATMUL = Op(
     1,
     infer=matmul_spec,
     compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
-    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True)}
+    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True, strided_out=True)}
     | PRODUCT
     | _jit.product(_bind_matmul, lambda site: "", _numeric),
     cases=(
@@ -121,7 +121,7 @@ _GEMM = Op(
     7,
     infer=gemm_spec,
     compute=plain(gemm),
-    kernels={"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True)}
+    kernels={"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True, strided_out=True)}
     | PRODUCT
     | _jit.product(_bind_matmul, lambda site: "", blas),
     attrs={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},

@@ -119,7 +119,7 @@ _WRAP = (
     Case("wrap-more-than-once", (f32(3, 4), _i64(4, 0, 5, 9)), {"mode": "wrap"}),
 )
 _INPUTS = _cases("constant", "edge", "reflect") + _VALUES
-_KERNELS = {"cpu": Kernel(_bind, _supports, strided=True)}
+_KERNELS = {"cpu": Kernel(_bind, _supports, strided=True, strided_out=True)}
 _MODE = {"mode": "constant"}
 
 OPS: tuple[Op, ...] = (

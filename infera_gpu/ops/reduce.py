@@ -89,7 +89,7 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
             since,
             infer=_infer_reduction,
             compute=plain(compute),
-            kernels={"cpu": Kernel(bind=bind, supports=supports, strided=True)},
+            kernels={"cpu": Kernel(bind=bind, supports=supports, strided=True, strided_out=True)},
             attrs={"keepdims": 1, **attrs},
             values=values,
             cases=cases,
@@ -154,7 +154,7 @@ def _arg(name: str, since: int) -> Op:
         since,
         infer=_arg_spec,
         compute=plain(compute),
-        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True)},
+        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)},
         attrs=attrs,
         cases=tuple(cases),
     )
@@ -185,7 +185,7 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
         since,
         infer=_scan_spec,
         compute=plain(compute),
-        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True)},
+        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)},
         attrs={"exclusive": 0, "reverse": 0},
         values=(1,),
         cases=(

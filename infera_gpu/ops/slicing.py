@@ -103,9 +103,13 @@ def _concat_spec(site: Site) -> tuple[TensorSpec]:
     return (TensorSpec(tuple(dims), first.dtype),)
 
 
-def _concat_pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
+def _joined(y: Array, site: Site) -> list[Array]:
     axis = site.axis()
-    return list(zip(cpu.parts(io.outs[0], axis, [x.shape[axis] for x in io.ins]), io.ins, strict=True))
+    return cpu.parts(y, axis, [site.spec(i).dims[axis] for i in range(len(site.ins))])
+
+
+def _concat_pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
+    return list(zip(_joined(io.outs[0], site), io.ins, strict=True))
 
 
 _CONCAT = Op(
@@ -114,6 +118,7 @@ _CONCAT = Op(
     infer=_concat_spec,
     compute=plain(lambda xp, site, *ins: xp.concatenate(ins, axis=site.axis())),
     kernels={"cpu": copies(_concat_pairs)},
+    windows=_joined,
     attrs={"axis": REQUIRED},
     cases=(
         Case("rows", (f32(2, 3), f32(1, 3)), {"axis": 0}),
@@ -144,8 +149,12 @@ def _split_specs(site: Site) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec((*spec.dims[:axis], n, *spec.dims[axis + 1 :]), spec.dtype) for n in _sizes(site))
 
 
+def _parts(x: Array, site: Site) -> tuple[Array, ...]:
+    return tuple(cpu.parts(x, site.axis(), _sizes(site)))
+
+
 def _split_pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
-    return list(zip(io.outs, cpu.parts(io.ins[0], site.axis(), _sizes(site)), strict=True))
+    return list(zip(io.outs, _parts(io.ins[0], site), strict=True))
 
 
 def _split(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
@@ -153,8 +162,9 @@ def _split(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
         "Split",
         since,
         infer=_split_specs,
-        compute=plain(lambda xp, site, x, *_: tuple(cpu.parts(x, site.axis(), _sizes(site)))),
+        compute=plain(lambda xp, site, x, *_: _parts(x, site)),
         kernels={"cpu": copies(_split_pairs)},
+        view=_parts,
         attrs={"axis": 0, **attrs},
         values=() if "split" in attrs else (1,),
         cases=cases,
@@ -206,7 +216,7 @@ _TILE = Op(
     6,
     infer=shaped(_tiled),
     compute=plain(lambda xp, site, x, _: xp.tile(x, site.ints(1))),
-    kernels={"cpu": Kernel(bind=_bind_tile, supports=movable)},
+    kernels={"cpu": Kernel(bind=_bind_tile, supports=movable, strided_out=True)},
     values=(1,),
     cases=(
         Case("both", (f32(2, 3), i64(2, 3))),

@@ -1,0 +1,34 @@
+"""What runs a node: the first kernel that the device prefers and that fits, or the operator's own function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from infera_gpu.devices.base import Device
+from infera_gpu.layout import Space
+from infera_gpu.op import Kernel
+from infera_gpu.specialize import Placed
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a node will run: a kernel of some kind, or the operator's own function through an array library."""
+
+    via: str
+    space: Space
+    kernel: Kernel | None
+
+
+def choose(placed: Placed, device: Device) -> Choice:
+    """The first kernel that the device prefers and that supports the site, else the operator's `compute`."""
+    for kind in device.kinds:
+        kernel = placed.op.kernels.get(kind)
+        if kernel is not None and kernel.supports(placed.site):
+            return Choice(kind, device.space, kernel)
+    if device.space == "device" and placed.op.portable and device.runs_portable:
+        return Choice("portable", "device", None)
+    if device.space == "device":
+        kernel = placed.op.kernels.get("cpu")
+        if kernel is not None and kernel.supports(placed.site):
+            return Choice("cpu", "host", kernel)
+    return Choice("numpy", "host", None)

@@ -1,0 +1,116 @@
+"""Values that another node joins are written where it would copy them: a Concat of such values costs no step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from infera_gpu.choice import Choice
+from infera_gpu.layout import Operand, Space, dense, view_of
+from infera_gpu.op import Kernel
+from infera_gpu.specialize import Segment
+
+
+class _Slots:
+    def __init__(self, segment: Segment, choices: Sequence[Choice], space: Space) -> None:
+        self.nodes, self.choices, self.space = segment.nodes, choices, space
+        self.kept = set(segment.outputs)
+        self.places: dict[str, Operand] = {}
+        self.makers = {o: i for i, p in enumerate(self.nodes) for o in p.site.node.outputs if o}
+        self.readers: dict[str, list[int]] = {}
+        for i, p in enumerate(self.nodes):
+            for v in p.site.node.inputs:
+                self.readers.setdefault(v, []).append(i)
+
+    def find(self, without: Collection[str]) -> Mapping[str, Operand]:
+        """From the last node to the first, so that a place is known before the node that may pass it on."""
+        for i in range(len(self.nodes) - 1, -1, -1):
+            op, node = self.nodes[i].op, self.nodes[i].site.node
+            if op.windows is not None and node.outputs[0] not in without:
+                self.join(i)
+            elif node.outputs[0] in self.places:
+                if op.view is not None:
+                    self.through_view(i)
+                else:
+                    self.in_place(i)
+        return self.places
+
+    def join(self, i: int) -> None:
+        placed = self.nodes[i]
+        windows, site = placed.op.windows, placed.site
+        assert windows is not None
+        name, inputs = site.node.outputs[0], site.node.inputs
+        if self.choices[i].space != self.space:
+            return
+        whole = self.places.get(name) or dense(name, self.space, site.outs[0])
+        for k, value in enumerate(inputs):
+            window = view_of(whole, lambda y, k=k: windows(y, site)[k])  # type: ignore[misc]
+            if window is not None:
+                self.offer(value, window)
+
+    def offer(self, value: str, place: Operand) -> bool:
+        """Let the value lie there, if its maker can write there and its readers can read it there."""
+        i = self.makers.get(value)
+        if i is None or value in self.places or not place.nbytes:
+            return False
+        placed, choice = self.nodes[i], self.choices[i]
+        if placed.op.view is None:
+            if choice.space != self.space:
+                return False
+            if not place.is_contiguous and not (_writes(choice.kernel) and all(map(self.reads, self.readers[value]))):
+                return False
+        elif not place.is_contiguous or any(placed.site.node.outputs[1:]):
+            return False
+        self.places[value] = place
+        return True
+
+    def reads(self, i: int) -> bool:
+        """Whether node i reads inputs of any strides."""
+        kernel = self.choices[i].kernel
+        return self.nodes[i].op.view is None and (kernel is None or kernel.strided)
+
+    def through_view(self, i: int) -> None:
+        """What is reshaped lies in the place of its new shape; other views cannot be asked for backwards."""
+        placed = self.nodes[i]
+        view, node, spec = placed.op.view, placed.site.node, placed.site.spec(0)
+        assert view is not None
+        source = dense(node.inputs[0], self.space, spec)
+        made = view_of(source, lambda x: view(x, placed.site))  # type: ignore[arg-type,return-value]
+        place = self.places[node.outputs[0]]
+        same = made is not None and made.is_contiguous and made.nbytes == source.nbytes and made.dtype == source.dtype
+        back = view_of(place, lambda y: y.reshape(spec.dims, copy=False)) if same else None
+        if back is None or not self.offer(node.inputs[0], back):
+            del self.places[node.outputs[0]]
+
+    def in_place(self, i: int) -> None:
+        """An input that the kernel may overwrite, and that nothing else reads, lies where the output goes."""
+        kernel, placed = self.choices[i].kernel, self.nodes[i]
+        inputs = placed.site.node.inputs
+        for k in kernel.inplace if kernel else ():
+            value = inputs[k] if k < len(inputs) else ""
+            if (
+                value
+                and value not in self.kept
+                and self.readers[value] == [i]
+                and placed.site.ins[k] == placed.site.outs[0]
+                and self.offer(value, self.places[placed.site.node.outputs[0]])
+            ):
+                return
+
+
+def _writes(kernel: Kernel | None) -> bool:
+    """Whether outputs may have any strides; an operator's own function is copied to where they lie."""
+    return kernel is None or kernel.strided_out
+
+
+def slots_of(
+    segment: Segment, choices: Sequence[Choice], space: Space, without: Collection[str] = ()
+) -> Mapping[str, Operand]:
+    """The places of values that lie in the output of a node that joins them (Op.windows).
+
+    Each is a window whose root is the name of the outermost joined value: joined values may be joined again. `without`
+    are joined values that keep their inputs out. Nodes that make such a value can write to its place, and all that read
+    it can read it there.
+    """
+    if all(p.op.windows is None for p in segment.nodes):
+        return {}
+    return _Slots(segment, choices, space).find(without)

@@ -1,0 +1,173 @@
+"""Values written where another node joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+import infera_gpu
+from infera_gpu import lower
+from infera_gpu.graph import HostArray
+from infera_gpu.plan import Plan
+from tests.text import parse
+
+
+@pytest.fixture(params=["cpu", "recording"])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def numbers(*shape: int, seed: int = 0) -> HostArray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def planned(text: str, device: str, feeds: Mapping[str, HostArray]) -> tuple[Plan, dict[str, HostArray]]:
+    """The plan, and what the second of two runs gives."""
+    with infera_gpu.load(parse(text), device=device) as session:
+        session.run({name: x + 1 for name, x in feeds.items()})
+        return session.plan_for(feeds), session.run(feeds)
+
+
+def labels(plan: Plan) -> list[str]:
+    return [step.label.split()[0] for step in plan.steps]
+
+
+def test_a_concat_of_what_is_computed_costs_no_step(device: str) -> None:
+    text = """
+    g (float[1, 2, 5] x) => (float[1, 6, 5] y) {
+        a = Exp(x) b = Neg(x) c = Sin(x) y = Concat <axis = 1> (a, b, c)
+    }"""
+    x = numbers(1, 2, 5)
+    plan, got = planned(text, device, {"x": x})
+    assert labels(plan) == ["Exp", "Neg", "Sin"]
+    assert plan.saved["into slots"] == 3 * x.nbytes
+    assert "bytes without memory of their own: 120 into slots" in str(plan)
+    np.testing.assert_allclose(got["y"], np.concatenate([np.exp(x), -x, np.sin(x)], 1), rtol=1e-6)
+
+
+def test_what_is_joined_again_and_again_is_written_once(device: str) -> None:
+    """As in a DenseNet: each value is read by itself and as a part of every value joined after it."""
+    text = """
+    g (float[1, 2, 5] x) => (float[1, 6, 5] y, float[1, 2, 5] z) {
+        a = Exp(x)
+        b = Sin(a)
+        ab = Concat <axis = 1> (a, b)
+        t = Neg(ab)
+        c = ReduceMean <axes = [1], keepdims = 1> (t)
+        d = Add(c, a)
+        y = Concat <axis = 1> (ab, d)
+        z = Mul(b, d)
+    }"""
+    x = numbers(1, 2, 5)
+    plan, got = planned(text, device, {"x": x})
+    assert "Concat" not in labels(plan)
+    assert "copy" not in labels(plan)
+    a = np.exp(x)
+    ab = np.concatenate([a, np.sin(a)], 1)
+    d = a - ab.mean(1, keepdims=True)
+    np.testing.assert_allclose(got["y"], np.concatenate([ab, d], 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["z"], np.sin(a) * d, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_constants_and_repeated_values_are_copied_into_place(device: str) -> None:
+    text = """
+    g (float[2, 3] x) => (float[9, 3] y) <float[1, 3] k = {7, 8, 9}> {
+        a = Exp(x)
+        y = Concat <axis = 0> (x, a, k, a, x)
+    }"""
+    x = numbers(2, 3)
+    plan, got = planned(text, device, {"x": x})
+    assert labels(plan) == ["Exp", "copy", "copy", "copy", "copy"]
+    a, k = np.exp(x), np.array([[7, 8, 9]], np.float32)
+    np.testing.assert_allclose(got["y"], np.concatenate([x, a, k, a, x]), rtol=1e-6)
+
+
+def test_a_part_that_is_overwritten_elsewhere_keeps_its_value(device: str) -> None:
+    """Neg could take over the memory of what it reads, were that not joined afterwards."""
+    text = """
+    g (float[4, 3] x) => (float[8, 3] y, float[4, 3] z) {
+        a = Exp(x) n = Neg(a) z = Sin(n) b = Cos(z) y = Concat <axis = 0> (a, b)
+    }"""
+    x = numbers(4, 3)
+    _, got = planned(text, device, {"x": x})
+    z = np.sin(-np.exp(x))
+    np.testing.assert_allclose(got["z"], z, rtol=1e-5)
+    np.testing.assert_allclose(got["y"], np.concatenate([np.exp(x), np.cos(z)]), rtol=1e-5)
+
+
+def test_what_is_computed_in_place_and_reshaped_reaches_its_slot() -> None:
+    text = """
+    g (float[2, 6] x) => (float[4, 3, 2] y) <int64[3] shape = {2, 3, 2}> {
+        a = MatMul(x, w)
+        b = Exp(a)
+        c = Reshape(b, shape)
+        d = Neg(c)
+        y = Concat <axis = 0> (c, d)
+    }""".replace("<int64[3]", "<float[6, 6] w = {" + ", ".join(str(i % 5) for i in range(36)) + "}, int64[3]")
+    x = numbers(2, 6)
+    plan, got = planned(text, "cpu", {"x": x})
+    assert labels(plan) == ["MatMul", "Exp", "Neg"]
+    assert plan.steps[0].outs[0].offset == plan.steps[1].outs[0].offset
+    c = np.exp(x @ (np.arange(36) % 5).reshape(6, 6).astype(np.float32)).reshape(2, 3, 2)
+    np.testing.assert_allclose(got["y"], np.concatenate([c, -c]), rtol=1e-5)
+
+
+def test_strided_windows_are_for_kernels_that_write_and_read_them() -> None:
+    """Softmax writes rows that lie together, Neg and Sin any; LayerNormalization reads what lies together."""
+    text = """
+    g (float[4, 6] x) => (float[4, 24] y, float[4, 6] z) <float[6] s = {1, 2, 3, 4, 5, 6}> {
+        a = Softmax(x)
+        b = Neg(x)
+        c = Exp(x)
+        z = LayerNormalization(c, s)
+        d = Sin(x)
+        y = Concat <axis = 1> (a, b, c, d)
+    }"""
+    x = numbers(4, 6)
+    plan, got = planned(text, "cpu", {"x": x})
+    copied = [step.label for step in plan.steps if step.kind == "copy"]
+    assert copied == ["copy a", "copy c"]
+    e = np.exp(x)
+    want = np.concatenate([e / e.sum(1, keepdims=True), -x, e, np.sin(x)], 1)
+    np.testing.assert_allclose(got["y"], want, rtol=1e-5)
+
+
+def test_slots_that_would_need_more_memory_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of a joined value of 256 is there early, when two values of 300 rows are alive."""
+    text = """
+    g (float[1, 128] x) => (float[256, 128] y)
+    <int64[2] wide = {300, 128}, int64[2] last = {255, 128}, int64[1] first = {0}> {
+        a = Exp(x)
+        e = Expand(x, wide)
+        f = Exp(e)
+        g = Sin(e)
+        m = Mul(f, g)
+        s = ReduceSum(m, first)
+        b = Expand(s, last)
+        c = Neg(b)
+        y = Concat <axis = 0> (a, c)
+    }"""
+    x = numbers(1, 128)
+    plan, got = planned(text, "cpu", {"x": x})
+    assert plan.lower_bound < 700 * 128 * 4
+    total = (np.exp(x) * np.sin(x)).sum(0) * 300
+    np.testing.assert_allclose(got["y"], np.concatenate([np.exp(x), np.tile(-total, (255, 1))]), rtol=1e-4)
+    monkeypatch.setattr(lower, "ATTEMPTS", 1)
+    assert planned(text, "cpu", {"x": x})[0].lower_bound > 856 * 128 * 4
+
+
+def test_parts_of_a_split_are_windows(device: str) -> None:
+    text = """
+    g (float[4, 6] x) => (float[4, 2] y) {
+        e = Exp(x)
+        a, b, c = Split <axis = 1> (e)
+        s = Mul(a, b)
+        y = Add(s, c)
+    }"""
+    x = numbers(4, 6)
+    plan, got = planned(text, device, {"x": x})
+    assert "Split" not in labels(plan)
+    a, b, c = np.split(np.exp(x), 3, 1)
+    np.testing.assert_allclose(got["y"], a * b + c, rtol=1e-5)
