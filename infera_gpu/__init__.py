@@ -36,6 +36,7 @@ from infera_gpu.errors import (
     UnreachableError,
     UnsupportedOperatorError,
 )
+from infera_gpu.lease import Arena
 from infera_gpu.plan import Plan
 from infera_gpu.session import Session, load
 from infera_gpu.spec import TensorSpec
@@ -43,6 +44,7 @@ from infera_gpu.spec import TensorSpec
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arena",
     "DeviceError",
     "ExecutionMode",
     "FetchError",

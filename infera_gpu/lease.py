@@ -1,15 +1,18 @@
-"""Arenas that runs borrow, one run at a time."""
+"""Memory that runs borrow, one run at a time, of one session or of several."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from infera_gpu.bind import MAX_FOLDED, Bound, Constants, bind
 from infera_gpu.devices.base import Device
+from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
 from infera_gpu.spec import Array, TensorSpec
@@ -28,23 +31,138 @@ SHRINK_AFTER = 64
 """An arena over SHRINK_ABOVE bytes and four times what each of the last SHRINK_AFTER plans needed is given back."""
 
 
-class Lease:
-    """Arenas that one run at a time may use, and the plans bound to them."""
+class Memory:
+    """An arena a memory space, for one run at a time. `version` counts the times that one of them was replaced."""
 
-    def __init__(self, device: Device, constants: Constants) -> None:
-        self._device, self._constants = device, constants
-        self._arenas: dict[Space, Any] = {}
-        self._sizes: dict[Space, int] = {}
-        self._bound: OrderedDict[Plan, Bound] = OrderedDict()
-        self._folded: dict[Plan, int] = {}
-        self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
-        self._last: tuple[_Key, Mapping[str, Array]] | None = None
+    def __init__(self) -> None:
+        self.user: object = None
+        self.arenas: dict[Space, Any] = {}
+        self.sizes: dict[Space, int] = {}
+        self.version = 0
         self._needed = 0
         self._served = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(self._sizes.values())
+        return sum(self.sizes.values())
+
+    def clear(self) -> None:
+        self.arenas.clear()
+        self.sizes.clear()
+        self.version += 1
+
+    def consider(self, plan: Plan) -> None:
+        """Give arenas back that have been far too large for a while: one huge request must not hold its memory."""
+        self._served += 1
+        self._needed = max(self._needed, plan.arena_bytes)
+        if self._served >= SHRINK_AFTER:
+            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed):
+                self.clear()
+            self._served, self._needed = 0, 0
+
+    def fit(self, plan: Plan, device: Device) -> None:
+        """Grow to what the plan needs. Raises OutOfMemoryError."""
+        for space, nbytes in plan.arenas.items():
+            if nbytes > self.sizes.get(space, -1):
+                self.version += 1
+                if not plan.carried:  # give the old one back before asking for the new one
+                    self.arenas.pop(space, None)
+                    self.sizes.pop(space, None)
+                old, had = self.arenas.get(space), self.sizes.get(space, 0)
+                self.arenas[space] = device.alloc(nbytes, space)
+                self.sizes[space] = nbytes
+                if old is not None and had:
+                    _keep(old, self.arenas[space], had, space, device)
+
+
+def _keep(old: Any, new: Any, nbytes: int, space: Space, device: Device) -> None:
+    """Copy what earlier segments of this very run left behind."""
+    operand = dense("arena", space, TensorSpec((nbytes,), np.dtype(np.uint8)))
+    copy, args = device.transfer(device.view(old, operand), device.view(new, operand))
+    copy(*args)
+    device.synchronize()
+
+
+class Arena:
+    """Memory for `max_concurrency` runs at once, of all sessions that are loaded with it: others wait for their turn.
+
+    `load(..., arena=arena)` lets models that need not run at the same time share one arena, as large as the largest of
+    their plans. All of them run on one device. The memory is given back when the last of the sessions is closed.
+    """
+
+    def __init__(self, max_concurrency: int = 1) -> None:
+        if not isinstance(max_concurrency, int) or max_concurrency < 1:
+            raise InputError(f"max_concurrency is {max_concurrency!r}, expected a positive number")
+        self.max_concurrency = max_concurrency
+        self._memories: list[Memory] = []
+        self._free: list[Memory] = []
+        self._changed = threading.Condition()
+        self._users: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated now."""
+        with self._changed:
+            return sum(m.nbytes for m in self._memories)
+
+    @property
+    def shared(self) -> bool:
+        return len(self._users) > 1
+
+    def join(self, user: object, device: str) -> None:
+        """`user` may borrow from now on. Raises DeviceError where others run on another device."""
+        with self._changed:
+            other = next((name for name in self._users.values() if name != device), None)
+            if other is not None:
+                raise DeviceError(f"the arena is on {other}, a session on {device} cannot share it")
+            self._users[user] = device
+
+    def leave(self, user: object) -> None:
+        """Wait for what `user` has borrowed; it may not borrow again. The last one that leaves frees the memory."""
+        with self._changed:
+            self._changed.notify_all()  # those of its runs that wait are refused
+            while any(memory.user is user for memory in self._memories):
+                self._changed.wait()
+            self._users.pop(user, None)
+            if not self._users:
+                self._memories.clear()
+                self._free.clear()
+
+    def borrow(self, user: object, refuse: Callable[[], None]) -> Memory:
+        """Memory for one run of `user`. Waits for it; `refuse` raises where the run may not start any more."""
+        with self._changed:
+            refuse()
+            while not self._free and len(self._memories) >= self.max_concurrency:
+                self._changed.wait()
+                refuse()
+            if not self._free:
+                self._free.append(Memory())
+                self._memories.append(self._free[-1])
+            memory = self._free.pop()
+            memory.user = user
+            return memory
+
+    def give_back(self, memory: Memory) -> None:
+        with self._changed:
+            memory.user = None
+            self._free.append(memory)
+            self._changed.notify_all()
+
+
+class Lease:
+    """A session's plans, bound to memory that one run at a time may use."""
+
+    def __init__(self, device: Device, constants: Constants, memory: Memory) -> None:
+        self._device, self._constants, self._memory = device, constants, memory
+        self._version = memory.version
+        self._bound: OrderedDict[Plan, Bound] = OrderedDict()
+        self._folded: dict[Plan, int] = {}
+        self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
+        self._last: tuple[_Key, Mapping[str, Array]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
 
     def bound(self, plan: Plan, entering: Mapping[str, Array]) -> Bound:
         """The plan bound to these arenas, which grow first if it needs more than they have.
@@ -53,7 +171,9 @@ class Lease:
         more than copying once.
         """
         if not plan.carried:
-            self._consider(plan)
+            self._memory.consider(plan)
+        if self._version != self._memory.version:
+            self._forget()
         given = self._on_device(plan, entering)
         if given:
             blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
@@ -65,7 +185,7 @@ class Lease:
         found = self._bound.get(plan)
         if found is None:
             self._fit(plan)
-            found = self._bound[plan] = bind(plan, self._arenas, self._device, self._constants)
+            found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             self._folded[plan] = self._constants.folded(plan)
             while len(self._bound) > MAX_BOUND or (sum(self._folded.values()) > MAX_FOLDED and len(self._bound) > 1):
                 del self._folded[self._bound.popitem(last=False)[0]]
@@ -83,45 +203,20 @@ class Lease:
         found = self._direct.get(key)
         if found is None:
             self._fit(key[0])
-            bound = bind(key[0], self._arenas, self._device, self._constants, given)
+            bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
             found = self._direct[key] = (bound, given)
             while len(self._direct) > MAX_DIRECT:
                 self._direct.popitem(last=False)
         return found[0]
 
+    def _fit(self, plan: Plan) -> None:
+        self._memory.fit(plan, self._device)
+        if self._version != self._memory.version:
+            self._forget()
+
     def _forget(self) -> None:
-        """Let go of everything bound to the arenas."""
+        """Let go of everything bound to arenas that are no more."""
         self._bound.clear()
         self._folded.clear()
         self._direct.clear()
-
-    def _consider(self, plan: Plan) -> None:
-        """Give arenas back that have been far too large for a while: one huge request must not hold its memory."""
-        self._served += 1
-        self._needed = max(self._needed, plan.arena_bytes)
-        if self._served >= SHRINK_AFTER:
-            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed):
-                self._forget()
-                self._arenas.clear()
-                self._sizes.clear()
-            self._served, self._needed = 0, 0
-
-    def _fit(self, plan: Plan) -> None:
-        for space, nbytes in plan.arenas.items():
-            if nbytes > self._sizes.get(space, -1):
-                self._forget()
-                if not plan.carried:  # give the old one back before asking for the new one
-                    self._arenas.pop(space, None)
-                    self._sizes.pop(space, None)
-                old, had = self._arenas.get(space), self._sizes.get(space, 0)
-                self._arenas[space] = self._device.alloc(nbytes, space)
-                self._sizes[space] = nbytes
-                if old is not None and had:
-                    self._keep(old, self._arenas[space], had, space)
-
-    def _keep(self, old: Any, new: Any, nbytes: int, space: Space) -> None:
-        """Copy what earlier segments of this very run left behind."""
-        operand = dense("arena", space, TensorSpec((nbytes,), np.dtype(np.uint8)))
-        copy, args = self._device.transfer(self._device.view(old, operand), self._device.view(new, operand))
-        copy(*args)
-        self._device.synchronize()
+        self._version = self._memory.version

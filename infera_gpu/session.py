@@ -18,7 +18,7 @@ from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.feeds import shape_of, value_of
 from infera_gpu.graph import Graph
-from infera_gpu.lease import Lease
+from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import Report, optimize
@@ -46,6 +46,7 @@ def load(
     accuracy: Literal["fast", "strict"] = "fast",
     jit: bool | None = None,
     max_concurrency: int = 4,
+    arena: Arena | None = None,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -54,7 +55,7 @@ def load(
     it is written. `accuracy="strict"` keeps to the order of operations that the model writes, as far as BLAS does:
     nothing is folded into weights, and convolutions take no Winograd. `jit` says whether the CPU runs kernels that
     numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at once, each in an arena of
-    its own.
+    its own; with `arena`, as many as that allows, over all sessions that share it.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
     """
@@ -69,7 +70,10 @@ def load(
 
         ThreadpoolController().limit(limits=threads, user_api="blas")
     return Session(
-        graph, open_device(device, strict=accuracy == "strict", jit=jit), fuse=fuse, max_concurrency=max_concurrency
+        graph,
+        open_device(device, strict=accuracy == "strict", jit=jit),
+        fuse=fuse,
+        arena=arena or Arena(max(1, max_concurrency)),
     )
 
 
@@ -117,7 +121,7 @@ class Session:
         device: Device,
         *,
         fuse: bool = True,
-        max_concurrency: int = 4,
+        arena: Arena | None = None,
         constants: Constants | None = None,
     ) -> None:
         self.loaded = graph
@@ -134,9 +138,9 @@ class Session:
         self._deriving = threading.Lock()
         self._guests = 0
         self._all_plain = all(map(is_plain, self.inputs.values()))
-        self._free: list[Lease] = []
-        self._leases = 0
-        self._max_leases = max(1, max_concurrency)
+        self._arena = arena or Arena()
+        self._arena.join(self, device.name)
+        self._leases: dict[Memory, Lease] = {}
         self._available = threading.Condition()
         self._closed = False
 
@@ -192,7 +196,7 @@ class Session:
             session = self._overriding.get(given)
             if session is None:
                 session = self._overriding[given] = Session(
-                    self.loaded.overriding(given), self.device, fuse=self.fuse, max_concurrency=self._max_leases
+                    self.loaded.overriding(given), self.device, fuse=self.fuse, arena=self._arena
                 )
                 if len(self._overriding) > MAX_OVERRIDING:
                     self._overriding.popitem(last=False)
@@ -201,7 +205,9 @@ class Session:
 
     def _nested(self, graph: Graph) -> Callable[..., list[Any]]:
         """A subgraph of this session's graph, callable; on the same device, with the same constants."""
-        inner = Session(graph, self.device, fuse=False, max_concurrency=self._max_leases, constants=self._constants)
+        inner = Session(
+            graph, self.device, fuse=False, arena=Arena(self._arena.max_concurrency), constants=self._constants
+        )
 
         def run(*values: Any) -> list[Any]:
             return list(inner._collect(inner._sort(dict(zip(inner.inputs, values, strict=True)))).values())
@@ -279,21 +285,16 @@ class Session:
 
     @contextmanager
     def _lease(self) -> Iterator[Lease]:
-        with self._available:
-            while not self._closed and not self._free and self._leases >= self._max_leases:
-                self._available.wait()
-            self._refuse_closed()
-            if self._free:
-                lease = self._free.pop()
-            else:
-                lease = Lease(self.device, self._constants)
-                self._leases += 1
+        memory = self._arena.borrow(self, self._refuse_closed)
         try:
+            lease = self._leases.get(memory)
+            if lease is None:
+                lease = self._leases[memory] = Lease(self.device, self._constants, memory)
             yield lease
         finally:
-            with self._available:
-                self._free.append(lease)
-                self._available.notify_all()
+            if self._arena.shared:
+                self.device.synchronize()  # another session's device may have a stream of its own
+            self._arena.give_back(memory)
 
     # ---- planning
 
@@ -393,15 +394,19 @@ class Session:
             if self._closed:
                 return
             self._closed = True
-            self._available.notify_all()
-            while len(self._free) < self._leases or self._guests:
+            while self._guests:
                 self._available.wait()
-            self._free.clear()
-            self._leases = 0
+        for session in (*self._overriding.values(), self):
+            session._let_go()
         self._overriding.clear()
+        self.device.close()
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._arena.leave(self)
+        self._leases.clear()
         self._stages.clear()
         self._constants.clear()
-        self.device.close()
 
     def __enter__(self) -> Session:
         return self

@@ -13,6 +13,7 @@ import pytest
 import infera_gpu
 from infera_gpu.devices import cuda
 from infera_gpu.errors import DeviceError, OutOfMemoryError
+from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from tests import fake_cupy
@@ -99,7 +100,7 @@ def test_a_kernel_on_the_host_waits_for_uploads_that_read_its_memory(cupy: Any) 
 
 def test_runs_of_several_threads_share_the_stream_and_no_memory(cupy: Any) -> None:
     device = cuda.CudaDevice(0)
-    session = Session(load_graph(MODEL), device, max_concurrency=4)
+    session = Session(load_graph(MODEL), device, arena=Arena(4))
 
     def answer(seed: int) -> None:
         x = np.random.default_rng(seed).standard_normal((1 + seed % 3, 4)).astype(np.float32)
@@ -216,7 +217,7 @@ def test_arrays_on_the_gpu_that_come_again_are_read_where_they_lie(cupy: Any) ->
         out = session.run({"x": x[:], "z": z[:]})  # new objects, as from_dlpack makes them, over the same memory
         np.testing.assert_array_equal(out["y"], np.asarray(x).T - np.asarray(z).T)
         np.testing.assert_array_equal(out["same"], np.asarray(x))
-        direct = session._free[0]._direct
+        direct = next(iter(session._leases.values()))._direct
         assert len(direct) == (i > 0)  # the first run copies them: binding costs more than a copy
         x += np.float32(1)
     ((bound, held),) = direct.values()
@@ -232,7 +233,7 @@ def test_arrays_that_change_or_lie_apart_are_copied(cupy: Any) -> None:
     for x, z in [(arrays[i % 3], arrays[(i + 1) % 3]) for i in range(6)] + 3 * [(wide, wide)] + [(arrays[0], wide)]:
         out = session.run({"x": x, "z": z})
         np.testing.assert_array_equal(out["y"], np.asarray(x).T - np.asarray(z).T)
-    assert not session._free[0]._direct
+    assert not next(iter(session._leases.values()))._direct
 
 
 def test_what_is_bound_to_the_callers_arrays_goes_when_the_arena_grows(cupy: Any) -> None:

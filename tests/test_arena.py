@@ -1,0 +1,155 @@
+"""Sessions that share memory."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import infera_gpu
+from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.graph import HostArray
+from tests.text import parse
+
+SMALL = parse("g (float[N, 4] x) => (float[N, 4] y) { a = Exp(x) b = Sin(a) y = Add(a, b) }")
+LARGE = parse("h (float[N, 64] x) => (float[N, 64] y) { a = Neg(x) b = Cos(a) y = Mul(a, b) }")
+DYNAMIC = parse("d (float[N] x) => (int64[1, K] y, float[N] z) { a = Neg(x) y = NonZero(x) z = Exp(a) }")
+
+
+def small(x: HostArray) -> Any:
+    return np.exp(x) + np.sin(np.exp(x))
+
+
+def large(x: HostArray) -> Any:
+    return -x * np.cos(x)
+
+
+@pytest.fixture(params=["cpu", "recording"])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_sessions_take_turns_in_memory_of_the_largest_plan(device: str) -> None:
+    arena = infera_gpu.Arena()
+    one = infera_gpu.load(SMALL, device=device, arena=arena)
+    two = infera_gpu.load(LARGE, device=device, arena=arena)
+    three = infera_gpu.load(DYNAMIC, device=device, arena=arena)
+    rng = np.random.default_rng(0)
+    for n in (3, 7, 7, 100, 3, 50):
+        x, w, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, 4), (n, 64), (n,)))
+        np.testing.assert_allclose(one.run({"x": x})["y"], small(x), rtol=1e-6)
+        np.testing.assert_allclose(two.run({"x": w})["y"], large(w), rtol=1e-5, atol=1e-6)
+        got = three.run({"x": v})
+        np.testing.assert_array_equal(got["y"], [np.flatnonzero(v)])
+        np.testing.assert_allclose(got["z"], np.exp(-v), rtol=1e-6)
+    assert arena.nbytes == two.plan_for({"x": (100, 64)}).arena_bytes
+
+
+def test_batch_sizes_of_one_session_share_its_arena() -> None:
+    arena = infera_gpu.Arena()
+    session = infera_gpu.load(LARGE, device="cpu", arena=arena)
+    for n in (1, 16, 4, 2, 16):
+        x = np.full((n, 64), n, np.float32)
+        np.testing.assert_allclose(session.run({"x": x})["y"], large(x), rtol=1e-5)
+    assert arena.nbytes == session.plan_for({"x": (16, 64)}).arena_bytes
+
+
+def test_runs_wait_for_each_other() -> None:
+    arena = infera_gpu.Arena()
+    sessions = [infera_gpu.load(m, device="cpu", arena=arena) for m in (SMALL, LARGE)]
+    failures: list[BaseException] = []
+    most = running = 0
+    guard = threading.Lock()
+    inner = arena.borrow, arena.give_back
+
+    def borrow(*args: object) -> object:
+        nonlocal running, most
+        memory = inner[0](*args)  # type: ignore[arg-type]
+        with guard:
+            running += 1
+            most = max(most, running)
+        return memory
+
+    def give_back(*args: object) -> None:
+        nonlocal running
+        with guard:
+            running -= 1
+        inner[1](*args)  # type: ignore[arg-type]
+
+    arena.borrow, arena.give_back = borrow, give_back  # type: ignore[assignment,method-assign]
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(40):
+                which = (seed + i) % 2
+                x = np.random.default_rng(i).standard_normal((1 + i % 5, (4, 64)[which])).astype(np.float32)
+                want = (small, large)[which](x)
+                np.testing.assert_allclose(sessions[which].run({"x": x})["y"], want, rtol=1e-5, atol=1e-6)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+    assert most == 1
+
+
+def test_the_last_session_that_is_closed_frees_the_memory() -> None:
+    arena = infera_gpu.Arena(max_concurrency=2)
+    one, two = (infera_gpu.load(m, device="cpu", arena=arena) for m in (SMALL, LARGE))
+    x, w = np.ones((2, 4), np.float32), np.ones((2, 64), np.float32)
+    one.run({"x": x})
+    two.run({"x": w})
+    two.close()
+    assert arena.nbytes
+    np.testing.assert_allclose(one.run({"x": x})["y"], small(x), rtol=1e-6)
+    one.close()
+    assert arena.nbytes == 0
+    with pytest.raises(DeviceError, match="closed"):
+        one.run({"x": x})
+    with infera_gpu.load(SMALL, device="recording", arena=arena) as again:
+        np.testing.assert_allclose(again.run({"x": x})["y"], small(x), rtol=1e-6)
+
+
+def test_a_session_that_is_closed_while_its_run_waits_refuses_it() -> None:
+    arena = infera_gpu.Arena()
+    one, two = (infera_gpu.load(m, device="cpu", arena=arena) for m in (SMALL, LARGE))
+    memory = arena.borrow(one, lambda: None)
+    refused: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            two.run({"x": np.ones((2, 64), np.float32)})
+        except DeviceError as error:
+            refused.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.05)
+    two.close()
+    waiting.join(10)
+    assert "closed" in str(refused[0])
+    arena.give_back(memory)
+
+
+def test_devices_do_not_mix() -> None:
+    arena = infera_gpu.Arena()
+    one = infera_gpu.load(SMALL, device="cpu", arena=arena)
+    with pytest.raises(DeviceError, match="the arena is on cpu, a session on recording cannot share it"):
+        infera_gpu.load(SMALL, device="recording", arena=arena)
+    del one
+    gc.collect()
+    infera_gpu.load(SMALL, device="recording", arena=arena)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, None])
+def test_the_number_of_runs_is_positive(wrong: object) -> None:
+    with pytest.raises(InputError, match="max_concurrency"):
+        infera_gpu.Arena(wrong)  # type: ignore[arg-type]
