@@ -1,0 +1,123 @@
+"""`python -m bench.resident`: the most memory that a process has in use which loads a model and runs it at batch 8.
+
+Every figure is from a fresh process: imports, a model loaded from its file, three runs. `imported` is what the imports
+took, `peak` all of it, both in bytes of resident memory at their highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.environment import environment, thread_environment, write_results
+from bench.inputs import Feeds, image, tokens
+from bench.models import path_of
+
+BATCH = 8
+RUNS = 3
+FEEDS: Mapping[str, Callable[[np.random.Generator], Feeds]] = {
+    "resnet50": lambda rng: {"image": image(rng, BATCH, 3, 224, 224, low=-2, high=2.5)},
+    "bert-base": lambda rng: tokens(rng, [128, 90, 17, 128, 64, 33, 101, 120], types=True),
+}
+
+
+def infera(path: str, threads: int) -> Callable[[Feeds], object]:
+    import infera_gpu
+
+    session = infera_gpu.load(path, device="cpu", threads=threads)
+    return session.run
+
+
+def onnxruntime(path: str, threads: int) -> Callable[[Feeds], object]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda feeds: session.run(None, feeds)
+
+
+RUNTIMES: Mapping[str, tuple[str, Callable[[str, int], Callable[[Feeds], object]]]] = {
+    "infera": ("infera_gpu", infera),
+    "onnxruntime": ("onnxruntime", onnxruntime),
+}
+
+
+def peak() -> int:
+    """The most bytes that this process has had resident.
+
+    Linux carries `ru_maxrss` over from the process that started this one, so its own mark is read where there is one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(runtime: str, model: str, path: str, threads: int) -> dict[str, Any]:
+    """One row; to be called in a fresh process."""
+    module, load = RUNTIMES[runtime]
+    __import__(module)
+    feeds = FEEDS[model](np.random.default_rng(0))
+    imported = peak()
+    run = load(path, threads)
+    loaded = peak()
+    for _ in range(RUNS):
+        run(feeds)
+    return {
+        "runtime": runtime,
+        "model": model,
+        "threads": threads,
+        "imported": imported,
+        "loaded": loaded,
+        "peak": peak(),
+    }
+
+
+def child(*job: str) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "bench.resident", "--job", *job]
+    done = subprocess.run(command, env=thread_environment(int(job[-1])), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(json.loads(done.stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.resident", description=__doc__)
+    parser.add_argument("models", nargs="*", choices=[[], *FEEDS])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        runtime, model, path, threads = options.job
+        print(json.dumps(measure(runtime, model, path, int(threads))))
+        return
+    measured, rows = environment(), []
+    for model in options.models or FEEDS:
+        path = os.fspath(path_of(model))
+        for threads in options.threads:
+            for runtime in RUNTIMES:
+                rows.append(row := child(runtime, model, path, str(threads)))
+                own = (row["peak"] - row["imported"]) / 2**20
+                print(
+                    f"{model}, batch {BATCH}, threads {threads}, {runtime}: {own:.0f} MiB above the imports' "
+                    f"{row['imported'] / 2**20:.0f} MiB, {row['peak'] / 2**20:.0f} MiB in all",
+                    flush=True,
+                )
+    print(write_results(measured, {"batch": BATCH, "runs": RUNS}, rows, options.out, "resident"))
+
+
+if __name__ == "__main__":
+    main()
