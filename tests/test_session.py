@@ -162,9 +162,9 @@ def test_what_a_shape_folded_is_let_go_with_its_plan() -> None:
 
 def test_plans_share_a_budget_for_what_was_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = parse(
-        """g (float[N] x) => (float[N] y) <float[1] one = {1}> {
+        """g (float[N] x) => (float[N] y) {
             n = Shape(x)
-            ones = Expand(one, n)
+            ones = ConstantOfShape <value = float[1] {1}> (n)
             y = Add(x, ones)
         }"""
     )

@@ -50,7 +50,7 @@ def conv2d(
     name, *given = activation or ("",)
     values = tuple(map(float, given))
     if group > 1 and w.shape[:2] == (group, 1) and group >= windows.LEAST_CHANNELS:
-        taps = pack("taps", lambda weights: weights[:, 0].transpose(1, 2, 0))
+        taps = pack("taps", lambda weights: np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0)))
         bias = None if b is None else pack_b("vector", lambda row: np.array(row))
         parts = windows.depthwise(
             x, taps, bias, y, scratch, strides=strides, pads=pads, dilations=dilations, activation=str(name),
