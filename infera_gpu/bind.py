@@ -61,7 +61,7 @@ class Constants:
 
 
 class BoundBuffers:
-    """What a kernel is bound to: implements op.Buffers over arena memory."""
+    """What a kernel is bound to: implements op.Buffers over arena memory. `parts` is into how many it split."""
 
     def __init__(
         self,
@@ -79,12 +79,14 @@ class BoundBuffers:
         self._scratch = scratch
         self.threads = device.threads if space == "host" else 1
         self.strict = device.strict
+        self.parts = 1
 
     @property
     def launcher(self) -> Launcher:
         return self._device.launcher
 
     def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        self.parts = max(self.parts, len(parts))
         return self._device.parallel(parts)
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
@@ -112,16 +114,18 @@ SMALL = 16
 """Elements of a constant on which a kernel's scratch may depend whatever its type; see op.Kernel."""
 
 
-def measurer(device: Device, constants: Constants) -> Callable[..., int]:
-    """A lower.Measure: binds a kernel to host dummies and adds up the scratch that it asks for.
+def measurer(device: Device, constants: Constants) -> Callable[..., tuple[int, int]]:
+    """A lower.Measure: binds a kernel to host dummies, adds up the scratch that it asks for and counts its parts.
 
     Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
     """
-    known: dict[tuple[object, ...], int] = {}
+    known: dict[tuple[object, ...], tuple[int, int]] = {}
 
-    def measure(kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]) -> int:
+    def measure(
+        kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
+    ) -> tuple[int, int]:
         if not any(o.nbytes for o in outs):
-            return 0
+            return 0, 1
         key = _alike(kernel, placed, ins, outs)
         found = None if key is None else known.get(key)
         if found is None:
@@ -142,7 +146,7 @@ def _scratch_bytes(
     placed: Placed,
     ins: tuple[Operand | None, ...],
     outs: tuple[Operand, ...],
-) -> int:
+) -> tuple[int, int]:
     total = 0
 
     def scratch(nbytes: int) -> tuple[HostArray, int]:
@@ -153,7 +157,7 @@ def _scratch_bytes(
     dummies = tuple(o and _dummy(o) for o in ins)
     io = BoundBuffers(device, constants, placed, dummies, tuple(map(_dummy, outs)), "host", scratch)
     kernel.bind(placed.site, io)
-    return total
+    return total, io.parts
 
 
 def _alike(

@@ -21,8 +21,8 @@ from infera_gpu.slots import slots_of
 from infera_gpu.spec import TensorSpec
 from infera_gpu.specialize import Placed, Segment
 
-Measure = Callable[[Kernel, Placed, tuple[Operand | None, ...], tuple[Operand, ...]], int]
-"""Bytes of scratch that a kernel asks for when it is bound to these operands."""
+Measure = Callable[[Kernel, Placed, tuple[Operand | None, ...], tuple[Operand, ...]], tuple[int, int]]
+"""Bytes of scratch that a kernel asks for when it is bound to these operands, and into how many parts it splits."""
 
 ATTEMPTS = 3
 """How often a segment is lowered, at most, with fewer slots each time, to bring down the most bytes alive at once."""
@@ -142,13 +142,13 @@ class _Lowering:
         strided = kernel.strided if kernel else True
         ins = tuple(self.fetch(v, choice.space, strided=strided) if v else None for v in site.node.inputs)
         outs = self.outputs(index, placed, choice, ins)
-        workspace = None
+        workspace, parts = None, 1
         if kernel is not None:
-            nbytes = kernel.workspace(site) if kernel.workspace else self.measure(kernel, placed, ins, outs)
+            nbytes, parts = (kernel.workspace(site), 1) if kernel.workspace else self.measure(kernel, placed, ins, outs)
             if nbytes:
                 workspace = self.new(f"scratch {index}", choice.space, TensorSpec((nbytes,), np.dtype(np.uint8)))
         kind = "kernel" if kernel else "compute"
-        self.emit(Step(kind, str(site.node), choice.via, ins, outs, choice.space, placed, kernel, workspace))  # type: ignore[arg-type]
+        self.emit(Step(kind, str(site.node), choice.via, ins, outs, choice.space, placed, kernel, workspace, parts))  # type: ignore[arg-type]
         for name, operand in zip(site.node.outputs, outs, strict=False):
             if name:
                 self.own(name, operand)
@@ -276,6 +276,7 @@ class _Lowering:
         return place(
             Lowered(
                 self.device.name,
+                self.device.concurrency,
                 self.segment,
                 self.steps,
                 self.roots,

@@ -36,6 +36,7 @@ class Lowered:
     """A segment's steps over operands that count from the start of their root."""
 
     device: str
+    concurrency: str
     segment: Segment
     steps: Sequence[Step]
     roots: Mapping[str, Root]
@@ -78,12 +79,14 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
             s.placed,
             s.kernel,
             s.workspace and absolute(s.workspace),
+            s.parts,
         )
         for s in lowered.steps
     ]
     entering = {v: absolute(o) for v, o in lowered.entering.items()}
     return Plan(
         device=lowered.device,
+        concurrency=lowered.concurrency,
         segment=lowered.segment,
         steps=tuple(steps),
         inputs={v: o for v, o in entering.items() if v not in carried},

@@ -19,7 +19,7 @@ class Step:
     """One thing to do. Its operands are absolute; `workspace` is scratch of its own in the same space.
 
     `kind` is "kernel" (a bound fast kernel), "compute" (the operator's plain function, which allocates), "copy" (to
-    make a strided value contiguous), or a transfer between host and device.
+    make a strided value contiguous), or a transfer between host and device. `parts` of it run at the same time.
     """
 
     kind: StepKind
@@ -31,6 +31,7 @@ class Step:
     placed: Placed | None = None
     kernel: Kernel | None = None
     workspace: Operand | None = None
+    parts: int = 1
 
     @property
     def allocates(self) -> bool:
@@ -55,10 +56,12 @@ class Plan:
     `inputs` are uploaded before the steps and `outputs` are where results lie after them. `arenas` gives the bytes of
     each memory space, `lower_bounds` the most bytes alive at one step: no plan can need less.
     `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
-    others, computed "in place" of an input, or written "into slots" of the value that joins them.
+    others, computed "in place" of an input, or written "into slots" of the value that joins them. `concurrency` is how
+    many threads there are for the steps' parts, and why.
     """
 
     device: str
+    concurrency: str
     segment: Segment
     steps: tuple[Step, ...]
     inputs: Mapping[str, Operand]
@@ -90,7 +93,7 @@ class Plan:
     def headline(self) -> str:
         ins = ", ".join(f"{k} {_spec(o)}" for k, o in {**self.inputs, **self.carried}.items())
         text = (
-            f"plan on {self.device}: {ins or 'no inputs'}\n"
+            f"plan on {self.device}{self._threads}: {ins or 'no inputs'}\n"
             f"{len(self.steps)} steps, {len(self.transfers)} transfers, arena {self.arena_bytes:,} bytes "
             f"(lower bound {self.lower_bound:,}, {self.arena_bytes / max(self.lower_bound, 1):.3f} of it)"
         )
@@ -102,6 +105,11 @@ class Plan:
             why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(e.node) for e in self.segment.eager])
             text += f"\nthe rest is planned when known: {why}"
         return text
+
+    @property
+    def _threads(self) -> str:
+        split = sum(s.parts > 1 for s in self.steps)
+        return f", {self.concurrency}, {split} steps split" if self.concurrency else ""
 
 
 def _spec(o: Operand) -> str:
@@ -121,7 +129,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
             (
                 str(i),
                 s.label,
-                s.via + (" (allocates)" if s.allocates else ""),
+                s.via + (f" x{s.parts}" if s.parts > 1 else "") + (" (allocates)" if s.allocates else ""),
                 _spec(out),
                 f"{out.offset:,}" + (" in place" if in_place and out.nbytes else ""),
                 f"{out.nbytes:,}",

@@ -50,12 +50,13 @@ def load(
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
-    `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` sets how many
-    threads NumPy's BLAS uses, which is a setting of the whole process; None leaves it. `fuse=False` runs the graph as
-    it is written. `accuracy="strict"` keeps to the order of operations that the model writes, as far as BLAS does:
-    nothing is folded into weights, and convolutions take no Winograd. `jit` says whether the CPU runs kernels that
-    numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at once, each in an arena of
-    its own; with `arena`, as many as that allows, over all sessions that share it.
+    `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` is how many
+    threads a run on the CPU has; None is one for every core, or what the environment variable INFERA_THREADS says.
+    Sessions share their threads, and until the last is closed NumPy's BLAS has one thread in the whole process.
+    `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
+    writes, as far as BLAS does: nothing is folded into weights, and convolutions take no Winograd. `jit` says whether
+    the CPU runs kernels that numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at
+    once, each in an arena of its own; with `arena`, as many as that allows, over all sessions that share it.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
     """
@@ -63,18 +64,14 @@ def load(
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
-    if threads is not None:
-        if not isinstance(threads, int) or threads < 1:
-            raise InputError(f"threads is {threads!r}, expected a positive number")
-        from threadpoolctl import ThreadpoolController
-
-        ThreadpoolController().limit(limits=threads, user_api="blas")
-    return Session(
-        graph,
-        open_device(device, strict=accuracy == "strict", jit=jit),
-        fuse=fuse,
-        arena=arena or Arena(max(1, max_concurrency)),
-    )
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}, expected a positive number")
+    opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit)
+    try:
+        return Session(graph, opened, fuse=fuse, arena=arena or Arena(max(1, max_concurrency)))
+    except BaseException:
+        opened.close()
+        raise
 
 
 MAX_OVERRIDING = 8

@@ -66,7 +66,7 @@ class Counting:
         specs = tuple(map(spec_of, ins))
         site = Site(node, op.fill(node), specs, values, specs[:1], 17)
         given: tuple[Operand, ...] = tuple(dense(f"in{i}", "host", s) for i, s in enumerate(specs))
-        return self.measure(self.kernel, Placed(op, site), given, (dense("y", "host", specs[0]),))
+        return self.measure(self.kernel, Placed(op, site), given, (dense("y", "host", specs[0]),))[0]
 
 
 def test_nodes_that_are_alike_are_measured_once() -> None:

@@ -7,11 +7,13 @@ from infera_gpu.errors import DeviceError
 from infera_kernels.jit import installed
 
 
-def open_device(name: str = "auto", *, threads: int = 1, strict: bool = False, jit: bool | None = None) -> Device:
+def open_device(
+    name: str = "auto", *, threads: int | None = None, strict: bool = False, jit: bool | None = None
+) -> Device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
-    `threads` is for the CPU, and so is `jit`: whether to run what numba compiles, None where it is installed. `strict`:
-    see `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
+    `threads` is for the CPU, see `CpuDevice`, and so is `jit`: whether to run what numba compiles, None where it is
+    installed. `strict`: see `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable

@@ -42,9 +42,9 @@ class Device(Protocol):
     """A place to run.
 
     `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
-    step run at a time on the host, and `strict` turns off what changes the order of operations beyond BLAS.
-    `channels_last` says that it prefers convolutions whose channels are the last axis. A device whose space is "device"
-    has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with
+    step run at a time on the host, `concurrency` says so and why, and `strict` turns off what changes the order of
+    operations beyond BLAS. `channels_last` says that it prefers convolutions whose channels are the last axis. A device
+    whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with
     each other; `synchronize` waits for all of them.
     """
 
@@ -54,6 +54,7 @@ class Device(Protocol):
     runs_portable: bool
     xp: Any
     threads: int
+    concurrency: str
     strict: bool
     channels_last: bool
 
@@ -140,11 +141,6 @@ def host_block(nbytes: int) -> HostArray:
 def host_view(block: HostArray, operand: Operand) -> HostArray:
     """The operand's window into host memory."""
     return np.ndarray(operand.shape, operand.dtype, block.data, operand.offset, operand.strides)
-
-
-def one_after_the_other(parts: Sequence[Sequence[Call]]) -> list[Call]:
-    """The calls of every part, in order."""
-    return [call for part in parts for call in part]
 
 
 def host_copy(source: Array, target: Array) -> Call:

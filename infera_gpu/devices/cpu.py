@@ -8,17 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, one_after_the_other, quiet_numpy
+from infera_gpu.cpus import default_threads
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.workers import WORKERS
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+from infera_kernels.calls import one_after_the_other
 
 
 class CpuDevice:
-    """Runs "cpu" kernels, with `jit` compiled ones before them, and operators' own functions where there is none."""
+    """Runs "cpu" kernels, with `jit` compiled ones before them, and operators' own functions where there is none.
+
+    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. While a CPU device is open,
+    NumPy's BLAS has one thread in the whole process: see `Workers`.
+    """
 
     name = "cpu"
     space: Space = "host"
@@ -26,9 +33,13 @@ class CpuDevice:
     channels_last = True
     xp: Any = np
 
-    def __init__(self, threads: int = 1, strict: bool = False, jit: bool = False) -> None:
-        self.threads, self.strict = threads, strict
+    def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:
+        self.threads, why = default_threads() if threads is None else (threads, "as asked")
+        self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''} ({why})"
+        self.strict = strict
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
+        self._closed = False
+        WORKERS.enter(self.threads)
 
     @property
     def launcher(self) -> Launcher:
@@ -38,7 +49,9 @@ class CpuDevice:
         return quiet_numpy()
 
     def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
-        return one_after_the_other(parts)
+        if self.threads == 1 or len(parts) < 2:
+            return one_after_the_other(parts)
+        return [(WORKERS.run, (tuple(parts), self.threads))]
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         return host_block(nbytes)
@@ -66,4 +79,7 @@ class CpuDevice:
 
     def synchronize(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            WORKERS.leave(self.threads)

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_memory, host_view, one_after_the_other, quiet_numpy
+from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+from infera_kernels.calls import one_after_the_other
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation; CuPy's Python modules have no name for it."""
@@ -55,6 +56,7 @@ class CudaDevice:
     runs_portable = True
     channels_last = False
     threads = 1
+    concurrency = ""
 
     def __init__(self, index: int = 0, strict: bool = False) -> None:
         self.strict = strict

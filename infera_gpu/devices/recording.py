@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, one_after_the_other, quiet_numpy
+from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+from infera_kernels.calls import one_after_the_other
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class RecordingDevice:
     channels_last = False
     xp: Any = np
     threads = 1
+    concurrency = ""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict

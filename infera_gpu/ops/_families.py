@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_gpu.op import Bind, Buffers, Call, Case, Compute, Infer, Kernel, Op, Site
 from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
+from infera_kernels.calls import Split
 from infera_kernels.portable.quant import is_integer
 
 BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int64, np.float32))
@@ -77,6 +78,11 @@ def floating(site: Site) -> bool:
 def movable(site: Site) -> bool:
     """Whether every operand is plain bytes: strings never lie in an arena."""
     return all(s is None or s.dtype.kind != "O" for s in (*site.ins, *site.outs))
+
+
+def split_of(io: Buffers) -> Split:
+    """How a kernel of `infera_kernels` may split its work."""
+    return Split(io.threads, io.parallel)
 
 
 def copies(pairs: Callable[[Site, Buffers], Sequence[tuple[Array, Array]]]) -> Kernel:

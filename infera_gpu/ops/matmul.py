@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit
-from infera_gpu.ops._families import floating, native, plain
+from infera_gpu.ops._families import floating, native, plain, split_of
 from infera_gpu.ops._triton_matmul import PRODUCT
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import matmul as cpu
@@ -62,13 +62,13 @@ def _input(io: Buffers, i: int) -> Array | None:
 
 
 def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
-    return cpu.matmul(*_operands(site, io), io.outs[0], io.scratch)
+    return cpu.fused(*_operands(site, io), io.outs[0], io.scratch, split_of(io))
 
 
 def bind_gemm(site: Site, io: Buffers) -> list[Call]:
     a, b = _operands(site, io)
     alpha, beta = site.attrs["alpha"], site.attrs["beta"]
-    return cpu.gemm(a, b, _input(io, 2), io.outs[0], io.scratch, alpha=alpha, beta=beta)
+    return cpu.gemm(a, b, _input(io, 2), io.outs[0], io.scratch, split_of(io), alpha=alpha, beta=beta)
 
 
 def gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
@@ -191,18 +191,17 @@ def check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> Non
 
 def bind_fused(site: Site, io: Buffers) -> list[Call]:
     a, b = _operands(site, io)
-    out = io.outs[0]
-    return [
-        *cpu.matmul(a, b, out, io.scratch),
-        *cpu.epilogue(
-            out,
-            io.scratch,
-            alpha=site.attrs["alpha"],
-            bias=_input(io, 2),
-            activation=_ACTIVATIONS[site.attrs.get("activation", "")],
-            residual=_input(io, 3),
-        ),
-    ]
+    return cpu.fused(
+        a,
+        b,
+        io.outs[0],
+        io.scratch,
+        split_of(io),
+        alpha=site.attrs["alpha"],
+        bias=_input(io, 2),
+        activation=_ACTIVATIONS[site.attrs.get("activation", "")],
+        residual=_input(io, 3),
+    )
 
 
 def _fused(xp: Any, site: Site, a: Array, b: Array, bias: Array | None = None, residual: Array | None = None) -> Array:

@@ -7,13 +7,15 @@ layouts it copies on its own, so they are copied into scratch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.activation import blockwise
 from infera_kernels.cpu.elementwise import BLOCK, call, const, copy
+from infera_kernels.cpu.parts import along, parts
 
 
 def _blas_takes(x: Array) -> bool:
@@ -61,15 +63,95 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
 
 
 def gemm(
-    a: Array, b: Array, c: Array | None, out: Array, scratch: Scratch, *, alpha: float = 1.0, beta: float = 1.0
+    a: Array,
+    b: Array,
+    c: Array | None,
+    out: Array,
+    scratch: Scratch,
+    split: Split = SERIAL,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> list[Call]:
     """out = alpha a @ b + beta c with `c` broadcast to `out`; a (..., M, K), b (..., K, N) any way BLAS reads."""
-    calls = matmul(a, b, out, scratch)
-    scaled = c
-    if c is not None and beta != 1:
-        scaled = scratch(c.shape, c.dtype)
-        calls.append(call(np.multiply, c, const(beta, c), scaled))
-    return calls + epilogue(out, scratch, alpha=alpha, bias=scaled)
+    if c is None or beta == 1:
+        return fused(a, b, out, scratch, split, alpha=alpha, bias=c)
+    scaled = scratch(c.shape, c.dtype)
+    return [
+        call(np.multiply, c, const(beta, c), scaled),
+        *fused(a, b, out, scratch, split, alpha=alpha, bias=scaled),
+    ]
+
+
+def fused(
+    a: Array,
+    b: Array,
+    out: Array,
+    scratch: Scratch,
+    split: Split = SERIAL,
+    *,
+    alpha: float = 1.0,
+    bias: Array | None = None,
+    activation: str = "",
+    residual: Array | None = None,
+) -> list[Call]:
+    """out = act(alpha a @ b + bias) + residual, see `matmul` and `epilogue`; the parts of `split` do both."""
+    return split.parallel(
+        [
+            [
+                *matmul(p.a, p.b, p.out, scratch),
+                *epilogue(p.out, scratch, alpha=alpha, bias=p.of(bias), activation=activation, residual=p.of(residual)),
+            ]
+            for p in _pieces(a, b, out, split, _ACTIVATED_NS if activation else _STORED_NS)
+        ]
+    )
+
+
+_FLOPS = 60.0
+"""Operations a nanosecond in a large product, about; a part is worth the more the slower a processor is."""
+
+_BYTES = 8.0
+"""Bytes of the right-hand matrix that a product of few rows reads in a nanosecond."""
+
+_STORED_NS, _ACTIVATED_NS = 0.2, 2.0
+"""Nanoseconds an element of the product costs after it, without and with an activation."""
+
+
+class _Piece(NamedTuple):
+    """A part of a product: along `axis`, counted from the end, of the output and of what broadcasts to it."""
+
+    a: Array
+    b: Array
+    out: Array
+    axis: int
+    part: slice
+
+    def of(self, term: Array | None) -> Array | None:
+        return None if term is None else along(term, self.axis, self.part)
+
+
+def _pieces(a: Array, b: Array, out: Array, split: Split, element_ns: float) -> Iterator[_Piece]:
+    """The product cut along its batch, its rows or its columns; rows and batches stay contiguous.
+
+    BLAS packs all of `b` for every part of the rows and all of `a` for every part of the columns, so that the longer
+    side is cut.
+    """
+    axis = next((i - out.ndim for i, d in enumerate(out.shape) if d > 1), -1)
+    if axis == -2 and out.shape[-1] > out.shape[-2]:
+        axis = -1
+    ns = max(2 * out.size * a.shape[-1] / _FLOPS, b.nbytes / _BYTES) + out.size * element_ns
+    cuts = parts(out.shape[axis], ns, split, multiple=_GRANULES.get(axis, 1)) if min(a.ndim, b.ndim) > 1 else []
+    if len(cuts) < 2:
+        yield _Piece(a, b, out, axis, slice(None))
+        return
+    for part in cuts:
+        left = a if axis == -1 else along(a, axis, part)
+        right = b if axis == -2 else along(b, axis, part)
+        yield _Piece(left, right, along(out, axis, part), axis, part)
+
+
+_GRANULES = {-1: 64, -2: 8}
+"""Multiples of columns and rows that BLAS's inner loops take without a rest."""
 
 
 def epilogue(
@@ -88,7 +170,7 @@ def epilogue(
     if not y.size or (alpha == 1 and bias is None and not activation and residual is None):
         return []
     width = y.shape[-1] if y.ndim else 1
-    rows = y.reshape(-1, width)
+    rows = y.reshape((-1, width), copy=False)
     chunk = max(1, BLOCK // width)
     calls: list[Call] = []
     activate = None
@@ -101,7 +183,7 @@ def epilogue(
             calls.append(call(np.multiply, block, const(alpha, y), block))
         calls += add_bias(block, i)
         if activate is not None:
-            flat = block.reshape(-1)
+            flat = block.reshape(-1) if block.flags.c_contiguous else block
             calls += activate(flat, flat)
         calls += add_residual(block, i)
     return calls

@@ -1,0 +1,53 @@
+"""How many CPUs there are for this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+VARIABLE = "INFERA_THREADS"
+"""An environment variable: how many threads a run on the CPU has where nobody says."""
+
+_CPUS = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def default_threads() -> tuple[int, str]:
+    """How many threads a run has where nobody says, and why: what INFERA_THREADS says, else one a core.
+
+    Cores are those that the process may use, two hardware threads of one counting once, and no more than the control
+    group's quota of time is worth. A variable that is not a positive number is ignored.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked.isdecimal() and int(asked):
+        return int(asked), VARIABLE
+    cores = usable_cores()
+    quota = _quota()
+    if quota is not None and quota < cores:
+        return quota, "the CPU time that the control group has"
+    return cores, "every core"
+
+
+def usable_cores() -> int:
+    """Physical cores that the process may run on."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of a CPU's core, as the system writes them."""
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> int | None:
+    """CPUs' worth of time that the control group may use, at least 1; None where it is not limited."""
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None
