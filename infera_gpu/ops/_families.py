@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from infera_gpu.op import Bind, Buffers, Call, Case, Compute, Infer, Kernel, Op, Site
+from infera_gpu.op import Bind, Buffers, Call, Case, Compute, Infer, Kernel, Launcher, Op, Site
 from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
-from infera_kernels.calls import Split
+from infera_kernels.calls import Split, one_after_the_other
+from infera_kernels.cpu.parts import along, parts
 from infera_kernels.portable.quant import is_integer
 
 BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int64, np.float32))
@@ -85,20 +86,95 @@ def split_of(io: Buffers) -> Split:
     return Split(io.threads, io.parallel)
 
 
+COPY_NS = 0.4
+"""Nanoseconds that it takes to copy an element, about."""
+
+
 def copies(pairs: Callable[[Site, Buffers], Sequence[tuple[Array, Array]]]) -> Kernel:
     """A kernel that copies views of inputs onto views of outputs: `pairs(site, io)` gives (destination, source)."""
 
     def bind(site: Site, io: Buffers) -> list[Call]:
-        return [(np.copyto, pair) for pair in pairs(site, io)]
+        found = pairs(site, io)
+        ns = COPY_NS * sum(target.size for target, _ in found)
+        cut = [list(_copies(target, source, ns, split_of(io))) for target, source in found]
+        return io.parallel([[c[i] for c in cut if i < len(c)] for i in range(max(map(len, cut), default=0))])
 
     return Kernel(bind=bind, supports=movable, strided=True, strided_out=True)
 
 
+def _copies(target: Array, source: Array, ns: float, split: Split) -> Iterator[Call]:
+    """The copy in parts along the first axis that is longer than 1."""
+    axis = next((i - target.ndim for i, d in enumerate(target.shape) if d > 1), None)
+    if axis is None:
+        yield np.copyto, (target, source)
+        return
+    for part in parts(target.shape[axis], ns, split):
+        yield np.copyto, (along(target, axis, part), along(source, axis, part))
+
+
+class _Part:
+    """The part of a kernel's buffers along an axis, counted from the end, of its outputs: implements op.Buffers."""
+
+    threads = 1
+
+    def __init__(self, io: Buffers, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> None:
+        self.ins, self.outs, self.xp, self.strict = ins, outs, io.xp, io.strict
+        self.scratch, self.pack = io.scratch, io.pack
+        self._whole = io
+
+    @property
+    def launcher(self) -> Launcher:
+        return self._whole.launcher
+
+    def parallel(self, made: Sequence[Sequence[Call]]) -> list[Call]:
+        return one_after_the_other(made)
+
+
+def _split(bind: Bind, ns: float) -> Bind:
+    """`bind`, once a part: of the flat arrays where all lie dense, else along the first axis that is longer than 1."""
+
+    def split(site: Site, io: Buffers) -> Sequence[Call]:
+        ins, outs = io.ins, io.outs
+        shape = outs[0].shape
+        if all(x is None or x.size == 1 or (x.shape == shape and x.flags.c_contiguous) for x in (*ins, *outs)):
+            ins = tuple(None if x is None else x.reshape(() if x.shape != shape else -1) for x in ins)
+            outs = tuple(y.reshape(-1) for y in outs)
+            shape = outs[0].shape
+        axis = next((i - len(shape) for i, d in enumerate(shape) if d > 1), -1)
+        cuts = parts(shape[axis], outs[0].size * ns, split_of(io)) if shape else []
+        if len(cuts) < 2:
+            return bind(site, io)
+        return io.parallel(
+            [
+                bind(
+                    site,
+                    _Part(
+                        io,
+                        tuple(None if x is None else along(x, axis, cut) for x in ins),
+                        tuple(along(y, axis, cut) for y in outs),
+                    ),
+                )
+                for cut in cuts
+            ]
+        )
+
+    return split
+
+
+CHAIN_NS = 1.0
+"""Nanoseconds that an element takes in a chain of ufuncs, about."""
+
+
 def elementwise(
-    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native
+    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native, *, ns: float = 0.4
 ) -> dict[str, Kernel]:
-    """The `kernels` of an elementwise operator: any strides, the output may take over an input."""
-    return {"cpu": Kernel(bind=bind, supports=supports, inplace=inplace, strided=True, strided_out=True)}
+    """The `kernels` of an elementwise operator: any strides, the output may take over an input.
+
+    `bind` must not look at the site's shapes: it is bound to parts of the arrays where the whole is worth several
+    threads. `ns` are the nanoseconds that an element takes, about.
+    """
+    kernel = Kernel(bind=_split(bind, ns), supports=supports, inplace=inplace, strided=True, strided_out=True)
+    return {"cpu": kernel}
 
 
 def single(site: Site, i: int, name: str) -> int | None:

@@ -71,7 +71,7 @@ _CAST_CASES = (
     Case("bool_float", (_MIXED > 0,), {"to": _code(np.float32)}),
     Case("int64_int32", (np.array([1, -5, 2**31 + 7]),), {"to": _code(np.int32)}),
     Case("int64_float", (np.array(7),), {"to": _code(np.float32)}),
-    Case("past_block", (f32(3, 6001),), {"to": _code(np.int64)}, low=-99, high=99),
+    Case("past_block", (f32(3, 24001),), {"to": _code(np.int64)}, low=-99, high=99),
     Case("empty", (f32(0, 2),), {"to": _code(np.int64)}),
 )
 _NARROW_CASES = tuple(

@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.ops._families import split_of
 from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.calls import Pack
@@ -190,6 +191,7 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
         b,
         as_2d(io.outs[0]),
         io.scratch,
+        split_of(io),
         group=int(site.attrs["group"]),
         activation=activation_of(site) if "activation" in site.attrs else None,
         residual=as_2d(residual),

@@ -134,7 +134,7 @@ _GEMM = Op(
         Case("both", (f32(4, 5), f32(6, 4), f32(5, 1)), {"transA": 1, "transB": 1}),
         Case("scaled", (f32(5, 4), _W, f32(5, 3)), {"alpha": 0.5, "beta": -2.0}),
         Case("scalar_bias", (f32(5, 4), _W, f32()), {"alpha": 2.0}),
-        Case("past_block", (f32(130, 5), f32(5, 301), f32(1, 301)), {"beta": 0.25}),
+        Case("past_block", (f32(130, 5), f32(5, 601), f32(1, 601)), {"beta": 0.25}),
     ),
 )
 
@@ -237,7 +237,7 @@ _FUSED = Op(
         *(Case(act, (f32(3, 4), _W, f32(3), f32(3, 3)), {"activation": act}) for act in _ACTIVATIONS if act),
         Case("heads", (f32(2, 3, 5, 4), f32(2, 3, 6, 4), f32(2, 1, 1, 6)), {"transB": 1, "alpha": 0.125}),
         Case("left", (f32(2, 4, 5), f32(4, 6)), {"transA": 1}),
-        Case("past_block", (f32(2, 33, 5), f32(5, 701), f32(701), f32(33, 701)), {"activation": "gelu"}),
+        Case("past_block", (f32(2, 33, 5), f32(5, 1101), f32(1101), f32(33, 1101)), {"activation": "gelu"}),
         Case("vector", (f32(4), _W, f32(3)), {"activation": "relu"}),
         Case("empty", (f32(0, 4), _W, f32(3)), {"activation": "relu"}),
     ),

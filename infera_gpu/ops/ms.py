@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton
-from infera_gpu.ops._families import elementwise, floating
+from infera_gpu.ops._families import CHAIN_NS, elementwise, floating, split_of
 from infera_gpu.ops._ms import F32, ms_op, wide
 from infera_gpu.ops._triton_norm import skip_norm
 from infera_gpu.ops.elementwise import single
@@ -32,7 +32,7 @@ def _activation(name: str, cases: tuple[Case, ...], function: str, needs: tuple[
         added = [(np.add, (*io.ins, out))] if site.has(1) else []
         return [*added, *cpu_activation(function, out if added else io.ins[0], out, io.scratch, **site.attrs)]
 
-    kernels = elementwise(bind, supports=floating if attrs else single)
+    kernels = elementwise(bind, supports=floating if attrs else single, ns=CHAIN_NS)
     kernels |= _triton.activation(function) if attrs else _triton.of_sum(function)
     return ms_op(name, _infer_activation, compute, cases, kernels=kernels, needs=needs, **attrs)
 
@@ -45,10 +45,10 @@ def _infer_activation(site: Site) -> tuple[TensorSpec]:
 
 
 _PLAIN, _BIAS = Case("plain", (f32(3, 5),)), Case("bias", (f32(2, 3, 5), f32(5)))
-_LONG = Case("past_block", (f32(2, 3, 3001),), low=-6, high=6)
+_LONG = Case("past_block", (f32(2, 3, 12001),), low=-6, high=6)
 _ACTIVATIONS = (
     _activation("Gelu", (_PLAIN, _LONG, Case("empty", (f32(0, 2),))), "gelu"),
-    _activation("BiasGelu", (_BIAS, Case("past_block", (f32(3, 6001), f32(6001)))), "gelu", needs=(1,)),
+    _activation("BiasGelu", (_BIAS, Case("past_block", (f32(3, 24001), f32(24001)))), "gelu", needs=(1,)),
     _activation("FastGelu", (_PLAIN, _BIAS, _LONG), "gelu_tanh"),
     _activation("QuickGelu", (_PLAIN, _LONG, Case("one", (f32(3, 5),), {"alpha": 1.0})), "swish", alpha=1.702),
 )
@@ -101,6 +101,7 @@ def _skip_kernels(simple: bool) -> dict[str, Kernel]:
             total.reshape(flat.shape),
             flat,
             io.scratch,
+            split_of(io),
             epsilon=site.attrs["epsilon"],
             center=not simple,
             mean=None if simple or mean is None else mean.reshape(-1),
@@ -132,6 +133,7 @@ def _bind_simplified(site: Site, io: Buffers) -> list[Call]:
         io.ins[0].reshape(flat.shape),
         flat,
         io.scratch,
+        split_of(io),
         epsilon=site.attrs["epsilon"],
         center=False,
         inverse=None if inverse is None else inverse.reshape(-1),
@@ -186,7 +188,7 @@ _NORMS = (
             Case("bias", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8), f32(8))),
             Case("shared", (f32(2, 3, 8), f32(3, 8), f32(8))),
             Case("sum", (f32(2, 3, 8), f32(2, 3, 8), f32(8), f32(8), f32(8)), n_outs=4),
-            Case("past_block", (f32(130, 301), f32(130, 301), f32(301), f32(301))),
+            Case("past_block", (f32(130, 601), f32(130, 601), f32(601), f32(601))),
         ),
         kernels=_skip_kernels(simple=False),
         epsilon=1e-12,

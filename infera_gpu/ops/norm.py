@@ -11,7 +11,7 @@ import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops import _jit
-from infera_gpu.ops._families import element_type
+from infera_gpu.ops._families import element_type, split_of
 from infera_gpu.ops._triton_norm import NORM
 from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import norm as cpu
@@ -73,6 +73,7 @@ def _bind_layer(site: Site, io: Buffers) -> Sequence[Call]:
         x.reshape(rows, length),
         flat,
         io.scratch,
+        split_of(io),
         epsilon=site.attrs["epsilon"],
         center=site.node.op == "LayerNormalization",
         mean=statistics[0],
@@ -135,6 +136,7 @@ def _bind_group(site: Site, io: Buffers) -> Sequence[Call]:
         x.reshape(batch * groups, -1),
         y.reshape(batch * groups, -1),
         io.scratch,
+        split_of(io),
         epsilon=site.attrs["epsilon"],
         every=groups,
         finish=lambda rows: cpu.scaled(

@@ -124,14 +124,14 @@ _TENSOR_CASES = (
     Case("uint8", (f32(3, 5), _scalar(0.02), _scalar(128, np.uint8))),
     Case("int8", (f32(3, 5), _scalar(0.02), _scalar(-5, np.int8))),
     Case("ties", (_TIES, _scalar(1), _scalar(3, np.uint8))),
-    Case("past_block", (f32(3, 6001), _scalar(0.02), _scalar(7, np.uint8))),
+    Case("past_block", (f32(3, 24001), _scalar(0.02), _scalar(7, np.uint8))),
     Case("empty", (f32(0, 5), _scalar(0.02), _scalar(7, np.uint8))),
 )
 _AXIS_CASES = (
     Case("rows", (f32(3, 5), _SCALES, _ZEROS), {"axis": 0}),
     Case("channels", (f32(2, 3, 4, 5), _SCALES, _SIGNED)),
     Case("last", (f32(4, 3), _SCALES, _SIGNED), {"axis": -1}),
-    Case("channels_past_block", (f32(2, 3, 90, 101), _SCALES, _ZEROS)),
+    Case("channels_past_block", (f32(2, 3, 130, 101), _SCALES, _ZEROS)),
 )
 _BLOCK_SCALES = np.array([[0.02, 0.1], [0.5, 0.05], [0.3, 0.01]], np.float32)
 _QUANTIZE_21 = (
@@ -188,7 +188,7 @@ _BACK_CASES = (
     Case("no_zero", (_u8(3, 5), _scalar(0.02)), low=0, high=255),
     Case("uint8", (_u8(3, 5), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
     Case("int32", (TensorSpec((7,), np.dtype(np.int32)), _scalar(0.02)), low=-9999, high=9999),
-    Case("past_block", (_u8(3, 6001), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
+    Case("past_block", (_u8(3, 24001), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
 )
 _BACK_AXIS_CASES = (
     Case("rows", (_u8(3, 5), _SCALES, _ZEROS), {"axis": 0}, low=0, high=255),
@@ -271,7 +271,7 @@ _DYNAMIC = Op(
         Case("positive", (f32(3, 5),), n_outs=3, low=1, high=5),
         Case("negative", (f32(3, 5),), n_outs=3, low=-5, high=-1),
         Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=3),
-        Case("past_block", (f32(3, 6001),), n_outs=3),
+        Case("past_block", (f32(3, 24001),), n_outs=3),
     ),
 )
 

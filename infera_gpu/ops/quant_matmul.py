@@ -126,7 +126,7 @@ _MATMUL_INTEGER = Op(
         Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
         Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
         Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
-        Case("past_block", (_u8(130, 40), _s8(40, 130)), **_LIMITS),
+        Case("past_block", (_u8(130, 40), _s8(40, 530)), **_LIMITS),
         Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
     ),
 )

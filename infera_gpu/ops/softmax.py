@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops import _jit, _triton
+from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.softmax import softmax
 from infera_kernels.portable import softmax as portable
@@ -51,7 +52,7 @@ def _compute(form: Form) -> Callable[[Any, Site, Array], Array]:
 def _kernel(log: bool) -> Kernel:
     def bind(site: Site, io: Buffers) -> Sequence[Call]:
         shape = _shape(site)
-        return softmax(io.ins[0].reshape(shape), io.outs[0].reshape(shape), io.scratch, log=log)
+        return softmax(io.ins[0].reshape(shape), io.outs[0].reshape(shape), io.scratch, split_of(io), log=log)
 
     return Kernel(bind, _supports, inplace=(0,))
 

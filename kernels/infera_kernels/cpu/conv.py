@@ -2,23 +2,28 @@
 
 Four strategies, by shape: pointwise (a GEMM straight from x), depthwise (shifted multiply-adds), Winograd (3x3), and
 for the rest a block of columns (im2col) and a GEMM. Every one applies the epilogue to a block while it is in cache.
+Work is split by images; of a single image by output channels (pointwise, depthwise) or rows (im2col).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from infera_kernels.calls import Array, Call, Pack, Scratch
+from infera_kernels.calls import SERIAL, Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_depthwise import depthwise
-from infera_kernels.cpu.conv_epilogue import Activation, epilogue
+from infera_kernels.cpu.conv_epilogue import Activation, Epilogue, epilogue
 from infera_kernels.cpu.conv_planes import Pair, planes
 from infera_kernels.cpu.conv_winograd import tile_of, winograd
+from infera_kernels.cpu.parts import parts
 
 COLUMN_BYTES = 1 << 21
 """Columns of one im2col block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
+
+FLOPS = 50.0
+"""Operations a nanosecond, about."""
 
 FEW_PIXELS = 128
 """Output pixels of an unpadded image below which one copy and one product serve several images."""
@@ -30,6 +35,7 @@ def conv2d(
     b: Array | None,
     y: Array,
     scratch: Scratch,
+    split: Split = SERIAL,
     *,
     strides: Pair,
     pads: tuple[Pair, Pair],
@@ -47,17 +53,44 @@ def conv2d(
     kernel = w.shape[2:]
     if not y.size:
         return []
+    ns = 2 * y.size * w[0].size / FLOPS + y.size
+    if len(cuts := parts(y.shape[0], ns, split)) > 1:
+        return split.parallel(
+            [
+                conv2d(
+                    x[p], w, b, y[p], scratch, strides=strides, pads=pads, dilations=dilations, group=group,
+                    activation=activation, residual=None if residual is None else residual[p], pack=pack,
+                )
+                for p in cuts
+            ]
+        )  # fmt: skip
+    every = slice(None)
+    channels = parts(y.shape[1], ns, split) if y.shape[0] == 1 else [every]
     if group > 1 and w.shape[:2] == (group, 1):
-        return depthwise(
-            x, w, b, y, scratch, strides=strides, pads=pads, dilations=dilations, activation=activation,
-            residual=residual,
+        return split.parallel(
+            [
+                depthwise(
+                    x[:, p], w[p], None if b is None else b[p], y[:, p], scratch, strides=strides, pads=pads,
+                    dilations=dilations, activation=activation, residual=None if residual is None else residual[:, p],
+                )
+                for p in channels
+            ]
         )  # fmt: skip
     if kernel == (1, 1) and not any(map(any, pads)):
-        return _pointwise(x, w, b, y, scratch, strides, group, activation, residual)
+        return split.parallel(
+            [
+                _pointwise(
+                    x, w[p], None if b is None else b[p], y[:, p], scratch, strides, group, activation,
+                    None if residual is None else residual[:, p],
+                )
+                for p in (channels if group == 1 else [every])
+            ]
+        )  # fmt: skip
     tile = tile_of(w.shape, y.shape[2:], strides, dilations, group) if pack is not None else 0
     if tile and pack is not None:
         return winograd(x, w, b, y, scratch, pack, tile, pads=pads, activation=activation, residual=residual)
-    return _im2col(x, w, b, y, scratch, strides, pads, dilations, group, activation, residual)
+    rows = parts(y.shape[2], ns, split) if y.shape[0] == 1 else [slice(0, y.shape[2])]
+    return _im2col(x, w, b, y, scratch, split, rows, strides, pads, dilations, group, activation, residual)
 
 
 def _matrices(w: Array, group: int) -> Array:
@@ -109,6 +142,8 @@ def _im2col(
     b: Array | None,
     y: Array,
     scratch: Scratch,
+    split: Split,
+    cuts: Sequence[slice],
     strides: Pair,
     pads: tuple[Pair, Pair],
     dilations: Pair,
@@ -116,6 +151,7 @@ def _im2col(
     activation: Activation | None,
     residual: Array | None,
 ) -> list[Call]:
+    """`cuts` are the parts of the output's rows, the same for every image."""
     n, c = x.shape[:2]
     o, height, width = y.shape[1:]
     kh, kw = w.shape[2:]
@@ -128,21 +164,30 @@ def _im2col(
         return _small_images(windows, weights, column, y, scratch, activation, residual)
     before = (pads[0][0], pads[1][0])
     padded = planes(scratch, c, out, (kh, kw), x.dtype, strides=strides, dilations=dilations, before=before)
-    step = _block(height, taps * width * x.itemsize, COLUMN_BYTES)
-    room = scratch((taps * step * width,), x.dtype)
-    calls, finish = epilogue(activation, y[0].size, y.dtype, scratch)
-    calls.append(padded.clear())
-    for i in range(n):
-        calls += padded.load(x[i])
-        for rows in _spans(height, step):
+    calls = [padded.clear()]
+
+    def part(image: int, spans: Sequence[slice], room: Array, finish: Epilogue) -> list[Call]:
+        made: list[Call] = []
+        for rows in spans:
             count = (rows.stop - rows.start) * width
             p = slice(rows.start * width, rows.start * width + count)
             cols = room[: taps * count].reshape(c, kh, kw, rows.stop - rows.start, width)
-            calls += [(np.copyto, (cols[:, a, e], padded.tap(a, e, rows, width))) for a in range(kh) for e in range(kw)]
-            block = y[i].reshape(o, -1)[:, p]
-            rest = None if residual is None else residual[i].reshape(o, -1)[:, p]
-            calls.append((np.matmul, (weights, _grouped(cols.reshape(taps, count), group), _grouped(block, group))))
-            calls += finish(block, column, rest)
+            made += [(np.copyto, (cols[:, a, e], padded.tap(a, e, rows, width))) for a in range(kh) for e in range(kw)]
+            block = y[image].reshape(o, -1)[:, p]
+            rest = None if residual is None else residual[image].reshape(o, -1)[:, p]
+            made.append((np.matmul, (weights, _grouped(cols.reshape(taps, count), group), _grouped(block, group))))
+            made += finish(block, column, rest)
+        return made
+
+    given: list[tuple[list[slice], Array, Epilogue]] = []
+    for cut in cuts:
+        step = _block(cut.stop - cut.start, taps * width * x.itemsize, COLUMN_BYTES)
+        room = scratch((taps * step * width,), x.dtype)
+        once, finish = epilogue(activation, o * step * width, y.dtype, scratch)
+        calls += once
+        given.append((list(_spans(cut, step)), room, finish))
+    for i in range(n):
+        calls += [*padded.load(x[i]), *split.parallel([part(i, *own) for own in given])]
     return calls
 
 
@@ -169,7 +214,7 @@ def _small_images(
     step = _block(n, taps * pixels * y.itemsize, COLUMN_BYTES)
     room, sums = scratch((taps * step * pixels,), y.dtype), scratch((o * step * pixels,), y.dtype)
     calls, finish = epilogue(activation, sums.size, y.dtype, scratch)
-    for images in _spans(n, step):
+    for images in _spans(slice(0, n), step):
         columns = (images.stop - images.start) * pixels
         cols = room[: taps * columns].reshape(*windows.shape[:3], -1, height, width)
         block = sums[: o * columns].reshape(o, columns)
@@ -193,6 +238,6 @@ def _block(count: int, nbytes: int, budget: int) -> int:
     return -(-count // blocks)
 
 
-def _spans(count: int, step: int) -> Iterator[slice]:
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+def _spans(part: slice, step: int) -> Iterator[slice]:
+    for start in range(part.start, part.stop, step):
+        yield slice(start, min(start + step, part.stop))

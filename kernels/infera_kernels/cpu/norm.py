@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.elementwise import const
+from infera_kernels.cpu.parts import parts
 from infera_kernels.portable.norm import neighbours
 
 BLOCK_BYTES = 1 << 18
 """A block of rows: it is read four times."""
+
+ROW_NS = 0.8
+"""Nanoseconds an element takes, about."""
 
 Finish = Callable[[slice], list[Call]]
 """What follows the standardised rows of a block, in place."""
@@ -21,6 +25,7 @@ def standardize(
     x: Array,
     y: Array,
     scratch: Scratch,
+    split: Split = SERIAL,
     *,
     epsilon: float,
     center: bool = True,
@@ -31,22 +36,25 @@ def standardize(
 ) -> list[Call]:
     """y = (x - mean) / sqrt(mean((x - mean)^2) + epsilon) along the rows of x (R, L); `y` may be `x`.
 
-    Without `center` the mean is 0. `mean` and `inverse` (R,) receive the statistics. Blocks are multiples of `every`
-    rows.
+    Without `center` the mean is 0. `mean` and `inverse` (R,) receive the statistics. Parts and blocks are multiples of
+    `every` rows.
     """
     count, length = x.shape
     weights = scratch((length,), x.dtype) if center else None
     means = (scratch((count,), x.dtype) if mean is None else mean) if center else None
     inverses = scratch((count,), x.dtype) if inverse is None else inverse
     share, one, shift = const(1 / length, x), const(1, x), const(epsilon, x)
-    calls: list[Call] = [] if weights is None else [(np.copyto, (weights, share))]
-    for rows in row_blocks(count, length * x.itemsize, every):
+    once: list[Call] = [] if weights is None else [(np.copyto, (weights, share))]
+
+    def block(rows: slice) -> list[Call]:
         source, target, inv = x[rows], y[rows], inverses[rows]
+        calls: list[Call] = []
         if means is not None:
             calls.append((np.matmul, (source, weights, means[rows])))
             calls.append((np.subtract, (source, means[rows, None], target)))
             source = target
-        calls += [
+        return [
+            *calls,
             (np.vecdot, (source, source, inv)),
             (np.multiply, (inv, share, inv)),
             (np.add, (inv, shift, inv)),
@@ -55,14 +63,18 @@ def standardize(
             (np.multiply, (source, inv[:, None], target)),
             *finish(rows),
         ]
-    return calls
+
+    cuts = parts(count, x.size * ROW_NS, split, multiple=every)
+    return once + split.parallel(
+        [[c for rows in row_blocks(cut, length * x.itemsize, every) for c in block(rows)] for cut in cuts]
+    )
 
 
-def row_blocks(count: int, nbytes: int, every: int = 1) -> Iterator[slice]:
-    """Slices of rows of `nbytes` each, a block at a time."""
+def row_blocks(part: slice, nbytes: int, every: int = 1) -> Iterator[slice]:
+    """Slices of a range of rows of `nbytes` each, a block at a time."""
     step = max(1, BLOCK_BYTES // max(1, nbytes * every)) * every
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+    for start in range(part.start, part.stop, step):
+        yield slice(start, min(start + step, part.stop))
 
 
 def scaled(y: Array, scale: Array | None, bias: Array | None) -> list[Call]:

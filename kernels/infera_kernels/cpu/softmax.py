@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.elementwise import const
 from infera_kernels.cpu.norm import row_blocks
+from infera_kernels.cpu.parts import parts
+
+ELEMENT_NS = 1.5
+"""Nanoseconds an element takes, about."""
 
 
-def softmax(x: Array, y: Array, scratch: Scratch, *, log: bool = False) -> list[Call]:
+def softmax(x: Array, y: Array, scratch: Scratch, split: Split = SERIAL, *, log: bool = False) -> list[Call]:
     """y = softmax(x), or its logarithm, along the middle axis of (outer, axis, inner); `y` may be `x`."""
+    cuts = parts(x.shape[0], x.size * ELEMENT_NS, split)
+    return split.parallel([_rows(x[cut], y[cut], scratch, log) for cut in cuts])
+
+
+def _rows(x: Array, y: Array, scratch: Scratch, log: bool) -> list[Call]:
     outer, length, inner = x.shape
     plane = length * inner * x.itemsize
-    spans = list(row_blocks(outer, plane))
+    spans = list(row_blocks(slice(0, outer), plane))
     rows = spans[0].stop if spans else 0
     top, total = scratch((rows, 1, inner), x.dtype), scratch((rows, 1, inner), x.dtype)
     powers = scratch((rows, length, inner), x.dtype) if log else None

@@ -1,0 +1,449 @@
+"""Runs on several threads: the same results, errors and concurrency as on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from threadpoolctl import threadpool_info
+
+import infera_gpu
+from infera_gpu import cpus
+from infera_gpu.devices import open_device
+from infera_gpu.devices.workers import Workers
+from infera_gpu.errors import DeviceError, PlanError
+from infera_gpu.op import Call, Case, Op
+from infera_kernels.calls import SERIAL, Split, one_after_the_other
+from infera_kernels.cpu.parts import LEAST_NS, along, parts
+from tests.buffers import GuardedBuffers
+from tests.cases import assert_close, compute, covered, run, variants, wrong
+from tests.text import parse
+
+PATIENCE = 60.0
+"""Seconds after which a test that hangs fails."""
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    made = Workers()
+    made.enter(4)
+    yield made
+    made.leave(4)
+
+
+def together(*work: Callable[[], object]) -> None:
+    """Does all the work at the same time. Raises the first error; AssertionError where something hangs."""
+    errors: list[BaseException] = []
+
+    def guarded(do: Callable[[], object]) -> None:
+        try:
+            do()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(do,), daemon=True) for do in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+# ---- the pool
+
+
+def test_every_part_runs_once(workers: Workers) -> None:
+    for count in (1, 2, 3, 4, 9):
+        made: list[int] = []
+        workers.run([[(made.append, (i,)), (made.append, (i + 100,))] for i in range(count)], 4)
+        assert sorted(made) == [*range(count), *range(100, 100 + count)]
+
+
+def test_parts_run_at_the_same_time(workers: Workers) -> None:
+    """Each part waits until all have begun."""
+    barrier = threading.Barrier(4, timeout=PATIENCE)
+    workers.run([[(barrier.wait, ())]] * 4, 4)
+
+
+def test_no_more_parts_at_a_time_than_threads(workers: Workers) -> None:
+    """A region of two threads, while the pool has four."""
+    barrier = threading.Barrier(3)
+
+    def meet() -> None:
+        with pytest.raises(threading.BrokenBarrierError):
+            barrier.wait(0.05)
+
+    workers.run([[(meet, ())]] * 3, 2)
+
+
+def test_an_error_comes_back_when_every_part_has_ended(workers: Workers) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        begun.wait(PATIENCE)
+        raise IndexError("seven")
+
+    def slow() -> None:
+        begun.set()
+        threading.Event().wait(0.1)
+        ended.set()
+
+    for order in ([fail, slow], [slow, fail]):
+        begun.clear()
+        ended.clear()
+        with pytest.raises(IndexError, match="seven"):
+            workers.run([[(do, ())] for do in order], 4)
+        assert ended.is_set()
+
+
+def test_a_busy_pool_is_not_waited_for(workers: Workers) -> None:
+    """While one region holds every worker, another ends on its caller's thread."""
+    release = threading.Event()
+    barrier = threading.Barrier(5, timeout=PATIENCE)
+
+    def hold() -> None:
+        barrier.wait()
+        release.wait(PATIENCE)
+
+    def other() -> None:
+        barrier.wait()
+        made: list[int] = []
+        workers.run([[(made.append, (i,))] for i in range(4)], 4)
+        assert made == [0, 1, 2, 3]
+        release.set()
+
+    together(lambda: workers.run([[(hold, ())]] * 4, 4), other)
+
+
+def test_regions_nest(workers: Workers) -> None:
+    made: list[int] = []
+    inner: list[list[Call]] = [[(made.append, (i,))] for i in range(4)]
+    workers.run([[(workers.run, (inner, 4))]] * 4, 4)
+    assert sorted(made) == sorted([0, 1, 2, 3] * 4)
+
+
+def test_many_regions_of_many_callers(workers: Workers) -> None:
+    def call() -> None:
+        for i in range(200):
+            made: list[int] = []
+            workers.run([[(made.append, (k,))] for k in range(2 + i % 4)], 2 + i % 3)
+            assert sorted(made) == list(range(2 + i % 4))
+
+    together(*[call] * 6)
+
+
+def test_workers_have_the_settings_of_a_run(workers: Workers) -> None:
+    barrier = threading.Barrier(4, timeout=PATIENCE)
+    found: list[Any] = []
+
+    def look() -> None:
+        barrier.wait()
+        found.append((np.geterr()["divide"], np.getbufsize()))
+
+    with open_device("cpu", threads=1).running():
+        workers.run([[(look, ())]] * 4, 4)
+    assert len(set(found)) == 1
+
+
+def test_threads_end_with_the_last_user() -> None:
+    made = Workers()
+    for threads in (2, 4):
+        made.enter(threads)
+    assert made.running == 0
+    made.run([[]] * 4, 4)
+    assert made.running == 3
+    made.leave(2)
+    assert made.running == 3
+    made.leave(4)
+    patience = threading.Event()
+    for _ in range(1000):
+        if made.running:
+            patience.wait(PATIENCE / 1000)
+    assert made.running == 0
+
+
+def test_blas_has_one_thread_while_a_session_is_open() -> None:
+    blas = [lib for lib in threadpool_info() if lib["user_api"] == "blas"]
+    code = (
+        "from threadpoolctl import ThreadpoolController, threadpool_info\n"
+        "from infera_gpu.devices import open_device\n"
+        "blas = lambda: [lib['num_threads'] for lib in threadpool_info() if lib['user_api'] == 'blas']\n"
+        "ThreadpoolController().limit(limits=2, user_api='blas')\n"
+        "before, opened = blas(), [open_device('cpu', threads=n) for n in (1, 2)]\n"
+        "during = blas(), opened[0].close(), blas()\n"
+        "opened[1].close()\n"
+        "print([before, during[0], during[2], blas()])"
+    )
+    counts = [[2], [1], [1], [2]] if blas else [[]] * 4
+    assert _python(code) == str(counts)
+
+
+# ---- kernels
+
+
+def test_parts_cover_everything_and_are_worth_a_thread() -> None:
+    split = Split(4, one_after_the_other)
+    for count in (1, 3, 4, 64, 1001):
+        for multiple in (1, 16):
+            cuts = parts(count, 1e9, split, multiple=multiple)
+            assert [i for cut in cuts for i in range(count)[cut]] == list(range(count))
+            assert len(cuts) == min(4, -(-count // multiple))
+            assert all(cut.start % multiple == 0 for cut in cuts)
+    assert [len(parts(100, n * LEAST_NS, split)) for n in (0, 1, 2, 3, 9)] == [1, 1, 2, 3, 4]
+    assert len(parts(100, 1e9, SERIAL)) == 1
+
+
+def test_along_takes_a_part_of_what_does_not_broadcast() -> None:
+    x = np.arange(24).reshape(2, 3, 4)
+    assert along(x, -2, slice(1, 3)).shape == (2, 2, 4)
+    assert along(x[:, :1], -2, slice(1, 3)).shape == (2, 1, 4)
+    assert along(x[0, 0], -2, slice(1, 3)).shape == (4,)
+
+
+def split_cases() -> Iterator[Any]:
+    for op, case, _ in covered("cpu"):
+        yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
+
+
+SPLIT = {"Add", "Concat", "Conv", "Erf", "FusedConv", "FusedMatMul", "Gelu", "Gemm", "LayerNormalization", "MatMul"}
+SPLIT |= {"Mul", "Pow", "Relu", "Softmax", "Split", "Where"}
+"""Operators some case of which is split, of those that matter most."""
+
+
+@pytest.mark.parametrize(("op", "case"), [*split_cases()])
+def test_parts_of_a_kernel_make_the_whole(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little there is to do: parts in the other order, of one array, strided, and in place."""
+    monkeypatch.setattr("infera_kernels.cpu.parts.LEAST_NS", 1e-3)
+    kernel = op.kernels["cpu"]
+    for site, ins in variants(op, case, "cpu"):
+        want = compute(op, site, ins)[: case.n_outs]
+        options: list[dict[str, Any]] = [{}, *([{"strided": True}] if kernel.strided else [])]
+        options += [
+            {"inplace": i}
+            for i in kernel.inplace
+            if site.has(i) and site.values[i] is None and site.ins[i] == site.outs[0]
+        ]
+        for option in options:
+            for threads in (2, 3):
+                buffers = GuardedBuffers(ins, site.outs, site.values, threads=threads, **option)
+                calls = list(kernel.bind(site, buffers))
+                buffers.prepare([wrong(w) for w in want])
+                run(calls)
+                buffers.check()
+                for i, (got, w) in enumerate(zip(buffers.outs, want, strict=False)):
+                    assert_close(got, w, case.tol, f"output {i} in {threads} parts {option}")
+
+
+def test_the_heavy_operators_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infera_kernels.cpu.parts.LEAST_NS", 1e-3)
+    found = set()
+    for op, _, sites in covered("cpu"):
+        for site, ins in sites:
+            buffers = Counting(ins, site.outs, site.values, threads=2)
+            op.kernels["cpu"].bind(site, buffers)
+            if buffers.parts > 1:
+                found.add(op.name)
+    assert found >= SPLIT
+
+
+class Counting(GuardedBuffers):
+    """Remembers into how many parts a kernel split."""
+
+    parts = 1
+
+    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+        self.parts = max(self.parts, len(parts))
+        return super().parallel(parts)
+
+
+# ---- sessions
+
+MODEL = """
+g (float[N, 64, 48] x) => (float[N, 64, 48] y) {
+    h = MatMul(x, w1)
+    s = Add(h, b1)
+    g = Sigmoid(s)
+    m = Mul(s, g)
+    p = MatMul(m, w2)
+    r = Add(p, x)
+    n = LayerNormalization(r, one)
+    y = Softmax(n)
+}
+"""
+
+
+WEIGHTS = {"w1": (48, 192), "b1": (192,), "w2": (192, 48), "one": (48,)}
+
+
+def model() -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    made = parse(MODEL)
+    for name, shape in WEIGHTS.items():
+        made.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape, np.float32), name))
+    return made
+
+
+def feeds(n: int, seed: int = 0) -> dict[str, Any]:
+    return {"x": np.random.default_rng(seed).standard_normal((n, 64, 48), np.float32)}
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is worth splitting."""
+    monkeypatch.setattr("infera_kernels.cpu.parts.LEAST_NS", 1e-3)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_runs_on_several_threads_equal_those_on_one(n: int, threads: int) -> None:
+    with infera_gpu.load(model(), device="cpu", threads=1) as one:
+        want = one.run(feeds(n))["y"]
+    with infera_gpu.load(model(), device="cpu", threads=threads) as several:
+        for _ in range(20):
+            np.testing.assert_allclose(several.run(feeds(n))["y"], want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("eager")
+def test_two_sessions_of_many_callers() -> None:
+    with (
+        infera_gpu.load(model(), device="cpu", threads=3) as first,
+        infera_gpu.load(model(), device="cpu", threads=2) as second,
+        infera_gpu.load(model(), device="cpu", threads=1) as alone,
+    ):
+
+        def call(session: infera_gpu.Session, seed: int) -> None:
+            want = alone.run(feeds(1 + seed, seed))["y"]
+            for _ in range(50):
+                np.testing.assert_allclose(session.run(feeds(1 + seed, seed))["y"], want, rtol=1e-5, atol=1e-7)
+
+        together(*(partial(call, session, seed) for session in (first, second) for seed in range(3)))
+
+
+@pytest.mark.usefixtures("eager")
+def test_closing_while_runs_go_on() -> None:
+    for _ in range(20):
+        session = infera_gpu.load(model(), device="cpu", threads=2)
+        session.run(feeds(2))
+
+        def call(session: infera_gpu.Session = session) -> None:
+            while True:
+                session.run(feeds(2))
+
+        with pytest.raises(DeviceError, match="closed"):
+            together(call, call, session.close)
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_bodies_of_loops_are_split_too() -> None:
+    text = """
+    g (float[64, 64] x, int64 n) => (float[64, 64] y) <bool go = {1}> {
+        y = Loop(n, go, x) <body = body (int64 i, bool c, float[64, 64] a) => (bool d, float[64, 64] b) {
+            d = Identity(c)
+            s = MatMul(a, x)
+            b = Tanh(s)
+        }>
+    }"""
+    given = {"x": np.random.default_rng(0).standard_normal((64, 64), np.float32), "n": np.int64(5)}
+    with infera_gpu.load(parse(text), device="cpu", threads=1) as one:
+        want = one.run(given)["y"]
+    with infera_gpu.load(parse(text), device="cpu", threads=2) as two:
+        np.testing.assert_allclose(two.run(given)["y"], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("eager")
+def test_an_error_in_a_part_names_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Workers, parts: Any, threads: int) -> None:
+        self_run(self, [*parts, [(int, ("nine",))]], threads)
+
+    self_run = Workers.run
+    monkeypatch.setattr(Workers, "run", broken)
+    source = parse("g (float[200, 200] a) => (float[200, 200] c) { c = Tanh(a) }")
+    with infera_gpu.load(source, device="cpu", threads=2) as session, pytest.raises(PlanError, match=r"Tanh.*nine"):
+        session.run({"a": np.zeros((200, 200), np.float32)})
+
+
+FORKED = """
+import os, sys
+import numpy as np
+import infera_gpu
+import infera_kernels.cpu.parts
+infera_kernels.cpu.parts.LEAST_NS = 1e-3
+from tests.test_threads import feeds, model
+session = infera_gpu.load(model(), device="cpu", threads=2)
+want = session.run(feeds(2))["y"]
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        same = all(np.array_equal(session.run(feeds(2))["y"], want) for _ in range(20))
+        os._exit(0 if same else 1)
+    session.run(feeds(2))
+    assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_runs_on() -> None:
+    assert _python(FORKED) == "fine"
+
+
+def test_no_threads_without_need() -> None:
+    code = (
+        "import threading, infera_gpu\n"
+        "from tests.test_threads import feeds, model\n"
+        "one = infera_gpu.load(model(), device='cpu', threads=1); one.run(feeds(64))\n"
+        "two = infera_gpu.load(model(), device='cpu', threads=2); before = threading.active_count()\n"
+        "two.run(feeds(64))\n"
+        "print(before, threading.active_count())"
+    )
+    assert _python(code) == "1 2"
+
+
+def _python(code: str) -> str:
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.strip()
+
+
+# ---- how many
+
+
+def test_the_plan_says_how_many_threads_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpus.VARIABLE, "3")
+    with infera_gpu.load(model(), device="cpu") as session:
+        plan = session.plan_for(feeds(64))
+        assert f"3 threads ({cpus.VARIABLE})" in plan.headline
+        assert any("x3" in line for line in str(plan).splitlines())
+    with infera_gpu.load(model(), device="cpu", threads=1) as session:
+        assert "1 thread (as asked)" in session.plan_for(feeds(64)).headline
+        assert all(step.parts == 1 for step in session.plan_for(feeds(64)).steps)
+
+
+def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(cpus, "_QUOTA", quota)
+    monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
+    monkeypatch.delenv(cpus.VARIABLE, raising=False)
+    assert cpus.default_threads() == (8, "every core")
+    for text, threads in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
+        quota.write_text(text)
+        assert cpus.default_threads()[0] == threads
+    for asked, threads in (("5", 5), ("0", 8), ("many", 8)):
+        monkeypatch.setenv(cpus.VARIABLE, asked)
+        assert cpus.default_threads()[0] == threads
+
+
+def test_cores_are_counted_once() -> None:
+    assert 1 <= cpus.usable_cores() <= (os.cpu_count() or 1)
