@@ -12,10 +12,10 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
-from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
+from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, moved, padded, room_for, spans
 
 BLOCK_BYTES = 1 << 21
-"""Columns of one block."""
+"""Columns, or output, of one block."""
 
 SHORT_RUN = 24
 """Elements of x that one row of a window reads."""
@@ -41,7 +41,7 @@ def columns(
     height, width = window.out
     once, weights = _weights(w, group, scratch, pack)
     target, rest = flat(y), None if residual is None else flat(residual)
-    most = max(1, BLOCK_BYTES // (width * taps * group * x.itemsize))
+    most = max(1, BLOCK_BYTES // (width * max(taps * group, o) * x.itemsize))
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
@@ -55,7 +55,7 @@ def columns(
             for i, row, end in images(first, last, height):
                 band, load = padded(x[i], room, window, row, end)
                 into = spread[done : done + end - row]
-                calls += [*load, (np.copyto, (into, _windows(band, window, into.shape)))]
+                calls += [*load, _gathered(into, _windows(band, window, into.shape))]
                 done += end - row
             block = target[pixels]
             calls.append((np.matmul, (matrices, weights, grouped(block, group))))
@@ -89,6 +89,21 @@ def _windows(band: Array, window: Window, shape: tuple[int, ...]) -> Array:
         right * window.dilations[1],
     )
     return as_strided(band, shape, (*steps, shape[-1] * one, one), writeable=False)
+
+
+def _gathered(target: Array, seen: Array) -> Call:
+    """target[...] = seen, (rows, OW, KH, KW, group, C / group) each."""
+    if target.strides[-1] != target.itemsize:
+        return np.copyto, (target, seen)
+    if target.shape[4] == 1 and seen.strides[3] == seen.shape[5] * seen.itemsize:
+        target, seen = (_merged(a) for a in (target, seen))
+    return moved(target, seen)
+
+
+def _merged(a: Array) -> Array:
+    """(rows, OW, KH, KW, 1, C) with KW and C as one axis."""
+    shape, one = (*a.shape[:3], a.shape[3] * a.shape[5]), a.itemsize
+    return as_strided(a, shape, (*a.strides[:3], one))
 
 
 def _weights(w: Array, group: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -32,12 +35,13 @@ def depthwise(
     """y = activation(conv(x, w) + b + residual) with w (C, 1, KH, KW); see `conv2d`.
 
     np.einsum multiplies and adds in one pass, where np.multiply and np.add make two. Its inner loop is a whole row of
-    pixels where the horizontal stride is 1: then the weights are repeated for every pixel of a row.
+    pixels, with the weights repeated for every pixel. A horizontal stride s parts the columns of x and of the kernel
+    into s phases, each of stride 1, whose sums are added.
     """
     height, width = window.out
     c = x.shape[3]
-    rows = window.strides[1] == 1
-    once, weights = _weights(w, width if rows else 1, scratch, pack)
+    once, weights = _weights(w, width, scratch, pack)
+    phases = list(_phases(window))
     target, rest = flat(y), None if residual is None else flat(residual)
     dense = y.flags.c_contiguous
     most = max(1, BLOCK_BYTES // (width * c * y.itemsize))
@@ -45,16 +49,25 @@ def depthwise(
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
         calls, finish = epilogue(activation, b, step * width, c, y, scratch)
-        room = room_for(x, window, min(step, height), scratch, dense=rows)
+        views = [x[:, :, phase.first :: window.strides[1]] for phase in phases]
+        rooms = [
+            room_for(view, phase.window, min(step, height), scratch, dense=True)
+            for view, phase in zip(views, phases, strict=True)
+        ]
         sums = None if dense else scratch((step * width, c), y.dtype)
+        more = scratch((step, width * c), y.dtype) if len(phases) > 1 else None
         for first, last in spans(start, stop, step):
             pixels = slice(first * width, last * width)
             block = target[pixels] if sums is None else sums[: (last - first) * width]
             done = 0
             for i, row, end in images(first, last, height):
-                band, load = padded(x[i], room, window, row, end)
-                into = block[done * width : (done + end - row) * width]
-                calls += [*load, _multiply_add(band, weights, into.reshape(end - row, width, c), window)]
+                into = block[done * width : (done + end - row) * width].reshape(end - row, width * c)
+                for k, (phase, view, room) in enumerate(zip(phases, views, rooms, strict=True)):
+                    band, load = padded(view[i], room, phase.window, row, end)
+                    made = into if more is None or k == 0 else more[: end - row]
+                    calls += [*load, _multiply_add(band, weights[:, phase.taps], made, phase.window)]
+                    if made is not into:
+                        calls.append((np.add, (into, made, into)))
                 done += end - row
             calls += finish(block, None if rest is None else rest[pixels])
             if sums is not None:
@@ -64,17 +77,39 @@ def depthwise(
     return [*once, *in_parts(y.shape[0] * height, split, part)]
 
 
+class Phase(NamedTuple):
+    """The columns first, first + stride, ... of x, the taps of the kernel that see them, and how."""
+
+    first: int
+    taps: slice
+    window: Window
+
+
+def _phases(window: Window) -> Iterator[Phase]:
+    stride, dilation, before = (pair[1] for pair in (window.strides, window.dilations, window.before))
+    every = stride // math.gcd(stride, dilation)
+    for tap in range(min(every, window.kernel[1])):
+        shift, first = divmod(tap * dilation - before, stride)
+        taps = slice(tap, None, every)
+        yield Phase(
+            first + max(0, shift) * stride,
+            taps,
+            Window(
+                window.out,
+                (window.kernel[0], len(range(window.kernel[1])[taps])),
+                (window.strides[0], 1),
+                (window.dilations[0], every * dilation // stride),
+                (window.before[0], max(0, -shift)),
+            ),
+        )
+
+
 def _multiply_add(band: Array, weights: Array, y: Array, window: Window) -> Call:
-    """y (rows, OW, C) = the weighted sums of what its pixels see of a band."""
+    """y (rows, OW * C) = the weighted sums of what its pixels see of a band."""
     down, right, one = band.strides
-    rows, width, c = y.shape
-    step, taps = down * window.strides[0], (down * window.dilations[0], right * window.dilations[1])
-    if window.strides[1] == 1:
-        seen = as_strided(band, (rows, *window.kernel, width * c), (step, *taps, one), writeable=False)
-        return partial(np.einsum, out=y.reshape(rows, -1)), ("rijx,ijx->rx", seen, weights)
-    steps = (step, right * window.strides[1], *taps, one)
-    seen = as_strided(band, (rows, width, *window.kernel, c), steps, writeable=False)
-    return partial(np.einsum, out=y), ("rwijc,ijc->rwc", seen, weights)
+    steps = (down * window.strides[0], down * window.dilations[0], right * window.dilations[1], one)
+    seen = as_strided(band, (y.shape[0], *window.kernel, y.shape[1]), steps, writeable=False)
+    return partial(np.einsum, out=y), ("rijx,ijx->rx", seen, weights)
 
 
 def _weights(w: Array, repeat: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:

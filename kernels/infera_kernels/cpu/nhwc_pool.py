@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch, Split
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.elementwise import call, const
-from infera_kernels.cpu.nhwc_rows import images, in_parts, longest, spans
+from infera_kernels.cpu.nhwc_rows import images, in_parts, longest, moved, spans
 from infera_kernels.portable.pool import counts, lowest
 from infera_kernels.portable.windows import Pads
 
@@ -93,51 +93,59 @@ def _pool(
     dilations: Pair,
     pads: Pads,
 ) -> list[Call]:
+    if not y.size:
+        return []
     height, (width, c) = y.shape[1], x.shape[2:]
+    stride = strides[1]
+    across = -(-width // stride)
     most = max(1, BLOCK_BYTES // (width * c * x.itemsize * strides[0]))
+    right = list(_taps(width, y.shape[2], kernel[1], stride, dilations[1], pads[1][0]))
 
     def part(start: int, stop: int) -> list[Call]:
-        step = longest(start, stop, most)
-        room = scratch((step, width, c), x.dtype)
+        step = min(height, longest(start, stop, most))
+        room, apart = (scratch((step, across * stride, c), x.dtype) for _ in range(2))
         calls: list[Call] = []
         for first, last in spans(start, stop, step):
             for i, row, end in images(first, last, height):
-                rows, block = room[: end - row], y[i, row:end]
+                rows, block = room[: end - row, :width], y[i, row:end]
                 above = pads[0][0] - row * strides[0]
-                calls += _reduce(ufunc, none, x[i], rows, 0, kernel[0], strides[0], dilations[0], above)
-                calls += _reduce(ufunc, none, rows, block, 1, kernel[1], strides[1], dilations[1], pads[1][0])
+                down = _taps(x.shape[1], end - row, kernel[0], strides[0], dilations[0], above)
+                calls += _reduced(ufunc, none, rows, [(rows[to], x[i, at]) for to, at in down])
+                phases = room[None, : end - row]
+                if stride > 1:
+                    phases = apart[: end - row].reshape(stride, end - row, across, c)
+                    calls.append(moved(phases.transpose(1, 2, 0, 3), room[: end - row].reshape(-1, across, stride, c)))
+                taps = [
+                    (block[:, to], phases[at.start % stride, :, at.start // stride :][:, : to.stop - to.start])
+                    for to, at in right
+                ]
+                calls += _reduced(ufunc, none, block, taps)
                 if scale is not None:
                     calls.append((np.multiply, (block, scale[row:end], block)))
         return calls
 
-    return in_parts(y.shape[0] * height, split, part) if y.size else []
+    return in_parts(y.shape[0] * height, split, part)
 
 
-def _reduce(
-    ufunc: Callable[..., object],
-    none: Array,
-    x: Array,
-    y: Array,
-    axis: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    before: int,
-) -> list[Call]:
-    """y[o] = ufunc over k < kernel of x[o * stride + k * dilation - before] along `axis`; outside counts as nothing."""
-    size, out = x.shape[axis], y.shape[axis]
-    taps = []
+def _taps(size: int, out: int, kernel: int, stride: int, dilation: int, before: int) -> Iterator[tuple[slice, slice]]:
+    """For each k < kernel, the outputs o where o * stride + k * dilation - before is in range(size), and these."""
     for k in range(kernel):
         shift = k * dilation - before
         first = max(0, -(shift // stride))
         count = min(out, (size - 1 - shift) // stride + 1) - first
         if count > 0:
             start = first * stride + shift
-            taps.append((slice(first, first + count), slice(start, start + (count - 1) * stride + 1, stride)))
-    lead = (slice(None),) * axis
-    whole = next((t for t in taps if t[0] == slice(0, out)), None)
-    calls: list[Call] = [(np.copyto, (y, none if whole is None else x[(*lead, whole[1])]))]
-    for to, at in taps:
-        if (to, at) != whole:
-            calls.append(call(ufunc, y[(*lead, to)], x[(*lead, at)], y[(*lead, to)]))
-    return calls
+            yield slice(first, first + count), slice(start, start + (count - 1) * stride + 1, stride)
+
+
+def _reduced(ufunc: Callable[..., object], none: Array, y: Array, taps: Sequence[tuple[Array, Array]]) -> list[Call]:
+    """y = ufunc over the sources of (part of y, source); `none` where there is no source."""
+    whole = [source for part, source in taps if part.shape == y.shape]
+    rest = [(part, source) for part, source in taps if part.shape != y.shape]
+    calls: list[Call] = []
+    if len(whole) > 1:
+        calls.append(call(ufunc, whole[0], whole[1], y))
+    else:
+        calls.append((np.copyto, (y, whole[0] if whole else none)))
+    calls += [call(ufunc, y, source, y) for source in whole[2:]]
+    return calls + [call(ufunc, part, source, part) for part, source in rest]

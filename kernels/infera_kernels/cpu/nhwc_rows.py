@@ -45,6 +45,15 @@ def flat(a: Array) -> Array:
     return a.reshape(-1, a.shape[-1], copy=False)
 
 
+def moved(target: Array, source: Array) -> Call:
+    """target[...] = source, (..., C) each, where pixels are far apart: one item a pixel, not an inner loop over C.
+
+    C is a contiguous axis of both.
+    """
+    pixel = np.dtype((np.void, target.shape[-1] * target.itemsize))
+    return np.copyto, (target.view(pixel)[..., 0], source.view(pixel)[..., 0])
+
+
 class Window(NamedTuple):
     """How the output's pixels see the input's: (vertical, horizontal) each. `before` is the padding above and left."""
 
@@ -81,7 +90,9 @@ def padded(x: Array, room: Array | None, window: Window, start: int, stop: int) 
     calls: list[Call] = [(np.copyto, (part, zero)) for part in borders if part.size]
     if inside.stop > first and width:
         image = x[first + top : inside.stop + top, :width]
-        calls.append((np.copyto, (target[inside, left : left + width], image)))
+        inner = target[inside, left : left + width]
+        dense = image.strides[1] == inner.strides[1]
+        calls.append((np.copyto, (inner, image)) if dense else moved(inner, image))
     return target, calls
 
 

@@ -19,7 +19,7 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.conv_winograd import transform_filters, transforms
 from infera_kernels.cpu.nhwc_epilogue import epilogue
-from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, padded, spans
+from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, spans
 
 BLOCK_BYTES = 1 << 20
 """Transformed tiles of one block."""
@@ -146,7 +146,7 @@ def _transform(band: Array, data: Array, gathered: Array, halved: Array, spectru
     below, column = halved.strides[:2]
     seen = as_strided(halved, (h, size, size, line), (tile * below, column, below, one), writeable=False)
     return [
-        (np.copyto, (gathered.reshape(tiles.shape), tiles)),
+        moved(gathered.reshape(tiles.shape), tiles),
         (np.matmul, (data, gathered, halved)),
         (np.matmul, (data, seen, spectrum.transpose(2, 1, 0, 3))),
     ]
@@ -160,7 +160,7 @@ def _scatter(made: Array, y: Array) -> list[Call]:
             target = y[rows.start * made.shape[0] :, cols.start * made.shape[1] :]
             target = target[: (rows.stop - rows.start) * down, : (cols.stop - cols.start) * right]
             target = target.reshape(-1, down, target.shape[1] // right, right, y.shape[2], copy=False)
-            calls.append((np.copyto, (target, made[:down, :right, rows, cols].transpose(2, 0, 3, 1, 4))))
+            calls.append(moved(target, made[:down, :right, rows, cols].transpose(2, 0, 3, 1, 4)))
     return calls
 
 
