@@ -18,7 +18,10 @@ from infera_kernels.cpu.nhwc_shifted import shifted
 from infera_kernels.cpu.nhwc_winograd import tile_of, winograd
 
 FEW_OUTPUTS = 4
-"""Output channels up to which a product for each tap and a sum of planes is faster than columns."""
+"""Output channels up to which a product for each tap and a sum of planes is faster than columns, ..."""
+
+SOME_INPUTS = 8
+"""... and input channels from which it is."""
 
 ROWS_OF_A_PART = 2
 """Rows of the output, of all images, below which a part is made of channels."""
@@ -65,13 +68,13 @@ def conv2d(
 
         return in_parts(y.shape[3], split, part)
     window = Window(out, kernel, strides, dilations, (pads[0][0], pads[1][0]))
-    if w.shape[:2] == (group, 1):
+    if group > 1 and w.shape[:2] == (group, 1):
         return depthwise(x, w, b, y, scratch, split, pack, window, activation=activation, residual=residual)
     if kernel == (1, 1) and window.fits(x):
         return pointwise(
             x, w, b, y, scratch, split, pack, strides=strides, group=group, activation=activation, residual=residual
         )
-    if strides == (1, 1) and group == 1 and w.shape[0] <= FEW_OUTPUTS:
+    if strides == (1, 1) and group == 1 and w.shape[0] <= FEW_OUTPUTS and w.shape[1] >= SOME_INPUTS:
         return shifted(x, w, b, y, scratch, split, window, activation=activation, residual=residual)
     tile = tile_of(w.shape, y.shape[0], out, strides, dilations, group) if pack is not None else 0
     if tile and pack is not None:

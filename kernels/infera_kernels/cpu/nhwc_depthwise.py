@@ -15,8 +15,8 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
 
-BLOCK_BYTES = 1 << 18
-"""Output of one block."""
+BLOCK_BYTES = 1 << 20
+"""Output of one block. Smaller blocks load more rows twice."""
 
 
 def depthwise(

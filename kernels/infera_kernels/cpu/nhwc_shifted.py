@@ -33,14 +33,15 @@ def shifted(
     """
     c, o = x.shape[3], y.shape[3]
     height, width = window.out
-    weights = scratch((*window.kernel, o, c), w.dtype)
-    most = max(1, BLOCK_BYTES // (x.shape[2] * weights[..., 0].size * x.itemsize))
+    weights = scratch((c, *window.kernel, o), w.dtype)
+    products_each = weights[0].size
+    most = max(1, BLOCK_BYTES // (x.shape[2] * products_each * x.itemsize))
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
         calls, finish = epilogue(activation, b, step * width, o, y, scratch)
         rows = min(window.seen(0, min(step, height)), x.shape[1])
-        room, sums = scratch((weights[..., 0].size, rows * x.shape[2]), x.dtype), scratch((o, step, width), x.dtype)
+        room, sums = scratch((rows * x.shape[2], products_each), x.dtype), scratch((o, step, width), x.dtype)
         for first, last in spans(start, stop, step):
             for i, row, end in images(first, last, height):
                 top = row - window.before[0]
@@ -48,16 +49,16 @@ def shifted(
                 total, block = sums[:, : end - row], y[i, row:end]
                 calls.append((np.copyto, (total, total.dtype.type(0))))
                 if high > low:
-                    products = room[:, : (high - low) * x.shape[2]]
-                    calls.append((np.matmul, (weights.reshape(-1, c), flat(x[i, low:high]).T, products)))
-                    planes = products.reshape(*window.kernel, o, high - low, -1)
+                    products = room[: (high - low) * x.shape[2]]
+                    calls.append((np.matmul, (flat(x[i, low:high]), weights.reshape(c, -1), products)))
+                    planes = products.reshape(high - low, -1, *window.kernel, o).transpose(2, 3, 4, 0, 1)
                     shift = (top - low, -window.before[1])
                     calls += [(np.add, (to, tap, to)) for to, tap in _overlaps(total, planes, shift, window)]
                 calls.append((np.copyto, (block, total.transpose(1, 2, 0))))
                 calls += finish(flat(block), None if residual is None else flat(residual[i, row:end]))
         return calls
 
-    return [(np.copyto, (weights, w.transpose(2, 3, 0, 1))), *in_parts(y.shape[0] * height, split, part)]
+    return [(np.copyto, (weights, w.transpose(1, 2, 3, 0))), *in_parts(y.shape[0] * height, split, part)]
 
 
 def _overlaps(sums: Array, planes: Array, shift: tuple[int, int], window: Window) -> Iterator[tuple[Array, Array]]:
