@@ -1,4 +1,4 @@
-"""Architectures with seeded random weights: ResNet-50 v1.5 and BERT-base, as exporters write them.
+"""Architectures with seeded random weights: ResNet-50 v1.5, BERT-base and GPT-2, as exporters write them.
 
 The weights are scaled so that activations keep their magnitude through the depth and the outputs vary with the input:
 a comparison of outputs then notices a wrong layer.
@@ -151,3 +151,57 @@ def bert(
     b.op("Identity", x, output="last_hidden_state")
     ids = [(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "attention_mask", "token_type_ids")]
     return b.model("bert", ids, [("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", hidden])])
+
+
+def gpt2_step(
+    seed: int = 0, *, past: int = 255, layers: int = 12, hidden: int = 768, heads: int = 12, vocabulary: int = 50257
+) -> onnx.ModelProto:
+    """One step of GPT-2 (124M) after `past` tokens: `input_ids` [N,1] and a cache of keys and values a layer, each
+    [N,heads,past,size], to `logits` [N,1,vocabulary] and the caches one token longer.
+
+    The token embedding is tied to the output, attention and the GELU by tanh are spelled out, as PyTorch exports them.
+    """
+    b = Builder(seed)
+    size = hidden // heads
+    split, merge = b.constant([0, 0, heads, size], np.int64), b.constant([0, 0, hidden], np.int64)
+    one, half, three = b.constant(1.0), b.constant(0.5), b.constant(3.0)
+    cubic, root = b.constant(0.044715), b.constant((2 / np.pi) ** 0.5)
+
+    def linear(x: str, rows: int, columns: int, std: float = 0.02) -> str:
+        return b.op("Add", b.op("MatMul", x, b.normal(rows, columns, std=std)), b.normal(columns, std=0.02))
+
+    def norm(x: str) -> str:
+        scale, bias = b.normal(hidden, std=0.1, mean=1.0), b.normal(hidden, std=0.1)
+        return b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-5)
+
+    def gelu(x: str) -> str:
+        cube = b.op("Mul", b.op("Pow", x, three), cubic)
+        gate = b.op("Tanh", b.op("Mul", b.op("Add", x, cube), root))
+        return b.op("Mul", b.op("Mul", x, half), b.op("Add", gate, one))
+
+    embedding = b.normal(vocabulary, hidden, std=0.05)
+    place = b.op("Gather", b.normal(1024, hidden, std=0.02), b.constant([past], np.int64))
+    x = b.op("Add", b.op("Gather", embedding, "input_ids"), place)
+    caches: list[str] = []
+    for i in range(layers):
+        # Wide weights for queries and keys, so that attention is peaked instead of nearly an average.
+        qkv = linear(norm(x), hidden, 3 * hidden, 0.05)
+        parts = [f"{part}_{i}" for part in ("query", "new_key", "new_value")]
+        b.nodes.append(helper.make_node("Split", [qkv, b.constant([hidden] * 3, np.int64)], parts, axis=-1))
+        query, key, value = (b.op("Transpose", b.op("Reshape", p, split), perm=[0, 2, 1, 3]) for p in parts)
+        key = b.op("Concat", f"past_key_{i}", key, axis=2, output=f"key_{i}")
+        value = b.op("Concat", f"past_value_{i}", value, axis=2, output=f"value_{i}")
+        caches += [f"key_{i}", f"value_{i}"]
+        scores = b.op("MatMul", query, b.op("Transpose", key, perm=[0, 1, 3, 2]))
+        weights = b.op("Softmax", b.op("Div", scores, b.constant(size**0.5)), axis=-1)
+        context = b.op("Transpose", b.op("MatMul", weights, value), perm=[0, 2, 1, 3])
+        x = b.op("Add", linear(b.op("Reshape", context, merge), hidden, hidden), x)
+        x = b.op("Add", linear(gelu(linear(norm(x), hidden, 4 * hidden)), 4 * hidden, hidden), x)
+    b.op("MatMul", norm(x), b.op("Transpose", embedding, perm=[1, 0]), output="logits")
+    return b.model(
+        "gpt2_step",
+        [("input_ids", TensorProto.INT64, ["N", 1])]
+        + [(f"past_{c}", TensorProto.FLOAT, ["N", heads, past, size]) for c in caches],
+        [("logits", TensorProto.FLOAT, ["N", 1, vocabulary])]
+        + [(c, TensorProto.FLOAT, ["N", heads, past + 1, size]) for c in caches],
+    )

@@ -175,6 +175,19 @@ def _spelt(*lengths: int, written: int) -> Callable[[np.random.Generator], Feeds
     return make
 
 
+def _next_token(batch: int) -> Callable[[np.random.Generator], Feeds]:
+    """A token of GPT-2's vocabulary, and the keys and values of the 255 before it."""
+
+    def make(rng: np.random.Generator) -> Feeds:
+        caches = [f"past_{part}_{i}" for i in range(12) for part in ("key", "value")]
+        return {
+            "input_ids": rng.integers(0, 50257, (batch, 1)),
+            **{name: rng.standard_normal((batch, 12, 255, 64), np.float32) for name in caches},
+        }
+
+    return make
+
+
 def _image(name: str, *shape: int, low: float, high: float) -> Callable[[np.random.Generator], Feeds]:
     return lambda rng: {name: image(rng, *shape, low=low, high=high)}
 
@@ -214,6 +227,7 @@ EXAMPLES: Mapping[str, tuple[Example, Example]] = {
         Example("b1", _image("data_0", 1, 3, 224, 224, low=-2, high=2.5)),
         Example("b1 dark", _image("data_0", 1, 3, 224, 224, low=-2, high=0)),
     ),
+    "gpt2-step": (Example("b1", _next_token(1)), Example("b3", _next_token(3))),
     "magika": (
         Example("b1", lambda rng: {"bytes": file_bytes(rng, 1)}),
         Example("b5", lambda rng: {"bytes": file_bytes(rng, 5)}),

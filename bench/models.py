@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from bench.build import bert, resnet50
+from bench.build import bert, gpt2_step, resnet50
 from bench.light import light
 from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.fetch import cache_dir, fetch
@@ -19,6 +19,7 @@ BUILT: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "bert-base": bert,
     "vgg19": partial(light, "vgg19"),
     "squeezenet": partial(light, "squeezenet"),
+    "gpt2-step": gpt2_step,
 }
 REVISION = 1
 """Of the builders; part of the cached files' names, to be raised when a builder changes."""

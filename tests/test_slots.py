@@ -25,7 +25,7 @@ def numbers(*shape: int, seed: int = 0) -> HostArray:
 
 def planned(text: str, device: str, feeds: Mapping[str, HostArray]) -> tuple[Plan, dict[str, HostArray]]:
     """The plan, and what the second of two runs gives."""
-    with infera_gpu.load(parse(text), device=device) as session:
+    with infera_gpu.load(parse(text), device=device, threads=1) as session:
         session.run({name: x + 1 for name, x in feeds.items()})
         return session.plan_for(feeds), session.run(feeds)
 
