@@ -198,10 +198,16 @@ def gpt2_step(
         x = b.op("Add", linear(b.op("Reshape", context, merge), hidden, hidden), x)
         x = b.op("Add", linear(gelu(linear(norm(x), hidden, 4 * hidden)), 4 * hidden, hidden), x)
     b.op("MatMul", norm(x), b.op("Transpose", embedding, perm=[1, 0]), output="logits")
+    shape: tuple[str | int, ...] = ("N", heads, past, size)
+    longer: tuple[str | int, ...] = ("N", heads, past + 1, size)
     return b.model(
         "gpt2_step",
-        [("input_ids", TensorProto.INT64, ["N", 1])]
-        + [(f"past_{c}", TensorProto.FLOAT, ["N", heads, past, size]) for c in caches],
-        [("logits", TensorProto.FLOAT, ["N", 1, vocabulary])]
-        + [(c, TensorProto.FLOAT, ["N", heads, past + 1, size]) for c in caches],
+        [
+            ("input_ids", TensorProto.INT64, ("N", 1)),
+            *((f"past_{c}", TensorProto.FLOAT, shape) for c in caches),
+        ],
+        [
+            ("logits", TensorProto.FLOAT, ("N", 1, vocabulary)),
+            *((c, TensorProto.FLOAT, longer) for c in caches),
+        ],
     )

@@ -104,6 +104,8 @@ _MATMUL = Op(
         Case("matrices", (f32(5, 3), f32(3, 7))),
         Case("rows", (f32(2, 3, 4), _W)),
         Case("two_rows", (f32(2, 1, 40), f32(40, 33))),
+        Case("few_rows", (f32(3, 11, 40), f32(40, 128))),
+        Case("few_rows_deep", (f32(61, 300), f32(300, 192))),
         Case("batch", (f32(2, 3, 5, 4), f32(2, 3, 4, 6))),
         Case("broadcast", (f32(2, 1, 5, 4), f32(3, 4, 6))),
         Case("vector", (f32(4), _W)),
