@@ -22,7 +22,7 @@ from infera_kernels.cpu.conv_winograd import transforms
 from tests.cases import assert_close, inputs_of, site_of
 from tests.text import parse
 
-OPSET = 18
+OPSET = 20
 
 
 def find(name: str, opset: int = OPSET, domain: str = "") -> Op:
@@ -42,6 +42,10 @@ ACTIVATIONS: dict[str, list[tuple[str, list[str], dict[str, Any]]]] = {
     "tanh": [("Tanh", ["t"], {})],
     "swish": [("Sigmoid", ["t"], {}), ("Mul", ["t", "y0"], {})],
     "hard_swish": [("HardSwish", ["t"], {})],
+    "gelu": [("Gelu", ["t"], {})],
+    "gelu_tanh": [("Gelu", ["t"], {"approximate": "tanh"})],
+    "mish": [("Mish", ["t"], {})],
+    "softplus": [("Softplus", ["t"], {})],
 }
 
 
