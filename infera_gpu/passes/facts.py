@@ -123,15 +123,27 @@ def _product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _convolved(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    """(batch, channels, ...)"""
-    x = ins[0]
+    """(batch, channels, ...), of as many axes as the weights have."""
+    x, w = ins[0], ins[1] if len(ins) > 1 and n.op.endswith(("Conv", "ConvTranspose")) else None
     if x is None or not x.ranked:
-        return _unranked(x)
-    channels = ins[1].shape[0] if n.op in ("Conv", "FusedConv") and ins[1] is not None and ins[1].ranked else None
-    if n.op.endswith("Pool"):
+        x = TensorSpec((None,) * w.ndim, x.dtype) if x is not None and w is not None and w.ranked else _unranked(x)
+    if x is None or not x.ranked:
+        return x
+    channels: Dim = None
+    if w is not None and w.ranked and n.op.endswith("Conv"):
+        channels = w.shape[0]
+    elif n.op.endswith("Pool"):
         channels = x.shape[1]
     spatial: tuple[Dim, ...] = (1,) * (x.ndim - 2) if n.op.startswith("Global") else (None,) * (x.ndim - 2)
     return TensorSpec((x.shape[0], channels, *spatial), x.dtype)
+
+
+def _einsum(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """As many axes as the equation names."""
+    x, (_, arrow, made) = ins[0], str(n.attrs["equation"]).partition("->")
+    if x is None or not arrow or "." in made:
+        return _unranked(x)
+    return TensorSpec((None,) * len(made.replace(" ", "")), x.dtype)
 
 
 def _transposed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
@@ -282,7 +294,7 @@ _NORMS = (
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "Trilu"),
 )
 _OTHERS = (
-    *("LSTM", "GRU", "RNN", "Einsum", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
+    *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
     *("DepthToSpace", "SpaceToDepth", "Flatten", "Upsample", "GridSample", "RoiAlign", "Range", "TopK", "STFT", "DFT"),
     *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
@@ -307,6 +319,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Gather": _gathered,
         **dict.fromkeys(("Slice", "Pad", "Split", "Resize"), _of_same_rank),
         "Concat": _joined,
+        "Einsum": _einsum,
         "DequantizeLinear": _dequantized,
         "MatMulInteger": _integer_product,
         **dict.fromkeys(_OTHERS, _alike),

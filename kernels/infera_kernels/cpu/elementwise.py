@@ -90,6 +90,14 @@ def blocks(*arrays: Array, size: int = BLOCK) -> Iterator[tuple[Array, ...]]:
             yield tuple(p[i : i + rows] for p in parts)
 
 
+def _spread(x: Array, shape: Sequence[int]) -> Array:
+    """`x` broadcast; its strides stay where it has the shape.
+
+    NumPy copies an operand that lies where the output does with other strides, be it along an axis of size 1.
+    """
+    return x if x.shape == tuple(shape) else np.broadcast_to(x, shape)
+
+
 def cut(
     arrays: Sequence[Array], operands: Sequence[Array | None], size: int = BLOCK
 ) -> Iterator[tuple[list[Array], list[Array | None]]]:
@@ -98,7 +106,7 @@ def cut(
     Operands broadcast to that shape; None and single values go whole with every block.
     """
     shape = arrays[0].shape
-    whole = [None if p is None else p.reshape(()) if p.size == 1 else np.broadcast_to(p, shape) for p in operands]
+    whole = [None if p is None else p.reshape(()) if p.size == 1 else _spread(p, shape) for p in operands]
     spread = [p for p in whole if p is not None and p.ndim]
     for views in blocks(*arrays, *spread, size=size):
         parts = iter(views[len(arrays) :])
