@@ -9,7 +9,7 @@ from infera_gpu.devices import open_device
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import Fired, optimize
-from infera_gpu.passes.same import remove_identities, share_values
+from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
 from infera_gpu.session import Session
 from infera_gpu.spec import tensors_of
 from tests.text import parse
@@ -113,3 +113,20 @@ def test_a_report_tells_what_each_pass_did() -> None:
     found: list[Fired] = []
     optimize(load_graph(parse(text)), registry(), found.append)
     assert found == [Fired("remove_identities", 1, 4, 3), Fired("share_values", 1, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "outputs"),
+    [
+        ("g (float[1, 1, 4] x) => (float[1, 1, 3] y) { y, i = MaxPool <kernel_shape = [2]> (x) }", ("y",)),
+        (
+            "g (float[1, 1, 4] x) => (float[1, 1, 3] y, int64[1, 1, 3] i) { y, i = MaxPool <kernel_shape = [2]> (x) }",
+            ("y", "i"),
+        ),
+        ("g (float[4] x) => (float[2] y) { y, i = Split <axis = 0> (x) }", ("y", "i")),
+    ],
+    ids=["unread", "read", "number_of_outputs_counts"],
+)
+def test_outputs_that_nobody_reads_are_left_out(text: str, outputs: tuple[str, ...]) -> None:
+    (node,) = drop_outputs(load_graph(parse(text))).nodes
+    assert node.outputs == outputs

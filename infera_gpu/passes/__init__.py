@@ -27,7 +27,7 @@ from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.layout import convert
-from infera_gpu.passes.same import remove_identities, share_values
+from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
 
 QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
 """Applied first of all, where kernels of kind "cpu" run."""
@@ -76,11 +76,12 @@ class _Passes:
         graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
         if "cpu" in self.kinds:
             graph = drop_dead(quant.centred(self.fused(graph, QUANTIZED)))
-        for name, rewritten in (
+        early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
-            ("remove_identities", remove_identities),
+            ("remove_identities", lambda g: drop_outputs(remove_identities(g))),
             ("share_values", lambda g: share_values(g, self.registry)),
-        ):
+        )
+        for name, rewritten in early:
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
         graph = self.fused(graph, FUSIONS)

@@ -98,12 +98,14 @@ def _attributes(draft: Draft, n: Node) -> tuple[tuple[str, float | str], ...]:
 def _joined(draft: Draft, found: Sequence[Node]) -> Node:
     """The node of a chain.
 
-    Its first input, whose memory the output may take over, is one that only the first step reads, if there is any.
+    Its first input, whose memory the output may take over, is one of its shape, as far as that is known, that is read
+    no longer than others.
     """
     root, steps = found[0], sorted(found, key=draft.place)
     made = {n.outputs[0] for n in steps}
     inputs = list(dict.fromkeys(v for n in steps for v in _operands(n) if v not in made))
-    inputs.sort(key=lambda v: any(v in _operands(n) for n in steps[1:]) or v in draft.graph.constants)
+    whole, last = draft.spec(root.outputs[0]), {v: i for i, n in enumerate(steps) for v in _operands(n)}
+    inputs.sort(key=lambda v: (v in draft.graph.constants, draft.spec(v) != whole, last[v]))
     place = {v: i for i, v in enumerate([*inputs, *(n.outputs[0] for n in steps)])}
     terms = [Term(n.op, _attributes(draft, n), tuple(place[v] for v in _operands(n))) for n in steps]
     attrs = {"expression": spelled(terms, len(inputs))}

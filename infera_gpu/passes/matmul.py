@@ -52,6 +52,37 @@ BIAS = Fusion(
 )
 
 
+def _gelu_of_bias(match: Match) -> Replacement:
+    attrs = {"activation": "gelu" if match.root.op == "BiasGelu" else "gelu_tanh"}
+    return Replacement(infera(match, "FusedMatMul", tuple(match.values[n] for n in ("a", "w", "b")), attrs))
+
+
+BIAS_GELU = Fusion(
+    name="matmul_bias_gelu",
+    patterns=(node(("com.microsoft.BiasGelu", "com.microsoft.FastGelu"), ROWS, "#b"),),
+    guard=_is_row_bias,
+    build=_gelu_of_bias,
+    example="""
+        example (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = com.microsoft.BiasGelu(t, b)
+        }""",
+    near_misses=(
+        """
+        bias_is_an_input (float[2, 3] a, float[2] b) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+            t = MatMul(a, w)
+            y = com.microsoft.BiasGelu(t, b)
+        }""",
+        """
+        product_is_an_output (float[2, 3] a) => (float[2, 2] y, float[2, 2] t)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = com.microsoft.FastGelu(t, b)
+        }""",
+    ),
+)
+
+
 def _gemm(match: Match) -> bool:
     g = match.nodes["gemm"]
     return float(g.attrs.get("beta", 1.0)) == 1.0 and match.constant("w").ndim == 2 and _gemm_bias_is_row(match)
@@ -167,4 +198,4 @@ RESIDUAL = Fusion(
     ),
 )
 
-FUSIONS = (GEMM, ACTIVATION, RESIDUAL)
+FUSIONS = (BIAS_GELU, GEMM, ACTIVATION, RESIDUAL)

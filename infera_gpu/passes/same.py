@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -230,3 +230,29 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return repr(_bytes_of(value))
     return repr(value)
+
+
+EXTRAS = frozenset(
+    {
+        *("MaxPool", "Dropout", "LayerNormalization", "SimplifiedLayerNormalization", "LSTM", "GRU", "RNN"),
+        *("com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization"),
+    }
+)
+"""Operators whose outputs after the first may be left out without changing the others."""
+
+
+def drop_outputs(graph: Graph) -> Graph:
+    """Outputs that nobody reads are left out where an operator allows it: fewer are computed, and more patterns fit."""
+    needed = {*graph.outputs, *(v for n in graph.nodes for v in n.reads())}
+    nodes = [
+        replace(n, outputs=_trimmed(n.outputs, needed)) if n.outputs[1:] and n.qualified in EXTRAS else n
+        for n in graph.nodes
+    ]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _trimmed(outputs: tuple[str, ...], needed: Collection[str]) -> tuple[str, ...]:
+    kept = [outputs[0], *(o if o in needed else "" for o in outputs[1:])]
+    while len(kept) > 1 and not kept[-1]:
+        kept.pop()
+    return tuple(kept)
