@@ -53,8 +53,9 @@ def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zer
         ranges = cpu.exact_ranges(k, left_reach, reach(site, b, b_zero), centred(known))
     tag = f"centred{' transposed' if turn else ''}{'' if point is None else f' {point.tolist()}'}"
     if io.ins[b].ndim == 2 and left.flags.c_contiguous:
-        panels = io.pack(b, f"{tag} panels", lambda weights: cpu.packed_panels(centred(weights)))
-        return cpu.matmul_panels(left, panels, out, ranges, io.scratch)
+        width = cpu.panel_width(left.size // max(k, 1), k)
+        panels = io.pack(b, f"{tag} in {width}", lambda weights: cpu.packed_panels(centred(weights), width))
+        return cpu.matmul_panels(left, panels, width, out, ranges, io.scratch)
     right = io.pack(b, tag, lambda weights: centred(weights).astype(np.float32))
     return cpu.matmul_integer(left, right, out, ranges, io.scratch)
 

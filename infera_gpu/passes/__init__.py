@@ -10,6 +10,7 @@ from infera_gpu.op import Registry
 from infera_gpu.passes import (
     activation,
     attention,
+    centre,
     conv,
     gates,
     gelu,
@@ -45,6 +46,7 @@ FUSIONS: tuple[Fusion, ...] = (
     matmul.BIAS,
     *weights.FUSIONS,
     *conv.FUSIONS,
+    *centre.FUSIONS,
     *quant.FOLLOWING,
     *matmul.FUSIONS,
 )
@@ -75,7 +77,7 @@ class _Passes:
     def run(self, graph: Graph) -> Graph:
         graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
         if "cpu" in self.kinds:
-            graph = drop_dead(quant.centred(self.fused(graph, QUANTIZED)))
+            graph = drop_dead(centre.centred(self.fused(graph, QUANTIZED)))
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
             ("remove_identities", lambda g: drop_outputs(remove_identities(g))),

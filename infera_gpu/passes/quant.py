@@ -1,23 +1,20 @@
 """Quantise-dequantise pairs become products of integers, before constant folding makes floats of the weights.
 
-In two steps. The fusions make one product, com.microsoft.MatMulIntegerToFloat, of each of the ways in which exporters
-write it. `centred` then lets activations stay in float32 between quantisation and product (see `ops/quant_narrow.py`).
-Only the CPU has kernels for what comes out.
+The fusions make one product, com.microsoft.MatMulIntegerToFloat, of each of the ways in which exporters write it.
+`passes/centre.py` then lets activations stay in float32 between quantisation and product. Only the CPU has kernels for
+what comes out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
 
-_PRODUCT = "com.microsoft.MatMulIntegerToFloat"
-_QUANTIZE = ("QuantizeLinear", "com.microsoft.QuantizeLinear")
-_DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
+DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
 _FLOAT = 1
 """ONNX's number of float32."""
 
@@ -143,7 +140,7 @@ DYNAMIC = Fusion(
 # ---- both sides dequantised
 
 
-def _parameters(graph: Graph, n: Node) -> tuple[HostArray, HostArray] | None:
+def parameters_of(graph: Graph, n: Node) -> tuple[HostArray, HostArray] | None:
     """Scale and zero point of a node that quantises to 8 bits or back, where both are known and single.
 
     From opset 23 on the float's type is no longer that of the scale.
@@ -169,7 +166,7 @@ def _columns_of(graph: Graph, n: Node) -> bool:
 
 def _dequantized(match: Match, name: str) -> Node | None:
     made_by = match.producers.get(match.values[name])
-    return made_by if made_by is not None and made_by.qualified in _DEQUANTIZE else None
+    return made_by if made_by is not None and made_by.qualified in DEQUANTIZE else None
 
 
 def _is_qdq(match: Match) -> bool:
@@ -178,7 +175,7 @@ def _is_qdq(match: Match) -> bool:
         a is not None
         and b is not None
         and a.inputs[0] not in match.graph.constants
-        and _parameters(match.graph, a) is not None
+        and parameters_of(match.graph, a) is not None
         and _columns_of(match.graph, b)
     )
 
@@ -310,87 +307,3 @@ BIAS = Fusion(
 )
 
 FOLLOWING = (BIAS,)
-
-
-# ---- activations stay float32
-
-
-def _reads_as(graph: Graph, product: Node, q: str, zero: str) -> bool:
-    """Whether a node is a product that takes `q`, with this zero point, as its left side alone, and known weights."""
-    if product.qualified != _PRODUCT or product.inputs.count(q) != 1 or len(product.inputs) < 5:
-        return False
-    weight, points = graph.constants.get(product.inputs[1]), product.inputs[5:6]
-    known = not points or not points[0] or points[0] in graph.constants
-    return product.inputs[0] == q and product.inputs[4] == zero and known and weight is not None and weight.ndim == 2
-
-
-def _on_floats(product: Node, centred: str, reach: int) -> Node:
-    _, b, a_scale, scale, _, *rest = product.inputs
-    zero, *bias = rest or [""]
-    return Node(
-        "NarrowMatMul",
-        (centred, b, scale, zero, a_scale, *bias),
-        product.outputs,
-        {"reach": reach},
-        domain="infera",
-        name=product.name,
-    )
-
-
-def _dynamic_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
-    q, scale, zero = n.outputs
-    if readers and all(_reads_as(graph, r, q, zero) for r in readers):
-        centred = made_name(q, "centred")
-        yield n, Node("DynamicCentre", n.inputs, (centred, scale), domain="infera", name=n.name)
-        for r in readers:
-            yield r, _on_floats(r, centred, 255)
-
-
-def _same(graph: Graph, a: Node, b: Node, at: tuple[int, int]) -> bool:
-    """Whether two nodes have the same constants as their inputs at 1 and 2, and at `at`."""
-    pairs = zip((a.inputs[1], a.inputs[2]), (b.inputs[i] for i in at), strict=True)
-    found = [(graph.constants[i], graph.constants.get(j)) for i, j in pairs]
-    return all(
-        y is not None and x.dtype == y.dtype and x.size == y.size == 1 and x.item() == y.item() for x, y in found
-    )
-
-
-def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
-    parameters = _parameters(graph, n)
-    if parameters is None or not readers:
-        return
-    info, point = np.iinfo(parameters[1].dtype), int(parameters[1].item())
-    reach = max(int(info.max) - point, point - int(info.min))
-    q, products, floats = n.outputs[0], [], []
-    for r in readers:
-        if r.qualified in _DEQUANTIZE and len(r.inputs) > 2 and _parameters(graph, r) and _same(graph, n, r, (1, 2)):
-            floats.append(r)
-        elif _reads_as(graph, r, q, r.inputs[4] if len(r.inputs) > 4 else "") and _same(graph, n, r, (2, 4)):
-            products.append(r)
-        else:
-            return
-    if not products and len(floats) == 1:
-        (r,) = floats
-        yield r, Node("Centre", n.inputs, r.outputs, {"dequantize": 1}, domain="infera", name=r.name)
-        return
-    centred = made_name(q, "centred")
-    yield n, Node("Centre", n.inputs, (centred,), domain="infera", name=n.name)
-    for r in products:
-        yield r, _on_floats(r, centred, reach)
-    for r in floats:
-        yield r, Node("Mul", (centred, n.inputs[1]), r.outputs, name=r.name)
-
-
-def centred(graph: Graph) -> Graph:
-    """Values that are quantised only to be multiplied or dequantised never become 8-bit integers."""
-    readers = graph.readers()
-    made: dict[int, Node] = {}
-    for n in graph.nodes:
-        dynamic = n.qualified == "DynamicQuantizeLinear"
-        inner = [o for o in n.outputs if o and not (dynamic and o == n.outputs[1])]
-        if n.opset or not (dynamic or n.qualified in _QUANTIZE) or any(o in graph.outputs for o in inner):
-            continue
-        found = list({id(r): r for o in inner for r in readers.get(o, ())}.values())
-        steps = _dynamic_centred(graph, n, found) if dynamic else _static_centred(graph, n, found)
-        made.update({id(old): new for old, new in steps})
-    return replace(graph, nodes=tuple(made.get(id(n), n) for n in graph.nodes)) if made else graph

@@ -192,39 +192,45 @@ def matmul_integer(a: Array, b: Array, out: Array, ranges: Sequence[tuple[int, i
     return calls if sums is out else [*calls, copy(out, sums)]
 
 
-PANEL = 1 << 16
-"""Weights of a panel: 256 KB as float32, a quarter to a half of an L2 cache."""
-_NARROWEST = 64
-"""Columns. BLAS loses a fifth on narrower panels (measured)."""
+_UNPACKED = 10**6
+"""Multiplications up to which OpenBLAS reads matrices where they lie; beyond, it packs panels anew in every product."""
+_WIDTHS = (256, 128, 64, 48, 32)
+"""Columns. Few, since weights are packed once for each width that occurs."""
+_PANEL = 1 << 18
+"""Weights of a panel where OpenBLAS packs: 1 MB as float32."""
 
 
-def _panels(k: int, n: int) -> list[tuple[int, int]]:
-    """Ranges of the columns of a (K, N) matrix."""
-    width = max(_NARROWEST, PANEL // max(k, 1) // 16 * 16)
+def panel_width(rows: int, k: int) -> int:
+    """How many columns of a (K, N) matrix to multiply at a time by `rows` rows (measured)."""
+    unpacked = (w for w in _WIDTHS if w * max(rows, 1) * k <= _UNPACKED)
+    return next(unpacked, max(64, _PANEL // max(k, 1) // 64 * 64))
+
+
+def _panels(n: int, width: int) -> list[tuple[int, int]]:
+    """Ranges of N columns."""
     return [(j, min(j + width, n)) for j in range(0, n, width)]
 
 
-def packed_panels(b: Array) -> Array:
+def packed_panels(b: Array, width: int) -> Array:
     """A (K, N) matrix of integers as int8, or int16 where it needs that: panels of columns, one after another."""
     small = not b.size or (b.min() >= -128 and b.max() <= 127)
     narrow = b.astype(np.int8 if small else np.int16)
-    return np.concatenate([narrow[:, i:j].reshape(-1) for i, j in _panels(*b.shape)] or [narrow.reshape(-1)])
+    return np.concatenate([narrow[:, i:j].reshape(-1) for i, j in _panels(b.shape[1], width)] or [narrow.reshape(-1)])
 
 
 def matmul_panels(
-    a: Array, panels: Array, out: Array, ranges: Sequence[tuple[int, int]], scratch: Scratch
+    a: Array, panels: Array, width: int, out: Array, ranges: Sequence[tuple[int, int]], scratch: Scratch
 ) -> list[Call]:
-    """int32 or float32 out = a @ b, b (K, N) of `packed_panels` given; else as `matmul_integer`.
+    """int32 or float32 out = a @ b, b (K, N) given as `packed_panels` of a width; else as `matmul_integer`.
 
     Weights are read once in a run and multiply few rows: that is bound by memory. So they stay narrow there, and a
     panel becomes float32 in cache, where BLAS reads it (1.1 to 2 times faster than weights kept as float32, measured).
     """
     k, n = a.shape[-1], out.shape[-1]
     rows, target = a.reshape(-1, k), out.reshape(-1, n)
-    edges = _panels(k, n)
-    wide = scratch((k * max((j - i for i, j in edges), default=0),), np.float32)
+    wide = scratch((k * min(width, n),), np.float32)
     calls: list[Call] = []
-    for i, j in edges:
+    for i, j in _panels(n, width):
         panel = wide[: k * (j - i)].reshape(k, j - i)
         calls.append(copy(panel, panels[k * i : k * j].reshape(k, j - i)))
         calls += matmul_integer(rows, panel, target[:, i:j], ranges, scratch)
