@@ -11,6 +11,9 @@ from infera_gpu.spec import TensorSpec, is_plain
 FREE_BYTES = 64 << 20
 """May be made whatever the file brings."""
 
+TIMES = 16
+"""Weights of 8 bits are converted, shifted and scaled, each into float32: twelve times what the file brings."""
+
 FREE_WORK = 1 << 28
 """Inputs' elements times outputs' elements: no operator takes more steps than that, and few take as many."""
 
@@ -29,9 +32,9 @@ LINEAR = frozenset((
 
 
 def fold_budget(constants: Mapping[str, HostArray]) -> int:
-    """Bytes that may be computed ahead: four times what the file brings, at least FREE_BYTES, at most FOLD_LIMIT."""
+    """Bytes that may be computed ahead: TIMES what the file brings, at least FREE_BYTES, at most FOLD_LIMIT."""
     brought = {a.__array_interface__["data"][0]: a.nbytes for a in constants.values()}
-    return min(FOLD_LIMIT, max(FREE_BYTES, 4 * sum(brought.values())))
+    return min(FOLD_LIMIT, max(FREE_BYTES, TIMES * sum(brought.values())))
 
 
 def may_fold(op: Op, site: Site, made: Sequence[TensorSpec | None], budget: int) -> bool:

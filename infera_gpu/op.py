@@ -21,6 +21,9 @@ Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 """A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
 
 
+_F32 = np.dtype(np.float32)
+
+
 class Required:
     """Marks an attribute without a default."""
 
@@ -203,7 +206,7 @@ class GraphText:
 
 def f32(*shape: int) -> TensorSpec:
     """A float32 spec, for cases."""
-    return TensorSpec(shape, np.dtype(np.float32))
+    return TensorSpec(shape, _F32)
 
 
 @dataclass(frozen=True, slots=True)
