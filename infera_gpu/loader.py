@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +145,8 @@ class _Reader:
         )
 
     def attribute(self, a: onnx.AttributeProto, label: str) -> Any:
+        if not a.ref_attr_name and (plain := _PLAIN.get(a.type)):
+            return plain(a)
         from onnx import AttributeProto as A
 
         what = f"{label}: attribute '{a.name}'"
@@ -156,12 +158,6 @@ class _Reader:
                 raise InvalidModel(f"{what} refers to '{text(a.ref_attr_name)}' without saying of which type that is")
             return Reference(text(a.ref_attr_name), kind)
         match a.type:
-            case A.FLOAT:
-                return float(a.f)
-            case A.INT:
-                return int(a.i)
-            case A.STRING:
-                return _text(a.s)
             case A.TENSOR:
                 return self.tensors.array(a.t, what)
             case A.SPARSE_TENSOR:
@@ -170,12 +166,6 @@ class _Reader:
                 return self.graph(a.g)
             case A.TYPE_PROTO:
                 return _type(a.tp, what)
-            case A.FLOATS:
-                return tuple(float(v) for v in a.floats)
-            case A.INTS:
-                return tuple(int(v) for v in a.ints)
-            case A.STRINGS:
-                return tuple(_text(v) for v in a.strings)
             case A.TENSORS:
                 return tuple(self.tensors.array(t, what) for t in a.tensors)
             case A.GRAPHS:
@@ -205,6 +195,16 @@ def _text(value: bytes) -> str | bytes:
     except UnicodeDecodeError:
         return value
 
+
+_PLAIN: Mapping[int, Callable[[onnx.AttributeProto], Any]] = {
+    1: lambda a: float(a.f),
+    2: lambda a: int(a.i),
+    3: lambda a: _text(a.s),
+    6: lambda a: tuple(map(float, a.floats)),
+    7: lambda a: tuple(map(int, a.ints)),
+    8: lambda a: tuple(map(_text, a.strings)),
+}
+"""Values of attributes by AttributeProto.AttributeType: FLOAT, INT, STRING, FLOATS, INTS, STRINGS."""
 
 _CONSTANT_DTYPES = {
     "value_float": np.float32,

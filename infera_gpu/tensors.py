@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from infera_gpu.errors import InvalidModel
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 
 Buffer: TypeAlias = bytes | memoryview | HostArray
 
-_PACKED_BITS = {
-    "int4": 4,
-    "uint4": 4,
-    "float4_e2m1fn": 4,
-    "int2": 2,
-    "uint2": 2,
-    "float6_e2m3fn": 6,
-    "float6_e3m2fn": 6,
+_PACKED_BITS: Mapping[DType, int] = {
+    np.dtype(ml_dtypes.int4): 4,
+    np.dtype(ml_dtypes.uint4): 4,
+    np.dtype(ml_dtypes.float4_e2m1fn): 4,
+    np.dtype(ml_dtypes.int2): 2,
+    np.dtype(ml_dtypes.uint2): 2,
+    np.dtype(ml_dtypes.float6_e2m3fn): 6,
+    np.dtype(ml_dtypes.float6_e3m2fn): 6,
 }
 """Types whose elements follow each other bit by bit, from the lowest bits on; NumPy gives each a byte of its own."""
 
@@ -139,7 +141,7 @@ class Tensors:
 
 def nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
     """Bytes that a file needs for a tensor."""
-    return -(-math.prod(shape) * _PACKED_BITS.get(dtype.name, 8 * dtype.itemsize) // 8)
+    return -(-math.prod(shape) * _PACKED_BITS.get(dtype, 8 * dtype.itemsize) // 8)
 
 
 def _shape(dims: Any, what: str) -> tuple[int, ...]:
@@ -171,7 +173,7 @@ def _elements(data: Buffer, dtype: DType, shape: tuple[int, ...], what: str) -> 
         raise InvalidModel(f"{what} of shape {list(shape)} needs {expected:,} bytes, it has {len(data):,}")
     if not expected:
         return np.empty(shape, dtype)
-    bits = _PACKED_BITS.get(dtype.name)
+    bits = _PACKED_BITS.get(dtype)
     if bits:
         return _low_bits(_unpacked(np.frombuffer(data, np.uint8), bits, math.prod(shape)), dtype, bits).reshape(shape)
     if dtype == np.bool_:
