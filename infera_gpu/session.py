@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -67,8 +69,9 @@ def load(
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, expected a positive number")
     opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit)
+    again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
     try:
-        return Session(graph, opened, fuse=fuse, arena=arena or Arena(max(1, max_concurrency)))
+        return Session(graph, opened, fuse=fuse, arena=arena or Arena(max(1, max_concurrency)), again=again)
     except BaseException:
         opened.close()
         raise
@@ -108,8 +111,9 @@ def optimized(graph: Graph, device: Device, report: Report | None = None) -> Gra
 class Session:
     """A loaded model. `run` may be called from several threads.
 
-    `loaded` is the graph as the file has it, `graph` what passes made of it where `fuse` is set. `overridable` are the
-    constants that a run may be given values for.
+    `graph` is what passes made of the model's where `fuse` is set. `overridable` are the constants that a run may be
+    given values for. `again` reads the model's graph again: with it, constants that passes replaced are not kept,
+    unless runs may override some.
     """
 
     def __init__(
@@ -120,8 +124,10 @@ class Session:
         fuse: bool = True,
         arena: Arena | None = None,
         constants: Constants | None = None,
+        again: Callable[[], Graph] | None = None,
     ) -> None:
-        self.loaded = graph
+        self._again = again if fuse and not graph.overridable else None
+        self._loaded = None if self._again else graph
         self.graph = optimized(graph, device) if fuse else graph
         self.fuse = fuse
         self.device = device
@@ -142,6 +148,14 @@ class Session:
         self._closed = False
 
     # ---- running
+
+    @property
+    def loaded(self) -> Graph:
+        """The graph as the file has it; read again from there where it is not kept. Raises InvalidModel."""
+        if self._loaded is None:
+            assert self._again is not None
+            return differentiated(self._again())
+        return self._loaded
 
     @property
     def tensor_inputs(self) -> Mapping[str, TensorSpec]:

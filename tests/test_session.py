@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import threading
 import tracemalloc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +15,7 @@ import infera_gpu
 from infera_gpu import lease, stages
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryError, PlanError, UnsupportedOperatorError
+from infera_gpu.graph import Graph
 from infera_gpu.layout import Space
 from infera_gpu.lease import MAX_BOUND, SHRINK_ABOVE, SHRINK_AFTER
 from infera_gpu.loader import load_graph
@@ -65,6 +69,35 @@ def test_accepts_a_path_bytes_and_a_proto(tmp_path: Path) -> None:
     f = feeds("x", "z")
     for source in (path, data, parse(CHAIN)):
         assert infera_gpu.load(source, device="cpu").run(f)["y"].shape == (3, 4)
+
+
+def test_constants_that_passes_replace_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+    g (float[1, 2, 5, 5] x) => (float[1, 3, 3, 3] y)
+    <float[3, 2, 3, 3] w, float[3] s = {1, 2, 3}, float[3] b = {4, 5, 6}, float[3] m = {1, 0, 1}, float[3] v = {1, 2, 1}>
+    {
+        c = Conv(x, w)
+        y = BatchNormalization(c, s, b, m, v)
+    }""".replace("w,", "w = {" + ", ".join(str(i % 7) for i in range(54)) + "},", 1)
+    path = tmp_path / "m.onnx"
+    onnx.save(parse(text), path)
+    kept: list[weakref.ref[Any]] = []
+
+    def load(source: Any) -> Graph:
+        graph = load_graph(source)
+        kept.append(weakref.ref(graph.constants["w"]))
+        return graph
+
+    monkeypatch.setattr("infera_gpu.session.load_graph", load)
+    monkeypatch.chdir(tmp_path)
+    sessions = [infera_gpu.load(source, device="cpu") for source in ("m.onnx", path.read_bytes())]
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, False]
+    monkeypatch.chdir("/")
+    for session in sessions:
+        np.testing.assert_array_equal(session.loaded.constants["w"].reshape(-1), np.arange(54) % 7)
+    outs = [session.run({"x": np.ones((1, 2, 5, 5), np.float32)})["y"] for session in sessions]
+    np.testing.assert_array_equal(*outs)
 
 
 def test_elementwise_results_reuse_the_memory_of_what_dies() -> None:
