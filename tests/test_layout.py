@@ -75,6 +75,12 @@ OPERATORS: tuple[tuple[str, str, str], ...] = (
     ),
     ("max-pool", "", "u = MaxPool <kernel_shape = [2, 3], strides = [1, 2], pads = [1, 0, 0, 1]> (t)"),
     ("average-pool", "", "u = AveragePool <kernel_shape = [2, 2], auto_pad = \"SAME_UPPER\"> (t)"),
+    ("lrn", "", "u = LRN <size = 3, alpha = 0.5> (t)"),
+    (
+        "conv-transpose",
+        "float[3,2,2,2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6}",
+        "u = ConvTranspose <strides = [2, 2]> (t, w)",
+    ),
     ("global-average", "", "u = GlobalAveragePool(t)"),
     ("global-max", "", "u = GlobalMaxPool(t)"),
     (
@@ -169,7 +175,7 @@ NEAR_MISSES = {
     "an-operator-without-a-rule": """
         g (float[2, 4, 5, 3] x) => (float[?, ?, ?, ?] y) {
             t = Transpose <perm = [0, 3, 1, 2]> (x)
-            u = LRN <size = 3> (t)
+            u = GlobalLpPool(t)
             y = Transpose <perm = [0, 2, 3, 1]> (u)
         }""",
     "a-rank-that-nobody-knows": """

@@ -79,7 +79,7 @@ NETWORKS: dict[str, tuple[int, str]] = {
         4,
         """
         a = Conv <pads = [1, 1, 1, 1]> (x, w)
-        b = LRN <size = 3> (a)
+        b = InstanceNormalization(a, s4, s4)
         c = Conv <pads = [1, 1, 1, 1]> (b, w)
         y = Mul(c, a)
         """,
@@ -148,8 +148,9 @@ def network(body: str, batch: str = "2", size: str = "6", outputs: str = "float[
     more = ", float[?, ?, ?, ?] z" if " z = " in body else ""
     return f"""
         network (float[{batch}, 4, {size}, 8] x, float p) => ({outputs}{more})
-        <{CONV}, float[4,4] k = {{{", ".join(str(i % 7 - 3) for i in range(16))}}}, int64[4] n = {{0, 0, 1, 1}},
-         int64[5] split = {{0, 2, 2, -1, 8}}, int64[4] whole = {{0, 4, -1, 8}}, int64[3] flat = {{0, 4, -1}}> {{
+        <{CONV}, float[4,4] k = {{{", ".join(str(i % 7 - 3) for i in range(16))}}}, float[4] s4 = {{1, 2, 3, 4}},
+         int64[4] n = {{0, 0, 1, 1}}, int64[5] split = {{0, 2, 2, -1, 8}}, int64[4] whole = {{0, 4, -1, 8}},
+         int64[3] flat = {{0, 4, -1}}> {{
             {body}
         }}"""
 

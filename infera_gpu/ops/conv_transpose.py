@@ -14,7 +14,7 @@ from infera_kernels.cpu.conv_transpose import conv_transpose
 from infera_kernels.portable.conv import transposed_convolution
 
 
-def _window(site: Site) -> Window:
+def transposed_window(site: Site) -> Window:
     """Geometry of the transpose: `pads` are cropped from the full output. Raises PlanError where shapes do not fit."""
     x, w, group = site.spec(0), site.spec(1), int(site.attrs["group"])
     rank = x.ndim - 2
@@ -54,11 +54,11 @@ def _crop(
 
 def _infer(site: Site) -> Sequence[TensorSpec]:
     x, w = site.spec(0), site.spec(1)
-    return (TensorSpec((x.dims[0], w.dims[1] * int(site.attrs["group"]), *_window(site).out), x.dtype),)
+    return (TensorSpec((x.dims[0], w.dims[1] * int(site.attrs["group"]), *transposed_window(site).out), x.dtype),)
 
 
 def _compute(xp: Any, site: Site, x: Array, w: Array, b: Array | None = None) -> Array:
-    found = _window(site)
+    found = transposed_window(site)
     return transposed_convolution(xp, x, w, b, found.out, group=int(site.attrs["group"]), **found.params)
 
 
@@ -68,7 +68,9 @@ def _supports(site: Site) -> bool:
 
 def _bind(site: Site, io: Buffers) -> Sequence[Call]:
     x, w, b = (*io.ins, None)[:3]
-    return conv_transpose(x, w, b, io.outs[0], io.scratch, group=int(site.attrs["group"]), **_window(site).params)
+    return conv_transpose(
+        x, w, b, io.outs[0], io.scratch, group=int(site.attrs["group"]), **transposed_window(site).params
+    )
 
 
 _CASES = (

@@ -174,12 +174,13 @@ def _infer_lrn(site: Site) -> Sequence[TensorSpec]:
     return (x,)
 
 
-def _lrn(site: Site) -> dict[str, Any]:
+def lrn_params(site: Site) -> dict[str, Any]:
+    """What the kernels of LRN are told."""
     return {name: site.attrs[name] for name in ("size", "alpha", "beta", "bias")}
 
 
 def _bind_lrn(site: Site, io: Buffers) -> Sequence[Call]:
-    return cpu.local_response(io.ins[0], io.outs[0], io.scratch, **_lrn(site))
+    return cpu.local_response(io.ins[0], io.outs[0], io.scratch, **lrn_params(site))
 
 
 _HALF = np.dtype(np.float16)
@@ -264,7 +265,7 @@ OPS: tuple[Op, ...] = (
         {"axis": -1, "p": 2},
     ),
     Op(
-        "LRN", 1, _infer_lrn, lambda xp, site, x: portable.local_response(xp, x, **_lrn(site)),
+        "LRN", 1, _infer_lrn, lambda xp, site, x: portable.local_response(xp, x, **lrn_params(site)),
         (
             *(Case(c.id, c.ins, {"size": 3}) for c in _IMAGES),
             Case("parameters", (f32(1, 7, 3, 3),), {"size": 5, "alpha": 0.5, "beta": 0.6, "bias": 2.0}),

@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.ops import channels_last
+from infera_gpu.ops.channels_last_rest import CONV_TRANSPOSE, LRN
 from infera_gpu.ops.conv import SPELLINGS
 from infera_gpu.passes import permute_axes
 from infera_gpu.passes.permute import (
@@ -93,7 +94,7 @@ def _batch_norm(facts: Facts, node: Node, order: Order) -> Moved | None:
 RULES: Mapping[str, Rule] = {
     **permute_axes.RULES,
     **dict.fromkeys(("Resize", "Upsample"), _resize),
-    **dict.fromkeys((moved.first.name for moved in channels_last.POOLS), _twin),
+    **dict.fromkeys((moved.first.name for moved in (*channels_last.POOLS, LRN, CONV_TRANSPOSE)), _twin),
     "BatchNormalization": _batch_norm,
 }
 """By qualified name. What an operator without a rule reads has its axes in their own order."""
