@@ -109,7 +109,7 @@ class Plan:
     @property
     def _threads(self) -> str:
         split = sum(s.parts > 1 for s in self.steps)
-        return f", {self.concurrency}, {split} steps split" if self.concurrency else ""
+        return f", {self.concurrency}, {split or 'no'} steps in parts" if self.concurrency else ""
 
 
 def _spec(o: Operand) -> str:

@@ -23,7 +23,9 @@ Shape: TypeAlias = Annotated[
     list[str] | None, typer.Option("--shape", help="name=1,3,640,640; without a name for the only input. Repeatable.")
 ]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or recording.")]
-Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="BLAS threads on the CPU.")]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of a run on the CPU. [default: one for every core]")
+]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of random inputs.")]
 
 

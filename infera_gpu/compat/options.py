@@ -66,8 +66,8 @@ class _Options:
 class SessionOptions(_Options):
     """onnxruntime's session options.
 
-    These have an effect: `graph_optimization_level`; `intra_op_num_threads`, which sets the threads of NumPy's BLAS
-    for the whole process (0 leaves them); and free dimensions by name. `enable_profiling` and
+    These have an effect: `graph_optimization_level`; `intra_op_num_threads`, the threads of a run on the
+    CPU (0: see `infera_gpu.load`); and free dimensions by name. `enable_profiling` and
     `optimized_model_filepath` ask for files that are not written: the session warns. All else is kept and ignored.
     """
 

@@ -82,10 +82,11 @@ class Workers:
         self._users: list[int] = []
         self._blas: Any = None
         self._forget()
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """No thread survives a fork but the one that forked."""
+        """No threads yet; in the child of a fork, where only the thread that forked lives on, none any more."""
         self._lock = threading.Lock()
         self._open: list[Region] = []
         self._idle: list[threading.Lock] = []

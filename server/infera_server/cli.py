@@ -21,7 +21,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a run. [default: all but one]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of a run, shared by all models. [default: all but one]")
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
     ] = None,

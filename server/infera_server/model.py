@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from infera_gpu.cpus import VARIABLE, default_threads
 from infera_gpu.errors import ModelError
 from infera_gpu.spec import tensors_of
 from infera_server.batcher import Batcher
@@ -86,17 +85,21 @@ class Model:
             self.session.close()
 
 
-def threads_of(settings: Settings) -> int:
-    """CPU threads of a run: as set, else all but one, which the event loop needs while a run goes on."""
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return settings.threads or max(1, cpus - 1)
+def threads_of(settings: Settings) -> tuple[int, str]:
+    """CPU threads of a run, and why: as set, else all but one, which the event loop needs while a run goes on."""
+    if settings.threads:
+        return settings.threads, "as set"
+    threads, why = default_threads()
+    if why == VARIABLE:
+        return threads, why
+    return max(1, threads - 1), "one CPU is left to the event loop"
 
 
 def open_session(path: Path, settings: Settings) -> Session:
     """Load an ONNX file with the runtime. Raises InferaError."""
     import infera_gpu
 
-    session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings))
+    session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings)[0])
     try:
         tensors_of(session.inputs, "input")
         tensors_of(session.outputs, "output")

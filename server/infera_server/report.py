@@ -49,7 +49,7 @@ def panel(entry: Entry, settings: Settings) -> Panel:
 
 def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]:
     signature, batching = model.signature, model.batching
-    threads, why = threads_of(settings), "as set" if settings.threads else "one CPU is left to the event loop"
+    threads, why = threads_of(settings)
     on_cpu = model.device == "cpu"
     device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
     facts = [("file", path), ("device", device)]
