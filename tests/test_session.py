@@ -74,7 +74,8 @@ def test_accepts_a_path_bytes_and_a_proto(tmp_path: Path) -> None:
 def test_constants_that_passes_replace_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = """
     g (float[1, 2, 5, 5] x) => (float[1, 3, 3, 3] y)
-    <float[3, 2, 3, 3] w, float[3] s = {1, 2, 3}, float[3] b = {4, 5, 6}, float[3] m = {1, 0, 1}, float[3] v = {1, 2, 1}>
+    <float[3, 2, 3, 3] w, float[3] s = {1, 2, 3}, float[3] b = {4, 5, 6}, float[3] m = {1, 0, 1},
+     float[3] v = {1, 2, 1}>
     {
         c = Conv(x, w)
         y = BatchNormalization(c, s, b, m, v)

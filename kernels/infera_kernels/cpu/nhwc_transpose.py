@@ -13,7 +13,6 @@ from infera_kernels.cpu.elementwise import const
 from infera_kernels.portable.conv import transposed_tap
 from infera_kernels.portable.windows import Pads
 
-
 FEW_FILTERS = 8
 """Filters of a group below which what one tap adds is written pixel by pixel, and not filter by filter."""
 

@@ -122,7 +122,7 @@ def product(
     by_columns = len(packed) >= 2 * parts
     edges = [(len(packed) if by_columns else m) * i // parts for i in range(parts + 1)]
     made = []
-    for i, j in pairwise(edges):
+    for i, j in ((i, j) for i, j in pairwise(edges) if j > i):
         rows = slice(None) if by_columns else slice(i, j)
         panels = slice(i, j) if by_columns else slice(None)
         columns = slice(i * COLUMNS, j * COLUMNS) if by_columns else slice(None)

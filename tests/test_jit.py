@@ -1,0 +1,238 @@
+"""What numba compiles, on plain arrays against float64: awkward shapes, poisoned outputs, parts in any order.
+
+Operators run these kernels on their own cases in tests/test_ops.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import infera_gpu
+from infera_gpu.errors import DeviceError
+from infera_kernels import jit
+from infera_kernels.calls import Call, Split
+from infera_kernels.cpu.conv import conv2d as channels_first
+from tests.text import parse
+
+if not jit.installed():
+    pytest.skip("needs numba: pip install 'infera-gpu[jit]'", allow_module_level=True)
+
+from infera_kernels.jit import epilogue, gemm, rows
+from infera_kernels.jit.conv import conv2d
+from infera_kernels.jit.microkernel import TILE
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def run(calls: Sequence[Call]) -> None:
+    for fn, args in calls:
+        fn(*args)
+
+
+def backwards(parts: Sequence[Sequence[Call]]) -> list[Call]:
+    """Part after part, the last first."""
+    return [call for part in reversed(parts) for call in part]
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def poisoned(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+    """Scratch: what is read before it is written shows."""
+    dtype = np.dtype(dtype)
+    return np.full(shape, np.nan if dtype.kind == "f" else -1, dtype)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, TILE.rows - 1, TILE.rows, TILE.rows + 1, 5 * TILE.rows + 7, 700])
+@pytest.mark.parametrize("n", [1, TILE.lanes, TILE.lanes + 1, TILE.columns, 3 * TILE.columns - 5])
+@pytest.mark.parametrize("k", [1, 37, 1000])
+def test_product(m: int, n: int, k: int) -> None:
+    a, w, b = normal(m, k), normal(k, n, seed=1), normal(n, seed=2)
+    want = np.maximum(a.astype(np.float64) @ w + b, -0.5)
+    tolerance = 1e-6 * (np.abs(a) @ np.abs(w)).max()
+    for parts in (1, 3):
+        wide = np.full((m, n + 9), np.nan, np.float32)
+        y = wide[:, 4 : n + 4]
+        run(backwards(gemm.product(a, gemm.pack(w), gemm.pack_bias(b), y, low=-0.5, parts=parts)))
+        np.testing.assert_allclose(y, want, rtol=0, atol=tolerance)
+        assert np.isnan(np.delete(wide, range(4, n + 4), axis=1)).all(), "written beside the product"
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    a, w = normal(20, 30), normal(30, 40, seed=1)
+    a[7, 3] = np.nan
+    y = np.empty((20, 40), np.float32)
+    run(backwards(gemm.product(a, gemm.pack(w), None, y, low=0.0)))
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(a).any(1, keepdims=True).repeat(40, 1))
+
+
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "3x3": ((2, 9, 10, 3), (5, 3, 3, 3), {"pads": ((1, 1), (1, 1))}),
+    "stem": ((1, 31, 33, 3), (8, 3, 7, 7), {"strides": (2, 2), "pads": ((3, 3), (3, 3))}),
+    "uneven": ((3, 8, 7, 4), (40, 4, 3, 2), {"strides": (2, 3), "pads": ((1, 0), (0, 2))}),
+    "dilated": ((1, 12, 12, 6), (9, 6, 3, 3), {"pads": ((2, 2), (3, 3)), "dilations": (2, 3)}),
+    "grouped": ((2, 9, 8, 6), (9, 2, 3, 3), {"group": 3, "pads": ((1, 1), (1, 1))}),
+    "pointwise": ((2, 5, 7, 5), (4, 5, 1, 1), {}),
+    "pointwise-strided": ((2, 5, 6, 5), (4, 5, 1, 1), {"strides": (2, 3)}),
+    "past-the-padding": ((1, 5, 5, 2), (2, 2, 1, 1), {"strides": (3, 3), "pads": ((2, 2), (2, 2))}),
+    "many-slabs": ((1, 70, 60, 64), (24, 64, 5, 5), {"pads": ((2, 2), (2, 2))}),
+    "depthwise": ((2, 9, 10, 24), (24, 1, 3, 3), {"group": 24, "strides": (2, 1), "pads": ((1, 1), (1, 1))}),
+    "depthwise-5x7": ((1, 11, 30, 40), (40, 1, 5, 7), {"group": 40, "pads": ((2, 2), (3, 3))}),
+    "depthwise-few": ((2, 9, 10, 7), (7, 1, 3, 3), {"group": 7, "pads": ((1, 1), (1, 1))}),
+    "winograd": ((2, 13, 18, 16), (32, 16, 3, 3), {"pads": ((1, 1), (1, 1))}),
+    "winograd-uneven": ((1, 30, 29, 64), (48, 64, 3, 3), {"pads": ((1, 2), (1, 0))}),
+    "winograd-unpadded": ((1, 14, 15, 16), (16, 16, 3, 3), {}),
+    "winograd-blocks": ((1, 130, 120, 64), (64, 64, 3, 3), {"pads": ((1, 1), (1, 1))}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", [None, ("relu",), ("clip", -0.5, 1.5), ("leaky_relu", 0.1)], ids=str)
+def test_convolution(name: str, with_residual: bool, activation: tuple[Any, ...] | None) -> None:
+    shape, weights, given = CONVOLUTIONS[name]
+    options: Any = {"strides": (1, 1), "pads": ((0, 0), (0, 0)), "dilations": (1, 1), "group": 1, **given}
+    x, w, b = normal(*shape), normal(*weights, seed=1), normal(weights[0], seed=2)
+    out = tuple(
+        (d + sum(p) - (k - 1) * r - 1) // s + 1
+        for d, k, p, r, s in zip(
+            shape[1:3], weights[2:], options["pads"], options["dilations"], options["strides"], strict=True
+        )
+    )
+    residual = normal(shape[0], *out, weights[0], seed=3) if with_residual else None
+    want = np.full((shape[0], weights[0], *out), np.nan)
+    wide = [np.ascontiguousarray(np.moveaxis(a, 3, 1), np.float64) for a in (x, residual) if a is not None]
+    run(
+        channels_first(
+            wide[0], w.astype(np.float64), b.astype(np.float64), want, poisoned, activation=activation,
+            residual=wide[1] if with_residual else None, **options,
+        )
+    )  # fmt: skip
+    for threads in (1, 3):
+        y = poisoned((shape[0], *out, weights[0]))
+        run(
+            conv2d(
+                x, w, b, y, poisoned, Split(threads, backwards), activation=activation, residual=residual,
+                pack=lambda tag, build: build(w), pack_b=lambda tag, build: build(b), **options,
+            )
+        )  # fmt: skip
+        # sums of so many products of normal numbers have a spread of its root, and a peak of several of it
+        peak = 4 * np.sqrt(w[0].size)
+        np.testing.assert_allclose(np.moveaxis(y, 3, 1), want, rtol=0, atol=5e-6 * peak)
+
+
+def test_strict_convolutions_take_no_winograd() -> None:
+    x, w = normal(1, 40, 40, 64), normal(64, 64, 3, 3, seed=1)
+    made = {}
+    for fast in (False, True):
+        y = poisoned((1, 38, 38, 64))
+        tags: list[str] = []
+
+        def pack(tag: str, build: Any, tags: list[str] = tags) -> Array:
+            tags.append(tag)
+            return np.asarray(build(w))
+
+        calls = conv2d(
+            x, w, None, y, poisoned, Split(1, backwards), strides=(1, 1), pads=((0, 0), (0, 0)), dilations=(1, 1),
+            group=1, pack=pack, pack_b=pack, fast=fast,
+        )  # fmt: skip
+        run(calls)
+        made[fast] = (tags, y)
+    assert [tags for tags, _ in made.values()] == [["panels1"], ["tiles"]]
+    np.testing.assert_allclose(made[True][1], made[False][1], rtol=0, atol=5e-6 * np.abs(made[False][1]).max())
+
+
+def test_softmax_of_awkward_rows() -> None:
+    x = normal(6, 37) * 40
+    x[0, 5] = np.nan
+    x[1] = -np.inf
+    x[2, :20] = -np.inf
+    x[3, 4] = np.inf
+    x[4] = np.finfo(np.float32).min
+    with np.errstate(all="ignore"):
+        powers = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+        want = powers / powers.sum(1, keepdims=True)
+    for source, y in ((x, np.full_like(x, np.nan)), (same := x.copy(), same)):
+        run(rows.softmax(source, y))
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "sigmoid", "swish", "tanh", "erf", "hard_swish"])
+def test_activation_is_exact_to_rounding(activation: str) -> None:
+    from infera_kernels.portable.activation import activation as portable
+
+    x = np.concatenate([np.linspace(-12, 12, 100_001), [0, -0.0, 1e-30, -1e-30, 89, -89, 1e30, -1e30]])
+    attributes = {"alpha": 1.0} if activation == "swish" else {}
+    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        want = portable(np, activation, x.astype(np.float64), **attributes)
+    y = np.empty_like(x)
+    run(epilogue.apply(activation, x, y))
+    # a gate that is nearly 0 is 1 minus nearly 1: its error is that of 1, times x
+    bound = 3e-7 * (np.abs(want) + np.clip(np.abs(x), 1, 12))
+    assert (np.abs(y - want) <= bound).all(), (np.abs(y - want) / bound).max()
+
+
+def test_a_nan_comes_out_of_every_activation() -> None:
+    x = np.array([1, np.nan, -1], np.float32)
+    for activation in ("relu", "gelu", "gelu_tanh", "sigmoid", "swish", "tanh", "erf", "hard_swish"):
+        y = np.empty(3, np.float32)
+        run(epilogue.apply(activation, x, y))
+        assert np.isnan(y).tolist() == [False, True, False], activation
+
+
+MODEL = """
+g (float[N, 8] x) => (float[N, 5] y) <float[8, 5] w> {
+    t = MatMul(x, w)
+    y = Softmax(t)
+}"""
+
+
+def test_sessions_take_it_where_it_is_installed_and_wanted() -> None:
+    model = parse(MODEL.replace("float[8, 5] w", f"float[8, 5] w = {{{', '.join(f'{v:.3f}' for v in normal(40))}}}"))
+    x = normal(3, 8)
+    found: dict[bool | None, tuple[set[str], Array]] = {}
+    for wanted in (None, True, False):
+        with infera_gpu.load(model, device="cpu", jit=wanted) as session:
+            found[wanted] = (
+                {s.via.split()[0] for s in session.plan_for({"x": (3, 8)}).steps},
+                session.run({"x": x})["y"],
+            )
+    assert [kinds for kinds, _ in found.values()] == [{"jit"}, {"jit"}, {"cpu"}]
+    np.testing.assert_allclose(found[True][1], found[False][1], rtol=2e-6)
+
+
+def test_without_numba_it_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infera_gpu.devices.installed", lambda: False)
+    with pytest.raises(DeviceError, match=r"pip install 'infera-gpu\[jit\]'"):
+        infera_gpu.load(parse(MODEL.replace(" <float[8, 5] w>", "").replace("x) =>", "x, float[8, 5] w) =>")), jit=True)
+
+
+def test_numba_is_imported_by_the_first_kernel_and_not_before() -> None:
+    script = "import sys, infera_gpu; infera_gpu.devices.open_device('cpu', jit=True); sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_a_directory_that_cannot_be_written_costs_time_only(tmp_path: Any) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    script = (
+        "import numpy as np; from infera_kernels.jit import rows; x = np.ones((2, 4), np.float32); y = x.copy()\n"
+        "for f, a in rows.softmax(x, y): f(*a)\n"
+        "assert (y == 0.25).all()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "INFERA_CACHE_DIR": str(blocked)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
