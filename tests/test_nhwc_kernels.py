@@ -137,6 +137,7 @@ CONVS = (
     Conv("pointwise-groups", (2, 4, 5, 12), (24, 4, 1, 1), group=3),
     Conv("one-pixel", (1, 1, 1, 40), (50, 40, 1, 1)),
     Conv("one-pixel-3x3", (2, 1, 1, 16), (17, 16, 3, 3), pads=same(1)),
+    Conv("few-rows", (1, 2, 5, 16), (200, 16, 3, 3), pads=same(1)),
     Conv("few-channels", (1, 20, 21, 3), (16, 3, 3, 3), strides=(2, 2), pads=same(1)),
     Conv("stem", (1, 33, 30, 3), (24, 3, 7, 7), strides=(2, 2), pads=same(3)),
     Conv("columns-batch", (3, 6, 5, 8), (12, 8, 3, 2), pads=((0, 1), (1, 0))),

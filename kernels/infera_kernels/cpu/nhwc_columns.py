@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 21
 """Columns, or output, of one block."""
 
 SHORT_RUN = 24
-"""Elements of x that one row of a window reads."""
+"""Elements that one row of a window reads; see `_shaped`."""
 
 
 def columns(
@@ -51,12 +51,9 @@ def columns(
         for first, last in spans(start, stop, step):
             pixels = slice(first * width, last * width)
             spread, matrices = _shaped(space, (last - first, width), (*kernel, c // group), group)
-            done = 0
-            for i, row, end in images(first, last, height):
+            for i, row, end, at in images(first, last, height):
                 band, load = padded(x[i], room, window, row, end)
-                into = spread[done : done + end - row]
-                calls += [*load, _gathered(into, _windows(band, window, into.shape))]
-                done += end - row
+                calls += [*load, _gathered(spread[at], _windows(band, window, spread[at].shape))]
             block = target[pixels]
             calls.append((np.matmul, (matrices, weights, grouped(block, group))))
             calls += finish(block, None if rest is None else rest[pixels])
@@ -108,7 +105,6 @@ def _merged(a: Array) -> Array:
 
 def _weights(w: Array, group: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
     """(group, KH * KW * C / group, O / group), and the calls that make it."""
-
     if pack is not None:
         return [], packed(pack, group)
     made = scratch((w[0].size, w.shape[0]), w.dtype)

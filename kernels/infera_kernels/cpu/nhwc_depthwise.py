@@ -59,16 +59,14 @@ def depthwise(
         for first, last in spans(start, stop, step):
             pixels = slice(first * width, last * width)
             block = target[pixels] if sums is None else sums[: (last - first) * width]
-            done = 0
-            for i, row, end in images(first, last, height):
-                into = block[done * width : (done + end - row) * width].reshape(end - row, width * c)
+            for i, row, end, at in images(first, last, height):
+                into = block.reshape(-1, width * c)[at]
                 for k, (phase, view, room) in enumerate(zip(phases, views, rooms, strict=True)):
                     band, load = padded(view[i], room, phase.window, row, end)
                     made = into if more is None or k == 0 else more[: end - row]
                     calls += [*load, _multiply_add(band, weights[:, phase.taps], made, phase.window)]
                     if made is not into:
                         calls.append((np.add, (into, made, into)))
-                done += end - row
             calls += finish(block, None if rest is None else rest[pixels])
             if sums is not None:
                 calls.append((np.copyto, (target[pixels], block)))

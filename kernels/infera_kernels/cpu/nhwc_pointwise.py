@@ -8,7 +8,7 @@ from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
-from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, spans
+from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, moved, spans
 
 BLOCK_BYTES = 1 << 21
 """Output of one block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
@@ -51,11 +51,9 @@ def pointwise(
                 source = flat(x)[pixels]
             else:
                 source = flat(gathered[: last - first])
-                done = 0
-                for i, row, end in images(first, last, height):
+                for i, row, end, at in images(first, last, height):
                     seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
-                    calls.append((np.copyto, (gathered[done : done + end - row], seen[:, :width])))
-                    done += end - row
+                    calls.append(moved(gathered[at], seen[:, :width]))
             calls.append((np.matmul, (grouped(source, group), weights, grouped(target[pixels], group))))
             calls += finish(target[pixels], None if rest is None else rest[pixels])
         return calls

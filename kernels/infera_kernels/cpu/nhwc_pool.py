@@ -106,7 +106,7 @@ def _pool(
         room, apart = (scratch((step, across * stride, c), x.dtype) for _ in range(2))
         calls: list[Call] = []
         for first, last in spans(start, stop, step):
-            for i, row, end in images(first, last, height):
+            for i, row, end, _ in images(first, last, height):
                 rows, block = room[: end - row, :width], y[i, row:end]
                 above = pads[0][0] - row * strides[0]
                 down = _taps(x.shape[1], end - row, kernel[0], strides[0], dilations[0], above)

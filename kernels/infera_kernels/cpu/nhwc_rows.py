@@ -31,13 +31,17 @@ def longest(start: int, stop: int, most: int) -> int:
     return max(b - a for a, b in spans(start, stop, most))
 
 
-def images(start: int, stop: int, height: int) -> Iterator[tuple[int, int, int]]:
-    """(image, first row, last row + 1) of rows numbered through all images of `height` rows."""
-    while start < stop:
-        image, row = divmod(start, height)
-        end = min(height, row + stop - start)
-        yield image, row, end
-        start += end - row
+def images(start: int, stop: int, height: int) -> Iterator[tuple[int, int, int, slice]]:
+    """What range(start, stop) holds of each image of `height` rows, where rows are numbered through all images.
+
+    (image, first row, last row + 1, where these rows lie in the range)
+    """
+    done = start
+    while done < stop:
+        image, row = divmod(done, height)
+        end = min(height, row + stop - done)
+        yield image, row, end, slice(done - start, done - start + end - row)
+        done += end - row
 
 
 def flat(a: Array) -> Array:

@@ -43,7 +43,7 @@ def shifted(
         rows = min(window.seen(0, min(step, height)), x.shape[1])
         room, sums = scratch((rows * x.shape[2], products_each), x.dtype), scratch((o, step, width), x.dtype)
         for first, last in spans(start, stop, step):
-            for i, row, end in images(first, last, height):
+            for i, row, end, _ in images(first, last, height):
                 top = row - window.before[0]
                 low, high = max(0, top), max(0, min(x.shape[1], top + window.seen(0, end - row)))
                 total, block = sums[:, : end - row], y[i, row:end]

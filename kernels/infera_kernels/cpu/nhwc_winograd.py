@@ -28,8 +28,10 @@ BLOCK_TILES = 64
 """Tiles of one block, even where they are larger."""
 
 MANY_FILTERS = 1 << 15
-FEW_TILES = 24
-"""What `tile_of` takes as many products of input and output channels, and as few tiles of an image."""
+"""Input channels times output channels from which filters count as many; see `tile_of`."""
+
+ENOUGH_TILES = 24
+"""Tiles that are worth laying out many filters."""
 
 
 class Image(NamedTuple):
@@ -44,7 +46,7 @@ class Image(NamedTuple):
 def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations: Pair, group: int) -> int:
     """The output tile that pays at this shape, 0 for none.
 
-    Many filters need many tiles in a product: else BLAS spends its time on laying out the filters.
+    Many filters need many tiles: with few rows BLAS spends a product on laying out its other operand.
     """
     smallest = min(-(-n // d) for n, d in zip(out, dilations, strict=True))
     if tuple(w[2:]) != (3, 3) or strides != (1, 1) or group != 1 or min(w[:2]) < 8:
@@ -53,7 +55,7 @@ def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations
         return 0
     if w[0] * w[1] < MANY_FILTERS:
         return 4
-    return next((tile for tile in (4, 2) if images * math.prod(-(-n // tile) for n in out) >= FEW_TILES), 0)
+    return next((tile for tile in (4, 2) if images * math.prod(-(-n // tile) for n in out) >= ENOUGH_TILES), 0)
 
 
 def phases(x: Array, y: Array, residual: Array | None, window: Window) -> Iterator[Image]:
@@ -89,7 +91,7 @@ def winograd(
     size = tile + 2
     data, _, out = (m.astype(x.dtype) for m in transforms(tile))
     with_bias = np.hstack([out, np.ones((tile, 1), out.dtype)])
-    filters = pack(f"winograd{tile}-last", lambda w: _filters(w, tile)).reshape(size * size, c, o)
+    filters = pack(f"winograd{tile}-last", lambda w: _filters(w, tile))
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
     tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
@@ -97,6 +99,7 @@ def winograd(
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
+        # `half` has one more element a column: the bias, which the last product adds.
         calls, finish = epilogue(activation, None, step * tile * across * tile, o, y, scratch)
         rows = tiles.seen(0, min(step, down))
         room = scratch((rows, tiles.seen(1, across), c), x.dtype)
@@ -110,27 +113,24 @@ def winograd(
             return space[: math.prod(shape)].reshape(shape)
 
         for first, last in spans(start, stop, step):
-            h, done = last - first, 0
+            h = last - first
             spectrum = shaped(one, size, size, h, across * c)
-            for i, row, end in images(first, last, down):
+            for i, row, end, at in images(first, last, down):
                 band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
-                into = spectrum[:, :, done : done + end - row]
-                calls += load + _transform(band, data, gathered, halved, into, tile)
-                done += end - row
+                calls += load + _transform(band, data, gathered, halved, spectrum[:, :, at], tile)
             sums = shaped(two, size * size, h * across, o)
             calls.append((np.matmul, (spectrum.reshape(size * size, -1, c), filters, sums)))
-            rest = half[:, :, : h * across * o]
+            rows_done = half[:, :, : h * across * o]
             pixels = shaped(one, tile, tile, h * across * o)
             sums = sums.reshape(size, size, -1)
-            calls.append((np.matmul, (out, sums.transpose(1, 0, 2), rest[:, :size].transpose(1, 0, 2))))
-            calls.append((np.matmul, (with_bias, rest, pixels)))
-            made, done = pixels.reshape(tile, tile, h, across, o), 0
-            for i, row, end in images(first, last, down):
-                band = slice(row * tile, end * tile)
-                block, residual = jobs[i].y[band], jobs[i].residual
-                calls += _scatter(made[:, :, done : done + end - row], block)
-                calls += finish(block, None if residual is None else residual[band])
-                done += end - row
+            calls.append((np.matmul, (out, sums.transpose(1, 0, 2), rows_done[:, :size].transpose(1, 0, 2))))
+            calls.append((np.matmul, (with_bias, rows_done, pixels)))
+            made = pixels.reshape(tile, tile, h, across, o)
+            for i, row, end, at in images(first, last, down):
+                image, rows_made = jobs[i], slice(row * tile, end * tile)
+                block = image.y[rows_made]
+                calls += _scatter(made[:, :, at], block)
+                calls += finish(block, None if image.residual is None else image.residual[rows_made])
         return calls
 
     return in_parts(len(jobs) * down, split, part)
