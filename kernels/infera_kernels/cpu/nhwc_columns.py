@@ -12,6 +12,7 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
+from infera_kernels.cpu.nhwc_product import product, slice_of
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, moved, padded, room_for, spans
 
 BLOCK_BYTES = 1 << 21
@@ -39,9 +40,10 @@ def columns(
     c, o = x.shape[3], y.shape[3]
     kernel, taps = window.kernel, w.shape[1] * w.shape[2] * w.shape[3]
     height, width = window.out
-    once, weights = _weights(w, group, scratch, pack)
     target, rest = flat(y), None if residual is None else flat(residual)
     most = max(1, BLOCK_BYTES // (width * max(taps * group, o) * x.itemsize))
+    rows = min(most, -(-y.shape[0] * height // split.threads)) * width
+    once, weights = _weights(w, group, slice_of(rows, taps, o // group), scratch, pack)
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
@@ -55,7 +57,7 @@ def columns(
                 band, load = padded(x[i], room, window, row, end)
                 calls += [*load, _gathered(spread[at], _windows(band, window, spread[at].shape))]
             block = target[pixels]
-            calls.append((np.matmul, (matrices, weights, grouped(block, group))))
+            calls.append(product(matrices, weights, grouped(block, group)))
             calls += finish(block, None if rest is None else rest[pixels])
         return calls
 
@@ -103,10 +105,10 @@ def _merged(a: Array) -> Array:
     return as_strided(a, shape, (*a.strides[:3], one))
 
 
-def _weights(w: Array, group: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
-    """(group, KH * KW * C / group, O / group), and the calls that make it."""
+def _weights(w: Array, group: int, columns: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
+    """(group, KH * KW * C / group, O / group), `sliced` where they may be packed, and the calls that make it."""
     if pack is not None:
-        return [], packed(pack, group)
+        return [], packed(pack, group, columns)
     made = scratch((w[0].size, w.shape[0]), w.dtype)
     target = made.reshape(by_taps(w, group).shape)
-    return [(np.copyto, (target, by_taps(w, group)))], grouped(made, group)
+    return [(np.copyto, (target, by_taps(w, group)))], grouped(made, group)[:, None]

@@ -63,7 +63,7 @@ def conv2d(
                 x, w[some], None if b is None else b[some], y[..., some], scratch, SERIAL, strides=strides, pads=pads,
                 dilations=dilations, group=1, activation=activation,
                 residual=None if residual is None else residual[..., some],
-                pack=None if pack is None else lambda tag, build: pack(tag, build)[..., some],
+                pack=None if pack is None else _pack_of(pack, some),
             )  # fmt: skip
 
         return in_parts(y.shape[3], split, part)
@@ -82,6 +82,11 @@ def conv2d(
     return columns(
         x, w, b, y, scratch, split, pack, window, group=group, activation=activation, residual=residual
     )  # fmt: skip
+
+
+def _pack_of(pack: Pack, channels: slice) -> Pack:
+    """Packs the weights of some output channels."""
+    return lambda tag, build: pack(f"{tag} {channels.start}:{channels.stop}", lambda w: build(w[channels]))
 
 
 def _by_channels(y: Array, threads: int) -> bool:

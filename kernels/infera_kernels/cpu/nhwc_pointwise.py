@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_product import product, slice_of, sliced
 from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, moved, spans
 
 BLOCK_BYTES = 1 << 21
@@ -38,8 +37,10 @@ def pointwise(
     dense = strides == (1, 1)
     line = 1 if dense else width
     most = max(1, BLOCK_BYTES // (line * o * y.itemsize))
-    few = 1 < min(most * line, target.shape[0] // split.threads) <= FEW_PIXELS
-    weights = packed(pack, group) if pack is not None and few else by_taps(w, group)[0, 0].transpose(1, 0, 2)
+    rows = min(most * line, -(-target.shape[0] // split.threads))
+    weights = by_taps(w, group)[0, 0].transpose(1, 0, 2)[:, None]
+    if pack is not None and 1 < rows <= FEW_PIXELS:
+        weights = packed(pack, group, slice_of(rows, c // group, o // group))
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
@@ -54,7 +55,7 @@ def pointwise(
                 for i, row, end, at in images(first, last, height):
                     seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
                     calls.append(moved(gathered[at], seen[:, :width]))
-            calls.append((np.matmul, (grouped(source, group), weights, grouped(target[pixels], group))))
+            calls.append(product(grouped(source, group), weights, grouped(target[pixels], group)))
             calls += finish(target[pixels], None if rest is None else rest[pixels])
         return calls
 
@@ -71,10 +72,10 @@ def by_taps(w: Array, group: int) -> Array:
     return w.reshape(group, -1, *w.shape[1:], copy=False).transpose(3, 4, 2, 0, 1)
 
 
-def packed(pack: Pack, group: int) -> Array:
-    """The matrices (group, taps, O / group) of weights that never change."""
+def packed(pack: Pack, group: int, columns: int) -> Array:
+    """The matrices (group, taps, O / group) of weights that never change, `sliced`."""
 
     def build(w: Array) -> Array:
-        return np.ascontiguousarray(by_taps(w, group)).reshape(-1, w.shape[0])
+        return sliced(by_taps(w, group).reshape(-1, group, w.shape[0] // group).transpose(1, 0, 2), columns)
 
-    return grouped(pack("columns", build), group)
+    return pack(f"columns{columns}", build)

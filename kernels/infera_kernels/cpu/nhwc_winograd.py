@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
+from itertools import product as pairs
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.conv_winograd import transform_filters, transforms
 from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_product import product, slice_of, sliced
 from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, spans
 
 BLOCK_BYTES = 1 << 20
@@ -30,7 +31,7 @@ BLOCK_TILES = 64
 MANY_FILTERS = 1 << 15
 """Input channels times output channels from which filters count as many; see `tile_of`."""
 
-ENOUGH_TILES = 24
+ENOUGH_TILES = 16
 """Tiles that are worth laying out many filters."""
 
 
@@ -60,7 +61,7 @@ def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations
 
 def phases(x: Array, y: Array, residual: Array | None, window: Window) -> Iterator[Image]:
     """The images of a batch, apart by the phases of a dilated convolution."""
-    for i, down, right in product(range(x.shape[0]), *map(range, window.dilations)):
+    for i, down, right in pairs(range(x.shape[0]), *map(range, window.dilations)):
         (top, first), (left, second) = (
             divmod(phase - before, dilation)
             for phase, before, dilation in zip((down, right), window.before, window.dilations, strict=True)
@@ -91,11 +92,14 @@ def winograd(
     size = tile + 2
     data, _, out = (m.astype(x.dtype) for m in transforms(tile))
     with_bias = np.hstack([out, np.ones((tile, 1), out.dtype)])
-    filters = pack(f"winograd{tile}-last", lambda w: _filters(w, tile))
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
     tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
     most = max(BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize), -(-BLOCK_TILES // across))
+    columns = slice_of(min(most, -(-len(jobs) * down // split.threads)) * across, c, o)
+    filters = pack(
+        f"winograd{tile} {columns}", lambda w: sliced(transform_filters(w, tile).transpose(0, 2, 1), columns)
+    )
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
@@ -119,7 +123,7 @@ def winograd(
                 band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
                 calls += load + _transform(band, data, gathered, halved, spectrum[:, :, at], tile)
             sums = shaped(two, size * size, h * across, o)
-            calls.append((np.matmul, (spectrum.reshape(size * size, -1, c), filters, sums)))
+            calls.append(product(spectrum.reshape(size * size, -1, c), filters, sums))
             rows_done = half[:, :, : h * across * o]
             pixels = shaped(one, tile, tile, h * across * o)
             sums = sums.reshape(size, size, -1)
@@ -171,8 +175,3 @@ def _whole_and_cut(size: int, tile: int) -> Iterator[tuple[slice, int]]:
         yield slice(0, whole), tile
     if rest:
         yield slice(whole, whole + 1), rest
-
-
-def _filters(w: Array, tile: int) -> Array:
-    """(elements of a tile, C, O)"""
-    return np.ascontiguousarray(transform_filters(w, tile).transpose(0, 2, 1))
