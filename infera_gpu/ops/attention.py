@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
+from infera_gpu.ops._attention import ATTENTION
 from infera_gpu.ops._families import NARROW, element_type, narrow, normalized, plain, requiring, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
@@ -68,12 +69,13 @@ def _infer_attention(site: Site) -> tuple[TensorSpec, ...]:
     dtype = site.spec(0).dtype
     four = site.spec(0).ndim == 4
     y = (q[0], heads, q[2], v[3]) if four else (q[0], q[2], heads * v[3])
-    return (
+    made = (
         TensorSpec(y, dtype),
         TensorSpec((*k[:2], total, k[3]), site.spec(1).dtype),
         TensorSpec((*v[:2], total, v[3]), site.spec(2).dtype),
         TensorSpec((q[0], heads, q[2], total), dtype),
     )
+    return made[: max(1, len(site.node.outputs))]
 
 
 def _attention(
@@ -133,6 +135,8 @@ ATTENTION_CASES = (
     Case("grouped", (f32(2, 4, 3, 8), f32(2, 2, 5, 8), f32(2, 2, 5, 8)), {"is_causal": 1}),
     Case("flat", (f32(2, 3, 32), f32(2, 5, 16), f32(2, 5, 16)), {**_THREE, "scale": 0.3}),
     Case("mask", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), f32(3, 5))),
+    Case("rows", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), f32(2, 1, 3, 5))),
+    Case("causal", (f32(1, 2, 150, 8), f32(1, 2, 140, 8), f32(1, 2, 140, 6), f32(150, 140)), {"is_causal": 1}),
     Case("bool_mask", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8), _MASK)),
     Case("softcap", (f32(2, 3, 3, 8), f32(2, 3, 5, 8), f32(2, 3, 5, 8)), {"softcap": 1.5}),
     Case(
@@ -149,7 +153,15 @@ ATTENTION_CASES = (
 
 
 def _attention_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
-    return Op("Attention", since, infer=_infer_attention, compute=plain(_attention), cases=cases, attrs=attrs)
+    return Op(
+        "Attention",
+        since,
+        infer=_infer_attention,
+        compute=plain(_attention),
+        kernels=ATTENTION,
+        cases=cases,
+        attrs=attrs,
+    )
 
 
 _WINDOW = {"left_window_size": -1, "right_window_size": -1}

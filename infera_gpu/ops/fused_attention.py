@@ -88,7 +88,7 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
         io.ins[2],
         out.swapaxes(1, 2) if attrs["heads_last"] else out,
         io.scratch,
-        cpu.Options(attrs["scale"], attrs["fill"], bool(attrs["fill_where"]), bool(attrs["guarded"])),
+        cpu.Options(attrs["scale"], attrs["fill"], bool(attrs["fill_where"]), "nan" if attrs["guarded"] else ""),
         mask=mask,
         condition=condition,
         parts=io.threads,

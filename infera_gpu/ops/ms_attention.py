@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32, same_as
+from infera_gpu.ops._attention import MULTI_HEAD
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
@@ -40,12 +41,13 @@ def _outputs(site: Site, rows: tuple[int, ...], heads: int, keys: int, size: int
     """The result, both caches, and the scores before softmax, as onnxruntime gives them."""
     dtype = site.spec(0).dtype
     total = keys + (site.spec(6).dims[2] if site.has(6) else 0)
-    return (
+    made = (
         TensorSpec((*rows, out), dtype),
         TensorSpec((rows[0], heads, total, size), dtype),
         TensorSpec((rows[0], heads, total, out // heads), dtype),
         TensorSpec((rows[0], heads, rows[1], total), dtype),
     )
+    return made[: max(1, len(site.node.outputs))]
 
 
 def _filter_value(site: Site) -> float:
@@ -197,6 +199,7 @@ OPS: tuple[Op, ...] = (
             Case("causal", (*(f32(2, 4, 16),) * 3,), {"num_heads": 4, "unidirectional": 1}),
             Case("weights", (*_QKV, None, None, f32(2, 1, 3, 5)), {"num_heads": 4}, n_outs=4),
         ),
+        kernels=MULTI_HEAD,
         mask_filter_value=None,
         num_heads=REQUIRED,
         scale=None,

@@ -40,7 +40,8 @@ def _multi_head(site: Site) -> Site:
     ins = (projected,) * 3 + (None, site.spec(_MASK) if site.has(_MASK) else None, None, past, past)
     names = tuple("" if spec is None else made_name(site.node.outputs[0], i) for i, spec in enumerate(ins))
     attrs = {k: site.attrs[k] for k in _SHARED if site.attrs[k] is not None}
-    node = Node(site.node.op, names, site.node.outputs[:1], attrs, _MULTI_HEAD.domain, site.node.name)
+    outputs = (site.node.outputs[0], *(made_name(site.node.outputs[0], n) for n in ("key", "value")))
+    node = Node(site.node.op, names, outputs, attrs, _MULTI_HEAD.domain, site.node.name)
     return Site(node, _MULTI_HEAD.fill(node), ins, (None,) * len(ins), opset=site.opset)
 
 

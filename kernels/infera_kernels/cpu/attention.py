@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -16,6 +16,12 @@ from infera_kernels.cpu.matmul import readable
 BLOCK = 65536
 """Scores of a block: in float32 half of a 512 KB L2 cache; they go through it six times."""
 
+SHARE = 32768
+"""Scores that are worth a thread of their own."""
+
+ROWS = 64
+"""Queries of a block where those before see fewer keys."""
+
 Piece: TypeAlias = tuple[int | slice, ...]
 """An index into the leading axes and the rows of the scores."""
 
@@ -24,14 +30,15 @@ Piece: TypeAlias = tuple[int | slice, ...]
 class Options:
     """How scores become weights.
 
-    Scores are multiplied by `scale`. With a condition those where it equals `fill_where` are `fill` instead. Weights
-    that are no numbers become 0 where `guarded`.
+    Scores are multiplied by `scale`. With a condition those where it equals `fill_where` are `fill` instead. Rows of
+    the result are 0 where the weights are no numbers (`zero` is "nan") or no key is seen, all scores being -inf
+    ("unseen"); else they are NaN.
     """
 
     scale: float = 1.0
     fill: float = 0.0
     fill_where: bool = False
-    guarded: bool = False
+    zero: Literal["", "nan", "unseen"] = ""
 
 
 def attention(
@@ -63,10 +70,60 @@ def attention(
     q, kt, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (q, kt, v))
     added, filled = (None if x is None else np.broadcast_to(x, (*lead, m, n)) for x in (mask, condition))
     operands = _Operands(q, kt, v, out, added, filled)
+    parts = max(1, min(parts, prod(lead) * m * n // SHARE))
     pieces = list(_pieces(lead, m, n, parts))
     share = -(-len(pieces) // parts)
     spread = [operands.bind(pieces[i : i + share], scratch, options) for i in range(0, len(pieces), share)]
     return first, spread
+
+
+def causal(
+    q: Array,
+    kt: Array,
+    v: Array,
+    out: Array,
+    scratch: Scratch,
+    options: Options,
+    *,
+    before: int,
+    mask: Array | None = None,
+    parts: int = 1,
+) -> tuple[list[Call], list[list[Call]]]:
+    """`attention` where query i sees the keys up to `before` + i; what a block of queries does not see is left out."""
+    m, n = q.shape[-2], kt.shape[-1]
+    first: list[Call] = []
+    spread: list[list[Call]] = [[] for _ in range(parts)]
+    q, kt, v = (_readable(x, scratch, first) for x in (q, kt, v))
+    places = np.arange(max(n, before + m))
+    for i in range(0, m, ROWS):
+        rows = slice(i, min(i + ROWS, m))
+        seen = max(1, min(n, before + rows.stop))
+        ahead = None
+        if before + i + 1 < n:
+            ahead = scratch((rows.stop - i, seen), np.bool_)
+            first.append(call(np.greater, places[:seen], places[before + i : before + rows.stop, None], ahead))
+        more, made = attention(
+            q[..., rows, :],
+            kt[..., :seen],
+            v[..., :seen, :],
+            out[..., rows, :],
+            scratch,
+            replace(options, fill=-np.inf, fill_where=True),
+            mask=None if mask is None else _cut(mask, rows, slice(seen)),
+            condition=ahead,
+            parts=parts,
+        )
+        first += more
+        for part, calls in zip(spread, made, strict=False):
+            part += calls
+    return first, [part for part in spread if part]
+
+
+def _cut(mask: Array, rows: slice, keys: slice) -> Array:
+    """A part of a mask that broadcasts to the scores."""
+    if mask.ndim > 1 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    return mask if mask.shape[-1] == 1 else mask[..., keys]
 
 
 def _readable(x: Array, scratch: Scratch, first: list[Call]) -> Array:
@@ -105,7 +162,7 @@ class _Operands:
         rows = max(prod(self.out[p].shape[:-1]) for p in pieces)
         queries, scores, top, total = (scratch((rows * k,), like.dtype) for k in (depth, keys, 1, 1))
         lost, ones = scratch((rows,), np.bool_), scratch((keys,), like.dtype)
-        factor, one, fill, zero = (const(x, like) for x in (options.scale, 1, options.fill, 0))
+        factor, one, zero, fill, lowest = (const(x, like) for x in (options.scale, 1, 0, options.fill, -np.inf))
         calls = [copy(ones, one)]
         for piece in pieces:
             q, out = self.q[piece], self.out[piece]
@@ -113,7 +170,7 @@ class _Operands:
             count, shape = prod(out.shape[:-1]), out.shape[:-1]
             s = scores[: count * keys].reshape(*shape, keys)
             high, low = top[:count].reshape(*shape, 1), total[:count].reshape(shape)
-            gone = lost[:count].reshape(shape)
+            gone = lost[:count].reshape(*shape, 1)
             if options.scale != 1:
                 t = queries[: count * depth].reshape(*shape, depth)
                 calls.append(call(np.multiply, q, factor, t))
@@ -125,17 +182,15 @@ class _Operands:
                 calls.append(call(np.add, s, self.mask[piece], s))
             calls += [
                 (np.maximum.reduce, (s, -1, None, high, True)),
+                *([call(np.equal, high, lowest, gone)] if options.zero == "unseen" else []),
                 (np.subtract, (s, high, s)),
                 (np.exp, (s, s)),
                 (np.matmul, (s, ones, low)),
-            ]
-            if options.guarded:
-                calls.append((np.isnan, (low, gone)))
-            calls += [
+                *([(np.isnan, (low[..., None], gone))] if options.zero == "nan" else []),
                 (np.true_divide, (one, low, low)),
                 (np.matmul, (s, self.v[heads], out)),
                 call(np.multiply, out, low[..., None], out),
             ]
-            if options.guarded:
-                calls.append(copy_where(out, zero, gone[..., None]))
+            if options.zero:
+                calls.append(copy_where(out, zero, gone))
         return calls
