@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -72,8 +73,8 @@ def attention(
     operands = _Operands(q, kt, v, out, added, filled)
     parts = max(1, min(parts, prod(lead) * m * n // SHARE))
     pieces = list(_pieces(lead, m, n, parts))
-    share = -(-len(pieces) // parts)
-    spread = [operands.bind(pieces[i : i + share], scratch, options) for i in range(0, len(pieces), share)]
+    edges = [len(pieces) * i // parts for i in range(parts + 1)]
+    spread = [operands.bind(pieces[a:b], scratch, options) for a, b in pairwise(edges) if a < b]
     return first, spread
 
 

@@ -1,0 +1,172 @@
+"""Attention in one operator: what exporters write becomes it, and it computes what its parts do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import infera_gpu
+from infera_gpu.op import Site
+from infera_gpu.ops import registry
+from infera_gpu.ops.fused_attention import OPS as FUSED
+from infera_gpu.spec import spec_of
+from infera_kernels.cpu import attention as cpu
+from tests.buffers import GuardedBuffers
+from tests.cases import compute, inputs_of, site_of
+from tests.text import parse
+
+HEADS = """
+    s = Constant <value_ints = [0, 0, 3, 4]> ()
+    a = Reshape(x, s)
+    q = Transpose <perm = [0, 2, 1, 3]> (a)
+    b = Reshape(z, s)
+    k = Transpose <perm = [0, 2, 3, 1]> (b)
+    c = Reshape(z, s)
+    v = Transpose <perm = [0, 2, 1, 3]> (c)"""
+MERGED = """
+    o = Transpose <perm = [0, 2, 1, 3]> (p)
+    t = Constant <value_ints = [0, 0, 12]> ()
+    y = Reshape(o, t)"""
+SCORES = {
+    "plain": "w = Softmax <axis = -1> (e)",
+    "last_axis_by_number": "w = Softmax <axis = 3> (e)",
+    "divided": "f = Div(e, r)  w = Softmax <axis = -1> (f)",
+    "mask": "f = Mul(r, e)  g = Add(f, m)  w = Softmax <axis = -1> (g)",
+    "mask_of_two_terms": "n = Add(m, m)  g = Add(n, e)  w = Softmax <axis = -1> (g)",
+    "kept": "f = Where(l, e, low)  w = Softmax <axis = -1> (f)",
+    "filled": "f = Where(l, low, e)  g = Add(m, f)  w = Softmax <axis = -1> (g)",
+    "guarded": "f = Add(e, m)  g = Softmax <axis = -1> (f)  h = IsNaN(g)  w = Where(h, zero, g)",
+}
+
+
+def model(scores: str, q: str = "q") -> Any:
+    """Three heads of four elements over x and z."""
+    return parse(f"""
+        g (float[B, M, 12] x, float[B, N, 12] z, float[B, 1, M, N] m, bool[B, 1, M, N] l) => (float[B, M, 12] y)
+        <float r = {{0.7}}, float low = {{-1e30}}, float zero = {{0}}> {{
+            {HEADS}
+            e = MatMul({q}, k)
+            {scores}
+            p = MatMul(w, v)
+            {MERGED}
+        }}""")
+
+
+def feeds(rng: np.random.Generator, m: int = 5, n: int = 7) -> dict[str, Any]:
+    seen = rng.random((2, 1, m, n)) < 0.6
+    seen[0, 0, 0] = False
+    made = {
+        "x": rng.standard_normal((2, m, 12)).astype(np.float32),
+        "z": rng.standard_normal((2, n, 12)).astype(np.float32),
+        "m": np.where(seen, 0, -np.inf).astype(np.float32),
+        "l": seen,
+    }
+    return made
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_what_exporters_write_is_one_operator_between_views(scores: str) -> None:
+    session, parts = (infera_gpu.load(model(scores), device="cpu", fuse=f) for f in (True, False))
+    assert [n.op for n in session.graph.nodes if n.op not in ("Reshape", "Transpose", "Add")] == ["Attention"]
+    given = feeds(np.random.default_rng(0))
+    got, want = session.run(given)["y"], parts.run(given)["y"]
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.nanmax(np.abs(want)))
+    (plan,) = session.plans(given)
+    assert "copy" not in [step.kind for step in plan.steps]
+
+
+def test_a_scale_on_both_operands_is_one_on_the_scores() -> None:
+    text = "w = Softmax <axis = -1> (e)"
+    scaled = model(text, "u")
+    node = parse("g (float[1] q, float[1] r) => (float[1] u) { u = Mul(q, r) }").graph.node[0]
+    scaled.graph.node.insert(3, node)
+    session = infera_gpu.load(scaled, device="cpu")
+    (found,) = (n for n in session.graph.nodes if n.op == "Attention")
+    assert found.attrs["scale"] == pytest.approx(0.7)
+    assert "Mul" not in [n.op for n in session.graph.nodes]
+
+
+@pytest.mark.parametrize("device", ["cpu", "recording"])
+def test_strict_sessions_and_devices_with_kernels_for_the_parts_keep_them(device: str) -> None:
+    accuracy: Any = "strict" if device == "cpu" else "fast"
+    session = infera_gpu.load(model(SCORES["mask"]), device=device, accuracy=accuracy)
+    assert "Softmax" in [n.op for n in session.graph.nodes]
+
+
+def test_a_mask_wider_than_the_scores_brings_the_parts_back() -> None:
+    text = """
+        g (float[1, M, 4] q, float[1, 4, N] k, float[1, N, 4] v, float[K, N] m) => (float[1, K, 4] y) {
+            a = MatMul(q, k)
+            b = Add(a, m)
+            c = Softmax <axis = -1> (b)
+            y = MatMul(c, v)
+        }"""
+    rng = np.random.default_rng(0)
+    given = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in {"q": (1, 1, 4), "k": (1, 4, 6), "v": (1, 6, 4), "m": (5, 6)}.items()
+    }
+    fused, parts = (infera_gpu.load(parse(text), device="cpu", fuse=f) for f in (True, False))
+    assert [n.op for n in fused.graph.nodes] == ["Attention"]
+    np.testing.assert_allclose(fused.run(given)["y"], parts.run(given)["y"], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", FUSED[0].cases, ids=lambda c: c.id)
+def test_the_parts_compute_what_the_operator_does(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (op,) = FUSED
+    ins = inputs_of(op, case)
+    site = site_of(op, case, ins)
+    monkeypatch.setattr("infera_gpu.ops.fused_attention._lead", lambda site: None)
+    assert op.expand is not None
+    expansion = op.expand(site)
+    assert expansion is not None
+    values = {n: x for n, x in zip(site.node.inputs, ins, strict=True) if n} | dict(expansion.constants)
+    for node in expansion.nodes:
+        part = registry().find(node.domain, node.op, 17)
+        assert part is not None
+        given = [values[i] for i in node.inputs]
+        at = Site(node, part.fill(node), tuple(map(spec_of, given)), tuple(given), opset=17)
+        with np.errstate(all="ignore"):
+            (values[node.outputs[0]],) = part.outputs(np, at, given)
+    (want,) = compute(op, site, ins)
+    got = values[site.node.outputs[0]]
+    assert got is not None
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
+def spread(threads: int, dims: Sequence[int], *, causal: bool) -> tuple[int, np.ndarray[Any, Any]]:
+    """How many parts attention is split into, and what it gives."""
+    rng = np.random.default_rng(0)
+    b, h, m, n, d = dims
+    q, k, v = (rng.standard_normal((b, h, rows, d)).astype(np.float32) for rows in (m, n, n))
+    spec = spec_of(q)
+    buffers = GuardedBuffers([q, k, v], [spec], [None] * 3, threads=threads)
+    buffers.fill([q, k, v])
+    given = *(x for x in buffers.ins if x is not None), buffers.outs[0]
+    operands = given[0], given[1].swapaxes(-1, -2), given[2], given[3]
+    options = cpu.Options(scale=0.3)
+    if causal:
+        first, parts = cpu.causal(*operands, buffers.scratch, options, before=n - m, parts=threads)
+    else:
+        first, parts = cpu.attention(*operands, buffers.scratch, options, parts=threads)
+    for fn, args in [*first, *buffers.parallel(parts)]:
+        fn(*args)
+    buffers.check()
+    return len(parts), buffers.outs[0].copy()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dims", [(1, 8, 96, 160, 8), (3, 2, 130, 130, 4), (1, 1, 400, 400, 4)])
+def test_parts_side_by_side_compute_what_one_does(dims: tuple[int, ...], causal: bool) -> None:
+    (one, want), (three, got) = spread(1, dims, causal=causal), spread(3, dims, causal=causal)
+    assert one == 1
+    assert causal or three == 3
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_few_scores_stay_on_one_thread() -> None:
+    assert spread(3, (1, 2, 8, 8, 4), causal=False)[0] == 1
