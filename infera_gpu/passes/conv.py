@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
-from infera_gpu.passes.epilogue import activated, activation_of
+from infera_gpu.passes.epilogue import ALL, activated, activation_of
 
 CONV = node("Conv", "x", "#w", "?#b", name="conv")
 
@@ -56,9 +56,12 @@ def _with_activation(match: Match) -> Replacement:
     return Replacement(infera(match, "FusedConv", conv.inputs, attrs))
 
 
+SIMPLE = ("Relu", "LeakyRelu", "Clip")
+"""What costs nothing beside a convolution, however it is computed."""
+
 ACTIVATION = Fusion(
     name="conv_activation",
-    patterns=activated(_PRODUCT),
+    patterns=activated(_PRODUCT, SIMPLE),
     guard=_can_activate,
     build=_with_activation,
     example="""
@@ -83,4 +86,32 @@ ACTIVATION = Fusion(
     ),
 )
 
-FUSIONS = (RESIDUAL, ACTIVATION)
+GATE = Fusion(
+    name="conv_gate",
+    patterns=activated(_PRODUCT, [op for op in ALL if op not in SIMPLE]),
+    guard=_can_activate,
+    build=_with_activation,
+    kinds=frozenset({"cpu"}),
+    example="""
+        example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
+            t = Conv(x, w)
+            y = infera.Gelu(t)
+        }""",
+    near_misses=(
+        """
+        activated_already (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
+            t = infera.FusedConv <activation = "relu"> (x, w)
+            y = Sigmoid(t)
+        }""",
+        """
+        sums_are_an_output (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y, float[1, 2, 2, 2] t)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
+            t = Conv(x, w)
+            y = HardSigmoid(t)
+        }""",
+    ),
+)
+
+FUSIONS = (RESIDUAL, ACTIVATION, GATE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -57,14 +57,17 @@ _NAMED: Mapping[str, Callable[[Match, Node], Activation | None]] = MappingProxyT
 )
 
 
+ALL = tuple(_NAMED)
+"""The operators that are activations."""
+
+
 def activation_of(match: Match, n: Node) -> Activation | None:
     """What a node computes; None where no epilogue has it, or its parameters are not known."""
     return _NAMED[n.qualified](match, n)
 
 
-def activated(product: Arg) -> tuple[P, ...]:
-    """Patterns of an activation, the root, over a product."""
-    return (
-        node(tuple(op for op in _NAMED if op != "Clip"), product),
-        node("Clip", product, "?#low", "?#high"),
-    )
+def activated(product: Arg, ops: Collection[str] = ALL) -> tuple[P, ...]:
+    """Patterns of an activation of these, the root, over a product."""
+    plain = tuple(op for op in ops if op != "Clip")
+    clipped = (node("Clip", product, "?#low", "?#high"),) if "Clip" in ops else ()
+    return (node(plain, product), *clipped)
