@@ -162,3 +162,29 @@ def test_a_residual_may_broadcast_before_any_activation(activation: str, residua
     session = infera_gpu.load(model, device="cpu")
     assert [n.op for n in session.graph.nodes] == ["FusedConv"]
     np.testing.assert_allclose(session.run(feeds)["y"], want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("through", "fused"), [("float16", True), ("int32", False)])
+def test_a_norm_in_single_precision_between_halves_is_one_node(through: str, fused: bool) -> None:
+    """As Llama's exporters write it: the casts around it are what the operator does by itself."""
+    code = {"float16": 10, "int32": 6}[through]
+    model = parse(
+        f"""
+        g ({through}[B, 8] x) => ({through}[B, 8] y) <float two = {{2}}, float e = {{1e-6}}, int64[1] last = {{-1}}> {{
+            w = Cast <to = 1> (x)
+            s = Pow(w, two)
+            v = ReduceMean(s, last)
+            a = Add(v, e)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            n = Mul(w, i)
+            y = Cast <to = {code}> (n)
+        }}""",
+        18,
+    )
+    session = infera_gpu.load(model, device="cpu")
+    ops = [n.op for n in session.graph.nodes]
+    assert ops == (["RMSNormalization"] if fused else ["Cast", "RMSNormalization", "Cast"])
+    x = np.linspace(-3, 4, 16).reshape(2, 8).astype(through)
+    want = infera_gpu.load(model, device="cpu", fuse=False).run({"x": x})["y"]
+    np.testing.assert_allclose(session.run({"x": x})["y"], want, rtol=2e-3)

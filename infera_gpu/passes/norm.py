@@ -74,7 +74,9 @@ def _is_standardized(match: Match) -> bool:
     if "narrowed" not in match.nodes:
         return True
     source, made = match.draft.spec(_source(match)), match.draft.spec(match.root.outputs[0])
-    return x.dtype == np.float32 and source is not None and made is not None and source.dtype == made.dtype
+    if x.dtype != np.float32 or source is None or made is None:
+        return False
+    return source.dtype == made.dtype and source.dtype in (np.float16, np.float32)
 
 
 def _normalization(op: str, since: int, *affine: str) -> Callable[[Match], Replacement]:
