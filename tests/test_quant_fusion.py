@@ -1,0 +1,245 @@
+"""Quantised models on the CPU: what becomes a product of integers, what does not, and that its sums are exact."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import infera_gpu
+from infera_gpu.devices import open_device
+from infera_gpu.graph import HostArray, Node
+from infera_gpu.loader import load_graph
+from infera_gpu.op import Site
+from infera_gpu.ops import registry
+from infera_gpu.session import Session
+from infera_gpu.spec import spec_of
+from infera_kernels.cpu import quant
+from tests.buffers import GuardedBuffers
+from tests.text import parse
+
+X = np.random.default_rng(3).standard_normal((4, 6)).astype(np.float32)
+
+
+def sessions(text: str) -> tuple[infera_gpu.Session, infera_gpu.Session]:
+    """A graph as it is fused, and as it stands."""
+    return infera_gpu.load(parse(text), device="cpu"), infera_gpu.load(parse(text), device="cpu", fuse=False)
+
+
+def operators(session: infera_gpu.Session) -> Counter[str]:
+    return Counter(n.qualified for n in session.graph.nodes)
+
+
+# ---- activations quantised on the way
+
+DYNAMIC = """
+    dynamic (float[4, 6] x) => ({outs})
+    <int8[6, 2] b = {{1, 2, -3, 4, 5, 127, -128, 0, 9, 8, 7, 6}}, float[2] w = {{0.5, 0.25}}, int8[2] p = {{3, -7}},
+     float[2] c = {{0.5, -1}}, float v = {{0.3}},
+     uint8[6, 3] d = {{1, 2, 3, 4, 5, 255, 0, 0, 9, 8, 7, 6, 1, 2, 3, 4, 5, 6}}> {{
+        q, s, z = DynamicQuantizeLinear(x)
+        i = MatMulInteger(q, b, z, p)
+        f = Cast <to = 1> (i)
+        m = Mul(s, w)
+        t = Mul(f, m)
+        y = Add(c, t)
+        j = MatMulInteger(q, d, z)
+        g = Cast <to = 1> (j)
+        n = Mul(v, s)
+        u = Mul(n, g)
+        {rest}
+    }}"""
+
+
+def test_several_products_share_one_quantised_activation() -> None:
+    fused, plain = sessions(DYNAMIC.format(outs="float[4, 2] y, float[4, 3] u", rest=""))
+    assert operators(fused) == {"infera.DynamicCentre": 1, "infera.NarrowMatMul": 2}
+    want = plain.run({"x": X})
+    for name, got in fused.run({"x": X}).items():
+        np.testing.assert_array_equal(got, want[name])
+
+
+@pytest.mark.parametrize(
+    ("outs", "rest"),
+    [
+        pytest.param("float[4, 2] y, uint8[4, 6] q", "", id="integers_are_an_output"),
+        pytest.param("float[4, 2] y, uint8 z", "", id="zero_point_is_an_output"),
+        pytest.param("float[4, 2] y, float[4, 6] r", "r = DequantizeLinear(q, s, z)", id="dequantised_too"),
+        pytest.param(
+            "float[4, 2] y, int32[6, 6] r", "k = Transpose(q)  r = MatMulInteger(k, q, z, z)", id="transposed"
+        ),
+    ],
+)
+def test_integers_that_others_read_stay(outs: str, rest: str) -> None:
+    fused, plain = sessions(DYNAMIC.format(outs=outs, rest=rest))
+    assert operators(fused)["DynamicQuantizeLinear"] == 1
+    want = plain.run({"x": X})
+    for name, got in fused.run({"x": X}).items():
+        np.testing.assert_allclose(got, want[name], rtol=1e-6)
+
+
+def test_scales_may_be_outputs() -> None:
+    fused, plain = sessions(DYNAMIC.format(outs="float[4, 2] y, float s", rest=""))
+    assert operators(fused) == {"infera.DynamicCentre": 1, "infera.NarrowMatMul": 1}
+    want = plain.run({"x": X})
+    for name, got in fused.run({"x": X}).items():
+        np.testing.assert_array_equal(got, want[name])
+
+
+def test_nothing_changes_where_no_kernel_on_the_cpu_runs() -> None:
+    graph = load_graph(parse(DYNAMIC.format(outs="float[4, 2] y, float[4, 3] u", rest="")))
+    with Session(graph, open_device("recording")) as session:
+        assert not any(n.domain for n in session.graph.nodes)
+
+
+# ---- quantise-dequantise pairs
+
+PAIRS = """
+    pairs (float[4, 6] x) => ({outs})
+    <float s = {{0.03}}, {kind} z = {{{zero}}}, float s2 = {{0.04}}, {kind} z2 = {{{other}}},
+     int8[6, 2] w = {{1, 2, -3, 4, 5, 127, -128, 0, 9, 8, 7, 6}}, float[2] t = {{0.5, 0.25}}, int8[2] p = {{3, -7}}> {{
+        q = QuantizeLinear(x, s, z)
+        a = DequantizeLinear(q, {back})
+        b = DequantizeLinear(w, t, p)
+        y = MatMul(a, b)
+        {rest}
+    }}"""
+
+
+def pairs(
+    outs: str = "float[4, 2] y", *, kind: str = "uint8", zero: int = 120, back: str = "s, z", rest: str = ""
+) -> str:
+    return PAIRS.format(outs=outs, kind=kind, zero=zero, other=zero - 1 if zero else 1, back=back, rest=rest)
+
+
+def exact(x: HostArray, kind: type, zero: int) -> HostArray:
+    """The product of `pairs` in float64."""
+    info = np.iinfo(kind)
+    q = np.clip(np.rint(x / np.float32(0.03)) + zero, info.min, info.max).astype(np.float64) - zero
+    w = np.array([1, 2, -3, 4, 5, 127, -128, 0, 9, 8, 7, 6], np.float64).reshape(6, 2) - [3, -7]
+    made: HostArray = q @ w * np.float64(np.float32(0.03)) * [0.5, 0.25]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero"), [(np.uint8, 0), (np.uint8, 120), (np.uint8, 255), (np.int8, -128), (np.int8, 5)]
+)
+def test_product_of_pairs_is_exact_up_to_its_scaling(kind: type, zero: int) -> None:
+    fused, _ = sessions(pairs(kind=np.dtype(kind).name, zero=zero))
+    assert operators(fused) == {"infera.Centre": 1, "infera.NarrowMatMul": 1}
+    x = 5 * X
+    want = exact(x, kind, zero)
+    np.testing.assert_allclose(fused.run({"x": x})["y"], want, rtol=3 * 2.0**-24)
+
+
+def test_dequantised_value_that_others_read_is_made_from_the_same_integers() -> None:
+    fused, plain = sessions(pairs("float[4, 2] y, float[4, 6] r", rest="r = Neg(a)"))
+    assert operators(fused) == {"infera.Centre": 1, "infera.NarrowMatMul": 1, "Mul": 1, "Neg": 1}
+    got, want = fused.run({"x": X}), plain.run({"x": X})
+    np.testing.assert_array_equal(got["r"], want["r"])
+    np.testing.assert_allclose(got["y"], exact(X, np.uint8, 120), rtol=3 * 2.0**-24)
+
+
+def test_a_pair_alone_is_one_step() -> None:
+    fused, plain = sessions(pairs("float[4, 6] a"))
+    assert operators(fused) == {"infera.Centre": 1}
+    x = np.concatenate([X.ravel()[:20], np.array([1e30, -1e30, np.inf, -np.inf], np.float32)]).reshape(4, 6)
+    np.testing.assert_array_equal(fused.run({"x": x})["a"], plain.run({"x": x})["a"])
+
+
+@pytest.mark.parametrize("back", ["s2, z", "s, z2", "s2, z2"])
+def test_other_parameters_on_the_way_back_keep_the_integers(back: str) -> None:
+    fused, plain = sessions(pairs(back=back))
+    assert operators(fused)["QuantizeLinear"] == 1
+    np.testing.assert_allclose(fused.run({"x": X})["y"], plain.run({"x": X})["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("type", ["uint16", "int16"])
+def test_wider_integers_are_left_alone(type: str) -> None:
+    text = f"""
+        wide (float[4, 6] x) => (float[4, 6] a) <float s = {{0.03}}, {type} z = {{7}}> {{
+            q = QuantizeLinear(x, s, z)
+            a = DequantizeLinear(q, s, z)
+        }}"""
+    with infera_gpu.load(parse(text, opset=21), device="cpu") as session:
+        assert operators(session) == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+
+
+def test_strict_sessions_scale_weights_before_the_product() -> None:
+    text = """
+        narrow (float[4, 6] x) => (float[4, 2] y)
+        <int8[6, 2] b = {1, 2, -3, 4, 5, 127, -128, 0, 9, 8, 7, 6}, float[1, 2] s = {0.5, 0.3}> {
+            f = Cast <to = 1> (b)
+            w = Mul(f, s)
+            y = MatMul(x, w)
+        }"""
+    found = [operators(infera_gpu.load(parse(text), device="cpu", accuracy=a)) for a in ("fast", "strict")]
+    assert found == [{"infera.NarrowMatMul": 1}, {"MatMul": 1}]
+
+
+# ---- exactness
+
+
+def product(a: HostArray, b: HostArray, zero: HostArray | None, reach: int) -> HostArray:
+    """a @ (b - zero) by NarrowMatMul with scales of 1."""
+    op = registry().find("infera", "NarrowMatMul", 1)
+    assert op is not None
+    one = np.ones((), np.float32)
+    ins = (a, b, one, zero, one)
+    node = Node("NarrowMatMul", ("a", "b", "s", "" if zero is None else "z", "t"), ("y",), {"reach": reach}, "infera")
+    specs = tuple(None if x is None else spec_of(x) for x in ins)
+    site = Site(node, op.fill(node), specs, (None, b, one, zero, None))
+    site = Site(node, site.attrs, specs, site.values, tuple(s for s in op.infer(site) if s is not None))
+    buffers = GuardedBuffers(ins, site.outs, site.values)
+    calls = list(op.kernels["cpu"].bind(site, buffers))
+    buffers.fill(ins)
+    for fn, args in calls:
+        fn(*args)
+    buffers.check()
+    made: HostArray = buffers.outs[0]
+    return made
+
+
+@pytest.mark.parametrize("k", [1, 257, 258, 513, 515, 1030, 5000])
+@pytest.mark.parametrize(("a", "b", "zero"), [(255, -128, 0), (255, -128, 127), (-255, 127, -128), (1, 1, 0)])
+def test_sums_are_exact_at_the_extremes(k: int, a: int, b: int, zero: int) -> None:
+    left = np.full((3, k), a, np.float32)
+    left[1, ::2] -= np.sign(a)
+    right = np.full((k, 70), b, np.int8)
+    right[::3, 1] += 1 if b < 0 else -1
+    want = (left.astype(np.int64) @ (right.astype(np.int64) - zero)).astype(np.float32)
+    np.testing.assert_array_equal(product(left, right, np.array(zero, np.int8), 255), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    k=st.integers(1, 1500),
+    n=st.integers(1, 300),
+    signed=st.booleans(),
+    columns=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_product_is_that_of_the_integers(m: int, k: int, n: int, signed: bool, columns: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    info = np.iinfo(np.int8 if signed else np.uint8)
+    a = rng.integers(-255, 256, (m, k)).astype(np.float32)
+    b = rng.integers(info.min, info.max + 1, (k, n)).astype(info.dtype)
+    zero = rng.integers(info.min, info.max + 1, (n,) if columns else ()).astype(info.dtype)
+    want = a.astype(np.int64) @ (b.astype(np.int64) - zero.astype(np.int64))
+    np.testing.assert_array_equal(product(a, b, zero, 255), want.astype(np.float32))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(0, 0), (1, 1), (6, 512), (24, 768), (32, 3072), (1000, 5)])
+def test_panels_hold_every_column(rows: int, k: int) -> None:
+    width = quant.panel_width(rows, k)
+    assert width in (32, 48, 64, 128, 256) or width % 64 == 0
+    for least, most, dtype in ((-128, 127, np.int8), (-255, 255, np.int16)):
+        b = np.resize(np.linspace(least, most, 97).round().astype(int), (k, width + 3))
+        packed = quant.packed_panels(b, width)
+        assert packed.dtype == dtype or not k
+        np.testing.assert_array_equal(packed[: k * width].reshape(k, width), b[:, :width])
+        np.testing.assert_array_equal(packed[k * width :].reshape(k, 3), b[:, width:])
