@@ -212,6 +212,7 @@ QDQ = Fusion(
         _qdq("scales_of_rows", axis=0, parameters="r, o"),
         _qdq("weights_on_the_left", outs="float[3, 3] y", order="b, a"),
     ),
+    reassociates=True,
 )
 
 
