@@ -180,6 +180,52 @@ def test_strict_sessions_scale_weights_before_the_product() -> None:
     assert found == [{"infera.NarrowMatMul": 1}, {"MatMul": 1}]
 
 
+# ---- tables
+
+DEQUANTIZED = "e = DequantizeLinear(w, s, z)"
+SCALED = "f = Cast <to = 1> (w)  e = Mul({}, f)"
+
+
+@pytest.mark.parametrize("ids", ["", "2", "2, 3"], ids=["one", "vector", "matrix"])
+@pytest.mark.parametrize(
+    ("made", "gathers"),
+    [
+        (DEQUANTIZED, 1),
+        *((SCALED.format(scale), 2 if scale == "rows" else 1) for scale in ("s", "one", "rows", "cols")),
+    ],
+)
+def test_rows_of_a_table_are_gathered_as_bytes(made: str, gathers: int, ids: str) -> None:
+    text = f"""
+        table (int64[{ids}] i) => (float[{ids}{", " if ids else ""}3] y)
+        <int8[4, 3] w = {{1, 2, -3, 4, 5, 127, -128, 0, 9, 8, 7, 6}}, float s = {{0.3}}, int8 z = {{7}},
+         float[1, 1] one = {{0.7}}, float[4, 1] rows = {{0.5, 0.3, 2, 7}}, float[1, 3] cols = {{0.5, 0.3, 2}}> {{
+            {made}
+            y = Gather(e, i)
+        }}"""
+    fused, plain = sessions(text)
+    assert operators(fused)["Gather"] == gathers
+    assert {a.dtype.name for n in fused.graph.nodes if n.op == "Gather" for a in constants(fused, n)} <= (
+        {"int8"} if gathers == 1 else {"int8", "float32"}
+    )
+    feeds = {"i": np.resize(np.array([3, -1, 0, 1, 2, 3]), [int(d) for d in ids.split(", ") if d])}
+    np.testing.assert_array_equal(fused.run(feeds)["y"], plain.run(feeds)["y"])
+
+
+def constants(session: infera_gpu.Session, n: Node) -> list[HostArray]:
+    return [session.graph.constants[i] for i in n.inputs if i in session.graph.constants]
+
+
+def test_columns_of_a_table_are_gathered_as_they_were() -> None:
+    text = """
+        columns (int64[2] i) => (float[4, 2] y)
+        <int8[4, 3] w = {1, 2, -3, 4, 5, 127, -128, 0, 9, 8, 7, 6}, float s = {0.3}, int8 z = {7}> {
+            e = DequantizeLinear(w, s, z)
+            y = Gather <axis = 1> (e, i)
+        }"""
+    fused, _ = sessions(text)
+    assert operators(fused) == {"Gather": 1}
+
+
 # ---- exactness
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Graph, Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.gathered import gathered
 from infera_gpu.passes.quant import DEQUANTIZE, parameters_of
 
 _PRODUCT = "com.microsoft.MatMulIntegerToFloat"
@@ -82,7 +83,11 @@ def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[
 
 
 def centred(graph: Graph) -> Graph:
-    """Values that are quantised only to be multiplied or dequantised never become 8-bit integers."""
+    """Values that are quantised only to be multiplied or dequantised never become 8-bit integers.
+
+    Rows of tables that were quantised before are gathered first.
+    """
+    graph = gathered(graph)
     readers = graph.readers()
     made: dict[int, Node] = {}
     for n in graph.nodes:
@@ -127,17 +132,16 @@ _SMALLEST = 1e-30
 """A scale whose products are normal numbers."""
 
 
-def _is_again(match: Match) -> bool:
+def _is_same(match: Match) -> bool:
     """Whether what was quantised and dequantised is quantised by the same parameters: to the same integers."""
     first, second = ((match.constant(f"s{i}"), match.constant(f"z{i}")) for i in (1, 2))
-    return (
-        bool(match.nodes["inner"].attrs.get("dequantize", 0))
-        and all(
-            a.dtype == b.dtype and a.size == b.size == 1 and a.item() == b.item()
-            for a, b in zip(first, second, strict=True)
-        )
-        and first[0].item() > _SMALLEST
-    )
+    pairs = zip(first, second, strict=True)
+    same = all(a.dtype == b.dtype and a.size == b.size == 1 and a.item() == b.item() for a, b in pairs)
+    return same and first[0].item() > _SMALLEST
+
+
+def _is_again(match: Match) -> bool:
+    return bool(match.nodes["inner"].attrs.get("dequantize", 0)) and _is_same(match)
 
 
 def _once(match: Match) -> Replacement:
@@ -178,4 +182,44 @@ AGAIN = Fusion(
     ),
 )
 
-FUSIONS = (RELU, AGAIN)
+
+def _gives_back(match: Match) -> bool:
+    outer = match.nodes["outer"].attrs
+    inner = parameters_of(match.graph, match.nodes["inner"])
+    return inner is not None and _is_same(match) and bool(outer.get("dequantize", 0)) and not outer.get("relu", 0)
+
+
+def _dequantized_alone(match: Match) -> Replacement:
+    return Replacement(replace(match.nodes["inner"], outputs=match.root.outputs))
+
+
+BACK = Fusion(
+    name="centre_of_dequantized",
+    patterns=(node("infera.Centre", node(DEQUANTIZE, "q", "#s1", "#z1", name="inner"), "#s2", "#z2", name="outer"),),
+    guard=_gives_back,
+    build=_dequantized_alone,
+    example="""
+        example (int8[2, 3] q) => (float[2, 3] y) <float s = {0.02}, int8 z = {-5}> {
+            x = DequantizeLinear(q, s, z)
+            y = infera.Centre <dequantize = 1> (x, s, z)
+        }""",
+    near_misses=(
+        """
+        other_scale (int8[2, 3] q) => (float[2, 3] y) <float s = {0.02}, float t = {0.01}, int8 z = {-5}> {
+            x = DequantizeLinear(q, s, z)
+            y = infera.Centre <dequantize = 1> (x, t, z)
+        }""",
+        """
+        integers (int8[2, 3] q) => (float[2, 3] y) <float s = {0.02}, int8 z = {-5}> {
+            x = DequantizeLinear(q, s, z)
+            y = infera.Centre(x, s, z)
+        }""",
+        """
+        rectified (int8[2, 3] q) => (float[2, 3] y) <float s = {0.02}, int8 z = {-5}> {
+            x = DequantizeLinear(q, s, z)
+            y = infera.Centre <dequantize = 1, relu = 1> (x, s, z)
+        }""",
+    ),
+)
+
+FUSIONS = (RELU, AGAIN, BACK)

@@ -15,11 +15,12 @@ from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
 
 DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
-_FLOAT = 1
+FLOAT = 1
 """ONNX's number of float32."""
 
 
-def _is_byte(array: HostArray) -> bool:
+def is_byte(array: HostArray) -> bool:
+    """Whether its elements are integers of 8 bits."""
     return array.dtype.name in ("int8", "uint8")
 
 
@@ -32,7 +33,7 @@ def _is_weight(weight: HostArray, scale: HostArray, zero: HostArray | None) -> b
     """Whether it is an 8-bit matrix with parameters that its columns take after the product."""
     columns = weight.shape[-1] if weight.ndim else 0
     return (
-        _is_byte(weight)
+        is_byte(weight)
         and weight.ndim == 2
         and scale.dtype == np.float32
         and _fits_columns(scale, columns)
@@ -70,7 +71,7 @@ def _is_dynamic(match: Match) -> bool:
     given = tuple(match.values[name] for name in ("q", "s", "z"))
     zero = match.constant("bz") if "bz" in match.values else None
     return (
-        match.nodes["cast"].attrs.get("to") == _FLOAT
+        match.nodes["cast"].attrs.get("to") == FLOAT
         and made_by is not None
         and made_by.qualified == "DynamicQuantizeLinear"
         and made_by.outputs == given
@@ -146,7 +147,7 @@ def parameters_of(graph: Graph, n: Node) -> tuple[HostArray, HostArray] | None:
     From opset 23 on the float's type is no longer that of the scale.
     """
     scale, zero = (graph.constants.get(i) for i in (n.inputs[1], n.inputs[2] if len(n.inputs) > 2 else ""))
-    if scale is None or zero is None or scale.dtype != np.float32 or not _is_byte(zero):
+    if scale is None or zero is None or scale.dtype != np.float32 or not is_byte(zero):
         return None
     single = scale.size == zero.size == 1 and bool(scale.reshape(()) > 0)
     plain = not n.attrs.get("block_size", 0) and (n.domain or graph.opset_of(n) < 23)
@@ -221,7 +222,7 @@ QDQ = Fusion(
 
 def _is_narrow(match: Match) -> bool:
     cast = match.nodes.get("cast")
-    return (cast is None or cast.attrs.get("to") == _FLOAT) and _is_weight(
+    return (cast is None or cast.attrs.get("to") == FLOAT) and _is_weight(
         match.constant("b"), match.constant("s"), None
     )
 
