@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +93,9 @@ class BoundBuffers:
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         dtype = np.dtype(dtype)
         shape = tuple(int(d) for d in shape)
-        operand = Operand("scratch", self._space, shape, dtype, contiguous_strides(shape, dtype.itemsize))
-        block, offset = self._scratch(operand.nbytes)
-        return _view(self._device, block, operand.moved(offset))
+        block, offset = self._scratch(math.prod(shape) * dtype.itemsize)
+        strides = contiguous_strides(shape, dtype.itemsize)
+        return _view(self._device, block, Operand("scratch", self._space, shape, dtype, strides, offset))
 
     def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
         value = self._placed.site.value(i)

@@ -223,8 +223,7 @@ class _Walk:
         self.pending.update(o for o in node.outputs if o)
 
     def fold(self, op: Op, site: Site, values: Sequence[HostArray | None]) -> None:
-        with np.errstate(all="ignore"):
-            made = op.outputs(np, site, values)
+        made = op.outputs(np, site, values)
         for name, array in zip(site.node.outputs, made, strict=False):
             if name:
                 self.define({name: constant(array)})
@@ -268,7 +267,8 @@ def specialize(
         objects,
         budget=fold_budget(constants),
     )
-    walk.visit(nodes)
+    with np.errstate(all="ignore"):  # of what is folded
+        walk.visit(nodes)
     if walk.rest and not walk.waits and not walk.eager:
         raise PlanError(f"{walk.rest[0]}: cannot be planned, yet nothing that a run would tell is missing")
 
