@@ -86,7 +86,7 @@ def split_of(io: Buffers) -> Split:
     return Split(io.threads, io.parallel)
 
 
-COPY_NS = 0.4
+COPY_NS = 0.2
 """Nanoseconds that it takes to copy an element, about."""
 
 
@@ -166,7 +166,7 @@ CHAIN_NS = 1.0
 
 
 def elementwise(
-    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native, *, ns: float = 0.4
+    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native, *, ns: float = 0.2
 ) -> dict[str, Kernel]:
     """The `kernels` of an elementwise operator: any strides, the output may take over an input.
 
