@@ -34,6 +34,11 @@ class Step:
     parts: int = 1
 
     @property
+    def how(self) -> str:
+        """`via`, and into how many parts it is split."""
+        return f"{self.via} x{self.parts}" if self.parts > 1 else self.via
+
+    @property
     def allocates(self) -> bool:
         return self.kind == "compute" or (self.kernel is not None and self.kernel.allocates)
 
@@ -129,7 +134,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
             (
                 str(i),
                 s.label,
-                s.via + (f" x{s.parts}" if s.parts > 1 else "") + (" (allocates)" if s.allocates else ""),
+                s.how + (" (allocates)" if s.allocates else ""),
                 _spec(out),
                 f"{out.offset:,}" + (" in place" if in_place and out.nbytes else ""),
                 f"{out.nbytes:,}",

@@ -54,7 +54,8 @@ def load(
 
     `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` is how many
     threads a run on the CPU has; None is one for every core, or what the environment variable INFERA_THREADS says.
-    Sessions share their threads, and until the last is closed NumPy's BLAS has one thread in the whole process.
+    Sessions share their threads, and from the first run until the last session is closed NumPy's BLAS has one thread,
+    in the whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
     writes, as far as BLAS does: nothing is folded into weights, and convolutions take no Winograd. `jit` says whether
     the CPU runs kernels that numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at

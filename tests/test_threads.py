@@ -24,6 +24,8 @@ from infera_gpu.errors import DeviceError, PlanError
 from infera_gpu.op import Call, Case, Op
 from infera_kernels.calls import SERIAL, Split, one_after_the_other
 from infera_kernels.cpu.parts import LEAST_NS, along, parts
+from infera_server.model import threads_of
+from infera_server.settings import Settings
 from tests.buffers import GuardedBuffers
 from tests.cases import assert_close, compute, covered, run, variants, wrong
 from tests.text import parse
@@ -35,9 +37,10 @@ PATIENCE = 60.0
 @pytest.fixture
 def workers() -> Iterator[Workers]:
     made = Workers()
-    made.enter(4)
+    user = open_device("cpu", threads=4)
+    made.enter(user, 4)
     yield made
-    made.leave(4)
+    made.leave(user)
 
 
 def together(*work: Callable[[], object]) -> None:
@@ -158,14 +161,15 @@ def test_workers_have_the_settings_of_a_run(workers: Workers) -> None:
 
 def test_threads_end_with_the_last_user() -> None:
     made = Workers()
-    for threads in (2, 4):
-        made.enter(threads)
+    users = [open_device("cpu", threads=threads) for threads in (2, 4)]
+    for user in users:
+        made.enter(user, user.threads)
     assert made.running == 0
     made.run([[]] * 4, 4)
     assert made.running == 3
-    made.leave(2)
+    made.leave(users[0])
     assert made.running == 3
-    made.leave(4)
+    made.leave(users[1])
     patience = threading.Event()
     for _ in range(1000):
         if made.running:
@@ -173,20 +177,32 @@ def test_threads_end_with_the_last_user() -> None:
     assert made.running == 0
 
 
-def test_blas_has_one_thread_while_a_session_is_open() -> None:
+def test_blas_has_one_thread_while_sessions_run() -> None:
+    """From the first run until the last session is closed; an idle session and one that is garbage change nothing."""
+    code = """if True:
+        import gc
+        from threadpoolctl import ThreadpoolController, threadpool_info
+        from infera_gpu.devices import open_device
+
+        def note():
+            gc.collect()
+            found.append([lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"])
+
+        found = []
+        ThreadpoolController().limit(limits=2, user_api="blas")
+        one, two, lost, idle = (open_device("cpu", threads=n) for n in (1, 2, 2, 2))
+        note()
+        for device in (one, two, lost):
+            with device.running():
+                note()
+        del device, lost
+        for device in (idle, one, two, two):
+            device.close()
+            note()
+        print(found)
+    """
     blas = [lib for lib in threadpool_info() if lib["user_api"] == "blas"]
-    code = (
-        "from threadpoolctl import ThreadpoolController, threadpool_info\n"
-        "from infera_gpu.devices import open_device\n"
-        "blas = lambda: [lib['num_threads'] for lib in threadpool_info() if lib['user_api'] == 'blas']\n"
-        "ThreadpoolController().limit(limits=2, user_api='blas')\n"
-        "before, opened = blas(), [open_device('cpu', threads=n) for n in (1, 2)]\n"
-        "during = blas(), opened[0].close(), blas()\n"
-        "opened[1].close()\n"
-        "print([before, during[0], during[2], blas()])"
-    )
-    counts = [[2], [1], [1], [2]] if blas else [[]] * 4
-    assert _python(code) == str(counts)
+    assert _python(code) == str([[n for _ in blas] for n in (2, 1, 1, 1, 1, 1, 2, 2)])
 
 
 # ---- kernels
@@ -447,3 +463,15 @@ def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_cores_are_counted_once() -> None:
     assert 1 <= cpus.usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_server_leaves_one_core_to_its_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "_QUOTA", Path("nowhere"))
+    monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
+    monkeypatch.delenv(cpus.VARIABLE, raising=False)
+    assert threads_of(Settings())[0] == 7
+    assert threads_of(Settings(threads=3)) == (3, "as set")
+    monkeypatch.setattr(cpus, "usable_cores", lambda: 1)
+    assert threads_of(Settings())[0] == 1
+    monkeypatch.setenv(cpus.VARIABLE, "5")
+    assert threads_of(Settings()) == (5, "as set")

@@ -131,4 +131,4 @@ def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
 
 
 def _timed(index: int, step: Step, seconds: float, total: float) -> tuple[str, ...]:
-    return str(index), step.label, step.via, f"{1e3 * seconds:.4f}", f"{100 * seconds / total:.1f}%"
+    return str(index), step.label, step.how, f"{1e3 * seconds:.4f}", f"{100 * seconds / total:.1f}%"

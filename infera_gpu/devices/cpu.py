@@ -23,8 +23,8 @@ from infera_kernels.calls import one_after_the_other
 class CpuDevice:
     """Runs "cpu" kernels, with `jit` compiled ones before them, and operators' own functions where there is none.
 
-    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. While a CPU device is open,
-    NumPy's BLAS has one thread in the whole process: see `Workers`.
+    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. From its first
+    run until it is closed NumPy's BLAS has one thread in the whole process: see `Workers`.
     """
 
     name = "cpu"
@@ -38,14 +38,16 @@ class CpuDevice:
         self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''} ({why})"
         self.strict = strict
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
-        self._closed = False
-        WORKERS.enter(self.threads)
+        self._working = False
 
     @property
     def launcher(self) -> Launcher:
         raise DeviceError("the CPU launches no Triton kernels")
 
     def running(self) -> AbstractContextManager[None]:
+        if not self._working:
+            self._working = True
+            WORKERS.enter(self, self.threads)
         return quiet_numpy()
 
     def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
@@ -80,6 +82,5 @@ class CpuDevice:
     def synchronize(self) -> None: ...
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            WORKERS.leave(self.threads)
+        self._working = False
+        WORKERS.leave(self)

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_gpu.op import Call
@@ -75,11 +76,12 @@ class Workers:
     """Daemon threads, one fewer than the most threads that a user asked for; started when first needed.
 
     While there are users, BLAS runs on one thread, in the whole process: its own threads would compete with these for
-    the same cores, and they wait actively. The last user to leave ends the threads and gives BLAS back its own.
+    the same cores, and they wait actively. The last user to leave ends the threads and gives BLAS back its own. A user
+    that is garbage is none any more; its threads and BLAS's wait for another one to leave.
     """
 
     def __init__(self) -> None:
-        self._users: list[int] = []
+        self._users: WeakKeyDictionary[object, int] = WeakKeyDictionary()
         self._blas: Any = None
         self._forget()
         if hasattr(os, "register_at_fork"):
@@ -97,22 +99,23 @@ class Workers:
         """How many threads there are."""
         return self._running
 
-    def enter(self, threads: int) -> None:
-        """Become a user, who runs regions of up to so many threads."""
+    def enter(self, user: object, threads: int) -> None:
+        """From now on `user` runs regions of up to so many threads. No effect where it does already."""
         with self._lock:
-            if not self._users:
+            if self._blas is None:
                 from threadpoolctl import ThreadpoolController
 
                 self._blas = ThreadpoolController().limit(limits=1, user_api="blas")
-            self._users.append(threads)
+            self._users[user] = threads
 
-    def leave(self, threads: int) -> None:
-        """Be a user no longer."""
+    def leave(self, user: object) -> None:
+        """`user` runs no more regions. No effect where it is no user."""
         with self._lock:
-            self._users.remove(threads)
+            self._users.pop(user, None)
             idle, self._idle = self._idle, []
-            if not self._users:
+            if not self._users and self._blas is not None:
                 self._blas.restore_original_limits()
+                self._blas = None
         for wake in idle:
             wake.release()
 
@@ -126,14 +129,16 @@ class Workers:
             woken, self._idle[:] = self._idle[1 - threads :], self._idle[: 1 - threads]
         for wake in woken:
             wake.release()
-        region.work()
-        with self._lock:
-            self._open.remove(region)
+        try:
+            region.work()
+        finally:
+            with self._lock:
+                self._open.remove(region)
         region.wait()
 
     @property
     def _wanted(self) -> int:
-        return max(self._users, default=1) - 1
+        return max(self._users.values(), default=1) - 1
 
     def _start(self) -> bool:
         """Whether the system gave another thread."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from infera_gpu.cpus import VARIABLE, default_threads
+from infera_gpu.cpus import default_threads
 from infera_gpu.errors import ModelError
 from infera_gpu.spec import tensors_of
 from infera_server.batcher import Batcher
@@ -89,10 +89,7 @@ def threads_of(settings: Settings) -> tuple[int, str]:
     """CPU threads of a run, and why: as set, else all but one, which the event loop needs while a run goes on."""
     if settings.threads:
         return settings.threads, "as set"
-    threads, why = default_threads()
-    if why == VARIABLE:
-        return threads, why
-    return max(1, threads - 1), "one CPU is left to the event loop"
+    return max(1, default_threads()[0] - 1), "one CPU is left to the event loop"
 
 
 def open_session(path: Path, settings: Settings) -> Session:
