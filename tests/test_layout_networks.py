@@ -181,6 +181,21 @@ def test_branches_are_converted_too() -> None:
     assert_same(graph, made, {"x": rng.standard_normal((2, 4, 6, 8)).astype(np.float32), "p": np.array(1, np.float32)})
 
 
+@pytest.mark.usefixtures("eager")
+def test_branches_read_values_under_their_own_names() -> None:
+    text = network(
+        """
+        a = Conv <pads = [1, 1, 1, 1]> (x, w)
+        m = ReduceMax <keepdims = 0> (a)
+        t = Less(m, p)
+        y = If (t) <
+            then_branch = g () => (float[?, ?, ?, ?] u) { u = Relu(a) },
+            else_branch = h () => (float[?, ?, ?, ?] v) { v = Neg(a) }
+        >"""
+    )
+    check(text, left=2)
+
+
 def test_a_single_small_convolution_stays_as_it_is() -> None:
     check(network("y = Conv(x, k1)").replace("float[4,4] k", "float[4,4,1,1] k1", 1), left=0)
 

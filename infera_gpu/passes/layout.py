@@ -200,8 +200,8 @@ class _Conversion:
             if moved is not None:
                 self.emit(i, node, moved)
             else:
-                for value in node.reads():
-                    if value not in node.inputs:
+                for _, sub in node.subgraphs:
+                    for value in sorted(sub.captures()):
                         self.name(value)
                 self.nodes.append(replace(node, inputs=tuple(self.plain(v) if v else v for v in node.inputs)))
         for value in self.graph.outputs:
@@ -253,7 +253,7 @@ class _Conversion:
         inside = [v for v in (*reads.values(), *makes.values()) if v not in self.constants]
         for value in inside:
             self.join(inside[0], value)
-        self.members[inside[0]].add(i)
+            self.members[value].add(i)
         for value, order in moved.makes.items():
             self.note(makes[value], value, order)
             if makes[value] != value:
