@@ -57,7 +57,7 @@ def columns(
                 band, load = padded(x[i], room, window, row, end)
                 calls += [*load, _gathered(spread[at], _windows(band, window, spread[at].shape))]
             block = target[pixels]
-            calls.append(product(matrices, weights, grouped(block, group)))
+            calls += product(matrices, weights, grouped(block, group))
             calls += finish(block, None if rest is None else rest[pixels])
         return calls
 

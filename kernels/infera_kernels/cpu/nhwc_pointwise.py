@@ -12,9 +12,6 @@ from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, moved,
 BLOCK_BYTES = 1 << 21
 """Output of one block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
 
-FEW_PIXELS = 1024
-"""Pixels of a product up to which its speed depends on how the weights lie."""
-
 
 def pointwise(
     x: Array,
@@ -39,7 +36,7 @@ def pointwise(
     most = max(1, BLOCK_BYTES // (line * o * y.itemsize))
     rows = min(most * line, -(-target.shape[0] // split.threads))
     weights = by_taps(w, group)[0, 0].transpose(1, 0, 2)[:, None]
-    if pack is not None and 1 < rows <= FEW_PIXELS:
+    if pack is not None and rows > 1:
         weights = packed(pack, group, slice_of(rows, c // group, o // group))
 
     def part(start: int, stop: int) -> list[Call]:
@@ -55,7 +52,7 @@ def pointwise(
                 for i, row, end, at in images(first, last, height):
                     seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
                     calls.append(moved(gathered[at], seen[:, :width]))
-            calls.append(product(grouped(source, group), weights, grouped(target[pixels], group)))
+            calls += product(grouped(source, group), weights, grouped(target[pixels], group))
             calls += finish(target[pixels], None if rest is None else rest[pixels])
         return calls
 

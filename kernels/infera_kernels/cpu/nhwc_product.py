@@ -1,4 +1,7 @@
-"""Products with weights, of few rows: sliced so that BLAS takes them without laying out its operands anew."""
+"""Products with weights as batches of small ones, which BLAS computes from its operands as they lie.
+
+Larger ones it lays out anew first. That costs a tenth of a product of long rows, and half of one of few rows.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,39 @@ import numpy as np
 from infera_kernels.calls import Array, Call
 
 SMALL_PRODUCT = 10**6
-"""Multiply-adds up to which OpenBLAS computes from the operands as they lie, on CPUs with AVX-512."""
+"""Multiply-adds of a small product: OpenBLAS's limit on CPUs with AVX-512."""
+
+SLICES = (64, 48, 32, 16)
+"""Columns that a slice of the weights may have."""
+
+FEWEST_ROWS = 8
+"""Rows of a small product that is worth a call."""
 
 
 def slice_of(rows: int, depth: int, columns: int) -> int:
-    """Columns of a slice of the weights (depth, columns), for which x has so many rows: all where none is small."""
-    if rows * depth * columns <= SMALL_PRODUCT:
-        return columns
-    return next((n for n in (64, 32, 16) if columns % n == 0 and rows * depth * n <= SMALL_PRODUCT), columns)
+    """Columns of a slice of weights (depth, columns) that `rows` rows are multiplied with: all if none is small."""
+    possible = [n for n in (columns, *SLICES) if columns % n == 0 and FEWEST_ROWS * depth * n <= SMALL_PRODUCT]
+    at_once = [n for n in possible if n >= 32 and rows * depth * n <= SMALL_PRODUCT]
+    return next(iter([*at_once, *possible, columns]))
 
 
 def sliced(weights: Array, columns: int) -> Array:
-    """(..., depth, N) as (..., N / columns, depth, columns), contiguous."""
-    parts = weights.reshape(*weights.shape[:-1], -1, columns)
-    return np.ascontiguousarray(np.moveaxis(parts, -2, -3))
+    """(groups, depth, N) as (groups, N / columns, depth, columns), contiguous."""
+    parts = weights.reshape(*weights.shape[:2], -1, columns)
+    return np.ascontiguousarray(parts.transpose(0, 2, 1, 3))
 
 
-def product(x: Array, weights: Array, y: Array) -> Call:
-    """y (..., rows, N) = x (..., rows, depth) @ weights, `sliced`."""
-    parts = y.reshape(*y.shape[:-1], -1, weights.shape[-1], copy=False)
-    return np.matmul, (x[..., None, :, :], weights, np.moveaxis(parts, -2, -3))
+def product(x: Array, weights: Array, y: Array) -> list[Call]:
+    """y (groups, rows, N) = x (groups, rows, depth) @ weights (groups, N / columns, depth, columns)."""
+    groups, _, depth, columns = weights.shape
+    most = SMALL_PRODUCT // (depth * columns)
+    count = x.shape[1] if most < FEWEST_ROWS else min(most, x.shape[1])
+    whole = x.shape[1] - x.shape[1] % count
+    calls: list[Call] = []
+    for part in (slice(0, whole), slice(whole, x.shape[1])):
+        rows = x[:, part]
+        if rows.shape[1]:
+            source = rows.reshape(groups, -1, 1, min(count, rows.shape[1]), depth, copy=False)
+            target = y[:, part].reshape(*source.shape[:2], source.shape[3], -1, columns, copy=False)
+            calls.append((np.matmul, (source, weights[:, None], target.transpose(0, 1, 3, 2, 4))))
+    return calls

@@ -123,7 +123,7 @@ def winograd(
                 band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
                 calls += load + _transform(band, data, gathered, halved, spectrum[:, :, at], tile)
             sums = shaped(two, size * size, h * across, o)
-            calls.append(product(spectrum.reshape(size * size, -1, c), filters, sums))
+            calls += product(spectrum.reshape(size * size, -1, c), filters, sums)
             rows_done = half[:, :, : h * across * o]
             pixels = shaped(one, tile, tile, h * across * o)
             sums = sums.reshape(size, size, -1)
