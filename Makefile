@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-all check bench exports gpu-check docker-check clean
+.PHONY: help run test test-kernels test-jit test-all check bench exports gpu-check docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -31,7 +31,11 @@ test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels: interpreted and compiled for sm_80 and sm_90, no GPU
 	@$(PY) -m pytest -m "kernels and not gpu" tests/kernels
 
-test-all: test test-kernels  ## everything that needs no GPU, large models included
+test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)
+	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
+	@.venv-jit/bin/python -m pytest -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py
+
+test-all: test test-kernels test-jit  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"
 
 check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import contracts
@@ -72,4 +76,4 @@ docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfil
 	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(TORCH_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-jit $(TORCH_VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -55,6 +55,15 @@ def _blas() -> Iterator[Finding]:
         )
 
 
+def _numba() -> Iterator[Finding]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        yield Finding("numba", "ok", f"{version('numba')} compiles kernels for the CPU")
+    except PackageNotFoundError:
+        yield Finding("numba", "absent", "kernels for the CPU are NumPy's; pip install 'infera-gpu[jit]' for faster ones")
+
+
 def _driver() -> Iterator[Finding]:
     """The driver and every GPU, as NVML tells it."""
     from infera_gpu.telemetry import snapshot
@@ -158,6 +167,7 @@ def _version(package: str) -> str | None:
 _CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("Python", _python),
     ("BLAS", _blas),
+    ("numba", _numba),
     ("NVIDIA driver", _driver),
     ("CuPy", _cupy),
     ("Triton", _triton),
