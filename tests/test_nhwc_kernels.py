@@ -12,6 +12,7 @@ import pytest
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
+from infera_kernels.cpu import nhwc_product
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
 from infera_kernels.cpu.nhwc_conv import conv2d
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
@@ -206,6 +207,15 @@ def test_convolution_in_float64_without_bias(conv: Conv) -> None:
     y = scratch(conv.y, np.float64)
     run(conv2d(x, w, None, y, scratch, SERIAL, pack=packer(w), **conv.window))
     assert_near(y, reference(conv, x, w, None), 1e-13)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
+def test_convolution_where_no_product_is_small(conv: Conv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nhwc_product, "small_product", lambda: 0)
+    x, w, b = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1])))
+    y = scratch(conv.y)
+    run(conv2d(x, w, b, y, scratch, SPLITS["three"], pack=packer(w), **conv.window))
+    assert_near(y, reference(conv, x, w, b), conv.bound)
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)

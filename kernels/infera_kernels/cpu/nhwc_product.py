@@ -5,12 +5,15 @@ Larger ones it lays out anew first. That costs a tenth of a product of long rows
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
+from threadpoolctl import threadpool_info
 
 from infera_kernels.calls import Array, Call
 
-SMALL_PRODUCT = 10**6
-"""Multiply-adds of a small product: OpenBLAS's limit on CPUs with AVX-512."""
+SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
+"""What OpenBLAS calls the CPUs that it has kernels for small products for: those with AVX-512."""
 
 SLICES = (64, 48, 32, 16)
 """Columns that a slice of the weights may have."""
@@ -19,10 +22,18 @@ FEWEST_ROWS = 8
 """Rows of a small product that is worth a call."""
 
 
+@cache
+def small_product() -> int:
+    """Multiply-adds up to which NumPy's BLAS takes operands as they lie; 0 where it never does."""
+    kernels = {library.get("architecture") for library in threadpool_info() if library["user_api"] == "blas"}
+    return 10**6 if kernels & set(SMALL_KERNELS) else 0
+
+
 def slice_of(rows: int, depth: int, columns: int) -> int:
     """Columns of a slice of weights (depth, columns) that `rows` rows are multiplied with: all if none is small."""
-    possible = [n for n in (columns, *SLICES) if columns % n == 0 and FEWEST_ROWS * depth * n <= SMALL_PRODUCT]
-    at_once = [n for n in possible if n >= 32 and rows * depth * n <= SMALL_PRODUCT]
+    small = small_product()
+    possible = [n for n in (columns, *SLICES) if columns % n == 0 and FEWEST_ROWS * depth * n <= small]
+    at_once = [n for n in possible if n >= 32 and rows * depth * n <= small]
     return next(iter([*at_once, *possible, columns]))
 
 
@@ -35,7 +46,7 @@ def sliced(weights: Array, columns: int) -> Array:
 def product(x: Array, weights: Array, y: Array) -> list[Call]:
     """y (groups, rows, N) = x (groups, rows, depth) @ weights (groups, N / columns, depth, columns)."""
     groups, _, depth, columns = weights.shape
-    most = SMALL_PRODUCT // (depth * columns)
+    most = small_product() // (depth * columns)
     count = x.shape[1] if most < FEWEST_ROWS else min(most, x.shape[1])
     whole = x.shape[1] - x.shape[1] % count
     calls: list[Call] = []

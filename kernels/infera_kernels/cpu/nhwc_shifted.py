@@ -9,6 +9,7 @@ import numpy as np
 from infera_kernels.calls import Array, Call, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_product import product
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, spans
 
 BLOCK_BYTES = 1 << 20
@@ -50,7 +51,7 @@ def shifted(
                 calls.append((np.copyto, (total, total.dtype.type(0))))
                 if high > low:
                     products = room[: (high - low) * x.shape[2]]
-                    calls.append((np.matmul, (flat(x[i, low:high]), weights.reshape(c, -1), products)))
+                    calls += product(flat(x[i, low:high])[None], weights.reshape(1, 1, c, -1), products[None])
                     planes = products.reshape(high - low, -1, *window.kernel, o).transpose(2, 3, 4, 0, 1)
                     shift = (top - low, -window.before[1])
                     calls += [(np.add, (to, tap, to)) for to, tap in _overlaps(total, planes, shift, window)]
