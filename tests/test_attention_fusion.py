@@ -36,6 +36,7 @@ SCORES = {
     "divided": "f = Div(e, r)  w = Softmax <axis = -1> (f)",
     "mask": "f = Mul(r, e)  g = Add(f, m)  w = Softmax <axis = -1> (g)",
     "mask_of_two_terms": "n = Add(m, m)  g = Add(n, e)  w = Softmax <axis = -1> (g)",
+    "two_masks": "n = Add(m, m)  f = Add(e, m)  g = Add(n, f)  w = Softmax <axis = -1> (g)",
     "kept": "f = Where(l, e, low)  w = Softmax <axis = -1> (f)",
     "filled": "f = Where(l, low, e)  g = Add(m, f)  w = Softmax <axis = -1> (g)",
     "guarded": "f = Add(e, m)  g = Softmax <axis = -1> (f)  h = IsNaN(g)  w = Where(h, zero, g)",

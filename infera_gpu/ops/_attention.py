@@ -10,6 +10,7 @@ from infera_gpu.op import Buffers, Call, Kernel, Site
 from infera_gpu.spec import Array
 from infera_kernels.cpu import attention as cpu
 from infera_kernels.cpu.elementwise import call, const, copy
+from infera_kernels.cpu.matmul import epilogue, matmul
 
 
 def _plain(site: Site, masks: tuple[int, ...]) -> bool:
@@ -61,17 +62,18 @@ def _bind_attention(site: Site, io: Buffers) -> list[Call]:
         fill=-np.inf,
         zero="" if mask is None and not attrs["is_causal"] else "unseen",
     )
+    masks = [] if mask is None else [mask]
     operands = _grouped(q, groups), k[:, :, None].swapaxes(-1, -2), v[:, :, None], _grouped(out, groups)
     if attrs["is_causal"]:
         before = 0 if past[0] is None else past[0].shape[2]
-        first, parts = cpu.causal(*operands, io.scratch, options, before=before, mask=mask, parts=io.threads)
+        first, parts = cpu.causal(*operands, io.scratch, options, before=before, masks=masks, parts=io.threads)
     else:
         seen = mask is not None and mask.dtype == np.bool_
         first, parts = cpu.attention(
             *operands,
             io.scratch,
             options,
-            mask=None if seen else mask,
+            masks=[] if seen else masks,
             condition=mask if seen else None,
             parts=io.threads,
         )
@@ -99,44 +101,78 @@ ATTENTION = {"cpu": Kernel(_bind_attention, _takes, strided=True)}
 # ---- com.microsoft
 
 
+def _attend(site: Site, io: Buffers, q: Array, k: Array, v: Array, *, padding: int, extra: int) -> list[Call]:
+    """Attention of heads, into output 0. Input `padding` is 0 at keys that are none, input `extra` is added."""
+    calls: list[Call] = []
+    masks = [io.ins[extra]] if site.has(extra) else []
+    if site.has(padding):
+        given, fill = io.ins[padding], site.attrs["mask_filter_value"]
+        mask = io.scratch((given.shape[0], 1, 1, given.shape[1]), q.dtype)
+        hidden = io.scratch(given.shape, np.bool_)
+        calls += [
+            call(np.equal, given, const(0, given), hidden),
+            copy(mask[:, 0, 0], hidden),
+            call(np.multiply, mask, const(-10000.0 if fill is None else fill, mask), mask),
+        ]
+        masks.append(mask)
+    options = cpu.Options(
+        scale=site.attrs["scale"] or 1 / math.sqrt(q.shape[-1]), zero="unseen" if site.has(extra) else ""
+    )
+    out = _heads(io.outs[0], q.shape[1])
+    first, parts = cpu.attention(q, k.swapaxes(-1, -2), v, out, io.scratch, options, masks=masks, parts=io.threads)
+    return [*calls, *first, *io.parallel(parts)]
+
+
+def _masks_fit(site: Site, keys: tuple[int, ...], padding: int, extra: int) -> bool:
+    """No order among tokens; padding given for every key, a number for it, and no mask to be added beside it."""
+    fill = site.attrs["mask_filter_value"]
+    if site.attrs["unidirectional"] or (site.has(padding) and site.has(extra)):
+        return False
+    if fill is not None and not math.isfinite(fill):
+        return False
+    return not site.has(padding) or (site.spec(padding).dims == keys and site.spec(padding).dtype == np.int32)
+
+
 def _bind_mha(site: Site, io: Buffers) -> list[Call]:
     heads, calls = int(site.attrs["num_heads"]), list[Call]()
     given = list(io.ins[:3])
     if site.has(3):
         widths = np.cumsum([x.shape[2] for x in given])[:-1]
         for i, bias in enumerate(np.split(io.ins[3], widths)):
-            sum_ = io.scratch(given[i].shape, given[i].dtype)
-            calls.append(call(np.add, given[i], bias, sum_))
-            given[i] = sum_
+            biased = io.scratch(given[i].shape, given[i].dtype)
+            calls.append(call(np.add, given[i], bias, biased))
+            given[i] = biased
     q, k, v = (_heads(x, heads) for x in given)
     calls += [copy(present, x) for present, x in zip(io.outs[1:], (k, v), strict=False)]
-    mask = io.ins[5] if site.has(5) else None
-    if site.has(4):
-        padding = io.ins[4]
-        mask = io.scratch((padding.shape[0], 1, 1, padding.shape[1]), q.dtype)
-        hidden = io.scratch(padding.shape, np.bool_)
-        fill = site.attrs["mask_filter_value"]
-        calls += [
-            call(np.equal, padding, const(0, padding), hidden),
-            copy(mask[:, 0, 0], hidden),
-            call(np.multiply, mask, const(-10000.0 if fill is None else fill, mask), mask),
-        ]
-    scale = site.attrs["scale"] or 1 / math.sqrt(q.shape[-1])
-    options = cpu.Options(scale=scale, zero="" if mask is None else "unseen")
-    first, parts = cpu.attention(
-        q, k.swapaxes(-1, -2), v, _heads(io.outs[0], heads), io.scratch, options, mask=mask, parts=io.threads
-    )
-    return [*calls, *first, *io.parallel(parts)]
+    return calls + _attend(site, io, q, k, v, padding=4, extra=5)
 
 
 def _takes_mha(site: Site) -> bool:
-    """Three inputs apart, no past, one mask at most: of keys, or to be added."""
-    if site.attrs["unidirectional"] or any(site.has(i) for i in (6, 7)) or (site.has(4) and site.has(5)):
-        return False
+    """Three inputs apart and no past."""
     apart = all(site.has(i) and site.spec(i).ndim == 3 for i in range(3))
-    if not apart or len(site.node.outputs) > 3 or not _plain(site, (4,)):
+    if not apart or site.has(6) or site.has(7) or len(site.node.outputs) > 3:
         return False
-    return not site.has(4) or (site.spec(4).dims == site.spec(1).dims[:2] and site.spec(4).dtype == np.int32)
+    return _plain(site, (4,)) and _masks_fit(site, site.spec(1).dims[:2], 4, 5)
 
 
 MULTI_HEAD = {"cpu": Kernel(_bind_mha, _takes_mha, strided=True)}
+
+
+def _bind_merged(site: Site, io: Buffers) -> list[Call]:
+    (x, w), heads = io.ins[:2], int(site.attrs["num_heads"])
+    product = io.scratch((*x.shape[:2], w.shape[1]), x.dtype)
+    calls = matmul(x, w, product, io.scratch)
+    calls += epilogue(product, io.scratch, bias=io.ins[2] if site.has(2) else None)
+    size = site.outs[0].dims[2]
+    each = (w.shape[1] - size) // 2
+    q, k, v = (_heads(p, heads) for p in np.split(product, (each, 2 * each), axis=2))
+    calls += [copy(present[i], x) for present in io.outs[1:] for i, x in enumerate((k, v))]
+    return calls + _attend(site, io, q, k, v, padding=3, extra=5)
+
+
+def _takes_merged(site: Site) -> bool:
+    """No past; where keys and values come out, they are of one width."""
+    return not site.has(4) and _plain(site, (3,)) and _masks_fit(site, site.spec(0).dims[:2], 3, 5)
+
+
+MERGED = {"cpu": Kernel(_bind_merged, _takes_merged, strided=True)}

@@ -20,7 +20,7 @@ def _lead(site: Site) -> tuple[int, ...] | None:
     if min(map(len, (q, kt, v))) < 2 or q[-1] != kt[-2] or kt[-1] != v[-2]:
         return None
     scores = q[-2], kt[-1]
-    extra = [site.spec(i).dims for i in (3, 4) if site.has(i)]
+    extra = [site.spec(i).dims for i in (3, 4, 5) if site.has(i)]
     if any(d not in (1, s) for x in extra for d, s in zip(x[:-3:-1], scores[::-1], strict=False)):
         return None
     try:
@@ -42,10 +42,11 @@ def _infer(site: Site) -> tuple[TensorSpec]:
 
 
 def _parts(site: Site) -> Expansion | None:
-    """The operators apart, where vectors are multiplied or a mask is wider than the scores."""
+    """The operators apart, where vectors are multiplied or a mask or the condition is wider than the scores."""
     if _lead(site) is not None:
         return None
-    attrs, (q, kt, v, mask, condition) = site.attrs, (*site.node.inputs, *[""] * (5 - len(site.node.inputs)))
+    attrs, names = site.attrs, (*site.node.inputs, *[""] * (6 - len(site.node.inputs)))
+    q, kt, v, mask, condition, further = names
     out = site.node.outputs[0]
     constants: dict[str, HostArray] = {}
     nodes: list[Node] = []
@@ -66,8 +67,8 @@ def _parts(site: Site) -> Expansion | None:
     if condition:
         fill = number(attrs["fill"])
         x = add("Where", condition, *((fill, x) if attrs["fill_where"] else (x, fill)))
-    if mask:
-        x = add("Add", x, mask)
+    for term in filter(None, (mask, further)):
+        x = add("Add", x, term)
     x = add("Softmax", x, axis=-1)
     if attrs["guarded"]:
         x = add("Where", add("IsNaN", x), number(0), x)
@@ -80,7 +81,7 @@ def _parts(site: Site) -> Expansion | None:
 
 
 def _bind(site: Site, io: Buffers) -> list[Call]:
-    mask, condition = (io.ins[i] if site.has(i) else None for i in (3, 4))
+    masks = [io.ins[i] for i in (3, 5) if site.has(i)]
     attrs, out = site.attrs, io.outs[0]
     first, parts = cpu.attention(
         io.ins[0],
@@ -89,8 +90,8 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
         out.swapaxes(1, 2) if attrs["heads_last"] else out,
         io.scratch,
         cpu.Options(attrs["scale"], attrs["fill"], bool(attrs["fill_where"]), "nan" if attrs["guarded"] else ""),
-        mask=mask,
-        condition=condition,
+        masks=masks,
+        condition=io.ins[4] if site.has(4) else None,
         parts=io.threads,
     )
     return first + (io.parallel(parts) if len(parts) > 1 else parts[0])
@@ -104,10 +105,21 @@ def _compute(
     v: Array,
     mask: Array | None = None,
     condition: Array | None = None,
+    further: Array | None = None,
 ) -> Array:
     attrs = site.attrs
     keep = None if condition is None else condition if not attrs["fill_where"] else xp.logical_not(condition)
-    y = fused(xp, q, kt, v, mask, keep, scale=attrs["scale"], fill=attrs["fill"], guarded=bool(attrs["guarded"]))
+    y = fused(
+        xp,
+        q,
+        kt,
+        v,
+        [m for m in (mask, further) if m is not None],
+        keep,
+        scale=attrs["scale"],
+        fill=attrs["fill"],
+        guarded=bool(attrs["guarded"]),
+    )
     return y.swapaxes(1, 2) if attrs["heads_last"] else y
 
 
@@ -122,9 +134,9 @@ _LOW = np.where(_SEEN, 0, -np.inf).astype(np.float32)
 _LOW[0, 0, 2] = -np.inf
 _FAR = f32(2, 4, 300, 4), f32(2, 4, 4, 290), f32(2, 4, 290, 6)
 
-# Y = softmax(scale Q @ KT + mask, axis -1) @ V by MatMul's rules, KT being the keys with their last two axes swapped.
-# Where the boolean condition equals fill_where, a score is `fill` before the mask is added. With guarded = 1 weights
-# that are NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size).
+# Y = softmax(scale Q @ KT + mask + further, axis -1) @ V by MatMul's rules; KT are the keys with their last two axes
+# swapped. Where the boolean condition equals fill_where, a score is `fill` before the masks are added. With guarded = 1
+# weights that are NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size).
 _FUSED = Op(
     "Attention",
     1,
@@ -143,6 +155,7 @@ _FUSED = Op(
         Case("guarded", (_Q, _K, _V, _LOW), {"guarded": 1, "scale": 0.5}),
         Case("kept", (_Q, _K, _V, None, _SEEN), {"fill": -np.inf}),
         Case("filled", (_Q, _K, _V, f32(5, 7), _SEEN[0, 0]), {"fill": -1e4, "fill_where": 1}),
+        Case("two_masks", (_Q, _K, _V, f32(1, 3, 5, 7), None, f32(2, 1, 1, 7)), {"scale": 0.5}),
         Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
         Case("blocks", _FAR, {"scale": 0.3}),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32, same_as
-from infera_gpu.ops._attention import MULTI_HEAD
+from infera_gpu.ops._attention import MERGED, MULTI_HEAD
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
@@ -127,10 +127,11 @@ def _infer_attention(site: Site) -> tuple[TensorSpec, ...]:
         past = given.dims[3] if given.ndim == 5 else 0
         if given.dims != (2, x.dims[0], heads, past, size) or widths[2] != widths[0]:
             raise site.fail(f"past is {given}, expected [2, {x.dims[0]}, {heads}, past, {size}], and v as wide as k")
-    return (
+    made = (
         TensorSpec((*x.dims[:2], widths[2]), x.dtype),
         TensorSpec((2, x.dims[0], heads, past + x.dims[1], size), x.dtype),
     )
+    return made[: max(1, len(site.node.outputs))]
 
 
 def _widths(site: Site) -> tuple[int, ...]:
@@ -220,6 +221,7 @@ OPS: tuple[Op, ...] = (
             Case("rows", (f32(2, 2, 8), f32(8, 24), f32(24), _ROWS), {"num_heads": 2}),
             Case("added", (f32(2, 3, 8), f32(8, 24), f32(24), None, None, f32(2, 2, 3, 3)), {"num_heads": 2}),
         ),
+        kernels=MERGED,
         do_rotary=0,
         mask_filter_value=None,
         num_heads=REQUIRED,

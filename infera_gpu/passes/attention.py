@@ -5,8 +5,8 @@ from __future__ import annotations
 from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, named, node, standard
 from infera_gpu.passes.pattern import Arg, P
 
-INPUTS = ("q", "kt", "v", "mask", "condition")
-OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition")
+INPUTS = ("q", "kt", "v", "mask", "condition", "further")
+OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition", "?further")
 CPU = frozenset({"cpu"})
 """Elsewhere there are kernels for the parts and none for the whole."""
 
@@ -92,7 +92,9 @@ def _core() -> P:
         node("Where", "condition", "%fill", scaled, name="filled"),
         scaled,
     )
-    softmax = node("Softmax", either(node("Add", filled, "mask", commutes=True), filled), name="softmax")
+    masked = node("Add", filled, "mask", commutes=True)
+    biased = node("Add", masked, "further", commutes=True)
+    softmax = node("Softmax", either(biased, masked, filled), name="softmax")
     guarded = node("Where", node("IsNaN", softmax), 0.0, softmax, name="guard")
     return node("MatMul", either(guarded, softmax), "v")
 

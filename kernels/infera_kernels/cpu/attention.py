@@ -50,16 +50,16 @@ def attention(
     scratch: Scratch,
     options: Options,
     *,
-    mask: Array | None = None,
+    masks: Sequence[Array] = (),
     condition: Array | None = None,
     parts: int = 1,
 ) -> tuple[list[Call], list[list[Call]]]:
-    """out = softmax(scale q kt + mask) v: calls to make first, then up to `parts` lists that may run side by side.
+    """out = softmax(scale q kt + masks) v: calls to make first, then up to `parts` lists that may run side by side.
 
     The queries are scaled in place of the scores, and weights are divided by their sum after the last product.
 
     q (..., M, D), kt (..., D, N), v (..., N, E) and out (..., M, E) have any strides and no empty axis; leading axes
-    broadcast to out's. `mask` and `condition` broadcast to the scores (..., M, N).
+    broadcast to out's. Masks and the condition broadcast to the scores (..., M, N).
     """
     first: list[Call] = []
     q, kt, v = (_readable(x, scratch, first) for x in (q, kt, v))
@@ -69,7 +69,8 @@ def attention(
         condition = inverse
     lead, m, n = out.shape[:-2], q.shape[-2], kt.shape[-1]
     q, kt, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (q, kt, v))
-    added, filled = (None if x is None else np.broadcast_to(x, (*lead, m, n)) for x in (mask, condition))
+    added = [np.broadcast_to(x, (*lead, m, n)) for x in masks]
+    filled = None if condition is None else np.broadcast_to(condition, (*lead, m, n))
     operands = _Operands(q, kt, v, out, added, filled)
     parts = max(1, min(parts, prod(lead) * m * n // SHARE))
     pieces = list(_pieces(lead, m, n, parts))
@@ -87,7 +88,7 @@ def causal(
     options: Options,
     *,
     before: int,
-    mask: Array | None = None,
+    masks: Sequence[Array] = (),
     parts: int = 1,
 ) -> tuple[list[Call], list[list[Call]]]:
     """`attention` where query i sees the keys up to `before` + i; what a block of queries does not see is left out."""
@@ -110,7 +111,7 @@ def causal(
             out[..., rows, :],
             scratch,
             replace(options, fill=-np.inf, fill_where=True),
-            mask=None if mask is None else _cut(mask, rows, slice(seen)),
+            masks=[_cut(mask, rows, slice(seen)) for mask in masks],
             condition=ahead,
             parts=parts,
         )
@@ -154,7 +155,7 @@ class _Operands:
     kt: Array
     v: Array
     out: Array
-    mask: Array | None
+    masks: Sequence[Array]
     condition: Array | None
 
     def bind(self, pieces: Sequence[Piece], scratch: Scratch, options: Options) -> list[Call]:
@@ -179,9 +180,8 @@ class _Operands:
             calls.append((np.matmul, (q, self.kt[heads], s)))
             if self.condition is not None:
                 calls.append(copy_where(s, fill, self.condition[piece]))
-            if self.mask is not None:
-                calls.append(call(np.add, s, self.mask[piece], s))
             calls += [
+                *(call(np.add, s, mask[piece], s) for mask in self.masks),
                 (np.maximum.reduce, (s, -1, None, high, True)),
                 *([call(np.equal, high, lowest, gone)] if options.zero == "unseen" else []),
                 (np.subtract, (s, high, s)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -224,14 +224,14 @@ def fused(
     q: Array,
     kt: Array,
     v: Array,
-    mask: Array | None,
+    masks: Sequence[Array],
     keep: Array | None,
     *,
     scale: float,
     fill: float,
     guarded: bool,
 ) -> Array:
-    """softmax(scale q @ kt + mask) @ v in steps that each round to q's dtype; scores are `fill` where `keep` is not.
+    """softmax(scale q @ kt + masks) @ v in steps that each round to q's dtype; scores are `fill` where `keep` is not.
 
     With `guarded` weights that are NaN become 0.
     """
@@ -241,7 +241,7 @@ def fused(
         scores = (scores * dtype.type(scale)).astype(dtype)
     if keep is not None:
         scores = xp.where(keep, scores, xp.asarray(fill, dtype))
-    if mask is not None:
+    for mask in masks:
         scores = scores + mask
     flat = scores.astype(xp.float64).reshape(-1, scores.shape[-1])
     weights = rows_softmax(xp, flat).reshape(scores.shape).astype(dtype)
