@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -36,6 +37,7 @@ NARROW = {
 """Types of at most eight bits that NumPy has not, and the opset from which ONNX has operators on them."""
 
 
+@cache
 def narrow(dtype: DType, *shape: int) -> np.ndarray[Any, np.dtype[Any]]:
     """A constant input of a type of `NARROW`, for cases: small values that it holds."""
     info = (ml_dtypes.iinfo if is_integer(dtype) else ml_dtypes.finfo)(dtype)
