@@ -17,7 +17,7 @@ from infera_gpu.memory import aligned, crowded
 from infera_gpu.op import Kernel
 from infera_gpu.place import Lowered, Root, place, requests
 from infera_gpu.plan import Plan, Step
-from infera_gpu.slots import slots_of
+from infera_gpu.slots import same_place, slots_of, windows_of
 from infera_gpu.spec import TensorSpec
 from infera_gpu.specialize import Placed, Segment
 
@@ -175,20 +175,17 @@ class _Lowering:
 
     def join(self, placed: Placed, space: Space) -> bool:
         """Copy the inputs that do not lie in their windows; False where none does, and the node runs as any other."""
-        site, windows = placed.site, placed.op.windows
+        site = placed.site
         name = site.node.outputs[0]
         place = self.places.get(name) or dense(name, space, site.outs[0])
         if place.root not in self.slabs:
             return False
-        assert windows is not None
         whole = replace(place, root=self.slabs[place.root])
-        away = []
-        for k, value in enumerate(site.node.inputs):
-            window = view_of(whole, lambda y, k=k: windows(y, site)[k])  # type: ignore[misc]
-            assert window is not None
-            if not _same(self.home(value), window):
-                away.append((value, window))
-        if len(away) == len(site.node.inputs):
+        inputs = site.node.inputs
+        away = [
+            (v, w) for v, w in zip(inputs, windows_of(whole, placed), strict=True) if not same_place(self.home(v), w)
+        ]
+        if len(away) == len(inputs):
             return False
         for value, target in away:
             self.move(value, self.fetch(value, space, strided=True), target)
@@ -307,14 +304,6 @@ def _views(source: Operand, placed: Placed) -> list[Operand] | None:
             return None
         found.append(made)
     return found
-
-
-def _same(a: Operand, b: Operand) -> bool:
-    """Whether they are the same elements in the same order. Empty operands lie everywhere."""
-    return not b.nbytes or (
-        (a.root, a.offset, a.shape, a.dtype) == (b.root, b.offset, b.shape, b.dtype)
-        and all(d == 1 or s == t for d, s, t in zip(a.shape, a.strides, b.strides, strict=True))
-    )
 
 
 def _reads(nodes: Iterable[Node]) -> Iterator[str]:

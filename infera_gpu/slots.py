@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from infera_gpu.choice import Choice
 from infera_gpu.layout import Operand, Space, dense, view_of
 from infera_gpu.op import Kernel
-from infera_gpu.specialize import Segment
+from infera_gpu.specialize import Placed, Segment
 
 
 class _Slots:
@@ -35,17 +36,22 @@ class _Slots:
         return self.places
 
     def join(self, i: int) -> None:
-        placed = self.nodes[i]
-        windows, site = placed.op.windows, placed.site
-        assert windows is not None
+        site = self.nodes[i].site
         name, inputs = site.node.outputs[0], site.node.inputs
         if self.choices[i].space != self.space:
             return
+        lying = self.places.get(inputs[0])
+        if name not in self.places and lying is not None:
+            around = replace(lying, shape=site.outs[0].dims)
+            if all(same_place(self.places.get(v), w) for v, w in zip(inputs, self.parts(around, i), strict=True)):
+                self.offer(name, around)  # where a later one joins these and more
+                return
         whole = self.places.get(name) or dense(name, self.space, site.outs[0])
-        for k, value in enumerate(inputs):
-            window = view_of(whole, lambda y, k=k: windows(y, site)[k])  # type: ignore[misc]
-            if window is not None:
-                self.offer(value, window)
+        for value, window in zip(inputs, self.parts(whole, i), strict=True):
+            self.offer(value, window)
+
+    def parts(self, whole: Operand, i: int) -> list[Operand]:
+        return windows_of(whole, self.nodes[i])
 
     def offer(self, value: str, place: Operand) -> bool:
         """Let the value lie there, if its maker can write there and its readers can read it there."""
@@ -95,6 +101,27 @@ class _Slots:
                 and self.offer(value, self.places[placed.site.node.outputs[0]])
             ):
                 return
+
+
+def windows_of(whole: Operand, placed: Placed) -> list[Operand]:
+    """Where the inputs of a node that joins them lie in its output, which lies at `whole`."""
+    windows, site = placed.op.windows, placed.site
+    assert windows is not None
+    found = []
+    for k in range(len(site.node.inputs)):
+        window = view_of(whole, lambda y, k=k: windows(y, site)[k])  # type: ignore[misc]
+        assert window is not None
+        found.append(window)
+    return found
+
+
+def same_place(a: Operand | None, b: Operand) -> bool:
+    """Whether they are the same elements in the same order. Empty operands lie everywhere."""
+    return not b.nbytes or (
+        a is not None
+        and (a.root, a.offset, a.shape, a.dtype) == (b.root, b.offset, b.shape, b.dtype)
+        and all(d == 1 or s == t for d, s, t in zip(a.shape, a.strides, b.strides, strict=True))
+    )
 
 
 def _writes(kernel: Kernel | None) -> bool:

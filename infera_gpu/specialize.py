@@ -8,7 +8,7 @@ is specialised with it. Segments form a tree, cached by those values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -72,25 +72,25 @@ def check_supported(graph: Graph, registry: Registry) -> None:
 
     Raises InvalidModel where a node has an attribute that its operator has not, or lacks one.
     """
-    missing: list[tuple[str, str]] = []
-
-    def walk(nodes: Iterable[Node]) -> None:
-        for n in nodes:
-            op = None if is_control(n) else registry.find(n.domain, n.op, graph.opset_of(n))
-            if op is not None:
-                try:
-                    op.fill(n)
-                except PlanError as error:
-                    raise InvalidModel(f"{graph.name}: {error}") from None
-            elif not is_control(n):
-                missing.append((n.qualified, n.name or n.outputs[0]))
-            for _, sub in n.subgraphs:
-                walk(sub.nodes)
-
-    walk(graph.nodes)
+    missing = [*_unsupported(graph.nodes, graph, registry)]
     if missing:
         hints = {op: hint for op, _ in missing if (hint := _hint(op, registry))}
         raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0), hints=hints)
+
+
+def _unsupported(nodes: Iterable[Node], graph: Graph, registry: Registry) -> Iterator[tuple[str, str]]:
+    """Operator and name of what has none, in subgraphs too; `graph` is the outermost one, whose opsets hold."""
+    for n in nodes:
+        op = None if is_control(n) else registry.find(n.domain, n.op, graph.opset_of(n))
+        if op is not None:
+            try:
+                op.fill(n)
+            except PlanError as error:
+                raise InvalidModel(f"{graph.name}: {error}") from None
+        elif not is_control(n):
+            yield n.qualified, n.name or n.outputs[0]
+        for _, sub in n.subgraphs:
+            yield from _unsupported(sub.nodes, graph, registry)
 
 
 def _hint(qualified: str, registry: Registry) -> str:

@@ -71,6 +71,30 @@ def test_what_is_joined_again_and_again_is_written_once(device: str) -> None:
     np.testing.assert_allclose(got["z"], np.sin(a) * d, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_later_concat_joins_with_more_lies_there(device: str) -> None:
+    """As PyTorch writes a DenseNet: every layer joins the outputs of all before it."""
+    text = """
+    g (float[1, 2, 5] x) => (float[1, 6, 5] y, float[1, 4, 5] z) {
+        a = Exp(x)
+        b = Sin(a)
+        ab = Concat <axis = 1> (a, b)
+        t = Neg(ab)
+        ba = Concat <axis = 1> (b, a)
+        z = Sub(t, ba)
+        c = Add(a, b)
+        y = Concat <axis = 1> (a, b, c)
+    }"""
+    x = numbers(1, 2, 5)
+    plan, got = planned(text, device, {"x": x})
+    assert [step for step in labels(plan) if step in ("Concat", "copy")] == ["Concat"], (
+        "what is joined in another order"
+    )
+    a = np.exp(x)
+    b = np.sin(a)
+    np.testing.assert_allclose(got["y"], np.concatenate([a, b, a + b], 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["z"], np.concatenate([-(a + b)] * 2, 1), rtol=1e-5, atol=1e-6)
+
+
 def test_inputs_constants_and_repeated_values_are_copied_into_place(device: str) -> None:
     text = """
     g (float[2, 3] x) => (float[9, 3] y) <float[1, 3] k = {7, 8, 9}> {
