@@ -24,9 +24,9 @@ def declared(module: str) -> tuple[Op, ...]:
 
 
 class _Declared(Registry):
-    """Imports the files that declare a name when it is looked up, all of them only where the index does not know.
+    """Imports the files that declare a name when it is looked up, as the index says; files that it has not, at once.
 
-    Importing all takes longer than loading a small model.
+    Every file is imported only for a name that is nowhere else: that takes longer than loading a small model.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,12 @@ class _Declared(Registry):
         self._left = dict.fromkeys(modules())
         self._by_name: dict[str, list[str]] = {}
         self._importing = threading.RLock()
-        lines = [line.split() for line in INDEX.splitlines()]
-        if self._left.keys() == {module for module, *_ in lines}:
-            for module, *names in lines:
-                for name in names:
-                    self._by_name.setdefault(name, []).append(module)
+        indexed: set[str] = set()
+        for module, *names in map(str.split, INDEX.splitlines()):
+            indexed.add(module)
+            for name in names:
+                self._by_name.setdefault(name, []).append(module)
+        self._new = [module for module in self._left if module not in indexed]
 
     def _import(self, modules: Iterable[str]) -> None:
         with self._importing:
@@ -48,7 +49,7 @@ class _Declared(Registry):
                     del self._left[module]
 
     def _versions(self, domain: str, name: str) -> list[Op]:
-        self._import(self._by_name.get(f"{domain}.{name}" if domain else name, ()))
+        self._import([*self._new, *self._by_name.get(f"{domain}.{name}" if domain else name, ())])
         found = super()._versions(domain, name)
         if not found and self._left:
             self._import(list(self._left))
