@@ -25,6 +25,9 @@ from infera_gpu.spec import TensorSpec, constant
 UNKNOWN = 1 << 14
 """Elements of a tensor of which nothing is known."""
 
+CALL = 1 << 10
+"""Elements that are moved in the time that a step takes to start."""
+
 
 def convert(graph: Graph, registry: Registry) -> Graph:
     """The graph with its convolutions' channels last where that gains, and with fewer Transposes.
@@ -105,13 +108,13 @@ class _Conversion:
             members[self.region(stored)] |= nodes
         return frozenset(i for root, nodes in members.items() if gains[root] <= 0 for i in nodes)
 
-    def moved_elements(self, value: str, order: Order) -> int:
-        """Elements that a Transpose of the value moves: none where the axes that it moves have one element."""
+    def cost(self, value: str, order: Order) -> int:
+        """What a Transpose of the value costs, in elements: nothing where the axes that it moves have one element."""
         spec = self.specs.get(value)
         if spec is None or spec.ndim != len(order):
             return UNKNOWN
         kept = [axis for axis in order if spec.dims[axis] != 1]
-        return 0 if kept == sorted(kept) else spec.size
+        return 0 if kept == sorted(kept) else CALL + spec.size
 
     # ---- values
 
@@ -122,7 +125,7 @@ class _Conversion:
             return stored
         if (stored, perm) not in self.made:
             self.transpose(stored, perm, value)
-            self.gains[stored] -= self.moved_elements(stored, perm)
+            self.gains[stored] -= self.cost(stored, perm)
         return self.made[stored, perm]
 
     def name(self, value: str) -> None:
@@ -147,7 +150,7 @@ class _Conversion:
         if (base, total) not in self.made:
             name = made_name(value, *order)
             self.transpose(base, total, name)
-            self.gains[name] -= self.moved_elements(base, total)
+            self.gains[name] -= self.cost(base, total)
             if base in self.members:
                 self.join(base, name)
         return self.made[base, total]
@@ -218,7 +221,7 @@ class _Conversion:
             return False
         stored, before = self.views.get(value, (value, tuple(range(len(perm)))))
         self.views[target] = stored, tuple(before[axis] for axis in perm)
-        self.gains[stored] += self.moved_elements(value, tuple(perm))
+        self.gains[stored] += self.cost(value, tuple(perm))
         return True
 
     def move(self, node: Node) -> Moved | None:

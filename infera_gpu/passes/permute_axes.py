@@ -221,7 +221,7 @@ _POINTWISE = (
     *("Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN"),
     *("LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign"),
     *("Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu"),
-    *("infera.Gelu", "com.microsoft.Gelu", "com.microsoft.QuickGelu"),
+    *("infera.Centre", "infera.Gelu", "com.microsoft.Gelu", "com.microsoft.QuickGelu"),
 )
 
 _BROADCAST = (
