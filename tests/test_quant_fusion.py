@@ -279,6 +279,29 @@ def test_product_is_that_of_the_integers(m: int, k: int, n: int, signed: bool, c
     np.testing.assert_array_equal(product(a, b, zero, 255), want.astype(np.float32))
 
 
+def test_parts_of_a_product_are_its_panels() -> None:
+    rng = np.random.default_rng(5)
+    a = rng.integers(-255, 256, (24, 600)).astype(np.float32)
+    b = rng.integers(-128, 128, (600, 2000))
+    width = quant.panel_width(*a.shape)
+    want = (a.astype(np.int64) @ b).astype(np.float32)
+    for threads in (1, 2, 3):
+        out = np.full(want.shape, np.nan, np.float32)
+        ranges, packed = quant.exact_ranges(600, 255, 128, b), quant.packed_panels(b, width)
+        parts = quant.matmul_panels(a, packed, width, out, ranges, np.empty, threads=threads)
+        assert len(parts) == threads
+        for calls in reversed(parts):
+            for fn, args in calls:
+                fn(*args)
+        np.testing.assert_array_equal(out, want)
+
+
+def test_small_products_are_one_part() -> None:
+    a, out = np.zeros((6, 300), np.float32), np.zeros((6, 300), np.float32)
+    packed = quant.packed_panels(np.zeros((300, 300), int), 64)
+    assert len(quant.matmul_panels(a, packed, 64, out, [(0, 300)], np.empty, threads=4)) == 1
+
+
 @pytest.mark.parametrize(("rows", "k"), [(0, 0), (1, 1), (6, 512), (24, 768), (32, 3072), (1000, 5)])
 def test_panels_hold_every_column(rows: int, k: int) -> None:
     width = quant.panel_width(rows, k)

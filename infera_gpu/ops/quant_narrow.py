@@ -48,7 +48,8 @@ def _not_empty(site: Site) -> bool:
     return site.spec(0).size > 0
 
 
-# ---- Centre: (x, scale, zero point) -> centred. QuantizeLinear whose integers are centred; with `dequantize` they are
+# ---- Centre: (x, scale, zero point) -> centred. QuantizeLinear whose integers are centred, a NaN staying one; with
+# `dequantize` they are
 # multiplied by the scale again, with `relu` what is negative becomes 0 in between. Scale and zero point are constants.
 
 

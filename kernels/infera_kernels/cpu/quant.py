@@ -218,23 +218,42 @@ def packed_panels(b: Array, width: int) -> Array:
     return np.concatenate([narrow[:, i:j].reshape(-1) for i, j in _panels(b.shape[1], width)] or [narrow.reshape(-1)])
 
 
+_ROWS_PER_WEIGHT, _PART = 8, 5_000_000
+"""Making a weight float32 takes as long as multiplying it by so many rows; a part of so many multiplications takes 0.1
+ms (measured): less is not worth a thread."""
+
+
 def matmul_panels(
-    a: Array, panels: Array, width: int, out: Array, ranges: Sequence[tuple[int, int]], scratch: Scratch
-) -> list[Call]:
+    a: Array,
+    panels: Array,
+    width: int,
+    out: Array,
+    ranges: Sequence[tuple[int, int]],
+    scratch: Scratch,
+    *,
+    threads: int = 1,
+) -> list[list[Call]]:
     """int32 or float32 out = a @ b, b (K, N) given as `packed_panels` of a width; else as `matmul_integer`.
 
     Weights are read once in a run and multiply few rows: that is bound by memory. So they stay narrow there, and a
     panel becomes float32 in cache, where BLAS reads it (1.1 to 2 times faster than weights kept as float32, measured).
+    Returns up to `threads` parts that may run at the same time.
     """
     k, n = a.shape[-1], out.shape[-1]
     rows, target = a.reshape(-1, k), out.reshape(-1, n)
-    wide = scratch((k * min(width, n),), np.float32)
-    calls: list[Call] = []
-    for i, j in _panels(n, width):
-        panel = wide[: k * (j - i)].reshape(k, j - i)
-        calls.append(copy(panel, panels[k * i : k * j].reshape(k, j - i)))
-        calls += matmul_integer(rows, panel, target[:, i:j], ranges, scratch)
-    return calls
+    edges = _panels(n, width)
+    worth = k * n * (rows.shape[0] + _ROWS_PER_WEIGHT) // _PART
+    count = max(1, min(threads, len(edges), worth))
+    parts: list[list[Call]] = []
+    for part in range(count):
+        wide = scratch((k * min(width, n),), np.float32)
+        calls: list[Call] = []
+        for i, j in edges[part::count]:
+            panel = wide[: k * (j - i)].reshape(k, j - i)
+            calls.append(copy(panel, panels[k * i : k * j].reshape(k, j - i)))
+            calls += matmul_integer(rows, panel, target[:, i:j], ranges, scratch)
+        parts.append(calls)
+    return parts
 
 
 def requantize(sums: Array, factor: Array, zero: Array, q: Array, scratch: Scratch) -> list[Call]:
