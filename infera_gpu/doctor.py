@@ -61,7 +61,9 @@ def _numba() -> Iterator[Finding]:
     try:
         yield Finding("numba", "ok", f"{version('numba')} compiles kernels for the CPU")
     except PackageNotFoundError:
-        yield Finding("numba", "absent", "kernels for the CPU are NumPy's; pip install 'infera-gpu[jit]' for faster ones")
+        yield Finding(
+            "numba", "absent", "the CPU runs NumPy's kernels; pip install 'infera-gpu[jit]' compiles faster ones"
+        )
 
 
 def _driver() -> Iterator[Finding]:

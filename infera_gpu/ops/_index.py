@@ -7,6 +7,10 @@ attention Attention CausalConvWithState LinearAttention RotaryEmbedding TensorSc
 attention ai.onnx.preview.FlexAttention
 batchnorm BatchNormalization infera.TrainingBatchNormalization
 cast BitCast Cast CastLike
+chain infera.Elementwise
+channels_last infera.AveragePoolNHWC infera.BatchNormalizationNHWC infera.FusedConvNHWC
+channels_last infera.GlobalAveragePoolNHWC infera.GlobalMaxPoolNHWC infera.MaxPoolNHWC
+channels_last_rest infera.ConvTransposeNHWC infera.LRNNHWC
 compare And BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Equal Greater GreaterOrEqual IsInf IsNaN
 compare Less LessOrEqual Not Or Where Xor
 control Loop Scan SequenceMap
@@ -16,6 +20,7 @@ dropout Dropout infera.TrainingDropout
 einsum Einsum
 elementwise Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh Div Erf Exp Floor Log Max Mean Min Mod Mul
 elementwise Neg Pow Reciprocal Round Sign Sin Sinh Sqrt Sub Sum Tan
+fused_attention infera.Attention
 generate Constant ConstantOfShape EyeLike Range
 gradient infera.OnesLike infera.SumTo
 image ImageDecoder
@@ -63,12 +68,14 @@ quant DequantizeLinear DynamicQuantizeLinear QuantizeLinear com.microsoft.Dequan
 quant com.microsoft.QuantizeLinear
 quant_conv QLinearConv
 quant_matmul MatMulInteger QLinearMatMul
+quant_narrow infera.Centre infera.DynamicCentre infera.NarrowMatMul
 random Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike
 rearrange DepthToSpace ReverseSequence SpaceToDepth Trilu
 recurrent GRU LSTM RNN
 reduce ArgMax ArgMin CumProd CumSum ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
 reduce ReduceMin ReduceProd ReduceSum ReduceSumSquare TopK
 regions MaxRoiPool RoiAlign
+reordered infera.FlattenStored infera.ReshapeStored
 resize Resize Upsample
 sample AffineGrid CenterCropPad Col2Im DeformConv GridSample MaxUnpool
 select Compress NonMaxSuppression NonZero Unique
