@@ -69,10 +69,10 @@ def failed(job: Job, reason: str) -> dict[str, Any]:
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Ratios infera / onnxruntime of the rows that were measured, and the reasons of those that were not."""
-    shown = Table(title="time infera / time onnxruntime: below 1 is faster; ~ taken on a busy machine")
+    shown = Table(title="time infera / time onnxruntime, below 1 is faster; jit: compiled; ~ taken on a busy machine")
     for column in ("model", "input"):
         shown.add_column(column, no_wrap=True)
-    for column in ("threads", "infera ms", "onnxruntime ms", "wall", "cpu", "error"):
+    for column in ("threads", "infera ms", "onnxruntime ms", "wall", "cpu", "jit", "error"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in (row for row in rows if not row["failure"]):
         ours, peer = row["summaries"]["infera"], row["summaries"]["onnxruntime"]
@@ -85,6 +85,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             *times,
             f"{mark}{row['ratios']['wall']:.2f}",
             f"{row['ratios']['cpu']:.2f}",
+            f"{row['ratios']['compiled_wall']:.2f}" if "compiled_wall" in row["ratios"] else "",
             f"{row['error']:.0e}",
         )
     if shown.row_count:

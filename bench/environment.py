@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
-PACKAGES = ("infera-gpu", "numpy", "onnx", "onnxruntime", "triton", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = ("infera-gpu", "numpy", "numba", "onnx", "onnxruntime", "triton", "cupy-cuda12x", "cupy-cuda13x")
 VECTOR_FLAGS = ("avx512_vnni", "avx512f", "avx2", "sve", "asimd")
 """Widest first: what decides how fast a processor multiplies matrices."""
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")

@@ -9,7 +9,9 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import onnx
@@ -20,9 +22,12 @@ from bench.measure import Summary, interleave, summarize
 from bench.models import path_of
 from bench.reference import Reference
 from infera_gpu.errors import InferaError
-from infera_gpu.verify import TOLERANCE, OnnxRuntime, compare
+from infera_gpu.session import Session
+from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
+from infera_kernels.jit import installed
 
-OURS, PEER = "infera", "onnxruntime"
+OURS, COMPILED, PEER = "infera", "infera[jit]", "onnxruntime"
+"""Contenders: with NumPy's kernels, with those that numba compiles where it is installed, and onnxruntime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Row:
     """One model at one shape with one number of threads.
 
     `error` is infera's worst over all outputs, logits included, as a fraction of the output's peak; `peer_error` that
-    of the optimised onnxruntime, over the model's own outputs. `failure` says why there are no times; then `summaries`
+    of the optimised onnxruntime, over the model's own outputs; `compiled_error` is infera's with compiled kernels. `failure` says why there are no times; then `summaries`
     is empty.
     """
 
@@ -51,6 +56,7 @@ class Row:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     error: float | None = None
     peer_error: float | None = None
+    compiled_error: float | None = None
     failure: str = ""
     summaries: dict[str, Summary] = field(default_factory=dict)
     arena_bytes: int | None = None
@@ -61,8 +67,13 @@ class Row:
         """infera / onnxruntime: below one is faster."""
         if not self.summaries:
             return {}
-        ours, peer = self.summaries[OURS], self.summaries[PEER]
-        return {"wall": ours.wall_ms / peer.wall_ms, "cpu": ours.cpu_ms / peer.cpu_ms}
+        peer = self.summaries[PEER]
+        return {
+            f"{prefix}{clock}": getattr(self.summaries[name], f"{clock}_ms") / getattr(peer, f"{clock}_ms")
+            for name, prefix in ((OURS, ""), (COMPILED, "compiled_"))
+            if name in self.summaries
+            for clock in ("wall", "cpu")
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it, which has no infinity: an error without a size is null."""
@@ -82,23 +93,32 @@ def measure(job: Job, example: Example, row: Row) -> None:
     row.shapes = {name: list(array.shape) for name, array in feeds.items()}
     reference = Reference(onnx.load(path), job.threads)
     want = reference.run(feeds)
-    with infera_gpu.load(reference.payload, device="cpu", threads=job.threads) as session:
-        found = compare(session.run(feeds), want)
     peer = OnnxRuntime(path, threads=job.threads, optimized=True)
-    with infera_gpu.load(path, device="cpu", threads=job.threads) as session:
-        got, theirs = session.run(feeds), peer.run(feeds)
-        want = {name: want[name] for name in theirs}
-        found += compare(got, want)
-        row.error = max(d.error for d in found)
-        row.peer_error = max(d.error for d in compare(theirs, want))
+    theirs = peer.run(feeds)
+    own = {name: want[name] for name in theirs}
+    row.peer_error = max(d.error for d in compare(theirs, own))
+    found: list[Difference] = []
+    with ExitStack() as stack:
+
+        def opened(jit: bool) -> tuple[Session, float]:
+            """The model to be timed, and its worst error, intermediate logits included."""
+            with infera_gpu.load(reference.payload, device="cpu", threads=job.threads, jit=jit) as exposed:
+                differences = list(compare(exposed.run(feeds), want))
+            session = stack.enter_context(infera_gpu.load(path, device="cpu", threads=job.threads, jit=jit))
+            differences += compare(session.run(feeds), own)
+            found.extend(differences)
+            return session, max(d.error for d in differences)
+
+        session, row.error = opened(jit=False)
+        contenders: dict[str, Callable[[], object]] = {OURS: partial(session.run, feeds)}
+        if installed():
+            compiled, row.compiled_error = opened(jit=True)
+            contenders[COMPILED] = partial(compiled.run, feeds)
         wrong = [str(d) for d in found if not d.within(TOLERANCE) and job.model not in UNSTABLE]
         if wrong:
             row.failure = f"outputs differ: {'; '.join(wrong)}"
             return
-        contenders: dict[str, Callable[[], object]] = {
-            OURS: lambda: session.run(feeds),
-            PEER: lambda: peer.run(feeds),
-        }
+        contenders[PEER] = partial(peer.run, feeds)
         taken = interleave(contenders, rounds=job.rounds, block_s=job.block_s)
         plan = session.plan_for(feeds)
         row.arena_bytes, row.lower_bound_bytes = plan.arena_bytes, plan.lower_bound
