@@ -15,10 +15,10 @@ from infera_kernels.calls import Array, Call
 SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
 """What OpenBLAS calls the CPUs that it has kernels for small products for: those with AVX-512."""
 
-SLICES = (64, 48, 32, 16)
+SLICES = (64, 48, 40, 32, 16)
 """Columns that a slice of the weights may have."""
 
-FEWEST_ROWS = 8
+FEWEST_ROWS = 14
 """Rows of a small product that is worth a call."""
 
 
@@ -31,8 +31,8 @@ def small_product() -> int:
 
 def slice_of(rows: int, depth: int, columns: int) -> int:
     """Columns of a slice of weights (depth, columns) that `rows` rows are multiplied with: all if none is small."""
-    small = small_product()
-    possible = [n for n in (columns, *SLICES) if columns % n == 0 and FEWEST_ROWS * depth * n <= small]
+    small, fewest = small_product(), min(rows, FEWEST_ROWS)
+    possible = [n for n in (columns, *SLICES) if columns % n == 0 and fewest * depth * n <= small]
     at_once = [n for n in possible if n >= 32 and rows * depth * n <= small]
     return next(iter([*at_once, *possible, columns]))
 
@@ -47,7 +47,7 @@ def product(x: Array, weights: Array, y: Array) -> list[Call]:
     """y (groups, rows, N) = x (groups, rows, depth) @ weights (groups, N / columns, depth, columns)."""
     groups, _, depth, columns = weights.shape
     most = small_product() // (depth * columns)
-    count = x.shape[1] if most < FEWEST_ROWS else min(most, x.shape[1])
+    count = min(most, x.shape[1]) if most >= FEWEST_ROWS else x.shape[1]
     whole = x.shape[1] - x.shape[1] % count
     calls: list[Call] = []
     for part in (slice(0, whole), slice(whole, x.shape[1])):
