@@ -53,8 +53,9 @@ def average_pool2d(
         np, x.shape[1:3], y.shape[1:3], kernel=kernel, strides=strides, dilations=dilations, pads=pads,
         include_pad=include_pad,
     )  # fmt: skip
-    weights = (1 / size.astype(np.float64)).astype(y.dtype)[:, :, None]
-    return _pool(np.add, const(0, y), weights, x, y, scratch, split, kernel, strides, dilations, pads)
+    weights = (1 / size.astype(np.float64)).astype(y.dtype)
+    scale = weights[:, :, None] if (weights != weights[0, 0]).any() else const(weights[0, 0], y)
+    return _pool(np.add, const(0, y), scale, x, y, scratch, split, kernel, strides, dilations, pads)
 
 
 def global_average_pool(x: Array, y: Array, scratch: Scratch, split: Split) -> list[Call]:
@@ -93,6 +94,10 @@ def _pool(
     dilations: Pair,
     pads: Pads,
 ) -> list[Call]:
+    """`ufunc` over each window, times `scale`, (OH, OW, 1) or 0-d.
+
+    A horizontal stride parts the columns into phases first, so that both operands of `ufunc` are rows of pixels.
+    """
     if not y.size:
         return []
     height, (width, c) = y.shape[1], x.shape[2:]
@@ -121,7 +126,7 @@ def _pool(
                 ]
                 calls += _reduced(ufunc, none, block, taps)
                 if scale is not None:
-                    calls.append((np.multiply, (block, scale[row:end], block)))
+                    calls.append((np.multiply, (block, scale[row:end] if scale.ndim else scale, block)))
         return calls
 
     return in_parts(y.shape[0] * height, split, part)
