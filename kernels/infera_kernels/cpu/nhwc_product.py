@@ -44,9 +44,12 @@ def sliced(weights: Array, columns: int) -> Array:
 
 
 def product(x: Array, weights: Array, y: Array) -> list[Call]:
-    """y (groups, rows, N) = x (groups, rows, depth) @ weights (groups, N / columns, depth, columns)."""
+    """y (groups, rows, N) = x (groups, rows, depth) @ weights (groups, N / columns, depth, columns).
+
+    Transposed weights are laid out anew in any case: then it is one product.
+    """
     groups, _, depth, columns = weights.shape
-    most = small_product() // (depth * columns)
+    most = small_product() // (depth * columns) if weights.strides[-1] == weights.itemsize else 0
     count = min(most, x.shape[1]) if most >= FEWEST_ROWS else x.shape[1]
     whole = x.shape[1] - x.shape[1] % count
     calls: list[Call] = []
