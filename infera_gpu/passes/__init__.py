@@ -20,6 +20,7 @@ from infera_gpu.passes import (
     pad,
     pairs,
     quant,
+    rotary,
     softmax,
     weights,
 )
@@ -41,6 +42,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *softmax.FUSIONS,
     *gelu.FUSIONS,
     *activation.FUSIONS,
+    *rotary.FUSIONS,
     *attention.FUSIONS,
     *gates.FUSIONS,
     matmul.BIAS,
