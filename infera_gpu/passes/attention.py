@@ -11,6 +11,13 @@ CPU = frozenset({"cpu"})
 """Elsewhere there are kernels for the parts and none for the whole."""
 
 
+def rank_of(match: Match, name: str) -> int | None:
+    """How many axes a value has; heads that a Transpose puts first show it by the permutation."""
+    made_by = match.producers.get(match.values[name])
+    perm = made_by.attrs.get("perm") if made_by is not None and made_by.qualified == "Transpose" else None
+    return match.rank(name) if perm is None else len(perm)
+
+
 # ---- PyTorch swaps the last two axes of keys through three axes
 
 
@@ -24,15 +31,15 @@ def _keys() -> P:
 
 
 def _swapped(match: Match) -> Replacement:
-    axes = tuple(range(match.spec("k").ndim))  # type: ignore[union-attr]
-    perm = (*axes[:-2], axes[-1], axes[-2])
+    axes = range(rank_of(match, "k") or 0)
+    perm = (*axes[:-2], *axes[:-3:-1])
     return Replacement(standard(match, "Transpose", 1, (match.values["k"],), {"perm": perm}))
 
 
 KEYS = Fusion(
     name="transposed_keys",
     patterns=(_keys(),),
-    guard=lambda match: match.rank("k") is not None and tuple(match.nodes["swap"].attrs["perm"]) == (0, 2, 1),
+    guard=lambda match: rank_of(match, "k") is not None and tuple(match.nodes["swap"].attrs["perm"]) == (0, 2, 1),
     build=_swapped,
     example="""
         example (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from infera_gpu.passes.attention import rank_of
 from infera_gpu.passes.engine import Fusion, Match, fused, node
 
 _FAR = 2.0**63
 _TURNED = node(
     "Concat",
     node("Neg", node("Slice", "x", "half", _FAR, "%axis", 1.0, name="second")),
-    node("Slice", "x", 0.0, "half_too", "%axis_too", 1.0, name="first"),
+    node("Slice", "x", 0.0, "half", "%axis_too", 1.0, name="first"),
     name="turned",
 )
 
 
 def _along_heads(match: Match) -> bool:
-    """Whether it is the last axis that is cut in two, at one place, and put together again."""
-    places = [match.values[name] for name in ("half", "half_too")]
-    if places[0] != places[1]:
-        first, second = (match.graph.constants[place] for place in places)
-        if not np.array_equal(first, second):
-            return False
-    rank = match.rank("x")
+    """Whether it is the last axis that is cut in two and put together again."""
+    rank = rank_of(match, "x")
     axes = (match.number("axis"), match.number("axis_too"), float(match.nodes["turned"].attrs["axis"]))
     return all(axis == -1 or (rank is not None and axis == rank - 1) for axis in axes)
 
