@@ -178,6 +178,8 @@ def test_strict_sessions_scale_weights_before_the_product() -> None:
         }"""
     found = [operators(infera_gpu.load(parse(text), device="cpu", accuracy=a)) for a in ("fast", "strict")]
     assert found == [{"infera.NarrowMatMul": 1}, {"MatMul": 1}]
+    with infera_gpu.load(parse(pairs()), device="cpu", accuracy="strict") as session:
+        assert operators(session) == {"infera.Centre": 1, "MatMul": 1}
 
 
 # ---- tables

@@ -49,8 +49,8 @@ def _not_empty(site: Site) -> bool:
 
 
 # ---- Centre: (x, scale, zero point) -> centred. QuantizeLinear whose integers are centred, a NaN staying one; with
-# `dequantize` they are
-# multiplied by the scale again, with `relu` what is negative becomes 0 in between. Scale and zero point are constants.
+# `dequantize` they are multiplied by the scale again, with `relu` what is negative becomes 0 in between. Scale and zero
+# point are single; the kernel wants to know the zero point.
 
 
 def _infer_centre(site: Site) -> tuple[TensorSpec]:
