@@ -84,13 +84,28 @@ def dummy(operand: Operand) -> HostArray:
     return made.view(operand.dtype)
 
 
-def view_of(operand: Operand, view: Callable[[HostArray], HostArray]) -> Operand | None:
-    """The operand that `view` makes of this one by shape and stride operations; None where it would have to copy."""
+def views_of(
+    operand: Operand, view: Callable[[HostArray], HostArray | Sequence[HostArray]]
+) -> tuple[Operand, ...] | None:
+    """The operands that `view` makes of this one by shape and stride operations; None where it would have to copy."""
     base = dummy(operand)
     try:
         made = view(base)
     except ValueError:  # reshape(copy=False) of strides that do not allow it
         return None
-    offset = made.__array_interface__["data"][0] - base.__array_interface__["data"][0] if made.size else 0
-    at = operand.offset + int(offset)
-    return Operand(operand.root, operand.space, made.shape, made.dtype, made.strides, at, operand.constant)
+    start = base.__array_interface__["data"][0]
+
+    def placed(x: HostArray) -> Operand:
+        offset = int(x.__array_interface__["data"][0] - start) if x.size else 0
+        strides = tuple(int(s) for s in x.strides)
+        return Operand(
+            operand.root, operand.space, x.shape, x.dtype, strides, operand.offset + offset, operand.constant
+        )
+
+    return (placed(made),) if isinstance(made, np.ndarray) else tuple(map(placed, made))
+
+
+def view_of(operand: Operand, view: Callable[[HostArray], HostArray]) -> Operand | None:
+    """`views_of`, of one array."""
+    made = views_of(operand, view)
+    return made[0] if made else None

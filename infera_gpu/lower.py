@@ -11,8 +11,8 @@ import numpy as np
 from infera_gpu.choice import Choice, choose
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
-from infera_gpu.graph import HostArray, Node
-from infera_gpu.layout import Operand, Space, dense, view_of
+from infera_gpu.graph import Node
+from infera_gpu.layout import Operand, Space, dense, views_of
 from infera_gpu.memory import aligned, crowded
 from infera_gpu.op import Kernel
 from infera_gpu.place import Lowered, Root, place, requests
@@ -285,25 +285,12 @@ class _Lowering:
         )
 
 
-def _views(source: Operand, placed: Placed) -> list[Operand] | None:
+def _views(source: Operand, placed: Placed) -> tuple[Operand, ...] | None:
     """The outputs as windows into input 0, which lies at `source`; None where one of them is none."""
     apply, site = placed.op.view, placed.site
     assert apply is not None
-
-    def part(x: HostArray, i: int) -> HostArray:
-        made = apply(x, site)
-        parts: tuple[HostArray, ...] = made if isinstance(made, tuple) else (made,)
-        if i >= len(parts):
-            raise ValueError("only its first output is a view")
-        return parts[i]
-
-    found = []
-    for i, name in enumerate(site.node.outputs):
-        made = view_of(source, lambda x, i=i: part(x, i)) if name else source  # type: ignore[misc]
-        if made is None:
-            return None
-        found.append(made)
-    return found
+    made = views_of(source, lambda x: apply(x, site))
+    return None if made is None or any(site.node.outputs[len(made) :]) else made
 
 
 def _reads(nodes: Iterable[Node]) -> Iterator[str]:

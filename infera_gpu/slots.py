@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from infera_gpu.choice import Choice
-from infera_gpu.layout import Operand, Space, dense, view_of
+from infera_gpu.layout import Operand, Space, dense, view_of, views_of
 from infera_gpu.op import Kernel
 from infera_gpu.specialize import Placed, Segment
 
@@ -50,7 +50,7 @@ class _Slots:
         for value, window in zip(inputs, self.parts(whole, i), strict=True):
             self.offer(value, window)
 
-    def parts(self, whole: Operand, i: int) -> list[Operand]:
+    def parts(self, whole: Operand, i: int) -> tuple[Operand, ...]:
         return windows_of(whole, self.nodes[i])
 
     def offer(self, value: str, place: Operand) -> bool:
@@ -103,16 +103,13 @@ class _Slots:
                 return
 
 
-def windows_of(whole: Operand, placed: Placed) -> list[Operand]:
+def windows_of(whole: Operand, placed: Placed) -> tuple[Operand, ...]:
     """Where the inputs of a node that joins them lie in its output, which lies at `whole`."""
     windows, site = placed.op.windows, placed.site
     assert windows is not None
-    found = []
-    for k in range(len(site.node.inputs)):
-        window = view_of(whole, lambda y, k=k: windows(y, site)[k])  # type: ignore[misc]
-        assert window is not None
-        found.append(window)
-    return found
+    made = views_of(whole, lambda y: windows(y, site))
+    assert made is not None
+    return made
 
 
 def same_place(a: Operand | None, b: Operand) -> bool:
