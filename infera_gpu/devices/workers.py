@@ -20,6 +20,8 @@ from infera_gpu.op import Call
 class Region:
     """The parts of one step during one run, at most `seats` of which workers run beside the caller's."""
 
+    __slots__ = ("_done", "_error", "_lock", "_seats", "_unfinished", "_waiting")
+
     def __init__(self, parts: Sequence[Sequence[Call]], seats: int) -> None:
         self._waiting = list(reversed(parts))
         self._unfinished = len(parts)
