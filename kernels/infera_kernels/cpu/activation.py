@@ -23,9 +23,9 @@ from infera_kernels.cpu.elementwise import BLOCK, blocks, call, clamp, const, co
 _ERF = (1.12837917, 0.102768807, -0.000190301108, -0.000621436438, 8.83061213e-05, -5.77970913e-06, 1.48178798e-07)
 
 
-def _atanh_erf(x: Array, out: Array, z: Array, scale: float, factor: float) -> list[Call]:
-    """factor atanh(erf(scale x))"""
-    c = [const(factor * k * scale ** (2 * i + 1), x) for i, k in enumerate(_ERF)]
+def _atanh_erf(x: Array, out: Array, z: Array, scale: float) -> list[Call]:
+    """atanh(erf(scale x))"""
+    c = [const(k * scale ** (2 * i + 1), x) for i, k in enumerate(_ERF)]
     calls = [call(np.multiply, x, x, z), call(np.multiply, z, c[-1], out)]
     for k in c[-2:0:-1]:
         calls += [call(np.add, out, k, out), call(np.multiply, out, z, out)]
@@ -34,17 +34,18 @@ def _atanh_erf(x: Array, out: Array, z: Array, scale: float, factor: float) -> l
 
 def _erf(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
     z, p = t
-    return [*_atanh_erf(x, p, z, 1, 1), call(np.tanh, p, out)]
+    return [*_atanh_erf(x, p, z, 1), call(np.tanh, p, out)]
 
 
 def _gelu(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
-    """x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u))"""
+    """x / 2 (1 + erf(x / √2))"""
     z, p = t
     return [
-        *_atanh_erf(x, p, z, 0.5**0.5, -2),
-        call(np.exp, p, p),
+        *_atanh_erf(x, p, z, 0.5**0.5),
+        call(np.tanh, p, p),
         call(np.add, p, const(1, x), p),
-        call(np.true_divide, x, p, out),
+        call(np.multiply, x, const(0.5, x), z),
+        call(np.multiply, p, z, out),
     ]
 
 
