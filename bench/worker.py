@@ -46,8 +46,8 @@ class Row:
     """One model at one shape with one number of threads.
 
     `error` is infera's worst over all outputs, logits included, as a fraction of the output's peak; `peer_error` that
-    of the optimised onnxruntime, over the model's own outputs; `compiled_error` is infera's with compiled kernels. `failure` says why there are no times; then `summaries`
-    is empty.
+    of the optimised onnxruntime, over the model's own outputs; `compiled_error` is infera's with compiled kernels.
+    `failure` says why there are no times; then `summaries` is empty.
     """
 
     model: str
