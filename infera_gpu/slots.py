@@ -16,6 +16,8 @@ class _Slots:
         self.nodes, self.choices, self.space = segment.nodes, choices, space
         self.kept = set(segment.outputs)
         self.places: dict[str, Operand] = {}
+        self.until: dict[str, int] = {}
+        """The last node that may read what lies in the place of a value, before another writes over it."""
         self.makers = {o: i for i, p in enumerate(self.nodes) for o in p.site.node.outputs if o}
         self.readers: dict[str, list[int]] = {}
         for i, p in enumerate(self.nodes):
@@ -44,17 +46,17 @@ class _Slots:
         if name not in self.places and lying is not None:
             around = replace(lying, shape=site.outs[0].dims)
             if all(same_place(self.places.get(v), w) for v, w in zip(inputs, self.parts(around, i), strict=True)):
-                self.offer(name, around)  # where a later one joins these and more
+                self.offer(name, around, self.until.get(inputs[0]))  # where a later one joins these and more
                 return
         whole = self.places.get(name) or dense(name, self.space, site.outs[0])
         for value, window in zip(inputs, self.parts(whole, i), strict=True):
-            self.offer(value, window)
+            self.offer(value, window, self.until.get(name))
 
     def parts(self, whole: Operand, i: int) -> tuple[Operand, ...]:
         return windows_of(whole, self.nodes[i])
 
-    def offer(self, value: str, place: Operand) -> bool:
-        """Let the value lie there, if its maker can write there and its readers can read it there."""
+    def offer(self, value: str, place: Operand, until: int | None) -> bool:
+        """Let the value lie there, if its maker can write there and its readers can read it there, in time."""
         i = self.makers.get(value)
         if i is None or value in self.places or not place.nbytes:
             return False
@@ -66,6 +68,10 @@ class _Slots:
                 return False
         elif not place.is_contiguous or any(placed.site.node.outputs[1:]):
             return False
+        if until is not None:
+            if value in self.kept or any(reader > until for reader in self.readers[value]):
+                return False
+            self.until[value] = until
         self.places[value] = place
         return True
 
@@ -84,13 +90,13 @@ class _Slots:
         place = self.places[node.outputs[0]]
         same = made is not None and made.is_contiguous and made.nbytes == source.nbytes and made.dtype == source.dtype
         back = view_of(place, lambda y: y.reshape(spec.dims, copy=False)) if same else None
-        if back is None or not self.offer(node.inputs[0], back):
+        if back is None or not self.offer(node.inputs[0], back, self.until.get(node.outputs[0])):
             del self.places[node.outputs[0]]
 
     def in_place(self, i: int) -> None:
         """An input that the kernel may overwrite, and that nothing else reads, lies where the output goes."""
         kernel, placed = self.choices[i].kernel, self.nodes[i]
-        inputs = placed.site.node.inputs
+        inputs, output = placed.site.node.inputs, placed.site.node.outputs[0]
         for k in kernel.inplace if kernel else ():
             value = inputs[k] if k < len(inputs) else ""
             if (
@@ -98,8 +104,9 @@ class _Slots:
                 and value not in self.kept
                 and self.readers[value] == [i]
                 and placed.site.ins[k] == placed.site.outs[0]
-                and self.offer(value, self.places[placed.site.node.outputs[0]])
+                and self.offer(value, self.places[output], min(i, self.until.get(output, i)))
             ):
+                self.until[value] -= 1  # this node reads all of it, and may not read what lies inside besides
                 return
 
 

@@ -47,6 +47,26 @@ def test_a_concat_of_what_is_computed_costs_no_step(device: str) -> None:
     np.testing.assert_allclose(got["y"], np.concatenate([np.exp(x), -x, np.sin(x)], 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("factor", ["d", "r"])
+def test_what_lies_in_a_joined_value_is_read_before_that_is_overwritten(factor: str, device: str) -> None:
+    """Mul works in place of k, in the slot of y; what k joins is an output, and Mul may read it as well."""
+    text = f"""
+    g (float[1, 2, 4] x) => (float[1, 2, 4] r, float[3, 2, 4] y) <float d = {{-1.5}}> {{
+        b = Exp(x)
+        r = Relu(b)
+        k = Concat <axis = 0> (r, b)
+        m = Mul({factor}, k)
+        t = Sin(x)
+        y = Concat <axis = 0> (t, m)
+    }}"""
+    x = numbers(1, 2, 4)
+    _, got = planned(text, device, {"x": x})
+    b = np.exp(x)
+    m = b * (b if factor == "r" else -1.5)
+    np.testing.assert_allclose(got["r"], b, rtol=1e-6)
+    np.testing.assert_allclose(got["y"], np.concatenate([np.sin(x), m, m]), rtol=1e-5)
+
+
 def test_what_is_joined_again_and_again_is_written_once(device: str) -> None:
     """As in a DenseNet: each value is read by itself and as a part of every value joined after it."""
     text = """
