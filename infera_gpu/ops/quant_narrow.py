@@ -54,8 +54,9 @@ def _not_empty(site: Site) -> bool:
 
 
 def _infer_centre(site: Site) -> tuple[TensorSpec]:
+    for i in range(3):
+        site.spec(i)
     _require_float32(site, 0, 1)
-    site.spec(2)
     check_parameters(site, (1, 2), (), 1)
     return (site.spec(0),)
 
