@@ -37,7 +37,7 @@ SENSITIVE = {"u2netp"}
 LARGE_LIGHT = {"bvlc_alexnet", "vgg19", "zfnet512"}
 """Those with more than 200 MB of weights, which take seconds to make."""
 TRANSIENT_BYTES = 4096
-"""What each thread of a run may use and give back: the interpreter's small objects, and NumPy's buffers of 256 elements."""
+"""What a thread may use and give back in a run: the interpreter's small objects, NumPy's buffers of 256 elements."""
 WARM_RUNS = 10
 
 Array = np.ndarray[Any, np.dtype[Any]]
