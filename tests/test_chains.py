@@ -100,6 +100,31 @@ def test_what_is_known_while_planning_is_computed_then() -> None:
     np.testing.assert_allclose(session.run({"x": x})["y"], np.tanh(x / 2), rtol=1e-6)
 
 
+def test_arithmetic_before_opset_7_stays_apart() -> None:
+    """Its operands need not be aligned at the last axis."""
+    model = parse(
+        """
+        g (float[2, 3] x, float[2] z) => (float[2, 3] y) {
+            a = Exp(x)
+            b = Add <broadcast = 1, axis = 0> (a, z)
+            y = Neg(b)
+        }""",
+        6,
+    )
+    feeds = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "z": np.array([1, -1], np.float32)}
+    session = infera_gpu.load(model, device="cpu")
+    assert [n.op for n in session.graph.nodes] == ["Exp", "Add", "Neg"]
+    np.testing.assert_allclose(session.run(feeds)["y"], -(np.exp(feeds["x"]) + feeds["z"][:, None]), rtol=1e-6)
+
+
+def test_a_body_may_be_given_other_types_than_it_declares() -> None:
+    """The Cast of a loop's body is none where it declares what it casts to, and needed for what it is given."""
+    body = "b (int64 i, bool c, float h) => (bool d, float16 k) { d = Identity(c)  f = Cast <to = 10> (h)  k = Neg(f) }"
+    text = f"g (float16[2] x) => (float16[2] y) <int64 n = {{3}}> {{ y = Loop <body = {body}> (n, , x) }}"
+    graph = optimize(load_graph(parse(text.replace("float h", "float16 h"))), registry())
+    assert [n.op for n in graph.nodes[0].subgraphs[0][1].nodes] == ["Identity", "Cast", "Neg"]
+
+
 @pytest.mark.parametrize("expression", ["Conv x0", "Neg t0", "Neg x1", "Neg y0", ""])
 def test_an_expression_that_is_none_is_refused(expression: str) -> None:
     model = parse(f'g (float[3] x) => (float[3] y) {{ y = infera.Elementwise <expression = "{expression}"> (x) }}')

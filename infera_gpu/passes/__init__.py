@@ -30,6 +30,7 @@ from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.layout import convert
 from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
+from infera_gpu.spec import OptionalSpec
 
 QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
 """Applied first of all, where kernels of kind "cpu" run."""
@@ -113,7 +114,12 @@ class _Passes:
         """The node with its subgraphs rewritten."""
         if not node.subgraphs:
             return node
-        return replace(node, attrs={**node.attrs, **{k: self.run(g) for k, g in node.subgraphs}})
+        return replace(node, attrs={**node.attrs, **{k: self.body(g) for k, g in node.subgraphs}})
+
+    def body(self, graph: Graph) -> Graph:
+        """A subgraph after every pass. It runs on what it is given: what its inputs declare does not count."""
+        rewritten = self.run(replace(graph, inputs=dict.fromkeys(graph.inputs, OptionalSpec())))
+        return replace(rewritten, inputs=graph.inputs)
 
     def tell(self, name: str, times: int, before: int, after: int) -> None:
         if times and self.report is not None:

@@ -70,7 +70,11 @@ def _is_step(draft: Draft, n: Node) -> bool:
     op = STEPS.get(n.op)
     if op is None or op.domain != n.domain or any(n.outputs[1:]) or (n.opset and n.op not in LATER):
         return False
-    if not all(_operands(n)) or (n.op in ("Max", "Min", "Sum") and len(n.inputs) < 2):
+    if (
+        not n.attrs.keys() <= op.attrs.keys()
+        or not all(_operands(n))
+        or (n.op in ("Max", "Min", "Sum") and len(n.inputs) < 2)
+    ):
         return False
     if n.op == "Clip" and bounds(draft.graph.constants, n) is None:
         return False
