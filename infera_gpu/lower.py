@@ -301,13 +301,19 @@ def _reads(nodes: Iterable[Node]) -> Iterator[str]:
             yield from _reads(sub.nodes)
 
 
+def _chosen(placed: Placed, device: Device) -> Choice:
+    """`choose`, whose errors name the node: kernels look at attributes that nothing has checked."""
+    with planning(placed.site.node):
+        return choose(placed, device)
+
+
 def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[str, Operand] | None = None) -> Plan:
     """The plan of a segment. `carried` are the operands that earlier segments left in the arena.
 
     A joined value is alive from the first of its parts on. Where that is what needs most memory, its parts are joined
     by copying.
     """
-    choices = [choose(p, device) for p in segment.nodes]
+    choices = [_chosen(p, device) for p in segment.nodes]
     best, least, without = None, 0, set[str]()
     for _ in range(ATTEMPTS):
         lowering = _Lowering(segment, device, measure, choices, without)
