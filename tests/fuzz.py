@@ -262,7 +262,7 @@ class Trial:
         self._opened.clear()
         try:
             self._watching = True
-            session = infera_gpu.load(path, device="cpu")
+            session = infera_gpu.load(path, device="cpu", threads=1)
         except InferaError as error:
             return type(error).__name__
         finally:
