@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
+from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
+from infera_kernels.cpu.parts import worth
 from infera_kernels.jit.codes import CODES
 
 Kernels = dict[str, Kernel]
 
-CHUNK = 1 << 15
-"""Elements that are worth a thread of their own."""
+ELEMENT_NS, PRODUCT_NS = 0.5, 0.02
+"""What an element of a compiled loop and a multiply-add of a product take, about."""
 
 
 def kernels(
@@ -37,7 +39,7 @@ def kernels(
 
 def rows(io: Buffers, count: int, elements: int, part: Callable[[slice], list[Call]]) -> list[Call]:
     """The calls of `part` for ranges of `count` rows that have so many elements in all: one for each thread."""
-    parts = max(1, min(io.threads, count, elements // CHUNK))
+    parts = min(max(count, 1), worth(ELEMENT_NS * elements, split_of(io)).threads)
     edges = [count * i // parts for i in range(parts + 1)]
     return io.parallel([part(slice(a, b)) for a, b in pairwise(edges)])
 
@@ -146,7 +148,7 @@ def _packed(site: Site, io: Buffers, y: Array, with_bias: bool, low: float) -> l
     flip = bool(site.attrs.get("transB", 0))
     weight = io.pack(1, f"panels{flip:d}", lambda w: gemm.pack(w.T if flip else w))
     bias = io.pack(2, "panels", gemm.pack_bias) if with_bias else None
-    parts = max(1, min(io.threads, y.size // CHUNK))
+    parts = worth(PRODUCT_NS * y.size * a.shape[-1], split_of(io)).threads
     return [*calls, *io.parallel(gemm.product(a.reshape(len(y), -1), weight, bias, y, low=low, parts=parts))]
 
 
@@ -186,7 +188,7 @@ def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.jit.windows import max_pool
 
-        parts = max(1, min(io.threads, site.spec(0).size // CHUNK))
+        parts = worth(ELEMENT_NS * site.spec(0).size, split_of(io)).threads
         return io.parallel(max_pool(**told(site, io), parts=parts))
 
     return kernels(bind, lambda site: len(site.outs) == 1 and site.spec(0).ndim in (3, 4))

@@ -16,6 +16,7 @@ from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
 from infera_kernels.cpu.nhwc_shifted import shifted
 from infera_kernels.cpu.nhwc_winograd import tile_of, winograd
+from infera_kernels.cpu.parts import worth
 
 FEW_OUTPUTS = 4
 """Output channels up to which a product for each tap and a sum of planes is faster than columns, ..."""
@@ -25,6 +26,9 @@ SOME_INPUTS = 8
 
 ROWS_OF_A_PART = 2
 """Rows of the output, of all images, below which a part is made of channels."""
+
+PRODUCT_NS, ELEMENT_NS = 0.03, 0.2
+"""What a multiply-add takes, and an element to be read or written, about."""
 
 CHANNELS_OF_A_PART = 16
 """The fewest channels of such a part."""
@@ -55,6 +59,7 @@ def conv2d(
     if not y.size:
         return []
     out, kernel = (y.shape[1], y.shape[2]), (w.shape[2], w.shape[3])
+    split = worth(PRODUCT_NS * y.size * w[0].size + ELEMENT_NS * (x.size + y.size), split)
     if group == 1 and _by_channels(y, split.threads):
 
         def part(start: int, stop: int) -> list[Call]:

@@ -10,8 +10,12 @@ from infera_kernels.calls import Array, Call, Scratch, Split
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.elementwise import call, const
 from infera_kernels.cpu.nhwc_rows import images, in_parts, longest, moved, spans
+from infera_kernels.cpu.parts import worth
 from infera_kernels.portable.pool import counts, lowest
 from infera_kernels.portable.windows import Pads
+
+ELEMENT_NS = 0.2
+"""What an element takes to be read and combined, about."""
 
 BLOCK_BYTES = 1 << 18
 """Input rows reduced to output rows, of one block."""
@@ -67,7 +71,7 @@ def global_average_pool(x: Array, y: Array, scratch: Scratch, split: Split) -> l
     def part(start: int, stop: int) -> list[Call]:
         return [(np.matmul, (mean, pixels[..., start:stop], target[..., start:stop]))]
 
-    return [(np.copyto, (mean, const(1 / (height * width), x))), *in_parts(c, split, part)]
+    return [(np.copyto, (mean, const(1 / (height * width), x))), *in_parts(c, worth(ELEMENT_NS * x.size, split), part)]
 
 
 def global_max_pool(x: Array, y: Array, scratch: Scratch, split: Split) -> list[Call]:
@@ -78,7 +82,7 @@ def global_max_pool(x: Array, y: Array, scratch: Scratch, split: Split) -> list[
     def part(start: int, stop: int) -> list[Call]:
         return [(np.maximum.reduce, (pixels[..., start:stop], 1, None, target[:, start:stop]))]
 
-    return in_parts(c, split, part)
+    return in_parts(c, worth(ELEMENT_NS * x.size, split), part)
 
 
 def _pool(
@@ -129,7 +133,8 @@ def _pool(
                     calls.append((np.multiply, (block, scale[row:end] if scale.ndim else scale, block)))
         return calls
 
-    return in_parts(y.shape[0] * height, split, part)
+    work = ELEMENT_NS * (kernel[0] * x.size + kernel[1] * y.size)
+    return in_parts(y.shape[0] * height, worth(work, split), part)
 
 
 def _taps(size: int, out: int, kernel: int, stride: int, dilation: int, before: int) -> Iterator[tuple[slice, slice]]:

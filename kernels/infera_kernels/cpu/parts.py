@@ -11,8 +11,9 @@ from itertools import pairwise
 
 from infera_kernels.calls import Array, Split
 
-LEAST_NS = 25_000
-"""Nanoseconds of work below which a part is not worth a thread of its own."""
+LEAST_NS = 90_000
+"""Nanoseconds of work below which a part is not worth a thread of its own, by whole models: with 25,000 those of many
+small steps took longer with two threads than with one."""
 
 
 def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[slice]:
@@ -25,6 +26,11 @@ def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[sli
     number = max(1, min(split.threads, units, int(ns // LEAST_NS)))
     edges = [min(count, units * i // number * multiple) for i in range(number + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def worth(ns: float, split: Split) -> Split:
+    """`split`, with no more threads than `ns` nanoseconds of work are worth."""
+    return split._replace(threads=max(1, min(split.threads, int(ns // LEAST_NS))))
 
 
 def along(x: Array, axis: int, part: slice) -> Array:

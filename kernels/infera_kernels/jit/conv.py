@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.parts import worth
 from infera_kernels.jit import windows, winograd
 from infera_kernels.jit.epilogue import finish
 from infera_kernels.jit.gemm import multiply, pack_bias
@@ -19,8 +20,8 @@ from infera_kernels.jit.windows import Pair, spans
 SLAB_BYTES = 1 << 19
 """Of padded input at a time: it is read once for every panel, from the second-level cache."""
 
-CHUNK = 1 << 15
-"""Multiply-adds that are worth a thread of their own, in thousands."""
+PRODUCT_NS, DEPTHWISE = 0.02, 3
+"""What a multiply-add takes in a product, about, and how many times that in a depthwise convolution."""
 
 
 def conv2d(
@@ -54,7 +55,7 @@ def conv2d(
         bias = None if b is None else pack_b("vector", lambda row: np.array(row))
         parts = windows.depthwise(
             x, taps, bias, y, scratch, strides=strides, pads=pads, dilations=dilations, activation=str(name),
-            given=values, residual=residual, parts=_parts(y.size * w[0].size, split.threads),
+            given=values, residual=residual, parts=_parts(DEPTHWISE * y.size * w[0].size, split),
         )  # fmt: skip
         return split.parallel(parts)
     bounds = {"relu": (0.0, np.inf), "clip": values}.get(str(name)) if residual is None else None
@@ -66,7 +67,7 @@ def conv2d(
     if tiled and bias is None:
         bias = np.zeros((1, y.shape[3]), np.float32)
     done: list[list[Call]] = []
-    for first, last in spans(y.shape[0] * y.shape[1], _parts(y[..., 0].size * w.size, split.threads)):
+    for first, last in spans(y.shape[0] * y.shape[1], _parts(y[..., 0].size * w.size, split)):
         calls = work.calls(packed, bias, first, last, scratch, low, high, tiled=tiled)
         if not bounds:
             rows = y.reshape(-1, *y.shape[2:])[first:last].reshape(-1, y.shape[3])
@@ -76,8 +77,8 @@ def conv2d(
     return split.parallel(done)
 
 
-def _parts(operations: int, threads: int) -> int:
-    return max(1, min(threads, operations // (CHUNK * 1000)))
+def _parts(operations: int, split: Split) -> int:
+    return worth(PRODUCT_NS * operations, split).threads
 
 
 class _Convolution:
