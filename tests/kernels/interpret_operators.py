@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 pytestmark = pytest.mark.kernels
 
-COVERED = list(covered("triton"))
+COVERED = list(covered("triton", most=3001))
 MOST_PROGRAMS = 600
 """Programs of one launch that are worth interpreting, at a few milliseconds each."""
 
