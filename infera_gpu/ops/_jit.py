@@ -7,7 +7,6 @@ the rest there are the "cpu" kernels. Declares no operators itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
-from infera_kernels.cpu.parts import worth
+from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit.codes import CODES
 
 Kernels = dict[str, Kernel]
@@ -40,8 +39,7 @@ def kernels(
 def rows(io: Buffers, count: int, elements: int, part: Callable[[slice], list[Call]]) -> list[Call]:
     """The calls of `part` for ranges of `count` rows that have so many elements in all: one for each thread."""
     parts = min(max(count, 1), worth(ELEMENT_NS * elements, split_of(io)).threads)
-    edges = [count * i // parts for i in range(parts + 1)]
-    return io.parallel([part(slice(a, b)) for a, b in pairwise(edges)])
+    return io.parallel([part(slice(a, b)) for a, b in spans(count, parts)])
 
 
 ACTIVATIONS = frozenset({"erf", "hard_sigmoid", "hard_swish", "sigmoid", "swish", "tanh"})

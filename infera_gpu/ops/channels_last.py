@@ -14,9 +14,9 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Bind, Buffers, Call, Case, Expansion, Kernel, Op, Site
 from infera_gpu.ops import _jit, batchnorm, conv, pool
+from infera_gpu.ops._families import split_of
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
-from infera_kernels.calls import Split
 from infera_kernels.cpu.nhwc_conv import conv2d
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.norm import batch_norm
@@ -130,10 +130,6 @@ def _as_2d(a: Array | None) -> Array | None:
     return a if a is None or a.ndim == 4 else a[:, None]
 
 
-def _split(io: Buffers) -> Split:
-    return Split(io.threads, io.parallel)
-
-
 def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
     """What convolutions of two-dimensional images are told."""
     x, w, b, residual = (*io.ins, None, None)[:4]
@@ -144,7 +140,7 @@ def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
         "b": b,
         "y": _as_2d(io.outs[0]),
         "scratch": io.scratch,
-        "split": _split(io),
+        "split": split_of(io),
         "group": int(site.attrs["group"]),
         "activation": conv.activation_of(first),
         "residual": _as_2d(residual),
@@ -163,20 +159,20 @@ def _max(site: Site, io: Buffers) -> dict[str, Any]:
 
 
 def _bind_max(site: Site, io: Buffers) -> Sequence[Call]:
-    return max_pool2d(**_max(site, io), scratch=io.scratch, split=_split(io))
+    return max_pool2d(**_max(site, io), scratch=io.scratch, split=split_of(io))
 
 
 def _bind_average(site: Site, io: Buffers) -> Sequence[Call]:
     found = conv.window_2d(window(AVERAGE.site(site)))
     padded = bool(site.attrs["count_include_pad"])
     return average_pool2d(
-        _as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, _split(io), kernel=found.kernel, include_pad=padded,
+        _as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, split_of(io), kernel=found.kernel, include_pad=padded,
         **found.params,
     )  # fmt: skip
 
 
 def _bind_global(pool: Callable[..., list[Call]]) -> Bind:
-    return lambda site, io: pool(_as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, _split(io))
+    return lambda site, io: pool(_as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, split_of(io))
 
 
 def _bind_batch_norm(site: Site, io: Buffers) -> Sequence[Call]:

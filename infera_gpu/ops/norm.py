@@ -13,11 +13,9 @@ from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, 
 from infera_gpu.ops import _jit
 from infera_gpu.ops._families import element_type, split_of
 from infera_gpu.ops._triton_norm import NORM
-from infera_gpu.spec import Array, DType, TensorSpec
+from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import norm as cpu
 from infera_kernels.portable import norm as portable
-
-_FLOAT32: DType = np.dtype(np.float32)
 
 
 def _floating(site: Site) -> bool:

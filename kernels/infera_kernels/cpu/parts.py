@@ -28,6 +28,12 @@ def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[sli
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
+def spans(count: int, number: int) -> list[tuple[int, int]]:
+    """[0, count) in at most so many ranges of nearly equal length, none of them empty."""
+    edges = [count * i // number for i in range(number + 1)]
+    return [(start, stop) for start, stop in pairwise(edges) if stop > start]
+
+
 def worth(ns: float, split: Split) -> Split:
     """`split`, with no more threads than `ns` nanoseconds of work are worth."""
     return split._replace(threads=max(1, min(split.threads, int(ns // LEAST_NS))))

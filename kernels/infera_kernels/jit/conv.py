@@ -10,12 +10,12 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
-from infera_kernels.cpu.parts import worth
+from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit import windows, winograd
 from infera_kernels.jit.epilogue import finish
 from infera_kernels.jit.gemm import multiply, pack_bias
 from infera_kernels.jit.gemm import pack as pack_matrix
-from infera_kernels.jit.windows import Pair, spans
+from infera_kernels.jit.windows import Pair
 
 SLAB_BYTES = 1 << 19
 """Of padded input at a time: it is read once for every panel, from the second-level cache."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from infera_kernels.calls import Array, Call
+from infera_kernels.cpu.parts import spans
 from infera_kernels.jit.compiling import bound_by_address, compiled
 from infera_kernels.jit.functions import F
 from infera_kernels.jit.microkernel import TILE, multiply_tile
@@ -120,9 +120,8 @@ def product(
     m, k = a.shape
     bias = no_bias(packed) if bias is None else bias
     by_columns = len(packed) >= 2 * parts
-    edges = [(len(packed) if by_columns else m) * i // parts for i in range(parts + 1)]
     made = []
-    for i, j in ((i, j) for i, j in pairwise(edges) if j > i):
+    for i, j in spans(len(packed) if by_columns else m, parts):
         rows = slice(None) if by_columns else slice(i, j)
         panels = slice(i, j) if by_columns else slice(None)
         columns = slice(i * COLUMNS, j * COLUMNS) if by_columns else slice(None)

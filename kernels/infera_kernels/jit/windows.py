@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.parts import spans
 from infera_kernels.jit.codes import CLIP, NONE
 from infera_kernels.jit.compiling import bound, compiled
 from infera_kernels.jit.epilogue import activate, parameters
@@ -208,9 +208,3 @@ def max_pool(
         [bound(_max_pool, x, y, first, last, kernel, strides, before, dilations)]
         for first, last in spans(y.shape[0] * y.shape[1], parts)
     ]
-
-
-def spans(count: int, parts: int) -> list[Pair]:
-    """[0, count) in at most so many ranges of nearly equal length, none of them empty."""
-    edges = [count * i // parts for i in range(parts + 1)]
-    return [(a, b) for a, b in pairwise(edges) if b > a]
