@@ -1,4 +1,4 @@
-"""ONNX file -> Graph. With source, tensors and wellformed, the only modules that import onnx."""
+"""ONNX file -> Graph. With schemas, source, tensors and wellformed, the only modules that import onnx."""
 
 from __future__ import annotations
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infera_gpu.errors import InvalidModel
 from infera_gpu.graph import JOINT
+from infera_gpu.schemas import rules_of
 
 if TYPE_CHECKING:
     import onnx
@@ -61,11 +60,9 @@ def opset_versions(imports: Iterable[onnx.OperatorSetIdProto], *, required: bool
 
 def check_node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
     """Raises InvalidModel where a standard operator has too few or too many inputs or outputs, or a wrong attribute."""
-    import onnx
-
     domain = domain_name(proto.domain)
     version = opsets.get(domain, 1)
-    rules = _rules(text(proto.op_type), version, domain)
+    rules = rules_of(text(proto.op_type), version, domain)
     if rules is None:
         return  # not a standard operator: the registry knows it, or lists it as unsupported
     for what, given, (least, most) in (
@@ -77,37 +74,16 @@ def check_node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
             raise InvalidModel(f"{_label(proto)} has {given} {what}, expected {expected}")
     for a in proto.attribute:
         declared = rules.attributes.get(a.name)
-        if declared is not None and declared[0] != a.type:
-            got = onnx.AttributeProto.AttributeType.Name(a.type)
-            raise InvalidModel(f"{_label(proto)}: attribute '{a.name}' is {got}, expected {declared[1]}")
+        if declared is not None and declared != a.type:
+            got, expected = map(_type_name, (a.type, declared))
+            raise InvalidModel(f"{_label(proto)}: attribute '{a.name}' is {got}, expected {expected}")
+
+
+def _type_name(number: int) -> str:
+    import onnx
+
+    return str(onnx.AttributeProto.AttributeType.Name(number))
 
 
 def _label(proto: onnx.NodeProto) -> str:
     return f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What ONNX says of an operator: how many inputs and outputs, at least and at most, and its attributes' types, as
-    numbers and names of AttributeProto.AttributeType."""
-
-    inputs: tuple[int, int]
-    outputs: tuple[int, int]
-    attributes: Mapping[str, tuple[int, str]]
-
-
-@lru_cache(maxsize=1024)
-def _rules(name: str, version: int, domain: str) -> _Rules | None:
-    """None for what is no standard operator."""
-    import onnx
-
-    try:
-        schema = onnx.defs.get_schema(name, version, domain)
-    except onnx.defs.SchemaError:
-        return None
-    declared: Mapping[str, Any] = schema.attributes
-    return _Rules(
-        (schema.min_input, schema.max_input),
-        (schema.min_output, schema.max_output),
-        {k: (int(a.type.value), a.type.name) for k, a in declared.items()},
-    )

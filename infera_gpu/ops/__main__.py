@@ -1,4 +1,4 @@
-"""`python -m infera_gpu.ops`: writes _index.py, which says what every file here declares."""
+"""`python -m infera_gpu.ops`: writes _index.py, which says what every file here declares, and ../_schemas.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 from infera_gpu.ops import declared, modules
+from infera_gpu.schemas import table
 
 HEAD = '''"""Which operators each file declares, by `python -m infera_gpu.ops`: a line is a file and names."""
 
@@ -24,3 +25,4 @@ def index() -> str:
 
 if __name__ == "__main__":
     (Path(__file__).parent / "_index.py").write_text(index())
+    (Path(__file__).parent.parent / "_schemas.py").write_text(table())

@@ -30,9 +30,11 @@ def sketch(graph: Graph, registry: Registry) -> dict[str, TensorSpec]:
     specs |= {k: spec_of(a) for k, a in graph.constants.items()}
     known: dict[str, HostArray] = {k: a for k, a in graph.constants.items() if a.size <= FEW}
     for node in graph.nodes:
+        if node.subgraphs or any(i and i not in specs for i in node.inputs):
+            continue
         opset = graph.opset_of(node)
         op = registry.find(node.domain, node.op, opset)
-        if op is None or op.host or node.subgraphs or any(i and i not in specs for i in node.inputs):
+        if op is None or op.host:
             continue
         if node.op == "Squeeze" and "axes" not in node.attrs and len([i for i in node.inputs if i]) < 2:
             continue

@@ -1,0 +1,120 @@
+"""What ONNX says of its operators, from a table: onnx itself takes 10 ms to register them before the first question.
+
+`python -m infera_gpu.ops` writes _schemas.py, from the installed onnx.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from infera_gpu._schemas import SCHEMAS
+
+if TYPE_CHECKING:
+    from onnx.defs import OpSchema
+
+UNLIMITED = (1 << 31) - 1
+"""How many inputs an operator has, at most, where ONNX sets no bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How many inputs and outputs an operator has, at least and at most, and its attributes' types, as numbers of
+    AttributeProto.AttributeType."""
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    attributes: Mapping[str, int]
+
+
+@lru_cache(maxsize=1024)
+def rules_of(name: str, version: int, domain: str) -> Rules | None:
+    """Of an operator at a version of its domain; None for what is no standard operator."""
+    newest, names = _tables().get(domain, (UNLIMITED, {}))
+    if version > newest:  # a newer onnx than the table's
+        return _asked(name, version, domain)
+    for since, inputs, outputs, *attributes in reversed(names.get(name, [])):
+        if int(since) <= version:
+            named = (a.rpartition(":") for a in attributes)
+            return Rules(_range(inputs), _range(outputs), {k: int(v) for k, _, v in named})
+    return None
+
+
+@cache
+def _tables() -> Mapping[str, tuple[int, Mapping[str, list[list[str]]]]]:
+    """By domain: the newest version that the table knows, and the fields of each name's lines, the oldest first."""
+    tables: dict[str, tuple[int, dict[str, list[list[str]]]]] = {}
+    lines: dict[str, list[list[str]]] = {}
+    for line in SCHEMAS.splitlines():
+        first, *fields = line.split()
+        if first == "domain":
+            version, *domain = fields
+            lines = {}
+            tables[domain[0] if domain else ""] = int(version), lines
+        else:
+            lines.setdefault(first, []).append(fields)
+    return tables
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    return int(least), int(most) if most else UNLIMITED
+
+
+def _asked(name: str, version: int, domain: str) -> Rules | None:
+    """What the installed onnx says."""
+    import onnx
+
+    try:
+        return _rules(onnx.defs.get_schema(name, version, domain))
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _rules(schema: OpSchema) -> Rules:
+    declared: Mapping[str, Any] = schema.attributes
+    return Rules(
+        (schema.min_input, schema.max_input),
+        (schema.min_output, schema.max_output),
+        {k: int(a.type.value) for k, a in declared.items()},
+    )
+
+
+def _line(schema: OpSchema) -> str:
+    rules = _rules(schema)
+    ranges = (f"{least}-{'' if most == UNLIMITED else most}" for least, most in (rules.inputs, rules.outputs))
+    attributes = (f"{k}:{v}" for k, v in sorted(rules.attributes.items()))
+    return " ".join((schema.name, str(schema.since_version), *ranges, *attributes))
+
+
+def _text(schemas: Iterable[OpSchema], newest: Mapping[str, int]) -> Iterable[str]:
+    ordered = sorted(schemas, key=lambda s: (s.domain, s.name, s.since_version))
+    for domain in sorted({s.domain for s in ordered}):
+        yield f"domain {newest[domain]} {domain}".strip()
+        yield from (_line(s) for s in ordered if s.domain == domain)
+
+
+def table() -> str:
+    """The text of _schemas.py."""
+    import onnx
+
+    schemas = onnx.defs.get_all_schemas_with_history()
+    newest: dict[str, int] = {}
+    for s in schemas:
+        newest[s.domain] = max(newest.get(s.domain, 1), s.since_version)
+    newest[""] = onnx.defs.onnx_opset_version()
+    made = (textwrap.fill(line, 118, break_long_words=False, break_on_hyphens=False) for line in _text(schemas, newest))
+    lines = (line.replace("\n", " \\\n") for line in made)
+    return HEAD.format(onnx.__version__) + "\n".join(lines) + '\n"""\n'
+
+
+HEAD = '''"""The operators of onnx {}, by `python -m infera_gpu.ops`.
+
+A domain and its newest version; then name, since, inputs, outputs, attribute:type.
+"""
+
+SCHEMAS = """\\
+'''
