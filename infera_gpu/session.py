@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -65,6 +66,32 @@ def load(
     """
     if accuracy not in ("fast", "strict"):
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
+    with uncollected():
+        return _loaded(model, device, threads, fuse, accuracy, jit, arena or Arena(max(1, max_concurrency)))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Puts garbage collection off: what loading makes stays, and to look through it again and again takes a third more
+    time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _loaded(
+    model: Source,
+    device: str,
+    threads: int | None,
+    fuse: bool,
+    accuracy: str,
+    jit: bool | None,
+    arena: Arena,
+) -> Session:
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
@@ -72,7 +99,7 @@ def load(
     opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit)
     again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
     try:
-        return Session(graph, opened, fuse=fuse, arena=arena or Arena(max(1, max_concurrency)), again=again)
+        return Session(graph, opened, fuse=fuse, arena=arena, again=again)
     except BaseException:
         opened.close()
         raise

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_gpu.op import Call
+from infera_kernels.cpu.blas import controller
 
 
 class Region:
@@ -105,9 +106,7 @@ class Workers:
         """From now on `user` runs regions of up to so many threads. No effect where it does already."""
         with self._lock:
             if self._blas is None:
-                from threadpoolctl import ThreadpoolController
-
-                self._blas = ThreadpoolController().limit(limits=1, user_api="blas")
+                self._blas = controller().limit(limits=1)
             self._users[user] = threads
 
     def leave(self, user: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from infera_gpu.op import Bind, Buffers, Call, Case, Compute, Infer, Kernel, Lau
 from infera_gpu.spec import Array, DType, TensorSpec, dtype_of_onnx
 from infera_kernels.calls import Split, one_after_the_other
 from infera_kernels.cpu.parts import along, parts
-from infera_kernels.portable.quant import is_integer
+from infera_kernels.portable.quant import bounds, is_integer
 
 BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int64, np.float32))
 
@@ -21,6 +22,28 @@ BOOL, INT32, INT64, FLOAT32 = (np.dtype(t) for t in (np.bool_, np.int32, np.int6
 def i64(*values: int) -> np.ndarray[Any, np.dtype[Any]]:
     """A constant int64 input, for cases."""
     return np.array(values, np.int64)
+
+
+def drawn(seed: int, count: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """So many uint64, for cases: SplitMix64 (Steele, Lea and Flood, 2014). Importing numpy.random takes 8 ms."""
+    state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    return state ^ (state >> np.uint64(31))
+
+
+def integers(seed: int, dtype: Any, *shape: int, low: int = 0, high: int = 0) -> np.ndarray[Any, np.dtype[Any]]:
+    """A constant input for cases: integers from `low` to `high`, all that the type has where both are 0."""
+    if low == high:
+        low, high = bounds(np.dtype(dtype))
+    found = drawn(seed, math.prod(shape)) % np.uint64(high - low + 1)
+    return (found.astype(np.int64) + low).astype(dtype).reshape(shape)
+
+
+def uniform(seed: int, low: float, high: float, *shape: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """A constant float32 input for cases: numbers from `low` to `high`."""
+    found = drawn(seed, math.prod(shape)).astype(np.float64) / 2**64
+    return (low + (high - low) * found).astype(np.float32).reshape(shape)
 
 
 NARROW = {

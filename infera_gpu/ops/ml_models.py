@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.ops._families import uniform
 from infera_gpu.ops._ml import both_columns, floats, labels_of, ml_op, post_transform, rows_of, table, winners
 from infera_gpu.spec import Array, TensorSpec
 
@@ -48,8 +49,7 @@ def _linear_classes(xp: Any, site: Site, x: Array) -> tuple[Array, Array]:
     return labels[winners(scores)], post_transform(site, scores)
 
 
-_RNG = np.random.default_rng(5)
-_COEFFICIENTS = tuple(map(float, _RNG.uniform(-1, 1, 12).astype(np.float32)))
+_COEFFICIENTS = tuple(map(float, uniform(5, -1, 1, 12)))
 _THREE = {"coefficients": _COEFFICIENTS, "classlabels_ints": (0, 4, 7), "intercepts": (0.1, 0.2, 0.3)}
 _TWO = {"coefficients": _COEFFICIENTS[:4], "classlabels_ints": (3, 8), "intercepts": (0.1,)}
 OPS: tuple[Op, ...] = (

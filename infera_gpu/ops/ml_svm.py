@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Case, Op, Site, f32
+from infera_gpu.ops._families import uniform
 from infera_gpu.ops._ml import both_columns, floats, labels_of, ml_op, post_transform, rows_of, table
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import svm
@@ -101,7 +102,6 @@ def _linear(site: Site, rows: Array, labels: Array) -> tuple[Array, Array]:
     return labels[pick], post_transform(site, scores)
 
 
-_RNG = np.random.default_rng(5)
 _KINDS = ("LINEAR", "POLY", "RBF", "SIGMOID")
 _MACHINE: dict[str, Any] = {
     **dict.fromkeys(("coefficients", "kernel_params", "rho", "support_vectors")),
@@ -110,15 +110,15 @@ _MACHINE: dict[str, Any] = {
 }
 
 
-def _random(*shape: int, low: float = -1, high: float = 1) -> tuple[float, ...]:
-    return tuple(map(float, _RNG.uniform(low, high, int(np.prod(shape))).astype(np.float32)))
+def _random(seed: int, count: int, low: float = -1, high: float = 1) -> tuple[float, ...]:
+    return tuple(map(float, uniform(seed, low, high, count)))
 
 
 def _machine(vectors: int, features: int, rows: int = 1, rho: int = 1) -> dict[str, Any]:
     return {
-        "support_vectors": _random(vectors, features),
-        "coefficients": _random(rows, vectors),
-        "rho": _random(rho),
+        "support_vectors": _random(1, vectors * features),
+        "coefficients": _random(2, rows * vectors),
+        "rho": _random(3, rho),
         "kernel_params": (0.5, 0.3, 3.0),
     }
 
@@ -126,7 +126,7 @@ def _machine(vectors: int, features: int, rows: int = 1, rho: int = 1) -> dict[s
 def _classes(*counts: int, odds: bool = False) -> dict[str, Any]:
     n = len(counts)
     pairs = n * (n - 1) // 2
-    chances = {"prob_a": _random(pairs, low=-3, high=-1), "prob_b": _random(pairs)} if odds else {}
+    chances = {"prob_a": _random(4, pairs, -3, -1), "prob_b": _random(5, pairs)} if odds else {}
     return {
         **_machine(sum(counts), 3, n - 1, pairs),
         "vectors_per_class": counts,
@@ -137,7 +137,7 @@ def _classes(*counts: int, odds: bool = False) -> dict[str, Any]:
 
 
 def _cases() -> tuple[Case, ...]:
-    flat = {"coefficients": _random(3, 4), "rho": (0.2,), "kernel_params": (0.0, 0.0, 0.0)}
+    flat = {"coefficients": _random(6, 12), "rho": (0.2,), "kernel_params": (0.0, 0.0, 0.0)}
     two = {**flat, "coefficients": flat["coefficients"][:8], "classlabels_ints": (3, 8)}
     rows, made = f32(30, 3), [(k.lower(), {**_classes(3, 2, 4), "kernel_type": k}) for k in _KINDS]
     made += [(f"three_{p.lower()}", {**_classes(3, 2, 4), "post_transform": p}) for p in ("SOFTMAX", "LOGISTIC")]
@@ -164,7 +164,9 @@ OPS: tuple[Op, ...] = (
         {**_MACHINE, "n_supports": 0, "one_class": 0},
         (
             *(Case(k.lower(), (f32(4, 3),), {**_machine(5, 3), "n_supports": 5, "kernel_type": k}) for k in _KINDS),
-            Case("plane", (f32(4, 5),), {"coefficients": _random(5), "rho": (0.1,), "kernel_params": (0.0, 0.0, 0.0)}),
+            Case(
+                "plane", (f32(4, 5),), {"coefficients": _random(7, 5), "rho": (0.1,), "kernel_params": (0.0, 0.0, 0.0)}
+            ),
             Case("one_class", (f32(20, 3),), {**_machine(5, 3), "n_supports": 5, "one_class": 1}),
         ),
     ),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Case, Op, Site, f32
+from infera_gpu.ops._families import integers, uniform
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.activation import activation
@@ -174,22 +175,20 @@ _SWIGLU: dict[str, Any] = {
 }
 
 
-def _bytes(seed: int, *shape: int) -> Array:
-    return np.random.default_rng(seed).integers(0, 255, shape, endpoint=True).astype(np.uint8)
-
-
-def _scales(seed: int, *shape: int) -> Array:
-    return np.random.default_rng(seed).uniform(0.01, 0.05, shape).astype(np.float32)
-
-
 def _quantized(bits: int, block: int = 0, zeros: bool = False) -> tuple[Any, ...]:
     """Three experts of 64 and 32 rows with 32 inputs each."""
     per, blocks = 8 // bits, (32 // block,) if block else ()
-    ins: list[Any] = [f32(5, 32), _ROUTER, _bytes(1, 3, 64, 32 // per), _scales(2, 3, 64, *blocks), f32(3, 64)]
-    ins += [_bytes(3, 3, 32, 32 // per), _scales(4, 3, 32, *blocks), f32(3, 32)]
+    ins: list[Any] = [
+        f32(5, 32),
+        _ROUTER,
+        integers(1, np.uint8, 3, 64, 32 // per),
+        uniform(2, 0.01, 0.05, 3, 64, *blocks),
+        f32(3, 64),
+    ]
+    ins += [integers(3, np.uint8, 3, 32, 32 // per), uniform(4, 0.01, 0.05, 3, 32, *blocks), f32(3, 32)]
     if zeros:
         packed = [(n, -(-(32 // block) // per)) if block else (-(-n // per),) for n in (64, 32)]
-        ins += [None, None, None, *(_bytes(5, 3, *dims) for dims in packed)]
+        ins += [None, None, None, *(integers(5, np.uint8, 3, *dims) for dims in packed)]
     return tuple(ins)
 
 

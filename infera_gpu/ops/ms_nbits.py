@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.ops._families import integers, uniform
 from infera_gpu.ops._ms import ms_op, wide
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.spec import Array, TensorSpec
-from infera_kernels.portable.quant import aligned, bounds, dequantize, is_integer, unpacked
+from infera_kernels.portable.quant import aligned, dequantize, is_integer, unpacked
 
 
 def _nbits_sizes(site: Site) -> tuple[int, int, int, int, int]:
@@ -163,17 +164,11 @@ def _bnb4(xp: Any, site: Site, a: Array, b: Array, largest: Array) -> Array:
 # ---- cases
 
 
-def _random(seed: int, dtype: Any, *shape: int) -> Array:
-    """All values of an integer type."""
-    low, high = bounds(np.dtype(dtype))
-    return np.random.default_rng(seed).integers(low, high, shape, endpoint=True).astype(dtype)
-
-
 def _scales(seed: int, *shape: int) -> Array:
-    return np.random.default_rng(seed).uniform(0.01, 0.1, shape).astype(np.float32)
+    return uniform(seed, 0.01, 0.1, *shape)
 
 
-_B4, _S4, _Z4 = _random(1, np.uint8, 5, 2, 16), _scales(2, 5, 2), _random(3, np.uint8, 5, 1)
+_B4, _S4, _Z4 = integers(1, np.uint8, 5, 2, 16), _scales(2, 5, 2), integers(3, np.uint8, 5, 1)
 _NB = {"N": 5, "K": 50, "bits": 4, "block_size": 32}
 _EIGHT = np.array([0, 1, 1, 0, 0, 0, 1, 0], np.int32)
 _GROUPS = np.concatenate((np.tile(_EIGHT, 4), np.tile(1 - _EIGHT, 4)))
@@ -193,7 +188,7 @@ OPS: tuple[Op, ...] = (
             Case("float_zeros", (f32(3, 50), _B4, _S4, _scales(4, 5, 2) * 100), _NB),
             Case("groups", (f32(3, 50), _B4, _S4, None, _GROUPS), _NB),
             Case("bias", (f32(3, 50), _B4, _S4, None, None, f32(5)), _NB),
-            Case("bytes", (f32(3, 50), _random(5, np.uint8, 5, 2, 32), _S4), {**_NB, "bits": 8}),
+            Case("bytes", (f32(3, 50), integers(5, np.uint8, 5, 2, 32), _S4), {**_NB, "bits": 8}),
         ),
         K=REQUIRED,
         N=REQUIRED,
@@ -211,7 +206,7 @@ OPS: tuple[Op, ...] = (
             *(
                 Case(
                     name,
-                    (f32(2, 3, 24), _random(6, np.uint8, 60), _scales(7, 8)),
+                    (f32(2, 3, 24), integers(6, np.uint8, 60), _scales(7, 8)),
                     {"N": 5, "K": 24, "block_size": 16, "quant_type": kind},
                 )
                 for name, kind in (("float", 0), ("normal", 1))
@@ -233,26 +228,35 @@ OPS: tuple[Op, ...] = (
             *(
                 Case(
                     f"{bits}_bits",
-                    (_random(8, np.uint8, 6, 40 * bits // 8), _AT, _scales(9, 6, 3)),
+                    (integers(8, np.uint8, 6, 40 * bits // 8), _AT, _scales(9, 6, 3)),
                     {**_LAST, "bits": bits},
                 )
                 for bits in (2, 4, 8)
             ),
-            Case("zeros", (_random(8, np.uint8, 6, 20), _AT, _scales(9, 6, 3), _random(10, np.uint8, 6, 2)), _LAST),
-            Case("int4", (_random(8, ml_dtypes.int4, 6, 40), _AT, _scales(9, 6, 3)), _LAST),
+            Case(
+                "zeros",
+                (integers(8, np.uint8, 6, 20), _AT, _scales(9, 6, 3), integers(10, np.uint8, 6, 2)),
+                _LAST,
+            ),
+            Case("int4", (integers(8, ml_dtypes.int4, 6, 40), _AT, _scales(9, 6, 3)), _LAST),
             Case(
                 "uint4_zeros",
-                (_random(8, ml_dtypes.uint4, 6, 40), _AT, _scales(9, 6, 3), _random(10, ml_dtypes.uint4, 6, 3)),
+                (
+                    integers(8, ml_dtypes.uint4, 6, 40),
+                    _AT,
+                    _scales(9, 6, 3),
+                    integers(10, ml_dtypes.uint4, 6, 3),
+                ),
                 _LAST,
             ),
             Case(
                 "columns",
-                (_random(8, ml_dtypes.int4, 40, 6), _AT.astype(np.int32), _scales(9, 3, 6)),
+                (integers(8, ml_dtypes.int4, 40, 6), _AT.astype(np.int32), _scales(9, 3, 6)),
                 {"block_size": 16, "quantize_axis": 0, "gather_axis": 1},
             ),
             Case(
                 "one_axis",
-                (_random(8, ml_dtypes.int4, 40, 6), _AT, _scales(9, 3, 6)),
+                (integers(8, ml_dtypes.int4, 40, 6), _AT, _scales(9, 3, 6)),
                 {"block_size": 16, "quantize_axis": 0},
             ),
             Case("float8", (_FLOAT8, _AT, _scales(9, 6, 3)), _LAST),

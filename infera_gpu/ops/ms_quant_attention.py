@@ -10,6 +10,7 @@ import numpy as np
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import ms_attention
+from infera_gpu.ops._families import integers
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops.ms_quant_matmul import bind_scaled, integer_to_float
 from infera_gpu.ops.quant_matmul import check_parameters, of_inputs
@@ -93,18 +94,14 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
     ]
 
 
-_WEIGHT = np.random.default_rng(5).integers(-128, 127, (8, 24), endpoint=True).astype(np.int8)
-
-
-def _input(*shape: int) -> Array:
-    return np.random.default_rng(6).integers(0, 255, shape, endpoint=True).astype(np.uint8)
+_WEIGHT = integers(5, np.int8, 8, 24)
 
 
 def _number(value: float, dtype: Any = np.float32) -> Array:
     return np.array(value, dtype)
 
 
-_X = _input(2, 3, 8)
+_X = integers(6, np.uint8, 2, 3, 8)
 _SCALES = np.linspace(0.01, 0.03, 24, dtype=np.float32)
 _TENSOR = (f32(24), _number(0.0213), _number(0.0117))
 _ZEROS = (_number(120, np.uint8), _number(3, np.int8))
@@ -137,7 +134,7 @@ OPS: tuple[Op, ...] = (
             ),
             Case(
                 "past",
-                (_input(2, 1, 8), _WEIGHT, *_TENSOR, None, *_ZEROS, f32(2, 2, 2, 5, 4)),
+                (integers(6, np.uint8, 2, 1, 8), _WEIGHT, *_TENSOR, None, *_ZEROS, f32(2, 2, 2, 5, 4)),
                 {"num_heads": 2, "unidirectional": 1},
                 n_outs=2,
             ),

@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_gpu.op import Case, Op, Site
 from infera_gpu.ops import ms
+from infera_gpu.ops._families import integers
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.quant import dequantize
@@ -43,13 +44,9 @@ def _compute(xp: Any, site: Site, *ins: Array | None) -> Sequence[Array]:
     return _EMBED.outputs(xp, replace(site, attrs={**_EMBED.attrs, **site.attrs}), wide)[:2]
 
 
-def _table(seed: int, *shape: int) -> Array:
-    return np.random.default_rng(seed).integers(0, 255, shape, endpoint=True).astype(np.uint8)
-
-
 _TOKENS, _SEEN = np.array([[1, 4, 2], [0, 3, 3]], np.int32), np.array([[1, 1, 0], [1, 1, 1]], np.int32)
-_WORDS, _PLACES, _KINDS = _table(1, 6, 8), _table(2, 5, 8), _table(3, 2, 8)
-_GAMMA, _BETA = _table(4, 8), _table(5, 8)
+_WORDS, _PLACES, _KINDS = integers(1, np.uint8, 6, 8), integers(2, np.uint8, 5, 8), integers(3, np.uint8, 2, 8)
+_GAMMA, _BETA = integers(4, np.uint8, 8), integers(5, np.uint8, 8)
 _SCALES = tuple(np.array(v, np.float32) for v in (0.011, 0.013, 0.007, 0.009, 0.017))
 _ZEROS = tuple(np.array(v, np.uint8) for v in (120, 100, 128, 3, 90))
 

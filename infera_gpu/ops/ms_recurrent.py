@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Case, Op, Site, f32
+from infera_gpu.ops._families import integers
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.ops.recurrent import LSTM_ATTRS, cells, infer, over_directions
 from infera_gpu.spec import Array, TensorSpec
@@ -65,11 +66,6 @@ def _compute(xp: Any, site: Site, x: Array, w: Array, r: Array, *rest: Array | N
 # ---- cases
 
 
-def _bytes(dtype: Any, *shape: int) -> Array:
-    info = np.iinfo(dtype)
-    return np.random.default_rng(sum(shape)).integers(info.min, info.max, shape, endpoint=True).astype(dtype)
-
-
 def _case(
     id: str, directions: int, dtype: Any, *, columns: bool = False, more: dict[int, Any] | None = None, **attrs: Any
 ) -> Case:
@@ -77,7 +73,7 @@ def _case(
     parameters = (directions, 16) if columns else (directions,)
     scale = np.linspace(0.004, 0.012, int(np.prod(parameters)), dtype=np.float32).reshape(parameters)
     zero = np.full(parameters, 120 if dtype == np.uint8 else 0, dtype)
-    ins: list[Any] = [f32(5, 3, 6), _bytes(dtype, directions, 6, 16), _bytes(dtype, directions, 4, 16)]
+    ins: list[Any] = [f32(5, 3, 6), integers(1, dtype, directions, 6, 16), integers(1, dtype, directions, 4, 16)]
     ins += [f32(directions, 32), None, None, None, None, scale, zero, scale[::-1].copy(), zero]
     for i, value in (more or {}).items():
         ins[i] = value

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.ops._families import integers
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.attention import rotary
@@ -65,7 +66,7 @@ def _compute(xp: Any, site: Site, x: Array, at: Array, cos: Array, sin: Array) -
     return xp.ascontiguousarray(made.transpose(0, 2, 1, 3)) if x.ndim == 4 else made.reshape(x.shape)
 
 
-_AT = np.random.default_rng(1).integers(0, 9, (3, 2, 5))
+_AT = integers(1, np.int64, 3, 2, 5, low=0, high=8)
 _CACHES = (f32(9, 8), f32(9, 8))
 
 OPS: tuple[Op, ...] = (

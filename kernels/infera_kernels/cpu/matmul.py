@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.activation import blockwise
+from infera_kernels.cpu.blas import reads_as_it_lies
 from infera_kernels.cpu.elementwise import BLOCK, call, const, copy
 from infera_kernels.cpu.parts import along, parts
 
@@ -72,7 +72,7 @@ few rows that gains 10 to 20 %: packing reads a weight twice (measured, with 64 
 def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     """out = a @ b, of matrices in ranges that BLAS need not pack, where it has a kernel for that."""
     whole: list[Call] = [(np.matmul, (a, b, out))]
-    if a.ndim != 2 or b.ndim != 2 or a.dtype != np.float32 or not unpacked_products():
+    if a.ndim != 2 or b.ndim != 2 or a.dtype != np.float32 or not reads_as_it_lies():
         return whole
     (rows, depth), columns = a.shape, b.shape[1]
     fits = b.strides[1] == b.itemsize and not columns % _COLUMNS
@@ -91,25 +91,6 @@ def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         if i:
             calls.append(call(np.add, out, total, out))
     return calls
-
-
-def unpacked_products() -> bool:
-    """Whether NumPy's BLAS is OpenBLAS with its kernels for AVX-512, on one thread: small products use no more."""
-    blas = _openblas()
-    return blas is not None and blas.architecture in _AVX512 and blas.num_threads == 1
-
-
-_AVX512 = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
-"""OpenBLAS' names of the processors that it has those kernels for."""
-
-
-@cache
-def _openblas() -> Any:
-    """What threadpoolctl knows of the OpenBLAS that is loaded, None where there is none or more than one."""
-    from threadpoolctl import ThreadpoolController
-
-    found = [c for c in ThreadpoolController().lib_controllers if c.internal_api == "openblas"]
-    return found[0] if len(found) == 1 else None
 
 
 def gemm(

@@ -8,12 +8,9 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from infera_kernels.calls import Array, Call
-
-SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
-"""What OpenBLAS calls the CPUs that it has kernels for small products for: those with AVX-512."""
+from infera_kernels.cpu.blas import reads_as_it_lies
 
 SLICES = (64, 48, 40, 32, 16)
 """Columns that a slice of the weights may have."""
@@ -25,8 +22,7 @@ FEWEST_ROWS = 14
 @cache
 def small_product() -> int:
     """Multiply-adds up to which NumPy's BLAS takes operands as they lie; 0 where it never does."""
-    kernels = {library.get("architecture") for library in threadpool_info() if library["user_api"] == "blas"}
-    return 10**6 if kernels & set(SMALL_KERNELS) else 0
+    return 10**6 if reads_as_it_lies() else 0
 
 
 def slice_of(rows: int, depth: int, columns: int) -> int:
