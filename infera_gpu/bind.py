@@ -94,8 +94,10 @@ class BoundBuffers:
         dtype = np.dtype(dtype)
         shape = tuple(int(d) for d in shape)
         block, offset = self._scratch(math.prod(shape) * dtype.itemsize)
+        if self._space == "host":
+            return np.ndarray(shape, dtype, block.data, offset)
         strides = contiguous_strides(shape, dtype.itemsize)
-        return _view(self._device, block, Operand("scratch", self._space, shape, dtype, strides, offset))
+        return self._device.view(block, Operand("scratch", self._space, shape, dtype, strides, offset))
 
     def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
         value = self._placed.site.value(i)
@@ -121,6 +123,7 @@ def measurer(device: Device, constants: Constants) -> Callable[..., tuple[int, i
     Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
     """
     known: dict[tuple[object, ...], tuple[int, int]] = {}
+    room = _Room()
 
     def measure(
         kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
@@ -130,7 +133,7 @@ def measurer(device: Device, constants: Constants) -> Callable[..., tuple[int, i
         key = _alike(kernel, placed, ins, outs)
         found = None if key is None else known.get(key)
         if found is None:
-            found = _scratch_bytes(device, constants, kernel, placed, ins, outs)
+            found = _scratch_bytes(device, constants, kernel, placed, ins, outs, room)
             if key is not None:
                 if len(known) >= MEASURED:
                     known.clear()
@@ -147,18 +150,45 @@ def _scratch_bytes(
     placed: Placed,
     ins: tuple[Operand | None, ...],
     outs: tuple[Operand, ...],
+    room: _Room,
 ) -> tuple[int, int]:
     total = 0
+    room.clear()
 
     def scratch(nbytes: int) -> tuple[HostArray, int]:
         nonlocal total
         total += aligned(nbytes)
-        return host_block(nbytes), 0
+        return room.take(nbytes)
 
-    dummies = tuple(o and _dummy(o) for o in ins)
-    io = BoundBuffers(device, constants, placed, dummies, tuple(map(_dummy, outs)), "host", scratch)
+    def dummy(operand: Operand) -> HostArray:
+        low, high = operand.bounds()
+        block, offset = room.take(high - low)
+        return host_view(block, operand.moved(offset - low))
+
+    dummies = tuple([o and dummy(o) for o in ins])
+    io = BoundBuffers(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
     kernel.bind(placed.site, io)
     return total, io.parts
+
+
+class _Room:
+    """Host memory that is given out and never written to: the system has to find none for it."""
+
+    def __init__(self) -> None:
+        self._block = host_block(0)
+        self._used = 0
+
+    def take(self, nbytes: int) -> tuple[HostArray, int]:
+        """A block, and where in it so many bytes are free."""
+        at, self._used = self._used, self._used + aligned(nbytes)
+        if self._used > self._block.nbytes:
+            self._block = host_block(max(aligned(nbytes), 2 * self._block.nbytes))
+            at, self._used = 0, aligned(nbytes)
+        return self._block, at
+
+    def clear(self) -> None:
+        """All of it is free again."""
+        self._used = 0
 
 
 def _alike(
@@ -187,11 +217,6 @@ def _alike(
     except TypeError:  # an attribute is an array
         return None
     return key
-
-
-def _dummy(operand: Operand) -> HostArray:
-    low, high = operand.bounds()
-    return host_view(host_block(high - low), operand.moved(-low))
 
 
 @dataclass(frozen=True)

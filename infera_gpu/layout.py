@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,7 +17,8 @@ from infera_gpu.spec import DType, TensorSpec
 Space: TypeAlias = Literal["host", "device"]
 
 
-def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Row-major strides in bytes."""
     strides: list[int] = []
     step = itemsize
@@ -57,11 +59,15 @@ class Operand:
 
     def bounds(self) -> tuple[int, int]:
         """First byte and one past the last byte that the window touches."""
-        if 0 in self.shape:
-            return self.offset, self.offset
-        reach = [(d - 1) * s for d, s in zip(self.shape, self.strides, strict=True)]
-        low = self.offset + sum(min(r, 0) for r in reach)
-        return low, self.offset + sum(max(r, 0) for r in reach) + self.dtype.itemsize
+        low = high = self.offset
+        for d, stride in zip(self.shape, self.strides, strict=True):
+            if not d:
+                return self.offset, self.offset
+            if stride > 0:
+                high += (d - 1) * stride
+            else:
+                low += (d - 1) * stride
+        return low, high + self.dtype.itemsize
 
     def moved(self, by: int) -> Operand:
         """The operand `by` bytes on. Asked for several times a node, and dataclasses.replace is slow."""

@@ -140,7 +140,7 @@ class _Lowering:
             return
         kernel = choice.kernel
         strided = kernel.strided if kernel else True
-        ins = tuple(self.fetch(v, choice.space, strided=strided) if v else None for v in site.node.inputs)
+        ins = tuple([self.fetch(v, choice.space, strided=strided) if v else None for v in site.node.inputs])
         outs = self.outputs(index, placed, choice, ins)
         workspace, parts = None, 1
         if kernel is not None:

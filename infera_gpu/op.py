@@ -6,10 +6,10 @@ fast (`kernels`, by kind) and on what examples that must hold (`cases`). Nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 _F32 = np.dtype(np.float32)
+T = TypeVar("T")
 
 
 class Required:
@@ -49,7 +50,21 @@ class Site:
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
         """The same site with these outputs."""
-        return Site(self.node, self.attrs, self.ins, self.values, outs, self.opset)
+        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset)
+        made.__dict__["_found"] = self.__dict__.setdefault("_found", {})
+        return made
+
+    def once(self, key: Hashable, build: Callable[[], T]) -> T:
+        """`build()`, which may look at everything but `outs`, remembered under `key`.
+
+        Rules for shapes, expansions, choices of kernels and kernels ask the same questions, and a plan is made while a
+        user waits.
+        """
+        found: dict[Hashable, Any] = self.__dict__.setdefault("_found", {})
+        if key not in found:
+            found[key] = build()
+        made: T = found[key]
+        return made
 
     def has(self, i: int) -> bool:
         """Whether input i is present."""

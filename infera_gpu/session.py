@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -20,6 +19,7 @@ from infera_gpu.devices import Device, open_device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.feeds import shape_of, value_of
+from infera_gpu.garbage import uncollected
 from infera_gpu.graph import Graph
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.loader import load_graph
@@ -68,19 +68,6 @@ def load(
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
     with uncollected():
         return _loaded(model, device, threads, fuse, accuracy, jit, arena or Arena(max(1, max_concurrency)))
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Puts garbage collection off: what loading makes stays, and to look through it again and again takes a third more
-    time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _loaded(

@@ -83,7 +83,10 @@ class TensorSpec:
     @property
     def dims(self) -> tuple[int, ...]:
         """The shape as integers. Raises TypeError where a dimension is symbolic."""
-        if not self.is_static:
+        for d in self.shape:  # asked for a hundred times a node: a loop takes a third of what `is_static` takes
+            if type(d) is not int:
+                raise TypeError(f"{self} is not static")
+        if not self.ranked:
             raise TypeError(f"{self} is not static")
         return self.shape  # type: ignore[return-value]
 

@@ -173,18 +173,13 @@ class _Walk:
         self.specs.update({k: spec_of(v) for k, v in constants.items()})
 
     def place(self, node: Node) -> None:
-        opset = version_of(node, self.opsets)
-        op = self.find(node)
-        if op.host or (self.objects and any(v in self.objects and v not in self.known for v in node.inputs)):
+        op, specs, known = self.find(node), self.specs, self.known
+        if op.host or (self.objects and any(v in self.objects and v not in known for v in node.inputs)):
             self.later(op, node)
             return
-        site = Site(
-            node=node,
-            attrs=op.fill(node),
-            ins=tuple(self.specs[i] if i else None for i in node.inputs),
-            values=tuple(self.known.get(i) if i else None for i in node.inputs),
-            opset=opset,
-        )
+        ins = tuple([specs[i] if i else None for i in node.inputs])
+        values = tuple([known.get(i) if i else None for i in node.inputs])
+        site = Site(node, op.fill(node), ins, values, (), version_of(node, self.opsets))
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
             if unknown:
@@ -205,7 +200,7 @@ class _Walk:
             else:
                 self.later(op, node)
             return
-        site = site.giving(tuple(s for s in inferred if s is not None))
+        site = site.giving(tuple([s for s in inferred if s is not None]))
         if is_known(op, site) and may_fold(op, site, inferred, self.budget):
             self.fold(op, site, site.values)
         elif op.shapes_only:

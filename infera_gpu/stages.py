@@ -14,6 +14,7 @@ import numpy as np
 from infera_gpu.bind import MAX_FOLDED, Constants, measurer
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
+from infera_gpu.garbage import uncollected
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.lower import lower
@@ -143,7 +144,7 @@ class Stages:
         """The stage that starts with the graph's inputs, in their order. Raises PlanError."""
         stage = self._first.get(shapes)
         if stage is None:
-            with self._planning:
+            with self._planning, uncollected():
                 stage = self._first.get(shapes)
                 if stage is None:
                     stage = self._first[shapes] = self._start(shapes)
@@ -181,7 +182,7 @@ class Stages:
         )
         following = stage.next.get(key)
         if following is None:
-            with self._planning:
+            with self._planning, uncollected():
                 following = stage.next.get(key)
                 if following is None:
                     following = self._follow(stage, told, types)

@@ -106,6 +106,10 @@ def spelled(terms: Sequence[Term], inputs: int) -> str:
 
 
 def _terms(site: Site) -> tuple[Term, ...]:
+    return site.once("terms", lambda: _parsed(site))
+
+
+def _parsed(site: Site) -> tuple[Term, ...]:
     try:
         return parsed(str(site.attrs["expression"]), len(site.ins))
     except (ValueError, IndexError) as error:
@@ -114,6 +118,10 @@ def _terms(site: Site) -> tuple[Term, ...]:
 
 def _sites(site: Site) -> list[Site]:
     """Each step as a node at concrete shapes."""
+    return site.once("steps", lambda: _made_sites(site))
+
+
+def _made_sites(site: Site) -> list[Site]:
     specs, values = list(site.ins), list(site.values)
     made: list[Site] = []
     for i, term in enumerate(_terms(site)):
@@ -130,7 +138,7 @@ def _sites(site: Site) -> list[Site]:
         )
         (out,) = op.infer(step)
         assert out is not None
-        made.append(replace(step, outs=(out,)))
+        made.append(step.giving((out,)))
         specs.append(out)
         values.append(None)
     return made

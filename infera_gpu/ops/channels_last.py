@@ -34,7 +34,7 @@ def _moved(xp: Any, a: Array, source: int, target: int) -> Array:
 def _spec(spec: TensorSpec, source: int, target: int) -> TensorSpec:
     dims = list(spec.shape)
     dims.insert(target % len(dims), dims.pop(source))
-    return replace(spec, shape=tuple(dims))
+    return TensorSpec(tuple(dims), spec.dtype, spec.ranked)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class ChannelsLast:
 
     def site(self, site: Site) -> Site:
         """The same node as `first` would meet it. Raises PlanError where an input has no channels."""
+        return site.once((self.name, "first"), lambda: self._moved(site)).giving(
+            tuple(_spec(s, -1, 1) for s in site.outs)
+        )
+
+    def _moved(self, site: Site) -> Site:
+        """`site`, without outputs."""
         for i in self.images:
             if site.has(i) and site.spec(i).ndim < 3:
                 raise site.fail(f"input {i} is {site.spec(i)}, expected (batch, spatial..., channels)")
@@ -57,7 +63,7 @@ class ChannelsLast:
             site,
             node=replace(site.node, op=self.first.name, domain=self.first.domain),
             ins=tuple(s and _spec(s, -1, 1) if i in self.images else s for i, s in enumerate(site.ins)),
-            outs=tuple(_spec(s, -1, 1) for s in site.outs),
+            outs=(),
         )
 
     def infer(self, site: Site) -> Sequence[TensorSpec]:

@@ -22,6 +22,10 @@ from infera_kernels.portable.conv import convolution
 
 def conv_window(site: Site) -> Window:
     """The window of a convolution. Raises PlanError where weights, bias or groups do not fit the input."""
+    return site.once("convolution", lambda: _conv_window(site))
+
+
+def _conv_window(site: Site) -> Window:
     x, w = site.spec(0), site.spec(1)
     group = int(site.attrs["group"])
     if x.ndim < 3 or w.ndim != x.ndim:
@@ -75,6 +79,10 @@ SPELLINGS = {
 
 def activation_of(site: Site) -> Activation | None:
     """The activation that a fused node names. Raises PlanError for an unknown one or for missing parameters."""
+    return site.once("activation", lambda: _activation_of(site))
+
+
+def _activation_of(site: Site) -> Activation | None:
     spelled = SPELLINGS.get(site.node.domain, {name: name for name in ACTIVATIONS})
     name, params = str(site.attrs["activation"]), tuple(map(float, site.attrs["activation_params"]))
     if not name:
@@ -114,8 +122,10 @@ _APART: dict[str, Node] = {
 
 def _split(site: Site) -> Expansion | None:
     """The convolution, the addition and the activation apart, where the residual must be broadcast or is wider."""
+    if not site.has(3):
+        return None
     (spec,) = conv_spec(site)
-    if not site.has(3) or site.spec(3) == spec:
+    if site.spec(3) == spec:
         return None
     node, activation = site.node, str(site.attrs["activation"])
     params = [float(v) for v in site.attrs["activation_params"]]

@@ -31,7 +31,7 @@ def _permuted(dims: Sequence[int], perm: Sequence[int]) -> tuple[int, ...]:
 
 def reshaped(stored: Sequence[int], perm: Sequence[int], dims: Sequence[int]) -> HostArray | None:
     """Transpose(stored, perm) with these dimensions, over no memory: for its strides. None where that takes a copy."""
-    dense = as_strided(np.empty(1, np.int8), tuple(stored), contiguous_strides(stored, 1), writeable=False)
+    dense = as_strided(np.empty(1, np.int8), tuple(stored), contiguous_strides(tuple(stored), 1), writeable=False)
     try:
         return dense.transpose(perm).reshape(tuple(dims), copy=False)
     except ValueError:

@@ -110,14 +110,19 @@ def _multiply_add(band: Array, weights: Array, y: Array, window: Window) -> Call
     return partial(np.einsum, out=y), ("rijx,ijx->rx", seen, weights)
 
 
-def _weights(w: Array, repeat: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
-    """(KH, KW, repeat * C), and the calls that make it."""
+def _weights(w: Array, width: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
+    """(KH, KW, width * C), and the calls that make it.
+
+    What is packed is long enough for the next power of two: of images of many widths few forms are kept.
+    """
+    taps, c = w.shape[2:], w.shape[0]
+    repeat = width if pack is None else 1 << (width - 1).bit_length()
 
     def in_order(w: Array) -> Array:
-        return np.broadcast_to(w[:, 0].transpose(1, 2, 0)[:, :, None], (*w.shape[2:], repeat, w.shape[0]))
+        return np.broadcast_to(w[:, 0].transpose(1, 2, 0)[:, :, None], (*taps, repeat, c))
 
-    shape = (*w.shape[2:], repeat * w.shape[0])
     if pack is not None:
-        return [], pack(f"depthwise{repeat}", lambda w: np.ascontiguousarray(in_order(w))).reshape(shape)
-    made = scratch(shape, w.dtype)
-    return [(np.copyto, (made.reshape(*w.shape[2:], repeat, -1), in_order(w)))], made
+        made = pack(f"depthwise{repeat}", lambda w: np.ascontiguousarray(in_order(w)))
+        return [], made.reshape(*taps, -1)[:, :, : width * c]
+    made = scratch((*taps, repeat * c), w.dtype)
+    return [(np.copyto, (made.reshape(*taps, repeat, c), in_order(w)))], made
