@@ -193,12 +193,12 @@ def test_matmul_reads_any_strides(transpose: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("reach", [1, 40, 255])
 def test_exact_ranges_cover_k_and_bound_every_sum(k: int, reach: int) -> None:
     rng = np.random.default_rng(k)
-    b = rng.integers(-reach, reach + 1, (k, 5)).astype(np.float32)
+    b = rng.integers(-reach, reach + 1, (k, 5)).astype(np.int16)
     for known in (None, b):
         ranges = quant.exact_ranges(k, 255, reach, known)
         assert [i for i, _ in ranges[1:]] == [j for _, j in ranges[:-1]]
         assert (ranges[0][0], ranges[-1][1]) == (0, k)
-        worst = np.full((k, 5), reach) if known is None else np.abs(known)
+        worst = np.full((k, 5), reach) if known is None else np.abs(known.astype(int))
         assert all(255 * worst[i:j].sum(0).max(initial=0) <= quant.EXACT for i, j in ranges)
     assert len(quant.exact_ranges(k, 255, reach, b)) <= len(quant.exact_ranges(k, 255, reach))
 

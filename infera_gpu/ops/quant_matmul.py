@@ -45,13 +45,15 @@ def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zer
         return [*calls, *cpu.matmul_integer(left, right, out, ranges, io.scratch)]
 
     def centred(weights: HostArray) -> HostArray:
-        turned = transposed(weights, turn)
-        wide: HostArray = portable.centred(np, turned, point, turned.ndim - 1)
-        return wide
+        made: HostArray = cpu.less_zero(transposed(weights, turn), point)
+        return made
 
-    if len(ranges) > 1:
-        ranges = cpu.exact_ranges(k, left_reach, reach(site, b, b_zero), centred(known))
+    def exact(weights: HostArray) -> HostArray:
+        return np.array(cpu.exact_ranges(k, left_reach, reach(site, b, b_zero), centred(weights)))
+
     tag = f"centred{' transposed' if turn else ''}{'' if point is None else f' {point.tolist()}'}"
+    if len(ranges) > 1:
+        ranges = [(int(i), int(j)) for i, j in io.pack(b, f"{tag} ranges of {left_reach}", exact)]
     if io.ins[b].ndim == 2 and left.flags.c_contiguous:
         width = cpu.panel_width(left.size // max(k, 1), k)
         panels = io.pack(b, f"{tag} in {width}", lambda weights: cpu.packed_panels(centred(weights), width))

@@ -146,15 +146,16 @@ def largest(dtype: np.dtype[Any], zero: Array | None, *, known: bool) -> int:
 def exact_ranges(k: int, a_largest: int, b_largest: int, b: Array | None = None) -> list[tuple[int, int]]:
     """The fewest equal ranges of K over which no sum of |a b| passes EXACT.
 
-    `b` (..., K, N), where it is known, is the centred right-hand matrix, whose columns' own sums bound the products.
+    `b` (..., K, N), where it is known, is what `less_zero` makes of the right-hand matrix: its columns' own sums bound
+    the products.
     """
     longest = EXACT // (a_largest * b_largest)
     most = max(1, -(-k // longest))
     if b is not None and most > 1:
-        sizes = np.abs(b)
+        sizes = np.abs(b, dtype=np.int16)
         for count in range(1, most):
             ranges = _ranges(k, count)
-            if all(sizes[..., i:j, :].sum(-2, dtype=np.float64).max(initial=0) * a_largest <= EXACT for i, j in ranges):
+            if all(sizes[..., i:j, :].sum(-2, dtype=np.int64).max(initial=0) * a_largest <= EXACT for i, j in ranges):
                 return ranges
     return _ranges(k, most)
 
@@ -211,11 +212,20 @@ def _panels(n: int, width: int) -> list[tuple[int, int]]:
     return [(j, min(j + width, n)) for j in range(0, n, width)]
 
 
+def less_zero(b: Array, zero: Array | None) -> Array:
+    """8-bit b (..., K, N) less its zero point, one value or one a column: int16, or b itself where there is none."""
+    return b if zero is None or not zero.any() else np.subtract(b, zero, dtype=np.int16)
+
+
 def packed_panels(b: Array, width: int) -> Array:
-    """A (K, N) matrix of integers as int8, or int16 where it needs that: panels of columns, one after another."""
-    small = not b.size or (b.min() >= -128 and b.max() <= 127)
-    narrow = b.astype(np.int8 if small else np.int16)
-    return np.concatenate([narrow[:, i:j].reshape(-1) for i, j in _panels(b.shape[1], width)] or [narrow.reshape(-1)])
+    """What `less_zero` makes of a (K, N) matrix as int8, or int16 where it needs that: panels of columns, one after
+    another."""
+    k, n = b.shape
+    small = b.dtype == np.int8 or not b.size or (b.min() >= -128 and b.max() <= 127)
+    made = np.empty(b.size, np.int8 if small else np.int16)
+    for i, j in _panels(n, width):
+        np.copyto(made[k * i : k * j].reshape(k, j - i), b[:, i:j], casting="unsafe")
+    return made
 
 
 _ROWS_PER_WEIGHT, _PART = 8, 5_000_000
