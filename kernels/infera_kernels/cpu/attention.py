@@ -135,13 +135,17 @@ def _readable(x: Array, scratch: Scratch, first: list[Call]) -> Array:
 
 
 def _pieces(lead: tuple[int, ...], m: int, n: int, parts: int) -> Iterator[Piece]:
-    """Blocks that cover all rows of scores: whole trailing axes, and a range of the axis before them."""
+    """Blocks that cover all rows of scores: whole trailing axes, and a range of the axis before them. Parts get as many
+    each, where there are enough rows."""
     axes, axis, inner = (*lead, m), len(lead), n
     most = min(BLOCK, max(n, -(-prod(axes) * n // parts)))
     while axis > 0 and inner * axes[axis] <= most:
         inner *= axes[axis]
         axis -= 1
     step = max(1, most // inner)
+    if prod(axes[:axis]) % parts:
+        count = -(-axes[axis] // step)
+        step = -(-axes[axis] // (-(-count // parts) * parts))
     for outer in np.ndindex(axes[:axis]):
         for i in range(0, axes[axis], step):
             yield (*outer, slice(i, min(i + step, axes[axis])))

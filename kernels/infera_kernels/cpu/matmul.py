@@ -50,6 +50,9 @@ def _rows(x: Array) -> Array | None:
 _FEW_ROWS = 3
 """Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first (measured)."""
 
+_CACHED = 1 << 22
+"""Bytes of the right-hand matrix that the first of these leaves in the cache for the others."""
+
 
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     """out = a @ b by np.matmul's rules; (..., M, K) times one (K, N) matrix is one product of all rows."""
@@ -58,7 +61,13 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         if flat is not None and target is not None:
             a, out = flat, target
     if a.ndim == b.ndim == 2 and 1 < a.shape[0] <= _FEW_ROWS:
-        a, out = a[:, None], out[:, None]
+        width = max(1, _CACHED // (b.shape[0] * b.itemsize or 1))
+        calls = [
+            c
+            for j in range(0, b.shape[1], width)
+            for c in matmul(a[:, None], b[:, j : j + width], out[:, None, j : j + width], scratch)
+        ]
+        return calls
     a, calls = readable(a, scratch)
     b, more = readable(b, scratch)
     return [*calls, *more, *_products(a, b, out, scratch)]
@@ -127,6 +136,13 @@ def fused(
     residual: Array | None = None,
 ) -> list[Call]:
     """out = act(alpha a @ b + bias) + residual, see `matmul` and `epilogue`; the parts of `split` do both."""
+    depths = _depths(a, b, out, split)
+    if len(depths) > 1:
+        sums = scratch((len(depths), *out.shape), out.dtype)
+        products = [matmul(along(a, -1, d), b[d], part, scratch) for d, part in zip(depths, sums, strict=True)]
+        total = [call(np.add, sums[0], sums[1], out), *(call(np.add, out, more, out) for more in sums[2:])]
+        last = epilogue(out, scratch, alpha=alpha, bias=bias, activation=activation, residual=residual)
+        return [*split.parallel(products), *total, *last]
     return split.parallel(
         [
             [
@@ -146,6 +162,18 @@ _BYTES = 8.0
 
 _STORED_NS, _ACTIVATED_NS = 0.2, 2.0
 """Nanoseconds an element of the product costs after it, without and with an activation."""
+
+
+def _depths(a: Array, b: Array, out: Array, split: Split) -> list[slice]:
+    """Ranges of K whose products are added up, each for a thread; one where another cut is better.
+
+    Few rows are bound by reading `b`, whose rows a part then reads from end to end: two threads take three quarters of
+    the time of one, and longer than one with half the columns each where columns are few (measured).
+    """
+    fits = b.ndim == 2 <= a.ndim and b.strides[1] == b.itemsize and b.shape[0] and out.size <= _FEW_ROWS * b.shape[1]
+    if not fits or split.threads < 2:
+        return []
+    return parts(b.shape[0], b.nbytes / _BYTES, split, multiple=_GRANULES[-2])
 
 
 class _Piece(NamedTuple):
