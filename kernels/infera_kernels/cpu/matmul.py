@@ -60,17 +60,16 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         flat, target = _rows(a), _rows(out)
         if flat is not None and target is not None:
             a, out = flat, target
-    if a.ndim == b.ndim == 2 and 1 < a.shape[0] <= _FEW_ROWS:
-        width = max(1, _CACHED // (b.shape[0] * b.itemsize or 1))
-        calls = [
-            c
-            for j in range(0, b.shape[1], width)
-            for c in matmul(a[:, None], b[:, j : j + width], out[:, None, j : j + width], scratch)
-        ]
-        return calls
+    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= _FEW_ROWS
+    if few:
+        a, out = a[:, None], out[:, None]
     a, calls = readable(a, scratch)
     b, more = readable(b, scratch)
-    return [*calls, *more, *_products(a, b, out, scratch)]
+    if not few or b.nbytes <= _CACHED:
+        return [*calls, *more, *_products(a, b, out, scratch)]
+    width = max(1, _CACHED // (b.shape[0] * b.itemsize))
+    ranges = [slice(j, j + width) for j in range(0, b.shape[1], width)]
+    return [*calls, *more, *((np.matmul, (a, b[:, r], out[..., r])) for r in ranges)]
 
 
 _COLUMNS, _UNPACKED = 64, 1_000_000

@@ -1,0 +1,46 @@
+"""Products of few rows: in ranges of columns that stay in the cache, and in ranges of depth for threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_kernels.calls import Call, Split, one_after_the_other
+from infera_kernels.cpu import matmul
+
+
+def _operands(rows: int, depth: int, columns: int) -> tuple[np.ndarray[Any, Any], ...]:
+    rng = np.random.default_rng(rows)
+    a, b = rng.normal(size=(rows, depth)).astype(np.float32), rng.normal(size=(depth, columns)).astype(np.float32)
+    return a, b, np.full((rows, columns), np.nan, np.float32)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("columns", [1, 63, 500])
+def test_few_rows_read_large_weights_once(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_CACHED", 64 * 40 * 4)
+    a, b, out = _operands(rows, 40, columns)
+    calls = matmul.matmul(a, b, out, np.empty)
+    for fn, args in calls:
+        fn(*args)
+    np.testing.assert_allclose(out, a.astype(np.float64) @ b, atol=1e-5)
+    assert len(calls) == -(-columns // 64)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_few_rows_are_split_along_the_depth(rows: int, threads: int) -> None:
+    a, b, out = _operands(rows, 2000, 900)
+    parts: list[int] = []
+
+    def parallel(lists: Sequence[Sequence[Call]]) -> list[Call]:
+        parts.append(len(lists))
+        return one_after_the_other(lists)
+
+    for fn, args in matmul.fused(a, b, out, np.empty, Split(threads, parallel), activation="relu"):
+        fn(*args)
+    np.testing.assert_allclose(out, np.maximum(a.astype(np.float64) @ b, 0), atol=2e-4)
+    assert parts == [threads]
