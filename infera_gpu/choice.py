@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from infera_gpu.devices.base import Device
 from infera_gpu.layout import Space
@@ -10,8 +10,7 @@ from infera_gpu.op import Kernel
 from infera_gpu.specialize import Placed
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """How a node will run: a kernel of some kind, or the operator's own function through an array library."""
 
     via: str

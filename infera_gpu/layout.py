@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -29,8 +28,7 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
     return tuple(strides[::-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Operand:
+class Operand(NamedTuple):
     """A typed, strided window. `root` names the block of memory it lies in; `offset` and `strides` are bytes.
 
     While lowering, `offset` counts from the root's start; in a Plan it counts from the arena's. A constant's root is
@@ -70,7 +68,7 @@ class Operand:
         return low, high + self.dtype.itemsize
 
     def moved(self, by: int) -> Operand:
-        """The operand `by` bytes on. Asked for several times a node, and dataclasses.replace is slow."""
+        """The operand `by` bytes on."""
         return Operand(self.root, self.space, self.shape, self.dtype, self.strides, self.offset + by, self.constant)
 
 

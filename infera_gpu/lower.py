@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -108,7 +107,7 @@ class _Lowering:
         """The value in `space`, contiguous unless `strided`; adds the copies this takes."""
         operand = self.home(value)
         if operand.constant:
-            return operand if operand.space == space else replace(operand, space=space)
+            return operand if operand.space == space else operand._replace(space=space)
         if operand.space != space:
             operand = self.copy(value, operand, space)
         if not strided and not operand.is_contiguous:
@@ -180,7 +179,7 @@ class _Lowering:
         place = self.places.get(name) or dense(name, space, site.outs[0])
         if place.root not in self.slabs:
             return False
-        whole = replace(place, root=self.slabs[place.root])
+        whole = place._replace(root=self.slabs[place.root])
         inputs = site.node.inputs
         away = [
             (v, w) for v, w in zip(inputs, windows_of(whole, placed), strict=True) if not same_place(self.home(v), w)
@@ -211,7 +210,7 @@ class _Lowering:
         if place.root not in self.slabs:
             self.slabs[place.root] = self.new_root(place.root, place.space, self.segment.specs[place.root].nbytes)
         self.saved["into slots"] += place.nbytes
-        return replace(place, root=self.slabs[place.root])
+        return place._replace(root=self.slabs[place.root])
 
     def taken_over(
         self, index: int, choice: Choice, ins: tuple[Operand | None, ...], spec: TensorSpec
@@ -247,7 +246,7 @@ class _Lowering:
                 low, high = operand.bounds()
                 start = low // aligned(1) * aligned(1)
                 self.roots[value] = Root(operand.space, high - start, 0, 1, fixed=start)
-                operand = replace(operand, root=value, offset=operand.offset - start)
+                operand = operand._replace(root=value, offset=operand.offset - start)
             self.own(value, operand)
         for i, placed in enumerate(self.segment.nodes):
             with planning(placed.site.node):

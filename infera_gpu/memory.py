@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """`nbytes` that are alive on steps [begin, end).
 
     The higher the `rank`, the lower the place: for values that later plans find in the arena, and plan around.
@@ -50,20 +50,26 @@ class _Arena:
     """The places that are taken, by offset: columns low, high, begin, end."""
 
     def __init__(self, most: int, nbytes: int) -> None:
-        self._rows = np.zeros((4, most), np.int64 if nbytes < 1 << 62 else object)
+        dtype = np.int64 if nbytes < 1 << 62 else object
+        self._rows = np.zeros((4, most), dtype)
+        self._starts = np.zeros(most + 1, dtype)
         self._count = 0
 
     def free_from(self, size: int, begin: int, end: int) -> int:
         """The lowest offset with `size` free bytes on steps [begin, end)."""
         low, high, since, until = self._rows[:, : self._count]
-        beside = (since < end) & (until > begin)
-        starts = np.concatenate(([0], np.maximum.accumulate(high[beside])))
-        fits = starts[:-1] + size <= low[beside]
-        return int(starts[fits.argmax() if fits.any() else -1])
+        beside = ((since < end) & (until > begin)).nonzero()[0]
+        count = len(beside)
+        starts = self._starts
+        np.maximum.accumulate(high[beside], out=starts[1 : count + 1])
+        fits = low[beside] - starts[:count] >= size
+        first = int(fits.argmax()) if count else 0
+        return int(starts[first if count and fits[first] else count])
 
     def take(self, low: int, size: int, begin: int, end: int) -> None:
-        at = int(np.searchsorted(self._rows[0, : self._count], low))
-        self._rows[:, at + 1 : self._count + 1] = self._rows[:, at : self._count].copy()
+        at = int(self._rows[0, : self._count].searchsorted(low))
+        if at < self._count:
+            self._rows[:, at + 1 : self._count + 1] = self._rows[:, at : self._count].copy()
         self._rows[:, at] = low, low + size, begin, end
         self._count += 1
 

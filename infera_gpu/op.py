@@ -49,9 +49,10 @@ class Site:
     opset: int = 0
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
-        """The same site with these outputs."""
-        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset)
-        made.__dict__["_found"] = self.__dict__.setdefault("_found", {})
+        """The same site with these outputs, and with what was found `once`."""
+        self.__dict__.setdefault("_found", {})
+        made = object.__new__(Site)
+        made.__dict__.update(self.__dict__, outs=outs)
         return made
 
     def once(self, key: Hashable, build: Callable[[], T]) -> T:

@@ -14,8 +14,7 @@ from infera_gpu.specialize import Placed, Segment
 StepKind: TypeAlias = Literal["kernel", "compute", "copy", "upload", "download"]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One thing to do. Its operands are absolute; `workspace` is scratch of its own in the same space.
 
     `kind` is "kernel" (a bound fast kernel), "compute" (the operator's plain function, which allocates), "copy" (to

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 from infera_gpu.choice import Choice
 from infera_gpu.layout import Operand, Space, dense, view_of, views_of
@@ -44,7 +43,7 @@ class _Slots:
             return
         lying = self.places.get(inputs[0])
         if name not in self.places and lying is not None:
-            around = replace(lying, shape=site.outs[0].dims)
+            around = lying._replace(shape=site.outs[0].dims)
             if all(same_place(self.places.get(v), w) for v, w in zip(inputs, self.parts(around, i), strict=True)):
                 self.offer(name, around, self.until.get(inputs[0]))  # where a later one joins these and more
                 return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from infera_gpu.op import Op, Registry, Site
 from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """A node with its operator and its site."""
 
     op: Op
