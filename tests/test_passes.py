@@ -55,6 +55,23 @@ def test_never_fires_on_a_near_miss(fusion: Fusion, text: str) -> None:
     assert apply(graph, fusion) == (graph, 0)
 
 
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_reductions_over_no_axes_are_no_normalization(op: str) -> None:
+    fusion = next(f for f in ALL if f.name == op)
+    centered = "m = ReduceMean <noop_with_empty_axes = 1> (x, none)  c = Sub(x, m)" if op == "layer_norm" else ""
+    text = f"""
+        g (float[2, 3] x) => (float[2, 3] y) <int64[0] none = {{}}, float two = {{2}}, float e = {{1}}> {{
+            {centered or "c = Identity(x)"}
+            s = Pow(c, two)
+            v = ReduceMean <noop_with_empty_axes = 1> (s, none)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }}"""
+    graph = load_graph(parse(text, 18))
+    assert apply(graph, fusion) == (graph, 0)
+
+
 def spellings(arg: Arg) -> Iterator[Arg]:
     """What the alternatives in a pattern amount to, one by one."""
     if isinstance(arg, Either):

@@ -42,6 +42,8 @@ NOT_GIVEN_BACK = {
     "training": f"g {X} <bool t = {{1}}, float r = {{0}}> {{ a = Dropout(x, r, t)  y = Neg(a) }}",
     "mask_is_read": "g (float[2, 3] x) => (float[2, 3] y, bool[2, 3] m) { a, m = Dropout(x)  y = Neg(a) }",
     "swapped": "g (float[2, 3] x) => (float[3, 2] y) { a = Transpose <perm = [1, 0]> (x)  y = Neg(a) }",
+    "power_of_integers": "g (float[3] x) => (float y) <float c = {2}> { i = ArgMax <keepdims = 0> (x)  p = Pow(i, c)  "
+    "a = Cast <to = 1> (p)  y = Neg(a) }",
     "part": "g (float[2] x) => (float[1] y) <int64[1] s = {0}, int64[1] e = {1}> { a = Slice(x, s, e)  y = Neg(a) }",
     "one_adds_an_axis": "g (float[3] x) => (float[1, 3] y) <float[1, 1] c = {1}> { a = Mul(c, x)  y = Neg(a) }",
     "one_over": f"g {X} <float c = {{1}}> {{ a = Div(c, x)  y = Neg(a) }}",
@@ -67,6 +69,21 @@ def test_what_gives_an_input_back_vanishes(text: str) -> None:
 @pytest.mark.parametrize("text", NOT_GIVEN_BACK.values(), ids=NOT_GIVEN_BACK)
 def test_what_only_looks_like_it_stays(text: str) -> None:
     graph = load_graph(parse(text))
+    assert remove_identities(graph) == graph
+
+
+@pytest.mark.parametrize(
+    ("text", "to"),
+    [
+        pytest.param("DequantizeLinear <output_dtype = 10> (q, s)", 1, id="dequantized"),
+        pytest.param("RMSNormalization(h, s)", 10, id="normalized"),
+    ],
+)
+def test_a_cast_stays_where_another_input_or_an_attribute_says_the_type(text: str, to: int) -> None:
+    graph = load_graph(
+        parse(f"g (int8[3] q, float16[3] h) => (float[3] y) <float s = {{0.5}}> {{ a = {text}  b = Cast <to = {to}> (a)"
+              "  y = Neg(b) }", 23, 10)
+    )  # fmt: skip
     assert remove_identities(graph) == graph
 
 

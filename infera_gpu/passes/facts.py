@@ -240,8 +240,22 @@ def _joined(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec(tuple(whole if i == axis else d for i, d in enumerate(x.shape)), x.dtype)
 
 
+def _power(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Of the base's type, which the exponent's says nothing about."""
+    return None if ins[0] is None else _elementwise()(facts, n, ins)
+
+
 def _dequantized(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    """The type of the scale."""
+    """The type that is asked for, else that of the scale."""
+    if n.attrs.get("output_dtype", 0):
+        return _with_dtype(ins[0], dtype_of_onnx(n.attrs["output_dtype"]))
+    return _with_dtype(ins[0], ins[1].dtype) if ins[1] is not None else None
+
+
+def _rms_normalized(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Of the scale's type, where there is one."""
+    if len(ins) < 2:
+        return ins[0]
     return _with_dtype(ins[0], ins[1].dtype) if ins[1] is not None else None
 
 
@@ -289,7 +303,7 @@ _FUNCTIONS = (
     *("Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Erf", "Not", "Identity", "Dropout", "CumSum"),
 )
 _NORMS = (
-    *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
+    *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "InstanceNormalization", "LRN"),
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "Trilu"),
 )
@@ -303,7 +317,8 @@ _BOOL = np.dtype(np.bool_)
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys((*_ACTIVATIONS, *_FUNCTIONS, *_NORMS), _same),
-        **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Sum", "Mean", "Pow"), _elementwise()),
+        **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Sum", "Mean"), _elementwise()),
+        "Pow": _power,
         **dict.fromkeys(("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"), _elementwise(dtype=_BOOL)),
         **dict.fromkeys(("And", "Or", "Xor"), _elementwise(dtype=_BOOL)),
         "Where": _elementwise(1),
@@ -321,6 +336,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Concat": _joined,
         "Einsum": _einsum,
         "DequantizeLinear": _dequantized,
+        "RMSNormalization": _rms_normalized,
         "MatMulInteger": _integer_product,
         **dict.fromkeys(_OTHERS, _alike),
         "Expand": _expanded,

@@ -146,12 +146,13 @@ class Match:
         return self.graph.opsets.get(domain, 1)
 
     def axes(self, name: str) -> tuple[int, ...] | None:
-        """The axes that a named reduction goes over, as they are written; None for all, or where they are computed."""
+        """The axes that a named reduction goes over, as they are written; None where none are, which means all or no
+        axis, or where they are computed."""
         made = self.nodes[name]
         if "axes" in made.attrs:
-            return tuple(int(a) for a in made.attrs["axes"])
+            return tuple(int(a) for a in made.attrs["axes"]) or None
         given = self.graph.constants.get(made.inputs[1]) if len(made.inputs) > 1 and made.inputs[1] else None
-        return None if given is None else tuple(int(a) for a in given.reshape(-1))
+        return None if given is None else tuple(int(a) for a in given.reshape(-1)) or None
 
 
 _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
