@@ -314,3 +314,37 @@ def test_panels_hold_every_column(rows: int, k: int) -> None:
         assert packed.dtype == dtype or not k
         np.testing.assert_array_equal(packed[: k * width].reshape(k, width), b[:, :width])
         np.testing.assert_array_equal(packed[k * width :].reshape(k, 3), b[:, width:])
+
+
+def test_a_scalar_stays_one_where_scales_have_an_axis() -> None:
+    fused, plain = sessions("""
+        g (float x) => (float y, float z) <float[1] s = {0.1}, uint8[1] p = {3}> {
+            q = QuantizeLinear(x, s, p)
+            y = DequantizeLinear(q, s, p)
+            z = DequantizeLinear(q, s, p)
+        }""")
+    want = plain.run({"x": np.float32(1.23)})
+    for name, got in fused.run({"x": np.float32(1.23)}).items():
+        assert got.shape == ()
+        assert got == want[name]
+
+
+def test_integers_are_quantised_too() -> None:
+    fused, plain = sessions("""
+        g (int32[4] x) => (float[4] y) <float s = {0.5}, uint8 z = {3}> {
+            q = QuantizeLinear(x, s, z)
+            y = DequantizeLinear(q, s, z)
+        }""")
+    x = np.array([-900, 1, 40, 900], np.int32)
+    np.testing.assert_array_equal(fused.run({"x": x})["y"], plain.run({"x": x})["y"])
+
+
+def test_tables_keep_the_axes_that_their_scale_adds() -> None:
+    fused, plain = sessions("""
+        g (int64[2] i) => (float[2, 3, 2] y) <int8[3, 2] t = {1, 2, -3, 4, 5, 127}, float[1, 1, 1] s = {0.5}> {
+            f = Cast <to = 1> (t)
+            m = Mul(f, s)
+            y = Gather(m, i)
+        }""")
+    i = np.array([0, -1])
+    np.testing.assert_array_equal(fused.run({"i": i})["y"], plain.run({"i": i})["y"])

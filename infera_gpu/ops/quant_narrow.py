@@ -56,9 +56,11 @@ def _not_empty(site: Site) -> bool:
 def _infer_centre(site: Site) -> tuple[TensorSpec]:
     for i in range(3):
         site.spec(i)
-    _require_float32(site, 0, 1)
+    if site.spec(0).dtype not in (FLOAT32, np.int32):
+        raise site.fail(f"input 0 is {site.spec(0)}, expected float32 or int32")
+    _require_float32(site, 1)
     check_parameters(site, (1, 2), (), 1)
-    return (site.spec(0),)
+    return (TensorSpec(site.spec(0).dims, FLOAT32),)
 
 
 def _bounds(site: Site, zero: HostArray) -> tuple[int, int]:
@@ -80,6 +82,10 @@ def _bind_centre(site: Site, io: Buffers) -> list[Call]:
     assert zero is not None
     again = bool(site.attrs["dequantize"])
     return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site, zero), io.outs[0], dequantize=again)
+
+
+def _supports_centre(site: Site) -> bool:
+    return site.value(2) is not None and site.spec(0).dtype == FLOAT32
 
 
 # ---- NarrowMatMul: (a, b, scale, b's zero point, a's scale, bias) -> float32.
@@ -168,7 +174,7 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_centre,
         compute=plain(_centre),
-        kernels={"cpu": Kernel(_bind_centre, lambda site: site.value(2) is not None, inplace=(0,), strided=True)},
+        kernels={"cpu": Kernel(_bind_centre, _supports_centre, inplace=(0,), strided=True)},
         attrs={"dequantize": 0, "relu": 0},
         cases=(
             Case("uint8", (_ENDS, _scale(0.05), _point(100))),
@@ -176,6 +182,7 @@ OPS: tuple[Op, ...] = (
             Case("dequantized", (f32(3, 6001), _scale(0.02), _point(7)), {"dequantize": 1}),
             Case("relu", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
             Case("only_negative", (_ENDS, _scale(0.05), _point(255)), {"relu": 1}),
+            Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), _scale(3), _point(100))),
             Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), _scale(1), _point(3))),
         ),
     ),

@@ -79,7 +79,10 @@ def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[
     for r in products:
         yield r, _on_floats(r, centred, reach)
     for r in floats:
-        yield r, Node("Mul", (centred, n.inputs[1]), r.outputs, name=r.name)
+        if parameters[0].ndim:  # Mul would give a scalar the scale's axis
+            yield r, Node("Centre", n.inputs, r.outputs, {"dequantize": 1}, domain="infera", name=r.name)
+        else:
+            yield r, Node("Mul", (centred, n.inputs[1]), r.outputs, name=r.name)
 
 
 def centred(graph: Graph) -> Graph:

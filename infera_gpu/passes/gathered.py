@@ -52,7 +52,7 @@ def _before_scaling(
         if table is None or table.ndim != 2 or not is_byte(table) or scale.dtype != np.float32:
             continue
         rows, floats, scales = (made_name(n.outputs[0], what) for what in ("rows", "floats", "scales"))
-        if scale.size == 1 or scale.shape in (table.shape[1:], (1, table.shape[1])):
+        if (scale.size == 1 and scale.ndim <= 2) or scale.shape in (table.shape[1:], (1, table.shape[1])):
             constants[scales] = scale.reshape(() if scale.size == 1 else -1)
             of_rows = []
         elif scale.shape == (table.shape[0], 1):

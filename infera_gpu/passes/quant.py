@@ -25,8 +25,8 @@ def is_byte(array: HostArray) -> bool:
 
 
 def _fits_columns(parameter: HostArray, columns: int) -> bool:
-    """Whether it is one value, or one for each column of a matrix."""
-    return parameter.size == 1 or parameter.shape in ((columns,), (1, columns))
+    """Whether it is one value, or one for each column of a matrix, and adds no axis to one."""
+    return (parameter.size == 1 and parameter.ndim <= 2) or parameter.shape in ((columns,), (1, columns))
 
 
 def _is_weight(weight: HostArray, scale: HostArray, zero: HostArray | None) -> bool:
@@ -75,8 +75,15 @@ def _is_dynamic(match: Match) -> bool:
         and made_by is not None
         and made_by.qualified == "DynamicQuantizeLinear"
         and made_by.outputs == given
+        and _adds_no_axis(match, match.constant("w"), made_by.inputs[0])
         and _is_weight(match.constant("b"), match.constant("w"), zero)
     )
+
+
+def _adds_no_axis(match: Match, scale: HostArray, x: str) -> bool:
+    """Whether products with a matrix have the scale's axes: those of vectors have one axis."""
+    spec = match.draft.spec(x)
+    return scale.ndim < 2 or (spec is not None and spec.ranked and spec.ndim >= scale.ndim)
 
 
 def _from_dynamic(match: Match) -> Replacement:
@@ -123,6 +130,15 @@ DYNAMIC = Fusion(
             i = MatMulInteger(q, b, z)
             f = Cast <to = 1> (i)
             m = Mul(t, w)
+            y = Mul(m, f)
+        }""",
+        """
+        scale_adds_an_axis (float[3] x) => (float[1, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[1, 2] w = {0.5, 0.25}> {
+            q, s, z = DynamicQuantizeLinear(x)
+            i = MatMulInteger(q, b, z)
+            f = Cast <to = 1> (i)
+            m = Mul(s, w)
             y = Mul(m, f)
         }""",
         """
@@ -247,6 +263,13 @@ NARROW = Fusion(
         """
         scales_of_rows (float[2, 3] a) => (float[2, 2] y)
         <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[3, 1] s = {0.5, 0.3, 2}> {
+            f = Cast <to = 1> (b)
+            w = Mul(f, s)
+            y = MatMul(a, w)
+        }""",
+        """
+        scale_adds_an_axis (float[2, 3] a) => (float[1, 2, 2] y)
+        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float[1, 1, 1] s = {0.5}> {
             f = Cast <to = 1> (b)
             w = Mul(f, s)
             y = MatMul(a, w)
