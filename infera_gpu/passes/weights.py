@@ -1,6 +1,6 @@
 """Factors and terms by channel, of BatchNormalization or spelled out, go into the weights of the product beside them.
 
-What is folded is computed in float64 and rounded once.
+What is folded is computed in float64 and rounded once; what would not fit the weights' type is not folded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
+from infera_gpu.spec import DType
 
 LINEAR = (
     *(node(op, "x", "#w", "?#b", name="linear") for op in ("Conv", "ConvTranspose", "Gemm", "infera.FusedMatMul")),
@@ -62,6 +63,29 @@ def _by_channel(linear: Node, weight: HostArray, factor: HostArray) -> HostArray
     return (split * factor.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
 
 
+def _rounded(wide: HostArray, dtype: DType, axis: int) -> HostArray:
+    """Weights, output channels along `axis`, in their type.
+
+    Raises FloatingPointError where a channel does not fit: it would be infinite, or too small for the type's precision.
+    """
+    with np.errstate(all="ignore"):
+        made = wide.astype(dtype)
+        error = np.abs(made - wide)
+    others = tuple(i for i in range(wide.ndim) if i != axis)
+    if not (error.max(others, initial=0) <= np.finfo(dtype).eps * np.abs(wide).max(others, initial=0)).all():
+        raise FloatingPointError
+    return made
+
+
+def _finite(wide: HostArray, dtype: DType) -> HostArray:
+    """A bias in its type. Raises FloatingPointError where it does not fit."""
+    with np.errstate(all="ignore"):
+        made = wide.astype(dtype)
+    if not np.isfinite(made).all():
+        raise FloatingPointError
+    return made
+
+
 def _rescaled(match: Match, factor: HostArray | None, shift: HostArray) -> Replacement:
     """The product whose output is factor · output + shift, channel by channel; None for a factor of 1."""
     linear, weight, name = match.nodes["linear"], match.constant("w"), match.root.outputs[0]
@@ -70,12 +94,12 @@ def _rescaled(match: Match, factor: HostArray | None, shift: HostArray) -> Repla
     kept = match.values["w"]
     if factor is not None:
         kept = made_name(name, "weight")
-        made[kept] = _by_channel(linear, weight, factor).astype(weight.dtype)
+        made[kept] = _rounded(_by_channel(linear, weight, factor), weight.dtype, _channel_axis(linear))
         bias = bias * factor
     inputs: tuple[str, ...] = (match.values["x"], kept)
     if "b" in match.values or shift.any():
         inputs = (*inputs, made_name(name, "bias"))
-        made[inputs[-1]] = (bias + shift).astype(weight.dtype)
+        made[inputs[-1]] = _finite(bias + shift, weight.dtype)
     if linear.op == "MatMul":
         return Replacement(infera(match, "FusedMatMul", inputs, {}), made)
     return Replacement(replace(linear, inputs=inputs, outputs=match.root.outputs), made)
@@ -206,6 +230,18 @@ AFFINE = Fusion(
             y = Mul(t, c)
         }""",
         """
+        weights_would_be_infinite (float[2, 3] x) => (float[2, 2] y)
+        <float[3, 2] w = {1e20, 2, 3, 4, 5, 6}, float[2] c = {1e25, 1}> {
+            t = MatMul(x, w)
+            y = Mul(t, c)
+        }""",
+        """
+        weights_would_lose_their_digits (float[2, 3] x) => (float[2, 2] y)
+        <float[3, 2] w = {1e-20, 2, 1e-21, 4, 1e-22, 6}, float[2] c = {1e-22, 1}> {
+            t = MatMul(x, w)
+            y = Mul(t, c)
+        }""",
+        """
         weight_read_twice (float[2, 3] x, float[2, 3] z) => (float[2, 2] y, float[2, 2] u)
         <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] c = {1.5, -0.5}> {
             t = MatMul(x, w)
@@ -251,8 +287,8 @@ def _preceded(match: Match) -> Replacement:
         scaled = wide * factor.reshape(by_input)
     bias = match.constant("b").astype(np.float64).reshape(-1) if "b" in match.values else 0.0
     made = {
-        made_name(name, "weight"): scaled.astype(weight.dtype),
-        made_name(name, "bias"): (bias + added).astype(weight.dtype),
+        made_name(name, "weight"): _rounded(scaled, weight.dtype, _channel_axis(linear)),
+        made_name(name, "bias"): _finite(bias + added, weight.dtype),
     }
     return Replacement(replace(linear, inputs=(match.values["x"], *made)), made)
 
