@@ -97,7 +97,7 @@ def product(
 
     def fits(site: Site) -> bool:
         (y,) = site.outs
-        row = not site.has(2) or (site.spec(2).size == y.dims[-1] and site.spec(2).dims[-1] == y.dims[-1])
+        row = not site.has(2) or (site.spec(2).size == y.dims[-1] and site.spec(2).dims[-1:] == y.dims[-1:])
         same = not site.has(3) or site.spec(3).dims == y.dims
         attrs = site.attrs
         plain = float(attrs.get("alpha", 1)) == 1 and (not site.has(2) or float(attrs.get("beta", 1)) == 1)

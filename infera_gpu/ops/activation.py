@@ -74,7 +74,10 @@ _SELU = {"alpha": 1.6732631921768188, "gamma": 1.0507010221481323}
 
 _FAMILY = (
     _activation("Relu", "relu", 6),
-    _activation("LeakyRelu", "leaky_relu", 6, {"alpha": 0.01}, {"alpha": 1.5}, {"alpha": -0.5}),
+    _with_cases(
+        _activation("LeakyRelu", "leaky_relu", 6, {"alpha": 0.01}, {"alpha": 1.5}, {"alpha": -0.5}),
+        Case("alpha0", (_EDGES,), {"alpha": 0.0}),
+    ),
     _activation("Elu", "elu", 6, {"alpha": 1.0}, {"alpha": 0.3}),
     _activation("Selu", "selu", 6, _SELU, {"alpha": 2.0, "gamma": 3.0}),
     _activation("Celu", "celu", 12, {"alpha": 1.0}, {"alpha": 0.3}),

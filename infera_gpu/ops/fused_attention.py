@@ -160,6 +160,7 @@ _FUSED = Op(
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
         Case("blocks", _FAR, {"scale": 0.3}),
         Case("no_queries", (f32(2, 3, 0, 4), _K, _V)),
+        Case("no_keys", (_Q, f32(2, 3, 4, 0), f32(2, 3, 0, 6))),
     ),
 )
 

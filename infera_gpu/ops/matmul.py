@@ -136,6 +136,7 @@ _GEMM = Op(
         Case("both", (f32(4, 5), f32(6, 4), f32(5, 1)), {"transA": 1, "transB": 1}),
         Case("scaled", (f32(5, 4), _W, f32(5, 3)), {"alpha": 0.5, "beta": -2.0}),
         Case("scalar_bias", (f32(5, 4), _W, f32()), {"alpha": 2.0}),
+        Case("scalar_bias_alone", (f32(5, 4), f32(4, 1), f32())),
         Case("past_block", (f32(130, 5), f32(5, 601), f32(1, 601)), {"beta": 0.25}),
     ),
 )

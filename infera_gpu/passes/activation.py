@@ -161,11 +161,13 @@ LEAKY_RELU = Fusion(
         node("Where", node(("Less", "LessOrEqual"), "x", 0.0), _LEAN, "x"),
         node("Where", node(("Greater", "GreaterOrEqual"), "x", 0.0), "x", _LEAN),
     ),
-    guard=lambda match: is_float(match) and ("larger" not in match.nodes or 0 <= match.number("alpha") <= 1),
+    guard=lambda match: is_float(match) and ("larger" not in match.nodes or 0 < match.number("alpha") <= 1),
     build=made("LeakyRelu", 6, lambda match: {"alpha": match.number("alpha")}),
     example="""
         example (float[3, 7] x) => (float[3, 7] y) <float k = {0.1}> { a = Mul(x, k)  y = Max(a, x) }""",
     near_misses=(
+        """
+        no_number_at_infinity (float[3, 7] x) => (float[3, 7] y) <float k = {0}> { a = Mul(x, k)  y = Max(a, x) }""",
         """
         steeper (float[3, 7] x) => (float[3, 7] y) <float k = {1.1}> { a = Mul(x, k)  y = Max(a, x) }""",
         """

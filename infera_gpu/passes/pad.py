@@ -131,7 +131,9 @@ AVERAGE = Fusion(
 
 
 def _is_maximum(match: Match) -> bool:
-    """Nothing is below what is padded with."""
+    """Nothing is below what is padded with, and no window is left out for beginning in a padding of the pool's own."""
+    if match.nodes["window"].attrs.get("ceil_mode", 0):
+        return False
     if _value(match) == -np.inf:
         return _is_padded(match, -np.inf)
     return match.draft.made_by.get(match.values["x"]) in ("Relu", "Sigmoid", "Softplus") and _is_covered(match)
@@ -162,6 +164,13 @@ MAXIMUM = Fusion(
         zeros_among_negatives (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
             t = Pad(x, p)
             y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+        """
+        last_window_begins_in_padding (float[1, 2, 4, 4] x) => (float[1, 2, 2, 3] y)
+        <int64[8] p = {0, 0, 0, 0, 0, 0, 0, 1}> {
+            r = Relu(x)
+            t = Pad(r, p)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (t)
         }""",
         """
         window_of_zeros (float[1, 2, 4, 2] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 2, 0, 0, 0, 0}> {

@@ -111,7 +111,12 @@ RESHAPES = Fusion(
     ),
 )
 
-_SPREAD = node("Expand", "v", node("Shape", "x"))
+_SPREAD = node("Expand", "v", node("Shape", "x", name="shape"))
+
+
+def _has_every_size(match: Match) -> bool:
+    """The shape is that of x, and not a part of it, which would broadcast along other axes."""
+    return not {"start", "end"} & match.nodes["shape"].attrs.keys()
 
 
 def _unspread(match: Match) -> Replacement:
@@ -128,6 +133,7 @@ EXPANDED = Fusion(
         node(("Add", "Sub", "Mul", "Div"), "x", _SPREAD),
         node(("Add", "Sub", "Mul", "Div"), _SPREAD, "x"),
     ),
+    guard=_has_every_size,
     build=_unspread,
     example="""
         example (float[2, 3] x, float[2, 1] v) => (float[2, 3] y) {
@@ -139,6 +145,12 @@ EXPANDED = Fusion(
         """
         shape_of_another_value (float[1, 3] x, float[2, 1] v, float[2, 3] z) => (float[2, 3] y) {
             s = Shape(z)
+            e = Expand(v, s)
+            y = Div(x, e)
+        }""",
+        """
+        part_of_the_shape (float[3, 1] x, float[1] v) => (float[3, 3] y) {
+            s = Shape <end = 1> (x)
             e = Expand(v, s)
             y = Div(x, e)
         }""",

@@ -87,7 +87,7 @@ def _relu(x: Array, out: Array, t: Sequence[Array]) -> list[Call]:
 def _leaky_relu(x: Array, out: Array, t: Sequence[Array], alpha: float) -> list[Call]:
     slope, zero = t
     calls = [call(np.multiply, x, const(alpha, x), slope)]
-    if 0 <= alpha <= 1:
+    if 0 < alpha <= 1:  # infinity times 0 is NaN
         return [*calls, call(np.maximum, x, slope, out)]
     if alpha > 1:
         return [*calls, call(np.minimum, x, slope, out)]

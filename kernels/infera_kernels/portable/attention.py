@@ -243,8 +243,10 @@ def fused(
         scores = xp.where(keep, scores, xp.asarray(fill, dtype))
     for mask in masks:
         scores = scores + mask
-    flat = scores.astype(xp.float64).reshape(-1, scores.shape[-1])
-    weights = rows_softmax(xp, flat).reshape(scores.shape).astype(dtype)
+    weights = scores
+    if scores.size:
+        flat = scores.astype(xp.float64).reshape(-1, scores.shape[-1])
+        weights = rows_softmax(xp, flat).reshape(scores.shape).astype(dtype)
     if guarded:
         weights = xp.where(xp.isnan(weights), xp.zeros((), dtype), weights)
     return matmul(xp, weights, v)
