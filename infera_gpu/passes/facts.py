@@ -252,13 +252,6 @@ def _dequantized(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return _with_dtype(ins[0], ins[1].dtype) if ins[1] is not None else None
 
 
-def _rms_normalized(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    """Of the scale's type, where there is one."""
-    if len(ins) < 2:
-        return ins[0]
-    return _with_dtype(ins[0], ins[1].dtype) if ins[1] is not None else None
-
-
 def _integer_product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return _with_dtype(_product(facts, n, ins), np.dtype(np.int32))
 
@@ -303,7 +296,7 @@ _FUNCTIONS = (
     *("Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Erf", "Not", "Identity", "Dropout", "CumSum"),
 )
 _NORMS = (
-    *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "InstanceNormalization", "LRN"),
+    *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "Trilu"),
 )
@@ -336,7 +329,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Concat": _joined,
         "Einsum": _einsum,
         "DequantizeLinear": _dequantized,
-        "RMSNormalization": _rms_normalized,
         "MatMulInteger": _integer_product,
         **dict.fromkeys(_OTHERS, _alike),
         "Expand": _expanded,
