@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -33,13 +33,17 @@ SHRINK_AFTER = 64
 
 
 class Memory:
-    """An arena a memory space, for one run at a time. `version` counts the times that one of them was replaced."""
+    """An arena a memory space, for one run at a time.
+
+    Where one is replaced, every lease lets go of what is bound to it: a session that does not run again soon would keep
+    the old one.
+    """
 
     def __init__(self) -> None:
         self.user: object = None
         self.arenas: dict[Space, Any] = {}
         self.sizes: dict[Space, int] = {}
-        self.version = 0
+        self.leases: WeakSet[Lease] = WeakSet()
         self._needed = 0
         self._served = 0
 
@@ -48,9 +52,13 @@ class Memory:
         return sum(self.sizes.values())
 
     def clear(self) -> None:
+        self._unbind()
         self.arenas.clear()
         self.sizes.clear()
-        self.version += 1
+
+    def _unbind(self) -> None:
+        for lease in self.leases:
+            lease.forget()
 
     def consider(self, plan: Plan) -> None:
         """Give arenas back that have been far too large for a while: one huge request must not hold its memory."""
@@ -65,7 +73,7 @@ class Memory:
         """Grow to what the plan needs. Raises OutOfMemoryError."""
         for space, nbytes in plan.arenas.items():
             if nbytes > self.sizes.get(space, -1):
-                self.version += 1
+                self._unbind()
                 if not plan.carried:  # give the old one back before asking for the new one
                     self.arenas.pop(space, None)
                     self.sizes.pop(space, None)
@@ -155,11 +163,11 @@ class Lease:
 
     def __init__(self, device: Device, constants: Constants, memory: Memory) -> None:
         self._device, self._constants, self._memory = device, constants, memory
-        self._version = memory.version
         self._bound: OrderedDict[Plan, Bound] = OrderedDict()
         self._folded: dict[Plan, int] = {}
         self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
         self._last: tuple[_Key, Mapping[str, Array]] | None = None
+        memory.leases.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -173,8 +181,6 @@ class Lease:
         """
         if not plan.carried:
             self._memory.consider(plan)
-        if self._version != self._memory.version:
-            self._forget()
         given = self._on_device(plan, entering)
         if given:
             blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
@@ -185,7 +191,7 @@ class Lease:
                 return self._bound_to(key, given)
         found = self._bound.get(plan)
         if found is None:
-            self._fit(plan)
+            self._memory.fit(plan, self._device)
             found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             self._folded[plan] = self._constants.folded(plan)
             while len(self._bound) > MAX_BOUND or (sum(self._folded.values()) > MAX_FOLDED and len(self._bound) > 1):
@@ -203,21 +209,15 @@ class Lease:
     def _bound_to(self, key: _Key, given: Mapping[str, Array]) -> Bound:
         found = self._direct.get(key)
         if found is None:
-            self._fit(key[0])
+            self._memory.fit(key[0], self._device)
             bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
             found = self._direct[key] = (bound, given)
             while len(self._direct) > MAX_DIRECT:
                 self._direct.popitem(last=False)
         return found[0]
 
-    def _fit(self, plan: Plan) -> None:
-        self._memory.fit(plan, self._device)
-        if self._version != self._memory.version:
-            self._forget()
-
-    def _forget(self) -> None:
-        """Let go of everything bound to arenas that are no more."""
+    def forget(self) -> None:
+        """Let go of everything that is bound to the arenas."""
         self._bound.clear()
         self._folded.clear()
         self._direct.clear()
-        self._version = self._memory.version

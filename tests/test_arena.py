@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,19 @@ def test_sessions_take_turns_in_memory_of_the_largest_plan(device: str) -> None:
         np.testing.assert_array_equal(got["y"], [np.flatnonzero(v)])
         np.testing.assert_allclose(got["z"], np.exp(-v), rtol=1e-6)
     assert arena.nbytes == two.plan_for({"x": (100, 64)}).arena_bytes
+
+
+def test_what_a_session_bound_to_a_smaller_arena_is_let_go() -> None:
+    arena = infera_gpu.Arena()
+    sessions = [infera_gpu.load(LARGE, device="cpu", arena=arena) for _ in range(5)]
+    tracemalloc.start()
+    try:
+        for n, session in enumerate(sessions):
+            session.run({"x": np.ones((10_000 + 1_000 * n, 64), np.float32)})
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1.5 * arena.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_batch_sizes_of_one_session_share_its_arena() -> None:
