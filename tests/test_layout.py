@@ -193,3 +193,15 @@ def test_near_misses_stay(text: str) -> None:
     graph = load_graph(parse(text, 17))
     made = convert(graph, registry())
     assert {(n.op, n.inputs, n.outputs) for n in made.nodes} == {(n.op, n.inputs, n.outputs) for n in graph.nodes}
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_pixels_are_reduced_to_a_row_of_channels_each_image(images: int) -> None:
+    check(
+        """g (float[N, 5, 7, 3] x) => (float[N, 3] y) {
+            t = Transpose <perm = [0, 3, 1, 2]> (x)
+            y = ReduceMax <axes = [2, 3], keepdims = 0> (t)
+        }""",
+        0,
+        sizes={"N": images},
+    )

@@ -215,6 +215,7 @@ OPS: tuple[Op, ...] = (
             ),
             Case("vector", (f32(5), _WEIGHT, _COLUMNS)),
             Case("empty", (f32(0, 5), _WEIGHT, _COLUMNS)),
+            Case("no_terms", (f32(2, 0), _WEIGHT[:0], _COLUMNS)),
         ),
     ),
 )

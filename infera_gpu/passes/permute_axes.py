@@ -107,9 +107,9 @@ def _pooled(node: Node, pool: str, order: Order, target: Order) -> Moved:
     made = Node(pool, node.inputs[:1], node.outputs, domain="infera", name=node.name)
     if len(target) == len(order):
         return Moved((made,), {node.inputs[0]: order}, {node.outputs[0]: target})
-    pooled, dims = (made_name(node.outputs[0], part) for part in ("pooled", "dims"))
-    nodes = (replace(made, outputs=(pooled,)), Node("Reshape", (pooled, dims), node.outputs, name=pooled))
-    return Moved(nodes, {node.inputs[0]: order}, {node.outputs[0]: target}, {dims: np.array((0, -1), np.int64)})
+    pooled, pixels = made_name(node.outputs[0], "pooled"), tuple(range(1, len(order) - 1))
+    dropped = Node("Squeeze", (pooled,), node.outputs, {"axes": pixels}, name=pooled, opset=11)
+    return Moved((replace(made, outputs=(pooled,)), dropped), {node.inputs[0]: order}, {node.outputs[0]: target})
 
 
 def _arg(facts: Facts, node: Node, order: Order) -> Moved | None:

@@ -8,6 +8,7 @@ transformers mostly need a single range: the cost is that of the float32 product
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -250,7 +251,7 @@ def matmul_panels(
     Returns up to `threads` parts that may run at the same time.
     """
     k, n = a.shape[-1], out.shape[-1]
-    rows, target = a.reshape(-1, k), out.reshape(-1, n)
+    rows, target = a.reshape(math.prod(a.shape[:-1]), k), out.reshape(-1, n)
     edges = _panels(n, width)
     worth = k * n * (rows.shape[0] + _ROWS_PER_WEIGHT) // _PART
     count = max(1, min(threads, len(edges), worth))
