@@ -66,15 +66,15 @@ def _by_channel(linear: Node, weight: HostArray, factor: HostArray) -> HostArray
 def _rounded(wide: HostArray, dtype: DType, axis: int) -> HostArray:
     """Weights, output channels along `axis`, in their type.
 
-    Raises FloatingPointError where a channel does not fit: it would be infinite, or too small for the type's precision.
+    Raises FloatingPointError where a channel's largest weight is no normal number of it: it would be infinite, or the
+    channel would lose its digits.
     """
-    with np.errstate(all="ignore"):
-        made = wide.astype(dtype)
-        error = np.abs(made - wide)
     others = tuple(i for i in range(wide.ndim) if i != axis)
-    if not (error.max(others, initial=0) <= np.finfo(dtype).eps * np.abs(wide).max(others, initial=0)).all():
+    largest = np.maximum(wide.max(others, initial=0), -wide.min(others, initial=0))
+    info = np.finfo(dtype)
+    if not ((largest == 0) | ((largest >= info.tiny) & (largest <= info.max))).all():
         raise FloatingPointError
-    return made
+    return wide.astype(dtype)
 
 
 def _finite(wide: HostArray, dtype: DType) -> HostArray:
