@@ -68,7 +68,7 @@ class PlanError(InferaError):
 class planning:
     """Whatever goes wrong in here beside errors raised on purpose is a PlanError that names `what`.
 
-    Entered for every node: a class, because a generator takes four times as long.
+    Entered for every node: a class, which costs less than a generator.
     """
 
     __slots__ = ("_what",)

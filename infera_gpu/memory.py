@@ -16,7 +16,7 @@ SLACK = 0.02
 """How far above the lower bound, as a part of it, an arena may be before a smaller one is searched for."""
 
 EFFORT = 400_000
-"""Pairs of values that a search may look at. That takes about 40 ms; those for real models end after one to ten."""
+"""Pairs of values that a search may look at. Those for real models end long before."""
 
 
 def aligned(nbytes: int) -> int:

@@ -14,8 +14,7 @@ from infera_kernels.cpu.elementwise import BLOCK, copy, cut
 
 LARGE = 1 << 18
 """Elements of a block: a few operands lie in a level 3 cache, and a call's fixed cost is nothing beside its work.
-Smaller blocks gain nothing where level 2 and 3 are about as fast as one ufunc: up to LARGE the ratio to whole arrays
-falls with the block's size (1.2 at 16384 elements, 1.0 at LARGE; 0.75 to 0.95 for arrays that no cache holds)."""
+Smaller blocks gain nothing where level 2 and 3 are about as fast as one ufunc."""
 
 Emit: TypeAlias = Callable[[Sequence[Array], Array, Scratch], Sequence[Call]]
 """`emit(ins, out, scratch)`: the calls of an operator on blocks."""

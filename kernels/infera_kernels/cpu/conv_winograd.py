@@ -33,7 +33,7 @@ _POINTS: dict[int, tuple[tuple[int, int], ...]] = {
 @cache
 def transforms(tile: int) -> tuple[Array, Array, Array]:
     """(B^T of the data, G of the filter, A^T of the output) of F(tile, 3) in float64, by the Cook-Toom construction."""
-    from fractions import Fraction  # with decimal, which it imports, 3 ms
+    from fractions import Fraction  # it imports decimal, and both take their time
 
     points = [Fraction(*point) for point in _POINTS[tile]]
     size = tile + 2

@@ -14,8 +14,8 @@ import numpy as np
 from infera_kernels.calls import Array, Call, Scratch, maximum, minimum
 
 BLOCK = 65536
-"""Elements of a block in a chain of ufuncs: four float32 operands fill a 1 MB L2 cache. Blocks of 16384 take a tenth
-longer, and two threads gain nothing from them: each call takes the interpreter's lock again (see `parts`)."""
+"""Elements of a block in a chain of ufuncs: four float32 operands fill a 1 MB L2 cache. Two threads gain nothing from
+much smaller blocks: each call takes the interpreter's lock again (see `parts`)."""
 
 
 def call(ufunc: Callable[..., object], *operands: Array) -> Call:
@@ -30,7 +30,7 @@ def call(ufunc: Callable[..., object], *operands: Array) -> Call:
 def clamp(x: Array, low: Array, high: Array, out: Array) -> Call:
     """min(max(x, low), high) with 0-d bounds; a NaN stays one.
 
-    One pass with SIMD. np.maximum and np.minimum against a single value have none and take four times as long each.
+    One pass with SIMD. np.maximum and np.minimum against a single value have none.
     """
     return np.ndarray.clip, (x, low, high, out)
 
@@ -116,7 +116,7 @@ def cut(
 def limit(bound: Any, size: int, dtype: Any, scratch: Scratch) -> tuple[Array, list[Call]]:
     """A block full of `bound`, a number or a 0-d array read in every run, and the call that fills it.
 
-    np.maximum and np.minimum run without SIMD against a single value: four times slower than against an array.
+    np.maximum and np.minimum run without SIMD against a single value, and with it against an array.
     """
     full = scratch((size,), dtype)
     return full, [copy(full, bound if isinstance(bound, np.ndarray) else const(bound, full))]
@@ -164,7 +164,7 @@ _BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 def where(condition: Array, x: Array, y: Array, out: Array, scratch: Scratch) -> list[Call]:
     """x where the condition holds, else y; `out` may be `x` or `y`.
 
-    y ^ ((x ^ y) & -condition) on the bits: a masked copy takes four times as long when the mask is irregular.
+    y ^ ((x ^ y) & -condition) on the bits: a masked copy is slow where the mask is irregular.
     """
     bits = _BITS[out.itemsize]
     size = min(out.size, BLOCK)

@@ -48,7 +48,7 @@ def _rows(x: Array) -> Array | None:
 
 
 _FEW_ROWS = 3
-"""Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first (measured)."""
+"""Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first."""
 
 _CACHED = 1 << 22
 """Bytes of the right-hand matrix that the first of these leaves in the cache for the others."""
@@ -73,8 +73,8 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
 
 
 _COLUMNS, _UNPACKED = 64, 1_000_000
-"""OpenBLAS' kernels for AVX-512 multiply up to so many terms (rows x depth x columns) without packing the operands. For
-few rows that gains 10 to 20 %: packing reads a weight twice (measured, with 64 columns at a time)."""
+"""OpenBLAS' kernels for AVX-512 multiply up to so many terms (rows x depth x columns) without packing the operands,
+which reads a weight twice: that shows where rows are few."""
 
 
 def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:

@@ -1,6 +1,6 @@
 """Products with weights as batches of small ones, which BLAS computes from its operands as they lie.
 
-Larger ones it lays out anew first. That costs a tenth of a product of long rows, and half of one of few rows.
+Larger ones it lays out anew first, which costs the more the fewer rows there are.
 """
 
 from __future__ import annotations

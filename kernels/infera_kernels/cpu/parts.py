@@ -1,8 +1,7 @@
 """Cutting a kernel's work into parts that run at the same time.
 
-Measured with two threads on two cores (AVX-512, NumPy 2.4, Python 3.11): to enter and leave a region costs the caller
-6 us, and 10 us where a worker has to be woken. A part that calls NumPy often is slowed down by the interpreter's lock,
-which each call takes again: at 3 us a call two threads are no faster than one, at 10 us they are 1.7 times as fast.
+A part must be worth what it costs: the caller enters and leaves a region, and a worker may have to be woken. One that
+calls NumPy often is slowed down by the interpreter's lock besides, which each call takes again.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from itertools import pairwise
 from infera_kernels.calls import Array, Split
 
 LEAST_NS = 90_000
-"""Nanoseconds of work below which a part is not worth a thread of its own, by whole models: with 25,000 those of many
-small steps took longer with two threads than with one."""
+"""Nanoseconds of work below which a part is not worth a thread of its own. Chosen by whole models: those of many small
+steps must not take longer with two threads than with one."""
 
 
 def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[slice]:

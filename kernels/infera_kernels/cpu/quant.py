@@ -203,7 +203,7 @@ _PANEL = 1 << 18
 
 
 def panel_width(rows: int, k: int) -> int:
-    """How many columns of a (K, N) matrix to multiply at a time by `rows` rows (measured)."""
+    """How many columns of a (K, N) matrix to multiply at a time by `rows` rows."""
     unpacked = (w for w in _WIDTHS if w * max(rows, 1) * k <= _UNPACKED)
     return next(unpacked, max(64, _PANEL // max(k, 1) // 64 * 64))
 
@@ -230,8 +230,8 @@ def packed_panels(b: Array, width: int) -> Array:
 
 
 _ROWS_PER_WEIGHT, _PART = 8, 5_000_000
-"""Making a weight float32 takes as long as multiplying it by so many rows; a part of so many multiplications takes 0.1
-ms (measured): less is not worth a thread."""
+"""Making a weight float32 takes about as long as multiplying it by so many rows; a part of fewer multiplications is not
+worth a thread."""
 
 
 def matmul_panels(
@@ -247,7 +247,7 @@ def matmul_panels(
     """int32 or float32 out = a @ b, b (K, N) given as `packed_panels` of a width; else as `matmul_integer`.
 
     Weights are read once in a run and multiply few rows: that is bound by memory. So they stay narrow there, and a
-    panel becomes float32 in cache, where BLAS reads it (1.1 to 2 times faster than weights kept as float32, measured).
+    panel becomes float32 in cache, where BLAS reads it.
     Returns up to `threads` parts that may run at the same time.
     """
     k, n = a.shape[-1], out.shape[-1]

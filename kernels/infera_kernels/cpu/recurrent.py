@@ -2,7 +2,7 @@
 
 x is (T, B, I) and contiguous or a transpose of (B, T, I); y is (T, B, H) of any strides; w (gates * H, I), r (gates *
 H, H), b (2 * gates * H,) or None; states (B, H). Inside, features come first and the batch last: r (gates * H, H) @
-state (H, B) is nearly twice as fast as its transpose, and every gate is contiguous. Sigmoids are 0.5 tanh(0.5 x) + 0.5,
+state (H, B) is faster than its transpose, and every gate is contiguous. Sigmoids are 0.5 tanh(0.5 x) + 0.5,
 so that one tanh serves all gates.
 """
 

@@ -2,7 +2,7 @@
 
 As in GotoBLAS (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008), but the right-hand
 side, a weight, was packed into panels when the model was loaded, and the left-hand side is read where it lies. BLAS
-packs both in every call, which costs a tenth to a half of a product with few rows.
+packs both in every call, which is much of a product with few rows.
 """
 
 from __future__ import annotations
