@@ -55,6 +55,12 @@ def test_never_fires_on_a_near_miss(fusion: Fusion, text: str) -> None:
     assert apply(graph, fusion) == (graph, 0)
 
 
+@pytest.mark.parametrize("fusion", [pytest.param(f, id=f.name) for f in ALL if " = Shape(" in f.example])
+def test_a_part_of_a_shape_is_another_value(fusion: Fusion) -> None:
+    graph = load_graph(parse(fusion.example.replace(" = Shape(", " = Shape <start = 0, end = 9> ("), fusion.opset))
+    assert apply(graph, fusion) == (graph, 0)
+
+
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_reductions_over_no_axes_are_no_normalization(op: str) -> None:
     fusion = next(f for f in ALL if f.name == op)

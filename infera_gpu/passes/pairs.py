@@ -111,12 +111,7 @@ RESHAPES = Fusion(
     ),
 )
 
-_SPREAD = node("Expand", "v", node("Shape", "x", name="shape"))
-
-
-def _has_every_size(match: Match) -> bool:
-    """The shape is that of x, and not a part of it, which would broadcast along other axes."""
-    return not {"start", "end"} & match.nodes["shape"].attrs.keys()
+_SPREAD = node("Expand", "v", node("Shape", "x"))
 
 
 def _unspread(match: Match) -> Replacement:
@@ -133,7 +128,6 @@ EXPANDED = Fusion(
         node(("Add", "Sub", "Mul", "Div"), "x", _SPREAD),
         node(("Add", "Sub", "Mul", "Div"), _SPREAD, "x"),
     ),
-    guard=_has_every_size,
     build=_unspread,
     example="""
         example (float[2, 3] x, float[2, 1] v) => (float[2, 3] y) {

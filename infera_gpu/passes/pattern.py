@@ -157,8 +157,9 @@ class Match:
 
 _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
 
-LEGACY = "broadcast"
-"""An attribute of arithmetic before opset 7, whose operands then are not aligned at the last axis."""
+OTHERWISE = frozenset({"broadcast", "start", "end"})
+"""Attributes with which operators are not what patterns mean: arithmetic before opset 7, whose operands are not aligned at
+the last axis then, and a Shape of some axes."""
 
 LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
@@ -189,7 +190,7 @@ class Matcher:
     def _node(
         self, p: P, n: Node, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]
     ) -> Iterator[_Found]:
-        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER) or LEGACY in n.attrs:
+        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER) or OTHERWISE & n.attrs.keys():
             return
         if not p.required <= len(n.inputs) <= len(p.args):
             return
