@@ -50,7 +50,7 @@ def test_chains_of_floats_become_one_node(text: str, ops: list[str]) -> None:
     assert [n.op for n in rewritten.nodes] == ops
     rng = np.random.default_rng(0)
     feeds = {k: rng.standard_normal(s.dims).astype(s.dtype) for k, s in tensors_of(graph.inputs, "input").items()}
-    want, got = (infera_gpu.load(parse(text), device="cpu", fuse=fuse).run(feeds) for fuse in (False, True))
+    want, got = (infera_gpu.load(parse(text), device="cpu", jit=False, fuse=f).run(feeds) for f in (False, True))
     for name, expected in want.items():
         np.testing.assert_array_equal(got[name], expected)
 
@@ -76,10 +76,10 @@ def test_steps_of_another_shape_come_apart(shape: tuple[int, ...], steps: list[s
     model = parse(f"g (float[N, M] x, float[{axes}] g) => (float[] y) {{ {body} }}")
     rng = np.random.default_rng(0)
     feeds = {"x": rng.standard_normal((3, 5), np.float32), "g": rng.standard_normal(shape, np.float32)}
-    session = infera_gpu.load(model, device="cpu")
+    session = infera_gpu.load(model, device="cpu", jit=False)
     assert [n.op for n in session.graph.nodes] == ["Elementwise"]
     assert [n.op for n in (p.node for p in session.plan_for(feeds).segment.nodes)] == steps
-    want = infera_gpu.load(model, device="cpu", fuse=False).run(feeds)["y"]
+    want = infera_gpu.load(model, device="cpu", jit=False, fuse=False).run(feeds)["y"]
     np.testing.assert_array_equal(session.run(feeds)["y"], want)
 
 

@@ -158,8 +158,8 @@ class Match:
 _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
 
 OTHERWISE = frozenset({"broadcast", "start", "end"})
-"""Attributes with which operators are not what patterns mean: arithmetic before opset 7, whose operands are not aligned at
-the last axis then, and a Shape of some axes."""
+"""Attributes with which operators are not what patterns mean: arithmetic before opset 7, whose operands need not be
+aligned at the last axis, and a Shape of some axes."""
 
 LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
