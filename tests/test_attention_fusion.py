@@ -171,27 +171,3 @@ def test_parts_side_by_side_compute_what_one_does(dims: tuple[int, ...], causal:
 
 def test_few_scores_stay_on_one_thread() -> None:
     assert spread(3, (1, 2, 8, 8, 4), causal=False)[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("half", "cos"), [(4, (2, 1, 5, 8)), (3, (2, 1, 5, 8)), (4, (2, 6, 5, 8))], ids=["halves", "uneven", "wider"]
-)
-def test_what_is_not_turned_by_halves_is_computed_in_parts(half: int, cos: tuple[int, ...]) -> None:
-    text = f"""
-        g (float[2, A, 5, 8] x, float[2, B, 5, 8] cos, float[2, B, 5, 8] sin) => (float[2, C, 5, 8] y)
-        <int64[1] zero = {{0}}, int64[1] half = {{{half}}}, int64[1] far = {{9223372036854775807}},
-         int64[1] axis = {{-1}}, int64[1] one = {{1}}> {{
-            a = Slice(x, zero, half, axis, one)
-            b = Slice(x, half, far, axis, one)
-            c = Neg(b)
-            d = Concat <axis = -1> (c, a)
-            e = Mul(d, sin)
-            f = Mul(cos, x)
-            y = Add(f, e)
-        }}"""
-    rng = np.random.default_rng(0)
-    shapes = {"x": (2, 6 if half == 3 else 1, 5, 8), "cos": cos, "sin": cos}
-    given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    fused, parts = (infera_gpu.load(parse(text), device="cpu", fuse=f) for f in (True, False))
-    assert [n.op for n in fused.graph.nodes] == ["RotateHalves"]
-    np.testing.assert_allclose(fused.run(given)["y"], parts.run(given)["y"], rtol=2e-6, atol=2e-6)

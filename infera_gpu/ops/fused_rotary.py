@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,23 +12,42 @@ from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain, single
 from infera_gpu.spec import Array, TensorSpec
-from infera_kernels.cpu.rotary import rotate_halves
+from infera_kernels.cpu.rotary import rotate
+
+FAR = 2**63 - 1
 
 
 def _fits(site: Site) -> bool:
-    """Whether `half` is half a head, and cos and sin broadcast to x."""
-    x = site.spec(0).dims
-    if not x or x[-1] != 2 * (single(site, 3, "half") or 0):
+    """Whether pairs are cut as the operator does it, and cos and sin broadcast to them."""
+    x, attrs = site.spec(0).dims, site.attrs
+    if not x or x[-1] % 2:
         return False
+    half = x[-1] // 2
+    if attrs["interleaved"]:
+        pairs = (*x[:-1], half, 2)
+        cut = _gives(site.ints(3), x, pairs) and _gives(site.ints(4), pairs, x)
+    else:
+        start, end = single(site, 3, "half"), single(site, 4, "end")
+        cut = start in (None, half) and (end is None or end >= x[-1])
+    turned = (*x[:-1], half) if attrs["per_pair"] else x
     try:
-        return np.broadcast_shapes(*(site.spec(i).dims for i in range(3))) == x
+        return cut and np.broadcast_shapes(turned, *(site.spec(i).dims for i in (1, 2))) == turned
     except ValueError:
         return False
 
 
+def _gives(target: Sequence[int] | None, source: Sequence[int], dims: Sequence[int]) -> bool:
+    """Whether a Reshape of `source` to `target` has these dimensions, which have as many elements."""
+    if target is None:
+        return True
+    copied = [source[i] if size == 0 and i < len(source) else size for i, size in enumerate(target)]
+    unlike = [size for size, d in zip(copied, dims, strict=False) if size != d]
+    return len(target) == len(dims) and unlike in ([], [-1])
+
+
 def _infer(site: Site) -> tuple[TensorSpec]:
     if not _fits(site):
-        raise site.fail(f"cos {site.spec(1)} and sin {site.spec(2)} do not turn {site.spec(0)} by halves")
+        raise site.fail(f"cos {site.spec(1)} and sin {site.spec(2)} do not turn the pairs of {site.spec(0)}")
     return (site.spec(0),)
 
 
@@ -34,30 +55,62 @@ def _parts(site: Site) -> Expansion | None:
     """The operators apart, where heads are cut elsewhere than in the middle or cos and sin are wider than they."""
     if _fits(site):
         return None
-    (x, cos, sin, half), out = site.node.inputs, site.node.outputs[0]
-    begin, end, axis, a, b, minus, turned, kept, more = (made_name(out, f"part {i}") for i in range(9))
-    constants: dict[str, HostArray] = {begin: i64(0), end: i64(2**63 - 1), axis: i64(-1)}
-    at, name = dict[str, Any](opset=13), site.node.name
-    nodes = (
-        Node("Slice", (x, begin, half, axis), (a,), name=f"{name}/first", **at),
-        Node("Slice", (x, half, end, axis), (b,), name=f"{name}/second", **at),
-        Node("Neg", (b,), (minus,), name=f"{name}/minus", **at),
-        Node("Concat", (minus, a), (turned,), {"axis": -1}, name=f"{name}/turned", **at),
-        Node("Mul", (turned, sin), (more,), name=f"{name}/sin", **at),
-        Node("Mul", (x, cos), (kept,), name=f"{name}/cos", **at),
-        Node("Add", (kept, more), (out,), name=f"{name}/sum", **at),
-    )
-    return Expansion(nodes, constants)
+    interleaved, dims = bool(site.attrs["interleaved"]), site.spec(0).dims
+    x, cos, sin, cut, end = (*site.node.inputs, "", "")[:5]
+    out = site.node.outputs[0]
+    constants: dict[str, HostArray] = {}
+    nodes: list[Node] = []
+
+    def numbers(*values: int) -> str:
+        name = made_name(out, f"numbers {len(constants)}")
+        constants[name] = i64(*values)
+        return name
+
+    def add(op: str, *inputs: str, **attrs: Any) -> str:
+        name = made_name(out, f"part {len(nodes)}")
+        nodes.append(Node(op, inputs, (name,), attrs, name=f"{site.node.name}/{op} {len(nodes)}", opset=13))
+        return name
+
+    def joined(first: str, second: str) -> str:
+        if not interleaved:
+            return add("Concat", first, second, axis=-1)
+        pairs = add("Concat", add("Unsqueeze", first, last), add("Unsqueeze", second, last), axis=-1)
+        rank = len(site.ints(3) or (*dims, 2)) - 1
+        return add("Reshape", pairs, end or numbers(*(0,) * (rank - 1), -1))
+
+    last = numbers(-1)
+    if not interleaved:
+        middle = cut or numbers(-(-dims[-1] // 2))
+        a = add("Slice", x, numbers(0), middle, last)
+        b = add("Slice", x, middle, end or numbers(FAR), last)
+    elif cut:
+        pairs = add("Reshape", x, cut)
+        a, b = (add("Squeeze", add("Slice", pairs, numbers(i), numbers(i + 1), last), last) for i in (0, 1))
+    else:
+        a, b = (add("Slice", x, numbers(i), numbers(FAR), last, numbers(2)) for i in (0, 1))
+    if site.attrs["per_pair"]:
+        real = add("Sub", add("Mul", a, cos), add("Mul", b, sin))
+        joined(real, add("Add", add("Mul", b, cos), add("Mul", a, sin)))
+    else:
+        add("Add", add("Mul", x, cos), add("Mul", joined(add("Neg", b), a), sin))
+    nodes[-1] = replace(nodes[-1], outputs=(out,))
+    return Expansion(tuple(nodes), constants)
 
 
 def _bind(site: Site, io: Buffers) -> list[Call]:
-    return rotate_halves(io.ins[0], io.ins[1], io.ins[2], io.outs[0], io.scratch)
+    x, cos, sin = io.ins[:3]
+    how = {name: bool(site.attrs[name]) for name in ("interleaved", "per_pair")}
+    return rotate(x, cos, sin, io.outs[0], io.scratch, strict=io.strict, **how)
 
 
-def _compute(xp: Any, site: Site, x: Array, cos: Array, sin: Array, half: Array) -> Array:
-    middle = x.shape[-1] // 2
-    turned = xp.concatenate((-x[..., middle:], x[..., :middle]), axis=-1)
-    return x * cos + turned * sin
+def _compute(xp: Any, site: Site, x: Array, cos: Array, sin: Array, *cut: Array | None) -> Array:
+    pairs = (-1, 2) if site.attrs["interleaved"] else (2, -1)
+    split = x.reshape(*x.shape[:-1], *pairs)
+    axis = pairs.index(2) - 2
+    a, b = (split.take(i, axis=axis) for i in (0, 1))
+    if site.attrs["per_pair"]:
+        return xp.stack((a * cos - b * sin, b * cos + a * sin), axis=axis).reshape(x.shape)
+    return x * cos + xp.stack((-b, a), axis=axis).reshape(x.shape) * sin
 
 
 def _supported(site: Site) -> bool:
@@ -65,19 +118,32 @@ def _supported(site: Site) -> bool:
     return dtype in (np.float32, np.float64) and all(site.spec(i).dtype == dtype for i in (1, 2))
 
 
-# Y = X cos + (-B, A) sin, where X is (A, B) along its last axis, each `half` elements.
+_X, _TABLE, _HALF = f32(2, 3, 5, 8), f32(2, 1, 5, 8), f32(5, 4)
+_WIDE, _WIDE_TABLE = f32(1, 4, 65, 64), f32(65, 64)
+
+# Y = X cos + turned sin along the last axis, where `turned` has -b and a in the places of the members a and b of each
+# pair. Pairs are half the axis apart, or neighbours where `interleaved`. With `per_pair` cos and sin have one element a
+# pair. Inputs 3 and 4, which may be left out, say how X was cut: where its first half ends and where the second does;
+# of interleaved pairs the shape that X was given, (..., pairs, 2), and the shape that the result was given again.
 _FUSED = Op(
-    "RotateHalves",
+    "Rotary",
     1,
     domain="infera",
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels={"cpu": Kernel(_bind, _supported, strided=True)},
-    values=(3,),
+    kernels={"cpu": Kernel(_bind, _supported, strided=True, strided_out=True)},
+    attrs={"interleaved": 0, "per_pair": 0},
+    values=(3, 4),
     cases=(
-        Case("heads", (f32(2, 3, 5, 8), f32(2, 1, 5, 8), f32(2, 1, 5, 8), i64(4))),
-        Case("row", (f32(3, 6), f32(6), f32(1, 6), i64(3))),
+        Case("heads", (_X, _TABLE, _TABLE, i64(4))),
+        Case("row", (f32(3, 6), f32(6), f32(1, 6), i64(3), i64(FAR))),
+        Case("uncut", (_WIDE, _WIDE_TABLE, _WIDE_TABLE)),
+        Case("per_pair", (_X, _HALF, _HALF), {"per_pair": 1}),
+        Case("interleaved", (_X, _TABLE, _TABLE), {"interleaved": 1}),
+        Case("shapes", (_X, _TABLE, _TABLE, i64(2, 3, 5, -1, 2), i64(2, 3, 5, 8)), {"interleaved": 1}),
+        Case("complex", (_X, _HALF, f32(3, 1, 4)), {"interleaved": 1, "per_pair": 1}),
+        Case("complex_wide", (_WIDE, f32(65, 32), f32(65, 32)), {"interleaved": 1, "per_pair": 1}),
     ),
 )
 

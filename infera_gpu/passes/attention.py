@@ -11,11 +11,14 @@ CPU = frozenset({"cpu"})
 """Elsewhere there are kernels for the parts and none for the whole."""
 
 
-def rank_of(match: Match, name: str) -> int | None:
+def rank_of(match: Match, value: str) -> int | None:
     """How many axes a value has; heads that a Transpose puts first show it by the permutation."""
-    made_by = match.producers.get(match.values[name])
+    made_by = match.producers.get(value)
     perm = made_by.attrs.get("perm") if made_by is not None and made_by.qualified == "Transpose" else None
-    return match.rank(name) if perm is None else len(perm)
+    if perm is not None:
+        return len(perm)
+    spec = match.draft.spec(value)
+    return spec.ndim if spec is not None and spec.ranked else None
 
 
 # ---- PyTorch swaps the last two axes of keys through three axes
@@ -31,7 +34,7 @@ def _keys() -> P:
 
 
 def _swapped(match: Match) -> Replacement:
-    axes = range(rank_of(match, "k") or 0)
+    axes = range(rank_of(match, match.values["k"]) or 0)
     perm = (*axes[:-2], *axes[:-3:-1])
     return Replacement(standard(match, "Transpose", 1, (match.values["k"],), {"perm": perm}))
 
@@ -39,7 +42,9 @@ def _swapped(match: Match) -> Replacement:
 KEYS = Fusion(
     name="transposed_keys",
     patterns=(_keys(),),
-    guard=lambda match: rank_of(match, "k") is not None and tuple(match.nodes["swap"].attrs["perm"]) == (0, 2, 1),
+    guard=lambda match: (
+        rank_of(match, match.values["k"]) is not None and tuple(match.nodes["swap"].attrs["perm"]) == (0, 2, 1)
+    ),
     build=_swapped,
     example="""
         example (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)

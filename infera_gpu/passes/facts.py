@@ -147,10 +147,10 @@ def _einsum(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _transposed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    x = ins[0]
+    x, given = ins[0], n.attrs.get("perm")
     if x is None or not x.ranked:
-        return _unranked(x)
-    perm = n.attrs.get("perm") or range(x.ndim)[::-1]
+        return TensorSpec((None,) * len(given), x.dtype) if x is not None and given else _unranked(x)
+    perm = given or range(x.ndim)[::-1]
     return TensorSpec(tuple(x.shape[p] for p in perm), x.dtype)
 
 
@@ -270,8 +270,8 @@ def _alike(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 def _shape(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     x = ins[0]
-    whole = x is not None and x.ranked and not {"start", "end"} & n.attrs.keys()
-    return TensorSpec((x.ndim if x is not None and whole else None,), np.dtype(np.int64))
+    axes = range(x.ndim)[n.attrs.get("start", 0) : n.attrs.get("end")] if x is not None and x.ranked else None
+    return TensorSpec((None if axes is None else len(axes),), np.dtype(np.int64))
 
 
 _ACTIVATIONS = (
