@@ -22,6 +22,7 @@ from infera_gpu.passes import (
     quant,
     rotary,
     softmax,
+    unit,
     weights,
 )
 from infera_gpu.passes.chains import chained
@@ -40,6 +41,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *pad.FUSIONS,
     *norm.FUSIONS,
     *group.FUSIONS,
+    *unit.FUSIONS,
     *softmax.FUSIONS,
     *gelu.FUSIONS,
     *activation.FUSIONS,

@@ -298,7 +298,7 @@ _FUNCTIONS = (
 _NORMS = (
     *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
-    *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "Trilu"),
+    *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "infera.L2Normalization", "Trilu"),
 )
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),

@@ -12,16 +12,18 @@ from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, s
 from infera_gpu.passes.pattern import Arg, P
 
 
-def _squared(x: Arg) -> Arg:
+def squared(x: Arg) -> Arg:
+    """x², both ways."""
     return either(node("Pow", x, 2.0), node("Mul", x, x))
 
 
 def _variance(x: Arg) -> P:
     """The mean of squares, and a small number."""
-    return node("Add", node("ReduceMean", _squared(x), "?#axes", name="variance"), "%epsilon", commutes=True)
+    return node("Add", node("ReduceMean", squared(x), "?#axes", name="variance"), "%epsilon", commutes=True)
 
 
-def _inverse_root(variance: P) -> Arg:
+def inverse_root(variance: Arg) -> Arg:
+    """1 / √variance, every way."""
     root = node("Sqrt", variance)
     return either(
         node("Reciprocal", root),
@@ -34,7 +36,7 @@ def _inverse_root(variance: P) -> Arg:
 def _standardized(x: Arg, variance: P) -> tuple[P, ...]:
     """x / √variance, and the same narrowed by a Cast."""
     over = node("Div", x, either(node("Sqrt", variance), node("Pow", variance, 0.5)))
-    times = node("Mul", x, _inverse_root(variance), commutes=True)
+    times = node("Mul", x, inverse_root(variance), commutes=True)
     return (node("Cast", either(over, times), name="narrowed"), over, times)
 
 
@@ -181,7 +183,7 @@ def _are_rows(match: Match, axis: int, *names: str) -> bool:
     )
 
 
-_FACTOR = node("Mul", _inverse_root(_variance(CENTERED)), "#scale", commutes=True, name="factor")
+_FACTOR = node("Mul", inverse_root(_variance(CENTERED)), "#scale", commutes=True, name="factor")
 
 LAYER_NORM_AS_FACTORS = Fusion(
     name="layer_norm_as_factors",

@@ -73,6 +73,11 @@ def _along(default: int, since: int = 1) -> Rule:
     return rule
 
 
+def _unit(facts: Facts, node: Node, order: Order) -> Moved | None:
+    """Unit vectors, unless norms were expanded to a shape."""
+    return _along(-1)(facts, node, order) if len(node.inputs) == 1 else None
+
+
 def _split(facts: Facts, node: Node, order: Order) -> Moved | None:
     axis = int(node.attrs.get("axis", 0))
     if not -len(order) <= axis < len(order):
@@ -241,6 +246,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Reshape", "Flatten"), _reshape),
     "Concat": _along(1),
     "LpNormalization": _along(-1),
+    "infera.L2Normalization": _unit,
     "Pad": _pad,
     "Shape": _shape,
     "Slice": _slice,

@@ -19,7 +19,7 @@ def _quotient(x: Arg) -> P:
     return node("Div", exponentials, _sum_of(exponentials))
 
 
-def _axis(match: Match, name: str) -> int | None:
+def one_axis(match: Match, name: str) -> int | None:
     """The one axis that a named reduction keeps; None where there are more, or it is not known."""
     axes = match.axes(name)
     if axes is None or len(axes) != 1 or not match.nodes[name].attrs.get("keepdims", 1):
@@ -30,15 +30,15 @@ def _axis(match: Match, name: str) -> int | None:
 
 def _is_along_an_axis(match: Match) -> bool:
     """Floats, and the maximum that is taken away is over the same axis."""
-    x, axis = match.spec("x"), _axis(match, "sum")
+    x, axis = match.spec("x"), one_axis(match, "sum")
     if x is None or x.dtype.kind != "f" or axis is None:
         return False
-    return "max" not in match.nodes or _axis(match, "max") == axis
+    return "max" not in match.nodes or one_axis(match, "max") == axis
 
 
 def _along(op: str) -> Callable[[Match], Replacement]:
     def build(match: Match) -> Replacement:
-        return Replacement(standard(match, op, 13, (match.values["x"],), {"axis": _axis(match, "sum")}))
+        return Replacement(standard(match, op, 13, (match.values["x"],), {"axis": one_axis(match, "sum")}))
 
     return build
 

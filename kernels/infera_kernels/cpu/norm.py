@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
-from infera_kernels.cpu.elementwise import const
+from infera_kernels.cpu.elementwise import clamp, const
 from infera_kernels.cpu.parts import parts
 from infera_kernels.portable.norm import neighbours
 
@@ -75,6 +76,58 @@ def row_blocks(part: slice, nbytes: int, every: int = 1) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // max(1, nbytes * every)) * every
     for start in range(part.start, part.stop, step):
         yield slice(start, min(start + step, part.stop))
+
+
+def l2_normalize(
+    x: Array,
+    y: Array,
+    scratch: Scratch,
+    split: Split = SERIAL,
+    *,
+    epsilon: float,
+    bound: Literal["max", "add"],
+    squared: bool,
+) -> list[Call]:
+    """y = x / n along the middle axis of (outer, axis, inner), where n is the root of the sum of squares.
+
+    With `bound` "max" n is at least `epsilon`, with "add" it is greater by that; where `squared` the sum is, and not
+    its root. `y` may be `x`.
+    """
+    cuts = parts(x.shape[0], x.size * ROW_NS, split)
+    how = _Bound(epsilon, bound, squared)
+    return split.parallel([_unit_rows(x[cut], y[cut], scratch, how) for cut in cuts])
+
+
+class _Bound(NamedTuple):
+    epsilon: float
+    kind: Literal["max", "add"]
+    squared: bool
+
+    def calls(self, n: Array) -> list[Call]:
+        """n becomes the inverse of the bounded root of n."""
+        low, high, one = (const(value, n) for value in (self.epsilon, np.inf, 1))
+        root: Call = (np.sqrt, (n, n))
+        limit: Call = clamp(n, low, high, n) if self.kind == "max" else (np.add, (n, low, n))
+        return [*((limit, root) if self.squared else (root, limit)), (np.true_divide, (one, n, n))]
+
+
+def _unit_rows(x: Array, y: Array, scratch: Scratch, bound: _Bound) -> list[Call]:
+    outer, length, inner = x.shape
+    spans = list(row_blocks(slice(0, outer), length * inner * x.itemsize))
+    rows = spans[0].stop if spans else 0
+    norms = scratch((rows, 1, inner), x.dtype)
+    squares = scratch((rows, length, inner), x.dtype) if inner > 1 else None
+    calls: list[Call] = []
+    for span in spans:
+        source, n = x[span], norms[: span.stop - span.start]
+        if squares is None:
+            row = source[:, :, 0]
+            calls.append((np.vecdot, (row, row, n[:, 0, 0])))
+        else:
+            square = squares[: len(n)]
+            calls += [(np.multiply, (source, source, square)), (np.add.reduce, (square, 1, None, n, True))]
+        calls += [*bound.calls(n), (np.multiply, (source, n, y[span]))]
+    return calls
 
 
 def scaled(y: Array, scale: Array | None, bias: Array | None) -> list[Call]:

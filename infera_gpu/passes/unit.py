@@ -1,0 +1,116 @@
+"""Vectors over their length, x / ‖x‖, and what exporters keep the length from being zero by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infera_gpu.passes.activation import bounds
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, named, node
+from infera_gpu.passes.norm import inverse_root, squared
+from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.passes.softmax import one_axis
+
+_SUM = either(node("ReduceSum", squared("x"), "?#axes", name="sum"), node("ReduceSumSquare", "x", "?#axes", name="sum"))
+
+
+def _root(of: Arg) -> tuple[P, P]:
+    return node("Sqrt", of), node("Pow", of, 0.5)
+
+
+def _bounded(n: Arg, name: str) -> Arg:
+    return either(
+        node(("Max", "Add"), n, "%epsilon", commutes=True, name=name), node("Clip", n, "?#low", "?#most", name=name)
+    )
+
+
+_LENGTH = either(node("ReduceL2", "x", "?#axes", name="sum"), *_root(_SUM))
+_BOUNDED_SUM = _bounded(_SUM, "bounded_sum")
+_NORM = either(_bounded(_LENGTH, "bounded"), *_root(_BOUNDED_SUM), _LENGTH)
+
+
+def _bound(match: Match) -> tuple[str, float] | None:
+    """How the length or its square is kept from zero, and by how much; None where that is not known."""
+    n = match.nodes.get("bounded") or match.nodes.get("bounded_sum")
+    if n is None:
+        return "add", 0.0
+    if n.op != "Clip":
+        return n.op.lower(), match.number("epsilon")
+    limits = bounds(match.graph.constants, n)
+    return ("max", limits[0]) if limits is not None and limits[1] == np.inf else None
+
+
+def _is_unit(match: Match) -> bool:
+    x, bound = match.spec("x"), _bound(match)
+    if x is None or x.dtype not in (np.float32, np.float64) or bound is None or bound[1] < 0:
+        return False
+    return one_axis(match, "sum") is not None and match.keeps_shape()
+
+
+def _unit(match: Match) -> Replacement:
+    bound = _bound(match)
+    assert bound is not None
+    kind, epsilon = bound
+    attrs = {"axis": one_axis(match, "sum"), "epsilon": epsilon, "bound": kind}
+    attrs["squared"] = int("bounded_sum" in match.nodes)
+    return Replacement(infera(match, "L2Normalization", named(match, ("x", "shape")), attrs))
+
+
+UNIT = Fusion(
+    name="l2_normalization",
+    patterns=(
+        node("Div", "x", either(node("Expand", _NORM, "shape"), _NORM)),
+        node("Mul", "x", either(node("Reciprocal", _NORM), node("Div", 1.0, _NORM)), commutes=True),
+        node("Mul", "x", either(inverse_root(_BOUNDED_SUM), inverse_root(_SUM)), commutes=True),
+    ),
+    guard=_is_unit,
+    build=_unit,
+    kinds=frozenset({"cpu"}),
+    example="""
+        example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}> {
+            n = ReduceL2 <axes = [-1]> (x)
+            c = Clip(n, e)
+            s = Shape(x)
+            w = Expand(c, s)
+            y = Div(x, w)
+        }""",
+    near_misses=(
+        """
+        length_of_another_value (float[B, 3, 8] x, float[B, 3, 8] z) => (float[B, 3, 8] y) <float e = {1e-12}> {
+            n = ReduceL2 <axes = [-1]> (z)
+            c = Clip(n, e)
+            y = Div(x, c)
+        }""",
+        """
+        bounded_above (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}, float most = {5}> {
+            n = ReduceL2 <axes = [-1]> (x)
+            c = Clip(n, e, most)
+            y = Div(x, c)
+        }""",
+        """
+        two_axes (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}> {
+            n = ReduceL2 <axes = [1, 2]> (x)
+            c = Max(n, e)
+            y = Div(x, c)
+        }""",
+        """
+        axis_is_dropped (float[8, 8] x) => (float[8, 8] y) <float e = {1e-12}> {
+            n = ReduceL2 <axes = [-1], keepdims = 0> (x)
+            c = Max(n, e)
+            y = Div(x, c)
+        }""",
+        """
+        length_is_an_output (float[B, 3, 8] x) => (float[B, 3, 8] y, float[B, 3, 1] n) <float e = {1e-12}> {
+            n = ReduceL2 <axes = [-1]> (x)
+            c = Add(n, e)
+            y = Div(x, c)
+        }""",
+        """
+        integers (int32[B, 3, 8] x) => (int32[B, 3, 8] y) <int32 e = {1}> {
+            s = ReduceSumSquare <axes = [-1]> (x)
+            c = Max(s, e)
+            y = Div(x, c)
+        }""",
+    ),
+)
+
+FUSIONS = (UNIT,)
