@@ -39,6 +39,8 @@ SCORES = {
     "two_masks": "n = Add(m, m)  f = Add(e, m)  g = Add(n, f)  w = Softmax <axis = -1> (g)",
     "kept": "f = Where(l, e, low)  w = Softmax <axis = -1> (f)",
     "filled": "f = Where(l, low, e)  g = Add(m, f)  w = Softmax <axis = -1> (g)",
+    "capped": "f = Mul(r, e)  h = Div(f, r)  i = Tanh(h)  j = Mul(i, r)  g = Add(j, m)  w = Softmax <axis = -1> (g)",
+    "cap_by_factors": "h = Mul(e, iv)  i = Tanh(h)  j = Mul(r, i)  f = Where(l, j, low)  w = Softmax <axis = -1> (f)",
     "guarded": "f = Add(e, m)  g = Softmax <axis = -1> (f)  h = IsNaN(g)  w = Where(h, zero, g)",
 }
 
@@ -47,7 +49,7 @@ def model(scores: str, q: str = "q") -> Any:
     """Three heads of four elements over x and z."""
     return parse(f"""
         g (float[B, M, 12] x, float[B, N, 12] z, float[B, 1, M, N] m, bool[B, 1, M, N] l) => (float[B, M, 12] y)
-        <float r = {{0.7}}, float low = {{-1e30}}, float zero = {{0}}> {{
+        <float r = {{0.7}}, float iv = {{1.4285714}}, float low = {{-1e30}}, float zero = {{0}}> {{
             {HEADS}
             e = MatMul({q}, k)
             {scores}

@@ -59,6 +59,7 @@ def _bind_attention(site: Site, io: Buffers) -> list[Call]:
     scale = attrs["scale"]
     options = cpu.Options(
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        cap=float(attrs["softcap"]),
         fill=-np.inf,
         zero="" if mask is None and not attrs["is_causal"] else "unseen",
     )
@@ -81,9 +82,9 @@ def _bind_attention(site: Site, io: Buffers) -> list[Call]:
 
 
 def _takes(site: Site) -> bool:
-    """No caps, no windows, no scores wanted, a mask for all keys; with is_causal no boolean one."""
+    """No windows, no scores wanted, a mask for all keys; with is_causal no boolean one."""
     attrs = site.attrs
-    if attrs["softcap"] or attrs["softmax_precision"] or site.has(6) or len(site.node.outputs) > 3:
+    if attrs["softmax_precision"] or site.has(6) or len(site.node.outputs) > 3:
         return False
     if max(attrs.get("left_window_size", -1), attrs.get("right_window_size", -1)) >= 0 or not _plain(site, (3,)):
         return False

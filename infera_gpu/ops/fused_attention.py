@@ -64,6 +64,9 @@ def _parts(site: Site) -> Expansion | None:
     x = add("MatMul", q, kt)
     if attrs["scale"] != 1:
         x = add("Mul", x, number(attrs["scale"]))
+    if attrs["cap"]:
+        cap = number(attrs["cap"])
+        x = add("Mul", add("Tanh", add("Div", x, cap)), cap)
     if condition:
         fill = number(attrs["fill"])
         x = add("Where", condition, *((fill, x) if attrs["fill_where"] else (x, fill)))
@@ -89,7 +92,13 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
         io.ins[2],
         out.swapaxes(1, 2) if attrs["heads_last"] else out,
         io.scratch,
-        cpu.Options(attrs["scale"], attrs["fill"], bool(attrs["fill_where"]), "nan" if attrs["guarded"] else ""),
+        cpu.Options(
+            scale=attrs["scale"],
+            cap=attrs["cap"],
+            fill=attrs["fill"],
+            fill_where=bool(attrs["fill_where"]),
+            zero="nan" if attrs["guarded"] else "",
+        ),
         masks=masks,
         condition=io.ins[4] if site.has(4) else None,
         parts=io.threads,
@@ -119,6 +128,7 @@ def _compute(
         scale=attrs["scale"],
         fill=attrs["fill"],
         guarded=bool(attrs["guarded"]),
+        cap=attrs["cap"],
     )
     return y.swapaxes(1, 2) if attrs["heads_last"] else y
 
@@ -135,8 +145,9 @@ _LOW[0, 0, 2] = -np.inf
 _FAR = f32(2, 4, 300, 4), f32(2, 4, 4, 290), f32(2, 4, 290, 6)
 
 # Y = softmax(scale Q @ KT + mask + further, axis -1) @ V by MatMul's rules; KT are the keys with their last two axes
-# swapped. Where the boolean condition equals fill_where, a score is `fill` before the masks are added. With guarded = 1
-# weights that are NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size).
+# swapped. With a cap scaled scores s become cap tanh(s / cap) first. Where the boolean condition equals fill_where, a
+# score is `fill` before the masks are added. With guarded = 1 weights that are NaN become 0. With heads_last = 1 Y has
+# its axes 1 and 2 swapped: (batch, sequence, heads, size).
 _FUSED = Op(
     "Attention",
     1,
@@ -145,7 +156,7 @@ _FUSED = Op(
     compute=plain(_compute),
     expand=_parts,
     kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
-    attrs={"scale": 1.0, "fill": 0.0, "fill_where": 0, "guarded": 0, "heads_last": 0},
+    attrs={"scale": 1.0, "cap": 0.0, "fill": 0.0, "fill_where": 0, "guarded": 0, "heads_last": 0},
     cases=(
         Case("plain", (_Q, _K, _V)),
         Case("scaled", (_Q, _K, _V), {"scale": 0.5}),
@@ -155,6 +166,8 @@ _FUSED = Op(
         Case("guarded", (_Q, _K, _V, _LOW), {"guarded": 1, "scale": 0.5}),
         Case("kept", (_Q, _K, _V, None, _SEEN), {"fill": -np.inf}),
         Case("filled", (_Q, _K, _V, f32(5, 7), _SEEN[0, 0]), {"fill": -1e4, "fill_where": 1}),
+        Case("capped", (_Q, _K, _V, _LOW, _SEEN), {"scale": 0.7, "cap": 1.5, "fill": -1e4}),
+        Case("cap_is_scale", (_Q, _K, _V), {"scale": 0.5, "cap": 0.5}),
         Case("two_masks", (_Q, _K, _V, f32(1, 3, 5, 7), None, f32(2, 1, 1, 7)), {"scale": 0.5}),
         Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),

@@ -99,10 +99,12 @@ KEYS = Fusion(
 def _core() -> P:
     scores = node("MatMul", "q", "kt")
     scaled = either(node("Mul", scores, "%factor", commutes=True), node("Div", scores, "%divisor"), scores)
+    inner = either(node("Div", scaled, "%cap"), node("Mul", scaled, "%inverse_cap", commutes=True))
+    capped = either(node("Mul", node("Tanh", inner), "%height", commutes=True), scaled)
     filled = either(
-        node("Where", "condition", scaled, "%fill", name="kept"),
-        node("Where", "condition", "%fill", scaled, name="filled"),
-        scaled,
+        node("Where", "condition", capped, "%fill", name="kept"),
+        node("Where", "condition", "%fill", capped, name="filled"),
+        capped,
     )
     masked = node("Add", filled, "mask", commutes=True)
     biased = node("Add", masked, "further", commutes=True)
@@ -112,16 +114,27 @@ def _core() -> P:
 
 
 def _is_last_axis(match: Match) -> bool:
-    """Whether the softmax goes along the keys, and the numbers add no axis."""
+    """Whether the softmax goes along the keys, scores are capped evenly, and the numbers add no axis."""
     softmax = match.nodes["softmax"]
     axis = int(softmax.attrs.get("axis", -1 if match.opset() >= 13 else 1))
     spec = match.draft.spec(softmax.inputs[0])
     last = axis == -1 or (spec is not None and spec.ranked and axis == spec.ndim - 1)
-    return last and (match.numbers_rank <= 1 or match.keeps_shape("q"))
+    return last and _is_cap(match) and (match.numbers_rank <= 1 or match.keeps_shape("q"))
+
+
+def _is_cap(match: Match) -> bool:
+    """Whether scores are multiplied by what they were divided by before the tanh."""
+    if "height" not in match.values:
+        return True
+    height = match.number("height")
+    cap = match.number("cap") if "cap" in match.values else 1 / match.number("inverse_cap")
+    return height > 0 and abs(height - cap) <= 1e-6 * height
 
 
 def _fused(match: Match) -> Replacement:
     attrs: dict[str, float] = {"scale": _factor(match)}
+    if "height" in match.values:
+        attrs["cap"] = match.number("height")
     if "fill" in match.values:
         attrs |= {"fill": match.number("fill"), "fill_where": int("filled" in match.nodes)}
     if "guard" in match.nodes:
@@ -176,6 +189,16 @@ ATTENTION = Fusion(
             c = IsNaN(b)
             d = Where(c, one, b)
             y = MatMul(d, v)
+        }""",
+        """
+        another_height (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y)
+        <float cap = {50}, float height = {30}> {
+            a = MatMul(q, kt)
+            b = Div(a, cap)
+            c = Tanh(b)
+            d = Mul(c, height)
+            e = Softmax <axis = -1> (d)
+            y = MatMul(e, v)
         }""",
         """
         values_first (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 5, 4] v) => (float[2, 3, 5, 6] y) {

@@ -31,12 +31,13 @@ Piece: TypeAlias = tuple[int | slice, ...]
 class Options:
     """How scores become weights.
 
-    Scores are multiplied by `scale`. With a condition those where it equals `fill_where` are `fill` instead. Rows of
-    the result are 0 where the weights are no numbers (`zero` is "nan") or no key is seen, all scores being -inf
-    ("unseen"); else they are NaN.
+    Scores s are multiplied by `scale`, and become `cap` tanh(s / cap) where there is one. With a condition those where
+    it equals `fill_where` are `fill` instead. Rows of the result are 0 where the weights are no numbers (`zero` is
+    "nan") or no key is seen, all scores being -inf ("unseen"); else they are NaN.
     """
 
     scale: float = 1.0
+    cap: float = 0.0
     fill: float = 0.0
     fill_where: bool = False
     zero: Literal["", "nan", "unseen"] = ""
@@ -168,7 +169,10 @@ class _Operands:
         rows = max(prod(self.out[p].shape[:-1]) for p in pieces)
         queries, scores, top, total = (scratch((rows * k,), like.dtype) for k in (depth, keys, 1, 1))
         lost, ones = scratch((rows,), np.bool_), scratch((keys,), like.dtype)
-        factor, one, zero, fill, lowest = (const(x, like) for x in (options.scale, 1, 0, options.fill, -np.inf))
+        scale = options.scale / (options.cap or 1.0)
+        factor, cap, one, zero, fill, lowest = (
+            const(x, like) for x in (scale, options.cap, 1, 0, options.fill, -np.inf)
+        )
         calls = [copy(ones, one)]
         for piece in pieces:
             q, out = self.q[piece], self.out[piece]
@@ -177,11 +181,13 @@ class _Operands:
             s = scores[: count * keys].reshape(*shape, keys)
             high, low = top[:count].reshape(*shape, 1), total[:count].reshape(shape)
             gone = lost[:count].reshape(*shape, 1)
-            if options.scale != 1:
+            if scale != 1:
                 t = queries[: count * depth].reshape(*shape, depth)
                 calls.append(call(np.multiply, q, factor, t))
                 q = t
             calls.append((np.matmul, (q, self.kt[heads], s)))
+            if options.cap:
+                calls += [(np.tanh, (s, s)), (np.multiply, (s, cap, s))]
             if self.condition is not None:
                 calls.append(copy_where(s, fill, self.condition[piece]))
             calls += [

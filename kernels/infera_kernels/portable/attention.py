@@ -230,15 +230,18 @@ def fused(
     scale: float,
     fill: float,
     guarded: bool,
+    cap: float = 0.0,
 ) -> Array:
     """softmax(scale q @ kt + masks) @ v in steps that each round to q's dtype; scores are `fill` where `keep` is not.
 
-    With `guarded` weights that are NaN become 0.
+    With a `cap` scaled scores s become cap tanh(s / cap) first. With `guarded` weights that are NaN become 0.
     """
     dtype = q.dtype
     scores = matmul(xp, q, kt)
     if scale != 1:
         scores = (scores * dtype.type(scale)).astype(dtype)
+    if cap:
+        scores = (xp.tanh((scores / dtype.type(cap)).astype(dtype)) * dtype.type(cap)).astype(dtype)
     if keep is not None:
         scores = xp.where(keep, scores, xp.asarray(fill, dtype))
     for mask in masks:
