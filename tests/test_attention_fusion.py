@@ -82,6 +82,25 @@ def test_what_exporters_write_is_one_operator_between_views(scores: str) -> None
     assert "copy" not in [step.kind for step in plan.steps]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scores_as_onnxruntime_optimises_them(transposed: bool) -> None:
+    flip = "kk = Transpose <perm = [0, 1, 3, 2]> (k)" if transposed else ""
+    keys = "kk" if transposed else "k"
+    product = f"{flip}  e = com.microsoft.FusedMatMul <alpha = 0.3, transB = {transposed:d}> (q, {keys})"
+    optimised = model("f = Add(e, m)  w = Softmax <axis = -1> (f)")
+    nodes = parse(f"g (float[1] q, float[1] k) => (float[1] e) {{ {product} }}").graph.node
+    place = [n.output[0] for n in optimised.graph.node].index("e")
+    del optimised.graph.node[place]
+    for i, node in enumerate(nodes):
+        optimised.graph.node.insert(place + i, node)
+    session, parts = (infera_gpu.load(optimised, device="cpu", fuse=f) for f in (True, False))
+    (found,) = (n for n in session.graph.nodes if n.op == "Attention")
+    assert found.attrs["scale"] == pytest.approx(0.3)
+    given = feeds(np.random.default_rng(0))
+    got, want = session.run(given)["y"], parts.run(given)["y"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.nanmax(np.abs(want)))
+
+
 def test_a_scale_on_both_operands_is_one_on_the_scores() -> None:
     text = "w = Softmax <axis = -1> (e)"
     scaled = model(text, "u")

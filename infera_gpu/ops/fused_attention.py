@@ -17,6 +17,8 @@ from infera_kernels.portable.attention import fused
 def _lead(site: Site) -> tuple[int, ...] | None:
     """The leading axes of the result; None where the operands do not fit."""
     q, kt, v = (site.spec(i).dims for i in range(3))
+    if site.attrs["swap_keys"]:
+        kt = (*kt[:-2], *kt[:-3:-1])
     if min(map(len, (q, kt, v))) < 2 or q[-1] != kt[-2] or kt[-1] != v[-2]:
         return None
     scores = q[-2], kt[-1]
@@ -61,6 +63,9 @@ def _parts(site: Site) -> Expansion | None:
         nodes.append(Node(op, inputs, (name,), kwargs, name=f"{site.node.name}/{op} {len(nodes)}"))
         return name
 
+    if attrs["swap_keys"]:
+        axes = tuple(range(site.spec(1).ndim))
+        kt = add("Transpose", kt, perm=(*axes[:-2], *axes[:-3:-1]))
     x = add("MatMul", q, kt)
     if attrs["scale"] != 1:
         x = add("Mul", x, number(attrs["scale"]))
@@ -88,7 +93,7 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
     attrs, out = site.attrs, io.outs[0]
     first, parts = cpu.attention(
         io.ins[0],
-        io.ins[1],
+        io.ins[1].swapaxes(-1, -2) if attrs["swap_keys"] else io.ins[1],
         io.ins[2],
         out.swapaxes(1, 2) if attrs["heads_last"] else out,
         io.scratch,
@@ -121,7 +126,7 @@ def _compute(
     y = fused(
         xp,
         q,
-        kt,
+        kt.swapaxes(-1, -2) if attrs["swap_keys"] else kt,
         v,
         [m for m in (mask, further) if m is not None],
         keep,
@@ -145,9 +150,9 @@ _LOW[0, 0, 2] = -np.inf
 _FAR = f32(2, 4, 300, 4), f32(2, 4, 4, 290), f32(2, 4, 290, 6)
 
 # Y = softmax(scale Q @ KT + mask + further, axis -1) @ V by MatMul's rules; KT are the keys with their last two axes
-# swapped. With a cap scaled scores s become cap tanh(s / cap) first. Where the boolean condition equals fill_where, a
-# score is `fill` before the masks are added. With guarded = 1 weights that are NaN become 0. With heads_last = 1 Y has
-# its axes 1 and 2 swapped: (batch, sequence, heads, size).
+# swapped, or with swap_keys = 1 as they are. With a cap scaled scores s become cap tanh(s / cap) first. Where the
+# boolean condition equals fill_where, a score is `fill` before the masks are added. With guarded = 1 weights that are
+# NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size).
 _FUSED = Op(
     "Attention",
     1,
@@ -156,7 +161,7 @@ _FUSED = Op(
     compute=plain(_compute),
     expand=_parts,
     kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
-    attrs={"scale": 1.0, "cap": 0.0, "fill": 0.0, "fill_where": 0, "guarded": 0, "heads_last": 0},
+    attrs={"scale": 1.0, "cap": 0.0, "fill": 0.0, "fill_where": 0, "guarded": 0, "swap_keys": 0, "heads_last": 0},
     cases=(
         Case("plain", (_Q, _K, _V)),
         Case("scaled", (_Q, _K, _V), {"scale": 0.5}),
@@ -169,6 +174,7 @@ _FUSED = Op(
         Case("capped", (_Q, _K, _V, _LOW, _SEEN), {"scale": 0.7, "cap": 1.5, "fill": -1e4}),
         Case("cap_is_scale", (_Q, _K, _V), {"scale": 0.5, "cap": 0.5}),
         Case("two_masks", (_Q, _K, _V, f32(1, 3, 5, 7), None, f32(2, 1, 1, 7)), {"scale": 0.5}),
+        Case("keys", (_Q, f32(2, 1, 7, 4), _V), {"swap_keys": 1, "scale": 0.5}),
         Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
         Case("blocks", _FAR, {"scale": 0.3}),

@@ -95,9 +95,12 @@ KEYS = Fusion(
 
 # ---- the core
 
+_PRODUCTS = ("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
+"""As onnxruntime's optimiser writes a product with a factor, or of keys that are not transposed."""
+
 
 def _core() -> P:
-    scores = node("MatMul", "q", "kt")
+    scores = node(("MatMul", *_PRODUCTS), "q", "kt", name="scores")
     scaled = either(node("Mul", scores, "%factor", commutes=True), node("Div", scores, "%divisor"), scores)
     inner = either(node("Div", scaled, "%cap"), node("Mul", scaled, "%inverse_cap", commutes=True))
     capped = either(node("Mul", node("Tanh", inner), "%height", commutes=True), scaled)
@@ -119,6 +122,9 @@ def _is_last_axis(match: Match) -> bool:
     axis = int(softmax.attrs.get("axis", -1 if match.opset() >= 13 else 1))
     spec = match.draft.spec(softmax.inputs[0])
     last = axis == -1 or (spec is not None and spec.ranked and axis == spec.ndim - 1)
+    scores = match.nodes["scores"].attrs
+    if any(scores.get(flag, 0) for flag in ("transA", "transBatchA", "transBatchB")):
+        return False
     return last and _is_cap(match) and (match.numbers_rank <= 1 or match.keeps_shape("q"))
 
 
@@ -132,7 +138,10 @@ def _is_cap(match: Match) -> bool:
 
 
 def _fused(match: Match) -> Replacement:
-    attrs: dict[str, float] = {"scale": _factor(match)}
+    scores = match.nodes["scores"].attrs
+    attrs: dict[str, float] = {"scale": _factor(match) * float(scores.get("alpha", 1.0))}
+    if scores.get("transB", 0):
+        attrs["swap_keys"] = 1
     if "height" in match.values:
         attrs["cap"] = match.number("height")
     if "fill" in match.values:
@@ -189,6 +198,12 @@ ATTENTION = Fusion(
             c = IsNaN(b)
             d = Where(c, one, b)
             y = MatMul(d, v)
+        }""",
+        """
+        queries_transposed (float[2, 3, 5, 4] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y) {
+            a = com.microsoft.FusedMatMul <transA = 1> (q, kt)
+            b = Softmax <axis = -1> (a)
+            y = MatMul(b, v)
         }""",
         """
         another_height (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y)

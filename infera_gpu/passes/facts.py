@@ -113,7 +113,8 @@ def _elementwise(first: int = 0, dtype: DType | None = None) -> Rule:
 
 def _product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     a, b = ins[:2]
-    if a is None or b is None or not (a.ranked and b.ranked) or min(a.ndim, b.ndim) < 2:
+    apart = n.attrs.get("transBatchA") or n.attrs.get("transBatchB")
+    if a is None or b is None or not (a.ranked and b.ranked) or min(a.ndim, b.ndim) < 2 or apart:
         return _unranked(a or b)
     left, right = (
         (*s.shape[:-2], s.shape[-1], s.shape[-2]) if n.attrs.get(flag) else s.shape
@@ -305,6 +306,10 @@ _OTHERS = (
     *("DepthToSpace", "SpaceToDepth", "Flatten", "Upsample", "GridSample", "RoiAlign", "Range", "TopK", "STFT", "DFT"),
     *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
+_PRODUCTS = (
+    *("MatMul", "Gemm", "infera.FusedMatMul"),
+    *("com.microsoft.FusedGemm", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
+)
 _BOOL = np.dtype(np.bool_)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -316,8 +321,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(("And", "Or", "Xor"), _elementwise(dtype=_BOOL)),
         "Where": _elementwise(1),
         "Cast": _cast,
-        **dict.fromkeys(("MatMul", "Gemm", "infera.FusedMatMul"), _product),
-        **dict.fromkeys(("Conv", "infera.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"), _convolved),
+        **dict.fromkeys(_PRODUCTS, _product),
+        **dict.fromkeys(
+            ("Conv", "infera.FusedConv", "com.microsoft.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"),
+            _convolved,
+        ),
         **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _convolved),
         "Transpose": _transposed,
         "Reshape": _reshaped,
