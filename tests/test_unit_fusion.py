@@ -14,6 +14,7 @@ from tests.text import parse
 SUMS = {
     "ReduceSum": "q = Mul(x, x)  s = ReduceSum(q, axis)",
     "of_powers": "q = Pow(x, two)  s = ReduceSum(q, axis)",
+    "of_absolute_values": "p = Abs(x)  q = Pow(p, two)  s = ReduceSum(q, axis)",
     "ReduceSumSquare": "s = ReduceSumSquare(x, axis)",
 }
 LENGTHS = {"ReduceL2": "n = ReduceL2(x, axis)", **{k: f"{v}  n = Sqrt(s)" for k, v in SUMS.items()}}

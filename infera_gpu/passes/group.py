@@ -73,7 +73,7 @@ GROUP_NORM = Fusion(
          float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
             r = Reshape(x, g)
             n = InstanceNormalization <epsilon = 0.001> (r, one, zero)
-            t = Shape(x)
+            t = Shape <start = 0> (x)
             u = Reshape(n, t)
             m = Mul(u, s)
             y = Add(m, b)
@@ -97,6 +97,17 @@ GROUP_NORM = Fusion(
             r = Reshape(x, g)
             n = InstanceNormalization(r, one, zero)
             t = Shape(x)
+            u = Reshape(n, t)
+            m = Mul(u, s)
+            y = Add(m, b)
+        }""",
+        """
+        part_of_the_shape (float[B, 4, 4, 5] x) => (float[B, 4, 5] y)
+        <int64[3] g = {0, 2, -1}, float[2] one = {1, 1}, float[2] zero = {0, 0},
+         float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
+            r = Reshape(x, g)
+            n = InstanceNormalization(r, one, zero)
+            t = Shape <start = 1> (x)
             u = Reshape(n, t)
             m = Mul(u, s)
             y = Add(m, b)

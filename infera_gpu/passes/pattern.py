@@ -187,10 +187,14 @@ class Matcher:
             for n in inside[1:]
         )
 
+    @staticmethod
+    def _means_otherwise(n: Node) -> bool:
+        return bool(n.attrs) and (not OTHERWISE.isdisjoint(n.attrs) or bool(n.attrs.get("start")))
+
     def _node(
         self, p: P, n: Node, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]
     ) -> Iterator[_Found]:
-        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER) or OTHERWISE & n.attrs.keys():
+        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER) or self._means_otherwise(n):
             return
         if not p.required <= len(n.inputs) <= len(p.args):
             return

@@ -129,7 +129,7 @@ def _joined(first: Arg, second: Arg) -> tuple[P, P]:
         node("Unsqueeze", second, "?#axis_two", name="two"),
     )
     pairs = node("Concat", *members, name="stacked")
-    flat = node("Concat", node("Slice", node("Shape", pairs), 0.0, "%kept", 0.0), -1.0)
+    flat = node("Concat", node("Slice", node("Shape", pairs, name="sizes"), 0.0, "%kept", 0.0), -1.0)
     return node("Concat", first, second, name="halves"), node("Reshape", pairs, either(flat, "shape"))
 
 
@@ -145,8 +145,10 @@ def _cut(match: Match) -> _Cut | None:
     axes = [match.axes("one"), match.axes("two"), (int(match.nodes["stacked"].attrs["axis"]),)]
     if any(axis is None or len(axis) != 1 or not _is_last(match, axis[0], cut.x, 1) for axis in axes):
         return None
-    kept, rank = match.values.get("kept"), rank_of(match, cut.x)
-    return cut if kept is None or match.number("kept") in (-2, (rank or 0) - 1) else None
+    if "sizes" not in match.nodes:
+        return cut
+    rank = rank_of(match, cut.x)
+    return cut if match.number("kept") in (-2, (rank or 0) - 1) else None
 
 
 def _is_turned(match: Match) -> bool:

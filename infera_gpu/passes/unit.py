@@ -10,7 +10,8 @@ from infera_gpu.passes.norm import inverse_root, squared
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.passes.softmax import one_axis
 
-_SUM = either(node("ReduceSum", squared("x"), "?#axes", name="sum"), node("ReduceSumSquare", "x", "?#axes", name="sum"))
+_SQUARE = either(squared("x"), node("Pow", node("Abs", "x"), 2.0))
+_SUM = either(node("ReduceSum", _SQUARE, "?#axes", name="sum"), node("ReduceSumSquare", "x", "?#axes", name="sum"))
 
 
 def _root(of: Arg) -> tuple[P, P]:
