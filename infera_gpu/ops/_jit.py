@@ -79,7 +79,8 @@ def standardize(view: Callable[[Site], tuple[int, int]], supports: Callable[[Sit
 
         x, y = (a.reshape(view(site)) for a in (io.ins[0], io.outs[0]))
         scale, bias = vector(site, io, 1), vector(site, io, 2)
-        epsilon, center = float(site.attrs["epsilon"]), site.node.op == "LayerNormalization"
+        epsilon = float(site.attrs["epsilon"])
+        center = bool(site.attrs.get("center", site.node.op == "LayerNormalization"))
         return rows(
             io, len(x), x.size, lambda part: standardize(x[part], y[part], scale, bias, epsilon=epsilon, center=center)
         )

@@ -1,18 +1,35 @@
-"""The fused normalisation to unit length that graph passes make."""
+"""The fused normalisations that graph passes make: along one axis, wherever it is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit
 from infera_gpu.ops._families import i64, plain, split_of
 from infera_gpu.spec import Array, TensorSpec
-from infera_kernels.cpu.norm import l2_normalize
-from infera_kernels.portable.norm import l2_normalized
+from infera_kernels.cpu.norm import l2_normalize, scaled, standardize, standardize_axis
+from infera_kernels.portable.norm import affine, l2_normalized, standardized
+
+
+def _shape(site: Site) -> tuple[int, int, int]:
+    """The input as (outer, axis, inner)."""
+    dims, axis = site.spec(0).dims, site.axis()
+    return math.prod(dims[:axis]), dims[axis], math.prod(dims[axis + 1 :])
+
+
+def _supported(site: Site) -> bool:
+    x = site.spec(0)
+    same = all(s.dtype == x.dtype for s in site.ins[1:] if s is not None and s.dtype.kind == "f")
+    return x.size > 0 and x.ndim > 0 and x.dtype in (np.float32, np.float64) and same
+
+
+# ---- to unit length
 
 
 def _fits(site: Site) -> bool:
@@ -50,8 +67,7 @@ def _how(site: Site) -> dict[str, Any]:
 
 
 def _bind(site: Site, io: Buffers) -> list[Call]:
-    dims, axis = site.spec(0).dims, site.axis()
-    shape = math.prod(dims[:axis]), dims[axis], math.prod(dims[axis + 1 :])
+    shape = _shape(site)
     return l2_normalize(io.ins[0].reshape(shape), io.outs[0].reshape(shape), io.scratch, split_of(io), **_how(site))
 
 
@@ -59,15 +75,10 @@ def _compute(xp: Any, site: Site, x: Array, shape: Array | None = None) -> Array
     return l2_normalized(xp, x, site.axis(), **_how(site))
 
 
-def _supported(site: Site) -> bool:
-    x = site.spec(0)
-    return x.size > 0 and x.ndim > 0 and x.dtype in (np.float32, np.float64)
-
-
 # Y = X / n, where n is the root of the sum of squares along `axis`. With `bound` "max" n is at least `epsilon`, with
 # "add" it is greater by that; where `squared` the sum is, and not its root. The shape that n was expanded to, input 1,
 # may be left out.
-_FUSED = Op(
+_UNIT = Op(
     "L2Normalization",
     1,
     domain="infera",
@@ -85,7 +96,61 @@ _FUSED = Op(
         Case("at_least", (f32(4, 6),), {"epsilon": 3.0}),
         Case("blocks", (f32(130, 521),), {"epsilon": 1e-6}),
         Case("first_axis", (f32(70, 67),), {"axis": 0}),
+        Case("tiles", (f32(2, 130, 1200),), {"axis": 1}),
     ),
 )
 
-OPS: tuple[Op, ...] = (_FUSED,)
+
+# ---- to mean 0 and deviation 1
+
+
+def _infer_axis(site: Site) -> tuple[TensorSpec]:
+    length = site.spec(0).dims[site.axis()]
+    for i in (1, 2):
+        if site.has(i) and site.spec(i).dims != (length,):
+            raise site.fail(
+                f"input {i} is {site.spec(i)}, expected [{length}] along axis {site.axis()} of {site.spec(0)}"
+            )
+    return (site.spec(0),)
+
+
+def _bind_axis(site: Site, io: Buffers) -> Sequence[Call]:
+    shape = _shape(site)
+    x, y = io.ins[0].reshape(shape), io.outs[0].reshape(shape)
+    scale, bias = (io.ins[i] if site.has(i) else None for i in (1, 2))
+    how: dict[str, Any] = {"epsilon": site.attrs["epsilon"], "center": bool(site.attrs["center"])}
+    if shape[2] > 1:
+        return standardize_axis(x, y, io.scratch, split_of(io), scale=scale, bias=bias, **how)
+    x, y = x[:, :, 0], y[:, :, 0]
+    return standardize(x, y, io.scratch, split_of(io), finish=lambda rows: scaled(y[rows], scale, bias), **how)
+
+
+def _compute_axis(xp: Any, site: Site, x: Array, scale: Array | None = None, bias: Array | None = None) -> Array:
+    axis = site.axis()
+    y = standardized(xp, x, (axis,), site.attrs["epsilon"], center=bool(site.attrs["center"]))[0]
+    columns = [None if a is None else a.reshape(-1, *(1,) * (x.ndim - axis - 1)) for a in (scale, bias)]
+    return affine(y, columns[0], columns[1], x.dtype)
+
+
+# Y = (X - mean) / sqrt(mean((X - mean)^2) + epsilon) * scale + bias along `axis`; scale and bias, inputs 1 and 2, have
+# one element for each place on it, and may be left out. Without `center` the mean is 0.
+_AXIS = Op(
+    "AxisNormalization",
+    1,
+    domain="infera",
+    infer=_infer_axis,
+    compute=plain(_compute_axis),
+    kernels={"cpu": Kernel(_bind_axis, _supported, inplace=(0,))}
+    | _jit.standardize(lambda site: _shape(site)[:2], lambda site: _shape(site)[2] == 1 and _supported(site)),
+    attrs={"axis": -1, "epsilon": 1e-5, "center": 1},
+    cases=(
+        Case("channels", (f32(2, 5, 7, 3), f32(5), f32(5)), {"axis": 1}),
+        Case("bias", (f32(2, 5, 7), None, f32(5)), {"axis": -2, "epsilon": 0.1}),
+        Case("last", (f32(3, 7), f32(7), f32(7))),
+        Case("not_centred", (f32(2, 6, 5),), {"axis": 1, "center": 0}),
+        Case("tiles", (f32(2, 130, 1200), f32(130), f32(130)), {"axis": 1}),
+        Case("first", (f32(4, 9), f32(4)), {"axis": 0}),
+    ),
+)
+
+OPS: tuple[Op, ...] = (_UNIT, _AXIS)

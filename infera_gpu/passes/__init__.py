@@ -10,6 +10,7 @@ from infera_gpu.op import Registry
 from infera_gpu.passes import (
     activation,
     attention,
+    axis_norm,
     centre,
     conv,
     gates,
@@ -41,6 +42,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *pad.FUSIONS,
     *norm.FUSIONS,
     *group.FUSIONS,
+    *axis_norm.FUSIONS,
     *unit.FUSIONS,
     *softmax.FUSIONS,
     *gelu.FUSIONS,

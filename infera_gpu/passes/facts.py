@@ -300,6 +300,7 @@ _NORMS = (
     *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "infera.L2Normalization", "Trilu"),
+    "infera.AxisNormalization",
 )
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),

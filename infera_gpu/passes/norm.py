@@ -17,7 +17,7 @@ def squared(x: Arg) -> Arg:
     return either(node("Pow", x, 2.0), node("Mul", x, x))
 
 
-def _variance(x: Arg) -> P:
+def variance(x: Arg) -> P:
     """The mean of squares, and a small number."""
     return node("Add", node("ReduceMean", squared(x), "?#axes", name="variance"), "%epsilon", commutes=True)
 
@@ -33,7 +33,7 @@ def inverse_root(variance: Arg) -> Arg:
     )
 
 
-def _standardized(x: Arg, variance: P) -> tuple[P, ...]:
+def standardized(x: Arg, variance: P) -> tuple[P, ...]:
     """x / √variance, and the same narrowed by a Cast."""
     over = node("Div", x, either(node("Sqrt", variance), node("Pow", variance, 0.5)))
     times = node("Mul", x, inverse_root(variance), commutes=True)
@@ -102,7 +102,7 @@ def _row(match: Match, name: str, axis: int) -> np.ndarray:
 
 LAYER_NORM = Fusion(
     name="layer_norm",
-    patterns=_standardized(CENTERED, _variance(CENTERED)),
+    patterns=standardized(CENTERED, variance(CENTERED)),
     guard=_is_standardized,
     build=_normalization("LayerNormalization", 1),
     opset=13,
@@ -183,7 +183,7 @@ def _are_rows(match: Match, axis: int, *names: str) -> bool:
     )
 
 
-_FACTOR = node("Mul", inverse_root(_variance(CENTERED)), "#scale", commutes=True, name="factor")
+_FACTOR = node("Mul", inverse_root(variance(CENTERED)), "#scale", commutes=True, name="factor")
 
 LAYER_NORM_AS_FACTORS = Fusion(
     name="layer_norm_as_factors",
@@ -238,7 +238,7 @@ LAYER_NORM_AS_FACTORS = Fusion(
 
 RMS_NORM = Fusion(
     name="rms_norm",
-    patterns=_standardized("x", _variance("x")),
+    patterns=standardized("x", variance("x")),
     guard=_is_standardized,
     build=_normalization("RMSNormalization", 23),
     opset=18,

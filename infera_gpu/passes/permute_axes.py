@@ -61,14 +61,15 @@ def _quantized(facts: Facts, node: Node, order: Order) -> Moved | None:
     return simple(with_attrs(node, axis=order.index(axis)), order)
 
 
-def _along(default: int, since: int = 1) -> Rule:
-    """Operators with one attribute `axis`, all of whose inputs and outputs are alike."""
+def _along(default: int, since: int = 1, *, first: bool = False) -> Rule:
+    """Operators with one attribute `axis`, all of whose inputs and outputs are alike; or the `first` input alone is."""
 
     def rule(facts: Facts, node: Node, order: Order) -> Moved | None:
         axis = int(node.attrs.get("axis", default))
         if facts.opset(node) < since or not -len(order) <= axis < len(order):
             return None
-        return simple(with_attrs(node, axis=order.index(axis % len(order))), order, node.inputs)
+        moved = with_attrs(node, axis=order.index(axis % len(order)))
+        return simple(moved, order, node.inputs[:1] if first else node.inputs)
 
     return rule
 
@@ -76,13 +77,6 @@ def _along(default: int, since: int = 1) -> Rule:
 def _unit(facts: Facts, node: Node, order: Order) -> Moved | None:
     """Unit vectors, unless norms were expanded to a shape."""
     return _along(-1)(facts, node, order) if len(node.inputs) == 1 else None
-
-
-def _split(facts: Facts, node: Node, order: Order) -> Moved | None:
-    axis = int(node.attrs.get("axis", 0))
-    if not -len(order) <= axis < len(order):
-        return None
-    return simple(with_attrs(node, axis=order.index(axis % len(order))), order)
 
 
 def _reduce(facts: Facts, node: Node, order: Order) -> Moved | None:
@@ -247,10 +241,11 @@ RULES: Mapping[str, Rule] = {
     "Concat": _along(1),
     "LpNormalization": _along(-1),
     "infera.L2Normalization": _unit,
+    "infera.AxisNormalization": _along(-1, first=True),
     "Pad": _pad,
     "Shape": _shape,
     "Slice": _slice,
-    "Split": _split,
+    "Split": _along(0, first=True),
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
-from infera_kernels.cpu.elementwise import clamp, const
+from infera_kernels.cpu.elementwise import call, clamp, const
 from infera_kernels.cpu.parts import parts
 from infera_kernels.portable.norm import neighbours
 
@@ -17,6 +17,9 @@ BLOCK_BYTES = 1 << 18
 
 ROW_NS = 0.8
 """Nanoseconds an element takes, about."""
+
+NARROWEST = 64
+"""Elements side by side that a tile has at least: inner loops are that long."""
 
 Finish = Callable[[slice], list[Call]]
 """What follows the standardised rows of a block, in place."""
@@ -78,6 +81,51 @@ def row_blocks(part: slice, nbytes: int, every: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, part.stop))
 
 
+def standardize_axis(
+    x: Array,
+    y: Array,
+    scratch: Scratch,
+    split: Split = SERIAL,
+    *,
+    epsilon: float,
+    center: bool = True,
+    scale: Array | None = None,
+    bias: Array | None = None,
+) -> list[Call]:
+    """`standardize` along the middle axis of (outer, axis, inner), times scale plus bias, one of each a place on it."""
+    share, one, shift = const(1 / x.shape[1], x), const(1, x), const(epsilon, x)
+    columns = [None if a is None else a[:, None] for a in (scale, bias)]
+
+    def part(tiles: Sequence[Tile]) -> list[Call]:
+        most = max(x[tile].size for tile in tiles)
+        squares, statistics = scratch((most,), x.dtype), scratch((most // x.shape[1],), x.dtype)
+        calls: list[Call] = []
+        for tile in tiles:
+            source, target = x[tile], y[tile]
+            square = squares[: source.size].reshape(source.shape)
+            n = statistics[: source.size // x.shape[1]].reshape(len(source), 1, -1)
+            if center:
+                calls += [
+                    (np.add.reduce, (source, 1, None, n, True)),
+                    (np.multiply, (n, share, n)),
+                    (np.subtract, (source, n, target)),
+                ]
+                source = target
+            calls += [
+                (np.multiply, (source, source, square)),
+                (np.add.reduce, (square, 1, None, n, True)),
+                (np.multiply, (n, share, n)),
+                (np.add, (n, shift, n)),
+                (np.sqrt, (n, n)),
+                (np.true_divide, (one, n, n)),
+                (np.multiply, (source, n, target)),
+                *scaled(target, columns[0], columns[1]),
+            ]
+        return calls
+
+    return _tiled(x, split, part)
+
+
 def l2_normalize(
     x: Array,
     y: Array,
@@ -93,41 +141,43 @@ def l2_normalize(
     With `bound` "max" n is at least `epsilon`, with "add" it is greater by that; where `squared` the sum is, and not
     its root. `y` may be `x`.
     """
-    cuts = parts(x.shape[0], x.size * ROW_NS, split)
-    how = _Bound(epsilon, bound, squared)
-    return split.parallel([_unit_rows(x[cut], y[cut], scratch, how) for cut in cuts])
+    low, high, one = (const(value, x) for value in (epsilon, np.inf, 1))
+
+    def part(tiles: Sequence[Tile]) -> list[Call]:
+        most = max(x[tile].size for tile in tiles)
+        norms = scratch((most // x.shape[1],), x.dtype)
+        squares = scratch((most,), x.dtype) if x.shape[2] > 1 else None
+        calls: list[Call] = []
+        for tile in tiles:
+            source = x[tile]
+            n = norms[: source.size // x.shape[1]].reshape(len(source), 1, -1)
+            if squares is None:
+                row = source[:, :, 0]
+                calls.append((np.vecdot, (row, row, n[:, 0, 0])))
+            else:
+                square = squares[: source.size].reshape(source.shape)
+                calls += [(np.multiply, (source, source, square)), (np.add.reduce, (square, 1, None, n, True))]
+            limit = clamp(n, low, high, n) if bound == "max" else call(np.add, n, low, n)
+            root = call(np.sqrt, n, n)
+            calls += [limit, root] if squared else [root, limit]
+            calls += [call(np.true_divide, one, n, n), call(np.multiply, source, n, y[tile])]
+        return calls
+
+    return _tiled(x, split, part)
 
 
-class _Bound(NamedTuple):
-    epsilon: float
-    kind: Literal["max", "add"]
-    squared: bool
-
-    def calls(self, n: Array) -> list[Call]:
-        """n becomes the inverse of the bounded root of n."""
-        low, high, one = (const(value, n) for value in (self.epsilon, np.inf, 1))
-        root: Call = (np.sqrt, (n, n))
-        limit: Call = clamp(n, low, high, n) if self.kind == "max" else (np.add, (n, low, n))
-        return [*((limit, root) if self.squared else (root, limit)), (np.true_divide, (one, n, n))]
+Tile: TypeAlias = tuple[slice, slice, slice]
+"""An index into (outer, axis, inner) that takes the whole axis."""
 
 
-def _unit_rows(x: Array, y: Array, scratch: Scratch, bound: _Bound) -> list[Call]:
+def _tiled(x: Array, split: Split, part: Callable[[Sequence[Tile]], list[Call]]) -> list[Call]:
+    """The calls of `part` for the tiles of (outer, axis, inner), spread over threads."""
     outer, length, inner = x.shape
-    spans = list(row_blocks(slice(0, outer), length * inner * x.itemsize))
-    rows = spans[0].stop if spans else 0
-    norms = scratch((rows, 1, inner), x.dtype)
-    squares = scratch((rows, length, inner), x.dtype) if inner > 1 else None
-    calls: list[Call] = []
-    for span in spans:
-        source, n = x[span], norms[: span.stop - span.start]
-        if squares is None:
-            row = source[:, :, 0]
-            calls.append((np.vecdot, (row, row, n[:, 0, 0])))
-        else:
-            square = squares[: len(n)]
-            calls += [(np.multiply, (source, source, square)), (np.add.reduce, (square, 1, None, n, True))]
-        calls += [*bound.calls(n), (np.multiply, (source, n, y[span]))]
-    return calls
+    width = max(NARROWEST, BLOCK_BYTES // (length * x.itemsize))
+    columns = [slice(j, min(j + width, inner)) for j in range(0, inner, width)]
+    planes = row_blocks(slice(0, outer), length * min(width, inner) * x.itemsize)
+    tiles = [(rows, slice(None), cut) for rows in planes for cut in columns]
+    return split.parallel([part(tiles[cut]) for cut in parts(len(tiles), x.size * ROW_NS, split)])
 
 
 def scaled(y: Array, scale: Array | None, bias: Array | None) -> list[Call]:

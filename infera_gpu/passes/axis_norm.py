@@ -1,0 +1,143 @@
+"""Layer and RMS normalisation along one axis that is not the last: of the channels of images, in most networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from infera_gpu.graph import HostArray, made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.norm import CENTERED, standardized, variance
+from infera_gpu.passes.softmax import one_axis
+
+
+def _is_along_an_axis(match: Match) -> bool:
+    x, axis = match.spec("x"), one_axis(match, "variance")
+    if x is None or x.dtype not in (np.float32, np.float64) or not x.ranked or axis in (None, x.ndim - 1):
+        return False
+    if "mean" in match.nodes and one_axis(match, "mean") != axis:
+        return False
+    return match.number("epsilon") >= 0 and match.keeps_shape()
+
+
+def _along(match: Match) -> Replacement:
+    attrs = {"axis": one_axis(match, "variance"), "epsilon": match.number("epsilon")}
+    attrs["center"] = int("mean" in match.nodes)
+    return Replacement(infera(match, "AxisNormalization", (match.values["x"],), attrs))
+
+
+AXIS_NORM = Fusion(
+    name="axis_norm",
+    patterns=(*standardized(CENTERED, variance(CENTERED))[1:], *standardized("x", variance("x"))[1:]),
+    guard=_is_along_an_axis,
+    build=_along,
+    kinds=frozenset({"cpu"}),
+    opset=13,
+    example="""
+        example (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {
+            m = ReduceMean <axes = [1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+    near_misses=(
+        """
+        rank_is_unknown (float[B, 6] z, int64[N] shape) => (float[B, 6] y) <float two = {2}, float e = {1e-6}> {
+            x = Reshape(z, shape)
+            m = ReduceMean <axes = [1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+        """
+        other_axes (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {
+            m = ReduceMean <axes = [1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [1, 2]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }""",
+        """
+        last_axis (float[B, 6, 5] x) => (float[B, 6, 5] y) <float two = {2}, float e = {1e-6}> {
+            s = Pow(x, two)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(x, r)
+        }""",
+    ),
+)
+
+
+def _row(match: Match) -> HostArray | None:
+    """A constant with one element for each place on the normalised axis, as a row; None for any other."""
+    x, c, axis = match.spec("x"), match.constant("c"), int(match.nodes["norm"].attrs["axis"])
+    if x is None or not x.ranked or c.dtype != x.dtype or not x.ndim - axis <= c.ndim <= x.ndim:
+        return None
+    size, length = c.shape[axis - x.ndim], x.shape[axis]
+    known = length == size if isinstance(length, int) else size > 1
+    return c.reshape(-1) if c.size == size and known else None
+
+
+def _takes_row(match: Match) -> bool:
+    return _row(match) is not None and not any(match.nodes["norm"].inputs[1 if match.root.op == "Mul" else 2 :])
+
+
+def _with_row(match: Match) -> Replacement:
+    row, name = _row(match), made_name(match.root.outputs[0], "row")
+    assert row is not None
+    scale = () if match.root.op == "Mul" else (match.values.get("scale", ""),)
+    made = replace(match.nodes["norm"], inputs=(match.values["x"], *scale, name), outputs=match.root.outputs)
+    return Replacement(made, {name: row})
+
+
+AXIS_AFFINE = Fusion(
+    name="axis_norm_affine",
+    patterns=(
+        node("Mul", node("infera.AxisNormalization", "x", name="norm"), "#c", commutes=True),
+        node("Add", node("infera.AxisNormalization", "x", "?scale", name="norm"), "#c", commutes=True),
+    ),
+    guard=_takes_row,
+    build=_with_row,
+    kinds=frozenset({"cpu"}),
+    example="""
+        example (float[B, 3, 4] x) => (float[B, 3, 4] y) <float[3] g = {1, -2, 0.5}, float[1, 3, 1] b = {0.5, 1, 2}> {
+            n = infera.AxisNormalization <axis = 1> (x, g)
+            y = Add(b, n)
+        }""",
+    near_misses=(
+        """
+        one_value_a_column (float[B, 3, 3] x) => (float[B, 3, 3] y) <float[3] b = {0.5, 1, 2}> {
+            n = infera.AxisNormalization <axis = 1> (x)
+            y = Mul(b, n)
+        }""",
+        """
+        scaled_already (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float[3] g = {1, -2, 0.5}, float[3, 1] b = {0.5, 1, 2}> {
+            n = infera.AxisNormalization <axis = 1> (x, g)
+            y = Mul(b, n)
+        }""",
+        """
+        one_value_for_all (float[B, C, 4] x) => (float[B, C, 4] y) <float[1, 1] b = {0.5}> {
+            n = infera.AxisNormalization <axis = 1> (x)
+            y = Add(b, n)
+        }""",
+        """
+        norm_is_an_output (float[B, 3, 4] x) => (float[B, 3, 4] y, float[B, 3, 4] n)
+        <float[3, 1] b = {0.5, 1, 2}> {
+            n = infera.AxisNormalization <axis = 1> (x)
+            y = Add(b, n)
+        }""",
+    ),
+)
+
+FUSIONS = (AXIS_NORM, AXIS_AFFINE)
