@@ -224,6 +224,14 @@ def _gathered(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), x.dtype)
 
 
+def _looked_up(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Rows of a table, in place of the indices' last axis."""
+    ids, table = ins[:2]
+    if ids is None or table is None or not (ids.ranked and table.ranked) or len(n.inputs) > 2:
+        return _unranked(table)
+    return TensorSpec((*ids.shape[:-1], table.shape[-1]), table.dtype)
+
+
 def _of_same_rank(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     """Slice, Pad, Split: which dimensions stay is not followed."""
     x = ins[0]
@@ -334,6 +342,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Unsqueeze": _unsqueezed,
         "Squeeze": _squeezed,
         "Gather": _gathered,
+        "infera.Lookup": _looked_up,
         **dict.fromkeys(("Slice", "Pad", "Split", "Resize"), _of_same_rank),
         "Concat": _joined,
         "Einsum": _einsum,

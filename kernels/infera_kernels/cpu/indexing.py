@@ -31,6 +31,17 @@ def take(x: Array, indices: Array, axis: int, out: Array, scratch: Scratch) -> l
     return [*calls, (_require_range, (indices, x.shape[axis])), (np.ndarray.take, (x, indices, axis, out, "wrap"))]
 
 
+def lookup(table: Array, rows: Array, out: Array, scratch: Scratch) -> list[Call]:
+    """out = table's rows at `rows` (count,); the last one for whatever is no index of those before it."""
+    offsets = scratch(rows.shape, np.int64)
+    unsigned = offsets.view(np.uint64)
+    return [
+        copy(offsets, rows),
+        call(np.minimum, unsigned, const(len(table) - 1, unsigned), unsigned),
+        (np.ndarray.take, (table, offsets, 0, out, "clip")),
+    ]
+
+
 def _strides(shape: Sequence[int]) -> list[int]:
     """Elements from one entry to the next along each axis of a contiguous array."""
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
