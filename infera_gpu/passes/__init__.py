@@ -19,6 +19,7 @@ from infera_gpu.passes import (
     lookup,
     matmul,
     norm,
+    norm_factors,
     pad,
     pairs,
     quant,
@@ -41,6 +42,7 @@ QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
 FUSIONS: tuple[Fusion, ...] = (
     *pairs.FUSIONS,
     *pad.FUSIONS,
+    *norm_factors.FUSIONS,
     *norm.FUSIONS,
     *group.FUSIONS,
     *axis_norm.FUSIONS,

@@ -1,4 +1,7 @@
-"""LayerNormalization and RMSNormalization as exporters write them out, and the scale and shift that follow them."""
+"""LayerNormalization and RMSNormalization as exporters write them out, and the scale and shift that follow them.
+
+`norm_factors` has what is scaled on the way.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def _source(match: Match) -> str:
     return widened.inputs[0] if "narrowed" in match.nodes and widened is not None and widened.op == "Cast" else x
 
 
-def _is_standardized(match: Match) -> bool:
+def is_standardized(match: Match) -> bool:
     """Floats over trailing axes, the same for mean and variance; and a Cast that follows undoes the one before."""
     axis, x = trailing_axis(match, "variance"), match.spec("x")
     if axis is None or x is None or x.dtype.kind != "f" or match.number("epsilon") < 0 or not match.keeps_shape():
@@ -81,7 +84,7 @@ def _is_standardized(match: Match) -> bool:
     return source.dtype == made.dtype and source.dtype in (np.float16, np.float32)
 
 
-def _normalization(op: str, since: int, *affine: str) -> Callable[[Match], Replacement]:
+def normalization(op: str, since: int, *affine: str) -> Callable[[Match], Replacement]:
     """The operator over the source and the constants of these names, each one row."""
 
     def build(match: Match) -> Replacement:
@@ -103,8 +106,8 @@ def _row(match: Match, name: str, axis: int) -> np.ndarray:
 LAYER_NORM = Fusion(
     name="layer_norm",
     patterns=standardized(CENTERED, variance(CENTERED)),
-    guard=_is_standardized,
-    build=_normalization("LayerNormalization", 1),
+    guard=is_standardized,
+    build=normalization("LayerNormalization", 1),
     opset=13,
     example="""
         example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
@@ -162,12 +165,7 @@ LAYER_NORM = Fusion(
 )
 
 
-def _is_scaled_and_shifted(match: Match) -> bool:
-    axis = trailing_axis(match, "variance")
-    return _is_standardized(match) and axis is not None and _are_rows(match, axis, "scale", "shift")
-
-
-def _are_rows(match: Match, axis: int, *names: str) -> bool:
+def are_rows(match: Match, axis: int, *names: str) -> bool:
     """Whether constants have the shape of the axes from `axis` on, as far as that is known, and add none."""
     x = match.spec("x")
     known = x.shape[axis:] if x is not None and x.ranked else (None,) * -axis
@@ -183,64 +181,11 @@ def _are_rows(match: Match, axis: int, *names: str) -> bool:
     )
 
 
-_FACTOR = node("Mul", inverse_root(variance(CENTERED)), "#scale", commutes=True, name="factor")
-
-LAYER_NORM_AS_FACTORS = Fusion(
-    name="layer_norm_as_factors",
-    patterns=(
-        node(
-            "Add",
-            node("Mul", "x", _FACTOR, commutes=True),
-            node("Sub", "#shift", node("Mul", MEAN, _FACTOR, commutes=True)),
-            commutes=True,
-        ),
-        node("Add", node("Mul", CENTERED, _FACTOR, commutes=True), "#shift", commutes=True),
-    ),
-    guard=_is_scaled_and_shifted,
-    build=_normalization("LayerNormalization", 1, "scale", "shift"),
-    reassociates=True,
-    opset=13,
-    example="""
-        example (float[B, 3, 4] x) => (float[B, 3, 4] y)
-        <float e = {1e-5}, float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
-            m = ReduceMean <axes = [2]> (x)
-            c = Sub(x, m)
-            s = Mul(c, c)
-            v = ReduceMean <axes = [2]> (s)
-            a = Add(e, v)
-            r = Sqrt(a)
-            i = Reciprocal(r)
-            f = Mul(i, g)
-            p = Mul(f, x)
-            q = Mul(m, f)
-            t = Sub(b, q)
-            y = Add(p, t)
-        }""",
-    near_misses=(
-        """
-        scale_of_another_axis (float[B, 3, 4] x) => (float[B, 3, 4] y)
-        <float e = {1e-5}, float[3, 1] g = {1, -2, 0.5}, float[4] b = {0.5, 1, 2, -1}> {
-            m = ReduceMean <axes = [2]> (x)
-            c = Sub(x, m)
-            s = Mul(c, c)
-            v = ReduceMean <axes = [2]> (s)
-            a = Add(e, v)
-            r = Sqrt(a)
-            i = Reciprocal(r)
-            f = Mul(i, g)
-            p = Mul(f, x)
-            q = Mul(m, f)
-            t = Sub(b, q)
-            y = Add(p, t)
-        }""",
-    ),
-)
-
 RMS_NORM = Fusion(
     name="rms_norm",
     patterns=standardized("x", variance("x")),
-    guard=_is_standardized,
-    build=_normalization("RMSNormalization", 23),
+    guard=is_standardized,
+    build=normalization("RMSNormalization", 23),
     opset=18,
     example="""
         example (float[B, 3, 8] x) => (float[B, 3, 8] y)
@@ -289,7 +234,7 @@ RMS_NORM = Fusion(
 def _takes_row(match: Match) -> bool:
     """The norm has neither scale nor shift yet, or not this one, and what comes is a row of its normalised axes."""
     norm = match.nodes["norm"]
-    return _are_rows(match, _axis_of(match), "c") and not any(norm.inputs[1 if match.root.op == "Mul" else 2 :])
+    return are_rows(match, _axis_of(match), "c") and not any(norm.inputs[1 if match.root.op == "Mul" else 2 :])
 
 
 def _axis_of(match: Match) -> int:
@@ -343,4 +288,4 @@ NORM_AFFINE = Fusion(
     ),
 )
 
-FUSIONS = (LAYER_NORM_AS_FACTORS, LAYER_NORM, RMS_NORM, NORM_AFFINE)
+FUSIONS = (LAYER_NORM, RMS_NORM, NORM_AFFINE)

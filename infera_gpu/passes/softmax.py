@@ -14,9 +14,11 @@ def _sum_of(exponentials: Arg) -> P:
     return node("ReduceSum", exponentials, "?#axes", name="sum")
 
 
-def _quotient(x: Arg) -> P:
+def _quotients(x: Arg) -> tuple[P, P]:
     exponentials = node("Exp", x, name="exp")
-    return node("Div", exponentials, _sum_of(exponentials))
+    total = _sum_of(exponentials)
+    inverse = either(node("Reciprocal", total), node("Div", 1.0, total))
+    return node("Div", exponentials, total), node("Mul", exponentials, inverse, commutes=True)
 
 
 def one_axis(match: Match, name: str) -> int | None:
@@ -29,9 +31,9 @@ def one_axis(match: Match, name: str) -> int | None:
 
 
 def _is_along_an_axis(match: Match) -> bool:
-    """Floats, and the maximum that is taken away is over the same axis."""
+    """Floats, the maximum that is taken away is over the same axis, and the numbers add none."""
     x, axis = match.spec("x"), one_axis(match, "sum")
-    if x is None or x.dtype.kind != "f" or axis is None:
+    if x is None or x.dtype.kind != "f" or axis is None or not match.keeps_shape():
         return False
     return "max" not in match.nodes or one_axis(match, "max") == axis
 
@@ -45,7 +47,7 @@ def _along(op: str) -> Callable[[Match], Replacement]:
 
 SOFTMAX = Fusion(
     name="softmax",
-    patterns=(_quotient(_SHIFTED), _quotient("x")),
+    patterns=(*_quotients(_SHIFTED), *_quotients("x")),
     guard=_is_along_an_axis,
     build=_along("Softmax"),
     reassociates=True,

@@ -1,0 +1,206 @@
+"""Layer and RMS normalisation whose scale is multiplied in on the way, and means as sums over a number."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from infera_gpu.graph import HostArray, made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, standard
+from infera_gpu.passes.norm import (
+    CENTERED,
+    MEAN,
+    are_rows,
+    inverse_root,
+    is_standardized,
+    normalization,
+    trailing_axis,
+    variance,
+)
+from infera_gpu.passes.pattern import Arg, P
+
+# ---- means
+
+
+def _count(match: Match) -> int | None:
+    """How many elements a sum adds up; None where that is not known."""
+    x, axes = match.spec("x"), match.axes("sum")
+    if x is None or not x.ranked or x.dtype.kind != "f" or not axes:
+        return None
+    sizes = [x.shape[axis] for axis in axes]
+    return math.prod(d for d in sizes if isinstance(d, int)) if all(isinstance(d, int) for d in sizes) else None
+
+
+def _is_mean(match: Match) -> bool:
+    count, rank, axes = _count(match), match.rank("x") or 0, match.axes("sum") or ()
+    left = rank if match.nodes["sum"].attrs.get("keepdims", 1) else rank - len(axes)
+    if not count or match.numbers_rank > left:
+        return False
+    factor = match.number("share") if "share" in match.values else 1 / match.number("count")
+    return abs(factor * count - 1) <= 1e-6
+
+
+def _mean(match: Match) -> Replacement:
+    axes, attrs = match.axes("sum"), {"keepdims": match.nodes["sum"].attrs.get("keepdims", 1)}
+    if match.opset() < 18:
+        return Replacement(standard(match, "ReduceMean", 1, (match.values["x"],), {**attrs, "axes": axes}))
+    name = made_name(match.root.outputs[0], "axes")
+    constants: dict[str, HostArray] = {name: np.array(axes, np.int64)}
+    return Replacement(standard(match, "ReduceMean", 1, (match.values["x"], name), attrs), constants)
+
+
+_SUM = node("ReduceSum", "x", "?#axes", name="sum")
+
+MEAN_OF_SUM = Fusion(
+    name="mean_of_sum",
+    patterns=(node("Mul", _SUM, "%share", commutes=True), node("Div", _SUM, "%count")),
+    guard=_is_mean,
+    build=_mean,
+    reassociates=True,
+    example="""
+        example (float[B, 3, 4] x) => (float[B] y) <int64[2] last = {1, -1}, float share = {0.083333333}> {
+            s = ReduceSum <keepdims = 0> (x, last)
+            y = Mul(share, s)
+        }""",
+    near_misses=(
+        """
+        other_share (float[B, 3, 4] x) => (float[B] y) <int64[2] last = {1, -1}, float share = {0.08}> {
+            s = ReduceSum <keepdims = 0> (x, last)
+            y = Mul(share, s)
+        }""",
+        """
+        size_is_unknown (float[B, 3, N] x) => (float[B, 3] y) <int64[1] last = {-1}, float count = {4}> {
+            s = ReduceSum <keepdims = 0> (x, last)
+            y = Div(s, count)
+        }""",
+        """
+        share_adds_an_axis (float[4] x) => (float[1] y) <int64[1] last = {-1}, float[1] share = {0.25}> {
+            s = ReduceSum <keepdims = 0> (x, last)
+            y = Mul(share, s)
+        }""",
+        """
+        integers (int32[B, 4] x) => (int32[B] y) <int64[1] last = {-1}, int32 count = {4}> {
+            s = ReduceSum <keepdims = 0> (x, last)
+            y = Div(s, count)
+        }""",
+    ),
+)
+
+# ---- scales
+
+
+def _affine(match: Match) -> tuple[str, ...]:
+    return tuple(name for name in ("scale", "shift") if name in match.values)
+
+
+def _is_scaled(match: Match) -> bool:
+    axis = trailing_axis(match, "variance")
+    return is_standardized(match) and axis is not None and are_rows(match, axis, *_affine(match))
+
+
+def _factor(x: Arg) -> P:
+    return node("Mul", inverse_root(variance(x)), "#scale", commutes=True, name="factor")
+
+
+def _scaled(x: Arg) -> tuple[P, P]:
+    """x (scale / √variance), and (scale x) / √variance."""
+    root = either(node("Sqrt", variance(x)), node("Pow", variance(x), 0.5))
+    return node("Mul", x, _factor(x), commutes=True), node("Div", node("Mul", x, "#scale", commutes=True), root)
+
+
+LAYER_NORM_AS_FACTORS = Fusion(
+    name="layer_norm_as_factors",
+    patterns=(
+        node(
+            "Add",
+            node("Mul", "x", _factor(CENTERED), commutes=True),
+            node("Sub", "#shift", node("Mul", MEAN, _factor(CENTERED), commutes=True)),
+            commutes=True,
+        ),
+        *_scaled(CENTERED),
+    ),
+    guard=_is_scaled,
+    build=lambda match: normalization("LayerNormalization", 1, *_affine(match))(match),
+    reassociates=True,
+    opset=13,
+    example="""
+        example (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float e = {1e-5}, float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
+            m = ReduceMean <axes = [2]> (x)
+            c = Sub(x, m)
+            s = Mul(c, c)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            f = Mul(i, g)
+            p = Mul(f, x)
+            q = Mul(m, f)
+            t = Sub(b, q)
+            y = Add(p, t)
+        }""",
+    near_misses=(
+        """
+        scale_of_another_axis (float[B, 3, 4] x) => (float[B, 3, 4] y)
+        <float e = {1e-5}, float[3, 1] g = {1, -2, 0.5}, float[4] b = {0.5, 1, 2, -1}> {
+            m = ReduceMean <axes = [2]> (x)
+            c = Sub(x, m)
+            s = Mul(c, c)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            f = Mul(i, g)
+            p = Mul(f, x)
+            q = Mul(m, f)
+            t = Sub(b, q)
+            y = Add(p, t)
+        }""",
+        """
+        one_scale_a_row (float[B, 3, 4] x) => (float[B, 3, 4] y) <float e = {1e-5}, float[3, 1] g = {1, -2, 0.5}> {
+            m = ReduceMean <axes = [2]> (x)
+            c = Sub(x, m)
+            s = Mul(c, c)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            p = Mul(g, c)
+            y = Div(p, r)
+        }""",
+    ),
+)
+
+RMS_NORM_AS_FACTORS = Fusion(
+    name="rms_norm_as_factors",
+    patterns=_scaled("x"),
+    guard=_is_scaled,
+    build=lambda match: normalization("RMSNormalization", 23, *_affine(match))(match),
+    reassociates=True,
+    opset=13,
+    example="""
+        example (float[B, 3, 4] x) => (float[B, 3, 4] y) <float e = {1e-5}, float[4] g = {1, -2, 0.5, 3}> {
+            s = Mul(x, x)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            f = Mul(i, g)
+            y = Mul(f, x)
+        }""",
+    near_misses=(
+        """
+        factor_of_another_value (float[B, 3, 4] x, float[B, 3, 4] z) => (float[B, 3, 4] y)
+        <float e = {1e-5}, float[4] g = {1, -2, 0.5, 3}> {
+            s = Mul(z, z)
+            v = ReduceMean <axes = [2]> (s)
+            a = Add(e, v)
+            r = Sqrt(a)
+            i = Reciprocal(r)
+            f = Mul(i, g)
+            y = Mul(f, x)
+        }""",
+    ),
+)
+
+FUSIONS = (MEAN_OF_SUM, LAYER_NORM_AS_FACTORS, RMS_NORM_AS_FACTORS)
