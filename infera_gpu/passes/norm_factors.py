@@ -33,21 +33,21 @@ def _count(match: Match) -> int | None:
 
 
 def _is_mean(match: Match) -> bool:
-    count, rank, axes = _count(match), match.rank("x") or 0, match.axes("sum") or ()
-    left = rank if match.nodes["sum"].attrs.get("keepdims", 1) else rank - len(axes)
-    if not count or match.numbers_rank > left:
+    """Of axes that are kept: what norms need. Others are as well left to the arithmetic that follows."""
+    count = _count(match)
+    if not count or not match.nodes["sum"].attrs.get("keepdims", 1) or not match.keeps_shape():
         return False
     factor = match.number("share") if "share" in match.values else 1 / match.number("count")
     return abs(factor * count - 1) <= 1e-6
 
 
 def _mean(match: Match) -> Replacement:
-    axes, attrs = match.axes("sum"), {"keepdims": match.nodes["sum"].attrs.get("keepdims", 1)}
+    axes = match.axes("sum")
     if match.opset() < 18:
-        return Replacement(standard(match, "ReduceMean", 1, (match.values["x"],), {**attrs, "axes": axes}))
+        return Replacement(standard(match, "ReduceMean", 1, (match.values["x"],), {"axes": axes}))
     name = made_name(match.root.outputs[0], "axes")
     constants: dict[str, HostArray] = {name: np.array(axes, np.int64)}
-    return Replacement(standard(match, "ReduceMean", 1, (match.values["x"], name), attrs), constants)
+    return Replacement(standard(match, "ReduceMean", 1, (match.values["x"], name), {}), constants)
 
 
 _SUM = node("ReduceSum", "x", "?#axes", name="sum")
@@ -59,29 +59,34 @@ MEAN_OF_SUM = Fusion(
     build=_mean,
     reassociates=True,
     example="""
-        example (float[B, 3, 4] x) => (float[B] y) <int64[2] last = {1, -1}, float share = {0.083333333}> {
-            s = ReduceSum <keepdims = 0> (x, last)
+        example (float[B, 3, 4] x) => (float[B, 1, 1] y) <int64[2] last = {1, -1}, float share = {0.083333333}> {
+            s = ReduceSum(x, last)
             y = Mul(share, s)
         }""",
     near_misses=(
         """
-        other_share (float[B, 3, 4] x) => (float[B] y) <int64[2] last = {1, -1}, float share = {0.08}> {
-            s = ReduceSum <keepdims = 0> (x, last)
+        other_share (float[B, 3, 4] x) => (float[B, 1, 1] y) <int64[2] last = {1, -1}, float share = {0.08}> {
+            s = ReduceSum(x, last)
             y = Mul(share, s)
         }""",
         """
-        size_is_unknown (float[B, 3, N] x) => (float[B, 3] y) <int64[1] last = {-1}, float count = {4}> {
+        size_is_unknown (float[B, 3, N] x) => (float[B, 3, 1] y) <int64[1] last = {-1}, float count = {4}> {
+            s = ReduceSum(x, last)
+            y = Div(s, count)
+        }""",
+        """
+        axis_is_dropped (float[B, 3, 4] x) => (float[B, 3] y) <int64[1] last = {-1}, float count = {4}> {
             s = ReduceSum <keepdims = 0> (x, last)
             y = Div(s, count)
         }""",
         """
-        share_adds_an_axis (float[4] x) => (float[1] y) <int64[1] last = {-1}, float[1] share = {0.25}> {
-            s = ReduceSum <keepdims = 0> (x, last)
+        share_adds_an_axis (float[4] x) => (float[1, 1] y) <int64[1] last = {-1}, float[1, 1] share = {0.25}> {
+            s = ReduceSum(x, last)
             y = Mul(share, s)
         }""",
         """
-        integers (int32[B, 4] x) => (int32[B] y) <int64[1] last = {-1}, int32 count = {4}> {
-            s = ReduceSum <keepdims = 0> (x, last)
+        integers (int32[B, 4] x) => (int32[B, 1] y) <int64[1] last = {-1}, int32 count = {4}> {
+            s = ReduceSum(x, last)
             y = Div(s, count)
         }""",
     ),
