@@ -211,3 +211,38 @@ def test_a_norm_in_single_precision_between_halves_is_one_node(through: str, fus
     x = np.linspace(-3, 4, 16).reshape(2, 8).astype(through)
     want = infera_gpu.load(model, device="cpu", fuse=False).run({"x": x})["y"]
     np.testing.assert_allclose(session.run({"x": x})["y"], want, rtol=2e-3)
+
+
+def test_transposes_that_cancel_stand_between_no_other_fusion() -> None:
+    text = """
+        g (float[1, 2, 4, 4] x) => (float[1, 2, 3, 3] y, float[1, 2, 3, 3] z)
+        <float[2, 2, 2, 2] w = {1, -2, 3, -4, 5, 6, -7, 8, 1, 2, 3, 4, 5, 6, 7, 8}, float[2] s = {2, 3}> {
+            a = Conv(x, w)
+            b = Transpose <perm = [0, 2, 3, 1]> (a)
+            c = Transpose <perm = [0, 3, 1, 2]> (b)
+            y = BatchNormalization(c, s, s, s, s)
+            z = Relu(y)
+        }"""
+    session, parts = (infera_gpu.load(parse(text), device="cpu", fuse=f) for f in (True, False))
+    assert [n.op for n in session.graph.nodes] == ["Conv", "Relu"]
+    x = np.random.default_rng(0).standard_normal((1, 2, 4, 4)).astype(np.float32)
+    for name, want in parts.run({"x": x}).items():
+        np.testing.assert_allclose(session.run({"x": x})[name], want, rtol=2e-6, atol=1e-5)
+
+
+def test_what_a_subgraph_captures_stays_where_transposes_cancel() -> None:
+    text = """
+        g (float[2, 3] x, bool k) => (float[2, 3] y, float[2, 3] z) {
+            a = Transpose <perm = [1, 0]> (x)
+            b = Transpose <perm = [1, 0]> (a)
+            y = If (k) <
+                then_branch = yes () => (float[2, 3] t) { t = Neg(b) },
+                else_branch = no () => (float[2, 3] e) { e = Abs(b) }
+            >
+            z = Exp(b)
+        }"""
+    session = infera_gpu.load(parse(text), device="cpu")
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    got = session.run({"x": x, "k": np.array(True)})
+    np.testing.assert_array_equal(got["y"], -x)
+    np.testing.assert_allclose(got["z"], np.exp(x), rtol=1e-6)

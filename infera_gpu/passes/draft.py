@@ -61,6 +61,17 @@ class Draft:
         self._enter(made, slot)
         self._sweep(v for n in inside for v in n.reads())
 
+    def bypass(self, n: Node) -> None:
+        """Let who reads an Identity's output read its input, but for subgraphs; it goes when nobody needs it."""
+        (value,), (source,) = n.outputs, n.inputs
+        for reader in list(self.readers.get(value, {}).values()):
+            if not any(value in sub.captures() for _, sub in reader.subgraphs):
+                slot = self._slot[id(reader)]
+                self._leave(reader)
+                self._enter(replace(reader, inputs=tuple(source if i == value else i for i in reader.inputs)), slot)
+        if value not in self.readers and value not in self.graph.outputs:
+            self._leave(n)
+
     def finished(self) -> Graph:
         """The graph as it is now; constants that nobody reads are left out."""
         needed = {*self.graph.outputs, *self.readers}

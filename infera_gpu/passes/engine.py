@@ -140,6 +140,8 @@ def _rewritten(matcher: Matcher, fusion: Fusion, patterns: list[P], n: Node) -> 
             made = _made(fusion, match)
             if made is not None:
                 matcher.draft.replace(match.inside, made.node, made.constants.items())
+                if made.node.qualified == "Identity":
+                    matcher.draft.bypass(made.node)
                 return True
     return False
 
