@@ -157,9 +157,9 @@ class Match:
 
 _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
 
-OTHERWISE = frozenset({"broadcast", "start", "end"})
+OTHERWISE = frozenset({"broadcast", "end"})
 """Attributes with which operators are not what patterns mean: arithmetic before opset 7, whose operands need not be
-aligned at the last axis, and a Shape of some axes."""
+aligned at the last axis, and a Shape of some axes, as is one whose `start` is not 0."""
 
 LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
