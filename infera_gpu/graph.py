@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +30,7 @@ def made_name(*parts: object) -> str:
     return JOINT.join(map(str, parts))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Node:
     """One operation. An input named "" is an optional input left out; so is an output.
 
@@ -55,19 +56,20 @@ class Node:
         """The operator with its domain, as users write it: `com.microsoft.Gelu`; standard operators bare."""
         return f"{self.domain}.{self.op}" if self.domain else self.op
 
-    @property
+    @cached_property
     def subgraphs(self) -> tuple[tuple[str, Graph], ...]:
         """(attribute, graph) of every subgraph."""
         if not self.attrs:
             return ()
         return tuple([(k, v) for k, v in self.attrs.items() if isinstance(v, Graph)])
 
-    def reads(self) -> list[str]:
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
         """Every value this node needs, those that its subgraphs capture included."""
         needed = [i for i in self.inputs if i]
         for _, sub in self.subgraphs:
             needed += sub.captures()
-        return needed
+        return tuple(needed)
 
 
 def version_of(node: Node, opsets: Mapping[str, int]) -> int:
@@ -105,7 +107,7 @@ class Graph:
         """value -> the nodes that read it, once for each use, captures of subgraphs included"""
         found: dict[str, list[Node]] = {}
         for n in self.nodes:
-            for value in n.reads():
+            for value in n.reads:
                 found.setdefault(value, []).append(n)
         return found
 
@@ -170,7 +172,7 @@ class Graph:
         own = {*self.inputs, *self.constants}
         needed: set[str] = set()
         for n in self.nodes:
-            needed |= {v for v in n.reads() if v not in own}
+            needed |= {v for v in n.reads if v not in own}
             own.update(n.outputs)
         return needed | {o for o in self.outputs if o not in own}
 

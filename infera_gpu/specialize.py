@@ -131,7 +131,7 @@ class _Walk:
 
     def visit(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            missing = self.blocked.intersection(node.reads()) if self.blocked else None
+            missing = self.blocked.intersection(node.reads) if self.blocked else None
             control = is_control(node)
             if missing and (control or not (missing <= self.pending and self.find(node).host)):
                 self.block(node)
@@ -267,7 +267,7 @@ def specialize(
     if walk.rest and not walk.waits and not walk.eager:
         raise PlanError(f"{walk.rest[0]}: cannot be planned, yet nothing that a run would tell is missing")
 
-    later = {v for n in (*walk.rest, *(e.node for e in walk.eager)) for v in n.reads()}
+    later = {v for n in (*walk.rest, *(e.node for e in walk.eager)) for v in n.reads}
     wanted = {*outputs, *walk.waits, *later} - walk.blocked
     live = prune(walk.placed, wanted)
     made = {o for p in live for o in p.node.outputs if o}

@@ -59,7 +59,7 @@ class Draft:
         for n in inside:
             self._leave(n)
         self._enter(made, slot)
-        self._sweep(v for n in inside for v in n.reads())
+        self._sweep(v for n in inside for v in n.reads)
 
     def bypass(self, n: Node) -> None:
         """Let who reads an Identity's output read its input, but for subgraphs; it goes when nobody needs it."""
@@ -90,7 +90,7 @@ class Draft:
             if o:
                 self.producers[o] = n
                 self.made_by[o] = op
-        for v in n.reads():
+        for v in n.reads:
             self.readers.setdefault(v, {})[id(n)] = n
 
     def _leave(self, n: Node) -> None:
@@ -100,7 +100,7 @@ class Draft:
         for o in n.outputs:
             if o:
                 del self.producers[o], self.made_by[o]
-        for v in set(n.reads()):
+        for v in set(n.reads):
             readers = self.readers[v]
             readers.pop(id(n), None)
             if not readers:
@@ -113,4 +113,4 @@ class Draft:
             if n is None or any(o in self.readers or o in self.graph.outputs for o in n.outputs if o):
                 continue
             self._leave(n)
-            todo += n.reads()
+            todo += n.reads

@@ -57,7 +57,7 @@ def drop_dead(graph: Graph) -> Graph:
     for n in reversed(graph.nodes):
         if any(o in needed for o in n.outputs):
             live.append(n)
-            needed.update(n.reads())
+            needed.update(n.reads)
     return replace(
         graph,
         nodes=tuple(reversed(live)),

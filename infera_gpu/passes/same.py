@@ -167,7 +167,7 @@ class _Renaming:
 
 def remove_identities(graph: Graph) -> Graph:
     """Nodes that give an input back vanish; an output of the graph keeps its name."""
-    walk, read = _Renaming(graph), {v for n in graph.nodes for v in n.reads()}
+    walk, read = _Renaming(graph), {v for n in graph.nodes for v in n.reads}
     producers: dict[str, Node] = {}
     facts = Facts(graph, producers)
     for n in map(walk.renamed, graph.nodes):
@@ -243,7 +243,7 @@ EXTRAS = frozenset(
 
 def drop_outputs(graph: Graph) -> Graph:
     """Outputs that nobody reads are left out where an operator allows it: fewer are computed, and more patterns fit."""
-    needed = {*graph.outputs, *(v for n in graph.nodes for v in n.reads())}
+    needed = {*graph.outputs, *(v for n in graph.nodes for v in n.reads)}
     nodes = [
         replace(n, outputs=_trimmed(n.outputs, needed)) if n.outputs[1:] and n.qualified in EXTRAS else n
         for n in graph.nodes

@@ -32,7 +32,7 @@ def mixes_rows(graph: Graph) -> str | None:
 def _mixing(graph: Graph, fed: set[str]) -> str | None:
     """`fed` holds the values that depend on what a request sends; what this graph makes of them is added."""
     for node in graph.nodes:
-        if not any(value in fed for value in node.reads()):
+        if not any(value in fed for value in node.reads):
             continue
         if not node.domain and node.op in _MIXES:
             return f"{node} {_MIXES[node.op]}"
