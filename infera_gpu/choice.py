@@ -19,11 +19,17 @@ class Choice(NamedTuple):
 
 
 def choose(placed: Placed, device: Device) -> Choice:
-    """The first kernel that the device prefers and that supports the site, else the operator's `compute`."""
+    """The first kernel that the device prefers, that supports the site and pays, else the operator's `compute`."""
+    spare: Choice | None = None
     for kind in device.kinds:
         kernel = placed.op.kernels.get(kind)
         if kernel is not None and kernel.supports(placed.site):
-            return Choice(kind, device.space, kernel)
+            found = Choice(kind, device.space, kernel)
+            if kernel.pays(placed.site):
+                return found
+            spare = spare or found
+    if spare is not None:
+        return spare
     if device.space == "device" and placed.op.portable and device.runs_portable:
         return Choice("portable", "device", None)
     if device.space == "device":

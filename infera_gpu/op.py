@@ -179,7 +179,8 @@ class Kernel:
     The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
     `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
     `strided` gets contiguous inputs, and one that is not `strided_out` contiguous outputs. `workspace` gives the bytes
-    of scratch; None measures them by binding once on host dummies. What is asked for may depend on the attributes, on
+    of scratch; None measures them by binding once on host dummies. A site that it `supports` where it does not `pay`
+    goes to a kernel of a later kind, if one supports it. What is asked for may depend on the attributes, on
     shapes, strides and types, on small constants and on those of integers, but not on the elements of a large
     floating-point constant: nodes that differ in nothing else are measured once. `allocates` marks a kernel that does
     allocate, which `inspect` shows.
@@ -192,6 +193,7 @@ class Kernel:
     strided: bool = False
     strided_out: bool = False
     allocates: bool = False
+    pays: Callable[[Site], bool] = _always
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ the rest there are the "cpu" kernels. Declares no operators itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,17 @@ ELEMENT_NS, PRODUCT_NS = 0.5, 0.02
 """What an element of a compiled loop and a multiply-add of a product take, about."""
 
 
+def _always(site: Site) -> bool:
+    return True
+
+
 def kernels(
-    bind: Bind, supports: Callable[[Site], bool], inplace: tuple[int, ...] = (), *, strided: bool = False
+    bind: Bind,
+    supports: Callable[[Site], bool],
+    inplace: tuple[int, ...] = (),
+    *,
+    strided: bool = False,
+    pays: Callable[[Site], bool] = _always,
 ) -> Kernels:
     """A "jit" kernel for sites whose operands are all float32, some element each."""
 
@@ -33,7 +43,7 @@ def kernels(
         specs = [*(s for s in site.ins if s is not None), *site.outs]
         return all(s.dtype == np.float32 and s.size > 0 for s in specs) and supports(site)
 
-    return {"jit": Kernel(bind, checked, inplace=inplace, strided=strided)}
+    return {"jit": Kernel(bind, checked, inplace=inplace, strided=strided, pays=pays)}
 
 
 def rows(io: Buffers, count: int, elements: int, part: Callable[[slice], list[Call]]) -> list[Call]:
@@ -178,7 +188,29 @@ def convolution(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
 
         return conv2d(**told(site, io), pack=pack, pack_b=pack_b, fast=not io.strict)
 
-    return kernels(bind, fits)
+    return kernels(bind, fits, pays=lambda site: not _suits_numpy(site))
+
+
+LANES, PANEL = 16, 32
+"""Channels of a vector with AVX-512, and of a panel of weights: what has others leaves parts of them empty."""
+
+FULL, LARGE, LINE = 0.8, 28, 8
+"""How full panels are that are worth it; pixels of an image's side, and of a line."""
+
+
+def _suits_numpy(site: Site) -> bool:
+    """Whether NumPy's kernels are faster: where vectors are largely empty, lines are short, or channels are no whole
+    vectors, which the tiles of Winograd's convolution need here and not there."""
+    outputs, inputs, *kernel = site.spec(1).dims
+    if int(site.attrs["group"]) > 1:
+        return inputs == 1 and outputs < LANES
+    if math.prod(kernel) == 1:
+        return outputs < FULL * PANEL * -(-outputs // PANEL)
+    if outputs < LANES // 2 or (kernel[-1] > 1 and site.outs[0].dims[-2] < LINE):
+        return True
+    uneven = bool(outputs % LANES or inputs % LANES) and min(outputs, inputs) >= LANES
+    once = all(int(v) == 1 for name in ("strides", "dilations") for v in site.attrs[name] or ())
+    return uneven and once and kernel == [3, 3] and min(site.outs[0].dims[1:-1]) >= LARGE
 
 
 def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
@@ -190,4 +222,8 @@ def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
         parts = worth(ELEMENT_NS * site.spec(0).size, split_of(io)).threads
         return io.parallel(max_pool(**told(site, io), parts=parts))
 
-    return kernels(bind, lambda site: len(site.outs) == 1 and site.spec(0).ndim in (3, 4))
+    return kernels(
+        bind,
+        lambda site: len(site.outs) == 1 and site.spec(0).ndim in (3, 4),
+        pays=lambda site: site.spec(0).dims[-1] >= PANEL,
+    )

@@ -48,6 +48,10 @@ def conv2d(
     `pack` and `pack_b` keep what is made of them. `pads` are (before, after) of each axis and at least 0. `fast` allows
     Winograd's reassociation.
     """
+    if (x.shape[2], y.shape[2], w.shape[3], pads[1]) == (1, 1, 1, (0, 0)):  # a column is a line
+        x, y = x.transpose(0, 2, 1, 3), y.transpose(0, 2, 1, 3)
+        residual = None if residual is None else residual.transpose(0, 2, 1, 3)
+        w, strides, pads, dilations = w.transpose(0, 1, 3, 2), strides[::-1], pads[::-1], dilations[::-1]
     name, *given = activation or ("",)
     values = tuple(map(float, given))
     if group > 1 and w.shape[:2] == (group, 1) and group >= windows.LEAST_CHANNELS:
