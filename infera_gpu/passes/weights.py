@@ -63,16 +63,13 @@ def _by_channel(linear: Node, weight: HostArray, factor: HostArray) -> HostArray
     return (split * factor.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))).reshape(weight.shape)
 
 
-def _rounded(wide: HostArray, dtype: DType, axis: int) -> HostArray:
-    """Weights, output channels along `axis`, in their type.
+def _rounded(wide: HostArray, dtype: DType) -> HostArray:
+    """Weights in their type.
 
-    Raises FloatingPointError where a channel's largest weight is no normal number of it: it would be infinite, or the
-    channel would lose its digits.
+    Raises FloatingPointError where the largest is no normal number of it: they would be infinite, or lose their digits.
     """
-    others = tuple(i for i in range(wide.ndim) if i != axis)
-    largest = np.maximum(wide.max(others, initial=0), -wide.min(others, initial=0))
-    info = np.finfo(dtype)
-    if not ((largest == 0) | ((largest >= info.tiny) & (largest <= info.max))).all():
+    largest, info = max(wide.max(initial=0), -wide.min(initial=0)), np.finfo(dtype)
+    if not (largest == 0 or info.tiny <= largest <= info.max):
         raise FloatingPointError
     return wide.astype(dtype)
 
@@ -94,7 +91,7 @@ def _rescaled(match: Match, factor: HostArray | None, shift: HostArray) -> Repla
     kept = match.values["w"]
     if factor is not None:
         kept = made_name(name, "weight")
-        made[kept] = _rounded(_by_channel(linear, weight, factor), weight.dtype, _channel_axis(linear))
+        made[kept] = _rounded(_by_channel(linear, weight, factor), weight.dtype)
         bias = bias * factor
     inputs: tuple[str, ...] = (match.values["x"], kept)
     if "b" in match.values or shift.any():
@@ -237,7 +234,7 @@ AFFINE = Fusion(
         }""",
         """
         weights_would_lose_their_digits (float[2, 3] x) => (float[2, 2] y)
-        <float[3, 2] w = {1e-20, 2, 1e-21, 4, 1e-22, 6}, float[2] c = {1e-22, 1}> {
+        <float[3, 2] w = {1e-20, 2e-20, 3e-21, 4e-20, 5e-20, 6e-20}, float[2] c = {1e-22, 1e-21}> {
             t = MatMul(x, w)
             y = Mul(t, c)
         }""",
@@ -287,7 +284,7 @@ def _preceded(match: Match) -> Replacement:
         scaled = wide * factor.reshape(by_input)
     bias = match.constant("b").astype(np.float64).reshape(-1) if "b" in match.values else 0.0
     made = {
-        made_name(name, "weight"): _rounded(scaled, weight.dtype, _channel_axis(linear)),
+        made_name(name, "weight"): _rounded(scaled, weight.dtype),
         made_name(name, "bias"): _finite(bias + added, weight.dtype),
     }
     return Replacement(replace(linear, inputs=(match.values["x"], *made)), made)
