@@ -319,6 +319,11 @@ _PRODUCTS = (
     *("MatMul", "Gemm", "infera.FusedMatMul"),
     *("com.microsoft.FusedGemm", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
 )
+_STORED = (
+    *("infera.FusedConvNHWC", "infera.ConvTransposeNHWC", "infera.MaxPoolNHWC", "infera.AveragePoolNHWC"),
+    *("infera.GlobalMaxPoolNHWC", "infera.GlobalAveragePoolNHWC", "infera.BatchNormalizationNHWC", "infera.LRNNHWC"),
+    *("infera.ReshapeStored", "infera.FlattenStored"),
+)
 _BOOL = np.dtype(np.bool_)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -348,7 +353,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Einsum": _einsum,
         "DequantizeLinear": _dequantized,
         "MatMulInteger": _integer_product,
-        **dict.fromkeys(_OTHERS, _alike),
+        **dict.fromkeys((*_OTHERS, *_STORED), _alike),
         "Expand": _expanded,
         "Shape": _shape,
     }

@@ -157,12 +157,16 @@ class Match:
 
 _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
 
-OTHERWISE = frozenset({"broadcast", "end"})
-"""Attributes with which operators are not what patterns mean: arithmetic before opset 7, whose operands need not be
-aligned at the last axis, and a Shape of some axes, as is one whose `start` is not 0."""
+LEGACY = "broadcast"
+"""An attribute of arithmetic before opset 7, whose operands then are not aligned at the last axis."""
 
 LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
+
+
+def _is_part(n: Node) -> bool:
+    """Whether it is a Shape of some axes: no pattern means that."""
+    return n.op == "Shape" and ("end" in n.attrs or n.attrs.get("start", 0) != 0)
 
 
 @dataclass(frozen=True)
@@ -187,14 +191,10 @@ class Matcher:
             for n in inside[1:]
         )
 
-    @staticmethod
-    def _means_otherwise(n: Node) -> bool:
-        return bool(n.attrs) and (not OTHERWISE.isdisjoint(n.attrs) or bool(n.attrs.get("start")))
-
     def _node(
         self, p: P, n: Node, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]
     ) -> Iterator[_Found]:
-        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER) or self._means_otherwise(n):
+        if any(n.outputs[1:]) or n.subgraphs or (n.opset and n.op not in LATER) or LEGACY in n.attrs or _is_part(n):
             return
         if not p.required <= len(n.inputs) <= len(p.args):
             return
