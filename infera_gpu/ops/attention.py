@@ -9,6 +9,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
 from infera_gpu.ops._attention import ATTENTION
 from infera_gpu.ops._families import NARROW, element_type, narrow, normalized, plain, requiring, shaped, uniform
+from infera_gpu.ops._rotary import ROTARY
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 from infera_kernels.portable.activation import activation
@@ -207,6 +208,7 @@ _ROTARY = Op(
     23,
     infer=requiring(shaped(lambda site: site.spec(0).dims), 1, 2),
     compute=plain(_rotary),
+    kernels=ROTARY,
     attrs={"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0},
     cases=(
         Case("heads", (f32(2, 4, 3, 8), f32(2, 3, 4), f32(2, 3, 4))),
@@ -214,6 +216,7 @@ _ROTARY = Op(
         Case("flat", (f32(2, 3, 32), f32(50, 4), f32(50, 4), _AT), {"num_heads": 4}),
         Case("interleaved", (f32(2, 4, 3, 8), f32(50, 4), f32(50, 4), _AT), {"interleaved": 1}),
         Case("partial", (f32(2, 4, 3, 8), f32(50, 2), f32(50, 2), _AT), {"rotary_embedding_dim": 4}),
+        Case("long", (f32(1, 4, 40, 32), f32(64, 16), f32(64, 16), np.arange(40)[None])),
     ),
 )
 

@@ -9,6 +9,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32, same_as
 from infera_gpu.ops._attention import MERGED, MULTI_HEAD
 from infera_gpu.ops._ms import ms_op
+from infera_gpu.ops._rotary import MS_ROTARY
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 
@@ -184,6 +185,7 @@ def _rotary(xp: Any, site: Site, x: Array, at: Array, cos: Array, sin: Array) ->
 _SEEN = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
 _ROWS = np.array([[[1, 0], [1, 1]], [[0, 1], [1, 1]]], np.int32)
 _QKV = (f32(2, 3, 16), f32(2, 5, 16), f32(2, 5, 16))
+_PARTIAL = {"rotary_embedding_dim": 4, "num_heads": 4}
 OPS: tuple[Op, ...] = (
     ms_op(
         "MultiHeadAttention",
@@ -238,7 +240,10 @@ OPS: tuple[Op, ...] = (
         (
             Case("flat", (f32(2, 3, 16), np.array([[0, 1, 2], [4, 5, 6]]), f32(9, 4), f32(9, 4))),
             Case("offset", (f32(2, 4, 3, 8), np.array([2]), f32(9, 4), f32(9, 4)), {"interleaved": 1}),
+            Case("partial", (f32(2, 3, 32), np.array([3]), f32(9, 2), f32(9, 2)), _PARTIAL),
+            Case("long", (f32(1, 40, 128), np.arange(40)[None], f32(64, 16), f32(64, 16))),
         ),
+        kernels=MS_ROTARY,
         interleaved=0,
         is_packed_batching=0,
         num_heads=0,
