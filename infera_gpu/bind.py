@@ -153,7 +153,6 @@ def _scratch_bytes(
     room: _Room,
 ) -> tuple[int, int]:
     total = 0
-    room.clear()
 
     def scratch(nbytes: int) -> tuple[HostArray, int]:
         nonlocal total
@@ -165,30 +164,37 @@ def _scratch_bytes(
         block, offset = room.take(high - low)
         return host_view(block, operand.moved(offset - low))
 
-    dummies = tuple([o and dummy(o) for o in ins])
-    io = BoundBuffers(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
-    kernel.bind(placed.site, io)
+    try:
+        dummies = tuple([o and dummy(o) for o in ins])
+        io = BoundBuffers(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
+        kernel.bind(placed.site, io)
+    finally:
+        room.clear()
     return total, io.parts
 
 
 class _Room:
-    """Host memory that is given out and never written to: the system has to find none for it."""
+    """Host memory that is given out and never written to: the system has to find none for it.
+
+    Up to KEPT bytes are kept for the next time, since asking the system takes longer than planning a small node.
+    """
+
+    KEPT = 1 << 20
 
     def __init__(self) -> None:
-        self._block = host_block(0)
+        self._block = self._small = host_block(self.KEPT)
         self._used = 0
 
     def take(self, nbytes: int) -> tuple[HostArray, int]:
         """A block, and where in it so many bytes are free."""
         at, self._used = self._used, self._used + aligned(nbytes)
         if self._used > self._block.nbytes:
-            self._block = host_block(max(aligned(nbytes), 2 * self._block.nbytes))
-            at, self._used = 0, aligned(nbytes)
+            self._block, at, self._used = host_block(max(aligned(nbytes), self.KEPT)), 0, aligned(nbytes)
         return self._block, at
 
     def clear(self) -> None:
         """All of it is free again."""
-        self._used = 0
+        self._block, self._used = self._small, 0
 
 
 def _alike(

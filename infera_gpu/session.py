@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 
@@ -153,6 +154,8 @@ class Session:
         self._constants = constants or Constants(device, self.graph)
         self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
+        self._dropped: WeakSet[Session] = WeakSet()
+        self._inner: list[Session] = []
         self._deriving = threading.Lock()
         self._guests = 0
         self._all_plain = all(map(is_plain, self.inputs.values()))
@@ -225,7 +228,7 @@ class Session:
                     self.loaded.overriding(given), self.device, fuse=self.fuse, arena=self._arena
                 )
                 if len(self._overriding) > MAX_OVERRIDING:
-                    self._overriding.popitem(last=False)
+                    self._dropped.add(self._overriding.popitem(last=False)[1])  # it may still run
             self._overriding.move_to_end(given)
             return session
 
@@ -234,6 +237,7 @@ class Session:
         inner = Session(
             graph, self.device, fuse=False, arena=Arena(self._arena.max_concurrency), constants=self._constants
         )
+        self._inner.append(inner)
 
         def run(*values: Any) -> list[Any]:
             return list(inner._collect(inner._sort(dict(zip(inner.inputs, values, strict=True)))).values())
@@ -422,7 +426,7 @@ class Session:
             self._closed = True
             while self._guests:
                 self._available.wait()
-        for session in (*self._overriding.values(), self):
+        for session in (*self._overriding.values(), *self._dropped, self):
             session._let_go()
         self._overriding.clear()
         self.device.close()
@@ -430,6 +434,9 @@ class Session:
     def _let_go(self) -> None:
         self._closed = True
         self._arena.leave(self)
+        for session in self._inner:
+            session._let_go()
+        self._inner.clear()
         self._leases.clear()
         self._stages.clear()
         self._constants.clear()

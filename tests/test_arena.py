@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import tracemalloc
@@ -167,3 +168,40 @@ def test_devices_do_not_mix() -> None:
 def test_the_number_of_runs_is_positive(wrong: object) -> None:
     with pytest.raises(InputError, match="max_concurrency"):
         infera_gpu.Arena(wrong)  # type: ignore[arg-type]
+
+
+def test_closing_gives_back_the_memory_of_loops() -> None:
+    model = parse("""g (float[N, M] x, int64 n, bool c) => (float[A, B] y) {
+        y = Loop (n, c, x) <body = b (int64 i, bool k, float[N, M] s) => (bool k2, float[N, M] t) {
+            k2 = Identity(k)  a = Softmax(s)  t = Exp(a) }> }""")
+    session = infera_gpu.load(model, device="cpu")
+    feeds = {"x": np.ones((1000, 2000), np.float32), "n": np.array(2), "c": np.array(True)}
+    session.run({**feeds, "x": feeds["x"][:1]})
+    gc.disable()
+    tracemalloc.start()
+    try:
+        session.run(feeds)
+        session.close()
+        assert tracemalloc.get_traced_memory()[0] < feeds["x"].nbytes / 2
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+def test_closing_gives_back_what_dropped_sessions_share() -> None:
+    names = "abcd"
+    constants = ", ".join(f"float {n} = {{2}}" for n in names)
+    model = parse(f"""g (float[N, 1000] x, {", ".join(f"float {n}" for n in names)}) => (float[N, 1000] y) <{constants}> {{
+        t = Exp(x)  p = Mul(t, a)  q = Mul(p, b)  r = Mul(q, c)  y = Mul(r, d) }}""")
+    arena = infera_gpu.Arena()
+    session = infera_gpu.load(model, device="cpu", arena=arena)
+    gc.disable()
+    try:
+        for count in (1, 2):
+            for given in itertools.combinations(names, count):
+                session.run({"x": np.ones((100, 1000), np.float32), **{n: np.array(3, np.float32) for n in given}})
+        assert arena.nbytes
+        session.close()
+        assert not arena.nbytes
+    finally:
+        gc.enable()
