@@ -190,8 +190,8 @@ def test_closing_gives_back_the_memory_of_loops() -> None:
 
 def test_closing_gives_back_what_dropped_sessions_share() -> None:
     names = "abcd"
-    constants = ", ".join(f"float {n} = {{2}}" for n in names)
-    model = parse(f"""g (float[N, 1000] x, {", ".join(f"float {n}" for n in names)}) => (float[N, 1000] y) <{constants}> {{
+    inputs, constants = (", ".join(f"float {n}{value}" for n in names) for value in ("", " = {2}"))
+    model = parse(f"""g (float[N, 1000] x, {inputs}) => (float[N, 1000] y) <{constants}> {{
         t = Exp(x)  p = Mul(t, a)  q = Mul(p, b)  r = Mul(q, c)  y = Mul(r, d) }}""")
     arena = infera_gpu.Arena()
     session = infera_gpu.load(model, device="cpu", arena=arena)
