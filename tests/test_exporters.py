@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import infera_gpu
 from bench.exporters_report import UNFAITHFUL, Export, differences, exports
+from infera_gpu.memory import SLACK
 from infera_gpu.verify import TOLERANCE
 
 pytestmark = pytest.mark.large
@@ -32,3 +34,11 @@ def test_agrees_with_onnxruntime_and_pytorch(export: Export, fuse: bool) -> None
     assert not wrong, f"from onnxruntime: {'; '.join(wrong)}"
     apart = [str(d) for d in from_torch if not d.within()]
     assert bool(apart) == (export.name in UNFAITHFUL), f"from PyTorch: {'; '.join(apart) or f'within {TOLERANCE}'}"
+
+
+@pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
+def test_arenas_are_near_the_lower_bound(export: Export) -> None:
+    with infera_gpu.load(export.path, device="cpu", threads=1) as session:
+        for feeds, _ in export.examples:
+            for plan in session.plans({name: feeds[name] for name in session.inputs}):
+                assert plan.arena_bytes <= (1 + SLACK) * plan.lower_bound

@@ -26,6 +26,7 @@ from bench.measure import Sample, interleave, sample, summarize
 from bench.models import BUILT, path_of
 from bench.reference import Reference
 from infera_gpu.errors import UnreachableError
+from infera_gpu.memory import SLACK
 from infera_gpu.verify import OnnxRuntime, compare, run_in_float64
 
 TRAINED = [name for name in EXAMPLES if name not in BUILT]
@@ -91,6 +92,12 @@ def trained(request: pytest.FixtureRequest) -> Iterator[Loaded]:
         pytest.skip(f"{name} is out of reach: {error}")
     with infera_gpu.load(path, device="cpu") as session:
         yield Loaded(name, path, session)
+
+
+def test_arenas_are_near_the_lower_bound(trained: Loaded) -> None:
+    for example in EXAMPLES[trained.name]:
+        for plan in trained.session.plans(example.feeds()):
+            assert plan.arena_bytes <= (1 + SLACK) * plan.lower_bound, str(example)
 
 
 def test_trained_model_agrees_with_onnxruntime(trained: Loaded) -> None:
