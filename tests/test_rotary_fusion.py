@@ -100,3 +100,27 @@ def test_neighbours_that_do_not_fit_are_computed_in_parts(cut: str, back: str) -
     check(model(cut, FULL.format(join=join), "t"), "t", feeds(heads=1, tables=6), whole=False)
     join = PAIRS_JOINED.format(second="w", back=BACK["flattened"])
     check(model(cut, PER_PAIR.format(join=join), "y"), "y", feeds(4, heads=1, tables=6), whole=False)
+
+
+def test_tables_cut_from_one_value_are_not_what_is_turned() -> None:
+    text = parse(
+        """
+        g (float[B, A, S, 8] x, float[S, 8] t) => (float[B, A, S, 8] y) {
+            a, b = Split <axis = -1, num_outputs = 2> (x)
+            cos, sin = Split <axis = -1, num_outputs = 2> (t)
+            c = Mul(cos, a)
+            d = Mul(sin, b)
+            f = Sub(c, d)
+            i = Mul(cos, b)
+            j = Mul(sin, a)
+            w = Add(i, j)
+            y = Concat <axis = -1> (f, w)
+        }""",
+        18,
+    )
+    rng = np.random.default_rng(0)
+    given = {"x": rng.standard_normal((2, 3, 5, 8)), "t": rng.standard_normal((5, 8))}
+    given = {name: value.astype(np.float32) for name, value in given.items()}
+    fused, parts = (infera_gpu.load(text, device="cpu", fuse=f) for f in (True, False))
+    assert [(n.op, n.inputs[0]) for n in fused.graph.nodes] == [("Split", "t"), ("Rotary", "x")]
+    np.testing.assert_allclose(fused.run(given)["y"], parts.run(given)["y"], rtol=2e-6, atol=2e-6)

@@ -253,6 +253,13 @@ def shaped(shape: Callable[[Site], Sequence[int]], dtype: DType | None = None) -
     return infer
 
 
+def reshapes_to(target: Sequence[int], source: Sequence[int], dims: Sequence[int]) -> bool:
+    """Whether a Reshape of `source` to `target` has these dimensions, which have as many elements."""
+    copied = [source[i] if size == 0 and i < len(source) else size for i, size in enumerate(target)]
+    unlike = [size for size, d in zip(copied, dims, strict=False) if size != d]
+    return len(target) == len(dims) and unlike in ([], [-1])
+
+
 def normalized(site: Site, axes: Sequence[int], rank: int) -> tuple[int, ...]:
     """Axes as non-negative numbers, in the order given. Raises PlanError where one is out of range or repeated."""
     for axis in axes:

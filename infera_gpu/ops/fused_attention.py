@@ -8,10 +8,28 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
-from infera_gpu.ops._families import plain, uniform
+from infera_gpu.ops._families import i64, plain, reshapes_to, uniform
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import attention as cpu
 from infera_kernels.portable.attention import fused
+
+
+def _repeats(site: Site) -> int | None:
+    """How often each head of keys and values is repeated; None where they are repeated otherwise."""
+    if not site.attrs["repeated"]:
+        return 1
+    found = set()
+    for x, wide, flat in ((1, 6, 7), (2, 8, 9)):
+        dims, target, back = site.spec(x).dims, site.ints(wide), site.ints(flat)
+        if len(dims) != 4 or target is None or back is None or len(target) != 5:
+            return None
+        repeats = target[2]
+        wide_dims, flat_dims = (*dims[:2], repeats, *dims[2:]), (dims[0], dims[1] * repeats, *dims[2:])
+        expands = all(t in (1, d) for t, d in zip(target, wide_dims, strict=True))
+        if not expands or not reshapes_to(back, wide_dims, flat_dims):
+            return None
+        found.add(repeats)
+    return found.pop() if len(found) == 1 else None
 
 
 def _lead(site: Site) -> tuple[int, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
-from infera_gpu.ops._families import i64, plain, single
+from infera_gpu.ops._families import i64, plain, reshapes_to, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.rotary import rotate
 
@@ -25,7 +24,8 @@ def _fits(site: Site) -> bool:
     half = x[-1] // 2
     if attrs["interleaved"]:
         pairs = (*x[:-1], half, 2)
-        cut = _gives(site.ints(3), x, pairs) and _gives(site.ints(4), pairs, x)
+        given, back = site.ints(3), site.ints(4)
+        cut = (given is None or reshapes_to(given, x, pairs)) and (back is None or reshapes_to(back, pairs, x))
     else:
         start, end = single(site, 3, "half"), single(site, 4, "end")
         cut = start in (None, half) and (end is None or end >= x[-1])
@@ -34,15 +34,6 @@ def _fits(site: Site) -> bool:
         return cut and np.broadcast_shapes(turned, *(site.spec(i).dims for i in (1, 2))) == turned
     except ValueError:
         return False
-
-
-def _gives(target: Sequence[int] | None, source: Sequence[int], dims: Sequence[int]) -> bool:
-    """Whether a Reshape of `source` to `target` has these dimensions, which have as many elements."""
-    if target is None:
-        return True
-    copied = [source[i] if size == 0 and i < len(source) else size for i, size in enumerate(target)]
-    unlike = [size for size, d in zip(copied, dims, strict=False) if size != d]
-    return len(target) == len(dims) and unlike in ([], [-1])
 
 
 def _infer(site: Site) -> tuple[TensorSpec]:

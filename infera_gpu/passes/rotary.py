@@ -152,8 +152,15 @@ def _cut(match: Match) -> _Cut | None:
 
 
 def _is_turned(match: Match) -> bool:
+    """Whether members are of one value, which is x where it is read whole, and has no axis less than the tables.
+
+    A product of complex numbers has no order: tables may have been cut from one value too.
+    """
     cut = _cut(match)
-    return cut is not None and match.values.get("x", cut.x) == cut.x
+    if cut is None or match.values.get("x", cut.x) != cut.x:
+        return False
+    ranks = rank_of(match, cut.x), rank_of(match, match.values["cos"])
+    return ranks[0] is None or ranks[1] is None or ranks[1] <= ranks[0]
 
 
 def _rotary(match: Match) -> Replacement:
