@@ -34,9 +34,15 @@ def _repeats(site: Site) -> int | None:
 
 def _lead(site: Site) -> tuple[int, ...] | None:
     """The leading axes of the result; None where the operands do not fit."""
-    q, kt, v = (site.spec(i).dims for i in range(3))
+    repeats, (q, kt, v) = _repeats(site), (site.spec(i).dims for i in range(3))
+    if repeats is None:
+        return None
     if site.attrs["swap_keys"]:
         kt = (*kt[:-2], *kt[:-3:-1])
+    if site.attrs["repeated"]:
+        kt, v = ((x[0], x[1] * repeats, *x[2:]) for x in (kt, v))
+        if len(q) != 4 or q[1] != kt[1]:
+            return None
     if min(map(len, (q, kt, v))) < 2 or q[-1] != kt[-2] or kt[-1] != v[-2]:
         return None
     scores = q[-2], kt[-1]
@@ -65,8 +71,8 @@ def _parts(site: Site) -> Expansion | None:
     """The operators apart, where vectors are multiplied or a mask or the condition is wider than the scores."""
     if _lead(site) is not None:
         return None
-    attrs, names = site.attrs, (*site.node.inputs, *[""] * (6 - len(site.node.inputs)))
-    q, kt, v, mask, condition, further = names
+    attrs, names = site.attrs, (*site.node.inputs, *[""] * (10 - len(site.node.inputs)))
+    q, kt, v, mask, condition, further, *shapes = names
     out = site.node.outputs[0]
     constants: dict[str, HostArray] = {}
     nodes: list[Node] = []
@@ -78,11 +84,18 @@ def _parts(site: Site) -> Expansion | None:
 
     def add(op: str, *inputs: str, **kwargs: Any) -> str:
         name = made_name(out, f"part {len(nodes)}")
-        nodes.append(Node(op, inputs, (name,), kwargs, name=f"{site.node.name}/{op} {len(nodes)}"))
+        nodes.append(Node(op, inputs, (name,), kwargs, name=f"{site.node.name}/{op} {len(nodes)}", opset=13))
         return name
 
+    if attrs["repeated"]:
+        axis = made_name(out, "axis")
+        constants[axis] = i64(2)
+        kt, v = (
+            add("Reshape", add("Expand", add("Unsqueeze", x, axis), wide), flat)
+            for x, wide, flat in ((kt, *shapes[:2]), (v, *shapes[2:]))
+        )
     if attrs["swap_keys"]:
-        axes = tuple(range(site.spec(1).ndim))
+        axes = tuple(range(len(site.ints(7) or site.spec(1).dims)))
         kt = add("Transpose", kt, perm=(*axes[:-2], *axes[:-3:-1]))
     x = add("MatMul", q, kt)
     if attrs["scale"] != 1:
@@ -106,14 +119,35 @@ def _parts(site: Site) -> Expansion | None:
     return Expansion(tuple(nodes), constants)
 
 
+def _apart(x: Array, heads: int, repeats: int, rows: int) -> Array:
+    """(..., heads, rows, size) as (..., keys' heads, repeats, rows, size), or (..., keys' heads, repeats, size) where
+    there is one row: a view. One head goes for all."""
+    if x.ndim < 3:
+        return x
+    split = (heads // repeats, repeats) if x.shape[-3] == heads else (1, 1)
+    kept = x.shape[-1:] if rows == 1 else x.shape[-2:]
+    return x.reshape(*x.shape[:-3], *split, *kept, copy=False)
+
+
 def _bind(site: Site, io: Buffers) -> list[Call]:
-    masks = [io.ins[i] for i in (3, 5) if site.has(i)]
-    attrs, out = site.attrs, io.outs[0]
+    attrs, (q, kt, v), out = site.attrs, io.ins[:3], io.outs[0]
+    masks, condition = [io.ins[i] for i in (3, 5) if site.has(i)], io.ins[4] if site.has(4) else None
+    if attrs["swap_keys"]:
+        kt = kt.swapaxes(-1, -2)
+    if attrs["heads_last"]:
+        out = out.swapaxes(1, 2)
+    repeats = _repeats(site)
+    if attrs["repeated"] and repeats is not None:
+        heads, rows = q.shape[1:3]
+        q, out, *masks = (_apart(x, heads, repeats, rows) for x in (q, out, *masks))
+        condition = None if condition is None else _apart(condition, heads, repeats, rows)
+        if rows > 1:
+            kt, v = kt[:, :, None], v[:, :, None]
     first, parts = cpu.attention(
-        io.ins[0],
-        io.ins[1].swapaxes(-1, -2) if attrs["swap_keys"] else io.ins[1],
-        io.ins[2],
-        out.swapaxes(1, 2) if attrs["heads_last"] else out,
+        q,
+        kt,
+        v,
+        out,
         io.scratch,
         cpu.Options(
             scale=attrs["scale"],
@@ -123,7 +157,7 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
             zero="nan" if attrs["guarded"] else "",
         ),
         masks=masks,
-        condition=io.ins[4] if site.has(4) else None,
+        condition=condition,
         parts=io.threads,
     )
     return first + (io.parallel(parts) if len(parts) > 1 else parts[0])
@@ -138,8 +172,11 @@ def _compute(
     mask: Array | None = None,
     condition: Array | None = None,
     further: Array | None = None,
+    *shapes: Array | None,
 ) -> Array:
-    attrs = site.attrs
+    attrs, repeats = site.attrs, _repeats(site) or 1
+    if repeats > 1:
+        kt, v = (xp.repeat(x, repeats, axis=1) for x in (kt, v))
     keep = None if condition is None else condition if not attrs["fill_where"] else xp.logical_not(condition)
     y = fused(
         xp,
@@ -157,7 +194,7 @@ def _compute(
 
 
 def _supported(site: Site) -> bool:
-    floats = [s for i, s in enumerate(site.ins) if s is not None and i != 4]
+    floats = [s for i, s in enumerate(site.ins[:6]) if s is not None and i != 4]
     return all(s.dtype in (np.float32, np.float64) for s in floats) and all(s.size for s in (*floats, *site.outs))
 
 
@@ -167,10 +204,20 @@ _LOW = np.where(_SEEN, 0, -np.inf).astype(np.float32)
 _LOW[0, 0, 2] = -np.inf
 _FAR = f32(2, 4, 300, 4), f32(2, 4, 4, 290), f32(2, 4, 290, 6)
 
+
+def _repeated(rows: int, mask: TensorSpec) -> tuple[Any, ...]:
+    """Six heads of queries to two of keys and values."""
+    wide, flat = (2, 2, 3, 7), (2, 6, 7)
+    shapes = (i64(*wide, 4), i64(*flat, 4), i64(*wide, 6), i64(2, -1, 7, 6))
+    return (f32(2, 6, rows, 4), f32(2, 2, 7, 4), f32(2, 2, 7, 6), mask, None, None, *shapes)
+
+
 # Y = softmax(scale Q @ KT + mask + further, axis -1) @ V by MatMul's rules; KT are the keys with their last two axes
 # swapped, or with swap_keys = 1 as they are. With a cap scaled scores s become cap tanh(s / cap) first. Where the
 # boolean condition equals fill_where, a score is `fill` before the masks are added. With guarded = 1 weights that are
-# NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size).
+# NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size). With repeated = 1
+# each head of keys and values serves several of queries, one after the other; inputs 6 to 9 are the shapes that keys,
+# and then values, were expanded to, (batch, heads, repeats, sequence, size), and reshaped to.
 _FUSED = Op(
     "Attention",
     1,
@@ -179,7 +226,17 @@ _FUSED = Op(
     compute=plain(_compute),
     expand=_parts,
     kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
-    attrs={"scale": 1.0, "cap": 0.0, "fill": 0.0, "fill_where": 0, "guarded": 0, "swap_keys": 0, "heads_last": 0},
+    values=(6, 7, 8, 9),
+    attrs={
+        "scale": 1.0,
+        "cap": 0.0,
+        "fill": 0.0,
+        "fill_where": 0,
+        "guarded": 0,
+        "swap_keys": 0,
+        "repeated": 0,
+        "heads_last": 0,
+    },
     cases=(
         Case("plain", (_Q, _K, _V)),
         Case("scaled", (_Q, _K, _V), {"scale": 0.5}),
@@ -193,11 +250,12 @@ _FUSED = Op(
         Case("cap_is_scale", (_Q, _K, _V), {"scale": 0.5, "cap": 0.5}),
         Case("two_masks", (_Q, _K, _V, f32(1, 3, 5, 7), None, f32(2, 1, 1, 7)), {"scale": 0.5}),
         Case("keys", (_Q, f32(2, 1, 7, 4), _V), {"swap_keys": 1, "scale": 0.5}),
+        Case("repeated", _repeated(5, f32(2, 1, 5, 7)), {"swap_keys": 1, "repeated": 1, "scale": 0.5}),
+        Case("repeated_step", _repeated(1, f32(2, 6, 1, 7)), {"swap_keys": 1, "repeated": 1, "heads_last": 1}),
         Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
         Case("blocks", _FAR, {"scale": 0.3}),
         Case("no_queries", (f32(2, 3, 0, 4), _K, _V)),
-        Case("no_keys", (_Q, f32(2, 3, 4, 0), f32(2, 3, 0, 6))),
     ),
 )
 

@@ -210,9 +210,9 @@ def _unsqueezed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 def _squeezed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     x, axes = ins[0], _given_axes(facts, n)
-    if x is None or not x.ranked or axes is None:
+    if x is None or not x.ranked or (axes is None and not x.is_static):
         return _unranked(x)
-    gone = {a % x.ndim for a in axes}
+    gone = {i for i, d in enumerate(x.shape) if d == 1} if axes is None else {a % x.ndim for a in axes}
     return TensorSpec(tuple(d for i, d in enumerate(x.shape) if i not in gone), x.dtype)
 
 
@@ -266,10 +266,15 @@ def _integer_product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _expanded(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    x, shape = ins[0], facts.constant(n.inputs[1])
-    if x is None or not x.ranked or shape is None:
+    (x, target), shape = ins, facts.constant(n.inputs[1])
+    if x is None or not x.ranked:
         return _unranked(x)
-    return TensorSpec(broadcast([x.shape, tuple(shape.tolist())]), x.dtype)
+    if shape is not None:
+        return TensorSpec(broadcast([x.shape, tuple(shape.tolist())]), x.dtype)
+    count = target.shape[0] if target is not None and target.ranked and target.ndim == 1 else None
+    if not isinstance(count, int) or count > MAX_RANK:
+        return _unranked(x)
+    return TensorSpec((None,) * max(x.ndim, count), x.dtype)
 
 
 def _alike(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
