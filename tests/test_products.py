@@ -21,6 +21,7 @@ def _operands(rows: int, depth: int, columns: int) -> tuple[np.ndarray[Any, Any]
 @pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize("columns", [1, 63, 500])
 def test_few_rows_read_large_weights_once(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_LARGE", 0)
     monkeypatch.setattr(matmul, "_CACHED", 64 * 40 * 4)
     a, b, out = _operands(rows, 40, columns)
     calls = matmul.matmul(a, b, out, np.empty)

@@ -50,8 +50,9 @@ def _rows(x: Array) -> Array | None:
 _FEW_ROWS = 3
 """Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first."""
 
-_CACHED = 1 << 22
-"""Bytes of the right-hand matrix that the first of these leaves in the cache for the others."""
+_LARGE, _CACHED = 1 << 25, 1 << 22
+"""Bytes of a right-hand matrix that no row leaves in the cache for the next one, and of the ranges of its columns that
+are multiplied one after the other instead."""
 
 
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
@@ -65,7 +66,7 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         a, out = a[:, None], out[:, None]
     a, calls = readable(a, scratch)
     b, more = readable(b, scratch)
-    if not few or b.nbytes <= _CACHED:
+    if not few or b.nbytes <= _LARGE:
         return [*calls, *more, *_products(a, b, out, scratch)]
     width = max(1, _CACHED // (b.shape[0] * b.itemsize))
     ranges = [slice(j, j + width) for j in range(0, b.shape[1], width)]
