@@ -225,15 +225,29 @@ def _alike(
     return key
 
 
+class Given:
+    """An array of the caller's, during a run."""
+
+    __slots__ = ("array",)
+
+    def __init__(self) -> None:
+        self.array: HostArray | None = None
+
+    def copy_to(self, target: HostArray) -> None:
+        assert self.array is not None
+        np.copyto(target, self.array)
+
+
 @dataclass(frozen=True)
 class Bound:
-    """A plan bound to one set of arenas: inputs to fill, calls to make, outputs to read.
+    """A plan bound to one set of arenas: inputs to fill, calls to make, outputs to read. `direct` inputs are set.
 
     `spans[i]` is the slice of `calls` that belongs to the plan's step i.
     """
 
     plan: Plan
     inputs: Mapping[str, Array]
+    direct: Mapping[str, Given]
     calls: tuple[Call, ...]
     outputs: Mapping[str, Array]
     spans: tuple[slice, ...]
@@ -269,6 +283,7 @@ def bind(
 ) -> Bound:
     """Bind every step to its memory. Inputs in `given`, dense arrays on the device, are read where they lie."""
     given = given or {}
+    direct = {name: Given() for name in plan.direct}
     elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
 
     def array(o: Operand) -> Array:
@@ -280,6 +295,8 @@ def bind(
         return _view(device, arenas[o.space], o)
 
     def calls_of(step: Step) -> list[Call]:
+        if step.kind == "copy" and step.ins[0] is not None and step.ins[0].root in direct:
+            return [(direct[step.ins[0].root].copy_to, (array(step.outs[0]),))]
         ins = tuple(None if o is None else array(o) for o in step.ins)
         outs = tuple(map(array, step.outs))
         if not any(o.nbytes for o in step.outs):
@@ -311,7 +328,8 @@ def bind(
         spans.append(slice(start, len(calls)))
     return Bound(
         plan,
-        {v: array(o) for v, o in plan.inputs.items() if v not in given},
+        {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct},
+        direct,
         tuple(calls),
         {v: array(o) for v, o in plan.outputs.items()},
         tuple(spans),

@@ -173,18 +173,24 @@ class _Lowering:
         return True
 
     def join(self, placed: Placed, space: Space) -> bool:
-        """Copy the inputs that do not lie in their windows; False where none does, and the node runs as any other."""
+        """Copy the inputs that do not lie in their windows; False where none does, and the node runs as any other.
+
+        What the caller gives is copied in any case, from where he has it: see `direct`.
+        """
         site = placed.site
         name = site.node.outputs[0]
         place = self.places.get(name) or dense(name, space, site.outs[0])
+        given = space == "host" and any(self.home(v).root in self.staged for v in site.node.inputs)
         if place.root not in self.slabs:
-            return False
+            if not given:
+                return False
+            self.slabs[place.root] = self.new_root(place.root, space, self.segment.specs[place.root].nbytes)
         whole = place._replace(root=self.slabs[place.root])
         inputs = site.node.inputs
         away = [
             (v, w) for v, w in zip(inputs, windows_of(whole, placed), strict=True) if not same_place(self.home(v), w)
         ]
-        if len(away) == len(inputs):
+        if len(away) == len(inputs) and not given:
             return False
         for value, target in away:
             self.move(value, self.fetch(value, space, strided=True), target)
@@ -241,7 +247,7 @@ class _Lowering:
             operand = carried.get(value)
             if operand is None:
                 operand = self.new(value, self.device.space, spec)
-                self.staged.add(operand.root)
+                self.staged.add(value)  # the first of its name: the root is called so
             else:
                 low, high = operand.bounds()
                 start = low // aligned(1) * aligned(1)
@@ -268,14 +274,28 @@ class _Lowering:
         }
         return nbytes, waiting
 
+    def direct(self) -> frozenset[str]:
+        """Inputs in host memory that steps only copy, a cache that grows: they are read where the caller has them."""
+        if self.device.space != "host":
+            return frozenset()
+        found = self.staged - {self.home(v).root for v in self.segment.outputs}
+        for step in self.steps:
+            if step.kind != "copy":
+                found -= {o.root for o in step.ins if o is not None}
+            elif step.ins[0] is not None and step.ins[0].root in found and step.ins[0] != self.homes[step.ins[0].root]:
+                found.discard(step.ins[0].root)
+        return frozenset(found)
+
     def plan(self, carried: Collection[str]) -> Plan:
+        direct = self.direct()
         return place(
             Lowered(
                 self.device.name,
                 self.device.concurrency,
                 self.segment,
                 self.steps,
-                self.roots,
+                {k: r for k, r in self.roots.items() if k not in direct},
+                direct=direct,
                 entering={v: self.homes[v] for v in self.segment.inputs},
                 outputs={v: self.home(v) for v in self.segment.outputs},
                 saved=self.saved,

@@ -40,6 +40,7 @@ class Lowered:
     segment: Segment
     steps: Sequence[Step]
     roots: Mapping[str, Root]
+    direct: frozenset[str]
     entering: Mapping[str, Operand]
     outputs: Mapping[str, Operand]
     saved: Mapping[str, int]
@@ -99,6 +100,7 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
             [Block(k, r.space, offsets[k], aligned(r.nbytes), r.begin, r.end) for k, r in roots.items() if k in offsets]
         ),
         saved=lowered.saved,
+        direct=lowered.direct,
     )
 
 

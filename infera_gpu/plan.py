@@ -57,8 +57,9 @@ class Block(NamedTuple):
 class Plan:
     """A segment made executable on one device.
 
-    `inputs` are uploaded before the steps and `outputs` are where results lie after them. `arenas` gives the bytes of
-    each memory space, `lower_bounds` the most bytes alive at one step: no plan can need less.
+    `inputs` are uploaded before the steps and `outputs` are where results lie after them; `direct` are inputs that
+    steps only copy, and that have no place of their own. `arenas` gives the bytes of each memory space, `lower_bounds`
+    the most bytes alive at one step: no plan can need less.
     `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
     others, computed "in place" of an input, or written "into slots" of the value that joins them. `concurrency` is how
     many threads there are for the steps' parts, and why.
@@ -76,6 +77,7 @@ class Plan:
     lower_bounds: Mapping[Space, int]
     blocks: tuple[Block, ...]
     saved: Mapping[str, int]
+    direct: frozenset[str] = frozenset()
 
     @property
     def arena_bytes(self) -> int:

@@ -28,6 +28,7 @@ from infera_gpu.ops import registry
 from infera_gpu.passes import Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
+from infera_gpu.results import Results
 from infera_gpu.source import Source
 from infera_gpu.spec import (
     Array,
@@ -156,6 +157,7 @@ class Session:
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
         self._dropped: WeakSet[Session] = WeakSet()
         self._inner: list[Session] = []
+        self._results = Results()
         self._deriving = threading.Lock()
         self._guests = 0
         self._all_plain = all(map(is_plain, self.inputs.values()))
@@ -253,6 +255,8 @@ class Session:
                 bound = lease.bound(stage.plan, entering)
                 self._fill(bound, entering)
                 run(bound)
+                for given in bound.direct.values():
+                    given.array = None
                 yield stage, bound
                 if stage.is_last:
                     return
@@ -263,6 +267,8 @@ class Session:
         for name, target in bound.inputs.items():
             copy, args = transfer(entering[name], target)
             copy(*args)
+        for name, given in bound.direct.items():
+            given.array = entering[name]
 
     def _read(self, bound: Bound, stage: Stage, results: dict[str, Array], out: Mapping[str, Array] | None) -> None:
         for name in stage.final:
@@ -270,7 +276,7 @@ class Session:
             target = out.get(name) if out else None
             if target is None:
                 require_host_memory(f"output '{name}'", source.nbytes)
-                target = np.empty(source.shape, source.dtype)
+                target = self._results.empty(source.shape, source.dtype, source.nbytes)
             elif target.shape != source.shape or target.dtype != source.dtype:
                 raise InputError(
                     f"out['{name}'] is {target.dtype.name}{list(target.shape)}, "
@@ -438,6 +444,7 @@ class Session:
             session._let_go()
         self._inner.clear()
         self._leases.clear()
+        self._results.close()
         self._stages.clear()
         self._constants.clear()
 
