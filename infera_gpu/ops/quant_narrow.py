@@ -12,6 +12,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import FLOAT32, plain
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.ops.quant_matmul import check_parameters, column, product
@@ -63,8 +64,10 @@ def _infer_centre(site: Site) -> tuple[TensorSpec]:
     return (TensorSpec(site.spec(0).dims, FLOAT32),)
 
 
-def _bounds(site: Site, zero: HostArray) -> tuple[int, int]:
+def _bounds(site: Site) -> tuple[int, int]:
     """The smallest and the largest centred value."""
+    zero = site.value(2)
+    assert zero is not None
     low, high = portable.bounds(zero.dtype)
     point = int(zero.reshape(())[()])
     return 0 if site.attrs["relu"] else low - point, max(0 if site.attrs["relu"] else low - point, high - point)
@@ -78,10 +81,12 @@ def _centre(xp: Any, site: Site, x: Array, scale: Array, zero: Array) -> Array:
 
 
 def _bind_centre(site: Site, io: Buffers) -> list[Call]:
-    zero = site.value(2)
-    assert zero is not None
     again = bool(site.attrs["dequantize"])
-    return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site, zero), io.outs[0], dequantize=again)
+    return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site), io.outs[0], dequantize=again)
+
+
+def _known_point(site: Site) -> bool:
+    return site.value(2) is not None
 
 
 def _supports_centre(site: Site) -> bool:
@@ -90,8 +95,8 @@ def _supports_centre(site: Site) -> bool:
 
 # ---- NarrowMatMul: (a, b, scale, b's zero point, a's scale, bias) -> float32.
 # a @ (b - zero point) * (a's scale * scale) + bias. b (K, N) has 8 bits and is constant, as its zero point is; both
-# parameters of b have one value or N, a's scale has one, bias N. With `reach` a is centred and none of its integers
-# larger than that: sums are exact, and scaled once.
+# parameters of b have one value or N, a's scale has one, bias N. With `reach` a is centred, from 8 bits and one zero
+# point, and none of its integers larger than that: sums are exact, and scaled once.
 
 _SCALE, _ZERO, _A_SCALE, _BIAS = range(2, 6)
 
@@ -132,6 +137,15 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     return [*calls, (np.multiply, (out, factor, out)), *epilogue(out, io.scratch, bias=bias)]
 
 
+def _bind_compiled(site: Site, io: Buffers) -> list[Call]:
+    a, scale = io.ins[0], io.ins[_A_SCALE] if site.has(_A_SCALE) else None
+    return _jit_quant.product(site, io, a, None, (1, _ZERO), io.outs[0], scale=scale, scales=_SCALE, bias=_BIAS)
+
+
+def _compiled(site: Site) -> bool:
+    return bool(site.attrs["reach"]) and _jit_quant.packs(site, 1, _ZERO, _SCALE, _BIAS)
+
+
 def _narrow_constant(site: Site) -> bool:
     return site.value(1) is not None and (not site.has(_ZERO) or site.value(_ZERO) is not None)
 
@@ -159,7 +173,7 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_dynamic,
         compute=plain(_dynamic),
-        kernels={"cpu": Kernel(_bind_dynamic, _not_empty)},
+        kernels={"cpu": Kernel(_bind_dynamic, _not_empty)} | _jit_quant.dynamic_centre(),
         cases=(
             Case("both_signs", (f32(3, 5),), n_outs=2),
             Case("positive", (f32(3, 5),), n_outs=2, low=1, high=5),
@@ -174,7 +188,8 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_centre,
         compute=plain(_centre),
-        kernels={"cpu": Kernel(_bind_centre, _supports_centre, inplace=(0,), strided=True)},
+        kernels={"cpu": Kernel(_bind_centre, _known_point, inplace=(0,), strided=True)}
+        | _jit_quant.centre(_bounds, _known_point),
         attrs={"dequantize": 0, "relu": 0},
         cases=(
             Case("uint8", (_ENDS, _scale(0.05), _point(100))),
@@ -192,7 +207,7 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_product,
         compute=plain(_product),
-        kernels={"cpu": Kernel(_bind_product, _narrow_constant)},
+        kernels={"cpu": Kernel(_bind_product, _narrow_constant), "jit": Kernel(_bind_compiled, _compiled)},
         attrs={"reach": 0},
         cases=(
             Case("floats", (f32(2, 4, 5), _WEIGHT, _COLUMNS, None, None, _ROW)),

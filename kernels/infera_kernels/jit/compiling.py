@@ -23,9 +23,9 @@ FAST_MATH = frozenset({"contract", "nsz", "arcp", "reassoc"})
 Function = Callable[..., Any]
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Function, flags: frozenset[str] = FAST_MATH) -> Function:
     """`function` compiled: without the GIL, bounds checks or exceptions for a division by zero; kept on disk."""
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": set(FAST_MATH)}
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": set(flags)}
     made: Function
     try:
         with _kept_below(default_directory() / f"numba-{_sources()}"):
@@ -34,6 +34,11 @@ def compiled(function: Function) -> Function:
         _log.warning("%s is compiled anew in every process: %s", function.__qualname__, error)
         made = numba.njit(**options)(function)
     return made
+
+
+def exact(function: Function) -> Function:
+    """`compiled`, every operation rounded as IEEE 754 says: the same floats as NumPy's."""
+    return compiled(function, frozenset())
 
 
 def inlined(function: Function) -> Function:

@@ -135,13 +135,17 @@ def _tile_of(
             builder.store(builder.add(line, ir.Constant(I64, TILE.columns * 4)), panel)
     least, most = spread(builder, low), spread(builder, high)
     made = [[clamp(builder, builder.load(s), least, most) for s in line] for line in sums]
-    lines = [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)]
-    whole = builder.icmp_signed(">=", columns, ir.Constant(I64, vectors * TILE.lanes))
+    store_columns(builder, made, [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)], columns)
+
+
+def store_columns(builder: Any, made: Any, lines: Any, columns: Any) -> None:
+    """The first `columns` values, all where there are more, of lines of vectors, to these addresses."""
+    whole = builder.icmp_signed(">=", columns, ir.Constant(I64, len(made[0]) * TILE.lanes))
     with builder.if_else(whole) as (full, partial):
         with full:
             for values, line in zip(made, lines, strict=True):
                 for v, value in enumerate(values):
-                    builder.store(value, address_of(builder, line, v * width, VECTOR), align=4)
+                    builder.store(value, address_of(builder, line, v * TILE.lanes * 4, VECTOR), align=4)
         with partial:
             _store_some(builder, made, lines, columns)
 

@@ -1,0 +1,92 @@
+"""The "jit" kernels of quantised operators: see `_jit`. Declares no operators itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from infera_gpu.op import Buffers, Call, Kernel, Site
+from infera_gpu.ops._families import split_of
+from infera_gpu.ops._jit import Kernels, rows
+from infera_gpu.spec import Array
+from infera_kernels.cpu.parts import worth
+from infera_kernels.portable.matmul import transposed
+
+_DOT_NS = 0.006
+"""What a multiply-add of 8-bit integers takes, about."""
+
+
+def packs(site: Site, b: int, zero: int, *rest: int) -> bool:
+    """Whether input b is a constant matrix of 8-bit integers, and its zero points and the other inputs are constants
+    where they are given; and whether there is something to do."""
+    known = all(site.value(i) is not None for i in (b, zero, *rest) if site.has(i))
+    spec = site.spec(b)
+    return known and spec.ndim == 2 and spec.dtype.name in ("int8", "uint8") and min(site.spec(0).size, spec.size) > 0
+
+
+def product(
+    site: Site,
+    io: Buffers,
+    x: Array,
+    zero: Array | None,
+    operands: tuple[int, int],
+    out: Array,
+    *,
+    scale: Array | None = None,
+    scales: int = 0,
+    bias: int = 0,
+) -> list[Call]:
+    """out = (x - zero) @ (b - its zero point), exact int32, of what `packs`: `operands` are the inputs b and its zero
+    point. With `scales`, an input, float32: times both scales, plus the input `bias`."""
+    from infera_kernels.jit import integers
+
+    b, b_zero = operands
+    flip, point = site.attrs.get("transB", 0), site.value(b_zero)
+    k, n = x.shape[-1], out.shape[-1]
+    left, calls = integers.take(x.reshape(-1, k), zero, io.scratch)
+
+    def columns(i: int) -> Array | None:
+        return io.pack(i, f"columns {n}", lambda v: integers.spread(v, n)) if i and site.has(i) else None
+
+    weight = integers.Weight(
+        io.pack(b, f"words {flip}", lambda w: integers.pack(transposed(w, flip))),
+        io.pack(
+            b,
+            f"terms {flip}{'' if point is None else f' {point.tolist()}'}",
+            lambda w: integers.terms(transposed(w, flip), point),
+        ),
+    )
+    parts = worth(_DOT_NS * out.size * k, split_of(io)).threads
+    made = integers.product(
+        left, weight, out.reshape(-1, n), scale=scale, scales=columns(scales), bias=columns(bias), parts=parts
+    )
+    return [*calls, *io.parallel(made)]
+
+
+def dynamic_centre() -> Kernels:
+    """DynamicCentre."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.quantise import centre, dynamic_range
+
+        (x, y), scale, limits = (io.ins[0].reshape(-1), io.outs[0].reshape(-1)), io.outs[1], io.scratch((2,))
+        calls = rows(io, x.size, x.size, lambda part: centre(x[part], y[part], scale, limits))
+        return [dynamic_range(x, scale, limits), *calls]
+
+    return {"jit": Kernel(bind, lambda site: site.spec(0).size > 0)}
+
+
+def centre(bounds: Callable[[Site], tuple[int, int]], supports: Callable[[Site], bool]) -> Kernels:
+    """Centre between the bounds that are told."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.quantise import centre
+
+        x, y, scale = io.ins[0].reshape(-1), io.outs[0].reshape(-1), io.ins[1].reshape(())
+        if site.value(1) is not None:
+            scale = np.array(scale)  # functions are compiled for arrays that may be written to
+        limits, again = np.array(bounds(site), np.float32), bool(site.attrs["dequantize"])
+        return rows(io, x.size, x.size, lambda part: centre(x[part], y[part], scale, limits, dequantize=again))
+
+    return {"jit": Kernel(bind, lambda site: site.spec(0).size > 0 and supports(site), inplace=(0,))}

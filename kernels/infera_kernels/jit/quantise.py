@@ -1,0 +1,61 @@
+"""Quantisation whose integers stay float32, less their zero point: the floats of `cpu.quant`, in fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infera_kernels.calls import Array, Call
+from infera_kernels.jit.compiling import bound, exact
+from infera_kernels.jit.epilogue import PIECE
+from infera_kernels.jit.functions import F, clamped
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+@exact
+def _dynamic_range(x: Any, scale: Any, limits: Any) -> None:
+    """scale, and -zero point and 255 - zero point, of x quantised to uint8 over the range that holds it and 0.
+
+    Read as integers, negative floats with their magnitude inverted, floats keep their order, NaN beyond infinity: that
+    finds the least and the largest in SIMD lanes.
+    """
+    bits = x.view(np.int32)
+    least, most = np.int32(0), np.int32(0)
+    for c in range(bits.size):
+        value = bits[c]
+        key = value ^ (_MAGNITUDE if value < np.int32(0) else np.int32(0))
+        least, most = min(least, key), max(most, key)
+    low = np.int32(least ^ (_MAGNITUDE if least < np.int32(0) else np.int32(0))).view(np.float32)
+    size = (np.int32(most).view(np.float32) - low) / F(255)
+    size = F(1) if size == F(0) else size
+    point = -(low / size)
+    point = np.rint(F(255) if point > F(255) else point)
+    scale[()] = size
+    limits[0], limits[1] = -point, F(255) - point
+
+
+@exact
+def _centre(x: Any, y: Any, scale: Any, limits: Any, again: bool) -> None:
+    """y = round(x / scale) between the limits, vectors, a piece at a time; with `again` times the scale."""
+    size, low, high = scale[()], limits[0], limits[1]
+    for start in range(0, x.size, PIECE):
+        source, row = x[start : start + PIECE], y[start : start + PIECE]
+        for c in range(row.size):
+            row[c] = source[c]
+        for c in range(row.size):
+            row[c] = clamped(np.rint(row[c] / size), low, high)
+        if again:
+            for c in range(row.size):
+                row[c] *= size
+
+
+def dynamic_range(x: Array, scale: Array, limits: Array) -> Call:
+    """`scale` (0-d) and `limits` (2,), for `centre`, of float32 x, contiguous, over the range that holds it and 0."""
+    return bound(_dynamic_range, x.reshape(-1), scale, limits)
+
+
+def centre(x: Array, y: Array, scale: Array, limits: Array, *, dequantize: bool = False) -> list[Call]:
+    """y = round(x / scale) clamped to `limits`, float32 vectors; `y` may be `x`. With `dequantize` times `scale`."""
+    return [bound(_centre, x, y, scale, limits, dequantize)]

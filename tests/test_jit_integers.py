@@ -1,0 +1,143 @@
+"""Compiled products of 8-bit integers and quantisation: the same integers as NumPy's, and the same floats."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_kernels import jit
+from infera_kernels.calls import Call
+
+if not jit.installed():
+    pytest.skip("needs numba: pip install 'infera-gpu[jit]'", allow_module_level=True)
+
+from infera_kernels.cpu import quant
+from infera_kernels.jit import integers, quantise
+from infera_kernels.jit.dot_tile import LEFT_TYPES
+from infera_kernels.jit.microkernel import TILE
+
+Array = np.ndarray[Any, np.dtype[Any]]
+LEFTS = [pytest.param(t, id=t.name) for t in LEFT_TYPES]
+TYPES = [pytest.param(np.dtype(t), id=t.__name__) for t in (np.uint8, np.int8)]
+
+
+def run(calls: Sequence[Call]) -> None:
+    with np.errstate(all="ignore"):
+        for fn, args in calls:
+            fn(*args)
+
+
+def dirty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+    """Scratch: what is read before it is written shows."""
+    return np.frombuffer(b"\x7f" * (int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape).copy()
+
+
+def drawn(dtype: Any, *shape: int, seed: int = 0) -> Array:
+    """All values of an 8-bit type, and rows and columns of nothing but its ends, whose products are the largest."""
+    info = np.iinfo(dtype)
+    made = np.random.default_rng(seed).integers(info.min, info.max + 1, shape).astype(dtype)
+    made[-1], made[:, 0] = info.max, info.min
+    return made
+
+
+def packed(w: Array, zero: Array | None, left: Any) -> integers.Weight:
+    return integers.Weight(integers.pack(w, left), integers.terms(w, zero))
+
+
+@pytest.mark.parametrize("left", LEFTS)
+@pytest.mark.parametrize("m", [1, 2, TILE.rows - 1, TILE.rows, 2 * TILE.rows + 1])
+@pytest.mark.parametrize("n", [1, TILE.lanes + 1, TILE.columns, 3 * TILE.columns - 5])
+@pytest.mark.parametrize("k", [1, 38, 1003])
+def test_product(left: Any, m: int, n: int, k: int) -> None:
+    x, w = drawn(np.uint8, m, k), drawn(np.int8, k, n, seed=1)
+    want = (x.astype(np.int32) - 117) @ w.astype(np.int32)
+    taken, calls = integers.take(x, np.array(117, np.int32), dirty, left)
+    for parts in (1, 3):
+        wide = np.full((m, n + 9), -7, np.int32)
+        made = integers.product(taken, packed(w, None, left), wide[:, 4 : n + 4], parts=parts)
+        run([*calls, *(call for part in reversed(made) for call in part)])
+        np.testing.assert_array_equal(wide[:, 4 : n + 4], want)
+        assert (np.delete(wide, range(4, n + 4), axis=1) == -7).all(), "written beside the product"
+
+
+@pytest.mark.parametrize("left", LEFTS)
+@pytest.mark.parametrize("x_type", [*TYPES, pytest.param(np.dtype(np.float32), id="float32")])
+@pytest.mark.parametrize("w_type", TYPES)
+@pytest.mark.parametrize("points", ["none", "single", "each"])
+def test_zero_points(left: Any, x_type: Any, w_type: Any, points: str) -> None:
+    m, k, n = 5, 515, 37
+    source = drawn(np.uint8 if x_type == np.float32 else x_type, m, k)
+    w = drawn(w_type, k, n, seed=1)
+    count = {"none": 0, "single": 1, "each": m}[points]
+    a_zero = drawn(source.dtype, count, 1, seed=2).reshape(-1).astype(np.int32) if count else None
+    b_zero = drawn(w_type, 1 if count < m else n, 1, seed=3).reshape(-1) if count else None
+    centred = source.astype(np.int32) - (0 if a_zero is None else a_zero[:, None])
+    x, zero = (centred.astype(np.float32), None) if x_type == np.float32 else (source, a_zero)
+    taken, calls = integers.take(x, zero, dirty, left)
+    y = np.empty((m, n), np.int32)
+    run([*calls, *integers.product(taken, packed(w, b_zero, left), y)[0]])
+    np.testing.assert_array_equal(y, centred @ (w.astype(np.int32) - (0 if b_zero is None else b_zero)))
+
+
+@pytest.mark.parametrize("left", LEFTS)
+def test_sums_are_scaled_as_numpy_does(left: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-100, 156, (30, 400)).astype(np.float32), drawn(np.int8, 400, 70)
+    scale, scales, bias = np.array(0.0371, np.float32), rng.random(70, np.float32), rng.random(70, np.float32) - 0.5
+    sums = x.astype(np.int32) @ w.astype(np.int32)
+    x[7, 3] = np.nan
+    taken, calls = integers.take(x, None, dirty, left)
+    y = np.empty((30, 70), np.float32)
+    columns = {"scales": integers.spread(scales, 70), "bias": integers.spread(bias, 70)}
+    run([*calls, *integers.product(taken, packed(w, None, left), y, scale=scale, **columns)[0]])
+    want = sums.astype(np.float32) * (scale * scales) + bias
+    want[7] = np.nan
+    np.testing.assert_array_equal(y, want)
+
+
+AWKWARD = {
+    "both_signs": np.linspace(-3, 5, 4001),
+    "positive": np.linspace(1, 5, 33),
+    "negative": np.linspace(-5, -1, 5001),
+    "ties": np.arange(-255, 256) / 2,
+    "zeros": np.array([0.0, -0.0, 0.0]),
+    "subnormal": np.array([1e-41, -3e-41]),
+    "large": np.array([3e38, -3e38, 1.0]),
+    "nan": np.array([1, -np.nan, 2, np.nan, -4]),
+    "one_nan": np.array([1, np.nan, 2]),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_quantised_as_numpy_does(name: str) -> None:
+    x = AWKWARD[name].astype(np.float32)
+    want, got = (np.empty_like(x), np.empty((), np.float32)), (np.empty_like(x), np.empty((), np.float32))
+    limits = dirty((2,))
+    run(quant.dynamic_centre(x, *want, dirty))
+    run([quantise.dynamic_range(x, got[1], limits), *quantise.centre(x, got[0], got[1], limits)])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for again in (False, True):
+        held, scale, bounds = x.copy(), np.array(0.5, np.float32), (-100, 155)
+        run(quant.centre(x, scale, bounds, want[0], dequantize=again))
+        run(quantise.centre(held, held, scale, np.array(bounds, np.float32), dequantize=again))
+        np.testing.assert_array_equal(held, want[0])
+
+
+@pytest.mark.parametrize("features", [("avx2",), ()], ids=["avx2", "none"])
+def test_narrower_vectors(features: Sequence[str], tmp_path: Any) -> None:
+    """Tiles as they are on a lesser processor."""
+    script = (
+        "import llvmlite.binding.targets as b, llvmlite.binding, pytest, sys\n"
+        f"llvmlite.binding.get_host_cpu_features = lambda: b.FeatureMap(dict.fromkeys({features!r}, True))\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'zero_points or as_numpy']))"
+    )
+    env = {**os.environ, "INFERA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
