@@ -10,6 +10,7 @@ from infera_gpu.op import Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
 from infera_gpu.ops._jit import Kernels, rows
 from infera_gpu.spec import Array
+from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.cpu.parts import worth
 from infera_kernels.portable.matmul import transposed
 
@@ -62,6 +63,57 @@ def product(
         left, weight, out.reshape(-1, n), scale=scale, scales=columns(scales), bias=columns(bias), parts=parts
     )
     return [*calls, *io.parallel(made)]
+
+
+def of_inputs(
+    site: Site,
+    io: Buffers,
+    operands: tuple[int, int, int, int],
+    out: Array,
+    *,
+    scale: Array | None = None,
+    scales: int = 0,
+    bias: int = 0,
+) -> list[Call]:
+    """`product` of inputs: `operands` are a, its zero point, which is single, b, its zero point."""
+    a, a_zero, b, b_zero = operands
+    x, calls = contiguous(transposed(io.ins[a], site.attrs.get("transA")), io.scratch)
+    zero: Array | None = None
+    if site.value(a_zero) is not None:
+        zero = np.array(site.value(a_zero), np.int32).reshape(())
+    elif site.has(a_zero):
+        zero = io.scratch((), np.int32)
+        calls.append((np.copyto, (zero, io.ins[a_zero].reshape(()))))
+    return [*calls, *product(site, io, x, zero, (b, b_zero), out, scale=scale, scales=scales, bias=bias)]
+
+
+def takes(site: Site, a: int, zero: int) -> bool:
+    """Whether input a is a matrix of 8-bit integers, or several, with one zero point at most."""
+    spec = site.spec(a)
+    return spec.ndim > 1 and spec.dtype.name in ("int8", "uint8") and (not site.has(zero) or site.spec(zero).size == 1)
+
+
+def requantize(sums: Array, factor: Array, zero: Array, out: Array, io: Buffers) -> list[Call]:
+    """out = saturate(round(sums factor) + zero): int32 sums, float32 factors, one or one a column, and `zero`, 0-d."""
+    from infera_kernels.jit.quantise import requantize
+
+    n = out.shape[-1]
+    factors, (x, y) = io.scratch((n,), np.float32), (a.reshape(-1, n) for a in (sums, out))
+    calls = rows(io, len(y), y.size, lambda part: requantize(x[part], factors, zero, y[part]))
+    return [(np.copyto, (factors, factor)), *calls]
+
+
+def dynamic_product(site: Site, io: Buffers, operands: tuple[int, int], scales: int, bias: int) -> list[Call]:
+    """Input 0, quantised over its own range, @ what `packs`, in float32: `operands` are the inputs b and its zero
+    point."""
+    from infera_kernels.jit.quantise import centre, dynamic_range
+
+    x, (centred, scale, limits) = io.ins[0], (io.scratch(shape) for shape in (io.ins[0].shape, (), (2,)))
+    return [
+        dynamic_range(x, scale, limits),
+        *centre(x.reshape(-1), centred.reshape(-1), scale, limits),
+        *product(site, io, centred, None, operands, io.outs[0], scale=scale, scales=scales, bias=bias),
+    ]
 
 
 def dynamic_centre() -> Kernels:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops.matmul import check_term, product_dims, swapped
-from infera_gpu.ops.quant_matmul import check_parameters, column, is_matrix, left_operand, of_inputs, product, reach
+from infera_gpu.ops.quant_matmul import (
+    COMPILED,
+    NUMPY,
+    Arithmetic,
+    check_parameters,
+    column,
+    is_matrix,
+    of_inputs,
+    product,
+)
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
@@ -69,6 +80,14 @@ def _bind_to_float(site: Site, io: Buffers) -> list[Call]:
         *of_inputs(site, io, (0, 4, 1, 5), sums),
         *bind_scaled(sums, (io.ins[2], io.ins[3]), _input(io, 6), out, io),
     ]
+
+
+def _compiled_to_float(site: Site) -> bool:
+    return site.spec(2).size == 1 and _jit_quant.takes(site, 0, 4) and _jit_quant.packs(site, 1, 5, 3, 6)
+
+
+def _bind_compiled(site: Site, io: Buffers) -> list[Call]:
+    return _jit_quant.of_inputs(site, io, (0, 4, 1, 5), io.outs[0], scale=io.ins[2], scales=3, bias=6)
 
 
 # ---- DynamicQuantizeMatMul
@@ -145,11 +164,10 @@ def _gemm(
     return portable.requantize(xp, sums, factor / y_scale.reshape(()), y_zero.reshape(()))
 
 
-def _bind_gemm(site: Site, io: Buffers) -> list[Call]:
+def _bind_gemm(site: Site, io: Buffers, arithmetic: Arithmetic) -> list[Call]:
     out, c, scale = io.outs[0], _input(io, _C), column(io.ins[4])
     sums, factor = io.scratch(out.shape, np.int32), io.scratch(scale.shape, np.float32)
-    left, calls = left_operand(site, io, 0, 2)
-    calls += product(site, io, left, reach(site, 0, 2), _B, 5, sums)
+    calls = arithmetic.product(site, io, (0, 2, _B, 5), sums)
     if c is not None:
         calls.append((np.add, (sums, c, sums)))
     calls += [
@@ -160,7 +178,11 @@ def _bind_gemm(site: Site, io: Buffers) -> list[Call]:
         return [*calls, *cpu.dequantize(sums, factor, None, out)]
     zero, more = cpu.as_float(io.ins[_Y_ZERO].reshape(()), io.scratch)
     calls.append((np.true_divide, (factor, io.ins[_Y_SCALE].reshape(()), factor)))
-    return [*calls, *more, *cpu.requantize(sums, factor, zero, out, io.scratch)]
+    return [*calls, *more, *arithmetic.requantize(sums, factor, zero, out, io)]
+
+
+def _gemm_compiled(site: Site) -> bool:
+    return _jit_quant.takes(site, 0, 2) and _jit_quant.packs(site, _B, 5)
 
 
 # ---- cases
@@ -202,7 +224,10 @@ OPS: tuple[Op, ...] = (
             Case("batch", (_u8(2, 5, 4), _WEIGHT, _scale(0.1), _scale(0.2), _zero(7)), **_BYTES),
             Case("past_block", (_u8(130, 40), _s8(40, 530), _scale(0.1), _scale(0.2)), **_BYTES),
         ),
-        kernels={"cpu": Kernel(_bind_to_float, _supported, strided=True)},
+        kernels={
+            "cpu": Kernel(_bind_to_float, _supported, strided=True),
+            "jit": Kernel(_bind_compiled, _compiled_to_float, strided=True),
+        },
         needs=(0, 1, 2, 3),
     ),
     ms_op(
@@ -215,7 +240,13 @@ OPS: tuple[Op, ...] = (
             Case("batch", (f32(2, 5, 4), _WEIGHT, _COLUMNS, None, f32(3))),
             Case("past_block", (f32(130, 40), _s8(40, 530), _scale(0.1)), low=-100, high=100),
         ),
-        kernels={"cpu": Kernel(_bind_dynamic, _supported)},
+        kernels={
+            "cpu": Kernel(_bind_dynamic, _supported),
+            "jit": Kernel(
+                lambda site, io: _jit_quant.dynamic_product(site, io, (1, 3), 2, 4),
+                lambda site: site.spec(0).ndim > 1 and _jit_quant.packs(site, 1, 3, 2, 4),
+            ),
+        },
         needs=(0, 1, 2),
     ),
     ms_op(
@@ -259,7 +290,10 @@ OPS: tuple[Op, ...] = (
                 **_BYTES,
             ),
         ),
-        kernels={"cpu": Kernel(_bind_gemm, lambda site: site.spec(0).size > 0, strided=True)},
+        kernels={
+            "cpu": Kernel(partial(_bind_gemm, arithmetic=NUMPY), lambda site: site.spec(0).size > 0, strided=True),
+            "jit": Kernel(partial(_bind_gemm, arithmetic=COMPILED), _gemm_compiled, strided=True),
+        },
         alpha=1.0,
         transA=0,
         transB=0,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
+from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import INT32, plain
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.spec import Array, TensorSpec
@@ -69,6 +72,19 @@ def of_inputs(site: Site, io: Buffers, operands: tuple[int, int, int, int], out:
     return [*calls, *product(site, io, left, reach(site, a, a_zero), b, b_zero, out)]
 
 
+class Arithmetic(NamedTuple):
+    """What multiplies inputs as `of_inputs` does, and what makes 8-bit integers of the sums."""
+
+    product: Callable[[Site, Buffers, tuple[int, int, int, int], Array], list[Call]]
+    requantize: Callable[[Array, Array, Array, Array, Buffers], list[Call]]
+    """(int32 sums, factor, zero point, out): out = saturate(round(sums factor) + zero point)."""
+
+
+NUMPY = Arithmetic(of_inputs, lambda sums, factor, zero, out, io: cpu.requantize(sums, factor, zero, out, io.scratch))
+COMPILED = Arithmetic(_jit_quant.of_inputs, _jit_quant.requantize)
+"""For sites that `_jit_quant.takes` and `_jit_quant.packs`."""
+
+
 def check_parameters(site: Site, single: tuple[int, ...], many: tuple[int, ...], count: int) -> None:
     """Raises PlanError where a scale or zero point holds neither one value nor, if it is among `many`, `count`."""
     for i in (*single, *many):
@@ -120,7 +136,12 @@ _MATMUL_INTEGER = Op(
             bind=lambda site, io: of_inputs(site, io, (0, 2, 1, 3), io.outs[0]),
             supports=lambda site: is_matrix(site, 1),
             strided=True,
-        )
+        ),
+        "jit": Kernel(
+            bind=lambda site, io: _jit_quant.of_inputs(site, io, (0, 2, 1, 3), io.outs[0]),
+            supports=lambda site: _jit_quant.takes(site, 0, 2) and _jit_quant.packs(site, 1, 3),
+            strided=True,
+        ),
     },
     cases=(
         Case("no_zeros", (_u8(3, 8), _u8(8, 5)), **_LIMITS),
@@ -174,23 +195,28 @@ def _linear(
     return portable.requantize(xp, sums, factor, y_zero.reshape(()))
 
 
-def _bind_linear(site: Site, io: Buffers) -> list[Call]:
+def _bind_linear(site: Site, io: Buffers, arithmetic: Arithmetic) -> list[Call]:
     a_scale, b_scale = row_scale(io.ins[1]), column(io.ins[4])
     sums = io.scratch(io.outs[0].shape, np.int32)
     factor = io.scratch(np.broadcast_shapes(a_scale.shape, b_scale.shape), np.float32)
     zero, calls = cpu.as_float(io.ins[7].reshape(()), io.scratch)
     return [
-        *of_inputs(site, io, (0, 2, 3, 5), sums),
+        *arithmetic.product(site, io, (0, 2, 3, 5), sums),
         (np.multiply, (a_scale, b_scale, factor)),
         (np.true_divide, (factor, io.ins[6].reshape(()), factor)),
         *calls,
-        *cpu.requantize(sums, factor, zero, io.outs[0], io.scratch),
+        *arithmetic.requantize(sums, factor, zero, io.outs[0], io),
     ]
 
 
 def _linear_supported(site: Site) -> bool:
     eight_bit = all(site.spec(i).dtype.name in ("uint8", "int8") for i in (0, 3, 7))
     return eight_bit and site.spec(1).dtype == np.float32 and is_matrix(site, 3)
+
+
+def _linear_compiled(site: Site) -> bool:
+    packs = _linear_supported(site) and _jit_quant.takes(site, 0, 2) and _jit_quant.packs(site, 3, 5)
+    return packs and site.spec(1).size == 1
 
 
 def _scale(*values: float) -> HostArray:
@@ -202,7 +228,10 @@ _QLINEAR_MATMUL = Op(
     10,
     infer=_linear_spec,
     compute=plain(_linear),
-    kernels={"cpu": Kernel(bind=_bind_linear, supports=_linear_supported, strided=True)},
+    kernels={
+        "cpu": Kernel(partial(_bind_linear, arithmetic=NUMPY), _linear_supported, strided=True),
+        "jit": Kernel(partial(_bind_linear, arithmetic=COMPILED), _linear_compiled, strided=True),
+    },
     cases=(
         Case(
             "uint8",

@@ -74,8 +74,8 @@ def spread(values: Array, n: int) -> Array:
 
 @compiled
 def _take_integers(x: Any, zero: Any, lift: Any, q: Any, given: Any) -> None:
-    """q = x + lift, for 8-bit x less one zero point or one a row."""
-    length = x.shape[1]
+    """q = x + lift, for 8-bit x less a zero point."""
+    length, shift = x.shape[1], np.int32(-lift - zero[()])
     for i in range(x.shape[0]):
         source, target = x[i], q[i]
         total = np.int32(0)
@@ -85,8 +85,7 @@ def _take_integers(x: Any, zero: Any, lift: Any, q: Any, given: Any) -> None:
             target[c] = value
         for c in range(length, target.size):
             target[c] = 0
-        point = zero[i if zero.size > 1 else 0] if zero.size else 0
-        given[i, 0], given[i, 1], given[i, 2] = -lift - np.int32(point), total, 0
+        given[i, 0], given[i, 1], given[i, 2] = shift, total, 0
 
 
 @compiled
@@ -117,14 +116,13 @@ def _left(shape: tuple[int, int], scratch: Scratch, left: DType) -> Left:
 
 
 def take(x: Array, zero: Array | None, scratch: Scratch, left: DType = LEFT_TYPES[0]) -> tuple[Left, list[Call]]:
-    """x (M, K) as the left-hand side: 8-bit integers less one zero point or one a row, or float32 that holds such
+    """x (M, K) as the left-hand side: 8-bit integers less a zero point, int32 and 0-d, or float32 that holds such
     differences: a row has integers, no two of them, and none from 0, further than 255 apart, or NaN."""
     made = _left(x.shape, scratch, left)
     if x.dtype == np.float32:
         return made, [bound(_take_floats, x, left == U8, *made)]
     lift = np.int32(128 if left == U8 and x.dtype == np.int8 else 0)
-    points = np.empty(0, x.dtype) if zero is None else zero.reshape(-1)
-    return made, [bound(_take_integers, x, points, lift, *made)]
+    return made, [bound(_take_integers, x, np.zeros((), np.int32) if zero is None else zero, lift, *made)]
 
 
 def _product(

@@ -1,4 +1,4 @@
-"""Quantisation whose integers stay float32, less their zero point: the floats of `cpu.quant`, in fewer passes."""
+"""Quantisation in fewer passes than `cpu.quant`: the same floats, whose integers stay float32 less their zero point."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def _centre(x: Any, y: Any, scale: Any, limits: Any, again: bool) -> None:
                 row[c] *= size
 
 
+@exact
+def _requantize(sums: Any, factor: Any, zero: Any, low: Any, high: Any, q: Any) -> None:
+    point = zero[()]
+    for i in range(sums.shape[0]):
+        source, target = sums[i], q[i]
+        for c in range(source.size):
+            target[c] = np.int32(clamped(np.rint(F(source[c]) * factor[c]) + point, low, high))
+
+
 def dynamic_range(x: Array, scale: Array, limits: Array) -> Call:
     """`scale` (0-d) and `limits` (2,), for `centre`, of float32 x, contiguous, over the range that holds it and 0."""
     return bound(_dynamic_range, x.reshape(-1), scale, limits)
@@ -59,3 +68,9 @@ def dynamic_range(x: Array, scale: Array, limits: Array) -> Call:
 def centre(x: Array, y: Array, scale: Array, limits: Array, *, dequantize: bool = False) -> list[Call]:
     """y = round(x / scale) clamped to `limits`, float32 vectors; `y` may be `x`. With `dequantize` times `scale`."""
     return [bound(_centre, x, y, scale, limits, dequantize)]
+
+
+def requantize(sums: Array, factor: Array, zero: Array, q: Array) -> list[Call]:
+    """q = saturate(round(sums factor) + zero), 8 bits; int32 sums (R, L), float32 factors (L,), and `zero` 0-d."""
+    info = np.iinfo(q.dtype)
+    return [bound(_requantize, sums, factor, zero, F(info.min), F(info.max), q)]
