@@ -66,6 +66,13 @@ def test_product(m: int, n: int, k: int) -> None:
         assert np.isnan(np.delete(wide, range(4, n + 4), axis=1)).all(), "written beside the product"
 
 
+def test_product_with_narrow_weights() -> None:
+    a, w = normal(19, 100), np.random.default_rng(1).integers(-128, 128, (100, 3 * TILE.columns - 5), np.int8)
+    y = np.empty((19, w.shape[1]), np.float32)
+    run(backwards(gemm.product(a, gemm.pack(w), None, y, parts=2)))
+    np.testing.assert_allclose(y, a.astype(np.float64) @ w, rtol=0, atol=1e-6 * (np.abs(a) @ np.abs(w * 1.0)).max())
+
+
 def test_a_nan_stays_in_its_row() -> None:
     a, w = normal(20, 30), normal(30, 40, seed=1)
     a[7, 3] = np.nan

@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
-from infera_gpu.ops._jit import Kernels, rows
+from infera_gpu.ops._jit import PRODUCT_NS, Kernels, rows
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.cpu.parts import worth
@@ -63,6 +63,20 @@ def product(
         left, weight, out.reshape(-1, n), scale=scale, scales=columns(scales), bias=columns(bias), parts=parts
     )
     return [*calls, *io.parallel(made)]
+
+
+def scaled_product(site: Site, io: Buffers, scales: int, bias: int) -> list[Call]:
+    """Input 0, any float32, @ input 1, a constant int8 matrix, times the input `scales`, plus the input `bias`."""
+    from infera_kernels.jit import epilogue, gemm
+
+    n = io.outs[0].shape[-1]
+    x, y = io.ins[0].reshape(-1, io.ins[0].shape[-1]), io.outs[0].reshape(-1, n)
+    factors = io.pack(scales, f"row {n}", lambda v: np.full(n, v.reshape(-1), np.float32))
+    added = io.pack(bias, f"row {n}", lambda v: np.full(n, v.reshape(-1), np.float32)) if site.has(bias) else None
+    terms = np.zeros(n, np.float32) if added is None else added
+    parts = worth(PRODUCT_NS * y.size * x.shape[-1], split_of(io)).threads
+    calls = io.parallel(gemm.product(x, io.pack(1, "panels", gemm.pack), None, y, parts=parts))
+    return [*calls, *rows(io, len(y), y.size, lambda part: epilogue.scale(y[part], factors, terms))]
 
 
 def of_inputs(

@@ -138,12 +138,15 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
 
 
 def _bind_compiled(site: Site, io: Buffers) -> list[Call]:
+    if not site.attrs["reach"]:
+        return _jit_quant.scaled_product(site, io, _SCALE, _BIAS)
     a, scale = io.ins[0], io.ins[_A_SCALE] if site.has(_A_SCALE) else None
     return _jit_quant.product(site, io, a, None, (1, _ZERO), io.outs[0], scale=scale, scales=_SCALE, bias=_BIAS)
 
 
 def _compiled(site: Site) -> bool:
-    return bool(site.attrs["reach"]) and _jit_quant.packs(site, 1, _ZERO, _SCALE, _BIAS)
+    signed = site.spec(1).dtype == np.int8 and not site.has(_ZERO) and not site.has(_A_SCALE)
+    return (bool(site.attrs["reach"]) or signed) and _jit_quant.packs(site, 1, _ZERO, _SCALE, _BIAS)
 
 
 def _narrow_constant(site: Site) -> bool:

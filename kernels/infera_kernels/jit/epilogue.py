@@ -86,6 +86,15 @@ def _finish(y: Any, bias: Any, before: Any, after: Any, code: Any, a: Any, b: An
 
 
 @compiled
+def _scale(y: Any, scales: Any, bias: Any) -> None:
+    """y = y scales + bias, row by row."""
+    for i in range(y.shape[0]):
+        row = y[i]
+        for c in range(row.size):
+            row[c] = row[c] * scales[c] + bias[c]
+
+
+@compiled
 def _apply(x: Any, y: Any, code: Any, a: Any, b: Any) -> None:
     """y = activation(x), vectors, a piece at a time that stays in the first-level cache."""
     for start in range(0, x.size, PIECE):
@@ -118,6 +127,11 @@ def finish(
     none, nothing = np.empty(0, np.float32), np.empty((0, 0), np.float32)
     operands = (none if bias is None else bias, *(nothing if t is None else t for t in (before, after)))
     return [bound(_finish, y, *operands, code, a, b)]
+
+
+def scale(y: Array, scales: Array, bias: Array) -> list[Call]:
+    """y = y scales + bias in place; float32: y (R, L), contiguous, scales and bias (L,)."""
+    return [bound(_scale, y, scales, bias)]
 
 
 def apply(activation: str, x: Array, y: Array, given: Sequence[float] = ()) -> list[Call]:

@@ -20,7 +20,6 @@ BLOCK_BYTES = (1 << 17, 1 << 21)
 it fits; the packed weight is read once for every block, so that large weights ask for large blocks."""
 
 
-@compiled
 def _multiply(
     x: Any, image: int, line: int, pixel: int, offsets: Any, run: int, packed: Any, bias: Any,
     y: Any, lines: int, first: int, last: int, cols: int, chunk: int, together: int, low: Any, high: Any,
@@ -48,18 +47,21 @@ def _multiply(
                     for t in range(tiles):
                         rows = width * (t + 1) // tiles - done
                         multiply_tile(
-                            rows, source + done * pixel, pixel, shifts, offsets.size, run, weights,
+                            rows, packed, source + done * pixel, pixel, shifts, offsets.size, run, weights,
                             starts + p * COLUMNS * 4, target + done * y.strides[2] + p * COLUMNS * 4, y.strides[2],
                             n - p * COLUMNS, low, high,
                         )  # fmt: skip
                         done += rows
 
 
+_MULTIPLY = {np.dtype(weights): compiled(_multiply) for weights in (np.float32, np.int8)}
+
+
 def pack(w: Array) -> Array:
-    """(K, N) as panels (ceil(N / COLUMNS), K, COLUMNS), filled up with zeros."""
+    """(K, N) as panels (ceil(N / COLUMNS), K, COLUMNS), filled up with zeros: float32, where it is int8 as that."""
     k, n = w.shape
     panels = -(-n // COLUMNS)
-    made = np.zeros((k, panels * COLUMNS), np.float32)
+    made = np.zeros((k, panels * COLUMNS), np.int8 if w.dtype == np.int8 else np.float32)
     made[:, :n] = w
     return np.ascontiguousarray(made.reshape(k, panels, COLUMNS).transpose(1, 0, 2))
 
@@ -100,8 +102,8 @@ def multiply(
     packed = packed.reshape(-1, *packed.shape[-3:])
     x = x[(None,) * (4 - x.ndim)]
     return bound_by_address(
-        _multiply, x, *steps, np.array(offsets, np.int64), run, packed, bias, y, lines, first, last, cols, chunk,
-        together, F(low), F(high),
+        _MULTIPLY[packed.dtype], x, *steps, np.array(offsets, np.int64), run, packed, bias, y, lines, first, last, cols,
+        chunk, together, F(low), F(high),
     )  # fmt: skip
 
 

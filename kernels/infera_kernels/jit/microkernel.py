@@ -56,6 +56,12 @@ def load(builder: Any, address: Any, nbytes: int) -> Any:
     return builder.load(address_of(builder, address, nbytes, VECTOR), align=4)
 
 
+def _load_bytes(builder: Any, address: Any, nbytes: int) -> Any:
+    """A vector of int8 so many bytes behind an address, as float32."""
+    kind = ir.VectorType(ir.IntType(8), TILE.lanes)
+    return builder.sitofp(builder.load(address_of(builder, address, nbytes, kind), align=1), VECTOR)
+
+
 def spread(builder: Any, value: Any, kind: Any = VECTOR) -> Any:
     """A vector full of one value."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
@@ -76,19 +82,21 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def multiply_tile(
-    context: Any, rows: Any, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any, c: Any, ldc: Any,
-    columns: Any, low: Any, high: Any,
+    context: Any, rows: Any, packed: Any, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any,
+    c: Any, ldc: Any, columns: Any, low: Any, high: Any,
 ) -> Any:  # fmt: skip
     """One tile of 1 to TILE.rows rows; addresses, strides and offsets in bytes:
 
     c[r, :columns] = clamp(bias + sum over t < taps, k < run of a[r, offsets[t] + k] * b[t * run + k], low, high), where
     row r of `a` lies at a + r * lda, `b` is one panel (taps * run, TILE.columns) and `bias` has TILE.columns values. Up
-    to TILE.lanes columns take one vector a row.
+    to TILE.lanes columns take one vector a row. The panel has the type of the array `packed`: float32, or int8 that
+    becomes float32 in registers.
     """
-    signature = types.void(*(types.intp,) * 11, types.float32, types.float32)
+    signature = types.void(types.intp, packed, *(types.intp,) * 10, types.float32, types.float32)
+    narrow_weights = packed.dtype == types.int8
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, *operands = args
+        rows, _, *operands = args
         done = builder.append_basic_block("done")
         narrow = builder.icmp_signed("<=", operands[8], ir.Constant(I64, TILE.lanes))
         half = builder.select(narrow, ir.Constant(I64, TILE.rows), ir.Constant(I64, 0))
@@ -98,7 +106,7 @@ def multiply_tile(
                 block = builder.append_basic_block(f"tile{vectors}x{r}")
                 choice.add_case(ir.Constant(I64, before + r), block)
                 with builder.goto_block(block):
-                    _tile_of(builder, r, vectors, *operands)
+                    _tile_of(builder, r, vectors, narrow_weights, *operands)
                     builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -107,8 +115,8 @@ def multiply_tile(
 
 
 def _tile_of(
-    builder: Any, rows: int, vectors: int, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any,
-    c: Any, ldc: Any, columns: Any, low: Any, high: Any,
+    builder: Any, rows: int, vectors: int, narrow: bool, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any,
+    bias: Any, c: Any, ldc: Any, columns: Any, low: Any, high: Any,
 ) -> None:  # fmt: skip
     """Emits `multiply_tile` for one size of tiles."""
     width = TILE.lanes * 4
@@ -125,14 +133,15 @@ def _tile_of(
         builder.store(builder.add(a, shift), left)
         with cgutils.for_range(builder, run):
             source, line = builder.load(left), builder.load(panel)
-            weights = [load(builder, line, v * width) for v in range(vectors)]
+            read = _load_bytes if narrow else load
+            weights = [read(builder, line, v * (width // 4 if narrow else width)) for v in range(vectors)]
             for r in range(rows):
                 row = builder.add(source, builder.mul(lda, ir.Constant(I64, r)))
                 value = spread(builder, builder.load(address_of(builder, row, 0, F32)))
                 for v in range(vectors):
                     builder.store(multiply_add(builder, value, weights[v], builder.load(sums[r][v])), sums[r][v])
             builder.store(builder.add(source, ir.Constant(I64, 4)), left)
-            builder.store(builder.add(line, ir.Constant(I64, TILE.columns * 4)), panel)
+            builder.store(builder.add(line, ir.Constant(I64, TILE.columns * (1 if narrow else 4))), panel)
     least, most = spread(builder, low), spread(builder, high)
     made = [[clamp(builder, builder.load(s), least, most) for s in line] for line in sums]
     store_columns(builder, made, [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)], columns)
