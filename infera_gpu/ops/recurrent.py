@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
@@ -175,30 +176,46 @@ def _all_inputs(io: Buffers) -> tuple[Array, ...]:
     return (io.ins + (None,) * 8)[:8]
 
 
-def _bind(site: Site, io: Buffers) -> Sequence[Call]:
-    x, w, r, b, _, h, c, _ = _all_inputs(io)
-    first, kind = _batch_first(site), _KINDS[site.node.op]
+def _directions(site: Site, io: Buffers) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each direction, and its arguments, weights aside."""
+    x, *_, h, c, _ = _all_inputs(io)
+    first = _batch_first(site)
 
-    def direction(state: Array | None, d: int) -> Array | None:
+    def of(state: Array | None, d: int) -> Array | None:
         return None if state is None else state[:, d] if first else state[d]
 
-    y = io.outs[0]
-    calls: list[Call] = []
     for d, reverse in enumerate(_reverses(site)):
-        calls += kind.fast(
-            x.swapaxes(0, 1) if first else x,
-            w[d],
-            r[d],
-            None if b is None else b[d],
-            direction(h, d),
-            direction(c, d),
-            y[:, :, d].swapaxes(0, 1) if first else y[:, d],
-            io.scratch,
-            reverse=reverse,
-            last=[direction(end, d) for end in io.outs[1:]],
-            linear_before_reset=bool(site.attrs.get("linear_before_reset", 0)),
+        yield (
+            d,
+            {
+                "x": x.swapaxes(0, 1) if first else x,
+                "h": of(h, d),
+                "c": of(c, d),
+                "y": io.outs[0][:, :, d].swapaxes(0, 1) if first else io.outs[0][:, d],
+                "scratch": io.scratch,
+                "reverse": reverse,
+                "last": [of(end, d) for end in io.outs[1:]],
+            },
         )
+
+
+def _bind(site: Site, io: Buffers) -> Sequence[Call]:
+    _, w, r, b, *_ = _all_inputs(io)
+    linear, calls = bool(site.attrs.get("linear_before_reset", 0)), []
+    for d, given in _directions(site, io):
+        bias = None if b is None else b[d]
+        calls += _KINDS[site.node.op].fast(w=w[d], r=r[d], b=bias, linear_before_reset=linear, **given)
     return calls
+
+
+def _compiled(site: Site) -> bool:
+    known = all(site.value(i) is not None for i in (_W, _R, _B) if site.has(i))
+    return known and site.spec(_X).dtype == np.float32 and _supports(site)
+
+
+def _bind_compiled(site: Site, io: Buffers) -> Sequence[Call]:
+    steps, batch, *_ = _sizes(site)
+    return _jit.recurrent(site, io, [given for _, given in _directions(site, io)], (_W, _R, _B), steps * batch)
 
 
 # ---- cases
@@ -282,8 +299,10 @@ _ATTRS: Attrs = {
 _OWN: dict[str, Attrs] = {"LSTM": {"input_forget": 0}, "GRU": {"linear_before_reset": 0}, "RNN": {}}
 LSTM_ATTRS: Attrs = {**_ATTRS, **_OWN["LSTM"]}
 
+_KERNELS = {"cpu": Kernel(_bind, _supports), "jit": Kernel(_bind_compiled, _compiled)}
+
 OPS: tuple[Op, ...] = tuple(
-    Op(op, since, infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels={"cpu": Kernel(_bind, _supports)})
+    Op(op, since, infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
     for op in _KINDS
     for since, cases, more in (
         (7, _cases(op) + _EXTRA[op], {}),
