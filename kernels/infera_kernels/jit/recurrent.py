@@ -96,7 +96,8 @@ def _steps(
             if kind == LSTM:
                 _lstm(z[i], cell[i], h[at, i])
             elif kind == RNN:
-                h[at, i] = z[i]
+                for j in range(size):
+                    h[at, i, j] = z[i, j]
             elif kind == GRU:
                 for j in range(size):
                     u[i, j] = z[i, size + j] * before[i, j]
