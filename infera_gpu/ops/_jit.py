@@ -15,7 +15,6 @@ import numpy as np
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array
-from infera_kernels.calls import Pack, one_after_the_other
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit.codes import CODES
@@ -228,31 +227,3 @@ def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
         lambda site: len(site.outs) == 1 and site.spec(0).ndim in (3, 4),
         pays=lambda site: site.spec(0).dims[-1] >= PANEL,
     )
-
-
-def recurrent(
-    site: Site, io: Buffers, directions: Sequence[dict[str, Any]], weights: tuple[int, int, int], rows: int
-) -> list[Call]:
-    """An LSTM, GRU or RNN whose `weights`, the inputs W, R and B, are constant; `directions` are what `direction` of
-    `infera_kernels.jit.recurrent` takes besides, `rows` the steps times the sequences."""
-    from infera_kernels.jit.recurrent import KINDS, direction
-
-    name = f"{site.node.op}_LINEAR" if site.attrs.get("linear_before_reset", 0) else site.node.op
-    w, r, b = weights
-
-    def pack(i: int, d: int) -> Pack:
-        return lambda tag, build: io.pack(i, f"{tag} of {d}", lambda value: build(value[d]))
-
-    made = [
-        direction(
-            KINDS.index(name),
-            weight=pack(w, d),
-            recurrent=pack(r, d),
-            bias=pack(b, d) if site.has(b) else None,
-            **given,
-        )
-        for d, given in enumerate(directions)
-    ]
-    work = PRODUCT_NS * rows * (site.spec(w).size + site.spec(r).size)
-    together = worth(work, split_of(io)).threads >= len(made)
-    return io.parallel(made) if together else one_after_the_other(made)

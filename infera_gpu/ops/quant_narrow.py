@@ -85,8 +85,8 @@ def _bind_centre(site: Site, io: Buffers) -> list[Call]:
     return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site), io.outs[0], dequantize=again)
 
 
-def _known_point(site: Site) -> bool:
-    return site.value(2) is not None
+def _supports_centre(site: Site) -> bool:
+    return site.value(2) is not None and site.spec(0).dtype == FLOAT32
 
 
 def _supports_centre(site: Site) -> bool:
@@ -191,8 +191,8 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_centre,
         compute=plain(_centre),
-        kernels={"cpu": Kernel(_bind_centre, _known_point, inplace=(0,), strided=True)}
-        | _jit_quant.centre(_bounds, _known_point),
+        kernels={"cpu": Kernel(_bind_centre, _supports_centre, inplace=(0,), strided=True)}
+        | _jit_quant.centre(_bounds, _supports_centre),
         attrs={"dequantize": 0, "relu": 0},
         cases=(
             Case("uint8", (_ENDS, _scale(0.05), _point(100))),

@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit
+from infera_gpu.ops import _jit_recurrent
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
@@ -215,7 +215,7 @@ def _compiled(site: Site) -> bool:
 
 def _bind_compiled(site: Site, io: Buffers) -> Sequence[Call]:
     steps, batch, *_ = _sizes(site)
-    return _jit.recurrent(site, io, [given for _, given in _directions(site, io)], (_W, _R, _B), steps * batch)
+    return _jit_recurrent.bind(site, io, [given for _, given in _directions(site, io)], (_W, _R, _B), steps * batch)
 
 
 # ---- cases
