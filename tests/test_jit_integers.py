@@ -18,8 +18,10 @@ if not jit.installed():
     pytest.skip("needs numba: pip install 'infera-gpu[jit]'", allow_module_level=True)
 
 from infera_kernels.cpu import quant
+from infera_kernels.cpu.conv import conv2d as floating_conv2d
 from infera_kernels.jit import integers, quantise
 from infera_kernels.jit.dot_tile import LEFT_TYPES
+from infera_kernels.jit.integer_conv import conv2d
 from infera_kernels.jit.microkernel import TILE
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -141,13 +143,59 @@ def test_requantised_as_numpy_does(q_type: Any) -> None:
     np.testing.assert_array_equal(got, want)
 
 
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, int, int, int], dict[str, Any]]] = {
+    "3x3": ((2, 3, 9, 10), (5, 3, 3, 3), {"pads": ((1, 1), (1, 1))}),
+    "uneven": ((3, 4, 8, 7), (40, 4, 3, 2), {"strides": (2, 3), "pads": ((1, 0), (0, 2))}),
+    "dilated": ((1, 6, 12, 12), (9, 6, 3, 3), {"pads": ((2, 2), (3, 3)), "dilations": (2, 3)}),
+    "grouped": ((2, 6, 9, 8), (9, 2, 3, 3), {"groups": 3, "pads": ((1, 1), (1, 1))}),
+    "pointwise": ((2, 5, 5, 7), (67, 5, 1, 1), {}),
+    "blocks": ((1, 70, 60, 64), (24, 70, 3, 3), {}),
+    "depthwise": ((2, 24, 9, 10), (24, 1, 3, 3), {"groups": 24, "strides": (2, 1), "pads": ((1, 1), (1, 0))}),
+}
+
+
+@pytest.mark.parametrize("left", LEFTS)
+@pytest.mark.parametrize("x_type", TYPES)
+@pytest.mark.parametrize("w_type", TYPES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(left: Any, x_type: Any, w_type: Any, name: str) -> None:
+    shape, kernel, given = CONVOLUTIONS[name]
+    options: Any = {"strides": (1, 1), "pads": ((0, 0), (0, 0)), "dilations": (1, 1), "groups": 1, **given}
+    x = drawn(x_type, shape[0] * shape[1], *shape[2:]).reshape(shape)
+    w = np.random.default_rng(1).integers(0, 128, kernel).astype(w_type)
+    w_zero = np.arange(kernel[0]).astype(w_type)
+    bias = np.arange(kernel[0], dtype=np.int32) * 100
+    out = tuple(
+        (d + sum(p) - (k - 1) * r - 1) // s + 1
+        for d, k, p, r, s in zip(
+            shape[2:], kernel[2:], options["pads"], options["dilations"], options["strides"], strict=True
+        )
+    )
+    sums = np.empty((shape[0], kernel[0], *out))
+    floats = x.astype(np.float64) - 3, w - w_zero.reshape(-1, 1, 1, 1).astype(np.float64), bias.astype(np.float64)
+    group = {("group" if k == "groups" else k): v for k, v in options.items()}
+    run(floating_conv2d(*floats, sums, dirty, **group))
+    factor, zero = np.geomspace(1e-4, 1e-2, kernel[0], dtype=np.float32), np.array(7, np.float32)
+    want = dirty(sums.shape, np.int8)
+    run(quant.requantize(sums.astype(np.int32), factor.reshape(-1, 1, 1), zero, want, dirty))
+    for last, parts in ((False, 1), (True, 3)):
+        y = dirty(np.moveaxis(sums, 1, -1).shape if last else sums.shape, np.int8)
+        source = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
+        calls, made = conv2d(
+            source, 3, w_zero, bias, factor, zero, y, dirty, kernel=kernel, last=last,
+            pack=lambda tag, build: build(w), parts=parts, left=left, **options,
+        )  # fmt: skip
+        run([*calls, *(call for part in reversed(made) for call in part)])
+        np.testing.assert_array_equal(np.moveaxis(y, -1, 1) if last else y, want)
+
+
 @pytest.mark.parametrize("features", [("avx2",), ()], ids=["avx2", "none"])
 def test_narrower_vectors(features: Sequence[str], tmp_path: Any) -> None:
     """Tiles as they are on a lesser processor."""
     script = (
         "import llvmlite.binding.targets as b, llvmlite.binding, pytest, sys\n"
         f"llvmlite.binding.get_host_cpu_features = lambda: b.FeatureMap(dict.fromkeys({features!r}, True))\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'zero_points or as_numpy']))"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'zero_points or as_numpy or 3x3']))"
     )
     env = {**os.environ, "INFERA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)

@@ -9,6 +9,7 @@ import numpy as np
 from infera_gpu.op import Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
 from infera_gpu.ops._jit import PRODUCT_NS, Kernels, rows
+from infera_gpu.ops.window import Window
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.cpu.parts import worth
@@ -115,6 +116,40 @@ def requantize(sums: Array, factor: Array, zero: Array, out: Array, io: Buffers)
     factors, (x, y) = io.scratch((n,), np.float32), (a.reshape(-1, n) for a in (sums, out))
     calls = rows(io, len(y), y.size, lambda part: requantize(x[part], factors, zero, y[part]))
     return [(np.copyto, (factors, factor)), *calls]
+
+
+def convolution(
+    site: Site, io: Buffers, found: Window, x: Array, y: Array, factor: Array, zero: Array, *, last: bool
+) -> list[Call]:
+    """QLinearConv where `convolves`: 8-bit x and y of four axes, contiguous, `factor` one or one a channel."""
+    from infera_kernels.jit.integer_conv import conv2d
+
+    w, point, w_zero, bias = (site.value(i) for i in (3, 2, 5, 8))
+    assert w is not None
+    assert point is not None
+    assert w_zero is not None
+    kernel = w.shape if w.ndim == 4 else (*w.shape[:2], 1, w.shape[2])
+    factors = io.scratch(kernel[:1], np.float32)
+    calls, made = conv2d(
+        x, int(point.reshape(())), w_zero, bias, factors, zero, y, io.scratch, kernel=kernel, last=last,
+        groups=int(site.attrs["group"]), **found.params,
+        pack=lambda tag, build: io.pack(3, tag, lambda v: build(v.reshape(kernel))),
+        parts=worth(_DOT_NS * y.size * w[0].size, split_of(io)).threads,
+    )  # fmt: skip
+    return [(np.copyto, (factors, factor)), *calls, *io.parallel(made)]
+
+
+def convolves(site: Site) -> bool:
+    """Whether all but the input is known, and weights less their zero points have 8 bits."""
+    w, zero = site.value(3), site.value(5)
+    if w is None or zero is None or any(site.value(i) is None for i in (2, 8) if site.has(i)):
+        return False
+
+    def narrow() -> bool:
+        centred = np.subtract(w, zero.reshape(-1, *(1,) * (w.ndim - 1)), dtype=np.int16)
+        return bool(centred.min() >= -128) and bool(centred.max() <= 127)
+
+    return site.once("_jit_quant.convolves", narrow)
 
 
 def dynamic_product(site: Site, io: Buffers, operands: tuple[int, int], scales: int, bias: int) -> list[Call]:

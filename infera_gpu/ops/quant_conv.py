@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
+from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import plain
 from infera_gpu.ops.conv import as_2d, window_2d
 from infera_gpu.ops.quant_matmul import check_parameters, column, reach, require_parameters
@@ -109,17 +110,32 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
     calls.append(copy(sums, exact))
     if site.has(8):
         calls.append((np.add, (sums, io.ins[8].reshape(-1, *(1,) * (w.ndim - 2)), sums)))
+    factor, zero, more = _factor(io)
+    made = io.scratch(shape, out.dtype) if last else out
+    channels = factor if factor.ndim == 0 else factor.reshape(-1, *(1,) * (w.ndim - 2))
+    calls += [*more, *cpu.requantize(sums, channels, zero, made, io.scratch)]
+    return [*calls, (np.copyto, (out, np.moveaxis(made, 1, -1)))] if last else calls
+
+
+def _factor(io: Buffers) -> tuple[Array, Array, list[Call]]:
+    """What to multiply sums by, one value or one a channel, the output's zero point, and the calls that find them."""
     scale = column(io.ins[4])
     factor = io.scratch(scale.shape, np.float32)
+    zero, calls = cpu.as_float(io.ins[7].reshape(()), io.scratch)
+    assert zero is not None
     calls += [
         (np.multiply, (io.ins[1].reshape(()), scale, factor)),
         (np.true_divide, (factor, io.ins[6].reshape(()), factor)),
     ]
-    zero, more = cpu.as_float(io.ins[7].reshape(()), io.scratch)
-    made = io.scratch(shape, out.dtype) if last else out
-    channels = factor if scale.ndim == 0 else factor.reshape(-1, *(1,) * (w.ndim - 2))
-    calls += [*more, *cpu.requantize(sums, channels, zero, made, io.scratch)]
-    return [*calls, (np.copyto, (out, np.moveaxis(made, 1, -1)))] if last else calls
+    return factor, zero, calls
+
+
+def _bind_compiled(site: Site, io: Buffers) -> list[Call]:
+    last = bool(site.attrs.get("channels_last", 0))
+    found = window_2d(window(channels_first(site) if last else site, site.spec(3).dims[2:]))
+    x, y = (a if a.ndim == 4 else np.expand_dims(a, 1 if last else 2) for a in (io.ins[0], io.outs[0]))
+    factor, zero, calls = _factor(io)
+    return [*calls, *_jit_quant.convolution(site, io, found, x, y, factor, zero, last=last)]
 
 
 def _supported(site: Site) -> bool:
@@ -127,7 +143,10 @@ def _supported(site: Site) -> bool:
     return eight_bit and site.spec(0).ndim in (3, 4) and min(site.spec(0).size, site.spec(3).size) > 0
 
 
-KERNELS = {"cpu": Kernel(bind=_bind, supports=_supported, strided=True)}
+KERNELS = {
+    "cpu": Kernel(bind=_bind, supports=_supported, strided=True),
+    "jit": Kernel(bind=_bind_compiled, supports=lambda site: _supported(site) and _jit_quant.convolves(site)),
+}
 
 
 # ---- cases

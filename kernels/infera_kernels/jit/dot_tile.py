@@ -72,20 +72,21 @@ _DOTS: Mapping[str, tuple[int, Callable[..., Any]]] = MappingProxyType(
 
 @intrinsic
 def dot_tile(
-    context: Any, rows: Any, left: Any, a: Any, lda: Any, words: Any, b: Any, given: Any, sums: Any, zeros: Any,
-    scaled: Any, scale: Any, scales: Any, bias: Any, c: Any, ldc: Any, columns: Any,
+    context: Any, rows: Any, left: Any, a: Any, lda: Any, offsets: Any, taps: Any, words: Any, b: Any, given: Any,
+    sums: Any, zeros: Any, scaled: Any, scale: Any, scales: Any, bias: Any, c: Any, ldc: Any, columns: Any,
 ) -> Any:  # fmt: skip
     """One tile of 1 to TILE.rows rows; addresses and strides in bytes:
 
     c[r, :columns] = sum over k of a[r, k] * b[k] + given[r, 0] * sums - given[r, 1] * zeros, in int32; or, where it is
     `scaled`, that times (scale * scales) + bias + given[r, 2], in float32.
 
-    Row r of `a` lies at a + r * lda: so many words of the type of the array `left`. `b` is one panel (words,
-    TILE.columns, values of a word), int8. A row of `given` has four values of 32 bits, the last of them unused; `sums`,
-    `zeros`, `scales` and `bias` have TILE.columns, the latter two read where they are needed.
+    Row r of `a` has so many words at each of the offsets behind a + r * lda, of the type of the array `left`. `b` is
+    one panel (taps * words, TILE.columns, values of a word), int8. A row of `given` has four values of 32 bits, the
+    last of them unused; `sums`, `zeros`, `scales` and `bias` have TILE.columns, the latter two read where they are
+    needed.
     """
     address = types.intp
-    signature = types.void(address, left, *(address,) * 7, types.boolean, types.float32, *(address,) * 5)
+    signature = types.void(address, left, *(address,) * 9, types.boolean, types.float32, *(address,) * 5)
     dot = _DOTS[left.dtype.name]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -112,8 +113,9 @@ def _load(builder: Any, address: Any, nbytes: int, kind: Any) -> Any:
 
 
 def _tile_of(
-    builder: Any, dot: tuple[int, Callable[..., Any]], rows: int, vectors: int, a: Any, lda: Any, words: Any, b: Any,
-    given: Any, sums: Any, zeros: Any, scaled: Any, scale: Any, scales: Any, bias: Any, c: Any, ldc: Any, columns: Any,
+    builder: Any, dot: tuple[int, Callable[..., Any]], rows: int, vectors: int, a: Any, lda: Any, offsets: Any,
+    taps: Any, words: Any, b: Any, given: Any, sums: Any, zeros: Any, scaled: Any, scale: Any, scales: Any, bias: Any,
+    c: Any, ldc: Any, columns: Any,
 ) -> None:  # fmt: skip
     """Emits `dot_tile` for one size of tiles."""
     values, add_products = dot
@@ -122,15 +124,20 @@ def _tile_of(
     for line in tile:
         for held in line:
             builder.store(nothing, held)
-    with cgutils.for_range(builder, words) as loop:
-        panel = builder.add(b, builder.mul(loop.index, ir.Constant(I64, TILE.columns * values)))
-        weights = [_load(builder, panel, v * width, ir.VectorType(_BYTE, width)) for v in range(vectors)]
-        source = builder.add(a, builder.mul(loop.index, ir.Constant(I64, 4)))
-        for r, line in enumerate(tile):
-            row = builder.add(source, builder.mul(lda, ir.Constant(I64, r)))
-            word = spread(builder, _load(builder, row, 0, _WORD), _SUMS)
-            for held, weight in zip(line, weights, strict=True):
-                builder.store(add_products(builder, builder.load(held), word, weight), held)
+    panel = cgutils.alloca_once_value(builder, b)
+    with cgutils.for_range(builder, taps) as tap:
+        where = builder.add(offsets, builder.mul(tap.index, ir.Constant(I64, 8)))
+        start = builder.add(a, _load(builder, where, 0, I64))
+        with cgutils.for_range(builder, words) as loop:
+            line = builder.load(panel)
+            weights = [_load(builder, line, v * width, ir.VectorType(_BYTE, width)) for v in range(vectors)]
+            source = builder.add(start, builder.mul(loop.index, ir.Constant(I64, 4)))
+            for r, row in enumerate(tile):
+                value = _load(builder, builder.add(source, builder.mul(lda, ir.Constant(I64, r))), 0, _WORD)
+                word = spread(builder, value, _SUMS)
+                for held, weight in zip(row, weights, strict=True):
+                    builder.store(add_products(builder, builder.load(held), word, weight), held)
+            builder.store(builder.add(line, ir.Constant(I64, TILE.columns * values)), panel)
 
     def vectors_at(address: Any, kind: Any) -> list[Any]:
         return [_load(builder, address, v * TILE.lanes * 4, kind) for v in range(vectors)]

@@ -126,9 +126,10 @@ def take(x: Array, zero: Array | None, scratch: Scratch, left: DType = LEFT_TYPE
 
 
 def _product(
-    q: Any, given: Any, packed: Any, terms: Any, scaled: bool, scale: Any, scales: Any, bias: Any, y: Any, chunk: int
-) -> None:
-    """As `product`, in blocks of `chunk` rows."""
+    q: Any, offsets: Any, given: Any, packed: Any, terms: Any, scaled: bool, scale: Any, scales: Any, bias: Any, y: Any,
+    chunk: int,
+) -> None:  # fmt: skip
+    """As `product`, in blocks of `chunk` rows; `offsets` is one 0."""
     m, n = y.shape
     a, b, c, rows = q.ctypes.data, packed.ctypes.data, y.ctypes.data, given.ctypes.data
     sums, zeros = terms.ctypes.data, terms.ctypes.data + terms.strides[0]
@@ -140,7 +141,8 @@ def _product(
             for t in range(tiles):
                 more, at = height * (t + 1) // tiles - done, begin + done
                 dot_tile(
-                    more, q, a + at * q.strides[0], q.strides[0], packed.shape[1], b + p * packed.strides[0],
+                    more, q, a + at * q.strides[0], q.strides[0], offsets.ctypes.data, 1, packed.shape[1],
+                    b + p * packed.strides[0],
                     rows + at * given.strides[0], sums + shift, zeros + shift,
                     scaled, scale[()], scales.ctypes.data + shift, bias.ctypes.data + shift,
                     c + at * y.strides[0] + shift, y.strides[0], n - p * COLUMNS,
@@ -149,7 +151,7 @@ def _product(
 
 
 _PRODUCTS = {left: exact(_product) for left in LEFT_TYPES}
-_ONE = np.array(1, np.float32)
+_ONE, _START = np.array(1, np.float32), np.zeros(1, np.int64)
 
 
 def product(
@@ -178,7 +180,7 @@ def product(
         made.append(
             [
                 bound_by_address(
-                    _PRODUCTS[x.q.dtype], x.q[rows], x.given[rows], *weight, scales is not None,
+                    _PRODUCTS[x.q.dtype], x.q[rows], _START, x.given[rows], *weight, scales is not None,
                     _ONE if scale is None else scale.reshape(()), *row, target.view(np.float32), chunk,
                 )
             ]
