@@ -28,41 +28,47 @@ BLOCK_BYTES = 1 << 17
 
 @compiled
 def _pad(x: Any, last: bool, lift: Any, fill: Any, top: int, left: int, p: Any) -> None:
-    """p (N, H', W', C) = x + lift within a border of `fill`; x (N, H, W, C), or (N, C, H, W) where it is not `last`."""
-    images, lines, cols, channels = p.shape
-    height, width = (x.shape[1], x.shape[2]) if last else (x.shape[2], x.shape[3])
-    for n in range(images):
-        for i in range(lines):
-            inside = top <= i < top + height
-            for j in range(cols):
-                if not inside or j < left or j >= left + width:
+    """p (N, H', W' C) = x + lift within a border of `fill`; x (N, H, W, C), or (N, C, H, W) where it is not `last`."""
+    height, width, channels = (x.shape[1], x.shape[2], x.shape[3]) if last else (x.shape[2], x.shape[3], x.shape[1])
+    for n in range(p.shape[0]):
+        for i in range(p.shape[1]):
+            line = p[n, i]
+            if i < top or i >= top + height:
+                begin, end = line.size, line.size
+            else:
+                begin, end = left * channels, (left + width) * channels
+            for k in range(begin):
+                line[k] = fill
+            for k in range(end, line.size):
+                line[k] = fill
+            if begin < end:
+                inner = line[begin:end]
+                if last:
+                    source = x[n, i - top].reshape(end - begin)
+                    for k in range(inner.size):
+                        inner[k] = np.int32(np.int32(source[k]) + lift)
+                else:
                     for c in range(channels):
-                        p[n, i, j, c] = fill
-            if inside and last:
-                for j in range(width):
-                    for c in range(channels):
-                        p[n, i, left + j, c] = np.int32(np.int32(x[n, i - top, j, c]) + lift)
-            elif inside:
-                for c in range(channels):
-                    for j in range(width):
-                        p[n, i, left + j, c] = np.int32(np.int32(x[n, c, i - top, j]) + lift)
+                        source = x[n, c, i - top]
+                        for j in range(width):
+                            inner[j * channels + c] = np.int32(np.int32(source[j]) + lift)
 
 
 @exact
-def _requantize(sums: Any, factor: Any, point: Any, low: Any, high: Any, row: Any, y: Any, last: bool) -> None:
-    """One line (W, C) of sums to y (W, C), or (C, W) where it is not `last`: saturate(round(sums factor) + point)."""
+def _requantize(sums: Any, factor: Any, point: Any, low: Any, high: Any, row: Any, y: Any, last: bool, i: int) -> None:
+    """One line (W, C) of sums to line i of an image y (H, W, C), or (C, H, W) where channels are not `last`, by way of
+    `row`: saturate(round(sums factor) + point)."""
+    line = y[i] if last else row
     for j in range(sums.shape[0]):
-        source, target = sums[j], row[j]
+        source, target = sums[j], line[j]
         for c in range(target.size):
             target[c] = np.int32(clamped(np.rint(F(source[c]) * factor[c]) + point, low, high))
-    if last:
-        for j in range(row.shape[0]):
-            for c in range(row.shape[1]):
-                y[j, c] = row[j, c]
-    else:
-        for c in range(row.shape[1]):
-            for j in range(row.shape[0]):
-                y[c, j] = row[j, c]
+    if not last:
+        flat, channels = row.reshape(row.size), row.shape[1]
+        for c in range(channels):
+            turned = y[c, i]
+            for j in range(turned.size):
+                turned[j] = flat[j * channels + c]
 
 
 @exact
@@ -93,9 +99,7 @@ def _convolve(
                         )  # fmt: skip
                         done += more
         for at in range(begin, stop):
-            image = y[at // lines]
-            line = image[at % lines] if last else image[:, at % lines]
-            _requantize(sums[at - begin], factor, zero[()], low, high, row, line, last)
+            _requantize(sums[at - begin], factor, zero[()], low, high, row, y[at // lines], last, at % lines)
 
 
 @exact
@@ -115,8 +119,7 @@ def _convolve_each(
                 source, weight = p[begin + j * steps[2] + offsets[t] :][:channels], weights[t]
                 for c in range(channels):
                     pixel[c] += np.int32(np.int32(source[c]) * np.int32(weight[c]))
-        image = y[at // lines]
-        _requantize(sums, factor, zero[()], low, high, row, image[at % lines] if last else image[:, at % lines], last)
+        _requantize(sums, factor, zero[()], low, high, row, y[at // lines], last, at % lines)
 
 
 def _centred(w: Array, zero: Array) -> Array:
@@ -157,7 +160,8 @@ def conv2d(
     room = (images, height + sum(pads[0]), width + sum(pads[1]), channels)
     flat = scratch((int(np.prod(room)) + 4,), left)
     padded = flat[: int(np.prod(room))].reshape(room)
-    calls = [bound(_pad, x, last, np.int32(lift), np.int32(point + lift), pads[0][0], pads[1][0], padded)]
+    border = (np.int32(point + lift), pads[0][0], pads[1][0])
+    calls = [bound(_pad, x, last, np.int32(lift), *border, padded.reshape(images, room[1], -1))]
 
     each = groups > 1 and inner == 1 and out == groups
     merged = groups == 1 and (dilations[1] == 1 or kw == 1)
