@@ -124,6 +124,11 @@ def test_quantised_as_numpy_does(name: str) -> None:
     run([quantise.dynamic_range(x, got[1], limits), *quantise.centre(x, got[0], got[1], limits)])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
+    if not np.isnan(x).any():
+        zero, bytes_want, bytes_got = np.array(3, np.float32), dirty(x.shape, np.int8), dirty(x.shape, np.int8)
+        run(quant.quantize(x, got[1], zero, bytes_want, dirty))
+        run(quantise.quantize(x, got[1], zero, bytes_got))
+        np.testing.assert_array_equal(bytes_got, bytes_want)
     for again in (False, True):
         held, scale, bounds = x.copy(), np.array(0.5, np.float32), (-100, 155)
         run(quant.centre(x, scale, bounds, want[0], dequantize=again))

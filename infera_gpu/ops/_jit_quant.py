@@ -165,6 +165,25 @@ def dynamic_product(site: Site, io: Buffers, operands: tuple[int, int], scales: 
     ]
 
 
+def quantize(supports: Callable[[Site], bool]) -> Kernels:
+    """QuantizeLinear to 8 bits with one scale and one zero point at most."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.quantise import quantize
+
+        x, q = io.ins[0].reshape(-1), io.outs[0].reshape(-1)
+        scale, zero = io.scratch((), np.float32), io.scratch((), np.float32)
+        calls = rows(io, x.size, x.size, lambda part: quantize(x[part], scale, zero, q[part]))
+        point = io.ins[2].reshape(()) if site.has(2) else 0
+        return [(np.copyto, (scale, io.ins[1].reshape(()))), (np.copyto, (zero, point)), *calls]
+
+    def fits(site: Site) -> bool:
+        single = site.spec(1).size == 1 and site.spec(0).size > 0
+        return single and site.outs[0].dtype.name in ("int8", "uint8") and supports(site)
+
+    return {"jit": Kernel(bind, fits)}
+
+
 def dynamic_centre() -> Kernels:
     """DynamicCentre."""
 

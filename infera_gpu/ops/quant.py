@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import FLOAT32, NARROW, element_type, is_native, narrow, plain
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.cpu import quant as cpu
@@ -149,7 +150,8 @@ def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], dom
         domain=domain,
         infer=_quantize_spec,
         compute=plain(_quantize),
-        kernels={"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)},
+        kernels={"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)}
+        | _jit_quant.quantize(_quantize_supported),
         attrs=attrs,
         cases=cases,
     )

@@ -52,6 +52,13 @@ def _centre(x: Any, y: Any, scale: Any, limits: Any, again: bool) -> None:
 
 
 @exact
+def _quantize(x: Any, scale: Any, zero: Any, low: Any, high: Any, q: Any) -> None:
+    size, point = scale[()], zero[()]
+    for c in range(x.size):
+        q[c] = np.int32(clamped(np.rint(x[c] / size) + point, low, high))
+
+
+@exact
 def _requantize(sums: Any, factor: Any, zero: Any, low: Any, high: Any, q: Any) -> None:
     point = zero[()]
     for i in range(sums.shape[0]):
@@ -68,6 +75,12 @@ def dynamic_range(x: Array, scale: Array, limits: Array) -> Call:
 def centre(x: Array, y: Array, scale: Array, limits: Array, *, dequantize: bool = False) -> list[Call]:
     """y = round(x / scale) clamped to `limits`, float32 vectors; `y` may be `x`. With `dequantize` times `scale`."""
     return [bound(_centre, x, y, scale, limits, dequantize)]
+
+
+def quantize(x: Array, scale: Array, zero: Array, q: Array) -> list[Call]:
+    """q = saturate(round(x / scale) + zero), 8 bits; float32 vectors, scale and `zero` float32, 0-d."""
+    info = np.iinfo(q.dtype)
+    return [bound(_quantize, x, scale, zero, F(info.min), F(info.max), q)]
 
 
 def requantize(sums: Array, factor: Array, zero: Array, q: Array) -> list[Call]:
