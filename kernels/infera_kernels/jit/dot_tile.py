@@ -160,3 +160,60 @@ def _tile_of(
                 builder.store(builder.bitcast(made, _SUMS), held)
     made = [[builder.bitcast(builder.load(held), VECTOR) for held in line] for line in tile]
     store_columns(builder, made, [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)], columns)
+
+
+PIXELS = 4
+"""Neighbours whose channels are filtered together, which share the loads of a weight."""
+
+
+@intrinsic
+def filter_channels(
+    context: Any, pixels: Any, left: Any, x: Any, step: Any, offsets: Any, taps: Any, w: Any, start: Any, c: Any,
+    channels: Any,
+) -> Any:  # fmt: skip
+    """One pixel of a depthwise convolution, or PIXELS neighbours, in int32; addresses and strides in bytes:
+
+    c[p, :channels] = start + sum over t < taps of (values of the type of the array `left` at x + p * step + offsets[t])
+    * w[t]. There are `channels` int8 in a row of `w` and int32 in `start` and rows of `c`: whole vectors.
+    """
+    signature = types.void(types.intp, left, *(types.intp,) * 8)
+    kind = ir.VectorType(ir.IntType(left.dtype.bitwidth), TILE.lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pixels, _, *operands = args
+        with builder.if_else(builder.icmp_signed("==", pixels, ir.Constant(I64, PIXELS))) as (several, single):
+            for branch, count in ((several, PIXELS), (single, 1)):
+                with branch:
+                    _filter(builder, kind, left.dtype.signed, count, *operands)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _filter(
+    builder: Any, kind: Any, signed: bool, pixels: int, x: Any, step: Any, offsets: Any, taps: Any, w: Any, start: Any,
+    c: Any, channels: Any,
+) -> None:  # fmt: skip
+    """Emits `filter_channels` for so many pixels."""
+    sums = [cgutils.alloca_once(builder, _SUMS) for _ in range(pixels)]
+    widen = builder.sext if signed else builder.zext
+    size, lanes = ir.Constant(I64, kind.element.width // 8), ir.Constant(I64, TILE.lanes)
+    with cgutils.for_range(builder, builder.sdiv(channels, lanes)) as loop:
+        first = builder.mul(loop.index, lanes)
+        words = builder.mul(first, ir.Constant(I64, 4))
+        for held in sums:
+            builder.store(_load(builder, builder.add(start, words), 0, _SUMS), held)
+        base, weights = builder.add(x, builder.mul(first, size)), builder.add(w, first)
+        with cgutils.for_range(builder, taps) as tap:
+            offset = _load(builder, builder.add(offsets, builder.mul(tap.index, ir.Constant(I64, 8))), 0, I64)
+            row = builder.add(weights, builder.mul(tap.index, channels))
+            weight = builder.sext(_load(builder, row, 0, ir.VectorType(_BYTE, TILE.lanes)), _SUMS)
+            source = builder.add(base, offset)
+            for p, held in enumerate(sums):
+                value = _load(builder, builder.add(source, builder.mul(step, ir.Constant(I64, p))), 0, kind)
+                wide = value if kind == _SUMS else widen(value, _SUMS)
+                builder.store(builder.add(builder.load(held), builder.mul(wide, weight)), held)
+        out = builder.add(c, words)
+        for p, held in enumerate(sums):
+            pixel = builder.add(out, builder.mul(builder.mul(channels, ir.Constant(I64, 4)), ir.Constant(I64, p)))
+            builder.store(builder.load(held), address_of(builder, pixel, 0, _SUMS), align=1)

@@ -15,7 +15,7 @@ from infera_kernels.calls import Array, Call, Pack, Scratch
 from infera_kernels.cpu.parts import spans
 from infera_kernels.jit import integers
 from infera_kernels.jit.compiling import bound, compiled, exact
-from infera_kernels.jit.dot_tile import LEFT_TYPES, U8, DType, dot_tile, group
+from infera_kernels.jit.dot_tile import LEFT_TYPES, PIXELS, U8, DType, dot_tile, filter_channels, group
 from infera_kernels.jit.functions import F, clamped
 from infera_kernels.jit.microkernel import TILE
 
@@ -59,7 +59,7 @@ def _requantize(sums: Any, factor: Any, point: Any, low: Any, high: Any, row: An
     """One line (W, C) of sums to line i of an image y (H, W, C), or (C, H, W) where channels are not `last`, by way of
     `row`: saturate(round(sums factor) + point)."""
     line = y[i] if last else row
-    for j in range(sums.shape[0]):
+    for j in range(line.shape[0]):
         source, target = sums[j], line[j]
         for c in range(target.size):
             target[c] = np.int32(clamped(np.rint(F(source[c]) * factor[c]) + point, low, high))
@@ -107,18 +107,19 @@ def _convolve_each(
     p: Any, offsets: Any, steps: Any, weights: Any, terms: Any, factor: Any, zero: Any, low: Any, high: Any, sums: Any,
     row: Any, y: Any, last: bool, lines: int, first: int, end: int,
 ) -> None:  # fmt: skip
-    """As `_convolve`, where every channel has a window of its own: flat p, weights (taps, C)."""
+    """As `_convolve` a line at a time, where every channel has a window of its own: weights (taps, C), C rounded up to
+    whole vectors as in `terms` and `sums`."""
     cols, channels = sums.shape
     for at in range(first, end):
-        begin = (at // lines) * steps[0] + (at % lines) * steps[1]
-        for j in range(cols):
-            pixel = sums[j]
-            for c in range(channels):
-                pixel[c] = terms[c]
-            for t in range(offsets.size):
-                source, weight = p[begin + j * steps[2] + offsets[t] :][:channels], weights[t]
-                for c in range(channels):
-                    pixel[c] += np.int32(np.int32(source[c]) * np.int32(weight[c]))
+        source = p.ctypes.data + (at // lines) * steps[0] + (at % lines) * steps[1]
+        j = 0
+        while j < cols:
+            pixels = PIXELS if j + PIXELS <= cols else 1
+            filter_channels(
+                pixels, p, source + j * steps[2], steps[2], offsets.ctypes.data, offsets.size, weights.ctypes.data,
+                terms.ctypes.data, sums.ctypes.data + j * channels * 4, channels,
+            )  # fmt: skip
+            j += pixels
         _requantize(sums, factor, zero[()], low, high, row, y[at // lines], last, at % lines)
 
 
@@ -158,27 +159,26 @@ def conv2d(
     lines, cols = y.shape[1:3] if last else y.shape[2:]
     lift = (128 if x.dtype == np.int8 else 0) if left == U8 else -point
     room = (images, height + sum(pads[0]), width + sum(pads[1]), channels)
-    flat = scratch((int(np.prod(room)) + 4,), left)
-    padded = flat[: int(np.prod(room))].reshape(room)
+    size = int(np.prod(room))
+    padded = scratch((size + TILE.lanes,), left)[:size].reshape(room)  # vectors reach beyond the last value
     border = (np.int32(point + lift), pads[0][0], pads[1][0])
     calls = [bound(_pad, x, last, np.int32(lift), *border, padded.reshape(images, room[1], -1))]
 
     each = groups > 1 and inner == 1 and out == groups
     merged = groups == 1 and (dilations[1] == 1 or kw == 1)
-    unit = 1 if each else left.itemsize  # what `steps` and `offsets` count: elements or bytes
-    down, right = padded.strides[1] // left.itemsize * unit, channels * unit
+    down, right, inward = padded.strides[1:]
     across = range(1) if merged else range(kw)
     offsets = np.array(
         [u * dilations[0] * down + v * dilations[1] * right for u in range(kh) for v in across], np.int64
     )
-    steps = np.array([room[1] * down, strides[0] * down, strides[1] * right, inner * unit], np.int64)
+    steps = np.array([room[1] * down, strides[0] * down, strides[1] * right, inner * inward], np.int64)
     run = (kw if merged else 1) * inner
-    words = -(-run // group(left))
+    words, whole = -(-run // group(left)), -(-out // TILE.lanes) * TILE.lanes
 
     def weights(w: Array) -> Array:
         made = _centred(w, w_zero).astype(np.int8).transpose(2, 3, 1, 0)  # (KH, KW, C / groups, O)
         if each:
-            return np.ascontiguousarray(made.reshape(kh * kw, out))
+            return np.ascontiguousarray(np.pad(made.reshape(kh * kw, out), ((0, 0), (0, whole - out))))
         runs = np.zeros((len(offsets), words * group(left), out), np.int8)
         runs[:, :run] = made.reshape(len(offsets), run, out)
         matrices = np.split(runs.reshape(-1, out), groups, axis=1)
@@ -188,7 +188,7 @@ def conv2d(
         total = _centred(w, w_zero).reshape(out, -1).sum(1, dtype=np.int32) * np.int32(-(point + lift))
         total = total if bias is None else total + bias
         if each:
-            return total
+            return np.pad(total, (0, whole - out))
         rows = np.zeros((groups, 2, -(-(out // groups) // COLUMNS) * COLUMNS), np.int32)
         rows[:, 0, : out // groups] = total.reshape(groups, -1)
         return rows
@@ -202,10 +202,10 @@ def conv2d(
     made = []
     for first, end in spans(images * lines, parts):
         row = scratch((cols, out), y.dtype)
-        sums = scratch((cols, out) if each else (min(together, end - first), cols, out), np.int32)
+        sums = scratch((cols, whole) if each else (min(together, end - first), cols, out), np.int32)
         ending = (factor, zero, F(info.min), F(info.max), sums, row, y, last, lines, first, end)
         if each:
-            made.append([bound(_convolve_each, flat, offsets, steps, packed, terms, *ending)])
+            made.append([bound(_convolve_each, padded, offsets, steps, packed, terms, *ending)])
         else:
             made.append([bound(_convolve, padded, offsets, steps, words, packed, terms, given, *ending)])
     return calls, made
