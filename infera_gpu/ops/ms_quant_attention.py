@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import ms_attention
+from infera_gpu.ops import _jit_quant, ms_attention
 from infera_gpu.ops._families import integers
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops.ms_quant_matmul import bind_scaled, integer_to_float
-from infera_gpu.ops.quant_matmul import check_parameters, of_inputs
+from infera_gpu.ops.quant_matmul import COMPILED, NUMPY, Arithmetic, check_parameters
 from infera_gpu.spec import Array, TensorSpec
 
 _MASK, _PAST = 5, 8
@@ -78,7 +79,7 @@ def _compute(
     return _attend(xp, site, projected, mask, past)
 
 
-def _bind(site: Site, io: Buffers) -> list[Call]:
+def _bind(site: Site, io: Buffers, arithmetic: Arithmetic) -> list[Call]:
     *_, mask, _, _, past = (*io.ins, *(None,) * 9)[:9]
     shape = (*io.ins[0].shape[:2], io.ins[1].shape[1])
     sums, projected = io.scratch(shape, np.int32), io.scratch(shape, np.float32)
@@ -88,10 +89,14 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
             np.copyto(out, made)
 
     return [
-        *of_inputs(site, io, (0, 6, 1, 7), sums),
+        *arithmetic.product(site, io, (0, 6, 1, 7), sums),
         *bind_scaled(sums, (io.ins[3], io.ins[4]), io.ins[2], projected, io),
         (attend, ()),
     ]
+
+
+def _compiled(site: Site) -> bool:
+    return _jit_quant.takes(site, 0, 6) and _jit_quant.packs(site, 1, 7)
 
 
 _WEIGHT = integers(5, np.int8, 8, 24)
@@ -139,7 +144,12 @@ OPS: tuple[Op, ...] = (
                 n_outs=2,
             ),
         ),
-        kernels={"cpu": Kernel(_bind, lambda site: site.spec(0).size > 0, strided=True, allocates=True)},
+        kernels={
+            "cpu": Kernel(
+                partial(_bind, arithmetic=NUMPY), lambda site: site.spec(0).size > 0, strided=True, allocates=True
+            ),
+            "jit": Kernel(partial(_bind, arithmetic=COMPILED), _compiled, strided=True, allocates=True),
+        },
         do_rotary=0,
         mask_filter_value=None,
         num_heads=REQUIRED,
