@@ -48,6 +48,11 @@ def drawn(dtype: Any, *shape: int, seed: int = 0) -> Array:
     return made
 
 
+def took(x: Array, zero: Array | None, left: Any) -> tuple[integers.Left, list[Call]]:
+    made = integers.left_of((x.shape[0], x.shape[1]), dirty, left)
+    return made, integers.take(x, zero, made)
+
+
 def packed(w: Array, zero: Array | None, left: Any) -> integers.Weight:
     return integers.Weight(integers.pack(w, left), integers.terms(w, zero))
 
@@ -59,7 +64,7 @@ def packed(w: Array, zero: Array | None, left: Any) -> integers.Weight:
 def test_product(left: Any, m: int, n: int, k: int) -> None:
     x, w = drawn(np.uint8, m, k), drawn(np.int8, k, n, seed=1)
     want = (x.astype(np.int32) - 117) @ w.astype(np.int32)
-    taken, calls = integers.take(x, np.array(117, np.int32), dirty, left)
+    taken, calls = took(x, np.array(117, np.int32), left)
     for parts in (1, 3):
         wide = np.full((m, n + 9), -7, np.int32)
         made = integers.product(taken, packed(w, None, left), wide[:, 4 : n + 4], parts=parts)
@@ -80,7 +85,7 @@ def test_zero_points(left: Any, x_type: Any, w_type: Any, points: int) -> None:
     b_zero = drawn(w_type, points, 1, seed=3).reshape(-1) if points else None
     centred = source.astype(np.int32) - a_zero
     x, zero = (centred.astype(np.float32), None) if x_type == np.float32 else (source, a_zero)
-    taken, calls = integers.take(x, zero, dirty, left)
+    taken, calls = took(x, zero, left)
     y = np.empty((m, n), np.int32)
     run([*calls, *integers.product(taken, packed(w, b_zero, left), y)[0]])
     np.testing.assert_array_equal(y, centred @ (w.astype(np.int32) - (0 if b_zero is None else b_zero)))
@@ -93,7 +98,7 @@ def test_sums_are_scaled_as_numpy_does(left: Any) -> None:
     scale, scales, bias = np.array(0.0371, np.float32), rng.random(70, np.float32), rng.random(70, np.float32) - 0.5
     sums = x.astype(np.int32) @ w.astype(np.int32)
     x[7, 3] = np.nan
-    taken, calls = integers.take(x, None, dirty, left)
+    taken, calls = took(x, None, left)
     y = np.empty((30, 70), np.float32)
     columns = {"scales": integers.spread(scales, 70), "bias": integers.spread(bias, 70)}
     run([*calls, *integers.product(taken, packed(w, None, left), y, scale=scale, **columns)[0]])

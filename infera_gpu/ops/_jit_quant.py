@@ -46,7 +46,9 @@ def product(
     b, b_zero = operands
     flip, point = site.attrs.get("transB", 0), site.value(b_zero)
     k, n = x.shape[-1], out.shape[-1]
-    left, calls = integers.take(x.reshape(-1, k), zero, io.scratch)
+    x = x.reshape(-1, k)
+    left = integers.left_of(x.shape, io.scratch)
+    calls = rows(io, len(x), x.size, lambda part: integers.take(x[part], zero, left.part(part)))
 
     def columns(i: int) -> Array | None:
         return io.pack(i, f"columns {n}", lambda v: integers.spread(v, n)) if i and site.has(i) else None

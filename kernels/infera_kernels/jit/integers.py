@@ -34,6 +34,10 @@ class Left(NamedTuple):
     q: Array
     given: Array
 
+    def part(self, rows: slice) -> Left:
+        """These rows."""
+        return Left(self.q[rows], self.given[rows])
+
 
 class Weight(NamedTuple):
     """A right-hand side (K, N), packed."""
@@ -110,19 +114,20 @@ def _take_floats(x: Any, raised: bool, q: Any, given: Any) -> None:
         given[i, 0], given[i, 1], given[i, 2] = least, total, _NAN if other else 0
 
 
-def _left(shape: tuple[int, int], scratch: Scratch, left: DType) -> Left:
+def left_of(shape: tuple[int, int], scratch: Scratch, left: DType = LEFT_TYPES[0]) -> Left:
+    """Room for a left-hand side (M, K)."""
     words = -(-shape[1] // group(left))
     return Left(scratch((shape[0], words * group(left)), left), scratch((shape[0], 4), np.int32))
 
 
-def take(x: Array, zero: Array | None, scratch: Scratch, left: DType = LEFT_TYPES[0]) -> tuple[Left, list[Call]]:
-    """x (M, K) as the left-hand side: 8-bit integers less a zero point, int32 and 0-d, or float32 that holds such
-    differences: a row has integers, no two of them, and none from 0, further than 255 apart, or NaN."""
-    made = _left(x.shape, scratch, left)
+def take(x: Array, zero: Array | None, made: Left) -> list[Call]:
+    """x (M, K), contiguous, as a left-hand side: 8-bit integers less a zero point, int32 and 0-d, or float32 that holds
+    such differences: a row has integers, no two of them, and none from 0, further than 255 apart, or NaN."""
+    raised = made.q.dtype == U8
     if x.dtype == np.float32:
-        return made, [bound(_take_floats, x, left == U8, *made)]
-    lift = np.int32(128 if left == U8 and x.dtype == np.int8 else 0)
-    return made, [bound(_take_integers, x, np.zeros((), np.int32) if zero is None else zero, lift, *made)]
+        return [bound(_take_floats, x, raised, *made)]
+    lift = np.int32(128 if raised and x.dtype == np.int8 else 0)
+    return [bound(_take_integers, x, np.zeros((), np.int32) if zero is None else zero, lift, *made)]
 
 
 def _product(
