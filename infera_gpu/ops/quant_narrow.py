@@ -89,10 +89,6 @@ def _supports_centre(site: Site) -> bool:
     return site.value(2) is not None and site.spec(0).dtype == FLOAT32
 
 
-def _supports_centre(site: Site) -> bool:
-    return site.value(2) is not None and site.spec(0).dtype == FLOAT32
-
-
 # ---- NarrowMatMul: (a, b, scale, b's zero point, a's scale, bias) -> float32.
 # a @ (b - zero point) * (a's scale * scale) + bias. b (K, N) has 8 bits and is constant, as its zero point is; both
 # parameters of b have one value or N, a's scale has one, bias N. With `reach` a is centred, from 8 bits and one zero
