@@ -186,12 +186,12 @@ def _split(bind: Bind, ns: float) -> Bind:
     return split
 
 
-CHAIN_NS = 1.0
-"""Nanoseconds that an element takes in a chain of ufuncs, about."""
+PASS_NS, CHAIN_NS = 0.2, 1.0
+"""Nanoseconds that an element takes in a ufunc and in a chain of them, about."""
 
 
 def elementwise(
-    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native, *, ns: float = 0.2
+    bind: Bind, inplace: tuple[int, ...] = (0,), supports: Callable[[Site], bool] = native, *, ns: float = PASS_NS
 ) -> dict[str, Kernel]:
     """The `kernels` of an elementwise operator: any strides, the output may take over an input.
 

@@ -17,10 +17,11 @@ import numpy as np
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops import activation, compare, elementwise
-from infera_gpu.ops._families import plain
+from infera_gpu.ops._families import CHAIN_NS, PASS_NS, plain, split_of
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.chain import LARGE, Emit, Step, chain
 from infera_kernels.cpu.elementwise import BLOCK
+from infera_kernels.cpu.parts import worth
 
 _NAMES = (
     *(
@@ -51,6 +52,9 @@ def _steps() -> Mapping[str, Op]:
     bounded = min((op for op in activation.OPS if op.name == "Clip"), key=lambda op: op.since)
     return MappingProxyType({**found, "Clip": bounded})
 
+
+_SLOW = frozenset(op.name for op in activation.OPS) - {"Relu", "LeakyRelu", "Clip"} | {"Erf", "Exp", "Log", "Pow"}
+"""Steps that are chains of ufuncs themselves, or as slow."""
 
 STEPS = _steps()
 """What a step may be: operators of one output that has the element type of its last input."""
@@ -196,10 +200,12 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
         Step(_emitter(step, io), term.args, _inplace(step))
         for step, term in zip(_sites(site), _terms(site), strict=True)
     ]
-    size = min(LARGE, max(BLOCK, -(-site.outs[0].size // io.threads)))
+    ns = sum(CHAIN_NS if term.op in _SLOW else PASS_NS for term in _terms(site))
+    threads = worth(ns * site.outs[0].size, split_of(io)).threads
+    size = min(LARGE, max(BLOCK, -(-site.outs[0].size // threads)))
     parts = [
-        chain(steps, io.ins, io.outs[0], io.scratch, size=size, within=partial(_is_of_part, part, io.threads))
-        for part in range(io.threads)
+        chain(steps, io.ins, io.outs[0], io.scratch, size=size, within=partial(_is_of_part, part, threads))
+        for part in range(threads)
     ]
     return io.parallel([part for part in parts if part])
 
