@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from infera_gpu.errors import InputError
+
 VARIABLE = "INFERA_THREADS"
 """An environment variable: how many threads a run on the CPU has where nobody says."""
 
@@ -17,10 +19,11 @@ def default_threads() -> tuple[int, str]:
     """How many threads a run has where nobody says, and why: what INFERA_THREADS says, else one a core.
 
     Cores are those that the process may use, two hardware threads of one counting once, and no more than the control
-    group's quota of time is worth. A variable that is not a positive number is ignored.
+    group's quota of time is worth. Raises InputError where the variable is set, and no positive number.
     """
-    asked = os.environ.get(VARIABLE, "")
-    if asked.isdecimal() and int(asked):
+    if asked := os.environ.get(VARIABLE, ""):
+        if not asked.isdecimal() or not int(asked):
+            raise InputError(f"{VARIABLE} is '{asked}', expected a positive number")
         return int(asked), VARIABLE
     cores = usable_cores()
     quota = _quota()

@@ -38,7 +38,6 @@ class Results:
 
     def __init__(self) -> None:
         self._free: dict[int, deque[_Block]] = {}
-        self._closed = False
 
     @property
     def nbytes(self) -> int:
@@ -59,16 +58,19 @@ class Results:
         return np.ndarray(tuple(shape), dtype, lent)
 
     def take_back(self, raw: Any) -> None:
-        if not self._closed and self.nbytes + raw.nbytes <= KEPT:
+        if self.nbytes + raw.nbytes <= KEPT:
             self._free.setdefault(raw.nbytes, deque()).append(raw)
 
-    def close(self) -> None:
-        """What comes back from now on is freed."""
-        self._closed = True
-        self._free.clear()
+    def clear(self) -> None:
+        """Free what waits."""
+        self._free = {}
 
 
 def _rounded(nbytes: int) -> int:
     """Up to an eighth more, so that results of similar sizes share memory."""
     step = 1 << max(nbytes.bit_length() - 4, 0)
     return -(-nbytes // step) * step
+
+
+RESULTS = Results()
+"""Of all sessions of the process."""

@@ -28,7 +28,7 @@ from infera_gpu.ops import registry
 from infera_gpu.passes import Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
-from infera_gpu.results import Results
+from infera_gpu.results import RESULTS
 from infera_gpu.source import Source
 from infera_gpu.spec import (
     Array,
@@ -57,8 +57,8 @@ def load(
 
     `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` is how many
     threads a run on the CPU has; None is one for every core, or what the environment variable INFERA_THREADS says.
-    Sessions share their threads, and from the first run until the last session is closed NumPy's BLAS has one thread,
-    in the whole process.
+    Sessions share their threads, and from the first run until the last session is closed or collected NumPy's BLAS has
+    one thread, in the whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
     writes, as far as BLAS does: nothing is folded into weights, and convolutions take no Winograd. `jit` says whether
     the CPU runs kernels that numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at
@@ -68,8 +68,10 @@ def load(
     """
     if accuracy not in ("fast", "strict"):
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
+    if arena is not None and not isinstance(arena, Arena):
+        raise InputError(f"arena is a {type(arena).__name__}, expected an infera_gpu.Arena")
     with uncollected():
-        return _loaded(model, device, threads, fuse, accuracy, jit, arena or Arena(max(1, max_concurrency)))
+        return _loaded(model, device, threads, fuse, accuracy, jit, arena or Arena(max_concurrency))
 
 
 def _loaded(
@@ -157,7 +159,6 @@ class Session:
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
         self._dropped: WeakSet[Session] = WeakSet()
         self._inner: list[Session] = []
-        self._results = Results()
         self._deriving = threading.Lock()
         self._guests = 0
         self._all_plain = all(map(is_plain, self.inputs.values()))
@@ -276,7 +277,7 @@ class Session:
             target = out.get(name) if out else None
             if target is None:
                 require_host_memory(f"output '{name}'", source.nbytes)
-                target = self._results.empty(source.shape, source.dtype, source.nbytes)
+                target = RESULTS.empty(source.shape, source.dtype, source.nbytes)
             elif target.shape != source.shape or target.dtype != source.dtype:
                 raise InputError(
                     f"out['{name}'] is {target.dtype.name}{list(target.shape)}, "
@@ -444,7 +445,7 @@ class Session:
             session._let_go()
         self._inner.clear()
         self._leases.clear()
-        self._results.close()
+        RESULTS.clear()
         self._stages.clear()
         self._constants.clear()
 

@@ -57,7 +57,8 @@ def test_what_a_session_bound_to_a_smaller_arena_is_let_go() -> None:
     tracemalloc.start()
     try:
         for n, session in enumerate(sessions):
-            session.run({"x": np.ones((10_000 + 1_000 * n, 64), np.float32)})
+            x = np.ones((10_000 + 1_000 * n, 64), np.float32)
+            session.run({"x": x}, out={"y": x})
         gc.collect()
         assert tracemalloc.get_traced_memory()[0] < 1.5 * arena.nbytes
     finally:

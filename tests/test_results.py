@@ -54,17 +54,23 @@ def test_small_results_and_objects_are_numpys_own() -> None:
     assert not pool.nbytes
 
 
-def test_what_waits_is_bounded_and_closing_frees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "KEPT", 10 * LARGE)
     pool = Results()
     for n in range(4):
         kept = [made(pool, LARGE + n * 1000) for _ in range(3)]
         del kept
         assert pool.nbytes <= 10 * LARGE
-    late = made(pool, LARGE)
-    pool.close()
-    del late
+    pool.clear()
     assert not pool.nbytes
+
+
+def test_closing_a_session_frees_what_waits() -> None:
+    session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), device="cpu")
+    session.run({"x": np.ones(LARGE, np.float32)})
+    assert results.RESULTS.nbytes
+    session.close()
+    assert not results.RESULTS.nbytes
 
 
 def test_threads_never_share_a_result() -> None:

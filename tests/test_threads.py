@@ -20,7 +20,7 @@ import infera_gpu
 from infera_gpu import cpus
 from infera_gpu.devices import open_device
 from infera_gpu.devices.workers import Workers
-from infera_gpu.errors import DeviceError, PlanError
+from infera_gpu.errors import DeviceError, InputError, PlanError
 from infera_gpu.op import Call, Case, Op
 from infera_kernels.calls import SERIAL, Split, one_after_the_other
 from infera_kernels.cpu.parts import LEAST_NS, along, parts
@@ -456,9 +456,13 @@ def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for text, threads in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
         quota.write_text(text)
         assert cpus.default_threads()[0] == threads
-    for asked, threads in (("5", 5), ("0", 8), ("many", 8)):
+    for asked, threads in (("5", 5), ("", 8)):
         monkeypatch.setenv(cpus.VARIABLE, asked)
         assert cpus.default_threads()[0] == threads
+    for asked in ("0", "many", "-1"):
+        monkeypatch.setenv(cpus.VARIABLE, asked)
+        with pytest.raises(InputError, match=f"INFERA_THREADS is '{asked}', expected a positive number"):
+            cpus.default_threads()
 
 
 def test_cores_are_counted_once() -> None:
@@ -475,3 +479,23 @@ def test_a_server_leaves_one_core_to_its_event_loop(monkeypatch: pytest.MonkeyPa
     assert threads_of(Settings())[0] == 1
     monkeypatch.setenv(cpus.VARIABLE, "5")
     assert threads_of(Settings()) == (5, "as set")
+
+
+def test_blas_gets_its_threads_back_when_the_last_session_is_collected() -> None:
+    """In a process of its own: other tests' sessions are still there."""
+    script = """
+import gc
+import numpy as np, threadpoolctl, infera_gpu
+from tests.text import parse
+def threads(): return [lib["num_threads"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
+threadpoolctl.threadpool_limits(2, "blas")
+before = threads()
+session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }"), device="cpu")
+session.run({"x": np.ones(3, np.float32)})
+during = threads()
+del session
+gc.collect()
+assert during == [1] * len(before), during
+assert threads() == before, threads()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)

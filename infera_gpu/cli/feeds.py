@@ -113,13 +113,15 @@ def read_shapes(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> Sha
 
 
 def free_dimensions(inputs: Mapping[str, TensorSpec], known: Mapping[str, object]) -> list[str]:
-    """`input[axis]`, with the symbol if it has one, of every dimension that neither the model nor `known` settles."""
+    """`input[axis]`, with the symbol if it has one, of every dimension that neither the model nor `known` settles: the
+    symbols of the inputs there are settled wherever they stand."""
+    settled = {d for name in known if name in inputs for d in inputs[name].shape if isinstance(d, str)}
     return [
         f"{name}[{axis}]" + (f" '{d}'" if d else "")
         for name, spec in inputs.items()
         if name not in known
         for axis, d in enumerate(spec.shape)
-        if not isinstance(d, int)
+        if not isinstance(d, int) and d not in settled
     ]
 
 

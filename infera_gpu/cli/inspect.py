@@ -44,7 +44,7 @@ def command(
         shapes = read_shapes(shape or [], session.tensor_inputs)
         free = free_dimensions(session.tensor_inputs, {**shapes, **given})
         if free:
-            name = free[0].rpartition("[")[0]
+            name = free[0].split(" ")[0].rpartition("[")[0]
             example = ",".join(str(d) if isinstance(d, int) else "1" for d in session.tensor_inputs[name].shape)
             note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
             return

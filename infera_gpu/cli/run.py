@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def command(
             if random
             else read_feeds(input or [], session.tensor_inputs)
         )
-        with working("running"), on_random(session.tensor_inputs, input):
+        with working("running"), on_random(session.tensor_inputs, input) if random else nullcontext():
             outputs = session.run(feeds)
     if output:
         write_npz(output, outputs)

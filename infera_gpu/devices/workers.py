@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_gpu.op import Call
@@ -79,8 +79,8 @@ class Workers:
     """Daemon threads, one fewer than the most threads that a user asked for; started when first needed.
 
     While there are users, BLAS runs on one thread, in the whole process: its own threads would compete with these for
-    the same cores, and they wait actively. The last user to leave ends the threads and gives BLAS back its own. A user
-    that is garbage is none any more; its threads and BLAS's wait for another one to leave.
+    the same cores, and they wait actively. The last user to leave, or to be collected, ends the threads and gives BLAS
+    back its own.
     """
 
     def __init__(self) -> None:
@@ -107,16 +107,32 @@ class Workers:
         with self._lock:
             if self._blas is None:
                 self._blas = controller().limit(limits=1)
+            if user not in self._users:
+                finalize(user, self._collected).atexit = False
             self._users[user] = threads
+
+    def _collected(self) -> None:
+        """A user is garbage. This may happen anywhere, in here too: where the lock is taken, the next one tells."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._release_blas()
+                idle, self._idle = self._idle, []
+            finally:
+                self._lock.release()
+            for wake in idle:
+                wake.release()
+
+    def _release_blas(self) -> None:
+        if self._blas is not None and not any(True for _ in self._users):
+            self._blas.restore_original_limits()
+            self._blas = None
 
     def leave(self, user: object) -> None:
         """`user` runs no more regions. No effect where it is no user."""
         with self._lock:
             self._users.pop(user, None)
             idle, self._idle = self._idle, []
-            if not self._users and self._blas is not None:
-                self._blas.restore_original_limits()
-                self._blas = None
+            self._release_blas()
         for wake in idle:
             wake.release()
 

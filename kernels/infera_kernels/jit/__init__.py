@@ -1,7 +1,7 @@
 """CPU kernels that numba compiles (the extra `jit`): what takes NumPy many passes over memory, in one.
 
 Nothing here is imported before a device asks for it. Functions are compiled while a plan is made, for the types that
-they are bound to, and kept in numba's cache on disk (NUMBA_CACHE_DIR, else beside the sources or in the user's cache).
+they are bound to, and kept on disk: see `infera_kernels.disk`.
 """
 
 from __future__ import annotations
