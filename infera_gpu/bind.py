@@ -19,7 +19,7 @@ from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
 
-MAX_FOLDED = 1 << 28
+MAX_FOLDED = 1 << 27
 """Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
 
 
