@@ -67,6 +67,10 @@ class Site:
         made: T = found[key]
         return made
 
+    def forget(self) -> None:
+        """Drop what was found `once`: when a plan is bound nobody asks any more."""
+        self.__dict__.pop("_found", None)
+
     def has(self, i: int) -> bool:
         """Whether input i is present."""
         return i < len(self.ins) and self.ins[i] is not None
