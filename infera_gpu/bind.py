@@ -242,7 +242,8 @@ class Given:
 class Bound:
     """A plan bound to one set of arenas: inputs to fill, calls to make, outputs to read. `direct` inputs are set.
 
-    `spans[i]` is the slice of `calls` that belongs to the plan's step i.
+    `spans[i]` is the slice of `calls` that belongs to the plan's step i. `fast` are the calls of a run: the same, but
+    for what a CUDA graph replays at one go.
     """
 
     plan: Plan
@@ -251,27 +252,34 @@ class Bound:
     calls: tuple[Call, ...]
     outputs: Mapping[str, Array]
     spans: tuple[slice, ...]
+    fast: tuple[Call, ...]
 
     def run(self) -> None:
         """Make the calls. What fails is an InferaError naming the node: InputError for an index out of range."""
+        fn: Callable[..., object] = self.run
         args: tuple[Any, ...] = ()
         try:
-            for fn, args in self.calls:
+            for fn, args in self.fast:
                 fn(*args)
         except InferaError:
             raise
         except IndexError as error:
-            raise InputError(f"{self._step_of(args).label}: {error}") from None
+            raise InputError(f"{self._label(fn, args)}: {error}") from None
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise PlanError(f"{self._step_of(args).label}: {error}") from error
+            raise PlanError(f"{self._label(fn, args)}: {error}") from error
         except Exception as error:
-            error.add_note(f"in the step {self._step_of(args).label}")
+            error.add_note(f"in the step {self._label(fn, args)}")
             raise
 
-    def _step_of(self, args: tuple[Any, ...]) -> Step:
-        """The step that a call with these arguments belongs to."""
-        at = next(i for i, (_, a) in enumerate(self.calls) if a is args)
-        return next(s for s, span in zip(self.plan.steps, self.spans, strict=True) if span.start <= at < span.stop)
+    def _label(self, fn: Callable[..., object], args: tuple[Any, ...]) -> str:
+        """The step that a call belongs to; where a graph makes its calls one by one, that of the last."""
+        args = getattr(fn, "args", args)
+        at = next((i for i, (_, a) in enumerate(self.calls) if a is args), None)
+        if at is None:
+            return "a replayed CUDA graph"
+        return next(
+            s.label for s, span in zip(self.plan.steps, self.spans, strict=True) if span.start <= at < span.stop
+        )
 
 
 def bind(
@@ -326,6 +334,11 @@ def bind(
         with planning(step.label):
             calls += calls_of(step)
         spans.append(slice(start, len(calls)))
+    fast, done = list[Call](), 0
+    for held in plan.graphs or ():
+        start, stop = spans[held[0]].start, spans[held[-1]].stop
+        fast += [*calls[done:start], *([device.graph(calls[start:stop])] if stop > start else [])]
+        done = stop
     return Bound(
         plan,
         {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct},
@@ -333,4 +346,5 @@ def bind(
         tuple(calls),
         {v: array(o) for v, o in plan.outputs.items()},
         tuple(spans),
+        (*fast, *calls[done:]),
     )

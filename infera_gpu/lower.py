@@ -292,6 +292,7 @@ class _Lowering:
             Lowered(
                 self.device.name,
                 self.device.concurrency,
+                self.device.captures,
                 self.segment,
                 self.steps,
                 {k: r for k, r in self.roots.items() if k not in direct},

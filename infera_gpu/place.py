@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.memory import Request, aligned, plan_arena
-from infera_gpu.plan import Block, Plan, Step
+from infera_gpu.plan import Block, Plan, Step, capturable
 from infera_gpu.specialize import Segment
 
 
@@ -37,6 +37,7 @@ class Lowered:
 
     device: str
     concurrency: str
+    captures: bool
     segment: Segment
     steps: Sequence[Step]
     roots: Mapping[str, Root]
@@ -101,6 +102,7 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         ),
         saved=lowered.saved,
         direct=lowered.direct,
+        graphs=capturable(steps) if lowered.captures else None,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
 
 from infera_gpu.graph import HostArray
@@ -38,8 +39,23 @@ class Step(NamedTuple):
         return f"{self.via} x{self.parts}" if self.parts > 1 else self.via
 
     @property
+    def uncapturable(self) -> str:
+        """Why no CUDA graph can hold the step; empty where one can."""
+        if self.kind in ("upload", "download"):
+            return "copies between host and device"
+        if self.space == "host":
+            return "runs on the host"
+        return "allocates" if self.allocates else ""
+
+    @property
     def allocates(self) -> bool:
         return self.kind == "compute" or (self.kernel is not None and self.kernel.allocates)
+
+
+def capturable(steps: Sequence[Step]) -> tuple[range, ...]:
+    """The steps that CUDA graphs can hold: ranges, as long as possible, of two or more."""
+    edges = [-1, *(i for i, s in enumerate(steps) if s.uncapturable), len(steps)]
+    return tuple([range(a + 1, b) for a, b in pairwise(edges) if b - a > 2])
 
 
 class Block(NamedTuple):
@@ -62,7 +78,8 @@ class Plan:
     the most bytes alive at one step: no plan can need less.
     `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
     others, computed "in place" of an input, or written "into slots" of the value that joins them. `concurrency` is how
-    many threads there are for the steps' parts, and why.
+    many threads there are for the steps' parts, and why. `graphs` are the steps that CUDA graphs hold, each captured
+    once and replayed from then on; None where nothing is captured.
     """
 
     device: str
@@ -78,6 +95,7 @@ class Plan:
     blocks: tuple[Block, ...]
     saved: Mapping[str, int]
     direct: frozenset[str] = frozenset()
+    graphs: tuple[range, ...] | None = None
 
     @property
     def arena_bytes(self) -> int:
@@ -107,6 +125,9 @@ class Plan:
             text += "\nbytes without memory of their own: " + ", ".join(
                 f"{nbytes:,} {how}" for how, nbytes in self.saved.items() if nbytes
             )
+        if self.graphs is not None:
+            held = sum(map(len, self.graphs))
+            text += f"\n{held} of {len(self.steps)} steps in {len(self.graphs)} CUDA graphs"
         if not self.segment.is_last:
             why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(e.node) for e in self.segment.eager])
             text += f"\nthe rest is planned when known: {why}"
@@ -130,12 +151,13 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for i, s in enumerate(plan.steps):
         out = s.outs[0]
+        note = s.uncapturable if plan.graphs is not None else "allocates" if s.allocates else ""
         in_place = any(o is not None and not o.constant and o.offset == out.offset for o in s.ins)
         found.append(
             (
                 str(i),
                 s.label,
-                s.how + (" (allocates)" if s.allocates else ""),
+                s.how + (f" ({note})" if note else ""),
                 _spec(out),
                 f"{out.offset:,}" + (" in place" if in_place and out.nbytes else ""),
                 f"{out.nbytes:,}",

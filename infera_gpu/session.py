@@ -50,6 +50,7 @@ def load(
     fuse: bool = True,
     accuracy: Literal["fast", "strict"] = "fast",
     jit: bool | None = None,
+    graphs: bool = True,
     max_concurrency: int = 4,
     arena: Arena | None = None,
 ) -> Session:
@@ -61,7 +62,8 @@ def load(
     one thread, in the whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
     writes, as far as BLAS does: nothing is folded into weights, and convolutions take no Winograd. `jit` says whether
-    the CPU runs kernels that numba compiles; None does where numba is installed. Up to `max_concurrency` runs go on at
+    the CPU runs kernels that numba compiles; None does where numba is installed. On a GPU all steps that can be are
+    captured into CUDA graphs; `graphs=False` launches them one by one. Up to `max_concurrency` runs go on at
     once, each in an arena of its own; with `arena`, as many as that allows, over all sessions that share it.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
@@ -71,7 +73,7 @@ def load(
     if arena is not None and not isinstance(arena, Arena):
         raise InputError(f"arena is a {type(arena).__name__}, expected an infera_gpu.Arena")
     with uncollected():
-        return _loaded(model, device, threads, fuse, accuracy, jit, arena or Arena(max_concurrency))
+        return _loaded(model, device, threads, fuse, accuracy, jit, graphs, arena or Arena(max_concurrency))
 
 
 def _loaded(
@@ -81,13 +83,14 @@ def _loaded(
     fuse: bool,
     accuracy: str,
     jit: bool | None,
+    graphs: bool,
     arena: Arena,
 ) -> Session:
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, expected a positive number")
-    opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit)
+    opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit, captures=graphs)
     again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
     try:
         return Session(graph, opened, fuse=fuse, arena=arena, again=again)

@@ -138,6 +138,7 @@ class ndarray(np.ndarray):
         assert (host.shape, host.dtype) == (self.shape, self.dtype)
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
+        stream.refuse_while_recording()
         stream.log.append(f"h2d {host.nbytes}")
         np.copyto(self, host)
 
@@ -146,6 +147,7 @@ class ndarray(np.ndarray):
         out = np.empty(self.shape, self.dtype) if out is None else out
         if not (out.flags.c_contiguous or out.flags.f_contiguous):
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
+        stream.refuse_while_recording()
         stream.log.append(f"d2h {self.nbytes}")
         np.copyto(out, self)
         return out
@@ -159,12 +161,48 @@ class Event:
         self.stream: Stream | None = None
 
 
+class Graph:
+    """What a stream was asked while it recorded."""
+
+    def __init__(self, calls: list[Callable[[], object]]) -> None:
+        self._calls = calls
+
+    def launch(self, stream: Stream) -> None:
+        stream.log.append(f"replay {len(self._calls)}")
+        for call in self._calls:
+            call()
+
+
 class Stream:
     """A stream that logs what is put on it."""
 
     def __init__(self, non_blocking: bool = False, name: str = "a stream") -> None:
         self.ptr, self.name, self.active = 1, name, 0
         self.log: list[str] = []
+        self.recorded: list[Callable[[], object]] | None = None
+
+    def begin_capture(self) -> None:
+        assert self.recorded is None
+        self.recorded = []
+
+    def end_capture(self) -> Graph:
+        """As CUDA does, refuses a recording that something ended which none can hold."""
+        recorded, self.recorded = self.recorded, None
+        if recorded is None:
+            raise CUDARuntimeError(901)
+        return Graph(recorded)
+
+    def put(self, what: str, call: Callable[[], object]) -> None:
+        if self.recorded is None:
+            self.log.append(what)
+            call()
+        else:
+            self.recorded.append(call)
+
+    def refuse_while_recording(self) -> None:
+        if self.recorded is not None:
+            self.recorded = None
+            raise CUDARuntimeError(900)
 
     def __enter__(self) -> Stream:
         CURRENT.streams.append(self)
@@ -184,6 +222,7 @@ class Stream:
         self.log.append(f"wait for {event.stream.name}")
 
     def synchronize(self) -> None:
+        self.refuse_while_recording()
         self.log.append("sync")
 
 
@@ -232,12 +271,16 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
         np.copyto(array, a)
         return array
 
+    def copyto(target: ndarray, source: ndarray) -> None:
+        CURRENT.streams[-1].put(f"copy {target.nbytes}", lambda: np.copyto(target, source))
+
     fake = types.ModuleType("cupy")
     fake.__dict__.update(
         {name: getattr(np, name) for name in np.__all__ if name != "ndarray"},
         ndarray=ndarray,
         asarray=asarray,
         empty=empty,
+        copyto=copyto,
         vram=vram,
         cuda=types.SimpleNamespace(
             Device=Device,

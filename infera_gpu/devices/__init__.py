@@ -8,12 +8,18 @@ from infera_kernels.jit import installed
 
 
 def open_device(
-    name: str = "auto", *, threads: int | None = None, strict: bool = False, jit: bool | None = None
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    strict: bool = False,
+    jit: bool | None = None,
+    captures: bool = True,
 ) -> Device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
     `threads` is for the CPU, see `CpuDevice`, and so is `jit`: whether to run what numba compiles, None where it is
-    installed. `strict`: see `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
+    installed. `strict` and `captures`: see `Device`. Raises DeviceError where the device is unknown or absent, or numba
+    is.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
@@ -26,12 +32,12 @@ def open_device(
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice
 
-        return RecordingDevice(strict)
+        return RecordingDevice(strict, captures=captures)
     kind, _, index = name.partition(":")
     if kind == "cuda" and (index.isdigit() or not index):
         from infera_gpu.devices.cuda import CudaDevice
 
-        return CudaDevice(int(index or 0), strict)
+        return CudaDevice(int(index or 0), strict, captures=captures)
     raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
 
 

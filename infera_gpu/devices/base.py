@@ -43,9 +43,10 @@ class Device(Protocol):
 
     `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
     step run at a time on the host, `concurrency` says so and why, and `strict` turns off what changes the order of
-    operations beyond BLAS. `channels_last` says that it prefers convolutions whose channels are the last axis. A device
-    whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and calls are ordered with
-    each other; `synchronize` waits for all of them.
+    operations beyond BLAS. `captures` says that its calls are recorded once and replayed (`graph`), `channels_last`
+    that it prefers convolutions whose channels are the last axis. A device whose space is "device" has a host arena
+    too, for the steps that run on NumPy. Transfers and calls are ordered with each other; `synchronize` waits for all
+    of them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Device(Protocol):
     concurrency: str
     strict: bool
     channels_last: bool
+    captures: bool
 
     @property
     def launcher(self) -> Launcher: ...
@@ -91,6 +93,10 @@ class Device(Protocol):
 
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
         """What to run in place of a bound kernel's calls: the calls, unless the device only pretends."""
+        ...
+
+    def graph(self, calls: Sequence[Call]) -> Call:
+        """One call in place of these, which only launch on the device: recorded once, then replayed."""
         ...
 
     def accepts(self, value: object) -> Array | None:

@@ -31,6 +31,7 @@ class CpuDevice:
     space: Space = "host"
     runs_portable = True
     channels_last = True
+    captures = False
     xp: Any = np
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:
@@ -72,6 +73,9 @@ class CpuDevice:
 
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
         return calls
+
+    def graph(self, calls: Sequence[Call]) -> Call:
+        raise DeviceError("the CPU has no CUDA graphs")
 
     def accepts(self, value: object) -> HostArray | None:
         return value if isinstance(value, np.ndarray) else None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
+from infera_gpu.devices.graphs import CapturedCalls, Turnstile
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -58,8 +59,8 @@ class CudaDevice:
     threads = 1
     concurrency = ""
 
-    def __init__(self, index: int = 0, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(self, index: int = 0, strict: bool = False, *, captures: bool = True) -> None:
+        self.strict, self.captures = strict, captures
         reason = why_unavailable()
         if reason:
             raise DeviceError(f"cuda:{index} is not available: {reason}")
@@ -77,6 +78,7 @@ class CudaDevice:
             self._pool = cupy.cuda.MemoryPool()
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self._launcher: Launcher | None = None
+        self._turnstile = Turnstile()
 
     @property
     def launcher(self) -> Launcher:
@@ -94,7 +96,7 @@ class CudaDevice:
         he gives, or reading those that he wants results in.
         """
         cuda = self.xp.cuda
-        with self._device, quiet_numpy(), self._failures("a run"):
+        with self._turnstile.entered(), self._device, quiet_numpy(), self._failures("a run"):
             ready = cuda.get_current_stream().record(cuda.Event(disable_timing=True))
             self._stream.wait_event(ready)
             with self._stream, cuda.using_allocator(self._pool.malloc):
@@ -180,6 +182,9 @@ class CudaDevice:
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
         """A kernel for NumPy waits: an upload may still be reading the memory that it writes."""
         return [(self._after_stream, call) for call in calls[:1]] + calls[1:] if step.space == "host" else calls
+
+    def graph(self, calls: Sequence[Call]) -> Call:
+        return CapturedCalls(calls, self._stream, self._turnstile), ()
 
     def accepts(self, value: object) -> Array | None:
         """A CuPy array on this GPU as it is; anything else that offers its GPU memory through DLPack, wrapped."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.graphs import Calls
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -21,7 +22,7 @@ from infera_kernels.calls import one_after_the_other
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that the device was asked: `kind` is alloc, constant, transfer, compute or kernel."""
+    """Something that the device was asked: `kind` is alloc, constant, transfer, compute, kernel or replay."""
 
     kind: str
     label: str
@@ -44,8 +45,8 @@ class RecordingDevice:
     threads = 1
     concurrency = ""
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(self, strict: bool = False, *, captures: bool = True) -> None:
+        self.strict, self.captures = strict, captures
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self.events: list[Event] = []
         self._launcher: Launcher | None = None
@@ -93,6 +94,10 @@ class RecordingDevice:
     def _record(self, event: Event, run: Any, args: tuple[Any, ...]) -> None:
         self.events.append(event)
         run(*args)
+
+    def graph(self, calls: Sequence[Call]) -> Call:
+        event = Event("replay", f"{len(calls)} calls")
+        return Calls([(self.events.append, (event,)), *calls]), ()
 
     def accepts(self, value: object) -> HostArray | None:
         return value if isinstance(value, np.ndarray) else None

@@ -1,0 +1,112 @@
+"""CUDA graphs: calls that a stream records once and then replays at one go."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from infera_gpu.op import Call
+
+
+class Turnstile:
+    """Lets runs of several threads through side by side, and one that records alone.
+
+    What a stream is asked while it records becomes a part of the graph, whoever asks: nobody else may be there then.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._recording = False
+        self._mine = threading.local()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """A run, which waits while another one records; a run within a run of the same thread does not."""
+        depth: int = getattr(self._mine, "depth", 0)
+        if not depth:
+            with self._changed:
+                while self._recording:
+                    self._changed.wait()
+                self._inside += 1
+        self._mine.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._mine.depth = depth
+            if not depth:
+                with self._changed:
+                    self._inside -= 1
+                    self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """For a run inside: True when no other is. False, at once, where another one waits for that already."""
+        with self._changed:
+            first = not self._recording
+            if first:
+                self._recording = True
+                while self._inside > 1:
+                    self._changed.wait()
+        try:
+            yield first
+        finally:
+            if first:
+                with self._changed:
+                    self._recording = False
+                    self._changed.notify_all()
+
+
+class Calls:
+    """Calls as one. `args` are those of the call that is made now, by which its step is found after an error."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = tuple(calls)
+        self.args: tuple[Any, ...] = ()
+
+    def __call__(self) -> None:
+        for fn, args in self._calls:
+            self.args = args
+            fn(*args)
+        self.args = ()
+
+
+class CapturedCalls(Calls):
+    """Calls that only launch on `stream`. The first run makes them one by one, which loads every kernel; the next that
+    can be alone records them, and from then on they are replayed."""
+
+    def __init__(self, calls: Sequence[Call], stream: Any, turnstile: Turnstile) -> None:
+        super().__init__(calls)
+        self._stream, self._turnstile = stream, turnstile
+        self._warm = False
+        self._graph: Any = None
+
+    def __call__(self) -> None:
+        if self._graph is not None or (self._warm and self._record()):
+            self._graph.launch(self._stream)
+        else:
+            super().__call__()
+            self._warm = True
+
+    def _record(self) -> bool:
+        """Whether there is a graph now."""
+        with self._turnstile.alone() as alone:
+            if not alone:
+                return False
+            self._stream.begin_capture()
+            try:
+                super().__call__()
+            except BaseException:
+                self._abandon()
+                raise
+            self._graph = self._stream.end_capture()
+        return True
+
+    def _abandon(self) -> None:
+        """Ends a recording that failed; what CUDA says of it hides no error that came before."""
+        try:
+            self._stream.end_capture()
+        except Exception:  # CUDA invalidated the recording
+            return

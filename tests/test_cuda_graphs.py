@@ -1,0 +1,185 @@
+"""CUDA graphs: what is captured, when, and what happens beside it. Nothing here runs on a GPU."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_gpu.devices import cuda
+from infera_gpu.devices.graphs import CapturedCalls, Turnstile
+from infera_gpu.devices.recording import RecordingDevice
+from infera_gpu.errors import DeviceError
+from infera_gpu.loader import load_graph
+from infera_gpu.op import Call
+from infera_gpu.session import Session
+from tests import fake_cupy
+from tests.text import parse
+
+COPIES = """
+    g (float[N, 4] x, float[N, 4] z, float[N, 4] w) => (float[N, 12] y) {
+        a = Exp(x)
+        y = Concat <axis = 1> (a, z, w)
+    }"""
+FEEDS = {name: np.arange(12, dtype=np.float32).reshape(3, 4) + i for i, name in enumerate("xzw")}
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fake = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
+    return fake
+
+
+def counted(stream: fake_cupy.Stream, counts: list[int], i: int = 0) -> Call:
+    def add() -> None:
+        counts[i] += 1
+
+    return stream.put, ("add", add)
+
+
+def test_calls_are_made_then_recorded_then_replayed() -> None:
+    stream, counts = fake_cupy.Stream(), [0]
+    calls = CapturedCalls([counted(stream, counts), counted(stream, counts)], stream, turnstile := Turnstile())
+    logs = []
+    for _ in range(4):
+        with turnstile.entered():
+            stream.log.clear()
+            calls()
+            logs.append(stream.log.copy())
+    assert logs == [["add", "add"], ["replay 2"], ["replay 2"], ["replay 2"]]
+    assert counts == [8]
+
+
+def test_a_recording_that_fails_is_ended_and_says_why() -> None:
+    stream = fake_cupy.Stream()
+
+    def refused() -> None:
+        if stream.recorded is not None:
+            stream.refuse_while_recording()
+
+    calls = CapturedCalls([(refused, ())], stream, turnstile := Turnstile())
+    with turnstile.entered():
+        calls()
+        for _ in range(2):
+            with pytest.raises(fake_cupy.CUDARuntimeError, match="900"):
+                calls()
+            assert stream.recorded is None
+    with turnstile.entered():  # nobody is locked out
+        stream.synchronize()
+
+
+def test_nobody_is_inside_while_one_records() -> None:
+    """Threads run graphs of their own on one stream; what one records must be its own calls and nothing else."""
+    stream, turnstile, counts = fake_cupy.Stream(), Turnstile(), [0] * 8
+    failures: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            for _ in range(20):
+                calls = CapturedCalls([counted(stream, counts, i)] * 3, stream, turnstile)
+                for _ in range(4):
+                    with turnstile.entered():
+                        calls()
+                        time.sleep(0)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert counts == [20 * 4 * 3] * 8
+
+
+def test_two_that_want_to_be_alone_do_not_wait_for_each_other() -> None:
+    turnstile, answers = Turnstile(), []
+    inside = threading.Barrier(2)
+
+    def run() -> None:
+        with turnstile.entered():
+            inside.wait(10)
+            with turnstile.alone() as alone:
+                answers.append(alone)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(answers) in ([False, True], [True, True])
+
+
+def test_a_run_within_a_run_does_not_wait_for_a_recording() -> None:
+    turnstile, started = Turnstile(), threading.Event()
+
+    def record() -> None:
+        started.set()
+        with turnstile.entered(), turnstile.alone():
+            pass
+
+    with turnstile.entered():
+        thread = threading.Thread(target=record)
+        thread.start()
+        started.wait(10)
+        time.sleep(0.05)  # it waits for this run by now
+        with turnstile.entered():
+            pass
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_the_cuda_device_replays_copies(cupy: Any) -> None:
+    device = cuda.CudaDevice(0)
+    session = Session(load_graph(parse(COPIES)), device)
+    assert session.plan_for(FEEDS).graphs == (range(1, 3),)
+    for n in range(4):
+        device._stream.log.clear()
+        out = session.run(FEEDS)
+        np.testing.assert_array_equal(out["y"], np.concatenate([np.exp(FEEDS["x"]), FEEDS["z"], FEEDS["w"]], 1))
+        assert ("replay 2" in device._stream.log) == bool(n)
+
+
+def test_captures_are_declined_by_choice_alone(cupy: Any) -> None:
+    device = cuda.CudaDevice(0, captures=False)
+    session = Session(load_graph(parse(COPIES)), device)
+    assert session.plan_for(FEEDS).graphs is None
+    for _ in range(3):
+        session.run(FEEDS)
+    assert not any(line.startswith("replay") for line in device._stream.log)
+
+
+def test_a_capture_that_cuda_refuses_is_a_device_error(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = cuda.CudaDevice(0)
+    session = Session(load_graph(parse(COPIES)), device)
+    session.run(FEEDS)
+    monkeypatch.setattr(device._stream, "put", lambda what, call: device._stream.refuse_while_recording())
+    with pytest.raises(DeviceError, match="cuda:0 failed in a run"):
+        session.run(FEEDS)
+
+
+def test_plans_say_what_is_captured_and_why_not() -> None:
+    pytest.importorskip("triton")
+    device = RecordingDevice()
+    text = """
+        g (float[4, 4] x) => (float[4, 4] y) {
+            a = Exp(x) b = Neg(a) c = Det(b) d = Add(b, c) e = Tanh(d) f = Sqrt(e) y = Add(f, d)
+        }"""
+    session = Session(load_graph(parse(text)), device)
+    plan = session.plan_for({"x": (4, 4)})
+    at = next(i for i, s in enumerate(plan.steps) if s.label.startswith("Det"))
+    assert plan.graphs == tuple(r for r in (range(at), range(at + 1, len(plan.steps))) if len(r) > 1)
+    assert f"{sum(map(len, plan.graphs))} of {len(plan.steps)} steps in {len(plan.graphs)} CUDA graphs" in str(plan)
+    assert plan.steps[at].uncapturable in str(plan).splitlines()[-len(plan.steps) + at]
+    x = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    for _ in range(2):
+        device.events.clear()
+        session.run({"x": x})
+        assert [e.kind for e in device.events].count("replay") == len(plan.graphs)
