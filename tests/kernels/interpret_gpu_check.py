@@ -15,7 +15,7 @@ from bench.gpu_models import memory, models
 from bench.gpu_operators import kernels, portable
 from bench.gpu_report import CheckFailed, Context
 from infera_gpu.devices import cuda
-from infera_gpu.op import Op
+from infera_gpu.op import Call, Op
 from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
 from tests import fake_cupy
 
@@ -23,6 +23,20 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
 pytestmark = pytest.mark.kernels
+
+
+class Streamed:
+    """A launcher whose launches go through a stream: what is asked while it records is made when that is replayed."""
+
+    def __init__(self, launcher: Any, stream: Any) -> None:
+        self._launcher, self._stream = launcher, stream
+
+    def launch(self, *args: Any, **options: Any) -> Call:
+        fn, given = self._launcher.launch(*args, **options)
+        return self._stream.put, ("launch", partial(fn, *given))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._launcher, name)
 
 
 @pytest.fixture
@@ -34,7 +48,7 @@ def opener(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Context]:
     def context(launcher: Any) -> Context:
         def opened() -> cuda.CudaDevice:
             device = cuda.CudaDevice(0)
-            device._launcher = launcher()
+            device._launcher = Streamed(launcher(), device._stream)
             return device
 
         return Context(opened, float("inf"))
