@@ -18,8 +18,7 @@ from infera_gpu.plan import Plan
 from infera_gpu.spec import Array, TensorSpec
 
 MAX_BOUND = 256
-"""Plans that stay bound to a lease's arenas, as many as are kept; the least recently used is let go beyond that. One of
-100 nodes takes half a megabyte bound, and as much again itself."""
+"""Plans that stay bound to a lease's arenas, as many as are kept; the least recently used is let go beyond that."""
 
 
 MAX_DIRECT = 4

@@ -1,4 +1,4 @@
-"""What ONNX says of its operators, from a table: onnx itself takes 10 ms to register them before the first question.
+"""What ONNX says of its operators, from a table: to register them takes onnx longer than a small model takes to load.
 
 `python -m infera_gpu.ops` writes _schemas.py, from the installed onnx.
 """

@@ -42,6 +42,7 @@ from infera_gpu.specialize import check_supported
 from infera_gpu.stages import Shapes, Stage, Stages
 
 
+@uncollected()
 def load(
     model: Source,
     *,
@@ -72,20 +73,6 @@ def load(
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
     if arena is not None and not isinstance(arena, Arena):
         raise InputError(f"arena is a {type(arena).__name__}, expected an infera_gpu.Arena")
-    with uncollected():
-        return _loaded(model, device, threads, fuse, accuracy, jit, graphs, arena or Arena(max_concurrency))
-
-
-def _loaded(
-    model: Source,
-    device: str,
-    threads: int | None,
-    fuse: bool,
-    accuracy: str,
-    jit: bool | None,
-    graphs: bool,
-    arena: Arena,
-) -> Session:
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
@@ -93,7 +80,7 @@ def _loaded(
     opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit, captures=graphs)
     again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
     try:
-        return Session(graph, opened, fuse=fuse, arena=arena, again=again)
+        return Session(graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again)
     except BaseException:
         opened.close()
         raise
@@ -258,9 +245,11 @@ class Session:
             while True:
                 bound = lease.bound(stage.plan, entering)
                 self._fill(bound, entering)
-                run(bound)
-                for given in bound.direct.values():
-                    given.array = None
+                try:
+                    run(bound)
+                finally:
+                    for given in bound.direct.values():
+                        given.array = None
                 yield stage, bound
                 if stage.is_last:
                     return

@@ -25,7 +25,10 @@ def i64(*values: int) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def drawn(seed: int, count: int) -> np.ndarray[Any, np.dtype[Any]]:
-    """So many uint64, for cases: SplitMix64 (Steele, Lea and Flood, 2014). Importing numpy.random takes 8 ms."""
+    """So many uint64, for cases: SplitMix64 (Steele, Lea and Flood, 2014).
+
+    numpy.random takes as long to import as many operators together.
+    """
     state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)

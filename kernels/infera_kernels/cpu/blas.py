@@ -1,4 +1,4 @@
-"""The BLAS that NumPy calls, as threadpoolctl finds it. Looking for it takes 2 ms: it is done once."""
+"""The BLAS that NumPy calls, as threadpoolctl finds it. Looking for it is done once."""
 
 from __future__ import annotations
 

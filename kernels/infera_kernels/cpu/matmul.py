@@ -167,8 +167,8 @@ _STORED_NS, _ACTIVATED_NS = 0.2, 2.0
 def _depths(a: Array, b: Array, out: Array, split: Split) -> list[slice]:
     """Ranges of K whose products are added up, each for a thread; one where another cut is better.
 
-    Few rows are bound by reading `b`, whose rows a part then reads from end to end: two threads take three quarters of
-    the time of one, and longer than one with half the columns each where columns are few (measured).
+    Few rows are bound by reading `b`, whose rows a part then reads from end to end; with a range of columns each,
+    threads would read short pieces of them.
     """
     fits = b.ndim == 2 <= a.ndim and b.strides[1] == b.itemsize and b.shape[0] and out.size <= _FEW_ROWS * b.shape[1]
     if not fits or split.threads < 2:

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from infera_kernels.jit.microkernel import F32, I64, TILE, VECTOR, address_of, spread, store_columns
+from infera_kernels.jit.microkernel import F32, I64, TILE, VECTOR, address_of, each_tile, spread, store_columns
 
 DType = np.dtype[Any]
 U8, I16, I32 = (np.dtype(t) for t in (np.uint8, np.int16, np.int32))
@@ -91,18 +91,7 @@ def dot_tile(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows, _, *operands = args
-        done = builder.append_basic_block("done")
-        narrow = builder.icmp_signed("<=", operands[-1], ir.Constant(I64, TILE.lanes))
-        half = builder.select(narrow, ir.Constant(I64, TILE.rows), ir.Constant(I64, 0))
-        choice = builder.switch(builder.add(rows, half), done)
-        for vectors, before in ((TILE.vectors, 0), (1, TILE.rows)):
-            for r in range(1, TILE.rows + 1):
-                block = builder.append_basic_block(f"tile{vectors}x{r}")
-                choice.add_case(ir.Constant(I64, before + r), block)
-                with builder.goto_block(block):
-                    _tile_of(builder, dot, r, vectors, *operands)
-                    builder.branch(done)
-        builder.position_at_end(done)
+        each_tile(builder, rows, operands[-1], lambda r, v: _tile_of(builder, dot, r, v, *operands))
         return context.get_dummy_value()
 
     return signature, generate

@@ -7,6 +7,7 @@ packs both in every call, which is much of a product with few rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
@@ -49,6 +50,23 @@ _FIRST = ir.Constant(ir.VectorType(_I32, TILE.lanes), [0] * TILE.lanes)
 def address_of(builder: Any, address: Any, nbytes: int, kind: Any) -> Any:
     """A pointer to `kind`, so many bytes behind an address."""
     return builder.inttoptr(builder.add(address, ir.Constant(I64, nbytes)), kind.as_pointer())
+
+
+def each_tile(builder: Any, rows: Any, columns: Any, emit: Callable[[int, int], None]) -> None:
+    """The code of a tile for 1 to TILE.rows rows, where `rows` chooses: with one vector a row for up to TILE.lanes
+    `columns`. `emit(rows, vectors)` writes one of them."""
+    done = builder.append_basic_block("done")
+    narrow = builder.icmp_signed("<=", columns, ir.Constant(I64, TILE.lanes))
+    half = builder.select(narrow, ir.Constant(I64, TILE.rows), ir.Constant(I64, 0))
+    choice = builder.switch(builder.add(rows, half), done)
+    for vectors, before in ((TILE.vectors, 0), (1, TILE.rows)):
+        for r in range(1, TILE.rows + 1):
+            block = builder.append_basic_block(f"tile{vectors}x{r}")
+            choice.add_case(ir.Constant(I64, before + r), block)
+            with builder.goto_block(block):
+                emit(r, vectors)
+                builder.branch(done)
+    builder.position_at_end(done)
 
 
 def load(builder: Any, address: Any, nbytes: int) -> Any:
@@ -97,18 +115,9 @@ def multiply_tile(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows, _, *operands = args
-        done = builder.append_basic_block("done")
-        narrow = builder.icmp_signed("<=", operands[8], ir.Constant(I64, TILE.lanes))
-        half = builder.select(narrow, ir.Constant(I64, TILE.rows), ir.Constant(I64, 0))
-        choice = builder.switch(builder.add(rows, half), done)
-        for vectors, before in ((TILE.vectors, 0), (1, TILE.rows)):
-            for r in range(1, TILE.rows + 1):
-                block = builder.append_basic_block(f"tile{vectors}x{r}")
-                choice.add_case(ir.Constant(I64, before + r), block)
-                with builder.goto_block(block):
-                    _tile_of(builder, r, vectors, narrow_weights, *operands)
-                    builder.branch(done)
-        builder.position_at_end(done)
+        each_tile(
+            builder, rows, operands[8], lambda r, vectors: _tile_of(builder, r, vectors, narrow_weights, *operands)
+        )
         return context.get_dummy_value()
 
     return signature, generate
