@@ -183,3 +183,20 @@ def test_plans_say_what_is_captured_and_why_not() -> None:
         device.events.clear()
         session.run({"x": x})
         assert [e.kind for e in device.events].count("replay") == len(plan.graphs)
+
+
+def test_an_interrupt_while_waiting_to_be_alone_locks_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    turnstile = Turnstile()
+    with turnstile.entered():
+        turnstile._inside += 1  # another run that goes on
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(turnstile._changed, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt), turnstile.alone():
+                pass
+        turnstile._inside -= 1
+    with turnstile.entered(), turnstile.alone() as alone:
+        assert alone

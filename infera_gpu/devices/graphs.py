@@ -46,11 +46,12 @@ class Turnstile:
         """For a run inside: True when no other is. False, at once, where another one waits for that already."""
         with self._changed:
             first = not self._recording
-            if first:
-                self._recording = True
-                while self._inside > 1:
-                    self._changed.wait()
+            self._recording = True
         try:
+            if first:
+                with self._changed:
+                    while self._inside > 1:
+                        self._changed.wait()
             yield first
         finally:
             if first:
