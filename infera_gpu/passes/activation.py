@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, node, standard
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, node, standard
 
 
 def bounds(constants: Mapping[str, HostArray], clip: Node) -> tuple[float, float] | None:
@@ -217,7 +217,7 @@ PRELU = Fusion(
     ),
     guard=_has_slopes,
     build=_prelu,
-    kinds=frozenset({"cpu"}),
+    kinds=CPU,
     example="""
         example (float[B, 3, 5] x) => (float[B, 3, 5] y) <float[3, 1] k = {-0.1, -0.2, -0.3}> {
             a = Relu(x)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, named, node, standard
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, named, node, standard
 from infera_gpu.passes.pattern import Arg, P
 
 INPUTS = ("q", "kt", "v", "mask", "condition", "further")
 OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition", "?further")
-CPU = frozenset({"cpu"})
-"""Elsewhere there are kernels for the parts and none for the whole."""
 
 
 def rank_of(match: Match, value: str) -> int | None:

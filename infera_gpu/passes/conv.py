@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.epilogue import ALL, activated, activation_of
 
 CONV = node("Conv", "x", "#w", "?#b", name="conv")
@@ -91,7 +91,7 @@ GATE = Fusion(
     patterns=activated(_PRODUCT, [op for op in ALL if op not in SIMPLE]),
     guard=_can_activate,
     build=_with_activation,
-    kinds=frozenset({"cpu"}),
+    kinds=CPU,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> {

@@ -21,6 +21,9 @@ from infera_gpu.passes.pattern import either as either
 from infera_gpu.passes.pattern import maybe as maybe
 from infera_gpu.passes.pattern import node as node
 
+CPU = frozenset({"cpu"})
+"""The `kinds` of fusions whose operators have fast kernels on the CPU alone."""
+
 
 @dataclass(frozen=True)
 class Replacement:

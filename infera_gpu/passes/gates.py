@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infera_gpu.passes.activation import bounds, is_float, made
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.pattern import Arg, P
 
 
@@ -157,7 +157,7 @@ STEEP_SWISH = Fusion(
     ),
     guard=is_float,
     build=made("Swish", 24, lambda match: {"alpha": _slope(match)}),
-    kinds=frozenset({"cpu"}),
+    kinds=CPU,
     example="""
         example (float[3, 7] x) => (float[3, 7] y) <float k = {1.702}> {
             a = Mul(x, k)
@@ -208,7 +208,7 @@ MISH = Fusion(
     patterns=(node("Mul", "x", node("Tanh", node("Softplus", "x")), commutes=True),),
     guard=is_float,
     build=made("Mish", 18),
-    kinds=frozenset({"cpu"}),
+    kinds=CPU,
     example="example (float[3, 7] x) => (float[3, 7] y) { a = Softplus(x)  b = Tanh(a)  y = Mul(x, b) }",
     near_misses=(
         "sigmoid (float[3, 7] x) => (float[3, 7] y) { a = Softplus(x)  b = Sigmoid(a)  y = Mul(x, b) }",

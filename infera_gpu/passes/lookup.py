@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from infera_gpu.graph import HostArray, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.epilogue import activated, activation_of
 from infera_gpu.spec import dtype_of_onnx
 from infera_kernels.portable.activation import FUNCTIONS, activation
 
 MOST_ROWS = 4096
 """Of tables that activations are computed for: few beside what is looked up, as a rule."""
-CPU = frozenset({"cpu"})
 
 
 def _is_one_hot(match: Match) -> bool:

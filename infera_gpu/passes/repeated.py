@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.attention import CPU, INPUTS, OPERANDS
-from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.attention import INPUTS, OPERANDS
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, infera, node
 from infera_gpu.passes.pattern import P
 
 _SHAPES = ("wide_k", "flat_k", "wide_v", "flat_v")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from infera_gpu.graph import Node
-from infera_gpu.passes.attention import CPU, rank_of
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.attention import rank_of
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.pattern import Arg, P
 
 _END = 2**31 - 1
