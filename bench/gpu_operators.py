@@ -13,6 +13,7 @@ from bench.gpu_report import CheckFailed, Context, Section
 from infera_gpu.doctor import examine
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import dense
+from infera_gpu.memory import aligned
 from infera_gpu.op import Call, Case, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import TensorSpec, spec_of
@@ -67,13 +68,23 @@ class GuardedOutput:
 
 
 class DeviceBuffers:
-    """`infera_gpu.op.Buffers` on the device, for kernels without scratch."""
+    """`infera_gpu.op.Buffers` on the device; `site.values` are what kernels may pack."""
 
     def __init__(
-        self, device: Any, ins: Sequence[HostArray | None], specs: Sequence[TensorSpec], *, strided: bool, inplace: int
+        self,
+        device: Any,
+        site: Site,
+        ins: Sequence[HostArray | None],
+        specs: Sequence[TensorSpec],
+        *,
+        strided: bool,
+        inplace: int,
     ) -> None:
         self.xp, self.launcher = device.xp, device.launcher
         self.threads, self.strict = 1, False
+        self._device, self._site = device, site
+        self.scratch_bytes = 0
+        self.guarded_scratch: list[GuardedOutput] = []
         self.guarded = [GuardedOutput(device, spec) for spec in specs]
         self.outs = tuple(g.array for g in self.guarded)
         given: list[Array | None] = []
@@ -92,10 +103,17 @@ class DeviceBuffers:
         raise AssertionError("a Triton kernel splits its work among threads")
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
-        raise AssertionError("a Triton kernel asked for scratch")
+        """Filled with bytes that make NaN: a kernel must not rely on what lies there."""
+        spec = TensorSpec(tuple(shape), np.dtype(dtype))
+        self.scratch_bytes += aligned(spec.nbytes)
+        guarded = GuardedOutput(self._device, spec)
+        self.guarded_scratch.append(guarded)
+        return guarded.array
 
     def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
-        raise AssertionError("a Triton kernel packs nothing")
+        value = self._site.value(i)
+        assert value is not None, f"pack('{tag}') of input {i}, which is not constant"
+        return self._device.constant(np.ascontiguousarray(build(value)), "device")
 
 
 def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
@@ -114,12 +132,16 @@ def check_kernel(device: Any, op: Op, case: Case, site: Site, ins: Sequence[Host
     want = compute(op, site, ins)[: case.n_outs]
     launches = 0
     for options in bindings(kernel, site):
-        buffers = DeviceBuffers(device, ins, [spec_of(w) for w in want], **options)
+        buffers = DeviceBuffers(device, site, ins, [spec_of(w) for w in want], **options)
         calls = list(kernel.bind(site, buffers))
+        assert kernel.workspace is not None
+        assert buffers.scratch_bytes == kernel.workspace(site), "more or less scratch than `workspace` announces"
         run(calls)
         launches += len(calls)
         for i, (guarded, w) in enumerate(zip(buffers.guarded, want, strict=True)):
             assert_close(fetch(device, guarded.array), w, case.tol, f"output {i} {options}")
+            guarded.check()
+        for guarded in buffers.guarded_scratch:
             guarded.check()
     return launches
 

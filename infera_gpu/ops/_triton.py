@@ -1,7 +1,8 @@
 """The operators' "triton" kernels. What wraps them says which shapes and types it covers; this only translates.
 
-Triton is imported when a kernel is asked whether it supports a site, or bound: only devices that run it ask. None of
-these kernels takes scratch. Declares no operators itself.
+Triton is imported when a kernel is asked whether it supports a site, or bound: only devices that run it ask. What
+scratch a kernel takes it says by `workspace`: binding to dummies on the host would tell nothing on a GPU. Declares no
+operators itself.
 """
 
 from __future__ import annotations
@@ -44,8 +45,22 @@ BINARY: Mapping[str, str] = MappingProxyType(
 """A ufunc -> the Triton function."""
 
 
-def kernels(bind: Bind, supports: Callable[[Site], bool], *, inplace: tuple[int, ...], strided: bool) -> Kernels:
-    return {"triton": Kernel(bind, supports, workspace=lambda site: 0, inplace=inplace, strided=strided)}
+def _none(site: Site) -> int:
+    return 0
+
+
+def kernels(
+    bind: Bind,
+    supports: Callable[[Site], bool],
+    *,
+    inplace: tuple[int, ...],
+    strided: bool,
+    strided_out: bool = False,
+    workspace: Callable[[Site], int] = _none,
+) -> Kernels:
+    """A kernel of the kind "triton"; `workspace` gives the bytes of all its scratch, each piece `memory.aligned`."""
+    made = Kernel(bind, supports, workspace=workspace, inplace=inplace, strided=strided, strided_out=strided_out)
+    return {"triton": made}
 
 
 def _slopes(site: Site) -> dict[str, float]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from infera_gpu.graph import HostArray
+from infera_gpu.memory import aligned
 from infera_gpu.op import Kernel, Launcher, Site
 from infera_gpu.spec import TensorSpec
 from tests.buffers import GuardedBuffers
 
 
 class LaunchingBuffers(GuardedBuffers):
-    """Guarded arrays for a kernel that launches; it takes no scratch, as its declaration says."""
+    """Guarded arrays for a kernel that launches."""
 
     def __init__(
         self,
@@ -31,15 +30,20 @@ class LaunchingBuffers(GuardedBuffers):
     def launcher(self) -> Launcher:
         return self._launcher
 
-    def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> HostArray:
-        raise AssertionError("a Triton kernel asked for scratch that its `workspace` does not announce")
+    def check_workspace(self, kernel: Kernel, site: Site) -> None:
+        """After binding: the scratch asked for is what the declaration announces. On a GPU nothing can be measured."""
+        assert kernel.workspace is not None
+        asked = sum(aligned(g.array.nbytes) for g in self._scratch)
+        assert asked == kernel.workspace(site), f"{asked} bytes of scratch, not as `workspace` announces"
 
 
 def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
-    """The ways in which a planner may bind it: contiguous, strided, and over the memory of an input."""
+    """The ways in which a planner may bind it: contiguous, strided, into a window, and over the memory of an input."""
     yield {}
     if kernel.strided:
         yield {"strided": True}
+    if kernel.strided_out:
+        yield {"strided_out": True}
     for i in kernel.inplace:
         if site.has(i) and site.value(i) is None and site.ins[i] == site.outs[0]:
             yield {"inplace": i}

@@ -31,12 +31,11 @@ def test_kernel(op: Op, case: Case, variants: list[Variant], interpreter: Interp
     kernel = op.kernels["triton"]
     for site, ins in variants:
         want = compute(op, site, ins)[: case.n_outs]
-        assert kernel.workspace is not None
-        assert kernel.workspace(site) == 0
         for options in bindings(kernel, site):
             interpreter.launches.clear()
             buffers = LaunchingBuffers(interpreter, ins, [spec_of(w) for w in want], site.values, **options)
             calls = list(kernel.bind(site, buffers))
+            buffers.check_workspace(kernel, site)
             buffers.prepare([wrong(w) for w in want])
             run(calls)
             assert len(interpreter.launches) == len(calls) >= (want[0].size > 0), "it does not launch"

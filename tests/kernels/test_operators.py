@@ -71,7 +71,9 @@ def test_kernel_compiles(op: Op, case: Case, arch: int) -> None:
     site, ins = variants(op, case, "triton")[-1]
     launcher = CompileLauncher(arch)
     outs = [spec_of(a) for a in compute(op, site, inputs_of(op, case))[: case.n_outs]]
-    calls = kernel.bind(site, LaunchingBuffers(launcher, ins, outs, site.values))
+    buffers = LaunchingBuffers(launcher, ins, outs, site.values)
+    calls = kernel.bind(site, buffers)
+    buffers.check_workspace(kernel, site)
     assert len(calls) == len(launcher.compiled) >= 1
     for inspection in launcher.compiled:
         assert inspection.binary.spec.arch == arch
