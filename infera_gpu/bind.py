@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from infera_gpu.devices.base import Device, host_block, host_view
+from infera_gpu.devices.ports import Ports
 from infera_gpu.errors import InferaError, InputError, PlanError, planning
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
@@ -240,17 +241,17 @@ class Given:
 
 @dataclass(frozen=True)
 class Bound:
-    """A plan bound to one set of arenas: inputs to fill, calls to make, outputs to read. `direct` inputs are set.
+    """A plan bound to one set of arenas: calls to make, and ports to fill before and to read after. `direct` inputs
+    are set.
 
     `spans[i]` is the slice of `calls` that belongs to the plan's step i. `fast` are the calls of a run: the same, but
     for what a CUDA graph replays at one go.
     """
 
     plan: Plan
-    inputs: Mapping[str, Array]
+    ports: Ports
     direct: Mapping[str, Given]
     calls: tuple[Call, ...]
-    outputs: Mapping[str, Array]
     spans: tuple[slice, ...]
     fast: tuple[Call, ...]
 
@@ -284,7 +285,7 @@ class Bound:
 
 def bind(
     plan: Plan,
-    arenas: Mapping[Space, Any],
+    arenas: Mapping[Space | Literal["staging"], Any],
     device: Device,
     constants: Constants,
     given: Mapping[str, Array] | None = None,
@@ -339,12 +340,13 @@ def bind(
         start, stop = spans[held[0]].start, spans[held[-1]].stop
         fast += [*calls[done:start], *([device.graph(calls[start:stop])] if stop > start else [])]
         done = stop
+    inputs = {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct}
+    outputs = {v: array(o) for v, o in plan.outputs.items()}
     return Bound(
         plan,
-        {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct},
+        device.ports(inputs, outputs, arenas.get("staging")),
         direct,
         tuple(calls),
-        {v: array(o) for v, o in plan.outputs.items()},
         tuple(spans),
         (*fast, *calls[done:]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -40,8 +40,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.user: object = None
-        self.arenas: dict[Space, Any] = {}
-        self.sizes: dict[Space, int] = {}
+        self.arenas: dict[Space | Literal["staging"], Any] = {}
+        self.sizes: dict[Space | Literal["staging"], int] = {}
         self.leases: WeakSet[Lease] = WeakSet()
         self._needed = 0
         self._served = 0
@@ -62,7 +62,7 @@ class Memory:
     def consider(self, plan: Plan) -> None:
         """Give arenas back that have been far too large for a while: one huge request must not hold its memory."""
         self._served += 1
-        self._needed = max(self._needed, plan.arena_bytes)
+        self._needed = max(self._needed, plan.arena_bytes + plan.staging)
         if self._served >= SHRINK_AFTER:
             if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed):
                 self.clear()
@@ -81,6 +81,10 @@ class Memory:
                 self.sizes[space] = nbytes
                 if old is not None and had:
                     _keep(old, self.arenas[space], had, space, device)
+        if plan.staging > self.sizes.get("staging", 0):
+            self._unbind()
+            self.arenas["staging"] = device.alloc(plan.staging, "host")
+            self.sizes["staging"] = plan.staging
 
 
 def _keep(old: Any, new: Any, nbytes: int, space: Space, device: Device) -> None:

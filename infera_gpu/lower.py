@@ -258,6 +258,9 @@ class _Lowering:
             with planning(placed.site.node):
                 self.node(i, placed)
         outputs = {v: self.home(v) for v in self.segment.outputs}
+        if self.device.space == "device":  # what leaves a GPU leaves in one piece
+            for v, operand in outputs.items():
+                outputs[v] = self.homes[v] = self.fetch(v, operand.space, strided=False)
         for operand in outputs.values():
             self.touch(operand, until=len(self.steps))
         for rank, value in enumerate(_reads(self.segment.rest), 1):
@@ -293,6 +296,7 @@ class _Lowering:
                 self.device.name,
                 self.device.concurrency,
                 self.device.captures,
+                self.device.space == "device",
                 self.segment,
                 self.steps,
                 {k: r for k, r in self.roots.items() if k not in direct},

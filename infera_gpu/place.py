@@ -38,6 +38,7 @@ class Lowered:
     device: str
     concurrency: str
     captures: bool
+    stages: bool
     segment: Segment
     steps: Sequence[Step]
     roots: Mapping[str, Root]
@@ -86,14 +87,17 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         for s in lowered.steps
     ]
     entering = {v: absolute(o) for v, o in lowered.entering.items()}
+    inputs = {v: o for v, o in entering.items() if v not in carried}
+    outputs = {v: absolute(o) for v, o in lowered.outputs.items()}
+    travelling = (*inputs.values(), *outputs.values()) if lowered.stages else ()
     return Plan(
         device=lowered.device,
         concurrency=lowered.concurrency,
         segment=lowered.segment,
         steps=tuple(steps),
-        inputs={v: o for v, o in entering.items() if v not in carried},
+        inputs=inputs,
         carried={v: o for v, o in entering.items() if v in carried},
-        outputs={v: absolute(o) for v, o in lowered.outputs.items()},
+        outputs=outputs,
         constants={k: _dense(a) for k, a in lowered.segment.constants.items()},
         arenas=arenas,
         lower_bounds=bounds,
@@ -103,6 +107,7 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         saved=lowered.saved,
         direct=lowered.direct,
         graphs=capturable(steps) if lowered.captures else None,
+        staging=sum(aligned(o.nbytes) for o in travelling),
     )
 
 

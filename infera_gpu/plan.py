@@ -79,7 +79,8 @@ class Plan:
     `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
     others, computed "in place" of an input, or written "into slots" of the value that joins them. `concurrency` is how
     many threads there are for the steps' parts, and why. `graphs` are the steps that CUDA graphs hold, each captured
-    once and replayed from then on; None where nothing is captured.
+    once and replayed from then on; None where nothing is captured. `staging` is how much page-locked host memory inputs
+    and outputs take on their way to and from a GPU.
     """
 
     device: str
@@ -96,6 +97,7 @@ class Plan:
     saved: Mapping[str, int]
     direct: frozenset[str] = frozenset()
     graphs: tuple[range, ...] | None = None
+    staging: int = 0
 
     @property
     def arena_bytes(self) -> int:

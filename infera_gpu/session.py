@@ -7,7 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -256,16 +256,14 @@ class Session:
                 stage, entering = self._advance(stage, bound, feeds.objects)
 
     def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
-        transfer = self.device.transfer
-        for name, target in bound.inputs.items():
-            copy, args = transfer(entering[name], target)
-            copy(*args)
+        bound.ports.fill(entering)
         for name, given in bound.direct.items():
             given.array = entering[name]
 
     def _read(self, bound: Bound, stage: Stage, results: dict[str, Array], out: Mapping[str, Array] | None) -> None:
+        targets: dict[str, Array] = {}
         for name in stage.final:
-            source = bound.outputs[name]
+            source = stage.plan.outputs[name]
             target = out.get(name) if out else None
             if target is None:
                 require_host_memory(f"output '{name}'", source.nbytes)
@@ -277,22 +275,20 @@ class Session:
                 )
             elif isinstance(target, np.ndarray) and not target.flags.writeable:
                 raise InputError(f"out['{name}'] is read-only")
-            copy, args = self.device.transfer(source, target)
-            copy(*args)
-            results[name] = target
-        self.device.synchronize()
+            targets[name] = target
+        bound.ports.read(targets)
+        results.update(targets)
 
     def _advance(self, stage: Stage, bound: Bound, objects: dict[str, Any]) -> tuple[Stage, Mapping[str, Array]]:
         """The stage that follows, now that the values it waits for are there; and what eager nodes made."""
 
         def read(name: str) -> np.ndarray[Any, Any]:
-            source = bound.outputs[name]
+            source = stage.plan.outputs[name]
             host = np.empty(source.shape, source.dtype)
-            copy, args = self.device.transfer(source, host)
-            copy(*args)
-            self.device.synchronize()
+            bound.ports.read({name: host})
             return host
 
+        self.device.synchronize()  # what follows copies to memory that the steps before it may still use
         return self._stages.advance(stage, read, objects)
 
     @contextmanager
@@ -320,9 +316,13 @@ class Session:
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory)
             yield lease
-        finally:
             if self._arena.shared:
                 self.device.synchronize()  # another session's device may have a stream of its own
+        except BaseException:
+            with suppress(Exception):  # what the run has begun may still use the memory
+                self.device.synchronize()
+            raise
+        finally:
             self._arena.give_back(memory)
 
     # ---- planning

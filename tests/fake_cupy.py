@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -139,8 +140,7 @@ class ndarray(np.ndarray):
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
         stream.refuse_while_recording()
-        stream.log.append(f"h2d {host.nbytes}")
-        np.copyto(self, host)
+        stream.put(f"h2d {host.nbytes}", lambda: np.copyto(self, host))
 
     def get(self, stream: Stream, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
         assert not isinstance(out, ndarray)
@@ -148,17 +148,24 @@ class ndarray(np.ndarray):
         if not (out.flags.c_contiguous or out.flags.f_contiguous):
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         stream.refuse_while_recording()
-        stream.log.append(f"d2h {self.nbytes}")
-        np.copyto(out, self)
+        stream.put(f"d2h {self.nbytes}", lambda: np.copyto(out, self))
+        if blocking:
+            stream.synchronize()
         return out
 
 
 class Event:
-    """Knows which stream it was recorded on."""
+    """Knows which stream it was recorded on, and behind how many calls."""
 
     def __init__(self, disable_timing: bool = False) -> None:
         assert disable_timing
         self.stream: Stream | None = None
+        self.behind = 0
+
+    def synchronize(self) -> None:
+        assert self.stream is not None
+        self.stream.log.append("sync event")
+        self.stream.finish(self.behind)
 
 
 class Graph:
@@ -168,18 +175,27 @@ class Graph:
         self._calls = calls
 
     def launch(self, stream: Stream) -> None:
-        stream.log.append(f"replay {len(self._calls)}")
+        stream.put(f"replay {len(self._calls)}", self._replay)
+
+    def _replay(self) -> None:
         for call in self._calls:
             call()
 
 
 class Stream:
-    """A stream that logs what is put on it."""
+    """A stream that logs what is put on it, and is as late with it as it may be.
+
+    Calls are made when somebody waits for them. Those of a stream that is some thread's current one are made at once:
+    NumPy, which stands for CuPy's kernels, computes at once.
+    """
 
     def __init__(self, non_blocking: bool = False, name: str = "a stream") -> None:
         self.ptr, self.name, self.active = 1, name, 0
         self.log: list[str] = []
         self.recorded: list[Callable[[], object]] | None = None
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._asked = self._made = 0
+        self._lock = threading.RLock()
 
     def begin_capture(self) -> None:
         assert self.recorded is None
@@ -195,9 +211,23 @@ class Stream:
     def put(self, what: str, call: Callable[[], object]) -> None:
         if self.recorded is None:
             self.log.append(what)
-            call()
+            self._ask(call)
         else:
             self.recorded.append(call)
+
+    def _ask(self, call: Callable[[], object]) -> None:
+        with self._lock:
+            self._waiting.append(call)
+            self._asked += 1
+            if self.active:
+                self.finish(self._asked)
+
+    def finish(self, count: int) -> None:
+        """Makes the first `count` calls of all that were ever asked for."""
+        with self._lock:
+            while self._made < count:
+                self._made += 1
+                self._waiting.popleft()()
 
     def refuse_while_recording(self) -> None:
         if self.recorded is not None:
@@ -206,24 +236,29 @@ class Stream:
 
     def __enter__(self) -> Stream:
         CURRENT.streams.append(self)
-        self.active += 1
+        with self._lock:
+            self.active += 1
         return self
 
     def __exit__(self, *_: object) -> None:
         CURRENT.streams.pop()
-        self.active -= 1
+        with self._lock:
+            self.active -= 1
 
     def record(self, event: Event) -> Event:
-        event.stream = self
+        event.stream, event.behind = self, self._asked
         return event
 
     def wait_event(self, event: Event) -> None:
-        assert event.stream is not None
-        self.log.append(f"wait for {event.stream.name}")
+        stream, behind = event.stream, event.behind
+        assert stream is not None
+        self.log.append(f"wait for {stream.name}")
+        self._ask(lambda: stream.finish(behind))
 
     def synchronize(self) -> None:
         self.refuse_while_recording()
         self.log.append("sync")
+        self.finish(self._asked)
 
 
 NULL = Stream(name="the null stream")

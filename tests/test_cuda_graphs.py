@@ -52,6 +52,7 @@ def test_calls_are_made_then_recorded_then_replayed() -> None:
             stream.log.clear()
             calls()
             logs.append(stream.log.copy())
+    stream.synchronize()
     assert logs == [["add", "add"], ["replay 2"], ["replay 2"], ["replay 2"]]
     assert counts == [8]
 
@@ -96,6 +97,7 @@ def test_nobody_is_inside_while_one_records() -> None:
     for thread in threads:
         thread.join(60)
     assert not failures
+    stream.synchronize()
     assert counts == [20 * 4 * 3] * 8
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from infera_gpu.devices.ports import Ports
 from infera_gpu.errors import OutOfMemoryError, PlanError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -93,6 +94,10 @@ class Device(Protocol):
 
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
         """What to run in place of a bound kernel's calls: the calls, unless the device only pretends."""
+        ...
+
+    def ports(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], staging: Any) -> Ports:
+        """The ways into a bound plan and out of it; `staging` is a block of host memory, see `Plan.staging`."""
         ...
 
     def graph(self, calls: Sequence[Call]) -> Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from infera_gpu.cpus import default_threads
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.ports import DirectPorts, Ports
 from infera_gpu.devices.workers import WORKERS
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
@@ -73,6 +74,9 @@ class CpuDevice:
 
     def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
         return calls
+
+    def ports(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], staging: Any) -> Ports:
+        return DirectPorts(self, inputs, outputs)
 
     def graph(self, calls: Sequence[Call]) -> Call:
         raise DeviceError("the CPU has no CUDA graphs")

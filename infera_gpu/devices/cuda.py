@@ -1,11 +1,11 @@
-"""An NVIDIA GPU through CuPy: arenas in VRAM, transfers and launches on one stream.
+"""An NVIDIA GPU through CuPy: arenas in VRAM, launches on one stream, transfers beside them.
 
 Written against CuPy 14. Its calls that take no stream use the thread's current one, which `running` sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
+from infera_gpu.devices.ports import Ports, StagedPorts, Streams
 from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -44,10 +45,10 @@ def why_unavailable() -> str | None:
 class CudaDevice:
     """GPU `index`. Raises DeviceError where there is none, saying why.
 
-    One non-blocking stream orders everything: transfers, kernel launches, and the portable operators, which run on
-    CuPy. Runs of several threads share it. Each keeps its own order on it, their arenas are disjoint, and memory that
-    one gives back is used again only behind what was queued before; so nothing needs a lock, and the GPU works on one
-    run at a time.
+    One non-blocking stream orders the steps: kernel launches, copies, and the portable operators, which run on CuPy.
+    What comes from the host and goes there travels on streams of its own, see `ports`. Runs of several threads share
+    them. Each keeps its own order, their arenas are disjoint, and memory that one gives back is used again only behind
+    what was queued before; so nothing needs a lock, and the GPU works on one run at a time.
 
     Weights and what CuPy allocates for portable operators come from a pool of the device's own, arenas from the driver
     directly: closing gives all of it back, whatever else in the process uses CuPy.
@@ -74,7 +75,8 @@ class CudaDevice:
         self.index, self.name, self.xp = index, f"cuda:{index}", cupy
         self._device = cupy.cuda.Device(index)
         with self._device:
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._streams = Streams(cupy)
+            self._stream = self._streams.compute
             self._pool = cupy.cuda.MemoryPool()
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self._launcher: Launcher | None = None
@@ -183,6 +185,9 @@ class CudaDevice:
         """A kernel for NumPy waits: an upload may still be reading the memory that it writes."""
         return [(self._after_stream, call) for call in calls[:1]] + calls[1:] if step.space == "host" else calls
 
+    def ports(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], staging: Any) -> Ports:
+        return StagedPorts(self, self._streams, inputs, outputs, staging)
+
     def graph(self, calls: Sequence[Call]) -> Call:
         return CapturedCalls(calls, self._stream, self._turnstile), ()
 
@@ -203,7 +208,7 @@ class CudaDevice:
         return array.data if isinstance(array, self.xp.ndarray) and array.flags.c_contiguous else None
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
+        self._streams.synchronize()
 
     def close(self) -> None:
         """Gives back the pool's memory that no array holds."""

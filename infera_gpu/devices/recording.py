@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ import numpy as np
 
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.graphs import Calls
+from infera_gpu.devices.ports import DirectPorts, Ports
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -94,6 +95,9 @@ class RecordingDevice:
     def _record(self, event: Event, run: Any, args: tuple[Any, ...]) -> None:
         self.events.append(event)
         run(*args)
+
+    def ports(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], staging: Any) -> Ports:
+        return DirectPorts(self, inputs, outputs)
 
     def graph(self, calls: Sequence[Call]) -> Call:
         event = Event("replay", f"{len(calls)} calls")
