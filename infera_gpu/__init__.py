@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from infera_gpu.budget import VramBudget
 from infera_gpu.compat import (
     ExecutionMode,
     GraphOptimizationLevel,
@@ -26,6 +27,7 @@ from infera_gpu.compat import (
 )
 from infera_gpu.errors import (
     DeviceError,
+    DeviceLostError,
     FetchError,
     InferaError,
     InputError,
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Arena",
     "DeviceError",
+    "DeviceLostError",
     "ExecutionMode",
     "FetchError",
     "GraphOptimizationLevel",
@@ -67,6 +70,7 @@ __all__ = [
     "TensorSpec",
     "UnreachableError",
     "UnsupportedOperatorError",
+    "VramBudget",
     "__version__",
     "get_all_providers",
     "get_available_providers",

@@ -42,10 +42,17 @@ class Constants:
         key = (id(host), tag, space)
         found = self._made.get(key)
         if found is None:
-            found = self._device.constant(np.ascontiguousarray(build(host)) if build else host, space)
-            if id(host) in self._lasting:
+            lasting = id(host) in self._lasting
+            packed = np.ascontiguousarray(build(host)) if build else host
+            found = self._device.constant(packed, space, lasting=lasting)
+            if lasting:
                 self._made[key] = found
         return found
+
+    def missing(self, plan: Plan) -> int:
+        """Bytes of the plan's constants that the device does not have yet. Packed forms are taken to be as large."""
+        made = {key[0] for key in self._made}
+        return sum(a.nbytes for a in plan.constants.values() if id(a) not in made)
 
     def folded(self, plan: Plan) -> int:
         """Bytes of the plan's constants that are none of the graph's."""

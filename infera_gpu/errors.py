@@ -9,6 +9,7 @@
     ├── InputError                    a feed is missing, unknown, of the wrong type or shape
     ├── PlanError                     a node cannot be planned at these shapes
     ├── DeviceError                   the device is absent, unsupported or failed
+    │   ├── DeviceLostError           nothing works on it any more in this process
     │   └── OutOfMemoryError          a plan needs more memory than there is; nothing was allocated
     └── FetchError                    a model could not be brought here
         └── UnreachableError          nothing answered: no network, no registry, a proxy or certificate in the way
@@ -87,12 +88,18 @@ class DeviceError(InferaError):
     """The device is absent, unsupported or failed."""
 
 
-class OutOfMemoryError(DeviceError):
-    """A plan needs `needed` bytes where only `available` are; nothing was allocated."""
+class DeviceLostError(DeviceError):
+    """A GPU on which nothing works any more in this process: a kernel faulted, or the GPU or its driver is gone."""
 
-    def __init__(self, what: str, *, needed: int, available: int) -> None:
-        self.needed, self.available = needed, available
-        super().__init__(f"{what} needs {needed:,} bytes, {available:,} are available ({needed - available:,} missing)")
+
+class OutOfMemoryError(DeviceError):
+    """`what` needs `needed` bytes where only `available` are, of a `limit` if one was set; nothing was allocated."""
+
+    def __init__(self, what: str, *, needed: int, available: int, limit: int | None = None) -> None:
+        self.needed, self.available, self.limit = needed, available, limit
+        within = "" if limit is None else f" of a vram_limit of {limit:,}"
+        missing = needed - available
+        super().__init__(f"{what} needs {needed:,} bytes, {available:,}{within} are available ({missing:,} missing)")
 
 
 class FetchError(InferaError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -43,6 +43,8 @@ class Memory:
         self.arenas: dict[Space | Literal["staging"], Any] = {}
         self.sizes: dict[Space | Literal["staging"], int] = {}
         self.leases: WeakSet[Lease] = WeakSet()
+        self.reserved = 0
+        """Bytes that are not given back while this has users."""
         self._needed = 0
         self._served = 0
 
@@ -64,7 +66,7 @@ class Memory:
         self._served += 1
         self._needed = max(self._needed, plan.arena_bytes + plan.staging)
         if self._served >= SHRINK_AFTER:
-            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed):
+            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed, self.reserved):
                 self.clear()
             self._served, self._needed = 0, 0
 
@@ -192,8 +194,13 @@ class Lease:
             self._last = (key, given)  # which keeps the arrays, so that their addresses stay theirs
             if again or key in self._direct:
                 return self._bound_to(key, given)
+        return self._bind(plan)
+
+    def _bind(self, plan: Plan) -> Bound:
+        """The plan bound to the arenas, once."""
         found = self._bound.get(plan)
         if found is None:
+            self._require(plan)
             self._memory.fit(plan, self._device)
             found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             for step in plan.steps:
@@ -205,6 +212,26 @@ class Lease:
         else:
             self._bound.move_to_end(plan)
         return found
+
+    def reserve(self, plans: Sequence[Plan]) -> int:
+        """Binds these plans to arenas that hold the largest of them, and are kept; the bytes of all memory spaces."""
+        for plan in plans:
+            self._require(plan)
+        for plan in plans:
+            self._memory.fit(plan, self._device)
+        self._memory.reserved = self.nbytes
+        for plan in plans:
+            self._bind(plan)
+        return self.nbytes
+
+    def _require(self, plan: Plan) -> None:
+        """Raises OutOfMemoryError where a GPU cannot hold what is missing, before anything is allocated."""
+        if self._device.space == "device":
+            has = 0 if plan.carried else self._memory.sizes.get("device", 0)  # given back before the new one is taken
+            wanted = plan.arenas.get("device", 0)
+            arena = wanted - has if wanted > self._memory.sizes.get("device", 0) else 0
+            weights = self._constants.missing(plan)
+            self._device.require(f"a run ({weights:,} bytes of weights, an arena of {wanted:,})", arena + weights)
 
     def _on_device(self, plan: Plan, entering: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs that could be read where they lie: later segments look for what they need in the arena."""

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import numpy as np
 
 from infera_gpu.bind import Bound, Constants
+from infera_gpu.budget import VramBudget
 from infera_gpu.devices import Device, open_device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
@@ -54,6 +55,7 @@ def load(
     graphs: bool = True,
     max_concurrency: int = 4,
     arena: Arena | None = None,
+    vram_limit: int | str | VramBudget | None = None,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -66,8 +68,12 @@ def load(
     the CPU runs kernels that numba compiles; None does where numba is installed. On a GPU all steps that can be are
     captured into CUDA graphs; `graphs=False` launches them one by one. Up to `max_concurrency` runs go on at
     once, each in an arena of its own; with `arena`, as many as that allows, over all sessions that share it.
+    `vram_limit` is the most memory of a GPU that the session takes ("4GiB", or bytes), or a VramBudget, which several
+    sessions have together; the CPU has none. A model whose weights do not fit is refused here, a plan that does not fit
+    beside them when it is made.
 
-    Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed) or DeviceError.
+    Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
+    OutOfMemoryError.
     """
     if accuracy not in ("fast", "strict"):
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
@@ -77,10 +83,13 @@ def load(
     check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, expected a positive number")
-    opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit, captures=graphs)
+    budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
+    opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit, captures=graphs, budget=budget)
     again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
     try:
-        return Session(graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again)
+        session = Session(graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again)
+        opened.require(f"the weights of '{session.name}'", session.constant_bytes)
+        return session
     except BaseException:
         opened.close()
         raise
@@ -200,10 +209,14 @@ class Session:
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
         results: dict[str, Any] = dict.fromkeys(self.outputs)
-        for stage, bound in self._segments(entering, Bound.run):
+
+        def take(stage: Stage, bound: Bound) -> None:
+            bound.run()
             self._read(bound, stage, results, out)
             for name in stage.segment.objects:
                 results[name] = entering.objects[name] if name in entering.objects else stage.segment.constants[name]
+
+        self._run(entering, take)
         return results
 
     def _for(self, feeds: Mapping[str, Any]) -> Session:
@@ -237,8 +250,8 @@ class Session:
 
         return run
 
-    def _segments(self, feeds: Entering, run: Callable[[Bound], None]) -> Iterator[tuple[Stage, Bound]]:
-        """The segments of one run, each after `run` has run it. Their outputs are good until the next is asked for."""
+    def _run(self, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
+        """The segments of one run, one after the other: `run` makes the calls and takes the outputs."""
         with self._lease() as lease, self.device.running():
             stage = self._stages.first(feeds.shapes)
             entering: Mapping[str, Array] = feeds.arrays
@@ -246,11 +259,10 @@ class Session:
                 bound = lease.bound(stage.plan, entering)
                 self._fill(bound, entering)
                 try:
-                    run(bound)
+                    run(stage, bound)
                 finally:
                     for given in bound.direct.values():
                         given.array = None
-                yield stage, bound
                 if stage.is_last:
                     return
                 stage, entering = self._advance(stage, bound, feeds.objects)
@@ -346,7 +358,27 @@ class Session:
         if (session := self._for(feeds)) is not self:
             with self._hosting():
                 return session.plans(feeds)
-        return tuple(stage.plan for stage, _ in self._segments(self._check(feeds), Bound.run))
+        found: list[Plan] = []
+
+        def note(stage: Stage, bound: Bound) -> None:
+            bound.run()
+            found.append(stage.plan)
+
+        self._run(self._check(feeds), note)
+        self.device.synchronize()
+        return tuple(found)
+
+    def reserve(self, *inputs: Mapping[str, Sequence[int] | Array]) -> int:
+        """Plan for each of these inputs, given as for `plan_for`, and get the memory that the largest of them takes.
+
+        Runs with such inputs, one at a time, then neither plan nor ask for memory, and smaller ones do not either but
+        plan: what a server does for its batches before it is ready. Of a model whose shapes depend on data this is the
+        first part. Returns the bytes of the arena. Raises InputError, PlanError or OutOfMemoryError, and then nothing
+        was taken.
+        """
+        plans = [self.plan_for(given) for given in inputs]
+        with self._lease() as lease, self.device.running():
+            return lease.reserve(plans)
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""
@@ -355,7 +387,7 @@ class Session:
                 return session.profile(feeds)
         timings: list[Timing] = []
 
-        def timed(bound: Bound) -> None:
+        def timed(_: Stage, bound: Bound) -> None:
             self.device.synchronize()
             for step, span in zip(bound.plan.steps, bound.spans, strict=True):
                 began = time.perf_counter()
@@ -364,8 +396,7 @@ class Session:
                 self.device.synchronize()
                 timings.append(Timing(step, time.perf_counter() - began))
 
-        for _ in self._segments(self._check(feeds), timed):
-            pass
+        self._run(self._check(feeds), timed)
         return timings
 
     # ---- feeds

@@ -6,6 +6,7 @@ cannot copy at once), and counts memory. It shows nothing about CuPy's kernels o
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections import deque
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
+
+from infera_gpu.devices import cuda
 
 
 class CUDARuntimeError(RuntimeError):
@@ -57,6 +61,8 @@ class Vram:
 class Memory:
     """A block of `vram`, given back when the last pointer to it goes; pooled blocks are given back to their pool."""
 
+    device_id = 0
+
     def __init__(self, vram: Vram, nbytes: int, pool: MemoryPool | None = None) -> None:
         self._vram, self._pool, self.nbytes = vram, pool, nbytes
         if pool is not None and pool.cached >= nbytes:
@@ -64,6 +70,10 @@ class Memory:
         else:
             vram.take(nbytes)
         self.block = np.empty(nbytes, np.uint8)
+
+    @property
+    def ptr(self) -> int:
+        return int(self.block.__array_interface__["data"][0])
 
     def __del__(self) -> None:
         if not hasattr(self, "block"):
@@ -74,13 +84,22 @@ class Memory:
             self._pool.cached += self.nbytes
 
 
+class UnownedMemory:
+    """Memory that its owner keeps."""
+
+    def __init__(self, ptr: int, size: int, owner: Any, device_id: int) -> None:
+        self.block, self._owner = owner.memory.block, owner
+        assert ptr == owner.memory.ptr
+
+
 class MemoryPool:
-    def __init__(self, vram: Vram) -> None:
-        self._vram, self.cached = vram, 0
+    def __init__(self, vram: Vram, allocator: Callable[[int], MemoryPointer] | None = None) -> None:
+        self._vram, self._allocator, self.cached = vram, allocator, 0
 
     def malloc(self, nbytes: int) -> MemoryPointer:
+        """With an allocator nothing is kept for later."""
         try:
-            return MemoryPointer(Memory(self._vram, nbytes, self), 0)
+            return self._allocator(nbytes) if self._allocator else MemoryPointer(Memory(self._vram, nbytes, self), 0)
         except CUDARuntimeError:
             raise PoolError(nbytes) from None
 
@@ -323,7 +342,8 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
             Stream=Stream,
             Memory=lambda nbytes: Memory(vram, nbytes),
             MemoryPointer=MemoryPointer,
-            MemoryPool=lambda: MemoryPool(vram),
+            MemoryPool=lambda allocator=None: MemoryPool(vram, allocator),
+            UnownedMemory=UnownedMemory,
             PinnedMemory=PinnedMemory,
             PinnedMemoryPointer=PinnedMemoryPointer,
             get_current_stream=lambda: CURRENT.streams[-1],
@@ -337,4 +357,13 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
             ),
         ),
     )
+    return fake
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: types.ModuleType | None = None) -> types.ModuleType:
+    """For one test, CuPy is `fake` or a new stand-in, there is no Triton, and no GPU is lost."""
+    fake = fake or module()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
+    monkeypatch.setattr(cuda, "_lost", {})
     return fake

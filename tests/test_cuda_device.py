@@ -33,10 +33,7 @@ MODEL = parse(
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    fake = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
-    return fake
+    return fake_cupy.install(monkeypatch)
 
 
 def test_a_session_answers_right_and_small_arrays_travel_among_its_steps(cupy: Any) -> None:
@@ -134,10 +131,10 @@ def test_what_fails_in_cuda_is_a_device_error_that_names_the_step(cupy: Any) -> 
     session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
 
     def fail(*_: Any) -> None:
-        raise fake_cupy.CUDARuntimeError(700)
+        raise fake_cupy.CUDARuntimeError(1)
 
     cupy.exp = fail
-    with pytest.raises(DeviceError, match="cuda:0 failed in a run: cudaError 700") as caught:
+    with pytest.raises(DeviceError, match="cuda:0 failed in a run: cudaError 1") as caught:
         session.run({"x": np.ones(3, np.float32)})
     assert "boom" in caught.value.__notes__[0]
 
@@ -155,9 +152,7 @@ def test_temporaries_that_do_not_fit_are_an_out_of_memory_error(cupy: Any) -> No
 
 
 def test_cached_temporaries_make_room_for_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = fake_cupy.module(free=10_000)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
+    fake: Any = fake_cupy.install(monkeypatch, fake_cupy.module(free=10_000))
     device = cuda.CudaDevice(0)
     with device.running():
         fake.empty((8_000,), np.uint8)
@@ -168,8 +163,7 @@ def test_cached_temporaries_make_room_for_an_arena(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_arena_that_does_not_fit_is_refused_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy.module(free=1000))
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
+    fake_cupy.install(monkeypatch, fake_cupy.module(free=1000))
     session = infera_gpu.load(MODEL, device="cuda")
     with pytest.raises(OutOfMemoryError, match="1,000 are available") as caught:
         session.run({"x": np.zeros((1000, 4), np.float32)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from typing import Any
@@ -30,10 +29,7 @@ FEEDS = {name: np.arange(12, dtype=np.float32).reshape(3, 4) + i for i, name in 
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    fake = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
-    return fake
+    return fake_cupy.install(monkeypatch)
 
 
 def counted(stream: fake_cupy.Stream, counts: list[int], i: int = 0) -> Call:

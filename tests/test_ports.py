@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,8 +31,7 @@ LARGE = TOGETHER // 16 + 1
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaDevice:
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy.module())
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
+    fake_cupy.install(monkeypatch)
     return cuda.CudaDevice(0)
 
 

@@ -47,7 +47,7 @@ class Device(Protocol):
     operations beyond BLAS. `captures` says that its calls are recorded once and replayed (`graph`), `channels_last`
     that it prefers convolutions whose channels are the last axis. A device whose space is "device" has a host arena
     too, for the steps that run on NumPy. Transfers and calls are ordered with each other; `synchronize` waits for all
-    of them.
+    of them. `lost` says why nothing works on it any more in this process, and is empty while it does.
     """
 
     name: str
@@ -60,6 +60,9 @@ class Device(Protocol):
     strict: bool
     channels_last: bool
     captures: bool
+
+    @property
+    def lost(self) -> str: ...
 
     @property
     def launcher(self) -> Launcher: ...
@@ -80,8 +83,12 @@ class Device(Protocol):
         """The operand's window into its block."""
         ...
 
-    def constant(self, host: HostArray, space: Space) -> Array:
-        """The constant in `space`; uploaded at once."""
+    def require(self, what: str, nbytes: int) -> None:
+        """Raises OutOfMemoryError, saying `what` needs it, where the device has no `nbytes` to give; takes nothing."""
+        ...
+
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> Array:
+        """The constant in `space`; uploaded at once. A `lasting` one is the model's, others come and go with shapes."""
         ...
 
     def transfer(self, source: Array, target: Array) -> Call:

@@ -33,6 +33,7 @@ class CpuDevice:
     runs_portable = True
     channels_last = True
     captures = False
+    lost = ""
     xp: Any = np
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:
@@ -63,7 +64,9 @@ class CpuDevice:
     def view(self, block: Any, operand: Operand) -> HostArray:
         return host_view(block, operand)
 
-    def constant(self, host: HostArray, space: Space) -> HostArray:
+    def require(self, what: str, nbytes: int) -> None: ...
+
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
         return host
 
     def transfer(self, source: Array, target: Array) -> Call:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
 from infera_gpu.devices.ports import Ports, StagedPorts, Streams
-from infera_gpu.errors import DeviceError, OutOfMemoryError
+from infera_gpu.devices.vram import Vram
+from infera_gpu.errors import DeviceError, DeviceLostError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -25,6 +27,19 @@ from infera_kernels.calls import one_after_the_other
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation; CuPy's Python modules have no name for it."""
+
+LOST = frozenset(
+    {
+        *(4, 100, 999),  # the driver unloads, there is no device, an unknown error
+        *(46, 214, 220, 221),  # the device is unavailable, memory or NVLink failed beyond correction, contained or not
+        *(700, 702, 709, 710),  # illegal address, launch timeout, the context is destroyed, an assertion
+        *(714, 715, 716, 717, 718, 719, 721),  # faults of kernels: stack, instruction, alignment, address space, pc
+    }
+)
+"""The errors, as the CUDA runtime and driver number them, after which every call in the process's context fails."""
+
+_lost: dict[int, str] = {}
+"""What happened, by GPU: a CUDA context cannot be mended, and a process has one a GPU."""
 
 INSTALL = "pip install 'infera-gpu[cuda12]' or 'infera-gpu[cuda13]', whichever CUDA the driver supports, never both"
 
@@ -50,8 +65,9 @@ class CudaDevice:
     them. Each keeps its own order, their arenas are disjoint, and memory that one gives back is used again only behind
     what was queued before; so nothing needs a lock, and the GPU works on one run at a time.
 
-    Weights and what CuPy allocates for portable operators come from a pool of the device's own, arenas from the driver
-    directly: closing gives all of it back, whatever else in the process uses CuPy.
+    Weights and arenas come from the driver directly, what CuPy allocates for portable operators and constants of one
+    shape from a pool of the device's own: closing gives all of it back, whatever else in the process uses CuPy. All of
+    it counts against `budget`.
     """
 
     space: Space = "device"
@@ -60,7 +76,9 @@ class CudaDevice:
     threads = 1
     concurrency = ""
 
-    def __init__(self, index: int = 0, strict: bool = False, *, captures: bool = True) -> None:
+    def __init__(
+        self, index: int = 0, strict: bool = False, *, captures: bool = True, budget: VramBudget | None = None
+    ) -> None:
         self.strict, self.captures = strict, captures
         reason = why_unavailable()
         if reason:
@@ -73,11 +91,12 @@ class CudaDevice:
                 f"cuda:{index} does not exist; this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}"
             )
         self.index, self.name, self.xp = index, f"cuda:{index}", cupy
+        self._refuse_lost()
         self._device = cupy.cuda.Device(index)
-        with self._device:
+        with self._device, self._failures("opening it"):
             self._streams = Streams(cupy)
             self._stream = self._streams.compute
-            self._pool = cupy.cuda.MemoryPool()
+            self._vram = Vram(cupy, budget)
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self._launcher: Launcher | None = None
         self._turnstile = Turnstile()
@@ -98,11 +117,20 @@ class CudaDevice:
         he gives, or reading those that he wants results in.
         """
         cuda = self.xp.cuda
+        self._refuse_lost()
         with self._turnstile.entered(), self._device, quiet_numpy(), self._failures("a run"):
             ready = cuda.get_current_stream().record(cuda.Event(disable_timing=True))
             self._stream.wait_event(ready)
-            with self._stream, cuda.using_allocator(self._pool.malloc):
+            with self._stream, cuda.using_allocator(self._vram.pool.malloc):
                 yield
+
+    @property
+    def lost(self) -> str:
+        return _lost.get(self.index, "")
+
+    def _refuse_lost(self) -> None:
+        if self.lost:
+            raise DeviceLostError(self.lost)
 
     @contextmanager
     def _failures(self, what: str, nbytes: int = 0, space: Space = "device") -> Iterator[None]:
@@ -115,6 +143,12 @@ class CudaDevice:
             failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
             raise _with_notes(failure, error) from error
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            if error.status in LOST:
+                _lost[self.index] = (
+                    f"{self.name} is lost to this process: {what} met '{error}', and no call works after that; "
+                    "restart the process"
+                )
+                raise _with_notes(DeviceLostError(self.lost), error) from error
             if error.status != OUT_OF_MEMORY:
                 raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
             available = self._free() if space == "device" else host_memory() or 0
@@ -123,34 +157,51 @@ class CudaDevice:
 
     def _free(self) -> int:
         with self._device:
-            return int(self.xp.cuda.runtime.memGetInfo()[0])
+            return self._vram.available()
+
+    def require(self, what: str, nbytes: int) -> None:
+        with self._device, self._failures(what):
+            if nbytes > self._free():
+                self._vram.pool.free_all_blocks()
+            if nbytes > (free := self._free()):
+                budget = self._vram.budget
+                raise OutOfMemoryError(
+                    f"{what} on {self.name}",
+                    needed=nbytes,
+                    available=free,
+                    limit=None if budget is None else budget.limit,
+                )
 
     def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
         return one_after_the_other(parts)
 
     def alloc(self, nbytes: int, space: Space) -> Any:
+        self._refuse_lost()
         cuda = self.xp.cuda
         what = "the arena" if space == "device" else "the pinned arena"
         with self._device, self._failures(what, nbytes, space):
             if space == "host":  # pinned, so that transfers are asynchronous; freed with its last view, as is VRAM
                 pinned = cuda.PinnedMemoryPointer(cuda.PinnedMemory(max(nbytes, 1)), 0)
                 return np.frombuffer(pinned, np.uint8)
-            if nbytes > self._free():
-                self._pool.free_all_blocks()
-            if nbytes > (free := self._free()):
-                raise OutOfMemoryError(f"the arena on {self.name}", needed=nbytes, available=free)
-            return cuda.MemoryPointer(cuda.Memory(max(nbytes, 1)), 0)
+            self.require("the arena", nbytes)
+            return self._vram.take(f"the arena on {self.name}", max(nbytes, 1))
 
     def view(self, block: Any, operand: Operand) -> Array:
         if operand.space == "host":
             return host_view(block, operand)
         return self.xp.ndarray(operand.shape, operand.dtype, block + operand.offset, operand.strides)
 
-    def constant(self, host: HostArray, space: Space) -> Array:
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> Array:
         if space == "host":
             return host
-        with self._device, self._stream, self.xp.cuda.using_allocator(self._pool.malloc):
-            array = self.xp.empty(host.shape, host.dtype)
+        what = f"a constant of {host.nbytes:,} bytes"
+        with self._device, self._failures(what, host.nbytes), self._stream:
+            memory = (
+                self._vram.take(f"{what} on {self.name}", host.nbytes)
+                if lasting
+                else self._vram.pool.malloc(host.nbytes)
+            )
+            array = self.xp.ndarray(host.shape, host.dtype, memory)
             array.set(host, self._stream)
         return array
 
@@ -211,10 +262,11 @@ class CudaDevice:
         self._streams.synchronize()
 
     def close(self) -> None:
-        """Gives back the pool's memory that no array holds."""
-        with self._device:
-            self.synchronize()
-            self._pool.free_all_blocks()
+        """Gives back the pool's memory that no array holds. Of a lost GPU nothing can be given back."""
+        if not self.lost:
+            with self._device, self._failures("closing it"):
+                self.synchronize()
+                self._vram.pool.free_all_blocks()
 
 
 def _with_notes(failure: DeviceError, error: BaseException) -> DeviceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.graphs import Calls
 from infera_gpu.devices.ports import DirectPorts, Ports
+from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
@@ -45,9 +48,10 @@ class RecordingDevice:
     xp: Any = np
     threads = 1
     concurrency = ""
+    lost = ""
 
-    def __init__(self, strict: bool = False, *, captures: bool = True) -> None:
-        self.strict, self.captures = strict, captures
+    def __init__(self, strict: bool = False, *, captures: bool = True, budget: VramBudget | None = None) -> None:
+        self.strict, self.captures, self._budget = strict, captures, budget
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self.events: list[Event] = []
         self._launcher: Launcher | None = None
@@ -68,14 +72,31 @@ class RecordingDevice:
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         self.events.append(Event("alloc", space, nbytes))
-        return host_block(nbytes)
+        block = host_block(nbytes)
+        if space == "device":
+            self._charge("the arena", nbytes, block)
+        return block
 
     def view(self, block: Any, operand: Operand) -> HostArray:
         return host_view(block, operand)
 
-    def constant(self, host: HostArray, space: Space) -> HostArray:
+    def require(self, what: str, nbytes: int) -> None:
+        if self._budget is not None and nbytes > self._budget.available:
+            raise OutOfMemoryError(
+                f"{what} on {self.name}", needed=nbytes, available=self._budget.available, limit=self._budget.limit
+            )
+
+    def _charge(self, what: str, nbytes: int, array: HostArray) -> None:
+        """Counts memory against the budget for as long as the array lives."""
+        if self._budget is not None:
+            self._budget.take(f"{what} on {self.name}", nbytes)
+            weakref.finalize(array, self._budget.give_back, nbytes)
+
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
         if space == "device":
             self.events.append(Event("constant", "", host.nbytes))
+            host = host.view()  # what the device has, which goes with it
+            self._charge("a constant", host.nbytes, host)
         return host
 
     def transfer(self, source: Array, target: Array) -> Call:

@@ -89,7 +89,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read("/v2/health/ready")
     async def ready() -> Response:
-        return Json({"ready": service.ready}, 200 if service.ready else 503)
+        reason = service.why_not_ready
+        return Json({"ready": False, "reason": reason}, 503) if reason else Json({"ready": True})
 
     @read("/v2/models")
     async def models() -> Response:
@@ -114,9 +115,11 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read_model("/ready")
     async def model_ready(model: str, version: str | None = None) -> Response:
-        find(model, version)
+        found = find(model, version)
         if service.draining:
             raise Unavailable("the server is shutting down")
+        if found.session.device.lost:
+            raise Unavailable(found.session.device.lost)
         return Json({"ready": True})
 
     @read_model("/config")

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from infera_gpu.errors import OutOfMemoryError
 from infera_server.independence import mixes_rows
 from infera_server.proof import PROBE_SIZES, ROW_SCALES, prove, shape_at
 from infera_server.rows import Layout
 from infera_server.runtime import Session, Specs
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ def _alone(session: Session) -> tuple[Mapping[int, int], Mapping[str, int]]:
         try:
             return {1: _arena(session, shapes)}, sizes
         except Exception as error:
-            if not sizes:
+            if not sizes or isinstance(error, OutOfMemoryError):
                 raise
             refusals.append(error)
     if len({str(error) for error in refusals}) == 1:
@@ -123,17 +127,17 @@ def _no_candidate(session: Session) -> str:
 
 
 def _sized(session: Session, candidate: Candidate, max_batch: int, sizes: Mapping[str, int]) -> Batching:
-    """The buckets whose plans fit in memory, and what each needs."""
+    """The buckets whose plans fit in memory, which a GPU sets aside now, and what each needs."""
     arena: dict[int, int] = {}
     reason = f"on: {candidate.origin}, and {len(ROW_SCALES)} rows together equal the rows one by one"
     size = next(iter(sizes.values()), 1)
     for bucket in buckets_to(max_batch):
+        shapes = {n: shape_at(spec, {candidate.inputs[n]: bucket}, size) for n, spec in session.inputs.items()}
         try:
-            arena[bucket] = _arena(
-                session,
-                {n: shape_at(spec, {candidate.inputs[n]: bucket}, size) for n, spec in session.inputs.items()},
-            )
+            arena[bucket] = _arena(session, shapes)
         except Exception as error:
+            if not arena and isinstance(error, OutOfMemoryError):
+                raise  # without memory for one request there is nothing to serve
             if not arena:
                 return Batching(None, f"off: no plan for a batch of 1: {error}", {}, sizes)
             reason += f"; no more than {max(arena)} rows, because {error}"
@@ -142,5 +146,9 @@ def _sized(session: Session, candidate: Candidate, max_batch: int, sizes: Mappin
     return Batching(layout, reason, arena, sizes)
 
 
-def _arena(session: Session, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return session.plan_for(shapes).arena_bytes
+def _arena(session: Session, shapes: Shapes) -> int:
+    """What the plan for these shapes needs; on a GPU it, the weights and the code of kernels are loaded now."""
+    nbytes = session.plan_for(shapes).arena_bytes
+    if session.device.name != "cpu":
+        session.reserve(shapes)
+    return nbytes

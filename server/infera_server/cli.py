@@ -24,6 +24,9 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of a run, shared by all models. [default: all but one]")
     ] = None,
+    vram_limit: Annotated[
+        str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB. [default: what there is]")
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
     ] = None,

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from infera_gpu.errors import InputError, OutOfMemoryError, PlanError
+from infera_gpu.errors import DeviceLostError, InputError, OutOfMemoryError, PlanError
 
 
 class RequestError(Exception):
@@ -120,7 +120,7 @@ def request_error(error: Exception, model: str) -> RequestError:
         return error
     if isinstance(error, InputError | PlanError):
         return BadRequest(f"model '{model}': {error}")
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, OutOfMemoryError | DeviceLostError):
         return Unavailable(f"model '{model}': {error}")
     if isinstance(error, IndexError | ValueError):
         return BadRequest(f"model '{model}' cannot run on this input: {error}")

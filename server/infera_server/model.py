@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from infera_gpu.budget import VramBudget
 from infera_gpu.cpus import default_threads
 from infera_gpu.errors import ModelError
 from infera_gpu.spec import tensors_of
@@ -92,11 +93,11 @@ def threads_of(settings: Settings) -> tuple[int, str]:
     return max(1, default_threads()[0] - 1), "one CPU is left to the event loop"
 
 
-def open_session(path: Path, settings: Settings) -> Session:
-    """Load an ONNX file with the runtime. Raises InferaError."""
+def open_session(path: Path, settings: Settings, budget: VramBudget | None = None) -> Session:
+    """Load an ONNX file with the runtime, whose GPU memory counts against `budget`. Raises InferaError."""
     import infera_gpu
 
-    session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings)[0])
+    session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings)[0], vram_limit=budget)
     try:
         tensors_of(session.inputs, "input")
         tensors_of(session.outputs, "output")
@@ -114,7 +115,7 @@ def open_model(
     *,
     post: Post,
     turns_of: Callable[[str], Turns],
-    opener: Opener = open_session,
+    opener: Opener,
 ) -> Model:
     """Load, find the batch axis by running the model, start the engine thread. Raises whatever loading raises."""
     session = opener(path, settings)

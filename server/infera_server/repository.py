@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from infera_gpu.budget import VramBudget
 from infera_gpu.errors import InferaError
 from infera_server.codec import short
 from infera_server.errors import NotFound, Unavailable
@@ -125,11 +127,14 @@ class Repository:
 
     settings: Settings
     sources: Sequence[Source]
-    opener: Opener = open_session
+    opener: Opener | None = None
+    """How a file becomes a session; None is the runtime, all of whose sessions share the GPU memory of the settings."""
     _entries: dict[str, dict[str, Entry]] = field(init=False)
     _served: dict[tuple[str, str | None], Model] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        limit = self.settings.vram_limit
+        self._open = self.opener or partial(open_session, budget=None if limit is None else VramBudget(limit))
         self._entries = {}
         for source in sorted(self.sources, key=lambda s: (s.name, int(s.version))):
             self._entries.setdefault(source.name, {})[source.version] = Entry(source)
@@ -173,7 +178,7 @@ class Repository:
                 self.settings,
                 post=post,
                 turns_of=self._turns_of,
-                opener=self.opener,
+                opener=self._open,
             )
         except Exception as error:
             entry.reason = str(error) if isinstance(error, InferaError) else f"{type(error).__name__}: {error}"
@@ -216,6 +221,11 @@ class Repository:
         """Whether a run has kept a device for longer than a request may wait."""
         with self._guard:
             return any(turns.held_for() > self.settings.request_timeout for turns in self._turns.values())
+
+    @property
+    def lost(self) -> str:
+        """Why a device works no more, which only a new process mends; empty while all do."""
+        return next(filter(None, (model.session.device.lost for model in self.ready())), "")
 
     def get(self, name: str, version: str | None = None) -> Model:
         """A model that can run; the newest version by default. Raises NotFound or Unavailable."""

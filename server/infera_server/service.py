@@ -58,13 +58,20 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken, every model that could be loaded is, one at least was, and no device is stuck."""
-        return (
-            not self.draining
-            and self.repository.is_settled
-            and any(self.repository.ready())
-            and not self.repository.is_stuck
-        )
+        return not self.why_not_ready
+
+    @property
+    def why_not_ready(self) -> str:
+        """Empty where requests are taken, every model that could be loaded is, one at least was, and devices work."""
+        if self.draining:
+            return "the server is shutting down"
+        if not self.repository.is_settled:
+            return "models are being loaded"
+        if not any(self.repository.ready()):
+            return "no model could be loaded"
+        if self.repository.is_stuck:
+            return "a run has kept a device for longer than a request may wait"
+        return self.repository.lost
 
     async def expire(self) -> None:
         """Answer requests whose time is up while another batch runs, and end what clients let lie; for ever."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infera_gpu.budget import bytes_of
+
+
+def checked_bytes(size: str) -> str:
+    """The text, where it is an amount of memory. Raises ValueError."""
+    bytes_of(size)
+    return size
 
 
 class Settings(BaseSettings):
@@ -17,6 +25,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
+    vram_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
     max_body_bytes: int = Field(default=64 << 20, ge=1)
     max_json_bytes: int = Field(default=16 << 20, ge=1)
     max_intake_bytes: int = Field(default=1 << 30, ge=1)

@@ -35,6 +35,7 @@ class FakePlan:
 @dataclass(frozen=True)
 class FakeDevice:
     name: str = "cpu"
+    lost: str = ""
 
 
 @dataclass
@@ -63,6 +64,9 @@ class FakeSession:
         self.entered.release()
         assert self.gate.wait(WAIT)
         return self.fn(feeds)
+
+    def reserve(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return self.plan_for(shapes).arena_bytes
 
     def plan_for(self, shapes: Mapping[str, tuple[int, ...]]) -> FakePlan:
         return FakePlan(sum(int(np.prod(s)) * 4 for s in shapes.values()))

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from infera_gpu.errors import ModelError, PlanError
+from infera_gpu.errors import DeviceLostError, ModelError, PlanError
 from infera_server.errors import NotFound, Unavailable
 from infera_server.metrics import ModelStats
 from infera_server.repository import DiscoveryError, Entry, Repository, Source, State, discover
 from infera_server.runtime import Session
 from infera_server.settings import Settings
-from tests.server.support import FakeSession, Running, doubler, request_of, serving, spec, until
+from tests.server.support import FakeDevice, FakeSession, Running, doubler, request_of, serving, spec, until
+from tests.text import parse
 
 X = np.ones((2, 4), np.float32)
 
@@ -322,3 +324,37 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         Settings(max_batch=0)
     with pytest.raises(ValueError, match="at least 1 character"):
         Settings(host="")
+
+
+def test_a_lost_device_turns_the_server_not_ready_and_says_that_only_a_restart_helps() -> None:
+    session, healthy = doubler(), doubler()
+    with serving({"double": session, "other": healthy}) as running:
+        assert running.get("/v2/health/ready") == (200, {"ready": True})
+        lost = "cuda:0 is lost to this process: restart the process"
+
+        def fault(feeds: Any) -> Any:
+            session.device = FakeDevice("cuda:0", lost)
+            raise DeviceLostError(lost)
+
+        session.fn = fault
+        status, body = running.infer("double", request_of(np.ones((1, 4), np.float32)))
+        assert (status, lost in body["error"]) == (503, True)
+        assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": lost})
+        assert running.get("/v2/models/double/ready") == (503, {"error": lost})
+        assert running.get("/v2/health/live")[0] == 200
+        assert running.get("/v2/models/other/ready")[0] == 200
+        assert running.infer("other", request_of(np.ones((1, 4), np.float32)))[0] == 200
+
+
+def test_all_models_share_the_gpu_memory_that_is_set(tmp_path: Path) -> None:
+    ones = ", ".join(["1"] * 256)
+    model = parse(f"g (float[N, 16] x) => (float[N, 16] y) <float[16, 16] w = {{{ones}}}> {{ y = MatMul(x, w) }}")
+    for name in ("a.onnx", "b.onnx"):
+        onnx.save(model, tmp_path / name)
+    repository = Repository(Settings(device="recording", vram_limit="2100B"), list(discover([tmp_path])))
+    repository.load(lambda fn, arg: fn(arg))
+    states = {e.source.name: (e.state, e.reason) for e in repository.entries()}
+    assert sorted(state.value for state, _ in states.values()) == ["READY", "UNAVAILABLE"]
+    assert any("of a vram_limit of 2,100" in reason for _, reason in states.values())
+    with pytest.raises(ValueError, match="no amount of memory"):
+        Settings(vram_limit="4 Gigs")

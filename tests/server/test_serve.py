@@ -239,7 +239,7 @@ def test_draining_finishes_the_accepted_and_refuses_the_rest() -> None:
             until(lambda: model.batcher.queued == 2)
             running.host.server.should_exit = True
             until(lambda: running.host.service.draining)
-            assert running.get("/v2/health/ready") == (503, {"ready": False})
+            assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": "the server is shutting down"})
             assert running.get("/v2/health/live") == (200, {"live": True})
             status, document = running.infer("double", request_of(x))
             assert status == 503
@@ -289,7 +289,8 @@ def test_a_run_that_does_not_end_is_answered_and_makes_the_server_unready() -> N
         status, document = running.infer("double", request_of(np.ones((1, 4), np.float32)))
         assert status == 504
         assert "has been running" in document["error"]
-        assert running.get("/v2/health/ready") == (503, {"ready": False})
+        reason = "a run has kept a device for longer than a request may wait"
+        assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": reason})
         session.gate.set()
         until(lambda: running.get("/v2/health/ready")[0] == 200)
 
@@ -351,7 +352,7 @@ def test_not_ready_while_loading() -> None:
     threading.Timer(0.5, release.set).start()
     with serving({"slow": slow}, wait=False) as running:
         assert running.get("/v2/health/live")[0] == 200
-        assert running.get("/v2/health/ready") == (503, {"ready": False})
+        assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": "models are being loaded"})
         status, document = running.infer("slow", request_of(np.ones((1, 4), np.float32)))
         assert (status, document) == (503, {"error": "model 'slow' is still loading"})
         until(lambda: running.get("/v2/health/ready")[0] == 200)

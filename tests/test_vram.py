@@ -1,0 +1,194 @@
+"""Limits on GPU memory, and GPUs that are lost: over a stand-in for CuPy, and on the recording device."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+
+import infera_gpu
+from infera_gpu.budget import VramBudget, bytes_of
+from infera_gpu.devices import cuda
+from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
+from tests import fake_cupy
+from tests.text import parse
+
+WEIGHTS = 64 * 64 * 4
+MODEL = parse(
+    f"""
+    g (float[N, 64] x) => (float[N, 64] y) <float[64, 64] w = {{{", ".join(["0.01"] * 64 * 64)}}}> {{
+        a = MatMul(x, w)
+        y = Exp(a)
+    }}"""
+)
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return fake_cupy.install(monkeypatch)
+
+
+def rows(n: int) -> dict[str, np.ndarray]:
+    return {"x": np.ones((n, 64), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("size", "want"),
+    [(0, 0), (123, 123), ("123", 123), ("4GiB", 4 << 30), (" 1.5 gb ", 1_500_000_000), ("2 KiB", 2048), ("7b", 7)],
+)
+def test_amounts_of_memory(size: int | str, want: int) -> None:
+    assert bytes_of(size) == want
+
+
+@pytest.mark.parametrize("size", ["", "GiB", "4 G", "-1", "1e9", "4 GiBs", "0x10", -1, True, 1.5, None, "9" * 400])
+def test_what_is_no_amount_is_refused(size: Any) -> None:
+    with pytest.raises(InputError, match="no amount of memory"):
+        bytes_of(size)
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_a_model_whose_weights_do_not_fit_is_refused_before_anything_is_allocated(device: str, cupy: Any) -> None:
+    with pytest.raises(
+        OutOfMemoryError, match=r"the weights of .* needs 16,\d\d\d bytes, 10,000 of a vram_limit"
+    ) as caught:
+        infera_gpu.load(MODEL, device=device, vram_limit=10_000)
+    assert (caught.value.limit, caught.value.available) == (10_000, 10_000)
+    assert WEIGHTS <= caught.value.needed < WEIGHTS + 1000
+    assert cupy.vram.used == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_a_plan_that_does_not_fit_beside_the_weights_is_refused_and_smaller_ones_run(device: str, cupy: Any) -> None:
+    budget = VramBudget(WEIGHTS + 60_000)
+    session = infera_gpu.load(MODEL, device=device, vram_limit=budget)
+    with pytest.raises(OutOfMemoryError, match=r"a run \(16,\d+ bytes of weights, an arena of \d+,\d+\) on "):
+        session.run(rows(1000))
+    assert budget.used == cupy.vram.used == 0  # not even the weights
+    want = np.exp(np.full((5, 64), 0.64, np.float32))
+    np.testing.assert_allclose(session.run(rows(5))["y"], want, rtol=1e-5)
+    used = budget.used
+    assert WEIGHTS < used <= budget.limit
+    with pytest.raises(OutOfMemoryError, match="missing"):
+        session.run(rows(1000))
+    assert budget.used == used
+    np.testing.assert_allclose(session.run(rows(5))["y"], want, rtol=1e-5)
+    session.close()
+    del session
+    gc.collect()
+    assert budget.used == cupy.vram.used == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_sessions_share_a_budget(device: str, cupy: Any) -> None:
+    budget = VramBudget(2 * WEIGHTS)
+    first = infera_gpu.load(MODEL, device=device, vram_limit=budget)
+    first.run(rows(1))
+    with pytest.raises(OutOfMemoryError, match="the weights of"):
+        infera_gpu.load(MODEL, device=device, vram_limit=budget)
+    first.close()
+    gc.collect()
+    second = infera_gpu.load(MODEL, device=device, vram_limit=budget)
+    assert second.run(rows(1))["y"].shape == (1, 64)
+    assert repr(budget).endswith(f"of {2 * WEIGHTS:,} bytes used>")
+
+
+def test_temporaries_of_portable_operators_count(cupy: Any) -> None:
+    budget = VramBudget(100_000)
+    device = cuda.CudaDevice(0, budget=budget)
+    with device.running():
+        held = cupy.empty((80_000,), np.uint8)
+        assert budget.used == 80_000
+        with pytest.raises(OutOfMemoryError, match="a temporary array needs 30,000 bytes, 20,000 of a vram_limit"):
+            cupy.empty((30_000,), np.uint8)
+        del held
+    assert budget.used == 0
+
+
+def test_what_the_driver_refuses_is_not_counted(monkeypatch: pytest.MonkeyPatch, cupy: Any) -> None:
+    budget = VramBudget("1GiB")
+    device = cuda.CudaDevice(0, budget=budget)
+    monkeypatch.setattr(cupy.cuda, "Memory", lambda nbytes: (_ for _ in ()).throw(fake_cupy.CUDARuntimeError(2)))
+    with pytest.raises(OutOfMemoryError):
+        device.alloc(1000, "device")
+    assert budget.used == 0
+
+
+# ---- what is reserved
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_what_is_reserved_is_neither_planned_nor_allocated_again(
+    device: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = infera_gpu.load(MODEL, device=device)
+    nbytes = session.reserve({"x": (1, 64)}, {"x": (300, 64)}, {"x": np.ones((4, 64))})
+    assert nbytes >= session.plan_for({"x": (300, 64)}).arena_bytes
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it asks for memory")
+
+    monkeypatch.setattr(session.device, "alloc", refuse)
+    monkeypatch.setattr(session.device, "constant", refuse)
+    for n in (300, 1, 4) * 50:
+        np.testing.assert_allclose(session.run(rows(n))["y"], np.exp(np.full((n, 64), 0.64)), rtol=1e-5)
+    session.run(rows(17))  # smaller: planned, without an arena of its own
+
+
+def test_what_cannot_be_reserved_takes_nothing(cupy: Any) -> None:
+    budget = VramBudget(WEIGHTS + 60_000)
+    session = infera_gpu.load(MODEL, device="cuda", vram_limit=budget)
+    with pytest.raises(OutOfMemoryError):
+        session.reserve({"x": (3, 64)}, {"x": (5000, 64)})
+    assert budget.used == 0
+
+
+# ---- GPUs that are lost
+
+
+def test_a_gpu_on_which_a_kernel_faulted_is_lost_to_the_process_and_says_so(cupy: Any) -> None:
+    session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }"), device="cuda")
+    other = infera_gpu.load(MODEL, device="cuda")
+    cpu = infera_gpu.load(MODEL, device="cpu")
+    other.run(rows(2))
+    healthy, cupy.exp = cupy.exp, lambda *_: (_ for _ in ()).throw(fake_cupy.CUDARuntimeError(700))
+    with pytest.raises(DeviceLostError, match="cuda:0 is lost to this process: a run met 'cudaError 700'") as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert "boom" in caught.value.__notes__[0]
+    cupy.exp = healthy
+    for lost in (session, other):
+        assert "restart the process" in lost.device.lost
+        with pytest.raises(DeviceLostError, match="restart the process"):
+            lost.run(rows(2) if lost is other else {"x": np.ones(3, np.float32)})
+        lost.close()
+    with pytest.raises(DeviceLostError):
+        infera_gpu.load(MODEL, device="cuda")
+    assert cpu.device.lost == ""
+    assert cpu.run(rows(2))["y"].shape == (2, 64)
+
+
+def test_other_failures_leave_the_gpu_usable(cupy: Any) -> None:
+    session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }"), device="cuda")
+    healthy, cupy.exp = cupy.exp, lambda *_: (_ for _ in ()).throw(fake_cupy.CUDADriverError(701))
+    with pytest.raises(DeviceError, match="cuda:0 failed in a run: cudaError 701"):
+        session.run({"x": np.ones(3, np.float32)})
+    cupy.exp = healthy
+    assert session.device.lost == ""
+    np.testing.assert_allclose(session.run({"x": np.zeros(3, np.float32)})["y"], 1)
+
+
+def test_a_fault_that_shows_when_results_are_waited_for_loses_the_gpu(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = infera_gpu.load(MODEL, device="cuda")
+    session.run(rows(2))
+
+    def fault(self: Any) -> None:
+        raise fake_cupy.CUDARuntimeError(719)
+
+    monkeypatch.setattr(fake_cupy.Event, "synchronize", fault)
+    monkeypatch.setattr(fake_cupy.Stream, "synchronize", fault)
+    with pytest.raises(DeviceLostError, match="cudaError 719"):
+        session.run(rows(2))
+    session.close()
