@@ -6,6 +6,7 @@ cannot copy at once), and counts memory. It shows nothing about CuPy's kernels o
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import types
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -50,12 +52,15 @@ class Vram:
     """How much memory is out, blocks that a pool keeps for later included."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.used = total, 0
+        self.total, self.used, self.taken = total, 0, 0
+        self.blocks: WeakSet[Memory] = WeakSet()
+        """What is out."""
 
     def take(self, nbytes: int) -> None:
         if self.used + nbytes > self.total:
             raise CUDARuntimeError(2)
         self.used += nbytes
+        self.taken += 1
 
 
 class Memory:
@@ -70,6 +75,7 @@ class Memory:
         else:
             vram.take(nbytes)
         self.block = np.empty(nbytes, np.uint8)
+        vram.blocks.add(self)
 
     @property
     def ptr(self) -> int:
@@ -201,6 +207,9 @@ class Graph:
             call()
 
 
+_stream_addresses = itertools.count(0x5000, 0x10)
+
+
 class Stream:
     """A stream that logs what is put on it, and is as late with it as it may be.
 
@@ -209,7 +218,7 @@ class Stream:
     """
 
     def __init__(self, non_blocking: bool = False, name: str = "a stream") -> None:
-        self.ptr, self.name, self.active = 1, name, 0
+        self.ptr, self.name, self.active = next(_stream_addresses), name, 0
         self.log: list[str] = []
         self.recorded: list[Callable[[], object]] | None = None
         self._waiting: deque[Callable[[], object]] = deque()
