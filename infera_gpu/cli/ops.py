@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -15,6 +16,9 @@ def _way(op: Op, kind: str, plain: str) -> str:
     """How the device that prefers this kind of kernel runs the operator."""
     return "host" if op.host else "view" if op.view else "kernel" if kind in op.kernels else plain
 
+
+WAYS = ("kernel", "view", "plain", "CuPy", "NumPy", "host")
+"""How operators run, the fastest first; what they mean is written in PAGE."""
 
 COLUMNS = ("domain", "operator", "from opset", "CPU", "CUDA")
 
@@ -51,7 +55,24 @@ def markdown(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+class Which(str, Enum):
+    """The devices to tell of; their columns have the same names in capitals."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def by_way(rows: Iterable[tuple[str, ...]], device: Which) -> dict[str, list[tuple[str, ...]]]:
+    """The rows by how the newest version of an operator runs on a device."""
+    column = COLUMNS.index(device.value.upper())
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        found.setdefault(row[column].split(", ")[-1], []).append(row[:3])
+    return {way: found[way] for way in WAYS if way in found}
+
+
 def command(
+    device: Annotated[Which | None, typer.Option(help="Only this device, sorted by how operators run there.")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/operators.md.")] = False,
 ) -> None:
     """Show the operators that are declared, from which opset on, and how each device runs them."""
@@ -60,8 +81,13 @@ def command(
     rows = support(registry())
     if as_markdown:
         print(PAGE + markdown(rows), end="")
-    else:
+    elif device is None:
         table(COLUMNS, rows)
+    else:
+        found = by_way(rows, device)
+        title = ", ".join(f"{len(operators)} {way}" for way, operators in found.items())
+        shown = [(*row, way) for way, operators in found.items() for row in operators]
+        table((*COLUMNS[:3], device.value.upper()), shown, title=f"{len(rows)} operators: {title}")
 
 
 PAGE = """# Operators
