@@ -81,7 +81,7 @@ class DeviceBuffers:
         inplace: int,
     ) -> None:
         self.xp, self.launcher = device.xp, device.launcher
-        self.threads, self.strict = 1, False
+        self.threads, self.strict, self.tf32 = 1, False, False
         self._device, self._site = device, site
         self.scratch_bytes = 0
         self.guarded_scratch: list[GuardedOutput] = []

@@ -87,7 +87,7 @@ class BoundBuffers:
         self._device, self._constants, self._placed, self._space = device, constants, placed, space
         self._scratch = scratch
         self.threads = device.threads if space == "host" else 1
-        self.strict = device.strict
+        self.strict, self.tf32 = device.strict, device.tf32
         self.parts = 1
 
     @property

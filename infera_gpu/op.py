@@ -149,6 +149,8 @@ class Buffers(Protocol):
     """Into how many parts a kernel on the CPU may split its work; 1 elsewhere."""
     strict: bool
     """Whether to keep to the order of operations that the model writes, as far as BLAS does: no Winograd."""
+    tf32: bool
+    """Whether products of float32 on a GPU may round their operands to 10 bits, for its tensor cores."""
 
     @property
     def launcher(self) -> Launcher: ...

@@ -26,7 +26,7 @@ from infera_gpu.graph import Graph
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import Report, optimize
+from infera_gpu.passes import PRECISIONS, Precision, Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
 from infera_gpu.results import RESULTS
@@ -56,6 +56,7 @@ def load(
     max_concurrency: int = 4,
     arena: Arena | None = None,
     vram_limit: int | str | VramBudget | None = None,
+    precision: Precision = "fp32",
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -72,6 +73,12 @@ def load(
     sessions have together; the CPU has none. A model whose weights do not fit is refused here, a plan that does not fit
     beside them when it is made.
 
+    `precision` is in what float32 models are computed. "fp32" is float32 throughout. "tf32" lets products and
+    convolutions round their operands to 10 bits on tensor cores. "fp16" and "bf16" compute in half precision what gains
+    by it, with sums, norms and softmax in float32, "int8" products with known weights on integers whose scales are
+    found in every run; inputs and outputs keep their types. `infera verify --precision` shows what it costs a model. On
+    the CPU the last three are slow, there to check results; "tf32" changes nothing there.
+
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
     OutOfMemoryError.
     """
@@ -79,15 +86,29 @@ def load(
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
     if arena is not None and not isinstance(arena, Arena):
         raise InputError(f"arena is a {type(arena).__name__}, expected an infera_gpu.Arena")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision not in ("fp32", "tf32") and not fuse:
+        raise InputError(f"precision='{precision}' rewrites the graph, fuse=False runs it as it is written")
     graph = differentiated(load_graph(model))
     check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, expected a positive number")
     budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
-    opened = open_device(device, threads=threads, strict=accuracy == "strict", jit=jit, captures=graphs, budget=budget)
+    opened = open_device(
+        device,
+        threads=threads,
+        strict=accuracy == "strict",
+        jit=jit,
+        captures=graphs,
+        tf32=precision == "tf32",
+        budget=budget,
+    )
     again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
     try:
-        session = Session(graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again)
+        session = Session(
+            graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again, precision=precision
+        )
         opened.require(f"the weights of '{session.name}'", session.constant_bytes)
         return session
     except BaseException:
@@ -119,10 +140,16 @@ class Entering:
     objects: dict[str, Any]
 
 
-def optimized(graph: Graph, device: Device, report: Report | None = None) -> Graph:
+def optimized(graph: Graph, device: Device, report: Report | None = None, precision: Precision = "fp32") -> Graph:
     """What the passes make of a graph for a device."""
     return optimize(
-        graph, registry(), report, strict=device.strict, kinds=device.kinds, channels_last=device.channels_last
+        graph,
+        registry(),
+        report,
+        strict=device.strict,
+        kinds=device.kinds,
+        channels_last=device.channels_last,
+        precision=precision,
     )
 
 
@@ -143,11 +170,12 @@ class Session:
         arena: Arena | None = None,
         constants: Constants | None = None,
         again: Callable[[], Graph] | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self._again = again if fuse and not graph.overridable else None
         self._loaded = None if self._again else graph
-        self.graph = optimized(graph, device) if fuse else graph
-        self.fuse = fuse
+        self.graph = optimized(graph, device, precision=precision) if fuse else graph
+        self.fuse, self.precision = fuse, precision
         self.device = device
         self.name = graph.name
         self.inputs: Mapping[str, ValueSpec] = graph.inputs
@@ -231,7 +259,11 @@ class Session:
             session = self._overriding.get(given)
             if session is None:
                 session = self._overriding[given] = Session(
-                    self.loaded.overriding(given), self.device, fuse=self.fuse, arena=self._arena
+                    self.loaded.overriding(given),
+                    self.device,
+                    fuse=self.fuse,
+                    arena=self._arena,
+                    precision=self.precision,
                 )
                 if len(self._overriding) > MAX_OVERRIDING:
                     self._dropped.add(self._overriding.popitem(last=False)[1])  # it may still run

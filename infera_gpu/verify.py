@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +26,7 @@ from infera_gpu.errors import InferaError
 from infera_gpu.graph import Graph, HostArray, Node, version_of
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
+from infera_gpu.passes import Precision
 from infera_gpu.session import Session
 from infera_gpu.source import Source
 from infera_gpu.spec import TensorSpec, ValueSpec, onnx_of_dtype, spec_of
@@ -32,6 +34,11 @@ from infera_gpu.specialize import check_supported
 
 TOLERANCE = 1e-4
 """Of the output's peak: what float32 kernels that sum in different orders stay well below."""
+
+TOLERANCES: Mapping[Precision, float] = MappingProxyType(
+    {"fp32": TOLERANCE, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
+)
+"""What most models stay below at a precision."""
 
 
 @dataclass(frozen=True, slots=True)

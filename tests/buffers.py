@@ -61,7 +61,7 @@ class GuardedBuffers:
         threads: int = 1,
     ) -> None:
         self.xp: Any = np
-        self.threads, self.strict = threads, False
+        self.threads, self.strict, self.tf32 = threads, False, False
         self._values = tuple(values)
         self._out = [Guarded(s.dims, s.dtype, strided=strided_out) for s in specs]
         self._scratch: list[Guarded] = []

@@ -32,11 +32,12 @@ def command(
     passes: Annotated[bool, typer.Option("--passes", help="List what every pass did to the model.")] = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    precision: options.Compute = "fp32",
     seed: options.Seed = 0,
 ) -> None:
     """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
     path = options.locate(model)
-    with options.opened(path, device, threads) as session:
+    with options.opened(path, device, threads, precision) as session:
         _show_model(session)
         if passes:
             _show_passes(session)
@@ -78,7 +79,7 @@ def _show_passes(session: Session) -> None:
         times[fired.name] += fired.times
         gone[fired.name] += fired.before - fired.after
 
-    optimized(session.loaded, session.device, add)
+    optimized(session.loaded, session.device, add, session.precision)
     total = before = sum(len(graph.nodes) for graph in session.loaded.walk())
     rows = []
     for name, count in times.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -55,7 +55,7 @@ def markdown(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-class Which(str, Enum):
+class Which(StrEnum):
     """The devices to tell of; their columns have the same names in capitals."""
 
     cpu = "cpu"

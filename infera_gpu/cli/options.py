@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, cast
 
 import typer
 
 from infera_gpu.cli.console import downloading, working
+from infera_gpu.passes import Precision
 from infera_gpu.session import Session, load
 
 Model: TypeAlias = Annotated[
@@ -26,6 +27,10 @@ Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cud
 Threads: TypeAlias = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of a run on the CPU. [default: one for every core]")
 ]
+Compute: TypeAlias = Annotated[
+    str,
+    typer.Option("--precision", help="In what a float32 model is computed: fp32, tf32, fp16, bf16 or int8."),
+]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of random inputs.")]
 
 
@@ -38,9 +43,9 @@ def locate(model: str, sha256: str | None = None) -> Path:
 
 
 @contextmanager
-def opened(path: Path, device: str, threads: int | None) -> Iterator[Session]:
+def opened(path: Path, device: str, threads: int | None, precision: str = "fp32") -> Iterator[Session]:
     """A session, closed at the end. Raises ModelError, DeviceError and their kind."""
     with working(f"loading {path.name}"):
-        session = load(path, device=device, threads=threads)
+        session = load(path, device=device, threads=threads, precision=cast(Precision, precision))
     with session:
         yield session

@@ -26,12 +26,13 @@ def command(
     shape: options.Shape = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    precision: options.Compute = "fp32",
     seed: options.Seed = 0,
 ) -> None:
     """Run a model once."""
     if shape and not random:
         raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
-    with options.opened(options.locate(model), device, threads) as session:
+    with options.opened(options.locate(model), device, threads, precision) as session:
         feeds = (
             gather(session.tensor_inputs, input, shape, seed)
             if random

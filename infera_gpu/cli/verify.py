@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from infera_gpu.cli import options
 from infera_gpu.cli.console import note, table, working
 from infera_gpu.cli.feeds import gather, on_random
+from infera_gpu.departures import departures
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
-from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare, run_in_float64, widened
+from infera_gpu.passes import Precision
+from infera_gpu.verify import TOLERANCES, Difference, OnnxRuntime, compare, run_in_float64, widened
 
 Outputs = Mapping[str, HostArray]
 ONNXRUNTIME, FLOAT64 = "onnxruntime", "float64"
@@ -27,11 +29,18 @@ def command(
             "--against", help="The reference: a device, onnxruntime or float64; cpu for a GPU, else onnxruntime."
         ),
     ] = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="Of each output's peak.")] = TOLERANCE,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0, help="Of each output's peak. [default: as the precision allows]"),
+    ] = None,
+    first: Annotated[
+        bool, typer.Option("--first", help="Show the first node whose output differs from the CPU's in float32.")
+    ] = False,
     input: options.Input = None,
     shape: options.Shape = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    precision: options.Compute = "fp32",
     seed: options.Seed = 0,
 ) -> None:
     """Compare a model's outputs with a reference; exit 1 where they differ by more than the tolerance.
@@ -42,15 +51,19 @@ def command(
     side rounds worse, with infera's error beside onnxruntime's where that is
     installed. The exit status is infera's. A model may ask for more than
     float32 can give, and then both differ.
+
+    With another --precision than fp32 the reference is the CPU in float32.
     """
     path = options.locate(model)
-    with options.opened(path, device, threads) as session:
+    with options.opened(path, device, threads, precision) as session:
         feeds = gather(session.tensor_inputs, input, shape, seed)
         tested = session.device.name
         with working(f"running on {tested}"), on_random(session.tensor_inputs, input):
             got: Outputs = session.run(feeds)
-    reference = against or ("cpu" if tested.startswith("cuda") else ONNXRUNTIME)
-    if reference == tested:
+    if tolerance is None:
+        tolerance = TOLERANCES[cast(Precision, precision)]
+    reference = against or ("cpu" if tested.startswith("cuda") or precision != "fp32" else ONNXRUNTIME)
+    if reference == tested and precision == "fp32":
         raise InferaError(f"'{tested}' would be compared with itself; choose another --device or --against")
     want = _run(path, reference, threads, feeds)
     peer: Mapping[str, Difference] = {}
@@ -63,9 +76,12 @@ def command(
     table(
         columns,
         [_row(d, peer.get(d.name), tolerance) for d in found],
-        title=f"{tested} against {reference}, tolerance {tolerance:g} of the peak",
+        title=f"{tested}{'' if precision == 'fp32' else f' in {precision}'} against {reference}, "
+        f"tolerance {tolerance:g} of the peak",
         right=(errors, ONNXRUNTIME, "peak"),
     )
+    if first:
+        _show_first(path, feeds, device, threads, cast(Precision, precision), tolerance)
     wrong = [d for d in found if not d.within(tolerance)]
     if wrong:
         hint = (
@@ -74,6 +90,20 @@ def command(
             else ""
         )
         raise InferaError(f"{len(wrong)} of {len(found)} outputs differ: {'; '.join(map(str, wrong[:3]))}{hint}")
+
+
+def _show_first(
+    path: Path, feeds: Outputs, device: str, threads: int | None, precision: Precision, tolerance: float
+) -> None:
+    """The first value inside the model that is not within the tolerance of the CPU's in float32."""
+    seen = 0
+    with working("comparing every value"):
+        for departure in departures(path, feeds, device=device, threads=threads, precision=precision):
+            if not departure.difference.within(tolerance):
+                print(f"first to differ, after {seen} that agree: {departure.node}: {departure.difference}")
+                return
+            seen += 1
+    print(f"no value inside the model differs, of {seen} that can be compared")
 
 
 def _run(path: Path, reference: str, threads: int | None, feeds: Outputs) -> Outputs:

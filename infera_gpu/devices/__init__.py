@@ -15,13 +15,14 @@ def open_device(
     strict: bool = False,
     jit: bool | None = None,
     captures: bool = True,
+    tf32: bool = False,
     budget: VramBudget | None = None,
 ) -> Device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
     `threads` is for the CPU, see `CpuDevice`, and so is `jit`: whether to run what numba compiles, None where it is
-    installed. `budget` is for GPUs: what memory there is to take, None for all of it. `strict` and `captures`: see
-    `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
+    installed. `budget` is for GPUs: what memory there is to take, None for all of it. `strict`, `tf32` and
+    `captures`: see `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
@@ -34,12 +35,12 @@ def open_device(
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice
 
-        return RecordingDevice(strict, captures=captures, budget=budget)
+        return RecordingDevice(strict, captures=captures, tf32=tf32, budget=budget)
     kind, _, index = name.partition(":")
     if kind == "cuda" and (index.isdigit() or not index):
         from infera_gpu.devices.cuda import CudaDevice
 
-        return CudaDevice(int(index or 0), strict, captures=captures, budget=budget)
+        return CudaDevice(int(index or 0), strict, captures=captures, tf32=tf32, budget=budget)
     raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
 
 

@@ -34,6 +34,7 @@ class CpuDevice:
     channels_last = True
     captures = False
     lost = ""
+    tf32 = False
     xp: Any = np
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:

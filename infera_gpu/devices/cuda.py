@@ -77,9 +77,15 @@ class CudaDevice:
     concurrency = ""
 
     def __init__(
-        self, index: int = 0, strict: bool = False, *, captures: bool = True, budget: VramBudget | None = None
+        self,
+        index: int = 0,
+        strict: bool = False,
+        *,
+        captures: bool = True,
+        tf32: bool = False,
+        budget: VramBudget | None = None,
     ) -> None:
-        self.strict, self.captures = strict, captures
+        self.strict, self.captures, self.tf32 = strict, captures, tf32
         reason = why_unavailable()
         if reason:
             raise DeviceError(f"cuda:{index} is not available: {reason}")

@@ -50,8 +50,10 @@ class RecordingDevice:
     concurrency = ""
     lost = ""
 
-    def __init__(self, strict: bool = False, *, captures: bool = True, budget: VramBudget | None = None) -> None:
-        self.strict, self.captures, self._budget = strict, captures, budget
+    def __init__(
+        self, strict: bool = False, *, captures: bool = True, tf32: bool = False, budget: VramBudget | None = None
+    ) -> None:
+        self.strict, self.captures, self.tf32, self._budget = strict, captures, tf32, budget
         self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
         self.events: list[Event] = []
         self._launcher: Launcher | None = None

@@ -146,7 +146,8 @@ class _Part:
     threads = 1
 
     def __init__(self, io: Buffers, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> None:
-        self.ins, self.outs, self.xp, self.strict = ins, outs, io.xp, io.strict
+        self.ins, self.outs, self.xp = ins, outs, io.xp
+        self.strict, self.tf32 = io.strict, io.tf32
         self.scratch, self.pack = io.scratch, io.pack
         self._whole = io
 

@@ -47,6 +47,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     """One launch; a second adds what follows an activation, or is one term too many for the first."""
     from infera_kernels.triton import elementwise
     from infera_kernels.triton.matmul import matmul
+    from infera_kernels.triton.tiles import IEEE, TF32
 
     a, b = (transposed(x, site.attrs.get(flag)) for x, flag in zip(io.ins[:2], ("transA", "transB"), strict=True))
     shapes = _matrices(site)
@@ -68,6 +69,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         alpha=float(site.attrs.get("alpha", 1.0)),
         beta=beta,
         activation=activation,
+        precision=TF32 if io.tf32 else IEEE,
     )
     return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
@@ -33,9 +35,17 @@ from infera_gpu.passes.chains import chained
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
+from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
+from infera_gpu.passes.int8 import quantised
 from infera_gpu.passes.layout import convert
 from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
-from infera_gpu.spec import OptionalSpec
+from infera_gpu.spec import DType, OptionalSpec
+
+Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+HALVES: Mapping[str, DType] = MappingProxyType({"fp16": FLOAT16, "bf16": BFLOAT16})
+"""The precisions whose values take two bytes."""
 
 QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
 """Applied first of all, where kernels of kind "cpu" run."""
@@ -87,8 +97,11 @@ class _Passes:
     kinds: tuple[str, ...]
     channels_last: bool
 
-    def run(self, graph: Graph) -> Graph:
+    def run(self, graph: Graph, precision: Precision = "fp32") -> Graph:
+        """The graph after every pass. Its subgraphs stay in float32."""
         graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
+        if precision == "int8":
+            graph = self.changed("int8", graph, quantised(graph))
         if "cpu" in self.kinds:
             graph = drop_dead(centre.centred(self.fused(graph, QUANTIZED)))
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
@@ -100,10 +113,10 @@ class _Passes:
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
         graph = self.fused(graph, FUSIONS)
+        if precision in HALVES:
+            graph = self.changed(precision, graph, halved(graph, HALVES[precision]))
         if self.channels_last:
-            moved = convert(graph, self.registry)
-            self.tell("channels_last", int(moved is not graph), len(graph.nodes), len(moved.nodes))
-            graph = moved
+            graph = self.changed("channels_last", graph, convert(graph, self.registry))
         if "cpu" in self.kinds:
             draft = Draft(graph)
             count = len(draft)
@@ -131,6 +144,11 @@ class _Passes:
         rewritten = self.run(replace(graph, inputs=dict.fromkeys(graph.inputs, OptionalSpec())))
         return replace(rewritten, inputs=graph.inputs)
 
+    def changed(self, name: str, before: Graph, after: Graph) -> Graph:
+        """The graph after a pass that looks at the whole of it."""
+        self.tell(name, int(after is not before), len(before.nodes), len(after.nodes))
+        return after
+
     def tell(self, name: str, times: int, before: int, after: int) -> None:
         if times and self.report is not None:
             self.report(Fired(name, times, before, after))
@@ -144,10 +162,12 @@ def optimize(
     strict: bool = False,
     kinds: Sequence[str] = ("cpu",),
     channels_last: bool = False,
+    precision: Precision = "fp32",
 ) -> Graph:
     """The graph after every pass, its subgraphs first. `report` is told what each pass that changed something did.
 
     `strict` leaves out the fusions that change the order of operations. `kinds` are the kinds of kernels that the
-    device runs, `channels_last` says that it prefers convolutions whose channels are the last axis.
+    device runs, `channels_last` says that it prefers convolutions whose channels are the last axis, `precision` in what
+    float32 graphs are computed.
     """
-    return _Passes(registry, report, strict, tuple(kinds), channels_last).run(graph)
+    return _Passes(registry, report, strict, tuple(kinds), channels_last).run(graph, precision)

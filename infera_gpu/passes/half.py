@@ -1,0 +1,214 @@
+"""Float32 graphs in half precision: what gains is computed on float16 or bfloat16, what is sensitive stays.
+
+A value exists in float32, in half precision, or in both, with a Cast between; who runs how is data. Products,
+convolutions and attention always run in half precision: their kernels sum in float32. What moves data or works
+elementwise follows its operands; so do norms and softmax, whose kernels keep statistics in float32. Everything else
+stays float32: sums, powers, exponentials, quotients of two values, and who would meet a constant that half precision
+cannot hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+
+from infera_gpu.graph import Graph, HostArray, Node, made_name
+from infera_gpu.passes.draft import Draft
+from infera_gpu.spec import DType, onnx_of_dtype
+
+HALF = "half"
+"""What the name of a value in half precision ends with, as `made_name` makes it."""
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT16 = np.dtype(np.float16)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How an operator runs in half precision.
+
+    One that `seeds` does so whatever its operands are, the others where one of them is half already. `inputs` and
+    `outputs` are those of the operator's main element type; None for all of them.
+    """
+
+    seeds: bool = False
+    inputs: frozenset[int] | None = None
+    outputs: frozenset[int] | None = frozenset({0})
+
+
+_FIRST = frozenset({0})
+_ELEMENTWISE = (
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Max",
+        "Min",
+        "Neg",
+        "Abs",
+        "Clip",
+        "Relu",
+        "LeakyRelu",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Sigmoid",
+    ),
+    *("HardSigmoid", "HardSwish", "Tanh", "Softplus", "Softsign", "Swish", "Mish", "Gelu", "PRelu", "Erf"),
+    *("infera.Gelu", "com.microsoft.Gelu", "com.microsoft.FastGelu", "com.microsoft.BiasGelu"),
+    "com.microsoft.QuickGelu",
+)
+_NORMS = (
+    *("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "GroupNormalization"),
+    *("BatchNormalization", "SimplifiedLayerNormalization"),
+)
+_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+_PRODUCTS = (
+    *("MatMul", "Gemm", "Conv", "ConvTranspose", "infera.FusedMatMul", "infera.FusedConv"),
+    *("com.microsoft.FusedMatMul", "com.microsoft.FusedGemm", "com.microsoft.FusedConv"),
+)
+_ATTENTION = {"Attention": 6, "infera.Attention": 4, "com.microsoft.MultiHeadAttention": 4}
+"""How many of the first inputs have the element type; what follows are lengths, or what their kernels refuse."""
+_MOVES = (
+    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Slice", "Gather", "GatherElements"),
+    *("GatherND", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Dropout", "Trilu", "ReduceMax", "ReduceMin"),
+    "Resize",
+)
+
+WAYS: Mapping[str, Way] = MappingProxyType(
+    {
+        **dict.fromkeys(_PRODUCTS, Way(seeds=True)),
+        **{op: Way(seeds=True, inputs=frozenset(range(n)), outputs=None) for op, n in _ATTENTION.items()},
+        **dict.fromkeys((*_ELEMENTWISE, *_NORMS, *_POOLS, "Concat"), Way()),
+        **dict.fromkeys(_MOVES, Way(inputs=_FIRST)),
+        "Split": Way(inputs=_FIRST, outputs=None),
+        "Pad": Way(inputs=frozenset({0, 2})),
+        "Where": Way(inputs=frozenset({1, 2})),
+        "infera.Lookup": Way(inputs=frozenset({1})),
+        "infera.Rotary": Way(),
+        "com.microsoft.SkipLayerNormalization": Way(outputs=frozenset({0, 3})),
+    }
+)
+"""Operators that may run in half precision."""
+
+
+def halved(graph: Graph, dtype: DType) -> Graph:
+    """The graph with its inner values in `dtype`; inputs, outputs and what subgraphs capture stay as they are."""
+    return _Conversion(graph, dtype).run()
+
+
+class _Conversion:
+    def __init__(self, graph: Graph, dtype: DType) -> None:
+        self.graph, self.dtype = graph, dtype
+        self.draft = Draft(graph)
+        self.nodes: list[Node] = []
+        self.constants: dict[str, HostArray] = dict(graph.constants)
+        self.halves: dict[str, str] = {}
+        """Value -> the name of what it is in half precision."""
+        self.wide = {*graph.inputs, *graph.constants}
+        """Values that exist as the model has them."""
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            way = WAYS.get(node.qualified)
+            if way is not None and self.runs_in_half(node, way):
+                self.narrow(node, way)
+            elif node.qualified in ("Shape", "Size"):
+                value = node.inputs[0]
+                self.nodes.append(node if value in self.wide else replace(node, inputs=(self.halves[value],)))
+                self.wide.update(node.outputs)
+            else:
+                for value in node.reads:
+                    self.widened(value)
+                self.nodes.append(node)
+                self.wide.update(filter(None, node.outputs))
+        for value in self.graph.outputs:
+            self.widened(value)
+        read = {v for n in self.nodes for v in n.reads} | set(self.graph.outputs)
+        constants = {k: v for k, v in self.constants.items() if k in read}
+        return replace(self.graph, nodes=tuple(self.nodes), constants=constants)
+
+    # ---- who runs how
+
+    def runs_in_half(self, node: Node, way: Way) -> bool:
+        values = [v for i, v in enumerate(node.inputs) if v and (way.inputs is None or i in way.inputs)]
+        if not values or node.subgraphs or not all(map(self.is_float, values)):
+            return False
+        constants = [v for v in values if v in self.graph.constants]
+        if not all(map(self.holds, constants)) or (node.qualified == "Div" and not self.divides(values[1])):
+            return False
+        return way.seeds or len(constants) == len(values) or any(v in self.halves for v in values)
+
+    def is_float(self, value: str) -> bool:
+        """Whether the value is float32 as the model has it."""
+        if value in self.halves:
+            return True
+        spec = self.draft.spec(value)
+        return spec is not None and spec.dtype == FLOAT32
+
+    def holds(self, value: str) -> bool:
+        """Whether half precision has a constant's range: float16 ends at 65,504, and below 6e-8 all is zero."""
+        if self.dtype != FLOAT16:
+            return True
+        magnitudes = np.abs(self.graph.constants[value])
+        finite = magnitudes[np.isfinite(magnitudes)]
+        largest = float(finite.max(initial=0.0))
+        return largest == 0.0 or 2.0**-24 <= largest <= float(np.finfo(FLOAT16).max)
+
+    def divides(self, value: str) -> bool:
+        """Whether a divisor is known, and no subnormal number of float16: an epsilon would lose its digits."""
+        divisor = self.graph.constants.get(value)
+        return divisor is not None and bool((np.abs(divisor) >= np.finfo(FLOAT16).smallest_normal).all())
+
+    # ---- making values
+
+    def narrow(self, node: Node, way: Way) -> None:
+        inputs = tuple(
+            self.half(v) if v and (way.inputs is None or i in way.inputs) else self.widened(v)
+            for i, v in enumerate(node.inputs)
+        )
+        outputs = []
+        for i, value in enumerate(node.outputs):
+            if value and (way.outputs is None or i in way.outputs):
+                self.halves[value] = made_name(value, HALF)
+                outputs.append(self.halves[value])
+            else:
+                outputs.append(value)
+                self.wide.add(value)
+        self.nodes.append(replace(node, inputs=inputs, outputs=tuple(outputs)))
+
+    def half(self, value: str) -> str:
+        """The name of the value in half precision, which a Cast makes where nothing else did."""
+        if value not in self.halves:
+            name = self.halves[value] = made_name(value, HALF)
+            if value in self.graph.constants:
+                self.constants[name] = self.graph.constants[value].astype(self.dtype)
+            else:
+                self.nodes.append(self.cast(self.bounded(value), name, self.dtype))
+        return self.halves[value]
+
+    def bounded(self, value: str) -> str:
+        """What is computed may be beyond float16, as the lowest float32 of a mask: it becomes the largest there is."""
+        if self.dtype != FLOAT16 or value in self.graph.inputs:
+            return value
+        most = float(np.finfo(FLOAT16).max)
+        low, high, name = (made_name(value, what) for what in ("lowest", "highest", "bounded"))
+        self.constants |= {low: np.array(-most, FLOAT32), high: np.array(most, FLOAT32)}
+        self.nodes.append(Node("Clip", (value, low, high), (name,), opset=13))
+        return name
+
+    def widened(self, value: str) -> str:
+        """The value's own name, under which a Cast makes it where it is there in half precision alone."""
+        if value not in self.wide and value in self.halves:
+            self.nodes.append(self.cast(self.halves[value], value, FLOAT32))
+            self.wide.add(value)
+        return value
+
+    def cast(self, source: str, target: str, dtype: DType) -> Node:
+        return Node("Cast", (source,), (target,), {"to": onnx_of_dtype(dtype)}, opset=13)

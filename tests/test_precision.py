@@ -1,0 +1,277 @@
+"""Float32 models in half precision and on integers: what is converted, what is not, and how far results are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+
+import infera_gpu
+from bench.build import bert
+from infera_gpu.departures import departures
+from infera_gpu.errors import InputError
+from infera_gpu.graph import Graph
+from infera_gpu.loader import load_graph
+from infera_gpu.ops import registry
+from infera_gpu.passes.half import BFLOAT16, FLOAT16, WAYS, halved
+from infera_gpu.passes.int8 import by_columns, quantised
+from infera_gpu.verify import TOLERANCES, compare
+from tests.commandline import assert_fails, infera
+from tests.text import parse
+
+WEIGHTS = ", ".join(f"{v:.3f}" for v in np.random.default_rng(0).uniform(-1, 1, 64 * 64))
+
+
+def converted(text: str, dtype: Any = FLOAT16) -> Graph:
+    return halved(load_graph(parse(text)), np.dtype(dtype)).check()
+
+
+def ops(graph: Graph) -> list[str]:
+    return [n.op for n in graph.nodes]
+
+
+def run(graph: Graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    from infera_gpu.devices.cpu import CpuDevice
+    from infera_gpu.session import Session
+
+    with Session(graph, CpuDevice(), fuse=False) as session:
+        return session.run(feeds)
+
+
+PRODUCT = "g (float[2, 4] x, float[4, 3] w) => (float[2, 3] y) { a = MatMul(x, w) b = Relu(a) y = Mul(b, b) }"
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+def test_products_run_in_half_and_elementwise_operators_follow(dtype: np.dtype[Any]) -> None:
+    graph = converted(PRODUCT, dtype)
+    assert ops(graph) == ["Cast", "Cast", "MatMul", "Relu", "Mul", "Cast"]
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 4)).astype(np.float32), rng.standard_normal((4, 3)).astype(np.float32)
+    got = run(graph, {"x": x, "w": w})["y"]
+    assert got.dtype == np.float32
+    want = np.maximum(x @ w, 0) ** 2
+    assert 0 < np.abs(got - want).max() < 8 * float(ml_dtypes.finfo(dtype).eps) * want.max()
+
+
+def test_what_no_product_touches_stays_as_it_is() -> None:
+    text = "g (float[4] x) => (float[4] y) { a = Exp(x) b = Relu(a) y = Add(b, x) }"
+    assert ops(converted(text)) == ["Exp", "Relu", "Add"]
+
+
+def test_sensitive_operators_get_float32_between_those_in_half() -> None:
+    graph = converted(
+        "g (float[4, 4] x) => (float[4, 4] y) { a = MatMul(x, x) b = ReduceSum(a) c = Div(a, b) y = MatMul(c, a) }"
+    )
+    made = {n.outputs[0]: n for n in graph.nodes}
+    assert ops(graph) == ["Cast", "MatMul", "Cast", "ReduceSum", "Div", "Clip", "Cast", "MatMul", "Cast"]
+    assert made["b"].inputs == ("a",)  # under its own name a value is float32
+    assert made["c"].inputs == ("a", "b")
+
+
+def test_masks_beyond_float16_stay_finite() -> None:
+    text = """
+        g (float[2, 2] x, float[2, 2] mask) => (float[2, 2] y) <float lowest = {-3.4e38}, float one = {1}> {
+            s = MatMul(x, x)
+            hidden = Sub(one, mask)
+            penalty = Mul(hidden, lowest)
+            m = Add(s, penalty)
+            y = Softmax(m)
+        }"""
+    feeds = {"x": np.ones((2, 2), np.float32), "mask": np.array([[1, 0], [0, 0]], np.float32)}
+    np.testing.assert_allclose(run(converted(text), feeds)["y"], np.array([[1, 0], [0.5, 0.5]]), atol=1e-3)
+    assert "Clip" not in ops(converted(text, BFLOAT16))
+
+
+@pytest.mark.parametrize(
+    ("divisor", "in_half"), [("{8}", True), ("{-0.5}", True), ("{1e-6}", False), ("{0}", False), ("{1e6}", False)]
+)
+def test_divisors_that_float16_cannot_hold_stay_float32(divisor: str, in_half: bool) -> None:
+    text = f"g (float[2, 2] x) => (float[2, 2] y) <float d = {divisor}> {{ a = MatMul(x, x) y = Div(a, d) }}"
+    graph = converted(text)
+    (node,) = [n for n in graph.nodes if n.op == "Div"]
+    assert (node.inputs[1] != "d") == in_half
+
+
+def test_tables_are_half_and_indices_are_not() -> None:
+    graph = converted(
+        "g (int64[3] i) => (float[3, 2] y) <float[4, 2] t = {1, 2, 3, 4, 5, 6, 7, 8}> { y = Gather(t, i) }"
+    )
+    assert ops(graph) == ["Gather", "Cast"]
+    assert [a.dtype for a in graph.constants.values()] == [FLOAT16]
+    np.testing.assert_array_equal(run(graph, {"i": np.array([3, 0, 1])})["y"], [[7, 8], [1, 2], [3, 4]])
+
+
+def test_shapes_are_asked_of_either() -> None:
+    graph = converted("g (float[2, 2] x) => (int64[2] y, float[2, 2] z) { a = MatMul(x, x) y = Shape(a) z = Exp(a) }")
+    assert Counter(ops(graph)) == {"Cast": 2, "MatMul": 1, "Shape": 1, "Exp": 1}
+
+
+def test_subgraphs_see_float32() -> None:
+    text = """
+        g (float[2, 2] x, bool c) => (float[2, 2] y) {
+            a = MatMul(x, x)
+            b = Relu(a)
+            y = If (c) <
+                then_branch = t () => (float[2, 2] p) { p = Exp(b) },
+                else_branch = e () => (float[2, 2] q) { q = Neg(a) }
+            >
+        }"""
+    graph = converted(text)
+    x = np.full((2, 2), 0.5, np.float32)
+    for c in (True, False):
+        want = np.exp(np.maximum(x @ x, 0)) if c else -(x @ x)
+        np.testing.assert_allclose(run(graph, {"x": x, "c": np.array(c)})["y"], want, rtol=1e-3)
+
+
+def test_integer_models_are_left_alone() -> None:
+    text = "g (int64[2, 2] x, double[2, 2] z) => (int64[2, 2] y, double[2, 2] w) { y = MatMul(x, x) w = MatMul(z, z) }"
+    assert ops(converted(text)) == ["MatMul", "MatMul"]
+
+
+def test_every_way_is_of_an_operator() -> None:
+    names = {f"{op.domain}.{op.name}" if op.domain else op.name for op in registry()}
+    assert WAYS.keys() <= names
+
+
+# ---- integers
+
+
+def test_weights_are_symmetric_with_a_scale_for_each_column() -> None:
+    weight = np.random.default_rng(1).standard_normal((50, 7)).astype(np.float32) * np.arange(7)
+    q, scale = by_columns(weight)
+    assert q.dtype == np.int8
+    assert (np.abs(q[:, 1:]).max(0) == 127).all()
+    assert scale[0] == 1
+    assert np.abs(q * scale - weight).max() <= 0.5001 * scale.max()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y = MatMul(x, w)",
+        "y = Gemm(x, w, c)",
+        "y = Gemm <transB = 1, beta = 0.5> (x, w, c)",
+        "a = MatMul(x, w) b = Gemm(x, w) y = Add(a, b)",
+    ],
+)
+def test_known_products_become_integer_products(text: str) -> None:
+    model = parse(f"g (float[N, 64] x, float[64] c) => (float[N, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ {text} }}")
+    graph = quantised(load_graph(model)).check()
+    assert "MatMulInteger" in ops(graph)
+    assert ops(graph).count("DynamicQuantizeLinear") == 1
+    assert not {"MatMul", "Gemm"} & set(ops(graph))
+    assert "w" not in graph.constants
+    rng = np.random.default_rng(2)
+    feeds = {"x": rng.standard_normal((5, 64)).astype(np.float32), "c": rng.standard_normal(64).astype(np.float32)}
+    (difference,) = compare(run(graph, feeds), infera_gpu.load(model, device="cpu").run(feeds))
+    assert 1e-5 < difference.error < 0.03
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[4, 64] x, float[64, 64] w) => (float[4, 64] y) { y = MatMul(x, w) }",
+        "g (float[4, 2] x) => (float[4, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }",
+        f"g (float[64, 4] x) => (float[4, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ y = Gemm <transA = 1> (x, w) }}",
+        f"g (float[4, 64] x) => (float[4, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ y = Gemm <alpha = 2.0> (x, w) }}",
+    ],
+)
+def test_other_products_are_left_alone(text: str) -> None:
+    graph = load_graph(parse(text))
+    assert ops(quantised(graph)) == ops(graph)
+
+
+# ---- sessions
+
+
+def small_bert() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    ids = np.random.default_rng(0).integers(0, 50, (2, 7))
+    mask = np.ones((2, 7), np.int64)
+    mask[1, 4:] = 0
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros((2, 7), np.int64)}
+    return bert(layers=2, hidden=64, heads=2, inner=128, vocabulary=50), feeds
+
+
+@pytest.mark.parametrize("device", ["cpu", "recording"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16", "int8"])
+def test_a_transformer_at_every_precision(device: str, precision: Any) -> None:
+    model, feeds = small_bert()
+    want = infera_gpu.load(model, device="cpu").run(feeds)
+    with infera_gpu.load(model, device=device, precision=precision) as session:
+        found = compare(session.run(feeds), want)
+        counted = Counter(n.op for n in session.graph.nodes)
+    assert all(d.within(TOLERANCES[precision]) for d in found), found
+    if precision in ("fp16", "bf16"):
+        assert counted["Cast"] <= 4  # at the edges only
+        assert max(d.error for d in found) > 1e-5
+
+
+def test_half_precision_takes_half_the_memory() -> None:
+    pytest.importorskip("triton")
+    model, feeds = small_bert()
+    full, half = (infera_gpu.load(model, device="recording", precision=p) for p in ("fp32", "fp16"))
+    assert half.constant_bytes < 0.55 * full.constant_bytes
+    assert half.plan_for(feeds).arena_bytes < 0.75 * full.plan_for(feeds).arena_bytes
+
+
+def test_tensor_cores_round_float32_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from infera_kernels.triton import matmul
+
+    asked: list[str] = []
+    original = matmul.matmul
+
+    def noting(*args: Any, **options: Any) -> Any:
+        asked.append(options["precision"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(matmul, "matmul", noting)
+    model, feeds = small_bert()
+    for precision, want in (("fp32", "ieee"), ("tf32", "tf32")):
+        asked.clear()
+        infera_gpu.load(model, device="recording", precision=precision).run(feeds)  # type: ignore[arg-type]
+        assert set(asked) == {want}
+
+
+def test_precisions_that_make_no_sense_are_refused() -> None:
+    model, _ = small_bert()
+    with pytest.raises(InputError, match="precision is 'fp8', expected one of fp32, tf32, fp16, bf16, int8"):
+        infera_gpu.load(model, precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="fuse=False runs it as it is written"):
+        infera_gpu.load(model, precision="fp16", fuse=False)
+
+
+# ---- where it departs
+
+
+def test_the_first_value_that_departs_is_found(tmp_path: Path) -> None:
+    text = """
+        g (float[4, 4] x) => (float[4, 4] y) <float big = {300}> {
+            a = MatMul(x, x)
+            b = Mul(a, big)
+            c = MatMul(b, b)
+            d = Tanh(c)
+            y = Add(d, x)
+        }"""
+    model, feeds = parse(text), {"x": np.full((4, 4), 2.0, np.float32)}
+    found = list(departures(model, feeds, device="cpu", precision="fp16"))
+    first = next(d.difference for d in found if not d.difference.within(1e-2))
+    assert first.name == "c"  # 4 * (16 * 300)^2 overflows
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    np.save(tmp_path / "x.npy", feeds["x"])
+    arguments = ("verify", path, "--device", "cpu", "--precision", "fp16", "-i", f"x={tmp_path / 'x.npy'}", "--first")
+    status, out, _ = infera(*arguments)
+    assert status == 0  # tanh of infinity is 1: the output does not show it
+    assert "cpu in fp16 against cpu, tolerance 0.01 of the peak" in out
+    assert "first to differ, after 2 that agree: " in out
+    assert ": c: [0, 0] is inf" in out
+    status, out, _ = infera(*arguments[:5], "bf16", *arguments[6:])
+    assert status == 0
+    assert "no value inside the model differs, of " in out
+    assert_fails(infera("run", path, "--random", "--device", "cpu", "--precision", "half"), "expected one of fp32")
