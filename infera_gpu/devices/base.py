@@ -43,11 +43,12 @@ class Device(Protocol):
     """A place to run.
 
     `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
-    step run at a time on the host, `concurrency` says so and why, `strict` turns off what changes the order of
-    operations beyond BLAS, and `tf32` lets products of float32 round their operands to 10 bits. `captures` says that its calls are recorded once and replayed (`graph`), `channels_last`
-    that it prefers convolutions whose channels are the last axis. A device whose space is "device" has a host arena
-    too, for the steps that run on NumPy. Transfers and calls are ordered with each other; `synchronize` waits for all
-    of them. `lost` says why nothing works on it any more in this process, and is empty while it does.
+    step run at a time on the host, `concurrency` says so and why. `strict` turns off what changes the order of
+    operations beyond BLAS, `tf32` lets products of float32 round their operands to 10 bits. `captures` says that its
+    calls are recorded once and replayed (`graph`), `channels_last` that it prefers convolutions whose channels are the
+    last axis. A device whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and
+    calls are ordered with each other; `synchronize` waits for all of them. `lost` says why nothing works on it any more
+    in this process, and is empty while it does.
     """
 
     name: str

@@ -24,6 +24,10 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of a run, shared by all models. [default: all but one]")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="In what float32 models are computed: fp32, tf32, fp16, bf16, int8. [default: fp32]"),
+    ] = None,
     vram_limit: Annotated[
         str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB. [default: what there is]")
     ] = None,

@@ -97,7 +97,13 @@ def open_session(path: Path, settings: Settings, budget: VramBudget | None = Non
     """Load an ONNX file with the runtime, whose GPU memory counts against `budget`. Raises InferaError."""
     import infera_gpu
 
-    session = infera_gpu.load(path, device=settings.device, threads=threads_of(settings)[0], vram_limit=budget)
+    session = infera_gpu.load(
+        path,
+        device=settings.device,
+        threads=threads_of(settings)[0],
+        precision=settings.precision,
+        vram_limit=budget,
+    )
     try:
         tensors_of(session.inputs, "input")
         tensors_of(session.outputs, "output")

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infera_gpu.budget import bytes_of
+from infera_gpu.passes import Precision
 
 
 def checked_bytes(size: str) -> str:
@@ -24,6 +25,7 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1)  # to a socket, "" means every interface
     port: int = Field(default=8000, ge=0, le=65535)
     device: str = "auto"
+    precision: Precision = "fp32"
     threads: int | None = Field(default=None, ge=1)
     vram_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
     max_body_bytes: int = Field(default=64 << 20, ge=1)
