@@ -16,7 +16,8 @@ from infera_gpu.memory import aligned, crowded
 from infera_gpu.op import Kernel
 from infera_gpu.place import Lowered, Root, place, requests
 from infera_gpu.plan import Plan, Step
-from infera_gpu.slots import same_place, slots_of, windows_of
+from infera_gpu.reuse import Lying
+from infera_gpu.slots import same_place, slots_of, windows_of, writes_strided
 from infera_gpu.spec import TensorSpec
 from infera_gpu.specialize import Placed, Segment
 
@@ -31,7 +32,10 @@ SMALL = 1 << 16
 
 
 class _Lowering:
-    """A segment's steps, and the memory that they need, not yet placed. `without` are joined values without slots."""
+    """A segment's steps, and the memory that they need, not yet placed.
+
+    `without` are joined values without slots, and values that do not lie where parts of others lay.
+    """
 
     def __init__(
         self,
@@ -46,11 +50,15 @@ class _Lowering:
         self.roots: dict[str, Root] = {}
         self.homes: dict[str, Operand] = {}
         self.copies: dict[tuple[str, Space], Operand] = {}
+        self.without = without
         self.places = slots_of(segment, choices, device.space, without)
         self.slabs: dict[str, str] = {}
         """The root of each joined value that values were written into before it was joined."""
         self.joined: dict[str, int] = {}
         """The step at which a slab was full."""
+        self.lying = Lying(segment, choices)
+        self.guests: dict[str, tuple[str, int]] = {}
+        """A value that lies where a part of another lay: the root, and the step that made it."""
         self.last_read: dict[str, int] = {}
         for i, p in enumerate(segment.nodes):
             for v in p.site.node.inputs:
@@ -82,6 +90,7 @@ class _Lowering:
         self.homes[value] = operand
         if not operand.constant:
             self.read_as(value, self.roots[operand.root])
+            self.lying.add(value, operand)
 
     def read_as(self, value: str, root: Root) -> None:
         """The memory holds this value too."""
@@ -205,6 +214,7 @@ class _Lowering:
         made: list[Operand] = []
         for i, (name, spec) in enumerate(zip(names, specs, strict=False)):
             operand = self.slot(name) or (self.taken_over(index, choice, ins, spec) if i == 0 else None)
+            operand = operand or self.part(index, choice, ins, name, spec)
             made.append(operand or self.new(name or f"unused {index}.{i}", choice.space, spec))
         return tuple(made)
 
@@ -240,6 +250,26 @@ class _Lowering:
                 return operand
         return None
 
+    def part(
+        self, index: int, choice: Choice, ins: tuple[Operand | None, ...], name: str, spec: TensorSpec
+    ) -> Operand | None:
+        """Where a part of a value lay of which this node reads another part.
+
+        On the device alone: what NumPy computes with is best contiguous.
+        """
+        if choice.space != "device" or not writes_strided(choice.kernel) or name in self.without:
+            return None
+        for name_of_root in dict.fromkeys(o.root for o in ins if o is not None and not o.constant):
+            root = self.roots[name_of_root]
+            if name_of_root in self.staged or root.fixed is not None or name_of_root in self.slabs.values():
+                continue
+            operand = self.lying.free(index, name_of_root, name, spec)
+            if operand is not None:
+                self.guests[name] = name_of_root, len(self.steps)
+                self.saved["where others lay"] += operand.nbytes
+                return operand
+        return None
+
     # ---- the whole
 
     def run(self, carried: Mapping[str, Operand]) -> None:
@@ -268,13 +298,15 @@ class _Lowering:
                 self.roots[outputs[value].root].rank = rank
 
     def crowded(self) -> tuple[int, set[str]]:
-        """The most bytes alive at one step, and the joined values that are not complete then."""
+        """The most bytes alive at one step, and what keeps memory alive then that would not be needed without it:
+        joined values that are not complete, values that lie where parts of others lay."""
         nbytes, step = crowded(requests(self.roots, self.device.space))
         waiting = {
             name
             for name, root in self.slabs.items()
             if self.roots[root].begin <= step < self.joined.get(root, self.roots[root].end)
         }
+        waiting |= {name for name, (root, made) in self.guests.items() if made < step < self.roots[root].end}
         return nbytes, waiting
 
     def direct(self) -> frozenset[str]:
@@ -342,7 +374,7 @@ def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[s
     for _ in range(ATTEMPTS):
         lowering = _Lowering(segment, device, measure, choices, without)
         lowering.run(carried or {})
-        if not without and not lowering.slabs:
+        if not without and not lowering.slabs and not lowering.guests:
             return lowering.plan(carried or {})
         nbytes, waiting = lowering.crowded()
         if best is None or nbytes < least:

@@ -63,7 +63,9 @@ class _Slots:
         if placed.op.view is None:
             if choice.space != self.space:
                 return False
-            if not place.is_contiguous and not (_writes(choice.kernel) and all(map(self.reads, self.readers[value]))):
+            if not place.is_contiguous and not (
+                writes_strided(choice.kernel) and all(map(self.reads, self.readers[value]))
+            ):
                 return False
         elif not place.is_contiguous or any(placed.site.node.outputs[1:]):
             return False
@@ -127,7 +129,7 @@ def same_place(a: Operand | None, b: Operand) -> bool:
     )
 
 
-def _writes(kernel: Kernel | None) -> bool:
+def writes_strided(kernel: Kernel | None) -> bool:
     """Whether outputs may have any strides; an operator's own function is copied to where they lie."""
     return kernel is None or kernel.strided_out
 

@@ -13,18 +13,26 @@ from infera_gpu.devices import open_device
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import FUSIONS, QUANTIZED
-from infera_gpu.passes.engine import Either, Fusion, apply, node
+from infera_gpu.passes import FUSIONS, QUANTIZED, SIBLINGS
+from infera_gpu.passes.engine import Either, Fusion, Rewrite, apply, node
 from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.passes.siblings import Siblings, joined
 from infera_gpu.session import Session
 from infera_gpu.spec import TensorSpec, tensors_of
 from tests.text import parse
 
-ALL = (*QUANTIZED, *FUSIONS)
+ALL: tuple[Rewrite, ...] = (*QUANTIZED, *FUSIONS, *SIBLINGS)
 EXAMPLES = [pytest.param(f, id=f.name) for f in ALL]
 NEAR_MISSES = [
     pytest.param(f, text, id=f"{f.name}-{text.split('(')[0].strip()}") for f in ALL for text in f.near_misses
 ]
+
+
+def rewritten_by(graph: Graph, rewrite: Rewrite) -> tuple[Graph, int]:
+    if isinstance(rewrite, Siblings):
+        return joined(graph, rewrite)
+    assert isinstance(rewrite, Fusion)
+    return apply(graph, rewrite)
 
 
 def test_fusions_have_names_of_their_own() -> None:
@@ -32,12 +40,12 @@ def test_fusions_have_names_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("fusion", EXAMPLES)
-def test_fires_once_on_its_example_and_changes_no_result(fusion: Fusion) -> None:
+def test_fires_once_on_its_example_and_changes_no_result(fusion: Rewrite) -> None:
     graph = load_graph(parse(fusion.example, fusion.opset))
-    rewritten, times = apply(graph, fusion)
+    rewritten, times = rewritten_by(graph, fusion)
     assert times == 1
     rewritten.check()
-    assert apply(rewritten, fusion)[1] == 0
+    assert rewritten_by(rewritten, fusion)[1] == 0
     rng = np.random.default_rng(0)
     feeds = {
         name: rng.standard_normal([d if isinstance(d, int) else 2 for d in spec.shape]).astype(spec.dtype)
@@ -50,16 +58,16 @@ def test_fires_once_on_its_example_and_changes_no_result(fusion: Fusion) -> None
 
 
 @pytest.mark.parametrize(("fusion", "text"), NEAR_MISSES)
-def test_never_fires_on_a_near_miss(fusion: Fusion, text: str) -> None:
+def test_never_fires_on_a_near_miss(fusion: Rewrite, text: str) -> None:
     graph = load_graph(parse(text, fusion.opset))
-    assert apply(graph, fusion) == (graph, 0)
+    assert rewritten_by(graph, fusion) == (graph, 0)
 
 
 @pytest.mark.parametrize("fusion", [pytest.param(f, id=f.name) for f in ALL if " = Shape(" in f.example])
 @pytest.mark.parametrize(("part", "times"), [("start = 0", 1), ("start = 1", 0), ("start = 0, end = 9", 0)])
-def test_a_part_of_a_shape_is_another_value(fusion: Fusion, part: str, times: int) -> None:
+def test_a_part_of_a_shape_is_another_value(fusion: Rewrite, part: str, times: int) -> None:
     graph = load_graph(parse(fusion.example.replace(" = Shape(", f" = Shape <{part}> ("), fusion.opset))
-    rewritten, fired = apply(graph, fusion)
+    rewritten, fired = rewritten_by(graph, fusion)
     if times:
         assert fired == times
     else:  # what is fused may go on reading any shape
@@ -80,7 +88,7 @@ def test_reductions_over_no_axes_are_no_normalization(op: str) -> None:
             y = Div(c, r)
         }}"""
     graph = load_graph(parse(text, 18))
-    assert apply(graph, fusion) == (graph, 0)
+    assert rewritten_by(graph, fusion) == (graph, 0)
 
 
 def spellings(arg: Arg) -> Iterator[Arg]:
@@ -146,7 +154,7 @@ def test_every_spelling_is_recognised(fusion: Fusion, spelling: P) -> None:
 
 def test_every_fused_operator_is_declared() -> None:
     for fusion in ALL:
-        rewritten, _ = apply(load_graph(parse(fusion.example, fusion.opset)), fusion)
+        rewritten, _ = rewritten_by(load_graph(parse(fusion.example, fusion.opset)), fusion)
         for n in rewritten.nodes:
             assert registry().find(n.domain, n.op, rewritten.opset_of(n)), n.qualified
 

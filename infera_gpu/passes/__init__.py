@@ -24,6 +24,7 @@ from infera_gpu.passes import (
     norm_factors,
     pad,
     pairs,
+    products,
     quant,
     repeated,
     rotary,
@@ -39,6 +40,7 @@ from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
 from infera_gpu.passes.int8 import quantised
 from infera_gpu.passes.layout import convert
 from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
+from infera_gpu.passes.siblings import Siblings, joined
 from infera_gpu.spec import DType, OptionalSpec
 
 Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
@@ -74,6 +76,9 @@ FUSIONS: tuple[Fusion, ...] = (
     *matmul.FUSIONS,
 )
 """In the order in which they are applied."""
+
+SIBLINGS: tuple[Siblings, ...] = products.SIBLINGS
+"""Applied to what fusions leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,10 @@ class _Passes:
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
         graph = self.fused(graph, FUSIONS)
+        for siblings in SIBLINGS:
+            if siblings.fits(self.strict, self.kinds):
+                before, (graph, times) = graph, joined(graph, siblings)
+                self.tell(siblings.name, times, len(before.nodes), len(graph.nodes))
         if precision in HALVES:
             graph = self.changed(precision, graph, halved(graph, HALVES[precision]))
         if self.channels_last:

@@ -24,6 +24,9 @@ from infera_gpu.passes.pattern import node as node
 CPU = frozenset({"cpu"})
 """The `kinds` of fusions whose operators have fast kernels on the CPU alone."""
 
+GPU = frozenset({"triton", "cupy"})
+"""The `kinds` of rewrites that pay where every node is a launch."""
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -37,23 +40,21 @@ def _always(match: Match) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """A rewrite as data.
+@dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """What every rewrite declares.
 
-    `build` makes the replacement of a match that `guard` accepts. `example` and `near_misses` are graphs in ONNX's
-    text syntax (without the header): the rewrite must fire exactly once on the first and never on the others, and the
-    rewritten example must compute what the example computes. Tests are generated from them. A rewrite that
-    `reassociates` computes something else in exact order (a factor folded into weights); strict sessions leave it out.
-    `kinds` are the kinds of kernels that have what it makes; devices that run none of them are left the parts.
+    `example` and `near_misses` are graphs in ONNX's text syntax (without the header): the rewrite must fire exactly
+    once on the first and never on the others, and the rewritten example must compute what the example computes. Tests
+    are generated from them. A rewrite that `reassociates` may compute something else in exact order (a factor folded
+    into weights); strict sessions leave it out. `kinds` are the kinds of kernels that have what it makes; devices that
+    run none of them are left the parts.
     """
 
     name: str
     patterns: tuple[P, ...]
-    build: Callable[[Match], Replacement]
     example: str
     near_misses: tuple[str, ...]
-    guard: Callable[[Match], bool] = _always
     opset: int = 17
     reassociates: bool = False
     kinds: frozenset[str] | None = None
@@ -71,6 +72,14 @@ class Fusion:
     def fits(self, strict: bool, kinds: tuple[str, ...]) -> bool:
         """Whether a device with these kinds of kernels may have it."""
         return not (strict and self.reassociates) and (self.kinds is None or not self.kinds.isdisjoint(kinds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion(Rewrite):
+    """A rewrite of one place: `build` makes the replacement of a match that `guard` accepts."""
+
+    build: Callable[[Match], Replacement]
+    guard: Callable[[Match], bool] = _always
 
 
 def fused(op: str, inputs: tuple[str, ...], **attrs: Any) -> Callable[[Match], Replacement]:
