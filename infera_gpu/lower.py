@@ -214,7 +214,7 @@ class _Lowering:
         made: list[Operand] = []
         for i, (name, spec) in enumerate(zip(names, specs, strict=False)):
             operand = self.slot(name) or (self.taken_over(index, choice, ins, spec) if i == 0 else None)
-            operand = operand or self.part(index, choice, ins, name, spec)
+            operand = operand or self.part(index, choice, ins, name, spec, first=i == 0)
             made.append(operand or self.new(name or f"unused {index}.{i}", choice.space, spec))
         return tuple(made)
 
@@ -251,23 +251,27 @@ class _Lowering:
         return None
 
     def part(
-        self, index: int, choice: Choice, ins: tuple[Operand | None, ...], name: str, spec: TensorSpec
+        self, index: int, choice: Choice, ins: tuple[Operand | None, ...], name: str, spec: TensorSpec, *, first: bool
     ) -> Operand | None:
-        """Where a part of a value lay of which this node reads another part.
+        """Where a part of a value lay of which this node reads another part, or that part itself: see `reuse`.
 
         On the device alone: what NumPy computes with is best contiguous.
         """
-        if choice.space != "device" or not writes_strided(choice.kernel) or name in self.without:
+        kernel = choice.kernel
+        if choice.space != "device" or not writes_strided(kernel) or name in self.without:
             return None
-        for name_of_root in dict.fromkeys(o.root for o in ins if o is not None and not o.constant):
-            root = self.roots[name_of_root]
-            if name_of_root in self.staged or root.fixed is not None or name_of_root in self.slabs.values():
+        inplace = kernel.inplace if kernel and first else ()
+        read = [o for o in ins if o is not None and not o.constant]
+        for operand in read:
+            root = self.roots[operand.root]
+            if operand.root in self.staged or root.fixed is not None or operand.root in self.slabs.values():
                 continue
-            operand = self.lying.free(index, name_of_root, name, spec)
-            if operand is not None:
-                self.guests[name] = name_of_root, len(self.steps)
-                self.saved["where others lay"] += operand.nbytes
-                return operand
+            over = operand if ins.index(operand) in inplace and read.count(operand) == 1 else None
+            found = self.lying.free(index, operand.root, name, spec, over)
+            if found is not None:
+                self.guests[name] = operand.root, len(self.steps)
+                self.saved["where others lay"] += found.nbytes
+                return found
         return None
 
     # ---- the whole

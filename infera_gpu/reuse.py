@@ -33,16 +33,19 @@ class Lying:
         last = len(self._nodes) if value in self._kept else max(self._readers.get(value, ()), default=-1)
         self._values.setdefault(operand.root, []).append((operand, last))
 
-    def free(self, index: int, root: str, name: str, spec: TensorSpec) -> Operand | None:
-        """Where in the block node `index` may write its output `name`: no value that is read there from then on, by
-        the node itself or after it, shares an element with the window, and all readers of `name` read it there."""
+    def free(self, index: int, root: str, name: str, spec: TensorSpec, over: Operand | None) -> Operand | None:
+        """Where in the block node `index` may write its output `name`.
+
+        No value that is read there by then or later shares an element with the window, but for the input `over` that
+        the node may overwrite; and all readers of `name` read it there.
+        """
         lying = self._values.get(root, ())
         if name in self._kept or len(lying) < 2:
             return None
-        alive = [o for o, last in lying if last >= index]
+        alive = [o for o, last in lying if last > index or (last == index and o != over)]
         for window, last in lying:
             if (
-                last < index
+                (last < index or window == over)
                 and (window.shape, window.dtype) == (spec.dims, spec.dtype)
                 and all(s > 0 for d, s in zip(window.shape, window.strides, strict=True) if d > 1)
                 and not any(_overlap(window, o) for o in alive)
@@ -76,6 +79,6 @@ def _overlap(a: Operand, b: Operand) -> bool:
     block = as_strided(np.empty(1, np.uint8), (high - low,), (1,))
     x, y = (np.ndarray(o.shape, f"V{o.dtype.itemsize}", block, o.offset - low, o.strides) for o in (a, b))
     try:
-        return np.shares_memory(x, y, max_work=WORK)
+        return np.shares_memory(x, y, WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -80,7 +80,7 @@ def _is_row(term: Array, columns: int) -> bool:
     return bool(term.size == columns and term.shape[-1:] == (columns,) and term.strides[-1] == itemsize)
 
 
-PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True, strided_out=True)
+PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True)
 """MatMul, Gemm and FusedMatMul: act(alpha A' @ B' + beta input 2) + input 3, each part where there is such an input."""
 
 OPS: tuple[Op, ...] = ()
