@@ -47,3 +47,5 @@ def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
     for i in kernel.inplace:
         if site.has(i) and site.value(i) is None and site.ins[i] == site.outs[0]:
             yield {"inplace": i}
+            if kernel.strided_out:
+                yield {"inplace": i, "strided_out": True}
