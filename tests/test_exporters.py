@@ -13,7 +13,7 @@ import pytest
 import infera_gpu
 from bench.exporters_report import UNFAITHFUL, Export, differences, exports
 from infera_gpu.memory import SLACK
-from infera_gpu.verify import TOLERANCE
+from infera_gpu.verify import TOLERANCE, compare
 
 pytestmark = pytest.mark.large
 FOLDER = os.environ.get("INFERA_EXPORTS") or None
@@ -42,3 +42,23 @@ def test_arenas_are_near_the_lower_bound(export: Export) -> None:
         for feeds, _ in export.examples:
             for plan in session.plans({name: feeds[name] for name in session.inputs}):
                 assert plan.arena_bytes <= (1 + SLACK) * plan.lower_bound
+
+
+ATTENTIONS = {"bert": 2, "llama": 2, "swin": 4, "t5-encoder": 2, "vit": 2, "whisper-encoder": 2}
+"""Models whose attentions get queries, keys and values from one input -> how many there are."""
+
+
+@pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
+def test_agrees_with_pytorch_as_cuda_would_plan_it(export: Export) -> None:
+    with infera_gpu.load(export.path, device="recording") as session:
+        model = next((m for m in ATTENTIONS if export.name.startswith(m)), None)
+        if model is not None:
+            products = [n for n in session.graph.nodes if n.qualified == "infera.FusedMatMul" and "joined" in n.name]
+            assert len(products) == ATTENTIONS[model]
+        feeds, wanted = export.examples[0]
+        given = {name: feeds[name] for name in session.inputs}
+        got = session.run(given)
+        if export.name not in UNFAITHFUL:
+            assert not [str(d) for d in compare(got, wanted) if not d.within()]
+        for plan in session.plans(given):
+            assert plan.arena_bytes <= (1 + SLACK) * plan.lower_bound
