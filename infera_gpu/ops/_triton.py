@@ -55,12 +55,15 @@ def kernels(
     *,
     inplace: tuple[int, ...],
     strided: bool,
-    strided_out: bool = False,
+    strided_out: bool | None = None,
     workspace: Callable[[Site], int] = _none,
 ) -> Kernels:
-    """A kernel of the kind "triton"; `workspace` gives the bytes of all its scratch, each piece `memory.aligned`."""
-    made = Kernel(bind, supports, workspace=workspace, inplace=inplace, strided=strided, strided_out=strided_out)
-    return {"triton": made}
+    """A kernel of the kind "triton". One that is `strided` writes any strides too, unless `strided_out` says otherwise.
+
+    `workspace` gives the bytes of all its scratch, each piece `memory.aligned`.
+    """
+    writes = strided if strided_out is None else strided_out
+    return {"triton": Kernel(bind, supports, workspace, inplace=inplace, strided=strided, strided_out=writes)}
 
 
 def _slopes(site: Site) -> dict[str, float]:

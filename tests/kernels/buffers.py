@@ -43,7 +43,7 @@ def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
     if kernel.strided:
         yield {"strided": True}
     if kernel.strided_out:
-        yield {"strided_out": True}
+        yield {"strided": kernel.strided, "strided_out": True}
     for i in kernel.inplace:
         if site.has(i) and site.value(i) is None and site.ins[i] == site.outs[0]:
             yield {"inplace": i}
