@@ -1,0 +1,202 @@
+"""The built architectures in PyTorch, as its users write them, with the weights of the ONNX models.
+
+Attention is `scaled_dot_product_attention`, images are channels-last: what eager mode and torch.compile are fastest
+with. Needs PyTorch, which is imported when a peer is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from bench.build import bert, gpt2_step, resnet50
+
+Module = Any
+Tensor = Any
+
+
+def weights_of(model: onnx.ModelProto) -> Iterator[np.ndarray[Any, Any]]:
+    """The model's weights in the order in which they were made; shapes, single values and positions are none."""
+    for initializer in model.graph.initializer:
+        array = numpy_helper.to_array(initializer)
+        if array.size > 1 and array.dtype == np.float32:
+            yield array
+
+
+class _Taking:
+    """Hands out weights as parameters."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import torch
+
+        self._torch, self._weights = torch, weights_of(model)
+
+    def __call__(self) -> Tensor:
+        return self._torch.nn.Parameter(self._torch.tensor(next(self._weights)), requires_grad=False)
+
+    def done(self) -> None:
+        """Raises AssertionError where weights are left: the peer is not the model."""
+        assert next(self._weights, None) is None
+
+
+def torch_resnet50(model: onnx.ModelProto | None = None) -> Module:
+    """(N, 3, 224, 224) to logits. BatchNormalization is as in the file; torch.compile folds it where it can."""
+    from torch import nn
+
+    take = _Taking(model or resnet50())
+
+    def conv_norm(channels: int, filters: int, kernel: int, stride: int = 1) -> Module:
+        conv = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=False)
+        norm = nn.BatchNorm2d(filters, eps=1e-5)
+        conv.weight, norm.weight, norm.bias = take(), take(), take()
+        norm.running_mean, norm.running_var = take().data, take().data
+        return nn.Sequential(conv, norm)
+
+    class Bottleneck(nn.Module):  # type: ignore[misc]
+        def __init__(self, channels: int, width: int, stride: int, *, projects: bool) -> None:
+            super().__init__()
+            self.first, self.second = conv_norm(channels, width, 1), conv_norm(width, width, 3, stride)
+            self.third = conv_norm(width, 4 * width, 1)
+            self.shortcut = conv_norm(channels, 4 * width, 1, stride) if projects else nn.Identity()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.third(self.relu(self.second(self.relu(self.first(x)))))
+            return self.relu(y + self.shortcut(x))
+
+    layers = [conv_norm(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels, width, stride if block == 0 else 1, projects=block == 0))
+            channels = 4 * width
+    head = nn.Linear(2048, 1000)
+    head.weight, head.bias = take(), take()
+    take.done()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+
+
+def _linear(take: _Taking, *, bias_first: bool) -> Module:
+    from torch import nn
+
+    first, second = take(), take()
+    bias, weight = (first, second) if bias_first else (second, first)
+    made = nn.Linear(weight.shape[0], weight.shape[1])
+    made.weight, made.bias = nn.Parameter(weight.data.T.contiguous(), requires_grad=False), bias
+    return made
+
+
+def _norm(take: _Taking, hidden: int, eps: float) -> Module:
+    from torch import nn
+
+    made = nn.LayerNorm(hidden, eps=eps)
+    made.weight, made.bias = take(), take()
+    return made
+
+
+def torch_bert(model: onnx.ModelProto | None = None, *, layers: int = 12, hidden: int = 768, heads: int = 12) -> Module:
+    """(input_ids, attention_mask, token_type_ids) to the last hidden state."""
+    import torch
+    from torch import nn
+
+    take = _Taking(model or bert())
+
+    class Layer(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (_linear(take, bias_first=True) for _ in range(4))
+            self.first = _norm(take, hidden, 1e-12)
+            self.up = _linear(take, bias_first=True)
+            self.down = _linear(take, bias_first=True)
+            self.second = _norm(take, hidden, 1e-12)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            def split(y: Tensor) -> Tensor:
+                return y.view(*y.shape[:2], heads, hidden // heads).transpose(1, 2)
+
+            attention = nn.functional.scaled_dot_product_attention(
+                split(self.query(x)), split(self.key(x)), split(self.value(x)), attn_mask=mask
+            )
+            x = self.first(self.out(attention.transpose(1, 2).reshape(x.shape)) + x)
+            return self.second(self.down(nn.functional.gelu(self.up(x))) + x)
+
+    class Encoder(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.types, self.places = take(), take(), take()
+            self.norm = _norm(take, hidden, 1e-12)
+            self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+        def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+            x = self.norm(self.words[ids] + self.types[types] + self.places[: ids.shape[1]])
+            visible = mask.bool()[:, None, None, :]
+            bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(
+                ~visible, torch.finfo(x.dtype).min
+            )
+            for layer in self.layers:
+                x = layer(x, bias)
+            return x
+
+    made = Encoder().eval()
+    take.done()
+    return made
+
+
+def torch_gpt2_step(
+    model: onnx.ModelProto | None = None, *, past: int = 255, layers: int = 12, hidden: int = 768, heads: int = 12
+) -> Module:
+    """(input_ids, past keys and values in turn, layer by layer) to (logits, caches one token longer in turn)."""
+    import torch
+    from torch import nn
+
+    take = _Taking(model or gpt2_step(past=past))
+
+    class Layer(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.qkv = _norm(take, hidden, 1e-5), _linear(take, bias_first=False)
+            self.out = _linear(take, bias_first=False)
+            self.second, self.up = _norm(take, hidden, 1e-5), _linear(take, bias_first=False)
+            self.down = _linear(take, bias_first=False)
+
+        def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            parts = (
+                p.view(*p.shape[:2], heads, hidden // heads).transpose(1, 2)
+                for p in self.qkv(self.first(x)).chunk(3, -1)
+            )
+            query, new_key, new_value = parts
+            key, value = torch.cat([key, new_key], 2), torch.cat([value, new_value], 2)
+            attention = nn.functional.scaled_dot_product_attention(query, key, value)
+            x = self.out(attention.transpose(1, 2).reshape(x.shape)) + x
+            return self.down(nn.functional.gelu(self.up(self.second(x)), approximate="tanh")) + x, key, value
+
+    class Step(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = take(), take()
+            self.layers = nn.ModuleList(Layer() for _ in range(layers))
+            self.norm = _norm(take, hidden, 1e-5)
+
+        def forward(self, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+            x = self.words[ids] + self.places[past]
+            longer: list[Tensor] = []
+            for i, layer in enumerate(self.layers):
+                x, key, value = layer(x, caches[2 * i], caches[2 * i + 1])
+                longer += [key, value]
+            return self.norm(x) @ self.words.T, *longer
+
+    made = Step().eval()
+    take.done()
+    return made
+
+
+PEERS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Callable[[onnx.ModelProto], Module]]] = {
+    "resnet50": (resnet50, torch_resnet50),
+    "bert-base": (bert, torch_bert),
+    "gpt2-step": (gpt2_step, torch_gpt2_step),
+}
+"""name -> the ONNX model, and its peer."""
