@@ -214,7 +214,8 @@ class _Lowering:
         made: list[Operand] = []
         for i, (name, spec) in enumerate(zip(names, specs, strict=False)):
             operand = self.slot(name) or (self.taken_over(index, choice, ins, spec) if i == 0 else None)
-            operand = operand or self.part(index, choice, ins, name, spec, first=i == 0)
+            if operand is None and len(specs) == 1:
+                operand = self.part(index, choice, ins, name, spec)
             made.append(operand or self.new(name or f"unused {index}.{i}", choice.space, spec))
         return tuple(made)
 
@@ -251,16 +252,16 @@ class _Lowering:
         return None
 
     def part(
-        self, index: int, choice: Choice, ins: tuple[Operand | None, ...], name: str, spec: TensorSpec, *, first: bool
+        self, index: int, choice: Choice, ins: tuple[Operand | None, ...], name: str, spec: TensorSpec
     ) -> Operand | None:
         """Where a part of a value lay of which this node reads another part, or that part itself: see `reuse`.
 
-        On the device alone: what NumPy computes with is best contiguous.
+        For a node's only output, and on the device alone: what NumPy computes with is best contiguous.
         """
         kernel = choice.kernel
         if choice.space != "device" or not writes_strided(kernel) or name in self.without:
             return None
-        inplace = kernel.inplace if kernel and first else ()
+        inplace = kernel.inplace if kernel else ()
         read = [o for o in ins if o is not None and not o.constant]
         for operand in read:
             root = self.roots[operand.root]

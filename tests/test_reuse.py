@@ -145,6 +145,21 @@ def test_a_part_that_is_stretched_is_not_written_to() -> None:
     assert not planned(text, {"x": numbers(4, 2), "w": numbers(3, 2)}).saved[REUSED]
 
 
+def test_two_outputs_of_a_node_do_not_lie_in_one_part() -> None:
+    text = """
+    g (float[1, 2, 9] x, float[4, 2, 5] s, float[1, 12, 5] w, float[1, 12, 3] r, float[3, 2] o)
+        => (float[1, 2, 2] y, float[1, 2, 2] z, float[1, 2, 3] u) <int64[3] sizes = {3, 3, 3}> {
+        p = Tanh(x)
+        a, b, c = Split <axis = 2> (p, sizes)
+        u = Exp(a)
+        _, h, m = LSTM <hidden_size = 3> (s, w, r, , , b, c)
+        y = MatMul(h, o)
+        z = MatMul(m, o)
+    }"""
+    shapes = {"x": (1, 2, 9), "s": (4, 2, 5), "w": (1, 12, 5), "r": (1, 12, 3), "o": (3, 2)}
+    planned(text, {name: numbers(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
+
+
 def test_the_cpu_computes_on_what_is_contiguous() -> None:
     assert not planned(attention(), FEEDS, "cpu").saved[REUSED]
 
