@@ -89,12 +89,13 @@ class _Lowering:
     def own(self, value: str, operand: Operand) -> None:
         self.homes[value] = operand
         if not operand.constant:
-            self.read_as(value, self.roots[operand.root])
-            self.lying.add(value, operand)
+            self.read_as(value, operand)
 
-    def read_as(self, value: str, root: Root) -> None:
+    def read_as(self, value: str, operand: Operand) -> None:
         """The memory holds this value too."""
+        root = self.roots[operand.root]
         root.last_read = max(root.last_read, self.last_read.get(value, -1))
+        self.lying.add(operand, self.last_read.get(value, -1))
 
     def emit(self, step: Step) -> None:
         for operand in (*step.ins, *step.outs, step.workspace):
@@ -133,7 +134,7 @@ class _Lowering:
         target = self.new(f"{value}@{space}", space, TensorSpec(source.shape, source.dtype))
         self.move(value, source, target)
         self.copies[key] = target
-        self.read_as(value, self.roots[target.root])
+        self.read_as(value, target)
         return target
 
     def move(self, value: str, source: Operand, target: Operand) -> None:

@@ -28,9 +28,8 @@ class Lying:
                 self._readers.setdefault(v, []).append(i)
         self._values: dict[str, list[tuple[Operand, int]]] = {}
 
-    def add(self, value: str, operand: Operand) -> None:
-        """The value lies there from now on."""
-        last = len(self._nodes) if value in self._kept else max(self._readers.get(value, ()), default=-1)
+    def add(self, operand: Operand, last: int) -> None:
+        """A value lies there from now on, which node `last` is the last to read."""
         self._values.setdefault(operand.root, []).append((operand, last))
 
     def free(self, index: int, root: str, name: str, spec: TensorSpec, over: Operand | None) -> Operand | None:

@@ -160,6 +160,22 @@ def test_two_outputs_of_a_node_do_not_lie_in_one_part() -> None:
     planned(text, {name: numbers(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
 
 
+def test_a_copy_that_is_read_again_is_not_written_to() -> None:
+    text = """
+    g (float[4, 6] x) => (float[8, 3] y, float[6, 4] z)
+    <int64[2] shape = {8, 3}, int64[2] sizes = {2, 1}, float[2, 3] o = {1, 2, 3, 4, 5, 6}> {
+        p = Tanh(x)
+        t = Transpose <perm = [1, 0]> (p)
+        n = Reshape(t, shape)
+        a, b = Split <axis = 1> (n, sizes)
+        c = Sigmoid(a)
+        d = Mul(c, b)
+        y = MatMul(d, o)
+        z = Softmax <axis = -1> (t)
+    }"""
+    planned(text, {"x": numbers(4, 6)})
+
+
 def test_the_cpu_computes_on_what_is_contiguous() -> None:
     assert not planned(attention(), FEEDS, "cpu").saved[REUSED]
 
