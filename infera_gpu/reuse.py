@@ -41,13 +41,13 @@ class Lying:
         lying = self._values.get(root, ())
         if name in self._kept or len(lying) < 2:
             return None
-        alive = [o for o, last in lying if last > index or (last == index and o != over)]
         for window, last in lying:
+            mine = (over,) if window == over else ()
             if (
                 (last < index or window == over)
                 and (window.shape, window.dtype) == (spec.dims, spec.dtype)
                 and all(s > 0 for d, s in zip(window.shape, window.strides, strict=True) if d > 1)
-                and not any(_overlap(window, o) for o in alive)
+                and not any(_overlap(window, o) for o, end in lying if end > index or (end == index and o not in mine))
                 and self._is_read_at(name, window)
             ):
                 return window

@@ -206,13 +206,13 @@ def test_a_value_lies_by_itself_where_more_memory_would_be_needed(monkeypatch: p
     assert plan.saved[REUSED] < first.saved[REUSED]
 
 
-UNARY, BINARY = ("Sigmoid", "Tanh", "Neg", "Abs"), ("Add", "Sub", "Mul")
+UNARY, BINARY = ("Sigmoid", "Tanh", "Neg", "Abs", "Softmax"), ("Add", "Sub", "Mul")
 
 
 def drawn(seed: int) -> str:
     """A graph that cuts what it computes into parts, turns them, joins two with an operator, and cuts again."""
     choose = random.Random(seed)
-    lines, shapes = ["p0 = Tanh(x)"], {"p0": (6, 12)}
+    lines, shapes, constants = ["p0 = Tanh(x)"], {"p0": (6, 12)}, dict[str, str]()
     for i in range(1, choose.randint(7, 15)):
         name, kind = f"p{i}", choose.random()
         source = choose.choice([*shapes])
@@ -226,7 +226,11 @@ def drawn(seed: int) -> str:
         elif kind < 0.45:
             lines.append(f"{name} = Transpose <perm = [1, 0]> ({source})")
             shapes[name] = columns, rows
-        elif kind < 0.6:
+        elif kind < 0.5:
+            lines.append(f"{name} = Reshape({source}, r{rows})")
+            shapes[name] = columns, rows
+            constants[f"r{rows}"] = f"int64[2] r{rows} = {{-1, {rows}}}"
+        elif kind < 0.62:
             lines.append(f"{name} = {choose.choice(UNARY)}({source})")
             shapes[name] = rows, columns
         else:
@@ -242,7 +246,8 @@ def drawn(seed: int) -> str:
     outputs = choose.sample([s for s in shapes if s != "p0"], min(2, len(shapes) - 1))
     ends = "  ".join(f"y{i} = ReduceSum <keepdims = 0> ({s})" for i, s in enumerate(outputs))
     declared = ", ".join(f"float y{i}" for i in range(len(outputs)))
-    return f"g (float[6, 12] x) => ({declared}) {{ {'  '.join(lines)}  {ends} }}"
+    known = f"<{', '.join(constants.values())}>" if constants else ""
+    return f"g (float[6, 12] x) => ({declared}) {known} {{ {'  '.join(lines)}  {ends} }}"
 
 
 def test_random_parts_are_read_before_others_are_written_there() -> None:
