@@ -51,11 +51,11 @@ class _Lowering:
         self.homes: dict[str, Operand] = {}
         self.copies: dict[tuple[str, Space], Operand] = {}
         self.without = without
-        self.places = slots_of(segment, choices, device.space, without)
+        self.places, self.around, self.padded = slots_of(segment, choices, device.space, without)
         self.slabs: dict[str, str] = {}
-        """The root of each joined value that values were written into before it was joined."""
+        """The root of each joined value that values were written into before it was joined, or that has a border."""
         self.joined: dict[str, int] = {}
-        """The step at which a slab was full."""
+        """The step at which a slab was full: at once where no other value was written into it."""
         self.lying = Lying(segment, choices)
         self.guests: dict[str, tuple[str, int]] = {}
         """A value that lies where a part of another lay: the root, and the step that made it."""
@@ -65,6 +65,7 @@ class _Lowering:
                 self.last_read[v] = i
         self.last_read.update(dict.fromkeys(segment.outputs, len(segment.nodes)))
         self.staged: set[str] = set()
+        self.bordered: set[str] = set()
         self.saved: Counter[str] = Counter()
 
     # ---- memory
@@ -149,7 +150,13 @@ class _Lowering:
             return
         kernel = choice.kernel
         strided = kernel.strided if kernel else True
-        ins = tuple([self.fetch(v, choice.space, strided=strided) if v else None for v in site.node.inputs])
+        within = self.within(index, placed)
+        ins = tuple(
+            [
+                within if within and not i else self.fetch(v, choice.space, strided=strided) if v else None
+                for i, v in enumerate(site.node.inputs)
+            ]
+        )
         outs = self.outputs(index, placed, choice, ins)
         workspace, parts = None, 1
         if kernel is not None:
@@ -161,6 +168,22 @@ class _Lowering:
         for name, operand in zip(site.node.outputs, outs, strict=False):
             if name:
                 self.own(name, operand)
+
+    def within(self, index: int, placed: Placed) -> Operand | None:
+        """Input 0 with the border around it, for which a copy that is needed anyway leaves room; None without one."""
+        if index not in self.around:
+            return None
+        whole, inner = self.around[index]
+        value = placed.site.node.inputs[0]
+        source, root = self.home(value), self.slabs.get(whole.root)
+        if value not in self.places:
+            if source.constant or source.is_contiguous:
+                return None
+            root = self.new_root(f"{value}@{whole.space}", whole.space, whole.nbytes)
+            self.move(value, source, inner._replace(root=root))
+        assert root is not None
+        self.bordered.add(value)
+        return whole._replace(root=root)
 
     def view(self, placed: Placed) -> bool:
         """Make the outputs windows into input 0; False where that is a constant or an output is no window."""
@@ -194,7 +217,7 @@ class _Lowering:
         if place.root not in self.slabs:
             if not given:
                 return False
-            self.slabs[place.root] = self.new_root(place.root, space, self.segment.specs[place.root].nbytes)
+            self.slab(place)
         whole = place._replace(root=self.slabs[place.root])
         inputs = site.node.inputs
         away = [
@@ -226,9 +249,17 @@ class _Lowering:
         if place is None:
             return None
         if place.root not in self.slabs:
-            self.slabs[place.root] = self.new_root(place.root, place.space, self.segment.specs[place.root].nbytes)
-        self.saved["into slots"] += place.nbytes
+            self.slab(place)
+        if name != place.root:
+            self.saved["into slots"] += place.nbytes
+        else:
+            self.joined[self.slabs[place.root]] = len(self.steps)
         return place._replace(root=self.slabs[place.root])
+
+    def slab(self, place: Operand) -> None:
+        """Memory for the root of a place."""
+        nbytes = self.padded.get(place.root) or self.segment.specs[place.root].nbytes
+        self.slabs[place.root] = self.new_root(place.root, place.space, nbytes)
 
     def taken_over(
         self, index: int, choice: Choice, ins: tuple[Operand | None, ...], spec: TensorSpec
@@ -303,6 +334,11 @@ class _Lowering:
             if value in outputs and not outputs[value].constant:
                 self.roots[outputs[value].root].rank = rank
 
+    @property
+    def waits(self) -> bool:
+        """Whether some joined value is there before it is complete."""
+        return any(self.joined.get(root) != self.roots[root].begin for root in self.slabs.values())
+
     def crowded(self) -> tuple[int, set[str]]:
         """The most bytes alive at one step, and what keeps memory alive then that would not be needed without it:
         joined values that are not complete, values that lie where parts of others lay."""
@@ -342,6 +378,7 @@ class _Lowering:
                 entering={v: self.homes[v] for v in self.segment.inputs},
                 outputs={v: self.home(v) for v in self.segment.outputs},
                 saved=self.saved,
+                bordered=len(self.bordered),
             ),
             carried,
         )
@@ -380,7 +417,7 @@ def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[s
     for _ in range(ATTEMPTS):
         lowering = _Lowering(segment, device, measure, choices, without)
         lowering.run(carried or {})
-        if not without and not lowering.slabs and not lowering.guests:
+        if not without and not lowering.waits and not lowering.guests:
             return lowering.plan(carried or {})
         nbytes, waiting = lowering.crowded()
         if best is None or nbytes < least:

@@ -173,9 +173,16 @@ class Buffers(Protocol):
 
 Bind: TypeAlias = Callable[[Site, Buffers], Sequence[Call]]
 
+Border: TypeAlias = tuple[tuple[int, int], ...]
+"""Elements before and after a value, along each of its axes."""
+
 
 def _always(site: Site) -> bool:
     return True
+
+
+def _never(site: Site) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +191,15 @@ class Kernel:
 
     The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
     `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
-    `strided` gets contiguous inputs, and one that is not `strided_out` contiguous outputs. `workspace` gives the bytes
-    of scratch; None measures them by binding once on host dummies. A site that it `supports` where it does not `pay`
-    goes to a kernel of a later kind, if one supports it. What is asked for may depend on the attributes, on
-    shapes, strides and types, on small constants and on those of integers, but not on the elements of a large
-    floating-point constant: nodes that differ in nothing else are measured once. `allocates` marks a kernel that does
-    allocate, which `inspect` shows.
+    `strided` gets contiguous inputs, and one that is not `strided_out` contiguous outputs. `border(site)` is what a
+    kernel wants around input 0 to read it without a copy: `io.ins[0]` may then be larger than the site says by that
+    much, contiguous all the same, and the kernel sets the border before it reads it. Where `rows_out(site)` a kernel
+    that is not `strided_out` writes an output that lies within a border, its last two axes contiguous, as fast as any
+    other. `workspace` gives the bytes of scratch; None measures them by binding once on host dummies. A site that it
+    `supports` where it does not `pay` goes to a kernel of a later kind, if one supports it. What is asked for may
+    depend on the attributes, on shapes, strides and types, on small constants and on those of integers, but not on the
+    elements of a large floating-point constant: nodes that differ in nothing else are measured once. `allocates` marks
+    a kernel that does allocate, which `inspect` shows.
     """
 
     bind: Bind
@@ -200,6 +210,8 @@ class Kernel:
     strided_out: bool = False
     allocates: bool = False
     pays: Callable[[Site], bool] = _always
+    border: Callable[[Site], Border | None] | None = None
+    rows_out: Callable[[Site], bool] = _never
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class Lowered:
     entering: Mapping[str, Operand]
     outputs: Mapping[str, Operand]
     saved: Mapping[str, int]
+    bordered: int
 
 
 def requests(roots: Mapping[str, Root], space: Space) -> list[Request]:
@@ -106,6 +107,7 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         ),
         saved=lowered.saved,
         direct=lowered.direct,
+        bordered=lowered.bordered,
         graphs=capturable(steps) if lowered.captures else None,
         staging=sum(aligned(o.nbytes) for o in travelling),
     )

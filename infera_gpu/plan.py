@@ -77,7 +77,8 @@ class Plan:
     steps only copy, and that have no place of their own. `arenas` gives the bytes of each memory space, `lower_bounds`
     the most bytes alive at one step: no plan can need less.
     `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
-    others, computed "in place" of an input, or written "into slots" of the value that joins them. `concurrency` is how
+    others, computed "in place" of an input, or written "into slots" of the value that joins them; `bordered` values lie
+    within the border that their readers want, which saves these a copy. `concurrency` is how
     many threads there are for the steps' parts, and why. `graphs` are the steps that CUDA graphs hold, each captured
     once and replayed from then on; None where nothing is captured. `staging` is how much page-locked host memory inputs
     and outputs take on their way to and from a GPU.
@@ -96,6 +97,7 @@ class Plan:
     blocks: tuple[Block, ...]
     saved: Mapping[str, int]
     direct: frozenset[str] = frozenset()
+    bordered: int = 0
     graphs: tuple[range, ...] | None = None
     staging: int = 0
 
@@ -127,6 +129,8 @@ class Plan:
             text += "\nbytes without memory of their own: " + ", ".join(
                 f"{nbytes:,} {how}" for how, nbytes in self.saved.items() if nbytes
             )
+        if self.bordered:
+            text += f"\nvalues within the border that their readers want: {self.bordered}"
         if self.graphs is not None:
             held = sum(map(len, self.graphs))
             text += f"\n{held} of {len(self.steps)} steps in {len(self.graphs)} CUDA graphs"

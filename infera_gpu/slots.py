@@ -1,20 +1,41 @@
-"""Values that another node joins are written where it would copy them: a Concat of such values costs no step."""
+"""Values are written where what follows would copy them: where a node joins them, and within the border of a window."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from infera_gpu.choice import Choice
 from infera_gpu.layout import Operand, Space, dense, view_of, views_of
-from infera_gpu.op import Kernel
+from infera_gpu.op import Border, Kernel, Site
+from infera_gpu.spec import TensorSpec
 from infera_gpu.specialize import Placed, Segment
+
+LARGE = 1 << 22
+"""Bytes. Kernels write no larger values within borders: to read them a block at a time, copied into the cache with its
+border, costs no more."""
+
+
+class Slots(NamedTuple):
+    """Where values lie.
+
+    `places` are windows, by value; each has the name of a value for its root: of the outermost joined value, since
+    joined values may be joined again, or of a value that has a border around it. `around` is, by node, where a kernel
+    reads input 0 with the border that it wants, and what of that is within: the place of that value, or, where it has
+    none, of the copy that the kernel needs anyway. `nbytes` are the sizes of roots with a border.
+    """
+
+    places: Mapping[str, Operand]
+    around: Mapping[int, tuple[Operand, Operand]]
+    nbytes: Mapping[str, int]
 
 
 class _Slots:
-    def __init__(self, segment: Segment, choices: Sequence[Choice], space: Space) -> None:
-        self.nodes, self.choices, self.space = segment.nodes, choices, space
+    def __init__(self, segment: Segment, choices: Sequence[Choice], space: Space, without: Collection[str]) -> None:
+        self.nodes, self.choices, self.space, self.without = segment.nodes, choices, space, without
         self.kept = set(segment.outputs)
         self.places: dict[str, Operand] = {}
+        self.around: dict[int, tuple[Operand, Operand]] = {}
         self.until: dict[str, int] = {}
         """The last node that may read what lies in the place of a value, before another writes over it."""
         self.makers = {o: i for i, p in enumerate(self.nodes) for o in p.site.node.outputs if o}
@@ -23,18 +44,21 @@ class _Slots:
             for v in p.site.node.inputs:
                 self.readers.setdefault(v, []).append(i)
 
-    def find(self, without: Collection[str]) -> Mapping[str, Operand]:
+    def find(self) -> Slots:
         """From the last node to the first, so that a place is known before the node that may pass it on."""
         for i in range(len(self.nodes) - 1, -1, -1):
             op, node = self.nodes[i].op, self.nodes[i].site.node
-            if op.windows is not None and node.outputs[0] not in without:
+            if op.windows is not None and node.outputs[0] not in self.without:
                 self.join(i)
             elif node.outputs[0] in self.places:
                 if op.view is not None:
                     self.through_view(i)
                 else:
                     self.in_place(i)
-        return self.places
+            kernel = self.choices[i].kernel
+            if kernel is not None and kernel.border is not None and i not in self.around:
+                self.surround(i, kernel.border)
+        return Slots(self.places, self.around, {whole.root: whole.nbytes for whole, _ in self.around.values()})
 
     def join(self, i: int) -> None:
         site = self.nodes[i].site
@@ -51,11 +75,41 @@ class _Slots:
         for value, window in zip(inputs, self.parts(whole, i), strict=True):
             self.offer(value, window, self.until.get(name))
 
+    def surround(self, i: int, wanted: Callable[[Site], Border | None]) -> None:
+        """Input 0 of node i lies within the border that its kernel wants, where no reader needs a copy for that."""
+        site = self.nodes[i].site
+        value, spec = site.node.inputs[0], site.spec(0)
+        maker = self.makers.get(value)
+        if maker is None or value in self.kept or value in self.without:
+            return
+        border = None if self.choices[i].space != self.space else wanted(site)
+        if border is None or value in site.node.inputs[1:]:
+            return
+        readers = self.readers[value]
+        bordered = [i] if readers == [i] else [j for j in readers if self.border(j) == border]
+        whole, inner = within(value, self.space, spec, border)
+        if len(bordered) < len(readers) and not inner.is_contiguous:
+            return
+        if self.nodes[maker].op.view is not None and readers == [i]:
+            self.around[i] = whole, inner
+        if spec.nbytes <= LARGE and self.offer(value, inner, None, all_read=True):
+            self.around.update(dict.fromkeys(bordered, (whole, inner)))
+
+    def border(self, i: int) -> Border | None:
+        """The border that node i wants around input 0, which it reads as no other input."""
+        kernel, site = self.choices[i].kernel, self.nodes[i].site
+        if kernel is None or kernel.border is None or site.node.inputs[0] in site.node.inputs[1:]:
+            return None
+        return kernel.border(site)
+
     def parts(self, whole: Operand, i: int) -> tuple[Operand, ...]:
         return windows_of(whole, self.nodes[i])
 
-    def offer(self, value: str, place: Operand, until: int | None) -> bool:
-        """Let the value lie there, if its maker can write there and its readers can read it there, in time."""
+    def offer(self, value: str, place: Operand, until: int | None, *, all_read: bool = False) -> bool:
+        """Let the value lie there, if its maker can write there and its readers can read it there, in time.
+
+        Whether `all_read` it there is asked unless it is known.
+        """
         i = self.makers.get(value)
         if i is None or value in self.places or not place.nbytes:
             return False
@@ -64,7 +118,7 @@ class _Slots:
             if choice.space != self.space:
                 return False
             if not place.is_contiguous and not (
-                writes_strided(choice.kernel) and all(map(self.reads, self.readers[value]))
+                _writes(choice, placed.site, place) and (all_read or all(map(self.reads, self.readers[value])))
             ):
                 return False
         elif not place.is_contiguous or any(placed.site.node.outputs[1:]):
@@ -134,15 +188,28 @@ def writes_strided(kernel: Kernel | None) -> bool:
     return kernel is None or kernel.strided_out
 
 
-def slots_of(
-    segment: Segment, choices: Sequence[Choice], space: Space, without: Collection[str] = ()
-) -> Mapping[str, Operand]:
-    """The places of values that lie in the output of a node that joins them (Op.windows).
+def within(root: str, space: Space, spec: TensorSpec, border: Border) -> tuple[Operand, Operand]:
+    """A contiguous operand at the start of its root that is larger than `spec` by a border, and what lies within it."""
+    dims = tuple([before + d + after for d, (before, after) in zip(spec.dims, border, strict=True)])
+    whole = dense(root, space, TensorSpec(dims, spec.dtype))
+    offset = sum([before * s for (before, _), s in zip(border, whole.strides, strict=True)])
+    return whole, whole._replace(shape=spec.dims, offset=offset)
 
-    Each is a window whose root is the name of the outermost joined value: joined values may be joined again. `without`
-    are joined values that keep their inputs out. Nodes that make such a value can write to its place, and all that read
-    it can read it there.
+
+def _writes(choice: Choice, site: Site, place: Operand) -> bool:
+    """Whether outputs may lie there."""
+    kernel, size = choice.kernel, place.dtype.itemsize
+    if kernel is None or writes_strided(kernel):
+        return True
+    return place.strides[-2:] == (place.shape[-1] * size, size) and kernel.rows_out(site)
+
+
+def slots_of(segment: Segment, choices: Sequence[Choice], space: Space, without: Collection[str] = ()) -> Slots:
+    """Values that lie in the output of a node that joins them (Op.windows), or within a border (Kernel.border).
+
+    `without` are values that keep others out, and that get no border. Nodes that make such a value can write to its
+    place, and all that read it can read it there.
     """
-    if all(p.op.windows is None for p in segment.nodes):
-        return {}
-    return _Slots(segment, choices, space).find(without)
+    if all(p.op.windows is None for p in segment.nodes) and not any(c.kernel and c.kernel.border for c in choices):
+        return Slots({}, {}, {})
+    return _Slots(segment, choices, space, without).find()

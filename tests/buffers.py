@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import Call, Launcher
+from infera_gpu.op import Border, Call, Launcher
 from infera_gpu.spec import TensorSpec
 
 GUARD = 64
@@ -18,14 +18,21 @@ POISON = 0xFF
 
 
 class Guarded:
-    """An array with guard bytes around it; a `strided` one is a window into a larger one, all of which guards it."""
+    """An array with guard bytes around it; a `strided` one is a window into a larger one, all of which guards it.
 
-    def __init__(self, shape: Sequence[int], dtype: Any, *, strided: bool = False) -> None:
-        around = tuple(d + 3 for d in shape) if strided else tuple(shape)
+    One of `rows` is too, but its last two axes are contiguous.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, *, strided: bool = False, rows: bool = False) -> None:
+        more = [3] * len(shape) if strided else [0] * len(shape)
+        if rows:
+            more = [*[3] * (len(shape) - 1), 0]
+        around = tuple(d + m for d, m in zip(shape, more, strict=True))
         nbytes = int(np.prod(around, dtype=np.int64)) * np.dtype(dtype).itemsize
         self._raw = np.full(nbytes + 2 * GUARD, PATTERN, np.uint8)
         whole = self._raw[GUARD : GUARD + nbytes].view(dtype).reshape(around)
-        window: tuple[Any, ...] = (*(slice(1, 1 + d) for d in shape), ...) if strided else (...,)
+        starts = [min(1, m) for m in more]
+        window: tuple[Any, ...] = (*(slice(a, a + d) for a, d in zip(starts, shape, strict=True)), ...)
         self.array: HostArray = whole[window]
         marked = np.zeros(around, np.bool_)
         marked[window] = True
@@ -57,13 +64,15 @@ class GuardedBuffers:
         *,
         strided: bool = False,
         strided_out: bool = False,
+        rows_out: bool = False,
+        border: Border | None = None,
         inplace: int | None = None,
         threads: int = 1,
     ) -> None:
         self.xp: Any = np
         self.threads, self.strict, self.tf32 = threads, False, False
         self._values = tuple(values)
-        self._out = [Guarded(s.dims, s.dtype, strided=strided_out) for s in specs]
+        self._out = [Guarded(s.dims, s.dtype, strided=strided_out, rows=rows_out) for s in specs]
         self._scratch: list[Guarded] = []
         self._given = tuple(ins)
         self.outs: tuple[HostArray, ...] = tuple(g.array for g in self._out)
@@ -83,6 +92,17 @@ class GuardedBuffers:
         self.ins: tuple[HostArray | None, ...] = tuple(
             x if x is None or i == inplace else _read_only(x) for i, x in enumerate(self._held)
         )
+        if border is not None:
+            self._surround(border)
+
+    def _surround(self, border: Border) -> None:
+        """Input 0 with a border around it that the kernel has to set."""
+        x = self._given[0]
+        assert x is not None
+        guarded = Guarded([a + d + b for d, (a, b) in zip(x.shape, border, strict=True)], x.dtype)
+        self._scratch.append(guarded)
+        self._held[0] = guarded.array[tuple(slice(a, a + d) for d, (a, _) in zip(x.shape, border, strict=True))]
+        self.ins = (guarded.array, *self.ins[1:])
 
     def _is_constant(self, i: int) -> bool:
         return i < len(self._values) and self._values[i] is not None

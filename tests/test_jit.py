@@ -25,7 +25,7 @@ if not jit.installed():
     pytest.skip("needs numba: pip install 'infera-gpu[jit]'", allow_module_level=True)
 
 from infera_kernels.jit import epilogue, gemm, rows
-from infera_kernels.jit.conv import conv2d
+from infera_kernels.jit.conv import border_of, conv2d, writes_rows
 from infera_kernels.jit.microkernel import TILE
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -134,6 +134,43 @@ def test_convolution(name: str, with_residual: bool, activation: tuple[Any, ...]
         # sums of so many products of normal numbers have a spread of its root, and a peak of several of it
         peak = 4 * np.sqrt(w[0].size)
         np.testing.assert_allclose(np.moveaxis(y, 3, 1), want, rtol=0, atol=5e-6 * peak)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_between_borders(name: str, threads: int) -> None:
+    """From an image within the border that is wanted, to one whose rows have gaps: the same bits as without."""
+    shape, weights, given = CONVOLUTIONS[name]
+    options: Any = {"strides": (1, 1), "pads": ((0, 0), (0, 0)), "dilations": (1, 1), "group": 1, **given}
+    x, w, b = normal(*shape), normal(*weights, seed=1), normal(weights[0], seed=2)
+    out = tuple(
+        (d + sum(p) - (k - 1) * r - 1) // s + 1
+        for d, k, p, r, s in zip(
+            shape[1:3], weights[2:], options["pads"], options["dilations"], options["strides"], strict=True
+        )
+    )
+
+    def made(x: Array, y: Array, **more: Any) -> Array:
+        run(
+            conv2d(
+                x, w, b, y, poisoned, Split(threads, backwards), activation=("relu",),
+                pack=lambda tag, build: build(w), pack_b=lambda tag, build: build(b), **{**options, **more},
+            )
+        )  # fmt: skip
+        return y
+
+    want = made(x, poisoned((shape[0], *out, weights[0])))
+    wanted = border_of((shape[1], shape[2]), weights, shape[0], out, **options)
+    if wanted is not None:
+        assert all(a >= p for a, p in zip(wanted, options["pads"], strict=True))
+        whole = np.pad(x, ((0, 0), *wanted, (0, 0)))
+        y = poisoned(want.shape)
+        np.testing.assert_array_equal(made(whole, y, pads=((0, 0), (0, 0))), want)
+    if writes_rows(weights, options["group"], "relu", residual=False):
+        whole = poisoned((shape[0], out[0] + 1, out[1] + 3, weights[0]))
+        inner = whole[:, 1:, 2:-1]
+        np.testing.assert_array_equal(made(x, inner), want)
+        assert np.isnan(whole).sum() == whole.size - want.size
 
 
 def test_strict_convolutions_take_no_winograd() -> None:

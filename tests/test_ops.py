@@ -140,6 +140,9 @@ def test_kernel(op: Op, case: Case, kind: str) -> None:
         feeds = [(first, wants[0]), (mixed, changed)]
         options: list[dict[str, Any]] = [{}, *([{"strided": True}] if kernel.strided else [])]
         options += [{"strided_out": True}] if kernel.strided_out else []
+        options += [{"rows_out": True}] if kernel.rows_out(site) else []
+        border = kernel.border and kernel.border(site)
+        options += [{"border": border}] if border and not known[0] else []
         options += [{"inplace": i} for i in kernel.inplace if site.has(i) and not known[i] and takes_over(site, i)]
         for option, early in product(options, (False, True)):
             buffers = GuardedBuffers(first, site.outs, site.values, **option)

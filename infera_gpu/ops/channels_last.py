@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import Bind, Buffers, Call, Case, Expansion, Kernel, Op, Site
+from infera_gpu.op import Bind, Border, Buffers, Call, Case, Expansion, Kernel, Op, Site
 from infera_gpu.ops import _jit, batchnorm, conv, pool
 from infera_gpu.ops._families import split_of
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
-from infera_kernels.cpu.nhwc_conv import conv2d
+from infera_kernels.cpu.nhwc_border import border
+from infera_kernels.cpu.nhwc_conv import border_of, conv2d, writes_rows
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.norm import batch_norm
 
@@ -50,12 +51,13 @@ class ChannelsLast:
 
     def site(self, site: Site) -> Site:
         """The same node as `first` would meet it. Raises PlanError where an input has no channels."""
-        return site.once((self.name, "first"), lambda: self._moved(site)).giving(
-            tuple(_spec(s, -1, 1) for s in site.outs)
-        )
+        return self.inputs(site).giving(tuple(_spec(s, -1, 1) for s in site.outs))
+
+    def inputs(self, site: Site) -> Site:
+        """`site`, without outputs."""
+        return site.once((self.name, "first"), lambda: self._moved(site))
 
     def _moved(self, site: Site) -> Site:
-        """`site`, without outputs."""
         for i in self.images:
             if site.has(i) and site.spec(i).ndim < 3:
                 raise site.fail(f"input {i} is {site.spec(i)}, expected (batch, spatial..., channels)")
@@ -140,6 +142,9 @@ def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
     """What convolutions of two-dimensional images are told."""
     x, w, b, residual = (*io.ins, None, None)[:4]
     first = CONV.site(site)
+    given = conv.window_2d(conv.conv_window(first)).params
+    if x.shape != site.spec(0).dims:
+        given["pads"] = ((0, 0), (0, 0))
     return {
         "x": _as_2d(x),
         "w": conv.as_2d(w),
@@ -150,8 +155,62 @@ def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
         "group": int(site.attrs["group"]),
         "activation": conv.activation_of(first),
         "residual": _as_2d(residual),
-        **conv.window_2d(conv.conv_window(first)).params,
+        **given,
     }
+
+
+def _within(bind: Bind) -> Bind:
+    """`bind`, and before it what sets the border of input 0, if it has one."""
+
+    def bound(site: Site, io: Buffers) -> Sequence[Call]:
+        calls = bind(site, io)
+        if io.ins[0].shape == site.spec(0).dims:
+            return calls
+        (top, _), (left, _) = conv.window_2d(conv.conv_window(CONV.inputs(site))).pads
+        height, width = (1, *site.spec(0).dims[1:-1])[-2:]
+        return [*border(_as_2d(io.ins[0]), (top, left), (height, width), 0), *calls]
+
+    return bound
+
+
+Geometry: TypeAlias = Callable[..., tuple[tuple[int, int], tuple[int, int]] | None]
+
+
+def _border(wanted: Geometry) -> Callable[[Site], Border | None]:
+    """The border of a convolution's input, as `wanted` gives it for images."""
+
+    def found(site: Site) -> Border | None:
+        if site.attrs["auto_pad"] == "NOTSET" and not any(site.attrs["pads"] or ()):
+            return None
+        window = conv.window_2d(conv.conv_window(CONV.inputs(site)))
+        images, *size, _ = site.spec(0).dims
+        outputs, inputs, *_ = site.spec(1).dims
+        pads = wanted(
+            (1, *size)[-2:], (outputs, inputs, *window.kernel), images, window.out, group=int(site.attrs["group"]),
+            **window.params,
+        )  # fmt: skip
+        return pads and ((0, 0), *pads[2 - len(size) :], (0, 0))
+
+    return found
+
+
+def _rows_out(site: Site) -> bool:
+    """Where an activation follows: its pass writes to other places as fast, that of a bias alone does not."""
+    return bool(site.attrs["activation"]) and writes_rows(site.spec(1).dims, int(site.attrs["group"]))
+
+
+def _compiled_border(*args: Any, **given: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """`border_of` of the compiled kernels, which import numba."""
+    from infera_kernels.jit.conv import border_of
+
+    return border_of(*args, **given)
+
+
+def _compiled_rows_out(site: Site) -> bool:
+    from infera_kernels.jit.conv import writes_rows
+
+    weight, group, activation = site.spec(1).dims, int(site.attrs["group"]), str(site.attrs["activation"])
+    return writes_rows(weight, group, activation, residual=site.has(3))
 
 
 def _bind_conv(site: Site, io: Buffers) -> Sequence[Call]:
@@ -193,14 +252,23 @@ def _planar(site: Site) -> bool:
 
 _PLAIN_CONV = tuple(replace(c, id=f"bare-{c.id}") for c in _named(conv.OPS, "Conv").cases)
 _POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
-    (MAX, {"cpu": Kernel(_bind_max, _planar)} | _jit.max_pool(_max)),
-    (AVERAGE, {"cpu": Kernel(_bind_average, _planar)}),
+    (MAX, {"cpu": Kernel(_bind_max, _planar, rows_out=_planar)} | _jit.max_pool(_max)),
+    (AVERAGE, {"cpu": Kernel(_bind_average, _planar, rows_out=_planar)}),
     (GLOBAL_AVERAGE, {"cpu": Kernel(_bind_global(global_average_pool), _planar)}),
     (GLOBAL_MAX, {"cpu": Kernel(_bind_global(global_max_pool), _planar)}),
 )
 
 OPS: tuple[Op, ...] = (
-    CONV.op((*CONV.first.cases, *_PLAIN_CONV), {"cpu": Kernel(_bind_conv, _planar)} | _jit.convolution(_convolution)),
+    CONV.op(
+        (*CONV.first.cases, *_PLAIN_CONV),
+        {"cpu": Kernel(_within(_bind_conv), _planar, border=_border(border_of), rows_out=_rows_out)}
+        | {
+            kind: replace(
+                kernel, bind=_within(kernel.bind), border=_border(_compiled_border), rows_out=_compiled_rows_out
+            )
+            for kind, kernel in _jit.convolution(_convolution).items()
+        },
+    ),
     BATCH_NORM.op(BATCH_NORM.first.cases, {"cpu": replace(BATCH_NORM.first.kernels["cpu"], bind=_bind_batch_norm)}),
     *(moved.op(moved.first.cases, kernels) for moved, kernels in _POOL_KERNELS),
 )

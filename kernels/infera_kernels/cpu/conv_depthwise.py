@@ -59,7 +59,7 @@ def depthwise(
                 calls.append((np.add, (made, b[channels].reshape(size, 1, 1), block)))
             if residual is not None:
                 calls.append((np.add, (block, residual[i, channels], block)))
-            calls += apply(block)
+            calls += apply(block, block)
     return calls
 
 

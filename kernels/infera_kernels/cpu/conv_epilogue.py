@@ -39,21 +39,22 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def activator(
     activation: Activation | None, size: int, dtype: Any, scratch: Scratch
-) -> tuple[list[Call], Callable[[Array], list[Call]]]:
-    """The calls to make once, and `apply(y)`: calls that apply an activation in place to arrays of at most `size`.
+) -> tuple[list[Call], Callable[[Array, Array], list[Call]]]:
+    """The calls to make once, and `apply(x, y)`: y = activation(x), of at most `size` elements; `y` may be `x`.
 
-    Raises KeyError for an unknown name and ValueError for missing parameters.
+    Without an activation there are no calls, and `y` is `x`. Raises KeyError for an unknown name and ValueError for
+    missing parameters.
     """
     if activation is None:
-        return [], lambda y: []
+        return [], lambda x, y: []
     name = str(activation[0])
     attrs = {k: float(v) for k, v in zip(ACTIVATIONS[name], activation[1:], strict=True)}
     if name == "relu":
-        return [], lambda y: [clamp(y, const(0, y), const(np.inf, y), y)]
+        return [], lambda x, y: [clamp(x, const(0, y), const(np.inf, y), y)]
     if name == "clip":
-        return [], lambda y: [clamp(y, const(attrs["low"], y), const(attrs["high"], y), y)]
+        return [], lambda x, y: [clamp(x, const(attrs["low"], y), const(attrs["high"], y), y)]
     once, emit = blockwise(name, min(size, BLOCK), dtype, scratch, **attrs)
-    return once, lambda y: [c for (part,) in blocks(y) for c in emit(part, part)]
+    return once, lambda x, y: [c for source, target in blocks(x, y) for c in emit(source, target)]
 
 
 def epilogue(activation: Activation | None, size: int, dtype: Any, scratch: Scratch) -> tuple[list[Call], Epilogue]:
@@ -61,6 +62,6 @@ def epilogue(activation: Activation | None, size: int, dtype: Any, scratch: Scra
     once, apply = activator(activation, size, dtype, scratch)
 
     def finish(y: Array, b: Array | None, residual: Array | None) -> list[Call]:
-        return [*((np.add, (y, term, y)) for term in (b, residual) if term is not None), *apply(y)]
+        return [*((np.add, (y, term, y)) for term in (b, residual) if term is not None), *apply(y, y)]
 
     return once, finish

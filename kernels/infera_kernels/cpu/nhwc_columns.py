@@ -10,10 +10,10 @@ from numpy.lib.stride_tricks import as_strided
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
-from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_epilogue import Blocks
 from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
 from infera_kernels.cpu.nhwc_product import product, slice_of
-from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, moved, padded, room_for, spans
+from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, room_for, spans
 
 BLOCK_BYTES = 1 << 21
 """Columns, or output, of one block."""
@@ -40,25 +40,23 @@ def columns(
     c, o = x.shape[3], y.shape[3]
     kernel, taps = window.kernel, w.shape[1] * w.shape[2] * w.shape[3]
     height, width = window.out
-    target, rest = flat(y), None if residual is None else flat(residual)
     most = max(1, BLOCK_BYTES // (width * max(taps * group, o) * x.itemsize))
     rows = min(most, -(-y.shape[0] * height // split.threads)) * width
     once, weights = _weights(w, group, slice_of(rows, taps, o // group), scratch, pack)
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
-        calls, finish = epilogue(activation, b, step * width, o, y, scratch)
+        blocks = Blocks(activation, b, residual, y, scratch, most=step, line=width)
+        calls = blocks.once
         room = room_for(x, window, min(step, height), scratch)
         space = scratch((step * width * taps * group,), x.dtype)
         for first, last in spans(start, stop, step):
-            pixels = slice(first * width, last * width)
             spread, matrices = _shaped(space, (last - first, width), (*kernel, c // group), group)
             for i, row, end, at in images(first, last, height):
                 band, load = padded(x[i], room, window, row, end)
                 calls += [*load, _gathered(spread[at], _windows(band, window, spread[at].shape))]
-            block = target[pixels]
-            calls += product(matrices, weights, grouped(block, group))
-            calls += finish(block, None if rest is None else rest[pixels])
+            calls += product(matrices, weights, grouped(blocks.sums(first, last), group))
+            calls += blocks.finish(first, last)
         return calls
 
     return [*once, *in_parts(y.shape[0] * height, split, part)]

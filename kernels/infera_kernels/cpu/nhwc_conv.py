@@ -7,9 +7,13 @@ epilogue to a block while it is in cache, and is split by rows of the output, or
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
+from infera_kernels.cpu.nhwc_border import whole_tiles
 from infera_kernels.cpu.nhwc_columns import columns
 from infera_kernels.cpu.nhwc_depthwise import depthwise
 from infera_kernels.cpu.nhwc_pointwise import pointwise
@@ -53,8 +57,9 @@ def conv2d(
     """y = activation(conv(x, w) + b + residual).
 
     x (N, H, W, C), w (O, C / group, KH, KW), b (O,) or None, y and residual (N, OH, OW, O), of one floating dtype.
-    w and b are contiguous, the others contiguous or channel slices of contiguous arrays. `pads` are (before, after) of
-    each axis and at least 0. `pack` is given where w never changes and sums may be taken in another order.
+    w and b are contiguous, the others contiguous or channel slices of contiguous arrays. Where `writes_rows` y may lie
+    within a border. `pads` are (before, after) of each axis and at least 0: where there are none, x may be larger than
+    the windows reach. `pack` is given where w never changes and sums may be taken in another order.
     """
     if not y.size:
         return []
@@ -73,13 +78,13 @@ def conv2d(
 
         return in_parts(y.shape[3], split, part)
     window = Window(out, kernel, strides, dilations, (pads[0][0], pads[1][0]))
-    if group > 1 and w.shape[:2] == (group, 1):
+    if _is_depthwise(w.shape, group):
         return depthwise(x, w, b, y, scratch, split, pack, window, activation=activation, residual=residual)
     if kernel == (1, 1) and window.fits(x):
         return pointwise(
             x, w, b, y, scratch, split, pack, strides=strides, group=group, activation=activation, residual=residual
         )
-    if strides == (1, 1) and group == 1 and w.shape[0] <= FEW_OUTPUTS and w.shape[1] >= SOME_INPUTS:
+    if _is_shifted(w.shape, strides, group):
         return shifted(x, w, b, y, scratch, split, window, activation=activation, residual=residual)
     tile = tile_of(w.shape, y.shape[0], out, strides, dilations, group) if pack is not None else 0
     if tile and pack is not None:
@@ -87,6 +92,36 @@ def conv2d(
     return columns(
         x, w, b, y, scratch, split, pack, window, group=group, activation=activation, residual=residual
     )  # fmt: skip
+
+
+def border_of(
+    size: Pair, w: Sequence[int], images: int, out: Pair, *, strides: Pair, pads: tuple[Pair, Pair], dilations: Pair,
+    group: int,
+) -> tuple[Pair, Pair] | None:  # fmt: skip
+    """The border, (before, after) of each axis, within which `conv2d` reads images of `size` (H, W) without a copy;
+    None where it reads them without or copies in any case."""
+    depthwise = _is_depthwise(w, group)
+    if not any(map(any, pads)) or (depthwise and strides[1] > 1) or _is_shifted(w, strides, group):
+        return None
+    tile = 0 if depthwise else tile_of(tuple(w), images, out, strides, dilations, group)
+    if not tile:
+        return pads
+    return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)
+
+
+def writes_rows(w: Sequence[int], group: int) -> bool:
+    """Whether `conv2d` writes to a y within a border, in the last pass of its epilogue if there is one."""
+    return not _is_depthwise(w, group) and not (group == 1 and w[0] <= FEW_OUTPUTS)
+
+
+def _is_depthwise(w: Sequence[int], group: int) -> bool:
+    return group > 1 and tuple(w[:2]) == (group, 1)
+
+
+def _is_shifted(w: Sequence[int], strides: Sequence[int], group: int) -> bool:
+    return (
+        tuple(strides) == (1, 1) and group == 1 and w[0] <= FEW_OUTPUTS and w[1] >= SOME_INPUTS and math.prod(w[2:]) > 1
+    )
 
 
 def _pack_of(pack: Pack, channels: slice) -> Pack:

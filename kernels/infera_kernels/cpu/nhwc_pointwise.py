@@ -5,7 +5,8 @@ from __future__ import annotations
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
-from infera_kernels.cpu.nhwc_epilogue import epilogue
+from infera_kernels.cpu.nhwc_border import joined
+from infera_kernels.cpu.nhwc_epilogue import Blocks
 from infera_kernels.cpu.nhwc_product import product, slice_of, sliced
 from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, moved, spans
 
@@ -29,19 +30,19 @@ def pointwise(
 ) -> list[Call]:
     """y = activation(conv(x, w) + b + residual) with w (O, C / group, 1, 1) and no padding; see `conv2d`."""
     o, c = y.shape[3], x.shape[3]
-    target, rest = flat(y), None if residual is None else flat(residual)
     height, width = y.shape[1:3]
-    dense = strides == (1, 1)
-    line = 1 if dense else width
+    count, dense = y.shape[0] * height * width, strides == (1, 1)
+    line = 1 if dense and joined(y) else width
     most = max(1, BLOCK_BYTES // (line * o * y.itemsize))
-    rows = min(most * line, -(-target.shape[0] // split.threads))
+    rows = min(most * line, -(-count // split.threads))
     weights = by_taps(w, group)[0, 0].transpose(1, 0, 2)[:, None]
     if pack is not None and rows > 1:
         weights = packed(pack, group, slice_of(rows, c // group, o // group))
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
-        calls, finish = epilogue(activation, b, step * line, o, y, scratch)
+        blocks = Blocks(activation, b, residual, y, scratch, most=step, line=line)
+        calls = blocks.once
         gathered = None if dense else scratch((step, width, c), x.dtype)
         for first, last in spans(start, stop, step):
             pixels = slice(first * line, last * line)
@@ -52,11 +53,11 @@ def pointwise(
                 for i, row, end, at in images(first, last, height):
                     seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
                     calls.append(moved(gathered[at], seen[:, :width]))
-            calls += product(grouped(source, group), weights, grouped(target[pixels], group))
-            calls += finish(target[pixels], None if rest is None else rest[pixels])
+            calls += product(grouped(source, group), weights, grouped(blocks.sums(first, last), group))
+            calls += blocks.finish(first, last)
         return calls
 
-    return in_parts(target.shape[0] // line, split, part)
+    return in_parts(count // line, split, part)
 
 
 def grouped(a: Array, group: int) -> Array:

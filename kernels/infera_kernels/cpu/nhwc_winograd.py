@@ -95,6 +95,7 @@ def winograd(
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
     tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
+    ready = all(tiles._replace(before=job.before).fits(job.x[None]) for job in jobs)
     most = max(BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize), -(-BLOCK_TILES // across))
     columns = slice_of(min(most, -(-len(jobs) * down // split.threads)) * across, c, o)
     filters = pack(
@@ -106,7 +107,7 @@ def winograd(
         # `half` has one more element a column: the bias, which the last product adds.
         calls, finish = epilogue(activation, None, step * tile * across * tile, o, y, scratch)
         rows = tiles.seen(0, min(step, down))
-        room = scratch((rows, tiles.seen(1, across), c), x.dtype)
+        room = None if ready else scratch((rows, tiles.seen(1, across), c), x.dtype)
         gathered, halved = (scratch((rows, size, across * c), x.dtype) for _ in range(2))
         one, two = (scratch((size * size * step * across * max(c, o),), x.dtype) for _ in range(2))
         half = scratch((tile, size + 1, step * across * o), x.dtype)

@@ -6,10 +6,13 @@ distance apart. So a convolution is the product of `gemm` with a run of values f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.nhwc_border import joined, whole_tiles
 from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit import windows, winograd
 from infera_kernels.jit.epilogue import finish
@@ -45,7 +48,8 @@ def conv2d(
     """y = activation(conv(x, w) + b + residual).
 
     x (N, H, W, C), y and residual (N, OH, OW, O), contiguous float32; w (O, C / group, KH, KW) and b (O,) are constant:
-    `pack` and `pack_b` keep what is made of them. `pads` are (before, after) of each axis and at least 0. `fast` allows
+    `pack` and `pack_b` keep what is made of them. Where `writes_rows` y may lie within a border. `pads` are (before,
+    after) of each axis and at least 0: where there are none, x may be larger than the windows reach. `fast` allows
     Winograd's reassociation.
     """
     if (x.shape[2], y.shape[2], w.shape[3], pads[1]) == (1, 1, 1, (0, 0)):  # a column is a line
@@ -54,7 +58,7 @@ def conv2d(
         w, strides, pads, dilations = w.transpose(0, 1, 3, 2), strides[::-1], pads[::-1], dilations[::-1]
     name, *given = activation or ("",)
     values = tuple(map(float, given))
-    if group > 1 and w.shape[:2] == (group, 1) and group >= windows.LEAST_CHANNELS:
+    if _is_depthwise(w.shape, group):
         taps = pack("taps", lambda weights: np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0)))
         bias = None if b is None else pack_b("vector", lambda row: np.array(row))
         parts = windows.depthwise(
@@ -73,12 +77,37 @@ def conv2d(
     done: list[list[Call]] = []
     for first, last in spans(y.shape[0] * y.shape[1], _parts(y[..., 0].size * w.size, split)):
         calls = work.calls(packed, bias, first, last, scratch, low, high, tiled=tiled)
-        if not bounds:
+        if not bounds and (name or residual is not None):
             rows = y.reshape(-1, *y.shape[2:])[first:last].reshape(-1, y.shape[3])
             before = None if residual is None else residual.reshape(-1, *y.shape[2:])[first:last].reshape(rows.shape)
             calls += finish(rows, before=before, activation=str(name), given=values)
         done.append(calls)
     return split.parallel(done)
+
+
+def border_of(
+    size: Pair, w: Sequence[int], images: int, out: Pair, *, strides: Pair, pads: tuple[Pair, Pair], dilations: Pair,
+    group: int,
+) -> tuple[Pair, Pair] | None:  # fmt: skip
+    """The border, (before, after) of each axis, within which `conv2d` reads images of `size` (H, W) without a copy;
+    None where it reads them without."""
+    if not any(map(any, pads)) or _is_depthwise(w, group):
+        return None
+    return whole_tiles(size, out, pads, winograd.OUT) if _is_tiled(w, out, strides, dilations, group) else pads
+
+
+def writes_rows(w: Sequence[int], group: int, activation: str, *, residual: bool) -> bool:
+    """Whether `conv2d` writes to a y within a border: all that follows the sums is done in the product's tiles."""
+    return activation in ("", "relu", "clip") and not residual and not _is_depthwise(w, group)
+
+
+def _is_depthwise(w: Sequence[int], group: int) -> bool:
+    return group > 1 and tuple(w[:2]) == (group, 1) and group >= windows.LEAST_CHANNELS
+
+
+def _is_tiled(w: Sequence[int], out: Pair, strides: Pair, dilations: Pair, group: int) -> bool:
+    once = (tuple(w[2:]), strides, dilations, group) == ((3, 3), (1, 1), (1, 1), 1)
+    return once and winograd.pays(out, w[1], w[0])
 
 
 def _parts(operations: int, split: Split) -> int:
@@ -96,10 +125,7 @@ class _Convolution:
         self.before = (pads[0][0], pads[1][0])
         self.padded = any(map(any, pads))
         self.channels = w.shape[1]
-        self.tiled = (
-            (self.kernel, strides, dilations, group) == ((3, 3), (1, 1), (1, 1), 1)
-            and winograd.pays(y.shape[1:3], w.shape[1], w.shape[0])
-        )  # fmt: skip
+        self.tiled = _is_tiled(w.shape, y.shape[1:3], strides, dilations, group)
         self.merged = group == 1 and (dilations[1] == 1 or self.kernel[1] == 1)
         """Whether the values under a kernel row lie one behind the other."""
 
@@ -125,28 +151,40 @@ class _Convolution:
     ) -> list[Call]:  # fmt: skip
         """Lines [first, last) of all images' lines."""
         n, lines = self.y.shape[:2]
-        if not self.padded and self.kernel == (1, 1) and self.strides == (1, 1):
+        if not self.padded and self.kernel == (1, 1) and self.strides == (1, 1) and joined(self.y):
             pixels = slice(first * self.y.shape[2], last * self.y.shape[2])
             source, target = (a.reshape(1, 1, -1, a.shape[3])[:, :, pixels] for a in (self.x, self.y))
             return self.multiply(source, target, packed, bias, (0, 1), low, high)
         if not self.padded and not tiled:
             return self.multiply(self.x, self.y, packed, bias, (first, last), low, high)
         most = min(self.together(packed, tiled), lines, last - first)
-        slab = scratch((1, self.extent(0, most, tiled), self.extent(1, self.y.shape[2], tiled), self.x.shape[3]))
-        left, right = self.before[1], min(slab.shape[2], self.before[1] + self.x.shape[2])
-        made: list[Call] = [(np.copyto, (side, 0)) for side in (slab[:, :, :left], slab[:, :, right:]) if side.size]
+        blocks = [
+            (image, start, min(start + most, end))
+            for image in range(n)
+            for begin, end in [(max(first - image * lines, 0), min(last - image * lines, lines))]
+            for start in range(begin, end, most)
+        ]
+        width, made, slab = self.extent(1, self.y.shape[2], tiled), list[Call](), None
+        left, right = self.before[1], min(width, self.before[1] + self.x.shape[2])
+        if not all(self.reaches(start, stop, width, tiled) for _, start, stop in blocks):
+            slab = scratch((1, self.extent(0, most, tiled), width, self.x.shape[3]))
+            made += [(np.copyto, (side, 0)) for side in (slab[:, :, :left], slab[:, :, right:]) if side.size]
         room = winograd.rooms(most, self.y.shape[2], self.x.shape[3], self.y.shape[3], scratch) if tiled else None
-        for image in range(n):
-            begin, end = max(first - image * lines, 0), min(last - image * lines, lines)
-            for start in range(begin, end, most):
-                stop = min(start + most, end)
+        for image, start, stop in blocks:
+            source, target = self.x[image : image + 1, start * self.strides[0] :], self.y[image : image + 1, start:stop]
+            if slab is not None:
+                source = slab
                 made += self.load(slab, image, start, self.extent(0, stop - start, tiled), left, right)
-                target = self.y[image : image + 1, start:stop]
-                if room is not None:
-                    made += winograd.tiles_of(slab, packed, bias, target, room, low, high)
-                else:
-                    made += self.multiply(slab, target, packed, bias, (0, stop - start), low, high)
+            if room is not None:
+                made += winograd.tiles_of(source, packed, bias, target, room, low, high)
+            else:
+                made += self.multiply(source, target, packed, bias, (0, stop - start), low, high)
         return made
+
+    def reaches(self, start: int, stop: int, width: int, tiled: bool) -> bool:
+        """Whether the input has all that output lines [start, stop) see, without padding."""
+        rows = start * self.strides[0] + self.extent(0, stop - start, tiled)
+        return not self.padded and rows <= self.x.shape[1] and width <= self.x.shape[2]
 
     def together(self, packed: Array, tiled: bool) -> int:
         """Output lines of one slab."""

@@ -1,0 +1,41 @@
+"""Images that lie within a border, where what comes before wrote them: who reads them sets the border, and no more."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from infera_kernels.calls import Array, Call
+from infera_kernels.cpu.conv_planes import Pair
+
+
+def border(whole: Array, before: Pair, size: Pair, value: float) -> list[Call]:
+    """Sets what of `whole` (N, H', W', C), contiguous, is none of the images of `size` (H, W) that start at `before`.
+
+    The right of one row and the left of the next lie together. What lies before an image and what lies after it are
+    set by one call where they are of a size, as they mostly are: small images feel a call.
+    """
+    count, _, width, c = whole.shape
+    line, inner = width * c, size[1] * c
+    first = before[0] * line + before[1] * c
+    last = first + (size[0] - 1) * line
+    end = last + inner
+    flat, fill = whole.reshape(count, -1, copy=False), whole.dtype.type(value)
+    between = flat[:, first:last].reshape(count, -1, line, copy=False)[..., inner:]
+    ends = [flat[:, :first], flat[:, end:]]
+    if first == flat.shape[1] - end:
+        item = flat.itemsize
+        ends = [as_strided(flat, (count, 2, first), (flat.strides[0], end * item, item))]
+    return [(np.copyto, (part, fill)) for part in (*ends, between) if part.size]
+
+
+def whole_tiles(size: Pair, out: Pair, pads: tuple[Pair, Pair], tile: int) -> tuple[Pair, Pair]:
+    """The border around images of `size` that windows of whole tiles of 3x3 see."""
+    down, across = ((p[0], -(-o // tile) * tile + 2 - n - p[0]) for n, o, p in zip(size, out, pads, strict=True))
+    return down, across
+
+
+def joined(y: Array) -> bool:
+    """Whether the rows of y (N, H, W, C) lie one behind the other: it has no border."""
+    pixel = y.strides[2] * y.shape[2]
+    return all(d == 1 or s == n for d, s, n in zip(y.shape, y.strides, (y.shape[1] * pixel, pixel), strict=False))
