@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _triton_reduce
 from infera_gpu.ops._families import INT64, i64, native, normalized, plain, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import reduce as cpu
@@ -66,6 +67,7 @@ def _reduction_cases(kind: str, *, axes_input: bool) -> tuple[Case, ...]:
         case("planes", (2, 3, 7, 7), (2, 3), keepdims=0),
         case("outer", (2, 3, 4), (0, 2)),
         case("one", (3, 1), (1,)),
+        case("scattered", (2, 3, 5, 7, 2), (1, 3)),
         case("long", (2, 20001), (1,), low=0.1),
     )
     return (*cases, case("noop", (2, 3), (), noop_with_empty_axes=1)) if axes_input else cases
@@ -75,6 +77,8 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
     def supports(site: Site) -> bool:
         dtype = site.spec(0).dtype
         return native(site) and dtype != np.float16 and (dtype.kind == "f" or kind not in _FLOAT_ONLY)
+
+    on_gpu = _triton_reduce.reduction(lambda site: kind, _axes)
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         return cpu.reduction(kind, io.ins[0], _axes(site), io.outs[0], io.scratch)
@@ -89,17 +93,18 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
             since,
             infer=_infer_reduction,
             compute=plain(compute),
-            kernels={"cpu": Kernel(bind=bind, supports=supports, strided=True, strided_out=True)},
+            kernels={"cpu": Kernel(bind=bind, supports=supports, strided=True, strided_out=True)} | on_gpu,
             attrs={"keepdims": 1, **attrs},
             values=values,
             cases=cases,
         )
 
-    extra: tuple[Case, ...] = ()
+    half = TensorSpec((5, 9), np.dtype(np.float16))
+    extra: tuple[Case, ...] = (Case("half", (half, i64(0)), tol=2e-3, low=0.1),)
     if kind in ("sum", "max", "min", "prod"):
-        extra = (Case("int32", (np.arange(-5, 7, dtype=np.int32).reshape(3, 4), i64(1))),)
+        extra += (Case("int32", (np.arange(-5, 7, dtype=np.int32).reshape(3, 4), i64(1))),)
     if kind in ("mean", "l2"):
-        extra = (Case("large", (np.array([[2**30 + 9, 2**30 - 2, 2**30], [-5, 3, -5]], np.int32), i64(1))),)
+        extra += (Case("large", (np.array([[2**30 + 9, 2**30 - 2, 2**30], [-5, 3, -5]], np.int32), i64(1))),)
     if kind in ("max", "min"):
         extra += (
             Case("bool", (np.array([[True, False], [False, False]]), i64(1)), opset=20),
@@ -154,7 +159,11 @@ def _arg(name: str, since: int) -> Op:
         since,
         infer=_arg_spec,
         compute=plain(compute),
-        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)},
+        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)}
+        | _triton_reduce.reduction(
+            lambda site: f"{'arg_max' if largest else 'arg_min'}{'_last' if last(site) else ''}",
+            lambda site: (site.axis(),) if site.spec(0).ndim else (),
+        ),
         attrs=attrs,
         cases=tuple(cases),
     )

@@ -18,7 +18,8 @@ SUITES = {
     "elementwise": 190,
     "gpu_check": 6,
     "matmul": 45,
-    "operators": 290,
+    "operators": 480,
+    "reduce": 210,
     "rows": 95,
 }
 """interpret_<name>.py -> tests that it holds; fewer would mean that some were not collected."""

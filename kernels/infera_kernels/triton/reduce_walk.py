@@ -1,0 +1,153 @@
+"""How a reduction is walked: tiles of results x what is reduced, in parts. Pure functions on shapes and strides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from infera_kernels.triton.layout import Dims, ceil_div, coalesce, element_strides, next_power_of_two
+
+TILE = 4096
+"""Elements in flight of one program that loops."""
+
+_SHORT_TILE = 2048
+"""Of one that has all it reduces at once."""
+
+_PROGRAMS = 528
+"""As many as keep a large GPU busy: four for each of 132 multiprocessors."""
+
+_LINE = 128
+"""Results side by side, where they are contiguous and many; at least a quarter of it."""
+
+_STEPS = 8
+"""Tiles that are worth a program of their own."""
+
+_SMALL_ROW = 64
+"""A dimension of what is reduced that is shorter is not walked alone, but together with the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Dimensions, innermost first, walked by tiles of `block`: of the innermost alone if `split`, else of all."""
+
+    dims: Dims
+    split: bool
+    block: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def tiles(self) -> int:
+        if self.split:
+            return ceil_div(self.dims[0], self.block) * math.prod(self.dims[1:])
+        return ceil_div(self.count, self.block)
+
+
+def most_parts(kept: int, reduced: int) -> int:
+    """Into how many parts at most a reduction is split, whatever its strides."""
+    busy = max(1, ceil_div(kept, _LINE // 4))
+    return max(1, min(ceil_div(_PROGRAMS, busy), reduced // (_STEPS * _LINE)))
+
+
+def _side_by_side(dims: Dims, reduced: Dims, parts: int) -> tuple[Walk, Walk]:
+    """Results are contiguous: lanes lie along them, as far as there are any."""
+    length = math.prod(reduced)
+    split = len(dims) > 1 and dims[0] * min(next_power_of_two(length), TILE // _LINE) >= _LINE * 4
+    line = next_power_of_two(dims[0] if split else math.prod(dims))
+    block = min(line, _LINE)
+    depth = min(next_power_of_two(length), TILE // block)
+    block = max(block, min(line, _SHORT_TILE // depth))
+    results = Walk(dims, split, block)
+    while results.tiles * parts < _PROGRAMS // 2 and results.block > _LINE // 4:
+        results = replace(results, block=results.block // 2)
+    depth = min(next_power_of_two(length), TILE // results.block)
+    return results, Walk(reduced, len(reduced) > 1 and reduced[0] >= _SMALL_ROW and reduced[0] >= depth // 2, depth)
+
+
+def _one_by_one(dims: Dims, reduced: Dims) -> tuple[Walk, Walk]:
+    """What is reduced is contiguous: lanes lie along it; short rows share a program."""
+    split = len(reduced) > 1 and reduced[0] >= _SMALL_ROW
+    row = reduced[0] if split else math.prod(reduced)
+    along = Walk(reduced, split, min(next_power_of_two(row), TILE))
+    results = Walk(dims, False, min(next_power_of_two(math.prod(dims)), max(1, _SHORT_TILE // along.block)))
+    while results.tiles < _PROGRAMS // 2 and results.block > 1 and results.block * along.block > TILE // 8:
+        results = replace(results, block=results.block // 2)
+    return results, along
+
+
+def pick_walks(kept: Dims, x_kept: Dims, reduced: Dims, x_reduced: Dims, parts: int) -> tuple[Walk, Walk]:
+    """How results and what is reduced are walked: lanes lie along the smaller innermost stride."""
+    turned = math.prod(reduced) == 1 or (math.prod(kept) > 1 and abs(x_kept[0]) < abs(x_reduced[0]))
+    return _side_by_side(kept, reduced, parts) if turned else _one_by_one(kept, reduced)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An array with one element for each result, seen along the axes that are kept: strides in elements."""
+
+    array: Any
+    strides: Dims
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The array to reduce: the dimensions that are kept, then those that are not, and its strides along both."""
+
+    array: Any
+    kept: Dims
+    kept_strides: Dims
+    reduced: Dims
+    reduced_strides: Dims
+
+    @property
+    def results(self) -> int:
+        return math.prod(self.kept)
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.reduced)
+
+
+def source(x: Any, axes: Sequence[int]) -> Source:
+    """`x`, reduced over `axes`."""
+    strides = element_strides(x)
+    kept = [a for a in range(len(x.shape)) if a not in axes]
+    pick = tuple(tuple(v[a] for a in chosen) for chosen in (kept, sorted(axes)) for v in (x.shape, strides))
+    return Source(x, *pick)
+
+
+def dense(array: Any, shape: Dims) -> Operand:
+    """A contiguous array, whose shape may have lost or kept axes of one element."""
+    return Operand(array, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))))
+
+
+def _inward(shape: Dims, operands: Sequence[Dims]) -> tuple[Dims, tuple[Dims, ...]]:
+    """The dimensions, merged where they can be, with the first operand's smallest stride innermost."""
+    order = sorted(range(len(shape)), key=lambda a: -abs(operands[0][a]))
+    return coalesce(tuple(shape[a] for a in order), [tuple(s[a] for a in order) for s in operands])
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a reduction is walked, in how many parts of how many tiles. `strides` are the source's and the operands'."""
+
+    results: Walk
+    strides: tuple[Dims, ...]
+    along: Walk
+    source_strides: Dims
+    parts: int
+    tiles_a_part: int
+
+
+def pick_tiling(x: Source, operands: Sequence[Operand], most: int) -> Tiling:
+    """The tiling of a reduction into at most `most` parts."""
+    dims, strides = _inward(x.kept, [x.kept_strides, *(o.strides for o in operands)])
+    reduced, (inner,) = _inward(x.reduced, [x.reduced_strides])
+    results, along = pick_walks(dims, strides[0], reduced, inner, most)
+    wanted = max(1, min(most, ceil_div(_PROGRAMS, results.tiles), along.tiles // _STEPS))
+    each = max(1, ceil_div(along.tiles, wanted))
+    return Tiling(results, strides, along, inner, max(1, ceil_div(along.tiles, each)), each)
