@@ -2,67 +2,143 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 
+from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.spec import Array, TensorSpec
+
+Shape = tuple[int, ...]
+Inputs = dict[str, tuple[int, Shape | None]]
+"""Name -> the site's input, and the shape in which it broadcasts to x; None for one that does so as it is."""
 
 
-def _supports_norm(site: Site) -> bool:
-    from infera_kernels.triton.norm import supports_norm
+@dataclass(frozen=True)
+class Rows:
+    """A normalisation as `infera_kernels.triton.normalize` knows it: its kind, and x seen as `shape`, its rows along
+    `axes`. `inputs` and `outputs` say which of the site's are the arrays of those names, and their shapes as they
+    broadcast to x; a shape is None for an array that is as it should be."""
 
-    weight, bias = (site.ins[i] if site.has(i) else None for i in (1, 2))
-    statistics = all(s.dtype == np.float32 for s in site.outs[1:])
-    return statistics and supports_norm(site.spec(0), site.outs[0], weight, bias, axis=site.axis())
+    kind: str
+    shape: Shape
+    axes: tuple[int, ...]
+    epsilon: float = 0.0
+    inputs: Inputs = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
+    activation: str | None = None
 
 
-def _bind_norm(site: Site, io: Buffers) -> list[Call]:
-    from infera_kernels.triton import norm
+def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) -> Kernels:
+    """The kernels of normalisations that `of` describes; None where there is no kernel for a site."""
 
-    x, weight, bias = (*io.ins, None, None)[:3]
-    eps, axis = float(site.attrs["epsilon"]), site.axis()
-    if site.node.op == "RMSNormalization":
-        return norm.rms_norm(x, weight, io.outs[0], io.launcher, eps=eps, axis=axis)
-    out, mean, inverse = (*io.outs, None, None)[:3]
-    return norm.layer_norm(x, weight, bias, out, io.launcher, eps=eps, axis=axis, mean=mean, inv_std=inverse)
+    def found(site: Site) -> Rows:
+        made = of(site)
+        assert made is not None
+        return made
+
+    def there(site: Site, made: Rows) -> Inputs:
+        return {name: where for name, where in made.inputs.items() if site.has(where[0])}
+
+    def statistics(site: Site, made: Rows) -> list[str]:
+        return [n for n in ("center", "scale") if made.outputs.get(n, len(site.outs)) < len(site.outs)]
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.norm import supports_rows
+
+        made = of(site)
+        if made is None or any(site.outs[made.outputs[n]].dtype != np.float32 for n in statistics(site, made)):
+            return False
+        x = TensorSpec(made.shape, site.spec(0).dtype)
+        others = [TensorSpec(s or site.spec(i).dims, site.spec(i).dtype) for i, s in there(site, made).values()]
+        return supports_rows(made.kind, x, TensorSpec(made.shape, site.outs[0].dtype), *others, axes=made.axes)
+
+    def workspace(site: Site) -> int:
+        from infera_kernels.triton.normalize import scratch_of
+
+        made = found(site)
+        x = TensorSpec(made.shape, site.spec(0).dtype)
+        pieces = scratch_of(made.kind, x, made.axes, statistics(site, made))
+        return sum(aligned(math.prod(shape) * np.dtype(name).itemsize) for shape, name in pieces)
+
+    def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        from infera_kernels.triton import functions
+        from infera_kernels.triton.normalize import normalize
+
+        made = found(site)
+        arrays: dict[str, Array] = {n: _shaped(io.ins[i], s) for n, (i, s) in there(site, made).items()}
+        arrays |= {n: io.outs[made.outputs[n]] for n in statistics(site, made)}
+        if made.outputs.get("sums", len(io.outs)) < len(io.outs):
+            arrays["sums"] = io.outs[made.outputs["sums"]].reshape(made.shape)
+        x, out = io.ins[0].reshape(made.shape), io.outs[0].reshape(made.shape)
+        how: dict[str, Any] = {"eps": made.epsilon}
+        if made.activation is not None:
+            how["activation"] = getattr(functions, made.activation)
+        return normalize(made.kind, x, made.axes, out, io.launcher, io.scratch, **how, **arrays)
+
+    return kernels(bind, supports, inplace=inplace, strided=False, workspace=workspace)
+
+
+def _shaped(array: Array, shape: Shape | None) -> Array:
+    return array if shape is None else array.reshape(shape)
+
+
+def _trailing(site: Site) -> Rows:
+    x, axis = site.spec(0), site.axis()
+    axes = tuple(range(axis, x.ndim))
+    kind = "layer" if site.node.op == "LayerNormalization" else "rms"
+    inputs: Inputs = {"weight": (1, None), "bias": (2, None)}
+    return Rows(kind, x.dims, axes, float(site.attrs["epsilon"]), inputs, {"center": 1, "scale": 2})
+
+
+NORM = rows(_trailing)
+"""LayerNormalization and RMSNormalization."""
 
 
 def skip_norm(*, center: bool) -> Kernels:
     """The kernels of normalised sums: input, skip, scale, then the shift if `center`, and a bias added before."""
 
-    def parts(site: Site) -> tuple[int, int | None]:
-        """The inputs that are bias and shift."""
-        return (4, 3) if center else (3, None)
+    def of(site: Site) -> Rows:
+        x = site.spec(0)
+        inputs: Inputs = {"skip": (1, None), "weight": (2, None)}
+        inputs |= {"bias": (3, None), "plus": (4, None)} if center else {"plus": (3, None)}
+        outputs = {"center": 1, "scale": 2, "sums": 3}
+        return Rows("layer" if center else "rms", x.dims, (x.ndim - 1,), float(site.attrs["epsilon"]), inputs, outputs)
 
-    def supports(site: Site) -> bool:
-        from infera_kernels.triton.elementwise import supports_binary
-        from infera_kernels.triton.norm import supports_norm
-
-        x, (bias, shift) = site.spec(0), parts(site)
-        terms = [site.spec(1), *([site.spec(bias)] if site.has(bias) else [])]
-        beta = site.spec(shift) if shift is not None and site.has(shift) else None
-        sums = all(supports_binary("add", x, term, x) for term in terms)
-        return sums and not any(site.node.outputs[1:3]) and supports_norm(x, x, site.spec(2), beta)
-
-    def bind(site: Site, io: Buffers) -> list[Call]:
-        from infera_kernels.triton import elementwise, norm
-
-        bias, shift = parts(site)
-        x, skip, scale, *_ = io.ins
-        out, total = io.outs[0], io.outs[3] if len(io.outs) > 3 else io.outs[0]
-        calls = list(elementwise.binary("add", x, skip, total, io.launcher))
-        if site.has(bias):
-            calls += elementwise.binary("add", total, io.ins[bias], total, io.launcher)
-        eps = float(site.attrs["epsilon"])
-        if not center:
-            return calls + norm.rms_norm(total, scale, out, io.launcher, eps=eps)
-        beta = io.ins[shift] if shift is not None and site.has(shift) else None
-        return calls + norm.layer_norm(total, scale, beta, out, io.launcher, eps=eps)
-
-    return kernels(bind, supports, inplace=(), strided=False)
+    return rows(of, inplace=())
 
 
-NORM = kernels(_bind_norm, _supports_norm, inplace=(0,), strided=False)
-"""LayerNormalization and RMSNormalization whose scale has the normalised axes' shape."""
+def grouped(
+    site: Site,
+    groups: int,
+    epsilon: float,
+    *,
+    last: bool = False,
+    of_groups: bool = False,
+    activation: str | None = None,
+) -> Rows:
+    """Layer normalisation of groups of channels, the second axis or the `last` one; inputs 1 and 2 scale and shift
+    channels, or groups if `of_groups`."""
+    dims = site.spec(0).dims
+    channels = dims[-1 if last else 1]
+    batch, inner, size = dims[0], math.prod(dims[1:]) // max(channels, 1), channels // groups
+    shape, axes = ((batch, inner, groups, size), (1, 3)) if last else ((batch, groups, size, inner), (2, 3))
+    wide = (groups, 1 if of_groups else size)
+    factor = wide if last else (*wide, 1)
+    inputs: Inputs = {"weight": (1, factor), "bias": (2, factor)}
+    return Rows("layer", shape, axes, epsilon, inputs, activation=activation)
+
+
+def along(site: Site, axis: int, kind: str, epsilon: float, inputs: Inputs | None = None) -> Rows:
+    """The normalisation of x along one axis."""
+    dims = site.spec(0).dims
+    shape = math.prod(dims[:axis]), dims[axis] if dims else 1, math.prod(dims[axis + 1 :])
+    return Rows(kind, shape, (1,), epsilon, inputs or {})
+
 
 OPS: tuple[Op, ...] = ()

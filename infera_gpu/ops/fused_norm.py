@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit
+from infera_gpu.ops import _jit, _triton_norm
 from infera_gpu.ops._families import i64, plain, split_of
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.norm import l2_normalize, scaled, standardize, standardize_axis
@@ -71,6 +71,15 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
     return l2_normalize(io.ins[0].reshape(shape), io.outs[0].reshape(shape), io.scratch, split_of(io), **_how(site))
 
 
+_LENGTHS = {("max", 0): "length_at_least", ("add", 0): "length_and", ("max", 1): "root_of_at_least"}
+"""(bound, squared) -> the kind that Triton has; ("add", 1) is the remaining one."""
+
+
+def _unit_rows(site: Site) -> _triton_norm.Rows:
+    kind = _LENGTHS.get((site.attrs["bound"], site.attrs["squared"]), "root_of_sum")
+    return _triton_norm.along(site, site.axis(), kind, float(site.attrs["epsilon"]))
+
+
 def _compute(xp: Any, site: Site, x: Array, shape: Array | None = None) -> Array:
     return l2_normalized(xp, x, site.axis(), **_how(site))
 
@@ -85,7 +94,7 @@ _UNIT = Op(
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels={"cpu": Kernel(_bind, _supported, inplace=(0,))},
+    kernels={"cpu": Kernel(_bind, _supported, inplace=(0,))} | _triton_norm.rows(_unit_rows),
     attrs={"axis": -1, "epsilon": 0.0, "bound": "max", "squared": 0},
     values=(1,),
     cases=(
@@ -125,6 +134,12 @@ def _bind_axis(site: Site, io: Buffers) -> Sequence[Call]:
     return standardize(x, y, io.scratch, split_of(io), finish=lambda rows: scaled(y[rows], scale, bias), **how)
 
 
+def _axis_rows(site: Site) -> _triton_norm.Rows:
+    kind, column = "layer" if site.attrs["center"] else "rms", (site.spec(0).dims[site.axis()], 1)
+    inputs: _triton_norm.Inputs = {"weight": (1, column), "bias": (2, column)}
+    return _triton_norm.along(site, site.axis(), kind, float(site.attrs["epsilon"]), inputs)
+
+
 def _compute_axis(xp: Any, site: Site, x: Array, scale: Array | None = None, bias: Array | None = None) -> Array:
     axis = site.axis()
     y = standardized(xp, x, (axis,), site.attrs["epsilon"], center=bool(site.attrs["center"]))[0]
@@ -141,6 +156,7 @@ _AXIS = Op(
     infer=_infer_axis,
     compute=plain(_compute_axis),
     kernels={"cpu": Kernel(_bind_axis, _supported, inplace=(0,))}
+    | _triton_norm.rows(_axis_rows)
     | _jit.standardize(lambda site: _shape(site)[:2], lambda site: _shape(site)[2] == 1 and _supported(site)),
     attrs={"axis": -1, "epsilon": 1e-5, "center": 1},
     cases=(

@@ -7,6 +7,7 @@ from typing import Any
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._ms import ms_op, wide
+from infera_gpu.ops._triton_norm import Rows, grouped, rows
 from infera_gpu.ops.conv import compute_conv, conv_spec
 from infera_gpu.ops.window import ATTRS, channels_last
 from infera_gpu.spec import Array, TensorSpec
@@ -38,6 +39,14 @@ def _group(xp: Any, site: Site, x: Array, gamma: Array, beta: Array) -> Array:
     made = affine(xp.moveaxis(made, 1, -1), gamma, beta, made.dtype)
     made = activation(xp, "swish", made) if site.attrs["activation"] else made
     return xp.ascontiguousarray(made if last else xp.moveaxis(made, -1, 1), x.dtype)
+
+
+def _group_rows(site: Site) -> Rows:
+    how: dict[str, Any] = {
+        "last": bool(site.attrs["channels_last"]),
+        "activation": "silu" if site.attrs["activation"] else None,
+    }
+    return grouped(site, int(site.attrs["groups"]), float(site.attrs["epsilon"]), **how)
 
 
 def _infer_skip(site: Site) -> Sequence[TensorSpec]:
@@ -105,7 +114,9 @@ OPS: tuple[Op, ...] = (
             Case("last", (_IMAGES, *_CHANNELS), {"groups": 3, "activation": 0}),
             Case("silu", (_IMAGES, *_CHANNELS), {"groups": 2, "activation": 1, "epsilon": 0.1}),
             Case("first", (f32(2, 6, 5, 4), *_CHANNELS), {"groups": 3, "activation": 1, "channels_last": 0}),
+            Case("long", (f32(1, 70, 90, 6), *_CHANNELS), {"groups": 2, "activation": 1}),
         ),
+        kernels=rows(_group_rows),
         **_GROUPS,
     ),
     ms_op(

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
-from infera_gpu.ops import _jit
+from infera_gpu.ops import _jit, _triton_norm
 from infera_gpu.ops._families import element_type, split_of
-from infera_gpu.ops._triton_norm import NORM
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import norm as cpu
 from infera_kernels.portable import norm as portable
@@ -154,6 +153,12 @@ def _compute_mvn(xp: Any, site: Site, x: Array) -> Array:
     return (wide / (xp.sqrt((wide * wide).mean(axis=axes, keepdims=True)) + 1e-9)).astype(x.dtype)
 
 
+def _mean_variance(site: Site) -> _triton_norm.Rows:
+    x = site.spec(0)
+    axes = tuple(sorted({axis % x.ndim for axis in site.attrs["axes"]}))
+    return _triton_norm.Rows("mean_variance", x.dims, axes, 1e-9)
+
+
 def _infer_lp(site: Site) -> Sequence[TensorSpec | None]:
     site.axis()
     if site.attrs["p"] not in (1, 2):
@@ -223,9 +228,13 @@ def _group_cases(per_group: bool) -> tuple[Case, ...]:
 
 
 _LAYER_KERNELS = (
-    {"cpu": Kernel(_bind_layer, _supports_layer, inplace=(0,))} | NORM | _jit.standardize(_rows, _supports_layer)
+    {"cpu": Kernel(_bind_layer, _supports_layer, inplace=(0,))}
+    | _triton_norm.NORM
+    | _jit.standardize(_rows, _supports_layer)
 )
-_GROUP_KERNELS = {"cpu": Kernel(_bind_group, _floating, inplace=(0,))}
+_GROUP_KERNELS = {"cpu": Kernel(_bind_group, _floating, inplace=(0,))} | _triton_norm.rows(
+    lambda site: _triton_norm.grouped(site, _groups(site), float(site.attrs["epsilon"]), of_groups=_per_group(site))
+)
 _IMAGES = (Case("images", (f32(2, 3, 5, 7),)), Case("large", (f32(2, 9, 33, 35),)))
 
 OPS: tuple[Op, ...] = (
@@ -252,6 +261,7 @@ OPS: tuple[Op, ...] = (
     Op(
         "MeanVarianceNormalization", 9, same_as(), _compute_mvn,
         (*_IMAGES, Case("axes", (f32(2, 3, 5),), {"axes": (0, 2)})), {"axes": (0, 2, 3)},
+        kernels=_triton_norm.rows(_mean_variance),
     ),
     Op(
         "LpNormalization", 1, _infer_lp, _compute_lp,
@@ -261,6 +271,9 @@ OPS: tuple[Op, ...] = (
             Case("zeros", (np.zeros((2, 3), np.float32),)),
         ),
         {"axis": -1, "p": 2},
+        kernels=_triton_norm.rows(
+            lambda site: _triton_norm.along(site, site.axis(), f"length_{site.attrs['p']}", 0.0)
+        ),
     ),
     Op(
         "LRN", 1, _infer_lrn, lambda xp, site, x: portable.local_response(xp, x, **lrn_params(site)),

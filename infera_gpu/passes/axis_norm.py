@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from infera_gpu.graph import HostArray, made_name
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
 from infera_gpu.passes.norm import CENTERED, standardized, variance
 from infera_gpu.passes.softmax import one_axis
 
@@ -32,7 +32,6 @@ AXIS_NORM = Fusion(
     patterns=(*standardized(CENTERED, variance(CENTERED))[1:], *standardized("x", variance("x"))[1:]),
     guard=_is_along_an_axis,
     build=_along,
-    kinds=CPU,
     opset=13,
     example="""
         example (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {
@@ -108,7 +107,6 @@ AXIS_AFFINE = Fusion(
     ),
     guard=_takes_row,
     build=_with_row,
-    kinds=CPU,
     example="""
         example (float[B, 3, 4] x) => (float[B, 3, 4] y) <float[3] g = {1, -2, 0.5}, float[1, 3, 1] b = {0.5, 1, 2}> {
             n = infera.AxisNormalization <axis = 1> (x, g)

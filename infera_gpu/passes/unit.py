@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from infera_gpu.passes.activation import bounds
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, named, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, named, node
 from infera_gpu.passes.norm import inverse_root, squared
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.passes.softmax import one_axis
@@ -65,7 +65,6 @@ UNIT = Fusion(
     ),
     guard=_is_unit,
     build=_unit,
-    kinds=CPU,
     example="""
         example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}> {
             n = ReduceL2 <axes = [-1]> (x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -97,15 +98,21 @@ def test_softmax(cols: int, log: bool, launcher: CompileLauncher) -> None:
     compiled(launcher)
 
 
+def scratch(shape: Sequence[int], dtype: Any = "float32") -> FakeArray:
+    return FakeArray(shape, dtype)
+
+
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("cols", [64, 768, 16384, 20000])
 def test_norm(cols: int, centred: bool, launcher: CompileLauncher) -> None:
     x, out, weight = FakeArray((64, cols), "float16"), FakeArray((64, cols), "float16"), FakeArray((cols,), "float16")
     if centred:
-        norm.layer_norm(x, weight, weight, out, launcher)
+        norm.layer_norm(x, weight, weight, out, launcher, scratch)
     else:
-        norm.rms_norm(x, weight, out, launcher)
-    compiled(launcher)
+        norm.rms_norm(x, weight, out, launcher, scratch)
+    assert all(result.spilled_bytes == 0 for result in launcher.compiled)
+    if cols <= 16384:
+        assert compiled(launcher).count("LDG.E.128") > 0
 
 
 def square(dtype: str, *, transposed: bool = False) -> FakeArray:

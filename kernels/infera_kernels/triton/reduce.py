@@ -70,6 +70,8 @@ def offset_at(outer, at, dims, strides, SPLIT: tl.constexpr):
     LAST: tl.constexpr = len(dims)
     if SPLIT:
         return offset_of(outer, dims, strides, 1, LAST) + at * strides[0]
+    elif LAST == 1:
+        return at * strides[0]
     else:
         return offset_of(at, dims, strides, 0, LAST)
 
@@ -187,9 +189,7 @@ def launch_pass(
     return launcher.launch(reduce_kernel, (results.tiles, tiling.parts), args, constexprs, num_warps=warps)
 
 
-def _passes(
-    kind: str, x: Source, operands: Sequence[Operand], parts: Any, launcher: Launcher, eps: float
-) -> list[Call]:
+def passes(kind: str, x: Source, operands: Sequence[Operand], parts: Any, launcher: Launcher, eps: float) -> list[Call]:
     """One launch that writes operands[0], or two by way of `parts`, an array (parts, results)."""
     family, name = REDUCTIONS[kind], accumulator(kind, x.array.dtype)
     if name == "float64" and np.dtype(x.array.dtype).kind in "iu":
@@ -263,7 +263,7 @@ def reduce(kind: str, x: Any, axes: Sequence[int], out: Any, launcher: Launcher,
     *first, last = _steps(kind, x)
     parts = arrays if len(arrays) > len(first) else [None, None]
     if not first:
-        return _passes(last, of, [target], parts[0], launcher, 0.0)
+        return passes(last, of, [target], parts[0], launcher, 0.0)
     shift = dense(arrays[-1], of.kept)
-    made = _passes(first[0], of, [shift], parts[0], launcher, 0.0)
-    return made + _passes(last, of, [target, shift], parts[1], launcher, 0.0)
+    made = passes(first[0], of, [shift], parts[0], launcher, 0.0)
+    return made + passes(last, of, [target, shift], parts[1], launcher, 0.0)

@@ -203,6 +203,43 @@ def inverse_deviation(x, shift, count, eps):
 
 
 @triton.jit
+def deviation(x, shift, count, eps):
+    """sqrt(x / count) + eps"""
+    return _root(_quotient(x, count)) + eps
+
+
+@triton.jit
+def some(x, shift, count, eps):
+    """x, 1 where it is 0"""
+    return tl.where(x == 0, 1.0, x)
+
+
+@triton.jit
+def some_root(x, shift, count, eps):
+    return some(_root(x), shift, count, eps)
+
+
+@triton.jit
+def root_at_least(x, shift, count, eps):
+    return f.maximum(_root(x), eps)
+
+
+@triton.jit
+def root_of_at_least(x, shift, count, eps):
+    return _root(f.maximum(x, eps))
+
+
+@triton.jit
+def root_and(x, shift, count, eps):
+    return _root(x) + eps
+
+
+@triton.jit
+def root_of_sum(x, shift, count, eps):
+    return _root(x + eps)
+
+
+@triton.jit
 def first_of_key(x, shift, count, eps):
     return 0xFFFFFFFF - (x & 0xFFFFFFFF)
 
@@ -257,6 +294,14 @@ REDUCTIONS: Mapping[str, Reduction] = MappingProxyType(
         "log_sum_exp": _sums(shifted_exp, log_and_shift),
         "inverse_deviation": _sums(shifted_square, inverse_deviation),
         "inverse_root_mean_square": _sums(square, inverse_deviation),
+        "deviation": _sums(shifted_square, deviation),
+        "sum_exp": _sums(shifted_exp),
+        "length_1": _sums(magnitude, some),
+        "length_2": _sums(square, some_root),
+        "length_at_least": _sums(square, root_at_least),
+        "length_and": _sums(square, root_and),
+        "root_of_at_least": _sums(square, root_of_at_least),
+        "root_of_sum": _sums(square, root_of_sum),
         "largest_first": _largest(key_largest_first, first_of_key),
         "largest_last": _largest(key_largest_last, last_of_key),
         "smallest_first": _largest(key_smallest_first, first_of_key),
@@ -265,7 +310,7 @@ REDUCTIONS: Mapping[str, Reduction] = MappingProxyType(
         "last_place": _largest(last_place),
     }
 )
-"""log_sum_exp takes the maximum as its shift, inverse_deviation the mean, the places the extremum."""
+"""log_sum_exp and sum_exp take the maximum as their shift, deviations the mean, the places the extremum."""
 
 WIDENED: Mapping[Any, Any] = MappingProxyType({square: wide_square})
 """Functions on elements -> the same on integers that are added up as float64."""
