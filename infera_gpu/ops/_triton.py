@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Op, Site
-from infera_gpu.spec import TensorSpec
 
 Kernels = dict[str, Kernel]
 
@@ -263,28 +262,6 @@ def _bind_copy(site: Site, io: Buffers) -> list[Call]:
 
 
 CAST = kernels(_bind_copy, _supports_copy, inplace=(), strided=True)
-
-
-# ---- rows
-
-
-def softmax(shape: Callable[[Site], tuple[int, int, int]], *, log: bool) -> Kernels:
-    """The kernels of softmax along the middle of `shape(site)`, where nothing lies inside of it."""
-
-    def supports(site: Site) -> bool:
-        from infera_kernels.triton.softmax import supports_softmax
-
-        outer, length, inner = shape(site)
-        rows = TensorSpec((outer, length), site.spec(0).dtype)
-        return inner == 1 and supports_softmax(rows, rows)
-
-    def bind(site: Site, io: Buffers) -> list[Call]:
-        from infera_kernels.triton.softmax import softmax
-
-        rows = shape(site)[:2]
-        return softmax(io.ins[0].reshape(rows), io.outs[0].reshape(rows), io.launcher, log=log)
-
-    return kernels(bind, supports, inplace=(0,), strided=False)
 
 
 OPS: tuple[Op, ...] = ()

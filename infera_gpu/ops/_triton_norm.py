@@ -19,6 +19,10 @@ Inputs = dict[str, tuple[int, Shape | None]]
 """Name -> the site's input, and the shape in which it broadcasts to x; None for one that does so as it is."""
 
 
+LONGEST_ROW, MANY_ROWS = 16384, 128
+"""Softmax reads a longer row twice, by one program, where there are so many: they keep a GPU busy."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """A normalisation as `infera_kernels.triton.normalize` knows it: its kind, and x seen as `shape`, its rows along
@@ -139,6 +143,28 @@ def along(site: Site, axis: int, kind: str, epsilon: float, inputs: Inputs | Non
     dims = site.spec(0).dims
     shape = math.prod(dims[:axis]), dims[axis] if dims else 1, math.prod(dims[axis + 1 :])
     return Rows(kind, shape, (1,), epsilon, inputs or {})
+
+
+def softmax(shape: Callable[[Site], tuple[int, int, int]], kind: str) -> Kernels:
+    """The kernels of "softmax", "log_softmax" or "hardmax" along the middle of `shape(site)`."""
+    anywhere = rows(lambda site: Rows(kind, shape(site), (1,)))["triton"]
+
+    def many_rows(site: Site) -> bool:
+        outer, length, inner = shape(site)
+        return kind != "hardmax" and inner == 1 and (length <= LONGEST_ROW or outer >= MANY_ROWS)
+
+    def workspace(site: Site) -> int:
+        return 0 if many_rows(site) or anywhere.workspace is None else anywhere.workspace(site)
+
+    def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        if not many_rows(site):
+            return anywhere.bind(site, io)
+        from infera_kernels.triton.softmax import softmax
+
+        flat = shape(site)[:2]
+        return softmax(io.ins[0].reshape(flat), io.outs[0].reshape(flat), io.launcher, log=kind == "log_softmax")
+
+    return kernels(bind, anywhere.supports, inplace=(0,), strided=False, workspace=workspace)
 
 
 OPS: tuple[Op, ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32, same_as
-from infera_gpu.ops import _jit, _triton
+from infera_gpu.ops import _jit, _triton_norm
 from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.softmax import softmax
@@ -79,10 +79,10 @@ _FORMS: tuple[tuple[str, Form, dict[str, Kernel]], ...] = (
     (
         "Softmax",
         portable.softmax,
-        {"cpu": _kernel(log=False)} | _triton.softmax(_shape, log=False) | _jit.softmax(_shape),
+        {"cpu": _kernel(log=False)} | _triton_norm.softmax(_shape, "softmax") | _jit.softmax(_shape),
     ),
-    ("LogSoftmax", portable.log_softmax, {"cpu": _kernel(log=True)} | _triton.softmax(_shape, log=True)),
-    ("Hardmax", portable.hardmax, {}),
+    ("LogSoftmax", portable.log_softmax, {"cpu": _kernel(log=True)} | _triton_norm.softmax(_shape, "log_softmax")),
+    ("Hardmax", portable.hardmax, _triton_norm.softmax(_shape, "hardmax")),
 )
 
 OPS: tuple[Op, ...] = tuple(

@@ -18,7 +18,8 @@ SUITES = {
     "elementwise": 190,
     "gpu_check": 6,
     "matmul": 45,
-    "operators": 480,
+    "normalize": 75,
+    "operators": 540,
     "reduce": 210,
     "rows": 95,
 }

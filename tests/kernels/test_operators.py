@@ -49,6 +49,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("ArgMin", "", Case("int64", (np.arange(12).reshape(3, 4),))),
     ("Softmax", "", "blocks"),
     ("LogSoftmax", "", "last-axis"),
+    ("Softmax", "", "channels"),
+    ("Hardmax", "", "middle-axis"),
     ("LayerNormalization", "", "statistics-blocks"),
     ("LayerNormalization", "", "half"),
     ("RMSNormalization", "", "trailing-axes"),

@@ -47,13 +47,27 @@ def log_softmax_of(v, center, scale, index):
     return v - center - tl.log(scale)
 
 
+@triton.jit
+def chosen(v, center, scale, index):
+    return (index == center).to(tl.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Normalization:
     """apply(element, centre, scale, index): two reductions by name, of which the second takes the first's result."""
 
     center: str | None
-    scale: str
+    scale: str | None
     apply: Any
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one launch may do it where rows fit in a block."""
+        return self.scale is not None
+
+    def statistics(self) -> dict[str, str]:
+        """ "center" and "scale" -> the reduction, those that there are, in order."""
+        return {n: r for n, r in (("center", self.center), ("scale", self.scale)) if r is not None}
 
 
 NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
@@ -62,6 +76,7 @@ NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
         "rms": Normalization(None, "inverse_root_mean_square", scaled),
         "mean_variance": Normalization("mean", "deviation", centred_and_divided),
         "softmax": Normalization("max", "sum_exp", softmax_of),
+        "hardmax": Normalization("largest_first", None, chosen),
         "log_softmax": Normalization("max", "sum_exp", log_softmax_of),
         **{
             name: Normalization(None, name, divided)
@@ -170,13 +185,14 @@ def normalize_kernel(
         )
         tl.store(sums + here, store_type(v, sums), mask=there)
 
-    middle = None
+    middle, spread = None, None
     if GIVEN:
         if center is not None:
             here = offset_at(outer, at, kept, center_kept, KEPT_SPLIT)
-            middle = tl.load(center + here, mask=inside, other=0).to(tl.float32)
-        spread = tl.load(scale + offset_at(outer, at, kept, scale_kept, KEPT_SPLIT), mask=inside, other=0)
-        spread = spread.to(tl.float32)
+            middle = tl.load(center + here, mask=inside, other=0)
+        if scale is not None:
+            here = offset_at(outer, at, kept, scale_kept, KEPT_SPLIT)
+            spread = tl.load(scale + here, mask=inside, other=0)
     else:
         if CENTER_FOLD is not None:
             middle = CENTER_FINISH(CENTER_FOLD(tl.where(there, v, CENTER_START))[:, None], None, length, eps)

@@ -29,8 +29,8 @@ from infera_kernels.triton.layout import (
 from infera_kernels.triton.normalizations import NORMALIZATIONS, Normalization, normalize_kernel
 from infera_kernels.triton.pointwise import pointwise
 from infera_kernels.triton.reduce import passes
-from infera_kernels.triton.reduce_walk import TILE, Walk, dense, most_parts, pick_walks, source
-from infera_kernels.triton.reductions import REDUCTIONS, identity
+from infera_kernels.triton.reduce_walk import TILE, Operand, Walk, dense, most_parts, pick_walks, source
+from infera_kernels.triton.reductions import REDUCTIONS, accumulator, identity
 from infera_kernels.triton.rows import LONGEST_ROW
 
 _LONGEST_COLUMN = 2048
@@ -120,14 +120,14 @@ def _launch(
             repeats = suffix in ("rows", "cols") and not any(strides or ())
             args[f"{name}_{suffix}"] = None if strides is None or repeats else fold(strides)
     center = None if family.center is None else REDUCTIONS[family.center]
-    scale = REDUCTIONS[family.scale]
+    scale = None if family.scale is None else REDUCTIONS[family.scale]
     constexprs = {
         "CENTER_FOLD": None if center is None else center.fold,
         "CENTER_FINISH": None if center is None else center.finish,
         "CENTER_START": None if center is None else identity(center.start, "float32"),
-        "SCALE_MAP": scale.map,
-        "SCALE_FOLD": scale.fold,
-        "SCALE_FINISH": scale.finish,
+        "SCALE_MAP": None if scale is None else scale.map,
+        "SCALE_FOLD": None if scale is None else scale.fold,
+        "SCALE_FINISH": None if scale is None else scale.finish,
         "APPLY": family.apply,
         "ACTIVATION": activation,
         "GIVEN": given,
@@ -152,13 +152,13 @@ def scratch_of(kind: str, x: Typed, axes: Sequence[int], given: Sequence[str] = 
     """Shape and type of each scratch array that `normalize` asks for, in order; `given` names the statistics, "center"
     and "scale", for which it is given arrays."""
     family, shape = NORMALIZATIONS[kind], tuple(x.shape)
-    if fits(shape, axes) or not math.prod(shape):
+    if not math.prod(shape) or (family.at_once and fits(shape, axes)):
         return []
     rows = math.prod(d for a, d in enumerate(shape) if a not in axes)
     parts = most_parts(rows, math.prod(_of(shape, axes)))
-    needed = ["scale"] if family.center is None else ["center", "scale"]
-    pieces = [((rows,), "float32") for name in needed if name not in given]
-    return [*pieces, ((parts, rows), "float32")]
+    types = {name: accumulator(kind, x.dtype) for name, kind in family.statistics().items()}
+    pieces = [((rows,), type) for name, type in types.items() if name not in given]
+    return [*pieces, ((parts, rows), next(iter(types.values())))]
 
 
 def supports_normalization(kind: str, x: Typed, out: Typed, *others: Typed | None) -> bool:
@@ -202,7 +202,7 @@ def normalize(
     statistics = {name: a for name, a in (("center", center), ("scale", scale)) if a is not None}
     arrays = {"x": x, "skip": skip, "plus": plus, "weight": weight, "bias": bias, "out": out, "sums": sums}
     orders = _ordered(kept, of), _ordered(axes, of)
-    if fits(shape, axes):
+    if family.at_once and fits(shape, axes):
         narrow = _narrow(statistics, shape, axes)
         return [_launch(family, _Layout(shape, *orders, {**arrays, **narrow}), launcher, eps, activation, given=False)]
     calls: list[Call] = []
@@ -212,12 +212,12 @@ def normalize(
             calls += pointwise(f.add, (arrays["x"], term), target, launcher)
             arrays["x"] = target
     *pieces, parts = (scratch(*piece) for piece in scratch_of(kind, x, axes, tuple(statistics)))
-    for name in ("scale",) if family.center is None else ("center", "scale"):
-        statistics[name] = statistics[name] if name in statistics else pieces.pop(0)
-    rows, shift = source(arrays["x"], axes), []
-    if family.center is not None:
-        shift = [dense(statistics["center"], rows.kept)]
-        calls += passes(family.center, rows, shift, parts, launcher, eps)
-    calls += passes(family.scale, rows, [dense(statistics["scale"], rows.kept), *shift], parts, launcher, eps)
+    rows = source(arrays["x"], axes)
+    shift: list[Operand] = []
+    for name, reduction in family.statistics().items():
+        made = statistics[name] = statistics[name] if name in statistics else pieces.pop(0)
+        target = dense(made, rows.kept)
+        calls += passes(reduction, rows, [target, *shift], parts, launcher, eps)
+        shift = [target]
     arrays |= {"skip": None, "plus": None, "sums": None, **_narrow(statistics, shape, axes)}
     return [*calls, _launch(family, _Layout(shape, *orders, arrays), launcher, eps, activation, given=True)]
