@@ -104,6 +104,19 @@ NORM = rows(_trailing)
 """LayerNormalization and RMSNormalization."""
 
 
+SIMPLIFIED = rows(
+    lambda site: Rows(
+        "rms",
+        site.spec(0).dims,
+        (site.spec(0).ndim - 1,),
+        float(site.attrs["epsilon"]),
+        {"weight": (1, None)},
+        {"scale": 1},
+    )
+)
+"""RMSNormalization as onnxruntime writes it, over the last axis."""
+
+
 def skip_norm(*, center: bool) -> Kernels:
     """The kernels of normalised sums: input, skip, scale, then the shift if `center`, and a bias added before."""
 

@@ -1,15 +1,20 @@
-"""The "triton" kernels of reductions and of positions of extrema. Declares no operators itself."""
+"""The "triton" kernels of reductions, of positions of extrema and of scans. Declares no operators itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
+
+
+def _bytes(pieces: Sequence[tuple[tuple[int, ...], str]]) -> int:
+    """What scratch arrays of these shapes and types take."""
+    return sum(aligned(math.prod(shape) * np.dtype(name).itemsize) for shape, name in pieces)
 
 
 def reduction(kind: Callable[[Site], str], axes: Callable[[Site], tuple[int, ...]]) -> Kernels:
@@ -23,13 +28,34 @@ def reduction(kind: Callable[[Site], str], axes: Callable[[Site], tuple[int, ...
     def workspace(site: Site) -> int:
         from infera_kernels.triton.reduce import scratch_of
 
-        pieces = scratch_of(kind(site), site.spec(0), axes(site))
-        return sum(aligned(math.prod(shape) * np.dtype(name).itemsize) for shape, name in pieces)
+        return _bytes(scratch_of(kind(site), site.spec(0), axes(site)))
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.reduce import reduce
 
         return reduce(kind(site), io.ins[0], axes(site), io.outs[0], io.launcher, io.scratch)
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)
+
+
+def scan(kind: str, axis: Callable[[Site], int]) -> Kernels:
+    """The kernels of running sums or products along `axis(site)`, with the attributes `exclusive` and `reverse`."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.scan import supports_scan
+
+        return site.spec(0).ndim > 0 and supports_scan(kind, site.spec(0), site.outs[0])
+
+    def workspace(site: Site) -> int:
+        from infera_kernels.triton.scan import scratch_of
+
+        return _bytes(scratch_of(site.spec(0), axis(site)))
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.scan import scan
+
+        how = {name: bool(site.attrs[name]) for name in ("exclusive", "reverse")}
+        return scan(kind, io.ins[0], axis(site), io.outs[0], io.launcher, io.scratch, **how)
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)
 

@@ -10,7 +10,7 @@ from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton
 from infera_gpu.ops._families import CHAIN_NS, elementwise, floating, split_of
 from infera_gpu.ops._ms import F32, ms_op, wide
-from infera_gpu.ops._triton_norm import skip_norm
+from infera_gpu.ops._triton_norm import SIMPLIFIED, skip_norm
 from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import norm as cpu
@@ -216,7 +216,7 @@ _NORMS = (
             Case("statistics", (f32(130, 301), f32(301)), {"epsilon": 0.1}, n_outs=2),
         ),
         domain="",
-        kernels={"cpu": Kernel(_bind_simplified, _single_precision, inplace=(0,))},
+        kernels={"cpu": Kernel(_bind_simplified, _single_precision, inplace=(0,))} | SIMPLIFIED,
         axis=-1,
         epsilon=1e-5,
         stash_type=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
@@ -72,6 +73,14 @@ def _skip(
     return (made, total.astype(x.dtype))[: len(site.node.outputs)]
 
 
+def _skip_rows(site: Site) -> Rows:
+    of = _group_rows(site)
+    narrow = site.spec(3).dims != site.spec(0).dims  # of channels, which are the last axis then
+    skip = (of.shape[0], 1, *of.shape[2:]) if narrow else of.shape
+    inputs = {**of.inputs, "skip": (3, skip), "plus": (4, of.inputs["bias"][1])}
+    return replace(of, inputs=inputs, outputs={"sums": 1})
+
+
 # ---- sums and gates
 
 
@@ -127,6 +136,7 @@ OPS: tuple[Op, ...] = (
             Case("skip", (_IMAGES, *_CHANNELS, _IMAGES), {"groups": 3, "activation": 0}, n_outs=2),
             Case("bias", (_IMAGES, *_CHANNELS, f32(2, 6), f32(6)), {"groups": 2, "activation": 1}, n_outs=2),
         ),
+        kernels=rows(_skip_rows, inplace=()),
         **_GROUPS,
         needs=(0, 1, 2, 3),
     ),

@@ -22,6 +22,7 @@ SUITES = {
     "operators": 540,
     "reduce": 210,
     "rows": 95,
+    "scan": 80,
 }
 """interpret_<name>.py -> tests that it holds; fewer would mean that some were not collected."""
 

@@ -47,6 +47,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("ReduceL2", "", "large"),
     ("ArgMax", "", "last_ties"),
     ("ArgMin", "", Case("int64", (np.arange(12).reshape(3, 4),))),
+    ("CumSum", "", "shared"),
+    ("CumProd", "", "past_tile"),
     ("Softmax", "", "blocks"),
     ("LogSoftmax", "", "last-axis"),
     ("Softmax", "", "channels"),
