@@ -10,6 +10,7 @@ from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
 from infera_gpu.ops._attention import ATTENTION
 from infera_gpu.ops._families import NARROW, element_type, narrow, normalized, plain, requiring, shaped, uniform
 from infera_gpu.ops._rotary import ROTARY
+from infera_gpu.ops._triton_attention import ATTENTION as TRITON
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 from infera_kernels.portable.activation import activation
@@ -159,7 +160,7 @@ def _attention_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) ->
         since,
         infer=_infer_attention,
         compute=plain(_attention),
-        kernels=ATTENTION,
+        kernels={**ATTENTION, **TRITON},
         cases=cases,
         attrs=attrs,
     )

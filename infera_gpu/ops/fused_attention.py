@@ -9,6 +9,7 @@ import numpy as np
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain, reshapes_to, uniform
+from infera_gpu.ops._triton_attention import fused as triton
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import attention as cpu
 from infera_kernels.portable.attention import fused
@@ -202,7 +203,7 @@ _Q, _K, _V = f32(2, 3, 5, 4), f32(2, 3, 4, 7), f32(2, 3, 7, 6)
 _SEEN = uniform(0, 0, 1, 2, 1, 5, 7) < 0.7
 _LOW = np.where(_SEEN, 0, -np.inf).astype(np.float32)
 _LOW[0, 0, 2] = -np.inf
-_FAR = f32(2, 4, 300, 4), f32(2, 4, 4, 290), f32(2, 4, 290, 6)
+_FAR = f32(1, 1, 2100, 4), f32(1, 1, 4, 32), f32(1, 1, 32, 6)
 
 
 def _repeated(rows: int, mask: TensorSpec) -> tuple[Any, ...]:
@@ -225,7 +226,7 @@ _FUSED = Op(
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
+    kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True), **triton(_repeats)},
     values=(6, 7, 8, 9),
     attrs={
         "scale": 1.0,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32, same_as
+from infera_gpu.ops import _triton_ms_attention as triton
 from infera_gpu.ops._attention import MERGED, MULTI_HEAD
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.ops._rotary import MS_ROTARY
@@ -202,7 +203,7 @@ OPS: tuple[Op, ...] = (
             Case("causal", (*(f32(2, 4, 16),) * 3,), {"num_heads": 4, "unidirectional": 1}),
             Case("weights", (*_QKV, None, None, f32(2, 1, 3, 5)), {"num_heads": 4}, n_outs=4),
         ),
-        kernels=MULTI_HEAD,
+        kernels={**MULTI_HEAD, **triton.MULTI_HEAD},
         mask_filter_value=None,
         num_heads=REQUIRED,
         scale=None,
@@ -223,7 +224,7 @@ OPS: tuple[Op, ...] = (
             Case("rows", (f32(2, 2, 8), f32(8, 24), f32(24), _ROWS), {"num_heads": 2}),
             Case("added", (f32(2, 3, 8), f32(8, 24), f32(24), None, None, f32(2, 2, 3, 3)), {"num_heads": 2}),
         ),
-        kernels=MERGED,
+        kernels={**MERGED, **triton.MERGED},
         do_rotary=0,
         mask_filter_value=None,
         num_heads=REQUIRED,

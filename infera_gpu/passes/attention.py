@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, named, node, standard
+from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, either, infera, named, node, standard
 from infera_gpu.passes.pattern import Arg, P
 
 INPUTS = ("q", "kt", "v", "mask", "condition", "further")
@@ -162,7 +162,7 @@ ATTENTION = Fusion(
     guard=_is_last_axis,
     build=_fused,
     reassociates=True,
-    kinds=CPU,
+    kinds=CPU_AND_TRITON,
     example="""
         example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v, float[2, 1, 1, 6] m)
             => (float[2, 3, 4, 5] y) <float root = {2.2360679}, float zero = {0}> {
@@ -246,7 +246,7 @@ SCALE = Fusion(
         match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * _factor(match)
     ),
     reassociates=True,
-    kinds=CPU,
+    kinds=CPU_AND_TRITON,
     example="""
         example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y)
         <float s = {0.6687403}> {
@@ -280,7 +280,7 @@ HEADS_LAST = Fusion(
         and not match.nodes["attention"].attrs.get("heads_last", 0)
     ),
     build=lambda match: _with_inputs(match, heads_last=1),
-    kinds=CPU,
+    kinds=CPU_AND_TRITON,
     example="""
         example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v, bool[4, 6] c)
             => (float[2, 4, 3, 5] y) {

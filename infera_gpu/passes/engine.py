@@ -27,6 +27,9 @@ CPU = frozenset({"cpu"})
 GPU = frozenset({"triton", "cupy"})
 """The `kinds` of rewrites that pay where every node is a launch."""
 
+CPU_AND_TRITON = frozenset({"cpu", "triton"})
+"""The `kinds` of fusions whose operators have fast kernels on the CPU and in Triton."""
+
 
 @dataclass(frozen=True)
 class Replacement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infera_gpu.passes.attention import INPUTS, OPERANDS
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, infera, node
 from infera_gpu.passes.pattern import P
 
 _SHAPES = ("wide_k", "flat_k", "wide_v", "flat_v")
@@ -41,7 +41,7 @@ REPEATED = Fusion(
     ),
     guard=_are_heads,
     build=_grouped,
-    kinds=CPU,
+    kinds=CPU_AND_TRITON,
     example="""
         example (float[2, 6, 4, 5] q, float[2, 2, 7, 5] k, float[2, 2, 7, 5] v, float[2, 1, 4, 7] m)
             => (float[2, 4, 6, 5] y)

@@ -1,0 +1,207 @@
+"""The "triton" kernels of attention: the fused operator's and ONNX's. Declares no operators itself.
+
+What a kernel covers, which scratch it takes and what it is bound to come from one function: it arranges a site's
+operands, given arrays or stand-ins of the same shapes and types.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infera_gpu.memory import aligned
+from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.spec import Array, TensorSpec
+
+if TYPE_CHECKING:
+    from infera_kernels.triton.attention import Options
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Attention over (..., heads, queries, size). `copies` are (from, to), made before."""
+
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    options: Options
+    masks: Sequence[Array] = ()
+    condition: Array | None = None
+    lengths: Array | None = None
+    sink: Array | None = None
+    copies: Sequence[tuple[Array, Array]] = field(default_factory=tuple)
+
+    @property
+    def operands(self) -> dict[str, Any]:
+        """What goes by name to the kernel and to what says whether it takes it."""
+        return {"masks": self.masks, "condition": self.condition, "lengths": self.lengths, "sink": self.sink}
+
+
+Arrange = Callable[[Site, Sequence[Any], Sequence[Any]], Arranged | None]
+"""The operands of a site; None where there is no kernel for it."""
+
+
+def stand_in(spec: TensorSpec | None) -> Array | None:
+    """An array of the shape and type without elements of its own."""
+    return None if spec is None else np.broadcast_to(np.zeros((), spec.dtype), spec.dims)
+
+
+def arranged(site: Site, arrange: Arrange) -> Arranged | None:
+    """The site's operands as stand-ins."""
+    return site.once(arrange, lambda: arrange(site, [*map(stand_in, site.ins)], [*map(stand_in, site.outs)]))
+
+
+def covers(given: Arranged | None) -> bool:
+    """Whether the kernels take these operands."""
+    from infera_kernels.triton.attention import supports_attention
+    from infera_kernels.triton.elementwise import supports_copy
+
+    if given is None or not supports_attention(given.q, given.k, given.v, given.out, **given.operands):
+        return False
+    return all(supports_copy(a, b) for a, b in given.copies)
+
+
+def room(given: Arranged | None) -> int:
+    """Bytes of scratch."""
+    from infera_kernels.triton.attention import attention_scratch
+
+    assert given is not None
+    return sum(aligned(4 * math.prod(s)) for s in attention_scratch(given.q, given.k, given.v, given.out))
+
+
+def launches(given: Arranged, io: Buffers) -> list[Call]:
+    from infera_kernels.triton import attention, elementwise
+
+    copies = [call for a, b in given.copies for call in elementwise.copy(a, b, io.launcher)]
+    q, k, v, out = given.q, given.k, given.v, given.out
+    attend = attention.attention(q, k, v, out, io.launcher, io.scratch, given.options, **given.operands)
+    return [*copies, *attend]
+
+
+def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
+    """The kernels of an operator whose operands need no arithmetic before."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        given = arrange(site, io.ins, io.outs)
+        assert given is not None
+        return launches(given, io)
+
+    return kernels(
+        bind,
+        lambda site: covers(arranged(site, arrange)),
+        inplace=(),
+        strided=True,
+        strided_out=strided_out,
+        workspace=lambda site: room(arranged(site, arrange)),
+    )
+
+
+def heads_of(x: Array, heads: int) -> Array:
+    """(batch, sequence, heads x size) as (batch, heads, sequence, size)."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def apart(x: Array, heads: int, repeats: int) -> Array:
+    """(..., heads, rows, size) as (..., keys' heads, repeats, rows, size): a view. One head goes for all."""
+    if x.ndim < 3:
+        return x
+    split = (heads // repeats, repeats) if x.shape[-3] == heads else (1, 1)
+    return x.reshape(*x.shape[:-3], *split, *x.shape[-2:])
+
+
+# ---- infera.Attention
+
+
+def fused(repeats_of: Callable[[Site], int | None]) -> Kernels:
+    """The kernels of the fused operator; `repeats_of` says how often heads of keys and values are repeated."""
+
+    def arrange(site: Site, ins: Sequence[Any], outs: Sequence[Any]) -> Arranged | None:
+        from infera_kernels.triton.attention import Options
+
+        attrs, (q, k, v), (out,) = site.attrs, ins[:3], outs
+        if not attrs["swap_keys"]:
+            k = k.swapaxes(-1, -2)
+        if attrs["heads_last"]:
+            out = out.swapaxes(1, 2)
+        masks, condition = [ins[i] for i in (3, 5) if site.has(i)], ins[4] if site.has(4) else None
+        repeats = repeats_of(site)
+        if attrs["repeated"] and repeats is not None:
+            heads = q.shape[1]
+            q, out, *masks = (apart(x, heads, repeats) for x in (q, out, *masks))
+            condition = None if condition is None else apart(condition, heads, repeats)
+            k, v = k[:, :, None], v[:, :, None]
+        options = Options(
+            scale=float(attrs["scale"]),
+            cap=float(attrs["cap"]),
+            fill=float(q.dtype.type(attrs["fill"])),
+            hidden=bool(attrs["fill_where"]),
+            zero="nan" if attrs["guarded"] else "",
+        )
+        return Arranged(q, k, v, out, options, masks, condition)
+
+    return attending(arrange, strided_out=True)
+
+
+# ---- ONNX
+
+
+def _arrange_onnx(site: Site, ins: Sequence[Any], outs: Sequence[Any]) -> Arranged | None:
+    """No scores wanted, weights in float32 or less, a mask for all keys, a past that comes out continued."""
+    from infera_kernels.triton.attention import Options
+
+    attrs, (q, k, v), (out, *presents) = site.attrs, ins[:3], outs
+    if len(site.node.outputs) > 3 or attrs["softmax_precision"] not in (None, 0, 1, 10, 16):
+        return None
+    if q.ndim == 3:
+        heads, groups = int(attrs["q_num_heads"]), int(attrs["kv_num_heads"])
+        q, k, v, out = heads_of(q, heads), heads_of(k, groups), heads_of(v, groups), heads_of(out, heads)
+    past = [ins[i] for i in (4, 5) if site.has(i)]
+    if past and len(presents) < 2:
+        return None
+    copies = joined(past, (k, v), presents)
+    before = past[0].shape[2] if past else 0
+    if past:
+        k, v = presents
+    mask = ins[3] if site.has(3) else None
+    if mask is not None and (mask.ndim < 2 or mask.shape[-1] != k.shape[2]):
+        return None
+    heads, queries, size = q.shape[1:]
+    repeats = heads // k.shape[1]
+    left, right = (int(attrs.get(f"{side}_window_size", -1)) for side in ("left", "right"))
+    lengths = ins[6].reshape(-1, 1, 1, 1, 1) if site.has(6) else None
+    options = Options(
+        scale=1 / math.sqrt(size) if attrs["scale"] is None else float(attrs["scale"]),
+        cap=float(attrs["softcap"]),
+        zero="unseen",
+        left=left if left >= 0 else None,
+        right=0 if attrs["is_causal"] else right if right >= 0 else None,
+        before=before if lengths is None else -queries,
+        from_end=lengths is not None,
+    )
+    q, out = apart(q, heads, repeats), apart(out, heads, repeats)
+    mask = None if mask is None else apart(mask, heads, repeats)
+    seen = mask is not None and mask.dtype == np.bool_
+    masks, condition = ([], mask) if seen or mask is None else ([mask], None)
+    return Arranged(q, k[:, :, None], v[:, :, None], out, options, masks, condition, lengths, copies=copies)
+
+
+def joined(past: Sequence[Array], new: Sequence[Array], presents: Sequence[Array]) -> list[tuple[Array, Array]]:
+    """The copies that make (batch, heads, sequence, size) of the past and what follows it, where that comes out."""
+    if not past:
+        return [*zip(new, presents, strict=False)]
+    length = past[0].shape[2]
+    made = []
+    for before, after, present in zip(past, new, presents, strict=False):
+        made += [(before, present[:, :, :length]), (after, present[:, :, length:])]
+    return made
+
+
+ATTENTION = attending(_arrange_onnx)
+
+OPS: tuple[Op, ...] = ()
