@@ -39,7 +39,9 @@ def _inputs(site: Site, ins: Sequence[Any], count: int) -> list[Any]:
     return [ins[i] if site.has(i) else None for i in range(count)]
 
 
-def _continued(made: Arranged | None, past: Sequence[Array], new: Sequence[Array], presents: Sequence[Array]) -> Any:
+def _continued(
+    made: Arranged | None, past: Sequence[Array], new: Sequence[Array], presents: Sequence[Array]
+) -> Arranged | None:
     return None if made is None else replace(made, copies=joined(past, new, presents))
 
 

@@ -10,7 +10,8 @@ from infera_gpu.op import REQUIRED, Case, GraphText, Op, Site, f32
 from infera_gpu.ops._attention import ATTENTION
 from infera_gpu.ops._families import NARROW, element_type, narrow, normalized, plain, requiring, shaped, uniform
 from infera_gpu.ops._rotary import ROTARY
-from infera_gpu.ops._triton_attention import ATTENTION as TRITON
+from infera_gpu.ops._triton_attention import ATTENTION as TRITON_ATTENTION
+from infera_gpu.ops._triton_rotary import ROTARY as TRITON_ROTARY
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 from infera_kernels.portable.activation import activation
@@ -160,7 +161,7 @@ def _attention_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) ->
         since,
         infer=_infer_attention,
         compute=plain(_attention),
-        kernels={**ATTENTION, **TRITON},
+        kernels={**ATTENTION, **TRITON_ATTENTION},
         cases=cases,
         attrs=attrs,
     )
@@ -209,7 +210,7 @@ _ROTARY = Op(
     23,
     infer=requiring(shaped(lambda site: site.spec(0).dims), 1, 2),
     compute=plain(_rotary),
-    kernels=ROTARY,
+    kernels={**ROTARY, **TRITON_ROTARY},
     attrs={"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0},
     cases=(
         Case("heads", (f32(2, 4, 3, 8), f32(2, 3, 4), f32(2, 3, 4))),

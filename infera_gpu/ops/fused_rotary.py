@@ -10,6 +10,7 @@ import numpy as np
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain, reshapes_to, single
+from infera_gpu.ops._triton_rotary import FUSED as TRITON
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.rotary import rotate
 
@@ -123,7 +124,7 @@ _FUSED = Op(
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels={"cpu": Kernel(_bind, _supported, strided=True, strided_out=True)},
+    kernels={"cpu": Kernel(_bind, _supported, strided=True, strided_out=True), **TRITON},
     attrs={"interleaved": 0, "per_pair": 0},
     values=(3, 4),
     cases=(

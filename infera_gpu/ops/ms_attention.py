@@ -11,6 +11,7 @@ from infera_gpu.ops import _triton_ms_attention as triton
 from infera_gpu.ops._attention import MERGED, MULTI_HEAD
 from infera_gpu.ops._ms import ms_op
 from infera_gpu.ops._rotary import MS_ROTARY
+from infera_gpu.ops._triton_rotary import MS_ROTARY as TRITON_ROTARY
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 
@@ -244,7 +245,7 @@ OPS: tuple[Op, ...] = (
             Case("partial", (f32(2, 3, 32), np.array([3]), f32(9, 2), f32(9, 2)), _PARTIAL),
             Case("long", (f32(1, 40, 128), np.arange(40)[None], f32(64, 16), f32(64, 16))),
         ),
-        kernels=MS_ROTARY,
+        kernels={**MS_ROTARY, **TRITON_ROTARY},
         interleaved=0,
         is_packed_batching=0,
         num_heads=0,

@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.graph import Node
 from infera_gpu.passes.attention import rank_of
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.pattern import Arg, P
 
 _END = 2**31 - 1
@@ -188,7 +188,7 @@ ROTARY = Fusion(
     ),
     guard=_is_turned,
     build=_rotary,
-    kinds=CPU,
+    kinds=CPU_AND_TRITON,
     example="""
         example (float[2, 3, 5, 8] x, float[2, 1, 5, 8] cos, float[2, 1, 5, 8] sin) => (float[2, 3, 5, 8] y)
         <int64[1] zero = {0}, int64[1] half = {4}, int64[1] far = {9223372036854775807}, int64[1] axis = {3},

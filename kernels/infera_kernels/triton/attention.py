@@ -26,6 +26,7 @@ from infera_kernels.triton.layout import (
     next_power_of_two,
     span,
 )
+from infera_kernels.triton.units import each_in_units, in_units
 
 PACKED_ROWS = 64
 """Heads that share keys become rows of one tile while there are no more rows than these."""
@@ -155,16 +156,11 @@ def attention_scratch(q: Typed, k: Typed, v: Typed, out: Typed) -> tuple[Dims, .
     return ((*rows, out.shape[-1]), rows, rows) if work.splits > 1 else ()
 
 
-def _unit(strides: Sequence[int]) -> int:
-    """The largest power of two up to 16 that divides every stride."""
-    return math.gcd(16, *strides)
-
-
 def _walk(lead: Dims, steps: Sequence[int]) -> tuple[tuple[int | Const, ...], tuple[int | Const, ...], Dims]:
     """Strides of leading axes and of (members, rows, columns) in units, and the units: of all leading axes, then of
     each of the others."""
-    units = (_unit(lead), *(_unit((s,)) for s in steps))
-    return fold(s // units[0] for s in lead), fold(s // u for s, u in zip(steps, units[1:], strict=True)), units
+    (outer, common), (inner, units) = in_units(lead), each_in_units(steps)
+    return outer, inner, (common, *units)
 
 
 def attention(
