@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from infera_kernels.triton.attention import Options
 
 
+Cache = tuple[Array | None, Array, Array]
+"""What is kept, what follows it, and what both become: (batch, heads, sequence, size)."""
+
+
 @dataclass(frozen=True)
 class Arranged:
-    """Attention over (..., heads, queries, size). `copies` are (from, to), made before."""
+    """Attention over (..., heads, queries, size); `caches` are made before."""
 
     q: Array
     k: Array
@@ -35,7 +39,7 @@ class Arranged:
     condition: Array | None = None
     lengths: Array | None = None
     sink: Array | None = None
-    copies: Sequence[tuple[Array, Array]] = field(default_factory=tuple)
+    caches: Sequence[Cache] = field(default_factory=tuple)
 
     @property
     def operands(self) -> dict[str, Any]:
@@ -60,11 +64,11 @@ def arranged(site: Site, arrange: Arrange) -> Arranged | None:
 def covers(given: Arranged | None) -> bool:
     """Whether the kernels take these operands."""
     from infera_kernels.triton.attention import supports_attention
-    from infera_kernels.triton.elementwise import supports_copy
+    from infera_kernels.triton.cache import supports_append
 
     if given is None or not supports_attention(given.q, given.k, given.v, given.out, **given.operands):
         return False
-    return all(supports_copy(a, b) for a, b in given.copies)
+    return all(supports_append(*cache) for cache in given.caches)
 
 
 def room(given: Arranged | None) -> int:
@@ -76,12 +80,15 @@ def room(given: Arranged | None) -> int:
 
 
 def launches(given: Arranged, io: Buffers) -> list[Call]:
-    from infera_kernels.triton import attention, elementwise
+    from infera_kernels.triton import attention
+    from infera_kernels.triton.cache import append
 
-    copies = [call for a, b in given.copies for call in elementwise.copy(a, b, io.launcher)]
+    calls: list[Call] = []
+    for past, new, present in given.caches:
+        calls += append(past, new, present, io.launcher, shift=0 if past is None else past.shape[2])
     q, k, v, out = given.q, given.k, given.v, given.out
     attend = attention.attention(q, k, v, out, io.launcher, io.scratch, given.options, **given.operands)
-    return [*copies, *attend]
+    return [*calls, *attend]
 
 
 def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
@@ -164,7 +171,7 @@ def _arrange_onnx(site: Site, ins: Sequence[Any], outs: Sequence[Any]) -> Arrang
     past = [ins[i] for i in (4, 5) if site.has(i)]
     if past and len(presents) < 2:
         return None
-    copies = joined(past, (k, v), presents)
+    caches = joined(past, (k, v), presents)
     before = past[0].shape[2] if past else 0
     if past:
         k, v = presents
@@ -188,18 +195,12 @@ def _arrange_onnx(site: Site, ins: Sequence[Any], outs: Sequence[Any]) -> Arrang
     mask = None if mask is None else apart(mask, heads, repeats)
     seen = mask is not None and mask.dtype == np.bool_
     masks, condition = ([], mask) if seen or mask is None else ([mask], None)
-    return Arranged(q, k[:, :, None], v[:, :, None], out, options, masks, condition, lengths, copies=copies)
+    return Arranged(q, k[:, :, None], v[:, :, None], out, options, masks, condition, lengths, caches=caches)
 
 
-def joined(past: Sequence[Array], new: Sequence[Array], presents: Sequence[Array]) -> list[tuple[Array, Array]]:
-    """The copies that make (batch, heads, sequence, size) of the past and what follows it, where that comes out."""
-    if not past:
-        return [*zip(new, presents, strict=False)]
-    length = past[0].shape[2]
-    made = []
-    for before, after, present in zip(past, new, presents, strict=False):
-        made += [(before, present[:, :, :length]), (after, present[:, :, length:])]
-    return made
+def joined(past: Sequence[Array], new: Sequence[Array], presents: Sequence[Array]) -> list[Cache]:
+    """Keys and values that come out: the past where there is one, and what is new."""
+    return [(p, n, out) for p, n, out in zip(past or (None, None), new, presents, strict=False)]
 
 
 ATTENTION = attending(_arrange_onnx)

@@ -42,7 +42,7 @@ def _inputs(site: Site, ins: Sequence[Any], count: int) -> list[Any]:
 def _continued(
     made: Arranged | None, past: Sequence[Array], new: Sequence[Array], presents: Sequence[Array]
 ) -> Arranged | None:
-    return None if made is None else replace(made, copies=joined(past, new, presents))
+    return None if made is None else replace(made, caches=joined(past, new, presents))
 
 
 # ---- MultiHeadAttention

@@ -10,6 +10,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import single
 from infera_gpu.ops._ms import ms_op
+from infera_gpu.ops._triton_grouped import GROUPED as TRITON
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
 from infera_kernels.portable.norm import standardized
@@ -186,6 +187,7 @@ GROUPED = replace(
             Case("scores", (*_STEP, *_CACHE, _last(6, 3), _total(7)), {**_HEADS, "qk_output": 2}, n_outs=4),
             Case("everything_seen", _PROMPT, {**_HEADS, "causal": 0}, n_outs=3),
         ),
+        kernels=TRITON,
         causal=1,
         do_rotary=0,
         k_norm_epsilon=None,
