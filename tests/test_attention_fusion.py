@@ -112,10 +112,8 @@ def test_a_scale_on_both_operands_is_one_on_the_scores() -> None:
     assert "Mul" not in [n.op for n in session.graph.nodes]
 
 
-@pytest.mark.parametrize("device", ["cpu", "recording"])
-def test_strict_sessions_and_devices_with_kernels_for_the_parts_keep_them(device: str) -> None:
-    accuracy: Any = "strict" if device == "cpu" else "fast"
-    session = infera_gpu.load(model(SCORES["mask"]), device=device, accuracy=accuracy)
+def test_strict_sessions_keep_the_parts() -> None:
+    session = infera_gpu.load(model(SCORES["mask"]), device="cpu", accuracy="strict")
     assert "Softmax" in [n.op for n in session.graph.nodes]
 
 
@@ -148,12 +146,12 @@ def test_the_parts_compute_what_the_operator_does(case: Any, monkeypatch: pytest
     assert expansion is not None
     values = {n: x for n, x in zip(site.node.inputs, ins, strict=True) if n} | dict(expansion.constants)
     for node in expansion.nodes:
-        part = registry().find(node.domain, node.op, 17)
+        part = registry().find(node.domain, node.op, max(17, node.opset))
         assert part is not None
         given = [values[i] for i in node.inputs]
         at = Site(node, part.fill(node), tuple(map(spec_of, given)), tuple(given), opset=17)
         with np.errstate(all="ignore"):
-            (values[node.outputs[0]],) = part.outputs(np, at, given)
+            values[node.outputs[0]], *_ = part.outputs(np, at, given)
     (want,) = compute(op, site, ins)
     got = values[site.node.outputs[0]]
     assert got is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -124,6 +124,9 @@ def apart(x: Array, heads: int, repeats: int) -> Array:
 
 # ---- infera.Attention
 
+ZERO: tuple[Literal["", "nan", "unseen"], ...] = ("", "nan", "unseen")
+"""What the attribute `guarded` says of rows without weights."""
+
 
 def fused(repeats_of: Callable[[Site], int | None]) -> Kernels:
     """The kernels of the fused operator; `repeats_of` says how often heads of keys and values are repeated."""
@@ -148,7 +151,7 @@ def fused(repeats_of: Callable[[Site], int | None]) -> Kernels:
             cap=float(attrs["cap"]),
             fill=float(q.dtype.type(attrs["fill"])),
             hidden=bool(attrs["fill_where"]),
-            zero="nan" if attrs["guarded"] else "",
+            zero=ZERO[attrs["guarded"]],
         )
         return Arranged(q, k, v, out, options, masks, condition)
 

@@ -9,10 +9,12 @@ import numpy as np
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain, reshapes_to, uniform
+from infera_gpu.ops._triton_attention import ZERO
 from infera_gpu.ops._triton_attention import fused as triton
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import attention as cpu
-from infera_kernels.portable.attention import fused
+from infera_kernels.portable.attention import additive, fused
+from infera_kernels.portable.attention import attention as standard
 
 
 def _repeats(site: Site) -> int | None:
@@ -50,6 +52,8 @@ def _lead(site: Site) -> tuple[int, ...] | None:
     extra = [site.spec(i).dims for i in (3, 4, 5) if site.has(i)]
     if any(d not in (1, s) for x in extra for d, s in zip(x[:-3:-1], scores[::-1], strict=False)):
         return None
+    if site.attrs["guarded"] == 2 and any(x[-1:] != scores[1:] for x in extra):
+        return None
     try:
         return np.broadcast_shapes(*(x[:-2] for x in (q, kt, v, *extra)))
     except ValueError:
@@ -83,10 +87,30 @@ def _parts(site: Site) -> Expansion | None:
         constants[name] = np.array(value, site.spec(0).dtype)
         return name
 
-    def add(op: str, *inputs: str, **kwargs: Any) -> str:
+    def add(op: str, *inputs: str, opset: int = 13, **kwargs: Any) -> str:
         name = made_name(out, f"part {len(nodes)}")
-        nodes.append(Node(op, inputs, (name,), kwargs, name=f"{site.node.name}/{op} {len(nodes)}", opset=13))
+        nodes.append(Node(op, inputs, (name,), kwargs, name=f"{site.node.name}/{op} {len(nodes)}", opset=opset))
         return name
+
+    def scores_apart(kt: str) -> str:
+        if attrs["swap_keys"]:
+            axes = tuple(range(len(site.ints(7) or site.spec(1).dims)))
+            kt = add("Transpose", kt, perm=(*axes[:-2], *axes[:-3:-1]))
+        x = add("MatMul", q, kt)
+        if attrs["scale"] != 1:
+            x = add("Mul", x, number(attrs["scale"]))
+        if attrs["cap"]:
+            cap = number(attrs["cap"])
+            x = add("Mul", add("Tanh", add("Div", x, cap)), cap)
+        if condition:
+            fill = number(attrs["fill"])
+            x = add("Where", condition, *((fill, x) if attrs["fill_where"] else (x, fill)))
+        for term in filter(None, (mask, further)):
+            x = add("Add", x, term)
+        x = add("Softmax", x, axis=-1)
+        if attrs["guarded"]:
+            x = add("Where", add("IsNaN", x), number(0), x)
+        return add("MatMul", x, v)
 
     if attrs["repeated"]:
         axis = made_name(out, "axis")
@@ -95,24 +119,10 @@ def _parts(site: Site) -> Expansion | None:
             add("Reshape", add("Expand", add("Unsqueeze", x, axis), wide), flat)
             for x, wide, flat in ((kt, *shapes[:2]), (v, *shapes[2:]))
         )
-    if attrs["swap_keys"]:
-        axes = tuple(range(len(site.ints(7) or site.spec(1).dims)))
-        kt = add("Transpose", kt, perm=(*axes[:-2], *axes[:-3:-1]))
-    x = add("MatMul", q, kt)
-    if attrs["scale"] != 1:
-        x = add("Mul", x, number(attrs["scale"]))
-    if attrs["cap"]:
-        cap = number(attrs["cap"])
-        x = add("Mul", add("Tanh", add("Div", x, cap)), cap)
-    if condition:
-        fill = number(attrs["fill"])
-        x = add("Where", condition, *((fill, x) if attrs["fill_where"] else (x, fill)))
-    for term in filter(None, (mask, further)):
-        x = add("Add", x, term)
-    x = add("Softmax", x, axis=-1)
-    if attrs["guarded"]:
-        x = add("Where", add("IsNaN", x), number(0), x)
-    x = add("MatMul", x, v)
+    if attrs["guarded"] == 2:
+        x = add("Attention", q, kt, v, mask or condition, opset=23, scale=attrs["scale"], softcap=attrs["cap"])
+    else:
+        x = scores_apart(kt)
     if attrs["heads_last"]:
         x = add("Transpose", x, perm=(0, 2, 1, 3))
     add("Identity", x)
@@ -155,7 +165,7 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
             cap=attrs["cap"],
             fill=attrs["fill"],
             fill_where=bool(attrs["fill_where"]),
-            zero="nan" if attrs["guarded"] else "",
+            zero=ZERO[attrs["guarded"]],
         ),
         masks=masks,
         condition=condition,
@@ -178,6 +188,11 @@ def _compute(
     attrs, repeats = site.attrs, _repeats(site) or 1
     if repeats > 1:
         kt, v = (xp.repeat(x, repeats, axis=1) for x in (kt, v))
+    if attrs["guarded"] == 2:
+        given = condition if mask is None else mask
+        bias = None if given is None else additive(xp, given, kt.shape[-2], q.dtype)
+        y, _ = standard(xp, q, kt, v, bias, scale=attrs["scale"], softcap=attrs["cap"])
+        return y.swapaxes(1, 2) if attrs["heads_last"] else y
     keep = None if condition is None else condition if not attrs["fill_where"] else xp.logical_not(condition)
     y = fused(
         xp,
@@ -216,9 +231,11 @@ def _repeated(rows: int, mask: TensorSpec) -> tuple[Any, ...]:
 # Y = softmax(scale Q @ KT + mask + further, axis -1) @ V by MatMul's rules; KT are the keys with their last two axes
 # swapped, or with swap_keys = 1 as they are. With a cap scaled scores s become cap tanh(s / cap) first. Where the
 # boolean condition equals fill_where, a score is `fill` before the masks are added. With guarded = 1 weights that are
-# NaN become 0. With heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size). With repeated = 1
-# each head of keys and values serves several of queries, one after the other; inputs 6 to 9 are the shapes that keys,
-# and then values, were expanded to, (batch, heads, repeats, sequence, size), and reshaped to.
+# NaN become 0. With guarded = 2 it is ONNX's Attention: keys are as they are, there is one mask, or a condition with a
+# fill of -inf, as wide as the keys, and queries whose scores are all -inf give 0. With heads_last = 1 Y has its axes 1
+# and 2 swapped: (batch, sequence, heads, size). With repeated = 1 each head of keys and values serves several of
+# queries, one after the other; inputs 6 to 9 are the shapes that keys, and then values, were expanded to, (batch,
+# heads, repeats, sequence, size), and reshaped to.
 _FUSED = Op(
     "Attention",
     1,
@@ -245,6 +262,16 @@ _FUSED = Op(
         Case("wide_mask", (f32(1, 1, 5, 4), f32(1, 1, 4, 7), f32(1, 1, 7, 6), f32(2, 3, 5, 7))),
         Case("nothing_seen", (_Q, _K, _V, _LOW)),
         Case("guarded", (_Q, _K, _V, _LOW), {"guarded": 1, "scale": 0.5}),
+        Case(
+            "standard",
+            (_Q, f32(2, 3, 7, 4), _V, _LOW),
+            {"guarded": 2, "scale": 0.5, "swap_keys": 1, "heads_last": 1},
+        ),
+        Case(
+            "standard_seen",
+            (_Q, f32(2, 3, 7, 4), _V, None, _SEEN & (np.arange(5) != 1)[:, None]),
+            {"guarded": 2, "scale": 0.5, "swap_keys": 1, "fill": -np.inf, "cap": 2.0},
+        ),
         Case("kept", (_Q, _K, _V, None, _SEEN), {"fill": -np.inf}),
         Case("filled", (_Q, _K, _V, f32(5, 7), _SEEN[0, 0]), {"fill": -1e4, "fill_where": 1}),
         Case("capped", (_Q, _K, _V, _LOW, _SEEN), {"scale": 0.7, "cap": 1.5, "fill": -1e4}),

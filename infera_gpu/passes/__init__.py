@@ -29,6 +29,7 @@ from infera_gpu.passes import (
     repeated,
     rotary,
     softmax,
+    standard_attention,
     unit,
     weights,
 )
@@ -64,6 +65,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *gelu.FUSIONS,
     *activation.FUSIONS,
     *rotary.FUSIONS,
+    *standard_attention.FUSIONS,
     *attention.FUSIONS,
     *repeated.FUSIONS,
     *gates.FUSIONS,

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.kernels
 
 HERE = Path(__file__).parent
 SUITES = {
+    "attention": 105,
+    "cache": 5,
     "copies": 110,
     "elementwise": 190,
     "gpu_check": 6,
@@ -21,6 +23,7 @@ SUITES = {
     "normalize": 75,
     "operators": 540,
     "reduce": 210,
+    "rotary": 40,
     "rows": 95,
     "scan": 80,
 }

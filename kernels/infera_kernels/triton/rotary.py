@@ -68,9 +68,11 @@ def rotary_kernel(
     table_rows,
     shift,
     rows,
-    half,
+    HALF: tl.constexpr,
     X_UNIT: tl.constexpr,
     OUT_UNIT: tl.constexpr,
+    COS_UNIT: tl.constexpr,
+    SIN_UNIT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr,
@@ -80,29 +82,29 @@ def rotary_kernel(
     DIMS: tl.constexpr = len(dims)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :].to(tl.int64)
-    known = (row < rows) & (pair < half)
+    known = (row < rows) & (pair < HALF)
     column, filled = pair, known
     if INTERLEAVED:
         column = tl.arange(0, 2 * PAIRS)[None, :].to(tl.int64)
-        filled = (row < rows) & (column < 2 * half)
+        filled = (row < rows) & (column < 2 * HALF)
     if PER_PAIR:
         at, there = pair, known
     else:
         at, there = column, filled
     if places is None:
-        cos_at = cos + offset_of(row, dims, cos_strides, 0, DIMS)
-        sin_at = sin + offset_of(row, dims, sin_strides, 0, DIMS)
+        cos_at = cos + offset_of(row, dims, cos_strides, 0, DIMS) * COS_UNIT
+        sin_at = sin + offset_of(row, dims, sin_strides, 0, DIMS) * SIN_UNIT
     else:
         first = tl.load(places + offset_of(row, dims, place_strides, 0, DIMS), mask=row < rows, other=0).to(tl.int64)
         place = tl.maximum(first + shift, 0) + offset_of(row, dims, step_strides, 0, DIMS)
         place = tl.minimum(place, table_rows - 1)
-        cos_at = cos + place * cos_row
-        sin_at = sin + place * sin_row
+        cos_at = cos + place * cos_row * COS_UNIT
+        sin_at = sin + place * sin_row * SIN_UNIT
     x += offset_of(row, dims, x_strides, 0, DIMS) * X_UNIT
     out += offset_of(row, dims, out_strides, 0, DIMS) * OUT_UNIT
-    a, b = _members(x + column * x_column, half * x_column, filled, True, INTERLEAVED, ROWS)
-    c, d = _members(cos_at + at * cos_column, half * cos_column, there, not PER_PAIR, INTERLEAVED, ROWS)
-    s, t = _members(sin_at + at * sin_column, half * sin_column, there, not PER_PAIR, INTERLEAVED, ROWS)
+    a, b = _members(x + column * x_column, HALF * x_column, filled, True, INTERLEAVED, ROWS)
+    c, d = _members(cos_at + at * cos_column, HALF * cos_column, there, not PER_PAIR, INTERLEAVED, ROWS)
+    s, t = _members(sin_at + at * sin_column, HALF * sin_column, there, not PER_PAIR, INTERLEAVED, ROWS)
     first = a * c - b * s
     second = b * d + a * t
     out += column * out_column
@@ -110,7 +112,7 @@ def rotary_kernel(
         tl.store(out, store_type(tl.join(first, second).reshape(ROWS, 2 * PAIRS), out), mask=filled)
     else:
         tl.store(out, store_type(first, out), mask=known)
-        tl.store(out + half * out_column, store_type(second, out), mask=known)
+        tl.store(out + HALF * out_column, store_type(second, out), mask=known)
 
 
 def supports_rotary(x: Typed, cos: Typed, sin: Typed, out: Typed, places: Typed | None = None) -> bool:
@@ -172,6 +174,10 @@ def rotary(
     x_strides, out_strides = element_strides(x), element_strides(out)
     dims, walked = coalesce(tuple(lead), [x_strides[:-1], *tables, out_strides[:-1], placed, steps])
     (x_lead, x_unit), (out_lead, out_unit) = in_units(walked[0]), in_units(walked[3])
+    looked_up = [(0,) if places is None else element_strides(t)[:1] for t in (cos, sin)]
+    (cos_all, cos_unit), (sin_all, sin_unit) = (
+        in_units((*row, *step)) for row, step in zip(looked_up, walked[1:3], strict=True)
+    )
     pairs = next_power_of_two(half)
     rows = math.prod(lead)
     tile = max(1, min(_TILE // pairs, next_power_of_two(rows)))
@@ -184,22 +190,24 @@ def rotary(
         "places": places,
         "dims": dims,
         "x_strides": x_lead,
-        "cos_strides": fold(walked[1]),
-        "sin_strides": fold(walked[2]),
+        "cos_strides": cos_all[1:],
+        "sin_strides": sin_all[1:],
         "out_strides": out_lead,
         "place_strides": fold(walked[4]),
         "step_strides": fold(walked[5]),
         **dict(zip(("x_column", "cos_column", "sin_column", "out_column"), columns, strict=True)),
-        "cos_row": 0 if places is None else element_strides(cos)[0],
-        "sin_row": 0 if places is None else element_strides(sin)[0],
+        "cos_row": cos_all[0],
+        "sin_row": sin_all[0],
         "table_rows": cos.shape[0],
         "shift": shift,
         "rows": rows,
-        "half": half,
     }
     constexprs = {
+        "HALF": half,
         "X_UNIT": x_unit,
         "OUT_UNIT": out_unit,
+        "COS_UNIT": cos_unit,
+        "SIN_UNIT": sin_unit,
         "INTERLEAVED": interleaved,
         "PER_PAIR": cos.shape[-1] == half,
         "ROWS": tile,

@@ -1,0 +1,126 @@
+"""Attention and what goes with it compiled for sm_80 and sm_90: tensor cores, asynchronous copies, no spills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from infera_kernels.launch import CompileLauncher, Inspection
+from tests.kernels.support import FakeArray
+
+pytest.importorskip("triton")
+
+from infera_kernels.triton import attention, cache, rotary
+from infera_kernels.triton.attention_tiles import MOST_SPLITS, TILES, WIDEST, pick_splits, pick_tile
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(params=[80, 90], ids=lambda a: f"sm_{a}")
+def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
+    return CompileLauncher(request.param)
+
+
+def scratch(shape: Sequence[int], dtype: Any = "float32") -> FakeArray:
+    return FakeArray(shape, dtype)
+
+
+def attend(
+    launcher: CompileLauncher,
+    dtype: str,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    options: attention.Options,
+    *masks: tuple[int, ...],
+) -> list[Inspection]:
+    x, keys, values, out = (FakeArray(shape, dtype) for shape in (q, k, k, q))
+    given = [FakeArray(shape, dtype) for shape in masks]
+    attention.attention(x, keys, values, out, launcher, scratch, options, masks=given)
+    for result in launcher.compiled:
+        assert result.spilled_bytes == 0
+        # The least shared memory of an architecture that runs what sm_80 does, sm_86, is 99 KiB.
+        assert result.binary.spec.shared_bytes <= (99 * 1024 if launcher.target.arch == 80 else 227 * 1024)
+    return launcher.compiled
+
+
+@pytest.mark.parametrize("size", [40, 64, 128, 256])
+def test_half_precision_runs_on_tensor_cores(size: int, launcher: CompileLauncher) -> None:
+    heads = (8, 12, 512, size)
+    (result,) = attend(launcher, "float16", heads, heads, attention.Options(right=0))
+    wide = launcher.launches[0].constexprs["BM"] >= 64
+    assert wide
+    assert result.count("HGMMA" if launcher.target.arch == 90 else "HMMA") > 0
+    assert result.count("LDGSTS") > 0
+    assert result.count("LDG.E.128") > 0
+    assert result.count("STG.E.128") > 0
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_float32_stays_float32(size: int, launcher: CompileLauncher) -> None:
+    heads = (8, 12, 512, size)
+    (result,) = attend(launcher, "float32", heads, heads, attention.Options())
+    assert result.count("HMMA") + result.count("HGMMA") == 0
+    assert result.count("FFMA") > 0
+    assert result.count("LDGSTS") > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks(dtype: str, launcher: CompileLauncher) -> None:
+    heads = (8, 12, 100, 64)
+    attend(launcher, dtype, heads, heads, attention.Options(scale=0.1, right=0), (8, 1, 1, 100), (12, 100, 100))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_against_many_keys_is_split(dtype: str, launcher: CompileLauncher) -> None:
+    q, k = (1, 8, 4, 1, 128), (1, 8, 1, 4096, 128)
+    first, second = attend(launcher, dtype, q, k, attention.Options(right=0, before=4095))
+    assert launcher.launches[0].constexprs["SPLITS"] == 16
+    assert launcher.launches[0].grid == (8 * 16, 1, 1)
+    assert launcher.launches[1].grid == (32, 1, 1)
+    assert first.count("LDGSTS") > 0
+    assert second.count("LDG.E") > 0
+
+
+def test_tiles_grow_from_small_to_large() -> None:
+    for families in TILES.values():
+        assert max(families) == WIDEST
+        for tiles in families.values():
+            assert [t.rows for t in tiles] == sorted({t.rows for t in tiles})
+
+
+def test_tiles_grow_with_the_work() -> None:
+    assert pick_tile("half", 64, 1, 12).rows == 16
+    assert pick_tile("half", 64, 512, 8 * 12).rows == 128
+    assert pick_tile("ieee", 64, 16, 1000).rows == 16
+    tile = TILES["half"][64][0]
+    assert pick_splits(tile, 1, 100, 1) == 1
+    assert pick_splits(tile, 1, 100_000, 1) == MOST_SPLITS
+    assert pick_splits(tile, 1, 100_000, 40) == 3
+    assert pick_splits(tile, 1, 100_000, 1000) == 1
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(interleaved: bool, launcher: CompileLauncher) -> None:
+    x, table, places = (
+        FakeArray((2, 12, 100, 80), "float16"),
+        FakeArray((512, 40), "float16"),
+        FakeArray((100,), "int64"),
+    )
+    rotary.rotary(x, table, table, FakeArray(x.shape, "float16"), launcher, interleaved=interleaved, places=places)
+    (result,) = launcher.compiled
+    assert result.spilled_bytes == 0
+    assert result.count("LDG.E.128") > 0
+    assert result.count("STG.E.128") > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_append(dtype: str, launcher: CompileLauncher) -> None:
+    past, new, out = (FakeArray((2, 8, n, 80), dtype) for n in (100, 1, 128))
+    lengths: Any = FakeArray((2, 1, 1, 1), "int32")
+    cache.append(past, new, out, launcher, lengths=lengths)
+    (result,) = launcher.compiled
+    assert result.spilled_bytes == 0
+    assert result.count("LDG.E.128") > 1
+    assert result.count("STG.E.128") > 0
