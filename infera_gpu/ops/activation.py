@@ -9,7 +9,8 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Buffers, Call, Case, Op, Site, broadcast, f32, same_as
-from infera_gpu.ops import _jit, _triton
+from infera_gpu.ops import _jit
+from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import CHAIN_NS, elementwise, floating, native, plain
 from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
@@ -151,7 +152,7 @@ _SWIGLU = Op(
     28,
     infer=same_as(),
     compute=plain(_swiglu),
-    kernels=elementwise(_bind_swiglu, supports=floating, ns=CHAIN_NS),
+    kernels=elementwise(_bind_swiglu, supports=floating, ns=CHAIN_NS) | _triton.SWIGLU,
     attrs={"alpha": 1.0},
     cases=(
         Case("matrix", (f32(3, 5), f32(3, 5)), {"alpha": 1.5}),
@@ -177,7 +178,7 @@ _PRELU = Op(
     7,
     infer=_prelu_spec,
     compute=plain(lambda xp, site, x, slope: portable.prelu(xp, x, slope)),
-    kernels=elementwise(_bind_prelu),
+    kernels=elementwise(_bind_prelu) | _triton.PRELU,
     cases=(
         Case("channel", (f32(2, 3, 4, 5), f32(3, 1, 1))),
         Case("scalar", (f32(2, 3), f32(1))),
@@ -226,7 +227,7 @@ _CLIP = (
         6,
         (
             Case("both", (f32(3, 5),), {"min": -0.5, "max": 1.0}, opset=7),
-            Case("low", (f32(3, 24001),), {"min": 0.0}, opset=7),
+            Case("low_past_block", (f32(3, 24001),), {"min": 0.0}, opset=7),
             Case("neither", (f32(3, 5),), opset=7),
         ),
         {"min": float(np.finfo(np.float32).min), "max": float(np.finfo(np.float32).max)},
@@ -235,7 +236,7 @@ _CLIP = (
         11,
         (
             Case("both", (f32(3, 5), _LOW, _HIGH)),
-            Case("low", (f32(3, 24001), _LOW)),
+            Case("low_past_block", (f32(3, 24001), _LOW)),
             Case("high", (f32(3, 5), None, _HIGH)),
             Case("neither", (f32(3, 5),)),
             Case("computed", (f32(3, 5), f32(), f32())),

@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, f32
-from infera_gpu.ops import _triton
+from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import NARROW, element_type, elementwise, is_native, narrow, plain
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.cpu import elementwise as cpu
@@ -46,7 +46,7 @@ def _cast(name: str, since: int, target: Callable[[Site], DType], cases: tuple[C
             raise site.fail(f"round_mode is '{rounding}', expected up, down or nearest")
         return portable.cast(xp, x, target(site), saturate=bool(site.attrs.get("saturate", 1)), rounding=rounding)
 
-    kernels = elementwise(_bind, supports=_direct) | _triton.CAST
+    kernels = elementwise(_bind, supports=_direct) | _triton.CONVERT
     return Op(name, since, infer, plain(compute), cases, attrs, kernels=kernels)
 
 

@@ -7,6 +7,7 @@ input i, `x<i>`, or the result of step i, `t<i>`; the last step is the output: "
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import MappingProxyType
@@ -16,39 +17,30 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
-from infera_gpu.ops import activation, compare, elementwise
+from infera_gpu.ops import activation, cast, compare, elementwise
 from infera_gpu.ops._families import CHAIN_NS, PASS_NS, plain, split_of
+from infera_gpu.ops._triton_elementwise import Terms, formula, formula_of
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.chain import LARGE, Emit, Step, chain
 from infera_kernels.cpu.elementwise import BLOCK
 from infera_kernels.cpu.parts import worth
+from infera_kernels.triton.terms import joined
 
-_NAMES = (
-    *(
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Pow",
-        "Max",
-        "Min",
-        "Sum",
-        "Where",
-        "Neg",
-        "Abs",
-        "Sqrt",
-        "Reciprocal",
-        "Exp",
-        "Log",
-    ),
-    *("Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Erf", "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid"),
-    *("HardSigmoid", "HardSwish", "Tanh", "Softplus", "Softsign", "Mish", "Swish", "Clip", "Gelu"),
+BLOCKWISE = frozenset(
+    (
+        *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Where", "Neg", "Abs", "Sqrt", "Reciprocal"),
+        *("Exp", "Log", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Erf", "Relu", "LeakyRelu", "Elu", "Selu"),
+        *("Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Softplus", "Softsign", "Mish", "Swish", "Clip"),
+        "Gelu",
+    )
 )
+"""What has the element type of its last input, and a CPU kernel that works on blocks."""
 
 
 def _steps() -> Mapping[str, Op]:
     """The newest version of each; Clip's first, whose bounds are attributes, and Gelu of any opset."""
-    found = {op.name: op for op in (*elementwise.OPS, *activation.OPS, *compare.OPS) if op.name in _NAMES}
+    declared = (*elementwise.OPS, *activation.OPS, *compare.OPS, *cast.OPS)
+    found = {op.name: op for op in declared if op.name in BLOCKWISE or formula_of(op)}
     bounded = min((op for op in activation.OPS if op.name == "Clip"), key=lambda op: op.since)
     return MappingProxyType({**found, "Clip": bounded})
 
@@ -57,7 +49,7 @@ _SLOW = frozenset(op.name for op in activation.OPS) - {"Relu", "LeakyRelu", "Cli
 """Steps that are chains of ufuncs themselves, or as slow."""
 
 STEPS = _steps()
-"""What a step may be: operators of one output that has the element type of its last input."""
+"""What a step may be: operators of one output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +57,7 @@ class Term:
     """A step of an expression. `args` count the inputs, and after them the steps."""
 
     op: str
-    attrs: tuple[tuple[str, float | str], ...]
+    attrs: tuple[tuple[str, int | float | str], ...]
     args: tuple[int, ...]
 
 
@@ -89,11 +81,11 @@ def parsed(expression: str, inputs: int) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def _value(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def spelled(terms: Sequence[Term], inputs: int) -> str:
@@ -211,7 +203,27 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
 
 
 def _supports(site: Site) -> bool:
-    return site.outs[0].size > 0 and all(STEPS[s.node.op].kernels["cpu"].supports(s) for s in _sites(site))
+    return site.outs[0].size > 0 and all(
+        s.node.op in BLOCKWISE and STEPS[s.node.op].kernels["cpu"].supports(s) for s in _sites(site)
+    )
+
+
+# ---- on the GPU
+
+
+def _composed(site: Site) -> Terms | None:
+    """The steps' own expressions as one."""
+    parts = []
+    for term, step in zip(_terms(site), _sites(site), strict=True):
+        own = formula_of(STEPS[term.op])
+        terms = None if own is None else own.terms(step)
+        if terms is None:
+            return None
+        parts.append((terms, term.args))
+    return joined(parts, len(site.ins))
+
+
+_GPU = formula(_composed)
 
 
 # ---- apart
@@ -220,10 +232,13 @@ def _supports(site: Site) -> bool:
 def _expand(site: Site) -> Expansion | None:
     """Chains of steps of one shape each: what is computed once for a row, or ahead of all runs, is not done again.
 
-    A step goes with those that read it where all of them are in one chain, and it has their shape; what is known while
-    planning stays apart from what is not.
+    A step goes with those that read it where all of them are in one chain, and it has their shape, which does not
+    matter where launching it costs more than computing it again for every element (`recompute`); what is known while
+    planning stays apart from what is not. What no kernel takes as one comes apart altogether.
     """
     terms, sites, inputs = _terms(site), _sites(site), len(site.ins)
+    recompute = bool(site.attrs["recompute"])
+    whole = not recompute or _GPU["triton"].supports(site.giving(sites[-1].outs))
     known = [v is not None for v in site.values]
     for term in terms:
         known.append(all(known[a] for a in term.args))
@@ -236,7 +251,8 @@ def _expand(site: Site) -> Expansion | None:
         into = {chains[r] for r in readers.get(inputs + i, ())}
         if len(into) == 1:
             (last,) = into
-            if sites[i].outs == sites[last].outs and known[inputs + i] == known[inputs + last]:
+            alike = recompute or sites[i].outs == sites[last].outs
+            if whole and alike and known[inputs + i] == known[inputs + last]:
                 chains[i] = last
     lasts = sorted(set(chains))
     if len(lasts) == 1 and len(terms) > 1:
@@ -263,7 +279,7 @@ def _apart(site: Site, terms: Sequence[Term], chosen: Sequence[int]) -> Node:
         opset = op.since if not op.domain else 0
         return Node(term.op, tuple(map(value, term.args)), outputs, dict(term.attrs), op.domain, node.name, opset=opset)
     own = [replace(terms[i], args=tuple(place[a] for a in terms[i].args)) for i in chosen]
-    attrs = {"expression": spelled(own, len(outer))}
+    attrs = {**node.attrs, "expression": spelled(own, len(outer))}
     return Node("Elementwise", tuple(map(value, outer)), outputs, attrs, "infera", node.name)
 
 
@@ -281,9 +297,9 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer,
         compute=plain(_compute),
-        attrs={"expression": REQUIRED},
+        attrs={"expression": REQUIRED, "recompute": 0},
         expand=_expand,
-        kernels={"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True)},
+        kernels={"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True)} | _GPU,
         cases=(
             Case(
                 "gates",

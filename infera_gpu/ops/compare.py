@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, broadcast, f32, same_as
-from infera_gpu.ops import _triton
+from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import BOOL, NARROW, elementwise, is_native, movable, plain
 from infera_gpu.ops.elementwise import ufunc_op
 from infera_gpu.spec import Array, TensorSpec
@@ -137,7 +137,7 @@ OPS: tuple[Op, ...] = (
         11,
         infer=_shifted_spec,
         compute=plain(_shifted),
-        kernels=elementwise(_bind_shift, inplace=(0, 1)),
+        kernels=elementwise(_bind_shift, inplace=(0, 1)) | _triton.SHIFT,
         attrs={"direction": REQUIRED},
         cases=tuple(
             Case(direction.lower(), (_A.astype(np.uint8), _B.astype(np.uint8)), {"direction": direction})
@@ -149,7 +149,8 @@ OPS: tuple[Op, ...] = (
         9,
         infer=same_as(dtype=BOOL),
         compute=plain(lambda xp, site, x: xp.isnan(_native(x))),
-        kernels=elementwise(lambda site, io: [cpu.call(np.isnan, io.ins[0], io.outs[0])], inplace=()),
+        kernels=elementwise(lambda site, io: [cpu.call(np.isnan, io.ins[0], io.outs[0])], inplace=())
+        | _triton.unary("isnan"),
         cases=(Case("special", (_SPECIAL,)), Case("empty", (f32(0),)), *_NARROW_SPECIAL),
     ),
     Op(
@@ -157,7 +158,7 @@ OPS: tuple[Op, ...] = (
         10,
         infer=same_as(dtype=BOOL),
         compute=plain(_is_inf),
-        kernels=elementwise(_bind_is_inf, inplace=()),
+        kernels=elementwise(_bind_is_inf, inplace=()) | _triton.IS_INF,
         attrs={"detect_negative": 1, "detect_positive": 1},
         cases=(
             Case("both", (_SPECIAL,)),
@@ -172,7 +173,7 @@ OPS: tuple[Op, ...] = (
         9,
         infer=_where_spec,
         compute=plain(lambda xp, site, condition, x, y: xp.where(condition, x, y)),
-        kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy) | _triton.WHERE,
+        kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy) | _triton.SELECT,
         cases=(
             Case("same", (_BITS[0], f32(4), f32(4))),
             Case("all", (_BITS[0].reshape(4, 1), f32(3), f32(2, 1, 1))),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Compute, Op, Site, broadcast, f32, same_as
-from infera_gpu.ops import _triton
+from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import CHAIN_NS, elementwise, floating, native, numeric, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import activation as cpu_activation
@@ -129,7 +129,7 @@ _ARITHMETIC = (
         10,
         infer=numeric(broadcast()),
         compute=plain(lambda xp, site, a, b: portable.modulo(xp, a, b, fmod=bool(site.attrs["fmod"]))),
-        kernels=elementwise(_modulo, inplace=(0, 1)),
+        kernels=elementwise(_modulo, inplace=(0, 1)) | _triton.MODULO,
         attrs={"fmod": 0},
         cases=(
             Case("floor", (DIVIDENDS, DIVISORS)),
@@ -157,7 +157,7 @@ def _variadic(name: str, ufunc: str, *, mean: bool = False, integers: bool = Fal
     ]
     if integers:
         cases.append(Case("int8", (_ints(5, dtype="int8"), _ints(2, 1, dtype="int8")), low=-99, high=99, opset=12))
-    kernels = elementwise(bind, inplace=()) | ({} if mean else _triton.variadic(ufunc))
+    kernels = elementwise(bind, inplace=()) | _triton.variadic(ufunc, mean=mean)
     return Op(name, 6, numeric(broadcast()), plain(combined), tuple(cases), kernels=kernels)
 
 

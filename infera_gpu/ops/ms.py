@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _triton
+from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import CHAIN_NS, elementwise, floating, split_of
 from infera_gpu.ops._ms import F32, ms_op, wide
 from infera_gpu.ops._triton_norm import SIMPLIFIED, skip_norm

@@ -128,10 +128,10 @@ class _Passes:
             graph = self.changed(precision, graph, halved(graph, HALVES[precision]))
         if self.channels_last:
             graph = self.changed("channels_last", graph, convert(graph, self.registry))
-        if "cpu" in self.kinds:
+        if not {"cpu", "triton"}.isdisjoint(self.kinds):
             draft = Draft(graph)
             count = len(draft)
-            self.tell("elementwise_chains", chained(draft), count, len(draft))
+            self.tell("elementwise_chains", chained(draft, self.kinds), count, len(draft))
             graph = drop_dead(draft.finished())
         return graph
 

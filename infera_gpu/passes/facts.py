@@ -334,10 +334,11 @@ _BOOL = np.dtype(np.bool_)
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys((*_ACTIVATIONS, *_FUNCTIONS, *_NORMS), _same),
-        **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Sum", "Mean"), _elementwise()),
+        **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Sum", "Mean", "BitShift"), _elementwise()),
+        **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"), _elementwise()),
         "Pow": _power,
         **dict.fromkeys(("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"), _elementwise(dtype=_BOOL)),
-        **dict.fromkeys(("And", "Or", "Xor"), _elementwise(dtype=_BOOL)),
+        **dict.fromkeys(("And", "Or", "Xor", "IsNaN", "IsInf"), _elementwise(dtype=_BOOL)),
         "Where": _elementwise(1),
         "Cast": _cast,
         **dict.fromkeys(_PRODUCTS, _product),

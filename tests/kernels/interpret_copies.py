@@ -64,10 +64,16 @@ def test_offsets_beyond_32_bits(interpreter: InterpreterLauncher) -> None:
     execute(elementwise.copy(far, out.array, interpreter))
     assert not only(interpreter, pointwise.pointwise_kernel).constexprs["WIDE"]
     tiling = pointwise.pick_tiling((2, 3), [(2**31, 1), (3, 1)])
-    args = {"a": small, "b": None, "c": None, "out": out.array, "dims": (3, 2), "rows": 2}
-    args |= {"a_strides": (Const(1), 3), "b_strides": None, "c_strides": None, "out_strides": (Const(1), 3)}
-    constexprs = {"FN": functions.identity, "ROW_DIMS": 2, "ROWS": tiling.tile[0], "COLS": 4, "WIDE": True}
-    fn, call = interpreter.launch(pointwise.pointwise_kernel, (1,), {**args, "alpha": None, "beta": None}, constexprs)
+    args = {"ins": (small,), "out": out.array, "dims": (3, 2), "rows": 2}
+    args |= {"strides": (Const(1), 3), "out_strides": (Const(1), 3)}
+    constexprs: dict[str, Any] = {
+        "FUNCTIONS": (functions.identity,),
+        "ARGS": (0, -1, -1),
+        "PARAMETERS": (None, None),
+        "TYPES": (None,),
+    }
+    constexprs |= {"ROW_DIMS": 2, "ROWS": tiling.tile[0], "COLS": 4, "WIDE": True}
+    fn, call = interpreter.launch(pointwise.pointwise_kernel, (1,), args, constexprs)
     fn(*call)
     out.check_guards()
     np.testing.assert_array_equal(out.array[0], small)

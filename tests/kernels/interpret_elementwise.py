@@ -16,12 +16,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
 from infera_kernels.triton import elementwise, pointwise
+from infera_kernels.triton.terms import Term
 
 pytestmark = pytest.mark.kernels
 
 
 def test_every_operation_has_a_reference() -> None:
-    assert set(UNARY) | {"logical_not"} == set(elementwise.UNARY)
+    of_floats = {name for name, e in elementwise.UNARY.items() if "float32" in e.dtypes and e.result is None}
+    assert set(UNARY) == of_floats
     assert set(BINARY) == set(elementwise.BINARY)
 
 
@@ -75,16 +77,21 @@ def test_logical_not(interpreter: InterpreterLauncher) -> None:
     np.testing.assert_array_equal(out.array, ~x)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.bool_)], ids=ids)
+OPERANDS = (*FLOATS, *map(np.dtype, ("int32", "int64", "uint8", "bool")))
+
+
+@pytest.mark.parametrize("dtype", OPERANDS, ids=ids)
 @pytest.mark.parametrize("op", BINARY)
 def test_binary(op: str, dtype: Any, interpreter: InterpreterLauncher) -> None:
     entry = elementwise.BINARY[op]
     result = np.dtype(entry.result or dtype)
     x, y = random((4, 1, 9), np.float32, low=-3, high=3), random((5, 9), np.float32, low=0.5, high=3, seed=1)
-    if op == "pow":
+    if op == "pow" or dtype == np.uint8:
         x = np.abs(x)
     x, y = (x > 0, y > 1.5) if dtype == np.bool_ else (x.astype(dtype), y.astype(dtype))
     y[0, :4] = x[0, 0, :4]
+    if np.dtype(dtype).kind in "iu":
+        y = np.maximum(y, 1)
     out = Guarded((4, 5, 9), result)
     if dtype.name not in entry.dtypes:
         assert not elementwise.supports_binary(op, x, y, out.array)
@@ -98,7 +105,16 @@ def test_binary(op: str, dtype: Any, interpreter: InterpreterLauncher) -> None:
         assert_close(out, BINARY[op](x.astype(np.float64), y.astype(np.float64)), error=FUNCTION_ERROR)
     else:
         out.check_guards()
-        np.testing.assert_array_equal(out.array, BINARY[op](x, y))
+        want = BINARY[op](x, y)
+        np.testing.assert_array_equal(out.array, np.trunc(want) if op == "div" else want)
+
+
+def test_integers_divided_by_zero_are_zero(interpreter: InterpreterLauncher) -> None:
+    x, y = np.array([-7, 7, 5], np.int32), np.array([0, -2, 0], np.int32)
+    for op, want in (("div", [0, -3, 0]), ("fmod", [0, 1, 0]), ("mod", [0, -1, 0])):
+        out = Guarded((3,), np.int32)
+        execute(elementwise.binary(op, x, y, out.array, interpreter))
+        np.testing.assert_array_equal(out.array, want)
 
 
 def test_pow_signs_and_limits(interpreter: InterpreterLauncher) -> None:
@@ -148,7 +164,66 @@ def test_where(dtype: Any, interpreter: InterpreterLauncher) -> None:
     condition = random((3, 1, 8), np.float32) > 0
     x, y = random((5, 8), dtype, low=0, high=100), random((3, 5, 1), dtype, low=0, high=100, seed=1)
     out = Guarded((3, 5, 8), dtype)
-    assert elementwise.supports_where(condition, x, y, out.array)
-    execute(elementwise.where(condition, x, y, out.array, interpreter))
+    chosen = (Term("where", (0, 1, 2)),)
+    assert elementwise.supports(chosen, (condition, x, y), out.array)
+    execute(elementwise.expression(chosen, (condition, x, y), out.array, interpreter))
     out.check_guards()
     np.testing.assert_array_equal(out.array, np.where(condition, x, y))
+
+
+def test_chains_are_one_launch(interpreter: InterpreterLauncher) -> None:
+    """Casts and comparisons inside, an operand used twice, broadcasting both ways, halves rounded where cast."""
+    x, bias = random((5, 1, 33), np.float16, low=-4, high=4), random((4, 1), F32, seed=1)
+    ids = random((33,), np.int64, low=-2, high=3)
+    terms = (
+        Term("cast", (0,), dtype="float32"),
+        Term("add", (3, 1)),
+        Term("cast", (2,), dtype="float32"),
+        Term("less", (4, 5)),
+        Term("leaky_relu", (4,), 0.25),
+        Term("clip", (5,), -1.0, 1.5),
+        Term("where", (6, 7, 8)),
+        Term("mul", (9, 9)),
+        Term("cast", (10,), dtype="bfloat16"),
+    )
+    out = Guarded((5, 4, 33), BFLOAT16)
+    execute(elementwise.expression(terms, (x, bias, ids), out.array, interpreter))
+    only(interpreter, pointwise.pointwise_kernel)
+    total, wide = x.astype(F32) + bias, ids.astype(F32)
+    chosen = np.where(total < wide, np.where(total < 0, np.float32(0.25) * total, total), np.clip(wide, -1, 1.5))
+    out.check_guards()
+    np.testing.assert_array_equal(out.array, (chosen * chosen).astype(BFLOAT16))
+
+
+def test_casts_inside_a_chain_round(interpreter: InterpreterLauncher) -> None:
+    x = random((777,), F32, low=-100, high=100)
+    for half in (np.dtype(np.float16), BFLOAT16, np.dtype(np.int32)):
+        out = Guarded((777,), F32)
+        terms = (Term("cast", (0,), dtype=half.name), Term("cast", (1,), dtype="float32"))
+        execute(elementwise.expression(terms, (x,), out.array, interpreter))
+        out.check_guards()
+        np.testing.assert_array_equal(out.array, x.astype(half).astype(F32))
+
+
+def test_types_that_do_not_go_together_are_refused(interpreter: InterpreterLauncher) -> None:
+    x, n, out = random((7,), F32), random((7,), np.int32), Guarded((7,), F32)
+    for term in (Term("add", (0, 1)), Term("where", (0, 0, 0)), Term("less", (0, 0)), Term("exp", (1,))):
+        assert not elementwise.supports((term,), (x, n), out.array)
+        with pytest.raises(ValueError, match=f"{term.name}: no kernel"):
+            elementwise.expression((term,), (x, n), out.array, interpreter)
+
+
+@pytest.mark.parametrize(
+    "op", ["tanh", "asin", "acosh", "sinh", "atanh", "erf", "gelu", "softplus", "pow", "rint", "selu"]
+)
+def test_double_precision(op: str, interpreter: InterpreterLauncher) -> None:
+    x = np.linspace(0.01, 0.99, 41) + (op == "acosh")
+    out = Guarded(x.shape, np.float64)
+    if op == "pow":
+        execute(elementwise.binary(op, x, x, out.array, interpreter))
+        want = x**x
+    else:
+        execute(elementwise.unary(op, x, out.array, interpreter))
+        want = UNARY[op][0](x)
+    out.check_guards()
+    np.testing.assert_allclose(out.array, want, rtol=1e-13)

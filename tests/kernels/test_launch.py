@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import elementwise, matmul, softmax, tiles
+from infera_kernels.triton import elementwise, matmul, norm, softmax, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -100,17 +100,23 @@ def test_argument_bytes_grid_and_block(launcher: CudaLauncher, driver: FakeDrive
     assert values == struct.pack("<QQiiiiQQ", 0x7F0000001000, 0x7F0000000000, 100, 48, 48, 48, 0, 0)
 
 
-def test_floats_wide_integers_and_tuples(launcher: CudaLauncher, driver: FakeDriver) -> None:
+def test_wide_integers_and_tuples(launcher: CudaLauncher, driver: FakeDriver) -> None:
     x, out = FakeArray((2**16, 2**16), "float16"), FakeArray((2**16, 2**16), "float16")
-    driver.sizes = [8, 8, 8, 4, 4, 4, 8, 8]
+    driver.sizes = [8, 8, 8, 4, 8, 8]
     execute(elementwise.unary("hard_sigmoid", x, out, launcher, alpha=0.25, beta=0.5))
     assert driver.launches[0][1:4] == (2**22, 1, 1)
-    a, o, size, rows, alpha, beta, *scratch = driver.parameters[0]
+    a, o, size, rows, *scratch = driver.parameters[0]
     assert (a, o) == (struct.pack("<Q", 0x7F0000000000),) * 2
     assert size == struct.pack("<q", 2**32)
     assert rows == struct.pack("<i", 1)
-    assert (alpha, beta) == (struct.pack("<f", 0.25), struct.pack("<f", 0.5))
     assert scratch == [bytes(8)] * 2
+
+
+def test_floats(launcher: CudaLauncher, driver: FakeDriver) -> None:
+    x = FakeArray((64, 256), "float16")
+    driver.sizes = [8, 8, 4, 4, 4, 4, 4, 8, 8]
+    execute(norm.rms_norm(x, None, x, launcher, eps=0.25))
+    assert struct.pack("<f", 0.25) in driver.parameters[0]
 
 
 def test_more_than_48_kib_is_asked_for(launcher: CudaLauncher, driver: FakeDriver) -> None:

@@ -81,7 +81,7 @@ def test_a_transformer_runs_on_triton() -> None:
     on_triton = {op for op, via in found.items() if via == {"triton"}}
     products = {"MatMul", "FusedMatMul"} & found.keys()
     assert products
-    assert {"Attention", "LayerNormalization", *products} <= on_triton
+    assert {"Attention", "LayerNormalization", "Elementwise", *products} <= on_triton
     assert "Softmax" not in found
     assert "" not in found, "heads are copied"
     assert {op for op in found if op and op not in on_triton} == {"Gather"}

@@ -8,18 +8,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def offset_of(index, dims, strides, FIRST: tl.constexpr, LAST: tl.constexpr):
+def offset_of(index, dims, strides, FIRST: tl.constexpr, LAST: tl.constexpr, BASE: tl.constexpr = 0):
     """The offset of linear `index` over dims[FIRST:LAST], innermost first; 0 over none.
 
-    The outermost size is never read: the index is known to be in range.
+    The stride of dims[k] is strides[BASE + k]. The outermost size is never read: the index is known to be in range.
     """
     offset = index * 0
     for k in tl.static_range(FIRST, LAST):
         if k + 1 < LAST:
-            offset += (index % dims[k]) * strides[k]
+            offset += (index % dims[k]) * strides[BASE + k]
             index = index // dims[k]
         else:
-            offset += index * strides[k]
+            offset += index * strides[BASE + k]
     return offset
 
 
@@ -33,19 +33,25 @@ def widened(x):
 
 
 @triton.jit
-def store_type(value, pointer):
-    """`value` in the type that `pointer` points to, floats rounded to nearest even.
+def rounded(value, TYPE: tl.constexpr):
+    """`value` in a type, floats rounded to nearest even.
 
     The interpreter truncates float32 to bfloat16 (with an explicit rounding mode it drops a carry), and reads other
     types' bits as bfloat16: there the rounding is done here, on the bits.
     """
-    if pointer.dtype.element_ty == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         value = value.to(tl.float32)
         if INTERPRETED:
             bits = value.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
         else:
             return value.to(tl.bfloat16)
     else:
-        return value.to(pointer.dtype.element_ty)
+        return value.to(TYPE)
+
+
+@triton.jit
+def store_type(value, pointer):
+    """`value` in the type that `pointer` points to."""
+    return rounded(value, pointer.dtype.element_ty)

@@ -150,6 +150,7 @@ def supports_matmul(
         and (bias is None or tuple(bias.shape) == (n,))
         and max(m, n, k) <= INT32_MAX - 256
         and (activation is None or (activation in UNARY and name_of(a) in UNARY[activation].dtypes))
+        and (activation is None or UNARY[activation].result is None)
     )
 
 

@@ -1,4 +1,4 @@
-"""Functions of single elements: unary, binary and select, with broadcasting, casts and strided copies.
+"""Functions of single elements: chains of unary, binary and ternary ones, with broadcasting, casts, strided copies.
 
 One kernel walks up to six dimensions in tiles of rows x columns. Columns are the output's innermost dimension, so that
 nothing is divided along them. Rows are all the others together; or, where an input is contiguous along another
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher
-from infera_kernels.triton.indexing import offset_of, store_type, widened
+from infera_kernels.triton.indexing import offset_of, rounded, store_type, widened
 from infera_kernels.triton.layout import (
     INT32_MAX,
     MAX_DIMS,
@@ -32,6 +32,9 @@ from infera_kernels.triton.layout import (
 )
 
 _TILE = 1024
+_FEW = 5
+"""Operands, the output among them, that tiles of _TILE elements have registers for."""
+
 _TRANSPOSE = 32
 _TRANSPOSE_MIN = 8
 """Below this many elements along a dimension, a transposed tile would be mostly empty."""
@@ -39,25 +42,28 @@ _TRANSPOSE_MIN = 8
 
 @triton.jit
 def pointwise_kernel(
-    a,
-    b,
-    c,
+    ins,
     out,
     dims,
-    a_strides,
-    b_strides,
-    c_strides,
+    strides,
     out_strides,
     rows,
-    alpha,
-    beta,
-    FN: tl.constexpr,
+    FUNCTIONS: tl.constexpr,
+    ARGS: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    TYPES: tl.constexpr,
     ROW_DIMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = FN(a [, b [, c]]). dims[0] is the columns, dims[1:ROW_DIMS] the `rows`, the rest one tile each."""
+    """out = the last of the terms, each FUNCTIONS[t] of up to three inputs or terms before it.
+
+    ARGS has three places a term, -1 for none, and PARAMETERS two; a function of one value gets them both. TYPES[t] is
+    what a term's result is rounded to, None where it stays as computed. These are four flat tuples because Triton 3.6
+    takes none that are nested. dims[0] is the columns, dims[1:ROW_DIMS] the `rows`, the rest one tile each; `strides`
+    has those of all inputs, one after the other.
+    """
     tile = tl.program_id(0)
     if WIDE:
         tile = tile.to(tl.int64)
@@ -70,21 +76,24 @@ def pointwise_kernel(
     inside = (row < rows) & (col < dims[0])
     LAST: tl.constexpr = len(dims)
 
-    at = offset_of(tile, dims, a_strides, ROW_DIMS, LAST) + offset_of(row, dims, a_strides, 1, ROW_DIMS)
-    x = widened(tl.load(a + (at + col * a_strides[0]), mask=inside, other=0))
-    if b is None:
-        value = FN(x, alpha, beta)
-    else:
-        at = offset_of(tile, dims, b_strides, ROW_DIMS, LAST) + offset_of(row, dims, b_strides, 1, ROW_DIMS)
-        y = widened(tl.load(b + (at + col * b_strides[0]), mask=inside, other=0))
-        if c is None:
-            value = FN(x, y)
+    values = ()
+    for i in tl.static_range(len(ins)):
+        at = offset_of(tile, dims, strides, ROW_DIMS, LAST, i * LAST)
+        at += offset_of(row, dims, strides, 1, ROW_DIMS, i * LAST)
+        x = tl.load(ins[i] + (at + col * strides[i * LAST]), mask=inside, other=0)
+        values = values + (widened(x),)  # type: ignore[assignment] # noqa: RUF005
+    for t in tl.static_range(len(FUNCTIONS)):
+        if ARGS[3 * t + 1] < 0:
+            value = FUNCTIONS[t](values[ARGS[3 * t]], PARAMETERS[2 * t], PARAMETERS[2 * t + 1])
+        elif ARGS[3 * t + 2] < 0:
+            value = FUNCTIONS[t](values[ARGS[3 * t]], values[ARGS[3 * t + 1]])
         else:
-            at = offset_of(tile, dims, c_strides, ROW_DIMS, LAST) + offset_of(row, dims, c_strides, 1, ROW_DIMS)
-            z = widened(tl.load(c + (at + col * c_strides[0]), mask=inside, other=0))
-            value = FN(x, y, z)
+            value = FUNCTIONS[t](values[ARGS[3 * t]], values[ARGS[3 * t + 1]], values[ARGS[3 * t + 2]])
+        if TYPES[t] is not None:
+            value = widened(rounded(value, TYPES[t]))
+        values = values + (value,)  # type: ignore[assignment] # noqa: RUF005
     at = offset_of(tile, dims, out_strides, ROW_DIMS, LAST) + offset_of(row, dims, out_strides, 1, ROW_DIMS)
-    tl.store(out + (at + col * out_strides[0]), store_type(value, out), mask=inside)
+    tl.store(out + (at + col * out_strides[0]), store_type(values[len(values) - 1], out), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,10 @@ class Tiling:
 
 
 def pick_tiling(shape: Dims, strides: Sequence[Dims]) -> Tiling:
-    """The tiling of operands with these strides; the output's come last. Raises ValueError beyond MAX_DIMS."""
+    """The tiling of operands with these strides; the output's come last. Raises ValueError beyond MAX_DIMS.
+
+    Tiles are smaller where many operands have to lie in registers.
+    """
     dims, walked = coalesce(shape, strides)
     if len(dims) > MAX_DIMS:
         raise ValueError(f"shape {shape} needs {len(dims)} dimensions after merging, at most {MAX_DIMS} are supported")
@@ -119,37 +131,44 @@ def pick_tiling(shape: Dims, strides: Sequence[Dims]) -> Tiling:
         walked = tuple(tuple(s[k] for k in order) for s in walked)
         return Tiling(dims, walked, 2, dims[1], (_TRANSPOSE, _TRANSPOSE))
     rows = math.prod(dims[1:])
-    widths = [w for w in (_TILE, _TILE // 2, _TILE // 4, _TILE // 8) if w < dims[0] * 2]
+    tile = _TILE if len(strides) <= _FEW else _TILE // 2
+    widths = [w for w in (tile, tile // 2, tile // 4, tile // 8) if w < dims[0] * 2]
     cols = min(widths, key=lambda w: ceil_div(dims[0], w) * w) if widths else next_power_of_two(dims[0])
-    return Tiling(dims, walked, len(dims), rows, (min(_TILE // cols, next_power_of_two(rows)), cols))
+    return Tiling(dims, walked, len(dims), rows, (min(tile // cols, next_power_of_two(rows)), cols))
 
 
-def pointwise(
-    fn: Any, ins: Sequence[Any], out: Any, launcher: Launcher, alpha: float | None = None, beta: float | None = None
-) -> list[Call]:
-    """out = fn(*ins) for one to three inputs that broadcast to `out`; no calls where `out` is empty."""
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A term: a function of `args`, which count the inputs and after them the terms before.
+
+    A function of one value gets the `parameters`; the result is rounded to `dtype` (Triton's) where one is given.
+    """
+
+    fn: Any
+    args: tuple[int, ...]
+    parameters: tuple[float | None, float | None] = (None, None)
+    dtype: Any = None
+
+
+def pointwise(terms: Sequence[Applied], ins: Sequence[Any], out: Any, launcher: Launcher) -> list[Call]:
+    """out = the last of the terms over inputs that broadcast to `out`, in one launch; no calls where `out` is empty."""
     shape = tuple(out.shape)
     if 0 in shape:
         return []
     tiling = pick_tiling(shape, [*(broadcast_strides(x, shape) for x in ins), element_strides(out)])
-    a, b, c = (*ins, None, None)[:3]
-    a_strides, b_strides, c_strides = (*map(fold, tiling.strides[:-1]), None, None)[:3]
     args = {
-        "a": a,
-        "b": b,
-        "c": c,
+        "ins": tuple(ins),
         "out": out,
         "dims": tiling.dims,
-        "rows": tiling.rows,
-        "alpha": alpha,
-        "beta": beta,
-        "a_strides": a_strides,
-        "b_strides": b_strides,
-        "c_strides": c_strides,
+        "strides": tuple(s for strides in tiling.strides[:-1] for s in fold(strides)),
         "out_strides": fold(tiling.strides[-1]),
+        "rows": tiling.rows,
     }
     constexprs = {
-        "FN": fn,
+        "FUNCTIONS": tuple(t.fn for t in terms),
+        "ARGS": tuple(a for t in terms for a in (*t.args, -1, -1)[:3]),
+        "PARAMETERS": tuple(p for t in terms for p in t.parameters),
+        "TYPES": tuple(t.dtype for t in terms),
         "ROW_DIMS": tiling.row_dims,
         "ROWS": tiling.tile[0],
         "COLS": tiling.tile[1],
