@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infera_gpu.op import Bind, Buffers, Call, Kernel, Op, Site
+from infera_gpu.op import Bind, Kernel, Op, Site
 
 Kernels = dict[str, Kernel]
 

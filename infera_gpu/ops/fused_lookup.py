@@ -10,6 +10,7 @@ import numpy as np
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain
+from infera_gpu.ops._triton_move import LOOKUP
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.indexing import lookup
 
@@ -72,7 +73,7 @@ _LOOKUP = Op(
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels={"cpu": Kernel(_bind, _supported)},
+    kernels={"cpu": Kernel(_bind, _supported)} | LOOKUP,
     values=(2,),
     cases=(
         Case("tokens", (np.array([[[0], [4], [2]]], np.int32), f32(5, 3))),

@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops import _triton_move
 from infera_gpu.ops._families import i64, movable, native, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import indexing as cpu
@@ -60,7 +61,7 @@ _GATHER = Op(
     1,
     infer=_gather_spec,
     compute=plain(lambda xp, site, x, indices: portable.gather(xp, x, indices, site.axis())),
-    kernels={"cpu": Kernel(bind=_bind_gather, supports=_filled)},
+    kernels={"cpu": Kernel(bind=_bind_gather, supports=_filled)} | _triton_move.GATHER,
     attrs={"axis": 0},
     cases=(
         Case("rows", (f32(5, 3), i64(0, 4, 4, 1))),
@@ -99,7 +100,7 @@ _GATHER_ELEMENTS = Op(
     11,
     infer=_elements_spec,
     compute=plain(lambda xp, site, x, indices: portable.gather_elements(xp, x, indices, site.axis())),
-    kernels={"cpu": Kernel(bind=_bind_elements, supports=_filled)},
+    kernels={"cpu": Kernel(bind=_bind_elements, supports=_filled)} | _triton_move.GATHER_ELEMENTS,
     attrs={"axis": 0},
     cases=(
         Case("rows", (f32(3, 2), np.array([[0, 2], [1, -1]]))),
@@ -135,7 +136,7 @@ def _gather_nd(since: int, attrs: dict[str, Any], extra: Sequence[Case] = ()) ->
         since,
         infer=_gather_nd_spec,
         compute=plain(lambda xp, site, x, indices: portable.gather_nd(xp, x, indices, _batch_dims(site))),
-        kernels={"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)},
+        kernels={"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)} | _triton_move.GATHER_ND,
         attrs=attrs,
         cases=(
             Case("elements", (f32(2, 3), np.array([[0, 2], [1, -1]]))),

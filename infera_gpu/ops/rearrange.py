@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops._families import i64, movable, plain, shaped, single
+from infera_gpu.ops import _triton_move
+from infera_gpu.ops._families import copies, i64, movable, plain, shaped, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
 from infera_kernels.portable import shape as portable
@@ -47,16 +48,16 @@ def _blocks(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ...
     def rearranged(site: Site, x: Array) -> Array:
         return fn(x, int(site.attrs["blocksize"]), str(site.attrs.get("mode", "DCR")))
 
-    def bind(site: Site, io: Buffers) -> list[Call]:
+    def pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
         made = rearranged(site, io.ins[0])
-        return [(np.copyto, (io.outs[0].reshape(made.shape), made))]
+        return [(io.outs[0].reshape(made.shape), made)]
 
     return Op(
         name,
         since,
         infer=shaped(dims),
         compute=plain(lambda xp, site, x: rearranged(site, x).reshape(dims(site))),
-        kernels={"cpu": Kernel(bind=bind, supports=movable)},
+        kernels={"cpu": copies(pairs)} | _triton_move.copies(pairs),
         attrs={"blocksize": REQUIRED, **attrs},
         cases=cases,
     )

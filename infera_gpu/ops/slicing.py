@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops._families import copies, i64, movable, normalized, plain, shaped
+from infera_gpu.op import REQUIRED, Buffers, Case, Op, Site, f32
+from infera_gpu.ops import _triton_move
+from infera_gpu.ops._families import copies, i64, normalized, plain, shaped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
 
@@ -117,7 +118,7 @@ _CONCAT = Op(
     4,
     infer=_concat_spec,
     compute=plain(lambda xp, site, *ins: xp.concatenate(ins, axis=site.axis())),
-    kernels={"cpu": copies(_concat_pairs)},
+    kernels={"cpu": copies(_concat_pairs)} | _triton_move.copies(_concat_pairs),
     windows=_joined,
     attrs={"axis": REQUIRED},
     cases=(
@@ -163,7 +164,7 @@ def _split(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
         since,
         infer=_split_specs,
         compute=plain(lambda xp, site, x, *_: _parts(x, site)),
-        kernels={"cpu": copies(_split_pairs)},
+        kernels={"cpu": copies(_split_pairs)} | _triton_move.copies(_split_pairs, axes=lambda site: site.spec(0).dims),
         view=_parts,
         attrs={"axis": 0, **attrs},
         values=() if "split" in attrs else (1,),
@@ -207,8 +208,15 @@ def _tiled(site: Site) -> Sequence[int]:
     return [d * r for d, r in zip(site.spec(0).dims, repeats, strict=True)]
 
 
-def _bind_tile(site: Site, io: Buffers) -> list[Call]:
-    return cpu.tile(io.ins[0], site.ints(1) or (), io.outs[0])
+def _tile_axes(site: Site) -> list[int]:
+    """Each axis as two: how often it is there, and its size."""
+    return [n for r, d in zip(site.ints(1) or (), site.spec(0).dims, strict=True) for n in (r, d)]
+
+
+def _tile_pairs(site: Site, io: Buffers) -> list[tuple[Array, Array]]:
+    """One broadcast copy."""
+    (x,), axes = io.ins[:1], _tile_axes(site)
+    return [(io.outs[0].reshape(axes), x.reshape([n for d in x.shape for n in (1, d)]))]
 
 
 _TILE = Op(
@@ -216,7 +224,7 @@ _TILE = Op(
     6,
     infer=shaped(_tiled),
     compute=plain(lambda xp, site, x, _: xp.tile(x, site.ints(1))),
-    kernels={"cpu": Kernel(bind=_bind_tile, supports=movable, strided_out=True)},
+    kernels={"cpu": copies(_tile_pairs)} | _triton_move.copies(_tile_pairs, axes=_tile_axes),
     values=(1,),
     cases=(
         Case("both", (f32(2, 3), i64(2, 3))),

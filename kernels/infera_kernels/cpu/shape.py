@@ -19,13 +19,6 @@ def parts(x: Array, axis: int, sizes: Sequence[int]) -> list[Array]:
     return found
 
 
-def tile(x: Array, repeats: Sequence[int], out: Array) -> list[Call]:
-    """`out` is `x` repeated `repeats[i]` times along each axis i: one broadcast copy."""
-    pairs = [n for r, d in zip(repeats, x.shape, strict=True) for n in (r, d)]
-    spread = x.reshape([n for d in x.shape for n in (1, d)])
-    return [copy(out.reshape(pairs), spread)]
-
-
 def triangle(x: Array, k: int, out: Array, scratch: Scratch, *, upper: bool) -> list[Call]:
     """x with what lies below (`upper`) or above its k-th diagonal set to 0; `out` may be `x`."""
     rows, cols = out.shape[-2:]

@@ -16,7 +16,7 @@ from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton import arithmetic as a
 from infera_kernels.triton import functions as f
 from infera_kernels.triton import hyperbolic as h
-from infera_kernels.triton.layout import FLOATS, MAX_DIMS, STORED, name_of
+from infera_kernels.triton.layout import FLOATS, STORED, few, name_of
 from infera_kernels.triton.pointwise import Applied, pointwise
 from infera_kernels.triton.terms import CAST, WHERE, Term
 
@@ -195,10 +195,10 @@ def expression(terms: Sequence[Term], ins: Sequence[Any], out: Any, launcher: La
 
 
 def _fits(out: Typed, *ins: Typed) -> bool:
-    """Whether every input broadcasts to the output's shape, of at most MAX_DIMS dimensions."""
+    """Whether every input broadcasts to the output's shape, which is one that kernels walk."""
     shape = tuple(out.shape)
     try:
-        return np.broadcast_shapes(shape, *(tuple(x.shape) for x in ins)) == shape and len(shape) <= MAX_DIMS
+        return np.broadcast_shapes(shape, *(tuple(x.shape) for x in ins)) == shape and few(shape)
     except ValueError:
         return False
 

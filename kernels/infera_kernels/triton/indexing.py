@@ -24,6 +24,32 @@ def offset_of(index, dims, strides, FIRST: tl.constexpr, LAST: tl.constexpr, BAS
 
 
 @triton.jit
+def tile_of(dims, rows, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """(tile, row, col, inside) of this program: its tile among those beyond the rows, which elements, which are there.
+
+    dims[0] are the columns, and `rows` counts what the dimensions of the rows hold together.
+    """
+    tile = tl.program_id(0)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    col_tiles = tl.cdiv(dims[0], COLS)
+    row_tiles = tl.cdiv(rows, ROWS)
+    col = (tile % col_tiles) * COLS + tl.arange(0, COLS)[None, :]
+    tile = tile // col_tiles
+    row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tile // row_tiles
+    return tile, row, col, (row < rows) & (col < dims[0])
+
+
+@triton.jit
+def offset_in(tile, row, col, dims, strides, ROW_DIMS: tl.constexpr, BASE: tl.constexpr = 0):
+    """The offsets of `tile_of`'s elements: dims[1:ROW_DIMS] are the rows, the rest one tile each."""
+    LAST: tl.constexpr = len(dims)
+    outer = offset_of(tile, dims, strides, ROW_DIMS, LAST, BASE)
+    return outer + offset_of(row, dims, strides, 1, ROW_DIMS, BASE) + col * strides[BASE]
+
+
+@triton.jit
 def widened(x):
     """Half precision as float32, every other type as it is."""
     if x.dtype == tl.float16 or x.dtype == tl.bfloat16:

@@ -16,8 +16,8 @@ MAX_DIMS = 6
 INT32_MAX = 2**31 - 1
 
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
-INTEGERS = frozenset({"int32", "int64"})
-STORED = FLOATS | INTEGERS | {"bool", "int8", "uint8", "int16", "uint16", "uint32", "uint64", "float64"}
+INDICES = frozenset({"int32", "int64"})
+STORED = FLOATS | INDICES | {"bool", "int8", "uint8", "int16", "uint16", "uint32", "uint64", "float64"}
 """Types that can be moved, whatever can be computed with them."""
 
 
@@ -29,6 +29,11 @@ def name_of(x: Typed) -> str:
 def next_power_of_two(n: int) -> int:
     """The least power of two not below n; 1 for n < 1."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def few(shape: Iterable[int]) -> bool:
+    """Whether axes of these sizes are no more than kernels walk: those of size 1 do not count."""
+    return sum(d != 1 for d in shape) <= MAX_DIMS
 
 
 def ceil_div(n: int, d: int) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher
-from infera_kernels.triton.indexing import offset_of, rounded, store_type, widened
+from infera_kernels.triton.indexing import offset_in, rounded, store_type, tile_of, widened
 from infera_kernels.triton.layout import (
     INT32_MAX,
     MAX_DIMS,
@@ -64,23 +64,11 @@ def pointwise_kernel(
     takes none that are nested. dims[0] is the columns, dims[1:ROW_DIMS] the `rows`, the rest one tile each; `strides`
     has those of all inputs, one after the other.
     """
-    tile = tl.program_id(0)
-    if WIDE:
-        tile = tile.to(tl.int64)
-    col_tiles = tl.cdiv(dims[0], COLS)
-    row_tiles = tl.cdiv(rows, ROWS)
-    col = (tile % col_tiles) * COLS + tl.arange(0, COLS)[None, :]
-    tile = tile // col_tiles
-    row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
-    tile = tile // row_tiles
-    inside = (row < rows) & (col < dims[0])
-    LAST: tl.constexpr = len(dims)
-
+    tile, row, col, inside = tile_of(dims, rows, ROWS, COLS, WIDE)
     values = ()
     for i in tl.static_range(len(ins)):
-        at = offset_of(tile, dims, strides, ROW_DIMS, LAST, i * LAST)
-        at += offset_of(row, dims, strides, 1, ROW_DIMS, i * LAST)
-        x = tl.load(ins[i] + (at + col * strides[i * LAST]), mask=inside, other=0)
+        at = offset_in(tile, row, col, dims, strides, ROW_DIMS, i * len(dims))
+        x = tl.load(ins[i] + at, mask=inside, other=0)
         values = values + (widened(x),)  # type: ignore[assignment] # noqa: RUF005
     for t in tl.static_range(len(FUNCTIONS)):
         if ARGS[3 * t + 1] < 0:
@@ -92,8 +80,8 @@ def pointwise_kernel(
         if TYPES[t] is not None:
             value = widened(rounded(value, TYPES[t]))
         values = values + (value,)  # type: ignore[assignment] # noqa: RUF005
-    at = offset_of(tile, dims, out_strides, ROW_DIMS, LAST) + offset_of(row, dims, out_strides, 1, ROW_DIMS)
-    tl.store(out + (at + col * out_strides[0]), store_type(values[len(values) - 1], out), mask=inside)
+    at = offset_in(tile, row, col, dims, out_strides, ROW_DIMS)
+    tl.store(out + at, store_type(values[len(values) - 1], out), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +97,12 @@ class Tiling:
     @property
     def transposed(self) -> bool:
         return self.row_dims == 2 and self.tile == (_TRANSPOSE, _TRANSPOSE)
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """What kernels over `tile_of` are compiled for."""
+        wide = any(span(self.dims, s) > INT32_MAX - _TILE for s in self.strides)
+        return {"ROW_DIMS": self.row_dims, "ROWS": self.tile[0], "COLS": self.tile[1], "WIDE": wide}
 
     @property
     def programs(self) -> int:
@@ -169,9 +163,6 @@ def pointwise(terms: Sequence[Applied], ins: Sequence[Any], out: Any, launcher: 
         "ARGS": tuple(a for t in terms for a in (*t.args, -1, -1)[:3]),
         "PARAMETERS": tuple(p for t in terms for p in t.parameters),
         "TYPES": tuple(t.dtype for t in terms),
-        "ROW_DIMS": tiling.row_dims,
-        "ROWS": tiling.tile[0],
-        "COLS": tiling.tile[1],
-        "WIDE": any(span(tiling.dims, s) > INT32_MAX - _TILE for s in tiling.strides),
+        **tiling.constexprs,
     }
     return [launcher.launch(pointwise_kernel, (tiling.programs,), args, constexprs, num_warps=4)]

@@ -1,0 +1,74 @@
+"""The "triton" kernels of what moves elements: gathers and copies of views. Declares no operators itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.spec import Array
+
+
+def _gathering(name: str, options: Callable[[Site], dict[str, int]]) -> Kernels:
+    """The kernels of a gather of input 0 at the indices in input 1, by a function of that name."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.gather import supports_gather
+
+        return supports_gather(site.spec(0), site.spec(1), site.outs[0])
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton import gather
+
+        gathers = {g.__name__: g for g in (gather.gather, gather.gather_elements, gather.gather_nd)}
+        return gathers[name](io.ins[0], io.ins[1], io.outs[0], io.launcher, **options(site))
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
+
+
+GATHER = _gathering("gather", lambda site: {"axis": site.axis()})
+GATHER_ELEMENTS = _gathering("gather_elements", lambda site: {"axis": site.axis()})
+GATHER_ND = _gathering("gather_nd", lambda site: {"batch_dims": int(site.attrs.get("batch_dims", 0))})
+
+
+def _supports_lookup(site: Site) -> bool:
+    from infera_kernels.triton.gather import supports_gather
+
+    return supports_gather(site.spec(1), site.spec(0), site.outs[0])
+
+
+def _bind_lookup(site: Site, io: Buffers) -> list[Call]:
+    from infera_kernels.triton.gather import gather
+
+    ids, table = io.ins[:2]
+    return gather(table, ids[..., 0], io.outs[0], io.launcher, axis=0, last_outside=True)
+
+
+LOOKUP = kernels(_bind_lookup, _supports_lookup, inplace=(), strided=True, strided_out=True)
+"""Rows of the table in input 1, the last one for whatever is no index."""
+
+
+def copies(
+    pairs: Callable[[Site, Buffers], Sequence[tuple[Array, Array]]],
+    *,
+    axes: Callable[[Site], Sequence[int]] = lambda site: site.outs[0].dims,
+) -> Kernels:
+    """The kernels of copies of views of inputs onto views of outputs: `pairs(site, io)` gives (destination, source).
+
+    `axes` gives the sizes of the axes of these views.
+    """
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.layout import STORED, few
+
+        return site.outs[0].dtype.name in STORED and few(axes(site))
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.elementwise import copy
+
+        return [call for target, source in pairs(site, io) for call in copy(source, target, io.launcher)]
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
+
+
+OPS: tuple[Op, ...] = ()
