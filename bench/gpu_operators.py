@@ -115,6 +115,9 @@ class DeviceBuffers:
         assert value is not None, f"pack('{tag}') of input {i}, which is not constant"
         return self._device.constant(np.ascontiguousarray(build(value)), "device")
 
+    def constant(self, value: HostArray) -> Array:
+        return self._device.constant(np.ascontiguousarray(value), "device")
+
 
 def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
     """The ways in which a planner may bind it: contiguous, strided, over an input's memory (-1: none)."""

@@ -113,6 +113,9 @@ class BoundBuffers:
             raise self._placed.site.fail(f"input {i} is not constant and cannot be packed")
         return self._constants.get(value, self._space, tag, build)
 
+    def constant(self, value: HostArray) -> Array:
+        return self._device.constant(np.ascontiguousarray(value), self._space)
+
 
 def _view(device: Device, block: Any, operand: Operand) -> Array:
     return host_view(block, operand) if operand.space == "host" else device.view(block, operand)

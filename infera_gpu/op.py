@@ -170,6 +170,10 @@ class Buffers(Protocol):
         """`build(value of input i)`, made once a session and shared by all its plans. Input i must be constant."""
         ...
 
+    def constant(self, value: HostArray) -> Array:
+        """`value`, small and made while binding, where the calls find it; it lives as long as they do."""
+        ...
+
 
 Bind: TypeAlias = Callable[[Site, Buffers], Sequence[Call]]
 

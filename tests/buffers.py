@@ -124,6 +124,9 @@ class GuardedBuffers:
         assert value is not None, f"pack('{tag}') of input {i}, which is not constant"
         return build(value)
 
+    def constant(self, value: HostArray) -> HostArray:
+        return _read_only(value)
+
     @property
     def scratch_bytes(self) -> int:
         """Bytes of everything that was asked for."""

@@ -148,7 +148,7 @@ class _Part:
     def __init__(self, io: Buffers, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> None:
         self.ins, self.outs, self.xp = ins, outs, io.xp
         self.strict, self.tf32 = io.strict, io.tf32
-        self.scratch, self.pack = io.scratch, io.pack
+        self.scratch, self.pack, self.constant = io.scratch, io.pack, io.constant
         self._whole = io
 
     @property

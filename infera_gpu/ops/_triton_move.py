@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
 from infera_gpu.spec import Array
+from infera_kernels.triton.terms import AxisMap
 
 
 def _gathering(name: str, options: Callable[[Site], dict[str, int]]) -> Kernels:
@@ -67,6 +68,38 @@ def copies(
         from infera_kernels.triton.elementwise import copy
 
         return [call for target, source in pairs(site, io) for call in copy(source, target, io.launcher)]
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
+
+
+# ---- tables
+
+
+def mapping(
+    maps: Callable[[Site], Sequence[AxisMap] | None], fill: Callable[[Site, Buffers], Array | float]
+) -> Kernels:
+    """The kernels of input 0 mapped along some axes by tables; a copy where there are none, and none where None."""
+
+    def found(site: Site) -> Sequence[AxisMap] | None:
+        return site.once("maps", lambda: maps(site))
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.mapped import supports_mapped
+
+        tables = found(site)
+        if tables is None:
+            return False
+        weighted = any(m.weights is not None for m in tables)
+        return supports_mapped(site.spec(0), site.outs[0], [m.taps for m in tables], weighted=weighted)
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.elementwise import copy
+        from infera_kernels.triton.mapped import mapped
+
+        tables = found(site)
+        if not tables:
+            return copy(io.ins[0], io.outs[0], io.launcher)
+        return mapped(io.ins[0], io.outs[0], io.launcher, tables, io.constant, fill=fill(site, io))
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
 

@@ -283,7 +283,7 @@ def _apart(site: Site, terms: Sequence[Term], chosen: Sequence[int]) -> Node:
     return Node("Elementwise", tuple(map(value, outer)), outputs, attrs, "infera", node.name)
 
 
-def _e(expression: str) -> dict[str, str]:
+def _e(expression: str) -> dict[str, Any]:
     return {"expression": expression}
 
 
@@ -323,6 +323,17 @@ OPS: tuple[Op, ...] = (
             Case("double", (TensorSpec((3, 5), np.dtype(np.float64)),), _e("Exp x0; Sqrt t0")),
             Case("half", (TensorSpec((3, 5), np.dtype(np.float16)),), _e("Sigmoid x0; Mul t0 x0"), tol=2e-3),
             Case("empty", (f32(0, 3), f32(3)), _e("Add x0 x1; Exp t0")),
+            Case(
+                "types",
+                (f32(3, 5), TensorSpec((5,), np.dtype(np.int64)), TensorSpec((3, 1), np.dtype(np.bool_))),
+                _e("Cast:to=1 x1; Less t0 x0; Or t1 x2; Cast:to=1 t2; Sub x0 t3; IsNaN t4; Where t5 t0 t4")
+                | {"recompute": 1},
+            ),
+            Case(
+                "recomputed",
+                (f32(4, 3), f32(3), f32(4, 1)),
+                _e("Exp x1; Mul x0 t0; Tanh x2; Add t1 t2") | {"recompute": 1},
+            ),
         ),
     ),
 )

@@ -10,9 +10,11 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import NARROW, narrow, narrow_cases
+from infera_gpu.ops._triton_move import mapping
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import pad as cpu
 from infera_kernels.portable.pad import blank, pad
+from infera_kernels.triton.terms import AxisMap
 
 _PADS, _VALUE, _AXES = 1, 2, 3
 
@@ -72,6 +74,24 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
     return cpu.pad(io.ins[0], io.outs[0], _pads(site), mode=site.attrs["mode"], value=_fill(site, value))
 
 
+def _maps(site: Site) -> list[AxisMap]:
+    """Each padded axis: the positions of its elements, padded as they are; -1 is the constant."""
+    mode, maps = site.attrs["mode"], list[AxisMap]()
+    for axis, (n, sides) in enumerate(zip(site.spec(0).dims, _pads(site), strict=True)):
+        if any(sides):
+            maps.append(AxisMap(axis, pad(np, np.arange(n), (sides,), mode=mode, value=-1)[:, None]))
+    return maps
+
+
+def _fill_of(site: Site, io: Buffers) -> Array | float:
+    """What is known while planning is compiled in."""
+    known = site.value(_VALUE)
+    if known is None and len(io.ins) > _VALUE and io.ins[_VALUE] is not None:
+        return io.ins[_VALUE]
+    number: float = _fill(site, known).item()
+    return number
+
+
 def _i64(*values: int) -> HostArray:
     return np.array(values, np.int64)
 
@@ -119,7 +139,7 @@ _WRAP = (
     Case("wrap-more-than-once", (f32(3, 4), _i64(4, 0, 5, 9)), {"mode": "wrap"}),
 )
 _INPUTS = _cases("constant", "edge", "reflect") + _VALUES
-_KERNELS = {"cpu": Kernel(_bind, _supports, strided=True, strided_out=True)}
+_KERNELS = {"cpu": Kernel(_bind, _supports, strided=True, strided_out=True)} | mapping(_maps, _fill_of)
 _MODE = {"mode": "constant"}
 
 OPS: tuple[Op, ...] = (

@@ -12,9 +12,11 @@ import numpy as np
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import normalized
+from infera_gpu.ops._triton_move import mapping
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.resize import resize as fast_resize
 from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filter, axis_table, resize
+from infera_kernels.triton.terms import AxisMap
 
 _ROI, _SCALES, _SIZES = 1, 2, 3
 
@@ -187,6 +189,19 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
     return fast_resize(io.ins[0], io.outs[0], io.scratch, _tables(site, how), nearest=how.mode == "nearest")
 
 
+def _maps(site: Site) -> list[AxisMap]:
+    """The tables of the axes that change, without the taps that weigh nothing anywhere."""
+    how, maps = _filter(site), list[AxisMap]()
+    for table in _tables(site, how):
+        index = table.index if table.outside is None else np.where(table.outside[:, None], -1, table.index)
+        if how.mode == "nearest":
+            maps.append(AxisMap(table.axis, index))
+            continue
+        used = table.weights.any(axis=0)
+        maps.append(AxisMap(table.axis, index[:, used], table.weights[:, used]))
+    return maps
+
+
 _MODE: Attrs = {"mode": "nearest"}
 _RESIZE = {k: v for k, v in _DEFAULTS.items() if k != "antialias"}
 _KEPT: Attrs = {**_DEFAULTS, "axes": None, "keep_aspect_ratio_policy": "stretch"}
@@ -234,8 +249,8 @@ _RESIZE_11 = (
     _sized("sizes-to-one", _X, _sizes(1, 2, 1, 1), mode="linear", coordinate_transformation_mode="pytorch_half_pixel"),
     _sized("same", _X, _sizes(1, 2, 7, 5), mode="linear"),
     _sized("volume", f32(1, 2, 3, 4, 5), _sizes(1, 2, 6, 7, 3), mode="linear"),
-    _sized("large", f32(2, 3, 65, 70), _sizes(2, 3, 150, 33), mode="linear"),
-    _sized("large-nearest", f32(2, 3, 65, 70), _sizes(2, 3, 150, 33), mode="nearest"),
+    _sized("large", f32(1, 2, 65, 70), _sizes(1, 2, 150, 33), mode="linear"),
+    _sized("large-nearest", f32(1, 2, 65, 70), _sizes(1, 2, 150, 33), mode="nearest"),
     _scaled("exclude-outside", _X, _MIXED, mode="cubic", exclude_outside=1),
     _scaled("cubic-a", _X, _UP, mode="cubic", cubic_coeff_a=-0.5),
     Case(
@@ -269,7 +284,9 @@ _RESIZE_19 = (
     _scaled("linear", _X, _MIXED, mode="linear"),
 )  # fmt: skip
 
-_KERNELS = {"cpu": Kernel(_bind, _supports)}
+_KERNELS = {"cpu": Kernel(_bind, _supports)} | mapping(
+    _maps, lambda site, io: float(_options(site)["extrapolation_value"])
+)
 
 OPS: tuple[Op, ...] = (
     Op(

@@ -33,7 +33,7 @@ from infera_kernels.triton.layout import (
 
 _TILE = 1024
 _FEW = 5
-"""Operands, the output among them, that tiles of _TILE elements have registers for."""
+"""Values of an element, its output among them, that tiles of _TILE elements have registers for."""
 
 _TRANSPOSE = 32
 _TRANSPOSE_MIN = 8
@@ -110,10 +110,10 @@ class Tiling:
         return ceil_div(self.dims[0], self.tile[1]) * ceil_div(self.rows, self.tile[0]) * rest
 
 
-def pick_tiling(shape: Dims, strides: Sequence[Dims]) -> Tiling:
+def pick_tiling(shape: Dims, strides: Sequence[Dims], values: int = 0) -> Tiling:
     """The tiling of operands with these strides; the output's come last. Raises ValueError beyond MAX_DIMS.
 
-    Tiles are smaller where many operands have to lie in registers.
+    Tiles are smaller where many `values` of each element, at least one an operand, have to lie in registers.
     """
     dims, walked = coalesce(shape, strides)
     if len(dims) > MAX_DIMS:
@@ -125,7 +125,7 @@ def pick_tiling(shape: Dims, strides: Sequence[Dims]) -> Tiling:
         walked = tuple(tuple(s[k] for k in order) for s in walked)
         return Tiling(dims, walked, 2, dims[1], (_TRANSPOSE, _TRANSPOSE))
     rows = math.prod(dims[1:])
-    tile = _TILE if len(strides) <= _FEW else _TILE // 2
+    tile = _TILE if max(values, len(strides)) <= _FEW else _TILE // 2
     widths = [w for w in (tile, tile // 2, tile // 4, tile // 8) if w < dims[0] * 2]
     cols = min(widths, key=lambda w: ceil_div(dims[0], w) * w) if widths else next_power_of_two(dims[0])
     return Tiling(dims, walked, len(dims), rows, (min(tile // cols, next_power_of_two(rows)), cols))

@@ -1,9 +1,11 @@
-"""Expressions of elementwise operations, as data. Importing this does not load Triton."""
+"""What kernels are told as data: expressions of elementwise operations, tables of positions. Does not load Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from infera_kernels.calls import Array
 
 CAST, WHERE = "cast", "where"
 
@@ -41,3 +43,19 @@ def joined(parts: Iterable[tuple[Sequence[Term], Sequence[int]]], inputs: int) -
             place.append(inputs + len(made) - 1)
         values.append(place[-1])
     return tuple(made)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisMap:
+    """Along `axis`, output element i is the sum over k of weights[i, k] times input element index[i, k]; (out, taps).
+
+    A negative index stands for what is outside of the input. Without weights there is one tap.
+    """
+
+    axis: int
+    index: Array
+    weights: Array | None = None
+
+    @property
+    def taps(self) -> int:
+        return int(self.index.shape[1])

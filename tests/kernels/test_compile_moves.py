@@ -1,0 +1,74 @@
+"""Gathers and maps by tables compiled for sm_80 and sm_90: no spills, and wide loads where rows are contiguous."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from infera_kernels.launch import CompileLauncher, Inspection
+from tests.kernels.support import Array, FakeArray
+
+pytest.importorskip("triton")
+
+from infera_kernels.triton import gather, mapped
+from infera_kernels.triton.terms import AxisMap
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(params=[80, 90], ids=lambda a: f"sm_{a}")
+def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
+    return CompileLauncher(request.param)
+
+
+def compiled(launcher: CompileLauncher) -> Inspection:
+    """The one kernel that was compiled, without spills."""
+    (result,) = launcher.compiled
+    assert result.spilled_bytes == 0
+    return result
+
+
+def held(table: Array) -> FakeArray:
+    return FakeArray(table.shape, table.dtype)
+
+
+def doubled(axis: int, size: int, taps: int) -> AxisMap:
+    index = np.zeros((2 * size, taps), np.int64)
+    return AxisMap(axis, index, np.ones(index.shape) if taps > 1 else None)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_of_an_embedding_are_read_and_written_wide(dtype: str, launcher: CompileLauncher) -> None:
+    table, out = FakeArray((30522, 768), dtype), FakeArray((4, 128, 768), dtype)
+    gather.gather(table, FakeArray((4, 128), "int64"), out, launcher, axis=0)
+    result = compiled(launcher)
+    assert result.count("LDG.E.128") > 0
+    assert result.count("STG.E.128") > 0
+
+
+def test_tuples(launcher: CompileLauncher) -> None:
+    x, out = FakeArray((4, 300, 768), "float32"), FakeArray((4, 7, 5), "float32")
+    gather.gather_nd(x, FakeArray((4, 7, 5, 2), "int32"), out, launcher, batch_dims=1)
+    compiled(launcher)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_images_with_channels_last_are_resized_wide(taps: int, launcher: CompileLauncher) -> None:
+    x, out = FakeArray((2, 40, 40, 64), "float32"), FakeArray((2, 80, 80, 64), "float32")
+    mapped.mapped(x, out, launcher, [doubled(1, 40, taps), doubled(2, 40, taps)], held)
+    result = compiled(launcher)
+    assert result.count("LDG.E.128") > 0
+    assert result.count("STG.E.128") > 0
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_images_with_channels_first(taps: int, launcher: CompileLauncher) -> None:
+    x, out = FakeArray((2, 64, 40, 40), "float16"), FakeArray((2, 64, 80, 80), "float16")
+    mapped.mapped(x, out, launcher, [doubled(2, 40, taps), doubled(3, 40, taps)], held)
+    assert compiled(launcher).count("STG.E.128") + launcher.compiled[0].count("STG.E.64") > 0
+
+
+def test_padding_with_a_computed_value(launcher: CompileLauncher) -> None:
+    x, out = FakeArray((2, 40, 64), "bool"), FakeArray((2, 80, 64), "bool")
+    mapped.mapped(x, out, launcher, [doubled(1, 40, 1)], held, fill=FakeArray((), "bool"))
+    compiled(launcher)
