@@ -15,8 +15,8 @@ from infera_kernels.triton.attention_kernels import attention_kernel, combine_ke
 from infera_kernels.triton.attention_tiles import WIDEST, Tile, padded, pick_splits, pick_tile
 from infera_kernels.triton.layout import (
     FLOATS,
+    INDICES,
     INT32_MAX,
-    INTEGERS,
     MAX_DIMS,
     Dims,
     broadcast_strides,
@@ -131,9 +131,9 @@ def supports_attention(
         return False
     if max(d, e) > WIDEST or m * n > INT32_MAX or _any_empty(*masks, condition, sink):
         return False
-    if condition is not None and name_of(condition) not in {"bool", *INTEGERS}:
+    if condition is not None and name_of(condition) not in {"bool", *INDICES}:
         return False
-    if lengths is not None and name_of(lengths) not in INTEGERS:
+    if lengths is not None and name_of(lengths) not in INDICES:
         return False
     lead = tuple(out.shape[:-2])
     wanted = [*((x, (m, n)) for x in (*masks, condition)), (sink, (m, 1)), (lengths, (1, 1))]

@@ -13,7 +13,7 @@ from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import offset_of
 from infera_kernels.triton.layout import (
-    INTEGERS,
+    INDICES,
     MAX_DIMS,
     STORED,
     broadcast_strides,
@@ -102,7 +102,7 @@ def supports_append(past: Typed | None, new: Typed, out: Typed, lengths: Typed |
         whole = np.broadcast_shapes(tuple(lengths.shape), (*lead, 1, 1)) == (*lead, 1, 1)
     except ValueError:
         return False
-    return whole and name_of(lengths) in INTEGERS
+    return whole and name_of(lengths) in INDICES
 
 
 def append(past: Any, new: Any, out: Any, launcher: Launcher, *, lengths: Any = None, shift: int = 0) -> list[Call]:

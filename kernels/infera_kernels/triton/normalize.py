@@ -13,7 +13,7 @@ from typing import Any
 
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
-from infera_kernels.triton import functions as f
+from infera_kernels.triton import arithmetic as f
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,

@@ -15,7 +15,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from infera_kernels.triton import functions as f
+from infera_kernels.triton import arithmetic as f
 from infera_kernels.triton.layout import FLOATS
 
 LOWEST, HIGHEST = "lowest", "highest"

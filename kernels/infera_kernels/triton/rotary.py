@@ -14,8 +14,8 @@ from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import offset_of, store_type
 from infera_kernels.triton.layout import (
     FLOATS,
+    INDICES,
     INT32_MAX,
-    INTEGERS,
     MAX_DIMS,
     broadcast_strides,
     ceil_div,
@@ -130,7 +130,7 @@ def supports_rotary(x: Typed, cos: Typed, sin: Typed, out: Typed, places: Typed 
         return False
     if cos.shape[-1] not in (size, size // 2) or 0 in (*cos.shape, *sin.shape):
         return False
-    if places is not None and (name_of(places) not in INTEGERS or 0 in places.shape):
+    if places is not None and (name_of(places) not in INDICES or 0 in places.shape):
         return False
     try:
         if places is None:

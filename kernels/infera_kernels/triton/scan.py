@@ -17,7 +17,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
-from infera_kernels.triton import functions as f
+from infera_kernels.triton import arithmetic as f
 from infera_kernels.triton.indexing import store_type, widened
 from infera_kernels.triton.layout import INT32_MAX, Dims, fold, fold_one, name_of, span
 from infera_kernels.triton.reduce import filled, offset_at, placed
