@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_quant
+from infera_gpu.ops import _jit_quant, _triton_quant
 from infera_gpu.ops._families import FLOAT32, NARROW, element_type, is_native, narrow, plain
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.cpu import quant as cpu
@@ -25,6 +25,10 @@ def _block(site: Site) -> int:
 def _axis(site: Site) -> int:
     """The axis that scales run along: without meaning, and so not checked, where there is but one scale."""
     return site.axis() if "axis" in site.attrs and site.spec(1).size > 1 else 0
+
+
+def _place(site: Site) -> tuple[int, int]:
+    return _axis(site), _block(site)
 
 
 def _check_scale(site: Site) -> None:
@@ -140,6 +144,7 @@ _QUANTIZE_21 = (
     Case("uint16", (f32(3, 5), _scalar(0.001), _scalar(30000, np.uint16))),
     Case("int16", (f32(3, 5), _scalar(0.001), _scalar(-100, np.int16))),
     Case("output_dtype", (f32(3, 5), _scalar(0.02)), {"output_dtype": 3}),
+    Case("blocks_and_a_rest", (f32(3, 7), _BLOCK_SCALES), {"axis": 1, "block_size": 4, "output_dtype": 3}),
 )
 
 
@@ -151,6 +156,7 @@ def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], dom
         infer=_quantize_spec,
         compute=plain(_quantize),
         kernels={"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)}
+        | _triton_quant.quantize(_place)
         | _jit_quant.quantize(_quantize_supported),
         attrs=attrs,
         cases=cases,
@@ -180,7 +186,8 @@ def _dequantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], d
         domain=domain,
         infer=_dequantize_spec,
         compute=plain(_dequantize),
-        kernels={"cpu": Kernel(bind=_bind_dequantize, supports=_dequantize_supported, strided=True)},
+        kernels={"cpu": Kernel(bind=_bind_dequantize, supports=_dequantize_supported, strided=True)}
+        | _triton_quant.dequantize(_place),
         attrs=attrs,
         cases=cases,
     )
@@ -200,6 +207,7 @@ _BACK_AXIS_CASES = (
 _BACK_21 = (
     Case("blocks", (_u8(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
     Case("uint16", (TensorSpec((3, 5), np.dtype(np.uint16)), _scalar(0.001), _scalar(99, np.uint16)), high=60000),
+    Case("blocks_and_a_rest", (_u8(3, 7), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
 )
 
 _INT4 = np.arange(-7, 8).reshape(3, 5).astype(ml_dtypes.int4)
@@ -267,7 +275,7 @@ _DYNAMIC = Op(
         TensorSpec((), UINT8),
     ),
     compute=plain(lambda xp, site, x: portable.dynamic_quantize(xp, x)),
-    kernels={"cpu": Kernel(bind=_bind_dynamic)},
+    kernels={"cpu": Kernel(bind=_bind_dynamic)} | _triton_quant.DYNAMIC,
     cases=(
         Case("both_signs", (f32(3, 5),), n_outs=3),
         Case("positive", (f32(3, 5),), n_outs=3, low=1, high=5),
@@ -289,7 +297,7 @@ OPS: tuple[Op, ...] = (
     _quantize_op(
         23,
         {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0, "precision": 0},
-        (*_QUANTIZE_21[-1:], *_rounded(23, 25, 28), *_POWER_SCALE),
+        (_QUANTIZE_21[3], *_rounded(23, 25, 28), *_POWER_SCALE),
     ),
     _dequantize_op(10, {}, _BACK_CASES),
     _dequantize_op(13, {"axis": 1}, _BACK_CASES[:2] + _BACK_AXIS_CASES + _widened(19)),
@@ -300,6 +308,6 @@ OPS: tuple[Op, ...] = (
         (*_BACK_CASES[1:2], *_widened(23, 25, 28), *_POWER_SCALE_BACK),
     ),
     _quantize_op(1, {"axis": 1}, _INT4_CASES + _TENSOR_CASES[:2] + _AXIS_CASES[:2] + _QUANTIZE_21[1:3], **_MS),
-    _dequantize_op(1, {"axis": 1}, _BACK_CASES[1:3] + _BACK_AXIS_CASES[:2] + _BACK_21[1:] + _MS_BACK, **_MS),
+    _dequantize_op(1, {"axis": 1}, _BACK_CASES[1:3] + _BACK_AXIS_CASES[:2] + _BACK_21[1:2] + _MS_BACK, **_MS),
     _DYNAMIC,
 )

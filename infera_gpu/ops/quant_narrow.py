@@ -12,7 +12,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_quant
+from infera_gpu.ops import _jit_quant, _triton_quant
 from infera_gpu.ops._families import FLOAT32, plain
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.ops.quant_matmul import check_parameters, column, product
@@ -188,6 +188,7 @@ OPS: tuple[Op, ...] = (
         infer=_infer_centre,
         compute=plain(_centre),
         kernels={"cpu": Kernel(_bind_centre, _supports_centre, inplace=(0,), strided=True)}
+        | _triton_quant.centre(_bounds)
         | _jit_quant.centre(_bounds, _supports_centre),
         attrs={"dequantize": 0, "relu": 0},
         cases=(

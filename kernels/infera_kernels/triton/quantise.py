@@ -1,0 +1,343 @@
+"""Linear quantisation: q = saturate(round(x / scale) + zero point), halves to even; x = (q - zero point) scale.
+
+Integers of two or four bits lie in the low bits of a byte each. Every operation is rounded by itself, as in NumPy:
+a product fused with a sum would move what lies halfway between two integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import triton
+import triton.language as tl
+
+from infera_kernels.calls import Array, Call
+from infera_kernels.launch import Launcher, Typed
+from infera_kernels.triton.indexing import offset_of, store_type
+from infera_kernels.triton.layout import (
+    FLOATS,
+    INT32_MAX,
+    MAX_DIMS,
+    broadcast_strides,
+    ceil_div,
+    element_strides,
+    fold,
+    name_of,
+    next_power_of_two,
+    span,
+)
+from infera_kernels.triton.pointwise import pick_tiling
+
+BITS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (2, 4, 8, 16)}
+"""Integers that tensors are quantised to, and how many bits they have."""
+
+_WIDE = FLOATS | {"int32"}
+_BLOCK = 8192
+_TILE = 2048
+_MOST_PARTS = 128
+"""Partial ranges of one tensor: every program that quantises reads them all."""
+
+
+@triton.jit
+def rounded(x):
+    """The nearest integer, halves to even, of a float32 of at most 2**22 either way."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def saturated(x, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """round(x) + zero between LOW and HIGH, all float32; what lies far outside is bounded first."""
+    x = tl.minimum(tl.maximum(x, -131072.0), 131072.0)
+    return tl.minimum(tl.maximum(rounded(x) + zero, LOW), HIGH)
+
+
+@triton.jit
+def _integer(x, MASK: tl.constexpr, SIGN: tl.constexpr):
+    """A stored integer as int32: of its low bits alone where there is a MASK, SIGN being the highest if it is one."""
+    if MASK is None:
+        return x.to(tl.int32)
+    else:
+        return ((x.to(tl.int32) & MASK) ^ SIGN) - SIGN
+
+
+@triton.jit
+def quantise_kernel(
+    x,
+    scale,
+    zero,
+    out,
+    dims,
+    x_strides,
+    scale_strides,
+    zero_strides,
+    out_strides,
+    rows,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MASK: tl.constexpr,
+    SIGN: tl.constexpr,
+    BACK: tl.constexpr,
+    TIMES: tl.constexpr,
+    ROW_DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """x to integers between LOW and HIGH, where they are given; with BACK less the zero point, with TIMES times scale.
+
+    The walk is that of `pointwise_kernel`. Strides of None are those of one value.
+    """
+    tile = tl.program_id(0)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    col_tiles = tl.cdiv(dims[0], COLS)
+    row_tiles = tl.cdiv(rows, ROWS)
+    col = (tile % col_tiles) * COLS + tl.arange(0, COLS)[None, :]
+    tile = tile // col_tiles
+    row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tile // row_tiles
+    inside = (row < rows) & (col < dims[0])
+    LAST: tl.constexpr = len(dims)
+
+    if scale_strides is None:
+        s = tl.load(scale).to(tl.float32)
+    else:
+        at = offset_of(tile, dims, scale_strides, ROW_DIMS, LAST) + offset_of(row, dims, scale_strides, 1, ROW_DIMS)
+        s = tl.load(scale + (at + col * scale_strides[0]), mask=inside, other=1.0).to(tl.float32)
+    if zero is None:
+        z = tl.full([], 0, tl.int32)
+    elif zero_strides is None:
+        z = _integer(tl.load(zero), MASK, SIGN)
+    else:
+        at = offset_of(tile, dims, zero_strides, ROW_DIMS, LAST) + offset_of(row, dims, zero_strides, 1, ROW_DIMS)
+        z = _integer(tl.load(zero + (at + col * zero_strides[0]), mask=inside, other=0), MASK, SIGN)
+    at = offset_of(tile, dims, x_strides, ROW_DIMS, LAST) + offset_of(row, dims, x_strides, 1, ROW_DIMS)
+    value = tl.load(x + (at + col * x_strides[0]), mask=inside, other=0)
+    if LOW is None:
+        value = (_integer(value, MASK, SIGN) - z).to(tl.float32)
+    else:
+        value = saturated(tl.div_rn(value.to(tl.float32), s), z.to(tl.float32), LOW, HIGH)
+        if BACK:
+            value = value - z.to(tl.float32)
+    if TIMES:
+        value = value * s
+    if not BACK:
+        value = value.to(tl.int32)
+        if MASK is not None:
+            value = value & MASK
+    at = offset_of(tile, dims, out_strides, ROW_DIMS, LAST) + offset_of(row, dims, out_strides, 1, ROW_DIMS)
+    tl.store(out + (at + col * out_strides[0]), store_type(value, out), mask=inside)
+
+
+@triton.jit
+def range_kernel(x, ranges, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """ranges (2, PARTS): the least and the greatest of 0 and every PARTS-th block of x."""
+    part = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.float32)
+    high = tl.zeros([BLOCK], tl.float32)
+    step = tl.full([], PARTS * BLOCK, tl.int64)
+    at = part.to(tl.int64) * BLOCK
+    while at < n:
+        v = tl.load(x + at + lane, mask=at + lane < n, other=0.0)
+        low = tl.minimum(low, v)
+        high = tl.maximum(high, v)
+        at += step
+    tl.store(ranges + part, tl.min(low, axis=0))
+    tl.store(ranges + PARTS + part, tl.max(high, axis=0))
+
+
+@triton.jit
+def dynamic_kernel(
+    x, ranges, out, scale_out, zero_out, n, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """uint8 out = x over the range that holds it and 0: of `ranges`, or of the one block that there is."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + at, mask=at < n, other=0.0)
+    if ranges is None:
+        low = tl.minimum(tl.min(v, axis=0), 0.0)
+        high = tl.maximum(tl.max(v, axis=0), 0.0)
+    else:
+        lane = tl.arange(0, WIDTH)
+        low = tl.min(tl.load(ranges + lane, mask=lane < PARTS, other=0.0), axis=0)
+        high = tl.max(tl.load(ranges + PARTS + lane, mask=lane < PARTS, other=0.0), axis=0)
+    scale = tl.div_rn(high - low, 255.0)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    zero = saturated(tl.div_rn(-low, scale), 0.0, 0.0, 255.0)
+    q = saturated(tl.div_rn(v, scale), zero, 0.0, 255.0)
+    tl.store(out + at, q.to(tl.int32).to(tl.uint8), mask=at < n)
+    if tl.program_id(0) == 0:
+        tl.store(scale_out, scale)
+        tl.store(zero_out, zero.to(tl.int32).to(tl.uint8))
+
+
+def _stretches(x: Typed, *parameters: Typed | None) -> bool:
+    """Whether every parameter broadcasts to x's shape, of at most MAX_DIMS dimensions."""
+    shape = tuple(x.shape)
+    try:
+        same = np.broadcast_shapes(shape, *(tuple(p.shape) for p in parameters if p is not None)) == shape
+    except ValueError:
+        return False
+    return same and len(shape) <= MAX_DIMS
+
+
+def supports_quantise(x: Typed, scale: Typed, zero: Typed | None, out: Typed) -> bool:
+    """x of float32, float16, bfloat16 or int32 to a type of BITS, the zero point's; parameters broadcast to x."""
+    return (
+        name_of(x) in _WIDE
+        and name_of(scale) in FLOATS
+        and name_of(out) in BITS
+        and (zero is None or name_of(zero) == name_of(out))
+        and tuple(out.shape) == tuple(x.shape)
+        and _stretches(x, scale, zero)
+    )
+
+
+def supports_dequantise(q: Typed, scale: Typed, zero: Typed | None, out: Typed) -> bool:
+    """q of a type of BITS or int32, the zero point's, to float32, float16 or bfloat16."""
+    return (
+        name_of(q) in BITS.keys() | {"int32"}
+        and name_of(scale) in FLOATS
+        and name_of(out) in FLOATS
+        and (zero is None or name_of(zero) == name_of(q))
+        and tuple(out.shape) == tuple(q.shape)
+        and _stretches(q, scale, zero)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Like:
+    """A tensor that exists in no memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def _bytes_of(array: Array) -> Array:
+    """Integers of less than eight bits as the bytes that hold them."""
+    return array.view(np.uint8) if BITS.get(name_of(array), 8) < 8 else array
+
+
+def _strides(parameter: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (0,) * len(shape) if parameter is None else broadcast_strides(parameter, shape)
+
+
+def _walk(x: Array, scale: Array, zero: Array | None, out: Array, launcher: Launcher, **constexprs: Any) -> list[Call]:
+    shape = tuple(out.shape)
+    if 0 in shape:
+        return []
+    held = next((name_of(a) for a in (x, out) if name_of(a) in BITS), "int8")
+    packed = BITS[held] < 8
+    signs = 1 << (BITS[held] - 1) if held.startswith("i") else 0
+    x, out, zero = _bytes_of(x), _bytes_of(out), None if zero is None else _bytes_of(zero)
+    arrays = (x, scale, zero)
+    tiling = pick_tiling(shape, [*(_strides(a, shape) for a in arrays), element_strides(out)])
+    x_strides, *parameters, out_strides = tiling.strides
+    single = [None if a is None or a.size == 1 else fold(s) for a, s in zip(arrays[1:], parameters, strict=True)]
+    args = {
+        "x": x,
+        "scale": scale,
+        "zero": zero,
+        "out": out,
+        "dims": tiling.dims,
+        "x_strides": fold(x_strides),
+        "scale_strides": single[0],
+        "zero_strides": single[1],
+        "out_strides": fold(out_strides),
+        "rows": tiling.rows,
+    }
+    known = {
+        **constexprs,
+        "MASK": (1 << BITS[held]) - 1 if packed else None,
+        "SIGN": signs if packed else None,
+        "ROW_DIMS": tiling.row_dims,
+        "ROWS": tiling.tile[0],
+        "COLS": tiling.tile[1],
+        "WIDE": any(span(tiling.dims, s) > INT32_MAX - 1024 for s in tiling.strides),
+    }
+    return [launcher.launch(quantise_kernel, (tiling.programs,), args, known, num_warps=4, enable_fp_fusion=False)]
+
+
+def bounds(dtype: Any) -> tuple[float, float]:
+    """The smallest and the largest value of a type of BITS."""
+    info = ml_dtypes.iinfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def quantise(x: Array, scale: Array, zero: Array | None, out: Array, launcher: Launcher) -> list[Call]:
+    """out = x quantised; scale and zero point broadcast to x, any strides."""
+    if not supports_quantise(x, scale, zero, out):
+        raise ValueError(f"quantise: no kernel for {name_of(x)}{list(x.shape)} to {name_of(out)}{list(out.shape)}")
+    low, high = bounds(out.dtype)
+    return _walk(x, scale, zero, out, launcher, LOW=low, HIGH=high, BACK=False, TIMES=False)
+
+
+def dequantise(q: Array, scale: Array, zero: Array | None, out: Array, launcher: Launcher) -> list[Call]:
+    """out = (q - zero) scale; scale and zero point broadcast to q, any strides."""
+    if not supports_dequantise(q, scale, zero, out):
+        raise ValueError(f"dequantise: no kernel for {name_of(q)}{list(q.shape)} to {name_of(out)}{list(out.shape)}")
+    return _walk(q, scale, zero, out, launcher, LOW=None, HIGH=None, BACK=True, TIMES=True)
+
+
+def supports_centre(x: Typed, scale: Typed, zero: Typed, out: Typed) -> bool:
+    """float32 out of what is quantised to the zero point's type, which has eight or sixteen bits."""
+    q = _Like(tuple(x.shape), np.dtype(zero.dtype))
+    narrow = BITS.get(name_of(zero), 0) >= 8
+    return narrow and supports_quantise(x, scale, zero, q) and supports_dequantise(q, scale, zero, out)
+
+
+def centre(
+    x: Array, scale: Array, zero: Array, out: Array, launcher: Launcher, *, low: int, high: int, times: bool
+) -> list[Call]:
+    """out = x quantised between `low` and `high`, less the zero point; with `times` times the scale."""
+    if not supports_centre(x, scale, zero, out):
+        raise ValueError(f"centre: no kernel for {name_of(x)}{list(x.shape)} by {name_of(zero)}{list(zero.shape)}")
+    return _walk(x, scale, zero, out, launcher, LOW=float(low), HIGH=float(high), BACK=True, TIMES=times)
+
+
+# ---- over a range that is found on the way
+
+
+def supports_dynamic(x: Typed) -> bool:
+    """float32."""
+    return name_of(x) == "float32"
+
+
+def range_parts(size: int) -> int:
+    """How many partial ranges `dynamic_quantise` finds of so many elements; 0 where one program does it all."""
+    return 0 if size <= _BLOCK else min(_MOST_PARTS, ceil_div(size, _BLOCK))
+
+
+def dynamic_quantise(
+    x: Array, out: Array, scale: Array, zero: Array, ranges: Array | None, launcher: Launcher
+) -> list[Call]:
+    """uint8 out = x over the range that holds it and 0, with its float32 scale and uint8 zero point.
+
+    All contiguous; `ranges` is scratch of float32 (2, range_parts(x.size)), None for no parts. The parts are always
+    the same, so every run finds the same range.
+    """
+    if not supports_dynamic(x):
+        raise ValueError(f"dynamic_quantise: no kernel for {name_of(x)}")
+    parts = range_parts(x.size)
+    args = {"x": x, "ranges": ranges, "out": out, "scale_out": scale, "zero_out": zero, "n": x.size}
+    if not parts:
+        block = max(128, next_power_of_two(x.size))
+        known = {"PARTS": 0, "WIDTH": 1, "BLOCK": block}
+        return [_launch(launcher, dynamic_kernel, 1, args, known, warps=4 if block <= 2048 else 8)]
+    found = _launch(
+        launcher,
+        range_kernel,
+        parts,
+        {"x": x, "ranges": ranges, "n": x.size},
+        {"PARTS": parts, "BLOCK": _BLOCK // 2},
+        warps=8,
+    )
+    known = {"PARTS": parts, "WIDTH": next_power_of_two(parts), "BLOCK": _TILE}
+    return [found, _launch(launcher, dynamic_kernel, ceil_div(x.size, _TILE), args, known, warps=4)]
+
+
+def _launch(launcher: Launcher, kernel: Any, programs: int, args: Any, constexprs: Any, *, warps: int) -> Call:
+    return launcher.launch(kernel, (programs,), args, constexprs, num_warps=warps, enable_fp_fusion=False)
