@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import infera_gpu
-from infera_gpu.devices import open_device
 from infera_gpu.graph import HostArray, Node
 from infera_gpu.loader import load_graph
 from infera_gpu.op import Site
 from infera_gpu.ops import registry
-from infera_gpu.session import Session
+from infera_gpu.passes import optimize
 from infera_gpu.spec import spec_of
 from infera_kernels.cpu import quant
 from tests.buffers import GuardedBuffers
@@ -89,10 +88,40 @@ def test_scales_may_be_outputs() -> None:
         np.testing.assert_array_equal(got, want[name])
 
 
-def test_nothing_changes_where_no_kernel_on_the_cpu_runs() -> None:
+@pytest.mark.parametrize(
+    ("kinds", "made"),
+    [
+        (("cupy",), set()),
+        (("triton", "cupy"), {"DynamicQuantizeLinear", "com.microsoft.MatMulIntegerToFloat"}),
+    ],
+)
+def test_integers_stay_where_products_take_them(kinds: tuple[str, ...], made: set[str]) -> None:
     graph = load_graph(parse(DYNAMIC.format(outs="float[4, 2] y, float[4, 3] u", rest="")))
-    with Session(graph, open_device("recording")) as session:
-        assert not any(n.domain for n in session.graph.nodes)
+    found = {n.qualified for n in optimize(graph, registry(), kinds=kinds).nodes}
+    assert made <= found
+    assert not any(name.startswith("infera.") for name in found)
+    assert ("MatMulInteger" in found) == (not made)
+
+
+def test_a_value_that_a_product_of_integers_reads_stays_one() -> None:
+    graph = load_graph(parse(pairs("float[4, 2] y, float[4, 6] r", rest="r = Relu(a)")))
+    found = [n.op for n in optimize(graph, registry(), kinds=("triton",)).nodes]
+    assert sorted(found) == ["DequantizeLinear", "MatMulIntegerToFloat", "QuantizeLinear", "Relu"]
+
+
+def test_what_is_quantised_and_dequantised_alone_is_one_node() -> None:
+    graph = load_graph(
+        parse(
+            """
+            g (float[4, 6] x) => (float[4, 6] y) <float s = {0.03}, uint8 z = {120}> {
+                q = QuantizeLinear(x, s, z)
+                a = DequantizeLinear(q, s, z)
+                b = DequantizeLinear(q, s, z)
+                y = Mul(a, b)
+            }"""
+        )
+    )
+    assert [n.op for n in optimize(graph, registry(), kinds=("triton",)).nodes] == ["Centre", "Mul"]
 
 
 # ---- quantise-dequantise pairs

@@ -103,8 +103,8 @@ def centre(bounds: Callable[[Site], tuple[int, int]]) -> Kernels:
     def supports(site: Site) -> bool:
         from infera_kernels.triton.quantise import supports_centre
 
-        single = (TensorSpec((), site.spec(i).dtype) for i in (1, 2))
-        return site.value(2) is not None and supports_centre(site.spec(0), *single, site.outs[0])
+        scale, zero = (TensorSpec((), site.spec(i).dtype) for i in (1, 2))
+        return site.value(2) is not None and supports_centre(site.spec(0), scale, zero, site.outs[0])
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.quantise import centre
@@ -123,34 +123,34 @@ def centre(bounds: Callable[[Site], tuple[int, int]]) -> Kernels:
     return kernels(bind, supports, inplace=(0,), strided=True)
 
 
-def _range_bytes(site: Site) -> int:
-    from infera_kernels.triton.quantise import range_parts
+def range_bytes(site: Site) -> int:
+    from infera_kernels.triton.dynamic import range_parts
 
     return aligned(2 * range_parts(site.spec(0).size) * 4)
 
 
 def ranges(x: Array, io: Buffers) -> Array | None:
-    """Scratch of `_range_bytes` for the partial ranges of x, None where it takes none."""
-    from infera_kernels.triton.quantise import range_parts
+    """Scratch of `range_bytes` for the partial ranges of x, None where it takes none."""
+    from infera_kernels.triton.dynamic import range_parts
 
     parts = range_parts(x.size)
     return io.scratch((2, parts), np.float32) if parts else None
 
 
 def _supports_dynamic(site: Site) -> bool:
-    from infera_kernels.triton.quantise import supports_dynamic
+    from infera_kernels.triton.dynamic import supports_dynamic
 
     return supports_dynamic(site.spec(0))
 
 
 def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
-    from infera_kernels.triton.quantise import dynamic_quantise
+    from infera_kernels.triton.dynamic import dynamic_quantise
 
     x, (q, scale, zero) = io.ins[0], io.outs
     return dynamic_quantise(x, q, scale, zero, ranges(x, io), io.launcher)
 
 
-DYNAMIC = kernels(_bind_dynamic, _supports_dynamic, inplace=(), strided=False, workspace=_range_bytes)
+DYNAMIC = kernels(_bind_dynamic, _supports_dynamic, inplace=(), strided=False, workspace=range_bytes)
 """DynamicQuantizeLinear of float32."""
 
 OPS: tuple[Op, ...] = ()

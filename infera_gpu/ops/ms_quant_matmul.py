@@ -10,6 +10,8 @@ import numpy as np
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._ms import F32, ms_op
+from infera_gpu.ops._triton_quant_matmul import Form, dynamic_product, scaled
+from infera_gpu.ops._triton_quant_matmul import product as triton_product
 from infera_gpu.ops.matmul import check_term, product_dims, swapped
 from infera_gpu.ops.quant_matmul import (
     COMPILED,
@@ -222,11 +224,12 @@ OPS: tuple[Op, ...] = (
                 high=50,
             ),
             Case("batch", (_u8(2, 5, 4), _WEIGHT, _scale(0.1), _scale(0.2), _zero(7)), **_BYTES),
-            Case("past_block", (_u8(130, 40), _s8(40, 530), _scale(0.1), _scale(0.2)), **_BYTES),
+            Case("past_block", (_u8(66, 40), _s8(40, 530), _scale(0.1), _scale(0.2)), **_BYTES),
         ),
         kernels={
             "cpu": Kernel(_bind_to_float, _supported, strided=True),
             "jit": Kernel(_bind_compiled, _compiled_to_float, strided=True),
+            **triton_product(Form((0, 4, 1, 5), scaled(2, 3), 6)),
         },
         needs=(0, 1, 2, 3),
     ),
@@ -238,7 +241,7 @@ OPS: tuple[Op, ...] = (
             Case("tensor", (f32(2, 4), _s8(4, 3), _scale(0.1), _zero(3, dtype=np.int8)), low=-3),
             Case("columns", (f32(2, 4), _u8(4, 3), _COLUMNS, None, f32(3)), low=0, high=3),
             Case("batch", (f32(2, 5, 4), _WEIGHT, _COLUMNS, None, f32(3))),
-            Case("past_block", (f32(130, 40), _s8(40, 530), _scale(0.1)), low=-100, high=100),
+            Case("past_block", (f32(66, 40), _s8(40, 530), _scale(0.1)), low=-100, high=100),
         ),
         kernels={
             "cpu": Kernel(_bind_dynamic, _supported),
@@ -246,6 +249,7 @@ OPS: tuple[Op, ...] = (
                 lambda site, io: _jit_quant.dynamic_product(site, io, (1, 3), 2, 4),
                 lambda site: site.spec(0).ndim > 1 and _jit_quant.packs(site, 1, 3, 2, 4),
             ),
+            **dynamic_product(1, 3, 2, 4),
         },
         needs=(0, 1, 2),
     ),
@@ -293,6 +297,7 @@ OPS: tuple[Op, ...] = (
         kernels={
             "cpu": Kernel(partial(_bind_gemm, arithmetic=NUMPY), lambda site: site.spec(0).size > 0, strided=True),
             "jit": Kernel(partial(_bind_gemm, arithmetic=COMPILED), _gemm_compiled, strided=True),
+            **triton_product(Form((0, 2, _B, 5), scaled(1, 4, _Y_SCALE, _Y_ZERO), _C)),
         },
         alpha=1.0,
         transA=0,

@@ -12,6 +12,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
 from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import INT32, plain
+from infera_gpu.ops._triton_quant_matmul import Form, scaled
+from infera_gpu.ops._triton_quant_matmul import product as triton_product
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import quant as cpu
@@ -142,6 +144,7 @@ _MATMUL_INTEGER = Op(
             supports=lambda site: _jit_quant.takes(site, 0, 2) and _jit_quant.packs(site, 1, 3),
             strided=True,
         ),
+        **triton_product(Form((0, 2, 1, 3))),
     },
     cases=(
         Case("no_zeros", (_u8(3, 8), _u8(8, 5)), **_LIMITS),
@@ -150,7 +153,7 @@ _MATMUL_INTEGER = Op(
         Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
         Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
         Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
-        Case("past_block", (_u8(130, 40), _s8(40, 530)), **_LIMITS),
+        Case("past_block", (_u8(66, 40), _s8(40, 530)), **_LIMITS),
         Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
     ),
 )
@@ -231,6 +234,7 @@ _QLINEAR_MATMUL = Op(
     kernels={
         "cpu": Kernel(partial(_bind_linear, arithmetic=NUMPY), _linear_supported, strided=True),
         "jit": Kernel(partial(_bind_linear, arithmetic=COMPILED), _linear_compiled, strided=True),
+        **triton_product(Form((0, 2, 3, 5), scaled(1, 4, 6, 7))),
     },
     cases=(
         Case(

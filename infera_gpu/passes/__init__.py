@@ -51,7 +51,7 @@ HALVES: Mapping[str, DType] = MappingProxyType({"fp16": FLOAT16, "bf16": BFLOAT1
 """The precisions whose values take two bytes."""
 
 QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
-"""Applied first of all, where kernels of kind "cpu" run."""
+"""Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS: tuple[Fusion, ...] = (
     *pairs.FUSIONS,
@@ -109,8 +109,8 @@ class _Passes:
         graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
         if precision == "int8":
             graph = self.changed("int8", graph, quantised(graph))
-        if "cpu" in self.kinds:
-            graph = drop_dead(centre.centred(self.fused(graph, QUANTIZED)))
+        if not quant.INTEGERS.isdisjoint(self.kinds):
+            graph = drop_dead(centre.centred(self.fused(graph, QUANTIZED), integers="cpu" not in self.kinds))
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
             ("remove_identities", lambda g: drop_outputs(remove_identities(g))),

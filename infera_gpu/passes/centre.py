@@ -56,7 +56,7 @@ def _same(graph: Graph, a: Node, b: Node, at: tuple[int, int]) -> bool:
     )
 
 
-def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
+def _static_centred(graph: Graph, n: Node, readers: Sequence[Node], integers: bool) -> Iterator[tuple[Node, Node]]:
     parameters = parameters_of(graph, n)
     if parameters is None or not readers:
         return
@@ -70,9 +70,10 @@ def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[
             products.append(r)
         else:
             return
-    if not products and len(floats) == 1:
-        (r,) = floats
-        yield r, Node("Centre", n.inputs, r.outputs, {"dequantize": 1}, domain="infera", name=r.name)
+    if not products and (integers or len(floats) == 1):
+        for r in floats:
+            yield r, Node("Centre", n.inputs, r.outputs, {"dequantize": 1}, domain="infera", name=r.name)
+    if integers or len(floats) == 1 > len(products):
         return
     centred = made_name(q, "centred")
     yield n, Node("Centre", n.inputs, (centred,), domain="infera", name=n.name)
@@ -85,10 +86,11 @@ def _static_centred(graph: Graph, n: Node, readers: Sequence[Node]) -> Iterator[
             yield r, Node("Mul", (centred, n.inputs[1]), r.outputs, name=r.name)
 
 
-def centred(graph: Graph) -> Graph:
+def centred(graph: Graph, *, integers: bool = False) -> Graph:
     """Values that are quantised only to be multiplied or dequantised never become 8-bit integers.
 
-    Rows of tables that were quantised before are gathered first.
+    Rows of tables that were quantised before are gathered first. `integers` says that products take 8-bit integers:
+    then only values that are dequantised and nothing else are changed.
     """
     graph = gathered(graph)
     readers = graph.readers()
@@ -96,10 +98,15 @@ def centred(graph: Graph) -> Graph:
     for n in graph.nodes:
         dynamic = n.qualified == "DynamicQuantizeLinear"
         inner = [o for o in n.outputs if o and not (dynamic and o == n.outputs[1])]
-        if n.opset or not (dynamic or n.qualified in _QUANTIZE) or any(o in graph.outputs for o in inner):
+        if (
+            n.opset
+            or not (dynamic or n.qualified in _QUANTIZE)
+            or (dynamic and integers)
+            or any(o in graph.outputs for o in inner)
+        ):
             continue
         found = list({id(r): r for o in inner for r in readers.get(o, ())}.values())
-        steps = _dynamic_centred(graph, n, found) if dynamic else _static_centred(graph, n, found)
+        steps = _dynamic_centred(graph, n, found) if dynamic else _static_centred(graph, n, found, integers)
         made.update({id(old): new for old, new in steps})
     return replace(graph, nodes=tuple(made.get(id(n), n) for n in graph.nodes)) if made else graph
 

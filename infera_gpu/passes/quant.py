@@ -1,8 +1,7 @@
 """Quantise-dequantise pairs become products of integers, before constant folding makes floats of the weights.
 
 The fusions make one product, com.microsoft.MatMulIntegerToFloat, of each of the ways in which exporters write it.
-`passes/centre.py` then lets activations stay in float32 between quantisation and product. Only the CPU has kernels for
-what comes out.
+`passes/centre.py` then lets activations stay in float32 between quantisation and product on the CPU.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, infera, node
 
 DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
 FLOAT = 1
 """ONNX's number of float32."""
+INTEGERS = CPU | {"triton"}
+"""The kinds of kernels that multiply integers."""
 
 
 def is_byte(array: HostArray) -> bool:
@@ -151,6 +152,7 @@ DYNAMIC = Fusion(
             y = Mul(m, f)
         }""",
     ),
+    kinds=INTEGERS,
 )
 
 
@@ -230,6 +232,7 @@ QDQ = Fusion(
         _qdq("weights_on_the_left", outs="float[3, 3] y", order="b, a"),
     ),
     reassociates=True,
+    kinds=INTEGERS,
 )
 
 
@@ -283,6 +286,7 @@ NARROW = Fusion(
         }""",
     ),
     reassociates=True,
+    kinds=CPU,
 )
 
 FUSIONS = (DYNAMIC, QDQ, NARROW)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from infera_kernels.launch import CompileLauncher
+from infera_kernels.launch import CompileLauncher, Inspection
 from tests.kernels.support import FakeArray
 from tests.kernels.test_compile import ARCHS, compiled
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import quantise
+from infera_kernels.triton import dynamic, integer_matmul, integer_weight, quantise, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -41,11 +41,37 @@ def test_dequantise_by_columns(launcher: CompileLauncher) -> None:
 @pytest.mark.parametrize("size", [700, 8192, 10**6])
 def test_dynamic_quantise(size: int, launcher: CompileLauncher) -> None:
     x, out = FakeArray((size,), "float32"), FakeArray((size,), "uint8")
-    parts = quantise.range_parts(size)
+    parts = dynamic.range_parts(size)
     ranges = FakeArray((2, parts), "float32") if parts else None
     scale, zero = FakeArray((), "float32"), FakeArray((), "uint8")
-    quantise.dynamic_quantise(x, out, scale, zero, ranges, launcher)
+    dynamic.dynamic_quantise(x, out, scale, zero, ranges, launcher)
     assert len(launcher.compiled) == (2 if parts else 1)
     for result in launcher.compiled:
         assert result.spilled_bytes == 0
         assert result.count("LDG.E.128") > 0 or size == 700
+
+
+def integer_product(launcher: CompileLauncher, tile: tiles.Tile, left: str) -> Inspection:
+    """What is multiplied by packed weights of 1024 x 1024, scaled and quantised again."""
+    packed = integer_weight.Weight(FakeArray((1024, 1024), "int8"), FakeArray((1024,), "int32"), unsigned=False)
+    single, point = FakeArray((), "float32"), FakeArray((), "uint8")
+    scaling = integer_matmul.Scaling(single, FakeArray((1024,), "float32"), single, point)
+    a, out = FakeArray((1024, 1024), left), FakeArray((1024, 1024), "uint8")
+    integer_matmul.integer_matmul(
+        *(a, packed, out, launcher), a_zero=FakeArray((), left), scaling=scaling, tile=tile, signed_zeros=True
+    )
+    return compiled(launcher)
+
+
+_FEW, _SOME, _MANY = (tiles.TILES["int8"][i] for i in (0, 3, -1))
+PRODUCTS = [(_FEW, "uint8"), (_SOME, "int8"), (_MANY, "uint8")]
+
+
+@pytest.mark.parametrize(("tile", "left"), PRODUCTS, ids=[f"{t.m}x{t.n}x{t.k}-{left}" for t, left in PRODUCTS])
+def test_integers_are_multiplied_on_tensor_cores(tile: tiles.Tile, left: str, launcher: CompileLauncher) -> None:
+    result = integer_product(launcher, tile, left)
+    assert result.count("LDGSTS") > 0, "loads are not pipelined"
+    assert (result.count("STG.E.128") > 0) == (tile.m >= 64)
+    wgmma = launcher.target.arch == 90 and tile.m >= 64
+    assert (result.count("IGMMA") > 0) == wgmma
+    assert (result.count("IMMA") > 0) == (not wgmma)

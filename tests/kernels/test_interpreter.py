@@ -23,6 +23,7 @@ SUITES = {
     "moves": 44,
     "normalize": 75,
     "operators": 900,
+    "quant": 34,
     "reduce": 210,
     "rotary": 40,
     "rows": 95,

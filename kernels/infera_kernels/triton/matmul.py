@@ -26,8 +26,27 @@ from infera_kernels.triton.layout import (
 )
 from infera_kernels.triton.tiles import HALF, IEEE, TF32, TF32X3, Tile, pick_tile
 
-_GROUP = 8
+GROUP = 8
 """Tile rows whose blocks run side by side, so that they share columns of b in the L2 cache."""
+
+
+@triton.jit
+def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(matrix, its rows, its columns) of this program: BM x BN tiles of matrices M x N, GROUP rows of tiles at a time.
+
+    Rows and columns may lie past the end.
+    """
+    tiles_m = (M + BM - 1) // BM
+    tiles_n = (N + BN - 1) // BN
+    tile = tl.program_id(0)
+    matrix = (tile // (tiles_m * tiles_n)).to(tl.int64)
+    tile = tile % (tiles_m * tiles_n)
+    first_m = tile // (GROUP * tiles_n) * GROUP
+    group_m = tl.minimum(tiles_m - first_m, GROUP)
+    tile = tile % (GROUP * tiles_n)
+    m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
+    n = (tile // group_m) * BN + tl.arange(0, BN)
+    return matrix, m, n
 
 
 @triton.jit
@@ -66,16 +85,7 @@ def matmul_kernel(
     WHOLE_K: tl.constexpr,
 ):
     """out = ACT(alpha * a @ b + bias + beta * residual), one BM x BN tile a program."""
-    tiles_m = tl.cdiv(M, BM)
-    tiles_n = tl.cdiv(N, BN)
-    tile = tl.program_id(0)
-    matrix = (tile // (tiles_m * tiles_n)).to(tl.int64)
-    tile = tile % (tiles_m * tiles_n)
-    first_m = tile // (GROUP * tiles_n) * GROUP
-    group_m = tl.minimum(tiles_m - first_m, GROUP)
-    tile = tile % (GROUP * tiles_n)
-    m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
-    n = (tile // group_m) * BN + tl.arange(0, BN)
+    matrix, m, n = tile_of(M, N, BM, BN, GROUP)
     k = tl.arange(0, BK).to(tl.int64)
     DIMS: tl.constexpr = len(batch)
 
@@ -230,7 +240,7 @@ def matmul(
     constexprs = {
         "ACT": entry.fn if entry else None,
         "PRECISION": precision,
-        "GROUP": _GROUP,
+        "GROUP": GROUP,
         "BM": tile.m,
         "BN": tile.n,
         "BK": tile.k,

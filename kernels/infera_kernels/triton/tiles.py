@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from infera_kernels.launch import Target
 from infera_kernels.triton.layout import ceil_div
 
-HALF, TF32, TF32X3, IEEE = "half", "tf32", "tf32x3", "ieee"
+HALF, TF32, TF32X3, IEEE, INT8 = "half", "tf32", "tf32x3", "ieee", "int8"
 """How products are computed: half inputs on tensor cores; float32 on tensor cores, rounded to tf32 or split in three
-such products; float32 as it is, without tensor cores."""
+such products; float32 as it is, without tensor cores; integers of 8 bits on tensor cores, exactly."""
 
-_ITEMSIZE = {HALF: 2, TF32: 4, TF32X3: 4, IEEE: 4}
+_ITEMSIZE = {HALF: 2, TF32: 4, TF32X3: 4, IEEE: 4, INT8: 1}
 
-_PRODUCTS_PER_CYCLE = {HALF: 1024, TF32: 512, TF32X3: 512 / 3, IEEE: 64}
+_PRODUCTS_PER_CYCLE = {HALF: 1024, TF32: 512, TF32X3: 512 / 3, IEEE: 64, INT8: 2048}
 """Multiply-adds a cycle and multiprocessor (A100 whitepaper, table 1); other architectures keep the proportions."""
 
 _LOADED_PER_CYCLE = 64
@@ -64,6 +64,14 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 32, 32, 4, 3),
         Tile(32, 32, 32, 4, 3),
         Tile(64, 64, 16, 4, 3),
+    ),
+    INT8: (
+        Tile(16, 32, 128, 4, 4),
+        Tile(16, 64, 128, 4, 4),
+        Tile(32, 64, 64, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+        Tile(128, 64, 128, 4, 4),
+        Tile(128, 128, 128, 8, 4),
     ),
 }
 
