@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import kernels
 from infera_gpu.spec import Array, TensorSpec
@@ -28,6 +31,19 @@ def _terms(site: Site) -> tuple[TensorSpec | None, TensorSpec | None]:
     """What is added before the activation (input 2) and after it (input 3)."""
     before, after = (site.spec(i) if site.has(i) else None for i in (2, 3))
     return before, after
+
+
+def _parts(site: Site) -> int:
+    """Into how many parts the sums are cut."""
+    from infera_kernels.triton.matmul import parts_of
+
+    a, b, out = (TensorSpec(shape, site.outs[0].dtype) for shape in _matrices(site))
+    return parts_of(a, b, out)
+
+
+def _partial_bytes(site: Site) -> int:
+    parts = _parts(site)
+    return aligned(parts * site.outs[0].size * 4) if parts > 1 else 0
 
 
 def _supports_product(site: Site) -> bool:
@@ -59,6 +75,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     if residual is None and activation is None:
         residual, after = after, None
     left, right, made = (x.reshape(shape) for x, shape in zip((a, b, out), shapes, strict=True))
+    parts = _parts(site)
     calls = matmul(
         left,
         right,
@@ -70,6 +87,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         beta=beta,
         activation=activation,
         precision=TF32 if io.tf32 else IEEE,
+        partial=io.scratch((parts, out.size), np.float32) if parts > 1 else None,
     )
     return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
 
@@ -80,7 +98,7 @@ def _is_row(term: Array, columns: int) -> bool:
     return bool(term.size == columns and term.shape[-1:] == (columns,) and term.strides[-1] == itemsize)
 
 
-PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True)
+PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True, workspace=_partial_bytes)
 """MatMul, Gemm and FusedMatMul: act(alpha A' @ B' + beta input 2) + input 3, each part where there is such an input."""
 
 OPS: tuple[Op, ...] = ()

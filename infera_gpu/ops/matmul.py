@@ -106,6 +106,7 @@ _MATMUL = Op(
         Case("two_rows", (f32(2, 1, 40), f32(40, 33))),
         Case("few_rows", (f32(3, 11, 40), f32(40, 128))),
         Case("few_rows_deep", (f32(61, 300), f32(300, 192))),
+        Case("one_deep_row", (f32(1, 1100), f32(1100, 21))),
         Case("batch", (f32(2, 3, 5, 4), f32(2, 3, 4, 6))),
         Case("broadcast", (f32(2, 1, 5, 4), f32(3, 4, 6))),
         Case("vector", (f32(4), _W)),
@@ -242,6 +243,7 @@ _FUSED = Op(
         Case("left", (f32(2, 4, 5), f32(4, 6)), {"transA": 1}),
         Case("past_block", (f32(2, 33, 5), f32(5, 1101), f32(1101), f32(33, 1101)), {"activation": "gelu"}),
         Case("vector", (f32(4), _W, f32(3)), {"activation": "relu"}),
+        Case("deep", (f32(3, 1, 1100), f32(1100, 21), f32(21), f32(3, 1, 21)), {"activation": "silu"}),
         Case("empty", (f32(0, 4), _W, f32(3)), {"activation": "relu"}),
     ),
 )

@@ -15,7 +15,7 @@ from tests.kernels.support import FLOATS, Guarded, assert_close, execute, random
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
-from infera_kernels.triton import matmul, tiles
+from infera_kernels.triton import matmul, skinny, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -31,9 +31,9 @@ def _largest_tile(kind: str) -> tiles.Tile:
 def test_matmul(m: int, n: int, k: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
     a, b, out = random((m, k), dtype), random((k, n), dtype, seed=1), Guarded((m, n), dtype)
     execute(matmul.matmul(a, b, out.array, interpreter))
-    launch = only(interpreter, matmul.matmul_kernel)
+    launch = only(interpreter, matmul.matmul_kernel if m > 1 else skinny.matvec_kernel)
     tile = tiles.pick_tile(m, n, 1, "ieee" if dtype == F32 else "half", interpreter.target)
-    assert (launch.constexprs["BM"], launch.constexprs["BN"]) == (tile.m, tile.n)
+    assert launch.constexprs["BN"] == (tile.n if m > 1 else skinny.pick_strip(n, k, 1, along_k=False).n)
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
 
 
@@ -113,6 +113,67 @@ def test_matmul_epilogue(activation: str | None, dtype: Any, interpreter: Interp
     wide = [v.astype(np.float64) for v in (a, b, bias, residual)]
     want = 0.5 * (wide[0] @ wide[1]) + wide[2] - 2 * wide[3]
     assert_close(out, want if activation is None else UNARY[activation][0](want), error=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+def test_one_row(dtype: Any, turned: bool, interpreter: InterpreterLauncher) -> None:
+    """One row times many matrices, each with a row of its own."""
+    a, bias, residual = random((3, 1, 77), dtype), random((37,), dtype, seed=2), random((3, 1, 37), dtype, seed=3)
+    b = random((3, 37, 77), dtype, seed=1).swapaxes(1, 2) if turned else random((3, 77, 37), dtype, seed=1)
+    out = Guarded((3, 1, 37), dtype, step=2)
+    options = {"bias": bias, "residual": residual, "alpha": 0.5, "beta": -2.0, "activation": "relu"}
+    execute(matmul.matmul(a, b, out.array, interpreter, **options))
+    launch = only(interpreter, skinny.matvec_kernel)
+    assert launch.args["b_k" if turned else "b_n"] == Const(1)
+    wide = [v.astype(np.float64) for v in (a, b, bias, residual)]
+    assert_close(out, np.maximum(0.5 * (wide[0] @ wide[1]) + wide[2] - 2 * wide[3], 0), error=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize(
+    ("a", "b", "parts", "kernel"),
+    [
+        ((1, 1100), (1100, 21), 3, "matvec_kernel"),
+        ((5, 1029), (1029, 7), 3, "matmul_kernel"),
+        ((2, 3, 1024), (1, 1024, 35), 4, "matmul_kernel"),
+        ((2, 1, 2, 1500), (3, 1500, 5), 4, "matmul_kernel"),
+    ],
+)
+def test_deep_sums_are_cut_into_parts(
+    a: tuple[int, ...], b: tuple[int, ...], parts: int, kernel: str, dtype: Any, interpreter: InterpreterLauncher
+) -> None:
+    x, y, bias = random(a, dtype, low=-1, high=1), random(b, dtype, low=-1, high=1, seed=1), random(b[-1:], dtype)
+    want = x.astype(np.float64) @ y.astype(np.float64) * 0.5 + bias.astype(np.float64)
+    out = Guarded(want.shape, dtype)
+    assert matmul.parts_of(x, y, out.array) == parts
+    partial = Guarded((parts, want.size), F32)
+    calls = matmul.matmul(x, y, out.array, interpreter, bias=bias, alpha=0.5, activation="abs", partial=partial.array)
+    execute(calls)
+    partial.check_guards()
+    assert [launch.kernel for launch in interpreter.launches] == [kernel, "parts_kernel"]
+    assert interpreter.launches[0].grid[1] == parts
+    assert_close(out, np.abs(want), error=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "batch", "parts"),
+    [
+        (1, 768, 3072, 1, 8),
+        (1, 768, 768, 1, 1),
+        (16, 4096, 4096, 1, 3),
+        (16, 8192, 4096, 1, 1),
+        (4096, 4096, 4096, 1, 1),
+        (1, 1, 10**6, 1, 16),
+        (1, 64, 1025, 1, 3),
+        (1, 64, 4096, 96, 1),
+    ],
+)
+def test_how_many_parts_fill_a_device(m: int, n: int, k: int, batch: int, parts: int) -> None:
+    assert skinny.part_count(m, n, k, batch) == parts
+    depth = skinny.part_depth(k, parts)
+    assert depth % 128 == 0
+    assert (parts - 1) * depth < k <= parts * depth
 
 
 def test_small_shared_memory_takes_another_tile() -> None:

@@ -161,6 +161,25 @@ def test_matmul(dtype: str, precision: str, tile: tiles.Tile, launcher: CompileL
         assert (result.count(instruction) > 0) == (expected and kind != "ieee"), instruction
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_one_row_reads_a_matrix_in_whole_words(dtype: str, turned: bool, launcher: CompileLauncher) -> None:
+    a, b, out = FakeArray((1, 1024), dtype), square(dtype, transposed=turned), FakeArray((1, 1024), dtype)
+    matmul.matmul(a, b, out, launcher, bias=FakeArray((1024,), dtype), activation="gelu")
+    result = compiled(launcher)
+    assert result.count("LDG.E.128") >= (4 if dtype == "float16" else 8)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_parts_of_sums(rows: int, launcher: CompileLauncher) -> None:
+    a, b, out = FakeArray((rows, 4096), "float16"), FakeArray((4096, 512), "float16"), FakeArray((rows, 512), "float16")
+    partial = FakeArray((matmul.parts_of(a, b, out), rows * 512), "float32")
+    matmul.matmul(a, b, out, launcher, residual=out, activation="silu", partial=partial)
+    assert [launch.kernel for launch in launcher.launches][1:] == ["parts_kernel"]
+    assert not sum(result.spilled_bytes for result in launcher.compiled)
+    assert launcher.compiled[0].count("LDG.E.128" if rows == 1 else "LDGSTS") > 0
+
+
 def test_matmul_of_a_transposed_matrix(launcher: CompileLauncher) -> None:
     result = multiply(launcher, "float16", turned=True)
     assert result.count("LDGSTS") > 0

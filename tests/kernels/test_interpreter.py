@@ -19,7 +19,7 @@ SUITES = {
     "copies": 110,
     "elementwise": 340,
     "gpu_check": 6,
-    "matmul": 45,
+    "matmul": 75,
     "moves": 44,
     "normalize": 75,
     "operators": 900,

@@ -32,7 +32,7 @@ from infera_kernels.triton.layout import (
     fold_one,
     name_of,
 )
-from infera_kernels.triton.matmul import GROUP, tile_of
+from infera_kernels.triton.products import GROUP, tile_of
 from infera_kernels.triton.quantise import bounds, saturated
 from infera_kernels.triton.tiles import INT8, Tile, pick_tile
 

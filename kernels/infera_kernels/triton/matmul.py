@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Launcher, Typed, target_of
+from infera_kernels.launch import Const, Launcher, Typed, target_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.indexing import INTERPRETED, offset_of, store_type
 from infera_kernels.triton.layout import (
@@ -23,30 +23,11 @@ from infera_kernels.triton.layout import (
     element_strides,
     fold,
     name_of,
+    next_power_of_two,
 )
+from infera_kernels.triton.products import GROUP, finished, tile_of
+from infera_kernels.triton.skinny import Strip, matvec_kernel, part_count, part_depth, parts_kernel, pick_strip
 from infera_kernels.triton.tiles import HALF, IEEE, TF32, TF32X3, Tile, pick_tile
-
-GROUP = 8
-"""Tile rows whose blocks run side by side, so that they share columns of b in the L2 cache."""
-
-
-@triton.jit
-def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(matrix, its rows, its columns) of this program: BM x BN tiles of matrices M x N, GROUP rows of tiles at a time.
-
-    Rows and columns may lie past the end.
-    """
-    tiles_m = (M + BM - 1) // BM
-    tiles_n = (N + BN - 1) // BN
-    tile = tl.program_id(0)
-    matrix = (tile // (tiles_m * tiles_n)).to(tl.int64)
-    tile = tile % (tiles_m * tiles_n)
-    first_m = tile // (GROUP * tiles_n) * GROUP
-    group_m = tl.minimum(tiles_m - first_m, GROUP)
-    tile = tile % (GROUP * tiles_n)
-    m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
-    n = (tile // group_m) * BN + tl.arange(0, BN)
-    return matrix, m, n
 
 
 @triton.jit
@@ -59,6 +40,7 @@ def matmul_kernel(
     M,
     N,
     K,
+    depth,
     batch,
     a_batch,
     b_batch,
@@ -72,6 +54,7 @@ def matmul_kernel(
     out_n,
     residual_m,
     residual_n,
+    out_split,
     alpha,
     beta,
     act_alpha,
@@ -84,18 +67,28 @@ def matmul_kernel(
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
 ):
-    """out = ACT(alpha * a @ b + bias + beta * residual), one BM x BN tile a program."""
+    """out = ACT(alpha * a @ b + bias + beta * residual), one BM x BN tile a program; with `depth` the sums of part
+    program_id(1)."""
     matrix, m, n = tile_of(M, N, BM, BN, GROUP)
     k = tl.arange(0, BK).to(tl.int64)
-    DIMS: tl.constexpr = len(batch)
+    if batch is not None:
+        a += offset_of(matrix, batch, a_batch, 0, len(batch))
+        b += offset_of(matrix, batch, b_batch, 0, len(batch))
+        out += offset_of(matrix, batch, out_batch, 0, len(batch))
+        if residual is not None:
+            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
+    if depth is not None:
+        part = tl.program_id(1).to(tl.int64)
+        a += part * depth * a_k
+        b += part * depth * b_k
+        out += part * out_split
+        K = tl.minimum(K - tl.program_id(1) * depth, depth)
 
     # Rows and columns past the end wrap around: loads need no mask, and what they give is never stored.
-    a += offset_of(matrix, batch, a_batch, 0, DIMS)
-    b += offset_of(matrix, batch, b_batch, 0, DIMS)
     a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k[None, :] * a_k
     b_at = b + k[:, None] * b_k + (n % N).to(tl.int64)[None, :] * b_n
     step = tl.full([], BK, tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.full((BM, BN), 0.0, tl.float32)
     for start in range(0, K, BK):
         if WHOLE_K:
             x = tl.load(a_at)
@@ -110,23 +103,10 @@ def matmul_kernel(
         a_at += step * a_k
         b_at += step * b_k
 
-    if alpha is not None:
-        acc = acc * alpha
-    if bias is not None:
-        acc = acc + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
-    wide_m = m.to(tl.int64)[:, None]
-    wide_n = n.to(tl.int64)[None, :]
-    if residual is not None:
-        residual += offset_of(matrix, batch, residual_batch, 0, DIMS)
-        r = tl.load(residual + wide_m * residual_m + wide_n * residual_n, mask=inside, other=0.0).to(tl.float32)
-        if beta is not None:
-            r = r * beta
-        acc = acc + r
-    if ACT is not None:
-        acc = ACT(acc, act_alpha, act_beta)
-    out += offset_of(matrix, batch, out_batch, 0, DIMS)
-    tl.store(out + wide_m * out_m + wide_n * out_n, store_type(acc, out), mask=inside)
+    acc = finished(acc, bias, residual, m, n, inside, residual_m, residual_n, alpha, beta, act_alpha, act_beta, ACT)
+    at = out + m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
+    tl.store(at, store_type(acc, out), mask=inside)
 
 
 def supports_matmul(
@@ -179,12 +159,14 @@ def matmul(
     act_beta: float | None = None,
     precision: str = IEEE,
     tile: Tile | None = None,
+    partial: Any = None,
 ) -> list[Call]:
     """out = activation(alpha * a @ b + bias + beta * residual), summed in float32.
 
     Strides are arbitrary; `bias` must be contiguous; residual may stretch. `precision` is for float32 inputs: "ieee"
     (exact products), "tf32" (about 3 digits, tensor cores) or "tf32x3" (nearly exact, tensor cores). `tile` overrides
-    `pick_tile`. K of 0 gives the epilogue of zeros.
+    `pick_tile`. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape (parts_of(a, b, out),
+    out.size), cuts the sums into so many parts.
     """
     if not supports_matmul(a, b, out, bias, residual, activation):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (a, b, out, bias, residual) if x is not None)
@@ -214,31 +196,75 @@ def matmul(
             )
     batch, walked = coalesce(leading, [s[:-2] for s in (a_strides, b_strides, out_strides, residual_strides)])
 
-    kind = precision if name_of(a) == "float32" else HALF
-    tile = tile or pick_tile(m, n, math.prod(leading), kind, target_of(launcher))
     entry = UNARY[activation] if activation else None
-    args = {
+    products = math.prod(leading)
+    turned = {
+        "M": m,
+        "N": n,
+        "batch": batch if products > 1 else None,
+        **dict(zip(("a_batch", "b_batch", "out_batch", "residual_batch"), map(fold, walked), strict=True)),
+        **dict(zip(("out_m", "out_n"), fold(out_strides[-2:]), strict=True)),
+        **dict(zip(("residual_m", "residual_n"), fold(residual_strides[-2:]), strict=True)),
+    }
+    sums = {
         "a": a,
         "b": b,
+        "K": k,
+        "depth": None,
+        "out_split": None,
+        **dict(zip(("a_m", "a_k"), fold(a_strides[-2:]), strict=True)),
+        **dict(zip(("b_k", "b_n"), fold(b_strides[-2:]), strict=True)),
+    }
+    epilogue = {
         "out": out,
         "bias": bias,
         "residual": residual,
-        "M": m,
-        "N": n,
-        "K": k,
-        "batch": batch,
-        **dict(zip(("a_batch", "b_batch", "out_batch", "residual_batch"), map(fold, walked), strict=True)),
-        **dict(zip(("a_m", "a_k"), fold(a_strides[-2:]), strict=True)),
-        **dict(zip(("b_k", "b_n"), fold(b_strides[-2:]), strict=True)),
-        **dict(zip(("out_m", "out_n"), fold(out_strides[-2:]), strict=True)),
-        **dict(zip(("residual_m", "residual_n"), fold(residual_strides[-2:]), strict=True)),
         "alpha": None if alpha == 1.0 else float(alpha),
         "beta": None if beta == 1.0 else float(beta),
         "act_alpha": entry and (entry.alpha if act_alpha is None else float(act_alpha)),
         "act_beta": entry and (entry.beta if act_beta is None else float(act_beta)),
     }
-    constexprs = {
-        "ACT": entry.fn if entry else None,
+    act = entry.fn if entry else None
+    if partial is None:
+        return [_sums({**turned, **sums, **epilogue}, 1, act, launcher, precision, tile)]
+    parts, size = partial.shape[0], products * m * n
+    steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))
+    first = {
+        **turned,
+        **sums,
+        **dict.fromkeys(epilogue),
+        "out": partial,
+        "depth": part_depth(k, parts),
+        "out_split": size,
+        "out_batch": fold(steps),
+        **dict(zip(("out_m", "out_n"), fold((n, 1)), strict=True)),
+    }
+    return [
+        _sums(first, parts, None, launcher, precision, tile),
+        _added({**turned, **epilogue, "parts": partial, "size": size}, parts, act, launcher),
+    ]
+
+
+def _launch(
+    launcher: Launcher, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], known: Any, **options: Any
+) -> Call:
+    """A launch with those of the arguments that the kernel has."""
+    names = kernel.arg_names
+    return launcher.launch(kernel, grid, {k: v for k, v in args.items() if k in names}, known, **options)
+
+
+def _sums(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, precision: str, tile: Tile | None) -> Call:
+    m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
+    products = math.prod(batch or (1,))
+    if m == 1 and tile is None:
+        along_k = args["b_k"] == Const(1) and n > 1
+        strip = pick_strip(n, args["depth"] or k, products * parts, along_k=along_k)
+        known = {"ACT": act, "BN": strip.n, "BK": strip.k}
+        return _launch(launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=4)
+    kind = precision if name_of(args["a"]) == "float32" else HALF
+    tile = tile or pick_tile(m, n, products * parts, kind, target_of(launcher))
+    known = {
+        "ACT": act,
         "PRECISION": precision,
         "GROUP": GROUP,
         "BM": tile.m,
@@ -246,5 +272,21 @@ def matmul(
         "BK": tile.k,
         "WHOLE_K": k % tile.k == 0,
     }
-    grid = (math.prod(leading) * ceil_div(m, tile.m) * ceil_div(n, tile.n),)
-    return [launcher.launch(matmul_kernel, grid, args, constexprs, num_warps=tile.warps, num_stages=tile.stages)]
+    grid = (products * ceil_div(m, tile.m) * ceil_div(n, tile.n), parts)
+    return _launch(launcher, matmul_kernel, grid, args, known, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher) -> Call:
+    m, n = args["M"], args["N"]
+    tile = Strip(min(next_power_of_two(n), 128), 1)
+    known = {"ACT": act, "PARTS": parts, "GROUP": GROUP, "BM": tile.k, "BN": tile.n}
+    grid = (math.prod(args["batch"] or (1,)) * m * ceil_div(n, tile.n),)
+    return _launch(launcher, parts_kernel, grid, args, known, num_warps=1)
+
+
+def parts_of(a: Typed, b: Typed, out: Typed) -> int:
+    """Into how many parts the sums of a product are best cut: see `matmul`."""
+    shape = tuple(out.shape)
+    leading = math.prod(shape[:-2])
+    m, batch = (leading * shape[-2], 1) if math.prod(b.shape[:-2]) == 1 else (shape[-2], leading)
+    return part_count(m, shape[-1], a.shape[-1], batch) if math.prod(shape) else 1

@@ -1,0 +1,58 @@
+"""What kernels of matrix products share: which tile a program computes, and what follows the sums."""
+
+import triton
+import triton.language as tl
+
+GROUP = 8
+"""Tile rows whose blocks run side by side, so that they share columns of b in the L2 cache."""
+
+
+@triton.jit
+def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(matrix, its rows, its columns) of this program: BM x BN tiles of matrices M x N, GROUP rows of tiles at a time.
+
+    Rows and columns may lie past the end.
+    """
+    tiles_m = (M + BM - 1) // BM
+    tiles_n = (N + BN - 1) // BN
+    tile = tl.program_id(0)
+    matrix = (tile // (tiles_m * tiles_n)).to(tl.int64)
+    tile = tile % (tiles_m * tiles_n)
+    first_m = tile // (GROUP * tiles_n) * GROUP
+    group_m = tl.minimum(tiles_m - first_m, GROUP)
+    tile = tile % (GROUP * tiles_n)
+    m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
+    n = (tile // group_m) * BN + tl.arange(0, BN)
+    return matrix, m, n
+
+
+@triton.jit
+def finished(
+    acc,
+    bias,
+    residual,
+    m,
+    n,
+    inside,
+    residual_m,
+    residual_n,
+    alpha,
+    beta,
+    act_alpha,
+    act_beta,
+    ACT: tl.constexpr,
+):
+    """ACT(alpha * acc + bias + beta * residual) for rows m and columns n, each part where there is one."""
+    if alpha is not None:
+        acc = acc * alpha
+    if bias is not None:
+        acc = acc + tl.load(bias + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        at = residual + m.to(tl.int64)[:, None] * residual_m + n.to(tl.int64)[None, :] * residual_n
+        r = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if beta is not None:
+            r = r * beta
+        acc = acc + r
+    if ACT is not None:
+        acc = ACT(acc, act_alpha, act_beta)
+    return acc

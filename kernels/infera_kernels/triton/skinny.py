@@ -1,0 +1,164 @@
+"""Products of few rows, and sums that are cut into parts: what fills a GPU where there are few tiles of output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from infera_kernels.triton.indexing import offset_of, store_type
+from infera_kernels.triton.layout import ceil_div, next_power_of_two
+from infera_kernels.triton.products import finished, tile_of
+
+_PROGRAMS = 132
+"""As many programs at least keep a large GPU busy; what scratch a product takes must not depend on the device."""
+_DEPTH, _STEP = 256, 128
+"""The least depth of a part, and what it is a multiple of: blocks of tiles divide it."""
+_ELEMENTS = 4096
+"""Elements of the matrix that a program of `matvec_kernel` reads at a time: 32 for each of its threads."""
+
+
+@triton.jit
+def matvec_kernel(
+    a,
+    b,
+    out,
+    bias,
+    residual,
+    N,
+    K,
+    depth,
+    batch,
+    a_batch,
+    b_batch,
+    out_batch,
+    residual_batch,
+    a_k,
+    b_k,
+    b_n,
+    out_n,
+    residual_n,
+    out_split,
+    alpha,
+    beta,
+    act_alpha,
+    act_beta,
+    ACT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out = ACT(alpha * a @ b + bias + beta * residual) of one row a, BN columns a program; with `depth` the sums of
+    part program_id(1). Every thread adds up its own elements, and they are added once."""
+    tiles = (N + BN - 1) // BN
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    if batch is not None:
+        a += offset_of(matrix, batch, a_batch, 0, len(batch))
+        b += offset_of(matrix, batch, b_batch, 0, len(batch))
+        out += offset_of(matrix, batch, out_batch, 0, len(batch))
+        if residual is not None:
+            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
+    if depth is not None:
+        part = tl.program_id(1).to(tl.int64)
+        a += part * depth * a_k
+        b += part * depth * b_k
+        out += part * out_split
+        K = tl.minimum(K - tl.program_id(1) * depth, depth)
+    a_at = a + k.to(tl.int64) * a_k
+    b_at = b + k.to(tl.int64)[:, None] * b_k + n.to(tl.int64)[None, :] * b_n
+    step = tl.full([], BK, tl.int64)
+    sums = tl.full((BK, BN), 0.0, tl.float32)
+    for start in range(0, K, BK):
+        within = k < K - start
+        x = tl.load(a_at, mask=within, other=0.0).to(tl.float32)
+        y = tl.load(b_at, mask=within[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        sums += x[:, None] * y
+        a_at += step * a_k
+        b_at += step * b_k
+    acc = tl.sum(sums, axis=0)[None, :]
+    m = tl.arange(0, 1)
+    inside = (n < N)[None, :]
+    acc = finished(acc, bias, residual, m, n, inside, 0, residual_n, alpha, beta, act_alpha, act_beta, ACT)
+    tl.store(out + n.to(tl.int64)[None, :] * out_n, store_type(acc, out), mask=inside)
+
+
+@triton.jit
+def parts_kernel(
+    parts,
+    out,
+    bias,
+    residual,
+    M,
+    N,
+    size,
+    batch,
+    out_batch,
+    residual_batch,
+    out_m,
+    out_n,
+    residual_m,
+    residual_n,
+    alpha,
+    beta,
+    act_alpha,
+    act_beta,
+    ACT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out = ACT(alpha * sum of parts + bias + beta * residual): float32 parts (PARTS, matrices, M, N) of `size`
+    elements each, always added in the same order."""
+    matrix, m, n = tile_of(M, N, BM, BN, GROUP)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    at = parts + (matrix * M + m.to(tl.int64)[:, None]) * N + n[None, :]
+    step = tl.full([], 1, tl.int64) * size
+    acc = tl.full((BM, BN), 0.0, tl.float32)
+    for _ in tl.static_range(PARTS):
+        acc += tl.load(at, mask=inside, other=0.0)
+        at += step
+    if batch is not None:
+        out += offset_of(matrix, batch, out_batch, 0, len(batch))
+        if residual is not None:
+            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
+    acc = finished(acc, bias, residual, m, n, inside, residual_m, residual_n, alpha, beta, act_alpha, act_beta, ACT)
+    at = out + m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
+    tl.store(at, store_type(acc, out), mask=inside)
+
+
+def part_count(m: int, n: int, k: int, batch: int) -> int:
+    """Into how many parts the sums of `batch` products (m, k) @ (k, n) are cut; 1 where there is enough to do.
+
+    It depends on nothing else, so that every run and every device adds up in the same order.
+    """
+    programs = batch * ceil_div(m, 32) * ceil_div(n, 64)
+    if 2 * programs > _PROGRAMS or k < 4 * _DEPTH:
+        return 1
+    parts = min(ceil_div(_PROGRAMS, max(programs, 1)), k // _DEPTH, 16)
+    return ceil_div(k, part_depth(k, parts))
+
+
+def part_depth(k: int, parts: int) -> int:
+    """The depth of all parts but the last, which may be less."""
+    return ceil_div(ceil_div(k, parts), _STEP) * _STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """What a program of `matvec_kernel` reads at a time: n columns, k deep."""
+
+    n: int
+    k: int
+
+
+def pick_strip(n: int, k: int, programs: int, *, along_k: bool) -> Strip:
+    """Columns for a program where `programs` would compute them side by side; `along_k` says that what is contiguous
+    are the columns, else the rows, of which at least 32 bytes are read then."""
+    deep = min(next_power_of_two(k), 512)
+    if along_k:
+        return Strip(max(4, min(_ELEMENTS // deep, 64)), deep)
+    wide = next((w for w in (64, 32) if ceil_div(n, w) * programs >= _PROGRAMS), 16)
+    return Strip(wide, min(deep, _ELEMENTS // wide))
