@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_recurrent
+from infera_gpu.ops import _jit_recurrent, _triton_recurrent
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
@@ -59,8 +59,9 @@ def _names(site: Site) -> tuple[str, ...]:
     return names
 
 
-def cells(site: Site) -> list[Cell]:
-    """One cell a direction; activation_alpha and activation_beta go in turn to the activations that take them."""
+def functions(site: Site) -> list[list[tuple[str, float, float]]]:
+    """(name, alpha, beta) of every activation, direction by direction; activation_alpha and activation_beta go in turn
+    to the activations that take them."""
     names = _names(site)
     alphas, betas = (iter(site.attrs[k] or ()) for k in ("activation_alpha", "activation_beta"))
     made = []
@@ -68,16 +69,21 @@ def cells(site: Site) -> list[Cell]:
         function = FUNCTIONS[name]
         alpha = 0.0 if function.alpha is None else float(next(alphas, function.alpha))
         beta = 0.0 if function.beta is None else float(next(betas, function.beta))
-        made.append(portable.activation(name, alpha, beta))
+        made.append((name, alpha, beta))
     each = len(_KINDS[site.node.op].defaults)
+    return [made[d * each : (d + 1) * each] for d in range(len(_reverses(site)))]
+
+
+def cells(site: Site) -> list[Cell]:
+    """One cell a direction."""
     return [
         Cell(
-            made[d * each : (d + 1) * each],
+            [portable.activation(*function) for function in given],
             site.attrs["clip"],
             bool(site.attrs.get("input_forget", 0)),
             bool(site.attrs.get("linear_before_reset", 0)),
         )
-        for d in range(len(_reverses(site)))
+        for given in functions(site)
     ]
 
 
@@ -245,22 +251,22 @@ def _cases(op: str) -> tuple[Case, ...]:
             ins.pop()
         return Case(name, tuple(ins), {"hidden_size": hidden, **attrs}, n_outs, low=-bound, high=bound)
 
-    state = {_H + i: f32(2, 3, 4) for i in range(kind.states)}
-    lengths = np.array([5, 2, 3], np.int32)
+    state = {_H + i: f32(2, 2, 4) for i in range(kind.states)}
+    lengths = np.array([4, 1, 3], np.int32)
     both = "bidirectional"
     return (
-        case("forward", 5, 3, 6, 4),
+        case("forward", 4, 2, 6, 4),
         case("one", 1, 1, 1, 1),
         case("no-bias", 4, 2, 3, 5, bias=False),
-        case("reverse", 5, 3, 6, 4, direction="reverse"),
-        case("both-ways", 5, 3, 6, 4, 2, direction=both, more=dict(state)),
+        case("reverse", 4, 2, 6, 4, direction="reverse"),
+        case("both-ways", 4, 2, 6, 4, 2, direction=both, more=dict(state)),
         # small weights: large ones make the network chaotic, and rounding errors grow from step to step
-        case("large", 7, 33, 40, 65, 2, direction=both, bound=0.2),
-        case("lengths", 5, 3, 6, 4, 2, direction=both, more={_LENGTHS: lengths}),
-        case("whole-lengths", 5, 3, 6, 4, more={_LENGTHS: np.full(3, 5, np.int32)}),
-        case("clip", 5, 3, 6, 4, clip=0.3),
+        case("large", 3, 5, 40, 33, 2, direction=both, bound=0.2),
+        case("lengths", 4, 3, 6, 4, 2, direction=both, more={_LENGTHS: lengths}),
+        case("whole-lengths", 4, 2, 6, 4, more={_LENGTHS: np.full(2, 4, np.int32)}),
+        case("clip", 4, 2, 6, 4, clip=0.3),
         case(
-            "activations", 5, 3, 6, 4,
+            "activations", 4, 2, 6, 4,
             activations=("HardSigmoid", "Elu", "LeakyRelu")[: len(kind.defaults)],
             activation_alpha=(0.3, 0.5, 0.1)[: len(kind.defaults)], activation_beta=(0.4,),
         ),
@@ -269,11 +275,11 @@ def _cases(op: str) -> tuple[Case, ...]:
 
 _EXTRA: dict[str, tuple[Case, ...]] = {
     "LSTM": (
-        Case("peepholes", (*_ins("LSTM", 5, 3, 6, 4, 1)[:7], f32(1, 12)), {"hidden_size": 4}, 3, low=-1, high=1),
+        Case("peepholes", (*_ins("LSTM", 4, 2, 6, 4, 1)[:7], f32(1, 12)), {"hidden_size": 4}, 3, low=-1, high=1),
     ),
     "GRU": tuple(
         Case(
-            f"linear-before-reset{name}", tuple(_ins("GRU", 5, 3, 6, 4, 1, bias=bias)[:end]),
+            f"linear-before-reset{name}", tuple(_ins("GRU", 4, 2, 6, 4, 1, bias=bias)[:end]),
             {"linear_before_reset": 1, "hidden_size": 4}, 2, low=-1, high=1,
         )
         for name, bias, end in (("", True, 4), ("-no-bias", False, 3))
@@ -284,7 +290,7 @@ _EXTRA: dict[str, tuple[Case, ...]] = {
 
 def _layout(op: str) -> tuple[Case, ...]:
     """Batch first; onnxruntime has it not, and onnx's reference has one direction of it."""
-    ins = _ins(op, 5, 3, 6, 4, 1)[:4]
+    ins = _ins(op, 4, 2, 6, 4, 1)[:4]
     return (Case("batch-first", tuple(ins), {"layout": 1, "hidden_size": 4}, 1 + _KINDS[op].states, low=-1, high=1),)
 
 
@@ -299,7 +305,11 @@ _ATTRS: Attrs = {
 _OWN: dict[str, Attrs] = {"LSTM": {"input_forget": 0}, "GRU": {"linear_before_reset": 0}, "RNN": {}}
 LSTM_ATTRS: Attrs = {**_ATTRS, **_OWN["LSTM"]}
 
-_KERNELS = {"cpu": Kernel(_bind, _supports), "jit": Kernel(_bind_compiled, _compiled)}
+_KERNELS = {
+    "cpu": Kernel(_bind, _supports),
+    "jit": Kernel(_bind_compiled, _compiled),
+    **_triton_recurrent.recurrent(functions, _sizes),
+}
 
 OPS: tuple[Op, ...] = tuple(
     Op(op, since, infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)

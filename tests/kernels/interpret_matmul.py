@@ -122,7 +122,7 @@ def test_one_row(dtype: Any, turned: bool, interpreter: InterpreterLauncher) -> 
     a, bias, residual = random((3, 1, 77), dtype), random((37,), dtype, seed=2), random((3, 1, 37), dtype, seed=3)
     b = random((3, 37, 77), dtype, seed=1).swapaxes(1, 2) if turned else random((3, 77, 37), dtype, seed=1)
     out = Guarded((3, 1, 37), dtype, step=2)
-    options = {"bias": bias, "residual": residual, "alpha": 0.5, "beta": -2.0, "activation": "relu"}
+    options: dict[str, Any] = {"bias": bias, "residual": residual, "alpha": 0.5, "beta": -2.0, "activation": "relu"}
     execute(matmul.matmul(a, b, out.array, interpreter, **options))
     launch = only(interpreter, skinny.matvec_kernel)
     assert launch.args["b_k" if turned else "b_n"] == Const(1)

@@ -24,6 +24,7 @@ SUITES = {
     "normalize": 75,
     "operators": 900,
     "quant": 34,
+    "recurrent": 17,
     "reduce": 210,
     "rotary": 40,
     "rows": 95,

@@ -92,6 +92,7 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("MatMulIntegerToFloat", "com.microsoft", "columns"),
     ("DynamicQuantizeMatMul", "com.microsoft", "columns"),
     ("QGemm", "com.microsoft", "transposed"),
+    ("GRU", "", "forward"),
     ("MatMul", "", "broadcast"),
     ("MatMul", "", "vectors"),
     ("MatMul", "", Case("brain", (TensorSpec((2, 128, 64), BRAIN), TensorSpec((64, 256), BRAIN)))),

@@ -6,7 +6,8 @@ they compute (and before `tl.dot` where `INTERPRETED`). It ignores `input_precis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,28 @@ def _tensor(leaf: Leaf, annotated: bool) -> Any:
     return tl.tensor(TensorHandle(data, kind), kind)
 
 
+@contextmanager
+def _patching_once() -> Iterator[None]:
+    """Triton patches its language anew for every call of a function in a kernel, which takes longer than the function;
+    once for each module of functions does."""
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, set()
+
+    def once(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module not in seen:
+            seen.add(module)
+            return patch(fn)
+        return None
+
+    interpreter._patch_lang = once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
 class InterpreterLauncher:
     """Executing a Call interprets the kernel, program after program, and appends its Launch to `launches`.
 
@@ -82,6 +105,6 @@ class InterpreterLauncher:
         return self._run, (kernel[launch.grid], values, launch)
 
     def _run(self, kernel: Any, values: list[Any], launch: Launch) -> None:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), _patching_once():
             kernel(*values)
         self.launches.append(launch)
