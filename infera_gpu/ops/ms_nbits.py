@@ -10,6 +10,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import integers, uniform
 from infera_gpu.ops._ms import ms_op, wide
+from infera_gpu.ops._triton_nbits import nbits
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.quant import aligned, dequantize, is_integer, unpacked
@@ -189,7 +190,9 @@ OPS: tuple[Op, ...] = (
             Case("groups", (f32(3, 50), _B4, _S4, None, _GROUPS), _NB),
             Case("bias", (f32(3, 50), _B4, _S4, None, None, f32(5)), _NB),
             Case("bytes", (f32(3, 50), integers(5, np.uint8, 5, 2, 32), _S4), {**_NB, "bits": 8}),
+            Case("many_rows", (f32(9, 50), _B4, _S4, _Z4, None, f32(5)), _NB),
         ),
+        kernels=nbits(_nbits_sizes),
         K=REQUIRED,
         N=REQUIRED,
         accuracy_level=0,

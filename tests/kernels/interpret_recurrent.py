@@ -82,7 +82,7 @@ def test_every_way_to_cut_a_recurrence(kind: str, linear: bool, name: str, inter
         ("LSTM", 1, 128, Tiling(1, 32, 128, whole=True)),
         ("GRU", 3, 5, Tiling(1, 8, 16, whole=True)),
         ("LSTM", 1, 1024, Tiling(1, 2, 512, whole=False)),
-        ("GRU", 64, 256, Tiling(16, 16, 64, whole=False)),
+        ("GRU", 64, 256, Tiling(16, 16, 32, whole=False)),
         ("RNN", 600, 32, Tiling(16, 16, 32, whole=False)),
     ],
 )

@@ -21,6 +21,7 @@ SUITES = {
     "gpu_check": 6,
     "matmul": 75,
     "moves": 44,
+    "nbits": 27,
     "normalize": 75,
     "operators": 900,
     "quant": 34,

@@ -88,7 +88,7 @@ def pick_tiling(kind: str, batch: int, directions: int, hidden: int) -> Tiling:
         return Tiling(1, min(width, max(4096 // deep, 1)), deep, whole=True)
     if batch < 8:
         return Tiling(1, min(width, max(1024 // deep, 1)), deep, whole=False)
-    return Tiling(16, 16, min(deep, 64), whole=False)
+    return Tiling(16, 16, min(deep, 32), whole=False)
 
 
 def recurrent(

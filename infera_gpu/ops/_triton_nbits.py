@@ -1,0 +1,79 @@
+"""The "triton" kernels of products with weights of few bits. Declares no operators itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from infera_gpu.graph import HostArray
+from infera_gpu.memory import aligned
+from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.spec import Array
+from infera_kernels.portable.quant import unpacked
+
+Sizes = Callable[[Site], tuple[int, int, int, int, int]]
+"""N, K, bits, the length of a block, and how many there are along K."""
+
+
+def _rows(site: Site) -> int:
+    return math.prod(site.spec(0).dims[:-1])
+
+
+def nbits(sizes: Sizes) -> Kernels:
+    """The kernels of MatMulNBits: constant weights whose blocks follow each other in order."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.nbits import supports_nbits
+
+        known = all(site.value(i) is not None for i in (1, 3) if site.has(i))
+        bias = site.spec(5) if site.has(5) else None
+        *_, block, _ = sizes(site)
+        fits = block <= 4096 and site.spec(1).dtype == np.uint8
+        return known and fits and not site.has(4) and supports_nbits(site.spec(0), site.spec(2), site.outs[0], bias)
+
+    def wide_shape(site: Site) -> tuple[int, int] | None:
+        """The shape of widened weights, None for few rows."""
+        from infera_kernels.triton.nbits import FEW_ROWS, wide_columns
+
+        n, k, *_ = sizes(site)
+        if _rows(site) <= FEW_ROWS:
+            return None
+        return wide_columns(n, k, site.spec(0).dtype.itemsize), k
+
+    def workspace(site: Site) -> int:
+        shape = wide_shape(site)
+        return 0 if shape is None else aligned(math.prod(shape) * site.spec(0).dtype.itemsize)
+
+    def zeros(site: Site, io: Buffers) -> Array | None:
+        """Zero points (N, blocks), those of integers as float32."""
+        n, _, bits, _, blocks = sizes(site)
+        if not site.has(3):
+            return None
+        if site.spec(3).dtype != np.uint8:
+            return io.ins[3].reshape(n, blocks)
+
+        def build(packed: HostArray) -> HostArray:
+            each: HostArray = unpacked(np, packed.reshape(n, -1), bits)[:, :blocks].astype(np.float32)
+            return np.ascontiguousarray(each)
+
+        return io.pack(3, f"{bits} bits of {n}", build)
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.nbits import Weight, nbits_matmul, repacked
+
+        n, k, bits, _, blocks = sizes(site)
+        packed = io.pack(1, f"{bits} bits in {blocks}", lambda w: repacked(w.reshape(n, -1), blocks, bits))
+        weight = Weight(packed, io.ins[2].reshape(n, blocks), zeros(site, io), bits)
+        shape = wide_shape(site)
+        wide = None if shape is None else io.scratch(shape, site.spec(0).dtype)
+        bias = io.ins[5] if site.has(5) else None
+        x, out = io.ins[0].reshape(-1, k), io.outs[0].reshape(-1, n)
+        return nbits_matmul(x, weight, bias, out, wide, io.launcher)
+
+    return kernels(bind, supports, inplace=(), strided=False, workspace=workspace)
+
+
+OPS: tuple[Op, ...] = ()

@@ -1,0 +1,192 @@
+"""Products with weights of two, four or eight bits, quantised in blocks along the sums.
+
+Few rows read the weights as they are, one program for some columns, and widen them in registers. For many rows the
+weights are widened to scratch first, as many columns at a time as fit, and multiplied there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from infera_kernels.calls import Array, Call
+from infera_kernels.launch import Launcher, Typed
+from infera_kernels.triton.indexing import store_type
+from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of, next_power_of_two
+from infera_kernels.triton.matmul import matmul
+
+FEW_ROWS = 8
+"""Up to so many rows, reading packed weights for each of them takes less time than widening them once."""
+_WIDE_BYTES = 64 * 2**20
+"""The most scratch for widened weights."""
+_ELEMENTS = 4096
+"""Bytes of weights that a program reads at a time: 32 for each of its threads."""
+
+
+@triton.jit
+def nbits_kernel(
+    a,
+    b,
+    scale,
+    zero,
+    bias,
+    out,
+    N,
+    K,
+    blocks,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Row program_id(1) of out = a @ dequantised b + bias, BN columns a program. Byte j of a block's BYTES holds its
+    values j, j + BYTES and so on, the first in the lowest bits. Without `zero` it is the middle of the range."""
+    VALUES: tl.constexpr = 8 // BITS
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    g = tl.arange(0, BLOCKS)
+    j = tl.arange(0, BYTES)
+    a += row * K
+    first_of = n.to(tl.int64)[:, None] * blocks + g[None, :]
+    sums = tl.full((BN, BLOCKS, BYTES), 0.0, tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        block = first_of + start
+        inside = (n < N)[:, None] & (start + g < blocks)[None, :]
+        held = tl.load(b + (block * BYTES)[:, :, None] + j[None, None, :], mask=inside[:, :, None], other=0)
+        s = tl.load(scale + block, mask=inside, other=0.0).to(tl.float32)
+        if zero is None:
+            z = tl.full((BN, BLOCKS), 1 << (BITS - 1), tl.float32)
+        else:
+            z = tl.load(zero + block, mask=inside, other=0.0).to(tl.float32)
+        part = tl.full((BN, BLOCKS, BYTES), 0.0, tl.float32)
+        for t in tl.static_range(VALUES):
+            k = (start + g)[:, None] * (BYTES * VALUES) + (t * BYTES + j)[None, :]
+            x = tl.load(a + k, mask=k < K, other=0.0).to(tl.float32)
+            q = ((held >> (t * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+            part += (q - z[:, :, None]) * x[None, :, :]
+        sums += part * s[:, :, None]
+    total = tl.sum(tl.sum(sums, axis=2), axis=1)
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + row * N + n, store_type(total, out), mask=n < N)
+
+
+@triton.jit
+def widen_kernel(
+    b,
+    scale,
+    zero,
+    out,
+    N,
+    K,
+    blocks,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """out (N, K) = dequantised b, laid out as `nbits_kernel` says; BLOCKS blocks of BN columns a program."""
+    VALUES: tl.constexpr = 8 // BITS
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    g = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    j = tl.arange(0, BYTES)
+    block = n.to(tl.int64)[:, None] * blocks + g[None, :]
+    inside = (n < N)[:, None] & (g < blocks)[None, :]
+    held = tl.load(b + (block * BYTES)[:, :, None] + j[None, None, :], mask=inside[:, :, None], other=0)
+    s = tl.load(scale + block, mask=inside, other=0.0).to(tl.float32)
+    if zero is None:
+        z = tl.full((BN, BLOCKS), 1 << (BITS - 1), tl.float32)
+    else:
+        z = tl.load(zero + block, mask=inside, other=0.0).to(tl.float32)
+    for t in tl.static_range(VALUES):
+        k = g[:, None] * (BYTES * VALUES) + (t * BYTES + j)[None, :]
+        q = ((held >> (t * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+        at = out + n.to(tl.int64)[:, None, None] * K + k[None, :, :]
+        made = store_type((q - z[:, :, None]) * s[:, :, None], out)
+        tl.store(at, made, mask=inside[:, :, None] & (k < K)[None, :, :])
+
+
+def repacked(weight: np.ndarray[Any, Any], blocks: int, bits: int) -> np.ndarray[Any, Any]:
+    """ONNX's bytes (N, blocks, bytes), whose neighbours share a byte, as the kernels take them."""
+    values = 8 // bits
+    held = weight.reshape(-1, blocks, weight.size // (len(weight) * blocks))
+    shifts = np.arange(values, dtype=np.uint8) * np.uint8(bits)
+    each = ((held[..., None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(*held.shape[:2], values, -1)
+    made: np.ndarray[Any, Any] = np.bitwise_or.reduce(each << shifts[:, None], axis=2).astype(np.uint8)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What `repacked` made of a weight (N, blocks, bytes), and contiguous scales and zero points (N, blocks)."""
+
+    packed: Array
+    scale: Array
+    zero: Array | None
+    bits: int
+
+
+def supports_nbits(a: Typed, scale: Typed, out: Typed, bias: Typed | None = None) -> bool:
+    """a (..., K) and out (..., N) of float32, float16 or bfloat16, the bias of their type, scales of any of them."""
+    given = [x for x in (a, out, bias) if x is not None]
+    widths = max(a.shape[-1], out.shape[-1]) if a.shape else 0
+    return (
+        len({name_of(x) for x in given}) == 1
+        and name_of(a) in FLOATS
+        and name_of(scale) in FLOATS
+        and 0 < widths <= INT32_MAX // 2
+    )
+
+
+def wide_columns(n: int, k: int, itemsize: int) -> int:
+    """How many columns of weights are widened at a time: a whole number of 16, or all."""
+    fitting = _WIDE_BYTES // max(k * itemsize, 1) // 16 * 16
+    return min(n, max(fitting, 16))
+
+
+def nbits_matmul(
+    a: Array, weight: Weight, bias: Array | None, out: Array, wide: Array | None, launcher: Launcher
+) -> list[Call]:
+    """out (M, N) = a (M, K) @ dequantised weights + bias, all contiguous; `wide`, scratch of a's type of shape
+    (wide_columns(N, K), K), for more than FEW_ROWS rows."""
+    (m, k), n = a.shape, out.shape[1]
+    _, blocks, held = weight.packed.shape
+    many = min(next_power_of_two(blocks), max(512 // held, 1))
+    known = {"BITS": weight.bits, "BYTES": held, "BLOCKS": many, "BN": max(1, min(8, _ELEMENTS // (many * held)))}
+    if not m * n:
+        return []
+    if wide is None:
+        args = {
+            "a": a,
+            "b": weight.packed,
+            "scale": weight.scale,
+            "zero": weight.zero,
+            "bias": bias,
+            "out": out,
+            "N": n,
+            "K": k,
+            "blocks": blocks,
+        }
+        return [launcher.launch(nbits_kernel, (ceil_div(n, known["BN"]), m), args, known, num_warps=4)]
+    calls = []
+    for start in range(0, n, len(wide)):
+        part = slice(start, min(start + len(wide), n))
+        count = part.stop - part.start
+        args = {
+            "b": weight.packed[part],
+            "scale": weight.scale[part],
+            "zero": None if weight.zero is None else weight.zero[part],
+            "out": wide,
+            "N": count,
+            "K": k,
+            "blocks": blocks,
+        }
+        grid = (ceil_div(count, known["BN"]), ceil_div(blocks, many))
+        calls.append(launcher.launch(widen_kernel, grid, args, known, num_warps=4))
+        added = None if bias is None else bias[part]
+        calls += matmul(a, wide[:count].swapaxes(0, 1), out[:, part], launcher, bias=added)
+    return calls

@@ -1,0 +1,28 @@
+"""Products with weights of few bits compiled for sm_80 and sm_90: registers and instructions, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from infera_kernels.launch import CompileLauncher
+from tests.kernels.support import FakeArray
+from tests.kernels.test_compile import compiled
+
+pytest.importorskip("triton")
+
+from infera_kernels.triton import nbits
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("dtype", "bits", "block"), [("float16", 4, 128), ("float32", 4, 32), ("float16", 8, 64)])
+def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, arch: int) -> None:
+    launcher, (n, k) = CompileLauncher(arch), (4096, 4096)
+    shape = (n, k // block)
+    packed = FakeArray((*shape, block * bits // 8), "uint8")
+    weight = nbits.Weight(packed, FakeArray(shape, dtype), FakeArray(shape, "float32"), bits)
+    bias, out = FakeArray((n,), dtype), FakeArray((1, n), dtype)
+    nbits.nbits_matmul(FakeArray((1, k), dtype), weight, bias, out, None, launcher)
+    result = compiled(launcher)
+    assert result.count("LDG.E.128") >= 2
