@@ -15,6 +15,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.op import Bind, Border, Buffers, Call, Case, Expansion, Kernel, Op, Site
 from infera_gpu.ops import _jit, batchnorm, conv, pool
 from infera_gpu.ops._families import split_of
+from infera_gpu.ops._triton_conv import Convolution
+from infera_gpu.ops._triton_pool import global_pooling, pooling
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.nhwc_border import border
@@ -252,10 +254,21 @@ def _planar(site: Site) -> bool:
 
 _PLAIN_CONV = tuple(replace(c, id=f"bare-{c.id}") for c in _named(conv.OPS, "Conv").cases)
 _POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
-    (MAX, {"cpu": Kernel(_bind_max, _planar, rows_out=_planar)} | _jit.max_pool(_max)),
-    (AVERAGE, {"cpu": Kernel(_bind_average, _planar, rows_out=_planar)}),
-    (GLOBAL_AVERAGE, {"cpu": Kernel(_bind_global(global_average_pool), _planar)}),
-    (GLOBAL_MAX, {"cpu": Kernel(_bind_global(global_max_pool), _planar)}),
+    (
+        MAX,
+        {"cpu": Kernel(_bind_max, _planar, rows_out=_planar)}
+        | _jit.max_pool(_max)
+        | pooling("max", MAX.site, last=True),
+    ),
+    (
+        AVERAGE,
+        {"cpu": Kernel(_bind_average, _planar, rows_out=_planar)} | pooling("average", AVERAGE.site, last=True),
+    ),
+    (
+        GLOBAL_AVERAGE,
+        {"cpu": Kernel(_bind_global(global_average_pool), _planar)} | global_pooling("average", last=True),
+    ),
+    (GLOBAL_MAX, {"cpu": Kernel(_bind_global(global_max_pool), _planar)} | global_pooling("max", last=True)),
 )
 
 OPS: tuple[Op, ...] = (
@@ -267,7 +280,8 @@ OPS: tuple[Op, ...] = (
                 kernel, bind=_within(kernel.bind), border=_border(_compiled_border), rows_out=_compiled_rows_out
             )
             for kind, kernel in _jit.convolution(_convolution).items()
-        },
+        }
+        | Convolution(conv.conv_window, conv.fused_activation, CONV.site, last=True).kernels(),
     ),
     BATCH_NORM.op(BATCH_NORM.first.cases, {"cpu": replace(BATCH_NORM.first.kernels["cpu"], bind=_bind_batch_norm)}),
     *(moved.op(moved.first.cases, kernels) for moved, kernels in _POOL_KERNELS),

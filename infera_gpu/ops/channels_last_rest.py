@@ -8,6 +8,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops import conv_transpose, norm
+from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.channels_last import ChannelsLast
 from infera_kernels.calls import Split
 from infera_kernels.cpu import nhwc_norm, nhwc_transpose
@@ -42,5 +43,11 @@ def _bind_transpose(site: Site, io: Buffers) -> Sequence[Call]:
 
 OPS: tuple[Op, ...] = (
     LRN.op(LRN.first.cases, {"cpu": Kernel(_bind_lrn, _floating)}),
-    CONV_TRANSPOSE.op(CONV_TRANSPOSE.first.cases, {"cpu": Kernel(_bind_transpose, _floating)}),
+    CONV_TRANSPOSE.op(
+        CONV_TRANSPOSE.first.cases,
+        {"cpu": Kernel(_bind_transpose, _floating)}
+        | Convolution(
+            conv_transpose.transposed_window, first=CONV_TRANSPOSE.site, last=True, transposed=True
+        ).kernels(),
+    ),
 )

@@ -11,6 +11,7 @@ import numpy as np
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import split_of
+from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.calls import Pack
@@ -203,14 +204,19 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
         io.scratch,
         split_of(io),
         group=int(site.attrs["group"]),
-        activation=activation_of(site) if "activation" in site.attrs else None,
+        activation=fused_activation(site),
         residual=as_2d(residual),
         pack=packer(site, io, 1),
         **window_2d(conv_window(site)).params,
     )
 
 
-_KERNELS = {"cpu": Kernel(_bind, _supports)}
+def fused_activation(site: Site) -> Activation | None:
+    """That of a fused convolution; None of others."""
+    return activation_of(site) if "activation" in site.attrs else None
+
+
+_KERNELS = {"cpu": Kernel(_bind, _supports), **Convolution(conv_window, fused_activation).kernels()}
 
 
 def _u8(*shape: int) -> TensorSpec:

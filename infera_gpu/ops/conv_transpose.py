@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.window import ATTRS, Window, extents, pad_pairs, per_axis, split_pads
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.conv_transpose import conv_transpose
@@ -98,6 +99,6 @@ OPS: tuple[Op, ...] = (
         _compute,
         _CASES,
         {**ATTRS, "group": 1, "output_padding": None, "output_shape": None},
-        kernels={"cpu": Kernel(_bind, _supports)},
+        kernels={"cpu": Kernel(_bind, _supports), **Convolution(transposed_window, transposed=True).kernels()},
     ),
 )

@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Compute, Kernel, Op, Site, f32
+from infera_gpu.ops._triton_pool import global_pooling, pooling
 from infera_gpu.ops.conv import as_2d, window_2d
 from infera_gpu.ops.window import ATTRS, window
 from infera_gpu.spec import Array, DType, TensorSpec
@@ -175,6 +176,10 @@ _BYTES = tuple(
     )
     for dtype, low, high in (("uint8", 0, 255), ("int8", -128, -1))
 )
+_NORMS = tuple(
+    Case(f"norm-{p}", (f32(1, 2, 6, 7),), {"kernel_shape": (3, 2), "pads": (1, 0, 1, 1), "p": p}) for p in (1, 3)
+)
+_GLOBAL_NORMS = tuple(Case(f"norm-{p}", (f32(2, 3, 7, 5),), {"p": p}) for p in (1, 3))
 _GLOBAL = (
     Case("2d", (f32(2, 3, 7, 5),)),
     Case("one", (f32(1, 1, 1, 1),)),
@@ -183,8 +188,8 @@ _GLOBAL = (
     Case("large", (f32(2, 65, 33, 35),)),
 )
 
-_MAX = {"cpu": Kernel(_bind_max, _planar)}
-_AVERAGE = {"cpu": Kernel(_bind_average, _planar)}
+_MAX = {"cpu": Kernel(_bind_max, _planar), **pooling("max")}
+_AVERAGE = {"cpu": Kernel(_bind_average, _planar), **pooling("average")}
 
 OPS: tuple[Op, ...] = (
     Op("MaxPool", 1, pool_spec, compute_max, _CASES, pool_attrs("dilations"), kernels=_MAX),
@@ -209,15 +214,21 @@ OPS: tuple[Op, ...] = (
         "AveragePool", 19, pool_spec, compute_average, _CASES + _COUNTED + _CEIL + _DILATED + _COUNTED_CEIL,
         pool_attrs(count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
     ),
-    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, pool_attrs("dilations", p=2)),
-    Op("LpPool", 18, _infer_lp, _compute_lp, _CASES + _CEIL + _DILATED, pool_attrs(p=2, ceil_mode=0)),
+    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, pool_attrs("dilations", p=2), kernels=pooling("lp")),
+    Op(
+        "LpPool", 18, _infer_lp, _compute_lp, _CASES + _CEIL + _DILATED + _NORMS, pool_attrs(p=2, ceil_mode=0),
+        kernels=pooling("lp"),
+    ),
     Op(
         "GlobalAveragePool", 1, _infer_global, _over_planes(lambda xp, site, x: x.mean(axis=-1)), _GLOBAL,
-        kernels={"cpu": Kernel(_bind_global_average, _floating)},
+        kernels={"cpu": Kernel(_bind_global_average, _floating), **global_pooling("average")},
     ),
     Op(
         "GlobalMaxPool", 1, _infer_global, _over_planes(lambda xp, site, x: x.max(axis=-1)), _GLOBAL,
-        kernels={"cpu": Kernel(_bind_global_max, _floating)},
+        kernels={"cpu": Kernel(_bind_global_max, _floating), **global_pooling("max")},
     ),
-    Op("GlobalLpPool", 1, _infer_global_lp, _over_planes(_lp), _GLOBAL, {"p": 2}),
+    Op(
+        "GlobalLpPool", 1, _infer_global_lp, _over_planes(_lp), (*_GLOBAL, *_GLOBAL_NORMS), {"p": 2},
+        kernels=global_pooling("lp"),
+    ),
 )  # fmt: skip

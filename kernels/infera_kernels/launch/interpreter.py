@@ -77,6 +77,10 @@ class InterpreterLauncher:
     """
 
     def __init__(self, target: Target | None = None) -> None:
+        from triton.runtime import interpreter
+
+        # Watching every sum of integers for an overflow takes half of the time, and tensors here are small.
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
         self.target = target or nominal_target(90)
         self.launches: list[Launch] = []
 

@@ -1,0 +1,208 @@
+"""The "triton" kernels of convolutions and transposed convolutions, channels first or last. Declares no operators.
+
+Kernels take images with channels last, in any strides: where an operator has channels first, they get views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.graph import HostArray
+from infera_gpu.memory import aligned
+from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.ops.window import Window
+from infera_gpu.spec import Array, TensorSpec
+
+FUNCTIONS: Mapping[str, str] = MappingProxyType({"swish": "silu"})
+"""An activation that a fused convolution names -> the Triton function, where that has another name."""
+
+
+def same(site: Site) -> Site:
+    return site
+
+
+def moved(a: Array, *, last: bool) -> Array:
+    """(N, C, spatial...) as (N, spatial..., C), a view; what has channels `last` as it is."""
+    return a if last else a.transpose(0, *range(2, a.ndim), 1)
+
+
+def moved_spec(spec: TensorSpec, *, last: bool) -> TensorSpec:
+    dims = spec.dims
+    return spec if last else TensorSpec((dims[0], *dims[2:], dims[1]), spec.dtype)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A family of operators. `first` gives a site as it is with channels first, of which `window` and `activation` tell
+    the rest; images themselves have channels `last`, or not."""
+
+    window: Callable[[Site], Window]
+    activation: Callable[[Site], tuple[str | float, ...] | None] = lambda site: None
+    first: Callable[[Site], Site] = same
+    last: bool = False
+    transposed: bool = False
+
+    def kernels(self) -> Kernels:
+        return kernels(self.bind, self.supports, inplace=(), strided=True, strided_out=True, workspace=self.workspace)
+
+    # ---- the site
+
+    def groups(self, site: Site) -> int:
+        return int(site.attrs["group"])
+
+    def specs(self, site: Site) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+        """Input, weights (O, kernel..., C / groups) and output, channels last."""
+        first = self.first(site)
+        w, groups = first.spec(1).dims, self.groups(site)
+        dims = (w[1] * groups, *w[2:], w[0] // groups) if self.transposed else (w[0], *w[2:], w[1])
+        images = moved_spec(site.spec(0), last=self.last), moved_spec(site.outs[0], last=self.last)
+        return images[0], TensorSpec(dims, site.spec(1).dtype), images[1]
+
+    def is_depthwise(self, site: Site) -> bool:
+        _, w, _ = self.specs(site)
+        return not self.transposed and self.groups(site) > 1 and w.dims[-1] == 1
+
+    def is_product(self, site: Site) -> bool:
+        """Whether it is one matrix product, with sums long enough to fill a GPU."""
+        from infera_kernels.triton.conv import splits_of
+
+        _, w, out = self.specs(site)
+        found = self.window(self.first(site))
+        plain = {*found.kernel, *found.strides} == {1} and not any(map(any, found.pads)) and self.groups(site) == 1
+        return plain and not self.transposed and splits_of(out, w, 1) == 1
+
+    def padded(self, site: Site) -> int:
+        """The channels that its input is copied with, for loads of several elements; 0 where it is read as it is."""
+        x, _, _ = self.specs(site)
+        channels = x.dims[-1]
+        some = x.dtype.itemsize == 2 and channels in (3, 5, 6, 7) and site.value(1) is not None
+        whole = self.groups(site) == 1 and not self.transposed and not self.is_product(site)
+        return (4 if channels < 4 else 8) if some and whole else 0
+
+    def supports(self, site: Site) -> bool:
+        from infera_kernels.triton.conv import supports_conv
+
+        if site.spec(0).ndim not in (3, 4, 5) or len(site.outs) != 1:
+            return False
+        if self.transposed and self.groups(site) > 1 and site.value(1) is None:
+            return False  # such weights are no view with channels last
+        x, w, out = self.specs(site)
+        bias = site.spec(2) if site.has(2) else None
+        residual = moved_spec(site.spec(3), last=self.last) if site.has(3) else None
+        return supports_conv(x, w, out, bias, residual, self._function(site))
+
+    def _function(self, site: Site) -> str | None:
+        """The Triton function of the activation."""
+        found = self.activation(self.first(site))
+        return FUNCTIONS.get(str(found[0]), str(found[0])) if found else None
+
+    def _parameters(self, site: Site) -> list[float]:
+        return [float(v) for v in (self.activation(self.first(site)) or ())[1:]]
+
+    # ---- scratch
+
+    def parts(self, site: Site) -> tuple[int, ...] | None:
+        """The shape of the sums of a convolution that is split."""
+        from infera_kernels.triton.conv import parts_shape
+
+        _, w, out = self.specs(site)
+        if self.transposed or self.is_depthwise(site) or self.is_product(site):
+            return None
+        return parts_shape(out, w, self.groups(site))
+
+    def workspace(self, site: Site) -> int:
+        parts, padded, x = self.parts(site), self.padded(site), self.specs(site)[0]
+        copied = math.prod(x.dims[:-1]) * padded * x.dtype.itemsize if site.outs[0].size else 0
+        return aligned(4 * math.prod(parts) if parts else 0) + aligned(copied)
+
+    # ---- binding
+
+    def bind(self, site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.conv import Finish, conv, geometry
+        from infera_kernels.triton.depthwise import depthwise
+
+        out = moved(io.outs[0], last=self.last)
+        if not out.size:
+            return []
+        x, bias, residual = moved(io.ins[0], last=self.last), *(*io.ins[2:], None, None)[:2]
+        residual = None if residual is None else moved(residual, last=self.last)
+        alpha, beta = (*self._parameters(site), None, None)[:2]
+        finish = Finish(bias, residual, self._function(site), alpha, beta)
+        found = self.window(self.first(site))
+        where = geometry(found.kernel, found.strides, found.dilations, found.pads)
+        if self.is_depthwise(site):
+            return depthwise(x, self.weights(site, io), out, io.launcher, where, finish=finish)
+        if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):
+            return _product(x, io.ins[1], out, finish, io)
+        calls: list[Call] = []
+        if padded := self.padded(site):
+            from infera_kernels.triton.pad_channels import pad_channels
+
+            wide = io.scratch((*x.shape[:-1], padded), x.dtype)
+            calls, x = pad_channels(x, wide, io.launcher), wide
+        parts = self.parts(site)
+        return calls + conv(
+            x,
+            self.weights(site, io),
+            out,
+            io.launcher,
+            where,
+            groups=self.groups(site),
+            finish=finish,
+            parts=None if parts is None else io.scratch(parts),
+            transposed=self.transposed,
+        )
+
+    def weights(self, site: Site, io: Buffers) -> Array:
+        """The weights (O, kernel..., C / groups): packed where they are constant, else a view."""
+        groups, padded = self.groups(site), self.padded(site)
+        if site.value(1) is None:
+            return self._view(io.ins[1], groups)
+        if self.is_depthwise(site):
+            packed = io.pack(1, "taps", lambda w: _dense(np.moveaxis(w, 0, -1)))
+            return packed.transpose(-1, *range(1, packed.ndim - 1), 0)
+        return io.pack(1, f"krsc{groups}:{padded}", lambda w: _widened(self._view(w, groups), padded))
+
+    def _view(self, w: Any, groups: int) -> Any:
+        if not self.transposed:
+            return w.transpose(0, *range(2, w.ndim), 1)
+        apart = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
+        made = apart.transpose(0, 2, *range(3, apart.ndim), 1)
+        return made.reshape(-1, *made.shape[2:])
+
+
+def _dense(a: HostArray) -> HostArray:
+    return np.ascontiguousarray(a)
+
+
+def _widened(w: HostArray, channels: int) -> HostArray:
+    """The weights with so many channels, zeros behind; as they are where that is 0."""
+    made = np.zeros((*w.shape[:-1], channels or w.shape[-1]), w.dtype)
+    made[..., : w.shape[-1]] = w
+    return made
+
+
+def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers) -> list[Call]:
+    from infera_kernels.triton.matmul import matmul
+
+    return matmul(
+        x,
+        w[(..., *(0,) * (w.ndim - 2))].transpose(),
+        out,
+        io.launcher,
+        bias=finish.bias,
+        residual=finish.residual,
+        activation=finish.activation,
+        act_alpha=finish.alpha,
+        act_beta=finish.beta,
+    )
+
+
+OPS: tuple[Op, ...] = ()

@@ -1,0 +1,85 @@
+"""The "triton" kernels of pools, channels first or last. Declares no operators itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from infera_gpu.memory import aligned
+from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._triton import Kernels, kernels
+from infera_gpu.ops._triton_conv import moved, moved_spec, same
+from infera_gpu.ops.window import window
+from infera_gpu.spec import TensorSpec
+
+
+def pooling(kind: str, first: Callable[[Site], Site] = same, *, last: bool = False) -> Kernels:
+    """The kernels of a pool of a kind: "max", "average" or "lp"; `first` gives a site as it is with channels first."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.pool import supports_pool
+
+        if site.spec(0).ndim not in (3, 4, 5):
+            return False
+        x, *outs = (moved_spec(s, last=last) for s in (site.spec(0), *site.outs))
+        return supports_pool(kind, x, *outs)
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.conv import geometry
+        from infera_kernels.triton.pool import pool
+
+        found = window(first(site))
+        out, index = (*(moved(y, last=last) for y in io.outs), None)[:2]
+        return pool(
+            kind,
+            moved(io.ins[0], last=last),
+            out,
+            io.launcher,
+            geometry(found.kernel, found.strides, found.dilations, found.pads),
+            index=index,
+            column_major=bool(site.attrs.get("storage_order", 0)),
+            pads_after=[after for _, after in found.pads],
+            include_pad=bool(site.attrs.get("count_include_pad", 0)),
+            p=int(site.attrs.get("p", 1)),
+        )
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
+
+
+def global_pooling(kind: str, *, last: bool = False) -> Kernels:
+    """The kernels of a pool of whole images; they may be shared by several programs."""
+
+    def specs(site: Site) -> tuple[TensorSpec, TensorSpec]:
+        x = moved_spec(site.spec(0), last=last)
+        return x, TensorSpec((x.dims[0], x.dims[-1]), site.outs[0].dtype)
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.global_pool import supports_global_pool
+
+        return site.spec(0).ndim in (3, 4, 5) and supports_global_pool(*specs(site))
+
+    def scratch(site: Site) -> tuple[int, ...] | None:
+        from infera_kernels.triton.global_pool import parts_of
+
+        return parts_of(specs(site)[0])
+
+    def workspace(site: Site) -> int:
+        return aligned(4 * math.prod(scratch(site) or (0,)))
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.global_pool import global_pool
+
+        parts = scratch(site)
+        return global_pool(
+            kind,
+            moved(io.ins[0], last=last),
+            io.outs[0].reshape(specs(site)[1].dims),
+            io.launcher,
+            parts=None if parts is None else io.scratch(parts),
+            p=int(site.attrs.get("p", 1)),
+        )
+
+    return kernels(bind, supports, inplace=(), strided=True, workspace=workspace)
+
+
+OPS: tuple[Op, ...] = ()
