@@ -204,13 +204,16 @@ def test_weights_that_are_computed_stay_as_they_are() -> None:
     check(network("v = Mul(w, p)  a = Conv(x, v)  y = Conv(a, v)"), left=0)
 
 
-def test_devices_say_what_they_prefer() -> None:
+@pytest.mark.parametrize("dtype", ["float", "float16", "double"])
+def test_devices_say_what_they_prefer(dtype: str) -> None:
+    """Half precision is for Triton's kernels, which do not know double precision."""
     chain = "a = Conv <pads = [1, 1, 1, 1]> (x, w)  b = Conv <pads = [1, 1, 1, 1]> (a, w)  y = Conv(b, w)"
-    model = parse(network(chain, size="90"))
-    for device in ("cpu", "recording"):
+    model = parse(network(chain, size="90").replace("float[", f"{dtype}["))
+    for device, without in (("cpu", "float16"), ("recording", "double")):
         with infera_gpu.load(model, device=device) as session:
             converted = any(n.op == "FusedConvNHWC" for n in session.graph.nodes)
-            assert converted == (device == "cpu") == session.device.channels_last
+            assert session.device.channels_last == (device == "cpu" or "triton" in session.device.kinds)
+            assert converted == (session.device.channels_last and dtype != without)
 
 
 # ---- random networks

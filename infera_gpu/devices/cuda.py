@@ -72,7 +72,6 @@ class CudaDevice:
 
     space: Space = "device"
     runs_portable = True
-    channels_last = False
     threads = 1
     concurrency = ""
 
@@ -103,7 +102,8 @@ class CudaDevice:
             self._streams = Streams(cupy)
             self._stream = self._streams.compute
             self._vram = Vram(cupy, budget)
-        self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
+        self.channels_last = find_spec("triton") is not None
+        self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
         self._launcher: Launcher | None = None
         self._turnstile = Turnstile()
 

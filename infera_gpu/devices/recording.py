@@ -44,7 +44,6 @@ class RecordingDevice:
     name = "recording"
     space: Space = "device"
     runs_portable = True
-    channels_last = False
     xp: Any = np
     threads = 1
     concurrency = ""
@@ -54,7 +53,8 @@ class RecordingDevice:
         self, strict: bool = False, *, captures: bool = True, tf32: bool = False, budget: VramBudget | None = None
     ) -> None:
         self.strict, self.captures, self.tf32, self._budget = strict, captures, tf32, budget
-        self.kinds: tuple[str, ...] = ("triton", "cupy") if find_spec("triton") else ("cupy",)
+        self.channels_last = find_spec("triton") is not None
+        self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
         self.events: list[Event] = []
         self._launcher: Launcher | None = None
 

@@ -127,7 +127,8 @@ class _Passes:
         if precision in HALVES:
             graph = self.changed(precision, graph, halved(graph, HALVES[precision]))
         if self.channels_last:
-            graph = self.changed("channels_last", graph, convert(graph, self.registry))
+            moved = convert(graph, self.registry, "triton" if "triton" in self.kinds else "cpu")
+            graph = self.changed("channels_last", graph, moved)
         if not {"cpu", "triton"}.isdisjoint(self.kinds):
             draft = Draft(graph)
             count = len(draft)

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
+import ml_dtypes
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
@@ -20,7 +22,7 @@ from infera_gpu.passes.fold import drop_dead
 from infera_gpu.passes.permute import Moved, Order, inverse, last_order
 from infera_gpu.passes.permute_images import CONVOLUTIONS, RULES
 from infera_gpu.passes.sketch import sketch
-from infera_gpu.spec import TensorSpec, constant
+from infera_gpu.spec import DType, TensorSpec, constant
 
 UNKNOWN = 1 << 14
 """Elements of a tensor of which nothing is known."""
@@ -29,25 +31,35 @@ CALL = 1 << 10
 """Elements that are moved in the time that a step takes to start."""
 
 
-def convert(graph: Graph, registry: Registry) -> Graph:
+FLOATS: Mapping[str, frozenset[DType]] = MappingProxyType(
+    {
+        "cpu": frozenset(map(np.dtype, (np.float32, np.float64))),
+        "triton": frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))),
+    }
+)
+"""Kind -> the types that its convolutions with channels last are for."""
+
+
+def convert(graph: Graph, registry: Registry, kind: str = "cpu") -> Graph:
     """The graph with its convolutions' channels last where that gains, and with fewer Transposes.
 
-    Inputs and outputs stay as they are. No arithmetic changes. Nothing has been checked when passes run: a graph with a
-    node that makes a rule stumble is left as it is, and the node is named when it is planned.
+    `kind` is that of the kernels: one of FLOATS. Inputs and outputs stay as they are. No arithmetic changes. Nothing has
+    been checked when passes run: a graph with a node that makes a rule stumble is left as it is, and the node is named
+    when it is planned.
     """
     try:
-        return _converted(graph, registry)
+        return _converted(graph, registry, kind)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return graph
 
 
-def _converted(graph: Graph, registry: Registry) -> Graph:
+def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
     if not any(n.qualified in CONVOLUTIONS or n.qualified == "Transpose" for n in graph.nodes):
         return graph
     specs = sketch(graph, registry)
     left: frozenset[int] = frozenset()
     while True:
-        work = _Conversion(graph, specs, left)
+        work = _Conversion(graph, specs, left, FLOATS[kind])
         made = work.run()
         losing = work.losing()
         if not losing:
@@ -66,8 +78,10 @@ def gain_of(node: Node, weight: HostArray, elements: int) -> float:
 class _Conversion:
     """One attempt. The nodes numbered in `left` stay as they are. Implements permute.Facts."""
 
-    def __init__(self, graph: Graph, specs: Mapping[str, TensorSpec], left: frozenset[int]) -> None:
-        self.graph, self.specs, self.left = graph, dict(specs), left
+    def __init__(
+        self, graph: Graph, specs: Mapping[str, TensorSpec], left: frozenset[int], floats: frozenset[DType]
+    ) -> None:
+        self.graph, self.specs, self.left, self.floats = graph, dict(specs), left, floats
         self.nodes: list[Node] = []
         self.constants: dict[str, HostArray] = dict(graph.constants)
         self.views: dict[str, tuple[str, Order]] = {}

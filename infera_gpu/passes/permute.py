@@ -5,14 +5,14 @@ An order says which axis stands where: `stored = Transpose(x, perm=order)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.spec import TensorSpec
+from infera_gpu.spec import DType, TensorSpec
 
 Order: TypeAlias = tuple[int, ...]
 
@@ -33,6 +33,11 @@ def is_last(order: Order) -> bool:
 
 class Facts(Protocol):
     """What a rule may know of values."""
+
+    @property
+    def floats(self) -> Container[DType]:
+        """The types of numbers whose convolutions and pools are fast with channels last."""
+        ...
 
     def rank(self, value: str) -> int | None:
         """None where it is not known."""

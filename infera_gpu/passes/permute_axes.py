@@ -98,7 +98,7 @@ _GLOBAL = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
 
 def _is_float(facts: Facts, node: Node) -> bool:
     spec = facts.example(node.inputs[0])
-    return spec is not None and spec.dtype in (np.float32, np.float64)
+    return spec is not None and spec.dtype in facts.floats
 
 
 def _pooled(node: Node, pool: str, order: Order, target: Order) -> Moved:
