@@ -43,9 +43,9 @@ FLOATS: Mapping[str, frozenset[DType]] = MappingProxyType(
 def convert(graph: Graph, registry: Registry, kind: str = "cpu") -> Graph:
     """The graph with its convolutions' channels last where that gains, and with fewer Transposes.
 
-    `kind` is that of the kernels: one of FLOATS. Inputs and outputs stay as they are. No arithmetic changes. Nothing has
-    been checked when passes run: a graph with a node that makes a rule stumble is left as it is, and the node is named
-    when it is planned.
+    `kind` is that of the kernels: one of FLOATS. Inputs and outputs stay as they are. No arithmetic changes. Nothing
+    has been checked when passes run: a graph with a node that makes a rule stumble is left as it is, and the node is
+    named when it is planned.
     """
     try:
         return _converted(graph, registry, kind)

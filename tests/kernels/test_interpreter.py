@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 SUITES = {
     "attention": 105,
     "cache": 5,
+    "conv": 75,
     "copies": 110,
     "elementwise": 340,
     "gpu_check": 6,

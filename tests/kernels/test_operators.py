@@ -100,6 +100,18 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("Gemm", "", "many_rows"),
     ("FusedMatMul", "infera", "gelu"),
     ("FusedMatMul", "infera", "heads"),
+    ("Conv", "", "3d"),
+    ("FusedConvNHWC", "infera", "depthwise"),
+    ("FusedConvNHWC", "infera", "pointwise"),
+    (
+        "FusedConvNHWC",
+        "infera",
+        Case("stem", (*(TensorSpec(s, HALF) for s in ((2, 32, 32, 3), (16, 3, 3, 3))),), tol=1),
+    ),
+    ("ConvTransposeNHWC", "infera", "grouped"),
+    ("MaxPool", "", Case("positions", (f32(2, 8, 9, 9),), {"kernel_shape": (3, 3)}, n_outs=2)),
+    ("MaxPool", "", "uint8"),
+    ("GlobalAveragePoolNHWC", "infera", "large"),
     ("FusedMatMul", "infera", Case("half", (*(TensorSpec(s, HALF) for s in ((128, 64), (64, 256), (256,))),), tol=1)),
 )
 
