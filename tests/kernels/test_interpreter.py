@@ -25,6 +25,7 @@ SUITES = {
     "nbits": 27,
     "normalize": 75,
     "operators": 900,
+    "pool": 37,
     "quant": 34,
     "recurrent": 17,
     "reduce": 210,

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 
 import infera_gpu
@@ -27,6 +28,31 @@ g (float[N, 16] x) => (float[N, 3] y) <
     z = Gemm <transB = 1> (r, v, c)
     y = LogSoftmax(z)
 }"""
+
+
+CONVOLUTIONS = """
+g (float[N, 3, 20, 20] x) => (float[N, 4] y, float[N, 8, 20, 20] z) {
+    s = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (x, stem)
+    t = Relu(s)
+    p = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (t)
+    d = Conv <group = 8, pads = [1, 1, 1, 1]> (p, depth)
+    e = Conv(d, point)
+    a = Add(e, p)
+    r = Relu(a)
+    u = ConvTranspose <strides = [2, 2]> (r, up)
+    z = Sigmoid(u)
+    g = GlobalAveragePool(r)
+    f = Flatten(g)
+    y = MatMul(f, head)
+}"""
+WEIGHTS = {"stem": (8, 3, 3, 3), "depth": (8, 1, 3, 3), "point": (8, 8, 1, 1), "up": (8, 8, 2, 2), "head": (8, 4)}
+
+
+def convolutions() -> onnx.ModelProto:
+    model = parse(CONVOLUTIONS)
+    drawn = {name: np.random.default_rng(i).uniform(-1, 1, shape) for i, (name, shape) in enumerate(WEIGHTS.items())}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in drawn.items())
+    return model
 
 
 def numbers(n: int) -> str:
@@ -58,8 +84,9 @@ def kinds(plan: Plan) -> dict[str, set[str]]:
     [
         (small_bert(), bert_feeds()),
         (parse(MLP % tuple(map(numbers, (512, 32, 96, 3)))), {"x": np.ones((5, 16), np.float32)}),
+        (convolutions(), {"x": np.ones((2, 3, 20, 20), np.float32)}),
     ],
-    ids=["bert", "mlp"],
+    ids=["bert", "mlp", "convolutions"],
 )
 def test_answers_are_the_cpus_and_nothing_leaves_the_gpu(
     model: onnx.ModelProto, feeds: dict[str, np.ndarray], fuse: bool
@@ -99,3 +126,12 @@ def test_a_perceptron_runs_on_triton() -> None:
     model = parse(MLP % tuple(map(numbers, (512, 32, 96, 3))))
     (plan,) = infera_gpu.load(model, device="recording").plans({"x": np.ones((5, 16), np.float32)})
     assert {s.via for s in plan.steps} == {"triton"}
+
+
+def test_convolutions_run_on_triton_with_channels_last() -> None:
+    """Transposes at the edges are views, which the first convolution and the last Sigmoid read: nothing is copied."""
+    (plan,) = infera_gpu.load(convolutions(), device="recording").plans({"x": np.ones((2, 3, 20, 20), np.float32)})
+    found = kinds(plan)
+    last = ("FusedConv", "MaxPool", "ConvTranspose", "GlobalAveragePool")
+    assert found.keys() == {"MatMul", "Sigmoid", *(f"{name}NHWC" for name in last)}
+    assert {via for vias in found.values() for via in vias} == {"triton"}

@@ -106,13 +106,13 @@ def global_pool(kind: str, x: Any, out: Any, launcher: Launcher, *, parts: Any =
         raise ValueError(f"global_pool: none for {name_of(x)}{list(x.shape)} -> {name_of(out)}{list(out.shape)}")
     if 0 in tuple(out.shape):
         return []
-    source = image_of(x)
+    source = image_of(x).in_lines()
     count = float(math.prod(source.size))
     if parts is None:
         return [_launch(kind, source, x, out, 1, launcher, count, p, first=True, last=True)]
     return [
         _launch(kind, source, x, parts, parts.shape[1], launcher, count, p, first=True, last=False),
-        _launch(kind, image_of(parts), parts, out, 1, launcher, count, p, first=False, last=True),
+        _launch(kind, image_of(parts).in_lines(), parts, out, 1, launcher, count, p, first=False, last=True),
     ]
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from infera_kernels.launch import Const
-from infera_kernels.triton.layout import Dims, element_strides, fold, fold_one, next_power_of_two
+from infera_kernels.triton.layout import Dims, coalesce, element_strides, fold, fold_one, next_power_of_two
 
 SPATIAL = 3
 VECTOR_BYTES = 16
@@ -97,6 +97,14 @@ class Image:
         if self.strides[4] != 1:
             return 1
         return math.gcd(*self.strides[:4], VECTOR_BYTES // self.itemsize)
+
+    def in_lines(self) -> Image:
+        """The same pixels as images of one line, where they are evenly spaced; else itself."""
+        dims, (strides,) = coalesce(self.size, [self.strides[1:4]])
+        if len(dims) > 1:
+            return self
+        line = (self.strides[0], 0, 0, strides[0], self.strides[4])
+        return Image((self.dims[0], 1, 1, dims[0], self.channels), line, self.itemsize)
 
     def arguments(self, name: str) -> dict[str, Any]:
         """The parameters `<name>_strides` of pixels, counted in units, and `<name>_c`, the stride of channels."""
