@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import ml_dtypes
@@ -31,19 +31,30 @@ CALL = 1 << 10
 """Elements that are moved in the time that a step takes to start."""
 
 
-FLOATS: Mapping[str, frozenset[DType]] = MappingProxyType(
+@dataclass(frozen=True, slots=True)
+class Convolutions:
+    """What those of a kind are for, and save for an element of output, in elements moved by a Transpose."""
+
+    floats: frozenset[DType]
+    depthwise: float
+    pointwise: float
+    other: float
+
+
+KINDS: Mapping[str, Convolutions] = MappingProxyType(
     {
-        "cpu": frozenset(map(np.dtype, (np.float32, np.float64))),
-        "triton": frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))),
+        "cpu": Convolutions(frozenset(map(np.dtype, (np.float32, np.float64))), 3.0, 0.25, 1.0),
+        "triton": Convolutions(frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))), 1.0, 0.25, 4.0),
     }
 )
-"""Kind -> the types that its convolutions with channels last are for."""
+"""What is known of the CPU was measured. On a GPU a tile reads its input once a tap, with channels first a few bytes of
+every 32 at a time; depthwise convolutions and products read whole lines in either order."""
 
 
 def convert(graph: Graph, registry: Registry, kind: str = "cpu") -> Graph:
     """The graph with its convolutions' channels last where that gains, and with fewer Transposes.
 
-    `kind` is that of the kernels: one of FLOATS. Inputs and outputs stay as they are. No arithmetic changes. Nothing
+    `kind` is that of the kernels: one of KINDS. Inputs and outputs stay as they are. No arithmetic changes. Nothing
     has been checked when passes run: a graph with a node that makes a rule stumble is left as it is, and the node is
     named when it is planned.
     """
@@ -59,7 +70,7 @@ def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
     specs = sketch(graph, registry)
     left: frozenset[int] = frozenset()
     while True:
-        work = _Conversion(graph, specs, left, FLOATS[kind])
+        work = _Conversion(graph, specs, left, KINDS[kind])
         made = work.run()
         losing = work.losing()
         if not losing:
@@ -67,21 +78,18 @@ def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
         left |= losing
 
 
-def gain_of(node: Node, weight: HostArray, elements: int) -> float:
+def gain_of(kind: Convolutions, node: Node, weight: HostArray, elements: int) -> float:
     """What a convolution with channels last saves where it makes so many elements, in elements moved by a Transpose."""
-    depthwise = int(node.attrs.get("group", 1)) > 1 and weight.shape[1] == 1
-    if depthwise:
-        return 3.0 * elements
-    return (0.25 if all(k == 1 for k in weight.shape[2:]) else 1.0) * elements
+    if int(node.attrs.get("group", 1)) > 1 and weight.shape[1] == 1:
+        return kind.depthwise * elements
+    return (kind.pointwise if all(k == 1 for k in weight.shape[2:]) else kind.other) * elements
 
 
 class _Conversion:
     """One attempt. The nodes numbered in `left` stay as they are. Implements permute.Facts."""
 
-    def __init__(
-        self, graph: Graph, specs: Mapping[str, TensorSpec], left: frozenset[int], floats: frozenset[DType]
-    ) -> None:
-        self.graph, self.specs, self.left, self.floats = graph, dict(specs), left, floats
+    def __init__(self, graph: Graph, specs: Mapping[str, TensorSpec], left: frozenset[int], kind: Convolutions) -> None:
+        self.graph, self.specs, self.left, self.kind = graph, dict(specs), left, kind
         self.nodes: list[Node] = []
         self.constants: dict[str, HostArray] = dict(graph.constants)
         self.views: dict[str, tuple[str, Order]] = {}
@@ -94,6 +102,10 @@ class _Conversion:
         self.members: defaultdict[str, set[int]] = defaultdict(set)
 
     # ---- what rules ask
+
+    @property
+    def floats(self) -> frozenset[DType]:
+        return self.kind.floats
 
     def rank(self, value: str) -> int | None:
         if value in self.views:
@@ -286,4 +298,4 @@ class _Conversion:
         if node.qualified in CONVOLUTIONS:
             spec = self.specs.get(node.outputs[0])
             elements = UNKNOWN if spec is None else spec.size
-            self.gains[inside[0]] += gain_of(node, self.graph.constants[node.inputs[1]], elements)
+            self.gains[inside[0]] += gain_of(self.kind, node, self.graph.constants[node.inputs[1]], elements)

@@ -31,12 +31,12 @@ g (float[N, 16] x) => (float[N, 3] y) <
 
 
 CONVOLUTIONS = """
-g (float[N, 3, 20, 20] x) => (float[N, 4] y, float[N, 8, 20, 20] z) {
+g (float[N, 3, 96, 96] x) => (float[N, 4] y, float[N, 8, 96, 96] z) {
     s = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (x, stem)
     t = Relu(s)
     p = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (t)
     d = Conv <group = 8, pads = [1, 1, 1, 1]> (p, depth)
-    e = Conv(d, point)
+    e = Conv <pads = [1, 1, 1, 1]> (d, square)
     a = Add(e, p)
     r = Relu(a)
     u = ConvTranspose <strides = [2, 2]> (r, up)
@@ -45,7 +45,7 @@ g (float[N, 3, 20, 20] x) => (float[N, 4] y, float[N, 8, 20, 20] z) {
     f = Flatten(g)
     y = MatMul(f, head)
 }"""
-WEIGHTS = {"stem": (8, 3, 3, 3), "depth": (8, 1, 3, 3), "point": (8, 8, 1, 1), "up": (8, 8, 2, 2), "head": (8, 4)}
+WEIGHTS = {"stem": (8, 3, 3, 3), "depth": (8, 1, 3, 3), "square": (8, 8, 3, 3), "up": (8, 8, 2, 2), "head": (8, 4)}
 
 
 def convolutions() -> onnx.ModelProto:
@@ -84,7 +84,7 @@ def kinds(plan: Plan) -> dict[str, set[str]]:
     [
         (small_bert(), bert_feeds()),
         (parse(MLP % tuple(map(numbers, (512, 32, 96, 3)))), {"x": np.ones((5, 16), np.float32)}),
-        (convolutions(), {"x": np.ones((2, 3, 20, 20), np.float32)}),
+        (convolutions(), {"x": np.ones((2, 3, 96, 96), np.float32)}),
     ],
     ids=["bert", "mlp", "convolutions"],
 )
@@ -130,7 +130,7 @@ def test_a_perceptron_runs_on_triton() -> None:
 
 def test_convolutions_run_on_triton_with_channels_last() -> None:
     """Transposes at the edges are views, which the first convolution and the last Sigmoid read: nothing is copied."""
-    (plan,) = infera_gpu.load(convolutions(), device="recording").plans({"x": np.ones((2, 3, 20, 20), np.float32)})
+    (plan,) = infera_gpu.load(convolutions(), device="recording").plans({"x": np.ones((2, 3, 96, 96), np.float32)})
     found = kinds(plan)
     last = ("FusedConv", "MaxPool", "ConvTranspose", "GlobalAveragePool")
     assert found.keys() == {"MatMul", "Sigmoid", *(f"{name}NHWC" for name in last)}
