@@ -235,7 +235,7 @@ _CASES = (
     Case("winograd-2-uneven-pads", (f32(1, 16, 12, 11), f32(16, 16, 3, 3)), {"pads": (0, 2, 1, 0)}),
     Case("winograd-4", (f32(1, 16, 29, 34), f32(16, 16, 3, 3), f32(16)), {"pads": (1, 1, 1, 1)}),
     Case("winograd-4-blocks", (f32(1, 64, 57, 56), f32(32, 64, 3, 3), f32(32)), {"pads": (1, 1, 1, 1)}),
-    Case("stem", (f32(1, 3, 31, 33), f32(8, 3, 7, 7), f32(8)), {"strides": (2, 2), "pads": (3, 3, 3, 3)}),
+    Case("stem-7x7", (f32(1, 3, 31, 33), f32(8, 3, 7, 7), f32(8)), {"strides": (2, 2), "pads": (3, 3, 3, 3)}),
     Case("blocks", (f32(1, 64, 50, 64), f32(3, 64, 3, 3), f32(3)), {"pads": (1, 1, 1, 1)}),
     Case("strided-past-padding", (f32(1, 2, 5, 5), f32(2, 2, 1, 1)), {"strides": (3, 3), "pads": (2, 2, 2, 2)}),
     Case("dilated", (f32(1, 3, 11, 10), f32(2, 3, 3, 2)), {"dilations": (2, 3), "pads": (2, 1, 0, 3)}),
@@ -283,6 +283,14 @@ _FUSED_CASES = (
         {"activation": "relu", "pads": (1, 1, 1, 1)},
     ),
     Case("im2col", (f32(2, 3, 6, 5), f32(4, 3, 3, 3), f32(4), f32(2, 4, 4, 3)), {"activation": "relu"}),
+    Case(
+        "split", (f32(1, 64, 3, 3), f32(5, 64, 3, 3), f32(5), f32(1, 5, 3, 3)),
+        {"activation": "relu", "pads": (1, 1, 1, 1)},
+    ),
+    Case(
+        "half", (*(TensorSpec(s, np.dtype(np.float16)) for s in ((1, 3, 8, 9), (5, 3, 3, 3), (5,))),),
+        {"activation": "relu", "strides": (2, 2)}, tol=1e-3,
+    ),
     Case("depthwise", (f32(2, 3, 6, 5), f32(3, 1, 3, 3), None, f32(2, 3, 4, 3)), {"activation": "relu", "group": 3}),
     *(
         Case(name, (f32(2, 3, 6, 5), f32(4, 3, 2, 2), f32(4)), {"activation": name, "activation_params": params})
