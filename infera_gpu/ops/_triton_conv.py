@@ -161,9 +161,10 @@ class Convolution:
         )
 
     def weights(self, site: Site, io: Buffers) -> Array:
-        """The weights (O, kernel..., C / groups): packed where they are constant, else a view."""
+        """The weights (O, kernel..., C / groups): packed where they are constant and in another order, else a view."""
         groups, padded = self.groups(site), self.padded(site)
-        if site.value(1) is None:
+        one = not self.transposed and math.prod(site.spec(1).dims[2:]) == 1
+        if site.value(1) is None or (one and not padded):
             return self._view(io.ins[1], groups)
         if self.is_depthwise(site):
             packed = io.pack(1, "taps", lambda w: _dense(np.moveaxis(w, 0, -1)))

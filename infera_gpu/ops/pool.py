@@ -190,6 +190,7 @@ _GLOBAL = (
 
 _MAX = {"cpu": Kernel(_bind_max, _planar), **pooling("max")}
 _AVERAGE = {"cpu": Kernel(_bind_average, _planar), **pooling("average")}
+_LP = pooling("lp")
 
 OPS: tuple[Op, ...] = (
     Op("MaxPool", 1, pool_spec, compute_max, _CASES, pool_attrs("dilations"), kernels=_MAX),
@@ -214,10 +215,10 @@ OPS: tuple[Op, ...] = (
         "AveragePool", 19, pool_spec, compute_average, _CASES + _COUNTED + _CEIL + _DILATED + _COUNTED_CEIL,
         pool_attrs(count_include_pad=0, ceil_mode=0), kernels=_AVERAGE,
     ),
-    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, pool_attrs("dilations", p=2), kernels=pooling("lp")),
+    Op("LpPool", 1, _infer_lp, _compute_lp, _CASES, pool_attrs("dilations", p=2), kernels=_LP),
     Op(
         "LpPool", 18, _infer_lp, _compute_lp, _CASES + _CEIL + _DILATED + _NORMS, pool_attrs(p=2, ceil_mode=0),
-        kernels=pooling("lp"),
+        kernels=_LP,
     ),
     Op(
         "GlobalAveragePool", 1, _infer_global, _over_planes(lambda xp, site, x: x.mean(axis=-1)), _GLOBAL,

@@ -138,6 +138,7 @@ TRANSPOSED = {
     "dilated": Layer(1, (4, 4), 3, 5, (3, 2), (2, 3), (3, 2), ((1, 2), (0, 1)), transposed=True),
     "stride-shares-a-divisor-with-dilation": Layer(1, (5,), 3, 4, (3,), (4,), (6,), ((2, 1),), transposed=True),
     "grouped": Layer(1, (3, 3), 4, 6, (3, 3), (2, 1), (1, 1), ((1, 0), (1, 1)), groups=2, transposed=True),
+    "fewer-outputs-than-phases": Layer(1, (3, 2), 2, 3, (2, 3), (2, 5), (1, 1), ((0, 1), (3, 3)), transposed=True),
     "walked": Layer(1, (2, 2), 130, 4, (2, 2), (2, 2), (1, 1), ((0, 0), (0, 0)), transposed=True),
     "volume": Layer(1, (2, 3, 2), 2, 3, (2, 3, 3), (2, 1, 2), (1, 1, 1), ((0, 1), (1, 1), (1, 0)), transposed=True),
 }

@@ -164,7 +164,7 @@ def conv(
     turn = where.turn() if transposed else None
     steps = where.strides if transposed else (1, 1, 1)
     rows = tuple(ceil_div(n, s) for n, s in zip(target.size, steps, strict=True))
-    phases = math.prod(min(s, n) for s, n in zip(steps, target.size, strict=True))
+    phases = math.prod(steps)
     m, f, c = target.dims[0] * math.prod(rows), target.channels // groups, weight.channels
     splits = 1 if parts is None else int(parts.shape[0])
     kind = precision if name_of(x) == "float32" else HALF
