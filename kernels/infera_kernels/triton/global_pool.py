@@ -10,7 +10,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
-from infera_kernels.triton.functions import maximum, pow
+from infera_kernels.triton.arithmetic import maximum, pow
 from infera_kernels.triton.images import SPATIAL, Image, image_of, pixel_of, pixel_offset, unit_of
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import (

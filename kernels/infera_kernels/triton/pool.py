@@ -12,8 +12,8 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
+from infera_kernels.triton.arithmetic import maximum, pow
 from infera_kernels.triton.conv import Geometry
-from infera_kernels.triton.functions import maximum, pow
 from infera_kernels.triton.images import (
     SPATIAL,
     constants,
