@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,7 +101,7 @@ class BoundBuffers:
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         dtype = np.dtype(dtype)
-        shape = tuple(int(d) for d in shape)
+        shape = tuple(map(int, shape))
         block, offset = self._scratch(math.prod(shape) * dtype.itemsize)
         if self._space == "host":
             return np.ndarray(shape, dtype, block.data, offset)
@@ -170,13 +171,15 @@ def _scratch_bytes(
         total += aligned(nbytes)
         return room.take(nbytes)
 
-    def dummy(operand: Operand) -> HostArray:
+    def dummy(operand: Operand | None, value: HostArray | None = None) -> HostArray | None:
+        if operand is None or (value is not None and value.flags.c_contiguous):
+            return value
         low, high = operand.bounds()
         block, offset = room.take(high - low)
         return host_view(block, operand.moved(offset - low))
 
     try:
-        dummies = tuple([o and dummy(o) for o in ins])
+        dummies = tuple(map(dummy, ins, placed.site.values))
         io = BoundBuffers(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
         kernel.bind(placed.site, io)
     finally:
@@ -213,27 +216,25 @@ def _alike(
 ) -> tuple[object, ...] | None:
     """Equal for two nodes that ask for the same scratch; None where that cannot be told."""
     site = placed.site
-    values: list[object] = []
+    key: list[object] = [id(placed.op), id(kernel), site.opset, len(ins), *site.attrs.values()]
+    key += map(bool, site.node.outputs)
     for value in site.values:
         if value is None:
-            values.append(None)
-        elif value.size <= SMALL and value.dtype != object:
-            values.append(value.tobytes())
+            key.append(None)
+        elif value.size <= SMALL and value.dtype.kind != "O":
+            key.append(value.tobytes())
         elif value.dtype.kind == "f":
-            values.append(True)
+            key.append(True)
         else:
             return None
-    key = (
-        (id(placed.op), id(kernel), site.opset, *site.attrs.values()),
-        tuple(None if o is None else (o.shape, o.strides, o.dtype) for o in (*ins, *outs)),
-        tuple(values),
-        tuple(map(bool, site.node.outputs)),
-    )
+    for o in (*ins, *outs):
+        key += (None,) if o is None else (o.shape, o.strides, o.dtype.num)
+    found = tuple(key)
     try:
-        hash(key)
+        hash(found)
     except TypeError:  # an attribute is an array
         return None
-    return key
+    return found
 
 
 class Given:
@@ -254,7 +255,7 @@ class Bound:
     """A plan bound to one set of arenas: calls to make, and ports to fill before and to read after. `direct` inputs
     are set.
 
-    `spans[i]` is the slice of `calls` that belongs to the plan's step i. `fast` are the calls of a run: the same, but
+    The plan's step i makes the calls from `starts[i]` to `starts[i + 1]`. `fast` are the calls of a run: the same, but
     for what a CUDA graph replays at one go.
     """
 
@@ -262,7 +263,7 @@ class Bound:
     ports: Ports
     direct: Mapping[str, Given]
     calls: tuple[Call, ...]
-    spans: tuple[slice, ...]
+    starts: tuple[int, ...]
     fast: tuple[Call, ...]
 
     def run(self) -> None:
@@ -288,9 +289,7 @@ class Bound:
         at = next((i for i, (_, a) in enumerate(self.calls) if a is args), None)
         if at is None:
             return "a replayed CUDA graph"
-        return next(
-            s.label for s, span in zip(self.plan.steps, self.spans, strict=True) if span.start <= at < span.stop
-        )
+        return self.plan.steps[bisect_right(self.starts, at) - 1].label
 
 
 def bind(
@@ -339,15 +338,14 @@ def bind(
         return device.wrap(step, list(step.kernel.bind(step.placed.site, io)), ins, outs)
 
     calls: list[Call] = []
-    spans: list[slice] = []
+    starts = [0]
     for step in plan.steps:
-        start = len(calls)
         with planning(step.label):
             calls += calls_of(step)
-        spans.append(slice(start, len(calls)))
+        starts.append(len(calls))
     fast, done = list[Call](), 0
     for held in plan.graphs or ():
-        start, stop = spans[held[0]].start, spans[held[-1]].stop
+        start, stop = starts[held.start], starts[held.stop]
         fast += [*calls[done:start], *([device.graph(calls[start:stop])] if stop > start else [])]
         done = stop
     inputs = {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct}
@@ -357,6 +355,6 @@ def bind(
         device.ports(inputs, outputs, arenas.get("staging")),
         direct,
         tuple(calls),
-        tuple(spans),
+        tuple(starts),
         (*fast, *calls[done:]),
     )

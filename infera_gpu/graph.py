@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,6 +22,25 @@ FOLD_LIMIT = 1 << 30
 
 JOINT = "\N{FRACTION SLASH}"
 """Joins the parts of names that are made here. Files with such names are refused: none is like one of ours."""
+
+
+T = TypeVar("T")
+
+
+class lazy(Generic[T]):
+    """functools.cached_property, without the lock that it takes before Python 3.12: nodes come in thousands."""
+
+    def __init__(self, build: Callable[[Any], T]) -> None:
+        self._build = build
+        self.__doc__ = build.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        made: T = self._build(instance)
+        instance.__dict__[self._name] = made
+        return made
 
 
 def made_name(*parts: object) -> str:
@@ -49,21 +67,26 @@ class Node:
     opset: int = 0
 
     def __str__(self) -> str:
+        return self.label
+
+    @lazy
+    def label(self) -> str:
+        """The operator, and the name that tells it from others."""
         return f"{self.op} '{self.name or next((o for o in self.outputs if o), '')}'"
 
-    @property
+    @lazy
     def qualified(self) -> str:
         """The operator with its domain, as users write it: `com.microsoft.Gelu`; standard operators bare."""
         return f"{self.domain}.{self.op}" if self.domain else self.op
 
-    @cached_property
+    @lazy
     def subgraphs(self) -> tuple[tuple[str, Graph], ...]:
         """(attribute, graph) of every subgraph."""
         if not self.attrs:
             return ()
         return tuple([(k, v) for k, v in self.attrs.items() if isinstance(v, Graph)])
 
-    @cached_property
+    @lazy
     def reads(self) -> tuple[str, ...]:
         """Every value this node needs, those that its subgraphs capture included."""
         needed = [i for i in self.inputs if i]

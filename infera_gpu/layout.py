@@ -72,11 +72,16 @@ class Operand(NamedTuple):
         return Operand(self.root, self.space, self.shape, self.dtype, self.strides, self.offset + by, self.constant)
 
 
-def dense(root: str, space: Space, spec: TensorSpec, *, constant: bool = False) -> Operand:
+def dense(root: str, space: Space, spec: TensorSpec) -> Operand:
     """A contiguous operand at the start of its root."""
-    return Operand(
-        root, space, spec.dims, spec.dtype, contiguous_strides(spec.dims, spec.dtype.itemsize), constant=constant
-    )
+    dims, dtype = spec.dims, spec.dtype
+    return Operand(root, space, dims, dtype, contiguous_strides(dims, dtype.itemsize))
+
+
+@lru_cache(maxsize=16384)
+def constant(name: str, space: Space, spec: TensorSpec) -> Operand:
+    """The operand of a constant, the same in every plan."""
+    return dense(name, space, spec)._replace(constant=True)
 
 
 def dummy(operand: Operand) -> HostArray:

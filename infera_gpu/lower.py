@@ -11,7 +11,7 @@ from infera_gpu.choice import Choice, choose
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import Node
-from infera_gpu.layout import Operand, Space, dense, views_of
+from infera_gpu.layout import Operand, Space, constant, dense, views_of
 from infera_gpu.memory import aligned, crowded
 from infera_gpu.op import Kernel
 from infera_gpu.place import Lowered, Root, place, requests
@@ -109,8 +109,7 @@ class _Lowering:
         """Where the value lies. A constant lies wherever it is asked for."""
         found = self.homes.get(value)
         if found is None:
-            array = self.segment.constants[value]
-            found = dense(value, self.device.space, TensorSpec(array.shape, array.dtype), constant=True)
+            found = constant(value, self.device.space, self.segment.specs[value])
             self.homes[value] = found
         return found
 
@@ -164,7 +163,7 @@ class _Lowering:
             if nbytes:
                 workspace = self.new(f"scratch {index}", choice.space, TensorSpec((nbytes,), np.dtype(np.uint8)))
         kind = "kernel" if kernel else "compute"
-        self.emit(Step(kind, str(site.node), choice.via, ins, outs, choice.space, placed, kernel, workspace, parts))  # type: ignore[arg-type]
+        self.emit(Step(kind, site.node.label, choice.via, ins, outs, choice.space, placed, kernel, workspace, parts))  # type: ignore[arg-type]
         for name, operand in zip(site.node.outputs, outs, strict=False):
             if name:
                 self.own(name, operand)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -46,36 +48,49 @@ class ArenaPlan:
     lower_bound: int
 
 
-class _Arena:
-    """The places that are taken, by offset: columns low, high, begin, end."""
+Taken: TypeAlias = tuple[int, int, int, int]
+"""What is taken: [low, high) on steps [begin, end)."""
 
-    def __init__(self, most: int, nbytes: int) -> None:
-        dtype = np.int64 if nbytes < 1 << 62 else object
-        self._rows = np.zeros((4, most), dtype)
-        self._starts = np.zeros(most + 1, dtype)
-        self._count = 0
+
+class _Arena:
+    """The places that are taken. Most are for a few steps, and are found by the periods that these fall in."""
+
+    PERIOD = 16
+    """Steps."""
+
+    FEW = 4
+    """Periods in which a place is looked for under each of them."""
+
+    def __init__(self) -> None:
+        self._all: list[Taken] = []
+        self._lasting: list[Taken] = []
+        self._during: defaultdict[int, list[Taken]] = defaultdict(list)
+        self.nbytes = 0
 
     def free_from(self, size: int, begin: int, end: int) -> int:
         """The lowest offset with `size` free bytes on steps [begin, end)."""
-        low, high, since, until = self._rows[:, : self._count]
-        beside = ((since < end) & (until > begin)).nonzero()[0]
-        count = len(beside)
-        starts = self._starts
-        np.maximum.accumulate(high[beside], out=starts[1 : count + 1])
-        fits = low[beside] - starts[:count] >= size
-        first = int(fits.argmax()) if count else 0
-        return int(starts[first if count and fits[first] else count])
+        periods = self._periods(begin, end)
+        near = self._all
+        if len(periods) <= self.FEW:
+            near = [*self._lasting, *chain.from_iterable([self._during[p] for p in periods])]
+        free = 0
+        for low, high in sorted([(low, high) for low, high, since, until in near if since < end and until > begin]):
+            if low - free >= size:
+                break
+            if high > free:
+                free = high
+        return free
 
     def take(self, low: int, size: int, begin: int, end: int) -> None:
-        at = int(self._rows[0, : self._count].searchsorted(low))
-        if at < self._count:
-            self._rows[:, at + 1 : self._count + 1] = self._rows[:, at : self._count].copy()
-        self._rows[:, at] = low, low + size, begin, end
-        self._count += 1
+        taken = (low, low + size, begin, end)
+        self._all.append(taken)
+        periods = self._periods(begin, end)
+        for among in [self._during[p] for p in periods] if len(periods) <= self.FEW else [self._lasting]:
+            among.append(taken)
+        self.nbytes = max(self.nbytes, low + size)
 
-    @property
-    def nbytes(self) -> int:
-        return int(self._rows[1].max(initial=0))
+    def _periods(self, begin: int, end: int) -> range:
+        return range(begin // self.PERIOD, (end - 1) // self.PERIOD + 1)
 
 
 class _Search:
@@ -148,7 +163,7 @@ def plan_arena(requests: Iterable[Request], fixed: Mapping[str, int] | None = No
     fixed = fixed or {}
     wanted = [r for r in requests if r.nbytes > 0 and r.begin < r.end]
     wanted.sort(key=lambda r: (r.value not in fixed, -r.rank, -r.nbytes, r.begin, r.value))
-    arena = _Arena(len(wanted), sum(aligned(r.nbytes) for r in wanted) + max(fixed.values(), default=0))
+    arena = _Arena()
     offsets: dict[str, int] = {}
     for r in wanted:
         size = aligned(r.nbytes)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from infera_gpu.errors import PlanError
-from infera_gpu.graph import Attrs, HostArray, Node
+from infera_gpu.graph import Attrs, HostArray, Node, lazy
 from infera_gpu.spec import Array, DType, TensorSpec, ValueSpec
 
 Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
@@ -32,9 +32,9 @@ class Required:
 REQUIRED = Required()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Site:
-    """One node at concrete shapes: everything a kernel may know while planning.
+    """One node at concrete shapes: everything a kernel may know while planning. Nobody changes one.
 
     `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out or is no tensor,
     and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
@@ -47,12 +47,14 @@ class Site:
     values: tuple[HostArray | None, ...]
     outs: tuple[TensorSpec, ...] = ()
     opset: int = 0
+    _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
         """The same site with these outputs, and with what was found `once`."""
-        self.__dict__.setdefault("_found", {})
-        made = object.__new__(Site)
-        made.__dict__.update(self.__dict__, outs=outs)
+        if self._found is None:
+            self._found = {}
+        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset)
+        made._found = self._found
         return made
 
     def once(self, key: Hashable, build: Callable[[], T]) -> T:
@@ -61,7 +63,9 @@ class Site:
         Rules for shapes, expansions, choices of kernels and kernels ask the same questions, and a plan is made while a
         user waits.
         """
-        found: dict[Hashable, Any] = self.__dict__.setdefault("_found", {})
+        found = self._found
+        if found is None:
+            found = self._found = {}
         if key not in found:
             found[key] = build()
         made: T = found[key]
@@ -69,7 +73,7 @@ class Site:
 
     def forget(self) -> None:
         """Drop what was found `once`: when a plan is bound nobody asks any more."""
-        self.__dict__.pop("_found", None)
+        self._found = None
 
     def has(self, i: int) -> bool:
         """Whether input i is present."""
@@ -237,6 +241,29 @@ class Case:
     opset: int | None = None
 
 
+class Cases(Sequence[Case]):
+    """The cases that `make` gives, made when somebody looks at them: loading a model does not."""
+
+    def __init__(self, make: Callable[[], Iterable[Case]]) -> None:
+        self._make = make
+
+    @lazy
+    def _made(self) -> tuple[Case, ...]:
+        return tuple(self._make())
+
+    @overload
+    def __getitem__(self, at: int) -> Case: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Case, ...]: ...
+
+    def __getitem__(self, at: int | slice) -> Case | tuple[Case, ...]:
+        return self._made[at]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
 @dataclass(frozen=True, slots=True)
 class GraphText:
     """A graph in ONNX's text syntax: an attribute of a case."""
@@ -283,7 +310,7 @@ class Op:
     since: int
     infer: Infer
     compute: Compute
-    cases: tuple[Case, ...]
+    cases: Sequence[Case]
     attrs: Attrs = field(default_factory=dict)
     domain: str = ""
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
@@ -297,15 +324,21 @@ class Op:
     host: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cases:
+        if not isinstance(self.cases, Cases) and not self.cases:
             raise ValueError(f"{self.qualified}: an operator needs at least one Case")
 
     @property
     def qualified(self) -> str:
         return f"{self.domain + '.' if self.domain else ''}{self.name}-{self.since}"
 
-    def fill(self, node: Node) -> dict[str, Any]:
-        """The node's attributes with defaults. Raises PlanError for an unknown or a missing one."""
+    def fill(self, node: Node) -> Attrs:
+        """The node's attributes with defaults, remembered with it. Raises PlanError for an unknown or a missing one."""
+        filled: tuple[Op, Attrs] | None = node.__dict__.get("_filled")
+        if filled is None or filled[0] is not self:
+            filled = node.__dict__["_filled"] = (self, self._fill(node))
+        return filled[1]
+
+    def _fill(self, node: Node) -> Attrs:
         given = node.attrs.keys()
         if not given <= self.attrs.keys():
             unknown = next(k for k in given if k not in self.attrs)

@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.memory import Request, aligned, plan_arena
-from infera_gpu.plan import Block, Plan, Step, capturable
+from infera_gpu.plan import Plan, Step, capturable
 from infera_gpu.specialize import Segment
 
 
@@ -102,8 +102,8 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         constants={k: _dense(a) for k, a in lowered.segment.constants.items()},
         arenas=arenas,
         lower_bounds=bounds,
-        blocks=tuple(
-            [Block(k, r.space, offsets[k], aligned(r.nbytes), r.begin, r.end) for k, r in roots.items() if k in offsets]
+        placed=tuple(
+            [(k, r.space, offsets[k], aligned(r.nbytes), r.begin, r.end) for k, r in roots.items() if k in offsets]
         ),
         saved=lowered.saved,
         direct=lowered.direct,

@@ -76,12 +76,13 @@ class Plan:
     `inputs` are uploaded before the steps and `outputs` are where results lie after them; `direct` are inputs that
     steps only copy, and that have no place of their own. `arenas` gives the bytes of each memory space, `lower_bounds`
     the most bytes alive at one step: no plan can need less.
-    `blocks` says what lies where and when. `saved` are bytes of values that need no memory of their own: "as views" of
+    `placed` are the fields of `blocks`, which say what lies where and when: Python's garbage collection passes by plain
+    tuples, and there are many plans. `saved` are bytes of values that need no memory of their own: "as views" of
     others, computed "in place" of an input, or written "into slots" of the value that joins them; `bordered` values lie
-    within the border that their readers want, which saves these a copy. `concurrency` is how
-    many threads there are for the steps' parts, and why. `graphs` are the steps that CUDA graphs hold, each captured
-    once and replayed from then on; None where nothing is captured. `staging` is how much page-locked host memory inputs
-    and outputs take on their way to and from a GPU.
+    within the border that their readers want, which saves these a copy. `concurrency` is how many threads there are for
+    the steps' parts, and why. `graphs` are the steps that CUDA graphs hold, each captured once and replayed from then
+    on; None where nothing is captured. `staging` is how much page-locked host memory inputs and outputs take on their
+    way to and from a GPU.
     """
 
     device: str
@@ -94,12 +95,16 @@ class Plan:
     constants: Mapping[str, HostArray]
     arenas: Mapping[Space, int]
     lower_bounds: Mapping[Space, int]
-    blocks: tuple[Block, ...]
+    placed: tuple[tuple[str, Space, int, int, int, int], ...]
     saved: Mapping[str, int]
     direct: frozenset[str] = frozenset()
     bordered: int = 0
     graphs: tuple[range, ...] | None = None
     staging: int = 0
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return tuple(map(Block._make, self.placed))
 
     @property
     def arena_bytes(self) -> int:

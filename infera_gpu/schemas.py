@@ -36,7 +36,8 @@ def rules_of(name: str, version: int, domain: str) -> Rules | None:
     newest, names = _tables().get(domain, (UNLIMITED, {}))
     if version > newest:  # a newer onnx than the table's
         return _asked(name, version, domain)
-    for since, inputs, outputs, *attributes in reversed(names.get(name, [])):
+    for line in reversed(names.get(name, [])):
+        since, inputs, outputs, *attributes = line.split()
         if int(since) <= version:
             named = (a.rpartition(":") for a in attributes)
             return Rules(_range(inputs), _range(outputs), {k: int(v) for k, _, v in named})
@@ -44,18 +45,18 @@ def rules_of(name: str, version: int, domain: str) -> Rules | None:
 
 
 @cache
-def _tables() -> Mapping[str, tuple[int, Mapping[str, list[list[str]]]]]:
-    """By domain: the newest version that the table knows, and the fields of each name's lines, the oldest first."""
-    tables: dict[str, tuple[int, dict[str, list[list[str]]]]] = {}
-    lines: dict[str, list[list[str]]] = {}
+def _tables() -> Mapping[str, tuple[int, Mapping[str, list[str]]]]:
+    """By domain: the newest version that the table knows, and the rest of each name's lines, the oldest first."""
+    tables: dict[str, tuple[int, dict[str, list[str]]]] = {}
+    lines: dict[str, list[str]] = {}
     for line in SCHEMAS.splitlines():
-        first, *fields = line.split()
+        first, _, rest = line.partition(" ")
         if first == "domain":
-            version, *domain = fields
+            version, _, domain = rest.partition(" ")
             lines = {}
-            tables[domain[0] if domain else ""] = int(version), lines
+            tables[domain] = int(version), lines
         else:
-            lines.setdefault(first, []).append(fields)
+            lines.setdefault(first, []).append(rest)
     return tables
 
 

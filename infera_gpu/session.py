@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -421,9 +422,9 @@ class Session:
 
         def timed(_: Stage, bound: Bound) -> None:
             self.device.synchronize()
-            for step, span in zip(bound.plan.steps, bound.spans, strict=True):
+            for step, (start, stop) in zip(bound.plan.steps, pairwise(bound.starts), strict=True):
                 began = time.perf_counter()
-                for fn, args in bound.calls[span]:
+                for fn, args in bound.calls[start:stop]:
                     fn(*args)
                 self.device.synchronize()
                 timings.append(Timing(step, time.perf_counter() - began))

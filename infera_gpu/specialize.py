@@ -67,6 +67,26 @@ class Segment:
         return not self.rest and not self.eager
 
 
+@dataclass(frozen=True)
+class Known:
+    """Values that are known before a segment: arrays, their specs, those that are strings, and how many bytes may be
+    computed from them."""
+
+    arrays: Mapping[str, HostArray]
+    specs: Mapping[str, TensorSpec]
+    strings: frozenset[str]
+    budget: int
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, HostArray]) -> Known:
+        return cls(
+            arrays,
+            {k: spec_of(v) for k, v in arrays.items()},
+            frozenset(k for k, v in arrays.items() if v.dtype.kind == "O"),
+            fold_budget(arrays),
+        )
+
+
 def check_supported(graph: Graph, registry: Registry) -> None:
     """Raises UnsupportedOperatorError listing every node without an operator, those in subgraphs included.
 
@@ -178,7 +198,7 @@ class _Walk:
             self.later(op, node)
             return
         ins = tuple([specs[i] if i else None for i in node.inputs])
-        values = tuple([known.get(i) if i else None for i in node.inputs])
+        values = tuple([known.get(i) for i in node.inputs])
         site = Site(node, op.fill(node), ins, values, (), version_of(node, self.opsets))
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
@@ -194,22 +214,22 @@ class _Walk:
         inferred = tuple(op.infer(site))
         if any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
-        if any(s is None or not is_plain(s) for s in inferred):
-            if is_known(op, site) and may_fold(op, site, inferred, self.budget):
-                self.fold(op, site, site.values)
-            else:
-                self.later(op, node)
-            return
-        site = site.giving(tuple([s for s in inferred if s is not None]))
+        outs = tuple([s for s in inferred if s is not None and s.dtype.kind != "O"])
+        if len(outs) == len(inferred):
+            site = site.giving(outs)
         if is_known(op, site) and may_fold(op, site, inferred, self.budget):
             self.fold(op, site, site.values)
+        elif len(outs) != len(inferred):
+            self.later(op, node)
         elif op.shapes_only:
             self.fold(
                 op, site, [None if s is None else np.broadcast_to(np.zeros((), s.dtype), s.dims) for s in site.ins]
             )
         else:
             self.placed.append(Placed(op, site))
-            self.specs.update(named(node, site.outs))
+            for name, spec in zip(node.outputs, outs, strict=False):
+                if name:
+                    specs[name] = spec
 
     def later(self, op: Op, node: Node) -> None:
         """The node runs between two segments."""
@@ -232,35 +252,29 @@ def is_known(op: Op, site: Site) -> bool:
     return op.pure and all(v is not None or s is None for s, v in zip(site.ins, site.values, strict=True))
 
 
-def named(node: Node, specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
-    """The specs of the outputs that have a name."""
-    return {o: s for o, s in zip(node.outputs, specs, strict=False) if o}
-
-
 def specialize(
     nodes: Iterable[Node],
     *,
     specs: Mapping[str, ValueSpec],
-    constants: Mapping[str, HostArray],
+    known: Known,
     outputs: Iterable[str],
     opsets: Mapping[str, int],
     registry: Registry,
 ) -> Segment:
     """The next segment.
 
-    `specs` are the specs of the values that enter, static ones of tensors, `constants` what is known (initialisers,
-    values read from earlier segments), `outputs` the graph's outputs that no earlier segment has made. Raises PlanError
+    `specs` are the specs of the values that enter, static ones of tensors, `known` initialisers and
+    values read from earlier segments, `outputs` the graph's outputs that no earlier segment has made. Raises PlanError
     naming the node that does not fit.
     """
     entering = {k: s for k, s in specs.items() if isinstance(s, TensorSpec) and is_plain(s)}
-    objects = {k for k in specs if k not in entering} | {k for k, v in constants.items() if v.dtype == object}
     walk = _Walk(
         registry,
         opsets,
-        {**entering, **{k: spec_of(v) for k, v in constants.items()}},
-        dict(constants),
-        objects,
-        budget=fold_budget(constants),
+        {**entering, **known.specs},
+        dict(known.arrays),
+        {k for k in specs if k not in entering} | known.strings,
+        budget=known.budget,
     )
     with np.errstate(all="ignore"):  # of what is folded
         walk.visit(nodes)
@@ -270,8 +284,8 @@ def specialize(
     later = {v for n in (*walk.rest, *(e.node for e in walk.eager)) for v in n.reads}
     wanted = {*outputs, *walk.waits, *later} - walk.blocked
     live = prune(walk.placed, wanted)
-    made = {o for p in live for o in p.node.outputs if o}
-    reads = {i for p in live for i in p.node.inputs if i} | wanted
+    made = {o for p in live for o in p.site.node.outputs}
+    reads = {i for p in live for i in p.site.node.inputs} | wanted
     return Segment(
         nodes=tuple(live),
         inputs={k: s for k, s in entering.items() if k in reads and k not in walk.known},
@@ -288,8 +302,11 @@ def specialize(
 def prune(placed: Sequence[Placed], wanted: Iterable[str]) -> list[Placed]:
     """The nodes that `wanted` values need, in order."""
     needed, live = set(wanted), []
+    needed.discard("")
     for p in reversed(placed):
-        if any(o in needed for o in p.node.outputs):
+        node = p.site.node
+        if not needed.isdisjoint(node.outputs):
             live.append(p)
-            needed.update(i for i in p.node.inputs if i)
+            needed.update(node.inputs)
+            needed.discard("")
     return live[::-1]

@@ -21,7 +21,7 @@ from infera_gpu.lower import lower
 from infera_gpu.op import Registry, Site, Subgraph
 from infera_gpu.plan import Plan
 from infera_gpu.spec import TensorSpec, ValueSpec, is_plain, spec_of, value_spec
-from infera_gpu.specialize import Eager, Segment, specialize
+from infera_gpu.specialize import Eager, Known, Segment, specialize
 
 MAX_STAGES = 256
 """Planned segments that a session keeps, over all shapes and values; the least recently used is dropped beyond that."""
@@ -126,6 +126,7 @@ class Stages:
     def __init__(self, graph: Graph, device: Device, registry: Registry, constants: Constants, nest: Nest) -> None:
         self._graph, self._device, self._registry, self._nest = graph, device, registry, nest
         self._measure = measurer(device, constants)
+        self._known = Known.of(graph.constants)
         self._first: dict[Shapes, Stage] = {}
         self._recent: OrderedDict[Stage, _Place] = OrderedDict()
         self._constants = constants
@@ -198,7 +199,7 @@ class Stages:
         op, node = eager.op, eager.node
         ins = [value(i) if i else None for i in node.inputs]
         tensors = tuple(v if isinstance(v, np.ndarray) else None for v in ins)
-        attrs = op.fill(node)
+        attrs = dict(op.fill(node))
         for name, graph in node.subgraphs:
             body = stage.bodies.get(id(graph))
             if body is None:
@@ -243,7 +244,7 @@ class Stages:
         segment = specialize(
             self._graph.nodes,
             specs=specs,
-            constants=self._graph.constants,
+            known=self._known,
             outputs=self._graph.outputs,
             opsets=self._graph.opsets,
             registry=self._registry,
@@ -256,7 +257,7 @@ class Stages:
         following = specialize(
             segment.rest,
             specs={v: TensorSpec(o.shape, o.dtype) for v, o in carried.items()} | dict(stage.objects) | dict(made),
-            constants={**segment.constants, **told},
+            known=Known.of({**segment.constants, **told}),
             outputs=stage.missing,
             opsets=self._graph.opsets,
             registry=self._registry,

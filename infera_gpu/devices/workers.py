@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary, finalize
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_gpu.op import Call
-from infera_kernels.cpu.blas import controller
+from infera_kernels.cpu.blas import on_one_thread
 
 
 class Region:
@@ -85,7 +84,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._users: WeakKeyDictionary[object, int] = WeakKeyDictionary()
-        self._blas: Any = None
+        self._restore: Callable[[], object] | None = None
         self._forget()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
@@ -105,8 +104,8 @@ class Workers:
     def enter(self, user: object, threads: int) -> None:
         """From now on `user` runs regions of up to so many threads. No effect where it does already."""
         with self._lock:
-            if self._blas is None:
-                self._blas = controller().limit(limits=1)
+            if self._restore is None:
+                self._restore = on_one_thread()
             if user not in self._users:
                 finalize(user, self._collected).atexit = False
             self._users[user] = threads
@@ -123,9 +122,9 @@ class Workers:
                 wake.release()
 
     def _release_blas(self) -> None:
-        if self._blas is not None and not any(True for _ in self._users):
-            self._blas.restore_original_limits()
-            self._blas = None
+        if self._restore is not None and not any(True for _ in self._users):
+            self._restore()
+            self._restore = None
 
     def leave(self, user: object) -> None:
         """`user` runs no more regions. No effect where it is no user."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 from infera_gpu.op import Op, Registry
@@ -14,13 +14,17 @@ from infera_gpu.ops._index import INDEX
 
 def modules() -> list[str]:
     """The files of this package that may declare operators."""
-    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    return sorted(f[:-3] for path in __path__ for f in os.listdir(path) if f.endswith(".py") and f[0] != "_")
 
 
 def declared(module: str) -> tuple[Op, ...]:
     """The operators of one file, which is imported."""
     found: tuple[Op, ...] = getattr(importlib.import_module(f"{__name__}.{module}"), "OPS", ())
     return found
+
+
+OLDEST = "legacy"
+"""The file of what operators were before opset 7. It makes them of newer ones, whose files it imports."""
 
 
 class _Declared(Registry):
@@ -48,8 +52,18 @@ class _Declared(Registry):
                     self.add(declared(module))
                     del self._left[module]
 
+    def _files(self, domain: str, name: str) -> Sequence[str]:
+        return self._by_name.get(f"{domain}.{name}" if domain else name, ())
+
+    def find(self, domain: str, name: str, opset: int) -> Op | None:
+        found = super().find(domain, name, opset)
+        if found is None and OLDEST in self._left and OLDEST in self._files(domain, name):
+            self._import([OLDEST])
+            found = super().find(domain, name, opset)
+        return found
+
     def _versions(self, domain: str, name: str) -> list[Op]:
-        self._import([*self._new, *self._by_name.get(f"{domain}.{name}" if domain else name, ())])
+        self._import([*self._new, *(m for m in self._files(domain, name) if m != OLDEST)])
         found = super()._versions(domain, name)
         if not found and self._left:
             self._import(list(self._left))

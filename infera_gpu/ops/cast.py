@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Cases, Op, Site, f32
 from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import NARROW, element_type, elementwise, is_native, narrow, plain
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
@@ -36,7 +36,7 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
     return [cpu.copy(io.outs[0], io.ins[0])]
 
 
-def _cast(name: str, since: int, target: Callable[[Site], DType], cases: tuple[Case, ...], **attrs: Any) -> Op:
+def _cast(name: str, since: int, target: Callable[[Site], DType], cases: Sequence[Case], **attrs: Any) -> Op:
     def infer(site: Site) -> tuple[TensorSpec]:
         return (TensorSpec(site.spec(0).shape, target(site)),)
 
@@ -63,27 +63,31 @@ def _whole(dtype: DType) -> HostArray:
 
 _MIXED = np.array([[-1.75, 0, 1.5], [2.5, -0.25, 100]], np.float32)
 
-_CAST_CASES = (
-    *(
-        Case(f"float_{np.dtype(t).name}", (_MIXED,), {"to": _code(t)})
-        for t in (np.float64, np.float16, np.int8, np.int32, np.int64, np.bool_)
-    ),
-    Case("bool_float", (_MIXED > 0,), {"to": _code(np.float32)}),
-    Case("int64_int32", (np.array([1, -5, 2**31 + 7]),), {"to": _code(np.int32)}),
-    Case("int64_float", (np.array(7),), {"to": _code(np.float32)}),
-    Case("past_block", (f32(3, 24001),), {"to": _code(np.int64)}, low=-99, high=99),
-    Case("empty", (f32(0, 2),), {"to": _code(np.int64)}),
-)
-_NARROW_CASES = tuple(
-    case
-    for dtype, since in (
-        *NARROW.items(),
-        *((np.dtype(t), 28) for t in (ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn)),
+_CAST_CASES = Cases(
+    lambda: (
+        *(
+            Case(f"float_{np.dtype(t).name}", (_MIXED,), {"to": _code(t)})
+            for t in (np.float64, np.float16, np.int8, np.int32, np.int64, np.bool_)
+        ),
+        Case("bool_float", (_MIXED > 0,), {"to": _code(np.float32)}),
+        Case("int64_int32", (np.array([1, -5, 2**31 + 7]),), {"to": _code(np.int32)}),
+        Case("int64_float", (np.array(7),), {"to": _code(np.float32)}),
+        Case("past_block", (f32(3, 24001),), {"to": _code(np.int64)}, low=-99, high=99),
+        Case("empty", (f32(0, 2),), {"to": _code(np.int64)}),
     )
-    for case in (
-        Case(f"float_{dtype.name}", (_whole(dtype),), {"to": _code(dtype)}, opset=since),
-        Case(f"{dtype.name}_float", (narrow(dtype, 2, 3),), {"to": _code(np.float32)}, opset=since),
-        Case(f"{dtype.name}_half", (narrow(dtype, 2, 3),), {"to": _code(np.float16)}, opset=since),
+)
+_NARROW_CASES = Cases(
+    lambda: (
+        case
+        for dtype, since in (
+            *NARROW.items(),
+            *((np.dtype(t), 28) for t in (ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn)),
+        )
+        for case in (
+            Case(f"float_{dtype.name}", (_whole(dtype),), {"to": _code(dtype)}, opset=since),
+            Case(f"{dtype.name}_float", (narrow(dtype, 2, 3),), {"to": _code(np.float32)}, opset=since),
+            Case(f"{dtype.name}_half", (narrow(dtype, 2, 3),), {"to": _code(np.float16)}, opset=since),
+        )
     )
 )
 _LIKE_CASES = tuple(
@@ -99,22 +103,24 @@ def _bits(dtype: DType) -> int:
     return 0 if dtype.hasobject else _NARROW.get(dtype.name, 8 * dtype.itemsize)
 
 
-_NARROW_LIKE = tuple(
-    Case(dtype.name, (_whole(dtype), narrow(dtype, 2)), opset=since) for dtype, since in NARROW.items()
+_NARROW_LIKE = Cases(
+    lambda: (Case(dtype.name, (_whole(dtype), narrow(dtype, 2)), opset=since) for dtype, since in NARROW.items())
 )
 _EDGES = np.array(
     [0, 1e-40, 2**-128, 2**-127, 1.25 * 2**-127, 1.5 * 2**-127, 2**-126, 1.25 * 2**-126, 1, 1.5, 1.6, 2.0**127,
      1.25 * 2.0**127, 1.5 * 2.0**127, np.inf, np.nan],
     np.float32,
 )  # fmt: skip
-_POWERS = tuple(
-    Case(f"power_{mode}_{saturate}", (_EDGES,), {"to": 24, "round_mode": mode, "saturate": saturate})
-    for mode in ("up", "down", "nearest")
-    for saturate in (0, 1)
+_POWERS = Cases(
+    lambda: (
+        Case(f"power_{mode}_{saturate}", (_EDGES,), {"to": 24, "round_mode": mode, "saturate": saturate})
+        for mode in ("up", "down", "nearest")
+        for saturate in (0, 1)
+    )
 )
 
 
-def _at(cases: tuple[Case, ...], first: int, end: int) -> tuple[Case, ...]:
+def _at(cases: Sequence[Case], first: int, end: int) -> tuple[Case, ...]:
     """The cases of these opsets."""
     return tuple(c for c in cases if first <= (c.opset or 0) < end)
 
@@ -133,29 +139,31 @@ _BIT_CAST = Op(
     compute=plain(lambda xp, site, x: x.view(_to(site))),
     view=lambda x, site: x.view(site.outs[0].dtype),
     attrs={"to": REQUIRED},
-    cases=(
-        Case("float_int", (f32(2, 3),), {"to": _code(np.int32)}),
-        Case("int4_uint4", (np.arange(-8, 8).astype(ml_dtypes.int4),), {"to": _code(ml_dtypes.uint4)}),
-        Case("uint2_int2", (np.arange(4).astype(ml_dtypes.uint2),), {"to": _code(ml_dtypes.int2)}),
-        Case("uint16_bfloat16", (np.array([0x3F80, 0xC000, 1], np.uint16),), {"to": _code(ml_dtypes.bfloat16)}),
-        Case("float8_int8", (_MIXED.astype(ml_dtypes.float8_e5m2),), {"to": _code(np.int8)}),
+    cases=Cases(
+        lambda: (
+            Case("float_int", (f32(2, 3),), {"to": _code(np.int32)}),
+            Case("int4_uint4", (np.arange(-8, 8).astype(ml_dtypes.int4),), {"to": _code(ml_dtypes.uint4)}),
+            Case("uint2_int2", (np.arange(4).astype(ml_dtypes.uint2),), {"to": _code(ml_dtypes.int2)}),
+            Case("uint16_bfloat16", (np.array([0x3F80, 0xC000, 1], np.uint16),), {"to": _code(ml_dtypes.bfloat16)}),
+            Case("float8_int8", (_MIXED.astype(ml_dtypes.float8_e5m2),), {"to": _code(np.int8)}),
+        )
     ),
 )
 
 OPS: tuple[Op, ...] = (
     _cast("Cast", 6, _to, _CAST_CASES, to=REQUIRED),
-    _cast("Cast", 19, _to, _CAST_CASES[:2] + _at(_NARROW_CASES, 19, 24), to=REQUIRED, saturate=1),
+    _cast("Cast", 19, _to, Cases(lambda: _CAST_CASES[:2] + _at(_NARROW_CASES, 19, 24)), to=REQUIRED, saturate=1),
     _cast(
         "Cast",
         24,
         _to,
-        (*_CAST_CASES[:2], *_at(_NARROW_CASES, 24, 29), *_POWERS),
+        Cases(lambda: (*_CAST_CASES[:2], *_at(_NARROW_CASES, 24, 29), *_POWERS)),
         to=REQUIRED,
         saturate=1,
         round_mode="up",
     ),
     _cast("CastLike", 15, _like, _LIKE_CASES),
-    _cast("CastLike", 19, _like, _LIKE_CASES + _at(_NARROW_LIKE, 19, 24), saturate=1),
-    _cast("CastLike", 24, _like, _LIKE_CASES + _at(_NARROW_LIKE, 24, 26), saturate=1, round_mode="up"),
+    _cast("CastLike", 19, _like, Cases(lambda: _LIKE_CASES + _at(_NARROW_LIKE, 19, 24)), saturate=1),
+    _cast("CastLike", 24, _like, Cases(lambda: _LIKE_CASES + _at(_NARROW_LIKE, 24, 26)), saturate=1, round_mode="up"),
     _BIT_CAST,
 )

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import Bind, Border, Buffers, Call, Case, Expansion, Kernel, Op, Site
+from infera_gpu.op import Bind, Border, Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site
 from infera_gpu.ops import _jit, batchnorm, conv, pool
 from infera_gpu.ops._families import split_of
 from infera_gpu.ops._triton_conv import Convolution
@@ -52,23 +52,23 @@ class ChannelsLast:
         return f"{self.first.name}{SUFFIX}"
 
     def site(self, site: Site) -> Site:
-        """The same node as `first` would meet it. Raises PlanError where an input has no channels."""
-        return self.inputs(site).giving(tuple(_spec(s, -1, 1) for s in site.outs))
+        """The site as `first` would meet it, under its own node. Raises PlanError where an input has no channels."""
+        first = self.inputs(site)
+        return first.giving(tuple([_spec(s, -1, 1) for s in site.outs])) if site.outs else first
 
     def inputs(self, site: Site) -> Site:
         """`site`, without outputs."""
         return site.once((self.name, "first"), lambda: self._moved(site))
 
     def _moved(self, site: Site) -> Site:
+        ins = list(site.ins)
         for i in self.images:
-            if site.has(i) and site.spec(i).ndim < 3:
-                raise site.fail(f"input {i} is {site.spec(i)}, expected (batch, spatial..., channels)")
-        return replace(
-            site,
-            node=replace(site.node, op=self.first.name, domain=self.first.domain),
-            ins=tuple(s and _spec(s, -1, 1) if i in self.images else s for i, s in enumerate(site.ins)),
-            outs=(),
-        )
+            spec = ins[i] if i < len(ins) else None
+            if spec is not None:
+                if spec.ndim < 3:
+                    raise site.fail(f"input {i} is {spec}, expected (batch, spatial..., channels)")
+                ins[i] = _spec(spec, -1, 1)
+        return Site(site.node, site.attrs, tuple(ins), site.values, (), site.opset)
 
     def infer(self, site: Site) -> Sequence[TensorSpec]:
         (made,) = self.first.infer(self.site(site))
@@ -81,17 +81,8 @@ class ChannelsLast:
         return _moved(xp, made, 1, -1)
 
     def expand(self, site: Site) -> Expansion | None:
-        """That of `first`: what else it is made of works element by element."""
-        made = self.first.expand(self.site(site)) if self.first.expand else None
-        if made is None:
-            return None
-        here = (self.first.domain, self.first.name)
-        return replace(
-            made,
-            nodes=tuple(
-                replace(n, op=self.name, domain="infera") if (n.domain, n.op) == here else n for n in made.nodes
-            ),
-        )
+        """That of `first`: what it makes of the node itself is named like it, what else works element by element."""
+        return self.first.expand(self.site(site)) if self.first.expand else None
 
     def op(self, cases: Iterable[Case], kernels: Mapping[str, Kernel]) -> Op:
         """The declaration, with those of the cases that are images."""
@@ -100,7 +91,7 @@ class ChannelsLast:
             1,
             self.infer,
             self.compute,
-            tuple(self._case(c) for c in cases if _is_image(c) and c.n_outs == 1),
+            Cases(lambda: (self._case(c) for c in cases if _is_image(c) and c.n_outs == 1)),
             self.first.attrs,
             "infera",
             kernels,
@@ -143,10 +134,9 @@ def _as_2d(a: Array | None) -> Array | None:
 def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
     """What convolutions of two-dimensional images are told."""
     x, w, b, residual = (*io.ins, None, None)[:4]
-    first = CONV.site(site)
-    given = conv.window_2d(conv.conv_window(first)).params
+    geometry = site.once("geometry", lambda: _geometry(site))
     if x.shape != site.spec(0).dims:
-        given["pads"] = ((0, 0), (0, 0))
+        geometry = {**geometry, "pads": ((0, 0), (0, 0))}
     return {
         "x": _as_2d(x),
         "w": conv.as_2d(w),
@@ -154,10 +144,17 @@ def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
         "y": _as_2d(io.outs[0]),
         "scratch": io.scratch,
         "split": split_of(io),
+        "residual": _as_2d(residual),
+        **geometry,
+    }
+
+
+def _geometry(site: Site) -> dict[str, Any]:
+    first = CONV.site(site)
+    return {
         "group": int(site.attrs["group"]),
         "activation": conv.activation_of(first),
-        "residual": _as_2d(residual),
-        **given,
+        **conv.window_2d(conv.conv_window(first)).params,
     }
 
 
@@ -252,7 +249,9 @@ def _planar(site: Site) -> bool:
     return x.ndim in (3, 4) and x.size > 0 and x.dtype in (np.float32, np.float64)
 
 
-_PLAIN_CONV = tuple(replace(c, id=f"bare-{c.id}") for c in _named(conv.OPS, "Conv").cases)
+_CONV_CASES = Cases(
+    lambda: (*CONV.first.cases, *(replace(c, id=f"bare-{c.id}") for c in _named(conv.OPS, "Conv").cases))
+)
 _POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
     (
         MAX,
@@ -273,7 +272,7 @@ _POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
 
 OPS: tuple[Op, ...] = (
     CONV.op(
-        (*CONV.first.cases, *_PLAIN_CONV),
+        _CONV_CASES,
         {"cpu": Kernel(_within(_bind_conv), _planar, border=_border(border_of), rows_out=_rows_out)}
         | {
             kind: replace(

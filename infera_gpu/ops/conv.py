@@ -28,14 +28,15 @@ def conv_window(site: Site) -> Window:
 
 def _conv_window(site: Site) -> Window:
     x, w = site.spec(0), site.spec(1)
+    image, weights = x.dims, w.dims
     group = int(site.attrs["group"])
-    if x.ndim < 3 or w.ndim != x.ndim:
+    if len(image) < 3 or len(weights) != len(image):
         raise site.fail(f"weights are {w} for an input {x}, expected both (n, channels, spatial...)")
-    if x.dims[1] != w.dims[1] * group or w.dims[0] % group:
-        raise site.fail(f"input {x} has {x.dims[1]} channels, expected {w.dims[1]} in each of {group} groups of {w}")
-    if site.has(2) and site.node.op != "ConvInteger" and site.spec(2).dims != w.dims[:1]:
-        raise site.fail(f"bias is {site.spec(2)}, expected {w.dims[0]} elements")
-    return window(site, w.dims[2:])
+    if image[1] != weights[1] * group or weights[0] % group:
+        raise site.fail(f"input {x} has {image[1]} channels, expected {weights[1]} in each of {group} groups of {w}")
+    if site.has(2) and site.node.op != "ConvInteger" and site.spec(2).dims != weights[:1]:
+        raise site.fail(f"bias is {site.spec(2)}, expected {weights[0]} elements")
+    return window(site, weights[2:])
 
 
 def conv_spec(site: Site) -> Sequence[TensorSpec]:
@@ -77,23 +78,21 @@ SPELLINGS = {
 }
 """Domain -> how it calls the activations that its fused convolution may have."""
 
+_OWN = {name: name for name in ACTIVATIONS}
+
 
 def activation_of(site: Site) -> Activation | None:
     """The activation that a fused node names. Raises PlanError for an unknown one or for missing parameters."""
-    return site.once("activation", lambda: _activation_of(site))
-
-
-def _activation_of(site: Site) -> Activation | None:
-    spelled = SPELLINGS.get(site.node.domain, {name: name for name in ACTIVATIONS})
-    name, params = str(site.attrs["activation"]), tuple(map(float, site.attrs["activation_params"]))
+    name = str(site.attrs["activation"])
     if not name:
         return None
+    params, spelled = site.attrs["activation_params"], SPELLINGS.get(site.node.domain, _OWN)
     if name not in spelled:
         raise site.fail(f"activation '{name}' is not one of {', '.join(spelled)}")
     name = spelled[name]
     if len(params) != len(ACTIVATIONS[name]):
         raise site.fail(f"activation '{name}' has parameters {params}, expected ({', '.join(ACTIVATIONS[name])})")
-    return (name, *params)
+    return (name, *map(float, params))
 
 
 def _infer_fused(site: Site) -> Sequence[TensorSpec]:

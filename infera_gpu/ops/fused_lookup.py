@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import Node, made_name
-from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain
 from infera_gpu.ops._triton_move import LOOKUP
 from infera_gpu.spec import Array, TensorSpec
@@ -75,11 +75,13 @@ _LOOKUP = Op(
     expand=_parts,
     kernels={"cpu": Kernel(_bind, _supported)} | LOOKUP,
     values=(2,),
-    cases=(
-        Case("tokens", (np.array([[[0], [4], [2]]], np.int32), f32(5, 3))),
-        Case("outside", (i64(-1, 1, 7, -(2**63), 2**62).reshape(5, 1), f32(4, 2))),
-        Case("expanded", (i64(2, 0).reshape(2, 1), f32(4, 2), i64(1, 3))),
-        Case("bytes", (np.arange(256, dtype=np.uint8).reshape(4, 64, 1), f32(101, 33))),
+    cases=Cases(
+        lambda: (
+            Case("tokens", (np.array([[[0], [4], [2]]], np.int32), f32(5, 3))),
+            Case("outside", (i64(-1, 1, 7, -(2**63), 2**62).reshape(5, 1), f32(4, 2))),
+            Case("expanded", (i64(2, 0).reshape(2, 1), f32(4, 2), i64(1, 3))),
+            Case("bytes", (np.arange(256, dtype=np.uint8).reshape(4, 64, 1), f32(101, 33))),
+        )
     ),
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_quant, _triton_quant
 from infera_gpu.ops._families import FLOAT32, plain
 from infera_gpu.ops.matmul import product_dims
@@ -173,12 +173,14 @@ OPS: tuple[Op, ...] = (
         infer=_infer_dynamic,
         compute=plain(_dynamic),
         kernels={"cpu": Kernel(_bind_dynamic, _not_empty)} | _jit_quant.dynamic_centre(),
-        cases=(
-            Case("both_signs", (f32(3, 5),), n_outs=2),
-            Case("positive", (f32(3, 5),), n_outs=2, low=1, high=5),
-            Case("negative", (f32(3, 5),), n_outs=2, low=-5, high=-1),
-            Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=2),
-            Case("past_block", (f32(3, 6001),), n_outs=2),
+        cases=Cases(
+            lambda: (
+                Case("both_signs", (f32(3, 5),), n_outs=2),
+                Case("positive", (f32(3, 5),), n_outs=2, low=1, high=5),
+                Case("negative", (f32(3, 5),), n_outs=2, low=-5, high=-1),
+                Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=2),
+                Case("past_block", (f32(3, 6001),), n_outs=2),
+            )
         ),
     ),
     Op(
@@ -191,14 +193,16 @@ OPS: tuple[Op, ...] = (
         | _triton_quant.centre(_bounds)
         | _jit_quant.centre(_bounds, _supports_centre),
         attrs={"dequantize": 0, "relu": 0},
-        cases=(
-            Case("uint8", (_ENDS, _scale(0.05), _point(100))),
-            Case("int8", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8))),
-            Case("dequantized", (f32(3, 6001), _scale(0.02), _point(7)), {"dequantize": 1}),
-            Case("relu", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
-            Case("only_negative", (_ENDS, _scale(0.05), _point(255)), {"relu": 1}),
-            Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), _scale(3), _point(100))),
-            Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), _scale(1), _point(3))),
+        cases=Cases(
+            lambda: (
+                Case("uint8", (_ENDS, _scale(0.05), _point(100))),
+                Case("int8", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8))),
+                Case("dequantized", (f32(3, 6001), _scale(0.02), _point(7)), {"dequantize": 1}),
+                Case("relu", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
+                Case("only_negative", (_ENDS, _scale(0.05), _point(255)), {"relu": 1}),
+                Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), _scale(3), _point(100))),
+                Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), _scale(1), _point(3))),
+            )
         ),
     ),
     Op(
@@ -209,28 +213,30 @@ OPS: tuple[Op, ...] = (
         compute=plain(_product),
         kernels={"cpu": Kernel(_bind_product, _narrow_constant), "jit": Kernel(_bind_compiled, _compiled)},
         attrs={"reach": 0},
-        cases=(
-            Case("floats", (f32(2, 4, 5), _WEIGHT, _COLUMNS, None, None, _ROW)),
-            Case("integers", (_CENTRED, _WEIGHT, _COLUMNS, _point(3, dtype=np.int8), _scale(0.1)), {"reach": 128}),
-            Case(
-                "columns",
-                (_CENTRED, _WEIGHT, _scale(0.1), _point(3, 0, -128, dtype=np.int8), _scale(0.3), _ROW),
-                {"reach": 255},
-            ),
-            Case(
-                "past_panel",
-                (
-                    np.resize(_CENTRED, (7, 1100)),
-                    np.resize(_WEIGHT.view(np.uint8), (1100, 150)),
-                    _scale(0.1),
-                    _point(3),
-                    _scale(0.3),
+        cases=Cases(
+            lambda: (
+                Case("floats", (f32(2, 4, 5), _WEIGHT, _COLUMNS, None, None, _ROW)),
+                Case("integers", (_CENTRED, _WEIGHT, _COLUMNS, _point(3, dtype=np.int8), _scale(0.1)), {"reach": 128}),
+                Case(
+                    "columns",
+                    (_CENTRED, _WEIGHT, _scale(0.1), _point(3, 0, -128, dtype=np.int8), _scale(0.3), _ROW),
+                    {"reach": 255},
                 ),
-                {"reach": 128},
-            ),
-            Case("vector", (f32(5), _WEIGHT, _COLUMNS)),
-            Case("empty", (f32(0, 5), _WEIGHT, _COLUMNS)),
-            Case("no_terms", (f32(2, 0), _WEIGHT[:0], _COLUMNS)),
+                Case(
+                    "past_panel",
+                    (
+                        np.resize(_CENTRED, (7, 1100)),
+                        np.resize(_WEIGHT.view(np.uint8), (1100, 150)),
+                        _scale(0.1),
+                        _point(3),
+                        _scale(0.3),
+                    ),
+                    {"reach": 128},
+                ),
+                Case("vector", (f32(5), _WEIGHT, _COLUMNS)),
+                Case("empty", (f32(0, 5), _WEIGHT, _COLUMNS)),
+                Case("no_terms", (f32(2, 0), _WEIGHT[:0], _COLUMNS)),
+            )
         ),
     ),
 )

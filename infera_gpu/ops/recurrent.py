@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_recurrent, _triton_recurrent
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
@@ -19,8 +19,7 @@ from infera_kernels.portable.recurrent import FUNCTIONS, Cell
 _X, _W, _R, _B, _LENGTHS, _H, _C, _P = range(8)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What tells the three apart: gates, states, default activations, the plain step, the fast direction."""
 
     gates: int
@@ -273,25 +272,26 @@ def _cases(op: str) -> tuple[Case, ...]:
     )  # fmt: skip
 
 
-_EXTRA: dict[str, tuple[Case, ...]] = {
-    "LSTM": (
-        Case("peepholes", (*_ins("LSTM", 4, 2, 6, 4, 1)[:7], f32(1, 12)), {"hidden_size": 4}, 3, low=-1, high=1),
-    ),
-    "GRU": tuple(
-        Case(
-            f"linear-before-reset{name}", tuple(_ins("GRU", 4, 2, 6, 4, 1, bias=bias)[:end]),
-            {"linear_before_reset": 1, "hidden_size": 4}, 2, low=-1, high=1,
-        )
-        for name, bias, end in (("", True, 4), ("-no-bias", False, 3))
-    ),
-    "RNN": (),
-}  # fmt: skip
+def _more_cases(op: str) -> tuple[Case, ...]:
+    if op == "LSTM":
+        ins = (*_ins(op, 4, 2, 6, 4, 1)[:7], f32(1, 12))
+        return (Case("peepholes", ins, {"hidden_size": 4}, 3, low=-1, high=1),)
+    if op == "GRU":
+        return tuple(
+            Case(
+                f"linear-before-reset{name}", tuple(_ins(op, 4, 2, 6, 4, 1, bias=bias)[:end]),
+                {"linear_before_reset": 1, "hidden_size": 4}, 2, low=-1, high=1,
+            )
+            for name, bias, end in (("", True, 4), ("-no-bias", False, 3))
+        )  # fmt: skip
+    return ()
 
 
-def _layout(op: str) -> tuple[Case, ...]:
-    """Batch first; onnxruntime has it not, and onnx's reference has one direction of it."""
-    ins = _ins(op, 4, 2, 6, 4, 1)[:4]
-    return (Case("batch-first", tuple(ins), {"layout": 1, "hidden_size": 4}, 1 + _KINDS[op].states, low=-1, high=1),)
+def _layout_cases(op: str) -> tuple[Case, ...]:
+    """One as before, and batch first; onnxruntime has it not, and onnx's reference has one direction of it."""
+    ins, count = _ins(op, 4, 2, 6, 4, 1)[:4], 1 + _KINDS[op].states
+    first = Case("batch-first", tuple(ins), {"layout": 1, "hidden_size": 4}, count, low=-1, high=1)
+    return (_cases(op)[0], first)
 
 
 _ATTRS: Attrs = {
@@ -312,10 +312,10 @@ _KERNELS = {
 }
 
 OPS: tuple[Op, ...] = tuple(
-    Op(op, since, infer, _compute, cases, {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
+    Op(op, since, infer, _compute, Cases(partial(cases, op)), {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
     for op in _KINDS
     for since, cases, more in (
-        (7, _cases(op) + _EXTRA[op], {}),
-        (14, (_cases(op)[0], *_layout(op)), {"layout": 0}),
+        (7, lambda op: _cases(op) + _more_cases(op), {}),
+        (14, _layout_cases, {"layout": 0}),
     )
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton_reduce
 from infera_gpu.ops._families import INT64, i64, native, normalized, plain, single
 from infera_gpu.spec import Array, TensorSpec
@@ -73,6 +73,22 @@ def _reduction_cases(kind: str, *, axes_input: bool) -> tuple[Case, ...]:
     return (*cases, case("noop", (2, 3), (), noop_with_empty_axes=1)) if axes_input else cases
 
 
+def _more_cases(kind: str) -> tuple[Case, ...]:
+    """Other types, where axes are an input."""
+    half = TensorSpec((5, 9), np.dtype(np.float16))
+    more: tuple[Case, ...] = (Case("half", (half, i64(0)), tol=2e-3, low=0.1),)
+    if kind in ("sum", "max", "min", "prod"):
+        more += (Case("int32", (np.arange(-5, 7, dtype=np.int32).reshape(3, 4), i64(1))),)
+    if kind in ("mean", "l2"):
+        more += (Case("large", (np.array([[2**30 + 9, 2**30 - 2, 2**30], [-5, 3, -5]], np.int32), i64(1))),)
+    if kind in ("max", "min"):
+        more += (
+            Case("bool", (np.array([[True, False], [False, False]]), i64(1)), opset=20),
+            Case("none", (f32(2, 0), i64(1)), opset=20),
+        )
+    return more
+
+
 def _reductions(name: str, kind: str) -> tuple[Op, Op]:
     def supports(site: Site) -> bool:
         dtype = site.spec(0).dtype
@@ -87,7 +103,7 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
         over = _axes(site)
         return portable.reduction(xp, kind, x, over, _reduced(site, over))
 
-    def version(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], values: tuple[int, ...]) -> Op:
+    def version(since: int, attrs: dict[str, Any], cases: Cases, values: tuple[int, ...]) -> Op:
         return Op(
             name,
             since,
@@ -99,23 +115,12 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
             cases=cases,
         )
 
-    half = TensorSpec((5, 9), np.dtype(np.float16))
-    extra: tuple[Case, ...] = (Case("half", (half, i64(0)), tol=2e-3, low=0.1),)
-    if kind in ("sum", "max", "min", "prod"):
-        extra += (Case("int32", (np.arange(-5, 7, dtype=np.int32).reshape(3, 4), i64(1))),)
-    if kind in ("mean", "l2"):
-        extra += (Case("large", (np.array([[2**30 + 9, 2**30 - 2, 2**30], [-5, 3, -5]], np.int32), i64(1))),)
-    if kind in ("max", "min"):
-        extra += (
-            Case("bool", (np.array([[True, False], [False, False]]), i64(1)), opset=20),
-            Case("none", (f32(2, 0), i64(1)), opset=20),
-        )
     return (
-        version(1, {"axes": None}, _reduction_cases(kind, axes_input=False), ()),
+        version(1, {"axes": None}, Cases(lambda: _reduction_cases(kind, axes_input=False)), ()),
         version(
             13 if kind == "sum" else 18,
             {"noop_with_empty_axes": 0},
-            _reduction_cases(kind, axes_input=True) + extra,
+            Cases(lambda: _reduction_cases(kind, axes_input=True) + _more_cases(kind)),
             (1,),
         ),
     )
@@ -199,17 +204,19 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
         | _triton_reduce.scan(function.removeprefix("cum"), _scan_axis),
         attrs={"exclusive": 0, "reverse": 0},
         values=(1,),
-        cases=(
-            Case("rows", (f32(3, 4), axis0)),
-            Case("columns", (f32(3, 4), axis1)),
-            Case("exclusive", (f32(3, 4), axis1), {"exclusive": 1}),
-            Case("reverse", (f32(3, 4), axis0), {"reverse": 1}),
-            Case("both", (f32(3, 4), axis1), {"exclusive": 1, "reverse": 1}),
-            Case("int32", (np.arange(6, dtype=np.int32).reshape(2, 3), axis1)),
-            Case("one", (f32(1), axis0), {"exclusive": 1}),
-            Case("empty", (f32(0, 3), axis0)),
-            Case("past_tile", (signs[:15000].reshape(1, 5000, 3), np.array(1)), {"exclusive": 1}),
-            Case("shared", (signs.reshape(1, -1), axis1), {"reverse": 1}),
+        cases=Cases(
+            lambda: (
+                Case("rows", (f32(3, 4), axis0)),
+                Case("columns", (f32(3, 4), axis1)),
+                Case("exclusive", (f32(3, 4), axis1), {"exclusive": 1}),
+                Case("reverse", (f32(3, 4), axis0), {"reverse": 1}),
+                Case("both", (f32(3, 4), axis1), {"exclusive": 1, "reverse": 1}),
+                Case("int32", (np.arange(6, dtype=np.int32).reshape(2, 3), axis1)),
+                Case("one", (f32(1), axis0), {"exclusive": 1}),
+                Case("empty", (f32(0, 3), axis0)),
+                Case("past_tile", (signs[:15000].reshape(1, 5000, 3), np.array(1)), {"exclusive": 1}),
+                Case("shared", (signs.reshape(1, -1), axis1), {"reverse": 1}),
+            )
         ),
     )
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +34,7 @@ _LARGEST = 1 << 26
 """Elements of an axis' table, of which planning makes one for each tap of an output element."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(NamedTuple):
     """Output shape, and for each axis its scale before rounding and its region of interest."""
 
     shape: tuple[int, ...]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from infera_gpu.op import Op, Site
@@ -74,25 +75,43 @@ def window(site: Site, kernel: Sequence[int] | None = None) -> Window:
     shape = per_axis(site, "kernel_shape", rank, 1) if declared is not None else tuple(kernel or ())
     if kernel is not None and tuple(kernel) != shape:
         raise site.fail(f"kernel_shape is {list(shape)} but the weights' kernel is {list(kernel)}")
+    pads = pad_pairs(site, rank) if site.attrs["auto_pad"] == "NOTSET" else ((0, 0),) * rank
     strides, dilations = per_axis(site, "strides", rank, 1), per_axis(site, "dilations", rank, 1)
-    if min(*strides, *dilations, *shape) < 1:
-        raise site.fail(f"kernel {shape}, strides {strides} and dilations {dilations} must be at least 1")
-    spans = extents(shape, dilations)
-    mode = site.attrs["auto_pad"]
+    try:
+        return _window(
+            size, shape, strides, dilations, pads, site.attrs["auto_pad"], bool(site.attrs.get("ceil_mode", 0))
+        )
+    except ValueError as error:
+        raise site.fail(str(error)) from None
+
+
+@lru_cache(maxsize=1024)
+def _window(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    pads: tuple[tuple[int, int], ...],
+    mode: str,
+    ceil: bool,
+) -> Window:
+    """The window over axes of `size`, remembered: layers repeat. Raises ValueError where there is none."""
+    if min(*strides, *dilations, *kernel) < 1:
+        raise ValueError(f"kernel {kernel}, strides {strides} and dilations {dilations} must be at least 1")
+    spans = extents(kernel, dilations)
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         out = tuple(-(-n // s) for n, s in zip(size, strides, strict=True))
         totals = [max(0, (o - 1) * s + e - n) for o, s, e, n in zip(out, strides, spans, size, strict=True)]
-        return Window(shape, strides, dilations, split_pads(totals, extra_after=mode == "SAME_UPPER"), out)
+        return Window(kernel, strides, dilations, split_pads(totals, extra_after=mode == "SAME_UPPER"), out)
     if mode not in ("NOTSET", "VALID"):
-        raise site.fail(f"auto_pad '{mode}' is not one of NOTSET, SAME_UPPER, SAME_LOWER, VALID")
-    pads = pad_pairs(site, rank) if mode == "NOTSET" else ((0, 0),) * rank
+        raise ValueError(f"auto_pad '{mode}' is not one of NOTSET, SAME_UPPER, SAME_LOWER, VALID")
     if min(map(min, pads)) < 0:
-        raise site.fail(f"pads {pads} must not be negative")
-    ceil = bool(site.attrs.get("ceil_mode", 0))
+        raise ValueError(f"pads {pads} must not be negative")
     out = tuple(_steps(n, e, s, p, ceil) for n, e, s, p in zip(size, spans, strides, pads, strict=True))
     if min(out) < 1 and min(size) > 0:
-        raise site.fail(f"a window of {spans} does not fit into {x} padded by {pads}")
-    return Window(shape, strides, dilations, pads, tuple(max(o, 0) for o in out))
+        shape = ", ".join(map(str, size))
+        raise ValueError(f"a window of {spans} does not fit into an image of {shape} padded by {pads}")
+    return Window(kernel, strides, dilations, pads, tuple(max(o, 0) for o in out))
 
 
 def split_pads(totals: Sequence[int], *, extra_after: bool) -> tuple[tuple[int, int], ...]:

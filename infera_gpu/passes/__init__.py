@@ -138,11 +138,14 @@ class _Passes:
 
     def fused(self, graph: Graph, fusions: Sequence[Fusion]) -> Graph:
         """The graph after these fusions, in order."""
+        present = {n.qualified for n in graph.nodes}
+        fitting = [f for f in fusions if f.fits(self.strict, self.kinds)]
+        if not any(f.may_fit(present) for f in fitting):
+            return drop_dead(graph)
         draft = Draft(graph)
-        for fusion in fusions:
-            if fusion.fits(self.strict, self.kinds):
-                count = len(draft)
-                self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
+        for fusion in fitting:
+            count = len(draft)
+            self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
         return drop_dead(draft.finished())
 
     def inside(self, node: Node) -> Node:

@@ -8,11 +8,11 @@ commutative operators match in either order; the replacement stands where the la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.graph import Graph, HostArray, Node, lazy
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.pattern import Either as Either
 from infera_gpu.passes.pattern import Match as Match
@@ -62,15 +62,19 @@ class Rewrite:
     reassociates: bool = False
     kinds: frozenset[str] | None = None
 
-    @cached_property
+    @lazy
     def roots(self) -> tuple[str, ...]:
         """The operators that a match may end with."""
         return tuple(dict.fromkeys(name for p in self.patterns for name in p.names))
 
-    @cached_property
+    @lazy
     def by_root(self) -> Mapping[str, tuple[P, ...]]:
         """A root's operator -> the patterns for it."""
         return {name: tuple(p for p in self.patterns if name in p.names) for name in self.roots}
+
+    def may_fit(self, present: AbstractSet[str]) -> bool:
+        """Whether a graph with nodes of these operators alone may hold a match."""
+        return not present.isdisjoint(self.roots) and any(p.among(present) for p in self.patterns)
 
     def fits(self, strict: bool, kinds: tuple[str, ...]) -> bool:
         """Whether a device with these kinds of kernels may have it."""
@@ -135,8 +139,7 @@ def rewrite(draft: Draft, fusion: Fusion) -> int:
     patterns = {
         root: fitting
         for root, found in fusion.by_root.items()
-        if root in present
-        and (fitting := [p for p in found if all(not present.isdisjoint(need) for need in p.needs[1:])])
+        if root in present and (fitting := [p for p in found if p.among(present)])
     }
     if not patterns:
         return 0

@@ -55,7 +55,7 @@ def drop_dead(graph: Graph) -> Graph:
     needed = set(graph.outputs)
     live: list[Node] = []
     for n in reversed(graph.nodes):
-        if any(o in needed for o in n.outputs):
+        if not needed.isdisjoint(n.outputs):
             live.append(n)
             needed.update(n.reads)
     return replace(

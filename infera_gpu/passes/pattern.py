@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
-from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.graph import Graph, HostArray, Node, lazy
 from infera_gpu.passes.draft import Draft
 from infera_gpu.spec import TensorSpec
 
@@ -27,16 +27,16 @@ class P:
     commutes: bool = False
     node: str = ""
 
-    @cached_property
+    @lazy
     def names(self) -> tuple[str, ...]:
         return (self.ops,) if isinstance(self.ops, str) else self.ops
 
-    @cached_property
+    @lazy
     def required(self) -> int:
         """Inputs that a node must have."""
         return sum(not (isinstance(a, str) and a.startswith("?")) for a in self.args)
 
-    @cached_property
+    @lazy
     def below(self) -> tuple[frozenset[str], ...]:
         """For each argument that is a node in every alternative: the operators that may make it."""
         return tuple(made for a in self.args if (made := _makers(a)) is not None)
@@ -45,7 +45,11 @@ class P:
         """Whether inputs that these operators make may be what the arguments ask for."""
         return all(not ops.isdisjoint(makers) for makers in self.below)
 
-    @cached_property
+    def among(self, present: AbstractSet[str]) -> bool:
+        """Whether nodes of these operators may be what it needs."""
+        return all(not present.isdisjoint(need) for need in self.needs)
+
+    @lazy
     def needs(self) -> tuple[frozenset[str], ...]:
         """Sets of operators: a graph without any of one set has no such node."""
         return (frozenset(self.names), *(need for a in self.args for need in _needs(a)))

@@ -22,39 +22,36 @@ BLOCK_BYTES = 1 << 20
 FILTERS = 2048
 """Filters transformed at a time: their float64 transforms stay in the second-level cache."""
 
-_POINTS: dict[int, tuple[tuple[int, int], ...]] = {
-    2: ((0, 1), (1, 1), (-1, 1)),
-    4: ((0, 1), (2, 3), (-2, 3), (4, 3), (-4, 3)),
-}
-"""Interpolation points, as fractions, by output tile (infinity is added). Those of 4 round three times better than 0,
-1, -1, 2, -2."""
+_POINTS: dict[int, tuple[tuple[int, ...], int]] = {2: ((0, 1, -1), 1), 4: ((0, 2, -2, 4, -4), 3)}
+"""Interpolation points by output tile, as numerators and their denominator (infinity is added). Those of 4 round three
+times better than 0, 1, -1, 2, -2."""
 
 
 @cache
 def transforms(tile: int) -> tuple[Array, Array, Array]:
-    """(B^T of the data, G of the filter, A^T of the output) of F(tile, 3) in float64, by the Cook-Toom construction."""
-    from fractions import Fraction  # it imports decimal, and both take their time
+    """(B^T of the data, G of the filter, A^T of the output) of F(tile, 3) in float64, by the Cook-Toom construction.
 
-    points = [Fraction(*point) for point in _POINTS[tile]]
+    Every element is a quotient of two integers, rounded once.
+    """
+    points, below = _POINTS[tile]
     size = tile + 2
 
-    def powers(count: int) -> list[list[Fraction]]:
-        return [[p**k for k in range(count)] for p in points] + [[Fraction(0)] * (count - 1) + [Fraction(1)]]
+    def powers(count: int) -> list[list[float]]:
+        return [[p**k / below**k for k in range(count)] for p in points] + [[0.0] * (count - 1) + [1.0]]
 
-    def vanishing_at(roots: Sequence[Fraction]) -> list[Fraction]:
-        polynomial = [Fraction(1)]
+    def vanishing_at(roots: Sequence[int]) -> list[float]:
+        """The coefficients of the product of x - root / below, that of 1 first."""
+        polynomial = [1]
         for root in roots:
-            polynomial = [
-                low - root * high
-                for low, high in zip([Fraction(0), *polynomial], [*polynomial, Fraction(0)], strict=True)
-            ]
-        return polynomial + [Fraction(0)] * (size - len(polynomial))
+            shifted = zip([0, *polynomial], [*polynomial, 0], strict=True)
+            polynomial = [below * low - root * high for low, high in shifted]
+        return [c / below ** len(roots) for c in polynomial] + [0.0] * (size - len(polynomial))
 
     others = [[q for q in points if q != p] for p in points]
     data = [*map(vanishing_at, others), vanishing_at(points)]
-    scales = [Fraction(1) / math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
-    taps = [[scale * v for v in row] for scale, row in zip([*scales, Fraction(1)], powers(3), strict=True)]
-    return np.array(data, np.float64), np.array(taps, np.float64), np.array(powers(tile), np.float64).T
+    scales = [(below ** len(rest), math.prod(p - q for q in rest)) for p, rest in zip(points, others, strict=True)]
+    taps = [[s * p**k / (t * below**k) for k in range(3)] for p, (s, t) in zip(points, scales, strict=True)]
+    return np.array(data), np.array([*taps, [0.0, 0.0, 1.0]]), np.array(powers(tile)).T
 
 
 def tile_of(w: Sequence[int], out: Sequence[int], strides: Pair, dilations: Pair, group: int) -> int:

@@ -99,8 +99,7 @@ def _gathered(target: Array, seen: Array) -> Call:
 
 def _merged(a: Array) -> Array:
     """(rows, OW, KH, KW, 1, C) with KW and C as one axis."""
-    shape, one = (*a.shape[:3], a.shape[3] * a.shape[5]), a.itemsize
-    return as_strided(a, shape, (*a.strides[:3], one))
+    return a.reshape(*a.shape[:3], a.shape[3] * a.shape[5], copy=False)
 
 
 def _weights(w: Array, group: int, columns: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:

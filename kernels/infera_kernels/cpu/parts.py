@@ -35,7 +35,8 @@ def spans(count: int, number: int) -> list[tuple[int, int]]:
 
 def worth(ns: float, split: Split) -> Split:
     """`split`, with no more threads than `ns` nanoseconds of work are worth."""
-    return split._replace(threads=max(1, min(split.threads, int(ns // LEAST_NS))))
+    threads = max(1, min(split.threads, int(ns // LEAST_NS)))
+    return split if threads == split.threads else Split(threads, split.parallel)
 
 
 def along(x: Array, axis: int, part: slice) -> Array:

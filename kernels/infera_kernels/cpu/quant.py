@@ -137,11 +137,11 @@ def dynamic_centre(x: Array, out: Array, scale: Array, scratch: Scratch) -> list
 
 def largest(dtype: np.dtype[Any], zero: Array | None, *, known: bool) -> int:
     """The largest |value - zero point| of an 8-bit type. `zero` is None where there is none or it is not `known`."""
-    info = np.iinfo(dtype)
+    low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
     if not known:
-        return int(info.max) - int(info.min)
-    points = [0] if zero is None else [int(z) for z in np.asarray(zero).reshape(-1)]
-    return max(max(int(info.max) - z, z - int(info.min)) for z in points)
+        return high - low
+    points = np.zeros(1, dtype) if zero is None else np.asarray(zero)
+    return max(high - int(points.min()), int(points.max()) - low)
 
 
 def exact_ranges(k: int, a_largest: int, b_largest: int, b: Array | None = None) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ COMPARE: dict[str, Callable[..., Array]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Forest:
+class Forest(NamedTuple):
     """Trees as arrays over all nodes. A leaf leads to itself: going down `depth` levels ends every walk.
 
     `children` holds (false, true) of node i at 2i and 2i + 1. `modes` maps a comparison to a mask over nodes; `members`

@@ -6,15 +6,13 @@ Arrays are time-major: x (T, B, I); w (gates * H, I), r (gates * H, H); biases (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from infera_kernels.calls import Array
 
 
-@dataclass(frozen=True, slots=True)
-class Function:
+class Function(NamedTuple):
     """f(xp, x, alpha, beta) and the defaults of the parameters it has (None for one it has not)."""
 
     apply: Callable[[Any, Array, float, float], Array]
@@ -54,8 +52,7 @@ def product(xp: Any, x: Array, w: Array) -> Array:
     return x @ w.T
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """What one direction computes with. `clip` bounds what enters an activation; None leaves it.
 
     `inputs` multiplies the inputs of all steps by w, and `recurrent` a step's states by r, in an LSTM.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +57,7 @@ NEAREST: Mapping[str, Callable[[Array, bool], Array]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
+class Filter(NamedTuple):
     """How to interpolate. `mode` is nearest, linear or cubic; the names are keys of `NEAREST` and `COORDINATES`."""
 
     mode: str
