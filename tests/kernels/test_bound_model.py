@@ -47,6 +47,9 @@ class Driver:
         self.launcher: CudaLauncher | None = None
         self._names: list[str] = []
 
+    def version(self) -> int:
+        return 13000
+
     def target(self, device_id: int) -> Target:
         return nominal_target(90)
 

@@ -75,6 +75,8 @@ def _constant_key(value: Any) -> str:
         return f"({', '.join(map(_constant_key, value))})"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
+    if type(value).__module__.startswith("triton.language"):  # an element type
+        return str(value)
     raise TypeError(f"{value!r} ({type(value).__name__}) cannot be a kernel constant")
 
 

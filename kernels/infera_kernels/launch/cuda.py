@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from infera_kernels.calls import Call
 from infera_kernels.launch.abi import Address, pack
+from infera_kernels.launch.assembler import suit
 from infera_kernels.launch.cache import KernelCache
 from infera_kernels.launch.compile import Binary, cache_key, compile_kernel, compiler_options
 from infera_kernels.launch.compiling import nothing
@@ -27,6 +28,10 @@ class Driver(Protocol):
         """cuLaunchKernel(function, gx, gy, gz, bx, by, bz, shared bytes, stream, parameters, extra)"""
         ...
 
+    def version(self) -> int:
+        """The CUDA release that the driver supports: 12080 is 12.8."""
+        ...
+
     def target(self, device_id: int) -> Target: ...
 
     def load(self, device_id: int, cubin: bytes, name: str) -> Address:
@@ -42,10 +47,13 @@ class CupyDriver:
     """The driver by way of CuPy, which a process with CUDA arrays has loaded anyway."""
 
     def __init__(self) -> None:
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver, runtime
 
-        self._driver = driver
+        self._driver, self._driver_version = driver, runtime.driverGetVersion
         self.launch: Callable[..., object] = driver.launchKernel
+
+    def version(self) -> int:
+        return int(self._driver_version())
 
     def target(self, device_id: int) -> Target:
         import cupy
@@ -67,10 +75,10 @@ class CupyDriver:
                 module.load(cubin)
                 function = module.get_function(name)
         except self._driver.CUDADriverError as e:
-            version = cupy.cuda.runtime.driverGetVersion()
+            version = self.version()
             raise LaunchError(
                 f"{name}: the driver (CUDA {version // 1000}.{version % 1000 // 10}) does not load it: {e}. Where it "
-                "is older than Triton's assembler, set TRITON_PTXAS_BLACKWELL_PATH to triton/backends/nvidia/bin/ptxas"
+                "is older than Triton's assemblers, set TRITON_PTXAS_BLACKWELL_PATH to the ptxas of its own release"
             ) from e
         return Address.of(function.ptr, (function, module))
 
@@ -99,6 +107,7 @@ class CudaLauncher:
         self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
         self._driver = driver or CupyDriver()
         self._cache = cache or KernelCache()
+        suit(self._driver.version())
         self.target = self._driver.target(device_id)
         self.compiled = 0
         """Kernels that were not in the cache and were compiled here."""
