@@ -20,7 +20,16 @@ def serve(
     paths: Annotated[list[Path], typer.Argument(help="ONNX files, folders of them, or NAME/VERSION/model.onnx trees.")],
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, cpu, cuda, cuda:N, several with commas, or cuda:all: models are spread. [default: auto]"
+        ),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=DEVICE: the device of one model. Repeatable.", metavar="MODEL=DEVICE"),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of a run, shared by all models. [default: all but one]")
     ] = None,
@@ -52,6 +61,8 @@ def serve(
     """
     given = {name: value for name, value in locals().items() if name in Settings.model_fields and value is not None}
     try:
+        if pin:
+            given["pins"] = dict(_pinned(p) for p in pin)
         settings = Settings(**given)
         sources = discover(paths)
     except ValidationError as error:
@@ -82,3 +93,10 @@ def serve(
 def _url(name: Any) -> str:
     host, port = name[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _pinned(pin: str) -> tuple[str, str]:
+    model, equals, device = pin.partition("=")
+    if not (model and equals and device):
+        raise typer.BadParameter(f"'{pin}' is not MODEL=DEVICE", param_hint="--pin")
+    return model, device

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from infera_gpu.budget import VramBudget
 from infera_gpu.cpus import default_threads
 from infera_gpu.errors import ModelError
 from infera_gpu.spec import tensors_of
@@ -19,6 +18,7 @@ from infera_server.batching import Batching, derive
 from infera_server.errors import BadRequest, InternalError, RequestError, request_error
 from infera_server.jobs import Batch, Done, Job
 from infera_server.metrics import ModelStats
+from infera_server.placement import Place
 from infera_server.rows import HostArray
 from infera_server.runtime import Session
 from infera_server.settings import Settings
@@ -93,16 +93,16 @@ def threads_of(settings: Settings) -> tuple[int, str]:
     return max(1, default_threads()[0] - 1), "one CPU is left to the event loop"
 
 
-def open_session(path: Path, settings: Settings, budget: VramBudget | None = None) -> Session:
-    """Load an ONNX file with the runtime, whose GPU memory counts against `budget`. Raises InferaError."""
+def open_session(path: Path, settings: Settings, *, place: Place) -> Session:
+    """Load an ONNX file with the runtime at its place. Raises InferaError."""
     import infera_gpu
 
     session = infera_gpu.load(
         path,
-        device=settings.device,
+        device=place.device,
         threads=threads_of(settings)[0],
         precision=settings.precision,
-        vram_limit=budget,
+        vram_limit=place.budget,
     )
     try:
         tensors_of(session.inputs, "input")

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from infera_gpu.budget import VramBudget
 from infera_gpu.errors import InferaError
 from infera_server.codec import short
 from infera_server.errors import NotFound, Unavailable
 from infera_server.model import Model, Opener, Post, open_model, open_session
+from infera_server.placement import Placement
 from infera_server.settings import Settings
 from infera_server.turns import Turns
 
@@ -128,13 +128,12 @@ class Repository:
     settings: Settings
     sources: Sequence[Source]
     opener: Opener | None = None
-    """How a file becomes a session; None is the runtime, all of whose sessions share the GPU memory of the settings."""
+    """How a file becomes a session; None is the runtime, at the place that the settings give."""
     _entries: dict[str, dict[str, Entry]] = field(init=False)
     _served: dict[tuple[str, str | None], Model] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        limit = self.settings.vram_limit
-        self._open = self.opener or partial(open_session, budget=None if limit is None else VramBudget(limit))
+        self._placement = Placement(self.settings.device, self.settings.vram_limit, self.settings.pins)
         self._entries = {}
         for source in sorted(self.sources, key=lambda s: (s.name, int(s.version))):
             self._entries.setdefault(source.name, {})[source.version] = Entry(source)
@@ -178,7 +177,7 @@ class Repository:
                 self.settings,
                 post=post,
                 turns_of=self._turns_of,
-                opener=self._open,
+                opener=self.opener or self._open_at(source),
             )
         except Exception as error:
             entry.reason = str(error) if isinstance(error, InferaError) else f"{type(error).__name__}: {error}"
@@ -196,6 +195,10 @@ class Repository:
         else:
             self._choose_default(source.name)
         return entry
+
+    def _open_at(self, source: Source) -> Opener:
+        """The runtime, with a place for this model."""
+        return partial(open_session, place=self._placement.take(source.name, source.path.stat().st_size))
 
     def _choose_default(self, name: str) -> None:
         """The newest version is the default, once no newer one may still come."""

@@ -25,6 +25,7 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1)  # to a socket, "" means every interface
     port: int = Field(default=8000, ge=0, le=65535)
     device: str = "auto"
+    pins: dict[str, str] = Field(default_factory=dict)
     precision: Precision = "fp32"
     threads: int | None = Field(default=None, ge=1)
     vram_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None

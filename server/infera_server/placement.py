@@ -1,0 +1,69 @@
+"""Which device each model goes to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from infera_gpu.budget import VramBudget
+from infera_gpu.errors import DeviceError
+
+ALL = "cuda:all"
+"""Every GPU that CUDA shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device, and the GPU memory that all models there have together; None for what there is."""
+
+    device: str
+    budget: VramBudget | None
+
+
+def gpus() -> int:
+    """How many GPUs CUDA shows. Raises DeviceError where none can be used."""
+    from infera_gpu.devices.cuda import why_unavailable
+
+    reason = why_unavailable()
+    if reason:
+        raise DeviceError(f"{ALL}: {reason}")
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
+class Placement:
+    """Spreads models over the devices of a comma-separated list: the next goes where the fewest bytes of models are.
+
+    `pins` maps a model's name to the device that it goes to in any case. `limit` is the GPU memory that all models of
+    one device have together. Safe to use from several threads. Raises DeviceError for a list without a device.
+    """
+
+    def __init__(
+        self,
+        devices: str,
+        limit: str | None = None,
+        pins: Mapping[str, str] | None = None,
+        count: Callable[[], int] = gpus,
+    ) -> None:
+        self._pins = dict(pins or {})
+        named = [d.strip() for d in devices.split(",") if d.strip()]
+        if not named:
+            raise DeviceError(f"'{devices}' names no device")
+        self._devices = list(
+            dict.fromkeys(d for n in named for d in ([f"cuda:{i}" for i in range(count())] if n == ALL else [n]))
+        )
+        self._limit = limit
+        self._budgets: dict[str, VramBudget] = {}
+        self._bytes = dict.fromkeys(self._devices, 0)
+        self._changing = threading.Lock()
+
+    def take(self, model: str, nbytes: int) -> Place:
+        """Where a model of so many bytes goes; they count from now on."""
+        with self._changing:
+            device = self._pins.get(model) or min(self._devices, key=self._bytes.__getitem__)
+            self._bytes[device] = self._bytes.get(device, 0) + nbytes
+            if self._limit is None:
+                return Place(device, None)
+            return Place(device, self._budgets.setdefault(device, VramBudget(self._limit)))

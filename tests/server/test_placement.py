@@ -1,0 +1,71 @@
+"""Which device a model goes to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from infera_gpu.errors import DeviceError
+from infera_server.placement import Placement
+from infera_server.repository import Repository, State, discover
+from infera_server.settings import Settings
+from tests.commandline import assert_fails, infera
+from tests.text import parse
+
+
+def test_models_are_spread_by_size() -> None:
+    placement = Placement("cuda:0, cuda:1")
+    taken = [
+        placement.take(name, size).device for name, size in (("a", 100), ("b", 30), ("c", 50), ("d", 10), ("e", 90))
+    ]
+    assert taken == ["cuda:0", "cuda:1", "cuda:1", "cuda:1", "cuda:1"]
+
+
+def test_a_pin_goes_first_and_counts() -> None:
+    placement = Placement("cuda:0,cuda:1", pins={"big": "cuda:1", "odd": "cpu"})
+    assert placement.take("big", 100).device == "cuda:1"
+    assert placement.take("odd", 5).device == "cpu"
+    assert [placement.take("x", 40).device for _ in range(3)] == ["cuda:0"] * 3
+    assert placement.take("y", 1).device == "cuda:1"
+
+
+def test_every_device_has_a_budget_of_its_own() -> None:
+    placement = Placement("cuda:0,cuda:1", limit="1GiB")
+    first, second, third = (placement.take("m", 1) for _ in range(3))
+    assert first.budget is not None
+    assert first.budget.limit == 1 << 30
+    assert first.budget is third.budget is not second.budget
+    assert Placement("auto").take("m", 1).budget is None
+
+
+def test_all_gpus_are_those_that_cuda_shows() -> None:
+    placement = Placement("cuda:all, cpu", count=lambda: 3)
+    assert [placement.take("m", 1).device for _ in range(5)] == ["cuda:0", "cuda:1", "cuda:2", "cpu", "cuda:0"]
+
+
+@pytest.mark.parametrize("devices", ["", " , "])
+def test_a_list_of_nothing_is_refused(devices: str) -> None:
+    with pytest.raises(DeviceError, match="names no device"):
+        Placement(devices)
+
+
+def test_models_of_a_repository_run_where_they_are_placed(tmp_path: Path) -> None:
+    model = parse("g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }")
+    for name in ("a", "b", "c"):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    settings = Settings(device="cpu,recording", pins={"c": "recording", "b": "cpu"})
+    repository = Repository(settings, list(discover([tmp_path])))
+    repository.load(lambda fn, arg: fn(arg))
+    assert {e.source.name: e.state for e in repository.entries()} == dict.fromkeys("abc", State.READY)
+    devices = {m.signature.name: m.device for m in repository.ready()}
+    assert (devices["b"], devices["c"]) == ("cpu", "recording")
+    assert devices["a"] in ("cpu", "recording")
+    for served in repository.ready():
+        served.close()
+
+
+def test_a_pin_without_a_device_is_refused(tmp_path: Path) -> None:
+    onnx.save(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), tmp_path / "m.onnx")
+    assert_fails(infera("serve", tmp_path / "m.onnx", "--pin", "m"), "'m' is not MODEL=DEVICE", status=2)
