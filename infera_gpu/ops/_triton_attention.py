@@ -58,7 +58,7 @@ def stand_in(spec: TensorSpec | None) -> Array | None:
 
 def arranged(site: Site, arrange: Arrange) -> Arranged | None:
     """The site's operands as stand-ins."""
-    return site.once(arrange, lambda: arrange(site, [*map(stand_in, site.ins)], [*map(stand_in, site.outs)]))
+    return arrange(site, [*map(stand_in, site.ins)], [*map(stand_in, site.outs)])
 
 
 def covers(given: Arranged | None) -> bool:

@@ -136,7 +136,7 @@ def _arrange_merged(site: Site, product: Array, ins: Sequence[Any], outs: Sequen
 
 def _stood_in(site: Site) -> Arranged | None:
     ins, outs = ([*map(stand_in, specs)] for specs in (site.ins, site.outs))
-    return site.once(_arrange_merged, lambda: _arrange_merged(site, stand_in(_projection(site)), ins, outs))
+    return _arrange_merged(site, stand_in(_projection(site)), ins, outs)
 
 
 def _supports_merged(site: Site) -> bool:

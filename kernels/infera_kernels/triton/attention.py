@@ -119,7 +119,8 @@ def supports_attention(
     bfloat16; D and E up to 256, leading axes broadcasting to out's, nothing empty but out.
 
     At most two masks of that type and a condition of bool, int32 or int64 broadcast to the scores (..., M, N), lengths
-    (int32 or int64) and sinks (of the floats' type) to (..., 1, 1) and (..., M, 1).
+    (int32 or int64) and sinks (of the floats' type) to (..., 1, 1) and (..., M, 1); along the last leading axis lengths
+    are alike.
     """
     floats = (q, k, v, out, *masks, *([] if sink is None else [sink]))
     if len({name_of(x) for x in floats}) != 1 or name_of(q) not in FLOATS or len(masks) > 2:
@@ -129,7 +130,8 @@ def supports_attention(
     (m, d), (n, e), rank = q.shape[-2:], v.shape[-2:], len(out.shape)
     if tuple(k.shape[-2:]) != (n, d) or tuple(out.shape[-2:]) != (m, e) or min(n, d, e) < 1:
         return False
-    if max(d, e) > WIDEST or m * n > INT32_MAX or _any_empty(*masks, condition, sink):
+    walked = m * n if masks or condition is not None else max(m, n)
+    if max(d, e) > WIDEST or walked > INT32_MAX - 1024 or _any_empty(*masks, condition, lengths, sink):
         return False
     if condition is not None and name_of(condition) not in {"bool", *INDICES}:
         return False
@@ -137,6 +139,8 @@ def supports_attention(
         return False
     lead = tuple(out.shape[:-2])
     wanted = [*((x, (m, n)) for x in (*masks, condition)), (sink, (m, 1)), (lengths, (1, 1))]
+    if lengths is not None and rank > 2 and _lead_of(lengths, rank)[-1:] != (1,):
+        return False
     stretched = [(tuple(x.shape), (*lead, *last)) for x, last in wanted if x is not None]
     try:
         return all(
