@@ -85,5 +85,10 @@ def test_families_are_covered() -> None:
         "MaxPool": 30,
         "AveragePoolNHWC": 17,
         "GlobalAveragePoolNHWC": 3,
+        "Attention": 46,
+        "MultiHeadAttention": 7,
+        "GroupQueryAttention": 14,
+        "Rotary": 8,
+        "RotaryEmbedding": 10,
     }.items():
         assert cases[name] >= least, (name, cases[name])

@@ -72,10 +72,17 @@ def test_masks(dtype: str, launcher: CompileLauncher) -> None:
     attend(launcher, dtype, heads, heads, attention.Options(scale=0.1, right=0), (8, 1, 1, 100), (12, 100, 100))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_step_against_many_keys_is_split(dtype: str, launcher: CompileLauncher) -> None:
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_one_query_in_float32(size: int, launcher: CompileLauncher) -> None:
+    q, k = (2, 12, 1, size), (2, 12, 500, size)
+    first, _ = attend(launcher, "float32", q, k, attention.Options(), (2, 1, 1, 500))
+    assert launcher.launches[0].constexprs["BM"] == 1
+    assert first.count("LDG.E.128") > 2
+
+
+def test_a_step_against_many_keys_is_split(launcher: CompileLauncher) -> None:
     q, k = (1, 8, 4, 1, 128), (1, 8, 1, 4096, 128)
-    first, second = attend(launcher, dtype, q, k, attention.Options(right=0, before=4095))
+    first, second = attend(launcher, "float16", q, k, attention.Options(right=0, before=4095))
     assert launcher.launches[0].constexprs["SPLITS"] == 16
     assert launcher.launches[0].grid == (8 * 16, 1, 1)
     assert launcher.launches[1].grid == (32, 1, 1)
@@ -91,9 +98,11 @@ def test_tiles_grow_from_small_to_large() -> None:
 
 
 def test_tiles_grow_with_the_work() -> None:
-    assert pick_tile("half", 64, 1, 12).rows == 16
-    assert pick_tile("half", 64, 512, 8 * 12).rows == 128
-    assert pick_tile("ieee", 64, 16, 1000).rows == 16
+    assert pick_tile("half", 64, 1, 1024, 12).rows == 16
+    assert pick_tile("half", 64, 512, 512, 8 * 12).rows == 128
+    assert pick_tile("ieee", 64, 1, 1024, 12).rows == 1
+    assert pick_tile("ieee", 64, 16, 1024, 1000).rows == 16
+    assert pick_tile("half", 64, 64, 8192, 8).rows == 64
     tile = TILES["half"][64][0]
     assert pick_splits(tile, 1, 100, 1) == 1
     assert pick_splits(tile, 1, 100_000, 1) == MOST_SPLITS

@@ -97,7 +97,7 @@ def _work(q: Typed, k: Typed, v: Typed, out: Typed) -> _Work:
     lead = lead[:-1] if members > 1 else lead
     kind = "ieee" if name_of(q) == "float32" else "half"
     rows = members * queries
-    tile = pick_tile(kind, max(q.shape[-1], size), rows, math.prod(lead))
+    tile = pick_tile(kind, max(q.shape[-1], size), rows, keys, math.prod(lead))
     return _Work(lead, members, queries, keys, tile, pick_splits(tile, rows, keys, math.prod(lead)))
 
 

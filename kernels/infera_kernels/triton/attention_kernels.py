@@ -212,7 +212,10 @@ def attention_kernel(
             from_v = v + _rows(one * start, M, v_steps, V_UNITS, False)
             if DEPTH == D_PADDED:
                 y = _wide(_load(from_k + k_at, there[None, :], (d < D)[:, None], phase == 1, D < DEPTH))
-                s = tl.dot(x, y, input_precision="ieee")
+                if BM == 1:
+                    s = tl.sum(tl.trans(x) * y, axis=0)[None, :]
+                else:
+                    s = tl.dot(x, y, input_precision="ieee")
             else:
                 s = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(0, D_PADDED, DEPTH):
@@ -259,7 +262,10 @@ def attention_kernel(
             total = total * fade + tl.sum(p, axis=1)
             peak = risen
             z = _wide(_load(from_v + v_at, there[:, None], (e < E)[None, :], phase == 1, E < E_PADDED))
-            acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
+            if BM == 1:
+                acc = acc * fade[:, None] + tl.sum(tl.trans(p) * z, axis=0)[None, :]
+            else:
+                acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
 
     held = inside[:, None] & (e < E)[None, :]
     if SPLITS > 1:

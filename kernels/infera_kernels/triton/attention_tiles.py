@@ -16,6 +16,9 @@ SPLIT_KEYS = 256
 """The fewest keys that are worth a program of their own."""
 
 MOST_SPLITS = 32
+SINGLES = 4
+"""The most rows that are computed one by one: each reads all keys, and nothing overlaps loading."""
+
 WIDEST = 256
 """The largest head size: beyond it the sums of a tile leave no registers."""
 
@@ -33,7 +36,8 @@ _CYCLES_A_WEIGHT = 1 / 16 + 8 / 64
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`rows` of queries that one program works on, `keys` at a time, `depth` elements of both at a time.
+    """`rows` of queries that one program works on, `keys` at a time, `depth` elements of both at a time. A single row
+    is no product of matrices: it takes no shared memory.
 
     A depth of 0 takes heads whole, as powers of two; the queries then stay in the program for good.
     """
@@ -58,13 +62,13 @@ TILES: Mapping[str, Mapping[int, tuple[Tile, ...]]] = MappingProxyType(
     {
         "half": {
             64: (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-            128: (Tile(16, 64, 4, 3), Tile(64, 32, 4, 3), Tile(128, 32, 8, 3)),
+            128: (Tile(16, 32, 4, 4), Tile(64, 32, 8, 3), Tile(128, 32, 8, 3)),
             256: (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
         },
         "ieee": {
-            64: (Tile(16, 32, 4, 3, 16), Tile(32, 32, 4, 3, 32), Tile(64, 32, 8, 3, 32)),
-            128: (Tile(16, 32, 4, 2, 32), Tile(32, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
-            256: (Tile(16, 32, 4, 2, 32), Tile(32, 16, 8, 2, 16)),
+            64: (Tile(1, 128, 8, 1), Tile(16, 32, 4, 3, 16), Tile(32, 32, 4, 3, 32), Tile(64, 32, 8, 3, 32)),
+            128: (Tile(1, 64, 8, 1), Tile(16, 32, 4, 2, 32), Tile(32, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
+            256: (Tile(1, 32, 8, 1), Tile(16, 32, 4, 2, 32), Tile(32, 16, 8, 2, 16)),
         },
     }
 )
@@ -76,7 +80,13 @@ def padded(size: int) -> int:
     return max(16, next_power_of_two(size))
 
 
-def pick_tile(kind: str, size: int, rows: int, matrices: int) -> Tile:
+def pick_splits(tile: Tile, rows: int, keys: int, matrices: int) -> int:
+    """Into how many parts the keys are split, for programs to all slots."""
+    programs = max(1, matrices * ceil_div(rows, tile.rows))
+    return max(1, min(SLOTS // programs, ceil_div(keys, SPLIT_KEYS), MOST_SPLITS))
+
+
+def pick_tile(kind: str, size: int, rows: int, keys: int, matrices: int) -> Tile:
     """The tile with the least estimated time, of equals the larger.
 
     `size` is the larger of the head sizes; `rows` of queries stand against the same keys, `matrices` times. Every slot
@@ -85,12 +95,8 @@ def pick_tile(kind: str, size: int, rows: int, matrices: int) -> Tile:
     tiles = next(tiles for most, tiles in TILES[kind].items() if size <= most)
 
     def cost(tile: Tile) -> tuple[float, int]:
-        return ceil_div(matrices * ceil_div(rows, tile.rows), SLOTS) * tile.cycles(kind, size), -tile.rows
+        splits = pick_splits(tile, rows, keys, matrices)
+        waves = ceil_div(matrices * splits * ceil_div(rows, tile.rows), SLOTS)
+        return waves * ceil_div(keys, splits) * tile.cycles(kind, size), -tile.rows
 
-    return min(tiles, key=cost)
-
-
-def pick_splits(tile: Tile, rows: int, keys: int, matrices: int) -> int:
-    """Into how many parts the keys are split, for programs to all slots."""
-    programs = max(1, matrices * ceil_div(rows, tile.rows))
-    return max(1, min(SLOTS // programs, ceil_div(keys, SPLIT_KEYS), MOST_SPLITS))
+    return min((t for t in tiles if t.rows > 1 or rows <= SINGLES), key=cost)
