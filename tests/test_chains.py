@@ -135,3 +135,71 @@ def test_an_expression_that_is_none_is_refused(expression: str) -> None:
 def test_expressions_are_spelled_as_they_are_read() -> None:
     text = "LeakyRelu:alpha=0.1 x0; Clip:min=-inf,max=6.0 t0; Gelu:approximate=tanh x1; Where x2 t1 t2"
     assert spelled(parsed(text, 3), 3) == text
+
+
+LAUNCHED = {
+    "types": (
+        "g (int64[3] x, float[3] z) => (float[3] y) { f = Cast <to = 1> (x)  m = Less(f, z)  y = Where(m, f, z) }",
+        ["Elementwise"],
+    ),
+    "halves": ("g (float16[3] x) => (float16[3] y) { a = Add(x, x)  y = Neg(a) }", ["Elementwise"]),
+    "integers": ("g (int64[3] x) => (int64[3] y) { a = Add(x, x)  y = Neg(a) }", ["Elementwise"]),
+    "bytes_have_no_sign": ("g (uint8[3] x) => (uint8[3] y) { a = Add(x, x)  y = Max(a, x) }", ["Elementwise"]),
+    "row": (
+        "g (float[N, 5] x, float[5] z) => (float[N, 5] y) { s = Sigmoid(z)  a = Mul(x, s)  y = Add(a, x) }",
+        ["Elementwise"],
+    ),
+    "known_apart": (
+        "g (float[3, 5] x) => (float[3, 5] y) <float[5] w = {1, 2, 3, 4, 5}> { s = Exp(w)  a = Mul(x, s)  y = Neg(a) }",
+        ["Elementwise"],
+    ),
+    "bounds_are_inputs": ("g (float[3] x, float l) => (float[3] y) { a = Exp(x)  y = Clip(a, l) }", ["Exp", "Clip"]),
+    "comparison": ("g (float[3] x) => (bool[3] y) { a = Exp(x)  b = Greater(a, x)  y = Not(b) }", ["Elementwise"]),
+    "no_kernel_for_a_step": (
+        "g (int64[3] x, float[3] z) => (int64[3] y) { a = Pow(x, z)  y = Neg(a) }",
+        ["Pow", "Neg"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "ops"), LAUNCHED.values(), ids=LAUNCHED)
+def test_chains_on_a_gpu_are_one_launch_whatever_their_types(text: str, ops: list[str]) -> None:
+    pytest.importorskip("triton")
+    session = infera_gpu.load(parse(text), device="recording")
+    shape = {None: 3}
+    rng = np.random.default_rng(0)
+    feeds = {
+        k: rng.uniform(1, 5, [d if isinstance(d, int) else shape[None] for d in s.shape]).astype(s.dtype)
+        for k, s in tensors_of(session.graph.inputs, "input").items()
+    }
+    (plan,) = session.plans(feeds)
+    assert [s.placed.op.name for s in plan.steps if s.placed] == ops
+    want = infera_gpu.load(parse(text), device="cpu", fuse=False).run(feeds)
+    for name, got in session.run(feeds).items():
+        np.testing.assert_allclose(got, want[name], rtol=1e-6)
+
+
+def test_a_chain_that_no_kernel_takes_comes_apart() -> None:
+    """Seven axes are more than kernels walk."""
+    pytest.importorskip("triton")
+    axes = ", ".join("2" * 7)
+    model = parse(f"g (float[{axes}] x, float z) => (float[{axes}] y) {{ a = Add(x, z)  b = Exp(a)  y = Mul(b, z) }}")
+    session = infera_gpu.load(model, device="recording")
+    assert [n.op for n in session.graph.nodes] == ["Elementwise"]
+    (plan,) = session.plans({"x": np.ones((2,) * 7, np.float32), "z": np.float32(2)})
+    assert [s.placed.op.name for s in plan.steps if s.placed] == ["Add", "Exp", "Mul"]
+
+
+def test_scales_that_a_quantiser_makes_are_multiplied_in_the_chain() -> None:
+    """What is known of a value's type may be less than what an operator demands."""
+    pytest.importorskip("triton")
+    text = """
+        g (float[3, 4] x) => (float[3, 2] y) <uint8[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float s = {0.5}> {
+            q, t, z = DynamicQuantizeLinear(x)
+            p = MatMulInteger(q, w, z)
+            f = Cast <to = 1> (p)
+            u = Mul(t, s)
+            y = Mul(f, u)
+        }"""
+    session = infera_gpu.load(parse(text), device="recording")
+    assert [n.op for n in session.graph.nodes if n.op in ("Mul", "Cast", "Elementwise")] == ["Elementwise"]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
+from infera_kernels.launch import RecordingLauncher
 from tests import fake_cupy
 from tests.text import parse
 
@@ -238,3 +240,19 @@ def test_what_is_bound_to_the_callers_arrays_goes_when_the_arena_grows(cupy: Any
     x, big = (cupy.asarray(np.ones((n, 3), np.float32)) for n in (4, 20))
     for given in (x, x, x, big, big, x, x):
         np.testing.assert_array_equal(session.run({"x": given, "z": given})["y"], np.zeros(given.shape).T)
+
+
+def test_strided_copies_launch_a_kernel(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is there, and takes the type; dense ones are the driver's."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
+    device = cuda.CudaDevice()
+    device._launcher = launcher = RecordingLauncher()
+    with device.running():
+        x, y = device.xp.empty((4, 6), np.float32), device.xp.empty((6, 4), np.float32)
+        fn, args = device.transfer(x.T, y)
+        fn(*args)
+        assert [launch.kernel for launch in launcher.launches] == ["pointwise_kernel"]
+        narrow = device.xp.empty((4, 6), ml_dtypes.float8_e5m2)
+        for source, target in ((x, device.xp.empty((4, 6), np.float32)), (narrow.T, narrow.reshape(6, 4))):
+            assert device.transfer(source, target)[0] is device.xp.copyto

@@ -215,13 +215,24 @@ class CudaDevice:
         here = self.xp.ndarray
         match isinstance(source, here), isinstance(target, here):
             case True, True:
-                return self.xp.copyto, (target, source)
+                return self._copy(source, target)
             case True, False:
                 return self._download, (source, target)
             case False, True:
                 return target.set, (source, self._stream)
             case _:
                 return self._after_stream, (np.copyto, (target, source))
+
+    def _copy(self, source: Array, target: Array) -> Call:
+        """Dense arrays by the driver; others by the kernel that permutes axes through shared memory, where it can."""
+        dense = source.flags.c_contiguous and target.flags.c_contiguous
+        if not dense and "triton" in self.kinds:
+            from infera_kernels.triton.elementwise import copy, supports_copy
+
+            if supports_copy(source, target):
+                (call,) = copy(source, target, self.launcher)
+                return call
+        return self.xp.copyto, (target, source)
 
     def _download(self, source: Array, target: HostArray) -> None:
         if target.flags.c_contiguous or target.flags.f_contiguous:

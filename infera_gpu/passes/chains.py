@@ -104,16 +104,21 @@ def _is_blockwise(draft: Draft, n: Node) -> bool:
 
 
 def _is_launched(draft: Draft, n: Node) -> bool:
-    """Whether it is a step whose types a Triton kernel takes, as it would where all operands were scalars."""
+    """Whether it is a step whose types a Triton kernel takes, as it would where all operands were scalars.
+
+    An operand of a type that is not known yet is taken to have that of another: planning takes apart what is wrong.
+    """
     if not _is_step(draft, n):
         return False
-    op, specs = STEPS[n.op], [draft.spec(v) for v in (*_operands(n), n.outputs[0])]
-    own = formula_of(op)
-    scalars = tuple(TensorSpec((), s.dtype) for s in specs if s is not None)
-    if own is None or len(scalars) != len(specs):
+    op, operands = STEPS[n.op], _operands(n)
+    own, specs, out = formula_of(op), [draft.spec(v) for v in operands], draft.spec(n.outputs[0])
+    like = next((s for s in reversed(specs) if s is not None), None)
+    if own is None or out is None or like is None:
         return False
-    made = Node(n.op, _operands(n), n.outputs, dict(_attributes(draft, n)), n.domain, n.name)
-    return own.supports(Site(made, op.fill(made), scalars[:-1], (None,) * (len(specs) - 1), scalars[-1:], op.since))
+    ins = tuple(TensorSpec((), (s or like).dtype) for s in specs)
+    made = Node(n.op, operands, n.outputs, dict(_attributes(draft, n)), n.domain, n.name)
+    outs = (TensorSpec((), out.dtype),)
+    return own.supports(Site(made, op.fill(made), ins, (None,) * len(ins), outs, op.since))
 
 
 def _operands(n: Node) -> tuple[str, ...]:
