@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
 from infera_gpu.spec import Array
@@ -70,6 +74,52 @@ def copies(
         return [call for target, source in pairs(site, io) for call in copy(source, target, io.launcher)]
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
+
+
+def _distinct(site: Site, *, tuples: bool) -> bool:
+    """Whether the indices are known while planning, and no two updates have one position."""
+    known, shape = site.value(1), site.spec(0).dims
+    if known is None:
+        return False
+    if tuples:
+        places = [known[..., k] % n for k, n in enumerate(shape[: known.shape[-1]])]
+    else:
+        places = list(np.indices(known.shape, sparse=True))
+        places[site.axis()] = known % shape[site.axis()]
+    flat = np.ravel_multi_index(tuple(np.broadcast_arrays(*places)), shape[: len(places)])
+    return bool(np.unique(flat).size == flat.size)
+
+
+def scattering(*, tuples: bool) -> Kernels:
+    """The kernels of updates written over input 0, without a reduction: by tuples of indices, or along an axis."""
+
+    def count(site: Site) -> int:
+        """Of int32, to tell updates of one position apart."""
+        if site.once("distinct", lambda: _distinct(site, tuples=tuples)):
+            return 0
+        dims = site.spec(0).dims
+        return math.prod(dims[: site.spec(1).dims[-1]] if tuples else dims)
+
+    def workspace(site: Site) -> int:
+        return aligned(4 * count(site))
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.scatter import supports_scatter
+
+        kept = site.attrs.get("reduction", "none") == "none"
+        return kept and supports_scatter(site.spec(0), site.spec(1), site.spec(2), site.outs[0])
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.scatter import Numbers, scatter
+
+        x, indices, updates = io.ins
+        numbers = None
+        if workspace(site):
+            numbers = Numbers(io.scratch((count(site),), np.int32), io.constant(np.array(-1, np.int32)))
+        axis = None if tuples else site.axis()
+        return scatter(x, indices, updates, io.outs[0], io.launcher, axis=axis, numbers=numbers)
+
+    return kernels(bind, supports, inplace=(0,), strided=True, strided_out=True, workspace=workspace)
 
 
 # ---- tables

@@ -192,9 +192,10 @@ def _bind_scatter(site: Site, io: Buffers) -> list[Call]:
     return cpu.scatter_elements(x, indices, updates, site.axis(), io.outs[0], io.scratch, reduction=_reduction(site))
 
 
-def _scattering(bind: Bind, attrs: Attrs) -> dict[str, Kernel]:
+def _scattering(bind: Bind, attrs: Attrs, *, tuples: bool) -> dict[str, Kernel]:
     """Kernels of a scatter. Reductions go through ufunc.at, which allocates 5 KB of bookkeeping whatever the size."""
-    return {"cpu": Kernel(bind=bind, supports=_scatter_supported, inplace=(0,), allocates="reduction" in attrs)}
+    kernel = Kernel(bind=bind, supports=_scatter_supported, inplace=(0,), allocates="reduction" in attrs)
+    return {"cpu": kernel} | _triton_move.scattering(tuples=tuples)
 
 
 _SCATTER_CASES = (
@@ -219,7 +220,7 @@ def _scatter(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ..
                 xp, x, indices, updates, site.axis(), _reduction(site)
             )
         ),
-        kernels=_scattering(_bind_scatter, attrs),
+        kernels=_scattering(_bind_scatter, attrs, tuples=False),
         attrs={"axis": 0, **attrs},
         cases=cases,
     )
@@ -249,7 +250,7 @@ def _scatter_nd(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> O
         compute=plain(
             lambda xp, site, x, indices, updates: portable.scatter_nd(xp, x, indices, updates, _reduction(site))
         ),
-        kernels=_scattering(_bind_scatter_nd, attrs),
+        kernels=_scattering(_bind_scatter_nd, attrs, tuples=True),
         attrs=attrs,
         cases=cases,
     )
@@ -259,6 +260,7 @@ _DUPLICATES = f32(2, 3), np.array([[1, 0, 1], [1, 0, 0]]), f32(2, 3)
 _SCATTER_ND_CASES = (
     Case("elements", (f32(3, 4), np.array([[0, 1], [2, -1]]), f32(2))),
     Case("rows", (f32(5, 3), np.array([[4], [1]]), f32(2, 3))),
+    Case("matrices", (f32(3, 2, 4, 5), np.array([[[2, 1]], [[0, -2]]]), f32(2, 1, 4, 5))),
     Case("none", (f32(2, 3), np.zeros((0, 1), np.int64), f32(0, 3))),
 )
 _ND_DUPLICATES = f32(4, 3), np.array([[1], [1], [3]]), f32(3, 3)

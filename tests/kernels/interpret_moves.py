@@ -15,7 +15,7 @@ from tests.kernels.support import BFLOAT16, FLOATS, Guarded, assert_close, execu
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
-from infera_kernels.triton import gather, mapped
+from infera_kernels.triton import gather, mapped, scatter
 from infera_kernels.triton.terms import AxisMap
 
 pytestmark = pytest.mark.kernels
@@ -115,3 +115,33 @@ def test_what_is_outside_is_filled(given: bool, dtype: Any, interpreter: Interpr
     execute(mapped.mapped(x, out.array, interpreter, maps, _same, fill=fill))
     out.check_guards()
     np.testing.assert_array_equal(out.array, np.pad(x, ((0, 0), (2, 3), (2, 3)), constant_values=1))
+
+
+@pytest.mark.parametrize("bad", [7, -8, 2**40])
+@pytest.mark.parametrize("dtype", MOVED, ids=ids)
+def test_the_last_update_of_a_position_counts(dtype: Any, bad: int, interpreter: InterpreterLauncher) -> None:
+    x, updates = random((7, 5, 9), dtype, low=0, high=100), random((6, 5, 9), dtype, low=0, high=100, seed=1)
+    indices = np.array([3, 0, -4, bad, 3, 6])
+    want = x.copy()
+    for i, update in zip(indices, updates, strict=True):
+        if -7 <= i < 7:
+            want[i] = update
+    for axis in (None, 0):
+        out, last = Guarded(x.shape, dtype), Guarded((7 if axis is None else x.size,), np.int32)
+        chosen = indices[:, None] if axis is None else np.broadcast_to(indices[:, None, None], updates.shape)
+        numbers = scatter.Numbers(last.array, np.array(-1, np.int32))
+        execute(scatter.scatter(x, chosen, updates, out.array, interpreter, axis=axis, numbers=numbers))
+        for guarded in (out, last):
+            guarded.check_guards()
+        np.testing.assert_array_equal(out.array, want)
+
+
+def test_updates_are_written_where_the_data_is(interpreter: InterpreterLauncher) -> None:
+    """As of a cache that grows: no copy of what is there, and distinct positions need no numbers."""
+    x, updates = random((2, 3, 40, 8), F32), random((2, 3, 2, 8), F32, seed=1)
+    tuples = np.array([[[[b, h, t] for t in (7, -1)] for h in range(3)] for b in range(2)])
+    want = x.copy()
+    want[:, :, [7, -1]] = updates
+    execute(scatter.scatter(x, tuples, updates, x, interpreter, numbers=None))
+    only(interpreter, scatter.scatter_kernel)
+    np.testing.assert_array_equal(x, want)

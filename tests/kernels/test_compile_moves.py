@@ -10,7 +10,7 @@ from tests.kernels.support import Array, FakeArray
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import gather, mapped
+from infera_kernels.triton import gather, mapped, scatter
 from infera_kernels.triton.terms import AxisMap
 
 pytestmark = pytest.mark.kernels
@@ -72,3 +72,16 @@ def test_padding_with_a_computed_value(launcher: CompileLauncher) -> None:
     x, out = FakeArray((2, 40, 64), "bool"), FakeArray((2, 80, 64), "bool")
     mapped.mapped(x, out, launcher, [doubled(1, 40, 1)], held, fill=FakeArray((), "bool"))
     compiled(launcher)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_updates_of_rows_are_written_wide(numbered: bool, launcher: CompileLauncher) -> None:
+    x, updates = FakeArray((8, 2048, 128), "float16"), FakeArray((8, 4, 128), "float16", address=0x7F1000000000)
+    last, unset = FakeArray((8 * 2048,), "int32"), FakeArray((), "int32")
+    numbers = scatter.Numbers(last, unset) if numbered else None
+    scatter.scatter(x, FakeArray((8, 4, 2), "int64"), updates, x, launcher, numbers=numbers)
+    assert len(launcher.compiled) == (3 if numbered else 1)
+    assert all(result.spilled_bytes == 0 for result in launcher.compiled)
+    assert launcher.compiled[-1].count("STG.E.128") > 0
+    if numbered:
+        assert launcher.compiled[1].count("RED") + launcher.compiled[1].count("REDG") > 0

@@ -141,9 +141,7 @@ def mapped(
         "weights": constant(np.concatenate([_weights(m) for m in maps]).astype(wide)) if weighted else None,
         "fill": None if isinstance(fill, (int, float)) else fill,
         "out": out,
-        "dims": tiling.dims,
-        "strides": tuple(s for strides in tiling.strides for s in fold(strides)),
-        "rows": tiling.rows,
+        **tiling.arguments,
         "starts": tuple(sum(lengths[:n]) for n in range(len(lengths))),
         "steps": fold(own[axis] for axis in axes),
     }

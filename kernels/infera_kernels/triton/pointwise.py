@@ -105,6 +105,12 @@ class Tiling:
         return {"ROW_DIMS": self.row_dims, "ROWS": self.tile[0], "COLS": self.tile[1], "WIDE": wide}
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What kernels over `tile_of` are told, with the strides of all operands one after the other."""
+        strides = tuple(s for own in self.strides for s in fold(own))
+        return {"dims": self.dims, "strides": strides, "rows": self.rows}
+
+    @property
     def programs(self) -> int:
         rest = math.prod(self.dims[self.row_dims :])
         return ceil_div(self.dims[0], self.tile[1]) * ceil_div(self.rows, self.tile[0]) * rest
