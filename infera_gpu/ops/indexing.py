@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _triton_move
+from infera_gpu.ops import _triton_move, _triton_place
 from infera_gpu.ops._families import i64, movable, native, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import indexing as cpu
@@ -303,7 +303,7 @@ _ONE_HOT = Op(
     9,
     infer=_one_hot_spec,
     compute=plain(_one_hot),
-    kernels={"cpu": Kernel(bind=_bind_one_hot, supports=movable, strided=True)},
+    kernels={"cpu": Kernel(bind=_bind_one_hot, supports=movable, strided=True)} | _triton_place.one_hot(_one_hot_dims),
     attrs={"axis": -1},
     values=(1,),
     cases=(

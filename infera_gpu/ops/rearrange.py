@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
-from infera_gpu.ops import _triton_move
+from infera_gpu.ops import _triton_move, _triton_place
 from infera_gpu.ops._families import copies, i64, movable, plain, shaped, single
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
@@ -113,7 +113,8 @@ _TRILU = Op(
             strided=True,
             inplace=(0,),
         )
-    },
+    }
+    | _triton_place.triangle(_diagonal),
     attrs={"upper": 1},
     cases=(
         Case("upper", (f32(3, 4),)),
@@ -146,6 +147,7 @@ _REVERSE = Op(
     10,
     infer=_reversed_spec,
     compute=plain(_reversed),
+    kernels=_triton_place.REVERSE,
     attrs={"time_axis": 0, "batch_axis": 1},
     cases=(
         Case("time_first", (f32(5, 3), i64(1, 5, 3))),
