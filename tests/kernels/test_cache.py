@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from infera_kernels.disk import default_directory
-from infera_kernels.launch import CudaLauncher, KernelCache
+from infera_kernels.launch import CompileLauncher, CudaLauncher, KernelCache
 from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compiler_options
 from infera_kernels.launch.signature import bind
 from tests.kernels.support import FakeArray
@@ -21,7 +22,7 @@ from tests.kernels.test_launch import STREAM, FakeDriver
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import elementwise, softmax
+from infera_kernels.triton import elementwise, pointwise, softmax
 
 pytestmark = pytest.mark.kernels
 
@@ -160,6 +161,33 @@ def test_a_key_depends_on_functions_passed_as_constants(tmp_path: Path) -> None:
     for op in ("relu", "neg"):
         elementwise.unary(op, FakeArray((64,), "float32"), FakeArray((64,), "float32"), launcher)
     assert len(driver.loaded) == 2
+
+
+FUNCTION = """
+import triton
+
+@triton.jit
+def changed(x, alpha, beta):
+    return x + {}
+"""
+
+
+def test_functions_are_known_by_their_source_not_by_their_name(tmp_path: Path) -> None:
+    """By Triton's own cache too, which is asked where ours has nothing."""
+    found = []
+    for number in (1.0, 2.0):
+        path = tmp_path / str(number) / "changed.py"
+        path.parent.mkdir()
+        path.write_text(FUNCTION.format(number))
+        spec = importlib.util.spec_from_file_location("changed", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        launcher, x = CompileLauncher(90), FakeArray((64,), "float32")
+        pointwise.pointwise((pointwise.Applied(module.changed, (0,)),), (x,), x, launcher)
+        found.append(launcher.compiled[0].binary.cubin)
+    assert found[0] != found[1]
 
 
 def test_a_key_depends_on_the_assembler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 pytest.importorskip("triton")
 
 from infera_kernels.triton import elementwise, matmul, norm, softmax, tiles
+from infera_kernels.triton.terms import Term
 
 pytestmark = pytest.mark.kernels
 
@@ -122,6 +123,17 @@ def test_floats(launcher: CudaLauncher, driver: FakeDriver) -> None:
     driver.sizes = [8 if type.startswith("*") else 4 for type in (*loaded.binary.spec.types, "*i8", "*i8")]
     execute(calls)
     assert struct.pack("<f", 0.25) in driver.parameters[0]
+
+
+def test_a_kernel_that_is_told_functions_numbers_and_types(launcher: CudaLauncher, driver: FakeDriver) -> None:
+    """All of them are part of the name under which the binary is kept."""
+    x, out = FakeArray((64,), "float32"), FakeArray((64,), "float32")
+    driver.sizes = [8, 8, 4, 4, 8, 8]
+    for alpha, dtype in ((0.25, "float16"), (0.5, "float16"), (0.5, "bfloat16"), (0.5, "bfloat16")):
+        terms = (Term("leaky_relu", (0,), alpha), Term("cast", (1,), dtype=dtype), Term("cast", (2,), dtype="float32"))
+        execute(elementwise.expression(terms, (x,), out, launcher))
+    assert len(driver.launches) == 4
+    assert len(driver.loaded) == 3
 
 
 def test_more_than_48_kib_is_asked_for(launcher: CudaLauncher, driver: FakeDriver) -> None:

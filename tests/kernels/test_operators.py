@@ -49,7 +49,7 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("Pad", "", "wrap-every-axis"),
     ("Pad", "", "large"),
     ("Resize", "", "linear"),
-    ("Resize", "", "axes-reordered"),
+    ("Resize", "", "left-out"),
     ("Cast", "", "float_float16"),
     ("CastLike", "", "bool"),
     ("Erf", "", "past_block"),
