@@ -308,7 +308,7 @@ OPS: tuple[Op, ...] = (
             ),
             Case("past_block", (f32(3, 6001), f32(6001), f32()), _e("Mul x0 x1; Add t0 x2; Tanh t1; Mul t2 x0")),
             Case(
-                "attributes",
+                "attributes_past_block",
                 (f32(4, 9001), f32(4, 1)),
                 _e("LeakyRelu:alpha=0.3 x0; Add t0 x1; Clip:min=-0.5,max=1.25 t1"),
             ),
@@ -316,7 +316,7 @@ OPS: tuple[Op, ...] = (
             Case("squares", (f32(2, 3), f32(2, 3)), _e("Sub x0 x1; Mul t0 t0; Neg t1")),
             Case("subtracted_from", (f32(2, 3), f32(2, 3)), _e("Exp x0; Max t0 x1; Sub x1 t1")),
             Case("three", (f32(2, 3), f32(2, 3), f32(2, 3)), _e("Neg x2; Sum x0 x1 t0")),
-            Case("gelu", (f32(2, 9001), f32(2, 9001)), _e("Gelu:approximate=tanh x0; Mul t0 x1")),
+            Case("gelu_past_block", (f32(2, 9001), f32(2, 9001)), _e("Gelu:approximate=tanh x0; Mul t0 x1")),
             Case("row_apart", (f32(4, 3), f32(3)), _e("Exp x1; Mul x0 t0; Neg t1")),
             Case("known", (f32(4, 3), _KNOWN), _e("Exp x1; Neg t0; Mul x0 t1; Abs t2")),
             Case("one", (f32(4, 3),), _e("Swish:alpha=1.7 x0")),
