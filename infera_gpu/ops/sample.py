@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import FOLD_LIMIT
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, f32
 from infera_gpu.ops._families import i64, normalized, plain
+from infera_gpu.ops._triton import kernels
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import sample as portable
 from infera_kernels.portable.pad import blank
@@ -42,12 +43,28 @@ def _grid(xp: Any, site: Site, x: Array, grid: Array) -> Array:
     )
 
 
+def _supports_grid(site: Site) -> bool:
+    from infera_kernels.triton.grid_sample import supports_grid_sample
+
+    return supports_grid_sample(site.spec(0), site.spec(1), site.outs[0], mode=_MODES[site.attrs["mode"]])
+
+
+def _bind_grid(site: Site, io: Buffers) -> list[Call]:
+    from infera_kernels.triton.grid_sample import grid_sample
+
+    x, grid = io.ins
+    mode, padding = _MODES[site.attrs["mode"]], str(site.attrs["padding_mode"])
+    aligned = bool(site.attrs["align_corners"])
+    return grid_sample(x, grid, io.outs[0], io.launcher, mode=mode, padding=padding, aligned=aligned)
+
+
 def _grid_op(since: int, mode: str, cases: tuple[Case, ...]) -> Op:
     return Op(
         "GridSample",
         since,
         infer=_infer_grid,
         compute=plain(_grid),
+        kernels=kernels(_bind_grid, _supports_grid, inplace=(), strided=True, strided_out=True),
         attrs={"align_corners": 0, "mode": mode, "padding_mode": "zeros"},
         cases=cases,
     )

@@ -10,7 +10,7 @@ from tests.kernels.support import Array, FakeArray
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import gather, mapped, scatter
+from infera_kernels.triton import gather, grid_sample, mapped, scatter
 from infera_kernels.triton.terms import AxisMap
 
 pytestmark = pytest.mark.kernels
@@ -85,3 +85,11 @@ def test_updates_of_rows_are_written_wide(numbered: bool, launcher: CompileLaunc
     assert launcher.compiled[-1].count("STG.E.128") > 0
     if numbered:
         assert launcher.compiled[1].count("RED") + launcher.compiled[1].count("REDG") > 0
+
+
+@pytest.mark.parametrize("padding", grid_sample.PADDINGS)
+@pytest.mark.parametrize("mode", grid_sample.TAPS)
+def test_values_between_pixels(mode: str, padding: str, launcher: CompileLauncher) -> None:
+    x, grid, out = (FakeArray(s, "float16") for s in ((2, 64, 40, 40), (2, 80, 80, 2), (2, 64, 80, 80)))
+    grid_sample.grid_sample(x, grid, out, launcher, mode=mode, padding=padding, aligned=False)
+    compiled(launcher)
