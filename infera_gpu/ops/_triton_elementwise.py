@@ -17,7 +17,10 @@ from infera_gpu.spec import TensorSpec
 from infera_kernels.triton.terms import CAST, WHERE, Term, trimmed
 
 MOST_INPUTS = 12
-"""Of one expression: more values than that do not lie in registers together."""
+"""Of a chain: more values than that do not lie in registers, or on the CPU in the cache, together."""
+
+MOST_COMBINED = 32
+"""Inputs of a variadic operator, which are read one after the other."""
 
 UNARY: Mapping[str, str] = MappingProxyType(
     {
@@ -158,7 +161,7 @@ def variadic(ufunc: str, *, mean: bool = False) -> Kernels:
 
     def terms(site: Site) -> Terms | None:
         n = len(site.ins)
-        if n > MOST_INPUTS:
+        if n > MOST_COMBINED:
             return None
         made = [Term(BINARY[ufunc], (i if i == 0 else n + i - 1, i + 1)) for i in range(n - 1)]
         if mean:

@@ -154,6 +154,7 @@ def _variadic(name: str, ufunc: str, *, mean: bool = False, integers: bool = Fal
         Case("two", (f32(2, 3), f32(2, 3))),
         Case("three", (f32(2, 1), f32(3), f32(4, 1, 1)), opset=8),
         Case("empty", (f32(0, 3), f32(1, 3)), opset=8),
+        Case("many", (f32(2, 3),) * 17),
     ]
     if integers:
         cases.append(Case("int8", (_ints(5, dtype="int8"), _ints(2, 1, dtype="int8")), low=-99, high=99, opset=12))
