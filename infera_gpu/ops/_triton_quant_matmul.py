@@ -44,7 +44,7 @@ def scaled(left: int, right: int, scale: int | None = None, zero: int | None = N
     return scales
 
 
-def _spec_getter(site: Site) -> Get:
+def spec_getter(site: Site) -> Get:
     def get(i: int) -> TensorSpec | None:
         if not site.has(i):
             return None
@@ -54,7 +54,7 @@ def _spec_getter(site: Site) -> Get:
     return get
 
 
-def _array_getter(site: Site, io: Buffers) -> Get:
+def array_getter(site: Site, io: Buffers) -> Get:
     def get(i: int) -> Array | None:
         if not site.has(i):
             return None
@@ -78,7 +78,7 @@ def _supports(site: Site, form: Form, left: TensorSpec | None = None) -> bool:
     from infera_kernels.triton.integer_matmul import supports_integer_matmul
 
     a, a_zero, b, b_zero = form.operands
-    get = _spec_getter(site)
+    get = spec_getter(site)
     scaling, point = form.scales(site, get), None if left else get(a_zero)
     given = () if scaling is None else (scaling.left, scaling.right, scaling.scale, scaling.zero)
     return _vectors(point, get(b_zero), *given) and supports_integer_matmul(
@@ -105,7 +105,7 @@ def weight(site: Site, io: Buffers, b: int) -> Array | Weight:
     return Weight(packed, sums, site.spec(b).dtype == np.uint8)
 
 
-def _without_part(site: Site, b: int, zero: int) -> bool:
+def without_part(site: Site, b: int, zero: int) -> bool:
     """Whether the zero point of input b is known to be what weights that are read as signed ones have no part of."""
     point = site.value(zero)
     middle = 128 if site.spec(b).dtype == np.uint8 else 0
@@ -114,7 +114,7 @@ def _without_part(site: Site, b: int, zero: int) -> bool:
 
 def _bind(site: Site, io: Buffers, form: Form) -> list[Call]:
     a, a_zero, *_ = form.operands
-    get = _array_getter(site, io)
+    get = array_getter(site, io)
     left = transposed(io.ins[a], site.attrs.get("transA"))
     return _product(site, io, form, left, get(a_zero), form.scales(site, get))
 
@@ -131,8 +131,8 @@ def _product(
         io.outs[0],
         io.launcher,
         a_zero=zero,
-        b_zero=_array_getter(site, io)(b_zero),
-        signed_zeros=_without_part(site, b, b_zero),
+        b_zero=array_getter(site, io)(b_zero),
+        signed_zeros=without_part(site, b, b_zero),
         scaling=scaling,
         bias=io.ins[form.bias] if form.bias is not None and site.has(form.bias) else None,
     )
@@ -165,7 +165,7 @@ def dynamic_product(b: int, zero: int, scale: int, bias: int) -> Kernels:
         q, factor, point = io.scratch(x.shape, np.uint8), io.scratch((), np.float32), io.scratch((), np.uint8)
         made = form(factor)
         calls = dynamic_quantise(x, q, factor, point, quant.ranges(x, io), io.launcher)
-        return [*calls, *_product(site, io, made, q, point, made.scales(site, _array_getter(site, io)))]
+        return [*calls, *_product(site, io, made, q, point, made.scales(site, array_getter(site, io)))]
 
     def workspace(site: Site) -> int:
         return aligned(site.spec(0).size) + aligned(4) + aligned(1) + quant.range_bytes(site)

@@ -12,6 +12,7 @@ from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import split_of
 from infera_gpu.ops._triton_conv import Convolution
+from infera_gpu.ops._triton_quant_conv import Form, integer_conv
 from infera_gpu.ops.window import ATTRS, Window, window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.calls import Pack
@@ -325,5 +326,6 @@ OPS: tuple[Op, ...] = (
                  {"group": 2, "pads": (1, 1, 0, 1), "strides": (2, 1)}, low=0, high=255),
         ),
         {**ATTRS, "group": 1},
+        kernels=integer_conv(Form((0, 2, 1, 3))),
     ),
 )  # fmt: skip

@@ -11,6 +11,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
 from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import plain
+from infera_gpu.ops._triton_quant_conv import Form, integer_conv
+from infera_gpu.ops._triton_quant_matmul import scaled
 from infera_gpu.ops.conv import as_2d, window_2d
 from infera_gpu.ops.quant_matmul import check_parameters, column, reach, require_parameters
 from infera_gpu.ops.window import ATTRS, channels_first, window
@@ -146,6 +148,7 @@ def _supported(site: Site) -> bool:
 KERNELS = {
     "cpu": Kernel(bind=_bind, supports=_supported, strided=True),
     "jit": Kernel(bind=_bind_compiled, supports=lambda site: _supported(site) and _jit_quant.convolves(site)),
+    **integer_conv(Form((0, 2, 3, 5), scaled(1, 4, 6, 7), 8)),
 }
 
 
@@ -199,7 +202,7 @@ _QLINEAR_CONV = Op(
         conv_case("padded", np.dtype(np.uint8), (1, 2, 5, 6), (3, 2, 3, 3), pads=(1, 1, 1, 1)),
         conv_case("channels", np.dtype(np.int8), (2, 2, 5, 6), (3, 2, 3, 3), per_channel=True, strides=(2, 1)),
         conv_case("sums_past_float32", np.dtype(np.int8), (1, 64, 6, 6), (8, 64, 3, 3)),
-        conv_case("past_block", np.dtype(np.int8), (2, 3, 70, 71), (9, 3, 3, 3), per_channel=True, pads=(1, 1, 1, 1)),
+        conv_case("tiles", np.dtype(np.int8), (1, 3, 13, 14), (9, 3, 3, 3), per_channel=True, pads=(1, 1, 1, 1)),
         conv_case("pointwise", np.dtype(np.uint8), (2, 6, 5, 4), (4, 6, 1, 1)),
         conv_case("1d", np.dtype(np.int8), (2, 4, 9), (3, 4, 3), pads=(2, 0), dilations=(2,)),
         conv_case("depthwise", np.dtype(np.int8), (1, 4, 5, 5), (4, 1, 3, 3), per_channel=True, group=4),

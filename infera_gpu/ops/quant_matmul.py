@@ -153,7 +153,7 @@ _MATMUL_INTEGER = Op(
         Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
         Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
         Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
-        Case("past_block", (_u8(66, 40), _s8(40, 530)), **_LIMITS),
+        Case("past_block", (_u8(3, 40), _s8(40, 24001)), **_LIMITS),
         Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
     ),
 )
@@ -257,12 +257,26 @@ _QLINEAR_MATMUL = Op(
             **_LIMITS,
         ),
         Case(
+            "past_block",
+            (
+                _u8(3, 8),
+                _scale(0.02),
+                _point(128),
+                _s8(8, 24001),
+                _scale(0.01),
+                _point(0, np.int8),
+                _scale(0.1),
+                _point(100),
+            ),
+            **_LIMITS,
+        ),
+        Case(
             "signed",
             (
                 _s8(130, 8),
                 _scale(0.02),
                 _point(1, np.int8),
-                _s8(8, 140),
+                _s8(8, 40),
                 _scale(0.01),
                 _point(0, np.int8),
                 _scale(0.1),

@@ -10,13 +10,14 @@ import pytest
 
 from infera_kernels.launch import InterpreterLauncher
 from infera_kernels.portable import quant as portable
+from infera_kernels.portable.conv import convolution
 from tests.kernels.references import F32, only
 from tests.kernels.support import BFLOAT16, Guarded, execute, random
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
-from infera_kernels.triton import dynamic, integer_matmul, integer_weight, quantise
+from infera_kernels.triton import dynamic, integer_conv, integer_matmul, integer_weight, quantise, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -115,3 +116,34 @@ def test_sums_are_quantised_again(interpreter: InterpreterLauncher) -> None:
     factor = np.float32(0.5) * rows[:, None] * columns / scale
     want = portable.requantize(np, exact(a, b).astype(np.int32), factor, zero)
     np.testing.assert_array_equal(out.array, want)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize(("kind", "left"), [("int8", "uint8"), ("uint8", "int8")])
+@pytest.mark.parametrize("group", [1, 2])
+def test_convolutions_are_exact(group: int, kind: str, left: str, last: bool, interpreter: InterpreterLauncher) -> None:
+    """More channels than a block is deep, asymmetric padding of zero points, strides and dilations."""
+    x, w = bytes_of((2, 2 * 35, 5, 4), left), bytes_of((6, 2 * 35 // group, 2, 3), kind, 1)
+    x_zero, w_zero = np.array(7, left), bytes_of((6,), kind, 2)
+    geometry: dict[str, Any] = {"strides": (2, 1), "dilations": (1, 2), "pads": ((1, 0), (2, 1))}
+    want = convolution(
+        *(np, x.astype(np.float64) - 7, w.astype(np.float64) - w_zero.astype(np.float64)[:, None, None, None]),
+        *(None, (3, 3)),
+        group=group,
+        **geometry,
+    )
+    out = Guarded((2, 3, 3, 6) if last else (2, 6, 3, 3), np.int32)
+    seen = out.array.transpose(0, 3, 1, 2) if last else out.array
+    if last:
+        x = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    filters = integer_conv.Filters(
+        integer_conv.packed_filters(w), integer_conv.filter_sums(w), (6, 70 // group, 2, 3), kind == "uint8"
+    )
+    options: dict[str, Any] = {**geometry, "group": group, "x_zero": x_zero, "w_zero": w_zero}
+    tile = tiles.Tile(16, 16, 32, 4, 3)
+    execute(integer_conv.integer_conv(x, filters, seen, interpreter, tile=tile, **options))
+    out.check_guards()
+    launch = only(interpreter, integer_conv.integer_conv_kernel)
+    assert launch.grid == (2, 1, group)
+    assert launch.constexprs["BK"] == 32
+    np.testing.assert_array_equal(seen, want)

@@ -10,9 +10,19 @@ from tests.kernels.test_compile import ARCHS, compiled
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import dynamic, integer_matmul, integer_weight, quantise, tiles
+from infera_kernels.triton import dynamic, integer_conv, integer_matmul, integer_weight, quantise, tiles
 
 pytestmark = pytest.mark.kernels
+
+
+class FakeImage(FakeArray):
+    """An image seen with its channels second, which lie last in memory."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: str) -> None:
+        n, c, h, w = shape
+        super().__init__((n, h, w, c), dtype)
+        self.shape = shape
+        self.strides = tuple(self.strides[i] for i in (0, 3, 1, 2))
 
 
 @pytest.fixture(params=ARCHS, ids=lambda a: f"sm_{a}")
@@ -75,3 +85,28 @@ def test_integers_are_multiplied_on_tensor_cores(tile: tiles.Tile, left: str, la
     wgmma = launcher.target.arch == 90 and tile.m >= 64
     assert (result.count("IGMMA") > 0) == wgmma
     assert (result.count("IMMA") > 0) == (not wgmma)
+
+
+@pytest.mark.parametrize("tile", [_FEW, _MANY], ids=lambda t: f"{t.m}x{t.n}x{t.k}")
+def test_convolutions_of_channels_last(tile: tiles.Tile, launcher: CompileLauncher) -> None:
+    x, out = (FakeImage((8, 256, 28, 28), "uint8") for _ in range(2))
+    filters = integer_conv.Filters(
+        FakeArray((256, 9, 256), "int8"), FakeArray((256,), "int32"), (256, 256, 3, 3), unsigned=False
+    )
+    single, point = FakeArray((), "float32"), FakeArray((), "uint8")
+    scaling = integer_matmul.Scaling(single, FakeArray((256,), "float32"), single, point)
+    integer_conv.integer_conv(
+        *(x, filters, out, launcher),
+        strides=(1, 1),
+        dilations=(1, 1),
+        pads=((1, 1), (1, 1)),
+        group=1,
+        x_zero=point,
+        signed_zeros=True,
+        scaling=scaling,
+        bias=FakeArray((256,), "int32"),
+        tile=tile,
+    )
+    result = compiled(launcher)
+    assert result.count("IGMMA") + result.count("IMMA") > 0
+    assert result.count("LDG.E.128") + result.count("LDGSTS") > 0

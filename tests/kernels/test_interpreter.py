@@ -26,7 +26,7 @@ SUITES = {
     "normalize": 75,
     "operators": 900,
     "pool": 37,
-    "quant": 34,
+    "quant": 42,
     "recurrent": 17,
     "reduce": 210,
     "rotary": 40,

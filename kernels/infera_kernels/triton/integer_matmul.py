@@ -40,6 +40,20 @@ BYTES = frozenset({"int8", "uint8"})
 
 
 @triton.jit
+def scaled_sums(acc, factor, added, out_scale, out_zero, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """int32 sums times `factor`, over the output's scale where there is one, plus what is added, in float32; with LOW
+    and HIGH quantised again, int32."""
+    if out_scale is not None:
+        factor = tl.div_rn(factor, tl.load(out_scale).to(tl.float32))
+    y = acc.to(tl.float32) * factor
+    if added is not None:
+        y += added.to(tl.float32)
+    if LOW is not None:
+        y = saturated(y, tl.load(out_zero).to(tl.float32), LOW, HIGH).to(tl.int32)
+    return y
+
+
+@triton.jit
 def integer_matmul_kernel(
     a,
     b,
@@ -148,14 +162,10 @@ def integer_matmul_kernel(
         if alpha is not None:
             left = left * alpha
         right = tl.load(b_scale + n * b_scale_n, mask=n < N, other=0.0).to(tl.float32)
-        factor = left[:, None] * right[None, :]
-        if out_scale is not None:
-            factor = tl.div_rn(factor, tl.load(out_scale).to(tl.float32))
-        y = acc.to(tl.float32) * factor
         if bias is not None and bias.dtype.element_ty != tl.int32:
-            y += added.to(tl.float32)
-        if LOW is not None:
-            y = saturated(y, tl.load(out_zero).to(tl.float32), LOW, HIGH).to(tl.int32)
+            y = scaled_sums(acc, left[:, None] * right[None, :], added, out_scale, out_zero, LOW, HIGH)
+        else:
+            y = scaled_sums(acc, left[:, None] * right[None, :], None, out_scale, out_zero, LOW, HIGH)
         tl.store(at, store_type(y, out), mask=inside)
 
 
@@ -226,7 +236,7 @@ def supports_integer_matmul(
     )
 
 
-def _steps(parameter: Any) -> Any:
+def step_of(parameter: Any) -> Any:
     """The stride of a parameter of one value, or of one for each row or column."""
     if parameter is None or parameter.size == 1:
         return fold_one(0)
@@ -297,10 +307,10 @@ def integer_matmul(
         **dict(zip(("a_m", "a_k"), fold(a_strides[-2:]), strict=True)),
         **dict(zip(("b_k", "b_n"), fold(b_strides[-2:]), strict=True)),
         **dict(zip(("out_m", "out_n"), fold(out_strides[-2:]), strict=True)),
-        "a_zero_m": _steps(a_zero),
-        "b_zero_n": _steps(b_zero),
-        "a_scale_m": _steps(left),
-        "b_scale_n": _steps(right),
+        "a_zero_m": step_of(a_zero),
+        "b_zero_n": step_of(b_zero),
+        "a_scale_m": step_of(left),
+        "b_scale_n": step_of(right),
         **dict(zip(("bias_m", "bias_n"), fold(bias_strides), strict=True)),
         "alpha": None if scaling is None or scaling.alpha == 1.0 else scaling.alpha,
     }
