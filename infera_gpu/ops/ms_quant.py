@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Case, Op, Site
+from infera_gpu.op import REQUIRED, Case, Kernel, Op, Site
 from infera_gpu.ops._families import normalized
 from infera_gpu.ops._ms import F32, ms_op
+from infera_gpu.ops._triton_quantised import MEAN, elementwise
 from infera_gpu.ops.pool import compute_average, pool_attrs, pool_spec
 from infera_gpu.ops.window import channels_last
 from infera_gpu.spec import Array, TensorSpec
@@ -64,6 +65,7 @@ def quantized(
     integers: Integers | None = None,
     first: int = 0,
     shifted_first: bool = False,
+    kernels: Mapping[str, Kernel] | None = None,
     **attrs: Any,
 ) -> Op:
     """An operator of `operands` quantised tensors: each with scale and zero point, then those of the output.
@@ -93,7 +95,7 @@ def quantized(
         made = plain(xp, site, [*ins[:first], *(_operand(xp, ins, i) for i in tensors)])
         return _again(xp, made, scale, zero, site.spec(first).dtype, shifted_first=shifted_first)
 
-    return ms_op(name, infer, compute, cases, **attrs)
+    return ms_op(name, infer, compute, cases, kernels=kernels, **attrs)
 
 
 def _broadcast(*inputs: int) -> Shape:
@@ -206,16 +208,21 @@ _HALVES = Case(
     ),
     **_WIDE,
 )
-_BINARY = (Case("broadcast", (*_A, *_B, *_OUT), **_WIDE),)
+_BINARY = (Case("broadcast", (*_A, *_B, *_OUT), **_WIDE), _HALVES)
 OPS = (
-    quantized("QLinearAdd", 2, None, _broadcast(0, 3), (*_BINARY, _HALVES), integers=_sum),
-    quantized("QLinearMul", 2, None, _broadcast(0, 3), (*_BINARY, _HALVES), integers=_product),
+    quantized(
+        "QLinearAdd", 2, None, _broadcast(0, 3), (*_BINARY, _HALVES), integers=_sum, kernels=elementwise("add", 2)
+    ),
+    quantized(
+        "QLinearMul", 2, None, _broadcast(0, 3), (*_BINARY, _HALVES), integers=_product, kernels=elementwise("mul", 2)
+    ),
     quantized(
         "QLinearLeakyRelu",
         1,
         lambda xp, site, ins: activation(xp, "leaky_relu", ins[0], alpha=site.attrs["alpha"]),
         _same,
         (Case("plain", (*_A, *_OUT), {"alpha": 0.1}, **_WIDE),),
+        kernels=elementwise("leaky_relu", 1),
         alpha=0.01,
     ),
     quantized(
@@ -224,6 +231,7 @@ OPS = (
         lambda xp, site, ins: activation(xp, "sigmoid", ins[0]),
         _same,
         (Case("plain", (*_A, _scale(1 / 256), _zero(0)), **_WIDE),),
+        kernels=elementwise("sigmoid", 1),
     ),
     quantized(
         "QLinearSoftmax",
@@ -242,8 +250,10 @@ OPS = (
         (
             Case("halves", (_u8(2, 3, 4, 4), _scale(0.05), _zero(120), _scale(0.05), _zero(3)), **_WIDE),
             Case("images", (_u8(2, 3, 4, 5), _scale(0.05), _zero(120), *_OUT), **_WIDE),
+            Case("last", (_u8(2, 9, 8, 3), _scale(0.05), _zero(120), *_OUT), {"channels_last": 1}, **_WIDE),
         ),
         integers=_mean,
+        kernels=MEAN,
         channels_last=0,
     ),
     quantized(

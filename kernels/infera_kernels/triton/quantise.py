@@ -47,6 +47,28 @@ def saturated(x, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def tile_at(dims, rows, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """(tile, rows, columns, whether they are inside) of this program, which walks as that of `pointwise_kernel`."""
+    tile = tl.program_id(0)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    col_tiles = (dims[0] + COLS - 1) // COLS
+    row_tiles = (rows + ROWS - 1) // ROWS
+    col = (tile % col_tiles) * COLS + tl.arange(0, COLS)[None, :]
+    tile = tile // col_tiles
+    row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tile // row_tiles
+    return tile, row, col, (row < rows) & (col < dims[0])
+
+
+@triton.jit
+def offset_at(tile, row, col, dims, strides, ROW_DIMS: tl.constexpr):
+    """The offsets of that part of an operand."""
+    outer = offset_of(tile, dims, strides, ROW_DIMS, len(dims)) + offset_of(row, dims, strides, 1, ROW_DIMS)
+    return outer + col * strides[0]
+
+
+@triton.jit
 def _integer(x, MASK: tl.constexpr, SIGN: tl.constexpr):
     """A stored integer as int32: of its low bits alone where there is a MASK, SIGN being the highest if it is one."""
     if MASK is None:
@@ -80,34 +102,22 @@ def quantise_kernel(
 ):
     """x to integers between LOW and HIGH, where they are given; with BACK less the zero point, with TIMES times scale.
 
-    The walk is that of `pointwise_kernel`. Strides of None are those of one value.
+    Strides of None are those of one value.
     """
-    tile = tl.program_id(0)
-    if WIDE:
-        tile = tile.to(tl.int64)
-    col_tiles = tl.cdiv(dims[0], COLS)
-    row_tiles = tl.cdiv(rows, ROWS)
-    col = (tile % col_tiles) * COLS + tl.arange(0, COLS)[None, :]
-    tile = tile // col_tiles
-    row = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
-    tile = tile // row_tiles
-    inside = (row < rows) & (col < dims[0])
-    LAST: tl.constexpr = len(dims)
-
+    tile, row, col, inside = tile_at(dims, rows, ROWS, COLS, WIDE)
     if scale_strides is None:
         s = tl.load(scale).to(tl.float32)
     else:
-        at = offset_of(tile, dims, scale_strides, ROW_DIMS, LAST) + offset_of(row, dims, scale_strides, 1, ROW_DIMS)
-        s = tl.load(scale + (at + col * scale_strides[0]), mask=inside, other=1.0).to(tl.float32)
+        at = offset_at(tile, row, col, dims, scale_strides, ROW_DIMS)
+        s = tl.load(scale + at, mask=inside, other=1.0).to(tl.float32)
     if zero is None:
         z = tl.full([], 0, tl.int32)
     elif zero_strides is None:
         z = _integer(tl.load(zero), MASK, SIGN)
     else:
-        at = offset_of(tile, dims, zero_strides, ROW_DIMS, LAST) + offset_of(row, dims, zero_strides, 1, ROW_DIMS)
-        z = _integer(tl.load(zero + (at + col * zero_strides[0]), mask=inside, other=0), MASK, SIGN)
-    at = offset_of(tile, dims, x_strides, ROW_DIMS, LAST) + offset_of(row, dims, x_strides, 1, ROW_DIMS)
-    value = tl.load(x + (at + col * x_strides[0]), mask=inside, other=0)
+        at = offset_at(tile, row, col, dims, zero_strides, ROW_DIMS)
+        z = _integer(tl.load(zero + at, mask=inside, other=0), MASK, SIGN)
+    value = tl.load(x + offset_at(tile, row, col, dims, x_strides, ROW_DIMS), mask=inside, other=0)
     if LOW is None:
         value = (_integer(value, MASK, SIGN) - z).to(tl.float32)
     else:
@@ -120,8 +130,8 @@ def quantise_kernel(
         value = value.to(tl.int32)
         if MASK is not None:
             value = value & MASK
-    at = offset_of(tile, dims, out_strides, ROW_DIMS, LAST) + offset_of(row, dims, out_strides, 1, ROW_DIMS)
-    tl.store(out + (at + col * out_strides[0]), store_type(value, out), mask=inside)
+    at = offset_at(tile, row, col, dims, out_strides, ROW_DIMS)
+    tl.store(out + at, store_type(value, out), mask=inside)
 
 
 def _stretches(x: Typed, *parameters: Typed | None) -> bool:
