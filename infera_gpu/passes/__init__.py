@@ -26,6 +26,7 @@ from infera_gpu.passes import (
     pairs,
     products,
     quant,
+    quant_bias,
     repeated,
     rotary,
     softmax,
@@ -74,7 +75,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *weights.FUSIONS,
     *conv.FUSIONS,
     *centre.FUSIONS,
-    *quant.FOLLOWING,
+    *quant_bias.FUSIONS,
     *matmul.FUSIONS,
 )
 """In the order in which they are applied."""

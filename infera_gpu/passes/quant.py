@@ -56,7 +56,8 @@ def _flat(match: Match, *names: str) -> tuple[list[str], dict[str, HostArray]]:
     return values, made
 
 
-def _product(match: Match, inputs: Sequence[str], constants: dict[str, HostArray]) -> Replacement:
+def integer_product(match: Match, inputs: Sequence[str], constants: dict[str, HostArray]) -> Replacement:
+    """The product of integers that takes the match's place."""
     root = match.root
     name = root.name or root.outputs[0]
     return Replacement(
@@ -90,7 +91,7 @@ def _adds_no_axis(match: Match, scale: HostArray, x: str) -> bool:
 def _from_dynamic(match: Match) -> Replacement:
     (scale, zero), constants = _flat(match, "w", "bz")
     q, b, s, z = (match.values[name] for name in ("q", "b", "s", "z"))
-    return _product(match, [q, b, s, scale, z, *([zero] if zero else [])], constants)
+    return integer_product(match, [q, b, s, scale, z, *([zero] if zero else [])], constants)
 
 
 _DYNAMIC = """
@@ -201,7 +202,7 @@ def _is_qdq(match: Match) -> bool:
 
 def _from_qdq(match: Match) -> Replacement:
     a, b = (match.producers[match.values[name]] for name in ("a", "b"))
-    return _product(match, [a.inputs[0], b.inputs[0], a.inputs[1], b.inputs[1], a.inputs[2], *b.inputs[2:]], {})
+    return integer_product(match, [a.inputs[0], b.inputs[0], a.inputs[1], b.inputs[1], a.inputs[2], *b.inputs[2:]], {})
 
 
 _QDQ = """
@@ -290,49 +291,3 @@ NARROW = Fusion(
 )
 
 FUSIONS = (DYNAMIC, QDQ, NARROW)
-
-
-# ---- after constants are folded: what follows a product
-
-
-def _is_row(match: Match) -> bool:
-    bias = match.constant("bias")
-    return bias.dtype == np.float32 and bias.shape == match.constant("b").shape[1:]
-
-
-def _with_bias(match: Match) -> Replacement:
-    inner = match.nodes["product"]
-    inputs = (*inner.inputs, *[""] * (5 - len(inner.inputs)), match.values["bias"])
-    return Replacement(infera(match, "NarrowMatMul", inputs, inner.attrs))
-
-
-BIAS = Fusion(
-    name="narrow_matmul_bias",
-    patterns=(
-        node("Add", node("infera.NarrowMatMul", "a", "#b", "#s", "?#z", "?t", name="product"), "#bias", commutes=True),
-    ),
-    guard=_is_row,
-    build=_with_bias,
-    example="""
-        example (float[2, 3] a) => (float[2, 2] y)
-        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float s = {0.5}, float[2] bias = {0.5, -1}> {
-            t = infera.NarrowMatMul(a, b, s)
-            y = Add(bias, t)
-        }""",
-    near_misses=(
-        """
-        bias_adds_an_axis (float[2, 3] a) => (float[1, 2, 2] y)
-        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float s = {0.5}, float[1, 1, 2] bias = {0.5, -1}> {
-            t = infera.NarrowMatMul(a, b, s)
-            y = Add(bias, t)
-        }""",
-        """
-        two_biases (float[2, 3] a) => (float[2, 2] y)
-        <int8[3, 2] b = {1, 2, -3, 4, 5, 127}, float s = {0.5}, float[2] bias = {0.5, -1}> {
-            t = infera.NarrowMatMul(a, b, s, , , bias)
-            y = Add(bias, t)
-        }""",
-    ),
-)
-
-FOLLOWING = (BIAS,)
