@@ -76,4 +76,24 @@ def nbits(sizes: Sizes) -> Kernels:
     return kernels(bind, supports, inplace=(), strided=False, workspace=workspace)
 
 
+def gathered(axes: Callable[[Site], tuple[int, int]], bits: Callable[[Site], int]) -> Kernels:
+    """The kernels of GatherBlockQuantized: rows of a table whose blocks run along its last axis."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.gather_blocks import supports_gather_blocks
+
+        zero = site.spec(3) if site.has(3) else None
+        rows = axes(site) == (0, site.spec(0).ndim - 1) and site.spec(0).ndim > 1
+        return rows and supports_gather_blocks(site.spec(0), site.spec(1), site.spec(2), zero, site.outs[0])
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.gather_blocks import gather_blocks
+
+        table, indices, scale, zero = (*io.ins, None)[:4]
+        options = {"bits": bits(site), "block": int(site.attrs["block_size"])}
+        return gather_blocks(table, indices, scale, zero, io.outs[0], io.launcher, **options)
+
+    return kernels(bind, supports, inplace=(), strided=False)
+
+
 OPS: tuple[Op, ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, Op, Site, f32
 from infera_gpu.ops._families import integers, uniform
 from infera_gpu.ops._ms import ms_op, wide
-from infera_gpu.ops._triton_nbits import nbits
+from infera_gpu.ops._triton_nbits import gathered, nbits
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.quant import aligned, dequantize, is_integer, unpacked
@@ -264,7 +264,9 @@ OPS: tuple[Op, ...] = (
             ),
             Case("float8", (_FLOAT8, _AT, _scales(9, 6, 3)), _LAST),
             Case("float8_rows", (_FLOAT8, _AT, _scales(9, 1, 1)), {"block_size": 0, "quantize_axis": 1}),
+            Case("lines", (integers(8, np.uint8, 6, 3, 20), _AT[0], _scales(9, 6, 3, 3)), _LAST),
         ),
+        kernels=gathered(_gather_axes, _gather_bits),
         bits=4,
         block_size=128,
         gather_axis=0,
