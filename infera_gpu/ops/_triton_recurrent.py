@@ -35,7 +35,8 @@ def _gate_shape(site: Site, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _pieces(site: Site, sizes: Sizes) -> list[tuple[int, ...]]:
-    """The shapes of all scratch, float32: the gates, parts of their sums, both states, cells, and what a GRU saves."""
+    """The shapes of all scratch, float32: the gates, parts of their sums, both states, cells, what a GRU saves, and the
+    inputs where they are halves."""
     from infera_kernels.triton.matmul import parts_of
 
     _, batch, directions, hidden = sizes(site)
@@ -50,7 +51,21 @@ def _pieces(site: Site, sizes: Sizes) -> list[tuple[int, ...]]:
         (2, *state),
         (int(site.node.op == "LSTM"), *state),
         (2 * int(gru), *state),
+        (0,) if dtype == np.float32 else site.spec(0).dims,
     ]
+
+
+_WEIGHTS = (1, 2, 3, 7)
+"""The inputs W, R, B and P."""
+
+
+def _constant(site: Site) -> bool:
+    return all(site.value(i) is not None for i in _WEIGHTS if site.has(i))
+
+
+def _widened(site: Site, io: Buffers, i: int) -> Array | None:
+    """A constant input in float32."""
+    return io.pack(i, "float32", lambda v: v.astype(np.float32)) if site.has(i) else None
 
 
 def _scratch(shape: tuple[int, ...], scratch: Scratch) -> Array | None:
@@ -58,30 +73,38 @@ def _scratch(shape: tuple[int, ...], scratch: Scratch) -> Array | None:
 
 
 def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
-    """The kernels of a recurrent operator in float32, with the same activations in both directions."""
+    """The kernels of a recurrent operator, with the same activations in both directions. Halves are computed in
+    float32, as by the operator's own function; their weights must be constant."""
 
     def supports(site: Site) -> bool:
+        from infera_kernels.triton.layout import FLOATS
         from infera_kernels.triton.recurrent import FUNCTIONS
 
         steps, batch, directions, hidden = sizes(site)
         given = functions(site)
         known = all(_NAMES.get(name, name) in FUNCTIONS for name, _, _ in given[0])
-        floats = all(s is None or i == 4 or s.dtype == np.float32 for i, s in enumerate(site.ins))
+        dtypes = {s.dtype.name for i, s in enumerate(site.ins) if s is not None and i != 4}
+        floats = len(dtypes) == 1 and dtypes <= FLOATS and (dtypes == {"float32"} or _constant(site))
         integers = not site.has(4) or site.spec(4).dtype == np.int32
         same = all(list(g) == list(given[0]) for g in given)
         small = max(batch * directions * hidden, site.spec(2).size) < 2**30
         return floats and integers and known and same and small and 0 not in (steps, *site.spec(0).dims, hidden)
 
     def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton import elementwise
         from infera_kernels.triton.matmul import matmul
         from infera_kernels.triton.recurrent import Cell, Inputs, States, recurrent
 
         steps, batch, directions, hidden = sizes(site)
         x, w, r, bias, lengths, h, c, peephole = (*io.ins, *[None] * 8)[:8]
-        gates, partial, states, cells, saved = (_scratch(s, io.scratch) for s in _pieces(site, sizes))
+        gates, partial, states, cells, saved, wide = (_scratch(s, io.scratch) for s in _pieces(site, sizes))
+        calls: list[Call] = []
+        if wide is not None:
+            calls, x = elementwise.copy(x, wide, io.launcher), wide
+            w, r, bias, peephole = (_widened(site, io, i) for i in _WEIGHTS)
         assert gates is not None
         weights = w.reshape(-1, w.shape[2]).swapaxes(0, 1)
-        calls = matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, partial=partial)
+        calls += matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, partial=partial)
         swapped = _first(site)
 
         def seen(a: Array | None) -> Array | None:

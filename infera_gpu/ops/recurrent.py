@@ -11,6 +11,7 @@ import numpy as np
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_recurrent, _triton_recurrent
+from infera_gpu.ops._families import uniform
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
@@ -287,6 +288,13 @@ def _more_cases(op: str) -> tuple[Case, ...]:
     return ()
 
 
+def _half(op: str) -> tuple[Case, ...]:
+    """float16 with constant weights."""
+    specs = [s for s in _ins(op, 3, 2, 6, 4, 1)[:4] if isinstance(s, TensorSpec)]
+    ins = tuple(uniform(i, -1, 1, *s.dims).astype(np.float16) for i, s in enumerate(specs))
+    return (Case("half", ins, {"hidden_size": 4}, 1 + _KINDS[op].states, tol=2e-3),)
+
+
 def _layout_cases(op: str) -> tuple[Case, ...]:
     """One as before, and batch first; onnxruntime has it not, and onnx's reference has one direction of it."""
     ins, count = _ins(op, 4, 2, 6, 4, 1)[:4], 1 + _KINDS[op].states
@@ -315,7 +323,7 @@ OPS: tuple[Op, ...] = tuple(
     Op(op, since, infer, _compute, Cases(partial(cases, op)), {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
     for op in _KINDS
     for since, cases, more in (
-        (7, lambda op: _cases(op) + _more_cases(op), {}),
+        (7, lambda op: _cases(op) + _more_cases(op) + _half(op), {}),
         (14, _layout_cases, {"layout": 0}),
     )
 )

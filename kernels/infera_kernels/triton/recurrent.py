@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher
 from infera_kernels.triton.elementwise import UNARY
-from infera_kernels.triton.layout import ceil_div, next_power_of_two
+from infera_kernels.triton.layout import ceil_div, element_strides, next_power_of_two
 from infera_kernels.triton.recurrent_steps import recurrent_kernel, start_kernel
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -41,10 +41,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """float32, contiguous: what the inputs give to the gates (steps, batch, directions, gates, hidden), seen that way
-    whichever of steps and batch comes first in memory, recurrent weights (directions, gates * hidden, hidden), biases
-    (directions, 2 * gates * hidden), int32 lengths (batch,), states (directions, batch, hidden), seen that way, and
-    peepholes (directions, 3 * hidden); None for what is left out."""
+    """What a recurrence reads, contiguous, None for what is left out: float32 but for the states.
+
+    What the inputs give to the gates (steps, batch, directions, gates, hidden) is seen that way whichever of steps and
+    batch comes first in memory, and so are the states (directions, batch, hidden), of any floating point. Recurrent
+    weights are (directions, gates * hidden, hidden), biases (directions, 2 * gates * hidden), int32 lengths (batch,),
+    peepholes (directions, 3 * hidden).
+    """
 
     gates: Array
     r: Array
@@ -108,9 +111,8 @@ def recurrent(
     size = directions * batch * hidden
     last = y_h if y_h is not None else y_c
     h0 = given.h if given.h is not None else given.c
-    item = 4
-    end_d, end_b = (0, 0) if last is None else (s // item for s in last.strides[:2])
-    start_d, start_b = (0, 0) if h0 is None else (s // item for s in h0.strides[:2])
+    end_d, end_b = (0, 0) if last is None else element_strides(last)[:2]
+    start_d, start_b = (0, 0) if h0 is None else element_strides(h0)[:2]
     begin = {
         "h0": given.h,
         "c0": given.c,
@@ -140,8 +142,8 @@ def recurrent(
         "H": hidden,
         "steps": steps,
         "swap": size,
-        **dict(zip(("gates_t", "gates_b"), (s // item for s in given.gates.strides), strict=False)),
-        **dict(zip(("y_t", "y_d", "y_b"), (s // item for s in y.strides), strict=False)),
+        **dict(zip(("gates_t", "gates_b"), element_strides(given.gates), strict=False)),
+        **dict(zip(("y_t", "y_d", "y_b"), element_strides(y), strict=False)),
         "end_b": end_b,
         "end_d": end_d,
         "clip": None if cell.clip is None else float(cell.clip),

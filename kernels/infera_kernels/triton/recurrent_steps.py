@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from infera_kernels.triton.indexing import store_type
+
 
 @triton.jit
 def _product(h, r, b, n, B, H, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
@@ -170,7 +172,7 @@ def recurrent_kernel(
                     moved = tl.where(alive, moved, cell)
                     tl.store(c + at, moved, mask=inside)
                     if y_c is not None:
-                        tl.store(y_c + end_at + n[None, :], moved, mask=inside)
+                        tl.store(y_c + end_at + n[None, :], store_type(moved, y_c), mask=inside)
                 elif CELL == "GRU":
                     if LINEAR:
                         update = _gate(x_at, old, r, bias, 0, b, n, B, H, G, BB, BH, BK)
@@ -191,9 +193,9 @@ def recurrent_kernel(
                     made = _activated(v, clip, alphas[0], betas[0], ACT0)
                 kept = tl.where(alive, made, before)
                 tl.store(new + at, kept, mask=inside)
-                tl.store(y_at + n[None, :], tl.where(alive, made, 0.0), mask=inside)
+                tl.store(y_at + n[None, :], store_type(tl.where(alive, made, 0.0), y), mask=inside)
                 if y_h is not None:
-                    tl.store(y_h + end_at + n[None, :], kept, mask=inside)
+                    tl.store(y_h + end_at + n[None, :], store_type(kept, y_h), mask=inside)
         if WHOLE:
             tl.debug_barrier()
 
@@ -208,9 +210,9 @@ def start_kernel(h0, c0, h, c, size, B, H, start_b, start_d, BLOCK: tl.constexpr
     if h0 is None:
         tl.store(h + i, value, mask=inside)
     else:
-        tl.store(h + i, tl.load(h0 + at, mask=inside, other=0.0), mask=inside)
+        tl.store(h + i, tl.load(h0 + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
     if c is not None:
         if c0 is None:
             tl.store(c + i, value, mask=inside)
         else:
-            tl.store(c + i, tl.load(c0 + at, mask=inside, other=0.0), mask=inside)
+            tl.store(c + i, tl.load(c0 + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
