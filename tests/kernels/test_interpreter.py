@@ -23,6 +23,7 @@ SUITES = {
     "matmul": 75,
     "moves": 44,
     "nbits": 27,
+    "networks": 1,
     "normalize": 75,
     "operators": 900,
     "pool": 37,
