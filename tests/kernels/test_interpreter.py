@@ -27,7 +27,7 @@ SUITES = {
     "normalize": 75,
     "operators": 900,
     "pool": 37,
-    "quant": 42,
+    "quant": 43,
     "recurrent": 17,
     "reduce": 210,
     "rotary": 40,

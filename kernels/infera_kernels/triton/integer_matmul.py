@@ -31,6 +31,7 @@ from infera_kernels.triton.layout import (
     fold,
     fold_one,
     name_of,
+    next_power_of_two,
 )
 from infera_kernels.triton.products import GROUP, tile_of
 from infera_kernels.triton.quantise import bounds, saturated
@@ -284,6 +285,7 @@ def integer_matmul(
     batch, walked = coalesce(leading, [s[:-2] for s in (a_strides, b_strides, out_strides)])
     shifted = a_unsigned or a_zero is not None
     tile = tile or pick_tile(m, n, math.prod(leading), INT8, target_of(launcher))
+    depth = min(tile.k, max(32, next_power_of_two(k)))
     bias_strides = (0, 0) if bias is None else broadcast_strides(bias, (m, n))
     low, high = (None, None) if scaling is None or scaling.zero is None else bounds(out.dtype)
     args = {
@@ -324,9 +326,9 @@ def integer_matmul(
         "HIGH": high,
         "BM": tile.m,
         "BN": tile.n,
-        "BK": tile.k,
+        "BK": depth,
         "GROUP": GROUP,
-        "WHOLE_K": k % tile.k == 0,
+        "WHOLE_K": k % depth == 0,
     }
     grid = (math.prod(leading) * ceil_div(m, tile.m) * ceil_div(n, tile.n),)
     return [
