@@ -1,4 +1,4 @@
-"""The "triton" kernels of reductions, of positions of extrema and of scans. Declares no operators itself."""
+"""The "triton" kernels of reductions, positions of extrema, scans and the k best. Declares no operators itself."""
 
 from __future__ import annotations
 
@@ -56,6 +56,29 @@ def scan(kind: str, axis: Callable[[Site], int]) -> Kernels:
 
         how = {name: bool(site.attrs[name]) for name in ("exclusive", "reverse")}
         return scan(kind, io.ins[0], axis(site), io.outs[0], io.launcher, io.scratch, **how)
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)
+
+
+def best(k: Callable[[Site], int]) -> Kernels:
+    """The kernels of the `k(site)` largest, or smallest, along the site's axis."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.top_k import supports_top_k
+
+        return supports_top_k(site.spec(0), k(site), site.axis())
+
+    def workspace(site: Site) -> int:
+        from infera_kernels.triton.top_k import scratch_of
+
+        return _bytes(scratch_of(site.spec(0), k(site), site.axis()))
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.top_k import top_k
+
+        largest = bool(site.attrs.get("largest", 1))
+        values, places = io.outs
+        return top_k(io.ins[0], k(site), site.axis(), values, places, io.launcher, io.scratch, largest=largest)
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)
 

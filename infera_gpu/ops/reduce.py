@@ -256,12 +256,14 @@ def _top_k(since: int) -> Op:
             Case("smallest", (f32(3, 7), i64(3)), {"largest": 0}, n_outs=2),
             Case("int64", (np.array([5, -9, 7, 5]), i64(3)), n_outs=2),
             Case("none", (f32(3, 7), i64(0)), n_outs=2),
+            Case("half", (TensorSpec((2, 9, 3), np.dtype(np.float16)), i64(4)), {"axis": 1}, n_outs=2),
         ]
     return Op(
         "TopK",
         since,
         infer=_top_k_spec,
         compute=plain(compute),
+        kernels=_triton_reduce.best(_k),
         attrs=attrs,
         values=() if since == 1 else (1,),
         cases=tuple(cases),

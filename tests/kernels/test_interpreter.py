@@ -33,6 +33,7 @@ SUITES = {
     "rotary": 40,
     "rows": 95,
     "scan": 80,
+    "top_k": 20,
 }
 """interpret_<name>.py -> tests that it holds; fewer would mean that some were not collected."""
 

@@ -66,6 +66,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("ArgMin", "", Case("int64", (np.arange(12).reshape(3, 4),))),
     ("CumSum", "", "shared"),
     ("CumProd", "", "past_tile"),
+    ("TopK", "", "smallest"),
+    ("TopK", "", "half"),
     ("Softmax", "", "blocks"),
     ("LogSoftmax", "", "last-axis"),
     ("Softmax", "", "channels"),

@@ -63,19 +63,23 @@ def finite(x):
 
 
 @triton.jit
-def _key(x, index, SMALLEST: tl.constexpr, LAST: tl.constexpr):
-    """An int64 that is the larger the better x is, NaN best of all, and of equals the earlier (or the later) index."""
+def key(x, index, SMALLEST: tl.constexpr, LAST: tl.constexpr, MISSING_FIRST: tl.constexpr):
+    """An int64 that is the larger the better x is, and of equals the earlier (or the LAST) index.
+
+    NaN counts as larger than all, or as best of all where it is MISSING_FIRST. x is no wider than 32 bits, the index
+    is below 2**32.
+    """
     if x.dtype == tl.float32:
         bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     elif x.dtype == tl.uint32:
         order = (x ^ 0x80000000).to(tl.int32, bitcast=True)
     else:
         order = x.to(tl.int32)
     if SMALLEST:
         order = ~order
-    if x.dtype == tl.float32:
-        order = tl.where(x != x, 0x7FFFFFFF, order)
+        if MISSING_FIRST and x.dtype == tl.float32:
+            order = tl.where(x != x, 0x7FFFFFFF, order)
     place = index.to(tl.int64)
     if not LAST:
         place = 0xFFFFFFFF - place
@@ -84,22 +88,22 @@ def _key(x, index, SMALLEST: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def key_largest_first(x, shift, index):
-    return _key(x, index, False, False)
+    return key(x, index, False, False, True)
 
 
 @triton.jit
 def key_largest_last(x, shift, index):
-    return _key(x, index, False, True)
+    return key(x, index, False, True, True)
 
 
 @triton.jit
 def key_smallest_first(x, shift, index):
-    return _key(x, index, True, False)
+    return key(x, index, True, False, True)
 
 
 @triton.jit
 def key_smallest_last(x, shift, index):
-    return _key(x, index, True, True)
+    return key(x, index, True, True, True)
 
 
 @triton.jit
