@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.graph import HostArray
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
@@ -59,6 +60,9 @@ def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) 
         if made is None or any(site.outs[made.outputs[n]].dtype != np.float32 for n in statistics(site, made)):
             return False
         x = TensorSpec(made.shape, site.spec(0).dtype)
+        terms = [i for name, (i, _) in there(site, made).items() if name in ("skip", "plus")]
+        if any(site.spec(i).dtype != x.dtype for i in terms):
+            return False
         others = [TensorSpec(s or site.spec(i).dims, site.spec(i).dtype) for i, s in there(site, made).values()]
         return supports_rows(made.kind, x, TensorSpec(made.shape, site.outs[0].dtype), *others, axes=made.axes)
 
@@ -156,6 +160,47 @@ def along(site: Site, axis: int, kind: str, epsilon: float, inputs: Inputs | Non
     dims = site.spec(0).dims
     shape = math.prod(dims[:axis]), dims[axis] if dims else 1, math.prod(dims[axis + 1 :])
     return Rows(kind, shape, (1,), epsilon, inputs or {})
+
+
+def affine(of: Callable[[Site], Rows], factors: Callable[[Site], tuple[HostArray, HostArray] | None]) -> Kernels:
+    """The kernels of x * a + b for constants (a, b) = `factors(site)`, which broadcast to x and follow from the inputs
+    from 1 on; none where those are not known."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.norm import supports_rows
+
+        made, known = of(site), factors(site)
+        x, out = (TensorSpec(made.shape, s.dtype) for s in (site.spec(0), site.outs[0]))
+        return known is not None and supports_rows(made.kind, x, out, *known, axes=made.axes)
+
+    def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        from infera_kernels.triton.normalize import normalize
+
+        made, known = of(site), factors(site)
+        assert known is not None
+        source = " ".join(map(str, (len(made.shape), *site.node.inputs[2:], *sorted(site.attrs.items()))))
+        factor, term = known
+        weight, bias = io.pack(1, f"factor {source}", lambda _: factor), io.pack(1, f"term {source}", lambda _: term)
+        x, out = io.ins[0].reshape(made.shape), io.outs[0].reshape(made.shape)
+        return normalize(made.kind, x, made.axes, out, io.launcher, io.scratch, weight=weight, bias=bias)
+
+    return kernels(bind, supports, inplace=(0,), strided=False)
+
+
+def local_response(params: Callable[[Site], dict[str, Any]], axis: int) -> Kernels:
+    """The kernels of local response normalisation along `axis`, told its parameters."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.local_response import supports_local_response
+
+        return supports_local_response(site.spec(0), site.outs[0])
+
+    def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        from infera_kernels.triton.local_response import local_response
+
+        return local_response(io.ins[0], io.outs[0], io.launcher, axis=axis % site.spec(0).ndim, **params(site))
+
+    return kernels(bind, supports, inplace=(), strided=True, strided_out=True)
 
 
 def softmax(shape: Callable[[Site], tuple[int, int, int]], kind: str) -> Kernels:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Attrs, Node
+from infera_gpu.graph import Attrs, HostArray, Node
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.ops._triton_norm import Rows, affine
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.norm import batch_norm
 
@@ -82,7 +83,25 @@ _PER_ELEMENT = Case(
     {"spatial": 0},
 )
 _ATTRS: Attrs = {"epsilon": 1e-5, "momentum": 0.9}
-_KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True, strided_out=True)}
+
+
+def _factors(site: Site) -> tuple[HostArray, HostArray] | None:
+    """What the input is multiplied by, and what is added then, in float32; None where that is not known."""
+    known = [site.value(i) for i in range(1, 5)]
+    scale, bias, mean, variance = (None if a is None else _broadcast(site, a.astype(np.float64)) for a in known)
+    if scale is None or bias is None or mean is None or variance is None:
+        return None
+    factor = scale / np.sqrt(variance + site.attrs["epsilon"])
+    return factor.astype(np.float32), (bias - mean * factor).astype(np.float32)
+
+
+def _channels(site: Site) -> Rows:
+    dims = site.spec(0).dims
+    shape = dims if len(dims) > 1 else (*dims, 1)
+    return Rows("affine", shape, tuple(a for a in range(len(shape)) if a != 1))
+
+
+_KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True, strided_out=True)} | affine(_channels, _factors)
 
 
 def _expand(site: Site) -> Expansion | None:

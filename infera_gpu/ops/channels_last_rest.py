@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
-from infera_gpu.ops import conv_transpose, norm
+from infera_gpu.ops import _triton_norm, conv_transpose, norm
 from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.channels_last import ChannelsLast
 from infera_kernels.calls import Split
@@ -42,7 +42,9 @@ def _bind_transpose(site: Site, io: Buffers) -> Sequence[Call]:
 
 
 OPS: tuple[Op, ...] = (
-    LRN.op(LRN.first.cases, {"cpu": Kernel(_bind_lrn, _floating)}),
+    LRN.op(
+        LRN.first.cases, {"cpu": Kernel(_bind_lrn, _floating)} | _triton_norm.local_response(norm.lrn_params, axis=-1)
+    ),
     CONV_TRANSPOSE.op(
         CONV_TRANSPOSE.first.cases,
         {"cpu": Kernel(_bind_transpose, _floating)}

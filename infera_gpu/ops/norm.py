@@ -283,6 +283,6 @@ OPS: tuple[Op, ...] = (
             Case("past-the-channels", (f32(1, 2, 3, 3),), {"size": 9, "alpha": 0.5}),
         ),
         {"alpha": 1e-4, "beta": 0.75, "bias": 1.0, "size": REQUIRED},
-        kernels={"cpu": Kernel(_bind_lrn, _floating)},
+        kernels={"cpu": Kernel(_bind_lrn, _floating)} | _triton_norm.local_response(lrn_params, axis=1),
     ),
 )  # fmt: skip

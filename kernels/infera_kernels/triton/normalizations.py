@@ -18,6 +18,11 @@ from infera_kernels.triton.reduce import offset_at, placed
 
 
 @triton.jit
+def itself(v, center, scale, index):
+    return v
+
+
+@triton.jit
 def standardized(v, center, scale, index):
     return (v - center) * scale
 
@@ -72,6 +77,7 @@ class Normalization:
 
 NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
     {
+        "affine": Normalization(None, None, itself),
         "layer": Normalization("mean", "inverse_deviation", standardized),
         "rms": Normalization(None, "inverse_root_mean_square", scaled),
         "mean_variance": Normalization("mean", "deviation", centred_and_divided),

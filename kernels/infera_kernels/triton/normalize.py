@@ -14,6 +14,7 @@ from typing import Any
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton import arithmetic as f
+from infera_kernels.triton.elementwise import binary
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -27,7 +28,6 @@ from infera_kernels.triton.layout import (
     span,
 )
 from infera_kernels.triton.normalizations import NORMALIZATIONS, Normalization, normalize_kernel
-from infera_kernels.triton.pointwise import pointwise
 from infera_kernels.triton.reduce import passes
 from infera_kernels.triton.reduce_walk import TILE, Operand, Walk, dense, most_parts, pick_walks, source
 from infera_kernels.triton.reductions import REDUCTIONS, accumulator, identity
@@ -152,7 +152,7 @@ def scratch_of(kind: str, x: Typed, axes: Sequence[int], given: Sequence[str] = 
     """Shape and type of each scratch array that `normalize` asks for, in order; `given` names the statistics, "center"
     and "scale", for which it is given arrays."""
     family, shape = NORMALIZATIONS[kind], tuple(x.shape)
-    if not math.prod(shape) or (family.at_once and fits(shape, axes)):
+    if not math.prod(shape) or not family.statistics() or (family.at_once and fits(shape, axes)):
         return []
     rows = math.prod(d for a, d in enumerate(shape) if a not in axes)
     parts = most_parts(rows, math.prod(_of(shape, axes)))
@@ -188,8 +188,9 @@ def normalize(
 ) -> list[Call]:
     """out = activation(kind(x + skip + plus) * weight + bias), its rows along the non-negative `axes`.
 
-    skip, plus, weight and bias, where given, broadcast to x's shape. `sums` receives x + skip + plus; `center` and
-    `scale`, contiguous float32 arrays, the statistics, one for each row. `out` may be x.
+    skip, plus, weight and bias, where given, broadcast to x's shape; the first two have x's type where rows do not fit
+    in a block. `sums` receives x + skip + plus; `center` and `scale`, contiguous float32 arrays, the statistics, one
+    for each row. `out` may be x.
     """
     others = (skip, plus, weight, bias)
     if not supports_normalization(kind, x, out, *others):
@@ -209,9 +210,10 @@ def normalize(
     for term in (skip, plus):
         if term is not None:
             target = out if sums is None else sums
-            calls += pointwise(f.add, (arrays["x"], term), target, launcher)
+            calls += binary("add", arrays["x"], term, target, launcher)
             arrays["x"] = target
-    *pieces, parts = (scratch(*piece) for piece in scratch_of(kind, x, axes, tuple(statistics)))
+    pieces = [scratch(*piece) for piece in scratch_of(kind, x, axes, tuple(statistics))]
+    parts = pieces.pop() if pieces else None
     rows = source(arrays["x"], axes)
     shift: list[Operand] = []
     for name, reduction in family.statistics().items():
