@@ -10,6 +10,7 @@ from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import CHAIN_NS, elementwise, floating, split_of
 from infera_gpu.ops._ms import F32, ms_op, wide
+from infera_gpu.ops._triton_embed import EMBED
 from infera_gpu.ops._triton_norm import SIMPLIFIED, skip_norm
 from infera_gpu.ops.elementwise import single
 from infera_gpu.spec import Array, TensorSpec
@@ -228,7 +229,16 @@ _NORMS = (
         (
             Case("plain", (_TOKENS, None, f32(6, 8), f32(5, 8), None, f32(8), f32(8)), n_outs=2),
             Case("segments", (_TOKENS, _TOKENS % 2, f32(6, 8), f32(5, 8), f32(2, 8), f32(8), f32(8)), n_outs=2),
+            Case(
+                "mask",
+                (
+                    *(_TOKENS, None, f32(6, 300), f32(5, 300), None, f32(300), f32(300)),
+                    *(np.array([[1, 1, 0], [1, 1, 1]], np.int32), np.array([[2, 0, 4]], np.int32)),
+                ),
+                n_outs=3,
+            ),
         ),
+        kernels=EMBED,
         epsilon=1e-12,
         mask_index_type=0,
         needs=(0, 2, 3, 5, 6),

@@ -153,10 +153,11 @@ def _compute_mvn(xp: Any, site: Site, x: Array) -> Array:
     return (wide / (xp.sqrt((wide * wide).mean(axis=axes, keepdims=True)) + 1e-9)).astype(x.dtype)
 
 
-def _mean_variance(site: Site) -> _triton_norm.Rows:
-    x = site.spec(0)
-    axes = tuple(sorted({axis % x.ndim for axis in site.attrs["axes"]}))
-    return _triton_norm.Rows("mean_variance", x.dims, axes, 1e-9)
+def _mean_variance(site: Site) -> _triton_norm.Rows | None:
+    x, axes = site.spec(0), site.attrs["axes"]
+    if not all(-x.ndim <= axis < x.ndim for axis in axes):
+        return None
+    return _triton_norm.Rows("mean_variance", x.dims, tuple(sorted({axis % x.ndim for axis in axes})), 1e-9)
 
 
 def _infer_lp(site: Site) -> Sequence[TensorSpec | None]:

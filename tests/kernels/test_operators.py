@@ -80,6 +80,7 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("GroupNorm", "com.microsoft", "long"),
     ("InstanceNormalization", "", "blocks"),
     ("SkipLayerNormalization", "com.microsoft", "sum"),
+    ("EmbedLayerNormalization", "com.microsoft", "mask"),
     ("LpNormalization", "", "sum"),
     ("BatchNormalization", "", "images"),
     ("LRN", "", "parameters"),
