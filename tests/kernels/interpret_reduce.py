@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from infera_kernels.triton import reduce as triton_reduce
 from infera_kernels.triton import reduce_walk
+from infera_kernels.triton.normalizations import NORMALIZATIONS
 from infera_kernels.triton.reductions import REDUCTIONS
 
 pytestmark = pytest.mark.kernels
@@ -58,7 +59,7 @@ def shape_after(x: Array, axes: Shape) -> Shape:
 
 def test_every_reduction_is_reached() -> None:
     steps = {s for names in triton_reduce.POSITIONS.values() for s in names}
-    statistics = {"inverse_deviation", "inverse_root_mean_square"}
+    statistics = {name for n in NORMALIZATIONS.values() for name in n.statistics().values()}
     assert triton_reduce.PLAIN | steps | statistics == set(REDUCTIONS)
 
 
