@@ -31,8 +31,11 @@ from infera_kernels.triton.reduce import NUMBERS
 from infera_kernels.triton.reduce_walk import source
 from infera_kernels.triton.reductions import key
 
-_CHUNK = 4096
+_LONGEST = 4096
 """The longest row that is sorted at once."""
+
+_CHUNK = 2048
+"""Elements of longer rows that are searched at once, at least: a sort of more takes many seconds to compile."""
 
 _MOST = 1024
 """The largest k that longer rows are searched for."""
@@ -98,14 +101,14 @@ def supports_top_k(x: Typed, k: int, axis: int) -> bool:
     """Numbers of up to 32 bits, and rows that can be sorted at once or are searched for few."""
     length = x.shape[axis] if x.shape else 0
     narrow = name_of(x) in NUMBERS and np.dtype(x.dtype).itemsize <= 4
-    return narrow and 0 < length <= INT32_MAX - _CHUNK and (length <= _CHUNK or k <= _MOST)
+    return narrow and 0 < length <= INT32_MAX - _LONGEST and (length <= _LONGEST or k <= _MOST)
 
 
 def _passes(length: int, k: int) -> list[tuple[int, int, int]]:
     """(length, chunk, chunks) of each launch, the last one of one chunk."""
     top, found = max(2, next_power_of_two(k)), []
     while True:
-        chunk = min(_CHUNK, max(top, next_power_of_two(length)))
+        chunk = max(_CHUNK, 4 * top) if length > _LONGEST else max(top, next_power_of_two(length))
         found.append((length, chunk, ceil_div(length, chunk)))
         if found[-1][2] == 1:
             return found
@@ -163,7 +166,7 @@ def top_k(
             "ROWS": rows,
             "CHUNK": chunk,
             "TOP": max(2, next_power_of_two(k)),
-            "WIDE": max(*spans, of.results, of.length * abs(x_step)) > INT32_MAX - _CHUNK,
+            "WIDE": max(*spans, of.results, of.length * abs(x_step)) > INT32_MAX - _LONGEST,
         }
         grid = (ceil_div(of.results, rows) * chunks,)
         warps = max(1, min(8, rows * chunk // 256))
