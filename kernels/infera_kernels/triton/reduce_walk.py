@@ -21,8 +21,8 @@ _PROGRAMS = 528
 _LINE = 128
 """Results side by side, where they are contiguous and many; at least a quarter of it."""
 
-_STEPS = 8
-"""Tiles that are worth a program of their own."""
+_STEPS, _LEAST = 8, 2
+"""So many tiles, one after the other, take longer than a second launch; parts have a few of them at least."""
 
 _SMALL_ROW = 64
 """A dimension of what is reduced that is shorter is not walked alone, but together with the next."""
@@ -148,6 +148,7 @@ def pick_tiling(x: Source, operands: Sequence[Operand], most: int) -> Tiling:
     dims, strides = _inward(x.kept, [x.kept_strides, *(o.strides for o in operands)])
     reduced, (inner,) = _inward(x.reduced, [x.reduced_strides])
     results, along = pick_walks(dims, strides[0], reduced, inner, most)
-    wanted = max(1, min(most, ceil_div(_PROGRAMS, results.tiles), along.tiles // _STEPS))
+    shared = along.tiles // _LEAST if along.tiles >= _STEPS else 1
+    wanted = max(1, min(most, ceil_div(_PROGRAMS, results.tiles), shared))
     each = max(1, ceil_div(along.tiles, wanted))
     return Tiling(results, strides, along, inner, max(1, ceil_div(along.tiles, each)), each)
