@@ -101,6 +101,19 @@ def _channels(site: Site) -> Rows:
     return Rows("affine", shape, tuple(a for a in range(len(shape)) if a != 1))
 
 
+def _flat_factors(site: Site) -> tuple[HostArray, HostArray] | None:
+    known = _factors(site)
+    return known and (known[0].reshape(-1), known[1].reshape(-1))
+
+
+def _last_axis(site: Site) -> Rows:
+    dims = site.spec(0).dims
+    return Rows("affine", dims, tuple(range(len(dims) - 1)))
+
+
+CHANNELS_LAST = affine(_last_axis, _flat_factors)
+"""The kernels where channels are the last axis."""
+
 _KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True, strided_out=True)} | affine(_channels, _factors)
 
 

@@ -282,6 +282,9 @@ OPS: tuple[Op, ...] = (
         }
         | Convolution(conv.conv_window, conv.fused_activation, CONV.site, last=True).kernels(),
     ),
-    BATCH_NORM.op(BATCH_NORM.first.cases, {"cpu": replace(BATCH_NORM.first.kernels["cpu"], bind=_bind_batch_norm)}),
+    BATCH_NORM.op(
+        BATCH_NORM.first.cases,
+        {"cpu": replace(BATCH_NORM.first.kernels["cpu"], bind=_bind_batch_norm)} | batchnorm.CHANNELS_LAST,
+    ),
     *(moved.op(moved.first.cases, kernels) for moved, kernels in _POOL_KERNELS),
 )
