@@ -216,6 +216,11 @@ def test_alignment_is_that_of_the_values() -> None:
     assert bind(kernel, {"x": near, "n": 8, "strides": ()}, {}).aligned() == ()
 
 
+def test_no_hint_is_given_of_what_the_kernel_excludes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "do_not_specialize_on_alignment", ("n", "strides"), raising=False)
+    assert bind(kernel, {"x": X, "n": 32, "strides": (16, 17)}, {}).aligned() == ((0,),)
+
+
 def test_types_and_constants() -> None:
     binding = bind(kernel, {"x": X, "n": 2**31, "strides": (1, Const(1)), "scale": None}, {"FLAG": True})
     assert binding.types() == {

@@ -78,7 +78,7 @@ class Binding:
         return tuple(leaf.path for leaf in self.flat() if leaf.aligned)
 
 
-def _leaf(path: Path, value: Any, where: str) -> Leaf:
+def _leaf(path: Path, value: Any, where: str, *, hinted: bool = True) -> Leaf:
     if isinstance(value, Const):
         return Leaf(path, CONSTEXPR, value.value)
     if value is None:
@@ -90,7 +90,8 @@ def _leaf(path: Path, value: Any, where: str) -> Leaf:
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise LaunchError(f"{where}: {value} does not fit in 64 bits")
-        return Leaf(path, "i32" if -(2**31) <= value < 2**31 else "i64", value, value % ALIGNMENT == 0)
+        aligned = hinted and value % ALIGNMENT == 0
+        return Leaf(path, "i32" if -(2**31) <= value < 2**31 else "i64", value, aligned)
     if isinstance(value, float):
         with np.errstate(over="ignore"):  # beyond float32 is infinity, as in a cast
             return Leaf(path, "fp32", float(np.float32(value)))
@@ -111,6 +112,9 @@ def kernel_name(kernel: Any) -> str:
 def bind(kernel: Any, args: Mapping[str, Any], constexprs: Mapping[str, Any]) -> Binding:
     """The kernel's parameters bound to `args` and `constexprs`, defaults filled in.
 
+    Integers of parameters that the kernel lists as `do_not_specialize_on_alignment` give no hint: launches that differ
+    in nothing else share a binary.
+
     Raises TypeError naming the first parameter that is missing, unknown, given twice or of a type without meaning.
     """
     name = kernel_name(kernel)
@@ -119,9 +123,10 @@ def bind(kernel: Any, args: Mapping[str, Any], constexprs: Mapping[str, Any]) ->
     if unknown:
         raise TypeError(f"{name}: no parameter '{unknown[0]}'; it has {', '.join(parameters)}")
     annotated = frozenset(p.name for p in parameters.values() if CONSTEXPR in str(p.annotation))
+    unhinted = frozenset(getattr(kernel, "do_not_specialize_on_alignment", None) or ())
     leaves: list[Leaf | tuple[Leaf, ...]] = []
     for i, p in enumerate(parameters.values()):
-        where = f"{name}: '{p.name}'"
+        where, hinted = f"{name}: '{p.name}'", p.name not in unhinted
         if p.name in args and p.name in constexprs:
             raise TypeError(f"{where} is in both args and constexprs")
         if p.name in args and p.name in annotated:
@@ -129,9 +134,10 @@ def bind(kernel: Any, args: Mapping[str, Any], constexprs: Mapping[str, Any]) ->
         if p.name in args:
             value = args[p.name]
             if isinstance(value, tuple):
-                leaves.append(tuple(_leaf((i, j), v, f"{where}[{j}]") for j, v in enumerate(value)))
+                items = enumerate(value)
+                leaves.append(tuple(_leaf((i, j), v, f"{where}[{j}]", hinted=hinted) for j, v in items))
             else:
-                leaves.append(_leaf((i,), value, where))
+                leaves.append(_leaf((i,), value, where, hinted=hinted))
         elif p.name in constexprs:
             leaves.append(Leaf((i,), CONSTEXPR, constexprs[p.name]))
         elif p.default is not inspect.Parameter.empty:

@@ -8,7 +8,7 @@ the same taps, `step` apart, on neighbouring inputs. So every output gathers wha
 import triton
 import triton.language as tl
 
-from infera_kernels.triton.images import pixel_of, pixel_offset, within
+from infera_kernels.triton.images import UNHINTED, pixel_of, pixel_offset, within
 from infera_kernels.triton.indexing import INTERPRETED, store_type
 
 
@@ -40,7 +40,7 @@ def finished(acc, bias, residual, act_alpha, act_beta, ACT: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def conv_kernel(
     x, w, out, bias, residual, parts,
     M, F, C, groups, splits,
@@ -161,7 +161,7 @@ def conv_kernel(
         tl.store(out + (at.to(tl.int64) * out_c)[None, :], store_type(acc, out), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def join_kernel(
     parts, out, bias, residual,
     M, F, splits, size,

@@ -13,6 +13,7 @@ from infera_kernels.launch import Launcher
 from infera_kernels.triton.conv import NOTHING, Finish, Geometry, supports_conv
 from infera_kernels.triton.conv_kernel import finished
 from infera_kernels.triton.images import (
+    UNHINTED,
     constants,
     image_of,
     pixel_of,
@@ -26,7 +27,7 @@ from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import ceil_div, fold, fold_one, name_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def depthwise_kernel(
     x, w, out, bias, residual,
     M, F, size, out_size, kernel, strides, dilations, pads,

@@ -11,7 +11,7 @@ import triton.language as tl
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.arithmetic import maximum, pow
-from infera_kernels.triton.images import SPATIAL, Image, image_of, pixel_of, pixel_offset, unit_of
+from infera_kernels.triton.images import SPATIAL, UNHINTED, Image, image_of, pixel_of, pixel_offset, unit_of
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import (
     FLOATS,
@@ -34,7 +34,7 @@ _CHANNELS = 64
 _TILE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def global_pool_kernel(
     x, out, C, pixels, size, parts, count, x_strides, x_c, out_n, out_part,
     KIND: tl.constexpr, LOW: tl.constexpr, P: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,

@@ -20,6 +20,13 @@ SPATIAL = 3
 VECTOR_BYTES = 16
 """The widest load of a thread."""
 
+UNHINTED = (
+    *("M", "F", "C", "groups", "splits", "parts", "pixels", "size", "out_size", "rows", "ends", "plane", "steps"),
+    *(f"{name}_{of}" for name in ("x", "w", "out", "residual", "index") for of in ("strides", "c", "f", "n", "part")),
+    "bias_f",
+)
+"""Parameters whose alignment nobody needs to know, as what makes loads wide counts in units: so binaries are few."""
+
 Pads = Sequence[tuple[int, int]]
 """(before, after) of each spatial axis."""
 

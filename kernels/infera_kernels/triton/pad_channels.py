@@ -9,13 +9,13 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher
-from infera_kernels.triton.images import image_of, pixel_of, pixel_offset
+from infera_kernels.triton.images import UNHINTED, image_of, pixel_of, pixel_offset
 from infera_kernels.triton.layout import ceil_div, fold_one
 
 _PIXELS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def pad_channels_kernel(x, out, M, C, size, x_strides, x_c, X_UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """out (M, BN) = the C channels of every pixel of x, and zeros, BM pixels a program."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -16,6 +16,7 @@ from infera_kernels.triton.arithmetic import maximum, pow
 from infera_kernels.triton.conv import Geometry
 from infera_kernels.triton.images import (
     SPATIAL,
+    UNHINTED,
     constants,
     image_of,
     pixel_of,
@@ -32,7 +33,7 @@ from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, fold_one, 
 KINDS = ("max", "average", "lp")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def pool_kernel(
     x, out, index,
     M, C, size, out_size, ends, kernel, strides, dilations, pads, steps, plane,
