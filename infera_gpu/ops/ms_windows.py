@@ -9,9 +9,10 @@ import numpy as np
 
 from infera_gpu.op import Case, Op, Site
 from infera_gpu.ops._ms import ms_op
+from infera_gpu.ops._triton_pool import pooling
 from infera_gpu.ops.pool import compute_max, pool_attrs, pool_spec
 from infera_gpu.ops.quant_conv import KERNELS, conv, conv_case, conv_spec
-from infera_gpu.ops.window import ATTRS, channels_last
+from infera_gpu.ops.window import ATTRS, channels_first, channels_last
 from infera_gpu.spec import Array, TensorSpec
 
 
@@ -63,6 +64,7 @@ OPS: tuple[Op, ...] = (
             ),
             Case("1d", (_bytes(_U8, 2, 9, 3),), {"kernel_shape": (2,), "dilations": (3,)}, low=0, high=255),
         ),
+        kernels=pooling("max", channels_first, last=True),
         **pool_attrs(ceil_mode=0),
     ),
 )
