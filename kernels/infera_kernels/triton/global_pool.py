@@ -36,7 +36,7 @@ _TILE = 2048
 
 @triton.jit(do_not_specialize_on_alignment=UNHINTED)
 def global_pool_kernel(
-    x, out, C, pixels, size, parts, count, x_strides, x_c, out_n, out_part,
+    x, out, C, pixels, size, parts, count, x_strides, x_c, out_n, out_part, out_c,
     KIND: tl.constexpr, LOW: tl.constexpr, P: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     C_UNIT: tl.constexpr, X_UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def global_pool_kernel(
         elif P != 1:
             result = pow(result, tl.full((BN,), 1.0 / P, tl.float32))
     out += n.to(tl.int64) * out_n + part.to(tl.int64) * out_part
-    tl.store(out + c, store_type(result, out), mask=c < C)
+    tl.store(out + c.to(tl.int64) * out_c, store_type(result, out), mask=c < C)
 
 
 def supports_global_pool(x: Typed, out: Typed) -> bool:
@@ -100,8 +100,10 @@ def parts_of(x: Typed) -> Dims | None:
 
 
 def global_pool(kind: str, x: Any, out: Any, launcher: Launcher, *, parts: Any = None, p: int = 1) -> list[Call]:
-    """out = the maximum, mean or p-norm of every channel of every image, as `pool` defines them; out has contiguous
-    channels. `parts` is the scratch of `parts_of`."""
+    """out = the maximum, mean or p-norm of every channel of every image, as `pool` defines them; any strides.
+
+    `parts` is the scratch of `parts_of`.
+    """
     if not supports_global_pool(x, out):
         raise ValueError(f"global_pool: none for {name_of(x)}{list(x.shape)} -> {name_of(out)}{list(out.shape)}")
     if 0 in tuple(out.shape):
@@ -144,6 +146,7 @@ def _launch(
         **source.arguments("x"),
         "out_n": strides[0],
         "out_part": fold_one(strides[1] if parts > 1 else 0),
+        "out_c": fold_one(strides[-1]),
     }
     constexprs = {
         "KIND": kind,
