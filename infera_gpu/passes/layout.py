@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.op import Registry
 from infera_gpu.passes.fold import drop_dead
+from infera_gpu.passes.layout_gains import KINDS, Convolutions, gain_of
 from infera_gpu.passes.permute import Moved, Order, inverse, last_order
 from infera_gpu.passes.permute_images import CONVOLUTIONS, RULES
 from infera_gpu.passes.sketch import sketch
@@ -29,26 +28,6 @@ UNKNOWN = 1 << 14
 
 CALL = 1 << 10
 """Elements that are moved in the time that a step takes to start."""
-
-
-@dataclass(frozen=True, slots=True)
-class Convolutions:
-    """What those of a kind are for, and save for an element of output, in elements moved by a Transpose."""
-
-    floats: frozenset[DType]
-    depthwise: float
-    pointwise: float
-    other: float
-
-
-KINDS: Mapping[str, Convolutions] = MappingProxyType(
-    {
-        "cpu": Convolutions(frozenset(map(np.dtype, (np.float32, np.float64))), 3.0, 0.25, 1.0),
-        "triton": Convolutions(frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))), 1.0, 0.25, 4.0),
-    }
-)
-"""What is known of the CPU was measured. On a GPU a tile reads its input once a tap, with channels first a few bytes of
-every 32 at a time; depthwise convolutions and products read whole lines in either order."""
 
 
 def convert(graph: Graph, registry: Registry, kind: str = "cpu") -> Graph:
@@ -78,13 +57,6 @@ def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
         left |= losing
 
 
-def gain_of(kind: Convolutions, node: Node, weight: HostArray, elements: int) -> float:
-    """What a convolution with channels last saves where it makes so many elements, in elements moved by a Transpose."""
-    if int(node.attrs.get("group", 1)) > 1 and weight.shape[1] == 1:
-        return kind.depthwise * elements
-    return (kind.pointwise if all(k == 1 for k in weight.shape[2:]) else kind.other) * elements
-
-
 class _Conversion:
     """One attempt. The nodes numbered in `left` stay as they are. Implements permute.Facts."""
 
@@ -106,6 +78,10 @@ class _Conversion:
     @property
     def floats(self) -> frozenset[DType]:
         return self.kind.floats
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return self.kind.ranks
 
     def rank(self, value: str) -> int | None:
         if value in self.views:

@@ -39,6 +39,11 @@ class Facts(Protocol):
         """The types of numbers whose convolutions and pools are fast with channels last."""
         ...
 
+    @property
+    def ranks(self) -> Container[int]:
+        """The ranks of images for which that holds."""
+        ...
+
     def rank(self, value: str) -> int | None:
         """None where it is not known."""
         ...

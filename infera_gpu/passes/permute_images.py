@@ -58,9 +58,9 @@ def _resize(facts: Facts, node: Node, order: Order) -> Moved | None:
 
 
 def convolution(facts: Facts, node: Node, order: Order) -> Moved | None:
-    """A convolution of floats over one or two axes, with weights that are constant."""
+    """A convolution of floats, with weights that are constant."""
     weight = given(facts, node, 1)
-    if weight is None or weight.ndim not in (3, 4) or weight.dtype not in facts.floats:
+    if weight is None or weight.ndim not in facts.ranks or weight.dtype not in facts.floats:
         return None
     if order != last_order(weight.ndim) or not only_output(node):
         return None

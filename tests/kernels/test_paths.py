@@ -45,12 +45,28 @@ g (float[N, 3, 96, 96] x) => (float[N, 4] y, float[N, 8, 96, 96] z) {
     f = Flatten(g)
     y = MatMul(f, head)
 }"""
-WEIGHTS = {"stem": (8, 3, 3, 3), "depth": (8, 1, 3, 3), "square": (8, 8, 3, 3), "up": (8, 8, 2, 2), "head": (8, 4)}
+WEIGHTS = {
+    "stem": (8, 3, 3, 3),
+    "depth": (8, 1, 3, 3),
+    "square": (8, 8, 3, 3),
+    "up": (8, 8, 2, 2),
+    "head": (8, 4),
+    "cube": (4, 4, 3, 3, 3),
+}
 
 
-def convolutions() -> onnx.ModelProto:
-    model = parse(CONVOLUTIONS)
-    drawn = {name: np.random.default_rng(i).uniform(-1, 1, shape) for i, (name, shape) in enumerate(WEIGHTS.items())}
+VOLUMES = """
+g (float[N, 4, 9, 9, 9] x) => (float[N, 4, 9, 9, 9] y) {
+    a = Conv <pads = [1, 1, 1, 1, 1, 1]> (x, cube)
+    m = MaxPool <kernel_shape = [3, 3, 3], pads = [1, 1, 1, 1, 1, 1]> (a)
+    y = Conv <pads = [1, 1, 1, 1, 1, 1]> (m, cube)
+}"""
+
+
+def convolutions(text: str = CONVOLUTIONS) -> onnx.ModelProto:
+    model = parse(text)
+    used = {name: shape for name, shape in WEIGHTS.items() if f" {name})" in text}
+    drawn = {name: np.random.default_rng(i).uniform(-1, 1, shape) for i, (name, shape) in enumerate(used.items())}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in drawn.items())
     return model
 
@@ -85,8 +101,9 @@ def kinds(plan: Plan) -> dict[str, set[str]]:
         (small_bert(), bert_feeds()),
         (parse(MLP % tuple(map(numbers, (512, 32, 96, 3)))), {"x": np.ones((5, 16), np.float32)}),
         (convolutions(), {"x": np.ones((2, 3, 96, 96), np.float32)}),
+        (convolutions(VOLUMES), {"x": np.ones((1, 4, 9, 9, 9), np.float32)}),
     ],
-    ids=["bert", "mlp", "convolutions"],
+    ids=["bert", "mlp", "convolutions", "volumes"],
 )
 def test_answers_are_the_cpus_and_nothing_leaves_the_gpu(
     model: onnx.ModelProto, feeds: dict[str, np.ndarray], fuse: bool
@@ -135,3 +152,10 @@ def test_convolutions_run_on_triton_with_channels_last() -> None:
     last = ("FusedConv", "MaxPool", "ConvTranspose", "GlobalAveragePool")
     assert found.keys() == {"MatMul", "Sigmoid", *(f"{name}NHWC" for name in last)}
     assert {via for vias in found.values() for via in vias} == {"triton"}
+
+
+def test_volumes_have_channels_last_too() -> None:
+    (plan,) = infera_gpu.load(convolutions(VOLUMES), device="recording").plans(
+        {"x": np.ones((1, 4, 9, 9, 9), np.float32)}
+    )
+    assert kinds(plan) == {"FusedConvNHWC": {"triton"}, "MaxPoolNHWC": {"triton"}}
