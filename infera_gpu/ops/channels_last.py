@@ -1,4 +1,4 @@
-"""Operators on images whose channels are the last axis, (N, H, W, C) or (N, L, C): each is its ONNX operator, moved.
+"""Operators on images whose channels are the last axis, (N, spatial..., C): each is its ONNX operator, moved.
 
 `passes/layout.py` puts them in the place of ONNX's, which have channels first. Weights keep ONNX's order.
 """
@@ -105,7 +105,7 @@ class ChannelsLast:
 
 
 def _is_image(case: Case) -> bool:
-    return isinstance(case.ins[0], (TensorSpec, np.ndarray)) and case.ins[0].ndim in (3, 4)
+    return isinstance(case.ins[0], (TensorSpec, np.ndarray)) and case.ins[0].ndim in (3, 4, 5)
 
 
 def _case_input(value: Any) -> Any:
