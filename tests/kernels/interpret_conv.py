@@ -128,8 +128,8 @@ def test_sums_are_split_where_outputs_are_few() -> None:
 
     assert splits(1, 7, 512, 512) == 16
     assert splits(1, 14, 256, 256) == 8
-    assert splits(1, 56, 64, 64) == 2
-    assert splits(8, 56, 64, 64) == splits(1, 7, 512, 512, groups=128) == 1
+    assert splits(1, 28, 128, 128) == 4
+    assert splits(1, 56, 64, 64) == splits(8, 56, 64, 64) == splits(1, 7, 512, 512, groups=128) == 1
 
 
 TRANSPOSED = {

@@ -107,7 +107,7 @@ def test_convolutions_are_compared_before_they_are_timed(
     opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = gpu_convolutions.Layer
-    layers = [layer(1, 7, 3, 4, 3, stride=2), layer(1, 3, 64, 4, 3), layer(2, 4, 4, 4, 3, groups=4)]
+    layers = [layer(1, 7, 3, 4, 3, stride=2), layer(1, 2, 128, 4, 3), layer(2, 4, 4, 4, 3, groups=4)]
     monkeypatch.setattr(gpu_convolutions, "LAYERS", layers)
     monkeypatch.setattr(gpu_convolutions, "gpu_seconds", lambda device, call: 1e-3)
     _, found = gpu_convolutions.convolutions(opener(InterpreterLauncher))

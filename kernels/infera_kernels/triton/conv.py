@@ -27,6 +27,9 @@ _TYPICAL = 64
 _SHARE = 256
 """... and the depth that a program should at least have, to be worth one more pass over its sums."""
 
+_WORTH = 4
+"""Parts from which on that pays: short of them, smaller tiles fill a GPU as well."""
+
 _WALKED = 4
 """Blocks of channels from which on taps are walked one by one, though the last block of each be partly empty."""
 
@@ -90,7 +93,8 @@ def splits_of(out: Typed, w: Typed, groups: int) -> int:
     pixels, channels = math.prod(out.shape[:-1]), out.shape[-1] // groups
     programs = groups * ceil_div(pixels, _TYPICAL) * ceil_div(channels, _TYPICAL)
     depth = math.prod(w.shape[1:])
-    return int(max(1, min(_BUSY // max(programs, 1), depth // _SHARE)))
+    splits = int(min(_BUSY // max(programs, 1), depth // _SHARE))
+    return splits if splits >= _WORTH else 1
 
 
 def parts_shape(out: Typed, w: Typed, groups: int) -> Dims | None:
