@@ -8,17 +8,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench import gpu_convolutions
+from bench import gpu_convolutions, gpu_models
 from bench.build import bert
 from bench.gpu_models import memory, models
 from bench.gpu_operators import kernels, portable
 from bench.gpu_report import CheckFailed, Context
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
+from infera_gpu.passes import layout
 from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
 from tests import fake_cupy
+from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
@@ -94,6 +97,19 @@ def test_a_transformer_agrees_with_the_cpu(opener: Callable[[Any], Context]) -> 
     found = facts["bert-small"]
     assert found["steps"]["triton"] > 20
     assert not {"upload", "download", "numpy", "cpu"} & found["steps"].keys()
+
+
+def test_convolutions_agree_with_the_cpu(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined values are written where they are joined, images at the edges are read as they lie."""
+    text = CONVOLUTIONS.replace("96, 96", "10, 10").replace("a = Add(e, p)", "a = Concat <axis = 1> (e, p)")
+    text = text.replace("ConvTranspose <strides", "ConvTranspose <group = 2, strides")
+    monkeypatch.setattr(layout, "gain_of", lambda *given: 1e12)
+    monkeypatch.setitem(WEIGHTS, "up", (16, 4, 2, 2))
+    monkeypatch.setitem(WEIGHTS, "head", (16, 4))
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 10, 10)).astype(np.float32)
+    monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: convolutions(text), {"x": image}, 1)})
+    _, facts = models(opener(InterpreterLauncher), ["small"])
+    assert facts["small"]["steps"].keys() <= {"triton", "upload", "download"}
 
 
 def test_memory(opener: Callable[[Any], Context]) -> None:

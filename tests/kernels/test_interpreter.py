@@ -19,7 +19,7 @@ SUITES = {
     "conv": 75,
     "copies": 110,
     "elementwise": 340,
-    "gpu_check": 7,
+    "gpu_check": 8,
     "matmul": 75,
     "moves": 44,
     "nbits": 27,
