@@ -13,7 +13,6 @@ from typing import Any
 
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
-from infera_kernels.triton import arithmetic as f
 from infera_kernels.triton.elementwise import binary
 from infera_kernels.triton.layout import (
     FLOATS,
