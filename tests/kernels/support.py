@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from infera_kernels.calls import Call
 
@@ -20,6 +21,12 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place, relative: what one rounding to the type may cost."""
+
+ARCHS: tuple[Any, ...] = (
+    *(pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90)),
+    *(pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.large) for arch in (86, 100)),
+)
+"""Architectures that kernels are compiled for: A100 and H100 in every run, RTX 30 and B200 in `make test-all`."""
 
 _GUARD = 64
 _UNTOUCHED = 0xA5

@@ -9,7 +9,7 @@ import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection, LaunchError
 from infera_kernels.launch.abi import ptx_parameter_sizes
-from tests.kernels.support import FakeArray
+from tests.kernels.support import ARCHS, FakeArray
 
 pytest.importorskip("triton")
 
@@ -18,10 +18,8 @@ from infera_kernels.triton.terms import Term
 
 pytestmark = pytest.mark.kernels
 
-ARCHS = [80, 90]
 
-
-@pytest.fixture(params=ARCHS, ids=lambda a: f"sm_{a}")
+@pytest.fixture(params=ARCHS)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 

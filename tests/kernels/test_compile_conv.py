@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
-from tests.kernels.support import FakeArray
+from tests.kernels.support import ARCHS, FakeArray
 
 pytest.importorskip("triton")
 
@@ -16,7 +16,7 @@ from infera_kernels.triton import conv, depthwise, global_pool, pool, tiles
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(params=[80, 90], ids=lambda a: f"sm_{a}")
+@pytest.fixture(params=ARCHS)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
-from tests.kernels.support import Array, FakeArray
+from tests.kernels.support import ARCHS, Array, FakeArray
 
 pytest.importorskip("triton")
 
@@ -16,7 +16,7 @@ from infera_kernels.triton.terms import AxisMap
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(params=[80, 90], ids=lambda a: f"sm_{a}")
+@pytest.fixture(params=ARCHS)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infera_kernels.launch import CompileLauncher
-from tests.kernels.support import FakeArray
+from tests.kernels.support import ARCHS, FakeArray
 from tests.kernels.test_compile import compiled
 
 pytest.importorskip("triton")
@@ -15,7 +15,7 @@ from infera_kernels.triton import nbits
 pytestmark = pytest.mark.kernels
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("dtype", "bits", "block"), [("float16", 4, 128), ("float32", 4, 32), ("float16", 8, 64)])
 def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, arch: int) -> None:
     launcher, (n, k) = CompileLauncher(arch), (4096, 4096)

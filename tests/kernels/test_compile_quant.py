@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
-from tests.kernels.support import FakeArray
-from tests.kernels.test_compile import ARCHS, compiled
+from tests.kernels.support import ARCHS, FakeArray
+from tests.kernels.test_compile import compiled
 
 pytest.importorskip("triton")
 
@@ -25,7 +25,7 @@ class FakeImage(FakeArray):
         self.strides = tuple(self.strides[i] for i in (0, 3, 1, 2))
 
 
-@pytest.fixture(params=ARCHS, ids=lambda a: f"sm_{a}")
+@pytest.fixture(params=ARCHS)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
-from tests.kernels.support import FakeArray
+from tests.kernels.support import ARCHS, FakeArray
 
 pytest.importorskip("triton")
 
@@ -17,7 +17,7 @@ from infera_kernels.triton import reduce as triton_reduce
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(params=[80, 90], ids=lambda a: f"sm_{a}")
+@pytest.fixture(params=ARCHS)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 

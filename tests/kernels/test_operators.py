@@ -15,6 +15,7 @@ from infera_gpu.spec import TensorSpec, spec_of
 from infera_kernels.launch import CompileLauncher
 from tests.cases import compute, inputs_of, variants
 from tests.kernels.buffers import LaunchingBuffers
+from tests.kernels.support import ARCHS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.kernels
@@ -140,7 +141,7 @@ def chosen() -> Iterator[Any]:
         yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("op", "case"), [*chosen()])
 def test_kernel_compiles(op: Op, case: Case, arch: int) -> None:
     kernel = op.kernels["triton"]
