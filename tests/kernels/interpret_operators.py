@@ -15,6 +15,7 @@ from infera_gpu.spec import spec_of
 from infera_kernels.launch import InterpreterLauncher
 from tests.cases import Variant, assert_close, compute, covered, run, wrong
 from tests.kernels.buffers import LaunchingBuffers, bindings
+from tests.kernels.support import shard
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
@@ -28,7 +29,7 @@ FOR_BLOCKS = re.compile(r"Conv.*: .*(winograd|blocks|large|stem-7x7|1d-few)|Pool
 def chosen() -> Iterator[tuple[Op, Case, list[Variant]]]:
     """What is covered. Of cases that declarations for several opsets share, with their kernel, a later one has one."""
     seen: set[object] = set()
-    for op, case, found in covered("triton", most=3001):
+    for op, case, found in covered("triton", most=1100):
         shared = {(id(op.kernels["triton"]), id(case)), op.qualified}
         if not shared <= seen and not FOR_BLOCKS.search(f"{op.name}: {case.id}"):
             seen |= shared
@@ -36,13 +37,13 @@ def chosen() -> Iterator[tuple[Op, Case, list[Variant]]]:
 
 
 COVERED = list(chosen())
-COVERED = list(covered("triton", most=1100))
 MOST_PROGRAMS = 600
 """Programs of one launch that are worth interpreting, at a few milliseconds each."""
 
 
 @pytest.mark.parametrize(
-    ("op", "case", "variants"), [pytest.param(*row, id=f"{row[0].qualified}-{row[1].id}") for row in COVERED]
+    ("op", "case", "variants"),
+    [pytest.param(*row, id=f"{row[0].qualified}-{row[1].id}") for row in shard(COVERED)],
 )
 def test_kernel(op: Op, case: Case, variants: list[Variant], interpreter: InterpreterLauncher) -> None:
     kernel = op.kernels["triton"]

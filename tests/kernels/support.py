@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,18 @@ ARCHS: tuple[Any, ...] = (
     *(pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.large) for arch in (86, 100)),
 )
 """Architectures that kernels are compiled for: A100 and H100 in every run, RTX 30 and B200 in `make test-all`."""
+
+SHARD = "INFERA_TEST_SHARD"
+"""Environment: i/n runs the i-th of n parts of a suite."""
+
+T = TypeVar("T")
+
+
+def shard(items: Sequence[T]) -> list[T]:
+    """The part of a suite that this process runs: all of it unless the environment says otherwise."""
+    part, _, parts = os.environ.get(SHARD, "0/1").partition("/")
+    return list(items[int(part) :: int(parts)])
+
 
 _GUARD = 64
 _UNTOUCHED = 0xA5
