@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -70,6 +70,32 @@ class Constants:
         return sum(int(a.nbytes) for (_, _, space), a in self._made.items() if space == self._device.space)
 
 
+class LazyInputs(Sequence["Array | None"]):
+    """A step's inputs, each made when it is asked for: a constant that its kernel packs is not uploaded as well."""
+
+    def __init__(self, operands: Sequence[Operand | None], make: Callable[[Operand], Array]) -> None:
+        self._operands, self._make = operands, make
+        self._made: dict[int, Array] = {}
+
+    def __len__(self) -> int:
+        return len(self._operands)
+
+    @overload
+    def __getitem__(self, i: int) -> Array | None: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Array | None, ...]: ...
+    def __getitem__(self, i: int | slice) -> Array | tuple[Array | None, ...] | None:
+        if isinstance(i, slice):
+            return tuple([self[j] for j in range(len(self._operands))[i]])
+        operand = self._operands[i]
+        if operand is None:
+            return None
+        i %= len(self._operands)
+        if i not in self._made:
+            self._made[i] = self._make(operand)
+        return self._made[i]
+
+
 class BoundBuffers:
     """What a kernel is bound to: implements op.Buffers over arena memory. `parts` is into how many it split."""
 
@@ -78,7 +104,7 @@ class BoundBuffers:
         device: Device,
         constants: Constants,
         placed: Placed,
-        ins: tuple[Array | None, ...],
+        ins: Sequence[Array | None],
         outs: tuple[Array, ...],
         space: Space,
         scratch: Callable[[int], tuple[Any, int]],
@@ -315,14 +341,16 @@ def bind(
     def calls_of(step: Step) -> list[Call]:
         if step.kind == "copy" and step.ins[0] is not None and step.ins[0].root in direct:
             return [(direct[step.ins[0].root].copy_to, (array(step.outs[0]),))]
-        ins = tuple(None if o is None else array(o) for o in step.ins)
+        ins = LazyInputs(step.ins, array)
         outs = tuple(map(array, step.outs))
         if not any(o.nbytes for o in step.outs):
             return []  # nothing is computed on nothing; kernels need not know empty arrays
         if step.kernel is None:
             if step.placed is None:
-                return [device.transfer(ins[0], outs[0])]
-            return [device.compute(step, ins, outs)]
+                (source,) = ins
+                assert source is not None
+                return [device.transfer(source, outs[0])]
+            return [device.compute(step, tuple(ins), outs)]
         top = step.workspace.offset if step.workspace else 0
         end = top + (step.workspace.nbytes if step.workspace else 0)
 

@@ -142,8 +142,6 @@ class Launcher(Protocol):
 class Buffers(Protocol):
     """The arrays that a kernel is bound to, and what it may ask for while binding."""
 
-    ins: tuple[Array, ...]
-    """None where an input is left out; contiguous unless the kernel says `strided`."""
     outs: tuple[Array, ...]
     """Uninitialised; contiguous unless the kernel says `strided_out`."""
     xp: Any
@@ -155,6 +153,14 @@ class Buffers(Protocol):
     """Whether to keep to the order of operations that the model writes, as far as BLAS does: no Winograd."""
     tf32: bool
     """Whether products of float32 on a GPU may round their operands to 10 bits, for its tensor cores."""
+
+    @property
+    def ins(self) -> Sequence[Array]:
+        """None where an input is left out; contiguous unless the kernel says `strided`.
+
+        A constant is brought to the device when it is asked for: who packs one leaves it alone.
+        """
+        ...
 
     @property
     def launcher(self) -> Launcher: ...

@@ -101,7 +101,7 @@ class Device(Protocol):
         """A call that runs the operator's own function for a step without a kernel."""
         ...
 
-    def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
+    def wrap(self, step: Step, calls: list[Call], ins: Sequence[Array | None], outs: tuple[Array, ...]) -> list[Call]:
         """What to run in place of a bound kernel's calls: the calls, unless the device only pretends."""
         ...
 

@@ -249,7 +249,7 @@ class CudaDevice:
             return self._after_stream, (compute_into, (np, step, ins, outs))
         return compute_into, (self.xp, step, ins, outs)
 
-    def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
+    def wrap(self, step: Step, calls: list[Call], ins: Sequence[Array | None], outs: tuple[Array, ...]) -> list[Call]:
         """A kernel for NumPy waits: an upload may still be reading the memory that it writes."""
         return [(self._after_stream, call) for call in calls[:1]] + calls[1:] if step.space == "host" else calls
 

@@ -109,11 +109,11 @@ class RecordingDevice:
         event = Event("compute", step.label, sum(o.nbytes for o in outs))
         return self._record, (event, compute_into, (np, step, ins, outs))
 
-    def wrap(self, step: Step, calls: list[Call], ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> list[Call]:
+    def wrap(self, step: Step, calls: list[Call], ins: Sequence[Array | None], outs: tuple[Array, ...]) -> list[Call]:
         if step.space == "host":
             return calls
         event = Event("kernel", step.label, sum(o.nbytes for o in outs))
-        return [*calls, (self._record, (event, compute_into, (np, step, ins, outs)))]
+        return [*calls, (self._record, (event, compute_into, (np, step, tuple(ins), outs)))]
 
     def _record(self, event: Event, run: Any, args: tuple[Any, ...]) -> None:
         self.events.append(event)

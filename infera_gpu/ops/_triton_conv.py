@@ -127,6 +127,7 @@ class Convolution:
     def bind(self, site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.conv import Finish, conv, geometry
         from infera_kernels.triton.depthwise import depthwise
+        from infera_kernels.triton.tiles import IEEE, TF32
 
         out = moved(io.outs[0], last=self.last)
         if not out.size:
@@ -158,6 +159,7 @@ class Convolution:
             finish=finish,
             parts=None if parts is None else io.scratch(parts),
             transposed=self.transposed,
+            precision=TF32 if io.tf32 else IEEE,
         )
 
     def weights(self, site: Site, io: Buffers) -> Array:
@@ -192,6 +194,7 @@ def _widened(w: HostArray, channels: int) -> HostArray:
 
 def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers) -> list[Call]:
     from infera_kernels.triton.matmul import matmul
+    from infera_kernels.triton.tiles import IEEE, TF32
 
     return matmul(
         x,
@@ -203,6 +206,7 @@ def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers) -> list[C
         activation=finish.activation,
         act_alpha=finish.alpha,
         act_beta=finish.beta,
+        precision=TF32 if io.tf32 else IEEE,
     )
 
 

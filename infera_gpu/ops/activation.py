@@ -212,7 +212,7 @@ def _clip(since: int, cases: tuple[Case, ...], attrs: Attrs | None = None) -> Op
         infer=same_as(),
         compute=plain(compute),
         kernels=elementwise(
-            lambda site, io: cpu_elementwise.clip(io.ins[0], *bounds(site, io.ins), io.outs[0]),
+            lambda site, io: cpu_elementwise.clip(io.ins[0], *bounds(site, tuple(io.ins)), io.outs[0]),
             supports=native,
         )
         | _triton.CLIP,

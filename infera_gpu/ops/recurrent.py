@@ -179,7 +179,7 @@ def _supports(site: Site) -> bool:
 
 def _all_inputs(io: Buffers) -> tuple[Array, ...]:
     """The eight inputs, None for those left out."""
-    return (io.ins + (None,) * 8)[:8]
+    return (*io.ins, *(None,) * 8)[:8]
 
 
 def _directions(site: Site, io: Buffers) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from infera_gpu.session import Session
 from infera_kernels.launch import CudaLauncher, KernelCache, Target, nominal_target
 from infera_kernels.launch.abi import Address
 from tests import fake_cupy
+from tests.text import parse
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.kernels
@@ -173,3 +174,18 @@ def test_shapes_that_alternate_keep_their_graphs(cupy: Any, kernels: Path) -> No
         session.run(feeds(batch))
         assert seen.setdefault(batch, list(driver.launches)) == driver.launches
     assert seen[2] != seen[3]
+
+
+def test_weights_that_kernels_pack_are_on_the_gpu_once(cupy: Any, kernels: Path) -> None:
+    weights = ", ".join(["0.1"] * (64 * 32 * 9))
+    text = f"""
+        g (float[N, 32, 8, 8] x) => (float[N, 64, 8, 8] y) <float[64, 32, 3, 3] w = {{{weights}}}> {{
+            y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w)
+        }}"""
+    device, driver = cuda.CudaDevice(0), Driver()
+    driver.streams[device._stream.ptr] = device._stream
+    device._launcher = driver.launcher = CudaLauncher(0, device._stream, driver=driver, cache=KernelCache(kernels))
+    session = Session(load_graph(parse(text)), device)
+    arena = session.reserve({"x": (2, 32, 8, 8)})
+    nbytes = 64 * 32 * 9 * 4
+    assert nbytes <= cupy.vram.used < nbytes + arena + 4096
