@@ -45,7 +45,7 @@ def attend(
     return launcher.compiled
 
 
-@pytest.mark.parametrize("size", [40, 64, 128, 256])
+@pytest.mark.parametrize("size", [40, 128])
 def test_half_precision_runs_on_tensor_cores(size: int, launcher: CompileLauncher) -> None:
     heads = (8, 12, 512, size)
     (result,) = attend(launcher, "float16", heads, heads, attention.Options(right=0))
@@ -57,7 +57,7 @@ def test_half_precision_runs_on_tensor_cores(size: int, launcher: CompileLaunche
     assert result.count("STG.E.128") > 0
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 256])
 def test_float32_stays_float32(size: int, launcher: CompileLauncher) -> None:
     heads = (8, 12, 512, size)
     (result,) = attend(launcher, "float32", heads, heads, attention.Options())
@@ -72,7 +72,7 @@ def test_masks(dtype: str, launcher: CompileLauncher) -> None:
     attend(launcher, dtype, heads, heads, attention.Options(scale=0.1, right=0), (8, 1, 1, 100), (12, 100, 100))
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 256])
 def test_one_query_in_float32(size: int, launcher: CompileLauncher) -> None:
     q, k = (2, 12, 1, size), (2, 12, 500, size)
     first, _ = attend(launcher, "float32", q, k, attention.Options(), (2, 1, 1, 500))
