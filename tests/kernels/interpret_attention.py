@@ -130,6 +130,12 @@ def test_lengths_and_sizes(m: int, n: int, size: int, dtype: Any, interpreter: I
     assert launch.constexprs["BM"] == (1 if dtype == F32 and m == 1 else 16)
 
 
+@pytest.mark.parametrize(("m", "dtype"), [(1, F32), (5, F32), (5, BFLOAT16)], ids=str)
+def test_the_widest_heads(m: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    launch = attend(interpreter, *heads(m, 20, 300, dtype, e=500, lead=()), a.Options(scale=0.05))
+    assert launch.constexprs["E_PADDED"] == 512
+
+
 def test_whole_blocks_are_not_checked(interpreter: InterpreterLauncher) -> None:
     launch = attend(interpreter, *heads(33, 128, 16, F32, e=24), a.Options(scale=0.3))
     assert launch.constexprs["FREE"]
@@ -258,7 +264,7 @@ def test_keys_the_other_way_round(interpreter: InterpreterLauncher) -> None:
 def test_no_keys_is_refused() -> None:
     q, k, v = heads(3, 0, 8, F32)
     assert not a.supports_attention(q, k, v, q)
-    q, k, v = heads(3, 4, 257, F32)
+    q, k, v = heads(3, 4, 513, F32)
     assert not a.supports_attention(q, k, v, q)
     with pytest.raises(ValueError, match="no kernel for"):
         a.attention(q, k, v, q, InterpreterLauncher(), Scratch(), a.Options())

@@ -116,7 +116,7 @@ def supports_attention(
     sink: Typed | None = None,
 ) -> bool:
     """q (..., M, D), k (..., N, D), v (..., N, E) and out (..., M, E), of one type out of float32, float16 and
-    bfloat16; D and E up to 256, leading axes broadcasting to out's, nothing empty but out.
+    bfloat16; D and E up to 512, leading axes broadcasting to out's, nothing empty but out.
 
     At most two masks of that type and a condition of bool, int32 or int64 broadcast to the scores (..., M, N), lengths
     (int32 or int64) and sinks (of the floats' type) to (..., 1, 1) and (..., M, 1); along the last leading axis lengths

@@ -19,7 +19,7 @@ MOST_SPLITS = 32
 SINGLES = 4
 """The most rows that are computed one by one: each reads all keys, and nothing overlaps loading."""
 
-WIDEST = 256
+WIDEST = 512
 """The largest head size: beyond it the sums of a tile leave no registers."""
 
 _ITEMSIZE = {"half": 2, "ieee": 4}
@@ -64,11 +64,13 @@ TILES: Mapping[str, Mapping[int, tuple[Tile, ...]]] = MappingProxyType(
             64: (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
             128: (Tile(16, 32, 4, 4), Tile(64, 32, 8, 3), Tile(128, 32, 8, 3)),
             256: (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
+            512: (Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
         },
         "ieee": {
             64: (Tile(1, 128, 8, 1), Tile(16, 32, 4, 3, 16), Tile(32, 32, 4, 3, 32), Tile(64, 32, 8, 3, 32)),
             128: (Tile(1, 64, 8, 1), Tile(16, 32, 4, 2, 32), Tile(32, 32, 8, 2, 32), Tile(64, 16, 8, 3, 32)),
             256: (Tile(1, 32, 8, 1), Tile(16, 16, 4, 3, 32), Tile(32, 16, 8, 2, 16)),
+            512: (Tile(1, 16, 8, 1), Tile(16, 16, 8, 2, 32)),
         },
     }
 )
