@@ -72,6 +72,18 @@ def test_masks(dtype: str, launcher: CompileLauncher) -> None:
     attend(launcher, dtype, heads, heads, attention.Options(scale=0.1, right=0), (8, 1, 1, 100), (12, 100, 100))
 
 
+def test_every_option(launcher: CompileLauncher) -> None:
+    """Windows, caps, lengths, sinks and what is added to later keys, for heads that are rows and for others."""
+    for m in (2, 100):
+        q, k = FakeArray((2, 2, 4, m, 64), "float16"), FakeArray((2, 2, 1, 300, 64), "float16")
+        seen, lengths = FakeArray((m, 300), "bool"), FakeArray((2, 1, 1, 1, 1), "int64")
+        options = attention.Options(cap=5.0, hidden=True, left=9, right=0, ahead=-1e4, more=1, from_end=True)
+        given = {"condition": seen, "lengths": lengths, "sink": FakeArray((2, 4, 1, 1), "float16")}
+        attention.attention(q, k, k, q, launcher, scratch, options, **given)  # type: ignore[arg-type]
+    assert [x.constexprs.get("PACKED") for x in launcher.launches] == [True, True, False]
+    assert all(result.spilled_bytes == 0 for result in launcher.compiled)
+
+
 @pytest.mark.parametrize("size", [64, 256])
 def test_one_query_in_float32(size: int, launcher: CompileLauncher) -> None:
     q, k = (2, 12, 1, size), (2, 12, 500, size)
