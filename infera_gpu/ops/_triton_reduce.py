@@ -18,7 +18,8 @@ def _bytes(pieces: Sequence[tuple[tuple[int, ...], str]]) -> int:
 
 
 def reduction(kind: Callable[[Site], str], axes: Callable[[Site], tuple[int, ...]]) -> Kernels:
-    """The kernels of a reduction by its name in Triton, over `axes(site)`."""
+    """The kernels of a reduction by its name in Triton, over `axes(site)`. The result has lost those axes, or kept them
+    with one element; leading ones it may have lost and others kept."""
 
     def supports(site: Site) -> bool:
         from infera_kernels.triton.reduce import supports_reduction
@@ -33,7 +34,10 @@ def reduction(kind: Callable[[Site], str], axes: Callable[[Site], tuple[int, ...
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.reduce import reduce
 
-        return reduce(kind(site), io.ins[0], axes(site), io.outs[0], io.launcher, io.scratch)
+        x, out = io.ins[0], io.outs[0]
+        if out.ndim not in (x.ndim, x.ndim - len(axes(site))):
+            out = out.reshape((1,) * (x.ndim - out.ndim) + out.shape)
+        return reduce(kind(site), x, axes(site), out, io.launcher, io.scratch)
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Case, Op, Site, f32, same_as
+from infera_gpu.ops import _triton_reduce
 from infera_gpu.ops._families import plain
 from infera_gpu.spec import Array, TensorSpec
 
@@ -29,6 +30,13 @@ def _sum_to(xp: Any, site: Site, g: Array, like: Array) -> Array:
     return g.sum(axis=axes, keepdims=True).astype(g.dtype) if axes else g
 
 
+def _summed(site: Site) -> tuple[int, ...]:
+    """The axes of input 0 along which input 1 was broadcast."""
+    g, like = site.spec(0).dims, site.spec(1).dims
+    missing = len(g) - len(like)
+    return (*range(missing), *(missing + i for i, d in enumerate(like) if d != g[missing + i]))
+
+
 OPS = (
     Op(
         "OnesLike",
@@ -45,11 +53,13 @@ OPS = (
         domain="infera",
         infer=_infer_sum_to,
         compute=plain(_sum_to),
+        kernels=_triton_reduce.reduction(lambda site: "sum", _summed),
         cases=(
             Case("same", (f32(2, 3), f32(2, 3))),
             Case("row", (f32(4, 2, 3), f32(3))),
             Case("column", (f32(2, 3), f32(2, 1))),
             Case("scalar", (f32(2, 3), f32())),
+            Case("both", (f32(2, 3, 4), f32(3, 1))),
         ),
     ),
 )
