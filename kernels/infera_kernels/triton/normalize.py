@@ -136,7 +136,7 @@ def _launch(
         "REDUCED_SPLIT": along.split,
         "WIDE": max(results.count, along.count, *spans) > INT32_MAX - LONGEST_ROW,
     }
-    warps = max(1, min(16, results.block * along.block // (256 if given else 512)))
+    warps = max(1, min(16, results.block * along.block // 256))
     grid = (results.tiles * along.tiles,)
     return launcher.launch(normalize_kernel, grid, args, constexprs, num_warps=warps)
 
