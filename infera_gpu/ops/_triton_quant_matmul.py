@@ -16,7 +16,7 @@ from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.matmul import transposed
 
 if TYPE_CHECKING:
-    from infera_kernels.triton.integer_matmul import Scaling
+    from infera_kernels.triton.integer_sums import Scaling
     from infera_kernels.triton.integer_weight import Weight
 
 Get = Callable[[int], Any]
@@ -36,7 +36,7 @@ def scaled(left: int, right: int, scale: int | None = None, zero: int | None = N
     """The scales by input: of a, of b, and the output's with its zero point."""
 
     def scales(site: Site, get: Get) -> Scaling:
-        from infera_kernels.triton.integer_matmul import Scaling
+        from infera_kernels.triton.integer_sums import Scaling
 
         last = [None if i is None else get(i) for i in (scale, zero)]
         return Scaling(get(left), get(right), last[0], last[1], float(site.attrs.get("alpha", 1.0)))
@@ -147,7 +147,7 @@ def dynamic_product(b: int, zero: int, scale: int, bias: int) -> Kernels:
     """The kernels of input 0, quantised over its own range, times the quantised input b."""
 
     def form(left: Any) -> Form:
-        from infera_kernels.triton.integer_matmul import Scaling
+        from infera_kernels.triton.integer_sums import Scaling
 
         return Form((0, -1, b, zero), lambda site, get: Scaling(left, get(scale)), bias)
 

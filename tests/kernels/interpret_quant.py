@@ -17,7 +17,7 @@ from tests.kernels.support import BFLOAT16, Guarded, execute, random
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
-from infera_kernels.triton import dynamic, integer_conv, integer_matmul, integer_weight, quantise, tiles
+from infera_kernels.triton import dynamic, integer_conv, integer_matmul, integer_sums, integer_weight, quantise, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -117,7 +117,7 @@ def test_sums_are_quantised_again(interpreter: InterpreterLauncher) -> None:
     a, b, out = bytes_of((19, 40), np.int8), bytes_of((40, 21), np.int8, 1), Guarded((19, 21), np.uint8, step=2)
     rows, columns = random((19,), F32, low=0.01, high=0.1), random((21,), F32, low=0.01, high=0.1, seed=1)
     scale, zero = np.array(2.3, np.float32), np.array(101, np.uint8)
-    scaling = integer_matmul.Scaling(rows, columns, scale, zero, alpha=0.5)
+    scaling = integer_sums.Scaling(rows, columns, scale, zero, alpha=0.5)
     execute(integer_matmul.integer_matmul(a, b, out.array, interpreter, scaling=scaling))
     out.check_guards()
     factor = np.float32(0.5) * rows[:, None] * columns / scale

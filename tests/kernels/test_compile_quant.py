@@ -10,7 +10,7 @@ from tests.kernels.test_compile import compiled
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import dynamic, integer_conv, integer_matmul, integer_weight, quantise, tiles
+from infera_kernels.triton import dynamic, integer_conv, integer_matmul, integer_sums, integer_weight, quantise, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -65,7 +65,7 @@ def integer_product(launcher: CompileLauncher, tile: tiles.Tile, left: str) -> I
     """What is multiplied by packed weights of 1024 x 1024, scaled and quantised again."""
     packed = integer_weight.Weight(FakeArray((1024, 1024), "int8"), FakeArray((1024,), "int32"), unsigned=False)
     single, point = FakeArray((), "float32"), FakeArray((), "uint8")
-    scaling = integer_matmul.Scaling(single, FakeArray((1024,), "float32"), single, point)
+    scaling = integer_sums.Scaling(single, FakeArray((1024,), "float32"), single, point)
     a, out = FakeArray((1024, 1024), left), FakeArray((1024, 1024), "uint8")
     integer_matmul.integer_matmul(
         *(a, packed, out, launcher), a_zero=FakeArray((), left), scaling=scaling, tile=tile, signed_zeros=True
@@ -94,7 +94,7 @@ def test_convolutions_of_channels_last(tile: tiles.Tile, launcher: CompileLaunch
         FakeArray((256, 9, 256), "int8"), FakeArray((256,), "int32"), (256, 256, 3, 3), unsigned=False
     )
     single, point = FakeArray((), "float32"), FakeArray((), "uint8")
-    scaling = integer_matmul.Scaling(single, FakeArray((256,), "float32"), single, point)
+    scaling = integer_sums.Scaling(single, FakeArray((256,), "float32"), single, point)
     integer_conv.integer_conv(
         *(x, filters, out, launcher),
         strides=(1, 1),

@@ -16,13 +16,11 @@ import triton.language as tl
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher, Typed, target_of
 from infera_kernels.triton.indexing import store_type
-from infera_kernels.triton.integer_matmul import BYTES, Scaling, scaled_sums, step_of
+from infera_kernels.triton.integer_sums import BYTES, Scaling, scaled_sums, step_of
+from infera_kernels.triton.integer_weight import ALIGN, signed
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, element_strides, fold, name_of
 from infera_kernels.triton.quantise import bounds
 from infera_kernels.triton.tiles import INT8, Tile, pick_tile
-
-_ALIGN = 16
-"""Channels of packed weights are as many, or a multiple: what one load takes."""
 
 
 @triton.jit
@@ -141,21 +139,17 @@ class Filters:
     unsigned: bool
 
 
-def _signed(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return weight if weight.dtype == np.int8 else (weight ^ np.uint8(128)).view(np.int8)
-
-
 def packed_filters(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """8-bit weights (M, C, height, width) as signed (M, height * width, C'), zeros past C, C' a multiple of _ALIGN."""
+    """8-bit weights (M, C, height, width) as signed (M, height * width, C'), zeros past C, C' a multiple of ALIGN."""
     m, c, *taps = weight.shape
-    made = np.zeros((m, int(np.prod(taps)), ceil_div(c, _ALIGN) * _ALIGN), np.int8)
-    made[..., :c] = _signed(weight).reshape(m, c, -1).swapaxes(1, 2)
+    made = np.zeros((m, int(np.prod(taps)), ceil_div(c, ALIGN) * ALIGN), np.int8)
+    made[..., :c] = signed(weight).reshape(m, c, -1).swapaxes(1, 2)
     return made
 
 
 def filter_sums(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The sums of the signed weights of each output channel."""
-    sums: np.ndarray[Any, Any] = _signed(weight).reshape(len(weight), -1).sum(axis=1, dtype=np.int32)
+    sums: np.ndarray[Any, Any] = signed(weight).reshape(len(weight), -1).sum(axis=1, dtype=np.int32)
     return sums
 
 

@@ -9,8 +9,6 @@ less q times (the sums of a's rows - K p). Weights bring the sums of their colum
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import triton
@@ -19,6 +17,7 @@ import triton.language as tl
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher, Typed, target_of
 from infera_kernels.triton.indexing import offset_of, store_type
+from infera_kernels.triton.integer_sums import BYTES, Scaling, scaled_sums, step_of
 from infera_kernels.triton.integer_weight import Weight
 from infera_kernels.triton.layout import (
     FLOATS,
@@ -29,29 +28,12 @@ from infera_kernels.triton.layout import (
     coalesce,
     element_strides,
     fold,
-    fold_one,
     name_of,
     next_power_of_two,
 )
 from infera_kernels.triton.products import GROUP, tile_of
-from infera_kernels.triton.quantise import bounds, saturated
+from infera_kernels.triton.quantise import bounds
 from infera_kernels.triton.tiles import INT8, Tile, pick_tile
-
-BYTES = frozenset({"int8", "uint8"})
-
-
-@triton.jit
-def scaled_sums(acc, factor, added, out_scale, out_zero, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """int32 sums times `factor`, over the output's scale where there is one, plus what is added, in float32; with LOW
-    and HIGH quantised again, int32."""
-    if out_scale is not None:
-        factor = tl.div_rn(factor, tl.load(out_scale).to(tl.float32))
-    y = acc.to(tl.float32) * factor
-    if added is not None:
-        y += added.to(tl.float32)
-    if LOW is not None:
-        y = saturated(y, tl.load(out_zero).to(tl.float32), LOW, HIGH).to(tl.int32)
-    return y
 
 
 @triton.jit
@@ -170,21 +152,6 @@ def integer_matmul_kernel(
         tl.store(at, store_type(y, out), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """What becomes of the sums: times alpha, `left`, one or one a row, and `right`, one or one a column, in float32.
-
-    With `scale` and `zero` they are quantised to the zero point's type. A bias of int32 broadcasts to the sums and is
-    added to them, one of floats, one a column, to the products.
-    """
-
-    left: Any
-    right: Any
-    scale: Any = None
-    zero: Any = None
-    alpha: float = 1.0
-
-
 def _count(parameter: Typed | None) -> int:
     return 1 if parameter is None else math.prod(parameter.shape)
 
@@ -235,13 +202,6 @@ def supports_integer_matmul(
         and (scaling is None or _count(scaling.scale) == _count(scaling.zero) == 1)
         and max(m, n, k) <= INT32_MAX - 256
     )
-
-
-def step_of(parameter: Any) -> Any:
-    """The stride of a parameter of one value, or of one for each row or column."""
-    if parameter is None or parameter.size == 1:
-        return fold_one(0)
-    return fold_one(element_strides(parameter)[-1])
 
 
 def integer_matmul(
