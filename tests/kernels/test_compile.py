@@ -203,9 +203,9 @@ def test_unit_strides_are_compiled_in_and_others_are_not() -> None:
     multiply(launcher, "float16")
     spec = launcher.compiled[0].binary.spec
     sizes = ptx_parameter_sizes(launcher.compiled[0].binary.ptx)
-    # a, b, out, bias; M, N, K, batch; one stride of a, b and out each; two scratch areas.
-    assert spec.types == ("*fp16", "*fp16", "*fp16", "*fp16", *["i32"] * 7)
-    assert sizes == [8] * 4 + [4] * 7 + [8, 8]
+    # a, b, out, bias; M, N, K; one stride of a, b and out each; two scratch areas.
+    assert spec.types == ("*fp16", "*fp16", "*fp16", "*fp16", *["i32"] * 6)
+    assert sizes == [8] * 4 + [4] * 6 + [8, 8]
 
 
 def test_an_unknown_option_is_refused(launcher: CompileLauncher) -> None:
