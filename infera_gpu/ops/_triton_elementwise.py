@@ -75,7 +75,7 @@ class Formula:
     terms: Callable[[Site], Terms | None]
 
     def _found(self, site: Site) -> tuple[tuple[int, ...], Terms] | None:
-        terms = self.terms(site)
+        terms = site.once("formula", lambda: self.terms(site))
         return None if terms is None else trimmed(terms, len(site.ins))
 
     def supports(self, site: Site) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -147,7 +147,7 @@ _OTHERS: Mapping[str, Elementwise] = MappingProxyType(
 _ALL = {**UNARY, **BINARY, **_OTHERS}
 
 
-@cache
+@lru_cache(4096)
 def result_of(terms: tuple[Term, ...], inputs: tuple[str, ...]) -> str | None:
     """The type of the expression's last term on inputs of these types; None where a term takes no such types."""
     types: list[str] = list(inputs)
