@@ -87,6 +87,13 @@ def test_updates_of_rows_are_written_wide(numbered: bool, launcher: CompileLaunc
         assert launcher.compiled[1].count("RED") + launcher.compiled[1].count("REDG") > 0
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "bfloat16", "float64"])
+def test_padding_with_a_number(dtype: str, launcher: CompileLauncher) -> None:
+    x, out = FakeArray((2, 40, 64), dtype), FakeArray((2, 80, 64), dtype)
+    mapped.mapped(x, out, launcher, [doubled(1, 40, 1)], held, fill=9.0)
+    compiled(launcher)
+
+
 @pytest.mark.parametrize("padding", grid_sample.PADDINGS)
 @pytest.mark.parametrize("mode", grid_sample.TAPS)
 def test_values_between_pixels(mode: str, padding: str, launcher: CompileLauncher) -> None:

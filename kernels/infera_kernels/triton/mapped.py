@@ -31,6 +31,8 @@ from infera_kernels.triton.layout import (
 from infera_kernels.triton.pointwise import pick_tiling
 from infera_kernels.triton.terms import AxisMap
 
+_FLOATING = FLOATS | {"float64"}
+
 MOST_TAPS = 16
 """Input elements that one output element may take: the kernel reads them one after the other."""
 
@@ -103,7 +105,7 @@ def mapped_kernel(
 def supports_mapped(x: Typed, out: Typed, taps: Sequence[int], *, weighted: bool) -> bool:
     """Anything that can be stored where elements are copied, floats where they are weighted; not too many taps."""
     dtype = name_of(x)
-    taken = dtype in (FLOATS | {"float64"} if weighted else STORED)
+    taken = dtype in (_FLOATING if weighted else STORED)
     return taken and name_of(out) == dtype and few(out.shape) and 0 not in x.shape and math.prod(taps) <= MOST_TAPS
 
 
@@ -120,7 +122,7 @@ def mapped(
 
     `constant` puts the tables where the kernel finds them. Half precision is summed in float32.
     """
-    weighted = any(m.weights is not None for m in maps)
+    weighted, number = any(m.weights is not None for m in maps), isinstance(fill, (int, float))
     if not supports_mapped(x, out, [m.taps for m in maps], weighted=weighted):
         given = f"{name_of(x)}{list(x.shape)} -> {name_of(out)}{list(out.shape)}"
         raise ValueError(f"mapped: no kernel for {given} along axes {[m.axis for m in maps]}")
@@ -139,7 +141,7 @@ def mapped(
         "x": x,
         "index": constant(index),
         "weights": constant(np.concatenate([_weights(m) for m in maps]).astype(wide)) if weighted else None,
-        "fill": None if isinstance(fill, (int, float)) else fill,
+        "fill": None if number else fill,
         "out": out,
         **tiling.arguments,
         "starts": tuple(sum(lengths[:n]) for n in range(len(lengths))),
@@ -149,10 +151,16 @@ def mapped(
         **tiling.constexprs,
         "AXES": tuple(a for a, count in enumerate(taps) for _ in range(count)),
         "PICKS": tuple(k for combination in product(*_numbered(taps)) for k in combination) if weighted else (),
-        "FILL": fill if isinstance(fill, (int, float)) else None,
+        "FILL": _number(fill, x) if number else None,
     }
     constexprs["WIDE"] = constexprs["WIDE"] or span(x.shape, own) > INT32_MAX
     return [launcher.launch(mapped_kernel, (tiling.programs,), args, constexprs, num_warps=4)]
+
+
+def _number(fill: float, x: Typed) -> float:
+    """The number as x's type has it: a bool or an integer for these."""
+    number: float = fill if name_of(x) in _FLOATING else np.asarray(fill).astype(x.dtype).item()
+    return number
 
 
 def _numbered(taps: Sequence[int]) -> list[range]:
