@@ -106,6 +106,19 @@ def test_tables_are_half_and_indices_are_not() -> None:
     np.testing.assert_array_equal(run(graph, {"i": np.array([3, 0, 1])})["y"], [[7, 8], [1, 2], [3, 4]])
 
 
+def test_statistics_of_training_keep_their_types() -> None:
+    """All that a BatchNormalization makes has the type of what it reads; a Cast widens each output of the graph."""
+    text = """
+        g (float[2, 2, 3] x) => (float[2, 2, 3] y, float[2] mean, float[2] variance)
+        <float[2, 2, 1] w = {1, 0.5, 0.25, 2}, float[2] s = {1, 2}, float[2] v = {3, 4}> {
+            a = Conv(x, w)
+            y, mean, variance = BatchNormalization <training_mode = 1> (a, s, s, s, v)
+        }"""
+    x = np.random.default_rng(0).standard_normal((2, 2, 3)).astype(np.float32)
+    for dtype in (FLOAT16, BFLOAT16):
+        assert {a.dtype for a in run(converted(text, dtype), {"x": x}).values()} == {np.dtype(np.float32)}
+
+
 def test_shapes_are_asked_of_either() -> None:
     graph = converted("g (float[2, 2] x) => (int64[2] y, float[2, 2] z) { a = MatMul(x, x) y = Shape(a) z = Exp(a) }")
     assert Counter(ops(graph)) == {"Cast": 2, "MatMul": 1, "Shape": 1, "Exp": 1}

@@ -66,7 +66,7 @@ _ELEMENTWISE = (
 )
 _NORMS = (
     *("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "GroupNormalization"),
-    *("BatchNormalization", "SimplifiedLayerNormalization"),
+    "SimplifiedLayerNormalization",
 )
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 _PRODUCTS = (
@@ -87,6 +87,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         **{op: Way(seeds=True, inputs=frozenset(range(n)), outputs=None) for op, n in _ATTENTION.items()},
         **dict.fromkeys((*_ELEMENTWISE, *_NORMS, *_POOLS, "Concat"), Way()),
         **dict.fromkeys(_MOVES, Way(inputs=_FIRST)),
+        "BatchNormalization": Way(outputs=None),
         "Split": Way(inputs=_FIRST, outputs=None),
         "Pad": Way(inputs=frozenset({0, 2})),
         "Where": Way(inputs=frozenset({1, 2})),
