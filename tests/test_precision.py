@@ -163,6 +163,13 @@ def test_weights_are_symmetric_with_a_scale_for_each_column() -> None:
     assert np.abs(q * scale - weight).max() <= 0.5001 * scale.max()
 
 
+def test_weights_too_small_for_a_scale_are_zeros() -> None:
+    q, scale = by_columns(np.array([[1e-44, 1e-30], [-1e-42, 2e-30]], np.float32))
+    assert q.tolist() == [[0, 64], [0, 127]]
+    assert np.isfinite(scale).all()
+    assert (scale > 0).all()
+
+
 @pytest.mark.parametrize(
     "text",
     [

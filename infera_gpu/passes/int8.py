@@ -51,9 +51,12 @@ def _weight(draft: Draft, n: Node) -> HostArray | None:
 
 
 def by_columns(weight: HostArray) -> tuple[HostArray, HostArray]:
-    """(depth, columns) as int8, and a scale for each column, by which it is about the weight; 1 for one of zeros."""
-    most = np.abs(weight).max(axis=0, initial=0.0)
-    scale = np.where(most > 0, most / 127, 1).astype(_FLOAT32)
+    """(depth, columns) as int8, and a scale for each column, by which it is about the weight.
+
+    1 for a column of zeros, or of what is too small for a scale that is a normal number: it becomes zeros.
+    """
+    scale = np.abs(weight).max(axis=0, initial=0.0) / _FLOAT32.type(127)
+    scale = np.where(scale >= np.finfo(_FLOAT32).smallest_normal, scale, _FLOAT32.type(1))
     return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
 
 
