@@ -295,3 +295,15 @@ def test_the_first_value_that_departs_is_found(tmp_path: Path) -> None:
     assert status == 0
     assert "no value inside the model differs, of " in out
     assert_fails(infera("run", path, "--random", "--device", "cpu", "--precision", "half"), "expected one of fp32")
+
+
+def test_values_are_compared_for_constants_that_a_run_gives_and_beside_sequences() -> None:
+    model = parse("""
+        g (float[2, 2] x, float[2, 2] w) => (float[4, 2] y) <float[2, 2] w = {1, 2, 3, 4}> {
+            a = MatMul(x, w)
+            s = SequenceConstruct(a, x)
+            y = ConcatFromSequence <axis = 0> (s)
+        }""")
+    feeds = {"x": np.eye(2, dtype=np.float32), "w": np.full((2, 2), 5, np.float32)}
+    found = [d.difference for d in departures(model, feeds, device="cpu")]
+    assert [(d.name, d.error, d.peak) for d in found] == [("a", 0, 5), ("y", 0, 5)]
