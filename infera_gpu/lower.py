@@ -175,12 +175,11 @@ class _Lowering:
         whole, inner = self.around[index]
         value = placed.site.node.inputs[0]
         source, root = self.home(value), self.slabs.get(whole.root)
-        if value not in self.places:
+        if root is None or not same_place(source, inner._replace(root=root)):
             if source.constant or source.is_contiguous:
                 return None
             root = self.new_root(f"{value}@{whole.space}", whole.space, whole.nbytes)
             self.move(value, source, inner._replace(root=root))
-        assert root is not None
         self.bordered.add(value)
         return whole._replace(root=root)
 

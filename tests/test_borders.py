@@ -161,6 +161,21 @@ def test_a_value_without_gaps_is_read_by_all(monkeypatch: pytest.MonkeyPatch) ->
     assert len(bordered(check(text, {"x": numbers(1, 20, 4)}, 1, monkeypatch))) == 1
 
 
+def test_a_value_that_could_not_be_written_within_its_border_is_read_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Reshape passes the place on to what it reads, but a Transpose does not: the Reshape copies."""
+    text = f"""
+    g (float[1, 4, 20] x) => (float[1, 10, 8] y, float[1, 10, 8] z) <{weights(w=(8, 8, 5), u=(8, 8, 1))},
+        int64[3] shape = {{1, 10, 8}}> {{
+        t = Transpose <perm = [0, 2, 1]> (x)
+        r = Reshape(t, shape)
+        y = infera.FusedConvNHWC (r, u)
+        z = infera.FusedConvNHWC <pads = [2, 2]> (r, w)
+    }}"""
+    check(text, {"x": numbers(1, 4, 20)}, 0, monkeypatch)
+
+
 def test_a_residual_is_read_without_a_border(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"""
     g (float[1, 9, 11, 8] x) => (float[1, 9, 11, 8] y) <{weights(v=(8, 8, 1, 1), b=(8,), w=(8, 8, 3, 3))}> {{
