@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from queue import SimpleQueue
 
 from infera_gpu.errors import InputError, OutOfMemoryError
 
@@ -35,27 +36,37 @@ class VramBudget:
         self.limit = bytes_of(limit)
         self._used = 0
         self._changing = threading.Lock()
+        self._returned = SimpleQueue[int]()
+        """What was given back and is not taken off yet. Memory is also given back by the garbage collector, which may
+        interrupt whoever holds the lock; a put waits for nobody."""
 
     @property
     def used(self) -> int:
         """Bytes that are out."""
-        return self._used
+        with self._changing:
+            return self._settled()
 
     @property
     def available(self) -> int:
         """Bytes that may still be taken."""
-        return self.limit - self._used
+        return self.limit - self.used
 
     def take(self, what: str, nbytes: int) -> None:
         """Count `nbytes` for `what`. Raises OutOfMemoryError, counting nothing, where that is more than is left."""
         with self._changing:
-            if nbytes > self.available:
-                raise OutOfMemoryError(what, needed=nbytes, available=self.available, limit=self.limit)
+            available = self.limit - self._settled()
+            if nbytes > available:
+                raise OutOfMemoryError(what, needed=nbytes, available=available, limit=self.limit)
             self._used += nbytes
 
     def give_back(self, nbytes: int) -> None:
-        with self._changing:
-            self._used -= nbytes
+        self._returned.put(nbytes)
+
+    def _settled(self) -> int:
+        """`used`, of who holds the lock."""
+        while not self._returned.empty():
+            self._used -= self._returned.get()
+        return self._used
 
     def __repr__(self) -> str:
-        return f"<VramBudget: {self._used:,} of {self.limit:,} bytes used>"
+        return f"<VramBudget: {self.used:,} of {self.limit:,} bytes used>"

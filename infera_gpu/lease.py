@@ -217,11 +217,17 @@ class Lease:
         """Binds these plans to arenas that hold the largest of them, and are kept; the bytes of all memory spaces."""
         for plan in plans:
             self._require(plan)
-        for plan in plans:
-            self._memory.fit(plan, self._device)
+        had = dict(self._memory.sizes)
+        try:
+            for plan in plans:
+                self._memory.fit(plan, self._device)
+            for plan in plans:
+                self._bind(plan)
+        except BaseException:
+            if self._memory.sizes != had:
+                self._memory.clear()
+            raise
         self._memory.reserved = self.nbytes
-        for plan in plans:
-            self._bind(plan)
         return self.nbytes
 
     def _require(self, plan: Plan) -> None:

@@ -409,9 +409,15 @@ class Session:
         first part. Returns the bytes of the arena. Raises InputError, PlanError or OutOfMemoryError, and then nothing
         was taken.
         """
-        plans = [self.plan_for(given) for given in inputs]
-        with self._lease() as lease, self.device.running():
-            return lease.reserve(plans)
+        plans: dict[Session, list[Plan]] = {self: []}
+        for given in inputs:
+            plans.setdefault(self._for(given), []).append(self.plan_for(given))
+        nbytes = 0
+        with self._hosting():
+            for session, own in plans.items():
+                with session._lease() as lease, self.device.running():
+                    nbytes = lease.reserve(own)
+        return nbytes
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""

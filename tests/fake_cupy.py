@@ -98,24 +98,42 @@ class UnownedMemory:
         assert ptr == owner.memory.ptr
 
 
+class Chunk:
+    """A block that an allocator gave a pool, which keeps it for later."""
+
+    def __init__(self, pool: MemoryPool, whole: MemoryPointer) -> None:
+        self._pool, self._whole = pool, whole
+        self.block: np.ndarray[Any, Any] = whole.memory.block
+
+    def __del__(self) -> None:
+        self._pool.kept.append(self._whole)
+
+
 class MemoryPool:
     def __init__(self, vram: Vram, allocator: Callable[[int], MemoryPointer] | None = None) -> None:
         self._vram, self._allocator, self.cached = vram, allocator, 0
+        self.kept: list[MemoryPointer] = []
 
     def malloc(self, nbytes: int) -> MemoryPointer:
-        """With an allocator nothing is kept for later."""
         try:
-            return self._allocator(nbytes) if self._allocator else MemoryPointer(Memory(self._vram, nbytes, self), 0)
+            return MemoryPointer(self._chunk(nbytes) if self._allocator else Memory(self._vram, nbytes, self), 0)
         except CUDARuntimeError:
             raise PoolError(nbytes) from None
+
+    def _chunk(self, nbytes: int) -> Chunk:
+        """What was kept of this size, or what the allocator gives; its errors pass, but for the driver's."""
+        assert self._allocator is not None
+        sizes = [whole.memory.block.nbytes for whole in self.kept]
+        return Chunk(self, self.kept.pop(sizes.index(nbytes)) if nbytes in sizes else self._allocator(nbytes))
 
     def free_all_blocks(self) -> None:
         self._vram.used -= self.cached
         self.cached = 0
+        self.kept.clear()
 
 
 class MemoryPointer:
-    def __init__(self, memory: Memory, offset: int) -> None:
+    def __init__(self, memory: Memory | UnownedMemory | Chunk, offset: int) -> None:
         self.memory, self.offset = memory, offset
 
     @property
@@ -139,7 +157,7 @@ class PinnedMemoryPointer(bytearray):
 class ndarray(np.ndarray):
     """An array in "device" memory, which it keeps."""
 
-    memory: Memory | None = None
+    memory: Memory | UnownedMemory | Chunk | None = None
 
     def __new__(cls, shape: Sequence[int], dtype: Any, memptr: MemoryPointer, strides: Any = None) -> ndarray:
         array = np.ndarray.__new__(cls, tuple(shape), dtype, memptr.memory.block.data, memptr.offset, strides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from infera_gpu.budget import VramBudget
+from infera_gpu.errors import OutOfMemoryError
 
 
 class _Charged:
@@ -45,4 +46,9 @@ class Vram:
         return cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, owner, memory.device_id), 0)
 
     def _temporary(self, nbytes: int) -> Any:
-        return self.take("a temporary array", nbytes)
+        """Memory for the pool, which lets go of what it keeps where the driver has no more, but not for a budget."""
+        try:
+            return self.take("a temporary array", nbytes)
+        except OutOfMemoryError:
+            self.pool.free_all_blocks()
+            return self.take("a temporary array", nbytes)
