@@ -25,7 +25,7 @@ SUITES: Mapping[str, int] = {
     "elementwise": 340,
     "gpu_check": 8,
     "matmul": 75,
-    "moves": 44,
+    "moves": 58,
     "nbits": 27,
     "networks": 1,
     "normalize": 75,
