@@ -97,6 +97,20 @@ def test_divisors_that_float16_cannot_hold_stay_float32(divisor: str, in_half: b
     assert (node.inputs[1] != "d") == in_half
 
 
+@pytest.mark.parametrize(("value", "in_half"), [(-1.0, True), (-3e38, False)])
+def test_padding_that_float16_cannot_hold_stays_float32(value: float, in_half: bool) -> None:
+    text = f"""
+        g (float[2, 2] x) => (float[2, 3] y) {{
+            a = MatMul(x, x)
+            y = Pad <pads = [0, 0, 0, 1], value = {value}> (a)
+        }}"""
+    model = parse(text)
+    model.opset_import[0].version = 10
+    graph = halved(load_graph(model), FLOAT16).check()
+    assert (ops(graph)[-1] == "Cast") == in_half
+    assert (run(graph, {"x": np.eye(2, dtype=np.float32)})["y"][:, 2] == np.float32(value)).all()
+
+
 def test_tables_are_half_and_indices_are_not() -> None:
     graph = converted(
         "g (int64[3] i) => (float[3, 2] y) <float[4, 2] t = {1, 2, 3, 4, 5, 6, 7, 8}> { y = Gather(t, i) }"

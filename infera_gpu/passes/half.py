@@ -81,6 +81,9 @@ _MOVES = (
     "Resize",
 )
 
+_NUMBERS = frozenset({"value"})
+"""Attributes that are elements of the result: of Pad, before opset 11."""
+
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         **dict.fromkeys(_PRODUCTS, Way(seeds=True)),
@@ -142,7 +145,9 @@ class _Conversion:
         if not values or node.subgraphs or not all(map(self.is_float, values)):
             return False
         constants = [v for v in values if v in self.graph.constants]
-        if not all(map(self.holds, constants)) or (node.qualified == "Div" and not self.divides(values[1])):
+        numbers = [self.graph.constants[v] for v in constants]
+        numbers += [np.asarray(node.attrs[k]) for k in _NUMBERS & node.attrs.keys()]
+        if not all(map(self.holds, numbers)) or (node.qualified == "Div" and not self.divides(values[1])):
             return False
         return way.seeds or len(constants) == len(values) or any(v in self.halves for v in values)
 
@@ -153,11 +158,11 @@ class _Conversion:
         spec = self.draft.spec(value)
         return spec is not None and spec.dtype == FLOAT32
 
-    def holds(self, value: str) -> bool:
+    def holds(self, constant: HostArray) -> bool:
         """Whether half precision has a constant's range: float16 ends at 65,504, and below 6e-8 all is zero."""
         if self.dtype != FLOAT16:
             return True
-        magnitudes = np.abs(self.graph.constants[value])
+        magnitudes = np.abs(constant)
         finite = magnitudes[np.isfinite(magnitudes)]
         largest = float(finite.max(initial=0.0))
         return largest == 0.0 or 2.0**-24 <= largest <= float(np.finfo(FLOAT16).max)
