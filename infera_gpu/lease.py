@@ -43,8 +43,8 @@ class Memory:
         self.arenas: dict[Space | Literal["staging"], Any] = {}
         self.sizes: dict[Space | Literal["staging"], int] = {}
         self.leases: WeakSet[Lease] = WeakSet()
-        self.reserved = 0
-        """Bytes that are not given back while this has users."""
+        self.reserved: Mapping[Space | Literal["staging"], int] = {}
+        """Sizes below which arenas do not shrink."""
         self._needed = 0
         self._served = 0
 
@@ -61,13 +61,18 @@ class Memory:
         for lease in self.leases:
             lease.forget()
 
-    def consider(self, plan: Plan) -> None:
-        """Give arenas back that have been far too large for a while: one huge request must not hold its memory."""
+    def consider(self, plan: Plan, device: Device) -> None:
+        """Give arenas back that have been far too large for a while: one huge request must not hold its memory.
+
+        Raises OutOfMemoryError where what is reserved is not to be had again.
+        """
         self._served += 1
         self._needed = max(self._needed, plan.arena_bytes + plan.staging)
         if self._served >= SHRINK_AFTER:
-            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed, self.reserved):
+            if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed, sum(self.reserved.values())):
                 self.clear()
+                for space, nbytes in self.reserved.items():
+                    self._take(space, nbytes, device)
             self._served, self._needed = 0, 0
 
     def fit(self, plan: Plan, device: Device) -> None:
@@ -79,14 +84,16 @@ class Memory:
                     self.arenas.pop(space, None)
                     self.sizes.pop(space, None)
                 old, had = self.arenas.get(space), self.sizes.get(space, 0)
-                self.arenas[space] = device.alloc(nbytes, space)
-                self.sizes[space] = nbytes
+                self._take(space, nbytes, device)
                 if old is not None and had:
                     _keep(old, self.arenas[space], had, space, device)
         if plan.staging > self.sizes.get("staging", 0):
             self._unbind()
-            self.arenas["staging"] = device.alloc(plan.staging, "host")
-            self.sizes["staging"] = plan.staging
+            self._take("staging", plan.staging, device)
+
+    def _take(self, space: Space | Literal["staging"], nbytes: int, device: Device) -> None:
+        self.arenas[space] = device.alloc(nbytes, "host" if space == "staging" else space)
+        self.sizes[space] = nbytes
 
 
 def _keep(old: Any, new: Any, nbytes: int, space: Space, device: Device) -> None:
@@ -185,7 +192,7 @@ class Lease:
         more than copying once.
         """
         if not plan.carried:
-            self._memory.consider(plan)
+            self._memory.consider(plan, self._device)
         given = self._on_device(plan, entering)
         if given:
             blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
@@ -227,7 +234,7 @@ class Lease:
             if self._memory.sizes != had:
                 self._memory.clear()
             raise
-        self._memory.reserved = self.nbytes
+        self._memory.reserved = dict(self._memory.sizes)
         return self.nbytes
 
     def _require(self, plan: Plan) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import infera_gpu
+from infera_gpu import lease
 from infera_gpu.budget import VramBudget, bytes_of
 from infera_gpu.devices import cuda
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
@@ -177,6 +178,19 @@ def test_what_fails_half_way_is_not_reserved(cupy: Any, monkeypatch: pytest.Monk
             session.reserve({"x": (300, 64)})
     assert cupy.vram.used == 0
     assert session.run(rows(1))["y"].shape == (1, 64)
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_what_is_reserved_outlasts_a_huge_run(device: str, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SHRINK_ABOVE", 1)
+    arena = infera_gpu.Arena()
+    session = infera_gpu.load(MODEL, device=device, arena=arena)
+    nbytes = session.reserve({"x": (30, 64)})
+    session.run(rows(3000))
+    assert arena.nbytes > 4 * nbytes
+    for _ in range(2 * lease.SHRINK_AFTER):
+        session.run(rows(1))
+    assert arena.nbytes == nbytes
 
 
 @pytest.mark.parametrize("device", ["cuda", "recording"])
