@@ -267,7 +267,8 @@ class Trial:
             return type(error).__name__
         finally:
             self._watching = False
-            code = (sys.prefix, sys.base_prefix, str(Path(infera_gpu.__file__).parent.parent))
+            own = (sys.prefix, sys.base_prefix, str(Path(infera_gpu.__file__).parent.parent), sys.pycache_prefix)
+            code = tuple(filter(None, own))
             outside = [
                 p
                 for p in self._opened

@@ -69,13 +69,14 @@ def test_fused_conv_is_the_nodes_it_stands_for(case: Case) -> None:
     for i, (kind, sources, attrs) in enumerate(steps):
         nodes.append(helper.make_node(kind, sources, ["y" if i == len(steps) - 1 else f"y{i}"], **attrs))
     constants = {"w": w, "b": b, "r": residual}
+    element = helper.np_dtype_to_tensor_dtype(x.dtype)
     if name == "clip":
         constants |= {k: np.array(v, np.float32) for k, v in zip(("low", "high"), bounds, strict=True)}
     graph = helper.make_graph(
         nodes,
         "fused",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * x.ndim)],
+        [helper.make_tensor_value_info("x", element, x.shape)],
+        [helper.make_tensor_value_info("y", element, [None] * x.ndim)],
         [numpy_helper.from_array(v, k) for k, v in constants.items() if v is not None],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
