@@ -280,3 +280,13 @@ def test_a_directory_that_cannot_be_written_costs_time_only(tmp_path: Any) -> No
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_outputs_of_one_pixel_have_any_stride() -> None:
+    """Images of one value, whose axes of one element have the stride 0."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 1, 1, 32)).astype(np.float32), rng.standard_normal((32, 32)).astype(np.float32)
+    y = np.full((2, 32), np.nan, np.float32)
+    call, args = gemm.multiply(x, gemm.pack(w)[None], None, y[:, None, None], steps=(128, 0, 0), run=32)
+    call(*args)
+    np.testing.assert_allclose(y, x.reshape(2, 32) @ w, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.cpu.parts import spans
@@ -92,7 +93,9 @@ def multiply(
     `pack_bias`'s. The window of output (n, i, j) begins n * steps[0] + i * steps[1] + j * steps[2] bytes into x, and
     has a run of `run` values at each of `offsets`, in bytes. `part` is a range of the images' lines.
     """
-    images, lines, cols, _ = y.shape
+    images, lines, cols, n = y.shape
+    if cols == 1:  # tiles step from column to column, and NumPy gives an axis of one any stride
+        y = as_strided(y, y.shape, (*y.strides[:2], n * y.itemsize, y.itemsize))
     first, last = part or (0, images * lines)
     window = max(1, min(steps[2], run * len(offsets) * 4))
     block = min(max(BLOCK_BYTES[0], packed.nbytes // 4), BLOCK_BYTES[1])
