@@ -95,7 +95,7 @@ def test_portable_operators(opener: Callable[[Any], Context]) -> None:
 def test_a_transformer_agrees_with_the_cpu(opener: Callable[[Any], Context]) -> None:
     _, facts = models(opener(InterpreterLauncher), ["bert-small"])
     found = facts["bert-small"]
-    assert found["steps"]["triton"] > 20
+    assert found["steps"]["triton"] > 12
     assert not {"upload", "download", "numpy", "cpu"} & found["steps"].keys()
 
 
@@ -109,7 +109,8 @@ def test_convolutions_agree_with_the_cpu(opener: Callable[[Any], Context], monke
     image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 10, 10)).astype(np.float32)
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: convolutions(text), {"x": image}, 1)})
     _, facts = models(opener(InterpreterLauncher), ["small"])
-    assert facts["small"]["steps"].keys() <= {"triton", "upload", "download"}
+    assert facts["small"]["steps"].keys() <= {"triton", "upload", "download", "copy"}
+    assert facts["small"]["steps"].get("copy", 0) <= 1  # of the output: what leaves a GPU leaves in one piece
 
 
 def test_memory(opener: Callable[[Any], Context]) -> None:

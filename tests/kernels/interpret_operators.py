@@ -94,7 +94,7 @@ def test_families_are_covered() -> None:
         "MaxPool": 30,
         "AveragePoolNHWC": 17,
         "GlobalAveragePoolNHWC": 3,
-        "Attention": 46,
+        "Attention": 41,
         "MultiHeadAttention": 7,
         "GroupQueryAttention": 14,
         "Rotary": 8,

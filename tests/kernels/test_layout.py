@@ -191,7 +191,8 @@ class TestSupports:
     def test_norm(self) -> None:
         assert norm.supports_norm(spec((2, 3, 4)), spec((2, 3, 4)), spec((3, 4)), axis=1)
         assert norm.supports_norm(spec((2, 4)), spec((2, 4)), None)
-        assert not norm.supports_norm(spec((2, 3, 4)), spec((2, 3, 4)), spec((4,)), axis=1)
+        assert norm.supports_norm(spec((2, 3, 4)), spec((2, 3, 4)), spec((4,)), axis=1)
+        assert not norm.supports_norm(spec((2, 3, 4)), spec((2, 3, 4)), spec((5,)), axis=1)
         assert not norm.supports_norm(spec((2, 4)), spec((2, 4)), spec((4,)), axis=2)
 
     def test_matmul(self) -> None:

@@ -176,7 +176,7 @@ def _launch(
         "BLOCK": along.block,
         "WIDE": max(*spans, results.count, along.count) > INT32_MAX - TILE,
     }
-    warps = max(1, min(8, results.block * along.block // 256))
+    warps = max(1, min(16, results.block * along.block // 256))
     return launcher.launch(scan_kernel, (results.tiles, tiling.parts), args, constexprs, num_warps=warps)
 
 
