@@ -57,6 +57,16 @@ def why_unavailable() -> str | None:
     return None if count else "the driver reports no GPU"
 
 
+def gpu_count() -> int:
+    """How many GPUs CUDA shows. Raises DeviceError where none can be used."""
+    reason = why_unavailable()
+    if reason:
+        raise DeviceError(f"there is no GPU: {reason}")
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
 class CudaDevice:
     """GPU `index`. Raises DeviceError where there is none, saying why.
 

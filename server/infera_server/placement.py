@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from infera_gpu.budget import VramBudget
+from infera_gpu.devices.cuda import gpu_count
 from infera_gpu.errors import DeviceError
 
 ALL = "cuda:all"
@@ -21,18 +22,6 @@ class Place:
     budget: VramBudget | None
 
 
-def gpus() -> int:
-    """How many GPUs CUDA shows. Raises DeviceError where none can be used."""
-    from infera_gpu.devices.cuda import why_unavailable
-
-    reason = why_unavailable()
-    if reason:
-        raise DeviceError(f"{ALL}: {reason}")
-    import cupy
-
-    return int(cupy.cuda.runtime.getDeviceCount())
-
-
 class Placement:
     """Spreads models over the devices of a comma-separated list: the next goes where the fewest bytes of models are.
 
@@ -45,7 +34,7 @@ class Placement:
         devices: str,
         limit: str | None = None,
         pins: Mapping[str, str] | None = None,
-        count: Callable[[], int] = gpus,
+        count: Callable[[], int] = gpu_count,
     ) -> None:
         self._pins = dict(pins or {})
         named = [d.strip() for d in devices.split(",") if d.strip()]
