@@ -39,7 +39,8 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.user: object = None
+        self.claim: tuple[object, object] | None = None
+        """Whose run has it, and which run; one value, so that an interrupt finds both or neither."""
         self.arenas: dict[Space | Literal["staging"], Any] = {}
         self.sizes: dict[Space | Literal["staging"], int] = {}
         self.leases: WeakSet[Lease] = WeakSet()
@@ -116,7 +117,6 @@ class Arena:
             raise InputError(f"max_concurrency is {max_concurrency!r}, expected a positive number")
         self.max_concurrency = max_concurrency
         self._memories: list[Memory] = []
-        self._free: list[Memory] = []
         self._changed = threading.Condition()
         self._users: WeakKeyDictionary[object, str] = WeakKeyDictionary()
 
@@ -142,31 +142,36 @@ class Arena:
         """Wait for what `user` has borrowed; it may not borrow again. The last one that leaves frees the memory."""
         with self._changed:
             self._changed.notify_all()  # those of its runs that wait are refused
-            while any(memory.user is user for memory in self._memories):
+            while any(m.claim is not None and m.claim[0] is user for m in self._memories):
                 self._changed.wait()
             self._users.pop(user, None)
             if not self._users:
                 self._memories.clear()
-                self._free.clear()
 
-    def borrow(self, user: object, refuse: Callable[[], None]) -> Memory:
-        """Memory for one run of `user`. Waits for it; `refuse` raises where the run may not start any more."""
+    def borrow(self, user: object, run: object, refuse: Callable[[], None]) -> Memory:
+        """Memory for one run of `user`. Waits for it; `refuse` raises where the run may not start any more.
+
+        Who asks gives it back in any case, even where an interrupt came before he had it.
+        """
         with self._changed:
             refuse()
-            while not self._free and len(self._memories) >= self.max_concurrency:
+            while True:
+                memory = next((m for m in self._memories if m.claim is None), None)
+                if memory is None and len(self._memories) < self.max_concurrency:
+                    memory = Memory()
+                    self._memories.append(memory)
+                if memory is not None:
+                    memory.claim = (user, run)
+                    return memory
                 self._changed.wait()
                 refuse()
-            if not self._free:
-                self._free.append(Memory())
-                self._memories.append(self._free[-1])
-            memory = self._free.pop()
-            memory.user = user
-            return memory
 
-    def give_back(self, memory: Memory) -> None:
+    def give_back(self, run: object) -> None:
+        """What the run has, if it has anything."""
         with self._changed:
-            memory.user = None
-            self._free.append(memory)
+            for memory in self._memories:
+                if memory.claim is not None and memory.claim[1] is run:
+                    memory.claim = None
             self._changed.notify_all()
 
 

@@ -355,8 +355,9 @@ class Session:
 
     @contextmanager
     def _lease(self) -> Iterator[Lease]:
-        memory = self._arena.borrow(self, self._refuse_closed)
+        run = object()
         try:
+            memory = self._arena.borrow(self, run, self._refuse_closed)
             lease = self._leases.get(memory)
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory)
@@ -368,7 +369,7 @@ class Session:
                 self.device.synchronize()
             raise
         finally:
-            self._arena.give_back(memory)
+            self._arena.give_back(run)
 
     # ---- planning
 

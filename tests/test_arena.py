@@ -95,7 +95,7 @@ def test_runs_wait_for_each_other() -> None:
         nonlocal running
         with guard:
             running -= 1
-        inner[1](*args)  # type: ignore[arg-type]
+        inner[1](*args)
 
     arena.borrow, arena.give_back = borrow, give_back  # type: ignore[assignment,method-assign]
 
@@ -138,7 +138,8 @@ def test_the_last_session_that_is_closed_frees_the_memory() -> None:
 def test_a_session_that_is_closed_while_its_run_waits_refuses_it() -> None:
     arena = infera_gpu.Arena()
     one, two = (infera_gpu.load(m, device="cpu", arena=arena) for m in (SMALL, LARGE))
-    memory = arena.borrow(one, lambda: None)
+    run = object()
+    arena.borrow(one, run, lambda: None)
     refused: list[BaseException] = []
 
     def wait() -> None:
@@ -153,7 +154,7 @@ def test_a_session_that_is_closed_while_its_run_waits_refuses_it() -> None:
     two.close()
     waiting.join(10)
     assert "closed" in str(refused[0])
-    arena.give_back(memory)
+    arena.give_back(run)
 
 
 def test_devices_do_not_mix() -> None:
@@ -207,3 +208,21 @@ def test_closing_gives_back_what_dropped_sessions_share() -> None:
         assert not arena.nbytes
     finally:
         gc.enable()
+
+
+def test_an_interrupt_right_after_borrowing_loses_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals and other threads may raise between any two steps of the interpreter."""
+    session = infera_gpu.load(SMALL, device="cpu", max_concurrency=1)
+    borrow = infera_gpu.Arena.borrow
+
+    def interrupted(self: infera_gpu.Arena, *args: Any) -> Any:
+        borrow(self, *args)
+        raise KeyboardInterrupt
+
+    feeds = {"x": np.ones((3, 4), np.float32)}
+    with monkeypatch.context() as patched:
+        patched.setattr(infera_gpu.Arena, "borrow", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(feeds)
+    np.testing.assert_allclose(session.run(feeds)["y"], small(feeds["x"]), rtol=1e-6)
+    session.close()
