@@ -165,6 +165,34 @@ def test_every_way_is_of_an_operator() -> None:
     assert WAYS.keys() <= names
 
 
+def test_squares_of_a_variance_are_float32() -> None:
+    """A layer norm that no fusion finds: the mean of squares less the square of the mean loses every digit in half."""
+    text = """
+        g (float[4, 64] x, float[64, 64] w) => (float[4, 64] y) <int64[1] last = {-1}, float eps = {1e-6}> {
+            a = MatMul(x, w)
+            m = ReduceMean <axes = [-1]> (a)
+            q = Mul(a, a)
+            s = ReduceMean <axes = [-1]> (q)
+            n = Mul(m, m)
+            v = Sub(s, n)
+            e = Add(v, eps)
+            r = Sqrt(e)
+            c = Sub(a, m)
+            y = Div(c, r)
+        }"""
+    graph = converted(text)
+    made = {n.outputs[0]: n for n in graph.nodes}
+    assert {"q", "n", "v", "e"} <= made.keys()  # under their own names: float32
+    rng = np.random.default_rng(0)
+    feeds = {
+        "x": rng.uniform(4, 4.5, (4, 64)).astype(np.float32),
+        "w": rng.uniform(0.9, 1, (64, 64)).astype(np.float32),
+    }
+    a = feeds["x"].astype(np.float64) @ feeds["w"].astype(np.float64)
+    want = (a - a.mean(-1, keepdims=True)) / a.std(-1, keepdims=True)
+    assert np.abs(run(graph, feeds)["y"] - want).max() < 0.1 * np.abs(want).max()
+
+
 # ---- integers
 
 

@@ -3,8 +3,8 @@
 A value exists in float32, in half precision, or in both, with a Cast between; who runs how is data. Products,
 convolutions and attention always run in half precision: their kernels sum in float32. What moves data or works
 elementwise follows its operands; so do norms and softmax, whose kernels keep statistics in float32. Everything else
-stays float32: sums, powers, exponentials, quotients of two values, and who would meet a constant that half precision
-cannot hold.
+stays float32: sums, powers, exponentials, quotients of two values, who would meet a constant that half precision cannot
+hold, and what is read by such alone.
 """
 
 from __future__ import annotations
@@ -149,7 +149,15 @@ class _Conversion:
         numbers += [np.asarray(node.attrs[k]) for k in _NUMBERS & node.attrs.keys()]
         if not all(map(self.holds, numbers)) or (node.qualified == "Div" and not self.divides(values[1])):
             return False
-        return way.seeds or len(constants) == len(values) or any(v in self.halves for v in values)
+        if way.seeds:
+            return True
+        follows = len(constants) == len(values) or any(v in self.halves for v in values)
+        return follows and not self.feeds_float32(node)
+
+    def feeds_float32(self, node: Node) -> bool:
+        """Whether all that read what a node makes stay float32: the squares of a variance, which cancel."""
+        readers = [r for o in node.outputs for r in self.draft.readers.get(o, {}).values()]
+        return bool(readers) and all(r.qualified not in WAYS and r.qualified not in ("Shape", "Size") for r in readers)
 
     def is_float(self, value: str) -> bool:
         """Whether the value is float32 as the model has it."""
