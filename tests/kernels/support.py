@@ -23,11 +23,14 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place, relative: what one rounding to the type may cost."""
 
-ARCHS: tuple[Any, ...] = (
-    *(pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90)),
+ARCHS: tuple[Any, ...] = tuple(pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90))
+"""Architectures whose instructions are looked at: A100 and H100."""
+
+EVERY_ARCH: tuple[Any, ...] = (
+    *ARCHS,
     *(pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.large) for arch in (86, 100)),
 )
-"""Architectures that kernels are compiled for: A100 and H100 in every run, RTX 30 and B200 in `make test-all`."""
+"""Architectures that operators' kernels are compiled for: RTX 30 and B200 too in `make test-all`."""
 
 SHARD = "INFERA_TEST_SHARD"
 """Environment: i/n runs the i-th of n parts of a suite."""

@@ -15,7 +15,7 @@ from infera_gpu.spec import TensorSpec, spec_of
 from infera_kernels.launch import CompileLauncher
 from tests.cases import compute, inputs_of, variants
 from tests.kernels.buffers import LaunchingBuffers
-from tests.kernels.support import ARCHS
+from tests.kernels.support import EVERY_ARCH
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.kernels
@@ -141,7 +141,7 @@ def chosen() -> Iterator[Any]:
         yield pytest.param(op, case, id=f"{op.qualified}-{case.id}")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize(("op", "case"), [*chosen()])
 def test_kernel_compiles(op: Op, case: Case, arch: int) -> None:
     kernel = op.kernels["triton"]
