@@ -407,7 +407,7 @@ class Session:
 
         Runs with such inputs, one at a time, then neither plan nor ask for memory, and smaller ones do not either but
         plan: what a server does for its batches before it is ready. Of a model whose shapes depend on data this is the
-        first part. Returns the bytes of the arena. Raises InputError, PlanError or OutOfMemoryError, and then nothing
+        first part. Returns the bytes of the arena. Raises InputError, PlanError or OutOfMemoryError, and then no arena
         was taken.
         """
         plans: dict[Session, list[Plan]] = {self: []}

@@ -90,7 +90,7 @@ def kinds(plan: Plan) -> dict[str, set[str]]:
     """operator -> how its steps run; "" for copies, but of outputs: what leaves a GPU leaves in one piece"""
     found: dict[str, set[str]] = defaultdict(set)
     for step in plan.steps:
-        if step.kind != "copy" or not copied(plan) <= set(plan.outputs):
+        if step.label not in {f"copy {name}" for name in plan.outputs}:
             found[step.placed.node.op if step.placed else ""].add(step.via)
     return found
 
