@@ -28,8 +28,8 @@ run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real in
 test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
 	@$(PY) -m pytest -m "not large and not gpu and not kernels"
 
-test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels: interpreted and compiled for sm_80 and sm_90, no GPU
-	@$(PY) -m pytest -m "kernels and not large and not gpu" tests/kernels
+test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80 and sm_90, in the plans of models
+	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
 test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit

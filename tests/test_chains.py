@@ -162,9 +162,9 @@ LAUNCHED = {
 }
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("text", "ops"), LAUNCHED.values(), ids=LAUNCHED)
 def test_chains_on_a_gpu_are_one_launch_whatever_their_types(text: str, ops: list[str]) -> None:
-    pytest.importorskip("triton")
     session = infera_gpu.load(parse(text), device="recording")
     shape = {None: 3}
     rng = np.random.default_rng(0)
@@ -179,9 +179,9 @@ def test_chains_on_a_gpu_are_one_launch_whatever_their_types(text: str, ops: lis
         np.testing.assert_allclose(got, want[name], rtol=1e-6)
 
 
+@pytest.mark.kernels
 def test_a_chain_that_no_kernel_takes_comes_apart() -> None:
     """Seven axes are more than kernels walk."""
-    pytest.importorskip("triton")
     axes = ", ".join("2" * 7)
     model = parse(f"g (float[{axes}] x, float z) => (float[{axes}] y) {{ a = Add(x, z)  b = Exp(a)  y = Mul(b, z) }}")
     session = infera_gpu.load(model, device="recording")
@@ -190,9 +190,9 @@ def test_a_chain_that_no_kernel_takes_comes_apart() -> None:
     assert [s.placed.op.name for s in plan.steps if s.placed] == ["Add", "Exp", "Mul"]
 
 
+@pytest.mark.kernels
 def test_scales_that_a_quantiser_makes_are_multiplied_in_the_chain() -> None:
     """What is known of a value's type may be less than what an operator demands."""
-    pytest.importorskip("triton")
     text = """
         g (float[3, 4] x) => (float[3, 4] y) <float s = {0.5}> {
             q, t, z = DynamicQuantizeLinear(x)

@@ -242,9 +242,9 @@ def test_what_is_bound_to_the_callers_arrays_goes_when_the_arena_grows(cupy: Any
         np.testing.assert_array_equal(session.run({"x": given, "z": given})["y"], np.zeros(given.shape).T)
 
 
+@pytest.mark.kernels
 def test_strided_copies_launch_a_kernel(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton is there, and takes the type; dense ones are the driver's."""
-    pytest.importorskip("triton")
     monkeypatch.setattr(cuda, "find_spec", lambda name: object())
     device = cuda.CudaDevice()
     device._launcher = launcher = RecordingLauncher()

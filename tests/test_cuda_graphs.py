@@ -163,8 +163,8 @@ def test_a_capture_that_cuda_refuses_is_a_device_error(cupy: Any, monkeypatch: p
         session.run(FEEDS)
 
 
+@pytest.mark.kernels
 def test_plans_say_what_is_captured_and_why_not() -> None:
-    pytest.importorskip("triton")
     device = RecordingDevice()
     text = """
         g (float[4, 4] x) => (float[4, 4] y) {

@@ -16,7 +16,8 @@ from infera_gpu.errors import UnreachableError
 from infera_gpu.plan import Plan
 from infera_gpu.verify import TOLERANCES, compare
 
-pytest.importorskip("triton")
+pytestmark = pytest.mark.kernels
+
 SMALL = {"silero-vad", "silero-vad-v6-fw", "yunet", "mobilenetv2-zoo"}
 """Their wheels are the four that come in 26 MB together."""
 SENSITIVE = {"u2netp": 2e-4}

@@ -273,16 +273,16 @@ def test_a_transformer_at_every_precision(device: str, precision: Any) -> None:
         assert max(d.error for d in found) > 1e-5
 
 
+@pytest.mark.kernels
 def test_half_precision_takes_half_the_memory() -> None:
-    pytest.importorskip("triton")
     model, feeds = small_bert()
     full, half = (infera_gpu.load(model, device="recording", precision=p) for p in ("fp32", "fp16"))
     assert half.constant_bytes < 0.55 * full.constant_bytes
     assert half.plan_for(feeds).arena_bytes < 0.75 * full.plan_for(feeds).arena_bytes
 
 
+@pytest.mark.kernels
 def test_tensor_cores_round_float32_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     from infera_kernels.triton import matmul
 
     asked: list[str] = []

@@ -103,6 +103,7 @@ def test_integers_stay_where_products_take_them(kinds: tuple[str, ...], made: se
     assert ("MatMulInteger" in found) == (not made)
 
 
+@pytest.mark.kernels
 def test_a_value_that_a_product_of_integers_reads_stays_one() -> None:
     graph = load_graph(parse(pairs("float[4, 2] y, float[4, 6] r", rest="r = Relu(a)")))
     found = [n.op for n in optimize(graph, registry(), kinds=("triton",)).nodes]

@@ -96,6 +96,7 @@ def test_what_is_read_later_is_not_overwritten(after: str, outputs: str) -> None
     assert any(s.kind == "copy" for s in plan.steps)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("after", "outputs"),
     [
@@ -118,6 +119,7 @@ def test_inputs_of_the_graph_are_not_written_to() -> None:
     assert not planned(text, {"x": numbers(4, 6)}).saved[REUSED]
 
 
+@pytest.mark.kernels
 def test_elements_are_computed_in_place_of_a_part() -> None:
     text = """
     g (float[4, 6] x, float[3, 2] w) => (float[4, 2] y) {
@@ -197,6 +199,7 @@ CROWDED = """
 """When most memory is needed, for f, all of p would still be there for d's sake."""
 
 
+@pytest.mark.kernels
 def test_a_value_lies_by_itself_where_more_memory_would_be_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = {"x": numbers(64, 1024), "w": numbers(64, 64)}
     plan = planned(CROWDED, feeds)

@@ -1,0 +1,14 @@
+"""What is marked `kernels` needs Triton, and is skipped, and counted, without it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("triton") is None:
+        for item in items:
+            if item.get_closest_marker("kernels"):
+                item.add_marker(pytest.mark.skip(reason="needs triton: pip install 'infera-gpu[kernels]'"))
