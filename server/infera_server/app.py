@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from importlib.metadata import version as distribution_version
 from typing import Any
 
 import orjson
@@ -13,15 +12,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from infera_server.errors import BadRequest, InternalError, NotFound, RequestError, TooLarge, Unavailable
+from infera_server import management
+from infera_server.errors import BadRequest, InternalError, RequestError, TooLarge, Unavailable
+from infera_server.management import server_version
 from infera_server.metrics import Exposition
-from infera_server.model import Model
 from infera_server.protocols import v2_rest
-from infera_server.repository import State
+from infera_server.servable import Servable
 from infera_server.service import Service
-from infera_server.signature import Tensor
 
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters", "statistics")
 READ = ["GET", "HEAD"]
 MAX_MANAGEMENT_BODY = 1 << 16
 
@@ -39,7 +37,7 @@ class Json(Response):
 
 def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     """The management application over a service."""
-    app = FastAPI(title="infera", version=_version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="infera", version=server_version(), lifespan=lifespan, redirect_slashes=False)
     repository = service.repository
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Exposition(repository))
@@ -70,10 +68,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
         return register
 
-    def find(model: str, version: str | None) -> Model:
-        if version is not None and not (version.isascii() and version.isdigit()):
-            raise NotFound("Not Found")
-        return repository.get(model, version)
+    def find(model: str, version: str | None) -> Servable:
+        return management.find(repository, model, version)
 
     @read("/")
     async def alive() -> Response:
@@ -81,7 +77,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read("/v2")
     async def server() -> Response:
-        return Json({"name": "infera", "version": _version(), "extensions": EXTENSIONS})
+        return Json(management.server_metadata())
 
     @read("/v2/health/live")
     async def live() -> Response:
@@ -98,49 +94,32 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read("/v2/models/stats")
     async def all_statistics() -> Response:
-        return Json({"model_stats": [_statistics(m) for m in repository.ready()]})
+        return Json({"model_stats": [management.statistics(m) for m in repository.ready()]})
 
     @read_model("")
     async def metadata(model: str, version: str | None = None) -> Response:
-        found = find(model, version).signature
-        return Json(
-            {
-                "name": found.name,
-                "versions": repository.versions(found.name),
-                "platform": "onnx_infera",
-                "inputs": [_tensor(t) for t in found.inputs.values()],
-                "outputs": [_tensor(t) for t in found.outputs.values()],
-            }
-        )
+        return Json(management.model_metadata(repository, find(model, version)))
 
     @read_model("/ready")
     async def model_ready(model: str, version: str | None = None) -> Response:
         found = find(model, version)
         if service.draining:
             raise Unavailable("the server is shutting down")
-        if found.session.device.lost:
-            raise Unavailable(found.session.device.lost)
+        if found.lost:
+            raise Unavailable(found.lost)
         return Json({"ready": True})
 
     @read_model("/config")
     async def configuration(model: str, version: str | None = None) -> Response:
-        return Json(_configuration(find(model, version)))
+        return Json(management.configuration(find(model, version)))
 
     @read_model("/stats")
     async def statistics(model: str, version: str | None = None) -> Response:
-        return Json({"model_stats": [_statistics(find(model, version))]})
+        return Json({"model_stats": [management.statistics(find(model, version))]})
 
     @app.post("/v2/repository/index")
     async def index(request: Request) -> Response:
-        only_ready = _only_ready(await _body(request))
-        entries = [e for e in repository.entries() if not only_ready or e.state is State.READY]
-        return Json(
-            [
-                {"name": e.source.name, "version": e.source.version, "state": e.state.value}
-                | ({"reason": e.reason} if e.reason else {})
-                for e in entries
-            ]
-        )
+        return Json(management.index(repository, _only_ready(await _body(request))))
 
     @read("/metrics")
     async def metrics() -> Response:
@@ -153,10 +132,6 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"):
         app.add_route(path, infer, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
     return app
-
-
-def _version() -> str:
-    return distribution_version("infera-gpu")
 
 
 def _error(status: int, message: str) -> Response:
@@ -186,42 +161,3 @@ def _only_ready(body: bytes) -> bool:
     if not isinstance(wanted, bool):
         raise BadRequest("attempt to access JSON non-boolean as boolean")
     return wanted
-
-
-def _tensor(tensor: Tensor) -> dict[str, Any]:
-    return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-
-
-def _statistics(model: Model) -> dict[str, Any]:
-    return {"name": model.signature.name, "version": model.signature.version, **model.stats.as_dict()}
-
-
-def _configuration(model: Model) -> dict[str, Any]:
-    """Triton's ModelConfig as far as its clients read it; a batch on another axis than the first is not told there."""
-    signature = model.signature
-    batched = signature.leading
-
-    def entry(tensor: Tensor) -> dict[str, Any]:
-        kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
-        return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": tensor.shape[1:] if batched else tensor.shape}
-
-    config: dict[str, Any] = {
-        "name": signature.name,
-        "platform": "onnx_infera",
-        "backend": "infera",
-        "version_policy": {"all": {}},
-        "max_batch_size": signature.layout.max_rows if signature.layout and batched else 0,
-        "input": [entry(t) for t in signature.inputs.values()],
-        "output": [entry(t) for t in signature.outputs.values()],
-        "instance_group": [{"name": f"{signature.name}_0", "kind": _kind(model.device), "count": 1}],
-    }
-    if batched and signature.layout:
-        config["dynamic_batching"] = {
-            "preferred_batch_size": list(signature.layout.buckets),
-            "max_queue_delay_microseconds": 0,
-        }
-    return config
-
-
-def _kind(device: str) -> str:
-    return "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"

@@ -10,8 +10,9 @@ from infera_server.coding import Coding
 from infera_server.errors import RequestError, TooLarge
 from infera_server.intake import Intake
 from infera_server.jobs import Job
-from infera_server.model import Model
 from infera_server.protocols import v2_rest
+from infera_server.requests import Request
+from infera_server.servable import Servable
 from infera_server.settings import Settings
 
 
@@ -69,10 +70,10 @@ class Exchange:
         self.coding: Coding | None = None
         self.accept = b""
         self.header: int | None = None
-        self.model: Model | None = None
+        self.model: Servable | None = None
         self.refusal: RequestError | None = None
         self.job: Job | None = None
-        self.request: v2_rest.Request | None = None
+        self.request: Request | None = None
         self.started_at = time.monotonic()
 
     def keep(self, part: bytes, intake: Intake) -> None:
@@ -89,7 +90,7 @@ class Exchange:
         self.body = []
 
 
-def decode(body: bytes, exchange: Exchange, model: Model, settings: Settings) -> tuple[v2_rest.Request, int]:
+def decode(body: bytes, exchange: Exchange, model: Servable, settings: Settings) -> tuple[Request, int]:
     """The request in a body, and the bytes that it keeps in memory. Raises RequestError; may run in any thread."""
     if exchange.coding is not None:
         body = coding.decompress(body, exchange.coding, settings.max_body_bytes)

@@ -24,9 +24,10 @@ from infera_server.connection import CONTINUE, Connection
 from infera_server.errors import RequestError, TooLarge, request_error
 from infera_server.exchange import Exchange, decode, infer_target
 from infera_server.jobs import Batch
-from infera_server.model import Model
 from infera_server.protocols import v2_rest
+from infera_server.requests import Request
 from infera_server.rows import Arrays
+from infera_server.servable import Servable
 from infera_server.service import explain
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class HotPathProtocol(Connection):
             exchange.keep_alive = False
             raise TooLarge(f"the request body has {size:,} bytes, at most {self.max_body:,} are accepted")
         exchange.model = self.service.model(*target)
-        exchange.model.batcher.check_room(size)
+        exchange.model.check_room(size)
         self.service.intake.check(size)
         exchange.coding = coding.coding_of(fields.get(b"content-encoding", b""))
         if b"inference-header-content-length" in fields:
@@ -189,7 +190,7 @@ class HotPathProtocol(Connection):
             decoded = self.loop.run_in_executor(None, decode, *arguments)
             decoded.add_done_callback(lambda found: self._decoded(exchange, model, found))
 
-    def _decoded(self, exchange: Exchange, model: Model, found: asyncio.Future[tuple[v2_rest.Request, int]]) -> None:
+    def _decoded(self, exchange: Exchange, model: Servable, found: asyncio.Future[tuple[Request, int]]) -> None:
         """A large body was read in another thread, or could not be; the client may have left meanwhile."""
         if found.cancelled() or self.active is not exchange:
             exchange.let_go(self.service.intake)
@@ -199,12 +200,10 @@ class HotPathProtocol(Connection):
         except Exception as error:
             self._refuse_unread(exchange, error)
 
-    def _send(self, exchange: Exchange, model: Model, request: v2_rest.Request, nbytes: int) -> None:
+    def _send(self, exchange: Exchange, model: Servable, request: Request, nbytes: int) -> None:
         exchange.request = request
         exchange.let_go(self.service.intake)
-        exchange.job = model.submit(
-            request.feeds, request.timeout, nbytes, lambda result, batch: self._done(exchange, result, batch)
-        )
+        exchange.job = model.submit(request, nbytes, lambda result, batch: self._done(exchange, result, batch))
 
     def _done(self, exchange: Exchange, result: Arrays | Exception, batch: Batch | None) -> None:
         model, request = exchange.model, exchange.request
@@ -290,7 +289,7 @@ class HotPathProtocol(Connection):
                 cycle.let_go(self.service.intake)
         exchange, self.active, self.held = self.active, None, None
         if exchange is not None and exchange.job is not None and exchange.model is not None:
-            exchange.model.batcher.cancel(exchange.job)
+            exchange.model.cancel(exchange.job)
         if isinstance(self.cycle, Exchange):
             self.cycle = None
         self.pipeline.clear()

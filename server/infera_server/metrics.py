@@ -179,7 +179,7 @@ class Exposition:
                 if code in REASONS:
                     rejected.add_metric([*key, REASONS[code]], count)
             padding.add_metric(key, stats.padding)
-            depth.add_metric(key, model.batcher.queued)
+            depth.add_metric(key, model.queued)
             info.add_metric(
                 key,
                 {"device": model.device, "max_batch": str(layout.max_rows if layout else 1), "path": model.source_name},

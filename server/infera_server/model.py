@@ -19,6 +19,7 @@ from infera_server.errors import BadRequest, InternalError, RequestError, reques
 from infera_server.jobs import Batch, Done, Job
 from infera_server.metrics import ModelStats
 from infera_server.placement import Place
+from infera_server.requests import Request
 from infera_server.rows import HostArray
 from infera_server.runtime import Session
 from infera_server.settings import Settings
@@ -33,7 +34,7 @@ Opener = Callable[[Path, Settings], Session]
 
 @dataclass(eq=False)
 class Model:
-    """`submit` takes requests until `drain`. Made by `open_model`."""
+    """A `Servable` over a session of the runtime. Made by `open_model`."""
 
     signature: Signature
     session: Session
@@ -47,15 +48,42 @@ class Model:
     def __post_init__(self) -> None:
         self.device = self.session.device.name
 
-    def submit(self, feeds: dict[str, HostArray], timeout: float | None, nbytes: int, done: Done) -> Job:
-        """Queue a request, which keeps `nbytes` in memory. `done` gets its outputs or a RequestError, once, later.
+    @property
+    def lost(self) -> str:
+        return self.session.device.lost
 
-        Raises BadRequest where its inputs do not agree on the batch, Overloaded, or Unavailable.
-        """
-        rows, group = self._rows(feeds)
-        job = Job(feeds, done, rows, group, nbytes, time.monotonic() + min(timeout or math.inf, self.timeout))
+    @property
+    def queued(self) -> int:
+        return self.batcher.queued
+
+    def check_room(self, nbytes: int) -> None:
+        self.batcher.check_room(nbytes)
+
+    def submit(self, request: Request, nbytes: int, done: Done) -> Job:
+        """Raises BadRequest where its inputs do not agree on the batch, too."""
+        if request.correlation is not None:
+            raise BadRequest("parameter 'sequence_id' is not supported: no state is kept from one request to the next")
+        rows, group = self._rows(request.feeds)
+        deadline = time.monotonic() + min(request.timeout or math.inf, self.timeout)
+        job = Job(request.feeds, done, rows, group, nbytes, deadline)
         self.batcher.submit(job)
         return job
+
+    def cancel(self, job: Job) -> None:
+        self.batcher.cancel(job)
+
+    def expire(self) -> None:
+        self.batcher.expire()
+
+    def drain(self) -> None:
+        self.batcher.drain()
+
+    def join(self, timeout: float | None = None) -> bool:
+        return self.batcher.join(timeout)
+
+    def give_up(self, error: Exception) -> None:
+        self.batcher.close()
+        self.batcher.give_up(error)
 
     def _rows(self, feeds: dict[str, HostArray]) -> tuple[int, Any]:
         """The batch size, and what must be equal for requests to share a batch: all other dimensions."""
@@ -77,10 +105,7 @@ class Model:
         return rows, tuple(group)
 
     def close(self, timeout: float | None = None) -> None:
-        """Answer what waits with Unavailable and release the device once the run in progress has ended.
-
-        A run that goes on after `timeout` seconds (None: as long as a request may wait) is left to the process's end.
-        """
+        """What runs on after `timeout` seconds (None: as long as a request may wait) is left to the process's end."""
         self.batcher.close()
         if self.batcher.join(self.timeout if timeout is None else max(timeout, 0.0)):
             self.session.close()

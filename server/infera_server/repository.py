@@ -228,7 +228,7 @@ class Repository:
     @property
     def lost(self) -> str:
         """Why a device works no more, which only a new process mends; empty while all do."""
-        return next(filter(None, (model.session.device.lost for model in self.ready())), "")
+        return next(filter(None, (model.lost for model in self.ready())), "")
 
     def get(self, name: str, version: str | None = None) -> Model:
         """A model that can run; the newest version by default. Raises NotFound or Unavailable."""

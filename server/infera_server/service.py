@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from infera_server.errors import Unavailable
 from infera_server.intake import Intake
 from infera_server.jobs import Batch
-from infera_server.model import Model
 from infera_server.repository import Repository
+from infera_server.servable import Servable
 from infera_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Service:
         spare = files // 2 if files < 2 * SPARE_FILES else files - SPARE_FILES
         self.max_connections = min(self.settings.max_connections, max(1, spare))
 
-    def model(self, name: str, version: str | None) -> Model:
+    def model(self, name: str, version: str | None) -> Servable:
         """A model to send a request to. Raises NotFound, or Unavailable while loading or draining."""
         if self.draining:
             raise Unavailable("the server is shutting down; send the request to another one")
@@ -78,7 +78,7 @@ class Service:
         for tick in itertools.count():
             await asyncio.sleep(EXPIRY_PERIOD)
             for model in self.repository.ready():
-                model.batcher.expire()
+                model.expire()
             if tick % CONNECTION_TICKS == 0:
                 now = time.monotonic()
                 for connection in list(self.connections):
@@ -92,14 +92,13 @@ class Service:
         self.draining = True
         models = list(self.repository.ready())
         for model in models:
-            model.batcher.drain()
-        while not (finished := all(model.batcher.join(0) for model in models)):
+            model.drain()
+        while not (finished := all(model.join(0) for model in models)):
             if forced() or time.monotonic() >= deadline:
                 break
             await asyncio.sleep(DRAIN_PERIOD)
         for model in models:
-            model.batcher.close()
-            model.batcher.give_up(Unavailable("the server shut down before the run ended"))
+            model.give_up(Unavailable("the server shut down before the run ended"))
         await asyncio.sleep(0)  # replies were posted from other threads: let them be written
         return finished
 

@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from infera_server import codec, coding
 from infera_server.errors import BadRequest, NotFound, RequestError, TooLarge, UnknownCoding
 from infera_server.protocols import v2_rest
+from infera_server.requests import Output, Request
 from infera_server.rows import HostArray, Layout
 from infera_server.signature import Signature, tensors
 from tests.server.support import spec
@@ -73,7 +74,7 @@ def test_binary_round_trip(x: HostArray, junk: int) -> None:
     head = (json.dumps(document) + padding).encode()
     request = v2_rest.parse(head + raw, len(head), model)
     same(request.feeds["x"], x)
-    reply, tail = v2_rest.respond(v2_rest.Request("", {}, [v2_rest.Output("y", binary=True)]), {"y": x}, model)
+    reply, tail = v2_rest.respond(Request("", {}, [Output("y", binary=True)]), {"y": x}, model)
     out = json.loads(reply)["outputs"][0]
     assert out == entry(x, "y", parameters={"binary_data_size": len(raw)})
     assert b"".join(tail) == bytes(raw)
@@ -82,7 +83,7 @@ def test_binary_round_trip(x: HostArray, junk: int) -> None:
 @given(arrays([n for n in NUMERIC if n not in ("FP16", "BF16")]), st.booleans())
 def test_json_round_trip(x: HostArray, nested: bool) -> None:
     model = signature(x.dtype, x.ndim)
-    reply, tail = v2_rest.respond(v2_rest.Request("i", {}, [v2_rest.Output("y", binary=False)]), {"y": x}, model)
+    reply, tail = v2_rest.respond(Request("i", {}, [Output("y", binary=False)]), {"y": x}, model)
     assert not tail
     document = json.loads(reply)
     assert document["id"] == "i"
@@ -98,7 +99,7 @@ def test_json_round_trip(x: HostArray, nested: bool) -> None:
 @given(hnp.arrays(object, SHAPES, elements=TEXTS), st.booleans())
 def test_strings_round_trip(x: HostArray, binary: bool) -> None:
     model = signature(object, x.ndim)
-    reply, tail = v2_rest.respond(v2_rest.Request("", {}, [v2_rest.Output("y", binary)]), {"y": x}, model)
+    reply, tail = v2_rest.respond(Request("", {}, [Output("y", binary)]), {"y": x}, model)
     out = json.loads(reply)["outputs"][0] | {"name": "x"}
     body, header = packed({"inputs": [out]}, *map(bytes, tail))
     got = v2_rest.parse(body, header if binary else None, model).feeds["x"]
@@ -149,7 +150,7 @@ def test_not_a_number_and_infinity_both_ways() -> None:
     body = b'{"inputs":[{"name":"x","shape":[4],"datatype":"FP32","data":[NaN,Infinity,-Infinity,1.5]}]}'
     x = v2_rest.parse(body, None, model).feeds["x"]
     np.testing.assert_array_equal(x, np.array([np.nan, np.inf, -np.inf, 1.5], np.float32))
-    reply, _ = v2_rest.respond(v2_rest.Request("", {}, [v2_rest.Output("y", False)]), {"y": x}, model)
+    reply, _ = v2_rest.respond(Request("", {}, [Output("y", False)]), {"y": x}, model)
     assert b"[NaN, Infinity, -Infinity, 1.5]" in reply
 
 
@@ -160,7 +161,7 @@ def test_a_raw_request_is_one_row() -> None:
     )
     request = v2_rest.parse(x.tobytes(), 0, model)
     same(request.feeds["x"], x.reshape(1, 6))
-    assert request.outputs == [v2_rest.Output("y", binary=True)]
+    assert request.outputs == [Output("y", binary=True)]
 
 
 def test_classification_ranks_rows_and_breaks_ties_by_index() -> None:
@@ -507,13 +508,6 @@ def test_the_shape_is_checked_before_the_data_is_read() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000
-
-
-@pytest.mark.parametrize("name", v2_rest.SEQUENCE)
-def test_sequences_are_refused(name: str) -> None:
-    document = {"inputs": [GOOD], "parameters": {name: 1}}
-    with pytest.raises(BadRequest, match=f"'{name}' is not supported"):
-        v2_rest.parse(json.dumps(document).encode(), None, BATCHED)
 
 
 def test_no_sequence_and_any_priority_are_accepted() -> None:

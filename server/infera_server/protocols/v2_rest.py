@@ -19,30 +19,20 @@ from infera_server import codec
 from infera_server.codec import Buffer, short
 from infera_server.errors import BadRequest, NotFound
 from infera_server.protocols import members
+from infera_server.requests import (
+    Options,
+    Output,
+    Request,
+    all_outputs,
+    check_complete,
+    check_input,
+    check_output,
+    from_bytes,
+    input_of,
+    options,
+)
 from infera_server.rows import Arrays, HostArray
 from infera_server.signature import Signature, Tensor
-
-SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
-"""Parameters of Triton's sequence extension."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One output asked for: its `classes` best classes instead of its values where that is not 0."""
-
-    name: str
-    binary: bool
-    classes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """An inference request, checked against the model's signature. `timeout` is in seconds, None: not given."""
-
-    id: str
-    feeds: dict[str, HostArray]
-    outputs: Sequence[Output]
-    timeout: float | None = None
 
 
 def header_length(value: bytes) -> int:
@@ -56,7 +46,7 @@ def header_length(value: bytes) -> int:
 def parse(body: bytes, header: int | None, model: Signature) -> Request:
     """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none)."""
     if header == 0:
-        return Request("", _raw_feeds(body, model), _all_outputs(model, binary=True))
+        return Request("", _raw_feeds(body, model), all_outputs(model, binary=True))
     if header is not None and not 0 < header <= len(body):
         raise BadRequest(f"inference header size should be in range (0, {len(body)}), got: {header}")
     document, rest = members.load(body if header is None else memoryview(body)[:header])
@@ -74,7 +64,7 @@ def parse(body: bytes, header: int | None, model: Signature) -> Request:
     if offset != len(tail):
         raise BadRequest(f"unexpected additional input data for model '{model.name}'")
     feeds = {
-        name: _from_slice(tensor, data, model) if isinstance(data, Slice) else data
+        name: from_bytes(tensor, data.raw, data.shape, model) if isinstance(data, Slice) else data
         for name, (tensor, data) in found.items()
     }
     if rest:
@@ -82,12 +72,20 @@ def parse(body: bytes, header: int | None, model: Signature) -> Request:
             "failed to parse the request JSON buffer: The document root must not be followed by other values. "
             "Is the Inference-Header-Content-Length header missing?"
         )
-    _check_complete(feeds, model)
+    check_complete(feeds, model)
     request_id = document.get("id", "")
     if type(request_id) is not str or not members.is_utf8(request_id):
         raise BadRequest("Unable to parse 'id': attempt to access JSON non-string as string")
-    timeout, binary = _parameters(document.get("parameters", {}))
-    return Request(request_id, feeds, _outputs(document, binary, model), timeout)
+    asked, binary = _parameters(document.get("parameters", {}))
+    return Request(
+        request_id,
+        feeds,
+        _outputs(document, binary, model),
+        asked.timeout,
+        asked.priority,
+        asked.correlation,
+        asked.others,
+    )
 
 
 def respond(request: Request, outputs: Arrays, model: Signature) -> tuple[bytes, list[Buffer]]:
@@ -119,24 +117,16 @@ def error_body(message: str) -> bytes:
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
-def _parameters(value: object) -> tuple[float | None, bool]:
-    """The timeout in seconds and whether outputs are binary by default.
-
-    Sequences are refused, since their answers would be wrong. `priority` and what is unknown is ignored: requests
-    run in the order of their arrival.
-    """
+def _parameters(value: object) -> tuple[Options, bool]:
+    """What the parameters ask for, and whether outputs are binary by default."""
     parameters = members.object_of(value, "request params")
     for key, given in parameters.items():
         if not isinstance(given, str | int | float):
             raise BadRequest(
                 f"parameter '{short(key)}' has invalid type. It should be either 'int', 'bool', or 'string'."
             )
-    if asked := [key for key in SEQUENCE if parameters.get(key)]:
-        raise BadRequest(f"parameter '{asked[0]}' is not supported: no state is kept from one request to the next")
-    micros = members.natural(parameters.get("timeout", 0), "timeout")
-    return min(micros, 2**62) / 1e6 or None, members.flag(
-        parameters.get("binary_data_output", False), "binary_data_output"
-    )
+    binary = members.flag(parameters.pop("binary_data_output", False), "binary_data_output")
+    return options(parameters), binary
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -168,12 +158,10 @@ def _input(entry: object, tail: memoryview, offset: int, model: Signature) -> tu
             "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
             f"'shared_memory_region' in 'parameters'. But {found}"
         )
-    tensor = model.inputs.get(name)
-    if tensor is None:
-        raise BadRequest(f"unexpected inference input '{short(name)}' for model '{model.name}'")
+    tensor = input_of(name, model)
     if "data" in entry:
         codec.check_json("receiving", datatype, f"input {name}")
-    _check_input(tensor, datatype, shape, model)
+    check_input(tensor, datatype, shape, model)
     if "data" in entry:
         return tensor, codec.from_json(entry["data"], datatype, shape, name)
     size = members.natural(parameters["binary_data_size"], "binary_data_size")
@@ -185,42 +173,9 @@ def _input(entry: object, tail: memoryview, offset: int, model: Signature) -> tu
     return tensor, Slice(tail[offset : offset + size], shape)
 
 
-def _from_slice(tensor: Tensor, data: Slice, model: Signature) -> HostArray:
-    need = codec.nbytes_of(tensor.dtype, data.shape)
-    if need is not None and need != len(data.raw):
-        raise BadRequest(
-            f"input byte size mismatch for input '{tensor.name}' for model '{model.name}'. "
-            f"Expected {need}, got {len(data.raw)}"
-        )
-    return codec.from_bytes(data.raw, tensor.dtype, data.shape, tensor.name)
-
-
 def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
     if "shared_memory_region" in parameters:
         raise NotFound(f"Unable to find shared memory region: '{short(str(parameters['shared_memory_region']))}'")
-
-
-def _check_input(tensor: Tensor, datatype: str, shape: tuple[int, ...], model: Signature) -> None:
-    if datatype != tensor.datatype:
-        raise BadRequest(
-            f"inference input '{tensor.name}' data-type is '{datatype}', "
-            f"but model '{model.name}' expects '{tensor.datatype}'"
-        )
-    if not tensor.accepts(shape):
-        want, got = (",".join(map(str, s)) for s in (tensor.shape, shape))
-        raise BadRequest(
-            f"unexpected shape for input '{tensor.name}' for model '{model.name}'. Expected [{want}], got [{got}]."
-        )
-
-
-def _check_complete(feeds: Arrays, model: Signature) -> None:
-    missing = [name for name in model.inputs if name not in feeds]
-    if missing:
-        raise BadRequest(
-            f"expected {len(model.inputs)} inputs but got {len(feeds)} inputs for model '{model.name}'. "
-            f"Got input(s) {sorted(feeds)}, but missing required input(s) {missing}. "
-            "Please provide all required input(s)."
-        )
 
 
 def _raw_feeds(body: bytes, model: Signature) -> dict[str, HostArray]:
@@ -250,25 +205,18 @@ def _raw_feeds(body: bytes, model: Signature) -> dict[str, HostArray]:
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _all_outputs(model: Signature, binary: bool) -> list[Output]:
-    return [Output(name, binary) for name in model.outputs]
-
-
 def _outputs(document: dict[str, Any], binary: bool, model: Signature) -> Sequence[Output]:
     entries = members.list_of(document.get("outputs", []), "outputs")
     wanted: dict[str, Output] = {}
     for entry in entries:
         entry = members.object_of(entry, "output")
         name = members.text(entry, "name")
-        if name not in model.outputs:
-            raise BadRequest(f"unexpected inference output '{short(name)}' for model '{model.name}'")
         parameters = members.object_of(entry.get("parameters", {}), "output params")
         _refuse_shared_memory(parameters)
         classes = members.natural(parameters.get("classification", 0), "classification", verb="set")
-        if classes and model.outputs[name].datatype == "BYTES":
-            raise BadRequest(f"output '{name}' is BYTES, which has no scores to classify by")
+        check_output(name, classes, model)
         wanted[name] = Output(name, members.flag(parameters.get("binary_data", binary), "binary_data"), classes)
-    outputs = list(wanted.values()) or _all_outputs(model, binary)
+    outputs = list(wanted.values()) or all_outputs(model, binary)
     for output in outputs:
         if not output.binary and not output.classes:
             codec.check_json("sending", model.outputs[output.name].datatype, f"output {output.name}")

@@ -1,0 +1,166 @@
+"""An inference request, whatever dialect it came in, and what a model's signature makes of it.
+
+Dialects read the wire and make a `Request`; the checks here give all of them the same refusals, in Triton's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from infera_server import codec
+from infera_server.codec import short
+from infera_server.errors import BadRequest
+from infera_server.rows import HostArray
+from infera_server.signature import Signature, Tensor
+
+Parameter: TypeAlias = bool | int | float | str
+
+MAX_MICROSECONDS = 2**62
+"""A timeout above it is as good as none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where in a registered shared memory region a tensor lies; sizes in bytes."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output asked for: its `classes` best classes instead of its values where that is not 0.
+
+    `binary` is for dialects that can write it in two ways. With a `region` it is written there.
+    """
+
+    name: str
+    binary: bool
+    classes: int = 0
+    region: Region | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """Which sequence a request belongs to, and whether it is its first or last."""
+
+    id: int | str
+    start: bool = False
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request, checked against the model's signature.
+
+    `timeout` is in seconds, None: not given. A smaller `priority` goes first; 0 is the model's default. `parameters`
+    holds what the protocol has no meaning for. With `trace` the reply says where its time went.
+    """
+
+    id: str
+    feeds: dict[str, HostArray]
+    outputs: Sequence[Output]
+    timeout: float | None = None
+    priority: int = 0
+    correlation: Correlation | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request's parameters ask for."""
+
+    timeout: float | None = None
+    priority: int = 0
+    correlation: Correlation | None = None
+    others: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+NO_OPTIONS = Options()
+
+
+def options(parameters: Mapping[str, Parameter]) -> Options:
+    """Read the parameters that mean something to every dialect. Raises BadRequest for a value that cannot be meant."""
+    if not parameters:
+        return NO_OPTIONS
+    others = dict(parameters)
+    micros, priority = (_natural(others.pop(key, 0), key) for key in ("timeout", "priority"))
+    identity = others.pop("sequence_id", 0)
+    if isinstance(identity, bool) or not isinstance(identity, int | str):
+        raise BadRequest("parameter 'sequence_id' must be an integer or a string")
+    start, end = (_flag(others.pop(key, False), key) for key in ("sequence_start", "sequence_end"))
+    correlation = Correlation(identity, start, end) if identity not in (0, "") or start or end else None
+    return Options(min(micros, MAX_MICROSECONDS) / 1e6 or None, priority, correlation, others)
+
+
+def _natural(value: Parameter, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise BadRequest(f"Unable to parse '{name}': attempt to access JSON non-unsigned-integer as unsigned-integer")
+    return value
+
+
+def _flag(value: Parameter, name: str) -> bool:
+    if type(value) is not bool:
+        raise BadRequest(f"Unable to parse '{name}': attempt to access JSON non-boolean as boolean")
+    return value
+
+
+def input_of(name: str, model: Signature) -> Tensor:
+    """The model's input of this name. Raises BadRequest."""
+    tensor = model.inputs.get(name)
+    if tensor is None:
+        raise BadRequest(f"unexpected inference input '{short(name)}' for model '{model.name}'")
+    return tensor
+
+
+def check_input(tensor: Tensor, datatype: str, shape: tuple[int, ...], model: Signature) -> None:
+    """Raises BadRequest where the datatype or a fixed dimension is another than the model's."""
+    if datatype != tensor.datatype:
+        raise BadRequest(
+            f"inference input '{tensor.name}' data-type is '{short(datatype)}', "
+            f"but model '{model.name}' expects '{tensor.datatype}'"
+        )
+    if not tensor.accepts(shape):
+        want, got = (",".join(map(str, s)) for s in (tensor.shape, shape))
+        raise BadRequest(
+            f"unexpected shape for input '{tensor.name}' for model '{model.name}'. Expected [{want}], got [{got}]."
+        )
+
+
+def from_bytes(tensor: Tensor, raw: memoryview | bytes, shape: tuple[int, ...], model: Signature) -> HostArray:
+    """The tensor in `raw`, a view where it can be one. Raises BadRequest where the length is not the shape's."""
+    need = codec.nbytes_of(tensor.dtype, shape)
+    if need is not None and need != len(raw):
+        raise BadRequest(
+            f"input byte size mismatch for input '{tensor.name}' for model '{model.name}'. "
+            f"Expected {need}, got {len(raw)}"
+        )
+    return codec.from_bytes(raw, tensor.dtype, shape, tensor.name)
+
+
+def check_complete(given: Collection[str], model: Signature) -> None:
+    """Raises BadRequest where an input is missing."""
+    missing = [name for name in model.inputs if name not in given]
+    if missing:
+        raise BadRequest(
+            f"expected {len(model.inputs)} inputs but got {len(given)} inputs for model '{model.name}'. "
+            f"Got input(s) {sorted(given)}, but missing required input(s) {missing}. "
+            "Please provide all required input(s)."
+        )
+
+
+def check_output(name: str, classes: int, model: Signature) -> None:
+    """Raises BadRequest for an output that the model has not, or that has no scores to classify by."""
+    if name not in model.outputs:
+        raise BadRequest(f"unexpected inference output '{short(name)}' for model '{model.name}'")
+    if classes and model.outputs[name].datatype == "BYTES":
+        raise BadRequest(f"output '{name}' is BYTES, which has no scores to classify by")
+
+
+def all_outputs(model: Signature, binary: bool) -> list[Output]:
+    """Every output of the model."""
+    return [Output(name, binary) for name in model.outputs]

@@ -1,0 +1,56 @@
+"""What dialects, the drain and the metrics need of a model, whatever runs it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from infera_server.jobs import Done, Job
+from infera_server.metrics import ModelStats
+from infera_server.requests import Request
+from infera_server.signature import Signature
+
+
+class Servable(Protocol):
+    """Takes requests until `drain`. Used from the event loop's thread, except `join` and `close`."""
+
+    @property
+    def signature(self) -> Signature: ...
+    @property
+    def stats(self) -> ModelStats: ...
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def lost(self) -> str:
+        """Why nothing runs there any more; empty while it does."""
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a run."""
+
+    def check_room(self, nbytes: int) -> None:
+        """Raises what `submit` would of a request that keeps so many bytes: Overloaded or Unavailable."""
+
+    def submit(self, request: Request, nbytes: int, done: Done) -> Job:
+        """Queue a request, which keeps `nbytes` in memory. `done` gets its outputs or a RequestError, once, later.
+
+        Raises BadRequest, Overloaded or Unavailable.
+        """
+
+    def cancel(self, job: Job) -> None:
+        """Forget a request: its `done` is not called."""
+
+    def expire(self) -> None:
+        """Answer requests whose time is up."""
+
+    def drain(self) -> None:
+        """Refuse new requests from now on, and finish those accepted."""
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the last accepted request, after `drain`. Returns whether it has been answered."""
+
+    def give_up(self, error: Exception) -> None:
+        """Answer everything that has not run, or not to its end, with this error."""
+
+    def close(self, timeout: float | None = None) -> None:
+        """`drain`, answer what waits with Unavailable, and release the device once the run in progress has ended."""
