@@ -19,6 +19,9 @@ from infera_server.rows import HostArray
 
 Buffer: TypeAlias = bytes | memoryview
 
+UNLOCKING, MAX_LOCKED = 500, 1 << 14
+"""Elements that NumPy converts with the interpreter's lock held, and that are worth converting in such pieces."""
+
 MAX_DIMENSIONS = 32
 MAX_DIMENSION = 2**31 - 1
 
@@ -177,12 +180,24 @@ def _numbers_from_json(data: list[Any], dtype: np.dtype[Any]) -> HostArray:
         raise BadRequest(f"Unable to parse 'data': attempt to access JSON {text}")
     try:
         with np.errstate(over="raise", invalid="ignore"):
-            values = found.astype(dtype)
+            values = _cast(found, dtype)
     except (FloatingPointError, OverflowError):
         raise BadRequest(f"Unable to parse 'data': a number is too big for {_NAMES[dtype]}") from None
     if dtype.kind != "f" and found.dtype != dtype and not np.array_equal(values, found):
         raise BadRequest(f"Unable to parse 'data': a number does not fit in {_NAMES[dtype]}")
     return values
+
+
+def _cast(array: HostArray, dtype: np.dtype[Any]) -> HostArray:
+    """`array.astype(dtype)`. NumPy lets go of the interpreter's lock for what it takes to be long work, from 500
+    elements on; getting it back from a busy engine thread takes longer than some thousands of them."""
+    if array.dtype == dtype or array.size > MAX_LOCKED or not array.flags.c_contiguous:
+        return array.astype(dtype)
+    cast = np.empty(array.shape, dtype)
+    to, of = cast.reshape(-1), array.reshape(-1)
+    for start in range(0, array.size, UNLOCKING):
+        to[start : start + UNLOCKING] = of[start : start + UNLOCKING]
+    return cast
 
 
 def _strings_from_json(data: list[Any]) -> HostArray:

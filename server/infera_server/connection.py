@@ -42,7 +42,7 @@ STALL_SECONDS = 60.0
 
 
 class Connection(HttpToolsProtocol):
-    """The lifespan's state must hold the Service as "service". `_enqueue` and `_proceed` are the subclass's."""
+    """The lifespan's state must hold the Service as "service". What raises NotImplementedError is the subclass's."""
 
     cycle: Any  # an Exchange, or uvicorn's cycle for an ASGI task
 
@@ -54,8 +54,13 @@ class Connection(HttpToolsProtocol):
         self.in_head = False
         self.in_body = False
         self.head_size = 0
+        self.fresh = b""
+        """What was received in one piece and begins with the message whose head is being read."""
         self.waiting_since = time.monotonic()
         self.stalled: asyncio.TimerHandle | None = None
+
+    def recall(self, data: bytes) -> bool:
+        raise NotImplementedError
 
     def _enqueue(self, exchange: Exchange) -> None:
         raise NotImplementedError
@@ -84,6 +89,12 @@ class Connection(HttpToolsProtocol):
         if self.deaf:
             return
         self._unset_keepalive_if_required()
+        if self.in_head or self.in_body:
+            self.fresh = b""
+        elif self.recall(data):
+            return
+        else:
+            self.fresh = data
         self.head_size += len(data)
         pieces: list[bytes | memoryview] = [data]
         while pieces and not self.deaf:
@@ -198,7 +209,11 @@ class Connection(HttpToolsProtocol):
         self.waiting_since = time.monotonic()
         if self.ended:
             self.transport.close()
-        super().on_response_complete()
+        if self.pipeline or not isinstance(self.cycle, Exchange):
+            super().on_response_complete()
+        elif not self.transport.is_closing():  # no timer for its idle time, which `check_time` looks at
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
 
     # --- refusing --------------------------------------------------------------------------------------------------
 

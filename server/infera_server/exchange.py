@@ -11,6 +11,7 @@ from infera_server.errors import RequestError, TooLarge
 from infera_server.intake import Intake
 from infera_server.jobs import Job
 from infera_server.protocols import v2_rest
+from infera_server.recall import Head
 from infera_server.requests import Request
 from infera_server.servable import Servable
 from infera_server.settings import Settings
@@ -48,6 +49,7 @@ class Exchange:
         "held",
         "job",
         "keep_alive",
+        "known",
         "model",
         "received",
         "refusal",
@@ -70,6 +72,7 @@ class Exchange:
         self.coding: Coding | None = None
         self.accept = b""
         self.header: int | None = None
+        self.known: Head | None = None
         self.model: Servable | None = None
         self.refusal: RequestError | None = None
         self.job: Job | None = None

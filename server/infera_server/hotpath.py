@@ -25,6 +25,7 @@ from infera_server.errors import RequestError, TooLarge, request_error
 from infera_server.exchange import Exchange, decode, infer_target
 from infera_server.jobs import Batch
 from infera_server.protocols import v2_rest
+from infera_server.recall import Head
 from infera_server.requests import Request
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
@@ -56,11 +57,33 @@ class HotPathProtocol(Connection):
 
     # --- receiving -------------------------------------------------------------------------------------------------
 
+    def recall(self, data: bytes) -> bool:
+        """Take a request whose head came before, with all of its body. Returns whether `data` is one, and no more."""
+        if not self.is_idle or self.flow.write_paused or self.lingering or self.transport.is_closing():
+            return False
+        found = self.service.heads.find(data)
+        if found is None:
+            return False
+        head, start = found
+        self.cycle = exchange = Exchange(keep_alive=True, expects_continue=False)
+        exchange.received = exchange.turn = True
+        exchange.known, exchange.coding, exchange.accept, exchange.header = head, head.coding, head.accept, head.header
+        exchange.body, exchange.size = [data[start:]], head.size
+        self.waiting_since = exchange.started_at
+        try:
+            exchange.model = self.service.model(*head.target)
+            exchange.model.check_room(head.size)
+        except RequestError as error:
+            exchange.refusal = error
+        self._proceed(exchange)
+        return True
+
     def on_headers_complete(self) -> None:
         self.in_head = False
         if self.parser.should_upgrade():
             return
         self.in_body = True
+        fresh, self.fresh = self.fresh, b""
         try:
             self.check_message()
         except RequestError as error:
@@ -74,13 +97,15 @@ class HotPathProtocol(Connection):
         http_1_1 = self.parser.get_http_version() != "1.0"
         exchange = Exchange(http_1_1 and self.parser.should_keep_alive(), http_1_1 and self.expect_100_continue)
         try:
-            self._admit(exchange, target, {n: v for n, v in self.headers if n in _FIELDS})
+            self._admit(exchange, target, {n: v for n, v in self.headers if n in _FIELDS}, fresh)
         except RequestError as error:
             exchange.refusal = error
         self._enqueue(exchange)
 
-    def _admit(self, exchange: Exchange, target: tuple[str, str | None], fields: dict[bytes, bytes]) -> None:
-        """What the headers alone decide. Raises RequestError."""
+    def _admit(
+        self, exchange: Exchange, target: tuple[str, str | None], fields: dict[bytes, bytes], fresh: bytes
+    ) -> None:
+        """What the headers alone decide; `fresh` begins with them, if they came in one piece. Raises RequestError."""
         exchange.accept = fields.get(b"accept-encoding", b"")
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
@@ -92,6 +117,9 @@ class HotPathProtocol(Connection):
         exchange.coding = coding.coding_of(fields.get(b"content-encoding", b""))
         if b"inference-header-content-length" in fields:
             exchange.header = v2_rest.header_length(fields[b"inference-header-content-length"])
+        if fresh and b"content-length" in fields and exchange.keep_alive and not exchange.expects_continue:
+            exchange.known = Head(target, size, exchange.coding, exchange.accept, exchange.header)
+            self.service.heads.keep(fresh, exchange.known)
 
     def _enqueue(self, exchange: Exchange) -> None:
         before, self.cycle = self.cycle, exchange
@@ -181,14 +209,34 @@ class HotPathProtocol(Connection):
         assert model is not None
         self.active = exchange
         body = parts[0] if len(parts) == 1 else b"".join(parts)
+        if (request := self._again(exchange, model, body)) is not None:
+            self._send(exchange, model, request, len(body))
+            return
         arguments = body, exchange, model, self.service.settings
         if len(body) <= (INLINE_BYTES if exchange.coding is None else INLINE_CODED_BYTES):
-            self._send(exchange, model, *decode(*arguments))
+            request, nbytes = decode(*arguments)
+            if exchange.known is not None and exchange.header and exchange.coding is None:
+                exchange.known.keep(body[: exchange.header], model, request)
+            self._send(exchange, model, request, nbytes)
         else:
             exchange.body = []
             del parts, body
             decoded = self.loop.run_in_executor(None, decode, *arguments)
             decoded.add_done_callback(lambda found: self._decoded(exchange, model, found))
+
+    def _again(self, exchange: Exchange, model: Servable, body: bytes) -> Request | None:
+        """The request, where one with the same document came before and reading the rest takes no time."""
+        known, header = exchange.known, exchange.header
+        if known is None or header is None or exchange.coding is not None:
+            return None
+        found = known.requests.get(body[:header])
+        if found is None or found[0] is not model:
+            return None
+        _, request = found
+        assert request.common is not None
+        if len(body) > INLINE_BYTES and not request.common.are_views:
+            return None
+        return request.again(memoryview(body)[header:])
 
     def _decoded(self, exchange: Exchange, model: Servable, found: asyncio.Future[tuple[Request, int]]) -> None:
         """A large body was read in another thread, or could not be; the client may have left meanwhile."""

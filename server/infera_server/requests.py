@@ -6,7 +6,7 @@ Dialects read the wire and make a `Request`; the checks here give all of them th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from infera_server import codec
@@ -53,6 +53,32 @@ class Correlation:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """An input that is sent as bytes: `[start, stop)` of what follows a request's document."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What requests of one document, byte for byte, have in common, where all their inputs are sent as bytes.
+
+    `replies` is for the dialect: what its replies have in common, by the shapes of the outputs.
+    """
+
+    slices: Sequence[Slice]
+    replies: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)
+
+    @property
+    def are_views(self) -> bool:
+        """Whether the arrays are views of the bytes, made in no time."""
+        return all(s.tensor.dtype.kind not in "Ob" for s in self.slices)
+
+
+@dataclass(slots=True)
 class Request:
     """A request, checked against the model's signature.
 
@@ -68,6 +94,23 @@ class Request:
     correlation: Correlation | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     trace: bool = False
+    common: Common | None = None
+
+    def without_feeds(self) -> Request:
+        """The request as it is kept to be sent again."""
+        return replace(self, feeds={})
+
+    def again(self, tail: memoryview) -> Request:
+        """The request of the same document with other bytes after it. Needs `common`."""
+        assert self.common is not None
+        feeds = {
+            s.tensor.name: codec.from_bytes(tail[s.start : s.stop], s.tensor.dtype, s.shape, s.tensor.name)
+            for s in self.common.slices
+        }
+        return Request(
+            self.id, feeds, self.outputs, self.timeout, self.priority, self.correlation, self.parameters, self.trace,
+            self.common,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

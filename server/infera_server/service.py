@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from infera_server.errors import Unavailable
 from infera_server.intake import Intake
 from infera_server.jobs import Batch
+from infera_server.recall import Heads
 from infera_server.repository import Repository
 from infera_server.servable import Servable
 from infera_server.settings import Settings
@@ -43,6 +44,7 @@ class Service:
     connections: set[Connection] = field(default_factory=set, init=False)
     intake: Intake = field(init=False)
     max_connections: int = field(init=False)
+    heads: Heads = field(default_factory=Heads, init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(self.settings.max_intake_bytes)

@@ -1,0 +1,75 @@
+"""Requests that came before, byte for byte but for their tensors.
+
+A client sends the same head and the same JSON again and again, and only other tensors after them. What was read and
+checked once is looked up by those bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from infera_server.coding import Coding
+from infera_server.requests import Request
+from infera_server.servable import Servable
+
+MAX_HEAD, MAX_DOCUMENT = 2048, 2048
+"""Bytes of a head, and of a document, that are worth keeping."""
+
+MAX_HEADS, MAX_DOCUMENTS = 256, 16
+"""How many heads are kept, and documents of each: 9 MB at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a head says that was read before: an HTTP/1.1 POST that keeps its connection, with a body of `size` bytes.
+
+    `requests` are those seen with it, by their documents, without their tensors; each with the model that it was
+    checked against.
+    """
+
+    target: tuple[str, str | None]
+    size: int
+    coding: Coding | None
+    accept: bytes
+    header: int | None
+    requests: dict[bytes, tuple[Servable, Request]] = field(default_factory=dict)
+
+    def keep(self, document: bytes, model: Servable, request: Request) -> None:
+        """Keep a request that was sent with this document."""
+        if request.common is not None and len(document) <= MAX_DOCUMENT:
+            if len(self.requests) >= MAX_DOCUMENTS:
+                self.requests.clear()
+            self.requests[document] = model, request.without_feeds()
+
+
+class Heads:
+    """The heads that were read, by their bytes without the blank line at the end."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Head] = {}
+
+    def find(self, data: bytes) -> tuple[Head, int] | None:
+        """The known head that `data` begins with, if its body and nothing else follows, and where that begins."""
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
+        if end < 0:
+            return None
+        head = self._known.get(data[:end])
+        if head is None or len(data) != end + 4 + head.size:
+            return None
+        return head, end + 4
+
+    def keep(self, data: bytes, head: Head) -> None:
+        """Keep what was read in the head that `data` begins with, if it is all there and not too long.
+
+        A line that ends without a carriage return could have ended the head for the parser, and keeps it out.
+        """
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
+        if end < 0 or data.count(b"\n", 0, end) != data.count(b"\r\n", 0, end):
+            return
+        if len(self._known) >= MAX_HEADS:
+            self._known.clear()
+        self._known[data[:end]] = head
+
+    def forget(self) -> None:
+        """Forget all, where what was decided by a head may be decided otherwise now."""
+        self._known.clear()
