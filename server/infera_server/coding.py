@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Literal, TypeAlias
 
-from infera_server.codec import short
+from infera_server.codec import Buffer, short
 from infera_server.errors import BadRequest, TooLarge, UnknownCoding
 
 Coding: TypeAlias = Literal["gzip", "deflate"]
@@ -61,13 +61,13 @@ def _quality(parameters: list[str]) -> float:
     return 1.0
 
 
-def decompress(body: bytes, coding: Coding, limit: int) -> bytes:
+def decompress(body: Buffer, coding: Coding, limit: int) -> bytes:
     """The decoded body. Raises BadRequest where it is damaged or cut short, TooLarge past `limit` bytes."""
     wbits = _WBITS[coding]
     if coding == "deflate" and (len(body) < 2 or body[0] & 15 != 8 or int.from_bytes(body[:2], "big") % 31):
         wbits = _BARE
     whole: list[bytes] = []
-    size, left = 0, body
+    size, left = 0, bytes(body)
     while left or not whole:
         stream = zlib.decompressobj(wbits)
         try:
@@ -86,7 +86,7 @@ def decompress(body: bytes, coding: Coding, limit: int) -> bytes:
     return whole[0] if len(whole) == 1 else b"".join(whole)
 
 
-def compress(parts: list[bytes | memoryview], coding: Coding) -> bytes:
+def compress(parts: list[Buffer], coding: Coding) -> bytes:
     """The coded whole of `parts`."""
     stream = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WBITS[coding])
     return b"".join([*map(stream.compress, parts), stream.flush()])

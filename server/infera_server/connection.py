@@ -123,10 +123,14 @@ class Connection(HttpToolsProtocol):
                 value = b",".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
             if name != b"upgrade":
                 head.append(b"%s: %s\r\n" % (name, value))
+        self.renew_parser()
+        return [b"".join([*head, b"\r\n"])]
+
+    def renew_parser(self) -> None:
+        """Forget what the parser is in the middle of."""
         self.parser = httptools.HttpRequestParser(self)
         with suppress(AttributeError):  # as uvicorn does: httptools before 0.6.3 has no such choice
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return [b"".join([*head, b"\r\n"])]
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -173,7 +177,7 @@ class Connection(HttpToolsProtocol):
     def _can_probe(self) -> bool:
         """Whether the last request is an inference request at work, that came in HTTP/1.1."""
         cycle = self.cycle
-        return isinstance(cycle, Exchange) and cycle.turn and self.parser.get_http_version() == "1.1"
+        return isinstance(cycle, Exchange) and cycle.turn and cycle.is_1_1
 
     def _leave_if_gone(self) -> None:
         """End the connection where the interim response was met by a reset, which no event tells of after the end."""

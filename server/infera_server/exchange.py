@@ -6,6 +6,7 @@ import time
 from urllib.parse import unquote_to_bytes
 
 from infera_server import coding
+from infera_server.codec import Buffer
 from infera_server.coding import Coding
 from infera_server.errors import RequestError, TooLarge
 from infera_server.intake import Intake
@@ -47,6 +48,7 @@ class Exchange:
         "expects_continue",
         "header",
         "held",
+        "is_1_1",
         "job",
         "keep_alive",
         "known",
@@ -60,13 +62,14 @@ class Exchange:
         "turn",
     )  # fmt: skip
 
-    def __init__(self, keep_alive: bool, expects_continue: bool) -> None:
+    def __init__(self, keep_alive: bool, expects_continue: bool, is_1_1: bool = True) -> None:
         self.keep_alive = keep_alive
+        self.is_1_1 = is_1_1
         self.expects_continue = expects_continue
         self.response_complete = False
         self.received = False
         self.turn = False
-        self.body: list[bytes] = []
+        self.body: list[Buffer] = []
         self.size = 0
         self.held = 0
         self.coding: Coding | None = None
@@ -79,12 +82,11 @@ class Exchange:
         self.request: Request | None = None
         self.started_at = time.monotonic()
 
-    def keep(self, part: bytes, intake: Intake) -> None:
-        """Keep a part of the body. Raises Overloaded where too much is being received."""
-        intake.check(len(part))
-        intake.held += len(part)
-        self.held += len(part)
-        self.body.append(part)
+    def hold(self, nbytes: int, intake: Intake) -> None:
+        """Account for a part of the body that is kept. Raises Overloaded where too much is being received."""
+        intake.check(nbytes)
+        intake.held += nbytes
+        self.held += nbytes
 
     def let_go(self, intake: Intake) -> None:
         """Forget the body."""
@@ -93,7 +95,7 @@ class Exchange:
         self.body = []
 
 
-def decode(body: bytes, exchange: Exchange, model: Servable, settings: Settings) -> tuple[Request, int]:
+def decode(body: Buffer, exchange: Exchange, model: Servable, settings: Settings) -> tuple[Request, int]:
     """The request in a body, and the bytes that it keeps in memory. Raises RequestError; may run in any thread."""
     if exchange.coding is not None:
         body = coding.decompress(body, exchange.coding, settings.max_body_bytes)

@@ -30,6 +30,7 @@ from infera_server.requests import Request
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.service import explain
+from infera_server.upload import LARGE, Upload
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class HotPathProtocol(Connection):
         self.active: Exchange | None = None
         self.held: Exchange | None = None
         self.lingering = False
+        self.upload: Upload | None = None
+        """What receives the body of `cycle`."""
 
     # --- receiving -------------------------------------------------------------------------------------------------
 
@@ -95,12 +98,20 @@ class HotPathProtocol(Connection):
             super().on_headers_complete()
             return
         http_1_1 = self.parser.get_http_version() != "1.0"
-        exchange = Exchange(http_1_1 and self.parser.should_keep_alive(), http_1_1 and self.expect_100_continue)
+        exchange = Exchange(
+            http_1_1 and self.parser.should_keep_alive(), http_1_1 and self.expect_100_continue, http_1_1
+        )
         try:
             self._admit(exchange, target, {n: v for n, v in self.headers if n in _FIELDS}, fresh)
         except RequestError as error:
             exchange.refusal = error
         self._enqueue(exchange)
+        if exchange.turn and exchange.refusal is None and (size := self._announced()) >= LARGE:
+            self.upload = Upload(self, size, exchange.header or 0)
+
+    def _announced(self) -> int:
+        """The bytes of the body that is about to come; 0 where its head does not tell."""
+        return next((int(value) for name, value in self.headers if name == b"content-length"), 0)
 
     def _admit(
         self, exchange: Exchange, target: tuple[str, str | None], fields: dict[bytes, bytes], fresh: bytes
@@ -118,8 +129,8 @@ class HotPathProtocol(Connection):
         if b"inference-header-content-length" in fields:
             exchange.header = v2_rest.header_length(fields[b"inference-header-content-length"])
         if fresh and b"content-length" in fields and exchange.keep_alive and not exchange.expects_continue:
-            exchange.known = Head(target, size, exchange.coding, exchange.accept, exchange.header)
-            self.service.heads.keep(fresh, exchange.known)
+            head = Head(target, size, exchange.coding, exchange.accept, exchange.header)
+            exchange.known = self.service.heads.keep(fresh, head)
 
     def _enqueue(self, exchange: Exchange) -> None:
         before, self.cycle = self.cycle, exchange
@@ -145,10 +156,15 @@ class HotPathProtocol(Connection):
             self._proceed(exchange)
         elif exchange.refusal is None:
             try:
-                exchange.keep(body, self.service.intake)
+                exchange.hold(len(body), self.service.intake)
             except RequestError as error:
-                exchange.refusal = error
+                exchange.refusal, self.upload = error, None
                 exchange.let_go(self.service.intake)
+                return
+            if self.upload is None:
+                exchange.body.append(body)
+            else:
+                self.upload.put(body)
 
     def on_message_complete(self) -> None:
         exchange = self.cycle
@@ -157,9 +173,47 @@ class HotPathProtocol(Connection):
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
             return
+        if self.upload is not None:
+            exchange.body, self.upload = [self.upload.body], None
+        self._received(exchange)
+
+    def _received(self, exchange: Exchange) -> None:
         self.in_body, self.head_size = False, 0
         exchange.received = True
         self._proceed(exchange)
+
+    # --- large bodies ----------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.upload is not None:
+            self._hand_over(self.upload)
+
+    def _hand_over(self, protocol: asyncio.BaseProtocol) -> None:
+        """Let another protocol read from the socket. (uvloop looks at what kind it is when reading begins.)"""
+        self.transport.pause_reading()
+        self.transport.set_protocol(protocol)
+        self.transport.resume_reading()
+
+    def body_received(self, nbytes: int) -> bool:
+        exchange = self.cycle
+        exchange.size += nbytes
+        if self.deaf or self.lingering:
+            return False
+        try:
+            exchange.hold(nbytes, self.service.intake)
+        except RequestError as error:
+            exchange.refusal, exchange.keep_alive = error, False  # its framing is lost
+            self._proceed(exchange)
+            return False
+        return True
+
+    def body_complete(self, body: memoryview) -> None:
+        self.upload = None
+        self.renew_parser()
+        self._hand_over(self)
+        self.cycle.body = [body]
+        self._received(self.cycle)
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +270,7 @@ class HotPathProtocol(Connection):
         if len(body) <= (INLINE_BYTES if exchange.coding is None else INLINE_CODED_BYTES):
             request, nbytes = decode(*arguments)
             if exchange.known is not None and exchange.header and exchange.coding is None:
-                exchange.known.keep(body[: exchange.header], model, request)
+                exchange.known.keep(bytes(body[: exchange.header]), model, request)
             self._send(exchange, model, request, nbytes)
         else:
             exchange.body = []
@@ -224,12 +278,12 @@ class HotPathProtocol(Connection):
             decoded = self.loop.run_in_executor(None, decode, *arguments)
             decoded.add_done_callback(lambda found: self._decoded(exchange, model, found))
 
-    def _again(self, exchange: Exchange, model: Servable, body: bytes) -> Request | None:
+    def _again(self, exchange: Exchange, model: Servable, body: Buffer) -> Request | None:
         """The request, where one with the same document came before and reading the rest takes no time."""
         known, header = exchange.known, exchange.header
         if known is None or header is None or exchange.coding is not None:
             return None
-        found = known.requests.get(body[:header])
+        found = known.requests.get(bytes(body[:header]))
         if found is None or found[0] is not model:
             return None
         _, request = found
@@ -335,7 +389,7 @@ class HotPathProtocol(Connection):
         for cycle in (self.cycle, self.held, *(cycle for cycle, _ in self.pipeline)):
             if isinstance(cycle, Exchange):
                 cycle.let_go(self.service.intake)
-        exchange, self.active, self.held = self.active, None, None
+        exchange, self.active, self.held, self.upload = self.active, None, None, None
         if exchange is not None and exchange.job is not None and exchange.model is not None:
             exchange.model.cancel(exchange.job)
         if isinstance(self.cycle, Exchange):

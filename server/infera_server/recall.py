@@ -58,17 +58,19 @@ class Heads:
             return None
         return head, end + 4
 
-    def keep(self, data: bytes, head: Head) -> None:
+    def keep(self, data: bytes, head: Head) -> Head:
         """Keep what was read in the head that `data` begins with, if it is all there and not too long.
+
+        Returns what was kept of it before, if it was.
 
         A line that ends without a carriage return could have ended the head for the parser, and keeps it out.
         """
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
         if end < 0 or data.count(b"\n", 0, end) != data.count(b"\r\n", 0, end):
-            return
+            return head
         if len(self._known) >= MAX_HEADS:
             self._known.clear()
-        self._known[data[:end]] = head
+        return self._known.setdefault(data[:end], head)
 
     def forget(self) -> None:
         """Forget all, where what was decided by a head may be decided otherwise now."""

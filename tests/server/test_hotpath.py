@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from infera_server import hotpath
 from infera_server.exchange import Exchange, infer_target
 from infera_server.hotpath import HotPathProtocol
+from infera_server.upload import LARGE
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -35,8 +37,16 @@ X = np.arange(4, dtype=np.float32).reshape(1, 4)
 BODY = json.dumps(request_of(X)).encode()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=[LARGE, 1], ids=["parsed", "read by itself"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """Bodies from so many bytes on are read past the parser."""
+    with pytest.MonkeyPatch.context() as patch, serving_from(request.param, patch) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving_from(large: int, patch: pytest.MonkeyPatch) -> Iterator[Running]:
+    patch.setattr(hotpath, "LARGE", large)
     with serving({"double": doubler(), "any": any_width()}, max_body_bytes=LIMIT, max_batch=8) as running:
         yield running
 

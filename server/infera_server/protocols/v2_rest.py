@@ -47,7 +47,7 @@ def header_length(value: bytes) -> int:
     return int(digits[:20])
 
 
-def parse(body: bytes, header: int | None, model: Signature) -> Request:
+def parse(body: Buffer, header: int | None, model: Signature) -> Request:
     """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none)."""
     if header == 0:
         return Request("", _raw_feeds(body, model), all_outputs(model, binary=True))
@@ -196,7 +196,7 @@ def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
         raise NotFound(f"Unable to find shared memory region: '{short(str(parameters['shared_memory_region']))}'")
 
 
-def _raw_feeds(body: bytes, model: Signature) -> dict[str, HostArray]:
+def _raw_feeds(body: Buffer, model: Signature) -> dict[str, HostArray]:
     """The whole body is the one input: one row of it, with at most one open dimension, which the size then tells."""
     if len(model.inputs) != 1:
         raise BadRequest(f"a raw request needs a model with one input, '{model.name}' has {len(model.inputs)}")
