@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 from pydantic import ValidationError
 
 from infera_gpu.cli.console import print_error
-from infera_server.repository import DiscoveryError, Repository, discover
+from infera_server.discovery import DiscoveryError, discover, survey
+from infera_server.repository import Repository
 from infera_server.screen import screen
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
@@ -39,6 +41,12 @@ def serve(
     ] = None,
     vram_limit: Annotated[
         str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB. [default: what there is]")
+    ] = None,
+    model_control: Annotated[
+        str | None,
+        typer.Option(
+            help="explicit: models are loaded and unloaded on request too; none: at start. [default: explicit]"
+        ),
     ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
@@ -74,7 +82,7 @@ def serve(
     except OSError as error:
         print_error(f"cannot listen on {settings.host}:{settings.port}: {error}")
         raise typer.Exit(1) from None
-    server = Host(Repository(settings, sources), sock)
+    server = Host(Repository(settings, sources, rescan=partial(survey, paths)), sock)
     with screen(len(sources)) as out:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(message)s", handlers=[out.handler()], force=True

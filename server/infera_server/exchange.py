@@ -59,6 +59,7 @@ class Exchange:
         "response_complete",
         "size",
         "started_at",
+        "target",
         "turn",
     )  # fmt: skip
 
@@ -76,6 +77,7 @@ class Exchange:
         self.accept = b""
         self.header: int | None = None
         self.known: Head | None = None
+        self.target: tuple[str, str | None] = "", None
         self.model: Servable | None = None
         self.refusal: RequestError | None = None
         self.job: Job | None = None

@@ -26,7 +26,7 @@ from infera_server.exchange import Exchange, decode, infer_target
 from infera_server.jobs import Batch
 from infera_server.protocols import v2_rest
 from infera_server.recall import Head
-from infera_server.requests import Request
+from infera_server.requests import Request, check_again
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.service import explain
@@ -70,7 +70,8 @@ class HotPathProtocol(Connection):
         head, start = found
         self.cycle = exchange = Exchange(keep_alive=True, expects_continue=False)
         exchange.received = exchange.turn = True
-        exchange.known, exchange.coding, exchange.accept, exchange.header = head, head.coding, head.accept, head.header
+        exchange.known, exchange.target = head, head.target
+        exchange.coding, exchange.accept, exchange.header = head.coding, head.accept, head.header
         exchange.body, exchange.size = [data[start:]], head.size
         self.waiting_since = exchange.started_at
         try:
@@ -122,6 +123,7 @@ class HotPathProtocol(Connection):
         if size > self.max_body:
             exchange.keep_alive = False
             raise TooLarge(f"the request body has {size:,} bytes, at most {self.max_body:,} are accepted")
+        exchange.target = target
         exchange.model = self.service.model(*target)
         exchange.model.check_room(size)
         self.service.intake.check(size)
@@ -261,6 +263,8 @@ class HotPathProtocol(Connection):
     def _submit(self, exchange: Exchange) -> None:
         model, parts = exchange.model, exchange.body
         assert model is not None
+        if model.retired:
+            model = exchange.model = self.service.model(*exchange.target)
         self.active = exchange
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         if (request := self._again(exchange, model, body)) is not None:
@@ -284,7 +288,7 @@ class HotPathProtocol(Connection):
         if known is None or header is None or exchange.coding is not None:
             return None
         found = known.requests.get(bytes(body[:header]))
-        if found is None or found[0] is not model:
+        if found is None or found[0]() is not model:
             return None
         _, request = found
         assert request.common is not None
@@ -298,7 +302,11 @@ class HotPathProtocol(Connection):
             exchange.let_go(self.service.intake)
             return
         try:
-            self._send(exchange, model, *found.result())
+            request, nbytes = found.result()
+            if model.retired:
+                model = exchange.model = self.service.model(*exchange.target)
+                check_again(request, model.signature)
+            self._send(exchange, model, request, nbytes)
         except Exception as error:
             self._refuse_unread(exchange, error)
 
@@ -357,6 +365,7 @@ class HotPathProtocol(Connection):
             self.transport.writelines([b"".join(head), *body])
         if exchange.model is not None:
             exchange.model.stats.replied(status, time.monotonic() - exchange.started_at)
+            exchange.model = None  # an idle connection must not keep a model that is unloaded
         if not exchange.keep_alive:
             self.pipeline.clear()
             self._hang_up(exchange)

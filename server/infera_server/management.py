@@ -85,10 +85,14 @@ def statistics(model: Servable) -> dict[str, Any]:
 
 
 def index(repository: Repository, only_ready: bool) -> list[dict[str, str]]:
-    """Every version of every model and how far it is, by the model repository extension."""
-    return [
+    """Every version of every model and how far it is, by the model repository extension.
+
+    Of a model that was never loaded it has the name alone.
+    """
+    found = [
         {"name": e.source.name, "version": e.source.version, "state": e.state.value}
         | ({"reason": e.reason} if e.reason else {})
         for e in repository.entries()
         if not only_ready or e.state is State.READY
     ]
+    return found if only_ready else found + [{"name": name} for name in repository.unloaded()]

@@ -44,6 +44,7 @@ class Model:
     timeout: float
     source_name: str
     device: str = field(init=False)
+    retired: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.device = self.session.device.name

@@ -16,10 +16,14 @@ ALL = "cuda:all"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A device, and the GPU memory that all models there have together; None for what there is."""
+    """A device, and the GPU memory that all models there have together; None for what there is.
+
+    `nbytes` is what the model that has the place counts for.
+    """
 
     device: str
     budget: VramBudget | None
+    nbytes: int = 0
 
 
 class Placement:
@@ -49,10 +53,15 @@ class Placement:
         self._changing = threading.Lock()
 
     def take(self, model: str, nbytes: int) -> Place:
-        """Where a model of so many bytes goes; they count from now on."""
+        """Where a model of so many bytes goes; they count until `give_back`."""
         with self._changing:
             device = self._pins.get(model) or min(self._devices, key=self._bytes.__getitem__)
             self._bytes[device] = self._bytes.get(device, 0) + nbytes
             if self._limit is None:
-                return Place(device, None)
-            return Place(device, self._budgets.setdefault(device, VramBudget(self._limit)))
+                return Place(device, None, nbytes)
+            return Place(device, self._budgets.setdefault(device, VramBudget(self._limit)), nbytes)
+
+    def give_back(self, place: Place) -> None:
+        """The model has left."""
+        with self._changing:
+            self._bytes[place.device] -= place.nbytes

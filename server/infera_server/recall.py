@@ -7,6 +7,7 @@ checked once is looked up by those bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from weakref import ref
 
 from infera_server.coding import Coding
 from infera_server.requests import Request
@@ -24,7 +25,7 @@ class Head:
     """What a head says that was read before: an HTTP/1.1 POST that keeps its connection, with a body of `size` bytes.
 
     `requests` are those seen with it, by their documents, without their tensors; each with the model that it was
-    checked against.
+    checked against, which is not kept from being unloaded.
     """
 
     target: tuple[str, str | None]
@@ -32,14 +33,14 @@ class Head:
     coding: Coding | None
     accept: bytes
     header: int | None
-    requests: dict[bytes, tuple[Servable, Request]] = field(default_factory=dict)
+    requests: dict[bytes, tuple[ref[Servable], Request]] = field(default_factory=dict)
 
     def keep(self, document: bytes, model: Servable, request: Request) -> None:
         """Keep a request that was sent with this document."""
         if request.common is not None and len(document) <= MAX_DOCUMENT:
             if len(self.requests) >= MAX_DOCUMENTS:
                 self.requests.clear()
-            self.requests[document] = model, request.without_feeds()
+            self.requests[document] = ref(model), request.without_feeds()
 
 
 class Heads:

@@ -4,49 +4,32 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from infera_gpu.errors import InferaError
 from infera_server.codec import short
+from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
-from infera_server.model import Model, Opener, Post, open_model, open_session
-from infera_server.placement import Placement
+from infera_server.loader import Loader, reason_of
+from infera_server.model import Model, Opener, Post
 from infera_server.settings import Settings
-from infera_server.turns import Turns
 
 MAX_LOADERS = 4
 
-RESERVED = frozenset({"stats"})
-"""Names in the place of a model that mean something else: `GET /v2/models/stats` is about all of them."""
-
-
-class DiscoveryError(ValueError):
-    """The paths do not say what to serve."""
+UNLOADED = "unloaded"
+"""Triton's reason for a version that was taken out of service."""
 
 
 class State(Enum):
+    """How far a version is, in Triton's words."""
+
     LOADING = "LOADING"
     READY = "READY"
+    UNLOADING = "UNLOADING"
     UNAVAILABLE = "UNAVAILABLE"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A model file and what it is served as."""
-
-    name: str
-    version: str
-    path: Path
-
-    def __str__(self) -> str:
-        return f"{self.name} version {self.version}"
 
 
 @dataclass(slots=True, eq=False)
@@ -59,87 +42,34 @@ class Entry:
     model: Model | None = None
 
 
-def discover(paths: Sequence[Path]) -> list[Source]:
-    """The models at `paths`: ONNX files, folders of them, model folders (`NAME/1/model.onnx`) or folders of these.
-
-    Raises DiscoveryError where a path holds none, two models would have one name, or a name cannot be served.
-    """
-    found: dict[tuple[str, str], Source] = {}
-    for path in paths:
-        sources = list(_sources(path))
-        if not sources:
-            raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
-        for source in sources:
-            _check_name(source)
-            other = found.setdefault((source.name, source.version), source)
-            if other is not source:
-                raise DiscoveryError(f"{other.path} and {source.path} would both be served as {source}; rename one")
-    return list(found.values())
-
-
-def _check_name(source: Source) -> None:
-    """Raises DiscoveryError for a name that the protocol cannot say."""
-    try:
-        source.name.encode()
-    except UnicodeEncodeError:
-        raise DiscoveryError(f"{str(source.path)!a} is not named in UTF-8; rename it") from None
-    if source.name in RESERVED:
-        raise DiscoveryError(f"{source.path} would be served at /v2/models/{source.name}, which is taken; rename it")
-
-
-def _is_model(path: Path) -> bool:
-    return path.suffix.lower() == ".onnx" and path.is_file()
-
-
-def _sources(path: Path) -> Iterator[Source]:
-    if path.is_file():
-        yield Source(path.stem, "1", path)
-    elif path.is_dir():
-        own = list(_versions(path))
-        yield from own
-        if not own:
-            for child in sorted(path.iterdir()):
-                if _is_model(child):
-                    yield Source(child.stem, "1", child)
-                elif child.is_dir():
-                    yield from _versions(child)
-    else:
-        raise DiscoveryError(f"{path} does not exist")
-
-
-def _versions(folder: Path) -> Iterator[Source]:
-    """The versions in a model's folder: `model.onnx`, or the only .onnx file, in folders named by a number."""
-    name = folder.resolve().name
-    for child in sorted(folder.iterdir()):
-        if not (child.is_dir() and child.name.isascii() and child.name.isdigit() and int(child.name) > 0):
-            continue
-        files = sorted(filter(_is_model, child.iterdir()))
-        named = [f for f in files if f.name == "model.onnx"] or files
-        if len(named) > 1:
-            raise DiscoveryError(f"{child} holds {len(named)} .onnx files, none of them named model.onnx")
-        if named:
-            yield Source(name, str(int(child.name)), named[0])
-
-
 @dataclass(eq=False)
 class Repository:
-    """All models by name and version. Lookups are dictionary lookups: no text of a request reaches the file system."""
+    """All models by name and version. Lookups are dictionary lookups: no text of a request reaches the file system.
+
+    After `load` it is changed in the event loop's thread only.
+    """
 
     settings: Settings
     sources: Sequence[Source]
     opener: Opener | None = None
     """How a file becomes a session; None is the runtime, at the place that the settings give."""
-    _entries: dict[str, dict[str, Entry]] = field(init=False)
+    rescan: Callable[[], Survey] | None = None
+    """Looks for models again; None: there are no others than `sources`."""
+    loader: Loader = field(init=False)
+    leaving: set[Model] = field(default_factory=set, init=False)
+    """Models that take no new requests and have accepted ones to finish."""
+    _entries: Mapping[str, Mapping[str, Entry]] = field(init=False)
     _served: dict[tuple[str, str | None], Model] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._placement = Placement(self.settings.device, self.settings.vram_limit, self.settings.pins)
+        self.loader = Loader(self.settings, self.opener)
         self._entries = {}
-        for source in sorted(self.sources, key=lambda s: (s.name, int(s.version))):
-            self._entries.setdefault(source.name, {})[source.version] = Entry(source)
-        self._turns: defaultdict[str, Turns] = defaultdict(Turns)
         self._guard = threading.Lock()
         self._stopped = False
+        for name in dict.fromkeys(sorted(source.name for source in self.sources)):
+            self._note(name, [Entry(source) for source in self.sources if source.name == name])
+
+    # --- starting --------------------------------------------------------------------------------------------------
 
     def load(self, post: Post, progress: Callable[[Entry], None] = lambda entry: None) -> None:
         """Load everything, several at a time; a failure is noted in its entry and stops no other.
@@ -170,18 +100,9 @@ class Repository:
             entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped before it was loaded"
             return entry
         try:
-            model = open_model(
-                source.name,
-                source.version,
-                source.path,
-                self.settings,
-                post=post,
-                turns_of=self._turns_of,
-                opener=self.opener or self._open_at(source),
-            )
+            model = self.loader.open(source, post)
         except Exception as error:
-            entry.reason = str(error) if isinstance(error, InferaError) else f"{type(error).__name__}: {error}"
-            entry.state = State.UNAVAILABLE
+            entry.state, entry.reason = State.UNAVAILABLE, reason_of(error)
             self._choose_default(source.name)
             return entry
         with self._guard:
@@ -196,14 +117,10 @@ class Repository:
             self._choose_default(source.name)
         return entry
 
-    def _open_at(self, source: Source) -> Opener:
-        """The runtime, with a place for this model."""
-        return partial(open_session, place=self._placement.take(source.name, source.path.stat().st_size))
-
     def _choose_default(self, name: str) -> None:
         """The newest version is the default, once no newer one may still come."""
         with self._guard:
-            for entry in sorted(self._entries[name].values(), key=lambda e: int(e.source.version), reverse=True):
+            for entry in reversed(list(self._entries[name].values())):
                 if entry.state is State.LOADING:
                     return
                 if entry.model is not None:
@@ -215,15 +132,66 @@ class Repository:
         with self._guard:
             self._stopped = True
 
-    def _turns_of(self, device: str) -> Turns:
-        with self._guard:
-            return self._turns[device]
+    # --- changing, in the event loop's thread ----------------------------------------------------------------------
+
+    def mark_loading(self, name: str, sources: Iterable[Source]) -> None:
+        """These versions are on their way; what serves them now goes on."""
+        known = self._entries.get(name, {})
+        self._note(name, [Entry(s) for s in sources if s.version not in known or known[s.version].model is None])
+
+    def mark_failed(self, name: str, reasons: Mapping[str, str]) -> None:
+        """These versions could not be loaded; what served them before goes on, and the index says why it is old."""
+        for version, reason in reasons.items():
+            entry = self._entries[name][version]
+            entry.reason = reason
+            if entry.model is None:
+                entry.state = State.UNAVAILABLE
+
+    def put(self, name: str, models: Mapping[Source, Model]) -> list[Model]:
+        """Serve these versions of a model from now on, and no others. Returns those that are not served any more.
+
+        They are `leaving`, and refuse new requests.
+        """
+        before = [entry for entry in self._entries.get(name, {}).values() if entry.model is not None]
+        for entry in before:
+            entry.state = State.UNLOADING
+        gone = [entry.model for entry in before if entry.model is not None and entry.model not in models.values()]
+        for entry in before:
+            entry.model = None
+        self._note(name, [Entry(source, State.READY, model=model) for source, model in models.items()])
+        self._serve(name)
+        for model in gone:
+            model.retired = True
+            model.drain()
+        self.leaving.update(gone)
+        return gone
+
+    def mark_unloaded(self, name: str, version: str) -> None:
+        """The memory of a model that was `leaving` is free."""
+        entry = self._entries[name].get(version)
+        if entry is not None and entry.state is State.UNLOADING:
+            entry.state, entry.reason = State.UNAVAILABLE, UNLOADED
+
+    def _note(self, name: str, entries: Iterable[Entry]) -> None:
+        """Add or replace entries. The mappings are new ones: other threads may be reading the old."""
+        versions = {**self._entries.get(name, {}), **{entry.source.version: entry for entry in entries}}
+        ordered = {v: versions[v] for v in sorted(versions, key=int)}
+        self._entries = dict(sorted({**self._entries, name: ordered}.items()))
+
+    def _serve(self, name: str) -> None:
+        """Let requests find what the entries say."""
+        for key in [key for key in self._served if key[0] == name]:
+            del self._served[key]
+        for version, entry in self._entries[name].items():
+            if entry.model is not None:
+                self._served[name, version] = self._served[name, None] = entry.model
+
+    # --- looking up ------------------------------------------------------------------------------------------------
 
     @property
     def is_stuck(self) -> bool:
         """Whether a run has kept a device for longer than a request may wait."""
-        with self._guard:
-            return any(turns.held_for() > self.settings.request_timeout for turns in self._turns.values())
+        return self.loader.is_stuck
 
     @property
     def lost(self) -> str:
@@ -248,7 +216,7 @@ class Repository:
         raise NotFound(f"Request for unknown model: '{name}' version {version} is not at ready state")
 
     def entries(self) -> Iterator[Entry]:
-        """Everything there is, ready or not, by name and version."""
+        """Everything that is or was loaded, ready or not, by name and version."""
         for versions in self._entries.values():
             yield from versions.values()
 
@@ -256,11 +224,25 @@ class Repository:
         """The models that can run."""
         return (entry.model for entry in self.entries() if entry.model is not None)
 
+    def working(self) -> Iterator[Model]:
+        """The models that can run, and those that have accepted requests to finish."""
+        yield from self.ready()
+        yield from tuple(self.leaving)
+
+    def unloaded(self) -> list[str]:
+        """Models that were found and never loaded."""
+        return sorted({source.name for source in self.sources} - self._entries.keys())
+
     def versions(self, name: str) -> list[str]:
         """The versions of a model that can run."""
         return [v for v, entry in self._entries.get(name, {}).items() if entry.model is not None]
 
     @property
+    def has_failed(self) -> bool:
+        """Whether something could not be loaded."""
+        return any(entry.state is State.UNAVAILABLE and entry.reason != UNLOADED for entry in self.entries())
+
+    @property
     def is_settled(self) -> bool:
-        """Whether nothing is loading."""
+        """Whether nothing is loading for the first time."""
         return all(entry.state is not State.LOADING for entry in self.entries())

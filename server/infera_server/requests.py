@@ -204,6 +204,15 @@ def check_output(name: str, classes: int, model: Signature) -> None:
         raise BadRequest(f"output '{name}' is BYTES, which has no scores to classify by")
 
 
+def check_again(request: Request, model: Signature) -> None:
+    """Raises BadRequest where a request that was checked against another signature does not fit this one."""
+    for name, array in request.feeds.items():
+        check_input(input_of(name, model), codec.datatype_of(array.dtype, name), array.shape, model)
+    check_complete(request.feeds, model)
+    for output in request.outputs:
+        check_output(output.name, output.classes, model)
+
+
 def all_outputs(model: Signature, binary: bool) -> list[Output]:
     """Every output of the model."""
     return [Output(name, binary) for name in model.outputs]

@@ -28,6 +28,10 @@ class Servable(Protocol):
     def queued(self) -> int:
         """Requests that wait for a run."""
 
+    @property
+    def retired(self) -> bool:
+        """Whether another serves in its place, if any: who has held it since before must look it up again to submit."""
+
     def check_room(self, nbytes: int) -> None:
         """Raises what `submit` would of a request that keeps so many bytes: Overloaded or Unavailable."""
 

@@ -70,6 +70,7 @@ class Host:
         self.service = Service(repository.settings, repository)
         self._sock = sock
         self._failed = False
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.server = Server(
             uvicorn.Config(
                 create_app(self.service, self._lifespan),
@@ -88,6 +89,7 @@ class Host:
 
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
+        self.loop = asyncio.get_running_loop()
         tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.service.expire())]
         try:
             yield {"service": self.service}
@@ -121,7 +123,7 @@ class Host:
             self.server.run([self._sock])
         finally:
             self.repository.stop()
-            for model in self.repository.ready():
+            for model in self.repository.working():
                 model.close(self.server.deadline - time.monotonic())
         return 1 if self._failed else 0
 

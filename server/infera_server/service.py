@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from infera_server.control import Control
 from infera_server.errors import Unavailable
 from infera_server.intake import Intake
 from infera_server.jobs import Batch
@@ -42,11 +43,13 @@ class Service:
     repository: Repository
     draining: bool = False
     connections: set[Connection] = field(default_factory=set, init=False)
+    control: Control = field(init=False)
     intake: Intake = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
 
     def __post_init__(self) -> None:
+        self.control = Control(self.repository)
         self.intake = Intake(self.settings.max_intake_bytes)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         spare = files // 2 if files < 2 * SPARE_FILES else files - SPARE_FILES
@@ -54,9 +57,25 @@ class Service:
 
     def model(self, name: str, version: str | None) -> Servable:
         """A model to send a request to. Raises NotFound, or Unavailable while loading or draining."""
+        self._refuse_draining()
+        return self.repository.get(name, version)
+
+    async def load_model(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        """Load a model, or load it again, as its folder is now. What is served goes on until the new one can run.
+
+        Raises NotFound, BadRequest with the reason where it cannot be loaded, or Unavailable.
+        """
+        self._refuse_draining()
+        await self.control.load(name)
+
+    async def unload_model(self, name: str, dependents: bool = False) -> None:
+        """Take a model out of service; what it has accepted is finished later. Raises NotFound or Unavailable."""
+        self._refuse_draining()
+        await self.control.unload(name)
+
+    def _refuse_draining(self) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down; send the request to another one")
-        return self.repository.get(name, version)
 
     @property
     def ready(self) -> bool:
@@ -69,7 +88,7 @@ class Service:
             return "the server is shutting down"
         if not self.repository.is_settled:
             return "models are being loaded"
-        if not any(self.repository.ready()):
+        if not any(self.repository.ready()) and self.repository.has_failed:
             return "no model could be loaded"
         if self.repository.is_stuck:
             return "a run has kept a device for longer than a request may wait"
@@ -79,7 +98,7 @@ class Service:
         """Answer requests whose time is up while another batch runs, and end what clients let lie; for ever."""
         for tick in itertools.count():
             await asyncio.sleep(EXPIRY_PERIOD)
-            for model in self.repository.ready():
+            for model in self.repository.working():
                 model.expire()
             if tick % CONNECTION_TICKS == 0:
                 now = time.monotonic()
@@ -92,7 +111,7 @@ class Service:
         Returns whether all were finished; those that were not are answered with Unavailable.
         """
         self.draining = True
-        models = list(self.repository.ready())
+        models = list(self.repository.working())
         for model in models:
             model.drain()
         while not (finished := all(model.join(0) for model in models)):

@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     max_intake_bytes: int = Field(default=1 << 30, ge=1)
     max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
+    model_control: Literal["explicit", "none"] = "explicit"
     max_queue: int = Field(default=256, ge=1)
     max_queue_bytes: int = Field(default=1 << 30, ge=1)
     request_timeout: float = Field(default=30.0, gt=0)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.repository import Repository, Source
+from infera_server.discovery import Source
+from infera_server.repository import Repository
 from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import Session
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
+
+Result = TypeVar("Result")
 
 WAIT = 10.0
 """Seconds after which a test gives up on something that takes milliseconds."""
@@ -115,7 +119,8 @@ class Running:
 
     host: Host
     port: int
-    sessions: Mapping[str, Session]
+    loop: asyncio.AbstractEventLoop
+    sessions: Mapping[str, Session] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -139,6 +144,18 @@ class Running:
         status, _, reply = self.request("POST", f"/v2/models/{model}/infer", body, headers)
         return status, json.loads(reply)
 
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What a coroutine returns or raises in the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT)
+
+    def index(self) -> dict[str, str]:
+        """State and reason by `model/version`."""
+        _, _, reply = self.request("POST", "/v2/repository/index")
+        return {
+            f"{e['name']}/{e.get('version', '')}": ": ".join(filter(None, (e.get("state"), e.get("reason"))))
+            for e in json.loads(reply)
+        }
+
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
 
@@ -146,9 +163,16 @@ class Running:
 @contextlib.contextmanager
 def serving(sessions: Mapping[str, Session], wait: bool = True, **settings: Any) -> Iterator[Running]:
     """Serve sessions under their names in a thread of this process; with `wait`, from when they are loaded."""
-    chosen = Settings(**settings)
     sources = [Source(name, "1", Path(f"{name}.onnx")) for name in sessions]
-    repository = Repository(chosen, sources, opener=lambda path, _: sessions[path.stem])
+    repository = Repository(Settings(**settings), sources, opener=lambda path, _: sessions[path.stem])
+    with hosting(repository, wait) as running:
+        running.sessions = sessions
+        yield running
+
+
+@contextlib.contextmanager
+def hosting(repository: Repository, wait: bool = True) -> Iterator[Running]:
+    """Serve a repository in a thread of this process; with `wait`, from when everything is loaded."""
     sock = listen("127.0.0.1", 0)
     host = Host(repository, sock)
     loaded = threading.Event()
@@ -158,7 +182,8 @@ def serving(sessions: Mapping[str, Session], wait: bool = True, **settings: Any)
     try:
         assert not wait or loaded.wait(WAIT)
         until(lambda: host.server.started)
-        yield Running(host, sock.getsockname()[1], sessions)
+        assert host.loop is not None
+        yield Running(host, sock.getsockname()[1], host.loop)
     finally:
         host.server.should_exit = True
         thread.join(WAIT * 2)

@@ -298,7 +298,8 @@ def test_a_run_that_does_not_end_is_answered_and_makes_the_server_unready() -> N
 HANGS = """
 import sys, time
 from pathlib import Path
-from infera_server.repository import Repository, Source
+from infera_server.discovery import Source
+from infera_server.repository import Repository
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
 

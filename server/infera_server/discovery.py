@@ -1,0 +1,136 @@
+"""Which model files there are, and what they are served as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG_FILE = "config.pbtxt"
+"""What Triton says of a model, in its folder."""
+
+RESERVED = frozenset({"stats"})
+"""Names in the place of a model that mean something else: `GET /v2/models/stats` is about all of them."""
+
+
+class DiscoveryError(ValueError):
+    """The paths do not say what to serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model version's file and what it is served as.
+
+    `folder` is the model's, where it has one: it may hold a `config.pbtxt`. With one, `path` may be the version's
+    folder: then the configuration says which file of it is the model. Neither may lead outside `root`.
+    """
+
+    name: str
+    version: str
+    path: Path
+    folder: Path | None = None
+    root: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found: sources by name and version, and what is wrong with others, by name."""
+
+    sources: Sequence[Source]
+    problems: dict[str, str]
+
+    def of(self, name: str) -> list[Source]:
+        """A model's versions, oldest first."""
+        return [source for source in self.sources if source.name == name]
+
+
+def discover(paths: Sequence[Path]) -> list[Source]:
+    """The models at `paths`: ONNX files, folders of them, model folders (`NAME/1/model.onnx`) or folders of these.
+
+    Raises DiscoveryError where a path holds none, two models would have one name, or a name cannot be served.
+    """
+    found = survey(paths)
+    for problem in found.problems.values():
+        raise DiscoveryError(problem)
+    return list(found.sources)
+
+
+def survey(paths: Sequence[Path]) -> Survey:
+    """As `discover`, but what is wrong with one model hides no other. Raises DiscoveryError for a path without any."""
+    found: dict[tuple[str, str], Source] = {}
+    problems: dict[str, str] = {}
+    for path in paths:
+        sources = list(_sources(path, problems))
+        if not sources and not problems:
+            raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
+        for source in sources:
+            if problem := _name_problem(source):
+                problems[source.name] = problem
+                continue
+            other = found.setdefault((source.name, source.version), source)
+            if other is not source:
+                problems[source.name] = f"{other.path} and {source.path} would both be served as {source}; rename one"
+    ordered = sorted(found.values(), key=lambda s: (s.name, int(s.version)))
+    return Survey([s for s in ordered if s.name not in problems], problems)
+
+
+def leads_outside(path: Path, root: Path) -> bool:
+    """Whether a path, its links followed, is not below `root`."""
+    return not path.resolve().is_relative_to(root.resolve())
+
+
+def _name_problem(source: Source) -> str:
+    """What the protocol cannot say in a name; empty where it can."""
+    try:
+        source.name.encode()
+    except UnicodeEncodeError:
+        return f"{str(source.path)!a} is not named in UTF-8; rename it"
+    if source.name in RESERVED:
+        return f"{source.path} would be served at /v2/models/{source.name}, which is taken; rename it"
+    if source.root is not None and leads_outside(source.path, source.root):
+        return f"{source.path} leads outside {source.root}; put the file itself there"
+    return ""
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx" and path.is_file()
+
+
+def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
+    if path.is_file():
+        yield Source(path.stem, "1", path)
+    elif path.is_dir():
+        own = list(_versions(path, path, problems))
+        yield from own
+        if not own:
+            for child in sorted(path.iterdir()):
+                if _is_model(child):
+                    yield Source(child.stem, "1", child, root=path)
+                elif child.is_dir():
+                    yield from _versions(child, path, problems)
+    else:
+        raise DiscoveryError(f"{path} does not exist")
+
+
+def _versions(folder: Path, root: Path, problems: dict[str, str]) -> Iterator[Source]:
+    """The versions in a model's folder: `model.onnx`, or the only .onnx file, in folders named by a number.
+
+    Beside a `config.pbtxt` every such folder is a version, whatever it holds.
+    """
+    name = folder.resolve().name if folder == root else folder.name
+    configured = (folder / CONFIG_FILE).is_file()
+    for child in sorted(folder.iterdir()):
+        if not (child.is_dir() and child.name.isascii() and child.name.isdigit() and int(child.name) > 0):
+            continue
+        files = sorted(filter(_is_model, child.iterdir()))
+        named = [f for f in files if f.name == "model.onnx"] or files
+        version = str(int(child.name))
+        if len(named) == 1:
+            yield Source(name, version, named[0], folder, root)
+        elif configured:
+            yield Source(name, version, child, folder, root)
+        elif named:
+            problems[name] = f"{child} holds {len(named)} .onnx files, none of them named model.onnx"

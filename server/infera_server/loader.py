@@ -1,0 +1,100 @@
+"""How a file becomes a model that can run: its place, its turn, its session."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from infera_gpu.errors import InferaError
+from infera_server.discovery import Source
+from infera_server.model import Model, Opener, Post, open_model, open_session
+from infera_server.placement import Place, Placement
+from infera_server.settings import Settings
+from infera_server.turns import Turns
+
+
+class Loader:
+    """Opens models and lets go of them. Safe to use from several threads.
+
+    `opener` is how a file becomes a session; None is the runtime, at the place that the settings give.
+    """
+
+    def __init__(self, settings: Settings, opener: Opener | None = None) -> None:
+        self.settings = settings
+        self._opener = opener
+        self._placement = Placement(settings.device, settings.vram_limit, settings.pins)
+        self._turns: defaultdict[str, Turns] = defaultdict(Turns)
+        self._places: WeakKeyDictionary[Model, Place] = WeakKeyDictionary()
+        self._guard = threading.Lock()
+
+    def open(self, source: Source, post: Post) -> Model:
+        """A model that takes requests. `post(fn, arg)` must call `fn(arg)` in the event loop's thread.
+
+        Raises whatever loading raises; `reason_of` says it in words.
+        """
+        if self._opener is not None:
+            return self._open(source, self._opener, post)
+        place = self._placement.take(source.name, _size(source.path))
+        try:
+            model = self._open(source, partial(open_session, place=place), post)
+        except BaseException:
+            self._placement.give_back(place)
+            raise
+        with self._guard:
+            self._places[model] = place
+        return model
+
+    def _open(self, source: Source, opener: Opener, post: Post) -> Model:
+        return open_model(
+            source.name,
+            source.version,
+            source.path,
+            self.settings,
+            post=post,
+            turns_of=self._turns_of,
+            opener=opener,
+        )
+
+    def close(self, model: Model) -> None:
+        """Wait for a model's accepted requests, as long as they may take, and let go of its device.
+
+        Its memory is free once nobody knows the model any more: `return_memory` gives it back to the system.
+        """
+        model.join(self.settings.request_timeout)
+        model.close()
+        with self._guard:
+            place = self._places.pop(model, None)
+        if place is not None:
+            self._placement.give_back(place)
+
+    def _turns_of(self, device: str) -> Turns:
+        with self._guard:
+            return self._turns[device]
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a run has kept a device for longer than a request may wait."""
+        with self._guard:
+            return any(turns.held_for() > self.settings.request_timeout for turns in self._turns.values())
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong with a load, for the index."""
+    return str(error) if isinstance(error, InferaError) else f"{type(error).__name__}: {error}"
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, which glibc else keeps for the next allocation."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,222 @@
+"""Models are loaded and unloaded while the server runs."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from infera_gpu.errors import ModelError
+from infera_server.discovery import Source, survey
+from infera_server.errors import BadRequest, NotFound, Unavailable
+from infera_server.repository import Repository
+from infera_server.settings import Settings
+from tests.server.support import (
+    FakeSession,
+    Running,
+    doubler,
+    hosting,
+    http_request,
+    read_reply,
+    request_of,
+    serving,
+    until,
+)
+from tests.text import parse
+
+X = np.ones((2, 4), np.float32)
+
+
+@dataclass
+class Opened:
+    """A repository's opener: every load makes a new session, kept here by file name; `broken` cannot be loaded."""
+
+    sessions: dict[str, list[FakeSession]] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+
+    def __call__(self, path: Path, settings: Settings) -> FakeSession:
+        if path.stem in self.broken:
+            raise ModelError(f"{path.stem}: not a model")
+        session = doubler()
+        self.sessions.setdefault(path.stem, []).append(session)
+        return session
+
+
+@contextmanager
+def models(*names: str, **settings: Any) -> Iterator[tuple[Running, Opened]]:
+    opened = Opened()
+    sources = [Source(name, "1", Path(f"{name}.onnx")) for name in names]
+    with hosting(Repository(Settings(**settings), sources, opened)) as running:
+        yield running, opened
+
+
+def test_an_unloaded_model_is_refused_in_tritons_words_and_comes_back() -> None:
+    with models("a", "b") as (running, opened):
+        running.call(running.host.service.unload_model("a"))
+        until(lambda: running.index()["a/1"] != "UNLOADING")
+        assert running.index() == {"a/1": "UNAVAILABLE: unloaded", "b/1": "READY"}
+        assert opened.sessions["a"][0].closed
+        for path, text in (
+            ("/v2/models/a", "Request for unknown model: 'a' has no available versions"),
+            ("/v2/models/a/versions/1", "Request for unknown model: 'a' version 1 is not at ready state"),
+        ):
+            assert running.get(path) == (404, {"error": text})
+        assert running.infer("a", request_of(X))[0] == 404
+        assert running.infer("b", request_of(X))[0] == 200
+        assert running.get("/v2/health/ready")[0] == 200
+        running.call(running.host.service.load_model("a"))
+        assert running.index()["a/1"] == "READY"
+        assert running.infer("a", request_of(X))[1]["outputs"][0]["data"] == [2.0] * 8
+        assert len(opened.sessions["a"]) == 2
+
+
+def test_a_server_whose_models_were_all_unloaded_is_ready() -> None:
+    with models("a") as (running, _):
+        running.call(running.host.service.unload_model("a"))
+        assert running.get("/v2/health/ready")[0] == 200
+
+
+def test_an_unknown_model_can_neither_be_loaded_nor_unloaded() -> None:
+    with models("a") as (running, _):
+        service = running.host.service
+        with pytest.raises(NotFound, match=r"^failed to load 'nope', failed to poll from model repository$"):
+            running.call(service.load_model("nope"))
+        with pytest.raises(NotFound, match="unknown model: 'nope'"):
+            running.call(service.unload_model("nope"))
+
+
+def test_what_was_accepted_before_the_unload_is_answered() -> None:
+    with models("a", max_batch=1) as (running, opened):
+        (session,) = opened.sessions["a"]
+        session.block()
+        replies: list[int] = []
+        clients = [
+            threading.Thread(target=lambda: replies.append(running.infer("a", request_of(X))[0])) for _ in range(3)
+        ]
+        for client in clients:
+            client.start()
+        session.wait_entered()
+        model = running.host.repository.get("a")
+        until(lambda: model.queued == 2)
+        running.call(running.host.service.unload_model("a"))
+        assert running.index()["a/1"] == "UNLOADING"
+        assert running.infer("a", request_of(X))[0] == 404
+        assert not session.closed
+        session.gate.set()
+        for client in clients:
+            client.join()
+        assert replies == [200] * 3
+        until(lambda: session.closed)
+        until(lambda: running.index()["a/1"] == "UNAVAILABLE: unloaded")
+
+
+def test_a_request_that_arrives_around_a_reload_is_answered_by_the_new_session() -> None:
+    body = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+    with models("a") as (running, opened), running.connect() as connection, connection.makefile("rb") as replies:
+        head, rest = http_request(body, "/v2/models/a/infer")[:-20], body[-20:]
+        connection.sendall(head)
+        until(lambda: any(c.cycle is not None for c in running.host.service.connections))
+        running.call(running.host.service.load_model("a"))
+        until(lambda: opened.sessions["a"][0].closed)
+        opened.sessions["a"][1].batches.clear()
+        connection.sendall(rest)
+        assert read_reply(replies)[0] == 200
+        assert opened.sessions["a"][1].batches == [1]
+
+
+def test_a_request_that_arrives_around_an_unload_is_refused_as_unknown() -> None:
+    body = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+    with models("a") as (running, _), running.connect() as connection, connection.makefile("rb") as replies:
+        connection.sendall(http_request(body, "/v2/models/a/infer")[:-20])
+        until(lambda: any(c.cycle is not None for c in running.host.service.connections))
+        running.call(running.host.service.unload_model("a"))
+        connection.sendall(body[-20:])
+        status, _, reply = read_reply(replies)
+        assert (status, b"no available versions" in reply) == (404, True)
+
+
+def test_a_load_that_fails_leaves_what_serves() -> None:
+    with models("a") as (running, opened):
+        opened.broken.add("a")
+        with pytest.raises(BadRequest) as error:
+            running.call(running.host.service.load_model("a"))
+        assert str(error.value) == "load failed for model 'a': version 1 is at UNAVAILABLE state: a: not a model;\n"
+        assert running.infer("a", request_of(X))[0] == 200
+        assert running.index() == {"a/1": "READY: a: not a model"}
+        opened.broken.clear()
+        running.call(running.host.service.load_model("a"))
+        assert running.index() == {"a/1": "READY"}
+
+
+def test_of_several_versions_all_are_loaded_or_none() -> None:
+    opened = Opened()
+    sources = [Source("m", v, Path(f"{v}.onnx")) for v in ("1", "2")]
+    with hosting(Repository(Settings(), sources, opened)) as running:
+        running.call(running.host.service.unload_model("m"))
+        until(lambda: set(running.index().values()) == {"UNAVAILABLE: unloaded"})
+        opened.broken.add("2")
+        with pytest.raises(BadRequest, match="version 2 is at UNAVAILABLE state: 2: not a model"):
+            running.call(running.host.service.load_model("m"))
+        assert running.index() == {
+            "m/1": "UNAVAILABLE: another version could not be loaded",
+            "m/2": "UNAVAILABLE: 2: not a model",
+        }
+        until(lambda: opened.sessions["1"][1].closed)
+
+
+def test_without_model_control_nothing_is_loaded_or_unloaded() -> None:
+    with models("a", model_control="none") as (running, _):
+        for work in (running.host.service.load_model("a"), running.host.service.unload_model("a")):
+            with pytest.raises(Unavailable, match="explicit model load / unload is not allowed if polling is enabled"):
+                running.call(work)
+
+
+def test_nothing_is_changed_while_the_server_drains() -> None:
+    with serving({"double": doubler()}) as running:
+        running.host.service.draining = True
+        for work in (running.host.service.load_model("double"), running.host.service.unload_model("double")):
+            with pytest.raises(Unavailable, match="shutting down"):
+                running.call(work)
+
+
+def test_a_model_that_was_put_there_meanwhile_can_be_loaded(tmp_path: Path) -> None:
+    identity = parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }")
+    onnx.save(identity, tmp_path / "a.onnx")
+    found = survey([tmp_path])
+    with hosting(Repository(Settings(), found.sources, rescan=lambda: survey([tmp_path]))) as running:
+        onnx.save(identity, tmp_path / "b.onnx")
+        onnx.save(identity, tmp_path / "c.onnx")
+        running.call(running.host.service.load_model("b"))
+        assert running.index() == {"a/1": "READY", "b/1": "READY", "c/": ""}
+        assert running.infer("b", request_of(X))[1]["outputs"][0]["data"] == [1.0] * 8
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_an_unload_gives_the_memory_back_to_the_system(tmp_path: Path) -> None:
+    wide = 1 << 12
+    weights = onnx.numpy_helper.from_array(np.ones((wide, wide), np.float32), "w")
+    model = parse(f"g (float[N, {wide}] x) => (float[N, {wide}] y) {{ y = MatMul(x, w) }}")
+    model.graph.initializer.append(weights)
+    onnx.save(model, tmp_path / "big.onnx")
+    onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }"), tmp_path / "small.onnx")
+    del model, weights
+    found = survey([tmp_path])
+    with hosting(Repository(Settings(), found.sources)) as running:
+        document = request_of(np.ones((1, wide), np.float32))
+        assert running.infer("big", document)[1]["outputs"][0]["data"][0] == wide
+        full = resident()
+        running.call(running.host.service.unload_model("big"))
+        until(lambda: running.index()["big/1"] == "UNAVAILABLE: unloaded")
+        assert full - resident() > 0.9 * 4 * wide * wide
