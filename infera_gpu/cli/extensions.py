@@ -28,7 +28,10 @@ class Extra:
 
 
 EXTRAS: Mapping[str, Extra] = MappingProxyType(
-    {"serve": Extra("server", "Serve models over HTTP to any of the usual clients.")}
+    {
+        "serve": Extra("server", "Serve models over HTTP to any of the usual clients."),
+        "key": Extra("server", "Make an API key for `infera serve`."),
+    }
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import ssl
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from infera_gpu.cli.console import print_error
+from infera_server.access import Access, KeyFileError, is_local, make_key, read_keys
 from infera_server.discovery import DiscoveryError, discover, survey
 from infera_server.repository import Repository
 from infera_server.screen import screen
@@ -22,6 +26,20 @@ def serve(
     paths: Annotated[list[Path], typer.Argument(help="ONNX files, folders of them, or NAME/VERSION/model.onnx trees.")],
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, made by `infera key`: requests need one of them.")
+    ] = None,
+    open_management: Annotated[
+        bool | None,
+        typer.Option(
+            "--open-management", help="Let anybody load models and change settings. [default: only on localhost]"
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM): serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Certificates (PEM) that clients' certificates must be signed by.")
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +91,9 @@ def serve(
             given["pins"] = dict(_pinned(p) for p in pin)
         settings = Settings(**given)
         sources = discover(paths)
+        access = access_of(settings)
+    except KeyFileError as error:
+        raise typer.BadParameter(str(error), param_hint="--api-keys") from None
     except ValidationError as error:
         raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
     except DiscoveryError as error:
@@ -82,7 +103,10 @@ def serve(
     except OSError as error:
         print_error(f"cannot listen on {settings.host}:{settings.port}: {error}")
         raise typer.Exit(1) from None
-    server = Host(Repository(settings, sources, rescan=partial(survey, paths)), sock)
+    try:
+        server = Host(Repository(settings, sources, rescan=partial(survey, paths)), sock, access)
+    except (OSError, ssl.SSLError) as error:
+        raise typer.BadParameter(f"the certificates cannot be used: {error}", param_hint="--tls-cert") from None
     with screen(len(sources)) as out:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(message)s", handlers=[out.handler()], force=True
@@ -91,16 +115,51 @@ def serve(
 
         def loaded() -> None:
             ready = sum(1 for _ in server.repository.ready())
-            out.serving(f"serving {ready} of {len(sources)} on {_url(sock.getsockname())}")
+            out.serving(f"serving {ready} of {len(sources)} on {_url(sock.getsockname(), settings)}")
 
         server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()
     raise typer.Exit(status)
 
 
-def _url(name: Any) -> str:
+def access_of(settings: Settings) -> Access:
+    """Who may do what, as set. Raises KeyFileError."""
+    keys = {} if settings.api_keys is None else read_keys(settings.api_keys)
+    return Access(keys, settings.open_management or is_local(settings.host))
+
+
+def key(
+    name: Annotated[str, typer.Argument(help="What the key is called: a-z, 0-9 and -.")],
+    file: Annotated[Path, typer.Option(help="File of keys to add it to; made where there is none.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model, or a pattern, that it is for. Repeatable. [default: all]")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second. [default: no limit]", min=0.001)] = None,
+    management: Annotated[bool, typer.Option("--management", help="It may load models and change settings.")] = False,
+) -> None:
+    """Make an API key for `infera serve --api-keys FILE`. It is printed once; the file holds only its hash."""
+    try:
+        if file.exists() and name in read_keys(file):
+            raise KeyFileError(f"{file} has a key '{name}' already; remove it there first")
+        made, table = make_key(name)
+    except KeyFileError as error:
+        raise typer.BadParameter(str(error)) from None
+    lines = [table]
+    if model:
+        lines.append(f"models = [{', '.join(map(json.dumps, model))}]\n")
+    if rate is not None:
+        lines.append(f"rate = {rate!r}\n")
+    if management:
+        lines.append("management = true\n")
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as out:
+        out.write("\n" * bool(out.tell()) + "".join(lines))
+    print(made)
+
+
+def _url(name: Any, settings: Settings) -> str:
     host, port = name[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if settings.tls_cert is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _pinned(pin: str) -> tuple[str, str]:

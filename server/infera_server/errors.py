@@ -4,6 +4,8 @@
 
     RequestError
     ├── BadRequest       400  the client's mistake
+    ├── Unauthorized     401  no API key, or one that is not known
+    ├── Forbidden        403  the key is not for this
     ├── NotFound         404  no such model or version
     ├── TooSlow          408  the body did not arrive in time
     ├── TooLarge         413  the body is over the limit
@@ -38,6 +40,18 @@ class BadRequest(RequestError):
     """The client's mistake."""
 
     status = 400
+
+
+class Unauthorized(RequestError):
+    """No API key, or one that is not known."""
+
+    status = 401
+
+
+class Forbidden(RequestError):
+    """The key is not for this."""
+
+    status = 403
 
 
 class NotFound(RequestError):

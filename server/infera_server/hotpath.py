@@ -21,8 +21,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from infera_server import coding
 from infera_server.codec import Buffer
 from infera_server.connection import CONTINUE, Connection
-from infera_server.errors import RequestError, TooLarge, request_error
+from infera_server.errors import RequestError, TooLarge, Unauthorized, request_error
 from infera_server.exchange import Exchange, decode, infer_target
+from infera_server.gate import CREDENTIALS, credentials
 from infera_server.jobs import Batch
 from infera_server.protocols import v2_rest
 from infera_server.recall import Head
@@ -43,7 +44,9 @@ LINGER_SECONDS = 2.0
 JOIN_BYTES = 1 << 16
 """Replies up to this size are written in one piece."""
 
-_FIELDS = frozenset({b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length"})
+_FIELDS = frozenset(
+    {b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length", *CREDENTIALS}
+)
 
 
 class HotPathProtocol(Connection):
@@ -75,6 +78,8 @@ class HotPathProtocol(Connection):
         exchange.body, exchange.size = [data[start:]], head.size
         self.waiting_since = exchange.started_at
         try:
+            if head.key is not None:
+                head.key.spend(exchange.started_at)
             exchange.model = self.service.model(*head.target)
             exchange.model.check_room(head.size)
         except RequestError as error:
@@ -118,6 +123,8 @@ class HotPathProtocol(Connection):
         self, exchange: Exchange, target: tuple[str, str | None], fields: dict[bytes, bytes], fresh: bytes
     ) -> None:
         """What the headers alone decide; `fresh` begins with them, if they came in one piece. Raises RequestError."""
+        access = self.service.access
+        key = None if access.is_open else access.admit(credentials(fields), target[0], exchange.started_at)
         exchange.accept = fields.get(b"accept-encoding", b"")
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
@@ -131,7 +138,7 @@ class HotPathProtocol(Connection):
         if b"inference-header-content-length" in fields:
             exchange.header = v2_rest.header_length(fields[b"inference-header-content-length"])
         if fresh and b"content-length" in fields and exchange.keep_alive and not exchange.expects_continue:
-            head = Head(target, size, exchange.coding, exchange.accept, exchange.header)
+            head = Head(target, size, exchange.coding, exchange.accept, exchange.header, key)
             exchange.known = self.service.heads.keep(fresh, head)
 
     def _enqueue(self, exchange: Exchange) -> None:
@@ -341,6 +348,8 @@ class HotPathProtocol(Connection):
 
     def _refuse(self, exchange: Exchange, error: RequestError) -> None:
         fields = [b"content-type: application/json\r\n"]
+        if isinstance(error, Unauthorized):
+            fields.append(b"www-authenticate: Bearer\r\n")
         if error.retry_after is not None:
             fields.append(b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after)))
         exchange.accept = b""

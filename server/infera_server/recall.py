@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from weakref import ref
 
+from infera_server.access import Key
 from infera_server.coding import Coding
 from infera_server.requests import Request
 from infera_server.servable import Servable
@@ -33,6 +34,7 @@ class Head:
     coding: Coding | None
     accept: bytes
     header: int | None
+    key: Key | None = None
     requests: dict[bytes, tuple[ref[Servable], Request]] = field(default_factory=dict)
 
     def keep(self, document: bytes, model: Servable, request: Request) -> None:

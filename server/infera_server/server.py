@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,9 @@ from typing import Any
 
 import uvicorn
 
+from infera_server.access import Access
 from infera_server.app import create_app
+from infera_server.gate import Gate
 from infera_server.hotpath import HotPathProtocol
 from infera_server.repository import Entry, Repository
 from infera_server.service import Service
@@ -65,15 +68,18 @@ class Server(uvicorn.Server):
 class Host:
     """One server process: listens at once, loads while it listens, exits when asked or when nothing could be loaded."""
 
-    def __init__(self, repository: Repository, sock: socket.socket) -> None:
+    def __init__(self, repository: Repository, sock: socket.socket, access: Access | None = None) -> None:
+        """Raises what loading the TLS certificate raises."""
+        settings = repository.settings
+        access = Access() if access is None else access
         self.repository = repository
-        self.service = Service(repository.settings, repository)
+        self.service = Service(settings, repository, access)
         self._sock = sock
         self._failed = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.server = Server(
             uvicorn.Config(
-                create_app(self.service, self._lifespan),
+                Gate(create_app(self.service, self._lifespan), access),
                 http=HotPathProtocol,
                 ws="none",
                 log_config=None,
@@ -81,6 +87,10 @@ class Host:
                 server_header=False,
                 lifespan="on",
                 backlog=BACKLOG,
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
+                ssl_ca_certs=None if settings.tls_client_ca is None else str(settings.tls_client_ca),
+                ssl_cert_reqs=ssl.CERT_NONE if settings.tls_client_ca is None else ssl.CERT_REQUIRED,
             ),
             self.service,
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from infera_server.access import Access
 from infera_server.control import Control
 from infera_server.errors import Unavailable
 from infera_server.intake import Intake
@@ -41,6 +42,7 @@ class Service:
 
     settings: Settings
     repository: Repository
+    access: Access = field(default_factory=Access)
     draining: bool = False
     connections: set[Connection] = field(default_factory=set, init=False)
     control: Control = field(init=False)

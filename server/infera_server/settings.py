@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -24,6 +25,11 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1)  # to a socket, "" means every interface
     port: int = Field(default=8000, ge=0, le=65535)
+    api_keys: Path | None = None
+    open_management: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     device: str = "auto"
     pins: dict[str, str] = Field(default_factory=dict)
     precision: Precision = "fp32"

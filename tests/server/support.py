@@ -18,6 +18,7 @@ import numpy as np
 
 from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
+from infera_server.access import Access
 from infera_server.discovery import Source
 from infera_server.repository import Repository
 from infera_server.rows import Arrays, HostArray
@@ -161,20 +162,22 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(sessions: Mapping[str, Session], wait: bool = True, **settings: Any) -> Iterator[Running]:
+def serving(
+    sessions: Mapping[str, Session], wait: bool = True, access: Access | None = None, **settings: Any
+) -> Iterator[Running]:
     """Serve sessions under their names in a thread of this process; with `wait`, from when they are loaded."""
     sources = [Source(name, "1", Path(f"{name}.onnx")) for name in sessions]
     repository = Repository(Settings(**settings), sources, opener=lambda path, _: sessions[path.stem])
-    with hosting(repository, wait) as running:
+    with hosting(repository, wait, access) as running:
         running.sessions = sessions
         yield running
 
 
 @contextlib.contextmanager
-def hosting(repository: Repository, wait: bool = True) -> Iterator[Running]:
+def hosting(repository: Repository, wait: bool = True, access: Access | None = None) -> Iterator[Running]:
     """Serve a repository in a thread of this process; with `wait`, from when everything is loaded."""
     sock = listen("127.0.0.1", 0)
-    host = Host(repository, sock)
+    host = Host(repository, sock, access)
     loaded = threading.Event()
     host.on_loaded = loaded.set
     thread = threading.Thread(target=host.run)

@@ -1,0 +1,77 @@
+"""What is asked of a request before the management application sees it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any, TypeAlias
+
+from infera_server.access import Access
+from infera_server.errors import RequestError, Unauthorized
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
+
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+"""The headers that may hold a key."""
+
+INFERENCE = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?/(?:infer|generate|generate_stream|stream)")
+OPEN = re.compile(r"/|/v2/health/(?:live|ready)")
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+INDEX = "/v2/repository/index"
+REFUSED = 1008
+"""A WebSocket's code for a violated policy."""
+
+
+def credentials(headers: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> str:
+    """What headers of lower-case names bring as a key; empty where they bring none."""
+    found = dict(headers)
+    return (found.get(b"authorization") or found.get(b"x-api-key") or b"").decode("latin-1")
+
+
+class Gate:
+    """An ASGI application before another: health is open, reading and inference take a key, the rest one for more."""
+
+    def __init__(self, app: App, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            try:
+                self._check(scope)
+            except RequestError as error:
+                await self._refuse(scope, send, error)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Message) -> None:
+        """Raises RequestError."""
+        path, method = scope["path"], scope.get("method", "GET")
+        if OPEN.fullmatch(path):
+            return
+        given = credentials(scope["headers"])
+        if (found := INFERENCE.fullmatch(path)) is not None:
+            self._access.admit(given, found[1], time.monotonic())
+        elif method in READING or path == INDEX:
+            self._access.identify(given)
+        else:
+            self._access.check_management(given)
+
+    async def _refuse(self, scope: Message, send: Send, error: RequestError) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": REFUSED, "reason": str(error)[:100]})
+            return
+        body = json.dumps({"error": str(error)}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if isinstance(error, Unauthorized):
+            headers.append((b"www-authenticate", b"Bearer"))
+        if error.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
