@@ -1,8 +1,8 @@
 """Many callers, one running batch.
 
 A `Batcher` owns one engine thread. A job that finds the device idle runs at once; jobs that arrive while it is busy
-wait, and the next run takes as many of one group (rows that fit in one array) as the batch holds. No delay is ever
-added. The group whose first job has waited longest goes next, so no shape blocks another.
+wait, and who runs next is the `Schedule`'s to say. No delay is ever added. Runs that are known to be short can take
+place in the callers' thread instead, once it has read all that has arrived: two changes of threads cost more than they.
 
 The engine takes its turn on the device before it takes jobs: until then they count as waiting, can expire or be
 cancelled, and more can join them.
@@ -16,14 +16,16 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TypeAlias
 
-from infera_server.errors import Expired, Overloaded, Unavailable
+from infera_server.errors import Expired, Unavailable
+from infera_server.goal import Goal
 from infera_server.jobs import Batch, Job, State
 from infera_server.rows import Arrays, Gatherer, Layout, in_order, split
+from infera_server.schedule import Schedule, Selection
 from infera_server.turns import Turns
 
 Run: TypeAlias = Callable[[Arrays], Arrays]
@@ -35,15 +37,24 @@ def _call(deliver: Callable[[Batch], None], batch: Batch) -> None:
     deliver(batch)
 
 
+class Engine(Enum):
+    """Who runs what waits."""
+
+    NOBODY = "nothing waits"
+    THREAD = "the engine thread"
+    CALLERS = "the callers' thread"
+
+
 @dataclass(eq=False)
 class Batcher:
     """The queue and the engine thread of one model.
 
-    `run` is called from the engine thread only, one call at a time, while it has its turn on the device. `post(deliver,
-    batch)` is called from there once a batch and must call `deliver(batch)` in the thread of the callers
+    `run` is called by one thread at a time, while it has its turn on the device. `post(deliver, batch)` is called from
+    the engine thread once a batch and must call `deliver(batch)` in the thread of the callers
     (`loop.call_soon_threadsafe`); `observe` is then called with each batch that ran, before its jobs' callbacks.
     Without a `layout` every job runs alone. A run longer than `run_limit` seconds cannot be stopped, but `expire`
-    answers the jobs in it.
+    answers the jobs in it. With `soon(fn)`, which must call `fn()` in the callers' thread when that has done what it is
+    at (`loop.call_soon`), runs of up to `inline_limit` seconds are made there.
     """
 
     run: Run
@@ -55,86 +66,85 @@ class Batcher:
     observe: Callable[[Batch], None] = lambda batch: None
     turns: Turns = field(default_factory=Turns)
     run_limit: float = math.inf
-
-    queued: int = field(default=0, init=False)
-    queued_rows: int = field(default=0, init=False)
-    queued_bytes: int = field(default=0, init=False)
-    run_seconds: float = field(default=0.0, init=False)
-    """Moving average of one batch, queue excluded; 0 before the first."""
+    goal: Goal | None = None
+    weight: float = 1.0
+    soon: Callable[[Callable[[], None]], object] | None = None
+    inline_limit: float = 0.0
+    schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
-        self._groups: dict[Hashable, deque[Job]] = {}
+        self.schedule = Schedule(
+            self.layout.buckets if self.layout else (1,),
+            self.layout is not None,
+            self.max_queue,
+            self.max_queue_bytes,
+            self.name,
+            self.goal,
+        )
+        self.share = self.turns.share(self.name, self.weight)
+        self._engine = Engine.NOBODY
         self._running: Sequence[Job] = ()
-        self._running_since = 0.0
-        self._changed = threading.Condition()
-        self._draining = False
+        self._running_since = self._free_at = 0.0
+        self._lock = threading.Lock()
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._draining = self._has_turn = False
         self._gather = Gatherer(self.layout.inputs if self.layout else {})
         self._thread = threading.Thread(target=self._serve, name=f"infera-engine-{self.name}", daemon=True)
         self._thread.start()
 
     # --- callers ---------------------------------------------------------------------------------------------------
 
+    @property
+    def queued(self) -> int:
+        """Jobs that wait."""
+        return self.schedule.queued
+
     def check_room(self, nbytes: int = 0) -> None:
-        """Raises what `submit` would of a job of so many bytes: Overloaded or Unavailable."""
-        if self._draining:
-            raise Unavailable("the server is shutting down; send the request to another one")
-        if self.queued >= self.max_queue or (self.queued and self.queued_bytes + nbytes > self.max_queue_bytes):
-            raise Overloaded(
-                f"model '{self.name}' has {self.queued} requests ({self.queued_bytes:,} bytes) waiting, "
-                f"its limit is {self.max_queue} ({self.max_queue_bytes:,} bytes); send the request again later",
-                self.expected_wait(),
-            )
+        """Raises what `submit` would of any job of so many bytes: Overloaded or Unavailable."""
+        self._check_open()
+        with self._lock:
+            self.schedule.check_room(nbytes, time.monotonic())
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises Overloaded where the queue is full and Unavailable once `drain` was called."""
-        with self._changed:
-            self.check_room(job.nbytes)
-            job.queued_at = time.monotonic()
-            self._groups.setdefault(job.group, deque()).append(job)
-            self._count(job, 1)
-            self._changed.notify()
+        """Queue a job. Raises Overloaded where it would wait too long and Unavailable once `drain` was called."""
+        with self._lock:
+            self._check_open()
+            self.schedule.add(job)
+            if self._engine is not Engine.NOBODY:
+                return
+            self._wake()
 
     def cancel(self, job: Job) -> bool:
         """Forget a job: its callback is not called. Returns whether that kept it from running."""
-        with self._changed:
-            waiting = job.state is State.WAITING and job in self._groups.get(job.group, ())
-            if waiting:
-                self._remove(job)
+        with self._lock:
+            waited = job.state is State.WAITING and self.schedule.remove(job)
             job.state = State.CANCELLED
-            return waiting
+            return waited
 
     def expire(self) -> None:
         """Answer the waiting jobs whose deadline has passed, and those in a run that takes longer than `run_limit`."""
         now = time.monotonic()
         if self._running and now - self._running_since > self.run_limit:
             self.give_up(Expired(f"model '{self.name}' has been running this request for {self.run_limit:g} s"))
-        if not self.queued:
+        if not self.schedule.queued:
             return
-        with self._changed:
-            late = [job for group in self._groups.values() for job in group if job.deadline <= now]
-            for job in late:
-                self._remove(job)
+        with self._lock:
+            late = self.schedule.late(now)
         self._post_late(late, now)
-
-    def expected_wait(self) -> float:
-        """Seconds until what waits now has run, by the measured time of a batch."""
-        most = self.layout.max_rows if self.layout else 1
-        return (math.ceil(self.queued_rows / most) + 1) * self.run_seconds
 
     def drain(self) -> None:
         """Refuse new jobs from now on; the engine thread ends once every accepted job has run."""
-        with self._changed:
+        with self._lock:
             self._draining = True
-            self._changed.notify()
+            if self._engine is not Engine.THREAD and not self._running:
+                self._ring()
 
     def close(self) -> None:
         """`drain`, and answer what still waits with Unavailable instead of running it."""
-        with self._changed:
-            self._draining = True
-            left = [job for group in self._groups.values() for job in group]
-            for job in left:
-                self._remove(job)
-            self._changed.notify()
+        with self._lock:
+            left = self.schedule.clear()
+        self.drain()
         self._post_failures(left, Unavailable("the server shut down before the request ran"))
 
     def give_up(self, error: Exception) -> None:
@@ -147,95 +157,126 @@ class Batcher:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    # --- bookkeeping, under the lock -------------------------------------------------------------------------------
+    # --- who runs --------------------------------------------------------------------------------------------------
 
-    def _count(self, job: Job, sign: int) -> None:
-        self.queued += sign
-        self.queued_rows += sign * job.rows
-        self.queued_bytes += sign * job.nbytes
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Unavailable("the server is shutting down; send the request to another one")
 
-    def _remove(self, job: Job) -> None:
-        group = self._groups[job.group]
-        group.remove(job)
-        if not group:
-            del self._groups[job.group]
-        self._count(job, -1)
+    def _wake(self) -> None:
+        """Something waits and nobody is at it. Called under the lock, like `_ring`."""
+        if self.soon is not None and self.schedule.may_take(self.inline_limit):
+            self._engine = Engine.CALLERS
+            self.soon(self._run_here)
+        else:
+            self._ring()
 
-    # --- the engine thread -----------------------------------------------------------------------------------------
+    def _ring(self) -> None:
+        self._engine = Engine.THREAD
+        self._bell.release()
 
     def _serve(self) -> None:
-        while self._wait():
-            self._take_turn()  # a call of its own: its arrays must not live until the next batch
+        """The engine thread: as long as the bell is rung for it, it alone takes jobs."""
+        while self._bell.acquire():
+            while self.schedule.queued or self._has_turn:
+                self._take_turn()  # a call of its own: its arrays must not live until the next batch
+            with self._lock:
+                if self.schedule.queued:
+                    self._bell.release()
+                elif self._draining:
+                    return
+                else:
+                    self._engine = Engine.NOBODY
 
     def _take_turn(self) -> None:
-        with self.turns:
-            jobs = self._take()
-            batches = self._execute(jobs) if jobs else ()
+        asked, behind = time.monotonic(), self.turns.holder
+        if not self._has_turn:
+            self.share.enter()
+        batches: Sequence[Batch] = ()
+        try:
+            batches = self._run_next(asked, behind)
+        finally:
+            self._has_turn = self.share.leave(again=bool(batches and self.schedule.queued))
         for batch in batches:
             self._post(batch)
 
-    def _post(self, batch: Batch) -> None:
+    def _run_here(self) -> None:
+        """In the callers' thread: one batch, if it is short and the device is free. Else the engine thread goes on."""
+        asked = time.monotonic()
+        with self._lock:
+            if self._engine is not Engine.CALLERS:
+                return
+            if not self.schedule.queued:
+                self._settle()
+                return
+            if not self.share.enter(wait=False):
+                self._ring()
+                return
+        batches: Sequence[Batch] = ()
         try:
-            self.post(self._deliver, batch)
-        except RuntimeError:  # the callers' event loop is closed: nobody is left to answer
-            log.warning("model '%s': %d results had nowhere to go", self.name, len(batch.jobs))
+            batches = self._run_next(asked, "", self.inline_limit)
+        finally:
+            self.share.leave()
+        with self._lock:
+            if self.schedule.queued and not batches:
+                self._ring()
+            else:
+                self._settle()
+        for batch in batches:
+            self._deliver(batch)
 
-    def _wait(self) -> bool:
-        """Return once a job waits: True, or False where none does and none will."""
-        with self._changed:
-            while not self._groups:
-                if self._draining:
-                    return False
-                self._changed.wait()
-            return True
+    def _settle(self) -> None:
+        """Decide who goes on. Called under the lock."""
+        if self.schedule.queued:
+            self._wake()
+        elif self._draining:
+            self._ring()
+        else:
+            self._engine = Engine.NOBODY
 
-    def _take(self) -> list[Job]:
-        """The jobs of the next batch; none where those that waited have expired or left meanwhile."""
-        most = self.layout.max_rows if self.layout else 1
-        late: list[Job] = []
-        jobs: list[Job] = []
+    # --- a run -----------------------------------------------------------------------------------------------------
+
+    def _run_next(self, asked: float, behind: str, within: float = math.inf) -> Sequence[Batch]:
+        """Take jobs and run them: none where those that waited have left, or would take longer than `within`."""
         now = time.monotonic()
-        with self._changed:
-            while self._groups and not jobs:
-                key = min(self._groups, key=lambda k: self._groups[k][0].queued_at)
-                group, rows = self._groups[key], 0
-                while group and (not jobs or (self.layout and rows + group[0].rows <= most)):
-                    job = group.popleft()
-                    self._count(job, -1)
-                    if job.deadline <= now:
-                        late.append(job)
-                        continue
-                    job.state = State.RUNNING
-                    jobs.append(job)
-                    rows += job.rows
-                if not group:
-                    del self._groups[key]
+        with self._lock:
+            late = self.schedule.late(now)
+            selection = self.schedule.take(now, within) if self.schedule.queued else None
+            if selection is not None:
+                self._running_since, self._running = now, selection.jobs
         if late:
             self._post_late(late, now)
-        return jobs
-
-    def _execute(self, jobs: Sequence[Job]) -> Sequence[Batch]:
-        """The batches that the jobs ran in: one, or where it failed one for each job."""
-        began = self._running_since = time.monotonic()
-        self._running = jobs
-        try:
-            batches = [self._run_together(jobs)]
-        except Exception as error:
-            log.debug("model '%s': a batch of %d failed, each runs alone now: %s", self.name, len(jobs), error)
-            batches = [self._run_alone(job) for job in jobs if job.state is State.RUNNING]
-        self._running = ()
-        took = time.monotonic() - began
-        self.run_seconds = took if not self.run_seconds else 0.8 * self.run_seconds + 0.2 * took
+        if selection is None:
+            return ()
+        for job in selection.jobs:
+            job.state = State.RUNNING
+        batches = self._execute(selection)
+        for batch in batches:
+            batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
+        self._running, self._free_at = (), batches[-1].split_at
+        whole = batches[0].padded == selection.bucket and not isinstance(batches[0].results[0], Exception)
+        with self._lock:
+            self.schedule.ran(selection, self._free_at - now, whole=whole)
+            if behind or self.schedule.turns:
+                self.schedule.turns.add(now - asked)
         return batches
 
-    def _run_together(self, jobs: Sequence[Job]) -> Batch:
+    def _execute(self, selection: Selection) -> Sequence[Batch]:
+        """The batches that the jobs ran in: one, or where it failed one for each job."""
+        jobs = selection.jobs
+        try:
+            return [self._run_together(selection)]
+        except Exception as error:
+            log.debug("model '%s': a batch of %d failed, each runs alone now: %s", self.name, len(jobs), error)
+            return [self._run_alone(job) for job in jobs if job.state is State.RUNNING]
+
+    def _run_together(self, selection: Selection) -> Batch:
         """Raises what the run raises, unless there is but one job, run as it is."""
-        rows, layout = sum(job.rows for job in jobs), self.layout
-        padded = layout.bucket(rows) if layout else rows
-        if len(jobs) == 1 and rows == padded:
+        jobs, layout, padded = selection.jobs, self.layout, selection.bucket
+        rows = sum(job.rows for job in jobs)
+        if layout is None or (len(jobs) == 1 and rows == padded):
             return self._run_alone(jobs[0])
-        assert layout is not None
-        batch = Batch(jobs, rows, padded, time.monotonic())
+        batch = Batch(jobs, rows, padded, time.monotonic(), most=layout.max_rows)
         feeds = self._gather([job.feeds for job in jobs], rows, padded)
         batch.gathered_at = time.monotonic()
         outputs = self.run(feeds)
@@ -246,7 +287,7 @@ class Batcher:
 
     def _run_alone(self, job: Job) -> Batch:
         """The job by itself and unpadded: nothing is gathered or split."""
-        batch = Batch([job], job.rows, job.rows, time.monotonic())
+        batch = Batch([job], job.rows, job.rows, time.monotonic(), most=self.layout.max_rows if self.layout else 1)
         batch.gathered_at = batch.taken_at
         try:
             feeds = in_order(job.feeds)
@@ -259,11 +300,21 @@ class Batcher:
 
     # --- results ---------------------------------------------------------------------------------------------------
 
+    def _post(self, batch: Batch) -> None:
+        try:
+            self.post(self._deliver, batch)
+        except RuntimeError:  # the callers' event loop is closed: nobody is left to answer
+            log.warning("model '%s': %d results had nowhere to go", self.name, len(batch.jobs))
+
     def _deliver(self, batch: Batch) -> None:
         """In the callers' thread: account for the batch, then call every job back."""
         ran = bool(batch.padded)
         if ran:
             self.observe(batch)
+            if self.schedule.goal is not None:
+                now = time.monotonic()
+                for job in batch.jobs:
+                    self.schedule.goal.answered(now - job.queued_at)
         for job, result in zip(batch.jobs, batch.results, strict=True):
             if job.state in (State.CANCELLED, State.ANSWERED):
                 continue

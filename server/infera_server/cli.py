@@ -66,6 +66,21 @@ def serve(
             help="explicit: models are loaded and unloaded on request too; none: at start. [default: explicit]"
         ),
     ] = None,
+    slo_p99: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer 99 of 100 requests within this time, as 20ms; MODEL=20ms for one model. Repeatable. "
+            "[default: no goal]",
+            metavar="[MODEL=]TIME",
+        ),
+    ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="MODEL=WEIGHT: how much of a busy device's time one model gets. Repeatable. [default: 1]",
+            metavar="MODEL=WEIGHT",
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
     ] = None,
@@ -88,7 +103,11 @@ def serve(
     given = {name: value for name, value in locals().items() if name in Settings.model_fields and value is not None}
     try:
         if pin:
-            given["pins"] = dict(_pinned(p) for p in pin)
+            given["pins"] = dict(_pair(p, "--pin", "MODEL=DEVICE") for p in pin)
+        if share:
+            given["shares"] = dict(_pair(s, "--share", "MODEL=WEIGHT") for s in share)
+        if slo_p99:
+            given |= _goals(slo_p99)
         settings = Settings(**given)
         sources = discover(paths)
         access = access_of(settings)
@@ -162,8 +181,17 @@ def _url(name: Any, settings: Settings) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _pinned(pin: str) -> tuple[str, str]:
-    model, equals, device = pin.partition("=")
-    if not (model and equals and device):
-        raise typer.BadParameter(f"'{pin}' is not MODEL=DEVICE", param_hint="--pin")
-    return model, device
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    model, equals, value = text.partition("=")
+    if not (model and equals and value):
+        raise typer.BadParameter(f"'{text}' is not {form}", param_hint=option)
+    return model, value
+
+
+def _goals(texts: list[str]) -> dict[str, Any]:
+    """`20ms` is for all models, `NAME=5ms` for one."""
+    general = [text for text in texts if "=" not in text]
+    if len(general) > 1:
+        raise typer.BadParameter(f"{' and '.join(general)}: one time is for all models", param_hint="--slo-p99")
+    own = dict(_pair(text, "--slo-p99", "[MODEL=]TIME") for text in texts if "=" in text)
+    return {"slo_p99": general[0] if general else None, "slo_p99_of": own}

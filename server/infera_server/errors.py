@@ -11,7 +11,7 @@
     ├── TooLarge         413  the body is over the limit
     ├── UnknownCoding    415  a content coding that is not spoken here
     ├── HeadTooLarge     431  the URL and headers are over the limit
-    ├── Overloaded       429  the queue is full; `retry_after` says when to come back
+    ├── Overloaded       429  it would wait too long; `reason` says for what, `retry_after` when to come back
     ├── InternalError    500  the server's mistake
     ├── Unavailable      503  not loaded, or draining before exit
     ├── Expired          504  the deadline passed before the request had run
@@ -32,6 +32,9 @@ class RequestError(Exception):
     """Base of all answers that are not a result."""
 
     status: ClassVar[int] = 500
+    reason: str = ""
+    """Why the server refused what was no mistake, for its metrics; empty where it was one."""
+
     retry_after: float | None = None
     """Seconds after which the same request may succeed; None: no estimate."""
 
@@ -70,6 +73,7 @@ class TooLarge(RequestError):
     """The body is over the limit."""
 
     status = 413
+    reason = "too_large"
 
 
 class UnknownCoding(RequestError):
@@ -85,13 +89,17 @@ class HeadTooLarge(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full; after `retry_after` seconds it has probably run empty."""
+    """It would wait too long: the queue is full, or a deadline or the goal would be missed.
+
+    After `retry_after` seconds it probably would not.
+    """
 
     status = 429
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float, reason: str = "queue_full") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class InternalError(RequestError):
@@ -104,6 +112,7 @@ class Unavailable(RequestError):
     """Not loaded, or draining before exit."""
 
     status = 503
+    reason = "unavailable"
 
 
 class UnknownTransfer(RequestError):
@@ -122,6 +131,7 @@ class Expired(RequestError):
     """The deadline passed before the request had run."""
 
     status = 504
+    reason = "deadline"
 
 
 def request_error(error: Exception, model: str) -> RequestError:

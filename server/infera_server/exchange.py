@@ -60,6 +60,7 @@ class Exchange:
         "size",
         "started_at",
         "target",
+        "trace",
         "turn",
     )  # fmt: skip
 
@@ -80,6 +81,7 @@ class Exchange:
         self.target: tuple[str, str | None] = "", None
         self.model: Servable | None = None
         self.refusal: RequestError | None = None
+        self.trace = False
         self.job: Job | None = None
         self.request: Request | None = None
         self.started_at = time.monotonic()

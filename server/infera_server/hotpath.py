@@ -23,6 +23,7 @@ from infera_server.codec import Buffer
 from infera_server.connection import CONTINUE, Connection
 from infera_server.errors import RequestError, TooLarge, Unauthorized, request_error
 from infera_server.exchange import Exchange, decode, infer_target
+from infera_server.explanation import HEADER, explain
 from infera_server.gate import CREDENTIALS, credentials
 from infera_server.jobs import Batch
 from infera_server.protocols import v2_rest
@@ -30,7 +31,6 @@ from infera_server.recall import Head
 from infera_server.requests import Request, check_again
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
-from infera_server.service import explain
 from infera_server.upload import LARGE, Upload
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,11 @@ LINGER_SECONDS = 2.0
 JOIN_BYTES = 1 << 16
 """Replies up to this size are written in one piece."""
 
-_FIELDS = frozenset(
-    {b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length", *CREDENTIALS}
-)
+_TRACE = HEADER.encode()
+
+_FIELDS = CREDENTIALS | {
+    b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length", _TRACE
+}  # fmt: skip
 
 
 class HotPathProtocol(Connection):
@@ -75,6 +77,7 @@ class HotPathProtocol(Connection):
         exchange.received = exchange.turn = True
         exchange.known, exchange.target = head, head.target
         exchange.coding, exchange.accept, exchange.header = head.coding, head.accept, head.header
+        exchange.trace = head.trace
         exchange.body, exchange.size = [data[start:]], head.size
         self.waiting_since = exchange.started_at
         try:
@@ -126,6 +129,7 @@ class HotPathProtocol(Connection):
         access = self.service.access
         key = None if access.is_open else access.admit(credentials(fields), target[0], exchange.started_at)
         exchange.accept = fields.get(b"accept-encoding", b"")
+        exchange.trace = fields.get(_TRACE) == b"1"
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
             exchange.keep_alive = False
@@ -138,7 +142,7 @@ class HotPathProtocol(Connection):
         if b"inference-header-content-length" in fields:
             exchange.header = v2_rest.header_length(fields[b"inference-header-content-length"])
         if fresh and b"content-length" in fields and exchange.keep_alive and not exchange.expects_continue:
-            head = Head(target, size, exchange.coding, exchange.accept, exchange.header, key)
+            head = Head(target, size, exchange.coding, exchange.accept, exchange.header, exchange.trace, key)
             exchange.known = self.service.heads.keep(fresh, head)
 
     def _enqueue(self, exchange: Exchange) -> None:
@@ -327,7 +331,7 @@ class HotPathProtocol(Connection):
         assert model is not None
         assert request is not None
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: %s", model.signature.name, explain(batch, exchange.job.queued_at if exchange.job else 0.0))
+            log.debug("%s: %s", model.signature.name, explain(batch, exchange.job))
         if isinstance(result, Exception):
             self._refuse(exchange, request_error(result, model.signature.name))
             return
@@ -342,6 +346,8 @@ class HotPathProtocol(Connection):
             fields = [b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n" % len(head)]
         else:
             fields = [b"content-type: application/json\r\n"]
+        if exchange.trace or request.trace:
+            fields.append(b"%s: %s\r\n" % (_TRACE, explain(batch, exchange.job).encode()))
         self._reply(exchange, 200, fields, [head, *tail])
 
     # --- replying --------------------------------------------------------------------------------------------------
@@ -352,6 +358,10 @@ class HotPathProtocol(Connection):
             fields.append(b"www-authenticate: Bearer\r\n")
         if error.retry_after is not None:
             fields.append(b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after)))
+        if exchange.trace:
+            fields.append(b"%s: %s\r\n" % (_TRACE, explain(None, None, error).encode()))
+        if exchange.model is not None and error.reason:
+            exchange.model.stats.refused[error.reason] += 1
         exchange.accept = b""
         self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
@@ -13,7 +14,12 @@ from infera_server.rows import Arrays
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """One run. Times are seconds of `time.monotonic`; `rows` excludes the `padded - rows` rows of padding."""
+    """One run. Times are seconds of `time.monotonic`; `rows` excludes the `padded - rows` rows of padding.
+
+    Until `free_at` the model's run before this one went on, until `asked_at` nobody asked for the device, and until
+    `taken_at` the model `behind` had it. `fill` is the share of the batch's elements that came with its rows, below 1
+    where rows were made longer.
+    """
 
     jobs: Sequence[Job]
     rows: int
@@ -23,6 +29,11 @@ class Batch:
     ran_at: float = 0.0
     split_at: float = 0.0
     results: Sequence[Arrays | Exception] = ()
+    free_at: float = 0.0
+    asked_at: float = 0.0
+    behind: str = ""
+    most: int = 1
+    fill: float = 1.0
 
 
 Done: TypeAlias = Callable[[Arrays | Exception, Batch | None], None]
@@ -36,12 +47,26 @@ class State(Enum):
     ANSWERED = "answered"
 
 
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Levels of priority: 1 goes first, `count` last. A request that names none of them has the `default`."""
+
+    count: int
+    default: int
+
+    def level(self, priority: int) -> int:
+        return priority if 0 < priority <= self.count else self.default
+
+
+ANY_LEVELS = Levels(9, 5)
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One caller's request: `rows` rows in every array of `feeds`.
 
     Jobs of equal `group` can share a batch. `nbytes` is what the job keeps in memory while it waits. `deadline` is a
-    time of `time.monotonic`, after which the job is not run any more.
+    time of `time.monotonic`, after which the job is not run any more. A smaller `level` goes first.
     """
 
     feeds: Arrays
@@ -50,5 +75,6 @@ class Job:
     group: Hashable = None
     nbytes: int = 0
     deadline: float = math.inf
-    queued_at: float = 0.0
+    level: int = 0
+    queued_at: float = field(default_factory=time.monotonic)
     state: State = State.WAITING

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
-REASONS = {413: "too_large", 429: "queue_full", 503: "unavailable", 504: "deadline"}
-"""Answers that are refusals by the server, by status."""
-
 
 class Histogram:
     """Counts of values up to each bound, and their sum."""
@@ -82,6 +79,9 @@ class ModelStats:
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
+        self.refused: Counter[str] = Counter()
+        """Requests refused, by the reason of their RequestError; whoever answers them counts them."""
+
         self.duration = Histogram(SECONDS)
         self.queue = Histogram(SECONDS)
         self.execution = Histogram(SECONDS)
@@ -176,8 +176,8 @@ class Exposition:
             layout = model.signature.layout
             for code, count in sorted(stats.statuses.items()):
                 requests.add_metric([*key, str(code)], count)
-                if code in REASONS:
-                    rejected.add_metric([*key, REASONS[code]], count)
+            for reason, count in sorted(stats.refused.items()):
+                rejected.add_metric([*key, reason], count)
             padding.add_metric(key, stats.padding)
             depth.add_metric(key, model.queued)
             info.add_metric(

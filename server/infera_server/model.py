@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -16,15 +17,17 @@ from infera_gpu.spec import tensors_of
 from infera_server.batcher import Batcher
 from infera_server.batching import Batching, derive
 from infera_server.errors import BadRequest, InternalError, RequestError, request_error
-from infera_server.jobs import Batch, Done, Job
+from infera_server.goal import Goal
+from infera_server.jobs import ANY_LEVELS, Batch, Done, Job, Levels
 from infera_server.metrics import ModelStats
 from infera_server.placement import Place
 from infera_server.requests import Request
-from infera_server.rows import HostArray
+from infera_server.rows import Arrays
 from infera_server.runtime import Session
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
 from infera_server.turns import Turns
+from infera_server.warmup import prime
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Model:
     stats: ModelStats
     timeout: float
     source_name: str
+    levels: Levels = ANY_LEVELS
     device: str = field(init=False)
     retired: bool = field(default=False, init=False)
 
@@ -65,8 +69,9 @@ class Model:
         if request.correlation is not None:
             raise BadRequest("parameter 'sequence_id' is not supported: no state is kept from one request to the next")
         rows, group = self._rows(request.feeds)
-        deadline = time.monotonic() + min(request.timeout or math.inf, self.timeout)
-        job = Job(request.feeds, done, rows, group, nbytes, deadline)
+        now = time.monotonic()
+        deadline = now + min(request.timeout or math.inf, self.timeout)
+        job = Job(request.feeds, done, rows, group, nbytes, deadline, self.levels.level(request.priority), now)
         self.batcher.submit(job)
         return job
 
@@ -86,11 +91,14 @@ class Model:
         self.batcher.close()
         self.batcher.give_up(error)
 
-    def _rows(self, feeds: dict[str, HostArray]) -> tuple[int, Any]:
-        """The batch size, and what must be equal for requests to share a batch: all other dimensions."""
+    def _rows(self, feeds: Arrays) -> tuple[int, Any]:
+        """The batch size, and what must be equal for requests to share a batch: all other dimensions.
+
+        Without a layout none do; then it is what requests of about equal run times have in common.
+        """
         layout, name = self.signature.layout, self.signature.name
         if layout is None:
-            return 1, None
+            return 1, tuple(array.shape for array in feeds.values())
         rows, group = -1, []
         for tensor, array in feeds.items():
             axis, shape = layout.inputs[tensor], array.shape
@@ -174,9 +182,23 @@ def open_model(
         observe=stats.ran,
         turns=turns,
         run_limit=settings.request_timeout,
+        goal=Goal(slo, name) if (slo := settings.slo_p99_of.get(name, settings.slo_p99)) else None,
+        weight=settings.shares.get(name, 1.0),
+        soon=_soon if session.device.name == "cpu" else None,
+        inline_limit=settings.inline_run,
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
-    return Model(signature, session, batching, batcher, stats, settings.request_timeout, path.name)
+    levels = Levels(settings.priority_levels, settings.default_priority)
+    model = Model(signature, session, batching, batcher, stats, settings.request_timeout, path.name, levels)
+    size = next(iter(batching.sizes.values()), 1)
+    costs = batcher.schedule.costs
+    prime(session, batching.layout, size, lambda f: model._rows(f)[1], costs, batcher.share, settings.warmup_seconds)
+    return model
+
+
+def _soon(fn: Callable[[], None]) -> None:
+    """`submit` is called in the event loop's thread."""
+    asyncio.get_running_loop().call_soon(fn)
 
 
 def _answer(error: Exception, name: str) -> RequestError:

@@ -34,6 +34,7 @@ class Head:
     coding: Coding | None
     accept: bytes
     header: int | None
+    trace: bool = False
     key: Key | None = None
     requests: dict[bytes, tuple[ref[Servable], Request]] = field(default_factory=dict)
 

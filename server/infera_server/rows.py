@@ -35,7 +35,9 @@ class Layout:
 
 def in_order(feeds: Arrays) -> Arrays:
     """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
-    return {name: np.require(array, requirements=["C", "A"]) for name, array in feeds.items()}
+    return {
+        n: a if (f := a.flags).c_contiguous and f.aligned else np.require(a, None, ["C", "A"]) for n, a in feeds.items()
+    }
 
 
 class Gatherer:

@@ -14,7 +14,6 @@ from infera_server.access import Access
 from infera_server.control import Control
 from infera_server.errors import Unavailable
 from infera_server.intake import Intake
-from infera_server.jobs import Batch
 from infera_server.recall import Heads
 from infera_server.repository import Repository
 from infera_server.servable import Servable
@@ -124,14 +123,3 @@ class Service:
             model.give_up(Unavailable("the server shut down before the run ended"))
         await asyncio.sleep(0)  # replies were posted from other threads: let them be written
         return finished
-
-
-def explain(batch: Batch | None, queued_at: float) -> str:
-    """Where a request's time went, for a human: `queued 1.2 ms, batch of 17 rows (32 padded), ran 3.4 ms`."""
-    if batch is None:
-        return "did not run"
-    return (
-        f"queued {(batch.taken_at - queued_at) * 1e3:.1f} ms, "
-        f"batch of {batch.rows} rows ({batch.padded} padded, {len(batch.jobs)} requests), "
-        f"ran {(batch.ran_at - batch.gathered_at) * 1e3:.1f} ms"
-    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infera_gpu.budget import bytes_of
@@ -16,6 +17,18 @@ def checked_bytes(size: str) -> str:
     """The text, where it is an amount of memory. Raises ValueError."""
     bytes_of(size)
     return size
+
+
+_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def seconds_of(duration: object) -> object:
+    """'20ms' -> 0.02; what is no such text is left to pydantic."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(us|µs|ms|s)\s*", duration) if isinstance(duration, str) else None
+    return float(found[1]) * _UNITS[found[2]] if found else duration
+
+
+Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -45,4 +58,11 @@ class Settings(BaseSettings):
     max_queue_bytes: int = Field(default=1 << 30, ge=1)
     request_timeout: float = Field(default=30.0, gt=0)
     drain_timeout: float = Field(default=30.0, gt=0)
+    slo_p99: Duration | None = None
+    slo_p99_of: dict[str, Duration] = Field(default_factory=dict)
+    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    priority_levels: int = Field(default=9, ge=1)
+    default_priority: int = Field(default=5, ge=1)
+    inline_run: float = Field(default=0.0003, ge=0)
+    warmup_seconds: float = Field(default=2.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -165,9 +165,13 @@ class Running:
 def serving(
     sessions: Mapping[str, Session], wait: bool = True, access: Access | None = None, **settings: Any
 ) -> Iterator[Running]:
-    """Serve sessions under their names in a thread of this process; with `wait`, from when they are loaded."""
+    """Serve sessions under their names in a thread of this process; with `wait`, from when they are loaded.
+
+    Runs take place in the engine thread, since those of a `FakeSession` may wait for the test.
+    """
+    chosen = Settings(**{"inline_run": 0.0} | settings)
     sources = [Source(name, "1", Path(f"{name}.onnx")) for name in sessions]
-    repository = Repository(Settings(**settings), sources, opener=lambda path, _: sessions[path.stem])
+    repository = Repository(chosen, sources, opener=lambda path, _: sessions[path.stem])
     with hosting(repository, wait, access) as running:
         running.sessions = sessions
         yield running

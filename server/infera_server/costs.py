@@ -1,0 +1,129 @@
+"""How long a run takes, learned from runs.
+
+For every group of equal shapes and every bucket of rows, the last runs are remembered. Their median is the typical
+time, which one stalled run does not move and a lasting change moves after half a window; nearly their longest is the
+time to reckon with where a promise is at stake. What has not run yet is inferred from what has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+WINDOW = 32
+"""Runs remembered of each group and bucket."""
+
+REFRESH = 8
+"""Runs after which a full window is looked at again."""
+
+FADE = 0.998
+"""What is left of an estimate each time its bucket was not chosen: one that was slow by accident is tried again."""
+
+MAX_GROUPS = 256
+"""Groups remembered; the least recently used goes."""
+
+
+class Window:
+    """The last values of something: their `median`, the lower of the middle two, and `high`, their 97th percentile.
+
+    Both are 0 where nothing was added, and a few values behind once the window is full.
+    """
+
+    __slots__ = ("_added", "_values", "high", "median")
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self._added = 0
+        self.median = self.high = 0.0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float) -> bool:
+        """Returns whether the quantiles are up to date with it."""
+        if len(self._values) < WINDOW:
+            self._values.append(value)
+        else:
+            self._values[self._added % WINDOW] = value
+            if self._added % REFRESH:
+                self._added += 1
+                return False
+        self._added += 1
+        ranked = sorted(self._values)
+        self.median = ranked[(len(ranked) - 1) // 2]
+        self.high = ranked[-1 - len(ranked) // 20]
+        return True
+
+
+class GroupCosts:
+    """The times of one group, by index of the bucket.
+
+    `typical` and `high` have an entry for every bucket, 0 as long as nothing at all is known. `size` is what a row of
+    the group weighs against one of another, in any unit.
+    """
+
+    __slots__ = ("_windows", "buckets", "high", "known", "size", "typical")
+
+    def __init__(self, buckets: Sequence[int], size: float, like: GroupCosts | None = None) -> None:
+        self.buckets = buckets
+        self.size = size
+        self._windows = [Window() for _ in buckets]
+        self.known: bool = like is not None and like.known
+        ratio = size / like.size if like is not None and like.size else 1.0
+        self.typical: list[float] = [s * ratio for s in like.typical] if like else [0.0] * len(buckets)
+        self.high: list[float] = [s * ratio for s in like.high] if like else [0.0] * len(buckets)
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """A run of `rows` rows, a bucket's, took so long."""
+        index = self.index(rows)
+        window = self._windows[index]
+        if window.add(seconds):
+            self.known = True
+            self.typical[index], self.high[index] = window.median, window.high
+            if not all(self._windows):
+                self._infer()
+
+    def runs(self, index: int) -> int:
+        """How many runs of the bucket are remembered."""
+        return len(self._windows[index])
+
+    def _infer(self) -> None:
+        """Buckets that never ran: half of the time of the nearest one that did is fixed, half goes with the rows.
+
+        That is hopeful on either side of it, so that they run and are known.
+        """
+        ran = [i for i, window in enumerate(self._windows) if window]
+        for i, rows in enumerate(self.buckets):
+            if not self._windows[i]:
+                near = min(ran, key=lambda j: (abs(j - i), j))
+                ratio = (1 + rows / self.buckets[near]) / 2
+                self.typical[i], self.high[i] = self.typical[near] * ratio, self.high[near] * ratio
+
+    def pass_over(self, index: int) -> None:
+        """The bucket could have run and another seemed better."""
+        self.typical[index] *= FADE
+
+    def index(self, rows: int) -> int:
+        """The smallest bucket that holds `rows`, which the largest does."""
+        return bisect_left(self.buckets, rows)
+
+
+class Costs:
+    """The times of all groups of one model. Not thread-safe."""
+
+    def __init__(self, buckets: Sequence[int]) -> None:
+        self.buckets = tuple(buckets)
+        self._groups: OrderedDict[Hashable, GroupCosts] = OrderedDict()
+
+    def of(self, group: Hashable, size: float = 1.0) -> GroupCosts:
+        """The times of a group; a new one begins with those of the group nearest in size, in proportion."""
+        found = self._groups.get(group)
+        if found is None:
+            near = min((g for g in self._groups.values() if g.known), key=lambda g: abs(g.size - size), default=None)
+            found = self._groups[group] = GroupCosts(self.buckets, size, near)
+            if len(self._groups) > MAX_GROUPS:
+                self._groups.popitem(last=False)
+        else:
+            self._groups.move_to_end(group)
+        return found

@@ -1,0 +1,313 @@
+"""What waits for a model, who is admitted, and who runs next.
+
+Everything here is arithmetic on the times it is given: no threads, no clock. `Batcher` drives it by the real clock, the
+simulation in `bench/` by a virtual one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from infera_server.costs import MAX_GROUPS, Costs, GroupCosts, Window
+from infera_server.errors import Overloaded
+from infera_server.goal import Goal
+from infera_server.jobs import Job
+
+GAIN = 0.95
+"""A batch that leaves jobs behind has to be cheaper a row by this factor."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """The jobs of one group, best first: by level, then by arrival."""
+
+    group: Hashable
+    costs: GroupCosts
+    jobs: list[Job] = field(default_factory=list)
+    rows: int = 0
+
+    def add(self, job: Job) -> None:
+        jobs, at = self.jobs, len(self.jobs)
+        while at and jobs[at - 1].level > job.level:
+            at -= 1
+        jobs.insert(at, job)
+        self.rows += job.rows
+
+    def rows_before(self, level: int) -> int:
+        """Rows that go before a new job of this level."""
+        if self.jobs[-1].level <= level:
+            return self.rows
+        return sum(job.rows for job in self.jobs if job.level <= level)
+
+
+@dataclass(slots=True)
+class Selection:
+    """The jobs of the next batch, the group whose shapes they run in with what is known of it, and the bucket."""
+
+    jobs: list[Job]
+    group: Hashable
+    costs: GroupCosts
+    bucket: int
+
+
+@dataclass(eq=False)
+class Schedule:
+    """The queue of one model. Not thread-safe. Times are seconds of one clock, whichever.
+
+    With `merges` unset a batch is one job. `widens(group, into)` says whether jobs of one group may run in the shapes
+    of another.
+    """
+
+    buckets: Sequence[int] = (1,)
+    merges: bool = True
+    max_queue: int = 256
+    max_queue_bytes: int = 1 << 30
+    name: str = "model"
+    goal: Goal | None = None
+    widens: Callable[[Hashable, Hashable], bool] | None = None
+
+    queued: int = field(default=0, init=False)
+    queued_rows: int = field(default=0, init=False)
+    queued_bytes: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.costs = Costs(self.buckets)
+        self.turns = Window()
+        """How long the device was waited for before a batch."""
+
+        self._waiting: dict[Hashable, Waiting] = {}
+        self._empty: dict[Hashable, Waiting] = {}
+        self._soonest = math.inf
+        self._running = False
+        self._running_until = 0.0
+
+    # --- arriving ----------------------------------------------------------------------------------------------------
+
+    def check_room(self, nbytes: int, now: float) -> None:
+        """Raises Overloaded where the queue has no room for a job of so many bytes."""
+        if self.queued >= self.max_queue or (self.queued and self.queued_bytes + nbytes > self.max_queue_bytes):
+            raise Overloaded(
+                f"model '{self.name}' has {self.queued} requests ({self.queued_bytes:,} bytes) waiting, "
+                f"its limit is {self.max_queue} ({self.max_queue_bytes:,} bytes); send the request again later",
+                self.wait(now),
+            )
+
+    def add(self, job: Job) -> None:
+        """Queue a job at its `queued_at`. Raises Overloaded where there is no room or no hope, never while idle."""
+        now = job.queued_at
+        if self.queued or self._running:
+            self.check_room(job.nbytes, now)
+            self._check_hope(job, now)
+        waiting = self._waiting.get(job.group)
+        if waiting is None:
+            empty = self._empty.pop(job.group) if job.group in self._empty else None
+            waiting = self._waiting[job.group] = empty or Waiting(job.group, self._costs_of(job))
+        waiting.add(job)
+        self._count(job, 1)
+        if job.deadline < self._soonest:
+            self._soonest = job.deadline
+
+    def _check_hope(self, job: Job, now: float) -> None:
+        """Raises Overloaded where the job would be answered after its deadline, or after the goal."""
+        if job.deadline < math.inf:
+            needed = self.forecast(job, now)
+            if now + needed > job.deadline:
+                raise Overloaded(
+                    f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
+                    f"it has {(job.deadline - now) * 1e3:.3g} ms; send it again later or with a longer timeout",
+                    max(now + needed - job.deadline, 0.0),
+                    "would_expire",
+                )
+        if self.goal is not None:
+            costs = self._costs_of(job)
+            needed = self.forecast(job, now, high=True)
+            limit = self.goal.limit(costs.high[costs.index(job.rows)])
+            if needed > limit:
+                raise Overloaded(
+                    f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
+                    f"more than the server's goal of {self.goal.seconds * 1e3:.3g} ms allows; send it again later",
+                    needed - limit,
+                    "goal",
+                )
+
+    def forecast(self, job: Job, now: float, high: bool = False) -> float:
+        """Seconds until a job that arrives now would be answered, by typical or by long runs; 0 where none is known."""
+        own = self._waiting.get(job.group)
+        rows = job.rows + (own.rows_before(job.level) if own else 0)
+        seconds = self._residual(now) + self._clear(own.costs if own else self._costs_of(job), rows, high)
+        for waiting in self._waiting.values():
+            if waiting is not own:
+                seconds += self._clear(waiting.costs, waiting.rows_before(job.level), high)
+        return seconds
+
+    def wait(self, now: float) -> float:
+        """Seconds until what waits and runs now is through."""
+        return self._residual(now) + sum(self._clear(w.costs, w.rows, False) for w in self._waiting.values())
+
+    def _residual(self, now: float) -> float:
+        return max(0.0, self._running_until - now) if self._running else 0.0
+
+    def _clear(self, costs: GroupCosts, rows: int, high: bool) -> float:
+        """Seconds for so many rows of a group, the device's other users included."""
+        if not rows:
+            return 0.0
+        largest = self._largest(costs)
+        full, rest = divmod(rows, self.buckets[largest])
+        times = costs.high if high else costs.typical
+        seconds = full * times[largest] + (times[costs.index(rest)] if rest else 0.0)
+        return seconds + (full + bool(rest)) * (self.turns.high if high else self.turns.median)
+
+    def _largest(self, costs: GroupCosts) -> int:
+        return self.goal.largest(costs) if self.goal is not None else len(self.buckets) - 1
+
+    def _costs_of(self, job: Job) -> GroupCosts:
+        waiting = self._waiting.get(job.group) or self._empty.get(job.group)
+        if waiting is not None:
+            return waiting.costs
+        return self.costs.of(job.group, sum(a.size for a in job.feeds.values()) / job.rows)
+
+    # --- leaving -----------------------------------------------------------------------------------------------------
+
+    def remove(self, job: Job) -> bool:
+        """Forget a job. Returns whether it waited."""
+        waiting = self._waiting.get(job.group)
+        if waiting is None or job not in waiting.jobs:
+            return False
+        waiting.jobs.remove(job)
+        waiting.rows -= job.rows
+        self._count(job, -1)
+        if not waiting.jobs:
+            self._set_aside(waiting)
+        return True
+
+    def late(self, now: float) -> list[Job]:
+        """Remove the jobs whose deadline has passed."""
+        if now < self._soonest:
+            return []
+        jobs = [job for waiting in self._waiting.values() for job in waiting.jobs]
+        late = [job for job in jobs if job.deadline <= now]
+        for job in late:
+            self.remove(job)
+        self._soonest = min((job.deadline for job in jobs if job.deadline > now), default=math.inf)
+        return late
+
+    def clear(self) -> list[Job]:
+        """Remove all jobs."""
+        jobs = [job for waiting in self._waiting.values() for job in waiting.jobs]
+        for job in jobs:
+            self.remove(job)
+        return jobs
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.queued += sign
+        self.queued_rows += sign * job.rows
+        self.queued_bytes += sign * job.nbytes
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def may_take(self, seconds: float) -> bool:
+        """Whether the next batch could be as short as that: a look that costs next to nothing."""
+        costs = self._head().costs
+        return costs.known and costs.typical[0] <= seconds
+
+    def take(self, now: float, within: float = math.inf) -> Selection | None:
+        """Remove the jobs of the next batch, and say how it runs. Something must wait.
+
+        None where the batch would take longer than `within`, or it is unknown how long and there is such a limit.
+        """
+        head = self._head()
+        index, count = self._choose(head, now) if self.merges else (0, 1)
+        seconds = head.costs.typical[index]
+        if seconds > within or (within < math.inf and not head.costs.known):
+            return None
+        selection = Selection(head.jobs[:count], head.group, head.costs, self.buckets[index])
+        self._drop(head, count)
+        if self.widens is not None and self.merges:
+            self._fill(selection)
+        self._running, self._running_until = True, now + seconds
+        return selection
+
+    def ran(self, selection: Selection, seconds: float, *, whole: bool = True) -> None:
+        """The batch ended after so long; unless it ran `whole`, nothing is learned from it."""
+        self._running = False
+        if whole:
+            selection.costs.learn(selection.bucket, seconds)
+            if self.goal is not None:
+                self.goal.check_reach(selection.costs)
+
+    def _head(self) -> Waiting:
+        """The group whose first job is the most urgent, then has waited longest: no group can starve another."""
+        groups = self._waiting.values()
+        if len(groups) == 1:
+            return next(iter(groups))
+        return min(groups, key=lambda w: (w.jobs[0].level, w.jobs[0].queued_at))
+
+    def _choose(self, head: Waiting, now: float) -> tuple[int, int]:
+        """(index of the bucket, how many jobs) of the batch that takes the least time a row."""
+        costs, jobs = head.costs, head.jobs
+        first = costs.index(jobs[0].rows)
+        if len(jobs) == 1:
+            return first, 1
+        last = max(self._within(head, now), first)
+        index = count = rows = taken = 0
+        least = math.inf
+        considered = []
+        for i in range(first, last + 1):
+            before, bucket = count, self.buckets[i]
+            while count < len(jobs) and rows + jobs[count].rows <= bucket:
+                rows += jobs[count].rows
+                count += 1
+            if count == before:
+                continue
+            considered.append(i)
+            rate = costs.typical[i] / rows
+            if rate <= least / GAIN:
+                index, taken, least = i, count, min(rate, least)
+            if count == len(jobs):
+                break
+        for i in considered:
+            if i != index:
+                costs.pass_over(i)
+        return index, taken
+
+    def _within(self, head: Waiting, now: float) -> int:
+        """Index of the largest bucket that keeps the goal, for those who come after the batch and for its first job."""
+        if self.goal is None:
+            return len(self.buckets) - 1
+        index = self.goal.largest(head.costs)
+        left = head.jobs[0].queued_at + self.goal.seconds - now
+        if head.costs.high[0] <= left:  # else it is late whatever runs
+            while index and head.costs.high[index] > left:
+                index -= 1
+        return index
+
+    def _drop(self, waiting: Waiting, count: int) -> None:
+        for job in waiting.jobs[:count]:
+            self._count(job, -1)
+            waiting.rows -= job.rows
+        del waiting.jobs[:count]
+        if not waiting.jobs:
+            self._set_aside(waiting)
+
+    def _set_aside(self, waiting: Waiting) -> None:
+        """The group is empty; it is kept for its next job."""
+        del self._waiting[waiting.group]
+        if len(self._empty) >= MAX_GROUPS:
+            self._empty.clear()
+        self._empty[waiting.group] = waiting
+
+    def _fill(self, selection: Selection) -> None:
+        """Let jobs of narrower groups have the rows that would be padding: they cost nothing there."""
+        assert self.widens is not None
+        free = selection.bucket - sum(job.rows for job in selection.jobs)
+        for waiting in list(self._waiting.values()) if free else ():
+            if waiting.group == selection.group or not self.widens(waiting.group, selection.group):
+                continue
+            count = 0
+            while count < len(waiting.jobs) and waiting.jobs[count].rows <= free:
+                free -= waiting.jobs[count].rows
+                count += 1
+            selection.jobs += waiting.jobs[:count]
+            self._drop(waiting, count)
