@@ -54,7 +54,7 @@ class Opened:
 def models(*names: str, **settings: Any) -> Iterator[tuple[Running, Opened]]:
     opened = Opened()
     sources = [Source(name, "1", Path(f"{name}.onnx")) for name in names]
-    with hosting(Repository(Settings(**settings), sources, opened)) as running:
+    with hosting(Repository(Settings(**{"inline_run": 0.0} | settings), sources, opened)) as running:
         yield running, opened
 
 
