@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from infera_gpu.devices.base import Device, host_block, host_view
+from infera_gpu.devices.base import Device, host_block, host_view, usual_buffers
 from infera_gpu.devices.ports import Ports
 from infera_gpu.errors import InferaError, InputError, PlanError, planning
 from infera_gpu.graph import Graph, HostArray
@@ -44,7 +44,10 @@ class Constants:
         found = self._made.get(key)
         if found is None:
             lasting = id(host) in self._lasting
-            packed = np.ascontiguousarray(build(host)) if build else host
+            packed = host
+            if build is not None:
+                with usual_buffers():
+                    packed = np.ascontiguousarray(build(host))
             found = self._device.constant(packed, space, lasting=lasting)
             if lasting:
                 self._made[key] = found
@@ -216,25 +219,29 @@ def _scratch_bytes(
 class _Room:
     """Host memory that is given out and never written to: the system has to find none for it.
 
-    Up to KEPT bytes are kept for the next time, since asking the system takes longer than planning a small node.
+    The largest block of up to KEPT bytes is kept for the next time. Asking for memory takes longer than planning a small
+    node, and where it comes from pages of 2 MiB even a block that nobody touches may cost one of them.
     """
 
-    KEPT = 1 << 20
+    FIRST, KEPT = 1 << 20, 1 << 26
 
     def __init__(self) -> None:
-        self._block = self._small = host_block(self.KEPT)
+        self._block = self._kept = host_block(self.FIRST)
         self._used = 0
 
     def take(self, nbytes: int) -> tuple[HostArray, int]:
         """A block, and where in it so many bytes are free."""
         at, self._used = self._used, self._used + aligned(nbytes)
         if self._used > self._block.nbytes:
-            self._block, at, self._used = host_block(max(aligned(nbytes), self.KEPT)), 0, aligned(nbytes)
+            self._block = host_block(max(aligned(nbytes), min(2 * self._block.nbytes, self.KEPT)))
+            at, self._used = 0, aligned(nbytes)
         return self._block, at
 
     def clear(self) -> None:
         """All of it is free again."""
-        self._block, self._used = self._small, 0
+        if self._kept.nbytes < self._block.nbytes <= self.KEPT:
+            self._kept = self._block
+        self._block, self._used = self._kept, 0
 
 
 def _alike(

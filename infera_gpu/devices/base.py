@@ -21,7 +21,10 @@ from infera_gpu.spec import Array
 
 UFUNC_BUFFER = 64
 """Elements. NumPy's ufuncs take buffers of this size for operands that they cannot walk in one stride or must cast;
-with its default of 8192 a run would take and give back 32 KB for each."""
+with its default a run would take and give back 32 KB for each."""
+
+USUAL_BUFFER = 8192
+"""NumPy's default, in elements."""
 
 
 @contextmanager
@@ -37,6 +40,14 @@ def quiet_numpy() -> Iterator[None]:
     except MemoryError as error:
         needed = math.prod(getattr(error, "shape", ())) * getattr(error, "dtype", np.dtype(np.uint8)).itemsize
         raise OutOfMemoryError("an array on the host", needed=needed, available=host_memory() or 0) from error
+
+
+@contextmanager
+def usual_buffers() -> Iterator[None]:
+    """NumPy's own buffers, within `quiet_numpy` too: for what casts large arrays once, while planning or binding."""
+    with np.errstate():
+        np.setbufsize(USUAL_BUFFER)
+        yield
 
 
 class Device(Protocol):

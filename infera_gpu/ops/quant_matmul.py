@@ -56,7 +56,8 @@ def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zer
     def exact(weights: HostArray) -> HostArray:
         return np.array(cpu.exact_ranges(k, left_reach, reach(site, b, b_zero), centred(weights)))
 
-    tag = f"centred{' transposed' if turn else ''}{'' if point is None else f' {point.tolist()}'}"
+    shift = "" if point is None or not point.any() else f" {point.tobytes().hex()}"
+    tag = f"centred{' transposed' if turn else ''}{shift}"
     if len(ranges) > 1:
         ranges = [(int(i), int(j)) for i, j in io.pack(b, f"{tag} ranges of {left_reach}", exact)]
     if io.ins[b].ndim == 2 and left.flags.c_contiguous:

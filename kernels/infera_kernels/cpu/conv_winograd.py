@@ -132,6 +132,12 @@ def transform_filters(w: Array, tile: int) -> Array:
     taps = transforms(tile)[1]
     matrix, flat = np.kron(taps, taps), w.reshape(-1, 9)
     made = np.empty((len(matrix), len(flat)), w.dtype)
+    some = min(FILTERS, len(flat))
+    wide, product = np.empty((9, some)), np.empty((len(matrix), some))
     for start in range(0, len(flat), FILTERS):
-        made[:, start : start + FILTERS] = matrix @ flat[start : start + FILTERS].T.astype(np.float64)
+        part = flat[start : start + FILTERS].T
+        at = slice(0, part.shape[1])
+        np.copyto(wide[:, at], part)
+        np.matmul(matrix, wide[:, at], product[:, at])
+        made[:, start : start + FILTERS] = product[:, at]
     return made.reshape(-1, *w.shape[:2])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_border import joined
 from infera_kernels.cpu.nhwc_epilogue import Blocks
-from infera_kernels.cpu.nhwc_product import product, slice_of, sliced
+from infera_kernels.cpu.nhwc_product import product, slice_of
 from infera_kernels.cpu.nhwc_rows import flat, images, in_parts, longest, moved, spans
 
 BLOCK_BYTES = 1 << 21
@@ -74,6 +76,8 @@ def packed(pack: Pack, group: int, columns: int) -> Array:
     """The matrices (group, taps, O / group) of weights that never change, `sliced`."""
 
     def build(w: Array) -> Array:
-        return sliced(by_taps(w, group).reshape(-1, group, w.shape[0] // group).transpose(1, 0, 2), columns)
+        taps = by_taps(w, group)
+        parts = taps.reshape(*taps.shape[:4], -1, columns, copy=False).transpose(3, 4, 0, 1, 2, 5)
+        return np.ascontiguousarray(parts).reshape(*parts.shape[:2], -1, columns)
 
     return pack(f"columns{columns}", build)

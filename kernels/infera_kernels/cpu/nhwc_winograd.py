@@ -98,9 +98,7 @@ def winograd(
     ready = all(tiles._replace(before=job.before).fits(job.x[None]) for job in jobs)
     most = max(BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize), -(-BLOCK_TILES // across))
     columns = slice_of(min(most, -(-len(jobs) * down // split.threads)) * across, c, o)
-    filters = pack(
-        f"winograd{tile} {columns}", lambda w: sliced(transform_filters(w, tile).transpose(0, 2, 1), columns)
-    )
+    filters = pack(f"winograd{tile} {columns}", lambda w: sliced(transform_filters(w.swapaxes(0, 1), tile), columns))
 
     def part(start: int, stop: int) -> list[Call]:
         step = longest(start, stop, most)
