@@ -219,8 +219,8 @@ def _scratch_bytes(
 class _Room:
     """Host memory that is given out and never written to: the system has to find none for it.
 
-    The largest block of up to KEPT bytes is kept for the next time. Asking for memory takes longer than planning a small
-    node, and where it comes from pages of 2 MiB even a block that nobody touches may cost one of them.
+    The largest block of up to KEPT bytes is kept for the next time. Asking for memory takes longer than planning a
+    small node, and where it comes in pages of 2 MiB even a block that nobody touches may cost one of them.
     """
 
     FIRST, KEPT = 1 << 20, 1 << 26

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Op, Site, broadcast, f32, same_as
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Cases, Op, Site, broadcast, f32, same_as
 from infera_gpu.ops import _triton_elementwise as _triton
 from infera_gpu.ops._families import BOOL, NARROW, elementwise, is_native, movable, plain
 from infera_gpu.ops.elementwise import ufunc_op
@@ -151,7 +151,7 @@ OPS: tuple[Op, ...] = (
         compute=plain(lambda xp, site, x: xp.isnan(_native(x))),
         kernels=elementwise(lambda site, io: [cpu.call(np.isnan, io.ins[0], io.outs[0])], inplace=())
         | _triton.unary("isnan"),
-        cases=(Case("special", (_SPECIAL,)), Case("empty", (f32(0),)), *_NARROW_SPECIAL),
+        cases=Cases(lambda: (Case("special", (_SPECIAL,)), Case("empty", (f32(0),)), *_NARROW_SPECIAL)),
     ),
     Op(
         "IsInf",
@@ -160,12 +160,14 @@ OPS: tuple[Op, ...] = (
         compute=plain(_is_inf),
         kernels=elementwise(_bind_is_inf, inplace=()) | _triton.IS_INF,
         attrs={"detect_negative": 1, "detect_positive": 1},
-        cases=(
-            Case("both", (_SPECIAL,)),
-            Case("negative", (_SPECIAL,), {"detect_positive": 0}),
-            Case("positive", (_SPECIAL,), {"detect_negative": 0}),
-            Case("none", (_SPECIAL,), {"detect_negative": 0, "detect_positive": 0}),
-            *_NARROW_SPECIAL,
+        cases=Cases(
+            lambda: (
+                Case("both", (_SPECIAL,)),
+                Case("negative", (_SPECIAL,), {"detect_positive": 0}),
+                Case("positive", (_SPECIAL,), {"detect_negative": 0}),
+                Case("none", (_SPECIAL,), {"detect_negative": 0, "detect_positive": 0}),
+                *_NARROW_SPECIAL,
+            )
         ),
     ),
     Op(
@@ -174,11 +176,13 @@ OPS: tuple[Op, ...] = (
         infer=_where_spec,
         compute=plain(lambda xp, site, condition, x, y: xp.where(condition, x, y)),
         kernels=elementwise(_bind_where, inplace=(1, 2), supports=_bitwise_copy) | _triton.SELECT,
-        cases=(
-            Case("same", (_BITS[0], f32(4), f32(4))),
-            Case("all", (_BITS[0].reshape(4, 1), f32(3), f32(2, 1, 1))),
-            Case("scalar", (_BITS[0], f32(), f32(3, 4))),
-            Case("int64", (_BITS[0], TensorSpec((4,), np.dtype(np.int64)), TensorSpec((1,), np.dtype(np.int64)))),
+        cases=Cases(
+            lambda: (
+                Case("same", (_BITS[0], f32(4), f32(4))),
+                Case("all", (_BITS[0].reshape(4, 1), f32(3), f32(2, 1, 1))),
+                Case("scalar", (_BITS[0], f32(), f32(3, 4))),
+                Case("int64", (_BITS[0], TensorSpec((4,), np.dtype(np.int64)), TensorSpec((1,), np.dtype(np.int64)))),
+            )
         ),
     ),
 )

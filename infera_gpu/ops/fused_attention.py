@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain, reshapes_to, uniform
 from infera_gpu.ops._triton_attention import ZERO
 from infera_gpu.ops._triton_attention import fused as triton
@@ -214,18 +214,49 @@ def _supported(site: Site) -> bool:
     return all(s.dtype in (np.float32, np.float64) for s in floats) and all(s.size for s in (*floats, *site.outs))
 
 
-_Q, _K, _V = f32(2, 3, 5, 4), f32(2, 3, 4, 7), f32(2, 3, 7, 6)
-_SEEN = uniform(0, 0, 1, 2, 1, 5, 7) < 0.7
-_LOW = np.where(_SEEN, 0, -np.inf).astype(np.float32)
-_LOW[0, 0, 2] = -np.inf
-_FAR = f32(1, 1, 2100, 4), f32(1, 1, 4, 32), f32(1, 1, 32, 6)
-
-
 def _repeated(rows: int, mask: TensorSpec) -> tuple[Any, ...]:
     """Six heads of queries to two of keys and values."""
     wide, flat = (2, 2, 3, 7), (2, 6, 7)
     shapes = (i64(*wide, 4), i64(*flat, 4), i64(*wide, 6), i64(2, -1, 7, 6))
     return (f32(2, 6, rows, 4), f32(2, 2, 7, 4), f32(2, 2, 7, 6), mask, None, None, *shapes)
+
+
+def _cases() -> tuple[Case, ...]:
+    q, k, v = f32(2, 3, 5, 4), f32(2, 3, 4, 7), f32(2, 3, 7, 6)
+    seen = uniform(0, 0, 1, 2, 1, 5, 7) < 0.7
+    low = np.where(seen, 0, -np.inf).astype(np.float32)
+    low[0, 0, 2] = -np.inf
+    far = f32(1, 1, 2100, 4), f32(1, 1, 4, 32), f32(1, 1, 32, 6)
+    return (
+        Case("plain", (q, k, v)),
+        Case("scaled", (q, k, v), {"scale": 0.5}),
+        Case("mask", (q, k, v, f32(2, 1, 1, 7)), {"scale": 0.5, "heads_last": 1}),
+        Case("wide_mask", (f32(1, 1, 5, 4), f32(1, 1, 4, 7), f32(1, 1, 7, 6), f32(2, 3, 5, 7))),
+        Case("nothing_seen", (q, k, v, low)),
+        Case("guarded", (q, k, v, low), {"guarded": 1, "scale": 0.5}),
+        Case(
+            "standard",
+            (q, f32(2, 3, 7, 4), v, low),
+            {"guarded": 2, "scale": 0.5, "swap_keys": 1, "heads_last": 1},
+        ),
+        Case(
+            "standard_seen",
+            (q, f32(2, 3, 7, 4), v, None, seen & (np.arange(5) != 1)[:, None]),
+            {"guarded": 2, "scale": 0.5, "swap_keys": 1, "fill": -np.inf, "cap": 2.0},
+        ),
+        Case("kept", (q, k, v, None, seen), {"fill": -np.inf}),
+        Case("filled", (q, k, v, f32(5, 7), seen[0, 0]), {"fill": -1e4, "fill_where": 1}),
+        Case("capped", (q, k, v, low, seen), {"scale": 0.7, "cap": 1.5, "fill": -1e4}),
+        Case("cap_is_scale", (q, k, v), {"scale": 0.5, "cap": 0.5}),
+        Case("two_masks", (q, k, v, f32(1, 3, 5, 7), None, f32(2, 1, 1, 7)), {"scale": 0.5}),
+        Case("keys", (q, f32(2, 1, 7, 4), v), {"swap_keys": 1, "scale": 0.5}),
+        Case("repeated", _repeated(5, f32(2, 1, 5, 7)), {"swap_keys": 1, "repeated": 1, "scale": 0.5}),
+        Case("repeated_step", _repeated(1, f32(2, 6, 1, 7)), {"swap_keys": 1, "repeated": 1, "heads_last": 1}),
+        Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
+        Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
+        Case("blocks", far, {"scale": 0.3}),
+        Case("no_queries", (f32(2, 3, 0, 4), k, v)),
+    )
 
 
 # Y = softmax(scale Q @ KT + mask + further, axis -1) @ V by MatMul's rules; KT are the keys with their last two axes
@@ -255,36 +286,7 @@ _FUSED = Op(
         "repeated": 0,
         "heads_last": 0,
     },
-    cases=(
-        Case("plain", (_Q, _K, _V)),
-        Case("scaled", (_Q, _K, _V), {"scale": 0.5}),
-        Case("mask", (_Q, _K, _V, f32(2, 1, 1, 7)), {"scale": 0.5, "heads_last": 1}),
-        Case("wide_mask", (f32(1, 1, 5, 4), f32(1, 1, 4, 7), f32(1, 1, 7, 6), f32(2, 3, 5, 7))),
-        Case("nothing_seen", (_Q, _K, _V, _LOW)),
-        Case("guarded", (_Q, _K, _V, _LOW), {"guarded": 1, "scale": 0.5}),
-        Case(
-            "standard",
-            (_Q, f32(2, 3, 7, 4), _V, _LOW),
-            {"guarded": 2, "scale": 0.5, "swap_keys": 1, "heads_last": 1},
-        ),
-        Case(
-            "standard_seen",
-            (_Q, f32(2, 3, 7, 4), _V, None, _SEEN & (np.arange(5) != 1)[:, None]),
-            {"guarded": 2, "scale": 0.5, "swap_keys": 1, "fill": -np.inf, "cap": 2.0},
-        ),
-        Case("kept", (_Q, _K, _V, None, _SEEN), {"fill": -np.inf}),
-        Case("filled", (_Q, _K, _V, f32(5, 7), _SEEN[0, 0]), {"fill": -1e4, "fill_where": 1}),
-        Case("capped", (_Q, _K, _V, _LOW, _SEEN), {"scale": 0.7, "cap": 1.5, "fill": -1e4}),
-        Case("cap_is_scale", (_Q, _K, _V), {"scale": 0.5, "cap": 0.5}),
-        Case("two_masks", (_Q, _K, _V, f32(1, 3, 5, 7), None, f32(2, 1, 1, 7)), {"scale": 0.5}),
-        Case("keys", (_Q, f32(2, 1, 7, 4), _V), {"swap_keys": 1, "scale": 0.5}),
-        Case("repeated", _repeated(5, f32(2, 1, 5, 7)), {"swap_keys": 1, "repeated": 1, "scale": 0.5}),
-        Case("repeated_step", _repeated(1, f32(2, 6, 1, 7)), {"swap_keys": 1, "repeated": 1, "heads_last": 1}),
-        Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
-        Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
-        Case("blocks", _FAR, {"scale": 0.3}),
-        Case("no_queries", (f32(2, 3, 0, 4), _K, _V)),
-    ),
+    cases=Cases(_cases),
 )
 
 OPS: tuple[Op, ...] = (_FUSED,)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
+from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import i64, plain, reshapes_to, single
 from infera_gpu.ops._triton_rotary import FUSED as TRITON
 from infera_gpu.spec import Array, TensorSpec
@@ -127,15 +127,17 @@ _FUSED = Op(
     kernels={"cpu": Kernel(_bind, _supported, strided=True, strided_out=True), **TRITON},
     attrs={"interleaved": 0, "per_pair": 0},
     values=(3, 4),
-    cases=(
-        Case("heads", (_X, _TABLE, _TABLE, i64(4))),
-        Case("row", (f32(3, 6), f32(6), f32(1, 6), i64(3), i64(FAR))),
-        Case("uncut", (_WIDE, _WIDE_TABLE, _WIDE_TABLE)),
-        Case("per_pair", (_X, _HALF, _HALF), {"per_pair": 1}),
-        Case("interleaved", (_X, _TABLE, _TABLE), {"interleaved": 1}),
-        Case("shapes", (_X, _TABLE, _TABLE, i64(2, 3, 5, -1, 2), i64(2, 3, 5, 8)), {"interleaved": 1}),
-        Case("complex", (_X, _HALF, f32(3, 1, 4)), {"interleaved": 1, "per_pair": 1}),
-        Case("complex_wide", (_WIDE, f32(65, 32), f32(65, 32)), {"interleaved": 1, "per_pair": 1}),
+    cases=Cases(
+        lambda: (
+            Case("heads", (_X, _TABLE, _TABLE, i64(4))),
+            Case("row", (f32(3, 6), f32(6), f32(1, 6), i64(3), i64(FAR))),
+            Case("uncut", (_WIDE, _WIDE_TABLE, _WIDE_TABLE)),
+            Case("per_pair", (_X, _HALF, _HALF), {"per_pair": 1}),
+            Case("interleaved", (_X, _TABLE, _TABLE), {"interleaved": 1}),
+            Case("shapes", (_X, _TABLE, _TABLE, i64(2, 3, 5, -1, 2), i64(2, 3, 5, 8)), {"interleaved": 1}),
+            Case("complex", (_X, _HALF, f32(3, 1, 4)), {"interleaved": 1, "per_pair": 1}),
+            Case("complex_wide", (_WIDE, f32(65, 32), f32(65, 32)), {"interleaved": 1, "per_pair": 1}),
+        )
     ),
 )
 

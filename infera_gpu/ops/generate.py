@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Case, Cases, Op, Site, f32
 from infera_gpu.ops._families import NARROW, element_type, i64, plain
 from infera_gpu.spec import Array, DType, TensorSpec, spec_of
 
@@ -78,15 +78,17 @@ _CONSTANT_OF_SHAPE = Op(
     compute=plain(lambda xp, site, shape: xp.full(site.ints(0) or (), _fill(site).reshape(-1)[0])),
     attrs={"value": None},
     values=(0,),
-    cases=(
-        Case("zeros", (i64(2, 3),)),
-        Case("value", (i64(4),), {"value": np.array([-3], np.int64)}),
-        Case("scalar", (np.zeros(0, np.int64),), {"value": np.array([True])}),
-        Case("empty", (i64(0, 3),)),
-        *(
-            Case(dtype.name, (i64(2, 3),), {"value": np.ones(1, dtype)}, opset=max(20, since))
-            for dtype, since in NARROW.items()
-        ),
+    cases=Cases(
+        lambda: (
+            Case("zeros", (i64(2, 3),)),
+            Case("value", (i64(4),), {"value": np.array([-3], np.int64)}),
+            Case("scalar", (np.zeros(0, np.int64),), {"value": np.array([True])}),
+            Case("empty", (i64(0, 3),)),
+            *(
+                Case(dtype.name, (i64(2, 3),), {"value": np.ones(1, dtype)}, opset=max(20, since))
+                for dtype, since in NARROW.items()
+            ),
+        )
     ),
 )
 
@@ -158,10 +160,12 @@ _EYE_LIKE = Op(
     infer=_eye_spec,
     compute=plain(_eye),
     attrs={"dtype": None, "k": 0},
-    cases=(
-        Case("square", (f32(3, 3),)),
-        Case("above", (f32(2, 4),), {"k": 1}),
-        Case("below", (f32(4, 2),), {"k": -2, "dtype": 7}),
+    cases=Cases(
+        lambda: (
+            Case("square", (f32(3, 3),)),
+            Case("above", (f32(2, 4),), {"k": 1}),
+            Case("below", (f32(4, 2),), {"k": -2, "dtype": 7}),
+        )
     ),
     shapes_only=True,
 )

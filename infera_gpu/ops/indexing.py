@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import Attrs
-from infera_gpu.op import Bind, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.op import Bind, Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton_move, _triton_place
 from infera_gpu.ops._families import i64, movable, native, plain
 from infera_gpu.spec import Array, TensorSpec
@@ -63,14 +63,16 @@ _GATHER = Op(
     compute=plain(lambda xp, site, x, indices: portable.gather(xp, x, indices, site.axis())),
     kernels={"cpu": Kernel(bind=_bind_gather, supports=_filled)} | _triton_move.GATHER,
     attrs={"axis": 0},
-    cases=(
-        Case("rows", (f32(5, 3), i64(0, 4, 4, 1))),
-        Case("embedding", (f32(50, 33), np.array([[3, 49, 0], [7, 7, 12]], np.int32))),
-        Case("negative", (f32(5, 3), np.array([-1, 2])), opset=11),
-        Case("last", (f32(2, 3, 4), np.array([[0, 3]])), {"axis": -1}),
-        Case("scalar", (f32(2, 3, 4), np.array(1)), {"axis": 1}),
-        Case("vector", (np.array([2, 3, 5, 7]), np.array(2))),
-        Case("none", (f32(5, 3), np.zeros((0,), np.int64))),
+    cases=Cases(
+        lambda: (
+            Case("rows", (f32(5, 3), i64(0, 4, 4, 1))),
+            Case("embedding", (f32(50, 33), np.array([[3, 49, 0], [7, 7, 12]], np.int32))),
+            Case("negative", (f32(5, 3), np.array([-1, 2])), opset=11),
+            Case("last", (f32(2, 3, 4), np.array([[0, 3]])), {"axis": -1}),
+            Case("scalar", (f32(2, 3, 4), np.array(1)), {"axis": 1}),
+            Case("vector", (np.array([2, 3, 5, 7]), np.array(2))),
+            Case("none", (f32(5, 3), np.zeros((0,), np.int64))),
+        )
     ),
 )
 
@@ -102,11 +104,13 @@ _GATHER_ELEMENTS = Op(
     compute=plain(lambda xp, site, x, indices: portable.gather_elements(xp, x, indices, site.axis())),
     kernels={"cpu": Kernel(bind=_bind_elements, supports=_filled)} | _triton_move.GATHER_ELEMENTS,
     attrs={"axis": 0},
-    cases=(
-        Case("rows", (f32(3, 2), np.array([[0, 2], [1, -1]]))),
-        Case("columns", (f32(2, 3), np.array([[2, 0], [1, 1]], np.int32)), {"axis": 1}),
-        Case("middle", (f32(2, 4, 3), np.array([[[0, 3, -4]], [[1, 1, 2]]])), {"axis": -2}),
-        Case("none", (f32(2, 3), np.zeros((0, 3), np.int64))),
+    cases=Cases(
+        lambda: (
+            Case("rows", (f32(3, 2), np.array([[0, 2], [1, -1]]))),
+            Case("columns", (f32(2, 3), np.array([[2, 0], [1, 1]], np.int32)), {"axis": 1}),
+            Case("middle", (f32(2, 4, 3), np.array([[[0, 3, -4]], [[1, 1, 2]]])), {"axis": -2}),
+            Case("none", (f32(2, 3), np.zeros((0, 3), np.int64))),
+        )
     ),
 )
 
@@ -138,11 +142,13 @@ def _gather_nd(since: int, attrs: dict[str, Any], extra: Sequence[Case] = ()) ->
         compute=plain(lambda xp, site, x, indices: portable.gather_nd(xp, x, indices, _batch_dims(site))),
         kernels={"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)} | _triton_move.GATHER_ND,
         attrs=attrs,
-        cases=(
-            Case("elements", (f32(2, 3), np.array([[0, 2], [1, -1]]))),
-            Case("rows", (f32(4, 3, 2), np.array([[[1], [3]], [[0], [0]]]))),
-            Case("none", (f32(2, 3), np.zeros((0, 2), np.int64))),
-            *extra,
+        cases=Cases(
+            lambda: (
+                Case("elements", (f32(2, 3), np.array([[0, 2], [1, -1]]))),
+                Case("rows", (f32(4, 3, 2), np.array([[[1], [3]], [[0], [0]]]))),
+                Case("none", (f32(2, 3), np.zeros((0, 2), np.int64))),
+                *extra,
+            )
         ),
     )
 
@@ -306,10 +312,12 @@ _ONE_HOT = Op(
     kernels={"cpu": Kernel(bind=_bind_one_hot, supports=movable, strided=True)} | _triton_place.one_hot(_one_hot_dims),
     attrs={"axis": -1},
     values=(1,),
-    cases=(
-        Case("last", (np.array([[1, 9], [2, 4]]), i64(10), np.array([0, 1], np.float32))),
-        Case("first", (np.array([1, 0, 2]), np.array(4), np.array([-1, 3], np.int64)), {"axis": 0}),
-        Case("outside", (np.array([-1, 7, -9]), i64(5), np.array([2, 5], np.float32)), opset=11),
+    cases=Cases(
+        lambda: (
+            Case("last", (np.array([[1, 9], [2, 4]]), i64(10), np.array([0, 1], np.float32))),
+            Case("first", (np.array([1, 0, 2]), np.array(4), np.array([-1, 3], np.int64)), {"axis": 0}),
+            Case("outside", (np.array([-1, 7, -9]), i64(5), np.array([2, 5], np.float32)), opset=11),
+        )
     ),
 )
 

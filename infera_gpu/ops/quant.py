@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_quant, _triton_quant
 from infera_gpu.ops._families import FLOAT32, NARROW, element_type, is_native, narrow, plain
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
@@ -276,12 +276,14 @@ _DYNAMIC = Op(
     ),
     compute=plain(lambda xp, site, x: portable.dynamic_quantize(xp, x)),
     kernels={"cpu": Kernel(bind=_bind_dynamic)} | _triton_quant.DYNAMIC,
-    cases=(
-        Case("both_signs", (f32(3, 5),), n_outs=3),
-        Case("positive", (f32(3, 5),), n_outs=3, low=1, high=5),
-        Case("negative", (f32(3, 5),), n_outs=3, low=-5, high=-1),
-        Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=3),
-        Case("past_block", (f32(3, 24001),), n_outs=3),
+    cases=Cases(
+        lambda: (
+            Case("both_signs", (f32(3, 5),), n_outs=3),
+            Case("positive", (f32(3, 5),), n_outs=3, low=1, high=5),
+            Case("negative", (f32(3, 5),), n_outs=3, low=-5, high=-1),
+            Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=3),
+            Case("past_block", (f32(3, 24001),), n_outs=3),
+        )
     ),
 )
 

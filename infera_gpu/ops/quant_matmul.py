@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infera_gpu.graph import HostArray
-from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site
+from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site
 from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import INT32, plain
 from infera_gpu.ops._triton_quant_matmul import Form, scaled
@@ -147,15 +147,17 @@ _MATMUL_INTEGER = Op(
         ),
         **triton_product(Form((0, 2, 1, 3))),
     },
-    cases=(
-        Case("no_zeros", (_u8(3, 8), _u8(8, 5)), **_LIMITS),
-        Case("zeros", (_u8(3, 8), _u8(8, 5), _point(128), _point(7)), **_LIMITS),
-        Case("weights", (_u8(2, 3, 8), _WEIGHT, _u8(), _point(0, np.int8)), **_LIMITS),
-        Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
-        Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
-        Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
-        Case("past_block", (_u8(3, 40), _s8(40, 24001)), **_LIMITS),
-        Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
+    cases=Cases(
+        lambda: (
+            Case("no_zeros", (_u8(3, 8), _u8(8, 5)), **_LIMITS),
+            Case("zeros", (_u8(3, 8), _u8(8, 5), _point(128), _point(7)), **_LIMITS),
+            Case("weights", (_u8(2, 3, 8), _WEIGHT, _u8(), _point(0, np.int8)), **_LIMITS),
+            Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
+            Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
+            Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
+            Case("past_block", (_u8(3, 40), _s8(40, 24001)), **_LIMITS),
+            Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
+        )
     ),
 )
 
@@ -237,54 +239,56 @@ _QLINEAR_MATMUL = Op(
         "jit": Kernel(partial(_bind_linear, arithmetic=COMPILED), _linear_compiled, strided=True),
         **triton_product(Form((0, 2, 3, 5), scaled(1, 4, 6, 7))),
     },
-    cases=(
-        Case(
-            "uint8",
-            (_u8(3, 8), _scale(0.02), _point(128), _u8(8, 5), _scale(0.01), _point(7), _scale(0.2), _point(100)),
-            **_LIMITS,
-        ),
-        Case(
-            "weights",
-            (
-                _u8(2, 3, 8),
-                _scale(0.02),
-                _point(128),
-                _WEIGHT,
-                _scale(0.01),
-                _point(0, np.int8),
-                _scale(0.1),
-                _point(100),
+    cases=Cases(
+        lambda: (
+            Case(
+                "uint8",
+                (_u8(3, 8), _scale(0.02), _point(128), _u8(8, 5), _scale(0.01), _point(7), _scale(0.2), _point(100)),
+                **_LIMITS,
             ),
-            **_LIMITS,
-        ),
-        Case(
-            "past_block",
-            (
-                _u8(3, 8),
-                _scale(0.02),
-                _point(128),
-                _s8(8, 24001),
-                _scale(0.01),
-                _point(0, np.int8),
-                _scale(0.1),
-                _point(100),
+            Case(
+                "weights",
+                (
+                    _u8(2, 3, 8),
+                    _scale(0.02),
+                    _point(128),
+                    _WEIGHT,
+                    _scale(0.01),
+                    _point(0, np.int8),
+                    _scale(0.1),
+                    _point(100),
+                ),
+                **_LIMITS,
             ),
-            **_LIMITS,
-        ),
-        Case(
-            "signed",
-            (
-                _s8(130, 8),
-                _scale(0.02),
-                _point(1, np.int8),
-                _s8(8, 40),
-                _scale(0.01),
-                _point(0, np.int8),
-                _scale(0.1),
-                _point(-3, np.int8),
+            Case(
+                "past_block",
+                (
+                    _u8(3, 8),
+                    _scale(0.02),
+                    _point(128),
+                    _s8(8, 24001),
+                    _scale(0.01),
+                    _point(0, np.int8),
+                    _scale(0.1),
+                    _point(100),
+                ),
+                **_LIMITS,
             ),
-            **_LIMITS,
-        ),
+            Case(
+                "signed",
+                (
+                    _s8(130, 8),
+                    _scale(0.02),
+                    _point(1, np.int8),
+                    _s8(8, 40),
+                    _scale(0.01),
+                    _point(0, np.int8),
+                    _scale(0.1),
+                    _point(-3, np.int8),
+                ),
+                **_LIMITS,
+            ),
+        )
     ),
 )
 

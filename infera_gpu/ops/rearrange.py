@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.op import REQUIRED, Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _triton_move, _triton_place
 from infera_gpu.ops._families import copies, i64, movable, plain, shaped, single
 from infera_gpu.spec import Array, TensorSpec
@@ -116,13 +116,15 @@ _TRILU = Op(
     }
     | _triton_place.triangle(_diagonal),
     attrs={"upper": 1},
-    cases=(
-        Case("upper", (f32(3, 4),)),
-        Case("lower", (f32(2, 4, 3),), {"upper": 0}),
-        Case("above", (f32(4, 4), np.array(2))),
-        Case("below", (f32(4, 5), np.array(-1)), {"upper": 0}),
-        Case("far", (f32(2, 2), np.array(-9))),
-        Case("int64", (np.arange(9).reshape(3, 3),)),
+    cases=Cases(
+        lambda: (
+            Case("upper", (f32(3, 4),)),
+            Case("lower", (f32(2, 4, 3),), {"upper": 0}),
+            Case("above", (f32(4, 4), np.array(2))),
+            Case("below", (f32(4, 5), np.array(-1)), {"upper": 0}),
+            Case("far", (f32(2, 2), np.array(-9))),
+            Case("int64", (np.arange(9).reshape(3, 3),)),
+        )
     ),
 )
 
@@ -149,9 +151,11 @@ _REVERSE = Op(
     compute=plain(_reversed),
     kernels=_triton_place.REVERSE,
     attrs={"time_axis": 0, "batch_axis": 1},
-    cases=(
-        Case("time_first", (f32(5, 3), i64(1, 5, 3))),
-        Case("batch_first", (f32(3, 5, 2), i64(2, 0, 4)), {"time_axis": 1, "batch_axis": 0}),
+    cases=Cases(
+        lambda: (
+            Case("time_first", (f32(5, 3), i64(1, 5, 3))),
+            Case("batch_first", (f32(3, 5, 2), i64(2, 0, 4)), {"time_axis": 1, "batch_axis": 0}),
+        )
     ),
 )
 

@@ -146,19 +146,7 @@ def _arg(name: str, since: int) -> Op:
         axis = site.axis()
         return portable.arg_extremum(xp, x, axis, largest=largest, last=last(site)).reshape(_reduced(site, (axis,)))
 
-    ties = np.array([[2, 7, 7, 1], [3, 1, 3, 1]], np.float32)
-    attrs: dict[str, Any] = {"axis": 0, "keepdims": 1}
-    cases = [
-        Case("first", (f32(5, 4),)),
-        Case("last", (f32(3, 5, 7),), {"axis": -1, "keepdims": 0}),
-        Case("middle", (f32(3, 5, 7),), {"axis": 1}),
-        Case("ties", (ties,), {"axis": 1}),
-        Case("one", (f32(1),)),
-        Case("empty", (f32(0, 3),), {"axis": 1}),
-    ]
-    if since >= 12:
-        attrs["select_last_index"] = 0
-        cases += [Case("last_ties", (ties,), {"axis": a, "select_last_index": 1}) for a in (0, 1)]
+    attrs: dict[str, Any] = {"axis": 0, "keepdims": 1, **({"select_last_index": 0} if since >= 12 else {})}
     return Op(
         name,
         since,
@@ -170,7 +158,20 @@ def _arg(name: str, since: int) -> Op:
             lambda site: (site.axis(),) if site.spec(0).ndim else (),
         ),
         attrs=attrs,
-        cases=tuple(cases),
+        cases=Cases(lambda: _arg_cases(select_last="select_last_index" in attrs)),
+    )
+
+
+def _arg_cases(*, select_last: bool) -> tuple[Case, ...]:
+    ties = np.array([[2, 7, 7, 1], [3, 1, 3, 1]], np.float32)
+    return (
+        Case("first", (f32(5, 4),)),
+        Case("last", (f32(3, 5, 7),), {"axis": -1, "keepdims": 0}),
+        Case("middle", (f32(3, 5, 7),), {"axis": 1}),
+        Case("ties", (ties,), {"axis": 1}),
+        Case("one", (f32(1),)),
+        Case("empty", (f32(0, 3),), {"axis": 1}),
+        *(Case("last_ties", (ties,), {"axis": a, "select_last_index": 1}) for a in (0, 1) if select_last),
     )
 
 
@@ -193,8 +194,6 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
     def compute(xp: Any, site: Site, x: Array, axis: Array) -> Array:
         return portable.scan(xp, function, x, _scan_axis(site), identity=identity, **flags(site))
 
-    signs = np.where(np.arange(40001) % 7 < 3, -1, 1).astype(np.float32)  # exact in any order
-    axis0, axis1 = np.array(0), np.array(-1, np.int32)
     return Op(
         name,
         since,
@@ -204,20 +203,24 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
         | _triton_reduce.scan(function.removeprefix("cum"), _scan_axis),
         attrs={"exclusive": 0, "reverse": 0},
         values=(1,),
-        cases=Cases(
-            lambda: (
-                Case("rows", (f32(3, 4), axis0)),
-                Case("columns", (f32(3, 4), axis1)),
-                Case("exclusive", (f32(3, 4), axis1), {"exclusive": 1}),
-                Case("reverse", (f32(3, 4), axis0), {"reverse": 1}),
-                Case("both", (f32(3, 4), axis1), {"exclusive": 1, "reverse": 1}),
-                Case("int32", (np.arange(6, dtype=np.int32).reshape(2, 3), axis1)),
-                Case("one", (f32(1), axis0), {"exclusive": 1}),
-                Case("empty", (f32(0, 3), axis0)),
-                Case("past_tile", (signs[:15000].reshape(1, 5000, 3), np.array(1)), {"exclusive": 1}),
-                Case("shared", (signs.reshape(1, -1), axis1), {"reverse": 1}),
-            )
-        ),
+        cases=Cases(_scan_cases),
+    )
+
+
+def _scan_cases() -> tuple[Case, ...]:
+    signs = np.where(np.arange(40001) % 7 < 3, -1, 1).astype(np.float32)  # exact in any order
+    axis0, axis1 = np.array(0), np.array(-1, np.int32)
+    return (
+        Case("rows", (f32(3, 4), axis0)),
+        Case("columns", (f32(3, 4), axis1)),
+        Case("exclusive", (f32(3, 4), axis1), {"exclusive": 1}),
+        Case("reverse", (f32(3, 4), axis0), {"reverse": 1}),
+        Case("both", (f32(3, 4), axis1), {"exclusive": 1, "reverse": 1}),
+        Case("int32", (np.arange(6, dtype=np.int32).reshape(2, 3), axis1)),
+        Case("one", (f32(1), axis0), {"exclusive": 1}),
+        Case("empty", (f32(0, 3), axis0)),
+        Case("past_tile", (signs[:15000].reshape(1, 5000, 3), np.array(1)), {"exclusive": 1}),
+        Case("shared", (signs.reshape(1, -1), axis1), {"reverse": 1}),
     )
 
 
@@ -243,21 +246,8 @@ def _top_k(since: int) -> Op:
     attrs: dict[str, Any] = {"axis": -1}
     if since == 1:
         attrs["k"] = REQUIRED
-        cases = [Case("last", (f32(3, 7),), {"k": 3}, n_outs=2), Case("first", (f32(5, 2),), {"k": 1, "axis": 0}, 2)]
-    else:
-        cases = [
-            Case("last", (f32(3, 7), i64(3)), n_outs=2),
-            Case("first", (f32(5, 2), i64(5)), {"axis": 0}, n_outs=2),
-            Case("ties", (np.array([1, 3, 3, 1, 3], np.float32), i64(4)), n_outs=2),
-        ]
     if since >= 11:
         attrs |= {"largest": 1, "sorted": 1}
-        cases += [
-            Case("smallest", (f32(3, 7), i64(3)), {"largest": 0}, n_outs=2),
-            Case("int64", (np.array([5, -9, 7, 5]), i64(3)), n_outs=2),
-            Case("none", (f32(3, 7), i64(0)), n_outs=2),
-            Case("half", (TensorSpec((2, 9, 3), np.dtype(np.float16)), i64(4)), {"axis": 1}, n_outs=2),
-        ]
     return Op(
         "TopK",
         since,
@@ -266,8 +256,26 @@ def _top_k(since: int) -> Op:
         kernels=_triton_reduce.best(_k),
         attrs=attrs,
         values=() if since == 1 else (1,),
-        cases=tuple(cases),
+        cases=Cases(lambda: _top_k_cases(since)),
     )
+
+
+def _top_k_cases(since: int) -> list[Case]:
+    if since == 1:
+        return [Case("last", (f32(3, 7),), {"k": 3}, n_outs=2), Case("first", (f32(5, 2),), {"k": 1, "axis": 0}, 2)]
+    cases = [
+        Case("last", (f32(3, 7), i64(3)), n_outs=2),
+        Case("first", (f32(5, 2), i64(5)), {"axis": 0}, n_outs=2),
+        Case("ties", (np.array([1, 3, 3, 1, 3], np.float32), i64(4)), n_outs=2),
+    ]
+    if since >= 11:
+        cases += [
+            Case("smallest", (f32(3, 7), i64(3)), {"largest": 0}, n_outs=2),
+            Case("int64", (np.array([5, -9, 7, 5]), i64(3)), n_outs=2),
+            Case("none", (f32(3, 7), i64(0)), n_outs=2),
+            Case("half", (TensorSpec((2, 9, 3), np.dtype(np.float16)), i64(4)), {"axis": 1}, n_outs=2),
+        ]
+    return cases
 
 
 OPS: tuple[Op, ...] = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Case, Op, Site
+from infera_gpu.op import Case, Cases, Op, Site
 from infera_gpu.ops._families import i64, plain
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import indexing as portable
@@ -55,9 +55,11 @@ OPS: tuple[Op, ...] = (
         9,
         infer=_unknown,
         compute=plain(lambda xp, site, x: xp.stack(xp.nonzero(xp.atleast_1d(x))).astype(xp.int64)),
-        cases=(
-            Case("matrix", (np.array([[1, 0, 2], [0, 0, 3]], np.float32),)),
-            Case("none", (np.zeros((2, 2), np.bool_),)),
+        cases=Cases(
+            lambda: (
+                Case("matrix", (np.array([[1, 0, 2], [0, 0, 3]], np.float32),)),
+                Case("none", (np.zeros((2, 2), np.bool_),)),
+            )
         ),
     ),
     Op(
@@ -66,10 +68,12 @@ OPS: tuple[Op, ...] = (
         infer=_unknown,
         compute=plain(_compress),
         attrs={"axis": None},
-        cases=(
-            Case("flat", (_ROWS, np.array([False, True, True, False, True]))),
-            Case("rows", (_ROWS, np.array([True, False, True])), {"axis": 0}),
-            Case("last", (_ROWS, np.array([False, False, True])), {"axis": -1}, opset=11),
+        cases=Cases(
+            lambda: (
+                Case("flat", (_ROWS, np.array([False, True, True, False, True]))),
+                Case("rows", (_ROWS, np.array([True, False, True])), {"axis": 0}),
+                Case("last", (_ROWS, np.array([False, False, True])), {"axis": -1}, opset=11),
+            )
         ),
     ),
     Op(
@@ -78,13 +82,15 @@ OPS: tuple[Op, ...] = (
         infer=_unknown,
         compute=plain(_unique),
         attrs={"axis": None, "sorted": 1},
-        cases=(
-            Case("flat", (_ROWS,), n_outs=4),
-            Case("in_order", (np.array([2, 1, 1, 3, 4, 3], np.int64),), {"sorted": 0}, n_outs=4),
-            Case("rows", (_ROWS,), {"axis": 0}, n_outs=4),
-            Case("rows_in_order", (_ROWS,), {"axis": 0, "sorted": 0}, n_outs=4),
-            Case("columns", (_ROWS,), {"axis": 1}, n_outs=4),
-            Case("values", (_ROWS,)),
+        cases=Cases(
+            lambda: (
+                Case("flat", (_ROWS,), n_outs=4),
+                Case("in_order", (np.array([2, 1, 1, 3, 4, 3], np.int64),), {"sorted": 0}, n_outs=4),
+                Case("rows", (_ROWS,), {"axis": 0}, n_outs=4),
+                Case("rows_in_order", (_ROWS,), {"axis": 0, "sorted": 0}, n_outs=4),
+                Case("columns", (_ROWS,), {"axis": 1}, n_outs=4),
+                Case("values", (_ROWS,)),
+            )
         ),
         portable=False,
     ),
@@ -94,12 +100,14 @@ OPS: tuple[Op, ...] = (
         infer=_unknown,
         compute=plain(_suppress),
         attrs={"center_point_box": 0},
-        cases=(
-            Case("best", (_BOXES, _SCORES, i64(3), _HALF, _LOW)),
-            Case("one", (_BOXES, _SCORES, i64(1), _HALF)),
-            Case("no_limit_given", (_BOXES, _SCORES)),
-            Case("centered", (np.abs(_BOXES), _SCORES, i64(9), _HALF), {"center_point_box": 1}),
-            Case("all", (_BOXES, _SCORES, i64(9), np.array([1], np.float32))),
+        cases=Cases(
+            lambda: (
+                Case("best", (_BOXES, _SCORES, i64(3), _HALF, _LOW)),
+                Case("one", (_BOXES, _SCORES, i64(1), _HALF)),
+                Case("no_limit_given", (_BOXES, _SCORES)),
+                Case("centered", (np.abs(_BOXES), _SCORES, i64(9), _HALF), {"center_point_box": 1}),
+                Case("all", (_BOXES, _SCORES, i64(9), np.array([1], np.float32))),
+            )
         ),
         portable=False,
     ),

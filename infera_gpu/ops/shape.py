@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Case, Cases, Op, Site, f32
 from infera_gpu.ops._families import INT64, i64, narrow_cases, normalized, plain, shaped
 from infera_gpu.spec import Array, TensorSpec
 
@@ -51,7 +51,14 @@ _SIZE = Op(
     1,
     infer=lambda site: (TensorSpec((), INT64),),
     compute=plain(lambda xp, site, x: xp.asarray(site.spec(0).size, dtype=INT64)),
-    cases=(Case("matrix", (f32(2, 3),)), Case("scalar", (f32(),)), Case("empty", (f32(0, 5),)), *narrow_cases((2, 3))),
+    cases=Cases(
+        lambda: (
+            Case("matrix", (f32(2, 3),)),
+            Case("scalar", (f32(),)),
+            Case("empty", (f32(0, 5),)),
+            *narrow_cases((2, 3)),
+        )
+    ),
     shapes_only=True,
 )
 
@@ -219,11 +226,13 @@ _IDENTITY = Op(
     infer=shaped(lambda site: site.spec(0).dims),
     compute=lambda xp, site, x: (x,),
     view=lambda x, site: x,
-    cases=(
-        Case("matrix", (f32(2, 3),)),
-        Case("scalar", (f32(),)),
-        Case("int64", (np.arange(3),)),
-        *narrow_cases((2, 3)),
+    cases=Cases(
+        lambda: (
+            Case("matrix", (f32(2, 3),)),
+            Case("scalar", (f32(),)),
+            Case("int64", (np.arange(3),)),
+            *narrow_cases((2, 3)),
+        )
     ),
 )
 
@@ -248,12 +257,14 @@ _TRANSPOSE = Op(
     compute=plain(lambda xp, site, x: _permuted(x, site)),
     view=_permuted,
     attrs={"perm": None},
-    cases=(
-        Case("reversed", (f32(2, 3, 4),)),
-        Case("heads", (f32(2, 3, 4, 5),), {"perm": (0, 2, 1, 3)}),
-        Case("same", (f32(2, 3),), {"perm": (0, 1)}),
-        Case("empty", (f32(0, 3),)),
-        *narrow_cases((2, 3), since=21),
+    cases=Cases(
+        lambda: (
+            Case("reversed", (f32(2, 3, 4),)),
+            Case("heads", (f32(2, 3, 4, 5),), {"perm": (0, 2, 1, 3)}),
+            Case("same", (f32(2, 3),), {"perm": (0, 1)}),
+            Case("empty", (f32(0, 3),)),
+            *narrow_cases((2, 3), since=21),
+        )
     ),
 )
 
@@ -273,11 +284,13 @@ _EXPAND = Op(
     compute=plain(lambda xp, site, x, _: xp.broadcast_to(x, _expanded(site))),
     view=lambda x, site: np.broadcast_to(x, site.outs[0].dims),
     values=(1,),
-    cases=(
-        Case("rows", (f32(3, 1), i64(2, 1, 6))),
-        Case("smaller", (f32(3, 4), i64(1))),
-        Case("scalar", (f32(), i64(2, 3))),
-        Case("empty", (f32(1, 3), i64(0, 3))),
+    cases=Cases(
+        lambda: (
+            Case("rows", (f32(3, 1), i64(2, 1, 6))),
+            Case("smaller", (f32(3, 4), i64(1))),
+            Case("scalar", (f32(), i64(2, 3))),
+            Case("empty", (f32(1, 3), i64(0, 3))),
+        )
     ),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import REQUIRED, Buffers, Case, Op, Site, f32
+from infera_gpu.op import REQUIRED, Buffers, Case, Cases, Op, Site, f32
 from infera_gpu.ops import _triton_move
 from infera_gpu.ops._families import copies, i64, normalized, plain, shaped
 from infera_gpu.spec import Array, TensorSpec
@@ -121,12 +121,14 @@ _CONCAT = Op(
     kernels={"cpu": copies(_concat_pairs)} | _triton_move.copies(_concat_pairs),
     windows=_joined,
     attrs={"axis": REQUIRED},
-    cases=(
-        Case("rows", (f32(2, 3), f32(1, 3)), {"axis": 0}),
-        Case("last", (f32(2, 3, 4), f32(2, 3, 1), f32(2, 3, 2)), {"axis": -1}, opset=11),
-        Case("one", (f32(2, 3),), {"axis": 1}),
-        Case("empty_part", (f32(2, 0), f32(2, 3)), {"axis": 1}),
-        Case("int64", (np.arange(3), np.arange(2)), {"axis": 0}),
+    cases=Cases(
+        lambda: (
+            Case("rows", (f32(2, 3), f32(1, 3)), {"axis": 0}),
+            Case("last", (f32(2, 3, 4), f32(2, 3, 1), f32(2, 3, 2)), {"axis": -1}, opset=11),
+            Case("one", (f32(2, 3),), {"axis": 1}),
+            Case("empty_part", (f32(2, 0), f32(2, 3)), {"axis": 1}),
+            Case("int64", (np.arange(3), np.arange(2)), {"axis": 0}),
+        )
     ),
 )
 
@@ -226,10 +228,12 @@ _TILE = Op(
     compute=plain(lambda xp, site, x, _: xp.tile(x, site.ints(1))),
     kernels={"cpu": copies(_tile_pairs)} | _triton_move.copies(_tile_pairs, axes=_tile_axes),
     values=(1,),
-    cases=(
-        Case("both", (f32(2, 3), i64(2, 3))),
-        Case("one", (f32(2, 1, 3), i64(1, 4, 1))),
-        Case("none", (f32(2, 3), i64(0, 1))),
+    cases=Cases(
+        lambda: (
+            Case("both", (f32(2, 3), i64(2, 3))),
+            Case("one", (f32(2, 1, 3), i64(1, 4, 1))),
+            Case("none", (f32(2, 3), i64(0, 1))),
+        )
     ),
 )
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,8 +26,7 @@ Piece: TypeAlias = tuple[int | slice, ...]
 """An index into the leading axes and the rows of the scores."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """How scores become weights.
 
     Scores s are multiplied by `scale`, and become `cap` tanh(s / cap) where there is one. With a condition those where
@@ -111,7 +109,7 @@ def causal(
             v[..., :seen, :],
             out[..., rows, :],
             scratch,
-            replace(options, fill=-np.inf, fill_where=True),
+            options._replace(fill=-np.inf, fill_where=True),
             masks=[_cut(mask, rows, slice(seen)) for mask in masks],
             condition=ahead,
             parts=parts,
@@ -152,8 +150,7 @@ def _pieces(lead: tuple[int, ...], m: int, n: int, parts: int) -> Iterator[Piece
             yield (*outer, slice(i, min(i + step, axes[axis])))
 
 
-@dataclass(frozen=True)
-class _Operands:
+class _Operands(NamedTuple):
     """Everything over the leading axes of `out`."""
 
     q: Array

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -69,8 +68,7 @@ class Filter(NamedTuple):
     extrapolation: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class AxisTable:
+class AxisTable(NamedTuple):
     """Along `axis`, output element i is sum over k of weights[i, k] * source[index[i, k]] (int64, float64; (out, k)).
 
     `outside` marks the output elements that lie outside a cropped region; None where there are none.
