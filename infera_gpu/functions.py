@@ -177,6 +177,8 @@ def constants_first(graph: Graph, value: Callable[[Node], HostArray]) -> Graph:
     """
     nodes: list[Node] = []
     constants: dict[str, HostArray] = dict(graph.constants)
+    if not any(n.op == "Constant" or n.subgraphs for n in graph.nodes):
+        return graph
     for n in graph.nodes:
         if n.op == "Constant" and not n.domain and not any(isinstance(v, Reference) for v in n.attrs.values()):
             if n.outputs[0] in constants or n.outputs[0] in graph.inputs:

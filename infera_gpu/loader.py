@@ -13,7 +13,7 @@ import numpy as np
 
 from infera_gpu.errors import InvalidModel
 from infera_gpu.functions import Function, Key, Reference, constants_first, inline
-from infera_gpu.graph import Graph, HostArray, Node, made_name
+from infera_gpu.graph import EMPTY, Graph, HostArray, Node, made_name
 from infera_gpu.source import Bodies, Source, read_model
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
@@ -119,38 +119,38 @@ class _Reader:
             raise InvalidModel("it gives two inputs one name")
         inputs = {_named(name, "input"): unknown for name in proto.input}
         body = Graph(tuple(nodes), inputs, outputs, opsets=self.opsets, name=proto.name)
-        defaults = {a.name: self.attribute(a, proto.name) for a in proto.attribute_proto}
+        defaults = {a.name: self.attribute(a, lambda: proto.name) for a in proto.attribute_proto}
         body = constants_first(body, _constant)
         body.check()
         return Function(body, frozenset((*map(text, proto.attribute), *defaults)), defaults)
 
     def node(self, proto: onnx.NodeProto) -> Node:
-        check_node(proto, self.opsets)
-        label = f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"
-        if not any(proto.output):
-            raise InvalidModel(f"{label} has no outputs")
+        op, domain, name = text(proto.op_type), domain_name(proto.domain), proto.name
+        inputs, outputs = tuple(map(value_name, proto.input)), tuple(map(value_name, proto.output))
+
+        def label() -> str:
+            return f"{op} '{name or (outputs[0] if outputs else '')}'"
+
+        check_node(proto, op, domain, self.opsets.get(domain, 1), len(inputs), len(outputs), label)
+        if not any(outputs):
+            raise InvalidModel(f"{label()} has no outputs")
         attrs: dict[str, Any] = {}
         for a in proto.attribute:
-            if text(a.name) in attrs:
-                raise InvalidModel(f"{label}: attribute '{a.name}' is given twice")
-            attrs[a.name] = self.attribute(a, label)
-        return Node(
-            op=proto.op_type,
-            inputs=tuple(map(value_name, proto.input)),
-            outputs=tuple(map(value_name, proto.output)),
-            attrs=attrs,
-            domain=domain_name(proto.domain),
-            name=text(proto.name),
-            overload=text(proto.overload),
-        )
+            key = text(a.name)
+            if key in attrs:
+                raise InvalidModel(f"{label()}: attribute '{key}' is given twice")
+            attrs[key] = self.attribute(a, label)
+        return Node(op, inputs, outputs, attrs or EMPTY, domain, text(name), text(proto.overload))
 
-    def attribute(self, a: onnx.AttributeProto, label: str) -> Any:
-        if not a.ref_attr_name and (plain := _PLAIN.get(a.type)):
+    def attribute(self, a: onnx.AttributeProto, label: Callable[[], str]) -> Any:
+        """Its value. `label` names who has it."""
+        refers = a.ref_attr_name
+        if not refers and (plain := _PLAIN.get(a.type)):
             return plain(a)
         from onnx import AttributeProto as A
 
-        what = f"{label}: attribute '{a.name}'"
-        if a.ref_attr_name:
+        what = f"{label()}: attribute '{a.name}'"
+        if refers:
             if not self.in_function:
                 raise InvalidModel(f"{what} refers to an attribute of a function, and is in none")
             kind = A.AttributeType.Name(a.type)

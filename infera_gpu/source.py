@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from io import FileIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def _payload(path: Path, weights: bool) -> tuple[bytes, int, Bodies]:
                 f"{path}: {about.st_size:,} bytes, an ONNX file has less than {MAX_BYTES:,}; "
                 "save it with its tensors as external data"
             )
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             found = None
             if about.st_size >= SKIMMED:
                 with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
@@ -106,9 +107,13 @@ def _payload(path: Path, weights: bool) -> tuple[bytes, int, Bodies]:
         raise InvalidModel(f"the path {str(path)!r} is none: {error}") from None
 
 
-def _part(file: BinaryIO, start: int, stop: int) -> HostArray:
+def _part(file: FileIO, start: int, stop: int) -> HostArray:
+    """The bytes from `start` to `stop`; fewer where the file has become shorter."""
+    found, done = np.empty(stop - start, np.uint8), 0
     file.seek(start)
-    return np.fromfile(file, np.uint8, stop - start)
+    while done < len(found) and (count := file.readinto(found[done:].data)):
+        done += count
+    return found[:done]
 
 
 def read_metadata(source: Source) -> dict[str, Any]:

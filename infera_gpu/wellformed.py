@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from infera_gpu.errors import InvalidModel
@@ -58,32 +58,28 @@ def opset_versions(imports: Iterable[onnx.OperatorSetIdProto], *, required: bool
     return opsets
 
 
-def check_node(proto: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
-    """Raises InvalidModel where a standard operator has too few or too many inputs or outputs, or a wrong attribute."""
-    domain = domain_name(proto.domain)
-    version = opsets.get(domain, 1)
-    rules = rules_of(text(proto.op_type), version, domain)
+def check_node(
+    proto: onnx.NodeProto, op: str, domain: str, version: int, inputs: int, outputs: int, label: Callable[[], str]
+) -> None:
+    """Raises InvalidModel where a standard operator has too few or too many inputs or outputs, or a wrong attribute.
+
+    `version` is that of the node's domain; `label` names the node.
+    """
+    rules = rules_of(op, version, domain)
     if rules is None:
         return  # not a standard operator: the registry knows it, or lists it as unsupported
-    for what, given, (least, most) in (
-        ("inputs", len(proto.input), rules.inputs),
-        ("outputs", len(proto.output), rules.outputs),
-    ):
+    for what, given, (least, most) in (("inputs", inputs, rules.inputs), ("outputs", outputs, rules.outputs)):
         if not least <= given <= most:
             expected = str(least) if least == most else f"{least} to {most}" if most < 1 << 20 else f"{least} or more"
-            raise InvalidModel(f"{_label(proto)} has {given} {what}, expected {expected}")
+            raise InvalidModel(f"{label()} has {given} {what}, expected {expected}")
     for a in proto.attribute:
         declared = rules.attributes.get(a.name)
         if declared is not None and declared != a.type:
-            got, expected = map(_type_name, (a.type, declared))
-            raise InvalidModel(f"{_label(proto)}: attribute '{a.name}' is {got}, expected {expected}")
+            got, wanted = map(_type_name, (a.type, declared))
+            raise InvalidModel(f"{label()}: attribute '{a.name}' is {got}, expected {wanted}")
 
 
 def _type_name(number: int) -> str:
     import onnx
 
     return str(onnx.AttributeProto.AttributeType.Name(number))
-
-
-def _label(proto: onnx.NodeProto) -> str:
-    return f"{proto.op_type} '{proto.name or (proto.output[0] if proto.output else '')}'"

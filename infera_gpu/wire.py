@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from mmap import mmap
+from typing import NamedTuple
 
 LARGE = 1 << 12
 """Bytes of an initialiser from which on it is cut out."""
@@ -31,8 +32,7 @@ class Skimmed:
     spans: Mapping[int, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(NamedTuple):
     number: int
     kind: int
     begin: int
@@ -88,11 +88,11 @@ def _fields(data: bytes | mmap, at: int, end: int) -> Iterator[_Field]:
         begin = at
         tag, at = _number(data, at)
         kind = tag & 7
-        if kind == _VARINT:
-            body, at = at, _number(data, at)[1]
-        elif kind == _LENGTH:
+        if kind == _LENGTH:
             size, body = _number(data, at)
             at = body + size
+        elif kind == _VARINT:
+            body, at = at, _number(data, at)[1]
         elif kind in (_FIXED64, _FIXED32):
             body, at = at, at + (8 if kind == _FIXED64 else 4)
         else:
