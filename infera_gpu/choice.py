@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from infera_gpu.devices.base import Device
 from infera_gpu.layout import Space
-from infera_gpu.op import Kernel
+from infera_gpu.op import Kernel, Site
 from infera_gpu.specialize import Placed
 
 
@@ -19,7 +19,11 @@ class Choice(NamedTuple):
 
 
 def choose(placed: Placed, device: Device) -> Choice:
-    """The first kernel that the device prefers, that supports the site and pays, else the operator's `compute`."""
+    """The first kernel that the device prefers, that supports the site and pays, else the operator's `compute`.
+
+    Raises PlanError naming the node where a device that is `batch_invariant` would compute floats by another library,
+    which adds in an order of its own.
+    """
     spare: Choice | None = None
     for kind in device.kinds:
         kernel = placed.op.kernels.get(kind)
@@ -30,6 +34,10 @@ def choose(placed: Placed, device: Device) -> Choice:
             spare = spare or found
     if spare is not None:
         return spare
+    if device.batch_invariant and placed.op.view is None and placed.op.windows is None and _has_floats(placed.site):
+        raise placed.site.fail(
+            "it has no kernel that gives the same bits in every batch, which batch_invariant=True asks for"
+        )
     if device.space == "device" and placed.op.portable and device.runs_portable:
         return Choice("portable", "device", None)
     if device.space == "device":
@@ -37,3 +45,8 @@ def choose(placed: Placed, device: Device) -> Choice:
         if kernel is not None and kernel.supports(placed.site):
             return Choice("cpu", "host", kernel)
     return Choice("numpy", "host", None)
+
+
+def _has_floats(site: Site) -> bool:
+    specs = [s for s in (*site.ins, *site.outs) if s is not None]
+    return any(s.dtype.kind not in "biuO" for s in specs)

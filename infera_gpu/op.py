@@ -39,6 +39,7 @@ class Site:
     `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out or is no tensor,
     and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
     node runs on the host between two plans all its values are known, and its subgraphs are callables: see `Subgraph`.
+    `batch_invariant` says that a kernel must not add in an order that depends on the size of the batch.
     """
 
     node: Node
@@ -47,13 +48,14 @@ class Site:
     values: tuple[HostArray | None, ...]
     outs: tuple[TensorSpec, ...] = ()
     opset: int = 0
+    batch_invariant: bool = False
     _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
         """The same site with these outputs, and with what was found `once`."""
         if self._found is None:
             self._found = {}
-        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset)
+        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset, self.batch_invariant)
         made._found = self._found
         return made
 

@@ -58,6 +58,7 @@ def load(
     arena: Arena | None = None,
     vram_limit: int | str | VramBudget | None = None,
     precision: Precision = "fp32",
+    batch_invariant: bool = False,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -79,6 +80,10 @@ def load(
     by it, with sums, norms and softmax in float32, "int8" products with known weights on integers whose scales are
     found in every run; inputs and outputs keep their types. `infera verify --precision` shows what it costs a model. On
     the CPU the last three are slow, there to check results; "tf32" changes nothing there.
+
+    With `batch_invariant` what a GPU makes of one entry of a batch is the same bits whatever else is in the batch, and
+    however large it is; a node that cannot promise it is a PlanError when it is planned, the CPU a DeviceError here.
+    docs/gpu.md says what it takes to mean "entry", and what it costs.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
     OutOfMemoryError.
@@ -103,6 +108,7 @@ def load(
         jit=jit,
         captures=graphs,
         tf32=precision == "tf32",
+        batch_invariant=batch_invariant,
         budget=budget,
     )
     again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None

@@ -143,6 +143,7 @@ class _Walk:
     blocked: set[str] = field(default_factory=set)
     pending: set[str] = field(default_factory=set)
     budget: int = 0
+    batch_invariant: bool = False
 
     def block(self, node: Node, *, keep: bool = True) -> None:
         self.blocked.update(o for o in node.outputs if o)
@@ -199,7 +200,7 @@ class _Walk:
             return
         ins = tuple([specs[i] if i else None for i in node.inputs])
         values = tuple([known.get(i) for i in node.inputs])
-        site = Site(node, op.fill(node), ins, values, (), version_of(node, self.opsets))
+        site = Site(node, op.fill(node), ins, values, (), version_of(node, self.opsets), self.batch_invariant)
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
             if unknown:
@@ -260,6 +261,7 @@ def specialize(
     outputs: Iterable[str],
     opsets: Mapping[str, int],
     registry: Registry,
+    batch_invariant: bool = False,
 ) -> Segment:
     """The next segment.
 
@@ -275,6 +277,7 @@ def specialize(
         dict(known.arrays),
         {k for k in specs if k not in entering} | known.strings,
         budget=known.budget,
+        batch_invariant=batch_invariant,
     )
     with np.errstate(all="ignore"):  # of what is folded
         walk.visit(nodes)

@@ -248,6 +248,7 @@ class Stages:
             outputs=self._graph.outputs,
             opsets=self._graph.opsets,
             registry=self._registry,
+            batch_invariant=self._device.batch_invariant,
         )
         return self._plan(segment, tuple(self._graph.outputs), {}, specs)
 
@@ -261,6 +262,7 @@ class Stages:
             outputs=stage.missing,
             opsets=self._graph.opsets,
             registry=self._registry,
+            batch_invariant=self._device.batch_invariant,
         )
         return self._plan(following, stage.missing, carried, {**stage.objects, **made})
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 import infera_gpu
-from infera_gpu import lease, stages
+from infera_gpu import devices, lease, stages
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError, InputError, ModelError, OutOfMemoryError, PlanError, UnsupportedOperatorError
 from infera_gpu.graph import Graph
@@ -453,6 +453,15 @@ def test_an_output_too_large_for_memory_is_refused_with_the_bytes() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(DeviceError, match="unknown device 'tpu'"):
         infera_gpu.load(parse(CHAIN), device="tpu")
+
+
+def test_batch_invariance_is_for_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse("g (float[N, 2] x) => (float[N, 2] y) { y = Exp(x) }")
+    with pytest.raises(DeviceError, match="batch_invariant=True is for GPUs: products on the CPU are BLAS's"):
+        infera_gpu.load(model, device="cpu", batch_invariant=True)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match="batch_invariant=True needs Triton's kernels"):
+        infera_gpu.load(model, device="recording", batch_invariant=True)
 
 
 def test_an_output_that_is_declared_as_another_type_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import DeviceError
@@ -16,18 +18,22 @@ def open_device(
     jit: bool | None = None,
     captures: bool = True,
     tf32: bool = False,
+    batch_invariant: bool = False,
     budget: VramBudget | None = None,
 ) -> Device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
     `threads` is for the CPU, see `CpuDevice`, and so is `jit`: whether to run what numba compiles, None where it is
-    installed. `budget` is for GPUs: what memory there is to take, None for all of it. `strict`, `tf32` and
-    `captures`: see `Device`. Raises DeviceError where the device is unknown or absent, or numba is.
+    installed. `budget` is for GPUs: what memory there is to take, None for all of it. `strict`, `tf32`, `captures` and
+    `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or cannot be batch
+    invariant, or where numba is absent.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
 
         name = "cpu" if why_unavailable() else "cuda"
+    if batch_invariant:
+        _require_invariant(name)
     if name == "cpu":
         from infera_gpu.devices.cpu import CpuDevice
 
@@ -35,13 +41,28 @@ def open_device(
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice
 
-        return RecordingDevice(strict, captures=captures, tf32=tf32, budget=budget)
+        return RecordingDevice(strict, captures=captures, tf32=tf32, batch_invariant=batch_invariant, budget=budget)
     kind, _, index = name.partition(":")
     if kind == "cuda" and (index.isdigit() or not index):
         from infera_gpu.devices.cuda import CudaDevice
 
-        return CudaDevice(int(index or 0), strict, captures=captures, tf32=tf32, budget=budget)
+        return CudaDevice(
+            int(index or 0), strict, captures=captures, tf32=tf32, batch_invariant=batch_invariant, budget=budget
+        )
     raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
+
+
+def _require_invariant(name: str) -> None:
+    if name == "cpu":
+        raise DeviceError(
+            "batch_invariant=True is for GPUs: products on the CPU are BLAS's, which adds in an order that depends on "
+            "how many rows there are"
+        )
+    if find_spec("triton") is None:
+        raise DeviceError(
+            "batch_invariant=True needs Triton's kernels, since cuBLAS adds in an order that depends on how many rows "
+            "there are: pip install 'infera-gpu[cuda12]' or 'infera-gpu[cuda13]'"
+        )
 
 
 def _compiles(jit: bool | None) -> bool:

@@ -55,7 +55,8 @@ class Device(Protocol):
 
     `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
     step run at a time on the host, `concurrency` says so and why. `strict` turns off what changes the order of
-    operations beyond BLAS, `tf32` lets products of float32 round their operands to 10 bits. `captures` says that its
+    operations beyond BLAS, `tf32` lets products of float32 round their operands to 10 bits, `batch_invariant` makes
+    kernels add in the same order whatever the size of the batch. `captures` says that its
     calls are recorded once and replayed (`graph`), `channels_last` that it prefers convolutions whose channels are the
     last axis. A device whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and
     calls are ordered with each other; `synchronize` waits for all of them. `lost` says why nothing works on it any more
@@ -71,6 +72,7 @@ class Device(Protocol):
     concurrency: str
     strict: bool
     tf32: bool
+    batch_invariant: bool
     channels_last: bool
     captures: bool
 

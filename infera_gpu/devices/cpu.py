@@ -35,6 +35,7 @@ class CpuDevice:
     captures = False
     lost = ""
     tf32 = False
+    batch_invariant = False
     xp: Any = np
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:

@@ -92,9 +92,10 @@ class CudaDevice:
         *,
         captures: bool = True,
         tf32: bool = False,
+        batch_invariant: bool = False,
         budget: VramBudget | None = None,
     ) -> None:
-        self.strict, self.captures, self.tf32 = strict, captures, tf32
+        self.strict, self.captures, self.tf32, self.batch_invariant = strict, captures, tf32, batch_invariant
         reason = why_unavailable()
         if reason:
             raise DeviceError(f"cuda:{index} is not available: {reason}")

@@ -50,9 +50,16 @@ class RecordingDevice:
     lost = ""
 
     def __init__(
-        self, strict: bool = False, *, captures: bool = True, tf32: bool = False, budget: VramBudget | None = None
+        self,
+        strict: bool = False,
+        *,
+        captures: bool = True,
+        tf32: bool = False,
+        batch_invariant: bool = False,
+        budget: VramBudget | None = None,
     ) -> None:
         self.strict, self.captures, self.tf32, self._budget = strict, captures, tf32, budget
+        self.batch_invariant = batch_invariant
         self.channels_last = find_spec("triton") is not None
         self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
         self.events: list[Event] = []

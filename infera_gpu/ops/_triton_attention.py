@@ -16,7 +16,7 @@ import numpy as np
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, DType, TensorSpec
 
 if TYPE_CHECKING:
     from infera_kernels.triton.attention import Options
@@ -71,15 +71,16 @@ def covers(given: Arranged | None) -> bool:
     return all(supports_append(*cache) for cache in given.caches)
 
 
-def room(given: Arranged | None) -> int:
+def room(given: Arranged | None, *, invariant: bool) -> int:
     """Bytes of scratch."""
     from infera_kernels.triton.attention import attention_scratch
 
     assert given is not None
-    return sum(aligned(4 * math.prod(s)) for s in attention_scratch(given.q, given.k, given.v, given.out))
+    shapes = attention_scratch(given.q, given.k, given.v, given.out, invariant=invariant)
+    return sum(aligned(4 * math.prod(s)) for s in shapes)
 
 
-def launches(given: Arranged, io: Buffers) -> list[Call]:
+def launches(given: Arranged, io: Buffers, *, invariant: bool) -> list[Call]:
     from infera_kernels.triton import attention
     from infera_kernels.triton.cache import append
 
@@ -87,8 +88,8 @@ def launches(given: Arranged, io: Buffers) -> list[Call]:
     for past, new, present in given.caches:
         calls += append(past, new, present, io.launcher, shift=0 if past is None else past.shape[2])
     q, k, v, out = given.q, given.k, given.v, given.out
-    attend = attention.attention(q, k, v, out, io.launcher, io.scratch, given.options, **given.operands)
-    return [*calls, *attend]
+    how = {**given.operands, "invariant": invariant}
+    return [*calls, *attention.attention(q, k, v, out, io.launcher, io.scratch, given.options, **how)]
 
 
 def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
@@ -97,7 +98,7 @@ def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
     def bind(site: Site, io: Buffers) -> list[Call]:
         given = arrange(site, io.ins, io.outs)
         assert given is not None
-        return launches(given, io)
+        return launches(given, io, invariant=site.batch_invariant)
 
     return kernels(
         bind,
@@ -105,7 +106,7 @@ def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
         inplace=(),
         strided=True,
         strided_out=strided_out,
-        workspace=lambda site: room(arranged(site, arrange)),
+        workspace=lambda site: room(arranged(site, arrange), invariant=site.batch_invariant),
     )
 
 
@@ -149,13 +150,19 @@ def fused(repeats_of: Callable[[Site], int | None]) -> Kernels:
         options = Options(
             scale=float(attrs["scale"]),
             cap=float(attrs["cap"]),
-            fill=float(q.dtype.type(attrs["fill"])),
+            fill=_as_stored(attrs["fill"], q.dtype),
             hidden=bool(attrs["fill_where"]),
             zero=ZERO[attrs["guarded"]],
         )
         return Arranged(q, k, v, out, options, masks, condition)
 
     return attending(arrange, strided_out=True)
+
+
+def _as_stored(value: float, dtype: DType) -> float:
+    """The value in that type: one beyond it is infinite."""
+    with np.errstate(over="ignore"):
+        return float(dtype.type(value))
 
 
 # ---- ONNX

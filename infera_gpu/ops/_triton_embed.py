@@ -36,7 +36,7 @@ def _supports(site: Site) -> bool:
 def _workspace(site: Site) -> int:
     from infera_kernels.triton.reduce import scratch_of
 
-    pieces = scratch_of("sum", site.spec(_MASK), (1,)) if _counts(site) else []
+    pieces = scratch_of("sum", site.spec(_MASK), (1,), invariant=site.batch_invariant) if _counts(site) else []
     return sum(aligned(int(np.prod(shape)) * np.dtype(name).itemsize) for shape, name in pieces)
 
 
@@ -56,9 +56,12 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
         eps=float(site.attrs["epsilon"]),
         sums=sums,
         counts=None if masked else counts,
+        invariant=site.batch_invariant,
         **arrays,
     )
-    return [*calls, *(reduce("sum", io.ins[_MASK], (1,), counts, io.launcher, io.scratch) if masked else ())]
+    if masked:
+        calls += reduce("sum", io.ins[_MASK], (1,), counts, io.launcher, io.scratch, invariant=site.batch_invariant)
+    return calls
 
 
 EMBED = kernels(_bind, _supports, inplace=(), strided=False, workspace=_workspace)

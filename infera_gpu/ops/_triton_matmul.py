@@ -38,7 +38,7 @@ def _parts(site: Site) -> int:
     from infera_kernels.triton.matmul import parts_of
 
     a, b, out = (TensorSpec(shape, site.outs[0].dtype) for shape in _matrices(site))
-    return parts_of(a, b, out)
+    return parts_of(a, b, out, invariant=site.batch_invariant)
 
 
 def _partial_bytes(site: Site) -> int:
@@ -70,7 +70,9 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     out = io.outs[0]
     activation, beta = site.attrs.get("activation") or None, float(site.attrs.get("beta", 1.0))
     before, after = (*io.ins[2:], None, None)[:2]
-    row = before if before is not None and beta == 1.0 and _is_row(before, shapes[2][-1]) else None
+    # In a batch of one a term for every row looks like a row for all of them; those are known.
+    rows = before is not None and not (site.batch_invariant and site.value(2) is None)
+    row = before if rows and beta == 1.0 and _is_row(before, shapes[2][-1]) else None
     residual = before if row is None else None
     if residual is None and activation is None:
         residual, after = after, None
@@ -88,6 +90,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         activation=activation,
         precision=TF32 if io.tf32 else IEEE,
         partial=io.scratch((parts, out.size), np.float32) if parts > 1 else None,
+        invariant=site.batch_invariant,
     )
     return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
 

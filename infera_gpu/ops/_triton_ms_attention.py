@@ -99,12 +99,12 @@ def _bind_heads(site: Site, io: Buffers) -> list[Call]:
         start += width
     given = _arrange_heads(site, ins, io.outs)
     assert given is not None
-    return [*calls, *launches(given, io)]
+    return [*calls, *launches(given, io, invariant=site.batch_invariant)]
 
 
 def _room_heads(site: Site) -> int:
     sums = sum(aligned(site.spec(i).nbytes) for i in range(_biased(site)))
-    return sums + room(arranged(site, _arrange_heads))
+    return sums + room(arranged(site, _arrange_heads), invariant=site.batch_invariant)
 
 
 MULTI_HEAD = kernels(_bind_heads, _supports_heads, inplace=(), strided=True, workspace=_room_heads)
@@ -151,10 +151,11 @@ def _bind_merged(site: Site, io: Buffers) -> list[Call]:
 
     spec = _projection(site)
     product = io.scratch(spec.dims, spec.dtype)
-    calls = matmul(io.ins[0], io.ins[1], product, io.launcher, bias=io.ins[2] if site.has(2) else None)
+    bias = io.ins[2] if site.has(2) else None
+    calls = matmul(io.ins[0], io.ins[1], product, io.launcher, bias=bias, invariant=site.batch_invariant)
     given = _arrange_merged(site, product, io.ins, io.outs)
     assert given is not None
-    return [*calls, *launches(given, io)]
+    return [*calls, *launches(given, io, invariant=site.batch_invariant)]
 
 
 MERGED = kernels(
@@ -162,7 +163,7 @@ MERGED = kernels(
     _supports_merged,
     inplace=(),
     strided=False,
-    workspace=lambda site: aligned(_projection(site).nbytes) + room(_stood_in(site)),
+    workspace=lambda site: aligned(_projection(site).nbytes) + room(_stood_in(site), invariant=site.batch_invariant),
 )
 
 OPS: tuple[Op, ...] = ()

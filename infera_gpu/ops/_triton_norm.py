@@ -71,7 +71,7 @@ def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) 
 
         made = found(site)
         x = TensorSpec(made.shape, site.spec(0).dtype)
-        pieces = scratch_of(made.kind, x, made.axes, statistics(site, made))
+        pieces = scratch_of(made.kind, x, made.axes, statistics(site, made), invariant=site.batch_invariant)
         return sum(aligned(math.prod(shape) * np.dtype(name).itemsize) for shape, name in pieces)
 
     def bind(site: Site, io: Buffers) -> Sequence[Call]:
@@ -84,7 +84,7 @@ def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) 
         if made.outputs.get("sums", len(io.outs)) < len(io.outs):
             arrays["sums"] = io.outs[made.outputs["sums"]].reshape(made.shape)
         x, out = io.ins[0].reshape(made.shape), io.outs[0].reshape(made.shape)
-        how: dict[str, Any] = {"eps": made.epsilon}
+        how: dict[str, Any] = {"eps": made.epsilon, "invariant": site.batch_invariant}
         if made.activation is not None:
             how["activation"] = getattr(functions, made.activation)
         return normalize(made.kind, x, made.axes, out, io.launcher, io.scratch, **how, **arrays)
@@ -209,7 +209,8 @@ def softmax(shape: Callable[[Site], tuple[int, int, int]], kind: str) -> Kernels
 
     def many_rows(site: Site) -> bool:
         outer, length, inner = shape(site)
-        return kind != "hardmax" and inner == 1 and (length <= LONGEST_ROW or outer >= MANY_ROWS)
+        many = outer >= MANY_ROWS or site.batch_invariant
+        return kind != "hardmax" and inner == 1 and (length <= LONGEST_ROW or many)
 
     def workspace(site: Site) -> int:
         return 0 if many_rows(site) or anywhere.workspace is None else anywhere.workspace(site)
@@ -219,8 +220,8 @@ def softmax(shape: Callable[[Site], tuple[int, int, int]], kind: str) -> Kernels
             return anywhere.bind(site, io)
         from infera_kernels.triton.softmax import softmax
 
-        flat = shape(site)[:2]
-        return softmax(io.ins[0].reshape(flat), io.outs[0].reshape(flat), io.launcher, log=kind == "log_softmax")
+        x, out = (a.reshape(shape(site)[:2]) for a in (io.ins[0], io.outs[0]))
+        return softmax(x, out, io.launcher, log=kind == "log_softmax", invariant=site.batch_invariant)
 
     return kernels(bind, anywhere.supports, inplace=(0,), strided=False, workspace=workspace)
 

@@ -28,7 +28,7 @@ def _supports_whole(site: Site, *, last: bool) -> bool:
 def _parts(site: Site, *, last: bool) -> tuple[int, ...] | None:
     from infera_kernels.triton.global_pool import parts_of
 
-    return parts_of(_specs(site, last=last)[0])
+    return parts_of(_specs(site, last=last)[0], invariant=site.batch_invariant)
 
 
 def _whole_bytes(site: Site, *, last: bool) -> int:

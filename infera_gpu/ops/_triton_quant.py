@@ -140,7 +140,7 @@ def ranges(x: Array, io: Buffers) -> Array | None:
 def _supports_dynamic(site: Site) -> bool:
     from infera_kernels.triton.dynamic import supports_dynamic
 
-    return supports_dynamic(site.spec(0))
+    return not site.batch_invariant and supports_dynamic(site.spec(0))  # the range is that of the whole batch
 
 
 def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:

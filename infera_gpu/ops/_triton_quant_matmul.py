@@ -156,7 +156,8 @@ def dynamic_product(b: int, zero: int, scale: int, bias: int) -> Kernels:
 
         x, single = site.spec(0), TensorSpec((), np.dtype(np.float32))
         quantised = TensorSpec(x.dims, np.dtype(np.uint8))
-        return supports_dynamic(x) and _supports(site, form(single), quantised)
+        whole = site.batch_invariant  # the range is that of the whole batch
+        return not whole and supports_dynamic(x) and _supports(site, form(single), quantised)
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.dynamic import dynamic_quantise

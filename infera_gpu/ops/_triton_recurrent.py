@@ -43,7 +43,7 @@ def _pieces(site: Site, sizes: Sizes) -> list[tuple[int, ...]]:
     rows, columns = _gate_shape(site, sizes)
     depth, dtype = site.spec(0).dims[2], site.spec(0).dtype
     a, b, out = (TensorSpec(s, dtype) for s in ((rows, depth), (depth, columns), (rows, columns)))
-    parts, state = parts_of(a, b, out), (directions, batch, hidden)
+    parts, state = parts_of(a, b, out, invariant=site.batch_invariant), (directions, batch, hidden)
     gru = site.node.op == "GRU" and not site.attrs["linear_before_reset"]
     return [
         (rows, columns),
@@ -95,23 +95,23 @@ def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
         from infera_kernels.triton.matmul import matmul
         from infera_kernels.triton.recurrent import Cell, Inputs, States, recurrent
 
-        steps, batch, directions, hidden = sizes(site)
+        length, batch, directions, hidden = sizes(site)
         x, w, r, bias, lengths, h, c, peephole = (*io.ins, *[None] * 8)[:8]
         gates, partial, states, cells, saved, wide = (_scratch(s, io.scratch) for s in _pieces(site, sizes))
-        calls: list[Call] = []
+        calls, invariant = list[Call](), site.batch_invariant
         if wide is not None:
             calls, x = elementwise.copy(x, wide, io.launcher), wide
             w, r, bias, peephole = (_widened(site, io, i) for i in _WEIGHTS)
         assert gates is not None
         weights = w.reshape(-1, w.shape[2]).swapaxes(0, 1)
-        calls += matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, partial=partial)
+        calls += matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, partial=partial, invariant=invariant)
         swapped = _first(site)
 
         def seen(a: Array | None) -> Array | None:
             """A state with its directions first."""
             return a if a is None or not swapped else a.swapaxes(0, 1)
 
-        outer = (batch, steps) if swapped else (steps, batch)
+        outer = (batch, length) if swapped else (length, batch)
         by_gate = gates.reshape(*outer, directions, -1, hidden)
         y = io.outs[0]
         ends = [seen(a) for a in (*io.outs[1:], None, None)[:2]]
@@ -127,7 +127,8 @@ def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
         given = Inputs(by_gate.swapaxes(0, 1) if swapped else by_gate, r, bias, lengths, seen(h), seen(c), peephole)
         held = States(states, cells, saved)
         turned: Any = y.transpose(1, 2, 0, 3) if swapped else y
-        return [*calls, *recurrent(made, given, held, turned, ends[0], ends[1], io.launcher)]
+        steps = recurrent(made, given, held, turned, ends[0], ends[1], io.launcher, invariant=invariant)
+        return [*calls, *steps]
 
     def workspace(site: Site) -> int:
         return sum(aligned(4 * int(np.prod(shape))) for shape in _pieces(site, sizes) if shape[0])

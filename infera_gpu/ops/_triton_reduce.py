@@ -29,7 +29,7 @@ def reduction(kind: Callable[[Site], str], axes: Callable[[Site], tuple[int, ...
     def workspace(site: Site) -> int:
         from infera_kernels.triton.reduce import scratch_of
 
-        return _bytes(scratch_of(kind(site), site.spec(0), axes(site)))
+        return _bytes(scratch_of(kind(site), site.spec(0), axes(site), invariant=site.batch_invariant))
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.reduce import reduce
@@ -37,7 +37,7 @@ def reduction(kind: Callable[[Site], str], axes: Callable[[Site], tuple[int, ...
         x, out = io.ins[0], io.outs[0]
         if out.ndim not in (x.ndim, x.ndim - len(axes(site))):
             out = out.reshape((1,) * (x.ndim - out.ndim) + out.shape)
-        return reduce(kind(site), x, axes(site), out, io.launcher, io.scratch)
+        return reduce(kind(site), x, axes(site), out, io.launcher, io.scratch, invariant=site.batch_invariant)
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)
 
@@ -53,12 +53,13 @@ def scan(kind: str, axis: Callable[[Site], int]) -> Kernels:
     def workspace(site: Site) -> int:
         from infera_kernels.triton.scan import scratch_of
 
-        return _bytes(scratch_of(site.spec(0), axis(site)))
+        return _bytes(scratch_of(site.spec(0), axis(site), invariant=site.batch_invariant))
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.scan import scan
 
         how = {name: bool(site.attrs[name]) for name in ("exclusive", "reverse")}
+        how["invariant"] = site.batch_invariant
         return scan(kind, io.ins[0], axis(site), io.outs[0], io.launcher, io.scratch, **how)
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True, workspace=workspace)

@@ -122,11 +122,14 @@ _APART: dict[str, Node] = {
 
 
 def _split(site: Site) -> Expansion | None:
-    """The convolution, the addition and the activation apart, where the residual must be broadcast or is wider."""
+    """The convolution, the addition and the activation apart, where the residual must be broadcast or is wider.
+
+    What is known must be broadcast in most batches, and so counts as such in all of them where that matters.
+    """
     if not site.has(3):
         return None
     (spec,) = conv_spec(site)
-    if site.spec(3) == spec:
+    if site.spec(3) == spec and not (site.batch_invariant and site.value(3) is not None):
         return None
     node, activation = site.node, str(site.attrs["activation"])
     params = [float(v) for v in site.attrs["activation_params"]]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from infera_kernels.calls import Call
+from infera_kernels.launch import Const, Launch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,6 +44,31 @@ def shard(items: Sequence[T]) -> list[T]:
     part, _, parts = os.environ.get(SHARD, "0/1").partition("/")
     return list(items[int(part) :: int(parts)])
 
+
+Facts = tuple[str, dict[str, Any], dict[str, Any]]
+"""What a launch is compiled for."""
+
+
+def facts(launch: Launch) -> Facts:
+    """The kernel, the constants and options that it is compiled with, and what its arguments are but for numbers.
+
+    Launches for which this is equal share a binary, unless they differ in what is known of alignment.
+    """
+    known = {**launch.constexprs, **launch.options}
+    names = {k: getattr(v, "__name__", v) for k, v in known.items()}
+    return launch.kernel, names, {k: _fact(v) for k, v in launch.args.items()}
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_fact, value))
+    if value is None or isinstance(value, Const):
+        return value
+    return np.dtype(value.dtype).name if hasattr(value, "dtype") else type(value).__name__
+
+
+ALONE = {"pointwise_kernel", "depthwise_kernel", "pool_kernel", "permute_kernel", "gather_kernel"}
+"""Kernels in which one thread makes an element, in one order: their tiles may follow from the batch."""
 
 _GUARD = 64
 _UNTOUCHED = 0xA5

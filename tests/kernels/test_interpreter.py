@@ -19,6 +19,7 @@ pytestmark = pytest.mark.kernels
 HERE = Path(__file__).parent
 SUITES: Mapping[str, int] = {
     "attention": 105,
+    "batch": 220,
     "cache": 5,
     "conv": 75,
     "copies": 110,
@@ -41,7 +42,7 @@ SUITES: Mapping[str, int] = {
 }
 """interpret_<name>.py -> tests that it holds; fewer would mean that some were not collected."""
 
-SHARDS = {"operators": 8}
+SHARDS = {"batch": 2, "operators": 8}
 """Suites that take longest, in so many parts; see `tests.kernels.support.shard`."""
 
 RUNS = tuple((suite, part) for suite in SUITES for part in range(SHARDS.get(suite, 1)))

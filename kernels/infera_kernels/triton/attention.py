@@ -13,6 +13,7 @@ from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Const, Launcher, Typed
 from infera_kernels.triton.attention_kernels import attention_kernel, combine_kernel
 from infera_kernels.triton.attention_tiles import WIDEST, Tile, padded, pick_splits, pick_tile
+from infera_kernels.triton.invariance import entries_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INDICES,
@@ -89,16 +90,18 @@ def _lead_of(x: Typed, rank: int) -> Dims:
     return (*(1,) * (rank - len(x.shape)), *x.shape[:-2])
 
 
-def _work(q: Typed, k: Typed, v: Typed, out: Typed) -> _Work:
+def _work(q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool) -> _Work:
     rank, (queries, size) = len(out.shape), out.shape[-2:]
     lead, keys = tuple(out.shape[:-2]), k.shape[-2]
     shared = all(_lead_of(x, rank)[-1:] == (1,) for x in (k, v))
-    members = lead[-1] if lead and shared and lead[-1] * queries <= PACKED_ROWS else 1
+    alike = lead[1:] if invariant else lead  # a batch is not packed: a tile would have as many rows as it has entries
+    members = lead[-1] if alike and shared and lead[-1] * queries <= PACKED_ROWS else 1
     lead = lead[:-1] if members > 1 else lead
     kind = "ieee" if name_of(q) == "float32" else "half"
     rows = members * queries
-    tile = pick_tile(kind, max(q.shape[-1], size), rows, keys, math.prod(lead))
-    return _Work(lead, members, queries, keys, tile, pick_splits(tile, rows, keys, math.prod(lead)))
+    matrices = entries_seen(lead[0], invariant=invariant) * math.prod(lead[1:]) if lead else 1
+    tile = pick_tile(kind, max(q.shape[-1], size), rows, keys, matrices)
+    return _Work(lead, members, queries, keys, tile, pick_splits(tile, rows, keys, matrices))
 
 
 def _any_empty(*given: Typed | None) -> bool:
@@ -151,11 +154,11 @@ def supports_attention(
         return False
 
 
-def attention_scratch(q: Typed, k: Typed, v: Typed, out: Typed) -> tuple[Dims, ...]:
+def attention_scratch(q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool = False) -> tuple[Dims, ...]:
     """The shapes of the float32 scratch that `attention` asks for."""
     if 0 in out.shape:
         return ()
-    work = _work(q, k, v, out)
+    work = _work(q, k, v, out, invariant=invariant)
     rows = work.matrices, work.splits, work.rows
     return ((*rows, out.shape[-1]), rows, rows) if work.splits > 1 else ()
 
@@ -180,17 +183,20 @@ def attention(
     condition: Any = None,
     lengths: Any = None,
     sink: Any = None,
+    invariant: bool = False,
 ) -> list[Call]:
     """out = softmax(scale q kᵀ + masks) v with sums and weights in float32, whatever the strides.
 
     A `sink` is a score more for every row, of a key whose value is zero. Shapes and types as `supports_attention` says.
+    `invariant` entries of the first leading axis are the same bits however many there are.
     """
     if not supports_attention(q, k, v, out, masks, condition, lengths, sink):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (q, k, v, *masks, condition, out) if x is not None)
         raise ValueError(f"attention: no kernel for {given}")
     if 0 in out.shape:
         return []
-    work, tile = _work(q, k, v, out), _work(q, k, v, out).tile
+    work = _work(q, k, v, out, invariant=invariant)
+    tile = work.tile
     lead, m, n = tuple(out.shape[:-2]), work.queries, work.keys
     first, second = (*masks, None, None)[:2]
     shapes = {
@@ -211,7 +217,7 @@ def attention(
     for name in ("mask", "further", "condition"):
         if span((work.members, m, n), strides[name][-3:] if work.packed else (0, *strides[name][-2:])) > INT32_MAX:
             raise ValueError(f"attention: a matrix of {name} is too large to be walked in 32 bits")
-    dims, walked = coalesce(work.lead, [s[: len(work.lead)] for s in strides.values()])
+    dims, walked = coalesce(work.lead, [s[: len(work.lead)] for s in strides.values()], ones=invariant)
     args: dict[str, Any] = {name: x for name, (x, _) in shapes.items()}
     units: dict[str, Dims] = {}
     for (name, s), along in zip(strides.items(), walked, strict=True):
@@ -263,7 +269,9 @@ def attention(
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     if work.splits == 1:
         return [launcher.launch(attention_kernel, grid, args, constexprs, **how)]
-    parts, peaks, totals = (scratch(shape, np.float32) for shape in attention_scratch(q, k, v, out))
+    parts, peaks, totals = (
+        scratch(shape, np.float32) for shape in attention_scratch(q, k, v, out, invariant=invariant)
+    )
     joined = {name: args[name] for name in ("out", "M", "rows", "lead", "out_lead", "out_steps")}
     joined |= {"parts": parts, "peaks": peaks, "totals": totals}
     joining = {

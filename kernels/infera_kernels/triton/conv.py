@@ -12,6 +12,7 @@ from infera_kernels.launch import Const, Launcher, Typed, target_of
 from infera_kernels.triton.conv_kernel import conv_kernel, join_kernel
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
+from infera_kernels.triton.invariance import entries_seen
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, element_strides, fold_one, name_of
 from infera_kernels.triton.tiles import HALF, IEEE, TF32, TF32X3, Tile, pick_tile
 
@@ -88,18 +89,19 @@ def supports_conv(
     return fits and terms and small and known
 
 
-def splits_of(out: Typed, w: Typed, groups: int) -> int:
+def splits_of(out: Typed, w: Typed, groups: int, *, invariant: bool = False) -> int:
     """Into how many parts a convolution's sums are split, each a program's: more than 1 where the outputs are few."""
-    pixels, channels = math.prod(out.shape[:-1]), out.shape[-1] // groups
+    images = entries_seen(out.shape[0], invariant=invariant)
+    pixels, channels = images * math.prod(out.shape[1:-1]), out.shape[-1] // groups
     programs = groups * ceil_div(pixels, _TYPICAL) * ceil_div(channels, _TYPICAL)
     depth = math.prod(w.shape[1:])
     splits = int(min(_BUSY // max(programs, 1), depth // _SHARE))
     return splits if splits >= _WORTH else 1
 
 
-def parts_shape(out: Typed, w: Typed, groups: int) -> Dims | None:
+def parts_shape(out: Typed, w: Typed, groups: int, *, invariant: bool = False) -> Dims | None:
     """The scratch, in float32, that a convolution takes; None where it takes none."""
-    splits = splits_of(out, w, groups)
+    splits = splits_of(out, w, groups, invariant=invariant)
     return (splits, math.prod(out.shape[:-1]), out.shape[-1]) if splits > 1 and math.prod(out.shape) else None
 
 
@@ -150,12 +152,14 @@ def conv(
     transposed: bool = False,
     precision: str = IEEE,
     tile: Tile | None = None,
+    invariant: bool = False,
 ) -> list[Call]:
     """out = activation(conv(x, w) + bias + residual), summed in float32; `transposed`: the gradient of one, cropped.
 
     Strides are arbitrary. Weights are fastest (O, kernel..., C / groups) contiguous. `parts` is the scratch of
     `parts_shape`, where the sums are split: then a second launch joins them, in the same order in every run.
-    `precision` is for float32, as in `matmul`; `tile` overrides `pick_tile`.
+    `precision` is for float32, as in `matmul`; `tile` overrides `pick_tile`. `invariant` images are the same bits
+    however many there are.
     """
     if not supports_conv(x, w, out, finish.bias, finish.residual, finish.activation):
         given = ", ".join(f"{name_of(v)}{list(v.shape)}" for v in (x, w, out))
@@ -172,7 +176,8 @@ def conv(
     m, f, c = target.dims[0] * math.prod(rows), target.channels // groups, weight.channels
     splits = 1 if parts is None else int(parts.shape[0])
     kind = precision if name_of(x) == "float32" else HALF
-    tile = tile or pick_tile(m, f, groups * phases * splits, kind, target_of(launcher))
+    seen = entries_seen(target.dims[0], invariant=invariant) * math.prod(rows)
+    tile = tile or pick_tile(seen, f, groups * phases * splits, kind, target_of(launcher))
     flat = c % tile.k != 0 and c < _WALKED * tile.k
     args = {
         "x": x,

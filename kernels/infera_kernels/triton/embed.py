@@ -12,6 +12,7 @@ import triton.language as tl
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import store_type
+from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of
 from infera_kernels.triton.reductions import inverse_deviation, mean
 from infera_kernels.triton.rows import row_tile
@@ -104,16 +105,18 @@ def embed(
     bias: Any = None,
     sums: Any = None,
     counts: Any = None,
+    invariant: bool = False,
 ) -> list[Call]:
     """sums = words[ids] + places[positions] + kinds[segments], `out` = their layer normalisation, * weight + bias.
 
     All contiguous: ids and segments (batch, length); positions (batch or 1, length), 0, 1, ... where left out; tables
-    (entries, columns). An index that a table has not gives zeros. `counts`, (batch,) of int32, becomes 0.
+    (entries, columns). An index that a table has not gives zeros. `counts`, (batch,) of int32, becomes 0. `invariant`
+    rows are the same bits however many there are.
     """
     if not supports_embed(ids, words, out, places, kinds, weight, bias):
         raise ValueError(f"embed: no kernel for {name_of(ids)}{list(ids.shape)}, {name_of(words)}{list(words.shape)}")
     rows, cols = math.prod(ids.shape), words.shape[1]
-    tile = row_tile(rows, cols)
+    tile = row_tile(rows_seen(rows, invariant=invariant), cols)
     if not rows or tile is None:
         return []
     args = {

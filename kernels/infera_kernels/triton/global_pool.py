@@ -13,6 +13,7 @@ from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.arithmetic import maximum, pow
 from infera_kernels.triton.images import SPATIAL, UNHINTED, Image, image_of, pixel_of, pixel_offset, unit_of
 from infera_kernels.triton.indexing import store_type
+from infera_kernels.triton.invariance import entries_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -91,10 +92,13 @@ def supports_global_pool(x: Typed, out: Typed) -> bool:
     return fits and name_of(x) == name_of(out) and name_of(x) in FLOATS and math.prod(shape[1:-1]) <= INT32_MAX - _TILE
 
 
-def parts_of(x: Typed) -> Dims | None:
-    """The scratch, in float32, of images that are shared: (N, parts, C). None where they are not."""
+def parts_of(x: Typed, *, invariant: bool = False) -> Dims | None:
+    """The scratch, in float32, of images that are shared: (N, parts, C). None where they are not.
+
+    `invariant` images are the same bits however many there are.
+    """
     shape = tuple(x.shape)
-    programs = shape[0] * ceil_div(shape[-1], _CHANNELS)
+    programs = entries_seen(shape[0], invariant=invariant) * ceil_div(shape[-1], _CHANNELS)
     parts = min(_BUSY // max(programs, 1), math.prod(shape[1:-1]) // _SHARE)
     return (shape[0], parts, shape[-1]) if parts > 1 else None
 

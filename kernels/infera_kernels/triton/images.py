@@ -74,7 +74,7 @@ def unit_of(count: int, array: Any) -> int:
 class Image:
     """An array (N, spatial..., C): sizes and strides, in elements, of (n, d, h, w, c).
 
-    Of axes with one element the stride is 0, that of channels 1.
+    Of axes with one element the stride is 0, that of channels 1, and that of images what it is.
     """
 
     dims: Dims
@@ -126,7 +126,7 @@ def image_of(array: Any) -> Image:
     *strides, channel = (0 if d == 1 else s for d, s in zip(shape, element_strides(array), strict=True))
     return Image(
         (shape[0], *(1,) * missing, *shape[1:]),
-        (strides[0], *(0,) * missing, *strides[1:], channel if shape[-1] > 1 else 1),
+        (element_strides(array)[0], *(0,) * missing, *strides[1:], channel if shape[-1] > 1 else 1),
         int(array.dtype.itemsize),
     )
 

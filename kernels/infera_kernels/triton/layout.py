@@ -61,16 +61,16 @@ def broadcast_strides(array: Any, shape: Dims) -> Dims:
     return tuple(strides)
 
 
-def coalesce(shape: Dims, operands: Sequence[Dims]) -> tuple[Dims, tuple[Dims, ...]]:
+def coalesce(shape: Dims, operands: Sequence[Dims], *, ones: bool = False) -> tuple[Dims, tuple[Dims, ...]]:
     """Fewest dimensions that walk the same elements in the same order, innermost first.
 
     Dimensions of size 1 vanish; two neighbours merge where that is one stride for every operand. At least one
-    dimension remains.
+    dimension remains. With `ones` those of size 1 are like others: how many remain then depends on strides alone.
     """
     dims: list[int] = []
     strides: list[list[int]] = [[] for _ in operands]
     for axis in reversed(range(len(shape))):
-        if shape[axis] == 1:
+        if shape[axis] == 1 and not ones:
             continue
         if dims and all(o[axis] == s[-1] * dims[-1] for o, s in zip(operands, strides, strict=True)):
             dims[-1] *= shape[axis]

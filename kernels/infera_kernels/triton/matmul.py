@@ -13,6 +13,7 @@ from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Typed, target_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.indexing import INTERPRETED, offset_of, store_type
+from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -160,13 +161,14 @@ def matmul(
     precision: str = IEEE,
     tile: Tile | None = None,
     partial: Any = None,
+    invariant: bool = False,
 ) -> list[Call]:
     """out = activation(alpha * a @ b + bias + beta * residual), summed in float32.
 
     Strides are arbitrary; `bias` must be contiguous; residual may stretch. `precision` is for float32 inputs: "ieee"
     (exact products), "tf32" (about 3 digits, tensor cores) or "tf32x3" (nearly exact, tensor cores). `tile` overrides
     `pick_tile`. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape (parts_of(a, b, out),
-    out.size), cuts the sums into so many parts.
+    out.size), cuts the sums into so many parts. `invariant` rows are the same bits however many there are.
     """
     if not supports_matmul(a, b, out, bias, residual, activation):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (a, b, out, bias, residual) if x is not None)
@@ -188,20 +190,21 @@ def matmul(
     out_strides = element_strides(out)
     residual_strides = (0,) * len(shape) if residual is None else broadcast_strides(residual, shape)
     if not any(b_strides[:-2]):
-        rows, down = coalesce(shape[:-1], [s[:-1] for s in (a_strides, out_strides, residual_strides)])
+        rows, down = coalesce(shape[:-1], [s[:-1] for s in (a_strides, out_strides, residual_strides)], ones=invariant)
         if len(rows) == 1:  # one matrix b, and rows that follow each other: one taller product
             m, leading, b_strides = rows[0], (), b_strides[-2:]
             a_strides, out_strides, residual_strides = (
                 (*step, s[-1]) for step, s in zip(down, (a_strides, out_strides, residual_strides), strict=True)
             )
-    batch, walked = coalesce(leading, [s[:-2] for s in (a_strides, b_strides, out_strides, residual_strides)])
+    lead = [s[:-2] for s in (a_strides, b_strides, out_strides, residual_strides)]
+    batch, walked = coalesce(leading, lead, ones=invariant)
 
     entry = UNARY[activation] if activation else None
     products = math.prod(leading)
     turned = {
         "M": m,
         "N": n,
-        "batch": batch if products > 1 else None,
+        "batch": batch if products > 1 or (invariant and leading) else None,
         **dict(zip(("a_batch", "b_batch", "out_batch", "residual_batch"), map(fold, walked), strict=True)),
         **dict(zip(("out_m", "out_n"), fold(out_strides[-2:]), strict=True)),
         **dict(zip(("residual_m", "residual_n"), fold(residual_strides[-2:]), strict=True)),
@@ -226,7 +229,7 @@ def matmul(
     }
     act = entry.fn if entry else None
     if partial is None:
-        return [_sums({**turned, **sums, **epilogue}, 1, act, launcher, precision, tile)]
+        return [_sums({**turned, **sums, **epilogue}, 1, act, launcher, precision, tile, invariant=invariant)]
     parts, size = partial.shape[0], products * m * n
     steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))
     first = {
@@ -240,7 +243,7 @@ def matmul(
         **dict(zip(("out_m", "out_n"), fold((n, 1)), strict=True)),
     }
     return [
-        _sums(first, parts, None, launcher, precision, tile),
+        _sums(first, parts, None, launcher, precision, tile, invariant=invariant),
         _added({**turned, **epilogue, "parts": partial, "size": size}, parts, act, launcher),
     ]
 
@@ -253,16 +256,25 @@ def _launch(
     return launcher.launch(kernel, grid, {k: v for k, v in args.items() if k in names}, known, **options)
 
 
-def _sums(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, precision: str, tile: Tile | None) -> Call:
+def _sums(
+    args: dict[str, Any],
+    parts: int,
+    act: Any,
+    launcher: Launcher,
+    precision: str,
+    tile: Tile | None,
+    *,
+    invariant: bool,
+) -> Call:
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
-    products = math.prod(batch or (1,))
-    if m == 1 and tile is None:
+    products, rows = math.prod(batch or (1,)), rows_seen(m, invariant=invariant)
+    if rows == 1 and tile is None:
         along_k = args["b_k"] == Const(1) and n > 1
         strip = pick_strip(n, args["depth"] or k, products * parts, along_k=along_k)
         known = {"ACT": act, "BN": strip.n, "BK": strip.k}
         return _launch(launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=4)
     kind = precision if name_of(args["a"]) == "float32" else HALF
-    tile = tile or pick_tile(m, n, products * parts, kind, target_of(launcher))
+    tile = tile or pick_tile(rows, n, parts if invariant else products * parts, kind, target_of(launcher))
     known = {
         "ACT": act,
         "PRECISION": precision,
@@ -284,9 +296,12 @@ def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher) -> Ca
     return _launch(launcher, parts_kernel, grid, args, known, num_warps=1)
 
 
-def parts_of(a: Typed, b: Typed, out: Typed) -> int:
+def parts_of(a: Typed, b: Typed, out: Typed, *, invariant: bool = False) -> int:
     """Into how many parts the sums of a product are best cut: see `matmul`."""
     shape = tuple(out.shape)
+    if not math.prod(shape):
+        return 1
     leading = math.prod(shape[:-2])
     m, batch = (leading * shape[-2], 1) if math.prod(b.shape[:-2]) == 1 else (shape[-2], leading)
-    return part_count(m, shape[-1], a.shape[-1], batch) if math.prod(shape) else 1
+    m, batch = rows_seen(m, invariant=invariant), 1 if invariant else batch
+    return part_count(m, shape[-1], a.shape[-1], batch)

@@ -149,10 +149,17 @@ def wide_columns(n: int, k: int, itemsize: int) -> int:
 
 
 def nbits_matmul(
-    a: Array, weight: Weight, bias: Array | None, out: Array, wide: Array | None, launcher: Launcher
+    a: Array,
+    weight: Weight,
+    bias: Array | None,
+    out: Array,
+    wide: Array | None,
+    launcher: Launcher,
+    *,
+    invariant: bool = False,
 ) -> list[Call]:
     """out (M, N) = a (M, K) @ dequantised weights + bias, all contiguous; `wide`, scratch of a's type of shape
-    (wide_columns(N, K), K), for more than FEW_ROWS rows."""
+    (wide_columns(N, K), K), for more than FEW_ROWS rows, and for `invariant` ones always: see `matmul`."""
     (m, k), n = a.shape, out.shape[1]
     _, blocks, held = weight.packed.shape
     many = min(next_power_of_two(blocks), max(512 // held, 1))
@@ -188,5 +195,5 @@ def nbits_matmul(
         grid = (ceil_div(count, known["BN"]), ceil_div(blocks, many))
         calls.append(launcher.launch(widen_kernel, grid, args, known, num_warps=4))
         added = None if bias is None else bias[part]
-        calls += matmul(a, wide[:count].swapaxes(0, 1), out[:, part], launcher, bias=added)
+        calls += matmul(a, wide[:count].swapaxes(0, 1), out[:, part], launcher, bias=added, invariant=invariant)
     return calls

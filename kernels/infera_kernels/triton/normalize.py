@@ -14,6 +14,7 @@ from typing import Any
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.elementwise import binary
+from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -28,7 +29,7 @@ from infera_kernels.triton.layout import (
 )
 from infera_kernels.triton.normalizations import NORMALIZATIONS, Normalization, normalize_kernel
 from infera_kernels.triton.reduce import passes
-from infera_kernels.triton.reduce_walk import TILE, Operand, Walk, dense, most_parts, pick_walks, source
+from infera_kernels.triton.reduce_walk import TILE, Operand, Walk, dense, lies_apart, most_parts, pick_walks, source
 from infera_kernels.triton.reductions import REDUCTIONS, accumulator, identity
 from infera_kernels.triton.rows import LONGEST_ROW
 
@@ -52,10 +53,13 @@ def fits(shape: Dims, axes: Sequence[int]) -> bool:
     return length <= (LONGEST_ROW if last in axes else _LONGEST_COLUMN)
 
 
-def whole_rows(kept: Dims, kept_strides: Dims, reduced: Dims, reduced_strides: Dims) -> tuple[Walk, Walk]:
+def whole_rows(
+    kept: Dims, kept_strides: Dims, reduced: Dims, reduced_strides: Dims, *, invariant: bool
+) -> tuple[Walk, Walk]:
     """Tiles that hold whole rows: lanes lie along what is contiguous."""
-    length, rows = next_power_of_two(math.prod(reduced)), math.prod(kept)
-    apart = rows > 1 and abs(kept_strides[0]) < abs(reduced_strides[0])
+    length = next_power_of_two(math.prod(reduced))
+    rows = rows_seen(math.prod(kept), invariant=invariant)
+    apart = lies_apart(kept, kept_strides, reduced_strides, invariant=invariant)
     split = apart and len(kept) > 1 and kept[0] >= 32
     line = next_power_of_two(kept[0] if split else rows)
     block = max(1, min(line, TILE // 4 // length))
@@ -66,19 +70,32 @@ def whole_rows(kept: Dims, kept_strides: Dims, reduced: Dims, reduced_strides: D
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What one launch walks: arrays by name, those of x's size and those that repeat, axes in order."""
+    """What one launch walks: arrays by name, those of x's size and those that repeat, axes in order.
+
+    Where it is `invariant`, the dimensions that remain do not depend on how many rows there are.
+    """
 
     shape: Dims
     kept: list[int]
     reduced: list[int]
     arrays: Mapping[str, Any]
+    invariant: bool
 
     def merged(self, names: Sequence[str], axes: list[int]) -> tuple[Dims, dict[str, Dims]]:
         """Their dimensions along some axes, and each one's strides."""
         there = [n for n in names if self.arrays.get(n) is not None]
-        strides = [_of(broadcast_strides(self.arrays[n], self.shape), axes) for n in there]
-        dims, walked = coalesce(_of(self.shape, axes), strides or [(0,) * len(axes)])
+        strides = [_of(self.strides(n), axes) for n in there]
+        dims, walked = coalesce(_of(self.shape, axes), strides or [(0,) * len(axes)], ones=self.invariant)
         return dims, dict(zip(there, walked, strict=False))
+
+    def strides(self, name: str) -> Dims:
+        """An array's strides over the shape. Along an axis of one element a factor repeats, as it does in a batch."""
+        array = self.arrays[name]
+        strides = broadcast_strides(array, self.shape)
+        if not self.invariant or name not in _FACTORS:
+            return strides
+        narrow = (1,) * (len(self.shape) - len(array.shape)) + tuple(array.shape)
+        return tuple(0 if d == 1 else s for d, s in zip(narrow, strides, strict=True))
 
 
 _FULL, _FACTORS, _STATISTICS = ("x", "skip", "out", "sums"), ("plus", "weight", "bias"), ("center", "scale")
@@ -94,7 +111,8 @@ def _launch(
     rows, row_strides = layout.merged(_FACTORS, layout.kept)
     cols, col_strides = layout.merged(_FACTORS, layout.reduced)
     walks = kept, along_kept["x"], reduced, along_reduced["x"]
-    results, along = pick_walks(*walks, 1) if given else whole_rows(*walks)
+    invariant = layout.invariant
+    results, along = pick_walks(*walks, 1, invariant=invariant) if given else whole_rows(*walks, invariant=invariant)
     spans = [span(dims, v) for dims, of in ((kept, along_kept), (reduced, along_reduced)) for v in of.values()]
     args: dict[str, Any] = {
         "kept": kept,
@@ -147,14 +165,16 @@ def _narrow(statistics: Mapping[str, Any], shape: Dims, axes: Sequence[int]) -> 
     return {name: a.reshape(narrow) for name, a in statistics.items()}
 
 
-def scratch_of(kind: str, x: Typed, axes: Sequence[int], given: Sequence[str] = ()) -> list[tuple[Dims, str]]:
+def scratch_of(
+    kind: str, x: Typed, axes: Sequence[int], given: Sequence[str] = (), *, invariant: bool = False
+) -> list[tuple[Dims, str]]:
     """Shape and type of each scratch array that `normalize` asks for, in order; `given` names the statistics, "center"
     and "scale", for which it is given arrays."""
     family, shape = NORMALIZATIONS[kind], tuple(x.shape)
     if not math.prod(shape) or not family.statistics() or (family.at_once and fits(shape, axes)):
         return []
     rows = math.prod(d for a, d in enumerate(shape) if a not in axes)
-    parts = most_parts(rows, math.prod(_of(shape, axes)))
+    parts = most_parts(rows, math.prod(_of(shape, axes)), invariant=invariant)
     types = {name: accumulator(kind, x.dtype) for name, kind in family.statistics().items()}
     pieces = [((rows,), type) for name, type in types.items() if name not in given]
     return [*pieces, ((parts, rows), next(iter(types.values())))]
@@ -184,12 +204,13 @@ def normalize(
     center: Any = None,
     scale: Any = None,
     activation: Any = None,
+    invariant: bool = False,
 ) -> list[Call]:
     """out = activation(kind(x + skip + plus) * weight + bias), its rows along the non-negative `axes`.
 
     skip, plus, weight and bias, where given, broadcast to x's shape; the first two have x's type where rows do not fit
     in a block. `sums` receives x + skip + plus; `center` and `scale`, contiguous float32 arrays, the statistics, one
-    for each row. `out` may be x.
+    for each row. `out` may be x. `invariant` rows are the same bits however many there are.
     """
     others = (skip, plus, weight, bias)
     if not supports_normalization(kind, x, out, *others):
@@ -204,21 +225,22 @@ def normalize(
     orders = _ordered(kept, of), _ordered(axes, of)
     if family.at_once and fits(shape, axes):
         narrow = _narrow(statistics, shape, axes)
-        return [_launch(family, _Layout(shape, *orders, {**arrays, **narrow}), launcher, eps, activation, given=False)]
+        layout = _Layout(shape, *orders, {**arrays, **narrow}, invariant)
+        return [_launch(family, layout, launcher, eps, activation, given=False)]
     calls: list[Call] = []
     for term in (skip, plus):
         if term is not None:
             target = out if sums is None else sums
             calls += binary("add", arrays["x"], term, target, launcher)
             arrays["x"] = target
-    pieces = [scratch(*piece) for piece in scratch_of(kind, x, axes, tuple(statistics))]
+    pieces = [scratch(*piece) for piece in scratch_of(kind, x, axes, tuple(statistics), invariant=invariant)]
     parts = pieces.pop() if pieces else None
     rows = source(arrays["x"], axes)
     shift: list[Operand] = []
     for name, reduction in family.statistics().items():
         made = statistics[name] = statistics[name] if name in statistics else pieces.pop(0)
         target = dense(made, rows.kept)
-        calls += passes(reduction, rows, [target, *shift], parts, launcher, eps)
+        calls += passes(reduction, rows, [target, *shift], parts, launcher, eps, invariant=invariant)
         shift = [target]
     arrays |= {"skip": None, "plus": None, "sums": None, **_narrow(statistics, shape, axes)}
-    return [*calls, _launch(family, _Layout(shape, *orders, arrays), launcher, eps, activation, given=True)]
+    return [*calls, _launch(family, _Layout(shape, *orders, arrays, invariant), launcher, eps, activation, given=True)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher
 from infera_kernels.triton.elementwise import UNARY
+from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import ceil_div, element_strides, next_power_of_two
 from infera_kernels.triton.recurrent_steps import recurrent_kernel, start_kernel
 
@@ -103,11 +104,14 @@ def recurrent(
     y_c: Array | None,
     launcher: Launcher,
     tiling: Tiling | None = None,
+    *,
+    invariant: bool = False,
 ) -> list[Call]:
     """y (steps, directions, batch, hidden) and the last states (directions, batch, hidden), each seen that way, of
-    contiguous last axes; what lies past the end of a sequence is 0 in y. `tiling` overrides `pick_tiling`."""
+    contiguous last axes; what lies past the end of a sequence is 0 in y. `tiling` overrides `pick_tiling`. `invariant`
+    sequences are the same bits however many there are."""
     steps, batch, directions, _, hidden = given.gates.shape
-    tiling = tiling or pick_tiling(cell.kind, batch, directions, hidden)
+    tiling = tiling or pick_tiling(cell.kind, rows_seen(batch, invariant=invariant), directions, hidden)
     size = directions * batch * hidden
     last = y_h if y_h is not None else y_c
     h0 = given.h if given.h is not None else given.c

@@ -189,18 +189,27 @@ def launch_pass(
     return launcher.launch(reduce_kernel, (results.tiles, tiling.parts), args, constexprs, num_warps=warps)
 
 
-def passes(kind: str, x: Source, operands: Sequence[Operand], parts: Any, launcher: Launcher, eps: float) -> list[Call]:
+def passes(
+    kind: str,
+    x: Source,
+    operands: Sequence[Operand],
+    parts: Any,
+    launcher: Launcher,
+    eps: float,
+    *,
+    invariant: bool = False,
+) -> list[Call]:
     """One launch that writes operands[0], or two by way of `parts`, an array (parts, results)."""
     family, name = REDUCTIONS[kind], accumulator(kind, x.array.dtype)
     if name == "float64" and np.dtype(x.array.dtype).kind in "iu":
         family = replace(family, map=WIDENED.get(family.map, family.map))
-    tiling = pick_tiling(x, operands, 1 if parts is None else parts.shape[0])
+    tiling = pick_tiling(x, operands, 1 if parts is None else parts.shape[0], invariant=invariant)
     if tiling.parts == 1:
         return [launch_pass(family, name, x, operands, tiling, launcher, x.length, eps)]
     partial = [dense(parts, x.kept), *operands[1:]]
-    tiling = pick_tiling(x, partial, parts.shape[0])
+    tiling = pick_tiling(x, partial, parts.shape[0], invariant=invariant)
     rest = Source(parts, x.kept, partial[0].strides, (tiling.parts,), (x.results,))
-    last = pick_tiling(rest, operands, 1)
+    last = pick_tiling(rest, operands, 1, invariant=invariant)
     return [
         launch_pass(replace(family, finish=total), name, x, partial, tiling, launcher, x.length, eps),
         launch_pass(replace(family, map=element), name, rest, operands, last, launcher, x.length, eps),
@@ -226,10 +235,10 @@ def _steps(kind: str, x: Typed) -> tuple[str, ...]:
     return ("max", kind) if kind == "log_sum_exp" else (kind,)
 
 
-def scratch_of(kind: str, x: Typed, axes: Sequence[int]) -> list[tuple[Dims, str]]:
+def scratch_of(kind: str, x: Typed, axes: Sequence[int], *, invariant: bool = False) -> list[tuple[Dims, str]]:
     """Shape and type of each scratch array that `reduce` asks for, in order."""
     results = math.prod(d for a, d in enumerate(x.shape) if a not in axes)
-    parts, steps = most_parts(results, math.prod(x.shape[a] for a in axes)), _steps(kind, x)
+    parts, steps = most_parts(results, math.prod(x.shape[a] for a in axes), invariant=invariant), _steps(kind, x)
     if not results:
         return []
     pieces = [((parts, results), accumulator(step, x.dtype)) for step in steps if parts > 1]
@@ -249,21 +258,33 @@ def supports_reduction(kind: str, x: Typed, out: Typed, axes: Sequence[int]) -> 
     return kind in PLAIN and name_of(out) == name and (name in NUMBERS or (name == "bool" and kind in ("max", "min")))
 
 
-def reduce(kind: str, x: Any, axes: Sequence[int], out: Any, launcher: Launcher, scratch: Scratch) -> list[Call]:
-    """out = `x` reduced over `axes`, non-negative ones; `out` may keep them with one element. Any strides."""
+def reduce(
+    kind: str,
+    x: Any,
+    axes: Sequence[int],
+    out: Any,
+    launcher: Launcher,
+    scratch: Scratch,
+    *,
+    invariant: bool = False,
+) -> list[Call]:
+    """out = `x` reduced over `axes`, non-negative ones; `out` may keep them with one element. Any strides.
+
+    `invariant` results are the same bits however many there are.
+    """
     if not supports_reduction(kind, x, out, axes):
         raise ValueError(f"{kind}: no kernel for {name_of(x)}{list(x.shape)} -> {name_of(out)} over axes {list(axes)}")
     of = source(x, axes)
     if not of.results:
         return []
-    arrays = [scratch(shape, name) for shape, name in scratch_of(kind, x, axes)]
+    arrays = [scratch(shape, name) for shape, name in scratch_of(kind, x, axes, invariant=invariant)]
     strides = element_strides(out)
     whole = len(strides) == len(x.shape)
     target = Operand(out, tuple(s for a, s in enumerate(strides) if a not in axes) if whole else strides)
     *first, last = _steps(kind, x)
     parts = arrays if len(arrays) > len(first) else [None, None]
     if not first:
-        return passes(last, of, [target], parts[0], launcher, 0.0)
+        return passes(last, of, [target], parts[0], launcher, 0.0, invariant=invariant)
     shift = dense(arrays[-1], of.kept)
-    made = passes(first[0], of, [shift], parts[0], launcher, 0.0)
-    return made + passes(last, of, [target, shift], parts[1], launcher, 0.0)
+    made = passes(first[0], of, [shift], parts[0], launcher, 0.0, invariant=invariant)
+    return made + passes(last, of, [target, shift], parts[1], launcher, 0.0, invariant=invariant)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import Dims, ceil_div, coalesce, element_strides, next_power_of_two
 
 TILE = 4096
@@ -47,42 +48,55 @@ class Walk:
         return ceil_div(self.count, self.block)
 
 
-def most_parts(kept: int, reduced: int) -> int:
+def most_parts(kept: int, reduced: int, *, invariant: bool = False) -> int:
     """Into how many parts at most a reduction is split, whatever its strides."""
-    busy = max(1, ceil_div(kept, _LINE // 4))
+    busy = max(1, ceil_div(rows_seen(kept, invariant=invariant), _LINE // 4))
     return max(1, min(ceil_div(_PROGRAMS, busy), reduced // (_STEPS * _LINE)))
 
 
-def _side_by_side(dims: Dims, reduced: Dims, parts: int) -> tuple[Walk, Walk]:
-    """Results are contiguous: lanes lie along them, as far as there are any."""
+def _side_by_side(dims: Dims, count: int, reduced: Dims, parts: int) -> tuple[Walk, Walk]:
+    """Results are contiguous: lanes lie along them, as far as there are any of the `count`."""
     length = math.prod(reduced)
     split = len(dims) > 1 and dims[0] * min(next_power_of_two(length), TILE // _LINE) >= _LINE * 4
-    line = next_power_of_two(dims[0] if split else math.prod(dims))
+    line = next_power_of_two(dims[0] if split else count)
     block = min(line, _LINE)
     depth = min(next_power_of_two(length), TILE // block)
     block = max(block, min(line, _SHORT_TILE // depth))
-    results = Walk(dims, split, block)
-    while results.tiles * parts < _PROGRAMS // 2 and results.block > _LINE // 4:
-        results = replace(results, block=results.block // 2)
-    depth = min(next_power_of_two(length), TILE // results.block)
-    return results, Walk(reduced, len(reduced) > 1 and reduced[0] >= _SMALL_ROW and reduced[0] >= depth // 2, depth)
+    while ceil_div(count, block) * parts < _PROGRAMS // 2 and block > _LINE // 4:
+        block //= 2
+    depth = min(next_power_of_two(length), TILE // block)
+    return Walk(dims, split, block), Walk(
+        reduced, len(reduced) > 1 and reduced[0] >= _SMALL_ROW and reduced[0] >= depth // 2, depth
+    )
 
 
-def _one_by_one(dims: Dims, reduced: Dims) -> tuple[Walk, Walk]:
+def _one_by_one(dims: Dims, count: int, reduced: Dims) -> tuple[Walk, Walk]:
     """What is reduced is contiguous: lanes lie along it; short rows share a program."""
     split = len(reduced) > 1 and reduced[0] >= _SMALL_ROW
     row = reduced[0] if split else math.prod(reduced)
     along = Walk(reduced, split, min(next_power_of_two(row), TILE))
-    results = Walk(dims, False, min(next_power_of_two(math.prod(dims)), max(1, _SHORT_TILE // along.block)))
-    while results.tiles < _PROGRAMS // 2 and results.block > 1 and results.block * along.block > TILE // 8:
-        results = replace(results, block=results.block // 2)
-    return results, along
+    block = min(next_power_of_two(count), max(1, _SHORT_TILE // along.block))
+    while ceil_div(count, block) < _PROGRAMS // 2 and block > 1 and block * along.block > TILE // 8:
+        block //= 2
+    return Walk(dims, False, block), along
 
 
-def pick_walks(kept: Dims, x_kept: Dims, reduced: Dims, x_reduced: Dims, parts: int) -> tuple[Walk, Walk]:
+def lies_apart(kept: Dims, x_kept: Dims, x_reduced: Dims, *, invariant: bool) -> bool:
+    """Whether results are nearer to each other than what is reduced for one of them: by strides alone if `invariant`,
+    which those of a single result tell as well."""
+    if invariant:
+        return 0 < abs(x_kept[0]) <= abs(x_reduced[0])
+    return math.prod(kept) > 1 and abs(x_kept[0]) < abs(x_reduced[0])
+
+
+def pick_walks(
+    kept: Dims, x_kept: Dims, reduced: Dims, x_reduced: Dims, parts: int, *, invariant: bool = False
+) -> tuple[Walk, Walk]:
     """How results and what is reduced are walked: lanes lie along the smaller innermost stride."""
-    turned = math.prod(reduced) == 1 or (math.prod(kept) > 1 and abs(x_kept[0]) < abs(x_reduced[0]))
-    return _side_by_side(kept, reduced, parts) if turned else _one_by_one(kept, reduced)
+    count = rows_seen(math.prod(kept), invariant=invariant)
+    if math.prod(reduced) == 1 or lies_apart(kept, x_kept, x_reduced, invariant=invariant):
+        return _side_by_side(kept, count, reduced, parts)
+    return _one_by_one(kept, count, reduced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +139,10 @@ def dense(array: Any, shape: Dims) -> Operand:
     return Operand(array, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))))
 
 
-def _inward(shape: Dims, operands: Sequence[Dims]) -> tuple[Dims, tuple[Dims, ...]]:
+def _inward(shape: Dims, operands: Sequence[Dims], *, ones: bool = False) -> tuple[Dims, tuple[Dims, ...]]:
     """The dimensions, merged where they can be, with the first operand's smallest stride innermost."""
     order = sorted(range(len(shape)), key=lambda a: -abs(operands[0][a]))
-    return coalesce(tuple(shape[a] for a in order), [tuple(s[a] for a in order) for s in operands])
+    return coalesce(tuple(shape[a] for a in order), [tuple(s[a] for a in order) for s in operands], ones=ones)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +157,14 @@ class Tiling:
     tiles_a_part: int
 
 
-def pick_tiling(x: Source, operands: Sequence[Operand], most: int) -> Tiling:
-    """The tiling of a reduction into at most `most` parts."""
-    dims, strides = _inward(x.kept, [x.kept_strides, *(o.strides for o in operands)])
+def pick_tiling(x: Source, operands: Sequence[Operand], most: int, *, invariant: bool = False) -> Tiling:
+    """The tiling of a reduction into at most `most` parts. An `invariant` one is cut up alike whatever the number of
+    results, so that each is the same bits."""
+    dims, strides = _inward(x.kept, [x.kept_strides, *(o.strides for o in operands)], ones=invariant)
     reduced, (inner,) = _inward(x.reduced, [x.reduced_strides])
-    results, along = pick_walks(dims, strides[0], reduced, inner, most)
+    results, along = pick_walks(dims, strides[0], reduced, inner, most, invariant=invariant)
+    tiles = ceil_div(rows_seen(results.count, invariant=True), results.block) if invariant else results.tiles
     shared = along.tiles // _LEAST if along.tiles >= _STEPS else 1
-    wanted = max(1, min(most, ceil_div(_PROGRAMS, results.tiles), shared))
+    wanted = max(1, min(most, ceil_div(_PROGRAMS, tiles), shared))
     each = max(1, ceil_div(along.tiles, wanted))
     return Tiling(results, strides, along, inner, max(1, ceil_div(along.tiles, each)), each)

@@ -121,12 +121,12 @@ def supports_scan(kind: str, x: Typed, out: Typed) -> bool:
     return kind in SCANS and name_of(x) in TYPES and name_of(x) == name_of(out) and tuple(x.shape) == tuple(out.shape)
 
 
-def scratch_of(x: Typed, axis: int) -> list[tuple[Dims, str]]:
+def scratch_of(x: Typed, axis: int, *, invariant: bool = False) -> list[tuple[Dims, str]]:
     """Shape and type of each scratch array that `scan` asks for, in order: totals of parts, and what precedes them."""
     rows = 1
     for a, d in enumerate(x.shape):
         rows *= 1 if a == axis else d
-    parts = most_parts(rows, x.shape[axis]) if x.shape else 1
+    parts = most_parts(rows, x.shape[axis], invariant=invariant) if x.shape else 1
     return [((parts, rows), accumulator("sum", x.dtype))] * 2 if parts > 1 and rows else []
 
 
@@ -185,23 +185,33 @@ def _backwards(array: Any, axis: int) -> Any:
 
 
 def scan(
-    kind: str, x: Any, axis: int, out: Any, launcher: Launcher, scratch: Scratch, *, exclusive: bool, reverse: bool
+    kind: str,
+    x: Any,
+    axis: int,
+    out: Any,
+    launcher: Launcher,
+    scratch: Scratch,
+    *,
+    exclusive: bool,
+    reverse: bool,
+    invariant: bool = False,
 ) -> list[Call]:
     """out = what the elements up to each one along the non-negative `axis` add or multiply up to, the element itself
-    left out if `exclusive`, from the end if `reverse`. Any strides; `out` must not overlap x."""
+    left out if `exclusive`, from the end if `reverse`. Any strides; `out` must not overlap x. `invariant` rows are the
+    same bits however many there are."""
     if not supports_scan(kind, x, out):
         raise ValueError(f"{kind}: no scan for {name_of(x)}{list(x.shape)} -> {name_of(out)}{list(out.shape)}")
     if 0 in x.shape:
         return []
-    made = [scratch(*piece) for piece in scratch_of(x, axis)]
+    made = [scratch(*piece) for piece in scratch_of(x, axis, invariant=invariant)]
     of, to = (source(_backwards(a, axis) if reverse else a, (axis,)) for a in (x, out))
     family, target, (out_step,) = SCANS[kind], Operand(out, to.kept_strides), to.reduced_strides
     if made:
         totals, before = made
-        tiling = pick_tiling(of, [target, dense(before, of.kept)], totals.shape[0])
+        tiling = pick_tiling(of, [target, dense(before, of.kept)], totals.shape[0], invariant=invariant)
         _, out_kept, dense_kept = tiling.strides
         rest = Source(totals, (of.results,), (1,), (tiling.parts,), (of.results,))
-        between = pick_tiling(rest, [dense(before, rest.kept)], 1)
+        between = pick_tiling(rest, [dense(before, rest.kept)], 1, invariant=invariant)
         if tiling.parts > 1:
             return [
                 _launch(family, of, (totals, dense_kept, 0), None, tiling, launcher, exclusive=exclusive, totals=True),
@@ -213,5 +223,5 @@ def scan(
                     exclusive=exclusive,
                 ),
             ]  # fmt: skip
-    tiling = pick_tiling(of, [target], 1)
+    tiling = pick_tiling(of, [target], 1, invariant=invariant)
     return [_launch(family, of, (to.array, tiling.strides[1], out_step), None, tiling, launcher, exclusive=exclusive)]

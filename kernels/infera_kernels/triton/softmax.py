@@ -13,6 +13,7 @@ import triton.language as tl
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import store_type
+from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -80,16 +81,19 @@ def supports_softmax(x: Typed, out: Typed) -> bool:
     )
 
 
-def softmax(x: Any, out: Any, launcher: Launcher, *, log: bool = False) -> list[Call]:
-    """out = softmax(x) over the last axis, or its logarithm. Rows must be contiguous and evenly spaced."""
+def softmax(x: Any, out: Any, launcher: Launcher, *, log: bool = False, invariant: bool = False) -> list[Call]:
+    """out = softmax(x) over the last axis, or its logarithm. Rows must be contiguous and evenly spaced.
+
+    `invariant` rows are the same bits however many there are.
+    """
     if not supports_softmax(x, out):
         raise ValueError(f"softmax: no kernel for {name_of(x)}{list(x.shape)} -> {name_of(out)}{list(out.shape)}")
-    rows, cols, x_stride = rows_of(x)
-    _, _, out_stride = rows_of(out)
+    rows, cols, *strides = *rows_of(x), rows_of(out)[2]
+    x_stride, out_stride = (s if rows > 1 else cols for s in strides)  # one row has the kernel of many
     if not rows * cols:
         return []
     args = {"x": x, "out": out, "cols": cols, "x_stride": fold_one(x_stride), "out_stride": fold_one(out_stride)}
-    tile = row_tile(rows, cols)
+    tile = row_tile(rows_seen(rows, invariant=invariant), cols)
     if tile is None:
         constexprs = {"LOG": log, "BLOCK": LONG_BLOCK}
         return [launcher.launch(softmax_online_kernel, (rows,), args, constexprs, num_warps=8)]
