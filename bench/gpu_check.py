@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_convolutions, gpu_models, gpu_networks, gpu_operators, gpu_timings
+from bench import gpu_batches, gpu_convolutions, gpu_models, gpu_networks, gpu_operators, gpu_timings
 from bench.gpu_report import Context, Section, check, gpu_of, table, write
 from infera_gpu.devices import open_device
 from infera_gpu.devices.cuda import why_unavailable
@@ -24,10 +24,22 @@ from infera_gpu.devices.cuda import why_unavailable
 NO_GPU = 3
 MINUTES = 8.0
 RESULTS = Path(__file__).parent / "results"
-_MODULES = (gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_convolutions)
+_MODULES = (gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_convolutions, gpu_batches)
 _ALL: Mapping[str, Section] = {name: section for module in _MODULES for name, section in module.SECTIONS.items()}
 _ORDER = (
-    *("facts", "kernels", "models", "memory", "replays", "precisions", "faults", "networks", "launches", "products"),
+    *(
+        "facts",
+        "kernels",
+        "models",
+        "memory",
+        "replays",
+        "batches",
+        "precisions",
+        "faults",
+        "networks",
+        "launches",
+        "products",
+    ),
     *("rows", "convolutions", "latency", "portable"),
 )
 SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in _ORDER}

@@ -168,7 +168,7 @@ SPEED: Mapping[str, tuple[Callable[[int], Feeds], tuple[int, ...]]] = {
 """name -> what to feed it, at which batches."""
 
 
-def _ours(device: Any, session: Session, feeds: Feeds) -> tuple[Callable[[], object], Mapping[str, Any]]:
+def bound_run(device: Any, session: Session, feeds: Feeds) -> tuple[Callable[[], object], Mapping[str, Any]]:
     """The calls of a run that reads arrays on the GPU where they lie, without copying answers out; and its answers.
 
     Of what a run has copied in, its steps may have overwritten everything: only such a binding can run again by itself.
@@ -178,7 +178,7 @@ def _ours(device: Any, session: Session, feeds: Feeds) -> tuple[Callable[[], obj
     for _ in range(4):  # copied, bound to, recorded, replayed
         answers = session.run(there)
     (lease,) = session._leases.values()
-    ((bound, _),) = lease._direct.values()
+    *_, (bound, _) = lease._direct.values()
     return bound.run, answers
 
 
@@ -219,7 +219,7 @@ def _timed(context: Context, graph: Any, module: Any, name: str, feeds: Feeds, p
     row: dict[str, Any] = {}
     with Session(graph, device, precision=precision) as session:
         began = time.perf_counter()
-        call, answers = _ours(device, session, feeds)
+        call, answers = bound_run(device, session, feeds)
         row["first_run_seconds"] = time.perf_counter() - began
         with device.running():
             row["infera"] = gpu_seconds(device, call)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_convolutions, gpu_models
+from bench import gpu_batches, gpu_convolutions, gpu_models
 from bench.build import bert
 from bench.gpu_models import memory, models
 from bench.gpu_operators import kernels, portable
@@ -22,11 +22,14 @@ from infera_gpu.passes import layout
 from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
 from tests import fake_cupy
 from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
+from tests.text import parse
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
 pytestmark = pytest.mark.kernels
+
+MIXED = np.arange(12, dtype=np.float32).reshape(3, 4) ** 2
 
 
 class Streamed:
@@ -111,6 +114,24 @@ def test_convolutions_agree_with_the_cpu(opener: Callable[[Any], Context], monke
     _, facts = models(opener(InterpreterLauncher), ["small"])
     assert facts["small"]["steps"].keys() <= {"triton", "upload", "download", "copy"}
     assert facts["small"]["steps"].get("copy", 0) <= 1  # of the output: what leaves a GPU leaves in one piece
+
+
+def test_entries_of_a_batch(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
+    monkeypatch.setattr(gpu_batches, "NETWORKS", {"small": (small, lambda batch: gpu_models.bert_feeds(batch, 5, 100))})
+    monkeypatch.setattr(gpu_batches, "gpu_seconds", lambda device, call: call() or 1e-3)
+    summary, facts = gpu_batches.batches(opener(InterpreterLauncher), 3, (0, 2))
+    assert (
+        summary
+        == "small fp32 b1 1.00 ms (1.00x), b3 1.00 ms (1.00x); small fp16 b1 1.00 ms (1.00x), b3 1.00 ms (1.00x)"
+    )
+    assert facts["small fp16"]["with"]["seconds"].keys() == {1, 3}
+    mixing = "g (float[N, 4] x) => (float[N, 4] y) { m = ReduceMean <axes = [0]> (x) y = Sub(x, m) }"
+    monkeypatch.setattr(
+        gpu_batches, "NETWORKS", {"mixing": (lambda: parse(mixing), lambda batch: {"x": MIXED[:batch]})}
+    )
+    with pytest.raises(CheckFailed, match=r"entries differ: {'mixing fp32': \[0, 2\]"):
+        gpu_batches.batches(opener(InterpreterLauncher), 3, (0, 2))
 
 
 def test_memory(opener: Callable[[Any], Context]) -> None:

@@ -24,7 +24,7 @@ SUITES: Mapping[str, int] = {
     "conv": 75,
     "copies": 110,
     "elementwise": 340,
-    "gpu_check": 8,
+    "gpu_check": 9,
     "matmul": 75,
     "moves": 58,
     "nbits": 27,
