@@ -1,7 +1,7 @@
 """Servers to compare with: what to install, how to start, how to ask. `python -m bench.serving` runs them.
 
-Each runs the same ONNX file with onnxruntime on one thread, in one process, with its batching on where it has one, in an
-environment of its own under `.cache/peers`.
+Each runs the same ONNX file with onnxruntime on one thread, in one process, with its batching on where it has one, in
+an environment of its own under `.cache/peers`.
 """
 
 from __future__ import annotations

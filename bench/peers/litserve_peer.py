@@ -12,7 +12,7 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.session = Session()
 
-    def decode_request(self, request: Any) -> Any:
+    def decode_request(self, request):  # without a type, or it is taken for a parameter of the URL
         return np.asarray(request["rows"], np.float32)
 
     def batch(self, inputs: Any) -> Any:
