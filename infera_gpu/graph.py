@@ -69,6 +69,13 @@ class Node:
     def __str__(self) -> str:
         return self.label
 
+    def over(self, inputs: tuple[str, ...], outputs: tuple[str, ...] | None = None) -> Node:
+        """The same operation over other values: itself where they are its own."""
+        made = self.outputs if outputs is None else outputs
+        if inputs == self.inputs and made == self.outputs:
+            return self
+        return Node(self.op, inputs, made, self.attrs, self.domain, self.name, self.overload, self.opset)
+
     @lazy
     def label(self) -> str:
         """The operator, and the name that tells it from others."""

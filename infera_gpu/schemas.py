@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -33,31 +34,31 @@ class Rules:
 @lru_cache(maxsize=1024)
 def rules_of(name: str, version: int, domain: str) -> Rules | None:
     """Of an operator at a version of its domain; None for what is no standard operator."""
-    newest, names = _tables().get(domain, (UNLIMITED, {}))
+    newest, lines = _domains().get(domain, (UNLIMITED, ()))
     if version > newest:  # a newer onnx than the table's
         return _asked(name, version, domain)
-    for line in reversed(names.get(name, [])):
-        since, inputs, outputs, *attributes = line.split()
-        if int(since) <= version:
-            named = (a.rpartition(":") for a in attributes)
-            return Rules(_range(inputs), _range(outputs), {k: int(v) for k, _, v in named})
-    return None
+    found: list[str] = []
+    for line in lines[bisect_left(lines, f"{name} ") :]:  # the oldest first
+        of, *fields = line.split()
+        if of != name or int(fields[0]) > version:
+            break
+        found = fields
+    if not found:
+        return None
+    _, inputs, outputs, *attributes = found
+    named = (a.rpartition(":") for a in attributes)
+    return Rules(_range(inputs), _range(outputs), {k: int(v) for k, _, v in named})
 
 
 @cache
-def _tables() -> Mapping[str, tuple[int, Mapping[str, list[str]]]]:
-    """By domain: the newest version that the table knows, and the rest of each name's lines, the oldest first."""
-    tables: dict[str, tuple[int, dict[str, list[str]]]] = {}
-    lines: dict[str, list[str]] = {}
-    for line in SCHEMAS.splitlines():
-        first, _, rest = line.partition(" ")
-        if first == "domain":
-            version, _, domain = rest.partition(" ")
-            lines = {}
-            tables[domain] = int(version), lines
-        else:
-            lines.setdefault(first, []).append(rest)
-    return tables
+def _domains() -> Mapping[str, tuple[int, Sequence[str]]]:
+    """By domain: the newest version that the table knows, and its lines, which are sorted by name."""
+    found: dict[str, tuple[int, Sequence[str]]] = {}
+    for part in f"\n{SCHEMAS}".split("\ndomain ")[1:]:
+        head, *lines = part.splitlines()
+        version, _, domain = head.partition(" ")
+        found[domain] = int(version), lines
+    return found
 
 
 def _range(text: str) -> tuple[int, int]:

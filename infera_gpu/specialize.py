@@ -210,7 +210,10 @@ class _Walk:
         expansion = op.expand(site) if op.expand else None
         if expansion is not None:
             self.define(expansion.constants)
-            self.visit(replace(n, opset=node.opset) if n.domain == node.domain else n for n in expansion.nodes)
+            self.visit(
+                replace(n, opset=node.opset) if n.domain == node.domain and n.opset != node.opset else n
+                for n in expansion.nodes
+            )
             return
         inferred = tuple(op.infer(site))
         if any(node.outputs[len(inferred) :]):

@@ -68,7 +68,7 @@ class Draft:
             if not any(value in sub.captures() for _, sub in reader.subgraphs):
                 slot = self._slot[id(reader)]
                 self._leave(reader)
-                self._enter(replace(reader, inputs=tuple(source if i == value else i for i in reader.inputs)), slot)
+                self._enter(reader.over(tuple([source if i == value else i for i in reader.inputs])), slot)
         if value not in self.readers and value not in self.graph.outputs:
             self._leave(n)
 
@@ -96,7 +96,10 @@ class Draft:
     def _leave(self, n: Node) -> None:
         slot = self._slot.pop(id(n))
         self.slots[slot] = None
-        self.by_op[n.qualified].discard(slot)
+        slots = self.by_op[n.qualified]
+        slots.discard(slot)
+        if not slots:
+            del self.by_op[n.qualified]
         for o in n.outputs:
             if o:
                 del self.producers[o], self.made_by[o]

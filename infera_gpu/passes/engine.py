@@ -133,9 +133,7 @@ def _made(fusion: Fusion, match: Match) -> Replacement | None:
 
 def rewrite(draft: Draft, fusion: Fusion) -> int:
     """Replace every match in the draft, and say how many there were. Matches do not overlap."""
-    if not any(map(draft.by_op.get, fusion.roots)):
-        return 0
-    present = {op for op, slots in draft.by_op.items() if slots}
+    present = draft.by_op.keys()
     patterns = {
         root: fitting
         for root, found in fusion.by_root.items()

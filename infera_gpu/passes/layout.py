@@ -216,7 +216,7 @@ class _Conversion:
                 for _, sub in node.subgraphs:
                     for value in sorted(sub.captures()):
                         self.name(value)
-                self.nodes.append(replace(node, inputs=tuple(self.plain(v) if v else v for v in node.inputs)))
+                self.nodes.append(node.over(tuple([self.plain(v) if v else v for v in node.inputs])))
         for value in self.graph.outputs:
             self.name(value)
         return replace(self.graph, nodes=tuple(self.nodes), constants=self.constants)
@@ -260,8 +260,8 @@ class _Conversion:
             for value, order in moved.makes.items()
         }
         for n in moved.nodes:
-            inputs = tuple(reads.get(v) or (self.plain(v) if v else v) for v in n.inputs)
-            self.nodes.append(replace(n, inputs=inputs, outputs=tuple(makes.get(o, o) for o in n.outputs)))
+            inputs = tuple([reads.get(v) or (self.plain(v) if v else v) for v in n.inputs])
+            self.nodes.append(n.over(inputs, tuple([makes.get(o, o) for o in n.outputs])))
         self.constants.update({k: constant(a) for k, a in moved.constants.items()})
         inside = [v for v in (*reads.values(), *makes.values()) if v not in self.constants]
         for value in inside:

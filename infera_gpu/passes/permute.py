@@ -96,7 +96,7 @@ def with_constants(node: Node, values: Mapping[int, HostArray]) -> tuple[Node, d
     for i, value in values.items():
         inputs[i] = made_name(node.outputs[0], "input", i)
         made[inputs[i]] = value
-    return replace(node, inputs=tuple(inputs)), made
+    return node.over(tuple(inputs)), made
 
 
 def given(facts: Facts, node: Node, i: int) -> HostArray | None:

@@ -53,7 +53,7 @@ def _resize(facts: Facts, node: Node, order: Order) -> Moved | None:
             at = made_name(inputs[i], "axes")
             constants[at] = np.array(picks, np.int64)
             before.append(Node("Gather", (value, at), (inputs[i],), name=inputs[i]))
-    made = replace(node, inputs=tuple(inputs))
+    made = node.over(tuple(inputs))
     return Moved((*before, made), {node.inputs[0]: order}, {node.outputs[0]: order}, constants)
 
 

@@ -153,8 +153,8 @@ class _Renaming:
         self.nodes: list[Node] = []
 
     def renamed(self, n: Node) -> Node:
-        if any(i in self.names for i in n.inputs):
-            return replace(n, inputs=tuple(self.names.get(i, i) for i in n.inputs))
+        if self.names and any(i in self.names for i in n.inputs):
+            return n.over(tuple([self.names.get(i, i) for i in n.inputs]))
         return n
 
     def may_go(self, n: Node) -> bool:
@@ -191,19 +191,21 @@ def share_values(graph: Graph, registry: Registry) -> Graph:
     for name, value in graph.constants.items():
         if name not in walk.fixed and (kept := found.setdefault(_bytes_of(value), name)) != name:
             walk.names[name] = kept
-    known: dict[Hashable, Node] = {}
+    known: dict[Hashable, list[Node]] = {}
     pure: dict[tuple[str, str, int], bool] = {}
     for n in map(walk.renamed, graph.nodes):
-        key = _key(n) if walk.may_go(n) else None
-        if key is not None:
+        if walk.may_go(n) and not n.subgraphs:
             op = (n.domain, n.op, graph.opset_of(n))
             if op not in pure:
                 declared = registry.find(*op)
                 pure[op] = declared is not None and declared.pure and not declared.host
-            first = known.setdefault(key, n) if pure[op] else n
-            if first is not n:
-                walk.names.update(zip(n.outputs, first.outputs, strict=True))
-                continue
+            if pure[op]:
+                alike = known.setdefault(_signature(n), [])
+                first = next((m for m in alike if _attributes(m) == _attributes(n)), None)
+                if first is not None:
+                    walk.names.update(zip(n.outputs, first.outputs, strict=True))
+                    continue
+                alike.append(n)
         walk.nodes.append(n)
     return walk.finished()
 
@@ -217,16 +219,17 @@ def _bytes_of(value: HostArray) -> Hashable:
     return (*like, value.strides, value.__array_interface__["data"][0])
 
 
-def _key(n: Node) -> Hashable | None:
-    """Equal for nodes that compute the same; None for one that is like no other."""
-    if n.subgraphs:
-        return None
-    attrs = tuple(sorted((k, _frozen(v)) for k, v in n.attrs.items())) if n.attrs else ()
-    return (n.op, n.domain, n.overload, n.opset, n.inputs, attrs, tuple(map(bool, n.outputs)))
+def _signature(n: Node) -> Hashable:
+    """Equal for nodes that compute the same if their `_attributes` are equal too."""
+    return (n.op, n.domain, n.overload, n.opset, n.inputs, tuple(map(bool, n.outputs)))
+
+
+def _attributes(n: Node) -> dict[str, Any]:
+    return {k: _frozen(v) for k, v in n.attrs.items()}
 
 
 def _frozen(value: Any) -> Any:
-    """An attribute as something hashable; numbers of different types differ, and so do 0.0 and -0.0."""
+    """An attribute as something to compare; numbers of different types differ, and so do 0.0 and -0.0."""
     if isinstance(value, np.ndarray):
         return repr(_bytes_of(value))
     return repr(value)
