@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Const, Launch
+from infera_kernels.launch import Launcher
+from infera_kernels.launch.signature import bind
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,26 +46,37 @@ def shard(items: Sequence[T]) -> list[T]:
     return list(items[int(part) :: int(parts)])
 
 
-Facts = tuple[str, dict[str, Any], dict[str, Any]]
-"""What a launch is compiled for."""
+Facts = tuple[str, dict[str, Any], dict[Any, Any], list[Any], dict[str, Any]]
+"""What a launch is compiled for: the kernel, types, constants, integers known to be aligned, options."""
 
 
-def facts(launch: Launch) -> Facts:
-    """The kernel, the constants and options that it is compiled with, and what its arguments are but for numbers.
+class Noting:
+    """A launcher that notes what the launches of another are compiled for: equal facts are one binary.
 
-    Launches for which this is equal share a binary, unless they differ in what is known of alignment.
+    Addresses are left out, which on a GPU are aligned. So are kernels that are ALONE.
     """
-    known = {**launch.constexprs, **launch.options}
-    names = {k: getattr(v, "__name__", v) for k, v in known.items()}
-    return launch.kernel, names, {k: _fact(v) for k, v in launch.args.items()}
 
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self.noted: list[Facts] = []
 
-def _fact(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_fact, value))
-    if value is None or isinstance(value, Const):
-        return value
-    return np.dtype(value.dtype).name if hasattr(value, "dtype") else type(value).__name__
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: Mapping[str, Any],
+        constexprs: Mapping[str, Any],
+        **options: Any,
+    ) -> Call:
+        if kernel.__name__ not in ALONE:
+            binding = bind(kernel, args, constexprs)
+            constants = {path: getattr(v, "__name__", v) for path, v in binding.constants().items()}
+            aligned = [leaf.path for leaf in binding.flat() if leaf.aligned and leaf.array is None]
+            self.noted.append((kernel.__name__, binding.types(), constants, aligned, options))
+        return self._launcher.launch(kernel, grid, args, constexprs, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._launcher, name)
 
 
 ALONE = {"pointwise_kernel", "depthwise_kernel", "pool_kernel", "permute_kernel", "gather_kernel"}

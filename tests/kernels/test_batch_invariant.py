@@ -13,9 +13,8 @@ from bench.gpu_models import bert_feeds, images
 from bench.models import path_of
 from infera_gpu.errors import PlanError
 from infera_gpu.source import Source
-from infera_kernels.calls import Call
 from infera_kernels.launch import RecordingLauncher
-from tests.kernels.support import ALONE, Facts, facts
+from tests.kernels.support import Facts, Noting
 from tests.kernels.test_paths import convolutions, numbers, small_bert
 from tests.text import parse
 
@@ -25,28 +24,12 @@ pytestmark = pytest.mark.kernels
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 
-class Noting(RecordingLauncher):
-    """Notes launches when they are bound."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[Facts] = []
-
-    def launch(self, *args: Any, **options: Any) -> Call:
-        fn, (launch,) = super().launch(*args, **options)
-        if launch.kernel not in ALONE:
-            self.noted.append(facts(launch))
-        return fn, (launch,)
-
-
 def noted(model: Source, feeds: Feeds, *, batch_invariant: bool, precision: Any = "fp32") -> list[Facts]:
     """What the launches of a plan are compiled for, but for those in which order does not matter."""
     with infera_gpu.load(model, device="recording", precision=precision, batch_invariant=batch_invariant) as session:
-        launcher: Any = Noting()
-        session.device._launcher = launcher  # type: ignore[attr-defined]
+        session.device._launcher = launcher = Noting(RecordingLauncher())  # type: ignore[attr-defined]
         session.reserve(feeds)
-        found: list[Facts] = launcher.noted
-        return found
+        return launcher.noted
 
 
 def pictures(batch: int) -> Feeds:

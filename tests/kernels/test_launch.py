@@ -25,6 +25,7 @@ from infera_kernels.launch import (
     LaunchError,
     RecordingLauncher,
     Target,
+    Unhinted,
     nominal_target,
 )
 from infera_kernels.launch.abi import Address, check_abi, pack, ptx_parameter_sizes
@@ -236,6 +237,13 @@ def test_types_and_constants() -> None:
     one = bind(kernel, {"x": X, "n": np.int64(1), "strides": (), "scale": np.float32(0.5)}, {})
     assert one.types()["n"] == "i32", "1 is specialised only by Const"
     assert one.types()["scale"] == "fp32"
+
+
+def test_an_integer_may_give_no_hint() -> None:
+    one, other = (bind(kernel, {"x": X, "n": Unhinted(n), "strides": (16, Unhinted(n))}, {}) for n in (16, 17))
+    assert one.types() == other.types()
+    assert one.aligned() == other.aligned() == ((0,), (2, 0))
+    assert [leaf.value for leaf in other.runtime()[1:]] == [17, 16, 17]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from infera_kernels.launch.types import (
     LaunchError,
     Target,
     Typed,
+    Unhinted,
     nominal_target,
     target_of,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "RecordingLauncher",
     "Target",
     "Typed",
+    "Unhinted",
     "nominal_target",
     "target_of",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from infera_kernels.launch.types import Const, LaunchError, address_of
+from infera_kernels.launch.types import Const, LaunchError, Unhinted, address_of
 
 ALIGNMENT = 16
 """The one alignment that Triton's hints speak of: addresses in bytes, integers in units."""
@@ -81,6 +81,8 @@ class Binding:
 def _leaf(path: Path, value: Any, where: str, *, hinted: bool = True) -> Leaf:
     if isinstance(value, Const):
         return Leaf(path, CONSTEXPR, value.value)
+    if isinstance(value, Unhinted):
+        value, hinted = value.value, False
     if value is None:
         return Leaf(path, CONSTEXPR, None)
     if isinstance(value, np.generic):

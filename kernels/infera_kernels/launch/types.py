@@ -26,6 +26,16 @@ class Const:
 
 
 @dataclass(frozen=True, slots=True)
+class Unhinted:
+    """An integer argument, or one element of a tuple argument, of whose alignment the compiler is told nothing.
+
+    Launches that differ in it alone then share a binary.
+    """
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A GPU as kernels see it: what a tile may use."""
 

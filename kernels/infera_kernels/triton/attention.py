@@ -13,7 +13,7 @@ from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Const, Launcher, Typed
 from infera_kernels.triton.attention_kernels import attention_kernel, combine_kernel
 from infera_kernels.triton.attention_tiles import WIDEST, Tile, padded, pick_splits, pick_tile
-from infera_kernels.triton.invariance import entries_seen
+from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import (
     FLOATS,
     INDICES,
@@ -265,6 +265,7 @@ def attention(
         "CHECKED": bounded or n % tile.keys != 0,
         "ZERO": options.zero,
     }
+    args = of_batch(args, "lead", invariant=invariant)
     grid = (work.matrices * work.splits * -(-work.rows // tile.rows),)
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     if work.splits == 1:

@@ -12,7 +12,7 @@ from infera_kernels.launch import Const, Launcher, Typed, target_of
 from infera_kernels.triton.conv_kernel import conv_kernel, join_kernel
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
-from infera_kernels.triton.invariance import entries_seen
+from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, element_strides, fold_one, name_of
 from infera_kernels.triton.tiles import HALF, IEEE, TF32, TF32X3, Tile, pick_tile
 
@@ -218,11 +218,12 @@ def conv(
         "WHOLE": (c * where.taps if flat and not transposed else c) % tile.k == 0,
     }
     grid = (splits * phases * groups * ceil_div(m, tile.m) * ceil_div(f, tile.n),)
+    args = of_batch(args, "M", invariant=invariant)
     call = launcher.launch(conv_kernel, grid, args, constexprs, num_warps=tile.warps, num_stages=tile.stages)
-    return [call] if parts is None else [call, _join(parts, target, out, finish, launcher)]
+    return [call] if parts is None else [call, _join(parts, target, out, finish, launcher, invariant=invariant)]
 
 
-def _join(parts: Any, target: Image, out: Any, finish: Finish, launcher: Launcher) -> Call:
+def _join(parts: Any, target: Image, out: Any, finish: Finish, launcher: Launcher, *, invariant: bool) -> Call:
     splits, m, f = parts.shape
     bn = 32
     bm = 16
@@ -237,4 +238,5 @@ def _join(parts: Any, target: Image, out: Any, finish: Finish, launcher: Launche
         **finish.arguments(),
     }
     constexprs = {**finish.constexprs(), "F_UNIT": unit_of(f, out), "OUT_UNIT": target.unit, "BM": bm, "BN": bn}
+    args = of_batch(args, "M", invariant=invariant)
     return launcher.launch(join_kernel, (ceil_div(m, bm) * ceil_div(f, bn),), args, constexprs, num_warps=4)

@@ -12,7 +12,7 @@ import triton.language as tl
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import store_type
-from infera_kernels.triton.invariance import rows_seen
+from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of
 from infera_kernels.triton.reductions import inverse_deviation, mean
 from infera_kernels.triton.rows import row_tile
@@ -140,5 +140,6 @@ def embed(
         "kind_count": 0 if kinds is None else kinds.shape[0],
         "eps": eps,
     }
+    args = of_batch(args, "rows", "positions_period", invariant=invariant)
     constexprs = {"ROWS": tile.rows, "COLS": tile.cols}
     return [launcher.launch(embed_kernel, (ceil_div(rows, tile.rows),), args, constexprs, num_warps=tile.warps)]

@@ -13,7 +13,7 @@ from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Typed, target_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.indexing import INTERPRETED, offset_of, store_type
-from infera_kernels.triton.invariance import rows_seen
+from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -239,21 +239,28 @@ def matmul(
         "out": partial,
         "depth": part_depth(k, parts),
         "out_split": size,
-        "out_batch": fold(steps),
+        "out_batch": fold(steps) if turned["batch"] else turned["out_batch"],
         **dict(zip(("out_m", "out_n"), fold((n, 1)), strict=True)),
     }
     return [
         _sums(first, parts, None, launcher, precision, tile, invariant=invariant),
-        _added({**turned, **epilogue, "parts": partial, "size": size}, parts, act, launcher),
+        _added({**turned, **epilogue, "parts": partial, "size": size}, parts, act, launcher, invariant=invariant),
     ]
 
 
 def _launch(
-    launcher: Launcher, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], known: Any, **options: Any
+    launcher: Launcher,
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    known: Any,
+    *,
+    invariant: bool = False,
+    **options: Any,
 ) -> Call:
     """A launch with those of the arguments that the kernel has."""
-    names = kernel.arg_names
-    return launcher.launch(kernel, grid, {k: v for k, v in args.items() if k in names}, known, **options)
+    given = of_batch(args, "M", "batch", "out_split", "size", invariant=invariant)
+    return launcher.launch(kernel, grid, {k: given[k] for k in kernel.arg_names if k in given}, known, **options)
 
 
 def _sums(
@@ -285,15 +292,16 @@ def _sums(
         "WHOLE_K": k % tile.k == 0,
     }
     grid = (products * ceil_div(m, tile.m) * ceil_div(n, tile.n), parts)
-    return _launch(launcher, matmul_kernel, grid, args, known, num_warps=tile.warps, num_stages=tile.stages)
+    how = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return _launch(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
 
 
-def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher) -> Call:
+def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, *, invariant: bool) -> Call:
     m, n = args["M"], args["N"]
     tile = Strip(min(next_power_of_two(n), 128), 1)
     known = {"ACT": act, "PARTS": parts, "GROUP": GROUP, "BM": tile.k, "BN": tile.n}
     grid = (math.prod(args["batch"] or (1,)) * m * ceil_div(n, tile.n),)
-    return _launch(launcher, parts_kernel, grid, args, known, num_warps=1)
+    return _launch(launcher, parts_kernel, grid, args, known, invariant=invariant, num_warps=1)
 
 
 def parts_of(a: Typed, b: Typed, out: Typed, *, invariant: bool = False) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.elementwise import binary
-from infera_kernels.triton.invariance import rows_seen
+from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -156,6 +156,7 @@ def _launch(
     }
     warps = max(1, min(16, results.block * along.block // 256))
     grid = (results.tiles * along.tiles,)
+    args = of_batch(args, "kept", "kept_count", "rows", invariant=invariant)
     return launcher.launch(normalize_kernel, grid, args, constexprs, num_warps=warps)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher
 from infera_kernels.triton.elementwise import UNARY
-from infera_kernels.triton.invariance import rows_seen
+from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import ceil_div, element_strides, next_power_of_two
 from infera_kernels.triton.recurrent_steps import recurrent_kernel, start_kernel
 
@@ -128,6 +128,7 @@ def recurrent(
         "start_b": start_b,
         "start_d": start_d,
     }
+    begin = of_batch(begin, "size", "B", "start_d", invariant=invariant)
     calls = [launcher.launch(start_kernel, (ceil_div(size, 1024),), begin, {"BLOCK": 1024}, num_warps=4)]
     padded = [*cell.activations, *[cell.activations[-1]] * (3 - len(cell.activations))]
     args = {
@@ -166,6 +167,7 @@ def recurrent(
         "BH": tiling.h,
         "BK": tiling.k,
     }
+    args = of_batch(args, "B", "swap", "gates_t", "y_t", "y_d", "end_d", invariant=invariant)
     blocks = 1 if tiling.whole else ceil_div(hidden, tiling.h)
     grid = (blocks, ceil_div(batch, tiling.b), directions)
     two = cell.kind == "GRU" and not cell.linear and not tiling.whole

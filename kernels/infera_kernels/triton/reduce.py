@@ -21,6 +21,7 @@ import triton.language as tl
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import offset_of, store_type, widened
+from infera_kernels.triton.invariance import of_batch
 from infera_kernels.triton.layout import INT32_MAX, STORED, Dims, element_strides, fold, name_of, span
 from infera_kernels.triton.reduce_walk import TILE, Operand, Source, Tiling, dense, most_parts, pick_tiling, source
 from infera_kernels.triton.reductions import REDUCTIONS, WIDENED, Reduction, accumulator, element, identity, total
@@ -147,8 +148,14 @@ def launch_pass(
     launcher: Launcher,
     length: int,
     eps: float,
+    *,
+    of_parts: bool = False,
+    invariant: bool = False,
 ) -> Call:
-    """The launch of one pass over `x`; operands are what it writes, and the shift where there is one."""
+    """The launch of one pass over `x`; operands are what it writes, and the shift where there is one.
+
+    `x` may be parts of results: those lie as far apart as there are results.
+    """
     out, shift = (*operands, None)[:2]
     assert out is not None
     results, along = tiling.results, tiling.along
@@ -186,6 +193,8 @@ def launch_pass(
         "WIDE": max(*spans, results.count, along.count) > INT32_MAX - TILE,
     }
     warps = max(1, min(8, results.block * along.block // 256))
+    apart = ("x_reduced",) if of_parts else ()
+    args = of_batch(args, "kept", "kept_count", "part_stride", *apart, invariant=invariant)
     return launcher.launch(reduce_kernel, (results.tiles, tiling.parts), args, constexprs, num_warps=warps)
 
 
@@ -205,14 +214,27 @@ def passes(
         family = replace(family, map=WIDENED.get(family.map, family.map))
     tiling = pick_tiling(x, operands, 1 if parts is None else parts.shape[0], invariant=invariant)
     if tiling.parts == 1:
-        return [launch_pass(family, name, x, operands, tiling, launcher, x.length, eps)]
+        return [launch_pass(family, name, x, operands, tiling, launcher, x.length, eps, invariant=invariant)]
     partial = [dense(parts, x.kept), *operands[1:]]
     tiling = pick_tiling(x, partial, parts.shape[0], invariant=invariant)
     rest = Source(parts, x.kept, partial[0].strides, (tiling.parts,), (x.results,))
     last = pick_tiling(rest, operands, 1, invariant=invariant)
     return [
-        launch_pass(replace(family, finish=total), name, x, partial, tiling, launcher, x.length, eps),
-        launch_pass(replace(family, map=element), name, rest, operands, last, launcher, x.length, eps),
+        launch_pass(
+            replace(family, finish=total), name, x, partial, tiling, launcher, x.length, eps, invariant=invariant
+        ),
+        launch_pass(
+            replace(family, map=element),
+            name,
+            rest,
+            operands,
+            last,
+            launcher,
+            x.length,
+            eps,
+            of_parts=True,
+            invariant=invariant,
+        ),
     ]
 
 

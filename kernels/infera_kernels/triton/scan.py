@@ -19,6 +19,7 @@ from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton import arithmetic as f
 from infera_kernels.triton.indexing import store_type, widened
+from infera_kernels.triton.invariance import of_batch
 from infera_kernels.triton.layout import INT32_MAX, Dims, fold, fold_one, name_of, span
 from infera_kernels.triton.reduce import filled, offset_at, placed
 from infera_kernels.triton.reduce_walk import TILE, Operand, Source, Tiling, dense, most_parts, pick_tiling, source
@@ -140,9 +141,11 @@ def _launch(
     *,
     exclusive: bool,
     totals: bool = False,
+    of_parts: bool = False,
+    invariant: bool,
 ) -> Call:
     """One launch over x. `out` and `before` are arrays, their strides along the tiling's results, and `out`'s along the
-    axis."""
+    axis. `of_parts` says that steps along the axis are as long as there are results."""
     results, along = tiling.results, tiling.along
     (x_step,) = tiling.source_strides
     array, out_kept, out_step = out
@@ -177,6 +180,8 @@ def _launch(
         "WIDE": max(*spans, results.count, along.count) > INT32_MAX - TILE,
     }
     warps = max(1, min(16, results.block * along.block // 256))
+    apart = ("x_step", "out_step") if of_parts else ()
+    args = of_batch(args, "kept", "kept_count", "part_stride", *apart, invariant=invariant)
     return launcher.launch(scan_kernel, (results.tiles, tiling.parts), args, constexprs, num_warps=warps)
 
 
@@ -213,15 +218,14 @@ def scan(
         rest = Source(totals, (of.results,), (1,), (tiling.parts,), (of.results,))
         between = pick_tiling(rest, [dense(before, rest.kept)], 1, invariant=invariant)
         if tiling.parts > 1:
+            first, last = (totals, dense_kept, 0), (to.array, out_kept, out_step)
+            whole = {"exclusive": exclusive, "invariant": invariant}
+            parts = {"exclusive": True, "of_parts": True, "invariant": invariant}
             return [
-                _launch(family, of, (totals, dense_kept, 0), None, tiling, launcher, exclusive=exclusive, totals=True),
-                _launch(
-                    family, rest, (before, between.strides[1], of.results), None, between, launcher, exclusive=True
-                ),
-                _launch(
-                    family, of, (to.array, out_kept, out_step), (before, dense_kept), tiling, launcher,
-                    exclusive=exclusive,
-                ),
-            ]  # fmt: skip
+                _launch(family, of, first, None, tiling, launcher, totals=True, **whole),
+                _launch(family, rest, (before, between.strides[1], of.results), None, between, launcher, **parts),
+                _launch(family, of, last, (before, dense_kept), tiling, launcher, **whole),
+            ]
     tiling = pick_tiling(of, [target], 1, invariant=invariant)
-    return [_launch(family, of, (to.array, tiling.strides[1], out_step), None, tiling, launcher, exclusive=exclusive)]
+    whole_out = to.array, tiling.strides[1], out_step
+    return [_launch(family, of, whole_out, None, tiling, launcher, exclusive=exclusive, invariant=invariant)]

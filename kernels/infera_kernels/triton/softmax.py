@@ -13,7 +13,7 @@ import triton.language as tl
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import store_type
-from infera_kernels.triton.invariance import rows_seen
+from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
     INT32_MAX,
@@ -99,4 +99,5 @@ def softmax(x: Any, out: Any, launcher: Launcher, *, log: bool = False, invarian
         return [launcher.launch(softmax_online_kernel, (rows,), args, constexprs, num_warps=8)]
     constexprs = {"LOG": log, "ROWS": tile.rows, "COLS": tile.cols}
     grid = (ceil_div(rows, tile.rows),)
-    return [launcher.launch(softmax_kernel, grid, {**args, "rows": rows}, constexprs, num_warps=tile.warps)]
+    args = of_batch({**args, "rows": rows}, "rows", invariant=invariant)
+    return [launcher.launch(softmax_kernel, grid, args, constexprs, num_warps=tile.warps)]
