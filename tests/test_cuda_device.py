@@ -242,6 +242,17 @@ def test_what_is_bound_to_the_callers_arrays_goes_when_the_arena_grows(cupy: Any
         np.testing.assert_array_equal(session.run({"x": given, "z": given})["y"], np.zeros(given.shape).T)
 
 
+def test_where_batches_do_not_matter_arrays_are_read_in_place_if_aligned(cupy: Any) -> None:
+    """Entries of a caller's batch lie anywhere, and kernels go by alignment."""
+    device, invariant = cuda.CudaDevice(0), cuda.CudaDevice(0, batch_invariant=True)
+    batch = cupy.asarray(np.zeros((8, 3), np.float32))
+    aligned = [batch[i : i + 1].data.ptr % 16 == 0 for i in range(8)]
+    assert any(aligned)
+    assert not all(aligned)
+    assert [invariant.block_of(batch[i : i + 1]) is not None for i in range(8)] == aligned
+    assert all(device.block_of(batch[i : i + 1]) is not None for i in range(8))
+
+
 @pytest.mark.kernels
 def test_strided_copies_launch_a_kernel(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton is there, and takes the type; dense ones are the driver's."""

@@ -133,7 +133,7 @@ class Device(Protocol):
     def block_of(self, array: Array) -> Any | None:
         """A block for `view`, with its address as `ptr`, that starts at the array's first element.
 
-        None unless the array lies dense in device memory.
+        None unless the array lies dense in device memory, aligned as in an arena where the device is batch invariant.
         """
         ...
 

@@ -38,6 +38,9 @@ LOST = frozenset(
 )
 """The errors, as the CUDA runtime and driver number them, after which every call in the process's context fails."""
 
+WIDEST_LOAD = 16
+"""Bytes. Kernels for arrays that are aligned less are others, which may add in another order."""
+
 _lost: dict[int, str] = {}
 """What happened, by GPU: a CUDA context cannot be mended, and a process has one a GPU."""
 
@@ -284,7 +287,9 @@ class CudaDevice:
             return cupy.from_dlpack(value)
 
     def block_of(self, array: Array) -> Any | None:
-        return array.data if isinstance(array, self.xp.ndarray) and array.flags.c_contiguous else None
+        if not isinstance(array, self.xp.ndarray) or not array.flags.c_contiguous:
+            return None
+        return None if self.batch_invariant and array.data.ptr % WIDEST_LOAD else array.data
 
     def synchronize(self) -> None:
         self._streams.synchronize()
