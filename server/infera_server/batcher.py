@@ -2,7 +2,7 @@
 
 A `Batcher` owns one engine thread. A job that finds the device idle runs at once; jobs that arrive while it is busy
 wait, and who runs next is the `Schedule`'s to say. No delay is ever added. Runs that are known to be short can take
-place in the callers' thread instead, once it has read all that has arrived: two changes of threads cost more than they.
+place in the callers' thread instead: two changes of threads cost more than they.
 
 The engine takes its turn on the device before it takes jobs: until then they count as waiting, can expire or be
 cancelled, and more can join them.
@@ -53,8 +53,8 @@ class Batcher:
     the engine thread once a batch and must call `deliver(batch)` in the thread of the callers
     (`loop.call_soon_threadsafe`); `observe` is then called with each batch that ran, before its jobs' callbacks.
     Without a `layout` every job runs alone. A run longer than `run_limit` seconds cannot be stopped, but `expire`
-    answers the jobs in it. With `soon(fn)`, which must call `fn()` in the callers' thread when that has done what it is
-    at (`loop.call_soon`), runs of up to `inline_limit` seconds are made there.
+    answers the jobs in it. `soon(fn)` must call `fn()` in the callers' thread when that has done what it is at
+    (`loop.call_soon`): what arrives until then runs together, and there if it takes up to `inline_limit` seconds.
     """
 
     run: Run
@@ -165,9 +165,9 @@ class Batcher:
 
     def _wake(self) -> None:
         """Something waits and nobody is at it. Called under the lock, like `_ring`."""
-        if self.soon is not None and self.schedule.may_take(self.inline_limit):
+        if self.soon is not None:
             self._engine = Engine.CALLERS
-            self.soon(self._run_here)
+            self.soon(self._begin)
         else:
             self._ring()
 
@@ -200,7 +200,7 @@ class Batcher:
         for batch in batches:
             self._post(batch)
 
-    def _run_here(self) -> None:
+    def _begin(self) -> None:
         """In the callers' thread: one batch, if it is short and the device is free. Else the engine thread goes on."""
         asked = time.monotonic()
         with self._lock:
@@ -209,7 +209,7 @@ class Batcher:
             if not self.schedule.queued:
                 self._settle()
                 return
-            if not self.share.enter(wait=False):
+            if not (self.schedule.may_take(self.inline_limit) and self.share.enter(wait=False)):
                 self._ring()
                 return
         batches: Sequence[Batch] = ()

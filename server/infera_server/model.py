@@ -184,8 +184,8 @@ def open_model(
         run_limit=settings.request_timeout,
         goal=Goal(slo, name) if (slo := settings.slo_p99_of.get(name, settings.slo_p99)) else None,
         weight=settings.shares.get(name, 1.0),
-        soon=_soon if session.device.name == "cpu" else None,
-        inline_limit=settings.inline_run,
+        soon=_soon,
+        inline_limit=settings.inline_run if session.device.name == "cpu" else 0.0,
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
     levels = Levels(settings.priority_levels, settings.default_priority)
