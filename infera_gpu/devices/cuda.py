@@ -15,6 +15,7 @@ import numpy as np
 from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
+from infera_gpu.devices.ipc import SharedVram
 from infera_gpu.devices.ports import Ports, StagedPorts, Streams
 from infera_gpu.devices.vram import Vram
 from infera_gpu.errors import DeviceError, DeviceLostError, OutOfMemoryError
@@ -68,6 +69,15 @@ def gpu_count() -> int:
     import cupy
 
     return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def shared_vram(handle: bytes, index: int, nbytes: int) -> SharedVram:
+    """Memory of another process on GPU `index`, see `SharedVram`. Raises DeviceError where there is no such GPU."""
+    if index >= (count := gpu_count()):
+        raise DeviceError(f"cuda:{index} does not exist; this machine has {count} GPU(s)")
+    import cupy
+
+    return SharedVram(cupy, handle, index, nbytes)
 
 
 class CudaDevice:

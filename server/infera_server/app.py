@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -16,7 +18,8 @@ from infera_server import management
 from infera_server.errors import BadRequest, InternalError, RequestError, TooLarge, Unavailable
 from infera_server.management import server_version
 from infera_server.metrics import Exposition
-from infera_server.protocols import v2_rest
+from infera_server.protocols import regions, v2_rest
+from infera_server.routes import Call, Route
 from infera_server.servable import Servable
 from infera_server.service import Service
 
@@ -121,6 +124,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     async def index(request: Request) -> Response:
         return Json(management.index(repository, _only_ready(await _body(request))))
 
+    _add(app, service, regions.ROUTES)
+
     @read("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -134,17 +139,52 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     return app
 
 
+def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
+    """Make endpoints of routes."""
+
+    def endpoint(route: Route) -> Callable[..., Any]:
+        async def answer(request: Request) -> Response:
+            most = service.settings.max_body_bytes if route.large else MAX_MANAGEMENT_BODY
+            body = await _body(request, most) if route.verb == "POST" else b""
+            found = route.handler(Call(service, request.path_params, body))
+            if inspect.isawaitable(found):
+                found = await found
+            return Response(media_type="application/json") if found is None else Json(found)
+
+        return answer
+
+    for route in routes:
+        app.add_api_route(
+            route.path,
+            endpoint(route),
+            methods=READ if route.verb == "GET" else [route.verb],
+            summary=route.summary,
+            openapi_extra=_described(route),
+        )
+
+
+def _described(route: Route) -> dict[str, Any]:
+    """What the OpenAPI document says of a route beyond its summary."""
+    names = re.findall(r"{(\w+)}", route.path)
+    found: dict[str, Any] = {
+        "parameters": [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
+    }
+    if route.body:
+        found["requestBody"] = {"content": {"application/json": {"schema": route.body}}}
+    return found
+
+
 def _error(status: int, message: str) -> Response:
     return Response(v2_rest.error_body(message), status, media_type="application/json")
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, most: int = MAX_MANAGEMENT_BODY) -> bytes:
     body = b""
     try:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MAX_MANAGEMENT_BODY:
-                raise TooLarge(f"the request body is over the limit of {MAX_MANAGEMENT_BODY:,} bytes")
+            if len(body) > most:
+                raise TooLarge(f"the request body is over the limit of {most:,} bytes")
     except ClientDisconnect:
         raise BadRequest("the request body did not arrive") from None  # nobody reads this
     return body

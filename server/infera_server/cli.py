@@ -91,6 +91,9 @@ def serve(
     max_intake_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of bodies that are being received. [default: 1 GiB]")
     ] = None,
+    max_region_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of shared memory to map; 0 turns it off. [default: 16 GiB]")
+    ] = None,
     max_connections: Annotated[int | None, typer.Option(help="Most open connections. [default: 4096]")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may wait. [default: 30]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish work at exit. [default: 30]")] = None,

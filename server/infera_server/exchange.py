@@ -16,6 +16,7 @@ from infera_server.recall import Head
 from infera_server.requests import Request
 from infera_server.servable import Servable
 from infera_server.settings import Settings
+from infera_server.shared_memory import Regions
 
 
 def infer_target(url: bytes) -> tuple[str, str | None] | None:
@@ -99,7 +100,9 @@ class Exchange:
         self.body = []
 
 
-def decode(body: Buffer, exchange: Exchange, model: Servable, settings: Settings) -> tuple[Request, int]:
+def decode(
+    body: Buffer, exchange: Exchange, model: Servable, settings: Settings, regions: Regions
+) -> tuple[Request, int]:
     """The request in a body, and the bytes that it keeps in memory. Raises RequestError; may run in any thread."""
     if exchange.coding is not None:
         body = coding.decompress(body, exchange.coding, settings.max_body_bytes)
@@ -109,4 +112,4 @@ def decode(body: Buffer, exchange: Exchange, model: Servable, settings: Settings
             f"the request's JSON has {size:,} bytes, at most {settings.max_json_bytes:,} are accepted; "
             "send large tensors in binary (Inference-Header-Content-Length)"
         )
-    return v2_rest.parse(body, exchange.header, model.signature), len(body)
+    return v2_rest.parse(body, exchange.header, model.signature, regions), len(body)

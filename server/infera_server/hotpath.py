@@ -281,7 +281,7 @@ class HotPathProtocol(Connection):
         if (request := self._again(exchange, model, body)) is not None:
             self._send(exchange, model, request, len(body))
             return
-        arguments = body, exchange, model, self.service.settings
+        arguments = body, exchange, model, self.service.settings, self.service.regions
         if len(body) <= (INLINE_BYTES if exchange.coding is None else INLINE_CODED_BYTES):
             request, nbytes = decode(*arguments)
             if exchange.known is not None and exchange.header and exchange.coding is None:
@@ -336,7 +336,7 @@ class HotPathProtocol(Connection):
             self._refuse(exchange, request_error(result, model.signature.name))
             return
         try:
-            head, tail = v2_rest.respond(request, result, model.signature)
+            head, tail = v2_rest.respond(request, result, model.signature, self.service.regions)
         except Exception as error:
             if not isinstance(error, RequestError):
                 log.exception("model '%s': a reply could not be written", model.signature.name)

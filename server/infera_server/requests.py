@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.rows import HostArray
 from infera_server.signature import Signature, Tensor
+
+if TYPE_CHECKING:
+    from infera_server.shared_memory import Memory
 
 Parameter: TypeAlias = bool | int | float | str
 
@@ -23,11 +26,12 @@ MAX_MICROSECONDS = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where in a registered shared memory region a tensor lies; sizes in bytes."""
+    """Where in a registered shared memory region a tensor lies; sizes in bytes. With its `memory` it is kept mapped."""
 
     name: str
     offset: int
     nbytes: int
+    memory: Memory | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from infera_server.recall import Heads
 from infera_server.repository import Repository
 from infera_server.servable import Servable
 from infera_server.settings import Settings
+from infera_server.shared_memory import Regions
 
 if TYPE_CHECKING:
     from infera_server.connection import Connection
@@ -46,12 +47,14 @@ class Service:
     connections: set[Connection] = field(default_factory=set, init=False)
     control: Control = field(init=False)
     intake: Intake = field(init=False)
+    regions: Regions = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
 
     def __post_init__(self) -> None:
         self.control = Control(self.repository)
         self.intake = Intake(self.settings.max_intake_bytes)
+        self.regions = Regions(self.settings.max_region_bytes)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         spare = files // 2 if files < 2 * SPARE_FILES else files - SPARE_FILES
         self.max_connections = min(self.settings.max_connections, max(1, spare))

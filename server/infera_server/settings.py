@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=64 << 20, ge=1)
     max_json_bytes: int = Field(default=16 << 20, ge=1)
     max_intake_bytes: int = Field(default=1 << 30, ge=1)
+    max_region_bytes: int = Field(default=16 << 30, ge=0)
     max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
     model_control: Literal["explicit", "none"] = "explicit"

@@ -24,6 +24,17 @@ def load(text: Buffer) -> tuple[dict[str, Any], bool]:
     return document, rest
 
 
+def body(text: bytes) -> dict[str, Any]:
+    """The JSON object of a management request; one without members where it is another value, as Triton sees it."""
+    if not text.strip():
+        raise BadRequest("failed to parse the request JSON buffer: The document is empty. at 0")
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
+    return document if type(document) is dict else {}
+
+
 def _load_leniently(text: bytes, error: orjson.JSONDecodeError) -> tuple[Any, bool]:
     """As Triton reads: NaN and Infinity are numbers, and what follows the document is somebody else's to refuse.
 

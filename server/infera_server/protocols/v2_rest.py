@@ -16,12 +16,13 @@ import orjson
 
 from infera_server import codec
 from infera_server.codec import Buffer, short
-from infera_server.errors import BadRequest, NotFound
+from infera_server.errors import BadRequest
 from infera_server.protocols import members
 from infera_server.requests import (
     Common,
     Options,
     Output,
+    Region,
     Request,
     Slice,
     all_outputs,
@@ -33,6 +34,7 @@ from infera_server.requests import (
     options,
 )
 from infera_server.rows import Arrays, HostArray
+from infera_server.shared_memory import NO_REGIONS, Regions
 from infera_server.signature import Signature
 
 MAX_REPLIES = 64
@@ -47,8 +49,11 @@ def header_length(value: bytes) -> int:
     return int(digits[:20])
 
 
-def parse(body: Buffer, header: int | None, model: Signature) -> Request:
-    """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none)."""
+def parse(body: Buffer, header: int | None, model: Signature, regions: Regions = NO_REGIONS) -> Request:
+    """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none).
+
+    Tensors in shared memory are views of it. May run in any thread.
+    """
     if header == 0:
         return Request("", _raw_feeds(body, model), all_outputs(model, binary=True))
     if header is not None and not 0 < header <= len(body):
@@ -60,7 +65,7 @@ def parse(body: Buffer, header: int | None, model: Signature) -> Request:
     found: dict[str, HostArray | Slice] = {}
     offset = 0
     for entry in members.list_of(document["inputs"], "inputs"):
-        name, data = _input(entry, len(tail), offset, model)
+        name, data = _input(entry, len(tail), offset, model, regions)
         if name in found:
             raise BadRequest(f"input '{name}' already exists in request")
         found[name] = data
@@ -87,7 +92,7 @@ def parse(body: Buffer, header: int | None, model: Signature) -> Request:
     return Request(
         request_id,
         feeds,
-        _outputs(document, binary, model),
+        _outputs(document, binary, model, regions),
         asked.timeout,
         asked.priority,
         asked.correlation,
@@ -96,17 +101,23 @@ def parse(body: Buffer, header: int | None, model: Signature) -> Request:
     )
 
 
-def respond(request: Request, outputs: Arrays, model: Signature) -> tuple[bytes, list[Buffer]]:
-    """The reply's JSON, and the bytes that follow it: none where every output is in the JSON."""
+def respond(
+    request: Request, outputs: Arrays, model: Signature, regions: Regions = NO_REGIONS
+) -> tuple[bytes, list[Buffer]]:
+    """The reply's JSON, and the bytes that follow it: none where no output is binary.
+
+    Outputs with a region are written there, and the JSON has their shapes alone.
+    """
     if request.common is None:
-        return _written(request, outputs, model)
+        return _written(request, outputs, model, regions)
     shapes = tuple([outputs[want.name].shape for want in request.outputs])
     document = request.common.replies.get(shapes)
     if document is not None:
         return document, [codec.to_bytes(outputs[want.name]) for want in request.outputs]
-    document, tail = _written(request, outputs, model)
+    document, tail = _written(request, outputs, model, regions)
     if all(
-        want.binary and not want.classes and model.outputs[want.name].datatype != "BYTES" for want in request.outputs
+        want.binary and not want.classes and want.region is None and model.outputs[want.name].datatype != "BYTES"
+        for want in request.outputs
     ):
         replies = request.common.replies
         if len(replies) >= MAX_REPLIES:
@@ -115,7 +126,7 @@ def respond(request: Request, outputs: Arrays, model: Signature) -> tuple[bytes,
     return document, tail
 
 
-def _written(request: Request, outputs: Arrays, model: Signature) -> tuple[bytes, list[Buffer]]:
+def _written(request: Request, outputs: Arrays, model: Signature, regions: Regions) -> tuple[bytes, list[Buffer]]:
     entries: list[dict[str, Any]] = []
     tail: list[Buffer] = []
     for want in request.outputs:
@@ -123,7 +134,9 @@ def _written(request: Request, outputs: Arrays, model: Signature) -> tuple[bytes
         if want.classes:
             array, datatype = codec.top_classes(array, want.classes, rows=model.leading), "BYTES"
         entry: dict[str, Any] = {"name": want.name, "datatype": datatype, "shape": array.shape}
-        if want.binary:
+        if want.region is not None:
+            regions.write(want.region, codec.to_bytes(array), want.name)
+        elif want.binary:
             data = codec.to_bytes(array)
             entry["parameters"] = {"binary_data_size": len(data)}
             tail.append(data)
@@ -158,8 +171,8 @@ def _parameters(value: object) -> tuple[Options, bool]:
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _input(entry: object, total: int, offset: int, model: Signature) -> tuple[str, HostArray | Slice]:
-    """One input: its values if they are in the JSON, else where its bytes lie, from `offset` of `total` bytes."""
+def _input(entry: object, total: int, offset: int, model: Signature, regions: Regions) -> tuple[str, HostArray | Slice]:
+    """One input: its values, from the JSON or shared memory, or where its bytes lie, from `offset` of `total` bytes."""
     entry = members.object_of(entry, "input")
     name = members.text(entry, "name")
     if "shape" not in entry:
@@ -169,19 +182,16 @@ def _input(entry: object, total: int, offset: int, model: Signature) -> tuple[st
     if datatype not in codec.DATATYPES:
         raise BadRequest(f"invalid datatype for input {short(name)}")
     parameters = members.object_of(entry.get("parameters", {}), "input params")
-    _refuse_shared_memory(parameters)
-    if ("data" in entry) == ("binary_data_size" in parameters):
-        found = "set 'data' 'binary_data_size'" if "data" in entry else "no field is set"
-        raise BadRequest(
-            "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
-            f"'shared_memory_region' in 'parameters'. But {found}"
-        )
+    if ("data" in entry) + ("binary_data_size" in parameters) + ("shared_memory_region" in parameters) != 1:
+        raise _not_one_source(entry, parameters)
     tensor = input_of(name, model)
     if "data" in entry:
         codec.check_json("receiving", datatype, f"input {name}")
     check_input(tensor, datatype, shape, model)
     if "data" in entry:
         return name, codec.from_json(entry["data"], datatype, shape, name)
+    if "shared_memory_region" in parameters:
+        return name, from_bytes(tensor, regions.view(_region(parameters)).toreadonly(), shape, model)
     size = members.natural(parameters["binary_data_size"], "binary_data_size")
     if size > total - offset:
         raise BadRequest(
@@ -191,9 +201,23 @@ def _input(entry: object, total: int, offset: int, model: Signature) -> tuple[st
     return name, Slice(tensor, shape, offset, offset + size)
 
 
-def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
-    if "shared_memory_region" in parameters:
-        raise NotFound(f"Unable to find shared memory region: '{short(str(parameters['shared_memory_region']))}'")
+def _not_one_source(entry: dict[str, Any], parameters: dict[str, Any]) -> BadRequest:
+    given = [key for key in ("data",) if key in entry]
+    given += [key for key in ("binary_data_size", "shared_memory_region") if key in parameters]
+    found = "set " + " ".join(f"'{key}'" for key in given) if given else "no field is set"
+    return BadRequest(
+        "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
+        f"'shared_memory_region' in 'parameters'. But {found}"
+    )
+
+
+def _region(parameters: dict[str, Any]) -> Region:
+    """Where in shared memory a tensor lies."""
+    name = members.text(parameters, "shared_memory_region")
+    offset, nbytes = (
+        members.natural(parameters.get(key, 0), key) for key in ("shared_memory_offset", "shared_memory_byte_size")
+    )
+    return Region(name, offset, nbytes)
 
 
 def _raw_feeds(body: Buffer, model: Signature) -> dict[str, HostArray]:
@@ -223,19 +247,25 @@ def _raw_feeds(body: Buffer, model: Signature) -> dict[str, HostArray]:
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _outputs(document: dict[str, Any], binary: bool, model: Signature) -> Sequence[Output]:
+def _outputs(document: dict[str, Any], binary: bool, model: Signature, regions: Regions) -> Sequence[Output]:
     entries = members.list_of(document.get("outputs", []), "outputs")
     wanted: dict[str, Output] = {}
     for entry in entries:
         entry = members.object_of(entry, "output")
         name = members.text(entry, "name")
         parameters = members.object_of(entry.get("parameters", {}), "output params")
-        _refuse_shared_memory(parameters)
         classes = members.natural(parameters.get("classification", 0), "classification", verb="set")
         check_output(name, classes, model)
-        wanted[name] = Output(name, members.flag(parameters.get("binary_data", binary), "binary_data"), classes)
+        own = members.flag(parameters.get("binary_data", binary), "binary_data")
+        region = None
+        if "shared_memory_region" in parameters:
+            for key in ("classification", "binary_data"):
+                if parameters.get(key):
+                    raise BadRequest(f"Output can't set both 'shared_memory_region' and '{key}'")
+            region = regions.hold(_region(parameters))
+        wanted[name] = Output(name, own, classes, region)
     outputs = list(wanted.values()) or all_outputs(model, binary)
     for output in outputs:
-        if not output.binary and not output.classes:
+        if not (output.binary or output.classes or output.region):
             codec.check_json("sending", model.outputs[output.name].datatype, f"output {output.name}")
     return outputs
