@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -245,8 +246,8 @@ def to_json(array: HostArray, datatype: str, name: str) -> Any:
 # --- classification --------------------------------------------------------------------------------------------------
 
 
-def top_classes(array: HostArray, count: int, rows: bool) -> HostArray:
-    """`score:index` of the `count` largest scores, best first, ties by index; with `rows`, of each row."""
+def top_classes(array: HostArray, count: int, rows: bool, labels: Sequence[str] = ()) -> HostArray:
+    """`score:index[:label]` of the `count` largest scores, best first, ties by index; with `rows`, of each row."""
     scores = array.reshape(array.shape[0], -1) if rows else array.reshape(1, -1)
     count = min(count, scores.shape[1])
     order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
@@ -254,5 +255,6 @@ def top_classes(array: HostArray, count: int, rows: bool) -> HostArray:
     best = np.empty(order.shape, object)
     for row, column in np.ndindex(*order.shape):
         index = order[row, column]
-        best[row, column] = text.format(scores[row, index].item(), index)
+        named = f":{labels[int(index)]}" if index < len(labels) else ""
+        best[row, column] = text.format(scores[row, index].item(), index) + named
     return best if rows else best[0]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from infera_server.background import detached
 from infera_server.codec import short
+from infera_server.definition import Definition, NoVersionError, define
 from infera_server.discovery import DiscoveryError, Source, Survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.loader import reason_of, return_memory
 from infera_server.model import Model
+from infera_server.modelconfig import ConfigError, from_json
+from infera_server.overrides import from_files
 from infera_server.repository import Repository, State
 
 log = logging.getLogger(__name__)
@@ -32,15 +35,19 @@ class Control:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def load(self, name: str) -> None:
-        """Load a model as it is on the disk now. Raises NotFound, BadRequest, or Unavailable during the start."""
+    async def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        """Load a model as it is on the disk now, or with this configuration (in JSON) and these files in its place.
+
+        Raises NotFound, BadRequest, or Unavailable during the start.
+        """
         self._check_mode()
         async with self._turns[name]:
-            sources = await self._find(name)
+            definition = await self._define(name, config, files)
             if any(e.state is State.LOADING for e in self._repository.entries() if e.source.name == name):
                 raise Unavailable(f"model '{name}' is still loading")
-            self._repository.mark_loading(name, sources)
-            models = await self._open(name, sources)
+            self._repository.mark_loading(definition)
+            models = await self._open(definition)
+            self._repository.definitions[name] = definition
             self._replace(name, models)
 
     async def unload(self, name: str) -> None:
@@ -55,15 +62,26 @@ class Control:
         if self._repository.settings.model_control != "explicit":
             raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
 
-    async def _find(self, name: str) -> Sequence[Source]:
+    async def _define(self, name: str, config: str | None, files: Mapping[str, bytes] | None) -> Definition:
         unknown = f"failed to load '{short(name)}', failed to poll from model repository"
-        survey = await self._survey()
-        if name in survey.problems:
-            raise BadRequest(f"{unknown}: {survey.problems[name]}")
-        sources = survey.of(name)
-        if not sources:
-            raise NotFound(unknown)
-        return sources
+        if files and config is None:
+            raise BadRequest(f"{unknown}: Load parameter 'config' must be specified for model file override")
+        try:
+            override = from_json(config, name) if config is not None else None
+            if files:
+                most = self._repository.settings.max_load_bytes
+                return await detached("infera-files", partial(from_files, name, override, files, most))
+            survey = await self._survey()
+            if name in survey.problems:
+                raise BadRequest(f"{unknown}: {survey.problems[name]}")
+            sources = survey.of(name)
+            if not sources:
+                raise NotFound(unknown)
+            return await detached("infera-define", partial(define, name, sources, override))
+        except NoVersionError as error:
+            raise BadRequest(f"load failed for model '{name}': {error}\n") from None
+        except ConfigError as error:
+            raise BadRequest(f"{unknown}: {error}") from None
 
     async def _survey(self) -> Survey:
         repository = self._repository
@@ -76,11 +94,12 @@ class Control:
         repository.sources = found.sources
         return found
 
-    async def _open(self, name: str, sources: Sequence[Source]) -> Mapping[Source, Model]:
+    async def _open(self, definition: Definition) -> Mapping[Source, Model]:
         """All versions, or none of them. Raises BadRequest."""
+        name, sources = definition.name, definition.sources
         post = asyncio.get_running_loop().call_soon_threadsafe
-        work = [detached("infera-load", partial(self._repository.loader.open, source, post)) for source in sources]
-        results = await asyncio.gather(*work, return_exceptions=True)
+        opening = [partial(self._repository.loader.open, source, definition, post) for source in sources]
+        results = await asyncio.gather(*(detached("infera-load", o) for o in opening), return_exceptions=True)
         failures = {s.version: reason_of(r) for s, r in zip(sources, results, strict=True) if isinstance(r, Exception)}
         models = {s: r for s, r in zip(sources, results, strict=True) if isinstance(r, Model)}
         if not failures:

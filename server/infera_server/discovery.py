@@ -103,25 +103,25 @@ def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
     if path.is_file():
         yield Source(path.stem, "1", path)
     elif path.is_dir():
-        own = list(_versions(path, path, problems))
+        own = list(versions(path, path, problems))
         yield from own
         if not own:
             for child in sorted(path.iterdir()):
                 if _is_model(child):
                     yield Source(child.stem, "1", child, root=path)
                 elif child.is_dir():
-                    yield from _versions(child, path, problems)
+                    yield from versions(child, path, problems)
     else:
         raise DiscoveryError(f"{path} does not exist")
 
 
-def _versions(folder: Path, root: Path, problems: dict[str, str]) -> Iterator[Source]:
+def versions(folder: Path, root: Path, problems: dict[str, str], configured: bool = False) -> Iterator[Source]:
     """The versions in a model's folder: `model.onnx`, or the only .onnx file, in folders named by a number.
 
-    Beside a `config.pbtxt` every such folder is a version, whatever it holds.
+    Where there is a configuration every such folder is a version, whatever it holds.
     """
     name = folder.resolve().name if folder == root else folder.name
-    configured = (folder / CONFIG_FILE).is_file()
+    configured = configured or (folder / CONFIG_FILE).is_file()
     for child in sorted(folder.iterdir()):
         if not (child.is_dir() and child.name.isascii() and child.name.isdigit() and int(child.name) > 0):
             continue

@@ -11,8 +11,10 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from infera_gpu.errors import InferaError
+from infera_server.definition import Definition
 from infera_server.discovery import Source
 from infera_server.model import Model, Opener, Post, open_model, open_session
+from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
 from infera_server.settings import Settings
 from infera_server.turns import Turns
@@ -32,16 +34,16 @@ class Loader:
         self._places: WeakKeyDictionary[Model, Place] = WeakKeyDictionary()
         self._guard = threading.Lock()
 
-    def open(self, source: Source, post: Post) -> Model:
+    def open(self, source: Source, definition: Definition, post: Post) -> Model:
         """A model that takes requests. `post(fn, arg)` must call `fn(arg)` in the event loop's thread.
 
         Raises whatever loading raises; `reason_of` says it in words.
         """
         if self._opener is not None:
-            return self._open(source, self._opener, post)
-        place = self._placement.take(source.name, _size(source.path))
+            return self._open(source, definition, self._opener, post)
+        place = self._placement.take(source.name, _size(source.path), definition.device(self.settings))
         try:
-            model = self._open(source, partial(open_session, place=place), post)
+            model = self._open(source, definition, partial(open_session, place=place), post)
         except BaseException:
             self._placement.give_back(place)
             raise
@@ -49,15 +51,16 @@ class Loader:
             self._places[model] = place
         return model
 
-    def _open(self, source: Source, opener: Opener, post: Post) -> Model:
+    def _open(self, source: Source, definition: Definition, opener: Opener, post: Post) -> Model:
         return open_model(
             source.name,
             source.version,
             source.path,
-            self.settings,
+            definition.tuned(self.settings),
             post=post,
             turns_of=self._turns_of,
             opener=opener,
+            definition=definition,
         )
 
     def close(self, model: Model) -> None:
@@ -85,7 +88,7 @@ class Loader:
 
 def reason_of(error: Exception) -> str:
     """What went wrong with a load, for the index."""
-    return str(error) if isinstance(error, InferaError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, InferaError | ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def return_memory() -> None:

@@ -6,12 +6,12 @@ from importlib.metadata import version as distribution_version
 from typing import Any
 
 from infera_server.errors import NotFound
+from infera_server.modelconfig import as_dict
 from infera_server.repository import Repository, State
 from infera_server.servable import Servable
 from infera_server.signature import Tensor
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters", "statistics")
-PLATFORM, BACKEND = "onnx_infera", "infera"
 
 
 def server_version() -> str:
@@ -37,7 +37,7 @@ def model_metadata(repository: Repository, model: Servable) -> dict[str, Any]:
     return {
         "name": signature.name,
         "versions": repository.versions(signature.name),
-        "platform": PLATFORM,
+        "platform": model.config.platform or model.config.backend,
         "inputs": [_tensor(t) for t in signature.inputs.values()],
         "outputs": [_tensor(t) for t in signature.outputs.values()],
     }
@@ -48,35 +48,8 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
 
 
 def configuration(model: Servable) -> dict[str, Any]:
-    """Triton's ModelConfig as far as its clients read it; a batch on another axis than the first is not told there."""
-    signature = model.signature
-    batched = signature.leading
-
-    def entry(tensor: Tensor) -> dict[str, Any]:
-        kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
-        dims = tensor.shape[1:] if batched else tensor.shape
-        return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(dims)}
-
-    config: dict[str, Any] = {
-        "name": signature.name,
-        "platform": PLATFORM,
-        "backend": BACKEND,
-        "version_policy": {"all": {}},
-        "max_batch_size": signature.layout.max_rows if signature.layout and batched else 0,
-        "input": [entry(t) for t in signature.inputs.values()],
-        "output": [entry(t) for t in signature.outputs.values()],
-        "instance_group": [{"name": f"{signature.name}_0", "kind": _kind(model.device), "count": 1}],
-    }
-    if batched and signature.layout:
-        config["dynamic_batching"] = {
-            "preferred_batch_size": list(signature.layout.buckets),
-            "max_queue_delay_microseconds": 0,
-        }
-    return config
-
-
-def _kind(device: str) -> str:
-    return "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"
+    """Triton's ModelConfig; a batch on another axis than the first is not told there."""
+    return as_dict(model.config)
 
 
 def statistics(model: Servable) -> dict[str, Any]:

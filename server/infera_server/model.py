@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +16,18 @@ from infera_gpu.errors import ModelError
 from infera_gpu.spec import tensors_of
 from infera_server.batcher import Batcher
 from infera_server.batching import Batching, derive
+from infera_server.declared import Declared, declared
+from infera_server.definition import Definition
 from infera_server.errors import BadRequest, InternalError, RequestError, request_error
 from infera_server.goal import Goal
 from infera_server.jobs import ANY_LEVELS, Batch, Done, Job, Levels
 from infera_server.metrics import ModelStats
+from infera_server.modelconfig import ModelConfig, completed
 from infera_server.placement import Place
 from infera_server.requests import Request
-from infera_server.rows import Arrays
+from infera_server.rows import Arrays, Layout
 from infera_server.runtime import Session
+from infera_server.samples import run_samples
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
 from infera_server.turns import Turns
@@ -46,12 +50,15 @@ class Model:
     stats: ModelStats
     timeout: float
     source_name: str
+    definition: Definition
     levels: Levels = ANY_LEVELS
+    config: ModelConfig = field(init=False)
     device: str = field(init=False)
     retired: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.device = self.session.device.name
+        self.config = completed(self.definition.config, self.signature, self.device)
 
     @property
     def lost(self) -> str:
@@ -156,13 +163,21 @@ def open_model(
     post: Post,
     turns_of: Callable[[str], Turns],
     opener: Opener,
+    definition: Definition,
 ) -> Model:
-    """Load, find the batch axis by running the model, start the engine thread. Raises whatever loading raises."""
+    """Load, find the batch axis by running the model, warm up, start the engine thread. Raises what loading raises."""
+    config = definition.config
     session = opener(path, settings)
     try:
+        if config is not None:
+            session = declared(session, config)
         inputs, outputs = tensors(session.inputs), tensors(session.outputs)
+        if isinstance(session, Declared):
+            inputs |= tensors(session.optional, optional=True)
+        outputs = {n: replace(t, labels=labels) if (labels := definition.labels(n)) else t for n, t in outputs.items()}
         with (turns := turns_of(session.device.name)):
-            batching = derive(session, settings.max_batch)
+            batching = _batching(session, config, settings.max_batch)
+            run_samples(session, config, definition.folder)
     except BaseException:
         session.close()
         raise
@@ -189,7 +204,8 @@ def open_model(
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
     levels = Levels(settings.priority_levels, settings.default_priority)
-    model = Model(signature, session, batching, batcher, stats, settings.request_timeout, path.name, levels)
+    timeout = min(definition.queue_timeout or math.inf, settings.request_timeout)
+    model = Model(signature, session, batching, batcher, stats, timeout, path.name, definition, levels)
     size = next(iter(batching.sizes.values()), 1)
     costs = batcher.schedule.costs
     prime(session, batching.layout, size, lambda f: model._rows(f)[1], costs, batcher.share, settings.warmup_seconds)
@@ -199,6 +215,21 @@ def open_model(
 def _soon(fn: Callable[[], None]) -> None:
     """`submit` is called in the event loop's thread."""
     asyncio.get_running_loop().call_soon(fn)
+
+
+def _batching(session: Session, config: ModelConfig | None, max_batch: int) -> Batching:
+    """As derived; where a configuration declares the tensors, with the batch it declares or none."""
+    if config is None or not (config.max_batch_size or config.input or config.output):
+        return derive(session, max_batch)
+    if not config.max_batch_size:
+        return replace(derive(session, 1), reason="off: the configuration has no max_batch_size")
+    found = derive(session, max_batch)
+    first = Layout(dict.fromkeys(session.inputs, 0), dict.fromkeys(session.outputs, 0), (1,))
+    if max_batch == 1:
+        return replace(found, layout=first, reason="off: max_batch_size is 1")
+    if found.layout is not None and any((*found.layout.inputs.values(), *found.layout.outputs.values())):
+        return replace(derive(session, 1), reason="off: the first axis, which the configuration batches, is not proven")
+    return found
 
 
 def _answer(error: Exception, name: str) -> RequestError:

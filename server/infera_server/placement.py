@@ -52,10 +52,10 @@ class Placement:
         self._bytes = dict.fromkeys(self._devices, 0)
         self._changing = threading.Lock()
 
-    def take(self, model: str, nbytes: int) -> Place:
-        """Where a model of so many bytes goes; they count until `give_back`."""
+    def take(self, model: str, nbytes: int, wanted: str | None = None) -> Place:
+        """Where a model of so many bytes goes: its pin, else `wanted`. They count until `give_back`."""
         with self._changing:
-            device = self._pins.get(model) or min(self._devices, key=self._bytes.__getitem__)
+            device = self._pins.get(model) or wanted or min(self._devices, key=self._bytes.__getitem__)
             self._bytes[device] = self._bytes.get(device, 0) + nbytes
             if self._limit is None:
                 return Place(device, None, nbytes)

@@ -53,6 +53,7 @@ def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]
     on_cpu = model.device == "cpu"
     device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
     facts = [("file", path), ("device", device)]
+    facts += [("ignored", note) for note in model.definition.notes]
     for kind, tensors, axes in (
         ("input", signature.inputs, signature.layout.inputs if signature.layout else {}),
         ("output", signature.outputs, signature.layout.outputs if signature.layout else {}),

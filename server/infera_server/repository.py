@@ -11,10 +11,12 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 
 from infera_server.codec import short
+from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
 from infera_server.loader import Loader, reason_of
 from infera_server.model import Model, Opener, Post
+from infera_server.modelconfig import ConfigError
 from infera_server.settings import Settings
 
 MAX_LOADERS = 4
@@ -42,6 +44,12 @@ class Entry:
     model: Model | None = None
 
 
+def ignoring(model: Model) -> str:
+    """What of its configuration has no effect, for the index."""
+    notes = model.definition.notes
+    return f"ignored: {'; '.join(notes)}" if notes else ""
+
+
 @dataclass(eq=False)
 class Repository:
     """All models by name and version. Lookups are dictionary lookups: no text of a request reaches the file system.
@@ -58,6 +66,8 @@ class Repository:
     loader: Loader = field(init=False)
     leaving: set[Model] = field(default_factory=set, init=False)
     """Models that take no new requests and have accepted ones to finish."""
+    definitions: dict[str, Definition] = field(default_factory=dict, init=False)
+    """What each model was last loaded as."""
     _entries: Mapping[str, Mapping[str, Entry]] = field(init=False)
     _served: dict[tuple[str, str | None], Model] = field(default_factory=dict, init=False)
 
@@ -66,8 +76,18 @@ class Repository:
         self._entries = {}
         self._guard = threading.Lock()
         self._stopped = False
-        for name in dict.fromkeys(sorted(source.name for source in self.sources)):
-            self._note(name, [Entry(source) for source in self.sources if source.name == name])
+        wanted = self.settings.load_models
+        for name in sorted({source.name for source in self.sources}):
+            if "*" in wanted or name in wanted:
+                self._define(name, [source for source in self.sources if source.name == name])
+
+    def _define(self, name: str, sources: Sequence[Source]) -> None:
+        try:
+            definition = self.definitions[name] = define(name, sources)
+        except ConfigError as error:
+            self._note(name, [Entry(sources[-1], State.UNAVAILABLE, str(error))])
+        else:
+            self._note(name, [Entry(source) for source in definition.sources])
 
     # --- starting --------------------------------------------------------------------------------------------------
 
@@ -96,11 +116,13 @@ class Repository:
 
     def _load(self, entry: Entry, post: Post) -> Entry:
         source = entry.source
+        if entry.state is not State.LOADING:
+            return entry
         if self._stopped:
             entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped before it was loaded"
             return entry
         try:
-            model = self.loader.open(source, post)
+            model = self.loader.open(source, self.definitions[source.name], post)
         except Exception as error:
             entry.state, entry.reason = State.UNAVAILABLE, reason_of(error)
             self._choose_default(source.name)
@@ -109,7 +131,7 @@ class Repository:
             if late := self._stopped:
                 entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped while it was loaded"
             else:
-                entry.model, entry.state = model, State.READY
+                entry.model, entry.state, entry.reason = model, State.READY, ignoring(model)
                 self._served[source.name, source.version] = model
         if late:
             model.close()
@@ -134,10 +156,11 @@ class Repository:
 
     # --- changing, in the event loop's thread ----------------------------------------------------------------------
 
-    def mark_loading(self, name: str, sources: Iterable[Source]) -> None:
-        """These versions are on their way; what serves them now goes on."""
-        known = self._entries.get(name, {})
-        self._note(name, [Entry(s) for s in sources if s.version not in known or known[s.version].model is None])
+    def mark_loading(self, definition: Definition) -> None:
+        """The versions of a definition are on their way; what serves them now goes on."""
+        known, name = self._entries.get(definition.name, {}), definition.name
+        new = (s for s in definition.sources if s.version not in known or known[s.version].model is None)
+        self._note(name, [Entry(source) for source in new])
 
     def mark_failed(self, name: str, reasons: Mapping[str, str]) -> None:
         """These versions could not be loaded; what served them before goes on, and the index says why it is old."""
@@ -158,7 +181,7 @@ class Repository:
         gone = [entry.model for entry in before if entry.model is not None and entry.model not in models.values()]
         for entry in before:
             entry.model = None
-        self._note(name, [Entry(source, State.READY, model=model) for source, model in models.items()])
+        self._note(name, [Entry(s, State.READY, ignoring(model), model) for s, model in models.items()])
         self._serve(name)
         for model in gone:
             model.retired = True

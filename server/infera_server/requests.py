@@ -191,7 +191,7 @@ def from_bytes(tensor: Tensor, raw: memoryview | bytes, shape: tuple[int, ...], 
 
 def check_complete(given: Collection[str], model: Signature) -> None:
     """Raises BadRequest where an input is missing."""
-    missing = [name for name in model.inputs if name not in given]
+    missing = [name for name, tensor in model.inputs.items() if name not in given and not tensor.optional]
     if missing:
         raise BadRequest(
             f"expected {len(model.inputs)} inputs but got {len(given)} inputs for model '{model.name}'. "

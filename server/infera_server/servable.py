@@ -6,6 +6,7 @@ from typing import Protocol
 
 from infera_server.jobs import Done, Job
 from infera_server.metrics import ModelStats
+from infera_server.modelconfig import ModelConfig
 from infera_server.requests import Request
 from infera_server.signature import Signature
 
@@ -15,6 +16,10 @@ class Servable(Protocol):
 
     @property
     def signature(self) -> Signature: ...
+    @property
+    def config(self) -> ModelConfig:
+        """What Triton's configuration says of it, completed."""
+
     @property
     def stats(self) -> ModelStats: ...
     @property

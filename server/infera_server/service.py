@@ -67,10 +67,11 @@ class Service:
     async def load_model(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model, or load it again, as its folder is now. What is served goes on until the new one can run.
 
+        `config`, a ModelConfig in JSON, replaces the folder's; `files`, by path in the folder, replace all files.
         Raises NotFound, BadRequest with the reason where it cannot be loaded, or Unavailable.
         """
         self._refuse_draining()
-        await self.control.load(name)
+        await self.control.load(name, config, files)
 
     async def unload_model(self, name: str, dependents: bool = False) -> None:
         """Take a model out of service; what it has accepted is finished later. Raises NotFound or Unavailable."""

@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     max_region_bytes: int = Field(default=16 << 30, ge=0)
     max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
+    load_models: tuple[str, ...] = ("*",)
+    max_load_bytes: int = Field(default=2 << 30, ge=1)
     model_control: Literal["explicit", "none"] = "explicit"
     max_queue: int = Field(default=256, ge=1)
     max_queue_bytes: int = Field(default=1 << 30, ge=1)

@@ -15,12 +15,17 @@ from infera_server.runtime import Specs
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output. `shape` has -1 for every dimension that is not fixed, the batch included."""
+    """An input or output. `shape` has -1 for every dimension that is not fixed, the batch included.
+
+    An `optional` input has a value in the model. `labels` are the names of an output's classes, as far as they go.
+    """
 
     name: str
     datatype: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    optional: bool = False
+    labels: tuple[str, ...] = ()
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether the fixed dimensions are as declared."""
@@ -45,7 +50,7 @@ class Signature:
         return self.layout is not None and not any((*self.layout.inputs.values(), *self.layout.outputs.values()))
 
 
-def tensors(specs: Specs) -> dict[str, Tensor]:
+def tensors(specs: Specs, *, optional: bool = False) -> dict[str, Tensor]:
     """The specs in the protocol's terms. Raises ValueError for a dtype that has no name there."""
     return {
         name: Tensor(
@@ -53,6 +58,7 @@ def tensors(specs: Specs) -> dict[str, Tensor]:
             datatype_of(spec.dtype, name),
             spec.dtype,
             tuple(d if isinstance(d, int) else -1 for d in spec.shape),
+            optional,
         )
         for name, spec in specs.items()
     }

@@ -97,10 +97,12 @@ def test_configuration_has_what_clients_read(server: Running) -> None:
     assert status == 200
     assert config["max_batch_size"] == 4
     assert config["version_policy"] == {"all": {}}
-    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}]
+    (tensor,) = config["input"]
+    assert (tensor["name"], tensor["data_type"], tensor["dims"]) == ("x", "TYPE_FP32", [4])
     config = server.get("/v2/models/words/config")[1]
     assert config["max_batch_size"] == 0
-    assert config["output"] == [{"name": "t", "data_type": "TYPE_STRING", "dims": [2]}]
+    (tensor,) = config["output"]
+    assert (tensor["name"], tensor["data_type"], tensor["dims"]) == ("t", "TYPE_STRING", [2])
 
 
 def test_the_index_filters(server: Running) -> None:

@@ -130,9 +130,10 @@ def _written(request: Request, outputs: Arrays, model: Signature, regions: Regio
     entries: list[dict[str, Any]] = []
     tail: list[Buffer] = []
     for want in request.outputs:
-        array, datatype = outputs[want.name], model.outputs[want.name].datatype
+        tensor = model.outputs[want.name]
+        array, datatype = outputs[want.name], tensor.datatype
         if want.classes:
-            array, datatype = codec.top_classes(array, want.classes, rows=model.leading), "BYTES"
+            array, datatype = codec.top_classes(array, want.classes, model.leading, tensor.labels), "BYTES"
         entry: dict[str, Any] = {"name": want.name, "datatype": datatype, "shape": array.shape}
         if want.region is not None:
             regions.write(want.region, codec.to_bytes(array), want.name)

@@ -1,0 +1,119 @@
+"""What a model's folder, or a load request, says of the model: which versions, from which files, served how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from infera_gpu.devices.cuda import gpu_count
+from infera_server import modelconfig
+from infera_server.discovery import Source, leads_outside
+from infera_server.ignored import THREADS, ignored
+from infera_server.modelconfig import ConfigError, ModelConfig
+from infera_server.settings import Settings
+
+MAX_LABEL_BYTES = 1 << 22
+
+
+class NoVersionError(ConfigError):
+    """The version policy chooses none of the versions that there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A model to be loaded: the versions that its policy chooses, oldest first, each with its file.
+
+    `notes` says what of the configuration has no effect.
+    """
+
+    name: str
+    sources: Sequence[Source]
+    config: ModelConfig | None = None
+    notes: Sequence[str] = ()
+    held: object = None
+    """What keeps the files there, if anything must."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's own."""
+        return self.sources[0].folder
+
+    def tuned(self, settings: Settings) -> Settings:
+        """The settings for this model: the configuration's, but never above a limit that the operator set."""
+        config, given = self.config, settings.model_fields_set
+        if config is None:
+            return settings
+        changes: dict[str, int] = {}
+        if config.max_batch_size or config.input or config.output:
+            most = config.max_batch_size or 1
+            changes["max_batch"] = min(most, settings.max_batch) if "max_batch" in given else most
+        policy = config.dynamic_batching.default_queue_policy
+        if policy.max_queue_size:
+            changes["max_queue"] = min(policy.max_queue_size, settings.max_queue)
+        levels = config.dynamic_batching.priority_levels
+        if levels:
+            changes |= {
+                "priority_levels": levels,
+                "default_priority": config.dynamic_batching.default_priority_level,
+            }
+        threads = next((p.string_value for name, p in config.parameters.items() if name.lower() == THREADS), "")
+        if threads.isascii() and threads.isdigit() and int(threads) > 0 and "threads" not in given:
+            changes["threads"] = int(threads)
+        return settings.model_copy(update=changes)
+
+    def device(self, settings: Settings) -> str | None:
+        """The device that the configuration asks for; None: any. The operator's word goes before it.
+
+        Raises ConfigError for a GPU where there is none.
+        """
+        if self.config is None or not self.config.instance_group or "device" in settings.model_fields_set:
+            return None
+        group = self.config.instance_group[0]
+        if group.kind == group.KIND_CPU:
+            return "cpu"
+        if group.kind == group.KIND_GPU or group.gpus:
+            gpu = group.gpus[0] if group.gpus else 0
+            if gpu_count() <= gpu:
+                raise ConfigError(
+                    f"instance group {self.name}_0 of model {self.name} has kind KIND_GPU but there is no GPU {gpu}; "
+                    "--device says where models run otherwise"
+                )
+            return f"cuda:{gpu}" if group.gpus else None
+        return None
+
+    @property
+    def queue_timeout(self) -> float | None:
+        """Seconds that a request waits where it does not say otherwise; None: not given."""
+        if self.config is None:
+            return None
+        return self.config.dynamic_batching.default_queue_policy.default_timeout_microseconds / 1e6 or None
+
+    def labels(self, output: str) -> tuple[str, ...]:
+        """The names of an output's classes. Raises ConfigError where their file cannot be read."""
+        for tensor in self.config.output if self.config is not None else ():
+            if tensor.name == output and tensor.label_filename and self.folder is not None:
+                path = modelconfig.inside(self.folder, tensor.label_filename, "label_filename")
+                if path.stat().st_size > MAX_LABEL_BYTES:
+                    raise ConfigError(f"{path} has over {MAX_LABEL_BYTES:,} bytes")
+                try:
+                    return tuple(path.read_text(encoding="utf-8").splitlines())
+                except UnicodeDecodeError:
+                    raise ConfigError(f"{path} is not UTF-8") from None
+        return ()
+
+
+def define(name: str, sources: Sequence[Source], override: ModelConfig | None = None) -> Definition:
+    """What the folder of these versions says, or `override` in place of its `config.pbtxt`. Raises ConfigError."""
+    folder = sources[0].folder if sources else None
+    config = override if override is not None or folder is None else modelconfig.read(folder, name)
+    if config is not None and (config.platform == "ensemble" or config.HasField("ensemble_scheduling")):
+        raise ConfigError(f"model '{name}' is an ensemble, which is not served")
+    wanted = modelconfig.chosen(config, [source.version for source in sources])
+    found = [replace(s, path=modelconfig.model_file(config, s.path)) for s in sources if s.version in wanted]
+    if not found:
+        raise NoVersionError(f"at least one version must be available under the version policy of model '{name}'")
+    for source in found:
+        if source.root is not None and leads_outside(source.path, source.root):
+            raise ConfigError(f"{source.path} leads outside {source.root}")
+    return Definition(name, found, config, ignored(config) if config is not None else ())

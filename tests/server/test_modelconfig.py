@@ -1,0 +1,453 @@
+"""A Triton repository is served as its config.pbtxt says, and what has no effect is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import text_format
+
+from infera_server import modelconfig
+from infera_server.definition import Definition, define
+from infera_server.discovery import Source, survey
+from infera_server.errors import BadRequest
+from infera_server.ignored import RULES, ignored
+from infera_server.modelconfig import ConfigError
+from infera_server.repository import Repository
+from infera_server.samples import run_samples
+from infera_server.settings import Settings
+from tests.server.support import Running, doubler, hosting, until
+from tests.text import parse
+
+DOUBLE = "g (float[N, 4] x) => (float[N, 4] y) { y = Add(x, x) }"
+
+IO = """
+input [ { name: "x" data_type: TYPE_FP32 dims: [4] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [4] } ]
+"""
+
+
+def put(
+    root: Path, name: str, config: str | None, *versions: str, model: str = DOUBLE, file: str = "model.onnx"
+) -> Path:
+    """A model's folder in a repository."""
+    for version in versions or ("1",):
+        folder = root / name / version
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(parse(model), folder / file)
+    if config is not None:
+        (root / name / "config.pbtxt").write_text(config)
+    return root / name
+
+
+@contextmanager
+def repository(root: Path, **settings: Any) -> Iterator[Running]:
+    with hosting(Repository(Settings(**settings), survey([root]).sources, rescan=lambda: survey([root]))) as running:
+        yield running
+
+
+def states(root: Path) -> dict[str, str]:
+    """State and reason of each version, by `model/version`, of a repository that is loaded and closed."""
+    found = Repository(Settings(), survey([root]).sources)
+    found.load(lambda fn, arg: fn(arg))
+    for model in found.ready():
+        model.close()
+    return {f"{e.source.name}/{e.source.version}": f"{e.state.value}: {e.reason}" for e in found.entries()}
+
+
+def infer(running: Running, x: Any, model: str = "m", **more: Any) -> tuple[int, Any]:
+    x = np.asarray(x, np.float32)
+    tensor = {"name": "x", "shape": x.shape, "datatype": "FP32", "data": x.ravel().tolist()}
+    return running.infer(model, {"inputs": [tensor], **more})
+
+
+def message(text: str) -> Any:
+    config = text_format.Parse(text, modelconfig.new())
+    modelconfig.check(config, "m")
+    return config
+
+
+# --- what is told --------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_is_told_as_triton_tells_it(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 64 platform: 'onnxruntime_onnx' dynamic_batching {}" + IO)
+    with repository(tmp_path) as running:
+        status, found = running.get("/v2/models/m/config")
+    assert status == 200
+    assert found == {
+        "name": "m",
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "runtime": "",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": 64,
+        "input": [
+            {"name": "x", "data_type": "TYPE_FP32", "format": "FORMAT_NONE", "dims": [4], "is_shape_tensor": False,
+             "allow_ragged_batch": False, "optional": False, "is_non_linear_format_io": False}
+        ],
+        "output": [
+            {"name": "y", "data_type": "TYPE_FP32", "dims": [4], "label_filename": "", "is_shape_tensor": False,
+             "is_non_linear_format_io": False}
+        ],
+        "batch_input": [],
+        "batch_output": [],
+        "optimization": {
+            "priority": "PRIORITY_DEFAULT",
+            "input_pinned_memory": {"enable": True},
+            "output_pinned_memory": {"enable": True},
+            "gather_kernel_buffer_threshold": 0,
+            "eager_batching": False,
+        },
+        "dynamic_batching": {
+            "preferred_batch_size": [64],
+            "max_queue_delay_microseconds": 0,
+            "preserve_ordering": False,
+            "priority_levels": 0,
+            "default_priority_level": 0,
+            "priority_queue_policy": {},
+        },
+        "instance_group": [
+            {"name": "m", "kind": "KIND_CPU", "count": 1, "gpus": [], "secondary_devices": [], "profile": [],
+             "passive": False, "host_policy": ""}
+        ],
+        "default_model_filename": "model.onnx",
+        "cc_model_filenames": {},
+        "metric_tags": {},
+        "parameters": {},
+        "model_warmup": [],
+    }  # fmt: skip
+
+
+# --- what is honoured ----------------------------------------------------------------------------------------------
+
+
+def test_the_batch_is_left_out_of_dims_and_limited(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 2" + IO)
+    with repository(tmp_path) as running:
+        assert running.get("/v2/models/m")[1]["inputs"][0]["shape"] == [-1, 4]
+        assert infer(running, np.ones((2, 4)))[0] == 200
+        status, reply = infer(running, np.ones((3, 4)))
+        assert (status, "batch-size must be <= 2 for 'm'" in reply["error"]) == (400, True)
+
+
+def test_a_batch_of_one_is_a_batch(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 1" + IO)
+    with repository(tmp_path) as running:
+        assert infer(running, np.ones((1, 4)), outputs=[{"name": "y", "parameters": {"classification": 1}}])[1][
+            "outputs"
+        ][0]["shape"] == [1, 1]
+        assert infer(running, np.ones((2, 4)))[0] == 400
+
+
+def test_without_max_batch_size_there_is_no_batch(tmp_path: Path) -> None:
+    put(tmp_path, "m", IO.replace("[4]", "[-1, 4]"))
+    with repository(tmp_path, max_batch=2) as running:
+        assert infer(running, np.ones((100, 4)))[0] == 200
+        assert running.get("/v2/models/m/config")[1]["max_batch_size"] == 0
+
+
+def test_an_operators_limit_goes_before_the_configurations(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 32" + IO)
+    with repository(tmp_path, max_batch=8) as running:
+        assert infer(running, np.ones((9, 4)))[0] == 400
+
+
+def test_fixed_dims_hold_where_the_model_is_open(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 8" + IO, model="g (float[N, W] x) => (float[N, W] y) { y = Add(x, x) }")
+    with repository(tmp_path) as running:
+        assert infer(running, np.ones((1, 4)))[0] == 200
+        status, reply = infer(running, np.ones((1, 5)))
+        assert (status, "Expected [-1,4], got [1,5]" in reply["error"]) == (400, True)
+
+
+def test_tensors_are_reshaped(tmp_path: Path) -> None:
+    config = """
+    max_batch_size: 4
+    input [ { name: "x" data_type: TYPE_FP32 dims: [4] reshape { shape: [2, 2] } } ]
+    output [ { name: "y" data_type: TYPE_FP32 dims: [1, 4] reshape { shape: [2, 2] } } ]
+    """
+    put(tmp_path, "m", config, model="g (float[N, 2, 2] x) => (float[N, 2, 2] y) { y = Transpose<perm=[0, 2, 1]>(x) }")
+    with repository(tmp_path) as running:
+        assert running.get("/v2/models/m")[1]["outputs"][0]["shape"] == [-1, 1, 4]
+        reply = infer(running, [[1, 2, 3, 4], [5, 6, 7, 8]])[1]
+        assert (reply["outputs"][0]["shape"], reply["outputs"][0]["data"]) == ([2, 1, 4], [1, 3, 2, 4, 5, 7, 6, 8])
+
+
+def test_a_scalar_is_one_element(tmp_path: Path) -> None:
+    put(tmp_path, "m", IO.replace("[4]", "[1]"), model="g (float x) => (float y) { y = Add(x, x) }")
+    with repository(tmp_path) as running:
+        reply = infer(running, [3.0])[1]
+        assert (reply["outputs"][0]["shape"], reply["outputs"][0]["data"]) == ([1], [6.0])
+
+
+def test_an_optional_input_may_be_left_out(tmp_path: Path) -> None:
+    config = """
+    input [ { name: "x" data_type: TYPE_FP32 dims: [2] }, { name: "b" data_type: TYPE_FP32 dims: [2] optional: true } ]
+    """
+    put(tmp_path, "m", config, model="g (float[2] x, float[2] b = {10, 20}) => (float[2] y) { y = Add(x, b) }")
+    with repository(tmp_path) as running:
+        assert infer(running, [1, 2])[1]["outputs"][0]["data"] == [11, 22]
+        tensors = [{"name": n, "shape": [2], "datatype": "FP32", "data": [1, 2]} for n in ("x", "b")]
+        assert running.infer("m", {"inputs": tensors})[1]["outputs"][0]["data"] == [2, 4]
+
+
+def test_classes_have_labels(tmp_path: Path) -> None:
+    folder = put(tmp_path, "m", "max_batch_size: 2" + IO.replace('"y"', '"y" label_filename: "labels.txt"'))
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    with repository(tmp_path) as running:
+        reply = infer(running, [[1, 4, 3, 2]], outputs=[{"name": "y", "parameters": {"classification": 3}}])[1]
+        assert reply["outputs"][0]["data"] == ["8.000000:1:dog", "6.000000:2", "4.000000:3"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        ("", ["10"]),
+        ("version_policy: { latest { num_versions: 2 } }", ["3", "10"]),
+        ("version_policy: { all {} }", ["1", "3", "10"]),
+        ("version_policy: { specific { versions: [1, 3, 7] } }", ["1", "3"]),
+    ],
+)
+def test_the_version_policy_chooses(tmp_path: Path, policy: str, served: list[str]) -> None:
+    put(tmp_path, "m", policy, "1", "3", "10")
+    with repository(tmp_path) as running:
+        assert running.get("/v2/models/m")[1]["versions"] == served
+        assert infer(running, np.ones((1, 4)))[1]["model_version"] == served[-1]
+        assert list(running.index()) == [f"m/{version}" for version in served]
+
+
+def test_a_policy_that_chooses_nothing_is_said(tmp_path: Path) -> None:
+    text = "at least one version must be available under the version policy of model 'm'"
+    put(tmp_path, "m", "version_policy: { specific { versions: [7] } }")
+    put(tmp_path, "n", None)
+    with repository(tmp_path) as running:
+        assert running.index() == {"m/1": f"UNAVAILABLE: {text}", "n/1": "READY"}
+        with pytest.raises(BadRequest, match=f"^load failed for model 'm': {text}"):
+            running.call(running.host.service.load_model("m"))
+
+
+def test_the_models_file_has_the_name_that_is_given(tmp_path: Path) -> None:
+    put(tmp_path, "m", 'default_model_filename: "net.bin"', file="net.bin")
+    with repository(tmp_path) as running:
+        assert infer(running, np.ones((1, 4)))[0] == 200
+
+
+def test_the_queue_is_as_long_as_its_policy_says() -> None:
+    policy = "default_queue_policy { max_queue_size: 7 default_timeout_microseconds: 5000 }"
+    definition = Definition("m", [], message(f"max_batch_size: 8 dynamic_batching {{ {policy} }}"))
+    tuned = definition.tuned(Settings())
+    assert (tuned.max_batch, tuned.max_queue, definition.queue_timeout) == (8, 7, 0.005)
+    levels = "dynamic_batching { priority_levels: 4 default_priority_level: 2 }"
+    tuned = Definition("m", [], message(levels)).tuned(Settings())
+    assert (tuned.priority_levels, tuned.default_priority) == (4, 2)
+    threads = message('parameters { key: "intra_op_thread_count" value { string_value: "3" } }')
+    assert Definition("m", [], threads).tuned(Settings()).threads == 3
+    assert Definition("m", [], threads).tuned(Settings(threads=1)).threads == 1
+
+
+def test_instances_say_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(group: str, gpus: int = 0, **settings: Any) -> str | None:
+        monkeypatch.setattr("infera_server.definition.gpu_count", lambda: gpus)
+        return Definition("m", [], message(f"instance_group [ {{ {group} }} ]")).device(Settings(**settings))
+
+    assert device("kind: KIND_CPU") == "cpu"
+    assert device("count: 1") is None
+    assert device("kind: KIND_GPU gpus: [1]", gpus=2) == "cuda:1"
+    assert device("kind: KIND_GPU", gpus=1) is None
+    assert device("kind: KIND_GPU", device="cpu") is None
+    with pytest.raises(ConfigError, match="has kind KIND_GPU but there is no GPU 0; --device says where"):
+        device("kind: KIND_GPU")
+
+
+def test_samples_are_run_before_the_model_is_ready(tmp_path: Path) -> None:
+    sample = """
+    model_warmup [ {{ name: "s" batch_size: 2 count: 3
+      inputs {{ key: "x" value {{ data_type: TYPE_FP32 dims: [4] {data} }} }} }} ]
+    """
+    folder = put(tmp_path, "m", None)
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "x").write_bytes(np.arange(4, dtype="<f4").tobytes())
+    for data in ("zero_data: true", "random_data: true", 'input_data_file: "x"'):
+        put(tmp_path, "m", "max_batch_size: 4" + IO + sample.format(data=data))
+        assert states(tmp_path) == {"m/1": "READY: "}
+    for change, text in (
+        ('input_data_file: "../config.pbtxt"', "leads outside the model's folder"),
+        ('input_data_file: "/etc/passwd"', "leads outside the model's folder"),
+        ('input_data_file: "y"', "does not exist"),
+    ):
+        put(tmp_path, "m", "max_batch_size: 4" + IO + sample.format(data=change))
+        assert text in states(tmp_path)["m/1"]
+    session = doubler()
+    config = message("max_batch_size: 4" + sample.format(data='input_data_file: "x"'))
+    assert run_samples(session, config, folder) == 3
+    assert session.batches == [2, 2, 2]
+    (folder / "warmup" / "x").write_bytes(b"short")
+    put(tmp_path, "m", "max_batch_size: 4" + IO + sample.format(data='input_data_file: "x"'))
+    assert "has 5 bytes, input 'x' needs 16" in states(tmp_path)["m/1"]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+BATCHED = "max_batch_size: 4" + IO
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("max_batch_size: 4 name: 'n'", "directory name must equal model name"),
+        ("max_batch_size: -1", "'max_batch_size' must be non-negative value for m"),
+        ("platform: 'tensorrt_plan'", "unexpected platform type 'tensorrt_plan' for m"),
+        ("backend: 'python'", "unable to find backend library for backend 'python'"),
+        ("max_batch: 4", 'has no field named "max_batch"'),
+        (BATCHED.replace("FP32", "INT32"),
+         "configuration expects datatype TYPE_INT32 for input 'x', model provides TYPE_FP32"),
+        (BATCHED.replace('"x"', '"z"'), "unexpected inference input 'z', allowed inputs are: x"),
+        (BATCHED.replace('"y"', '"z"'), "unexpected inference output 'z', allowed outputs are: y"),
+        (BATCHED.replace("[4]", "[5]"),
+         ("model 'm', tensor 'x': the model expects 2 dimensions (shape [-1,4]) but the model configuration specifies "
+         "2 dimensions (an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, "
+         "making complete shape [-1,5])")),
+        (IO, "the model expects 2 dimensions (shape [-1,4]) but the model configuration specifies 1 dimensions"),
+        (BATCHED.replace("dims: [4]", "dims: [4] optional: true", 1),
+         "optional input 'x' is not supported for models that support batching"),
+        (IO.replace("[4]", "[-1, 4]").replace("dims", "optional: true dims", 1), "input 'x' cannot be optional"),
+        (BATCHED.replace("dims: [4]", "dims: [4] reshape { shape: [5] }", 1),
+         "different size for dims and reshape"),
+        (BATCHED.replace("dims: [4]", "dims: [4] allow_ragged_batch: true", 1), "ragged"),
+        (BATCHED.replace("dims: [4]", "dims: [0]", 1), "dimension must be integer >= 1, or -1"),
+        ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "preferred size must be <= max batch size"),
+        ("dynamic_batching { priority_levels: 2 default_priority_level: 3 }", "default priority level"),
+        ("default_model_filename: '../1/model.onnx'", "leads outside the model's folder"),
+        ("default_model_filename: '/etc/passwd'", "leads outside the model's folder"),
+        ("default_model_filename: 'no.onnx'", "does not exist"),
+        ("platform: 'ensemble' ensemble_scheduling {}", "is an ensemble"),
+        (BATCHED.replace('"y"', '"y" label_filename: "../../x"'), "leads outside the model's folder"),
+        (BATCHED.replace('"y"', '"y" label_filename: "nope"'), "does not exist"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_the_reason_in_the_index(tmp_path: Path, config: str, text: str) -> None:
+    put(tmp_path, "m", config)
+    put(tmp_path, "ok", None)
+    found = states(tmp_path)
+    assert found["ok/1"] == "READY: "
+    assert found["m/1"].startswith("UNAVAILABLE: ")
+    assert text in found["m/1"]
+
+
+def test_a_model_whose_batch_is_fixed_cannot_be_batched(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 4", model="g (float[2, 4] x) => (float[2, 4] y) { y = Add(x, x) }")
+    text = "the first dimension must be -1; but shape expected by the model is [2,4]"
+    assert text in states(tmp_path)["m/1"]
+
+
+def test_no_link_leads_out_of_the_repository(tmp_path: Path) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "repository"
+    put(outside, "o", "", "1")
+    (root / "a" / "1").mkdir(parents=True)
+    (root / "a" / "1" / "model.onnx").symlink_to(outside / "o" / "1" / "model.onnx")
+    (root / "b").symlink_to(outside / "o")
+    put(root, "c", None)
+    (root / "c" / "config.pbtxt").symlink_to(outside / "o" / "config.pbtxt")
+    found = survey([root])
+    assert [source.name for source in found.sources] == ["c"]
+    assert all("leads outside" in found.problems[name] for name in ("a", "b"))
+    with pytest.raises(ConfigError, match="leads outside"):
+        define("c", found.sources)
+
+
+# --- what is ignored -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_ignored_is_named_in_the_index(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 4 dynamic_batching { max_queue_delay_microseconds: 100 }" + IO)
+    assert states(tmp_path)["m/1"].startswith("READY: ignored: dynamic_batching.max_queue_delay_microseconds: ")
+
+
+EXAMPLES = """
+runtime: "x"
+optimization { graph { level: 1 } priority: PRIORITY_MAX cuda { graphs: true } execution_accelerators {}
+  input_pinned_memory { enable: true } output_pinned_memory { enable: true } gather_kernel_buffer_threshold: 1
+  eager_batching: true }
+cc_model_filenames { key: "8.0" value: "x" }
+metric_tags { key: "a" value: "b" }
+model_operations { op_library_filename: "x" }
+model_transaction_policy { decoupled: true }
+model_repository_agents { agents { name: "x" } }
+model_metrics {}
+response_cache { enable: true }
+instance_group [ { count: 2 rate_limiter {} secondary_devices {} profile: "x" passive: true host_policy: "x" } ]
+"""
+BATCHING = """dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 1 preserve_ordering: true
+  priority_queue_policy { key: 1 value {} } default_queue_policy { timeout_action: DELAY } }"""
+
+
+def test_every_setting_without_effect_is_found_where_it_is_asked_for() -> None:
+    asked = [message(f"{EXAMPLES} max_batch_size: 4 {more}") for more in (BATCHING, "sequence_batching {}")]
+    found = {note.partition(":")[0] for config in asked for note in ignored(config)}
+    assert found == {rule.setting for rule in RULES}
+    assert ignored(message("max_batch_size: 4 instance_group [ { count: 1 } ]" + IO)) == []
+    names = message('parameters { key: "A" value { string_value: "1" } }')
+    assert ignored(names) == ["parameters.A: the runtime chooses its own kernels and memory"]
+
+
+# --- a load request's own ------------------------------------------------------------------------------------------
+
+
+def test_a_load_request_brings_its_configuration(tmp_path: Path) -> None:
+    put(tmp_path, "m", "max_batch_size: 4" + IO, "1", "2")
+    with repository(tmp_path) as running:
+        load = running.host.service.load_model
+        running.call(load("m", json.dumps({"max_batch_size": 2, "version_policy": {"specific": {"versions": [1]}}})))
+        assert running.get("/v2/models/m/config")[1]["max_batch_size"] == 2
+        until(lambda: running.index() == {"m/1": "READY", "m/2": "UNAVAILABLE: unloaded"})
+        for bad, text in (
+            ("{bad", "failed to load 'm', failed to poll from model repository: Invalid config override"),
+            ('{"foo": 1}', "Invalid config override"),
+            ('{"max_batch_size": -3}', "must be non-negative"),
+            ("[" * 10000, "Invalid config override"),
+            ('{"version_policy": {"specific": {}}}', "load failed for model 'm': at least one version"),
+        ):
+            with pytest.raises(BadRequest, match=text):
+                running.call(load("m", bad))
+        assert running.index()["m/1"] == "READY"
+        running.call(load("m"))
+        assert running.get("/v2/models/m")[1]["versions"] == ["2"]
+
+
+def test_a_load_request_brings_its_files(tmp_path: Path) -> None:
+    put(tmp_path, "m", None)
+    triple = parse("g (float[N, 4] x) => (float[N, 4] y) { d = Add(x, x) y = Add(d, x) }").SerializeToString()
+    with repository(tmp_path, max_load_bytes=10_000) as running:
+        load = running.host.service.load_model
+        running.call(load("m", "{}", {"file:7/model.onnx": triple}))
+        reply = infer(running, np.ones((1, 4)))[1]
+        assert (reply["model_version"], reply["outputs"][0]["data"]) == ("7", [3.0] * 4)
+        running.call(load("new", "{}", {"1/model.onnx": triple}))
+        assert infer(running, np.ones((1, 4)), "new")[1]["outputs"][0]["data"] == [3.0] * 4
+        for files, config, text in (
+            ({"1/model.onnx": triple}, None, "Load parameter 'config' must be specified for model file override"),
+            ({"file:../x": triple}, "{}", "must stay within model directory"),
+            ({"file:/tmp/x": triple}, "{}", "must stay within model directory"),
+            ({"file:1/\0": triple}, "{}", "must stay within model directory"),
+            ({"file:x": triple}, "{}", "at least one version must be available"),
+            ({"file:1/model.onnx": b"x"}, "{}", "version 1 is at UNAVAILABLE state: "),
+            ({"file:1/model.onnx": b"x" * 10_001}, "{}", "10,001 bytes, at most 10,000 are accepted"),
+            ({"file:1/a": b"x", "file:1/a/b": b"x"}, "{}", "cannot be kept"),
+        ):
+            with pytest.raises(BadRequest, match=text):
+                running.call(load("m", config, files))
+        assert infer(running, np.ones((1, 4)))[1]["model_version"] == "7"
+
+
+def test_a_source_alone_has_no_configuration() -> None:
+    definition = define("m", [Source("m", "2", Path("m.onnx")), Source("m", "1", Path("m.onnx"))])
+    assert [source.version for source in definition.sources] == ["2", "1"]
+    assert definition.config is None
