@@ -204,7 +204,17 @@ def free_port(first: int) -> int:
 @contextmanager
 def served(paths: list[Path], port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`infera serve` in a process of its own, which Ctrl-C in the terminal does not reach; stopped at the end."""
-    command = [sys.executable, "-m", "infera_gpu.cli", "serve", *map(str, paths), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "infera_gpu.cli",
+        "serve",
+        *map(str, paths),
+        "--port",
+        str(port),
+        "--grpc-port",
+        "0",
+    ]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

@@ -26,6 +26,12 @@ def serve(
     paths: Annotated[list[Path], typer.Argument(help="ONNX files, folders of them, or NAME/VERSION/model.onnx trees.")],
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
+    grpc_port: Annotated[
+        str | None, typer.Option(help="Port for gRPC; 0 takes a free one, off serves none. [default: 8001]")
+    ] = None,
+    grpc_compression: Annotated[
+        str | None, typer.Option(help="Of gRPC's responses: none, deflate, gzip. [default: none]")
+    ] = None,
     api_keys: Annotated[
         Path | None, typer.Option(help="File of API keys, made by `infera key`: requests need one of them.")
     ] = None,
@@ -137,7 +143,8 @@ def serve(
 
         def loaded() -> None:
             ready = sum(1 for _ in server.repository.ready())
-            out.serving(f"serving {ready} of {len(sources)} on {_url(sock.getsockname(), settings)}")
+            grpc = "" if server.grpc_port is None else f", gRPC on port {server.grpc_port}"
+            out.serving(f"serving {ready} of {len(sources)} on {_url(sock.getsockname(), settings)}{grpc}")
 
         server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()

@@ -15,6 +15,7 @@
     ├── InternalError    500  the server's mistake
     ├── Unavailable      503  not loaded, or draining before exit
     ├── Expired          504  the deadline passed before the request had run
+    ├── Unsupported      501  a part of the protocol that is not served
     ├── UnknownTransfer  501  a transfer coding that is not spoken here
     └── UnknownVersion   505  an HTTP version that is not spoken here
 
@@ -32,6 +33,9 @@ class RequestError(Exception):
     """Base of all answers that are not a result."""
 
     status: ClassVar[int] = 500
+    grpc_code: ClassVar[str] = "INTERNAL"
+    """The name of gRPC's status code."""
+
     reason: str = ""
     """Why the server refused what was no mistake, for its metrics; empty where it was one."""
 
@@ -43,36 +47,42 @@ class BadRequest(RequestError):
     """The client's mistake."""
 
     status = 400
+    grpc_code = "INVALID_ARGUMENT"
 
 
 class Unauthorized(RequestError):
     """No API key, or one that is not known."""
 
     status = 401
+    grpc_code = "UNAUTHENTICATED"
 
 
 class Forbidden(RequestError):
     """The key is not for this."""
 
     status = 403
+    grpc_code = "PERMISSION_DENIED"
 
 
 class NotFound(RequestError):
     """No such model or version."""
 
     status = 404
+    grpc_code = "NOT_FOUND"
 
 
 class TooSlow(RequestError):
     """The body did not arrive in time."""
 
     status = 408
+    grpc_code = "DEADLINE_EXCEEDED"
 
 
 class TooLarge(RequestError):
     """The body is over the limit."""
 
     status = 413
+    grpc_code = "RESOURCE_EXHAUSTED"
     reason = "too_large"
 
 
@@ -80,12 +90,14 @@ class UnknownCoding(RequestError):
     """A content coding that is not spoken here."""
 
     status = 415
+    grpc_code = "UNIMPLEMENTED"
 
 
 class HeadTooLarge(RequestError):
     """The URL and headers are over the limit."""
 
     status = 431
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class Overloaded(RequestError):
@@ -95,6 +107,7 @@ class Overloaded(RequestError):
     """
 
     status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
 
     def __init__(self, message: str, retry_after: float, reason: str = "queue_full") -> None:
         super().__init__(message)
@@ -106,31 +119,43 @@ class InternalError(RequestError):
     """The server's mistake."""
 
     status = 500
+    grpc_code = "INTERNAL"
 
 
 class Unavailable(RequestError):
     """Not loaded, or draining before exit."""
 
     status = 503
+    grpc_code = "UNAVAILABLE"
     reason = "unavailable"
+
+
+class Unsupported(RequestError):
+    """A part of the protocol that is not served."""
+
+    status = 501
+    grpc_code = "UNIMPLEMENTED"
 
 
 class UnknownTransfer(RequestError):
     """A transfer coding that is not spoken here."""
 
     status = 501
+    grpc_code = "UNIMPLEMENTED"
 
 
 class UnknownVersion(RequestError):
     """An HTTP version that is not spoken here."""
 
     status = 505
+    grpc_code = "UNIMPLEMENTED"
 
 
 class Expired(RequestError):
     """The deadline passed before the request had run."""
 
     status = 504
+    grpc_code = "DEADLINE_EXCEEDED"
     reason = "deadline"
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -22,6 +22,9 @@ from infera_server.gate import Gate
 from infera_server.hotpath import HotPathProtocol
 from infera_server.repository import Entry, Repository
 from infera_server.service import Service
+
+if TYPE_CHECKING:
+    from infera_server.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,9 @@ class Host:
         self._sock = sock
         self._failed = False
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.grpc: GrpcServer | None = None
+        self.grpc_port: int | None = None
+        """Where gRPC is served, once it is."""
         self.server = Server(
             uvicorn.Config(
                 Gate(create_app(self.service, self._lifespan), access),
@@ -100,15 +106,31 @@ class Host:
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
         self.loop = asyncio.get_running_loop()
+        await self._start_grpc()
         tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.service.expire())]
         try:
             yield {"service": self.service}
         finally:
             self.repository.stop()
+            if self.grpc is not None:
+                await self.grpc.stop(max(0.0, self.server.deadline - time.monotonic()))
             for task in tasks:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+
+    async def _start_grpc(self) -> None:
+        port, host = self.service.settings.listen_grpc, self.service.settings.host
+        if port is None:
+            return
+        from infera_server.grpc_server import GrpcServer  # grpc takes a while to import
+
+        self.grpc = GrpcServer(self.service)
+        try:
+            self.grpc_port = await self.grpc.start(port)
+        except OSError as error:
+            log.error("cannot serve gRPC on %s:%d: %s; choose another --grpc-port, or off", host, port, error)
+            self._failed = self.server.should_exit = True
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()

@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from infera_gpu.budget import bytes_of
 from infera_gpu.passes import Precision
 
+DEFAULT_GRPC_PORT = 8001
+
 
 def checked_bytes(size: str) -> str:
     """The text, where it is an amount of memory. Raises ValueError."""
@@ -68,4 +70,14 @@ class Settings(BaseSettings):
     default_priority: int = Field(default=5, ge=1)
     inline_run: float = Field(default=0.0003, ge=0)
     warmup_seconds: float = Field(default=2.0, ge=0)
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = None
+    """None: 8001, or a free one where HTTP takes a free one too."""
+    grpc_compression: Literal["none", "deflate", "gzip"] = "none"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def listen_grpc(self) -> int | None:
+        """The port for gRPC, 0 for a free one; None for none."""
+        if self.grpc_port is None:
+            return DEFAULT_GRPC_PORT if self.port else 0
+        return None if self.grpc_port == "off" else self.grpc_port

@@ -1,7 +1,7 @@
 """The messages of the V2 gRPC protocol, of Triton's model configuration, and of gRPC's health protocol.
 
-The `.proto` files are those of https://github.com/triton-inference-server/common; `v2.binpb` is what protoc makes of
-them, and is made again by
+The `.proto` files are those of https://github.com/triton-inference-server/common, with the Watch of gRPC's health
+protocol added to it; `v2.binpb` is what protoc makes of them, and is made again by
 
     python -m grpc_tools.protoc -I. --include_imports --descriptor_set_out=v2.binpb *.proto
 

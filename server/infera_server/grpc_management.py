@@ -1,0 +1,168 @@
+"""The gRPC calls about the server, its models and their memory; what they say is `management`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from infera_server import management
+from infera_server.access import Access
+from infera_server.codec import short
+from infera_server.errors import BadRequest, NotFound, Unavailable, Unsupported
+from infera_server.grpc_calls import as_refusal, credentials, refuse
+from infera_server.protocols import wire
+from infera_server.protocols.protos import message, pool
+from infera_server.protocols.v2_grpc import version_of
+from infera_server.servable import Servable
+from infera_server.service import Service
+
+OPEN = frozenset({"ServerLive", "ServerReady"})
+CHANGING = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
+SETTINGS = frozenset({"TraceSetting", "LogSettings"})
+"""They read where they are given nothing to change."""
+
+Method: TypeAlias = Callable[[Service, Any], Awaitable[dict[str, Any]]]
+"""A request's message to the members of the response's. Raises RequestError."""
+
+
+def handler(service: Service, name: str) -> grpc.RpcMethodHandler:
+    """The handler of a method."""
+    asked, made, method = message(f"inference.{name}Request"), message(f"inference.{name}Response"), METHODS[name]
+
+    async def handle(data: bytes, context: Any) -> bytes:
+        try:
+            try:
+                request = asked.FromString(data)
+            except DecodeError:
+                raise BadRequest(wire.UNREADABLE) from None
+            _check_access(service.access, name, request, context)
+            members = await method(service, request)
+            return bytes(json_format.ParseDict(members, made(), descriptor_pool=pool()).SerializeToString())
+        except Exception as error:
+            await refuse(context, as_refusal(error))
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _check_access(access: Access, name: str, request: Any, context: Any) -> None:
+    """Health is open, reading takes a key, the rest one for more. Raises Unauthorized or Forbidden."""
+    if name in OPEN:
+        return
+    if name in CHANGING or (name in SETTINGS and request.settings):
+        access.check_management(credentials(context))
+    elif not access.is_open:
+        access.identify(credentials(context))
+
+
+def _find(service: Service, request: Any) -> Servable:
+    return management.find(service.repository, request.name, version_of(request.version))
+
+
+# --- health and metadata ---------------------------------------------------------------------------------------------
+
+
+async def server_live(service: Service, request: Any) -> dict[str, Any]:
+    return {"live": True}
+
+
+async def server_ready(service: Service, request: Any) -> dict[str, Any]:
+    return {"ready": service.ready}
+
+
+async def model_ready(service: Service, request: Any) -> dict[str, Any]:
+    """Triton says no more than no of a model that it does not know."""
+    try:
+        return {"ready": not _find(service, request).lost and not service.draining}
+    except (NotFound, Unavailable):
+        return {"ready": False}
+
+
+async def server_metadata(service: Service, request: Any) -> dict[str, Any]:
+    return management.server_metadata()
+
+
+async def model_metadata(service: Service, request: Any) -> dict[str, Any]:
+    return management.model_metadata(service.repository, _find(service, request))
+
+
+async def model_config(service: Service, request: Any) -> dict[str, Any]:
+    return {"config": management.configuration(_find(service, request))}
+
+
+async def model_statistics(service: Service, request: Any) -> dict[str, Any]:
+    """Of one model, or of all."""
+    try:
+        models = [_find(service, request)] if request.name else list(service.repository.ready())
+    except NotFound:
+        known = bool(service.repository.versions(request.name))
+        which = (
+            f"version is not available for model '{request.name}'"
+            if known
+            else f"'{short(request.name)}' is not available"
+        )
+        raise BadRequest(f"requested model {which}") from None
+    return {"model_stats": [management.statistics(model) for model in models]}
+
+
+# --- the repository --------------------------------------------------------------------------------------------------
+
+
+async def repository_index(service: Service, request: Any) -> dict[str, Any]:
+    _check_repository(request)
+    return {"models": management.index(service.repository, request.ready)}
+
+
+async def repository_model_load(service: Service, request: Any) -> dict[str, Any]:
+    _check_repository(request)
+    config: str | None = None
+    files: dict[str, bytes] = {}
+    for key, value in request.parameters.items():
+        if key == "config":
+            config = _typed(key, value, "string_param")
+        elif key.startswith("file:"):
+            files[key.removeprefix("file:")] = _typed(key, value, "bytes_param")
+        else:
+            raise BadRequest(f"unrecognized load parameter '{key}'.")
+    await service.load_model(request.model_name, config, files)
+    return {}
+
+
+async def repository_model_unload(service: Service, request: Any) -> dict[str, Any]:
+    _check_repository(request)
+    dependents = False
+    if "unload_dependents" in request.parameters:
+        value = request.parameters["unload_dependents"]
+        if value.WhichOneof("parameter_choice") != "bool_param":
+            raise BadRequest("invalid value type for 'unload_dependents' parameter, expected bool_param.")
+        dependents = value.bool_param
+    await service.unload_model(request.model_name, dependents)
+    return {}
+
+
+def _check_repository(request: Any) -> None:
+    if request.repository_name:
+        raise Unsupported("'repository_name' specification is not supported")
+
+
+def _typed(key: str, value: Any, kind: str) -> Any:
+    if value.WhichOneof("parameter_choice") != kind:
+        raise BadRequest(f"invalid value type for load parameter '{key}', expected {kind}.")
+    return getattr(value, kind)
+
+
+METHODS: dict[str, Method] = {
+    "ServerLive": server_live,
+    "ServerReady": server_ready,
+    "ModelReady": model_ready,
+    "ServerMetadata": server_metadata,
+    "ModelMetadata": model_metadata,
+    "ModelConfig": model_config,
+    "ModelStatistics": model_statistics,
+    "RepositoryIndex": repository_index,
+    "RepositoryModelLoad": repository_model_load,
+    "RepositoryModelUnload": repository_model_unload,
+}

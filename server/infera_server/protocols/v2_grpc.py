@@ -1,0 +1,264 @@
+"""The Open Inference Protocol V2 over gRPC, with Triton's extensions: requests read and responses made.
+
+https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto
+
+Tensors in `raw_input_contents` are views of the message, and outputs are copied once, into the reply. Refusals have
+Triton's texts, without the request's id that Triton puts in front of some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from infera_server import codec
+from infera_server.codec import Buffer, short
+from infera_server.errors import BadRequest
+from infera_server.protocols import grpc_members as members
+from infera_server.protocols import wire
+from infera_server.protocols.grpc_members import View
+from infera_server.protocols.protos import message
+from infera_server.requests import (
+    NO_OPTIONS,
+    Options,
+    Output,
+    Region,
+    Request,
+    all_outputs,
+    check_complete,
+    check_input,
+    from_bytes,
+    input_of,
+)
+from infera_server.rows import Arrays, HostArray
+from infera_server.signature import Signature, Tensor
+
+InferRequest = message("inference.ModelInferRequest")
+InferResponse = message("inference.ModelInferResponse")
+StreamResponse = message("inference.ModelStreamInferResponse")
+
+RAW_INPUTS, RAW_OUTPUTS, ID, INFER_RESPONSE = 7, 6, 3, 2
+"""Numbers of fields: of a request, of a response, of both, of a response on a stream."""
+
+FINAL = "triton_final_response"
+
+MIN_SECONDS = 1e-6
+"""What a deadline that has passed is taken for: 0 would be none."""
+
+
+@dataclass(slots=True)
+class Message:
+    """A serialised request in parts: the rest of it (`header`) is the same from one request to the next, mostly."""
+
+    header: bytes
+    id: str
+    raw: list[memoryview]
+    nbytes: int
+
+
+def cut(data: bytes) -> Message:
+    """Raises BadRequest for what is no message."""
+    raw: list[memoryview] = []
+    ids: list[memoryview] = []
+    header = wire.cut(data, {RAW_INPUTS: raw, ID: ids})
+    try:
+        return Message(header, str(ids[-1], "utf-8") if ids else "", raw, len(data))
+    except UnicodeDecodeError:
+        raise BadRequest(wire.UNREADABLE) from None
+
+
+def parse(header: bytes) -> Any:
+    """Raises BadRequest for what is no request."""
+    try:
+        return InferRequest.FromString(header)
+    except DecodeError:
+        raise BadRequest(wire.UNREADABLE) from None
+
+
+def version_of(text: str) -> str | None:
+    """The version that a request names; None for the default. Raises BadRequest where it is no number above 0."""
+    if not text:
+        return None
+    if text[0] == "-" and text[1:].isdigit():
+        raise BadRequest(f"invalid model version specified '{short(text)}' , version should be an integral value > 0")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise BadRequest(
+            f"failed to get model version from specified version string '{short(text)}' (details: stol), "
+            "version should be an integral value > 0"
+        )
+    return text.lstrip("0") or "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An input. Its bytes are `data`, or lie in a region, or are the next raw ones of the message."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    data: bytes | None
+    region: Region | None
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """All of a request but its id, its deadline and its raw tensors."""
+
+    inputs: Sequence[Part]
+    outputs: Sequence[Output]
+    options: Options
+    trace: bool
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the elements of raw tensors are read one by one."""
+        return any(part.tensor.dtype.hasobject for part in self.inputs)
+
+
+def template_of(asked: Any, model: Signature, view: View) -> Template:
+    """What a request asks of a model. Raises BadRequest, and NotFound for an unknown region."""
+    chosen, trace = members.options_of(asked.parameters) if asked.parameters else (NO_OPTIONS, False)
+    parts: dict[str, Part] = {}
+    for entry in asked.inputs:
+        name = entry.name
+        if name in parts:
+            raise BadRequest(f"input '{short(name)}' already exists in request")
+        data, region = members.source_of(entry, model)
+        tensor = input_of(name, model)
+        datatype, shape = entry.datatype, tuple(entry.shape)
+        check_input(tensor, datatype if datatype in codec.DATATYPES else "<invalid>", shape, model)
+        if shape and not 0 <= min(shape) <= max(shape) <= codec.MAX_DIMENSION:
+            raise BadRequest(f"input '{name}': no tensor has the shape {short(str(list(shape)))}")
+        parts[name] = Part(tensor, shape, data, region)
+    check_complete(parts, model)
+    outputs = members.outputs_of(asked.outputs, model, view) if asked.outputs else all_outputs(model, binary=True)
+    return Template(list(parts.values()), outputs, chosen, trace)
+
+
+def fill(template: Template, message: Message, model: Signature, view: View, remaining: float | None) -> Request:
+    """The request, of which the caller is to be told within `remaining` seconds (None: no matter when).
+
+    Raises BadRequest, and NotFound for an unknown region.
+    """
+    feeds: dict[str, HostArray] = {}
+    rest = iter(message.raw)
+    for part in template.inputs:
+        tensor = part.tensor
+        raw: memoryview | bytes | None
+        if part.data is not None:
+            if message.raw:
+                raise BadRequest(
+                    "contents field must not be specified when using raw_input_contents "
+                    f"for '{tensor.name}' for model '{model.name}'"
+                )
+            raw = part.data
+        elif part.region is not None:
+            raw = view(part.region)
+        else:
+            raw = next(rest, None)
+            if raw is None:
+                raise BadRequest(
+                    f"unable to find data for input tensor '{tensor.name}' for model '{model.name}' in request."
+                )
+        feeds[tensor.name] = from_bytes(tensor, raw, part.shape, model)
+    options = template.options
+    timeout = options.timeout
+    if remaining is not None:
+        timeout = max(min(remaining, timeout or remaining), MIN_SECONDS)
+    return Request(
+        message.id,
+        feeds,
+        template.outputs,
+        timeout,
+        options.priority,
+        options.correlation,
+        options.others,
+        template.trace,
+    )
+
+
+def respond(request: Request, outputs: Arrays, model: Signature, view: View, more: bytes = b"") -> list[Buffer]:
+    """The parts of a serialised ModelInferResponse; `more` is a serialised one too, whose members it has besides."""
+    parts: list[Buffer] = [_origin(model.name, model.version, request.id), more]
+    tail: list[Buffer] = []
+    for want in request.outputs:
+        array, datatype = outputs[want.name], model.outputs[want.name].datatype
+        if want.classes:
+            array, datatype = codec.top_classes(array, want.classes, rows=model.leading), "BYTES"
+        data = codec.to_bytes(array)
+        if want.region is not None:
+            data = _store(data, want.name, view(want.region))
+        parts.append(_described(want.name, datatype, array.shape))
+        tail += wire.head(RAW_OUTPUTS, len(data)), data
+    return parts + tail
+
+
+def _store(data: Buffer, name: str, region: memoryview) -> bytes:
+    """Put an output where it is wanted; nothing of it is in the reply."""
+    if len(data) > len(region):
+        raise BadRequest(
+            f"shared memory size specified with the request for output '{name}' ({len(region)} bytes) "
+            f"should be at least {len(data)} bytes to hold the results"
+        )
+    region[: len(data)] = data
+    return b""
+
+
+def streamed(parts: list[Buffer]) -> bytes:
+    """A response as a stream has it."""
+    return b"".join([wire.head(INFER_RESPONSE, sum(map(len, parts))), *parts])
+
+
+def refused(text: str, request_id: str) -> bytes:
+    """The answer to a request on a stream that was not taken."""
+    return bytes(StreamResponse(error_message=text, infer_response=InferResponse(id=request_id)).SerializeToString())
+
+
+def failed(text: str, request: Request, model: Signature) -> bytes:
+    """The answer to a request on a stream that was taken and then failed."""
+    made = InferResponse(id=request.id, model_name=model.name, model_version=model.version)
+    made.parameters[FINAL].bool_param = True
+    return bytes(StreamResponse(error_message=text, infer_response=made).SerializeToString())
+
+
+# --- parts of replies, serialised: concatenated messages are one message ---------------------------------------------
+
+
+def _origin(model: str, version: str, request_id: str) -> bytes:
+    """Whose response it is."""
+    origin = _served(model, version)
+    if not request_id:
+        return origin
+    encoded = request_id.encode()
+    return origin + wire.head(ID, len(encoded)) + encoded
+
+
+@lru_cache(maxsize=1024)
+def _served(model: str, version: str) -> bytes:
+    return bytes(InferResponse(model_name=model, model_version=version).SerializeToString())
+
+
+@lru_cache(maxsize=4096)
+def _described(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    """An output's description."""
+    made = InferResponse()
+    made.outputs.add(name=name, datatype=datatype, shape=shape)
+    return bytes(made.SerializeToString())
+
+
+def text_parameter(key: str, value: str) -> bytes:
+    """A response's parameter, serialised."""
+    made = InferResponse()
+    made.parameters[key].string_param = value
+    return bytes(made.SerializeToString())
+
+
+@cache
+def final_parameter() -> bytes:
+    """That no other response to the request follows on its stream, serialised."""
+    made = InferResponse()
+    made.parameters[FINAL].bool_param = True
+    return bytes(made.SerializeToString())

@@ -1,0 +1,187 @@
+"""ModelStreamInfer: order, errors, back-pressure, leaving."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import json_format
+
+from infera_server.protocols.protos import pool
+from tests.server.grpc_support import METHOD, array_of, channel, request, status_of, stream
+from tests.server.support import WAIT, FakeDevice, FakeSession, Running, doubler, serving, until
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+BAD = np.full((1, 4), -1, np.float32)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    other = doubler()
+    other.device = FakeDevice("cpu:1")  # where its runs wait for nobody
+    with serving({"double": doubler(), "other": other}, max_batch=4, max_queue=4) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[grpc.Channel]:
+    with channel(server) as made:
+        yield made
+
+
+def session_of(server: Running, name: str) -> FakeSession:
+    session = server.sessions[name]
+    assert isinstance(session, FakeSession)
+    return session
+
+
+class Talk:
+    """A stream on which the test speaks when it wants to."""
+
+    def __init__(self, made: grpc.Channel, **more: Any) -> None:
+        self._sent: queue.Queue[Any] = queue.Queue()
+        self.call = stream(made)(iter(self._sent.get, None), timeout=WAIT, **more)
+
+    def send(self, message: Any) -> None:
+        self._sent.put(message)
+
+    def end(self) -> None:
+        self._sent.put(None)
+
+
+def as_dict(response: Any) -> Any:
+    return json_format.MessageToDict(response, preserving_proto_field_name=True, descriptor_pool=pool())
+
+
+def test_responses_and_errors_are_as_triton_s(client: grpc.Channel) -> None:
+    sent = [
+        request("double", X, id="a"),
+        request("double", X[:, :3], id="shape"),
+        request("nope", X, id="model"),
+        request("double", BAD, id="run"),
+        request("double", X, id="b", parameters={"triton_enable_empty_final_response": {"bool_param": True}}),
+    ]
+    call = stream(client)(iter(sent), timeout=WAIT)
+    responses = list(call)
+    assert call.code() is grpc.StatusCode.OK
+    final = {"triton_final_response": {"bool_param": True}}
+    for response, name in ((responses[0], "a"), (responses[4], "b")):
+        assert np.array_equal(array_of(response.infer_response), 2 * X)
+        assert response.infer_response.id == name
+        assert as_dict(response)["infer_response"]["parameters"] == final
+        assert not response.error_message
+    assert [as_dict(response) for response in responses[1:4]] == [
+        {
+            "error_message": "unexpected shape for input 'x' for model 'double'. Expected [-1,4], got [2,3].",
+            "infer_response": {"id": "shape"},
+        },
+        {
+            "error_message": "Request for unknown model: 'nope' is not found",
+            "infer_response": {"id": "model"},
+        },
+        {
+            "error_message": "model 'double' cannot run on this input: row cannot be used",
+            "infer_response": {"model_name": "double", "model_version": "1", "id": "run", "parameters": final},
+        },
+    ]
+
+
+def test_what_is_no_message_is_answered_and_the_stream_goes_on(client: grpc.Channel) -> None:
+    call = client.stream_stream(METHOD + "ModelStreamInfer")(
+        iter([b"\xff\xff", request("double", X).SerializeToString()])
+    )
+    assert len(list(call)) == 2
+
+
+def test_an_empty_stream(client: grpc.Channel) -> None:
+    call = stream(client)(iter([]), timeout=WAIT)
+    assert list(call) == []
+    assert call.code() is grpc.StatusCode.OK
+
+
+def test_responses_keep_the_order_of_requests_whatever_ends_first(server: Running, client: grpc.Channel) -> None:
+    slow = session_of(server, "double")
+    slow.block()
+    talk = Talk(client)
+    talk.send(request("double", X, id="slow"))
+    slow.wait_entered()
+    done = session_of(server, "other").batches
+    done.clear()
+    talk.send(request("other", X, id="fast"))
+    talk.send(request("nope", X, id="bad"))
+    talk.end()
+    until(lambda: bool(done))
+    slow.gate.set()
+    assert [response.infer_response.id for response in talk.call] == ["slow", "fast", "bad"]
+
+
+def test_requests_on_one_stream_share_batches(server: Running, client: grpc.Channel) -> None:
+    session = session_of(server, "double")
+    session.block()
+    talk = Talk(client)
+    for number in range(4):
+        talk.send(request("double", X[:1] + number))
+    session.wait_entered()
+    until(lambda: server.host.repository.get("double").queued == 3)
+    session.gate.set()
+    talk.end()
+    assert [array_of(r.infer_response)[0, 0] for r in talk.call] == [0, 2, 4, 6]
+    assert session.batches[0] == 1
+    assert len(session.batches) < 4
+
+
+def test_no_more_is_read_than_may_wait(server: Running, client: grpc.Channel) -> None:
+    """A stream has as many requests under way as a model may have waiting; those beyond are read later."""
+    session = session_of(server, "double")
+    session.block()
+    talk = Talk(client)
+    for number in range(20):
+        talk.send(request("double", X[:1] + number))
+    talk.end()
+    session.wait_entered()
+    session.gate.set()
+    assert [array_of(r.infer_response)[0, 0] for r in talk.call] == [2 * n for n in range(20)]
+
+
+def test_a_client_that_leaves_takes_its_requests_along(server: Running, client: grpc.Channel) -> None:
+    session, model = session_of(server, "double"), server.host.repository.get("double")
+    session.block()
+    talk = Talk(client)
+    for _ in range(3):
+        talk.send(request("double", X))
+    session.wait_entered()
+    until(lambda: model.queued == 2)
+    talk.call.cancel()
+    until(lambda: model.queued == 0)
+    session.gate.set()
+    assert session.batches == [2]
+
+
+def test_a_drain_answers_what_was_read_and_ends_the_stream() -> None:
+    session = doubler()
+    with serving({"double": session}) as running, channel(running) as made:
+        talk = Talk(made)
+        session.block()
+        talk.send(request("double", X, id="accepted"))
+        session.wait_entered()
+        running.host.server.should_exit = True
+        until(lambda: running.host.service.draining)
+        talk.send(request("double", X, id="late"))
+        late = next_answers(talk, session)
+        assert [(r.infer_response.id, r.error_message) for r in late] == [
+            ("accepted", ""),
+            ("late", "the server is shutting down; send the request to another one"),
+        ]
+        with pytest.raises(grpc.RpcError) as error:
+            next(talk.call)
+        assert status_of(error) == ("UNAVAILABLE", "the server is shutting down; send the request to another one")
+
+
+def next_answers(talk: Talk, session: FakeSession) -> list[Any]:
+    """Two responses; the run of the first goes on once the second waits behind it."""
+    session.gate.set()
+    return [next(talk.call), next(talk.call)]
