@@ -331,7 +331,11 @@ UNLIKE = {
     "negative shape": Reply("INVALID_ARGUMENT", "input 'input': no tensor has the shape [-1, 784]"),
     "no rows": Reply("INVALID_ARGUMENT", "inference request batch-size must be at least 1 for 'mlp'"),
     "load unknown": Reply("NOT_FOUND", "failed to load 'nope', failed to poll from model repository"),
-    "load file without config": Reply("NOT_FOUND", "failed to load 'mlp2', failed to poll from model repository"),
+    "load file without config": Reply(
+        "INVALID_ARGUMENT",
+        "failed to load 'mlp2', failed to poll from model repository: "
+        "Load parameter 'config' must be specified for model file override",
+    ),
     "unload unknown": Reply("NOT_FOUND", "Request for unknown model: 'nope' is not found"),
 }
 """What is answered instead of Triton's reply, on purpose: its own says what is not so, or blames itself."""

@@ -65,7 +65,7 @@ class Process:
 @contextlib.contextmanager
 def process(*arguments: str | Path) -> Iterator[Process]:
     popen = subprocess.Popen(
-        [*SERVE, *map(str, arguments), "--port", "0", "--device", "cpu"],
+        [*SERVE, *map(str, arguments), "--port", "0", "--grpc-port", "0", "--device", "cpu"],
         stderr=subprocess.PIPE, text=True, env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     lines: list[str] = []
@@ -75,7 +75,7 @@ def process(*arguments: str | Path) -> Iterator[Process]:
     served = Process(popen, "", lines)
     try:
         until(lambda: popen.poll() is not None or "serving " in served.output)
-        found = re.search(r"on http://(\S+)", served.output)
+        found = re.search(r"on http://([^\s,]+)", served.output)
         assert found, served.output
         served.address = found[1]
         yield served
