@@ -89,7 +89,7 @@ class Batcher:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._draining = self._has_turn = False
-        self._gather = Gatherer(self.layout.inputs if self.layout else {})
+        self._gather = Gatherer(self.layout.inputs, self.layout.shared) if self.layout else Gatherer({})
         self._thread = threading.Thread(target=self._serve, name=f"infera-engine-{self.name}", daemon=True)
         self._thread.start()
 

@@ -6,17 +6,26 @@ operator that is known to mix rows, and random rows run together must equal the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeAlias
 
+import numpy as np
+
 from infera_gpu.errors import OutOfMemoryError
-from infera_server.independence import mixes_rows
-from infera_server.proof import PROBE_SIZES, ROW_SCALES, prove, shape_at
-from infera_server.rows import Layout
+from infera_gpu.spec import TensorSpec
+from infera_server.independence import branch_values, mixes_rows
+from infera_server.proof import PROBE_SIZES, ROW_SCALES, SMALL_IDS, Proof, prove, random_array, shape_at
+from infera_server.rows import HostArray, Layout
 from infera_server.runtime import Session, Specs
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+
+MAX_PROOFS = 16
+"""Values of shared inputs, taken together, that are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +44,15 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A guess: the batch axis of every input and output, and how it was come by."""
+    """A guess: the batch axis of every input and output, and how it was come by.
+
+    Without `outputs` their axes are seen when it is run. The `shared` inputs have none.
+    """
 
     inputs: Mapping[str, int]
-    outputs: Mapping[str, int]
+    outputs: Mapping[str, int] | None
     origin: str
+    shared: tuple[str, ...] = ()
 
 
 def derive(session: Session, max_batch: int) -> Batching:
@@ -53,15 +66,36 @@ def derive(session: Session, max_batch: int) -> Batching:
     found = list(candidates(session.inputs, session.outputs))
     if not found:
         return Batching(None, f"off: {_no_candidate(session)}", alone, sizes)
-    if mixing := mixes_rows(session.graph):
+    if mixing := mixes_rows(session.graph, found[0].shared):
         return Batching(None, f"off: {found[0].origin}, but {mixing}", alone, sizes)
+    values = {name: branch_values(session.graph, name, session.inputs[name]) for name in found[0].shared}
+    if unknown := [name for name, points in values.items() if points is None]:
+        return Batching(None, f"off: input '{unknown[0]}' has no batch axis and chooses a branch", alone, sizes)
     refusals = []
     for candidate in found:
-        probed, refusal = prove(session, candidate.inputs, candidate.outputs)
-        if refusal is None:
-            return _sized(session, candidate, max_batch, probed)
-        refusals.append(f"{candidate.origin}, but {refusal}")
+        proof = _proven(session, candidate, values)
+        if proof.refusal is None:
+            return _sized(session, candidate, max_batch, proof)
+        refusals.append(f"{candidate.origin}, but {proof.refusal}")
     return Batching(None, f"off: {'; '.join(refusals)}", alone, sizes)
+
+
+def _proven(session: Session, candidate: Candidate, values: Mapping[str, Sequence[HostArray] | None]) -> Proof:
+    """The proof for every branch that the shared inputs can choose; the first that fails."""
+    rng = np.random.default_rng(0)
+    choices = []
+    for name, points in values.items():
+        spec = session.inputs[name]
+        choices.append(points or [random_array(rng, shape_at(spec, {}, 1), spec.dtype, limit=SMALL_IDS)])
+    if math.prod(map(len, choices)) > MAX_PROOFS:
+        return Proof({}, {}, f"{', '.join(candidate.shared)} choose among more than {MAX_PROOFS} branches")
+    axes = candidate.outputs
+    for chosen in product(*choices):
+        proof = prove(session, candidate.inputs, axes, dict(zip(values, chosen, strict=True)))
+        if proof.refusal is not None:
+            break
+        axes = proof.outputs
+    return proof
 
 
 def _alone(session: Session) -> tuple[Mapping[int, int], Mapping[str, int]]:
@@ -97,21 +131,38 @@ def candidates(inputs: Specs, outputs: Specs) -> Iterator[Candidate]:
     """Guesses, likeliest first: a symbol that all inputs and outputs share, leading axes before others."""
     if not inputs or not outputs:
         return
+    single = tuple(n for n, s in inputs.items() if all(d == 1 for d in s.shape))
+    inputs = {name: spec for name, spec in inputs.items() if name not in single}
+    if not inputs:
+        return
     specs = [*inputs.values(), *outputs.values()]
-    shared = [
+    common = [
         s for s in dict.fromkeys(specs[0].shape) if isinstance(s, str) and all(x.shape.count(s) == 1 for x in specs)
     ]
-    for symbol in sorted(shared, key=lambda s: sum(spec.shape.index(s) for spec in specs)):
+    for symbol in sorted(common, key=lambda s: sum(spec.shape.index(s) for spec in specs)):
         yield Candidate(
             {name: spec.shape.index(symbol) for name, spec in inputs.items()},
             {name: spec.shape.index(symbol) for name, spec in outputs.items()},
             f"'{symbol}' occurs once in every input and output",
+            single,
         )
     leading = [spec.shape[0] if spec.shape else 1 for spec in specs]
-    if all(not isinstance(d, int) for d in leading) and not (len(set(leading)) == 1 and leading[0] in shared):
+    are_open = all(not isinstance(d, int) for d in leading)
+    if are_open and not (len(set(leading)) == 1 and leading[0] in common):
         yield Candidate(
-            dict.fromkeys(inputs, 0), dict.fromkeys(outputs, 0), "the first axis of every input and output is open"
+            dict.fromkeys(inputs, 0),
+            dict.fromkeys(outputs, 0),
+            "the first axis of every input and output is open",
+            single,
         )
+    axes = {name: _first_open(spec) for name, spec in inputs.items()}
+    if not common and not are_open and None not in (*axes.values(), *map(_first_open, outputs.values())):
+        first = {name: axis for name, axis in axes.items() if axis is not None}
+        yield Candidate(first, None, "every input and output has an open axis", single)
+
+
+def _first_open(spec: TensorSpec) -> int | None:
+    return next((axis for axis, dim in enumerate(spec.shape) if not isinstance(dim, int)), None)
 
 
 def _no_candidate(session: Session) -> str:
@@ -119,20 +170,26 @@ def _no_candidate(session: Session) -> str:
         if not specs:
             return f"the model has no {kind}s"
         for name, spec in specs.items():
-            if not spec.shape:
+            if kind == "output" and not spec.shape:
                 return f"{kind} '{name}' is a scalar"
-            if isinstance(spec.shape[0], int):
+            if spec.shape and isinstance(spec.shape[0], int):
                 return f"{kind} '{name}' is {spec}: its first axis is fixed, and no symbol is in every input and output"
     return "no symbol is in every input and output exactly once"
 
 
-def _sized(session: Session, candidate: Candidate, max_batch: int, sizes: Mapping[str, int]) -> Batching:
+def _sized(
+    session: Session,
+    candidate: Candidate,
+    max_batch: int,
+    proof: Proof,
+) -> Batching:
     """The buckets whose plans fit in memory, which a GPU sets aside now, and what each needs."""
     arena: dict[int, int] = {}
     reason = f"on: {candidate.origin}, and {len(ROW_SCALES)} rows together equal the rows one by one"
+    sizes, axes = proof.sizes, candidate.inputs
     size = next(iter(sizes.values()), 1)
     for bucket in buckets_to(max_batch):
-        shapes = {n: shape_at(spec, {candidate.inputs[n]: bucket}, size) for n, spec in session.inputs.items()}
+        shapes = {n: shape_at(spec, {axes[n]: bucket} if n in axes else {}, size) for n, spec in session.inputs.items()}
         try:
             arena[bucket] = _arena(session, shapes)
         except Exception as error:
@@ -142,7 +199,7 @@ def _sized(session: Session, candidate: Candidate, max_batch: int, sizes: Mappin
                 return Batching(None, f"off: no plan for a batch of 1: {error}", {}, sizes)
             reason += f"; no more than {max(arena)} rows, because {error}"
             break
-    layout = Layout(candidate.inputs, candidate.outputs, tuple(arena))
+    layout = Layout(axes, proof.outputs, tuple(arena), candidate.shared)
     return Batching(layout, reason, arena, sizes)
 
 

@@ -6,9 +6,14 @@ bring out: a scale taken over the whole tensor changes nothing while every row h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.spec import TensorSpec
 
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
 
@@ -17,6 +22,10 @@ _MIXES = {
     "Unique": "removes what is equal in other rows",
 }
 
+_COMPARISONS = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
+_CONDITIONED = frozenset({"If", "Loop"})
+_SAME = frozenset({"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+
 _KEEPS_IDS = frozenset(
     {"Cast", "Clip", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "Expand", "Tile",
      "Concat", "Where", "Min", "Max", "Abs", "Relu", "Split", "Gather"}
@@ -24,9 +33,57 @@ _KEEPS_IDS = frozenset(
 """Operators whose first inputs' ids come out as they went in, or smaller."""
 
 
-def mixes_rows(graph: Graph) -> str | None:
-    """The first operator whose results for one row depend on the values of the others, and why; None: none is known."""
-    return _mixing(graph, set(graph.inputs))
+def mixes_rows(graph: Graph, shared: Collection[str] = ()) -> str | None:
+    """The first operator whose results for one row depend on the values of the others, and why; None: none is known.
+
+    The `shared` inputs are not of one row but of all.
+    """
+    return _mixing(graph, set(graph.inputs) - set(shared))
+
+
+def branch_values(graph: Graph, name: str, spec: TensorSpec) -> Sequence[HostArray] | None:
+    """Values of an input of one element among which is one for every way in which it chooses branches.
+
+    They are the constants that it is compared with, and values between and around them. None where a branch hangs on
+    it in another way; nothing where none does.
+    """
+    points: set[Any] = set()
+    if spec.dtype.kind == "b":
+        points = {False, True}
+    elif not _compared(graph, {name}, {name}, points):
+        return None
+    elif points:
+        ordered = sorted(points)
+        points |= {ordered[0] - 1, ordered[-1] + 1}
+        points |= {np.asarray((a + b) / 2, spec.dtype).item() for a, b in pairwise(ordered)}
+    if spec.dtype.kind in "iu":
+        limits = np.iinfo(spec.dtype)
+        points = {point for point in points if limits.min <= point <= limits.max}
+    return [np.full(spec.shape, point, spec.dtype) for point in sorted(points)]
+
+
+def _compared(graph: Graph, same: set[str], made: set[str], points: set[Any]) -> bool:
+    """Collect the constants that the values in `same` are compared with; what they make is added to `made`.
+
+    Returns whether every branch that hangs on them does so by these comparisons.
+    """
+    for node in graph.nodes:
+        if not any(value in made for value in node.reads):
+            continue
+        if not node.domain and node.op in _COMPARISONS:
+            a, b = node.inputs
+            constant = graph.constants.get(b if a in same else a)
+            if constant is not None and constant.size == 1 and (a in same or b in same):
+                points.add(constant.item())
+                continue
+        if node.op in _CONDITIONED and any(value in made for value in node.inputs[:2]):
+            return False
+        if not all(_compared(inner, set(same), set(made), points) for _, inner in node.subgraphs):
+            return False
+        made.update(o for o in node.outputs if o)
+        if not node.domain and node.op in _SAME and node.inputs[0] in same:
+            same.update(node.outputs)
+    return True
 
 
 def _mixing(graph: Graph, fed: set[str]) -> str | None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, completed
 from infera_server.placement import Place
 from infera_server.requests import Request
-from infera_server.rows import Arrays, Layout
+from infera_server.rows import Arrays, Layout, value_of
 from infera_server.runtime import Session
 from infera_server.samples import run_samples
 from infera_server.settings import Settings
@@ -106,8 +106,12 @@ class Model:
         layout, name = self.signature.layout, self.signature.name
         if layout is None:
             return 1, tuple(array.shape for array in feeds.values())
-        rows, group = -1, []
+        rows = -1
+        group: list[tuple[Hashable, ...]] = []
         for tensor, array in feeds.items():
+            if tensor in layout.shared:
+                group.append((tensor, value_of(array)))
+                continue
             axis, shape = layout.inputs[tensor], array.shape
             if rows not in (-1, shape[axis]):
                 raise BadRequest(f"input '{tensor}' batch size does not match other inputs for '{name}'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -26,14 +27,27 @@ SMALL_IDS, BYTE_IDS = 10, 128
 """Integers in every second row stay below these, where the graph does not say what they index."""
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The batch axes of the outputs, the sizes of the open dimensions, and why rows are not independent, if so."""
+
+    outputs: Mapping[str, int]
+    sizes: Mapping[str, int]
+    refusal: str | None
+
+
 def prove(
-    session: Session, inputs: Mapping[str, int], outputs: Mapping[str, int]
-) -> tuple[Mapping[str, int], str | None]:
+    session: Session,
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int] | None,
+    shared: dict[str, HostArray] | None = None,
+) -> Proof:
     """Run rows together and one by one; `inputs` and `outputs` are the batch axes.
 
-    Returns the sizes of the open dimensions, and why rows are not independent, or None where they are.
+    Without `outputs` they are the axes that grow with the rows. All rows have the `shared` inputs.
     """
     limits = id_limits(session.graph)
+    shared = shared or {}
     refusal = ""
     for size, wide in product(PROBE_SIZES, (True, False)):
         rng = np.random.default_rng(0)
@@ -41,23 +55,35 @@ def prove(
         rows = []
         for i, scale in enumerate(ROW_SCALES):
             row = {}
-            for name, spec in session.inputs.items():
+            for name in inputs:
+                spec = session.inputs[name]
                 limit = limits.get(name) or _limit(spec.dtype) if wide and (i % 2 or name in limits) else 2
                 row[name] = random_array(
                     rng, shape_at(spec, {inputs[name]: 1}, size, sizes), spec.dtype, scale=scale, limit=limit
                 )
             rows.append(row)
-        together = {n: np.concatenate([r[n] for r in rows], axis=inputs[n]) for n in session.inputs}
+        together = {n: np.concatenate([r[n] for r in rows], axis=axis) for n, axis in inputs.items()}
         try:
-            whole = session.run(together)
-            singles = [session.run(row) for row in rows]
+            whole = session.run(together | shared)
+            singles = [session.run(row | shared) for row in rows]
         except Exception as error:  # whatever the model cannot do with random data, it is not proven
             refusal = f"the probe run failed: {type(error).__name__}: {error}"
             if not sizes and not wide:
                 break
             continue
-        return sizes, _difference(whole, singles, outputs)
-    return {}, refusal
+        axes = _growing(whole, singles) if outputs is None else outputs
+        return Proof(axes, sizes, _difference(whole, singles, axes))
+    return Proof({}, {}, refusal)
+
+
+def _growing(whole: Arrays, singles: Sequence[Arrays]) -> dict[str, int]:
+    """The axis of every output along which rows lie one after the other; its rank where there is none, or several."""
+    axes = {}
+    for name, got in whole.items():
+        want = singles[0][name].shape
+        grown = [axis for axis, (a, b) in enumerate(zip(got.shape, want, strict=False)) if a != b]
+        axes[name] = grown[0] if len(grown) == 1 else got.ndim
+    return axes
 
 
 def _limit(dtype: np.dtype[Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,12 +17,14 @@ Arrays: TypeAlias = Mapping[str, HostArray]
 class Layout:
     """Where the rows of a batch lie: the batch axis of every input and output, and the sizes a batch is padded to.
 
-    `buckets` is ascending; the last one is the most rows a batch, and so a request, may have.
+    `buckets` is ascending; the last one is the most rows a batch, and so a request, may have. The `shared` inputs, of
+    one element, have no batch axis: only requests with the same values share a batch.
     """
 
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
     buckets: tuple[int, ...]
+    shared: tuple[str, ...] = ()
 
     @property
     def max_rows(self) -> int:
@@ -33,6 +35,11 @@ class Layout:
         return next(b for b in self.buckets if b >= rows)
 
 
+def value_of(array: HostArray) -> Hashable:
+    """The value of an array of one element, where NaN equals itself."""
+    return array.item() if array.dtype.hasobject else array.tobytes()
+
+
 def in_order(feeds: Arrays) -> Arrays:
     """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
     return {
@@ -41,10 +48,13 @@ def in_order(feeds: Arrays) -> Arrays:
 
 
 class Gatherer:
-    """Concatenates feeds along the axis of each input, in memory that is kept: it grows to the largest batch yet."""
+    """Concatenates feeds along the axis of each input, in memory that is kept: it grows to the largest batch yet.
 
-    def __init__(self, axes: Mapping[str, int]) -> None:
-        self._axes = axes
+    `shared` inputs are those of the first feed.
+    """
+
+    def __init__(self, axes: Mapping[str, int], shared: Iterable[str] = ()) -> None:
+        self._axes, self._shared = axes, tuple(shared)
         self._kept: dict[str, HostArray] = {}
 
     def __call__(self, feeds: Sequence[Arrays], rows: int, padded: int) -> Arrays:
@@ -52,7 +62,7 @@ class Gatherer:
 
         The arrays are valid until the next call.
         """
-        gathered: dict[str, HostArray] = {}
+        gathered: dict[str, HostArray] = {name: feeds[0][name] for name in self._shared}
         for name, axis in self._axes.items():
             parts = [feed[name] for feed in feeds]
             shape = list(parts[0].shape)

@@ -47,7 +47,8 @@ class Signature:
     @property
     def leading(self) -> bool:
         """Whether the batch is the first axis of every tensor, which is all that Triton's configuration can say."""
-        return self.layout is not None and not any((*self.layout.inputs.values(), *self.layout.outputs.values()))
+        layout = self.layout
+        return layout is not None and not any((*layout.inputs.values(), *layout.outputs.values(), *layout.shared))
 
 
 def tensors(specs: Specs, *, optional: bool = False) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def prime(
     for rows in layout.buckets if layout else (1,):
         feeds = {}
         for name, spec in session.inputs.items():
-            fixed = {layout.inputs[name]: rows} if layout else {}
+            fixed = {layout.inputs[name]: rows} if layout and name in layout.inputs else {}
             limit = min(2, limits.get(name, 2))
             feeds[name] = random_array(rng, shape_at(spec, fixed, size), spec.dtype, limit=limit)
         known = costs.of(group_of(feeds), sum(a.size for a in feeds.values()) / rows)

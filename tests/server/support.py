@@ -52,6 +52,7 @@ class FakeSession:
     fn: Callable[[Arrays], Arrays]
     device: FakeDevice = field(default_factory=FakeDevice)
     nodes: tuple[Node, ...] = ()
+    constants: dict[str, HostArray] = field(default_factory=dict)
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     batches: list[int] = field(default_factory=list)
@@ -62,7 +63,7 @@ class FakeSession:
 
     @property
     def graph(self) -> Graph:
-        return Graph(self.nodes, self.inputs, self.outputs)
+        return Graph(self.nodes, self.inputs, self.outputs, self.constants)
 
     def run(self, feeds: Arrays) -> Arrays:
         self.batches.append(next(iter(feeds.values())).shape[0])

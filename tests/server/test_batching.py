@@ -14,8 +14,10 @@ import pytest
 
 import infera_gpu
 from infera_gpu.errors import OutOfMemoryError, PlanError
+from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
 from infera_server.batching import buckets_to, derive
+from infera_server.independence import branch_values
 from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import Session
 from tests.server.support import FakePlan, FakeSession, doubler, spec
@@ -242,3 +244,82 @@ def test_what_other_sizes_might_make_plannable_is_served() -> None:
     model = Unplannable({"x": spec("N", 4)}, {"y": spec(4)}, lambda feeds: {"y": feeds["x"][0]})
     model.closed = True  # so that the refusals name the sizes
     assert derive(model, 8).arena_bytes == {}
+
+
+# --- inputs without a batch axis -------------------------------------------------------------------------------------
+
+
+def recurrence(fn: Callable[[Arrays], Arrays], nodes: tuple[Node, ...] = (), **scalar: Any) -> FakeSession:
+    """x [?, 3], state [2, ?, 3] and a scalar, as exporters without symbols declare them."""
+    return FakeSession(
+        {"x": spec(None, 3), "state": spec(2, None, 3), "k": spec(**scalar)},
+        {"y": spec(None, 3), "next": spec(None, None, 3)},
+        fn,
+        nodes=nodes,
+    )
+
+
+def scaled(feeds: Arrays) -> Arrays:
+    return {"y": feeds["x"] * feeds["k"], "next": feeds["state"] + feeds["x"][None]}
+
+
+def test_a_scalar_is_shared_and_axes_of_outputs_are_seen() -> None:
+    layout = derive(recurrence(scaled), 4).layout
+    assert layout is not None
+    assert (layout.inputs, layout.shared) == ({"x": 0, "state": 1}, ("k",))
+    assert layout.outputs == {"y": 0, "next": 1}
+
+
+def branching(feeds: Arrays) -> Arrays:
+    """Rows depend on each other where k is 7."""
+    if feeds["k"] == 7:
+        return {"y": np.cumsum(feeds["x"], 0), "next": feeds["state"]}
+    return scaled(feeds)
+
+
+def branches(op: str) -> tuple[Node, ...]:
+    """What such a model's graph says of k."""
+    compare = Node(op, ("k", "seven"), ("is_seven",))
+    then = Graph((), {}, {})
+    return compare, Node("If", ("is_seven",), ("y", "next"), {"then_branch": then, "else_branch": then})
+
+
+@pytest.mark.parametrize(
+    ("op", "why"), [("Equal", "differs between 5 rows together and one by one"), ("Mod", "'k' has no batch axis and")]
+)
+def test_every_branch_that_a_scalar_chooses_is_proven(op: str, why: str) -> None:
+    model = recurrence(branching, branches(op), dtype=np.int64)
+    model.constants["seven"] = np.array(7)
+    found = derive(model, 4)
+    assert found.layout is None
+    assert why in found.reason
+    model.fn = scaled
+    assert (derive(model, 4).layout is None) == (op == "Mod")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "points", "tried"),
+    [
+        (np.int64, (7,), [6, 7, 8]),
+        (np.uint8, (0,), [0, 1]),
+        (np.float32, (0.25, 0.5), [-0.75, 0.25, 0.375, 0.5, 1.5]),
+    ],
+)
+def test_values_around_and_between_the_constants_are_tried(dtype: Any, points: Any, tried: list[float]) -> None:
+    constants = {f"c{i}": np.array(point, dtype) for i, point in enumerate(points)}
+    nodes = [Node("Identity", ("k",), ("same",))]
+    nodes += [Node("Less", (name, "same"), (f"is_{name}",)) for name in constants]
+    nodes += [Node("If", (f"is_{name}",), (f"y_{name}",)) for name in constants]
+    k = spec(dtype=dtype)
+    found = branch_values(Graph(tuple(nodes), {"k": k}, {}, constants), "k", k)
+    assert found is not None
+    assert [array.item() for array in found] == tried
+
+
+def test_a_bool_has_both_values_and_a_scalar_that_decides_nothing_any() -> None:
+    for dtype, tried in ((np.bool_, [False, True]), (np.int64, [])):
+        k = spec(dtype=dtype)
+        graph = Graph((Node("Mul", ("k", "x"), ("y",)),), {"k": k}, {})
+        found = branch_values(graph, "k", k)
+        assert found is not None
+        assert [array.item() for array in found] == tried
