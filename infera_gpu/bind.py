@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -283,28 +283,41 @@ class Given:
         np.copyto(target, self.array)
 
 
+Apart: TypeAlias = tuple[tuple[Callable[..., object], ...], tuple[tuple[Any, ...], ...]]
+"""Calls: what is called, and what with."""
+
+
+def _apart(calls: Sequence[Call]) -> Apart:
+    return tuple([fn for fn, _ in calls]), tuple([args for _, args in calls])
+
+
 @dataclass(frozen=True)
 class Bound:
     """A plan bound to one set of arenas: calls to make, and ports to fill before and to read after. `direct` inputs
     are set.
 
     The plan's step i makes the calls from `starts[i]` to `starts[i + 1]`. `fast` are the calls of a run: the same, but
-    for what a CUDA graph replays at one go.
+    for what a CUDA graph replays at one go. What is called and what with are kept apart: Python's garbage collection
+    passes by tuples of arrays, but not by those that hold a ufunc too.
     """
 
     plan: Plan
     ports: Ports
     direct: Mapping[str, Given]
-    calls: tuple[Call, ...]
+    made: Apart
     starts: tuple[int, ...]
-    fast: tuple[Call, ...]
+    fast: Apart
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return tuple(zip(*self.made, strict=True))
 
     def run(self) -> None:
         """Make the calls. What fails is an InferaError naming the node: InputError for an index out of range."""
         fn: Callable[..., object] = self.run
         args: tuple[Any, ...] = ()
         try:
-            for fn, args in self.fast:
+            for fn, args in zip(*self.fast, strict=True):
                 fn(*args)
         except InferaError:
             raise
@@ -319,7 +332,7 @@ class Bound:
     def _label(self, fn: Callable[..., object], args: tuple[Any, ...]) -> str:
         """The step that a call belongs to; where a graph makes its calls one by one, that of the last."""
         args = getattr(fn, "args", args)
-        at = next((i for i, (_, a) in enumerate(self.calls) if a is args), None)
+        at = next((i for i, a in enumerate(self.made[1]) if a is args), None)
         if at is None:
             return "a replayed CUDA graph"
         return self.plan.steps[bisect_right(self.starts, at) - 1].label
@@ -383,13 +396,14 @@ def bind(
         start, stop = starts[held.start], starts[held.stop]
         fast += [*calls[done:start], *([device.graph(calls[start:stop])] if stop > start else [])]
         done = stop
+    made = _apart(calls)
     inputs = {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct}
     outputs = {v: array(o) for v, o in plan.outputs.items()}
     return Bound(
         plan,
         device.ports(inputs, outputs, arenas.get("staging")),
         direct,
-        tuple(calls),
+        made,
         tuple(starts),
-        (*fast, *calls[done:]),
+        _apart([*fast, *calls[done:]]) if fast else made,
     )

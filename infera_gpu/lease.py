@@ -215,9 +215,8 @@ class Lease:
             self._require(plan)
             self._memory.fit(plan, self._device)
             found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
-            for step in plan.steps:
-                if step.placed is not None:
-                    step.placed.site.forget()
+            for placed in plan.segment.nodes:
+                placed.site.forget()
             self._folded[plan] = self._constants.folded(plan)
             while len(self._bound) > MAX_BOUND or (sum(self._folded.values()) > MAX_FOLDED and len(self._bound) > 1):
                 del self._folded[self._bound.popitem(last=False)[0]]

@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.memory import Request, aligned, plan_arena
-from infera_gpu.plan import Plan, Step, capturable
+from infera_gpu.plan import Plan, Step, capturable, packed
 from infera_gpu.specialize import Segment
 
 
@@ -72,21 +72,8 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
     def absolute(o: Operand) -> Operand:
         return o if o.constant else o.moved(offsets.get(o.root, 0))
 
-    steps = [
-        Step(
-            s.kind,
-            s.label,
-            s.via,
-            tuple([o and absolute(o) for o in s.ins]),
-            tuple([absolute(o) for o in s.outs]),
-            s.space,
-            s.placed,
-            s.kernel,
-            s.workspace and absolute(s.workspace),
-            s.parts,
-        )
-        for s in lowered.steps
-    ]
+    numbers = {id(p): i for i, p in enumerate(lowered.segment.nodes)}
+    steps = [packed(s, numbers.get(id(s.placed)), lambda o: tuple(absolute(o))) for s in lowered.steps]
     entering = {v: absolute(o) for v, o in lowered.entering.items()}
     inputs = {v: o for v, o in entering.items() if v not in carried}
     outputs = {v: absolute(o) for v, o in lowered.outputs.items()}
@@ -95,7 +82,7 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         device=lowered.device,
         concurrency=lowered.concurrency,
         segment=lowered.segment,
-        steps=tuple(steps),
+        packed=tuple(steps),
         inputs=inputs,
         carried={v: o for v, o in entering.items() if v in carried},
         outputs=outputs,
@@ -108,7 +95,7 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
         saved=lowered.saved,
         direct=lowered.direct,
         bordered=lowered.bordered,
-        graphs=capturable(steps) if lowered.captures else None,
+        graphs=capturable(lowered.steps) if lowered.captures else None,
         staging=sum(aligned(o.nbytes) for o in travelling),
     )
 

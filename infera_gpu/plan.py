@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
@@ -52,6 +52,46 @@ class Step(NamedTuple):
         return self.kind == "compute" or (self.kernel is not None and self.kernel.allocates)
 
 
+Packed: TypeAlias = tuple[Any, ...]
+"""The fields of a Step as exact tuples, strings and numbers: its operands as plain tuples, `placed` as a number among
+the segment's nodes; what names the kernel, the operator's of the kind `via`, is left out."""
+
+
+def packed(step: Step, number: int | None, operand: Callable[[Operand], Packed]) -> Packed:
+    """The step, `number` being that of its node and `operand` what packs its operands."""
+    return (
+        step.kind,
+        step.label,
+        step.via,
+        tuple([o and operand(o) for o in step.ins]),
+        tuple([operand(o) for o in step.outs]),
+        step.space,
+        number,
+        step.workspace and operand(step.workspace),
+        step.parts,
+    )
+
+
+def unpacked(fields: Packed, nodes: Sequence[Placed]) -> Step:
+    """The step that was `packed`."""
+    kind, label, via, ins, outs, space, number, workspace, parts = fields
+    placed = None if number is None else nodes[number]
+    kernel = placed.op.kernels[via] if placed is not None and kind == "kernel" else None
+    operand = Operand._make
+    return Step(
+        kind,
+        label,
+        via,
+        tuple([o and operand(o) for o in ins]),
+        tuple([operand(o) for o in outs]),
+        space,
+        placed,
+        kernel,
+        workspace and operand(workspace),
+        parts,
+    )
+
+
 def capturable(steps: Sequence[Step]) -> tuple[range, ...]:
     """The steps that CUDA graphs can hold: ranges, as long as possible, of two or more."""
     edges = [-1, *(i for i, s in enumerate(steps) if s.uncapturable), len(steps)]
@@ -75,20 +115,19 @@ class Plan:
 
     `inputs` are uploaded before the steps and `outputs` are where results lie after them; `direct` are inputs that
     steps only copy, and that have no place of their own. `arenas` gives the bytes of each memory space, `lower_bounds`
-    the most bytes alive at one step: no plan can need less.
-    `placed` are the fields of `blocks`, which say what lies where and when: Python's garbage collection passes by plain
-    tuples, and there are many plans. `saved` are bytes of values that need no memory of their own: "as views" of
-    others, computed "in place" of an input, or written "into slots" of the value that joins them; `bordered` values lie
-    within the border that their readers want, which saves these a copy. `concurrency` is how many threads there are for
-    the steps' parts, and why. `graphs` are the steps that CUDA graphs hold, each captured once and replayed from then
-    on; None where nothing is captured. `staging` is how much page-locked host memory inputs and outputs take on their
-    way to and from a GPU.
+    the most bytes alive at one step: no plan can need less. `packed` are the fields of `steps`, and `placed` those of
+    `blocks`, which say what lies where and when: Python's garbage collection passes by plain tuples, and there are many
+    plans. `saved` are bytes of values that need no memory of their own: "as views" of others, computed "in place" of an
+    input, or written "into slots" of the value that joins them; `bordered` values lie within the border that their
+    readers want, which saves these a copy. `concurrency` is how many threads there are for the steps' parts, and why.
+    `graphs` are the steps that CUDA graphs hold, each captured once and replayed from then on; None where nothing is
+    captured. `staging` is how much page-locked host memory inputs and outputs take on their way to and from a GPU.
     """
 
     device: str
     concurrency: str
     segment: Segment
-    steps: tuple[Step, ...]
+    packed: tuple[Packed, ...]
     inputs: Mapping[str, Operand]
     carried: Mapping[str, Operand]
     outputs: Mapping[str, Operand]
@@ -101,6 +140,10 @@ class Plan:
     bordered: int = 0
     graphs: tuple[range, ...] | None = None
     staging: int = 0
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple([unpacked(fields, self.segment.nodes) for fields in self.packed])
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -127,7 +170,7 @@ class Plan:
         ins = ", ".join(f"{k} {_spec(o)}" for k, o in {**self.inputs, **self.carried}.items())
         text = (
             f"plan on {self.device}{self._threads}: {ins or 'no inputs'}\n"
-            f"{len(self.steps)} steps, {len(self.transfers)} transfers, arena {self.arena_bytes:,} bytes "
+            f"{len(self.packed)} steps, {len(self.transfers)} transfers, arena {self.arena_bytes:,} bytes "
             f"(lower bound {self.lower_bound:,}, {self.arena_bytes / max(self.lower_bound, 1):.3f} of it)"
         )
         if any(self.saved.values()):
@@ -138,7 +181,7 @@ class Plan:
             text += f"\nvalues within the border that their readers want: {self.bordered}"
         if self.graphs is not None:
             held = sum(map(len, self.graphs))
-            text += f"\n{held} of {len(self.steps)} steps in {len(self.graphs)} CUDA graphs"
+            text += f"\n{held} of {len(self.packed)} steps in {len(self.graphs)} CUDA graphs"
         if not self.segment.is_last:
             why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(e.node) for e in self.segment.eager])
             text += f"\nthe rest is planned when known: {why}"

@@ -435,9 +435,10 @@ class Session:
 
         def timed(_: Stage, bound: Bound) -> None:
             self.device.synchronize()
+            calls = bound.calls
             for step, (start, stop) in zip(bound.plan.steps, pairwise(bound.starts), strict=True):
                 began = time.perf_counter()
-                for fn, args in bound.calls[start:stop]:
+                for fn, args in calls[start:stop]:
                     fn(*args)
                 self.device.synchronize()
                 timings.append(Timing(step, time.perf_counter() - began))
