@@ -158,30 +158,35 @@ SMALL = 16
 """Elements of a constant on which a kernel's scratch may depend whatever its type; see op.Kernel."""
 
 
-def measurer(device: Device, constants: Constants) -> Callable[..., tuple[int, int]]:
+class Measurer:
     """A lower.Measure: binds a kernel to host dummies, adds up the scratch that it asks for and counts its parts.
 
     Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
     """
-    known: dict[tuple[object, ...], tuple[int, int]] = {}
-    room = _Room()
 
-    def measure(
-        kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
+    def __init__(self, device: Device, constants: Constants) -> None:
+        self._device, self._constants = device, constants
+        self._known: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._room = _Room()
+
+    def __call__(
+        self, kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
     ) -> tuple[int, int]:
         if not any(o.nbytes for o in outs):
             return 0, 1
         key = _alike(kernel, placed, ins, outs)
-        found = None if key is None else known.get(key)
+        found = None if key is None else self._known.get(key)
         if found is None:
-            found = _scratch_bytes(device, constants, kernel, placed, ins, outs, room)
+            found = _scratch_bytes(self._device, self._constants, kernel, placed, ins, outs, self._room)
             if key is not None:
-                if len(known) >= MEASURED:
-                    known.clear()
-                known[key] = found
+                if len(self._known) >= MEASURED:
+                    self._known.clear()
+                self._known[key] = found
         return found
 
-    return measure
+    def rest(self) -> None:
+        """Give most of the dummies' memory back: a plan is done."""
+        self._room.shrink()
 
 
 def _scratch_bytes(
@@ -219,29 +224,31 @@ def _scratch_bytes(
 class _Room:
     """Host memory that is given out and never written to: the system has to find none for it.
 
-    The largest block of up to KEPT bytes is kept for the next time. Asking for memory takes longer than planning a
-    small node, and where it comes in pages of 2 MiB even a block that nobody touches may cost one of them.
+    A larger block stays until it is to `shrink`. Asking for memory takes longer than planning a small node, and where
+    it comes in pages of 2 MiB even a block that nobody touches may cost one of them.
     """
 
-    FIRST, KEPT = 1 << 20, 1 << 26
+    LEAST, AHEAD = 1 << 20, 1 << 26
 
     def __init__(self) -> None:
-        self._block = self._kept = host_block(self.FIRST)
+        self._block = self._least = host_block(self.LEAST)
         self._used = 0
 
     def take(self, nbytes: int) -> tuple[HostArray, int]:
         """A block, and where in it so many bytes are free."""
         at, self._used = self._used, self._used + aligned(nbytes)
         if self._used > self._block.nbytes:
-            self._block = host_block(max(aligned(nbytes), min(2 * self._block.nbytes, self.KEPT)))
+            self._block = host_block(max(aligned(nbytes), min(2 * self._block.nbytes, self.AHEAD)))
             at, self._used = 0, aligned(nbytes)
         return self._block, at
 
     def clear(self) -> None:
         """All of it is free again."""
-        if self._kept.nbytes < self._block.nbytes <= self.KEPT:
-            self._kept = self._block
-        self._block, self._used = self._kept, 0
+        self._used = 0
+
+    def shrink(self) -> None:
+        """LEAST bytes are left."""
+        self._block, self._used = self._least, 0
 
 
 def _alike(

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from infera_gpu.bind import MAX_FOLDED, Constants, measurer
+from infera_gpu.bind import MAX_FOLDED, Constants, Measurer
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.garbage import uncollected
@@ -125,7 +125,7 @@ class Stages:
 
     def __init__(self, graph: Graph, device: Device, registry: Registry, constants: Constants, nest: Nest) -> None:
         self._graph, self._device, self._registry, self._nest = graph, device, registry, nest
-        self._measure = measurer(device, constants)
+        self._measure = Measurer(device, constants)
         self._known = Known.of(graph.constants)
         self._first: dict[Shapes, Stage] = {}
         self._recent: OrderedDict[Stage, _Place] = OrderedDict()
@@ -273,7 +273,10 @@ class Stages:
         carried: Mapping[str, Operand],
         entering: Mapping[str, ValueSpec],
     ) -> Stage:
-        plan = lower(segment, self._device, self._measure, carried)
+        try:
+            plan = lower(segment, self._device, self._measure, carried)
+        finally:
+            self._measure.rest()
         final = tuple(o for o in wanted if o in plan.outputs)
         missing = tuple(o for o in wanted if o not in plan.outputs and o not in segment.objects)
         if segment.is_last and missing:

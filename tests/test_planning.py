@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_gpu.bind import SMALL, Constants, measurer
+from infera_gpu.bind import SMALL, Constants, Measurer
 from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.layout import Operand, dense
@@ -52,7 +52,7 @@ class Counting:
     def __init__(self) -> None:
         self.bound = 0
         self.kernel = Kernel(self.bind)
-        self.measure = measurer(CpuDevice(), Constants(CpuDevice(), Graph((), {}, {})))
+        self.measure = Measurer(CpuDevice(), Constants(CpuDevice(), Graph((), {}, {})))
 
     def bind(self, site: Site, io: Buffers) -> list[Call]:
         self.bound += 1
