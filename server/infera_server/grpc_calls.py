@@ -12,16 +12,17 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from infera_server.codec import Buffer, short
-from infera_server.errors import InternalError, NotFound, RequestError, TooLarge, request_error
+from infera_server.codec import Buffer
+from infera_server.errors import InternalError, RequestError, TooLarge, request_error
 from infera_server.explanation import explain
 from infera_server.jobs import Batch, Done, Job
 from infera_server.protocols import v2_grpc
-from infera_server.protocols.grpc_members import TRACE, View
-from infera_server.requests import Region, Request
+from infera_server.protocols.grpc_members import TRACE
+from infera_server.requests import Request
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.service import Service
+from infera_server.shared_memory import Regions
 from infera_server.signature import Signature
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Call:
     request: Request
     nbytes: int
     began: float
-    view: View
+    regions: Regions
     job: Job | None = None
 
     def submit(self, done: Done) -> None:
@@ -88,7 +89,7 @@ class Call:
                 raise result
             if request.trace:
                 more += v2_grpc.text_parameter(TRACE, explain(batch, self.job))
-            parts = v2_grpc.respond(request, result, model.signature, self.view, more)
+            parts = v2_grpc.respond(request, result, model.signature, self.regions, more)
         except Exception as error:
             raise failed(model, self.began, error) from None
         model.stats.replied(200, time.monotonic() - self.began)
@@ -100,10 +101,6 @@ def failed(model: Servable, began: float, error: Exception) -> RequestError:
     refusal = as_refusal(error, model.signature.name)
     model.stats.replied(refusal.status, time.monotonic() - began)
     return refusal
-
-
-def no_region(region: Region) -> memoryview:
-    raise NotFound(f"Unable to find shared memory region: '{short(region.name)}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,6 @@ class Inference:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._view = no_region
         self._known: dict[bytes, Known] = {}
 
     def credentials(self, context: Any) -> str | None:
@@ -151,7 +147,7 @@ class Inference:
                 asked = asked or await self._read(header)
                 known = Known(name, version, signature, await self._template(asked, header, signature))
                 self._keep(header, known)
-            arguments = known.template, message, signature, self._view, remaining
+            arguments = known.template, message, signature, self._service.regions, remaining
             if message.nbytes <= INLINE_BYTES or not known.template.is_slow:
                 request = v2_grpc.fill(*arguments)
             else:
@@ -161,7 +157,7 @@ class Inference:
             raise failed(model, began, error) from None
         if model.retired:  # while another thread was at it
             return await self.prepare(message, remaining, None)
-        return Call(model, request, message.nbytes, began, self._view)
+        return Call(model, request, message.nbytes, began, self._service.regions)
 
     async def _read(self, header: bytes) -> Any:
         if len(header) <= INLINE_BYTES:
@@ -176,8 +172,8 @@ class Inference:
 
     async def _template(self, asked: Any, header: bytes, signature: Signature) -> v2_grpc.Template:
         if len(header) <= INLINE_BYTES:
-            return v2_grpc.template_of(asked, signature, self._view)
-        return await _elsewhere(v2_grpc.template_of, asked, signature, self._view)
+            return v2_grpc.template_of(asked, signature)
+        return await _elsewhere(v2_grpc.template_of, asked, signature)
 
     def _keep(self, header: bytes, known: Known) -> None:
         if len(header) <= KNOWN_BYTES:

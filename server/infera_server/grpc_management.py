@@ -21,7 +21,16 @@ from infera_server.servable import Servable
 from infera_server.service import Service
 
 OPEN = frozenset({"ServerLive", "ServerReady"})
-CHANGING = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
+CHANGING = frozenset(
+    {
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+        "SystemSharedMemoryRegister",
+        "SystemSharedMemoryUnregister",
+        "CudaSharedMemoryRegister",
+        "CudaSharedMemoryUnregister",
+    }
+)
 SETTINGS = frozenset({"TraceSetting", "LogSettings"})
 """They read where they are given nothing to change."""
 
@@ -154,6 +163,41 @@ def _typed(key: str, value: Any, kind: str) -> Any:
     return getattr(value, kind)
 
 
+# --- shared memory ---------------------------------------------------------------------------------------------------
+
+
+async def system_memory_status(service: Service, request: Any) -> dict[str, Any]:
+    return _by_name(service.regions.system.status(request.name or None))
+
+
+async def system_memory_register(service: Service, request: Any) -> dict[str, Any]:
+    service.regions.system.register(request.name, request.key, request.offset, request.byte_size)
+    return {}
+
+
+async def system_memory_unregister(service: Service, request: Any) -> dict[str, Any]:
+    service.regions.system.unregister(request.name or None)
+    return {}
+
+
+async def cuda_memory_status(service: Service, request: Any) -> dict[str, Any]:
+    return _by_name(service.regions.cuda.status(request.name or None))
+
+
+async def cuda_memory_register(service: Service, request: Any) -> dict[str, Any]:
+    service.regions.cuda.register(request.name, request.raw_handle, request.device_id, request.byte_size)
+    return {}
+
+
+async def cuda_memory_unregister(service: Service, request: Any) -> dict[str, Any]:
+    service.regions.cuda.unregister(request.name or None)
+    return {}
+
+
+def _by_name(regions: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"regions": {region["name"]: region for region in regions}}
+
+
 METHODS: dict[str, Method] = {
     "ServerLive": server_live,
     "ServerReady": server_ready,
@@ -165,4 +209,10 @@ METHODS: dict[str, Method] = {
     "RepositoryIndex": repository_index,
     "RepositoryModelLoad": repository_model_load,
     "RepositoryModelUnload": repository_model_unload,
+    "SystemSharedMemoryStatus": system_memory_status,
+    "SystemSharedMemoryRegister": system_memory_register,
+    "SystemSharedMemoryUnregister": system_memory_unregister,
+    "CudaSharedMemoryStatus": cuda_memory_status,
+    "CudaSharedMemoryRegister": cuda_memory_register,
+    "CudaSharedMemoryUnregister": cuda_memory_unregister,
 }

@@ -249,6 +249,30 @@ CASES = [
             )
         ),
     ),
+    Case(
+        "system register nothing",
+        "SystemSharedMemoryRegister",
+        request("SystemSharedMemoryRegisterRequest", name="no", key="/no-such-key", byte_size=4),
+    ),
+    Case(
+        "system unregister nothing",
+        "SystemSharedMemoryUnregister",
+        request("SystemSharedMemoryUnregisterRequest", name="no"),
+    ),
+    Case("system unregister all", "SystemSharedMemoryUnregister", request("SystemSharedMemoryUnregisterRequest")),
+    Case("system status", "SystemSharedMemoryStatus", request("SystemSharedMemoryStatusRequest")),
+    Case("system status unknown", "SystemSharedMemoryStatus", request("SystemSharedMemoryStatusRequest", name="no")),
+    Case(
+        "cuda register",
+        "CudaSharedMemoryRegister",
+        request("CudaSharedMemoryRegisterRequest", name="no", raw_handle="", byte_size=4),
+    ),
+    Case(
+        "cuda unregister nothing", "CudaSharedMemoryUnregister", request("CudaSharedMemoryUnregisterRequest", name="no")
+    ),
+    Case("cuda unregister all", "CudaSharedMemoryUnregister", request("CudaSharedMemoryUnregisterRequest")),
+    Case("cuda status", "CudaSharedMemoryStatus", request("CudaSharedMemoryStatusRequest")),
+    Case("cuda status unknown", "CudaSharedMemoryStatus", request("CudaSharedMemoryStatusRequest", name="no")),
     # --- management
     Case("live", "ServerLive", request("ServerLiveRequest")),
     Case("ready", "ServerReady", request("ServerReadyRequest")),
@@ -330,6 +354,8 @@ UNLIKE = {
     ),
     "negative shape": Reply("INVALID_ARGUMENT", "input 'input': no tensor has the shape [-1, 784]"),
     "no rows": Reply("INVALID_ARGUMENT", "inference request batch-size must be at least 1 for 'mlp'"),
+    "system register nothing": Reply("INVALID_ARGUMENT", "Unable to open shared memory region: '/no-such-key'"),
+    "cuda register": Reply("INVALID_ARGUMENT", "'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t"),
     "load unknown": Reply("NOT_FOUND", "failed to load 'nope', failed to poll from model repository"),
     "load file without config": Reply(
         "INVALID_ARGUMENT",

@@ -123,9 +123,10 @@ def test_requests_on_one_stream_share_batches(server: Running, client: grpc.Chan
     session = session_of(server, "double")
     session.block()
     talk = Talk(client)
-    for number in range(4):
-        talk.send(request("double", X[:1] + number))
+    talk.send(request("double", X[:1]))
     session.wait_entered()
+    for number in range(1, 4):
+        talk.send(request("double", X[:1] + number))
     until(lambda: server.host.repository.get("double").queued == 3)
     session.gate.set()
     talk.end()
@@ -151,9 +152,10 @@ def test_a_client_that_leaves_takes_its_requests_along(server: Running, client: 
     session, model = session_of(server, "double"), server.host.repository.get("double")
     session.block()
     talk = Talk(client)
-    for _ in range(3):
-        talk.send(request("double", X))
+    talk.send(request("double", X))
     session.wait_entered()
+    for _ in range(2):
+        talk.send(request("double", X))
     until(lambda: model.queued == 2)
     talk.call.cancel()
     until(lambda: model.queued == 0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from infera_server.signature import Signature
 EMPTY_FINAL = "triton_enable_empty_final_response"
 TRACE = "infera_trace"
 """A request's parameter that asks where its time went, and the reply's that says it."""
-
-View: TypeAlias = Callable[[Region], memoryview]
-"""The bytes of a registered region. Raises NotFound or BadRequest."""
 
 # --- parameters ------------------------------------------------------------------------------------------------------
 
@@ -136,6 +132,8 @@ def _region(entry: Any) -> Region | None:
             "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter "
             f"for tensor '{short(entry.name)}'"
         )
+    if size < 0 or (offset or 0) < 0:
+        raise BadRequest(f"Invalid offset + byte size for shared memory region: '{short(name)}'")
     return Region(name, offset or 0, size)
 
 
@@ -151,7 +149,7 @@ def _member(entry: Any, key: str, kind: str) -> Any:
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def outputs_of(entries: Any, model: Signature, view: View) -> list[Output]:
+def outputs_of(entries: Any, model: Signature) -> list[Output]:
     wanted: dict[str, Output] = {}
     for entry in entries:
         name, region, classes = entry.name, None, 0
@@ -160,8 +158,6 @@ def outputs_of(entries: Any, model: Signature, view: View) -> list[Output]:
             classes = _classes(entry.parameters)
             if region is not None and classes:
                 raise BadRequest("output can't set both 'shared_memory_region' and 'classification'")
-            if region is not None:
-                view(region)
         check_output(name, classes, model)
         wanted[name] = Output(name, True, classes, region)
     return list(wanted.values())

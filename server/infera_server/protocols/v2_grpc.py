@@ -9,7 +9,7 @@ Triton's texts, without the request's id that Triton puts in front of some.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -20,7 +20,6 @@ from infera_server.codec import Buffer, short
 from infera_server.errors import BadRequest
 from infera_server.protocols import grpc_members as members
 from infera_server.protocols import wire
-from infera_server.protocols.grpc_members import View
 from infera_server.protocols.protos import message
 from infera_server.requests import (
     NO_OPTIONS,
@@ -35,6 +34,7 @@ from infera_server.requests import (
     input_of,
 )
 from infera_server.rows import Arrays, HostArray
+from infera_server.shared_memory import Regions
 from infera_server.signature import Signature, Tensor
 
 InferRequest = message("inference.ModelInferRequest")
@@ -118,8 +118,8 @@ class Template:
         return any(part.tensor.dtype.hasobject for part in self.inputs)
 
 
-def template_of(asked: Any, model: Signature, view: View) -> Template:
-    """What a request asks of a model. Raises BadRequest, and NotFound for an unknown region."""
+def template_of(asked: Any, model: Signature) -> Template:
+    """What a request asks of a model. Raises BadRequest."""
     chosen, trace = members.options_of(asked.parameters) if asked.parameters else (NO_OPTIONS, False)
     parts: dict[str, Part] = {}
     for entry in asked.inputs:
@@ -134,11 +134,11 @@ def template_of(asked: Any, model: Signature, view: View) -> Template:
             raise BadRequest(f"input '{name}': no tensor has the shape {short(str(list(shape)))}")
         parts[name] = Part(tensor, shape, data, region)
     check_complete(parts, model)
-    outputs = members.outputs_of(asked.outputs, model, view) if asked.outputs else all_outputs(model, binary=True)
+    outputs = members.outputs_of(asked.outputs, model) if asked.outputs else all_outputs(model, binary=True)
     return Template(list(parts.values()), outputs, chosen, trace)
 
 
-def fill(template: Template, message: Message, model: Signature, view: View, remaining: float | None) -> Request:
+def fill(template: Template, message: Message, model: Signature, regions: Regions, remaining: float | None) -> Request:
     """The request, of which the caller is to be told within `remaining` seconds (None: no matter when).
 
     Raises BadRequest, and NotFound for an unknown region.
@@ -156,7 +156,7 @@ def fill(template: Template, message: Message, model: Signature, view: View, rem
                 )
             raw = part.data
         elif part.region is not None:
-            raw = view(part.region)
+            raw = regions.view(part.region).toreadonly()
         else:
             raw = next(rest, None)
             if raw is None:
@@ -164,6 +164,9 @@ def fill(template: Template, message: Message, model: Signature, view: View, rem
                     f"unable to find data for input tensor '{tensor.name}' for model '{model.name}' in request."
                 )
         feeds[tensor.name] = from_bytes(tensor, raw, part.shape, model)
+    outputs = template.outputs
+    if any(output.region for output in outputs):
+        outputs = [replace(o, region=regions.hold(o.region)) if o.region else o for o in outputs]
     options = template.options
     timeout = options.timeout
     if remaining is not None:
@@ -171,7 +174,7 @@ def fill(template: Template, message: Message, model: Signature, view: View, rem
     return Request(
         message.id,
         feeds,
-        template.outputs,
+        outputs,
         timeout,
         options.priority,
         options.correlation,
@@ -180,7 +183,7 @@ def fill(template: Template, message: Message, model: Signature, view: View, rem
     )
 
 
-def respond(request: Request, outputs: Arrays, model: Signature, view: View, more: bytes = b"") -> list[Buffer]:
+def respond(request: Request, outputs: Arrays, model: Signature, regions: Regions, more: bytes = b"") -> list[Buffer]:
     """The parts of a serialised ModelInferResponse; `more` is a serialised one too, whose members it has besides."""
     parts: list[Buffer] = [_origin(model.name, model.version, request.id), more]
     tail: list[Buffer] = []
@@ -190,21 +193,11 @@ def respond(request: Request, outputs: Arrays, model: Signature, view: View, mor
             array, datatype = codec.top_classes(array, want.classes, rows=model.leading), "BYTES"
         data = codec.to_bytes(array)
         if want.region is not None:
-            data = _store(data, want.name, view(want.region))
+            regions.write(want.region, data, want.name)
+            data = b""
         parts.append(_described(want.name, datatype, array.shape))
         tail += wire.head(RAW_OUTPUTS, len(data)), data
     return parts + tail
-
-
-def _store(data: Buffer, name: str, region: memoryview) -> bytes:
-    """Put an output where it is wanted; nothing of it is in the reply."""
-    if len(data) > len(region):
-        raise BadRequest(
-            f"shared memory size specified with the request for output '{name}' ({len(region)} bytes) "
-            f"should be at least {len(data)} bytes to hold the results"
-        )
-    region[: len(data)] = data
-    return b""
 
 
 def streamed(parts: list[Buffer]) -> bytes:
