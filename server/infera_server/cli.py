@@ -27,7 +27,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     grpc_port: Annotated[
-        str | None, typer.Option(help="Port for gRPC; 0 takes a free one, off serves none. [default: 8001]")
+        str | None,
+        typer.Option(help="Port for gRPC; 0 takes a free one, off serves none. [default: the one after --port]"),
     ] = None,
     grpc_compression: Annotated[
         str | None, typer.Option(help="Of gRPC's responses: none, deflate, gzip. [default: none]")

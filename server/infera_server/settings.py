@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from infera_gpu.budget import bytes_of
 from infera_gpu.passes import Precision
 
-DEFAULT_GRPC_PORT = 8001
+MAX_PORT = 65535
 
 
 def checked_bytes(size: str) -> str:
@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="INFERA_", extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", min_length=1)  # to a socket, "" means every interface
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=MAX_PORT)
     api_keys: Path | None = None
     open_management: bool = False
     tls_cert: Path | None = None
@@ -70,8 +70,8 @@ class Settings(BaseSettings):
     default_priority: int = Field(default=5, ge=1)
     inline_run: float = Field(default=0.0003, ge=0)
     warmup_seconds: float = Field(default=2.0, ge=0)
-    grpc_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None = None
-    """None: 8001, or a free one where HTTP takes a free one too."""
+    grpc_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None
+    """None: the one after HTTP's, or a free one where HTTP takes a free one too."""
     grpc_compression: Literal["none", "deflate", "gzip"] = "none"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -79,5 +79,5 @@ class Settings(BaseSettings):
     def listen_grpc(self) -> int | None:
         """The port for gRPC, 0 for a free one; None for none."""
         if self.grpc_port is None:
-            return DEFAULT_GRPC_PORT if self.port else 0
+            return self.port + 1 if 0 < self.port < MAX_PORT else 0
         return None if self.grpc_port == "off" else self.grpc_port

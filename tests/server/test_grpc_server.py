@@ -120,8 +120,9 @@ def test_unknown_methods(server: Running) -> None:
     [
         ({}, 8001),
         ({"port": 0}, 0),
-        ({"port": 9000}, 8001),
-        ({"port": 0, "grpc_port": "9001"}, 9001),
+        ({"port": 9000}, 9001),
+        ({"port": 65535}, 0),
+        ({"port": 0, "grpc_port": "9002"}, 9002),
         ({"grpc_port": 0}, 0),
         ({"grpc_port": "off"}, None),
     ],
