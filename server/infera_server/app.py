@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -14,17 +15,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from infera_server import management
-from infera_server.errors import BadRequest, InternalError, RequestError, TooLarge, Unavailable
+from infera_server import coding, inference, management
+from infera_server.coding import Coding
+from infera_server.errors import BadRequest, InternalError, RequestError, TooLarge, Unavailable, retry_after
+from infera_server.exchange import INLINE_BYTES, INLINE_CODED_BYTES
 from infera_server.management import server_version
 from infera_server.metrics import Exposition
-from infera_server.protocols import regions, v2_rest
-from infera_server.routes import Call, Route
+from infera_server.protocols import generate, regions, v2_rest
+from infera_server.requests import Request as Asked
+from infera_server.routes import Call, Route, document
 from infera_server.servable import Servable
 from infera_server.service import Service
 
 READ = ["GET", "HEAD"]
 MAX_MANAGEMENT_BODY = 1 << 16
+
+T = TypeVar("T")
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 
@@ -47,7 +53,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return _error(error.status, str(error))
+        return _error(error.status, str(error), retry_after(error))
 
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
@@ -122,13 +128,45 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @app.post("/v2/repository/index")
     async def index(request: Request) -> Response:
-        return Json(management.index(repository, _only_ready(await _body(request))))
+        return Json(management.index(repository, _only_ready(await _body(request, service))))
 
     _add(app, service, regions.ROUTES)
 
     @read("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    def generating(stream: bool) -> Callable[..., Any]:
+        async def answer(request: Request) -> Response:
+            model = service.model(*_target(request))
+            body = await _body(request, service, service.settings.max_json_bytes)
+            coded = coding.coding_of(request.headers.get("content-encoding", "").encode("latin-1"))
+            reply = await inference.counted(model, generated(request, model, body, coded))
+            if stream:
+                return Response(generate.event(reply), media_type="text/event-stream")
+            return Response(reply, media_type="application/json")
+
+        return answer
+
+    async def generated(request: Request, model: Servable, body: bytes, coded: Coding | None) -> bytes:
+        def read() -> tuple[Asked, int]:
+            text = coding.decompress(body, coded, service.settings.max_json_bytes) if coded else body
+            return generate.parse(text, model.signature), len(text)
+
+        inline = len(body) <= (INLINE_CODED_BYTES if coded else INLINE_BYTES)
+        asked, size = read() if inline else await asyncio.get_running_loop().run_in_executor(None, read)
+        outputs = await _unless_gone(request, inference.infer(model, asked, size))
+        return generate.respond(asked, outputs, model.signature)
+
+    for path, stream in (("/generate", False), ("/generate_stream", True)):
+        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            app.add_api_route(
+                prefix + path,
+                generating(stream),
+                methods=["POST"],
+                summary="Inference with flat documents" + (", as server-sent events" if stream else ""),
+                openapi_extra=_described(prefix + path, document()),
+            )
 
     async def infer(request: Request) -> Response:
         """Inference is answered by `hotpath`: what arrives here has another verb, or a version that is no number."""
@@ -139,13 +177,33 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     return app
 
 
+def _target(request: Request) -> tuple[str, str | None]:
+    """The model and version of a path. Raises NotFound for a version that is no number."""
+    version = request.path_params.get("version")
+    management.check_version(version)
+    return request.path_params["model"], version
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; it is cancelled where the client leaves. The body must have been read."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise BadRequest("the client has left")  # nobody reads this
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
 def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
     """Make endpoints of routes."""
 
     def endpoint(route: Route) -> Callable[..., Any]:
         async def answer(request: Request) -> Response:
             most = service.settings.max_body_bytes if route.large else MAX_MANAGEMENT_BODY
-            body = await _body(request, most) if route.verb == "POST" else b""
+            body = await _body(request, service, most) if route.verb == "POST" else b""
             found = route.handler(Call(service, request.path_params, body))
             if inspect.isawaitable(found):
                 found = await found
@@ -159,35 +217,42 @@ def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
             endpoint(route),
             methods=READ if route.verb == "GET" else [route.verb],
             summary=route.summary,
-            openapi_extra=_described(route),
+            openapi_extra=_described(route.path, route.body),
         )
 
 
-def _described(route: Route) -> dict[str, Any]:
-    """What the OpenAPI document says of a route beyond its summary."""
-    names = re.findall(r"{(\w+)}", route.path)
+def _described(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route beyond its summary; `body` is a JSON Schema."""
+    names = re.findall(r"{(\w+)}", path)
     found: dict[str, Any] = {
         "parameters": [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
     }
-    if route.body:
-        found["requestBody"] = {"content": {"application/json": {"schema": route.body}}}
+    if body:
+        found["requestBody"] = {"content": {"application/json": {"schema": body}}}
     return found
 
 
-def _error(status: int, message: str) -> Response:
-    return Response(v2_rest.error_body(message), status, media_type="application/json")
+def _error(status: int, message: str, retry: int | None = None) -> Response:
+    headers = None if retry is None else {"retry-after": str(retry)}
+    return Response(v2_rest.error_body(message), status, headers, "application/json")
 
 
-async def _body(request: Request, most: int = MAX_MANAGEMENT_BODY) -> bytes:
-    body = b""
+async def _body(request: Request, service: Service, most: int = MAX_MANAGEMENT_BODY) -> bytes:
+    parts: list[bytes] = []
+    held, intake = 0, service.intake
     try:
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
+            intake.check(len(chunk))
+            intake.held += len(chunk)
+            held += len(chunk)
+            if held > most:
                 raise TooLarge(f"the request body is over the limit of {most:,} bytes")
+            parts.append(chunk)
     except ClientDisconnect:
         raise BadRequest("the request body did not arrive") from None  # nobody reads this
-    return body
+    finally:
+        intake.held -= held
+    return b"".join(parts)
 
 
 def _only_ready(body: bytes) -> bool:

@@ -24,6 +24,7 @@ The message goes to the client as it is: it names the thing, what was expected a
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from infera_gpu.errors import DeviceLostError, InputError, OutOfMemoryError, PlanError
@@ -157,6 +158,11 @@ class Expired(RequestError):
     status = 504
     grpc_code = "DEADLINE_EXCEEDED"
     reason = "deadline"
+
+
+def retry_after(error: RequestError) -> int | None:
+    """The seconds of a Retry-After field, where there is an estimate."""
+    return None if error.retry_after is None else max(1, math.ceil(error.retry_after))
 
 
 def request_error(error: Exception, model: str) -> RequestError:

@@ -18,6 +18,9 @@ from infera_server.servable import Servable
 from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
 
+INLINE_BYTES, INLINE_CODED_BYTES = 1 << 18, 1 << 14
+"""Bodies up to this size, plain and compressed, are read at once: in a millisecond or two. Others take a thread."""
+
 
 def infer_target(url: bytes) -> tuple[str, str | None] | None:
     """The (model, version) of an inference URL; None for any other. A version is decimal."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 from infera_server.access import Access
-from infera_server.errors import RequestError, Unauthorized
+from infera_server.errors import RequestError, Unauthorized, retry_after
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -71,7 +70,7 @@ class Gate:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
-        if error.retry_after is not None:
-            headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+        if (seconds := retry_after(error)) is not None:
+            headers.append((b"retry-after", b"%d" % seconds))
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from typing import Any
 
@@ -21,8 +20,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from infera_server import coding
 from infera_server.codec import Buffer
 from infera_server.connection import CONTINUE, Connection
-from infera_server.errors import RequestError, TooLarge, Unauthorized, request_error
-from infera_server.exchange import Exchange, decode, infer_target
+from infera_server.errors import RequestError, TooLarge, Unauthorized, request_error, retry_after
+from infera_server.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, decode, infer_target
 from infera_server.explanation import HEADER, explain
 from infera_server.gate import CREDENTIALS, credentials
 from infera_server.jobs import Batch
@@ -34,9 +33,6 @@ from infera_server.servable import Servable
 from infera_server.upload import LARGE, Upload
 
 log = logging.getLogger(__name__)
-
-INLINE_BYTES, INLINE_CODED_BYTES = 1 << 18, 1 << 14
-"""Bodies up to this size, plain and compressed, are read at once: in a millisecond or two. Others take a thread."""
 
 LINGER_SECONDS = 2.0
 """How long a refused upload is read and thrown away, so that the client sees the refusal and not a reset."""
@@ -356,8 +352,8 @@ class HotPathProtocol(Connection):
         fields = [b"content-type: application/json\r\n"]
         if isinstance(error, Unauthorized):
             fields.append(b"www-authenticate: Bearer\r\n")
-        if error.retry_after is not None:
-            fields.append(b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after)))
+        if (seconds := retry_after(error)) is not None:
+            fields.append(b"retry-after: %d\r\n" % seconds)
         if exchange.trace:
             fields.append(b"%s: %s\r\n" % (_TRACE, explain(None, None, error).encode()))
         if exchange.model is not None and error.reason:

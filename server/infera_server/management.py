@@ -24,10 +24,15 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "infera", "version": server_version(), "extensions": list(EXTENSIONS)}
 
 
-def find(repository: Repository, name: str, version: str | None) -> Servable:
-    """A model that can run. Raises NotFound, also for a version that is no number, or Unavailable."""
+def check_version(version: str | None) -> None:
+    """Raises NotFound where a path's version is no number."""
     if version is not None and not (version.isascii() and version.isdigit()):
         raise NotFound("Not Found")
+
+
+def find(repository: Repository, name: str, version: str | None) -> Servable:
+    """A model that can run. Raises NotFound, also for a version that is no number, or Unavailable."""
+    check_version(version)
     return repository.get(name, version)
 
 

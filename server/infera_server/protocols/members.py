@@ -11,6 +11,9 @@ import orjson
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest
 
+NO_PARAMETER = "parameter '{}' has invalid type. It should be either 'int', 'bool', or 'string'."
+"""Triton's text for a parameter that is none of these."""
+
 
 def load(text: Buffer) -> tuple[dict[str, Any], bool]:
     """The JSON object, and whether anything followed it."""
@@ -85,6 +88,14 @@ def natural(value: object, member: str, verb: str = "parse") -> int:
         raise BadRequest(
             f"Unable to {verb} '{member}': attempt to access JSON non-unsigned-integer as unsigned-integer"
         )
+    return value
+
+
+def identity(document: dict[str, Any]) -> str:
+    """Take a request's id out of its document; empty where it has none."""
+    value = document.pop("id", "")
+    if type(value) is not str or not is_utf8(value):
+        raise BadRequest("Unable to parse 'id': attempt to access JSON non-string as string")
     return value
 
 

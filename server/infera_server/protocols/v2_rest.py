@@ -84,9 +84,7 @@ def parse(body: Buffer, header: int | None, model: Signature, regions: Regions =
             "Is the Inference-Header-Content-Length header missing?"
         )
     check_complete(feeds, model)
-    request_id = document.get("id", "")
-    if type(request_id) is not str or not members.is_utf8(request_id):
-        raise BadRequest("Unable to parse 'id': attempt to access JSON non-string as string")
+    request_id = members.identity(document)
     asked, binary = _parameters(document.get("parameters", {}))
     slices = [data for data in found.values() if isinstance(data, Slice)]
     return Request(
@@ -162,9 +160,7 @@ def _parameters(value: object) -> tuple[Options, bool]:
     parameters = members.object_of(value, "request params")
     for key, given in parameters.items():
         if not isinstance(given, str | int | float):
-            raise BadRequest(
-                f"parameter '{short(key)}' has invalid type. It should be either 'int', 'bool', or 'string'."
-            )
+            raise BadRequest(members.NO_PARAMETER.format(short(key)))
     binary = members.flag(parameters.pop("binary_data_output", False), "binary_data_output")
     return options(parameters), binary
 

@@ -1,0 +1,45 @@
+"""An inference request as a coroutine: for dialects that are not on the hot path."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+
+from infera_server.errors import request_error
+from infera_server.jobs import Batch
+from infera_server.requests import Request
+from infera_server.rows import Arrays
+from infera_server.servable import Servable
+
+
+async def infer(model: Servable, request: Request, nbytes: int) -> Arrays:
+    """The outputs of a request that keeps `nbytes` in memory. Raises RequestError; cancelled, it leaves the queue."""
+    answer: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
+
+    def done(result: Arrays | Exception, batch: Batch | None) -> None:
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(request_error(result, model.signature.name))
+        else:
+            answer.set_result(result)
+
+    job = model.submit(request, nbytes, done)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        model.cancel(job)
+        raise
+
+
+async def counted(model: Servable, answer: Awaitable[bytes]) -> bytes:
+    """What `answer` gives, counted in the model's statistics as one request. Raises what it raises."""
+    began = time.monotonic()
+    try:
+        reply = await answer
+    except Exception as error:
+        model.stats.replied(request_error(error, model.signature.name).status, time.monotonic() - began)
+        raise
+    model.stats.replied(200, time.monotonic() - began)
+    return reply
