@@ -21,7 +21,7 @@ from infera_server.errors import BadRequest, InternalError, RequestError, TooLar
 from infera_server.exchange import INLINE_BYTES, INLINE_CODED_BYTES
 from infera_server.management import server_version
 from infera_server.metrics import Exposition
-from infera_server.protocols import generate, regions, v2_rest
+from infera_server.protocols import control, generate, regions, v2_rest
 from infera_server.requests import Request as Asked
 from infera_server.routes import Call, Route, document
 from infera_server.servable import Servable
@@ -130,7 +130,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     async def index(request: Request) -> Response:
         return Json(management.index(repository, _only_ready(await _body(request, service))))
 
-    _add(app, service, regions.ROUTES)
+    _add(app, service, (*control.ROUTES, *regions.ROUTES))
 
     @read("/metrics")
     async def metrics() -> Response:
@@ -155,7 +155,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
         inline = len(body) <= (INLINE_CODED_BYTES if coded else INLINE_BYTES)
         asked, size = read() if inline else await asyncio.get_running_loop().run_in_executor(None, read)
-        outputs = await _unless_gone(request, inference.infer(model, asked, size))
+        outputs = await _unless_gone(request, inference.infer(model, asked, size, service.tracing))
         return generate.respond(asked, outputs, model.signature)
 
     for path, stream in (("/generate", False), ("/generate_stream", True)):

@@ -104,6 +104,9 @@ def serve(
     max_connections: Annotated[int | None, typer.Option(help="Most open connections. [default: 4096]")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may wait. [default: 30]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish work at exit. [default: 30]")] = None,
+    trace_file: Annotated[
+        Path | None, typer.Option(help="Where traces of requests go when clients turn them on. [default: nowhere]")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
 ) -> None:
     """Serve ONNX models over HTTP (the V2 inference protocol). No configuration: the model says what it is.

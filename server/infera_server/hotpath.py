@@ -328,6 +328,8 @@ class HotPathProtocol(Connection):
         assert request is not None
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s: %s", model.signature.name, explain(batch, exchange.job))
+        if self.service.tracing.on and exchange.job is not None:
+            self.service.tracing.record(model.signature, request.id, exchange.started_at, exchange.job, batch)
         if isinstance(result, Exception):
             self._refuse(exchange, request_error(result, model.signature.name))
             return

@@ -11,15 +11,19 @@ from infera_server.jobs import Batch
 from infera_server.requests import Request
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
+from infera_server.tracing import Tracing
 
 
-async def infer(model: Servable, request: Request, nbytes: int) -> Arrays:
+async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing) -> Arrays:
     """The outputs of a request that keeps `nbytes` in memory. Raises RequestError; cancelled, it leaves the queue."""
+    began = time.monotonic()
     answer: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
 
     def done(result: Arrays | Exception, batch: Batch | None) -> None:
         if answer.done():
             return
+        if tracing.on:
+            tracing.record(model.signature, request.id, began, job, batch)
         if isinstance(result, Exception):
             answer.set_exception(request_error(result, model.signature.name))
         else:

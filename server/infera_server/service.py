@@ -14,11 +14,13 @@ from infera_server.access import Access
 from infera_server.control import Control
 from infera_server.errors import Unavailable
 from infera_server.intake import Intake
+from infera_server.log_settings import LogSettings
 from infera_server.recall import Heads
 from infera_server.repository import Repository
 from infera_server.servable import Servable
 from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
+from infera_server.tracing import Tracing
 
 if TYPE_CHECKING:
     from infera_server.connection import Connection
@@ -47,13 +49,16 @@ class Service:
     connections: set[Connection] = field(default_factory=set, init=False)
     control: Control = field(init=False)
     intake: Intake = field(init=False)
+    log_settings: LogSettings = field(default_factory=LogSettings, init=False)
     regions: Regions = field(init=False)
+    tracing: Tracing = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
 
     def __post_init__(self) -> None:
         self.control = Control(self.repository)
         self.intake = Intake(self.settings.max_intake_bytes)
+        self.tracing = Tracing(self.settings.trace_file)
         self.regions = Regions(self.settings.max_region_bytes)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         spare = files // 2 if files < 2 * SPARE_FILES else files - SPARE_FILES
@@ -125,5 +130,6 @@ class Service:
             await asyncio.sleep(DRAIN_PERIOD)
         for model in models:
             model.give_up(Unavailable("the server shut down before the run ended"))
+        self.tracing.finish()
         await asyncio.sleep(0)  # replies were posted from other threads: let them be written
         return finished

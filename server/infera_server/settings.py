@@ -73,6 +73,7 @@ class Settings(BaseSettings):
     grpc_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None
     """None: the one after HTTP's, or a free one where HTTP takes a free one too."""
     grpc_compression: Literal["none", "deflate", "gzip"] = "none"
+    trace_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
