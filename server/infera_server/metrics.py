@@ -89,6 +89,12 @@ class ModelStats:
         self.padding = 0
         self.phases = {name: Times() for name in ("queue", "compute_input", "compute_infer", "compute_output")}
         self.success, self.fail = Times(), Times()
+        self.cache_hit, self.cache_miss = Times(), Times()
+        """Looks at a response cache: a hit with the time it took, a miss with that and storing the response."""
+
+        self.memory: dict[tuple[str, int], int] = {}
+        """Bytes that the model keeps on a device, by Triton's type of memory and the device's index."""
+
         self.batches: dict[int, dict[str, Times]] = {}
         self.last_inference = 0
 
@@ -124,7 +130,6 @@ class ModelStats:
 
     def as_dict(self) -> dict[str, Any]:
         """The counters as the V2 statistics extension names them."""
-        none = {"count": 0, "ns": 0}
         return {
             "last_inference": self.last_inference,
             "inference_count": int(self.rows.total),
@@ -133,15 +138,17 @@ class ModelStats:
                 "success": self.success.as_dict(),
                 "fail": self.fail.as_dict(),
                 **{name: times.as_dict() for name, times in self.phases.items()},
-                "cache_hit": none,
-                "cache_miss": none,
+                "cache_hit": self.cache_hit.as_dict(),
+                "cache_miss": self.cache_miss.as_dict(),
             },
             "response_stats": {},
             "batch_stats": [
                 {"batch_size": rows, **{name: times.as_dict() for name, times in sizes.items()}}
                 for rows, sizes in sorted(self.batches.items())
             ],
-            "memory_usage": [],
+            "memory_usage": [
+                {"type": kind, "id": index, "byte_size": nbytes} for (kind, index), nbytes in self.memory.items()
+            ],
         }
 
 

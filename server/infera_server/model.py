@@ -186,6 +186,10 @@ def open_model(
         session.close()
         raise
     stats = ModelStats()
+    kind, _, index = session.device.name.partition(":")
+    if kind == "cuda":
+        constants = (a.nbytes for graph in session.graph.walk() for a in graph.constants.values())
+        stats.memory["GPU", int(index or 0)] = sum(constants)
 
     def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
         batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]

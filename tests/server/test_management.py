@@ -132,6 +132,18 @@ def test_strings_are_served(server: Running) -> None:
     assert (status, reply["outputs"][0]["data"]) == (200, ["é", ""])
 
 
+def test_statistics_have_the_cache_and_the_memory_of_gpus() -> None:
+    session = doubler()
+    session.device = FakeDevice("cuda:1")
+    with serving({"double": session}) as server:
+        stats = server.host.repository.get("double").stats
+        stats.cache_hit.add(1, 0.001)
+        (found,) = server.get("/v2/models/double/stats")[1]["model_stats"]
+        assert found["inference_stats"]["cache_hit"] == {"count": 1, "ns": 1_000_000}
+        assert found["inference_stats"]["cache_miss"] == {"count": 0, "ns": 0}
+        assert found["memory_usage"] == [{"type": "GPU", "id": 1, "byte_size": 0}]
+
+
 def test_statistics_and_metrics_count_what_happened(server: Running) -> None:
     def samples() -> dict[str, float]:
         _, _, text = server.request("GET", "/metrics")
