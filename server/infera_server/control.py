@@ -1,37 +1,43 @@
-"""Loading and unloading while the server runs."""
+"""Loading, unloading and going back while the server runs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from infera_server.background import detached
 from infera_server.codec import short
 from infera_server.definition import Definition, NoVersionError, define
-from infera_server.discovery import DiscoveryError, Source, Survey
+from infera_server.discovery import Source, Survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.loader import reason_of, return_memory
 from infera_server.model import Model
 from infera_server.modelconfig import ConfigError, from_json
 from infera_server.overrides import from_files
-from infera_server.repository import Repository, State
+from infera_server.repository import Generation, Repository, State
 
 log = logging.getLogger(__name__)
+
+KEPT = "unloaded; kept for a rollback"
 
 
 class Control:
     """Changes what a repository serves, without losing a request. Used from the event loop's thread.
 
-    What is loaded again replaces what serves once it is ready; a load that fails leaves that as it is. Operations on
-    one model wait for each other.
+    What is loaded again replaces what serves once it is ready, all versions at once; a load that fails leaves that as
+    it is. What served before is kept for a rollback, for as long as the settings say. Operations on one model wait for
+    each other.
     """
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
+        self._settings = repository.settings
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -42,25 +48,58 @@ class Control:
         """
         self._check_mode()
         async with self._turns[name]:
-            definition = await self._define(name, config, files)
-            if any(e.state is State.LOADING for e in self._repository.entries() if e.source.name == name):
-                raise Unavailable(f"model '{name}' is still loading")
-            self._repository.mark_loading(definition)
-            models = await self._open(definition)
-            self._repository.definitions[name] = definition
-            self._replace(name, models)
+            await self._load(await self._define(name, config, files))
+
+    async def load_changed(self, definition: Definition) -> None:
+        """Load the versions of a model that are not served as they are there. Raises as `load`."""
+        async with self._turns[definition.name]:
+            await self._load(definition, reuse=True)
 
     async def unload(self, name: str) -> None:
         """Take a model out of service; what it has accepted is finished after the return. Raises NotFound."""
         self._check_mode()
         async with self._turns[name]:
-            if not any(entry.source.name == name for entry in self._repository.entries()):
-                raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
-            self._replace(name, {})
+            self.take_out(name)
+
+    def take_out(self, name: str) -> None:
+        """`unload`, whoever may. Raises NotFound."""
+        if not any(entry.source.name == name for entry in self._repository.entries()):
+            raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
+        if before := self._repository.generation(name):
+            self._serve(Generation(before.definition, {}), keep=False)
+
+    async def roll_back(self, name: str) -> None:
+        """Serve what served before the last load, which in turn is kept. Raises BadRequest where nothing was kept."""
+        async with self._turns[name]:
+            before = self._repository.previous.get(name)
+            if before is None:
+                raise BadRequest(f"model '{short(name)}' has nothing to go back to: no earlier load of it is kept")
+            self._serve(before, keep=True)
+            log.info("model '%s' is rolled back to version %s", name, ", ".join(s.version for s in before.models))
+
+    def expire(self) -> None:
+        """Let go of what was kept for a rollback long enough."""
+        for name, kept in list(self._repository.previous.items()):
+            if time.monotonic() >= kept.until:
+                self._forget_previous(name)
+
+    async def survey(self) -> Survey:
+        """Look for models again. Raises Unavailable."""
+        repository = self._repository
+        if repository.rescan is None:
+            return Survey(repository.sources, {})
+        try:
+            found = await detached("infera-survey", repository.rescan)
+        except OSError as error:
+            raise Unavailable(f"the model repository cannot be read: {error}") from None
+        repository.sources = found.sources
+        return found
 
     def _check_mode(self) -> None:
-        if self._repository.settings.model_control != "explicit":
+        if self._settings.model_control != "explicit":
             raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
+
+    # --- loading ---------------------------------------------------------------------------------------------------
 
     async def _define(self, name: str, config: str | None, files: Mapping[str, bytes] | None) -> Definition:
         unknown = f"failed to load '{short(name)}', failed to poll from model repository"
@@ -69,9 +108,9 @@ class Control:
         try:
             override = from_json(config, name) if config is not None else None
             if files:
-                most = self._repository.settings.max_load_bytes
+                most = self._settings.max_load_bytes
                 return await detached("infera-files", partial(from_files, name, override, files, most))
-            survey = await self._survey()
+            survey = await self.survey()
             if name in survey.problems:
                 raise BadRequest(f"{unknown}: {survey.problems[name]}")
             sources = survey.of(name)
@@ -83,37 +122,81 @@ class Control:
         except ConfigError as error:
             raise BadRequest(f"{unknown}: {error}") from None
 
-    async def _survey(self) -> Survey:
-        repository = self._repository
-        if repository.rescan is None:
-            return Survey(repository.sources, {})
-        try:
-            found = await detached("infera-survey", repository.rescan)
-        except (DiscoveryError, OSError) as error:
-            raise Unavailable(f"the model repository cannot be read: {error}") from None
-        repository.sources = found.sources
-        return found
+    async def _load(self, definition: Definition, reuse: bool = False) -> None:
+        name = definition.name
+        if any(e.state is State.LOADING for e in self._repository.entries() if e.source.name == name):
+            raise Unavailable(f"model '{name}' is still loading")
+        before = self._repository.generation(name)
+        kept = {
+            source: model
+            for source in definition.sources
+            for old, model in (before.models.items() if before and reuse else ())
+            if old.version == source.version and definition.is_unchanged(source.version, model.definition)
+        }
+        new = [source for source in definition.sources if source not in kept]
+        if before and not new and len(kept) == len(before.models):
+            return
+        self._repository.mark_loading(name, new)
+        opened = await self._open(definition, new)
+        found = {source: kept.get(source) or opened[source] for source in definition.sources}
+        self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
 
-    async def _open(self, definition: Definition) -> Mapping[Source, Model]:
-        """All versions, or none of them. Raises BadRequest."""
-        name, sources = definition.name, definition.sources
+    async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Model]:
+        """All of these versions, or none of them. Raises BadRequest."""
+        name, loader = definition.name, self._repository.loader
         post = asyncio.get_running_loop().call_soon_threadsafe
-        opening = [partial(self._repository.loader.open, source, definition, post) for source in sources]
+        opening = [partial(loader.open, source, definition, post) for source in sources]
         results = await asyncio.gather(*(detached("infera-load", o) for o in opening), return_exceptions=True)
         failures = {s.version: reason_of(r) for s, r in zip(sources, results, strict=True) if isinstance(r, Exception)}
         models = {s: r for s, r in zip(sources, results, strict=True) if isinstance(r, Model)}
+        newest = definition.sources[-1]
+        if not failures and newest in models and (difference := await self._compare(models[newest])):
+            failures = {newest.version: difference}
         if not failures:
             return models
         for model in models.values():
             self._start(self._let_go(model))
-        others = {s.version: "another version could not be loaded" for s in models}
+        others = {s.version: "another version could not be loaded" for s in models if s.version not in failures}
         self._repository.mark_failed(name, failures | others)
         reasons = "".join(f"version {v} is at UNAVAILABLE state: {reason};\n" for v, reason in failures.items())
         raise BadRequest(f"load failed for model '{name}': {reasons}")
 
-    def _replace(self, name: str, models: Mapping[Source, Model]) -> None:
-        for model in self._repository.put(name, models):
-            self._start(self._let_go(model))
+    async def _compare(self, model: Model) -> str:
+        """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
+        golden = self._repository.golden.get(model.signature.name)
+        if not golden:
+            return ""
+        run = partial(self._repository.loader.run, model)
+        try:
+            return await detached("infera-golden", partial(golden.difference, run, self._settings.golden_tolerance))
+        except Exception as error:
+            return f"a golden request failed: {reason_of(error)}"
+
+    # --- serving ---------------------------------------------------------------------------------------------------
+
+    def _serve(self, generation: Generation, keep: bool) -> None:
+        """Serve these versions and no others; with `keep`, what served before can be gone back to."""
+        name, repository = generation.definition.name, self._repository
+        before = repository.generation(name)
+        if repository.previous.get(name) is generation:
+            del repository.previous[name]
+        gone = repository.put(generation)
+        self._forget_previous(name, before)
+        if keep and before is not None:
+            repository.previous[name] = replace(before, until=time.monotonic() + self._settings.keep_previous)
+            for model in gone:
+                repository.mark_unloaded(name, model.signature.version, KEPT)
+        else:
+            for model in gone:
+                self._start(self._let_go(model))
+
+    def _forget_previous(self, name: str, spared: Generation | None = None) -> None:
+        """Let go of what only a rollback would need."""
+        kept, now = self._repository.previous.pop(name, None), self._repository.generation(name)
+        needed = {model for generation in (now, spared) if generation for model in generation.models.values()}
+        for model in kept.models.values() if kept else ():
+            if model not in needed:
+                self._start(self._let_go(model))
 
     async def _let_go(self, model: Model) -> None:
         """Wait for what a model has accepted, then give its memory back."""
@@ -126,7 +209,7 @@ class Control:
         self._repository.mark_unloaded(name, version)
         log.info("unloaded model '%s' version %s", name, version)
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from infera_gpu.devices.cuda import gpu_count
 from infera_server import modelconfig
-from infera_server.discovery import Source, leads_outside
+from infera_server.discovery import Source, Stamp, leads_outside, stamp
 from infera_server.ignored import THREADS, ignored
 from infera_server.modelconfig import ConfigError, ModelConfig
 from infera_server.settings import Settings
@@ -31,8 +31,15 @@ class Definition:
     sources: Sequence[Source]
     config: ModelConfig | None = None
     notes: Sequence[str] = ()
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    """The files of each version as they were when this was read; reading them again may find others."""
+
     held: object = None
     """What keeps the files there, if anything must."""
+
+    def is_unchanged(self, version: str, before: Definition) -> bool:
+        """Whether loading this version again would give what `before` gave."""
+        return self.config == before.config and self.stamps.get(version) == before.stamps.get(version, None)
 
     @property
     def folder(self) -> Path | None:
@@ -116,4 +123,10 @@ def define(name: str, sources: Sequence[Source], override: ModelConfig | None = 
     for source in found:
         if source.root is not None and leads_outside(source.path, source.root):
             raise ConfigError(f"{source.path} leads outside {source.root}")
-    return Definition(name, found, config, ignored(config) if config is not None else ())
+    notes = ignored(config) if config is not None else ()
+    return Definition(name, found, config, notes, {s.version: stamp(_files(s)) for s in found})
+
+
+def _files(source: Source) -> Path:
+    """The version's folder, where it has one; else its file."""
+    return source.path if source.folder is None else source.path.parent

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
+from stat import S_ISREG
+from typing import TypeAlias
 
 CONFIG_FILE = "config.pbtxt"
 """What Triton says of a model, in its folder."""
@@ -52,6 +55,12 @@ def discover(paths: Sequence[Path]) -> list[Source]:
 
     Raises DiscoveryError where a path holds none, two models would have one name, or a name cannot be served.
     """
+    for path in paths:
+        if not path.exists():
+            raise DiscoveryError(f"{path} does not exist")
+        alone = survey([path])
+        if not alone.sources and not alone.problems:
+            raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
     found = survey(paths)
     for problem in found.problems.values():
         raise DiscoveryError(problem)
@@ -59,14 +68,11 @@ def discover(paths: Sequence[Path]) -> list[Source]:
 
 
 def survey(paths: Sequence[Path]) -> Survey:
-    """As `discover`, but what is wrong with one model hides no other. Raises DiscoveryError for a path without any."""
+    """As `discover`, but what is wrong with one model hides no other, and a path may hold none."""
     found: dict[tuple[str, str], Source] = {}
     problems: dict[str, str] = {}
     for path in paths:
-        sources = list(_sources(path, problems))
-        if not sources and not problems:
-            raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
-        for source in sources:
+        for source in list(_sources(path, problems)):
             if problem := _name_problem(source):
                 problems[source.name] = problem
                 continue
@@ -75,6 +81,23 @@ def survey(paths: Sequence[Path]) -> Survey:
                 problems[source.name] = f"{other.path} and {source.path} would both be served as {source}; rename one"
     ordered = sorted(found.values(), key=lambda s: (s.name, int(s.version)))
     return Survey([s for s in ordered if s.name not in problems], problems)
+
+
+Stamp: TypeAlias = frozenset[tuple[str, int, int, int]]
+"""Files as they were: path, size, time of the last change in ns, inode."""
+
+
+def stamp(path: Path) -> Stamp:
+    """The files of a model: one and those beside it that have the rest of its tensors, or all in a folder."""
+    found = set()
+    for file in path.rglob("*") if path.is_dir() else path.parent.glob(f"{escape(path.stem)}*"):
+        try:
+            about = file.stat()
+        except OSError:  # it has just gone
+            continue
+        if S_ISREG(about.st_mode):
+            found.add((str(file), about.st_size, about.st_mtime_ns, about.st_ino))
+    return frozenset(found)
 
 
 def leads_outside(path: Path, root: Path) -> bool:
@@ -111,8 +134,6 @@ def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
                     yield Source(child.stem, "1", child, root=path)
                 elif child.is_dir():
                     yield from versions(child, path, problems)
-    else:
-        raise DiscoveryError(f"{path} does not exist")
 
 
 def versions(folder: Path, root: Path, problems: dict[str, str], configured: bool = False) -> Iterator[Source]:

@@ -138,12 +138,6 @@ class Unsupported(RequestError):
     grpc_code = "UNIMPLEMENTED"
 
 
-class Unsupported(RequestError):
-    """A part of the protocol that is not served."""
-
-    status = 501
-
-
 class UnknownTransfer(RequestError):
     """A transfer coding that is not spoken here."""
 

@@ -16,6 +16,7 @@ from infera_server.discovery import Source
 from infera_server.model import Model, Opener, Post, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
+from infera_server.rows import Arrays
 from infera_server.settings import Settings
 from infera_server.turns import Turns
 
@@ -62,6 +63,11 @@ class Loader:
             opener=opener,
             definition=definition,
         )
+
+    def run(self, model: Model, feeds: Arrays) -> Arrays:
+        """Run a model that does not serve yet, when it is its turn on the device. Raises what the run raises."""
+        with self._turns_of(model.device):
+            return model.session.run(feeds)
 
     def close(self, model: Model) -> None:
         """Wait for a model's accepted requests, as long as they may take, and let go of its device.

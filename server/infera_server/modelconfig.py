@@ -147,7 +147,7 @@ def model_file(config: ModelConfig | None, path: Path) -> Path:
 
 
 def inside(folder: Path, name: str, what: str, below: str = "") -> Path:
-    """The file of this name in a folder, or in one `below` it. Raises ConfigError where it is none of these."""
+    """The file of this name in a folder, or in one `below` it. Raises ConfigError where there is none, or elsewhere."""
     path = folder / below / name
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or leads_outside(path, folder):
         raise ConfigError(f"{what} '{name}' leads outside the model's folder")

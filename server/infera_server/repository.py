@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ from infera_server.codec import short
 from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
+from infera_server.golden import Golden, Recorder
 from infera_server.loader import Loader, reason_of
 from infera_server.model import Model, Opener, Post
 from infera_server.modelconfig import ConfigError
+from infera_server.servable import Servable
 from infera_server.settings import Settings
 
 MAX_LOADERS = 4
@@ -50,6 +53,16 @@ def ignoring(model: Model) -> str:
     return f"ignored: {'; '.join(notes)}" if notes else ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """What serves a model, or did: its versions by what they were loaded from."""
+
+    definition: Definition
+    models: Mapping[Source, Model]
+    until: float = math.inf
+    """When one that is kept for a rollback is let go, by `time.monotonic`."""
+
+
 @dataclass(eq=False)
 class Repository:
     """All models by name and version. Lookups are dictionary lookups: no text of a request reaches the file system.
@@ -66,10 +79,15 @@ class Repository:
     loader: Loader = field(init=False)
     leaving: set[Model] = field(default_factory=set, init=False)
     """Models that take no new requests and have accepted ones to finish."""
+    previous: dict[str, Generation] = field(default_factory=dict, init=False)
+    """What served a model before, kept for a rollback."""
+    golden: dict[str, Golden] = field(default_factory=dict, init=False)
+    is_settled: bool = field(default=False, init=False)
+    """Whether everything there was at the start is loaded, or cannot be."""
     definitions: dict[str, Definition] = field(default_factory=dict, init=False)
     """What each model was last loaded as."""
     _entries: Mapping[str, Mapping[str, Entry]] = field(init=False)
-    _served: dict[tuple[str, str | None], Model] = field(default_factory=dict, init=False)
+    _served: dict[tuple[str, str | None], Servable] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.loader = Loader(self.settings, self.opener)
@@ -113,6 +131,7 @@ class Repository:
             entry = settled.get()
             if not self._stopped:
                 progress(entry)
+        self.is_settled = True
 
     def _load(self, entry: Entry, post: Post) -> Entry:
         source = entry.source
@@ -146,7 +165,7 @@ class Repository:
                 if entry.state is State.LOADING:
                     return
                 if entry.model is not None:
-                    self._served[name, None] = entry.model
+                    self._served[name, None] = self._watched(entry.model)
                     return
 
     def stop(self) -> None:
@@ -156,11 +175,10 @@ class Repository:
 
     # --- changing, in the event loop's thread ----------------------------------------------------------------------
 
-    def mark_loading(self, definition: Definition) -> None:
-        """The versions of a definition are on their way; what serves them now goes on."""
-        known, name = self._entries.get(definition.name, {}), definition.name
-        new = (s for s in definition.sources if s.version not in known or known[s.version].model is None)
-        self._note(name, [Entry(source) for source in new])
+    def mark_loading(self, name: str, sources: Iterable[Source]) -> None:
+        """These versions are on their way; what serves them now goes on."""
+        known = self._entries.get(name, {})
+        self._note(name, [Entry(s) for s in sources if s.version not in known or known[s.version].model is None])
 
     def mark_failed(self, name: str, reasons: Mapping[str, str]) -> None:
         """These versions could not be loaded; what served them before goes on, and the index says why it is old."""
@@ -170,30 +188,45 @@ class Repository:
             if entry.model is None:
                 entry.state = State.UNAVAILABLE
 
-    def put(self, name: str, models: Mapping[Source, Model]) -> list[Model]:
-        """Serve these versions of a model from now on, and no others. Returns those that are not served any more.
+    def note_problem(self, name: str, sources: Sequence[Source], reason: str) -> None:
+        """What is there of a model now cannot be loaded, as the index says of all its versions."""
+        known = self._entries.get(name, {})
+        self._note(name, [Entry(s, State.UNAVAILABLE) for s in sources if s.version not in known])
+        self.mark_failed(name, dict.fromkeys(self._entries[name], reason))
 
-        They are `leaving`, and refuse new requests.
+    def put(self, generation: Generation) -> list[Model]:
+        """Serve these versions of a model from now on, and no others. Returns the models that no request finds now.
+
+        Until they are let go they are `leaving`, and go on with what they have accepted.
         """
-        before = [entry for entry in self._entries.get(name, {}).values() if entry.model is not None]
-        for entry in before:
-            entry.state = State.UNLOADING
-        gone = [entry.model for entry in before if entry.model is not None and entry.model not in models.values()]
-        for entry in before:
-            entry.model = None
+        name, models = generation.definition.name, generation.models
+        before = self.generation(name)
+        gone = [model for model in before.models.values() if model not in models.values()] if before else []
+        for entry in self._entries.get(name, {}).values():
+            if entry.model is not None:
+                entry.model, entry.state = None, State.UNLOADING
         self._note(name, [Entry(s, State.READY, ignoring(model), model) for s, model in models.items()])
+        self.definitions[name] = generation.definition
         self._serve(name)
         for model in gone:
             model.retired = True
-            model.drain()
+        for model in models.values():
+            model.retired = False
         self.leaving.update(gone)
+        self.leaving.difference_update(models.values())
         return gone
 
-    def mark_unloaded(self, name: str, version: str) -> None:
-        """The memory of a model that was `leaving` is free."""
+    def generation(self, name: str) -> Generation | None:
+        """What serves a model now; None where nothing does."""
+        entries = self._entries.get(name, {}).values()
+        models = {entry.source: entry.model for entry in entries if entry.model is not None}
+        return Generation(self.definitions[name], models) if models else None
+
+    def mark_unloaded(self, name: str, version: str, reason: str = UNLOADED) -> None:
+        """A version that was taken out of service is gone, unless it has come back."""
         entry = self._entries[name].get(version)
         if entry is not None and entry.state is State.UNLOADING:
-            entry.state, entry.reason = State.UNAVAILABLE, UNLOADED
+            entry.state, entry.reason = State.UNAVAILABLE, reason
 
     def _note(self, name: str, entries: Iterable[Entry]) -> None:
         """Add or replace entries. The mappings are new ones: other threads may be reading the old."""
@@ -207,7 +240,13 @@ class Repository:
             del self._served[key]
         for version, entry in self._entries[name].items():
             if entry.model is not None:
-                self._served[name, version] = self._served[name, None] = entry.model
+                self._served[name, version] = entry.model
+                self._served[name, None] = self._watched(entry.model)
+
+    def _watched(self, model: Model) -> Servable:
+        """What takes the requests that name no version: the model, or who keeps some of them."""
+        size = self.settings.golden_requests
+        return Recorder(model, self.golden.setdefault(model.signature.name, Golden(size))) if size else model
 
     # --- looking up ------------------------------------------------------------------------------------------------
 
@@ -221,7 +260,7 @@ class Repository:
         """Why a device works no more, which only a new process mends; empty while all do."""
         return next(filter(None, (model.lost for model in self.ready())), "")
 
-    def get(self, name: str, version: str | None = None) -> Model:
+    def get(self, name: str, version: str | None = None) -> Servable:
         """A model that can run; the newest version by default. Raises NotFound or Unavailable."""
         model = self._served.get((name, version))
         if model is not None:
@@ -263,9 +302,6 @@ class Repository:
     @property
     def has_failed(self) -> bool:
         """Whether something could not be loaded."""
-        return any(entry.state is State.UNAVAILABLE and entry.reason != UNLOADED for entry in self.entries())
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether nothing is loading for the first time."""
-        return all(entry.state is not State.LOADING for entry in self.entries())
+        return any(
+            entry.state is State.UNAVAILABLE and not entry.reason.startswith(UNLOADED) for entry in self.entries()
+        )

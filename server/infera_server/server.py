@@ -22,6 +22,7 @@ from infera_server.gate import Gate
 from infera_server.hotpath import HotPathProtocol
 from infera_server.repository import Entry, Repository
 from infera_server.service import Service
+from infera_server.watch import Watch
 
 if TYPE_CHECKING:
     from infera_server.grpc_server import GrpcServer
@@ -108,6 +109,9 @@ class Host:
         self.loop = asyncio.get_running_loop()
         await self._start_grpc()
         tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.service.expire())]
+        settings = self.repository.settings
+        if settings.watch or settings.model_control == "poll":
+            tasks.append(asyncio.create_task(Watch(self.repository, self.service.control).run()))
         try:
             yield {"service": self.service}
         finally:

@@ -78,6 +78,11 @@ class Service:
         self._refuse_draining()
         await self.control.load(name, config, files)
 
+    async def roll_back(self, name: str) -> None:
+        """Serve what served before the last load of a model. Raises BadRequest where nothing is kept."""
+        self._refuse_draining()
+        await self.control.roll_back(name)
+
     async def unload_model(self, name: str, dependents: bool = False) -> None:
         """Take a model out of service; what it has accepted is finished later. Raises NotFound or Unavailable."""
         self._refuse_draining()
@@ -110,6 +115,7 @@ class Service:
             await asyncio.sleep(EXPIRY_PERIOD)
             for model in self.repository.working():
                 model.expire()
+            self.control.expire()
             if tick % CONNECTION_TICKS == 0:
                 now = time.monotonic()
                 for connection in list(self.connections):

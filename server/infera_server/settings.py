@@ -56,9 +56,15 @@ class Settings(BaseSettings):
     max_region_bytes: int = Field(default=16 << 30, ge=0)
     max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
+    golden_requests: int = Field(default=0, ge=0, le=1024)
+    golden_tolerance: float = Field(default=1e-3, ge=0)
+    keep_deleted: bool = False
+    keep_previous: float = Field(default=600.0, ge=0)
     load_models: tuple[str, ...] = ("*",)
     max_load_bytes: int = Field(default=2 << 30, ge=1)
-    model_control: Literal["explicit", "none"] = "explicit"
+    model_control: Literal["explicit", "none", "poll"] = "explicit"
+    poll_interval: float = Field(default=2.0, gt=0)
+    watch: bool = False
     max_queue: int = Field(default=256, ge=1)
     max_queue_bytes: int = Field(default=1 << 30, ge=1)
     request_timeout: float = Field(default=30.0, gt=0)

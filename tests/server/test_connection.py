@@ -230,7 +230,7 @@ def test_connections_have_a_limit_and_the_idlest_goes_first() -> None:
             sock.sendall(http_request(BODY))
             if sock is busy[0]:
                 session.wait_entered()
-        until(lambda: running.host.repository.get("double").batcher.queued == 2)
+        until(lambda: running.host.repository.get("double").queued == 2)
         ((status, _, body),) = ask(running)
         assert status == 503
         assert "3 connections are open" in json.loads(body)["error"]
@@ -248,7 +248,7 @@ def test_a_full_queue_refuses_before_the_body_is_sent() -> None:
         calls = [pool.submit(running.infer, "double", request_of(X))]
         session.wait_entered()
         calls.append(pool.submit(running.infer, "double", request_of(X)))
-        until(lambda: running.host.repository.get("double").batcher.queued == 1)
+        until(lambda: running.host.repository.get("double").queued == 1)
         ((status, _, _),) = ask(running, http_request(b"", length=100, headers="Expect: 100-continue\r\n"))
         assert status == 429
         session.gate.set()

@@ -68,7 +68,7 @@ def blocked(running: Running, name: str = "double") -> Iterator[FakeSession]:
 
 
 def queued(running: Running, name: str = "double") -> int:
-    return running.host.repository.get(name).batcher.queued
+    return running.host.repository.get(name).queued
 
 
 def outputs(document: bytes) -> list[float]:

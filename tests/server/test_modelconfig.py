@@ -407,7 +407,7 @@ def test_a_load_request_brings_its_configuration(tmp_path: Path) -> None:
         load = running.host.service.load_model
         running.call(load("m", json.dumps({"max_batch_size": 2, "version_policy": {"specific": {"versions": [1]}}})))
         assert running.get("/v2/models/m/config")[1]["max_batch_size"] == 2
-        until(lambda: running.index() == {"m/1": "READY", "m/2": "UNAVAILABLE: unloaded"})
+        until(lambda: running.index() == {"m/1": "READY", "m/2": "UNAVAILABLE: unloaded; kept for a rollback"})
         for bad, text in (
             ("{bad", "failed to load 'm', failed to poll from model repository: Invalid config override"),
             ('{"foo": 1}', "Invalid config override"),

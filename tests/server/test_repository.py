@@ -120,7 +120,11 @@ def test_what_was_accepted_before_the_unload_is_answered() -> None:
 
 def test_a_request_that_arrives_around_a_reload_is_answered_by_the_new_session() -> None:
     body = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
-    with models("a") as (running, opened), running.connect() as connection, connection.makefile("rb") as replies:
+    with (
+        models("a", keep_previous=0) as (running, opened),
+        running.connect() as connection,
+        connection.makefile("rb") as replies,
+    ):
         head, rest = http_request(body, "/v2/models/a/infer")[:-20], body[-20:]
         connection.sendall(head)
         until(lambda: any(c.cycle is not None for c in running.host.service.connections))

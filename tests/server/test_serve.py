@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from infera_server.model import Model
 from infera_server.rows import HostArray
 from tests.server.support import WAIT, FakeSession, Running, doubler, request_of, serving, until
 
@@ -235,8 +234,8 @@ def test_draining_finishes_the_accepted_and_refuses_the_rest() -> None:
             accepted = [pool.submit(running.infer, "double", request_of(x))]
             session.wait_entered()
             accepted += [pool.submit(running.infer, "double", request_of(x)) for _ in range(2)]
-            model: Model = running.host.repository.get("double")
-            until(lambda: model.batcher.queued == 2)
+            model = running.host.repository.get("double")
+            until(lambda: model.queued == 2)
             running.host.server.should_exit = True
             until(lambda: running.host.service.draining)
             assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": "the server is shutting down"})
@@ -257,8 +256,8 @@ def test_a_drain_that_takes_too_long_is_given_up() -> None:
             stuck = pool.submit(running.infer, "double", request_of(np.ones((1, 4), np.float32)))
             session.wait_entered()
             waiting = pool.submit(running.infer, "double", request_of(np.ones((1, 4), np.float32)))
-            model: Model = running.host.repository.get("double")
-            until(lambda: model.batcher.queued == 1)
+            model = running.host.repository.get("double")
+            until(lambda: model.queued == 1)
             running.host.server.should_exit = True
             assert waiting.result(WAIT)[0] == 503
             assert stuck.result(WAIT)[0] == 503
@@ -273,7 +272,7 @@ def test_runs_that_do_not_end_delay_the_exit_by_one_drain_timeout() -> None:
                 session.block()
                 pool.submit(running.infer, name, request_of(np.ones((1, 4), np.float32)))
             models = list(running.host.repository.ready())
-            until(lambda: sum(model.batcher.queued for model in models) == 2)  # one runs, and the device is taken
+            until(lambda: sum(model.queued for model in models) == 2)  # one runs, and the device is taken
             began = time.monotonic()
         took = time.monotonic() - began
         for session in sessions.values():
