@@ -178,10 +178,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
 
 def _target(request: Request) -> tuple[str, str | None]:
-    """The model and version of a path. Raises NotFound for a version that is no number."""
-    version = request.path_params.get("version")
-    management.check_version(version)
-    return request.path_params["model"], version
+    """The model and version of a path."""
+    return request.path_params["model"], request.path_params.get("version")
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -255,13 +253,17 @@ async def _body(request: Request, service: Service, most: int = MAX_MANAGEMENT_B
     return b"".join(parts)
 
 
+def _document(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
+
+
 def _only_ready(body: bytes) -> bool:
     if not body:
         return False
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
+    document = _document(body)
     wanted = document.get("ready", False) if isinstance(document, dict) else None
     if not isinstance(wanted, bool):
         raise BadRequest("attempt to access JSON non-boolean as boolean")

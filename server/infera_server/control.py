@@ -135,6 +135,7 @@ class Control:
         }
         new = [source for source in definition.sources if source not in kept]
         if before and not new and len(kept) == len(before.models):
+            self._repository.put(Generation(definition, kept))  # it may say otherwise how requests are spread
             return
         self._repository.mark_loading(name, new)
         opened = await self._open(definition, new)
@@ -163,7 +164,7 @@ class Control:
 
     async def _compare(self, model: Model) -> str:
         """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
-        golden = self._repository.golden.get(model.signature.name)
+        golden = self._repository.serving.golden.get(model.signature.name)
         if not golden:
             return ""
         run = partial(self._repository.loader.run, model)

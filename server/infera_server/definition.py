@@ -12,6 +12,8 @@ from infera_server.discovery import Source, Stamp, leads_outside, stamp
 from infera_server.ignored import THREADS, ignored
 from infera_server.modelconfig import ConfigError, ModelConfig
 from infera_server.settings import Settings
+from infera_server.traffic import Traffic
+from infera_server.traffic import read as read_traffic
 
 MAX_LABEL_BYTES = 1 << 22
 
@@ -34,6 +36,7 @@ class Definition:
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """The files of each version as they were when this was read; reading them again may find others."""
 
+    traffic: Traffic = field(default_factory=Traffic)
     held: object = None
     """What keeps the files there, if anything must."""
 
@@ -124,7 +127,8 @@ def define(name: str, sources: Sequence[Source], override: ModelConfig | None = 
         if source.root is not None and leads_outside(source.path, source.root):
             raise ConfigError(f"{source.path} leads outside {source.root}")
     notes = ignored(config) if config is not None else ()
-    return Definition(name, found, config, notes, {s.version: stamp(_files(s)) for s in found})
+    stamps = {source.version: stamp(_files(source)) for source in found}
+    return Definition(name, found, config, notes, stamps, read_traffic(folder))
 
 
 def _files(source: Source) -> Path:

@@ -17,13 +17,14 @@ from infera_server.requests import Request
 from infera_server.servable import Servable
 from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
+from infera_server.traffic import LABEL
 
 INLINE_BYTES, INLINE_CODED_BYTES = 1 << 18, 1 << 14
 """Bodies up to this size, plain and compressed, are read at once: in a millisecond or two. Others take a thread."""
 
 
 def infer_target(url: bytes) -> tuple[str, str | None] | None:
-    """The (model, version) of an inference URL; None for any other. A version is decimal."""
+    """The (model, version) of an inference URL; None for any other. A version is decimal, or a label."""
     path = url.partition(b"?")[0]
     if not path.endswith(b"/infer"):
         return None
@@ -34,9 +35,9 @@ def infer_target(url: bytes) -> tuple[str, str | None] | None:
         return None
     name, version = parts[3], None
     if len(parts) == 7:
-        if parts[4] != b"versions" or not parts[5].isdigit():
+        version = parts[5].decode("latin-1")
+        if parts[4] != b"versions" or not (parts[5].isdigit() or LABEL.fullmatch(version)):
             return None
-        version = parts[5].decode()
     if b"%" in name:
         name = unquote_to_bytes(name)
     return (name.decode("utf-8", "replace"), version) if name else None

@@ -31,6 +31,7 @@ from infera_server.requests import Request, check_again
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.upload import LARGE, Upload
+from infera_server.versions import chosen
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +321,7 @@ class HotPathProtocol(Connection):
     def _send(self, exchange: Exchange, model: Servable, request: Request, nbytes: int) -> None:
         exchange.request = request
         exchange.let_go(self.service.intake)
+        model = exchange.model = chosen(model, request)
         exchange.job = model.submit(request, nbytes, lambda result, batch: self._done(exchange, result, batch))
 
     def _done(self, exchange: Exchange, result: Arrays | Exception, batch: Batch | None) -> None:

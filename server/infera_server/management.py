@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version as distribution_version
 from typing import Any
 
-from infera_server.errors import NotFound
 from infera_server.modelconfig import as_dict
 from infera_server.repository import Repository, State
 from infera_server.servable import Servable
@@ -24,15 +23,8 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "infera", "version": server_version(), "extensions": list(EXTENSIONS)}
 
 
-def check_version(version: str | None) -> None:
-    """Raises NotFound where a path's version is no number."""
-    if version is not None and not (version.isascii() and version.isdigit()):
-        raise NotFound("Not Found")
-
-
 def find(repository: Repository, name: str, version: str | None) -> Servable:
-    """A model that can run. Raises NotFound, also for a version that is no number, or Unavailable."""
-    check_version(version)
+    """A model that can run. Raises NotFound, also for a version that is no number or label, or Unavailable."""
     return repository.get(name, version)
 
 

@@ -15,12 +15,13 @@ from infera_server.codec import short
 from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
-from infera_server.golden import Golden, Recorder
 from infera_server.loader import Loader, reason_of
 from infera_server.model import Model, Opener, Post
 from infera_server.modelconfig import ConfigError
 from infera_server.servable import Servable
+from infera_server.serving import Serving
 from infera_server.settings import Settings
+from infera_server.traffic import Traffic
 
 MAX_LOADERS = 4
 
@@ -77,20 +78,22 @@ class Repository:
     rescan: Callable[[], Survey] | None = None
     """Looks for models again; None: there are no others than `sources`."""
     loader: Loader = field(init=False)
+    serving: Serving = field(init=False)
     leaving: set[Model] = field(default_factory=set, init=False)
     """Models that take no new requests and have accepted ones to finish."""
     previous: dict[str, Generation] = field(default_factory=dict, init=False)
     """What served a model before, kept for a rollback."""
-    golden: dict[str, Golden] = field(default_factory=dict, init=False)
+    traffic: dict[str, Traffic] = field(default_factory=dict, init=False)
+    """What was set while the server ran, in place of what the folder says."""
     is_settled: bool = field(default=False, init=False)
     """Whether everything there was at the start is loaded, or cannot be."""
     definitions: dict[str, Definition] = field(default_factory=dict, init=False)
     """What each model was last loaded as."""
     _entries: Mapping[str, Mapping[str, Entry]] = field(init=False)
-    _served: dict[tuple[str, str | None], Servable] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.loader = Loader(self.settings, self.opener)
+        self.serving = Serving(self.settings)
         self._entries = {}
         self._guard = threading.Lock()
         self._stopped = False
@@ -151,7 +154,7 @@ class Repository:
                 entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped while it was loaded"
             else:
                 entry.model, entry.state, entry.reason = model, State.READY, ignoring(model)
-                self._served[source.name, source.version] = model
+                self.serving.find[source.name, source.version] = model
         if late:
             model.close()
         else:
@@ -165,7 +168,7 @@ class Repository:
                 if entry.state is State.LOADING:
                     return
                 if entry.model is not None:
-                    self._served[name, None] = self._watched(entry.model)
+                    self._serve(name)
                     return
 
     def stop(self) -> None:
@@ -236,17 +239,17 @@ class Repository:
 
     def _serve(self, name: str) -> None:
         """Let requests find what the entries say."""
-        for key in [key for key in self._served if key[0] == name]:
-            del self._served[key]
-        for version, entry in self._entries[name].items():
-            if entry.model is not None:
-                self._served[name, version] = entry.model
-                self._served[name, None] = self._watched(entry.model)
+        models = {version: e.model for version, e in self._entries[name].items() if e.model is not None}
+        self.serving.publish(name, models, self.traffic_of(name))
 
-    def _watched(self, model: Model) -> Servable:
-        """What takes the requests that name no version: the model, or who keeps some of them."""
-        size = self.settings.golden_requests
-        return Recorder(model, self.golden.setdefault(model.signature.name, Golden(size))) if size else model
+    def traffic_of(self, name: str) -> Traffic:
+        """How requests for a model find a version: as set while the server ran, else as its folder says."""
+        return self.traffic.get(name) or self.definitions[name].traffic
+
+    def set_traffic(self, name: str, traffic: Traffic) -> None:
+        """From now on, until the server ends."""
+        self.traffic[name] = traffic
+        self._serve(name)
 
     # --- looking up ------------------------------------------------------------------------------------------------
 
@@ -262,12 +265,14 @@ class Repository:
 
     def get(self, name: str, version: str | None = None) -> Servable:
         """A model that can run; the newest version by default. Raises NotFound or Unavailable."""
-        model = self._served.get((name, version))
+        model = self.serving.find.get((name, version))
         if model is not None:
             return model
         versions = self._entries.get(name)
         if versions is None:
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
+        if version is not None and not (version.isascii() and version.isdigit()):
+            raise NotFound("Not Found")
         if version is not None and version not in versions:
             raise NotFound(f"Request for unknown model: '{name}' version {short(version)} is not found")
         entries = list(versions.values()) if version is None else [versions[version]]

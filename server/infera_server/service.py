@@ -8,19 +8,21 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infera_server.access import Access
 from infera_server.control import Control
-from infera_server.errors import Unavailable
+from infera_server.errors import BadRequest, Unavailable
 from infera_server.intake import Intake
 from infera_server.log_settings import LogSettings
+from infera_server.modelconfig import ConfigError
 from infera_server.recall import Heads
 from infera_server.repository import Repository
 from infera_server.servable import Servable
 from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
 from infera_server.tracing import Tracing
+from infera_server.traffic import parse
 
 if TYPE_CHECKING:
     from infera_server.connection import Connection
@@ -82,6 +84,25 @@ class Service:
         """Serve what served before the last load of a model. Raises BadRequest where nothing is kept."""
         self._refuse_draining()
         await self.control.roll_back(name)
+
+    def traffic(self, name: str) -> dict[str, Any]:
+        """How requests for a model find a version, and what its shadow answered. Raises NotFound."""
+        self.repository.get(name)
+        shadows = [shadow.as_dict() for shadow in self.repository.serving.shadows(name)]
+        return {**self.repository.traffic_of(name).as_dict(), "shadowed": shadows}
+
+    def set_traffic(self, name: str, document: object) -> dict[str, Any]:
+        """Set labels, split and shadow of a model, until the server ends. Raises NotFound or BadRequest."""
+        self._refuse_draining()
+        self.repository.get(name)
+        try:
+            traffic = parse(document)
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+        if missing := traffic.missing(self.repository.versions(name)):
+            raise BadRequest(f"model '{name}' version {missing[0]} is not served")
+        self.repository.set_traffic(name, traffic)
+        return self.traffic(name)
 
     async def unload_model(self, name: str, dependents: bool = False) -> None:
         """Take a model out of service; what it has accepted is finished later. Raises NotFound or Unavailable."""

@@ -44,6 +44,10 @@ class Signature:
     outputs: Mapping[str, Tensor]
     layout: Layout | None
 
+    def same_tensors(self, other: Signature) -> bool:
+        """Whether what is a request for one is a request for the other, with replies of equal form."""
+        return self.inputs == other.inputs and self.outputs == other.outputs
+
     @property
     def leading(self) -> bool:
         """Whether the batch is the first axis of every tensor, which is all that Triton's configuration can say."""

@@ -22,6 +22,12 @@ _TRACE = document(
     trace_count=_TEXT,
     log_frequency=_TEXT,
 )
+_TRAFFIC = document(
+    labels={"type": "object", "additionalProperties": {"type": ["string", "integer"]}},
+    split={"type": "object", "additionalProperties": {"type": "number"}},
+    shadow={"type": "object"},
+    pinned={"type": "boolean"},
+)
 _LOG = document(
     log_info={"type": "boolean"},
     log_warning={"type": "boolean"},
@@ -50,6 +56,15 @@ async def _load(call: Call) -> None:
 async def _unload(call: Call) -> None:
     dependents = members.flag(_parameters(call).get("unload_dependents", False), "unload_dependents")
     await call.service.unload_model(call.path["model"], dependents)
+
+
+async def _roll_back(call: Call) -> dict[str, Any]:
+    await call.service.roll_back(call.path["model"])
+    return {"versions": call.service.repository.versions(call.path["model"])}
+
+
+def _set_traffic(call: Call) -> Any:
+    return call.service.set_traffic(call.path["model"], members.body(call.body))
 
 
 def _parameters(call: Call) -> dict[str, Any]:
@@ -85,6 +100,20 @@ ROUTES = (
         _unload,
         "Take a model out of service",
         document(parameters=document(unload_dependents={"type": "boolean"})),
+    ),
+    Route("POST", "/v2/repository/models/{model}/rollback", _roll_back, "Serve again what the last reload replaced"),
+    Route(
+        "GET",
+        "/v2/repository/models/{model}/traffic",
+        lambda c: c.service.traffic(c.path["model"]),
+        "Labels, split and shadow of a model's versions",
+    ),
+    Route(
+        "POST",
+        "/v2/repository/models/{model}/traffic",
+        _set_traffic,
+        "Set labels, split and shadow of a model's versions",
+        _TRAFFIC,
     ),
     Route("GET", "/v2/trace/setting", lambda c: c.service.tracing.settings(), "Trace settings of all models"),
     Route(

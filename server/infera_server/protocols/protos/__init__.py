@@ -10,16 +10,24 @@ The messages live in a pool of their own: a process may hold a client's generate
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+_making = threading.Lock()
+
+
+def pool() -> descriptor_pool.DescriptorPool:
+    """Every message and service. There is one: messages of two pools do not go together."""
+    with _making:
+        return _pool()
+
 
 @cache
-def pool() -> descriptor_pool.DescriptorPool:
-    """Every message and service."""
+def _pool() -> descriptor_pool.DescriptorPool:
     found = descriptor_pool.DescriptorPool()
     data = files(__package__).joinpath("v2.binpb").read_bytes()
     for file in descriptor_pb2.FileDescriptorSet.FromString(data).file:
@@ -27,7 +35,12 @@ def pool() -> descriptor_pool.DescriptorPool:
     return found
 
 
-@cache
 def message(name: str) -> Any:
     """The class of a message, as `inference.ModelInferRequest`."""
-    return message_factory.GetMessageClass(pool().FindMessageTypeByName(name))
+    with _making:
+        return _message(name)
+
+
+@cache
+def _message(name: str) -> Any:
+    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(name))

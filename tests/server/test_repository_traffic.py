@@ -1,0 +1,240 @@
+"""Requests find a version by label, by weight, and are copied to a shadow."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from infera_server.discovery import Source, survey
+from infera_server.modelconfig import ConfigError
+from infera_server.repository import Repository
+from infera_server.rows import Arrays
+from infera_server.settings import Settings
+from infera_server.traffic import Shadow, Traffic, parse, read
+from tests.server.support import FakeSession, Running, hosting, request_of, spec, until
+from tests.text import parse as graph
+
+X = np.ones((1, 4), np.float32)
+
+
+@contextmanager
+def versions(*names: str, width: dict[str, int] | None = None, **settings: Any) -> Iterator[Running]:
+    """Model m, each of whose versions multiplies by its number."""
+    sessions: dict[str, FakeSession] = {}
+
+    def opener(path: Path, settings: Settings) -> FakeSession:
+        def fn(feeds: Arrays) -> Arrays:
+            return {"y": feeds["x"] * np.float32(path.stem)}
+
+        columns = (width or {}).get(path.stem, 4)
+        sessions[path.stem] = FakeSession({"x": spec("N", columns)}, {"y": spec("N", columns)}, fn)
+        return sessions[path.stem]
+
+    sources = [Source("m", name, Path(name)) for name in names]
+    with hosting(Repository(Settings(**settings), sources, opener)) as running:
+        running.sessions = sessions
+        yield running
+
+
+def traffic(running: Running, **document: Any) -> tuple[int, Any]:
+    status, _, reply = running.request("POST", "/v2/repository/models/m/traffic", json.dumps(document))
+    return status, json.loads(reply)
+
+
+def ask(running: Running, path: str = "m", **more: Any) -> str:
+    """The version that answered, by what it says and by what it computed."""
+    status, reply = running.infer(path, request_of(X, **more))
+    assert status == 200, reply
+    assert reply["outputs"][0]["data"][0] == float(reply["model_version"])
+    return str(reply["model_version"])
+
+
+# --- labels --------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_is_a_version_in_requests() -> None:
+    with versions("1", "2") as running:
+        assert traffic(running, labels={"stable": 1, "canary": 2})[0] == 200
+        assert ask(running, "m/versions/stable") == "1"
+        assert ask(running, "m/versions/canary") == "2"
+        assert ask(running) == "2"
+        assert running.get("/v2/models/m/versions/stable/ready")[0] == 200
+        assert running.get("/v2/models/m/versions/nope/ready") == (404, {"error": "Not Found"})
+        assert running.infer("m/versions/nope", request_of(X)) == (404, {"error": "Not Found"})
+        traffic(running, labels={"stable": 2})
+        assert ask(running, "m/versions/stable") == "2"
+        assert running.get("/v2/models/m/versions/canary/ready")[0] == 404
+
+
+def test_labels_stay_over_a_reload_and_name_what_is_served() -> None:
+    with versions("1", "2") as running:
+        traffic(running, labels={"stable": 1})
+        running.call(running.host.service.load_model("m"))
+        assert ask(running, "m/versions/stable") == "1"
+        assert running.get("/v2/repository/models/m/traffic")[1]["labels"] == {"stable": "1"}
+
+
+# --- split ---------------------------------------------------------------------------------------------------------
+
+
+def test_requests_are_spread_by_weight_and_of_one_id_go_one_way() -> None:
+    with versions("1", "2") as running:
+        traffic(running, labels={"canary": 2}, split={"1": 3, "canary": 1})
+        by_id = {f"r{index}": ask(running, id=f"r{index}") for index in range(200)}
+        assert 30 <= Counter(by_id.values())["2"] <= 70
+        assert all(ask(running, id=key) == version for key, version in list(by_id.items())[:10])
+        at_random = Counter(ask(running) for _ in range(200))
+        assert 30 <= at_random["2"] <= 70
+        assert ask(running, "m/versions/1", id="r1") == "1"
+        stats = {m["version"]: m["inference_count"] for m in running.get("/v2/models/stats")[1]["model_stats"]}
+        assert stats["2"] == Counter(by_id.values())["2"] + at_random["2"] + sum(
+            by_id[key] == "2" for key in list(by_id)[:10]
+        )
+        assert traffic(running)[1]["split"] == {}
+        assert {ask(running) for _ in range(10)} == {"2"}
+
+
+def test_a_weight_of_nothing_gets_nothing() -> None:
+    with versions("1", "2") as running:
+        traffic(running, split={"1": 1, "2": 0})
+        assert {ask(running) for _ in range(20)} == {"1"}
+
+
+def test_a_version_with_other_tensors_shares_no_requests() -> None:
+    with versions("1", "2", width={"2": 5}) as running:
+        assert traffic(running, split={"1": 1, "2": 1})[0] == 200
+        assert {ask(running) for _ in range(20)} == {"1"}
+
+
+def test_a_split_goes_on_with_what_is_left_after_a_reload() -> None:
+    with versions("1", "2") as running:
+        traffic(running, split={"1": 1, "2": 1})
+        running.host.repository.sources = [Source("m", "1", Path("1"))]
+        running.call(running.host.service.load_model("m"))
+        assert {ask(running) for _ in range(20)} == {"1"}
+
+
+# --- shadow --------------------------------------------------------------------------------------------------------
+
+
+def shadowed(running: Running) -> dict[str, Any]:
+    (found,) = running.get("/v2/repository/models/m/traffic")[1]["shadowed"]
+    return dict(found)
+
+
+def test_a_shadow_gets_copies_that_are_compared() -> None:
+    with versions("1", "2") as running:
+        assert traffic(running, split={"1": 1}, shadow={"version": "2", "share": 1})[0] == 200
+        for _ in range(10):
+            assert ask(running) == "1"
+            until(lambda: shadowed(running)["sent"] == shadowed(running)["different"] + shadowed(running)["equal"])
+        found = shadowed(running)
+        assert (found["sent"], found["different"]) == (10, 10)
+        assert "output 'y' differs by 1" in found["last_difference"]
+        traffic(running, split={"1": 1}, shadow={"version": "2", "tolerance": 2})
+        ask(running)
+        until(lambda: shadowed(running)["equal"] == 1)
+
+
+def test_a_shadow_that_is_busy_or_fails_disturbs_nobody() -> None:
+    with versions("1", "2", max_batch=1) as running:
+        session = running.sessions["2"]
+        assert isinstance(session, FakeSession)
+        traffic(running, split={"1": 1}, shadow={"version": "2"})
+
+        def broken(feeds: Arrays) -> Arrays:
+            raise RuntimeError("broken")
+
+        session.fn = broken
+        assert ask(running) == "1"
+        until(lambda: shadowed(running)["failed"] == 1)
+        model = running.host.repository.get("m", "2")
+        running.host.repository.serving.shadows("m")[0].shadow = type("Busy", (), {"queued": 1, "retired": False})()
+        assert ask(running) == "1"
+        assert shadowed(running)["dropped"] == 1
+        assert model.queued == 0
+
+
+def test_a_share_of_requests_is_copied() -> None:
+    with versions("1", "2") as running:
+        traffic(running, split={"1": 1}, shadow={"version": "2", "share": 0.25})
+        for _ in range(100):
+            ask(running)
+        found = shadowed(running)
+        assert 10 <= found["sent"] + found["dropped"] <= 40
+
+
+# --- what is said --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ([], "expected an object"),
+        ({"label": {}}, "'label' is unknown"),
+        ({"labels": {"1": 1}}, "'1' is no label"),
+        ({"labels": {"a b": 1}}, "'a b' is no label"),
+        ({"labels": {"a": "b"}}, "'b' is no version"),
+        ({"labels": []}, "labels must be a table"),
+        ({"split": {"x": 1}}, "'x' is no version"),
+        ({"split": {"1": -1}}, r"split\.1 must be a number from 0"),
+        ({"split": {"1": True}}, r"split\.1 must be a number"),
+        ({"split": {"1": 0}}, "split needs a weight above 0"),
+        ({"shadow": {"share": 1}}, "'' is no version"),
+        ({"shadow": {"version": "1", "share": 2}}, r"shadow\.share must be a number from 0 to 1"),
+        ({"shadow": {"version": "1", "what": 2}}, r"'shadow\.what' is unknown"),
+        ({"pinned": 1}, "pinned must be true or false"),
+    ],
+)
+def test_what_is_not_understood_is_refused(document: object, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        parse(document)
+
+
+def test_what_is_not_served_can_get_no_requests() -> None:
+    with versions("1") as running:
+        for document in ({"labels": {"a": 2}}, {"split": {"2": 1}}, {"shadow": {"version": "2"}}):
+            assert traffic(running, **document) == (400, {"error": "model 'm' version 2 is not served"})
+        status, _, _ = running.request("POST", "/v2/repository/models/nope/traffic", "{}")
+        assert status == 404
+        status, _, _ = running.request("POST", "/v2/repository/models/m/traffic", "{bad")
+        assert status == 400
+
+
+def test_the_models_folder_says_it(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        (tmp_path / "m" / version).mkdir(parents=True)
+        text = f"g (float[N, 4] x) => (float[N, 4] y) <float f = {{{version}}}> {{ y = Mul(x, f) }}"
+        onnx.save(graph(text), tmp_path / "m" / version / "model.onnx")
+    file = tmp_path / "m" / "infera.toml"
+    file.write_text('[labels]\nstable = 1\n[split]\nstable = 1\n[shadow]\nversion = "2"\nshare = 0.5\n')
+    with hosting(Repository(Settings(), survey([tmp_path]).sources)) as running:
+        assert ask(running) == ask(running, "m/versions/stable") == "1"
+        assert running.get("/v2/repository/models/m/traffic")[1]["shadow"]["share"] == 0.5
+    assert read(tmp_path / "m") == Traffic({"stable": "1"}, {"stable": 1.0}, Shadow("2", 0.5))
+    assert parse(read(tmp_path / "m").as_dict()) == read(tmp_path / "m")
+    for content in ("[labels", "\xff", "x = 1"):
+        file.write_text(content, encoding="latin-1")
+        with pytest.raises(ConfigError):
+            read(tmp_path / "m")
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+    with pytest.raises(ConfigError, match="leads outside"):
+        read(tmp_path / "m")
+    assert read(None) == Traffic()
+
+
+def test_a_rollback_is_asked_for_over_http() -> None:
+    with versions("1") as running:
+        assert running.request("POST", "/v2/repository/models/m/rollback")[0] == 400
+        running.call(running.host.service.load_model("m"))
+        status, _, reply = running.request("POST", "/v2/repository/models/m/rollback")
+        assert (status, json.loads(reply)) == (200, {"versions": ["1"]})
