@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Launcher
+from infera_kernels.launch import Inspection, Launcher
 from infera_kernels.launch.signature import bind
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -25,14 +25,27 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place, relative: what one rounding to the type may cost."""
 
-ARCHS: tuple[Any, ...] = tuple(pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90))
-"""Architectures whose instructions are looked at: A100 and H100."""
-
 EVERY_ARCH: tuple[Any, ...] = (
-    *ARCHS,
+    *(pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90)),
     *(pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.large) for arch in (86, 100)),
 )
-"""Architectures that operators' kernels are compiled for: RTX 30 and B200 too in `make test-all`."""
+"""Architectures that kernels are compiled for: A100 and H100, in `make test-all` RTX 30 and B200 too."""
+
+TENSOR_CORES = tuple(f"{name}MMA" for name in ("H", "HG", "UTCH", "I", "IG", "UTCI"))
+"""Instructions of tensor cores: of floats and of integers."""
+
+
+def multiplication(arch: int, rows: int, *, integers: bool = False) -> str:
+    """The instruction that multiplies tiles with so many rows: of a warp; from 64 rows on of four of them on sm_90, and
+    of the block, whose sums lie in tensor memory, on sm_100."""
+    form = {90: "{}GMMA", 100: "UTC{}MMA"}.get(arch, "{}MMA") if rows >= 64 else "{}MMA"
+    return form.format("I" if integers else "H")
+
+
+def tensor_cores(result: Inspection) -> dict[str, int]:
+    """How often each instruction of tensor cores is there, those that are."""
+    return {name: count for name in TENSOR_CORES if (count := result.count(name))}
+
 
 SHARD = "INFERA_TEST_SHARD"
 """Environment: i/n runs the i-th of n parts of a suite."""
@@ -79,7 +92,7 @@ class Noting:
         return getattr(self._launcher, name)
 
 
-ALONE = {"pointwise_kernel", "depthwise_kernel", "pool_kernel", "permute_kernel", "gather_kernel"}
+ALONE = {"pointwise_kernel", "depthwise_kernel", "pool_kernel", "permute_kernel", "gather_kernel", "mapped_kernel"}
 """Kernels in which one thread makes an element, in one order: their tiles may follow from the batch."""
 
 _GUARD = 64

@@ -1,4 +1,4 @@
-"""Gathers and maps by tables compiled for sm_80 and sm_90: no spills, and wide loads where rows are contiguous."""
+"""Gathers and maps by tables compiled for every architecture: no spills, and wide loads where rows are contiguous."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
-from tests.kernels.support import ARCHS, Array, FakeArray
+from tests.kernels.support import EVERY_ARCH, Array, FakeArray
 
 pytest.importorskip("triton")
 
@@ -16,7 +16,7 @@ from infera_kernels.triton.terms import AxisMap
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=EVERY_ARCH)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 

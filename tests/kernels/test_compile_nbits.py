@@ -1,11 +1,11 @@
-"""Products with weights of few bits compiled for sm_80 and sm_90: registers and instructions, without a GPU."""
+"""Products with weights of few bits compiled for every architecture: registers and instructions, without a GPU."""
 
 from __future__ import annotations
 
 import pytest
 
 from infera_kernels.launch import CompileLauncher
-from tests.kernels.support import ARCHS, FakeArray
+from tests.kernels.support import EVERY_ARCH, FakeArray
 from tests.kernels.test_compile import compiled
 
 pytest.importorskip("triton")
@@ -15,7 +15,7 @@ from infera_kernels.triton import nbits
 pytestmark = pytest.mark.kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize(("dtype", "bits", "block"), [("float16", 4, 128), ("float32", 4, 32), ("float16", 8, 64)])
 def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, arch: int) -> None:
     launcher, (n, k) = CompileLauncher(arch), (4096, 4096)

@@ -1,11 +1,11 @@
-"""Kernels of quantised tensors compiled for sm_80 and sm_90: registers and instructions, without a GPU."""
+"""Kernels of quantised tensors compiled for every architecture: registers and instructions, without a GPU."""
 
 from __future__ import annotations
 
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
-from tests.kernels.support import ARCHS, FakeArray
+from tests.kernels.support import EVERY_ARCH, FakeArray, multiplication, tensor_cores
 from tests.kernels.test_compile import compiled
 
 pytest.importorskip("triton")
@@ -25,7 +25,7 @@ class FakeImage(FakeArray):
         self.strides = tuple(self.strides[i] for i in (0, 3, 1, 2))
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=EVERY_ARCH)
 def launcher(request: pytest.FixtureRequest) -> CompileLauncher:
     return CompileLauncher(request.param)
 
@@ -82,9 +82,7 @@ def test_integers_are_multiplied_on_tensor_cores(tile: tiles.Tile, left: str, la
     result = integer_product(launcher, tile, left)
     assert result.count("LDGSTS") > 0, "loads are not pipelined"
     assert (result.count("STG.E.128") > 0) == (tile.m >= 64)
-    wgmma = launcher.target.arch == 90 and tile.m >= 64
-    assert (result.count("IGMMA") > 0) == wgmma
-    assert (result.count("IMMA") > 0) == (not wgmma)
+    assert tensor_cores(result).keys() == {multiplication(launcher.target.arch, tile.m, integers=True)}
 
 
 @pytest.mark.parametrize("tile", [_FEW, _MANY], ids=lambda t: f"{t.m}x{t.n}x{t.k}")
@@ -108,5 +106,5 @@ def test_convolutions_of_channels_last(tile: tiles.Tile, launcher: CompileLaunch
         tile=tile,
     )
     result = compiled(launcher)
-    assert result.count("IGMMA") + result.count("IMMA") > 0
+    assert tensor_cores(result).keys() == {multiplication(launcher.target.arch, tile.m, integers=True)}
     assert result.count("LDGSTS") > 0

@@ -1,11 +1,11 @@
-"""Recurrences compiled for sm_80 and sm_90: registers and instructions, without a GPU."""
+"""Recurrences compiled for every architecture: registers and instructions, without a GPU."""
 
 from __future__ import annotations
 
 import pytest
 
 from infera_kernels.launch import CompileLauncher
-from tests.kernels.support import ARCHS, FakeArray
+from tests.kernels.support import EVERY_ARCH, FakeArray
 
 pytest.importorskip("triton")
 
@@ -14,7 +14,7 @@ from infera_kernels.triton.recurrent import GATES, Cell, Inputs, States, recurre
 pytestmark = pytest.mark.kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize(
     ("kind", "batch", "hidden", "barriers"),
     [("LSTM", 1, 128, True), ("GRU", 1, 64, True), ("LSTM", 1, 512, False), ("GRU", 64, 256, False)],

@@ -1,4 +1,4 @@
-"""The k best and running sums compiled for sm_80 and sm_90: wide loads, and rows sorted in registers."""
+"""The k best and running sums compiled for every architecture: wide loads, and rows sorted in registers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infera_kernels.launch import CompileLauncher
-from tests.kernels.support import ARCHS, FakeArray
+from tests.kernels.support import EVERY_ARCH, FakeArray
 
 pytest.importorskip("triton")
 
@@ -25,7 +25,7 @@ def scratch(shape: Sequence[int], dtype: Any = "float32") -> FakeArray:
 @pytest.mark.parametrize(
     ("shape", "k", "launches"), [((4096, 8), 2, [(32, 1, 1)]), ((4, 50272), 50, [(100, 1, 1), (4, 1, 1)])], ids=str
 )
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 def test_top_k(arch: int, shape: tuple[int, int], k: int, launches: list[Any]) -> None:
     launcher = CompileLauncher(arch)
     outs = FakeArray((shape[0], k), "float32"), FakeArray((shape[0], k), "int64")
@@ -37,7 +37,7 @@ def test_top_k(arch: int, shape: tuple[int, int], k: int, launches: list[Any]) -
         assert launcher.compiled[0].count("LDG.E.128") > 0
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize(
     ("shape", "axis", "launches"),
     [

@@ -1,4 +1,4 @@
-"""Operators' Triton kernels compiled for sm_80 and sm_90: parameters against the PTX, and no spills."""
+"""Operators' Triton kernels compiled for every architecture: parameters against the PTX, and no spills."""
 
 from __future__ import annotations
 

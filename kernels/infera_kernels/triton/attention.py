@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from infera_kernels.calls import Call, Scratch
-from infera_kernels.launch import Const, Launcher, Typed
+from infera_kernels.launch import Const, Launcher, Typed, target_of
 from infera_kernels.triton.attention_kernels import attention_kernel, combine_kernel
-from infera_kernels.triton.attention_tiles import WIDEST, Tile, padded, pick_splits, pick_tile
+from infera_kernels.triton.attention_tiles import WIDEST, Tile, padded, pick_splits, pick_tile, registers
 from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import (
     FLOATS,
@@ -267,7 +267,7 @@ def attention(
     }
     args = of_batch(args, "lead", invariant=invariant)
     grid = (work.matrices * work.splits * -(-work.rows // tile.rows),)
-    how = {"num_warps": tile.warps, "num_stages": tile.stages}
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, **registers(tile, target_of(launcher))}
     if work.splits == 1:
         return [launcher.launch(attention_kernel, grid, args, constexprs, **how)]
     parts, peaks, totals = (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from infera_kernels.launch import Target
 from infera_kernels.triton.layout import ceil_div, next_power_of_two
 
 SLOTS = 132
@@ -75,6 +76,16 @@ TILES: Mapping[str, Mapping[int, tuple[Tile, ...]]] = MappingProxyType(
     }
 )
 """Kind of products -> the larger head size up to which -> tiles, the smallest first."""
+
+
+def registers(tile: Tile, target: Target) -> dict[str, int]:
+    """The compiler's option for a tile where blocks leave each other little shared memory.
+
+    The assembler knows nothing of that memory: it saves registers for more blocks than fit, and spills. It is told to
+    take what three blocks of four warps leave each other.
+    """
+    few = target.shared_bytes < 100 * 1024 and tile.warps == 4
+    return {"maxnreg": 65536 // (3 * 32 * tile.warps) // 8 * 8} if few else {}
 
 
 def padded(size: int) -> int:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher
+from infera_kernels.triton.hyperbolic import tan
 from infera_kernels.triton.indexing import offset_in, rounded, store_type, tile_of, widened
 from infera_kernels.triton.layout import (
     INT32_MAX,
@@ -137,6 +138,10 @@ def pick_tiling(shape: Dims, strides: Sequence[Dims], values: int = 0) -> Tiling
     return Tiling(dims, walked, len(dims), rows, (min(tile // cols, next_power_of_two(rows)), cols))
 
 
+_LONG = (tan,)
+"""Functions of which a thread computes few at a time: with eight, registers spill on sm_100."""
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
     """A term: a function of `args`, which count the inputs and after them the terms before.
@@ -171,4 +176,5 @@ def pointwise(terms: Sequence[Applied], ins: Sequence[Any], out: Any, launcher: 
         "TYPES": tuple(t.dtype for t in terms),
         **tiling.constexprs,
     }
-    return [launcher.launch(pointwise_kernel, (tiling.programs,), args, constexprs, num_warps=4)]
+    warps = 8 if any(t.fn in _LONG for t in terms) else 4
+    return [launcher.launch(pointwise_kernel, (tiling.programs,), args, constexprs, num_warps=warps)]
