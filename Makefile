@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-jit test-all check bench exports gpu-check docker-check clean
+.PHONY: help run test test-kernels test-jit test-clients test-all check bench exports gpu-check docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real in
 	@$(PY) examples/demo.py
 
 test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
-	@$(PY) -m pytest -m "not large and not gpu and not kernels"
+	@$(PY) -m pytest -m "not large and not gpu and not kernels and not clients"
 
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80 and sm_90, in the plans of models
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
@@ -35,7 +35,23 @@ test-jit:  ## the kernels that numba compiles for the CPU, in an environment of 
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
 	@.venv-jit/bin/python -m pytest -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py
 
-test-all: test test-kernels test-jit  ## everything that needs no GPU, large models included
+# kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
+CLIENTS_VENV := .venv-clients
+CLIENTS_PIP   = $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -q
+
+$(CLIENTS_VENV)/.installed:
+	@echo "installing kserve and perf_analyzer (450 MB) into $(CLIENTS_VENV)"
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_PIP) install kserve==0.21.0
+	@$(CLIENTS_PIP) download --no-deps --only-binary=:all: --platform manylinux_2_38_x86_64 -d $(CLIENTS_VENV)/wheels perf-analyzer==2.60.0
+	@$(CLIENTS_VENV)/bin/python -m zipfile -e $(CLIENTS_VENV)/wheels/perf_analyzer-*.whl $(CLIENTS_VENV)/perf
+	@chmod +x $(CLIENTS_VENV)/perf/perf_analyzer/bin/perf_analyzer
+	@touch $@
+
+test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's clients: tritonclient, kserve, perf_analyzer
+	@$(PY) -m pytest tests/clients
+
+test-all: test test-kernels test-jit test-clients  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"
 
 check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import contracts
@@ -76,4 +92,4 @@ docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfil
 	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-jit $(TORCH_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-jit $(CLIENTS_VENV) $(TORCH_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
