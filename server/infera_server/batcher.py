@@ -312,9 +312,7 @@ class Batcher:
         if ran:
             self.observe(batch)
             if self.schedule.goal is not None:
-                now = time.monotonic()
-                for job in batch.jobs:
-                    self.schedule.goal.answered(now - job.queued_at)
+                self.schedule.goal.answered(batch.jobs, time.monotonic())
         for job, result in zip(batch.jobs, batch.results, strict=True):
             if job.state in (State.CANCELLED, State.ANSWERED):
                 continue

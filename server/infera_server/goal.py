@@ -1,29 +1,49 @@
 """A promise about latency: 99 of 100 requests are answered within a time.
 
 It is kept by refusing early what would be answered too late, reckoned with the long runs rather than the typical ones,
-and by batches short enough that a request which just missed one is answered in time by the next. What the reckoning
-does not know of (other processes, garbage collection) shows in the answers, and widens its margin.
+and by batches short enough that a request which just missed one is answered in time by the next. How far answers are
+from what was reckoned is measured, and kept as a margin.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 
 from infera_server.costs import GroupCosts
+from infera_server.jobs import Job
 
 log = logging.getLogger(__name__)
 
 ALLOWED = 0.01
 """The share of answers that may be late."""
 
-REMEMBERED = 1000
+REMEMBERED = 2000
 """Answers that say whether the goal is met."""
 
-PERIOD = 200
-"""Answers between two looks at the margin."""
+COUNTED = 256
+"""Rows after which the rate of arrivals is looked at again."""
 
-MAX_MARGIN = 4.0
+FLOOD = 1e9
+"""Rows a second, before any are counted: more than any batch holds."""
+
+NEARLY = 0.98
+"""Of the most answers in time: a larger bucket with so many is preferred."""
+
+OPEN = 1 / 3
+"""The least part of a run during which the next batch takes in: the shorter, the more depends on the estimates."""
+
+PERIOD = 200
+"""Answers between two looks at whether the goal is met."""
+
+FIRST_MARGIN, MAX_MARGIN = 1.3, 4.0
+
+STEP = 0.1
+"""How far the margin moves with a batch whose answers took longer than it allows; with others a little back."""
+
+QUANTILE = 0.995
+"""The share of answers that the margin is to cover."""
 
 
 class Goal:
@@ -31,20 +51,43 @@ class Goal:
 
     def __init__(self, seconds: float, name: str = "model") -> None:
         self.seconds = seconds
-        self.margin = 1.0
+        self.margin = FIRST_MARGIN
         """What estimates are multiplied by."""
 
+        self.rate = FLOOD
+        """Rows that arrive in a second."""
+
         self._name = name
+        self._rows, self._counted_at = 0, 0.0
         self._answered: deque[float] = deque(maxlen=REMEMBERED)
-        self._late = self._seen = 0
+        self._seen = 0
         self._complaint = ""
 
+    def arrived(self, rows: int, now: float) -> None:
+        """So many rows came, admitted or not."""
+        self._rows += rows
+        if self._rows >= COUNTED and now > self._counted_at:
+            rate = self._rows / (now - self._counted_at)
+            self.rate = rate if self.rate == FLOOD else (self.rate + rate) / 2
+            self._rows, self._counted_at = 0, now
+
     def largest(self, costs: GroupCosts) -> int:
-        """Index of the largest bucket that may run: two in a row take no longer than the goal."""
-        most = self.seconds / self.margin / 2
-        index = len(costs.buckets) - 1
-        while index and costs.high[index] > most:
-            index -= 1
+        """Index of the largest bucket that may run: the largest with nearly the most answers in time.
+
+        While a batch runs for c seconds, those are admitted for the next one who come in its last (goal - c) seconds.
+        Large batches take less time a row, and admit for a smaller part of it.
+        """
+        most = self.seconds / self.margin
+        index, best = 0, 0.0
+        for i, rows in enumerate(costs.buckets):
+            run, long = costs.typical[i], costs.high[i]
+            if not run:
+                return len(costs.buckets) - 1
+            if i and most - long < run * OPEN:
+                break
+            rate = min(rows, self.rate * min(run, most - long)) / run
+            if rate >= best * NEARLY:
+                index, best = i, max(rate, best)
         return index
 
     def limit(self, own: float) -> float:
@@ -62,25 +105,34 @@ class Goal:
                 f"out of reach: a run of {costs.buckets[0]} row takes {costs.typical[0] * 1e3:.3g} ms by itself"
             )
 
-    def answered(self, seconds: float) -> None:
-        """A request was answered so long after its arrival."""
-        self._answered.append(seconds)
-        self._late += seconds > self.seconds
-        self._seen += 1
-        if self._seen == PERIOD:
+    def answered(self, jobs: Sequence[Job], now: float) -> None:
+        """The jobs of a batch were answered.
+
+        The margin follows the 99.5th percentile of the time that an answer took over the one estimated when its request
+        came, by stochastic approximation (Robbins, Monro 1951). Short estimates do not count: what an answer takes
+        besides runs is much to them. A batch is one step, since its answers are late together.
+        """
+        counted = over = 0
+        for job in jobs:
+            took = now - job.queued_at
+            self._answered.append(took)
+            if job.estimate > self.seconds / 2:
+                counted += 1
+                over += took > self.margin * job.estimate
+        if counted:
+            step = STEP * (over / counted - (1 - QUANTILE))
+            self.margin = min(max(self.margin + step, 1.0), MAX_MARGIN)
+        self._seen += len(jobs)
+        if self._seen >= PERIOD and len(self._answered) == REMEMBERED:
+            self._seen = 0
             self._review()
 
     def _review(self) -> None:
-        if self._late > ALLOWED * PERIOD:
-            self.margin = min(self.margin * 1.25, MAX_MARGIN)
-        elif not self._late:
-            self.margin = max(self.margin * 0.95, 1.0)
-        self._late = self._seen = 0
         late = sum(s > self.seconds for s in self._answered)
-        if late > 2 * ALLOWED * len(self._answered) and self.margin == MAX_MARGIN:
+        if late > 2 * ALLOWED * REMEMBERED:
             if not self._complaint:
-                self._complain(f"missed: {late} of the last {len(self._answered)} answers took longer")
-        elif self._complaint and late <= ALLOWED * len(self._answered):
+                self._complain(f"missed: {late} of the last {REMEMBERED} answers took longer")
+        elif self._complaint and late <= ALLOWED * REMEMBERED:
             self._complaint = ""
             log.info("model '%s': the goal of %.3g ms is met again", self._name, self.seconds * 1e3)
 
@@ -93,11 +145,6 @@ class Goal:
         """Of the last answers, in seconds; None before the first."""
         answers = sorted(self._answered)
         return answers[int(len(answers) * (1 - ALLOWED))] if answers else None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the last answers keep the promise; None before the first."""
-        return None if not self._answered else self.p99 <= self.seconds  # type: ignore[operator]
 
     @property
     def state(self) -> str:

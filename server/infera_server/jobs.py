@@ -77,4 +77,7 @@ class Job:
     deadline: float = math.inf
     level: int = 0
     queued_at: float = field(default_factory=time.monotonic)
+    estimate: float = 0.0
+    """Seconds until its answer, at the worst, as reckoned when it came; 0 where that was not."""
+
     state: State = State.WAITING

@@ -22,6 +22,7 @@ from prometheus_client.core import (
 )
 
 from infera_gpu.telemetry import Telemetry
+from infera_server.goal import Goal
 from infera_server.jobs import Batch
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ class ModelStats:
         self.execution = Histogram(SECONDS)
         self.rows = Histogram(ROWS)
         self.padding = 0
+        self.waste = 0.0
+        """Rows computed for nothing, those included that were made longer: a row half padding is half a row."""
+
+        self.goal: Goal | None = None
         self.phases = {name: Times() for name in ("queue", "compute_input", "compute_infer", "compute_output")}
         self.success, self.fail = Times(), Times()
         self.cache_hit, self.cache_miss = Times(), Times()
@@ -109,6 +114,7 @@ class ModelStats:
         jobs = len(batch.jobs)
         self.rows.observe(batch.rows)
         self.padding += batch.padded - batch.rows
+        self.waste += batch.padded - batch.fill * batch.rows
         self.execution.observe(batch.ran_at - batch.gathered_at)
         waited = 0.0
         for job in batch.jobs:
@@ -168,6 +174,14 @@ class Exposition:
         requests = CounterMetricFamily("infera_requests", "Requests answered, by HTTP status.", labels=[*own, "code"])
         rejected = CounterMetricFamily("infera_rejected", "Requests refused, by reason.", labels=[*own, "reason"])
         padding = CounterMetricFamily("infera_padding_rows", "Rows run only to fill a bucket.", labels=own)
+        waste = CounterMetricFamily(
+            "infera_padding_waste_rows", "Rows' worth of computing on padding, of rows and within them.", labels=own
+        )
+        goals = {
+            "goal": GaugeMetricFamily("infera_slo_seconds", "The goal for the 99th percentile.", labels=own),
+            "p99": GaugeMetricFamily("infera_slo_p99_seconds", "That of the last answers.", labels=own),
+            "met": GaugeMetricFamily("infera_slo_met", "1 where the last answers keep the goal.", labels=own),
+        }
         depth = GaugeMetricFamily("infera_queue_depth", "Requests waiting for a run.", labels=own)
         info = InfoMetricFamily("infera_model", "What is served and how.", labels=own)
         histograms = {
@@ -186,6 +200,12 @@ class Exposition:
             for reason, count in sorted(stats.refused.items()):
                 rejected.add_metric([*key, reason], count)
             padding.add_metric(key, stats.padding)
+            waste.add_metric(key, stats.waste)
+            if (goal := stats.goal) is not None:
+                goals["goal"].add_metric(key, goal.seconds)
+                if (p99 := goal.p99) is not None:
+                    goals["p99"].add_metric(key, p99)
+                    goals["met"].add_metric(key, p99 <= goal.seconds)
             depth.add_metric(key, model.queued)
             info.add_metric(
                 key,
@@ -194,7 +214,8 @@ class Exposition:
             for name, family in histograms.items():
                 histogram: Histogram = getattr(stats, name)
                 family.add_metric(key, list(histogram.cumulative()), histogram.total)
-        yield from (requests, rejected, padding, depth, info, *histograms.values())
+        yield from (requests, rejected, padding, waste, depth, info, *histograms.values())
+        yield from (family for family in goals.values() if family.samples)
 
     def _gpus(self) -> Iterator[Metric]:
         readings = self._telemetry.read()

@@ -190,6 +190,8 @@ def open_model(
     if kind == "cuda":
         constants = (a.nbytes for graph in session.graph.walk() for a in graph.constants.values())
         stats.memory["GPU", int(index or 0)] = sum(constants)
+    if slo := settings.slo_p99_of.get(name, settings.slo_p99):
+        stats.goal = Goal(slo, name)
 
     def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
         batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]
@@ -205,7 +207,7 @@ def open_model(
         observe=stats.ran,
         turns=turns,
         run_limit=settings.request_timeout,
-        goal=Goal(slo, name) if (slo := settings.slo_p99_of.get(name, settings.slo_p99)) else None,
+        goal=stats.goal,
         weight=settings.shares.get(name, 1.0),
         soon=_soon,
         inline_limit=settings.inline_run if session.device.name == "cpu" else 0.0,
@@ -215,8 +217,15 @@ def open_model(
     timeout = min(definition.queue_timeout or math.inf, settings.request_timeout)
     model = Model(signature, session, batching, batcher, stats, timeout, path.name, definition, levels)
     size = next(iter(batching.sizes.values()), 1)
-    costs = batcher.schedule.costs
-    prime(session, batching.layout, size, lambda f: model._rows(f)[1], costs, batcher.share, settings.warmup_seconds)
+    prime(
+        session,
+        batching.layout,
+        size,
+        lambda feeds: model._rows(feeds)[1],
+        batcher.schedule,
+        batcher.share,
+        settings.warmup_seconds,
+    )
     return model
 
 

@@ -68,6 +68,8 @@ def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]
         facts.append(("arena", arenas + at))
     else:
         facts.append(("arena", "depends on the request's shape"))
+    if (goal := model.stats.goal) is not None:
+        facts.append(("goal", goal.state))
     limits = (
         f"{settings.max_queue} waiting requests, {bytes_text(settings.max_queue_bytes)} of them, "
         f"{bytes_text(settings.max_body_bytes)} a body, {settings.request_timeout:g} s a request"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from infera_server.costs import MAX_GROUPS, Costs, GroupCosts, Window
 from infera_server.errors import Overloaded
@@ -52,6 +53,13 @@ class Selection:
     bucket: int
 
 
+class Expected(NamedTuple):
+    """Seconds that a run takes by all experience, and at the worst."""
+
+    typical: float
+    high: float
+
+
 @dataclass(eq=False)
 class Schedule:
     """The queue of one model. Not thread-safe. Times are seconds of one clock, whichever.
@@ -80,8 +88,8 @@ class Schedule:
         self._waiting: dict[Hashable, Waiting] = {}
         self._empty: dict[Hashable, Waiting] = {}
         self._soonest = math.inf
-        self._running = False
-        self._running_until = 0.0
+        self._running: Expected | None = None
+        self._running_since = 0.0
 
     # --- arriving ----------------------------------------------------------------------------------------------------
 
@@ -97,7 +105,9 @@ class Schedule:
     def add(self, job: Job) -> None:
         """Queue a job at its `queued_at`. Raises Overloaded where there is no room or no hope, never while idle."""
         now = job.queued_at
-        if self.queued or self._running:
+        if self.goal is not None:
+            self.goal.arrived(job.rows, now)
+        if self.queued or self._running is not None:
             self.check_room(job.nbytes, now)
             self._check_hope(job, now)
         waiting = self._waiting.get(job.group)
@@ -131,12 +141,13 @@ class Schedule:
                     needed - limit,
                     "goal",
                 )
+            job.estimate = needed
 
     def forecast(self, job: Job, now: float, high: bool = False) -> float:
         """Seconds until a job that arrives now would be answered, by typical or by long runs; 0 where none is known."""
         own = self._waiting.get(job.group)
         rows = job.rows + (own.rows_before(job.level) if own else 0)
-        seconds = self._residual(now) + self._clear(own.costs if own else self._costs_of(job), rows, high)
+        seconds = self._residual(now, high) + self._clear(own.costs if own else self._costs_of(job), rows, high)
         for waiting in self._waiting.values():
             if waiting is not own:
                 seconds += self._clear(waiting.costs, waiting.rows_before(job.level), high)
@@ -144,22 +155,33 @@ class Schedule:
 
     def wait(self, now: float) -> float:
         """Seconds until what waits and runs now is through."""
-        return self._residual(now) + sum(self._clear(w.costs, w.rows, False) for w in self._waiting.values())
+        return self._residual(now, False) + sum(self._clear(w.costs, w.rows, False) for w in self._waiting.values())
 
-    def _residual(self, now: float) -> float:
-        return max(0.0, self._running_until - now) if self._running else 0.0
+    def _residual(self, now: float, high: bool) -> float:
+        """Seconds that the present run will still take."""
+        if self._running is None:
+            return 0.0
+        return max(0.0, self._running_since + (self._running.high if high else self._running.typical) - now)
 
     def _clear(self, costs: GroupCosts, rows: int, high: bool) -> float:
         """Seconds for so many rows of a group, the device's other users included."""
         if not rows:
             return 0.0
         largest = self._largest(costs)
-        full, rest = divmod(rows, self.buckets[largest])
-        times = costs.high if high else costs.typical
-        seconds = full * times[largest] + (times[costs.index(rest)] if rest else 0.0)
-        return seconds + (full + bool(rest)) * (self.turns.high if high else self.turns.median)
+        batches, rest = divmod(rows, self.buckets[largest])
+        times, typical = (costs.high if high else costs.typical), costs.typical
+        seconds = batches * times[largest]
+        while rest > 0:
+            index = costs.index(rest)
+            if index and typical[index] / rest > typical[index - 1] / self.buckets[index - 1] / GAIN:
+                index -= 1  # `_choose` would leave some for another batch
+            seconds += times[index]
+            batches += 1
+            rest -= self.buckets[index]
+        return seconds + batches * (self.turns.high if high else self.turns.median)
 
     def _largest(self, costs: GroupCosts) -> int:
+        """Index of the largest bucket that may run."""
         return self.goal.largest(costs) if self.goal is not None else len(self.buckets) - 1
 
     def _costs_of(self, job: Job) -> GroupCosts:
@@ -218,7 +240,7 @@ class Schedule:
         None where the batch would take longer than `within`, or it is unknown how long and there is such a limit.
         """
         head = self._head()
-        index, count = self._choose(head, now) if self.merges else (0, 1)
+        index, count = self._choose(head) if self.merges else (0, 1)
         seconds = head.costs.typical[index]
         if seconds > within or (within < math.inf and not head.costs.known):
             return None
@@ -226,12 +248,12 @@ class Schedule:
         self._drop(head, count)
         if self.widens is not None and self.merges:
             self._fill(selection)
-        self._running, self._running_until = True, now + seconds
+        self._running, self._running_since = Expected(seconds, head.costs.high[index]), now
         return selection
 
     def ran(self, selection: Selection, seconds: float, *, whole: bool = True) -> None:
         """The batch ended after so long; unless it ran `whole`, nothing is learned from it."""
-        self._running = False
+        self._running = None
         if whole:
             selection.costs.learn(selection.bucket, seconds)
             if self.goal is not None:
@@ -244,13 +266,13 @@ class Schedule:
             return next(iter(groups))
         return min(groups, key=lambda w: (w.jobs[0].level, w.jobs[0].queued_at))
 
-    def _choose(self, head: Waiting, now: float) -> tuple[int, int]:
+    def _choose(self, head: Waiting) -> tuple[int, int]:
         """(index of the bucket, how many jobs) of the batch that takes the least time a row."""
         costs, jobs = head.costs, head.jobs
         first = costs.index(jobs[0].rows)
         if len(jobs) == 1:
             return first, 1
-        last = max(self._within(head, now), first)
+        last = max(self._largest(costs), first)
         index = count = rows = taken = 0
         least = math.inf
         considered = []
@@ -271,17 +293,6 @@ class Schedule:
             if i != index:
                 costs.pass_over(i)
         return index, taken
-
-    def _within(self, head: Waiting, now: float) -> int:
-        """Index of the largest bucket that keeps the goal, for those who come after the batch and for its first job."""
-        if self.goal is None:
-            return len(self.buckets) - 1
-        index = self.goal.largest(head.costs)
-        left = head.jobs[0].queued_at + self.goal.seconds - now
-        if head.costs.high[0] <= left:  # else it is late whatever runs
-            while index and head.costs.high[index] > left:
-                index -= 1
-        return index
 
     def _drop(self, waiting: Waiting, count: int) -> None:
         for job in waiting.jobs[:count]:

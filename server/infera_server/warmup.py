@@ -8,11 +8,11 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-from infera_server.costs import Costs
 from infera_server.independence import id_limits
 from infera_server.proof import random_array, shape_at
-from infera_server.rows import Arrays, Layout
+from infera_server.rows import Arrays, HostArray, Layout
 from infera_server.runtime import Session
+from infera_server.schedule import Schedule
 from infera_server.turns import Share
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def prime(
     layout: Layout | None,
     size: int,
     group_of: Callable[[Arrays], Hashable],
-    costs: Costs,
+    schedule: Schedule,
     share: Share,
     seconds: float,
 ) -> None:
@@ -38,24 +38,34 @@ def prime(
     limits, rng = id_limits(session.graph), np.random.default_rng(0)
     until = time.monotonic() + seconds
     for rows in layout.buckets if layout else (1,):
-        feeds = {}
+        feeds: dict[str, HostArray] = {}
         for name, spec in session.inputs.items():
             fixed = {layout.inputs[name]: rows} if layout and name in layout.inputs else {}
             limit = min(2, limits.get(name, 2))
             feeds[name] = random_array(rng, shape_at(spec, fixed, size), spec.dtype, limit=limit)
-        known = costs.of(group_of(feeds), sum(a.size for a in feeds.values()) / rows)
+        costs = schedule.costs.of(group_of(feeds), sum(a.size for a in feeds.values()) / rows)
         for i in range(1 + TIMED):
-            if time.monotonic() + (known.typical[known.index(rows)] if known.known else 0.0) > until:
+            if time.monotonic() + costs.typical[costs.index(rows)] > until:
                 return
-            share.enter()
-            began = time.monotonic()
-            try:
-                session.run(feeds)
-            except Exception as error:
-                log.debug("warming up with %d rows failed: %s", rows, error)
+            took = _timed(session, feeds, share)
+            if took is None:
                 return
-            finally:
-                took = time.monotonic() - began
-                share.leave()
             if i:
-                known.learn(rows, took)
+                costs.learn(rows, took)
+        if schedule.goal is not None:
+            schedule.goal.check_reach(costs)
+
+
+def _timed(session: Session, feeds: Arrays, share: Share) -> float | None:
+    """Seconds of a run; None where it failed."""
+    share.enter()
+    began = time.monotonic()
+    try:
+        session.run(feeds)
+    except Exception as error:
+        log.debug("model '%s': a run to warm up failed: %s", share.name, error)
+        return None
+    finally:
+        took = time.monotonic() - began
+        share.leave()
+    return took
