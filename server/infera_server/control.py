@@ -20,7 +20,8 @@ from infera_server.loader import reason_of, return_memory
 from infera_server.model import Model
 from infera_server.modelconfig import ConfigError, from_json
 from infera_server.overrides import from_files
-from infera_server.repository import Generation, Repository, State
+from infera_server.repository import UNLOADED, Generation, Repository, State
+from infera_server.room import NoRoomError, least_recently_used
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,11 @@ class Control:
         """`unload`, whoever may. Raises NotFound."""
         if not any(entry.source.name == name for entry in self._repository.entries()):
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
+        self._take_out(name, UNLOADED)
+
+    def _take_out(self, name: str, reason: str) -> None:
         if before := self._repository.generation(name):
-            self._serve(Generation(before.definition, {}), keep=False)
+            self._serve(Generation(before.definition, {}), keep=False, reason=reason)
 
     async def roll_back(self, name: str) -> None:
         """Serve what served before the last load, which in turn is kept. Raises BadRequest where nothing was kept."""
@@ -144,10 +148,9 @@ class Control:
 
     async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Model]:
         """All of these versions, or none of them. Raises BadRequest."""
-        name, loader = definition.name, self._repository.loader
-        post = asyncio.get_running_loop().call_soon_threadsafe
-        opening = [partial(loader.open, source, definition, post) for source in sources]
-        results = await asyncio.gather(*(detached("infera-load", o) for o in opening), return_exceptions=True)
+        name = definition.name
+        opening = [self._open_version(source, definition) for source in sources]
+        results = await asyncio.gather(*opening, return_exceptions=True)
         failures = {s.version: reason_of(r) for s, r in zip(sources, results, strict=True) if isinstance(r, Exception)}
         models = {s: r for s, r in zip(sources, results, strict=True) if isinstance(r, Model)}
         newest = definition.sources[-1]
@@ -162,6 +165,47 @@ class Control:
         reasons = "".join(f"version {v} is at UNAVAILABLE state: {reason};\n" for v, reason in failures.items())
         raise BadRequest(f"load failed for model '{name}': {reasons}")
 
+    async def _open_version(self, source: Source, definition: Definition) -> Model:
+        """Load a version, making room for it where it does not fit. Raises whatever loading raises."""
+        post = asyncio.get_running_loop().call_soon_threadsafe
+        while True:
+            try:
+                return await detached("infera-load", partial(self._repository.loader.open, source, definition, post))
+            except NoRoomError as error:
+                if error.hopeless or not await self._make_room(definition.name, error):
+                    raise
+
+    async def _make_room(self, name: str, error: NoRoomError) -> bool:
+        """Let go of what is only kept for a rollback, else of the least recently used model. Returns whether of any."""
+        repository = self._repository
+        if self._tasks:  # others are on their way out already
+            await asyncio.wait(tuple(self._tasks))
+            return True
+        kept = (n for n, g in repository.previous.items() if any(map(error.concerns, g.models.values())))
+        if before := next(kept, None):
+            self._forget_previous(before)
+        elif self._settings.evict and (victim := self._victim(name, error)):
+            log.warning("model '%s' is unloaded to make room for '%s'", victim, name)
+            self._take_out(victim, f"{UNLOADED}: evicted to make room for '{name}'")
+        else:
+            return False
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+        return True
+
+    def _victim(self, name: str, error: NoRoomError) -> str | None:
+        """The model to go for `name`, by least recent use; pinned ones stay."""
+        pinned = {name, *self._settings.pinned}
+        models = (
+            model
+            for model in self._repository.ready()
+            if error.concerns(model)
+            and model.signature.name not in pinned
+            and not self._repository.traffic_of(model.signature.name).pinned
+        )
+        found = least_recently_used(models)
+        return found.signature.name if found else None
+
     async def _compare(self, model: Model) -> str:
         """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
         golden = self._repository.serving.golden.get(model.signature.name)
@@ -175,7 +219,7 @@ class Control:
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
-    def _serve(self, generation: Generation, keep: bool) -> None:
+    def _serve(self, generation: Generation, keep: bool, reason: str = UNLOADED) -> None:
         """Serve these versions and no others; with `keep`, what served before can be gone back to."""
         name, repository = generation.definition.name, self._repository
         before = repository.generation(name)
@@ -189,7 +233,7 @@ class Control:
                 repository.mark_unloaded(name, model.signature.version, KEPT)
         else:
             for model in gone:
-                self._start(self._let_go(model))
+                self._start(self._let_go(model, reason))
 
     def _forget_previous(self, name: str, spared: Generation | None = None) -> None:
         """Let go of what only a rollback would need."""
@@ -199,7 +243,7 @@ class Control:
             if model not in needed:
                 self._start(self._let_go(model))
 
-    async def _let_go(self, model: Model) -> None:
+    async def _let_go(self, model: Model, reason: str = UNLOADED) -> None:
         """Wait for what a model has accepted, then give its memory back."""
         name, version = model.signature.name, model.signature.version
         model.drain()
@@ -207,7 +251,7 @@ class Control:
         self._repository.leaving.discard(model)
         del model
         await detached("infera-unload", return_memory)
-        self._repository.mark_unloaded(name, version)
+        self._repository.mark_unloaded(name, version, reason)
         log.info("unloaded model '%s' version %s", name, version)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from infera_gpu.errors import InferaError
+from infera_gpu.errors import InferaError, OutOfMemoryError
 from infera_server.definition import Definition
 from infera_server.discovery import Source
 from infera_server.model import Model, Opener, Post, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
+from infera_server.room import HostRoom, NoRoomError, planned_bytes
 from infera_server.rows import Arrays
 from infera_server.settings import Settings
 from infera_server.turns import Turns
@@ -32,24 +33,42 @@ class Loader:
         self._opener = opener
         self._placement = Placement(settings.device, settings.vram_limit, settings.pins)
         self._turns: defaultdict[str, Turns] = defaultdict(Turns)
+        self._room = HostRoom(settings.memory_limit) if settings.memory_limit else None
+        self._counts: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
         self._places: WeakKeyDictionary[Model, Place] = WeakKeyDictionary()
         self._guard = threading.Lock()
 
     def open(self, source: Source, definition: Definition, post: Post) -> Model:
         """A model that takes requests. `post(fn, arg)` must call `fn(arg)` in the event loop's thread.
 
-        Raises whatever loading raises; `reason_of` says it in words.
+        Raises NoRoomError where memory is short, and whatever loading raises; `reason_of` says it in words.
         """
         if self._opener is not None:
-            return self._open(source, definition, self._opener, post)
+            return self._counted(self._open(source, definition, self._opener, post))
         place = self._placement.take(source.name, _size(source.path), definition.device(self.settings))
         try:
-            model = self._open(source, definition, partial(open_session, place=place), post)
+            model = self._counted(self._open(source, definition, partial(open_session, place=place), post))
+        except OutOfMemoryError as error:
+            self._placement.give_back(place)
+            raise NoRoomError(error, place.device) from None
         except BaseException:
             self._placement.give_back(place)
             raise
         with self._guard:
             self._places[model] = place
+        return model
+
+    def _counted(self, model: Model) -> Model:
+        """The model, where there is room for it. Raises NoRoomError."""
+        if self._room is not None and model.device == "cpu":
+            nbytes = planned_bytes(model)
+            try:
+                self._room.take(model.signature.name, nbytes)
+            except NoRoomError:
+                model.close()
+                raise
+            with self._guard:
+                self._counts[model] = nbytes
         return model
 
     def _open(self, source: Source, definition: Definition, opener: Opener, post: Post) -> Model:
@@ -77,7 +96,9 @@ class Loader:
         model.join(self.settings.request_timeout)
         model.close()
         with self._guard:
-            place = self._places.pop(model, None)
+            place, counted = self._places.pop(model, None), self._counts.pop(model, 0)
+        if self._room is not None:
+            self._room.give_back(counted)
         if place is not None:
             self._placement.give_back(place)
 

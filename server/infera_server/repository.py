@@ -225,7 +225,7 @@ class Repository:
         models = {entry.source: entry.model for entry in entries if entry.model is not None}
         return Generation(self.definitions[name], models) if models else None
 
-    def mark_unloaded(self, name: str, version: str, reason: str = UNLOADED) -> None:
+    def mark_unloaded(self, name: str, version: str, reason: str) -> None:
         """A version that was taken out of service is gone, unless it has come back."""
         entry = self._entries[name].get(version)
         if entry is not None and entry.state is State.UNLOADING:

@@ -56,12 +56,15 @@ class Settings(BaseSettings):
     max_region_bytes: int = Field(default=16 << 30, ge=0)
     max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
+    evict: bool = False
     golden_requests: int = Field(default=0, ge=0, le=1024)
     golden_tolerance: float = Field(default=1e-3, ge=0)
     keep_deleted: bool = False
     keep_previous: float = Field(default=600.0, ge=0)
     load_models: tuple[str, ...] = ("*",)
     max_load_bytes: int = Field(default=2 << 30, ge=1)
+    memory_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
+    pinned: tuple[str, ...] = ()
     model_control: Literal["explicit", "none", "poll"] = "explicit"
     poll_interval: float = Field(default=2.0, gt=0)
     watch: bool = False

@@ -1,0 +1,55 @@
+"""How much memory all models have together, and who goes where one more does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from infera_gpu.budget import VramBudget
+from infera_gpu.errors import InferaError, OutOfMemoryError
+from infera_server.model import Model
+
+
+class NoRoomError(InferaError):
+    """A model does not fit beside the others; `device` is where, and `hopeless` where it would not fit alone either."""
+
+    def __init__(self, error: OutOfMemoryError, device: str, limit: int | None = None) -> None:
+        super().__init__(str(error))
+        self.device = device
+        limit = error.limit if limit is None else limit
+        self.hopeless = limit is not None and error.needed > limit
+
+    def concerns(self, model: Model) -> bool:
+        """Whether unloading this model would make room."""
+        return self.device == "auto" or model.device == self.device or model.device.startswith(f"{self.device}:")
+
+
+class HostRoom:
+    """The host memory that models on the CPU have together, by what their plans say: weights, and the largest arena."""
+
+    def __init__(self, limit: str) -> None:
+        self._budget = VramBudget(limit)
+
+    def take(self, name: str, nbytes: int) -> None:
+        """Count a model. Raises NoRoomError, counting nothing."""
+        try:
+            self._budget.take(f"model '{name}'", nbytes)
+        except OutOfMemoryError as error:
+            limit = self._budget.limit
+            what = f"model '{name}', with a memory_limit of {limit:,},"
+            refusal = OutOfMemoryError(what, needed=error.needed, available=error.available)
+            raise NoRoomError(refusal, "cpu", limit) from None
+
+    def give_back(self, nbytes: int) -> None:
+        self._budget.give_back(nbytes)
+
+
+def planned_bytes(model: Model) -> int:
+    """Weights and the largest arena that is planned for."""
+    graph = model.session.graph
+    weights = sum(array.nbytes for inner in graph.walk() for array in inner.constants.values())
+    return weights + max(model.batching.arena_bytes.values(), default=0)
+
+
+def least_recently_used(models: Iterable[Model]) -> Model | None:
+    """The model whose last run, or else load, is longest ago; None of none."""
+    return min(models, key=lambda model: max(model.loaded_at, model.stats.last_inference), default=None)
