@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import ssl
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.cli.console import print_error
+from infera_gpu.cli.options import locate
+from infera_gpu.errors import FetchError
 from infera_server.access import Access, KeyFileError, is_local, make_key, read_keys
 from infera_server.discovery import DiscoveryError, discover, survey
 from infera_server.repository import Repository
@@ -23,7 +27,12 @@ from infera_server.settings import Settings
 
 
 def serve(
-    paths: Annotated[list[Path], typer.Argument(help="ONNX files, folders of them, or NAME/VERSION/model.onnx trees.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="ONNX files, folders of them, NAME/VERSION/model.onnx trees, or names `infera pull` knows."
+        ),
+    ],
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     grpc_port: Annotated[
@@ -67,10 +76,22 @@ def serve(
     vram_limit: Annotated[
         str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB. [default: what there is]")
     ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Most host memory of all models on the CPU together, by their plans. [default: no limit]"),
+    ] = None,
+    evict: Annotated[
+        bool | None,
+        typer.Option("--evict", help="A load that does not fit unloads the least recently used model. [default: no]"),
+    ] = None,
+    pinned: Annotated[
+        list[str] | None, typer.Option("--keep", help="A model that is never evicted. Repeatable.", metavar="MODEL")
+    ] = None,
     model_control: Annotated[
         str | None,
         typer.Option(
-            help="explicit: models are loaded and unloaded on request too; none: at start. [default: explicit]"
+            help="explicit: models are loaded and unloaded on request too; none: only at start; "
+            "poll: as the files say. [default: explicit]"
         ),
     ] = None,
     slo_p99: Annotated[
@@ -87,6 +108,30 @@ def serve(
             help="MODEL=WEIGHT: how much of a busy device's time one model gets. Repeatable. [default: 1]",
             metavar="MODEL=WEIGHT",
         ),
+    ] = None,
+    load_models: Annotated[
+        list[str] | None,
+        typer.Option("--load-model", help="Load this model at start, and no others. Repeatable. [default: all]"),
+    ] = None,
+    watch: Annotated[
+        bool | None, typer.Option("--watch", help="Load models whose files change, beside requests. [default: no]")
+    ] = None,
+    poll_interval: Annotated[
+        float | None, typer.Option(help="Seconds between looks at the files. [default: 2]")
+    ] = None,
+    keep_deleted: Annotated[
+        bool | None, typer.Option("--keep-deleted", help="A model whose files are deleted is served on. [default: no]")
+    ] = None,
+    keep_previous: Annotated[
+        float | None,
+        typer.Option(help="Seconds that what was replaced is kept for a rollback; 0 keeps nothing. [default: 600]"),
+    ] = None,
+    golden_requests: Annotated[
+        int | None,
+        typer.Option(help="Requests of live traffic that a reload must answer as before. [default: 0]"),
+    ] = None,
+    golden_tolerance: Annotated[
+        float | None, typer.Option(help="By how much of an output's largest value it may differ. [default: 0.001]")
     ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
@@ -122,13 +167,16 @@ def serve(
         if slo_p99:
             given |= _goals(slo_p99)
         settings = Settings(**given)
-        sources = discover(paths)
         access = access_of(settings)
+        names = catalogued(paths)
+        paths = [names.get(path, path) for path in paths]
+        titles = {file: str(path) for path, file in names.items()}
+        repository = Repository(settings, discover(paths, titles), rescan=partial(survey, paths, titles))
     except KeyFileError as error:
         raise typer.BadParameter(str(error), param_hint="--api-keys") from None
     except ValidationError as error:
         raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
-    except DiscoveryError as error:
+    except (DiscoveryError, FetchError) as error:
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
     try:
         sock = listen(settings.host, settings.port)
@@ -136,10 +184,11 @@ def serve(
         print_error(f"cannot listen on {settings.host}:{settings.port}: {error}")
         raise typer.Exit(1) from None
     try:
-        server = Host(Repository(settings, sources, rescan=partial(survey, paths)), sock, access)
+        server = Host(repository, sock, access)
     except (OSError, ssl.SSLError) as error:
         raise typer.BadParameter(f"the certificates cannot be used: {error}", param_hint="--tls-cert") from None
-    with screen(len(sources)) as out:
+    total = len(list(repository.entries()))
+    with screen(total) as out:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(message)s", handlers=[out.handler()], force=True
         )
@@ -148,7 +197,7 @@ def serve(
         def loaded() -> None:
             ready = sum(1 for _ in server.repository.ready())
             grpc = "" if server.grpc_port is None else f", gRPC on port {server.grpc_port}"
-            out.serving(f"serving {ready} of {len(sources)} on {_url(sock.getsockname(), settings)}{grpc}")
+            out.serving(f"serving {ready} of {total} on {_url(sock.getsockname(), settings)}{grpc}")
 
         server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()
@@ -193,6 +242,11 @@ def _url(name: Any, settings: Settings) -> str:
     host, port = name[:2]
     scheme = "http" if settings.tls_cert is None else "https"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def catalogued(paths: Sequence[Path]) -> dict[Path, Path]:
+    """The files of those that are no paths but names of the catalogue, fetched where need be. Raises FetchError."""
+    return {path: locate(str(path)) for path in paths if not path.exists() and str(path) in CATALOGUE}
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

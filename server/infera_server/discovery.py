@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from stat import S_ISREG
+from types import MappingProxyType
 from typing import TypeAlias
 
 CONFIG_FILE = "config.pbtxt"
@@ -14,6 +15,9 @@ CONFIG_FILE = "config.pbtxt"
 
 RESERVED = frozenset({"stats"})
 """Names in the place of a model that mean something else: `GET /v2/models/stats` is about all of them."""
+
+
+EMPTY: Mapping[Path, str] = MappingProxyType({})
 
 
 class DiscoveryError(ValueError):
@@ -50,9 +54,10 @@ class Survey:
         return [source for source in self.sources if source.name == name]
 
 
-def discover(paths: Sequence[Path]) -> list[Source]:
+def discover(paths: Sequence[Path], names: Mapping[Path, str] = EMPTY) -> list[Source]:
     """The models at `paths`: ONNX files, folders of them, model folders (`NAME/1/model.onnx`) or folders of these.
 
+    `names` are what files are served as instead of their own names.
     Raises DiscoveryError where a path holds none, two models would have one name, or a name cannot be served.
     """
     for path in paths:
@@ -61,18 +66,19 @@ def discover(paths: Sequence[Path]) -> list[Source]:
         alone = survey([path])
         if not alone.sources and not alone.problems:
             raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
-    found = survey(paths)
+    found = survey(paths, names)
     for problem in found.problems.values():
         raise DiscoveryError(problem)
     return list(found.sources)
 
 
-def survey(paths: Sequence[Path]) -> Survey:
+def survey(paths: Sequence[Path], names: Mapping[Path, str] = EMPTY) -> Survey:
     """As `discover`, but what is wrong with one model hides no other, and a path may hold none."""
     found: dict[tuple[str, str], Source] = {}
     problems: dict[str, str] = {}
     for path in paths:
-        for source in list(_sources(path, problems)):
+        named = [Source(names[path], "1", path)] if path in names else list(_sources(path, problems))
+        for source in named:
             if problem := _name_problem(source):
                 problems[source.name] = problem
                 continue

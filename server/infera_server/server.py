@@ -150,7 +150,7 @@ class Host:
         threading.Thread(target=work, name="infera-loading", daemon=True).start()  # not the executor: it is waited for
         await finished.wait()
         self.on_loaded()
-        if not any(self.repository.ready()):
+        if not any(self.repository.ready()) and self.repository.has_failed:
             self._failed = self.server.should_exit = True
 
     def run(self) -> int:

@@ -20,6 +20,7 @@ from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
 from infera_server.access import Access
 from infera_server.discovery import Source
+from infera_server.model import Model
 from infera_server.repository import Repository
 from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import Session
@@ -157,6 +158,13 @@ class Running:
             f"{e['name']}/{e.get('version', '')}": ": ".join(filter(None, (e.get("state"), e.get("reason"))))
             for e in json.loads(reply)
         }
+
+    def model(self, name: str) -> Model:
+        """A model over a session, without what is wrapped around it."""
+        found = self.host.repository.get(name)
+        while not isinstance(found, Model):
+            found = found.model  # type: ignore[attr-defined]
+        return found
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)

@@ -15,7 +15,8 @@ import onnx
 import pytest
 
 from infera_gpu.errors import ModelError
-from infera_server.discovery import Source, survey
+from infera_server.cli import catalogued
+from infera_server.discovery import Source, discover, survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.repository import Repository
 from infera_server.settings import Settings
@@ -224,3 +225,23 @@ def test_an_unload_gives_the_memory_back_to_the_system(tmp_path: Path) -> None:
         running.call(running.host.service.unload_model("big"))
         until(lambda: running.index()["big/1"] == "UNAVAILABLE: unloaded")
         assert full - resident() > 0.9 * 4 * wide * wide
+
+
+def test_a_name_of_the_catalogue_is_served_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }"), tmp_path / "model.onnx")
+    monkeypatch.setattr("infera_server.cli.locate", lambda name: tmp_path / "model.onnx")
+    assert catalogued([Path("magika"), tmp_path, Path("nope")]) == {Path("magika"): tmp_path / "model.onnx"}
+    (source,) = discover([tmp_path / "model.onnx"], {tmp_path / "model.onnx": "magika"})
+    assert (source.name, source.path) == ("magika", tmp_path / "model.onnx")
+
+
+def test_only_the_models_that_are_named_are_loaded_at_start(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }"), tmp_path / f"{name}.onnx")
+    for wanted, states in ((("a",), {"a/1": "READY", "b/": ""}), ((), {"a/": "", "b/": ""})):
+        repository = Repository(Settings(load_models=wanted), survey([tmp_path]).sources)
+        with hosting(repository) as running:
+            assert running.index() == states
+            assert running.get("/v2/health/ready")[0] == 200
+            running.call(running.host.service.load_model("b"))
+            assert running.index()["b/1"] == "READY"

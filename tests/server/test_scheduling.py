@@ -85,7 +85,7 @@ def test_another_model_on_the_device_is_named() -> None:
         slow.wait_entered()
         got: list[tuple[int, dict[str, str | float]]] = []
         second = spawn(lambda: got.append(traced(running, "fast", rows(1))))
-        until(lambda: running.host.repository.get("fast").queued == 1)
+        until(lambda: running.model("fast").queued == 1)
         time.sleep(0.01)
         slow.gate.set()
         first.join()
@@ -241,8 +241,8 @@ def test_short_runs_are_made_in_the_event_loop_and_long_ones_are_not() -> None:
 def test_a_busy_device_is_not_waited_for_in_the_event_loop() -> None:
     slow = doubler()
     with serving({"slow": slow, "fast": doubler()}, inline_run=1.0) as running:
-        fast = running.host.repository.get("fast")
-        with running.host.repository._turns["cpu"]:
+        fast = running.model("fast")
+        with running.host.repository.loader._turns_of("cpu"):
             asked = spawn(running.infer, "fast", request_of(rows(1)))
             until(lambda: fast.queued == 1)
             assert running.get("/v2/health/live")[0] == 200
@@ -265,7 +265,7 @@ def test_draining_finishes_what_the_event_loop_was_to_run() -> None:
 def test_costs_are_known_before_the_first_request() -> None:
     session = doubler()
     with serving({"double": session}, max_batch=8) as running:
-        schedule = running.host.repository.get("double").batcher.schedule
+        schedule = running.model("double").batcher.schedule
         costs = schedule.costs.of((("x", (), (4,)),))
         assert [costs.runs(i) for i in range(4)] == [3, 3, 3, 3]
         assert session.batches[-16:] == [1] * 4 + [2] * 4 + [4] * 4 + [8] * 4
@@ -274,7 +274,7 @@ def test_costs_are_known_before_the_first_request() -> None:
 def test_warming_up_ends_in_time() -> None:
     session = doubler()
     with serving({"double": session}, warmup_seconds=0.0) as running:
-        assert not running.host.repository.get("double").batcher.schedule.costs.of((("x", (), (4,)),)).known
+        assert not running.model("double").batcher.schedule.costs.of((("x", (), (4,)),)).known
         assert running.infer("double", request_of(rows(1)))[0] == 200
 
 
