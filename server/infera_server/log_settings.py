@@ -22,6 +22,7 @@ class LogSettings:
 
     def __init__(self, logger: logging.Logger = logging.root) -> None:
         self._logger = logger
+        self._level = logger.level
         level = logger.getEffectiveLevel()
         self._kinds = {name: level <= kind for name, kind in KINDS.items()}
         self._verbose = int(level <= logging.DEBUG)
@@ -45,9 +46,18 @@ class LogSettings:
         form = given.get("log_format", self._format)
         if form not in FORMATS:
             raise BadRequest(f"invalid argument for --log_format, got: {str(form)[:100]}")
-        self._kinds, self._verbose, self._format = kinds, verbose, form
-        self._apply()
+        if (kinds, verbose, form) != (self._kinds, self._verbose, self._format):
+            self._kinds, self._verbose, self._format = kinds, verbose, form
+            self._apply()
         return self.settings()
+
+    def restore(self) -> None:
+        """Log again as at first."""
+        if self._formatters:
+            self._logger.setLevel(self._level)
+        for handler, formatter in self._formatters.items():
+            handler.removeFilter(self._passes)
+            handler.setFormatter(formatter)
 
     def _apply(self) -> None:
         levels = [kind for name, kind in KINDS.items() if self._kinds[name]]

@@ -158,6 +158,7 @@ class Host:
         try:
             self.server.run([self._sock])
         finally:
+            self.service.log_settings.restore()
             self.repository.stop()
             for model in self.repository.working():
                 model.close(self.server.deadline - time.monotonic())

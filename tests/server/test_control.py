@@ -257,6 +257,8 @@ def test_kinds_of_messages_are_switched(logged: tuple[logging.Logger, list[str]]
     assert "T" in iso[0]
     assert "INFO alone: INFO" in iso[0]
     assert heard(log_format="default") == ["INFO", "ERROR", "CRITICAL"]
+    settings.restore()
+    assert heard() == ["INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
 @pytest.mark.parametrize(

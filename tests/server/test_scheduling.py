@@ -61,7 +61,7 @@ def test_a_reply_explains_itself_when_asked() -> None:
 def test_what_was_waited_for_is_named() -> None:
     session = doubler()
     with serving({"double": session}) as running:
-        model = running.host.repository.get("double")
+        model = running.model("double")
         session.block()
         first = spawn(running.infer, "double", request_of(rows(1)))
         session.wait_entered()
@@ -132,7 +132,7 @@ def test_a_smaller_priority_goes_first_and_none_is_in_the_middle() -> None:
 
         first = spawn(running.infer, "m", request_of(rows(1)))
         session.wait_entered()
-        model = running.host.repository.get("m")
+        model = running.model("m")
         threads = []
         for count, priority in enumerate((9, 0, 1), start=1):
             threads.append(spawn(ask, priority))
@@ -148,7 +148,7 @@ def test_a_smaller_priority_goes_first_and_none_is_in_the_middle() -> None:
 def test_a_request_that_cannot_make_its_timeout_is_refused_at_once() -> None:
     session = doubler()
     with serving({"double": session}) as running:
-        model = running.host.repository.get("double")
+        model = running.model("double")
         for bucket in model.batcher.schedule.buckets:
             for _ in range(32):
                 model.batcher.schedule.costs.of((("x", (), (4,)),)).learn(bucket, 2.0)
