@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,11 @@ import numpy as np
 from infera_server.codec import datatype_of
 from infera_server.rows import Layout
 from infera_server.runtime import Specs
+
+
+def agree(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes, with -1 for open dimensions, can be those of one array."""
+    return len(a) == len(b) and all(-1 in (x, y) or x == y for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,164 @@
+"""`sequence_batching` of Triton's ModelConfig, as a `Recurrence`. Errors are in Triton's words where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.errors import ModelError
+from infera_server.codec import short
+from infera_server.errors import BadRequest
+from infera_server.protocols.datatypes import dtype_of
+from infera_server.recurrence import Control, Recurrence, State
+from infera_server.requests import Correlation
+from infera_server.rows import HostArray
+from infera_server.signature import Signature, agree
+
+
+def declared(config: Any, model: Signature, read: Callable[[str], bytes]) -> Recurrence:
+    """What `sequence_batching` of a ModelConfig says. `read(name)` is a file of the model's `initial_state` folder.
+
+    Raises ModelError, in Triton's words where it has them.
+    """
+    batching, batched = config.sequence_batching, config.max_batch_size > 0
+    states = [_state(entry, model, batched, read) for entry in batching.state]
+    seen: set[str] = set()
+    for state in states:
+        if state.input in seen:
+            raise ModelError(f"State input name '{state.input}' specified more than once.")
+        seen.add(state.input)
+    controls = list(_controls(batching, model))
+    oldest = batching.WhichOneof("strategy_choice") == "oldest"
+    slots = batching.oldest.max_candidate_sequences if oldest else max(1, config.max_batch_size)
+    if oldest:
+        for size in batching.oldest.preferred_batch_size:
+            if not 0 < size <= config.max_batch_size:
+                problem = "positive" if size <= 0 else "<= max batch size"
+                raise ModelError(f"sequence batching preferred batch size must be {problem} for {model.name}")
+    return Recurrence(
+        states,
+        controls,
+        needed=True,
+        slots=slots,
+        idle=(batching.max_sequence_idle_microseconds or 1_000_000) / 1e6,
+        shown=frozenset(output.name for output in config.output),
+    )
+
+
+def _state(entry: Any, model: Signature, batched: bool, read: Callable[[str], bytes]) -> State:
+    name = entry.input_name
+    for kind, tensors, wanted in (("input", model.inputs, name), ("output", model.outputs, entry.output_name)):
+        tensor = tensors.get(wanted)
+        if tensor is None:
+            raise ModelError(f"state {kind} '{wanted}' of model '{model.name}' is none of its {kind}s")
+        if tensor.dtype != dtype_of(entry.data_type):
+            raise ModelError(f"state {kind} '{wanted}' of model '{model.name}' is {tensor.datatype} in the model")
+        declared_shape = (-1, *entry.dims) if batched else tuple(entry.dims)
+        if not agree(declared_shape, tensor.shape):
+            raise ModelError(f"state {kind} '{wanted}' of model '{model.name}' is {list(tensor.shape)} in the model")
+    dims = [1 if d == -1 else d for d in entry.dims]
+    if not entry.initial_state:
+        return State(name, entry.output_name, _filled(dims, entry.data_type, batched, None))
+    initial = entry.initial_state[0]
+    if initial.data_type != entry.data_type:
+        raise ModelError(
+            f"The data type used for 'initial_state' field of state '{name}' does not match the state data type."
+        )
+    if len(initial.dims) != len(entry.dims):
+        raise ModelError(
+            f"Number of dimensions in 'initial_state' doesn't match the size of 'state' dimensions for state input "
+            f"'{name}'. {len(initial.dims)} != {len(entry.dims)}"
+        )
+    for got, want in zip(initial.dims, entry.dims, strict=True):
+        if got == -1:
+            raise ModelError(f"'initial_state' field for state input name '{name}' contains variable dimensions.")
+        if want not in (-1, got):
+            raise ModelError(
+                f"'initial_state' dim for input name '{name}' doesn't match 'state' dim description. {got} != {want}"
+            )
+    data = read(initial.data_file) if initial.WhichOneof("state_data") == "data_file" else None
+    try:
+        return State(name, entry.output_name, _filled(list(initial.dims), entry.data_type, batched, data))
+    except ValueError:
+        raise ModelError(f"{initial.data_file} is too short for the initial state of '{name}'") from None
+
+
+def _filled(dims: Sequence[int], data_type: int, batched: bool, data: bytes | None) -> HostArray:
+    shape, dtype = ((1, *dims) if batched else tuple(dims)), dtype_of(data_type)
+    if data is None:
+        return np.full(shape, "", dtype) if dtype.hasobject else np.zeros(shape, dtype)
+    return np.frombuffer(data, dtype, int(np.prod(shape))).reshape(shape)
+
+
+def _controls(batching: Any, model: Signature) -> Iterator[Control]:
+    seen: set[str] = set()
+    for entry in batching.control_input:
+        for control in entry.control:
+            kind = control.DESCRIPTOR.enum_types_by_name["Kind"].values_by_number[control.kind].name
+            if kind in seen:
+                raise ModelError(f"sequence batching specifies multiple {kind} tensors for {model.name}")
+            seen.add(kind)
+            tensor = model.inputs.get(entry.name)
+            if tensor is None:
+                raise ModelError(f"sequence batching control tensor '{entry.name}' is no input of '{model.name}'")
+            value, dtype = _typed(control, kind, model.name)
+            if dtype != tensor.dtype:
+                raise ModelError(f"control '{entry.name}' of model '{model.name}' is {tensor.datatype} in the model")
+            yield Control(entry.name, value, dtype, tensor.shape)
+
+
+def _typed(control: Any, kind: str, model: str) -> tuple[Callable[[Correlation], Any], np.dtype[Any]]:
+    """The value of a control input for a step, and its type."""
+    given = [
+        (list(values), np.dtype(dtype), name)
+        for name, dtype in (("int32", np.int32), ("fp32", np.float32), ("bool", np.bool_))
+        if (values := getattr(control, f"{name}_false_true"))
+    ]
+    if kind == "CONTROL_SEQUENCE_CORRID":
+        if given:
+            raise ModelError(
+                "sequence batching must not specify either 'int32_false_true', 'fp32_false_true' or "
+                f"'bool_false_true' for {kind} for {model}"
+            )
+        return _identity(control, kind, model)
+    if len(given) != 1:
+        raise ModelError(
+            f"sequence batching must specify either 'int32_false_true', 'fp32_false_true' or 'bool_false_true' for "
+            f"{kind} for {model}"
+            if not given
+            else "sequence batching specifies more than one from 'int32_false_true', 'fp32_false_true' and "
+            f"'bool_false_true' for {kind} for {model}"
+        )
+    values, dtype, name = given[0]
+    if len(values) != 2:
+        raise ModelError(
+            f"sequence batching control '{name}_false_true' must have exactly 2 entries for {kind} for {model}"
+        )
+    flag: Callable[[Correlation], bool] = {
+        "CONTROL_SEQUENCE_START": lambda step: step.start,
+        "CONTROL_SEQUENCE_READY": lambda step: True,
+        "CONTROL_SEQUENCE_END": lambda step: step.end,
+    }[kind]
+    return lambda step: values[flag(step)], dtype
+
+
+def _identity(control: Any, kind: str, model: str) -> tuple[Callable[[Correlation], Any], np.dtype[Any]]:
+    dtype = dtype_of(control.data_type)
+    if dtype.name not in ("uint64", "int64", "uint32", "int32", "object"):
+        raise ModelError(
+            f"unexpected data type for control {kind} for {model}. "
+            "Allowed data types are TYPE_UINT64, TYPE_INT64, TYPE_UINT32, TYPE_INT32 and TYPE_STRING"
+        )
+    if dtype.hasobject:
+        return lambda step: str(step.id), dtype
+    bits = 8 * dtype.itemsize
+    wrapped = np.dtype(f"uint{bits}").type
+
+    def number(step: Correlation) -> Any:
+        if isinstance(step.id, str):
+            raise BadRequest(f"model '{model}' takes integers as sequence ids, not '{short(step.id)}'")
+        return wrapped(step.id & (1 << bits) - 1).astype(dtype)
+
+    return number, dtype

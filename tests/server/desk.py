@@ -1,0 +1,100 @@
+"""Models without a server: the test is the event loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from infera_server.jobs import Batch, Job
+from infera_server.model import Model, open_model
+from infera_server.requests import Correlation, Request
+from infera_server.rows import Arrays, HostArray
+from infera_server.runtime import Session
+from infera_server.servable import Servable
+from infera_server.settings import Settings
+from infera_server.turns import Turns
+from tests.server.support import WAIT
+
+
+@dataclass
+class Answer:
+    """What a request was answered with; nothing while it is not."""
+
+    result: Arrays | Exception | None = None
+    batch: Batch | None = None
+    count: int = 0
+
+    def __call__(self, result: Arrays | Exception, batch: Batch | None) -> None:
+        self.result, self.batch = result, batch
+        self.count += 1
+
+    def __getitem__(self, name: str) -> HostArray:
+        assert isinstance(self.result, dict), self.result
+        found: HostArray = self.result[name]
+        return found
+
+
+@dataclass
+class Desk:
+    """Takes what engine threads post, and does it when the test waits."""
+
+    posted: SimpleQueue[tuple[Callable[[Any], None], Any]] = field(default_factory=SimpleQueue)
+    opened: list[Model] = field(default_factory=list)
+
+    def post(self, fn: Callable[[Any], None], argument: Any) -> None:
+        self.posted.put((fn, argument))
+
+    def open(self, session: Session, name: str = "m", **settings: Any) -> Model:
+        """A session as a model that takes requests."""
+        chosen = Settings(**{"inline_run": 0.0, "warmup_seconds": 0.0} | settings)
+        model = open_model(
+            name,
+            "1",
+            Path(f"{name}.onnx"),
+            chosen,
+            post=self.post,
+            turns_of=lambda device: Turns(),
+            opener=lambda path, _: session,
+        )
+        self.opened.append(model)
+        return model
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Do what is posted until it holds."""
+        deadline = time.monotonic() + WAIT
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            fn, argument = self.posted.get(timeout=WAIT)
+            fn(argument)
+
+    def ask(self, model: Servable, correlation: Correlation | None = None, **feeds: HostArray) -> Answer:
+        """Send a request and wait for its answer; what `submit` raises is raised."""
+        answer = Answer()
+        _submit(model, answer, Request("", feeds, [], correlation=correlation))
+        self.until(lambda: answer.count > 0)
+        return answer
+
+    def close(self) -> None:
+        for model in self.opened:
+            model.close(WAIT)
+
+
+def send(
+    model: Servable,
+    answer: Answer,
+    correlation: Correlation | None = None,
+    *,
+    timeout: float | None = None,
+    priority: int = 0,
+    **feeds: HostArray,
+) -> Job:
+    """Submit a request."""
+    return _submit(model, answer, Request("", feeds, [], timeout, priority, correlation))
+
+
+def _submit(model: Servable, answer: Answer, request: Request) -> Job:
+    return model.submit(request, sum(array.nbytes for array in request.feeds.values()), answer)
