@@ -165,6 +165,14 @@ def retry_after(error: RequestError) -> int | None:
     return None if error.retry_after is None else max(1, math.ceil(error.retry_after))
 
 
+def renamed(error: RequestError, message: str) -> RequestError:
+    """The same refusal in other words."""
+    other = type(error).__new__(type(error))
+    other.__dict__.update(error.__dict__)
+    other.args = (message,)
+    return other
+
+
 def request_error(error: Exception, model: str) -> RequestError:
     """The answer to an exception that running `model` raised.
 

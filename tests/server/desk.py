@@ -32,10 +32,15 @@ class Answer:
         self.result, self.batch = result, batch
         self.count += 1
 
+    @property
+    def outputs(self) -> Arrays:
+        """The result; fails where it is an error."""
+        assert self.result is not None
+        assert not isinstance(self.result, Exception), self.result
+        return self.result
+
     def __getitem__(self, name: str) -> HostArray:
-        assert isinstance(self.result, dict), self.result
-        found: HostArray = self.result[name]
-        return found
+        return self.outputs[name]
 
 
 @dataclass
