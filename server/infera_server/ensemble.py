@@ -16,21 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from weakref import ref
 
-from infera_gpu.errors import ModelError
 from infera_server.codec import datatype_of
 from infera_server.ensemble_graph import Graph, Step, check_members, read
 from infera_server.errors import BadRequest, NotFound, RequestError, Unavailable, renamed, request_error
-from infera_server.jobs import Batch, Done, Job, State
+from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.metrics import ModelStats
+from infera_server.modelconfig import ConfigError, ModelConfig, new
 from infera_server.requests import Output, Request, check_input
 from infera_server.rows import Arrays, HostArray
 from infera_server.sequence_model import SequenceModel
 from infera_server.servable import Servable
 from infera_server.signature import Signature
-from infera_server.wrapped import answer
 
 Lookup: TypeAlias = Callable[[str, str | None], Servable]
 """A model that can run, by name and version; None is the newest. Raises NotFound or Unavailable."""
@@ -53,6 +52,7 @@ class Ensemble:
     """A `Servable` over others. Made by `build`."""
 
     graph: Graph
+    config: ModelConfig
     lookup: Lookup
     timeout: float
     depends: frozenset[str]
@@ -134,7 +134,7 @@ class Ensemble:
         return run
 
     def cancel(self, job: Job) -> None:
-        if isinstance(job, Run) and job.state is State.WAITING:
+        if job in self._runs:
             job.state = State.CANCELLED
             self._end(job)
 
@@ -176,7 +176,7 @@ class Ensemble:
         if members != [known() for known in self.known]:
             try:
                 check_members(self.graph, [member.signature for member in members])
-            except ModelError as error:
+            except ConfigError as error:
                 raise Unavailable(f"{error}; the model was loaded again after the ensemble") from None
             self.known = [ref(member) for member in members]
         return members
@@ -279,8 +279,8 @@ class Ensemble:
         return first
 
 
-def build(name: str, version: str, config: Any, lookup: Lookup, timeout: float = 30.0) -> Ensemble:
-    """The ensemble of a ModelConfig, whose members can be looked up and fit together. Raises ModelError.
+def build(name: str, version: str, config: ModelConfig, lookup: Lookup, timeout: float = 30.0) -> Ensemble:
+    """The ensemble of a ModelConfig, whose members can be looked up and fit together. Raises ConfigError.
 
     A request may take `timeout` seconds.
     """
@@ -290,23 +290,35 @@ def build(name: str, version: str, config: Any, lookup: Lookup, timeout: float =
     depends = set()
     for step in graph.steps:
         if step.model == name:
-            raise ModelError(f"circular dependency between ensembles: {name} -> {name}")
+            raise ConfigError(f"circular dependency between ensembles: {name} -> {name}")
         try:
             members.append(lookup(step.model, step.version))
         except RequestError:
             if step.version is not None:
-                raise ModelError(_absent(name, step)) from None
+                raise ConfigError(_absent(name, step)) from None
             absent.append(step.model)
             continue
         depends |= {step.model, *getattr(members[-1], "depends", ())}
     if absent:
-        raise ModelError(
+        raise ConfigError(
             f"ensemble {name} contains models that are not available or ambiguous: {', '.join(sorted(set(absent)))}"
         )
     if name in depends:
-        raise ModelError(f"circular dependency between ensembles: {name} -> ... -> {name}")
+        raise ConfigError(f"circular dependency between ensembles: {name} -> ... -> {name}")
     check_members(graph, [member.signature for member in members])
-    return Ensemble(graph, lookup, timeout, frozenset(depends), [ref(member) for member in members])
+    return Ensemble(
+        graph, _completed(name, config), lookup, timeout, frozenset(depends), [ref(member) for member in members]
+    )
+
+
+def _completed(name: str, config: ModelConfig) -> ModelConfig:
+    """The configuration as Triton tells it."""
+    full = new()
+    full.CopyFrom(config)
+    full.name, full.platform = name, "ensemble"
+    if full.version_policy.WhichOneof("policy_choice") is None:
+        full.version_policy.latest.num_versions = 1
+    return full
 
 
 def _absent(name: str, step: Step) -> str:

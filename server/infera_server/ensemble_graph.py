@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infera_gpu.errors import ModelError
-from infera_server.protocols.datatypes import datatype_name, dtype_of
+from infera_server.codec import datatype_of
+from infera_server.modelconfig import ConfigError, dtype_that_is
 from infera_server.rows import Layout
 from infera_server.signature import Signature, Tensor, agree
 
@@ -46,7 +46,7 @@ class Graph:
 
 
 def read(name: str, version: str, config: Any) -> Graph:
-    """The graph of a configuration, where every output is made of the inputs. Raises ModelError."""
+    """The graph of a configuration, where every output is made of the inputs. Raises ConfigError."""
     steps = list(_steps(name, config))
     made = _made(name, steps)
     _check_flow(name, config, steps, made)
@@ -60,11 +60,11 @@ def read(name: str, version: str, config: Any) -> Graph:
 def _steps(name: str, config: Any) -> Iterator[Step]:
     entries = config.ensemble_scheduling.step
     if not entries:
-        raise ModelError(f"must specify 'step' for ensemble '{name}'")
+        raise ConfigError(f"must specify 'step' for ensemble '{name}'")
     for index, entry in enumerate(entries):
         for member in ("model_name", "input_map", "output_map"):
             if not getattr(entry, member):
-                raise ModelError(f"must specify '{member}' in step {index} of ensemble '{name}'")
+                raise ConfigError(f"must specify '{member}' in step {index} of ensemble '{name}'")
         version = None if entry.model_version in (0, -1) else str(entry.model_version)
         yield Step(index, entry.model_name, version, dict(entry.input_map), dict(entry.output_map))
 
@@ -75,7 +75,7 @@ def _made(name: str, steps: Sequence[Step]) -> Mapping[str, Step]:
     for step in steps:
         for tensor in step.outputs.values():
             if tensor in made:
-                raise ModelError(
+                raise ConfigError(
                     f"ensemble tensor '{tensor}' can appear in an output map only once for ensemble '{name}' "
                     f"step {step.index}"
                 )
@@ -88,23 +88,23 @@ def _check_flow(name: str, config: Any, steps: Sequence[Step], made: Mapping[str
     inputs, outputs = ({entry.name for entry in entries} for entries in (config.input, config.output))
     used = {tensor for step in steps for tensor in step.inputs.values()}
     for tensor in inputs - used - made.keys():
-        raise ModelError(f"ensemble input '{tensor}' for ensemble {name} is not used")
+        raise ConfigError(f"ensemble input '{tensor}' for ensemble {name} is not used")
     for tensor in inputs & made.keys():
-        raise ModelError(f"ensemble input '{tensor}' for ensemble '{name}' is written by step {made[tensor].index}")
+        raise ConfigError(f"ensemble input '{tensor}' for ensemble '{name}' is written by step {made[tensor].index}")
     ready, left = set(inputs), list(steps)
     while runs := [step for step in left if ready.issuperset(step.inputs.values())]:
         ready.update(tensor for step in runs for tensor in step.outputs.values())
         left = [step for step in left if step not in runs]
     for tensor in sorted(outputs):
         if tensor not in used | made.keys():
-            raise ModelError(f"ensemble output '{tensor}' for ensemble {name} is not used")
+            raise ConfigError(f"ensemble output '{tensor}' for ensemble {name} is not used")
         if tensor not in ready:
             source = _unconnected(tensor, made, ready)
             why = f": at least one of its depending tensors, '{source}', is not connected" if source != tensor else ""
-            raise ModelError(f"output '{tensor}' for ensemble '{name}' is not written{why}")
+            raise ConfigError(f"output '{tensor}' for ensemble '{name}' is not written{why}")
     for tensor in sorted((used | made.keys()) - outputs):
         if tensor not in ready or tensor not in used:
-            raise ModelError(f"ensemble tensor '{tensor}' is unused in ensemble '{name}'")
+            raise ConfigError(f"ensemble tensor '{tensor}' is unused in ensemble '{name}'")
 
 
 def _unconnected(tensor: str, made: Mapping[str, Step], ready: set[str]) -> str:
@@ -121,40 +121,41 @@ def _unconnected(tensor: str, made: Mapping[str, Step], ready: set[str]) -> str:
 
 def _tensor(name: str, entry: Any, batched: bool) -> Tensor:
     if entry.HasField("reshape"):
-        raise ModelError(f"tensor '{entry.name}' of ensemble '{name}' is reshaped, which only models can be")
+        raise ConfigError(f"tensor '{entry.name}' of ensemble '{name}' is reshaped, which only models can be")
     if not entry.dims:
-        raise ModelError(f"tensor '{entry.name}' of ensemble '{name}' must specify 'dims'")
+        raise ConfigError(f"tensor '{entry.name}' of ensemble '{name}' must specify 'dims'")
     shape = (-1, *entry.dims) if batched else tuple(entry.dims)
-    return Tensor(entry.name, datatype_name(entry.data_type), dtype_of(entry.data_type), shape)
+    dtype = dtype_that_is(entry.data_type, entry.name)
+    return Tensor(entry.name, datatype_of(dtype, entry.name), dtype, shape)
 
 
 # --- members ---------------------------------------------------------------------------------------------------------
 
 
 def check_members(graph: Graph, members: Sequence[Signature]) -> None:
-    """Raises ModelError where the tensors of a step's model are not those that the ensemble takes them to be."""
+    """Raises ConfigError where the tensors of a step's model are not those that the ensemble takes them to be."""
     name, layout = graph.signature.name, graph.signature.layout
     known = {t.name: (name, t) for t in (*graph.signature.inputs.values(), *graph.signature.outputs.values())}
     for step, member in zip(graph.steps, members, strict=True):
         if layout is not None and member.layout is not None and member.layout.max_rows < layout.max_rows:
-            raise ModelError(
+            raise ConfigError(
                 f"ensemble {name} allows maximum batch size {layout.max_rows}, but it contains model {step.model} "
                 f"which only allows maximum batch size to be {member.layout.max_rows}"
             )
         for own, tensor in step.inputs.items():
             if own not in member.inputs:
-                raise ModelError(
+                raise ConfigError(
                     f"in ensemble {name}, ensemble tensor {tensor} is mapping to non-existing input {own} in model "
                     f"{step.model}"
                 )
         for own, entry in member.inputs.items():
             if own not in step.inputs and not entry.optional:
-                raise ModelError(
+                raise ConfigError(
                     f"in ensemble {name}, input {own} in model {step.model} is not mapped to any ensemble tensors"
                 )
         for own, tensor in step.outputs.items():
             if own not in member.outputs:
-                raise ModelError(
+                raise ConfigError(
                     f"in ensemble {name}, ensemble tensor {tensor} is mapped from non-existing output {own} in model "
                     f"{step.model}"
                 )
@@ -173,7 +174,7 @@ def _check_alike(name: str, tensor: str, known: tuple[str, Tensor], other: tuple
         what, values = "shape", [f"[{','.join(map(str, t.shape))}]" for t in (a, b)]
     else:
         return
-    raise ModelError(
+    raise ConfigError(
         f"in ensemble {name}, ensemble tensor {tensor}: inconsistent {what}: {values[0]} is inferred from model "
         f"{model} while {values[1]} is inferred from model {another}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -10,6 +11,8 @@ from enum import Enum
 from typing import TypeAlias
 
 from infera_server.rows import Arrays
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,3 +84,14 @@ class Job:
     """Seconds until its answer, at the worst, as reckoned when it came; 0 where that was not."""
 
     state: State = State.WAITING
+
+
+def answer(job: Job, result: Arrays | Exception, batch: Batch | None = None) -> None:
+    """Call a job back, unless it was cancelled or answered before. What the callback raises goes to the log."""
+    if job.state in (State.CANCELLED, State.ANSWERED):
+        return
+    job.state = State.ANSWERED
+    try:
+        job.done(result, batch)
+    except Exception:
+        log.exception("the callback of a request failed")

@@ -228,6 +228,14 @@ def dtype_of(data_type: int) -> np.dtype[Any] | None:
     return DATATYPES.get("BYTES" if name == "STRING" else name)
 
 
+def dtype_that_is(data_type: int, tensor: str) -> np.dtype[Any]:
+    """The NumPy dtype of tensor `tensor`. Raises ConfigError where it has none."""
+    found = dtype_of(data_type)
+    if found is None:
+        raise ConfigError(f"'{tensor}' must specify 'data_type'")
+    return found
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """A message as Triton's JSON has it: every scalar, list and map, and the messages that are set; numbers as such."""
     found: dict[str, Any] = {}

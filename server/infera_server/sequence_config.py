@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.errors import ModelError
 from infera_server.codec import short
 from infera_server.errors import BadRequest
-from infera_server.protocols.datatypes import dtype_of
+from infera_server.modelconfig import ConfigError, dtype_that_is
 from infera_server.recurrence import Control, Recurrence, State
 from infera_server.requests import Correlation
 from infera_server.rows import HostArray
@@ -20,14 +19,14 @@ from infera_server.signature import Signature, agree
 def declared(config: Any, model: Signature, read: Callable[[str], bytes]) -> Recurrence:
     """What `sequence_batching` of a ModelConfig says. `read(name)` is a file of the model's `initial_state` folder.
 
-    Raises ModelError, in Triton's words where it has them.
+    Raises ConfigError, in Triton's words where it has them.
     """
     batching, batched = config.sequence_batching, config.max_batch_size > 0
     states = [_state(entry, model, batched, read) for entry in batching.state]
     seen: set[str] = set()
     for state in states:
         if state.input in seen:
-            raise ModelError(f"State input name '{state.input}' specified more than once.")
+            raise ConfigError(f"State input name '{state.input}' specified more than once.")
         seen.add(state.input)
     controls = list(_controls(batching, model))
     oldest = batching.WhichOneof("strategy_choice") == "oldest"
@@ -36,7 +35,7 @@ def declared(config: Any, model: Signature, read: Callable[[str], bytes]) -> Rec
         for size in batching.oldest.preferred_batch_size:
             if not 0 < size <= config.max_batch_size:
                 problem = "positive" if size <= 0 else "<= max batch size"
-                raise ModelError(f"sequence batching preferred batch size must be {problem} for {model.name}")
+                raise ConfigError(f"sequence batching preferred batch size must be {problem} for {model.name}")
     return Recurrence(
         states,
         controls,
@@ -48,45 +47,45 @@ def declared(config: Any, model: Signature, read: Callable[[str], bytes]) -> Rec
 
 
 def _state(entry: Any, model: Signature, batched: bool, read: Callable[[str], bytes]) -> State:
-    name = entry.input_name
+    name, dtype = entry.input_name, dtype_that_is(entry.data_type, entry.input_name)
     for kind, tensors, wanted in (("input", model.inputs, name), ("output", model.outputs, entry.output_name)):
         tensor = tensors.get(wanted)
         if tensor is None:
-            raise ModelError(f"state {kind} '{wanted}' of model '{model.name}' is none of its {kind}s")
-        if tensor.dtype != dtype_of(entry.data_type):
-            raise ModelError(f"state {kind} '{wanted}' of model '{model.name}' is {tensor.datatype} in the model")
+            raise ConfigError(f"state {kind} '{wanted}' of model '{model.name}' is none of its {kind}s")
+        if tensor.dtype != dtype:
+            raise ConfigError(f"state {kind} '{wanted}' of model '{model.name}' is {tensor.datatype} in the model")
         declared_shape = (-1, *entry.dims) if batched else tuple(entry.dims)
         if not agree(declared_shape, tensor.shape):
-            raise ModelError(f"state {kind} '{wanted}' of model '{model.name}' is {list(tensor.shape)} in the model")
+            raise ConfigError(f"state {kind} '{wanted}' of model '{model.name}' is {list(tensor.shape)} in the model")
     dims = [1 if d == -1 else d for d in entry.dims]
     if not entry.initial_state:
-        return State(name, entry.output_name, _filled(dims, entry.data_type, batched, None))
+        return State(name, entry.output_name, _filled(dims, dtype, batched, None))
     initial = entry.initial_state[0]
     if initial.data_type != entry.data_type:
-        raise ModelError(
+        raise ConfigError(
             f"The data type used for 'initial_state' field of state '{name}' does not match the state data type."
         )
     if len(initial.dims) != len(entry.dims):
-        raise ModelError(
+        raise ConfigError(
             f"Number of dimensions in 'initial_state' doesn't match the size of 'state' dimensions for state input "
             f"'{name}'. {len(initial.dims)} != {len(entry.dims)}"
         )
     for got, want in zip(initial.dims, entry.dims, strict=True):
         if got == -1:
-            raise ModelError(f"'initial_state' field for state input name '{name}' contains variable dimensions.")
+            raise ConfigError(f"'initial_state' field for state input name '{name}' contains variable dimensions.")
         if want not in (-1, got):
-            raise ModelError(
+            raise ConfigError(
                 f"'initial_state' dim for input name '{name}' doesn't match 'state' dim description. {got} != {want}"
             )
     data = read(initial.data_file) if initial.WhichOneof("state_data") == "data_file" else None
     try:
-        return State(name, entry.output_name, _filled(list(initial.dims), entry.data_type, batched, data))
+        return State(name, entry.output_name, _filled(list(initial.dims), dtype, batched, data))
     except ValueError:
-        raise ModelError(f"{initial.data_file} is too short for the initial state of '{name}'") from None
+        raise ConfigError(f"{initial.data_file} is too short for the initial state of '{name}'") from None
 
 
-def _filled(dims: Sequence[int], data_type: int, batched: bool, data: bytes | None) -> HostArray:
-    shape, dtype = ((1, *dims) if batched else tuple(dims)), dtype_of(data_type)
+def _filled(dims: Sequence[int], dtype: np.dtype[Any], batched: bool, data: bytes | None) -> HostArray:
+    shape = (1, *dims) if batched else tuple(dims)
     if data is None:
         return np.full(shape, "", dtype) if dtype.hasobject else np.zeros(shape, dtype)
     return np.frombuffer(data, dtype, int(np.prod(shape))).reshape(shape)
@@ -98,14 +97,14 @@ def _controls(batching: Any, model: Signature) -> Iterator[Control]:
         for control in entry.control:
             kind = control.DESCRIPTOR.enum_types_by_name["Kind"].values_by_number[control.kind].name
             if kind in seen:
-                raise ModelError(f"sequence batching specifies multiple {kind} tensors for {model.name}")
+                raise ConfigError(f"sequence batching specifies multiple {kind} tensors for {model.name}")
             seen.add(kind)
             tensor = model.inputs.get(entry.name)
             if tensor is None:
-                raise ModelError(f"sequence batching control tensor '{entry.name}' is no input of '{model.name}'")
+                raise ConfigError(f"sequence batching control tensor '{entry.name}' is no input of '{model.name}'")
             value, dtype = _typed(control, kind, model.name)
             if dtype != tensor.dtype:
-                raise ModelError(f"control '{entry.name}' of model '{model.name}' is {tensor.datatype} in the model")
+                raise ConfigError(f"control '{entry.name}' of model '{model.name}' is {tensor.datatype} in the model")
             yield Control(entry.name, value, dtype, tensor.shape)
 
 
@@ -118,13 +117,13 @@ def _typed(control: Any, kind: str, model: str) -> tuple[Callable[[Correlation],
     ]
     if kind == "CONTROL_SEQUENCE_CORRID":
         if given:
-            raise ModelError(
+            raise ConfigError(
                 "sequence batching must not specify either 'int32_false_true', 'fp32_false_true' or "
                 f"'bool_false_true' for {kind} for {model}"
             )
         return _identity(control, kind, model)
     if len(given) != 1:
-        raise ModelError(
+        raise ConfigError(
             f"sequence batching must specify either 'int32_false_true', 'fp32_false_true' or 'bool_false_true' for "
             f"{kind} for {model}"
             if not given
@@ -133,7 +132,7 @@ def _typed(control: Any, kind: str, model: str) -> tuple[Callable[[Correlation],
         )
     values, dtype, name = given[0]
     if len(values) != 2:
-        raise ModelError(
+        raise ConfigError(
             f"sequence batching control '{name}_false_true' must have exactly 2 entries for {kind} for {model}"
         )
     flag: Callable[[Correlation], bool] = {
@@ -145,9 +144,9 @@ def _typed(control: Any, kind: str, model: str) -> tuple[Callable[[Correlation],
 
 
 def _identity(control: Any, kind: str, model: str) -> tuple[Callable[[Correlation], Any], np.dtype[Any]]:
-    dtype = dtype_of(control.data_type)
+    dtype = dtype_that_is(control.data_type, kind)
     if dtype.name not in ("uint64", "int64", "uint32", "int32", "object"):
-        raise ModelError(
+        raise ConfigError(
             f"unexpected data type for control {kind} for {model}. "
             "Allowed data types are TYPE_UINT64, TYPE_INT64, TYPE_UINT32, TYPE_INT32 and TYPE_STRING"
         )

@@ -20,7 +20,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
@@ -29,12 +29,13 @@ import numpy as np
 
 from infera_server.codec import short
 from infera_server.errors import BadRequest, Expired, Overloaded, RequestError, Unavailable
-from infera_server.jobs import Batch, Done, Job
+from infera_server.jobs import Batch, Done, Job, answer
 from infera_server.jobs import State as JobState
+from infera_server.model import Model
 from infera_server.recurrence import Recurrence, seen
 from infera_server.requests import Correlation, Request, check_complete
 from infera_server.rows import Arrays, HostArray
-from infera_server.wrapped import Wrapped, answer
+from infera_server.taps import Tap
 
 Identity: TypeAlias = int | str
 
@@ -59,12 +60,12 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Step(Job):
-    """A request of a sequence. `inner` is what the batcher was given, once it was."""
+    """A request of a sequence. `run` is what the batcher was given, once it was."""
 
     request: Request
     correlation: Correlation
     sequence: Sequence
-    inner: Job | None = None
+    run: Job | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -80,30 +81,34 @@ class Sequence:
     used_at: float = 0.0
 
 
-@dataclass(eq=False)
-class SequenceModel(Wrapped):
+class SequenceModel(Tap):
     """A model with its sequences. Requests of no sequence run as ever, unless the configuration needs one."""
 
-    recurrence: Recurrence
-    limits: Limits
-    timeout: float
-    clock: Callable[[], float] = time.monotonic
+    retired: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.signature = seen(self.inner.signature, self.recurrence)
+    def __init__(
+        self,
+        model: Model,
+        recurrence: Recurrence,
+        limits: Limits = DEFAULT_LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(model)
+        self.signature = seen(model.signature, recurrence)
+        self.recurrence, self.limits, self.clock = recurrence, limits, clock
         self.waiting = 0
         """Steps that are not with the batcher."""
 
         self.state_bytes = 0
+        self._timeout = model.timeout
         self._sequences: dict[Identity, Sequence] = {}
         """The one that was silent for longest comes first."""
 
         self._running: set[Identity] = set()
         self._backlog: dict[Identity, None] = {}
         self._draining = False
-        self._initial_bytes = sum(state.initial.nbytes for state in self.recurrence.states)
-        self._idle = self.limits.idle if self.recurrence.idle is None else self.recurrence.idle
+        self._initial_bytes = sum(state.initial.nbytes for state in recurrence.states)
+        self._idle = limits.idle if recurrence.idle is None else recurrence.idle
 
     @property
     def sequences(self) -> int:
@@ -112,7 +117,7 @@ class SequenceModel(Wrapped):
 
     @property
     def queued(self) -> int:
-        return self.inner.queued + self.waiting
+        return self.model.queued + self.waiting
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         """Raises BadRequest where the sequence is not named or has not begun, too."""
@@ -122,8 +127,8 @@ class SequenceModel(Wrapped):
                 raise BadRequest(
                     f"inference request to model '{name}' must specify a non-zero or non-empty correlation ID"
                 )
-            check_complete(request.feeds, self.inner.signature)
-            return self.inner.submit(request, nbytes, done)
+            check_complete(request.feeds, self.model.signature)
+            return self.model.submit(request, nbytes, done)
         if self._draining:
             raise Unavailable("the server is shutting down; send the request to another one")
         identity, now = correlation.id, self.clock()
@@ -136,7 +141,7 @@ class SequenceModel(Wrapped):
         self._check_limits(sequence)
         if sequence is None:
             sequence = self._sequences[identity] = Sequence()
-        deadline = now + min(request.timeout or math.inf, self.timeout)
+        deadline = now + min(request.timeout or math.inf, self._timeout)
         step = Step(
             request.feeds,
             done,
@@ -163,27 +168,27 @@ class SequenceModel(Wrapped):
     def cancel(self, job: Job) -> None:
         """What it would have made of the state is lost, also where it is running."""
         if not isinstance(job, Step):
-            self.inner.cancel(job)
-        elif job.state is JobState.WAITING:
+            self.model.cancel(job)
+        elif job.state is JobState.WAITING and job in self._steps(job.correlation.id):
             job.state = JobState.CANCELLED
-            if job.inner is not None:
-                self.inner.cancel(job.inner)
+            if job.run is not None:
+                self.model.cancel(job.run)
             self._fail(job, Unavailable(f"a request before it in {_named(job)} was cancelled"))
             self._settle(job.correlation.id)
 
     def expire(self) -> None:
-        self.inner.expire()
+        self.model.expire()
         now = self.clock()
         if self.waiting:
             steps = [step for sequence in self._sequences.values() for step in sequence.steps]
             for step in steps:
-                if step.inner is None and step.deadline <= now and step.state is JobState.WAITING:
+                if step.run is None and step.deadline <= now and step.state is JobState.WAITING:
                     self._fail(step, self._expired(step, now))
                     self._settle(step.correlation.id)
         self._end_silent(now)
 
     def drain(self) -> None:
-        """Steps that were accepted are still run, one after the other; then `inner` is drained."""
+        """Steps that were accepted are still run, one after the other; then the model is drained."""
         self._draining = True
         self._go_on()
 
@@ -203,7 +208,7 @@ class SequenceModel(Wrapped):
         request = replace(
             step.request, feeds=self._feeds(step), timeout=step.deadline - now, correlation=None, common=None
         )
-        step.inner = self.inner.submit(request, step.nbytes, partial(self._done, step))
+        step.run = self.model.submit(request, step.nbytes, partial(self._done, step))
         self.waiting -= 1
 
     @property
@@ -212,7 +217,7 @@ class SequenceModel(Wrapped):
 
     def _feeds(self, step: Step) -> dict[str, HostArray]:
         """What the request feeds, with the states that it does not feed itself and the control inputs."""
-        layout, given = self.inner.signature.layout, step.request.feeds
+        layout, given = self.model.signature.layout, step.request.feeds
         axes = layout.inputs if layout is not None else {}
         rows = next((array.shape[axes[name]] for name, array in given.items() if name in axes), 1)
         if rows > 1 and self.recurrence.needed:
@@ -265,7 +270,7 @@ class SequenceModel(Wrapped):
     def _take(self, step: Step) -> None:
         """It is no step of its sequence any more."""
         step.sequence.steps.remove(step)
-        self.waiting -= step.inner is None
+        self.waiting -= step.run is None
 
     def _settle(self, identity: Identity) -> None:
         """Steps of a sequence have left: go on with it, and with those that waited for it to end."""
@@ -275,7 +280,7 @@ class SequenceModel(Wrapped):
         self._go_on()
 
     def _advance(self, identity: Identity, sequence: Sequence) -> None:
-        while sequence.steps and sequence.steps[0].inner is None:
+        while sequence.steps and sequence.steps[0].run is None:
             step = sequence.steps[0]
             try:
                 self._begin(step)
@@ -296,9 +301,13 @@ class SequenceModel(Wrapped):
             identity = next(iter(self._backlog))
             self._advance(identity, self._sequences[identity])
         if self._draining and not self.waiting:
-            self.inner.drain()
+            self.model.drain()
 
     # --- sequences ---------------------------------------------------------------------------------------------------
+
+    def _steps(self, identity: Identity) -> Iterable[Step]:
+        sequence = self._sequences.get(identity)
+        return sequence.steps if sequence is not None else ()
 
     def _touch(self, identity: Identity) -> None:
         sequence = self._sequences.pop(identity)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from infera_gpu.errors import ModelError
 from infera_server.model import Model
+from infera_server.modelconfig import ConfigError
 from infera_server.recurrence import Recurrence, find
 from infera_server.sequence_config import declared
 from infera_server.sequence_model import DEFAULT_LIMITS, Limits, SequenceModel
@@ -30,7 +30,7 @@ def wrap(
     """The model with sequences, as the `sequence_batching` of its ModelConfig says.
 
     Without a configuration, or one that does not speak of sequences, the states are found; the model itself is returned
-    where there are none. `read(name)` is a file of the model's `initial_state` folder. Raises ModelError.
+    where there are none. `read(name)` is a file of the model's `initial_state` folder. Raises ConfigError.
     """
     if config is not None and config.HasField("sequence_batching"):
         recurrence = declared(config, model.signature, read or _no_files)
@@ -40,7 +40,7 @@ def wrap(
             return model
         log.info("model '%s' keeps states for sequences: %s", model.signature.name, why)
         recurrence = Recurrence(states)
-    return SequenceModel(model, recurrence, limits, model.timeout)
+    return SequenceModel(model, recurrence, limits)
 
 
 def ignored(config: Any) -> list[str]:
@@ -55,4 +55,4 @@ def ignored(config: Any) -> list[str]:
 
 
 def _no_files(name: str) -> bytes:
-    raise ModelError(f"initial state '{name}' cannot be read: the model has no folder")
+    raise ConfigError(f"initial state '{name}' cannot be read: the model has no folder")

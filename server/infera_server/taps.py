@@ -1,4 +1,4 @@
-"""What stands before a model to look at its requests: it takes them in the model's place and delegates the rest."""
+"""What stands before a model: it takes requests in the model's place and delegates the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ class Tap:
     def __init__(self, model: Servable) -> None:
         self.model = model
         self.signature, self.config, self.stats, self.device = model.signature, model.config, model.stats, model.device
-        self.check_room, self.expire = model.check_room, model.expire
-        self.drain, self.join, self.give_up, self.close = model.drain, model.join, model.give_up, model.close
 
     @property
     def lost(self) -> str:
@@ -28,8 +26,26 @@ class Tap:
     def retired(self) -> bool:
         return self.model.retired
 
+    def check_room(self, nbytes: int) -> None:
+        self.model.check_room(nbytes)
+
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         return self.model.submit(request, nbytes, done)
 
     def cancel(self, job: Job) -> None:
         self.model.cancel(job)
+
+    def expire(self) -> None:
+        self.model.expire()
+
+    def drain(self) -> None:
+        self.model.drain()
+
+    def join(self, timeout: float | None = None) -> bool:
+        return self.model.join(timeout)
+
+    def give_up(self, error: Exception) -> None:
+        self.model.give_up(error)
+
+    def close(self, timeout: float | None = None) -> None:
+        self.model.close(timeout)

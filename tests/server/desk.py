@@ -9,6 +9,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from infera_server.definition import Definition
+from infera_server.discovery import Source
 from infera_server.jobs import Batch, Job
 from infera_server.model import Model, open_model
 from infera_server.requests import Correlation, Request
@@ -56,15 +58,18 @@ class Desk:
     def open(self, session: Session, name: str = "m", **settings: Any) -> Model:
         """A session as a model that takes requests."""
         chosen = Settings(**{"inline_run": 0.0, "warmup_seconds": 0.0} | settings)
+        source = Source(name, "1", Path(f"{name}.onnx"))
         model = open_model(
             name,
             "1",
-            Path(f"{name}.onnx"),
+            source.path,
             chosen,
             post=self.post,
             turns_of=lambda device: Turns(),
             opener=lambda path, _: session,
+            definition=Definition(name, [source]),
         )
+        model.batcher.soon = None  # there is no event loop
         self.opened.append(model)
         return model
 

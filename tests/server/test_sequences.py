@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-from infera_gpu.errors import ModelError
 from infera_gpu.spec import TensorSpec
 from infera_server.errors import BadRequest, Expired, Overloaded, Unavailable
+from infera_server.modelconfig import ConfigError
 from infera_server.protocols.protos import message
 from infera_server.recurrence import find
 from infera_server.requests import Correlation, all_outputs, check_complete
@@ -535,10 +535,10 @@ def test_an_initial_state_comes_from_a_file(desk: Desk) -> None:
     files = {"start.bin": np.array([5, 6], np.float32).tobytes()}
     model = wrap(desk.open(controlled()), config(text + "output { name: 'b' }"), read=files.__getitem__)
     np.testing.assert_array_equal(desk.ask(model, first(), x=x(1))["b"], [[6, 7]])
-    with pytest.raises(ModelError, match="has no folder"):
+    with pytest.raises(ConfigError, match="has no folder"):
         wrap(desk.open(controlled()), config(text))
     files["start.bin"] = b"1234"
-    with pytest.raises(ModelError, match="too short for the initial state of 'a'"):
+    with pytest.raises(ConfigError, match="too short for the initial state of 'a'"):
         wrap(desk.open(controlled()), config(text), read=files.__getitem__)
 
 
@@ -622,7 +622,7 @@ def test_a_sequence_that_waits_for_its_turn_expires_whole_or_runs_at_the_end(des
     ],
 )
 def test_configurations_that_cannot_be(desk: Desk, text: str, why: str) -> None:
-    with pytest.raises(ModelError, match=why):
+    with pytest.raises(ConfigError, match=why):
         wrap(desk.open(controlled()), config(f"max_batch_size: 8 sequence_batching {{ {text} }}"))
 
 
