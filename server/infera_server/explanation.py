@@ -19,8 +19,11 @@ def explain(batch: Batch | None, job: Job | None, error: RequestError | None = N
     - `requests`, `rows`: what ran together; `bucket`: rows with padding; `most`: rows that a batch may have
     - `padding`: the share of what was computed that nobody asked for
     - `copied`: into the batch; `ran`; `split`: out of it
+    - `cached`: an earlier request's answer was kept
     - `refused`: why there was no run; `retry-after`: seconds
     """
+    if batch is None and job is not None and error is None:
+        return "cached"
     if batch is None or job is None:
         reason = (error.reason if error else "") or "no run"
         again = f", retry-after={error.retry_after:.3f}" if error and error.retry_after is not None else ""

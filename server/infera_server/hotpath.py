@@ -329,7 +329,8 @@ class HotPathProtocol(Connection):
         assert model is not None
         assert request is not None
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: %s", model.signature.name, explain(batch, exchange.job))
+            error = result if isinstance(result, RequestError) else None
+            log.debug("%s: %s", model.signature.name, explain(batch, exchange.job, error))
         if self.service.tracing.on and exchange.job is not None:
             self.service.tracing.record(model.signature, request.id, exchange.started_at, exchange.job, batch)
         if isinstance(result, Exception):
