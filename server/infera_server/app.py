@@ -128,7 +128,9 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @app.post("/v2/repository/index")
     async def index(request: Request) -> Response:
-        return Json(management.index(repository, _only_ready(await _body(request, service))))
+        only_ready = _only_ready(await _body(request, service))
+        await service.refresh()
+        return Json(management.index(repository, only_ready))
 
     _add(app, service, (*control.ROUTES, *regions.ROUTES))
 

@@ -16,12 +16,12 @@ from infera_server.codec import short
 from infera_server.definition import Definition, NoVersionError, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
+from infera_server.loaded import Loaded
 from infera_server.loader import reason_of, return_memory
-from infera_server.model import Model
 from infera_server.modelconfig import ConfigError, from_json
 from infera_server.overrides import from_files
 from infera_server.repository import UNLOADED, Generation, Repository, State
-from infera_server.room import NoRoomError, least_recently_used
+from infera_server.room import NoRoomError
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +146,13 @@ class Control:
         found = {source: kept.get(source) or opened[source] for source in definition.sources}
         self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
 
-    async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Model]:
+    async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Loaded]:
         """All of these versions, or none of them. Raises BadRequest."""
         name = definition.name
         opening = [self._open_version(source, definition) for source in sources]
         results = await asyncio.gather(*opening, return_exceptions=True)
         failures = {s.version: reason_of(r) for s, r in zip(sources, results, strict=True) if isinstance(r, Exception)}
-        models = {s: r for s, r in zip(sources, results, strict=True) if isinstance(r, Model)}
+        models = {s: r for s, r in zip(sources, results, strict=True) if isinstance(r, Loaded)}
         newest = definition.sources[-1]
         if not failures and newest in models and (difference := await self._compare(models[newest])):
             failures = {newest.version: difference}
@@ -165,7 +165,7 @@ class Control:
         reasons = "".join(f"version {v} is at UNAVAILABLE state: {reason};\n" for v, reason in failures.items())
         raise BadRequest(f"load failed for model '{name}': {reasons}")
 
-    async def _open_version(self, source: Source, definition: Definition) -> Model:
+    async def _open_version(self, source: Source, definition: Definition) -> Loaded:
         """Load a version, making room for it where it does not fit. Raises whatever loading raises."""
         post = asyncio.get_running_loop().call_soon_threadsafe
         while True:
@@ -198,20 +198,18 @@ class Control:
         pinned = {name, *self._settings.pinned}
         models = (
             model
-            for model in self._repository.ready()
-            if error.concerns(model)
-            and model.signature.name not in pinned
-            and not self._repository.traffic_of(model.signature.name).pinned
+            for model in self._repository.loaded()
+            if error.concerns(model) and model.name not in pinned and not self._repository.traffic_of(model.name).pinned
         )
-        found = least_recently_used(models)
-        return found.signature.name if found else None
+        found = min(models, key=lambda model: model.used_at, default=None)
+        return found.name if found else None
 
-    async def _compare(self, model: Model) -> str:
+    async def _compare(self, loaded: Loaded) -> str:
         """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
-        golden = self._repository.serving.golden.get(model.signature.name)
-        if not golden:
+        golden = self._repository.serving.golden.get(loaded.name)
+        if not golden or loaded.model is None:
             return ""
-        run = partial(self._repository.loader.run, model)
+        run = partial(self._repository.loader.run, loaded.model)
         try:
             return await detached("infera-golden", partial(golden.difference, run, self._settings.golden_tolerance))
         except Exception as error:
@@ -230,7 +228,7 @@ class Control:
         if keep and before is not None:
             repository.previous[name] = replace(before, until=time.monotonic() + self._settings.keep_previous)
             for model in gone:
-                repository.mark_unloaded(name, model.signature.version, KEPT)
+                repository.mark_unloaded(name, model.version, KEPT)
         else:
             for model in gone:
                 self._start(self._let_go(model, reason))
@@ -243,10 +241,10 @@ class Control:
             if model not in needed:
                 self._start(self._let_go(model))
 
-    async def _let_go(self, model: Model, reason: str = UNLOADED) -> None:
+    async def _let_go(self, model: Loaded, reason: str = UNLOADED) -> None:
         """Wait for what a model has accepted, then give its memory back."""
-        name, version = model.signature.name, model.signature.version
-        model.drain()
+        name, version = model.name, model.version
+        model.front.drain()
         await detached("infera-unload", partial(self._repository.loader.close, model))
         self._repository.leaving.discard(model)
         del model

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from infera_gpu.errors import InferaError, OutOfMemoryError
 from infera_server.definition import Definition
 from infera_server.discovery import Source
+from infera_server.loaded import Loaded
 from infera_server.model import Model, Opener, Post, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
@@ -34,11 +35,11 @@ class Loader:
         self._placement = Placement(settings.device, settings.vram_limit, settings.pins)
         self._turns: defaultdict[str, Turns] = defaultdict(Turns)
         self._room = HostRoom(settings.memory_limit) if settings.memory_limit else None
-        self._counts: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
-        self._places: WeakKeyDictionary[Model, Place] = WeakKeyDictionary()
+        self._counts: WeakKeyDictionary[Loaded, int] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[Loaded, Place] = WeakKeyDictionary()
         self._guard = threading.Lock()
 
-    def open(self, source: Source, definition: Definition, post: Post) -> Model:
+    def open(self, source: Source, definition: Definition, post: Post) -> Loaded:
         """A model that takes requests. `post(fn, arg)` must call `fn(arg)` in the event loop's thread.
 
         Raises NoRoomError where memory is short, and whatever loading raises; `reason_of` says it in words.
@@ -47,7 +48,7 @@ class Loader:
             return self._counted(self._open(source, definition, self._opener, post))
         place = self._placement.take(source.name, _size(source.path), definition.device(self.settings))
         try:
-            model = self._counted(self._open(source, definition, partial(open_session, place=place), post))
+            loaded = self._counted(self._open(source, definition, partial(open_session, place=place), post))
         except OutOfMemoryError as error:
             self._placement.give_back(place)
             raise NoRoomError(error, place.device) from None
@@ -55,24 +56,24 @@ class Loader:
             self._placement.give_back(place)
             raise
         with self._guard:
-            self._places[model] = place
-        return model
+            self._places[loaded] = place
+        return loaded
 
-    def _counted(self, model: Model) -> Model:
-        """The model, where there is room for it. Raises NoRoomError."""
-        if self._room is not None and model.device == "cpu":
-            nbytes = planned_bytes(model)
+    def _counted(self, loaded: Loaded) -> Loaded:
+        """The version, where there is room for it. Raises NoRoomError."""
+        if self._room is not None and loaded.device == "cpu" and loaded.model is not None:
+            nbytes = planned_bytes(loaded.model)
             try:
-                self._room.take(model.signature.name, nbytes)
+                self._room.take(loaded.name, nbytes)
             except NoRoomError:
-                model.close()
+                loaded.front.close()
                 raise
             with self._guard:
-                self._counts[model] = nbytes
-        return model
+                self._counts[loaded] = nbytes
+        return loaded
 
-    def _open(self, source: Source, definition: Definition, opener: Opener, post: Post) -> Model:
-        return open_model(
+    def _open(self, source: Source, definition: Definition, opener: Opener, post: Post) -> Loaded:
+        model = open_model(
             source.name,
             source.version,
             source.path,
@@ -82,21 +83,22 @@ class Loader:
             opener=opener,
             definition=definition,
         )
+        return Loaded(model, source, definition, model)
 
     def run(self, model: Model, feeds: Arrays) -> Arrays:
         """Run a model that does not serve yet, when it is its turn on the device. Raises what the run raises."""
         with self._turns_of(model.device):
             return model.session.run(feeds)
 
-    def close(self, model: Model) -> None:
+    def close(self, loaded: Loaded) -> None:
         """Wait for a model's accepted requests, as long as they may take, and let go of its device.
 
         Its memory is free once nobody knows the model any more: `return_memory` gives it back to the system.
         """
-        model.join(self.settings.request_timeout)
-        model.close()
+        loaded.front.join(self.settings.request_timeout)
+        loaded.front.close()
         with self._guard:
-            place, counted = self._places.pop(model, None), self._counts.pop(model, 0)
+            place, counted = self._places.pop(loaded, None), self._counts.pop(loaded, 0)
         if self._room is not None:
             self._room.give_back(counted)
         if place is not None:

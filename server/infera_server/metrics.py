@@ -192,7 +192,8 @@ class Exposition:
             "execution": HistogramMetricFamily("infera_execution_duration_seconds", "One run of a batch.", labels=own),
             "rows": HistogramMetricFamily("infera_batch_rows", "Rows in a batch, padding excluded.", labels=own),
         }
-        for model in self._repository.ready():
+        for loaded in self._repository.loaded():
+            model, path = loaded.front, loaded.source.path.name
             key, stats = [model.signature.name, model.signature.version], model.stats
             layout = model.signature.layout
             for code, count in sorted(stats.statuses.items()):
@@ -209,7 +210,7 @@ class Exposition:
             depth.add_metric(key, model.queued)
             info.add_metric(
                 key,
-                {"device": model.device, "max_batch": str(layout.max_rows if layout else 1), "path": model.source_name},
+                {"device": model.device, "max_batch": str(layout.max_rows if layout else 1), "path": path},
             )
             for name, family in histograms.items():
                 histogram: Histogram = getattr(stats, name)

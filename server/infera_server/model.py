@@ -55,8 +55,6 @@ class Model:
     config: ModelConfig = field(init=False)
     device: str = field(init=False)
     retired: bool = field(default=False, init=False)
-    loaded_at: float = field(default_factory=lambda: time.time() * 1e3, init=False)
-    """Milliseconds since the epoch, as `stats.last_inference`."""
 
     def __post_init__(self) -> None:
         self.device = self.session.device.name

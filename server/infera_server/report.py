@@ -8,10 +8,11 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from infera_server.model import Model, threads_of
+from infera_server.loaded import Loaded
+from infera_server.model import threads_of
 from infera_server.repository import Entry
 from infera_server.settings import Settings
-from infera_server.signature import Tensor
+from infera_server.signature import Signature, Tensor
 
 
 def bytes_text(n: int) -> str:
@@ -27,38 +28,36 @@ def bytes_text(n: int) -> str:
 def lines(entry: Entry, settings: Settings) -> Iterator[str]:
     """Lines about a loaded or failed model, each of which says which."""
     title = str(entry.source)
-    if entry.model is None:
+    if entry.loaded is None:
         yield f"error: {title}: cannot be served: {' '.join(entry.reason.split())}"
         return
-    for what, text in _facts(entry.model, settings, str(entry.source.path)):
+    for what, text in _facts(entry.loaded, settings, str(entry.source.path)):
         yield f"{title}: {what}: {text}"
 
 
 def panel(entry: Entry, settings: Settings) -> Panel:
     """A panel about a loaded or failed model."""
     title = f"{entry.source.name} version {entry.source.version}"
-    if entry.model is None:
+    if entry.loaded is None:
         return Panel(escape(entry.reason), title=f"[red]{escape(title)}: cannot be served", title_align="left")
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column()
-    for what, text in _facts(entry.model, settings, str(entry.source.path)):
+    for what, text in _facts(entry.loaded, settings, str(entry.source.path)):
         rows.add_row(what, escape(text))
     return Panel(rows, title=f"[green]{escape(title)}", title_align="left")
 
 
-def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]:
+def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str]]:
+    model = loaded.model
+    head = [("file", path), *(("ignored", note) for note in loaded.definition.notes)]
+    if model is None:
+        return [*head, *_tensors(loaded.front.signature)]
     signature, batching = model.signature, model.batching
     threads, why = threads_of(settings)
     on_cpu = model.device == "cpu"
     device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
-    facts = [("file", path), ("device", device)]
-    facts += [("ignored", note) for note in model.definition.notes]
-    for kind, tensors, axes in (
-        ("input", signature.inputs, signature.layout.inputs if signature.layout else {}),
-        ("output", signature.outputs, signature.layout.outputs if signature.layout else {}),
-    ):
-        facts += [(kind, _tensor(t, axes.get(t.name))) for t in tensors.values()]
+    facts = [*head, ("device", device), *_tensors(signature)]
     facts.append(("batching", batching.reason))
     if signature.layout:
         facts.append(("buckets", ", ".join(map(str, signature.layout.buckets)) + ": a batch is padded to the next one"))
@@ -76,6 +75,18 @@ def _facts(model: Model, settings: Settings, path: str) -> list[tuple[str, str]]
     )
     facts.append(("limits", limits))
     return facts
+
+
+def _tensors(signature: Signature) -> list[tuple[str, str]]:
+    layout = signature.layout
+    return [
+        (kind, _tensor(tensor, axes.get(tensor.name)))
+        for kind, tensors, axes in (
+            ("input", signature.inputs, layout.inputs if layout else {}),
+            ("output", signature.outputs, layout.outputs if layout else {}),
+        )
+        for tensor in tensors.values()
+    ]
 
 
 def _tensor(tensor: Tensor, batch_axis: int | None) -> str:

@@ -15,8 +15,9 @@ from infera_server.codec import short
 from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
+from infera_server.loaded import Loaded
 from infera_server.loader import Loader, reason_of
-from infera_server.model import Model, Opener, Post
+from infera_server.model import Opener, Post
 from infera_server.modelconfig import ConfigError
 from infera_server.servable import Servable
 from infera_server.serving import Serving
@@ -45,13 +46,7 @@ class Entry:
     source: Source
     state: State = State.LOADING
     reason: str = ""
-    model: Model | None = None
-
-
-def ignoring(model: Model) -> str:
-    """What of its configuration has no effect, for the index."""
-    notes = model.definition.notes
-    return f"ignored: {'; '.join(notes)}" if notes else ""
+    loaded: Loaded | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +54,7 @@ class Generation:
     """What serves a model, or did: its versions by what they were loaded from."""
 
     definition: Definition
-    models: Mapping[Source, Model]
+    models: Mapping[Source, Loaded]
     until: float = math.inf
     """When one that is kept for a rollback is let go, by `time.monotonic`."""
 
@@ -79,7 +74,7 @@ class Repository:
     """Looks for models again; None: there are no others than `sources`."""
     loader: Loader = field(init=False)
     serving: Serving = field(init=False)
-    leaving: set[Model] = field(default_factory=set, init=False)
+    leaving: set[Loaded] = field(default_factory=set, init=False)
     """Models that take no new requests and have accepted ones to finish."""
     previous: dict[str, Generation] = field(default_factory=dict, init=False)
     """What served a model before, kept for a rollback."""
@@ -144,7 +139,7 @@ class Repository:
             entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped before it was loaded"
             return entry
         try:
-            model = self.loader.open(source, self.definitions[source.name], post)
+            loaded = self.loader.open(source, self.definitions[source.name], post)
         except Exception as error:
             entry.state, entry.reason = State.UNAVAILABLE, reason_of(error)
             self._choose_default(source.name)
@@ -153,10 +148,10 @@ class Repository:
             if late := self._stopped:
                 entry.state, entry.reason = State.UNAVAILABLE, "the server was stopped while it was loaded"
             else:
-                entry.model, entry.state, entry.reason = model, State.READY, ignoring(model)
-                self.serving.find[source.name, source.version] = model
+                entry.loaded, entry.state, entry.reason = loaded, State.READY, loaded.ignored
+                self.serving.find[source.name, source.version] = loaded.front
         if late:
-            model.close()
+            loaded.front.close()
         else:
             self._choose_default(source.name)
         return entry
@@ -167,7 +162,7 @@ class Repository:
             for entry in reversed(list(self._entries[name].values())):
                 if entry.state is State.LOADING:
                     return
-                if entry.model is not None:
+                if entry.loaded is not None:
                     self._serve(name)
                     return
 
@@ -181,14 +176,14 @@ class Repository:
     def mark_loading(self, name: str, sources: Iterable[Source]) -> None:
         """These versions are on their way; what serves them now goes on."""
         known = self._entries.get(name, {})
-        self._note(name, [Entry(s) for s in sources if s.version not in known or known[s.version].model is None])
+        self._note(name, [Entry(s) for s in sources if s.version not in known or known[s.version].loaded is None])
 
     def mark_failed(self, name: str, reasons: Mapping[str, str]) -> None:
         """These versions could not be loaded; what served them before goes on, and the index says why it is old."""
         for version, reason in reasons.items():
             entry = self._entries[name][version]
             entry.reason = reason
-            if entry.model is None:
+            if entry.loaded is None:
                 entry.state = State.UNAVAILABLE
 
     def note_problem(self, name: str, sources: Sequence[Source], reason: str) -> None:
@@ -197,7 +192,7 @@ class Repository:
         self._note(name, [Entry(s, State.UNAVAILABLE) for s in sources if s.version not in known])
         self.mark_failed(name, dict.fromkeys(self._entries[name], reason))
 
-    def put(self, generation: Generation) -> list[Model]:
+    def put(self, generation: Generation) -> list[Loaded]:
         """Serve these versions of a model from now on, and no others. Returns the models that no request finds now.
 
         Until they are let go they are `leaving`, and go on with what they have accepted.
@@ -206,15 +201,15 @@ class Repository:
         before = self.generation(name)
         gone = [model for model in before.models.values() if model not in models.values()] if before else []
         for entry in self._entries.get(name, {}).values():
-            if entry.model is not None:
-                entry.model, entry.state = None, State.UNLOADING
-        self._note(name, [Entry(s, State.READY, ignoring(model), model) for s, model in models.items()])
+            if entry.loaded is not None:
+                entry.loaded, entry.state = None, State.UNLOADING
+        self._note(name, [Entry(s, State.READY, loaded.ignored, loaded) for s, loaded in models.items()])
         self.definitions[name] = generation.definition
         self._serve(name)
-        for model in gone:
-            model.retired = True
-        for model in models.values():
-            model.retired = False
+        for loaded in gone:
+            loaded.front.retired = True
+        for loaded in models.values():
+            loaded.front.retired = False
         self.leaving.update(gone)
         self.leaving.difference_update(models.values())
         return gone
@@ -222,7 +217,7 @@ class Repository:
     def generation(self, name: str) -> Generation | None:
         """What serves a model now; None where nothing does."""
         entries = self._entries.get(name, {}).values()
-        models = {entry.source: entry.model for entry in entries if entry.model is not None}
+        models = {entry.source: entry.loaded for entry in entries if entry.loaded is not None}
         return Generation(self.definitions[name], models) if models else None
 
     def mark_unloaded(self, name: str, version: str, reason: str) -> None:
@@ -239,7 +234,7 @@ class Repository:
 
     def _serve(self, name: str) -> None:
         """Let requests find what the entries say."""
-        models = {version: e.model for version, e in self._entries[name].items() if e.model is not None}
+        models = {version: e.loaded.front for version, e in self._entries[name].items() if e.loaded is not None}
         self.serving.publish(name, models, self.traffic_of(name))
 
     def traffic_of(self, name: str) -> Traffic:
@@ -287,14 +282,18 @@ class Repository:
         for versions in self._entries.values():
             yield from versions.values()
 
-    def ready(self) -> Iterator[Model]:
+    def ready(self) -> Iterator[Servable]:
         """The models that can run."""
-        return (entry.model for entry in self.entries() if entry.model is not None)
+        return (entry.loaded.front for entry in self.entries() if entry.loaded is not None)
 
-    def working(self) -> Iterator[Model]:
+    def loaded(self) -> list[Loaded]:
+        """What serves now."""
+        return [entry.loaded for entry in self.entries() if entry.loaded is not None]
+
+    def working(self) -> Iterator[Servable]:
         """The models that can run, and those that have accepted requests to finish."""
         yield from self.ready()
-        yield from tuple(self.leaving)
+        yield from [loaded.front for loaded in self.leaving]
 
     def unloaded(self) -> list[str]:
         """Models that were found and never loaded."""
@@ -302,7 +301,7 @@ class Repository:
 
     def versions(self, name: str) -> list[str]:
         """The versions of a model that can run."""
-        return [v for v, entry in self._entries.get(name, {}).items() if entry.model is not None]
+        return [v for v, entry in self._entries.get(name, {}).items() if entry.loaded is not None]
 
     @property
     def has_failed(self) -> bool:

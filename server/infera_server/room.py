@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from infera_gpu.budget import VramBudget
 from infera_gpu.errors import InferaError, OutOfMemoryError
+from infera_server.loaded import Loaded
 from infera_server.model import Model
 
 
@@ -18,9 +17,10 @@ class NoRoomError(InferaError):
         limit = error.limit if limit is None else limit
         self.hopeless = limit is not None and error.needed > limit
 
-    def concerns(self, model: Model) -> bool:
-        """Whether unloading this model would make room."""
-        return self.device == "auto" or model.device == self.device or model.device.startswith(f"{self.device}:")
+    def concerns(self, loaded: Loaded) -> bool:
+        """Whether unloading this would make room."""
+        device = loaded.device
+        return self.device == "auto" or device == self.device or device.startswith(f"{self.device}:")
 
 
 class HostRoom:
@@ -48,8 +48,3 @@ def planned_bytes(model: Model) -> int:
     graph = model.session.graph
     weights = sum(array.nbytes for inner in graph.walk() for array in inner.constants.values())
     return weights + max(model.batching.arena_bytes.values(), default=0)
-
-
-def least_recently_used(models: Iterable[Model]) -> Model | None:
-    """The model whose last run, or else load, is longest ago; None of none."""
-    return min(models, key=lambda model: max(model.loaded_at, model.stats.last_inference), default=None)

@@ -63,3 +63,9 @@ class Servable(Protocol):
 
     def close(self, timeout: float | None = None) -> None:
         """`drain`, answer what waits with Unavailable, and release the device once the run in progress has ended."""
+
+
+class Front(Servable, Protocol):
+    """A `Servable` that the repository serves and retires."""
+
+    retired: bool

@@ -7,6 +7,7 @@ import itertools
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,11 @@ class Service:
         """
         self._refuse_draining()
         await self.control.load(name, config, files)
+
+    async def refresh(self) -> None:
+        """Look for models that were put there since: the index names those too."""
+        with suppress(Unavailable):
+            await self.control.survey()
 
     async def roll_back(self, name: str) -> None:
         """Serve what served before the last load of a model. Raises BadRequest where nothing is kept."""

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 
 from infera_server.golden import Golden, Recorder
-from infera_server.model import Model
 from infera_server.servable import Servable
 from infera_server.settings import Settings
 from infera_server.traffic import Shadow, Traffic
@@ -26,7 +25,7 @@ class Serving:
         self.golden: dict[str, Golden] = {}
         """What was kept of the live traffic of each model."""
 
-    def publish(self, name: str, models: Mapping[str, Model], traffic: Traffic) -> None:
+    def publish(self, name: str, models: Mapping[str, Servable], traffic: Traffic) -> None:
         """Serve these versions of a model, the newest last, and no others."""
         for key in [key for key in self.find if key[0] == name]:
             del self.find[key]
@@ -42,7 +41,7 @@ class Serving:
         targets = default.models if isinstance(default, Route) else [default]
         return [target for target in targets if isinstance(target, Shadowed)]
 
-    def _default(self, name: str, models: Mapping[str, Model], traffic: Traffic) -> Servable:
+    def _default(self, name: str, models: Mapping[str, Servable], traffic: Traffic) -> Servable:
         """What takes the requests that name no version."""
         newest = list(models.values())[-1]
         weights = {models[v]: w for t, w in traffic.split.items() if (v := traffic.version(t)) in models and w}
@@ -58,7 +57,7 @@ class Serving:
         return targets[0] if len(targets) == 1 else Route(targets, [weights[model] for model in split])
 
 
-def _shadowed(model: Servable, copied: Model, shadow: Shadow) -> Servable:
+def _shadowed(model: Servable, copied: Servable, shadow: Shadow) -> Servable:
     """The model, with copies of its requests going to another that can take them."""
     if model.signature is copied.signature or not _alike(model, copied):
         return model

@@ -201,6 +201,8 @@ def test_a_model_that_was_put_there_meanwhile_can_be_loaded(tmp_path: Path) -> N
         onnx.save(identity, tmp_path / "c.onnx")
         running.call(running.host.service.load_model("b"))
         assert running.index() == {"a/1": "READY", "b/1": "READY", "c/": ""}
+        onnx.save(identity, tmp_path / "d.onnx")
+        assert running.index()["d/"] == ""
         assert running.infer("b", request_of(X))[1]["outputs"][0]["data"] == [1.0] * 8
 
 

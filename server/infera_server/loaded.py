@@ -1,0 +1,50 @@
+"""A model version that was loaded, whatever runs it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from infera_server.definition import Definition
+from infera_server.discovery import Source
+from infera_server.model import Model
+from infera_server.servable import Front
+
+
+@dataclass(eq=False)
+class Loaded:
+    """What takes a version's requests, and what it was made from.
+
+    `front` is the `model` itself, or what stands before it for good and keeps state between requests; it owns what it
+    stands before. One that only passes requests on to others has no model.
+    """
+
+    front: Front
+    source: Source
+    definition: Definition
+    model: Model | None = None
+    loaded_at: float = field(default_factory=lambda: time.time() * 1e3, init=False)
+    """Milliseconds since the epoch, as `stats.last_inference`."""
+
+    @property
+    def name(self) -> str:
+        return self.front.signature.name
+
+    @property
+    def version(self) -> str:
+        return self.front.signature.version
+
+    @property
+    def device(self) -> str:
+        return self.front.device
+
+    @property
+    def used_at(self) -> float:
+        """When it last ran, or else was loaded; milliseconds since the epoch."""
+        return max(self.loaded_at, self.front.stats.last_inference)
+
+    @property
+    def ignored(self) -> str:
+        """What of its configuration has no effect, for the index; empty where all has."""
+        notes = self.definition.notes
+        return f"ignored: {'; '.join(notes)}" if notes else ""
