@@ -16,11 +16,11 @@ from infera_server.codec import short
 from infera_server.definition import Definition, NoVersionError, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
-from infera_server.loaded import Loaded
+from infera_server.loaded import Generation, Loaded
 from infera_server.loader import reason_of, return_memory
 from infera_server.modelconfig import ConfigError, from_json
 from infera_server.overrides import from_files
-from infera_server.repository import UNLOADED, Generation, Repository, State
+from infera_server.repository import UNLOADED, Repository, State
 from infera_server.room import NoRoomError
 
 log = logging.getLogger(__name__)
@@ -145,6 +145,9 @@ class Control:
         opened = await self._open(definition, new)
         found = {source: kept.get(source) or opened[source] for source in definition.sources}
         self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
+        log.info("loaded model '%s' version %s", name, ", ".join(source.version for source in definition.sources))
+        for note in definition.notes:
+            log.warning("model '%s': ignored: %s", name, note)
 
     async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Loaded]:
         """All of these versions, or none of them. Raises BadRequest."""

@@ -67,6 +67,7 @@ def _rules() -> Iterator[Ignored]:
         yield Ignored(setting, why, _path(setting))
     for field, why in (
         ("count", "one engine runs a model; requests share its batches"),
+        ("gpus", "one engine runs a model, on the first of them"),
         ("rate_limiter", "models of one device take turns"),
         ("secondary_devices", _COMPILED),
         ("profile", "there are no optimisation profiles"),
@@ -77,9 +78,13 @@ def _rules() -> Iterator[Ignored]:
 
 
 def _a_group_asks(field: str, config: Any) -> bool:
-    """One group asks for nothing with a count of 1."""
-    groups = config.instance_group
-    return sum(max(1, group.count) for group in groups) > 1 if field == "count" else any(map(_path(field), groups))
+    """One group asks for nothing with a count of 1, or with one GPU."""
+    groups = list(config.instance_group)
+    if field == "count":
+        return sum(max(1, int(group.count)) for group in groups) > 1
+    if field == "gpus":
+        return len({gpu for group in groups for gpu in group.gpus}) > 1
+    return any(map(_path(field), groups))
 
 
 RULES = tuple(_rules())

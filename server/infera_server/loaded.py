@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from infera_server.definition import Definition
@@ -48,3 +50,13 @@ class Loaded:
         """What of its configuration has no effect, for the index; empty where all has."""
         notes = self.definition.notes
         return f"ignored: {'; '.join(notes)}" if notes else ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """What serves a model, or did: its versions by what they were loaded from."""
+
+    definition: Definition
+    models: Mapping[Source, Loaded]
+    until: float = math.inf
+    """When one that is kept for a rollback is let go, by `time.monotonic`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from infera_server.codec import short
 from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
-from infera_server.loaded import Loaded
+from infera_server.loaded import Generation, Loaded
 from infera_server.loader import Loader, reason_of
 from infera_server.model import Opener, Post
 from infera_server.modelconfig import ConfigError
@@ -47,16 +46,6 @@ class Entry:
     state: State = State.LOADING
     reason: str = ""
     loaded: Loaded | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Generation:
-    """What serves a model, or did: its versions by what they were loaded from."""
-
-    definition: Definition
-    models: Mapping[Source, Loaded]
-    until: float = math.inf
-    """When one that is kept for a rollback is let go, by `time.monotonic`."""
 
 
 @dataclass(eq=False)

@@ -140,13 +140,16 @@ class Service:
         """Answer requests whose time is up while another batch runs, and end what clients let lie; for ever."""
         for tick in itertools.count():
             await asyncio.sleep(EXPIRY_PERIOD)
-            for model in self.repository.working():
-                model.expire()
+            self._expire_waiting()
             self.control.expire()
             if tick % CONNECTION_TICKS == 0:
                 now = time.monotonic()
                 for connection in list(self.connections):
                     connection.check_time(now)
+
+    def _expire_waiting(self) -> None:
+        for model in self.repository.working():  # not in `expire`, which would keep the last one from being freed
+            model.expire()
 
     async def drain(self, deadline: float, forced: Callable[[], bool] = lambda: False) -> bool:
         """Refuse new requests and finish the accepted ones, at most until `deadline` or until `forced()`.

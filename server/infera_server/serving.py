@@ -27,13 +27,14 @@ class Serving:
 
     def publish(self, name: str, models: Mapping[str, Servable], traffic: Traffic) -> None:
         """Serve these versions of a model, the newest last, and no others."""
-        for key in [key for key in self.find if key[0] == name]:
-            del self.find[key]
-        if not models:
-            return
-        self.find |= {(name, version): model for version, model in models.items()}
-        self.find |= {(name, label): models[v] for label, v in traffic.labels.items() if v in models}
-        self.find[name, None] = self._default(name, models, traffic)
+        found: dict[tuple[str, str | None], Servable] = {(name, version): model for version, model in models.items()}
+        found |= {(name, label): models[v] for label, v in traffic.labels.items() if v in models}
+        if models:
+            found[name, None] = self._default(name, models, traffic)
+        self.find.update(found)  # first: a request must not find nothing in between
+        for key in list(self.find):
+            if key[0] == name and key not in found:
+                del self.find[key]
 
     def shadows(self, name: str) -> list[Shadowed]:
         """Who copies requests of a model."""

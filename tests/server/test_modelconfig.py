@@ -383,7 +383,8 @@ model_transaction_policy { decoupled: true }
 model_repository_agents { agents { name: "x" } }
 model_metrics {}
 response_cache { enable: true }
-instance_group [ { count: 2 rate_limiter {} secondary_devices {} profile: "x" passive: true host_policy: "x" } ]
+instance_group [ { count: 2 gpus: [0, 1] rate_limiter {}
+  secondary_devices {} profile: "x" passive: true host_policy: "x" } ]
 """
 BATCHING = """dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 1 preserve_ordering: true
   priority_queue_policy { key: 1 value {} } default_queue_policy { timeout_action: DELAY } }"""

@@ -217,16 +217,17 @@ def test_an_unload_gives_the_memory_back_to_the_system(tmp_path: Path) -> None:
     model = parse(f"g (float[N, {wide}] x) => (float[N, {wide}] y) {{ y = MatMul(x, w) }}")
     model.graph.initializer.append(weights)
     onnx.save(model, tmp_path / "big.onnx")
-    onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }"), tmp_path / "small.onnx")
     del model, weights
     found = survey([tmp_path])
     with hosting(Repository(Settings(), found.sources)) as running:
         document = request_of(np.ones((1, wide), np.float32))
-        assert running.infer("big", document)[1]["outputs"][0]["data"][0] == wide
-        full = resident()
-        running.call(running.host.service.unload_model("big"))
-        until(lambda: running.index()["big/1"] == "UNAVAILABLE: unloaded")
-        assert full - resident() > 0.9 * 4 * wide * wide
+        for _ in range(3):
+            assert running.infer("big", document)[1]["outputs"][0]["data"][0] == wide
+            full = resident()
+            running.call(running.host.service.unload_model("big"))
+            until(lambda: running.index()["big/1"] == "UNAVAILABLE: unloaded")
+            assert full - resident() > 0.9 * 4 * wide * wide
+            running.call(running.host.service.load_model("big"))
 
 
 def test_a_name_of_the_catalogue_is_served_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
