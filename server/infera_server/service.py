@@ -130,8 +130,8 @@ class Service:
             return "the server is shutting down"
         if not self.repository.is_settled:
             return "models are being loaded"
-        if not any(self.repository.ready()) and self.repository.has_failed:
-            return "no model could be loaded"
+        if not any(self.repository.ready()) and any(self.repository.entries()):
+            return "no model could be loaded" if self.repository.has_failed else "every model was unloaded"
         if self.repository.is_stuck:
             return "a run has kept a device for longer than a request may wait"
         return self.repository.lost

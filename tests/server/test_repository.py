@@ -79,9 +79,11 @@ def test_an_unloaded_model_is_refused_in_tritons_words_and_comes_back() -> None:
         assert len(opened.sessions["a"]) == 2
 
 
-def test_a_server_whose_models_were_all_unloaded_is_ready() -> None:
+def test_a_server_whose_models_were_all_unloaded_is_not_ready_and_lives_on() -> None:
     with models("a") as (running, _):
         running.call(running.host.service.unload_model("a"))
+        assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": "every model was unloaded"})
+        running.call(running.host.service.load_model("a"))
         assert running.get("/v2/health/ready")[0] == 200
 
 
