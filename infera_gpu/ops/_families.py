@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +48,9 @@ def uniform(seed: int, low: float, high: float, *shape: int) -> np.ndarray[Any, 
     found = drawn(seed, math.prod(shape)).astype(np.float64) / 2**64
     return (low + (high - low) * found).astype(np.float32).reshape(shape)
 
+
+ZERO: tuple[Literal["", "nan", "unseen"], ...] = ("", "nan", "unseen")
+"""What the attribute `guarded` of infera.Attention says of rows without weights."""
 
 NARROW = {
     np.dtype(t): since

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._families import ZERO
 from infera_gpu.ops._triton import Kernels, kernels
 from infera_gpu.spec import Array, DType, TensorSpec
 
@@ -124,9 +125,6 @@ def apart(x: Array, heads: int, repeats: int) -> Array:
 
 
 # ---- infera.Attention
-
-ZERO: tuple[Literal["", "nan", "unseen"], ...] = ("", "nan", "unseen")
-"""What the attribute `guarded` says of rows without weights."""
 
 
 def fused(repeats_of: Callable[[Site], int | None]) -> Kernels:

@@ -8,9 +8,8 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
-from infera_gpu.ops._families import i64, plain, reshapes_to, uniform
-from infera_gpu.ops._triton_attention import ZERO
-from infera_gpu.ops._triton_attention import fused as triton
+from infera_gpu.ops._families import ZERO, i64, plain, reshapes_to, uniform
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import attention as cpu
 from infera_kernels.portable.attention import additive, fused
@@ -274,7 +273,11 @@ _FUSED = Op(
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels={"cpu": Kernel(bind=_bind, supports=_supported, strided=True), **triton(_repeats)},
+    kernels=Kinds(
+        {"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
+        "_triton_attention",
+        lambda gpu: gpu.fused(_repeats),
+    ),
     values=(6, 7, 8, 9),
     attrs={
         "scale": 1.0,

@@ -9,8 +9,8 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import Bind, Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops import _triton_move, _triton_place
 from infera_gpu.ops._families import i64, movable, native, plain
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import indexing as cpu
 from infera_kernels.portable import indexing as portable
@@ -61,7 +61,7 @@ _GATHER = Op(
     1,
     infer=_gather_spec,
     compute=plain(lambda xp, site, x, indices: portable.gather(xp, x, indices, site.axis())),
-    kernels={"cpu": Kernel(bind=_bind_gather, supports=_filled)} | _triton_move.GATHER,
+    kernels=Kinds({"cpu": Kernel(bind=_bind_gather, supports=_filled)}, "_triton_move", lambda gpu: gpu.GATHER),
     attrs={"axis": 0},
     cases=Cases(
         lambda: (
@@ -102,7 +102,9 @@ _GATHER_ELEMENTS = Op(
     11,
     infer=_elements_spec,
     compute=plain(lambda xp, site, x, indices: portable.gather_elements(xp, x, indices, site.axis())),
-    kernels={"cpu": Kernel(bind=_bind_elements, supports=_filled)} | _triton_move.GATHER_ELEMENTS,
+    kernels=Kinds(
+        {"cpu": Kernel(bind=_bind_elements, supports=_filled)}, "_triton_move", lambda gpu: gpu.GATHER_ELEMENTS
+    ),
     attrs={"axis": 0},
     cases=Cases(
         lambda: (
@@ -140,7 +142,9 @@ def _gather_nd(since: int, attrs: dict[str, Any], extra: Sequence[Case] = ()) ->
         since,
         infer=_gather_nd_spec,
         compute=plain(lambda xp, site, x, indices: portable.gather_nd(xp, x, indices, _batch_dims(site))),
-        kernels={"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)} | _triton_move.GATHER_ND,
+        kernels=Kinds(
+            {"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)}, "_triton_move", lambda gpu: gpu.GATHER_ND
+        ),
         attrs=attrs,
         cases=Cases(
             lambda: (
@@ -198,10 +202,10 @@ def _bind_scatter(site: Site, io: Buffers) -> list[Call]:
     return cpu.scatter_elements(x, indices, updates, site.axis(), io.outs[0], io.scratch, reduction=_reduction(site))
 
 
-def _scattering(bind: Bind, attrs: Attrs, *, tuples: bool) -> dict[str, Kernel]:
+def _scattering(bind: Bind, attrs: Attrs, *, tuples: bool) -> Kinds:
     """Kernels of a scatter. Reductions go through ufunc.at, which allocates 5 KB of bookkeeping whatever the size."""
     kernel = Kernel(bind=bind, supports=_scatter_supported, inplace=(0,), allocates="reduction" in attrs)
-    return {"cpu": kernel} | _triton_move.scattering(tuples=tuples)
+    return Kinds({"cpu": kernel}, "_triton_move", lambda gpu: gpu.scattering(tuples=tuples))
 
 
 _SCATTER_CASES = (
@@ -309,7 +313,11 @@ _ONE_HOT = Op(
     9,
     infer=_one_hot_spec,
     compute=plain(_one_hot),
-    kernels={"cpu": Kernel(bind=_bind_one_hot, supports=movable, strided=True)} | _triton_place.one_hot(_one_hot_dims),
+    kernels=Kinds(
+        {"cpu": Kernel(bind=_bind_one_hot, supports=movable, strided=True)},
+        "_triton_place",
+        lambda gpu: gpu.one_hot(_one_hot_dims),
+    ),
     attrs={"axis": -1},
     values=(1,),
     cases=Cases(

@@ -11,7 +11,7 @@ from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit
 from infera_gpu.ops._families import floating, native, plain, split_of
-from infera_gpu.ops._triton_matmul import PRODUCT
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import matmul as cpu
 from infera_kernels.portable import matmul as portable
@@ -97,9 +97,12 @@ _MATMUL = Op(
     1,
     infer=matmul_spec,
     compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
-    kernels={"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True, strided_out=True)}
-    | PRODUCT
-    | _jit.product(_bind_matmul, lambda site: "", _numeric),
+    kernels=Kinds(
+        {"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True, strided_out=True)}
+        | _jit.product(_bind_matmul, lambda site: "", _numeric),
+        "_triton_matmul",
+        lambda gpu: gpu.PRODUCT,
+    ),
     cases=Cases(
         lambda: (
             Case("matrices", (f32(5, 3), f32(3, 7))),
@@ -128,9 +131,12 @@ _GEMM = Op(
     7,
     infer=gemm_spec,
     compute=plain(gemm),
-    kernels={"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True, strided_out=True)}
-    | PRODUCT
-    | _jit.product(_bind_matmul, lambda site: "", blas),
+    kernels=Kinds(
+        {"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True, strided_out=True)}
+        | _jit.product(_bind_matmul, lambda site: "", blas),
+        "_triton_matmul",
+        lambda gpu: gpu.PRODUCT,
+    ),
     attrs={"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
     cases=Cases(
         lambda: (
@@ -235,9 +241,12 @@ _FUSED = Op(
     infer=_fused_spec,
     expand=_split,
     compute=plain(_fused),
-    kernels={"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)}
-    | PRODUCT
-    | _jit.product(_bind_matmul, lambda site: _ACTIVATIONS[site.attrs["activation"]], fused_supported),
+    kernels=Kinds(
+        {"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)}
+        | _jit.product(_bind_matmul, lambda site: _ACTIVATIONS[site.attrs["activation"]], fused_supported),
+        "_triton_matmul",
+        lambda gpu: gpu.PRODUCT,
+    ),
     attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},
     cases=Cases(
         lambda: (

@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import NARROW, narrow, narrow_cases
-from infera_gpu.ops._triton_move import mapping
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import pad as cpu
 from infera_kernels.portable.pad import blank, pad
@@ -139,7 +139,11 @@ _WRAP = (
     Case("wrap-more-than-once", (f32(3, 4), _i64(4, 0, 5, 9)), {"mode": "wrap"}),
 )
 _INPUTS = _cases("constant", "edge", "reflect") + _VALUES
-_KERNELS = {"cpu": Kernel(_bind, _supports, strided=True, strided_out=True)} | mapping(_maps, _fill_of)
+_KERNELS = Kinds(
+    {"cpu": Kernel(_bind, _supports, strided=True, strided_out=True)},
+    "_triton_move",
+    lambda gpu: gpu.mapping(_maps, _fill_of),
+)
 _MODE = {"mode": "constant"}
 
 OPS: tuple[Op, ...] = (

@@ -10,8 +10,9 @@ import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_recurrent, _triton_recurrent
+from infera_gpu.ops import _jit_recurrent
 from infera_gpu.ops._families import uniform
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
@@ -313,11 +314,11 @@ _ATTRS: Attrs = {
 _OWN: dict[str, Attrs] = {"LSTM": {"input_forget": 0}, "GRU": {"linear_before_reset": 0}, "RNN": {}}
 LSTM_ATTRS: Attrs = {**_ATTRS, **_OWN["LSTM"]}
 
-_KERNELS = {
-    "cpu": Kernel(_bind, _supports),
-    "jit": Kernel(_bind_compiled, _compiled),
-    **_triton_recurrent.recurrent(functions, _sizes),
-}
+_KERNELS = Kinds(
+    {"cpu": Kernel(_bind, _supports), "jit": Kernel(_bind_compiled, _compiled)},
+    "_triton_recurrent",
+    lambda gpu: gpu.recurrent(functions, _sizes),
+)
 
 OPS: tuple[Op, ...] = tuple(
     Op(op, since, infer, _compute, Cases(partial(cases, op)), {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)

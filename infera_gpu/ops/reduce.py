@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops import _triton_reduce
 from infera_gpu.ops._families import INT64, i64, native, normalized, plain, single
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import reduce as cpu
 from infera_kernels.portable import reduce as portable
@@ -94,8 +94,6 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
         dtype = site.spec(0).dtype
         return native(site) and dtype != np.float16 and (dtype.kind == "f" or kind not in _FLOAT_ONLY)
 
-    on_gpu = _triton_reduce.reduction(lambda site: kind, _axes)
-
     def bind(site: Site, io: Buffers) -> list[Call]:
         return cpu.reduction(kind, io.ins[0], _axes(site), io.outs[0], io.scratch)
 
@@ -103,13 +101,19 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
         over = _axes(site)
         return portable.reduction(xp, kind, x, over, _reduced(site, over))
 
+    kernels = Kinds(
+        {"cpu": Kernel(bind=bind, supports=supports, strided=True, strided_out=True)},
+        "_triton_reduce",
+        lambda gpu: gpu.reduction(lambda site: kind, _axes),
+    )
+
     def version(since: int, attrs: dict[str, Any], cases: Cases, values: tuple[int, ...]) -> Op:
         return Op(
             name,
             since,
             infer=_infer_reduction,
             compute=plain(compute),
-            kernels={"cpu": Kernel(bind=bind, supports=supports, strided=True, strided_out=True)} | on_gpu,
+            kernels=kernels,
             attrs={"keepdims": 1, **attrs},
             values=values,
             cases=cases,
@@ -152,10 +156,13 @@ def _arg(name: str, since: int) -> Op:
         since,
         infer=_arg_spec,
         compute=plain(compute),
-        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)}
-        | _triton_reduce.reduction(
-            lambda site: f"{'arg_max' if largest else 'arg_min'}{'_last' if last(site) else ''}",
-            lambda site: (site.axis(),) if site.spec(0).ndim else (),
+        kernels=Kinds(
+            {"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)},
+            "_triton_reduce",
+            lambda gpu: gpu.reduction(
+                lambda site: f"{'arg_max' if largest else 'arg_min'}{'_last' if last(site) else ''}",
+                lambda site: (site.axis(),) if site.spec(0).ndim else (),
+            ),
         ),
         attrs=attrs,
         cases=Cases(lambda: _arg_cases(select_last="select_last_index" in attrs)),
@@ -199,8 +206,11 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
         since,
         infer=_scan_spec,
         compute=plain(compute),
-        kernels={"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)}
-        | _triton_reduce.scan(function.removeprefix("cum"), _scan_axis),
+        kernels=Kinds(
+            {"cpu": Kernel(bind=bind, supports=native, strided=True, strided_out=True)},
+            "_triton_reduce",
+            lambda gpu: gpu.scan(function.removeprefix("cum"), _scan_axis),
+        ),
         attrs={"exclusive": 0, "reverse": 0},
         values=(1,),
         cases=Cases(_scan_cases),
@@ -253,7 +263,7 @@ def _top_k(since: int) -> Op:
         since,
         infer=_top_k_spec,
         compute=plain(compute),
-        kernels=_triton_reduce.best(_k),
+        kernels=Kinds({}, "_triton_reduce", lambda gpu: gpu.best(_k)),
         attrs=attrs,
         values=() if since == 1 else (1,),
         cases=Cases(lambda: _top_k_cases(since)),

@@ -11,7 +11,7 @@ import numpy as np
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops._families import normalized
-from infera_gpu.ops._triton_move import mapping
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.resize import resize as fast_resize
 from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filter, axis_table, resize
@@ -282,8 +282,10 @@ _RESIZE_19 = (
     _scaled("linear", _X, _MIXED, mode="linear"),
 )  # fmt: skip
 
-_KERNELS = {"cpu": Kernel(_bind, _supports)} | mapping(
-    _maps, lambda site, io: float(_options(site)["extrapolation_value"])
+_KERNELS = Kinds(
+    {"cpu": Kernel(_bind, _supports)},
+    "_triton_move",
+    lambda gpu: gpu.mapping(_maps, lambda site, io: float(_options(site)["extrapolation_value"])),
 )
 
 OPS: tuple[Op, ...] = (

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Buffers, Case, Cases, Op, Site, f32
-from infera_gpu.ops import _triton_move
 from infera_gpu.ops._families import copies, i64, normalized, plain, shaped
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import shape as cpu
 
@@ -118,7 +118,7 @@ _CONCAT = Op(
     4,
     infer=_concat_spec,
     compute=plain(lambda xp, site, *ins: xp.concatenate(ins, axis=site.axis())),
-    kernels={"cpu": copies(_concat_pairs)} | _triton_move.copies(_concat_pairs),
+    kernels=Kinds({"cpu": copies(_concat_pairs)}, "_triton_move", lambda gpu: gpu.copies(_concat_pairs)),
     windows=_joined,
     attrs={"axis": REQUIRED},
     cases=Cases(
@@ -166,7 +166,11 @@ def _split(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
         since,
         infer=_split_specs,
         compute=plain(lambda xp, site, x, *_: _parts(x, site)),
-        kernels={"cpu": copies(_split_pairs)} | _triton_move.copies(_split_pairs, axes=lambda site: site.spec(0).dims),
+        kernels=Kinds(
+            {"cpu": copies(_split_pairs)},
+            "_triton_move",
+            lambda gpu: gpu.copies(_split_pairs, axes=lambda site: site.spec(0).dims),
+        ),
         view=_parts,
         attrs={"axis": 0, **attrs},
         values=() if "split" in attrs else (1,),
@@ -226,7 +230,7 @@ _TILE = Op(
     6,
     infer=shaped(_tiled),
     compute=plain(lambda xp, site, x, _: xp.tile(x, site.ints(1))),
-    kernels={"cpu": copies(_tile_pairs)} | _triton_move.copies(_tile_pairs, axes=_tile_axes),
+    kernels=Kinds({"cpu": copies(_tile_pairs)}, "_triton_move", lambda gpu: gpu.copies(_tile_pairs, axes=_tile_axes)),
     values=(1,),
     cases=Cases(
         lambda: (

@@ -152,13 +152,24 @@ def exact_ranges(k: int, a_largest: int, b_largest: int, b: Array | None = None)
     """
     longest = EXACT // (a_largest * b_largest)
     most = max(1, -(-k // longest))
-    if b is not None and most > 1:
-        sizes = np.abs(b, dtype=np.int16)
+    if b is not None:
         for count in range(1, most):
             ranges = _ranges(k, count)
-            if all(sizes[..., i:j, :].sum(-2, dtype=np.int64).max(initial=0) * a_largest <= EXACT for i, j in ranges):
+            if all(_largest_sum(b[..., i:j, :]) * a_largest <= EXACT for i, j in ranges):
                 return ranges
     return _ranges(k, most)
+
+
+_ROWS = 64
+"""Of int16 values of at most 9 bits: their sum is an int16 too."""
+
+
+def _largest_sum(b: Array) -> int:
+    """The largest sum of a column's sizes in b (..., K, N), int8, or int16 of at most 9 bits."""
+    total = np.zeros((*b.shape[:-2], b.shape[-1]), np.int64)
+    for i in range(0, b.shape[-2], _ROWS):
+        total += np.abs(b[..., i : i + _ROWS, :], dtype=np.int16).sum(-2, dtype=np.int16)
+    return int(total.max(initial=0))
 
 
 def _ranges(k: int, count: int) -> list[tuple[int, int]]:
