@@ -10,7 +10,7 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.memory import Request, aligned, plan_arena
-from infera_gpu.plan import Plan, Step, capturable, packed
+from infera_gpu.plan import Packed, Plan, Step, capturable, packed
 from infera_gpu.specialize import Segment
 
 
@@ -72,8 +72,11 @@ def place(lowered: Lowered, carried: Collection[str]) -> Plan:
     def absolute(o: Operand) -> Operand:
         return o if o.constant else o.moved(offsets.get(o.root, 0))
 
+    def fields(o: Operand) -> Packed:
+        return tuple(o) if o.constant else (*o[:5], o.offset + offsets.get(o.root, 0), False)
+
     numbers = {id(p): i for i, p in enumerate(lowered.segment.nodes)}
-    steps = [packed(s, numbers.get(id(s.placed)), lambda o: tuple(absolute(o))) for s in lowered.steps]
+    steps = [packed(s, numbers.get(id(s.placed)), fields) for s in lowered.steps]
     entering = {v: absolute(o) for v, o in lowered.entering.items()}
     inputs = {v: o for v, o in entering.items() if v not in carried}
     outputs = {v: absolute(o) for v, o in lowered.outputs.items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import Op, Registry, Site
-from infera_gpu.spec import TensorSpec, ValueSpec, is_plain, spec_of
+from infera_gpu.spec import TensorSpec, is_plain, spec_of
 
 BATCH: Final = 1
 OTHER: Final = 64
@@ -29,19 +29,20 @@ def sketch(graph: Graph, registry: Registry) -> dict[str, TensorSpec]:
     specs = {k: _example(s) for k, s in graph.inputs.items() if isinstance(s, TensorSpec) and s.ranked and is_plain(s)}
     specs |= {k: spec_of(a) for k, a in graph.constants.items()}
     known: dict[str, HostArray] = {k: a for k, a in graph.constants.items() if a.size <= FEW}
-    for node in graph.nodes:
-        if node.subgraphs or any(i and i not in specs for i in node.inputs):
-            continue
-        opset = graph.opset_of(node)
-        op = registry.find(node.domain, node.op, opset)
-        if op is None or op.host:
-            continue
-        if node.op == "Squeeze" and "axes" not in node.attrs and len([i for i in node.inputs if i]) < 2:
-            continue
-        try:
-            _visit(op, node, opset, specs, known)
-        except Exception:  # the example does not fit, or the node does not: planning names what is wrong
-            continue
+    with np.errstate(all="ignore"):  # of what is computed
+        for node in graph.nodes:
+            if node.subgraphs or any(i and i not in specs for i in node.inputs):
+                continue
+            opset = graph.opset_of(node)
+            op = registry.find(node.domain, node.op, opset)
+            if op is None or op.host:
+                continue
+            if node.op == "Squeeze" and "axes" not in node.attrs and len([i for i in node.inputs if i]) < 2:
+                continue
+            try:
+                _visit(op, node, opset, specs, known)
+            except Exception:  # the example does not fit, or the node does not: planning names what is wrong
+                continue
     return specs
 
 
@@ -53,20 +54,16 @@ def _example(spec: TensorSpec) -> TensorSpec:
 
 def _visit(op: Op, node: Node, opset: int, specs: dict[str, TensorSpec], known: dict[str, HostArray]) -> None:
     """Adds what is known of the node's outputs."""
-    weights = {i: known.get(v) for i, v in enumerate(node.inputs) if v}
-    ins = tuple(specs[i] if i else None for i in node.inputs)
-    site = Site(node, op.fill(node), ins, tuple(weights.get(i) for i in range(len(ins))), opset=opset)
+    ins = tuple([specs[i] if i else None for i in node.inputs])
+    values = tuple([known.get(i) if i else None for i in node.inputs])
+    site = Site(node, op.fill(node), ins, values, opset=opset)
     outs = tuple(op.infer(site))
-    made: Mapping[str, ValueSpec | None] = dict(zip(node.outputs, outs, strict=False))
-    specs.update({k: s for k, s in made.items() if k and isinstance(s, TensorSpec) and is_plain(s)})
-    if not op.pure or any(s is None or s.size > FEW for s in outs):
+    specs.update({k: s for k, s in zip(node.outputs, outs, strict=False) if k and s is not None and is_plain(s)})
+    follows = op.shapes_only or all(v is not None or s is None for v, s in zip(values, ins, strict=True))
+    if not op.pure or not follows or any(s is None or s.size > FEW for s in outs):
         return
+    given: Sequence[HostArray | None] = values
     if op.shapes_only:
-        values = [None if s is None else np.broadcast_to(np.zeros((), s.dtype), s.dims) for s in ins]
-    elif all(v is not None for v in weights.values()):
-        values = list(site.values)
-    else:
-        return
-    with np.errstate(all="ignore"):
-        computed = op.outputs(np, Site(node, site.attrs, ins, site.values, tuple(s for s in outs if s), opset), values)
+        given = [None if s is None else np.broadcast_to(np.zeros((), s.dtype), s.dims) for s in ins]
+    computed = op.outputs(np, site.giving(tuple([s for s in outs if s is not None])), given)
     known.update({k: a for k, a in zip(node.outputs, computed, strict=False) if k})
