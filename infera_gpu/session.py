@@ -290,7 +290,10 @@ class Session:
         return run
 
     def _run(self, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
-        """The segments of one run, one after the other: `run` makes the calls and takes the outputs."""
+        """The segments of one run, one after the other: `run` makes the calls and takes the outputs.
+
+        It returns when the steps are done: what follows copies to memory that they use.
+        """
         with self._lease() as lease, self.device.running():
             stage = self._stages.first(feeds.shapes)
             entering: Mapping[str, Array] = feeds.arrays
@@ -339,7 +342,6 @@ class Session:
             bound.ports.read({name: host})
             return host
 
-        self.device.synchronize()  # what follows copies to memory that the steps before it may still use
         return self._stages.advance(stage, read, objects)
 
     @contextmanager
@@ -402,10 +404,10 @@ class Session:
 
         def note(stage: Stage, bound: Bound) -> None:
             bound.run()
+            self.device.synchronize()
             found.append(stage.plan)
 
         self._run(self._check(feeds), note)
-        self.device.synchronize()
         return tuple(found)
 
     def reserve(self, *inputs: Mapping[str, Sequence[int] | Array]) -> int:

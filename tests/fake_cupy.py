@@ -232,8 +232,11 @@ class Stream:
     """A stream that logs what is put on it, and is as late with it as it may be.
 
     Calls are made when somebody waits for them. Those of a stream that is some thread's current one are made at once:
-    NumPy, which stands for CuPy's kernels, computes at once.
+    NumPy, which stands for CuPy's kernels, computes at once. One that is not `prompt` leaves those, too, for later, and
+    nothing may compute but what is `put` there.
     """
+
+    prompt = True
 
     def __init__(self, non_blocking: bool = False, name: str = "a stream") -> None:
         self.ptr, self.name, self.active = next(_stream_addresses), name, 0
@@ -241,6 +244,7 @@ class Stream:
         self.recorded: list[Callable[[], object]] | None = None
         self._waiting: deque[Callable[[], object]] = deque()
         self._asked = self._made = 0
+        self._making = False
         self._lock = threading.RLock()
 
     def begin_capture(self) -> None:
@@ -263,9 +267,12 @@ class Stream:
 
     def _ask(self, call: Callable[[], object]) -> None:
         with self._lock:
+            if self._making:  # a part of the call that is being made
+                call()
+                return
             self._waiting.append(call)
             self._asked += 1
-            if self.active:
+            if self.active and self.prompt:
                 self.finish(self._asked)
 
     def finish(self, count: int) -> None:
@@ -273,7 +280,11 @@ class Stream:
         with self._lock:
             while self._made < count:
                 self._made += 1
-                self._waiting.popleft()()
+                self._making = True
+                try:
+                    self._waiting.popleft()()
+                finally:
+                    self._making = False
 
     def refuse_while_recording(self) -> None:
         if self.recorded is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from infera_gpu.devices.ports import TOGETHER
 from infera_gpu.errors import InputError
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
+from infera_gpu.op import Call
+from infera_gpu.plan import Step
 from infera_gpu.session import Session
 from tests import fake_cupy
 from tests.text import parse
@@ -121,3 +124,39 @@ def test_values_that_decide_what_follows_are_read_before_their_memory_is_used_ag
     for seed in range(3):
         x = np.random.default_rng(seed).integers(0, 2, (LARGE, 4)).astype(np.float32)
         np.testing.assert_allclose(session.run({"x": x})["y"], np.exp(x)[np.nonzero(x)[0]], rtol=1e-6)
+
+
+class Late(cuda.CudaDevice):
+    """A GPU that is late with everything: steps are calls of its stream, which waits to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._stream.prompt = False
+
+    def compute(self, step: Step, ins: Any, outs: Any) -> Call:
+        fn, args = super().compute(step, ins, outs)
+        return self._stream.put, (step.label, partial(fn, *args))
+
+
+@pytest.mark.parametrize("rows", [2, LARGE])
+def test_what_a_segment_brings_waits_for_the_steps_of_the_one_before(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No value of the first is read, so that nothing else waits: the item of a sequence goes to memory of its steps."""
+    fake_cupy.install(monkeypatch)
+    model = parse(
+        """
+        g (float[N, 4] x, seq(float[N, 4]) items) => (float[N, 4] y) <int64 zero = {0}> {
+            a = Exp(x)
+            b = Mul(a, x)
+            c = Add(a, b)
+            item = SequenceAt(items, zero)
+            y = Add(c, item)
+        }"""
+    )
+    session = Session(load_graph(model), Late())
+    for seed in range(3):
+        given = feeds(rows, seed)
+        a = np.exp(given["x"])
+        got = session.run({"x": given["x"], "items": [given["z"]]})
+        np.testing.assert_allclose(got["y"], a + a * given["x"] + given["z"], rtol=1e-6)
