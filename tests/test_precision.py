@@ -87,6 +87,19 @@ def test_masks_beyond_float16_stay_finite() -> None:
     assert "Clip" not in ops(converted(text, BFLOAT16))
 
 
+def test_masks_of_bools_stay_so_and_their_attention_is_half() -> None:
+    inputs = "float[1, 2, 3, 4] q, float[1, 2, 5, 4] k, float[1, 2, 5, 4] v, bool[3, 5] seen"
+    model = parse(f"g ({inputs}) => (float[1, 2, 3, 4] y) {{ y = Attention(q, k, v, seen) }}", opset=23)
+    whole = load_graph(model)
+    graph = halved(whole, FLOAT16).check()
+    assert ops(graph) == ["Cast", "Cast", "Cast", "Attention", "Cast"]
+    assert graph.nodes[3].inputs[3] == "seen"
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal((1, 2, m, 4)).astype(np.float32) for n, m in (("q", 3), ("k", 5), ("v", 5))}
+    feeds["seen"] = np.tri(3, 5, 1, dtype=np.bool_)
+    np.testing.assert_allclose(run(graph, feeds)["y"], run(whole, feeds)["y"], atol=5e-3)
+
+
 @pytest.mark.parametrize(
     ("divisor", "in_half"), [("{8}", True), ("{-0.5}", True), ("{1e-6}", False), ("{0}", False), ("{1e6}", False)]
 )

@@ -33,10 +33,12 @@ class Way:
     """How an operator runs in half precision.
 
     One that `seeds` does so whatever its operands are, the others where one of them is half already. `inputs` and
-    `outputs` are those of the operator's main element type; None for all of them.
+    `outputs` are those of the operator's main element type; None for all of them. An input that `may_be_bool` is left
+    alone where it is.
     """
 
     seeds: bool = False
+    may_be_bool: int = -1
     inputs: frozenset[int] | None = None
     outputs: frozenset[int] | None = frozenset({0})
 
@@ -87,7 +89,7 @@ _NUMBERS = frozenset({"value"})
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
         **dict.fromkeys(_PRODUCTS, Way(seeds=True)),
-        **{op: Way(seeds=True, inputs=frozenset(range(n)), outputs=None) for op, n in _ATTENTION.items()},
+        **{op: Way(True, 3, frozenset(range(n)), outputs=None) for op, n in _ATTENTION.items()},
         **dict.fromkeys((*_ELEMENTWISE, *_NORMS, *_POOLS, "Concat"), Way()),
         **dict.fromkeys(_MOVES, Way(inputs=_FIRST)),
         "BatchNormalization": Way(outputs=None),
@@ -141,7 +143,7 @@ class _Conversion:
     # ---- who runs how
 
     def runs_in_half(self, node: Node, way: Way) -> bool:
-        values = [v for i, v in enumerate(node.inputs) if v and (way.inputs is None or i in way.inputs)]
+        values = [v for i, v in enumerate(node.inputs) if v and self.has_type(i, v, way)]
         if not values or node.subgraphs or not all(map(self.is_float, values)):
             return False
         constants = [v for v in values if v in self.graph.constants]
@@ -153,6 +155,14 @@ class _Conversion:
             return True
         follows = len(constants) == len(values) or any(v in self.halves for v in values)
         return follows and not self.feeds_float32(node)
+
+    def has_type(self, i: int, value: str, way: Way) -> bool:
+        """Whether an input, if it is float32, has the main element type."""
+        if i == way.may_be_bool:
+            spec = self.draft.spec(value)
+            if spec is not None and spec.dtype == np.bool_:
+                return False
+        return way.inputs is None or i in way.inputs
 
     def feeds_float32(self, node: Node) -> bool:
         """Whether all that read what a node makes stay float32: the squares of a variance, which cancel."""
@@ -184,8 +194,7 @@ class _Conversion:
 
     def narrow(self, node: Node, way: Way) -> None:
         inputs = tuple(
-            self.half(v) if v and (way.inputs is None or i in way.inputs) else self.widened(v)
-            for i, v in enumerate(node.inputs)
+            self.half(v) if v and self.has_type(i, v, way) else self.widened(v) for i, v in enumerate(node.inputs)
         )
         outputs = []
         for i, value in enumerate(node.outputs):

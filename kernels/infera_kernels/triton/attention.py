@@ -121,12 +121,12 @@ def supports_attention(
     """q (..., M, D), k (..., N, D), v (..., N, E) and out (..., M, E), of one type out of float32, float16 and
     bfloat16; D and E up to 512, leading axes broadcasting to out's, nothing empty but out.
 
-    At most two masks of that type and a condition of bool, int32 or int64 broadcast to the scores (..., M, N), lengths
-    (int32 or int64) and sinks (of the floats' type) to (..., 1, 1) and (..., M, 1); along the last leading axis lengths
-    are alike.
+    At most two masks of any of these types and a condition of bool, int32 or int64 broadcast to the scores (..., M, N),
+    lengths (int32 or int64) and sinks (of the floats' type) to (..., 1, 1) and (..., M, 1); along the last leading axis
+    lengths are alike.
     """
-    floats = (q, k, v, out, *masks, *([] if sink is None else [sink]))
-    if len({name_of(x) for x in floats}) != 1 or name_of(q) not in FLOATS or len(masks) > 2:
+    floats = (q, k, v, out, *([] if sink is None else [sink]))
+    if len({name_of(x) for x in floats}) != 1 or len(masks) > 2 or not {name_of(x) for x in (q, *masks)} <= FLOATS:
         return False
     if min(len(x.shape) for x in (q, k, v, out)) < 2 or len(out.shape) > MAX_DIMS:
         return False
