@@ -22,7 +22,6 @@ from infera_server.requests import Request
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.service import Service
-from infera_server.shared_memory import Regions
 from infera_server.signature import Signature
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Call:
     request: Request
     nbytes: int
     began: float
-    regions: Regions
+    service: Service
     job: Job | None = None
 
     def submit(self, done: Done) -> None:
@@ -83,13 +82,15 @@ class Call:
 
     def reply(self, result: Arrays | Exception, batch: Batch | None, more: bytes = b"") -> list[Buffer]:
         """The parts of the response, with the members of `more`. Raises RequestError where the run failed."""
-        model, request = self.model, self.request
+        model, request, tracing = self.model, self.request, self.service.tracing
+        if tracing.on and self.job is not None:
+            tracing.record(model.signature, request.id, self.began, self.job, batch)
         try:
             if isinstance(result, Exception):
                 raise result
             if request.trace:
                 more += v2_grpc.text_parameter(TRACE, explain(batch, self.job))
-            parts = v2_grpc.respond(request, result, model.signature, self.regions, more)
+            parts = v2_grpc.respond(request, result, model.signature, self.service.regions, more)
         except Exception as error:
             raise failed(model, self.began, error) from None
         model.stats.replied(200, time.monotonic() - self.began)
@@ -157,7 +158,7 @@ class Inference:
             raise failed(model, began, error) from None
         if model.retired:  # while another thread was at it
             return await self.prepare(message, remaining, None)
-        return Call(model, request, message.nbytes, began, self._service.regions)
+        return Call(model, request, message.nbytes, began, self._service)
 
     async def _read(self, header: bytes) -> Any:
         if len(header) <= INLINE_BYTES:

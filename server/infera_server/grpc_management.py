@@ -198,6 +198,53 @@ def _by_name(regions: list[dict[str, Any]]) -> dict[str, Any]:
     return {"regions": {region["name"]: region for region in regions}}
 
 
+# --- traces and the log ----------------------------------------------------------------------------------------------
+
+
+async def trace_setting(service: Service, request: Any) -> dict[str, Any]:
+    """A setting has a list of texts; an empty one clears it."""
+    model = request.model_name or None
+    if model is not None and not service.repository.versions(model):
+        raise BadRequest(f"Request for unknown model : {short(model)}")
+    changes = {name: _setting(name, list(given.value)) for name, given in request.settings.items()}
+    tracing = service.tracing
+    found = tracing.update(changes, model) if changes else tracing.settings(model)
+    return {"settings": {k: {"value": v if isinstance(v, list) else [v]} for k, v in found.items()}}
+
+
+def _setting(name: str, values: list[str]) -> list[str] | str | None:
+    if not values:
+        return None
+    if name == "trace_level":
+        return values
+    if len(values) > 1:
+        raise BadRequest(f"expect only 1 value for '{short(name)}'")
+    return values[0]
+
+
+_FLAG, _NUMBER, _TEXT = ("bool_param", "boolean"), ("uint32_param", "int32"), ("string_param", "string")
+_LOG = {
+    "log_info": _FLAG,
+    "log_warning": _FLAG,
+    "log_error": _FLAG,
+    "log_verbose_level": _NUMBER,
+    "log_format": _TEXT,
+    "log_file": _TEXT,
+}
+
+
+async def log_settings(service: Service, request: Any) -> dict[str, Any]:
+    """What is not known is left out, as in Triton."""
+    changes: dict[str, Any] = {}
+    for name in _LOG.keys() & request.settings.keys():
+        given, (kind, told) = request.settings[name], _LOG[name]
+        if given.WhichOneof("parameter_choice") != kind:
+            raise BadRequest(f"expect {told} for '{name}'")
+        changes[name] = getattr(given, kind)
+    found = service.log_settings.update(changes) if changes else service.log_settings.settings()
+    return {"settings": {name: {_LOG[name][0]: value} for name, value in found.items()}}
+
+
 METHODS: dict[str, Method] = {
     "ServerLive": server_live,
     "ServerReady": server_ready,
@@ -215,4 +262,6 @@ METHODS: dict[str, Method] = {
     "CudaSharedMemoryStatus": cuda_memory_status,
     "CudaSharedMemoryRegister": cuda_memory_register,
     "CudaSharedMemoryUnregister": cuda_memory_unregister,
+    "TraceSetting": trace_setting,
+    "LogSettings": log_settings,
 }

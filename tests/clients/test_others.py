@@ -42,12 +42,16 @@ def test_kserve(server: Running, protocol: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--streaming"], ["--shared-memory", "system"]], ids=["plain", "stream", "memory"]
+    ("protocol", "more"),
+    [
+        ("http", []),
+        ("http", ["--shared-memory", "system"]),
+        ("grpc", []),
+        ("grpc", ["--shared-memory", "system"]),
+        ("grpc", ["--streaming"]),
+    ],
 )
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_perf_analyzer(server: Running, protocol: str, more: list[str]) -> None:
-    if "--streaming" in more and protocol == "http":
-        pytest.skip("perf_analyzer streams over gRPC")
     command = [
         *perf_analyzer(), "-m", "double", "-u", address(server, protocol), "-i", protocol, "--async",
         "--concurrency-range", "4", "--request-count", "200", "-b", "2", *more,

@@ -164,7 +164,6 @@ def test_compression(client: Client, coding: str) -> None:
     assert np.array_equal(result.as_numpy("y"), 2 * X)
 
 
-@pytest.mark.parametrize("client", ["grpc", "grpc.aio"], indirect=True)
 def test_loading(client: Client) -> None:
     client.unload_model("spare")
     assert not client.is_model_ready("spare")

@@ -336,6 +336,44 @@ CASES = [
             "RepositoryModelUnloadRequest", model_name="nope", parameters={"unload_dependents": {"int64_param": "1"}}
         ),
     ),
+    Case("trace", "TraceSetting", request("TraceSettingRequest")),
+    Case("trace of a model", "TraceSetting", request("TraceSettingRequest", model_name="mlp")),
+    Case("trace unknown model", "TraceSetting", request("TraceSettingRequest", model_name="nope")),
+    Case("trace file", "TraceSetting", request("TraceSettingRequest", settings={"trace_file": {"value": ["x"]}})),
+    Case(
+        "trace rate no number",
+        "TraceSetting",
+        request("TraceSettingRequest", settings={"trace_rate": {"value": ["x"]}}),
+    ),
+    Case(
+        "trace rate twice",
+        "TraceSetting",
+        request("TraceSettingRequest", settings={"trace_rate": {"value": ["1", "2"]}}),
+    ),
+    Case(
+        "trace count below", "TraceSetting", request("TraceSettingRequest", settings={"trace_count": {"value": ["-2"]}})
+    ),
+    Case(
+        "trace level off and on",
+        "TraceSetting",
+        request("TraceSettingRequest", settings={"trace_level": {"value": ["OFF", "TIMESTAMPS"]}}),
+    ),
+    Case("trace cleared", "TraceSetting", request("TraceSettingRequest", settings={"trace_rate": {}})),
+    Case("log", "LogSettings", request("LogSettingsRequest")),
+    Case("log file", "LogSettings", request("LogSettingsRequest", settings={"log_file": {"string_param": "x"}})),
+    Case("log info int", "LogSettings", request("LogSettingsRequest", settings={"log_info": {"uint32_param": 1}})),
+    Case(
+        "log verbose text",
+        "LogSettings",
+        request("LogSettingsRequest", settings={"log_verbose_level": {"string_param": "x"}}),
+    ),
+    Case(
+        "log format unknown",
+        "LogSettings",
+        request("LogSettingsRequest", settings={"log_format": {"string_param": "x"}}),
+    ),
+    Case("log format int", "LogSettings", request("LogSettingsRequest", settings={"log_format": {"uint32_param": 1}})),
+    Case("log unknown", "LogSettings", request("LogSettingsRequest", settings={"log_x": {"bool_param": True}})),
 ]
 
 
@@ -356,6 +394,8 @@ UNLIKE = {
     "no rows": Reply("INVALID_ARGUMENT", "inference request batch-size must be at least 1 for 'mlp'"),
     "system register nothing": Reply("INVALID_ARGUMENT", "Unable to open shared memory region: '/no-such-key'"),
     "cuda register": Reply("INVALID_ARGUMENT", "'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t"),
+    "trace count below": Reply("INVALID_ARGUMENT", "Unable to parse 'trace_count'. Expecting value >= -1, got:-2"),
+    "log format unknown": Reply("INVALID_ARGUMENT", "invalid argument for --log_format, got: x"),
     "load unknown": Reply("NOT_FOUND", "failed to load 'nope', failed to poll from model repository"),
     "load file without config": Reply(
         "INVALID_ARGUMENT",
@@ -364,7 +404,8 @@ UNLIKE = {
     ),
     "unload unknown": Reply("NOT_FOUND", "Request for unknown model: 'nope' is not found"),
 }
-"""What is answered instead of Triton's reply, on purpose: its own says what is not so, or blames itself."""
+"""What is answered instead of Triton's reply, on purpose: its own says what is not so, blames itself, or is another over
+HTTP."""
 
 
 def main() -> None:
