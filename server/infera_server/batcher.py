@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -67,6 +67,7 @@ class Batcher:
     turns: Turns = field(default_factory=Turns)
     run_limit: float = math.inf
     goal: Goal | None = None
+    widens: Callable[[Hashable, Hashable], bool] | None = None
     weight: float = 1.0
     soon: Callable[[Callable[[], None]], object] | None = None
     inline_limit: float = 0.0
@@ -80,6 +81,7 @@ class Batcher:
             self.max_queue_bytes,
             self.name,
             self.goal,
+            self.widens,
         )
         self.share = self.turns.share(self.name, self.weight)
         self._engine = Engine.NOBODY
@@ -89,7 +91,7 @@ class Batcher:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._draining = self._has_turn = False
-        self._gather = Gatherer(self.layout.inputs, self.layout.shared) if self.layout else Gatherer({})
+        self._gather = Gatherer(self.layout) if self.layout else None
         self._thread = threading.Thread(target=self._serve, name=f"infera-engine-{self.name}", daemon=True)
         self._thread.start()
 
@@ -268,20 +270,32 @@ class Batcher:
             return [self._run_together(selection)]
         except Exception as error:
             log.debug("model '%s': a batch of %d failed, each runs alone now: %s", self.name, len(jobs), error)
-            return [self._run_alone(job) for job in jobs if job.state is State.RUNNING]
+        batches = [self._run_alone(job) for job in jobs if job.state is State.RUNNING]
+        longest = max(job.longer for job in jobs)
+        if longest and not any(isinstance(result, Exception) for batch in batches for result in batch.results):
+            assert self.layout is not None
+            assert self.layout.padding is not None
+            self.layout.padding.refused.add(longest)
+            log.info("model '%s': rows are not made %d long any more, which it cannot run", self.name, longest)
+        return batches
 
     def _run_together(self, selection: Selection) -> Batch:
         """Raises what the run raises, unless there is but one job, run as it is."""
         jobs, layout, padded = selection.jobs, self.layout, selection.bucket
         rows = sum(job.rows for job in jobs)
-        if layout is None or (len(jobs) == 1 and rows == padded):
+        longest = max(job.longer for job in jobs)
+        if layout is None or (len(jobs) == 1 and rows == padded and jobs[0].length == longest):
             return self._run_alone(jobs[0])
+        assert self._gather is not None
         batch = Batch(jobs, rows, padded, time.monotonic(), most=layout.max_rows)
-        feeds = self._gather([job.feeds for job in jobs], rows, padded)
+        if longest:
+            batch.fill = sum(job.rows * job.length for job in jobs) / (rows * longest)
+        feeds = self._gather([job.feeds for job in jobs], rows, padded, longest)
         batch.gathered_at = time.monotonic()
         outputs = self.run(feeds)
         batch.ran_at = time.monotonic()
-        batch.results = list(split(outputs, layout, [job.rows for job in jobs], padded))
+        lengths = [job.length for job in jobs] if longest else ()
+        batch.results = list(split(outputs, layout, [job.rows for job in jobs], padded, lengths, longest))
         batch.split_at = time.monotonic()
         return batch
 

@@ -33,13 +33,15 @@ class Batching:
     """What was decided and why. Without a layout each request runs alone.
 
     `arena_bytes` says what the plan of a bucket needs, at `sizes` for the symbolic dimensions besides the batch; it is
-    empty where no plan could be made at the sizes tried.
+    empty where no plan could be made at the sizes tried. `padding` says whether rows of unequal length share batches,
+    and why; it is empty where their length cannot differ.
     """
 
     layout: Layout | None
     reason: str
     arena_bytes: Mapping[int, int]
     sizes: Mapping[str, int]
+    padding: str = ""
 
 
 @dataclass(frozen=True, slots=True)

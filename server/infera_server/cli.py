@@ -133,6 +133,14 @@ def serve(
     golden_tolerance: Annotated[
         float | None, typer.Option(help="By how much of an output's largest value it may differ. [default: 0.001]")
     ] = None,
+    pad: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="MODEL=AXIS[:VALUE[:MASK]]: rows of one model are padded along this symbolic axis to share batches, "
+            "the input MASK with 0; MODEL=off: they are not. Repeatable. [default: where it is proven harmless]",
+            metavar="MODEL=AXIS",
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
     ] = None,
@@ -164,6 +172,8 @@ def serve(
             given["pins"] = dict(_pair(p, "--pin", "MODEL=DEVICE") for p in pin)
         if share:
             given["shares"] = dict(_pair(s, "--share", "MODEL=WEIGHT") for s in share)
+        if pad:
+            given["pad"] = dict(_padded(p) for p in pad)
         if slo_p99:
             given |= _goals(slo_p99)
         settings = Settings(**given)
@@ -254,6 +264,12 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not (model and equals and value):
         raise typer.BadParameter(f"'{text}' is not {form}", param_hint=option)
     return model, value
+
+
+def _padded(text: str) -> tuple[str, dict[str, str]]:
+    model, rule = _pair(text, "--pad", "MODEL=AXIS[:VALUE[:MASK]]")
+    parts = rule.split(":", 2)
+    return model, {} if rule == "off" else dict(zip(("axis", "value", "mask"), parts, strict=False))
 
 
 def _goals(texts: list[str]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class Job:
     """One caller's request: `rows` rows in every array of `feeds`.
 
     Jobs of equal `group` can share a batch. `nbytes` is what the job keeps in memory while it waits. `deadline` is a
-    time of `time.monotonic`, after which the job is not run any more. A smaller `level` goes first.
+    time of `time.monotonic`, after which the job is not run any more. A smaller `level` goes first. Rows that are
+    `length` long may be made as long as `longer`; where that is 0 they stay as they are.
     """
 
     feeds: Arrays
@@ -83,6 +84,8 @@ class Job:
     estimate: float = 0.0
     """Seconds until its answer, at the worst, as reckoned when it came; 0 where that was not."""
 
+    length: int = 0
+    longer: int = 0
     state: State = State.WAITING
 
 

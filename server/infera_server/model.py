@@ -23,6 +23,7 @@ from infera_server.goal import Goal
 from infera_server.jobs import ANY_LEVELS, Batch, Done, Job, Levels
 from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, completed
+from infera_server.padding import Lengthened, lengthened, widens, with_padding
 from infera_server.placement import Place
 from infera_server.requests import Request
 from infera_server.rows import Arrays, Layout, value_of
@@ -79,6 +80,8 @@ class Model:
         now = time.monotonic()
         deadline = now + min(request.timeout or math.inf, self.timeout)
         job = Job(request.feeds, done, rows, group, nbytes, deadline, self.levels.level(request.priority), now)
+        if type(group) is Lengthened:
+            job.length, job.longer = group.padding.own_length(request.feeds), group.length
         self.batcher.submit(job)
         return job
 
@@ -121,6 +124,8 @@ class Model:
             raise BadRequest(f"inference request batch-size must be <= {layout.max_rows} for '{name}'")
         if rows == 0:
             raise BadRequest(f"inference request batch-size must be at least 1 for '{name}'")
+        if layout.padding is not None and (longer := layout.padding.length(feeds)):
+            return rows, lengthened(feeds, layout, layout.padding, longer)
         group.sort()
         return rows, tuple(group)
 
@@ -180,7 +185,7 @@ def open_model(
             inputs |= tensors(session.optional, optional=True)
         outputs = {n: replace(t, labels=labels) if (labels := definition.labels(n)) else t for n, t in outputs.items()}
         with (turns := turns_of(session.device.name)):
-            batching = _batching(session, config, settings.max_batch)
+            batching = with_padding(session, _batching(session, config, settings.max_batch), settings.pad.get(name))
             run_samples(session, config, definition.folder)
     except BaseException:
         session.close()
@@ -208,6 +213,7 @@ def open_model(
         turns=turns,
         run_limit=settings.request_timeout,
         goal=stats.goal,
+        widens=widens if batching.layout and batching.layout.padding else None,
         weight=settings.shares.get(name, 1.0),
         soon=_soon,
         inline_limit=settings.inline_run if session.device.name == "cpu" else 0.0,

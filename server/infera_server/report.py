@@ -59,8 +59,16 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
     device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
     facts = [*head, ("device", device), *_tensors(signature)]
     facts.append(("batching", batching.reason))
+    if batching.padding:
+        facts.append(("padding", batching.padding))
     if signature.layout:
-        facts.append(("buckets", ", ".join(map(str, signature.layout.buckets)) + ": a batch is padded to the next one"))
+        facts.append(
+            (
+                "buckets",
+                ", ".join(map(str, signature.layout.buckets))
+                + ": a batch runs in the one that takes the least time a row",
+            )
+        )
     if batching.arena_bytes:
         at = f" at {', '.join(f'{k}={v}' for k, v in batching.sizes.items())}" if batching.sizes else ""
         arenas = "; ".join(f"batch {rows}: {bytes_text(n)}" for rows, n in batching.arena_bytes.items())

@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Arrays: TypeAlias = Mapping[str, HostArray]
+
+
+@dataclass(frozen=True, slots=True)
+class PadRule:
+    """What an operator declares: the symbolic axis, what ids and values are padded with, the input that is a mask.
+
+    Without an axis nothing is padded.
+    """
+
+    axis: str = ""
+    value: float = 0.0
+    mask: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Padding:
+    """How rows of unequal length are made equal: longer at the end, and what comes out cut back.
+
+    `inputs` and `outputs` say which axis is the length, of those tensors that have it; `values` what is added to each
+    input. Lengths in `refused` are run as they are: the model cannot be run at the length that they would get.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    values: Mapping[str, float]
+    refused: set[int] = field(default_factory=set)
+
+    def length(self, feeds: Arrays) -> int:
+        """What the rows are made as long as; 0 where they stay as they are."""
+        lengths = {feeds[name].shape[axis] for name, axis in self.inputs.items()}
+        if len(lengths) != 1:
+            return 0
+        padded = padded_length(lengths.pop())
+        return 0 if padded in self.refused else padded
+
+    def own_length(self, feeds: Arrays) -> int:
+        name, axis = next(iter(self.inputs.items()))
+        return int(feeds[name].shape[axis])
+
+
+def padded_length(length: int) -> int:
+    """The next multiple of 8, from 64 on of a quarter of the power of two below: less than a fifth is padding there."""
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +69,11 @@ class Layout:
     outputs: Mapping[str, int]
     buckets: tuple[int, ...]
     shared: tuple[str, ...] = ()
+    padding: Padding | None = None
 
     @property
     def max_rows(self) -> int:
         return self.buckets[-1]
-
-    def bucket(self, rows: int) -> int:
-        """The smallest bucket that holds `rows`."""
-        return next(b for b in self.buckets if b >= rows)
 
 
 def value_of(array: HostArray) -> Hashable:
@@ -48,32 +89,51 @@ def in_order(feeds: Arrays) -> Arrays:
 
 
 class Gatherer:
-    """Concatenates feeds along the axis of each input, in memory that is kept: it grows to the largest batch yet.
+    """Concatenates feeds along the batch axes, in memory that is kept: it grows to the largest batch yet.
 
-    `shared` inputs are those of the first feed.
+    Inputs without such an axis are those of the first feed.
     """
 
-    def __init__(self, axes: Mapping[str, int], shared: Iterable[str] = ()) -> None:
-        self._axes, self._shared = axes, tuple(shared)
+    def __init__(self, layout: Layout) -> None:
+        self._axes, self._shared = layout.inputs, layout.shared
+        self._padding = layout.padding
         self._kept: dict[str, HostArray] = {}
 
-    def __call__(self, feeds: Sequence[Arrays], rows: int, padded: int) -> Arrays:
-        """The `rows` rows of all feeds, then padding, which repeats the last row: it fails only where that row does.
+    def __call__(self, feeds: Sequence[Arrays], rows: int, padded: int, length: int = 0) -> Arrays:
+        """The `rows` rows of all feeds, made as long as `length` unless that is 0, then padding.
 
-        The arrays are valid until the next call.
+        Rows of padding repeat the last row: they fail only where that row does. The arrays are valid until the next
+        call.
         """
         gathered: dict[str, HostArray] = {name: feeds[0][name] for name in self._shared}
         for name, axis in self._axes.items():
             parts = [feed[name] for feed in feeds]
             shape = list(parts[0].shape)
             shape[axis] = padded
+            along = self._padding.inputs.get(name) if self._padding and length else None
+            if along is not None:
+                shape[along] = length
             whole = self._array(name, parts[0].dtype, shape)
             ahead = (slice(None),) * axis
-            np.concatenate(parts, axis=axis, out=whole[(*ahead, slice(rows))])
+            if along is None:
+                np.concatenate(parts, axis=axis, out=whole[(*ahead, slice(rows))])
+            else:
+                self._lengthen(name, parts, whole, axis, along)
             if rows < padded:
                 whole[(*ahead, slice(rows, None))] = whole[(*ahead, slice(rows - 1, rows))]
             gathered[name] = whole
         return gathered
+
+    def _lengthen(self, name: str, parts: Sequence[HostArray], whole: HostArray, axis: int, along: int) -> None:
+        assert self._padding is not None
+        value, start = self._padding.values[name], 0
+        index: list[slice] = [slice(None)] * whole.ndim
+        for part in parts:
+            index[axis] = slice(start, start := start + part.shape[axis])
+            index[along] = slice(part.shape[along])
+            whole[tuple(index)] = part
+            index[along] = slice(part.shape[along], None)
+            whole[tuple(index)] = value
 
     def _array(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> HostArray:
         """An uninitialised array in the memory kept for this input; strings have none."""
@@ -86,15 +146,28 @@ class Gatherer:
         return kept[:nbytes].view(dtype).reshape(shape)
 
 
-def split(outputs: Arrays, layout: Layout, counts: Sequence[int], padded: int) -> Iterator[Arrays]:
+def split(
+    outputs: Arrays, layout: Layout, counts: Sequence[int], padded: int, lengths: Sequence[int] = (), length: int = 0
+) -> Iterator[Arrays]:
     """Views of the outputs with `counts[0]` rows, then `counts[1]`, and so on; the padding at the end is left out.
 
-    Raises ValueError where an output does not have `padded` rows.
+    Where rows were made as long as `length`, each view is cut to its own of `lengths`. Raises ValueError where an
+    output does not have `padded` rows of that length.
     """
+    cut = layout.padding.outputs if layout.padding is not None and length else {}
     for name, axis in layout.outputs.items():
-        if outputs[name].shape[axis] != padded:
-            raise ValueError(f"output '{name}' is {outputs[name].shape} for a batch of {padded} rows")
+        shape = outputs[name].shape
+        if shape[axis] != padded or (name in cut and shape[cut[name]] != length):
+            long = f" of length {length}" if name in cut else ""
+            raise ValueError(f"output '{name}' is {shape} for a batch of {padded} rows{long}")
     start = 0
-    for count in counts:
+    for i, count in enumerate(counts):
         rows = slice(start, start := start + count)
-        yield {name: outputs[name][(slice(None),) * axis + (rows,)] for name, axis in layout.outputs.items()}
+        views: dict[str, HostArray] = {}
+        for name, axis in layout.outputs.items():
+            index = [slice(None)] * outputs[name].ndim if name in cut else [slice(None)] * (axis + 1)
+            index[axis] = rows
+            if name in cut:
+                index[cut[name]] = slice(lengths[i])
+            views[name] = outputs[name][tuple(index)]
+        yield views

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infera_gpu.budget import bytes_of
 from infera_gpu.passes import Precision
+from infera_server.rows import PadRule
 
 MAX_PORT = 65535
 
@@ -75,6 +76,7 @@ class Settings(BaseSettings):
     slo_p99: Duration | None = None
     slo_p99_of: dict[str, Duration] = Field(default_factory=dict)
     shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    pad: dict[str, PadRule] = Field(default_factory=dict)
     priority_levels: int = Field(default=9, ge=1)
     default_priority: int = Field(default=5, ge=1)
     inline_run: float = Field(default=0.0003, ge=0)

@@ -404,8 +404,8 @@ UNLIKE = {
     ),
     "unload unknown": Reply("NOT_FOUND", "Request for unknown model: 'nope' is not found"),
 }
-"""What is answered instead of Triton's reply, on purpose: its own says what is not so, blames itself, or is another over
-HTTP."""
+"""What is answered instead of Triton's reply, on purpose: its own says what is not so, blames itself, or is another
+over HTTP."""
 
 
 def main() -> None:

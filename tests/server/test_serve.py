@@ -121,7 +121,7 @@ def test_it_says_what_it_derived_and_why(served: Process) -> None:
     for text in (
         "x: FP32 [batch, 6]",
         "'N' occurs once in every input and output",
-        "1, 2, 4, 8, 16, 32, 64: a batch is padded",
+        "1, 2, 4, 8, 16, 32, 64: ",
         "64 MiB a body",
         "error: broken version 1: cannot be served",
     ):
