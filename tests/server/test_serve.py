@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -450,19 +452,38 @@ def test_curl(served: Process) -> None:
     np.testing.assert_allclose(output["data"], linear(x[:50]).ravel(), rtol=1e-5, atol=1e-6)
 
 
-def test_concurrent_clients_share_batches_of_the_real_runtime(served: Process) -> None:
-    port = int(served.address.partition(":")[2])
-    running = Running(None, port, {})  # type: ignore[arg-type]
+def write_shuffle(path: Path, width: int, times: int) -> HostArray:
+    """y [N, width] = x [N, width], shuffled so many times by products that take milliseconds. Returns the order."""
+    order = np.random.default_rng(0).permutation(width)
+    names = ["x", *(f"v{i}" for i in range(1, times)), "y"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [a, "w"], [b]) for a, b in pairwise(names)],
+        "shuffle",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", width])],
+        [numpy_helper.from_array(np.eye(width, dtype=np.float32)[:, order], "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    found = np.arange(width)
+    for _ in range(times):
+        found = found[order]
+    return found
 
-    def call(seed: int) -> None:
-        for step in range(20):
-            x = x_of(seed * 20 % 7 + step % 3 + 1)
-            status, reply = running.infer("linear", request_of(x))
-            assert status == 200
-            np.testing.assert_allclose(reply["outputs"][0]["data"], linear(x).ravel(), rtol=1e-4, atol=1e-5)
 
-    with ThreadPoolExecutor(16) as pool:
-        for done in [pool.submit(call, seed) for seed in range(16)]:
-            done.result(WAIT * 2)
-    stats = running.get("/v2/models/linear/stats")[1]["model_stats"][0]
-    assert stats["execution_count"] < stats["inference_stats"]["queue"]["count"]
+def test_concurrent_clients_share_batches_of_the_real_runtime(tmp_path: Path) -> None:
+    order = write_shuffle(tmp_path / "shuffle.onnx", 1024, 32)
+    with process(tmp_path) as served:
+        running = Running(None, int(served.address.partition(":")[2]), None)  # type: ignore[arg-type]
+
+        def call(seed: int) -> None:
+            for step in range(4):
+                x = np.random.default_rng(seed).integers(0, 9, (seed * 20 % 7 + step % 3 + 1, 1024)).astype(np.float32)
+                status, reply = running.infer("shuffle", request_of(x))
+                assert status == 200
+                assert reply["outputs"][0]["data"] == x[:, order].ravel().tolist()
+
+        with ThreadPoolExecutor(16) as pool:
+            for done in [pool.submit(call, seed) for seed in range(16)]:
+                done.result(WAIT * 2)
+        stats = running.get("/v2/models/shuffle/stats")[1]["model_stats"][0]
+        assert stats["execution_count"] < stats["inference_stats"]["queue"]["count"]
