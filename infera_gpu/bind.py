@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, overload
 
@@ -94,9 +94,13 @@ class LazyInputs(Sequence["Array | None"]):
         if operand is None:
             return None
         i %= len(self._operands)
-        if i not in self._made:
-            self._made[i] = self._make(operand)
-        return self._made[i]
+        made = self._made.get(i)
+        if made is None:
+            made = self._made[i] = self._make(operand)
+        return made
+
+    def __iter__(self) -> Iterator[Array | None]:
+        return map(self.__getitem__, range(len(self._operands)))
 
 
 class BoundBuffers:
