@@ -12,7 +12,8 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Case, Kernel, Op, Site
 from infera_gpu.ops._families import normalized
 from infera_gpu.ops._ms import F32, ms_op
-from infera_gpu.ops._triton_quantised import MEAN, elementwise
+from infera_gpu.ops._triton_quantised import MEAN, elementwise, joined
+from infera_gpu.ops._triton_quantised import softmax as rows
 from infera_gpu.ops.pool import compute_average, pool_attrs, pool_spec
 from infera_gpu.ops.window import channels_last
 from infera_gpu.spec import Array, TensorSpec
@@ -144,9 +145,15 @@ def _product(xp: Any, site: Site, operands: Operands, scales: Sequence[Array], s
 
 def _softmax(xp: Any, site: Site, ins: Sequence[Array]) -> Array:
     (x,) = ins
-    (axis,) = normalized(site, [int(site.attrs["axis"])], x.ndim)
-    inner = math.prod(x.shape[axis + 1 :]) if int(site.attrs["opset"]) >= 13 else 1
-    return softmax(xp, x.reshape(math.prod(x.shape[:axis]), -1, inner)).reshape(x.shape) if x.size else x
+    return softmax(xp, x.reshape(_rows(site))).reshape(x.shape) if x.size else x
+
+
+def _rows(site: Site) -> tuple[int, int, int]:
+    """The input's shape as (outer, what sums to 1, inner): before opset 13 that was all axes from `axis` on."""
+    dims = site.spec(0).dims
+    (axis,) = normalized(site, [int(site.attrs["axis"])], len(dims))
+    inner = math.prod(dims[axis + 1 :]) if int(site.attrs["opset"]) >= 13 else 1
+    return math.prod(dims[:axis]), math.prod(dims[axis:]) // max(inner, 1), inner
 
 
 def _u8(*shape: int) -> TensorSpec:
@@ -173,9 +180,13 @@ def _concat_inputs(site: Site) -> range:
     return range(2, len(site.ins), 3)
 
 
+def _axis(site: Site) -> int:
+    (axis,) = normalized(site, [int(site.attrs["axis"])], site.spec(2).ndim)
+    return axis
+
+
 def _infer_concat(site: Site) -> tuple[TensorSpec]:
-    first = site.spec(2)
-    (axis,) = normalized(site, [int(site.attrs["axis"])], first.ndim)
+    first, axis = site.spec(2), _axis(site)
     total = 0
     for i in _concat_inputs(site):
         dims = site.spec(i).dims
@@ -238,7 +249,12 @@ OPS = (
         1,
         _softmax,
         _same,
-        (Case("last", (*_A, _scale(1 / 256), _zero(0)), {"opset": 13}, **_WIDE),),
+        (
+            Case("last", (*_A, _scale(1 / 256), _zero(0)), {"opset": 13}, **_WIDE),
+            Case("middle", (*_A, _scale(1 / 256), _zero(0)), {"opset": 13, "axis": 1}, **_WIDE),
+            Case("flat", (*_A, _scale(1 / 256), _zero(0)), {"opset": 12, "axis": 1}, **_WIDE),
+        ),
+        kernels=rows(_rows),
         axis=-1,
         opset=REQUIRED,
     ),
@@ -305,6 +321,7 @@ OPS = (
         _infer_concat,
         _concat,
         (Case("two", (_scale(0.05), _zero(100), *_A, _u8(2, 5, 4), _scale(0.04), _zero(90)), {"axis": 1}, **_WIDE),),
+        kernels=joined(_axis),
         axis=REQUIRED,
     ),
 )

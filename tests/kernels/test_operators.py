@@ -110,6 +110,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("ConvInteger", "", "zero-points"),
     ("QLinearAdd", "com.microsoft", "broadcast"),
     ("QLinearGlobalAveragePool", "com.microsoft", "last"),
+    ("QLinearConcat", "com.microsoft", "two"),
+    ("QLinearSoftmax", "com.microsoft", "middle"),
     ("MatMul", "", "broadcast"),
     ("MatMul", "", "vectors"),
     ("MatMul", "", Case("brain", (TensorSpec((2, 128, 64), BRAIN), TensorSpec((64, 256), BRAIN)))),

@@ -71,7 +71,14 @@ def sigmoid(a, a_scale, a_zero, b, b_scale, b_zero, scale, zero, alpha, LOW: tl.
     return saturated(tl.div_rn(x, scale), zero.to(tl.float32), LOW, HIGH)
 
 
-FUNCTIONS: dict[str, Any] = {"add": add, "mul": mul, "leaky_relu": leaky_relu, "sigmoid": sigmoid}
+@triton.jit
+def again(a, a_scale, a_zero, b, b_scale, b_zero, scale, zero, alpha, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The operand itself, by another scale and zero point."""
+    x = (a - a_zero).to(tl.float32) * a_scale
+    return saturated(tl.div_rn(x, scale), zero.to(tl.float32), LOW, HIGH)
+
+
+FUNCTIONS: dict[str, Any] = {"add": add, "mul": mul, "leaky_relu": leaky_relu, "sigmoid": sigmoid, "again": again}
 
 
 @triton.jit
