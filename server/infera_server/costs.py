@@ -104,7 +104,7 @@ class GroupCosts:
         """The bucket could have run and another seemed better."""
         self.typical[index] *= FADE
 
-    def index(self, rows: int) -> int:
+    def index(self, rows: float) -> int:
         """The smallest bucket that holds `rows`, which the largest does."""
         return bisect_left(self.buckets, rows)
 

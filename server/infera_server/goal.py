@@ -37,13 +37,13 @@ OPEN = 1 / 3
 PERIOD = 200
 """Answers between two looks at whether the goal is met."""
 
-FIRST_MARGIN, MAX_MARGIN = 1.3, 4.0
+FIRST_MARGIN, MIN_MARGIN, MAX_MARGIN = 1.3, 0.7, 4.0
 
-STEP = 0.1
+STEP = 0.05
 """How far the margin moves with a batch whose answers took longer than it allows; with others a little back."""
 
-QUANTILE = 0.995
-"""The share of answers that the margin is to cover."""
+QUANTILE = 0.99
+"""The share of answers with long estimates that the margin is to cover; those with short ones are in time anyway."""
 
 
 class Goal:
@@ -70,6 +70,10 @@ class Goal:
             rate = self._rows / (now - self._counted_at)
             self.rate = rate if self.rate == FLOOD else (self.rate + rate) / 2
             self._rows, self._counted_at = 0, now
+
+    def joining(self, seconds: float) -> float:
+        """Rows that arrive in so many seconds; 0 before their rate is known."""
+        return self.rate * seconds if self.rate != FLOOD else 0.0
 
     def largest(self, costs: GroupCosts) -> int:
         """Index of the largest bucket that may run: the largest with nearly the most answers in time.
@@ -108,7 +112,7 @@ class Goal:
     def answered(self, jobs: Sequence[Job], now: float) -> None:
         """The jobs of a batch were answered.
 
-        The margin follows the 99.5th percentile of the time that an answer took over the one estimated when its request
+        The margin follows the 99th percentile of the time that an answer took over the one estimated when its request
         came, by stochastic approximation (Robbins, Monro 1951). Short estimates do not count: what an answer takes
         besides runs is much to them. A batch is one step, since its answers are late together.
         """
@@ -121,7 +125,7 @@ class Goal:
                 over += took > self.margin * job.estimate
         if counted:
             step = STEP * (over / counted - (1 - QUANTILE))
-            self.margin = min(max(self.margin + step, 1.0), MAX_MARGIN)
+            self.margin = min(max(self.margin + step, MIN_MARGIN), MAX_MARGIN)
         self._seen += len(jobs)
         if self._seen >= PERIOD and len(self._answered) == REMEMBERED:
             self._seen = 0

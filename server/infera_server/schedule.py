@@ -65,7 +65,7 @@ class Schedule:
     """The queue of one model. Not thread-safe. Times are seconds of one clock, whichever.
 
     With `merges` unset a batch is one job. `widens(group, into)` says whether jobs of one group may run in the shapes
-    of another.
+    of another. With a `gain` of nearly 0 no batch ever leaves jobs behind that would fit.
     """
 
     buckets: Sequence[int] = (1,)
@@ -75,6 +75,7 @@ class Schedule:
     name: str = "model"
     goal: Goal | None = None
     widens: Callable[[Hashable, Hashable], bool] | None = None
+    gain: float = GAIN
 
     queued: int = field(default=0, init=False)
     queued_rows: int = field(default=0, init=False)
@@ -146,12 +147,12 @@ class Schedule:
     def forecast(self, job: Job, now: float, high: bool = False) -> float:
         """Seconds until a job that arrives now would be answered, by typical or by long runs; 0 where none is known."""
         own = self._waiting.get(job.group)
-        rows = job.rows + (own.rows_before(job.level) if own else 0)
-        seconds = self._residual(now, high) + self._clear(own.costs if own else self._costs_of(job), rows, high)
+        seconds = self._residual(now, high)
         for waiting in self._waiting.values():
             if waiting is not own:
                 seconds += self._clear(waiting.costs, waiting.rows_before(job.level), high)
-        return seconds
+        rows = job.rows + (own.rows_before(job.level) if own else 0)
+        return seconds + self._clear(own.costs if own else self._costs_of(job), rows, high, seconds)
 
     def wait(self, now: float) -> float:
         """Seconds until what waits and runs now is through."""
@@ -163,22 +164,28 @@ class Schedule:
             return 0.0
         return max(0.0, self._running_since + (self._running.high if high else self._running.typical) - now)
 
-    def _clear(self, costs: GroupCosts, rows: int, high: bool) -> float:
-        """Seconds for so many rows of a group, the device's other users included."""
+    def _clear(self, costs: GroupCosts, rows: int, high: bool, later: float = 0.0) -> float:
+        """Seconds for so many rows of a group which begin `later` seconds from now, the device's other users included.
+
+        What arrives until the last of them run joins them, and makes their batch longer: that counts where `high` is
+        asked for.
+        """
         if not rows:
             return 0.0
         largest = self._largest(costs)
-        batches, rest = divmod(rows, self.buckets[largest])
         times, typical = (costs.high if high else costs.typical), costs.typical
-        seconds = batches * times[largest]
+        turn = self.turns.high if high else self.turns.median
+        batches, rest = divmod(rows, self.buckets[largest])
+        seconds = batches * (times[largest] + turn)
         while rest > 0:
-            index = costs.index(rest)
-            if index and typical[index] / rest > typical[index - 1] / self.buckets[index - 1] / GAIN:
+            joined = self.goal.joining(later + seconds) if high and self.goal is not None else 0.0
+            together = min(rest + joined, self.buckets[largest])
+            index = costs.index(together)
+            if index and typical[index] / together > typical[index - 1] / self.buckets[index - 1] / self.gain:
                 index -= 1  # `_choose` would leave some for another batch
-            seconds += times[index]
-            batches += 1
+            seconds += times[index] + turn
             rest -= self.buckets[index]
-        return seconds + batches * (self.turns.high if high else self.turns.median)
+        return seconds
 
     def _largest(self, costs: GroupCosts) -> int:
         """Index of the largest bucket that may run."""
@@ -285,7 +292,7 @@ class Schedule:
                 continue
             considered.append(i)
             rate = costs.typical[i] / rows
-            if rate <= least / GAIN:
+            if rate <= least / self.gain:
                 index, taken, least = i, count, min(rate, least)
             if count == len(jobs):
                 break
