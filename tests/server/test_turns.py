@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
+from infera_server.batcher import Batcher
+from infera_server.jobs import Job
+from infera_server.rows import Arrays
 from infera_server.turns import Share, Turns
 from tests.server.support import WAIT, until
 
@@ -106,3 +111,30 @@ def test_a_turn_that_would_have_to_wait_can_be_left() -> None:
     assert turns.holder == ""
     assert second.enter(wait=False)
     second.leave()
+
+
+def test_two_batchers_with_a_backlog_share_a_device_by_time() -> None:
+    """One model's runs are ten times as long as the other's."""
+    turns = Turns()
+
+    def sleeping(seconds: float) -> Callable[[Arrays], Arrays]:
+        def run(feeds: Arrays) -> Arrays:
+            time.sleep(seconds)
+            return {}
+
+        return run
+
+    batchers = [
+        Batcher(sleeping(seconds), None, name=name, turns=turns, max_queue=10_000)
+        for name, seconds in (("heavy", 0.01), ("light", 0.001))
+    ]
+    with turns:
+        for batcher in batchers:
+            for _ in range(1000):
+                batcher.submit(Job({}, lambda *_: None))
+    until(lambda: sum(b.share.seconds for b in batchers) > 0.5)
+    heavy, light = (b.share.seconds for b in batchers)
+    for batcher in batchers:
+        batcher.close()
+        assert batcher.join(WAIT)
+    assert heavy / (heavy + light) == pytest.approx(0.5, rel=0.1)
