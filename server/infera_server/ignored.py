@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from infera_server.modelconfig import ModelConfig
+from infera_server.sequence_config import ignored_in_sequences
 
 THREADS = "intra_op_thread_count"
 """The one of onnxruntime's parameters that means something here."""
@@ -55,8 +56,6 @@ def _rules() -> Iterator[Ignored]:
         ("dynamic_batching.preserve_ordering", "replies leave as they are ready; those of one connection in order"),
         ("dynamic_batching.priority_queue_policy", "requests wait in one queue"),
         ("dynamic_batching.default_queue_policy.timeout_action", "a request whose time is up is refused"),
-        ("sequence_batching", "no state is kept from one request to the next"),
-        ("response_cache", "replies are not cached"),
         ("cc_model_filenames", "default_model_filename is for every device"),
         ("metric_tags", "metrics have the labels 'model' and 'version'"),
         ("model_operations", "operators are declared in Python"),
@@ -93,5 +92,6 @@ RULES = tuple(_rules())
 def ignored(config: ModelConfig) -> list[str]:
     """`setting: why` of everything that is asked for in vain."""
     found = [f"{rule.setting}: {rule.why}" for rule in RULES if rule.asked(config)]
+    found += ignored_in_sequences(config)
     unknown = sorted(name for name in config.parameters if name.lower() != THREADS)
     return found + [f"parameters.{name}: {_COMPILED}" for name in unknown]

@@ -13,10 +13,12 @@ from weakref import WeakKeyDictionary
 from infera_gpu.errors import InferaError, OutOfMemoryError
 from infera_server.definition import Definition
 from infera_server.discovery import Source
+from infera_server.fronts import before
 from infera_server.loaded import Loaded
 from infera_server.model import Model, Opener, Post, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
+from infera_server.response_cache import ResponseCache
 from infera_server.room import HostRoom, NoRoomError, planned_bytes
 from infera_server.rows import Arrays
 from infera_server.settings import Settings
@@ -32,6 +34,7 @@ class Loader:
     def __init__(self, settings: Settings, opener: Opener | None = None) -> None:
         self.settings = settings
         self._opener = opener
+        self._cache = ResponseCache(size) if (size := settings.response_cache_bytes) else None
         self._placement = Placement(settings.device, settings.vram_limit, settings.pins)
         self._turns: defaultdict[str, Turns] = defaultdict(Turns)
         self._room = HostRoom(settings.memory_limit) if settings.memory_limit else None
@@ -83,7 +86,12 @@ class Loader:
             opener=opener,
             definition=definition,
         )
-        return Loaded(model, source, definition, model)
+        try:
+            front = before(model, definition, self.settings, self._cache)
+        except BaseException:
+            model.close()
+            raise
+        return Loaded(front, source, definition, model)
 
     def run(self, model: Model, feeds: Arrays) -> Arrays:
         """Run a model that does not serve yet, when it is its turn on the device. Raises what the run raises."""

@@ -29,6 +29,7 @@ from infera_server.requests import Request
 from infera_server.rows import Arrays, Layout, value_of
 from infera_server.runtime import Session
 from infera_server.samples import run_samples
+from infera_server.sequence_config import with_states
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
 from infera_server.turns import Turns
@@ -179,7 +180,7 @@ def open_model(
     session = opener(path, settings)
     try:
         if config is not None:
-            session = declared(session, config)
+            session = declared(session, with_states(config, session))
         inputs, outputs = tensors(session.inputs), tensors(session.outputs)
         if isinstance(session, Declared):
             inputs |= tensors(session.optional, optional=True)

@@ -9,14 +9,21 @@ import numpy as np
 
 from infera_server.codec import short
 from infera_server.errors import BadRequest
-from infera_server.modelconfig import ConfigError, dtype_that_is
+from infera_server.modelconfig import ConfigError, ModelConfig, dtype_that_is, new, type_of
 from infera_server.recurrence import Control, Recurrence, State
 from infera_server.requests import Correlation
 from infera_server.rows import HostArray
+from infera_server.runtime import Session
 from infera_server.signature import Signature, agree
 
+_UNUSED = frozenset(
+    {"max_queue_delay_microseconds", "minimum_slot_utilization", "preferred_batch_size", "preserve_ordering"}
+)
+_BUFFERS = ("use_same_buffer_for_input_output", "use_growable_memory")
+_UNUSED_WHY = "steps that wait when the device is free run together at once, whatever slot they have"
 
-def declared(config: Any, model: Signature, read: Callable[[str], bytes]) -> Recurrence:
+
+def declared(config: ModelConfig, model: Signature, read: Callable[[str], bytes]) -> Recurrence:
     """What `sequence_batching` of a ModelConfig says. `read(name)` is a file of the model's `initial_state` folder.
 
     Raises ConfigError, in Triton's words where it has them.
@@ -44,6 +51,24 @@ def declared(config: Any, model: Signature, read: Callable[[str], bytes]) -> Rec
         idle=(batching.max_sequence_idle_microseconds or 1_000_000) / 1e6,
         shown=frozenset(output.name for output in config.output),
     )
+
+
+def with_states(config: ModelConfig, session: Session) -> ModelConfig:
+    """The configuration with the tensors that `sequence_batching` names among its inputs and outputs.
+
+    Clients do not see those, and so it does not list them; where it lists none, all of the model's are meant.
+    """
+    batching, full = config.sequence_batching, new()
+    full.CopyFrom(config)
+    fed = [entry.input_name for entry in batching.state] + [entry.name for entry in batching.control_input]
+    made = [entry.output_name for entry in batching.state]
+    for listed, names, specs in ((full.input, fed, session.inputs), (full.output, made, session.outputs)):
+        known = {tensor.name for tensor in listed}
+        for name in names if known else ():
+            if name in specs and name not in known:
+                dims = [d if isinstance(d, int) else -1 for d in specs[name].shape][config.max_batch_size > 0 :]
+                listed.add(name=name, data_type=type_of(specs[name].dtype, name), dims=dims)
+    return full
 
 
 def _state(entry: Any, model: Signature, batched: bool, read: Callable[[str], bytes]) -> State:
@@ -161,3 +186,14 @@ def _identity(control: Any, kind: str, model: str) -> tuple[Callable[[Correlatio
         return wrapped(step.id & (1 << bits) - 1).astype(dtype)
 
     return number, dtype
+
+
+def ignored_in_sequences(config: ModelConfig) -> list[str]:
+    """The settings of a ModelConfig's `sequence_batching` that have no effect, each with the reason."""
+    batching = config.sequence_batching
+    strategy = batching.WhichOneof("strategy_choice")
+    asked = {field.name for field, _ in getattr(batching, strategy).ListFields()} if strategy else set()
+    found = [f"{strategy}.{name}" for name in sorted(asked & _UNUSED)]
+    found += [f"state.{name}" for name in _BUFFERS if any(getattr(state, name) for state in batching.state)]
+    found += ["iterative_sequence"] if batching.iterative_sequence else []
+    return [f"sequence_batching.{name}: {_UNUSED_WHY}" for name in found]

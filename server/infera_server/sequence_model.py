@@ -32,6 +32,7 @@ from infera_server.errors import BadRequest, Expired, Overloaded, RequestError, 
 from infera_server.jobs import Batch, Done, Job, answer
 from infera_server.jobs import State as JobState
 from infera_server.model import Model
+from infera_server.modelconfig import completed
 from infera_server.recurrence import Recurrence, seen
 from infera_server.requests import Correlation, Request, check_complete
 from infera_server.rows import Arrays, HostArray
@@ -95,6 +96,7 @@ class SequenceModel(Tap):
     ) -> None:
         super().__init__(model)
         self.signature = seen(model.signature, recurrence)
+        self.config = completed(model.definition.config, self.signature, model.device)
         self.recurrence, self.limits, self.clock = recurrence, limits, clock
         self.waiting = 0
         """Steps that are not with the batcher."""

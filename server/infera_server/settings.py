@@ -69,6 +69,10 @@ class Settings(BaseSettings):
     model_control: Literal["explicit", "none", "poll"] = "explicit"
     poll_interval: float = Field(default=2.0, gt=0)
     watch: bool = False
+    max_sequences: int = Field(default=1024, ge=1)
+    max_sequence_bytes: int = Field(default=256 << 20, ge=0)
+    max_sequence_idle: float = Field(default=60.0, gt=0)
+    response_cache_bytes: int = Field(default=64 << 20, ge=0)
     max_queue: int = Field(default=256, ge=1)
     max_queue_bytes: int = Field(default=1 << 30, ge=1)
     request_timeout: float = Field(default=30.0, gt=0)

@@ -16,8 +16,9 @@ from infera_server.protocols.protos import message
 from infera_server.recurrence import find
 from infera_server.requests import Correlation, all_outputs, check_complete
 from infera_server.rows import Arrays, HostArray, Layout
+from infera_server.sequence_config import ignored_in_sequences
 from infera_server.sequence_model import Limits, SequenceModel
-from infera_server.sequences import ignored, wrap
+from infera_server.sequences import wrap
 from tests.server.desk import Answer, Desk, send
 from tests.server.support import FakeSession, spec
 
@@ -628,9 +629,9 @@ def test_configurations_that_cannot_be(desk: Desk, text: str, why: str) -> None:
 
 def test_what_has_no_effect_is_named() -> None:
     text = "direct { minimum_slot_utilization: 0.5 } iterative_sequence: true state { use_growable_memory: true }"
-    assert [line.partition(":")[0] for line in ignored(config(f"sequence_batching {{ {text} }}"))] == [
+    assert [line.partition(":")[0] for line in ignored_in_sequences(config(f"sequence_batching {{ {text} }}"))] == [
         "sequence_batching.direct.minimum_slot_utilization",
         "sequence_batching.state.use_growable_memory",
         "sequence_batching.iterative_sequence",
     ]
-    assert not ignored(config("sequence_batching { oldest { max_candidate_sequences: 3 } }"))
+    assert not ignored_in_sequences(config("sequence_batching { oldest { max_candidate_sequences: 3 } }"))
