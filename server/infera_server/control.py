@@ -7,6 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,19 +49,40 @@ class Control:
         Raises NotFound, BadRequest, or Unavailable during the start.
         """
         self._check_mode()
-        async with self._turns[name]:
-            await self._load(await self._define(name, config, files))
+        await self._load_whole(name, config, files, set())
+
+    async def _load_whole(
+        self, name: str, config: str | None, files: Mapping[str, bytes] | None, tried: set[str]
+    ) -> None:
+        """Load a model; of an ensemble the models that are not served first, each of which is `tried` once."""
+        tried.add(name)
+        while True:
+            async with self._turns[name]:
+                definition = await self._define(name, config, files)
+                missing = [m for m in definition.members if m not in tried and not self._repository.versions(m)]
+                if not missing:
+                    await self._load(definition)
+                    return
+            with suppress(BadRequest, NotFound):  # the ensemble says it
+                await self._load_whole(missing[0], None, None, tried)
 
     async def load_changed(self, definition: Definition) -> None:
         """Load the versions of a model that are not served as they are there. Raises as `load`."""
         async with self._turns[definition.name]:
             await self._load(definition, reuse=True)
 
-    async def unload(self, name: str) -> None:
-        """Take a model out of service; what it has accepted is finished after the return. Raises NotFound."""
+    async def unload(self, name: str, dependents: bool = False) -> None:
+        """Take a model out of service; what it has accepted is finished after the return. Raises NotFound.
+
+        With `dependents` the models that an ensemble is made of go with it.
+        """
         self._check_mode()
         async with self._turns[name]:
+            members = self._repository.definitions[name].members if name in self._repository.definitions else ()
             self.take_out(name)
+        for member in members if dependents else ():
+            with suppress(NotFound):
+                await self.unload(member, dependents)
 
     def take_out(self, name: str) -> None:
         """`unload`, whoever may. Raises NotFound."""
@@ -69,8 +91,12 @@ class Control:
         self._take_out(name, UNLOADED)
 
     def _take_out(self, name: str, reason: str) -> None:
-        if before := self._repository.generation(name):
-            self._serve(Generation(before.definition, {}), keep=False, reason=reason)
+        before = self._repository.generation(name)
+        if before is None:
+            return
+        self._serve(Generation(before.definition, {}), keep=False, reason=reason)
+        for other in {loaded.name for loaded in self._repository.loaded() if name in loaded.definition.members}:
+            self._take_out(other, UNLOADED)
 
     async def roll_back(self, name: str) -> None:
         """Serve what served before the last load, which in turn is kept. Raises BadRequest where nothing was kept."""

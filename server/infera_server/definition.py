@@ -45,6 +45,12 @@ class Definition:
         return self.config == before.config and self.stamps.get(version) == before.stamps.get(version, None)
 
     @property
+    def members(self) -> frozenset[str]:
+        """The models of an ensemble's steps; empty where it is none."""
+        steps = self.config.ensemble_scheduling.step if self.config is not None else ()
+        return frozenset(step.model_name for step in steps)
+
+    @property
     def folder(self) -> Path | None:
         """The model's own."""
         return self.sources[0].folder
@@ -117,10 +123,11 @@ def define(name: str, sources: Sequence[Source], override: ModelConfig | None = 
     """What the folder of these versions says, or `override` in place of its `config.pbtxt`. Raises ConfigError."""
     folder = sources[0].folder if sources else None
     config = override if override is not None or folder is None else modelconfig.read(folder, name)
-    if config is not None and (config.platform == "ensemble" or config.HasField("ensemble_scheduling")):
-        raise ConfigError(f"model '{name}' is an ensemble, which is not served")
+    piped = config is not None and config.HasField("ensemble_scheduling")
     wanted = modelconfig.chosen(config, [source.version for source in sources])
-    found = [replace(s, path=modelconfig.model_file(config, s.path)) for s in sources if s.version in wanted]
+    found = [
+        s if piped else replace(s, path=modelconfig.model_file(config, s.path)) for s in sources if s.version in wanted
+    ]
     if not found:
         raise NoVersionError(f"at least one version must be available under the version policy of model '{name}'")
     for source in found:

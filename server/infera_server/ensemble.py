@@ -83,8 +83,8 @@ class Ensemble:
 
     @property
     def queued(self) -> int:
-        """Requests of which no step runs: all of their steps wait in their models' queues, where they are counted."""
-        return 0
+        """Requests that are not answered."""
+        return len(self._runs)
 
     @property
     def missing(self) -> str:

@@ -22,7 +22,12 @@ def before(model: Model, definition: Definition, settings: Settings, cache: Resp
     """What takes the model's requests: often itself. Raises ConfigError."""
     config = definition.config
     limits = Limits(settings.max_sequences, settings.max_sequence_bytes, settings.max_queue, settings.max_sequence_idle)
-    front: Front = wrap(model, config, limits, partial(_initial_state, definition.folder))
+    return cached(wrap(model, config, limits, partial(_initial_state, definition.folder)), definition, cache)
+
+
+def cached(front: Front, definition: Definition, cache: ResponseCache | None) -> Front:
+    """The same with its answers kept, if the configuration asks for it and there is a cache. Raises ConfigError."""
+    config = definition.config
     if config is None or not config.response_cache.enable:
         return front
     if config.HasField("sequence_batching"):

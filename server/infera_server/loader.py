@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 from infera_gpu.errors import InferaError, OutOfMemoryError
 from infera_server.definition import Definition
 from infera_server.discovery import Source
-from infera_server.fronts import before
+from infera_server.ensemble import Lookup, build
+from infera_server.fronts import before, cached
 from infera_server.loaded import Loaded
 from infera_server.model import Model, Opener, Post, open_model, open_session
 from infera_server.modelconfig import ConfigError
@@ -28,11 +29,13 @@ from infera_server.turns import Turns
 class Loader:
     """Opens models and lets go of them. Safe to use from several threads.
 
-    `opener` is how a file becomes a session; None is the runtime, at the place that the settings give.
+    `opener` is how a file becomes a session; None is the runtime, at the place that the settings give. `lookup` finds
+    the models of ensembles.
     """
 
-    def __init__(self, settings: Settings, opener: Opener | None = None) -> None:
+    def __init__(self, settings: Settings, lookup: Lookup, opener: Opener | None = None) -> None:
         self.settings = settings
+        self._lookup = lookup
         self._opener = opener
         self._cache = ResponseCache(size) if (size := settings.response_cache_bytes) else None
         self._placement = Placement(settings.device, settings.vram_limit, settings.pins)
@@ -47,6 +50,10 @@ class Loader:
 
         Raises NoRoomError where memory is short, and whatever loading raises; `reason_of` says it in words.
         """
+        if definition.members:
+            timeout = self.settings.request_timeout
+            ensemble = build(source.name, source.version, definition.config, self._lookup, timeout)
+            return Loaded(cached(ensemble, definition, self._cache), source, definition)
         if self._opener is not None:
             return self._counted(self._open(source, definition, self._opener, post))
         place = self._placement.take(source.name, _size(source.path), definition.device(self.settings))

@@ -22,7 +22,10 @@ ModelConfig: TypeAlias = Any
 
 PLATFORM, BACKEND = "onnx_infera", "infera"
 
-PLATFORMS = frozenset({"", "onnxruntime_onnx", PLATFORM, "ensemble"})
+ENSEMBLE = "ensemble"
+"""The platform of what passes requests on to other models."""
+
+PLATFORMS = frozenset({"", "onnxruntime_onnx", PLATFORM, ENSEMBLE})
 BACKENDS = frozenset({"", "onnxruntime", BACKEND})
 
 MODEL_FILE = "model.onnx"
@@ -75,6 +78,12 @@ def check(config: ModelConfig, name: str) -> None:
     config.name = name
     if config.platform not in PLATFORMS:
         raise ConfigError(f"unexpected platform type '{config.platform}' for {name}; ONNX models are served here")
+    if (config.platform == ENSEMBLE) != config.HasField("ensemble_scheduling"):
+        raise ConfigError(
+            f"ensemble scheduling must be set for ensemble {name} whose platform is {ENSEMBLE}"
+            if config.platform == ENSEMBLE
+            else f"ensemble scheduling cannot be set for model '{name}' whose platform is not {ENSEMBLE}"
+        )
     if config.backend not in BACKENDS:
         raise ConfigError(f"unable to find backend library for backend '{config.backend}'; ONNX models are served here")
     if config.max_batch_size < 0:

@@ -76,7 +76,7 @@ class Repository:
     _entries: Mapping[str, Mapping[str, Entry]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loader = Loader(self.settings, self.opener)
+        self.loader = Loader(self.settings, self.get, self.opener)
         self.serving = Serving(self.settings)
         self._entries = {}
         self._guard = threading.Lock()
@@ -101,7 +101,24 @@ class Repository:
 
         `post(fn, arg)` must call `fn(arg)` in the event loop's thread. `progress` is called as each entry is settled.
         """
-        entries = list(self.entries())
+        for entries in self._waves():
+            self._load_all(entries, post, progress)
+        self.is_settled = True
+
+    def _waves(self) -> Iterator[Sequence[Entry]]:
+        """Everything there is: models, then ensembles of those, then what is left, after what it is made of."""
+        left = list(self.entries())
+        while left:
+            names = {entry.source.name for entry in left}
+            wave = [entry for entry in left if not self._members(entry) & names] or left
+            yield wave
+            left = [entry for entry in left if entry not in wave]
+
+    def _members(self, entry: Entry) -> frozenset[str]:
+        definition = self.definitions.get(entry.source.name)
+        return definition.members if definition else frozenset()
+
+    def _load_all(self, entries: Sequence[Entry], post: Post, progress: Callable[[Entry], None]) -> None:
         waiting: SimpleQueue[Entry] = SimpleQueue()
         settled: SimpleQueue[Entry] = SimpleQueue()
         for entry in entries:
@@ -118,7 +135,6 @@ class Repository:
             entry = settled.get()
             if not self._stopped:
                 progress(entry)
-        self.is_settled = True
 
     def _load(self, entry: Entry, post: Post) -> Entry:
         source = entry.source
@@ -278,6 +294,10 @@ class Repository:
     def loaded(self) -> list[Loaded]:
         """What serves now."""
         return [entry.loaded for entry in self.entries() if entry.loaded is not None]
+
+    def ensembles(self) -> Iterator[Servable]:
+        """Those of `working` that need others to finish what they have accepted."""
+        return (loaded.front for loaded in (*self.loaded(), *self.leaving) if loaded.model is None)
 
     def working(self) -> Iterator[Servable]:
         """The models that can run, and those that have accepted requests to finish."""

@@ -111,9 +111,12 @@ class Service:
         return self.traffic(name)
 
     async def unload_model(self, name: str, dependents: bool = False) -> None:
-        """Take a model out of service; what it has accepted is finished later. Raises NotFound or Unavailable."""
+        """Take a model out of service; what it has accepted is finished later. Raises NotFound or Unavailable.
+
+        Ensembles that it is part of go with it; with `dependents` so do the models that it is made of.
+        """
         self._refuse_draining()
-        await self.control.unload(name)
+        await self.control.unload(name, dependents)
 
     def _refuse_draining(self) -> None:
         if self.draining:
@@ -158,6 +161,10 @@ class Service:
         """
         self.draining = True
         models = list(self.repository.working())
+        while (
+            any(model.queued for model in self.repository.ensembles()) and not forced() and time.monotonic() < deadline
+        ):
+            await asyncio.sleep(DRAIN_PERIOD)
         for model in models:
             model.drain()
         while not (finished := all(model.join(0) for model in models)):
