@@ -45,6 +45,11 @@ class Definition:
         return self.config == before.config and self.stamps.get(version) == before.stamps.get(version, None)
 
     @property
+    def is_ensemble(self) -> bool:
+        """Whether it has no file of its own, and passes requests on to other models."""
+        return self.config is not None and self.config.HasField("ensemble_scheduling")
+
+    @property
     def members(self) -> frozenset[str]:
         """The models of an ensemble's steps; empty where it is none."""
         steps = self.config.ensemble_scheduling.step if self.config is not None else ()

@@ -50,7 +50,7 @@ class Loader:
 
         Raises NoRoomError where memory is short, and whatever loading raises; `reason_of` says it in words.
         """
-        if definition.members:
+        if definition.is_ensemble:
             timeout = self.settings.request_timeout
             ensemble = build(source.name, source.version, definition.config, self._lookup, timeout)
             return Loaded(cached(ensemble, definition, self._cache), source, definition)

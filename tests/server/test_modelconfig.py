@@ -328,7 +328,7 @@ BATCHED = "max_batch_size: 4" + IO
         ("default_model_filename: '../1/model.onnx'", "leads outside the model's folder"),
         ("default_model_filename: '/etc/passwd'", "leads outside the model's folder"),
         ("default_model_filename: 'no.onnx'", "does not exist"),
-        ("platform: 'ensemble' ensemble_scheduling {}", "is an ensemble"),
+        ("platform: 'ensemble' ensemble_scheduling {}", "must specify 'step' for ensemble 'm'"),
         (BATCHED.replace('"y"', '"y" label_filename: "../../x"'), "leads outside the model's folder"),
         (BATCHED.replace('"y"', '"y" label_filename: "nope"'), "does not exist"),
     ],
