@@ -74,9 +74,7 @@ class Model:
         self.batcher.check_room(nbytes)
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
-        """Raises BadRequest where its inputs do not agree on the batch, too."""
-        if request.correlation is not None:
-            raise BadRequest("parameter 'sequence_id' is not supported: no state is kept from one request to the next")
+        """A sequence is of no interest to a model that keeps no state. Raises BadRequest for inputs that disagree, too."""
         rows, group = self._rows(request.feeds)
         now = time.monotonic()
         deadline = now + min(request.timeout or math.inf, self.timeout)
