@@ -17,6 +17,9 @@ WINDOW = 32
 REFRESH = 8
 """Runs after which a full window is looked at again."""
 
+MAX_SCATTER = 2.0
+"""Longer runs than so many typical ones are stalls, which no choice of a batch and no refusal avoids."""
+
 FADE = 0.998
 """What is left of an estimate each time its bucket was not chosen: one that was slow by accident is tried again."""
 
@@ -80,7 +83,7 @@ class GroupCosts:
         window = self._windows[index]
         if window.add(seconds):
             self.known = True
-            self.typical[index], self.high[index] = window.median, window.high
+            self.typical[index], self.high[index] = window.median, min(window.high, MAX_SCATTER * window.median)
             if not all(self._windows):
                 self._infer()
 

@@ -37,7 +37,11 @@ OPEN = 1 / 3
 PERIOD = 200
 """Answers between two looks at whether the goal is met."""
 
-FIRST_MARGIN, MIN_MARGIN, MAX_MARGIN = 1.3, 0.7, 4.0
+FIRST_MARGIN, MIN_MARGIN, MAX_MARGIN = 1.3, 0.7, 2.0
+"""Answers later than the largest margin allows are late for other reasons, and to refuse more does not help."""
+
+PAUSE = 10000
+"""Answers for which the margin is then left out, before it is tried again."""
 
 STEP = 0.05
 """How far the margin moves with a batch whose answers took longer than it allows; with others a little back."""
@@ -62,6 +66,8 @@ class Goal:
         self._answered: deque[float] = deque(maxlen=REMEMBERED)
         self._seen = 0
         self._complaint = ""
+        self._paused = 0
+        """Answers for which the margin stays as it is."""
 
     def arrived(self, rows: int, now: float) -> None:
         """So many rows came, admitted or not."""
@@ -123,7 +129,9 @@ class Goal:
             if job.estimate > self.seconds / 2:
                 counted += 1
                 over += took > self.margin * job.estimate
-        if counted:
+        if self._paused > 0:
+            self._paused -= len(jobs)
+        elif counted:
             step = STEP * (over / counted - (1 - QUANTILE))
             self.margin = min(max(self.margin + step, MIN_MARGIN), MAX_MARGIN)
         self._seen += len(jobs)
@@ -134,6 +142,8 @@ class Goal:
     def _review(self) -> None:
         late = sum(s > self.seconds for s in self._answered)
         if late > 2 * ALLOWED * REMEMBERED:
+            if self.margin > MAX_MARGIN - STEP:
+                self.margin, self._paused = 1.0, PAUSE
             if not self._complaint:
                 self._complain(f"missed: {late} of the last {REMEMBERED} answers took longer")
         elif self._complaint and late <= ALLOWED * REMEMBERED:
