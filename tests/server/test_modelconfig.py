@@ -329,6 +329,8 @@ BATCHED = "max_batch_size: 4" + IO
         ("default_model_filename: '/etc/passwd'", "leads outside the model's folder"),
         ("default_model_filename: 'no.onnx'", "does not exist"),
         ("platform: 'ensemble' ensemble_scheduling {}", "must specify 'step' for ensemble 'm'"),
+        ("platform: 'ensemble'", "ensemble scheduling must be set for ensemble m whose platform is ensemble"),
+        ("ensemble_scheduling {}", "ensemble scheduling cannot be set for model 'm' whose platform is not ensemble"),
         (BATCHED.replace('"y"', '"y" label_filename: "../../x"'), "leads outside the model's folder"),
         (BATCHED.replace('"y"', '"y" label_filename: "nope"'), "does not exist"),
     ],
