@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import ssl
 from collections.abc import Sequence
 from functools import partial
@@ -38,6 +39,13 @@ def serve(
     grpc_port: Annotated[
         str | None,
         typer.Option(help="Port for gRPC; 0 takes a free one, off serves none. [default: the one after --port]"),
+    ] = None,
+    metrics_port: Annotated[
+        str | None,
+        typer.Option(
+            help="Port for /metrics alone, which --port has too; 0 takes a free one, off none. "
+            "[default: the second after --port]"
+        ),
     ] = None,
     grpc_compression: Annotated[
         str | None, typer.Option(help="Of gRPC's responses: none, deflate, gzip. [default: none]")
@@ -188,13 +196,10 @@ def serve(
         raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
     except (DiscoveryError, FetchError) as error:
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
+    sock = _listen(settings.host, settings.port, "--port")
+    metrics = None if (found := settings.listen_metrics) is None else _listen(settings.host, found, "--metrics-port")
     try:
-        sock = listen(settings.host, settings.port)
-    except OSError as error:
-        print_error(f"cannot listen on {settings.host}:{settings.port}: {error}")
-        raise typer.Exit(1) from None
-    try:
-        server = Host(repository, sock, access)
+        server = Host(repository, sock, access, metrics)
     except (OSError, ssl.SSLError) as error:
         raise typer.BadParameter(f"the certificates cannot be used: {error}", param_hint="--tls-cert") from None
     total = len(list(repository.entries()))
@@ -206,12 +211,21 @@ def serve(
 
         def loaded() -> None:
             ready = sum(1 for _ in server.repository.ready())
+            told = "" if metrics is None else f", metrics on port {metrics.getsockname()[1]}"
             grpc = "" if server.grpc_port is None else f", gRPC on port {server.grpc_port}"
-            out.serving(f"serving {ready} of {total} on {_url(sock.getsockname(), settings)}{grpc}")
+            out.serving(f"serving {ready} of {total} on {_url(sock.getsockname(), settings)}{grpc}{told}")
 
         server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()
     raise typer.Exit(status)
+
+
+def _listen(host: str, port: int, option: str) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        print_error(f"cannot listen on {host}:{port}: {error}; {option} names another port")
+        raise typer.Exit(1) from None
 
 
 def access_of(settings: Settings) -> Access:

@@ -51,6 +51,7 @@ class Connection(HttpToolsProtocol):
         self.service: Service = self.app_state["service"]
         self.deaf = False
         self.ended = False
+        self.only_metrics = False
         self.in_head = False
         self.in_body = False
         self.head_size = 0
@@ -72,6 +73,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        port = self.service.metrics_port
+        self.only_metrics = port is not None and transport.get_extra_info("sockname")[1] == port
         self.service.connections.add(self)
         if len(self.service.connections) > self.service.max_connections:
             self._make_room()

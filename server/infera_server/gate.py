@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from typing import Any, TypeAlias
 
 from infera_server.access import Access
-from infera_server.errors import RequestError, Unauthorized, retry_after
+from infera_server.errors import NotFound, RequestError, Unauthorized, retry_after
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -22,6 +22,7 @@ CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 INFERENCE = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?/(?:infer|generate|generate_stream|stream)")
 OPEN = re.compile(r"/|/v2/health/(?:live|ready)")
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
+METRICS = "/metrics"
 INDEX = "/v2/repository/index"
 REFUSED = 1008
 """A WebSocket's code for a violated policy."""
@@ -36,9 +37,11 @@ def credentials(headers: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) 
 class Gate:
     """An ASGI application before another: health is open, reading and inference take a key, the rest one for more."""
 
-    def __init__(self, app: App, access: Access) -> None:
+    def __init__(self, app: App, access: Access, metrics_port: int | None = None) -> None:
+        """On `metrics_port` there is nothing but metrics."""
         self._app = app
         self._access = access
+        self._metrics_port = metrics_port
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -52,6 +55,8 @@ class Gate:
     def _check(self, scope: Message) -> None:
         """Raises RequestError."""
         path, method = scope["path"], scope.get("method", "GET")
+        if self._metrics_port is not None and scope["server"][1] == self._metrics_port and path != METRICS:
+            raise NotFound("Not Found")
         if OPEN.fullmatch(path):
             return
         given = credentials(scope["headers"])

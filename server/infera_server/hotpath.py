@@ -66,6 +66,8 @@ class HotPathProtocol(Connection):
         """Take a request whose head came before, with all of its body. Returns whether `data` is one, and no more."""
         if not self.is_idle or self.flow.write_paused or self.lingering or self.transport.is_closing():
             return False
+        if self.only_metrics:
+            return False
         found = self.service.heads.find(data)
         if found is None:
             return False
@@ -99,7 +101,7 @@ class HotPathProtocol(Connection):
             self.in_body = False
             self.refuse_rest(error)
             return
-        target = infer_target(self.url) if self.parser.get_method() == b"POST" else None
+        target = infer_target(self.url) if self.parser.get_method() == b"POST" and not self.only_metrics else None
         if target is None:
             super().on_headers_complete()
             return

@@ -74,7 +74,7 @@ class Model:
         self.batcher.check_room(nbytes)
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
-        """To a model without state a sequence means nothing. Raises BadRequest for inputs that disagree on the batch too."""
+        """To a model without state a sequence means nothing. Raises BadRequest for inputs that do not agree."""
         rows, group = self._rows(request.feeds)
         now = time.monotonic()
         deadline = now + min(request.timeout or math.inf, self.timeout)

@@ -72,13 +72,20 @@ class Server(uvicorn.Server):
 class Host:
     """One server process: listens at once, loads while it listens, exits when asked or when nothing could be loaded."""
 
-    def __init__(self, repository: Repository, sock: socket.socket, access: Access | None = None) -> None:
-        """Raises what loading the TLS certificate raises."""
+    def __init__(
+        self,
+        repository: Repository,
+        sock: socket.socket,
+        access: Access | None = None,
+        metrics: socket.socket | None = None,
+    ) -> None:
+        """`metrics` listens for who asks for metrics alone. Raises what loading the TLS certificate raises."""
         settings = repository.settings
         access = Access() if access is None else access
         self.repository = repository
         self.service = Service(settings, repository, access)
-        self._sock = sock
+        self._sockets = [sock] if metrics is None else [sock, metrics]
+        self.service.metrics_port = None if metrics is None else metrics.getsockname()[1]
         self._failed = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.grpc: GrpcServer | None = None
@@ -86,7 +93,7 @@ class Host:
         """Where gRPC is served, once it is."""
         self.server = Server(
             uvicorn.Config(
-                Gate(create_app(self.service, self._lifespan), access),
+                Gate(create_app(self.service, self._lifespan), access, self.service.metrics_port),
                 http=HotPathProtocol,
                 ws="none",
                 log_config=None,
@@ -156,7 +163,7 @@ class Host:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit status: 1 where no model could be loaded, else 0."""
         try:
-            self.server.run([self._sock])
+            self.server.run(self._sockets)
         finally:
             self.service.log_settings.restore()
             self.repository.stop()

@@ -57,6 +57,8 @@ class Service:
     tracing: Tracing = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
+    metrics_port: int | None = field(default=None, init=False)
+    """Where nothing but metrics is told."""
 
     def __post_init__(self) -> None:
         self.control = Control(self.repository)

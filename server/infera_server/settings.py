@@ -87,9 +87,18 @@ class Settings(BaseSettings):
     warmup_seconds: float = Field(default=2.0, ge=0)
     grpc_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None
     """None: the one after HTTP's, or a free one where HTTP takes a free one too."""
+    metrics_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None
+    """Of a listener for metrics alone. None: the second after HTTP's, or none where HTTP takes a free one."""
     grpc_compression: Literal["none", "deflate", "gzip"] = "none"
     trace_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def listen_metrics(self) -> int | None:
+        """The port for metrics alone, 0 for a free one; None for none."""
+        if self.metrics_port is None:
+            return self.port + 2 if 0 < self.port < MAX_PORT - 1 else None
+        return None if self.metrics_port == "off" else self.metrics_port
 
     @property
     def listen_grpc(self) -> int | None:

@@ -487,3 +487,17 @@ def test_concurrent_clients_share_batches_of_the_real_runtime(tmp_path: Path) ->
                 done.result(WAIT * 2)
         stats = running.get("/v2/models/shuffle/stats")[1]["model_stats"][0]
         assert stats["execution_count"] < stats["inference_stats"]["queue"]["count"]
+
+
+def test_metrics_have_a_port_of_their_own(folder: Path) -> None:
+    with process(folder / "linear.onnx", "--metrics-port", "0") as served:
+        found = re.search(r"metrics on port (\d+)", served.output)
+        assert found, served.output
+        running = Running(None, int(found[1]), None)  # type: ignore[arg-type]
+        status, _, body = running.request("GET", "/metrics")
+        assert status == 200
+        assert b"infera_queue_depth" in body
+        for method, path in (("GET", "/"), ("GET", "/v2/health/ready"), ("POST", "/v2/models/linear/infer")):
+            document = json.dumps(request_of(x_of(1))) if method == "POST" else None
+            for _ in range(2):
+                assert running.request(method, path, document)[0] == 404, path
