@@ -172,7 +172,7 @@ class Control:
         found = {source: kept.get(source) or opened[source] for source in definition.sources}
         self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
         log.info("loaded model '%s' version %s", name, ", ".join(source.version for source in definition.sources))
-        for note in definition.notes:
+        for note in found[definition.sources[-1]].notes:
             log.warning("model '%s': ignored: %s", name, note)
 
     async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Loaded]:

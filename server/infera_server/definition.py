@@ -138,7 +138,9 @@ def define(name: str, sources: Sequence[Source], override: ModelConfig | None = 
     for source in found:
         if source.root is not None and leads_outside(source.path, source.root):
             raise ConfigError(f"{source.path} leads outside {source.root}")
-    notes = ignored(config) if config is not None else ()
+    notes = ignored(config) if config is not None else []
+    for version in modelconfig.absent(config, [source.version for source in sources]):
+        notes.append(f"version_policy.specific: version {version} is not there")
     stamps = {source.version: stamp(_files(source)) for source in found}
     return Definition(name, found, config, notes, stamps, read_traffic(folder))
 

@@ -46,10 +46,17 @@ class Loaded:
         return max(self.loaded_at, self.front.stats.last_inference)
 
     @property
+    def notes(self) -> list[str]:
+        """What of its configuration has no effect, each with the reason."""
+        notes, config, model = list(self.definition.notes), self.definition.config, self.model
+        if config is not None and config.max_batch_size > 1 and model is not None and model.batching.layout is None:
+            notes.append(f"max_batch_size: requests run one by one, batching is {model.batching.reason}")
+        return notes
+
+    @property
     def ignored(self) -> str:
-        """What of its configuration has no effect, for the index; empty where all has."""
-        notes = self.definition.notes
-        return f"ignored: {'; '.join(notes)}" if notes else ""
+        """The notes, for the index; empty where there are none."""
+        return f"ignored: {'; '.join(notes)}" if (notes := self.notes) else ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -61,6 +61,8 @@ def read(folder: Path, name: str) -> ModelConfig | None:
 
 def from_json(text: str, name: str) -> ModelConfig:
     """The checked configuration that a load request gives. Raises ConfigError."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"Invalid config override: over {MAX_CONFIG_BYTES:,} characters")
     try:
         config = json_format.Parse(text, new(), max_recursion_depth=32)
     except (json_format.ParseError, RecursionError) as error:
@@ -142,6 +144,14 @@ def chosen(config: ModelConfig | None, versions: Iterable[str]) -> list[str]:
         return [version for version in ordered if version in wanted]
     count = config.version_policy.latest.num_versions if policy == "latest" else 1
     return ordered[-count:] if count else []
+
+
+def absent(config: ModelConfig | None, versions: Iterable[str]) -> list[str]:
+    """Versions that the policy names and that are not there."""
+    if config is None or config.version_policy.WhichOneof("policy_choice") != "specific":
+        return []
+    have = set(versions)
+    return [version for version in map(str, config.version_policy.specific.versions) if version not in have]
 
 
 def model_file(config: ModelConfig | None, path: Path) -> Path:

@@ -50,7 +50,7 @@ def panel(entry: Entry, settings: Settings) -> Panel:
 
 def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str]]:
     model = loaded.model
-    head = [("file", path), *(("ignored", note) for note in loaded.definition.notes)]
+    head = [("file", path), *(("ignored", note) for note in loaded.notes)]
     if model is None:
         return [*head, *_tensors(loaded.front.signature)]
     signature, batching = model.signature, model.batching

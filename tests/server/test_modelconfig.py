@@ -373,6 +373,14 @@ def test_what_is_ignored_is_named_in_the_index(tmp_path: Path) -> None:
     assert states(tmp_path)["m/1"].startswith("READY: ignored: dynamic_batching.max_queue_delay_microseconds: ")
 
 
+def test_a_batch_that_is_not_proven_and_a_version_that_is_not_there_are_named(tmp_path: Path) -> None:
+    mixing = "g (float[N, 4] x) => (float[N, 4] y) { m = ReduceMax<keepdims=1>(x) y = Sub(x, m) }"
+    put(tmp_path, "m", "version_policy: { specific { versions: [1, 9] } }" + BATCHED, model=mixing)
+    (state,) = states(tmp_path).values()
+    assert state.startswith("READY: ignored: version_policy.specific: version 9 is not there; max_batch_size: requests")
+    assert "run one by one, batching is off" in state
+
+
 EXAMPLES = """
 runtime: "x"
 optimization { graph { level: 1 } priority: PRIORITY_MAX cuda { graphs: true } execution_accelerators {}
@@ -416,6 +424,7 @@ def test_a_load_request_brings_its_configuration(tmp_path: Path) -> None:
             ('{"foo": 1}', "Invalid config override"),
             ('{"max_batch_size": -3}', "must be non-negative"),
             ("[" * 10000, "Invalid config override"),
+            (" " * (2 << 20), "Invalid config override: over"),
             ('{"version_policy": {"specific": {}}}', "load failed for model 'm': at least one version"),
         ):
             with pytest.raises(BadRequest, match=text):
