@@ -41,7 +41,7 @@ async def cost(
     left = requests
 
     def send() -> None:
-        batcher.submit(Job({"x": x}, done, 1, (), x.nbytes))
+        batcher.submit(Job({"x": x}, done, 1, (), x.nbytes, time.monotonic() + 30))
 
     def done(result: Arrays | Exception, batch: Batch | None) -> None:
         nonlocal left

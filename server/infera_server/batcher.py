@@ -282,8 +282,9 @@ class Batcher:
     def _run_together(self, selection: Selection) -> Batch:
         """Raises what the run raises, unless there is but one job, run as it is."""
         jobs, layout, padded = selection.jobs, self.layout, selection.bucket
-        rows = sum(job.rows for job in jobs)
-        longest = max(job.longer for job in jobs)
+        counts = [job.rows for job in jobs]
+        rows = sum(counts)
+        longest = max(job.longer for job in jobs) if layout and layout.padding else 0
         if layout is None or (len(jobs) == 1 and rows == padded and jobs[0].length == longest):
             return self._run_alone(jobs[0])
         assert self._gather is not None
@@ -295,7 +296,7 @@ class Batcher:
         outputs = self.run(feeds)
         batch.ran_at = time.monotonic()
         lengths = [job.length for job in jobs] if longest else ()
-        batch.results = list(split(outputs, layout, [job.rows for job in jobs], padded, lengths, longest))
+        batch.results = list(split(outputs, layout, counts, padded, lengths, longest))
         batch.split_at = time.monotonic()
         return batch
 

@@ -161,13 +161,11 @@ def split(
             long = f" of length {length}" if name in cut else ""
             raise ValueError(f"output '{name}' is {shape} for a batch of {padded} rows{long}")
     start = 0
+    whole = [(name, outputs[name], (slice(None),) * axis, cut.get(name, -1)) for name, axis in layout.outputs.items()]
     for i, count in enumerate(counts):
         rows = slice(start, start := start + count)
-        views: dict[str, HostArray] = {}
-        for name, axis in layout.outputs.items():
-            index = [slice(None)] * outputs[name].ndim if name in cut else [slice(None)] * (axis + 1)
-            index[axis] = rows
-            if name in cut:
-                index[cut[name]] = slice(lengths[i])
-            views[name] = outputs[name][tuple(index)]
+        views = {name: array[(*ahead, rows)] for name, array, ahead, _ in whole}
+        for name, _, _, along in whole if cut else ():
+            if along >= 0:
+                views[name] = views[name][(slice(None),) * along + (slice(lengths[i]),)]
         yield views

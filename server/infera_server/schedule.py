@@ -7,8 +7,10 @@ simulation in `bench/` by a virtual one.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from infera_server.costs import MAX_GROUPS, Costs, GroupCosts, Window
@@ -18,6 +20,9 @@ from infera_server.jobs import Job
 
 GAIN = 0.95
 """A batch that leaves jobs behind has to be cheaper a row by this factor."""
+
+
+_level = attrgetter("level")
 
 
 @dataclass(slots=True, eq=False)
@@ -30,11 +35,12 @@ class Waiting:
     rows: int = 0
 
     def add(self, job: Job) -> None:
-        jobs, at = self.jobs, len(self.jobs)
-        while at and jobs[at - 1].level > job.level:
-            at -= 1
-        jobs.insert(at, job)
+        jobs = self.jobs
         self.rows += job.rows
+        if not jobs or jobs[-1].level <= job.level:
+            jobs.append(job)
+        else:
+            jobs.insert(bisect_right(jobs, job.level, key=_level), job)
 
     def rows_before(self, level: int) -> int:
         """Rows that go before a new job of this level."""
@@ -89,6 +95,9 @@ class Schedule:
         self._waiting: dict[Hashable, Waiting] = {}
         self._empty: dict[Hashable, Waiting] = {}
         self._soonest = math.inf
+        self._slowest = 0.0
+        """The typical time of one row, of the slowest group that waits."""
+
         self._running: Expected | None = None
         self._running_since = 0.0
 
@@ -108,17 +117,29 @@ class Schedule:
         now = job.queued_at
         if self.goal is not None:
             self.goal.arrived(job.rows, now)
+        waiting = self._waiting.get(job.group) or self._empty.get(job.group) or Waiting(job.group, self._costs_of(job))
         if self.queued or self._running is not None:
-            self.check_room(job.nbytes, now)
-            self._check_hope(job, now)
-        waiting = self._waiting.get(job.group)
-        if waiting is None:
-            empty = self._empty.pop(job.group) if job.group in self._empty else None
-            waiting = self._waiting[job.group] = empty or Waiting(job.group, self._costs_of(job))
+            if self.queued >= self.max_queue or self.queued_bytes + job.nbytes > self.max_queue_bytes:
+                self.check_room(job.nbytes, now)
+            self._slowest = max(self._slowest, waiting.costs.typical[0])
+            if self.goal is not None or now + self._at_most(job.rows) > job.deadline:
+                self._check_hope(job, now)
+        else:
+            self._slowest = waiting.costs.typical[0]
+        if not waiting.jobs:
+            self._empty.pop(job.group, None)
+            self._waiting[job.group] = waiting
         waiting.add(job)
-        self._count(job, 1)
+        self.queued += 1
+        self.queued_rows += job.rows
+        self.queued_bytes += job.nbytes
         if job.deadline < self._soonest:
             self._soonest = job.deadline
+
+    def _at_most(self, rows: int) -> float:
+        """More seconds than `forecast` says of a job of so many rows: as if every row ran by itself."""
+        running = self._running.typical if self._running is not None else 0.0
+        return running + (self.queued_rows + rows) * (self._slowest + self.turns.median)
 
     def _check_hope(self, job: Job, now: float) -> None:
         """Raises Overloaded where the job would be answered after its deadline, or after the goal."""
@@ -206,7 +227,9 @@ class Schedule:
             return False
         waiting.jobs.remove(job)
         waiting.rows -= job.rows
-        self._count(job, -1)
+        self.queued -= 1
+        self.queued_rows -= job.rows
+        self.queued_bytes -= job.nbytes
         if not waiting.jobs:
             self._set_aside(waiting)
         return True
@@ -228,11 +251,6 @@ class Schedule:
         for job in jobs:
             self.remove(job)
         return jobs
-
-    def _count(self, job: Job, sign: int) -> None:
-        self.queued += sign
-        self.queued_rows += sign * job.rows
-        self.queued_bytes += sign * job.nbytes
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -302,9 +320,14 @@ class Schedule:
         return index, taken
 
     def _drop(self, waiting: Waiting, count: int) -> None:
+        rows = nbytes = 0
         for job in waiting.jobs[:count]:
-            self._count(job, -1)
-            waiting.rows -= job.rows
+            rows += job.rows
+            nbytes += job.nbytes
+        self.queued -= count
+        self.queued_rows -= rows
+        self.queued_bytes -= nbytes
+        waiting.rows -= rows
         del waiting.jobs[:count]
         if not waiting.jobs:
             self._set_aside(waiting)
