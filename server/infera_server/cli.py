@@ -162,6 +162,19 @@ def serve(
     max_region_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of shared memory to map; 0 turns it off. [default: 16 GiB]")
     ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Most sequences under way, of one model. [default: 1024]")
+    ] = None,
+    max_sequence_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes their states may take. [default: 256 MiB]")
+    ] = None,
+    max_sequence_idle: Annotated[
+        float | None, typer.Option(help="Seconds of silence that end a sequence. [default: 60]")
+    ] = None,
+    response_cache_bytes: Annotated[
+        int | None,
+        typer.Option(help="Most bytes of answers kept for models that ask for it; 0 keeps none. [default: 64 MiB]"),
+    ] = None,
     max_connections: Annotated[int | None, typer.Option(help="Most open connections. [default: 4096]")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may wait. [default: 30]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish work at exit. [default: 30]")] = None,

@@ -97,6 +97,9 @@ class ModelStats:
         self.cache_hit, self.cache_miss = Times(), Times()
         """Looks at a response cache: a hit with the time it took, a miss with that and storing the response."""
 
+        self.sequences: tuple[int, int] | None = None
+        """Sequences under way, and the bytes of their states; None where none are kept."""
+
         self.memory: dict[tuple[str, int], int] = {}
         """Bytes that the model keeps on a device, by Triton's type of memory and the device's index."""
 
@@ -177,6 +180,13 @@ class Exposition:
         waste = CounterMetricFamily(
             "infera_padding_waste_rows", "Rows' worth of computing on padding, of rows and within them.", labels=own
         )
+        kept = {
+            "sequences": GaugeMetricFamily("infera_sequences", "Sequences under way.", labels=own),
+            "states": GaugeMetricFamily("infera_sequence_state_bytes", "What their states take.", labels=own),
+        }
+        cache = CounterMetricFamily(
+            "infera_response_cache", "Looks at the response cache, by result.", labels=[*own, "result"]
+        )
         goals = {
             "goal": GaugeMetricFamily("infera_slo_seconds", "The goal for the 99th percentile.", labels=own),
             "p99": GaugeMetricFamily("infera_slo_p99_seconds", "That of the last answers.", labels=own),
@@ -202,6 +212,12 @@ class Exposition:
                 rejected.add_metric([*key, reason], count)
             padding.add_metric(key, stats.padding)
             waste.add_metric(key, stats.waste)
+            if stats.sequences is not None:
+                for name, value in zip(("sequences", "states"), stats.sequences, strict=True):
+                    kept[name].add_metric(key, value)
+            for result, looks in (("hit", stats.cache_hit), ("miss", stats.cache_miss)):
+                if looks.count:
+                    cache.add_metric([*key, result], looks.count)
             if (goal := stats.goal) is not None:
                 goals["goal"].add_metric(key, goal.seconds)
                 if (p99 := goal.p99) is not None:
@@ -216,7 +232,7 @@ class Exposition:
                 histogram: Histogram = getattr(stats, name)
                 family.add_metric(key, list(histogram.cumulative()), histogram.total)
         yield from (requests, rejected, padding, waste, depth, info, *histograms.values())
-        yield from (family for family in goals.values() if family.samples)
+        yield from (family for family in (*goals.values(), *kept.values(), cache) if family.samples)
 
     def _gpus(self) -> Iterator[Metric]:
         readings = self._telemetry.read()

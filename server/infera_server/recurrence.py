@@ -62,6 +62,7 @@ class Recurrence:
     slots: int = 0
     idle: float | None = None
     shown: frozenset[str] = field(default_factory=frozenset)
+    reason: str = "as sequence_batching says"
 
     @property
     def hidden(self) -> frozenset[str]:

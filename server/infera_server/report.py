@@ -11,6 +11,8 @@ from rich.table import Table
 from infera_server.loaded import Loaded
 from infera_server.model import threads_of
 from infera_server.repository import Entry
+from infera_server.response_cache import Cached
+from infera_server.sequence_model import SequenceModel
 from infera_server.settings import Settings
 from infera_server.signature import Signature, Tensor
 
@@ -75,6 +77,11 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
         facts.append(("arena", arenas + at))
     else:
         facts.append(("arena", "depends on the request's shape"))
+    front = loaded.front.model if isinstance(loaded.front, Cached) else loaded.front
+    if isinstance(front, SequenceModel):
+        facts.append(("sequences", front.recurrence.reason))
+    if front is not loaded.front:
+        facts.append(("cache", "equal requests are answered once"))
     if (goal := model.stats.goal) is not None:
         facts.append(("goal", goal.state))
     limits = (

@@ -6,8 +6,8 @@ outlives the model that gave it. Requests that are equal while the first of them
 sequences have no answer of their own and are passed on, and so are requests whose inputs lie in memory that a client
 can change after they were hashed.
 
-A request that is not found costs its hash, about 1 µs and 1 µs a KiB on one core of a server's CPU; above `AWAY` bytes
-another thread does it.
+A request that is not found costs about 8 µs and 1.1 µs a KiB of its inputs more than without a cache, most of it the
+hash; above `AWAY` bytes another thread hashes. One that is found costs 5 µs and the hash.
 """
 
 from __future__ import annotations
@@ -286,24 +286,25 @@ def wrap(servable: Servable, cache: ResponseCache) -> Cached:
 
 def key_of(identity: int, request: Request) -> bytes:
     """What an answer depends on, hashed."""
-    feeds = sorted(request.feeds.items())
-    outputs = sorted(output.name for output in request.outputs)
-    parts = [(name, array.dtype.name, array.shape, _size(array)) for name, array in feeds]
-    found = blake2b(repr((identity, parts, outputs)).encode("utf-8", "surrogateescape"), digest_size=KEY_BYTES)
-    for _, array in feeds:
-        found.update(_bytes(array))
+    outputs = sorted([output.name for output in request.outputs])
+    parts: list[object] = [identity, outputs]
+    buffers = []
+    for name, array in sorted(request.feeds.items()):
+        buffer = _buffer(array)
+        parts += name, array.dtype.num, array.shape, len(buffer)
+        buffers.append(buffer)
+    found = blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=KEY_BYTES)
+    for buffer in buffers:
+        found.update(buffer)
     return found.digest()
 
 
-def _bytes(array: HostArray) -> Any:
+def _buffer(array: HostArray) -> Any:
+    """The array's bytes, or itself where they are those."""
     if array.dtype.hasobject:
         return codec.to_bytes(array)
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _size(array: HostArray) -> int:
-    """The number of bytes that are hashed of an array."""
-    return len(codec.to_bytes(array)) if array.dtype.hasobject else array.nbytes
+    whole = array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    return whole.reshape(-1).view(np.uint8)
 
 
 def _nbytes(array: HostArray) -> int:

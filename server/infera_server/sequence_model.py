@@ -102,6 +102,7 @@ class SequenceModel(Tap):
         """Steps that are not with the batcher."""
 
         self.state_bytes = 0
+        self.stats.sequences = 0, 0
         self._timeout = model.timeout
         self._sequences: dict[Identity, Sequence] = {}
         """The one that was silent for longest comes first."""
@@ -315,6 +316,7 @@ class SequenceModel(Tap):
         sequence = self._sequences.pop(identity)
         sequence.used_at = self.clock()
         self._sequences[identity] = sequence
+        self.stats.sequences = len(self._sequences), self.state_bytes
 
     def _keep(self, sequence: Sequence, state: dict[str, HostArray] | None) -> None:
         self.state_bytes += _nbytes(state) - _nbytes(sequence.state)
@@ -324,6 +326,7 @@ class SequenceModel(Tap):
         self._keep(self._sequences.pop(identity), None)
         self._running.discard(identity)
         self._backlog.pop(identity, None)
+        self.stats.sequences = len(self._sequences), self.state_bytes
 
     def _end_silent(self, now: float) -> None:
         ended = False

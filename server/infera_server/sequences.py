@@ -37,5 +37,5 @@ def wrap(
         if not states:
             return model
         log.info("model '%s' keeps states for sequences: %s", model.signature.name, why)
-        recurrence = Recurrence(states)
+        recurrence = Recurrence(states, reason=why)
     return SequenceModel(model, recurrence, limits)

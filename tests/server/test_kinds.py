@@ -19,6 +19,7 @@ from bench.inputs import EXAMPLES
 from bench.models import path_of
 from infera_server.discovery import survey
 from infera_server.model import Model
+from infera_server.report import lines
 from infera_server.repository import Repository
 from infera_server.rows import HostArray
 from infera_server.sequence_model import SequenceModel
@@ -173,6 +174,12 @@ def test_answers_are_kept_where_the_configuration_asks(tmp_path: Path) -> None:
         body = json.dumps(document("x", ONES))
         _, headers, _ = running.request("POST", "/v2/models/kept/infer", body, {"infera-trace": "1"})
         assert headers["infera-trace"] == "cached"
+        assert (
+            b'infera_response_cache_total{model="kept",result="hit",version="1"} 3.0'
+            in (running.request("GET", "/metrics")[2])
+        )
+        (entry,) = (e for e in running.host.repository.entries() if e.source.name == "kept")
+        assert "kept version 1: cache: equal requests are answered once" in lines(entry, Settings())
     with serve(tmp_path, response_cache_bytes=0) as running:
         running.infer("kept", document("x", ONES))
         assert running.get("/v2/models/kept/stats")[1]["model_stats"][0]["inference_stats"]["cache_miss"]["count"] == 0
@@ -202,6 +209,7 @@ def test_sequences_are_kept_as_the_configuration_says(tmp_path: Path) -> None:
         _, config = running.get("/v2/models/counter/config")
         assert [entry["name"] for entry in config["input"]] == ["x"]
         assert config["sequence_batching"]["state"][0]["input_name"] == "total"
+        assert b'infera_sequences{model="counter",version="1"} 0.0' in running.request("GET", "/metrics")[2]
         first = running.infer("counter", document("x", step, sequence_id="a", sequence_start=True))[1]
         assert first["outputs"][0]["data"] == [12, 22]
         assert running.infer("counter", document("x", step, sequence_id="a"))[1]["outputs"][0]["data"] == [13, 23]
