@@ -135,9 +135,17 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, InferaError | ConfigError) else f"{type(error).__name__}: {error}"
 
 
+def settle() -> None:
+    """Free what is garbage, and look at what is left no more: a collection while requests are answered would take as
+    long as there are objects of models."""
+    gc.collect()
+    gc.freeze()
+
+
 def return_memory() -> None:
     """Give freed memory back to the system, which glibc else keeps for the next allocation."""
-    gc.collect()
+    gc.unfreeze()
+    settle()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -15,7 +15,7 @@ from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import NotFound, Unavailable
 from infera_server.loaded import Generation, Loaded
-from infera_server.loader import Loader, reason_of
+from infera_server.loader import Loader, reason_of, settle
 from infera_server.model import Opener, Post
 from infera_server.modelconfig import ConfigError
 from infera_server.servable import Servable
@@ -103,6 +103,7 @@ class Repository:
         """
         for entries in self._waves():
             self._load_all(entries, post, progress)
+        settle()
         self.is_settled = True
 
     def _waves(self) -> Iterator[Sequence[Entry]]:
