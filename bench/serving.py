@@ -241,7 +241,7 @@ def infera(folder: Path, name: str, model: str) -> Any:
     return started(
         name,
         [sys.executable, "-m", "infera_gpu.cli", "serve", str(folder / f"{model}.onnx"), "--device", "cpu",
-         "--threads", "1", "--port", str(port)],
+         "--threads", "1", "--port", str(port), "--metrics-port", "off"],
         folder,
         {**thread_environment(1), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'server'}"},
         f"{base}/v2/health/ready",
@@ -256,7 +256,7 @@ def asgi(folder: Path, reply_bytes: int) -> Any:
     return started(
         "asgi",
         [sys.executable, "-m", "uvicorn", "bare_asgi:app", "--app-dir", str(HERE / "peers"), "--no-access-log",
-         "--lifespan", "off", "--port", str(port)],
+         "--lifespan", "off", "--port", str(port), "--metrics-port", "off"],
         folder,
         {**thread_environment(1), "REPLY_BYTES": str(reply_bytes)},
         base,
