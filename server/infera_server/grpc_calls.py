@@ -141,7 +141,7 @@ class Inference:
             name, version = known.name, known.version
         if given is not None:
             self._service.access.admit(given, name, began)
-        model = self._service.model(name, version)
+        model = v2_grpc.look_up(self._service.model, name, version)
         signature = model.signature
         try:
             if known is None or known.signature is not signature:

@@ -16,7 +16,7 @@ from infera_server.errors import BadRequest, NotFound, Unavailable, Unsupported
 from infera_server.grpc_calls import as_refusal, credentials, refuse
 from infera_server.protocols import wire
 from infera_server.protocols.protos import message, pool
-from infera_server.protocols.v2_grpc import version_of
+from infera_server.protocols.v2_grpc import look_up, version_of
 from infera_server.servable import Servable
 from infera_server.service import Service
 
@@ -68,7 +68,7 @@ def _check_access(access: Access, name: str, request: Any, context: Any) -> None
 
 
 def _find(service: Service, request: Any) -> Servable:
-    return management.find(service.repository, request.name, version_of(request.version))
+    return look_up(service.repository.get, request.name, version_of(request.version))
 
 
 # --- health and metadata ---------------------------------------------------------------------------------------------

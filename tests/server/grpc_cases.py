@@ -383,6 +383,7 @@ UNLIKE = {
         "failed to get model version from specified version string '1x' (details: stol), "
         "version should be an integral value > 0",
     ),
+    "version huge": Reply("NOT_FOUND", "Request for unknown model: 'mlp' version 99999999999999999999 is not found"),
     "two inputs": Reply("INVALID_ARGUMENT", "unexpected inference input 'zz' for model 'mlp'"),
     "wrong rank": Reply(
         "INVALID_ARGUMENT", "unexpected shape for input 'input' for model 'mlp'. Expected [-1,784], got [784]."

@@ -13,6 +13,7 @@ import pytest
 from infera_server.codec import DATATYPES, to_bytes
 from infera_server.protocols.protos import message
 from tests.server.grpc_cases import CASES, UNLIKE, Case, Reply, call, recorded
+from tests.server.grpc_cases import request as message_of
 from tests.server.grpc_support import (
     FIELDS,
     array_of,
@@ -27,6 +28,7 @@ from tests.server.grpc_support import (
     values,
 )
 from tests.server.support import WAIT, FakeSession, Running, doubler, serving, until
+from tests.server.test_repository_traffic import traffic, versions
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -221,3 +223,23 @@ def test_a_full_queue_says_when_to_come_back(server: Running, client: grpc.Chann
     session.gate.set()
     for made in calls:
         assert np.array_equal(array_of(made.result(WAIT)), 2 * X)
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_is_a_version_and_may_be_another_later() -> None:
+    """Headers that are known follow it, and so does a label that was one."""
+    with versions("1", "2") as running, channel(running) as made:
+        sent = request("m", X, model_version="canary")
+        for version in ("1", "2"):
+            traffic(running, labels={"canary": int(version)})
+            response = infer(made, sent)
+            assert response.model_version == version
+            assert np.array_equal(array_of(response), X * int(version))
+            ready = call(made, "ModelReady", message_of("ModelReadyRequest", name="m", version="canary"))
+            assert ready.message == {"ready": True}
+        traffic(running, labels={})
+        with pytest.raises(grpc.RpcError) as error:
+            infer(made, sent)
+        assert status_of(error)[0] == "INVALID_ARGUMENT"

@@ -8,7 +8,7 @@ Triton's texts, without the request's id that Triton puts in front of some.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from infera_server import codec
 from infera_server.codec import Buffer, short
-from infera_server.errors import BadRequest
+from infera_server.errors import BadRequest, NotFound
 from infera_server.protocols import grpc_members as members
 from infera_server.protocols import wire
 from infera_server.protocols.protos import message
@@ -34,6 +34,7 @@ from infera_server.requests import (
     input_of,
 )
 from infera_server.rows import Arrays, HostArray
+from infera_server.servable import Servable
 from infera_server.shared_memory import Regions
 from infera_server.signature import Signature, Tensor
 
@@ -45,6 +46,9 @@ RAW_INPUTS, RAW_OUTPUTS, ID, INFER_RESPONSE = 7, 6, 3, 2
 """Numbers of fields: of a request, of a response, of both, of a response on a stream."""
 
 FINAL = "triton_final_response"
+
+MAX_DIGITS = 20
+"""Of a version; a longer number is none that is served."""
 
 MIN_SECONDS = 1e-6
 """What a deadline that has passed is taken for: 0 would be none."""
@@ -80,17 +84,27 @@ def parse(header: bytes) -> Any:
 
 
 def version_of(text: str) -> str | None:
-    """The version that a request names; None for the default. Raises BadRequest where it is no number above 0."""
+    """The version or label that a request names; None for the default. Raises BadRequest for a number below 0."""
     if not text:
         return None
     if text[0] == "-" and text[1:].isdigit():
         raise BadRequest(f"invalid model version specified '{short(text)}' , version should be an integral value > 0")
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
+    if text.isascii() and text.isdigit():
+        return text.lstrip("0")[:MAX_DIGITS] or "0"
+    return text
+
+
+def look_up(get: Callable[[str, str | None], Servable], name: str, version: str | None) -> Servable:
+    """What `get` gives. A label that it does not find is, to Triton, no version. Raises RequestError."""
+    try:
+        return get(name, version)
+    except NotFound:
+        if version is None or version.isdigit():
+            raise
         raise BadRequest(
-            f"failed to get model version from specified version string '{short(text)}' (details: stol), "
+            f"failed to get model version from specified version string '{short(version)}' (details: stol), "
             "version should be an integral value > 0"
-        )
-    return text.lstrip("0") or "0"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +202,10 @@ def respond(request: Request, outputs: Arrays, model: Signature, regions: Region
     parts: list[Buffer] = [_origin(model.name, model.version, request.id), more]
     tail: list[Buffer] = []
     for want in request.outputs:
-        array, datatype = outputs[want.name], model.outputs[want.name].datatype
+        tensor = model.outputs[want.name]
+        array, datatype = outputs[want.name], tensor.datatype
         if want.classes:
-            array, datatype = codec.top_classes(array, want.classes, rows=model.leading), "BYTES"
+            array, datatype = codec.top_classes(array, want.classes, model.leading, tensor.labels), "BYTES"
         data = codec.to_bytes(array)
         if want.region is not None:
             regions.write(want.region, data, want.name)
