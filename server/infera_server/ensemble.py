@@ -30,6 +30,7 @@ from infera_server.rows import Arrays, HostArray
 from infera_server.sequence_model import SequenceModel
 from infera_server.servable import Servable
 from infera_server.signature import Signature
+from infera_server.taps import Tap
 
 Lookup: TypeAlias = Callable[[str, str | None], Servable]
 """A model that can run, by name and version; None is the newest. Raises NotFound or Unavailable."""
@@ -207,7 +208,7 @@ class Ensemble:
                 [Output(own, binary=True) for own in step.outputs],
                 max(left, 1e-6),
                 run.request.priority,
-                run.request.correlation if isinstance(member, SequenceModel | Ensemble) else None,
+                run.request.correlation if _keeps_state(member) else None,
             )
             run.under_way[step.index] = member, None
             nbytes = sum(array.nbytes for array in feeds.values())
@@ -319,6 +320,13 @@ def _completed(name: str, config: ModelConfig) -> ModelConfig:
     if full.version_policy.WhichOneof("policy_choice") is None:
         full.version_policy.latest.num_versions = 1
     return full
+
+
+def _keeps_state(member: Servable) -> bool:
+    """Whether a model, or one of an ensemble, has sequences."""
+    while isinstance(member, Tap) and not isinstance(member, SequenceModel):
+        member = member.model
+    return isinstance(member, SequenceModel | Ensemble)
 
 
 def _absent(name: str, step: Step) -> str:

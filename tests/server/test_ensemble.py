@@ -21,6 +21,7 @@ from infera_server.requests import Correlation, Output, Request
 from infera_server.rows import HostArray
 from infera_server.sequences import wrap
 from infera_server.servable import Servable
+from infera_server.taps import Tap
 from tests.server.desk import Answer, Desk, send
 from tests.server.support import WAIT, FakeSession, spec
 
@@ -413,7 +414,7 @@ def test_a_sequence_goes_to_the_members_that_keep_state(house: House) -> None:
         lambda f: {"y": f["h"] + f["x"], "hn": f["h"] + f["x"]},
     )
     house.add("total", summing)
-    house.models["total"] = wrap(house.desk.opened[-1])
+    house.models["total"] = Tap(wrap(house.desk.opened[-1]))
     made = house.build(ensemble(DOUBLE, step("total", {"x": "d"}, {"y": "out"})))
     answers = [
         house.desk.ask(made, Correlation(5, start=i == 0, end=i == 2), source=x(1))["out"][0, 0] for i in range(3)

@@ -19,12 +19,14 @@ from bench.inputs import EXAMPLES
 from bench.models import path_of
 from infera_server.discovery import survey
 from infera_server.model import Model
+from infera_server.protocols.protos import message
 from infera_server.report import lines
 from infera_server.repository import Repository
 from infera_server.rows import HostArray
 from infera_server.sequence_model import SequenceModel
 from infera_server.settings import Settings
-from tests.server.support import Running, hosting, until
+from tests.server.grpc_support import array_of, channel, stream
+from tests.server.support import WAIT, Running, hosting, until
 
 ENSEMBLE = """
 platform: "ensemble" max_batch_size: 8
@@ -100,7 +102,7 @@ def test_an_ensemble_goes_with_a_model_that_it_is_made_of(root: Path) -> None:
     with serve(root) as running:
         running.call(running.host.service.unload_model("square"))
         until(lambda: running.index()["a_first/1"] == "UNAVAILABLE: unloaded")
-        assert running.index()["ens/1"] == "UNAVAILABLE: unloaded"
+        until(lambda: running.index()["ens/1"] == "UNAVAILABLE: unloaded")
         assert running.infer("ens", document("source", ONES))[0] == 404
         assert running.infer("double", document("x", ONES))[0] == 200
         running.call(running.host.service.load_model("a_first"))
@@ -357,3 +359,48 @@ def test_a_plain_request_to_it_needs_no_sequence(silero: Running) -> None:
     status, refused = silero.infer("silero-vad", {"inputs": [e for e in entries if e["name"] != "state"]})
     assert status == 400
     assert "missing required input(s) ['state']" in refused["error"]
+
+
+def grpc_chunk(chunk: HostArray, rate: int, sequence: str, start: bool, end: bool) -> Any:
+    """One step as a ModelInferRequest."""
+    made = message("inference.ModelInferRequest")(model_name="silero-vad")
+    made.inputs.add(name="input", datatype="FP32", shape=chunk.shape)
+    made.inputs.add(name="sr", datatype="INT64", shape=[])
+    made.raw_input_contents.extend([chunk.tobytes(), np.array(rate, np.int64).tobytes()])
+    made.parameters["sequence_id"].string_param = sequence
+    made.parameters["sequence_start"].bool_param = start
+    made.parameters["sequence_end"].bool_param = end
+    return made
+
+
+def test_a_grpc_stream_sends_steps_without_waiting(silero: Running) -> None:
+    """Two sequences on one stream, by names; the answers of each in order."""
+    session = infera_gpu.load(path_of("silero-vad"), device="cpu")
+    steps = {name: chunks(seed, 5) for name, seed in (("a", 21), ("b", 22))}
+    requests = [grpc_chunk(steps[name][i], 16000, name, i == 0, i == 4) for i in range(5) for name in steps]
+    for number, sent in enumerate(requests):
+        sent.id = str(number)
+    with channel(silero) as made:
+        replies = {reply.infer_response.id: reply for reply in stream(made)(iter(requests), timeout=WAIT)}
+    assert not any(reply.error_message for reply in replies.values())
+    for offset, name in enumerate(steps):
+        got = [array_of(replies[str(2 * i + offset)].infer_response) for i in range(5)]
+        want = by_hand(session, steps[name], 16000)
+        np.testing.assert_allclose(np.concatenate(got), np.concatenate(want), rtol=1e-4, atol=1e-5)
+
+
+def test_tritonclient_keeps_a_sequence(silero: Running) -> None:
+    http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is in the test extra")
+    session = infera_gpu.load(path_of("silero-vad"), device="cpu")
+    steps = chunks(31, 4)
+    found = []
+    with http.InferenceServerClient(silero.address) as client:
+        for i, chunk in enumerate(steps):
+            inputs = [http.InferInput("input", chunk.shape, "FP32"), http.InferInput("sr", [], "INT64")]
+            inputs[0].set_data_from_numpy(chunk)
+            inputs[1].set_data_from_numpy(np.array(16000, np.int64))
+            reply = client.infer("silero-vad", inputs, sequence_id=31, sequence_start=i == 0, sequence_end=i == 3)
+            found.append(reply.as_numpy("output"))
+    np.testing.assert_allclose(
+        np.concatenate(found), np.concatenate(by_hand(session, steps, 16000)), rtol=1e-4, atol=1e-5
+    )

@@ -10,7 +10,9 @@ import pytest
 from google.protobuf import text_format
 
 from infera_gpu.spec import TensorSpec
-from infera_server.errors import BadRequest, Expired, Overloaded, Unavailable
+from infera_server.errors import BadRequest, Expired, Overloaded, RequestError, Unavailable
+from infera_server.jobs import Job
+from infera_server.jobs import State as JobState
 from infera_server.modelconfig import ConfigError
 from infera_server.protocols.protos import message
 from infera_server.recurrence import find
@@ -20,7 +22,7 @@ from infera_server.sequence_config import ignored_in_sequences
 from infera_server.sequence_model import Limits, SequenceModel
 from infera_server.sequences import wrap
 from tests.server.desk import Answer, Desk, send
-from tests.server.support import FakeSession, spec
+from tests.server.support import WAIT, FakeSession, spec
 
 
 @pytest.fixture
@@ -635,3 +637,65 @@ def test_what_has_no_effect_is_named() -> None:
         "sequence_batching.iterative_sequence",
     ]
     assert not ignored_in_sequences(config("sequence_batching { oldest { max_candidate_sequences: 3 } }"))
+
+
+# --- everything at once ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_states_are_those_of_the_steps_that_were_answered(desk: Desk, seed: int) -> None:
+    """Steps at random, some of which fail, are cancelled or expire, while runs are held up now and then."""
+    rng = np.random.default_rng(seed)
+    session = summing()
+    model = sequences(desk, session) if seed % 2 else bounded(desk, session)
+    sent: dict[int, list[tuple[Correlation, float, Answer, Job]]] = {i: [] for i in (1, 2, 3, 4)}
+    for _ in range(150):
+        identity, what = int(rng.integers(1, 5)), rng.random()
+        if what < 0.7:
+            correlation = Correlation(identity, bool(rng.random() < 0.3), bool(rng.random() < 0.15))
+            value, answer = float(rng.integers(1, 9)) if rng.random() < 0.9 else -1.0, Answer()
+            timeout = 1e-6 if rng.random() < 0.05 else None
+            try:
+                job = send(model, answer, correlation, timeout=timeout, x=x(value))
+            except RequestError:
+                continue
+            sent[identity].append((correlation, value, answer, job))
+        elif what < 0.8 and sent[identity]:
+            model.cancel(sent[identity][int(rng.integers(len(sent[identity])))][3])
+        elif what < 0.85:
+            session.gate.clear()
+        elif what < 0.9:
+            session.gate.set()
+            model.expire()
+        while not desk.posted.empty():
+            fn, argument = desk.posted.get()
+            fn(argument)
+    session.gate.set()
+    model.drain()
+    everything = [step for steps in sent.values() for step in steps]
+    desk.until(lambda: all(a.count or job.state is JobState.CANCELLED for _, _, a, job in everything))
+    assert model.waiting == 0
+    assert model.join(WAIT)
+    for steps in sent.values():
+        total = 0.0
+        for correlation, value, answer, job in steps:
+            assert answer.count == (job.state is not JobState.CANCELLED)
+            if answer.count and not isinstance(answer.result, Exception):
+                total = value + (0.0 if correlation.start else total)
+                assert answer["y"][0, 0] == total
+            else:
+                assert value == -1 or isinstance(answer.result, RequestError | None)
+    kept = [s.state for s in model._sequences.values()]
+    assert model.state_bytes == sum(a.nbytes for state in kept if state is not None for a in state.values())
+    assert all(state is not None for state in kept)
+    assert model._running == model._sequences.keys()
+
+
+def bounded(desk: Desk, session: FakeSession) -> SequenceModel:
+    """At most two sequences are under way."""
+    text = "max_batch_size: 8 sequence_batching { oldest { max_candidate_sequences: 2 } state { input_name: 'sum' "
+    model = wrap(
+        desk.open(session), config(text + "output_name: 'sum_out' data_type: TYPE_FP32 dims: [2] } }"), Limits()
+    )
+    assert isinstance(model, SequenceModel)
+    return model
