@@ -68,6 +68,7 @@ def test_an_equal_request_is_answered_without_a_run(desk: Desk) -> None:
     told = model.stats.as_dict()
     assert [told["inference_stats"][f"cache_{what}"]["count"] for what in ("hit", "miss")] == [1, 1]
     assert told["inference_stats"]["cache_hit"]["ns"] > 0
+    assert [told["inference_stats"][what]["count"] for what in ("queue", "compute_infer")] == [2, 1]
     assert (told["inference_count"], told["execution_count"]) == (1, 1)
 
 
