@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from infera_server import coding
 from infera_server.codec import Buffer
 from infera_server.connection import CONTINUE, Connection
-from infera_server.errors import RequestError, TooLarge, Unauthorized, request_error, retry_after
+from infera_server.errors import Overloaded, RequestError, TooLarge, Unauthorized, request_error, retry_after
 from infera_server.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, decode, infer_target
 from infera_server.explanation import HEADER, explain
 from infera_server.gate import CREDENTIALS, credentials
@@ -367,6 +367,8 @@ class HotPathProtocol(Connection):
             exchange.model.stats.refused[error.reason] += 1
         exchange.accept = b""
         self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
+        if isinstance(error, Overloaded):
+            self.service.pace.refused()
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
         self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange

@@ -17,6 +17,7 @@ from infera_server.errors import BadRequest, Unavailable
 from infera_server.intake import Intake
 from infera_server.log_settings import LogSettings
 from infera_server.modelconfig import ConfigError
+from infera_server.pace import Pace
 from infera_server.recall import Heads
 from infera_server.repository import Repository
 from infera_server.servable import Servable
@@ -57,6 +58,7 @@ class Service:
     tracing: Tracing = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
+    pace: Pace = field(default_factory=Pace, init=False)
     metrics_port: int | None = field(default=None, init=False)
     """Where nothing but metrics is told."""
 
