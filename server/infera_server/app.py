@@ -23,9 +23,11 @@ from infera_server.management import server_version
 from infera_server.metrics import Exposition
 from infera_server.protocols import control, generate, regions, v2_rest
 from infera_server.requests import Request as Asked
+from infera_server.requests import check_again
 from infera_server.routes import Call, Route, document
 from infera_server.servable import Servable
 from infera_server.service import Service
+from infera_server.versions import chosen
 
 READ = ["GET", "HEAD"]
 MAX_MANAGEMENT_BODY = 1 << 16
@@ -157,6 +159,10 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
         inline = len(body) <= (INLINE_CODED_BYTES if coded else INLINE_BYTES)
         asked, size = read() if inline else await asyncio.get_running_loop().run_in_executor(None, read)
+        if model.retired:  # while the body came or another thread was at it
+            model = service.model(*_target(request))
+            check_again(asked, model.signature)
+        model = chosen(model, asked)
         outputs = await _unless_gone(request, inference.infer(model, asked, size, service.tracing))
         return generate.respond(asked, outputs, model.signature)
 

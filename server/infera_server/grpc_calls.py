@@ -23,6 +23,7 @@ from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.service import Service
 from infera_server.signature import Signature
+from infera_server.versions import chosen
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class Inference:
             raise failed(model, began, error) from None
         if model.retired:  # while another thread was at it
             return await self.prepare(message, remaining, None)
-        return Call(model, request, message.nbytes, began, self._service)
+        return Call(chosen(model, request), request, message.nbytes, began, self._service)
 
     async def _read(self, header: bytes) -> Any:
         if len(header) <= INLINE_BYTES:

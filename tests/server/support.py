@@ -188,7 +188,8 @@ def serving(
 
 @contextlib.contextmanager
 def hosting(repository: Repository, wait: bool = True, access: Access | None = None) -> Iterator[Running]:
-    """Serve a repository in a thread of this process; with `wait`, from when everything is loaded."""
+    """Serve a repository in a thread of this process, on free ports; with `wait`, from when everything is loaded."""
+    repository.settings = repository.settings.model_copy(update={"port": 0})
     sock = listen("127.0.0.1", 0)
     host = Host(repository, sock, access)
     loaded = threading.Event()

@@ -19,6 +19,7 @@ from infera_server.repository import Repository
 from infera_server.rows import Arrays
 from infera_server.settings import Settings
 from infera_server.traffic import Shadow, Traffic, parse, read
+from tests.server.grpc_support import channel, infer, request
 from tests.server.support import FakeSession, Running, hosting, request_of, spec, until
 from tests.text import parse as graph
 
@@ -100,6 +101,22 @@ def test_requests_are_spread_by_weight_and_of_one_id_go_one_way() -> None:
         )
         assert traffic(running)[1]["split"] == {}
         assert {ask(running) for _ in range(10)} == {"2"}
+
+
+def test_every_dialect_says_which_version_answered() -> None:
+    with versions("1", "2") as running, channel(running) as made:
+        traffic(running, split={"1": 1, "2": 1})
+        seen = set()
+        for index in range(40):
+            reply = infer(made, request("m", X, id=f"r{index}"))
+            assert np.frombuffer(reply.raw_output_contents[0], np.float32)[0] == float(reply.model_version)
+            assert reply.model_version == ask(running, id=f"r{index}")
+            document = json.dumps({"id": f"r{index}", "x": [1, 1, 1, 1]})
+            status, _, body = running.request("POST", "/v2/models/m/generate", document)
+            assert status == 200, body
+            assert json.loads(body)["model_version"] == reply.model_version
+            seen.add(reply.model_version)
+        assert seen == {"1", "2"}
 
 
 def test_a_weight_of_nothing_gets_nothing() -> None:
