@@ -115,8 +115,7 @@ def simulate(
             schedule.ran(selection, took)
             for job in selection.jobs:
                 outcome.answered.append((arrived.pop(job), now - job.queued_at))
-            if schedule.goal is not None:
-                schedule.goal.answered(selection.jobs, now)
+            schedule.answered(selection.jobs, now)
         if not busy:
             outcome.refused["deadline"] += len(schedule.late(now))
             if schedule.queued and (selected := schedule.take(now)):

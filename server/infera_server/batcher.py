@@ -326,8 +326,7 @@ class Batcher:
         ran = bool(batch.padded)
         if ran:
             self.observe(batch)
-            if self.schedule.goal is not None:
-                self.schedule.goal.answered(batch.jobs, time.monotonic())
+            self.schedule.answered(batch.jobs, time.monotonic())
         for job, result in zip(batch.jobs, batch.results, strict=True):
             if job.state in (State.CANCELLED, State.ANSWERED):
                 continue

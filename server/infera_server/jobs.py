@@ -84,6 +84,9 @@ class Job:
     estimate: float = 0.0
     """Seconds until its answer, at the worst, as reckoned when it came; 0 where that was not."""
 
+    allowed: float = math.inf
+    """Seconds that it was to take at most, where that was reckoned."""
+
     length: int = 0
     longer: int = 0
     state: State = State.WAITING

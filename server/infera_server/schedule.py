@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
-from infera_server.costs import MAX_GROUPS, Costs, GroupCosts, Window
+from infera_server.costs import MAX_GROUPS, MAX_SCATTER, Costs, GroupCosts, Window
 from infera_server.errors import Overloaded
 from infera_server.goal import Goal
 from infera_server.jobs import Job
+from infera_server.margin import MAX_MARGIN, Margin, Rate
 
 GAIN = 0.95
 """A batch that leaves jobs behind has to be cheaper a row by this factor."""
@@ -92,6 +93,8 @@ class Schedule:
         self.turns = Window()
         """How long the device was waited for before a batch."""
 
+        self.margin = self.goal.margin if self.goal is not None else Margin()
+        self._joining = Rate(0.0)
         self._waiting: dict[Hashable, Waiting] = {}
         self._empty: dict[Hashable, Waiting] = {}
         self._soonest = math.inf
@@ -116,7 +119,7 @@ class Schedule:
         """Queue a job at its `queued_at`. Raises Overloaded where there is no room or no hope, never while idle."""
         now = job.queued_at
         if self.goal is not None:
-            self.goal.arrived(job.rows, now)
+            self.goal.arrivals.add(job.rows, now)
         waiting = self._waiting.get(job.group) or self._empty.get(job.group) or Waiting(job.group, self._costs_of(job))
         if self.queued or self._running is not None:
             if self.queued >= self.max_queue or self.queued_bytes + job.nbytes > self.max_queue_bytes:
@@ -130,6 +133,7 @@ class Schedule:
             self._empty.pop(job.group, None)
             self._waiting[job.group] = waiting
         waiting.add(job)
+        self._joining.add(job.rows, now)
         self.queued += 1
         self.queued_rows += job.rows
         self.queued_bytes += job.nbytes
@@ -137,33 +141,39 @@ class Schedule:
             self._soonest = job.deadline
 
     def _at_most(self, rows: int) -> float:
-        """More seconds than `forecast` says of a job of so many rows: as if every row ran by itself."""
-        running = self._running.typical if self._running is not None else 0.0
-        return running + (self.queued_rows + rows) * (self._slowest + self.turns.median)
+        """More seconds than are reckoned with for a job of so many rows: as if every row ran by itself, and long."""
+        running = self._running.high if self._running is not None else 0.0
+        alone = MAX_SCATTER * self._slowest + self.turns.high
+        return (running + (self.queued_rows + rows + self.buckets[-1]) * alone) * MAX_MARGIN
 
     def _check_hope(self, job: Job, now: float) -> None:
         """Raises Overloaded where the job would be answered after its deadline, or after the goal."""
-        if job.deadline < math.inf:
-            needed = self.forecast(job, now)
-            if now + needed > job.deadline:
-                raise Overloaded(
-                    f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
-                    f"it has {(job.deadline - now) * 1e3:.3g} ms; send it again later or with a longer timeout",
-                    max(now + needed - job.deadline, 0.0),
-                    "would_expire",
-                )
+        job.estimate, job.allowed = self.forecast(job, now, high=True), job.deadline - now
+        needed = job.estimate * self.margin.value
+        if needed > job.allowed:
+            raise Overloaded(
+                f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
+                f"it has {job.allowed * 1e3:.3g} ms; send it again later or with a longer timeout",
+                needed - job.allowed,
+                "would_expire",
+            )
         if self.goal is not None:
             costs = self._costs_of(job)
-            needed = self.forecast(job, now, high=True)
             limit = self.goal.limit(costs.high[costs.index(job.rows)])
-            if needed > limit:
+            job.allowed = min(job.allowed, self.goal.seconds)
+            if job.estimate > limit:
                 raise Overloaded(
                     f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
                     f"more than the server's goal of {self.goal.seconds * 1e3:.3g} ms allows; send it again later",
-                    needed - limit,
+                    needed - limit * self.margin.value,
                     "goal",
                 )
-            job.estimate = needed
+
+    def answered(self, jobs: Sequence[Job], now: float) -> None:
+        """The jobs of a batch were answered."""
+        self.margin.learn(jobs, now)
+        if self.goal is not None:
+            self.goal.answered(jobs, now)
 
     def forecast(self, job: Job, now: float, high: bool = False) -> float:
         """Seconds until a job that arrives now would be answered, by typical or by long runs; 0 where none is known."""
@@ -199,8 +209,9 @@ class Schedule:
         batches, rest = divmod(rows, self.buckets[largest])
         seconds = batches * (times[largest] + turn)
         while rest > 0:
-            joined = self.goal.joining(later + seconds) if high and self.goal is not None else 0.0
-            together = min(rest + joined, self.buckets[largest])
+            together: float = rest
+            if high:
+                together = min(rest + self._joining.value * (later + seconds), self.buckets[largest])
             index = costs.index(together)
             if index and typical[index] / together > typical[index - 1] / self.buckets[index - 1] / self.gain:
                 index -= 1  # `_choose` would leave some for another batch

@@ -90,18 +90,19 @@ def test_what_alone_takes_longer_is_said_once_and_still_served(caplog: pytest.Lo
 def test_a_goal_missed_for_reasons_unknown_is_said_and_taken_back(caplog: pytest.LogCaptureFixture) -> None:
     """Answers that the estimates do not explain: another process on the device."""
     goal = Goal(GOAL, "m")
-    answer = Job({}, lambda *_: None, queued_at=0.0, estimate=GOAL)
+    answer = Job({}, lambda *_: None, queued_at=0.0, estimate=GOAL, allowed=GOAL)
+    schedule = Schedule(goal=goal)
     with caplog.at_level(logging.INFO):
         for _ in range(2 * REMEMBERED):
-            goal.answered([answer], 1.5 * GOAL)
-        assert goal.margin == pytest.approx(1.5, abs=0.1)
+            schedule.answered([answer], 1.5 * GOAL)
+        assert goal.margin.value == pytest.approx(1.5, abs=0.1)
         assert [r.levelname for r in caplog.records] == ["WARNING"]
         assert f"missed: {REMEMBERED} of the last {REMEMBERED} answers took longer" in goal.state
         for _ in range(2 * REMEMBERED):
-            goal.answered([answer], GOAL / 2)
+            schedule.answered([answer], GOAL / 2)
     assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
     assert "is met" in goal.state
-    assert goal.margin < 1.0
+    assert goal.margin.value < 1.0
 
 
 def test_the_largest_bucket_depends_on_what_arrives() -> None:
@@ -109,10 +110,10 @@ def test_the_largest_bucket_depends_on_what_arrives() -> None:
     for bucket in BUCKETS:
         costs.learn(bucket, TIGHT.mean(bucket))
     goal = Goal(GOAL)
-    goal.margin = 1.0
+    goal.margin.value = 1.0
 
     def largest(rate: float) -> int:
-        goal.rate = rate
+        goal.arrivals.value = rate
         return BUCKETS[goal.largest(costs)]
 
     assert largest(10) == 2  # two runs of 2 rows, one after the other, are just within the goal
@@ -129,13 +130,26 @@ def test_nothing_is_known_before_the_first_answer() -> None:
 def test_where_refusing_does_not_help_little_is_refused() -> None:
     """Something after the run makes every answer late."""
 
-    class Late(Goal):
+    class Late(Schedule):
         def answered(self, jobs: Sequence[Job], now: float) -> None:
             super().answered(jobs, now + 2 * GOAL)
 
     rng, rate = random.Random(SEED), 0.8 * peak(GPU)
-    schedule = Schedule(BUCKETS, goal=Late(GOAL))
+    schedule = Late(BUCKETS, goal=Goal(GOAL))
     outcome = simulate(schedule, poisson(rate, 20000 / rate, rng), lambda group, bucket: GPU.draw(bucket, rng))
     assert schedule.goal is not None
     assert "missed: 2000 of the last 2000 answers" in schedule.goal.state
     assert outcome.refused["goal"] < 0.1 * 20000
+
+
+@pytest.mark.parametrize("load", [1.5, 5.0])
+@pytest.mark.parametrize("patience", [0.02, 0.05])
+def test_deadlines_are_kept_in_overload_and_little_is_run_in_vain(load: float, patience: float) -> None:
+    """Without a goal: clients that wait for 20 or 50 ms, and more of them than can be served."""
+    rng, rate = random.Random(SEED), load * peak(GPU)
+    arrivals = poisson(rate, 20000 / rate, rng, patience=patience)
+    outcome = simulate(Schedule(BUCKETS), arrivals, lambda group, bucket: GPU.draw(bucket, rng))
+    late = sum(seconds > patience for _, seconds in outcome.answered)
+    assert late <= 0.01 * len(outcome.answered)
+    assert outcome.rate(since=outcome.ended / 5) > 0.7 * peak(GPU)
+    assert outcome.refused["would_expire"]

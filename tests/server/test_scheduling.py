@@ -160,7 +160,7 @@ def test_a_request_that_cannot_make_its_timeout_is_refused_at_once() -> None:
         status, headers, body = running.request("POST", "/v2/models/double/infer", asked)
         assert time.monotonic() - began < 1
         assert status == 429, body
-        assert int(headers["retry-after"]) in (2, 3)
+        assert int(headers["retry-after"]) in (4, 5)  # two runs of 2 s and the margin, less the second it has
         assert b"would take about" in body
         session.gate.set()
         first.join()
