@@ -111,7 +111,8 @@ class Batcher:
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Overloaded where it would wait too long and Unavailable once `drain` was called."""
         with self._lock:
-            self._check_open()
+            if self._draining:
+                self._check_open()
             self.schedule.add(job)
             if self._engine is not Engine.NOBODY:
                 return
@@ -250,8 +251,9 @@ class Batcher:
             self._post_late(late, now)
         if selection is None:
             return ()
+        running = State.RUNNING
         for job in selection.jobs:
-            job.state = State.RUNNING
+            job.state = running
         batches = self._execute(selection)
         for batch in batches:
             batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
@@ -327,12 +329,13 @@ class Batcher:
         if ran:
             self.observe(batch)
             self.schedule.answered(batch.jobs, time.monotonic())
+        told, cancelled, answered = batch if ran else None, State.CANCELLED, State.ANSWERED
         for job, result in zip(batch.jobs, batch.results, strict=True):
-            if job.state in (State.CANCELLED, State.ANSWERED):
+            if job.state is cancelled or job.state is answered:
                 continue
-            job.state = State.ANSWERED
+            job.state = answered
             try:
-                job.done(result, batch if ran else None)
+                job.done(result, told)
             except Exception:
                 log.exception("model '%s': the callback of a request failed", self.name)
 

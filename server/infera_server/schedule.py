@@ -35,14 +35,6 @@ class Waiting:
     jobs: list[Job] = field(default_factory=list)
     rows: int = 0
 
-    def add(self, job: Job) -> None:
-        jobs = self.jobs
-        self.rows += job.rows
-        if not jobs or jobs[-1].level <= job.level:
-            jobs.append(job)
-        else:
-            jobs.insert(bisect_right(jobs, job.level, key=_level), job)
-
     def rows_before(self, level: int) -> int:
         """Rows that go before a new job of this level."""
         if self.jobs[-1].level <= level:
@@ -98,9 +90,13 @@ class Schedule:
         self._waiting: dict[Hashable, Waiting] = {}
         self._empty: dict[Hashable, Waiting] = {}
         self._soonest = math.inf
-        self._slowest = 0.0
-        """The typical time of one row, of the slowest group that waits."""
+        self._slowest = self._worst = self._ahead = 0.0
+        """Seconds of one row by itself, of the slowest group that waits; the most that are reckoned with for it, and
+        for what runs. With them most jobs need no forecast: they would be in time if every row ran by itself."""
 
+        self._most = self.buckets[-1]
+        self._joined = 0
+        self._estimated = self.goal is not None
         self._running: Expected | None = None
         self._running_since = 0.0
 
@@ -124,30 +120,37 @@ class Schedule:
         if self.queued or self._running is not None:
             if self.queued >= self.max_queue or self.queued_bytes + job.nbytes > self.max_queue_bytes:
                 self.check_room(job.nbytes, now)
-            self._slowest = max(self._slowest, waiting.costs.typical[0])
-            if self.goal is not None or now + self._at_most(job.rows) > job.deadline:
+            if (alone := waiting.costs.typical[0]) > self._slowest:
+                self._reckon(alone)
+            at_most = self._ahead + (self.queued_rows + job.rows + self._most) * self._worst
+            if now + at_most > job.deadline or self.goal is not None:
                 self._check_hope(job, now)
         else:
-            self._slowest = waiting.costs.typical[0]
-        if not waiting.jobs:
+            self._reckon(waiting.costs.typical[0])
+        jobs = waiting.jobs
+        if not jobs:
             self._empty.pop(job.group, None)
             self._waiting[job.group] = waiting
-        waiting.add(job)
-        self._joining.add(job.rows, now)
+        if not jobs or jobs[-1].level <= job.level:
+            jobs.append(job)
+        else:
+            jobs.insert(bisect_right(jobs, job.level, key=_level), job)
+        waiting.rows += job.rows
+        self._joined += job.rows
         self.queued += 1
         self.queued_rows += job.rows
         self.queued_bytes += job.nbytes
         if job.deadline < self._soonest:
             self._soonest = job.deadline
 
-    def _at_most(self, rows: int) -> float:
-        """More seconds than are reckoned with for a job of so many rows: as if every row ran by itself, and long."""
-        running = self._running.high if self._running is not None else 0.0
-        alone = MAX_SCATTER * self._slowest + self.turns.high
-        return (running + (self.queued_rows + rows + self.buckets[-1]) * alone) * MAX_MARGIN
+    def _reckon(self, alone: float) -> None:
+        """A row of the slowest group that waits takes so long by itself."""
+        self._slowest = alone
+        self._worst = (MAX_SCATTER * alone + self.turns.high) * MAX_MARGIN
 
     def _check_hope(self, job: Job, now: float) -> None:
         """Raises Overloaded where the job would be answered after its deadline, or after the goal."""
+        self._estimated = True
         job.estimate, job.allowed = self.forecast(job, now, high=True), job.deadline - now
         needed = job.estimate * self.margin.value
         if needed > job.allowed:
@@ -171,7 +174,8 @@ class Schedule:
 
     def answered(self, jobs: Sequence[Job], now: float) -> None:
         """The jobs of a batch were answered."""
-        self.margin.learn(jobs, now)
+        if self._estimated:
+            self.margin.learn(jobs, now)
         if self.goal is not None:
             self.goal.answered(jobs, now)
 
@@ -285,11 +289,14 @@ class Schedule:
         if self.widens is not None and self.merges:
             self._fill(selection)
         self._running, self._running_since = Expected(seconds, head.costs.high[index]), now
+        self._ahead = self._running.high * MAX_MARGIN
+        self._joining.add(self._joined, now)
+        self._joined = 0
         return selection
 
     def ran(self, selection: Selection, seconds: float, *, whole: bool = True) -> None:
         """The batch ended after so long; unless it ran `whole`, nothing is learned from it."""
-        self._running = None
+        self._running, self._ahead = None, 0.0
         if whole:
             selection.costs.learn(selection.bucket, seconds)
             if self.goal is not None:
