@@ -19,16 +19,14 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
 
 from infera_server.errors import Expired, Unavailable
 from infera_server.goal import Goal
 from infera_server.jobs import Batch, Job, State
-from infera_server.rows import Arrays, Gatherer, Layout, in_order, split
-from infera_server.schedule import Schedule, Selection
+from infera_server.rows import Layout
+from infera_server.runner import Run, Runner
+from infera_server.schedule import Schedule
 from infera_server.turns import Turns
-
-Run: TypeAlias = Callable[[Arrays], Arrays]
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ class Batcher:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._draining = self._has_turn = False
-        self._gather = Gatherer(self.layout) if self.layout else None
+        self._runner = Runner(self.run, self.layout, self.name)
         self._thread = threading.Thread(target=self._serve, name=f"infera-engine-{self.name}", daemon=True)
         self._thread.start()
 
@@ -254,66 +252,14 @@ class Batcher:
         running = State.RUNNING
         for job in selection.jobs:
             job.state = running
-        batches = self._execute(selection)
+        batches = self._runner.execute(selection)
         for batch in batches:
             batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
         self._running, self._free_at = (), batches[-1].split_at
         whole = batches[0].padded == selection.bucket and not isinstance(batches[0].results[0], Exception)
         with self._lock:
-            self.schedule.ran(selection, self._free_at - now, whole=whole)
-            if behind or self.schedule.turns:
-                self.schedule.turns.add(now - asked)
+            self.schedule.ran(selection, self._free_at - now, whole=whole, waited=now - asked if behind else 0.0)
         return batches
-
-    def _execute(self, selection: Selection) -> Sequence[Batch]:
-        """The batches that the jobs ran in: one, or where it failed one for each job."""
-        jobs = selection.jobs
-        try:
-            return [self._run_together(selection)]
-        except Exception as error:
-            log.debug("model '%s': a batch of %d failed, each runs alone now: %s", self.name, len(jobs), error)
-        batches = [self._run_alone(job) for job in jobs if job.state is State.RUNNING]
-        longest = max(job.longer for job in jobs)
-        if longest and not any(isinstance(result, Exception) for batch in batches for result in batch.results):
-            assert self.layout is not None
-            assert self.layout.padding is not None
-            self.layout.padding.refused.add(longest)
-            log.info("model '%s': rows are not made %d long any more, which it cannot run", self.name, longest)
-        return batches
-
-    def _run_together(self, selection: Selection) -> Batch:
-        """Raises what the run raises, unless there is but one job, run as it is."""
-        jobs, layout, padded = selection.jobs, self.layout, selection.bucket
-        counts = [job.rows for job in jobs]
-        rows = sum(counts)
-        longest = max(job.longer for job in jobs) if layout and layout.padding else 0
-        if layout is None or (len(jobs) == 1 and rows == padded and jobs[0].length == longest):
-            return self._run_alone(jobs[0])
-        assert self._gather is not None
-        batch = Batch(jobs, rows, padded, time.monotonic(), most=layout.max_rows)
-        if longest:
-            batch.fill = sum(job.rows * job.length for job in jobs) / (rows * longest)
-        feeds = self._gather([job.feeds for job in jobs], rows, padded, longest)
-        batch.gathered_at = time.monotonic()
-        outputs = self.run(feeds)
-        batch.ran_at = time.monotonic()
-        lengths = [job.length for job in jobs] if longest else ()
-        batch.results = list(split(outputs, layout, counts, padded, lengths, longest))
-        batch.split_at = time.monotonic()
-        return batch
-
-    def _run_alone(self, job: Job) -> Batch:
-        """The job by itself and unpadded: nothing is gathered or split."""
-        batch = Batch([job], job.rows, job.rows, time.monotonic(), most=self.layout.max_rows if self.layout else 1)
-        batch.gathered_at = batch.taken_at
-        try:
-            feeds = in_order(job.feeds)
-            batch.gathered_at = time.monotonic()
-            batch.results = [self.run(feeds)]
-        except Exception as error:
-            batch.results = [error]
-        batch.ran_at = batch.split_at = time.monotonic()
-        return batch
 
     # --- results ---------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
 
-from infera_server.costs import MAX_GROUPS, MAX_SCATTER, Costs, GroupCosts, Window
+from infera_server.costs import MAX_GROUPS, MAX_SCATTER, Costs, GroupCosts
 from infera_server.errors import Overloaded
+from infera_server.forecast import Forecast
 from infera_server.goal import Goal
 from infera_server.jobs import Job
-from infera_server.margin import MAX_MARGIN, Margin, Rate
+from infera_server.margin import MAX_MARGIN, Margin
 
 GAIN = 0.95
 """A batch that leaves jobs behind has to be cheaper a row by this factor."""
@@ -52,13 +52,6 @@ class Selection:
     bucket: int
 
 
-class Expected(NamedTuple):
-    """Seconds that a run takes by all experience, and at the worst."""
-
-    typical: float
-    high: float
-
-
 @dataclass(eq=False)
 class Schedule:
     """The queue of one model. Not thread-safe. Times are seconds of one clock, whichever.
@@ -82,11 +75,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self.costs = Costs(self.buckets)
-        self.turns = Window()
-        """How long the device was waited for before a batch."""
-
         self.margin = self.goal.margin if self.goal is not None else Margin()
-        self._joining = Rate(0.0)
+        self._forecast = Forecast(self.buckets, self.goal, self.gain)
         self._waiting: dict[Hashable, Waiting] = {}
         self._empty: dict[Hashable, Waiting] = {}
         self._soonest = math.inf
@@ -97,8 +87,6 @@ class Schedule:
         self._most = self.buckets[-1]
         self._joined = 0
         self._estimated = self.goal is not None
-        self._running: Expected | None = None
-        self._running_since = 0.0
 
     # --- arriving ----------------------------------------------------------------------------------------------------
 
@@ -117,7 +105,7 @@ class Schedule:
         if self.goal is not None:
             self.goal.arrivals.add(job.rows, now)
         waiting = self._waiting.get(job.group) or self._empty.get(job.group) or Waiting(job.group, self._costs_of(job))
-        if self.queued or self._running is not None:
+        if self.queued or self._forecast.running is not None:
             if self.queued >= self.max_queue or self.queued_bytes + job.nbytes > self.max_queue_bytes:
                 self.check_room(job.nbytes, now)
             if (alone := waiting.costs.typical[0]) > self._slowest:
@@ -146,7 +134,7 @@ class Schedule:
     def _reckon(self, alone: float) -> None:
         """A row of the slowest group that waits takes so long by itself."""
         self._slowest = alone
-        self._worst = (MAX_SCATTER * alone + self.turns.high) * MAX_MARGIN
+        self._worst = (MAX_SCATTER * alone + self._forecast.turns.high) * MAX_MARGIN
 
     def _check_hope(self, job: Job, now: float) -> None:
         """Raises Overloaded where the job would be answered after its deadline, or after the goal."""
@@ -182,50 +170,18 @@ class Schedule:
     def forecast(self, job: Job, now: float, high: bool = False) -> float:
         """Seconds until a job that arrives now would be answered, by typical or by long runs; 0 where none is known."""
         own = self._waiting.get(job.group)
-        seconds = self._residual(now, high)
+        seconds = self._forecast.residual(now, high)
         for waiting in self._waiting.values():
             if waiting is not own:
-                seconds += self._clear(waiting.costs, waiting.rows_before(job.level), high)
+                seconds += self._forecast.clear(waiting.costs, waiting.rows_before(job.level), high)
         rows = job.rows + (own.rows_before(job.level) if own else 0)
-        return seconds + self._clear(own.costs if own else self._costs_of(job), rows, high, seconds)
+        return seconds + self._forecast.clear(own.costs if own else self._costs_of(job), rows, high, seconds)
 
     def wait(self, now: float) -> float:
         """Seconds until what waits and runs now is through."""
-        return self._residual(now, False) + sum(self._clear(w.costs, w.rows, False) for w in self._waiting.values())
-
-    def _residual(self, now: float, high: bool) -> float:
-        """Seconds that the present run will still take."""
-        if self._running is None:
-            return 0.0
-        return max(0.0, self._running_since + (self._running.high if high else self._running.typical) - now)
-
-    def _clear(self, costs: GroupCosts, rows: int, high: bool, later: float = 0.0) -> float:
-        """Seconds for so many rows of a group which begin `later` seconds from now, the device's other users included.
-
-        What arrives until the last of them run joins them, and makes their batch longer: that counts where `high` is
-        asked for.
-        """
-        if not rows:
-            return 0.0
-        largest = self._largest(costs)
-        times, typical = (costs.high if high else costs.typical), costs.typical
-        turn = self.turns.high if high else self.turns.median
-        batches, rest = divmod(rows, self.buckets[largest])
-        seconds = batches * (times[largest] + turn)
-        while rest > 0:
-            together: float = rest
-            if high:
-                together = min(rest + self._joining.value * (later + seconds), self.buckets[largest])
-            index = costs.index(together)
-            if index and typical[index] / together > typical[index - 1] / self.buckets[index - 1] / self.gain:
-                index -= 1  # `_choose` would leave some for another batch
-            seconds += times[index] + turn
-            rest -= self.buckets[index]
-        return seconds
-
-    def _largest(self, costs: GroupCosts) -> int:
-        """Index of the largest bucket that may run."""
-        return self.goal.largest(costs) if self.goal is not None else len(self.buckets) - 1
+        return self._forecast.residual(now, False) + sum(
+            self._forecast.clear(w.costs, w.rows, False) for w in self._waiting.values()
+        )
 
     def _costs_of(self, job: Job) -> GroupCosts:
         waiting = self._waiting.get(job.group) or self._empty.get(job.group)
@@ -288,15 +244,20 @@ class Schedule:
         self._drop(head, count)
         if self.widens is not None and self.merges:
             self._fill(selection)
-        self._running, self._running_since = Expected(seconds, head.costs.high[index]), now
-        self._ahead = self._running.high * MAX_MARGIN
-        self._joining.add(self._joined, now)
+        self._ahead = self._forecast.begin(head.costs, index, now).high * MAX_MARGIN
+        self._forecast.joining.add(self._joined, now)
         self._joined = 0
         return selection
 
-    def ran(self, selection: Selection, seconds: float, *, whole: bool = True) -> None:
-        """The batch ended after so long; unless it ran `whole`, nothing is learned from it."""
-        self._running, self._ahead = None, 0.0
+    def ran(self, selection: Selection, seconds: float, *, whole: bool = True, waited: float = 0.0) -> None:
+        """The batch ended after so long, before which the device was `waited` for.
+
+        Unless it ran `whole`, nothing is learned from its time.
+        """
+        turns = self._forecast.turns
+        if waited or turns:
+            turns.add(waited)
+        self._forecast.running, self._ahead = None, 0.0
         if whole:
             selection.costs.learn(selection.bucket, seconds)
             if self.goal is not None:
@@ -315,7 +276,7 @@ class Schedule:
         first = costs.index(jobs[0].rows)
         if len(jobs) == 1:
             return first, 1
-        last = max(self._largest(costs), first)
+        last = max(self._forecast.largest(costs), first)
         index = count = rows = taken = 0
         least = math.inf
         considered = []

@@ -172,7 +172,7 @@ def test_unaligned_feeds_are_run_aligned(batcher: Batcher, engine: Engine) -> No
     assert not odd.flags.aligned
     engine.gate.release()
     seen: list[bool] = []
-    batcher.run = lambda feeds: (seen.append(feeds["x"].flags.aligned), engine(feeds))[1]  # type: ignore[func-returns-value]
+    batcher._runner.run = lambda feeds: (seen.append(feeds["x"].flags.aligned), engine(feeds))[1]  # type: ignore[func-returns-value]
     Caller(batcher, odd).check()
     assert seen == [True]
 

@@ -216,7 +216,7 @@ def test_the_forecast_is_what_runs_and_what_waits_and_its_own_run() -> None:
 
 def test_other_models_on_the_device_are_reckoned_with() -> None:
     made = schedule(dict.fromkeys(BUCKETS, 0.01))
-    made.turns.add(5e-3)
+    made.ran(running(made), 10e-3, waited=5e-3)
     assert made.forecast(job(65), 0.0) == pytest.approx(2 * (10e-3 + 5e-3))
 
 
