@@ -19,13 +19,12 @@ from functools import partial
 from typing import TypeAlias
 from weakref import ref
 
-from infera_server.codec import datatype_of
-from infera_server.ensemble_graph import Graph, Step, check_members, read
+from infera_server.ensemble_graph import Graph, Step, check_members, read, unproven
 from infera_server.errors import BadRequest, NotFound, RequestError, Unavailable, renamed, request_error
 from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ConfigError, ModelConfig, new
-from infera_server.requests import Output, Request, check_input
+from infera_server.requests import Request, check_input
 from infera_server.rows import Arrays, HostArray
 from infera_server.sequence_model import SequenceModel
 from infera_server.servable import Servable
@@ -48,6 +47,18 @@ class Run(Job):
     batches: list[Batch] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """The model of a step that was seen to fit; weak, since a model that is unloaded must not live on here.
+
+    The `unproven` inputs are checked in each run.
+    """
+
+    model: ref[Servable]
+    unproven: Sequence[str]
+    keeps_state: bool
+
+
 @dataclass(eq=False)
 class Ensemble:
     """A `Servable` over others. Made by `build`."""
@@ -59,15 +70,13 @@ class Ensemble:
     depends: frozenset[str]
     """Models whose absence makes it unavailable; members of ensembles within it included."""
 
-    known: Sequence[ref[Servable]]
-    """The models of the steps that were seen to fit; weak, since a model that is unloaded must not live on here."""
-
     stats: ModelStats = field(default_factory=ModelStats, init=False)
     source_name: str = field(default="ensemble", init=False)
     retired: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.signature: Signature = self.graph.signature
+        self._fitting: Sequence[Fitting] = ()
         self._runs: set[Run] = set()
         self._needed: dict[frozenset[str], Sequence[Step]] = {}
         self._draining = False
@@ -75,7 +84,7 @@ class Ensemble:
 
     @property
     def device(self) -> str:
-        return ", ".join(sorted({member.device for known in self.known if (member := known()) is not None}))
+        return ", ".join(sorted({member.device for f in self._fitting if (member := f.model()) is not None}))
 
     @property
     def lost(self) -> str:
@@ -174,48 +183,55 @@ class Ensemble:
     def _resolve(self) -> Sequence[Servable]:
         """The models of all steps, whose tensors fit. Raises Unavailable, with the ensemble's name."""
         members = [self._find(step) for step in self.graph.steps]
-        if members != [known() for known in self.known]:
+        if members != [fitting.model() for fitting in self._fitting]:
             try:
-                check_members(self.graph, [member.signature for member in members])
+                self.fit(members)
             except ConfigError as error:
                 raise Unavailable(f"{error}; the model was loaded again after the ensemble") from None
-            self.known = [ref(member) for member in members]
         return members
 
-    def _member(self, step: Step) -> Servable:
+    def fit(self, members: Sequence[Servable]) -> None:
+        """Use these models for the steps. Raises ConfigError where their tensors do not fit together."""
+        signatures = [member.signature for member in members]
+        check_members(self.graph, signatures)
+        self._fitting = [
+            Fitting(ref(member), names, _keeps_state(member))
+            for member, names in zip(members, unproven(self.graph, signatures), strict=True)
+        ]
+
+    def _member(self, step: Step) -> tuple[Servable, Fitting]:
         member = self._find(step)
-        return member if member is self.known[step.index]() else self._resolve()[step.index]
+        if member is not self._fitting[step.index].model():
+            self._resolve()
+        return member, self._fitting[step.index]
 
     def _start_ready(self, run: Run) -> None:
         """Start every step whose inputs are there. Raises what its model refuses it with."""
-        ready = [step for step in run.waiting if all(t in run.tensors for t in step.inputs.values())]
-        run.waiting = [step for step in run.waiting if step not in ready]
+        have = run.tensors.keys()
+        ready = [step for step in run.waiting if step.reads <= have]
+        if ready:
+            run.waiting = [step for step in run.waiting if not step.reads <= have]
         for step in ready:
             self._start(run, step)
             if run.state is not State.WAITING:
                 return
 
     def _start(self, run: Run, step: Step) -> None:
-        member, name = self._member(step), self.signature.name
-        feeds = {own: run.tensors[tensor] for own, tensor in step.inputs.items() if tensor in run.tensors}
+        (member, fitting), asked = self._member(step), run.request
+        feeds = {own: run.tensors[tensor] for own, tensor in step.inputs.items()}
         left = run.deadline - time.monotonic()
         try:
-            for own, array in feeds.items():
-                check_input(member.signature.inputs[own], datatype_of(array.dtype, own), array.shape, member.signature)
-            request = Request(
-                run.request.id,
-                feeds,
-                [Output(own, binary=True) for own in step.outputs],
-                max(left, 1e-6),
-                run.request.priority,
-                run.request.correlation if _keeps_state(member) else None,
-            )
+            for own in fitting.unproven:
+                tensor = member.signature.inputs[own]
+                check_input(tensor, tensor.datatype, feeds[own].shape, member.signature)
+            correlation = asked.correlation if fitting.keeps_state else None
+            request = Request(asked.id, feeds, step.asks, max(left, 1e-6), asked.priority, correlation)
             run.under_way[step.index] = member, None
-            nbytes = sum(array.nbytes for array in feeds.values())
+            nbytes = sum([array.nbytes for array in feeds.values()])
             job = member.submit(request, nbytes, partial(self._stepped, run, step))
         except RequestError as error:
             run.under_way.pop(step.index, None)
-            raise renamed(error, f"in ensemble '{name}', {error}") from None
+            raise renamed(error, f"in ensemble '{self.signature.name}', {error}") from None
         if step.index in run.under_way:
             run.under_way[step.index] = member, job
 
@@ -239,8 +255,9 @@ class Ensemble:
             self._end(run)
             answer(run, error)
             return
-        self._forget_used(run)
-        if not run.waiting and not run.under_way and run.state is State.WAITING:
+        if run.waiting:
+            self._forget_used(run)
+        elif not run.under_way and run.state is State.WAITING:
             whole = _summed(run)
             self.stats.ran(whole)
             self._end(run)
@@ -248,7 +265,7 @@ class Ensemble:
 
     def _forget_used(self, run: Run) -> None:
         """Let go of tensors that no step and no client waits for."""
-        wanted = {*run.outputs, *(tensor for step in run.waiting for tensor in step.inputs.values())}
+        wanted = set(run.outputs).union(*[step.reads for step in run.waiting])
         run.tensors = {tensor: array for tensor, array in run.tensors.items() if tensor in wanted}
 
     def _end(self, run: Run) -> None:
@@ -306,10 +323,9 @@ def build(name: str, version: str, config: ModelConfig, lookup: Lookup, timeout:
         )
     if name in depends:
         raise ConfigError(f"circular dependency between ensembles: {name} -> ... -> {name}")
-    check_members(graph, [member.signature for member in members])
-    return Ensemble(
-        graph, _completed(name, config), lookup, timeout, frozenset(depends), [ref(member) for member in members]
-    )
+    ensemble = Ensemble(graph, _completed(name, config), lookup, timeout, frozenset(depends))
+    ensemble.fit(members)
+    return ensemble
 
 
 def _completed(name: str, config: ModelConfig) -> ModelConfig:

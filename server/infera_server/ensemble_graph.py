@@ -11,6 +11,7 @@ from typing import Any
 
 from infera_server.codec import datatype_of
 from infera_server.modelconfig import ConfigError, dtype_that_is
+from infera_server.requests import Output
 from infera_server.rows import Layout
 from infera_server.signature import Signature, Tensor, agree
 
@@ -24,6 +25,11 @@ class Step:
     version: str | None
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    reads: frozenset[str]
+    """The ensemble's tensors that it needs."""
+
+    asks: Sequence[Output]
+    """What it asks of its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,9 @@ def _steps(name: str, config: Any) -> Iterator[Step]:
             if not getattr(entry, member):
                 raise ConfigError(f"must specify '{member}' in step {index} of ensemble '{name}'")
         version = None if entry.model_version in (0, -1) else str(entry.model_version)
-        yield Step(index, entry.model_name, version, dict(entry.input_map), dict(entry.output_map))
+        inputs, outputs = dict(entry.input_map), dict(entry.output_map)
+        asks = [Output(own, binary=True) for own in outputs]
+        yield Step(index, entry.model_name, version, inputs, outputs, frozenset(inputs.values()), asks)
 
 
 def _made(name: str, steps: Sequence[Step]) -> Mapping[str, Step]:
@@ -164,6 +172,17 @@ def check_members(graph: Graph, members: Sequence[Signature]) -> None:
                 _check_alike(
                     name, tensor, known.setdefault(tensor, (step.model, tensors[own])), (step.model, tensors[own])
                 )
+
+
+def unproven(graph: Graph, members: Sequence[Signature]) -> Sequence[Sequence[str]]:
+    """For each step the inputs that what comes may not fit, as only a run shows: where it is declared less closely."""
+    shapes = {name: tensor.shape for name, tensor in graph.signature.inputs.items()}
+    for step, member in zip(graph.steps, members, strict=True):
+        shapes |= {tensor: member.outputs[own].shape for own, tensor in step.outputs.items()}
+    return [
+        [own for own, tensor in step.inputs.items() if not member.inputs[own].accepts(shapes[tensor])]
+        for step, member in zip(graph.steps, members, strict=True)
+    ]
 
 
 def _check_alike(name: str, tensor: str, known: tuple[str, Tensor], other: tuple[str, Tensor]) -> None:
