@@ -37,14 +37,37 @@ Lookup: TypeAlias = Callable[[str, str | None], Servable]
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Run(Job):
-    """One request: the tensors there are so far, the steps that wait for others, and those that are under way."""
+    """One request: the tensors there are so far, the steps that wait for others, and those that are under way.
+
+    The times of its steps are added up. It does not keep their batches, whose jobs lead back to it: only the garbage
+    collector, which halts everything, would free such a circle.
+    """
 
     request: Request
     outputs: Sequence[str]
     tensors: dict[str, HostArray]
     waiting: list[Step]
     under_way: dict[int, tuple[Servable, Job | None]] = field(default_factory=dict)
-    batches: list[Batch] = field(default_factory=list)
+    began_at: float = math.inf
+    copied: float = 0.0
+    ran: float = 0.0
+    split: float = 0.0
+    most: int = 1
+
+    def add(self, batch: Batch) -> None:
+        """A step ran in this batch."""
+        self.began_at = min(self.began_at, batch.taken_at)
+        self.copied += batch.gathered_at - batch.taken_at
+        self.ran += batch.ran_at - batch.gathered_at
+        self.split += batch.split_at - batch.ran_at
+        self.most = max(self.most, batch.most)
+
+    def summed(self) -> Batch:
+        """All steps as if they had been one run."""
+        began = min(self.began_at, time.monotonic())
+        gathered = began + self.copied
+        ran = gathered + self.ran
+        return Batch([self], self.rows, self.rows, began, gathered, ran, ran + self.split, most=self.most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +261,7 @@ class Ensemble:
     def _stepped(self, run: Run, step: Step, result: Arrays | Exception, batch: Batch | None) -> None:
         run.under_way.pop(step.index, None)
         if batch is not None:
-            run.batches.append(batch)
+            run.add(batch)
         if run.state is not State.WAITING:
             return
         name = self.signature.name
@@ -258,7 +281,7 @@ class Ensemble:
         if run.waiting:
             self._forget_used(run)
         elif not run.under_way and run.state is State.WAITING:
-            whole = _summed(run)
+            whole = run.summed()
             self.stats.ran(whole)
             self._end(run)
             answer(run, {tensor: run.tensors[tensor] for tensor in run.outputs}, whole)
@@ -349,13 +372,3 @@ def _absent(name: str, step: Step) -> str:
     if step.version is not None:
         return f"ensemble '{name}' depends on '{step.model}' whose required version {step.version} is not loaded."
     return f"ensemble '{name}' depends on '{step.model}' which has no loaded version."
-
-
-def _summed(run: Run) -> Batch:
-    """The time of all steps, as if they had been one run."""
-    began = min((batch.taken_at for batch in run.batches), default=run.queued_at)
-    gathered = began + sum(batch.gathered_at - batch.taken_at for batch in run.batches)
-    ran = gathered + sum(batch.ran_at - batch.gathered_at for batch in run.batches)
-    split = ran + sum(batch.split_at - batch.ran_at for batch in run.batches)
-    most = max((batch.most for batch in run.batches), default=1)
-    return Batch([run], run.rows, run.rows, began, gathered, ran, split, most=most)

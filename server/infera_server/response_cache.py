@@ -237,6 +237,7 @@ class Cached(Tap):
 
     def _landed(self, flight: Flight, result: Arrays | Exception, batch: Batch | None) -> None:
         """A run has ended: keep its answer, and give it to all who wait for it."""
+        flight.job = None  # which leads back to it
         if isinstance(result, Expired | Overloaded | Unavailable):  # of the one that ran; others may have more time
             first = flight.waiters.pop(0)
             first.flight = None

@@ -274,6 +274,7 @@ class SequenceModel(Tap):
         """It is no step of its sequence any more."""
         step.sequence.steps.remove(step)
         self.waiting -= step.run is None
+        step.run = None  # which leads back to it
 
     def _settle(self, identity: Identity) -> None:
         """Steps of a sequence have left: go on with it, and with those that waited for it to end."""

@@ -22,7 +22,7 @@ from infera_server.rows import HostArray
 from infera_server.sequences import wrap
 from infera_server.servable import Servable
 from infera_server.taps import Tap
-from tests.server.desk import Answer, Desk, send
+from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import WAIT, FakeSession, spec
 
 
@@ -541,3 +541,8 @@ def test_an_unloaded_member_refuses_with_what_the_repository_says(house: House) 
     made.lookup = loading
     with pytest.raises(RequestError, match="in ensemble 'ens', model 'double' is still loading"):
         send(made, Answer(), source=x(1))
+
+
+def test_an_answered_request_leaves_nothing_to_collect(house: House) -> None:
+    ensemble = house.build()
+    assert leaves_nothing(lambda answer: send(ensemble, answer, source=x(3)), house.desk.until)

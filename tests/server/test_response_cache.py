@@ -15,7 +15,7 @@ from infera_server.requests import Correlation, Output, Request
 from infera_server.response_cache import AWAY, MAX_WAITING, OVERHEAD, Cached, ResponseCache, key_of
 from infera_server.rows import HostArray
 from infera_server.servable import Servable
-from tests.server.desk import Answer, Desk, send
+from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import FakeSession, any_width, doubler, spec
 
 
@@ -418,3 +418,10 @@ def test_a_refusal_is_told_where_the_key_came_late(desk: Desk) -> None:
     away.run()
     assert isinstance(answer.result, Overloaded)
     session.gate.set()
+
+
+def test_an_answered_request_leaves_nothing_to_collect(desk: Desk) -> None:
+    """Neither one that ran nor one that was found."""
+    model = cached(desk, doubler())
+    for _ in range(2):
+        assert leaves_nothing(lambda answer: send(model, answer, x=x(3)), desk.until)

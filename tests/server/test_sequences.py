@@ -21,7 +21,7 @@ from infera_server.rows import Arrays, HostArray, Layout
 from infera_server.sequence_config import ignored_in_sequences
 from infera_server.sequence_model import Limits, SequenceModel
 from infera_server.sequences import wrap
-from tests.server.desk import Answer, Desk, send
+from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import WAIT, FakeSession, spec
 
 
@@ -699,3 +699,9 @@ def bounded(desk: Desk, session: FakeSession) -> SequenceModel:
     )
     assert isinstance(model, SequenceModel)
     return model
+
+
+def test_an_answered_step_leaves_nothing_to_collect(desk: Desk) -> None:
+    model = sequences(desk, summing())
+    for correlation in (first(), then(), last()):
+        assert leaves_nothing(lambda answer, c=correlation: send(model, answer, c, x=x(1)), desk.until)  # type: ignore[misc]
