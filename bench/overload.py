@@ -2,9 +2,9 @@
 
 First as much as 128 connections ask for, which is the peak; then requests at ten times that rate, which no reply slows
 down; then one at a time again. Reported: answers in time as a share of the peak, how long answers and refusals took,
-the server's memory, and how soon it answers as before. The model is a chain of `--products` products. By default it runs for
-some milliseconds, and the peak is a few hundred requests a second; with 60 it is thousands, and one event loop cannot
-refuse ten times as many in time. Writes bench/results/<host class>-overload-<date>.json.
+the server's memory, and how soon it answers as before. The model is a chain of `--products` products. By default it
+runs for some milliseconds, and the peak is a few hundred requests a second; with 60 it is thousands, and one event loop
+cannot refuse ten times as many in time. Writes bench/results/<host class>-overload-<date>.json.
 """
 
 from __future__ import annotations
@@ -260,9 +260,8 @@ def main() -> None:
         table.add_row(name, f"{value:,.2f}", wanted.get(name, ""))
     console = Console(stderr=True)
     console.print(table)
-    console.print(
-        f"written: {write_results(before, {'seconds': asked.seconds, 'products': asked.products}, [found], asked.out, 'overload')}"
-    )
+    options = {"seconds": asked.seconds, "products": asked.products}
+    console.print(f"written: {write_results(before, options, [found], asked.out, 'overload')}")
 
 
 if __name__ == "__main__":
