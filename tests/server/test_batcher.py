@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import threading
 import time
@@ -451,3 +452,57 @@ def test_under_many_threads_everyone_gets_their_own_answer() -> None:
     batcher.drain()
     assert batcher.join(WAIT)
     assert batcher.queued == batcher.schedule.queued_rows == batcher.schedule.queued_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_runs_every_job_is_answered_once(seed: int) -> None:
+    """Two models on one device, runs short and long, in the callers' thread and in theirs, with callers that leave."""
+
+    async def play() -> None:
+        loop, rng, turns = asyncio.get_running_loop(), np.random.default_rng(seed), Turns()
+        loads = iter(rng.integers(0, 3, 10_000).tolist())
+
+        def run(feeds: Arrays) -> Arrays:
+            time.sleep((0.0, 0.0, 0.002)[next(loads)])
+            return {"y": feeds["x"] * 2}
+
+        batchers = [
+            Batcher(run, LAYOUT, turns=turns, post=loop.call_soon_threadsafe, soon=loop.call_soon, inline_limit=1e-3)
+            for _ in range(2)
+        ]
+        answers: dict[int, int] = {}
+        left: set[int] = set()
+        wrong: list[Arrays | Exception] = []
+
+        def answered(number: int, x: HostArray, result: Arrays | Exception, batch: Batch | None) -> None:
+            answers[number] = answers.get(number, 0) + 1
+            right = np.array_equal(result["y"], x * 2) if isinstance(result, dict) else isinstance(result, Expired)
+            if not right:
+                wrong.append(result)
+
+        for number in range(600):
+            batcher = batchers[number % 2]
+            x = rng.random((int(rng.integers(1, 9)), int(rng.integers(1, 3)))).astype(np.float32)
+            deadline = time.monotonic() + float(rng.choice([0.001, 10.0]))
+            job = Job({"x": x}, functools.partial(answered, number, x), len(x), x.shape[1:], x.nbytes, deadline)
+            try:
+                batcher.submit(job)
+            except Overloaded:
+                left.add(number)
+            if rng.random() < 0.1 and number not in left:
+                batcher.cancel(job)
+                left.add(number)
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+            batcher.expire()
+        for batcher in batchers:
+            batcher.drain()
+        while not all(batcher.join(0) for batcher in batchers):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        assert not wrong
+        assert turns.held_for() == 0
+        assert all(batcher.queued == 0 for batcher in batchers)
+        assert {n for n in range(600) if answers.get(n, 0) != 1} == {n for n in left if not answers.get(n)}
+
+    asyncio.run(asyncio.wait_for(play(), WAIT * 2))
