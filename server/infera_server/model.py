@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +57,8 @@ class Model:
     config: ModelConfig = field(init=False)
     device: str = field(init=False)
     retired: bool = field(default=False, init=False)
+    measured: Mapping[int, float] = field(default_factory=dict, init=False)
+    """Seconds of a run by rows, as measured at load."""
 
     def __post_init__(self) -> None:
         self.device = self.session.device.name
@@ -222,7 +224,7 @@ def open_model(
     timeout = min(definition.queue_timeout or math.inf, settings.request_timeout)
     model = Model(signature, session, batching, batcher, stats, timeout, path.name, definition, levels)
     size = next(iter(batching.sizes.values()), 1)
-    prime(
+    model.measured = prime(
         session,
         batching.layout,
         size,

@@ -64,15 +64,10 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
     if batching.padding:
         facts.append(("padding", batching.padding))
     if signature.layout:
-        facts.append(
-            (
-                "buckets",
-                ", ".join(map(str, signature.layout.buckets))
-                + ": a batch runs in the one that takes the least time a row",
-            )
-        )
+        buckets = ", ".join(map(str, signature.layout.buckets))
+        facts.append(("buckets", f"{buckets}: a batch runs in the one that takes the least time a row"))
+    at = f" at {', '.join(f'{k}={v}' for k, v in batching.sizes.items())}" if batching.sizes else ""
     if batching.arena_bytes:
-        at = f" at {', '.join(f'{k}={v}' for k, v in batching.sizes.items())}" if batching.sizes else ""
         arenas = "; ".join(f"batch {rows}: {bytes_text(n)}" for rows, n in batching.arena_bytes.items())
         facts.append(("arena", arenas + at))
     else:
@@ -82,6 +77,9 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
         facts.append(("sequences", front.recurrence.reason))
     if front is not loaded.front:
         facts.append(("cache", "equal requests are answered once"))
+    if model.measured:
+        times = "; ".join(f"batch {rows}: {seconds * 1e3:.3g} ms" for rows, seconds in model.measured.items())
+        facts.append(("run times", times + at))
     if (goal := model.stats.goal) is not None:
         facts.append(("goal", goal.state))
     limits = (

@@ -29,12 +29,13 @@ def prime(
     schedule: Schedule,
     share: Share,
     seconds: float,
-) -> None:
+) -> dict[int, float]:
     """Run every bucket a few times, open dimensions at `size`, small buckets first, for about so many seconds.
 
     `group_of(feeds)` names the shapes of a batch as its requests do. What fails or takes too long is left to the first
-    requests that need it.
+    requests that need it. Returns the typical seconds of the buckets that ran, by rows.
     """
+    measured: dict[int, float] = {}
     limits, rng = id_limits(session.graph), np.random.default_rng(0)
     until = time.monotonic() + seconds
     for rows in layout.buckets if layout else (1,):
@@ -46,14 +47,16 @@ def prime(
         costs = schedule.costs.of(group_of(feeds), sum(a.size for a in feeds.values()) / rows)
         for i in range(1 + TIMED):
             if time.monotonic() + costs.typical[costs.index(rows)] > until:
-                return
+                return measured
             took = _timed(session, feeds, share)
             if took is None:
-                return
+                return measured
             if i:
                 costs.learn(rows, took)
+                measured[rows] = costs.typical[costs.index(rows)]
         if schedule.goal is not None:
             schedule.goal.check_reach(costs)
+    return measured
 
 
 def _timed(session: Session, feeds: Arrays, share: Share) -> float | None:
