@@ -91,11 +91,14 @@ def _distinct(site: Site, *, tuples: bool) -> bool:
 
 
 def scattering(*, tuples: bool) -> Kernels:
-    """The kernels of updates written over input 0, without a reduction: by tuples of indices, or along an axis."""
+    """The kernels of updates written over input 0, or combined with it: by tuples of indices, or along an axis."""
+
+    def reduction(site: Site) -> str:
+        return str(site.attrs.get("reduction", "none"))
 
     def count(site: Site) -> int:
         """Of int32, to tell updates of one position apart."""
-        if site.once("distinct", lambda: _distinct(site, tuples=tuples)):
+        if reduction(site) != "none" or site.once("distinct", lambda: _distinct(site, tuples=tuples)):
             return 0
         dims = site.spec(0).dims
         return math.prod(dims[: site.spec(1).dims[-1]] if tuples else dims)
@@ -105,18 +108,23 @@ def scattering(*, tuples: bool) -> Kernels:
 
     def supports(site: Site) -> bool:
         from infera_kernels.triton.scatter import supports_scatter
+        from infera_kernels.triton.scatter_fold import supports_fold
 
-        kept = site.attrs.get("reduction", "none") == "none"
-        return kept and supports_scatter(site.spec(0), site.spec(1), site.spec(2), site.outs[0])
+        given = site.spec(0), site.spec(1), site.spec(2), site.outs[0]
+        if reduction(site) == "none":
+            return supports_scatter(*given)
+        return supports_fold(reduction(site), *given, axis=None if tuples else site.axis())
 
     def bind(site: Site, io: Buffers) -> list[Call]:
         from infera_kernels.triton.scatter import Numbers, scatter
+        from infera_kernels.triton.scatter_fold import scatter_fold
 
         x, indices, updates = io.ins
-        numbers = None
+        axis, numbers = None if tuples else site.axis(), None
+        if reduction(site) != "none":
+            return scatter_fold(reduction(site), x, indices, updates, io.outs[0], io.launcher, axis=axis)
         if workspace(site):
             numbers = Numbers(io.scratch((count(site),), np.int32), io.constant(np.array(-1, np.int32)))
-        axis = None if tuples else site.axis()
         return scatter(x, indices, updates, io.outs[0], io.launcher, axis=axis, numbers=numbers)
 
     return kernels(bind, supports, inplace=(0,), strided=True, strided_out=True, workspace=workspace)

@@ -275,6 +275,25 @@ _SCATTER_ND_CASES = (
 )
 _ND_DUPLICATES = f32(4, 3), np.array([[1], [1], [3]]), f32(3, 3)
 _16, _18 = ("add", "mul"), ("max", "min")
+_MEETING = (
+    Case(
+        "meeting",
+        (f32(3, 4, 5), np.arange(-4, 20).reshape(2, 4, 3) % 8 - 4, f32(2, 4, 3)),
+        {"reduction": "add", "axis": 1},
+    ),
+    Case("long", (f32(7), np.arange(300) % 7, f32(300)), {"reduction": "add"}),
+    Case(
+        "integers",
+        (np.arange(6, dtype=np.int32).reshape(2, 3), np.array([[1, 0, 1], [1, 0, -1]]), np.full((2, 3), 3, np.int32)),
+        {"reduction": "mul"},
+    ),
+)  # fmt: skip
+_ND_MEETING = (
+    Case(
+        "meeting", (f32(3, 2, 4, 5), np.array([[[2, 1]], [[2, -1]], [[0, 0]]]), f32(3, 1, 4, 5)), {"reduction": "add"}
+    ),
+    Case("elements", (f32(3, 4), np.array([[0, 1], [2, -1], [0, 1], [0, 1]]), f32(4)), {"reduction": "mul"}),
+)
 
 
 def _one_hot_dims(site: Site) -> tuple[int, int]:
@@ -336,9 +355,14 @@ OPS: tuple[Op, ...] = (
     _scatter("Scatter", 9, {}, _SCATTER_CASES[:2]),
     _scatter("ScatterElements", 11, {}, _SCATTER_CASES),
     _scatter("ScatterElements", 16, {"reduction": "none"}, _SCATTER_CASES[:1] + _reductions(_16, "dup", *_DUPLICATES)),
-    _scatter("ScatterElements", 18, {"reduction": "none"}, _SCATTER_CASES[:1] + _reductions(_18, "dup", *_DUPLICATES)),
+    _scatter(
+        "ScatterElements", 18, {"reduction": "none"},
+        _SCATTER_CASES[:1] + _reductions(_18, "dup", *_DUPLICATES) + _MEETING,
+    ),
     _scatter_nd(11, {}, _SCATTER_ND_CASES),
     _scatter_nd(16, {"reduction": "none"}, _SCATTER_ND_CASES[:1] + _reductions(_16, "dup", *_ND_DUPLICATES)),
-    _scatter_nd(18, {"reduction": "none"}, _SCATTER_ND_CASES[:1] + _reductions(_18, "dup", *_ND_DUPLICATES)),
+    _scatter_nd(
+        18, {"reduction": "none"}, _SCATTER_ND_CASES[:1] + _reductions(_18, "dup", *_ND_DUPLICATES) + _ND_MEETING
+    ),
     _ONE_HOT,
-)
+)  # fmt: skip

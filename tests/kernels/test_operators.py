@@ -44,6 +44,17 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("GatherElements", "", "middle"),
     ("GatherND", "", "batch"),
     ("Lookup", "infera", "tokens"),
+    ("ScatterElements", "", "meeting"),
+    (
+        "ScatterElements",
+        "",
+        Case(
+            "half",
+            (*(TensorSpec(s, HALF) for s in ((9, 64),)), np.zeros((4, 64), np.int64), TensorSpec((4, 64), HALF)),
+            {"reduction": "add"},
+        ),
+    ),
+    ("ScatterND", "", "meeting"),
     ("Concat", "", "last"),
     ("Tile", "", "both"),
     ("DepthToSpace", "", "crd"),

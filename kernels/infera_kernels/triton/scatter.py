@@ -1,4 +1,4 @@
-"""Updates written to computed positions: by element and by tuple, without a reduction.
+"""Updates written to computed positions: by element and by tuple. `scatter_fold` combines them with what is there.
 
 Where two updates have one position the later one counts, as in NumPy, in every run: each position first finds out, by
 integer maxima, which update is its last. A negative index counts from the end; one that is out of range writes nothing.
@@ -24,7 +24,7 @@ from infera_kernels.triton.pointwise import pick_tiling
 
 
 @triton.jit
-def _positions(first, sizes, steps, own_steps, part, inside):
+def positions(first, sizes, steps, own_steps, part, inside):
     """(offset in the output, offset among the positions, whether in range): what the indices add to both."""
     at = tl.zeros(inside.shape, tl.int64)
     place = tl.zeros(inside.shape, tl.int64)
@@ -55,7 +55,7 @@ def claim_kernel(
     """last[position] = the greatest number of an update there. `strides`: of indices, of updates' numbers, of last."""
     tile, row, col, inside = tile_of(dims, rows, ROWS, COLS, WIDE)
     first = indices + offset_in(tile, row, col, dims, strides, ROW_DIMS)
-    _, place, inside = _positions(first, sizes, own_steps, own_steps, part, inside)
+    _, place, inside = positions(first, sizes, own_steps, own_steps, part, inside)
     number = offset_in(tile, row, col, dims, strides, ROW_DIMS, len(dims)).to(tl.int32)
     place += offset_in(tile, row, col, dims, strides, ROW_DIMS, 2 * len(dims))
     tl.atomic_max(last + place, number + tl.zeros(inside.shape, tl.int32), mask=inside, sem="relaxed")
@@ -85,7 +85,7 @@ def scatter_kernel(
     """
     tile, row, col, inside = tile_of(dims, rows, ROWS, COLS, WIDE)
     first = indices + offset_in(tile, row, col, dims, strides, ROW_DIMS)
-    at, place, inside = _positions(first, sizes, steps, own_steps, part, inside)
+    at, place, inside = positions(first, sizes, steps, own_steps, part, inside)
     if last is not None:
         number = offset_in(tile, row, col, dims, strides, ROW_DIMS, len(dims))
         place += offset_in(tile, row, col, dims, strides, ROW_DIMS, 2 * len(dims))
