@@ -45,6 +45,9 @@ SUITES: Mapping[str, int] = {
 SHARDS = {"batch": 2, "operators": 8}
 """Suites that take longest, in so many parts; see `tests.kernels.support.shard`."""
 
+TIMEOUT = 1200
+"""Seconds; a suite waits for a processor behind those that started before it."""
+
 RUNS = tuple((suite, part) for suite in SUITES for part in range(SHARDS.get(suite, 1)))
 
 
@@ -62,7 +65,7 @@ def interpret(suite: str, part: int, report: Path) -> subprocess.CompletedProces
         env={**os.environ, "TRITON_INTERPRET": "1", SHARD: f"{part}/{SHARDS.get(suite, 1)}"},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=TIMEOUT,
         check=False,
     )
 
@@ -86,6 +89,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.timeout(TIMEOUT)
 @pytest.mark.parametrize(("suite", "part"), RUNS, ids=[f"{suite}-{part}" for suite, part in RUNS])
 def test_kernels_in_the_interpreter(suite: str, part: int, reports: Reports) -> None:
     pytest.importorskip("triton")
