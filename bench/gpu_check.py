@@ -27,20 +27,8 @@ RESULTS = Path(__file__).parent / "results"
 _MODULES = (gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_convolutions, gpu_batches)
 _ALL: Mapping[str, Section] = {name: section for module in _MODULES for name, section in module.SECTIONS.items()}
 _ORDER = (
-    *(
-        "facts",
-        "kernels",
-        "models",
-        "memory",
-        "replays",
-        "batches",
-        "precisions",
-        "faults",
-        "networks",
-        "launches",
-        "products",
-    ),
-    *("rows", "convolutions", "latency", "portable"),
+    *("facts", "kernels", "models", "memory", "replays", "precisions", "faults", "networks", "batches", "launches"),
+    *("products", "rows", "convolutions", "latency", "portable"),
 )
 SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in _ORDER}
 """The most important first: what there is no time for is at the end."""
