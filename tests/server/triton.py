@@ -105,14 +105,25 @@ def _expand(x: Any) -> Any:
 
 
 def ask(address: str, request: dict[str, Any]) -> Reply:
-    """Send a request, and wait `until` a path has a status, where it says so."""
+    """Send a request, and wait `until` a path has a status where it says so.
+
+    An index is asked again while a model is being unloaded.
+    """
     reply = _send(address, request)
     until = request.get("until")
     deadline = time.monotonic() + PATIENCE
     while until and not _among(_send(address, {"path": until["path"]}).status, until["status"]):
         assert time.monotonic() < deadline, f"{until['path']} did not become {until['status']}"
         time.sleep(0.01)
+    while _is_unloading(reply):
+        assert time.monotonic() < deadline, "a model is never unloaded"
+        time.sleep(0.01)
+        reply = _send(address, request)
     return reply
+
+
+def _is_unloading(reply: Reply) -> bool:
+    return isinstance(reply.body, list) and any(e.get("state") == "UNLOADING" for e in reply.body if "state" in e)
 
 
 def _send(address: str, request: dict[str, Any]) -> Reply:
