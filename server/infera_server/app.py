@@ -29,7 +29,6 @@ from infera_server.servable import Servable
 from infera_server.service import Service
 from infera_server.versions import chosen
 
-READ = ["GET", "HEAD"]
 MAX_MANAGEMENT_BODY = 1 << 16
 
 T = TypeVar("T")
@@ -67,14 +66,18 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         return _error(InternalError.status, "the server failed; its log says more")
 
     def read(path: str) -> Callable[..., Any]:
-        return app.api_route(path, methods=READ)
+        def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+            _add_reading(app, path, handler)
+            return handler
+
+        return register
 
     def read_model(suffix: str) -> Callable[..., Any]:
         """Register under a model and under each of its versions."""
 
         def register(handler: Callable[..., Any]) -> Callable[..., Any]:
             for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-                app.add_api_route(path + suffix, handler, methods=READ)
+                _add_reading(app, path + suffix, handler)
             return handler
 
         return register
@@ -177,11 +180,12 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
             )
 
     async def infer(request: Request) -> Response:
-        """Inference is answered by `hotpath`: what arrives here has another verb, or a version that is no number."""
-        return _error(404, "Not Found") if request.method == "POST" else _error(405, "Method Not Allowed")
+        """JSON as below, or JSON and then binary tensors, with its length in Inference-Header-Content-Length."""
+        return _error(404, "Not Found")  # what can be a model's is answered by `hotpath`
 
     for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"):
-        app.add_route(path, infer, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+        described = _described(path, v2_rest.SCHEMA)
+        app.add_api_route(path, infer, methods=["POST"], summary="Inference", openapi_extra=described)
     return app
 
 
@@ -218,13 +222,17 @@ def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
         return answer
 
     for route in routes:
-        app.add_api_route(
-            route.path,
-            endpoint(route),
-            methods=READ if route.verb == "GET" else [route.verb],
-            summary=route.summary,
-            openapi_extra=_described(route.path, route.body),
-        )
+        described = {"summary": route.summary, "openapi_extra": _described(route.path, route.body)}
+        if route.verb == "GET":
+            _add_reading(app, route.path, endpoint(route), **described)
+        else:
+            app.add_api_route(route.path, endpoint(route), methods=[route.verb], **described)
+
+
+def _add_reading(app: FastAPI, path: str, handler: Callable[..., Any], **described: Any) -> None:
+    """Register for GET, and for HEAD, of which the documentation says nothing."""
+    app.add_api_route(path, handler, methods=["GET"], **described)
+    app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
 
 def _described(path: str, body: Mapping[str, Any]) -> dict[str, Any]:

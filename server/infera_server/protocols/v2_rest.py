@@ -40,6 +40,39 @@ from infera_server.signature import Signature
 MAX_REPLIES = 64
 """Documents of replies that are kept with what requests have in common."""
 
+_PARAMETERS = {"type": "object", "additionalProperties": {"type": ["boolean", "number", "string"]}}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "inputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "shape", "datatype"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                    "datatype": {"type": "string", "enum": list(codec.DATATYPES)},
+                    "parameters": _PARAMETERS,
+                    "data": {"type": "array"},
+                },
+            },
+        },
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {"name": {"type": "string"}, "parameters": _PARAMETERS},
+            },
+        },
+    },
+}
+"""The JSON Schema of a request's document."""
+
 
 def header_length(value: bytes) -> int:
     """Inference-Header-Content-Length. Raises BadRequest for what is not a number."""
