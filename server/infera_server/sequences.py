@@ -33,7 +33,8 @@ def wrap(
     if config is not None and config.HasField("sequence_batching"):
         recurrence = declared(config, model.signature, read)
     else:
-        states, why = find(model.session, model.batching.layout, model.batching.sizes)
+        with model.batcher.turns:
+            states, why = find(model.session, model.batching.layout, model.batching.sizes)
         if not states:
             return model
         log.info("model '%s' keeps states for sequences: %s", model.signature.name, why)

@@ -454,6 +454,21 @@ def test_a_size_that_the_data_decides_is_no_states() -> None:
     )
 
 
+def test_it_is_found_when_it_is_its_turn_on_the_device(desk: Desk) -> None:
+    session = summing()
+    model = desk.open(session)
+    held: list[bool] = []
+    fn = session.fn
+
+    def watched(feeds: Arrays) -> Arrays:
+        held.append(model.batcher.turns.held_since is not None)
+        return fn(feeds)
+
+    session.fn = watched
+    assert wrap(model) is not model
+    assert held == [True, True]
+
+
 def test_a_model_without_states_is_left_as_it_is(desk: Desk) -> None:
     model = desk.open(recurrent({"h": "k"}, stepped({"h": "k"})))
     assert wrap(model) is model
