@@ -222,7 +222,7 @@ def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
         return answer
 
     for route in routes:
-        described = {"summary": route.summary, "openapi_extra": _described(route.path, route.body)}
+        described: dict[str, Any] = {"summary": route.summary, "openapi_extra": _described(route.path, route.body)}
         if route.verb == "GET":
             _add_reading(app, route.path, endpoint(route), **described)
         else:
