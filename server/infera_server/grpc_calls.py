@@ -84,13 +84,14 @@ class Call:
     def reply(self, result: Arrays | Exception, batch: Batch | None, more: bytes = b"") -> list[Buffer]:
         """The parts of the response, with the members of `more`. Raises RequestError where the run failed."""
         model, request, tracing = self.model, self.request, self.service.tracing
-        if tracing.on and self.job is not None:
-            tracing.record(model.signature, request.id, self.began, self.job, batch)
+        job, self.job = self.job, None  # it leads here
+        if tracing.on and job is not None:
+            tracing.record(model.signature, request.id, self.began, job, batch)
         try:
             if isinstance(result, Exception):
                 raise result
             if request.trace:
-                more += v2_grpc.text_parameter(TRACE, explain(batch, self.job))
+                more += v2_grpc.text_parameter(TRACE, explain(batch, job))
             parts = v2_grpc.respond(request, result, model.signature, self.service.regions, more)
         except Exception as error:
             raise failed(model, self.began, error) from None
@@ -198,9 +199,11 @@ class ModelInfer:
     async def handle(self, data: bytes, context: Any) -> bytes:
         answer: asyncio.Future[tuple[Arrays | Exception, Batch | None]] = asyncio.get_running_loop().create_future()
 
+        waiting = [answer]  # emptied, since the batch in the answer leads to its jobs, and they lead here
+
         def done(result: Arrays | Exception, batch: Batch | None) -> None:
-            if not answer.done():
-                answer.set_result((result, batch))
+            if not (found := waiting.pop()).done():
+                found.set_result((result, batch))
 
         try:
             inference = self._inference

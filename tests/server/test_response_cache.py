@@ -192,7 +192,6 @@ def test_sequences_and_memory_that_clients_share_are_passed_on(desk: Desk) -> No
     for _ in range(2):
         desk.ask(model, Correlation(1, start=True), x=x(3))
     assert session.batches == [1, 1]
-    session.batches.clear()
     region = mmap.mmap(-1, 16)
     region[:] = x(3).tobytes()
     shared = np.frombuffer(memoryview(region), np.float32).reshape(1, 4)
