@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from infera_server.errors import Expired, Unavailable
+from infera_server.errors import Expired, RequestError, Unavailable
 from infera_server.goal import Goal
 from infera_server.jobs import Batch, Job, State
 from infera_server.rows import Layout
@@ -53,6 +53,8 @@ class Batcher:
     Without a `layout` every job runs alone. A run longer than `run_limit` seconds cannot be stopped, but `expire`
     answers the jobs in it. `soon(fn)` must call `fn()` in the callers' thread when that has done what it is at
     (`loop.call_soon`): what arrives until then runs together, and there if it takes up to `inline_limit` seconds.
+    `wait_for_engine()` returns once there is something to run on; jobs wait until then, and nobody's turn is taken.
+    A RequestError that `run` raises is the answer to all jobs of the batch.
     """
 
     run: Run
@@ -69,6 +71,7 @@ class Batcher:
     weight: float = 1.0
     soon: Callable[[Callable[[], None]], object] | None = None
     inline_limit: float = 0.0
+    wait_for_engine: Callable[[], None] | None = None
     schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,16 +126,20 @@ class Batcher:
             job.state = State.CANCELLED
             return waited
 
-    def expire(self) -> None:
-        """Answer the waiting jobs whose deadline has passed, and those in a run that takes longer than `run_limit`."""
+    def expire(self) -> bool:
+        """Answer the waiting jobs whose deadline has passed, and those in a run that takes longer than `run_limit`.
+
+        Returns whether there was such a run.
+        """
         now = time.monotonic()
-        if self._running and now - self._running_since > self.run_limit:
+        stuck = bool(self._running) and now - self._running_since > self.run_limit
+        if stuck:
             self.give_up(Expired(f"model '{self.name}' has been running this request for {self.run_limit:g} s"))
-        if not self.schedule.queued:
-            return
-        with self._lock:
-            late = self.schedule.late(now)
-        self._post_late(late, now)
+        if self.schedule.queued:
+            with self._lock:
+                late = self.schedule.late(now)
+            self._post_late(late, now)
+        return stuck
 
     def drain(self) -> None:
         """Refuse new jobs from now on; the engine thread ends once every accepted job has run."""
@@ -190,6 +197,8 @@ class Batcher:
                     self._engine = Engine.NOBODY
 
     def _take_turn(self) -> None:
+        if self.wait_for_engine is not None and not self._has_turn:
+            self.wait_for_engine()
         asked, behind = time.monotonic(), self.turns.holder
         if not self._has_turn:
             self.share.enter()
@@ -197,7 +206,8 @@ class Batcher:
         try:
             batches = self._run_next(asked, behind)
         finally:
-            self._has_turn = self.share.leave(again=bool(batches and self.schedule.queued))
+            failed = bool(batches) and isinstance(batches[0].results[0], RequestError)
+            self._has_turn = self.share.leave(again=bool(batches and self.schedule.queued and not failed))
         for batch in batches:
             self._post(batch)
 

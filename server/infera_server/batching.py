@@ -16,7 +16,6 @@ import numpy as np
 
 from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.spec import TensorSpec
-from infera_server.independence import branch_values, mixes_rows
 from infera_server.proof import PROBE_SIZES, ROW_SCALES, SMALL_IDS, Proof, prove, random_array, shape_at
 from infera_server.rows import HostArray, Layout
 from infera_server.runtime import Session, Specs
@@ -68,9 +67,10 @@ def derive(session: Session, max_batch: int) -> Batching:
     found = list(candidates(session.inputs, session.outputs))
     if not found:
         return Batching(None, f"off: {_no_candidate(session)}", alone, sizes)
-    if mixing := mixes_rows(session.graph, found[0].shared):
-        return Batching(None, f"off: {found[0].origin}, but {mixing}", alone, sizes)
-    values = {name: branch_values(session.graph, name, session.inputs[name]) for name in found[0].shared}
+    facts = session.facts(found[0].shared)
+    if facts.mixes_rows:
+        return Batching(None, f"off: {found[0].origin}, but {facts.mixes_rows}", alone, sizes)
+    values = {name: _filled(session.inputs[name], points) for name, points in facts.branches.items()}
     if unknown := [name for name, points in values.items() if points is None]:
         return Batching(None, f"off: input '{unknown[0]}' has no batch axis and chooses a branch", alone, sizes)
     refusals = []
@@ -80,6 +80,10 @@ def derive(session: Session, max_batch: int) -> Batching:
             return _sized(session, candidate, max_batch, proof)
         refusals.append(f"{candidate.origin}, but {proof.refusal}")
     return Batching(None, f"off: {'; '.join(refusals)}", alone, sizes)
+
+
+def _filled(spec: TensorSpec, points: Sequence[bool | int | float] | None) -> Sequence[HostArray] | None:
+    return None if points is None else [np.full(spec.shape, point, spec.dtype) for point in points]
 
 
 def _proven(session: Session, candidate: Candidate, values: Mapping[str, Sequence[HostArray] | None]) -> Proof:

@@ -95,6 +95,14 @@ def serve(
     pinned: Annotated[
         list[str] | None, typer.Option("--keep", help="A model that is never evicted. Repeatable.", metavar="MODEL")
     ] = None,
+    isolate: Annotated[
+        bool | None,
+        typer.Option(
+            "--isolate",
+            help="Run each model in a process of its own, which is started again after a crash; "
+            "--vram-limit is then that of each. [default: off]",
+        ),
+    ] = None,
     model_control: Annotated[
         str | None,
         typer.Option(

@@ -98,6 +98,15 @@ class Control:
         for other in {loaded.name for loaded in self._repository.loaded() if name in loaded.definition.members}:
             self._take_out(other, UNLOADED)
 
+    def _withdraw(self, loaded: Loaded, reason: str) -> None:
+        """Serve the other versions of a model, where there are any."""
+        before = self._repository.generation(loaded.name)
+        others = {s: m for s, m in before.models.items() if m is not loaded} if before else {}
+        if before is not None and others:
+            self._serve(Generation(before.definition, others), keep=False, reason=reason)
+        else:
+            self._take_out(loaded.name, reason)
+
     async def roll_back(self, name: str) -> None:
         """Serve what served before the last load, which in turn is kept. Raises BadRequest where nothing was kept."""
         async with self._turns[name]:
@@ -108,7 +117,11 @@ class Control:
             log.info("model '%s' is rolled back to version %s", name, ", ".join(s.version for s in before.models))
 
     def expire(self) -> None:
-        """Let go of what was kept for a rollback long enough."""
+        """Let go of what was kept for a rollback long enough, and of models whose engine processes are given up."""
+        if self._settings.isolate:
+            for loaded in self._repository.loaded():
+                if loaded.front.lost:
+                    self._withdraw(loaded, loaded.front.lost)
         for name, kept in list(self._repository.previous.items()):
             if time.monotonic() >= kept.until:
                 self._forget_previous(name)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infera_gpu.graph import Graph
 from infera_gpu.spec import Dim, TensorSpec
+from infera_server.independence import Facts
 from infera_server.modelconfig import ConfigError, ModelConfig, dtype_of, type_name, type_of
 from infera_server.rows import Arrays
-from infera_server.runtime import Device, Plan, Session, Specs
+from infera_server.runtime import Device, Plan, Session, Specs, Supervision
 
 Shape = tuple[int, ...]
 
@@ -42,8 +42,15 @@ class Declared:
     results: Mapping[str, Reshape]
 
     @property
-    def graph(self) -> Graph:
-        return self.session.graph
+    def overridable(self) -> Specs:
+        return self.session.overridable
+
+    @property
+    def supervision(self) -> Supervision | None:
+        return self.session.supervision
+
+    def facts(self, shared: Collection[str] = ()) -> Facts:
+        return self.session.facts(shared)
 
     @property
     def device(self) -> Device:
@@ -76,14 +83,13 @@ def declared(session: Session, config: ModelConfig) -> Declared:
     Raises ConfigError, in Triton's words, where they are not the model's.
     """
     batched = config.max_batch_size > 0
-    overridable: Specs = getattr(session, "overridable", {})
-    inputs, feeds = _tensors("input", config.input, {**session.inputs, **overridable}, config, session.inputs)
+    inputs, feeds = _tensors("input", config.input, {**session.inputs, **session.overridable}, config, session.inputs)
     outputs, results = _tensors("output", config.output, session.outputs, config, {})
     optional = {t.name: inputs[t.name] for t in config.input if t.optional}
     for name in optional:
         if batched:
             raise _unable(config, f"optional input '{name}' is not supported for models that support batching")
-        if name not in overridable:
+        if name not in session.overridable:
             raise _unable(config, f"input '{name}' cannot be optional: the model has no value for it")
     required = {name: spec for name, spec in inputs.items() if name not in optional}
     return Declared(session, required, outputs, optional, feeds, results)

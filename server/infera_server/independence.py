@@ -7,6 +7,7 @@ bring out: a scale taken over the whole tensor changes nothing while every row h
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,29 @@ _KEEPS_IDS = frozenset(
      "Concat", "Where", "Min", "Max", "Abs", "Relu", "Split", "Gather"}
 )  # fmt: skip
 """Operators whose first inputs' ids come out as they went in, or smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a graph says about its rows: `mixes_rows`, `branch_values`, `id_limits`, and the bytes of its weights.
+
+    `branches` has the values of every shared input, or None, as they are without a shape.
+    """
+
+    mixes_rows: str | None
+    branches: Mapping[str, Sequence[bool | int | float] | None]
+    id_limits: Mapping[str, int]
+    weight_bytes: int
+
+
+def facts_of(graph: Graph, inputs: Mapping[str, TensorSpec], shared: Collection[str]) -> Facts:
+    """All of it, for a guess in which these inputs are not of one row but of all."""
+    branches: dict[str, Sequence[bool | int | float] | None] = {}
+    for name in shared:
+        values = branch_values(graph, name, inputs[name])
+        branches[name] = None if values is None else [value.item() for value in values]
+    weights = sum(array.nbytes for inner in graph.walk() for array in inner.constants.values())
+    return Facts(mixes_rows(graph, shared), branches, id_limits(graph), weights)
 
 
 def mixes_rows(graph: Graph, shared: Collection[str] = ()) -> str | None:

@@ -16,7 +16,7 @@ from infera_server.discovery import Source
 from infera_server.ensemble import Lookup, build
 from infera_server.fronts import before, cached
 from infera_server.loaded import Loaded
-from infera_server.model import Model, Opener, Post, open_model, open_session
+from infera_server.model import Model, Opener, Post, open_isolated, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
 from infera_server.response_cache import ResponseCache
@@ -57,8 +57,13 @@ class Loader:
         if self._opener is not None:
             return self._counted(self._open(source, definition, self._opener, post))
         place = self._placement.take(source.name, _size(source.path), definition.device(self.settings))
+        opener = (
+            partial(open_isolated, place=place, name=source.name)
+            if self.settings.isolate
+            else partial(open_session, place=place)
+        )
         try:
-            loaded = self._counted(self._open(source, definition, partial(open_session, place=place), post))
+            loaded = self._counted(self._open(source, definition, opener, post))
         except OutOfMemoryError as error:
             self._placement.give_back(place)
             raise NoRoomError(error, place.device) from None

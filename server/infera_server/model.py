@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from infera_gpu.cpus import default_threads
-from infera_gpu.errors import ModelError
-from infera_gpu.spec import tensors_of
 from infera_server.batcher import Batcher
 from infera_server.batching import Batching, derive
 from infera_server.declared import Declared, declared
 from infera_server.definition import Definition
-from infera_server.errors import BadRequest, InternalError, RequestError, request_error
+from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, request_error
 from infera_server.goal import Goal
+from infera_server.isolated import IsolatedSession
 from infera_server.jobs import ANY_LEVELS, Batch, Done, Job, Levels
 from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, completed
@@ -27,7 +26,7 @@ from infera_server.padding import Lengthened, lengthened, widens, with_padding
 from infera_server.placement import Place
 from infera_server.requests import Request
 from infera_server.rows import Arrays, Layout, value_of
-from infera_server.runtime import Session
+from infera_server.runtime import Session, open_file
 from infera_server.samples import run_samples
 from infera_server.sequence_config import with_states
 from infera_server.settings import Settings
@@ -90,7 +89,8 @@ class Model:
         self.batcher.cancel(job)
 
     def expire(self) -> None:
-        self.batcher.expire()
+        if self.batcher.expire() and self.session.supervision is not None:
+            self.session.supervision.interrupt()
 
     def drain(self) -> None:
         self.batcher.drain()
@@ -146,22 +146,25 @@ def threads_of(settings: Settings) -> tuple[int, str]:
 
 def open_session(path: Path, settings: Settings, *, place: Place) -> Session:
     """Load an ONNX file with the runtime at its place. Raises InferaError."""
-    import infera_gpu
-
-    session = infera_gpu.load(
+    return open_file(
         path,
         device=place.device,
         threads=threads_of(settings)[0],
         precision=settings.precision,
         vram_limit=place.budget,
     )
-    try:
-        tensors_of(session.inputs, "input")
-        tensors_of(session.outputs, "output")
-    except TypeError as error:
-        session.close()
-        raise ModelError(f"{path.name} cannot be served: {error}") from None
-    return cast(Session, session)
+
+
+def open_isolated(path: Path, settings: Settings, *, place: Place, name: str) -> Session:
+    """`open_session` in a process of its own, to which the limit of GPU memory is then its own. Raises InferaError."""
+    arguments = {
+        "path": str(path),
+        "device": place.device,
+        "threads": threads_of(settings)[0],
+        "precision": settings.precision,
+        "vram_limit": settings.vram_limit,
+    }
+    return IsolatedSession(name, "infera_server.runtime:open_file", arguments)
 
 
 def open_model(
@@ -188,14 +191,16 @@ def open_model(
         with (turns := turns_of(session.device.name)):
             batching = with_padding(session, _batching(session, config, settings.max_batch), settings.pad.get(name))
             run_samples(session, config, definition.folder)
+        if session.device.lost:
+            raise Unavailable(session.device.lost)
     except BaseException:
         session.close()
         raise
+    supervision = session.supervision
     stats = ModelStats()
     kind, _, index = session.device.name.partition(":")
     if kind == "cuda":
-        constants = (a.nbytes for graph in session.graph.walk() for a in graph.constants.values())
-        stats.memory["GPU", int(index or 0)] = sum(constants)
+        stats.memory["GPU", int(index or 0)] = session.facts().weight_bytes
     if slo := settings.slo_p99_of.get(name, settings.slo_p99):
         stats.goal = Goal(slo, name)
 
@@ -217,7 +222,8 @@ def open_model(
         widens=widens if batching.layout and batching.layout.padding else None,
         weight=settings.shares.get(name, 1.0),
         soon=_soon,
-        inline_limit=settings.inline_run if session.device.name == "cpu" else 0.0,
+        inline_limit=settings.inline_run if session.device.name == "cpu" and supervision is None else 0.0,
+        wait_for_engine=supervision.wait if supervision is not None else None,
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
     levels = Levels(settings.priority_levels, settings.default_priority)

@@ -15,7 +15,6 @@ import numpy as np
 
 from infera_gpu.spec import TensorSpec
 from infera_server.batching import Batching
-from infera_server.independence import id_limits
 from infera_server.proof import close, random_array, shape_at
 from infera_server.rows import (
     Arrays,
@@ -150,7 +149,7 @@ def _is_flat(spec: TensorSpec, batch: int) -> bool:
 
 def _prove(session: Session, layout: Layout, guess: Guess) -> tuple[Layout | None, str]:
     """The layout with this padding, None where it cannot be run; and why padding changes results, or ''."""
-    limits = id_limits(session.graph)
+    limits = session.facts().id_limits
     refusal = "no length could be run"
     for length, wide in product(PROBE_LENGTHS, (True, False)):
         rng = np.random.default_rng(0)

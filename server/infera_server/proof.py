@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.independence import id_limits
 from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import Session
 
@@ -46,7 +45,7 @@ def prove(
 
     Without `outputs` they are the axes that grow with the rows. All rows have the `shared` inputs.
     """
-    limits = id_limits(session.graph)
+    limits = session.facts().id_limits
     shared = shared or {}
     refusal = ""
     for size, wide in product(PROBE_SIZES, (True, False)):

@@ -262,6 +262,8 @@ class Repository:
     @property
     def lost(self) -> str:
         """Why a device works no more, which only a new process mends; empty while all do."""
+        if self.settings.isolate:
+            return ""  # of an engine process, which is a new one by then
         return next(filter(None, (model.lost for model in self.ready())), "")
 
     def get(self, name: str, version: str | None = None) -> Servable:

@@ -45,6 +45,4 @@ class HostRoom:
 
 def planned_bytes(model: Model) -> int:
     """Weights and the largest arena that is planned for."""
-    graph = model.session.graph
-    weights = sum(array.nbytes for inner in graph.walk() for array in inner.constants.values())
-    return weights + max(model.batching.arena_bytes.values(), default=0)
+    return model.session.facts().weight_bytes + max(model.batching.arena_bytes.values(), default=0)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from infera_server.errors import RequestError
 from infera_server.jobs import Batch, Job, State
 from infera_server.rows import Arrays, Gatherer, Layout, in_order, split
 from infera_server.schedule import Selection
@@ -30,6 +31,10 @@ class Runner:
         jobs = selection.jobs
         try:
             return [self._run_together(selection)]
+        except RequestError as error:
+            now = time.monotonic()
+            rows = sum(job.rows for job in jobs)
+            return [Batch(jobs, rows, selection.bucket, now, now, now, now, [error] * len(jobs))]
         except Exception as error:
             log.debug("model '%s': a batch of %d failed, each runs alone now: %s", self.name, len(jobs), error)
         batches = [self._run_alone(job) for job in jobs if job.state is State.RUNNING]

@@ -83,6 +83,7 @@ class Settings(BaseSettings):
     pad: dict[str, PadRule] = Field(default_factory=dict)
     priority_levels: int = Field(default=9, ge=1)
     default_priority: int = Field(default=5, ge=1)
+    isolate: bool = False
     inline_run: float = Field(default=0.0003, ge=0)
     warmup_seconds: float = Field(default=2.0, ge=0)
     grpc_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None

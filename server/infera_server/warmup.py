@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-from infera_server.independence import id_limits
 from infera_server.proof import random_array, shape_at
 from infera_server.rows import Arrays, HostArray, Layout
 from infera_server.runtime import Session
@@ -36,7 +35,7 @@ def prime(
     requests that need it. Returns the typical seconds of the buckets that ran, by rows.
     """
     measured: dict[int, float] = {}
-    limits, rng = id_limits(session.graph), np.random.default_rng(0)
+    limits, rng = session.facts().id_limits, np.random.default_rng(0)
     until = time.monotonic() + seconds
     for rows in layout.buckets if layout else (1,):
         feeds: dict[str, HostArray] = {}

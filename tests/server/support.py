@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +20,11 @@ from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
 from infera_server.access import Access
 from infera_server.discovery import Source
+from infera_server.independence import Facts, facts_of
 from infera_server.model import Model
 from infera_server.repository import Repository
 from infera_server.rows import Arrays, HostArray
-from infera_server.runtime import Session
+from infera_server.runtime import Session, Supervision
 from infera_server.server import Host, listen
 from infera_server.settings import Settings
 
@@ -53,6 +54,8 @@ class FakeSession:
     fn: Callable[[Arrays], Arrays]
     device: FakeDevice = field(default_factory=FakeDevice)
     nodes: tuple[Node, ...] = ()
+    overridable: Mapping[str, TensorSpec] = field(default_factory=dict)
+    supervision: Supervision | None = None
     constants: dict[str, HostArray] = field(default_factory=dict)
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -62,9 +65,8 @@ class FakeSession:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    @property
-    def graph(self) -> Graph:
-        return Graph(self.nodes, self.inputs, self.outputs, self.constants)
+    def facts(self, shared: Collection[str] = ()) -> Facts:
+        return facts_of(Graph(self.nodes, self.inputs, self.outputs, self.constants), self.inputs, shared)
 
     def run(self, feeds: Arrays) -> Arrays:
         self.batches.append(next(iter(feeds.values())).shape[0])

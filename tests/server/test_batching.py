@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ from infera_gpu.spec import Dim, TensorSpec
 from infera_server.batching import buckets_to, derive
 from infera_server.independence import branch_values
 from infera_server.rows import Arrays, HostArray
-from infera_server.runtime import Session
+from infera_server.runtime import LocalSession, Session
 from tests.server.support import FakePlan, FakeSession, doubler, spec
 
 
@@ -164,7 +164,7 @@ def load(text: str, constants: Mapping[str, HostArray] | None = None) -> Session
     for name, array in (constants or {}).items():
         graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    return cast(Session, infera_gpu.load(model, device="cpu"))
+    return LocalSession(infera_gpu.load(model, device="cpu"))
 
 
 RNG = np.random.default_rng(0)
