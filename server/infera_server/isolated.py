@@ -120,8 +120,8 @@ class Supervisor:
             if self._crashes > MOST_CRASHES:
                 with self._changed:
                     self.failed = (
-                        f"the engine process of model '{self._name}' {how}, for the {self._crashes}th time without "
-                        "one run to its end: it is not started again"
+                        f"the engine process of model '{self._name}' {how}, and is not started again: "
+                        f"{self._crashes} in a row ended without one run to its end"
                     )
                     self._changed.notify_all()
                 log.error("%s", self.failed)

@@ -207,7 +207,9 @@ def test_a_model_that_crashes_each_time_is_given_up_and_says_why(
         for _ in range(3):
             assert running.infer("m", first(CRASH))[0] == 503
         until(lambda: running.index()["m/1"].startswith("UNAVAILABLE"))
-        assert "was ended by SIGSEGV, for the 3th time without one run to its end" in running.index()["m/1"]
+        assert (
+            "was ended by SIGSEGV, and is not started again: 3 in a row ended without one run" in running.index()["m/1"]
+        )
         assert len(pids(ids)) == 3
         assert running.infer("m", first(1))[0] == 404
         running.call(running.host.service.load_model("m"))
@@ -221,3 +223,19 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
         until(lambda: running.infer("m", first(1))[0] == 200)
         assert not is_alive(pids(ids)[0])
     assert not any(map(is_alive, pids(ids)))
+
+
+def test_a_model_file_is_served_isolated_and_its_process_ends_when_it_is_unloaded(tmp_path: Path) -> None:
+    settings = Settings(isolate=True, warmup_seconds=0, device="cpu")
+    with hosting(Repository(settings, [Source("relu", "1", save_relu(tmp_path))])) as running:
+        model = running.host.repository.loaded()[0].model
+        assert model is not None
+        assert isinstance(model.session, IsolatedSession)
+        assert model.signature.layout is not None
+        status, body = running.infer("relu", request_of(np.array([[-1, 2, 3]], np.float32)))
+        assert (status, body["outputs"][0]["data"]) == (200, [0, 2, 3])
+        session = model.session
+        running.call(running.host.service.unload_model("relu"))
+        until(lambda: running.index()["relu/1"] == "UNAVAILABLE: unloaded")
+        with pytest.raises(Unavailable, match="closed"):
+            session.facts()
