@@ -43,7 +43,10 @@ async def counted(model: Servable, answer: Awaitable[bytes]) -> bytes:
     try:
         reply = await answer
     except Exception as error:
-        model.stats.replied(request_error(error, model.signature.name).status, time.monotonic() - began)
+        answered = request_error(error, model.signature.name)
+        if answered.reason:
+            model.stats.refused[answered.reason] += 1
+        model.stats.replied(answered.status, time.monotonic() - began)
         raise
     model.stats.replied(200, time.monotonic() - began)
     return reply

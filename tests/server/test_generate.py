@@ -153,6 +153,26 @@ def test_a_client_that_leaves_is_forgotten() -> None:
         assert session.batches == [1]
 
 
+def test_refusals_are_counted_by_their_reason() -> None:
+    session = doubler()
+    with serving({"double": session}, max_queue=1) as server:
+        session.block()
+        body = b'{"x": [1, 2, 3, 4]}'
+        running, waiting = server.connect(), server.connect()
+        running.sendall(http_request(body, "/v2/models/double/generate"))
+        session.wait_entered()
+        waiting.sendall(http_request(body, "/v2/models/double/generate"))
+        model = server.host.repository.get("double")
+        until(lambda: model.queued == 1)
+        status, headers, _ = server.request("POST", "/v2/models/double/generate", body)
+        assert (status, int(headers["retry-after"]) >= 1) == (429, True)
+        assert list(model.stats.refused.values()) == [1]
+        session.gate.set()
+        for connection in (running, waiting):
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            connection.close()
+
+
 def test_numbers_that_json_lacks(server: Running) -> None:
     signature = server.host.repository.get("double").signature
     request = Request("", {}, all_outputs(signature, binary=False))
