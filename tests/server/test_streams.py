@@ -22,7 +22,7 @@ from infera_server.protocols.protos import message
 from infera_server.recurrence import find
 from infera_server.repository import Repository
 from infera_server.rows import HostArray
-from infera_server.runtime import Session
+from infera_server.runtime import LocalSession
 from infera_server.sequence_model import SequenceModel
 from infera_server.settings import Settings
 from tests.server.grpc_support import array_of, channel, stream
@@ -53,7 +53,7 @@ STATES = {
 
 @pytest.mark.parametrize("name", STATES)
 def test_states_of_real_models_are_found_and_no_others(name: str) -> None:
-    session = cast(Session, infera_gpu.load(fetched(name), device="cpu"))
+    session = LocalSession(infera_gpu.load(fetched(name), device="cpu"))
     batching = derive(session, 2)
     states, _ = find(session, batching.layout, batching.sizes)
     assert {state.input: state.output for state in states} == STATES[name]
