@@ -367,7 +367,7 @@ class HotPathProtocol(Connection):
             exchange.model.stats.refused[error.reason] += 1
         exchange.accept = b""
         self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
-        if isinstance(error, Overloaded):
+        if isinstance(error, Overloaded) and exchange.model is not None:  # not over the rate of its key
             self.service.pace.refused()
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
