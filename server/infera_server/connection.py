@@ -105,11 +105,21 @@ class Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
             except httptools.HttpParserUpgrade as upgrade:
+                if self.is_stream():
+                    self.service.connections.discard(self)
+                    self.scope["method"] = self.parser.get_method().decode("ascii")
+                    self.handle_websocket_upgrade()
+                    return
                 pieces += [memoryview(piece)[upgrade.args[0] :], *self._without_upgrade()]
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
         if self.head_size > MAX_HEAD_BYTES and not self.deaf:
             self.refuse_rest(HeadTooLarge(f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} bytes"))
+
+    def is_stream(self) -> bool:
+        """Whether a WebSocket is asked for where there is one, and nothing else is under way."""
+        path = self.url.partition(b"?")[0]
+        return self._should_upgrade() and path.endswith(b"/stream") and self.is_idle and not self.only_metrics
 
     def _without_upgrade(self) -> Iterable[bytes]:
         """The head again without its offer, for a new parser: requests go on in HTTP/1.1.

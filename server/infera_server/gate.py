@@ -61,7 +61,9 @@ class Gate:
             return
         given = credentials(scope["headers"])
         if (found := INFERENCE.fullmatch(path)) is not None:
-            self._access.admit(given, found[1], time.monotonic())
+            key = self._access.admit(given, found[1], time.monotonic())
+            if scope["type"] == "websocket":  # whose messages are accounted for one by one
+                scope.setdefault("state", {})["key"] = key
         elif method in READING or path == INDEX:
             self._access.identify(given)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
+from typing import TypeVar
 
 from infera_server.errors import request_error
 from infera_server.jobs import Batch
@@ -12,6 +13,8 @@ from infera_server.requests import Request
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.tracing import Tracing
+
+Reply = TypeVar("Reply")
 
 
 async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing) -> Arrays:
@@ -37,7 +40,7 @@ async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing
         raise
 
 
-async def counted(model: Servable, answer: Awaitable[bytes]) -> bytes:
+async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
     """What `answer` gives, counted in the model's statistics as one request. Raises what it raises."""
     began = time.monotonic()
     try:

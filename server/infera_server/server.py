@@ -23,6 +23,7 @@ from infera_server.hotpath import HotPathProtocol
 from infera_server.repository import Entry, Repository
 from infera_server.service import Service
 from infera_server.watch import Watch
+from infera_server.websocket import Streams
 
 if TYPE_CHECKING:
     from infera_server.grpc_server import GrpcServer
@@ -91,11 +92,13 @@ class Host:
         self.grpc: GrpcServer | None = None
         self.grpc_port: int | None = None
         """Where gRPC is served, once it is."""
+        app = create_app(self.service, self._lifespan)
         self.server = Server(
             uvicorn.Config(
-                Gate(create_app(self.service, self._lifespan), access, self.service.metrics_port),
+                Gate(Streams(app, self.service), access, self.service.metrics_port),
                 http=HotPathProtocol,
-                ws="none",
+                ws="websockets-sansio",
+                ws_max_size=settings.max_body_bytes,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -58,6 +58,8 @@ class Service:
     tracing: Tracing = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
+    streams: int = field(default=0, init=False)
+    """WebSockets that are open."""
     pace: Pace = field(default_factory=Pace, init=False)
     metrics_port: int | None = field(default=None, init=False)
     """Where nothing but metrics is told."""

@@ -1,0 +1,179 @@
+"""Inference over a WebSocket, with the client of the library `websockets`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from infera_server.access import Access, Key, make_key
+from infera_server.rows import HostArray
+from infera_server.websocket import MAX_UNDER_WAY, PREFIX
+from tests.server.support import FakeSession, Running, doubler, http_request, read_reply, request_of, serving, until
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving({"double": doubler()}, max_body_bytes=1 << 20, max_json_bytes=4096, max_batch=1 << 14) as running:
+        yield running
+
+
+def stream(running: Running, path: str = "/v2/models/double/stream", **options: Any) -> ClientConnection:
+    made: ClientConnection = connect(
+        f"ws://{running.address}{path}", open_timeout=10, close_timeout=10, max_size=None, **options
+    )
+    return made
+
+
+def rows(count: int, seed: int = 0) -> HostArray:
+    return np.random.default_rng(seed).standard_normal((count, 4)).astype(np.float32)
+
+
+def binary(x: HostArray, **members: Any) -> bytes:
+    tensor = {"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+    document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}, **members}).encode()
+    return len(document).to_bytes(PREFIX, "little") + document + x.tobytes()
+
+
+def read(message: bytes | str) -> tuple[dict[str, Any], HostArray]:
+    """The document and the one tensor of a response."""
+    if isinstance(message, str):
+        document = json.loads(message)
+        return document, np.array(document["outputs"][0]["data"], np.float32).reshape(document["outputs"][0]["shape"])
+    length = int.from_bytes(message[:PREFIX], "little")
+    document = json.loads(message[PREFIX : PREFIX + length])
+    return document, np.frombuffer(message[PREFIX + length :], np.float32).reshape(document["outputs"][0]["shape"])
+
+
+def test_both_forms(server: Running) -> None:
+    with stream(server) as client:
+        for sent in (
+            json.dumps(request_of(rows(2), id="t")),
+            binary(rows(2), id="b"),
+            binary(rows(30_000 // 4, 1), id="l"),
+        ):
+            client.send(sent)
+            message = client.recv(10)
+            document, y = read(message)
+            assert document["id"] == ("t" if isinstance(sent, str) else "l" if len(sent) > 1000 else "b")
+            assert isinstance(message, str) == isinstance(sent, str)
+            np.testing.assert_allclose(y, 2 * rows(len(y), int(document["id"] == "l")), rtol=1e-6)
+
+
+def test_versions_have_streams_too(server: Running) -> None:
+    with stream(server, "/v2/models/double/versions/1/stream") as client:
+        client.send(json.dumps(request_of(rows(1))))
+        assert read(client.recv(10))[0]["model_version"] == "1"
+
+
+def test_many_are_under_way_and_answers_say_whose_they_are(server: Running) -> None:
+    count = 3 * MAX_UNDER_WAY
+    with stream(server) as client:
+        for i in range(count):
+            client.send(binary(rows(1, i), id=str(i)))
+        found = [read(client.recv(10)) for _ in range(count)]
+    assert sorted(int(document["id"]) for document, _ in found) == list(range(count))
+    for document, y in found:
+        np.testing.assert_array_equal(y, 2 * rows(1, int(document["id"])))
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "text"),
+    [
+        ("{", 400, "failed to parse"),
+        ("[]", 400, "inputs"),
+        (b"", 400, "begins with the length"),
+        (b"\x00\x00\x00\x00{}", 400, "begins with the length"),
+        (b"\xff\xff\xff\xff{}", 400, "begins with the length"),
+        ("x" * 5000, 413, "at most 4,096"),
+        ((5000).to_bytes(4, "little") + bytes(6000), 413, "at most 4,096"),
+        (json.dumps(request_of(np.full((1, 4), -1, np.float32), id="i")), 400, "row cannot be used"),
+        (json.dumps(request_of(np.full((1, 4), 666, np.float32), id="i")), 500, "failed"),
+    ],
+)
+def test_what_is_wrong_is_said_and_the_stream_goes_on(server: Running, sent: Any, status: int, text: str) -> None:
+    with stream(server) as client:
+        client.send(sent)
+        answer = json.loads(client.recv(10))
+        assert answer["status"] == status
+        assert text in answer["error"]
+        assert answer.get("id", "") == ("i" if '"id": "i"' in str(sent) else "")
+        client.send(json.dumps(request_of(rows(1))))
+        np.testing.assert_allclose(read(client.recv(10))[1], 2 * rows(1), rtol=1e-6)
+
+
+def test_too_large_a_message_ends_the_stream(server: Running) -> None:
+    with stream(server) as client:
+        client.send(bytes((1 << 20) + 1))
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(10)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+
+
+@pytest.mark.parametrize("path", ["/v2/models/none/stream", "/v2/models/double/versions/9/stream", "/elsewhere"])
+def test_there_are_no_others(server: Running, path: str) -> None:
+    with pytest.raises(InvalidStatus), stream(server, path):
+        pass
+
+
+def test_who_leaves_is_forgotten() -> None:
+    session = doubler()
+    assert isinstance(session, FakeSession)
+    with serving({"double": session}) as running:
+        session.block()
+        with stream(running) as client:
+            client.send(binary(rows(1)))
+            session.wait_entered()
+            for _ in range(4):
+                client.send(binary(rows(1)))
+            until(lambda: running.model("double").queued == 4)
+            client.socket.close()
+        until(lambda: running.model("double").queued == 0)
+        session.gate.set()
+        until(lambda: running.host.service.streams == 0)
+        assert running.infer("double", request_of(rows(1)))[0] == 200
+
+
+def test_a_client_that_asks_for_more_than_it_may_is_not_read_from() -> None:
+    session = doubler()
+    with serving({"double": session}, max_queue=1000) as running:
+        session.block()
+        with stream(running) as client:
+            for _ in range(2 * MAX_UNDER_WAY):
+                client.send(binary(rows(1)))
+            until(lambda: running.model("double").queued >= MAX_UNDER_WAY - 1)
+            assert running.model("double").queued <= MAX_UNDER_WAY
+            session.gate.set()
+            for _ in range(2 * MAX_UNDER_WAY):
+                client.recv(10)
+
+
+def test_keys_and_their_rates() -> None:
+    made, table = make_key("one")
+    key = Key("one", bytes.fromhex(table.split('"')[1]), rate=1.0)
+    with serving({"double": doubler()}, access=Access({"one": key})) as running:
+        with pytest.raises(InvalidStatus), stream(running):
+            pass
+        with stream(running, additional_headers={"Authorization": f"Bearer {made}"}) as client:
+            found = []
+            for _ in range(3):
+                client.send(json.dumps(request_of(rows(1))))
+                found.append(json.loads(client.recv(10)).get("status", 200))
+            assert found[-1] == 429
+
+
+def test_an_offer_elsewhere_is_ignored(server: Running) -> None:
+    """HTTP goes on where there is no stream."""
+    offer = (
+        "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    )
+    with server.connect() as sock, sock.makefile("rb") as file:
+        sock.sendall(http_request(json.dumps(request_of(rows(1))).encode(), headers=offer))
+        assert read_reply(file)[0] == 200
