@@ -256,7 +256,7 @@ def asgi(folder: Path, reply_bytes: int) -> Any:
     return started(
         "asgi",
         [sys.executable, "-m", "uvicorn", "bare_asgi:app", "--app-dir", str(HERE / "peers"), "--no-access-log",
-         "--lifespan", "off", "--port", str(port), "--metrics-port", "off"],
+         "--lifespan", "off", "--port", str(port)],
         folder,
         {**thread_environment(1), "REPLY_BYTES": str(reply_bytes)},
         base,
