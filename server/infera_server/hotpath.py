@@ -366,6 +366,8 @@ class HotPathProtocol(Connection):
         if exchange.model is not None and error.reason:
             exchange.model.stats.refused[error.reason] += 1
         exchange.accept = b""
+        if self.service.draining:
+            exchange.keep_alive = False  # a connection that is closed at the end could have a request under way
         self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
         if isinstance(error, Overloaded) and exchange.model is not None:  # not over the rate of its key
             self.service.pace.refused()

@@ -103,7 +103,8 @@ def test_a_known_request_is_refused_as_a_new_one(server: Running) -> None:
         server.host.service.draining = True
         try:
             sock.sendall(binary(x))
-            assert read_reply(stream)[0] == 503
+            status, headers, _ = read_reply(stream)
+            assert (status, headers["connection"]) == (503, "close")
         finally:
             server.host.service.draining = False
 
