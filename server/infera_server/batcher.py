@@ -265,6 +265,9 @@ class Batcher:
         batches = self._runner.execute(selection)
         for batch in batches:
             batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
+        if not batches:  # the batch failed, and meanwhile everybody in it has left
+            self._running = ()
+            return ()
         self._running, self._free_at = (), batches[-1].split_at
         whole = batches[0].padded == selection.bucket and not isinstance(batches[0].results[0], Exception)
         with self._lock:

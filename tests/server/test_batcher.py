@@ -248,6 +248,23 @@ def test_a_cancelled_job_does_not_run_and_frees_its_place(batcher: Batcher, engi
     assert not any((run == 50).any() for run in engine.runs)
 
 
+def test_a_batch_that_fails_after_everybody_has_left(batcher: Batcher, engine: Engine) -> None:
+    """There is nobody to run it again for, and the engine goes on."""
+    first = Caller(batcher, np.zeros((1, 2)))
+    assert engine.entered.acquire(timeout=WAIT)
+    leaving = [Caller(batcher, np.full((1, 2), -1.0)) for _ in range(2)]
+    engine.gate.release()
+    assert engine.entered.acquire(timeout=WAIT)
+    for caller in leaving:
+        assert not batcher.cancel(caller.job)
+    engine.gate.release()
+    first.check()
+    last = Caller(batcher, np.ones((1, 2)))
+    engine.gate.release()
+    last.check()
+    assert not any(caller.results for caller in leaving)
+
+
 def test_a_job_cancelled_during_its_run_disturbs_nobody(batcher: Batcher, engine: Engine) -> None:
     occupy(batcher, engine)
     pair = [Caller(batcher, rows(1)), Caller(batcher, rows(1))]

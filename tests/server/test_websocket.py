@@ -145,7 +145,9 @@ def test_a_client_that_asks_for_more_than_it_may_is_not_read_from() -> None:
     with serving({"double": session}, max_queue=1000) as running:
         session.block()
         with stream(running) as client:
-            for _ in range(2 * MAX_UNDER_WAY):
+            client.send(binary(rows(1)))
+            session.wait_entered()
+            for _ in range(2 * MAX_UNDER_WAY - 1):
                 client.send(binary(rows(1)))
             until(lambda: running.model("double").queued >= MAX_UNDER_WAY - 1)
             assert running.model("double").queued <= MAX_UNDER_WAY
