@@ -226,21 +226,20 @@ def _strings_from_json(data: list[Any]) -> HostArray:
     return flat
 
 
-def to_json(array: HostArray, datatype: str, name: str) -> Any:
-    """What orjson makes the flat JSON list of. Not-a-number and infinities are written as Triton writes them."""
+def to_json(array: HostArray, datatype: str, name: str) -> bytes:
+    """The flat JSON list. Not-a-number and infinities are written as Triton writes them."""
     if datatype == "BYTES":
         texts = [
             item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else str(item) for item in array.flat
         ]
         try:
-            "".join(texts).encode()
-        except UnicodeEncodeError:
+            return orjson.dumps(texts)
+        except orjson.JSONEncodeError:
             raise BadRequest(f"output '{name}' is not UTF-8. Please use the binary data format for it") from None
-        return texts
     flat = np.ascontiguousarray(array).reshape(-1)
     if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-        return orjson.Fragment(json.dumps(flat.tolist()).encode())
-    return flat
+        return json.dumps(flat.tolist()).encode()
+    return orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 # --- classification --------------------------------------------------------------------------------------------------

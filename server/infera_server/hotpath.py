@@ -283,8 +283,8 @@ class HotPathProtocol(Connection):
         arguments = body, exchange, model, self.service.settings, self.service.regions
         if len(body) <= (INLINE_BYTES if exchange.coding is None else INLINE_CODED_BYTES):
             request, nbytes = decode(*arguments)
-            if exchange.known is not None and exchange.header and exchange.coding is None:
-                exchange.known.keep(bytes(body[: exchange.header]), model, request)
+            if exchange.coding is None:
+                self._keep(exchange, model, body, request)
             self._send(exchange, model, request, nbytes)
         else:
             exchange.body = []
@@ -292,10 +292,23 @@ class HotPathProtocol(Connection):
             decoded = self.loop.run_in_executor(None, decode, *arguments)
             decoded.add_done_callback(lambda found: self._decoded(exchange, model, found))
 
+    def _keep(self, exchange: Exchange, model: Servable, body: Buffer, request: Request) -> None:
+        """Keep what will be known of the same document with other values."""
+        if exchange.header is None:
+            self.service.templates.keep(exchange.target, model, body, request)
+        elif exchange.header and exchange.known is not None:
+            exchange.known.keep(bytes(body[: exchange.header]), model, request)
+
     def _again(self, exchange: Exchange, model: Servable, body: Buffer) -> Request | None:
         """The request, where one with the same document came before and reading the rest takes no time."""
+        if exchange.coding is not None:
+            return None
         known, header = exchange.known, exchange.header
-        if known is None or header is None or exchange.coding is not None:
+        if header is None:
+            if len(body) > min(INLINE_BYTES, self.service.settings.max_json_bytes):
+                return None
+            return self.service.templates.find(exchange.target, model, body)
+        if known is None:
             return None
         found = known.requests.get(bytes(body[:header]))
         if found is None or found[0]() is not model:
@@ -304,7 +317,7 @@ class HotPathProtocol(Connection):
         assert request.common is not None
         if len(body) > INLINE_BYTES and not request.common.are_views:
             return None
-        return request.again(memoryview(body)[header:])
+        return request.again(request.common.feeds(memoryview(body)[header:]), request.id)
 
     def _decoded(self, exchange: Exchange, model: Servable, found: asyncio.Future[tuple[Request, int]]) -> None:
         """A large body was read in another thread, or could not be; the client may have left meanwhile."""

@@ -43,7 +43,7 @@ class Head:
         if request.common is not None and len(document) <= MAX_DOCUMENT:
             if len(self.requests) >= MAX_DOCUMENTS:
                 self.requests.clear()
-            self.requests[document] = ref(model), request.without_feeds()
+            self.requests[document] = ref(model), request.for_again(request.common)
 
 
 class Heads:

@@ -68,18 +68,26 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What requests of one document, byte for byte, have in common, where all their inputs are sent as bytes.
+    """What requests of one document have in common: all that is not their id or their inputs' values.
 
-    `replies` is for the dialect: what its replies have in common, by the shapes of the outputs.
+    `slices` are the inputs, where all are sent as bytes. `replies` is for the dialect: what its replies have in common,
+    by the shapes of the outputs.
     """
 
-    slices: Sequence[Slice]
-    replies: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)
+    slices: Sequence[Slice] = ()
+    replies: dict[tuple[tuple[int, ...], ...], Sequence[bytes]] = field(default_factory=dict)
 
     @property
     def are_views(self) -> bool:
         """Whether the arrays are views of the bytes, made in no time."""
         return all(s.tensor.dtype.kind not in "Ob" for s in self.slices)
+
+    def feeds(self, tail: memoryview) -> dict[str, HostArray]:
+        """The inputs in the bytes that follow the document."""
+        return {
+            s.tensor.name: codec.from_bytes(tail[s.start : s.stop], s.tensor.dtype, s.shape, s.tensor.name)
+            for s in self.slices
+        }
 
 
 @dataclass(slots=True)
@@ -100,19 +108,14 @@ class Request:
     trace: bool = False
     common: Common | None = None
 
-    def without_feeds(self) -> Request:
+    def for_again(self, common: Common) -> Request:
         """The request as it is kept to be sent again."""
-        return replace(self, feeds={})
+        return replace(self, feeds={}, common=common)
 
-    def again(self, tail: memoryview) -> Request:
-        """The request of the same document with other bytes after it. Needs `common`."""
-        assert self.common is not None
-        feeds = {
-            s.tensor.name: codec.from_bytes(tail[s.start : s.stop], s.tensor.dtype, s.shape, s.tensor.name)
-            for s in self.common.slices
-        }
+    def again(self, feeds: dict[str, HostArray], identity: str) -> Request:
+        """The request of the same document with other values and another id."""
         return Request(
-            self.id, feeds, self.outputs, self.timeout, self.priority, self.correlation, self.parameters, self.trace,
+            identity, feeds, self.outputs, self.timeout, self.priority, self.correlation, self.parameters, self.trace,
             self.common,
         )  # fmt: skip
 

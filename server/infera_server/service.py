@@ -23,6 +23,7 @@ from infera_server.repository import Repository
 from infera_server.servable import Servable
 from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
+from infera_server.templates import Templates
 from infera_server.tracing import Tracing
 from infera_server.traffic import parse
 
@@ -58,6 +59,7 @@ class Service:
     tracing: Tracing = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
+    templates: Templates = field(default_factory=Templates, init=False)
     streams: int = field(default=0, init=False)
     """WebSockets that are open."""
     pace: Pace = field(default_factory=Pace, init=False)

@@ -139,7 +139,7 @@ def test_json_and_codings_of_a_known_head(server: Running, parsed: list[str]) ->
             sock.sendall(http_request(body, headers="Accept-Encoding: gzip\r\n"))
             status, headers, _ = read_reply(stream)
             assert (status, headers["content-encoding"]) == (200, "gzip")
-    assert parsed == ["head", "document", "document", "document", "head", "document", "document"]
+    assert parsed == ["head", "document", "head"], "the reply's coding is no matter of the document"
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,22 @@ def test_a_name_is_given_once_and_sizes_add_up(block: posix.SharedMemory) -> Non
     regions.system.register("s", block.name, 0, 60)
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_request_that_came_before_finds_no_region_that_was_forgotten(
+    server: Running, block: posix.SharedMemory, binary: bool
+) -> None:
+    tensor: dict[str, Any] = {"name": "x", "shape": X.shape, "datatype": "FP32"}
+    tensor |= {"parameters": {"binary_data_size": X.nbytes}} if binary else {"data": X.ravel().tolist()}
+    document = json.dumps({"inputs": [tensor], "outputs": [{"name": "y", "parameters": place("r")}]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(document))} if binary else {}
+    body = document + X.tobytes() if binary else document
+    assert post(server, f"{SYSTEM}/region/r/register", {"key": block.name, "byte_size": 64})[0] == 200
+    for _ in range(3):
+        assert server.request("POST", "/v2/models/double/infer", body, headers)[0] == 200
+    assert post(server, f"{SYSTEM}/region/r/unregister")[0] == 200
+    assert server.request("POST", "/v2/models/double/infer", body, headers)[0] == 404
+
+
 @pytest.mark.parametrize(
     ("parameters", "output", "status", "text"),
     [

@@ -70,13 +70,8 @@ def respond(request: Request, outputs: Arrays, model: Signature) -> bytes:
     for want in request.outputs:
         array = outputs[want.name]
         values = codec.to_json(array, model.outputs[want.name].datatype, want.name)
-        reply[want.name] = _only(values) if array.size == 1 else values
-    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _only(values: Any) -> Any:
-    """The only one of the values that `codec.to_json` gave."""
-    return orjson.Fragment(orjson.dumps(values)[1:-1]) if isinstance(values, orjson.Fragment) else values[0]
+        reply[want.name] = orjson.Fragment(values[1:-1] if array.size == 1 else values)
+    return orjson.dumps(reply)
 
 
 def event(document: bytes) -> bytes:

@@ -40,6 +40,10 @@ from infera_server.signature import Signature
 MAX_REPLIES = 64
 """Documents of replies that are kept with what requests have in common."""
 
+_MARK = b"\0"
+_HOLE = orjson.Fragment(_MARK)
+"""Stands for a value; no JSON has this byte."""
+
 _PARAMETERS = {"type": "object", "additionalProperties": {"type": ["boolean", "number", "string"]}}
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -119,16 +123,17 @@ def parse(body: Buffer, header: int | None, model: Signature, regions: Regions =
     check_complete(feeds, model)
     request_id = members.identity(document)
     asked, binary = _parameters(document.get("parameters", {}))
+    wanted = _outputs(document, binary, model, regions)
     slices = [data for data in found.values() if isinstance(data, Slice)]
     return Request(
         request_id,
         feeds,
-        _outputs(document, binary, model, regions),
+        wanted,
         asked.timeout,
         asked.priority,
         asked.correlation,
         asked.others,
-        common=Common(slices) if len(slices) == len(found) else None,
+        common=Common(slices) if len(slices) == len(found) and not any(out.region for out in wanted) else None,
     )
 
 
@@ -139,26 +144,40 @@ def respond(
 
     Outputs with a region are written there, and the JSON has their shapes alone.
     """
-    if request.common is None:
-        return _written(request, outputs, model, regions)
+    common = request.common
+    if common is None:
+        entries, values, tail = _entries(request, outputs, model, regions)
+        return _filled(_pieces(request, entries, model), request, values), tail
     shapes = tuple([outputs[want.name].shape for want in request.outputs])
-    document = request.common.replies.get(shapes)
-    if document is not None:
-        return document, [codec.to_bytes(outputs[want.name]) for want in request.outputs]
-    document, tail = _written(request, outputs, model, regions)
-    if all(
-        want.binary and not want.classes and want.region is None and model.outputs[want.name].datatype != "BYTES"
-        for want in request.outputs
-    ):
-        replies = request.common.replies
-        if len(replies) >= MAX_REPLIES:
-            replies.clear()
-        replies[shapes] = document
-    return document, tail
+    pieces = common.replies.get(shapes)
+    if pieces is None:
+        entries, values, tail = _entries(request, outputs, model, regions)
+        pieces = _pieces(request, entries, model)
+        if all(
+            not want.classes
+            and want.region is None
+            and not (want.binary and model.outputs[want.name].datatype == "BYTES")
+            for want in request.outputs
+        ):
+            if len(common.replies) >= MAX_REPLIES:
+                common.replies.clear()
+            common.replies[shapes] = pieces
+    else:
+        values, tail = [], []
+        for want in request.outputs:
+            if want.binary:
+                tail.append(codec.to_bytes(outputs[want.name]))
+            else:
+                values.append(codec.to_json(outputs[want.name], model.outputs[want.name].datatype, want.name))
+    return _filled(pieces, request, values), tail
 
 
-def _written(request: Request, outputs: Arrays, model: Signature, regions: Regions) -> tuple[bytes, list[Buffer]]:
+def _entries(
+    request: Request, outputs: Arrays, model: Signature, regions: Regions
+) -> tuple[list[dict[str, Any]], list[bytes], list[Buffer]]:
+    """The reply's entry for each output, without their values: those that go into the JSON, and those that follow."""
     entries: list[dict[str, Any]] = []
+    values: list[bytes] = []
     tail: list[Buffer] = []
     for want in request.outputs:
         tensor = model.outputs[want.name]
@@ -173,11 +192,28 @@ def _written(request: Request, outputs: Arrays, model: Signature, regions: Regio
             entry["parameters"] = {"binary_data_size": len(data)}
             tail.append(data)
         else:
-            entry["data"] = codec.to_json(array, datatype, want.name)
+            entry["data"] = _HOLE
+            values.append(codec.to_json(array, datatype, want.name))
         entries.append(entry)
-    reply: dict[str, Any] = {"id": request.id} if request.id else {}
+    return entries, values, tail
+
+
+def _pieces(request: Request, entries: list[dict[str, Any]], model: Signature) -> Sequence[bytes]:
+    """The reply's JSON around its values and, before those, its id if it has one."""
+    reply: dict[str, Any] = {"id": _HOLE} if request.id else {}
     reply |= {"model_name": model.name, "model_version": model.version, "outputs": entries}
-    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY), tail
+    return orjson.dumps(reply).split(_MARK)
+
+
+def _filled(pieces: Sequence[bytes], request: Request, values: list[bytes]) -> bytes:
+    if request.id:
+        values = [orjson.dumps(request.id), *values]
+    if not values:
+        return pieces[0]
+    parts = [pieces[0]]
+    for value, piece in zip(values, pieces[1:], strict=True):
+        parts += value, piece
+    return b"".join(parts)
 
 
 def error_body(message: str) -> bytes:
