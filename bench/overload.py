@@ -4,7 +4,8 @@ First as much as 128 connections ask for, which is the peak; then requests at te
 down; then one at a time again. Reported: answers in time as a share of the peak, how long answers and refusals took,
 the server's memory, and how soon it answers as before. The model is a chain of `--products` products. By default it
 runs for some milliseconds, and the peak is a few hundred requests a second; with 60 it is thousands, and one event loop
-cannot refuse ten times as many in time. Writes bench/results/<host class>-overload-<date>.json.
+cannot refuse ten times as many in time. Once with the model in the server's process and once with `--isolate`. Writes
+bench/results/<host class>-overload-<date>.json.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CLOSED = 128
 CONNECTIONS = 2048
 """At most; an arrival that finds none free is not sent, and counted."""
 FACTOR = 10.0
+ENGINES: dict[str, Sequence[str]] = {"the server's process": (), "a process of its own": ("--isolate",)}
 GOODPUT, REFUSAL_MS = 0.95, 50.0
 """What is asked for: a share of the peak, and the 99th percentile of refusals."""
 RECOVERED = 2.0
@@ -128,15 +130,23 @@ class Pool:
         self.on_free: Any = None
         self._host, self._port = address.split(":")
         self._idle: deque[Client] = deque()
+        self._count = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every connection has its answer."""
+        return len(self._idle) == self._count
 
     async def open(self, count: int) -> None:
         loop = asyncio.get_running_loop()
         for _ in range(count):
             _, client = await loop.create_connection(lambda: Client(self), self._host, int(self._port))
             self._idle.append(client)
+        self._count += count
 
     def free(self, client: Client, lost: bool) -> None:
         if lost:
+            self._count -= 1
             if client in self._idle:
                 self._idle.remove(client)
             return
@@ -158,8 +168,10 @@ async def closed(pool: Pool, seconds: float, callers: int) -> Phase:
     pool.on_free = lambda: time.monotonic() < until and pool.ask(phase)
     for _ in range(callers):
         pool.ask(phase)
-    await asyncio.sleep(seconds + 0.2)
+    await asyncio.sleep(seconds)
     pool.on_free = None
+    while not pool.is_idle:
+        await asyncio.sleep(0.01)
     return phase
 
 
@@ -252,16 +264,18 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_chain(folder / "chain.onnx", asked.products)
-    with infera(folder, "infera", "chain") as server:
-        found = uvloop.run(measured(server, asked.seconds))
-    table = Table("figure", "value", "asked for")
+    console, rows = Console(stderr=True), []
+    for engine, options in ENGINES.items():
+        console.print(f"the model runs in {engine}: about {asked.seconds + 15:.0f} s")
+        with infera(folder, "infera", "chain", *options) as server:
+            rows.append({"engine": engine, **uvloop.run(measured(server, asked.seconds))})
+    table = Table("figure", *(f"in {engine}" for engine in ENGINES), "asked for")
     wanted = {"goodput": f">= {GOODPUT}", "refusal_p99_ms": f"< {REFUSAL_MS:g}", "lost": "0", "failed": "0"}
-    for name, value in found.items():
-        table.add_row(name, f"{value:,.2f}", wanted.get(name, ""))
-    console = Console(stderr=True)
+    for name in [name for name in rows[0] if name != "engine"]:
+        table.add_row(name, *(f"{row[name]:,.2f}" for row in rows), wanted.get(name, ""))
     console.print(table)
-    options = {"seconds": asked.seconds, "products": asked.products}
-    console.print(f"written: {write_results(before, options, [found], asked.out, 'overload')}")
+    asked_for = {"seconds": asked.seconds, "products": asked.products}
+    console.print(f"written: {write_results(before, asked_for, rows, asked.out, 'overload')}")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def installed(name: str, requirements: Sequence[str]) -> Path:
     return venv
 
 
-def infera(folder: Path, name: str, model: str) -> Any:
+def infera(folder: Path, name: str, model: str, *options: str) -> Any:
     """This server, as it starts from the command line, with one model."""
     port = free_ports()
     base = f"http://127.0.0.1:{port}"
@@ -241,7 +241,7 @@ def infera(folder: Path, name: str, model: str) -> Any:
     return started(
         name,
         [sys.executable, "-m", "infera_gpu.cli", "serve", str(folder / f"{model}.onnx"), "--device", "cpu",
-         "--threads", "1", "--port", str(port), "--metrics-port", "off"],
+         "--threads", "1", "--port", str(port), "--metrics-port", "off", *options],
         folder,
         {**thread_environment(1), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'server'}"},
         f"{base}/v2/health/ready",
