@@ -72,6 +72,8 @@ class HotPathProtocol(Connection):
         if found is None:
             return False
         head, start = found
+        if head.size > self.max_body:
+            return False
         self.cycle = exchange = Exchange(keep_alive=True, expects_continue=False)
         exchange.received = exchange.turn = True
         exchange.known, exchange.target = head, head.target
@@ -315,6 +317,8 @@ class HotPathProtocol(Connection):
             return None
         _, request = found
         assert request.common is not None
+        if len(body) - header != request.common.nbytes:
+            return None
         if len(body) > INLINE_BYTES and not request.common.are_views:
             return None
         return request.again(request.common.feeds(memoryview(body)[header:]), request.id)

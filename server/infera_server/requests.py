@@ -78,6 +78,11 @@ class Common:
     replies: dict[tuple[tuple[int, ...], ...], Sequence[bytes]] = field(default_factory=dict)
 
     @property
+    def nbytes(self) -> int:
+        """Of what follows the document."""
+        return self.slices[-1].stop if self.slices else 0
+
+    @property
     def are_views(self) -> bool:
         """Whether the arrays are views of the bytes, made in no time."""
         return all(s.tensor.dtype.kind not in "Ob" for s in self.slices)

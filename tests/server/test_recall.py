@@ -142,13 +142,41 @@ def test_json_and_codings_of_a_known_head(server: Running, parsed: list[str]) ->
     assert parsed == ["head", "document", "head"], "the reply's coding is no matter of the document"
 
 
+def test_a_known_head_may_have_another_size(server: Running, parsed: list[str]) -> None:
+    with contextlib.closing(server.connect()) as sock, sock.makefile("rb") as stream:
+        for count in range(1, 4):
+            sock.sendall(http_request(json.dumps(request_of(rows(count))).encode()))
+            status, _, body = read_reply(stream)
+            assert (status, json.loads(body)["outputs"][0]["shape"]) == (200, [count, 4])
+        x = rows(2)
+        sent = binary(x)
+        sock.sendall(sent)
+        assert read_reply(stream)[0] == 200
+        size = len(sent.partition(b"\r\n\r\n")[2])
+        for more in (-8, 8):  # the same document, too few bytes and too many
+            changed = sent.replace(b"Content-Length: %d\r\n" % size, b"Content-Length: %d\r\n" % (size + more), 1)
+            sock.sendall(changed[:more] if more < 0 else changed + bytes(more))
+            assert read_reply(stream)[0] == 400
+        sock.sendall(sent)
+        status, headers, body = read_reply(stream)
+        assert status == 200
+        np.testing.assert_array_equal(result(headers, body), 2 * x)
+    assert parsed.count("head") <= 2, "one of JSON, one of binary"
+
+
 @pytest.mark.parametrize(
     "head",
     [
-        b"POST / HTTP/1.1\r\nA: b\n\nC: d\r\n\r\n",
-        b"POST / HTTP/1.1\nA: b\r\n\r\n",
-        b"POST / HTTP/1.1\r\nA: " + b"x" * MAX_HEAD + b"\r\n\r\n",
-        b"POST / HTTP/1.1\r\nA: b\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 0\r\nA: b\n\nC: d\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 0\nA: b\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 0\r\nA: " + b"x" * MAX_HEAD + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 0\r\nA: b\r\n",
+        b"POST / HTTP/1.1\r\nA: b\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 0\r\nCONTENT-LENGTH: 0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nCONTENT-LENGTH: 0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: +0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 0 \r\n\r\n",
     ],
 )
 def test_heads_that_are_not_kept(head: bytes) -> None:
@@ -160,7 +188,7 @@ def test_heads_that_are_not_kept(head: bytes) -> None:
 def test_what_is_kept_is_bounded(server: Running) -> None:
     heads = Heads()
     for i in range(3 * MAX_HEADS):
-        head = b"POST /%d HTTP/1.1\r\n\r\n" % i
+        head = b"POST /%d HTTP/1.1\r\nContent-Length: 0\r\n\r\n" % i
         heads.keep(head, Head(("m", None), 0, None, b"", None))
         assert heads.find(head) is not None
     assert len(heads._known) <= MAX_HEADS
