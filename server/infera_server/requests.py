@@ -5,7 +5,7 @@ Dialects read the wire and make a `Request`; the checks here give all of them th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -71,11 +71,11 @@ class Common:
     """What requests of one document have in common: all that is not their id or their inputs' values.
 
     `slices` are the inputs, where all are sent as bytes. `replies` is for the dialect: what its replies have in common,
-    by the shapes of the outputs.
+    by the model's version and the shapes of the outputs.
     """
 
     slices: Sequence[Slice] = ()
-    replies: dict[tuple[tuple[int, ...], ...], Sequence[bytes]] = field(default_factory=dict)
+    replies: dict[tuple[Hashable, ...], Sequence[bytes]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -119,6 +119,23 @@ def test_every_dialect_says_which_version_answered() -> None:
         assert seen == {"1", "2"}
 
 
+def test_binary_requests_that_are_all_alike_say_which_version_answered() -> None:
+    x = np.ones((1, 4), np.float32)
+    tensor = {"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+    document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(document))}
+    with versions("1", "2") as running:
+        traffic(running, split={"1": 1, "2": 1})
+        seen = set()
+        for _ in range(40):
+            _, fields, body = running.request("POST", "/v2/models/m/infer", document + x.tobytes(), headers)
+            size = int(fields["inference-header-content-length"])
+            version = json.loads(body[:size])["model_version"]
+            assert np.frombuffer(body[size:], np.float32)[0] == float(version)
+            seen.add(version)
+        assert seen == {"1", "2"}
+
+
 def test_a_weight_of_nothing_gets_nothing() -> None:
     with versions("1", "2") as running:
         traffic(running, split={"1": 1, "2": 0})

@@ -165,7 +165,9 @@ def test_they_are_of_one_model_and_not_too_many() -> None:
     assert templates.find(TARGET, other, bodies[-1]) is None
     assert templates.find(("m", "1"), served, bodies[-1]) is None
     for index in range(2 * MAX_TARGETS):
-        templates.keep((str(index), None), served, bodies[0], v2_rest.parse(bodies[0], None, served.signature))
+        target = str(index), None
+        templates.keep(target, served, bodies[0], v2_rest.parse(bodies[0], None, served.signature))
+        assert templates.find(target, served, bodies[0]) is not None
     assert templates.find(TARGET, served, bodies[-1]) is None
 
 

@@ -148,8 +148,8 @@ def respond(
     if common is None:
         entries, values, tail = _entries(request, outputs, model, regions)
         return _filled(_pieces(request, entries, model), request, values), tail
-    shapes = tuple([outputs[want.name].shape for want in request.outputs])
-    pieces = common.replies.get(shapes)
+    key = model.version, *[outputs[want.name].shape for want in request.outputs]
+    pieces = common.replies.get(key)
     if pieces is None:
         entries, values, tail = _entries(request, outputs, model, regions)
         pieces = _pieces(request, entries, model)
@@ -161,7 +161,7 @@ def respond(
         ):
             if len(common.replies) >= MAX_REPLIES:
                 common.replies.clear()
-            common.replies[shapes] = pieces
+            common.replies[key] = pieces
     else:
         values, tail = [], []
         for want in request.outputs:
