@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -99,7 +99,7 @@ class DeviceBuffers:
                 given.append(None if x is None else device.constant(x, "device"))
         self.ins: tuple[Any, ...] = tuple(given)
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         raise AssertionError("a Triton kernel splits its work among threads")
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:

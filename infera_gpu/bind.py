@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, overload
 
@@ -104,7 +104,7 @@ class LazyInputs(Sequence["Array | None"]):
 
 
 class BoundBuffers:
-    """What a kernel is bound to: implements op.Buffers over arena memory. `parts` is into how many it split."""
+    """What a kernel is bound to: implements op.Buffers over arena memory."""
 
     def __init__(
         self,
@@ -122,14 +122,12 @@ class BoundBuffers:
         self._scratch = scratch
         self.threads = device.threads if space == "host" else 1
         self.strict, self.tf32 = device.strict, device.tf32
-        self.parts = 1
 
     @property
     def launcher(self) -> Launcher:
         return self._device.launcher
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
-        self.parts = max(self.parts, len(parts))
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         return self._device.parallel(parts)
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
@@ -149,6 +147,16 @@ class BoundBuffers:
 
     def constant(self, value: HostArray) -> Array:
         return self._device.constant(np.ascontiguousarray(value), self._space)
+
+
+class _Dummies(BoundBuffers):
+    """What a kernel is bound to while planning. `parts` is into how many it splits; it does not make their calls."""
+
+    parts = 1
+
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
+        self.parts = max(self.parts, len(parts))
+        return []
 
 
 def _view(device: Device, block: Any, operand: Operand) -> Array:
@@ -218,7 +226,7 @@ def _scratch_bytes(
 
     try:
         dummies = tuple(map(dummy, ins, placed.site.values))
-        io = BoundBuffers(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
+        io = _Dummies(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
         kernel.bind(placed.site, io)
     finally:
         room.clear()

@@ -167,10 +167,11 @@ class Buffers(Protocol):
     @property
     def launcher(self) -> Launcher: ...
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         """The calls that make those of every part, at most `threads` of them at the same time, and then go on.
 
-        Parts must not touch each other's outputs or scratch.
+        Parts must not touch each other's outputs or scratch. Their scratch has been asked for by now: while planning
+        nobody looks at their calls, which may be made one by one.
         """
         ...
 

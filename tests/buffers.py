@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class GuardedBuffers:
     def launcher(self) -> Launcher:
         raise AssertionError("a kernel for NumPy asked for a Triton launcher")
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         """Part after part, the last first: nobody may rely on an order."""
         return [call for part in reversed(parts) for call in part]
 

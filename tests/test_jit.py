@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def run(calls: Sequence[Call]) -> None:
         fn(*args)
 
 
-def backwards(parts: Sequence[Sequence[Call]]) -> list[Call]:
+def backwards(parts: Sequence[Iterable[Call]]) -> list[Call]:
     """Part after part, the last first."""
     return [call for part in reversed(parts) for call in part]
 

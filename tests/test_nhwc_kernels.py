@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ TRANSIENT_BYTES = 4096
 """What NumPy may use and give back in a call: its iterators, and buffers of `UFUNC_BUFFER` elements."""
 
 
-def backwards(parts: Sequence[Sequence[Call]]) -> list[Call]:
+def backwards(parts: Sequence[Iterable[Call]]) -> list[Call]:
     return one_after_the_other(parts[::-1])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def test_few_rows_are_split_along_the_depth(rows: int, threads: int) -> None:
     a, b, out = _operands(rows, 2000, 900)
     parts: list[int] = []
 
-    def parallel(lists: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(lists: Sequence[Iterable[Call]]) -> list[Call]:
         parts.append(len(lists))
         return one_after_the_other(lists)
 

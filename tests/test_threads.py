@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,7 @@ class Counting(GuardedBuffers):
 
     parts = 1
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         self.parts = max(self.parts, len(parts))
         return super().parallel(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,7 +86,7 @@ class Device(Protocol):
         """What binding and running happen in: the thread's current GPU and stream, NumPy's settings."""
         ...
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         """Calls that make those of every part, up to `threads` of them at the same time; host memory only."""
         ...
 

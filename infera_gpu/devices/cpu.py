@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,10 +55,10 @@ class CpuDevice:
             WORKERS.enter(self, self.threads)
         return quiet_numpy()
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         if self.threads == 1 or len(parts) < 2:
             return one_after_the_other(parts)
-        return [(WORKERS.run, (tuple(parts), self.threads))]
+        return [(WORKERS.run, (tuple(map(tuple, parts)), self.threads))]
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         return host_block(nbytes)

@@ -5,7 +5,7 @@ Written against CuPy 14. Its calls that take no stream use the thread's current 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -202,7 +202,7 @@ class CudaDevice:
                     limit=None if budget is None else budget.limit,
                 )
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         return one_after_the_other(parts)
 
     def alloc(self, nbytes: int, space: Space) -> Any:

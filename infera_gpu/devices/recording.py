@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -76,7 +76,7 @@ class RecordingDevice:
     def running(self) -> AbstractContextManager[None]:
         return quiet_numpy()
 
-    def parallel(self, parts: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         return one_after_the_other(parts)
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -158,7 +158,7 @@ class _Part:
     def launcher(self) -> Launcher:
         return self._whole.launcher
 
-    def parallel(self, made: Sequence[Sequence[Call]]) -> list[Call]:
+    def parallel(self, made: Sequence[Iterable[Call]]) -> list[Call]:
         return one_after_the_other(made)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -32,14 +32,15 @@ class Split(NamedTuple):
     """Into how many parts a kernel may split its work, and how the calls of the parts become one list."""
 
     threads: int
-    parallel: Callable[[Sequence[Sequence[Call]]], list[Call]]
+    parallel: Callable[[Sequence[Iterable[Call]]], list[Call]]
     """Makes the calls of every part, at most `threads` parts at a time, and goes on when all are done.
 
-    Parts must not touch each other's outputs or scratch.
+    Parts must not touch each other's outputs or scratch. Their scratch has been asked for by now: while planning
+    nobody looks at their calls, which may be made one by one.
     """
 
 
-def one_after_the_other(parts: Sequence[Sequence[Call]]) -> list[Call]:
+def one_after_the_other(parts: Sequence[Iterable[Call]]) -> list[Call]:
     """The calls of every part in turn."""
     return list(chain.from_iterable(parts))
 

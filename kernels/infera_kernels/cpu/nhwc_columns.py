@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -44,20 +45,24 @@ def columns(
     rows = min(most, -(-y.shape[0] * height // split.threads)) * width
     once, weights = _weights(w, group, slice_of(rows, taps, o // group), scratch, pack)
 
-    def part(start: int, stop: int) -> list[Call]:
+    def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
         blocks = Blocks(activation, b, residual, y, scratch, most=step, line=width)
-        calls = blocks.once
         room = room_for(x, window, min(step, height), scratch)
         space = scratch((step * width * taps * group,), x.dtype)
-        for first, last in spans(start, stop, step):
-            spread, matrices = _shaped(space, (last - first, width), (*kernel, c // group), group)
-            for i, row, end, at in images(first, last, height):
-                band, load = padded(x[i], room, window, row, end)
-                calls += [*load, _gathered(spread[at], _windows(band, window, spread[at].shape))]
-            calls += product(matrices, weights, grouped(blocks.sums(first, last), group))
-            calls += blocks.finish(first, last)
-        return calls
+
+        def calls() -> Iterator[Call]:
+            yield from blocks.once
+            for first, last in spans(start, stop, step):
+                spread, matrices = _shaped(space, (last - first, width), (*kernel, c // group), group)
+                for i, row, end, at in images(first, last, height):
+                    band, load = padded(x[i], room, window, row, end)
+                    yield from load
+                    yield _gathered(spread[at], _windows(band, window, spread[at].shape))
+                yield from product(matrices, weights, grouped(blocks.sums(first, last), group))
+                yield from blocks.finish(first, last)
+
+        return calls()
 
     return [*once, *in_parts(y.shape[0] * height, split, part)]
 

@@ -46,9 +46,9 @@ def depthwise(
     dense = y.flags.c_contiguous
     most = max(1, BLOCK_BYTES // (width * c * y.itemsize))
 
-    def part(start: int, stop: int) -> list[Call]:
+    def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
-        calls, finish = epilogue(activation, b, step * width, c, y, scratch)
+        first_of_all, finish = epilogue(activation, b, step * width, c, y, scratch)
         views = [x[:, :, phase.first :: window.strides[1]] for phase in phases]
         rooms = [
             room_for(view, phase.window, min(step, height), scratch, dense=True)
@@ -56,21 +56,26 @@ def depthwise(
         ]
         sums = None if dense else scratch((step * width, c), y.dtype)
         more = scratch((step, width * c), y.dtype) if len(phases) > 1 else None
-        for first, last in spans(start, stop, step):
-            pixels = slice(first * width, last * width)
-            block = target[pixels] if sums is None else sums[: (last - first) * width]
-            for i, row, end, at in images(first, last, height):
-                into = block.reshape(-1, width * c)[at]
-                for k, (phase, view, room) in enumerate(zip(phases, views, rooms, strict=True)):
-                    band, load = padded(view[i], room, phase.window, row, end)
-                    made = into if more is None or k == 0 else more[: end - row]
-                    calls += [*load, _multiply_add(band, weights[:, phase.taps], made, phase.window)]
-                    if made is not into:
-                        calls.append((np.add, (into, made, into)))
-            calls += finish(block, None if rest is None else rest[pixels])
-            if sums is not None:
-                calls.append((np.copyto, (target[pixels], block)))
-        return calls
+
+        def calls() -> Iterator[Call]:
+            yield from first_of_all
+            for first, last in spans(start, stop, step):
+                pixels = slice(first * width, last * width)
+                block = target[pixels] if sums is None else sums[: (last - first) * width]
+                for i, row, end, at in images(first, last, height):
+                    into = block.reshape(-1, width * c)[at]
+                    for k, (phase, view, room) in enumerate(zip(phases, views, rooms, strict=True)):
+                        band, load = padded(view[i], room, phase.window, row, end)
+                        made = into if more is None or k == 0 else more[: end - row]
+                        yield from load
+                        yield _multiply_add(band, weights[:, phase.taps], made, phase.window)
+                        if made is not into:
+                            yield np.add, (into, made, into)
+                yield from finish(block, None if rest is None else rest[pixels])
+                if sums is not None:
+                    yield np.copyto, (target[pixels], block)
+
+        return calls()
 
     return [*once, *in_parts(y.shape[0] * height, split, part)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
@@ -41,23 +43,26 @@ def pointwise(
     if pack is not None and rows > 1:
         weights = packed(pack, group, slice_of(rows, c // group, o // group))
 
-    def part(start: int, stop: int) -> list[Call]:
+    def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
         blocks = Blocks(activation, b, residual, y, scratch, most=step, line=line)
-        calls = blocks.once
         gathered = None if dense else scratch((step, width, c), x.dtype)
-        for first, last in spans(start, stop, step):
-            pixels = slice(first * line, last * line)
-            if gathered is None:
-                source = flat(x)[pixels]
-            else:
-                source = flat(gathered[: last - first])
-                for i, row, end, at in images(first, last, height):
-                    seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
-                    calls.append(moved(gathered[at], seen[:, :width]))
-            calls += product(grouped(source, group), weights, grouped(blocks.sums(first, last), group))
-            calls += blocks.finish(first, last)
-        return calls
+
+        def calls() -> Iterator[Call]:
+            yield from blocks.once
+            for first, last in spans(start, stop, step):
+                pixels = slice(first * line, last * line)
+                if gathered is None:
+                    source = flat(x)[pixels]
+                else:
+                    source = flat(gathered[: last - first])
+                    for i, row, end, at in images(first, last, height):
+                        seen = x[i, row * strides[0] : (end - 1) * strides[0] + 1 : strides[0], :: strides[1]]
+                        yield moved(gathered[at], seen[:, :width])
+                yield from product(grouped(source, group), weights, grouped(blocks.sums(first, last), group))
+                yield from blocks.finish(first, last)
+
+        return calls()
 
     return in_parts(count // line, split, part)
 

@@ -110,28 +110,30 @@ def _pool(
     most = max(1, BLOCK_BYTES // (width * c * x.itemsize * strides[0]))
     right = list(_taps(width, y.shape[2], kernel[1], stride, dilations[1], pads[1][0]))
 
-    def part(start: int, stop: int) -> list[Call]:
+    def part(start: int, stop: int) -> Iterator[Call]:
         step = min(height, longest(start, stop, most))
         room, apart = (scratch((step, across * stride, c), x.dtype) for _ in range(2))
-        calls: list[Call] = []
-        for first, last in spans(start, stop, step):
-            for i, row, end, _ in images(first, last, height):
-                rows, block = room[: end - row, :width], y[i, row:end]
-                above = pads[0][0] - row * strides[0]
-                down = _taps(x.shape[1], end - row, kernel[0], strides[0], dilations[0], above)
-                calls += _reduced(ufunc, none, rows, [(rows[to], x[i, at]) for to, at in down])
-                phases = room[None, : end - row]
-                if stride > 1:
-                    phases = apart[: end - row].reshape(stride, end - row, across, c)
-                    calls.append(moved(phases.transpose(1, 2, 0, 3), room[: end - row].reshape(-1, across, stride, c)))
-                taps = [
-                    (block[:, to], phases[at.start % stride, :, at.start // stride :][:, : to.stop - to.start])
-                    for to, at in right
-                ]
-                calls += _reduced(ufunc, none, block, taps)
-                if scale is not None:
-                    calls.append((np.multiply, (block, scale[row:end] if scale.ndim else scale, block)))
-        return calls
+
+        def calls() -> Iterator[Call]:
+            for first, last in spans(start, stop, step):
+                for i, row, end, _ in images(first, last, height):
+                    rows, block = room[: end - row, :width], y[i, row:end]
+                    above = pads[0][0] - row * strides[0]
+                    down = _taps(x.shape[1], end - row, kernel[0], strides[0], dilations[0], above)
+                    yield from _reduced(ufunc, none, rows, [(rows[to], x[i, at]) for to, at in down])
+                    phases = room[None, : end - row]
+                    if stride > 1:
+                        phases = apart[: end - row].reshape(stride, end - row, across, c)
+                        yield moved(phases.transpose(1, 2, 0, 3), room[: end - row].reshape(-1, across, stride, c))
+                    taps = [
+                        (block[:, to], phases[at.start % stride, :, at.start // stride :][:, : to.stop - to.start])
+                        for to, at in right
+                    ]
+                    yield from _reduced(ufunc, none, block, taps)
+                    if scale is not None:
+                        yield np.multiply, (block, scale[row:end] if scale.ndim else scale, block)
+
+        return calls()
 
     work = ELEMENT_NS * (kernel[0] * x.size + kernel[1] * y.size)
     return in_parts(y.shape[0] * height, worth(work, split), part)

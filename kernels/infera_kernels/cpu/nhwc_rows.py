@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,8 +12,11 @@ from infera_kernels.calls import Array, Call, Scratch, Split
 from infera_kernels.cpu.conv_planes import Pair
 
 
-def in_parts(count: int, split: Split, emit: Callable[[int, int], list[Call]]) -> list[Call]:
-    """The calls of `emit(start, stop)` over parts of nearly equal size that together cover range(count)."""
+def in_parts(count: int, split: Split, emit: Callable[[int, int], Iterable[Call]]) -> list[Call]:
+    """The calls of `emit(start, stop)` over parts of nearly equal size that together cover range(count).
+
+    What takes long to make is best made by a generator, once scratch has been asked for: see `Split.parallel`.
+    """
     parts = min(count, split.threads)
     edges = [count * i // parts for i in range(parts + 1)]
     return split.parallel([emit(start, stop) for start, stop in pairwise(edges)])

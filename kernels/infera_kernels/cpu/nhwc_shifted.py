@@ -38,26 +38,31 @@ def shifted(
     products_each = weights[0].size
     most = max(1, BLOCK_BYTES // (x.shape[2] * products_each * x.itemsize))
 
-    def part(start: int, stop: int) -> list[Call]:
+    def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
-        calls, finish = epilogue(activation, b, step * width, o, y, scratch)
+        once, finish = epilogue(activation, b, step * width, o, y, scratch)
         rows = min(window.seen(0, min(step, height)), x.shape[1])
         room, sums = scratch((rows * x.shape[2], products_each), x.dtype), scratch((o, step, width), x.dtype)
-        for first, last in spans(start, stop, step):
-            for i, row, end, _ in images(first, last, height):
-                top = row - window.before[0]
-                low, high = max(0, top), max(0, min(x.shape[1], top + window.seen(0, end - row)))
-                total, block = sums[:, : end - row], y[i, row:end]
-                calls.append((np.copyto, (total, total.dtype.type(0))))
-                if high > low:
-                    products = room[: (high - low) * x.shape[2]]
-                    calls += product(flat(x[i, low:high])[None], weights.reshape(1, 1, c, -1), products[None])
-                    planes = products.reshape(high - low, -1, *window.kernel, o).transpose(2, 3, 4, 0, 1)
-                    shift = (top - low, -window.before[1])
-                    calls += [(np.add, (to, tap, to)) for to, tap in _overlaps(total, planes, shift, window)]
-                calls.append((np.copyto, (block, total.transpose(1, 2, 0))))
-                calls += finish(flat(block), None if residual is None else flat(residual[i, row:end]))
-        return calls
+
+        def calls() -> Iterator[Call]:
+            yield from once
+            for first, last in spans(start, stop, step):
+                for i, row, end, _ in images(first, last, height):
+                    top = row - window.before[0]
+                    low, high = max(0, top), max(0, min(x.shape[1], top + window.seen(0, end - row)))
+                    total, block = sums[:, : end - row], y[i, row:end]
+                    yield np.copyto, (total, total.dtype.type(0))
+                    if high > low:
+                        products = room[: (high - low) * x.shape[2]]
+                        yield from product(flat(x[i, low:high])[None], weights.reshape(1, 1, c, -1), products[None])
+                        planes = products.reshape(high - low, -1, *window.kernel, o).transpose(2, 3, 4, 0, 1)
+                        shift = (top - low, -window.before[1])
+                        for to, tap in _overlaps(total, planes, shift, window):
+                            yield np.add, (to, tap, to)
+                    yield np.copyto, (block, total.transpose(1, 2, 0))
+                    yield from finish(flat(block), None if residual is None else flat(residual[i, row:end]))
+
+        return calls()
 
     return [(np.copyto, (weights, w.transpose(1, 2, 3, 0))), *in_parts(y.shape[0] * height, split, part)]
 

@@ -100,41 +100,45 @@ def winograd(
     columns = slice_of(min(most, -(-len(jobs) * down // split.threads)) * across, c, o)
     filters = pack(f"winograd{tile} {columns}", lambda w: sliced(transform_filters(w.swapaxes(0, 1), tile), columns))
 
-    def part(start: int, stop: int) -> list[Call]:
+    def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
         # `half` has one more element a column: the bias, which the last product adds.
-        calls, finish = epilogue(activation, None, step * tile * across * tile, o, y, scratch)
+        once, finish = epilogue(activation, None, step * tile * across * tile, o, y, scratch)
         rows = tiles.seen(0, min(step, down))
         room = None if ready else scratch((rows, tiles.seen(1, across), c), x.dtype)
         gathered, halved = (scratch((rows, size, across * c), x.dtype) for _ in range(2))
         one, two = (scratch((size * size * step * across * max(c, o),), x.dtype) for _ in range(2))
         half = scratch((tile, size + 1, step * across * o), x.dtype)
         biases = half[:, size].reshape(tile, -1, o)
-        calls.append((np.copyto, (biases, half.dtype.type(0) if b is None else b)))
 
         def shaped(space: Array, *shape: int) -> Array:
             return space[: math.prod(shape)].reshape(shape)
 
-        for first, last in spans(start, stop, step):
-            h = last - first
-            spectrum = shaped(one, size, size, h, across * c)
-            for i, row, end, at in images(first, last, down):
-                band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
-                calls += load + _transform(band, data, gathered, halved, spectrum[:, :, at], tile)
-            sums = shaped(two, size * size, h * across, o)
-            calls += product(spectrum.reshape(size * size, -1, c), filters, sums)
-            rows_done = half[:, :, : h * across * o]
-            pixels = shaped(one, tile, tile, h * across * o)
-            sums = sums.reshape(size, size, -1)
-            calls.append((np.matmul, (out, sums.transpose(1, 0, 2), rows_done[:, :size].transpose(1, 0, 2))))
-            calls.append((np.matmul, (with_bias, rows_done, pixels)))
-            made = pixels.reshape(tile, tile, h, across, o)
-            for i, row, end, at in images(first, last, down):
-                image, rows_made = jobs[i], slice(row * tile, end * tile)
-                block = image.y[rows_made]
-                calls += _scatter(made[:, :, at], block)
-                calls += finish(block, None if image.residual is None else image.residual[rows_made])
-        return calls
+        def calls() -> Iterator[Call]:
+            yield from once
+            yield np.copyto, (biases, half.dtype.type(0) if b is None else b)
+            for first, last in spans(start, stop, step):
+                h = last - first
+                spectrum = shaped(one, size, size, h, across * c)
+                for i, row, end, at in images(first, last, down):
+                    band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
+                    yield from load
+                    yield from _transform(band, data, gathered, halved, spectrum[:, :, at], tile)
+                sums = shaped(two, size * size, h * across, o)
+                yield from product(spectrum.reshape(size * size, -1, c), filters, sums)
+                rows_done = half[:, :, : h * across * o]
+                pixels = shaped(one, tile, tile, h * across * o)
+                sums = sums.reshape(size, size, -1)
+                yield np.matmul, (out, sums.transpose(1, 0, 2), rows_done[:, :size].transpose(1, 0, 2))
+                yield np.matmul, (with_bias, rows_done, pixels)
+                made = pixels.reshape(tile, tile, h, across, o)
+                for i, row, end, at in images(first, last, down):
+                    image, rows_made = jobs[i], slice(row * tile, end * tile)
+                    block = image.y[rows_made]
+                    yield from _scatter(made[:, :, at], block)
+                    yield from finish(block, None if image.residual is None else image.residual[rows_made])
+
+        return calls()
 
     return in_parts(len(jobs) * down, split, part)
 
