@@ -56,10 +56,7 @@ def _compute(xp: Any, site: Site, x: Array, w: Array, r: Array, *rest: Array | N
     if lengths is not None:
         x = xp.where((xp.arange(len(x)) < lengths.max())[:, None, None], x, 0)
     lstm = _lstm(site)
-    made = [
-        cell._replace(inputs=_product(w_scale[d], w_zero[d]), recurrent=_product(r_scale[d], r_zero[d]))
-        for d, cell in enumerate(cells(lstm))
-    ]
+    made = cells(lstm, lambda d: (_product(w_scale[d], w_zero[d]), _product(r_scale[d], r_zero[d])))
     return over_directions(xp, lstm, made, x, w.swapaxes(1, 2), r.swapaxes(1, 2), *rest[:5])
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_quant, _triton_quant
-from infera_gpu.ops._families import FLOAT32, NARROW, element_type, is_native, narrow, plain
-from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
+from infera_gpu.ops._families import FLOAT32, element_type, is_native, plain
+from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
-from infera_kernels.portable.quant import is_integer
 
 UINT8 = np.dtype(np.uint8)
+
+MICROSOFT = "com.microsoft"
 
 
 def _block(site: Site) -> int:
@@ -99,56 +100,12 @@ def _dequantize_supported(site: Site) -> bool:
     return _plain_types(site.outs[0], site.spec(1), site.spec(0)) and not _block(site)
 
 
-def _u8(*shape: int) -> TensorSpec:
-    return TensorSpec(shape, UINT8)
+def _cases(table: str, domain: str, since: int) -> Cases:
+    """Those of a version, which a file of their own has: loading a model need not make them."""
+    return Cases(lambda: getattr(import_module(f"{__package__}._quant_cases"), table)[domain, since])
 
 
-def _scalar(value: float, dtype: Any = np.float32) -> np.ndarray[Any, np.dtype[Any]]:
-    return np.array(value, dtype)
-
-
-_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-_TARGETS = {d: since for d, since in NARROW.items() if d != _E8M0} | {
-    np.dtype(t): 28 for t in (ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn)
-}
-"""The narrow types to quantise to, and the opset from which ONNX has them; float8_e8m0 is one for scales."""
-
-_POWER_SCALE = (
-    Case("power_scale", (f32(3, 5), np.array(0.25).astype(_E8M0)), {"output_dtype": 3}, opset=24),
-)  # fmt: skip
-_POWER_SCALE_BACK = (
-    Case("power_scale", (np.arange(-3, 3, dtype=np.int8), np.array(0.25).astype(_E8M0)), {"output_dtype": 1}, opset=24),
-)  # fmt: skip
-_SCALES = np.array([0.02, 0.1, 0.5], np.float32)
-_ZEROS = np.array([128, 0, 255], np.uint8)
-_SIGNED = np.array([3, 0, -7], np.int8)
-_TIES = np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 1e9, -1e9], np.float32)
-
-_TENSOR_CASES = (
-    Case("no_zero", (f32(3, 5), _scalar(0.02))),
-    Case("uint8", (f32(3, 5), _scalar(0.02), _scalar(128, np.uint8))),
-    Case("int8", (f32(3, 5), _scalar(0.02), _scalar(-5, np.int8))),
-    Case("ties", (_TIES, _scalar(1), _scalar(3, np.uint8))),
-    Case("past_block", (f32(3, 24001), _scalar(0.02), _scalar(7, np.uint8))),
-    Case("empty", (f32(0, 5), _scalar(0.02), _scalar(7, np.uint8))),
-)
-_AXIS_CASES = (
-    Case("rows", (f32(3, 5), _SCALES, _ZEROS), {"axis": 0}),
-    Case("channels", (f32(2, 3, 4, 5), _SCALES, _SIGNED)),
-    Case("last", (f32(4, 3), _SCALES, _SIGNED), {"axis": -1}),
-    Case("channels_past_block", (f32(2, 3, 3, 4001), _SCALES, _ZEROS)),
-)
-_BLOCK_SCALES = np.array([[0.02, 0.1], [0.5, 0.05], [0.3, 0.01]], np.float32)
-_QUANTIZE_21 = (
-    Case("blocks", (f32(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4, "output_dtype": 2}),
-    Case("uint16", (f32(3, 5), _scalar(0.001), _scalar(30000, np.uint16))),
-    Case("int16", (f32(3, 5), _scalar(0.001), _scalar(-100, np.int16))),
-    Case("output_dtype", (f32(3, 5), _scalar(0.02)), {"output_dtype": 3}),
-    Case("blocks_and_a_rest", (f32(3, 7), _BLOCK_SCALES), {"axis": 1, "block_size": 4, "output_dtype": 3}),
-)
-
-
-def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], domain: str = "") -> Op:
+def _quantize_op(since: int, attrs: dict[str, Any], domain: str = "") -> Op:
     return Op(
         "QuantizeLinear",
         since,
@@ -159,7 +116,7 @@ def _quantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], dom
         | _triton_quant.quantize(_place)
         | _jit_quant.quantize(_quantize_supported),
         attrs=attrs,
-        cases=cases,
+        cases=_cases("QUANTIZE", domain, since),
     )
 
 
@@ -179,7 +136,7 @@ def _bind_dequantize(site: Site, io: Buffers) -> list[Call]:
     return calls + cpu.dequantize(io.ins[0], factor, shift, io.outs[0])
 
 
-def _dequantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], domain: str = "") -> Op:
+def _dequantize_op(since: int, attrs: dict[str, Any], domain: str = "") -> Op:
     return Op(
         "DequantizeLinear",
         since,
@@ -189,75 +146,7 @@ def _dequantize_op(since: int, attrs: dict[str, Any], cases: tuple[Case, ...], d
         kernels={"cpu": Kernel(bind=_bind_dequantize, supports=_dequantize_supported, strided=True)}
         | _triton_quant.dequantize(_place),
         attrs=attrs,
-        cases=cases,
-    )
-
-
-_BACK_CASES = (
-    Case("no_zero", (_u8(3, 5), _scalar(0.02)), low=0, high=255),
-    Case("uint8", (_u8(3, 5), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
-    Case("int32", (TensorSpec((7,), np.dtype(np.int32)), _scalar(0.02)), low=-9999, high=9999),
-    Case("past_block", (_u8(3, 24001), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
-)
-_BACK_AXIS_CASES = (
-    Case("rows", (_u8(3, 5), _SCALES, _ZEROS), {"axis": 0}, low=0, high=255),
-    Case("channels", (_u8(2, 3, 4, 5), _SCALES, _ZEROS), low=0, high=255),
-    Case("last", (_u8(4, 3), _SCALES, _ZEROS), {"axis": -1}, low=0, high=255),
-)
-_BACK_21 = (
-    Case("blocks", (_u8(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
-    Case("uint16", (TensorSpec((3, 5), np.dtype(np.uint16)), _scalar(0.001), _scalar(99, np.uint16)), high=60000),
-    Case("blocks_and_a_rest", (_u8(3, 7), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
-)
-
-_INT4 = np.arange(-7, 8).reshape(3, 5).astype(ml_dtypes.int4)
-_MS_BACK = (
-    Case("int16", (TensorSpec((3, 5), np.dtype(np.int16)), _scalar(0.001)), low=-30000, high=30000),
-    Case("int4", (_INT4, _scalar(0.1), _scalar(-2, ml_dtypes.int4))),
-    Case("uint4_rows", ((_INT4.astype(np.int8) & 7).astype(ml_dtypes.uint4), _SCALES), {"axis": 0}),
-)
-_INT4_CASES = tuple(
-    Case(np.dtype(t).name, (f32(3, 5), _scalar(0.3), _scalar(zero, t)))
-    for t, zero in ((ml_dtypes.int4, -2), (ml_dtypes.uint4, 7))
-)
-_MS: dict[str, Any] = {"domain": "com.microsoft"}
-
-
-def _zero_of(dtype: DType) -> Array:
-    return np.zeros((), dtype)
-
-
-def _rounded(*since: int) -> tuple[Case, ...]:
-    """float32 to narrow types, those that came with these opsets; from 21 on also in blocks, told by an attribute."""
-    found = [(d, s) for d, s in _TARGETS.items() if s in since]
-    x = np.array([[-1.5, 0.3, 0.5, 1.5, 2.4, 100], [-100, 0, 0.25, -0.25, 3, 6]], np.float32)
-    return (
-        *(Case(f"{d.name}_zero", (x, _scalar(0.5), _zero_of(d)), opset=s) for d, s in found),
-        *(
-            Case(
-                f"{d.name}_blocks",
-                (x, np.array([[0.5, 2], [1, 0.25]], np.float32)),
-                {"axis": 1, "block_size": 3, "output_dtype": onnx_of_dtype(d)},
-                opset=max(21, s),
-            )
-            for d, s in found
-            if min(since) >= 21
-        ),
-    )
-
-
-def _widened(*since: int) -> tuple[Case, ...]:
-    """Narrow types to float32: with a zero point, which is 0 for floats, and along an axis."""
-    found = [(d, s) for d, s in _TARGETS.items() if s in since]
-    return (
-        *(
-            Case(d.name, (narrow(d, 2, 6), _scalar(0.5), np.full((), is_integer(d), np.int8).astype(d)), opset=s)
-            for d, s in found
-        ),
-        *(
-            Case(f"{d.name}_axis", (narrow(d, 2, 6), np.array([0.5, 0.2], np.float32)), {"axis": 0}, opset=s)
-            for d, s in found
-        ),
+        cases=_cases("DEQUANTIZE", domain, since),
     )
 
 
@@ -288,28 +177,16 @@ _DYNAMIC = Op(
 )
 
 OPS: tuple[Op, ...] = (
-    _quantize_op(10, {}, _TENSOR_CASES),
-    _quantize_op(13, {"axis": 1}, _TENSOR_CASES[:2] + _AXIS_CASES),
-    _quantize_op(19, {"axis": 1, "saturate": 1}, _TENSOR_CASES[1:3] + _AXIS_CASES[:1] + _rounded(19)),
-    _quantize_op(
-        21,
-        {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0},
-        _AXIS_CASES[:1] + _QUANTIZE_21 + _rounded(21),
-    ),
-    _quantize_op(
-        23,
-        {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0, "precision": 0},
-        (_QUANTIZE_21[3], *_rounded(23, 25, 28), *_POWER_SCALE),
-    ),
-    _dequantize_op(10, {}, _BACK_CASES),
-    _dequantize_op(13, {"axis": 1}, _BACK_CASES[:2] + _BACK_AXIS_CASES + _widened(19)),
-    _dequantize_op(21, {"axis": 1, "block_size": 0}, _BACK_AXIS_CASES[:1] + _BACK_21 + _widened(21)),
-    _dequantize_op(
-        23,
-        {"axis": 1, "block_size": 0, "output_dtype": 0},
-        (*_BACK_CASES[1:2], *_widened(23, 25, 28), *_POWER_SCALE_BACK),
-    ),
-    _quantize_op(1, {"axis": 1}, _INT4_CASES + _TENSOR_CASES[:2] + _AXIS_CASES[:2] + _QUANTIZE_21[1:3], **_MS),
-    _dequantize_op(1, {"axis": 1}, _BACK_CASES[1:3] + _BACK_AXIS_CASES[:2] + _BACK_21[1:2] + _MS_BACK, **_MS),
+    _quantize_op(10, {}),
+    _quantize_op(13, {"axis": 1}),
+    _quantize_op(19, {"axis": 1, "saturate": 1}),
+    _quantize_op(21, {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0}),
+    _quantize_op(23, {"axis": 1, "saturate": 1, "block_size": 0, "output_dtype": 0, "precision": 0}),
+    _dequantize_op(10, {}),
+    _dequantize_op(13, {"axis": 1}),
+    _dequantize_op(21, {"axis": 1, "block_size": 0}),
+    _dequantize_op(23, {"axis": 1, "block_size": 0, "output_dtype": 0}),
+    _quantize_op(1, {"axis": 1}, MICROSOFT),
+    _dequantize_op(1, {"axis": 1}, MICROSOFT),
     _DYNAMIC,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
 from infera_kernels.portable.matmul import transposed
+from infera_kernels.record import Record
 
 
 def _row_zero(zero: Array | None) -> Array | None:
@@ -75,7 +76,7 @@ def of_inputs(site: Site, io: Buffers, operands: tuple[int, int, int, int], out:
     return [*calls, *product(site, io, left, reach(site, a, a_zero), b, b_zero, out)]
 
 
-class Arithmetic(NamedTuple):
+class Arithmetic(Record):
     """What multiplies inputs as `of_inputs` does, and what makes 8-bit integers of the sums."""
 
     product: Callable[[Site, Buffers, tuple[int, int, int, int], Array], list[Call]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +16,13 @@ from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
-from infera_kernels.portable.recurrent import FUNCTIONS, Cell
+from infera_kernels.portable.recurrent import FUNCTIONS, Cell, Product
+from infera_kernels.record import Record
 
 _X, _W, _R, _B, _LENGTHS, _H, _C, _P = range(8)
 
 
-class _Kind(NamedTuple):
+class _Kind(Record):
     """What tells the three apart: gates, states, default activations, the plain step, the fast direction."""
 
     gates: int
@@ -75,16 +76,21 @@ def functions(site: Site) -> list[list[tuple[str, float, float]]]:
     return [made[d * each : (d + 1) * each] for d in range(len(_reverses(site)))]
 
 
-def cells(site: Site) -> list[Cell]:
-    """One cell a direction."""
+def _plain(direction: int) -> tuple[Product, Product]:
+    return portable.product, portable.product
+
+
+def cells(site: Site, products: Callable[[int], tuple[Product, Product]] = _plain) -> list[Cell]:
+    """One cell a direction. `products` gives what multiplies a direction's inputs, and its states."""
     return [
         Cell(
             [portable.activation(*function) for function in given],
+            *products(direction),
             site.attrs["clip"],
             bool(site.attrs.get("input_forget", 0)),
             bool(site.attrs.get("linear_before_reset", 0)),
         )
-        for given in functions(site)
+        for direction, given in enumerate(functions(site))
     ]
 
 

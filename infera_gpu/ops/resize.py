@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.resize import resize as fast_resize
 from infera_kernels.portable.resize import COORDINATES, NEAREST, AxisTable, Filter, axis_table, resize
+from infera_kernels.record import Record
 from infera_kernels.triton.terms import AxisMap
 
 _ROI, _SCALES, _SIZES = 1, 2, 3
@@ -34,7 +35,7 @@ _LARGEST = 1 << 26
 """Elements of an axis' table, of which planning makes one for each tap of an output element."""
 
 
-class _Target(NamedTuple):
+class _Target(Record):
     """Output shape, and for each axis its scale before rounding and its region of interest."""
 
     shape: tuple[int, ...]

@@ -32,7 +32,9 @@ TILINGS = {
 def reference(cell: Cell, d: int, x: Array, r: Array, bias: Array, lengths: Array, start: list[Array]) -> Any:
     """One direction in float64, of what the inputs give to the gates."""
     activations = [portable.activation(*given) for given in cell.activations]
-    plain = portable.Cell(activations, cell.clip, cell.coupled, cell.linear, inputs=lambda xp, given, w: given)
+    plain = portable.Cell(
+        activations, lambda xp, given, w: given, portable.product, cell.clip, cell.coupled, cell.linear
+    )
     wide = [a.astype(np.float64) for a in (x, r, bias)]
     return portable.over_time(
         np, STEPS[cell.kind], plain, wide[0], np.empty((len(r), 0)), wide[1], wide[2], lengths,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.elementwise import call, const, copy, copy_where
 from infera_kernels.cpu.matmul import readable
+from infera_kernels.record import Record
 
 BLOCK = 65536
 """Scores of a block: in float32 half of a 512 KB L2 cache; they go through it six times."""
@@ -26,7 +27,7 @@ Piece: TypeAlias = tuple[int | slice, ...]
 """An index into the leading axes and the rows of the scores."""
 
 
-class Options(NamedTuple):
+class Options(Record):
     """How scores become weights.
 
     Scores s are multiplied by `scale`, and become `cap` tanh(s / cap) where there is one. With a condition those where
@@ -109,7 +110,7 @@ def causal(
             v[..., :seen, :],
             out[..., rows, :],
             scratch,
-            options._replace(fill=-np.inf, fill_where=True),
+            Options(options.scale, options.cap, -np.inf, True, options.zero),
             masks=[_cut(mask, rows, slice(seen)) for mask in masks],
             condition=ahead,
             parts=parts,
@@ -150,7 +151,7 @@ def _pieces(lead: tuple[int, ...], m: int, n: int, parts: int) -> Iterator[Piece
             yield (*outer, slice(i, min(i + step, axes[axis])))
 
 
-class _Operands(NamedTuple):
+class _Operands(Record):
     """Everything over the leading axes of `out`."""
 
     q: Array

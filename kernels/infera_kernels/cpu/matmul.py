@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from infera_kernels.cpu.activation import blockwise
 from infera_kernels.cpu.blas import reads_as_it_lies
 from infera_kernels.cpu.elementwise import BLOCK, call, const, copy
 from infera_kernels.cpu.parts import along, parts
+from infera_kernels.record import Record
 
 
 def _blas_takes(x: Array) -> bool:
@@ -176,7 +176,7 @@ def _depths(a: Array, b: Array, out: Array, split: Split) -> list[slice]:
     return parts(b.shape[0], b.nbytes / _BYTES, split, multiple=_GRANULES[-2])
 
 
-class _Piece(NamedTuple):
+class _Piece(Record):
     """A part of a product: along `axis`, counted from the end, of the output and of what broadcasts to it."""
 
     a: Array

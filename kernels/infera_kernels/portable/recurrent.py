@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from infera_kernels.calls import Array
+from infera_kernels.record import Record
 
 
-class Function(NamedTuple):
+class Function(Record):
     """f(xp, x, alpha, beta) and the defaults of the parameters it has (None for one it has not)."""
 
     apply: Callable[[Any, Array, float, float], Array]
@@ -52,18 +53,18 @@ def product(xp: Any, x: Array, w: Array) -> Array:
     return x @ w.T
 
 
-class Cell(NamedTuple):
+class Cell(Record):
     """What one direction computes with. `clip` bounds what enters an activation; None leaves it.
 
     `inputs` multiplies the inputs of all steps by w, and `recurrent` a step's states by r, in an LSTM.
     """
 
     activations: Sequence[Activation]
-    clip: float | None = None
-    input_forget: bool = False
-    linear_before_reset: bool = False
-    inputs: Product = product
-    recurrent: Product = product
+    inputs: Product
+    recurrent: Product
+    clip: float | None
+    input_forget: bool
+    linear_before_reset: bool
 
     def at(self, i: int, xp: Any, x: Array) -> Array:
         """Activation i of x."""

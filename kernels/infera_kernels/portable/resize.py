@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from infera_kernels.calls import Array
+from infera_kernels.record import Record
 
 
 def _unrounded(scale: float, size: int, out: int) -> float:
@@ -56,7 +57,7 @@ NEAREST: Mapping[str, Callable[[Array, bool], Array]] = MappingProxyType(
 )
 
 
-class Filter(NamedTuple):
+class Filter(Record):
     """How to interpolate. `mode` is nearest, linear or cubic; the names are keys of `NEAREST` and `COORDINATES`."""
 
     mode: str
@@ -68,7 +69,7 @@ class Filter(NamedTuple):
     extrapolation: float = 0.0
 
 
-class AxisTable(NamedTuple):
+class AxisTable(Record):
     """Along `axis`, output element i is sum over k of weights[i, k] * source[index[i, k]] (int64, float64; (out, k)).
 
     `outside` marks the output elements that lie outside a cropped region; None where there are none.
