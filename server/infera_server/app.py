@@ -212,7 +212,9 @@ def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
 
     def endpoint(route: Route) -> Callable[..., Any]:
         async def answer(request: Request) -> Response:
-            most = service.settings.max_body_bytes if route.large else MAX_MANAGEMENT_BODY
+            most = MAX_MANAGEMENT_BODY
+            if route.large:
+                most += -(-service.settings.max_load_bytes // 3) * 4
             body = await _body(request, service, most) if route.verb == "POST" else b""
             found = route.handler(Call(service, request.path_params, body))
             if inspect.isawaitable(found):

@@ -102,7 +102,7 @@ class Call:
 def failed(model: Servable, began: float, error: Exception) -> RequestError:
     """What the client of a request to this model is told. It is counted."""
     refusal = as_refusal(error, model.signature.name)
-    model.stats.replied(refusal.status, time.monotonic() - began)
+    model.stats.failed(refusal, time.monotonic() - began)
     return refusal
 
 

@@ -46,10 +46,7 @@ async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
     try:
         reply = await answer
     except Exception as error:
-        answered = request_error(error, model.signature.name)
-        if answered.reason:
-            model.stats.refused[answered.reason] += 1
-        model.stats.replied(answered.status, time.monotonic() - began)
+        model.stats.failed(request_error(error, model.signature.name), time.monotonic() - began)
         raise
     model.stats.replied(200, time.monotonic() - began)
     return reply

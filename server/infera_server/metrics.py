@@ -22,6 +22,7 @@ from prometheus_client.core import (
 )
 
 from infera_gpu.telemetry import Telemetry
+from infera_server.errors import RequestError
 from infera_server.goal import Goal
 from infera_server.jobs import Batch
 
@@ -81,7 +82,7 @@ class ModelStats:
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
         self.refused: Counter[str] = Counter()
-        """Requests refused, by the reason of their RequestError; whoever answers them counts them."""
+        """Requests refused, by the reason of their RequestError."""
 
         self.duration = Histogram(SECONDS)
         self.queue = Histogram(SECONDS)
@@ -111,6 +112,12 @@ class ModelStats:
         self.statuses[status] += 1
         self.duration.observe(seconds)
         (self.success if status == 200 else self.fail).add(1, seconds)
+
+    def failed(self, error: RequestError, seconds: float) -> None:
+        """An error was written, `seconds` after the request's headers."""
+        if error.reason:
+            self.refused[error.reason] += 1
+        self.replied(error.status, seconds)
 
     def ran(self, batch: Batch) -> None:
         """A batch ran."""

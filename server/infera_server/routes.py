@@ -26,7 +26,7 @@ Handler: TypeAlias = Callable[[Call], Any | Awaitable[Any]]
 class Route:
     """`path` has variables in braces. `body` is the JSON Schema of the request's document, empty where it has none.
 
-    With `large` a body may be as large as an inference request's.
+    With `large` a body may hold the files of a load, in base64.
     """
 
     verb: str

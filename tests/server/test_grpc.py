@@ -14,6 +14,8 @@ from infera_server.codec import DATATYPES, to_bytes
 from infera_server.protocols.protos import message
 from tests.server.grpc_cases import CASES, UNLIKE, Case, Reply, call, recorded
 from tests.server.grpc_cases import request as message_of
+from tests.server.grpc_stream_cases import STREAMS, talk
+from tests.server.grpc_stream_cases import recorded as recorded_streams
 from tests.server.grpc_support import (
     FIELDS,
     array_of,
@@ -62,6 +64,11 @@ def test_replies_are_those_of_a_real_tritonserver(triton_like: grpc.Channel, cas
     if case.name == "metadata":
         want = Reply("OK", message=want.message | {"platform": "onnx_infera"})
     assert call(triton_like, case.method, case.request) == want
+
+
+@pytest.mark.parametrize("name", [name for name, sent in STREAMS.items() if sent[-1].model_name == "mlp"])
+def test_streams_are_those_of_a_real_tritonserver(triton_like: grpc.Channel, name: str) -> None:
+    assert talk(triton_like, STREAMS[name]) == recorded_streams()[name]
 
 
 def test_only_what_differs_is_listed_as_different() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 
 import grpc
@@ -16,8 +17,20 @@ from infera_server.protocols.protos import message
 from tests.server.grpc_cases import SERVICE, call
 from tests.server.grpc_cases import infer as mlp_request
 from tests.server.grpc_cases import request as message_of
-from tests.server.grpc_support import METHOD, array_of, channel, echoes, infer, request, status_of, typed, values
-from tests.server.support import WAIT, doubler, serving
+from tests.server.grpc_support import (
+    METHOD,
+    array_of,
+    channel,
+    echoes,
+    infer,
+    request,
+    status_of,
+    stream,
+    typed,
+    unary,
+    values,
+)
+from tests.server.support import WAIT, doubler, serving, until
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -56,6 +69,30 @@ def test_compressed_requests_and_responses(compression: grpc.Compression) -> Non
     with serving({"double": doubler()}, grpc_compression="gzip") as running, channel(running) as made:
         x = np.zeros((64, 4), np.float32)
         assert np.array_equal(array_of(infer(made, request("double", x), compression=compression)), x)
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    """As those over HTTP are: for a queue that is full, and for a deadline that passed there."""
+    session = doubler()
+    with serving({"double": session}, max_batch=1, max_queue=1) as running, channel(running) as made:
+        session.block()
+        first = unary(made).future(request("double", X[:1]), timeout=WAIT)
+        session.wait_entered()
+        late = unary(made).future(request("double", X[:1], parameters={"timeout": {"int64_param": "1"}}), timeout=WAIT)
+        until(lambda: late.done())
+        waiting = unary(made).future(request("double", X[:1]), timeout=WAIT)
+        until(lambda: running.model("double").queued == 1)
+        (answer,) = stream(made)(iter([request("double", X[:1])]), timeout=WAIT)
+        assert "1 requests" in answer.error_message
+        with pytest.raises(grpc.RpcError):
+            infer(made, request("double", X[:1]))
+        session.gate.set()
+        assert first.result() is not None
+        assert waiting.result() is not None
+        metrics = running.request("GET", "/metrics")[2].decode()
+    refused = dict(re.findall(r'infera_rejected_total{model="double",reason="(\w+)",version="1"} ([\d.]+)', metrics))
+    assert refused.pop("queue_full") == "2.0"
+    assert refused in ({"deadline": "1.0"}, {"would_expire": "1.0"})
 
 
 # --- who may ---------------------------------------------------------------------------------------------------------

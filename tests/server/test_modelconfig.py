@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -457,6 +458,25 @@ def test_a_load_request_brings_its_files(tmp_path: Path) -> None:
             with pytest.raises(BadRequest, match=text):
                 running.call(load("m", config, files))
         assert infer(running, np.ones((1, 4)))[1]["model_version"] == "7"
+
+
+def test_a_load_request_may_be_as_large_as_its_files(tmp_path: Path) -> None:
+    """Over REST, where they are in base64: `max_body_bytes` is for inference."""
+    put(tmp_path, "m", None)
+    weights = parse("g (float[N, 4] x) => (float[N, 4] y) { y = Add(x, x) }").SerializeToString()
+    with repository(tmp_path, max_load_bytes=400_000, max_body_bytes=1_000) as running:
+
+        def load(padding: int) -> tuple[int, bytes]:
+            files = {"1/model.onnx": weights, "1/padding": bytes(padding)}
+            parameters = {f"file:{name}": base64.b64encode(content).decode() for name, content in files.items()}
+            document = json.dumps({"parameters": {"config": "{}", **parameters}})
+            status, _, body = running.request("POST", "/v2/repository/models/m/load", document)
+            return status, body
+
+        assert load(300_000) == (200, b"")
+        status, body = load(400_000)
+        assert (status, b"at most 400,000 are accepted" in body) == (400, True)
+        assert load(500_000)[0] == 413
 
 
 def test_a_source_alone_has_no_configuration() -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+from functools import partial
 from typing import Any
 
 from infera_server import management
+from infera_server.background import detached
 from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.protocols import members
@@ -37,7 +39,18 @@ _LOG = document(
 )
 
 
+INLINE_BYTES = 1 << 18
+"""Of a load's document, which holds the files: a larger one is read in a thread of its own."""
+
+
 async def _load(call: Call) -> None:
+    read = partial(_loaded, call)
+    config, files = read() if len(call.body) <= INLINE_BYTES else await detached("infera-files", read)
+    await call.service.load_model(call.path["model"], config, files)
+
+
+def _loaded(call: Call) -> tuple[str | None, dict[str, bytes]]:
+    """The configuration and the files that a load brings. Raises BadRequest."""
     config: str | None = None
     files: dict[str, bytes] = {}
     for name, value in _parameters(call).items():
@@ -50,7 +63,7 @@ async def _load(call: Call) -> None:
                 raise BadRequest(f"parameter '{short(name)}' must hold a file in base64") from None
         else:
             raise BadRequest(f"unexpected parameter '{short(name)}': a load takes 'config' and 'file:PATH'")
-    await call.service.load_model(call.path["model"], config, files)
+    return config, files
 
 
 async def _unload(call: Call) -> None:
