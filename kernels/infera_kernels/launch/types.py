@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from infera_kernels.calls import Call
+from infera_kernels.launch.devices import MULTIPROCESSORS, architecture_of
 
 
 class LaunchError(RuntimeError):
@@ -46,16 +47,9 @@ class Target:
     """The most dynamic shared memory that one block may opt in to."""
 
 
-_SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-_MULTIPROCESSORS = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
-
-
 def nominal_target(arch: int) -> Target:
-    """The usual GPU of an architecture (CUDA C++ Programming Guide, table 'Technical Specifications').
-
-    An architecture not listed gets 99 KiB of shared memory, which every one since sm_80 has.
-    """
-    return Target(arch, _MULTIPROCESSORS.get(arch, 64), _SHARED_KIB.get(arch, 99) * 1024)
+    """The usual GPU of an architecture; where it is not known, with what every one since sm_80 has."""
+    return Target(arch, MULTIPROCESSORS.get(arch, 64), architecture_of(arch).block_shared_bytes)
 
 
 class Typed(Protocol):
