@@ -13,12 +13,12 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from infera_server import coding, inference, management
 from infera_server.coding import Coding
-from infera_server.errors import BadRequest, InternalError, RequestError, TooLarge, Unavailable, retry_after
+from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
 from infera_server.exchange import INLINE_BYTES, INLINE_CODED_BYTES
+from infera_server.intake import MAX_MANAGEMENT_BODY, received
 from infera_server.management import server_version
 from infera_server.metrics import Exposition
 from infera_server.protocols import control, generate, regions, v2_rest
@@ -28,8 +28,6 @@ from infera_server.routes import Call, Route, document
 from infera_server.servable import Servable
 from infera_server.service import Service
 from infera_server.versions import chosen
-
-MAX_MANAGEMENT_BODY = 1 << 16
 
 T = TypeVar("T")
 
@@ -108,6 +106,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read("/v2/models/stats")
     async def all_statistics() -> Response:
+        await repository.audience.counted()
         return Json({"model_stats": [management.statistics(m) for m in repository.ready()]})
 
     @read_model("")
@@ -129,6 +128,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read_model("/stats")
     async def statistics(model: str, version: str | None = None) -> Response:
+        await repository.audience.counted()
         return Json({"model_stats": [management.statistics(find(model, version))]})
 
     @app.post("/v2/repository/index")
@@ -141,6 +141,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @read("/metrics")
     async def metrics() -> Response:
+        await repository.audience.counted()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     def generating(stream: bool) -> Callable[..., Any]:
@@ -254,21 +255,7 @@ def _error(status: int, message: str, retry: int | None = None) -> Response:
 
 
 async def _body(request: Request, service: Service, most: int = MAX_MANAGEMENT_BODY) -> bytes:
-    parts: list[bytes] = []
-    held, intake = 0, service.intake
-    try:
-        async for chunk in request.stream():
-            intake.check(len(chunk))
-            intake.held += len(chunk)
-            held += len(chunk)
-            if held > most:
-                raise TooLarge(f"the request body is over the limit of {most:,} bytes")
-            parts.append(chunk)
-    except ClientDisconnect:
-        raise BadRequest("the request body did not arrive") from None  # nobody reads this
-    finally:
-        intake.held -= held
-    return b"".join(parts)
+    return await received(request.receive, service.intake, most)
 
 
 def _document(body: bytes) -> Any:

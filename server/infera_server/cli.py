@@ -103,6 +103,12 @@ def serve(
             "--vram-limit is then that of each. [default: off]",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that take requests, while one more has the models; 0: that one takes them. [default: 0]"
+        ),
+    ] = None,
     model_control: Annotated[
         str | None,
         typer.Option(

@@ -286,6 +286,7 @@ class Control:
     async def _let_go(self, model: Loaded, reason: str = UNLOADED) -> None:
         """Wait for what a model has accepted, then give its memory back."""
         name, version = model.name, model.version
+        await self._repository.audience.informed()
         model.front.drain()
         await detached("infera-unload", partial(self._repository.loader.close, model))
         self._repository.leaving.discard(model)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import orjson
 
 from infera_gpu.errors import InputError
+from infera_server.child import Child
 from infera_server.engine_wire import MAX_MESSAGE, error_in
 from infera_server.rows import Arrays
 from infera_server.segment import Segment
-
-EXIT_PATIENCE = 1.0
-"""Seconds that a process has to exit when it is asked to."""
-
-_SPAWNER = ThreadPoolExecutor(1, "infera-spawn")
-"""The system ends an engine process with the thread that started it (PR_SET_PDEATHSIG): this one lives to the end."""
 
 
 class Died(Exception):
@@ -34,7 +25,7 @@ class Died(Exception):
         self.began = began
 
 
-class EngineProcess:
+class EngineProcess(Child):
     """Asked one thing at a time, by one thread at a time. Raises OSError where it cannot be started."""
 
     def __init__(self, name: str) -> None:
@@ -45,16 +36,9 @@ class EngineProcess:
             for end in (self._sock, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
             fds = (theirs.fileno(), self._feeds.fd, self._results.fd)
-            command = [sys.executable, "-P", "-m", "infera_server.isolated_engine", *map(str, fds)]
-            self._process: subprocess.Popen[bytes] = _SPAWNER.submit(
-                subprocess.Popen, command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
-            ).result()
+            super().__init__("infera_server.isolated_engine", fds)
         self._closed = False
         self._buffer = memoryview(bytearray(MAX_MESSAGE))
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def ask(self, verb: str, argument: Any) -> Any:
         """What the engine answers. Raises what it raised, or Died."""
@@ -92,24 +76,11 @@ class EngineProcess:
             raise error_in(error)
         return answer
 
-    def wait(self) -> str:
-        """How it ended, once it has."""
-        code = self._process.wait()
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-
-    def kill(self) -> None:
-        """End it now, whatever it does."""
-        self._process.kill()
-
     def close(self) -> None:
         """Ask it to exit, end it where it does not, and give its memory back. Whoever asks then gets Died."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(EXIT_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
+        self.end()
         with self._asking:
             self._closed = True
             self._sock.close()

@@ -1,4 +1,4 @@
-"""What a server and an engine process tell each other beside arrays: JSON, no pickle."""
+"""What the processes of a server tell each other of sessions and errors: JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def facts_in(told: Mapping[str, Any]) -> Facts:
 
 
 def error_out(error: Exception) -> dict[str, Any]:
-    """An exception, as `error_in` makes it again."""
+    """An exception, as `error_in` makes it again. What is a client's answer already needs no trace."""
+    trace = "" if isinstance(error, errors.RequestError) else "".join(traceback.format_exception(error))
     try:
         details = orjson.loads(orjson.dumps(vars(error)))
     except TypeError:  # something in it is no JSON
@@ -57,7 +58,7 @@ def error_out(error: Exception) -> dict[str, Any]:
         "types": [kind.__name__ for kind in type(error).__mro__],
         "text": str(error)[:MAX_TEXT],
         "details": details if len(orjson.dumps(details)) < MAX_TEXT else {},
-        "trace": "".join(traceback.format_exception(error))[-MAX_TEXT:],
+        "trace": trace[-MAX_TEXT:],
     }
 
 
@@ -67,7 +68,8 @@ def error_in(told: Mapping[str, Any]) -> Exception:
     error = kind.__new__(kind, told["text"])
     error.args = (told["text"],)
     vars(error).update(told["details"])
-    error.add_note(f"In the engine process:\n{told['trace']}")
+    if told["trace"]:
+        error.add_note(f"In the other process:\n{told['trace']}")
     return error
 
 

@@ -72,12 +72,17 @@ class Gate:
     async def _refuse(self, scope: Message, send: Send, error: RequestError) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": REFUSED, "reason": str(error)[:100]})
-            return
-        body = json.dumps({"error": str(error)}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        if isinstance(error, Unauthorized):
-            headers.append((b"www-authenticate", b"Bearer"))
-        if (seconds := retry_after(error)) is not None:
-            headers.append((b"retry-after", b"%d" % seconds))
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        else:
+            await refuse(send, error)
+
+
+async def refuse(send: Send, error: RequestError) -> None:
+    """Answer an HTTP request with an error."""
+    body = json.dumps({"error": str(error)}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if (seconds := retry_after(error)) is not None:
+        headers.append((b"retry-after", b"%d" % seconds))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

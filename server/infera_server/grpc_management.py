@@ -104,6 +104,7 @@ async def model_config(service: Service, request: Any) -> dict[str, Any]:
 
 async def model_statistics(service: Service, request: Any) -> dict[str, Any]:
     """Of one model, or of all."""
+    await service.repository.audience.counted()
     try:
         models = [_find(service, request)] if request.name else list(service.repository.ready())
     except NotFound:

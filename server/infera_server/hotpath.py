@@ -339,6 +339,8 @@ class HotPathProtocol(Connection):
 
     def _send(self, exchange: Exchange, model: Servable, request: Request, nbytes: int) -> None:
         exchange.request = request
+        if exchange.trace:
+            request.trace = True
         exchange.let_go(self.service.intake)
         model = exchange.model = chosen(model, request)
         exchange.job = model.submit(request, nbytes, lambda result, batch: self._done(exchange, result, batch))
@@ -366,7 +368,7 @@ class HotPathProtocol(Connection):
             fields = [b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n" % len(head)]
         else:
             fields = [b"content-type: application/json\r\n"]
-        if exchange.trace or request.trace:
+        if request.trace:
             fields.append(b"%s: %s\r\n" % (_TRACE, explain(batch, exchange.job).encode()))
         self._reply(exchange, 200, fields, [head, *tail])
 

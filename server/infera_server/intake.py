@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
-from infera_server.errors import Overloaded
+from infera_server.errors import BadRequest, Overloaded, TooLarge
 
 RETRY_AFTER = 1.0
 """Seconds after which a refused upload is worth another try: bodies come and go faster than a queue."""
+
+MAX_MANAGEMENT_BODY = 1 << 16
 
 
 @dataclass(slots=True)
@@ -25,3 +29,25 @@ class Intake:
                 "send the request again later",
                 RETRY_AFTER,
             )
+
+
+async def received(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], intake: Intake, most: int) -> bytes:
+    """The body of an ASGI request. Raises TooLarge, Overloaded, or BadRequest where the client leaves meanwhile."""
+    parts: list[bytes] = []
+    held, more = 0, True
+    try:
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise BadRequest("the request body did not arrive")  # nobody reads this
+            chunk = message.get("body", b"")
+            intake.check(len(chunk))
+            intake.held += len(chunk)
+            held += len(chunk)
+            if held > most:
+                raise TooLarge(f"the request body is over the limit of {most:,} bytes")
+            parts.append(chunk)
+            more = message.get("more_body", False)
+    finally:
+        intake.held -= held
+    return b"".join(parts)

@@ -6,8 +6,6 @@ end is given up.
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,49 +17,23 @@ from infera_server.errors import Unavailable
 from infera_server.independence import Facts
 from infera_server.rows import Arrays
 from infera_server.runtime import Shapes, Specs
-
-log = logging.getLogger(__name__)
+from infera_server.supervisor import Supervisor
 
 Result = TypeVar("Result")
 
-MOST_CRASHES = 5
-"""Processes in a row that end without one run, before the model is given up."""
 
-FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0
-"""Seconds before a process is started again: none after the first crash, then these, doubling."""
-
-
-class Supervisor:
-    """Keeps one process running. `start` returns one that is ready to run, or raises."""
+class EngineSupervisor(Supervisor[EngineProcess]):
+    """Keeps the engine process of a model running."""
 
     def __init__(self, name: str, start: Callable[[], EngineProcess]) -> None:
-        """Raises what `start` raises."""
-        self._name, self._start = name, start
-        self._changed = threading.Condition()
-        self._engine: EngineProcess | None = start()
-        self._crashes = 0
-        self._closed = False
-        self.failed = ""
-        """Why no process is started any more; empty while one is."""
-
-        threading.Thread(target=self._watch, args=(self._engine,), name=f"infera-watch-{name}", daemon=True).start()
-
-    def wait(self) -> None:
-        """Return once a process is ready, or none ever will be: at once, except after a crash."""
-        with self._changed:
-            self._changed.wait_for(self._is_settled)
-
-    def interrupt(self) -> None:
-        """End the process, and with it the run in progress; another is started."""
-        with self._changed:
-            if self._engine is not None:
-                self._engine.kill()
+        super().__init__(f"the engine process of model '{name}'", start, "one run to its end")
+        self._name = name
 
     def use(self, work: Callable[[EngineProcess], Result]) -> Result:
         """What `work` makes of the process. Raises Unavailable where it ended meanwhile, or is given up."""
         while True:
             self.wait()
-            engine = self._engine
+            engine = self._process
             if self.failed or engine is None:
                 raise Unavailable(self.failed or f"model '{self._name}' is closed")
             try:
@@ -80,70 +52,6 @@ class Supervisor:
                 self._gone(engine)
                 raise Unavailable(f"model '{self._name}': {error}; its engine process is being started again") from None
 
-    def succeeded(self) -> None:
-        """A run came to its end."""
-        self._crashes = 0
-
-    def close(self) -> None:
-        """End the process and start no other."""
-        with self._changed:
-            self._closed = True
-            engine, self._engine = self._engine, None
-            self._changed.notify_all()
-        if engine is not None:
-            engine.close()
-
-    def _is_settled(self) -> bool:
-        return self._engine is not None or bool(self.failed) or self._closed
-
-    def _gone(self, engine: EngineProcess) -> None:
-        """Ask this process nothing more: it is ending."""
-        with self._changed:
-            if self._engine is engine:
-                self._engine = None
-
-    def _watch(self, engine: EngineProcess) -> None:
-        """The thread that sees a process end and starts the next."""
-        following: EngineProcess | None = engine
-        while following is not None:
-            how = following.wait()
-            if self._closed:
-                return
-            self._gone(following)
-            following.close()
-            following = self._again(how)
-
-    def _again(self, how: str) -> EngineProcess | None:
-        """The next process; None where the session was closed, or is given up."""
-        while True:
-            self._crashes += 1
-            if self._crashes > MOST_CRASHES:
-                with self._changed:
-                    self.failed = (
-                        f"the engine process of model '{self._name}' {how}, and is not started again: "
-                        f"{self._crashes} in a row ended without one run to its end"
-                    )
-                    self._changed.notify_all()
-                log.error("%s", self.failed)
-                return None
-            log.error("the engine process of model '%s' %s; it is started again", self._name, how)
-            delay = min(FIRST_DELAY * 2 ** (self._crashes - 2), LONGEST_DELAY) if self._crashes > 1 else 0.0
-            with self._changed:
-                if self._changed.wait_for(lambda: self._closed, delay):
-                    return None
-            try:
-                engine = self._start()
-            except Exception as error:
-                how = f"could not be started again: {error}"
-                continue
-            with self._changed:
-                if not self._closed:
-                    self._engine = engine
-                    self._changed.notify_all()
-                    return engine
-            engine.close()
-            return None
-
 
 @dataclass(frozen=True, slots=True)
 class RemotePlan:
@@ -153,7 +61,7 @@ class RemotePlan:
 class RemoteDevice:
     """The device that the process runs on; its loss ends the process, and is that of the process."""
 
-    def __init__(self, name: str, supervisor: Supervisor) -> None:
+    def __init__(self, name: str, supervisor: EngineSupervisor) -> None:
         self.name, self._supervisor = name, supervisor
 
     @property
@@ -169,7 +77,7 @@ class IsolatedSession:
         self._name, self._opening = name, {"target": target, "arguments": arguments}
         self._reserved: list[Shapes] = []
         self._told: Mapping[str, Any] | None = None
-        self.supervision = Supervisor(name, self._start)
+        self.supervision = EngineSupervisor(name, self._start)
         assert self._told is not None
         self.inputs: Specs = specs_in(self._told["inputs"])
         self.outputs: Specs = specs_in(self._told["outputs"])

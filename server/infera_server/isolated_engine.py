@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +13,10 @@ from typing import Any
 
 import orjson
 
+from infera_server.child import die_with_parent, prepare
 from infera_server.engine_wire import MAX_MESSAGE, about, error_out
 from infera_server.runtime import Session
 from infera_server.segment import Segment
-
-PR_SET_PDEATHSIG = 1
 
 OOM_SCORE = 500
 """Out of memory, the system ends this process before the server."""
@@ -83,20 +79,11 @@ def serve(sock: socket.socket, engine: Engine) -> None:
         sock.send(reply)
 
 
-def _prepare() -> None:
-    """Live and die with the server, which alone says when; a crash says where it happened."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, signal.SIG_IGN)
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write(str(OOM_SCORE))
-    faulthandler.enable()
-
-
 def main() -> None:
     """Descriptors are the arguments: the socket, the segment of feeds, that of results."""
     sock, feeds, results = map(int, sys.argv[1:])
-    _prepare()
+    prepare()
+    die_with_parent(OOM_SCORE)
     with suppress(ConnectionError):
         serve(socket.socket(fileno=sock), Engine(Segment(feeds), Segment(results)))
     os._exit(0)  # at once: the server waits for the memory

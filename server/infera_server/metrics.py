@@ -119,6 +119,24 @@ class ModelStats:
             self.refused[error.reason] += 1
         self.replied(error.status, seconds)
 
+    def handed_over(self) -> list[Any]:
+        """What was counted at replies, which is forgotten here: for `add`, in another process."""
+        times = [[each.count, each.ns] for each in (self.success, self.fail)]
+        found = [list(self.statuses.items()), dict(self.refused), self.duration.counts, self.duration.total, *times]
+        self.statuses, self.refused = Counter(), Counter()
+        self.duration, self.success, self.fail = Histogram(SECONDS), Times(), Times()
+        return found
+
+    def add(self, found: Sequence[Any]) -> None:
+        """Count what another process has counted."""
+        statuses, refused, durations, total, *times = found
+        self.statuses.update(dict(statuses))
+        self.refused.update(refused)
+        self.duration.counts = [a + b for a, b in zip(self.duration.counts, durations, strict=True)]
+        self.duration.total += total
+        for own, (count, ns) in zip((self.success, self.fail), times, strict=True):
+            own.count, own.ns = own.count + count, own.ns + ns
+
     def ran(self, batch: Batch) -> None:
         """A batch ran."""
         jobs = len(batch.jobs)

@@ -48,6 +48,19 @@ class Entry:
     loaded: Loaded | None = None
 
 
+class Audience:
+    """Who is told when a repository serves otherwise than before, and counts replies elsewhere: nobody."""
+
+    def changed(self) -> None:
+        """Something is otherwise now. May be called in any thread."""
+
+    async def informed(self) -> None:
+        """Return once everybody knows of what has changed so far, and nobody sends requests to what was there."""
+
+    async def counted(self) -> None:
+        """Return once the models' statistics have all replies so far."""
+
+
 @dataclass(eq=False)
 class Repository:
     """All models by name and version. Lookups are dictionary lookups: no text of a request reaches the file system.
@@ -69,6 +82,7 @@ class Repository:
     """What served a model before, kept for a rollback."""
     traffic: dict[str, Traffic] = field(default_factory=dict, init=False)
     """What was set while the server ran, in place of what the folder says."""
+    audience: Audience = field(default_factory=Audience, init=False)
     is_settled: bool = field(default=False, init=False)
     """Whether everything there was at the start is loaded, or cannot be."""
     definitions: dict[str, Definition] = field(default_factory=dict, init=False)
@@ -105,6 +119,7 @@ class Repository:
             self._load_all(entries, post, progress)
         settle()
         self.is_settled = True
+        self.audience.changed()
 
     def _waves(self) -> Iterator[Sequence[Entry]]:
         """Everything there is: models, then ensembles of those, then what is left, after what it is made of."""
@@ -134,6 +149,7 @@ class Repository:
             threading.Thread(target=work, name="infera-load", daemon=True).start()  # the process's exit waits for none
         for _ in entries:
             entry = settled.get()
+            self.audience.changed()
             if not self._stopped:
                 progress(entry)
 
@@ -183,6 +199,7 @@ class Repository:
         """These versions are on their way; what serves them now goes on."""
         known = self._entries.get(name, {})
         self._note(name, [Entry(s) for s in sources if s.version not in known or known[s.version].loaded is None])
+        self.audience.changed()
 
     def mark_failed(self, name: str, reasons: Mapping[str, str]) -> None:
         """These versions could not be loaded; what served them before goes on, and the index says why it is old."""
@@ -191,6 +208,7 @@ class Repository:
             entry.reason = reason
             if entry.loaded is None:
                 entry.state = State.UNAVAILABLE
+        self.audience.changed()
 
     def note_problem(self, name: str, sources: Sequence[Source], reason: str) -> None:
         """What is there of a model now cannot be loaded, as the index says of all its versions."""
@@ -218,6 +236,7 @@ class Repository:
             loaded.front.retired = False
         self.leaving.update(gone)
         self.leaving.difference_update(models.values())
+        self.audience.changed()
         return gone
 
     def generation(self, name: str) -> Generation | None:
@@ -231,6 +250,21 @@ class Repository:
         entry = self._entries[name].get(version)
         if entry is not None and entry.state is State.UNLOADING:
             entry.state, entry.reason = State.UNAVAILABLE, reason
+            self.audience.changed()
+
+    def mirror(
+        self, entries: Iterable[Entry], find: Mapping[tuple[str, str | None], Servable], others: Iterable[Loaded]
+    ) -> None:
+        """Be what the repository of another process is: its entries, and what requests find there.
+
+        `others` serve too, or have accepted requests to finish.
+        """
+        names: dict[str, dict[str, Entry]] = {}
+        for entry in entries:
+            names.setdefault(entry.source.name, {})[entry.source.version] = entry
+        self._entries = names
+        self.serving.find = dict(find)
+        self.leaving = set(others)
 
     def _note(self, name: str, entries: Iterable[Entry]) -> None:
         """Add or replace entries. The mappings are new ones: other threads may be reading the old."""
@@ -251,6 +285,7 @@ class Repository:
         """From now on, until the server ends."""
         self.traffic[name] = traffic
         self._serve(name)
+        self.audience.changed()
 
     # --- looking up ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -19,9 +20,39 @@ from infera_server.rows import Arrays, HostArray
 Described: TypeAlias = Mapping[str, tuple[int, list[int], int, int]]
 """By name: ONNX's number of the dtype, shape, offset and length in bytes."""
 
+Memory: TypeAlias = "mmap.mmap | HostArray"
+
 ALIGNMENT = 64
 STEP = 1 << 18
-"""A segment grows by multiples of this."""
+"""A segment grows by multiples of this, and by a quarter at least."""
+
+
+def aligned(nbytes: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Arrays and where each is to lie, one after the other, in `nbytes` bytes."""
+
+    described: Described
+    parts: Mapping[str, HostArray | codec.Buffer]
+    nbytes: int
+
+
+def packed(arrays: Arrays) -> Packed:
+    """The arrays, the first at offset 0; strings as their bytes on the wire."""
+    described: dict[str, tuple[int, list[int], int, int]] = {}
+    parts: dict[str, HostArray | codec.Buffer] = {}
+    end = 0
+    for name, array in arrays.items():
+        part = codec.to_bytes(array) if array.dtype.hasobject else array
+        nbytes = part.nbytes if isinstance(part, np.ndarray) else len(part)
+        described[name] = (onnx_of_dtype(array.dtype), list(array.shape), end, nbytes)
+        parts[name] = part
+        end += aligned(nbytes)
+    return Packed(described, parts, end)
 
 
 class Segment:
@@ -38,45 +69,40 @@ class Segment:
     @classmethod
     def create(cls, name: str) -> Segment:
         """An empty one of a new file. Raises OSError."""
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return cls(fd)
+        return cls(shared_file(name))
 
     def put(self, arrays: Arrays) -> Described:
         """Copy arrays here, in place of those before. Raises Unavailable where there is no memory for them."""
-        described: dict[str, tuple[int, list[int], int, int]] = {}
-        texts: dict[str, codec.Buffer] = {}
-        end = 0
-        for name, array in arrays.items():
-            nbytes = array.nbytes
-            if array.dtype.hasobject:
-                texts[name] = codec.to_bytes(array)
-                nbytes = len(texts[name])
-            described[name] = (onnx_of_dtype(array.dtype), list(array.shape), end, nbytes)
-            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        memory = self._reaching(end, grow=True)
-        for name, (_, _, offset, nbytes) in described.items():
-            if name in texts:
-                memory[offset : offset + nbytes] = bytes(texts[name])
+        found = packed(arrays)
+        self.write(found, 0)
+        return found.described
+
+    def write(self, arrays: Packed, at: int) -> None:
+        """Copy arrays to offset `at`. Raises Unavailable where there is no memory for them."""
+        memory = self.reaching(at + arrays.nbytes, grow=True)
+        for name, (_, _, offset, nbytes) in arrays.described.items():
+            part = arrays.parts[name]
+            if not isinstance(part, np.ndarray):
+                memory[at + offset : at + offset + nbytes] = bytes(part)
             elif nbytes:
-                array = arrays[name]
-                np.ndarray(array.shape, array.dtype, memory, offset)[...] = array
-        return described
+                np.ndarray(part.shape, part.dtype, memory, at + offset)[...] = part
 
     def views(self, described: Described) -> dict[str, HostArray]:
         """The arrays, where they lie; strings are copied. Raises ValueError for what cannot lie there."""
-        memory = self._reaching(max((offset + nbytes for _, _, offset, nbytes in described.values()), default=0))
-        return {name: _array(memory, name, *where) for name, where in described.items()}
+        memory = self.reaching(max((offset + nbytes for _, _, offset, nbytes in described.values()), default=0))
+        return views(memory, described)
 
     def close(self) -> None:
         """The memory is free once no array views it."""
         os.close(self.fd)
         self._map = None
 
-    def _reaching(self, end: int, grow: bool = False) -> mmap.mmap:
+    def reaching(self, end: int, grow: bool = False) -> mmap.mmap:
+        """The memory up to `end`, where there is so much; with `grow` there is. Raises Unavailable."""
         if self._map is None or len(self._map) < end:
             if grow:
-                size = max(1, -(-end // STEP)) * STEP
+                before = 0 if self._map is None else len(self._map)
+                size = max(1, -(-max(end, before + before // 4) // STEP)) * STEP
                 try:
                     os.posix_fallocate(self.fd, 0, size)
                 except OSError as error:
@@ -85,12 +111,24 @@ class Segment:
         return self._map
 
 
-def _array(memory: mmap.mmap, name: str, code: int, shape: list[int], offset: int, nbytes: int) -> HostArray:
+def shared_file(name: str) -> int:
+    """A descriptor of an empty file in memory, sealed against shrinking. Raises OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd
+
+
+def views(memory: Memory, described: Described) -> dict[str, HostArray]:
+    """The arrays, where they lie; strings are copied. Raises ValueError for what cannot lie there."""
+    return {name: _array(memory, name, *where) for name, where in described.items()}
+
+
+def _array(memory: Memory, name: str, code: int, shape: list[int], offset: int, nbytes: int) -> HostArray:
     dtype, dims = dtype_of_onnx(code), tuple(shape)
     if offset < 0 or not 0 <= nbytes <= len(memory) - offset:
         raise ValueError(f"'{name}' is said to lie outside of the shared memory")
     if dtype.hasobject:
-        return codec.from_bytes(memory[offset : offset + nbytes], dtype, dims, name)
+        return codec.from_bytes(bytes(memory[offset : offset + nbytes]), dtype, dims, name)
     if math.prod(dims) * dtype.itemsize != nbytes:
         raise ValueError(f"'{name}' is said to have {nbytes} bytes at {list(dims)} of {dtype}")
     return np.ndarray(dims, dtype, memory, offset)

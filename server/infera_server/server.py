@@ -18,12 +18,13 @@ import uvicorn
 
 from infera_server.access import Access
 from infera_server.app import create_app
-from infera_server.gate import Gate
+from infera_server.gate import App, Gate
 from infera_server.hotpath import HotPathProtocol
 from infera_server.repository import Entry, Repository
 from infera_server.service import Service
 from infera_server.watch import Watch
 from infera_server.websocket import Streams
+from infera_server.workers import Workers
 
 if TYPE_CHECKING:
     from infera_server.grpc_server import GrpcServer
@@ -45,6 +46,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        self.workers: Workers | None = None
+        """Who takes the requests, where that is not this process; they are drained first."""
 
         self.deadline = 0.0
         """When all must be over; before `shutdown` there is no hurry and nothing to wait for."""
@@ -60,6 +63,9 @@ class Server(uvicorn.Server):
         timeout = self.service.settings.drain_timeout
         began = time.monotonic()
         self.deadline = began + timeout
+        if self.workers is not None:
+            self.service.draining = True
+            await self.workers.drain(self.deadline, lambda: self.force_exit)
         if not await self.service.drain(self.deadline, lambda: self.force_exit):
             log.error("requests were still running after %.3g s and were given up", time.monotonic() - began)
         left = max(MIN_FAREWELL, self.deadline - time.monotonic())
@@ -68,6 +74,29 @@ class Server(uvicorn.Server):
         if self.force_exit:
             self.deadline = 0.0
             await self.lifespan.shutdown()  # which uvicorn leaves out; it waits for nothing
+
+
+def make_server(app: App, service: Service) -> Server:
+    """Serves a service, and an application behind its gate. Raises what loading a certificate raises."""
+    settings = service.settings
+    return Server(
+        uvicorn.Config(
+            Gate(Streams(app, service), service.access, service.metrics_port),
+            http=HotPathProtocol,
+            ws="websockets-sansio",
+            ws_max_size=settings.max_body_bytes,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            backlog=BACKLOG,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+            ssl_ca_certs=None if settings.tls_client_ca is None else str(settings.tls_client_ca),
+            ssl_cert_reqs=ssl.CERT_NONE if settings.tls_client_ca is None else ssl.CERT_REQUIRED,
+        ),
+        service,
+    )
 
 
 class Host:
@@ -93,31 +122,21 @@ class Host:
         self.grpc_port: int | None = None
         """Where gRPC is served, once it is."""
         app = create_app(self.service, self._lifespan)
-        self.server = Server(
-            uvicorn.Config(
-                Gate(Streams(app, self.service), access, self.service.metrics_port),
-                http=HotPathProtocol,
-                ws="websockets-sansio",
-                ws_max_size=settings.max_body_bytes,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="on",
-                backlog=BACKLOG,
-                ssl_certfile=settings.tls_cert,
-                ssl_keyfile=settings.tls_key,
-                ssl_ca_certs=None if settings.tls_client_ca is None else str(settings.tls_client_ca),
-                ssl_cert_reqs=ssl.CERT_NONE if settings.tls_client_ca is None else ssl.CERT_REQUIRED,
-            ),
-            self.service,
-        )
+        self.server = make_server(app, self.service)
+        self.workers = self.server.workers = None
+        if settings.workers:
+            self.workers = self.server.workers = Workers(self.service, app, sock)
+            self._sockets.remove(sock)
         self.on_settled: Callable[[Entry], None] = lambda entry: None
         self.on_loaded: Callable[[], None] = lambda: None
 
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
         self.loop = asyncio.get_running_loop()
-        await self._start_grpc()
+        if self.workers is None:
+            await self._start_grpc()
+        else:
+            await self.workers.start()
         tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.service.expire())]
         settings = self.repository.settings
         if settings.watch or settings.model_control == "poll":
@@ -159,6 +178,8 @@ class Host:
 
         threading.Thread(target=work, name="infera-loading", daemon=True).start()  # not the executor: it is waited for
         await finished.wait()
+        if self.workers is not None:
+            await self.workers.started.wait()
         self.on_loaded()
         if not any(self.repository.ready()) and self.repository.has_failed:
             self._failed = self.server.should_exit = True

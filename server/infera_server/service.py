@@ -63,6 +63,9 @@ class Service:
     streams: int = field(default=0, init=False)
     """WebSockets that are open."""
     pace: Pace = field(default_factory=Pace, init=False)
+    outage: str = field(default="", init=False)
+    """In a worker: why the engine is not ready; empty while it is."""
+
     metrics_port: int | None = field(default=None, init=False)
     """Where nothing but metrics is told."""
 
@@ -139,6 +142,8 @@ class Service:
         """Empty where requests are taken, every model that could be loaded is, one at least was, and devices work."""
         if self.draining:
             return "the server is shutting down"
+        if self.outage:
+            return self.outage
         if not self.repository.is_settled:
             return "models are being loaded"
         if not any(self.repository.ready()) and any(self.repository.entries()):

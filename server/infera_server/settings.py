@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     priority_levels: int = Field(default=9, ge=1)
     default_priority: int = Field(default=5, ge=1)
     isolate: bool = False
+    workers: int = Field(default=0, ge=0, le=64)
+    """Processes that take requests, besides the one with the models; 0: that one takes them itself."""
     inline_run: float = Field(default=0.0003, ge=0)
     warmup_seconds: float = Field(default=2.0, ge=0)
     grpc_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None

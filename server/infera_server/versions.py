@@ -33,7 +33,7 @@ class Route(Tap):
 
     def __init__(self, models: Sequence[Servable], weights: Sequence[float], seed: int = 0) -> None:
         super().__init__(models[0])
-        self.models = models
+        self.models, self.weights = models, weights
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)]
         self._random = random.Random(seed)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from infera_gpu.errors import InputError, ModelError, OutOfMemoryError
-from infera_server import isolated
+from infera_server import supervisor
 from infera_server.discovery import Source
 from infera_server.errors import Unavailable
 from infera_server.isolated import IsolatedSession
@@ -202,7 +202,7 @@ def test_a_crash_fails_its_own_requests_and_those_that_wait_run_afterwards(tmp_p
 def test_a_model_that_crashes_each_time_is_given_up_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolated, "MOST_CRASHES", 2)
+    monkeypatch.setattr(supervisor, "MOST_CRASHES", 2)
     with serving_fragile(tmp_path) as (running, ids):
         for _ in range(3):
             assert running.infer("m", first(CRASH))[0] == 503

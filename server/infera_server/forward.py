@@ -1,0 +1,92 @@
+"""Requests about the server and its models, which a worker passes on to the engine: all that are no inference."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from infera_server.channel import Channel, Content
+from infera_server.errors import RequestError, request_error
+from infera_server.gate import INFERENCE, READING, App, Message, Receive, Send, refuse
+from infera_server.intake import MAX_MANAGEMENT_BODY, received
+from infera_server.protocols import control
+from infera_server.repository import Audience
+from infera_server.service import Service
+
+VERB = "http"
+
+_LARGE = re.compile("|".join(re.sub(r"{\w+}", "[^/]+", route.path) for route in control.ROUTES if route.large))
+"""The paths where bodies may be as large as those of inference."""
+
+
+class Forward:
+    """An ASGI application before another, which is left with inference."""
+
+    def __init__(self, app: App, service: Service, engine: Channel) -> None:
+        self._app, self._service, self._engine = app, service, engine
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or INFERENCE.fullmatch(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        try:
+            large = _LARGE.fullmatch(scope["path"]) is not None
+            most = self._service.settings.max_body_bytes if large else MAX_MANAGEMENT_BODY
+            body = await received(receive, self._service.intake, most)
+            asked = {name: scope[name] for name in ("method", "path", "scheme", "http_version")}
+            asked["query"] = scope["query_string"].decode("latin-1")
+            asked["headers"] = [[n.decode("latin-1"), v.decode("latin-1")] for n, v in scope["headers"]]
+            told, content = await self._engine.ask(VERB, asked, body)
+        except RequestError as error:
+            await refuse(send, error)
+            return
+        headers = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in told["headers"]]
+        await send({"type": "http.response.start", "status": told["status"], "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+class Answering:
+    """The engine's side: it has an ASGI application answer what was passed on."""
+
+    def __init__(self, app: App, audience: Audience) -> None:
+        self._app, self._audience = app, audience
+
+    async def answer(self, asked: Any, body: bytes) -> Content:
+        """The response, once every worker knows of what it has changed."""
+        scope: Message = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": asked["http_version"],
+            "method": asked["method"],
+            "scheme": asked["scheme"],
+            "path": asked["path"],
+            "raw_path": asked["path"].encode(),
+            "query_string": asked["query"].encode("latin-1"),
+            "root_path": "",
+            "headers": [(n.encode("latin-1"), v.encode("latin-1")) for n, v in asked["headers"]],
+            "client": None,
+            "server": None,
+            "state": {},
+        }
+        waiting = [body]
+        told: dict[str, Any] = {}
+        parts: list[bytes] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": waiting.pop()} if waiting else {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [[n.decode("latin-1"), v.decode("latin-1")] for n, v in message["headers"]]
+                told.update(status=message["status"], headers=headers)
+            else:
+                parts.append(message.get("body", b""))
+
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:
+            if not told:
+                raise request_error(error, "") from error
+        if asked["method"] not in READING:
+            await self._audience.informed()
+        return told, b"".join(parts)

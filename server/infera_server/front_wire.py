@@ -1,0 +1,160 @@
+"""What the engine and its workers tell each other of requests: JSON beside the tensors, no pickle.
+
+A block of shared memory is a message: four bytes, little-endian, that say how long its JSON is, the JSON, and from the
+next multiple of `ALIGNMENT` on the arrays that it describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+import orjson
+
+from infera_server.arena import Blocks, Lent
+from infera_server.codec import DATATYPES
+from infera_server.jobs import Batch, Job
+from infera_server.requests import Correlation, Output, Request
+from infera_server.rows import Arrays, HostArray, Layout
+from infera_server.segment import Described, aligned, packed, views
+from infera_server.signature import Signature, Tensor
+
+PREFIX = 4
+
+NO_ARRAYS: Arrays = {}
+
+
+class Entry(IntEnum):
+    """What a number in a ring is, by its lowest bits; the others are a block's offset or a request's number."""
+
+    MESSAGE = 0
+    RETURNED = 1
+    """A block that the other end has written is its own again."""
+
+    CANCEL = 2
+    LOST = 3
+    """There was no memory for an answer."""
+
+
+KIND_BITS = 2
+
+
+def entry(kind: Entry, value: int) -> int:
+    """As it stands in a ring."""
+    return value << KIND_BITS | kind
+
+
+def kind_of(number: int) -> tuple[int, int]:
+    """Kind and value of an entry."""
+    return number & (1 << KIND_BITS) - 1, number >> KIND_BITS
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
+    """The offset of a new block with `[document, where the arrays lie]` and these. Raises Unavailable."""
+    parts = packed(arrays)
+    text = orjson.dumps((document, parts.described))
+    begin = aligned(PREFIX + len(text))
+    nbytes = begin + parts.nbytes
+    offset = blocks.take(nbytes)
+    try:
+        memory = blocks.reaching(offset + nbytes, grow=True)
+        memory[offset : offset + PREFIX + len(text)] = len(text).to_bytes(PREFIX, "little") + text
+        blocks.write(parts, offset + begin)
+    except BaseException:
+        blocks.give_back(offset)
+        raise
+    return offset
+
+
+def read(lent: Lent, offset: int) -> tuple[Any, dict[str, HostArray]]:
+    """The document and the arrays of a block, which is lent until nothing views these any more. Raises ValueError."""
+    memory = lent.reaching(offset + PREFIX)
+    begin = offset + PREFIX
+    end = begin + int.from_bytes(memory[offset:begin], "little")
+    memory = lent.reaching(end)
+    described: Described
+    document, described = orjson.loads(memory[begin:end])
+    first = aligned(end - offset)
+    nbytes = max([at + size for _, _, at, size in described.values()], default=0)
+    return document, views(lent.block(offset, first + nbytes)[first:], described)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def signature_out(signature: Signature) -> dict[str, Any]:
+    """As `signature_in` reads it; of padding nothing, which the engine sees to."""
+    layout = signature.layout
+    return {
+        "name": signature.name,
+        "version": signature.version,
+        "inputs": [_tensor_out(tensor) for tensor in signature.inputs.values()],
+        "outputs": [_tensor_out(tensor) for tensor in signature.outputs.values()],
+        "layout": None if layout is None else [layout.inputs, layout.outputs, layout.buckets, layout.shared],
+    }
+
+
+def signature_in(told: Mapping[str, Any]) -> Signature:
+    """A signature that was told."""
+    inputs, outputs = ({t[0]: _tensor_in(*t) for t in told[kind]} for kind in ("inputs", "outputs"))
+    layout = None
+    if told["layout"] is not None:
+        rows, results, buckets, shared = told["layout"]
+        layout = Layout(rows, results, tuple(buckets), tuple(shared))
+    return Signature(told["name"], told["version"], inputs, outputs, layout)
+
+
+def _tensor_out(tensor: Tensor) -> list[Any]:
+    return [tensor.name, tensor.datatype, tensor.shape, tensor.optional, tensor.labels]
+
+
+def _tensor_in(name: str, datatype: str, shape: list[int], optional: bool, labels: list[str]) -> Tensor:
+    return Tensor(name, datatype, DATATYPES[datatype], tuple(shape), optional, tuple(labels))
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def request_out(request: Request) -> list[Any]:
+    """A request without its arrays and without what only its dialect needs, as `request_in` reads it."""
+    told = request.correlation
+    correlation = None if told is None else [told.id, told.start, told.end]
+    return [request.id, [o.name for o in request.outputs], request.priority, correlation, request.parameters]
+
+
+def request_in(told: list[Any], feeds: dict[str, HostArray], timeout: float | None) -> Request:
+    """A request that was told."""
+    identity, outputs, priority, correlation, parameters = told
+    return Request(
+        identity,
+        feeds,
+        [Output(name, binary=True) for name in outputs],
+        timeout,
+        priority,
+        None if correlation is None else Correlation(*correlation),
+        parameters,
+    )
+
+
+_BATCH = (
+    "rows", "padded", "taken_at", "gathered_at", "ran_at", "split_at", "free_at", "asked_at", "behind", "most", "fill"
+)  # fmt: skip
+
+
+def run_out(batch: Batch | None, job: Job) -> list[Any]:
+    """How a job was run, for traces and explanations, as `run_in` reads it. (All processes have one clock.)"""
+    told = None if batch is None else [len(batch.jobs), *(getattr(batch, name) for name in _BATCH)]
+    return [job.queued_at, told]
+
+
+def run_in(told: list[Any], job: Job) -> Batch | None:
+    """The batch of a job, which is told when it was queued."""
+    job.queued_at, run = told
+    if run is None:
+        return None
+    jobs, *values = run
+    return Batch([job] * jobs, **dict(zip(_BATCH, values, strict=True)))

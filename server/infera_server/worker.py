@@ -1,0 +1,128 @@
+"""A worker process: takes requests at a socket that it inherits, and has the engine process run them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+from uvicorn.loops.auto import auto_loop_factory
+
+from infera_server.access import Access
+from infera_server.app import create_app
+from infera_server.arena import Blocks, Lent
+from infera_server.bulletin import Mirror
+from infera_server.channel import Channel, Content
+from infera_server.child import prepare
+from infera_server.errors import Unavailable
+from infera_server.forward import Forward
+from infera_server.remote import Link
+from infera_server.repository import Repository
+from infera_server.ring import Reader, Writer
+from infera_server.screen import Plain
+from infera_server.server import make_server
+from infera_server.service import Service
+from infera_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+GONE = Unavailable("the engine process is gone; send the request to another server")
+
+
+class Worker:
+    """What the engine asks of a worker, and what that answers."""
+
+    def __init__(self, listening: socket.socket, requests: int, results: int, outbox: Writer, inbox: Reader) -> None:
+        self._listening = listening
+        self._requests, self._results, self._outbox, self._inbox = requests, results, outbox, inbox
+        self._began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._channel: Channel | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def run(self, sock: socket.socket) -> None:
+        """Until the engine says that it is enough, or is gone."""
+        handlers = {"begin": self._begin, "bulletin": self._read, "counted": self._counted, "drain": self._drain}
+        self._channel = await Channel.over(sock, handlers, self._lost)
+        await self._began
+        await self._server.serve([self._listening])
+
+    async def _begin(self, told: Any, body: bytes) -> Content:
+        assert self._channel is not None
+        begin, first = told
+        settings = Settings(**begin["settings"])
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[Plain().handler()], force=True)
+        logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
+        self._link = Link(
+            Blocks(self._requests, settings.max_queue_bytes), Lent(self._results), self._outbox, self._inbox
+        )
+        repository = Repository(settings.model_copy(update={"device": "cpu", "watch": False}), [])
+        repository.is_settled = True
+        self._service = Service(settings, repository, Access())
+        self._mirror = Mirror(repository, self._link)
+        self._take(first)
+        app = Forward(create_app(self._service, self._lifespan), self._service, self._channel)
+        self._server = make_server(app, self._service)
+        self._link.attach()
+        self._began.set_result(None)
+        while not self._server.started:
+            await asyncio.sleep(0.005)
+        return None, b""
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
+        expiring = asyncio.create_task(self._service.expire())
+        yield {"service": self._service}
+        expiring.cancel()
+
+    async def _read(self, _: Any, body: bytes) -> Content:
+        self._take(orjson.loads(body))
+        self._link.flush()  # what was sent to models that are no more, before the engine hears that this is known
+        return None, b""
+
+    def _take(self, told: Any) -> None:
+        self._mirror.read(told)
+        self._service.outage = told["outage"]
+
+    async def _counted(self, told: Any, body: bytes) -> Content:
+        return [[number, model.stats.handed_over()] for number, model in self._mirror.fronts.items()], b""
+
+    async def _drain(self, told: Any, body: bytes) -> Content:
+        self._service.draining = self._server.should_exit = True
+        return None, b""
+
+    def _lost(self) -> None:
+        """The engine is gone: answer what is there, and end."""
+        if not self._began.done():
+            os._exit(1)
+        self._link.fail(GONE)
+        self._service.outage = str(GONE)
+        self._server.should_exit = True
+
+
+async def _main() -> None:
+    sock, listening, requests, results, to_engine, has_sent, from_engine, has_answered = map(int, sys.argv[1:])
+    worker = Worker(
+        socket.socket(fileno=listening),
+        requests,
+        results,
+        Writer(to_engine, has_sent),
+        Reader(from_engine, has_answered),
+    )
+    await worker.run(socket.socket(fileno=sock))
+
+
+def main() -> None:
+    """Descriptors are the arguments: the engine's socket, the one to listen at, shared memory, rings with eventfds."""
+    prepare()
+    with asyncio.Runner(loop_factory=auto_loop_factory(use_subprocess=True)) as runner:
+        runner.run(_main())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A worker process, seen from the engine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+
+from infera_server.arena import Blocks, Lent
+from infera_server.child import Child
+from infera_server.desk import Desk
+from infera_server.ring import Reader, Writer, ring_fds
+from infera_server.segment import shared_file
+from infera_server.servable import Servable
+
+ENTRIES = 1 << 14
+"""Of a ring."""
+
+
+class WorkerProcess(Child):
+    """Takes requests at a listening socket, and has them run at its desk. `sock` is for all else that is said."""
+
+    def __init__(self, models: Mapping[int, Servable], listening: socket.socket, result_bytes: int) -> None:
+        """Its responses that are not sent yet take at most `result_bytes`. Raises OSError."""
+        requests, results = shared_file("infera-requests"), shared_file("infera-results")
+        inbox, outbox = ring_fds("infera-inbox", ENTRIES), ring_fds("infera-outbox", ENTRIES)
+        self.sock, theirs = socket.socketpair()
+        with theirs:
+            fds = (theirs.fileno(), listening.fileno(), requests, results, *inbox, *outbox)
+            super().__init__("infera_server.worker", fds)
+        self.desk = Desk(models, Lent(requests), Blocks(results, result_bytes), Reader(*inbox), Writer(*outbox))
+
+    def close(self) -> None:
+        """Wait for its end, or end it: it ends when nobody is at the other end of its socket."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.end()

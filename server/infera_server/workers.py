@@ -1,0 +1,204 @@
+"""The processes that take requests, and what they are told: with `--workers` the models have this one to themselves.
+
+Each worker listens at the same socket, and does all that is HTTP. What goes to a model is run here, at its `Desk`; what
+is about the server or its models is passed on to the application here. Workers are told of every change before what was
+there is let go. One that ends is started again, and only its own clients notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from infera_server.background import detached
+from infera_server.bulletin import Numbers, bulletin
+from infera_server.channel import Channel
+from infera_server.errors import Unavailable
+from infera_server.forward import VERB, Answering
+from infera_server.gate import App
+from infera_server.repository import Audience
+from infera_server.service import Service
+from infera_server.supervisor import Supervisor
+from infera_server.worker_process import WorkerProcess
+
+log = logging.getLogger(__name__)
+
+START_PATIENCE = 60.0
+"""Seconds that a worker has until it takes requests."""
+
+PATIENCE = 5.0
+"""Seconds that workers have to say that they know of a change, or what they have counted."""
+
+STEADY = 10.0
+"""Seconds after which a worker that ends has not crashed at its start."""
+
+PERIOD = 0.05
+"""Seconds between looks at what workers are told of the engine, and at whether they live."""
+
+
+class Worker:
+    """A worker that runs: its process, and what is said to it."""
+
+    def __init__(self, process: WorkerProcess, channel: Channel) -> None:
+        self.process, self.channel = process, channel
+        self.began_at = time.monotonic()
+
+    def wait(self) -> str:
+        return self.process.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def close(self) -> None:
+        self.process.close()
+
+
+class Workers(Audience):
+    """As many as the settings say. Lives in the event loop's thread."""
+
+    def __init__(self, service: Service, app: App, sock: socket.socket) -> None:
+        """They listen at `sock`, and `app` answers what is no inference."""
+        self._service, self._sock = service, sock
+        self._count = service.settings.workers
+        self._answering = Answering(app, self)
+        self._numbers = Numbers()
+        self._attached: set[Worker] = set()
+        self._supervisors: list[Supervisor[Worker]] = []
+        self._told = b""
+        self._telling: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining = False
+        self.started = asyncio.Event()
+        """Set once all of them take requests."""
+
+        service.repository.audience = self
+
+    async def start(self) -> None:
+        """Start them, beside whatever else goes on."""
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [asyncio.create_task(work) for work in (self._start_all(), self._look())]
+
+    async def _start_all(self) -> None:
+        starting = [detached("infera-worker", lambda n=n: self._supervise(n)) for n in range(1, self._count + 1)]  # type: ignore[misc]
+        self._supervisors = list(await asyncio.gather(*starting))
+        self.started.set()
+
+    def _supervise(self, number: int) -> Supervisor[Worker]:
+        return Supervisor(f"worker {number}", lambda: self._start_one(number), f"{STEADY:g} s of service")
+
+    def _start_one(self, number: int) -> Worker:
+        """A worker that takes requests; called in a thread of its own. Raises OSError or Unavailable."""
+        assert self._loop is not None
+        if self._draining:
+            raise Unavailable("the server is shutting down")
+        process = WorkerProcess(self._numbers.models, self._sock, self._service.settings.max_queue_bytes)
+        try:
+            welcomed = asyncio.run_coroutine_threadsafe(self._welcome(process, number), self._loop)
+            return welcomed.result(START_PATIENCE)
+        except BaseException:
+            process.close()
+            raise
+
+    async def _welcome(self, process: WorkerProcess, number: int) -> Worker:
+        channel = await Channel.over(process.sock, {VERB: self._answering.answer}, lambda: self._leave(worker))
+        worker = Worker(process, channel)
+        process.desk.open()
+        self._publish()
+        self._attached.add(worker)
+        try:
+            await channel.ask("begin", [self._settings(number), orjson.loads(self._told)])
+        except BaseException:
+            self._leave(worker)
+            raise
+        return worker
+
+    def _settings(self, number: int) -> dict[str, Any]:
+        """What a worker begins with; limits of the whole server are divided."""
+        settings = self._service.settings
+        shared = {name: -(-getattr(settings, name) // self._count) for name in ("max_connections", "max_intake_bytes")}
+        return {"number": number, "settings": settings.model_copy(update=shared).model_dump(mode="json")}
+
+    def _leave(self, worker: Worker) -> None:
+        """A worker is gone, or was never there."""
+        if worker in self._attached:
+            self._attached.discard(worker)
+            worker.process.desk.close()
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD)
+            self._publish()
+            now = time.monotonic()
+            for worker in self._attached:
+                worker.process.desk.flush()
+            for supervisor in self._supervisors:
+                if (ready := supervisor.process) is not None and now - ready.began_at > STEADY:
+                    supervisor.succeeded()
+
+    # --- telling -----------------------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Tell all workers what is otherwise, if anything is."""
+        told = orjson.dumps(
+            {**bulletin(self._service.repository, self._numbers), "outage": self._service.why_not_ready}
+        )
+        if told != self._told:
+            self._told = told
+            for worker in self._attached:
+                task = asyncio.create_task(self._tell(worker, told))
+                self._telling.add(task)
+                task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, worker: Worker, told: bytes) -> None:
+        with suppress(Unavailable):  # it is gone
+            await worker.channel.ask("bulletin", None, told)
+            worker.process.desk.receive()  # what it has sent before it knew
+
+    def changed(self) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._publish)
+
+    async def informed(self) -> None:
+        self._publish()
+        if self._telling:
+            await asyncio.wait(tuple(self._telling), timeout=PATIENCE)
+
+    async def counted(self) -> None:
+        asking = [asyncio.create_task(self._count_of(worker)) for worker in self._attached]
+        if asking:
+            await asyncio.wait(asking, timeout=PATIENCE)
+
+    async def _count_of(self, worker: Worker) -> None:
+        with suppress(Unavailable):
+            counted, _ = await worker.channel.ask("counted")
+            for number, found in counted:
+                if (model := self._numbers.models.get(number)) is not None:
+                    model.stats.add(found)
+
+    # --- ending ------------------------------------------------------------------------------------------------------
+
+    async def drain(self, deadline: float, forced: Callable[[], bool]) -> None:
+        """Have all finish what they have accepted and end, at `deadline` in any case or when `forced()`."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+        for supervisor in self._supervisors:
+            supervisor.retire()
+        for worker in self._attached:
+            self._telling.add(asyncio.create_task(self._ask_to_end(worker)))
+        while self._attached and not forced() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*[detached("infera-close", supervisor.close) for supervisor in self._supervisors])
+
+    async def _ask_to_end(self, worker: Worker) -> None:
+        with suppress(Unavailable):
+            await worker.channel.ask("drain")
