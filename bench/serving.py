@@ -6,7 +6,7 @@ a kind of body and a number of connections. Writes bench/results/<host class>-se
 
 `tritonserver` comes from the wheel nvidia-pytriton and runs the model in its Python backend. `asgi` is a handler that
 only reads the request and answers as many bytes. Peers are installed under .cache/peers (200 to 400 MB each) when they
-are first asked for: --peers triton,asgi,fastapi,mlserver,litserve,bentoml or none.
+are first asked for: --peers triton,asgi,fastapi,mlserver,litserve,bentoml,torchserve (1.2 GB) or none.
 """
 
 from __future__ import annotations
@@ -372,7 +372,8 @@ def main() -> None:
         console.print(f"starting infera, {', '.join(names)}")
         ours = stack.enter_context(infera(folder, "infera", "mlp"))
         want = _answer(ours, folder)
-        servers = [ours]
+        apart = stack.enter_context(infera(folder, "infera --isolate", "mlp", "--isolate"))
+        servers = [ours, apart]
         sizes = {body: check_answer(ours, body, folder, want) for body in ("binary", "json")}
         if "asgi" in names:
             servers.append(stack.enter_context(infera(folder, "infera, next to no model", "pick")))

