@@ -167,7 +167,7 @@ def host_block(nbytes: int) -> HostArray:
     """Aligned, uninitialised host memory. Raises OutOfMemoryError where there is not that much."""
     require_host_memory("the arena", nbytes)
     raw = np.empty(nbytes + ALIGN, np.uint8)
-    skip = -raw.ctypes.data % ALIGN
+    skip = -raw.__array_interface__["data"][0] % ALIGN
     return raw[skip : skip + nbytes]
 
 

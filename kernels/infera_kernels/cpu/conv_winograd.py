@@ -19,8 +19,8 @@ from infera_kernels.cpu.conv_planes import Pair, planes
 BLOCK_BYTES = 1 << 20
 """Gathered tiles and their transforms of one block of tile rows."""
 
-FILTERS = 2048
-"""Filters transformed at a time: their float64 transforms stay in the second-level cache."""
+FILTERS = 256
+"""Filters transformed at a time: their float64 transforms stay in the cache."""
 
 _POINTS: dict[int, tuple[tuple[int, ...], int]] = {2: ((0, 1, -1), 1), 4: ((0, 2, -2, 4, -4), 3)}
 """Interpolation points by output tile, as numerators and their denominator (infinity is added). Those of 4 round three
@@ -81,7 +81,11 @@ def winograd(
     size = tile + 2
     data, _, out = transforms(tile)
     data, out = np.kron(data, data).astype(x.dtype), np.kron(out, out).astype(x.dtype)
-    filters = pack(f"winograd{tile}", lambda weights: transform_filters(weights, tile))
+
+    def transformed(w: Array) -> Array:
+        return transform_filters(w, tile, np.empty((size * size, o, c), w.dtype))
+
+    filters = pack(f"winograd{tile}", transformed)
     down, across = -(-height // tile), -(-width // tile)
     padded = planes(
         scratch, c, (down, across), (size, size), x.dtype, strides=(tile, tile), dilations=(1, 1),
@@ -127,17 +131,17 @@ def winograd(
     return calls
 
 
-def transform_filters(w: Array, tile: int) -> Array:
-    """(O, C, 3, 3) -> (tiles' elements, O, C): G w G^T, in float64, rounded once."""
+def transform_filters(w: Array, tile: int, made: Array) -> Array:
+    """made (tile's elements, O, C) = G w G^T of w (O, C, 3, 3), in float64, rounded once. C may be several axes."""
     taps = transforms(tile)[1]
-    matrix, flat = np.kron(taps, taps), w.reshape(-1, 9)
-    made = np.empty((len(matrix), len(flat)), w.dtype)
-    some = min(FILTERS, len(flat))
-    wide, product = np.empty((9, some)), np.empty((len(matrix), some))
-    for start in range(0, len(flat), FILTERS):
-        part = flat[start : start + FILTERS].T
-        at = slice(0, part.shape[1])
-        np.copyto(wide[:, at], part)
-        np.matmul(matrix, wide[:, at], product[:, at])
-        made[:, start : start + FILTERS] = product[:, at]
-    return made.reshape(-1, *w.shape[:2])
+    matrix = np.kron(taps, taps)
+    step = max(1, FILTERS // w.shape[1])
+    wide, products = (np.empty(n * min(step, len(w)) * w.shape[1]) for n in (9, len(matrix)))
+    for start in range(0, len(w), step):
+        part = w[start : start + step].reshape(-1, 9)
+        columns, product = (space[: n * len(part)].reshape(n, -1) for space, n in ((wide, 9), (products, len(matrix))))
+        np.copyto(columns, part.T)
+        np.matmul(matrix, columns, product)
+        target = made[:, start : start + step]
+        np.copyto(target, product.reshape(target.shape))
+    return made

@@ -108,7 +108,7 @@ def _merged(a: Array) -> Array:
 
 
 def _weights(w: Array, group: int, columns: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
-    """(group, KH * KW * C / group, O / group), `sliced` where they may be packed, and the calls that make it."""
+    """(group, KH * KW * C / group, O / group), in slices where they may be packed, and the calls that make it."""
     if pack is not None:
         return [], packed(pack, group, columns)
     made = scratch((w[0].size, w.shape[0]), w.dtype)

@@ -78,7 +78,7 @@ def by_taps(w: Array, group: int) -> Array:
 
 
 def packed(pack: Pack, group: int, columns: int) -> Array:
-    """The matrices (group, taps, O / group) of weights that never change, `sliced`."""
+    """The matrices (group, taps, O / group) of weights that never change: (group, slices, taps, columns)."""
 
     def build(w: Array) -> Array:
         taps = by_taps(w, group)

@@ -33,12 +33,6 @@ def slice_of(rows: int, depth: int, columns: int) -> int:
     return next(iter([*at_once, *possible, columns]))
 
 
-def sliced(weights: Array, columns: int) -> Array:
-    """(groups, depth, N) as (groups, N / columns, depth, columns), contiguous."""
-    parts = weights.reshape(*weights.shape[:2], -1, columns)
-    return np.ascontiguousarray(parts.transpose(0, 2, 1, 3))
-
-
 def product(x: Array, weights: Array, y: Array) -> list[Call]:
     """y (groups, rows, N) = x (groups, rows, depth) @ weights (groups, N / columns, depth, columns).
 

@@ -19,7 +19,7 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.conv_winograd import transform_filters, transforms
 from infera_kernels.cpu.nhwc_epilogue import epilogue
-from infera_kernels.cpu.nhwc_product import product, slice_of, sliced
+from infera_kernels.cpu.nhwc_product import product, slice_of
 from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, spans
 
 BLOCK_BYTES = 1 << 20
@@ -98,7 +98,14 @@ def winograd(
     ready = all(tiles._replace(before=job.before).fits(job.x[None]) for job in jobs)
     most = max(BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize), -(-BLOCK_TILES // across))
     columns = slice_of(min(most, -(-len(jobs) * down // split.threads)) * across, c, o)
-    filters = pack(f"winograd{tile} {columns}", lambda w: sliced(transform_filters(w.swapaxes(0, 1), tile), columns))
+
+    def matrices(w: Array) -> Array:
+        """(tile's elements, O / columns, C, columns)"""
+        made = np.empty((size * size, o // columns, c, columns), w.dtype)
+        transform_filters(w.swapaxes(0, 1), tile, made.swapaxes(1, 2))
+        return made
+
+    filters = pack(f"winograd{tile} {columns}", matrices)
 
     def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
