@@ -72,6 +72,7 @@ class Batcher:
     soon: Callable[[Callable[[], None]], object] | None = None
     inline_limit: float = 0.0
     wait_for_engine: Callable[[], None] | None = None
+    most_of: Callable[[int], int] | None = None
     schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class Batcher:
             self.name,
             self.goal,
             self.widens,
+            most_of=self.most_of,
         )
         self.share = self.turns.share(self.name, self.weight)
         self._engine = Engine.NOBODY

@@ -11,6 +11,7 @@ from infera_server import modelconfig
 from infera_server.discovery import Source, Stamp, leads_outside, stamp
 from infera_server.ignored import THREADS, ignored
 from infera_server.modelconfig import ConfigError, ModelConfig
+from infera_server.queue_policy import policies
 from infera_server.settings import Settings
 from infera_server.traffic import Traffic
 from infera_server.traffic import read as read_traffic
@@ -69,8 +70,8 @@ class Definition:
         if config.max_batch_size or config.input or config.output:
             most = config.max_batch_size or 1
             changes["max_batch"] = min(most, settings.max_batch) if "max_batch" in given else most
-        policy = config.dynamic_batching.default_queue_policy
-        if policy.max_queue_size:
+        policy, by_level = config.dynamic_batching.default_queue_policy, config.dynamic_batching.priority_queue_policy
+        if policy.max_queue_size and not by_level:
             changes["max_queue"] = min(policy.max_queue_size, settings.max_queue)
         levels = config.dynamic_batching.priority_levels
         if levels:
@@ -105,8 +106,8 @@ class Definition:
 
     @property
     def queue_timeout(self) -> float | None:
-        """Seconds that a request waits where it does not say otherwise; None: not given."""
-        if self.config is None:
+        """Seconds that a request waits where it does not say otherwise; None: not given, or not for all alike."""
+        if self.config is None or policies(self.config) is not None:
             return None
         return self.config.dynamic_batching.default_queue_policy.default_timeout_microseconds / 1e6 or None
 

@@ -54,8 +54,6 @@ def _rules() -> Iterator[Ignored]:
         ("dynamic_batching.preferred_batch_size", _BATCH_SIZES),
         ("dynamic_batching.max_queue_delay_microseconds", _BATCH_SIZES),
         ("dynamic_batching.preserve_ordering", "replies leave as they are ready; those of one connection in order"),
-        ("dynamic_batching.priority_queue_policy", "requests wait in one queue"),
-        ("dynamic_batching.default_queue_policy.timeout_action", "a request whose time is up is refused"),
         ("cc_model_filenames", "default_model_filename is for every device"),
         ("metric_tags", "metrics have the labels 'model' and 'version'"),
         ("model_operations", "operators are declared in Python"),

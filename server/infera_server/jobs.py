@@ -87,6 +87,9 @@ class Job:
     allowed: float = math.inf
     """Seconds that it was to take at most, where that was reckoned."""
 
+    last_deadline: float = 0.0
+    """Until when the job may still run, after all others, once its deadline has passed; 0: not at all."""
+
     length: int = 0
     longer: int = 0
     state: State = State.WAITING

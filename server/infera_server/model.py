@@ -24,6 +24,7 @@ from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, completed
 from infera_server.padding import Lengthened, lengthened, widens, with_padding
 from infera_server.placement import Place
+from infera_server.queue_policy import QueuePolicies, policies
 from infera_server.requests import Request
 from infera_server.rows import Arrays, Layout, value_of
 from infera_server.runtime import Session, open_file
@@ -53,6 +54,7 @@ class Model:
     source_name: str
     definition: Definition
     levels: Levels = ANY_LEVELS
+    policies: QueuePolicies | None = None
     config: ModelConfig = field(init=False)
     device: str = field(init=False)
     retired: bool = field(default=False, init=False)
@@ -82,6 +84,8 @@ class Model:
         job = Job(request.feeds, done, rows, group, nbytes, deadline, self.levels.level(request.priority), now)
         if type(group) is Lengthened:
             job.length, job.longer = group.padding.own_length(request.feeds), group.length
+        if self.policies is not None:
+            self.policies.apply(job)
         self.batcher.submit(job)
         return job
 
@@ -208,6 +212,7 @@ def open_model(
         batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]
         post(deliver, batch)
 
+    rules = policies(config)
     batcher = Batcher(
         session.run,
         batching.layout,
@@ -224,11 +229,12 @@ def open_model(
         soon=_soon,
         inline_limit=settings.inline_run if session.device.name == "cpu" and supervision is None else 0.0,
         wait_for_engine=supervision.wait if supervision is not None else None,
+        most_of=rules.most if rules is not None else None,
     )
     signature = Signature(name, version, inputs, outputs, batching.layout)
     levels = Levels(settings.priority_levels, settings.default_priority)
     timeout = min(definition.queue_timeout or math.inf, settings.request_timeout)
-    model = Model(signature, session, batching, batcher, stats, timeout, path.name, definition, levels)
+    model = Model(signature, session, batching, batcher, stats, timeout, path.name, definition, levels, rules)
     size = next(iter(batching.sizes.values()), 1)
     model.measured = prime(
         session,

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from infera_server.backlog import Selection
 from infera_server.errors import RequestError
 from infera_server.jobs import Batch, Job, State
 from infera_server.rows import Arrays, Gatherer, Layout, in_order, split
-from infera_server.schedule import Selection
 
 Run: TypeAlias = Callable[[Arrays], Arrays]
 

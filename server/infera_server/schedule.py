@@ -1,4 +1,4 @@
-"""What waits for a model, who is admitted, and who runs next.
+"""Who is admitted to what waits for a model, and who runs next.
 
 Everything here is arithmetic on the times it is given: no threads, no clock. `Batcher` drives it by the real clock, the
 simulation in `bench/` by a virtual one.
@@ -7,12 +7,11 @@ simulation in `bench/` by a virtual one.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass
 
-from infera_server.costs import MAX_GROUPS, MAX_SCATTER, Costs, GroupCosts
+from infera_server.backlog import Backlog, Selection, Waiting
+from infera_server.costs import MAX_SCATTER, Costs, GroupCosts
 from infera_server.errors import Overloaded
 from infera_server.forecast import Forecast
 from infera_server.goal import Goal
@@ -23,41 +22,13 @@ GAIN = 0.95
 """A batch that leaves jobs behind has to be cheaper a row by this factor."""
 
 
-_level = attrgetter("level")
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """The jobs of one group, best first: by level, then by arrival."""
-
-    group: Hashable
-    costs: GroupCosts
-    jobs: list[Job] = field(default_factory=list)
-    rows: int = 0
-
-    def rows_before(self, level: int) -> int:
-        """Rows that go before a new job of this level."""
-        if self.jobs[-1].level <= level:
-            return self.rows
-        return sum(job.rows for job in self.jobs if job.level <= level)
-
-
-@dataclass(slots=True)
-class Selection:
-    """The jobs of the next batch, the group whose shapes they run in with what is known of it, and the bucket."""
-
-    jobs: list[Job]
-    group: Hashable
-    costs: GroupCosts
-    bucket: int
-
-
 @dataclass(eq=False)
-class Schedule:
+class Schedule(Backlog):
     """The queue of one model. Not thread-safe. Times are seconds of one clock, whichever.
 
     With `merges` unset a batch is one job. `widens(group, into)` says whether jobs of one group may run in the shapes
-    of another. With a `gain` of nearly 0 no batch ever leaves jobs behind that would fit.
+    of another. With a `gain` of nearly 0 no batch ever leaves jobs behind that would fit. `most_of(level)` is how many
+    jobs of a level may wait, 0: no limit but those for all.
     """
 
     buckets: Sequence[int] = (1,)
@@ -68,18 +39,13 @@ class Schedule:
     goal: Goal | None = None
     widens: Callable[[Hashable, Hashable], bool] | None = None
     gain: float = GAIN
-
-    queued: int = field(default=0, init=False)
-    queued_rows: int = field(default=0, init=False)
-    queued_bytes: int = field(default=0, init=False)
+    most_of: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
+        Backlog.__init__(self)
         self.costs = Costs(self.buckets)
         self.margin = self.goal.margin if self.goal is not None else Margin()
         self._forecast = Forecast(self.buckets, self.goal, self.gain)
-        self._waiting: dict[Hashable, Waiting] = {}
-        self._empty: dict[Hashable, Waiting] = {}
-        self._soonest = math.inf
         self._slowest = self._worst = self._ahead = 0.0
         """Seconds of one row by itself, of the slowest group that waits; the most that are reckoned with for it, and
         for what runs. With them most jobs need no forecast: they would be in time if every row ran by itself."""
@@ -104,32 +70,30 @@ class Schedule:
         now = job.queued_at
         if self.goal is not None:
             self.goal.arrivals.add(job.rows, now)
-        waiting = self._waiting.get(job.group) or self._empty.get(job.group) or Waiting(job.group, self._costs_of(job))
+        waiting = self.group(job.group) or Waiting(job.group, self._costs_of(job))
         if self.queued or self._forecast.running is not None:
             if self.queued >= self.max_queue or self.queued_bytes + job.nbytes > self.max_queue_bytes:
                 self.check_room(job.nbytes, now)
+            if self.most_of is not None:
+                self._check_level(job, self.most_of(job.level))
             if (alone := waiting.costs.typical[0]) > self._slowest:
                 self._reckon(alone)
             at_most = self._ahead + (self.queued_rows + job.rows + self._most) * self._worst
-            if now + at_most > job.deadline or self.goal is not None:
+            if now + at_most > (job.last_deadline or job.deadline) or self.goal is not None:
                 self._check_hope(job, now)
         else:
             self._reckon(waiting.costs.typical[0])
-        jobs = waiting.jobs
-        if not jobs:
-            self._empty.pop(job.group, None)
-            self._waiting[job.group] = waiting
-        if not jobs or jobs[-1].level <= job.level:
-            jobs.append(job)
-        else:
-            jobs.insert(bisect_right(jobs, job.level, key=_level), job)
-        waiting.rows += job.rows
         self._joined += job.rows
-        self.queued += 1
-        self.queued_rows += job.rows
-        self.queued_bytes += job.nbytes
-        if job.deadline < self._soonest:
-            self._soonest = job.deadline
+        self.put(job, waiting)
+
+    def _check_level(self, job: Job, most: int) -> None:
+        """Raises Overloaded where so many jobs of its level wait."""
+        if most and sum(other.level == job.level for other in self.jobs()) >= most:
+            raise Overloaded(
+                f"model '{self.name}' has {most} requests of priority {job.level} waiting, its limit for them; "
+                "send the request again later",
+                self.wait(job.queued_at),
+            )
 
     def _reckon(self, alone: float) -> None:
         """A row of the slowest group that waits takes so long by itself."""
@@ -139,7 +103,7 @@ class Schedule:
     def _check_hope(self, job: Job, now: float) -> None:
         """Raises Overloaded where the job would be answered after its deadline, or after the goal."""
         self._estimated = True
-        job.estimate, job.allowed = self.forecast(job, now, high=True), job.deadline - now
+        job.estimate, job.allowed = self.forecast(job, now, high=True), (job.last_deadline or job.deadline) - now
         needed = job.estimate * self.margin.value
         if needed > job.allowed:
             raise Overloaded(
@@ -184,50 +148,16 @@ class Schedule:
         )
 
     def _costs_of(self, job: Job) -> GroupCosts:
-        waiting = self._waiting.get(job.group) or self._empty.get(job.group)
+        waiting = self.group(job.group)
         if waiting is not None:
             return waiting.costs
         return self.costs.of(job.group, sum(a.size for a in job.feeds.values()) / job.rows)
-
-    # --- leaving -----------------------------------------------------------------------------------------------------
-
-    def remove(self, job: Job) -> bool:
-        """Forget a job. Returns whether it waited."""
-        waiting = self._waiting.get(job.group)
-        if waiting is None or job not in waiting.jobs:
-            return False
-        waiting.jobs.remove(job)
-        waiting.rows -= job.rows
-        self.queued -= 1
-        self.queued_rows -= job.rows
-        self.queued_bytes -= job.nbytes
-        if not waiting.jobs:
-            self._set_aside(waiting)
-        return True
-
-    def late(self, now: float) -> list[Job]:
-        """Remove the jobs whose deadline has passed."""
-        if now < self._soonest:
-            return []
-        jobs = [job for waiting in self._waiting.values() for job in waiting.jobs]
-        late = [job for job in jobs if job.deadline <= now]
-        for job in late:
-            self.remove(job)
-        self._soonest = min((job.deadline for job in jobs if job.deadline > now), default=math.inf)
-        return late
-
-    def clear(self) -> list[Job]:
-        """Remove all jobs."""
-        jobs = [job for waiting in self._waiting.values() for job in waiting.jobs]
-        for job in jobs:
-            self.remove(job)
-        return jobs
 
     # --- running -----------------------------------------------------------------------------------------------------
 
     def may_take(self, seconds: float) -> bool:
         """Whether the next batch could be as short as that: a look that costs next to nothing."""
-        costs = self._head().costs
+        costs = self.head.costs
         return costs.known and costs.typical[0] <= seconds
 
     def take(self, now: float, within: float = math.inf) -> Selection | None:
@@ -235,15 +165,15 @@ class Schedule:
 
         None where the batch would take longer than `within`, or it is unknown how long and there is such a limit.
         """
-        head = self._head()
+        head = self.head
         index, count = self._choose(head) if self.merges else (0, 1)
         seconds = head.costs.typical[index]
         if seconds > within or (within < math.inf and not head.costs.known):
             return None
         selection = Selection(head.jobs[:count], head.group, head.costs, self.buckets[index])
-        self._drop(head, count)
+        self.drop(head, count)
         if self.widens is not None and self.merges:
-            self._fill(selection)
+            self.fill(selection, self.widens)
         self._ahead = self._forecast.begin(head.costs, index, now).high * MAX_MARGIN
         self._forecast.joining.add(self._joined, now)
         self._joined = 0
@@ -262,13 +192,6 @@ class Schedule:
             selection.costs.learn(selection.bucket, seconds)
             if self.goal is not None:
                 self.goal.check_reach(selection.costs)
-
-    def _head(self) -> Waiting:
-        """The group whose first job is the most urgent, then has waited longest: no group can starve another."""
-        groups = self._waiting.values()
-        if len(groups) == 1:
-            return next(iter(groups))
-        return min(groups, key=lambda w: (w.jobs[0].level, w.jobs[0].queued_at))
 
     def _choose(self, head: Waiting) -> tuple[int, int]:
         """(index of the bucket, how many jobs) of the batch that takes the least time a row."""
@@ -297,37 +220,3 @@ class Schedule:
             if i != index:
                 costs.pass_over(i)
         return index, taken
-
-    def _drop(self, waiting: Waiting, count: int) -> None:
-        rows = nbytes = 0
-        for job in waiting.jobs[:count]:
-            rows += job.rows
-            nbytes += job.nbytes
-        self.queued -= count
-        self.queued_rows -= rows
-        self.queued_bytes -= nbytes
-        waiting.rows -= rows
-        del waiting.jobs[:count]
-        if not waiting.jobs:
-            self._set_aside(waiting)
-
-    def _set_aside(self, waiting: Waiting) -> None:
-        """The group is empty; it is kept for its next job."""
-        del self._waiting[waiting.group]
-        if len(self._empty) >= MAX_GROUPS:
-            self._empty.clear()
-        self._empty[waiting.group] = waiting
-
-    def _fill(self, selection: Selection) -> None:
-        """Let jobs of narrower groups have the rows that would be padding: they cost nothing there."""
-        assert self.widens is not None
-        free = selection.bucket - sum(job.rows for job in selection.jobs)
-        for waiting in list(self._waiting.values()) if free else ():
-            if waiting.group == selection.group or not self.widens(waiting.group, selection.group):
-                continue
-            count = 0
-            while count < len(waiting.jobs) and waiting.jobs[count].rows <= free:
-                free -= waiting.jobs[count].rows
-                count += 1
-            selection.jobs += waiting.jobs[:count]
-            self._drop(waiting, count)
