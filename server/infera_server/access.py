@@ -12,7 +12,9 @@ for so many random bits is as good as a slow hash:
 
 from __future__ import annotations
 
+import fcntl
 import hmac
+import mmap
 import re
 import secrets
 import tomllib
@@ -29,12 +31,47 @@ from infera_server.errors import Forbidden, Overloaded, Unauthorized
 PREFIX = "infera"
 NAME = re.compile(r"[a-z0-9-]{1,64}")
 SECRET_BYTES = 32
+BUCKET_BYTES = 16
+"""Of a shared bucket: two floats."""
+
 BURST_SECONDS = 2.0
 """A key that was not used for so long may send what it might have sent meanwhile, at once."""
 
 
 class KeyFileError(ValueError):
     """A file of keys that cannot be used."""
+
+
+class Bucket:
+    """A token bucket: what may be sent within a rate, with a burst of `BURST_SECONDS`' worth."""
+
+    tokens, filled_at = 0.0, -1e9
+
+    def take(self, rate: float, now: float) -> float:
+        """Take a token at a time of `time.monotonic`. Returns the seconds until there is one; 0 where there was."""
+        tokens = min(max(1.0, rate * BURST_SECONDS), self.tokens + (now - self.filled_at) * rate)
+        self.filled_at = now
+        self.tokens = tokens - 1 if tokens >= 1 else tokens
+        return 0.0 if tokens >= 1 else (1 - tokens) / rate
+
+
+class SharedBucket(Bucket):
+    """One that several processes take from: the `index`th in a file in memory."""
+
+    def __init__(self, file: int, index: int) -> None:
+        self._file, self._start = file, index * BUCKET_BYTES
+        whole = memoryview(mmap.mmap(file, 0))
+        self._kept = whole[self._start : self._start + BUCKET_BYTES].cast("d")
+
+    def take(self, rate: float, now: float) -> float:
+        fcntl.lockf(self._file, fcntl.LOCK_EX, BUCKET_BYTES, self._start)  # given up when its holder is killed
+        try:
+            self.tokens, self.filled_at = self._kept
+            wait = super().take(rate, max(now, self.filled_at))
+            self._kept[0], self._kept[1] = self.tokens, self.filled_at
+            return wait
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, BUCKET_BYTES, self._start)
 
 
 @dataclass(slots=True, eq=False)
@@ -46,26 +83,18 @@ class Key:
     models: tuple[str, ...] = ("*",)
     rate: float | None = None
     management: bool = False
-    _tokens: float = field(default=0.0, init=False)
-    _filled_at: float = field(default=-1e9, init=False)
+    bucket: Bucket = field(default_factory=Bucket)
 
     def allows(self, model: str) -> bool:
         """Whether requests to this model are in its scope."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def spend(self, now: float) -> None:
-        """Account for a request at a time of `time.monotonic`. Raises Overloaded over the rate: a token bucket."""
-        if self.rate is None:
-            return
-        most = max(1.0, self.rate * BURST_SECONDS)
-        self._tokens = min(most, self._tokens + (now - self._filled_at) * self.rate)
-        self._filled_at = now
-        if self._tokens < 1:
+        """Account for a request at a time of `time.monotonic`. Raises Overloaded over the rate."""
+        if self.rate is not None and (wait := self.bucket.take(self.rate, now)):
             raise Overloaded(
-                f"key '{self.name}' may send {self.rate:g} requests a second; send the request again later",
-                (1 - self._tokens) / self.rate,
+                f"key '{self.name}' may send {self.rate:g} requests a second; send the request again later", wait
             )
-        self._tokens -= 1
 
 
 @dataclass(frozen=True, slots=True)

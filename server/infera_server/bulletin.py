@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import orjson
+
 from infera_server.definition import Definition
 from infera_server.discovery import Source
+from infera_server.errors import BadRequest
 from infera_server.front_wire import signature_out
 from infera_server.loaded import Loaded
 from infera_server.remote import Link, RemoteModel
-from infera_server.repository import Entry, Repository, State
+from infera_server.repository import Entry, State
 from infera_server.servable import Servable
+from infera_server.service import Service
 from infera_server.versions import Route
+
+log = logging.getLogger(__name__)
 
 
 class Numbers:
-    """Numbers of models. One that is used no more stays unused."""
+    """Numbers of models, and what is told of each. A number that is used no more stays unused."""
 
     def __init__(self) -> None:
         self.models: WeakValueDictionary[int, Servable] = WeakValueDictionary()
-        self._numbers: WeakKeyDictionary[Servable, int] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Servable, tuple[int, orjson.Fragment]] = WeakKeyDictionary()
         self._next = itertools.count(1)
 
-    def of(self, model: Servable) -> int:
-        """The model's number, from now on."""
-        if (number := self._numbers.get(model)) is None:
-            number = self._numbers[model] = next(self._next)
-            self.models[number] = model
-        return number
+    def of(self, model: Servable) -> tuple[int, orjson.Fragment]:
+        """The model's number, from now on, and what it is."""
+        if (found := self._known.get(model)) is None:
+            found = self._known[model] = next(self._next), orjson.Fragment(orjson.dumps(_about(model)))
+            self.models[found[0]] = model
+        return found
 
 
-def bulletin(repository: Repository, numbers: Numbers) -> dict[str, Any]:
-    """What is served under which name, and how far everything else is."""
-    models: dict[int, Servable] = {}
+def bulletin(service: Service, numbers: Numbers) -> dict[str, Any]:
+    """What is served under which name, how far everything else is, and what else requests depend on."""
+    repository = service.repository
+    models: dict[int, orjson.Fragment] = {}
 
     def number_of(model: Servable) -> int:
-        models[number := numbers.of(model)] = model
-        return number
+        number, models[number] = found = numbers.of(model)
+        return found[0]
 
     entries = [
         [e.source.name, e.source.version, e.state.value, number_of(e.loaded.front) if e.loaded is not None else None]
@@ -52,7 +60,15 @@ def bulletin(repository: Repository, numbers: Numbers) -> dict[str, Any]:
         else [name, version, [number_of(model)], []]
         for (name, version), model in list(repository.serving.find.items())
     ]
-    return {"entries": entries, "find": find, "models": [[n, _about(m)] for n, m in models.items()]}
+    return {
+        "entries": entries,
+        "find": find,
+        "models": list(models.items()),
+        "regions": service.regions.told(),
+        "tracing": service.tracing.on,
+        "log": service.log_settings.settings(),
+        "outage": service.why_not_ready,
+    }
 
 
 def _about(model: Servable) -> dict[str, Any]:
@@ -65,14 +81,28 @@ def _about(model: Servable) -> dict[str, Any]:
 
 
 class Mirror:
-    """Makes a repository what the bulletins say. Models that none names any more are retired."""
+    """Makes a service what the bulletins say. Models that none names any more are retired."""
 
-    def __init__(self, repository: Repository, link: Link) -> None:
-        self._repository, self._link = repository, link
+    def __init__(self, service: Service, link: Link) -> None:
+        self._service, self._repository, self._link = service, service.repository, link
         self._models: dict[int, Loaded] = {}
+        self._log: Mapping[str, Any] = {}
 
     def read(self, told: Mapping[str, Any]) -> None:
         """This is so from now on."""
+        service = self._service
+        service.outage = told["outage"]
+        service.tracing.on = self._link.tells_runs = told["tracing"]
+        try:
+            service.regions.mirror(told["regions"])
+        except BadRequest as error:
+            log.warning("what is registered as shared memory is not to be had here: %s", error)
+        if told["log"] != self._log:
+            self._log = told["log"]
+            service.log_settings.update({name: value for name, value in self._log.items() if name != "log_file"})
+        self._read_models(told)
+
+    def _read_models(self, told: Mapping[str, Any]) -> None:
         models = {number: self._models.get(number) or self._made(number, about) for number, about in told["models"]}
         gone = [loaded for number, loaded in self._models.items() if number not in models]
         for loaded in gone:

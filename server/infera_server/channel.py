@@ -61,6 +61,10 @@ class Channel(asyncio.Protocol):
         finally:
             self._asked.pop(number, None)
 
+    def tell(self, verb: str, document: Any) -> None:
+        """Say what needs no answer."""
+        self._send([0, verb, document], b"")
+
     def close(self) -> None:
         """Say no more."""
         if self._transport is not None:
@@ -108,9 +112,13 @@ class Channel(asyncio.Protocol):
         try:
             told, content = await self._handlers[verb](argument, body)
         except Exception as error:
+            if not number:
+                log.error("what another process has said is not understood", exc_info=error)
+                return
             self._send([number, None, [error_out(error), None]], b"")
         else:
-            self._send([number, None, [None, told]], content)
+            if number:
+                self._send([number, None, [None, told]], content)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True

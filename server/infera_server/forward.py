@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from infera_server.channel import Channel, Content
+from infera_server.channel import Channel, Content, Handler
 from infera_server.errors import RequestError, request_error
+from infera_server.front_wire import run_in
 from infera_server.gate import INFERENCE, READING, App, Message, Receive, Send, refuse
 from infera_server.intake import MAX_MANAGEMENT_BODY, received
+from infera_server.jobs import Job
 from infera_server.protocols import control
-from infera_server.repository import Audience
 from infera_server.service import Service
 
-VERB = "http"
+HTTP, GRPC, TRACE = "http", "grpc", "trace"
+"""What the engine is asked, or told."""
 
 _LARGE = re.compile("|".join(re.sub(r"{\w+}", "[^/]+", route.path) for route in control.ROUTES if route.large))
 """The paths where bodies may be as large as those of inference."""
@@ -36,7 +39,7 @@ class Forward:
             asked = {name: scope[name] for name in ("method", "path", "scheme", "http_version")}
             asked["query"] = scope["query_string"].decode("latin-1")
             asked["headers"] = [[n.decode("latin-1"), v.decode("latin-1")] for n, v in scope["headers"]]
-            told, content = await self._engine.ask(VERB, asked, body)
+            told, content = await self._engine.ask(HTTP, asked, body)
         except RequestError as error:
             await refuse(send, error)
             return
@@ -46,13 +49,32 @@ class Forward:
 
 
 class Answering:
-    """The engine's side: it has an ASGI application answer what was passed on."""
+    """The engine's side: an application, and the methods of gRPC, answer what was passed on.
 
-    def __init__(self, app: App, audience: Audience) -> None:
-        self._app, self._audience = app, audience
+    Either answers once every worker knows of what has changed by it.
+    """
 
-    async def answer(self, asked: Any, body: bytes) -> Content:
-        """The response, once every worker knows of what it has changed."""
+    def __init__(self, service: Service, app: App) -> None:
+        self._service, self._app = service, app
+        self.handlers: Mapping[str, Handler] = {HTTP: self._respond, GRPC: self._call, TRACE: self._trace}
+
+    async def _call(self, method: Any, body: bytes) -> Content:
+        from infera_server.grpc_management import READING_METHODS, answered  # grpc takes a while to import
+
+        reply = await answered(self._service, method, body)
+        if method not in READING_METHODS:
+            await self._service.repository.audience.informed()
+        return None, reply
+
+    async def _trace(self, told: Any, body: bytes) -> Content:
+        """A request that a worker has answered."""
+        model, version, identity, began, ended, run = told
+        job = Job({}, lambda result, batch: None)
+        batch = run_in(run, job)
+        self._service.tracing.keep(model, version, identity, began, ended, job, batch)
+        return None, b""
+
+    async def _respond(self, asked: Any, body: bytes) -> Content:
         scope: Message = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -88,5 +110,5 @@ class Answering:
             if not told:
                 raise request_error(error, "") from error
         if asked["method"] not in READING:
-            await self._audience.informed()
+            await self._service.repository.audience.informed()
         return told, b"".join(parts)

@@ -38,23 +38,45 @@ Method: TypeAlias = Callable[[Service, Any], Awaitable[dict[str, Any]]]
 """A request's message to the members of the response's. Raises RequestError."""
 
 
-def handler(service: Service, name: str) -> grpc.RpcMethodHandler:
-    """The handler of a method."""
-    asked, made, method = message(f"inference.{name}Request"), message(f"inference.{name}Response"), METHODS[name]
+Elsewhere: TypeAlias = Callable[[str, bytes], Awaitable[bytes]]
+"""A method's name and its request to its response, both as bytes. Raises RequestError."""
+
+
+def handler(service: Service, name: str, elsewhere: Elsewhere | None) -> grpc.RpcMethodHandler:
+    """The handler of a method, which may be answered `elsewhere`, for who may call it."""
 
     async def handle(data: bytes, context: Any) -> bytes:
         try:
-            try:
-                request = asked.FromString(data)
-            except DecodeError:
-                raise BadRequest(wire.UNREADABLE) from None
+            request = _read(name, data)
             _check_access(service.access, name, request, context)
-            members = await method(service, request)
-            return bytes(json_format.ParseDict(members, made(), descriptor_pool=pool()).SerializeToString())
+            if elsewhere is not None:
+                return await elsewhere(name, data)
+            return await _answer(service, name, request)
         except Exception as error:
             await refuse(context, as_refusal(error))
 
     return grpc.unary_unary_rpc_method_handler(handle)
+
+
+async def answered(service: Service, name: str, data: bytes) -> bytes:
+    """What a method's handler answers elsewhere. Raises RequestError."""
+    try:
+        return await _answer(service, name, _read(name, data))
+    except Exception as error:
+        raise as_refusal(error) from None
+
+
+def _read(name: str, data: bytes) -> Any:
+    try:
+        return message(f"inference.{name}Request").FromString(data)
+    except DecodeError:
+        raise BadRequest(wire.UNREADABLE) from None
+
+
+async def _answer(service: Service, name: str, request: Any) -> bytes:
+    members = await METHODS[name](service, request)
+    made = message(f"inference.{name}Response")()
+    return bytes(json_format.ParseDict(members, made, descriptor_pool=pool()).SerializeToString())
 
 
 def _check_access(access: Access, name: str, request: Any, context: Any) -> None:
@@ -266,3 +288,5 @@ METHODS: dict[str, Method] = {
     "TraceSetting": trace_setting,
     "LogSettings": log_settings,
 }
+
+READING_METHODS = METHODS.keys() - CHANGING - SETTINGS

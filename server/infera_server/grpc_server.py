@@ -15,7 +15,7 @@ from infera_server import grpc_health
 from infera_server.errors import Unavailable
 from infera_server.grpc_calls import Inference, ModelInfer
 from infera_server.grpc_health import Health
-from infera_server.grpc_management import METHODS, handler
+from infera_server.grpc_management import METHODS, Elsewhere, handler
 from infera_server.grpc_stream import ModelStreamInfer
 from infera_server.service import Service
 from infera_server.settings import Settings
@@ -29,7 +29,6 @@ MAX_CALLS = 1024
 """Calls at a time on one connection; clients queue those beyond."""
 
 OPTIONS: Mapping[str, int] = {
-    "grpc.so_reuseport": 0,  # a port that is taken is an error
     "grpc.max_concurrent_streams": MAX_CALLS,
     "grpc.max_metadata_size": 1 << 14,
     "grpc.max_send_message_length": -1,
@@ -47,10 +46,13 @@ COMPRESSIONS = {
 
 
 class GrpcServer:
-    """Listens on a port of its own from `start` to `stop`. Used from the event loop's thread."""
+    """Listens on a port of its own from `start` to `stop`. Used from the event loop's thread.
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    With workers all of them listen there, and what is no inference is answered `elsewhere`.
+    """
+
+    def __init__(self, service: Service, elsewhere: Elsewhere | None = None) -> None:
+        self._service, self._elsewhere = service, elsewhere
         self._health = Health(service)
         inference = Inference(service)
         self._infer = ModelInfer(inference)
@@ -61,6 +63,7 @@ class GrpcServer:
         """Listen on a port, 0 for a free one, and return which. Raises OSError where it cannot be had."""
         settings = self._service.settings
         limits = {
+            "grpc.so_reuseport": int(settings.workers > 0),  # else a port that is taken is an error
             "grpc.max_receive_message_length": settings.max_body_bytes + ENVELOPE_BYTES,
             "grpc.max_allowed_incoming_connections": self._service.max_connections,
         }
@@ -80,7 +83,7 @@ class GrpcServer:
     def _routes(self) -> dict[str, grpc.RpcMethodHandler]:
         reflection = grpc_health.reflection()
         return {
-            **{f"/{SERVICE}/{name}": handler(self._service, name) for name in METHODS},
+            **{f"/{SERVICE}/{name}": handler(self._service, name, self._elsewhere) for name in METHODS},
             f"/{SERVICE}/ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer.handle),
             f"/{SERVICE}/ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._streams.handle),
             f"/{grpc_health.SERVICE}/Check": grpc.unary_unary_rpc_method_handler(self._health.check),

@@ -133,9 +133,8 @@ class Host:
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
         self.loop = asyncio.get_running_loop()
-        if self.workers is None:
-            await self._start_grpc()
-        else:
+        await self._start_grpc()
+        if self.workers is not None:
             await self.workers.start()
         tasks = [asyncio.create_task(self._load()), asyncio.create_task(self.service.expire())]
         settings = self.repository.settings
@@ -156,14 +155,20 @@ class Host:
         port, host = self.service.settings.listen_grpc, self.service.settings.host
         if port is None:
             return
-        from infera_server.grpc_server import GrpcServer  # grpc takes a while to import
-
-        self.grpc = GrpcServer(self.service)
         try:
-            self.grpc_port = await self.grpc.start(port)
+            self.grpc_port = await self._listen_grpc(port)
         except OSError as error:
             log.error("cannot serve gRPC on %s:%d: %s; choose another --grpc-port, or off", host, port, error)
             self._failed = self.server.should_exit = True
+
+    async def _listen_grpc(self, port: int) -> int:
+        """The port where gRPC is served, here or by the workers. Raises OSError."""
+        if self.workers is not None:
+            return self.workers.reserve(port)
+        from infera_server.grpc_server import GrpcServer  # grpc takes a while to import
+
+        self.grpc = GrpcServer(self.service)
+        return await self.grpc.start(port)
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,12 +101,13 @@ def _open(key: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A region, and what its status says beside its name."""
+    """A region, and what its status says beside its name. `origin` is what it was registered with."""
 
     kind: str
     memory: Memory
     nbytes: int
     told: dict[str, Any]
+    origin: tuple[str | int, ...]
 
 
 @dataclass(eq=False)
@@ -160,7 +162,7 @@ class SystemRegions(Kind):
         """Map `nbytes` bytes at `offset` of the object called `key`. Raises BadRequest."""
         self._check(name, offset, nbytes)
         memory = Mapped(key, offset, nbytes)
-        self._all[name] = Registered(self.kind, memory, nbytes, {"key": key, "offset": offset})
+        self._all[name] = Registered(self.kind, memory, nbytes, {"key": key, "offset": offset}, (key, offset, nbytes))
 
 
 class CudaRegions(Kind):
@@ -175,7 +177,9 @@ class CudaRegions(Kind):
             memory = shared_vram(handle, device_id, nbytes)
         except DeviceError as error:
             raise BadRequest(f"failed to register CUDA shared memory region '{short(name)}': {error}") from None
-        self._all[name] = Registered(self.kind, memory, nbytes, {"device_id": device_id})
+        self._all[name] = Registered(
+            self.kind, memory, nbytes, {"device_id": device_id}, (handle.hex(), device_id, nbytes)
+        )
 
 
 @dataclass(eq=False)
@@ -190,6 +194,24 @@ class Regions:
     def __post_init__(self) -> None:
         self.system = SystemRegions("system", "system", self._all, self.limit)
         self.cuda = CudaRegions("cuda", "CUDA", self._all, self.limit)
+
+    def told(self) -> list[list[Any]]:
+        """All of them, for `mirror` in another process."""
+        return [[name, region.kind, *region.origin] for name, region in self._all.items()]
+
+    def mirror(self, told: Sequence[Sequence[Any]]) -> None:
+        """Have these regions and no others. Raises BadRequest for one that this process cannot have."""
+        wanted = {name: tuple(origin) for name, *origin in told}
+        for name, region in list(self._all.items()):
+            if wanted.get(name) != (region.kind, *region.origin):
+                del self._all[name]
+        for name, (kind, *origin) in wanted.items():
+            if name in self._all:
+                continue
+            if kind == "system":
+                self.system.register(name, *origin)
+            else:
+                self.cuda.register(name, bytes.fromhex(origin[0]), *origin[1:])
 
     def view(self, region: Region) -> memoryview:
         """The region's bytes, in place where the host can see them, else a copy. They keep its memory."""

@@ -143,7 +143,13 @@ class Tracing:
 
     def record(self, signature: Signature, request_id: str, began: float, job: Job, batch: Batch | None) -> None:
         """Trace a request that is answered now, if it is its turn; it `began` to arrive at a `time.monotonic`."""
-        scope = self._models.get(signature.name, self._all)
+        self.keep(signature.name, signature.version, request_id, began, time.monotonic(), job, batch)
+
+    def keep(
+        self, model: str, version: str, request_id: str, began: float, ended: float, job: Job, batch: Batch | None
+    ) -> None:
+        """`record`, of a request that was answered at `ended`."""
+        scope = self._models.get(model, self._all)
         if len(self._records) >= MAX_KEPT or not scope.take():
             return
         self._taken += 1
@@ -155,9 +161,9 @@ class Tracing:
                 ("COMPUTE_OUTPUT_START", batch.ran_at),
                 ("COMPUTE_END", batch.split_at),
             ]
-        times.append(("REQUEST_END", time.monotonic()))
-        head: dict[str, Any] = {"id": self._taken, "model_name": signature.name}
-        head["model_version"] = int(signature.version)
+        times.append(("REQUEST_END", ended))
+        head: dict[str, Any] = {"id": self._taken, "model_name": model}
+        head["model_version"] = int(version)
         if request_id:
             head["request_id"] = request_id
         if batch is not None:

@@ -7,21 +7,24 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
 from uvicorn.loops.auto import auto_loop_factory
 
-from infera_server.access import Access
+from infera_server.access import Access, Key, SharedBucket
 from infera_server.app import create_app
 from infera_server.arena import Blocks, Lent
 from infera_server.bulletin import Mirror
 from infera_server.channel import Channel, Content
 from infera_server.child import prepare
 from infera_server.errors import Unavailable
-from infera_server.forward import Forward
+from infera_server.forward import GRPC, TRACE, Forward
+from infera_server.front_wire import run_out
+from infera_server.jobs import Batch, Job
 from infera_server.remote import Link
 from infera_server.repository import Repository
 from infera_server.ring import Reader, Writer
@@ -29,17 +32,33 @@ from infera_server.screen import Plain
 from infera_server.server import make_server
 from infera_server.service import Service
 from infera_server.settings import Settings
+from infera_server.signature import Signature
+from infera_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
 GONE = Unavailable("the engine process is gone; send the request to another server")
 
 
+class Passed(Tracing):
+    """Has the engine keep the traces of this worker's requests."""
+
+    def __init__(self, engine: Channel) -> None:
+        super().__init__(None)
+        self._engine = engine
+
+    def record(self, signature: Signature, request_id: str, began: float, job: Job, batch: Batch | None) -> None:
+        told = [signature.name, signature.version, request_id, began, time.monotonic(), run_out(batch, job)]
+        self._engine.tell(TRACE, told)
+
+
 class Worker:
     """What the engine asks of a worker, and what that answers."""
 
-    def __init__(self, listening: socket.socket, requests: int, results: int, outbox: Writer, inbox: Reader) -> None:
-        self._listening = listening
+    def __init__(
+        self, listening: socket.socket, buckets: int, requests: int, results: int, outbox: Writer, inbox: Reader
+    ) -> None:
+        self._listening, self._buckets = listening, buckets
         self._requests, self._results, self._outbox, self._inbox = requests, results, outbox, inbox
         self._began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel: Channel | None = None
@@ -63,9 +82,11 @@ class Worker:
         )
         repository = Repository(settings.model_copy(update={"device": "cpu", "watch": False}), [])
         repository.is_settled = True
-        self._service = Service(settings, repository, Access())
-        self._mirror = Mirror(repository, self._link)
-        self._take(first)
+        self._service = Service(settings, repository, self._access(begin))
+        self._service.tracing = Passed(self._channel)
+        self._mirror = Mirror(self._service, self._link)
+        self._mirror.read(first)
+        self._grpc_port: int | None = begin["grpc_port"]
         app = Forward(create_app(self._service, self._lifespan), self._service, self._channel)
         self._server = make_server(app, self._service)
         self._link.attach()
@@ -74,20 +95,35 @@ class Worker:
             await asyncio.sleep(0.005)
         return None, b""
 
+    def _access(self, begin: Mapping[str, Any]) -> Access:
+        keys = {
+            name: Key(name, bytes.fromhex(digest), tuple(models), rate, management, SharedBucket(self._buckets, index))
+            for index, (name, digest, models, rate, management) in enumerate(begin["keys"])
+        }
+        return Access(keys, begin["open_management"])
+
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
+        grpc = None
+        if self._grpc_port is not None:
+            from infera_server.grpc_server import GrpcServer  # grpc takes a while to import
+
+            grpc = GrpcServer(self._service, self._call)
+            await grpc.start(self._grpc_port)
         expiring = asyncio.create_task(self._service.expire())
         yield {"service": self._service}
+        if grpc is not None:
+            await grpc.stop(max(0.0, self._server.deadline - time.monotonic()))
         expiring.cancel()
 
+    async def _call(self, method: str, data: bytes) -> bytes:
+        assert self._channel is not None
+        return (await self._channel.ask(GRPC, method, data))[1]
+
     async def _read(self, _: Any, body: bytes) -> Content:
-        self._take(orjson.loads(body))
+        self._mirror.read(orjson.loads(body))
         self._link.flush()  # what was sent to models that are no more, before the engine hears that this is known
         return None, b""
-
-    def _take(self, told: Any) -> None:
-        self._mirror.read(told)
-        self._service.outage = told["outage"]
 
     async def _counted(self, told: Any, body: bytes) -> Content:
         return [[number, model.stats.handed_over()] for number, model in self._mirror.fronts.items()], b""
@@ -106,14 +142,8 @@ class Worker:
 
 
 async def _main() -> None:
-    sock, listening, requests, results, to_engine, has_sent, from_engine, has_answered = map(int, sys.argv[1:])
-    worker = Worker(
-        socket.socket(fileno=listening),
-        requests,
-        results,
-        Writer(to_engine, has_sent),
-        Reader(from_engine, has_answered),
-    )
+    sock, listening, buckets, requests, results, *rings = map(int, sys.argv[1:])
+    worker = Worker(socket.socket(fileno=listening), buckets, requests, results, Writer(*rings[:2]), Reader(*rings[2:]))
     await worker.run(socket.socket(fileno=sock))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -17,13 +18,15 @@ from typing import Any
 
 import orjson
 
+from infera_server.access import BUCKET_BYTES
 from infera_server.background import detached
 from infera_server.bulletin import Numbers, bulletin
 from infera_server.channel import Channel
 from infera_server.errors import Unavailable
-from infera_server.forward import VERB, Answering
+from infera_server.forward import Answering
 from infera_server.gate import App
 from infera_server.repository import Audience
+from infera_server.segment import shared_file
 from infera_server.service import Service
 from infera_server.supervisor import Supervisor
 from infera_server.worker_process import WorkerProcess
@@ -64,14 +67,18 @@ class Workers(Audience):
     """As many as the settings say. Lives in the event loop's thread."""
 
     def __init__(self, service: Service, app: App, sock: socket.socket) -> None:
-        """They listen at `sock`, and `app` answers what is no inference."""
+        """They listen at `sock`, and `app` answers what is no inference. Raises OSError."""
         self._service, self._sock = service, sock
         self._count = service.settings.workers
-        self._answering = Answering(app, self)
+        self._handlers = Answering(service, app).handlers
+        self._buckets = shared_file("infera-buckets")
+        os.posix_fallocate(self._buckets, 0, max(1, len(service.access.keys)) * BUCKET_BYTES)
+        self._grpc: socket.socket | None = None
         self._numbers = Numbers()
         self._attached: set[Worker] = set()
         self._supervisors: list[Supervisor[Worker]] = []
         self._told = b""
+        self._outage = ""
         self._telling: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,6 +87,11 @@ class Workers(Audience):
         """Set once all of them take requests."""
 
         service.repository.audience = self
+
+    def reserve(self, port: int) -> int:
+        """Keep a port for gRPC, 0 for a free one, and return which. Raises OSError where it cannot be had."""
+        self._grpc = reserved(self._service.settings.host, port)
+        return int(self._grpc.getsockname()[1])
 
     async def start(self) -> None:
         """Start them, beside whatever else goes on."""
@@ -99,7 +111,8 @@ class Workers(Audience):
         assert self._loop is not None
         if self._draining:
             raise Unavailable("the server is shutting down")
-        process = WorkerProcess(self._numbers.models, self._sock, self._service.settings.max_queue_bytes)
+        most = self._service.settings.max_queue_bytes
+        process = WorkerProcess(self._numbers.models, self._sock.fileno(), self._buckets, most)
         try:
             welcomed = asyncio.run_coroutine_threadsafe(self._welcome(process, number), self._loop)
             return welcomed.result(START_PATIENCE)
@@ -108,7 +121,7 @@ class Workers(Audience):
             raise
 
     async def _welcome(self, process: WorkerProcess, number: int) -> Worker:
-        channel = await Channel.over(process.sock, {VERB: self._answering.answer}, lambda: self._leave(worker))
+        channel = await Channel.over(process.sock, self._handlers, lambda: self._leave(worker))
         worker = Worker(process, channel)
         process.desk.open()
         self._publish()
@@ -122,9 +135,15 @@ class Workers(Audience):
 
     def _settings(self, number: int) -> dict[str, Any]:
         """What a worker begins with; limits of the whole server are divided."""
-        settings = self._service.settings
+        settings, access = self._service.settings, self._service.access
         shared = {name: -(-getattr(settings, name) // self._count) for name in ("max_connections", "max_intake_bytes")}
-        return {"number": number, "settings": settings.model_copy(update=shared).model_dump(mode="json")}
+        return {
+            "number": number,
+            "settings": settings.model_copy(update=shared).model_dump(mode="json"),
+            "grpc_port": None if self._grpc is None else self._grpc.getsockname()[1],
+            "keys": [[k.name, k.digest.hex(), k.models, k.rate, k.management] for k in access.keys.values()],
+            "open_management": access.open_management,
+        }
 
     def _leave(self, worker: Worker) -> None:
         """A worker is gone, or was never there."""
@@ -135,7 +154,8 @@ class Workers(Audience):
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(PERIOD)
-            self._publish()
+            if self._service.why_not_ready != self._outage:
+                self._publish()
             now = time.monotonic()
             for worker in self._attached:
                 worker.process.desk.flush()
@@ -147,9 +167,8 @@ class Workers(Audience):
 
     def _publish(self) -> None:
         """Tell all workers what is otherwise, if anything is."""
-        told = orjson.dumps(
-            {**bulletin(self._service.repository, self._numbers), "outage": self._service.why_not_ready}
-        )
+        self._outage = self._service.why_not_ready
+        told = orjson.dumps(bulletin(self._service, self._numbers))
         if told != self._told:
             self._told = told
             for worker in self._attached:
@@ -202,3 +221,17 @@ class Workers(Audience):
     async def _ask_to_end(self, worker: Worker) -> None:
         with suppress(Unavailable):
             await worker.channel.ask("drain")
+
+
+def reserved(host: str, port: int) -> socket.socket:
+    """A socket that keeps a port, 0 for a free one, for those that listen there with SO_REUSEPORT. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))  # which a port that others listen at with SO_REUSEPORT refuses
+        found = probe.getsockname()[1]
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((host, found))
+    return sock
