@@ -12,7 +12,6 @@ from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from websockets.sync.client import connect
 
