@@ -118,7 +118,7 @@ class Arena:
         self.max_concurrency = max_concurrency
         self._memories: list[Memory] = []
         self._changed = threading.Condition()
-        self._users: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+        self._users: WeakKeyDictionary[object, Device] = WeakKeyDictionary()
 
     @property
     def nbytes(self) -> int:
@@ -126,16 +126,17 @@ class Arena:
         with self._changed:
             return sum(m.nbytes for m in self._memories)
 
-    @property
-    def shared(self) -> bool:
-        return len(self._users) > 1
+    def serves_others(self, device: Device) -> bool:
+        """Whether sessions with a device of their own use it too, whose streams know nothing of this one's."""
+        users = self._users
+        return len(users) > 1 and any(other is not device for other in list(users.values()))
 
-    def join(self, user: object, device: str) -> None:
+    def join(self, user: object, device: Device) -> None:
         """`user` may borrow from now on. Raises DeviceError where others run on another device."""
         with self._changed:
-            other = next((name for name in self._users.values() if name != device), None)
+            other = next((d.name for d in self._users.values() if d.name != device.name), None)
             if other is not None:
-                raise DeviceError(f"the arena is on {other}, a session on {device} cannot share it")
+                raise DeviceError(f"the arena is on {other}, a session on {device.name} cannot share it")
             self._users[user] = device
 
     def leave(self, user: object) -> None:

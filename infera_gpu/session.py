@@ -192,12 +192,14 @@ class Session:
         self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
         self._dropped: WeakSet[Session] = WeakSet()
-        self._inner: list[Session] = []
+        self._inner: WeakSet[Session] = WeakSet()
         self._deriving = threading.Lock()
         self._guests = 0
         self._all_plain = all(map(is_plain, self.inputs.values()))
         self._arena = arena or Arena()
-        self._arena.join(self, device.name)
+        self._arena.join(self, device)
+        self._inside = Arena(self._arena.max_concurrency)
+        self._inside.join(self, device)
         self._leases: dict[Memory, Lease] = {}
         self._available = threading.Condition()
         self._closed = False
@@ -278,11 +280,13 @@ class Session:
             return session
 
     def _nested(self, graph: Graph) -> Callable[..., list[Any]]:
-        """A subgraph of this session's graph, callable; on the same device, with the same constants."""
-        inner = Session(
-            graph, self.device, fuse=False, arena=Arena(self._arena.max_concurrency), constants=self._constants
-        )
-        self._inner.append(inner)
+        """A subgraph of this session's graph, callable; on the same device, with the same constants.
+
+        What a stage holds of it goes with the stage. Subgraphs never run at the same time within one run, and share an
+        arena.
+        """
+        inner = Session(graph, self.device, fuse=False, arena=self._inside, constants=self._constants)
+        self._inner.add(inner)
 
         def run(*values: Any) -> list[Any]:
             return list(inner._collect(inner._sort(dict(zip(inner.inputs, values, strict=True)))).values())
@@ -370,7 +374,7 @@ class Session:
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory)
             yield lease
-            if self._arena.shared:
+            if self._arena.serves_others(self.device):
                 self.device.synchronize()  # another session's device may have a stream of its own
         except BaseException:
             with suppress(Exception):  # what the run has begun may still use the memory
@@ -513,9 +517,9 @@ class Session:
     def _let_go(self) -> None:
         self._closed = True
         self._arena.leave(self)
-        for session in self._inner:
+        for session in list(self._inner):
             session._let_go()
-        self._inner.clear()
+        self._inside.leave(self)
         self._leases.clear()
         RESULTS.clear()
         self._stages.clear()

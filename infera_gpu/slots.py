@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,12 +38,26 @@ class _Slots:
         self.places: dict[str, Operand] = {}
         self.around: dict[int, tuple[Operand, Operand]] = {}
         self.until: dict[str, int] = {}
-        """The last node that may read what lies in the place of a value, before another writes over it."""
+        """The last node that may read what lies in the place of a value, itself or a view of it, before another writes
+        over it."""
         self.makers = {o: i for i, p in enumerate(self.nodes) for o in p.site.node.outputs if o}
         self.readers: dict[str, list[int]] = {}
         for i, p in enumerate(self.nodes):
             for v in p.site.node.inputs:
                 self.readers.setdefault(v, []).append(i)
+        self.last_read = self.last_reads()
+
+    def last_reads(self) -> dict[str, float]:
+        """The last node that may read the memory of each value, views of it included; never, where an output is one."""
+        last: dict[str, float] = dict.fromkeys(self.kept, math.inf)
+        for i in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[i].site.node
+            read: float = i
+            if self.nodes[i].op.view is not None:
+                read = max(i, *(last.get(o, -1) for o in node.outputs if o))
+            for value in node.inputs:
+                last[value] = max(last.get(value, -1), read)
+        return last
 
     def find(self) -> Slots:
         """From the last node to the first, so that a place is known before the node that may pass it on."""
@@ -124,7 +139,7 @@ class _Slots:
         elif not place.is_contiguous or any(placed.site.node.outputs[1:]):
             return False
         if until is not None:
-            if value in self.kept or any(reader > until for reader in self.readers[value]):
+            if self.last_read[value] > until:
                 return False
             self.until[value] = until
         self.places[value] = place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import infera_gpu
 from infera_gpu.errors import InputError, PlanError
+from infera_gpu.stages import MAX_STAGES
 from tests.test_host_ops import assert_same
 from tests.text import parse
 
@@ -126,6 +128,16 @@ def test_the_shapes_of_a_loop_may_change_from_run_to_run() -> None:
     for n, k in ((2, 3), (1, 1), (2, 0), (4, 3), (2, 3)):
         x = floats(n)
         np.testing.assert_array_equal(session.run({"x": x, "n": np.int64(k)})["y"], np.tile(x, k + 1))
+
+
+def test_bodies_of_shapes_that_are_gone_are_let_go() -> None:
+    """What is planned of a body goes with the plan of the graph around it, and all of them share an arena."""
+    with infera_gpu.load(parse(GROWING), device="cpu") as session:
+        for rows in range(1, 2 * MAX_STAGES):
+            session.run({"x": floats(rows), "n": np.int64(2)})
+        gc.collect()
+        assert len(session._inner) <= MAX_STAGES
+        assert len({id(inner._arena) for inner in session._inner}) == 1
 
 
 def test_what_a_body_lacks_is_named() -> None:

@@ -19,11 +19,18 @@ much smaller blocks: each call takes the interpreter's lock again (see `parts`).
 
 
 def call(ufunc: Callable[..., object], *operands: Array) -> Call:
-    """`ufunc(*inputs, output)`. NumPy 2.4 takes the output of maximum and minimum by keyword only."""
+    """`ufunc(*inputs, output)`. NumPy 2.4 takes the output of maximum and minimum by keyword only.
+
+    Its negative is wrong for inputs of some strides where the output is not contiguous (steps of 16 bytes and
+    float32, for one).
+    """
     if ufunc is np.maximum:
         return maximum(*operands)
     if ufunc is np.minimum:
         return minimum(*operands)
+    if ufunc is np.negative and not operands[-1].flags.c_contiguous:
+        x, out = operands
+        return np.multiply, (x, const(-1, x), out)
     return ufunc, operands
 
 
