@@ -33,6 +33,8 @@ LINEAR = frozenset((
 
 def fold_budget(constants: Mapping[str, HostArray]) -> int:
     """Bytes that may be computed ahead: TIMES what the file brings, at least FREE_BYTES, at most FOLD_LIMIT."""
+    if TIMES * sum([a.nbytes for a in constants.values()]) <= FREE_BYTES:
+        return FREE_BYTES
     brought = {a.__array_interface__["data"][0]: a.nbytes for a in constants.values()}
     return min(FOLD_LIMIT, max(FREE_BYTES, TIMES * sum(brought.values())))
 

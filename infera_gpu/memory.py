@@ -114,7 +114,7 @@ class _Search:
         found = self._near.get(i)
         if found is None:
             r = self._requests[i]
-            found = np.flatnonzero((self._begins < r.end) & (self._ends > r.begin)).tolist()
+            found = ((self._begins < r.end) & (self._ends > r.begin)).nonzero()[0].tolist()
             found.remove(i)
             self._near[i] = found
         return found

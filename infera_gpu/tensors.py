@@ -32,6 +32,9 @@ _PACKED_BITS: Mapping[DType, int] = {
 }
 """Types whose elements follow each other bit by bit, from the lowest bits on; NumPy gives each a byte of its own."""
 
+_EXTERNAL = 1
+"""TensorProto.DataLocation"""
+
 DENSEST = 64
 """Times as many bytes as are stored may be made of sparse tensors."""
 
@@ -60,12 +63,10 @@ class Tensors:
 
         Raises InvalidModel, naming it as `what`.
         """
-        from onnx import TensorProto
-
         dtype, shape = self._type(tensor, what)
         if tensor.HasField("segment"):
             raise InvalidModel(f"{what} is a segment of a tensor, which is not supported")
-        if tensor.data_location == TensorProto.EXTERNAL:
+        if tensor.data_location == _EXTERNAL:
             array = self._external(tensor, dtype, shape, what)
         elif tensor.HasField("raw_data"):
             array = _elements(tensor.raw_data if body is None else body, dtype, shape, what)

@@ -22,6 +22,8 @@ def text(value: str | bytes) -> str:
 
 def value_name(name: str | bytes) -> str:
     """The name of a value, "" where it is left out. Raises InvalidModel for one that is like those made here."""
+    if type(name) is str and JOINT not in name:
+        return name
     found = text(name)
     if JOINT in found:
         raise InvalidModel(f"the name {found!r:.80} has the character {JOINT!r}, which names of values may not have")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.cpus import default_threads
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.ports import DirectPorts, Ports
 from infera_gpu.devices.workers import WORKERS
@@ -19,6 +18,12 @@ from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_kernels.calls import one_after_the_other
+
+
+def _usual_threads() -> tuple[int, str]:
+    from infera_gpu.cpus import default_threads
+
+    return default_threads()
 
 
 class CpuDevice:
@@ -39,7 +44,7 @@ class CpuDevice:
     xp: Any = np
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:
-        self.threads, why = default_threads() if threads is None else (threads, "as asked")
+        self.threads, why = _usual_threads() if threads is None else (threads, "as asked")
         self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''} ({why})"
         self.strict = strict
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)

@@ -141,7 +141,7 @@ class _Passes:
         """The graph after these fusions, in order."""
         present = {n.qualified for n in graph.nodes}
         fitting = [f for f in fusions if f.fits(self.strict, self.kinds)]
-        if not any(f.may_fit(present) for f in fitting):
+        if not any(f.by_root(present) for f in fitting):
             return drop_dead(graph)
         draft = Draft(graph)
         for fusion in fitting:

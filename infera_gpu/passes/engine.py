@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
-from infera_gpu.graph import Graph, HostArray, Node, lazy
+from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.pattern import Either as Either
 from infera_gpu.passes.pattern import Match as Match
@@ -62,19 +62,15 @@ class Rewrite:
     reassociates: bool = False
     kinds: frozenset[str] | None = None
 
-    @lazy
-    def roots(self) -> tuple[str, ...]:
-        """The operators that a match may end with."""
-        return tuple(dict.fromkeys(name for p in self.patterns for name in p.names))
-
-    @lazy
-    def by_root(self) -> Mapping[str, tuple[P, ...]]:
-        """A root's operator -> the patterns for it."""
-        return {name: tuple(p for p in self.patterns if name in p.names) for name in self.roots}
-
-    def may_fit(self, present: AbstractSet[str]) -> bool:
-        """Whether a graph with nodes of these operators alone may hold a match."""
-        return not present.isdisjoint(self.roots) and any(p.among(present) for p in self.patterns)
+    def by_root(self, present: AbstractSet[str]) -> Mapping[str, list[P]]:
+        """The patterns that may match in a graph with nodes of these operators alone, by the operator of a match's
+        last node."""
+        found: dict[str, list[P]] = {}
+        for p in self.patterns:
+            if p.among(present):
+                for name in p.names:
+                    found.setdefault(name, []).append(p)
+        return found
 
     def fits(self, strict: bool, kinds: tuple[str, ...]) -> bool:
         """Whether a device with these kinds of kernels may have it."""
@@ -133,12 +129,7 @@ def _made(fusion: Fusion, match: Match) -> Replacement | None:
 
 def rewrite(draft: Draft, fusion: Fusion) -> int:
     """Replace every match in the draft, and say how many there were. Matches do not overlap."""
-    present = draft.by_op.keys()
-    patterns = {
-        root: fitting
-        for root, found in fusion.by_root.items()
-        if root in present and (fitting := [p for p in found if p.among(present)])
-    }
+    patterns = fusion.by_root(draft.by_op.keys())
     if not patterns:
         return 0
     matcher, times = Matcher(draft), 0

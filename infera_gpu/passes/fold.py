@@ -17,20 +17,24 @@ def fold_constants(graph: Graph, registry: Registry) -> Graph:
     constants: dict[str, HostArray] = dict(graph.constants)
     nodes: list[Node] = []
     budget = fold_budget(graph.constants)
-    for node in graph.nodes:
-        made = _fold(node, constants, graph, registry, budget)
-        if made is None:
-            nodes.append(node)
-        else:
-            constants.update(made)
-            budget -= sum(a.nbytes for a in made.values())
-    return replace(graph, nodes=tuple(nodes), constants=constants)
+    with np.errstate(all="ignore"):
+        for node in graph.nodes:
+            made = _fold(node, constants, graph, registry, budget)
+            if made is None:
+                nodes.append(node)
+            else:
+                constants.update(made)
+                budget -= sum(a.nbytes for a in made.values())
+    return replace(graph, nodes=tuple(nodes), constants=constants) if len(nodes) < len(graph.nodes) else graph
 
 
 def _fold(
     node: Node, constants: dict[str, HostArray], graph: Graph, registry: Registry, budget: int
 ) -> dict[str, HostArray] | None:
-    if node.subgraphs or not all(i in constants for i in node.inputs if i):
+    for i in node.inputs:
+        if i and i not in constants:
+            return None
+    if node.subgraphs:
         return None
     opset = graph.opset_of(node)
     op = registry.find(node.domain, node.op, opset)
@@ -42,9 +46,7 @@ def _fold(
         specs = op.infer(site)
         if not may_fold(op, site, specs, budget):
             return None
-        site = replace(site, outs=tuple(s for s in specs if s is not None))
-        with np.errstate(all="ignore"):
-            made = op.outputs(np, site, values)
+        made = op.outputs(np, site.giving(tuple([s for s in specs if s is not None])), values)
     except Exception:  # the specialiser meets it again if the node is live, and its error is the one to show
         return None
     return {name: constant(a) for name, a in zip(node.outputs, made, strict=False) if name}
@@ -58,8 +60,7 @@ def drop_dead(graph: Graph) -> Graph:
         if not needed.isdisjoint(n.outputs):
             live.append(n)
             needed.update(n.reads)
-    return replace(
-        graph,
-        nodes=tuple(reversed(live)),
-        constants={k: v for k, v in graph.constants.items() if k in needed},
-    )
+    if len(live) == len(graph.nodes) and needed.issuperset(graph.constants):
+        return graph
+    constants = {k: v for k, v in graph.constants.items() if k in needed}
+    return replace(graph, nodes=tuple(live[::-1]), constants=constants)

@@ -55,6 +55,8 @@ def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
         if not losing:
             return drop_dead(made)
         left |= losing
+        if left.issuperset(work.changed):
+            return drop_dead(graph)
 
 
 class _Conversion:
@@ -72,6 +74,8 @@ class _Conversion:
         self.parents: dict[str, str] = {}
         self.gains: defaultdict[str, float] = defaultdict(float)
         self.members: defaultdict[str, set[int]] = defaultdict(set)
+        self.changed: set[int] = set()
+        """Numbers of the nodes that are not emitted as they are."""
 
     # ---- what rules ask
 
@@ -208,9 +212,11 @@ class _Conversion:
     def run(self) -> Graph:
         for i, node in enumerate(self.graph.nodes):
             if node.qualified == "Transpose" and self.absorb(node):
+                self.changed.add(i)
                 continue
             moved = None if i in self.left else self.move(node)
             if moved is not None:
+                self.changed.add(i)
                 self.emit(i, node, moved)
             else:
                 for _, sub in node.subgraphs:

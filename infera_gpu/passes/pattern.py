@@ -46,13 +46,8 @@ class P:
         return all(not ops.isdisjoint(makers) for makers in self.below)
 
     def among(self, present: AbstractSet[str]) -> bool:
-        """Whether nodes of these operators may be what it needs."""
-        return all(not present.isdisjoint(need) for need in self.needs)
-
-    @lazy
-    def needs(self) -> tuple[frozenset[str], ...]:
-        """Sets of operators: a graph without any of one set has no such node."""
-        return (frozenset(self.names), *(need for a in self.args for need in _needs(a)))
+        """Whether a graph with nodes of these operators alone may hold a match."""
+        return not present.isdisjoint(self.names) and all(_among(a, present) for a in self.args)
 
 
 @dataclass(frozen=True)
@@ -90,11 +85,11 @@ def _makers(arg: Arg) -> frozenset[str] | None:
     return None if None in found else frozenset[str]().union(*(f for f in found if f is not None))
 
 
-def _needs(arg: Arg) -> tuple[frozenset[str], ...]:
+def _among(arg: Arg, present: AbstractSet[str]) -> bool:
+    """Whether nodes of these operators may make an argument, where it need be made by a node."""
     if isinstance(arg, P):
-        return arg.needs
-    made = _makers(arg)
-    return () if made is None else (made,)
+        return arg.among(present)
+    return not isinstance(arg, Either) or any(_among(a, present) for a in arg.args)
 
 
 @dataclass(frozen=True)

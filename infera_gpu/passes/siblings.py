@@ -14,7 +14,7 @@ from infera_gpu.graph import FOLD_LIMIT, Graph, HostArray, Node
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Rewrite
 from infera_gpu.passes.fold import drop_dead
-from infera_gpu.passes.pattern import Match, Matcher
+from infera_gpu.passes.pattern import Match, Matcher, P
 
 NEAR = 12
 """How many nodes a sibling may stand behind the one before it. What is joined is all in memory until the last of it has
@@ -48,10 +48,13 @@ def joined(graph: Graph, siblings: Siblings) -> tuple[Graph, int]:
     What is joined is copied, and the parts live as long as whoever holds the loaded graph: the constants of groups that
     would go beyond FOLD_LIMIT stay as they are.
     """
+    patterns = siblings.by_root({n.qualified for n in graph.nodes})
+    if not patterns:
+        return graph, 0
     draft, times, room = Draft(graph), 0, FOLD_LIMIT
     instead: dict[int, tuple[Node, ...]] = {}
     constants = dict(graph.constants)
-    for group in _groups(draft, siblings):
+    for group in _groups(draft, siblings, patterns):
         room -= (nbytes := sum(map(_constant_bytes, group)))
         if room < 0:
             room += nbytes
@@ -67,13 +70,13 @@ def joined(graph: Graph, siblings: Siblings) -> tuple[Graph, int]:
     return drop_dead(replace(graph, nodes=nodes, constants=constants)), times
 
 
-def _groups(draft: Draft, siblings: Siblings) -> list[list[Match]]:
+def _groups(draft: Draft, siblings: Siblings, patterns: Mapping[str, Sequence[P]]) -> list[list[Match]]:
     """Matches that are alike over one value and near each other, at least two each; none overlap."""
     groups: list[list[Match]] = []
     latest: dict[tuple[str, Hashable], list[Match]] = {}
     matcher, taken = Matcher(draft), set[int]()
-    for n in reversed(draft.candidates(siblings.roots)):
-        for match in (m for pattern in siblings.by_root[n.qualified] for m in matcher.match(pattern, n)):
+    for n in reversed(draft.candidates(patterns)):
+        for match in (m for pattern in patterns[n.qualified] for m in matcher.match(pattern, n)):
             if not taken.isdisjoint(map(id, match.inside)) or (alike := _alike(siblings, match)) is None:
                 continue
             taken.update(map(id, match.inside))
