@@ -135,7 +135,7 @@ class BoundBuffers:
         shape = tuple(map(int, shape))
         block, offset = self._scratch(math.prod(shape) * dtype.itemsize)
         if self._space == "host":
-            return np.ndarray(shape, dtype, block.data, offset)
+            return np.ndarray(shape, dtype, block, offset)
         strides = contiguous_strides(shape, dtype.itemsize)
         return self._device.view(block, Operand("scratch", self._space, shape, dtype, strides, offset))
 

@@ -173,7 +173,7 @@ def host_block(nbytes: int) -> HostArray:
 
 def host_view(block: HostArray, operand: Operand) -> HostArray:
     """The operand's window into host memory."""
-    return np.ndarray(operand.shape, operand.dtype, block.data, operand.offset, operand.strides)
+    return np.ndarray(operand.shape, operand.dtype, block, operand.offset, operand.strides)
 
 
 def host_copy(source: Array, target: Array) -> Call:

@@ -36,22 +36,22 @@ class Facts:
 
     def spec(self, value: str) -> Known:
         """What is known of a value; None where not even its element type is."""
-        todo = [value]
+        known, producers, todo = self._known, self._producers, [value]
         while todo:
             asked = todo[-1]
-            if asked in self._known:
-                todo.pop()
-                continue
-            n = self._producers.get(asked)
-            if n is None or (n.outputs[0] != asked and n.op != "Split") or (rule := RULES.get(n.qualified)) is None:
-                self._known[asked] = self._given(asked) if n is None else None
-                continue
-            missing = [i for i in n.inputs if i and i not in self._known]
-            if missing:
-                todo += missing
-                continue
-            self._known[asked] = self._applied(rule, n)
-        return self._known[value]
+            n = None if asked in known else producers.get(asked)
+            if n is not None:
+                rule = RULES.get(n.qualified) if n.outputs[0] == asked or n.op == "Split" else None
+                missing = [] if rule is None else [i for i in n.inputs if i and i not in known]
+                if missing:
+                    known.update({i: self._given(i) for i in missing if i not in producers})
+                    todo += [i for i in missing if i not in known]
+                    continue
+                known[asked] = None if rule is None else self._applied(rule, n)
+            elif asked not in known:
+                known[asked] = self._given(asked)
+            todo.pop()
+        return known[value]
 
     def _given(self, value: str) -> Known:
         constant = self.constant(value)

@@ -54,6 +54,13 @@ def transforms(tile: int) -> tuple[Array, Array, Array]:
     return np.array(data), np.array([*taps, [0.0, 0.0, 1.0]]), np.array(powers(tile)).T
 
 
+@cache
+def _squared(tile: int) -> Array:
+    """What makes (tile's elements,) of a filter's 9 taps."""
+    taps = transforms(tile)[1]
+    return np.kron(taps, taps)
+
+
 def tile_of(w: Sequence[int], out: Sequence[int], strides: Pair, dilations: Pair, group: int) -> int:
     """The output tile that pays at this shape, 0 for none."""
     if tuple(w[2:]) != (3, 3) or strides != (1, 1) or dilations != (1, 1) or group != 1 or min(w[:2]) < 16:
@@ -133,8 +140,7 @@ def winograd(
 
 def transform_filters(w: Array, tile: int, made: Array) -> Array:
     """made (tile's elements, O, C) = G w G^T of w (O, C, 3, 3), in float64, rounded once. C may be several axes."""
-    taps = transforms(tile)[1]
-    matrix = np.kron(taps, taps)
+    matrix = _squared(tile)
     step = max(1, FILTERS // w.shape[1])
     wide, products = (np.empty(n * min(step, len(w)) * w.shape[1]) for n in (9, len(matrix)))
     for start in range(0, len(w), step):

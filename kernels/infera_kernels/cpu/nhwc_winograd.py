@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import product as pairs
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -59,6 +60,13 @@ def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations
     return next((tile for tile in (4, 2) if images * math.prod(-(-n // tile) for n in out) >= ENOUGH_TILES), 0)
 
 
+@cache
+def _matrices(tile: int, dtype: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """(B^T, A^T, A^T with a column of ones) of `transforms`."""
+    data, _, out = (m.astype(dtype) for m in transforms(tile))
+    return data, out, np.hstack([out, np.ones((tile, 1), dtype)])
+
+
 def phases(x: Array, y: Array, residual: Array | None, window: Window) -> Iterator[Image]:
     """The images of a batch, apart by the phases of a dilated convolution."""
     for i, down, right in pairs(range(x.shape[0]), *map(range, window.dilations)):
@@ -90,8 +98,7 @@ def winograd(
     """y = activation(conv(x, w) + b + residual) with w (O, C, 3, 3), stride 1; see `conv2d`."""
     c, o = x.shape[3], y.shape[3]
     size = tile + 2
-    data, _, out = (m.astype(x.dtype) for m in transforms(tile))
-    with_bias = np.hstack([out, np.ones((tile, 1), out.dtype)])
+    data, out, with_bias = _matrices(tile, x.dtype)
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
     tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
