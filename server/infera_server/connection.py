@@ -165,11 +165,13 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self.head_size = 0
-        super().on_body(body)
+        if not self.is_over:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self.in_body, self.head_size = False, 0
-        super().on_message_complete()
+        if not self.is_over:
+            super().on_message_complete()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio reads it: True keeps the transport open
         """A client that sends no more may wait for its replies, or be gone, which look the same.
@@ -200,6 +202,11 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()
 
     # --- waiting ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is read: what came in one piece with the last request means nothing."""
+        return self.deaf or bool(self.transport.is_closing())
 
     @property
     def is_idle(self) -> bool:

@@ -93,7 +93,7 @@ class HotPathProtocol(Connection):
 
     def on_headers_complete(self) -> None:
         self.in_head = False
-        if self.parser.should_upgrade():
+        if self.is_over or self.parser.should_upgrade():
             return
         self.in_body = True
         fresh, self.fresh = self.fresh, b""
@@ -162,6 +162,8 @@ class HotPathProtocol(Connection):
             super().on_body(body)
             return
         self.head_size = 0
+        if self.is_over:
+            return
         exchange.size += len(body)
         if exchange.size > self.max_body:
             exchange.refusal = TooLarge(f"the request body is over the limit of {self.max_body:,} bytes")
@@ -186,6 +188,8 @@ class HotPathProtocol(Connection):
             return
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
+            return
+        if self.is_over:
             return
         if self.upload is not None:
             exchange.body, self.upload = [self.upload.body], None
@@ -412,7 +416,7 @@ class HotPathProtocol(Connection):
             exchange.model.stats.replied(status, time.monotonic() - exchange.started_at)
             exchange.model = None  # an idle connection must not keep a model that is unloaded
         if not exchange.keep_alive:
-            self.pipeline.clear()
+            self._let_go()
             self._hang_up(exchange)
         self.on_response_complete()
 
@@ -439,14 +443,18 @@ class HotPathProtocol(Connection):
 
     # --- leaving ---------------------------------------------------------------------------------------------------
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def _let_go(self) -> None:
+        """Forget the requests that wait."""
         for cycle in (self.cycle, self.held, *(cycle for cycle, _ in self.pipeline)):
             if isinstance(cycle, Exchange):
                 cycle.let_go(self.service.intake)
+        self.pipeline.clear()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._let_go()
         exchange, self.active, self.held, self.upload = self.active, None, None, None
         if exchange is not None and exchange.job is not None and exchange.model is not None:
             exchange.model.cancel(exchange.job)
         if isinstance(self.cycle, Exchange):
             self.cycle = None
-        self.pipeline.clear()
         super().connection_lost(exc)

@@ -285,6 +285,25 @@ def test_a_management_body_that_does_not_parse_is_refused_in_json(server: Runnin
 
 
 @pytest.mark.parametrize(
+    "last",
+    [
+        http_request(BODY, headers="Connection: close\r\n"),
+        http_request(BODY, path="/v2/models/nope/infer", headers="Connection: close\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+        CHUNKED.replace(b": chunked", b": gzip, chunked") + b"1\r\n{\r\n0\r\n\r\n",
+        CHUNKED[:-2] + b"Expect: 100-continue\r\nContent-Encoding: br\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_what_follows_the_last_request_is_not_read(server: Running, last: bytes) -> None:
+    """Though it came in one piece with it: no model is unloaded, and of the bodies nothing is held."""
+    unload = b"POST /v2/repository/models/any/unload HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    first, second = ask(server, last + http_request(BODY) * 3 + unload, replies=2)
+    assert (first[1]["connection"], second[0]) == ("close", 0)
+    assert server.infer("any", request_of(X))[0] == 200
+    until(lambda: server.host.service.intake.held == 0)
+
+
+@pytest.mark.parametrize(
     ("request_", "status"),
     [
         (CHUNKED.replace(b": chunked", b": gzip, chunked") + b"1\r\n{\r\n0\r\n\r\n", 501),
