@@ -29,8 +29,12 @@ from infera_server.exchange import Exchange
 from infera_server.service import Service
 
 MAX_HEAD_BYTES = 1 << 16
-"""The most that may come without a byte of a body: URL and headers, heads of chunks, trailers. Of what is received in
-one piece with the end of something else nothing is counted."""
+"""The most that a URL and headers may have, and that may come without a byte of a body: heads of chunks, trailers. Of
+those nothing is counted that is received in one piece with the end of something else."""
+
+MAX_HEADERS = 256
+
+HEAD_TOO_LARGE = f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} bytes"
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -114,7 +118,7 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
         if self.head_size > MAX_HEAD_BYTES and not self.deaf:
-            self.refuse_rest(HeadTooLarge(f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} bytes"))
+            self.refuse_rest(HeadTooLarge(HEAD_TOO_LARGE))
 
     def is_stream(self) -> bool:
         """Whether a WebSocket is asked for where there is one, and nothing else is under way."""
@@ -155,13 +159,24 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def check_message(self) -> None:
-        """Raises RequestError for a request whose body would be misread."""
+        """Raises RequestError for a request that is too large, or that others on the way could have read otherwise."""
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise UnknownVersion(f"HTTP/{version} is not spoken here, send HTTP/1.1")
+        size, hosts = len(self.url), 0
         for name, value in self.headers:
-            if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
-                raise UnknownTransfer("a Transfer-Encoding other than chunked is not supported")
+            size += len(name) + len(value)
+            if name == b"transfer-encoding":
+                if value.strip().lower() != b"chunked":
+                    raise UnknownTransfer("a Transfer-Encoding other than chunked is not supported")
+            elif name == b"host":
+                hosts += 1
+        if size > MAX_HEAD_BYTES:
+            raise HeadTooLarge(HEAD_TOO_LARGE)
+        if len(self.headers) > MAX_HEADERS:
+            raise HeadTooLarge(f"the request has {len(self.headers):,} headers, at most {MAX_HEADERS} are accepted")
+        if hosts > 1:
+            raise BadRequest(f"the request has {hosts} Host headers")
 
     def on_body(self, body: bytes) -> None:
         self.head_size = 0
