@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from functools import partial
+from functools import lru_cache
 
 import numpy as np
 
@@ -77,10 +77,18 @@ class Blocks(Segment):
         return found
 
 
+@lru_cache
 def _rounded(nbytes: int) -> int:
     """One of few sizes: less than a quarter more, and a multiple of `ALIGNMENT`."""
     step = max(ALIGNMENT, 1 << max(0, (nbytes - 1).bit_length() - 3))
     return max(step, -(-nbytes // step) * step)
+
+
+class _Block(weakref.ref[HostArray]):
+    """Knows when nothing views a block any more."""
+
+    __slots__ = ("offset",)
+    offset: int
 
 
 class Lent(Segment):
@@ -89,7 +97,8 @@ class Lent(Segment):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.returned: deque[int] = deque()
-        self._lent: dict[int, weakref.ref[HostArray]] = {}
+        self._lent: dict[int, _Block] = {}
+        self._callback = self._over
 
     def block(self, offset: int, nbytes: int) -> HostArray:
         """The bytes of a block, until nothing views them. Raises ValueError where there is none."""
@@ -97,9 +106,11 @@ class Lent(Segment):
         if offset < 0 or offset + nbytes > len(memory):
             raise ValueError(f"{nbytes} bytes at {offset} lie outside of the shared memory")
         array: HostArray = np.ndarray((nbytes,), np.uint8, memory, offset)
-        self._lent[offset] = weakref.ref(array, partial(self._over, offset))
+        block = self._lent[offset] = _Block(array, self._callback)
+        block.offset = offset
         return array
 
-    def _over(self, offset: int, _: weakref.ref[HostArray]) -> None:
-        del self._lent[offset]
-        self.returned.append(offset)
+    def _over(self, block: weakref.ref[HostArray]) -> None:
+        assert isinstance(block, _Block)
+        del self._lent[block.offset]
+        self.returned.append(block.offset)

@@ -61,7 +61,7 @@ class Channel(asyncio.Protocol):
         finally:
             self._asked.pop(number, None)
 
-    def tell(self, verb: str, document: Any) -> None:
+    def tell(self, verb: str, document: Any = None) -> None:
         """Say what needs no answer."""
         self._send([0, verb, document], b"")
 

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +21,10 @@ from infera_gpu.cli.options import locate
 from infera_gpu.errors import FetchError
 from infera_server.access import Access, KeyFileError, is_local, make_key, read_keys
 from infera_server.discovery import DiscoveryError, discover, survey
+from infera_server.listening import listen, reserve
 from infera_server.repository import Repository
 from infera_server.screen import screen
-from infera_server.server import Host, listen
+from infera_server.server import Host
 from infera_server.settings import Settings
 
 
@@ -223,7 +224,8 @@ def serve(
         raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
     except (DiscoveryError, FetchError) as error:
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
-    sock = _listen(settings.host, settings.port, "--port")
+    take = reserve if settings.workers else listen
+    sock = _listen(settings.host, settings.port, "--port", take)
     metrics = None if (found := settings.listen_metrics) is None else _listen(settings.host, found, "--metrics-port")
     try:
         server = Host(repository, sock, access, metrics)
@@ -247,9 +249,9 @@ def serve(
     raise typer.Exit(status)
 
 
-def _listen(host: str, port: int, option: str) -> socket.socket:
+def _listen(host: str, port: int, option: str, take: Callable[[str, int], socket.socket] = listen) -> socket.socket:
     try:
-        return listen(host, port)
+        return take(host, port)
     except OSError as error:
         print_error(f"cannot listen on {host}:{port}: {error}; {option} names another port")
         raise typer.Exit(1) from None

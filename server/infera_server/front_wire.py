@@ -6,8 +6,9 @@ next multiple of `ALIGNMENT` on the arrays that it describes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -17,7 +18,7 @@ from infera_server.codec import DATATYPES
 from infera_server.jobs import Batch, Job
 from infera_server.requests import Correlation, Output, Request
 from infera_server.rows import Arrays, HostArray, Layout
-from infera_server.segment import Described, aligned, packed, views
+from infera_server.segment import aligned, packed, views, write
 from infera_server.signature import Signature, Tensor
 
 PREFIX = 4
@@ -54,16 +55,16 @@ def kind_of(number: int) -> tuple[int, int]:
 
 
 def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
-    """The offset of a new block with `[document, where the arrays lie]` and these. Raises Unavailable."""
+    """The offset of a new block: `[document, bytes of the arrays, where they lie]`, and these. Raises Unavailable."""
     parts = packed(arrays)
-    text = orjson.dumps((document, parts.described))
-    begin = aligned(PREFIX + len(text))
-    nbytes = begin + parts.nbytes
-    offset = blocks.take(nbytes)
+    text = orjson.dumps((document, parts.nbytes, parts.described))
+    begin = PREFIX + len(text)
+    first = aligned(begin)
+    offset = blocks.take(first + parts.nbytes)
     try:
-        memory = blocks.reaching(offset + nbytes, grow=True)
-        memory[offset : offset + PREFIX + len(text)] = len(text).to_bytes(PREFIX, "little") + text
-        blocks.write(parts, offset + begin)
+        memory = blocks.reaching(offset + first + parts.nbytes, grow=True)
+        memory[offset : offset + begin] = len(text).to_bytes(PREFIX, "little") + text
+        write(memory, parts, offset + first)
     except BaseException:
         blocks.give_back(offset)
         raise
@@ -72,15 +73,11 @@ def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
 
 def read(lent: Lent, offset: int) -> tuple[Any, dict[str, HostArray]]:
     """The document and the arrays of a block, which is lent until nothing views these any more. Raises ValueError."""
-    memory = lent.reaching(offset + PREFIX)
     begin = offset + PREFIX
-    end = begin + int.from_bytes(memory[offset:begin], "little")
-    memory = lent.reaching(end)
-    described: Described
-    document, described = orjson.loads(memory[begin:end])
+    end = begin + int.from_bytes(lent.reaching(begin)[offset:begin], "little")
+    document, nbytes, described = orjson.loads(lent.reaching(end)[begin:end])
     first = aligned(end - offset)
-    nbytes = max([at + size for _, _, at, size in described.values()], default=0)
-    return document, views(lent.block(offset, first + nbytes)[first:], described)
+    return document, views(lent.block(offset, first + nbytes), described, first)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -132,12 +129,17 @@ def request_in(told: list[Any], feeds: dict[str, HostArray], timeout: float | No
     return Request(
         identity,
         feeds,
-        [Output(name, binary=True) for name in outputs],
+        _outputs(*outputs),
         timeout,
         priority,
         None if correlation is None else Correlation(*correlation),
         parameters,
     )
+
+
+@lru_cache
+def _outputs(*names: str) -> Sequence[Output]:
+    return [Output(name, binary=True) for name in names]
 
 
 _BATCH = (

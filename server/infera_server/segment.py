@@ -6,7 +6,7 @@ import fcntl
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -37,20 +37,24 @@ class Packed:
     """Arrays and where each is to lie, one after the other, in `nbytes` bytes."""
 
     described: Described
-    parts: Mapping[str, HostArray | codec.Buffer]
+    parts: Sequence[HostArray | codec.Buffer]
     nbytes: int
 
 
 def packed(arrays: Arrays) -> Packed:
     """The arrays, the first at offset 0; strings as their bytes on the wire."""
     described: dict[str, tuple[int, list[int], int, int]] = {}
-    parts: dict[str, HostArray | codec.Buffer] = {}
+    parts: list[HostArray | codec.Buffer] = []
     end = 0
     for name, array in arrays.items():
-        part = codec.to_bytes(array) if array.dtype.hasobject else array
-        nbytes = part.nbytes if isinstance(part, np.ndarray) else len(part)
-        described[name] = (onnx_of_dtype(array.dtype), list(array.shape), end, nbytes)
-        parts[name] = part
+        dtype = array.dtype
+        if dtype.hasobject:
+            parts.append(text := codec.to_bytes(array))
+            nbytes = len(text)
+        else:
+            parts.append(array)
+            nbytes = array.nbytes
+        described[name] = onnx_of_dtype(dtype), list(array.shape), end, nbytes
         end += aligned(nbytes)
     return Packed(described, parts, end)
 
@@ -74,18 +78,8 @@ class Segment:
     def put(self, arrays: Arrays) -> Described:
         """Copy arrays here, in place of those before. Raises Unavailable where there is no memory for them."""
         found = packed(arrays)
-        self.write(found, 0)
+        write(self.reaching(found.nbytes, grow=True), found, 0)
         return found.described
-
-    def write(self, arrays: Packed, at: int) -> None:
-        """Copy arrays to offset `at`. Raises Unavailable where there is no memory for them."""
-        memory = self.reaching(at + arrays.nbytes, grow=True)
-        for name, (_, _, offset, nbytes) in arrays.described.items():
-            part = arrays.parts[name]
-            if not isinstance(part, np.ndarray):
-                memory[at + offset : at + offset + nbytes] = bytes(part)
-            elif nbytes:
-                np.ndarray(part.shape, part.dtype, memory, at + offset)[...] = part
 
     def views(self, described: Described) -> dict[str, HostArray]:
         """The arrays, where they lie; strings are copied. Raises ValueError for what cannot lie there."""
@@ -118,17 +112,27 @@ def shared_file(name: str) -> int:
     return fd
 
 
-def views(memory: Memory, described: Described) -> dict[str, HostArray]:
-    """The arrays, where they lie; strings are copied. Raises ValueError for what cannot lie there."""
-    return {name: _array(memory, name, *where) for name, where in described.items()}
+def write(memory: mmap.mmap, arrays: Packed, at: int) -> None:
+    """Copy arrays to offset `at` and on."""
+    for (_, _, offset, nbytes), part in zip(arrays.described.values(), arrays.parts, strict=True):
+        if not isinstance(part, np.ndarray):
+            memory[at + offset : at + offset + nbytes] = bytes(part)
+        elif nbytes:
+            np.ndarray(part.shape, part.dtype, memory, at + offset)[...] = part
 
 
-def _array(memory: Memory, name: str, code: int, shape: list[int], offset: int, nbytes: int) -> HostArray:
-    dtype, dims = dtype_of_onnx(code), tuple(shape)
-    if offset < 0 or not 0 <= nbytes <= len(memory) - offset:
-        raise ValueError(f"'{name}' is said to lie outside of the shared memory")
-    if dtype.hasobject:
-        return codec.from_bytes(bytes(memory[offset : offset + nbytes]), dtype, dims, name)
-    if math.prod(dims) * dtype.itemsize != nbytes:
-        raise ValueError(f"'{name}' is said to have {nbytes} bytes at {list(dims)} of {dtype}")
-    return np.ndarray(dims, dtype, memory, offset)
+def views(memory: Memory, described: Described, at: int = 0) -> dict[str, HostArray]:
+    """The arrays, where they lie from `at` on; strings are copied. Raises ValueError for what cannot lie there."""
+    found = {}
+    for name, (code, shape, offset, nbytes) in described.items():
+        offset += at
+        dtype, dims = dtype_of_onnx(code), tuple(shape)
+        if offset < 0 or not 0 <= nbytes <= len(memory) - offset:
+            raise ValueError(f"'{name}' is said to lie outside of the shared memory")
+        if dtype.hasobject:
+            found[name] = codec.from_bytes(bytes(memory[offset : offset + nbytes]), dtype, dims, name)
+            continue
+        if math.prod(dims) * dtype.itemsize != nbytes:
+            raise ValueError(f"'{name}' is said to have {nbytes} bytes at {list(dims)} of {dtype}")
+        found[name] = np.ndarray(dims, dtype, memory, offset)
+    return found

@@ -20,6 +20,7 @@ from infera_server.access import Access
 from infera_server.app import create_app
 from infera_server.gate import App, Gate
 from infera_server.hotpath import HotPathProtocol
+from infera_server.listening import BACKLOG
 from infera_server.repository import Entry, Repository
 from infera_server.service import Service
 from infera_server.watch import Watch
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from infera_server.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
-
-BACKLOG = 2048
 
 MIN_FAREWELL = 0.5
 """Seconds that replies have to leave after a drain that took all its time."""
@@ -109,7 +108,10 @@ class Host:
         access: Access | None = None,
         metrics: socket.socket | None = None,
     ) -> None:
-        """`metrics` listens for who asks for metrics alone. Raises what loading the TLS certificate raises."""
+        """`sock` listens, or with workers keeps their port; `metrics` listens for who asks for metrics alone.
+
+        Raises what loading the TLS certificate raises.
+        """
         settings = repository.settings
         access = Access() if access is None else access
         self.repository = repository
@@ -125,7 +127,7 @@ class Host:
         self.server = make_server(app, self.service)
         self.workers = self.server.workers = None
         if settings.workers:
-            self.workers = self.server.workers = Workers(self.service, app, sock)
+            self.workers = self.server.workers = Workers(self.service, app, sock, self._fail)
             self._sockets.remove(sock)
         self.on_settled: Callable[[Entry], None] = lambda entry: None
         self.on_loaded: Callable[[], None] = lambda: None
@@ -159,7 +161,11 @@ class Host:
             self.grpc_port = await self._listen_grpc(port)
         except OSError as error:
             log.error("cannot serve gRPC on %s:%d: %s; choose another --grpc-port, or off", host, port, error)
-            self._failed = self.server.should_exit = True
+            self._fail()
+
+    def _fail(self) -> None:
+        """End with a status that says so."""
+        self._failed = self.server.should_exit = True
 
     async def _listen_grpc(self, port: int) -> int:
         """The port where gRPC is served, here or by the workers. Raises OSError."""
@@ -187,7 +193,7 @@ class Host:
             await self.workers.started.wait()
         self.on_loaded()
         if not any(self.repository.ready()) and self.repository.has_failed:
-            self._failed = self.server.should_exit = True
+            self._fail()
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit status: 1 where no model could be loaded, else 0."""
@@ -199,18 +205,3 @@ class Host:
             for model in self.repository.working():
                 model.close(self.server.deadline - time.monotonic())
         return 1 if self._failed else 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock

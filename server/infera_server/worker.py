@@ -25,6 +25,7 @@ from infera_server.errors import Unavailable
 from infera_server.forward import GRPC, TRACE, Forward
 from infera_server.front_wire import run_out
 from infera_server.jobs import Batch, Job
+from infera_server.listening import listen
 from infera_server.remote import Link
 from infera_server.repository import Repository
 from infera_server.ring import Reader, Writer
@@ -55,10 +56,8 @@ class Passed(Tracing):
 class Worker:
     """What the engine asks of a worker, and what that answers."""
 
-    def __init__(
-        self, listening: socket.socket, buckets: int, requests: int, results: int, outbox: Writer, inbox: Reader
-    ) -> None:
-        self._listening, self._buckets = listening, buckets
+    def __init__(self, buckets: int, requests: int, results: int, outbox: Writer, inbox: Reader) -> None:
+        self._buckets = buckets
         self._requests, self._results, self._outbox, self._inbox = requests, results, outbox, inbox
         self._began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel: Channel | None = None
@@ -66,7 +65,8 @@ class Worker:
 
     async def run(self, sock: socket.socket) -> None:
         """Until the engine says that it is enough, or is gone."""
-        handlers = {"begin": self._begin, "bulletin": self._read, "counted": self._counted, "drain": self._drain}
+        handlers = {"begin": self._begin, "bulletin": self._read, "counted": self._counted}
+        handlers |= {"drain": self._drain, "end": self._end}
         self._channel = await Channel.over(sock, handlers, self._lost)
         await self._began
         await self._server.serve([self._listening])
@@ -87,6 +87,7 @@ class Worker:
         self._mirror = Mirror(self._service, self._link)
         self._mirror.read(first)
         self._grpc_port: int | None = begin["grpc_port"]
+        self._listening = listen(settings.host, begin["port"], shared=True)
         app = Forward(create_app(self._service, self._lifespan), self._service, self._channel)
         self._server = make_server(app, self._service)
         self._link.attach()
@@ -128,8 +129,13 @@ class Worker:
     async def _counted(self, told: Any, body: bytes) -> Content:
         return [[number, model.stats.handed_over()] for number, model in self._mirror.fronts.items()], b""
 
-    async def _drain(self, told: Any, body: bytes) -> Content:
-        self._service.draining = self._server.should_exit = True
+    async def _drain(self, deadline: Any, body: bytes) -> Content:
+        """Refuse new requests; answers once those accepted are answered."""
+        await self._service.drain(deadline, lambda: self._server.force_exit)
+        return None, b""
+
+    async def _end(self, told: Any, body: bytes) -> Content:
+        self._server.should_exit = True
         return None, b""
 
     def _lost(self) -> None:
@@ -142,13 +148,13 @@ class Worker:
 
 
 async def _main() -> None:
-    sock, listening, buckets, requests, results, *rings = map(int, sys.argv[1:])
-    worker = Worker(socket.socket(fileno=listening), buckets, requests, results, Writer(*rings[:2]), Reader(*rings[2:]))
+    sock, buckets, requests, results, *rings = map(int, sys.argv[1:])
+    worker = Worker(buckets, requests, results, Writer(*rings[:2]), Reader(*rings[2:]))
     await worker.run(socket.socket(fileno=sock))
 
 
 def main() -> None:
-    """Descriptors are the arguments: the engine's socket, the one to listen at, shared memory, rings with eventfds."""
+    """Descriptors are the arguments: the engine's socket, files of shared memory, rings with their eventfds."""
     prepare()
     with asyncio.Runner(loop_factory=auto_loop_factory(use_subprocess=True)) as runner:
         runner.run(_main())

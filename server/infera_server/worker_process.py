@@ -18,10 +18,10 @@ ENTRIES = 1 << 14
 
 
 class WorkerProcess(Child):
-    """Takes requests at a listening socket, and has them run at its desk. `sock` is for all else that is said."""
+    """Takes requests, and has them run at its desk. `sock` is for all else that is said."""
 
-    def __init__(self, models: Mapping[int, Servable], listening: int, buckets: int, result_bytes: int) -> None:
-        """Descriptors are those of the listening socket, and of what rates are counted in.
+    def __init__(self, models: Mapping[int, Servable], buckets: int, result_bytes: int) -> None:
+        """`buckets` is the file where the rates of API keys are counted.
 
         Responses that are not sent yet take at most `result_bytes`. Raises OSError.
         """
@@ -29,7 +29,7 @@ class WorkerProcess(Child):
         inbox, outbox = ring_fds("infera-inbox", ENTRIES), ring_fds("infera-outbox", ENTRIES)
         self.sock, theirs = socket.socketpair()
         with theirs:
-            fds = (theirs.fileno(), listening, buckets, requests, results, *inbox, *outbox)
+            fds = (theirs.fileno(), buckets, requests, results, *inbox, *outbox)
             super().__init__("infera_server.worker", fds)
         self.desk = Desk(models, Lent(requests), Blocks(results, result_bytes), Reader(*inbox), Writer(*outbox))
 

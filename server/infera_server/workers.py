@@ -1,8 +1,8 @@
 """The processes that take requests, and what they are told: with `--workers` the models have this one to themselves.
 
-Each worker listens at the same socket, and does all that is HTTP. What goes to a model is run here, at its `Desk`; what
-is about the server or its models is passed on to the application here. Workers are told of every change before what was
-there is let go. One that ends is started again, and only its own clients notice.
+Each worker listens at the same port (SO_REUSEPORT), and does all of HTTP and gRPC. What goes to a model is run here, at
+the worker's `Desk`; what is about the server or its models is passed on to the application here. Workers are told of
+every change before what was there is let go. One that ends is started again, and only its own clients notice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from infera_server.channel import Channel
 from infera_server.errors import Unavailable
 from infera_server.forward import Answering
 from infera_server.gate import App
+from infera_server.listening import reserve
 from infera_server.repository import Audience
 from infera_server.segment import shared_file
-from infera_server.service import Service
+from infera_server.service import DRAIN_PERIOD, Service
 from infera_server.supervisor import Supervisor
 from infera_server.worker_process import WorkerProcess
 
@@ -38,6 +39,9 @@ START_PATIENCE = 60.0
 
 PATIENCE = 5.0
 """Seconds that workers have to say that they know of a change, or what they have counted."""
+
+FAREWELL = 1.0
+"""Seconds that replies have to leave workers after a drain that took all its time."""
 
 STEADY = 10.0
 """Seconds after which a worker that ends has not crashed at its start."""
@@ -66,9 +70,13 @@ class Worker:
 class Workers(Audience):
     """As many as the settings say. Lives in the event loop's thread."""
 
-    def __init__(self, service: Service, app: App, sock: socket.socket) -> None:
-        """They listen at `sock`, and `app` answers what is no inference. Raises OSError."""
-        self._service, self._sock = service, sock
+    def __init__(self, service: Service, app: App, reserved: socket.socket, fail: Callable[[], None]) -> None:
+        """They share the `reserved` port; `app` answers what is no inference.
+
+        `fail()` is called when no worker can be kept running. Raises OSError.
+        """
+        self._service, self._fail = service, fail
+        self._http = reserved
         self._count = service.settings.workers
         self._handlers = Answering(service, app).handlers
         self._buckets = shared_file("infera-buckets")
@@ -90,7 +98,7 @@ class Workers(Audience):
 
     def reserve(self, port: int) -> int:
         """Keep a port for gRPC, 0 for a free one, and return which. Raises OSError where it cannot be had."""
-        self._grpc = reserved(self._service.settings.host, port)
+        self._grpc = reserve(self._service.settings.host, port)
         return int(self._grpc.getsockname()[1])
 
     async def start(self) -> None:
@@ -100,8 +108,13 @@ class Workers(Audience):
 
     async def _start_all(self) -> None:
         starting = [detached("infera-worker", lambda n=n: self._supervise(n)) for n in range(1, self._count + 1)]  # type: ignore[misc]
-        self._supervisors = list(await asyncio.gather(*starting))
-        self.started.set()
+        try:
+            self._supervisors = list(await asyncio.gather(*starting))
+        except Exception as error:
+            log.error("workers cannot be started: %s", error)
+            self._fail()
+        else:
+            self.started.set()
 
     def _supervise(self, number: int) -> Supervisor[Worker]:
         return Supervisor(f"worker {number}", lambda: self._start_one(number), f"{STEADY:g} s of service")
@@ -112,7 +125,7 @@ class Workers(Audience):
         if self._draining:
             raise Unavailable("the server is shutting down")
         most = self._service.settings.max_queue_bytes
-        process = WorkerProcess(self._numbers.models, self._sock.fileno(), self._buckets, most)
+        process = WorkerProcess(self._numbers.models, self._buckets, most)
         try:
             welcomed = asyncio.run_coroutine_threadsafe(self._welcome(process, number), self._loop)
             return welcomed.result(START_PATIENCE)
@@ -128,6 +141,8 @@ class Workers(Audience):
         self._attached.add(worker)
         try:
             await channel.ask("begin", [self._settings(number), orjson.loads(self._told)])
+            if self._draining:
+                raise Unavailable("the server is shutting down")
         except BaseException:
             self._leave(worker)
             raise
@@ -140,6 +155,7 @@ class Workers(Audience):
         return {
             "number": number,
             "settings": settings.model_copy(update=shared).model_dump(mode="json"),
+            "port": self._http.getsockname()[1],
             "grpc_port": None if self._grpc is None else self._grpc.getsockname()[1],
             "keys": [[k.name, k.digest.hex(), k.models, k.rate, k.management] for k in access.keys.values()],
             "open_management": access.open_management,
@@ -162,6 +178,9 @@ class Workers(Audience):
             for supervisor in self._supervisors:
                 if (ready := supervisor.process) is not None and now - ready.began_at > STEADY:
                     supervisor.succeeded()
+            if self._supervisors and all(supervisor.failed for supervisor in self._supervisors):
+                self._fail()
+                return
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
@@ -212,26 +231,19 @@ class Workers(Audience):
             task.cancel()
         for supervisor in self._supervisors:
             supervisor.retire()
-        for worker in self._attached:
-            self._telling.add(asyncio.create_task(self._ask_to_end(worker)))
-        while self._attached and not forced() and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        draining = [asyncio.create_task(self._drain(worker, deadline)) for worker in self._attached]
+        while not all(task.done() for task in draining) and not forced() and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_PERIOD)
+        for worker in self._attached:  # none before the others: who connects is to find one
+            worker.channel.tell("end")
+        while self._attached and not forced() and time.monotonic() < deadline + FAREWELL:
+            await asyncio.sleep(DRAIN_PERIOD)
+        self._http.close()
+        if self._grpc is not None:
+            self._grpc.close()
+        os.close(self._buckets)
         await asyncio.gather(*[detached("infera-close", supervisor.close) for supervisor in self._supervisors])
 
-    async def _ask_to_end(self, worker: Worker) -> None:
+    async def _drain(self, worker: Worker, deadline: float) -> None:
         with suppress(Unavailable):
-            await worker.channel.ask("drain")
-
-
-def reserved(host: str, port: int) -> socket.socket:
-    """A socket that keeps a port, 0 for a free one, for those that listen there with SO_REUSEPORT. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))  # which a port that others listen at with SO_REUSEPORT refuses
-        found = probe.getsockname()[1]
-    sock = socket.socket(family)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind((host, found))
-    return sock
+            await worker.channel.ask("drain", deadline)

@@ -21,11 +21,12 @@ from infera_gpu.spec import Dim, TensorSpec
 from infera_server.access import Access
 from infera_server.discovery import Source
 from infera_server.independence import Facts, facts_of
+from infera_server.listening import listen, reserve
 from infera_server.model import Model
 from infera_server.repository import Repository
 from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import Session, Supervision
-from infera_server.server import Host, listen
+from infera_server.server import Host
 from infera_server.settings import Settings
 
 Result = TypeVar("Result")
@@ -192,7 +193,7 @@ def serving(
 def hosting(repository: Repository, wait: bool = True, access: Access | None = None) -> Iterator[Running]:
     """Serve a repository in a thread of this process, on free ports; with `wait`, from when everything is loaded."""
     repository.settings = repository.settings.model_copy(update={"port": 0})
-    sock = listen("127.0.0.1", 0)
+    sock = (reserve if repository.settings.workers else listen)("127.0.0.1", 0)
     host = Host(repository, sock, access)
     loaded = threading.Event()
     host.on_loaded = loaded.set

@@ -301,7 +301,8 @@ import sys, time
 from pathlib import Path
 from infera_server.discovery import Source
 from infera_server.repository import Repository
-from infera_server.server import Host, listen
+from infera_server.listening import listen
+from infera_server.server import Host
 from infera_server.settings import Settings
 
 def opener(path, settings):
