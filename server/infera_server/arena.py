@@ -8,15 +8,60 @@ from functools import lru_cache
 
 import numpy as np
 
-from infera_server.errors import Unavailable
-from infera_server.rows import HostArray
-from infera_server.segment import ALIGNMENT, Segment
+from infera_server.errors import Overloaded
+from infera_server.rows import Arrays, HostArray
+from infera_server.segment import ALIGNMENT, Described, Segment, described
+
+RETRY_AFTER = 0.1
+"""Seconds after which a request is worth another try that found no memory."""
 
 
-class Blocks(Segment):
-    """The writer's end: blocks by their offsets, of at most `limit` bytes altogether.
+class _View(weakref.ref[HostArray]):
+    """Knows when nothing views a block any more."""
 
-    A block that is given back is taken again for one of its size. Only where none is left and the limit is reached are
+    __slots__ = ("key", "offset")
+    key: int
+    offset: int
+
+
+class _Watched(Segment):
+    """A block that nothing views any more is in `returned`, where any thread may put it."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.returned: deque[int] = deque()
+        self._views: dict[int, _View] = {}
+        self._callback = self._over
+
+    def _viewed(self, offset: int, nbytes: int, grow: bool = False) -> HostArray:
+        """The bytes of a block, until nothing views them. Raises ValueError where there is none."""
+        memory = self.reaching(offset + nbytes, grow)
+        if offset < 0 or offset + nbytes > len(memory):
+            raise ValueError(f"{nbytes} bytes at {offset} lie outside of the shared memory")
+        array: HostArray = np.ndarray((nbytes,), np.uint8, memory, offset)
+        view = _View(array, self._callback)
+        view.key, view.offset = id(array), offset
+        self._views[view.key] = view
+        return array
+
+    def _over(self, view: weakref.ref[HostArray]) -> None:
+        assert isinstance(view, _View)
+        del self._views[view.key]
+        self.returned.append(view.offset)
+
+
+class Lent(_Watched):
+    """The reader's end."""
+
+    def block(self, offset: int, nbytes: int) -> HostArray:
+        """The bytes of a block, which is in `returned` once nothing views them. Raises ValueError."""
+        return self._viewed(offset, nbytes)
+
+
+class Blocks(_Watched):
+    """The writer's end: blocks by their offsets, of at most `limit` bytes altogether, each held by one or several.
+
+    A block that nobody holds is taken again for one of its size. Only where none is left and the limit is reached are
     free neighbours joined.
     """
 
@@ -26,27 +71,67 @@ class Blocks(Segment):
         self._end = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
+        self._shared: dict[int, int] = {}
 
     @property
     def taken(self) -> int:
-        """Blocks that were not given back."""
+        """Blocks that somebody holds."""
         return len(self._sizes)
 
     def take(self, nbytes: int) -> int:
-        """The offset of a block of so many bytes. Raises Unavailable where the limit leaves no room."""
+        """The offset of a block of so many bytes. Raises Overloaded where the limit leaves no room."""
         size = _rounded(nbytes)
         if free := self._free.get(size):
             offset = free.pop()
         elif (found := self._beyond(size)) is not None or (found := self._joined(size)) is not None:
             offset = found
         else:
-            raise Unavailable(f"{nbytes:,} bytes of shared memory cannot be had: {self._limit:,} are there")
+            raise Overloaded(f"{nbytes:,} bytes of shared memory are not free, of {self._limit:,}", RETRY_AFTER)
         self._sizes[offset] = size
         return offset
 
+    def hold(self, offset: int) -> None:
+        """Somebody else holds a block too."""
+        self._shared[offset] = self._shared.get(offset, 0) + 1
+
     def give_back(self, offset: int) -> None:
-        """The block is nobody's any more."""
-        self._free[self._sizes.pop(offset)].append(offset)
+        """One that held a block does no more."""
+        if (others := self._shared.pop(offset, 0)) == 0:
+            self._free[self._sizes.pop(offset)].append(offset)
+        elif others > 1:
+            self._shared[offset] = others - 1
+
+    def array(self, nbytes: int) -> HostArray:
+        """Memory to write to, held by whatever views it. Raises Overloaded or Unavailable."""
+        offset = self.take(nbytes)
+        try:
+            return self._viewed(offset, nbytes, grow=True)
+        except BaseException:
+            self.give_back(offset)
+            raise
+
+    def collect(self) -> None:
+        """Have again what `array` gave and nothing views any more."""
+        while self.returned:
+            self.give_back(self.returned.popleft())
+
+    def lying_in(self, arrays: Arrays) -> tuple[int, int, Described]:
+        """The arrays that lie in one block that `array` gave: its offset, its size, and where; else size 0."""
+        found: dict[str, tuple[int, list[int], int, int]] = {}
+        owner: HostArray | None = None
+        for name, array in arrays.items() if self._views else ():
+            base = _owner(array)
+            if (
+                base is not None
+                and id(base) in self._views
+                and (owner is None or owner is base)
+                and array.flags.c_contiguous
+            ):
+                owner = base
+                found[name] = described(array, array.ctypes.data - base.ctypes.data)
+        if owner is None:
+            return 0, 0, found
+        return self._views[id(owner)].offset, owner.nbytes, found
 
     def _beyond(self, size: int) -> int | None:
         """A block after all others, where the limit allows it."""
@@ -84,33 +169,11 @@ def _rounded(nbytes: int) -> int:
     return max(step, -(-nbytes // step) * step)
 
 
-class _Block(weakref.ref[HostArray]):
-    """Knows when nothing views a block any more."""
-
-    __slots__ = ("offset",)
-    offset: int
-
-
-class Lent(Segment):
-    """The reader's end. A block that nothing views any more is in `returned`, where any thread may put it."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd)
-        self.returned: deque[int] = deque()
-        self._lent: dict[int, _Block] = {}
-        self._callback = self._over
-
-    def block(self, offset: int, nbytes: int) -> HostArray:
-        """The bytes of a block, until nothing views them. Raises ValueError where there is none."""
-        memory = self.reaching(offset + nbytes)
-        if offset < 0 or offset + nbytes > len(memory):
-            raise ValueError(f"{nbytes} bytes at {offset} lie outside of the shared memory")
-        array: HostArray = np.ndarray((nbytes,), np.uint8, memory, offset)
-        block = self._lent[offset] = _Block(array, self._callback)
-        block.offset = offset
-        return array
-
-    def _over(self, block: weakref.ref[HostArray]) -> None:
-        assert isinstance(block, _Block)
-        del self._lent[block.offset]
-        self.returned.append(block.offset)
+def _owner(array: HostArray) -> HostArray | None:
+    """The array whose memory this one views, also through a memoryview."""
+    owner: object = array
+    while True:
+        below = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+        if not isinstance(below, np.ndarray | memoryview):
+            return owner if isinstance(owner, np.ndarray) else None
+        owner = below

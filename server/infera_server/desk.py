@@ -61,7 +61,10 @@ class Desk:
         for number in self._inbox.take():
             kind, value = kind_of(number)
             if kind == Entry.MESSAGE:
-                self._submit(value)
+                try:
+                    self._submit(value)
+                except Exception:
+                    log.exception("a worker's message cannot be read")
             elif kind == Entry.RETURNED:
                 self._results.give_back(value)
             elif (found := self._under_way.pop(value, None)) is not None:
@@ -112,7 +115,7 @@ class Desk:
         run = run_out(batch, job) if explained and job is not None else None
         try:
             offset = put(self._results, [number, None, run], {name: result[name] for name in wanted})
-        except Unavailable:
+        except RequestError:
             self._put(entry(Entry.LOST, number))
         else:
             self._put(entry(Entry.MESSAGE, offset))
@@ -120,7 +123,7 @@ class Desk:
     def _refuse(self, number: int, error: RequestError) -> None:
         try:
             self._put(entry(Entry.MESSAGE, put(self._results, [number, error_out(error), None])))
-        except Unavailable:
+        except RequestError:
             self._put(entry(Entry.LOST, number))
 
     def _put(self, number: int) -> None:

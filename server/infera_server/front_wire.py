@@ -55,9 +55,14 @@ def kind_of(number: int) -> tuple[int, int]:
 
 
 def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
-    """The offset of a new block: `[document, bytes of the arrays, where they lie]`, and these. Raises Unavailable."""
-    parts = packed(arrays)
-    text = orjson.dumps((document, parts.nbytes, parts.described))
+    """The offset of a new block with a document and arrays. Raises Overloaded or Unavailable.
+
+    The JSON is the document, the bytes of the arrays, where they lie, and the same of those that lie in a block of
+    their own already: its offset, its bytes, where they lie.
+    """
+    own, size, lying = blocks.lying_in(arrays)
+    parts = packed({name: array for name, array in arrays.items() if name not in lying} if lying else arrays)
+    text = orjson.dumps((document, parts.nbytes, parts.described, own, size, lying))
     begin = PREFIX + len(text)
     first = aligned(begin)
     offset = blocks.take(first + parts.nbytes)
@@ -68,6 +73,8 @@ def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
     except BaseException:
         blocks.give_back(offset)
         raise
+    if lying:
+        blocks.hold(own)
     return offset
 
 
@@ -75,9 +82,12 @@ def read(lent: Lent, offset: int) -> tuple[Any, dict[str, HostArray]]:
     """The document and the arrays of a block, which is lent until nothing views these any more. Raises ValueError."""
     begin = offset + PREFIX
     end = begin + int.from_bytes(lent.reaching(begin)[offset:begin], "little")
-    document, nbytes, described = orjson.loads(lent.reaching(end)[begin:end])
+    document, nbytes, described, own, size, lying = orjson.loads(lent.reaching(end)[begin:end])
     first = aligned(end - offset)
-    return document, views(lent.block(offset, first + nbytes), described, first)
+    arrays = views(lent.block(offset, first + nbytes), described, first)
+    if size:
+        arrays |= views(lent.block(own, size), lying)
+    return document, arrays
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from infera_server.arena import Blocks, Lent
 from infera_server.engine_wire import error_in
-from infera_server.errors import Overloaded, Unavailable
+from infera_server.errors import Overloaded, RequestError, Unavailable
 from infera_server.front_wire import Entry, entry, kind_of, put, read, request_out, run_in, signature_in
 from infera_server.jobs import Done, Job, State, answer
 from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, new
 from infera_server.requests import Request
 from infera_server.ring import Reader, Writer
+from infera_server.rows import HostArray
 from infera_server.signature import Signature
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,14 @@ class Link:
         while returned:
             self._outbox.put(entry(Entry.RETURNED, returned.popleft()))
         self._outbox.flush()
+        self._requests.collect()
+
+    def memory(self, nbytes: int) -> HostArray:
+        """Memory for a large body, which the engine reads where it lies."""
+        try:
+            return self._requests.array(nbytes)
+        except RequestError:
+            return np.empty(nbytes, np.uint8)  # there may be room once the body is there
 
     def receive(self) -> None:
         """Take what the engine has sent."""

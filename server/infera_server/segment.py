@@ -41,22 +41,26 @@ class Packed:
     nbytes: int
 
 
+def described(array: HostArray, at: int) -> tuple[int, list[int], int, int]:
+    """An array that lies at an offset."""
+    return onnx_of_dtype(array.dtype), list(array.shape), at, array.nbytes
+
+
 def packed(arrays: Arrays) -> Packed:
     """The arrays, the first at offset 0; strings as their bytes on the wire."""
-    described: dict[str, tuple[int, list[int], int, int]] = {}
+    where: dict[str, tuple[int, list[int], int, int]] = {}
     parts: list[HostArray | codec.Buffer] = []
     end = 0
     for name, array in arrays.items():
-        dtype = array.dtype
-        if dtype.hasobject:
+        if array.dtype.hasobject:
             parts.append(text := codec.to_bytes(array))
-            nbytes = len(text)
+            where[name] = onnx_of_dtype(array.dtype), list(array.shape), end, len(text)
+            end += aligned(len(text))
         else:
             parts.append(array)
-            nbytes = array.nbytes
-        described[name] = onnx_of_dtype(dtype), list(array.shape), end, nbytes
-        end += aligned(nbytes)
-    return Packed(described, parts, end)
+            where[name] = described(array, end)
+            end += aligned(array.nbytes)
+    return Packed(where, parts, end)
 
 
 class Segment:

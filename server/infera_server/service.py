@@ -26,6 +26,7 @@ from infera_server.shared_memory import Regions
 from infera_server.templates import Templates
 from infera_server.tracing import Tracing
 from infera_server.traffic import parse
+from infera_server.upload import Room, room
 
 if TYPE_CHECKING:
     from infera_server.connection import Connection
@@ -63,6 +64,9 @@ class Service:
     streams: int = field(default=0, init=False)
     """WebSockets that are open."""
     pace: Pace = field(default_factory=Pace, init=False)
+    room: Room = field(default=room, init=False)
+    """Where large bodies are received."""
+
     outage: str = field(default="", init=False)
     """In a worker: why the engine is not ready; empty while it is."""
 

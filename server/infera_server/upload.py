@@ -8,15 +8,27 @@ what follows the request's JSON is aligned: the only copy left is the one to the
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import numpy as np
+
+from infera_server.rows import HostArray
 
 LARGE = 1 << 18
 """Bytes of a body from which this pays."""
 
 ALIGNMENT = 64
 SCRATCH = 1 << 16
+
+
+Room: TypeAlias = Callable[[int], HostArray]
+"""Memory of so many bytes, as an array of uint8."""
+
+
+def room(nbytes: int) -> HostArray:
+    """Memory of this process."""
+    return np.empty(nbytes, np.uint8)
 
 
 class Receiver(Protocol):
@@ -35,11 +47,11 @@ class Receiver(Protocol):
 class Upload(asyncio.BufferedProtocol):
     """The transport's protocol while `size` bytes of a body are received, of which the first came with its head.
 
-    `aligned` is where in the body an aligned address is wanted.
+    `aligned` is where in the body an aligned address is wanted, and `room` gives the memory.
     """
 
-    def __init__(self, receiver: Receiver, size: int, aligned: int) -> None:
-        memory = np.empty(size + ALIGNMENT, np.uint8)
+    def __init__(self, receiver: Receiver, size: int, aligned: int, room: Room = room) -> None:
+        memory = room(size + ALIGNMENT)
         start = -(memory.ctypes.data + aligned) % ALIGNMENT
         self._body = memory[start : start + size].data
         self._receiver = receiver

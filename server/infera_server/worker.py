@@ -84,6 +84,7 @@ class Worker:
         repository.is_settled = True
         self._service = Service(settings, repository, self._access(begin))
         self._service.tracing = Passed(self._channel)
+        self._service.room = self._link.memory
         self._mirror = Mirror(self._service, self._link)
         self._mirror.read(first)
         self._grpc_port: int | None = begin["grpc_port"]

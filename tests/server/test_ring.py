@@ -1,0 +1,143 @@
+"""Shared memory between processes: blocks, rings, arrays. Both ends are in this process."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infera_server.arena import Blocks, Lent
+from infera_server.errors import Overloaded
+from infera_server.front_wire import put, read
+from infera_server.ring import Reader, Writer, ring_fds
+from infera_server.rows import HostArray
+from infera_server.segment import shared_file
+
+LIMIT = 1 << 20
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Blocks, Lent]]:
+    file = shared_file("test")
+    blocks, lent = Blocks(file, LIMIT), Lent(os.dup(file))
+    yield blocks, lent
+    blocks.close()
+    lent.close()
+
+
+def returned(blocks: Blocks, lent: Lent) -> None:
+    """What the engine and the worker do now and then."""
+    while lent.returned:
+        blocks.give_back(lent.returned.popleft())
+    blocks.collect()
+
+
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_never_overlap_and_the_limit_holds(ends: tuple[Blocks, Lent]) -> None:
+    blocks, _ = ends
+    dice = random.Random(0)
+    held: dict[int, int] = {}
+    refused = 0
+    for _ in range(5000):
+        size = dice.choice((1, 64, 100, 3000, 3001, 40_000, 200_000))
+        if held and dice.random() < 0.4:
+            offset = dice.choice(list(held))
+            del held[offset]
+            blocks.give_back(offset)
+            continue
+        try:
+            held[blocks.take(size)] = size
+        except Overloaded:
+            refused += 1
+    spans = sorted(held.items())
+    assert refused
+    assert blocks.taken == len(held)
+    assert all(start + size <= after for (start, size), (after, _) in pairwise(spans))
+    assert spans[-1][0] + spans[-1][1] <= LIMIT
+
+
+def test_free_neighbours_make_room_for_a_larger_block(ends: tuple[Blocks, Lent]) -> None:
+    blocks, _ = ends
+    small = [blocks.take(LIMIT // 64) for _ in range(64)]
+    with pytest.raises(Overloaded):
+        blocks.take(1)
+    for offset in small[10:30]:
+        blocks.give_back(offset)
+    assert blocks.take(LIMIT // 4) == small[10]
+    with pytest.raises(Overloaded):
+        blocks.take(LIMIT // 8)
+    for offset in (*small[:10], *small[30:], small[10]):
+        blocks.give_back(offset)
+    assert blocks.take(LIMIT) == 0
+
+
+def test_a_block_is_free_once_nobody_views_it(ends: tuple[Blocks, Lent]) -> None:
+    blocks, lent = ends
+    sent = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "t": np.array(["ü", "b"], object)}
+    document, arrays = read(lent, put(blocks, {"x": 1}, sent))
+    assert document == {"x": 1}
+    assert np.array_equal(arrays["a"], sent["a"])
+    assert arrays["t"].tolist() == ["ü", "b"]
+    row: HostArray = arrays["a"][1:]
+    del arrays
+    returned(blocks, lent)
+    assert blocks.taken == 1
+    assert row.tolist() == [[3, 4, 5]]
+    del row
+    returned(blocks, lent)
+    assert blocks.taken == 0
+
+
+@pytest.mark.parametrize("first", ["writer", "reader"])
+def test_what_lies_in_shared_memory_already_is_not_copied(ends: tuple[Blocks, Lent], first: str) -> None:
+    blocks, lent = ends
+    memory: Any = blocks.array(1000)
+    body = memoryview(memory)[8:].toreadonly()
+    x = np.frombuffer(body[:400], np.float32).reshape(10, 10)
+    y = np.arange(3)
+    _, arrays = read(lent, put(blocks, "d", {"x": x, "y": y}))
+    memory[8:408].view(np.float32)[:] = np.arange(100)
+    assert np.array_equal(arrays["x"], np.arange(100).reshape(10, 10))
+    assert arrays["y"].tolist() == [0, 1, 2]
+    if first == "writer":
+        del memory, body, x
+    else:
+        del arrays
+    returned(blocks, lent)
+    assert blocks.taken == (2 if first == "writer" else 1)
+    memory = body = x = arrays = None  # type: ignore[assignment]
+    returned(blocks, lent)
+    assert blocks.taken == 0
+
+
+# --- rings ---------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_come_in_order_however_many_wait() -> None:
+    memory, event = ring_fds("test", 8)
+    writer, reader = Writer(memory, event), Reader(os.dup(memory), os.dup(event))
+    dice = random.Random(1)
+    sent = 0
+    got: list[int] = []
+    assert reader.take() == []
+    while sent < 1000:
+        for _ in range(dice.randrange(20)):
+            writer.put(sent)
+            sent += 1
+        if dice.random() < 0.5:
+            writer.flush()
+        if dice.random() < 0.5:
+            got += reader.take()
+    while len(got) < sent:
+        writer.flush()
+        got += reader.take()
+    assert got == list(range(sent))
+    writer.close()
+    reader.close()
