@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 
 from infera_server import coding, inference, management
-from infera_server.coding import Coding
 from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
 from infera_server.exchange import INLINE_BYTES, INLINE_CODED_BYTES
 from infera_server.intake import MAX_MANAGEMENT_BODY, received
@@ -144,19 +144,10 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         await repository.audience.counted()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    def generating(stream: bool) -> Callable[..., Any]:
-        async def answer(request: Request) -> Response:
-            model = service.model(*_target(request))
-            body = await _body(request, service, service.settings.max_json_bytes)
-            coded = coding.coding_of(request.headers.get("content-encoding", "").encode("latin-1"))
-            reply = await inference.counted(model, generated(request, model, body, coded))
-            if stream:
-                return Response(generate.event(reply), media_type="text/event-stream")
-            return Response(reply, media_type="application/json")
+    async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[bytes, None]:
+        """The replies to a flat document, as many as the model gives. Raises RequestError."""
+        coded = coding.coding_of(request.headers.get("content-encoding", "").encode("latin-1"))
 
-        return answer
-
-    async def generated(request: Request, model: Servable, body: bytes, coded: Coding | None) -> bytes:
         def read() -> tuple[Asked, int]:
             text = coding.decompress(body, coded, service.settings.max_json_bytes) if coded else body
             return generate.parse(text, model.signature), len(text)
@@ -167,16 +158,43 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
             model = service.model(*_target(request))
             check_again(asked, model.signature)
         model = chosen(model, asked)
-        outputs = await _unless_gone(request, inference.infer(model, asked, size, service.tracing))
-        return generate.respond(asked, outputs, model.signature)
+        async with aclosing(inference.responses(model, asked, size, service.tracing)) as found:
+            async for outputs, _ in found:
+                if outputs:
+                    yield generate.respond(asked, outputs, model.signature)
 
-    for path, stream in (("/generate", False), ("/generate_stream", True)):
+    async def generated(request: Request) -> Response:
+        model = service.model(*_target(request))
+        body = await _body(request, service, service.settings.max_json_bytes)
+        reply = await inference.counted(model, _unless_gone(request, _only(documents(request, model, body))))
+        return Response(reply, media_type="application/json")
+
+    async def streamed(request: Request) -> Response:
+        """Until the first event errors are replies of their own; then they are events."""
+        model = service.model(*_target(request))
+        body = await _body(request, service, service.settings.max_json_bytes)
+        found = inference.counted_each(model, documents(request, model, body))
+        first = await _unless_gone(request, _next(found))
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            async with aclosing(found):
+                if first is not None:
+                    yield generate.event(first)
+                try:
+                    async for document in found:
+                        yield generate.event(document)
+                except RequestError as error:
+                    yield generate.event(v2_rest.error_body(str(error)))
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    for path, handler in (("/generate", generated), ("/generate_stream", streamed)):
         for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             app.add_api_route(
                 prefix + path,
-                generating(stream),
+                handler,
                 methods=["POST"],
-                summary="Inference with flat documents" + (", as server-sent events" if stream else ""),
+                summary="Inference with flat documents" + (", as server-sent events" if handler is streamed else ""),
                 openapi_extra=_described(prefix + path, document()),
             )
 
@@ -193,6 +211,23 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 def _target(request: Request) -> tuple[str, str | None]:
     """The model and version of a path."""
     return request.path_params["model"], request.path_params.get("version")
+
+
+async def _next(found: AsyncGenerator[bytes, None]) -> bytes | None:
+    """The next one; None where there are no more."""
+    return await anext(found, None)
+
+
+async def _only(found: AsyncGenerator[bytes, None]) -> bytes:
+    """The only one. Raises BadRequest where there are none, or more."""
+    async with aclosing(found):
+        first = await anext(found, None)
+        if first is None or await anext(found, None) is not None:
+            raise BadRequest(
+                "generate expects model to produce exactly 1 response, "
+                "use generate stream for model that generates various number of responses"
+            )
+    return first
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

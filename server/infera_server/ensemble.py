@@ -216,6 +216,10 @@ class Ensemble:
     def fit(self, members: Sequence[Servable]) -> None:
         """Use these models for the steps. Raises ConfigError where their tensors do not fit together."""
         signatures = [member.signature for member in members]
+        if many := next((s.name for s in signatures if s.decoupled), None):
+            raise ConfigError(
+                f"ensemble {self.signature.name} cannot pass on the responses of decoupled model '{many}'"
+            )
         check_members(self.graph, signatures)
         self._fitting = [
             Fitting(ref(member), names, _keeps_state(member))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from infera_server.codec import Buffer
-from infera_server.errors import InternalError, RequestError, TooLarge, request_error
+from infera_server.errors import InternalError, RequestError, TooLarge, Unsupported, request_error
 from infera_server.explanation import explain
 from infera_server.jobs import Batch, Done, Job
 from infera_server.protocols import v2_grpc
@@ -81,8 +81,20 @@ class Call:
         if self.job is not None:
             self.model.cancel(self.job)
 
+    def part(self, outputs: Arrays) -> list[Buffer]:
+        """The parts of a response that others follow. Raises RequestError."""
+        try:
+            return v2_grpc.respond(
+                self.request, outputs, self.model.signature, self.service.regions, v2_grpc.final_parameter(False)
+            )
+        except Exception as error:
+            raise failed(self.model, self.began, error) from None
+
     def reply(self, result: Arrays | Exception, batch: Batch | None, more: bytes = b"") -> list[Buffer]:
-        """The parts of the response, with the members of `more`. Raises RequestError where the run failed."""
+        """The parts of the response, with the members of `more`; none where it is the end of others and no more.
+
+        Raises RequestError where the run failed.
+        """
         model, request, tracing = self.model, self.request, self.service.tracing
         job, self.job = self.job, None  # it leads here
         if tracing.on and job is not None:
@@ -92,7 +104,8 @@ class Call:
                 raise result
             if request.trace:
                 more += v2_grpc.text_parameter(TRACE, explain(batch, job))
-            parts = v2_grpc.respond(request, result, model.signature, self.service.regions, more)
+            ends = model.signature.decoupled and not result
+            parts = [] if ends else v2_grpc.respond(request, result, model.signature, self.service.regions, more)
         except Exception as error:
             raise failed(model, self.began, error) from None
         model.stats.replied(200, time.monotonic() - self.began)
@@ -209,6 +222,8 @@ class ModelInfer:
             inference = self._inference
             given = inference.credentials(context)
             call = await inference.prepare(v2_grpc.cut(data), context.time_remaining(), given)
+            if call.model.signature.decoupled:
+                raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
             call.submit(done)
             try:
                 result, batch = await answer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from typing import TypeVar
 
 from infera_server.errors import request_error
@@ -40,6 +42,37 @@ async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing
         raise
 
 
+async def responses(
+    model: Servable, request: Request, nbytes: int, tracing: Tracing
+) -> AsyncGenerator[tuple[Arrays, bool], None]:
+    """The outputs of each response, with whether it is the last one, which may have none. Raises RequestError.
+
+    Any model gives one at least. Closed before the last, it cancels the request.
+    """
+    if not model.signature.decoupled:
+        yield await infer(model, request, nbytes, tracing), True
+        return
+    made: deque[Arrays] = deque()
+    some = asyncio.Event()
+
+    def each(outputs: Arrays) -> None:
+        made.append(outputs)
+        some.set()
+
+    request.each = each
+    last = asyncio.ensure_future(infer(model, request, nbytes, tracing))
+    last.add_done_callback(lambda _: some.set())
+    try:
+        while not (last.done() and not made):
+            await some.wait()
+            some.clear()
+            while made:
+                yield made.popleft(), False
+        yield last.result(), True
+    finally:
+        last.cancel()
+
+
 async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
     """What `answer` gives, counted in the model's statistics as one request. Raises what it raises."""
     began = time.monotonic()
@@ -50,3 +83,16 @@ async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
         raise
     model.stats.replied(200, time.monotonic() - began)
     return reply
+
+
+async def counted_each(model: Servable, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
+    """The same, counted in the model's statistics as one request. Raises what it raises."""
+    began = time.monotonic()
+    async with aclosing(replies):
+        try:
+            async for reply in replies:
+                yield reply
+        except Exception as error:
+            model.stats.failed(request_error(error, model.signature.name), time.monotonic() - began)
+            raise
+    model.stats.replied(200, time.monotonic() - began)

@@ -5,14 +5,14 @@ Dialects read the wire and make a `Request`; the checks here give all of them th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest
-from infera_server.rows import HostArray
+from infera_server.rows import Arrays, HostArray
 from infera_server.signature import Signature, Tensor
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class Request:
     """A request, checked against the model's signature.
 
     `timeout` is in seconds, None: not given. A smaller `priority` goes first; 0 is the model's default. `parameters`
-    holds what the protocol has no meaning for. With `trace` the reply says where its time went.
+    holds what the protocol has no meaning for. With `trace` the reply says where its time went. Whoever can take any
+    number of responses sets `each`: it is called with all but the last, which may have no outputs then.
     """
 
     id: str
@@ -112,6 +113,7 @@ class Request:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     trace: bool = False
     common: Common | None = None
+    each: Callable[[Arrays], None] | None = None
 
     def for_again(self, common: Common) -> Request:
         """The request as it is kept to be sent again."""

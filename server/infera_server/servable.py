@@ -43,7 +43,8 @@ class Servable(Protocol):
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         """Queue a request, which keeps `nbytes` in memory. `done` gets its outputs or a RequestError, once, later.
 
-        Raises BadRequest, Overloaded or Unavailable.
+        The outputs are those of the last response where the model is decoupled: none where that only says that there
+        are no more. Raises BadRequest, Overloaded or Unavailable, and Unsupported for a decoupled model without `each`.
         """
 
     def cancel(self, job: Job) -> None:

@@ -41,17 +41,21 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A model version's tensors; with a layout, requests have at most `layout.max_rows` rows."""
+    """A model version's tensors; with a layout, requests have at most `layout.max_rows` rows.
+
+    A `decoupled` model gives any number of responses to a request: it takes those that say who gets `each`.
+    """
 
     name: str
     version: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     layout: Layout | None
+    decoupled: bool = False
 
     def same_tensors(self, other: Signature) -> bool:
         """Whether what is a request for one is a request for the other, with replies of equal form."""
-        return self.inputs == other.inputs and self.outputs == other.outputs
+        return (self.inputs, self.outputs, self.decoupled) == (other.inputs, other.outputs, other.decoupled)
 
     @property
     def leading(self) -> bool:

@@ -78,7 +78,7 @@ class Shadowed(Tap):
         self._comparing = 0
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
-        if self._random.random() >= self._share or request.correlation is not None:
+        if self._random.random() >= self._share or request.correlation is not None or request.each is not None:
             return self.model.submit(request, nbytes, done)
         if self.model.queued or self.shadow.queued or self.shadow.retired or self._comparing >= MAX_COMPARED:
             self.counts["dropped"] += 1

@@ -3,7 +3,9 @@
 A text message is an inference request as JSON. A binary one is four bytes, little-endian, that say how long the JSON is
 which follows, and then the tensors, as over HTTP. Responses are sent when they are ready, in the same two forms: binary
 where an output is. `id` tells which request one answers; what went wrong is `{"id", "error", "status"}`, and the
-connection goes on. A client with as many requests under way as it may have, or that does not read, is not read from.
+connection goes on. A decoupled model gives any number of responses to a request: each says in its parameters whether it
+is the last one, which may have no outputs. A client with as many requests under way as it may have, or that does not
+read, is not read from.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 from infera_server.access import Key
@@ -19,7 +23,7 @@ from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, RequestError, TooLarge, Unavailable, request_error
 from infera_server.exchange import INLINE_BYTES
 from infera_server.gate import App, Message, Receive, Send
-from infera_server.inference import counted, infer
+from infera_server.inference import counted, responses
 from infera_server.protocols import v2_rest
 from infera_server.requests import Request
 from infera_server.servable import Servable
@@ -111,22 +115,24 @@ class _Stream:
                 asked = await loop.run_in_executor(
                     None, v2_rest.parse, body, header, model.signature, self._service.regions
                 )
-            await self._write(await counted(model, self._reply(chosen(model, asked), asked, nbytes)))
+            await counted(model, self._reply(chosen(model, asked), asked, nbytes))
         except Exception as error:
             refusal = request_error(error, name)
             document: dict[str, Any] = {"id": asked.id} if asked is not None and asked.id else {}
             document |= {"error": str(refusal), "status": refusal.status}
             await self._write({"type": "websocket.send", "text": json.dumps(document)})
 
-    async def _reply(self, model: Servable, request: Request, nbytes: int) -> Message:
-        arrays = await infer(model, request, nbytes, self._service.tracing)
-        document, tail = v2_rest.respond(request, arrays, model.signature, self._service.regions)
-        if not tail:
-            return {"type": "websocket.send", "text": document.decode()}
-        return {
-            "type": "websocket.send",
-            "bytes": b"".join([len(document).to_bytes(PREFIX, "little"), document, *tail]),
-        }
+    async def _reply(self, model: Servable, request: Request, nbytes: int) -> None:
+        signature = model.signature
+        async with aclosing(responses(model, request, nbytes, self._service.tracing)) as found:
+            async for arrays, final in found:
+                if not arrays:
+                    await self._write(_message(v2_rest.ended(request, signature)))
+                    continue
+                document, tail = v2_rest.respond(request, arrays, signature, self._service.regions)
+                if signature.decoupled:
+                    document = v2_rest.with_final(document, final)
+                await self._write(_message(document, tail))
 
     def _parts(self, message: Message) -> tuple[Buffer, int | None]:
         """The body and how much of it is JSON. Raises BadRequest or TooLarge."""
@@ -150,3 +156,9 @@ class _Stream:
     async def _write(self, message: Message) -> None:
         async with self._sending:
             await self._send(message)
+
+
+def _message(document: bytes, tail: Sequence[Buffer] = ()) -> Message:
+    if not tail:
+        return {"type": "websocket.send", "text": document.decode()}
+    return {"type": "websocket.send", "bytes": b"".join([len(document).to_bytes(PREFIX, "little"), document, *tail])}

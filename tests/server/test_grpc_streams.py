@@ -85,7 +85,7 @@ def test_responses_and_errors_are_as_triton_s(client: grpc.Channel) -> None:
         },
         {
             "error_message": "model 'double' cannot run on this input: row cannot be used",
-            "infer_response": {"model_name": "double", "model_version": "1", "id": "run", "parameters": final},
+            "infer_response": {"model_name": "double", "id": "run", "parameters": final},
         },
     ]
 

@@ -227,9 +227,19 @@ def refused(text: str, request_id: str) -> bytes:
 
 def failed(text: str, request: Request, model: Signature) -> bytes:
     """The answer to a request on a stream that was taken and then failed."""
-    made = InferResponse(id=request.id, model_name=model.name, model_version=model.version)
+    return bytes(StreamResponse(error_message=text, infer_response=_last(request, model)).SerializeToString())
+
+
+def ended(request: Request, model: Signature) -> bytes:
+    """The answer to a request on a stream that says no more than that there is no other."""
+    return bytes(StreamResponse(infer_response=_last(request, model)).SerializeToString())
+
+
+def _last(request: Request, model: Signature) -> Any:
+    """Without a version, as Triton has it."""
+    made = InferResponse(id=request.id, model_name=model.name)
     made.parameters[FINAL].bool_param = True
-    return bytes(StreamResponse(error_message=text, infer_response=made).SerializeToString())
+    return made
 
 
 # --- parts of replies, serialised: concatenated messages are one message ---------------------------------------------
@@ -265,8 +275,8 @@ def text_parameter(key: str, value: str) -> bytes:
 
 
 @cache
-def final_parameter() -> bytes:
-    """That no other response to the request follows on its stream, serialised."""
+def final_parameter(final: bool = True) -> bytes:
+    """Whether no other response to the request follows on its stream, serialised."""
     made = InferResponse()
-    made.parameters[FINAL].bool_param = True
+    made.parameters[FINAL].bool_param = final
     return bytes(made.SerializeToString())

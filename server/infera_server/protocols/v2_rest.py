@@ -216,6 +216,18 @@ def _filled(pieces: Sequence[bytes], request: Request, values: list[bytes]) -> b
     return b"".join(parts)
 
 
+def with_final(document: bytes, final: bool) -> bytes:
+    """The JSON of a reply, which says besides whether it is the last one to its request."""
+    return b'%s,"parameters":{"triton_final_response":%s}}' % (document[:-1], b"true" if final else b"false")
+
+
+def ended(request: Request, model: Signature) -> bytes:
+    """The JSON of a reply that says no more than that there is no other."""
+    reply: dict[str, Any] = {"id": request.id} if request.id else {}
+    reply |= {"model_name": model.name, "model_version": model.version, "outputs": []}
+    return with_final(orjson.dumps(reply), final=True)
+
+
 def error_body(message: str) -> bytes:
     """`{"error": message}`; in ASCII, so that any text of a request can be quoted."""
     return json.dumps({"error": message}).encode()
