@@ -9,6 +9,7 @@ from pathlib import Path
 from infera_gpu.devices.cuda import gpu_count
 from infera_server import modelconfig
 from infera_server.discovery import Source, Stamp, leads_outside, stamp
+from infera_server.generation import check
 from infera_server.ignored import THREADS, ignored
 from infera_server.modelconfig import ConfigError, ModelConfig
 from infera_server.queue_policy import policies
@@ -129,6 +130,8 @@ def define(name: str, sources: Sequence[Source], override: ModelConfig | None = 
     """What the folder of these versions says, or `override` in place of its `config.pbtxt`. Raises ConfigError."""
     folder = sources[0].folder if sources else None
     config = override if override is not None or folder is None else modelconfig.read(folder, name)
+    if config is not None:
+        check(config)
     piped = config is not None and config.HasField("ensemble_scheduling")
     wanted = modelconfig.chosen(config, [source.version for source in sources])
     found = [

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from infera_server.definition import Definition
+from infera_server.generation import generates
+from infera_server.generator import Texts, generator
 from infera_server.model import Model
 from infera_server.modelconfig import ConfigError, inside
 from infera_server.response_cache import Cached, ResponseCache
@@ -21,6 +23,8 @@ INITIAL_STATES = "initial_state"
 def before(model: Model, definition: Definition, settings: Settings, cache: ResponseCache | None) -> Front:
     """What takes the model's requests: often itself. Raises ConfigError."""
     config = definition.config
+    if config is not None and generates(config):
+        return generator(model, config, Texts(settings.max_queue, settings.max_sequence_bytes))
     limits = Limits(settings.max_sequences, settings.max_sequence_bytes, settings.max_queue, settings.max_sequence_idle)
     return cached(wrap(model, config, limits, partial(_initial_state, definition.folder)), definition, cache)
 

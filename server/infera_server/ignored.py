@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from infera_server.generation import PARAMETERS, generates
 from infera_server.modelconfig import ModelConfig
 from infera_server.sequence_config import ignored_in_sequences
 
@@ -57,11 +58,11 @@ def _rules() -> Iterator[Ignored]:
         ("cc_model_filenames", "default_model_filename is for every device"),
         ("metric_tags", "metrics have the labels 'model' and 'version'"),
         ("model_operations", "operators are declared in Python"),
-        ("model_transaction_policy.decoupled", "an ONNX model answers a request once"),
         ("model_repository_agents", "there are no agents"),
         ("model_metrics", "histograms have fixed bounds"),
     ):
         yield Ignored(setting, why, _path(setting))
+    yield Ignored("model_transaction_policy.decoupled", "the model answers a request once", _decoupled_in_vain)
     for field, why in (
         ("count", "one engine runs a model; requests share its batches"),
         ("gpus", "one engine runs a model, on the first of them"),
@@ -72,6 +73,10 @@ def _rules() -> Iterator[Ignored]:
         ("host_policy", "there are no host policies"),
     ):
         yield Ignored(f"instance_group.{field}", why, partial(_a_group_asks, field))
+
+
+def _decoupled_in_vain(config: Any) -> bool:
+    return bool(config.model_transaction_policy.decoupled) and not generates(config)
 
 
 def _a_group_asks(field: str, config: Any) -> bool:
@@ -91,5 +96,5 @@ def ignored(config: ModelConfig) -> list[str]:
     """`setting: why` of everything that is asked for in vain."""
     found = [f"{rule.setting}: {rule.why}" for rule in RULES if rule.asked(config)]
     found += ignored_in_sequences(config)
-    unknown = sorted(name for name in config.parameters if name.lower() != THREADS)
+    unknown = sorted(name for name in config.parameters if name.lower() != THREADS and name not in PARAMETERS)
     return found + [f"parameters.{name}: {_COMPILED}" for name in unknown]

@@ -21,9 +21,12 @@ from infera_server.rows import Arrays, HostArray, Layout
 from infera_server.runtime import Session
 from infera_server.signature import Signature
 
-_FED = (("prev_", "previous_", "past_", "old_", "in_", "input_", "initial_"), ("_in", "_input", "_prev", "_old"))
+_FED = (
+    ("prev_", "previous_", "past_", "past_key_values.", "past_key_values_", "old_", "in_", "input_", "initial_"),
+    ("_in", "_input", "_prev", "_old"),
+)
 _MADE = (
-    ("next_", "new_", "present_", "updated_", "out_", "output_"),
+    ("next_", "new_", "present_", "present.", "present_key_values.", "updated_", "out_", "output_"),
     ("_out", "_output", "_next", "_new", "_n", "n", "_updated"),
 )
 """Prefixes and suffixes that tell a state that is fed, and one that is made, from the name of the state."""
@@ -88,26 +91,31 @@ def seen(model: Signature, recurrence: Recurrence) -> Signature:
 
 def find(session: Session, layout: Layout | None, sizes: Mapping[str, int]) -> tuple[Sequence[State], str]:
     """The states of a model, none where they are not certain, and why. `sizes` are those of the open dimensions."""
-    pairs = list(_pairs(session, layout))
-    if not pairs:
+    found = list(pairs(session, layout))
+    if not found:
         return (), "no output has the name and type of an input"
     for side in (0, 1):
-        names = [pair[side] for pair in pairs]
+        names = [pair[side] for pair in found]
         if doubtful := sorted({name for name in names if names.count(name) > 1}):
             return (), f"'{doubtful[0]}' may belong to several states"
-    if len(pairs) == len(session.inputs) or len(pairs) == len(session.outputs):
+    if len(found) == len(session.inputs) or len(found) == len(session.outputs):
         return (), "nothing but states goes in or comes out"
-    states = [State(i, o, _zeros(session.inputs[i], _axis(layout, i))) for i, o in pairs]
+    states = [State(i, o, _zeros(session.inputs[i], _axis(layout, i))) for i, o in found]
     refusal = _disproof(session, layout, states, sizes)
     return ((), refusal) if refusal else (states, ", ".join(f"'{s.output}' becomes '{s.input}'" for s in states))
 
 
-def _pairs(session: Session, layout: Layout | None) -> Iterator[tuple[str, str]]:
+def pairs(session: Session, layout: Layout | None, growing: bool = False) -> Iterator[tuple[str, str]]:
+    """Inputs and outputs that may be a state, by name and type. What is `growing` has open dimensions."""
     for (i, fed), (o, made) in product(session.inputs.items(), session.outputs.items()):
         axis = _axis(layout, i)
-        fixed = all(isinstance(d, int) for at, d in enumerate(fed.shape) if at != axis)
+        fixed = growing or all(isinstance(d, int) for at, d in enumerate(fed.shape) if at != axis)
         fits = len(fed.shape) == len(made.shape) and all(
-            at == axis or not isinstance(d, int) or d == fed.shape[at] for at, d in enumerate(made.shape)
+            at == axis
+            or not isinstance(d, int)
+            or d == fed.shape[at]
+            or (growing and not isinstance(fed.shape[at], int))
+            for at, d in enumerate(made.shape)
         )
         if fed.shape and fixed and fits and fed.dtype == made.dtype and _stems(i, _FED) & _stems(o, _MADE):
             yield i, o

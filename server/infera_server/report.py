@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from infera_server.generator import Generator
 from infera_server.loaded import Loaded
 from infera_server.model import threads_of
 from infera_server.repository import Entry
@@ -75,6 +76,8 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
     front = loaded.front.model if isinstance(loaded.front, Cached) else loaded.front
     if isinstance(front, SequenceModel):
         facts.append(("sequences", front.recurrence.reason))
+    if isinstance(front, Generator):
+        facts.append(("generates", front.how.described))
     if front is not loaded.front:
         facts.append(("cache", "equal requests are answered once"))
     if model.measured:

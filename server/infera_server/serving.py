@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from infera_server.generator import Generator
 from infera_server.golden import Golden, Recorder
 from infera_server.servable import Servable
 from infera_server.settings import Settings
@@ -50,7 +51,7 @@ class Serving:
         if len(split) < len(weights):
             log.warning("model '%s': only versions with equal tensors share the requests", name)
         targets: list[Servable] = [*split] or [newest]
-        if size := self._settings.golden_requests:
+        if (size := self._settings.golden_requests) and not isinstance(newest, Generator):  # whose runs are no requests
             golden = self.golden.setdefault(name, Golden(size))
             targets = [Recorder(model, golden) if model is newest else model for model in targets]
         if traffic.shadow and (copied := models.get(traffic.version(traffic.shadow.version))):

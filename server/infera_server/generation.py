@@ -1,0 +1,184 @@
+"""What turns an ONNX decoder into a model that generates: `generate_*` parameters of Triton's model configuration.
+
+The decoder takes tokens and its state, and gives logits and the next state: of fixed size, as a recurrent one has, or
+growing with the text, as keys and values of an attention do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from infera_gpu.spec import TensorSpec
+from infera_server.modelconfig import ConfigError, ModelConfig
+from infera_server.proof import random_array, shape_at
+from infera_server.recurrence import State, pairs
+from infera_server.rows import Arrays, HostArray, Layout
+from infera_server.runtime import Session
+
+INPUT, LOGITS, STATES = "generate_input", "generate_logits", "generate_states"
+STOP, MOST = "generate_stop", "generate_max_tokens"
+PARAMETERS = frozenset({INPUT, LOGITS, STATES, STOP, MOST})
+
+DEFAULT_MOST = 256
+
+MASK, POSITIONS, CACHED = "attention_mask", "position_ids", "use_cache_branch"
+"""Inputs that follow from how many tokens there are: all of them attended to, the places of the new ones, and whether
+there were some before."""
+
+TOLERANCE = 1e-2
+"""By how much logits may differ, of their largest, between a prompt in one run and in two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a decoder is run. With `wide` it takes any number of tokens at once, else one.
+
+    `shared` are inputs that clients feed and every run of a text gets. `rank` is that of the tokens. Nobody gets more
+    than `most` tokens, and none after one of `stop`.
+    """
+
+    tokens: str
+    logits: str
+    states: Sequence[State]
+    derived: Mapping[str, TensorSpec]
+    shared: Sequence[str]
+    dtype: np.dtype[np.generic]
+    rank: int
+    wide: bool
+    stop: frozenset[int]
+    most: int
+
+    @property
+    def described(self) -> str:
+        """For a human."""
+        states = ", ".join(f"'{s.output}' becomes '{s.input}'" for s in self.states) or "no state"
+        width = "a prompt in one run" if self.wide else "a token a run"
+        return f"'{self.tokens}' from '{self.logits}', {width}, at most {self.most}; {states}"
+
+    def feeds(self, tokens: Sequence[int], past: int, state: Arrays | None, shared: Arrays) -> dict[str, HostArray]:
+        """Of a run of one text, `past` tokens of which came before."""
+        count = len(tokens)
+        found: dict[str, HostArray] = {
+            self.tokens: np.array(tokens, self.dtype).reshape((1,) if self.rank == 1 else (1, count))
+        }
+        for name, spec in self.derived.items():
+            if name == MASK:
+                found[name] = np.ones((1, past + count), spec.dtype)
+            elif name == POSITIONS:
+                found[name] = np.arange(past, past + count, dtype=spec.dtype)[None]
+            else:
+                found[name] = np.full((1,), past > 0, spec.dtype)
+        states = {s.input: s.initial for s in self.states} if state is None else state
+        return {**found, **shared, **states}
+
+    def next_logits(self, outputs: Arrays) -> HostArray:
+        """[V], after the last token of a run."""
+        logits = outputs[self.logits]
+        last: HostArray = logits.reshape(-1, logits.shape[-1])[-1]
+        return last
+
+    def next_state(self, outputs: Arrays) -> dict[str, HostArray]:
+        """What the next run is fed, in memory of its own: a view would keep its whole batch."""
+        made = {state.input: outputs[state.output] for state in self.states}
+        return {name: array if array.base is None else array.copy() for name, array in made.items()}
+
+
+def generates(config: ModelConfig | None) -> bool:
+    """Whether a configuration asks for it."""
+    return config is not None and INPUT in config.parameters
+
+
+def check(config: ModelConfig) -> None:
+    """Raises ConfigError for what cannot be asked for together."""
+    if not generates(config):
+        return
+    if config.input or config.output:
+        raise ConfigError(f"{INPUT}: the tensors of {config.name} follow from it, and cannot be listed")
+    if config.HasField("sequence_batching") or config.response_cache.enable:
+        raise ConfigError(f"{INPUT}: {config.name} can have neither sequence_batching nor a response cache as well")
+
+
+def decoding(session: Session, layout: Layout | None, config: ModelConfig) -> Decoding:
+    """What a configuration says, and what is found of the rest. Raises ConfigError."""
+    given = {name: config.parameters[name].string_value for name in PARAMETERS if name in config.parameters}
+    name, tokens = config.name, given[INPUT]
+    spec = session.inputs.get(tokens)
+    if spec is None or spec.dtype.kind not in "iu" or len(spec.shape) not in (1, 2):
+        raise ConfigError(f"{INPUT}: '{tokens}' is no input [batch] or [batch, tokens] of integers of {name}")
+    states = list(_states(session, layout, given.get(STATES, ""), spec))
+    known = {tokens, *(state.input for state in states)}
+    derived = {n: s for n, s in session.inputs.items() if n in (MASK, POSITIONS, CACHED) and n not in known}
+    made = {state.output for state in states}
+    scores = [n for n, s in session.outputs.items() if n not in made and s.dtype.kind in "fV" and s.shape]
+    logits = given.get(LOGITS) or ("logits" if "logits" in scores else scores[0] if len(scores) == 1 else "")
+    if logits not in scores:
+        raise ConfigError(f"{LOGITS}: which of {', '.join(sorted(session.outputs))} has the logits of {name}?")
+    return Decoding(
+        tokens,
+        logits,
+        states,
+        derived,
+        [n for n in session.inputs if n not in known and n not in derived],
+        spec.dtype,
+        len(spec.shape),
+        len(spec.shape) == 2 and not isinstance(spec.shape[1], int),
+        frozenset(_numbers(given.get(STOP, ""), STOP)),
+        next(iter(_numbers(given.get(MOST, ""), MOST)), DEFAULT_MOST),
+    )
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(f"{what}: '{text[:64]}' is no list of numbers")
+    return [int(part) for part in parts]
+
+
+def _states(session: Session, layout: Layout | None, given: str, tokens: TensorSpec) -> Iterator[State]:
+    """As given, `input:output` and commas between them, else by their names. The first run is fed zeros."""
+    if given:
+        named = [(fed.strip(), made.strip()) for pair in given.split(",") for fed, _, made in [pair.partition(":")]]
+    else:
+        named = list(pairs(session, layout, growing=True))
+        for side in (0, 1):
+            names = [pair[side] for pair in named]
+            if doubtful := sorted({name for name in names if names.count(name) > 1}):
+                raise ConfigError(f"{STATES}: '{doubtful[0]}' may belong to several states")
+    for fed, made in named:
+        if fed not in session.inputs or made not in session.outputs:
+            raise ConfigError(f"{STATES}: '{fed}:{made}' is no input and output of the model")
+        spec = session.inputs[fed]
+        axis = layout.inputs.get(fed) if layout is not None else None
+        yield State(fed, made, np.zeros(_first_shape(spec, tokens, axis), spec.dtype))
+
+
+def _first_shape(spec: TensorSpec, tokens: TensorSpec, axis: int | None) -> tuple[int, ...]:
+    """One row, and nothing of what grows."""
+    batch = axis
+    if batch is None and tokens.shape[0] in spec.shape:
+        batch = spec.shape.index(tokens.shape[0])
+    return tuple(d if isinstance(d, int) else int(at == (batch or 0)) for at, d in enumerate(spec.shape))
+
+
+def prove(session: Session, decoding: Decoding, limits: Mapping[str, int]) -> None:
+    """Run it: a prompt that can be run at once must give what it gives in two runs. Raises ConfigError.
+
+    `limits` are the sizes of tables that inputs are indices into.
+    """
+    rng = np.random.default_rng(0)
+    specs = {name: session.inputs[name] for name in decoding.shared}
+    shared = {name: random_array(rng, shape_at(spec, {}, 1), spec.dtype) for name, spec in specs.items()}
+    prompt = [int(token) for token in rng.integers(0, min(limits.get(decoding.tokens, 3), 3), 3)]
+    ahead = prompt[:2] if decoding.wide else prompt[:1]
+    try:
+        first = session.run(decoding.feeds(ahead, 0, None, shared))
+        second = session.run(decoding.feeds(prompt[-1:], len(ahead), decoding.next_state(first), shared))
+        whole = session.run(decoding.feeds(prompt, 0, None, shared)) if decoding.wide else second
+    except Exception as error:
+        raise ConfigError(f"{INPUT}: a run failed: {type(error).__name__}: {error}") from None
+    want, have = (decoding.next_logits(outputs).astype(np.float64) for outputs in (whole, second))
+    if not np.abs(want - have).max() <= TOLERANCE * np.abs(want).max():
+        raise ConfigError(f"{INPUT}: 3 tokens in one run give other logits than 2 and then the third: states are amiss")
