@@ -7,6 +7,7 @@ body; no timer is armed for that, `Service` looks at all connections now and the
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from infera_server.errors import (
     BadRequest,
     HeadTooLarge,
+    InternalError,
     RequestError,
     TooSlow,
     Unavailable,
@@ -27,6 +29,8 @@ from infera_server.errors import (
 )
 from infera_server.exchange import Exchange
 from infera_server.service import Service
+
+log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 1 << 16
 """The most that a URL and headers may have, and that may come without a byte of a body: heads of chunks, trailers. Of
@@ -115,6 +119,9 @@ class Connection(HttpToolsProtocol):
                     self.handle_websocket_upgrade()
                     return
                 pieces += [memoryview(piece)[upgrade.args[0] :], *self._without_upgrade()]
+            except httptools.HttpParserCallbackError as error:
+                log.error("a request could not be taken", exc_info=error.__context__)
+                self.refuse_rest(InternalError("the request could not be taken"))
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
         if self.head_size > MAX_HEAD_BYTES and not self.deaf:

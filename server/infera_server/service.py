@@ -64,7 +64,7 @@ class Service:
     streams: int = field(default=0, init=False)
     """WebSockets that are open."""
     pace: Pace = field(default_factory=Pace, init=False)
-    room: Room = field(default=room, init=False)
+    room: Room = field(default_factory=lambda: room, init=False)
     """Where large bodies are received."""
 
     outage: str = field(default="", init=False)

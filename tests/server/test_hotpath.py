@@ -427,3 +427,15 @@ def test_a_client_that_does_not_read_is_not_served(pipelined: bool) -> None:
         assert stats.statuses[200] < total
         assert connection.transport.get_write_buffer_size() < 2 * 4 * width
         assert [read_reply(stream)[0] for _ in range(total)] == [200] * total
+
+
+def test_a_mistake_of_the_server_is_not_called_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: object) -> None:
+        raise TypeError("the server's mistake")
+
+    with serving({"double": doubler()}) as running, contextlib.closing(running.connect()) as sock:
+        monkeypatch.setattr("infera_server.hotpath.HotPathProtocol._announced", mistaken)
+        with sock.makefile("rb") as stream:
+            sock.sendall(http_request(json.dumps(request_of(np.ones((1, 4), np.float32))).encode()))
+            status, headers, _ = read_reply(stream)
+            assert (status, headers["connection"]) == (500, "close")
