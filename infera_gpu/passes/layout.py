@@ -44,7 +44,7 @@ def convert(graph: Graph, registry: Registry, kind: str = "cpu") -> Graph:
 
 
 def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
-    if not any(n.qualified in CONVOLUTIONS or n.qualified == "Transpose" for n in graph.nodes):
+    if not _may_gain(graph):
         return graph
     specs = sketch(graph, registry)
     left: frozenset[int] = frozenset()
@@ -57,6 +57,18 @@ def _converted(graph: Graph, registry: Registry, kind: str) -> Graph:
         left |= losing
         if left.issuperset(work.changed):
             return drop_dead(graph)
+
+
+def _may_gain(graph: Graph) -> bool:
+    """Whether there is a convolution, or a Transpose that meets what could take over its order."""
+    transposed: set[str] = set()
+    for n in graph.nodes:
+        op = n.qualified
+        if op in CONVOLUTIONS or ((op == "Transpose" or op in RULES) and not transposed.isdisjoint(n.inputs)):
+            return True
+        if op == "Transpose":
+            transposed.add(n.outputs[0])
+    return False
 
 
 class _Conversion:
