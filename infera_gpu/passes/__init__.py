@@ -34,7 +34,7 @@ from infera_gpu.passes import (
     unit,
     weights,
 )
-from infera_gpu.passes.chains import chained
+from infera_gpu.passes.chains import chained, may_chain
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
@@ -107,7 +107,8 @@ class _Passes:
 
     def run(self, graph: Graph, precision: Precision = "fp32") -> Graph:
         """The graph after every pass. Its subgraphs stay in float32."""
-        graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
+        if any(n.subgraphs for n in graph.nodes):
+            graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
         if precision == "int8":
             graph = self.changed("int8", graph, quantised(graph))
         if not quant.INTEGERS.isdisjoint(self.kinds):
@@ -130,7 +131,7 @@ class _Passes:
         if self.channels_last:
             moved = convert(graph, self.registry, "triton" if "triton" in self.kinds else "cpu")
             graph = self.changed("channels_last", graph, moved)
-        if not {"cpu", "triton"}.isdisjoint(self.kinds):
+        if not {"cpu", "triton"}.isdisjoint(self.kinds) and may_chain(graph):
             draft = Draft(graph)
             count = len(draft)
             self.tell("elementwise_chains", chained(draft, self.kinds), count, len(draft))

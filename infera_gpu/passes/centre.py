@@ -14,6 +14,7 @@ from infera_gpu.passes.quant import DEQUANTIZE, parameters_of
 
 _PRODUCT = "com.microsoft.MatMulIntegerToFloat"
 _QUANTIZE = ("QuantizeLinear", "com.microsoft.QuantizeLinear")
+_DYNAMIC = "DynamicQuantizeLinear"
 
 
 def _reads_as(graph: Graph, product: Node, q: str, zero: str) -> bool:
@@ -93,10 +94,12 @@ def centred(graph: Graph, *, integers: bool = False) -> Graph:
     then only values that are dequantised and nothing else are changed.
     """
     graph = gathered(graph)
+    if not any(n.qualified == _DYNAMIC or n.qualified in _QUANTIZE for n in graph.nodes):
+        return graph
     readers = graph.readers()
     made: dict[int, Node] = {}
     for n in graph.nodes:
-        dynamic = n.qualified == "DynamicQuantizeLinear"
+        dynamic = n.qualified == _DYNAMIC
         inner = [o for o in n.outputs if o and not (dynamic and o == n.outputs[1])]
         if (
             n.opset

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from infera_gpu.graph import Node
+from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Site
 from infera_gpu.ops._triton_elementwise import MOST_INPUTS, formula_of
 from infera_gpu.ops.chain import BLOCKWISE, STEPS, Term, spelled
@@ -43,6 +43,17 @@ def chained(draft: Draft, kinds: Sequence[str] = ("cpu",)) -> int:
             draft.replace(found, _joined(draft, found, recompute=recompute))
             times += 1
     return times
+
+
+def may_chain(graph: Graph) -> bool:
+    """Whether a step reads what another makes."""
+    made: set[str] = set()
+    for n in graph.nodes:
+        if n.op in STEPS:
+            if not made.isdisjoint(n.inputs):
+                return True
+            made.update(n.outputs)
+    return False
 
 
 def _grown(draft: Draft, root: Node, is_step: IsStep) -> list[Node] | None:

@@ -13,6 +13,8 @@ from infera_gpu.passes.quant import DEQUANTIZE, FLOAT, is_byte, parameters_of
 
 def gathered(graph: Graph) -> Graph:
     """A Gather along axis 0 changes places with what makes its constant table float32, exactly."""
+    if not any(n.qualified == "Gather" for n in graph.nodes):
+        return graph
     producers = graph.producers()
     nodes: list[Node] = []
     constants: dict[str, HostArray] = {}

@@ -8,7 +8,7 @@ region: one that costs more than it gains is left as it was.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -204,7 +204,7 @@ class _Conversion:
                 self.nodes.append(Node("Unsqueeze", (value, made_name(name, "axes")), (name,), name=name))
             spec = self.specs.get(value)
             if spec is not None:
-                self.specs[name] = replace(spec, shape=(1,) * count + spec.shape)
+                self.specs[name] = TensorSpec((1,) * count + spec.shape, spec.dtype)
         return name
 
     def transpose(self, stored: str, perm: Order, name: str) -> None:
@@ -217,7 +217,7 @@ class _Conversion:
         """Keeps an idea of the size of Transpose(value, perm)."""
         spec = self.specs.get(value)
         if spec is not None and spec.ndim == len(perm):
-            self.specs[name] = replace(spec, shape=tuple(spec.shape[axis] for axis in perm))
+            self.specs[name] = TensorSpec(tuple([spec.shape[axis] for axis in perm]), spec.dtype)
 
     # ---- nodes
 
@@ -261,8 +261,8 @@ class _Conversion:
             rule = RULES.get(node.qualified)
             if rule is None:
                 return None
-            orders = Counter(inverse(self.views[v][1]) for v in node.inputs if v in self.views)
-            for order, _ in orders.most_common():
+            orders = [inverse(self.views[v][1]) for v in node.inputs if v in self.views]
+            for order in sorted(dict.fromkeys(orders), key=orders.count, reverse=True):
                 moved = None if order == tuple(range(len(order))) else rule(self, node, order)
                 if moved is not None:
                     return moved

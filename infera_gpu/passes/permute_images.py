@@ -74,7 +74,7 @@ def convolution(facts: Facts, node: Node, order: Order) -> Moved | None:
     if attrs.get("activation", ""):
         name = str(attrs["activation"])
         attrs["activation"] = SPELLINGS.get(node.domain, {}).get(name, name)
-    made = replace(node, op=channels_last.CONV.name, domain="infera", attrs=attrs, opset=0)
+    made = Node(channels_last.CONV.name, node.inputs, node.outputs, attrs, "infera", node.name)
     return Moved((made,), reads, {node.outputs[0]: order})
 
 

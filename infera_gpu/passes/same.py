@@ -246,6 +246,8 @@ EXTRAS = frozenset(
 
 def drop_outputs(graph: Graph) -> Graph:
     """Outputs that nobody reads are left out where an operator allows it: fewer are computed, and more patterns fit."""
+    if not any(n.outputs[1:] and n.qualified in EXTRAS for n in graph.nodes):
+        return graph
     needed = {*graph.outputs, *(v for n in graph.nodes for v in n.reads)}
     nodes = [
         replace(n, outputs=_trimmed(n.outputs, needed)) if n.outputs[1:] and n.qualified in EXTRAS else n
