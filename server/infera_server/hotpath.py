@@ -56,6 +56,9 @@ class HotPathProtocol(Connection):
         self.max_body = self.service.settings.max_body_bytes
         self.active: Exchange | None = None
         self.held: Exchange | None = None
+        self.asgi: Any = None
+        """The last ASGI cycle that was begun: others may have been received since."""
+
         self.lingering = False
         self.upload: Upload | None = None
         """What receives the body of `cycle`."""
@@ -237,6 +240,7 @@ class HotPathProtocol(Connection):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if not isinstance(cycle, Exchange):
+            self.asgi = cycle
             super()._start_asgi_task(cycle, app)
         elif self.flow.write_paused:
             self.held = cycle
@@ -246,6 +250,7 @@ class HotPathProtocol(Connection):
     def _begin(self, exchange: Exchange) -> None:
         """It is this exchange's turn."""
         if self.transport.is_closing() or self.lingering:
+            exchange.let_go(self.service.intake)
             return
         exchange.turn = True
         self.waiting_since = time.monotonic()
@@ -457,4 +462,7 @@ class HotPathProtocol(Connection):
             exchange.model.cancel(exchange.job)
         if isinstance(self.cycle, Exchange):
             self.cycle = None
+        if self.asgi is not None and not self.asgi.response_complete:
+            self.asgi.disconnected = True
+            self.asgi.message_event.set()
         super().connection_lost(exc)

@@ -108,6 +108,29 @@ def test_a_client_that_leaves_in_a_management_body_is_not_worth_a_traceback(
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_a_client_that_leaves_with_more_on_its_way_is_not_worked_for(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the request at work that is cancelled, not only the last one that came."""
+    session = server.sessions["double"]
+    assert isinstance(session, FakeSession)
+    session.block()
+    model = server.host.repository.get("double")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.infer, "double", request_of(X))
+        session.wait_entered()
+        with server.connect() as sock:
+            sock.sendall(
+                http_request(b'{"x": [0, 1, 2, 3]}', path="/v2/models/double/generate") + GET + http_request(BODY)
+            )
+            until(lambda: model.queued == 1)
+        until(lambda: model.queued == 0)
+        session.gate.set()
+        assert first.result(WAIT)[0] == 200
+    until(lambda: server.host.service.intake.held == 0)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 # --- size ----------------------------------------------------------------------------------------------------------
 
 
