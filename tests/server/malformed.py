@@ -279,3 +279,30 @@ def connected(server: Running) -> socket.socket:
     sock.settimeout(WAIT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
+
+
+SWITCHED = 101
+_OFFER = [("Host", "x"), ("Connection", "upgrade"), ("Upgrade", "websocket")]
+
+
+def statuses(answered: bytes) -> list[int]:
+    """Of all final replies in what came on a connection until its end. Raises h11.RemoteProtocolError."""
+    http, found = h11.Connection(h11.CLIENT), list[int]()
+    http.receive_data(answered)
+    http.receive_data(b"")
+    while http.trailing_data[0]:
+        http.send(h11.Request(method="GET", target="/", headers=_OFFER))
+        http.send(h11.EndOfMessage())
+        event: Any = None
+        while event is not h11.PAUSED and not isinstance(event, h11.EndOfMessage):
+            event = http.next_event()
+            if isinstance(event, h11.Response) or getattr(event, "status_code", 0) == SWITCHED:
+                found.append(event.status_code)
+        if http.their_state is h11.SWITCHED_PROTOCOL:
+            return found
+        if http.their_state is not h11.DONE:
+            break
+        http.start_next_cycle()
+    if http.trailing_data[0]:
+        raise h11.RemoteProtocolError("more follows the last reply")
+    return found
