@@ -1,4 +1,4 @@
-"""The files beside a model that hold its large tensors: found without leaving the model's folder, mapped, never copied.
+"""The files beside a model that hold its large tensors: found without leaving the model's folder, mapped or read once.
 
 ONNX's external data (docs/ExternalData.md in the onnx project). A location comes from the model file, so nothing in it
 is trusted: it is walked one name after the other, and no name may be a link.
@@ -24,17 +24,19 @@ class ExternalFiles:
     """The external data of one model. Each file is mapped once; its pages are read when they are needed.
 
     The mapping lives as long as an array that looks into it. A file that is cut short while a model uses it takes the
-    process down (SIGBUS), as with every program that maps files: replace a model's files, do not overwrite them.
+    process down (SIGBUS), as with every program that maps files, and one that is overwritten changes what the model
+    computes: replace a model's files, or have them read instead (`mapped=False`).
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, mapped: bool = True) -> None:
         self._model = model
+        self._most_maps = MOST_MAPS if mapped else 0
         self._target = model.resolve() if model.is_symlink() else None
         self._maps: dict[str, memoryview] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files that have been mapped."""
+        """Bytes of all files that have been mapped or read."""
         return sum(len(m) for m in self._maps.values())
 
     def read(self, location: str) -> memoryview:
@@ -66,7 +68,7 @@ class ExternalFiles:
                     raise InvalidModel(f"external data at {location!r:.200} is a hard link to a file of somebody else")
                 if not about.st_size:
                     return _NOTHING
-                if len(self._maps) >= MOST_MAPS:
+                if len(self._maps) >= self._most_maps:
                     with os.fdopen(os.dup(descriptor), "rb") as file:
                         return memoryview(file.read())
                 return memoryview(mmap.mmap(descriptor, about.st_size, access=mmap.ACCESS_READ))

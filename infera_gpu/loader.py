@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     import onnx
 
 
-def load_graph(source: Source) -> Graph:
-    """The graph of an ONNX model: a path (external data beside it is mapped), serialised bytes or a ModelProto.
+def load_graph(source: Source, mapped: bool = True) -> Graph:
+    """The graph of an ONNX model: a path, serialised bytes or a ModelProto.
+
+    External data beside a path is mapped, or read where `mapped` is not set.
 
     Model-local functions are inlined, Constant nodes become constants and sparse tensors dense ones. Raises
     InvalidModel for anything that is not a complete ONNX model, naming what is wrong.
     """
     model, name, bodies = read_model(source)
-    tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None)
+    tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None, mapped)
     try:
         check_ir_version(model.ir_version)
         opsets = opset_versions(model.opset_import)

@@ -59,6 +59,7 @@ def load(
     vram_limit: int | str | VramBudget | None = None,
     precision: Precision = "fp32",
     batch_invariant: bool = False,
+    mapped: bool = True,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -85,6 +86,9 @@ def load(
     however large it is; a node that cannot promise it is a PlanError when it is planned, the CPU a DeviceError here.
     docs/gpu.md says what it takes to mean "entry", and what it costs.
 
+    External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
+    they are while the session lives. `mapped=False` reads them, and they may change.
+
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
     OutOfMemoryError.
     """
@@ -96,7 +100,7 @@ def load(
         raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if precision not in ("fp32", "tf32") and not fuse:
         raise InputError(f"precision='{precision}' rewrites the graph, fuse=False runs it as it is written")
-    graph = differentiated(load_graph(model))
+    graph = differentiated(load_graph(model, mapped))
     check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, expected a positive number")
@@ -111,7 +115,7 @@ def load(
         batch_invariant=batch_invariant,
         budget=budget,
     )
-    again = partial(load_graph, os.path.abspath(model)) if isinstance(model, str | os.PathLike) else None
+    again = partial(load_graph, os.path.abspath(model), mapped) if isinstance(model, str | os.PathLike) else None
     try:
         session = Session(
             graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again, precision=precision

@@ -48,12 +48,13 @@ MAX_RANK = 32
 class Tensors:
     """Reads the tensors of one model; `model` is its path, None where it came without one.
 
-    Arrays are read-only. Those in external files look into the mapped file; what has to be copied out of one (packed
-    or unaligned elements, booleans) is read once, and what is read so never adds up to more than the files hold.
+    Arrays are read-only. Those in external files look into the file, which is `mapped`, or read as a whole; what has to
+    be copied out of one (packed or unaligned elements, booleans) is read once, and what is read so never adds up to
+    more than the files hold.
     """
 
-    def __init__(self, model: Path | None = None) -> None:
-        self._files = None if model is None else ExternalFiles(model)
+    def __init__(self, model: Path | None = None, mapped: bool = True) -> None:
+        self._files = None if model is None else ExternalFiles(model, mapped)
         self._copies: dict[tuple[str, int, tuple[int, ...], int], HostArray] = {}
         self._copied = 0
         self._dense = self._stored = 0

@@ -55,6 +55,14 @@ def is_mapped(array: np.ndarray) -> bool:
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
+@pytest.mark.parametrize("change", [lambda f: os.truncate(f, 0), lambda f: f.write_bytes(bytes(W.nbytes)), os.remove])
+def test_files_that_are_read_may_change(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    path = saved(tmp_path, W.tobytes(), external("w", W))
+    with infera_gpu.load(path, device="cpu", mapped=False) as session:
+        change(tmp_path / "weights.bin")
+        assert np.array_equal(session.run({})["w_out"], W)
+
+
 def test_large_tensors_are_looked_at_where_they_lie(tmp_path: Path) -> None:
     path = saved(
         tmp_path,

@@ -94,10 +94,15 @@ class LocalSession:
 def open_file(
     path: str | Path, *, device: str, threads: int, precision: Precision, vram_limit: VramBudget | str | None
 ) -> LocalSession:
-    """Load an ONNX file with the runtime. Raises InferaError, also where it takes or gives what is no tensor."""
+    """Load an ONNX file with the runtime. Raises InferaError, also where it takes or gives what is no tensor.
+
+    Its files are read, not mapped: whoever copies a new model over them would end the server.
+    """
     import infera_gpu
 
-    session = infera_gpu.load(path, device=device, threads=threads, precision=precision, vram_limit=vram_limit)
+    session = infera_gpu.load(
+        path, device=device, threads=threads, precision=precision, vram_limit=vram_limit, mapped=False
+    )
     try:
         return LocalSession(session)
     except TypeError as error:
