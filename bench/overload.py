@@ -38,7 +38,11 @@ CLOSED = 128
 CONNECTIONS = 2048
 """At most; an arrival that finds none free is not sent, and counted."""
 FACTOR = 10.0
-ENGINES: dict[str, Sequence[str]] = {"the server's process": (), "a process of its own": ("--isolate",)}
+ENGINES: dict[str, Sequence[str]] = {
+    "the server's process": (),
+    "a process of its own": ("--isolate",),
+    "that of one worker's engine": ("--workers", "1"),
+}
 GOODPUT, REFUSAL_MS = 0.95, 50.0
 """What is asked for: a share of the peak, and the 99th percentile of refusals."""
 RECOVERED = 2.0

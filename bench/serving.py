@@ -65,6 +65,10 @@ class Server:
         """Of all its processes."""
         return sum(_cpu_of(pid) for pid in _session(self.pid))
 
+    def first_cpu_seconds(self) -> float:
+        """Of the process that started the others."""
+        return _cpu_of(self.pid)
+
 
 def _session(leader: int) -> Iterator[int]:
     """The processes of a session and their descendants, which may have sessions of their own."""

@@ -14,10 +14,10 @@ from functools import partial
 
 from infera_server.arena import Blocks, Lent
 from infera_server.engine_wire import error_out
-from infera_server.errors import InternalError, RequestError, Unavailable, request_error
+from infera_server.errors import QUEUE_FULL, InternalError, RequestError, Unavailable, request_error
 from infera_server.front_wire import Entry, entry, kind_of, put, read, request_in, run_out
 from infera_server.jobs import Batch, Job
-from infera_server.ring import Reader, Writer
+from infera_server.ring import Reader, Signs, Writer
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 
@@ -28,15 +28,25 @@ LEAST_LEFT = 1e-6
 
 
 class Desk:
-    """One worker's. Used in the event loop's thread. `models` finds what the worker was told of, by number."""
+    """One worker's. Used in the event loop's thread.
+
+    `models` finds what the worker was told of, by number. `full` shows the numbers of those whose queues are full, from
+    a refusal until a request leaves: workers refuse for themselves meanwhile.
+    """
 
     def __init__(
-        self, models: Mapping[int, Servable], requests: Lent, results: Blocks, inbox: Reader, outbox: Writer
+        self,
+        models: Mapping[int, Servable],
+        full: Signs,
+        requests: Lent,
+        results: Blocks,
+        inbox: Reader,
+        outbox: Writer,
     ) -> None:
-        self._models = models
+        self._models, self._full = models, full
         self._requests, self._results = requests, results
         self._inbox, self._outbox = inbox, outbox
-        self._under_way: dict[int, tuple[Servable, Job | None]] = {}
+        self._under_way: dict[int, tuple[int, Servable, Job | None]] = {}
         self._will_flush = self._closed = False
 
     def open(self) -> None:
@@ -48,9 +58,8 @@ class Desk:
         asyncio.get_running_loop().remove_reader(self._inbox.event)
         self._closed = True
         under_way, self._under_way = self._under_way, {}
-        for model, job in under_way.values():
-            if job is not None:
-                model.cancel(job)
+        for uid, model, job in under_way.values():
+            self._cancel(uid, model, job)
         for end in (self._requests, self._results, self._inbox, self._outbox):
             end.close()
 
@@ -68,9 +77,7 @@ class Desk:
             elif kind == Entry.RETURNED:
                 self._results.give_back(value)
             elif (found := self._under_way.pop(value, None)) is not None:
-                model, job = found
-                if job is not None:
-                    model.cancel(job)
+                self._cancel(*found)
         self.flush()
 
     def flush(self) -> None:
@@ -91,16 +98,28 @@ class Desk:
             return
         timeout = None if deadline is None else max(deadline - time.monotonic(), LEAST_LEFT)
         request = request_in(told, feeds, timeout)
-        self._under_way[number] = model, None
+        self._under_way[number] = uid, model, None
         done = partial(self._done, number, [output.name for output in request.outputs], explained)
         try:
             job = model.submit(request, nbytes, done)
         except Exception as error:
-            self._under_way.pop(number, None)
-            self._refuse(number, _refusal(error, model))
+            self._not_taken(number, error)
             return
         if number in self._under_way:
-            self._under_way[number] = model, job
+            self._under_way[number] = uid, model, job
+
+    def _not_taken(self, number: int, error: Exception) -> None:
+        """A request was refused. (Not in the frame that the error leads to, which has the tensors.)"""
+        uid, model, _ = self._under_way.pop(number)
+        refusal = _refusal(error, model)
+        if refusal.reason == QUEUE_FULL:
+            self._full.show(uid)
+        self._refuse(number, refusal)
+
+    def _cancel(self, uid: int, model: Servable, job: Job | None) -> None:
+        self._full.hide(uid)
+        if job is not None:
+            model.cancel(job)
 
     def _done(
         self, number: int, wanted: list[str], explained: bool, result: Arrays | Exception, batch: Batch | None
@@ -108,7 +127,8 @@ class Desk:
         found = self._under_way.pop(number, None)
         if found is None or self._closed:
             return
-        model, job = found
+        uid, model, job = found
+        self._full.hide(uid)
         if isinstance(result, Exception):
             self._refuse(number, _refusal(result, model))
             return

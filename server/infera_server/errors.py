@@ -101,6 +101,10 @@ class HeadTooLarge(RequestError):
     grpc_code = "RESOURCE_EXHAUSTED"
 
 
+QUEUE_FULL = "queue_full"
+"""The reason of a refusal for the length of a queue."""
+
+
 class Overloaded(RequestError):
     """It would wait too long: the queue is full, or a deadline or the goal would be missed.
 
@@ -110,7 +114,7 @@ class Overloaded(RequestError):
     status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, retry_after: float, reason: str = "queue_full") -> None:
+    def __init__(self, message: str, retry_after: float, reason: str = QUEUE_FULL) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.reason = reason

@@ -142,9 +142,11 @@ class Model:
 
 
 def threads_of(settings: Settings) -> tuple[int, str]:
-    """CPU threads of a run, and why: as set, else all but one, which the event loop needs while a run goes on."""
+    """CPU threads of a run, and why: as set, else all but what event loops need while a run goes on."""
     if settings.threads:
         return settings.threads, "as set"
+    if settings.workers:
+        return max(1, default_threads()[0] - settings.workers), f"{settings.workers} CPUs are left to the workers"
     return max(1, default_threads()[0] - 1), "one CPU is left to the event loop"
 
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from infera_server.arena import Blocks, Lent
 from infera_server.engine_wire import error_in
-from infera_server.errors import Overloaded, RequestError, Unavailable
+from infera_server.errors import QUEUE_FULL, Overloaded, RequestError, Unavailable, renamed
 from infera_server.front_wire import Entry, entry, kind_of, put, read, request_out, run_in, signature_in
 from infera_server.jobs import Done, Job, State, answer
 from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, new
 from infera_server.requests import Request
-from infera_server.ring import Reader, Writer
+from infera_server.ring import Reader, Signs, Writer
 from infera_server.rows import HostArray
 from infera_server.signature import Signature
 
@@ -50,7 +50,9 @@ class Sent(Job):
 class Link:
     """A worker's end of the shared memory. Used in the event loop's thread only."""
 
-    def __init__(self, requests: Blocks, results: Lent, outbox: Writer, inbox: Reader) -> None:
+    def __init__(self, full: Signs, requests: Blocks, results: Lent, outbox: Writer, inbox: Reader) -> None:
+        """`full` shows the models whose queues are full."""
+        self.full = full
         self._requests, self._results = requests, results
         self._outbox, self._inbox = outbox, inbox
         self._under_way: dict[int, Sent] = {}
@@ -134,7 +136,13 @@ class Link:
         if job is None:
             return
         batch = run_in(run, job) if run is not None else None
-        answer(job, arrays if error is None else error_in(error), batch)
+        if error is None:
+            answer(job, arrays, batch)
+            return
+        failure = error_in(error)
+        if isinstance(failure, Overloaded) and failure.reason == QUEUE_FULL:
+            job.model.refusal = failure
+        answer(job, failure, batch)
 
     def _taken(self, number: int) -> Sent | None:
         """The request that is answered; None where it was withdrawn meanwhile."""
@@ -166,6 +174,9 @@ class RemoteModel:
         self.stats = ModelStats()
         """What this worker has answered; the engine knows of the runs."""
 
+        self.refusal: Overloaded | None = None
+        """What the engine has last refused a request with, as its queue was full."""
+
         self._config: str = told["config"]
         self._link = link
         self._jobs: set[Sent] = set()
@@ -184,6 +195,8 @@ class RemoteModel:
         return len(self._jobs)
 
     def check_room(self, nbytes: int) -> None:
+        if self.refusal is not None and self._link.full.shows(self.uid):
+            raise renamed(self.refusal, str(self.refusal))
         self._link.check_room(nbytes)
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:

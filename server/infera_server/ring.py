@@ -12,6 +12,9 @@ from collections import deque
 
 ENTRY_BYTES = 8
 
+SIGNS = 512
+"""Numbers that can be shown at a time."""
+
 
 def ring_fds(name: str, entries: int) -> tuple[int, int]:
     """A file for so many entries, and an eventfd. Raises OSError."""
@@ -84,3 +87,34 @@ class Reader(_End):
         if end <= self._count:
             return self._entries[at:end].tolist()
         return self._entries[at:].tolist() + self._entries[: end - self._count].tolist()
+
+
+class Signs:
+    """Numbers that one process shows and others look up: a hint, seen at some time."""
+
+    def __init__(self, file: int) -> None:
+        self._shown = memoryview(mmap.mmap(file, 0)).cast("Q")
+
+    @staticmethod
+    def create(name: str) -> int:
+        """A file for them. Raises OSError."""
+        file = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.posix_fallocate(file, 0, SIGNS * ENTRY_BYTES)
+        return file
+
+    def show(self, number: int) -> None:
+        """Show a number above 0; another that had its place is shown no more."""
+        self._shown[number % SIGNS] = number
+
+    def hide(self, number: int) -> None:
+        """Show it no more."""
+        self._shown[number % SIGNS] = 0
+
+    def hide_all(self) -> None:
+        """Show nothing."""
+        for place in range(SIGNS):
+            self._shown[place] = 0
+
+    def shows(self, number: int) -> bool:
+        """Whether a number is shown."""
+        return self._shown[number % SIGNS] == number

@@ -28,7 +28,7 @@ from infera_server.jobs import Batch, Job
 from infera_server.listening import listen
 from infera_server.remote import Link
 from infera_server.repository import Repository
-from infera_server.ring import Reader, Writer
+from infera_server.ring import Reader, Signs, Writer
 from infera_server.screen import Plain
 from infera_server.server import make_server
 from infera_server.service import Service
@@ -56,8 +56,8 @@ class Passed(Tracing):
 class Worker:
     """What the engine asks of a worker, and what that answers."""
 
-    def __init__(self, buckets: int, requests: int, results: int, outbox: Writer, inbox: Reader) -> None:
-        self._buckets = buckets
+    def __init__(self, full: Signs, buckets: int, requests: int, results: int, outbox: Writer, inbox: Reader) -> None:
+        self._full, self._buckets = full, buckets
         self._requests, self._results, self._outbox, self._inbox = requests, results, outbox, inbox
         self._began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel: Channel | None = None
@@ -78,7 +78,11 @@ class Worker:
         logging.basicConfig(level=settings.log_level.upper(), handlers=[Plain().handler()], force=True)
         logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
         self._link = Link(
-            Blocks(self._requests, settings.max_queue_bytes), Lent(self._results), self._outbox, self._inbox
+            self._full,
+            Blocks(self._requests, settings.max_queue_bytes),
+            Lent(self._results),
+            self._outbox,
+            self._inbox,
         )
         repository = Repository(settings.model_copy(update={"device": "cpu", "watch": False}), [])
         repository.is_settled = True
@@ -149,8 +153,8 @@ class Worker:
 
 
 async def _main() -> None:
-    sock, buckets, requests, results, *rings = map(int, sys.argv[1:])
-    worker = Worker(buckets, requests, results, Writer(*rings[:2]), Reader(*rings[2:]))
+    sock, full, buckets, requests, results, *rings = map(int, sys.argv[1:])
+    worker = Worker(Signs(full), buckets, requests, results, Writer(*rings[:2]), Reader(*rings[2:]))
     await worker.run(socket.socket(fileno=sock))
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from infera_server.arena import Blocks, Lent
 from infera_server.child import Child
 from infera_server.desk import Desk
-from infera_server.ring import Reader, Writer, ring_fds
+from infera_server.ring import Reader, Signs, Writer, ring_fds
 from infera_server.segment import shared_file
 from infera_server.servable import Servable
 
@@ -20,8 +20,8 @@ ENTRIES = 1 << 14
 class WorkerProcess(Child):
     """Takes requests, and has them run at its desk. `sock` is for all else that is said."""
 
-    def __init__(self, models: Mapping[int, Servable], buckets: int, result_bytes: int) -> None:
-        """`buckets` is the file where the rates of API keys are counted.
+    def __init__(self, models: Mapping[int, Servable], full: int, buckets: int, result_bytes: int) -> None:
+        """`full` is a file of `Signs`, and `buckets` the one where the rates of API keys are counted.
 
         Responses that are not sent yet take at most `result_bytes`. Raises OSError.
         """
@@ -29,9 +29,11 @@ class WorkerProcess(Child):
         inbox, outbox = ring_fds("infera-inbox", ENTRIES), ring_fds("infera-outbox", ENTRIES)
         self.sock, theirs = socket.socketpair()
         with theirs:
-            fds = (theirs.fileno(), buckets, requests, results, *inbox, *outbox)
+            fds = (theirs.fileno(), full, buckets, requests, results, *inbox, *outbox)
             super().__init__("infera_server.worker", fds)
-        self.desk = Desk(models, Lent(requests), Blocks(results, result_bytes), Reader(*inbox), Writer(*outbox))
+        self.desk = Desk(
+            models, Signs(full), Lent(requests), Blocks(results, result_bytes), Reader(*inbox), Writer(*outbox)
+        )
 
     def close(self) -> None:
         """Wait for its end, or end it: it ends when nobody is at the other end of its socket."""

@@ -27,6 +27,7 @@ from infera_server.forward import Answering
 from infera_server.gate import App
 from infera_server.listening import reserve
 from infera_server.repository import Audience
+from infera_server.ring import Signs
 from infera_server.segment import shared_file
 from infera_server.service import DRAIN_PERIOD, Service
 from infera_server.supervisor import Supervisor
@@ -81,6 +82,7 @@ class Workers(Audience):
         self._handlers = Answering(service, app).handlers
         self._buckets = shared_file("infera-buckets")
         os.posix_fallocate(self._buckets, 0, max(1, len(service.access.keys)) * BUCKET_BYTES)
+        self._full = Signs.create("infera-full")
         self._grpc: socket.socket | None = None
         self._numbers = Numbers()
         self._attached: set[Worker] = set()
@@ -125,7 +127,7 @@ class Workers(Audience):
         if self._draining:
             raise Unavailable("the server is shutting down")
         most = self._service.settings.max_queue_bytes
-        process = WorkerProcess(self._numbers.models, self._buckets, most)
+        process = WorkerProcess(self._numbers.models, self._full, self._buckets, most)
         try:
             welcomed = asyncio.run_coroutine_threadsafe(self._welcome(process, number), self._loop)
             return welcomed.result(START_PATIENCE)
@@ -168,10 +170,12 @@ class Workers(Audience):
             worker.process.desk.close()
 
     async def _look(self) -> None:
+        signs = Signs(self._full)
         while True:
             await asyncio.sleep(PERIOD)
             if self._service.why_not_ready != self._outage:
                 self._publish()
+            signs.hide_all()  # one of a model that others keep busy would stay
             now = time.monotonic()
             for worker in self._attached:
                 worker.process.desk.flush()
@@ -241,7 +245,8 @@ class Workers(Audience):
         self._http.close()
         if self._grpc is not None:
             self._grpc.close()
-        os.close(self._buckets)
+        for file in (self._full, self._buckets):
+            os.close(file)
         await asyncio.gather(*[detached("infera-close", supervisor.close) for supervisor in self._supervisors])
 
     async def _drain(self, worker: Worker, deadline: float) -> None:

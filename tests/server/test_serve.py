@@ -195,9 +195,10 @@ def test_a_signal_ends_it_with_status_0(folder: Path, number: signal.Signals) ->
         assert found.popen.wait(WAIT) == 0
 
 
-def test_sigterm_under_load_loses_nothing_accepted(folder: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_sigterm_under_load_loses_nothing_accepted(folder: Path, workers: str) -> None:
     """Every request gets a right answer, a 503, or, once the listener is closed, no connection."""
-    with process(folder / "linear.onnx") as found:
+    with process(folder / "linear.onnx", "--workers", workers) as found:
         fake = Running(None, int(found.address.partition(":")[2]), {})  # type: ignore[arg-type]
         outcomes: list[int] = []
         right = [0]
