@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from infera_server.arena import Blocks, Lent
@@ -17,6 +17,7 @@ from infera_server.engine_wire import error_out
 from infera_server.errors import QUEUE_FULL, InternalError, RequestError, Unavailable, request_error
 from infera_server.front_wire import Entry, entry, kind_of, put, read, request_in, run_out
 from infera_server.jobs import Batch, Job
+from infera_server.requests import Output
 from infera_server.ring import Reader, Signs, Writer
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
@@ -99,7 +100,7 @@ class Desk:
         timeout = None if deadline is None else max(deadline - time.monotonic(), LEAST_LEFT)
         request = request_in(told, feeds, timeout)
         self._under_way[number] = uid, model, None
-        done = partial(self._done, number, [output.name for output in request.outputs], explained)
+        done = partial(self._done, number, request.outputs, explained)
         try:
             job = model.submit(request, nbytes, done)
         except Exception as error:
@@ -122,7 +123,7 @@ class Desk:
             model.cancel(job)
 
     def _done(
-        self, number: int, wanted: list[str], explained: bool, result: Arrays | Exception, batch: Batch | None
+        self, number: int, wanted: Sequence[Output], explained: bool, result: Arrays | Exception, batch: Batch | None
     ) -> None:
         found = self._under_way.pop(number, None)
         if found is None or self._closed:
@@ -134,7 +135,7 @@ class Desk:
             return
         run = run_out(batch, job) if explained and job is not None else None
         try:
-            offset = put(self._results, [number, None, run], {name: result[name] for name in wanted})
+            offset = put(self._results, [number, None, run], {output.name: result[output.name] for output in wanted})
         except RequestError:
             self._put(entry(Entry.LOST, number))
         else:

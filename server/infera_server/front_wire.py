@@ -1,11 +1,12 @@
 """What the engine and its workers tell each other of requests: JSON beside the tensors, no pickle.
 
-A block of shared memory is a message: four bytes, little-endian, that say how long its JSON is, the JSON, and from the
-next multiple of `ALIGNMENT` on the arrays that it describes.
+A block of shared memory is a message: a head, a document, another that says where the arrays lie, and from the next
+multiple of `ALIGNMENT` on these.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from functools import lru_cache
@@ -18,10 +19,11 @@ from infera_server.codec import DATATYPES
 from infera_server.jobs import Batch, Job
 from infera_server.requests import Correlation, Output, Request
 from infera_server.rows import Arrays, HostArray, Layout
-from infera_server.segment import aligned, packed, views, write
+from infera_server.segment import Place, aligned, packed, places, views, write
 from infera_server.signature import Signature, Tensor
 
-PREFIX = 4
+HEAD = struct.Struct("<III")
+"""Bytes of the two documents, and of the arrays."""
 
 NO_ARRAYS: Arrays = {}
 
@@ -57,18 +59,17 @@ def kind_of(number: int) -> tuple[int, int]:
 def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
     """The offset of a new block with a document and arrays. Raises Overloaded or Unavailable.
 
-    The JSON is the document, the bytes of the arrays, where they lie, and the same of those that lie in a block of
-    their own already: its offset, its bytes, where they lie.
+    Arrays that lie in a block of their own already are not copied: the document says which, how large it is, and where.
     """
     own, size, lying = blocks.lying_in(arrays)
     parts = packed({name: array for name, array in arrays.items() if name not in lying} if lying else arrays)
-    text = orjson.dumps((document, parts.nbytes, parts.described, own, size, lying))
-    begin = PREFIX + len(text)
+    text, where = orjson.dumps((document, own, size, lying)), orjson.dumps(parts.described)
+    begin = HEAD.size + len(text) + len(where)
     first = aligned(begin)
     offset = blocks.take(first + parts.nbytes)
     try:
         memory = blocks.reaching(offset + first + parts.nbytes, grow=True)
-        memory[offset : offset + begin] = len(text).to_bytes(PREFIX, "little") + text
+        memory[offset : offset + begin] = HEAD.pack(len(text), len(where), parts.nbytes) + text + where
         write(memory, parts, offset + first)
     except BaseException:
         blocks.give_back(offset)
@@ -80,14 +81,22 @@ def put(blocks: Blocks, document: Any, arrays: Arrays = NO_ARRAYS) -> int:
 
 def read(lent: Lent, offset: int) -> tuple[Any, dict[str, HostArray]]:
     """The document and the arrays of a block, which is lent until nothing views these any more. Raises ValueError."""
-    begin = offset + PREFIX
-    end = begin + int.from_bytes(lent.reaching(begin)[offset:begin], "little")
-    document, nbytes, described, own, size, lying = orjson.loads(lent.reaching(end)[begin:end])
+    texts = offset + HEAD.size
+    length, more, nbytes = HEAD.unpack(lent.reaching(texts)[offset:texts])
+    end = texts + length + more
+    read = lent.reaching(end)[texts:end]
+    document, own, size, lying = orjson.loads(read[:length])
     first = aligned(end - offset)
-    arrays = views(lent.block(offset, first + nbytes), described, first)
+    arrays = views(lent.block(offset, first + nbytes), _places(read[length:]), first)
     if size:
-        arrays |= views(lent.block(own, size), lying)
+        arrays |= views(lent.block(own, size), places(lying))
     return document, arrays
+
+
+@lru_cache(1024)
+def _places(text: bytes) -> Sequence[Place]:
+    """What is described, which is the same for many requests."""
+    return places(orjson.loads(text))
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
 
+from infera_server.audience import Audience
 from infera_server.codec import short
 from infera_server.definition import Definition, define
 from infera_server.discovery import Source, Survey
@@ -46,19 +47,6 @@ class Entry:
     state: State = State.LOADING
     reason: str = ""
     loaded: Loaded | None = None
-
-
-class Audience:
-    """Who is told when a repository serves otherwise than before, and counts replies elsewhere: nobody."""
-
-    def changed(self) -> None:
-        """Something is otherwise now. May be called in any thread."""
-
-    async def informed(self) -> None:
-        """Return once everybody knows of what has changed so far, and nobody sends requests to what was there."""
-
-    async def counted(self) -> None:
-        """Return once the models' statistics have all replies so far."""
 
 
 @dataclass(eq=False)

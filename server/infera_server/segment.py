@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,17 @@ from infera_server.rows import Arrays, HostArray
 
 Described: TypeAlias = Mapping[str, tuple[int, list[int], int, int]]
 """By name: ONNX's number of the dtype, shape, offset and length in bytes."""
+
+
+class Place(NamedTuple):
+    """Where an array lies, and what it is."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
 
 Memory: TypeAlias = "mmap.mmap | HostArray"
 
@@ -88,7 +99,7 @@ class Segment:
     def views(self, described: Described) -> dict[str, HostArray]:
         """The arrays, where they lie; strings are copied. Raises ValueError for what cannot lie there."""
         memory = self.reaching(max((offset + nbytes for _, _, offset, nbytes in described.values()), default=0))
-        return views(memory, described)
+        return views(memory, places(described))
 
     def close(self) -> None:
         """The memory is free once no array views it."""
@@ -119,24 +130,33 @@ def shared_file(name: str) -> int:
 def write(memory: mmap.mmap, arrays: Packed, at: int) -> None:
     """Copy arrays to offset `at` and on."""
     for (_, _, offset, nbytes), part in zip(arrays.described.values(), arrays.parts, strict=True):
-        if not isinstance(part, np.ndarray):
-            memory[at + offset : at + offset + nbytes] = bytes(part)
+        start = at + offset
+        if not isinstance(part, np.ndarray) or part.flags.c_contiguous:
+            memory[start : start + nbytes] = part  # type: ignore[assignment]  # it takes what has a buffer
         elif nbytes:
-            np.ndarray(part.shape, part.dtype, memory, at + offset)[...] = part
+            np.ndarray(part.shape, part.dtype, memory, start)[...] = part
 
 
-def views(memory: Memory, described: Described, at: int = 0) -> dict[str, HostArray]:
-    """The arrays, where they lie from `at` on; strings are copied. Raises ValueError for what cannot lie there."""
-    found = {}
+def places(described: Described) -> Sequence[Place]:
+    """What was described, checked. Raises ValueError for what cannot be."""
+    found = []
     for name, (code, shape, offset, nbytes) in described.items():
-        offset += at
         dtype, dims = dtype_of_onnx(code), tuple(shape)
-        if offset < 0 or not 0 <= nbytes <= len(memory) - offset:
+        if offset < 0 or nbytes < 0 or not (dtype.hasobject or math.prod(dims) * dtype.itemsize == nbytes):
+            raise ValueError(f"'{name}' is said to have {nbytes} bytes at {list(dims)} of {dtype}, from {offset} on")
+        found.append(Place(name, dtype, dims, offset, nbytes))
+    return found
+
+
+def views(memory: Memory, found: Sequence[Place], at: int = 0) -> dict[str, HostArray]:
+    """The arrays, where they lie from `at` on; strings are copied. Raises ValueError for what cannot lie there."""
+    arrays = {}
+    for name, dtype, dims, offset, nbytes in found:
+        start = at + offset
+        if start + nbytes > len(memory):
             raise ValueError(f"'{name}' is said to lie outside of the shared memory")
         if dtype.hasobject:
-            found[name] = codec.from_bytes(bytes(memory[offset : offset + nbytes]), dtype, dims, name)
-            continue
-        if math.prod(dims) * dtype.itemsize != nbytes:
-            raise ValueError(f"'{name}' is said to have {nbytes} bytes at {list(dims)} of {dtype}")
-        found[name] = np.ndarray(dims, dtype, memory, offset)
-    return found
+            arrays[name] = codec.from_bytes(bytes(memory[start : start + nbytes]), dtype, dims, name)
+        else:
+            arrays[name] = np.ndarray(dims, dtype, memory, start)
+    return arrays

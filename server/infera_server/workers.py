@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from infera_server.access import BUCKET_BYTES
+from infera_server.audience import Audience
 from infera_server.background import detached
 from infera_server.bulletin import Numbers, bulletin
 from infera_server.channel import Channel
@@ -26,7 +27,6 @@ from infera_server.errors import Unavailable
 from infera_server.forward import Answering
 from infera_server.gate import App
 from infera_server.listening import reserve
-from infera_server.repository import Audience
 from infera_server.ring import Signs
 from infera_server.segment import shared_file
 from infera_server.service import DRAIN_PERIOD, Service
