@@ -52,9 +52,22 @@ class Decoding:
     most: int
 
     @property
+    def beginnings(self) -> Sequence[str]:
+        """States that a client may begin with: those that do not grow."""
+        return [state.input for state in self.states if state.initial.size]
+
+    @property
+    def rereads(self) -> bool:
+        """Whether every run is fed all of the text, since nothing else tells what came before."""
+        return self.wide and not self.states
+
+    @property
     def described(self) -> str:
         """For a human."""
-        states = ", ".join(f"'{s.output}' becomes '{s.input}'" for s in self.states) or "no state"
+        states = (
+            ", ".join(f"'{s.output}' becomes '{s.input}'" for s in self.states)
+            or "no state: a run reads all of the text"
+        )
         width = "a prompt in one run" if self.wide else "a token a run"
         return f"'{self.tokens}' from '{self.logits}', {width}, at most {self.most}; {states}"
 
@@ -174,6 +187,9 @@ def prove(session: Session, decoding: Decoding, limits: Mapping[str, int]) -> No
     prompt = [int(token) for token in rng.integers(0, min(limits.get(decoding.tokens, 3), 3), 3)]
     ahead = prompt[:2] if decoding.wide else prompt[:1]
     try:
+        if decoding.rereads:
+            session.run(decoding.feeds(prompt, 0, None, shared))
+            return
         first = session.run(decoding.feeds(ahead, 0, None, shared))
         second = session.run(decoding.feeds(prompt[-1:], len(ahead), decoding.next_state(first), shared))
         whole = session.run(decoding.feeds(prompt, 0, None, shared)) if decoding.wide else second

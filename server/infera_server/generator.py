@@ -45,14 +45,19 @@ class Texts:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Text(Job):
-    """A request: what is to be run next, what is known of the text so far, and the run that is with the batcher."""
+    """A request: what is to be run next, what is known of the text so far, and the run that is with the batcher.
+
+    `first` are states that it brought for the first run. What was `read` is kept where every run reads it again.
+    """
 
     request: Request
     sampler: Sampler
     left: int
     ahead: list[int]
     shared: Arrays
+    first: Arrays
     past: int = 0
+    read: list[int] = field(default_factory=list)
     made: list[int] = field(default_factory=list)
     memory: dict[str, HostArray] | None = None
     run: Job | None = None
@@ -113,6 +118,7 @@ class Generator(Tap):
             left=asked.most,
             ahead=request.feeds[self.how.tokens].ravel().tolist(),
             shared={name: request.feeds[name] for name in self.how.shared},
+            first={name: request.feeds[name] for name in self.how.beginnings if name in request.feeds},
         )
 
     def cancel(self, job: Job) -> None:
@@ -141,7 +147,13 @@ class Generator(Tap):
         """Give the batcher what comes next of a text. Raises RequestError."""
         count = len(text.ahead) if self.how.wide else 1
         tokens, text.ahead = text.ahead[:count], text.ahead[count:]
-        feeds = self.how.feeds(tokens, text.past, text.memory, text.shared)
+        if self.how.rereads:
+            text.read += tokens
+            feeds = self.how.feeds(text.read, 0, text.memory, text.shared)
+        else:
+            feeds = self.how.feeds(tokens, text.past, text.memory, text.shared)
+        if text.memory is None:
+            feeds |= text.first
         text.past += count
         left = max(text.deadline - time.monotonic(), 1e-6)
         request = replace(text.request, feeds=feeds, timeout=left, correlation=None, common=None, each=None)
@@ -238,10 +250,11 @@ def generator(model: Model, config: ModelConfig, limits: Texts) -> Generator:
 
 
 def _seen(model: Signature, how: Decoding, decoupled: bool) -> Signature:
-    """What clients see: a prompt and what else they are to feed, and tokens."""
+    """What clients see: a prompt, what else they are to feed, states that they may feed, and tokens."""
     prompt = replace(model.inputs[how.tokens], shape=(1, -1), optional=False)
     made = Tensor(TOKENS, prompt.datatype, prompt.dtype, (1, -1))
     inputs = {how.tokens: prompt, **{name: model.inputs[name] for name in how.shared}}
+    inputs |= {name: replace(model.inputs[name], optional=True) for name in how.beginnings}
     return replace(model, inputs=inputs, outputs={TOKENS: made}, layout=None, decoupled=decoupled)
 
 

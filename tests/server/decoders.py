@@ -39,6 +39,11 @@ ATTENTION = f"""g (int64[B, S] input_ids, int64[B, S] position_ids, float[B, P, 
   logits = MatMul(z, Et)
 }}"""
 
+STATELESS = f"""g (int64[B, S] input_ids, int64[B, S] position_ids) => (float[B, S, {WORDS}] logits) """ + ATTENTION[
+    ATTENTION.index("{") :
+].replace("Concat <axis = 1> (past_key, ", "Identity(").replace("Concat <axis = 1> (past_value, ", "Identity(")
+"""The same, which keeps nothing."""
+
 RECURRENT = f"""g (int64[B, 1] token, float[B, {WIDTH}] hidden)
 => (float[B, {WORDS}] logits, float[B, {WIDTH}] hidden_out) {{
   words = Gather(E, token)
@@ -93,10 +98,15 @@ def attention_logits(tokens: Sequence[int]) -> HostArray:
     return last
 
 
-def recurrent_logits(tokens: Sequence[int]) -> HostArray:
-    """[WORDS] after the last of them."""
+def recurrent_state(tokens: Sequence[int]) -> HostArray:
+    """[WIDTH] after the last of them."""
     hidden = np.zeros(WIDTH, np.float32)
     for token in tokens:
         hidden = np.tanh(WEIGHTS["E"][token] @ WEIGHTS["Wq"] + hidden @ WEIGHTS["Wk"])
-    last: HostArray = hidden @ WEIGHTS["Et"]
+    return hidden
+
+
+def recurrent_logits(tokens: Sequence[int]) -> HostArray:
+    """[WORDS] after the last of them."""
+    last: HostArray = recurrent_state(tokens) @ WEIGHTS["Et"]
     return last

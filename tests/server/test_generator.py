@@ -22,11 +22,13 @@ from infera_server.settings import Settings
 from tests.server.decoders import (
     ATTENTION,
     RECURRENT,
+    STATELESS,
     WIDTH,
     WORDS,
     attention_logits,
     put_decoder,
     recurrent_logits,
+    recurrent_state,
 )
 from tests.server.grpc_cases import infer, tensor
 from tests.server.grpc_stream_cases import ENDS, talk
@@ -44,6 +46,11 @@ def config(tokens: str, *more: str, **parameters: str) -> str:
 
 
 Logits = Callable[[Sequence[int]], HostArray]
+LOGITS: dict[str, Logits] = {
+    "attention": attention_logits,
+    "stateless": attention_logits,
+    "recurrent": recurrent_logits,
+}
 
 
 def by_the_book(logits: Logits, prompt: Sequence[int], count: int = MOST) -> list[int]:
@@ -63,6 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     put_decoder(root, "attention", ATTENTION, config("input_ids", DECOUPLED))
     put_decoder(root, "whole", ATTENTION, config("input_ids"))
     put_decoder(root, "stops", ATTENTION, config("input_ids", DECOUPLED, generate_stop=f"{STOP}, 99"))
+    put_decoder(root, "stateless", STATELESS, config("input_ids", DECOUPLED))
     put_decoder(root, "recurrent", RECURRENT, config("token", DECOUPLED))
     repository = Repository(Settings(golden_requests=4), survey([root]).sources)
     with hosting(repository) as running:
@@ -97,13 +105,25 @@ def finals(responses: Sequence[Any]) -> list[bool]:
 # --- as by the book --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model", "logits"), [("attention", attention_logits), ("recurrent", recurrent_logits)])
+@pytest.mark.parametrize(("model", "logits"), LOGITS.items())
 def test_tokens_are_those_of_the_whole_text_again(client: grpc.Channel, model: str, logits: Logits) -> None:
     for prompt in (PROMPT, [7]):
         responses = talk(client, [ask(model, prompt, id="a")])
         assert tokens_of(responses) == by_the_book(logits, prompt)
         assert finals(responses) == [False] * (MOST - 1) + [True]
         assert {tuple(r["infer_response"]["outputs"][0]["shape"]) for r in responses} == {("1", "1")}
+
+
+def test_a_text_may_begin_from_a_state(client: grpc.Channel) -> None:
+    """As a decoder does from what its encoder made of something else."""
+    first, rest = PROMPT[:3], PROMPT[3:]
+    hidden = recurrent_state(first).tobytes()
+    entries = [
+        tensor((1, len(rest)), name="token", datatype="INT64"),
+        tensor((1, WIDTH), name="hidden", datatype="FP32"),
+    ]
+    asked = infer(entries, [np.array(rest, np.int64).tobytes(), hidden], model_name="recurrent")
+    assert tokens_of(talk(client, [asked])) == by_the_book(recurrent_logits, PROMPT)
 
 
 def test_fewer_are_made_where_fewer_are_asked_for(client: grpc.Channel) -> None:
