@@ -251,9 +251,11 @@ class Control:
         golden = self._repository.serving.golden.get(loaded.name)
         if not golden or loaded.model is None:
             return ""
+        rule = (self._repository.traffic.get(loaded.name) or loaded.definition.traffic).golden
+        tolerance = self._settings.golden_tolerance if rule.tolerance is None else rule.tolerance
         run = partial(self._repository.loader.run, loaded.model)
         try:
-            return await detached("infera-golden", partial(golden.difference, run, self._settings.golden_tolerance))
+            return await detached("infera-golden", partial(golden.difference, run, tolerance))
         except Exception as error:
             return f"a golden request failed: {reason_of(error)}"
 

@@ -66,12 +66,13 @@ class GroupCosts:
     the group weighs against one of another, in any unit.
     """
 
-    __slots__ = ("_windows", "buckets", "high", "known", "size", "typical")
+    __slots__ = ("_began", "_windows", "buckets", "high", "known", "size", "typical")
 
     def __init__(self, buckets: Sequence[int], size: float, like: GroupCosts | None = None) -> None:
         self.buckets = buckets
         self.size = size
         self._windows = [Window() for _ in buckets]
+        self._began: set[int] = set()
         self.known: bool = like is not None and like.known
         ratio = size / like.size if like is not None and like.size else 1.0
         self.typical: list[float] = [s * ratio for s in like.typical] if like else [0.0] * len(buckets)
@@ -86,6 +87,14 @@ class GroupCosts:
             self.typical[index], self.high[index] = window.median, min(window.high, MAX_SCATTER * window.median)
             if not all(self._windows):
                 self._infer()
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """A run of requests took so long. The first of its bucket is not learned from: it made the plan as well."""
+        index = self.index(rows)
+        if self._windows[index] or index in self._began:
+            self.learn(rows, seconds)
+        else:
+            self._began.add(index)
 
     def runs(self, index: int) -> int:
         """How many runs of the bucket are remembered."""

@@ -45,6 +45,14 @@ class Golden:
         self._next = time.monotonic() + PERIOD
         self._kept.append((_copied(feeds), _copied(outputs), nbytes))
         self._nbytes += nbytes
+        self._drop_oldest()
+
+    def resize(self, size: int) -> None:
+        """Keep at most so many from now on."""
+        self._size = size
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
         while len(self._kept) > self._size or self._nbytes > MAX_BYTES:
             self._nbytes -= self._kept.popleft()[2]
 

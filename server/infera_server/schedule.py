@@ -189,7 +189,7 @@ class Schedule(Backlog):
             turns.add(waited)
         self._forecast.running, self._ahead = None, 0.0
         if whole:
-            selection.costs.learn(selection.bucket, seconds)
+            selection.costs.ran(selection.bucket, seconds)
             if self.goal is not None:
                 self.goal.check_reach(selection.costs)
 

@@ -51,8 +51,12 @@ class Serving:
         if len(split) < len(weights):
             log.warning("model '%s': only versions with equal tensors share the requests", name)
         targets: list[Servable] = [*split] or [newest]
-        if (size := self._settings.golden_requests) and not isinstance(newest, Generator):  # whose runs are no requests
+        size = self._settings.golden_requests if traffic.golden.requests is None else traffic.golden.requests
+        if not size or isinstance(newest, Generator):  # whose requests are no runs
+            self.golden.pop(name, None)
+        else:
             golden = self.golden.setdefault(name, Golden(size))
+            golden.resize(size)
             targets = [Recorder(model, golden) if model is newest else model for model in targets]
         if traffic.shadow and (copied := models.get(traffic.version(traffic.shadow.version))):
             targets = [_shadowed(model, copied, traffic.shadow) for model in targets]

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from infera_gpu.budget import bytes_of
 from infera_gpu.passes import Precision
 from infera_server.rows import PadRule
+from infera_server.traffic import MAX_GOLDEN
 
 MAX_PORT = 65535
 
@@ -58,7 +59,7 @@ class Settings(BaseSettings):
     max_connections: int = Field(default=4096, ge=1)
     max_batch: int = Field(default=64, ge=1)
     evict: bool = False
-    golden_requests: int = Field(default=0, ge=0, le=1024)
+    golden_requests: int = Field(default=0, ge=0, le=MAX_GOLDEN)
     golden_tolerance: float = Field(default=1e-3, ge=0)
     keep_deleted: bool = False
     keep_previous: float = Field(default=600.0, ge=0)

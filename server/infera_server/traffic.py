@@ -1,4 +1,5 @@
-"""Which version answers: labels, a split by weight, and a shadow that gets copies of requests.
+"""Which version answers: labels, a split by weight, a shadow that gets copies of requests, and what a new one must
+answer as before.
 
 Read from `infera.toml` in the model's folder, or set while the server runs:
 
@@ -16,6 +17,10 @@ Read from `infera.toml` in the model's folder, or set while the server runs:
     version = "canary"
     share = 0.1
     tolerance = 0.001
+
+    [golden]                         # requests that a new version is held against; else as the server says
+    requests = 32
+    tolerance = 0.01
 """
 
 from __future__ import annotations
@@ -34,6 +39,9 @@ from infera_server.modelconfig import ConfigError
 FILE = "infera.toml"
 MAX_BYTES = 1 << 16
 
+MAX_GOLDEN = 1024
+"""Requests that can be kept of one model."""
+
 LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 """What a label may be: no number, which would be a version."""
 
@@ -48,6 +56,17 @@ class Shadow:
 
 
 @dataclass(frozen=True, slots=True)
+class GoldenRule:
+    """How many of the latest requests are kept, and by how much of an output's largest value a reply may differ.
+
+    None: as the server says.
+    """
+
+    requests: int | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """How requests for a model find a version. `split` is weights by version or label; empty: the newest version."""
 
@@ -55,6 +74,7 @@ class Traffic:
     split: Mapping[str, float] = field(default_factory=dict)
     shadow: Shadow | None = None
     pinned: bool = False
+    golden: GoldenRule = GoldenRule()
 
     def version(self, name: str) -> str:
         """The version that a version or label means."""
@@ -72,6 +92,9 @@ class Traffic:
         found: dict[str, Any] = {"labels": dict(self.labels), "split": dict(self.split), "pinned": self.pinned}
         if shadow:
             found["shadow"] = {"version": shadow.version, "share": shadow.share, "tolerance": shadow.tolerance}
+        golden = {"requests": self.golden.requests, "tolerance": self.golden.tolerance}
+        if given := {name: value for name, value in golden.items() if value is not None}:
+            found["golden"] = given
         return found
 
 
@@ -93,9 +116,9 @@ def read(folder: Path | None) -> Traffic:
 def parse(document: object) -> Traffic:
     """Raises ConfigError for what is not understood."""
     if not isinstance(document, dict):
-        raise ConfigError("expected an object with labels, split, shadow, pinned")
-    if unknown := document.keys() - {"labels", "split", "shadow", "pinned"}:
-        raise ConfigError(f"'{min(map(str, unknown))}' is unknown; there are labels, split, shadow and pinned")
+        raise ConfigError("expected an object with labels, split, shadow, golden, pinned")
+    if unknown := document.keys() - {"labels", "split", "shadow", "golden", "pinned"}:
+        raise ConfigError(f"'{min(map(str, unknown))}' is unknown; there are labels, split, shadow, golden and pinned")
     labels = {_label(k): _version(v) for k, v in _table(document, "labels").items()}
     split = {_target(k, labels): _number(v, f"split.{k}", math.inf) for k, v in _table(document, "split").items()}
     if split and not sum(split.values()) > 0:
@@ -103,7 +126,17 @@ def parse(document: object) -> Traffic:
     pinned = document.get("pinned", False)
     if not isinstance(pinned, bool):
         raise ConfigError("pinned must be true or false")
-    return Traffic(labels, split, _shadow(document, labels), pinned)
+    return Traffic(labels, split, _shadow(document, labels), pinned, _golden(document))
+
+
+def _golden(document: Mapping[str, Any]) -> GoldenRule:
+    table = _table(document, "golden")
+    if unknown := table.keys() - {"requests", "tolerance"}:
+        raise ConfigError(f"'golden.{min(map(str, unknown))}' is unknown; there are requests and tolerance")
+    requests, tolerance = table.get("requests"), table.get("tolerance")
+    if requests is not None and (type(requests) is not int or not 0 <= requests <= MAX_GOLDEN):
+        raise ConfigError(f"golden.requests must be an integer from 0 to {MAX_GOLDEN}")
+    return GoldenRule(requests, None if tolerance is None else _number(tolerance, "golden.tolerance", math.inf))
 
 
 def _shadow(document: Mapping[str, Any], labels: Mapping[str, str]) -> Shadow | None:

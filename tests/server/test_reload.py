@@ -69,6 +69,10 @@ def load(running: Running) -> None:
     running.call(running.host.service.load_model("m"))
 
 
+async def as_coroutine(fn: Callable[..., object], *arguments: object) -> object:
+    return fn(*arguments)
+
+
 def have(found: Sequence[object], enough: int) -> bool:
     return len(found) >= enough
 
@@ -193,6 +197,28 @@ def test_a_load_that_answers_live_requests_otherwise_is_not_taken() -> None:
         running.host.repository.loader._opener = failing
         with pytest.raises(BadRequest, match="a golden request failed: ValueError: broken 0"):
             load(running)
+
+
+def test_a_model_says_itself_what_is_kept_and_how_equal_answers_must_be() -> None:
+    with scaling(golden_requests=0) as (running, opener):
+        service, golden = running.host.service, running.host.repository.serving.golden
+        answer(running)
+        assert golden == {}
+        running.call(as_coroutine(service.set_traffic, "m", {"golden": {"requests": 2, "tolerance": 0.1}}))
+        for _ in range(2):
+            until(lambda: golden["m"].is_due)
+            answer(running)
+        assert len(golden["m"]) == 2
+        running.call(as_coroutine(service.set_traffic, "m", {"golden": {"requests": 1, "tolerance": 0.1}}))
+        assert len(golden["m"]) == 1
+        opener.factor = 1.05
+        load(running)
+        opener.factor = 1.2
+        with pytest.raises(BadRequest, match=r"differs by 0.2 of its largest value, at most 0.1 may be"):
+            load(running)
+        running.call(as_coroutine(service.set_traffic, "m", {"golden": {"requests": 0}}))
+        assert golden == {}
+        load(running)
 
 
 def test_golden_requests_are_few_copies_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

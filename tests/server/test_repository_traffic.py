@@ -226,6 +226,10 @@ def test_a_share_of_requests_is_copied() -> None:
         ({"shadow": {"version": "1", "share": 2}}, r"shadow\.share must be a number from 0 to 1"),
         ({"shadow": {"version": "1", "what": 2}}, r"'shadow\.what' is unknown"),
         ({"pinned": 1}, "pinned must be true or false"),
+        ({"golden": {"requests": 1.5}}, "golden.requests must be an integer from 0 to 1024"),
+        ({"golden": {"requests": 1025}}, "golden.requests must be an integer from 0 to 1024"),
+        ({"golden": {"tolerance": -1}}, "golden.tolerance must be a number from 0"),
+        ({"golden": {"x": 1}}, "'golden.x' is unknown; there are requests and tolerance"),
     ],
 )
 def test_what_is_not_understood_is_refused(document: object, text: str) -> None:

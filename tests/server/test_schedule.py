@@ -62,6 +62,26 @@ def test_what_never_ran_is_inferred_from_its_neighbour() -> None:
     assert costs.typical == [1.9, 2.0, 3.0]
 
 
+def test_the_run_that_makes_a_bucket_s_plan_does_not_count() -> None:
+    """It takes 1000 times as long here; small buckets, which ran before, would have been chosen for long."""
+    made, planned = Schedule((1, 2, 4, 8)), set()
+    made.costs.of(None).learn(1, 1e-3)
+    now, chosen = 0.0, []
+    for _ in range(12):
+        for _ in range(8 - made.queued):
+            made.add(job(at=now))
+        selection = made.take(now)
+        assert selection is not None
+        took = 1e-3 if selection.bucket in planned or selection.bucket == 1 else 1.0
+        planned.add(selection.bucket)
+        now += took
+        made.ran(selection, took)
+        chosen.append(selection.bucket)
+    assert chosen == [8] * 12
+    costs = made.costs.of(None)
+    assert [costs.runs(i) for i in range(4)] == [1, 0, 0, 11]
+
+
 def test_a_new_group_begins_with_its_nearest_in_proportion() -> None:
     costs = Costs((1, 2))
     costs.of("short", 10).learn(1, 1.0)

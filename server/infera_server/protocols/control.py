@@ -28,6 +28,7 @@ _TRAFFIC = document(
     labels={"type": "object", "additionalProperties": {"type": ["string", "integer"]}},
     split={"type": "object", "additionalProperties": {"type": "number"}},
     shadow={"type": "object"},
+    golden=document(requests={"type": "integer", "minimum": 0}, tolerance={"type": "number", "minimum": 0}),
     pinned={"type": "boolean"},
 )
 _LOG = document(
