@@ -17,6 +17,7 @@ from infera_server.codec import short
 from infera_server.definition import Definition, NoVersionError, define
 from infera_server.discovery import Source, Survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
+from infera_server.evictions import Evictions, least_used
 from infera_server.loaded import Generation, Loaded
 from infera_server.loader import reason_of, return_memory
 from infera_server.modelconfig import ConfigError, from_json
@@ -42,6 +43,11 @@ class Control:
         self._settings = repository.settings
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._evictions = Evictions(self._bring_back)
+
+    def recall(self, name: str) -> Unavailable | None:
+        """Load a model again that was evicted: what to tell who asks for it. None where it was not."""
+        return self._evictions.recall(name)
 
     async def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model as it is on the disk now, or with this configuration (in JSON) and these files in its place.
@@ -66,6 +72,15 @@ class Control:
             with suppress(BadRequest, NotFound):  # the ensemble says it
                 await self._load_whole(missing[0], None, None, tried)
 
+    async def _bring_back(self, definition: Definition) -> None:
+        """Serve what was evicted, and of an ensemble its models. Raises BadRequest or Unavailable."""
+        for member in definition.members:
+            if (evicted := self._evictions.definition(member)) is not None:
+                await self._bring_back(evicted)
+        async with self._turns[definition.name]:
+            if not self._repository.versions(definition.name):
+                await self._load(definition)
+
     async def load_changed(self, definition: Definition) -> None:
         """Load the versions of a model that are not served as they are there. Raises as `load`."""
         async with self._turns[definition.name]:
@@ -88,6 +103,7 @@ class Control:
         """`unload`, whoever may. Raises NotFound."""
         if not any(entry.source.name == name for entry in self._repository.entries()):
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
+        self._evictions.forget(name)
         self._take_out(name, UNLOADED)
 
     def _take_out(self, name: str, reason: str) -> None:
@@ -95,8 +111,22 @@ class Control:
         if before is None:
             return
         self._serve(Generation(before.definition, {}), keep=False, reason=reason)
-        for other in {loaded.name for loaded in self._repository.loaded() if name in loaded.definition.members}:
+        for other in self._dependents(name):
             self._take_out(other, UNLOADED)
+
+    def _dependents(self, name: str) -> set[str]:
+        """The ensembles that a model is a step of."""
+        return {loaded.name for loaded in self._repository.loaded() if name in loaded.definition.members}
+
+    def _evict(self, name: str, reason: str) -> None:
+        """Take a model out of service until somebody asks for it, and its ensembles with it."""
+        gone = {name}
+        while more := {other for member in gone for other in self._dependents(member)} - gone:
+            gone |= more
+        definitions = [self._repository.definitions[one] for one in gone]
+        self._take_out(name, reason)
+        for definition in definitions:
+            self._evictions.add(definition)
 
     def _withdraw(self, loaded: Loaded, reason: str) -> None:
         """Serve the other versions of a model, where there are any."""
@@ -181,8 +211,10 @@ class Control:
             self._repository.put(Generation(definition, kept))  # it may say otherwise how requests are spread
             return
         self._repository.mark_loading(name, new)
+        began = time.monotonic()
         opened = await self._open(definition, new)
         found = {source: kept.get(source) or opened[source] for source in definition.sources}
+        self._evictions.took[name] = time.monotonic() - began
         self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
         log.info("loaded model '%s' version %s", name, ", ".join(source.version for source in definition.sources))
         for note in found[definition.sources[-1]].notes:
@@ -227,24 +259,25 @@ class Control:
         if before := next(kept, None):
             self._forget_previous(before)
         elif self._settings.evict and (victim := self._victim(name, error)):
-            log.warning("model '%s' is unloaded to make room for '%s'", victim, name)
-            self._take_out(victim, f"{UNLOADED}: evicted to make room for '{name}'")
+            idle = time.time() - victim.used_at / 1e3
+            log.warning("model '%s', last used %.1f s ago, is unloaded to make room: %s", victim.name, idle, error)
+            self._evict(victim.name, f"{UNLOADED}: evicted to make room for '{name}'")
+            del victim  # or its memory would not be free
         else:
             return False
         if self._tasks:
             await asyncio.wait(tuple(self._tasks))
         return True
 
-    def _victim(self, name: str, error: NoRoomError) -> str | None:
+    def _victim(self, name: str, error: NoRoomError) -> Loaded | None:
         """The model to go for `name`, by least recent use; pinned ones stay."""
         pinned = {name, *self._settings.pinned}
-        models = (
+        models = [
             model
             for model in self._repository.loaded()
             if error.concerns(model) and model.name not in pinned and not self._repository.traffic_of(model.name).pinned
-        )
-        found = min(models, key=lambda model: model.used_at, default=None)
-        return found.name if found else None
+        ]
+        return least_used(models, idle=self._evictions.is_wanted(name))
 
     async def _compare(self, loaded: Loaded) -> str:
         """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
@@ -268,6 +301,8 @@ class Control:
         if repository.previous.get(name) is generation:
             del repository.previous[name]
         gone = repository.put(generation)
+        if generation.models:
+            self._evictions.forget(name)
         self._forget_previous(name, before)
         if keep and before is not None:
             repository.previous[name] = replace(before, until=time.monotonic() + self._settings.keep_previous)

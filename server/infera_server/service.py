@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from infera_server.access import Access
 from infera_server.control import Control
-from infera_server.errors import BadRequest, Unavailable
+from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.intake import Intake
 from infera_server.log_settings import LogSettings
 from infera_server.modelconfig import ConfigError
@@ -83,9 +83,15 @@ class Service:
         self.max_connections = min(self.settings.max_connections, max(1, spare))
 
     def model(self, name: str, version: str | None) -> Servable:
-        """A model to send a request to. Raises NotFound, or Unavailable while loading or draining."""
+        """A model to send a request to. Raises NotFound, or Unavailable while loading or draining.
+
+        One that was evicted is loaded again.
+        """
         self._refuse_draining()
-        return self.repository.get(name, version)
+        try:
+            return self.repository.get(name, version)
+        except (NotFound, Unavailable) as error:
+            raise self.control.recall(name) or error from None
 
     async def load_model(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model, or load it again, as its folder is now. What is served goes on until the new one can run.
