@@ -19,13 +19,14 @@ from functools import partial
 from typing import TypeAlias
 from weakref import ref
 
-from infera_server.ensemble_graph import Graph, Step, check_members, read, unproven
+from infera_server.ensemble_graph import Graph, Step, check_members, unproven
+from infera_server.ensemble_run import Run
 from infera_server.errors import BadRequest, NotFound, RequestError, Unavailable, renamed, request_error
 from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.metrics import ModelStats
-from infera_server.modelconfig import ConfigError, ModelConfig, new
+from infera_server.modelconfig import ConfigError, ModelConfig
 from infera_server.requests import Request, check_input
-from infera_server.rows import Arrays, HostArray
+from infera_server.rows import Arrays
 from infera_server.sequence_model import SequenceModel
 from infera_server.servable import Servable
 from infera_server.signature import Signature
@@ -33,41 +34,6 @@ from infera_server.taps import Tap
 
 Lookup: TypeAlias = Callable[[str, str | None], Servable]
 """A model that can run, by name and version; None is the newest. Raises NotFound or Unavailable."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Run(Job):
-    """One request: the tensors there are so far, the steps that wait for others, and those that are under way.
-
-    The times of its steps are added up. It does not keep their batches, whose jobs lead back to it: only the garbage
-    collector, which halts everything, would free such a circle.
-    """
-
-    request: Request
-    outputs: Sequence[str]
-    tensors: dict[str, HostArray]
-    waiting: list[Step]
-    under_way: dict[int, tuple[Servable, Job | None]] = field(default_factory=dict)
-    began_at: float = math.inf
-    copied: float = 0.0
-    ran: float = 0.0
-    split: float = 0.0
-    most: int = 1
-
-    def add(self, batch: Batch) -> None:
-        """A step ran in this batch."""
-        self.began_at = min(self.began_at, batch.taken_at)
-        self.copied += batch.gathered_at - batch.taken_at
-        self.ran += batch.ran_at - batch.gathered_at
-        self.split += batch.split_at - batch.ran_at
-        self.most = max(self.most, batch.most)
-
-    def summed(self) -> Batch:
-        """All steps as if they had been one run."""
-        began = min(self.began_at, time.monotonic())
-        gathered = began + self.copied
-        ran = gathered + self.ran
-        return Batch([self], self.rows, self.rows, began, gathered, ran, ran + self.split, most=self.most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +50,7 @@ class Fitting:
 
 @dataclass(eq=False)
 class Ensemble:
-    """A `Servable` over others. Made by `build`."""
+    """A `Servable` over others. Made by `ensembles.build`."""
 
     graph: Graph
     config: ModelConfig
@@ -199,7 +165,7 @@ class Ensemble:
         try:
             return self.lookup(step.model, step.version)
         except NotFound:
-            raise Unavailable(_absent(name, step)) from None
+            raise Unavailable(absent_text(name, step)) from None
         except RequestError as error:
             raise renamed(error, f"in ensemble '{name}', {error}") from None
 
@@ -324,47 +290,6 @@ class Ensemble:
         return first
 
 
-def build(name: str, version: str, config: ModelConfig, lookup: Lookup, timeout: float = 30.0) -> Ensemble:
-    """The ensemble of a ModelConfig, whose members can be looked up and fit together. Raises ConfigError.
-
-    A request may take `timeout` seconds.
-    """
-    graph = read(name, version, config)
-    members: list[Servable] = []
-    absent: list[str] = []
-    depends = set()
-    for step in graph.steps:
-        if step.model == name:
-            raise ConfigError(f"circular dependency between ensembles: {name} -> {name}")
-        try:
-            members.append(lookup(step.model, step.version))
-        except RequestError:
-            if step.version is not None:
-                raise ConfigError(_absent(name, step)) from None
-            absent.append(step.model)
-            continue
-        depends |= {step.model, *getattr(members[-1], "depends", ())}
-    if absent:
-        raise ConfigError(
-            f"ensemble {name} contains models that are not available or ambiguous: {', '.join(sorted(set(absent)))}"
-        )
-    if name in depends:
-        raise ConfigError(f"circular dependency between ensembles: {name} -> ... -> {name}")
-    ensemble = Ensemble(graph, _completed(name, config), lookup, timeout, frozenset(depends))
-    ensemble.fit(members)
-    return ensemble
-
-
-def _completed(name: str, config: ModelConfig) -> ModelConfig:
-    """The configuration as Triton tells it."""
-    full = new()
-    full.CopyFrom(config)
-    full.name, full.platform = name, "ensemble"
-    if full.version_policy.WhichOneof("policy_choice") is None:
-        full.version_policy.latest.num_versions = 1
-    return full
-
-
 def _keeps_state(member: Servable) -> bool:
     """Whether a model, or one of an ensemble, has sequences."""
     while isinstance(member, Tap) and not isinstance(member, SequenceModel):
@@ -372,7 +297,7 @@ def _keeps_state(member: Servable) -> bool:
     return isinstance(member, SequenceModel | Ensemble)
 
 
-def _absent(name: str, step: Step) -> str:
+def absent_text(name: str, step: Step) -> str:
     if step.version is not None:
         return f"ensemble '{name}' depends on '{step.model}' whose required version {step.version} is not loaded."
     return f"ensemble '{name}' depends on '{step.model}' which has no loaded version."

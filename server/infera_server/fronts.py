@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from infera_server.answers import ResponseCache
 from infera_server.definition import Definition
 from infera_server.generation import generates
 from infera_server.generator import Texts, generator
 from infera_server.model import Model
 from infera_server.modelconfig import ConfigError, inside
-from infera_server.response_cache import Cached, ResponseCache
-from infera_server.sequence_model import Limits
+from infera_server.response_cache import Cached
+from infera_server.sequence_steps import Limits
 from infera_server.sequences import wrap
 from infera_server.servable import Front
 from infera_server.settings import Settings

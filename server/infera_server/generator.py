@@ -25,6 +25,7 @@ from infera_server.modelconfig import ModelConfig, completed
 from infera_server.requests import Request
 from infera_server.rows import Arrays, HostArray
 from infera_server.sampling import Sampler, Sampling, sampling
+from infera_server.sequence_steps import size_of
 from infera_server.signature import Signature, Tensor
 from infera_server.taps import Tap
 
@@ -216,7 +217,7 @@ class Generator(Tap):
 
     def _keep(self, text: Text, memory: dict[str, HostArray] | None) -> None:
         """Raises Overloaded where a state has grown over what there is for all."""
-        grown = _nbytes(memory) - _nbytes(text.memory)
+        grown = size_of(memory) - size_of(text.memory)
         if grown > 0 and self.state_bytes + grown > self.limits.state_bytes:
             raise self._full()
         self.state_bytes += grown
@@ -256,7 +257,3 @@ def _seen(model: Signature, how: Decoding, decoupled: bool) -> Signature:
     inputs = {how.tokens: prompt, **{name: model.inputs[name] for name in how.shared}}
     inputs |= {name: replace(model.inputs[name], optional=True) for name in how.beginnings}
     return replace(model, inputs=inputs, outputs={TOKENS: made}, layout=None, decoupled=decoupled)
-
-
-def _nbytes(state: dict[str, HostArray] | None) -> int:
-    return sum(array.nbytes for array in state.values()) if state else 0

@@ -11,15 +11,16 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from infera_gpu.errors import InferaError, OutOfMemoryError
+from infera_server.answers import ResponseCache
 from infera_server.definition import Definition
 from infera_server.discovery import Source
-from infera_server.ensemble import Lookup, build
+from infera_server.ensemble import Lookup
+from infera_server.ensembles import build
 from infera_server.fronts import before, cached
 from infera_server.loaded import Loaded
 from infera_server.model import Model, Opener, Post, open_isolated, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
-from infera_server.response_cache import ResponseCache
 from infera_server.room import HostRoom, NoRoomError, planned_bytes
 from infera_server.rows import Arrays
 from infera_server.settings import Settings

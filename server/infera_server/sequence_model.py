@@ -19,11 +19,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 
@@ -34,52 +32,23 @@ from infera_server.jobs import State as JobState
 from infera_server.model import Model
 from infera_server.modelconfig import completed
 from infera_server.recurrence import Recurrence, seen
-from infera_server.requests import Correlation, Request, check_complete
+from infera_server.requests import Request, check_complete
 from infera_server.rows import Arrays, HostArray
+from infera_server.sequence_steps import (
+    DEFAULT_LIMITS,
+    RETRY_AFTER,
+    Identity,
+    Limits,
+    Sequence,
+    Step,
+    named,
+    own,
+    repeated,
+    size_of,
+)
 from infera_server.taps import Tap
 
-Identity: TypeAlias = int | str
-
 log = logging.getLogger(__name__)
-
-RETRY_AFTER = 1.0
-"""Seconds after which a sequence may have ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one model: sequences under way, bytes of their states, steps that wait behind others, seconds of silence."""
-
-    sequences: int = 1024
-    state_bytes: int = 256 << 20
-    waiting: int = 1024
-    idle: float = 60.0
-
-
-DEFAULT_LIMITS = Limits()
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Step(Job):
-    """A request of a sequence. `run` is what the batcher was given, once it was."""
-
-    request: Request
-    correlation: Correlation
-    sequence: Sequence
-    run: Job | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """The steps that are not answered, oldest first, and the state after the last that was; None before the first.
-
-    It is `open` while a step that is no first one may come.
-    """
-
-    state: dict[str, HostArray] | None = None
-    steps: deque[Step] = field(default_factory=deque)
-    open: bool = False
-    used_at: float = 0.0
 
 
 class SequenceModel(Tap):
@@ -176,7 +145,7 @@ class SequenceModel(Tap):
             job.state = JobState.CANCELLED
             if job.run is not None:
                 self.model.cancel(job.run)
-            self._fail(job, Unavailable(f"a request before it in {_named(job)} was cancelled"))
+            self._fail(job, Unavailable(f"a request before it in {named(job)} was cancelled"))
             self._settle(job.correlation.id)
 
     def expire(self) -> None:
@@ -230,7 +199,7 @@ class SequenceModel(Tap):
             )
         kept = None if step.correlation.start else step.sequence.state
         feeds = {
-            state.input: _repeated(state.initial, rows, axes.get(state.input)) if kept is None else kept[state.input]
+            state.input: repeated(state.initial, rows, axes.get(state.input)) if kept is None else kept[state.input]
             for state in self.recurrence.states
         }
         for control in self.recurrence.controls:
@@ -246,8 +215,8 @@ class SequenceModel(Tap):
             self._fail(step, result)
             self._settle(identity)
             return
-        made = {state.input: _own(result[state.output]) for state in self.recurrence.states}
-        grown = _nbytes(made) - _nbytes(sequence.state)
+        made = {state.input: own(result[state.output]) for state in self.recurrence.states}
+        grown = size_of(made) - size_of(sequence.state)
         if grown > 0 and self.state_bytes + grown > self.limits.state_bytes:
             self._fail(step, self._full())
             self._settle(identity)
@@ -320,7 +289,7 @@ class SequenceModel(Tap):
         self.stats.sequences = len(self._sequences), self.state_bytes
 
     def _keep(self, sequence: Sequence, state: dict[str, HostArray] | None) -> None:
-        self.state_bytes += _nbytes(state) - _nbytes(sequence.state)
+        self.state_bytes += size_of(state) - size_of(sequence.state)
         sequence.state = state
 
     def _forget(self, identity: Identity) -> None:
@@ -361,21 +330,4 @@ class SequenceModel(Tap):
 
     def _expired(self, step: Step, now: float) -> Expired:
         waited = f"{(now - step.queued_at) * 1e3:.1f} ms"
-        return Expired(f"model '{self.signature.name}': the request's time was up after {waited} in {_named(step)}")
-
-
-def _repeated(initial: HostArray, rows: int, axis: int | None) -> HostArray:
-    return initial if rows == 1 or axis is None else np.repeat(initial, rows, axis)
-
-
-def _own(array: HostArray) -> HostArray:
-    """The array in memory of its own: a view would keep its whole batch."""
-    return array if array.base is None else array.copy()
-
-
-def _nbytes(state: dict[str, HostArray] | None) -> int:
-    return sum(array.nbytes for array in state.values()) if state else 0
-
-
-def _named(step: Step) -> str:
-    return f"sequence {short(str(step.correlation.id))}"
+        return Expired(f"model '{self.signature.name}': the request's time was up after {waited} in {named(step)}")

@@ -10,7 +10,8 @@ from infera_server.model import Model
 from infera_server.modelconfig import ConfigError
 from infera_server.recurrence import Recurrence, find
 from infera_server.sequence_config import declared
-from infera_server.sequence_model import DEFAULT_LIMITS, Limits, SequenceModel
+from infera_server.sequence_model import SequenceModel
+from infera_server.sequence_steps import DEFAULT_LIMITS, Limits
 
 log = logging.getLogger(__name__)
 

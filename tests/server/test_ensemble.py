@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 
-from infera_server.ensemble import Ensemble, build
+from infera_server.ensemble import Ensemble
+from infera_server.ensembles import build
 from infera_server.errors import BadRequest, NotFound, Overloaded, RequestError, Unavailable, renamed
 from infera_server.jobs import State
 from infera_server.modelconfig import ConfigError

@@ -19,7 +19,8 @@ from infera_server.recurrence import find
 from infera_server.requests import Correlation, all_outputs, check_complete
 from infera_server.rows import Arrays, HostArray, Layout
 from infera_server.sequence_config import ignored_in_sequences
-from infera_server.sequence_model import Limits, SequenceModel
+from infera_server.sequence_model import SequenceModel
+from infera_server.sequence_steps import Limits
 from infera_server.sequences import wrap
 from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import WAIT, FakeSession, spec
