@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-jit test-clients test-all check bench exports gpu-check docker-check clean
+.PHONY: help run test test-kernels test-jit test-clients test-all check bench exports gpu-check gpu-speed docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -87,6 +87,10 @@ exports: $(VENV)/.with-test $(TORCH_READY)  ## models as PyTorch's exporters wri
 gpu-check:  ## on a machine with a GPU, with the packages that $(PYTHON) has: kernels, parity, memory, timings; one JSON file
 	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server $(PYTHON) -m bench.gpu_check
+
+gpu-speed:  ## on a machine with a GPU: every timing that a claim rests on, against its roofline and PyTorch, in 20 minutes
+	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was timed: see make gpu-check"; exit 3; }
+	@PYTHONPATH=.:kernels:server $(PYTHON) -m bench.gpu_speed
 
 docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfile.cuda without installing (downloads 1 GB)
 	@$(PY) .ci/docker_check.py

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,11 +19,11 @@ Run = Callable[[], object]
 Load = Callable[[str, Mapping[str, Any]], Run]
 
 
-def _infera() -> Load:
+def _infera(**options: Any) -> Load:
     import infera_gpu
 
     def load(model: str, feeds: Mapping[str, Any]) -> Run:
-        session = infera_gpu.load(model, device="cpu", threads=1)
+        session = infera_gpu.load(model, **options)
         return lambda: session.run(feeds)
 
     return load
@@ -49,10 +50,16 @@ def _onnxruntime() -> Load:
 
 
 CONTENDERS: Mapping[str, tuple[Callable[[], Load], Callable[[], None]]] = {
-    "infera": (_infera, _infera_modules),
+    "infera": (partial(_infera, device="cpu", threads=1), _infera_modules),
     "onnxruntime": (_onnxruntime, lambda: None),
 }
 """How each is imported, and what it imports later."""
+
+ON_GPU = "infera on a GPU"
+_ALL: Mapping[str, tuple[Callable[[], Load], Callable[[], None]]] = {
+    **CONTENDERS,
+    ON_GPU: (partial(_infera, device="cuda"), _infera_modules),
+}
 
 STAGES = ("import", "modules", "load", "run", "again")
 """The package; what its first load imports; the model; its first inference, and its second."""
@@ -60,7 +67,7 @@ STAGES = ("import", "modules", "load", "run", "again")
 
 def stages(contender: str, model: str, feeds: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each of STAGES."""
-    imported, modules = CONTENDERS[contender]
+    imported, modules = _ALL[contender]
     marks = [time.perf_counter()]
     load = imported()
     marks.append(time.perf_counter())

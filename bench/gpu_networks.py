@@ -1,15 +1,12 @@
-"""Whole networks on a GPU: precisions against the CPU, replays against eager runs, faults, speed beside PyTorch."""
+"""Whole networks on a GPU: precisions against the CPU, replays against eager runs, faults."""
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,32 +15,17 @@ import onnx
 from bench.build import bert, resnet50
 from bench.gpu_models import bert_feeds, images
 from bench.gpu_report import CheckFailed, Context, Section
-from bench.gpu_timings import gpu_seconds, torch_seconds
-from bench.torch_peers import PEERS
 from infera_gpu.devices import open_device
-from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import PRECISIONS
 from infera_gpu.session import Session
 from infera_gpu.verify import TOLERANCES, compare
 
 Result = tuple[str, Mapping[str, Any]]
-Feeds = Mapping[str, HostArray]
 
 
 def _small_bert() -> onnx.ModelProto:
     return bert(layers=2, hidden=128, heads=2, inner=256, vocabulary=100)
-
-
-def token_feeds(batch: int, past: int = 255) -> dict[str, HostArray]:
-    """What `gpt2_step` takes."""
-    rng = np.random.default_rng(0)
-    caches = {
-        f"past_{part}_{i}": rng.standard_normal((batch, 12, past, 64)).astype(np.float32)
-        for i in range(12)
-        for part in ("key", "value")
-    }
-    return {"input_ids": rng.integers(0, 50257, (batch, 1)), **caches}
 
 
 # ---- results
@@ -158,133 +140,8 @@ def faults(context: Context) -> Result:
     return "a fault loses the GPU to its process alone, which says so; what is too large is refused", found
 
 
-# ---- speed
-
-SPEED: Mapping[str, tuple[Callable[[int], Feeds], tuple[int, ...]]] = {
-    "resnet50": (images, (1, 32)),
-    "bert-base": (lambda batch: bert_feeds(batch, 128, 30522), (1, 32)),
-    "gpt2-step": (token_feeds, (1, 32)),
-}
-"""name -> what to feed it, at which batches."""
-
-
-def bound_run(device: Any, session: Session, feeds: Feeds) -> tuple[Callable[[], object], Mapping[str, Any]]:
-    """The calls of a run that reads arrays on the GPU where they lie, without copying answers out; and its answers.
-
-    Of what a run has copied in, its steps may have overwritten everything: only such a binding can run again by itself.
-    """
-    with device.running():
-        there = {name: device.constant(array, "device") for name, array in feeds.items()}
-    for _ in range(4):  # copied, bound to, recorded, replayed
-        answers = session.run(there)
-    (lease,) = session._leases.values()
-    *_, (bound, _) = lease._direct.values()
-    return bound.run, answers
-
-
-def networks(context: Context, names: tuple[str, ...] = tuple(SPEED)) -> Result:
-    """Networks at fp16 and fp32 beside PyTorch, eager and compiled, in turn; answers are compared first.
-
-    Times are of the GPU alone: everything is there, and what offers CUDA graphs replays them. torch.compile runs at
-    "reduce-overhead", which records graphs; "max-autotune" takes minutes a network.
-    """
-    found: dict[str, Any] = {}
-    for name in names:
-        build, peer = PEERS[name]
-        feeds_of, batches = SPEED[name]
-        model = build()
-        graph = load_graph(model)
-        module = peer(model) if _torch() else None
-        for precision in ("fp16", "fp32"):
-            for batch in batches:
-                if context.left() < 45:
-                    return _summary(found, "out of time")
-                row = _timed(context, graph, module, name, feeds_of(batch), precision)
-                found[f"{name} {precision} b{batch}"] = row
-                gc.collect()
-        del module
-    return _summary(found, "")
-
-
-def _torch() -> Any:
-    if find_spec("torch") is None:
-        return None
-    import torch
-
-    return torch if torch.cuda.is_available() else None
-
-
-def _timed(context: Context, graph: Any, module: Any, name: str, feeds: Feeds, precision: Any) -> dict[str, Any]:
-    device = context.open()
-    row: dict[str, Any] = {}
-    with Session(graph, device, precision=precision) as session:
-        began = time.perf_counter()
-        call, answers = bound_run(device, session, feeds)
-        row["first_run_seconds"] = time.perf_counter() - began
-        with device.running():
-            row["infera"] = gpu_seconds(device, call)
-        torch = _torch()
-        if torch is None or module is None:
-            return row
-        module = module.to("cuda", getattr(torch, {"fp16": "float16", "fp32": "float32"}[precision]))
-        dtype = next(module.parameters()).dtype
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        given = [torch.tensor(v, device="cuda") for v in feeds.values()]
-        given = [t.to(dtype) if t.is_floating_point() else t for t in given]
-        if name == "resnet50":
-            module = module.to(memory_format=torch.channels_last)
-            given = [t.contiguous(memory_format=torch.channels_last) for t in given]
-        with torch.inference_mode():
-            made = module(*given)
-        first = made[0] if isinstance(made, tuple) else made
-        (difference,) = compare({"output": next(iter(answers.values()))}, {"output": first.float().cpu().numpy()})
-        row["error_against_torch"] = difference.error
-        if not difference.within(2 * TOLERANCES[precision]):
-            raise CheckFailed(f"{name} at {precision} differs from PyTorch: {difference}", row)
-        with device.running():
-            row["torch_eager"] = torch_seconds(device, torch, partial(module, *given))
-        try:
-            compiled = torch.compile(module, mode="reduce-overhead")
-            with torch.inference_mode():
-                for _ in range(3):
-                    compiled(*given)
-            torch.cuda.synchronize()
-            row["torch_compile"] = _torch_alone(torch, compiled, given)
-            with device.running():
-                row["infera"] = min(row["infera"], gpu_seconds(device, call))
-        except Exception as error:  # whatever the compiler meets on this machine is no failure of ours
-            row["torch_compile_failed"] = f"{type(error).__name__}: {error}"[:300]
-    return row
-
-
-def _torch_alone(torch: Any, compiled: Any, given: list[Any]) -> float:
-    """Seconds of a call on torch's own stream, by events: its graphs are bound to that."""
-    times = []
-    with torch.inference_mode():
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(20):
-                compiled(*given)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1000 / 20)
-    return float(min(times))
-
-
-def _summary(found: Mapping[str, Any], note: str) -> Result:
-    if not found:
-        raise CheckFailed("no time for any network", {})
-    parts = []
-    for name, row in found.items():
-        peers = [f"{row[p] / row['infera']:.2f}x {p}" for p in ("torch_eager", "torch_compile") if p in row]
-        parts.append(f"{name} {row['infera'] * 1e3:.2f} ms" + (f" ({', '.join(peers)})" if peers else ""))
-    return "; ".join([*parts, *([note] if note else [])]), found
-
-
 SECTIONS: Mapping[str, Section] = {
     "precisions": precisions,
     "replays": replays,
     "faults": faults,
-    "networks": networks,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.environment import commit, cpu_model, package_version
+from infera_kernels.launch.devices import Device
 
 PACKAGES = (
     *("infera-gpu", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "triton", "onnx", "onnxruntime", "torch"),
@@ -23,10 +24,12 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Context:
-    """`open` makes a new device; sections stop taking up work at `deadline`, by time.monotonic."""
+    """`open` makes a new device; sections stop taking up work at `deadline`, by time.monotonic. `card` is the GPU's
+    peaks, where it is listed."""
 
     open: Callable[[], Any]
     deadline: float
+    card: Device | None = None
 
     def left(self) -> float:
         """Seconds."""
@@ -85,10 +88,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(f"{o.section:<{width}}  {o.status:<7}  {o.seconds:7.1f} s  {o.summary}" for o in outcomes)
 
 
-def write(directory: Path, gpu: Mapping[str, Any], outcomes: Sequence[Outcome], now: datetime) -> Path:
+def write(directory: Path, gpu: Mapping[str, Any], outcomes: Sequence[Outcome], now: datetime, topic: str = "") -> Path:
     """The results file."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(gpu.get("name", "gpu")).lower()).strip("-")
-    path = directory / f"{slug}-{now:%Y-%m-%dT%H%M}.json"
+    path = directory / f"{'-'.join(filter(None, (slug, topic)))}-{now:%Y-%m-%dT%H%M}.json"
     record = {
         "time": now.isoformat(timespec="seconds"),
         "commit": commit(),

@@ -14,6 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from bench.build import bert, gpt2_step, resnet50
+from bench.build_vit import vit
 
 Module = Any
 Tensor = Any
@@ -27,7 +28,7 @@ def weights_of(model: onnx.ModelProto) -> Iterator[np.ndarray[Any, Any]]:
             yield array
 
 
-class _Taking:
+class Taking:
     """Hands out weights as parameters."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -47,7 +48,7 @@ def torch_resnet50(model: onnx.ModelProto | None = None) -> Module:
     """(N, 3, 224, 224) to logits. BatchNormalization is as in the file; torch.compile folds it where it can."""
     from torch import nn
 
-    take = _Taking(model or resnet50())
+    take = Taking(model or resnet50())
 
     def conv_norm(channels: int, filters: int, kernel: int, stride: int = 1) -> Module:
         conv = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=False)
@@ -80,7 +81,7 @@ def torch_resnet50(model: onnx.ModelProto | None = None) -> Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
 
 
-def _linear(take: _Taking, *, bias_first: bool) -> Module:
+def linear(take: Taking, *, bias_first: bool) -> Module:
     from torch import nn
 
     first, second = take(), take()
@@ -90,7 +91,7 @@ def _linear(take: _Taking, *, bias_first: bool) -> Module:
     return made
 
 
-def _norm(take: _Taking, hidden: int, eps: float) -> Module:
+def norm(take: Taking, hidden: int, eps: float) -> Module:
     from torch import nn
 
     made = nn.LayerNorm(hidden, eps=eps)
@@ -103,16 +104,16 @@ def torch_bert(model: onnx.ModelProto | None = None, *, layers: int = 12, hidden
     import torch
     from torch import nn
 
-    take = _Taking(model or bert())
+    take = Taking(model or bert())
 
     class Layer(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.query, self.key, self.value, self.out = (_linear(take, bias_first=True) for _ in range(4))
-            self.first = _norm(take, hidden, 1e-12)
-            self.up = _linear(take, bias_first=True)
-            self.down = _linear(take, bias_first=True)
-            self.second = _norm(take, hidden, 1e-12)
+            self.query, self.key, self.value, self.out = (linear(take, bias_first=True) for _ in range(4))
+            self.first = norm(take, hidden, 1e-12)
+            self.up = linear(take, bias_first=True)
+            self.down = linear(take, bias_first=True)
+            self.second = norm(take, hidden, 1e-12)
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             def split(y: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def torch_bert(model: onnx.ModelProto | None = None, *, layers: int = 12, hidden
         def __init__(self) -> None:
             super().__init__()
             self.words, self.types, self.places = take(), take(), take()
-            self.norm = _norm(take, hidden, 1e-12)
+            self.norm = norm(take, hidden, 1e-12)
             self.layers = nn.ModuleList(Layer() for _ in range(layers))
 
         def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
@@ -153,15 +154,15 @@ def torch_gpt2_step(
     import torch
     from torch import nn
 
-    take = _Taking(model or gpt2_step(past=past))
+    take = Taking(model or gpt2_step(past=past))
 
     class Layer(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.qkv = _norm(take, hidden, 1e-5), _linear(take, bias_first=False)
-            self.out = _linear(take, bias_first=False)
-            self.second, self.up = _norm(take, hidden, 1e-5), _linear(take, bias_first=False)
-            self.down = _linear(take, bias_first=False)
+            self.first, self.qkv = norm(take, hidden, 1e-5), linear(take, bias_first=False)
+            self.out = linear(take, bias_first=False)
+            self.second, self.up = norm(take, hidden, 1e-5), linear(take, bias_first=False)
+            self.down = linear(take, bias_first=False)
 
         def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             parts = (
@@ -179,7 +180,7 @@ def torch_gpt2_step(
             super().__init__()
             self.words, self.places = take(), take()
             self.layers = nn.ModuleList(Layer() for _ in range(layers))
-            self.norm = _norm(take, hidden, 1e-5)
+            self.norm = norm(take, hidden, 1e-5)
 
         def forward(self, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
             x = self.words[ids] + self.places[past]
@@ -194,9 +195,62 @@ def torch_gpt2_step(
     return made
 
 
-PEERS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Callable[[onnx.ModelProto], Module]]] = {
-    "resnet50": (resnet50, torch_resnet50),
-    "bert-base": (bert, torch_bert),
-    "gpt2-step": (gpt2_step, torch_gpt2_step),
+def torch_vit(
+    model: onnx.ModelProto | None = None,
+    *,
+    patch: int = 16,
+    layers: int = 12,
+    hidden: int = 768,
+    heads: int = 12,
+) -> Module:
+    """(N, 3, side, side) to logits."""
+    import torch
+    from torch import nn
+
+    take = Taking(model or vit())
+
+    class Block(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = norm(take, hidden, 1e-6)
+            self.query, self.key, self.value, self.out = (linear(take, bias_first=True) for _ in range(4))
+            self.second = norm(take, hidden, 1e-6)
+            self.up, self.down = linear(take, bias_first=True), linear(take, bias_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def split(y: Tensor) -> Tensor:
+                return y.view(*y.shape[:2], heads, hidden // heads).transpose(1, 2)
+
+            y = self.first(x)
+            attention = nn.functional.scaled_dot_product_attention(
+                split(self.query(y)), split(self.key(y)), split(self.value(y))
+            )
+            x = self.out(attention.transpose(1, 2).reshape(x.shape)) + x
+            return self.down(nn.functional.gelu(self.up(self.second(x)))) + x
+
+    class Encoder(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, hidden, patch, patch)
+            self.patches.weight, self.patches.bias = take(), take()
+            self.token, self.places = take(), take()
+            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
+            self.norm, self.head = norm(take, hidden, 1e-6), linear(take, bias_first=True)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.patches(image).flatten(2).transpose(1, 2)
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+            return self.head(self.norm(self.blocks(x))[:, 0])
+
+    made = Encoder().eval()
+    take.done()
+    return made
+
+
+MODULES: Mapping[str, Callable[[onnx.ModelProto], Module]] = {
+    "resnet50": torch_resnet50,
+    "bert-base": torch_bert,
+    "gpt2-step": torch_gpt2_step,
+    "vit-b16": torch_vit,
 }
-"""name -> the ONNX model, and its peer."""
+"""By name."""

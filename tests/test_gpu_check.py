@@ -10,10 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
-from bench import gpu_check
+from bench import gpu_check, gpu_first, gpu_speed
+from bench.gpu_command import NO_GPU
 from bench.gpu_report import CheckFailed, Context, Outcome, Section, check, table, write
+from tests.text import parse
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1"}
 
@@ -40,7 +44,7 @@ def command(tmp_path: Path, *argv: str, sections: Mapping[str, Section], reason:
 def test_without_a_gpu_it_says_so_in_a_line_and_is_no_success(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(tmp_path, sections={"good": good}, reason="the driver reports no GPU") == gpu_check.NO_GPU == 3
+    assert command(tmp_path, sections={"good": good}, reason="the driver reports no GPU") == NO_GPU == 3
     assert capsys.readouterr().out == "no GPU, nothing was checked: the driver reports no GPU\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -121,3 +125,31 @@ def test_it_runs_as_a_module() -> None:
         check=True,
     )
     assert "kernels, models, memory" in " ".join(done.stdout.split())
+
+
+def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "small.onnx"
+    onnx.save(parse("g (float[N, 3] image) => (float[N, 3] y) { y = Relu(image) }"), model)
+    monkeypatch.setattr(gpu_first, "ON_GPU", "infera")
+    monkeypatch.setattr(gpu_first, "path_of", lambda name: model)
+    monkeypatch.setattr(gpu_first, "images", lambda batch: {"image": np.ones((batch, 3), np.float32)})
+    summary, facts = gpu_first.first_run(Context(lambda: None, float("inf")))
+    (row,) = facts["rows"]
+    assert row["seconds"] == row["stages"]["load"] + row["stages"]["run"] > 0
+    assert facts["before"].keys() == row["stages"].keys()
+    assert summary.startswith("load and first run 0.")
+    monkeypatch.setattr(gpu_first, "ON_GPU", "nobody")
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        gpu_first.first_run(Context(lambda: None, float("inf")))
+
+
+def test_every_section_of_both_commands_is_known() -> None:
+    assert gpu_check.SECTIONS.keys() >= gpu_speed.SHORT.keys()
+    assert gpu_speed.SECTIONS.keys() == gpu_speed.SETS.keys() | {"first run"}
+
+
+@pytest.mark.kernels
+def test_the_short_selection_names_rows_that_there_are() -> None:
+    """Convolutions are named as a plan of ResNet-50 has them."""
+    for name, wanted in gpu_speed.SHORT.items():
+        assert {row.name for row in gpu_speed.selected(name)} == wanted

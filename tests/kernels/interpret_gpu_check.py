@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_batches, gpu_convolutions, gpu_models
+from bench import gpu_batches, gpu_models
 from bench.build import bert
 from bench.gpu_models import memory, models
 from bench.gpu_operators import kernels, portable
@@ -139,17 +139,3 @@ def test_memory(opener: Callable[[Any], Context]) -> None:
     _, facts = memory(opener(InterpreterLauncher), small)
     assert facts["after_first_run"] == facts["after_more"] < facts["free_before"]
     assert "missing" in facts["refusal of an arena"]
-
-
-def test_convolutions_are_compared_before_they_are_timed(
-    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = gpu_convolutions.Layer
-    layers = [layer(1, 7, 3, 4, 3, stride=2), layer(1, 2, 128, 4, 3), layer(2, 4, 4, 4, 3, groups=4)]
-    monkeypatch.setattr(gpu_convolutions, "LAYERS", layers)
-    monkeypatch.setattr(gpu_convolutions, "gpu_seconds", lambda device, call: 1e-3)
-    _, found = gpu_convolutions.convolutions(opener(InterpreterLauncher))
-    assert len(found) == 6
-    assert all(row["triton_ieee_error"] < 2e-3 for row in found.values())
-    with pytest.raises(CheckFailed, match="float32 ieee is off by"):
-        gpu_convolutions.convolutions(opener(RecordingLauncher))
