@@ -97,6 +97,46 @@ NETWORKS = (
 )
 
 
+@lru_cache(maxsize=1)
+def _int8(build: Callable[[], onnx.ModelProto], calibration: Callable[[], Feeds]) -> onnx.ModelProto:
+    from bench.build_int8 import quantised
+
+    return quantised(build(), calibration())
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A network in int8, calibrated with a batch of one."""
+
+    name: str
+    build: Callable[[], onnx.ModelProto]
+    feeds: Callable[[int], Feeds]
+    batches: tuple[int, ...] = (1, 32)
+
+    def rows(self) -> list[Row]:
+        return [
+            Row("int8", f"{self.name} int8 b{batch}", partial(self._made, batch), "fp16", exact=self.build)
+            for batch in self.batches
+        ]
+
+    def _made(self, batch: int) -> tuple[Source, Feeds]:
+        return _int8(self.build, self._calibration), self.feeds(batch)
+
+    def _calibration(self) -> Feeds:
+        return self.feeds(1)
+
+
+QUANTISED = (
+    Quantised("resnet50", resnet50, images),
+    Quantised("bert-base s128", bert, partial(bert_feeds, length=128, vocabulary=VOCABULARY)),
+)
+
+
+def integers() -> list[Row]:
+    """ResNet-50 and BERT-base quantised ahead of time; what is not int8 is float16."""
+    return [row for network in QUANTISED for row in network.rows()]
+
+
 def networks() -> list[Row]:
     """ResNet-50, BERT-base, ViT-B/16 and a step of GPT-2."""
     return [row for network in NETWORKS for row in network.rows()]

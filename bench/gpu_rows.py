@@ -24,8 +24,9 @@ from bench.gpu_report import CheckFailed, Context, Section
 from bench.gpu_roofline import bound, limit
 from bench.gpu_timings import in_turn
 from bench.gpu_work import Work, bytes_of, operations_of, works_of
+from infera_gpu.devices import open_device
 from infera_gpu.errors import OutOfMemoryError
-from infera_gpu.graph import HostArray
+from infera_gpu.graph import Graph, HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import Precision
 from infera_gpu.plan import Plan
@@ -56,6 +57,8 @@ class Row:
     outline: Callable[[], tuple[Source, Feeds]] | None = None
     tolerance: float | None = None
     """Of the peak, between answers here and the peer's; None: twice what `infera verify` allows."""
+    exact: Callable[[], Source] | None = None
+    """The float32 model of which this one is quantised: how far answers are from its, on the CPU, is a column."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further columns, as how often a network has the layer."""
 
@@ -128,14 +131,25 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
             _compare(row, answers, want, "PyTorch", made)
             calls |= theirs
             made |= {"torch_compile_failed": failure} if failure else {}
-        elif not row.network:
+        elif not row.network and row.exact is None:
             _compare_with_cupy(context, row, source, feeds, answers, made)
+        if row.exact is not None:
+            made["error_against_float32"] = _distance(load_graph(row.exact()), feeds, answers)
         seconds = _timed(device, torch, calls)
         made["host_seconds"] = _host_seconds(device, call)
     made["seconds"] = seconds.pop("infera")
     made["peers"] = seconds
     gc.collect()
     return made | against_roofline(made, works, context.card)
+
+
+def _distance(graph: Graph, feeds: Feeds, answers: Feeds) -> float:
+    """How far the first answer is from what a graph answers on the CPU, of the peak."""
+    with Session(graph, open_device("cpu")) as session:
+        want = session.run(feeds)
+    name = next(iter(want))
+    (difference,) = compare({name: answers[name]}, {name: want[name]})
+    return difference.error
 
 
 def against_roofline(made: Mapping[str, Any], works: Sequence[Work], card: Device | None) -> dict[str, Any]:

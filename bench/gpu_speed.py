@@ -14,7 +14,7 @@ from functools import partial
 
 from bench.gpu_command import command
 from bench.gpu_first import first_run
-from bench.gpu_network_sets import decoder, networks
+from bench.gpu_network_sets import decoder, integers, networks
 from bench.gpu_report import Section
 from bench.gpu_rows import Row, copies, section
 from bench.gpu_sets import attentions, bandwidth, convolutions, products
@@ -26,6 +26,7 @@ SETS: Mapping[str, Callable[[], Sequence[Row]]] = {
     "products": products,
     "attention": attentions,
     "convolutions": convolutions,
+    "int8": integers,
     "networks": networks,
     "decoder": decoder,
 }

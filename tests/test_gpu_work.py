@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+import infera_gpu
 from bench import gpu_predict, gpu_sets
 from bench.build import bert, resnet50
+from bench.build_int8 import quantised
 from bench.build_llama import Sizes, llama, llama_feeds
 from bench.build_vit import vit
 from bench.gpu_models import bert_feeds, images
@@ -119,6 +122,34 @@ def test_networks_do_what_their_papers_say() -> None:
     small = vit(side=32, layers=2, hidden=wide, heads=4)
     image = {"image": np.zeros((1, 3, 32, 32), np.float32)}
     assert operations_of(counted(small, image, half)) == 2 * (2 * layer + ends)
+
+
+def test_quantised_products_are_of_bytes() -> None:
+    build = partial(bert, layers=1, hidden=64, heads=4, inner=128, vocabulary=50)
+    feeds = bert_feeds(2, 9, 50)
+    exact, made = counted(build(), feeds), counted(quantised(build(), feeds), feeds)
+    assert operations_of(made) == operations_of(exact)
+    products = {w.arithmetic for w in made if "MatMul" in w.label}
+    assert products == {"int8"} or "triton" not in RecordingDevice().kinds
+
+
+def test_quantised_images_answer_about_the_same() -> None:
+    text = """g (float[N, 3, 9, 9] x) => (float[N, 4, 9, 9] y) {
+        c = Conv <pads = [1, 1, 1, 1]> (x, w)
+        y = BatchNormalization <epsilon = 0.001> (c, scale, bias, mean, variance)
+    }"""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 3, 3, 3), "scale": (4,), "bias": (4,), "mean": (4,), "variance": (4,)}
+    model = parse(text)
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(rng.uniform(0.5, 1, shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    )
+    feeds = {"x": rng.uniform(-1, 1, (2, 3, 9, 9)).astype(np.float32)}
+    made = quantised(model, feeds)
+    assert [n.op_type for n in made.graph.node] == ["QuantizeLinear", *["DequantizeLinear"] * 2, "Conv"]
+    want, got = (infera_gpu.load(m, device="cpu").run(feeds)["y"] for m in (model, made))
+    assert 0 < np.abs(got - want).max() < 0.03 * np.abs(want).max()
 
 
 def test_halves_move_half_as_much() -> None:

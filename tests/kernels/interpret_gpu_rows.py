@@ -164,6 +164,21 @@ def test_networks_are_timed_eager_and_compiled(
         assert found["error"] == 0
 
 
+def test_int8_says_how_far_it_is_from_float32(
+    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_rows, "in_turn", timed)
+    monkeypatch.setattr(gpu_rows, "HOST_RUNS", 1)
+    first, _ = NETWORKS
+    monkeypatch.setattr(
+        gpu_network_sets, "QUANTISED", (gpu_network_sets.Quantised("bert", first.build, first.feeds, (1,)),)
+    )
+    (row,) = gpu_network_sets.integers()
+    found = measure(listed(opener(InterpreterLauncher)), row)
+    assert 0 < found["error_against_float32"] < 0.2
+    assert found["peers"] == {}
+
+
 def _answer(context: Context, row: Row) -> Any:
     source, feeds = row.make()
     with Session(load_graph(source), context.open(), precision=row.precision) as session:

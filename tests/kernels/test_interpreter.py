@@ -25,7 +25,7 @@ SUITES: Mapping[str, int] = {
     "copies": 110,
     "elementwise": 340,
     "gpu_check": 8,
-    "gpu_rows": 10,
+    "gpu_rows": 11,
     "matmul": 75,
     "moves": 58,
     "nbits": 27,
