@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from infera_gpu.errors import InputError
 from infera_gpu.graph import Graph
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
+from infera_gpu.passes import Precision
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, WAYS, halved
 from infera_gpu.passes.int8 import by_columns, quantised
 from infera_gpu.verify import TOLERANCES, compare
@@ -49,7 +51,7 @@ PRODUCT = "g (float[2, 4] x, float[4, 3] w) => (float[2, 3] y) { a = MatMul(x, w
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
 def test_products_run_in_half_and_elementwise_operators_follow(dtype: np.dtype[Any]) -> None:
     graph = converted(PRODUCT, dtype)
-    assert ops(graph) == ["Cast", "Cast", "MatMul", "Relu", "Mul", "Cast"]
+    assert ops(graph) == ["Clip", "Cast", "Clip", "Cast", "MatMul", "Relu", "Mul", "Cast"]
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 4)).astype(np.float32), rng.standard_normal((4, 3)).astype(np.float32)
     got = run(graph, {"x": x, "w": w})["y"]
@@ -68,23 +70,61 @@ def test_sensitive_operators_get_float32_between_those_in_half() -> None:
         "g (float[4, 4] x) => (float[4, 4] y) { a = MatMul(x, x) b = ReduceSum(a) c = Div(a, b) y = MatMul(c, a) }"
     )
     made = {n.outputs[0]: n for n in graph.nodes}
-    assert ops(graph) == ["Cast", "MatMul", "Cast", "ReduceSum", "Div", "Clip", "Cast", "MatMul", "Cast"]
+    assert ops(graph) == ["Clip", "Cast", "MatMul", "Cast", "ReduceSum", "Div", "Clip", "Cast", "MatMul", "Cast"]
     assert made["b"].inputs == ("a",)  # under its own name a value is float32
     assert made["c"].inputs == ("a", "b")
 
 
-def test_masks_beyond_float16_stay_finite() -> None:
-    text = """
-        g (float[2, 2] x, float[2, 2] mask) => (float[2, 2] y) <float lowest = {-3.4e38}, float one = {1}> {
-            s = MatMul(x, x)
-            hidden = Sub(one, mask)
-            penalty = Mul(hidden, lowest)
-            m = Add(s, penalty)
-            y = Softmax(m)
-        }"""
-    feeds = {"x": np.ones((2, 2), np.float32), "mask": np.array([[1, 0], [0, 0]], np.float32)}
-    np.testing.assert_allclose(run(converted(text), feeds)["y"], np.array([[1, 0], [0.5, 0.5]]), atol=1e-3)
-    assert "Clip" not in ops(converted(text, BFLOAT16))
+LOWEST = float(np.finfo(np.float32).min)
+
+MASKS: dict[str, tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = {
+    "given": ("float[6, 6] m", "", lambda seen: np.where(seen, np.float32(0), np.float32(LOWEST))),
+    "computed": (
+        "float[6, 6] seen",
+        "n = Sub(one, seen)  m = Mul(n, lowest)",
+        lambda seen: seen.astype(np.float32),
+    ),
+    "selected": ("bool[6, 6] seen", "m = Where(seen, zero, lowest)", lambda seen: seen),
+}
+"""How a model comes by what it adds to scores: the input, the nodes that make `m` of it, its values."""
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+def test_queries_that_see_nothing_give_numbers(dtype: np.dtype[Any], mask: str, fuse: bool) -> None:
+    """A batch padded on the left: NaN in such a row would be NaN everywhere after the next layer."""
+    given, made, values = MASKS[mask]
+    layer = """
+            k{0} = Transpose <perm = [1, 0]> ({1})
+            s{0} = MatMul(away, k{0})
+            b{0} = Mul(s{0}, scale)
+            a{0} = Add(b{0}, m)
+            p{0} = Softmax(a{0})
+            {0} = MatMul(p{0}, {1})"""
+    text = f"""
+        g (float[6, 8] x, {given}) => (float[6, 8] z)
+        <float zero = {{0}}, float one = {{1}}, float lowest = {{{LOWEST}}}, float scale = {{0.35}}> {{
+            {made}
+            away = Neg(x) {layer.format("y", "x")} {layer.format("z", "y")}
+        }}"""
+    seen = np.tri(6, dtype=np.bool_)
+    seen[:, :2] = False
+    x = np.random.default_rng(0).uniform(3, 4, (6, 8)).astype(np.float32)
+    feeds = {"x": x, given.split()[-1]: values(seen)}
+    model = parse(text)
+    precision: Precision = "fp16" if dtype == FLOAT16 else "bf16"
+    want = infera_gpu.load(model, device="cpu").run(feeds)["z"]
+    half = halved(load_graph(model), dtype).check()
+    got = infera_gpu.load(model, device="cpu", precision=precision).run(feeds) if fuse else run(half, feeds)
+    assert np.isfinite(want).all()
+    np.testing.assert_allclose(got["z"], want, rtol=16 * float(ml_dtypes.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize(("value", "in_half"), [(-3.39e38, False), (-3.38e38, True), (1e-41, False), (1e-40, True)])
+def test_constants_that_bfloat16_cannot_hold_stay_float32(value: float, in_half: bool) -> None:
+    text = f"g (float[2, 2] x) => (float[2, 2] y) <float c = {{{value}}}> {{ a = MatMul(x, x) y = Max(a, c) }}"
+    assert ("c" not in converted(text, BFLOAT16).constants) == in_half
 
 
 def test_masks_of_bools_stay_so_and_their_attention_is_half() -> None:
@@ -92,8 +132,8 @@ def test_masks_of_bools_stay_so_and_their_attention_is_half() -> None:
     model = parse(f"g ({inputs}) => (float[1, 2, 3, 4] y) {{ y = Attention(q, k, v, seen) }}", opset=23)
     whole = load_graph(model)
     graph = halved(whole, FLOAT16).check()
-    assert ops(graph) == ["Cast", "Cast", "Cast", "Attention", "Cast"]
-    assert graph.nodes[3].inputs[3] == "seen"
+    assert ops(graph) == [*["Clip", "Cast"] * 3, "Attention", "Cast"]
+    assert graph.nodes[6].inputs[3] == "seen"
     rng = np.random.default_rng(0)
     feeds = {n: rng.standard_normal((1, 2, m, 4)).astype(np.float32) for n, m in (("q", 3), ("k", 5), ("v", 5))}
     feeds["seen"] = np.tri(3, 5, 1, dtype=np.bool_)
@@ -148,7 +188,7 @@ def test_statistics_of_training_keep_their_types() -> None:
 
 def test_shapes_are_asked_of_either() -> None:
     graph = converted("g (float[2, 2] x) => (int64[2] y, float[2, 2] z) { a = MatMul(x, x) y = Shape(a) z = Exp(a) }")
-    assert Counter(ops(graph)) == {"Cast": 2, "MatMul": 1, "Shape": 1, "Exp": 1}
+    assert Counter(ops(graph)) == {"Clip": 1, "Cast": 2, "MatMul": 1, "Shape": 1, "Exp": 1}
 
 
 def test_subgraphs_see_float32() -> None:

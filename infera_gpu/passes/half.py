@@ -28,6 +28,12 @@ FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+LARGEST: Mapping[DType, float] = MappingProxyType({FLOAT16: 61440.0, BFLOAT16: float(ml_dtypes.finfo(BFLOAT16).max)})
+"""What a value is held to before it is rounded. Float32's lowest, which hides keys from a query, would be -inf in both
+types, and NaN where nothing else is seen. Float16 ends at 65,504: the rest is for the scores that a mask is added to.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """How an operator runs in half precision.
@@ -177,13 +183,13 @@ class _Conversion:
         return spec is not None and spec.dtype == FLOAT32
 
     def holds(self, constant: HostArray) -> bool:
-        """Whether half precision has a constant's range: float16 ends at 65,504, and below 6e-8 all is zero."""
-        if self.dtype != FLOAT16:
-            return True
+        """Whether half precision has a constant's range: float16 ends at 65,504, bfloat16 a little below float32, and
+        what is all below the least number is zero."""
         magnitudes = np.abs(constant)
         finite = magnitudes[np.isfinite(magnitudes)]
         largest = float(finite.max(initial=0.0))
-        return largest == 0.0 or 2.0**-24 <= largest <= float(np.finfo(FLOAT16).max)
+        limits = ml_dtypes.finfo(self.dtype)
+        return largest == 0.0 or float(limits.smallest_subnormal) <= largest <= float(limits.max)
 
     def divides(self, value: str) -> bool:
         """Whether a divisor is known, and no subnormal number of float16: an epsilon would lose its digits."""
@@ -217,10 +223,8 @@ class _Conversion:
         return self.halves[value]
 
     def bounded(self, value: str) -> str:
-        """What is computed may be beyond float16, as the lowest float32 of a mask: it becomes the largest there is."""
-        if self.dtype != FLOAT16 or value in self.graph.inputs:
-            return value
-        most = float(np.finfo(FLOAT16).max)
+        """The value within what half precision holds: what is computed or given may be beyond it."""
+        most = LARGEST[self.dtype]
         low, high, name = (made_name(value, what) for what in ("lowest", "highest", "bounded"))
         self.constants |= {low: np.array(-most, FLOAT32), high: np.array(most, FLOAT32)}
         self.nodes.append(Node("Clip", (value, low, high), (name,), opset=13))
