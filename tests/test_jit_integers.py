@@ -136,7 +136,7 @@ def test_quantised_as_numpy_does(name: str) -> None:
         np.testing.assert_array_equal(bytes_got, bytes_want)
     for again in (False, True):
         held, scale, bounds = x.copy(), np.array(0.5, np.float32), (-100, 155)
-        run(quant.centre(x, scale, bounds, want[0], dequantize=again))
+        run(quant.centre(x, scale, bounds, want[0], dirty, dequantize=again))
         run(quantise.centre(held, held, scale, np.array(bounds, np.float32), dequantize=again))
         np.testing.assert_array_equal(held, want[0])
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import infera_gpu
 from infera_gpu.compat.types import type_name
 from infera_gpu.errors import PlanError
 from infera_gpu.op import Case
@@ -17,6 +18,7 @@ from infera_gpu.spec import DType, onnx_of_dtype
 from tests.cases import compute, inputs_of, site_of
 from tests.test_opset_audit import NEWEST
 from tests.test_type_audit import DTYPES, converted, kind
+from tests.text import parse
 
 FLOAT8 = tuple(dtype for dtype, since in NARROW.items() if since == 19)
 
@@ -102,3 +104,34 @@ def test_cast_from_any_type_to_any_other(source: str, target: str) -> None:
     else:
         want = wrapped(held, target, REAL[target])
         np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))
+
+
+@pytest.mark.parametrize("back", ["q", "a", "y"])
+@pytest.mark.parametrize(("dtype", "zero"), [("uint8", 120), ("int8", -3)])
+def test_nan_is_the_lowest_integer(dtype: str, zero: int, back: str) -> None:
+    """As in onnxruntime: whether the integers exist, stay floats, or are multiplied."""
+    types = {"q": f"{dtype}[1, 4]", "a": "float[1, 4]", "y": "float[1, 2]"}
+    model = parse(f"""
+        g (float[1, 4] x) => ({types[back]} {back})
+        <int8[4, 2] w = {{1, 2, -3, 4, 5, 127, 2, 1}}, float s = {{0.05}}, {dtype} z = {{{zero}}},
+         float[2] t = {{0.5, 0.25}}, int8[2] p = {{0, -3}}> {{
+            q = QuantizeLinear(x, s, z)
+            a = DequantizeLinear(q, s, z)
+            b = DequantizeLinear <axis = 1> (w, t, p)
+            y = MatMul(a, b)
+        }}""")
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    q = np.array([[-8 + zero, low, high, low]])
+    a = (q - zero).astype(np.float32) * np.float32(0.05)
+    w = np.array([[1, 2], [-3, 4], [5, 127], [2, 1]])
+    want = {"q": q, "a": a, "y": a @ ((w - [0, -3]) * [0.5, 0.25])}[back]
+    x = np.array([[-0.4, np.nan, np.inf, -np.inf]], np.float32)
+    ways: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("cpu", {}),
+        ("cpu", {"accuracy": "strict"}),
+        ("cpu", {"fuse": False}),
+        ("recording", {}),
+    )
+    for device, options in ways:
+        got = infera_gpu.load(model, device=device, **options).run({"x": x})[back]
+        np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=f"{device} {options}")

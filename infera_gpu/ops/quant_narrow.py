@@ -49,7 +49,7 @@ def _not_empty(site: Site) -> bool:
     return site.spec(0).size > 0
 
 
-# ---- Centre: (x, scale, zero point) -> centred. QuantizeLinear whose integers are centred, a NaN staying one; with
+# ---- Centre: (x, scale, zero point) -> centred. QuantizeLinear whose integers are centred; with
 # `dequantize` they are multiplied by the scale again, with `relu` what is negative becomes 0 in between. Scale and zero
 # point are single; the kernel wants to know the zero point.
 
@@ -82,7 +82,7 @@ def _centre(xp: Any, site: Site, x: Array, scale: Array, zero: Array) -> Array:
 
 def _bind_centre(site: Site, io: Buffers) -> list[Call]:
     again = bool(site.attrs["dequantize"])
-    return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site), io.outs[0], dequantize=again)
+    return cpu.centre(io.ins[0], io.ins[1].reshape(()), _bounds(site), io.outs[0], io.scratch, dequantize=again)
 
 
 def _supports_centre(site: Site) -> bool:
@@ -163,6 +163,7 @@ def _scale(*values: float) -> HostArray:
 _CENTRED = np.linspace(-128, 127, 30, dtype=np.float32).round().reshape(2, 3, 5)
 _WEIGHT = np.arange(-60, 60, 8, dtype=np.int8).reshape(5, 3)
 _COLUMNS, _ROW = _scale(0.0217, 0.0513, 0.0109), _scale(0.5, -0.25, 3)
+_NAN = np.array([np.nan, 1, -np.inf, np.inf, np.nan], np.float32)
 _ENDS = np.linspace(-9, 9, 40, dtype=np.float32)
 
 OPS: tuple[Op, ...] = (
@@ -201,6 +202,7 @@ OPS: tuple[Op, ...] = (
                 Case("relu", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
                 Case("only_negative", (_ENDS, _scale(0.05), _point(255)), {"relu": 1}),
                 Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), _scale(3), _point(100))),
+                Case("nan", (_NAN, _scale(0.05), _point(100)), {"dequantize": 1}),
                 Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), _scale(1), _point(3))),
             )
         ),

@@ -32,13 +32,13 @@ def as_float(x: Array | None, scratch: Scratch) -> tuple[Array | None, list[Call
 
 
 class _Saturate:
-    """Clamps blocks of float32 to an integer type's range and stores them in it."""
+    """Clamps blocks of float32 to an integer type's range and stores them in it, NaN as the lowest."""
 
     def __init__(self, dtype: np.dtype[Any], size: int, scratch: Scratch, *, above_only: bool = False) -> None:
         info = np.iinfo(dtype)
         self.once: list[Call] = []
         self._limits = []
-        bounds = ((np.minimum, info.max),) if above_only else ((np.maximum, info.min), (np.minimum, info.max))
+        bounds = ((np.minimum, info.max),) if above_only else ((np.fmax, info.min), (np.fmin, info.max))
         for ufunc, bound in bounds:
             full, filled = limit(bound, size, np.float32, scratch)
             self._limits.append((ufunc, full))
@@ -79,15 +79,20 @@ def dequantize(q: Array, scale: Array, zero: Array | None, x: Array) -> list[Cal
     return calls
 
 
-def centre(x: Array, scale: Array, bounds: tuple[int, int], out: Array, *, dequantize: bool = False) -> list[Call]:
+def centre(
+    x: Array, scale: Array, bounds: tuple[int, int], out: Array, scratch: Scratch, *, dequantize: bool = False
+) -> list[Call]:
     """out = round(x / scale) clamped to `bounds`: quantised x less its zero point, as float32; `out` may be `x`.
 
-    With `dequantize` times `scale` again. `scale` is 0-d.
+    NaN becomes the lower bound. With `dequantize` times `scale` again. `scale` is 0-d.
     """
-    low, high = (const(bound, out) for bound in bounds)
-    calls: list[Call] = []
+    size = min(out.size, BLOCK)
+    (low, once), (high, filled) = (limit(bound, size, np.float32, scratch) for bound in bounds)
+    calls = [*once, *filled]
     for src, dst in blocks(x, out):
-        calls += [call(np.true_divide, src, scale, dst), call(np.rint, dst, dst), clamp(dst, low, high, dst)]
+        calls += [call(np.true_divide, src, scale, dst), call(np.rint, dst, dst)]
+        for ufunc, full in ((np.fmax, low), (np.fmin, high)):
+            calls.append(call(ufunc, dst, full[: dst.size].reshape(dst.shape), dst))
         if dequantize:
             calls.append(call(np.multiply, dst, scale, dst))
     return calls

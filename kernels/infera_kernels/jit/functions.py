@@ -22,6 +22,13 @@ def clamped(x: Any, low: Any, high: Any) -> Any:
 
 
 @inlined
+def saturated(x: Any, low: Any, high: Any) -> Any:
+    """x between low and high; NaN is low."""
+    x = x if x > low else low
+    return x if x < high else high
+
+
+@inlined
 def exp(x: Any) -> Any:
     """e^x to 1.2e-7 relative; below -87.3 it is 0. Cephes' expf (S. L. Moshier): 2^n times a polynomial on the rest."""
     held = clamped(x, F(-87.3), F(88.37))

@@ -16,7 +16,7 @@ from infera_kernels.cpu.parts import spans
 from infera_kernels.jit import integers
 from infera_kernels.jit.compiling import bound, compiled, exact
 from infera_kernels.jit.dot_tile import LEFT_TYPES, PIXELS, U8, DType, dot_tile, filter_channels, group
-from infera_kernels.jit.functions import F, clamped
+from infera_kernels.jit.functions import F, saturated
 from infera_kernels.jit.microkernel import TILE
 
 ROWS, COLUMNS = TILE.rows, TILE.columns
@@ -62,7 +62,7 @@ def _requantize(sums: Any, factor: Any, point: Any, low: Any, high: Any, row: An
     for j in range(line.shape[0]):
         source, target = sums[j], line[j]
         for c in range(target.size):
-            target[c] = np.int32(clamped(np.rint(F(source[c]) * factor[c]) + point, low, high))
+            target[c] = np.int32(saturated(np.rint(F(source[c]) * factor[c]) + point, low, high))
     if not last:
         flat, channels = row.reshape(row.size), row.shape[1]
         for c in range(channels):

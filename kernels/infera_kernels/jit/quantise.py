@@ -9,7 +9,7 @@ import numpy as np
 from infera_kernels.calls import Array, Call
 from infera_kernels.jit.compiling import bound, exact
 from infera_kernels.jit.epilogue import PIECE
-from infera_kernels.jit.functions import F, clamped
+from infera_kernels.jit.functions import F, saturated
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
@@ -45,7 +45,7 @@ def _centre(x: Any, y: Any, scale: Any, limits: Any, again: bool) -> None:
         for c in range(row.size):
             row[c] = source[c]
         for c in range(row.size):
-            row[c] = clamped(np.rint(row[c] / size), low, high)
+            row[c] = saturated(np.rint(row[c] / size), low, high)
         if again:
             for c in range(row.size):
                 row[c] *= size
@@ -55,7 +55,7 @@ def _centre(x: Any, y: Any, scale: Any, limits: Any, again: bool) -> None:
 def _quantize(x: Any, scale: Any, zero: Any, low: Any, high: Any, q: Any) -> None:
     size, point = scale[()], zero[()]
     for c in range(x.size):
-        q[c] = np.int32(clamped(np.rint(x[c] / size) + point, low, high))
+        q[c] = np.int32(saturated(np.rint(x[c] / size) + point, low, high))
 
 
 @exact
@@ -64,7 +64,7 @@ def _requantize(sums: Any, factor: Any, zero: Any, low: Any, high: Any, q: Any) 
     for i in range(sums.shape[0]):
         source, target = sums[i], q[i]
         for c in range(source.size):
-            target[c] = np.int32(clamped(np.rint(F(source[c]) * factor[c]) + point, low, high))
+            target[c] = np.int32(saturated(np.rint(F(source[c]) * factor[c]) + point, low, high))
 
 
 def dynamic_range(x: Array, scale: Array, limits: Array) -> Call:

@@ -1,6 +1,6 @@
 """Linear quantisation, and products of quantised matrices, written once for NumPy and CuPy.
 
-q = saturate(round(x / scale) + zero point), halves rounded to even; x = (q - zero point) scale.
+q = saturate(round(x / scale) + zero point), halves rounded to even, NaN the lowest; x = (q - zero point) scale.
 """
 
 from __future__ import annotations
@@ -55,8 +55,13 @@ def quantize(
     q = xp.rint(q)
     if zero is not None:
         q = q + zero.astype(xp.float32)
+    return saturated(xp, q, dtype)
+
+
+def saturated(xp: Any, q: Array, dtype: np.dtype[Any]) -> Array:
+    """Whole float32 numbers as an integer type: what is beyond it is its lowest or highest value, NaN the lowest."""
     low, high = bounds(dtype)
-    return xp.clip(q, low, high).astype(dtype)
+    return xp.fmin(xp.fmax(q, xp.float32(low)), xp.float32(high)).astype(dtype)
 
 
 def dequantize(xp: Any, q: Array, scale: Array, zero: Array | None, dtype: np.dtype[Any]) -> Array:
@@ -120,8 +125,7 @@ def added(xp: Any, operands: Sequence[tuple[Array, Array | None]], factors: Sequ
     pairs = list(zip(operands, factors, strict=True))
     for (q, _), factor in sorted(pairs, key=lambda pair: pair[0][0].shape[-1:] not in ((), (1,))):
         total = total + q.astype(f32) * factor
-    low, high = bounds(zero.dtype)
-    return xp.clip(xp.rint(total), low, high).astype(zero.dtype)
+    return saturated(xp, xp.rint(total), zero.dtype)
 
 
 def requantize(xp: Any, sums: Array, factor: Array, zero: Array) -> Array:
@@ -129,6 +133,4 @@ def requantize(xp: Any, sums: Array, factor: Array, zero: Array) -> Array:
     q = sums.astype(xp.float32) * factor.astype(xp.float32)
     if not is_integer(zero.dtype):
         return cast(xp, q + zero.astype(xp.float32), zero.dtype)
-    low, high = bounds(zero.dtype)
-    q = xp.rint(q) + zero.astype(xp.float32)
-    return xp.clip(q, low, high).astype(zero.dtype)
+    return saturated(xp, xp.rint(q) + zero.astype(xp.float32), zero.dtype)

@@ -40,12 +40,10 @@ def saturated(x, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
     """round(x) + zero between LOW and HIGH, all float32.
 
     What lies far outside is bounded first: 1.5 * 2**23 added and taken away again rounds what is below 2**22, halves
-    to even. NaN stays NaN, which is 0 as an integer.
+    to even. NaN becomes LOW.
     """
-    x = tl.maximum(x, -131072.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, 131072.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.maximum((x + 12582912.0) - 12582912.0 + zero, LOW, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, HIGH, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(tl.where(x > -131072.0, x, -131072.0), 131072.0)
+    return tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0 + zero, LOW), HIGH)
 
 
 @triton.jit
