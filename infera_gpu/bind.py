@@ -406,10 +406,11 @@ def bind(
 
     calls: list[Call] = []
     starts = [0]
-    for step in plan.steps:
-        with planning(step.label):
+    with planning() as at:
+        for step in plan.steps:
+            at.what = step.label
             calls += calls_of(step)
-        starts.append(len(calls))
+            starts.append(len(calls))
     fast, done = list[Call](), 0
     for held in plan.graphs or ():
         start, stop = starts[held.start], starts[held.stop]

@@ -69,19 +69,20 @@ class PlanError(InferaError):
 class planning:
     """Whatever goes wrong in here beside errors raised on purpose is a PlanError that names `what`.
 
-    Entered for every node: a class, which costs less than a generator.
+    Entered once where there are many nodes, with `what` set to each of them in turn: they come in thousands.
     """
 
-    __slots__ = ("_what",)
+    __slots__ = ("what",)
 
-    def __init__(self, what: object) -> None:
-        self._what = what
+    def __init__(self, what: object = None) -> None:
+        self.what = what
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> planning:
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, InferaError):
-            raise PlanError(f"{self._what}: {str(error) or type(error).__name__}") from error
+            raise PlanError(f"{self.what}: {str(error) or type(error).__name__}") from error
 
 
 class DeviceError(InferaError):

@@ -319,8 +319,9 @@ class _Lowering:
                 self.roots[value] = Root(operand.space, high - start, 0, 1, fixed=start)
                 operand = operand._replace(root=value, offset=operand.offset - start)
             self.own(value, operand)
-        for i, placed in enumerate(self.segment.nodes):
-            with planning(placed.site.node):
+        with planning() as at:
+            for i, placed in enumerate(self.segment.nodes):
+                at.what = placed.site.node
                 self.node(i, placed)
         outputs = {v: self.home(v) for v in self.segment.outputs}
         if self.device.space == "device":  # what leaves a GPU leaves in one piece
@@ -398,10 +399,12 @@ def _reads(nodes: Iterable[Node]) -> Iterator[str]:
             yield from _reads(sub.nodes)
 
 
-def _chosen(placed: Placed, device: Device) -> Choice:
-    """`choose`, whose errors name the node: kernels look at attributes that nothing has checked."""
-    with planning(placed.site.node):
-        return choose(placed, device)
+def _chosen(nodes: Iterable[Placed], device: Device) -> Iterator[Choice]:
+    """`choose` for each, whose errors name the node: kernels look at attributes that nothing has checked."""
+    with planning() as at:
+        for placed in nodes:
+            at.what = placed.site.node
+            yield choose(placed, device)
 
 
 def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[str, Operand] | None = None) -> Plan:
@@ -410,7 +413,7 @@ def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[s
     A joined value is alive from the first of its parts on. Where that is what needs most memory, its parts are joined
     by copying.
     """
-    choices = [_chosen(p, device) for p in segment.nodes]
+    choices = list(_chosen(segment.nodes, device))
     best, least, without = None, 0, set[str]()
     for _ in range(ATTEMPTS):
         lowering = _Lowering(segment, device, measure, choices, without)

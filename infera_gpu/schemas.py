@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import textwrap
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -34,15 +33,18 @@ class Rules:
 @lru_cache(maxsize=1024)
 def rules_of(name: str, version: int, domain: str) -> Rules | None:
     """Of an operator at a version of its domain; None for what is no standard operator."""
-    newest, lines = _domains().get(domain, (UNLIMITED, ()))
+    newest, lines = _domains().get(domain, (UNLIMITED, ""))
     if version > newest:  # a newer onnx than the table's
         return _asked(name, version, domain)
     found: list[str] = []
-    for line in lines[bisect_left(lines, f"{name} ") :]:  # the oldest first
-        of, *fields = line.split()
-        if of != name or int(fields[0]) > version:
+    start = f"\n{name} "
+    at = lines.find(start)
+    while at >= 0:  # the oldest first
+        end = lines.find("\n", at + 1)
+        fields = lines[at + len(start) : end].split()
+        if int(fields[0]) > version:
             break
-        found = fields
+        found, at = fields, lines.find(start, end)
     if not found:
         return None
     _, inputs, outputs, *attributes = found
@@ -51,13 +53,13 @@ def rules_of(name: str, version: int, domain: str) -> Rules | None:
 
 
 @cache
-def _domains() -> Mapping[str, tuple[int, Sequence[str]]]:
-    """By domain: the newest version that the table knows, and its lines, which are sorted by name."""
-    found: dict[str, tuple[int, Sequence[str]]] = {}
+def _domains() -> Mapping[str, tuple[int, str]]:
+    """By domain: the newest version that the table knows, and its lines, each between two ends of lines."""
+    found: dict[str, tuple[int, str]] = {}
     for part in f"\n{SCHEMAS}".split("\ndomain ")[1:]:
-        head, *lines = part.splitlines()
+        head, end, lines = part.partition("\n")
         version, _, domain = head.partition(" ")
-        found[domain] = int(version), lines
+        found[domain] = int(version), f"{end}{lines}{end}"
     return found
 
 

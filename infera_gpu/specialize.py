@@ -151,17 +151,17 @@ class _Walk:
             self.rest.append(node)
 
     def visit(self, nodes: Iterable[Node]) -> None:
-        for node in nodes:
-            missing = self.blocked.intersection(node.reads) if self.blocked else None
-            control = is_control(node)
-            if missing and (control or not (missing <= self.pending and self.find(node).host)):
-                self.block(node)
-            else:
-                with planning(node):
-                    if control:
-                        self.branch(node)
-                    else:
-                        self.place(node)
+        with planning() as at:
+            for node in nodes:
+                at.what = node
+                missing = self.blocked.intersection(node.reads) if self.blocked else None
+                control = is_control(node)
+                if missing and (control or not (missing <= self.pending and self.find(node).host)):
+                    self.block(node)
+                elif control:
+                    self.branch(node)
+                else:
+                    self.place(node)
 
     def find(self, node: Node) -> Op:
         opset = version_of(node, self.opsets)

@@ -43,7 +43,7 @@ class P:
 
     def may_stand_on(self, ops: set[str]) -> bool:
         """Whether inputs that these operators make may be what the arguments ask for."""
-        return all(not ops.isdisjoint(makers) for makers in self.below)
+        return not any(map(ops.isdisjoint, self.below))
 
     def among(self, present: AbstractSet[str]) -> bool:
         """Whether a graph with nodes of these operators alone may hold a match."""
