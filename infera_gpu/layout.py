@@ -84,31 +84,30 @@ def constant(name: str, space: Space, spec: TensorSpec) -> Operand:
     return dense(name, space, spec)._replace(constant=True)
 
 
-def dummy(operand: Operand) -> HostArray:
-    """An array with the operand's shape and strides over no memory: for shape and stride arithmetic only.
+@lru_cache(maxsize=4096)
+def dummy(shape: tuple[int, ...], dtype: DType, strides: tuple[int, ...]) -> tuple[HostArray, int]:
+    """An array of this shape and these strides over no memory, for shape and stride arithmetic only, and its address.
 
     NumPy's stride tricks write the type down, and what they write for float8_e5m2 is not read again.
     """
-    made = as_strided(np.empty(1, f"V{operand.dtype.itemsize}"), operand.shape, operand.strides)
-    return made.view(operand.dtype)
+    made = as_strided(np.empty(1, f"V{dtype.itemsize}"), shape, strides).view(dtype)
+    return made, made.__array_interface__["data"][0]
 
 
 def views_of(
     operand: Operand, view: Callable[[HostArray], HostArray | Sequence[HostArray]]
 ) -> tuple[Operand, ...] | None:
     """The operands that `view` makes of this one by shape and stride operations; None where it would have to copy."""
-    base = dummy(operand)
+    base, start = dummy(operand.shape, operand.dtype, operand.strides)
     try:
         made = view(base)
     except ValueError:  # reshape(copy=False) of strides that do not allow it
         return None
-    start = base.__array_interface__["data"][0]
 
     def placed(x: HostArray) -> Operand:
         offset = int(x.__array_interface__["data"][0] - start) if x.size else 0
-        strides = tuple(int(s) for s in x.strides)
         return Operand(
-            operand.root, operand.space, x.shape, x.dtype, strides, operand.offset + offset, operand.constant
+            operand.root, operand.space, x.shape, x.dtype, x.strides, operand.offset + offset, operand.constant
         )
 
     return (placed(made),) if isinstance(made, np.ndarray) else tuple(map(placed, made))

@@ -15,7 +15,7 @@ import numpy as np
 
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Attrs, HostArray, Node, lazy
-from infera_gpu.spec import Array, DType, TensorSpec, ValueSpec
+from infera_gpu.spec import Array, DType, TensorSpec, ValueSpec, broadcast_shape
 
 Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 """A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
@@ -34,7 +34,8 @@ REQUIRED = Required()
 
 @dataclass(slots=True, eq=False)
 class Site:
-    """One node at concrete shapes: everything a kernel may know while planning. Nobody changes one.
+    """One node at concrete shapes: everything a kernel may know while planning. Nobody changes one whose `outs` are
+    known.
 
     `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out or is no tensor,
     and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
@@ -438,7 +439,7 @@ def broadcast(dtype: DType | None = None, *, mixed: bool = False) -> Infer:
         shape = present[0].dims
         if any(s.dims != shape for s in present):
             try:
-                shape = np.broadcast_shapes(*(s.dims for s in present))
+                shape = broadcast_shape(*[s.dims for s in present])
             except ValueError:
                 raise site.fail(f"shapes {', '.join(map(str, present))} do not broadcast") from None
         return (TensorSpec(shape, present[-1].dtype if dtype is None else dtype),)

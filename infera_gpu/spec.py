@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -185,6 +186,12 @@ def constant(array: Array) -> np.ndarray[Any, DType]:
     fixed = np.asarray(array).view()
     fixed.flags.writeable = False
     return fixed
+
+
+@lru_cache(maxsize=4096)
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """np.broadcast_shapes, remembered: a model's layers ask the same. Raises ValueError where there is none."""
+    return np.broadcast_shapes(*shapes)
 
 
 def bind_symbols(pairs: Iterable[tuple[str, TensorSpec, tuple[int, ...]]]) -> dict[str, int]:

@@ -220,7 +220,7 @@ class _Walk:
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
         outs = tuple([s for s in inferred if s is not None and s.dtype.kind != "O"])
         if len(outs) == len(inferred):
-            site = site.giving(outs)
+            site.outs = outs
         if is_known(op, site) and may_fold(op, site, inferred, self.budget):
             self.fold(op, site, site.values)
         elif len(outs) != len(inferred):

@@ -10,7 +10,7 @@ from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
 from infera_gpu.ops._families import ZERO, i64, plain, reshapes_to, uniform
 from infera_gpu.ops._later import Kinds
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, TensorSpec, broadcast_shape
 from infera_kernels.cpu import attention as cpu
 from infera_kernels.portable.attention import additive, fused
 from infera_kernels.portable.attention import attention as standard
@@ -54,7 +54,7 @@ def _lead(site: Site) -> tuple[int, ...] | None:
     if site.attrs["guarded"] == 2 and any(x[-1:] != scores[1:] for x in extra):
         return None
     try:
-        return np.broadcast_shapes(*(x[:-2] for x in (q, kt, v, *extra)))
+        return broadcast_shape(*[x[:-2] for x in (q, kt, v, *extra)])
     except ValueError:
         return None
 

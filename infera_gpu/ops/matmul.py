@@ -12,7 +12,7 @@ from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Sit
 from infera_gpu.ops import _jit
 from infera_gpu.ops._families import floating, native, plain, split_of
 from infera_gpu.ops._later import Kinds
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, TensorSpec, broadcast_shape
 from infera_kernels.cpu import matmul as cpu
 from infera_kernels.portable import matmul as portable
 
@@ -26,7 +26,7 @@ def product_dims(site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[in
         raise site.fail(f"cannot multiply {list(a)} by {list(b)}: a matrix product needs at least one dimension")
     left, right = (1, *a) if len(a) == 1 else a, (*b, 1) if len(b) == 1 else b
     try:
-        batch = np.broadcast_shapes(left[:-2], right[:-2])
+        batch = broadcast_shape(left[:-2], right[:-2])
     except ValueError:
         batch = None
     if batch is None or left[-1] != right[-2]:
@@ -194,7 +194,7 @@ def _split(site: Site) -> Expansion | None:
 def _fits(term: TensorSpec, spec: TensorSpec) -> bool:
     """Whether a term broadcasts to the product without widening it."""
     try:
-        return np.broadcast_shapes(term.dims, spec.dims) == spec.dims
+        return broadcast_shape(term.dims, spec.dims) == spec.dims
     except ValueError:
         return False
 

@@ -12,7 +12,7 @@ import numpy as np
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops import _jit, _triton_norm
 from infera_gpu.ops._families import element_type, split_of
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, TensorSpec, broadcast_shape
 from infera_kernels.cpu import norm as cpu
 from infera_kernels.portable import norm as portable
 
@@ -35,7 +35,7 @@ def _infer_layer(site: Site) -> Sequence[TensorSpec]:
     for i in (1, 2):
         if site.has(i):
             try:
-                fits = np.broadcast_shapes(site.spec(i).dims, x.dims) == x.dims
+                fits = broadcast_shape(site.spec(i).dims, x.dims) == x.dims
             except ValueError:
                 fits = False
             if not fits:
