@@ -241,6 +241,8 @@ class HotPathProtocol(Connection):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if not isinstance(cycle, Exchange):
             self.asgi = cycle
+            if self.service.draining:
+                cycle.keep_alive = False
             super()._start_asgi_task(cycle, app)
         elif self.flow.write_paused:
             self.held = cycle

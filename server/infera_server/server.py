@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from infera_server.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
+
+LAST_REQUESTS = 0.05
+"""Seconds in which what was sent before the listener closed is read: closing earlier would reset the connection."""
 
 MIN_FAREWELL = 0.5
 """Seconds that replies have to leave after a drain that took all its time."""
@@ -67,12 +70,42 @@ class Server(uvicorn.Server):
             await self.workers.drain(self.deadline, lambda: self.force_exit)
         if not await self.service.drain(self.deadline, lambda: self.force_exit):
             log.error("requests were still running after %.3g s and were given up", time.monotonic() - began)
+        await self._stop_listening(sockets or ())
         left = max(MIN_FAREWELL, self.deadline - time.monotonic())
         self.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # asyncio.wait_for takes any number
-        await super().shutdown(sockets)
+        await super().shutdown()
         if self.force_exit:
             self.deadline = 0.0
             await self.lifespan.shutdown()  # which uvicorn leaves out; it waits for nothing
+
+    async def _stop_listening(self, sockets: Sequence[socket.socket]) -> None:
+        """Take no more connections, and answer what came on those that there are: nobody is met by a reset."""
+        last = [sock.dup() for sock in sockets]
+        for server in self.servers:
+            server.close()
+        self.servers = []
+        for sock in sockets:
+            sock.close()
+        await asyncio.sleep(0)  # now the event loop accepts no more
+        waiting: list[socket.socket] = []
+        for sock in last:
+            with sock, suppress(OSError):
+                sock.setblocking(False)
+                while True:
+                    waiting.append(sock.accept()[0])
+        if not self.force_exit:
+            taking = [asyncio.create_task(self._take(connection)) for connection in waiting]
+            await asyncio.gather(asyncio.sleep(LAST_REQUESTS), *taking)
+
+    async def _take(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+
+        def protocol() -> HotPathProtocol:
+            return HotPathProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        with suppress(OSError, TimeoutError):
+            taken = asyncio.get_running_loop().connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
+            await asyncio.wait_for(taken, LAST_REQUESTS)
 
 
 def make_server(app: App, service: Service) -> Server:

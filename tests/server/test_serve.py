@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ from tests.server.support import WAIT, FakeSession, Running, doubler, request_of
 
 WEIGHTS = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
 SERVE = [sys.executable, "-m", "infera_server"]
+ENVIRONMENT = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
 
 
 def write_linear(path: Path, weights: HostArray = WEIGHTS) -> Path:
@@ -67,7 +69,7 @@ class Process:
 def process(*arguments: str | Path) -> Iterator[Process]:
     popen = subprocess.Popen(
         [*SERVE, *map(str, arguments), "--port", "0", "--grpc-port", "0", "--device", "cpu"],
-        stderr=subprocess.PIPE, text=True, env={"COLUMNS": "200", "PATH": "/usr/bin:/bin"},
+        stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, "COLUMNS": "200", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     lines: list[str] = []
     assert popen.stderr is not None
