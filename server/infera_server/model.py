@@ -146,7 +146,7 @@ def threads_of(settings: Settings) -> tuple[int, str]:
     if settings.threads:
         return settings.threads, "as set"
     if settings.workers:
-        return max(1, default_threads()[0] - settings.workers), f"{settings.workers} CPUs are left to the workers"
+        return max(1, default_threads()[0] - settings.workers), "a CPU each is left to the workers"
     return max(1, default_threads()[0] - 1), "one CPU is left to the event loop"
 
 
