@@ -79,7 +79,6 @@ class Desk:
                 self._results.give_back(value)
             elif (found := self._under_way.pop(value, None)) is not None:
                 self._cancel(*found)
-        self.flush()
 
     def flush(self) -> None:
         """Let the worker see what was answered, and have the memory of its requests again."""

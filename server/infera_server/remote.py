@@ -102,7 +102,7 @@ class Link:
             answer(job, error)
 
     def flush(self) -> None:
-        """Let the engine see what was sent."""
+        """Let the engine see what was sent, and have its memory again, for which alone it is not woken each time."""
         self._will_flush = False
         returned = self._results.returned
         while returned:
@@ -127,8 +127,6 @@ class Link:
                 self._requests.give_back(value)
             elif (job := self._taken(value)) is not None:
                 answer(job, Unavailable("the engine has no shared memory left for the response; send it again later"))
-        if self._results.returned:
-            self._flush_soon()
 
     def _answered(self, offset: int) -> None:
         (number, error, run), arrays = read(self._results, offset)
