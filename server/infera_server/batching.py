@@ -115,7 +115,7 @@ def _alone(session: Session) -> tuple[Mapping[int, int], Mapping[str, int]]:
         sizes: dict[str, int] = {}
         shapes = {name: shape_at(spec, {}, size, sizes) for name, spec in session.inputs.items()}
         try:
-            return {1: _arena(session, shapes)}, sizes
+            return {1: arena_of(session, shapes)}, sizes
         except Exception as error:
             if not sizes or isinstance(error, OutOfMemoryError):
                 raise
@@ -197,7 +197,7 @@ def _sized(
     for bucket in buckets_to(max_batch):
         shapes = {n: shape_at(spec, {axes[n]: bucket} if n in axes else {}, size) for n, spec in session.inputs.items()}
         try:
-            arena[bucket] = _arena(session, shapes)
+            arena[bucket] = arena_of(session, shapes)
         except Exception as error:
             if not arena and isinstance(error, OutOfMemoryError):
                 raise  # without memory for one request there is nothing to serve
@@ -209,7 +209,7 @@ def _sized(
     return Batching(layout, reason, arena, sizes)
 
 
-def _arena(session: Session, shapes: Shapes) -> int:
+def arena_of(session: Session, shapes: Shapes) -> int:
     """What the plan for these shapes needs; on a GPU it, the weights and the code of kernels are loaded now."""
     nbytes = session.plan_for(shapes).arena_bytes
     if session.device.name != "cpu":

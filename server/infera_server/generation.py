@@ -7,15 +7,16 @@ growing with the text, as keys and values of an attention do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from infera_gpu.spec import TensorSpec
 from infera_server.modelconfig import ConfigError, ModelConfig
-from infera_server.proof import random_array, shape_at
+from infera_server.proof import SMALL_IDS, random_array, shape_at
 from infera_server.recurrence import State, pairs
-from infera_server.rows import Arrays, HostArray, Layout
+from infera_server.rows import Arrays, HostArray, Layout, padded_length
 from infera_server.runtime import Session
 
 INPUT, LOGITS, STATES = "generate_input", "generate_logits", "generate_states"
@@ -28,6 +29,9 @@ MASK, POSITIONS, CACHED = "attention_mask", "position_ids", "use_cache_branch"
 """Inputs that follow from how many tokens there are: all of them attended to, the places of the new ones, and whether
 there were some before."""
 
+LEAST_LENGTH = 32
+"""What states that grow are made as long as at least, where they are padded."""
+
 TOLERANCE = 1e-2
 """By how much logits may differ, of their largest, between a prompt in one run and in two."""
 
@@ -38,6 +42,9 @@ class Decoding:
 
     `shared` are inputs that clients feed and every run of a text gets. `rank` is that of the tokens. Nobody gets more
     than `most` tokens, and none after one of `stop`.
+
+    With `padded`, states that grow do so in steps, with zeros in front that the mask hides: texts of about equal length
+    have runs of equal shapes, which share batches and plans.
     """
 
     tokens: str
@@ -50,6 +57,12 @@ class Decoding:
     wide: bool
     stop: frozenset[int]
     most: int
+    padded: bool = False
+
+    @property
+    def growing(self) -> Mapping[str, int]:
+        """States that grow, each with the axis along which it does."""
+        return {s.input: s.initial.shape.index(0) for s in self.states if not s.initial.size}
 
     @property
     def beginnings(self) -> Sequence[str]:
@@ -69,17 +82,21 @@ class Decoding:
             or "no state: a run reads all of the text"
         )
         width = "a prompt in one run" if self.wide else "a token a run"
-        return f"'{self.tokens}' from '{self.logits}', {width}, at most {self.most}; {states}"
+        steps = "; what grows is padded, so that texts of unequal length share batches" if self.padded else ""
+        return f"'{self.tokens}' from '{self.logits}', {width}, at most {self.most}; {states}{steps}"
 
-    def feeds(self, tokens: Sequence[int], past: int, state: Arrays | None, shared: Arrays) -> dict[str, HostArray]:
-        """Of a run of one text, `past` tokens of which came before."""
+    def feeds(
+        self, tokens: Sequence[int], past: int, state: Arrays | None, shared: Arrays, padding: int = 0
+    ) -> dict[str, HostArray]:
+        """Of a run of one text, `past` tokens of which came before; its state begins with so much padding."""
         count = len(tokens)
         found: dict[str, HostArray] = {
             self.tokens: np.array(tokens, self.dtype).reshape((1,) if self.rank == 1 else (1, count))
         }
         for name, spec in self.derived.items():
             if name == MASK:
-                found[name] = np.ones((1, past + count), spec.dtype)
+                found[name] = np.ones((1, padding + past + count), spec.dtype)
+                found[name][:, :padding] = 0
             elif name == POSITIONS:
                 found[name] = np.arange(past, past + count, dtype=spec.dtype)[None]
             else:
@@ -93,10 +110,27 @@ class Decoding:
         last: HostArray = logits.reshape(-1, logits.shape[-1])[-1]
         return last
 
-    def next_state(self, outputs: Arrays) -> dict[str, HostArray]:
-        """What the next run is fed, in memory of its own: a view would keep its whole batch."""
+    def next_state(self, outputs: Arrays, past: int) -> tuple[dict[str, HostArray], int]:
+        """What the next run is fed, before which there are `past` tokens, and how much of it is padding.
+
+        It has memory of its own: a view would keep its whole batch.
+        """
         made = {state.input: outputs[state.output] for state in self.states}
-        return {name: array if array.base is None else array.copy() for name, array in made.items()}
+        padding = 0
+        if self.padded:
+            length = padded_length(max(past, LEAST_LENGTH))
+            padding = length - past
+            made |= {name: _ending(made[name], axis, length) for name, axis in self.growing.items()}
+        return {name: array if array.base is None else array.copy() for name, array in made.items()}, padding
+
+
+def _ending(array: HostArray, axis: int, length: int) -> HostArray:
+    """The array with this length along an axis: without what is too much at its beginning, or with zeros there."""
+    missing = length - array.shape[axis]
+    if missing > 0:
+        return np.pad(array, [(missing if at == axis else 0, 0) for at in range(array.ndim)])
+    cut: HostArray = array[(slice(None),) * axis + (slice(-missing, None),)]
+    return cut
 
 
 def generates(config: ModelConfig | None) -> bool:
@@ -176,25 +210,47 @@ def _first_shape(spec: TensorSpec, tokens: TensorSpec, axis: int | None) -> tupl
     return tuple(d if isinstance(d, int) else int(at == (batch or 0)) for at, d in enumerate(spec.shape))
 
 
-def prove(session: Session, decoding: Decoding, limits: Mapping[str, int]) -> None:
-    """Run it: a prompt that can be run at once must give what it gives in two runs. Raises ConfigError.
+def proven(session: Session, found: Decoding) -> Decoding:
+    """The same, `padded` where that changes nothing. A prompt that can be run at once must give what it gives in two.
 
-    `limits` are the sizes of tables that inputs are indices into.
+    Raises ConfigError where it does not.
     """
-    rng = np.random.default_rng(0)
-    specs = {name: session.inputs[name] for name in decoding.shared}
-    shared = {name: random_array(rng, shape_at(spec, {}, 1), spec.dtype) for name, spec in specs.items()}
-    prompt = [int(token) for token in rng.integers(0, min(limits.get(decoding.tokens, 3), 3), 3)]
-    ahead = prompt[:2] if decoding.wide else prompt[:1]
+    prompt, shared = sample(session, found, np.random.default_rng(0))
+    ahead = prompt[:2] if found.wide else prompt[:1]
     try:
-        if decoding.rereads:
-            session.run(decoding.feeds(prompt, 0, None, shared))
-            return
-        first = session.run(decoding.feeds(ahead, 0, None, shared))
-        second = session.run(decoding.feeds(prompt[-1:], len(ahead), decoding.next_state(first), shared))
-        whole = session.run(decoding.feeds(prompt, 0, None, shared)) if decoding.wide else second
+        if found.rereads:
+            session.run(found.feeds(prompt, 0, None, shared))
+            return found
+        first = session.run(found.feeds(ahead, 0, None, shared))
+        second = session.run(_after(found, first, prompt[-1:], len(ahead), shared))
+        whole = session.run(found.feeds(prompt, 0, None, shared)) if found.wide else second
     except Exception as error:
         raise ConfigError(f"{INPUT}: a run failed: {type(error).__name__}: {error}") from None
-    want, have = (decoding.next_logits(outputs).astype(np.float64) for outputs in (whole, second))
-    if not np.abs(want - have).max() <= TOLERANCE * np.abs(want).max():
+    want = found.next_logits(whole)
+    if not _alike(found.next_logits(second), want):
         raise ConfigError(f"{INPUT}: 3 tokens in one run give other logits than 2 and then the third: states are amiss")
+    padded = replace(found, padded=True)
+    if MASK in found.derived and found.growing:
+        with suppress(Exception):  # it cannot be padded
+            third = session.run(_after(padded, first, prompt[-1:], len(ahead), shared))
+            return padded if _alike(found.next_logits(third), want) else found
+    return found
+
+
+def sample(session: Session, found: Decoding, rng: np.random.Generator) -> tuple[list[int], dict[str, HostArray]]:
+    """Three tokens, and what else a text has."""
+    specs = {name: session.inputs[name] for name in found.shared}
+    shared = {name: random_array(rng, shape_at(spec, {}, 1), spec.dtype) for name, spec in specs.items()}
+    most = min(session.facts().id_limits.get(found.tokens, SMALL_IDS), SMALL_IDS)
+    return [int(token) for token in rng.integers(0, most, 3)], shared
+
+
+def _after(found: Decoding, outputs: Arrays, tokens: Sequence[int], past: int, shared: Arrays) -> Arrays:
+    """The feeds of the run after one with these outputs."""
+    state, padding = found.next_state(outputs, past)
+    return found.feeds(tokens, past, state, shared, padding)
+
+
+def _alike(have: HostArray, want: HostArray) -> bool:
+    a, b = have.astype(np.float64), want.astype(np.float64)
+    return bool(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max())

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 
 from infera_server.errors import BadRequest, Overloaded, RequestError, Unavailable, Unsupported
-from infera_server.generation import Decoding, decoding, prove
+from infera_server.generation import Decoding, decoding, proven
 from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.model import Model
 from infera_server.modelconfig import ModelConfig, completed
@@ -58,6 +58,7 @@ class Text(Job):
     shared: Arrays
     first: Arrays
     past: int = 0
+    padding: int = 0
     read: list[int] = field(default_factory=list)
     made: list[int] = field(default_factory=list)
     memory: dict[str, HostArray] | None = None
@@ -152,7 +153,7 @@ class Generator(Tap):
             text.read += tokens
             feeds = self.how.feeds(text.read, 0, text.memory, text.shared)
         else:
-            feeds = self.how.feeds(tokens, text.past, text.memory, text.shared)
+            feeds = self.how.feeds(tokens, text.past, text.memory, text.shared, text.padding)
         if text.memory is None:
             feeds |= text.first
         text.past += count
@@ -167,7 +168,8 @@ class Generator(Tap):
         try:
             if isinstance(result, Exception):
                 raise result
-            self._keep(text, self.how.next_state(result))
+            memory, text.padding = self.how.next_state(result, text.past)
+            self._keep(text, memory)
             if not text.ahead:
                 token = text.sampler.choose(self.how.next_logits(result))
                 if self._is_last(text, token):
@@ -244,9 +246,8 @@ class Generator(Tap):
 
 def generator(model: Model, config: ModelConfig, limits: Texts) -> Generator:
     """The model as its configuration has it generate, proven by runs. Raises ConfigError."""
-    how = decoding(model.session, model.batching.layout, config)
     with model.batcher.turns:
-        prove(model.session, how, model.session.facts().id_limits)
+        how = proven(model.session, decoding(model.session, model.batching.layout, config))
     return Generator(model, how, limits, config.model_transaction_policy.decoupled)
 
 

@@ -17,6 +17,7 @@ from infera_server.batching import Batching, derive
 from infera_server.declared import Declared, declared
 from infera_server.definition import Definition
 from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, request_error
+from infera_server.generation import generates
 from infera_server.goal import Goal
 from infera_server.isolated import IsolatedSession
 from infera_server.jobs import ANY_LEVELS, Batch, Done, Job, Levels
@@ -32,6 +33,7 @@ from infera_server.samples import run_samples
 from infera_server.sequence_config import with_states
 from infera_server.settings import Settings
 from infera_server.signature import Signature, tensors
+from infera_server.text_batching import derive_for_texts
 from infera_server.turns import Turns
 from infera_server.warmup import prime
 
@@ -195,7 +197,10 @@ def open_model(
             inputs |= tensors(session.optional, optional=True)
         outputs = {n: replace(t, labels=labels) if (labels := definition.labels(n)) else t for n, t in outputs.items()}
         with (turns := turns_of(session.device.name)):
-            batching = with_padding(session, _batching(session, config, settings.max_batch), settings.pad.get(name))
+            if config is not None and generates(config):
+                batching = derive_for_texts(session, config, settings.max_batch)
+            else:
+                batching = with_padding(session, _batching(session, config, settings.max_batch), settings.pad.get(name))
             run_samples(session, config, definition.folder)
         if session.device.lost:
             raise Unavailable(session.device.lost)

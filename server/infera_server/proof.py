@@ -71,7 +71,7 @@ def prove(
                 break
             continue
         axes = _growing(whole, singles) if outputs is None else outputs
-        return Proof(axes, sizes, _difference(whole, singles, axes))
+        return Proof(axes, sizes, difference(whole, singles, axes))
     return Proof({}, {}, refusal)
 
 
@@ -89,7 +89,7 @@ def _limit(dtype: np.dtype[Any]) -> int:
     return BYTE_IDS if dtype.itemsize == 1 else SMALL_IDS
 
 
-def _difference(whole: Arrays, singles: Sequence[Arrays], axes: Mapping[str, int]) -> str | None:
+def difference(whole: Arrays, singles: Sequence[Arrays], axes: Mapping[str, int]) -> str | None:
     for name, axis in axes.items():
         got, parts = whole[name], [s[name] for s in singles]
         if axis >= got.ndim or got.shape[axis] != len(singles) or any(p.shape[axis] != 1 for p in parts):

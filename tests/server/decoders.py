@@ -39,6 +39,21 @@ ATTENTION = f"""g (int64[B, S] input_ids, int64[B, S] position_ids, float[B, P, 
   logits = MatMul(z, Et)
 }}"""
 
+MASKED = ATTENTION.replace(
+    "int64[B, S] position_ids,", "int64[B, S] position_ids, int64[B, T] attention_mask,"
+).replace(
+    "  before = LessOrEqual(all, own)\n",
+    """  counted = CumSum(attention_mask, one)
+  all3 = Unsqueeze(counted, first)
+  own3 = Add(own, one)
+  up_to = LessOrEqual(all3, own3)
+  real = Cast <to = 9> (attention_mask)
+  real3 = Unsqueeze(real, first)
+  before = And(up_to, real3)
+""",
+)
+"""The same with a mask: places are counted where it is 1, so that others can lie before them."""
+
 STATELESS = f"""g (int64[B, S] input_ids, int64[B, S] position_ids) => (float[B, S, {WORDS}] logits) """ + ATTENTION[
     ATTENTION.index("{") :
 ].replace("Concat <axis = 1> (past_key, ", "Identity(").replace("Concat <axis = 1> (past_value, ", "Identity(")

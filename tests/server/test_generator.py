@@ -21,6 +21,7 @@ from infera_server.sampling import Sampler, Sampling, sampling
 from infera_server.settings import Settings
 from tests.server.decoders import (
     ATTENTION,
+    MASKED,
     RECURRENT,
     STATELESS,
     WIDTH,
@@ -70,6 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     put_decoder(root, "attention", ATTENTION, config("input_ids", DECOUPLED))
     put_decoder(root, "whole", ATTENTION, config("input_ids"))
     put_decoder(root, "stops", ATTENTION, config("input_ids", DECOUPLED, generate_stop=f"{STOP}, 99"))
+    put_decoder(root, "masked", MASKED, config("input_ids", DECOUPLED, generate_max_tokens="45"))
     put_decoder(root, "stateless", STATELESS, config("input_ids", DECOUPLED))
     put_decoder(root, "recurrent", RECURRENT, config("token", DECOUPLED))
     repository = Repository(Settings(golden_requests=4), survey([root]).sources)
@@ -161,14 +163,28 @@ def test_events_and_whole_texts(server: Running) -> None:
 # --- together --------------------------------------------------------------------------------------------------------
 
 
-def test_texts_share_batches_and_are_not_mixed_up(server: Running, client: grpc.Channel) -> None:
-    prompts = [[n % WORDS, (3 * n) % WORDS] for n in range(8)]
-    stats = server.host.repository.get("recurrent").stats
-    responses = talk(client, [ask("recurrent", prompt, id=str(n)) for n, prompt in enumerate(prompts)])
+@pytest.mark.parametrize("model", ["masked", "recurrent"])
+def test_texts_share_batches_and_are_not_mixed_up(server: Running, client: grpc.Channel, model: str) -> None:
+    """Also those of unequal lengths, where a mask hides what is between them."""
+    prompts = [[(n + i * i) % WORDS for i in range(1 + n % 4)] for n in range(8)]
+    stats = server.host.repository.get(model).stats
+    responses = talk(client, [ask(model, prompt, id=str(n)) for n, prompt in enumerate(prompts)])
     for n, prompt in enumerate(prompts):
         own = [r for r in responses if r["infer_response"]["id"] == str(n)]
-        assert tokens_of(own) == by_the_book(recurrent_logits, prompt)
-    assert max(stats.batches) > 1
+        logits, count = (attention_logits, 45) if model == "masked" else (recurrent_logits, MOST)
+        assert tokens_of(own) == by_the_book(logits, prompt, count)
+    assert max(stats.batches) >= 4
+
+
+def test_what_grows_is_padded_where_a_mask_hides_it(server: Running) -> None:
+    masked, plain = (server.host.repository.get(name) for name in ("masked", "attention"))
+    assert isinstance(masked, Generator)
+    assert isinstance(plain, Generator)
+    assert (masked.how.padded, plain.how.padded) == (True, False)
+    present = {f"present_{part}": np.ones((1, 33, WIDTH), np.float32) for part in ("key", "value")}
+    for past, length in ((1, 32), (32, 32), (33, 40)):
+        state, padding = masked.how.next_state(present, past)
+        assert (state["past_key"].shape, padding) == ((1, length, WIDTH), length - past)
 
 
 def test_nothing_is_left_behind(server: Running, client: grpc.Channel) -> None:
