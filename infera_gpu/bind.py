@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -15,11 +15,14 @@ from infera_gpu.devices.ports import Ports
 from infera_gpu.errors import InferaError, InputError, PlanError, planning
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
-from infera_gpu.memory import aligned
+from infera_gpu.memory import ALIGN, aligned
 from infera_gpu.op import Call, Kernel, Launcher
 from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
+
+if TYPE_CHECKING:
+    from infera_kernels.tuning import Tuned
 
 MAX_FOLDED = 1 << 27
 """Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
@@ -103,6 +106,10 @@ class LazyInputs(Sequence["Array | None"]):
         return map(self.__getitem__, range(len(self._operands)))
 
 
+Scratch: TypeAlias = Callable[[int], tuple[Any, int]]
+"""Bytes -> a block of memory, and where in it they begin."""
+
+
 class BoundBuffers:
     """What a kernel is bound to: implements op.Buffers over arena memory."""
 
@@ -114,7 +121,7 @@ class BoundBuffers:
         ins: Sequence[Array | None],
         outs: tuple[Array, ...],
         space: Space,
-        scratch: Callable[[int], tuple[Any, int]],
+        scratch: Scratch,
     ) -> None:
         self.ins, self.outs = ins, outs
         self.xp: Any = np if space == "host" else device.xp
@@ -310,6 +317,79 @@ def _apart(calls: Sequence[Call]) -> Apart:
     return tuple([fn for fn, _ in calls]), tuple([args for _, args in calls])
 
 
+Arenas: TypeAlias = Mapping[Space | Literal["staging"], Any]
+
+
+class Binder:
+    """Binds the steps of a plan to arenas. Inputs in `given`, dense arrays on the device, are read where they lie."""
+
+    def __init__(
+        self, plan: Plan, arenas: Arenas, device: Device, constants: Constants, given: Mapping[str, Array]
+    ) -> None:
+        self.plan, self.device = plan, device
+        self._arenas, self._constants = dict(arenas), constants
+        self.direct = {name: Given() for name in plan.direct}
+        self._elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
+
+    def array(self, o: Operand) -> Array:
+        """The operand's window, or constant."""
+        if o.constant:
+            return self._constants.get(self.plan.constants[o.root], o.space)
+        if o.root in self._elsewhere:
+            block, start = self._elsewhere[o.root]
+            return _view(self.device, block, o.moved(-start))
+        return _view(self.device, self._arenas[o.space], o)
+
+    def calls(self, step: Step) -> list[Call]:
+        """The calls of a step, in the arenas."""
+        if step.kind == "copy" and step.ins[0] is not None and step.ins[0].root in self.direct:
+            return [(self.direct[step.ins[0].root].copy_to, (self.array(step.outs[0]),))]
+        outs = tuple(map(self.array, step.outs))
+        if not any(o.nbytes for o in step.outs):
+            return []  # nothing is computed on nothing; kernels need not know empty arrays
+        if step.kernel is not None:
+            top = step.workspace.offset if step.workspace else 0
+            end = top + (step.workspace.nbytes if step.workspace else 0)
+
+            def scratch(nbytes: int) -> tuple[Any, int]:
+                nonlocal top
+                at, top = top, top + aligned(nbytes)
+                if top > end:
+                    raise AssertionError(f"{step.label}: its kernel asks for more scratch than it did while planning")
+                return self._arenas[step.space] if nbytes else host_block(0), at if nbytes else 0
+
+            assert step.placed is not None
+            return self._kernel(step, step.placed, outs, scratch)
+        ins = LazyInputs(step.ins, self.array)
+        if step.placed is None:
+            (source,) = ins
+            assert source is not None
+            return [self.device.transfer(source, outs[0])]
+        return [self.device.compute(step, tuple(ins), outs)]
+
+    def apart(self, step: Step, tuned: Tuned, outs: tuple[Array, ...]) -> list[Call]:
+        """The calls of a step with a kernel, bound as `tuned` says to outputs and scratch of its own: what lies in the
+        arenas stays as it is. Raises LaunchError or OutOfMemoryError."""
+        assert step.placed is not None
+        placed = step.placed._replace(site=replace(step.placed.site, tuned=tuned))
+        return self._kernel(step, placed, outs, lambda nbytes: (self.device.alloc(max(nbytes, 1), step.space), 0))
+
+    def room(self, step: Step) -> tuple[Array, ...]:
+        """Arrays that lie as the step's outputs do, elsewhere."""
+        return tuple(map(self._elsewhere_like, step.outs))
+
+    def _elsewhere_like(self, o: Operand) -> Array:
+        low, high = o.bounds()
+        shift = low % ALIGN  # what alignment there is stays
+        return _view(self.device, self.device.alloc(high - low + shift, o.space), o.moved(shift - low))
+
+    def _kernel(self, step: Step, placed: Placed, outs: tuple[Array, ...], scratch: Scratch) -> list[Call]:
+        assert step.kernel is not None
+        ins = LazyInputs(step.ins, self.array)
+        io = BoundBuffers(self.device, self._constants, placed, ins, outs, step.space, scratch)
+        return self.device.wrap(step, list(step.kernel.bind(placed.site, io)), ins, outs)
+
+
 @dataclass(frozen=True)
 class Bound:
     """A plan bound to one set of arenas: calls to make, and ports to fill before and to read after. `direct` inputs
@@ -326,6 +406,7 @@ class Bound:
     made: Apart
     starts: tuple[int, ...]
     fast: Apart
+    binder: Binder
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -359,57 +440,20 @@ class Bound:
 
 def bind(
     plan: Plan,
-    arenas: Mapping[Space | Literal["staging"], Any],
+    arenas: Arenas,
     device: Device,
     constants: Constants,
     given: Mapping[str, Array] | None = None,
 ) -> Bound:
     """Bind every step to its memory. Inputs in `given`, dense arrays on the device, are read where they lie."""
     given = given or {}
-    direct = {name: Given() for name in plan.direct}
-    elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
-
-    def array(o: Operand) -> Array:
-        if o.constant:
-            return constants.get(plan.constants[o.root], o.space)
-        if o.root in elsewhere:
-            block, start = elsewhere[o.root]
-            return _view(device, block, o.moved(-start))
-        return _view(device, arenas[o.space], o)
-
-    def calls_of(step: Step) -> list[Call]:
-        if step.kind == "copy" and step.ins[0] is not None and step.ins[0].root in direct:
-            return [(direct[step.ins[0].root].copy_to, (array(step.outs[0]),))]
-        ins = LazyInputs(step.ins, array)
-        outs = tuple(map(array, step.outs))
-        if not any(o.nbytes for o in step.outs):
-            return []  # nothing is computed on nothing; kernels need not know empty arrays
-        if step.kernel is None:
-            if step.placed is None:
-                (source,) = ins
-                assert source is not None
-                return [device.transfer(source, outs[0])]
-            return [device.compute(step, tuple(ins), outs)]
-        top = step.workspace.offset if step.workspace else 0
-        end = top + (step.workspace.nbytes if step.workspace else 0)
-
-        def scratch(nbytes: int) -> tuple[Any, int]:
-            nonlocal top
-            at, top = top, top + aligned(nbytes)
-            if top > end:
-                raise AssertionError(f"{step.label}: its kernel asks for more scratch than it did while planning")
-            return arenas[step.space] if nbytes else host_block(0), at if nbytes else 0
-
-        assert step.placed is not None
-        io = BoundBuffers(device, constants, step.placed, ins, outs, step.space, scratch)
-        return device.wrap(step, list(step.kernel.bind(step.placed.site, io)), ins, outs)
-
+    binder = Binder(plan, arenas, device, constants, given)
     calls: list[Call] = []
     starts = [0]
     with planning() as at:
         for step in plan.steps:
             at.what = step.label
-            calls += calls_of(step)
+            calls += binder.calls(step)
             starts.append(len(calls))
     fast, done = list[Call](), 0
     for held in plan.graphs or ():
@@ -417,13 +461,14 @@ def bind(
         fast += [*calls[done:start], *([device.graph(calls[start:stop])] if stop > start else [])]
         done = stop
     made = _apart(calls)
-    inputs = {v: array(o) for v, o in plan.inputs.items() if v not in given and v not in direct}
-    outputs = {v: array(o) for v, o in plan.outputs.items()}
+    inputs = {v: binder.array(o) for v, o in plan.inputs.items() if v not in given and v not in binder.direct}
+    outputs = {v: binder.array(o) for v, o in plan.outputs.items()}
     return Bound(
         plan,
         device.ports(inputs, outputs, arenas.get("staging")),
-        direct,
+        binder.direct,
         made,
         tuple(starts),
         _apart([*fast, *calls[done:]]) if fast else made,
+        binder,
     )

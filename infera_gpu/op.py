@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Attrs, HostArray, Node, lazy
 from infera_gpu.spec import Array, DType, TensorSpec, ValueSpec, broadcast_shape
+
+if TYPE_CHECKING:
+    from infera_kernels.tuning import Tuned
 
 Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 """A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
@@ -40,7 +43,8 @@ class Site:
     `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out or is no tensor,
     and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
     node runs on the host between two plans all its values are known, and its subgraphs are callables: see `Subgraph`.
-    `batch_invariant` says that a kernel must not add in an order that depends on the size of the batch.
+    `batch_invariant` says that a kernel must not add in an order that depends on the size of the batch;
+    `tuned` is what tiles were measured best on the device, where there is a GPU.
     """
 
     node: Node
@@ -50,13 +54,14 @@ class Site:
     outs: tuple[TensorSpec, ...] = ()
     opset: int = 0
     batch_invariant: bool = False
+    tuned: Tuned | None = None
     _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
         """The same site with these outputs, and with what was found `once`."""
         if self._found is None:
             self._found = {}
-        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset, self.batch_invariant)
+        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset, self.batch_invariant, self.tuned)
         made._found = self._found
         return made
 

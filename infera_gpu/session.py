@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
 
 import numpy as np
@@ -43,6 +43,11 @@ from infera_gpu.spec import (
 from infera_gpu.specialize import check_supported
 from infera_gpu.stages import Shapes, Stage, Stages
 
+if TYPE_CHECKING:
+    from infera_gpu.devices.timing import Timer
+    from infera_gpu.tuning import Progress
+    from infera_kernels.tuning import DeviceTiles, Measured
+
 
 @uncollected()
 def load(
@@ -60,6 +65,7 @@ def load(
     precision: Precision = "fp32",
     batch_invariant: bool = False,
     mapped: bool = True,
+    tune: bool | float = False,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -88,6 +94,9 @@ def load(
 
     External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
     they are while the session lives. `mapped=False` reads them, and they may change.
+
+    `tune` measures tiles of kernels on the GPU in the first runs, up to so many seconds in all (`True` is 60), as
+    `Session.tune` does; what was measured before is used in any case.
 
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
     OutOfMemoryError.
@@ -121,11 +130,17 @@ def load(
             graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again, precision=precision
         )
         opened.require(f"the weights of '{session.name}'", session.constant_bytes)
+        if tune:
+            session.tunable()
+            session.tuning_left = TUNING_SECONDS if tune is True else float(tune)
         return session
     except BaseException:
         opened.close()
         raise
 
+
+TUNING_SECONDS = 60.0
+"""Of tuning, where nobody says."""
 
 MAX_OVERRIDING = 8
 """Sets of overridden constants for which a session keeps plans; the least recently used is dropped beyond that."""
@@ -193,7 +208,10 @@ class Session:
         self.outputs: Mapping[str, ValueSpec] = graph.outputs
         self.overridable: Mapping[str, ValueSpec] = graph.overridable
         self._constants = constants or Constants(device, self.graph)
-        self._stages = Stages(self.graph, device, registry(), self._constants, self._nested)
+        self._stages = self._planning()
+        self.tuning_left = 0.0
+        """Seconds for which runs with new shapes may still measure tiles first."""
+        self._measuring = threading.Lock()
         self._overriding: OrderedDict[frozenset[str], Session] = OrderedDict()
         self._dropped: WeakSet[Session] = WeakSet()
         self._inner: WeakSet[Session] = WeakSet()
@@ -207,6 +225,9 @@ class Session:
         self._leases: dict[Memory, Lease] = {}
         self._available = threading.Condition()
         self._closed = False
+
+    def _planning(self) -> Stages:
+        return Stages(self.graph, self.device, registry(), self._constants, self._nested)
 
     # ---- running
 
@@ -246,7 +267,10 @@ class Session:
         if (session := self._for(feeds)) is not self:
             with self._hosting():
                 return session.run(feeds, out)
-        return self._collect(self._check(feeds), out)
+        entering = self._check(feeds)
+        if self.tuning_left > 0 and not self._stages.known(entering.shapes):
+            self._tune_first(feeds)
+        return self._collect(entering, out)
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
         results: dict[str, Any] = dict.fromkeys(self.outputs)
@@ -455,6 +479,56 @@ class Session:
 
         self._run(self._check(feeds), timed)
         return timings
+
+    # ---- tuning
+
+    def tunable(self) -> DeviceTiles:
+        """What is measured on the session's device. Raises DeviceError where nothing may be."""
+        if self.device.batch_invariant:
+            raise DeviceError("batch_invariant=True fixes tiles, whatever is faster: there is nothing to tune")
+        if self.device.tiles is None:
+            raise DeviceError(f"{self.device.name} runs no kernels that have tiles: there is nothing to tune")
+        return self.device.tiles
+
+    def tune(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        seconds: float = TUNING_SECONDS,
+        again: bool = False,
+        timer: Timer | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Measured, ...]:
+        """Run a few times with these feeds, measuring tiles of kernels on the way, and go by what is fastest from then
+        on: in this session after it has planned anew, in others on the device's kind when they are loaded.
+
+        No measurement is begun after `seconds`. What was measured before stays, unless `again`. A run may give other
+        last bits afterwards. Other work on the GPU meanwhile spoils the measurements. Returns what was measured now;
+        what is slow is first. Raises DeviceError where there is nothing to measure or to tune.
+        """
+        if (session := self._for(feeds)) is not self:
+            with self._hosting():
+                return session.tune(feeds, seconds=seconds, again=again, timer=timer, progress=progress)
+        from infera_gpu.tuning import Tuner, facts
+
+        tiles = self.tunable()
+        with self._measuring:
+            with self.device.running():
+                chosen = timer or self.device.timer()
+            tuner = Tuner(tiles.tuned, chosen, seconds, again=again, progress=progress)
+            self._run(self._check(feeds), lambda stage, bound: tuner.survey(bound))
+            self._run(self._check(feeds), lambda stage, bound: tuner.measure(bound))
+            found = sorted(tuner.found.values(), key=lambda m: -m.predicted_seconds)
+            tiles.learn(found, facts(self.device))
+            self._stages = self._planning()
+            with self._lease() as lease:
+                lease.forget()
+        return tuple(found)
+
+    def _tune_first(self, feeds: Mapping[str, Any]) -> None:
+        began = time.monotonic()
+        self.tune(feeds, seconds=self.tuning_left)
+        self.tuning_left -= time.monotonic() - began
 
     # ---- feeds
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from infera_gpu.folding import fold_budget, may_fold
 from infera_gpu.graph import Graph, HostArray, Node, version_of
 from infera_gpu.op import Op, Registry, Site
 from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
+
+if TYPE_CHECKING:
+    from infera_kernels.tuning import Tuned
 
 
 class Placed(NamedTuple):
@@ -144,6 +147,7 @@ class _Walk:
     pending: set[str] = field(default_factory=set)
     budget: int = 0
     batch_invariant: bool = False
+    tuned: Tuned | None = None
 
     def block(self, node: Node, *, keep: bool = True) -> None:
         self.blocked.update(o for o in node.outputs if o)
@@ -200,7 +204,8 @@ class _Walk:
             return
         ins = tuple([specs[i] if i else None for i in node.inputs])
         values = tuple([known.get(i) for i in node.inputs])
-        site = Site(node, op.fill(node), ins, values, (), version_of(node, self.opsets), self.batch_invariant)
+        opset = version_of(node, self.opsets)
+        site = Site(node, op.fill(node), ins, values, (), opset, self.batch_invariant, self.tuned)
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
             if unknown:
@@ -265,6 +270,7 @@ def specialize(
     opsets: Mapping[str, int],
     registry: Registry,
     batch_invariant: bool = False,
+    tuned: Tuned | None = None,
 ) -> Segment:
     """The next segment.
 
@@ -281,6 +287,7 @@ def specialize(
         {k for k in specs if k not in entering} | known.strings,
         budget=known.budget,
         batch_invariant=batch_invariant,
+        tuned=tuned,
     )
     with np.errstate(all="ignore"):  # of what is folded
         walk.visit(nodes)

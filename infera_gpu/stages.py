@@ -249,6 +249,7 @@ class Stages:
             opsets=self._graph.opsets,
             registry=self._registry,
             batch_invariant=self._device.batch_invariant,
+            tuned=self._device.tuned,
         )
         return self._plan(segment, tuple(self._graph.outputs), {}, specs)
 
@@ -263,6 +264,7 @@ class Stages:
             opsets=self._graph.opsets,
             registry=self._registry,
             batch_invariant=self._device.batch_invariant,
+            tuned=self._device.tuned,
         )
         return self._plan(following, stage.missing, carried, {**stage.objects, **made})
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from infera_gpu.memory import ALIGN
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+
+if TYPE_CHECKING:
+    from infera_gpu.devices.timing import Timer
+    from infera_kernels.tuning import DeviceTiles, Tuned
 
 UFUNC_BUFFER = 64
 """Elements. NumPy's ufuncs take buffers of this size for operands that they cannot walk in one stride or must cast;
@@ -75,6 +79,18 @@ class Device(Protocol):
     batch_invariant: bool
     channels_last: bool
     captures: bool
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """The tiles that were measured best on it, of `tiles`; None where no kernel has any."""
+        ...
+
+    @property
+    def tiles(self) -> DeviceTiles | None: ...
+
+    def timer(self) -> Timer:
+        """What tiles are measured with. Raises DeviceError where there is nothing to measure."""
+        ...
 
     @property
     def lost(self) -> str: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_kernels.calls import one_after_the_other
+
+if TYPE_CHECKING:
+    from infera_gpu.devices.timing import Timer
 
 
 def _usual_threads() -> tuple[int, str]:
@@ -41,6 +44,8 @@ class CpuDevice:
     lost = ""
     tf32 = False
     batch_invariant = False
+    tuned = None
+    tiles = None
     xp: Any = np
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:
@@ -53,6 +58,9 @@ class CpuDevice:
     @property
     def launcher(self) -> Launcher:
         raise DeviceError("the CPU launches no Triton kernels")
+
+    def timer(self) -> Timer:
+        raise DeviceError("the CPU's kernels have no tiles that are measured; tune on a GPU")
 
     def running(self) -> AbstractContextManager[None]:
         if not self._working:

@@ -17,6 +17,7 @@ from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
 from infera_gpu.devices.ipc import SharedVram
 from infera_gpu.devices.ports import Ports, StagedPorts, Streams
+from infera_gpu.devices.timing import EventTimer
 from infera_gpu.devices.vram import Vram
 from infera_gpu.errors import DeviceError, DeviceLostError, OutOfMemoryError
 from infera_gpu.graph import HostArray
@@ -25,6 +26,7 @@ from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_kernels.calls import one_after_the_other
+from infera_kernels.tuning import DeviceTiles, Tuned
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation; CuPy's Python modules have no name for it."""
@@ -129,6 +131,7 @@ class CudaDevice:
         self.channels_last = find_spec("triton") is not None
         self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
         self._launcher: Launcher | None = None
+        self._tiles: DeviceTiles | None = None
         self._turnstile = Turnstile()
 
     @property
@@ -138,6 +141,20 @@ class CudaDevice:
 
             self._launcher = CudaLauncher(self.index, self._stream)
         return self._launcher
+
+    @property
+    def tiles(self) -> DeviceTiles | None:
+        if self._tiles is None and "triton" in self.kinds:
+            self._tiles = DeviceTiles.of(self.launcher)
+        return self._tiles
+
+    @property
+    def tuned(self) -> Tuned | None:
+        tiles = self.tiles
+        return None if tiles is None else tiles.tuned
+
+    def timer(self) -> EventTimer:
+        return EventTimer(self.xp, self._stream, self._device.attributes["L2CacheSize"])
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -15,13 +15,16 @@ from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.graphs import Calls
 from infera_gpu.devices.ports import DirectPorts, Ports
-from infera_gpu.errors import OutOfMemoryError
+from infera_gpu.devices.timing import Timer
+from infera_gpu.errors import DeviceError, OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_kernels.calls import one_after_the_other
+from infera_kernels.launch import nominal_target
+from infera_kernels.tuning import DeviceTiles, Tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class RecordingDevice:
         self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
         self.events: list[Event] = []
         self._launcher: Launcher | None = None
+        self.tiles = DeviceTiles(nominal_target(90)) if self.channels_last else None
 
     @property
     def launcher(self) -> Launcher:
@@ -72,6 +76,13 @@ class RecordingDevice:
 
             self._launcher = RecordingLauncher()
         return self._launcher
+
+    @property
+    def tuned(self) -> Tuned | None:
+        return None if self.tiles is None else self.tiles.tuned
+
+    def timer(self) -> Timer:
+        raise DeviceError(f"{self.name} only pretends to launch: there is nothing to measure; tune on a GPU")
 
     def running(self) -> AbstractContextManager[None]:
         return quiet_numpy()

@@ -72,16 +72,17 @@ def covers(given: Arranged | None) -> bool:
     return all(supports_append(*cache) for cache in given.caches)
 
 
-def room(given: Arranged | None, *, invariant: bool) -> int:
+def room(given: Arranged | None, site: Site) -> int:
     """Bytes of scratch."""
     from infera_kernels.triton.attention import attention_scratch
 
     assert given is not None
-    shapes = attention_scratch(given.q, given.k, given.v, given.out, invariant=invariant)
+    how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
+    shapes = attention_scratch(given.q, given.k, given.v, given.out, **how)
     return sum(aligned(4 * math.prod(s)) for s in shapes)
 
 
-def launches(given: Arranged, io: Buffers, *, invariant: bool) -> list[Call]:
+def launches(given: Arranged, io: Buffers, site: Site) -> list[Call]:
     from infera_kernels.triton import attention
     from infera_kernels.triton.cache import append
 
@@ -89,7 +90,7 @@ def launches(given: Arranged, io: Buffers, *, invariant: bool) -> list[Call]:
     for past, new, present in given.caches:
         calls += append(past, new, present, io.launcher, shift=0 if past is None else past.shape[2])
     q, k, v, out = given.q, given.k, given.v, given.out
-    how = {**given.operands, "invariant": invariant}
+    how = {**given.operands, "invariant": site.batch_invariant, "tuned": site.tuned}
     return [*calls, *attention.attention(q, k, v, out, io.launcher, io.scratch, given.options, **how)]
 
 
@@ -99,7 +100,7 @@ def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
     def bind(site: Site, io: Buffers) -> list[Call]:
         given = arrange(site, io.ins, io.outs)
         assert given is not None
-        return launches(given, io, invariant=site.batch_invariant)
+        return launches(given, io, site)
 
     return kernels(
         bind,
@@ -107,7 +108,7 @@ def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
         inplace=(),
         strided=True,
         strided_out=strided_out,
-        workspace=lambda site: room(arranged(site, arrange), invariant=site.batch_invariant),
+        workspace=lambda site: room(arranged(site, arrange), site),
     )
 
 

@@ -76,7 +76,9 @@ class Convolution:
         _, w, out = self.specs(site)
         found = self.window(self.first(site))
         plain = {*found.kernel, *found.strides} == {1} and not any(map(any, found.pads)) and self.groups(site) == 1
-        return plain and not self.transposed and splits_of(out, w, 1, invariant=site.batch_invariant) == 1
+        if not plain or self.transposed:
+            return False
+        return splits_of(out, w, 1, invariant=site.batch_invariant, tuned=site.tuned) == 1
 
     def padded(self, site: Site) -> int:
         """The channels that its input is copied with, for loads of several elements; 0 where it is read as it is."""
@@ -115,7 +117,7 @@ class Convolution:
         _, w, out = self.specs(site)
         if self.transposed or self.is_depthwise(site) or self.is_product(site):
             return None
-        return parts_shape(out, w, self.groups(site), invariant=site.batch_invariant)
+        return parts_shape(out, w, self.groups(site), invariant=site.batch_invariant, tuned=site.tuned)
 
     def workspace(self, site: Site) -> int:
         parts, padded, x = self.parts(site), self.padded(site), self.specs(site)[0]
@@ -141,7 +143,7 @@ class Convolution:
         if self.is_depthwise(site):
             return depthwise(x, self.weights(site, io), out, io.launcher, where, finish=finish)
         if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):
-            return _product(x, io.ins[1], out, finish, io, invariant=site.batch_invariant)
+            return _product(x, io.ins[1], out, finish, io, site)
         calls: list[Call] = []
         if padded := self.padded(site):
             from infera_kernels.triton.pad_channels import pad_channels
@@ -161,6 +163,7 @@ class Convolution:
             transposed=self.transposed,
             precision=TF32 if io.tf32 else IEEE,
             invariant=site.batch_invariant,
+            tuned=site.tuned,
         )
 
     def weights(self, site: Site, io: Buffers) -> Array:
@@ -193,7 +196,7 @@ def _widened(w: HostArray, channels: int) -> HostArray:
     return made
 
 
-def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers, *, invariant: bool) -> list[Call]:
+def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers, site: Site) -> list[Call]:
     from infera_kernels.triton.matmul import matmul
     from infera_kernels.triton.tiles import IEEE, TF32
 
@@ -208,7 +211,8 @@ def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers, *, invari
         act_alpha=finish.alpha,
         act_beta=finish.beta,
         precision=TF32 if io.tf32 else IEEE,
-        invariant=invariant,
+        invariant=site.batch_invariant,
+        tuned=site.tuned,
     )
 
 

@@ -149,14 +149,14 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
         assert given is not None
     for how in given.appended:
         calls += cache.append(**how, launcher=io.launcher, shift=given.shift or 0)
-    return [*calls, *launches(given.attention, io, invariant=site.batch_invariant)]
+    return [*calls, *launches(given.attention, io, site)]
 
 
 def _workspace(site: Site) -> int:
     given = _arrange(site, [*map(stand_in, site.ins)], [*map(stand_in, site.outs)])
     assert given is not None
     turned = sum(aligned(spec.nbytes) for spec in _turned_specs(site))
-    return turned + room(given.attention, invariant=site.batch_invariant)
+    return turned + room(given.attention, site)
 
 
 GROUPED = kernels(_bind, _supports, inplace=(), strided=True, workspace=_workspace)

@@ -38,7 +38,7 @@ def _parts(site: Site) -> int:
     from infera_kernels.triton.matmul import parts_of
 
     a, b, out = (TensorSpec(shape, site.outs[0].dtype) for shape in _matrices(site))
-    return parts_of(a, b, out, invariant=site.batch_invariant)
+    return parts_of(a, b, out, invariant=site.batch_invariant, tuned=site.tuned)
 
 
 def _partial_bytes(site: Site) -> int:
@@ -91,6 +91,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         precision=TF32 if io.tf32 else IEEE,
         partial=io.scratch((parts, out.size), np.float32) if parts > 1 else None,
         invariant=site.batch_invariant,
+        tuned=site.tuned,
     )
     return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
 

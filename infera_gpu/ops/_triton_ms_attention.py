@@ -99,12 +99,12 @@ def _bind_heads(site: Site, io: Buffers) -> list[Call]:
         start += width
     given = _arrange_heads(site, ins, io.outs)
     assert given is not None
-    return [*calls, *launches(given, io, invariant=site.batch_invariant)]
+    return [*calls, *launches(given, io, site)]
 
 
 def _room_heads(site: Site) -> int:
     sums = sum(aligned(site.spec(i).nbytes) for i in range(_biased(site)))
-    return sums + room(arranged(site, _arrange_heads), invariant=site.batch_invariant)
+    return sums + room(arranged(site, _arrange_heads), site)
 
 
 MULTI_HEAD = kernels(_bind_heads, _supports_heads, inplace=(), strided=True, workspace=_room_heads)
@@ -152,10 +152,11 @@ def _bind_merged(site: Site, io: Buffers) -> list[Call]:
     spec = _projection(site)
     product = io.scratch(spec.dims, spec.dtype)
     bias = io.ins[2] if site.has(2) else None
-    calls = matmul(io.ins[0], io.ins[1], product, io.launcher, bias=bias, invariant=site.batch_invariant)
+    how: dict[str, Any] = {"bias": bias, "invariant": site.batch_invariant, "tuned": site.tuned}
+    calls = matmul(io.ins[0], io.ins[1], product, io.launcher, **how)
     given = _arrange_merged(site, product, io.ins, io.outs)
     assert given is not None
-    return [*calls, *launches(given, io, invariant=site.batch_invariant)]
+    return [*calls, *launches(given, io, site)]
 
 
 MERGED = kernels(
@@ -163,7 +164,7 @@ MERGED = kernels(
     _supports_merged,
     inplace=(),
     strided=False,
-    workspace=lambda site: aligned(_projection(site).nbytes) + room(_stood_in(site), invariant=site.batch_invariant),
+    workspace=lambda site: aligned(_projection(site).nbytes) + room(_stood_in(site), site),
 )
 
 OPS: tuple[Op, ...] = ()

@@ -71,7 +71,7 @@ def nbits(sizes: Sizes) -> Kernels:
         wide = None if shape is None else io.scratch(shape, site.spec(0).dtype)
         bias = io.ins[5] if site.has(5) else None
         x, out = io.ins[0].reshape(-1, k), io.outs[0].reshape(-1, n)
-        return nbits_matmul(x, weight, bias, out, wide, io.launcher, invariant=site.batch_invariant)
+        return nbits_matmul(x, weight, bias, out, wide, io.launcher, invariant=site.batch_invariant, tuned=site.tuned)
 
     return kernels(bind, supports, inplace=(), strided=False, workspace=workspace)
 

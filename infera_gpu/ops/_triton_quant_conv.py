@@ -91,6 +91,7 @@ def integer_conv(form: Form) -> Kernels:
             signed_zeros=product.without_part(site, weight, weight_zero),
             scaling=form.scales(site, get),
             bias=io.ins[form.bias] if form.bias > 0 and site.has(form.bias) else None,
+            tuned=site.tuned,
         )
 
     return kernels(bind, supports, inplace=(), strided=True, strided_out=True)

@@ -135,6 +135,7 @@ def _product(
         signed_zeros=without_part(site, b, b_zero),
         scaling=scaling,
         bias=io.ins[form.bias] if form.bias is not None and site.has(form.bias) else None,
+        tuned=site.tuned,
     )
 
 

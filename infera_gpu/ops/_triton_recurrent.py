@@ -43,7 +43,8 @@ def _pieces(site: Site, sizes: Sizes) -> list[tuple[int, ...]]:
     rows, columns = _gate_shape(site, sizes)
     depth, dtype = site.spec(0).dims[2], site.spec(0).dtype
     a, b, out = (TensorSpec(s, dtype) for s in ((rows, depth), (depth, columns), (rows, columns)))
-    parts, state = parts_of(a, b, out, invariant=site.batch_invariant), (directions, batch, hidden)
+    parts = parts_of(a, b, out, invariant=site.batch_invariant, tuned=site.tuned)
+    state = directions, batch, hidden
     gru = site.node.op == "GRU" and not site.attrs["linear_before_reset"]
     return [
         (rows, columns),
@@ -104,7 +105,8 @@ def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
             w, r, bias, peephole = (_widened(site, io, i) for i in _WEIGHTS)
         assert gates is not None
         weights = w.reshape(-1, w.shape[2]).swapaxes(0, 1)
-        calls += matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, partial=partial, invariant=invariant)
+        how: dict[str, Any] = {"partial": partial, "invariant": invariant, "tuned": site.tuned}
+        calls += matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, **how)
         swapped = _first(site)
 
         def seen(a: Array | None) -> Array | None:

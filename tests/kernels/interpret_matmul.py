@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
 from infera_kernels.triton import matmul, skinny, tiles
+from infera_kernels.triton.matmul_kernel import matmul_kernel
 
 pytestmark = pytest.mark.kernels
 
@@ -31,8 +32,8 @@ def _largest_tile(kind: str) -> tiles.Tile:
 def test_matmul(m: int, n: int, k: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
     a, b, out = random((m, k), dtype), random((k, n), dtype, seed=1), Guarded((m, n), dtype)
     execute(matmul.matmul(a, b, out.array, interpreter))
-    launch = only(interpreter, matmul.matmul_kernel if m > 1 else skinny.matvec_kernel)
-    tile = tiles.pick_tile(m, n, 1, "ieee" if dtype == F32 else "half", interpreter.target)
+    launch = only(interpreter, matmul_kernel if m > 1 else skinny.matvec_kernel)
+    tile = tiles.pick_tile(m, n, k, 1, "ieee" if dtype == F32 else "half", interpreter.target)
     assert launch.constexprs["BN"] == (tile.n if m > 1 else skinny.pick_strip(n, k, 1, along_k=False).n)
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
 
@@ -45,7 +46,7 @@ def test_matmul_largest_tile(kind: str, interpreter: InterpreterLauncher) -> Non
     out = Guarded((tile.m + 1, tile.n + 1), dtype)
     precision = "ieee" if kind == "half" else kind
     execute(matmul.matmul(a, b, out.array, interpreter, tile=tile, precision=precision))
-    assert only(interpreter, matmul.matmul_kernel).grid == (4, 1, 1)
+    assert only(interpreter, matmul_kernel).grid == (4, 1, 1)
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
 
 
@@ -54,7 +55,7 @@ def test_matmul_groups_of_tiles(interpreter: InterpreterLauncher) -> None:
     shape = 9 * tile.m + 1, 2 * tile.n + 1
     a, b, out = random((shape[0], 5), F32), random((5, shape[1]), F32, seed=1), Guarded(shape, F32)
     execute(matmul.matmul(a, b, out.array, interpreter, tile=tile))
-    launch = only(interpreter, matmul.matmul_kernel)
+    launch = only(interpreter, matmul_kernel)
     assert launch.grid == (10 * 3, 1, 1)
     assert launch.constexprs["GROUP"] < 10
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
@@ -66,7 +67,7 @@ def test_matmul_orders(order: str, interpreter: InterpreterLauncher) -> None:
     b = random((34, 21), F32, seed=1) if order[1] == "N" else random((21, 34), F32, seed=1).T
     out = Guarded((19, 21), F32)
     execute(matmul.matmul(a, b, out.array, interpreter))
-    args = only(interpreter, matmul.matmul_kernel).args
+    args = only(interpreter, matmul_kernel).args
     assert args["a_k" if order[0] == "N" else "a_m"] == Const(1)
     assert args["b_n" if order[1] == "N" else "b_k"] == Const(1)
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
@@ -87,7 +88,7 @@ def test_matmul_batches(a: tuple[int, ...], b: tuple[int, ...], interpreter: Int
     want = x.astype(np.float64) @ y.astype(np.float64)
     out = Guarded(want.shape, F32)
     execute(matmul.matmul(x, y, out.array, interpreter))
-    only(interpreter, matmul.matmul_kernel)
+    only(interpreter, matmul_kernel)
     assert_close(out, want, error=1e-6)
 
 
@@ -109,7 +110,7 @@ def test_matmul_epilogue(activation: str | None, dtype: Any, interpreter: Interp
             **bounds,  # type: ignore[arg-type]
         )
     )
-    only(interpreter, matmul.matmul_kernel)
+    only(interpreter, matmul_kernel)
     wide = [v.astype(np.float64) for v in (a, b, bias, residual)]
     want = 0.5 * (wide[0] @ wide[1]) + wide[2] - 2 * wide[3]
     assert_close(out, want if activation is None else UNARY[activation][0](want), error=1e-6)
@@ -181,8 +182,9 @@ def test_small_shared_memory_takes_another_tile() -> None:
     small = InterpreterLauncher(Target(86, 1, 99 * 1024))
     out = Guarded((128, 128), np.float16)
     execute(matmul.matmul(a, b, out.array, small))
-    constexprs = only(small, matmul.matmul_kernel).constexprs
-    assert (constexprs["BM"], constexprs["BN"], constexprs["BK"]) == (128, 128, 32)
+    launch = only(small, matmul_kernel)
+    assert [launch.constexprs[name] for name in ("BM", "BN", "BK")] == [128, 128, 64]
+    assert launch.options["num_stages"] == 3
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
 
 
@@ -195,12 +197,12 @@ def test_one_matrix_for_a_whole_batch_is_one_tall_product(
     a, b, out = random((2, 3, 5), F32), random((1, 5, 4), F32, seed=1), Guarded((2, 3, 4), F32)
     added = None if residual is None else random(residual, F32, seed=2)
     execute(matmul.matmul(a, b, out.array, interpreter, residual=added))
-    assert only(interpreter, matmul.matmul_kernel).args["M"] == rows
+    assert only(interpreter, matmul_kernel).args["M"] == rows
     assert_close(out, a.astype(np.float64) @ b + (0 if added is None else added), error=1e-6)
 
 
 def test_rows_that_do_not_follow_each_other_stay_a_batch(interpreter: InterpreterLauncher) -> None:
     a, b, out = random((3, 2, 5), F32).transpose(1, 0, 2), random((5, 4), F32, seed=1), Guarded((2, 3, 4), F32)
     execute(matmul.matmul(a, b, out.array, interpreter))
-    assert only(interpreter, matmul.matmul_kernel).args["M"] == 3
+    assert only(interpreter, matmul_kernel).args["M"] == 3
     assert_close(out, a.astype(np.float64) @ b, error=1e-6)

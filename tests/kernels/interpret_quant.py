@@ -151,6 +151,6 @@ def test_convolutions_are_exact(group: int, kind: str, left: str, last: bool, in
     execute(integer_conv.integer_conv(x, filters, seen, interpreter, tile=tile, **options))
     out.check_guards()
     launch = only(interpreter, integer_conv.integer_conv_kernel)
-    assert launch.grid == (2, 1, group)
+    assert launch.grid == (2 * group, 1, 1)
     assert launch.constexprs["BK"] == 32
     np.testing.assert_array_equal(seen, want)

@@ -142,14 +142,14 @@ class TestPickTile:
 
     @pytest.mark.parametrize("m", [1, 8, 16])
     def test_few_rows_take_a_flat_tile(self, m: int) -> None:
-        assert tiles.pick_tile(m, 4096, 1, "half", self.h100).m == 16
+        assert tiles.pick_tile(m, 4096, 4096, 1, "half", self.h100).m == 16
 
     def test_large_outputs_take_the_largest_tile(self) -> None:
-        tile = tiles.pick_tile(8192, 8192, 1, "half", self.h100)
-        assert (tile.m, tile.n) == (128, 128)
+        tile = tiles.pick_tile(8192, 8192, 8192, 1, "half", self.h100)
+        assert (tile.m, tile.n) == (128, 256)
 
     def test_a_batch_counts_as_work(self) -> None:
-        alone, batched = (tiles.pick_tile(128, 128, b, "half", self.h100) for b in (1, 512))
+        alone, batched = (tiles.pick_tile(128, 128, 768, b, "half", self.h100) for b in (1, 512))
         assert alone.m * alone.n < batched.m * batched.n
 
     @pytest.mark.parametrize("kind", tiles.TILES)
@@ -157,7 +157,7 @@ class TestPickTile:
         least = Target(86, 1, 99 * 1024)
         for m in (1, 17, 64, 200, 4096):
             for n in (1, 64, 130, 4096):
-                assert tiles.pick_tile(m, n, 1, kind, least).shared_bytes(kind) <= least.shared_bytes
+                assert tiles.pick_tile(m, n, 4096, 1, kind, least).shared_bytes(kind) <= least.shared_bytes
 
     @pytest.mark.parametrize("kind", tiles.TILES)
     def test_no_tile_is_beyond_the_largest_gpu(self, kind: str) -> None:

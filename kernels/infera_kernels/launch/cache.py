@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 
-from infera_kernels.disk import default_directory
+from infera_kernels.disk import default_directory, replace_file
 from infera_kernels.launch.compile import Binary, KernelSpec
 
 _log = logging.getLogger(__name__)
@@ -45,18 +43,11 @@ class KernelCache:
         if not self._writable:
             return
         spec = binary.spec.to_json()
-        temporary = ""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            fd, temporary = tempfile.mkstemp(dir=self.directory, prefix=".", suffix=".tmp")
-            with os.fdopen(fd, "wb") as f:
-                f.write(f"{_digest(spec, binary.cubin)} {spec}\n".encode() + binary.cubin)
-            os.replace(temporary, self.path(key))
+            replace_file(self.path(key), f"{_digest(spec, binary.cubin)} {spec}\n".encode() + binary.cubin)
         except OSError as e:
             self._writable = False
             _log.warning("compiled kernels are not kept: %s; set INFERA_CACHE_DIR to a writable directory", e)
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
 
 
 def _digest(spec: str, cubin: bytes) -> str:

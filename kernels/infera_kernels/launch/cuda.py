@@ -64,6 +64,7 @@ class CupyDriver:
             int(device.compute_capability),
             attributes["MultiProcessorCount"],
             attributes["MaxSharedMemoryPerBlockOptin"],
+            cupy.cuda.runtime.getDeviceProperties(device_id)["name"].decode(),
         )
 
     def load(self, device_id: int, cubin: bytes, name: str) -> Address:

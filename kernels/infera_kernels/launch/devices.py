@@ -29,6 +29,11 @@ class Architecture:
     """The most that are resident."""
     blocks: int
     """The most that are resident."""
+    l2_bytes_per_cycle: float
+    """From L2 to a multiprocessor where all of them load. The A100's whitepaper states 5120 a cycle for 108 of them;
+    of others nothing is stated: Hopper and Blackwell are taken to be like it, cards with GDDR to have two thirds."""
+    l2_bytes: int
+    """Of the usual card."""
     registers: int = 65536
     """Of 32 bits. A warp takes them in units of REGISTER_UNIT."""
     source: str = GUIDE
@@ -44,22 +49,20 @@ REGISTER_UNIT = 256
 THREAD_REGISTERS = 255
 """The most of one thread."""
 
-L2_BYTES_PER_CYCLE = 64
-"""From L2 to one multiprocessor, at most. The A100's whitepaper states 5120 bytes a cycle for all of its L2, of which
-108 multiprocessors can take 47 each; later ones state nothing."""
+_MIB = 2**20
 
 ARCHITECTURES: Mapping[int, Architecture] = MappingProxyType(
     {
         a.arch: a
         for a in (
-            Architecture(80, 164 * 1024, 163 * 1024, warps=64, blocks=32),
-            Architecture(86, 100 * 1024, 99 * 1024, warps=48, blocks=16),
-            Architecture(87, 164 * 1024, 163 * 1024, warps=48, blocks=16),
-            Architecture(89, 100 * 1024, 99 * 1024, warps=48, blocks=24),
-            Architecture(90, 228 * 1024, 227 * 1024, warps=64, blocks=32),
-            Architecture(100, 228 * 1024, 227 * 1024, warps=64, blocks=32),
-            Architecture(103, 228 * 1024, 227 * 1024, warps=64, blocks=32),
-            Architecture(120, 100 * 1024, 99 * 1024, warps=48, blocks=24),
+            Architecture(80, 164 * 1024, 163 * 1024, 64, 32, l2_bytes_per_cycle=47, l2_bytes=40 * _MIB),
+            Architecture(86, 100 * 1024, 99 * 1024, 48, 16, l2_bytes_per_cycle=32, l2_bytes=6 * _MIB),
+            Architecture(87, 164 * 1024, 163 * 1024, 48, 16, l2_bytes_per_cycle=32, l2_bytes=4 * _MIB),
+            Architecture(89, 100 * 1024, 99 * 1024, 48, 24, l2_bytes_per_cycle=32, l2_bytes=48 * _MIB),
+            Architecture(90, 228 * 1024, 227 * 1024, 64, 32, l2_bytes_per_cycle=47, l2_bytes=50 * _MIB),
+            Architecture(100, 228 * 1024, 227 * 1024, 64, 32, l2_bytes_per_cycle=47, l2_bytes=126 * _MIB),
+            Architecture(103, 228 * 1024, 227 * 1024, 64, 32, l2_bytes_per_cycle=47, l2_bytes=126 * _MIB),
+            Architecture(120, 100 * 1024, 99 * 1024, 48, 24, l2_bytes_per_cycle=32, l2_bytes=96 * _MIB),
         )
     }
 )
@@ -69,7 +72,7 @@ MULTIPROCESSORS: Mapping[int, int] = MappingProxyType(
 )
 """Of the usual card of each."""
 
-LEAST = Architecture(80, 100 * 1024, 99 * 1024, warps=48, blocks=16)
+LEAST = Architecture(80, 100 * 1024, 99 * 1024, 48, 16, l2_bytes_per_cycle=32, l2_bytes=4 * _MIB)
 """What every GPU since sm_80 has."""
 
 
@@ -130,7 +133,6 @@ class Device:
         return self.multiprocessors * clock * self.flops_per_cycle[kind]
 
 
-_MIB = 2**20
 _HOPPER_PAPER = "NVIDIA H100 Tensor Core GPU Architecture, v1.04, table 2"
 _AMPERE_PAPER = "NVIDIA A100 Tensor Core GPU Architecture, v1.0, tables 1 and 4"
 

@@ -45,6 +45,8 @@ class Target:
     multiprocessors: int
     shared_bytes: int
     """The most dynamic shared memory that one block may opt in to."""
+    name: str = ""
+    """What CUDA calls the card; empty for none in particular."""
 
 
 def nominal_target(arch: int) -> Target:

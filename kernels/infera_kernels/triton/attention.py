@@ -10,9 +10,19 @@ from typing import Any, Literal
 import numpy as np
 
 from infera_kernels.calls import Call, Scratch
-from infera_kernels.launch import Const, Launcher, Typed, target_of
+from infera_kernels.launch import Const, Launcher, Typed, nominal_target, target_of
 from infera_kernels.triton.attention_kernels import attention_kernel, combine_kernel
-from infera_kernels.triton.attention_tiles import WIDEST, Tile, padded, pick_splits, pick_tile, registers
+from infera_kernels.triton.attention_tiles import (
+    SIZES,
+    WIDEST,
+    Cut,
+    Tile,
+    candidates,
+    cycles,
+    padded,
+    predicted,
+    registers,
+)
 from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import (
     FLOATS,
@@ -28,6 +38,12 @@ from infera_kernels.triton.layout import (
     span,
 )
 from infera_kernels.triton.units import each_in_units, in_units
+from infera_kernels.tuning import Family, Tuned, choose
+
+ATTENTION = Family(
+    *("attention", SIZES, 3, Cut, candidates, predicted, (attention_kernel, combine_kernel)), estimate=cycles
+)
+"""What scratch the splits take is asked before strides are known: no layout."""
 
 PACKED_ROWS = 64
 """Heads that share keys become rows of one tile while there are no more rows than these."""
@@ -90,7 +106,7 @@ def _lead_of(x: Typed, rank: int) -> Dims:
     return (*(1,) * (rank - len(x.shape)), *x.shape[:-2])
 
 
-def _work(q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool) -> _Work:
+def _work(q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool, tuned: Tuned | None) -> _Work:
     rank, (queries, size) = len(out.shape), out.shape[-2:]
     lead, keys = tuple(out.shape[:-2]), k.shape[-2]
     shared = all(_lead_of(x, rank)[-1:] == (1,) for x in (k, v))
@@ -100,8 +116,10 @@ def _work(q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool) -> _Work
     kind = "ieee" if name_of(q) == "float32" else "half"
     rows = members * queries
     matrices = entries_seen(lead[0], invariant=invariant) * math.prod(lead[1:]) if lead else 1
-    tile = pick_tile(kind, max(q.shape[-1], size), rows, keys, matrices)
-    return _Work(lead, members, queries, keys, tile, pick_splits(tile, rows, keys, matrices))
+    sizes = {"rows": rows, "matrices": matrices, "keys": keys, "size": max(q.shape[-1], size)}
+    target = nominal_target(90) if tuned is None else tuned.target
+    cut = choose(ATTENTION, ATTENTION.problem(kind, sizes), target, None if invariant else tuned)
+    return _Work(lead, members, queries, keys, cut.tile, cut.splits)
 
 
 def _any_empty(*given: Typed | None) -> bool:
@@ -154,11 +172,13 @@ def supports_attention(
         return False
 
 
-def attention_scratch(q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool = False) -> tuple[Dims, ...]:
+def attention_scratch(
+    q: Typed, k: Typed, v: Typed, out: Typed, *, invariant: bool = False, tuned: Tuned | None = None
+) -> tuple[Dims, ...]:
     """The shapes of the float32 scratch that `attention` asks for."""
     if 0 in out.shape:
         return ()
-    work = _work(q, k, v, out, invariant=invariant)
+    work = _work(q, k, v, out, invariant=invariant, tuned=tuned)
     rows = work.matrices, work.splits, work.rows
     return ((*rows, out.shape[-1]), rows, rows) if work.splits > 1 else ()
 
@@ -184,18 +204,19 @@ def attention(
     lengths: Any = None,
     sink: Any = None,
     invariant: bool = False,
+    tuned: Tuned | None = None,
 ) -> list[Call]:
     """out = softmax(scale q kᵀ + masks) v with sums and weights in float32, whatever the strides.
 
     A `sink` is a score more for every row, of a key whose value is zero. Shapes and types as `supports_attention` says.
-    `invariant` entries of the first leading axis are the same bits however many there are.
+    `invariant` entries of the first leading axis are the same bits however many there are; nothing is tuned for them.
     """
     if not supports_attention(q, k, v, out, masks, condition, lengths, sink):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (q, k, v, *masks, condition, out) if x is not None)
         raise ValueError(f"attention: no kernel for {given}")
     if 0 in out.shape:
         return []
-    work = _work(q, k, v, out, invariant=invariant)
+    work = _work(q, k, v, out, invariant=invariant, tuned=tuned)
     tile = work.tile
     lead, m, n = tuple(out.shape[:-2]), work.queries, work.keys
     first, second = (*masks, None, None)[:2]
@@ -271,7 +292,7 @@ def attention(
     if work.splits == 1:
         return [launcher.launch(attention_kernel, grid, args, constexprs, **how)]
     parts, peaks, totals = (
-        scratch(shape, np.float32) for shape in attention_scratch(q, k, v, out, invariant=invariant)
+        scratch(shape, np.float32) for shape in attention_scratch(q, k, v, out, invariant=invariant, tuned=tuned)
     )
     joined = {name: args[name] for name in ("out", "M", "rows", "lead", "out_lead", "out_steps")}
     joined |= {"parts": parts, "peaks": peaks, "totals": totals}

@@ -1,4 +1,4 @@
-"""Attention tiles, and the choice among them: a model of one GPU block, not a measurement."""
+"""Attention tiles, and the choice among them: an estimate for the GPU at hand, not a measurement."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from infera_kernels.launch import Target
+from infera_kernels.launch import Target, nominal_target
+from infera_kernels.launch.devices import architecture_of
 from infera_kernels.triton.layout import ceil_div, next_power_of_two
+from infera_kernels.tuning import Problem
+from infera_kernels.tuning.cost import ITEMSIZE, LATENCY, SHARED_BYTES_PER_CYCLE, products_per_cycle, resident
 
 SLOTS = 132
 """Programs that fill a GPU: the multiprocessors of the largest one in use. Not the target's own: how much scratch a
@@ -23,16 +26,14 @@ SINGLES = 4
 WIDEST = 512
 """The largest head size: beyond it the sums of a tile leave no registers."""
 
-_ITEMSIZE = {"half": 2, "ieee": 4}
+_EXPONENTIALS_PER_CYCLE = 16
+"""Of a multiprocessor (CUDA C++ Programming Guide, table 'Throughput of Native Arithmetic Instructions')."""
 
-_PRODUCTS_PER_CYCLE = {"half": 1024, "ieee": 64}
-"""Multiply-adds a cycle and multiprocessor (A100 whitepaper, table 1); other architectures keep the proportions."""
+_OTHERS_A_WEIGHT = 8
+"""Operations in float32 that a weight takes beside its exponential, about."""
 
-_LOADED_PER_CYCLE = 64
-"""Bytes a cycle and multiprocessor from L2 (the same source)."""
-
-_CYCLES_A_WEIGHT = 1 / 16 + 8 / 64
-"""An exponential, 16 a cycle and multiprocessor, and some eight other operations."""
+_OTHER_REGISTERS = 72
+"""Of a thread, beside its sums and weights. Compiled kernels have 60 to 90."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,23 @@ class Tile:
     stages: int
     depth: int = 0
 
-    def cycles(self, kind: str, size: int) -> float:
-        """Of one multiprocessor for one key: loading it, both products, and weights, as if they did not overlap."""
-        loading = 2 * size * _ITEMSIZE[kind] / _LOADED_PER_CYCLE
-        return loading + self.rows * (2 * size / _PRODUCTS_PER_CYCLE[kind] + _CYCLES_A_WEIGHT)
+    def step_cycles(self, kind: str, size: int, target: Target) -> tuple[float, float, float]:
+        """Of one multiprocessor for `keys` keys: loading them, both products, and weights."""
+        rate = products_per_cycle(kind, target, self.rows, self.warps)
+        weight = 1 / _EXPONENTIALS_PER_CYCLE + _OTHERS_A_WEIGHT / products_per_cycle("ieee", target)
+        nbytes = 2 * self.keys * size * ITEMSIZE[kind]
+        rows = 64 if target.arch >= 90 and self.rows >= 64 else 16  # that read keys and values together
+        readers = min(self.warps, ceil_div(self.rows, rows))
+        shared = 0 if self.rows == 1 else nbytes * (1 + readers) / SHARED_BYTES_PER_CYCLE
+        loading = max(shared, nbytes / architecture_of(target.arch).l2_bytes_per_cycle)
+        return loading, 2 * self.rows * self.keys * size / rate, self.rows * self.keys * weight
+
+    def resident(self, kind: str, size: int, target: Target) -> int:
+        """Blocks that fit on a multiprocessor beside each other, at least 1: what is listed compiles and fits."""
+        wide = padded(size)
+        held = self.rows * (wide + self.keys) // (32 * self.warps) + _OTHER_REGISTERS
+        loaded = 0 if self.rows == 1 else (2 * self.keys * self.stages + self.rows) * wide * ITEMSIZE[kind]
+        return max(1, resident(self.warps, min(held, 255), min(loaded, target.shared_bytes), target))
 
     def padded(self, size: int) -> int:
         """Elements of a head as the products of queries and keys see it."""
@@ -99,17 +113,78 @@ def pick_splits(tile: Tile, rows: int, keys: int, matrices: int) -> int:
     return max(1, min(SLOTS // programs, ceil_div(keys, SPLIT_KEYS), MOST_SPLITS))
 
 
-def pick_tile(kind: str, size: int, rows: int, keys: int, matrices: int) -> Tile:
-    """The tile with the least estimated time, of equals the larger.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How attention is cut up: a tile, and the parts that the keys are split into."""
 
-    `size` is the larger of the head sizes; `rows` of queries stand against the same keys, `matrices` times. Every slot
-    runs ceil(programs / slots) of them, one after the other.
-    """
-    tiles = next(tiles for most, tiles in TILES[kind].items() if size <= most)
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    depth: int
+    splits: int
 
-    def cost(tile: Tile) -> tuple[float, int]:
-        splits = pick_splits(tile, rows, keys, matrices)
-        waves = ceil_div(matrices * splits * ceil_div(rows, tile.rows), SLOTS)
-        return waves * ceil_div(keys, splits) * tile.cycles(kind, size), -tile.rows
+    @property
+    def tile(self) -> Tile:
+        return Tile(self.rows, self.keys, self.warps, self.stages, self.depth)
 
-    return min((t for t in tiles if t.rows > 1 or rows <= SINGLES), key=cost)
+
+def _cut(tile: Tile, splits: int) -> Cut:
+    return Cut(tile.rows, tile.keys, tile.warps, tile.stages, tile.depth, splits)
+
+
+SIZES = ("rows", "matrices", "keys", "size")
+"""`rows` of queries stand against the same keys, `matrices` times; `size` is the larger of the head sizes."""
+
+
+def _tiles(problem: Problem) -> list[Tile]:
+    rows, _, _, size = problem.sizes
+    tiles = next(tiles for most, tiles in TILES[problem.kind].items() if size <= most)
+    return [t for t in tiles if t.rows > 1 or rows <= SINGLES]
+
+
+def candidates(problem: Problem, target: Target) -> tuple[Cut, ...]:
+    """Every tile, with the usual number of splits, half of it, twice it and one."""
+    rows, matrices, keys, _ = problem.sizes
+    most = min(ceil_div(keys, SPLIT_KEYS), MOST_SPLITS)
+    made: dict[Cut, None] = {}
+    for tile in _tiles(problem):
+        usual = pick_splits(tile, rows, keys, matrices)
+        for splits in (usual, usual // 2, 2 * usual, 1):
+            if 1 <= splits <= max(most, usual):
+                made[_cut(tile, splits)] = None
+    return tuple(made)
+
+
+def cycles(problem: Problem, cut: Cut, target: Target) -> float:
+    """Of all of a problem. Alone on its multiprocessor a block waits for its products and then for its weights; of
+    several one computes while others wait."""
+    rows, matrices, keys, size = problem.sizes
+    tile = cut.tile
+    loading, products, weights = tile.step_cycles(problem.kind, size, target)
+    loading *= min(1.0, keys / tile.keys)
+    side_by_side = tile.resident(problem.kind, size, target)
+    steps = ceil_div(ceil_div(keys, cut.splits), tile.keys)
+    hidden = LATENCY / max(tile.stages - 1, 1)
+
+    def round_of(blocks: int) -> float:
+        alone = loading + products + weights
+        busy = max(blocks * max(loading, products, weights), alone)
+        return LATENCY + max(steps * busy, (steps - 1) * hidden) + steps * alone / 8
+
+    blocks = matrices * cut.splits * ceil_div(rows, tile.rows)
+    full, rest = divmod(ceil_div(blocks, target.multiprocessors), side_by_side)
+    return full * round_of(side_by_side) + (round_of(rest) if rest else 0.0)
+
+
+def predicted(problem: Problem, target: Target) -> Cut:
+    """The tile with the least estimated time, of equals the larger, and the usual number of splits."""
+    rows, matrices, keys, _ = problem.sizes
+    usual = [_cut(tile, pick_splits(tile, rows, keys, matrices)) for tile in _tiles(problem)]
+    return min(usual, key=lambda cut: (cycles(problem, cut, target), -cut.rows))
+
+
+def pick_tile(kind: str, size: int, rows: int, keys: int, matrices: int, target: Target | None = None) -> Tile:
+    """The predicted tile."""
+    problem = Problem("", kind, (rows, matrices, keys, size))
+    return predicted(problem, nominal_target(90) if target is None else target).tile

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Const, Launcher, Typed, target_of
+from infera_kernels.launch import Const, Launcher, Target, Typed, nominal_target, target_of
 from infera_kernels.triton.conv_kernel import conv_kernel, join_kernel
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
 from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, element_strides, fold_one, name_of
-from infera_kernels.triton.tiles import HALF, IEEE, TF32, TF32X3, Tile, pick_tile
+from infera_kernels.triton.products import GROUP
+from infera_kernels.triton.skinny import Parts
+from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TF32X3, Tile, cycles, ending, fitting, predicted
+from infera_kernels.tuning import Family, Problem, Tuned, choose
 
-_GROUP = 8
-"""Tile rows whose blocks run side by side, as in matmul."""
+CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, predicted, (conv_kernel,), cycles)
+"""`k` is the depth, all channels of all taps; `batch` counts groups, phases and splits; `layout` is which axis of the
+image and of the weights is contiguous, channels "c" or none, and the `ending`."""
 
 _BUSY = 128
 """Programs that keep a GPU busy. Of no GPU in particular: scratch is announced before there is one."""
@@ -89,19 +93,47 @@ def supports_conv(
     return fits and terms and small and known
 
 
-def splits_of(out: Typed, w: Typed, groups: int, *, invariant: bool = False) -> int:
+def _split_count(problem: Problem, target: Target) -> Parts:
+    """As many programs as keep a GPU busy, where that takes enough of them."""
+    most = _most_splits(problem)
+    return Parts(most if most >= _WORTH else 1)
+
+
+def _most_splits(problem: Problem) -> int:
+    m, batch, n, k = problem.sizes[:4]
+    programs = batch * ceil_div(m, _TYPICAL) * ceil_div(n, _TYPICAL)
+    return min(_BUSY // max(programs, 1), k // _SHARE)
+
+
+def _splits(problem: Problem, target: Target) -> tuple[Parts, ...]:
+    most = _most_splits(problem)
+    return tuple(Parts(n) for n in sorted({1, most // 4, most // 2, most} - {0}))
+
+
+SPLITS = Family("conv_splits", (*SIZES, "taps"), 2, Parts, _splits, _split_count, (conv_kernel, join_kernel))
+"""Into how many parts the sums of a convolution are split."""
+
+
+def splits_of(out: Typed, w: Typed, groups: int, *, invariant: bool = False, tuned: Tuned | None = None) -> int:
     """Into how many parts a convolution's sums are split, each a program's: more than 1 where the outputs are few."""
     images = entries_seen(out.shape[0], invariant=invariant)
-    pixels, channels = images * math.prod(out.shape[1:-1]), out.shape[-1] // groups
-    programs = groups * ceil_div(pixels, _TYPICAL) * ceil_div(channels, _TYPICAL)
-    depth = math.prod(w.shape[1:])
-    splits = int(min(_BUSY // max(programs, 1), depth // _SHARE))
-    return splits if splits >= _WORTH else 1
+    sizes = {
+        "m": images * math.prod(out.shape[1:-1]),
+        "batch": groups,
+        "n": out.shape[-1] // groups,
+        "k": math.prod(w.shape[1:]),
+        "taps": math.prod(w.shape[1:-1]),
+    }
+    problem = SPLITS.problem(IEEE if name_of(w) == "float32" else HALF, sizes)
+    target = nominal_target(90) if tuned is None else tuned.target
+    return choose(SPLITS, problem, target, None if invariant else tuned).count
 
 
-def parts_shape(out: Typed, w: Typed, groups: int, *, invariant: bool = False) -> Dims | None:
+def parts_shape(
+    out: Typed, w: Typed, groups: int, *, invariant: bool = False, tuned: Tuned | None = None
+) -> Dims | None:
     """The scratch, in float32, that a convolution takes; None where it takes none."""
-    splits = splits_of(out, w, groups, invariant=invariant)
+    splits = splits_of(out, w, groups, invariant=invariant, tuned=tuned)
     return (splits, math.prod(out.shape[:-1]), out.shape[-1]) if splits > 1 and math.prod(out.shape) else None
 
 
@@ -153,13 +185,14 @@ def conv(
     precision: str = IEEE,
     tile: Tile | None = None,
     invariant: bool = False,
+    tuned: Tuned | None = None,
 ) -> list[Call]:
     """out = activation(conv(x, w) + bias + residual), summed in float32; `transposed`: the gradient of one, cropped.
 
     Strides are arbitrary. Weights are fastest (O, kernel..., C / groups) contiguous. `parts` is the scratch of
     `parts_shape`, where the sums are split: then a second launch joins them, in the same order in every run.
-    `precision` is for float32, as in `matmul`; `tile` overrides `pick_tile`. `invariant` images are the same bits
-    however many there are.
+    `precision` is for float32, as in `matmul`; `tile` overrides what is `tuned`, or predicted. `invariant` images are
+    the same bits however many there are; nothing is tuned for them.
     """
     if not supports_conv(x, w, out, finish.bias, finish.residual, finish.activation):
         given = ", ".join(f"{name_of(v)}{list(v.shape)}" for v in (x, w, out))
@@ -176,8 +209,14 @@ def conv(
     m, f, c = target.dims[0] * math.prod(rows), target.channels // groups, weight.channels
     splits = 1 if parts is None else int(parts.shape[0])
     kind = precision if name_of(x) == "float32" else HALF
-    seen = entries_seen(target.dims[0], invariant=invariant) * math.prod(rows)
-    tile = tile or pick_tile(seen, f, groups * phases * splits, kind, target_of(launcher))
+    if tile is None:
+        seen = entries_seen(target.dims[0], invariant=invariant) * math.prod(rows)
+        taps = max(where.taps // phases, 1)
+        work = {"m": seen, "batch": groups * phases * splits, "n": f, "k": max(c * taps // splits, 1), "taps": taps}
+        layout = "".join("c" if image.strides[4] == 1 else "-" for image in (source, weight))
+        end = ending(finish.residual, finish.activation) if parts is None else ""
+        problem = CONV.problem(kind, work, layout + end)
+        tile = choose(CONV, problem, target_of(launcher), None if invariant else tuned)
     flat = c % tile.k != 0 and c < _WALKED * tile.k
     args = {
         "x": x,
@@ -214,7 +253,7 @@ def conv(
         "BM": tile.m,
         "BN": tile.n,
         "BK": tile.k,
-        "GROUP": _GROUP,
+        "GROUP": GROUP,
         "WHOLE": (c * where.taps if flat and not transposed else c) % tile.k == 0,
     }
     grid = (splits * phases * groups * ceil_div(m, tile.m) * ceil_div(f, tile.n),)

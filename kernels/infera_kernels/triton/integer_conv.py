@@ -19,8 +19,10 @@ from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.integer_sums import BYTES, Scaling, scaled_sums, step_of
 from infera_kernels.triton.integer_weight import ALIGN, signed
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, element_strides, fold, name_of
+from infera_kernels.triton.products import GROUP, tile_of
 from infera_kernels.triton.quantise import bounds
-from infera_kernels.triton.tiles import INT8, Tile, pick_tile
+from infera_kernels.triton.tiles import INT8, SIZES, Tile, cycles, fitting, predicted
+from infera_kernels.tuning import Family, Tuned, choose
 
 
 @triton.jit
@@ -58,24 +60,23 @@ def integer_conv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """BM output pixels and BN channels of group program_id(2). Sizes and strides: (images, channels, height, width).
+    """BM output pixels and BN channels of one group a program. Sizes and strides: (images, channels, height, width).
 
     `image` is the (height, width) that is read, `window` (height, width) of the kernel, `images` (batch, height, width)
     of the output; C channels in a group, `deep` in packed weights (groups, M, taps, deep).
     """
     pixels = images[0] * images[1] * images[2]
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    group = tl.program_id(2)
+    group, m, n = tile_of(pixels, M, BM, BN, GROUP)
     k = tl.arange(0, BK)
     at = m // (images[1] * images[2])
     row = m // images[2] % images[1]
     column = m % images[2]
     top = row * strides[0] - pads[0]
     left = column * strides[1] - pads[1]
-    x += at.to(tl.int64)[:, None] * x_strides[0] + (group * C).to(tl.int64) * x_strides[1]
-    w += group.to(tl.int64) * M * window[0] * window[1] * deep
+    x += at.to(tl.int64)[:, None] * x_strides[0] + group * C * x_strides[1]
+    w += group * M * window[0] * window[1] * deep
     w_at = w + (n % M).to(tl.int64)[None, :] * (window[0] * window[1] * deep) + k[:, None]
     p = tl.full([], 0, tl.int32)
     if x_zero is not None:
@@ -106,7 +107,7 @@ def integer_conv_kernel(
 
     if UNSIGNED:
         p -= 128
-    channel = group * M + n
+    channel = group.to(tl.int32) * M + n
     if column_sums is not None:
         acc -= p * tl.load(column_sums + channel, mask=n < M, other=0)[None, :]
     if ROW_SUMS:
@@ -126,6 +127,10 @@ def integer_conv_kernel(
         factor = tl.load(x_scale).to(tl.float32) * right[None, :]
         y = scaled_sums(acc, factor, None, out_scale, out_zero, LOW, HIGH)
         tl.store(out_at, store_type(y, out), mask=stored)
+
+
+INTEGER_CONV = Family("integer_conv", (*SIZES, "taps"), 2, Tile, fitting, predicted, (integer_conv_kernel,), cycles)
+"""`k` is the depth, all channels of all taps; `batch` counts groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +205,7 @@ def integer_conv(
     scaling: Scaling | None = None,
     bias: Array | None = None,
     tile: Tile | None = None,
+    tuned: Tuned | None = None,
 ) -> list[Call]:
     """out = the convolution of x less its zero point, exact in int32, plus `bias`, then scaled.
 
@@ -208,7 +214,10 @@ def integer_conv(
     """
     m, c, *kernel = filters.shape
     pixels, columns = out.shape[0] * out.shape[2] * out.shape[3], m // group
-    tile = tile or pick_tile(pixels, columns, group, INT8, target_of(launcher))
+    if tile is None:
+        taps = int(np.prod(kernel))
+        problem = INTEGER_CONV.problem(INT8, {"m": pixels, "batch": group, "n": columns, "k": c * taps, "taps": taps})
+        tile = choose(INTEGER_CONV, problem, target_of(launcher), tuned)
     deep = next((d for d in (32, 64) if c <= d), tile.k)
     low, high = (None, None) if scaling is None else bounds(out.dtype)
     unsigned = name_of(x) == "uint8"
@@ -248,7 +257,8 @@ def integer_conv(
         "BM": tile.m,
         "BN": tile.n,
         "BK": min(tile.k, deep),
+        "GROUP": GROUP,
     }
-    grid = (ceil_div(pixels, tile.m), ceil_div(columns, tile.n), group)
+    grid = (group * ceil_div(pixels, tile.m) * ceil_div(columns, tile.n),)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     return [launcher.launch(integer_conv_kernel, grid, args, known, **options)]

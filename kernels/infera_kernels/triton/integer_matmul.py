@@ -33,7 +33,8 @@ from infera_kernels.triton.layout import (
 )
 from infera_kernels.triton.products import GROUP, tile_of
 from infera_kernels.triton.quantise import bounds
-from infera_kernels.triton.tiles import INT8, Tile, pick_tile
+from infera_kernels.triton.tiles import INT8, SIZES, Tile, cycles, fitting, predicted
+from infera_kernels.tuning import Family, Tuned, choose
 
 
 @triton.jit
@@ -152,6 +153,10 @@ def integer_matmul_kernel(
         tl.store(at, store_type(y, out), mask=inside)
 
 
+INTEGER_MATMUL = Family("integer_matmul", SIZES, 2, Tile, fitting, predicted, (integer_matmul_kernel,), cycles)
+"""`layout` says whether the weight is packed."""
+
+
 def _count(parameter: Typed | None) -> int:
     return 1 if parameter is None else math.prod(parameter.shape)
 
@@ -216,6 +221,7 @@ def integer_matmul(
     scaling: Scaling | None = None,
     bias: Array | None = None,
     tile: Tile | None = None,
+    tuned: Tuned | None = None,
 ) -> list[Call]:
     """out = (a - a_zero) @ (b - b_zero), exact in int32 (modulo 2**32), then scaled, where `scaling` says how.
 
@@ -244,7 +250,10 @@ def integer_matmul(
             a_strides, out_strides = ((*step, s[-1]) for step, s in zip(down, (a_strides, out_strides), strict=True))
     batch, walked = coalesce(leading, [s[:-2] for s in (a_strides, b_strides, out_strides)])
     shifted = a_unsigned or a_zero is not None
-    tile = tile or pick_tile(m, n, math.prod(leading), INT8, target_of(launcher))
+    if tile is None:
+        sizes = {"m": m, "batch": math.prod(leading), "n": n, "k": k}
+        problem = INTEGER_MATMUL.problem(INT8, sizes, "packed" if isinstance(b, Weight) else "")
+        tile = choose(INTEGER_MATMUL, problem, target_of(launcher), tuned)
     depth = min(tile.k, max(32, next_power_of_two(k)))
     bias_strides = (0, 0) if bias is None else broadcast_strides(bias, (m, n))
     low, high = (None, None) if scaling is None or scaling.zero is None else bounds(out.dtype)

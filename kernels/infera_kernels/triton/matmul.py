@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import triton
-import triton.language as tl
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Const, Launcher, Typed, target_of
+from infera_kernels.launch import Const, Launcher, Typed, nominal_target, target_of
 from infera_kernels.triton.elementwise import UNARY
-from infera_kernels.triton.indexing import INTERPRETED, offset_of, store_type
 from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import (
     FLOATS,
@@ -26,88 +24,30 @@ from infera_kernels.triton.layout import (
     name_of,
     next_power_of_two,
 )
-from infera_kernels.triton.products import GROUP, finished, tile_of
-from infera_kernels.triton.skinny import Strip, matvec_kernel, part_count, part_depth, parts_kernel, pick_strip
-from infera_kernels.triton.tiles import HALF, IEEE, TF32, TF32X3, Tile, pick_tile
+from infera_kernels.triton.matmul_kernel import matmul_kernel
+from infera_kernels.triton.products import GROUP
+from infera_kernels.triton.skinny import (
+    MATVEC,
+    Parts,
+    Strip,
+    matvec_kernel,
+    part_candidates,
+    part_count,
+    part_depth,
+    parts_kernel,
+    parts_predicted,
+)
+from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TF32X3, Tile, cycles, ending, fitting, predicted
+from infera_kernels.tuning import Family, Tuned, choose
 
+MATMUL = Family("matmul", SIZES, 2, Tile, fitting, predicted, (matmul_kernel,), cycles)
+"""`layout` says which axes of the factors are contiguous (rows "m", sums "k", columns "n" or none) and the `ending`."""
 
-@triton.jit
-def matmul_kernel(
-    a,
-    b,
-    out,
-    bias,
-    residual,
-    M,
-    N,
-    K,
-    depth,
-    batch,
-    a_batch,
-    b_batch,
-    out_batch,
-    residual_batch,
-    a_m,
-    a_k,
-    b_k,
-    b_n,
-    out_m,
-    out_n,
-    residual_m,
-    residual_n,
-    out_split,
-    alpha,
-    beta,
-    act_alpha,
-    act_beta,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    WHOLE_K: tl.constexpr,
-):
-    """out = ACT(alpha * a @ b + bias + beta * residual), one BM x BN tile a program; with `depth` the sums of part
-    program_id(1)."""
-    matrix, m, n = tile_of(M, N, BM, BN, GROUP)
-    k = tl.arange(0, BK).to(tl.int64)
-    if batch is not None:
-        a += offset_of(matrix, batch, a_batch, 0, len(batch))
-        b += offset_of(matrix, batch, b_batch, 0, len(batch))
-        out += offset_of(matrix, batch, out_batch, 0, len(batch))
-        if residual is not None:
-            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
-    if depth is not None:
-        part = tl.program_id(1).to(tl.int64)
-        a += part * depth * a_k
-        b += part * depth * b_k
-        out += part * out_split
-        K = tl.minimum(K - tl.program_id(1) * depth, depth)
-
-    # Rows and columns past the end wrap around: loads need no mask, and what they give is never stored.
-    a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k[None, :] * a_k
-    b_at = b + k[:, None] * b_k + (n % N).to(tl.int64)[None, :] * b_n
-    step = tl.full([], BK, tl.int64)
-    acc = tl.full((BM, BN), 0.0, tl.float32)
-    for start in range(0, K, BK):
-        if WHOLE_K:
-            x = tl.load(a_at)
-            y = tl.load(b_at)
-        else:
-            x = tl.load(a_at, mask=(k < K - start)[None, :], other=0.0)
-            y = tl.load(b_at, mask=(k < K - start)[:, None], other=0.0)
-        if INTERPRETED:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-        a_at += step * a_k
-        b_at += step * b_k
-
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    acc = finished(acc, bias, residual, m, n, inside, residual_m, residual_n, alpha, beta, act_alpha, act_beta, ACT)
-    at = out + m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
-    tl.store(at, store_type(acc, out), mask=inside)
+PARTS = Family(
+    *("matmul_parts", SIZES, 2, Parts, part_candidates, parts_predicted),
+    (matmul_kernel, matvec_kernel, parts_kernel),
+)
+"""Into how many parts sums are cut. What scratch that takes is asked before strides are known: no layout."""
 
 
 def supports_matmul(
@@ -162,13 +102,15 @@ def matmul(
     tile: Tile | None = None,
     partial: Any = None,
     invariant: bool = False,
+    tuned: Tuned | None = None,
 ) -> list[Call]:
     """out = activation(alpha * a @ b + bias + beta * residual), summed in float32.
 
     Strides are arbitrary; `bias` must be contiguous; residual may stretch. `precision` is for float32 inputs: "ieee"
     (exact products), "tf32" (about 3 digits, tensor cores) or "tf32x3" (nearly exact, tensor cores). `tile` overrides
-    `pick_tile`. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape (parts_of(a, b, out),
-    out.size), cuts the sums into so many parts. `invariant` rows are the same bits however many there are.
+    what is `tuned`, or predicted. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape
+    (parts_of(a, b, out), out.size), cuts the sums into so many parts. `invariant` rows are the same bits however many
+    there are; nothing is tuned for them.
     """
     if not supports_matmul(a, b, out, bias, residual, activation):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (a, b, out, bias, residual) if x is not None)
@@ -228,8 +170,10 @@ def matmul(
         "act_beta": entry and (entry.beta if act_beta is None else float(act_beta)),
     }
     act = entry.fn if entry else None
+    how: dict[str, Any] = {"invariant": invariant, "tuned": None if invariant else tuned}
+    end = ending(residual, activation)
     if partial is None:
-        return [_sums({**turned, **sums, **epilogue}, 1, act, launcher, precision, tile, invariant=invariant)]
+        return [_sums({**turned, **sums, **epilogue}, 1, act, launcher, precision, tile, end=end, **how)]
     parts, size = partial.shape[0], products * m * n
     steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))
     first = {
@@ -243,7 +187,7 @@ def matmul(
         **dict(zip(("out_m", "out_n"), fold((n, 1)), strict=True)),
     }
     return [
-        _sums(first, parts, None, launcher, precision, tile, invariant=invariant),
+        _sums(first, parts, None, launcher, precision, tile, end="", **how),
         _added({**turned, **epilogue, "parts": partial, "size": size}, parts, act, launcher, invariant=invariant),
     ]
 
@@ -271,17 +215,23 @@ def _sums(
     precision: str,
     tile: Tile | None,
     *,
+    end: str,
     invariant: bool,
+    tuned: Tuned | None,
 ) -> Call:
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
-    products, rows = math.prod(batch or (1,)), rows_seen(m, invariant=invariant)
+    products, rows, deep = math.prod(batch or (1,)), rows_seen(m, invariant=invariant), args["depth"] or k
+    kind = precision if name_of(args["a"]) == "float32" else HALF
+    target = target_of(launcher)
     if rows == 1 and tile is None:
-        along_k = args["b_k"] == Const(1) and n > 1
-        strip = pick_strip(n, args["depth"] or k, products * parts, along_k=along_k)
+        layout = "k" if args["b_k"] == Const(1) and n > 1 else "n"
+        row = MATVEC.problem(kind, {"programs": products * parts, "n": n, "k": deep}, layout)
+        strip = choose(MATVEC, row, target, tuned)
         known = {"ACT": act, "BN": strip.n, "BK": strip.k}
         return _launch(launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=4)
-    kind = precision if name_of(args["a"]) == "float32" else HALF
-    tile = tile or pick_tile(rows, n, parts if invariant else products * parts, kind, target_of(launcher))
+    if tile is None:
+        sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
+        tile = choose(MATMUL, MATMUL.problem(kind, sizes, _layout(args) + end), target, tuned)
     known = {
         "ACT": act,
         "PRECISION": precision,
@@ -296,6 +246,12 @@ def _sums(
     return _launch(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
 
 
+def _layout(args: Mapping[str, Any]) -> str:
+    one = Const(1)
+    left = "k" if args["a_k"] == one else "m" if args["a_m"] == one else "-"
+    return left + ("k" if args["b_k"] == one else "n" if args["b_n"] == one else "-")
+
+
 def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, *, invariant: bool) -> Call:
     m, n = args["M"], args["N"]
     tile = Strip(min(next_power_of_two(n), 128), 1)
@@ -304,12 +260,15 @@ def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, *, in
     return _launch(launcher, parts_kernel, grid, args, known, invariant=invariant, num_warps=1)
 
 
-def parts_of(a: Typed, b: Typed, out: Typed, *, invariant: bool = False) -> int:
+def parts_of(a: Typed, b: Typed, out: Typed, *, invariant: bool = False, tuned: Tuned | None = None) -> int:
     """Into how many parts the sums of a product are best cut: see `matmul`."""
     shape = tuple(out.shape)
     if not math.prod(shape):
         return 1
     leading = math.prod(shape[:-2])
     m, batch = (leading * shape[-2], 1) if math.prod(b.shape[:-2]) == 1 else (shape[-2], leading)
-    m, batch = rows_seen(m, invariant=invariant), 1 if invariant else batch
-    return part_count(m, shape[-1], a.shape[-1], batch)
+    if invariant:
+        return part_count(rows_seen(m, invariant=True), shape[-1], a.shape[-1], 1)
+    kind = IEEE if name_of(a) == "float32" else HALF
+    problem = PARTS.problem(kind, {"m": m, "batch": batch, "n": shape[-1], "k": a.shape[-1]})
+    return choose(PARTS, problem, nominal_target(90) if tuned is None else tuned.target, tuned).count

@@ -18,6 +18,7 @@ from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of, next_power_of_two
 from infera_kernels.triton.matmul import matmul
+from infera_kernels.tuning import Tuned
 
 FEW_ROWS = 8
 """Up to so many rows, reading packed weights for each of them takes less time than widening them once."""
@@ -157,6 +158,7 @@ def nbits_matmul(
     launcher: Launcher,
     *,
     invariant: bool = False,
+    tuned: Tuned | None = None,
 ) -> list[Call]:
     """out (M, N) = a (M, K) @ dequantised weights + bias, all contiguous; `wide`, scratch of a's type of shape
     (wide_columns(N, K), K), for more than FEW_ROWS rows, and for `invariant` ones always: see `matmul`."""
@@ -195,5 +197,7 @@ def nbits_matmul(
         grid = (ceil_div(count, known["BN"]), ceil_div(blocks, many))
         calls.append(launcher.launch(widen_kernel, grid, args, known, num_warps=4))
         added = None if bias is None else bias[part]
-        calls += matmul(a, wide[:count].swapaxes(0, 1), out[:, part], launcher, bias=added, invariant=invariant)
+        calls += matmul(
+            a, wide[:count].swapaxes(0, 1), out[:, part], launcher, bias=added, invariant=invariant, tuned=tuned
+        )
     return calls

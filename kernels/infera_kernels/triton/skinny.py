@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from infera_kernels.launch import Target
 from infera_kernels.triton.indexing import offset_of, store_type
 from infera_kernels.triton.layout import ceil_div, next_power_of_two
 from infera_kernels.triton.products import finished, tile_of
+from infera_kernels.tuning import Family, Problem
 
 _PROGRAMS = 132
 """As many programs at least keep a large GPU busy; what scratch a product takes must not depend on the device."""
@@ -137,13 +139,40 @@ def part_count(m: int, n: int, k: int, batch: int) -> int:
     programs = batch * ceil_div(m, 32) * ceil_div(n, 64)
     if 2 * programs > _PROGRAMS or k < 4 * _DEPTH:
         return 1
-    parts = min(ceil_div(_PROGRAMS, max(programs, 1)), k // _DEPTH, 16)
+    parts = min(ceil_div(_PROGRAMS, max(programs, 1)), k // _DEPTH, MOST_PARTS)
     return ceil_div(k, part_depth(k, parts))
 
 
 def part_depth(k: int, parts: int) -> int:
     """The depth of all parts but the last, which may be less."""
     return ceil_div(ceil_div(k, parts), _STEP) * _STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Into how many parts sums are cut."""
+
+    count: int
+
+
+MOST_PARTS = 16
+_ROOM = 4
+"""Programs beyond so many times those that fill a large GPU leave nothing to gain by cutting sums."""
+
+
+def part_candidates(problem: Problem, target: Target) -> tuple[Parts, ...]:
+    """What may pay: no part of less than the least depth, and none where there are programs enough without."""
+    m, batch, n, k = problem.sizes
+    programs = batch * ceil_div(m, 32) * ceil_div(n, 64)
+    most = min(MOST_PARTS, k // _DEPTH) if programs <= _ROOM * _PROGRAMS else 1
+    whole = {ceil_div(k, part_depth(k, count)) for count in range(1, max(most, 1) + 1)}
+    return tuple(Parts(count) for count in sorted({1, part_count(m, n, k, batch), *whole}))
+
+
+def parts_predicted(problem: Problem, target: Target) -> Parts:
+    """As many as `part_count` says, on every device."""
+    m, batch, n, k = problem.sizes
+    return Parts(part_count(m, n, k, batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +191,26 @@ def pick_strip(n: int, k: int, programs: int, *, along_k: bool) -> Strip:
         return Strip(max(4, min(_ELEMENTS // deep, 64)), deep)
     wide = next((w for w in (64, 32) if ceil_div(n, w) * programs >= _PROGRAMS), 16)
     return Strip(wide, min(deep, _ELEMENTS // wide))
+
+
+def _strips(problem: Problem, target: Target) -> tuple[Strip, ...]:
+    """What a program may read at a time: 8 to 64 elements for each of its threads, and not much past the end."""
+    _, n, k = problem.sizes
+    wide, deep = next_power_of_two(n), next_power_of_two(k)
+    made = {pick_strip(n, k, problem.sizes[0], along_k=problem.layout == "k")}
+    made |= {
+        Strip(w, d)
+        for w in (4, 8, 16, 32, 64, 128)
+        for d in (32, 64, 128, 256, 512, 1024)
+        if w <= max(wide, 4) and d <= max(deep, 32) and 1024 <= w * d <= 2 * _ELEMENTS
+    }
+    return tuple(sorted(made, key=lambda s: (s.n, s.k)))
+
+
+def _strip(problem: Problem, target: Target) -> Strip:
+    programs, n, k = problem.sizes
+    return pick_strip(n, k, programs, along_k=problem.layout == "k")
+
+
+MATVEC = Family("matvec", ("programs", "n", "k"), 1, Strip, _strips, _strip, (matvec_kernel,))
+"""Products of one row; `layout` says which axis of the matrix is contiguous."""

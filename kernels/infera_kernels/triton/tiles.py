@@ -1,23 +1,16 @@
-"""Matmul tiles, and the choice among them. The choice is a model of one GPU block, not a measurement."""
+"""Tiles of products, and the choice among them: an estimate for the GPU at hand, not a measurement."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from infera_kernels.launch import Target
-from infera_kernels.triton.layout import ceil_div
+from infera_kernels.tuning.choice import Problem
+from infera_kernels.tuning.cost import Block, product_cycles, resident
 
 HALF, TF32, TF32X3, IEEE, INT8 = "half", "tf32", "tf32x3", "ieee", "int8"
 """How products are computed: half inputs on tensor cores; float32 on tensor cores, rounded to tf32 or split in three
 such products; float32 as it is, without tensor cores; integers of 8 bits on tensor cores, exactly."""
-
-_ITEMSIZE = {HALF: 2, TF32: 4, TF32X3: 4, IEEE: 4, INT8: 1}
-
-_PRODUCTS_PER_CYCLE = {HALF: 1024, TF32: 512, TF32X3: 512 / 3, IEEE: 64, INT8: 2048}
-"""Multiply-adds a cycle and multiprocessor (A100 whitepaper, table 1); other architectures keep the proportions."""
-
-_LOADED_PER_CYCLE = 64
-"""Bytes a cycle and multiprocessor from L2 (the same source: 5120 bytes a cycle over 108, rounded up)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +23,12 @@ class Tile:
     warps: int
     stages: int
 
+    def block(self, kind: str) -> Block:
+        return Block(self.m, self.n, self.k, self.warps, self.stages, kind)
+
     def shared_bytes(self, kind: str) -> int:
         """What its input buffers take of shared memory."""
-        return (self.m + self.n) * self.k * self.stages * _ITEMSIZE[kind]
-
-    def cycles(self, kind: str) -> float:
-        """Of one multiprocessor, for one unit of depth: computing and loading, as if they did not overlap."""
-        computing = self.m * self.n / _PRODUCTS_PER_CYCLE[kind]
-        loading = (self.m + self.n) * _ITEMSIZE[kind] / _LOADED_PER_CYCLE
-        return computing + loading
+        return self.block(kind).shared_bytes
 
 
 _TF32 = (
@@ -56,7 +46,10 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(64, 64, 64, 4, 4),
         Tile(128, 64, 64, 4, 4),
         Tile(128, 128, 32, 8, 4),
+        Tile(128, 128, 64, 8, 3),
         Tile(128, 128, 64, 8, 4),
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 4),
     ),
     TF32: (*_TF32, Tile(128, 128, 32, 8, 3)),
     TF32X3: _TF32,
@@ -76,16 +69,52 @@ TILES: dict[str, tuple[Tile, ...]] = {
 }
 
 
-def pick_tile(m: int, n: int, batch: int, kind: str, target: Target) -> Tile:
-    """The tile with the least estimated time on `target` for an output of `batch` times m x n.
+SIZES = ("m", "batch", "n", "k")
+"""Of the problems of all families of products: `batch` of them, (m, k) @ (k, n). The first two follow from batches."""
 
-    Every multiprocessor computes ceil(tiles / multiprocessors) of them, one after the other. Of equals the larger wins:
-    it loads less. Only tiles whose buffers fit in the target's shared memory are considered.
-    """
+
+def fitting(problem: Problem, target: Target) -> tuple[Tile, ...]:
+    """The tiles of a kind of products of which a block fits on a multiprocessor."""
+    return tuple(t for t in TILES[problem.kind] if fits(t, problem.kind, target))
+
+
+def fits(tile: Tile, kind: str, target: Target) -> bool:
+    block = tile.block(kind)
+    return resident(block.warps, block.registers(target), block.shared_bytes, target) > 0
+
+
+def cycles(problem: Problem, tile: Tile, target: Target) -> float:
+    """Of all of a problem; see `tuning.cost`."""
+    m, batch, n, k = problem.sizes[:4]
+    return product_cycles(tile.block(problem.kind), m, n, k, batch, target)
+
+
+LONG = "+"
+"""Ends the layout of a problem whose results take registers of their own before they are stored."""
+
+_LIGHT = frozenset({None, "relu"})
+_WIDE = 64
+"""Sums a thread: tiles that have more are predicted only where compiled kernels are known to keep all in registers."""
+
+
+def ending(residual: object, activation: str | None) -> str:
+    """LONG where something is added to results, or an activation takes more than one instruction."""
+    return "" if residual is None and activation in _LIGHT else LONG
+
+
+def _keeps(problem: Problem, tile: Tile, target: Target) -> bool:
+    return tile.m * tile.n <= _WIDE * 32 * tile.warps or (target.arch >= 90 and not problem.layout.endswith(LONG))
+
+
+def predicted(problem: Problem, target: Target) -> Tile:
+    """The tile with the least estimated time, of equals the larger: it loads less."""
 
     def cost(tile: Tile) -> tuple[float, int, int]:
-        tiles = batch * ceil_div(m, tile.m) * ceil_div(n, tile.n)
-        return ceil_div(tiles, target.multiprocessors) * tile.cycles(kind), -tile.m * tile.n, -tile.k
+        return cycles(problem, tile, target), -tile.m * tile.n, -tile.k
 
-    fitting = [t for t in TILES[kind] if t.shared_bytes(kind) <= target.shared_bytes]
-    return min(fitting, key=cost)
+    return min((t for t in fitting(problem, target) if _keeps(problem, t, target)), key=cost)
+
+
+def pick_tile(m: int, n: int, k: int, batch: int, kind: str, target: Target) -> Tile:
+    """The predicted tile for `batch` products (m, k) @ (k, n)."""
+    return predicted(Problem("", kind, (m, batch, n, k)), target)

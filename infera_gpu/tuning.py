@@ -1,0 +1,287 @@
+"""Tiles measured where a plan's own launches are: every candidate of every choice, on the values of a run.
+
+A step is bound again for each candidate, to outputs of its own; a candidate whose results differ from those of the
+predicted choice never wins. What is slow to begin with gets most of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infera_gpu.bind import Binder, Bound
+from infera_gpu.devices.base import Device
+from infera_gpu.devices.timing import Timer
+from infera_gpu.errors import OutOfMemoryError
+from infera_gpu.op import Call
+from infera_gpu.plan import Step
+from infera_gpu.spec import Array
+from infera_gpu.telemetry import snapshot
+from infera_kernels.launch import LaunchError
+from infera_kernels.tuning import Family, Measured, Problem, Trial, Tuned, numbers, source_of
+
+ROUNDS = 15
+"""Measurements of each candidate that is not far behind, interleaved: the median counts."""
+
+FIRST = 3
+"""Measurements after which a candidate may be far behind, ..."""
+
+BEHIND = 1.25
+"""... by so many times the least."""
+
+GAIN = 0.02
+"""Less than that of the predicted choice's time is no reason to leave it."""
+
+TOLERANCE: Mapping[str, float] = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-4, "float64": 1e-9}
+"""How far candidates may differ, of the peak, by the type of the output: sums are rounded in other orders. Integers,
+which sums of integers give, may differ by one where they were quantised."""
+
+METHOD = "CUDA events, L2 flushed before each run, median of interleaved rounds"
+PACKAGES = ("infera-gpu", "triton", "cupy-cuda12x", "cupy-cuda13x")
+
+_log = logging.getLogger(__name__)
+
+
+Progress = Callable[[str, float], None]
+"""Told what is measured, and how much of all is done, from 0 to 1."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """Steps that ask for the same choices: how many there are, and the seconds of one."""
+
+    seconds: float
+    count: int = 1
+
+    @property
+    def all(self) -> float:
+        return self.seconds * self.count
+
+
+class Tuner:
+    """Measures the choices of the plans of one run, made twice: first `survey`, then `measure`, for every plan.
+
+    `base` is what was measured before; it is measured `again`, or stays. No candidate is begun after `seconds`.
+    `found` are the measurements, `rejected` the candidates whose results were wrong.
+    """
+
+    def __init__(
+        self,
+        base: Tuned,
+        timer: Timer,
+        seconds: float,
+        *,
+        again: bool = False,
+        progress: Progress | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.base = Tuned(base.target) if again else base
+        self.found: dict[Problem, Measured] = {}
+        self.rejected: list[tuple[Problem, tuple[int, ...]]] = []
+        self._timer, self._clock = timer, clock or time.monotonic
+        self._progress = progress or (lambda what, done: None)
+        self._until = self._clock() + seconds
+        self._works: dict[tuple[Problem, ...], _Work] = {}
+        self._total = 0.0
+
+    def survey(self, bound: Bound) -> None:
+        """Run a plan; note which choices its steps ask for, and how long they take."""
+        self._each(bound, self._look)
+        self._total = sum(work.all for work in self._works.values())
+
+    def measure(self, bound: Bound) -> None:
+        """Run a plan, measuring the choices of its steps on the way."""
+        self._each(bound, self._tune)
+
+    def _each(self, bound: Bound, do: Callable[[Binder, Step], None]) -> None:
+        calls = bound.calls
+        for step, (start, stop) in zip(bound.plan.steps, pairwise(bound.starts), strict=True):
+            if step.kernel is not None and step.via == "triton" and stop > start:
+                try:
+                    do(bound.binder, step)
+                except OutOfMemoryError as error:
+                    _log.warning("%s is not tuned: %s", step.label, error)
+            for fn, args in calls[start:stop]:
+                fn(*args)
+
+    def _asked(self, binder: Binder, step: Step, outs: tuple[Array, ...]) -> tuple[Trial, list[Call]]:
+        """The step bound with what is known by now, and the choices that this asks for."""
+        trial = Trial(self.base, {p: m.choice for p, m in self.found.items()})
+        return trial, binder.apart(step, trial, outs)
+
+    def _open(self, trial: Trial) -> list[Problem]:
+        """Those of its choices that are neither measured nor without alternative."""
+        return [
+            known
+            for known, (family, problem, _) in trial.asked.items()
+            if known not in self.found
+            and self.base.value(family, problem) is None
+            and len(family.candidates(problem, trial.target)) > 1
+        ]
+
+    def _look(self, binder: Binder, step: Step) -> None:
+        trial, calls = self._asked(binder, step, binder.room(step))
+        key = tuple(trial.asked)
+        if key in self._works:
+            self._works[key].count += 1
+        elif self._open(trial):
+            self._works[key] = _Work(self._least(calls))
+
+    def _tune(self, binder: Binder, step: Step) -> None:
+        outs = binder.room(step)
+        trial, calls = self._asked(binder, step, outs)
+        work = self._works.pop(tuple(trial.asked), None)
+        if work is None:
+            return
+        rest = work.all + sum(w.all for w in self._works.values())
+        now = self._clock()
+        until = now + (self._until - now) * work.all / rest
+        other = binder.room(step)
+        while (todo := self._open(trial)) and self._clock() < until:
+            family, problem, choice = trial.asked[todo[0]]
+            self._progress(f"{step.label} {family.name}", 1 - rest / self._total)
+            self._compare(binder, step, (family, problem, choice), (calls, outs), other, until)
+            trial, calls = self._asked(binder, step, outs)
+
+    def _compare(
+        self,
+        binder: Binder,
+        step: Step,
+        asked: tuple[Family[Any], Problem, Any],
+        first: tuple[list[Call], tuple[Array, ...]],
+        outs: tuple[Array, ...],
+        until: float,
+    ) -> None:
+        """Measure the candidates for one choice of a step: the predicted one, and those that come close to it."""
+        family, problem, predicted = asked
+        known = family.class_of(problem)
+        calls, want = first
+        _make(calls)
+        times = {numbers(predicted): [self._least(calls)]}
+        made = {numbers(predicted): calls}
+        complete = True
+        for candidate in self._ordered(family, problem):
+            value = numbers(candidate)
+            if value in made:
+                continue
+            if self._clock() >= until:
+                complete = False
+                break
+            trial = Trial(self.base, {**{p: m.choice for p, m in self.found.items()}, known: value})
+            try:
+                calls = binder.apart(step, trial, outs)
+                _make(calls)
+            except (LaunchError, OutOfMemoryError) as error:
+                _log.debug("%s: %s of %s: %s", step.label, value, family.name, error)
+                continue
+            if not agree(outs, want):
+                self.rejected.append((known, value))
+                _log.warning("%s: %s of %s gives other results and is out", step.label, candidate, family.name)
+                continue
+            times[value] = [self._least(calls)]
+            made[value] = calls
+            best = min(t[0] for t in times.values())
+            for slow in [v for v, t in times.items() if t[0] > BEHIND * best and v != numbers(predicted)]:
+                del times[slow]
+                made[slow] = []
+        measured = self._best(known, family, predicted, {v: made[v] for v in times}, times)
+        if complete or measured.choice != measured.predicted:
+            self.found[known] = measured
+
+    def _best(
+        self,
+        known: Problem,
+        family: Family[Any],
+        predicted: Any,
+        made: Mapping[tuple[int, ...], list[Call]],
+        times: dict[tuple[int, ...], list[float]],
+    ) -> Measured:
+        if len(made) > 1:
+            times = {value: [] for value in made}
+            for _ in range(ROUNDS):
+                for value, calls in made.items():
+                    times[value].append(self._timer(calls))
+        median = {value: statistics.median(seconds) for value, seconds in times.items()}
+        usual = numbers(predicted)
+        best = min(median, key=lambda value: median[value])
+        if median[best] > (1 - GAIN) * median[usual]:
+            best = usual
+        return Measured(known, best, median[best], usual, median[usual], source_of(family))
+
+    def _ordered(self, family: Family[Any], problem: Problem) -> list[Any]:
+        """The candidates, by what they are estimated to take."""
+        target, estimate = self.base.target, family.estimate
+        candidates = list(family.candidates(problem, target))
+        return sorted(candidates, key=lambda c: estimate(problem, c, target)) if estimate else candidates
+
+    def _least(self, calls: Sequence[Call]) -> float:
+        return min(self._timer(calls) for _ in range(FIRST))
+
+
+def facts(device: Device) -> dict[str, str]:
+    """What goes beside measurements: the card, its driver, versions, commit, and how they were made."""
+    target = getattr(device.launcher, "target", None)
+    readings, _ = snapshot()
+    index = getattr(device, "index", 0)
+    found = {
+        "card": getattr(target, "name", ""),
+        "driver": next((r.driver for r in readings if r.index == index), None) or "",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "method": METHOD,
+    }
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return {name: value for name, value in found.items() if value}
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in, where it is in one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _make(calls: Sequence[Call]) -> None:
+    for fn, args in calls:
+        fn(*args)
+
+
+def agree(got: Sequence[Array], want: Sequence[Array]) -> bool:
+    """Whether arrays of the same shapes hold the same, but for rounding: see TOLERANCE."""
+    with np.errstate(invalid="ignore"):
+        return all(_agrees(g, w) for g, w in zip(got, want, strict=True))
+
+
+def _agrees(got: Array, want: Array) -> bool:
+    if not want.size:
+        return True
+    name = np.dtype(want.dtype).name
+    if np.dtype(want.dtype).kind in "iub":
+        return bool((abs(got.astype("int64") - want.astype("int64")) <= 1).all())
+    got, want = got.astype("float64"), want.astype("float64")
+    finite = abs(want) < np.inf
+    same = (got == want) | ((got != got) & (want != want))
+    peak = float(abs(want[finite]).max()) if bool(finite.any()) else 0.0
+    near = abs(got - want) <= TOLERANCE.get(name, 1e-2) * peak
+    return bool((same | (finite & near)).all())
