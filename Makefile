@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-jit test-clients test-all check bench exports gpu-check gpu-speed docker-check clean
+.PHONY: help run test test-kernels test-jit test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import 
 
 bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads; writes bench/results
 	@$(PY) -m bench
+
+report: $(VENV)/.created  ## docs/performance.md and its charts from bench/results
+	@$(PY) -m bench.report
 
 # Exporting needs PyTorch, which nothing else here may import: an environment of its own, or TORCH_PYTHON=a Python with it.
 EXPORTS     ?= $(CURDIR)/.cache/exports

@@ -1,0 +1,165 @@
+"""`python -m bench.report`: docs/performance.md and its charts, from the files in bench/results alone.
+
+Measurements are under "Measured", predictions under "Predicted"; no table or chart has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from bench import report_cpu, report_gpu
+from bench.environment import RESULTS
+from bench.report_cpu import CHARTED, SECTIONS, Result
+
+DOCUMENT = "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+CPU_CHART, PREDICTED_CHART = "performance-cpu.svg", "performance-predicted.svg"
+SHOWN = "H200"
+"""The card whose predicted rows are drawn."""
+
+_DATE = re.compile(r"-\d{4}-\d\d-\d\d$")
+
+
+def read(directory: Path = RESULTS) -> dict[str, Result]:
+    """The results files by name, without their suffix."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+
+
+def on_cpus(results: Mapping[str, Result]) -> dict[tuple[str, str], tuple[str, Result]]:
+    """Processor and topic -> the newest file's name and contents."""
+    found: dict[tuple[str, str], tuple[str, Result]] = {}
+    for name, result in results.items():
+        if "environment" not in result:
+            continue
+        host = result["environment"]["host_class"]
+        topic = _DATE.sub("", name).removeprefix(host).strip("-")
+        had = found.get((host, topic))
+        if had is None or had[1]["environment"]["time"] <= result["environment"]["time"]:
+            found[host, topic] = name, result
+    return found
+
+
+def on_gpus(results: Mapping[str, Result]) -> dict[str, list[Result]]:
+    """GPU -> the files measured on it that have rows."""
+    found: dict[str, list[Result]] = {}
+    for result in results.values():
+        if "gpu" in result and report_gpu.rows_of([result]):
+            found.setdefault(result["gpu"]["name"], []).append(result)
+    return found
+
+
+def predicted(results: Mapping[str, Result]) -> list[Result]:
+    """The files of predictions, the card with the fastest memory first."""
+    found = [result for result in results.values() if result.get("predicted")]
+    return sorted(found, key=lambda result: -float(result["card"]["bytes_per_s"]))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def render(results: Mapping[str, Result]) -> dict[str, str]:
+    """File name -> contents: the document and its charts."""
+    files: dict[str, str] = {}
+    gpus, guesses = on_gpus(results), predicted(results)
+    parts = ["# Performance", _opening(gpus), "Made by `make report` from the files in bench/results; a test compares."]
+    parts.append("## Measured on GPUs")
+    if not gpus:
+        parts += [
+            "Nothing yet. What is to be reached, of which `make gpu-speed` measures every line:",
+            report_gpu.targets([]),
+        ]
+    cards = {result["card"]["name"]: result["card"] for result in guesses}
+    for name, found in gpus.items():
+        parts += _gpu(name, found, cards, files)
+    parts.append("## Measured on CPUs")
+    parts.append("Against onnxruntime in the same process or in turn with it; a ratio is our time over its time.")
+    parts += _cpus(results, files)
+    if guesses:
+        parts += _predictions(guesses, files)
+    files[DOCUMENT] = "\n\n".join(parts) + "\n"
+    return files
+
+
+def _opening(gpus: Mapping[str, object]) -> str:
+    if not gpus:
+        return (
+            "**No GPU measurement exists yet.** What is said of GPUs below is a target, or predicted by a model that "
+            "no measurement has confirmed, and says so. What is said of CPUs is measured."
+        )
+    return f"Measured on CPUs and on {', '.join(gpus)}. What is predicted is in a section of its own, at the end."
+
+
+def _gpu(name: str, found: list[Result], cards: Mapping[str, Mapping[str, object]], files: dict[str, str]) -> list[str]:
+    rows = report_gpu.rows_of(found)
+    parts = [f"### {name}", report_gpu.provenance(found), report_gpu.targets(rows)]
+    if any(row["peers"] and row["set"] in ("networks", "decoder") for row in rows):
+        chart = f"performance-{slug(name)}-networks.svg"
+        files[chart] = report_gpu.throughput(name, rows)
+        parts.append(f"![networks on {name}, measured]({chart})")
+    card = next((card for known, card in cards.items() if re.search(rf"\b{known.split()[0]}\b", name)), None)
+    points = report_gpu.points(rows, "seconds")
+    if card is not None and points:
+        chart = f"performance-{slug(name)}-roofline.svg"
+        files[chart] = report_gpu.chart_of(f"{name}: measured", points, card)
+        parts.append(f"![roofline of {name}, measured]({chart})")
+    return [*parts, report_gpu.measured(rows)]
+
+
+def _cpus(results: Mapping[str, Result], files: dict[str, str]) -> list[str]:
+    parts = []
+    newest = on_cpus(results)
+    for host in dict.fromkeys(host for host, _ in newest):
+        parts.append(f"### {host}")
+        if charted := newest.get((host, CHARTED)):
+            files[CPU_CHART] = report_cpu.speeds(charted[1])
+            parts.append(f"![speed of all models against onnxruntime]({CPU_CHART})")
+            parts.append(_source("The chart is of fewer rounds than the table below.", *charted))
+        for topic, (title, section) in SECTIONS.items():
+            if entry := newest.get((host, topic)):
+                said = " ".join((section.__doc__ or "").split())
+                parts += [f"#### {title}", _source(said, *entry), section(entry[1])]
+    return parts
+
+
+def _source(said: str, name: str, result: Result) -> str:
+    versions = result["environment"]["packages"]
+    peers = ", ".join(f"{p} {versions[p]}" for p in ("numpy", "numba", "onnxruntime") if p in versions)
+    return f"{said} bench/results/{name}.json, commit {result['environment']['commit'][:10]}, {peers}."
+
+
+def _predictions(guesses: list[Result], files: dict[str, str]) -> list[str]:
+    assumed = guesses[0]["assumed"]
+    said = (
+        "Nothing in this section has run. Operations and bytes are counted from plans; of a card's peaks "
+        f"{assumed['operations']:.0%} of the operations and {assumed['memory']:.0%} of the bandwidth are taken for "
+        f"reached, and {assumed['step_seconds'] * 1e6:g} µs for the least that a step takes. The sum over the steps of "
+        "the larger of the two times is the prediction: it knows nothing of tiles that do not fill the card, of "
+        "registers or of caches, and is a bound more than a forecast."
+    )
+    parts = ["## Predicted for GPUs, not measured", said, report_gpu.predictions(guesses)]
+    shown = next((r for r in guesses if r["card"]["name"] == SHOWN), None)
+    if shown is not None:
+        files[PREDICTED_CHART] = report_gpu.chart_of(
+            f"{SHOWN}: PREDICTED, not measured", report_gpu.points(shown["rows"], "predicted_seconds"), shown["card"]
+        )
+        parts.append(f"![roofline of the {SHOWN}, predicted and not measured]({PREDICTED_CHART})")
+    cards = ", ".join(f"{r['card']['name']} ({r['card']['source']})" for r in guesses)
+    return [*parts, f"Peaks: {cards}. Rows of single operators: bench/results/predictions-*.json."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
+    parser.add_argument("--out", type=Path, default=DOCS, metavar="DIR", help="where the document goes (docs)")
+    options = parser.parse_args()
+    for name, text in render(read()).items():
+        (options.out / name).write_text(text)
+        print(options.out / name)
+
+
+if __name__ == "__main__":
+    main()

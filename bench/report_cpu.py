@@ -1,0 +1,148 @@
+"""What results on a CPU say, as tables and a chart: one renderer for each topic of bench/results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.charts import bars
+
+Result = Mapping[str, Any]
+"""The contents of a results file."""
+
+OURS, COMPILED, PEER = "infera", "infera[jit]", "onnxruntime"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown; all columns but the first are numbers."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def time_of(ms: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def whole_models(result: Result) -> str:
+    """Medians of wall time; the ratio is ours over onnxruntime's."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        times = {name: s["wall_ms"] for name, s in row["summaries"].items()}
+        made = [f"{row['model']} {row['example']}", str(row["threads"])]
+        made += [time_of(times[name]) if name in times else "" for name in (OURS, COMPILED, PEER)]
+        return [*made, *(f"{times[n] / times[PEER]:.2f}" if n in times else "" for n in (OURS, COMPILED))]
+
+    header = ("model", "threads", "infera, ms", "with numba", "onnxruntime", "ratio", "with numba")
+    return table(header, (cells(row) for row in result["rows"] if not row["failure"]))
+
+
+def speeds(result: Result) -> str:
+    """A chart: how many times as fast as onnxruntime each model is, the first example with one thread."""
+    shown: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["threads"] == 1 and not row["failure"] and row["model"] not in shown:
+            times = {name: s["wall_ms"] for name, s in row["summaries"].items()}
+            shown[row["model"]] = {n: times[PEER] / times[n] for n in (OURS, COMPILED) if n in times}
+    return bars("CPU, one thread: speed against onnxruntime", shown, unit="times as fast as onnxruntime", one=True)
+
+
+def first(result: Result) -> str:
+    """Load and first inference in a fresh process, one thread."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        ours, peer = row["milliseconds"][OURS], row["milliseconds"][PEER]
+        times = (ours["load"], ours["run"], ours["first"], peer["first"])
+        return [row["model"], *map(time_of, times), f"{row['ratio']:.2f}"]
+
+    header = ("model", "load, ms", "first run", "both", "onnxruntime", "ratio")
+    return table(header, (cells(row) for row in result["rows"] if not row["failure"]))
+
+
+def shapes(result: Result) -> str:
+    """Each run in a shape that is new, and in shapes seen before: medians."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        made = [row["model"]]
+        for which in ("new", "again"):
+            times = row[which]["milliseconds"]
+            made += [time_of(times[OURS]["median"]), time_of(times[PEER]["median"]), f"{row[which]['ratio']:.2f}"]
+        return made
+
+    header = ("model", "new shape, ms", "onnxruntime", "ratio", "seen shape, ms", "onnxruntime", "ratio")
+    return table(header, (cells(row) for row in result["rows"] if not row["failure"]))
+
+
+def resident(result: Result) -> str:
+    """Memory of a process, in MB: after loading, and at its peak."""
+    found = {(r["model"], r["threads"], r["runtime"]): r for r in result["rows"]}
+    keys = dict.fromkeys((model, threads) for model, threads, _ in found)
+
+    def cells(model: str, threads: int) -> list[str]:
+        ours, peer = (found[model, threads, runtime] for runtime in (OURS, PEER))
+        sizes = [r[what] / 1e6 for what in ("loaded", "peak") for r in (ours, peer)]
+        return [model, str(threads), *(f"{size:.0f}" for size in sizes)]
+
+    header = ("model", "threads", "loaded, MB", "onnxruntime", "peak, MB", "onnxruntime")
+    return table(header, (cells(*key) for key in keys))
+
+
+def dispatch(result: Result) -> str:
+    """A chain of small nodes: microseconds each."""
+    rows = ([name, f"{t:.3f}"] for row in result["rows"] for name, t in row["micros_a_node"].items())
+    return table(("who runs it", "µs a node"), rows)
+
+
+def serving(result: Result) -> str:
+    """Requests a second over HTTP, and their latencies."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        made = [row["server"], row["body"], str(row["connections"]), f"{row['rps']:,.0f}"]
+        return [*made, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['cpu_us']:.0f}"]
+
+    header = ("server", "body", "connections", "requests/s", "median, ms", "p99, ms", "CPU, µs")
+    return table(header, (cells(row) for row in result["rows"]))
+
+
+_OVERLOAD = {
+    "peak_rps": "requests/s at its peak",
+    "asked_rps": "asked for while overloaded",
+    "goodput_rps": "answered of these",
+    "answer_p99_ms": "p99 of answers, ms",
+    "refusal_p50_ms": "median of refusals, ms",
+    "lost": "lost",
+    "recovery_s": "until answers are as before, s",
+}
+
+
+def overload(result: Result) -> str:
+    """Ten times what the server can do."""
+    rows = ([text, *(f"{row[key]:,.3g}" for row in result["rows"])] for key, text in _OVERLOAD.items())
+    return table(["", *(str(row.get("where", "")) for row in result["rows"])], rows)
+
+
+def trees(result: Result) -> str:
+    """As whole models."""
+    return whole_models(result)
+
+
+def quantized(result: Result) -> str:
+    """How far models that quantise on the way are from each other: runs in which no rounding fell another way."""
+    rows = ([r["model"], r["pair"], f"{r['same']} of {r['runs']}", f"{r['largest']:.1e}"] for r in result["rows"])
+    return table(("model", "between", "the same", "largest difference, of the peak"), rows)
+
+
+SECTIONS: Mapping[str, tuple[str, Callable[[Result], str]]] = {
+    "": ("Whole models", whole_models),
+    "first": ("Load and first inference", first),
+    "shapes": ("A new shape in every run", shapes),
+    "resident": ("Memory", resident),
+    "dispatch": ("Small nodes", dispatch),
+    "trees": ("Ensembles of trees", trees),
+    "quantized": ("Models that quantise on the way", quantized),
+    "serving": ("Serving", serving),
+    "overload": ("Overload", overload),
+}
+"""By topic, as results files are named: the title, and what renders it."""
+CHARTED = "quick"
+"""The topic with all models, of which the chart is made."""

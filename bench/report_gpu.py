@@ -1,0 +1,113 @@
+"""What results on GPUs say, and apart from them what is predicted for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from bench.charts import Point, bars, roofline
+from bench.gpu_targets import TARGETS
+from bench.report_cpu import Result, table, time_of
+
+Row = Mapping[str, Any]
+
+_ROOFS = {"half": "float16", "tf32": "tf32", "ieee": "float32"}
+
+
+def rows_of(results: Iterable[Result]) -> list[Row]:
+    """The measured rows of results of one GPU, the newest of each."""
+    found: dict[tuple[str, ...], Row] = {}
+    for result in sorted(results, key=lambda r: str(r["time"])):
+        for section in result["sections"]:
+            for row in section["facts"].get("rows", ()):
+                found[row["set"], row["name"], row["precision"]] = row
+    return list(found.values())
+
+
+def targets(rows: Sequence[Row]) -> str:
+    """Every target, and what was measured of it."""
+
+    def cells() -> Iterator[list[str]]:
+        for target in TARGETS:
+            goal = f"{'at most' if target.at_most else 'at least'} {target.goal:g}{target.unit}"
+            value = target.reached(rows)
+            if value is None:
+                yield [target.work, goal, "not measured", ""]
+            else:
+                yield [target.work, goal, f"{value:.3g}{target.unit}", "met" if target.met(value) else "missed"]
+
+    return table(("work", "target", "measured", ""), cells())
+
+
+def measured(rows: Sequence[Row]) -> str:
+    """All measured rows, set by set."""
+
+    def cells(row: Row) -> list[str]:
+        peers = ", ".join(f"{t / row['seconds']:.2f}x {name}" for name, t in row["peers"].items())
+        rate = f"{row['operations_per_s'] / 1e12:.1f}" if row.get("operations") else ""
+        moved = f"{row['bytes_per_s'] / 1e9:,.0f}" if "bytes_per_s" in row else ""
+        share = f"{row['fraction']:.0%}" if "fraction" in row else ""
+        return [f"{row['name']} {row['precision']}".strip(), time_of(row["seconds"] * 1e3), rate, moved, share, peers]
+
+    header = ("row", "ms", "TFLOP/s", "GB/s", "of the roofline", "speed against")
+    sets = dict.fromkeys(row["set"] for row in rows)
+    return "\n\n".join(f"#### {name}\n\n{table(header, (cells(r) for r in rows if r['set'] == name))}" for name in sets)
+
+
+def provenance(results: Sequence[Result]) -> str:
+    """Commit, device, driver and versions of each file."""
+    lines = []
+    for result in results:
+        gpu, packages = result["gpu"], result["packages"]
+        versions = ", ".join(f"{name} {packages[name]}" for name in packages)
+        lines.append(
+            f"- {result['time']}: {gpu['name']}, driver {gpu['driver']}, commit {result['commit'][:10]}, {versions}"
+        )
+    return "\n".join(lines)
+
+
+def throughput(name: str, rows: Sequence[Row]) -> str:
+    """A chart: networks against their peers."""
+    shown = {
+        f"{row['name']} {row['precision']}": {peer: t / row["seconds"] for peer, t in row["peers"].items()}
+        for row in rows
+        if row["peers"] and row["set"] in ("networks", "decoder")
+    }
+    return bars(f"{name}, measured: speed against PyTorch", shown, unit="times as fast as the peer", one=True)
+
+
+def points(rows: Iterable[Row], seconds: str) -> list[Point]:
+    """Rows with operations, at the rate that a column of seconds gives."""
+    return [
+        Point(row["set"], row["operations"] / row["bytes"], row["operations"] / row[seconds])
+        for row in rows
+        if row.get("operations")
+    ]
+
+
+def chart_of(title: str, found: Sequence[Point], card: Mapping[str, Any]) -> str:
+    """A roofline chart of a card, whose numbers are as a predictions file has them."""
+    roofs = {text: card["operations_per_s"][kind] for kind, text in _ROOFS.items()}
+    return roofline(title, found, roofs, card["bytes_per_s"])
+
+
+def predictions(results: Sequence[Result]) -> str:
+    """Networks on every card."""
+    by_card = {r["card"]["name"]: {_key(row): row for row in r["rows"]} for r in results}
+    first = next(iter(by_card.values()))
+    chosen = [key for key, row in first.items() if row["set"] in ("networks", "decoder", "int8")]
+
+    def cells(key: tuple[str, ...]) -> list[str]:
+        row = first[key]
+        made = [f"{row['name']} {row['precision']}", str(row["steps"]), f"{row['operations'] / 1e9:,.0f}"]
+        made.append(f"{row['bytes'] / 1e6:,.0f}")
+        for rows in by_card.values():
+            made += [time_of(rows[key]["predicted_seconds"] * 1e3) if key in rows else ""]
+        return made
+
+    header = ("network", "steps", "GFLOP", "MB", *(f"{name}, ms" for name in by_card))
+    return table(header, (cells(key) for key in chosen))
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["set"], row["name"], row["precision"]

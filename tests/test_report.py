@@ -1,0 +1,139 @@
+"""docs/performance.md: what bench/results gives, measurements and predictions apart. No GPU."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import report
+from bench.gpu_targets import TARGETS
+from bench.report import DOCS, DOCUMENT, PREDICTED_CHART, read, render
+
+TIMES = {"resnet50 b1": 1.0e-3, "resnet50 b32": 4.0e-3}
+
+
+def measured_row(set_: str, name: str, precision: str, seconds: float, **more: Any) -> dict[str, Any]:
+    row = {
+        "set": set_,
+        "name": name,
+        "precision": precision,
+        "operations": 10**9,
+        "bytes": 10**7,
+        "operations_per_s": 10**9 / seconds,
+        "bytes_per_s": 10**7 / seconds,
+        "seconds": seconds,
+        "fraction": 0.5,
+        "host_seconds": 1.2e-5,
+        "peers": {},
+    }
+    return {**row, **more}
+
+
+def measured(*rows: dict[str, Any], time: str = "2030-01-01T00:00:00") -> dict[str, Any]:
+    """A results file as `bench.gpu_speed` writes it."""
+    return {
+        "time": time,
+        "commit": "0123456789abcdef",
+        "gpu": {"name": "NVIDIA H200", "driver": "580.1"},
+        "packages": {"torch": "2.11", "triton": "3.9.0"},
+        "sections": [{"section": "networks", "facts": {"rows": list(rows)}}, {"section": "kernels", "facts": {}}],
+    }
+
+
+ROWS = (
+    measured_row("bandwidth", "copy of 512 MiB", "", 1e-5, operations=0),
+    measured_row("bandwidth", "softmax 3x4", "fp16", 2e-5, operations=0),
+    *(
+        measured_row("networks", name, "fp16", seconds, peers={"torch.compile max-autotune": 1.2 * seconds})
+        for name, seconds in TIMES.items()
+    ),
+    measured_row("int8", "resnet50 int8 b32", "fp16", 2.0e-3),
+    {"set": "first run", "name": "resnet50", "precision": "fp32", "seconds": 3.0, "peers": {}},
+)
+
+
+def test_the_document_is_what_the_results_give() -> None:
+    files = render(read())
+    for name, text in files.items():
+        assert (DOCS / name).read_text() == text, f"{name} is not what bench/results gives: run `make report`"
+    assert {path.name for path in DOCS.glob("performance*")} == files.keys()
+
+
+def test_charts_are_svg_and_are_shown() -> None:
+    files = render({**read(), "nvidia-h200": measured(*ROWS)})
+    charts = {name for name in files if name.endswith(".svg")}
+    assert len(charts) == 4
+    for name in charts:
+        assert ElementTree.fromstring(files[name]).tag == "{http://www.w3.org/2000/svg}svg"
+    assert set(re.findall(r"\]\(([\w-]+\.svg)\)", files[DOCUMENT])) == charts
+
+
+def test_without_measurements_the_first_lines_say_so() -> None:
+    results = {name: result for name, result in read().items() if "gpu" not in result}
+    text = render(results)[DOCUMENT]
+    assert "**No GPU measurement exists yet.**" in text.splitlines()[2]
+    assert text.count("not measured |") == len(TARGETS)
+
+
+def test_measurements_and_predictions_are_apart() -> None:
+    files = render({**read(), "nvidia-h200": measured(*ROWS)})
+    text = files[DOCUMENT]
+    assert "No GPU measurement" not in text
+    before, _, after = text.partition("## Predicted for GPUs, not measured")
+    assert "predict" not in before.partition("## Measured on GPUs")[2].lower()
+    assert "1.20x torch.compile" in before
+    assert "1.20x torch.compile" not in after
+    assert "PREDICTED, not measured" in files[PREDICTED_CHART]
+
+
+def test_rows_say_what_they_were_measured_with() -> None:
+    text = render({"nvidia-h200": measured(*ROWS)})[DOCUMENT]
+    for fact in ("NVIDIA H200", "driver 580.1", "commit 0123456789", "torch 2.11", "triton 3.9.0"):
+        assert fact in text
+    assert "| resnet50 b1 fp16 | 1 | 1.0 | 10 | 50% | 1.20x torch.compile max-autotune |" in text
+
+
+@pytest.mark.parametrize(
+    ("work", "shown"),
+    [
+        ("ResNet-50, against torch.compile", "| at least 1.15x | 1.2x | met |"),
+        ("softmax, norms, chains, transposes, share of a copy", "| at least 0.85 | 0.5 | missed |"),
+        ("the host's time for a replayed run", "| at most 1.5e-05 s | 1.2e-05 s | met |"),
+        ("load and first run, kernels on disk", "| at most 2 s | 3 s | missed |"),
+        ("int8 ResNet-50 and BERT-base, batch 32, against float16", "| at least 1.3x | 2x | met |"),
+        ("attention, against flash attention", "| at least 0.9x | not measured |  |"),
+    ],
+)
+def test_targets_are_held_against_measured_rows(work: str, shown: str) -> None:
+    text = render({"nvidia-h200": measured(*ROWS)})[DOCUMENT]
+    assert f"| {work} {shown}" in text
+
+
+def test_the_newest_row_counts() -> None:
+    later = measured(measured_row("networks", "resnet50 b1", "fp16", 5e-4), time="2031-01-01T00:00:00")
+    text = render({"a": later, "b": measured(*ROWS)})[DOCUMENT]
+    assert "| resnet50 b1 fp16 | 0.5 | 2.0 |" in text
+    assert "| resnet50 b32 fp16 | 4 |" in text
+
+
+def test_the_newest_file_of_a_topic_counts() -> None:
+    results = dict(read())
+    name = next(n for n in results if "-dispatch-" in n)
+    newer = copy.deepcopy(dict(results[name]))
+    newer["environment"]["time"] = "2031-01-01T00:00:00+00:00"
+    newer["rows"][0]["micros_a_node"] = {"somebody": 0.125}
+    results[f"{name[:-10]}2031-01-01"] = newer
+    assert "| somebody | 0.125 |" in render(results)[DOCUMENT]
+    assert "NumPy by hand" not in render(results)[DOCUMENT]
+
+
+def test_every_target_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were planned for the predictions are those that are measured."""
+    (planned,) = (r["rows"] for r in report.predicted(read()) if r["card"]["name"] == report.SHOWN)
+    elsewhere = {"first run"}
+    for target in TARGETS:
+        assert target.set in elsewhere or target.rows(planned), target.work
