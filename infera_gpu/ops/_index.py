@@ -22,7 +22,7 @@ elementwise Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh Div Erf Exp F
 elementwise Neg Pow Reciprocal Round Sign Sin Sinh Sqrt Sub Sum Tan
 fused_attention infera.Attention
 fused_lookup infera.Lookup
-fused_norm infera.AxisNormalization infera.L2Normalization
+fused_norm infera.AxisNormalization infera.L2Normalization infera.WidenedNormalization
 fused_rotary infera.Rotary
 generate Constant ConstantOfShape EyeLike Range
 gradient infera.OnesLike infera.SumTo

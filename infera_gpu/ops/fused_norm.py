@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,4 +174,66 @@ _AXIS = Op(
     ),
 )
 
-OPS: tuple[Op, ...] = (_UNIT, _AXIS)
+
+# ---- of what a scale may widen
+
+
+def _normalized_dims(site: Site) -> tuple[int, ...]:
+    return site.spec(0).dims[site.axis() :]
+
+
+def _infer_widened(site: Site) -> tuple[TensorSpec]:
+    x, given = site.spec(0), [s.dims for s in site.ins[1:] if s is not None]
+    site.axis()
+    try:
+        return (TensorSpec(np.broadcast_shapes(x.dims, *given), x.dtype),)
+    except ValueError:
+        raise site.fail(f"scale and bias {given} do not broadcast with {x}") from None
+
+
+def _norm_and_affine(site: Site) -> Expansion:
+    """The norm with its scale and bias, or where they are wider than what is normalised, Mul and Add behind it."""
+    node, center, (x, *affine) = site.node, bool(site.attrs["center"]), site.node.inputs
+    attrs = {name: site.attrs[name] for name in ("axis", "epsilon")}
+    norm, opset = ("LayerNormalization", 17) if center else ("RMSNormalization", 23)
+    given = {i: name for i, name in enumerate(affine, 1) if name}
+    if all(site.spec(i).dims == _normalized_dims(site) for i in given) and (center or 2 not in given):
+        return Expansion((Node(norm, (x, *affine), node.outputs, attrs, name=node.name, opset=opset),))
+    made = made_name(node.outputs[0], "norm")
+    nodes = [Node(norm, (x,), (made,), attrs, name=f"{node.name}/norm", opset=opset)]
+    for i, name in given.items():
+        op = "Mul" if i == 1 else "Add"
+        nodes.append(Node(op, (made, name), (made_name(node.outputs[0], op),), name=f"{node.name}/{op}", opset=14))
+        made = nodes[-1].outputs[0]
+    nodes[-1] = replace(nodes[-1], outputs=node.outputs)
+    return Expansion(tuple(nodes))
+
+
+def _compute_widened(xp: Any, site: Site, x: Array, scale: Array | None = None, bias: Array | None = None) -> Array:
+    axes = tuple(range(site.axis(), x.ndim))
+    y = standardized(xp, x, axes, site.attrs["epsilon"], center=bool(site.attrs["center"]))[0]
+    return affine(y, scale, bias, x.dtype)
+
+
+# Layer or RMS normalisation over the axes from `axis` on, times a scale, plus a bias, which may both be left out, and
+# broadcast with what is normalised as they would in Mul and Add.
+_WIDENED = Op(
+    "WidenedNormalization",
+    1,
+    domain="infera",
+    infer=_infer_widened,
+    compute=plain(_compute_widened),
+    expand=_norm_and_affine,
+    attrs={"axis": -1, "epsilon": 1e-5, "center": 1},
+    cases=Cases(
+        lambda: (
+            Case("fits", (f32(3, 5, 7), f32(7), f32(7))),
+            Case("trailing_axes", (f32(3, 5, 7), f32(5, 7)), {"axis": -2, "center": 0}),
+            Case("widened", (f32(3, 1), f32(4), f32(4))),
+            Case("bias_alone", (f32(3, 1), None, f32(4))),
+            Case("not_centred", (f32(3, 5), f32(5), f32(5)), {"center": 0, "epsilon": 0.1}),
+        )
+    ),
+)
+
+OPS: tuple[Op, ...] = (_UNIT, _AXIS, _WIDENED)

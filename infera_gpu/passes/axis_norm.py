@@ -83,7 +83,7 @@ def _row(match: Match) -> HostArray | None:
     if x is None or not x.ranked or c.dtype != x.dtype or not x.ndim - axis <= c.ndim <= x.ndim:
         return None
     size, length = c.shape[axis - x.ndim], x.shape[axis]
-    known = length == size if isinstance(length, int) else size > 1
+    known = length == size
     return c.reshape(-1) if c.size == size and known else None
 
 
@@ -122,6 +122,11 @@ AXIS_AFFINE = Fusion(
         scaled_already (float[B, 3, 4] x) => (float[B, 3, 4] y)
         <float[3] g = {1, -2, 0.5}, float[3, 1] b = {0.5, 1, 2}> {
             n = infera.AxisNormalization <axis = 1> (x, g)
+            y = Mul(b, n)
+        }""",
+        """
+        length_is_unknown (float[B, C, 4] x) => (float[B, 3, 4] y) <float[3, 1] b = {0.5, 1, 2}> {
+            n = infera.AxisNormalization <axis = 1> (x)
             y = Mul(b, n)
         }""",
         """

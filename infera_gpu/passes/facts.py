@@ -335,6 +335,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys((*_ACTIVATIONS, *_FUNCTIONS, *_NORMS), _same),
         **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Sum", "Mean", "BitShift"), _elementwise()),
+        "infera.WidenedNormalization": _elementwise(),
         **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"), _elementwise()),
         "Pow": _power,
         **dict.fromkeys(("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"), _elementwise(dtype=_BOOL)),

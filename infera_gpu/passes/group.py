@@ -45,7 +45,7 @@ def _is_grouped(match: Match) -> bool:
     return (
         all(row is not None and row.dtype == x.dtype for row in rows)
         and len(channels) == 1
-        and channels <= ({x.shape[1]} if isinstance(x.shape[1], int) else channels - {1})
+        and channels == {x.shape[1]}
         and bool((match.constant("ones") == 1).all())
         and not match.constant("zeros").any()
         and _returns(match)
@@ -82,6 +82,17 @@ GROUP_NORM = Fusion(
         """
         scaled_by_group (float[B, 4, 3, 5] x) => (float[B, 4, 3, 5] y)
         <int64[3] g = {0, 2, -1}, float[2] one = {1, 2}, float[2] zero = {0, 0},
+         float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
+            r = Reshape(x, g)
+            n = InstanceNormalization(r, one, zero)
+            t = Shape(x)
+            u = Reshape(n, t)
+            m = Mul(u, s)
+            y = Add(m, b)
+        }""",
+        """
+        channels_are_unknown (float[B, C, 3, 5] x) => (float[B, 4, 3, 5] y)
+        <int64[3] g = {0, 1, -1}, float[1] one = {1}, float[1] zero = {0},
          float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
             r = Reshape(x, g)
             n = InstanceNormalization(r, one, zero)

@@ -74,7 +74,7 @@ _ELEMENTWISE = (
 )
 _NORMS = (
     *("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "GroupNormalization"),
-    "SimplifiedLayerNormalization",
+    *("SimplifiedLayerNormalization", "infera.WidenedNormalization"),
 )
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 _PRODUCTS = (

@@ -1,18 +1,20 @@
-"""LayerNormalization and RMSNormalization as exporters write them out, and the scale and shift that follow them.
+"""LayerNormalization and RMSNormalization as exporters write them out.
 
-`norm_factors` has what is scaled on the way.
+`norm_factors` has what is scaled on the way, `norm_affine` what is scaled afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from infera_gpu.graph import made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, standard
-from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.graph import HostArray, made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node, standard
+from infera_gpu.passes.pattern import Arg, P, axis_in
+
+WIDENED = "WidenedNormalization"
+"""A norm whose axes are not known, with a scale: what has one element there becomes as wide as the scale."""
 
 
 def squared(x: Arg) -> Arg:
@@ -56,7 +58,7 @@ def trailing_axis(match: Match, reduction: str) -> int | None:
     if axes is None or not match.nodes[reduction].attrs.get("keepdims", 1):
         return None
     if any(a >= 0 for a in axes):
-        if rank is None:
+        if rank is None or any(axis_in(a, rank) is None for a in axes):
             return None
         axes = tuple(a % rank - rank for a in axes)
     return -len(axes) if sorted(axes) == list(range(-len(axes), 0)) else None
@@ -90,14 +92,24 @@ def normalization(op: str, since: int, *affine: str) -> Callable[[Match], Replac
     def build(match: Match) -> Replacement:
         axis = trailing_axis(match, "variance")
         assert axis is not None
-        rows = {made_name(match.root.outputs[0], name): _row(match, name, axis) for name in affine}
+        rows = {made_name(match.root.outputs[0], name): row_of(match, name, axis) for name in affine}
         attrs = {"axis": axis, "epsilon": match.number("epsilon")}
-        return Replacement(standard(match, op, since, (_source(match), *rows), attrs), rows)
+        inputs = (_source(match), *rows)
+        if may_widen(match, axis, rows):
+            return Replacement(infera(match, WIDENED, inputs, attrs | {"center": int("mean" in match.nodes)}), rows)
+        return Replacement(standard(match, op, since, inputs, attrs), rows)
 
     return build
 
 
-def _row(match: Match, name: str, axis: int) -> np.ndarray:
+def may_widen(match: Match, axis: int, rows: Mapping[str, HostArray]) -> bool:
+    """Whether x may have one element where the rows have more: its normalised axes are not known."""
+    x = match.spec("x")
+    known = x.shape[axis:] if x is not None and x.ranked else ()
+    return any(row.shape != known for row in rows.values())
+
+
+def row_of(match: Match, name: str, axis: int) -> np.ndarray:
     """A constant in the shape of the normalised axes: without axes of size 1 before them."""
     value = match.constant(name)
     return value.reshape(value.shape[axis:])
@@ -230,62 +242,4 @@ RMS_NORM = Fusion(
     ),
 )
 
-
-def _takes_row(match: Match) -> bool:
-    """The norm has neither scale nor shift yet, or not this one, and what comes is a row of its normalised axes."""
-    norm = match.nodes["norm"]
-    return are_rows(match, _axis_of(match), "c") and not any(norm.inputs[1 if match.root.op == "Mul" else 2 :])
-
-
-def _axis_of(match: Match) -> int:
-    """The axis of the norm, counted from the last."""
-    axis, rank = int(match.nodes["norm"].attrs.get("axis", -1)), match.rank("x")
-    return axis if axis < 0 else axis - (rank or 0)
-
-
-def _with_row(match: Match) -> Replacement:
-    norm, name = match.nodes["norm"], made_name(match.root.outputs[0], "row")
-    scale = match.values.get("scale", "")
-    inputs = (match.values["x"], name) if match.root.op == "Mul" else (match.values["x"], scale, name)
-    return Replacement(
-        replace(norm, inputs=inputs, outputs=match.root.outputs), {name: _row(match, "c", _axis_of(match))}
-    )
-
-
-NORM_AFFINE = Fusion(
-    name="norm_affine",
-    patterns=(
-        node("Mul", node(("LayerNormalization", "RMSNormalization"), "x", name="norm"), "#c", commutes=True),
-        node("Add", node("LayerNormalization", "x", "?scale", name="norm"), "#c", commutes=True),
-    ),
-    guard=_takes_row,
-    build=_with_row,
-    example="""
-        example (float[B, 3, 4] x) => (float[B, 3, 4] y)
-        <float[4] g = {1, -2, 0.5, 3}, float[1, 1, 4] b = {0.5, 1, 2, -1}> {
-            n = LayerNormalization(x, g)
-            y = Add(b, n)
-        }""",
-    near_misses=(
-        """
-        one_value_a_row (float[B, 3, 4] x) => (float[B, 3, 4] y)
-        <float[4] g = {1, -2, 0.5, 3}, float[3, 1] b = {0.5, 1, 2}> {
-            n = LayerNormalization(x, g)
-            y = Add(b, n)
-        }""",
-        """
-        shifted_already (float[B, 3, 4] x) => (float[B, 3, 4] y)
-        <float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
-            n = LayerNormalization(x, g, b)
-            y = Add(b, n)
-        }""",
-        """
-        norm_is_an_output (float[B, 3, 4] x) => (float[B, 3, 4] y, float[B, 3, 4] n)
-        <float[4] g = {1, -2, 0.5, 3}, float[4] b = {0.5, 1, 2, -1}> {
-            n = LayerNormalization(x, g)
-            y = Add(b, n)
-        }""",
-    ),
-)
-
-FUSIONS = (LAYER_NORM, RMS_NORM, NORM_AFFINE)
+FUSIONS = (LAYER_NORM, RMS_NORM)

@@ -154,6 +154,11 @@ class Match:
         return None if given is None else tuple(int(a) for a in given.reshape(-1)) or None
 
 
+def axis_in(axis: int, rank: int) -> int | None:
+    """An axis counted from the first; None where there is none such."""
+    return axis % rank if -rank <= axis < rank else None
+
+
 _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
 
 LEGACY = "broadcast"
