@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import infera_gpu
+from infera_gpu.errors import PlanError
 from tests.text import parse
 
 VARIANCE = "q = Pow({0}, two)  v = ReduceMean <axes = [{1}]> (q)  a = Add(v, e)  r = Sqrt(a)  n = Div({0}, r)"
@@ -44,3 +45,29 @@ def test_a_scale_may_widen_what_is_normalised(name: str, length: int) -> None:
         session = infera_gpu.load(model, device=device)
         assert left <= {n.op for n in session.graph.nodes}, session.graph.nodes
         np.testing.assert_allclose(session.run(feeds)["y"], want, rtol=1e-5, atol=1e-6)
+
+
+IMPOSSIBLE = {
+    "reshape": "(float[B, 3, 4] x) => (float[4, N] y) <int64[2] s = {6, 4}, int64[2] t = {4, -1}> "
+    "{ a = Reshape(x, s)  y = Reshape(a, t) }",
+    "squeeze": "(float[B, 3, 4] x) => (float[4, N] y) <int64[1] s = {1}, int64[2] t = {4, -1}> "
+    "{ a = Squeeze(x, s)  y = Reshape(a, t) }",
+    "unsqueeze": "(float[B, 3, 4] x) => (float[4, N] y) <int64[2] s = {1, 1}, int64[2] t = {4, -1}> "
+    "{ a = Unsqueeze(x, s)  y = Reshape(a, t) }",
+    "softmax": "(float[B, 3, 4] x) => (float[B, 3, 4] y) <int64[1] s = {3}> "
+    "{ e = Exp(x)  t = ReduceSum(e, s)  y = Div(e, t) }",
+    "scale": "(float[3, 3, N] x) => (float[3, 3, M] y) <float[2] s = {1, 2}> "
+    "{ n = LayerNormalization(x, s)  y = Add(n, s) }",
+    "layer_norm": "(float[B, 3, 4] x) => (float[B, 3, 4] y) <float two = {2}, float e = {1}> "
+    "{ m = ReduceMean <axes = [5]> (x)  c = Sub(x, m)  q = Pow(c, two)  v = ReduceMean <axes = [5]> (q)"
+    "  a = Add(v, e)  r = Sqrt(a)  y = Div(c, r) }",
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_a_model_asks_in_vain_is_refused(name: str) -> None:
+    """A fusion that drops a node must not drop the error that it would have been."""
+    model = parse(f"g {IMPOSSIBLE[name]}")
+    for fuse in (False, True):
+        with infera_gpu.load(model, device="cpu", fuse=fuse) as session, pytest.raises(PlanError):
+            session.run({"x": np.ones((3, 3, 4), np.float32)})

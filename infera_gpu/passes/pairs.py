@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 
 from infera_gpu.graph import Node
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, standard
+from infera_gpu.passes.engine import Fusion, Match, Replacement, node, standard
+from infera_gpu.passes.pattern import axis_in
 from infera_gpu.spec import DType, dtype_of_onnx
 
 
@@ -74,9 +78,58 @@ TRANSPOSES = Fusion(
 )
 
 
-def _names_every_size(match: Match) -> bool:
-    """No size of the last shape is taken from the one between."""
-    return bool(match.constant("shape").all()) or bool(match.root.attrs.get("allowzero", 0))
+def _is_shape(sizes: Sequence[int]) -> bool:
+    """Whether a Reshape may ask for these sizes: one of them at most is left open."""
+    return all(size >= -1 for size in sizes) and sizes.count(-1) <= 1
+
+
+def _reshapes(match: Match, last: Sequence[int]) -> bool:
+    """Whether the first of two Reshapes is possible wherever the last one is: it hides no error then."""
+    x, between = match.spec("x"), match.graph.constants.get(match.values["between"])
+    if between is None:
+        return False
+    sizes: list[int] = between.reshape(-1).tolist()
+    if not _is_shape(sizes):
+        return False
+    keeps = not match.nodes["first"].attrs.get("allowzero", 0)
+    copied = [i for i, size in enumerate(sizes) if size == 0] if keeps else []
+    asked = math.prod(size for size in sizes if size > 0 or (size == 0 and not keeps))
+    if x is not None and x.ranked and all(i < x.ndim for i in copied):
+        rest = [d for i, d in enumerate(x.shape) if i not in copied]
+        if all(isinstance(d, int) for d in rest):
+            count = math.prod(d for d in rest if isinstance(d, int))
+            return asked > 0 and count % asked == 0 if -1 in sizes else count == asked
+    if copied or 0 in last:
+        return False
+    count = math.prod(size for size in last if size > 0)
+    return count % max(asked, 1) == 0 if -1 in sizes else -1 not in last and count == asked
+
+
+def _is_possible(match: Match, last: Sequence[int]) -> bool:
+    """Whether the first of two nodes can do what it is asked, as far as the last one can."""
+    first, rank = match.nodes["first"], match.rank("x")
+    if first.op == "Reshape":
+        return _reshapes(match, last)
+    if first.op == "Squeeze" and "axes" not in first.attrs and len(first.inputs) < 2:
+        return True
+    if rank is None:
+        return False
+    if first.op == "Flatten":
+        return -rank <= int(first.attrs.get("axis", 1)) <= rank
+    axes = match.axes("first")
+    rank += len(axes or ()) if first.op == "Unsqueeze" else 0
+    places = [axis_in(a, rank) for a in axes or ()]
+    if axes is None or None in places or len(set(places)) < len(places):
+        return False
+    x = match.spec("x")
+    return first.op == "Unsqueeze" or (x is not None and all(x.shape[i] == 1 for i in places if i is not None))
+
+
+def _are_one(match: Match) -> bool:
+    """No size of the last shape is taken from the one between, and what is left out could not have failed."""
+    last = match.constant("shape").reshape(-1).tolist()
+    named = 0 not in last or bool(match.root.attrs.get("allowzero", 0))
+    return named and _is_shape(last) and _is_possible(match, last)
 
 
 def _reshaped(match: Match) -> Replacement:
@@ -87,10 +140,10 @@ def _reshaped(match: Match) -> Replacement:
 RESHAPES = Fusion(
     name="reshape_pair",
     patterns=(
-        node("Reshape", either(node("Reshape", "x", "between"), node(("Flatten", "Squeeze"), "x")), "#shape"),
-        node("Reshape", node(("Squeeze", "Unsqueeze"), "x", "axes"), "#shape"),
+        node("Reshape", node("Reshape", "x", "between", name="first"), "#shape"),
+        node("Reshape", node(("Flatten", "Squeeze", "Unsqueeze"), "x", "?axes", name="first"), "#shape"),
     ),
-    guard=_names_every_size,
+    guard=_are_one,
     build=_reshaped,
     example="""
         example (float[2, 3, 4] x) => (float[4, 6] y) <int64[2] s = {6, 4}, int64[2] t = {4, -1}> {
@@ -101,6 +154,26 @@ RESHAPES = Fusion(
         """
         keeps_a_size (float[2, 3, 4] x) => (float[6, 4] y) <int64[2] s = {6, 4}, int64[2] t = {0, -1}> {
             a = Reshape(x, s)
+            y = Reshape(a, t)
+        }""",
+        """
+        may_be_impossible (float[B, 3, 4] x) => (float[4, N] y) <int64[2] s = {6, 4}, int64[2] t = {4, -1}> {
+            a = Reshape(x, s)
+            y = Reshape(a, t)
+        }""",
+        """
+        copies_what_is_not_there (float[24] x) => (float[4, 6] y) <int64[2] s = {-1, 0}, int64[2] t = {4, -1}> {
+            a = Reshape(x, s)
+            y = Reshape(a, t)
+        }""",
+        """
+        may_be_more_than_one (float[B, C, 4] x) => (float[4, N] y) <int64[1] one = {1}, int64[2] t = {4, -1}> {
+            a = Squeeze(x, one)
+            y = Reshape(a, t)
+        }""",
+        """
+        no_such_axis (float[B, 4] x) => (float[4, N] y) <int64[1] three = {3}, int64[2] t = {4, -1}> {
+            a = Unsqueeze(x, three)
             y = Reshape(a, t)
         }""",
         """

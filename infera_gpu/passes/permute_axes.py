@@ -10,6 +10,7 @@ import numpy as np
 from infera_gpu.graph import Node, made_name
 from infera_gpu.ops import channels_last, reordered
 from infera_gpu.ops.reordered import order_of
+from infera_gpu.passes.pattern import axis_in
 from infera_gpu.passes.permute import (
     Facts,
     Moved,
@@ -57,18 +58,18 @@ def _quantized(facts: Facts, node: Node, order: Order) -> Moved | None:
         return simple(node, order)
     if scale is None or scale.ndim != 1 or facts.opset(node) < 13:
         return None
-    axis = int(node.attrs.get("axis", 1)) % len(order)
-    return simple(with_attrs(node, axis=order.index(axis)), order)
+    axis = axis_in(int(node.attrs.get("axis", 1)), len(order))
+    return None if axis is None else simple(with_attrs(node, axis=order.index(axis)), order)
 
 
 def _along(default: int, since: int = 1, *, first: bool = False) -> Rule:
     """Operators with one attribute `axis`, all of whose inputs and outputs are alike; or the `first` input alone is."""
 
     def rule(facts: Facts, node: Node, order: Order) -> Moved | None:
-        axis = int(node.attrs.get("axis", default))
-        if facts.opset(node) < since or not -len(order) <= axis < len(order):
+        axis = axis_in(int(node.attrs.get("axis", default)), len(order))
+        if facts.opset(node) < since or axis is None:
             return None
-        moved = with_attrs(node, axis=order.index(axis % len(order)))
+        moved = with_attrs(node, axis=order.index(axis))
         return simple(moved, order, node.inputs[:1] if first else node.inputs)
 
     return rule
@@ -112,7 +113,9 @@ def _pooled(node: Node, pool: str, order: Order, target: Order) -> Moved:
 
 
 def _arg(facts: Facts, node: Node, order: Order) -> Moved | None:
-    axis = int(node.attrs.get("axis", 0)) % len(order)
+    axis = axis_in(int(node.attrs.get("axis", 0)), len(order))
+    if axis is None:
+        return None
     target = order if node.attrs.get("keepdims", 1) else without(order, (axis,))
     made = with_attrs(node, axis=order.index(axis))
     return Moved((made,), {node.inputs[0]: order}, {node.outputs[0]: target})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, standard
-from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.passes.pattern import Arg, P, axis_in
 
 _SHIFTED = node("Sub", "x", node("ReduceMax", "x", "?#axes_of_max", name="max"), name="shifted")
 
@@ -27,7 +27,7 @@ def one_axis(match: Match, name: str) -> int | None:
     if axes is None or len(axes) != 1 or not match.nodes[name].attrs.get("keepdims", 1):
         return None
     (axis,), rank = axes, match.rank("x")
-    return axis if rank is None else axis % rank
+    return axis if rank is None else axis_in(axis, rank)
 
 
 def _is_along_an_axis(match: Match) -> bool:
