@@ -56,7 +56,7 @@ class GrpcServer:
         self._health = Health(service)
         inference = Inference(service)
         self._infer = ModelInfer(inference)
-        self._streams = ModelStreamInfer(inference, service.settings)
+        self._streams = ModelStreamInfer(inference, service.settings, service.max_connections)
         self._server: aio.Server | None = None
 
     async def start(self, port: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from grpc import aio
 
-from infera_server.errors import RequestError
+from infera_server.errors import RequestError, Unavailable
 from infera_server.grpc_calls import Call, Inference, refuse
 from infera_server.jobs import Batch
 from infera_server.protocols import v2_grpc
@@ -163,15 +163,19 @@ class Stream:
 class ModelStreamInfer:
     """The handler of streams, and all that are open."""
 
-    def __init__(self, inference: Inference, settings: Settings) -> None:
+    def __init__(self, inference: Inference, settings: Settings, most: int) -> None:
+        """At most so many streams are open at a time."""
         self._inference = inference
         self._settings = settings
+        self._most = most
         self._open: set[Stream] = set()
         self._closed: RequestError | None = None
 
     async def handle(self, requests: Any, context: Any) -> None:
         if self._closed is not None:
             await refuse(context, self._closed)
+        if len(self._open) >= self._most:
+            await refuse(context, Unavailable(f"{self._most} streams are open"))
         try:
             stream = Stream(self._inference, context, self._settings)
         except RequestError as error:
