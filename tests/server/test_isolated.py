@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def has_started(file: Path, count: int) -> bool:
+    return len(pids(file)) == count
+
+
+def has_more(replies: list[Any], count: int) -> bool:
+    return len(replies) > count
 
 
 def first(value: float) -> Any:
@@ -197,6 +206,35 @@ def test_a_crash_fails_its_own_requests_and_those_that_wait_run_afterwards(tmp_p
         assert [body["outputs"][0]["data"] for status, body in replies if status == 200] == [[2.0] * 4] * 3
         assert len(pids(ids)) == 2
         assert running.get("/v2/health/ready")[0] == 200
+
+
+def test_an_engine_that_is_killed_under_load_fails_what_it_ran_and_nothing_else(tmp_path: Path) -> None:
+    kills = 3
+    with serving_fragile(tmp_path) as (running, ids):
+        replies: list[tuple[int, Any]] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                replies.append(running.infer("m", first(1)))
+
+        clients = [threading.Thread(target=ask) for _ in range(6)]
+        for client in clients:
+            client.start()
+        for started in range(1, kills + 2):
+            until(partial(has_started, ids, started))
+            enough = len(replies) + 50
+            until(partial(has_more, replies, enough))
+            if started <= kills:
+                os.kill(pids(ids)[-1], signal.SIGKILL)
+        stop.set()
+        for client in clients:
+            client.join()
+        failed = [body["error"] for status, body in replies if status != 200]
+        assert {status for status, _ in replies} <= {200, 503}
+        assert len(failed) <= kills
+        assert all("ended during this request and is being started again" in error for error in failed)
+        assert replies[-1][0] == 200
 
 
 def test_a_model_that_crashes_each_time_is_given_up_and_says_why(
