@@ -69,6 +69,7 @@ class Blocks(_Watched):
         super().__init__(fd)
         self._limit = limit
         self._end = 0
+        self._given = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
         self._shared: dict[int, int] = {}
@@ -102,18 +103,24 @@ class Blocks(_Watched):
             self._shared[offset] = others - 1
 
     def array(self, nbytes: int) -> HostArray:
-        """Memory to write to, held by whatever views it. Raises Overloaded or Unavailable."""
+        """Memory to write to, held by whatever views it: at most half of all. Raises Overloaded or Unavailable."""
+        if self._given + nbytes > self._limit // 2:
+            raise Overloaded(f"{nbytes:,} bytes of shared memory are not free for bodies", RETRY_AFTER)
         offset = self.take(nbytes)
         try:
-            return self._viewed(offset, nbytes, grow=True)
+            array = self._viewed(offset, nbytes, grow=True)
         except BaseException:
             self.give_back(offset)
             raise
+        self._given += self._sizes[offset]
+        return array
 
     def collect(self) -> None:
         """Have again what `array` gave and nothing views any more."""
         while self.returned:
-            self.give_back(self.returned.popleft())
+            offset = self.returned.popleft()
+            self._given -= self._sizes[offset]
+            self.give_back(offset)
 
     def lying_in(self, arrays: Arrays) -> tuple[int, int, Described]:
         """The arrays that lie in one block that `array` gave: its offset, its size, and where; else size 0."""

@@ -137,6 +137,8 @@ class Desk:
             offset = put(self._results, [number, None, run], {output.name: result[output.name] for output in wanted})
         except RequestError:
             self._put(entry(Entry.LOST, number))
+        except Exception as error:
+            self._refuse(number, _refusal(error, model))
         else:
             self._put(entry(Entry.MESSAGE, offset))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from infera_server.intake import MAX_MANAGEMENT_BODY, received
 from infera_server.jobs import Job
 from infera_server.protocols import control
 from infera_server.service import Service
+
+log = logging.getLogger(__name__)
 
 HTTP, GRPC, TRACE = "http", "grpc", "trace"
 """What the engine is asked, or told."""
@@ -107,8 +110,9 @@ class Answering:
         try:
             await self._app(scope, receive, send)
         except Exception as error:
+            log.exception("%s %s failed", asked["method"], asked["path"])
             if not told:
-                raise request_error(error, "") from error
+                raise request_error(error, "") from None
         if asked["method"] not in READING:
             await self._service.repository.audience.informed()
         return told, b"".join(parts)

@@ -22,7 +22,7 @@ from infera_server.rows import Arrays, HostArray, Layout
 from infera_server.segment import Place, aligned, packed, places, views, write
 from infera_server.signature import Signature, Tensor
 
-HEAD = struct.Struct("<III")
+HEAD = struct.Struct("<IIQ")
 """Bytes of the two documents, and of the arrays."""
 
 NO_ARRAYS: Arrays = {}

@@ -58,7 +58,7 @@ class Link:
         self._under_way: dict[int, Sent] = {}
         self._number = 0
         self._will_flush = False
-        self._down: Unavailable | None = None
+        self._down = ""
         self.tells_runs = False
         """Whether the engine is to say of every request how it was run."""
 
@@ -68,8 +68,8 @@ class Link:
 
     def check_room(self, nbytes: int) -> None:
         """Raises Overloaded or Unavailable where no request can be sent."""
-        if self._down is not None:
-            raise self._down
+        if self._down:
+            raise Unavailable(self._down)
         if self._requests.taken >= MOST_UNDER_WAY:
             raise Overloaded(f"{MOST_UNDER_WAY:,} requests are under way already; send it again later", RETRY_AFTER)
 
@@ -95,7 +95,7 @@ class Link:
 
     def fail(self, error: Unavailable) -> None:
         """The engine is gone: what is under way, and whatever is sent from now on, is answered with this error."""
-        self._down = error
+        self._down = str(error)
         under_way, self._under_way = self._under_way, {}
         for job in under_way.values():
             job.model.answered(job)
@@ -122,7 +122,10 @@ class Link:
         for number in self._inbox.take():
             kind, value = kind_of(number)
             if kind == Entry.MESSAGE:
-                self._answered(value)
+                try:
+                    self._answered(value)
+                except Exception:
+                    log.exception("an answer of the engine cannot be read")
             elif kind == Entry.RETURNED:
                 self._requests.give_back(value)
             elif (job := self._taken(value)) is not None:

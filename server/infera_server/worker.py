@@ -1,4 +1,4 @@
-"""A worker process: takes requests at a socket that it inherits, and has the engine process run them."""
+"""A worker process: takes requests at a port that it shares, and has the engine process run them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,6 @@ class Worker:
         self._requests, self._results, self._outbox, self._inbox = requests, results, outbox, inbox
         self._began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel: Channel | None = None
-        self._serving: asyncio.Task[None] | None = None
 
     async def run(self, sock: socket.socket) -> None:
         """Until the engine says that it is enough, or is gone."""
@@ -75,7 +74,9 @@ class Worker:
         assert self._channel is not None
         begin, first = told
         settings = Settings(**begin["settings"])
-        logging.basicConfig(level=settings.log_level.upper(), handlers=[Plain().handler()], force=True)
+        handler = Plain().handler()
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s worker {begin['number']}: %(message)s"))
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
         logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
         self._link = Link(
             self._full,

@@ -56,7 +56,8 @@ class Worker:
 
     def __init__(self, process: WorkerProcess, channel: Channel) -> None:
         self.process, self.channel = process, channel
-        self.began_at = time.monotonic()
+        self.began_at: float | None = None
+        """When it first took requests."""
 
     def wait(self) -> str:
         return self.process.wait()
@@ -89,7 +90,7 @@ class Workers(Audience):
         self._supervisors: list[Supervisor[Worker]] = []
         self._told = b""
         self._outage = ""
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling: dict[asyncio.Task[None], Worker] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = False
@@ -110,10 +111,11 @@ class Workers(Audience):
 
     async def _start_all(self) -> None:
         starting = [detached("infera-worker", lambda n=n: self._supervise(n)) for n in range(1, self._count + 1)]  # type: ignore[misc]
-        try:
-            self._supervisors = list(await asyncio.gather(*starting))
-        except Exception as error:
-            log.error("workers cannot be started: %s", error)
+        started = await asyncio.gather(*starting, return_exceptions=True)
+        self._supervisors = [found for found in started if isinstance(found, Supervisor)]
+        failures = [found for found in started if not isinstance(found, Supervisor)]
+        if failures:
+            log.error("workers cannot be started: %s", failures[0])
             self._fail()
         else:
             self.started.set()
@@ -131,6 +133,9 @@ class Workers(Audience):
         try:
             welcomed = asyncio.run_coroutine_threadsafe(self._welcome(process, number), self._loop)
             return welcomed.result(START_PATIENCE)
+        except TimeoutError:
+            process.close()
+            raise Unavailable(f"it takes no requests after {START_PATIENCE:g} s") from None
         except BaseException:
             process.close()
             raise
@@ -148,6 +153,7 @@ class Workers(Audience):
         except BaseException:
             self._leave(worker)
             raise
+        worker.began_at = time.monotonic()
         return worker
 
     def _settings(self, number: int) -> dict[str, Any]:
@@ -180,7 +186,7 @@ class Workers(Audience):
             for worker in self._attached:
                 worker.process.desk.flush()
             for supervisor in self._supervisors:
-                if (ready := supervisor.process) is not None and now - ready.began_at > STEADY:
+                if (ready := supervisor.process) and ready.began_at and now - ready.began_at > STEADY:
                     supervisor.succeeded()
             if self._supervisors and all(supervisor.failed for supervisor in self._supervisors):
                 self._fail()
@@ -196,8 +202,8 @@ class Workers(Audience):
             self._told = told
             for worker in self._attached:
                 task = asyncio.create_task(self._tell(worker, told))
-                self._telling.add(task)
-                task.add_done_callback(self._telling.discard)
+                self._telling[task] = worker
+                task.add_done_callback(self._telling.pop)
 
     async def _tell(self, worker: Worker, told: bytes) -> None:
         with suppress(Unavailable):  # it is gone
@@ -211,12 +217,11 @@ class Workers(Audience):
 
     async def informed(self) -> None:
         self._publish()
-        if self._telling:
-            await asyncio.wait(tuple(self._telling), timeout=PATIENCE)
+        if telling := [task for task, worker in self._telling.items() if worker.began_at]:
+            await asyncio.wait(telling, timeout=PATIENCE)
 
     async def counted(self) -> None:
-        asking = [asyncio.create_task(self._count_of(worker)) for worker in self._attached]
-        if asking:
+        if asking := [asyncio.create_task(self._count_of(worker)) for worker in self._attached if worker.began_at]:
             await asyncio.wait(asking, timeout=PATIENCE)
 
     async def _count_of(self, worker: Worker) -> None:

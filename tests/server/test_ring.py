@@ -1,9 +1,11 @@
-"""Shared memory between processes: blocks, rings, arrays. Both ends are in this process."""
+"""What processes share and tell each other: blocks of memory, rings, rates, messages. Both ends are in this one."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
+import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infera_server.access import BUCKET_BYTES, SharedBucket
 from infera_server.arena import Blocks, Lent
-from infera_server.errors import Overloaded
+from infera_server.channel import Channel, Content
+from infera_server.errors import Overloaded, Unavailable
 from infera_server.front_wire import put, read
 from infera_server.ring import Reader, Writer, ring_fds
 from infera_server.rows import HostArray
@@ -117,6 +121,17 @@ def test_what_lies_in_shared_memory_already_is_not_copied(ends: tuple[Blocks, Le
     assert blocks.taken == 0
 
 
+def test_bodies_get_no_more_than_half(ends: tuple[Blocks, Lent]) -> None:
+    blocks, lent = ends
+    body = blocks.array(LIMIT // 2)
+    with pytest.raises(Overloaded, match="for bodies"):
+        blocks.array(1)
+    assert blocks.take(LIMIT // 2)
+    del body
+    returned(blocks, lent)
+    assert blocks.array(LIMIT // 2).nbytes == LIMIT // 2
+
+
 # --- rings ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,3 +156,65 @@ def test_numbers_come_in_order_however_many_wait() -> None:
     assert got == list(range(sent))
     writer.close()
     reader.close()
+
+
+# --- rates and messages --------------------------------------------------------------------------------------------
+
+
+def test_a_rate_is_counted_by_all_who_share_it() -> None:
+    file = shared_file("test")
+    os.posix_fallocate(file, 0, 2 * BUCKET_BYTES)
+    first, second, other = SharedBucket(file, 0), SharedBucket(file, 0), SharedBucket(file, 1)
+    taken = [bucket.take(2.0, 100.0) for bucket in (first, second, first, second)]
+    assert taken == [0.0] * 4
+    assert first.take(2.0, 100.0) == second.take(2.0, 100.0) == 0.5
+    assert other.take(2.0, 100.0) == 0.0
+    assert second.take(2.0, 100.5) == 0.0
+    assert first.take(2.0, 100.25) == 0.5  # a clock that was read before the other's
+    os.close(file)
+
+
+def test_messages_are_answered_or_their_failure_is_told() -> None:
+    async def main() -> None:
+        heard: list[Any] = []
+
+        async def double(document: Any, body: bytes) -> Content:
+            return document * 2, body * 2
+
+        async def refuse(document: Any, body: bytes) -> Content:
+            raise Overloaded("too much", 2.5)
+
+        async def hear(document: Any, body: bytes) -> Content:
+            heard.append(document)
+            return None, b""
+
+        async def wait(document: Any, body: bytes) -> Content:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        handlers = {"double": double, "refuse": refuse, "hear": hear, "wait": wait}
+        lost = asyncio.Event()
+        ours, theirs = socket.socketpair()
+        one = await Channel.over(ours, handlers, lost.set)
+        two = await Channel.over(theirs, handlers, lambda: None)
+        large = b"x" * 3_000_000
+        answers = await asyncio.gather(*(end.ask("double", n, large) for n, end in enumerate((one, two, one))))
+        assert [document for document, _ in answers] == [0, 2, 4]
+        assert all(body == large * 2 for _, body in answers)
+        with pytest.raises(Overloaded, match="too much") as caught:
+            await one.ask("refuse")
+        assert caught.value.retry_after == 2.5
+        one.tell("hear", [1, None])
+        await one.ask("double", 1)
+        assert heard == [[1, None]]
+        waiting = asyncio.create_task(one.ask("wait"))
+        await asyncio.sleep(0)
+        two.close()
+        with pytest.raises(Unavailable):
+            await waiting
+        await lost.wait()
+        with pytest.raises(Unavailable):
+            await one.ask("double", 1)
+        one.close()
+
+    asyncio.run(main())
