@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.server.grpc_support import echoes
+from tests.server.repeat import publish_repeat, repeat_session
 from tests.server.support import WAIT, Running, doubler, serving
 
 pytest.importorskip("tritonclient.http", reason="tritonclient is in the test extra")
@@ -206,6 +207,31 @@ def test_a_stream(server: Running) -> None:
     assert "Request for unknown model: 'nope' is not found" in str(error)
     made.stop_stream()
     made.closed()
+
+
+def test_a_decoupled_model_answers_as_often_as_it_likes() -> None:
+    """An end without outputs tells the client when to stop waiting."""
+    with serving({"repeat": repeat_session()}) as running:
+        publish_repeat(running)
+        made = Client("grpc", running)
+        found: queue.Queue[Any] = queue.Queue()
+        made.start_stream(lambda result, error: found.put((result, error)))
+        for values in ([5, 6, 7], []):
+            entry = made.input("IN", "INT32", np.array(values, np.int32))
+            made.async_stream_infer("repeat", [entry], enable_empty_final_response=True)
+            told = []
+            while True:
+                result, error = found.get(timeout=WAIT)
+                assert error is None
+                if result.get_response().parameters["triton_final_response"].bool_param:
+                    break
+                told.append(int(result.as_numpy("OUT")[0]))
+            assert told == values
+        entry = made.input("IN", "INT32", np.array([1], np.int32))
+        with pytest.raises(InferenceServerException, match="decoupled transaction policy"):
+            made.infer("repeat", [entry])
+        made.stop_stream()
+        made.closed()
 
 
 def test_an_asynchronous_stream(server: Running) -> None:
