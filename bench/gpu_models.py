@@ -15,9 +15,11 @@ import onnx
 
 from bench.build import bert, resnet50
 from bench.gpu_report import CheckFailed, Context, Section
+from bench.gpu_rows import LEAST_SECONDS, against_roofline, described
+from bench.gpu_work import works_of
 from infera_gpu.devices import open_device
 from infera_gpu.errors import OutOfMemoryError
-from infera_gpu.graph import Graph, HostArray
+from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_gpu.verify import TOLERANCE, compare
@@ -142,21 +144,23 @@ def _temporary(device: Any, nbytes: int) -> None:
         device.xp.empty((nbytes,), np.uint8)
 
 
+LATENCIES: Mapping[str, tuple[Callable[[], onnx.ModelProto], dict[str, HostArray]]] = {
+    "bert-base s128 b1": (bert, bert_feeds(1, 128, 30522)),
+    "bert-base s128 b8": (bert, bert_feeds(8, 128, 30522)),
+    "resnet50 b1": (resnet50, images(1)),
+    "resnet50 b8": (resnet50, images(8)),
+}
+
+
 def latency(context: Context) -> Result:
     """Session.run from host arrays to host arrays: the median of a second of runs."""
-    cases = {
-        "bert-base 1x128": (bert, bert_feeds(1, 128, 30522)),
-        "bert-base 8x128": (bert, bert_feeds(8, 128, 30522)),
-        "resnet50 1": (resnet50, images(1)),
-        "resnet50 8": (resnet50, images(8)),
-    }
-    found: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
     load = cache(lambda build: load_graph(build()))
-    for name, (build, feeds) in cases.items():
-        if context.left() < 20:
+    for name, (build, feeds) in LATENCIES.items():
+        if context.left() < LEAST_SECONDS:
             break
-        graph: Graph = load(build)
-        with Session(graph, context.open()) as session:
+        with Session(load(build), context.open()) as session:
+            works = works_of(session.plan_for(feeds))
             for _ in range(3):
                 session.run(feeds)
             seconds: list[float] = []
@@ -164,10 +168,12 @@ def latency(context: Context) -> Result:
                 began = time.perf_counter()
                 session.run(feeds)
                 seconds.append(time.perf_counter() - began)
-        found[name] = statistics.median(seconds)
-    if not found:
+        made = described("latency", name, "fp32", feeds, works)
+        made |= {"seconds": statistics.median(seconds), "peers": {}}
+        rows.append(made | against_roofline(made, works, context.card))
+    if not rows:
         raise CheckFailed("no time for any model", {})
-    return ", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in found.items()), {"median_seconds": found}
+    return ", ".join(f"{row['name']} {row['seconds'] * 1e3:.2f} ms" for row in rows), {"rows": rows}
 
 
 SECTIONS: Mapping[str, Section] = {"models": models, "memory": memory, "latency": latency}

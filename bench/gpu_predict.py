@@ -32,7 +32,7 @@ def plans_of(rows: Sequence[Row]) -> Iterator[Planned]:
     """The columns that need no time, and what the steps do."""
     for row in rows:
         feeds, works = planned(row, RecordingDevice())
-        yield described(row, feeds, works), works
+        yield {**described(row.set, row.name, row.precision, feeds, works), **row.facts}, works
 
 
 def predictions(plans: Sequence[Planned], card_name: str) -> dict[str, Any]:

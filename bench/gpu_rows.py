@@ -72,17 +72,16 @@ def shapes_of(feeds: Feeds) -> dict[str, str]:
     return {name: f"{a.dtype.name}{list(a.shape)}" for name, a in list(feeds.items())[:4]}
 
 
-def described(row: Row, feeds: Feeds, works: Sequence[Work]) -> dict[str, Any]:
+def described(set_: str, name: str, precision: Precision, feeds: Feeds, works: Sequence[Work]) -> dict[str, Any]:
     """The columns that need no GPU."""
     return {
-        "set": row.set,
-        "name": row.name,
-        "precision": row.precision,
+        "set": set_,
+        "name": name,
+        "precision": precision,
         "inputs": shapes_of(feeds),
         "steps": len(works),
         "operations": operations_of(works),
         "bytes": bytes_of(works),
-        **row.facts,
     }
 
 
@@ -119,7 +118,7 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
     with Session(load_graph(source), device, precision=row.precision) as session:
         plan = session.plan_for(feeds)
         works = works_of(plan, tf32=device.tf32)
-        made = described(row, feeds, works)
+        made = {**described(row.set, row.name, row.precision, feeds, works), **row.facts}
         began = time.perf_counter()
         call, answers = bound_run(device, session, feeds)
         made["first_run_seconds"] = time.perf_counter() - began

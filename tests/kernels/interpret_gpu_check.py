@@ -134,6 +134,16 @@ def test_entries_of_a_batch(opener: Callable[[Any], Context], monkeypatch: pytes
         gpu_batches.batches(opener(InterpreterLauncher), 3, (0, 2))
 
 
+def test_latencies_are_rows(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
+    monkeypatch.setattr(gpu_models, "LATENCIES", {"small": (small, gpu_models.bert_feeds(1, 5, 100))})
+    summary, facts = gpu_models.latency(opener(InterpreterLauncher))
+    (row,) = facts["rows"]
+    assert row["operations"] > 0
+    assert row["bytes"] / row["seconds"] == row["bytes_per_s"]
+    assert summary.startswith("small ")
+
+
 def test_memory(opener: Callable[[Any], Context]) -> None:
     small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
     _, facts = memory(opener(InterpreterLauncher), small)

@@ -24,7 +24,7 @@ SUITES: Mapping[str, int] = {
     "conv": 75,
     "copies": 110,
     "elementwise": 340,
-    "gpu_check": 8,
+    "gpu_check": 9,
     "gpu_rows": 11,
     "matmul": 75,
     "moves": 58,
