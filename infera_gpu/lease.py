@@ -13,6 +13,7 @@ import numpy as np
 from infera_gpu.bind import MAX_FOLDED, Bound, Constants, bind
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.garbage import uncollected
 from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
 from infera_gpu.spec import Array, TensorSpec
@@ -215,7 +216,8 @@ class Lease:
         if found is None:
             self._require(plan)
             self._memory.fit(plan, self._device)
-            found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
+            with uncollected():
+                found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             for placed in plan.segment.nodes:
                 placed.site.forget()
             self._folded[plan] = self._constants.folded(plan)
