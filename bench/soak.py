@@ -1,0 +1,327 @@
+"""`python -m bench.soak`: everything at once for a long time, and what becomes of a server meanwhile.
+
+JSON, binary and large requests on connections that stay; requests that their clients leave; malformed ones; metadata,
+statistics and metrics; a model that is unloaded and loaded again while it is asked. A row is a minute (or --window):
+requests by status, how long those took that are to be answered with 200, the server's memory, file descriptors and
+threads. It ends with status 1 where an answer was wrong, a client's mistake was the server's, or something grew.
+Writes bench/results/<host class>-soak-<date>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+from rich.table import Table
+
+from bench.environment import environment, write_results
+from bench.serving import CACHE, Server, infera
+
+WIDTH, ROWS = 4096, 64
+"""Of the model's input, and rows of a large request: 1 MiB."""
+
+NOT_SPOKEN = (501, 505)
+"""Statuses that are a client's fault though they say 5xx."""
+
+MOST_GROWTH = 0.1
+"""Of memory, from the second quarter of the time to the last, beside 8 MB."""
+
+PATIENCE = 0.02
+READ_ONLY = (
+    "/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models", "/v2/models/steady", "/v2/models/steady/config",
+    "/v2/models/steady/stats", "/v2/models/stats", "/metrics", "/openapi.json", "/v2/models/steady/ready",
+)  # fmt: skip
+
+
+def save_model(path: Path) -> None:
+    """y [N, 8] = relu(x [N, 4096] @ w), in numbers whose sums are exact in any order."""
+    weights = np.random.default_rng(0).integers(-4, 5, (WIDTH, 8)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])],
+        "soak",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", WIDTH])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def http(method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: soak\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    return head.encode() + body
+
+
+def inference(model: str, rows: int, binary: bool) -> bytes:
+    """A request of so many rows, always the same."""
+    x = np.random.default_rng(rows).integers(0, 9, (rows, WIDTH)).astype(np.float32)
+    tensor: dict[str, Any] = {"name": "x", "shape": x.shape, "datatype": "FP32"}
+    path = f"/v2/models/{model}/infer"
+    if not binary:
+        return http("POST", path, json.dumps({"inputs": [tensor | {"data": x.ravel().tolist()}]}).encode())
+    tensor["parameters"] = {"binary_data_size": x.nbytes}
+    document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return http("POST", path, document + x.tobytes(), f"Inference-Header-Content-Length: {len(document)}\r\n")
+
+
+def damaged(rng: random.Random, sent: bytes) -> bytes:
+    """A request with some bytes changed, taken out or put in."""
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(min(len(sent), 600))
+        sent = sent[:at] + rng.randbytes(rng.choice((0, 1, 1, 8))) + sent[at + rng.choice((0, 1, 8)) :]
+    return sent
+
+
+@dataclass
+class Window:
+    """What happened in a stretch of time."""
+
+    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    wrong: int = 0
+
+
+@contextlib.asynccontextmanager
+async def connected(address: tuple[str, int]) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that is reset at the end."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+class Line:
+    """A connection that is opened again when it has ended."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._open: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, sent: bytes) -> tuple[int, bytes]:
+        """Status and body."""
+        if self._open is None:
+            self._open = await asyncio.open_connection(*self._address)
+        reader, writer = self._open
+        writer.write(sent)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        size = int(head.partition(b"\ncontent-length: ")[2].partition(b"\r\n")[0])
+        body = await reader.readexactly(size)
+        if b"connection: close" in head:
+            self.close()
+        return int(head[9:12]), body
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+
+class Soak:
+    """The traffic; `window` is where it is counted."""
+
+    def __init__(self, server: Server) -> None:
+        found = urlsplit(server.urls["binary"])
+        self._address = (str(found.hostname), int(found.port or 0))
+        self._rng = random.Random(0)
+        self._pid = server.pid
+        self._lines: list[Line] = []
+        self.window = Window()
+
+    def kinds(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """Each goes on for ever."""
+        one, text, large = inference("steady", 1, True), inference("steady", 1, False), inference("steady", ROWS, True)
+        return [
+            *[lambda: self._steady("binary", one)] * 4,
+            *[lambda: self._steady("json", text)] * 2,
+            lambda: self._steady("large", large),
+            lambda: self._left([one, text, large]),
+            lambda: self._malformed([one, text]),
+            self._read_only,
+            self._reloaded,
+            lambda: self._asked_meanwhile(inference("reloaded", 1, True)),
+        ]
+
+    async def _steady(self, kind: str, sent: bytes) -> None:
+        line, right = self._line(), b""
+        while True:
+            began = time.monotonic()
+            status, body = await line.ask(sent)
+            self.window.seconds.append(time.monotonic() - began)
+            self.window.statuses[kind, status] += 1
+            right = right or body
+            self.window.wrong += body != right
+
+    async def _left(self, requests: Sequence[bytes]) -> None:
+        while True:
+            sent = self._rng.choice(requests)
+            async with connected(self._address) as (_, writer):
+                writer.write(sent[: self._rng.choice((len(sent), self._rng.randrange(len(sent))))])
+                await asyncio.sleep(self._rng.random() * PATIENCE)
+            self.window.statuses["left", 0] += 1
+
+    async def _malformed(self, requests: Sequence[bytes]) -> None:
+        while True:
+            async with connected(self._address) as (reader, writer):
+                writer.write(damaged(self._rng, self._rng.choice(requests)))
+                with contextlib.suppress(TimeoutError, OSError):
+                    head = await asyncio.wait_for(reader.read(12), PATIENCE)
+                    self.window.statuses["malformed", int(head[9:12] or 0)] += 1
+
+    async def _read_only(self) -> None:
+        line = self._line()
+        for path in itertools.cycle(READ_ONLY):
+            self.window.statuses["read only", (await line.ask(http("GET", path)))[0]] += 1
+            await asyncio.sleep(PATIENCE)
+
+    async def _reloaded(self) -> None:
+        line = self._line()
+        for verb in itertools.cycle(("unload", "load")):
+            status, _ = await line.ask(http("POST", f"/v2/repository/models/reloaded/{verb}"))
+            self.window.statuses[verb, status] += 1
+            await asyncio.sleep(0.25)
+
+    async def _asked_meanwhile(self, sent: bytes) -> None:
+        line = self._line()
+        while True:
+            status, _ = await line.ask(sent)
+            self.window.statuses["reloaded", status] += 1
+            await asyncio.sleep(0.001)
+
+    def _line(self) -> Line:
+        self._lines.append(Line(self._address))
+        return self._lines[-1]
+
+    async def close(self) -> None:
+        for line in self._lines:
+            line.close()
+        await asyncio.sleep(PATIENCE)
+
+    def row(self, seconds: float) -> dict[str, Any]:
+        """The figures of what was counted since the last one, in so many seconds."""
+        done, self.window = self.window, Window()
+        p50, p99 = np.percentile(done.seconds, (50, 99)) if done.seconds else (0.0, 0.0)
+        proc = Path(f"/proc/{self._pid}")
+        return {
+            "seconds": seconds,
+            "requests": done.statuses.total(),
+            "statuses": {f"{kind} {status}": n for (kind, status), n in sorted(done.statuses.items())},
+            "p50_ms": float(p50) * 1e3,
+            "p99_ms": float(p99) * 1e3,
+            "wrong": done.wrong,
+            "rss_mb": int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
+            "files": len(os.listdir(proc / "fd")),
+            "threads": len(os.listdir(proc / "task")),
+        }
+
+
+async def soaked(server: Server, minutes: float, window: float, look: Callable[[dict[str, Any]], None]) -> None:
+    """Load a server with models `steady` and `reloaded`, and hand over a row after each window. Raises what failed."""
+    soak = Soak(server)
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(kind()) for kind in soak.kinds()]
+            for _ in range(max(1, round(minutes * 60 / window))):
+                began = time.monotonic()
+                await asyncio.sleep(window)
+                look(soak.row(time.monotonic() - began))
+            for task in tasks:
+                task.cancel()
+    finally:
+        await soak.close()
+
+
+def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is not as it should be."""
+    found = []
+    statuses: Counter[str] = Counter()
+    for row in rows:
+        statuses.update(row["statuses"])
+    for key, count in statuses.items():
+        kind, _, text = key.rpartition(" ")
+        status = int(text)
+        allowed = {"malformed": {*range(500), *NOT_SPOKEN}, "left": {0}, "reloaded": {200, 404, 503}}
+        if status not in allowed.get(kind, {200}):
+            found.append(f"{kind}: {count} answers of {status}")
+    if wrong := sum(row["wrong"] for row in rows):
+        found.append(f"{wrong} wrong answers")
+    for name, least in (("rss_mb", 8.0), ("files", 16), ("threads", 4)):
+        values = [row[name] for row in rows]
+        quarter = max(1, len(values) // 4)
+        before, after = statistics.median(values[quarter : 2 * quarter] or values), statistics.median(values[-quarter:])
+        if after - before > least + (MOST_GROWTH * before if name == "rss_mb" else 0):
+            found.append(f"{name} grew from {before:.0f} to {after:.0f}")
+    return found
+
+
+def run(minutes: float, window: float, look: Callable[[dict[str, Any]], None]) -> list[str]:
+    """Start a server, load it, and say what was wrong."""
+    folder = CACHE / f"soak-{os.getpid()}"
+    folder.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        look(row)
+
+    try:
+        for name in ("steady", "reloaded"):
+            save_model(folder / f"{name}.onnx")
+        with infera(folder, "infera", "steady", str(folder / "reloaded.onnx")) as server:
+            asyncio.run(soaked(server, minutes, window, keep))
+        if "Traceback" in (log := (folder / "infera.log").read_text(errors="replace")):
+            return [*faults(rows), "the server's log has a traceback: " + log[log.index("Traceback") :][:2000]]
+        return faults(rows)
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--window", type=float, default=60.0, help="seconds of a row")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    before, rows = environment(), list[dict[str, Any]]()
+    console = Console(stderr=True)
+    columns = ("requests", "p50_ms", "p99_ms", "wrong", "rss_mb", "files", "threads")
+    console.print(*columns, sep="\t")
+
+    def look(row: dict[str, Any]) -> None:
+        rows.append(row)
+        console.print(*(f"{row[name]:,.2f}".removesuffix(".00") for name in columns), sep="\t")
+
+    found = run(asked.minutes, asked.window, look)
+    table = Table("kind and status", "answers")
+    total: Counter[str] = sum((Counter(row["statuses"]) for row in rows), Counter())
+    for name, count in sorted(total.items()):
+        table.add_row(name, f"{count:,}")
+    console.print(table)
+    for fault in found:
+        console.print(fault, style="red")
+    console.print(f"written: {write_results(before, {'minutes': asked.minutes}, rows, asked.out, 'soak')}")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
