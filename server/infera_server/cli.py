@@ -242,7 +242,8 @@ def serve(
             ready = sum(1 for _ in server.repository.ready())
             told = "" if metrics is None else f", metrics on port {metrics.getsockname()[1]}"
             grpc = "" if server.grpc_port is None else f", gRPC on port {server.grpc_port}"
-            out.serving(f"serving {ready} of {total} on {_url(sock.getsockname(), settings)}{grpc}{told}")
+            some = f", workers: {settings.workers}" if settings.workers else ""
+            out.serving(f"serving {ready} of {total} on {_url(sock.getsockname(), settings)}{grpc}{told}{some}")
 
         server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()

@@ -29,7 +29,6 @@ from infera_server.listening import listen
 from infera_server.remote import Link
 from infera_server.repository import Repository
 from infera_server.ring import Reader, Signs, Writer
-from infera_server.screen import Plain
 from infera_server.server import make_server
 from infera_server.service import Service
 from infera_server.settings import Settings
@@ -74,7 +73,7 @@ class Worker:
         assert self._channel is not None
         begin, first = told
         settings = Settings(**begin["settings"])
-        handler = Plain().handler()
+        handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s worker {begin['number']}: %(message)s"))
         logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
         logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))

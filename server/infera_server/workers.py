@@ -47,6 +47,9 @@ FAREWELL = 1.0
 STEADY = 10.0
 """Seconds after which a worker that ends has not crashed at its start."""
 
+GATHERING = 0.02
+"""Seconds in which further changes are told together with the first, where nobody waits."""
+
 PERIOD = 0.05
 """Seconds between looks at what workers are told of the engine, and at whether they live."""
 
@@ -88,6 +91,7 @@ class Workers(Audience):
         self._numbers = Numbers()
         self._attached: set[Worker] = set()
         self._supervisors: list[Supervisor[Worker]] = []
+        self._is_stale = False
         self._told = b""
         self._outage = ""
         self._telling: dict[asyncio.Task[None], Worker] = {}
@@ -196,6 +200,7 @@ class Workers(Audience):
 
     def _publish(self) -> None:
         """Tell all workers what is otherwise, if anything is."""
+        self._is_stale = False
         self._outage = self._service.why_not_ready
         told = orjson.dumps(bulletin(self._service, self._numbers))
         if told != self._told:
@@ -211,9 +216,10 @@ class Workers(Audience):
             worker.process.desk.receive()  # what it has sent before it knew
 
     def changed(self) -> None:
-        if self._loop is not None:
+        if self._loop is not None and not self._is_stale:
+            self._is_stale = True
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._publish)
+                self._loop.call_soon_threadsafe(self._loop.call_later, GATHERING, self._publish)
 
     async def informed(self) -> None:
         self._publish()

@@ -161,6 +161,7 @@ def test_workers_end_with_an_engine_that_is_killed(tmp_path: Path) -> None:
         assert engine.stderr is not None
         line = next(line for line in engine.stderr if "serving" in line)
         assert "serving 1 of 1" in line
+        assert "workers: 1" in line
         children = Path(f"/proc/{engine.pid}/task").glob("*/children")
         workers = [int(pid) for found in children for pid in found.read_text().split()]
         assert len(workers) == 1
