@@ -213,28 +213,28 @@ def test_a_worker_that_is_killed_is_started_again_and_harms_nobody(served: Runni
     assert {served.infer("double", request_of(X))[0] for _ in range(8)} == {200}
 
 
-def test_a_drain_answers_what_was_accepted() -> None:
-    with serving({"gated": doubler()}, workers=2) as running:
-        session = gated(running)
-        session.block()
-        with ThreadPoolExecutor(5) as pool:
-            calls = [pool.submit(running.infer, "gated", request_of(X))]
-            session.wait_entered()
-            calls += [pool.submit(running.infer, "gated", request_of(X)) for _ in range(4)]
-            model = running.host.repository.get("gated")
-            until(lambda: model.queued == 4)
-            running.host.server.should_exit = True
-            until(lambda: running.host.service.draining)
-            until(lambda: running.infer("gated", request_of(X, parameters={"timeout": 20_000}))[0] == 503)
-            assert running.get("/v2/health/ready") == (503, {"ready": False, "reason": "the server is shutting down"})
-            session.gate.set()
-            assert [call.result()[0] for call in calls] == [200] * 5
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids(running))
-
-
 def test_a_server_whose_workers_do_not_stay_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "MOST_CRASHES", 0)
     with serving({"double": doubler()}, workers=1) as running:
         os.kill(pids(running)[0], signal.SIGKILL)
         until(lambda: running.host.server.should_exit)
         assert running.host._failed
+
+
+def test_at_last_a_drain_answers_what_was_accepted(served: Running) -> None:
+    """The server of this module ends here."""
+    session = gated(served)
+    session.block()
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(served.infer, "gated", request_of(X))]
+        session.wait_entered()
+        calls += [pool.submit(served.infer, "gated", request_of(X)) for _ in range(3)]
+        model = served.host.repository.get("gated")
+        until(lambda: model.queued == 3)
+        ended = pids(served)
+        served.host.server.should_exit = True
+        until(lambda: served.infer("gated", request_of(X, parameters={"timeout": 20_000}))[0] == 503)
+        assert served.get("/v2/health/ready") == (503, {"ready": False, "reason": "the server is shutting down"})
+        session.gate.set()
+        assert [call.result()[0] for call in calls] == [200] * 4
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ended))
