@@ -12,19 +12,19 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 
-from bench import gpu_batches, gpu_models, gpu_networks, gpu_operators, gpu_speed, gpu_timings
+from bench import gpu_batches, gpu_models, gpu_networks, gpu_operators, gpu_speed, gpu_timings, gpu_tuning
 from bench.gpu_command import command
 from bench.gpu_report import Section
 
 MINUTES = 8.0
-_MODULES = (gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches)
+_MODULES = (gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches, gpu_tuning)
 _ALL: Mapping[str, Section] = {
     **{name: section for module in _MODULES for name, section in module.SECTIONS.items()},
     **gpu_speed.SHORT_SECTIONS,
 }
 _ORDER = (
     *("facts", "kernels", "models", "memory", "replays", "precisions", "faults", "networks", "batches", "launches"),
-    *("products", "bandwidth", "convolutions", "attention", "latency", "portable"),
+    *("products", "bandwidth", "convolutions", "attention", "latency", "tuning", "portable"),
 )
 SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in _ORDER}
 """The most important first: what there is no time for is at the end."""

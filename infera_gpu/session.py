@@ -45,8 +45,8 @@ from infera_gpu.stages import Shapes, Stage, Stages
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
-    from infera_gpu.tuning import Progress
-    from infera_kernels.tuning import DeviceTiles, Measured
+    from infera_gpu.tuning import Choice, Progress
+    from infera_kernels.tuning import DeviceTiles, Measured, Problem
 
 
 @uncollected()
@@ -524,6 +524,24 @@ class Session:
             with self._lease() as lease:
                 lease.forget()
         return tuple(found)
+
+    def choices(self, feeds: Mapping[str, Any]) -> tuple[Choice, ...]:
+        """How kernels choose tiles in a run with these feeds, measured or predicted. Raises DeviceError as `tune`."""
+        from infera_gpu.tuning import choices
+
+        if (session := self._for(feeds)) is not self:
+            with self._hosting():
+                return session.choices(feeds)
+        tuned = self.tunable().tuned
+        found: dict[Problem, Choice] = {}
+
+        def look(stage: Stage, bound: Bound) -> None:
+            found.update(choices(bound, tuned))
+            if not stage.is_last:  # what follows depends on values
+                bound.run()
+
+        self._run(self._check(feeds), look)
+        return tuple(found.values())
 
     def _tune_first(self, feeds: Mapping[str, Any]) -> None:
         began = time.monotonic()

@@ -230,6 +230,37 @@ class Tuner:
         return min(self._timer(calls) for _ in range(FIRST))
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A choice of some steps of a plan: for which class of problems, and how it is made now. `measured` is what that
+    goes by; without it, it is predicted."""
+
+    family: Family[Any]
+    problem: Problem
+    numbers: tuple[int, ...]
+    predicted: tuple[int, ...]
+    measured: Measured | None
+    steps: int
+
+
+def choices(plan: Bound, tuned: Tuned) -> dict[Problem, Choice]:
+    """What a plan's kernels choose where there is an alternative; nothing is launched."""
+    found: dict[Problem, Choice] = {}
+    for step in plan.plan.steps:
+        if step.kernel is None or step.via != "triton" or not any(o.nbytes for o in step.outs):
+            continue
+        trial = Trial(tuned, {})
+        plan.binder.apart(step, trial, plan.binder.room(step))
+        for known, (family, problem, made) in trial.asked.items():
+            if len(family.candidates(problem, trial.target)) < 2:
+                continue
+            usual = numbers(family.predict(problem, trial.target))
+            measured = tuned.measured.get(known) if tuned.value(family, problem) else None
+            steps = found[known].steps + 1 if known in found else 1
+            found[known] = Choice(family, known, numbers(made), usual, measured, steps)
+    return found
+
+
 def facts(device: Device) -> dict[str, str]:
     """What goes beside measurements: the card, its driver, versions, commit, and how they were made."""
     target = getattr(device.launcher, "target", None)

@@ -1,4 +1,4 @@
-"""The command line: `infera run | inspect | verify | pull | ops | doctor`, and commands that other packages add.
+"""The command line: `infera run | inspect | verify | tune | pull | ops | doctor`, and commands that other packages add.
 
 A command is an ordinary typed function. What goes wrong is raised, not printed: `main` turns it into one line on stderr
 and an exit status: 1 for a failure, 2 for a wrong command line, 130 for an interrupt.
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from infera_gpu import __version__
-from infera_gpu.cli import doctor, inspect, ops, pull, run, verify
+from infera_gpu.cli import doctor, inspect, ops, pull, run, tune, verify
 from infera_gpu.cli.console import print_error
 from infera_gpu.cli.extensions import ExtensibleGroup
 from infera_gpu.errors import InferaError
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command("run")(run.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("tune")(tune.command)
 app.command("pull")(pull.command)
 app.command("ops")(ops.command)
 app.command("doctor")(doctor.command)

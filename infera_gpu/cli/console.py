@@ -39,9 +39,16 @@ def downloading(what: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def _spinning(what: str, *, bytes_too: bool = False) -> Iterator[Progress]:
+def advancing(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar that is told what goes on, and how much of all is done, from 0 to 1."""
+    with _spinning(what, bar=True) as progress:
+        yield lambda now, done: progress(round(1000 * done), 1000, now)
+
+
+@contextmanager
+def _spinning(what: str, *, bytes_too: bool = False, bar: bool = False) -> Iterator[Callable[..., None]]:
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, now="": None
         return
     from rich import progress as rich
     from rich.console import Console
@@ -50,10 +57,16 @@ def _spinning(what: str, *, bytes_too: bool = False) -> Iterator[Progress]:
     columns: list[rich.ProgressColumn] = [rich.SpinnerColumn(), rich.TextColumn("{task.description}")]
     if bytes_too:
         columns += [rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn()]
+    if bar:
+        columns += [rich.BarColumn(), rich.TimeElapsedColumn()]
     # Not rich's Status: that draws from a thread only, which a parser holding the interpreter lock keeps waiting.
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(escape(what), total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+        def show(done: int, total: int | None, now: str = "") -> None:
+            bars.update(task, completed=done, total=total, description=escape(now or what))
+
+        yield show
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:

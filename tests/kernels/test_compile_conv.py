@@ -41,6 +41,7 @@ def convolve(
     kernel: int = 3,
     stride: int = 1,
     n: int = 8,
+    residual: bool = True,
     **options: Any,
 ) -> list[Inspection]:
     """Square images, padded so that a stride of 1 keeps their size, with a bias, a residual and relu."""
@@ -51,14 +52,16 @@ def convolve(
     where = conv.geometry((kernel,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2)
     shape = None if options.get("transposed") else conv.parts_shape(y, w, 1)
     parts = None if shape is None else FakeArray(shape, "float32")
-    finish = conv.Finish(b, y, "relu")
+    finish = conv.Finish(b, y if residual else None, "relu")
     conv.conv(x, w, y, launcher, where, finish=finish, parts=parts, **options)
     return compiled(launcher)
 
 
 @pytest.mark.parametrize("tile", tiles.TILES["half"][::2], ids=str)
 def test_tiles_of_halves(tile: tiles.Tile, launcher: CompileLauncher) -> None:
-    (result,) = convolve(launcher, "float16", 56, 64, 256, tile=tile)
+    if not tiles.keeps(tile, "", launcher.target):
+        pytest.skip("this tile is chosen only where it is measured to be faster")
+    (result,) = convolve(launcher, "float16", 56, 64, 256, tile=tile, residual=tiles.keeps(tile, "+", launcher.target))
     assert tensor_cores(result).keys() == {multiplication(launcher.target.arch, tile.m)}
     assert result.count("LDGSTS.E.BYPASS.LTC128B.128") + result.count("LDGSTS.E.BYPASS.128") > 0
 

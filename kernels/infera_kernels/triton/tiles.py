@@ -102,8 +102,9 @@ def ending(residual: object, activation: str | None) -> str:
     return "" if residual is None and activation in _LIGHT else LONG
 
 
-def _keeps(problem: Problem, tile: Tile, target: Target) -> bool:
-    return tile.m * tile.n <= _WIDE * 32 * tile.warps or (target.arch >= 90 and not problem.layout.endswith(LONG))
+def keeps(tile: Tile, layout: str, target: Target) -> bool:
+    """Whether all values of a kernel are known to stay in registers; where not, some leave them once, at the end."""
+    return tile.m * tile.n <= _WIDE * 32 * tile.warps or (target.arch >= 90 and not layout.endswith(LONG))
 
 
 def predicted(problem: Problem, target: Target) -> Tile:
@@ -112,7 +113,7 @@ def predicted(problem: Problem, target: Target) -> Tile:
     def cost(tile: Tile) -> tuple[float, int, int]:
         return cycles(problem, tile, target), -tile.m * tile.n, -tile.k
 
-    return min((t for t in fitting(problem, target) if _keeps(problem, t, target)), key=cost)
+    return min((t for t in fitting(problem, target) if keeps(t, problem.layout, target)), key=cost)
 
 
 def pick_tile(m: int, n: int, k: int, batch: int, kind: str, target: Target) -> Tile:

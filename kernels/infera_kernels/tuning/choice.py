@@ -54,10 +54,18 @@ class Family(Generic[T]):
     def problem(self, kind: str, sizes: Mapping[str, int], layout: str = "") -> Problem:
         return Problem(self.name, kind, tuple(sizes[name] for name in self.sizes), layout)
 
+    def described(self, choice: Sequence[int]) -> str:
+        """The numbers of a choice with their names."""
+        return " ".join(f"{name} {value}" for name, value in zip(_names(self.form), choice, strict=True))
+
     def class_of(self, problem: Problem) -> Problem:
         """The problem that stands for all near it: the same for every one of them, itself included."""
         near = tuple(rounded(n) if i < self.varying else n for i, n in enumerate(problem.sizes))
         return Problem(problem.family, problem.kind, near, problem.layout)
+
+
+def _names(form: Any) -> list[str]:
+    return [f.name for f in fields(form)]
 
 
 EXACT = 16

@@ -44,7 +44,7 @@ GROUPED = 8
 
 OTHER_REGISTERS = 48
 """Of a thread, for addresses. What is on its way into products takes more, in proportion to the sums: compiled
-kernels lie within a third of that (`tests/kernels/test_tuning_cost.py`)."""
+kernels lie within a third of that (`tests/kernels/test_tuning_tables.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,10 @@ class Store:
                 found |= {m.problem: m for m in self._read(path)[0]}
         return found
 
+    def runs(self) -> list[Run]:
+        """Where this machine's measurements come from."""
+        return self._read(self.path)[1]
+
     def add(self, measured: Iterable[Measured], run: Run) -> None:
         """Keep measurements, in place of older ones of the same problems. Several processes may do so at a time."""
         fresh = {m.problem: m for m in measured}
@@ -133,6 +137,11 @@ class DeviceTiles:
         if self.store is not None and measured:
             self.store.add(measured, run)
         self._tuned = Tuned(self.target, {**self.tuned.measured, **{m.problem: m for m in measured}})
+
+
+def write_file(store: Store, path: Path, measured: Sequence[Measured], runs: Sequence[Run]) -> None:
+    """Measurements as a file for other machines, or for the package. Raises OSError."""
+    replace_file(path.absolute(), store.dump(measured, runs))
 
 
 def import_file(path: Path, store: Store) -> int:

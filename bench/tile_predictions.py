@@ -1,0 +1,87 @@
+"""`python -m bench.tile_predictions`: the tiles that are predicted for the benchmarks' networks, on every listed GPU.
+
+Writes `kernels/infera_kernels/tuned/<device>.predicted.json`. Nothing is measured, and nothing reads these files but
+people and the tests, which hold the estimate against them: whoever changes it sees in the diff what it changes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from bench.build import bert, gpt2_step, resnet50
+from bench.gpu_models import bert_feeds, images
+from bench.gpu_networks import token_feeds
+from infera_gpu.devices.recording import RecordingDevice
+from infera_gpu.graph import HostArray
+from infera_gpu.loader import load_graph
+from infera_gpu.passes import Precision
+from infera_gpu.session import Session
+from infera_kernels.launch import Target
+from infera_kernels.launch.devices import DEVICES, Device
+from infera_kernels.tuning import Family, Problem, numbers
+from infera_kernels.tuning.store import SHIPPED, class_of
+
+BATCHES = (1, 8, 32)
+PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32", "tf32")
+NETWORKS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Callable[[int], Mapping[str, HostArray]]]] = {
+    "resnet50": (resnet50, images),
+    "bert-base": (bert, lambda batch: bert_feeds(batch, 128, 30522)),
+    "gpt2-step": (gpt2_step, token_feeds),
+}
+
+
+def target_for(device: Device) -> Target:
+    """The target that a device would be; its pattern is its name."""
+    names = {"A100 80GB": "NVIDIA A100-SXM4-80GB", "A100 40GB": "NVIDIA A100-SXM4-40GB", "H100 SXM": "H100 80GB HBM3"}
+    return Target(device.arch, device.multiprocessors, device.shared_bytes, names.get(device.name, device.name))
+
+
+def problems() -> Iterator[tuple[str, Family[Any], Problem]]:
+    """What the networks ask for: where, the family, the class of problems."""
+    for name, (build, feeds_of) in NETWORKS.items():
+        graph = load_graph(build())
+        for precision in PRECISIONS:
+            for batch in BATCHES:
+                device = RecordingDevice(tf32=precision == "tf32")
+                with Session(graph, device, precision=precision) as session:
+                    for choice in session.choices(feeds_of(batch)):
+                        yield f"{name} {precision} b{batch}", choice.family, choice.problem
+
+
+def lines(found: Mapping[Problem, tuple[Family[Any], list[str]]], device: Device) -> Iterator[str]:
+    target = target_for(device)
+    for problem, (family, where) in sorted(found.items(), key=lambda item: repr(item[0])):
+        choice = family.predict(problem, target)
+        entry: dict[str, Any] = {
+            "family": problem.family,
+            "kind": problem.kind,
+            "sizes": problem.sizes,
+            "layout": problem.layout,
+            "predicted": numbers(choice),
+        }
+        if family.estimate is not None and math.isfinite(cycles := family.estimate(problem, choice, target)):
+            entry["cycles"] = round(cycles)
+        yield json.dumps({**entry, "where": where[0]})
+
+
+def main(folder: Path = SHIPPED) -> None:
+    found: dict[Problem, tuple[Family[Any], list[str]]] = {}
+    for where, family, problem in problems():
+        found.setdefault(problem, (family, []))[1].append(where)
+    folder.mkdir(parents=True, exist_ok=True)
+    for device in DEVICES:
+        name = class_of(target_for(device))
+        head = json.dumps({"format": 1, "device": name, "measured": False})
+        content = ",\n ".join(lines(found, device))
+        (folder / f"{name}.predicted.json").write_text(f'{head[:-1]}, "entries": [\n {content}\n]}}\n')
+        print(f"{name}: {len(found)} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Every family of launches that a choice is tuned for, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from infera_kernels.triton.attention import ATTENTION
+from infera_kernels.triton.conv import CONV, SPLITS
+from infera_kernels.triton.integer_conv import INTEGER_CONV
+from infera_kernels.triton.integer_matmul import INTEGER_MATMUL
+from infera_kernels.triton.matmul import MATMUL, PARTS
+from infera_kernels.triton.skinny import MATVEC
+from infera_kernels.tuning import Family
+
+FAMILIES: Mapping[str, Family[Any]] = MappingProxyType(
+    {f.name: f for f in (MATMUL, PARTS, MATVEC, CONV, SPLITS, INTEGER_MATMUL, INTEGER_CONV, ATTENTION)}
+)
