@@ -43,13 +43,22 @@ def measured(rows: Sequence[Row]) -> str:
     """All measured rows, set by set."""
 
     def cells(row: Row) -> list[str]:
-        peers = ", ".join(f"{t / row['seconds']:.2f}x {name}" for name, t in row["peers"].items())
+        beside = [f"{t / row['seconds']:.2f}x {name}" for name, t in row["peers"].items()]
+        if "error_against_float32" in row:
+            beside.append(f"error {row['error_against_float32']:.1e} against float32")
         rate = f"{row['operations_per_s'] / 1e12:.1f}" if row.get("operations") else ""
         moved = f"{row['bytes_per_s'] / 1e9:,.0f}" if "bytes_per_s" in row else ""
         share = f"{row['fraction']:.0%}" if "fraction" in row else ""
-        return [f"{row['name']} {row['precision']}".strip(), time_of(row["seconds"] * 1e3), rate, moved, share, peers]
+        return [
+            f"{row['name']} {row['precision']}".strip(),
+            time_of(row["seconds"] * 1e3),
+            rate,
+            moved,
+            share,
+            ", ".join(beside),
+        ]
 
-    header = ("row", "ms", "TFLOP/s", "GB/s", "of the roofline", "speed against")
+    header = ("row", "ms", "TFLOP/s", "GB/s", "of the roofline", "against")
     sets = dict.fromkeys(row["set"] for row in rows)
     return "\n\n".join(f"#### {name}\n\n{table(header, (cells(r) for r in rows if r['set'] == name))}" for name in sets)
 

@@ -51,7 +51,7 @@ ROWS = (
         measured_row("networks", name, "fp16", seconds, peers={"torch.compile max-autotune": 1.2 * seconds})
         for name, seconds in TIMES.items()
     ),
-    measured_row("int8", "resnet50 int8 b32", "fp16", 2.0e-3),
+    measured_row("int8", "resnet50 int8 b32", "fp16", 2.0e-3, error_against_float32=0.0123),
     {"set": "first run", "name": "resnet50", "precision": "fp32", "seconds": 3.0, "peers": {}},
 )
 
@@ -94,6 +94,7 @@ def test_rows_say_what_they_were_measured_with() -> None:
     text = render({"nvidia-h200": measured(*ROWS)})[DOCUMENT]
     for fact in ("NVIDIA H200", "driver 580.1", "commit 0123456789", "torch 2.11", "triton 3.9.0"):
         assert fact in text
+    assert "| resnet50 int8 b32 fp16 | 2 | 0.5 | 5 | 50% | error 1.2e-02 against float32 |" in text
     assert "| resnet50 b1 fp16 | 1 | 1.0 | 10 | 50% | 1.20x torch.compile max-autotune |" in text
 
 
