@@ -54,9 +54,12 @@ def _lead(site: Site) -> tuple[int, ...] | None:
     if site.attrs["guarded"] == 2 and any(x[-1:] != scores[1:] for x in extra):
         return None
     try:
-        return broadcast_shape(*[x[:-2] for x in (q, kt, v, *extra)])
+        lead = broadcast_shape(*[x[:-2] for x in (q, kt, v, *extra)])
     except ValueError:
         return None
+    if site.attrs["guarded"] == 2 and (lead != q[:-2] or kt[:1] != q[:1] or kt[:-2] != v[:-2]):
+        return None
+    return lead
 
 
 def _infer(site: Site) -> tuple[TensorSpec]:
@@ -262,10 +265,10 @@ def _cases() -> tuple[Case, ...]:
 # swapped, or with swap_keys = 1 as they are. With a cap scaled scores s become cap tanh(s / cap) first. Where the
 # boolean condition equals fill_where, a score is `fill` before the masks are added. With guarded = 1 weights that are
 # NaN become 0. With guarded = 2 it is ONNX's Attention: keys are as they are, there is one mask, or a condition with a
-# fill of -inf, as wide as the keys, and queries whose scores are all -inf give 0. With heads_last = 1 Y has its axes 1
-# and 2 swapped: (batch, sequence, heads, size). With repeated = 1 each head of keys and values serves several of
-# queries, one after the other; inputs 6 to 9 are the shapes that keys, and then values, were expanded to, (batch,
-# heads, repeats, sequence, size), and reshaped to.
+# fill of -inf, as wide as the keys, queries whose scores are all -inf give 0, and batches are of one size. With
+# heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size). With repeated = 1 each head of keys and
+# values serves several of queries, one after the other; inputs 6 to 9 are the shapes that keys, and then values, were
+# expanded to, (batch, heads, repeats, sequence, size), and reshaped to.
 _FUSED = Op(
     "Attention",
     1,
