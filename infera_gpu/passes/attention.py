@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, either, infera, named, node, standard
-from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.passes.pattern import Arg, P, is_close
 
 INPUTS = ("q", "kt", "v", "mask", "condition", "further")
 OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition", "?further")
@@ -132,7 +132,7 @@ def _is_cap(match: Match) -> bool:
         return True
     height = match.number("height")
     cap = match.number("cap") if "cap" in match.values else 1 / match.number("inverse_cap")
-    return height > 0 and abs(height - cap) <= 1e-6 * height
+    return height > 0 and is_close(cap, height, match.constant("height").dtype)
 
 
 def _fused(match: Match) -> Replacement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infera_gpu.passes.activation import bounds, is_float, made
 from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
-from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.passes.pattern import Arg, P, is_close
 
 
 def _clip_to(x: Arg, name: str) -> P:
@@ -70,7 +70,8 @@ def _is_sixth_and_half(match: Match) -> bool:
         return is_float(match) and _clips(match, "clip", 0, 6)
     attrs = match.nodes["gate"].attrs
     alpha, beta = float(attrs.get("alpha", 0.2)), float(attrs.get("beta", 0.5))
-    return is_float(match) and abs(alpha - 1 / 6) <= 1e-6 / 6 and beta == 0.5
+    x = match.spec("x")
+    return x is not None and is_float(match) and is_close(alpha, 1 / 6, x.dtype) and beta == 0.5
 
 
 HARD_SWISH = Fusion(

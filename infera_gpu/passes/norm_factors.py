@@ -18,7 +18,7 @@ from infera_gpu.passes.norm import (
     trailing_axis,
     variance,
 )
-from infera_gpu.passes.pattern import Arg, P
+from infera_gpu.passes.pattern import Arg, P, is_close
 
 # ---- means
 
@@ -35,10 +35,11 @@ def _count(match: Match) -> int | None:
 def _is_mean(match: Match) -> bool:
     """Of axes that are kept: what norms need. Others are as well left to the arithmetic that follows."""
     count = _count(match)
-    if not count or not match.nodes["sum"].attrs.get("keepdims", 1) or not match.keeps_shape():
+    x = match.spec("x")
+    if x is None or not count or not match.nodes["sum"].attrs.get("keepdims", 1) or not match.keeps_shape():
         return False
     factor = match.number("share") if "share" in match.values else 1 / match.number("count")
-    return abs(factor * count - 1) <= 1e-6
+    return is_close(factor * count, 1, x.dtype)
 
 
 def _mean(match: Match) -> Replacement:

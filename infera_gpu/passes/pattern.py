@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias
+
+import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, lazy
 from infera_gpu.passes.draft import Draft
-from infera_gpu.spec import TensorSpec
+from infera_gpu.spec import DType, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,9 @@ class P:
     """Matches a node: one of `ops` (standard domain unless qualified) over `args`.
 
     An argument is another P, alternatives to try in order (`either`), the name of a value ("x"), of a constant ("#w"),
-    of a constant of one element ("%eps", see `Match.number`), or a number that such a constant must equal to float32
-    precision. A missing trailing optional input matches "?name" (so does a present one). `node` names the matched node
-    for guards; two patterns of one name match one node.
+    of a constant of one element ("%eps", see `Match.number`), or a number that such a constant must equal to the
+    precision of its type. A missing trailing optional input matches "?name" (so does a present one). `node` names the
+    matched node for guards; two patterns of one name match one node.
     """
 
     ops: str | tuple[str, ...]
@@ -154,6 +157,17 @@ class Match:
         return None if given is None else tuple(int(a) for a in given.reshape(-1)) or None
 
 
+_ROUNDING: Mapping[DType, float] = MappingProxyType(
+    {np.dtype(np.float16): 5e-4, np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}
+)
+"""How far, relative to it, a number in a file may be from the one that it stands for. Integers are exact."""
+
+
+def is_close(number: float, wanted: float, dtype: DType) -> bool:
+    """Whether a number of a type stands for the one that is wanted."""
+    return abs(number - wanted) <= _ROUNDING.get(dtype, 0.0) * abs(wanted)
+
+
 def axis_in(axis: int, rank: int) -> int | None:
     """An axis counted from the first; None where there is none such."""
     return axis % rank if -rank <= axis < rank else None
@@ -264,4 +278,4 @@ class Matcher:
 
     def _is_number(self, value: str, number: float) -> bool:
         constant = self._scalar(value)
-        return constant is not None and bool(abs(float(constant.reshape(-1)[0]) - number) <= 1e-6 * abs(number))
+        return constant is not None and is_close(float(constant.reshape(-1)[0]), number, constant.dtype)
