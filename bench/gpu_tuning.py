@@ -14,8 +14,8 @@ import onnx
 
 from bench.build import bert, resnet50
 from bench.gpu_models import bert_feeds, images
-from bench.gpu_networks import bound_run
 from bench.gpu_report import CheckFailed, Context, Section
+from bench.gpu_rows import bound_run
 from bench.gpu_timings import gpu_seconds
 from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph

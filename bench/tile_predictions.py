@@ -16,7 +16,7 @@ import onnx
 
 from bench.build import bert, gpt2_step, resnet50
 from bench.gpu_models import bert_feeds, images
-from bench.gpu_networks import token_feeds
+from bench.gpu_network_sets import token_feeds
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph

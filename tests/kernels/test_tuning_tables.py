@@ -110,8 +110,8 @@ def test_resident_blocks() -> None:
 def test_shared_memory_and_registers_are_what_kernels_have(index: int, arch: int) -> None:
     launcher = CompileLauncher(arch)
     tile = tiles.TILES["half"][index]
-    square = [FakeArray((4096, 4096), "float16") for _ in range(3)]
-    matmul(*square, launcher, bias=FakeArray((4096,), "float16"), tile=tile)
+    a, b, out = (FakeArray((4096, 4096), "float16") for _ in range(3))
+    matmul(a, b, out, launcher, bias=FakeArray((4096,), "float16"), tile=tile)
     (made,) = launcher.compiled
     block = tile.block("half")
     assert made.binary.spec.shared_bytes == block.held_bytes(launcher.target)
