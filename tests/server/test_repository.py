@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def gave_back(full: int, nbytes: int) -> bool:
+    """Whether nearly so many bytes are there no more; what ran last may still be looking at them for a moment."""
+    return full - resident() > 0.9 * nbytes
+
+
 def test_an_unload_gives_the_memory_back_to_the_system(tmp_path: Path) -> None:
     wide = 1 << 12
     weights = onnx.numpy_helper.from_array(np.ones((wide, wide), np.float32), "w")
@@ -228,7 +234,7 @@ def test_an_unload_gives_the_memory_back_to_the_system(tmp_path: Path) -> None:
             full = resident()
             running.call(running.host.service.unload_model("big"))
             until(lambda: running.index()["big/1"] == "UNAVAILABLE: unloaded")
-            assert full - resident() > 0.9 * 4 * wide * wide
+            until(partial(gave_back, full, 4 * wide * wide))
             running.call(running.host.service.load_model("big"))
 
 
