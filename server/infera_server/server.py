@@ -25,6 +25,7 @@ from infera_server.repository import Entry, Repository
 from infera_server.service import Service
 from infera_server.watch import Watch
 from infera_server.websocket import Streams
+from infera_server.websocket_protocol import WebSocketProtocol
 from infera_server.workers import Workers
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def make_server(app: App, service: Service) -> Server:
         uvicorn.Config(
             Gate(Streams(app, service), service.access, service.metrics_port),
             http=HotPathProtocol,
-            ws="websockets-sansio",
+            ws=WebSocketProtocol,
             ws_max_size=settings.max_body_bytes,
             log_config=None,
             access_log=False,

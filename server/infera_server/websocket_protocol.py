@@ -1,0 +1,69 @@
+"""WebSocket connections: uvicorn's, with limits on what a client can make of them that never sends a message.
+
+A frame takes five microseconds to read, whatever it carries, and the least has six bytes: a megabyte a second of such
+frames would keep the event loop busy.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+PIECE = 1 << 15
+"""Bytes that are read before anybody looks at what they were."""
+
+SMALL = 125
+"""A fragment of no more bytes carries as good as nothing; nor do pings and pongs."""
+
+MOST_SMALL = 1000
+"""How many frames in a second may carry nothing before the connection is cut."""
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """`uvicorn.Config(ws=WebSocketProtocol)`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._small, self._since = 0, 0.0
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), PIECE):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + PIECE] if len(data) > PIECE else data)
+
+    def handle_text(self, event: Any) -> None:
+        self._look(event)
+        super().handle_text(event)
+
+    def handle_bytes(self, event: Any) -> None:
+        self._look(event)
+        super().handle_bytes(event)
+
+    def handle_cont(self, event: Any) -> None:
+        self._look(event)
+        super().handle_cont(event)
+
+    def handle_pong(self, event: Any) -> None:
+        self._count()
+        super().handle_pong(event)
+
+    def handle_ping(self) -> None:
+        self._count()
+        if self.writable.is_set():
+            super().handle_ping()
+        else:  # who does not read misses no pong (RFC 6455, section 5.5.3)
+            self.conn.data_to_send()
+
+    def _look(self, event: Any) -> None:
+        if not event.fin and len(event.data) <= SMALL:
+            self._count()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        if now - self._since > 1.0:
+            self._small, self._since = 0, now
+        self._small += 1
+        if self._small > MOST_SMALL:
+            self.transport.abort()
