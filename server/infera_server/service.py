@@ -101,6 +101,7 @@ class Service:
         """
         self._refuse_draining()
         await self.control.load(name, config, files)
+        await self.repository.audience.informed()
 
     async def refresh(self) -> None:
         """Look for models that were put there since: the index names those too."""
@@ -111,6 +112,7 @@ class Service:
         """Serve what served before the last load of a model. Raises BadRequest where nothing is kept."""
         self._refuse_draining()
         await self.control.roll_back(name)
+        await self.repository.audience.informed()
 
     def traffic(self, name: str) -> dict[str, Any]:
         """How requests for a model find a version, and what its shadow answered. Raises NotFound."""
@@ -138,6 +140,7 @@ class Service:
         """
         self._refuse_draining()
         await self.control.unload(name, dependents)
+        await self.repository.audience.informed()
 
     def _refuse_draining(self) -> None:
         if self.draining:
