@@ -20,7 +20,7 @@ import numpy as np
 
 from infera_server.arena import Blocks, Lent
 from infera_server.engine_wire import error_in
-from infera_server.errors import QUEUE_FULL, Overloaded, RequestError, Unavailable, renamed
+from infera_server.errors import QUEUE_FULL, Expired, Overloaded, RequestError, Unavailable, renamed
 from infera_server.front_wire import Entry, entry, kind_of, put, read, request_out, run_in, signature_in
 from infera_server.jobs import Done, Job, State, answer
 from infera_server.metrics import ModelStats
@@ -50,9 +50,11 @@ class Sent(Job):
 class Link:
     """A worker's end of the shared memory. Used in the event loop's thread only."""
 
-    def __init__(self, full: Signs, requests: Blocks, results: Lent, outbox: Writer, inbox: Reader) -> None:
-        """`full` shows the models whose queues are full."""
-        self.full = full
+    def __init__(
+        self, full: Signs, requests: Blocks, results: Lent, outbox: Writer, inbox: Reader, patience: float = math.inf
+    ) -> None:
+        """`full` shows the models whose queues are full. The engine has `patience` seconds to answer, at the worst."""
+        self.full, self.patience = full, patience
         self._requests, self._results = requests, results
         self._outbox, self._inbox = outbox, inbox
         self._under_way: dict[int, Sent] = {}
@@ -180,7 +182,7 @@ class RemoteModel:
 
         self._config: str = told["config"]
         self._link = link
-        self._jobs: set[Sent] = set()
+        self._jobs: dict[Sent, None] = {}
         self._draining = False
         self._ended = threading.Event()
 
@@ -209,7 +211,11 @@ class RemoteModel:
             self._link.withdraw(job)
 
     def expire(self) -> None:
-        """The engine answers what has waited too long."""
+        """The engine answers what has waited too long; what it does not answer at all is given up."""
+        patience, now = self._link.patience, time.monotonic()
+        while self._jobs and now - (oldest := next(iter(self._jobs))).queued_at > patience:
+            self._link.withdraw(oldest)
+            answer(oldest, Expired(f"the engine has not answered within {patience:g} s"))
         self._link.flush()
 
     def drain(self) -> None:
@@ -229,11 +235,11 @@ class RemoteModel:
 
     def sent(self, job: Sent) -> None:
         """A request is under way."""
-        self._jobs.add(job)
+        self._jobs[job] = None
 
     def answered(self, job: Sent) -> None:
         """It is no more."""
-        self._jobs.discard(job)
+        self._jobs.pop(job, None)
         self._check_ended()
 
     def _check_ended(self) -> None:

@@ -26,6 +26,7 @@ from infera_server.forward import GRPC, TRACE, Forward
 from infera_server.front_wire import run_out
 from infera_server.jobs import Batch, Job
 from infera_server.listening import listen
+from infera_server.pace import Pace
 from infera_server.remote import Link
 from infera_server.repository import Repository
 from infera_server.ring import Reader, Signs, Writer
@@ -36,6 +37,9 @@ from infera_server.signature import Signature
 from infera_server.tracing import Tracing
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds that the engine has to answer beyond a request's own timeout."""
 
 GONE = Unavailable("the engine process is gone; send the request to another server")
 
@@ -83,12 +87,14 @@ class Worker:
             Lent(self._results),
             self._outbox,
             self._inbox,
+            settings.request_timeout + PATIENCE,
         )
         repository = Repository(settings.model_copy(update={"device": "cpu", "watch": False}), [])
         repository.is_settled = True
         self._service = Service(settings, repository, self._access(begin))
         self._service.tracing = Passed(self._channel)
         self._service.room = self._link.memory
+        self._service.pace = Pace(sleep=lambda seconds: None)  # there are no engine threads here to make way for
         self._mirror = Mirror(self._service, self._link)
         self._mirror.read(first)
         self._grpc_port: int | None = begin["grpc_port"]

@@ -15,7 +15,7 @@ import pytest
 from infera_server.arena import Blocks, Lent
 from infera_server.bulletin import Numbers
 from infera_server.desk import Desk
-from infera_server.errors import BadRequest, Overloaded, RequestError, Unavailable
+from infera_server.errors import BadRequest, Expired, Overloaded, RequestError, Unavailable
 from infera_server.front_wire import signature_in, signature_out
 from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.metrics import ModelStats
@@ -264,6 +264,25 @@ def test_when_the_engine_is_gone_everything_is_refused() -> None:
             both.ask()
         await both.exchange()
         answer(both.engine.asked.pop()[1], {"y": X})
+
+    run(work)
+
+
+def test_an_engine_that_does_not_answer_is_not_waited_for() -> None:
+    async def work(both: Both) -> None:
+        both.ask()
+        both.model.expire()
+        await both.exchange()
+        assert both.replies == []
+        both.link.patience = 0.0
+        both.model.expire()
+        result, _ = await both.answered()
+        assert isinstance(result, Expired)
+        ((_, job),) = both.engine.asked
+        assert both.engine.cancelled == [job]
+        answer(job, {"y": X})
+        both.engine.asked.clear()
+        both.engine.cancelled.clear()
 
     run(work)
 
