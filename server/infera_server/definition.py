@@ -85,25 +85,25 @@ class Definition:
             changes["threads"] = int(threads)
         return settings.model_copy(update=changes)
 
-    def device(self, settings: Settings) -> str | None:
-        """The device that the configuration asks for; None: any. The operator's word goes before it.
+    def devices(self, settings: Settings) -> Sequence[str]:
+        """The devices that the configuration asks for; none: any one. The operator's word goes before it.
 
         Raises ConfigError for a GPU where there is none.
         """
-        if self.config is None or not self.config.instance_group or "device" in settings.model_fields_set:
-            return None
-        group = self.config.instance_group[0]
-        if group.kind == group.KIND_CPU:
-            return "cpu"
-        if group.kind == group.KIND_GPU or group.gpus:
-            gpu = group.gpus[0] if group.gpus else 0
-            if gpu_count() <= gpu:
-                raise ConfigError(
-                    f"instance group {self.name}_0 of model {self.name} has kind KIND_GPU but there is no GPU {gpu}; "
-                    "--device says where models run otherwise"
-                )
-            return f"cuda:{gpu}" if group.gpus else None
-        return None
+        groups = self.config.instance_group if self.config is not None else ()
+        if not groups or "device" in settings.model_fields_set:
+            return ()
+        first = groups[0]
+        if first.kind == first.KIND_CPU:
+            return ("cpu",)
+        gpus = list(dict.fromkeys(gpu for group in groups for gpu in group.gpus))
+        most = max(gpus, default=0)
+        if (gpus or first.kind == first.KIND_GPU) and gpu_count() <= most:
+            raise ConfigError(
+                f"instance group {self.name}_0 of model {self.name} has kind KIND_GPU but there is no GPU {most}; "
+                "--device says where models run otherwise"
+            )
+        return [f"cuda:{gpu}" for gpu in gpus][: 1 if self.name in settings.pins else None]
 
     @property
     def queue_timeout(self) -> float | None:

@@ -1,4 +1,4 @@
-"""What stands before a model for good, as its configuration asks: sequences, a response cache."""
+"""What stands before a model for good, as its configuration asks: sequences, texts, a response cache."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ INITIAL_STATES = "initial_state"
 """The folder of a model's initial states, beside its versions."""
 
 
-def before(model: Model, definition: Definition, settings: Settings, cache: ResponseCache | None) -> Front:
+def before(model: Model, definition: Definition, settings: Settings) -> Front:
     """What takes the model's requests: often itself. Raises ConfigError."""
     config = definition.config
     if config is not None and generates(config):
         return generator(model, config, Texts(settings.max_queue, settings.max_sequence_bytes))
     limits = Limits(settings.max_sequences, settings.max_sequence_bytes, settings.max_queue, settings.max_sequence_idle)
-    return cached(wrap(model, config, limits, partial(_initial_state, definition.folder)), definition, cache)
+    return wrap(model, config, limits, partial(_initial_state, definition.folder))
 
 
 def cached(front: Front, definition: Definition, cache: ResponseCache | None) -> Front:

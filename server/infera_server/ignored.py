@@ -65,7 +65,6 @@ def _rules() -> Iterator[Ignored]:
     yield Ignored("model_transaction_policy.decoupled", "the model answers a request once", _decoupled_in_vain)
     for field, why in (
         ("count", "one engine runs a model; requests share its batches"),
-        ("gpus", "one engine runs a model, on the first of them"),
         ("rate_limiter", "models of one device take turns"),
         ("secondary_devices", _COMPILED),
         ("profile", "there are no optimisation profiles"),
@@ -80,7 +79,7 @@ def _decoupled_in_vain(config: Any) -> bool:
 
 
 def _a_group_asks(field: str, config: Any) -> bool:
-    """One group asks for nothing with a count of 1, or with one GPU."""
+    """One group asks for nothing with a count of 1; one for each GPU neither."""
     groups = list(config.instance_group)
     if field == "count":
         return sum(max(1, int(group.count)) for group in groups) > 1

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -18,11 +19,14 @@ from infera_server.ensemble import Lookup
 from infera_server.ensembles import build
 from infera_server.fronts import before, cached
 from infera_server.loaded import Loaded
+from infera_server.metrics import ModelStats
 from infera_server.model import Model, Opener, Post, open_isolated, open_model, open_session
 from infera_server.modelconfig import ConfigError
 from infera_server.placement import Place, Placement
+from infera_server.replicas import Replicas
 from infera_server.room import HostRoom, NoRoomError, planned_bytes
 from infera_server.rows import Arrays
+from infera_server.servable import Front
 from infera_server.settings import Settings
 from infera_server.turns import Turns
 
@@ -43,7 +47,7 @@ class Loader:
         self._turns: defaultdict[str, Turns] = defaultdict(Turns)
         self._room = HostRoom(settings.memory_limit) if settings.memory_limit else None
         self._counts: WeakKeyDictionary[Loaded, int] = WeakKeyDictionary()
-        self._places: WeakKeyDictionary[Loaded, Place] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[Loaded, Sequence[Place]] = WeakKeyDictionary()
         self._guard = threading.Lock()
 
     def open(self, source: Source, definition: Definition, post: Post) -> Loaded:
@@ -56,24 +60,39 @@ class Loader:
             ensemble = build(source.name, source.version, definition.config, self._lookup, timeout)
             return Loaded(cached(ensemble, definition, self._cache), source, definition)
         if self._opener is not None:
-            return self._counted(self._open(source, definition, self._opener, post))
-        place = self._placement.take(source.name, _size(source.path), definition.device(self.settings))
-        opener = (
-            partial(open_isolated, place=place, name=source.name)
-            if self.settings.isolate
-            else partial(open_session, place=place)
-        )
+            return self._counted(self._joined([self._open(source, definition, self._opener, post)], source, definition))
+        places: list[Place] = []
+        parts: list[tuple[Model, Front]] = []
         try:
-            loaded = self._counted(self._open(source, definition, opener, post))
-        except OutOfMemoryError as error:
-            self._placement.give_back(place)
-            raise NoRoomError(error, place.device) from None
-        except BaseException:
-            self._placement.give_back(place)
+            for device in definition.devices(self.settings) or (None,):
+                place = self._placement.take(source.name, _size(source.path), device)
+                places.append(place)
+                opener = (
+                    partial(open_isolated, place=place, name=source.name)
+                    if self.settings.isolate
+                    else partial(open_session, place=place)
+                )
+                stats = parts[0][0].stats if parts else None
+                parts.append(self._open(source, definition, opener, post, stats))
+            joined, parts = self._joined(parts, source, definition), []
+            loaded = self._counted(joined)
+        except BaseException as error:
+            for _, front in parts:
+                front.close()
+            for place in places:
+                self._placement.give_back(place)
+            if isinstance(error, OutOfMemoryError):
+                raise NoRoomError(error, place.device) from None
             raise
         with self._guard:
-            self._places[loaded] = place
+            self._places[loaded] = places
         return loaded
+
+    def _joined(self, parts: Sequence[tuple[Model, Front]], source: Source, definition: Definition) -> Loaded:
+        """The version, which runs on one device or several. Raises ConfigError."""
+        fronts = [front for _, front in parts]
+        front = cached(fronts[0] if len(fronts) == 1 else Replicas(fronts), definition, self._cache)
+        return Loaded(front, source, definition, parts[0][0])
 
     def _counted(self, loaded: Loaded) -> Loaded:
         """The version, where there is room for it. Raises NoRoomError."""
@@ -88,7 +107,10 @@ class Loader:
                 self._counts[loaded] = nbytes
         return loaded
 
-    def _open(self, source: Source, definition: Definition, opener: Opener, post: Post) -> Loaded:
+    def _open(
+        self, source: Source, definition: Definition, opener: Opener, post: Post, stats: ModelStats | None = None
+    ) -> tuple[Model, Front]:
+        """A model, and what stands before it."""
         model = open_model(
             source.name,
             source.version,
@@ -98,13 +120,13 @@ class Loader:
             turns_of=self._turns_of,
             opener=opener,
             definition=definition,
+            stats=stats,
         )
         try:
-            front = before(model, definition, self.settings, self._cache)
+            return model, before(model, definition, self.settings)
         except BaseException:
             model.close()
             raise
-        return Loaded(front, source, definition, model)
 
     def run(self, model: Model, feeds: Arrays) -> Arrays:
         """Run a model that does not serve yet, when it is its turn on the device. Raises what the run raises."""
@@ -119,10 +141,10 @@ class Loader:
         loaded.front.join(self.settings.request_timeout)
         loaded.front.close()
         with self._guard:
-            place, counted = self._places.pop(loaded, None), self._counts.pop(loaded, 0)
+            places, counted = self._places.pop(loaded, ()), self._counts.pop(loaded, 0)
         if self._room is not None:
             self._room.give_back(counted)
-        if place is not None:
+        for place in places:
             self._placement.give_back(place)
 
     def _turns_of(self, device: str) -> Turns:

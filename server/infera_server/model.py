@@ -185,8 +185,12 @@ def open_model(
     turns_of: Callable[[str], Turns],
     opener: Opener,
     definition: Definition,
+    stats: ModelStats | None = None,
 ) -> Model:
-    """Load, find the batch axis by running the model, warm up, start the engine thread. Raises what loading raises."""
+    """Load, find the batch axis by running the model, warm up, start the engine thread. Raises what loading raises.
+
+    It counts in `stats`, which another may count in as well.
+    """
     config = definition.config
     session = opener(path, settings)
     try:
@@ -208,12 +212,14 @@ def open_model(
         session.close()
         raise
     supervision = session.supervision
-    stats = ModelStats()
+    stats = stats or ModelStats()
     kind, _, index = session.device.name.partition(":")
     if kind == "cuda":
         stats.memory["GPU", int(index or 0)] = session.facts().weight_bytes
+    goal = None
     if slo := settings.slo_p99_of.get(name, settings.slo_p99):
-        stats.goal = Goal(slo, name)
+        goal = Goal(slo, name)
+        stats.goal = stats.goal or goal
 
     def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
         batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]
@@ -230,7 +236,7 @@ def open_model(
         observe=stats.ran,
         turns=turns,
         run_limit=settings.request_timeout,
-        goal=stats.goal,
+        goal=goal,
         widens=widens if batching.layout and batching.layout.padding else None,
         weight=settings.shares.get(name, 1.0),
         soon=_soon,

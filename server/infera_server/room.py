@@ -19,8 +19,8 @@ class NoRoomError(InferaError):
 
     def concerns(self, loaded: Loaded) -> bool:
         """Whether unloading this would make room."""
-        device = loaded.device
-        return self.device == "auto" or device == self.device or device.startswith(f"{self.device}:")
+        devices = loaded.device.split(", ")
+        return self.device == "auto" or any(d == self.device or d.startswith(f"{self.device}:") for d in devices)
 
 
 class HostRoom:

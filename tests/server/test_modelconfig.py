@@ -253,18 +253,21 @@ def test_the_queue_is_as_long_as_its_policy_says() -> None:
     assert Definition("m", [], threads).tuned(Settings(threads=1)).threads == 1
 
 
-def test_instances_say_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def device(group: str, gpus: int = 0, **settings: Any) -> str | None:
+def test_instances_say_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(group: str, gpus: int = 0, **settings: Any) -> list[str]:
         monkeypatch.setattr("infera_server.definition.gpu_count", lambda: gpus)
-        return Definition("m", [], message(f"instance_group [ {{ {group} }} ]")).device(Settings(**settings))
+        return list(Definition("m", [], message(f"instance_group [ {group} ]")).devices(Settings(**settings)))
 
-    assert device("kind: KIND_CPU") == "cpu"
-    assert device("count: 1") is None
-    assert device("kind: KIND_GPU gpus: [1]", gpus=2) == "cuda:1"
-    assert device("kind: KIND_GPU", gpus=1) is None
-    assert device("kind: KIND_GPU", device="cpu") is None
-    with pytest.raises(ConfigError, match="has kind KIND_GPU but there is no GPU 0; --device says where"):
-        device("kind: KIND_GPU")
+    assert devices("{ kind: KIND_CPU }") == ["cpu"]
+    assert devices("{ count: 1 }") == []
+    assert devices("{ kind: KIND_GPU gpus: [1] }", gpus=2) == ["cuda:1"]
+    assert devices("{ gpus: [1] }, { gpus: [0, 1] }", gpus=2) == ["cuda:1", "cuda:0"]
+    assert devices("{ gpus: [1, 0] }", gpus=2, pins={"m": "cuda:0"}) == ["cuda:1"], "the pin says which"
+    assert devices("{ kind: KIND_GPU }", gpus=1) == []
+    assert devices("{ kind: KIND_GPU }", device="cpu") == []
+    for group, missing in (("{ kind: KIND_GPU }", 0), ("{ gpus: [0, 1] }", 1)):
+        with pytest.raises(ConfigError, match=f"kind KIND_GPU but there is no GPU {missing}; --device says where"):
+            devices(group, gpus=missing)
 
 
 def test_samples_are_run_before_the_model_is_ready(tmp_path: Path) -> None:
