@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from infera_gpu.devices.timing import EventTimer
 from infera_kernels.launch import nominal_target
 from infera_kernels.launch.devices import DEVICES, RATES, architecture_of, device_called, rates_of
 
@@ -57,3 +61,23 @@ def test_an_architecture_that_is_not_listed_has_what_all_have() -> None:
         assert architecture_of(arch).block_shared_bytes >= 99 * 1024
     assert rates_of(130) == RATES[120]
     assert rates_of(87) == RATES[86]
+
+
+def test_calls_are_timed_between_events_behind_a_flushed_cache() -> None:
+    log: list[object] = []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            log.append(("record", stream))
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Any:
+        return SimpleNamespace(fill=lambda value: log.append(("fill", shape, dtype)))
+
+    cuda = SimpleNamespace(Event=Event, get_elapsed_time=lambda begin, end: 2.0)
+    timer = EventTimer(SimpleNamespace(cuda=cuda, empty=empty), "stream", 50)
+    assert timer([(log.append, ("one",)), (log.append, ("two",))]) == 2e-3
+    recorded = ("record", "stream")
+    assert log == [("fill", (100,), "uint8"), recorded, "one", "two", recorded, "synchronize"]

@@ -154,7 +154,8 @@ class CudaDevice:
         return None if tiles is None else tiles.tuned
 
     def timer(self) -> EventTimer:
-        return EventTimer(self.xp, self._stream, self._device.attributes["L2CacheSize"])
+        properties = self.xp.cuda.runtime.getDeviceProperties(self.index)
+        return EventTimer(self.xp, self._stream, int(properties["l2CacheSize"]))
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,9 @@ class DeviceTiles:
     @classmethod
     def of(cls, launcher: Any) -> DeviceTiles:
         """Those of a launcher's GPU, with the Triton that is installed."""
-        return cls(launcher.target, Store(class_of(launcher.target), version("triton")))
+        import triton
+
+        return cls(launcher.target, Store(class_of(launcher.target), triton.__version__))
 
     @property
     def tuned(self) -> Tuned:
