@@ -74,7 +74,8 @@ def load(
     Sessions share their threads, and from the first run until the last session is closed or collected NumPy's BLAS has
     one thread, in the whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
-    writes, as far as BLAS does: nothing is folded into weights, and convolutions take no Winograd. `jit` says whether
+    writes, as far as BLAS does: nothing is folded into weights, no norm, softmax, attention or activation that is
+    spelled out is computed by another formula, and convolutions take no Winograd. `jit` says whether
     the CPU runs kernels that numba compiles; None does where numba is installed. On a GPU all steps that can be are
     captured into CUDA graphs; `graphs=False` launches them one by one. Up to `max_concurrency` runs go on at
     once, each in an arena of its own; with `arena`, as many as that allows, over all sessions that share it.

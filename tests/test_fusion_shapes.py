@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import infera_gpu
 from infera_gpu.devices import open_device
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import Graph, HostArray, Node
@@ -50,8 +51,8 @@ def answer(graph: Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, Any] | No
         return None
 
 
-def feeds_of(graph: Graph, sizes: Sizes) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
+def feeds_of(graph: Graph, sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
     return {n: rng.standard_normal(sizes[n]).astype(s.dtype) for n, s in inputs_of(graph).items()}
 
 
@@ -109,6 +110,17 @@ def test_changes_nothing_at_other_sizes(fusion: Rewrite) -> None:
                 seen.append(sizes)
                 answered = assert_alike(given, fused, sizes)
                 assert answered or len(seen) > 1
+
+
+@EACH
+def test_strict_sessions_give_the_bits_of_what_is_written(fusion: Rewrite) -> None:
+    model, graph = parse(fusion.example, fusion.opset), example(fusion)
+    options: dict[str, Any] = {"device": "cpu", "accuracy": "strict"}
+    with infera_gpu.load(model, **options) as strict, infera_gpu.load(model, **options, fuse=False) as written:
+        for seed in range(8):
+            feeds = feeds_of(graph, written_sizes(graph), seed)
+            for name, want in written.run(feeds).items():
+                np.testing.assert_array_equal(strict.run(feeds)[name], want)
 
 
 def in_type(graph: Graph, dtype: np.dtype[Any]) -> Graph:

@@ -32,6 +32,7 @@ AXIS_NORM = Fusion(
     patterns=(*standardized(CENTERED, variance(CENTERED))[1:], *standardized("x", variance("x"))[1:]),
     guard=_is_along_an_axis,
     build=_along,
+    reassociates=True,
     opset=13,
     example="""
         example (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {

@@ -49,9 +49,9 @@ class Rewrite:
 
     `example` and `near_misses` are graphs in ONNX's text syntax (without the header): the rewrite must fire exactly
     once on the first and never on the others, and the rewritten example must compute what the example computes. Tests
-    are generated from them. A rewrite that `reassociates` may compute something else in exact order (a factor folded
-    into weights); strict sessions leave it out. `kinds` are the kinds of kernels that have what it makes; devices that
-    run none of them are left the parts.
+    are generated from them. A rewrite that `reassociates` may give other bits: it changes the order of operations (a
+    factor folded into weights) or the formula (a norm times the inverse of a root); strict sessions leave it out.
+    `kinds` are the kinds of kernels that have what it makes; devices that run none of them are left the parts.
     """
 
     name: str

@@ -136,6 +136,7 @@ SWISH = Fusion(
     patterns=(node("Mul", "x", node("Sigmoid", "x"), commutes=True), node("Div", "x", _ONE_PLUS_EXP)),
     guard=is_float,
     build=made("Swish", 24),
+    reassociates=True,
     example="example (float[3, 7] x) => (float[3, 7] y) { a = Sigmoid(x)  y = Mul(a, x) }",
     near_misses=(
         "gate_of_another_value (float[3, 7] x, float[3, 7] z) => (float[3, 7] y) { a = Sigmoid(z)  y = Mul(a, x) }",
@@ -159,6 +160,7 @@ STEEP_SWISH = Fusion(
     guard=is_float,
     build=made("Swish", 24, lambda match: {"alpha": _slope(match)}),
     kinds=CPU,
+    reassociates=True,
     example="""
         example (float[3, 7] x) => (float[3, 7] y) <float k = {1.702}> {
             a = Mul(x, k)
@@ -210,6 +212,7 @@ MISH = Fusion(
     guard=is_float,
     build=made("Mish", 18),
     kinds=CPU,
+    reassociates=True,
     example="example (float[3, 7] x) => (float[3, 7] y) { a = Softplus(x)  b = Tanh(a)  y = Mul(x, b) }",
     near_misses=(
         "sigmoid (float[3, 7] x) => (float[3, 7] y) { a = Softplus(x)  b = Sigmoid(a)  y = Mul(x, b) }",

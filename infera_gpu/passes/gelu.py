@@ -58,6 +58,7 @@ GELU = Fusion(
     patterns=_erf_forms(),
     guard=Match.keeps_shape,
     build=fused("Gelu", ("x",), approximate="none"),
+    reassociates=True,
     example="""
         example (float[3, 7] x) => (float[3, 7] y) <float r = {1.4142135}, float one = {1.0}, float half = {0.5}> {
             a = Div(x, r)
@@ -110,6 +111,7 @@ GELU_TANH = Fusion(
     patterns=_tanh_forms(),
     guard=Match.keeps_shape,
     build=fused("Gelu", ("x",), approximate="tanh"),
+    reassociates=True,
     example="""
         example (float[3, 7] x) => (float[3, 7] y)
         <float three = {3.0}, float k = {0.044715}, float s = {0.7978845608}, float one = {1.0}, float half = {0.5}> {

@@ -153,6 +153,7 @@ LOOKUP_ACTIVATION = Fusion(
     guard=_is_plain,
     build=_activated,
     kinds=CPU,
+    reassociates=True,
     example="""
         example (int32[2, 3, 1] x) => (float[2, 3, 2] y) <float[4, 2] t = {1, 2, -3, 4, 5, -6, 0, 0}> {
             f = infera.Lookup(x, t)

@@ -120,6 +120,7 @@ LAYER_NORM = Fusion(
     patterns=standardized(CENTERED, variance(CENTERED)),
     guard=is_standardized,
     build=normalization("LayerNormalization", 1),
+    reassociates=True,
     opset=13,
     example="""
         example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
@@ -198,6 +199,7 @@ RMS_NORM = Fusion(
     patterns=standardized("x", variance("x")),
     guard=is_standardized,
     build=normalization("RMSNormalization", 23),
+    reassociates=True,
     opset=18,
     example="""
         example (float[B, 3, 8] x) => (float[B, 3, 8] y)

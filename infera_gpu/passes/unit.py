@@ -65,6 +65,7 @@ UNIT = Fusion(
     ),
     guard=_is_unit,
     build=_unit,
+    reassociates=True,
     example="""
         example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}> {
             n = ReduceL2 <axes = [-1]> (x)
