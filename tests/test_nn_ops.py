@@ -194,3 +194,17 @@ def test_a_target_that_is_no_class_is_refused(name: str, target: int) -> None:
     with pytest.raises(InputError, match=rf"{name} 'y': target {target} is out of range for 5 classes"):
         session.run({"x": x, "t": np.array([0, target, -7])})
     np.testing.assert_allclose(session.run({"x": x, "t": np.array([0, 4, -7])})["y"], np.log(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "recording"])
+def test_attention_with_a_negative_scale_prefers_what_is_least_alike(device: str, fuse: bool) -> None:
+    """ONNX's own function takes the root of the scale; what it means is clear."""
+    text = "g (float[1, 2, 3, 4] q, float[1, 2, 5, 4] k, float[1, 2, 5, 6] v) => (float[1, 2, 3, 6] y)"
+    model = parse(f"{text} {{ y = Attention <scale = -0.3> (q, k, v) }}", 23)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, *dims)).astype(np.float32) for dims in ((3, 4), (5, 4), (5, 6)))
+    weights = np.exp(-0.3 * q @ k.swapaxes(-1, -2))
+    want = weights @ v / weights.sum(-1, keepdims=True)
+    with infera_gpu.load(model, device=device, fuse=fuse) as session:
+        np.testing.assert_allclose(session.run({"q": q, "k": k, "v": v})["y"], want, rtol=1e-5, atol=1e-6)

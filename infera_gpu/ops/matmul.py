@@ -88,7 +88,10 @@ def _numeric(site: Site) -> bool:
 def gemm_spec(site: Site) -> tuple[TensorSpec]:
     if site.spec(0).ndim != 2 or site.spec(1).ndim != 2:
         raise site.fail(f"expected two matrices, got {site.spec(0)} and {site.spec(1)}")
-    return matmul_spec(site)
+    (spec,) = matmul_spec(site)
+    if site.has(2):
+        check_term(site, "C", site.spec(2), spec)
+    return (spec,)
 
 
 _W = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)

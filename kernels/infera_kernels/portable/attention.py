@@ -90,9 +90,10 @@ def attention(
     `sink` adds a score for each head, of a key whose value is zero.
     """
     dtype = q.dtype
-    root = dtype.type(math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1] or 1)))
+    factor = scale if scale is not None else 1 / math.sqrt(q.shape[-1] or 1)
+    root = dtype.type(math.sqrt(abs(factor)))
     k, v = repeat_heads(xp, k, q.shape[1]), repeat_heads(xp, v, q.shape[1])
-    scores = matmul(xp, q * root, k.swapaxes(-1, -2) * root)
+    scores = matmul(xp, q * (-root if factor < 0 else root), k.swapaxes(-1, -2) * root)
     given = scores
     if softcap:
         cap = dtype.type(softcap)
