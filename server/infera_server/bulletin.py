@@ -14,6 +14,7 @@ import orjson
 from infera_server.definition import Definition
 from infera_server.discovery import Source
 from infera_server.errors import BadRequest
+from infera_server.evictions import Elsewhere
 from infera_server.front_wire import signature_out
 from infera_server.loaded import Loaded
 from infera_server.remote import Link, RemoteModel
@@ -64,6 +65,7 @@ def bulletin(service: Service, numbers: Numbers) -> dict[str, Any]:
         "entries": entries,
         "find": find,
         "models": list(models.items()),
+        "evicted": service.control.evictions.told(),
         "regions": service.regions.told(),
         "tracing": service.tracing.on,
         "log": service.log_settings.settings(),
@@ -83,8 +85,10 @@ def _about(model: Servable) -> dict[str, Any]:
 class Mirror:
     """Makes a service what the bulletins say. Models that none names any more are retired."""
 
-    def __init__(self, service: Service, link: Link) -> None:
+    def __init__(self, service: Service, link: Link, evicted: Elsewhere) -> None:
         self._service, self._repository, self._link = service, service.repository, link
+        self._evicted = evicted
+        service.recall = evicted.recall
         self._models: dict[int, Loaded] = {}
         self._log: Mapping[str, Any] = {}
 
@@ -92,6 +96,7 @@ class Mirror:
         """This is so from now on."""
         service = self._service
         service.outage = told["outage"]
+        self._evicted.told = told["evicted"]
         service.tracing.on = self._link.tells_runs = told["tracing"]
         try:
             service.regions.mirror(told["regions"])

@@ -43,11 +43,7 @@ class Control:
         self._settings = repository.settings
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._evictions = Evictions(self._bring_back)
-
-    def recall(self, name: str) -> Unavailable | None:
-        """Load a model again that was evicted: what to tell who asks for it. None where it was not."""
-        return self._evictions.recall(name)
+        self.evictions = Evictions(self._bring_back)
 
     async def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model as it is on the disk now, or with this configuration (in JSON) and these files in its place.
@@ -75,7 +71,7 @@ class Control:
     async def _bring_back(self, definition: Definition) -> None:
         """Serve what was evicted, and of an ensemble its models. Raises BadRequest or Unavailable."""
         for member in definition.members:
-            if (evicted := self._evictions.definition(member)) is not None:
+            if (evicted := self.evictions.definition(member)) is not None:
                 await self._bring_back(evicted)
         async with self._turns[definition.name]:
             if not self._repository.versions(definition.name):
@@ -103,7 +99,7 @@ class Control:
         """`unload`, whoever may. Raises NotFound."""
         if not any(entry.source.name == name for entry in self._repository.entries()):
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
-        self._evictions.forget(name)
+        self.evictions.forget(name)
         self._take_out(name, UNLOADED)
 
     def _take_out(self, name: str, reason: str) -> None:
@@ -126,7 +122,7 @@ class Control:
         definitions = [self._repository.definitions[one] for one in gone]
         self._take_out(name, reason)
         for definition in definitions:
-            self._evictions.add(definition)
+            self.evictions.add(definition)
 
     def _withdraw(self, loaded: Loaded, reason: str) -> None:
         """Serve the other versions of a model, where there are any."""
@@ -214,7 +210,7 @@ class Control:
         began = time.monotonic()
         opened = await self._open(definition, new)
         found = {source: kept.get(source) or opened[source] for source in definition.sources}
-        self._evictions.took[name] = time.monotonic() - began
+        self.evictions.took[name] = time.monotonic() - began
         self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
         log.info("loaded model '%s' version %s", name, ", ".join(source.version for source in definition.sources))
         for note in found[definition.sources[-1]].notes:
@@ -277,7 +273,7 @@ class Control:
             for model in self._repository.loaded()
             if error.concerns(model) and model.name not in pinned and not self._repository.traffic_of(model.name).pinned
         ]
-        return least_used(models, idle=self._evictions.is_wanted(name))
+        return least_used(models, idle=self.evictions.is_wanted(name))
 
     async def _compare(self, loaded: Loaded) -> str:
         """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
@@ -302,7 +298,7 @@ class Control:
             del repository.previous[name]
         gone = repository.put(generation)
         if generation.models:
-            self._evictions.forget(name)
+            self.evictions.forget(name)
         self._forget_previous(name, before)
         if keep and before is not None:
             repository.previous[name] = replace(before, until=time.monotonic() + self._settings.keep_previous)

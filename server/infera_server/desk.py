@@ -100,6 +100,8 @@ class Desk:
         request = request_in(told, feeds, timeout)
         self._under_way[number] = uid, model, None
         done = partial(self._done, number, request.outputs, explained)
+        if model.signature.decoupled:
+            request.each = partial(self._part, number, request.outputs)
         try:
             job = model.submit(request, nbytes, done)
         except Exception as error:
@@ -121,6 +123,18 @@ class Desk:
         if job is not None:
             model.cancel(job)
 
+    def _part(self, number: int, wanted: Sequence[Output], outputs: Arrays) -> None:
+        """A response that others follow."""
+        if number not in self._under_way or self._closed:
+            return
+        try:
+            offset = put(self._results, [number, None, None, True], _of(wanted, outputs))
+        except RequestError:
+            self._cancel(*self._under_way.pop(number))
+            self._put(entry(Entry.LOST, number))
+        else:
+            self._put(entry(Entry.MESSAGE, offset))
+
     def _done(
         self, number: int, wanted: Sequence[Output], explained: bool, result: Arrays | Exception, batch: Batch | None
     ) -> None:
@@ -134,7 +148,7 @@ class Desk:
             return
         run = run_out(batch, job) if explained and job is not None else None
         try:
-            offset = put(self._results, [number, None, run], {output.name: result[output.name] for output in wanted})
+            offset = put(self._results, [number, None, run, False], _of(wanted, result))
         except RequestError:
             self._put(entry(Entry.LOST, number))
         except Exception as error:
@@ -144,7 +158,7 @@ class Desk:
 
     def _refuse(self, number: int, error: RequestError) -> None:
         try:
-            self._put(entry(Entry.MESSAGE, put(self._results, [number, error_out(error), None])))
+            self._put(entry(Entry.MESSAGE, put(self._results, [number, error_out(error), None, False])))
         except RequestError:
             self._put(entry(Entry.LOST, number))
 
@@ -153,6 +167,11 @@ class Desk:
         if not self._will_flush:
             self._will_flush = True
             asyncio.get_running_loop().call_soon(self.flush)
+
+
+def _of(wanted: Sequence[Output], outputs: Arrays) -> Arrays:
+    """Those that are asked for; none where a response has none."""
+    return {output.name: outputs[output.name] for output in wanted} if outputs else {}
 
 
 def _refusal(error: Exception, model: Servable) -> RequestError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from infera_server.definition import Definition
@@ -66,6 +66,10 @@ class Evictions:
         gone = self._gone.get(name)
         return gone is not None and gone.attempt is not None
 
+    def told(self) -> dict[str, tuple[float, str]]:
+        """Of each the seconds that it may take to be back, and why it is not, for who does not load models."""
+        return {name: (self.took.get(name, FIRST_GUESS), gone.reason) for name, gone in self._gone.items()}
+
     def recall(self, name: str) -> Unavailable | None:
         """Load a model that is gone, and what to tell who asks for it meanwhile; None for others."""
         gone = self._gone.get(name)
@@ -76,13 +80,8 @@ class Evictions:
             gone.began = now
             gone.attempt = asyncio.get_running_loop().create_task(self._bring_back(name, gone))
         if gone.attempt is not None:
-            wait = gone.began + self.took.get(name, FIRST_GUESS) - now
-            error = Unavailable(f"model '{name}' was unloaded to make room for others, and is being loaded again")
-        else:
-            wait = gone.not_before - now
-            error = Unavailable(f"model '{name}' was unloaded to make room for others: {gone.reason}")
-        error.retry_after = max(wait, LEAST_WAIT)
-        return error
+            return absent(name, gone.began + self.took.get(name, FIRST_GUESS) - now, "")
+        return absent(name, gone.not_before - now, gone.reason)
 
     async def _bring_back(self, name: str, gone: Evicted) -> None:
         try:
@@ -94,6 +93,32 @@ class Evictions:
             log.warning("model '%s' was asked for, and cannot be loaded: %s", name, gone.reason)
         finally:
             gone.attempt = None
+
+
+class Elsewhere:
+    """The models that are gone, for a process that does not load them: `ask(name)` has it done."""
+
+    def __init__(self, ask: Callable[[str], None]) -> None:
+        self._ask = ask
+        self.told: Mapping[str, tuple[float, str]] = {}
+
+    def recall(self, name: str) -> Unavailable | None:
+        """As `Evictions.recall`."""
+        gone = self.told.get(name)
+        if gone is None:
+            return None
+        self._ask(name)
+        return absent(name, *gone)
+
+
+def absent(name: str, wait: float, reason: str) -> Unavailable:
+    """What is told who asks for a model that is gone; without a `reason` it is being loaded."""
+    error = Unavailable(
+        f"model '{name}' was unloaded to make room for others"
+        + (f": {reason}" if reason else ", and is being loaded again")
+    )
+    error.retry_after = max(wait, LEAST_WAIT)
+    return error
 
 
 def least_used(models: Collection[Loaded], idle: bool) -> Loaded | None:

@@ -18,7 +18,7 @@ from infera_server.service import Service
 
 log = logging.getLogger(__name__)
 
-HTTP, GRPC, TRACE = "http", "grpc", "trace"
+HTTP, GRPC, TRACE, RECALL = "http", "grpc", "trace", "recall"
 """What the engine is asked, or told."""
 
 _LARGE = re.compile("|".join(re.sub(r"{\w+}", "[^/]+", route.path) for route in control.ROUTES if route.large))
@@ -59,7 +59,12 @@ class Answering:
 
     def __init__(self, service: Service, app: App) -> None:
         self._service, self._app = service, app
-        self.handlers: Mapping[str, Handler] = {HTTP: self._respond, GRPC: self._call, TRACE: self._trace}
+        self.handlers: Mapping[str, Handler] = {
+            HTTP: self._respond,
+            GRPC: self._call,
+            TRACE: self._trace,
+            RECALL: self._recall,
+        }
 
     async def _call(self, method: Any, body: bytes) -> Content:
         from infera_server.grpc_management import READING_METHODS, answered  # grpc takes a while to import
@@ -68,6 +73,11 @@ class Answering:
         if method not in READING_METHODS:
             await self._service.repository.audience.informed()
         return None, reply
+
+    async def _recall(self, name: Any, body: bytes) -> Content:
+        """A worker was asked for a model that was evicted."""
+        self._service.recall(name)
+        return None, b""
 
     async def _trace(self, told: Any, body: bytes) -> Content:
         """A request that a worker has answered."""

@@ -111,6 +111,7 @@ def signature_out(signature: Signature) -> dict[str, Any]:
         "inputs": [_tensor_out(tensor) for tensor in signature.inputs.values()],
         "outputs": [_tensor_out(tensor) for tensor in signature.outputs.values()],
         "layout": None if layout is None else [layout.inputs, layout.outputs, layout.buckets, layout.shared],
+        "decoupled": signature.decoupled,
     }
 
 
@@ -121,7 +122,7 @@ def signature_in(told: Mapping[str, Any]) -> Signature:
     if told["layout"] is not None:
         rows, results, buckets, shared = told["layout"]
         layout = Layout(rows, results, tuple(buckets), tuple(shared))
-    return Signature(told["name"], told["version"], inputs, outputs, layout)
+    return Signature(told["name"], told["version"], inputs, outputs, layout, told["decoupled"])
 
 
 def _tensor_out(tensor: Tensor) -> list[Any]:

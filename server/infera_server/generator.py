@@ -17,12 +17,12 @@ from functools import partial
 
 import numpy as np
 
-from infera_server.errors import BadRequest, Overloaded, RequestError, Unavailable, Unsupported
+from infera_server.errors import BadRequest, Overloaded, RequestError, Unavailable
 from infera_server.generation import Decoding, decoding, proven
 from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.model import Model
 from infera_server.modelconfig import ModelConfig, completed
-from infera_server.requests import Request
+from infera_server.requests import Request, check_each
 from infera_server.rows import Arrays, HostArray
 from infera_server.sampling import Sampler, Sampling, sampling
 from infera_server.sequence_steps import size_of
@@ -88,8 +88,7 @@ class Generator(Tap):
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         """Raises BadRequest for a prompt that is not one row of tokens, too."""
         self._check_open()
-        if self.signature.decoupled and request.each is None:
-            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+        check_each(request, self.signature)
         asked = sampling(request.parameters, self.how.most)
         prompt = request.feeds[self.how.tokens]
         if prompt.shape[0] != 1 or not prompt.size:

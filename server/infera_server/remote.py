@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,9 +25,9 @@ from infera_server.front_wire import Entry, entry, kind_of, put, read, request_o
 from infera_server.jobs import Done, Job, State, answer
 from infera_server.metrics import ModelStats
 from infera_server.modelconfig import ModelConfig, new
-from infera_server.requests import Request
+from infera_server.requests import Request, check_each
 from infera_server.ring import Reader, Signs, Writer
-from infera_server.rows import HostArray
+from infera_server.rows import Arrays, HostArray
 from infera_server.signature import Signature
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Sent(Job):
 
     number: int
     model: RemoteModel
+    each: Callable[[Arrays], None] | None
 
 
 class Link:
@@ -84,7 +85,16 @@ class Link:
         explained = request.trace or self.tells_runs
         document = [number, model.uid, nbytes, deadline, explained, *request_out(request)]
         self._put(entry(Entry.MESSAGE, put(self._requests, document, request.feeds)))
-        job = Sent({}, done, nbytes=nbytes, deadline=deadline or math.inf, queued_at=now, number=number, model=model)
+        job = Sent(
+            {},
+            done,
+            nbytes=nbytes,
+            deadline=deadline or math.inf,
+            queued_at=now,
+            number=number,
+            model=model,
+            each=request.each,
+        )
         self._under_way[number] = job
         model.sent(job)
         return job
@@ -134,7 +144,11 @@ class Link:
                 answer(job, Unavailable("the engine has no shared memory left for the response; send it again later"))
 
     def _answered(self, offset: int) -> None:
-        (number, error, run), arrays = read(self._results, offset)
+        (number, error, run, continues), arrays = read(self._results, offset)
+        if continues:
+            if (waiting := self._under_way.get(number)) is not None and waiting.each is not None:
+                waiting.each(arrays)
+            return
         job = self._taken(number)
         if job is None:
             return
@@ -203,6 +217,7 @@ class RemoteModel:
         self._link.check_room(nbytes)
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
+        check_each(request, self.signature)
         return self._link.submit(self, request, nbytes, done)
 
     def cancel(self, job: Job) -> None:

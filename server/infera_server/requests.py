@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from infera_server import codec
 from infera_server.codec import short
-from infera_server.errors import BadRequest
+from infera_server.errors import BadRequest, Unsupported
 from infera_server.rows import Arrays, HostArray
 from infera_server.signature import Signature, Tensor
 
@@ -225,6 +225,12 @@ def check_again(request: Request, model: Signature) -> None:
     check_complete(request.feeds, model)
     for output in request.outputs:
         check_output(output.name, output.classes, model)
+
+
+def check_each(request: Request, model: Signature) -> None:
+    """Raises Unsupported where there may be more responses than somebody takes."""
+    if model.decoupled and request.each is None:
+        raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
 
 
 def all_outputs(model: Signature, binary: bool) -> list[Output]:

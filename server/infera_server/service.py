@@ -54,6 +54,8 @@ class Service:
     draining: bool = False
     connections: set[Connection] = field(default_factory=set, init=False)
     control: Control = field(init=False)
+    recall: Callable[[str], Unavailable | None] = field(init=False)
+    """Has a model loaded again that was evicted, and says what to tell who asks for it; None for others."""
     intake: Intake = field(init=False)
     log_settings: LogSettings = field(default_factory=LogSettings, init=False)
     regions: Regions = field(init=False)
@@ -75,6 +77,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.control = Control(self.repository)
+        self.recall = self.control.evictions.recall
         self.intake = Intake(self.settings.max_intake_bytes)
         self.tracing = Tracing(self.settings.trace_file)
         self.regions = Regions(self.settings.max_region_bytes)
@@ -91,7 +94,7 @@ class Service:
         try:
             return self.repository.get(name, version)
         except (NotFound, Unavailable) as error:
-            raise self.control.recall(name) or error from None
+            raise self.recall(name) or error from None
 
     async def load_model(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model, or load it again, as its folder is now. What is served goes on until the new one can run.

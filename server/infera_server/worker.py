@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import orjson
@@ -22,7 +23,8 @@ from infera_server.bulletin import Mirror
 from infera_server.channel import Channel, Content
 from infera_server.child import prepare
 from infera_server.errors import Unavailable
-from infera_server.forward import GRPC, TRACE, Forward
+from infera_server.evictions import Elsewhere
+from infera_server.forward import GRPC, RECALL, TRACE, Forward
 from infera_server.front_wire import run_out
 from infera_server.jobs import Batch, Job
 from infera_server.listening import listen
@@ -95,7 +97,8 @@ class Worker:
         self._service.tracing = Passed(self._channel)
         self._service.room = self._link.memory
         self._service.pace = Pace(sleep=lambda seconds: None)  # there are no engine threads here to make way for
-        self._mirror = Mirror(self._service, self._link)
+        evicted = Elsewhere(partial(self._channel.tell, RECALL))
+        self._mirror = Mirror(self._service, self._link, evicted)
         self._mirror.read(first)
         self._grpc_port: int | None = begin["grpc_port"]
         self._listening = listen(settings.host, begin["port"], shared=True)

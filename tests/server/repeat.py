@@ -7,9 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from infera_server.errors import BadRequest, Unsupported
+from infera_server.errors import BadRequest
 from infera_server.jobs import Done, Job, State, answer
-from infera_server.requests import Request
+from infera_server.requests import Request, check_each
 from infera_server.rows import Arrays
 from infera_server.servable import Servable
 from infera_server.signature import Signature, Tensor
@@ -47,8 +47,7 @@ class Repeat(Tap):
         self.held: dict[str, int] = {}
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
-        if request.each is None:
-            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+        check_each(request, self.signature)
         self.asked = request.id
         job = Job(request.feeds, done)
         self._later(job, request, 0)

@@ -127,7 +127,7 @@ def test_an_evicted_model_comes_back_when_it_is_asked_for(tmp_path: Path, caplog
         assert b"needs 16," in reply
         assert ask(running, "b") == 200, "it was used just now, and stays"
 
-        running.host.service.control._evictions._gone["a"].not_before = 0.0
+        running.host.service.control.evictions._gone["a"].not_before = 0.0
         with monkeypatched(BUSY=0.0):
             until(lambda: ask(running, "a") == 200)
             assert running.index()["b/1"] == "UNAVAILABLE: unloaded: evicted to make room for 'a'"
