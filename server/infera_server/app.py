@@ -248,9 +248,7 @@ def _add(app: FastAPI, service: Service, routes: Iterable[Route]) -> None:
 
     def endpoint(route: Route) -> Callable[..., Any]:
         async def answer(request: Request) -> Response:
-            most = MAX_MANAGEMENT_BODY
-            if route.large:
-                most += -(-service.settings.max_load_bytes // 3) * 4
+            most = service.settings.max_load_body if route.large else MAX_MANAGEMENT_BODY
             body = await _body(request, service, most) if route.verb == "POST" else b""
             found = route.handler(Call(service, request.path_params, body))
             if inspect.isawaitable(found):

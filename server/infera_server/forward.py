@@ -22,7 +22,7 @@ HTTP, GRPC, TRACE, RECALL = "http", "grpc", "trace", "recall"
 """What the engine is asked, or told."""
 
 _LARGE = re.compile("|".join(re.sub(r"{\w+}", "[^/]+", route.path) for route in control.ROUTES if route.large))
-"""The paths where bodies may be as large as those of inference."""
+"""The paths where bodies may hold the files of a load."""
 
 
 class Forward:
@@ -37,7 +37,7 @@ class Forward:
             return
         try:
             large = _LARGE.fullmatch(scope["path"]) is not None
-            most = self._service.settings.max_body_bytes if large else MAX_MANAGEMENT_BODY
+            most = self._service.settings.max_load_body if large else MAX_MANAGEMENT_BODY
             body = await received(receive, self._service.intake, most)
             asked = {name: scope[name] for name in ("method", "path", "scheme", "http_version")}
             asked["query"] = scope["query_string"].decode("latin-1")

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infera_gpu.budget import bytes_of
 from infera_gpu.passes import Precision
+from infera_server.intake import MAX_MANAGEMENT_BODY
 from infera_server.rows import PadRule
 from infera_server.traffic import MAX_GOLDEN
 
@@ -96,6 +97,11 @@ class Settings(BaseSettings):
     grpc_compression: Literal["none", "deflate", "gzip"] = "none"
     trace_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def max_load_body(self) -> int:
+        """Bytes of a load request over HTTP, which has the files in base64."""
+        return -(-self.max_load_bytes // 3) * 4 + MAX_MANAGEMENT_BODY
 
     @property
     def listen_metrics(self) -> int | None:

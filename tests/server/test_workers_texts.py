@@ -41,7 +41,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     loaded.front.close()
     put(root, "a")
     settings = Settings(
-        workers=2, memory_limit=f"{limit}B", evict=True, pinned=("texts",), keep_previous=0.0, max_batch=16
+        workers=2,
+        max_load_bytes=200_000,
+        max_body_bytes=20_000,
+        memory_limit=f"{limit}B",
+        evict=True,
+        pinned=("texts",),
+        keep_previous=0.0,
+        max_batch=16,
     )
     with hosting(Repository(settings, survey([root]).sources, rescan=lambda: survey([root]))) as running:
         put(root, "b")
@@ -82,6 +89,13 @@ def test_who_leaves_ends_its_text(served: Running) -> None:
                     sock.sendall(http_request(body, "/v2/models/texts/generate_stream"))
                     until(lambda: generator.stats.sequences == (1, 0))
             until(lambda: generator.stats.sequences == (0, 0))
+
+
+def test_a_load_may_be_as_large_as_its_files(served: Running) -> None:
+    for size, status in ((100_000, 400), (400_000, 413)):
+        files = {"config": "{}", "file:x": "A" * size}  # no version among them
+        document = json.dumps({"parameters": files})
+        assert served.request("POST", "/v2/repository/models/texts/load", document)[0] == status
 
 
 def test_an_evicted_model_comes_back_whichever_worker_is_asked(
