@@ -14,14 +14,13 @@ from typing import Any
 
 from infera_server.background import detached
 from infera_server.codec import short
-from infera_server.definition import Definition, NoVersionError, define
+from infera_server.definition import Definition
 from infera_server.discovery import Source, Survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.evictions import Evictions, least_used
 from infera_server.loaded import Generation, Loaded
 from infera_server.loader import reason_of, return_memory
-from infera_server.modelconfig import ConfigError, from_json
-from infera_server.overrides import from_files
+from infera_server.overrides import requested
 from infera_server.repository import UNLOADED, Repository, State
 from infera_server.room import NoRoomError
 
@@ -60,7 +59,7 @@ class Control:
         tried.add(name)
         while True:
             async with self._turns[name]:
-                definition = await self._define(name, config, files)
+                definition = await requested(name, config, files, self._settings.max_load_bytes, self.survey)
                 missing = [m for m in definition.members if m not in tried and not self._repository.versions(m)]
                 if not missing:
                     await self._load(definition)
@@ -169,27 +168,6 @@ class Control:
             raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
 
     # --- loading ---------------------------------------------------------------------------------------------------
-
-    async def _define(self, name: str, config: str | None, files: Mapping[str, bytes] | None) -> Definition:
-        unknown = f"failed to load '{short(name)}', failed to poll from model repository"
-        if files and config is None:
-            raise BadRequest(f"{unknown}: Load parameter 'config' must be specified for model file override")
-        try:
-            override = from_json(config, name) if config is not None else None
-            if files:
-                most = self._settings.max_load_bytes
-                return await detached("infera-files", partial(from_files, name, override, files, most))
-            survey = await self.survey()
-            if name in survey.problems:
-                raise BadRequest(f"{unknown}: {survey.problems[name]}")
-            sources = survey.of(name)
-            if not sources:
-                raise NotFound(unknown)
-            return await detached("infera-define", partial(define, name, sources, override))
-        except NoVersionError as error:
-            raise BadRequest(f"load failed for model '{name}': {error}\n") from None
-        except ConfigError as error:
-            raise BadRequest(f"{unknown}: {error}") from None
 
     async def _load(self, definition: Definition, reuse: bool = False) -> None:
         name = definition.name

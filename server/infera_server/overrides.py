@@ -1,17 +1,21 @@
-"""Model files that a load request brings along, in a private folder for as long as the model is served."""
+"""What a load request asks for; files that it brings are in a private folder for as long as the model is served."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from shutil import rmtree
 from tempfile import mkdtemp
 from weakref import finalize
 
-from infera_server.definition import Definition, define
-from infera_server.discovery import versions
-from infera_server.modelconfig import ConfigError, ModelConfig
+from infera_server.background import detached
+from infera_server.codec import short
+from infera_server.definition import Definition, NoVersionError, define
+from infera_server.discovery import Survey, versions
+from infera_server.errors import BadRequest, NotFound
+from infera_server.modelconfig import ConfigError, ModelConfig, from_json
 
 MAX_FILES = 1000
 
@@ -25,6 +29,37 @@ class Folder:
     def __init__(self) -> None:
         self.path = Path(mkdtemp(prefix="infera-model-")).resolve()
         finalize(self, rmtree, self.path, ignore_errors=True)
+
+
+async def requested(
+    name: str,
+    config: str | None,
+    files: Mapping[str, bytes] | None,
+    most: int,
+    survey: Callable[[], Awaitable[Survey]],
+) -> Definition:
+    """The model as its folder is now, or with this configuration (in JSON) and these files in place of it.
+
+    There are `most` bytes of files. `survey()` looks for models. Raises NotFound, BadRequest, and what it raises.
+    """
+    unknown = f"failed to load '{short(name)}', failed to poll from model repository"
+    if files and config is None:
+        raise BadRequest(f"{unknown}: Load parameter 'config' must be specified for model file override")
+    try:
+        override = from_json(config, name) if config is not None else None
+        if files:
+            return await detached("infera-files", partial(from_files, name, override, files, most))
+        found = await survey()
+        if name in found.problems:
+            raise BadRequest(f"{unknown}: {found.problems[name]}")
+        sources = found.of(name)
+        if not sources:
+            raise NotFound(unknown)
+        return await detached("infera-define", partial(define, name, sources, override))
+    except NoVersionError as error:
+        raise BadRequest(f"load failed for model '{name}': {error}\n") from None
+    except ConfigError as error:
+        raise BadRequest(f"{unknown}: {error}") from None
 
 
 def from_files(name: str, config: ModelConfig, files: Mapping[str, bytes], most: int) -> Definition:
