@@ -71,7 +71,7 @@ class Common:
     """What requests of one document have in common: all that is not their id or their inputs' values.
 
     `slices` are the inputs, where all are sent as bytes. `replies` is for the dialect: what its replies have in common,
-    by the model's version and the shapes of the outputs.
+    by all else that they depend on.
     """
 
     slices: Sequence[Slice] = ()

@@ -142,6 +142,18 @@ def test_json_and_codings_of_a_known_head(server: Running, parsed: list[str]) ->
     assert parsed == ["head", "document", "head"], "the reply's coding is no matter of the document"
 
 
+@pytest.mark.parametrize("ids", [["", "", "a"], ["a", "b", "", "c"], ["", "a", ""]])
+def test_an_id_may_come_and_go(server: Running, ids: list[str]) -> None:
+    with contextlib.closing(server.connect()) as sock, sock.makefile("rb") as stream:
+        for number, identity in enumerate(ids):
+            x = rows(1, seed=number)
+            sock.sendall(http_request(json.dumps({"id": identity, **request_of(x)}).encode()))
+            status, _, body = read_reply(stream)
+            reply = json.loads(body)
+            assert (status, reply.get("id", "")) == (200, identity)
+            np.testing.assert_array_equal(np.float32(reply["outputs"][0]["data"]), 2 * x.ravel())
+
+
 def test_a_known_head_may_have_another_size(server: Running, parsed: list[str]) -> None:
     with contextlib.closing(server.connect()) as sock, sock.makefile("rb") as stream:
         for count in range(1, 4):

@@ -148,7 +148,7 @@ def respond(
     if common is None:
         entries, values, tail = _entries(request, outputs, model, regions)
         return _filled(_pieces(request, entries, model), request, values), tail
-    key = model.version, *[outputs[want.name].shape for want in request.outputs]
+    key = model.version, bool(request.id), *[outputs[want.name].shape for want in request.outputs]
     pieces = common.replies.get(key)
     if pieces is None:
         entries, values, tail = _entries(request, outputs, model, regions)
