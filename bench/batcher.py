@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from infera_server.batcher import Batcher
-from infera_server.jobs import Batch, Job
-from infera_server.rows import Arrays, Layout
+from infera_server.scheduling.batcher import Batcher
+from infera_server.scheduling.jobs import Batch, Job
+from infera_server.scheduling.rows import Arrays, Layout
 
 WIDTH = 784
 LAYOUT = Layout({"x": 0}, {"y": 0}, (1, 2, 4, 8, 16, 32, 64))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.simulation import Outcome, RunTimes, poisson, simulate
-from infera_server.goal import Goal
-from infera_server.schedule import Schedule
+from infera_server.scheduling.goal import Goal
+from infera_server.scheduling.schedule import Schedule
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 TIMES = RunTimes(fixed=2e-3, a_row=0.2e-3, scatter=0.1)

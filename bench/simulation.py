@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from infera_server.backlog import Selection
 from infera_server.errors import Overloaded
-from infera_server.jobs import Job
-from infera_server.schedule import Schedule
+from infera_server.scheduling.backlog import Selection
+from infera_server.scheduling.jobs import Job
+from infera_server.scheduling.schedule import Schedule
 
 
 @dataclass(frozen=True)

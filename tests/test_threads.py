@@ -24,7 +24,7 @@ from infera_gpu.errors import DeviceError, InputError, PlanError
 from infera_gpu.op import Call, Case, Op
 from infera_kernels.calls import SERIAL, Split, one_after_the_other
 from infera_kernels.cpu.parts import LEAST_NS, along, parts
-from infera_server.model import threads_of
+from infera_server.models.model import threads_of
 from infera_server.settings import Settings
 from tests.buffers import GuardedBuffers
 from tests.cases import assert_close, compute, covered, run, variants, wrong

@@ -20,9 +20,9 @@ from infera_gpu.cli.console import print_error
 from infera_gpu.cli.options import locate
 from infera_gpu.errors import FetchError
 from infera_server.access import Access, KeyFileError, is_local, make_key, read_keys
-from infera_server.discovery import DiscoveryError, discover, survey
 from infera_server.listening import listen, reserve
-from infera_server.repository import Repository
+from infera_server.models.discovery import DiscoveryError, discover, survey
+from infera_server.models.repository import Repository
 from infera_server.screen import screen
 from infera_server.server import Host
 from infera_server.settings import Settings

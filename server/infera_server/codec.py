@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from infera_server.errors import BadRequest
-from infera_server.rows import HostArray
+from infera_server.scheduling.rows import HostArray
 
 Buffer: TypeAlias = bytes | memoryview
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version as distribution_version
 from typing import Any
 
-from infera_server.modelconfig import as_dict
-from infera_server.repository import Repository, State
-from infera_server.servable import Servable
-from infera_server.signature import Tensor
+from infera_server.models.modelconfig import as_dict
+from infera_server.models.repository import Repository, State
+from infera_server.models.servable import Servable
+from infera_server.scheduling.signature import Tensor
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters", "statistics")
 

@@ -23,11 +23,11 @@ from prometheus_client.core import (
 
 from infera_gpu.telemetry import Telemetry
 from infera_server.errors import RequestError
-from infera_server.goal import Goal
-from infera_server.jobs import Batch
+from infera_server.scheduling.goal import Goal
+from infera_server.scheduling.jobs import Batch
 
 if TYPE_CHECKING:
-    from infera_server.repository import Repository
+    from infera_server.models.repository import Repository
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)

@@ -8,14 +8,14 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from infera_server.generator import Generator
-from infera_server.loaded import Loaded
-from infera_server.model import threads_of
-from infera_server.repository import Entry
-from infera_server.response_cache import Cached
-from infera_server.sequence_model import SequenceModel
+from infera_server.models.loaded import Loaded
+from infera_server.models.model import threads_of
+from infera_server.models.repository import Entry
+from infera_server.pipelines.generator import Generator
+from infera_server.pipelines.response_cache import Cached
+from infera_server.pipelines.sequence_model import SequenceModel
+from infera_server.scheduling.signature import Signature, Tensor
 from infera_server.settings import Settings
-from infera_server.signature import Signature, Tensor
 
 
 def bytes_text(n: int) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest, Unsupported
-from infera_server.rows import Arrays, HostArray
-from infera_server.signature import Signature, Tensor
+from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.signature import Signature, Tensor
 
 if TYPE_CHECKING:
     from infera_server.shared_memory import Memory

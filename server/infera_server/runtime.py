@@ -10,8 +10,8 @@ from infera_gpu.budget import VramBudget
 from infera_gpu.errors import ModelError
 from infera_gpu.passes import Precision
 from infera_gpu.spec import TensorSpec, tensors_of
-from infera_server.independence import Facts, facts_of
-from infera_server.rows import Arrays
+from infera_server.scheduling.independence import Facts, facts_of
+from infera_server.scheduling.rows import Arrays
 
 if TYPE_CHECKING:
     import infera_gpu

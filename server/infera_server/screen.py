@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from infera_server.models.repository import Entry
 from infera_server.report import lines, panel
-from infera_server.repository import Entry
 from infera_server.settings import Settings
 
 

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from infera_server.access import Access
-from infera_server.app import create_app
-from infera_server.gate import App, Gate
-from infera_server.hotpath import HotPathProtocol
+from infera_server.http.app import create_app
+from infera_server.http.gate import App, Gate
+from infera_server.http.hotpath import HotPathProtocol
+from infera_server.http.websocket import Streams
+from infera_server.http.websocket_protocol import WebSocketProtocol
 from infera_server.listening import BACKLOG
-from infera_server.repository import Entry, Repository
+from infera_server.models.repository import Entry, Repository
+from infera_server.models.watch import Watch
+from infera_server.processes.workers import Workers
 from infera_server.service import Service
-from infera_server.watch import Watch
-from infera_server.websocket import Streams
-from infera_server.websocket_protocol import WebSocketProtocol
-from infera_server.workers import Workers
 
 if TYPE_CHECKING:
-    from infera_server.grpc_server import GrpcServer
+    from infera_server.rpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Host:
         """The port where gRPC is served, here or by the workers. Raises OSError."""
         if self.workers is not None:
             return self.workers.reserve(port)
-        from infera_server.grpc_server import GrpcServer  # grpc takes a while to import
+        from infera_server.rpc.server import GrpcServer  # grpc takes a while to import
 
         self.grpc = GrpcServer(self.service)
         return await self.grpc.start(port)

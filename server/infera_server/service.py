@@ -12,24 +12,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from infera_server.access import Access
-from infera_server.control import Control
 from infera_server.errors import BadRequest, NotFound, Unavailable
-from infera_server.intake import Intake
+from infera_server.http.intake import Intake
+from infera_server.http.pace import Pace
+from infera_server.http.recall import Heads
+from infera_server.http.templates import Templates
+from infera_server.http.upload import Room, room
 from infera_server.log_settings import LogSettings
-from infera_server.modelconfig import ConfigError
-from infera_server.pace import Pace
-from infera_server.recall import Heads
-from infera_server.repository import Repository
-from infera_server.servable import Servable
+from infera_server.models.control import Control
+from infera_server.models.modelconfig import ConfigError
+from infera_server.models.repository import Repository
+from infera_server.models.servable import Servable
+from infera_server.models.traffic import parse
 from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
-from infera_server.templates import Templates
 from infera_server.tracing import Tracing
-from infera_server.traffic import parse
-from infera_server.upload import Room, room
 
 if TYPE_CHECKING:
-    from infera_server.connection import Connection
+    from infera_server.http.connection import Connection
 
 EXPIRY_PERIOD = 0.05
 """Seconds between looks for waiting requests whose deadline has passed."""

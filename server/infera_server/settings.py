@@ -11,9 +11,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infera_gpu.budget import bytes_of
 from infera_gpu.passes import Precision
-from infera_server.intake import MAX_MANAGEMENT_BODY
-from infera_server.rows import PadRule
-from infera_server.traffic import MAX_GOLDEN
+from infera_server.http.intake import MAX_MANAGEMENT_BODY
+from infera_server.models.traffic import MAX_GOLDEN
+from infera_server.scheduling.rows import PadRule
 
 MAX_PORT = 65535
 

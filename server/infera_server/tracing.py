@@ -21,8 +21,8 @@ from typing import Any
 import orjson
 
 from infera_server.errors import BadRequest, Unsupported
-from infera_server.jobs import Batch, Job
-from infera_server.signature import Signature
+from infera_server.scheduling.jobs import Batch, Job
+from infera_server.scheduling.signature import Signature
 
 log = logging.getLogger(__name__)
 

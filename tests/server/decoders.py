@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from infera_server.rows import HostArray
+from infera_server.scheduling.rows import HostArray
 from tests.text import parse
 
 WORDS, WIDTH, PLACES = 16, 8, 64

@@ -12,16 +12,16 @@ from queue import SimpleQueue
 from typing import Any
 from weakref import ref
 
-from infera_server.definition import Definition
-from infera_server.discovery import Source
-from infera_server.jobs import Batch, Done, Job
-from infera_server.model import Model, open_model
+from infera_server.models.definition import Definition
+from infera_server.models.discovery import Source
+from infera_server.models.model import Model, open_model
+from infera_server.models.servable import Servable
 from infera_server.requests import Correlation, Request
-from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import Session
-from infera_server.servable import Servable
+from infera_server.scheduling.jobs import Batch, Done, Job
+from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.turns import Turns
 from infera_server.settings import Settings
-from infera_server.turns import Turns
 from tests.server.support import WAIT
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.spec import TensorSpec
-from infera_server.independence import Facts
-from infera_server.rows import Arrays
+from infera_server.scheduling.independence import Facts
+from infera_server.scheduling.rows import Arrays
 
 CRASH, RAISE, HANG, EXHAUST = -1.0, -2.0, -3.0, -4.0
 """What a first element makes of the run."""

@@ -13,7 +13,7 @@ from google.protobuf import json_format
 
 from infera_server.codec import DATATYPES
 from infera_server.protocols.protos import message
-from infera_server.rows import HostArray
+from infera_server.scheduling.rows import HostArray
 from tests.server.grpc_cases import SERVICE
 from tests.server.support import WAIT, FakeSession, Running, spec
 

@@ -8,13 +8,13 @@ from functools import partial
 import numpy as np
 
 from infera_server.errors import BadRequest
-from infera_server.jobs import Done, Job, State, answer
+from infera_server.models.servable import Servable
+from infera_server.models.taps import Tap
+from infera_server.models.traffic import Traffic
 from infera_server.requests import Request, check_each
-from infera_server.rows import Arrays
-from infera_server.servable import Servable
-from infera_server.signature import Signature, Tensor
-from infera_server.taps import Tap
-from infera_server.traffic import Traffic
+from infera_server.scheduling.jobs import Done, Job, State, answer
+from infera_server.scheduling.rows import Arrays
+from infera_server.scheduling.signature import Signature, Tensor
 from tests.server.support import FakeSession, Running, spec
 
 

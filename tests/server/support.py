@@ -19,13 +19,13 @@ import numpy as np
 from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
 from infera_server.access import Access
-from infera_server.discovery import Source
-from infera_server.independence import Facts, facts_of
 from infera_server.listening import listen, reserve
-from infera_server.model import Model
-from infera_server.repository import Repository
-from infera_server.rows import Arrays, HostArray
+from infera_server.models.discovery import Source
+from infera_server.models.model import Model
+from infera_server.models.repository import Repository
 from infera_server.runtime import Session, Supervision
+from infera_server.scheduling.independence import Facts, facts_of
+from infera_server.scheduling.rows import Arrays, HostArray
 from infera_server.server import Host
 from infera_server.settings import Settings
 

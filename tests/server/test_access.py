@@ -15,7 +15,7 @@ import pytest
 
 from infera_server.access import Access, Key, KeyFileError, is_local, make_key, read_keys
 from infera_server.errors import Forbidden, Overloaded, Unauthorized
-from infera_server.gate import Gate
+from infera_server.http.gate import Gate
 from tests.commandline import assert_fails, infera
 from tests.server.support import Running, doubler, http_request, read_reply, request_of, serving
 

@@ -12,12 +12,12 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from infera_server.batcher import Batcher
-from infera_server.costs import WINDOW
 from infera_server.errors import Expired, Overloaded, Unavailable
-from infera_server.jobs import Batch, Job
-from infera_server.rows import Arrays, HostArray, Layout
-from infera_server.turns import Turns
+from infera_server.scheduling.batcher import Batcher
+from infera_server.scheduling.costs import WINDOW
+from infera_server.scheduling.jobs import Batch, Job
+from infera_server.scheduling.rows import Arrays, HostArray, Layout
+from infera_server.scheduling.turns import Turns
 from tests.server.support import WAIT, until
 
 LAYOUT = Layout({"x": 0}, {"y": 0}, (1, 2, 4, 8))

@@ -16,10 +16,10 @@ import infera_gpu
 from infera_gpu.errors import OutOfMemoryError, PlanError
 from infera_gpu.graph import Graph, Node
 from infera_gpu.spec import Dim, TensorSpec
-from infera_server.batching import buckets_to, derive
-from infera_server.independence import branch_values
-from infera_server.rows import Arrays, HostArray
 from infera_server.runtime import LocalSession, Session
+from infera_server.scheduling.batching import buckets_to, derive
+from infera_server.scheduling.independence import branch_values
+from infera_server.scheduling.rows import Arrays, HostArray
 from tests.server.support import FakePlan, FakeSession, doubler, spec
 
 

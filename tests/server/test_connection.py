@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from infera_server import exchange
 from infera_server.codec import Buffer
+from infera_server.http import exchange
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -199,7 +199,7 @@ def test_large_bodies_are_read_beside_the_event_loop(
     body, headers = json.dumps(document).encode(), ""
     if callable(pack):
         body, headers = pack(body), "Content-Encoding: gzip\r\n"
-    monkeypatch.setattr("infera_server.hotpath.decode", slow)
+    monkeypatch.setattr("infera_server.http.hotpath.decode", slow)
     with server.connect() as sock, sock.makefile("rb") as stream:
         sock.sendall(http_request(body, path="/v2/models/any/infer", headers=headers) + GET)
         status, found, reply = read_reply(stream)
@@ -224,7 +224,7 @@ def test_a_client_that_leaves_while_its_body_is_read_does_not_run(
         done.append(True)
         return exchange.decode(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("infera_server.hotpath.decode", slow)
+    monkeypatch.setattr("infera_server.http.hotpath.decode", slow)
     body = json.dumps(request_of(np.zeros((1, 100_000), np.float32))).encode()
     with server.connect() as sock:
         sock.sendall(http_request(body, path="/v2/models/any/infer"))

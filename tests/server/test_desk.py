@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_server.arena import Blocks, Lent
-from infera_server.bulletin import Numbers
-from infera_server.desk import Desk
 from infera_server.errors import BadRequest, Expired, Overloaded, RequestError, Unavailable
-from infera_server.front_wire import signature_in, signature_out
-from infera_server.jobs import Batch, Done, Job, State, answer
 from infera_server.metrics import ModelStats
-from infera_server.modelconfig import new
-from infera_server.remote import Link, RemoteModel
+from infera_server.models.modelconfig import new
+from infera_server.processes.arena import Blocks, Lent
+from infera_server.processes.bulletin import Numbers
+from infera_server.processes.desk import Desk
+from infera_server.processes.front_wire import signature_in, signature_out
+from infera_server.processes.remote import Link, RemoteModel
+from infera_server.processes.ring import Reader, Signs, Writer, ring_fds
+from infera_server.processes.segment import shared_file
 from infera_server.requests import Correlation, Output, Request
-from infera_server.ring import Reader, Signs, Writer, ring_fds
-from infera_server.rows import Arrays, Layout
-from infera_server.segment import shared_file
-from infera_server.signature import Signature, tensors
+from infera_server.scheduling.jobs import Batch, Done, Job, State, answer
+from infera_server.scheduling.rows import Arrays, Layout
+from infera_server.scheduling.signature import Signature, tensors
 from tests.server.support import spec
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 
-from infera_server.ensemble import Ensemble
-from infera_server.ensembles import build
 from infera_server.errors import BadRequest, NotFound, Overloaded, RequestError, Unavailable, renamed
-from infera_server.jobs import State
-from infera_server.modelconfig import ConfigError
+from infera_server.models.modelconfig import ConfigError
+from infera_server.models.servable import Servable
+from infera_server.models.taps import Tap
+from infera_server.pipelines.ensemble import Ensemble
+from infera_server.pipelines.ensembles import build
+from infera_server.pipelines.sequences import wrap
 from infera_server.protocols.protos import message
 from infera_server.requests import Correlation, Output, Request
-from infera_server.rows import HostArray
-from infera_server.sequences import wrap
-from infera_server.servable import Servable
-from infera_server.taps import Tap
+from infera_server.scheduling.jobs import State
+from infera_server.scheduling.rows import HostArray
 from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import WAIT, FakeSession, spec
 

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
-from infera_server import connection
+from infera_server.http import connection
 from tests.server.malformed import BODY, VALID, Replies
 from tests.server.support import WAIT, FakeSession, Running, doubler, http_request, request_of, serving, spec, until
 from tests.server.test_serve import SERVE, WEIGHTS, Process, linear, process, write_linear, x_of

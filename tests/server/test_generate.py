@@ -13,7 +13,7 @@ import pytest
 
 from infera_server.protocols import generate
 from infera_server.requests import Request, all_outputs
-from infera_server.rows import Arrays
+from infera_server.scheduling.rows import Arrays
 from tests.server.support import FakeSession, Running, doubler, http_request, serving, spec, until
 
 

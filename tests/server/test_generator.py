@@ -12,12 +12,12 @@ import grpc
 import numpy as np
 import pytest
 
-from infera_server.discovery import survey
 from infera_server.errors import BadRequest
-from infera_server.generator import Generator
-from infera_server.repository import Repository
-from infera_server.rows import HostArray
-from infera_server.sampling import Sampler, Sampling, sampling
+from infera_server.models.discovery import survey
+from infera_server.models.repository import Repository
+from infera_server.pipelines.generator import Generator
+from infera_server.pipelines.sampling import Sampler, Sampling, sampling
+from infera_server.scheduling.rows import HostArray
 from infera_server.settings import Settings
 from tests.server.decoders import (
     ATTENTION,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 
 from bench.simulation import Outcome, RunTimes, poisson, simulate
-from infera_server.costs import GroupCosts
-from infera_server.goal import FLOOD, REMEMBERED, Goal
-from infera_server.jobs import Job
-from infera_server.schedule import Schedule
+from infera_server.scheduling.costs import GroupCosts
+from infera_server.scheduling.goal import FLOOD, REMEMBERED, Goal
+from infera_server.scheduling.jobs import Job
+from infera_server.scheduling.schedule import Schedule
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 GOAL = 0.020

@@ -14,8 +14,8 @@ from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from infera_server.listening import listen
+from infera_server.models.repository import Repository
 from infera_server.protocols.protos import message
-from infera_server.repository import Repository
 from infera_server.server import Host
 from infera_server.settings import Settings
 from tests.server.grpc_cases import SERVICE

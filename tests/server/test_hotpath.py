@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from infera_server import hotpath
-from infera_server.exchange import Exchange, infer_target
-from infera_server.hotpath import HotPathProtocol
-from infera_server.upload import LARGE
+from infera_server.http import hotpath
+from infera_server.http.exchange import Exchange, infer_target
+from infera_server.http.hotpath import HotPathProtocol
+from infera_server.http.upload import LARGE
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -434,7 +434,7 @@ def test_a_mistake_of_the_server_is_not_called_the_clients(monkeypatch: pytest.M
         raise TypeError("the server's mistake")
 
     with serving({"double": doubler()}) as running, contextlib.closing(running.connect()) as sock:
-        monkeypatch.setattr("infera_server.hotpath.HotPathProtocol._announced", mistaken)
+        monkeypatch.setattr("infera_server.http.hotpath.HotPathProtocol._announced", mistaken)
         with sock.makefile("rb") as stream:
             sock.sendall(http_request(json.dumps(request_of(np.ones((1, 4), np.float32))).encode()))
             status, headers, _ = read_reply(stream)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 import h11
 import pytest
 
-from infera_server import hotpath
-from infera_server.connection import CONTINUE
-from infera_server.upload import LARGE
+from infera_server.http import hotpath
+from infera_server.http.connection import CONTINUE
+from infera_server.http.upload import LARGE
 from tests.server.malformed import statuses
 from tests.server.mutations import INFERENCE, SEEDS, mutated
 from tests.server.support import WAIT, FakeSession, Running, doubler, serving, until

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from infera_gpu.errors import InputError, ModelError, OutOfMemoryError
-from infera_server import supervisor
-from infera_server.discovery import Source
 from infera_server.errors import Unavailable
-from infera_server.isolated import IsolatedSession
-from infera_server.repository import Repository
+from infera_server.models.discovery import Source
+from infera_server.models.repository import Repository
+from infera_server.processes import supervisor
+from infera_server.processes.isolated import IsolatedSession
 from infera_server.runtime import open_file
 from infera_server.settings import Settings
 from tests.commandline import save_relu
@@ -168,7 +168,7 @@ def test_closing_ends_the_process_and_frees_what_was_shared(tmp_path: Path) -> N
 def test_it_ends_with_its_parent_and_by_no_signal_of_the_terminal(tmp_path: Path) -> None:
     ids = tmp_path / "ids"
     program = (
-        "import sys; from infera_server.isolated import IsolatedSession\n"
+        "import sys; from infera_server.processes.isolated import IsolatedSession\n"
         f"s = IsolatedSession('m', 'tests.server.engines:fragile', {{'started': {str(ids)!r}}})\n"
         "print('ready', flush=True); import numpy as np; s.run({'x': np.full((1, 4), -3, np.float32)})"
     )

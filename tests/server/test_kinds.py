@@ -13,11 +13,11 @@ import onnx
 import onnx.parser
 import pytest
 
-from infera_server.discovery import survey
+from infera_server.models.discovery import survey
+from infera_server.models.repository import Repository
+from infera_server.pipelines.sequence_model import SequenceModel
 from infera_server.report import lines
-from infera_server.repository import Repository
-from infera_server.rows import HostArray
-from infera_server.sequence_model import SequenceModel
+from infera_server.scheduling.rows import HostArray
 from infera_server.settings import Settings
 from tests.server.support import hosting, until
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from infera_server import hotpath
-from infera_server.upload import LARGE
+from infera_server.http import hotpath
+from infera_server.http.upload import LARGE
 from tests.server.malformed import BODY, CASES, CHUNKED, LENGTH, LINE, LIVE, VALID, Case, Replies, connected, post
 from tests.server.support import Running, doubler, serving, until
 

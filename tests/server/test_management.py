@@ -15,10 +15,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infera_gpu.errors import DeviceLostError, ModelError, PlanError
-from infera_server.discovery import DiscoveryError, Source, discover
 from infera_server.errors import NotFound, Unavailable
 from infera_server.metrics import ModelStats
-from infera_server.repository import Entry, Repository, State
+from infera_server.models.discovery import DiscoveryError, Source, discover
+from infera_server.models.repository import Entry, Repository, State
 from infera_server.runtime import Session
 from infera_server.settings import Settings
 from tests.server.support import FakeDevice, FakeSession, Running, doubler, request_of, serving, spec, until

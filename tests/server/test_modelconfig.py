@@ -14,14 +14,14 @@ import onnx
 import pytest
 from google.protobuf import text_format
 
-from infera_server import modelconfig
-from infera_server.definition import Definition, define
-from infera_server.discovery import Source, survey
 from infera_server.errors import BadRequest
-from infera_server.ignored import RULES, ignored
-from infera_server.modelconfig import ConfigError
-from infera_server.repository import Repository
-from infera_server.samples import run_samples
+from infera_server.models import modelconfig
+from infera_server.models.definition import Definition, define
+from infera_server.models.discovery import Source, survey
+from infera_server.models.ignored import RULES, ignored
+from infera_server.models.modelconfig import ConfigError
+from infera_server.models.repository import Repository
+from infera_server.models.samples import run_samples
 from infera_server.settings import Settings
 from tests.server.support import Running, doubler, hosting, until
 from tests.text import parse
@@ -255,7 +255,7 @@ def test_the_queue_is_as_long_as_its_policy_says() -> None:
 
 def test_instances_say_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     def devices(group: str, gpus: int = 0, **settings: Any) -> list[str]:
-        monkeypatch.setattr("infera_server.definition.gpu_count", lambda: gpus)
+        monkeypatch.setattr("infera_server.models.definition.gpu_count", lambda: gpus)
         return list(Definition("m", [], message(f"instance_group [ {group} ]")).devices(Settings(**settings)))
 
     assert devices("{ kind: KIND_CPU }") == ["cpu"]

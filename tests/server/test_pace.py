@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from infera_server.pace import BURST, RATE, Pace
+from infera_server.http.pace import BURST, RATE, Pace
 
 
 @dataclass

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from infera_gpu.spec import Dim
-from infera_server.batching import derive
-from infera_server.padding import Lengthened, lengthened, widens, with_padding
-from infera_server.rows import Arrays, Gatherer, Layout, Padding, PadRule, padded_length, split
+from infera_server.scheduling.batching import derive
+from infera_server.scheduling.padding import Lengthened, lengthened, widens, with_padding
+from infera_server.scheduling.rows import Arrays, Gatherer, Layout, Padding, PadRule, padded_length, split
 from tests.server.support import FakeSession, serving, spec, until
 
 

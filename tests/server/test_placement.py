@@ -8,9 +8,9 @@ import onnx
 import pytest
 
 from infera_gpu.errors import DeviceError
-from infera_server.discovery import discover
-from infera_server.placement import Placement
-from infera_server.repository import Repository, State
+from infera_server.models.discovery import discover
+from infera_server.models.placement import Placement
+from infera_server.models.repository import Repository, State
 from infera_server.settings import Settings
 from tests.commandline import assert_fails, infera
 from tests.text import parse

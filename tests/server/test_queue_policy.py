@@ -9,11 +9,11 @@ import pytest
 from google.protobuf import text_format
 
 from infera_server.errors import Overloaded
-from infera_server.ignored import ignored
-from infera_server.jobs import Job
-from infera_server.modelconfig import ModelConfig, new
-from infera_server.queue_policy import QueuePolicies, QueuePolicy, policies
-from infera_server.schedule import Schedule
+from infera_server.models.ignored import ignored
+from infera_server.models.modelconfig import ModelConfig, new
+from infera_server.models.queue_policy import QueuePolicies, QueuePolicy, policies
+from infera_server.scheduling.jobs import Job
+from infera_server.scheduling.schedule import Schedule
 from tests.server.support import doubler, request_of, serving, until
 
 X = np.ones((1, 4), np.float32)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_server import hotpath
-from infera_server.recall import MAX_DOCUMENTS, MAX_HEAD, MAX_HEADS, Head, Heads
-from infera_server.rows import HostArray
-from infera_server.upload import ALIGNMENT, LARGE
+from infera_server.http import hotpath
+from infera_server.http.recall import MAX_DOCUMENTS, MAX_HEAD, MAX_HEADS, Head, Heads
+from infera_server.http.upload import ALIGNMENT, LARGE
+from infera_server.scheduling.rows import HostArray
 from tests.server.support import Running, any_width, doubler, http_request, read_reply, request_of, serving, until
 
 

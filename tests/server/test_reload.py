@@ -18,13 +18,13 @@ import onnx
 import pytest
 
 from infera_gpu.errors import ModelError
-from infera_server.discovery import Source, survey
 from infera_server.errors import BadRequest, Unavailable
-from infera_server.golden import Golden, differing
-from infera_server.repository import Repository
-from infera_server.rows import Arrays
+from infera_server.models.discovery import Source, survey
+from infera_server.models.golden import Golden, differing
+from infera_server.models.repository import Repository
+from infera_server.models.watch import Watch
+from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
-from infera_server.watch import Watch
 from tests.server.support import FakeSession, Running, hosting, request_of, spec, until
 from tests.text import parse
 
@@ -221,7 +221,7 @@ def test_a_model_says_itself_what_is_kept_and_how_equal_answers_must_be() -> Non
 
 
 def test_golden_requests_are_few_copies_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infera_server.golden.PERIOD", 0.0)
+    monkeypatch.setattr("infera_server.models.golden.PERIOD", 0.0)
     golden, x = Golden(3), np.ones(4, np.float32)
     for value in range(5):
         x[:] = value
@@ -236,7 +236,7 @@ def test_golden_requests_are_few_copies_in_little_memory(monkeypatch: pytest.Mon
 
     assert golden.difference(run, 0.0) == ""
     assert seen == [2.0, 3.0, 4.0]
-    monkeypatch.setattr("infera_server.golden.MAX_BYTES", 40)
+    monkeypatch.setattr("infera_server.models.golden.MAX_BYTES", 40)
     golden.keep({"x": x}, {"y": x})
     assert len(golden) == 1
     golden.keep({"x": np.ones(100)}, {})

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_server.discovery import survey
-from infera_server.placement import Place
-from infera_server.replicas import Replicas
-from infera_server.repository import Repository
+from infera_server.models.discovery import survey
+from infera_server.models.placement import Place
+from infera_server.models.replicas import Replicas
+from infera_server.models.repository import Repository
 from infera_server.settings import Settings
 from tests.server.support import FakeDevice, FakeSession, Running, doubler, hosting, http_request, request_of, until
 from tests.server.test_modelconfig import IO, put
@@ -34,8 +34,8 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeSession]:
         session.device = FakeDevice(place.device)
         return session
 
-    monkeypatch.setattr("infera_server.loader.open_session", opened)
-    monkeypatch.setattr("infera_server.definition.gpu_count", lambda: 2)
+    monkeypatch.setattr("infera_server.models.loader.open_session", opened)
+    monkeypatch.setattr("infera_server.models.definition.gpu_count", lambda: 2)
     return made
 
 
@@ -113,7 +113,7 @@ def test_where_one_cannot_be_loaded_none_is(
         made = sessions[place.device] = doubler()
         return made
 
-    monkeypatch.setattr("infera_server.loader.open_session", opened)
+    monkeypatch.setattr("infera_server.models.loader.open_session", opened)
     put(tmp_path, "m", GPUS)
     repository = Repository(Settings(), survey([tmp_path]).sources)
     repository.load(lambda fn, arg: fn(arg))

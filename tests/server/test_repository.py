@@ -17,9 +17,9 @@ import pytest
 
 from infera_gpu.errors import ModelError
 from infera_server.cli import catalogued
-from infera_server.discovery import Source, discover, survey
 from infera_server.errors import BadRequest, NotFound, Unavailable
-from infera_server.repository import Repository
+from infera_server.models.discovery import Source, discover, survey
+from infera_server.models.repository import Repository
 from infera_server.settings import Settings
 from tests.server.support import (
     FakeSession,

@@ -15,12 +15,12 @@ import onnx
 import pytest
 
 from infera_gpu.errors import OutOfMemoryError
-from infera_server import evictions
-from infera_server.discovery import survey
 from infera_server.errors import BadRequest
-from infera_server.evictions import PAUSE
-from infera_server.repository import Repository
-from infera_server.room import NoRoomError
+from infera_server.models import evictions
+from infera_server.models.discovery import survey
+from infera_server.models.evictions import PAUSE
+from infera_server.models.repository import Repository
+from infera_server.models.room import NoRoomError
 from infera_server.settings import Settings
 from tests.server.grpc_support import array_of, channel, infer, request, status_of
 from tests.server.support import Running, hosting, request_of, until

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
-from infera_server.discovery import Source, survey
-from infera_server.modelconfig import ConfigError
-from infera_server.repository import Repository
-from infera_server.rows import Arrays
+from infera_server.models.discovery import Source, survey
+from infera_server.models.modelconfig import ConfigError
+from infera_server.models.repository import Repository
+from infera_server.models.traffic import Shadow, Traffic, parse, read
+from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
-from infera_server.traffic import Shadow, Traffic, parse, read
 from tests.server.grpc_support import channel, infer, request
 from tests.server.support import FakeSession, Running, hosting, request_of, spec, until
 from tests.text import parse as graph

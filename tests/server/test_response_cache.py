@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_server.answers import OVERHEAD, ResponseCache, key_of
 from infera_server.errors import BadRequest, Expired, Overloaded, Unavailable
-from infera_server.explanation import explain
+from infera_server.models.servable import Servable
+from infera_server.pipelines.answers import OVERHEAD, ResponseCache, key_of
+from infera_server.pipelines.response_cache import AWAY, MAX_WAITING, Cached
 from infera_server.requests import Correlation, Output, Request
-from infera_server.response_cache import AWAY, MAX_WAITING, Cached
-from infera_server.rows import HostArray
-from infera_server.servable import Servable
+from infera_server.scheduling.explanation import explain
+from infera_server.scheduling.rows import HostArray
 from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import FakeSession, any_width, doubler, spec
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from infera_server.access import BUCKET_BYTES, SharedBucket
-from infera_server.arena import Blocks, Lent
-from infera_server.channel import Channel, Content
 from infera_server.errors import Overloaded, Unavailable
-from infera_server.front_wire import put, read
-from infera_server.ring import Reader, Writer, ring_fds
-from infera_server.rows import HostArray
-from infera_server.segment import shared_file
+from infera_server.processes.arena import Blocks, Lent
+from infera_server.processes.channel import Channel, Content
+from infera_server.processes.front_wire import put, read
+from infera_server.processes.ring import Reader, Writer, ring_fds
+from infera_server.processes.segment import shared_file
+from infera_server.scheduling.rows import HostArray
 
 LIMIT = 1 << 20
 

@@ -7,11 +7,11 @@ from collections.abc import Hashable, Mapping
 import numpy as np
 import pytest
 
-from infera_server.backlog import Selection
-from infera_server.costs import FADE, WINDOW, Costs, Window
 from infera_server.errors import Overloaded
-from infera_server.jobs import ANY_LEVELS, Job, Levels
-from infera_server.schedule import Schedule
+from infera_server.scheduling.backlog import Selection
+from infera_server.scheduling.costs import FADE, WINDOW, Costs, Window
+from infera_server.scheduling.jobs import ANY_LEVELS, Job, Levels
+from infera_server.scheduling.schedule import Schedule
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from infera_server.explanation import explain
-from infera_server.jobs import Batch, Job
+from infera_server.scheduling.explanation import explain
+from infera_server.scheduling.jobs import Batch, Job
+from infera_server.scheduling.turns import Turns
 from infera_server.settings import Settings
-from infera_server.turns import Turns
 from tests.commandline import assert_fails, infera
 from tests.server.support import Running, any_width, doubler, request_of, serving, until
 

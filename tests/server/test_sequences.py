@@ -11,17 +11,17 @@ from google.protobuf import text_format
 
 from infera_gpu.spec import TensorSpec
 from infera_server.errors import BadRequest, Expired, Overloaded, RequestError, Unavailable
-from infera_server.jobs import Job
-from infera_server.jobs import State as JobState
-from infera_server.modelconfig import ConfigError
+from infera_server.models.modelconfig import ConfigError
+from infera_server.pipelines.recurrence import find
+from infera_server.pipelines.sequence_config import ignored_in_sequences
+from infera_server.pipelines.sequence_model import SequenceModel
+from infera_server.pipelines.sequence_steps import Limits
+from infera_server.pipelines.sequences import wrap
 from infera_server.protocols.protos import message
-from infera_server.recurrence import find
 from infera_server.requests import Correlation, all_outputs, check_complete
-from infera_server.rows import Arrays, HostArray, Layout
-from infera_server.sequence_config import ignored_in_sequences
-from infera_server.sequence_model import SequenceModel
-from infera_server.sequence_steps import Limits
-from infera_server.sequences import wrap
+from infera_server.scheduling.jobs import Job
+from infera_server.scheduling.jobs import State as JobState
+from infera_server.scheduling.rows import Arrays, HostArray, Layout
 from tests.server.desk import Answer, Desk, leaves_nothing, send
 from tests.server.support import WAIT, FakeSession, spec
 

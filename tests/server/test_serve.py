@@ -25,7 +25,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from infera_server.rows import HostArray
+from infera_server.scheduling.rows import HostArray
 from tests.server.support import WAIT, FakeSession, Running, doubler, request_of, serving, until
 
 WEIGHTS = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
@@ -302,8 +302,8 @@ def test_a_run_that_does_not_end_is_answered_and_makes_the_server_unready() -> N
 HANGS = """
 import sys, time
 from pathlib import Path
-from infera_server.discovery import Source
-from infera_server.repository import Repository
+from infera_server.models.discovery import Source
+from infera_server.models.repository import Repository
 from infera_server.listening import listen
 from infera_server.server import Host
 from infera_server.settings import Settings

@@ -15,15 +15,15 @@ import infera_gpu
 from bench.inputs import EXAMPLES
 from bench.models import path_of
 from infera_gpu.errors import UnreachableError
-from infera_server.batching import derive
-from infera_server.discovery import survey
-from infera_server.model import Model
+from infera_server.models.discovery import survey
+from infera_server.models.model import Model
+from infera_server.models.repository import Repository
+from infera_server.pipelines.recurrence import find
+from infera_server.pipelines.sequence_model import SequenceModel
 from infera_server.protocols.protos import message
-from infera_server.recurrence import find
-from infera_server.repository import Repository
-from infera_server.rows import HostArray
 from infera_server.runtime import LocalSession
-from infera_server.sequence_model import SequenceModel
+from infera_server.scheduling.batching import derive
+from infera_server.scheduling.rows import HostArray
 from infera_server.settings import Settings
 from tests.server.grpc_support import array_of, channel, stream
 from tests.server.support import WAIT, Running, hosting, until

@@ -13,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infera_server.errors import RequestError
+from infera_server.http.templates import (
+    MAX_FIXED,
+    MAX_TARGETS,
+    MAX_TEMPLATES,
+    PATIENCE,
+    Template,
+    Templates,
+    template_of,
+)
 from infera_server.protocols import v2_rest
 from infera_server.requests import Request
-from infera_server.signature import Signature, tensors
-from infera_server.templates import MAX_FIXED, MAX_TARGETS, MAX_TEMPLATES, PATIENCE, Template, Templates, template_of
+from infera_server.scheduling.signature import Signature, tensors
 from tests.server.support import spec
 
 TARGET = "m", None
@@ -178,7 +186,7 @@ def test_documents_that_are_always_new_soon_cost_nothing(monkeypatch: pytest.Mon
         nonlocal made
         made += 1
 
-    monkeypatch.setattr("infera_server.templates.template_of", counted)
+    monkeypatch.setattr("infera_server.http.templates.template_of", counted)
     body = document(served, {"i": [1]})
     for _ in range(40 * PATIENCE):
         templates.keep(TARGET, served, body, v2_rest.parse(body, None, served.signature))

@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 import pytest
 
-from infera_server.discovery import discover
-from infera_server.repository import Repository
+from infera_server.models.discovery import discover
+from infera_server.models.repository import Repository
 from infera_server.settings import Settings
 from tests.server.support import hosting
 from tests.server.triton import Reply, ask, difference, differences, exchanges, mlp

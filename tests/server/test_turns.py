@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from infera_server.batcher import Batcher
-from infera_server.jobs import Job
-from infera_server.rows import Arrays
-from infera_server.turns import Share, Turns
+from infera_server.scheduling.batcher import Batcher
+from infera_server.scheduling.jobs import Job
+from infera_server.scheduling.rows import Arrays
+from infera_server.scheduling.turns import Share, Turns
 from tests.server.support import WAIT, until
 
 

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from infera_server import codec, coding
+from infera_server import codec
 from infera_server.errors import BadRequest, NotFound, RequestError, TooLarge, UnknownCoding
+from infera_server.http import coding
 from infera_server.protocols import v2_rest
 from infera_server.requests import Output, Request
-from infera_server.rows import HostArray, Layout
-from infera_server.signature import Signature, tensors
+from infera_server.scheduling.rows import HostArray, Layout
+from infera_server.scheduling.signature import Signature, tensors
 from tests.server.support import spec
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)

@@ -12,8 +12,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from infera_server.access import Access, Key, make_key
-from infera_server.rows import HostArray
-from infera_server.websocket import MAX_UNDER_WAY, PREFIX
+from infera_server.http.websocket import MAX_UNDER_WAY, PREFIX
+from infera_server.scheduling.rows import HostArray
 from tests.server.support import FakeSession, Running, doubler, http_request, read_reply, request_of, serving, until
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_server import supervisor
-from infera_server.workers import Workers
+from infera_server.processes import supervisor
+from infera_server.processes.workers import Workers
 from tests.server.support import FakeSession, Running, any_width, doubler, http_request, request_of, serving, until
 
 X = np.ones((1, 4), np.float32)

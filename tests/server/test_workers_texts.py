@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from infera_server import evictions
-from infera_server.discovery import survey
-from infera_server.repository import Repository
-from infera_server.room import planned_bytes
+from infera_server.models import evictions
+from infera_server.models.discovery import survey
+from infera_server.models.repository import Repository
+from infera_server.models.room import planned_bytes
 from infera_server.settings import Settings
 from tests.server.decoders import MASKED, attention_logits, put_decoder
 from tests.server.grpc_stream_cases import talk

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from infera_server import management
-from infera_server.background import detached
 from infera_server.codec import short
 from infera_server.errors import BadRequest
+from infera_server.http.routes import Call, Route, document
+from infera_server.models.background import detached
 from infera_server.protocols import members
-from infera_server.routes import Call, Route, document
 
 _TEXT = {"type": ["string", "null"]}
 _TRACE = document(

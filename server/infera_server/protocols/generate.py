@@ -17,8 +17,8 @@ from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.protocols import members
 from infera_server.requests import Parameter, Request, all_outputs, check_complete
-from infera_server.rows import Arrays, HostArray
-from infera_server.signature import Signature, Tensor
+from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.signature import Signature, Tensor
 
 
 def parse(body: bytes, model: Signature) -> Request:

@@ -11,7 +11,7 @@ from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.requests import Options, Output, Parameter, Region, check_output, options
-from infera_server.signature import Signature
+from infera_server.scheduling.signature import Signature
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
 TRACE = "infera_trace"

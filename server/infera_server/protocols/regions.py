@@ -10,8 +10,8 @@ import binascii
 from typing import Any
 
 from infera_server.errors import BadRequest
+from infera_server.http.routes import Call, Route, document
 from infera_server.protocols import members
-from infera_server.routes import Call, Route, document
 from infera_server.shared_memory import CudaRegions, SystemRegions
 
 SYSTEM, CUDA = "/v2/systemsharedmemory", "/v2/cudasharedmemory"

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from infera_server import codec
 from infera_server.codec import Buffer, short
 from infera_server.errors import BadRequest, NotFound
+from infera_server.models.servable import Servable
 from infera_server.protocols import grpc_members as members
 from infera_server.protocols import wire
 from infera_server.protocols.protos import message
@@ -33,10 +34,9 @@ from infera_server.requests import (
     from_bytes,
     input_of,
 )
-from infera_server.rows import Arrays, HostArray
-from infera_server.servable import Servable
+from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.signature import Signature, Tensor
 from infera_server.shared_memory import Regions
-from infera_server.signature import Signature, Tensor
 
 InferRequest = message("inference.ModelInferRequest")
 InferResponse = message("inference.ModelInferResponse")

@@ -33,9 +33,9 @@ from infera_server.requests import (
     input_of,
     options,
 )
-from infera_server.rows import Arrays, HostArray
+from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.signature import Signature
 from infera_server.shared_memory import NO_REGIONS, Regions
-from infera_server.signature import Signature
 
 MAX_REPLIES = 64
 """Documents of replies that are kept with what requests have in common."""

@@ -1,0 +1,329 @@
+"""One HTTP/1.1 connection: what is a message, how long and how large its parts may be, and what does not parse.
+
+uvicorn's protocol with limits that it leaves to a proxy. A client has the request timeout for a head, and again for a
+body; no timer is armed for that, `Service` looks at all connections now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from infera_server.errors import (
+    BadRequest,
+    HeadTooLarge,
+    InternalError,
+    RequestError,
+    TooSlow,
+    Unavailable,
+    UnknownTransfer,
+    UnknownVersion,
+)
+from infera_server.http.exchange import Exchange
+from infera_server.service import Service
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 1 << 16
+"""The most that a URL and headers may have, and that may come without a byte of a body: heads of chunks, trailers. Of
+those nothing is counted that is received in one piece with the end of something else."""
+
+MAX_HEADERS = 256
+
+HEAD_TOO_LARGE = f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} bytes"
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+PROBE_SECONDS = 0.05
+"""How long a reset takes to come back from a client that is gone; the looks at all connections see later ones."""
+
+STALL_SECONDS = 60.0
+"""How long a client may not read its replies before its connection is cut."""
+
+
+class Connection(HttpToolsProtocol):
+    """The lifespan's state must hold the Service as "service". What raises NotImplementedError is the subclass's."""
+
+    cycle: Any  # an Exchange, or uvicorn's cycle for an ASGI task
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.service: Service = self.app_state["service"]
+        self.deaf = False
+        self.ended = False
+        self.only_metrics = False
+        self.in_head = False
+        self.in_body = False
+        self.head_size = 0
+        self.fresh = b""
+        """What was received in one piece and begins with the message whose head is being read."""
+        self.waiting_since = time.monotonic()
+        self.stalled: asyncio.TimerHandle | None = None
+
+    def recall(self, data: bytes) -> bool:
+        raise NotImplementedError
+
+    def _enqueue(self, exchange: Exchange) -> None:
+        raise NotImplementedError
+
+    def _proceed(self, exchange: Exchange) -> None:
+        raise NotImplementedError
+
+    # --- receiving -------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        port = self.service.metrics_port
+        self.only_metrics = port is not None and transport.get_extra_info("sockname")[1] == port
+        self.service.connections.add(self)
+        if len(self.service.connections) > self.service.max_connections:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """One connection too many: the one that has been idle longest goes, else this one."""
+        idle = [c for c in self.service.connections if c is not self and c.is_idle]
+        if idle:
+            min(idle, key=lambda c: c.waiting_since).transport.abort()
+        else:
+            most = self.service.max_connections
+            self.refuse_rest(Unavailable(f"{most} connections are open, all of them busy"), linger=False)
+
+    def data_received(self, data: bytes) -> None:
+        if self.deaf:
+            return
+        self._unset_keepalive_if_required()
+        if self.in_head or self.in_body:
+            self.fresh = b""
+        elif self.recall(data):
+            return
+        else:
+            self.fresh = data
+        self.head_size += len(data)
+        pieces: list[bytes | memoryview] = [data]
+        while pieces and not self.deaf:
+            piece = pieces.pop()
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.is_stream():
+                    self.service.connections.discard(self)
+                    self.scope["method"] = self.parser.get_method().decode("ascii")
+                    self.handle_websocket_upgrade()
+                    return
+                pieces += [memoryview(piece)[upgrade.args[0] :], *self._without_upgrade()]
+            except httptools.HttpParserCallbackError as error:
+                log.error("a request could not be taken", exc_info=error.__context__)
+                self.refuse_rest(InternalError("the request could not be taken"))
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+        if self.head_size > MAX_HEAD_BYTES and not self.deaf:
+            self.refuse_rest(HeadTooLarge(HEAD_TOO_LARGE))
+
+    def is_stream(self) -> bool:
+        """Whether a WebSocket is asked for where there is one, and nothing else is under way."""
+        path = self.url.partition(b"?")[0]
+        return self._should_upgrade() and path.endswith(b"/stream") and self.is_idle and not self.only_metrics
+
+    def _without_upgrade(self) -> Iterable[bytes]:
+        """The head again without its offer, for a new parser: requests go on in HTTP/1.1.
+
+        (Java's client offers HTTP/2.) The parser ends a message that offers an upgrade with its headers.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("this server is no proxy")
+            return ()
+        head = [b"%s %s HTTP/%s\r\n" % (method, self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b",".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
+            if name != b"upgrade":
+                head.append(b"%s: %s\r\n" % (name, value))
+        self.renew_parser()
+        return [b"".join([*head, b"\r\n"])]
+
+    def renew_parser(self) -> None:
+        """Forget what the parser is in the middle of."""
+        self.parser = httptools.HttpRequestParser(self)
+        with suppress(AttributeError):  # as uvicorn does: httptools before 0.6.3 has no such choice
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.in_head, self.head_size = True, 0
+        self.waiting_since = time.monotonic()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:  # else it is a trailer, which nobody reads
+            super().on_header(name, value)
+
+    def check_message(self) -> None:
+        """Raises RequestError for a request that is too large, or that others on the way could have read otherwise."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise UnknownVersion(f"HTTP/{version} is not spoken here, send HTTP/1.1")
+        size, hosts = len(self.url), 0
+        for name, value in self.headers:
+            size += len(name) + len(value)
+            if name == b"transfer-encoding":
+                if value.strip().lower() != b"chunked":
+                    raise UnknownTransfer("a Transfer-Encoding other than chunked is not supported")
+            elif name == b"host":
+                hosts += 1
+        if size > MAX_HEAD_BYTES:
+            raise HeadTooLarge(HEAD_TOO_LARGE)
+        if len(self.headers) > MAX_HEADERS:
+            raise HeadTooLarge(f"the request has {len(self.headers):,} headers, at most {MAX_HEADERS} are accepted")
+        if hosts > 1:
+            raise BadRequest(f"the request has {hosts} Host headers")
+
+    def on_body(self, body: bytes) -> None:
+        self.head_size = 0
+        if not self.is_over:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.in_body, self.head_size = False, 0
+        if not self.is_over:
+            super().on_message_complete()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio reads it: True keeps the transport open
+        """A client that sends no more may wait for its replies, or be gone, which look the same.
+
+        It is sent an interim response, which every HTTP/1.1 client skips, and one that is gone answers with a reset.
+        """
+        exchange = self.cycle
+        if isinstance(exchange, Exchange) and self.in_body and exchange.turn and not self.deaf:
+            self.send_400_response(f"the request body ends after {exchange.size:,} bytes, before its end")
+            return False
+        if self.deaf or self.in_body or self.in_head or self.is_idle or not self._can_probe():
+            return False
+        self.transport.write(CONTINUE)
+        self.ended = True
+        self.loop.call_later(PROBE_SECONDS, self._leave_if_gone)
+        return True
+
+    def _can_probe(self) -> bool:
+        """Whether the last request is an inference request at work, that came in HTTP/1.1."""
+        cycle = self.cycle
+        return isinstance(cycle, Exchange) and cycle.turn and cycle.is_1_1
+
+    def _leave_if_gone(self) -> None:
+        """End the connection where the interim response was met by a reset, which no event tells of after the end."""
+        if self.ended and not self.transport.is_closing():
+            found: socket.socket = self.transport.get_extra_info("socket")
+            if found.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.transport.abort()
+
+    # --- waiting ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is read: what came in one piece with the last request means nothing."""
+        return self.deaf or bool(self.transport.is_closing())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request has arrived completely that is not answered, nor any of its body."""
+        return not self.deaf and (self.cycle is None or self.cycle.response_complete)
+
+    def check_time(self, now: float) -> None:
+        """End a connection whose client has not sent what it began, or begun anything, in the request timeout."""
+        self._leave_if_gone()
+        timeout = self.service.settings.request_timeout
+        if self.deaf or now - self.waiting_since <= timeout or self.transport.is_closing():
+            return
+        if self.is_idle and not self.in_head:
+            self.transport.close()
+        elif self.is_idle or (self.in_body and self._has_turn()):
+            what = "body" if self.in_body else "head"
+            self.refuse_rest(TooSlow(f"the request's {what} did not arrive in {timeout:g} s"))
+
+    def _has_turn(self) -> bool:
+        """Whether it is the message being received that is at work: its client is waited for, and not the server."""
+        return self.cycle.turn if isinstance(self.cycle, Exchange) else not self.pipeline
+
+    def on_response_complete(self) -> None:
+        self.waiting_since = time.monotonic()
+        if self.ended:
+            self.transport.close()
+        if self.pipeline or not isinstance(self.cycle, Exchange):
+            super().on_response_complete()
+        elif not self.transport.is_closing():  # no timer for its idle time, which `check_time` looks at
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
+
+    # --- refusing --------------------------------------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:
+        """What does not parse."""
+        self.refuse_rest(BadRequest(msg))
+
+    def refuse_rest(self, error: RequestError, linger: bool = True) -> None:
+        """Refuse the message being received, after the replies still owed, and close; nothing more is read.
+
+        Without `linger` at once, even where the client may then see a reset instead of the reply.
+        """
+        self.deaf = True
+        cycle = self.cycle
+        if isinstance(cycle, Exchange) and self.in_body:
+            cycle.refusal, cycle.keep_alive = error, False
+            self._proceed(cycle)
+            return
+        exchange = Exchange(keep_alive=False, expects_continue=False)
+        exchange.refusal, exchange.received = error, not linger
+        if cycle is not None and self.in_body and not cycle.response_complete and not self._abandon(exchange):
+            return
+        self._enqueue(exchange)
+
+    def _abandon(self, exchange: Exchange) -> bool:
+        """Put an exchange in the place of an ASGI task that waits for its body. Returns whether it is to be queued."""
+        cycle = self.cycle
+        if self.pipeline:  # it has not begun
+            self.pipeline.popleft()
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+            self.cycle = exchange
+            return False
+        if cycle.response_started:
+            self.transport.close()
+            return False
+        cycle.disconnected = cycle.response_complete = True
+        cycle.message_event.set()
+        return True
+
+    # --- replies that are not read ---------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.stalled is None:
+            self.stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unset_stalled()
+
+    def _unset_stalled(self) -> None:
+        if self.stalled is not None:
+            self.stalled.cancel()
+            self.stalled = None
+
+    # --- leaving ---------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        if self.in_body and not self.deaf:
+            self.refuse_rest(Unavailable("the server is shutting down; send the request to another one"))
+        else:
+            super().shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.service.connections.discard(self)
+        self._unset_stalled()
+        super().connection_lost(exc)

@@ -1,0 +1,97 @@
+"""Large bodies, read from the socket to where they stay.
+
+`asyncio.Protocol` is given what was received as bytes of its own, which the HTTP parser cuts into bytes again: a large
+tensor would be copied three times before it is an array. Here the socket is read into one buffer, that lies so that
+what follows the request's JSON is aligned: the only copy left is the one to the device, or into a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from infera_server.scheduling.rows import HostArray
+
+LARGE = 1 << 18
+"""Bytes of a body from which this pays."""
+
+ALIGNMENT = 64
+SCRATCH = 1 << 16
+
+
+Room: TypeAlias = Callable[[int], HostArray]
+"""Memory of so many bytes, as an array of uint8."""
+
+
+def room(nbytes: int) -> HostArray:
+    """Memory of this process."""
+    return np.empty(nbytes, np.uint8)
+
+
+class Receiver(Protocol):
+    """What a connection does with its body and with what else happens to it meanwhile."""
+
+    def body_received(self, nbytes: int) -> bool:
+        """So many bytes more are there. Returns whether the rest is wanted."""
+
+    def body_complete(self, body: memoryview) -> None: ...
+    def connection_lost(self, exc: Exception | None) -> None: ...
+    def eof_received(self) -> bool: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+
+
+class Upload(asyncio.BufferedProtocol):
+    """The transport's protocol while `size` bytes of a body are received, of which the first came with its head.
+
+    `aligned` is where in the body an aligned address is wanted, and `room` gives the memory.
+    """
+
+    def __init__(self, receiver: Receiver, size: int, aligned: int, room: Room = room) -> None:
+        memory = room(size + ALIGNMENT)
+        start = -(memory.ctypes.data + aligned) % ALIGNMENT
+        self._body = memory[start : start + size].data
+        self._receiver = receiver
+        self._at = 0
+        self._scratch: memoryview | None = None
+
+    def put(self, part: bytes) -> None:
+        """Keep what came with the head."""
+        self._body[self._at : self._at + len(part)] = part
+        self._at += len(part)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._at == len(self._body)
+
+    @property
+    def body(self) -> memoryview:
+        """The body, read-only."""
+        return self._body.toreadonly()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._body[self._at :] if self._scratch is None else self._scratch
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._scratch is not None:
+            return
+        self._at += nbytes
+        if not self._receiver.body_received(nbytes):
+            self._scratch, self._body = memoryview(bytearray(SCRATCH)), memoryview(b"")
+        elif self.is_complete:
+            self._receiver.body_complete(self.body)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._receiver.connection_lost(exc)
+
+    def eof_received(self) -> bool:
+        return self._receiver.eof_received()
+
+    def pause_writing(self) -> None:
+        self._receiver.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._receiver.resume_writing()

@@ -1,0 +1,182 @@
+"""Which version answers: labels, a split by weight, a shadow that gets copies of requests, and what a new one must
+answer as before.
+
+Read from `infera.toml` in the model's folder, or set while the server runs:
+
+    pinned = true                    # never evicted
+
+    [labels]
+    stable = 1
+    canary = 2
+
+    [split]                          # of the requests that name no version
+    stable = 90
+    canary = 10
+
+    [shadow]                         # gets copies; its replies are compared and thrown away
+    version = "canary"
+    share = 0.1
+    tolerance = 0.001
+
+    [golden]                         # requests that a new version is held against; else as the server says
+    requests = 32
+    tolerance = 0.01
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infera_server.models.discovery import leads_outside
+from infera_server.models.modelconfig import ConfigError
+
+FILE = "infera.toml"
+MAX_BYTES = 1 << 16
+
+MAX_GOLDEN = 1024
+"""Requests that can be kept of one model."""
+
+LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+"""What a label may be: no number, which would be a version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """A version or label, the share of requests copied to it, and by how much its outputs may differ."""
+
+    version: str
+    share: float = 1.0
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRule:
+    """How many of the latest requests are kept, and by how much of an output's largest value a reply may differ.
+
+    None: as the server says.
+    """
+
+    requests: int | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """How requests for a model find a version. `split` is weights by version or label; empty: the newest version."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    split: Mapping[str, float] = field(default_factory=dict)
+    shadow: Shadow | None = None
+    pinned: bool = False
+    golden: GoldenRule = GoldenRule()
+
+    def version(self, name: str) -> str:
+        """The version that a version or label means."""
+        return self.labels.get(name, name)
+
+    def missing(self, served: Collection[str]) -> list[str]:
+        """What is named here and not served."""
+        shadowed = (self.shadow.version,) if self.shadow else ()
+        named = dict.fromkeys(map(self.version, (*self.labels.values(), *self.split, *shadowed)))
+        return [version for version in named if version not in served]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document that `parse` takes."""
+        shadow = self.shadow
+        found: dict[str, Any] = {"labels": dict(self.labels), "split": dict(self.split), "pinned": self.pinned}
+        if shadow:
+            found["shadow"] = {"version": shadow.version, "share": shadow.share, "tolerance": shadow.tolerance}
+        golden = {"requests": self.golden.requests, "tolerance": self.golden.tolerance}
+        if given := {name: value for name, value in golden.items() if value is not None}:
+            found["golden"] = given
+        return found
+
+
+def read(folder: Path | None) -> Traffic:
+    """What the model's folder says; nothing where it has no such file. Raises ConfigError."""
+    path = folder / FILE if folder else None
+    if folder is None or path is None or not path.is_file():
+        return Traffic()
+    if leads_outside(path, folder):
+        raise ConfigError(f"{path} leads outside the model's folder")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} has over {MAX_BYTES:,} bytes")
+        return parse(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def parse(document: object) -> Traffic:
+    """Raises ConfigError for what is not understood."""
+    if not isinstance(document, dict):
+        raise ConfigError("expected an object with labels, split, shadow, golden, pinned")
+    if unknown := document.keys() - {"labels", "split", "shadow", "golden", "pinned"}:
+        raise ConfigError(f"'{min(map(str, unknown))}' is unknown; there are labels, split, shadow, golden and pinned")
+    labels = {_label(k): _version(v) for k, v in _table(document, "labels").items()}
+    split = {_target(k, labels): _number(v, f"split.{k}", math.inf) for k, v in _table(document, "split").items()}
+    if split and not sum(split.values()) > 0:
+        raise ConfigError("split needs a weight above 0")
+    pinned = document.get("pinned", False)
+    if not isinstance(pinned, bool):
+        raise ConfigError("pinned must be true or false")
+    return Traffic(labels, split, _shadow(document, labels), pinned, _golden(document))
+
+
+def _golden(document: Mapping[str, Any]) -> GoldenRule:
+    table = _table(document, "golden")
+    if unknown := table.keys() - {"requests", "tolerance"}:
+        raise ConfigError(f"'golden.{min(map(str, unknown))}' is unknown; there are requests and tolerance")
+    requests, tolerance = table.get("requests"), table.get("tolerance")
+    if requests is not None and (type(requests) is not int or not 0 <= requests <= MAX_GOLDEN):
+        raise ConfigError(f"golden.requests must be an integer from 0 to {MAX_GOLDEN}")
+    return GoldenRule(requests, None if tolerance is None else _number(tolerance, "golden.tolerance", math.inf))
+
+
+def _shadow(document: Mapping[str, Any], labels: Mapping[str, str]) -> Shadow | None:
+    table = _table(document, "shadow")
+    if not table:
+        return None
+    if unknown := table.keys() - {"version", "share", "tolerance"}:
+        raise ConfigError(f"'shadow.{min(map(str, unknown))}' is unknown; there are version, share and tolerance")
+    return Shadow(
+        _target(str(table.get("version", "")), labels),
+        _number(table.get("share", 1.0), "shadow.share", 1.0),
+        _number(table.get("tolerance", 1e-3), "shadow.tolerance", math.inf),
+    )
+
+
+def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = document.get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name} must be a table")
+    return table
+
+
+def _label(text: str) -> str:
+    if not LABEL.fullmatch(text):
+        raise ConfigError(f"'{text[:64]}' is no label: letters, digits, '_', '-' and '.', not first a digit")
+    return text
+
+
+def _version(value: object) -> str:
+    text = str(value)
+    if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"'{text[:64]}' is no version: a number")
+    return str(int(text))
+
+
+def _target(text: str, labels: Mapping[str, str]) -> str:
+    return text if text in labels else _version(text)
+
+
+def _number(value: object, what: str, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or math.isinf(value):
+        raise ConfigError(f"{what} must be a number from 0" + (f" to {most:g}" if most < math.inf else ""))
+    return float(value)

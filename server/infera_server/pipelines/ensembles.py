@@ -1,0 +1,50 @@
+"""Ensembles as their configurations have them."""
+
+from __future__ import annotations
+
+from infera_server.errors import RequestError
+from infera_server.models.modelconfig import ConfigError, ModelConfig, new
+from infera_server.models.servable import Servable
+from infera_server.pipelines.ensemble import Ensemble, Lookup, absent_text
+from infera_server.pipelines.ensemble_graph import read
+
+
+def build(name: str, version: str, config: ModelConfig, lookup: Lookup, timeout: float = 30.0) -> Ensemble:
+    """The ensemble of a ModelConfig, whose members can be looked up and fit together. Raises ConfigError.
+
+    A request may take `timeout` seconds.
+    """
+    graph = read(name, version, config)
+    members: list[Servable] = []
+    absent: list[str] = []
+    depends = set()
+    for step in graph.steps:
+        if step.model == name:
+            raise ConfigError(f"circular dependency between ensembles: {name} -> {name}")
+        try:
+            members.append(lookup(step.model, step.version))
+        except RequestError:
+            if step.version is not None:
+                raise ConfigError(absent_text(name, step)) from None
+            absent.append(step.model)
+            continue
+        depends |= {step.model, *getattr(members[-1], "depends", ())}
+    if absent:
+        raise ConfigError(
+            f"ensemble {name} contains models that are not available or ambiguous: {', '.join(sorted(set(absent)))}"
+        )
+    if name in depends:
+        raise ConfigError(f"circular dependency between ensembles: {name} -> ... -> {name}")
+    ensemble = Ensemble(graph, _completed(name, config), lookup, timeout, frozenset(depends))
+    ensemble.fit(members)
+    return ensemble
+
+
+def _completed(name: str, config: ModelConfig) -> ModelConfig:
+    """The configuration as Triton tells it."""
+    full = new()
+    full.CopyFrom(config)
+    full.name, full.platform = name, "ensemble"
+    if full.version_policy.WhichOneof("policy_choice") is None:
+        full.version_policy.latest.num_versions = 1
+    return full
