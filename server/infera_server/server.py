@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from infera_server.access import Access
+from infera_server.access import Access, is_local
 from infera_server.http.app import create_app
 from infera_server.http.gate import App, Gate
 from infera_server.http.hotpath import HotPathProtocol
@@ -114,10 +114,11 @@ def make_server(app: App, service: Service) -> Server:
     settings = service.settings
     return Server(
         uvicorn.Config(
-            Gate(Streams(app, service), service.access, service.metrics_port),
+            Gate(Streams(app, service), service.access, service.metrics_port, local=is_local(settings.host)),
             http=HotPathProtocol,
             ws=WebSocketProtocol,
             ws_max_size=settings.max_body_bytes,
+            ws_per_message_deflate=False,  # a thousandth of what a message is in memory would be counted
             log_config=None,
             access_log=False,
             server_header=False,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infera_gpu.budget import bytes_of
@@ -97,6 +97,15 @@ class Settings(BaseSettings):
     grpc_compression: Literal["none", "deflate", "gzip"] = "none"
     trace_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        for name in ("tls_key", "tls_client_ca"):
+            if getattr(self, name) is not None and self.tls_cert is None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} needs --tls-cert: without a certificate nothing is encrypted"
+                )
+        return self
 
     @property
     def max_load_body(self) -> int:

@@ -16,6 +16,7 @@ import pytest
 from infera_server.access import Access, Key, KeyFileError, is_local, make_key, read_keys
 from infera_server.errors import Forbidden, Overloaded, Unauthorized
 from infera_server.http.gate import Gate
+from infera_server.settings import Settings
 from tests.commandline import assert_fails, infera
 from tests.server.support import Running, doubler, http_request, read_reply, request_of, serving
 
@@ -249,6 +250,39 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+# --- pages of others -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:1", "Origin": "http://[::1]:1"}, 200),
+        ({"Host": "127.0.0.1:1", "Origin": "http://127.0.0.1:1", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "127.0.0.1:1", "Origin": "http://127.0.0.1:2", "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:1", "Origin": "http://evil.example:1", "Sec-Fetch-Site": "same-origin"}, 403),
+    ],
+)
+def test_pages_of_others_manage_nothing(headers: dict[str, str], status: int) -> None:
+    access, keys = keyed(one={"management": True})
+    with serving({"double": doubler()}) as running:
+        for path in ("/v2/logging", "/v2/systemsharedmemory/unregister"):
+            assert running.request("POST", path, b"{}", headers)[0] == status
+        assert running.request("GET", "/v2/models/double", None, headers)[0] == 200
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        upgrade["Sec-WebSocket-Key"] = "MDAwMDAwMDAwMDAwMDAwMA=="
+        found = running.request("GET", "/v2/models/double/stream", None, headers | upgrade)[0]
+        assert found == (101 if status == 200 else 403)
+    with serving({"double": doubler()}, access=access) as running:
+        bearer = {"Authorization": f"Bearer {keys['one']}"}
+        assert running.request("POST", "/v2/logging", b"{}", headers | bearer)[0] == 200
+
+
 # --- TLS -------------------------------------------------------------------------------------------------------------
 
 
@@ -277,3 +311,9 @@ def test_tls() -> None:
                     status, headers, body = read_reply(stream)
                     assert status == 200
                     assert len(body) == int(headers["content-length"])
+
+
+@pytest.mark.parametrize("name", ["tls_key", "tls_client_ca"])
+def test_what_only_a_certificate_makes_true_needs_one(name: str) -> None:
+    with pytest.raises(ValueError, match="needs --tls-cert"):
+        Settings(**{name: CERTIFICATES / "server.pem"})

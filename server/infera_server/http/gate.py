@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from infera_server.access import Access
 from infera_server.errors import NotFound, RequestError, Unauthorized, retry_after
+from infera_server.http.origin import check_origin
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -37,11 +38,12 @@ def credentials(headers: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) 
 class Gate:
     """An ASGI application before another: health is open, reading and inference take a key, the rest one for more."""
 
-    def __init__(self, app: App, access: Access, metrics_port: int | None = None) -> None:
-        """On `metrics_port` there is nothing but metrics."""
+    def __init__(self, app: App, access: Access, metrics_port: int | None = None, *, local: bool = False) -> None:
+        """On `metrics_port` there is nothing but metrics. A `local` server listens on a loopback address only."""
         self._app = app
         self._access = access
         self._metrics_port = metrics_port
+        self._local = local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -59,15 +61,18 @@ class Gate:
             raise NotFound("Not Found")
         if OPEN.fullmatch(path):
             return
+        manages = method not in READING and path != INDEX and INFERENCE.fullmatch(path) is None
+        if self._access.is_open and (manages or scope["type"] == "websocket"):
+            check_origin(scope["headers"], self._local)
         given = credentials(scope["headers"])
         if (found := INFERENCE.fullmatch(path)) is not None:
             key = self._access.admit(given, found[1], time.monotonic())
             if scope["type"] == "websocket":  # whose messages are accounted for one by one
                 scope.setdefault("state", {})["key"] = key
-        elif method in READING or path == INDEX:
-            self._access.identify(given)
-        else:
+        elif manages:
             self._access.check_management(given)
+        else:
+            self._access.identify(given)
 
     async def _refuse(self, scope: Message, send: Send, error: RequestError) -> None:
         if scope["type"] == "websocket":
