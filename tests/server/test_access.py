@@ -316,4 +316,4 @@ def test_tls() -> None:
 @pytest.mark.parametrize("name", ["tls_key", "tls_client_ca"])
 def test_what_only_a_certificate_makes_true_needs_one(name: str) -> None:
     with pytest.raises(ValueError, match="needs --tls-cert"):
-        Settings(**{name: CERTIFICATES / "server.pem"})
+        Settings.model_validate({name: CERTIFICATES / "server.pem"})
