@@ -144,6 +144,8 @@ def options(parameters: Mapping[str, Parameter]) -> Options:
     """Read the parameters that mean something to every dialect. Raises BadRequest for a value that cannot be meant."""
     if not parameters:
         return NO_OPTIONS
+    for name, value in parameters.items():
+        _check_sendable(name, value)
     others = dict(parameters)
     micros, priority = (_natural(others.pop(key, 0), key) for key in ("timeout", "priority"))
     identity = others.pop("sequence_id", 0)
@@ -152,6 +154,18 @@ def options(parameters: Mapping[str, Parameter]) -> Options:
     start, end = (_flag(others.pop(key, False), key) for key in ("sequence_start", "sequence_end"))
     correlation = Correlation(identity, start, end) if identity not in (0, "") or start or end else None
     return Options(min(micros, MAX_MICROSECONDS) / 1e6 or None, priority, correlation, others)
+
+
+def _check_sendable(name: str, value: Parameter) -> None:
+    """Raises BadRequest for what lenient JSON can say and no other document can: half characters, endless integers."""
+    try:
+        name.encode()
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        raise BadRequest("a parameter holds a lone surrogate") from None
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise BadRequest(f"parameter '{short(name)}' is an integer of more than 64 bits")
 
 
 def _natural(value: Parameter, name: str) -> int:
