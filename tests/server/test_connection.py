@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pytest
 
 from infera_server.codec import Buffer
 from infera_server.http import exchange
+from infera_server.http.connection import TURN
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -233,6 +235,46 @@ def test_a_client_that_leaves_while_its_body_is_read_does_not_run(
     until(lambda: bool(done) and server.host.service.intake.held == 0)
     time.sleep(0.05)
     assert session.batches == []
+
+
+# --- turns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "one", [GET, http_request(BODY), http_request(b"", path="/v2/models/nope/infer"), http_request(b"{")],
+    ids=["metadata", "inference", "no such model", "no JSON"],
+)  # fmt: skip
+def test_a_client_that_sends_without_end_holds_nobody_up(server: Running, one: bytes) -> None:
+    """Its requests wait in its socket, not in memory, and others have their turn."""
+    until(lambda: not server.host.service.connections)
+    done = threading.Event()
+    with server.connect() as sock, ThreadPoolExecutor(2) as pool:
+        until(lambda: len(server.host.service.connections) == 1)
+        (flooded,) = server.host.service.connections
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                while not done.is_set():
+                    sock.sendall(one * 2000)
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while sock.recv(1 << 20):
+                    pass
+
+        pool.submit(flood)
+        pool.submit(read)
+        until(lambda: flooded.begun > 3000)
+        took, waiting = [], []
+        for _ in range(5):
+            began = time.monotonic()
+            assert server.infer("double", request_of(X))[0] == 200
+            took.append(time.monotonic() - began)
+            waiting.append(len(flooded.pipeline))
+        done.set()
+        sock.shutdown(socket.SHUT_RDWR)
+    assert min(took) < 0.5
+    assert max(waiting) < 4 * TURN
 
 
 # --- number --------------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from infera_server.errors import (
@@ -42,11 +43,27 @@ HEAD_TOO_LARGE = f"the URL and headers are over the limit of {MAX_HEAD_BYTES:,} 
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+PIECE, TURN = 1 << 12, 64
+"""Bytes that are parsed at once, and requests after which other connections have their turn before the next piece;
+while more than so many wait for their replies, nothing is parsed or read."""
+
 PROBE_SECONDS = 0.05
 """How long a reset takes to come back from a client that is gone; the looks at all connections see later ones."""
 
 STALL_SECONDS = 60.0
 """How long a client may not read its replies before its connection is cut."""
+
+
+class Flow(FlowControl):
+    """uvicorn's, which reads on after each reply, however many requests wait: not while `is_behind()`."""
+
+    def __init__(self, transport: asyncio.Transport, is_behind: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._is_behind = is_behind
+
+    def resume_reading(self) -> None:
+        if self.read_paused and not self._is_behind():
+            super().resume_reading()
 
 
 class Connection(HttpToolsProtocol):
@@ -66,6 +83,13 @@ class Connection(HttpToolsProtocol):
         self.fresh = b""
         """What was received in one piece and begins with the message whose head is being read."""
         self.waiting_since = time.monotonic()
+        self.begun = 0
+        """Requests whose heads have begun."""
+
+        self.rest = b""
+        """What was received and is not parsed yet, since it is the turn of others; nothing more is read meanwhile."""
+
+        self.will_go_on = False
         self.stalled: asyncio.TimerHandle | None = None
 
     def recall(self, data: bytes) -> bool:
@@ -81,6 +105,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.flow = Flow(transport, self._is_behind)
         port = self.service.metrics_port
         self.only_metrics = port is not None and transport.get_extra_info("sockname")[1] == port
         self.service.connections.add(self)
@@ -100,12 +125,48 @@ class Connection(HttpToolsProtocol):
         if self.deaf:
             return
         self._unset_keepalive_if_required()
+        if self.rest:
+            self.rest += data
+            return
         if self.in_head or self.in_body:
             self.fresh = b""
         elif self.recall(data):
             return
         else:
             self.fresh = data
+        first = self.begun
+        for start in range(0, len(data), PIECE):
+            if self.is_over:
+                return
+            if self.begun - first >= TURN:
+                self.rest = data[start:]
+                self.flow.pause_reading()
+                self._go_on_soon()
+                return
+            self._parse(data[start : start + PIECE] if len(data) > PIECE else data)
+        self.all_parsed()
+
+    def all_parsed(self) -> None:
+        """What was received is parsed."""
+
+    def _is_behind(self) -> bool:
+        """Whether there is enough to do without reading."""
+        return bool(self.rest) or len(self.pipeline) > TURN
+
+    def _go_on_soon(self) -> None:
+        """Parse the rest once others had their turn, and the requests before it have been answered."""
+        if not self.will_go_on and len(self.pipeline) <= TURN:
+            self.will_go_on = True
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self.will_go_on = False
+        rest, self.rest = self.rest, b""
+        if rest and not self.is_over:
+            self.data_received(rest)
+        self.flow.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
         self.head_size += len(data)
         pieces: list[bytes | memoryview] = [data]
         while pieces and not self.deaf:
@@ -158,6 +219,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.begun += 1
         self.in_head, self.head_size = True, 0
         self.waiting_since = time.monotonic()
 
@@ -260,6 +322,8 @@ class Connection(HttpToolsProtocol):
         elif not self.transport.is_closing():  # no timer for its idle time, which `check_time` looks at
             self.server_state.total_requests += 1
             self.flow.resume_reading()
+        if self.rest:
+            self._go_on_soon()
 
     # --- refusing --------------------------------------------------------------------------------------------------
 

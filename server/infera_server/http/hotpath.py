@@ -205,8 +205,7 @@ class HotPathProtocol(Connection):
 
     # --- large bodies ----------------------------------------------------------------------------------------------
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+    def all_parsed(self) -> None:
         if self.upload is not None:
             self._hand_over(self.upload)
 
