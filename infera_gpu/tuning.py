@@ -19,8 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from infera_gpu.agreement import agree
 from infera_gpu.bind import Binder, Bound
 from infera_gpu.devices.base import Device
 from infera_gpu.devices.timing import Timer
@@ -43,10 +42,6 @@ BEHIND = 1.25
 
 GAIN = 0.02
 """Less than that of the predicted choice's time is no reason to leave it."""
-
-TOLERANCE: Mapping[str, float] = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-4, "float64": 1e-9}
-"""How far candidates may differ, of the peak, by the type of the output: sums are rounded in other orders. Integers,
-which sums of integers give, may differ by one where they were quantised."""
 
 METHOD = "CUDA events, L2 flushed before each run, median of interleaved rounds"
 PACKAGES = ("infera-gpu", "triton", "cupy-cuda12x", "cupy-cuda13x")
@@ -296,23 +291,3 @@ def _commit() -> str:
 def _make(calls: Sequence[Call]) -> None:
     for fn, args in calls:
         fn(*args)
-
-
-def agree(got: Sequence[Array], want: Sequence[Array]) -> bool:
-    """Whether arrays of the same shapes hold the same, but for rounding: see TOLERANCE."""
-    with np.errstate(invalid="ignore"):
-        return all(_agrees(g, w) for g, w in zip(got, want, strict=True))
-
-
-def _agrees(got: Array, want: Array) -> bool:
-    if not want.size:
-        return True
-    name = np.dtype(want.dtype).name
-    if np.dtype(want.dtype).kind in "iub":
-        return bool((abs(got.astype("int64") - want.astype("int64")) <= 1).all())
-    got, want = got.astype("float64"), want.astype("float64")
-    finite = abs(want) < np.inf
-    same = (got == want) | ((got != got) & (want != want))
-    peak = float(abs(want[finite]).max()) if bool(finite.any()) else 0.0
-    near = abs(got - want) <= TOLERANCE.get(name, 1e-2) * peak
-    return bool((same | (finite & near)).all())

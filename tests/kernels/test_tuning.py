@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import infera_gpu
+from infera_gpu.agreement import agree
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError
 from infera_gpu.loader import load_graph
@@ -130,13 +131,18 @@ def test_candidates_whose_results_are_wrong_never_win(caplog: pytest.LogCaptureF
 
 
 def test_differences_of_rounding_are_none() -> None:
-    from infera_gpu.tuning import agree
-
     want = np.array([1.0, -2.0, np.inf, np.nan], np.float16)
     assert agree([want * np.float16(1.001)], [want])
     assert not agree([want * np.float16(1.01)], [want])
     assert not agree([np.array([1.0, -2.0, np.inf, 0.0], np.float16)], [want])
     assert not agree([np.array([1.0, -2.0, 3.0, np.nan], np.float16)], [want])
+    assert agree([np.array(2.0, np.float32)], [np.array(2.0, np.float32)])
+    assert agree([np.empty((0, 3), np.float32)], [np.empty((0, 3), np.float32)])
+    wide = np.ones((5, 2_000_000), np.float16)
+    other = wide.copy()
+    other[-1, -1] = 1.5
+    assert agree([wide], [wide])
+    assert not agree([other], [wide])
     assert agree([np.array([3, 4], np.int8)], [np.array([3, 5], np.int8)])
     assert not agree([np.array([3, 4], np.int8)], [np.array([3, 6], np.int8)])
 

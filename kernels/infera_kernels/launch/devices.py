@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 GUIDE = "CUDA C++ Programming Guide, table 'Technical Specifications per Compute Capability'"
@@ -177,6 +178,7 @@ def rates_of(arch: int) -> Mapping[str, int]:
     return RATES[max((a for a in RATES if a <= arch), default=min(RATES))]
 
 
+@cache
 def device_called(name: str) -> Device | None:
     """The card of which CUDA reports this name ("NVIDIA H100 80GB HBM3"), where it is listed."""
     return next((d for d in DEVICES if re.search(d.pattern, name)), None)

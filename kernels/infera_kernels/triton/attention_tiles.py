@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 from infera_kernels.launch import Target, nominal_target
 from infera_kernels.launch.devices import architecture_of
 from infera_kernels.triton.layout import ceil_div, next_power_of_two
-from infera_kernels.tuning import Problem
+from infera_kernels.tuning.choice import REMEMBERED, Problem
 from infera_kernels.tuning.cost import ITEMSIZE, LATENCY, SHARED_BYTES_PER_CYCLE, products_per_cycle, resident
 
 SLOTS = 132
@@ -177,6 +178,7 @@ def cycles(problem: Problem, cut: Cut, target: Target) -> float:
     return full * round_of(side_by_side) + (round_of(rest) if rest else 0.0)
 
 
+@lru_cache(maxsize=REMEMBERED)
 def predicted(problem: Problem, target: Target) -> Cut:
     """The tile with the least estimated time, of equals the larger, and the usual number of splits."""
     rows, matrices, keys, _ = problem.sizes

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from infera_kernels.launch import Target
-from infera_kernels.tuning.choice import Problem
+from infera_kernels.tuning.choice import REMEMBERED, Problem
 from infera_kernels.tuning.cost import Block, product_cycles, resident
 
 HALF, TF32, TF32X3, IEEE, INT8 = "half", "tf32", "tf32x3", "ieee", "int8"
@@ -107,6 +108,7 @@ def keeps(tile: Tile, layout: str, target: Target) -> bool:
     return tile.m * tile.n <= _WIDE * 32 * tile.warps or (target.arch >= 90 and not layout.endswith(LONG))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def predicted(problem: Problem, target: Target) -> Tile:
     """The tile with the least estimated time, of equals the larger: it loads less."""
 

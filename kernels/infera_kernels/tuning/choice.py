@@ -68,6 +68,9 @@ def _names(form: Any) -> list[str]:
     return [f.name for f in fields(form)]
 
 
+REMEMBERED = 4096
+"""Predictions that a family remembers: layers of a model ask for the same ones, while a user waits for a plan."""
+
 EXACT = 16
 """Sizes up to which each is a class of its own."""
 
