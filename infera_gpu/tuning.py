@@ -7,6 +7,7 @@ predicted choice never wins. What is slow to begin with gets most of the time.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import subprocess
 import time
@@ -177,6 +178,7 @@ class Tuner:
             trial = Trial(self.base, {**{p: m.choice for p, m in self.found.items()}, known: value})
             try:
                 calls = binder.apart(step, trial, outs)
+                _spoil(outs)
                 _make(calls)
             except (LaunchError, OutOfMemoryError) as error:
                 _log.debug("%s: %s of %s: %s", step.label, value, family.name, error)
@@ -286,6 +288,12 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
+
+
+def _spoil(outs: Sequence[Array]) -> None:
+    """So that what a candidate leaves out shows."""
+    for out in outs:
+        out[...] = math.nan if out.dtype.kind not in "iub" else 85
 
 
 def _make(calls: Sequence[Call]) -> None:

@@ -130,6 +130,20 @@ def test_candidates_whose_results_are_wrong_never_win(caplog: pytest.LogCaptureF
     assert "gives other results" in caplog.text
 
 
+def test_what_a_candidate_does_not_write_shows() -> None:
+    session = opened()
+    before = used(session)
+    usual = type(session.device).wrap
+
+    def idle(device: Any, step: Any, calls: list[Call], ins: Any, outs: Any) -> list[Call]:
+        made = usual(device, step, calls, ins, outs)
+        return calls if any(tile(launch) == (128, 64, 64) for launch in launches(calls)) else made
+
+    session.device.wrap = idle.__get__(session.device)  # type: ignore[method-assign]
+    session.tune(feeds(), timer=fastest(128, 64, 64))
+    assert used(session) == before
+
+
 def test_differences_of_rounding_are_none() -> None:
     want = np.array([1.0, -2.0, np.inf, np.nan], np.float16)
     assert agree([want * np.float16(1.001)], [want])
