@@ -23,7 +23,7 @@ from bench.models import path_of
 from bench.reference import Reference
 from infera_gpu.errors import InferaError
 from infera_gpu.session import Session
-from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
+from infera_gpu.verify import AGREEMENT, Difference, OnnxRuntime, compare
 from infera_kernels.jit import installed
 
 OURS, COMPILED, PEER = "infera", "infera[jit]", "onnxruntime"
@@ -114,7 +114,7 @@ def measure(job: Job, example: Example, row: Row) -> None:
         if installed():
             compiled, row.compiled_error = opened(jit=True)
             contenders[COMPILED] = partial(compiled.run, feeds)
-        wrong = [str(d) for d in found if not d.within(TOLERANCE) and job.model not in UNSTABLE]
+        wrong = [str(d) for d in found if not d.within(AGREEMENT) and job.model not in UNSTABLE]
         if wrong:
             row.failure = f"outputs differ: {'; '.join(wrong)}"
             return

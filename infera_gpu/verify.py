@@ -35,6 +35,9 @@ from infera_gpu.specialize import check_supported
 TOLERANCE = 1e-4
 """Of the output's peak: what float32 kernels that sum in different orders stay well below."""
 
+AGREEMENT = 2e-5
+"""Of the output's peak: how near models that stay in float32 come to onnxruntime, as tests and benchmarks check."""
+
 TOLERANCES: Mapping[Precision, float] = MappingProxyType(
     {"fp32": TOLERANCE, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
 )

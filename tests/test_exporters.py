@@ -13,7 +13,7 @@ import pytest
 import infera_gpu
 from bench.exporters_report import UNFAITHFUL, Export, differences, exports
 from infera_gpu.memory import SLACK
-from infera_gpu.verify import TOLERANCE, compare
+from infera_gpu.verify import AGREEMENT, TOLERANCE, compare
 
 pytestmark = pytest.mark.large
 FOLDER = os.environ.get("INFERA_EXPORTS") or None
@@ -30,7 +30,7 @@ def test_there_are_exports() -> None:
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "as written"])
 def test_agrees_with_onnxruntime_and_pytorch(export: Export, fuse: bool) -> None:
     from_peer, from_torch = differences(export, fuse=fuse)
-    wrong = [str(d) for d in from_peer if not d.within()]
+    wrong = [str(d) for d in from_peer if not d.within(AGREEMENT)]
     assert not wrong, f"from onnxruntime: {'; '.join(wrong)}"
     apart = [str(d) for d in from_torch if not d.within()]
     assert bool(apart) == (export.name in UNFAITHFUL), f"from PyTorch: {'; '.join(apart) or f'within {TOLERANCE}'}"

@@ -28,14 +28,15 @@ from bench.reference import Reference
 from infera_gpu.errors import UnreachableError
 from infera_gpu.memory import SLACK
 from infera_gpu.results import LARGE as LARGE_RESULT
-from infera_gpu.verify import OnnxRuntime, compare, run_in_float64
+from infera_gpu.verify import AGREEMENT, OnnxRuntime, compare, run_in_float64
 
 TRAINED = [name for name in EXAMPLES if name not in BUILT]
 SMALL = {"silero-vad", "silero-vad-v6-fw", "yunet", "mobilenetv2-zoo"}
 LARGE = {name for name in TRAINED if name not in SMALL}
 """Those whose wheels are not among the four that come in 26 MB together."""
 SENSITIVE = {"u2netp"}
-"""1,055 nodes that end in a small difference of large numbers: onnxruntime itself is up to 1.3e-4 from float64."""
+"""1,055 nodes that end in a small difference of large numbers. Of the peak, onnxruntime is 9.9e-5 from float64 and we
+are 5.7e-5, which makes 1.2e-4 between us: no tolerance of 2e-5 can be kept by two who round."""
 LARGE_LIGHT = {"bvlc_alexnet", "vgg19", "zfnet512"}
 """Those with more than 200 MB of weights, which take seconds to make."""
 TRANSIENT_BYTES = 4096
@@ -54,13 +55,13 @@ def assert_agrees(model: onnx.ModelProto, examples: Iterable[Feeds]) -> None:
     with infera_gpu.load(reference.payload, device="cpu") as session:
         for feeds in examples:
             found = compare(session.run(feeds), reference.run(feeds))
-            wrong = [str(d) for d in found if not d.within()]
+            wrong = [str(d) for d in found if not d.within(AGREEMENT)]
             assert found
             assert not wrong, "; ".join(wrong)
 
 
 def assert_is_nearer_to_float64(trained: Loaded) -> None:
-    """Ours is within 1e-4 of the exact result, or no farther from it than onnxruntime's; and within 2e-4 of that."""
+    """Ours is within 2e-5 of the exact result, or no farther from it than onnxruntime's; and within 2e-4 of that."""
     reference = OnnxRuntime(trained.path)
     for feeds in (example.feeds() for example in EXAMPLES[trained.name]):
         exact = {k: v.astype(np.float32) for k, v in run_in_float64(trained.path, feeds).items()}
@@ -68,7 +69,7 @@ def assert_is_nearer_to_float64(trained: Loaded) -> None:
         for mine, other, between in zip(
             compare(ours, exact), compare(theirs, exact), compare(ours, theirs), strict=True
         ):
-            assert mine.within() or mine.error <= other.error, (str(mine), str(other))
+            assert mine.within(AGREEMENT) or mine.error <= other.error, (str(mine), str(other))
             assert between.within(2e-4), str(between)
 
 
