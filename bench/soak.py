@@ -45,7 +45,15 @@ NOT_SPOKEN = (501, 505)
 MOST_GROWTH = 0.1
 """Of memory, from the second quarter of the time to the last, beside 8 MB."""
 
-PATIENCE = 0.02
+PATIENCE, LONG_PATIENCE = 0.02, 0.25
+"""Seconds between requests that are not sent as fast as possible; and for the answer to what is malformed."""
+
+GRACE = 60.0
+"""Seconds after which a soak that does not end is given up."""
+
+LEFT = "the handler is closed"
+"""In what uvicorn logs of a client that resets its connection while the reply is written."""
+
 READ_ONLY = (
     "/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models", "/v2/models/steady", "/v2/models/steady/config",
     "/v2/models/steady/stats", "/v2/models/stats", "/metrics", "/openapi.json", "/v2/models/steady/ready",
@@ -184,7 +192,7 @@ class Soak:
             async with connected(self._address) as (reader, writer):
                 writer.write(damaged(self._rng, self._rng.choice(requests)))
                 with contextlib.suppress(TimeoutError, OSError):
-                    head = await asyncio.wait_for(reader.read(12), PATIENCE)
+                    head = await asyncio.wait_for(reader.read(12), LONG_PATIENCE)
                     self.window.statuses["malformed", int(head[9:12] or 0)] += 1
 
     async def _read_only(self) -> None:
@@ -287,10 +295,10 @@ def run(minutes: float, window: float, look: Callable[[dict[str, Any]], None]) -
         for name in ("steady", "reloaded"):
             save_model(folder / f"{name}.onnx")
         with infera(folder, "infera", "steady", str(folder / "reloaded.onnx")) as server:
-            asyncio.run(soaked(server, minutes, window, keep))
-        if "Traceback" in (log := (folder / "infera.log").read_text(errors="replace")):
-            return [*faults(rows), "the server's log has a traceback: " + log[log.index("Traceback") :][:2000]]
-        return faults(rows)
+            asyncio.run(asyncio.wait_for(soaked(server, minutes, window, keep), minutes * 60 + GRACE))
+        raised = (folder / "infera.log").read_text(errors="replace").split("Traceback")[1:]
+        raised = [text for text in raised if LEFT not in text]
+        return [*faults(rows), *(f"the server's log has a traceback: {text[-1000:]}" for text in raised[:1])]
     finally:
         shutil.rmtree(folder)
 
