@@ -27,8 +27,14 @@ def _keys() -> P:
     heads, length, size = (
         node("Slice", shape, begin, end) for begin, end in ((-last, -2.0), (-2.0, -1.0), (-1.0, last))
     )
-    flat = node("Reshape", "k", node("Concat", -1.0, length, size))
-    return node("Reshape", node("Transpose", flat, name="swap"), node("Concat", heads, size, length))
+    flat = node("Reshape", "k", node("Concat", -1.0, length, size, name="flat"))
+    return node("Reshape", node("Transpose", flat, name="swap"), node("Concat", heads, size, length, name="whole"))
+
+
+def _swaps(match: Match) -> bool:
+    """Whether the axes are known, and lists of sizes are joined as such."""
+    lists = all(match.nodes[name].attrs["axis"] in (0, -1) for name in ("flat", "whole"))
+    return lists and rank_of(match, match.values["k"]) is not None and match.nodes["swap"].attrs["perm"] == (0, 2, 1)
 
 
 def _swapped(match: Match) -> Replacement:
@@ -40,9 +46,7 @@ def _swapped(match: Match) -> Replacement:
 KEYS = Fusion(
     name="transposed_keys",
     patterns=(_keys(),),
-    guard=lambda match: (
-        rank_of(match, match.values["k"]) is not None and tuple(match.nodes["swap"].attrs["perm"]) == (0, 2, 1)
-    ),
+    guard=_swaps,
     build=_swapped,
     example="""
         example (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)

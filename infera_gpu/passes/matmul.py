@@ -85,7 +85,8 @@ BIAS_GELU = Fusion(
 
 def _gemm(match: Match) -> bool:
     g = match.nodes["gemm"]
-    return float(g.attrs.get("beta", 1.0)) == 1.0 and match.constant("w").ndim == 2 and _gemm_bias_is_row(match)
+    matrices = match.rank("a") in (2, None) and match.constant("w").ndim == 2
+    return float(g.attrs.get("beta", 1.0)) == 1.0 and matrices and _gemm_bias_is_row(match)
 
 
 def _gemm_bias_is_row(match: Match) -> bool:
@@ -116,6 +117,10 @@ GEMM = Fusion(
         """
         scaled_bias (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
             y = Gemm <beta = 2.0> (a, w, b)
+        }""",
+        """
+        no_matrix (float[3] a) => (float[2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+            y = Gemm(a, w)
         }""",
         """
         full_bias (float[2, 3] a) => (float[2, 2] y)

@@ -129,7 +129,7 @@ def _joined(first: Arg, second: Arg) -> tuple[P, P]:
         node("Unsqueeze", second, "?#axis_two", name="two"),
     )
     pairs = node("Concat", *members, name="stacked")
-    flat = node("Concat", node("Slice", node("Shape", pairs, name="sizes"), 0.0, "%kept", 0.0), -1.0)
+    flat = node("Concat", node("Slice", node("Shape", pairs, name="sizes"), 0.0, "%kept", 0.0), -1.0, name="flat")
     return node("Concat", first, second, name="halves"), node("Reshape", pairs, either(flat, "shape"))
 
 
@@ -148,6 +148,8 @@ def _cut(match: Match) -> _Cut | None:
     if "sizes" not in match.nodes:
         return cut
     rank = rank_of(match, cut.x)
+    if match.nodes["flat"].attrs["axis"] not in (0, -1):
+        return None
     return cut if match.number("kept") in (-2, (rank or 0) - 1) else None
 
 
