@@ -13,11 +13,15 @@ import pytest
 from google.protobuf import json_format
 
 from infera_server.errors import BadRequest, NotFound, Overloaded, RequestError, Unavailable, renamed
+from infera_server.models.golden import Golden, Recorder
 from infera_server.models.modelconfig import ConfigError
 from infera_server.models.servable import Servable
 from infera_server.models.taps import Tap
+from infera_server.models.versions import Route, Shadowed
+from infera_server.pipelines.answers import ResponseCache
 from infera_server.pipelines.ensemble import Ensemble
 from infera_server.pipelines.ensembles import build
+from infera_server.pipelines.response_cache import Cached
 from infera_server.pipelines.sequences import wrap
 from infera_server.protocols.protos import message
 from infera_server.requests import Correlation, Output, Request
@@ -547,3 +551,80 @@ def test_an_unloaded_member_refuses_with_what_the_repository_says(house: House) 
 def test_an_answered_request_leaves_nothing_to_collect(house: House) -> None:
     ensemble = house.build()
     assert leaves_nothing(lambda answer: send(ensemble, answer, source=x(3)), house.desk.until)
+
+
+# --- what stands before its models ------------------------------------------------------------------------------------
+
+
+def kept(house: House, ensemble: Ensemble) -> Cached:
+    def soon(fn: Callable[[], None]) -> None:
+        house.desk.post(lambda _: fn(), None)
+
+    return Cached(ensemble, ResponseCache(1 << 20), soon, parts=ensemble.parts)
+
+
+def test_kept_answers_go_with_the_models_that_gave_them(house: House) -> None:
+    """Also those of models of ensembles within it, and where another has come back."""
+    house.models["ens"] = kept(house, house.build(CHAIN))
+    outer = house.build(ensemble(step("ens", {"source": "source"}, {"out": "out"})), "outer")
+    model = kept(house, outer)
+    assert [ask(house, model, 3)["out"][0, 0] for _ in range(2)] == [36, 36]
+    assert house.sessions["double"].batches == [1]
+    before = house.models["double"]
+    house.add("double", unary(lambda x: x * 3))
+    assert [ask(house, model, 3)["out"][0, 0] for _ in range(2)] == [81, 81]
+    assert house.sessions["double"].batches == [1]
+    assert model.cache.count == 1
+    house.models["double"] = before
+    assert ask(house, model, 3)["out"][0, 0] == 36
+
+
+def test_an_answer_is_not_kept_where_a_model_is_another_when_it_comes(house: House) -> None:
+    model = kept(house, house.build(CHAIN))
+    session = house.sessions["double"]
+    session.block()
+    answer = Answer()
+    send(model, answer, source=x(3))
+    session.wait_entered()
+    house.add("double", unary(lambda x: x * 3))
+    assert ask(house, model, 4)["out"][0, 0] == 144
+    session.gate.set()
+    house.desk.until(lambda: answer.count > 0)
+    assert model.cache.count == 1
+    assert ask(house, model, 3)["out"][0, 0] == 81
+
+
+def test_answers_of_a_split_model_are_not_kept(house: House) -> None:
+    model = kept(house, house.build(CHAIN))
+    first = house.models["double"]
+    house.add("double", unary(lambda x: x * 3))
+    house.models["double"] = Route([first, house.models["double"]], [1, 1])
+    assert {ask(house, model, 3)["out"][0, 0] for _ in range(20)} == {36, 81}
+    assert not model.cache.count
+
+
+def _cached(inner: Ensemble, other: Servable) -> Servable:
+    return Cached(inner, ResponseCache(1 << 20))
+
+
+def _recorded(inner: Ensemble, other: Servable) -> Servable:
+    return Recorder(inner, Golden(4))
+
+
+def _split(inner: Ensemble, other: Servable) -> Servable:
+    return Route([other, inner], [1, 1])
+
+
+def _shadow(inner: Ensemble, other: Servable) -> Servable:
+    return Recorder(Shadowed(other, inner, 1.0, 0.1), Golden(4))
+
+
+@pytest.mark.parametrize("before", [_cached, _recorded, _split, _shadow])
+def test_a_circle_is_seen_through_what_stands_before_an_ensemble(
+    house: House, before: Callable[[Ensemble, Servable], Servable]
+) -> None:
+    first = house.build(CHAIN)
+    inner = house.build(ensemble(step("ens", {"source": "source"}, {"out": "out"})), "inner")
+    house.models["inner"] = before(inner, first)
+    with pytest.raises(ConfigError, match=re.escape("circular dependency between ensembles: ens -> ... -> ens")):
+        house.build(ensemble(step("inner", {"source": "source"}, {"out": "out"})))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnx
 import onnx.parser
 import pytest
 
+from infera_server.errors import BadRequest
 from infera_server.models.discovery import survey
 from infera_server.models.repository import Repository
 from infera_server.pipelines.sequence_model import SequenceModel
@@ -141,6 +143,22 @@ def test_a_model_of_an_ensemble_is_loaded_again_without_a_gap(root: Path) -> Non
         stop.set()
         client.join()
         assert set(replies) == {200}
+
+
+@pytest.mark.parametrize("settings", [{}, {"golden_requests": 4, "golden_tolerance": 10}])
+def test_an_ensemble_with_a_cache_answers_with_what_its_models_are_now(root: Path, settings: dict[str, Any]) -> None:
+    shutil.rmtree(root / "ens")
+    add(root, "ens", config=ENSEMBLE + "response_cache { enable: true }")
+    with serve(root, **settings) as running:
+        service = running.host.service
+        assert running.infer("ens", document("source", 3 * ONES))[1]["outputs"][0]["data"] == [36] * 4
+        shutil.rmtree(root / "square")
+        add(root, "square", "(float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }")
+        running.call(service.load_model("square"))
+        assert running.infer("ens", document("source", 3 * ONES))[1]["outputs"][0]["data"] == [-6] * 4
+        (root / "ens" / "config.pbtxt").write_text(OUTER.replace('"ens"', '"a_first"'))
+        with pytest.raises(BadRequest, match=r"circular dependency between ensembles: ens -> \.\.\. -> ens"):
+            running.call(service.load_model("ens"))
 
 
 def test_an_ensembles_requests_are_finished_before_the_server_ends(root: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from infera_server.models.servable import Servable
 from infera_server.requests import Request
 from infera_server.scheduling.jobs import Done, Job
@@ -13,6 +15,11 @@ class Tap:
     def __init__(self, model: Servable) -> None:
         self.model = model
         self.signature, self.config, self.stats, self.device = model.signature, model.config, model.stats, model.device
+
+    @property
+    def targets(self) -> Sequence[Servable]:
+        """The models that requests may be passed on to."""
+        return (self.model,)
 
     @property
     def lost(self) -> str:

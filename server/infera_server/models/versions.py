@@ -38,6 +38,10 @@ class Route(Tap):
         self._random = random.Random(seed)
 
     @property
+    def targets(self) -> Sequence[Servable]:
+        return self.models
+
+    @property
     def retired(self) -> bool:
         return any(model.retired for model in self.models)
 
@@ -76,6 +80,10 @@ class Shadowed(Tap):
         self._share, self._tolerance = share, tolerance
         self._random = random.Random(seed)
         self._comparing = 0
+
+    @property
+    def targets(self) -> Sequence[Servable]:
+        return (self.model, self.shadow)
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         if self._random.random() >= self._share or request.correlation is not None or request.each is not None:

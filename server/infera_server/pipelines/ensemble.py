@@ -24,6 +24,7 @@ from infera_server.metrics import ModelStats
 from infera_server.models.modelconfig import ConfigError, ModelConfig
 from infera_server.models.servable import Servable
 from infera_server.models.taps import Tap
+from infera_server.models.versions import Route
 from infera_server.pipelines.ensemble_graph import Graph, Step, check_members, unproven
 from infera_server.pipelines.ensemble_run import Run
 from infera_server.pipelines.sequence_model import SequenceModel
@@ -93,6 +94,23 @@ class Ensemble:
         except RequestError as error:
             return str(error)
         return ""
+
+    def parts(self) -> Sequence[Servable] | None:
+        """The models that answer just now, of ensembles within it theirs; None where requests are split over several.
+
+        Raises Unavailable.
+        """
+        found: list[Servable] = []
+        for member in self._resolve():
+            while isinstance(member, Tap):
+                if isinstance(member, Route):
+                    return None
+                member = member.model
+            inner = member.parts() if isinstance(member, Ensemble) else [member]
+            if inner is None:
+                return None
+            found += inner
+        return found
 
     def check_room(self, nbytes: int) -> None:
         if self._draining:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from infera_server.errors import RequestError
 from infera_server.models.modelconfig import ConfigError, ModelConfig, new
 from infera_server.models.servable import Servable
+from infera_server.models.taps import Tap
 from infera_server.pipelines.ensemble import Ensemble, Lookup, absent_text
 from infera_server.pipelines.ensemble_graph import read
 
@@ -28,7 +29,7 @@ def build(name: str, version: str, config: ModelConfig, lookup: Lookup, timeout:
                 raise ConfigError(absent_text(name, step)) from None
             absent.append(step.model)
             continue
-        depends |= {step.model, *getattr(members[-1], "depends", ())}
+        depends |= {step.model, *_depends(members[-1])}
     if absent:
         raise ConfigError(
             f"ensemble {name} contains models that are not available or ambiguous: {', '.join(sorted(set(absent)))}"
@@ -38,6 +39,13 @@ def build(name: str, version: str, config: ModelConfig, lookup: Lookup, timeout:
     ensemble = Ensemble(graph, _completed(name, config), lookup, timeout, frozenset(depends))
     ensemble.fit(members)
     return ensemble
+
+
+def _depends(member: Servable) -> frozenset[str]:
+    """What an ensemble needs, whatever stands before it; nothing where it is none."""
+    if isinstance(member, Tap):
+        return frozenset().union(*map(_depends, member.targets))
+    return member.depends if isinstance(member, Ensemble) else frozenset()
 
 
 def _completed(name: str, config: ModelConfig) -> ModelConfig:

@@ -10,6 +10,7 @@ from infera_server.models.model import Model
 from infera_server.models.modelconfig import ConfigError, inside
 from infera_server.models.servable import Front
 from infera_server.pipelines.answers import ResponseCache
+from infera_server.pipelines.ensemble import Ensemble
 from infera_server.pipelines.generation import generates
 from infera_server.pipelines.generator import Texts, generator
 from infera_server.pipelines.response_cache import Cached
@@ -40,7 +41,9 @@ def cached(front: Front, definition: Definition, cache: ResponseCache | None) ->
             f"Response Cache does not currently support model {definition.name} with sequence batching scheduler. "
             "Please disable the response cache."
         )
-    return Cached(front, cache) if cache is not None else front
+    if cache is None:
+        return front
+    return Cached(front, cache, parts=front.parts if isinstance(front, Ensemble) else None)
 
 
 def _initial_state(folder: Path | None, name: str) -> bytes:

@@ -2,9 +2,9 @@
 
 A key is the BLAKE2b hash, of 32 bytes, of what an answer depends on: the model as it was loaded, the inputs' names,
 types, shapes and bytes, and the outputs asked for. Loading a model again makes another model of it, so no answer
-outlives the model that gave it. Requests that are equal while the first of them runs wait for its answer. Steps of
-sequences have no answer of their own and are passed on, and so are requests whose inputs lie in memory that a client
-can change after they were hashed.
+outlives the model that gave it. An ensemble is another one as soon as one of its models is. Requests that are equal
+while the first of them runs wait for its answer. Steps of sequences have no answer of their own and are passed on, and
+so are requests whose inputs lie in memory that a client can change after they were hashed.
 
 A request that is not found costs about 8 µs and 1.1 µs a KiB of its inputs more than without a cache, most of it the
 hash; above `AWAY` bytes another thread hashes. One that is found costs 5 µs and the hash.
@@ -17,10 +17,11 @@ import itertools
 import math
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
+from weakref import ref
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class Flight:
     """A run whose answer is to be kept, and who waits for it: `waiters[0]` has asked first."""
 
     key: bytes
+    identity: int
     request: Request
     nbytes: int
     looked: float
@@ -62,6 +64,8 @@ class Flight:
 
 Away: TypeAlias = Callable[[Callable[[], bytes], Callable[[bytes], None]], object]
 Soon: TypeAlias = Callable[[Callable[[], None]], object]
+Parts: TypeAlias = Callable[[], Sequence[Servable] | None]
+"""The models that an ensemble's answers come from; None where they may come from others the next time."""
 
 
 def _away(work: Callable[[], bytes], then: Callable[[bytes], None]) -> None:
@@ -75,21 +79,35 @@ def _soon(fn: Callable[[], None]) -> None:
 
 
 class Cached(Tap):
-    """A model whose answers are kept. `soon` and `away` are how the event loop is reached."""
+    """A model whose answers are kept. `soon` and `away` are how the event loop is reached.
+
+    The answers of one with `parts` are those of these models: they are dropped when others are in their place.
+    """
 
     retired: bool = False
 
-    def __init__(self, model: Servable, cache: ResponseCache, soon: Soon = _soon, away: Away = _away) -> None:
+    def __init__(
+        self,
+        model: Servable,
+        cache: ResponseCache,
+        soon: Soon = _soon,
+        away: Away = _away,
+        parts: Parts | None = None,
+    ) -> None:
         super().__init__(model)
         self.cache = cache
         self.identity = next(_identities)
         self._soon, self._hash_away = soon, away
+        self._parts = parts
+        self._answering: tuple[ref[Servable], ...] = ()
         self._flights: dict[bytes, Flight] = {}
         self._hashing: set[Waiter] = set()
         self._gone = False
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         if self._gone or request.correlation is not None or not all(map(_is_ours, request.feeds.values())):
+            return self.model.submit(request, nbytes, done)
+        if self._parts is not None and not self._renewed(self._parts()):
             return self.model.submit(request, nbytes, done)
         began = time.perf_counter()
         now = time.monotonic()
@@ -139,6 +157,15 @@ class Cached(Tap):
             answer(waiter, error)
         self.model.give_up(error)
 
+    def _renewed(self, parts: Sequence[Servable] | None) -> bool:
+        """Forget what others than these models have answered. Returns whether an answer of now can be kept."""
+        answering = tuple(map(ref, parts or ()))
+        if answering != self._answering:
+            self._answering = answering
+            self.cache.drop(self.identity)
+            self.identity = next(_identities)
+        return parts is not None
+
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def _hashed(self, waiter: Waiter, request: Request, began: float, key: bytes) -> None:
@@ -164,7 +191,9 @@ class Cached(Tap):
             flight.waiters.append(waiter)
             self._hit(began)
             return
-        waiter.flight = flight = Flight(key, request, waiter.nbytes, time.perf_counter() - began, [waiter])
+        waiter.flight = flight = Flight(
+            key, self.identity, request, waiter.nbytes, time.perf_counter() - began, [waiter]
+        )
         self._flights[key] = flight
         try:
             self._run(flight)
@@ -191,8 +220,8 @@ class Cached(Tap):
         self._forget(flight)
         if not isinstance(result, Exception):
             began = time.perf_counter()
-            if not self._gone:
-                self.cache.put(flight.key, result, self.identity)
+            if not self._gone and flight.identity == self.identity:
+                self.cache.put(flight.key, result, flight.identity)
             self.stats.cache_miss.add(1, flight.looked + time.perf_counter() - began)
         for waiter in flight.waiters:
             waiter.flight = None
