@@ -39,8 +39,9 @@ from infera_gpu.errors import (
     UnsupportedOperatorError,
 )
 from infera_gpu.lease import Arena
+from infera_gpu.opening import load
 from infera_gpu.plan import Plan
-from infera_gpu.session import Session, load
+from infera_gpu.session import Session
 from infera_gpu.spec import TensorSpec
 
 __version__ = "0.1.0"

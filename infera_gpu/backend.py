@@ -15,7 +15,8 @@ from onnx.backend.base import Backend, BackendRep, namedtupledict
 
 from infera_gpu.devices.cuda import why_unavailable
 from infera_gpu.errors import DeviceError, InputError
-from infera_gpu.session import Session, load
+from infera_gpu.opening import load
+from infera_gpu.session import Session
 
 _KINDS = {"CPU": "cpu", "CUDA": "cuda"}
 

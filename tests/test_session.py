@@ -89,7 +89,7 @@ def test_constants_that_passes_replace_are_not_kept(tmp_path: Path, monkeypatch:
         kept.append(weakref.ref(graph.constants["w"]))
         return graph
 
-    monkeypatch.setattr("infera_gpu.session.load_graph", load)
+    monkeypatch.setattr("infera_gpu.opening.load_graph", load)
     monkeypatch.chdir(tmp_path)
     gc.disable()  # nor kept until the next collection
     try:

@@ -10,8 +10,9 @@ from typing import Annotated, TypeAlias, cast
 import typer
 
 from infera_gpu.cli.console import downloading, working
+from infera_gpu.opening import load
 from infera_gpu.passes import Precision
-from infera_gpu.session import Session, load
+from infera_gpu.session import Session
 
 Model: TypeAlias = Annotated[
     str, typer.Argument(help="A file, a catalogue name (see `infera pull`), https:// or pypi://.", show_default=False)

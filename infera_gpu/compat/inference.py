@@ -14,7 +14,8 @@ from infera_gpu.compat.providers import CPU, CUDA, Provider, device_of
 from infera_gpu.compat.types import ModelMetadata, NodeArg
 from infera_gpu.devices import open_device
 from infera_gpu.errors import InputError
-from infera_gpu.session import Session, load
+from infera_gpu.opening import load
+from infera_gpu.session import Session
 from infera_gpu.source import Source, read_metadata
 from infera_gpu.spec import Array, OptionalSpec, TensorSpec, ValueSpec
 

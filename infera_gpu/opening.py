@@ -1,0 +1,111 @@
+"""From a file to a session."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Literal
+
+from infera_gpu.budget import VramBudget
+from infera_gpu.devices import open_device
+from infera_gpu.errors import InputError
+from infera_gpu.garbage import uncollected
+from infera_gpu.lease import Arena
+from infera_gpu.loader import load_graph
+from infera_gpu.ops import registry
+from infera_gpu.passes import PRECISIONS, Precision
+from infera_gpu.passes.gradient import differentiated
+from infera_gpu.session import TUNING_SECONDS, Session
+from infera_gpu.source import Source
+from infera_gpu.specialize import check_supported
+
+
+@uncollected()
+def load(
+    model: Source,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    fuse: bool = True,
+    accuracy: Literal["fast", "strict"] = "fast",
+    jit: bool | None = None,
+    graphs: bool = True,
+    max_concurrency: int = 4,
+    arena: Arena | None = None,
+    vram_limit: int | str | VramBudget | None = None,
+    precision: Precision = "fp32",
+    batch_invariant: bool = False,
+    mapped: bool = True,
+    tune: bool | float = False,
+) -> Session:
+    """Load an ONNX model: a path, serialised bytes or a ModelProto.
+
+    `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` is how many
+    threads a run on the CPU has; None is one for every core, or what the environment variable INFERA_THREADS says.
+    Sessions share their threads, and from the first run until the last session is closed or collected NumPy's BLAS has
+    one thread, in the whole process.
+    `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
+    writes, as far as BLAS does: nothing is folded into weights, no norm, softmax, attention or activation that is
+    spelled out is computed by another formula, and convolutions take no Winograd. `jit` says whether
+    the CPU runs kernels that numba compiles; None does where numba is installed. On a GPU all steps that can be are
+    captured into CUDA graphs; `graphs=False` launches them one by one. Up to `max_concurrency` runs go on at
+    once, each in an arena of its own; with `arena`, as many as that allows, over all sessions that share it.
+    `vram_limit` is the most memory of a GPU that the session takes ("4GiB", or bytes), or a VramBudget, which several
+    sessions have together; the CPU has none. A model whose weights do not fit is refused here, a plan that does not fit
+    beside them when it is made.
+
+    `precision` is in what float32 models are computed. "fp32" is float32 throughout. "tf32" lets products and
+    convolutions round their operands to 10 bits on tensor cores. "fp16" and "bf16" compute in half precision what gains
+    by it, with sums, norms and softmax in float32, "int8" products with known weights on integers whose scales are
+    found in every run; inputs and outputs keep their types. `infera verify --precision` shows what it costs a model. On
+    the CPU the last three are slow, there to check results; "tf32" changes nothing there.
+
+    With `batch_invariant` what a GPU makes of one entry of a batch is the same bits whatever else is in the batch, and
+    however large it is; a node that cannot promise it is a PlanError when it is planned, the CPU a DeviceError here.
+    docs/gpu.md says what it takes to mean "entry", and what it costs.
+
+    External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
+    they are while the session lives. `mapped=False` reads them, and they may change.
+
+    `tune` measures tiles of kernels on the GPU in the first runs, up to so many seconds in all (`True` is 60), as
+    `Session.tune` does; what was measured before is used in any case.
+
+    Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
+    OutOfMemoryError.
+    """
+    if accuracy not in ("fast", "strict"):
+        raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
+    if arena is not None and not isinstance(arena, Arena):
+        raise InputError(f"arena is a {type(arena).__name__}, expected an infera_gpu.Arena")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision not in ("fp32", "tf32") and not fuse:
+        raise InputError(f"precision='{precision}' rewrites the graph, fuse=False runs it as it is written")
+    graph = differentiated(load_graph(model, mapped))
+    check_supported(graph, registry())
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}, expected a positive number")
+    budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
+    opened = open_device(
+        device,
+        threads=threads,
+        strict=accuracy == "strict",
+        jit=jit,
+        captures=graphs,
+        tf32=precision == "tf32",
+        batch_invariant=batch_invariant,
+        budget=budget,
+    )
+    again = partial(load_graph, os.path.abspath(model), mapped) if isinstance(model, str | os.PathLike) else None
+    try:
+        session = Session(
+            graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again, precision=precision
+        )
+        opened.require(f"the weights of '{session.name}'", session.constant_bytes)
+        if tune:
+            session.tunable()
+            session.tuning_left = TUNING_SECONDS if tune is True else float(tune)
+        return session
+    except BaseException:
+        opened.close()
+        raise
