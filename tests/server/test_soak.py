@@ -7,9 +7,8 @@ import pytest
 from bench.soak import faults, run
 
 
-@pytest.mark.parametrize(
-    ("minutes", "window"), [(0.1, 1.0), pytest.param(2.0, 5.0, marks=pytest.mark.large)], ids=["seconds", "minutes"]
-)
+@pytest.mark.large
+@pytest.mark.parametrize(("minutes", "window"), [(0.1, 1.0), (2.0, 5.0)], ids=["seconds", "minutes"])
 def test_everything_at_once(minutes: float, window: float) -> None:
     rows: list[dict[str, object]] = []
     assert run(minutes, window, rows.append) == []
