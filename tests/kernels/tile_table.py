@@ -101,8 +101,10 @@ def _attention(kind: str, size: int, tile: attention_tiles.Tile) -> Callable[[Co
         q = FakeArray((8, 12, 1 if tile.rows == 1 else 512, size), dtype)
         k, v = (FakeArray((8, 12, 512, size), dtype) for _ in range(2))
         alone = {kind: {size: (tile,)}}
+        attention_tiles.predicted.cache_clear()
         with mock.patch.object(attention_tiles, "TILES", alone):
             calls = attention.attention(q, k, v, q, launcher, _scratch, attention.Options(right=0))
+        attention_tiles.predicted.cache_clear()
         made = launcher.launches[0]
         assert (made.constexprs["BM"], made.constexprs["BN"]) == (tile.rows, tile.keys)
         assert (made.options["num_warps"], made.options["num_stages"]) == (tile.warps, tile.stages)
