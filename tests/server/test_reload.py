@@ -19,7 +19,7 @@ import pytest
 
 from infera_gpu.errors import ModelError
 from infera_server.errors import BadRequest, Unavailable
-from infera_server.models.discovery import Source, survey
+from infera_server.models.discovery import Source, stamp, survey
 from infera_server.models.golden import Golden, differing
 from infera_server.models.repository import Repository
 from infera_server.models.watch import Watch
@@ -373,6 +373,30 @@ def test_a_new_version_is_loaded_and_the_others_are_not_again(tmp_path: Path) ->
         (tmp_path / "m" / "config.pbtxt").write_text("version_policy: { nope")
         until(once(running, "cannot be read"))
         assert answer(running) == 1.0
+
+
+def test_the_watch_outlives_a_look_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    async def look(self: Watch) -> None:
+        looks.append(1)
+        raise FileNotFoundError("a folder has gone")
+
+    monkeypatch.setattr(Watch, "look", look)
+    factor(tmp_path / "m.onnx", 1.0)
+    with watched(tmp_path):
+        until(lambda: len(looks) > 2)
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_has_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanishing(self: Path, pattern: str) -> Iterator[Path]:
+        yield from self.iterdir()
+        raise FileNotFoundError(self)
+
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert len(stamp(tmp_path)) == 1
+    monkeypatch.setattr(Path, "rglob", vanishing)
+    assert not stamp(tmp_path)
 
 
 def test_in_poll_mode_nothing_is_loaded_by_request(tmp_path: Path) -> None:

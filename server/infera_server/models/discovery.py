@@ -94,9 +94,16 @@ Stamp: TypeAlias = frozenset[tuple[str, int, int, int]]
 
 
 def stamp(path: Path) -> Stamp:
-    """The files of a model: one and those beside it that have the rest of its tensors, or all in a folder."""
+    """The files of a model: one and those beside it that have the rest of its tensors, or all in a folder.
+
+    None of them where a folder of it goes meanwhile.
+    """
     found = set()
-    for file in path.rglob("*") if path.is_dir() else path.parent.glob(f"{escape(path.stem)}*"):
+    try:
+        files = list(path.rglob("*") if path.is_dir() else path.parent.glob(f"{escape(path.stem)}*"))
+    except OSError:
+        files = []
+    for file in files:
         try:
             about = file.stat()
         except OSError:  # it has just gone

@@ -40,6 +40,8 @@ class Watch:
                     await self.look()
                 except RequestError as error:
                     log.warning("%s", error)
+                except Exception:
+                    log.exception("the model repository could not be looked at; it is looked at again")
 
     async def look(self) -> None:
         """Act on what has changed since the last look but one. Raises Unavailable where nothing can be read."""
