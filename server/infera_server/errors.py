@@ -24,10 +24,13 @@ The message goes to the client as it is: it names the thing, what was expected a
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import ClassVar
 
 from infera_gpu.errors import DeviceLostError, InputError, OutOfMemoryError, PlanError
+
+log = logging.getLogger(__name__)
 
 
 class RequestError(Exception):
@@ -178,10 +181,10 @@ def renamed(error: RequestError, message: str) -> RequestError:
 
 
 def request_error(error: Exception, model: str) -> RequestError:
-    """The answer to an exception that running `model` raised.
+    """The answer to an exception that a request raised; `model` is "" where it is for none.
 
-    What the runtime says of the fed shapes and values (InputError, PlanError) is the client's to mend, and so is what
-    a kernel says of values it cannot use (IndexError, ValueError: an index past the table, a negative size).
+    What the runtime says of the fed shapes and values (InputError, PlanError) is the client's to mend. What nobody
+    expected is the server's mistake: the log has it, the client is told its type.
     """
     if isinstance(error, RequestError):
         return error
@@ -189,6 +192,17 @@ def request_error(error: Exception, model: str) -> RequestError:
         return BadRequest(f"model '{model}': {error}")
     if isinstance(error, OutOfMemoryError | DeviceLostError):
         return Unavailable(f"model '{model}': {error}")
-    if isinstance(error, IndexError | ValueError):
+    failed = f"model '{model}' failed" if model else "the server failed"
+    log.error("%s", failed, exc_info=error)
+    return InternalError(f"{failed}: {type(error).__name__}; the server's log says more")
+
+
+def run_error(error: Exception, model: str) -> RequestError:
+    """The answer to an exception that a run of `model` raised.
+
+    What a kernel says of values that it cannot use (IndexError, ValueError: an index past the table, a negative size)
+    is the client's to mend as well.
+    """
+    if isinstance(error, IndexError | ValueError) and not isinstance(error, InputError):
         return BadRequest(f"model '{model}' cannot run on this input: {error}")
-    return InternalError(f"model '{model}' failed: {type(error).__name__}; the server's log says more")
+    return request_error(error, model)

@@ -439,3 +439,21 @@ def test_a_mistake_of_the_server_is_not_called_the_clients(monkeypatch: pytest.M
             sock.sendall(http_request(json.dumps(request_of(np.ones((1, 4), np.float32))).encode()))
             status, headers, _ = read_reply(stream)
             assert (status, headers["connection"]) == (500, "close")
+
+
+@pytest.mark.parametrize("at", ["parse", "respond"])
+@pytest.mark.parametrize("kind", [ValueError, IndexError])
+def test_what_a_kernel_may_say_is_the_servers_mistake_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str, kind: type[Exception]
+) -> None:
+    def mistaken(*_: object) -> None:
+        raise kind("private")
+
+    with serving({"double": doubler()}) as running:
+        monkeypatch.setattr(f"infera_server.protocols.v2_rest.{at}", mistaken)
+        status, document = running.infer("double", request_of(X))
+    assert (status, document) == (
+        500,
+        {"error": f"model 'double' failed: {kind.__name__}; the server's log says more"},
+    )
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [kind]

@@ -277,10 +277,7 @@ class HotPathProtocol(Connection):
 
     def _refuse_unread(self, exchange: Exchange, error: Exception) -> None:
         """Answer what was raised between a body's arrival and the queue."""
-        if not isinstance(error, RequestError):
-            log.error("a request could not be read", exc_info=error)
-            error = request_error(error, exchange.model.signature.name if exchange.model else "")
-        self._refuse(exchange, error)
+        self._refuse(exchange, request_error(error, exchange.model.signature.name if exchange.model else ""))
 
     def _submit(self, exchange: Exchange) -> None:
         model, parts = exchange.model, exchange.body
@@ -370,8 +367,6 @@ class HotPathProtocol(Connection):
         try:
             head, tail = v2_rest.respond(request, result, model.signature, self.service.regions)
         except Exception as error:
-            if not isinstance(error, RequestError):
-                log.exception("model '%s': a reply could not be written", model.signature.name)
             self._refuse(exchange, request_error(error, model.signature.name))
             return
         if tail:

@@ -74,25 +74,27 @@ async def responses(
 
 
 async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
-    """What `answer` gives, counted in the model's statistics as one request. Raises what it raises."""
+    """What `answer` gives, counted in the model's statistics as one request. Raises RequestError."""
     began = time.monotonic()
     try:
         reply = await answer
     except Exception as error:
-        model.stats.failed(request_error(error, model.signature.name), time.monotonic() - began)
-        raise
+        refusal = request_error(error, model.signature.name)
+        model.stats.failed(refusal, time.monotonic() - began)
+        raise refusal from None
     model.stats.replied(200, time.monotonic() - began)
     return reply
 
 
 async def counted_each(model: Servable, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
-    """The same, counted in the model's statistics as one request. Raises what it raises."""
+    """The same, counted in the model's statistics as one request. Raises RequestError."""
     began = time.monotonic()
     async with aclosing(replies):
         try:
             async for reply in replies:
                 yield reply
         except Exception as error:
-            model.stats.failed(request_error(error, model.signature.name), time.monotonic() - began)
-            raise
+            refusal = request_error(error, model.signature.name)
+            model.stats.failed(refusal, time.monotonic() - began)
+            raise refusal from None
     model.stats.replied(200, time.monotonic() - began)

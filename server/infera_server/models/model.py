@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infera_gpu.cpus import default_threads
-from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, request_error
+from infera_server.errors import BadRequest, Unavailable, run_error
 from infera_server.metrics import ModelStats
 from infera_server.models.declared import Declared, declared
 from infera_server.models.definition import Definition
@@ -222,7 +222,7 @@ def open_model(
         stats.goal = stats.goal or goal
 
     def answer(deliver: Callable[[Batch], None], batch: Batch) -> None:
-        batch.results = [_answer(r, name) if isinstance(r, Exception) else r for r in batch.results]
+        batch.results = [run_error(r, name) if isinstance(r, Exception) else r for r in batch.results]
         post(deliver, batch)
 
     rules = policies(config)
@@ -279,11 +279,3 @@ def _batching(session: Session, config: ModelConfig | None, max_batch: int) -> B
     if found.layout is not None and any((*found.layout.inputs.values(), *found.layout.outputs.values())):
         return replace(derive(session, 1), reason="off: the first axis, which the configuration batches, is not proven")
     return found
-
-
-def _answer(error: Exception, name: str) -> RequestError:
-    """What the client is told; what it is not told goes to the log."""
-    answer = request_error(error, name)
-    if isinstance(answer, InternalError) and answer is not error:
-        log.error("model '%s' failed", name, exc_info=error)
-    return answer

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from infera_server.errors import QUEUE_FULL, InternalError, RequestError, Unavailable, request_error
+from infera_server.errors import QUEUE_FULL, RequestError, Unavailable, request_error
 from infera_server.models.servable import Servable
 from infera_server.processes.arena import Blocks, Lent
 from infera_server.processes.engine_wire import error_out
@@ -113,7 +113,7 @@ class Desk:
     def _not_taken(self, number: int, error: Exception) -> None:
         """A request was refused. (Not in the frame that the error leads to, which has the tensors.)"""
         uid, model, _ = self._under_way.pop(number)
-        refusal = _refusal(error, model)
+        refusal = request_error(error, model.signature.name)
         if refusal.reason == QUEUE_FULL:
             self._full.show(uid)
         self._refuse(number, refusal)
@@ -144,7 +144,7 @@ class Desk:
         uid, model, job = found
         self._full.hide(uid)
         if isinstance(result, Exception):
-            self._refuse(number, _refusal(result, model))
+            self._refuse(number, request_error(result, model.signature.name))
             return
         run = run_out(batch, job) if explained and job is not None else None
         try:
@@ -152,7 +152,7 @@ class Desk:
         except RequestError:
             self._put(entry(Entry.LOST, number))
         except Exception as error:
-            self._refuse(number, _refusal(error, model))
+            self._refuse(number, request_error(error, model.signature.name))
         else:
             self._put(entry(Entry.MESSAGE, offset))
 
@@ -172,10 +172,3 @@ class Desk:
 def _of(wanted: Sequence[Output], outputs: Arrays) -> Arrays:
     """Those that are asked for; none where a response has none."""
     return {output.name: outputs[output.name] for output in wanted} if outputs else {}
-
-
-def _refusal(error: Exception, model: Servable) -> RequestError:
-    refusal = request_error(error, model.signature.name)
-    if refusal is not error and isinstance(refusal, InternalError):
-        log.error("model '%s' failed", model.signature.name, exc_info=error)
-    return refusal

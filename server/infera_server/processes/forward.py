@@ -120,9 +120,9 @@ class Answering:
         try:
             await self._app(scope, receive, send)
         except Exception as error:
-            log.exception("%s %s failed", asked["method"], asked["path"])
+            refusal = request_error(error, "")
             if not told:
-                raise request_error(error, "") from None
+                raise refusal from None
         if asked["method"] not in READING:
             await self._service.repository.audience.informed()
         return told, b"".join(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from infera_server.codec import Buffer
-from infera_server.errors import InternalError, RequestError, TooLarge, Unsupported, request_error
+from infera_server.errors import RequestError, TooLarge, Unsupported, request_error
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_grpc
@@ -24,8 +23,6 @@ from infera_server.scheduling.jobs import Batch, Done, Job
 from infera_server.scheduling.rows import Arrays
 from infera_server.scheduling.signature import Signature
 from infera_server.service import Service
-
-log = logging.getLogger(__name__)
 
 INLINE_BYTES = 1 << 18
 """What is read at once of a message, in a millisecond or two: its bytes without raw tensors, and those of texts."""
@@ -48,14 +45,6 @@ def credentials(context: Any) -> str:
     """What a call's metadata bring as an API key; empty where they bring none."""
     found = dict(context.invocation_metadata())
     return str(found.get("authorization") or found.get("x-api-key") or "")
-
-
-def as_refusal(error: Exception, model: str = "") -> RequestError:
-    """What a client is told; what it is not told goes to the log."""
-    answer = request_error(error, model)
-    if isinstance(answer, InternalError) and answer is not error:
-        log.error("a call could not be answered", exc_info=error)
-    return answer
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +103,7 @@ class Call:
 
 def failed(model: Servable, began: float, error: Exception) -> RequestError:
     """What the client of a request to this model is told. It is counted."""
-    refusal = as_refusal(error, model.signature.name)
+    refusal = request_error(error, model.signature.name)
     model.stats.failed(refusal, time.monotonic() - began)
     return refusal
 

@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 from infera_server import management
 from infera_server.access import Access
 from infera_server.codec import short
-from infera_server.errors import BadRequest, NotFound, Unavailable, Unsupported
+from infera_server.errors import BadRequest, NotFound, Unavailable, Unsupported, request_error
 from infera_server.models.servable import Servable
 from infera_server.protocols import wire
 from infera_server.protocols.protos import message, pool
 from infera_server.protocols.v2_grpc import look_up, version_of
-from infera_server.rpc.calls import as_refusal, credentials, refuse
+from infera_server.rpc.calls import credentials, refuse
 from infera_server.service import Service
 
 OPEN = frozenset({"ServerLive", "ServerReady"})
@@ -53,7 +53,7 @@ def handler(service: Service, name: str, elsewhere: Elsewhere | None) -> grpc.Rp
                 return await elsewhere(name, data)
             return await _answer(service, name, request)
         except Exception as error:
-            await refuse(context, as_refusal(error))
+            await refuse(context, request_error(error, ""))
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -63,7 +63,7 @@ async def answered(service: Service, name: str, data: bytes) -> bytes:
     try:
         return await _answer(service, name, _read(name, data))
     except Exception as error:
-        raise as_refusal(error) from None
+        raise request_error(error, "") from None
 
 
 def _read(name: str, data: bytes) -> Any:
