@@ -74,7 +74,7 @@ def save_model(path: Path) -> None:
 
 
 def http(method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: soak\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     return head.encode() + body
 
 

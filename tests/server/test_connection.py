@@ -361,7 +361,7 @@ def test_a_management_body_that_does_not_parse_is_refused_in_json(server: Runnin
 )
 def test_what_follows_the_last_request_is_not_read(server: Running, last: bytes) -> None:
     """Though it came in one piece with it: no model is unloaded, and of the bodies nothing is held."""
-    unload = b"POST /v2/repository/models/any/unload HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    unload = b"POST /v2/repository/models/any/unload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n"
     first, second = ask(server, last + http_request(BODY) * 3 + unload, replies=2)
     assert (first[1]["connection"], second[0]) == ("close", 0)
     assert server.infer("any", request_of(X))[0] == 200
