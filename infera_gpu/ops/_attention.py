@@ -20,7 +20,7 @@ def _plain(site: Site, masks: tuple[int, ...]) -> bool:
     return dtype in (np.float32, np.float64) and all(s.dtype == dtype and s.size for s in specs)
 
 
-def _heads(x: Array, heads: int) -> Array:
+def heads_of(x: Array, heads: int) -> Array:
     """(batch, sequence, heads x size) as (batch, heads, sequence, size), without a copy."""
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
@@ -49,7 +49,7 @@ def _bind_attention(site: Site, io: Buffers) -> list[Call]:
     out, presents = io.outs[0], [*io.outs[1:], None, None]
     if q.ndim == 3:
         heads, groups = int(attrs["q_num_heads"]), int(attrs["kv_num_heads"])
-        q, k, v, out = _heads(q, heads), _heads(k, groups), _heads(v, groups), _heads(out, heads)
+        q, k, v, out = heads_of(q, heads), heads_of(k, groups), heads_of(v, groups), heads_of(out, heads)
     groups = k.shape[1]
     past = [io.ins[i] if site.has(i) else None for i in (4, 5)]
     (k, calls), (v, more) = (_continued(*x, io) for x in zip(past, (k, v), presents, strict=False))
@@ -119,7 +119,7 @@ def _attend(site: Site, io: Buffers, q: Array, k: Array, v: Array, *, padding: i
     options = cpu.Options(
         scale=site.attrs["scale"] or 1 / math.sqrt(q.shape[-1]), zero="unseen" if site.has(extra) else ""
     )
-    out = _heads(io.outs[0], q.shape[1])
+    out = heads_of(io.outs[0], q.shape[1])
     first, parts = cpu.attention(q, k.swapaxes(-1, -2), v, out, io.scratch, options, masks=masks, parts=io.threads)
     return [*calls, *first, *io.parallel(parts)]
 
@@ -143,7 +143,7 @@ def _bind_mha(site: Site, io: Buffers) -> list[Call]:
             biased = io.scratch(given[i].shape, given[i].dtype)
             calls.append(call(np.add, given[i], bias, biased))
             given[i] = biased
-    q, k, v = (_heads(x, heads) for x in given)
+    q, k, v = (heads_of(x, heads) for x in given)
     calls += [copy(present, x) for present, x in zip(io.outs[1:], (k, v), strict=False)]
     return calls + _attend(site, io, q, k, v, padding=4, extra=5)
 
@@ -166,7 +166,7 @@ def _bind_merged(site: Site, io: Buffers) -> list[Call]:
     calls += epilogue(product, io.scratch, bias=io.ins[2] if site.has(2) else None)
     size = site.outs[0].dims[2]
     each = (w.shape[1] - size) // 2
-    q, k, v = (_heads(p, heads) for p in np.split(product, (each, 2 * each), axis=2))
+    q, k, v = (heads_of(p, heads) for p in np.split(product, (each, 2 * each), axis=2))
     calls += [copy(present[i], x) for present in io.outs[1:] for i, x in enumerate((k, v))]
     return calls + _attend(site, io, q, k, v, padding=3, extra=5)
 

@@ -24,6 +24,26 @@ def i64(*values: int) -> np.ndarray[Any, np.dtype[Any]]:
     return np.array(values, np.int64)
 
 
+def u8(*shape: int) -> TensorSpec:
+    """A case's input of bytes."""
+    return TensorSpec(shape, np.dtype(np.uint8))
+
+
+def scales(*values: float) -> np.ndarray[Any, np.dtype[Any]]:
+    """A case's scales, in float32: one is a scalar."""
+    return points(*values, dtype=np.float32)
+
+
+def points(*values: float, dtype: Any = np.uint8) -> np.ndarray[Any, np.dtype[Any]]:
+    """A case's zero points: one is a scalar."""
+    return np.array(values if len(values) > 1 else values[0], dtype)
+
+
+def reads_floats(site: Site) -> bool:
+    """Whether input 0 has elements, of float32 or float64."""
+    return site.spec(0).size > 0 and site.spec(0).dtype in (np.float32, np.float64)
+
+
 def drawn(seed: int, count: int) -> np.ndarray[Any, np.dtype[Any]]:
     """So many uint64, for cases: SplitMix64 (Steele, Lea and Flood, 2014).
 

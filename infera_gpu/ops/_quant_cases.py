@@ -10,13 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from infera_gpu.op import Case, f32
-from infera_gpu.ops._families import NARROW, narrow
+from infera_gpu.ops._families import NARROW, narrow, u8
 from infera_gpu.spec import Array, DType, TensorSpec, onnx_of_dtype
 from infera_kernels.portable.quant import is_integer
-
-
-def _u8(*shape: int) -> TensorSpec:
-    return TensorSpec(shape, np.dtype(np.uint8))
 
 
 def _scalar(value: float, dtype: Any = np.float32) -> np.ndarray[Any, np.dtype[Any]]:
@@ -64,20 +60,20 @@ _QUANTIZE_21 = (
 )
 
 _BACK_CASES = (
-    Case("no_zero", (_u8(3, 5), _scalar(0.02)), low=0, high=255),
-    Case("uint8", (_u8(3, 5), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
+    Case("no_zero", (u8(3, 5), _scalar(0.02)), low=0, high=255),
+    Case("uint8", (u8(3, 5), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
     Case("int32", (TensorSpec((7,), np.dtype(np.int32)), _scalar(0.02)), low=-9999, high=9999),
-    Case("past_block", (_u8(3, 24001), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
+    Case("past_block", (u8(3, 24001), _scalar(0.02), _scalar(128, np.uint8)), low=0, high=255),
 )
 _BACK_AXIS_CASES = (
-    Case("rows", (_u8(3, 5), _SCALES, _ZEROS), {"axis": 0}, low=0, high=255),
-    Case("channels", (_u8(2, 3, 4, 5), _SCALES, _ZEROS), low=0, high=255),
-    Case("last", (_u8(4, 3), _SCALES, _ZEROS), {"axis": -1}, low=0, high=255),
+    Case("rows", (u8(3, 5), _SCALES, _ZEROS), {"axis": 0}, low=0, high=255),
+    Case("channels", (u8(2, 3, 4, 5), _SCALES, _ZEROS), low=0, high=255),
+    Case("last", (u8(4, 3), _SCALES, _ZEROS), {"axis": -1}, low=0, high=255),
 )
 _BACK_21 = (
-    Case("blocks", (_u8(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
+    Case("blocks", (u8(3, 8), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
     Case("uint16", (TensorSpec((3, 5), np.dtype(np.uint16)), _scalar(0.001), _scalar(99, np.uint16)), high=60000),
-    Case("blocks_and_a_rest", (_u8(3, 7), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
+    Case("blocks_and_a_rest", (u8(3, 7), _BLOCK_SCALES), {"axis": 1, "block_size": 4}, low=0, high=255),
 )
 
 _INT4 = np.arange(-7, 8).reshape(3, 5).astype(ml_dtypes.int4)

@@ -15,6 +15,7 @@ import numpy as np
 
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._attention import heads_of
 from infera_gpu.ops._families import ZERO
 from infera_gpu.ops._triton import Kernels, kernels
 from infera_gpu.spec import Array, DType, TensorSpec
@@ -110,11 +111,6 @@ def attending(arrange: Arrange, *, strided_out: bool = False) -> Kernels:
         strided_out=strided_out,
         workspace=lambda site: room(arranged(site, arrange), site),
     )
-
-
-def heads_of(x: Array, heads: int) -> Array:
-    """(batch, sequence, heads x size) as (batch, heads, sequence, size)."""
-    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def apart(x: Array, heads: int, repeats: int) -> Array:

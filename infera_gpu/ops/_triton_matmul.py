@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import kernels
+from infera_gpu.ops.matmul import swapped
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.matmul import transposed
 
 
-def _turned(dims: tuple[int, ...], flag: Any) -> tuple[int, ...]:
-    return (*dims[:-2], dims[-1], dims[-2]) if flag and len(dims) > 1 else dims
-
-
 def _matrices(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The shapes of both factors, transposed as the attributes say, and of the output: vectors as matrices."""
-    a = _turned(site.spec(0).dims, site.attrs.get("transA"))
-    b = _turned(site.spec(1).dims, site.attrs.get("transB"))
+    a = swapped(site.spec(0).dims, site.attrs.get("transA"))
+    b = swapped(site.spec(1).dims, site.attrs.get("transB"))
     left, right = (1, *a) if len(a) == 1 else a, (*b, 1) if len(b) == 1 else b
     out = site.outs[0].dims
     batch = out[: len(out) - (len(a) > 1) - (len(b) > 1)]

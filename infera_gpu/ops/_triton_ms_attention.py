@@ -10,8 +10,9 @@ from typing import Any
 
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.ops._attention import heads_of
 from infera_gpu.ops._triton import kernels
-from infera_gpu.ops._triton_attention import Arranged, arranged, covers, heads_of, joined, launches, room, stand_in
+from infera_gpu.ops._triton_attention import Arranged, arranged, covers, joined, launches, room, stand_in
 from infera_gpu.spec import Array, TensorSpec
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops import _triton_norm, conv_transpose, norm
+from infera_gpu.ops._families import reads_floats
 from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.channels_last import ChannelsLast
 from infera_kernels.calls import Split
@@ -15,10 +14,6 @@ from infera_kernels.cpu import nhwc_norm, nhwc_transpose
 
 LRN = ChannelsLast(next(o for o in norm.OPS if o.name == "LRN"))
 CONV_TRANSPOSE = ChannelsLast(conv_transpose.OPS[0])
-
-
-def _floating(site: Site) -> bool:
-    return site.spec(0).size > 0 and site.spec(0).dtype in (np.float32, np.float64)
 
 
 def _bind_lrn(site: Site, io: Buffers) -> Sequence[Call]:
@@ -43,11 +38,12 @@ def _bind_transpose(site: Site, io: Buffers) -> Sequence[Call]:
 
 OPS: tuple[Op, ...] = (
     LRN.op(
-        LRN.first.cases, {"cpu": Kernel(_bind_lrn, _floating)} | _triton_norm.local_response(norm.lrn_params, axis=-1)
+        LRN.first.cases,
+        {"cpu": Kernel(_bind_lrn, reads_floats)} | _triton_norm.local_response(norm.lrn_params, axis=-1),
     ),
     CONV_TRANSPOSE.op(
         CONV_TRANSPOSE.first.cases,
-        {"cpu": Kernel(_bind_transpose, _floating)}
+        {"cpu": Kernel(_bind_transpose, reads_floats)}
         | Convolution(
             conv_transpose.transposed_window, first=CONV_TRANSPOSE.site, last=True, transposed=True
         ).kernels(),

@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Expansion, Kernel, Op, Site, f32
-from infera_gpu.ops._families import split_of
+from infera_gpu.ops._families import split_of, u8
 from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops._triton_quant_conv import Form, integer_conv
 from infera_gpu.ops.window import ATTRS, Window, window
@@ -222,10 +222,6 @@ def fused_activation(site: Site) -> Activation | None:
 _KERNELS = {"cpu": Kernel(_bind, _supports), **Convolution(conv_window, fused_activation).kernels()}
 
 
-def _u8(*shape: int) -> TensorSpec:
-    return TensorSpec(shape, np.dtype(np.uint8))
-
-
 _CASES = (
     Case("3x3", (f32(2, 3, 7, 9), f32(5, 3, 3, 3), f32(5)), {"pads": (1, 1, 1, 1)}),
     Case("no-bias-or-padding", (f32(1, 4, 6, 5), f32(3, 4, 3, 2))),
@@ -324,8 +320,8 @@ OPS: tuple[Op, ...] = (
     Op(
         "ConvInteger", 10, conv_spec, _compute_integer,
         (
-            Case("plain", (_u8(1, 2, 5, 6), _u8(3, 2, 3, 3)), low=0, high=255),
-            Case("zero-points", (_u8(2, 2, 5, 6), _u8(4, 1, 3, 3), np.array(130, np.uint8), np.array([120], np.uint8)),
+            Case("plain", (u8(1, 2, 5, 6), u8(3, 2, 3, 3)), low=0, high=255),
+            Case("zero-points", (u8(2, 2, 5, 6), u8(4, 1, 3, 3), np.array(130, np.uint8), np.array([120], np.uint8)),
                  {"group": 2, "pads": (1, 1, 0, 1), "strides": (2, 1)}, low=0, high=255),
         ),
         {**ATTRS, "group": 1},

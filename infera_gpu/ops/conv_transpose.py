@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
+from infera_gpu.ops._families import reads_floats
 from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.window import ATTRS, Window, extents, pad_pairs, per_axis, split_pads
 from infera_gpu.spec import Array, TensorSpec
@@ -63,10 +62,6 @@ def _compute(xp: Any, site: Site, x: Array, w: Array, b: Array | None = None) ->
     return transposed_convolution(xp, x, w, b, found.out, group=int(site.attrs["group"]), **found.params)
 
 
-def _supports(site: Site) -> bool:
-    return site.spec(0).size > 0 and site.spec(0).dtype in (np.float32, np.float64)
-
-
 def _bind(site: Site, io: Buffers) -> Sequence[Call]:
     x, w, b = (*io.ins, None)[:3]
     return conv_transpose(
@@ -99,6 +94,6 @@ OPS: tuple[Op, ...] = (
         _compute,
         _CASES,
         {**ATTRS, "group": 1, "output_padding": None, "output_shape": None},
-        kernels={"cpu": Kernel(_bind, _supports), **Convolution(transposed_window, transposed=True).kernels()},
+        kernels={"cpu": Kernel(_bind, reads_floats), **Convolution(transposed_window, transposed=True).kernels()},
     ),
 )

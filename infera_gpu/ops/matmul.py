@@ -57,7 +57,8 @@ def _operands(site: Site, io: Buffers) -> tuple[Array, Array]:
     return a, io.ins[1].swapaxes(-1, -2)
 
 
-def _input(io: Buffers, i: int) -> Array | None:
+def given(io: Buffers, i: int) -> Array | None:
+    """Input i, None where it is left out at the end."""
     return io.ins[i] if i < len(io.ins) else None
 
 
@@ -68,7 +69,7 @@ def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
 def bind_gemm(site: Site, io: Buffers) -> list[Call]:
     a, b = _operands(site, io)
     alpha, beta = site.attrs["alpha"], site.attrs["beta"]
-    return cpu.gemm(a, b, _input(io, 2), io.outs[0], io.scratch, split_of(io), alpha=alpha, beta=beta)
+    return cpu.gemm(a, b, given(io, 2), io.outs[0], io.scratch, split_of(io), alpha=alpha, beta=beta)
 
 
 def gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
@@ -217,9 +218,9 @@ def bind_fused(site: Site, io: Buffers) -> list[Call]:
         io.scratch,
         split_of(io),
         alpha=site.attrs["alpha"],
-        bias=_input(io, 2),
+        bias=given(io, 2),
         activation=_ACTIVATIONS[site.attrs.get("activation", "")],
-        residual=_input(io, 3),
+        residual=given(io, 3),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Kernel, Op, Site
-from infera_gpu.ops._families import normalized
+from infera_gpu.ops._families import normalized, points, scales, u8
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops._triton_quantised import MEAN, elementwise, joined
 from infera_gpu.ops._triton_quantised import softmax as rows
@@ -156,21 +156,9 @@ def _rows(site: Site) -> tuple[int, int, int]:
     return math.prod(dims[:axis]), math.prod(dims[axis:]) // max(inner, 1), inner
 
 
-def _u8(*shape: int) -> TensorSpec:
-    return TensorSpec(shape, np.dtype(np.uint8))
-
-
-def _scale(value: float) -> Array:
-    return np.array(value, np.float32)
-
-
-def _zero(value: int) -> Array:
-    return np.array(value, np.uint8)
-
-
 # Scales without common factors: exact halves would be rounded either way, by the last bit of the arithmetic.
-_A, _B = (_u8(2, 3, 4), _scale(0.0531), _zero(120)), (_u8(3, 1), _scale(0.0217), _zero(10))
-_OUT = (_scale(0.0419), _zero(100))
+_A, _B = (u8(2, 3, 4), scales(0.0531), points(120)), (u8(3, 1), scales(0.0217), points(10))
+_OUT = (scales(0.0419), points(100))
 _WIDE: dict[str, Any] = {"low": 0, "high": 255}
 
 
@@ -208,14 +196,14 @@ def _concat(xp: Any, site: Site, *ins: Array) -> Array:
 _HALVES = Case(
     "halves",
     (
-        _u8(20, 30),
-        _scale(2 / 255),
-        _zero(128),
+        u8(20, 30),
+        scales(2 / 255),
+        points(128),
         np.array(255, np.uint8),
-        _scale(1 / 255),
-        _zero(0),
-        _scale(2 / 255),
-        _zero(3),
+        scales(1 / 255),
+        points(0),
+        scales(2 / 255),
+        points(3),
     ),
     **_WIDE,
 )
@@ -241,7 +229,7 @@ OPS = (
         1,
         lambda xp, site, ins: activation(xp, "sigmoid", ins[0]),
         _same,
-        (Case("plain", (*_A, _scale(1 / 256), _zero(0)), **_WIDE),),
+        (Case("plain", (*_A, scales(1 / 256), points(0)), **_WIDE),),
         kernels=elementwise("sigmoid", 1),
     ),
     quantized(
@@ -250,9 +238,9 @@ OPS = (
         _softmax,
         _same,
         (
-            Case("last", (*_A, _scale(1 / 256), _zero(0)), {"opset": 13}, **_WIDE),
-            Case("middle", (*_A, _scale(1 / 256), _zero(0)), {"opset": 13, "axis": 1}, **_WIDE),
-            Case("flat", (*_A, _scale(1 / 256), _zero(0)), {"opset": 12, "axis": 1}, **_WIDE),
+            Case("last", (*_A, scales(1 / 256), points(0)), {"opset": 13}, **_WIDE),
+            Case("middle", (*_A, scales(1 / 256), points(0)), {"opset": 13, "axis": 1}, **_WIDE),
+            Case("flat", (*_A, scales(1 / 256), points(0)), {"opset": 12, "axis": 1}, **_WIDE),
         ),
         kernels=rows(_rows),
         axis=-1,
@@ -264,9 +252,9 @@ OPS = (
         None,
         _pooled,
         (
-            Case("halves", (_u8(2, 3, 4, 4), _scale(0.05), _zero(120), _scale(0.05), _zero(3)), **_WIDE),
-            Case("images", (_u8(2, 3, 4, 5), _scale(0.05), _zero(120), *_OUT), **_WIDE),
-            Case("last", (_u8(2, 9, 8, 3), _scale(0.05), _zero(120), *_OUT), {"channels_last": 1}, **_WIDE),
+            Case("halves", (u8(2, 3, 4, 4), scales(0.05), points(120), scales(0.05), points(3)), **_WIDE),
+            Case("images", (u8(2, 3, 4, 5), scales(0.05), points(120), *_OUT), **_WIDE),
+            Case("last", (u8(2, 9, 8, 3), scales(0.05), points(120), *_OUT), {"channels_last": 1}, **_WIDE),
         ),
         integers=_mean,
         kernels=MEAN,
@@ -278,28 +266,28 @@ OPS = (
         lambda xp, site, ins: _AVERAGE[1](xp, site, ins[0]),
         lambda site: _AVERAGE[0](site)[0].dims,
         (
-            Case("2d", (_u8(2, 3, 6, 5), _scale(0.0531), _zero(120), *_OUT), {"kernel_shape": (3, 2)}, **_WIDE),
+            Case("2d", (u8(2, 3, 6, 5), scales(0.0531), points(120), *_OUT), {"kernel_shape": (3, 2)}, **_WIDE),
             Case(
                 "padded",
-                (_u8(1, 3, 6, 5), _scale(0.0531), _zero(120), *_OUT),
+                (u8(1, 3, 6, 5), scales(0.0531), points(120), *_OUT),
                 {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1), "strides": (2, 1)},
                 **_WIDE,
             ),
             Case(
                 "last",
-                (_u8(1, 6, 5, 3), _scale(0.0531), _zero(120), *_OUT),
+                (u8(1, 6, 5, 3), scales(0.0531), points(120), *_OUT),
                 {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1), "count_include_pad": 1, "channels_last": 1},
                 **_WIDE,
             ),
             Case(
                 "quarters",
-                (_u8(1, 3, 8, 8), _scale(0.05), _zero(4), _scale(0.05), _zero(3)),
+                (u8(1, 3, 8, 8), scales(0.05), points(4), scales(0.05), points(3)),
                 {"kernel_shape": (2, 2), "strides": (2, 2)},
                 **_WIDE,
             ),
             Case(
                 "halves",
-                (_u8(1, 3, 6, 5), _scale(0.05), _zero(3), _scale(0.05), _zero(3)),
+                (u8(1, 3, 6, 5), scales(0.05), points(3), scales(0.05), points(3)),
                 {"kernel_shape": (2, 1)},
                 **_WIDE,
             ),
@@ -320,7 +308,7 @@ OPS = (
         "QLinearConcat",
         _infer_concat,
         _concat,
-        (Case("two", (_scale(0.05), _zero(100), *_A, _u8(2, 5, 4), _scale(0.04), _zero(90)), {"axis": 1}, **_WIDE),),
+        (Case("two", (scales(0.05), points(100), *_A, u8(2, 5, 4), scales(0.04), points(90)), {"axis": 1}, **_WIDE),),
         kernels=joined(_axis),
         axis=REQUIRED,
     ),

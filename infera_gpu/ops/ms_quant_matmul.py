@@ -9,10 +9,11 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_quant
+from infera_gpu.ops._families import points, scales, u8
 from infera_gpu.ops._ms import F32, ms_op
 from infera_gpu.ops._triton_quant_matmul import Form, dynamic_product, scaled
 from infera_gpu.ops._triton_quant_matmul import product as triton_product
-from infera_gpu.ops.matmul import check_term, product_dims, swapped
+from infera_gpu.ops.matmul import check_term, given, product_dims, swapped
 from infera_gpu.ops.quant_matmul import (
     COMPILED,
     NUMPY,
@@ -52,10 +53,6 @@ def bind_scaled(sums: Array, scales: tuple[Array, Array], bias: Array | None, ou
     return calls if bias is None else [*calls, (np.add, (out, bias, out))]
 
 
-def _input(io: Buffers, i: int) -> Array | None:
-    return io.ins[i] if i < len(io.ins) else None
-
-
 # ---- MatMulIntegerToFloat
 
 
@@ -80,7 +77,7 @@ def _bind_to_float(site: Site, io: Buffers) -> list[Call]:
     sums = io.scratch(out.shape, np.int32)
     return [
         *of_inputs(site, io, (0, 4, 1, 5), sums),
-        *bind_scaled(sums, (io.ins[2], io.ins[3]), _input(io, 6), out, io),
+        *bind_scaled(sums, (io.ins[2], io.ins[3]), given(io, 6), out, io),
     ]
 
 
@@ -117,7 +114,7 @@ def _bind_dynamic(site: Site, io: Buffers) -> list[Call]:
         *cpu.dynamic_quantize(a, q, scale, zero, io.scratch),
         *calls,
         *product(site, io, left, 255, 1, 3, sums),
-        *bind_scaled(sums, (scale, io.ins[2]), _input(io, 4), out, io),
+        *bind_scaled(sums, (scale, io.ins[2]), given(io, 4), out, io),
     ]
 
 
@@ -167,7 +164,7 @@ def _gemm(
 
 
 def _bind_gemm(site: Site, io: Buffers, arithmetic: Arithmetic) -> list[Call]:
-    out, c, scale = io.outs[0], _input(io, _C), column(io.ins[4])
+    out, c, scale = io.outs[0], given(io, _C), column(io.ins[4])
     sums, factor = io.scratch(out.shape, np.int32), io.scratch(scale.shape, np.float32)
     calls = arithmetic.product(site, io, (0, 2, _B, 5), sums)
     if c is not None:
@@ -190,25 +187,13 @@ def _gemm_compiled(site: Site) -> bool:
 # ---- cases
 
 
-def _u8(*shape: int) -> TensorSpec:
-    return TensorSpec(shape, np.dtype(np.uint8))
-
-
 def _s8(*shape: int) -> TensorSpec:
     return TensorSpec(shape, np.dtype(np.int8))
 
 
-def _scale(*values: float) -> Array:
-    return np.array(values if len(values) > 1 else values[0], np.float32)
-
-
-def _zero(*values: int, dtype: Any = np.uint8) -> Array:
-    return np.array(values if len(values) > 1 else values[0], dtype)
-
-
 _BYTES: dict[str, Any] = {"low": -128, "high": 255}
-_COLUMNS = _scale(0.0217, 0.0513, 0.0109)
-_A, _TENSOR = (_u8(5, 4), _scale(0.0531), _zero(120)), (_scale(0.0217), _zero(3, dtype=np.int8))
+_COLUMNS = scales(0.0217, 0.0513, 0.0109)
+_A, _TENSOR = (u8(5, 4), scales(0.0531), points(120)), (scales(0.0217), points(3, dtype=np.int8))
 _WEIGHT = np.arange(-60, 60, 10, dtype=np.int8).reshape(4, 3)
 
 OPS: tuple[Op, ...] = (
@@ -219,12 +204,12 @@ OPS: tuple[Op, ...] = (
         (
             Case(
                 "columns",
-                (_u8(2, 4), _s8(4, 3), _scale(0.1), _COLUMNS, _zero(7), _zero(1, 0, -2, dtype=np.int8), f32(3)),
+                (u8(2, 4), _s8(4, 3), scales(0.1), _COLUMNS, points(7), points(1, 0, -2, dtype=np.int8), f32(3)),
                 low=-50,
                 high=50,
             ),
-            Case("batch", (_u8(2, 5, 4), _WEIGHT, _scale(0.1), _scale(0.2), _zero(7)), **_BYTES),
-            Case("past_block", (_u8(3, 40), _s8(40, 24001), _scale(0.1), _scale(0.2)), **_BYTES),
+            Case("batch", (u8(2, 5, 4), _WEIGHT, scales(0.1), scales(0.2), points(7)), **_BYTES),
+            Case("past_block", (u8(3, 40), _s8(40, 24001), scales(0.1), scales(0.2)), **_BYTES),
         ),
         kernels={
             "cpu": Kernel(_bind_to_float, _supported, strided=True),
@@ -238,10 +223,10 @@ OPS: tuple[Op, ...] = (
         _infer_dynamic,
         _dynamic,
         (
-            Case("tensor", (f32(2, 4), _s8(4, 3), _scale(0.1), _zero(3, dtype=np.int8)), low=-3),
-            Case("columns", (f32(2, 4), _u8(4, 3), _COLUMNS, None, f32(3)), low=0, high=3),
+            Case("tensor", (f32(2, 4), _s8(4, 3), scales(0.1), points(3, dtype=np.int8)), low=-3),
+            Case("columns", (f32(2, 4), u8(4, 3), _COLUMNS, None, f32(3)), low=0, high=3),
             Case("batch", (f32(2, 5, 4), _WEIGHT, _COLUMNS, None, f32(3))),
-            Case("past_block", (f32(3, 40), _s8(40, 24001), _scale(0.1)), low=-100, high=100),
+            Case("past_block", (f32(3, 40), _s8(40, 24001), scales(0.1)), low=-100, high=100),
         ),
         kernels={
             "cpu": Kernel(_bind_dynamic, _supported),
@@ -265,17 +250,17 @@ OPS: tuple[Op, ...] = (
                     *_A,
                     _s8(4, 3),
                     _COLUMNS,
-                    _zero(0, 4, -7, dtype=np.int8),
+                    points(0, 4, -7, dtype=np.int8),
                     np.array([500, -90, 7], np.int32),
-                    _scale(0.419),
-                    _zero(100),
+                    scales(0.419),
+                    points(100),
                 ),
                 {"alpha": 0.7},
                 **_BYTES,
             ),
             Case(
                 "transposed",
-                (_u8(4, 5), *_A[1:], np.ascontiguousarray(_WEIGHT.T), *_TENSOR, None, _scale(0.419), _zero(100)),
+                (u8(4, 5), *_A[1:], np.ascontiguousarray(_WEIGHT.T), *_TENSOR, None, scales(0.419), points(100)),
                 {"transA": 1, "transB": 1},
                 **_BYTES,
             ),
@@ -283,13 +268,13 @@ OPS: tuple[Op, ...] = (
                 "signed",
                 (
                     _s8(34, 40),
-                    _scale(0.0531),
-                    _zero(-9, dtype=np.int8),
+                    scales(0.0531),
+                    points(-9, dtype=np.int8),
                     _s8(40, 130),
                     *_TENSOR,
                     np.arange(34, dtype=np.int32).reshape(34, 1),
-                    _scale(3.19),
-                    _zero(-3, dtype=np.int8),
+                    scales(3.19),
+                    points(-3, dtype=np.int8),
                 ),
                 **_BYTES,
             ),

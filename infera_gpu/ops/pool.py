@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Attrs
 from infera_gpu.op import REQUIRED, Buffers, Call, Case, Compute, Kernel, Op, Site, f32
+from infera_gpu.ops._families import reads_floats
 from infera_gpu.ops._triton_pool import global_pooling, pooling
 from infera_gpu.ops.conv import as_2d, window_2d
 from infera_gpu.ops.window import ATTRS, window
@@ -85,13 +86,8 @@ def _lp(xp: Any, site: Site, x: Array) -> Array:
     return (xp.abs(x) ** p).sum(axis=-1) ** (1 / p)
 
 
-def _floating(site: Site) -> bool:
-    x = site.spec(0)
-    return x.size > 0 and x.dtype in (np.float32, np.float64)
-
-
 def _planar(site: Site) -> bool:
-    return _floating(site) and site.spec(0).ndim in (3, 4) and len(site.node.outputs) == 1
+    return reads_floats(site) and site.spec(0).ndim in (3, 4) and len(site.node.outputs) == 1
 
 
 def _bind_max(site: Site, io: Buffers) -> Sequence[Call]:
@@ -222,11 +218,11 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "GlobalAveragePool", 1, _infer_global, _over_planes(lambda xp, site, x: x.mean(axis=-1)), _GLOBAL,
-        kernels={"cpu": Kernel(_bind_global_average, _floating), **global_pooling("average")},
+        kernels={"cpu": Kernel(_bind_global_average, reads_floats), **global_pooling("average")},
     ),
     Op(
         "GlobalMaxPool", 1, _infer_global, _over_planes(lambda xp, site, x: x.max(axis=-1)), _GLOBAL,
-        kernels={"cpu": Kernel(_bind_global_max, _floating), **global_pooling("max")},
+        kernels={"cpu": Kernel(_bind_global_max, reads_floats), **global_pooling("max")},
     ),
     Op(
         "GlobalLpPool", 1, _infer_global_lp, _over_planes(_lp), (*_GLOBAL, *_GLOBAL_NORMS), {"p": 2},

@@ -11,7 +11,7 @@ import numpy as np
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site
 from infera_gpu.ops import _jit_quant
-from infera_gpu.ops._families import INT32, plain
+from infera_gpu.ops._families import INT32, plain, points, scales
 from infera_gpu.ops._triton_quant_matmul import Form, scaled
 from infera_gpu.ops._triton_quant_matmul import product as triton_product
 from infera_gpu.ops.matmul import product_dims
@@ -123,10 +123,6 @@ def _s8(*shape: int) -> TensorSpec:
     return _spec(np.int8, *shape)
 
 
-def _point(value: int, dtype: Any = np.uint8) -> HostArray:
-    return np.array(value, dtype)
-
-
 _WEIGHT = np.arange(-60, 60, dtype=np.int8).reshape(8, 15)
 _LIMITS: dict[str, Any] = {"low": -128, "high": 255}
 
@@ -151,11 +147,11 @@ _MATMUL_INTEGER = Op(
     cases=Cases(
         lambda: (
             Case("no_zeros", (_u8(3, 8), _u8(8, 5)), **_LIMITS),
-            Case("zeros", (_u8(3, 8), _u8(8, 5), _point(128), _point(7)), **_LIMITS),
-            Case("weights", (_u8(2, 3, 8), _WEIGHT, _u8(), _point(0, np.int8)), **_LIMITS),
-            Case("columns", (_u8(3, 8), _WEIGHT, _point(3), np.arange(15, dtype=np.int8)), **_LIMITS),
-            Case("signed", (_s8(3, 8), _s8(8, 5), _point(-3, np.int8), _point(9, np.int8)), **_LIMITS),
-            Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), _point(0)), low=250, high=255),
+            Case("zeros", (_u8(3, 8), _u8(8, 5), points(128), points(7)), **_LIMITS),
+            Case("weights", (_u8(2, 3, 8), _WEIGHT, _u8(), points(0, dtype=np.int8)), **_LIMITS),
+            Case("columns", (_u8(3, 8), _WEIGHT, points(3), np.arange(15, dtype=np.int8)), **_LIMITS),
+            Case("signed", (_s8(3, 8), _s8(8, 5), points(-3, dtype=np.int8), points(9, dtype=np.int8)), **_LIMITS),
+            Case("long", (_u8(2, 3001), np.full((3001, 4), 255, np.uint8), points(0)), low=250, high=255),
             Case("past_block", (_u8(3, 40), _s8(40, 24001)), **_LIMITS),
             Case("batch", (_u8(2, 3, 8), _u8(2, 8, 5)), **_LIMITS),
         )
@@ -226,10 +222,6 @@ def _linear_compiled(site: Site) -> bool:
     return packs and site.spec(1).size == 1
 
 
-def _scale(*values: float) -> HostArray:
-    return np.array(values if len(values) > 1 else values[0], np.float32)
-
-
 _QLINEAR_MATMUL = Op(
     "QLinearMatMul",
     10,
@@ -244,20 +236,20 @@ _QLINEAR_MATMUL = Op(
         lambda: (
             Case(
                 "uint8",
-                (_u8(3, 8), _scale(0.02), _point(128), _u8(8, 5), _scale(0.01), _point(7), _scale(0.2), _point(100)),
+                (_u8(3, 8), scales(0.02), points(128), _u8(8, 5), scales(0.01), points(7), scales(0.2), points(100)),
                 **_LIMITS,
             ),
             Case(
                 "weights",
                 (
                     _u8(2, 3, 8),
-                    _scale(0.02),
-                    _point(128),
+                    scales(0.02),
+                    points(128),
                     _WEIGHT,
-                    _scale(0.01),
-                    _point(0, np.int8),
-                    _scale(0.1),
-                    _point(100),
+                    scales(0.01),
+                    points(0, dtype=np.int8),
+                    scales(0.1),
+                    points(100),
                 ),
                 **_LIMITS,
             ),
@@ -265,13 +257,13 @@ _QLINEAR_MATMUL = Op(
                 "past_block",
                 (
                     _u8(3, 8),
-                    _scale(0.02),
-                    _point(128),
+                    scales(0.02),
+                    points(128),
                     _s8(8, 24001),
-                    _scale(0.01),
-                    _point(0, np.int8),
-                    _scale(0.1),
-                    _point(100),
+                    scales(0.01),
+                    points(0, dtype=np.int8),
+                    scales(0.1),
+                    points(100),
                 ),
                 **_LIMITS,
             ),
@@ -279,13 +271,13 @@ _QLINEAR_MATMUL = Op(
                 "signed",
                 (
                     _s8(130, 8),
-                    _scale(0.02),
-                    _point(1, np.int8),
+                    scales(0.02),
+                    points(1, dtype=np.int8),
                     _s8(8, 40),
-                    _scale(0.01),
-                    _point(0, np.int8),
-                    _scale(0.1),
-                    _point(-3, np.int8),
+                    scales(0.01),
+                    points(0, dtype=np.int8),
+                    scales(0.1),
+                    points(-3, dtype=np.int8),
                 ),
                 **_LIMITS,
             ),

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
 from infera_gpu.ops import _jit_quant, _triton_quant
-from infera_gpu.ops._families import FLOAT32, plain
+from infera_gpu.ops._families import FLOAT32, plain, points, scales
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.ops.quant_matmul import check_parameters, column, product
 from infera_gpu.spec import Array, TensorSpec
@@ -152,17 +151,9 @@ def _narrow_constant(site: Site) -> bool:
 # ---- cases
 
 
-def _point(*values: int, dtype: Any = np.uint8) -> HostArray:
-    return np.array(values if len(values) > 1 else values[0], dtype)
-
-
-def _scale(*values: float) -> HostArray:
-    return np.array(values if len(values) > 1 else values[0], np.float32)
-
-
 _CENTRED = np.linspace(-128, 127, 30, dtype=np.float32).round().reshape(2, 3, 5)
 _WEIGHT = np.arange(-60, 60, 8, dtype=np.int8).reshape(5, 3)
-_COLUMNS, _ROW = _scale(0.0217, 0.0513, 0.0109), _scale(0.5, -0.25, 3)
+_COLUMNS, _ROW = scales(0.0217, 0.0513, 0.0109), scales(0.5, -0.25, 3)
 _NAN = np.array([np.nan, 1, -np.inf, np.inf, np.nan], np.float32)
 _ENDS = np.linspace(-9, 9, 40, dtype=np.float32)
 
@@ -196,14 +187,14 @@ OPS: tuple[Op, ...] = (
         attrs={"dequantize": 0, "relu": 0},
         cases=Cases(
             lambda: (
-                Case("uint8", (_ENDS, _scale(0.05), _point(100))),
-                Case("int8", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8))),
-                Case("dequantized", (f32(3, 6001), _scale(0.02), _point(7)), {"dequantize": 1}),
-                Case("relu", (_ENDS, _scale(0.05), _point(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
-                Case("only_negative", (_ENDS, _scale(0.05), _point(255)), {"relu": 1}),
-                Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), _scale(3), _point(100))),
-                Case("nan", (_NAN, _scale(0.05), _point(100)), {"dequantize": 1}),
-                Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), _scale(1), _point(3))),
+                Case("uint8", (_ENDS, scales(0.05), points(100))),
+                Case("int8", (_ENDS, scales(0.05), points(-3, dtype=np.int8))),
+                Case("dequantized", (f32(3, 6001), scales(0.02), points(7)), {"dequantize": 1}),
+                Case("relu", (_ENDS, scales(0.05), points(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
+                Case("only_negative", (_ENDS, scales(0.05), points(255)), {"relu": 1}),
+                Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), scales(3), points(100))),
+                Case("nan", (_NAN, scales(0.05), points(100)), {"dequantize": 1}),
+                Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), scales(1), points(3))),
             )
         ),
     ),
@@ -218,10 +209,10 @@ OPS: tuple[Op, ...] = (
         cases=Cases(
             lambda: (
                 Case("floats", (f32(2, 4, 5), _WEIGHT, _COLUMNS, None, None, _ROW)),
-                Case("integers", (_CENTRED, _WEIGHT, _COLUMNS, _point(3, dtype=np.int8), _scale(0.1)), {"reach": 128}),
+                Case("integers", (_CENTRED, _WEIGHT, _COLUMNS, points(3, dtype=np.int8), scales(0.1)), {"reach": 128}),
                 Case(
                     "columns",
-                    (_CENTRED, _WEIGHT, _scale(0.1), _point(3, 0, -128, dtype=np.int8), _scale(0.3), _ROW),
+                    (_CENTRED, _WEIGHT, scales(0.1), points(3, 0, -128, dtype=np.int8), scales(0.3), _ROW),
                     {"reach": 255},
                 ),
                 Case(
@@ -229,9 +220,9 @@ OPS: tuple[Op, ...] = (
                     (
                         np.resize(_CENTRED, (7, 1100)),
                         np.resize(_WEIGHT.view(np.uint8), (1100, 150)),
-                        _scale(0.1),
-                        _point(3),
-                        _scale(0.3),
+                        scales(0.1),
+                        points(3),
+                        scales(0.3),
                     ),
                     {"reach": 128},
                 ),

@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from infera_gpu.op import Buffers, Call, Case, Kernel, Op, Site, f32, same_as
 from infera_gpu.ops import _jit, _triton_norm
-from infera_gpu.ops._families import split_of
+from infera_gpu.ops._families import reads_floats, split_of
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.softmax import softmax
 from infera_kernels.portable import softmax as portable
@@ -54,12 +52,7 @@ def _kernel(log: bool) -> Kernel:
         shape = _shape(site)
         return softmax(io.ins[0].reshape(shape), io.outs[0].reshape(shape), io.scratch, split_of(io), log=log)
 
-    return Kernel(bind, _supports, inplace=(0,))
-
-
-def _supports(site: Site) -> bool:
-    x = site.spec(0)
-    return x.size > 0 and x.dtype in (np.float32, np.float64)
+    return Kernel(bind, reads_floats, inplace=(0,))
 
 
 _CASES = (
