@@ -17,6 +17,7 @@ from infera_gpu.devices import open_device
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
+from infera_gpu.passes.fold import drop_dead
 from infera_gpu.session import Session
 from infera_gpu.spec import OptionalSpec, TensorSpec
 from tests.test_fusion_shapes import ALL, FLOAT, in_type, inputs_of
@@ -185,13 +186,13 @@ def drawn(seed: int) -> tuple[str, Graph, dict[str, HostArray]]:
         return numbers.standard_normal(dims).astype(spec.dtype)
 
     feeds = {n: fed(n, s) for n, s in inputs_of(d.graph).items()}
-    return f"{fusion.name}: {', '.join(c.__name__ for c in changes)}", d.graph, feeds
+    return f"{fusion.name}: {', '.join(c.__name__ for c in changes)}", drop_dead(d.graph), feeds
 
 
 def answer(graph: Graph, feeds: Mapping[str, HostArray], device: str, strict: bool, fuse: bool) -> Any:
     """Results, or why there are none."""
     try:
-        with Session(graph, open_device(device, strict=strict), fuse=fuse) as session, np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), Session(graph, open_device(device, strict=strict), fuse=fuse) as session:
             return session.run(feeds)
     except InferaError as error:
         return error
