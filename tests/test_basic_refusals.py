@@ -22,6 +22,7 @@ F = np.zeros((2, 3), np.float32)
         ("MatMul", (F, np.float32(1).reshape(())), {}, "at least one dimension"),
         ("Gemm", (F, np.zeros(3, np.float32)), {}, "expected two matrices"),
         ("Gemm", (F, F.T, F[:1, None, :2]), {}, r"C float32\[1, 1, 2\] does not broadcast to float32\[2, 2\]"),
+        ("Gemm", (F, F.T, F[0, :2].astype(np.float64)), {}, r"C float64\[2\] and the product .* differ in type"),
         ("Einsum", (F, F), {"equation": "ij,jk->ik"}, "'j' is 3 and 2"),
         ("Einsum", (F,), {"equation": "ij->k"}, "output label 'k'"),
         ("Reshape", (F, np.array([4, -1])), {}, r"cannot reshape float32\[2, 3\] to \[4, -1\]"),

@@ -204,7 +204,9 @@ def _fits(term: TensorSpec, spec: TensorSpec) -> bool:
 
 
 def check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> None:
-    """Raises PlanError where a term does not broadcast to the product."""
+    """Raises PlanError where a term has another type than the product, or does not broadcast to it."""
+    if term.dtype != spec.dtype:
+        raise site.fail(f"{what} {term} and the product {spec} differ in type; expected one type, Cast the others")
     if not _fits(term, spec):
         raise site.fail(f"{what} {term} does not broadcast to {spec}")
 
