@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from infera_server.protocols import generate
-from infera_server.requests import Request, all_outputs
+from infera_server.requests import Correlation, Request, all_outputs
 from infera_server.scheduling.rows import Arrays
 from tests.server.support import FakeSession, Running, doubler, http_request, serving, spec, until
 
@@ -59,6 +59,18 @@ def test_scalars_are_scalars(server: Running) -> None:
     want = {"model_name": "greet", "model_version": "1", "greeting": "hello you", "length": 18}
     assert ask(server, "greet", {"text": "you", "n": 2}) == (200, want)
     assert ask(server, "greet", {"n": [2], "parameters": {"text": "you", "stop": True}}) == (200, want)
+
+
+def test_parameters_mean_what_they_do_elsewhere(server: Running) -> None:
+    document = {
+        "x": [1, 2, 3, 4], "id": "7", "timeout": 2_000_000, "priority": 3, "sequence_id": 5, "other": 0.5,
+        "parameters": {"sequence_start": True},
+    }  # fmt: skip
+    asked = generate.parse(json.dumps(document).encode(), server.model("double").signature)
+    assert (asked.timeout, asked.priority, asked.parameters) == (2.0, 3, {"other": 0.5})
+    assert asked.correlation == Correlation(5, start=True)
+    status, reply = ask(server, "double", {"x": [1, 2, 3, 4], "timeout": -1})
+    assert (status, "Unable to parse 'timeout'" in reply["error"]) == (400, True)
 
 
 def test_a_stream_has_events(server: Running) -> None:

@@ -16,7 +16,7 @@ from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.protocols import members
-from infera_server.requests import Parameter, Request, all_outputs, check_complete
+from infera_server.requests import Parameter, Request, all_outputs, check_complete, options
 from infera_server.scheduling.rows import Arrays, HostArray
 from infera_server.scheduling.signature import Signature, Tensor
 
@@ -42,7 +42,16 @@ def parse(body: bytes, model: Signature) -> Request:
     check_complete(feeds, model)
     for tensor in model.outputs.values():
         codec.check_json("sending", tensor.datatype, f"output {tensor.name}")
-    return Request(request_id, feeds, all_outputs(model, binary=False), parameters=parameters)
+    asked = options(parameters)
+    return Request(
+        request_id,
+        feeds,
+        all_outputs(model, binary=False),
+        asked.timeout,
+        asked.priority,
+        asked.correlation,
+        asked.others,
+    )
 
 
 def _input(tensor: Tensor, value: object) -> HostArray:
