@@ -49,11 +49,15 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """Which sequence a request belongs to, and whether it is its first or last."""
+    """Which sequence a request belongs to, and whether it is its first or last.
+
+    `owner` is the name of the API key that it came with: one key's sequence 7 is not another's.
+    """
 
     id: int | str
     start: bool = False
     end: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,11 @@ class Request:
     trace: bool = False
     common: Common | None = None
     each: Callable[[Arrays], None] | None = None
+
+    def claim(self, owner: str) -> None:
+        """Its sequence, if it belongs to one, is one of the API key of this name."""
+        if self.correlation is not None:
+            self.correlation = replace(self.correlation, owner=owner)
 
     def for_again(self, common: Common) -> Request:
         """The request as it is kept to be sent again."""

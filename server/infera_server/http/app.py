@@ -158,6 +158,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         if model.retired:  # while the body came or another thread was at it
             model = service.model(*_target(request))
             check_again(asked, model.signature)
+        if (key := request.scope.get("state", {}).get("key")) is not None:
+            asked.claim(key.name)
         model = chosen(model, asked)
         async with aclosing(inference.responses(model, asked, size, service.tracing)) as found:
             async for outputs, _ in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from urllib.parse import unquote_to_bytes
 
+from infera_server.access import Key
 from infera_server.codec import Buffer
 from infera_server.errors import RequestError, TooLarge
 from infera_server.http import coding
@@ -56,6 +57,7 @@ class Exchange:
         "is_1_1",
         "job",
         "keep_alive",
+        "key",
         "known",
         "model",
         "received",
@@ -82,6 +84,7 @@ class Exchange:
         self.coding: Coding | None = None
         self.accept = b""
         self.header: int | None = None
+        self.key: Key | None = None
         self.known: Head | None = None
         self.target: tuple[str, str | None] = "", None
         self.model: Servable | None = None

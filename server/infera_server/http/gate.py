@@ -66,9 +66,7 @@ class Gate:
             check_origin(scope["headers"], self._local)
         given = credentials(scope["headers"])
         if (found := INFERENCE.fullmatch(path)) is not None:
-            key = self._access.admit(given, found[1], time.monotonic())
-            if scope["type"] == "websocket":  # whose messages are accounted for one by one
-                scope.setdefault("state", {})["key"] = key
+            scope.setdefault("state", {})["key"] = self._access.admit(given, found[1], time.monotonic())
         elif manages:
             self._access.check_management(given)
         else:

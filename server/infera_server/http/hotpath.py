@@ -81,7 +81,7 @@ class HotPathProtocol(Connection):
         exchange.received = exchange.turn = True
         exchange.known, exchange.target = head, head.target
         exchange.coding, exchange.accept, exchange.header = head.coding, head.accept, head.header
-        exchange.trace = head.trace
+        exchange.trace, exchange.key = head.trace, head.key
         exchange.body, exchange.size = [data[start:]], head.size
         self.waiting_since = exchange.started_at
         try:
@@ -131,7 +131,8 @@ class HotPathProtocol(Connection):
     ) -> None:
         """What the headers alone decide; `fresh` begins with them, if they came in one piece. Raises RequestError."""
         access = self.service.access
-        key = None if access.is_open else access.admit(credentials(fields), target[0], exchange.started_at)
+        if not access.is_open:
+            exchange.key = access.admit(credentials(fields), target[0], exchange.started_at)
         exchange.accept = fields.get(b"accept-encoding", b"")
         exchange.trace = fields.get(_TRACE) == b"1"
         size = int(fields.get(b"content-length", b"0"))
@@ -146,7 +147,7 @@ class HotPathProtocol(Connection):
         if b"inference-header-content-length" in fields:
             exchange.header = v2_rest.header_length(fields[b"inference-header-content-length"])
         if fresh and b"content-length" in fields and exchange.keep_alive and not exchange.expects_continue:
-            head = Head(target, size, exchange.coding, exchange.accept, exchange.header, exchange.trace, key)
+            head = Head(target, size, exchange.coding, exchange.accept, exchange.header, exchange.trace, exchange.key)
             exchange.known = self.service.heads.keep(fresh, head)
 
     def _enqueue(self, exchange: Exchange) -> None:
@@ -348,6 +349,8 @@ class HotPathProtocol(Connection):
         exchange.request = request
         if exchange.trace:
             request.trace = True
+        if exchange.key is not None:
+            request.claim(exchange.key.name)
         exchange.let_go(self.service.intake)
         model = exchange.model = chosen(model, request)
         exchange.job = model.submit(request, nbytes, lambda result, batch: self._done(exchange, result, batch))

@@ -115,6 +115,8 @@ class _Stream:
                 asked = await loop.run_in_executor(
                     None, v2_rest.parse, body, header, model.signature, self._service.regions
                 )
+            if self._key is not None:
+                asked.claim(self._key.name)
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))
         except Exception as error:
             refusal = request_error(error, name)

@@ -38,6 +38,7 @@ from infera_server.pipelines.sequence_steps import (
     Limits,
     Sequence,
     Step,
+    identity_of,
     named,
     own,
     repeated,
@@ -103,12 +104,12 @@ class SequenceModel(Tap):
             return self.model.submit(request, nbytes, done)
         if self._draining:
             raise Unavailable("the server is shutting down; send the request to another one")
-        identity, now = correlation.id, self.clock()
+        identity, now = identity_of(correlation), self.clock()
         sequence = self._sequences.get(identity)
         if not (correlation.start or (sequence is not None and sequence.open)):
             raise BadRequest(
-                f"inference request for sequence {short(str(identity))} to model '{name}' must specify the START flag "
-                "on the first request of the sequence"
+                f"inference request for sequence {short(str(correlation.id))} to model '{name}' must specify the START "
+                "flag on the first request of the sequence"
             )
         self._check_limits(sequence)
         if sequence is None:
@@ -141,12 +142,12 @@ class SequenceModel(Tap):
         """What it would have made of the state is lost, also where it is running."""
         if not isinstance(job, Step):
             self.model.cancel(job)
-        elif job.state is JobState.WAITING and job in self._steps(job.correlation.id):
+        elif job.state is JobState.WAITING and job in self._steps(identity_of(job.correlation)):
             job.state = JobState.CANCELLED
             if job.run is not None:
                 self.model.cancel(job.run)
             self._fail(job, Unavailable(f"a request before it in {named(job)} was cancelled"))
-            self._settle(job.correlation.id)
+            self._settle(identity_of(job.correlation))
 
     def expire(self) -> None:
         self.model.expire()
@@ -156,7 +157,7 @@ class SequenceModel(Tap):
             for step in steps:
                 if step.run is None and step.deadline <= now and step.state is JobState.WAITING:
                     self._fail(step, self._expired(step, now))
-                    self._settle(step.correlation.id)
+                    self._settle(identity_of(step.correlation))
         self._end_silent(now)
 
     def drain(self) -> None:
@@ -168,7 +169,7 @@ class SequenceModel(Tap):
 
     def _begin(self, step: Step) -> None:
         """Give a sequence's first step to the batcher, if the sequence may be under way. Raises RequestError."""
-        identity = step.correlation.id
+        identity = identity_of(step.correlation)
         if identity not in self._running and not self._has_slot:
             self._backlog[identity] = None
             return
@@ -210,7 +211,7 @@ class SequenceModel(Tap):
 
     def _done(self, step: Step, result: Arrays | Exception, batch: Batch | None) -> None:
         """The batcher is through with a step: the next one goes there before this one's answer is written."""
-        identity, sequence = step.correlation.id, step.sequence
+        identity, sequence = identity_of(step.correlation), step.sequence
         if isinstance(result, Exception):
             self._fail(step, result)
             self._settle(identity)
@@ -307,7 +308,7 @@ class SequenceModel(Tap):
             if sequence.steps:
                 self._touch(identity)
             else:
-                log.debug("model '%s': sequence %s was silent and is ended", self.signature.name, identity)
+                log.debug("model '%s': sequence %s was silent and is ended", self.signature.name, identity[1])
                 self._forget(identity)
                 ended = True
         if ended:

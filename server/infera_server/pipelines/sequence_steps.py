@@ -13,7 +13,8 @@ from infera_server.requests import Correlation, Request
 from infera_server.scheduling.jobs import Job
 from infera_server.scheduling.rows import HostArray
 
-Identity: TypeAlias = int | str
+Identity: TypeAlias = tuple[str, int | str]
+"""A sequence's owner and its id."""
 
 
 RETRY_AFTER = 1.0
@@ -54,6 +55,10 @@ class Sequence:
     steps: deque[Step] = field(default_factory=deque)
     open: bool = False
     used_at: float = 0.0
+
+
+def identity_of(correlation: Correlation) -> Identity:
+    return correlation.owner, correlation.id
 
 
 def repeated(initial: HostArray, rows: int, axis: int | None) -> HostArray:

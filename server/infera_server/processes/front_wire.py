@@ -139,7 +139,7 @@ def _tensor_in(name: str, datatype: str, shape: list[int], optional: bool, label
 def request_out(request: Request) -> list[Any]:
     """A request without its arrays and without what only its dialect needs, as `request_in` reads it."""
     told = request.correlation
-    correlation = None if told is None else [told.id, told.start, told.end]
+    correlation = None if told is None else [told.id, told.start, told.end, told.owner]
     return [request.id, [o.name for o in request.outputs], request.priority, correlation, request.parameters]
 
 

@@ -143,8 +143,7 @@ class Inference:
             name, version = asked.model_name, v2_grpc.version_of(asked.model_version)
         else:
             name, version = known.name, known.version
-        if given is not None:
-            self._service.access.admit(given, name, began)
+        key = None if given is None else self._service.access.admit(given, name, began)
         model = v2_grpc.look_up(self._service.model, name, version)
         signature = model.signature
         try:
@@ -161,8 +160,12 @@ class Inference:
         except Exception as error:
             raise failed(model, began, error) from None
         if model.retired:  # while another thread was at it
-            return await self.prepare(message, remaining, None)
-        return Call(chosen(model, request), request, message.nbytes, began, self._service)
+            call = await self.prepare(message, remaining, None)
+        else:
+            call = Call(chosen(model, request), request, message.nbytes, began, self._service)
+        if key is not None:
+            call.request.claim(key.name)
+        return call
 
     async def _read(self, header: bytes) -> Any:
         if len(header) <= INLINE_BYTES:
