@@ -226,6 +226,8 @@ def serve(
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
     take = reserve if settings.workers else listen
     sock = _listen(settings.host, settings.port, "--port", take)
+    if settings.listen_grpc:
+        _listen(settings.host, settings.listen_grpc, "--grpc-port", take).close()  # before anything is loaded
     metrics = None if (found := settings.listen_metrics) is None else _listen(settings.host, found, "--metrics-port")
     try:
         server = Host(repository, sock, access, metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from infera_server.listening import listen
 from infera_server.models.repository import Repository
 from infera_server.protocols.protos import message
+from infera_server.rpc.health import REFLECTIONS
 from infera_server.server import Host
 from infera_server.settings import Settings
 from tests.server.grpc_cases import SERVICE
@@ -41,6 +43,18 @@ def health(made: grpc.Channel, kind: str) -> Any:
 
 
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
+
+
+def test_without_reflection_where_protobuf_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha.reflection", None)
+    with serving({"double": doubler()}) as running, channel(running) as made:
+        assert health(made, "unary_unary")("", timeout=WAIT).status == SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            made.unary_unary(f"/{REFLECTIONS[0]}/ServerReflectionInfo")(b"", timeout=WAIT)
+        assert status_of(error)[0] == "UNIMPLEMENTED"
+    assert "gRPC goes without reflection" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["", SERVICE])

@@ -6,19 +6,21 @@ https://github.com/grpc/grpc/blob/master/doc/health-checking.md and server-refle
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2
 from google.protobuf.message import DecodeError
-from grpc_reflection.v1alpha import reflection_pb2
-from grpc_reflection.v1alpha.reflection import aio
+from google.protobuf.runtime_version import VersionError
 
 from infera_server.errors import BadRequest, NotFound
 from infera_server.protocols import wire
 from infera_server.protocols.protos import message, pool
 from infera_server.rpc.calls import refuse
 from infera_server.service import Service
+
+log = logging.getLogger(__name__)
 
 SERVICE = "grpc.health.v1.Health"
 REFLECTIONS = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
@@ -79,8 +81,17 @@ async def _asked(data: bytes, context: Any) -> str:
         await refuse(context, BadRequest(wire.UNREADABLE))
 
 
-def reflection() -> grpc.RpcMethodHandler:
-    """The handler of reflection's one method."""
+def reflection() -> grpc.RpcMethodHandler | None:
+    """The handler of reflection's one method; None where protobuf is older than what grpcio-reflection was made for.
+
+    `tritonclient[grpc]` installs such a one.
+    """
+    try:
+        from grpc_reflection.v1alpha import reflection_pb2
+        from grpc_reflection.v1alpha.reflection import aio
+    except (ImportError, VersionError) as error:
+        log.warning("gRPC goes without reflection: %s; a newer protobuf helps: pip install -U protobuf", error)
+        return None
     own = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(own)
     pool().Add(own)

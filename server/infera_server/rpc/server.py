@@ -88,7 +88,7 @@ class GrpcServer:
             f"/{SERVICE}/ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._streams.handle),
             f"/{grpc_health.SERVICE}/Check": grpc.unary_unary_rpc_method_handler(self._health.check),
             f"/{grpc_health.SERVICE}/Watch": grpc.unary_stream_rpc_method_handler(self._health.watch),
-            **{f"/{name}/ServerReflectionInfo": reflection for name in grpc_health.REFLECTIONS},
+            **{f"/{name}/ServerReflectionInfo": reflection for name in grpc_health.REFLECTIONS if reflection},
         }
 
     async def stop(self, timeout: float) -> None:
