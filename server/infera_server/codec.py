@@ -23,6 +23,9 @@ Buffer: TypeAlias = bytes | memoryview
 UNLOCKING, MAX_LOCKED = 500, 1 << 14
 """Elements that NumPy converts with the interpreter's lock held, and that are worth converting in such pieces."""
 
+PIECE = 1 << 16
+"""Elements of a tensor that are read from JSON or written at a time: the interpreter's lock is held meanwhile."""
+
 MAX_DIMENSIONS = 32
 MAX_DIMENSION = 2**31 - 1
 
@@ -111,6 +114,11 @@ def to_bytes(array: HostArray) -> Buffer:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def text_bytes(array: HostArray) -> int:
+    """About how many bytes the elements of BYTES have."""
+    return sum(len(item) if isinstance(item, bytes | str) else 1 for item in array.flat)
+
+
 def _encode(item: object) -> bytes:
     return item if isinstance(item, bytes) else str(item).encode("utf-8", "surrogateescape")
 
@@ -168,7 +176,7 @@ def from_json(data: object, datatype: str, shape: tuple[int, ...], name: str) ->
 def _numbers_from_json(data: list[Any], dtype: np.dtype[Any]) -> HostArray:
     kinds, text = _JSON_KINDS[dtype.kind]
     try:
-        found = np.array(data)
+        found = _array(data)
     except (ValueError, OverflowError, RecursionError):
         raise BadRequest("Unable to parse 'data': Shape does not match true shape of 'data' field") from None
     if found.size == 0:
@@ -187,6 +195,15 @@ def _numbers_from_json(data: list[Any], dtype: np.dtype[Any]) -> HostArray:
     if dtype.kind != "f" and found.dtype != dtype and not np.array_equal(values, found):
         raise BadRequest(f"Unable to parse 'data': a number does not fit in {_NAMES[dtype]}")
     return values
+
+
+def _array(data: list[Any]) -> HostArray:
+    """`np.array(data)`; of a long list in a list only that."""
+    if len(data) == 1 and type(data[0]) is list and len(data[0]) > PIECE:
+        data = data[0]
+    if len(data) <= PIECE:
+        return np.array(data)
+    return np.concatenate([np.array(data[start : start + PIECE]) for start in range(0, len(data), PIECE)])
 
 
 def _cast(array: HostArray, dtype: np.dtype[Any]) -> HostArray:
@@ -237,9 +254,19 @@ def to_json(array: HostArray, datatype: str, name: str) -> bytes:
         except orjson.JSONEncodeError:
             raise BadRequest(f"output '{name}' is not UTF-8. Please use the binary data format for it") from None
     flat = np.ascontiguousarray(array).reshape(-1)
-    if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-        return json.dumps(flat.tolist()).encode()
+    write = _any_numbers if flat.dtype.kind == "f" and not np.isfinite(flat).all() else _numbers
+    if flat.size <= PIECE:
+        return write(flat)
+    pieces = [write(flat[start : start + PIECE]) for start in range(0, flat.size, PIECE)]
+    return b"[%s]" % b",".join([piece[1:-1] for piece in pieces])
+
+
+def _numbers(flat: HostArray) -> bytes:
     return orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _any_numbers(flat: HostArray) -> bytes:
+    return json.dumps(flat.tolist()).encode()
 
 
 # --- classification --------------------------------------------------------------------------------------------------

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 from infera_server.codec import Buffer
-from infera_server.http import exchange
+from infera_server.http import exchange, replying
 from infera_server.http.connection import TURN
+from infera_server.http.exchange import INLINE_CODED_BYTES
 from tests.server.support import (
     WAIT,
     FakeSession,
@@ -395,3 +397,81 @@ def test_a_client_that_sends_no_more_gets_its_answer(server: Running) -> None:
         session.gate.set()
         assert read_reply(stream)[0] == 200
         assert stream.read() == b""
+
+
+LONG = np.zeros((1, 200_000), np.float32)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("accept", ["gzip", "identity"])
+def test_large_replies_are_written_in_another_thread(
+    server: Running, monkeypatch: pytest.MonkeyPatch, binary: bool, accept: str
+) -> None:
+    """What is sent as it lies needs none; nor does what is small."""
+    loops: list[bool] = []
+    real = replying.written
+
+    def spied(*arguments: Any) -> replying.Written:
+        loops.append(threading.current_thread() is own)
+        return real(*arguments)
+
+    own = server.call(_thread())
+    monkeypatch.setattr(replying, "written", spied)
+    outputs = [{"name": "y", "parameters": {"binary_data": binary}}]
+    for x in (LONG, LONG[:, :4]):
+        document = {
+            "inputs": [
+                {"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+            ],
+            "outputs": outputs,
+        }
+        head = json.dumps(document).encode()
+        headers = {"Inference-Header-Content-Length": str(len(head)), "Accept-Encoding": accept}
+        status, found, body = server.request("POST", "/v2/models/any/infer", head + x.tobytes(), headers)
+        assert (status, found["content-encoding"]) == (200, None if accept == "identity" else accept)
+        body = gzip.decompress(body) if accept == "gzip" else body
+        if binary:
+            assert body.endswith(x.tobytes())
+        else:
+            assert json.loads(body)["outputs"][0]["data"] == x.ravel().tolist()
+    assert loops == [binary and accept == "identity", True]
+
+
+async def _thread() -> threading.Thread:
+    return threading.current_thread()
+
+
+def test_a_client_that_leaves_while_its_reply_is_written(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, done, real = threading.Event(), threading.Event(), replying.written
+
+    def slow(*arguments: Any) -> replying.Written:
+        begun.set()
+        time.sleep(0.1)
+        done.set()
+        return real(*arguments)
+
+    monkeypatch.setattr(replying, "written", slow)
+    body = json.dumps(request_of(LONG)).encode()
+    with server.connect() as sock:
+        sock.sendall(http_request(body, path="/v2/models/any/infer"))
+        assert begun.wait(WAIT)
+    assert done.wait(WAIT)
+    assert server.infer("any", request_of(LONG[:, :4]))[0] == 200
+
+
+def test_what_a_small_body_makes_of_much_is_read_in_another_thread(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def spied(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return exchange.decode(*arguments)
+
+    monkeypatch.setattr("infera_server.http.hotpath.decode", spied)
+    for width in (LONG.size, 4):
+        body = gzip.compress(json.dumps(request_of(LONG[:, :width])).encode())
+        assert len(body) < INLINE_CODED_BYTES
+        assert server.request("POST", "/v2/models/any/infer", body, {"Content-Encoding": "gzip"})[0] == 200
+    own = server.call(_thread())
+    assert [thread is own for thread in threads] == [False, True]

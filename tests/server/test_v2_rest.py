@@ -528,3 +528,18 @@ def test_no_sequence_and_any_priority_are_accepted() -> None:
 )
 def test_the_identity_may_be_liked_better(accept: bytes, chosen: str | None) -> None:
     assert coding.preferred(accept) == chosen
+
+
+@pytest.mark.parametrize("odd", [0.5, np.inf, np.nan])
+def test_long_tensors_in_json_are_read_and_written_piece_by_piece(odd: float) -> None:
+    array = np.arange(2 * codec.PIECE + 3, dtype=np.float32)
+    array[-2] = odd
+    data = json.loads(codec.to_json(array, "FP32", "y"))
+    np.testing.assert_array_equal(np.array(data, np.float32), array)
+    for nested in (data, [data], [[value] for value in data]):
+        np.testing.assert_array_equal(codec.from_json(nested, "FP32", array.shape, "x"), array)
+    if odd == 0.5:
+        with pytest.raises(BadRequest, match="attempt to access JSON"):
+            codec.from_json(data, "INT32", array.shape, "x")
+        with pytest.raises(BadRequest, match="attempt to access JSON"):
+            codec.from_json([*data[:-1], "text"], "FP32", array.shape, "x")

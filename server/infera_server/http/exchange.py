@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from urllib.parse import unquote_to_bytes
 
 from infera_server.access import Key
@@ -12,6 +13,7 @@ from infera_server.http import coding
 from infera_server.http.coding import Coding
 from infera_server.http.intake import Intake
 from infera_server.http.recall import Head
+from infera_server.http.templates import Templates
 from infera_server.models.servable import Servable
 from infera_server.models.traffic import LABEL
 from infera_server.protocols import v2_rest
@@ -21,7 +23,8 @@ from infera_server.settings import Settings
 from infera_server.shared_memory import Regions
 
 INLINE_BYTES, INLINE_CODED_BYTES = 1 << 18, 1 << 14
-"""Bodies up to this size, plain and compressed, are read at once: in a millisecond or two. Others take a thread."""
+"""Bodies up to the first size without their coding, and the second with it, are read at once: in a millisecond or two.
+Replies up to the first are written at once. Others take a thread."""
 
 
 def infer_target(url: bytes) -> tuple[str, str | None] | None:
@@ -106,6 +109,13 @@ class Exchange:
         self.held = 0
         self.body = []
 
+    def opened(self, body: Buffer, limit: int) -> Buffer:
+        """The body without its coding, where that has up to `limit` bytes; else as it is. Raises BadRequest."""
+        assert self.coding is not None
+        with suppress(TooLarge):
+            body, self.coding = coding.decompress(body, self.coding, limit), None
+        return body
+
 
 def decode(
     body: Buffer, exchange: Exchange, model: Servable, settings: Settings, regions: Regions
@@ -120,3 +130,34 @@ def decode(
             "send large tensors in binary (Inference-Header-Content-Length)"
         )
     return v2_rest.parse(body, exchange.header, model.signature, regions), len(body)
+
+
+def keep(exchange: Exchange, model: Servable, body: Buffer, request: Request, templates: Templates) -> None:
+    """Keep what will be known of the same document with other values."""
+    if exchange.header is None:
+        templates.keep(exchange.target, model, body, request)
+    elif exchange.header and exchange.known is not None:
+        exchange.known.keep(bytes(body[: exchange.header]), model, request)
+
+
+def again(exchange: Exchange, model: Servable, body: Buffer, templates: Templates, max_json: int) -> Request | None:
+    """The request, where one with the same document came before and reading the rest takes no time."""
+    if exchange.coding is not None:
+        return None
+    known, header = exchange.known, exchange.header
+    if header is None:
+        if len(body) > min(INLINE_BYTES, max_json):
+            return None
+        return templates.find(exchange.target, model, body)
+    if known is None:
+        return None
+    found = known.requests.get(bytes(body[:header]))
+    if found is None or found[0]() is not model:
+        return None
+    _, request = found
+    assert request.common is not None
+    if len(body) - header != request.common.nbytes:
+        return None
+    if len(body) > INLINE_BYTES and not request.common.are_views:
+        return None
+    return request.again(request.common.feeds(memoryview(body)[header:]), request.id)

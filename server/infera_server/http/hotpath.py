@@ -15,51 +15,34 @@ import logging
 import time
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
-from infera_server.codec import Buffer
-from infera_server.errors import Overloaded, RequestError, TooLarge, Unauthorized, request_error, retry_after
+from infera_server.errors import RequestError, TooLarge
 from infera_server.http import coding
-from infera_server.http.connection import CONTINUE, Connection
-from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, decode, infer_target
+from infera_server.http.connection import CONTINUE
+from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, again, decode, infer_target, keep
 from infera_server.http.gate import CREDENTIALS, credentials
 from infera_server.http.recall import Head
+from infera_server.http.replying import TRACE, Replying
 from infera_server.http.upload import LARGE, Upload
 from infera_server.models.servable import Servable
-from infera_server.models.versions import chosen
 from infera_server.protocols import v2_rest
 from infera_server.requests import Request, check_again
-from infera_server.scheduling.explanation import HEADER, explain
-from infera_server.scheduling.jobs import Batch
-from infera_server.scheduling.rows import Arrays
 
 log = logging.getLogger(__name__)
 
-LINGER_SECONDS = 2.0
-"""How long a refused upload is read and thrown away, so that the client sees the refusal and not a reset."""
-
-JOIN_BYTES = 1 << 16
-"""Replies up to this size are written in one piece."""
-
-_TRACE = HEADER.encode()
-
 _FIELDS = CREDENTIALS | {
-    b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length", _TRACE
+    b"content-length", b"content-encoding", b"accept-encoding", b"inference-header-content-length", TRACE
 }  # fmt: skip
 
 
-class HotPathProtocol(Connection):
+class HotPathProtocol(Replying):
     """`uvicorn.Config(http=HotPathProtocol)`. The lifespan's state must hold the Service as "service"."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.max_body = self.service.settings.max_body_bytes
-        self.active: Exchange | None = None
-        self.held: Exchange | None = None
         self.asgi: Any = None
         """The last ASGI cycle that was begun: others may have been received since."""
 
-        self.lingering = False
         self.upload: Upload | None = None
         """What receives the body of `cycle`."""
 
@@ -134,7 +117,7 @@ class HotPathProtocol(Connection):
         if not access.is_open:
             exchange.key = access.admit(credentials(fields), target[0], exchange.started_at)
         exchange.accept = fields.get(b"accept-encoding", b"")
-        exchange.trace = fields.get(_TRACE) == b"1"
+        exchange.trace = fields.get(TRACE) == b"1"
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
             exchange.keep_alive = False
@@ -274,62 +257,32 @@ class HotPathProtocol(Connection):
             try:
                 self._submit(exchange)
             except Exception as error:
-                self._refuse_unread(exchange, error)
-
-    def _refuse_unread(self, exchange: Exchange, error: Exception) -> None:
-        """Answer what was raised between a body's arrival and the queue."""
-        self._refuse(exchange, request_error(error, exchange.model.signature.name if exchange.model else ""))
+                self._fail(exchange, error)
 
     def _submit(self, exchange: Exchange) -> None:
         model, parts = exchange.model, exchange.body
         assert model is not None
         if model.retired:
             model = exchange.model = self.service.model(*exchange.target)
-        self.active = exchange
+        self.active, settings = exchange, self.service.settings
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if (request := self._again(exchange, model, body)) is not None:
+        if (request := again(exchange, model, body, self.service.templates, settings.max_json_bytes)) is not None:
             self._send(exchange, model, request, len(body))
             return
-        arguments = body, exchange, model, self.service.settings, self.service.regions
-        if len(body) <= (INLINE_BYTES if exchange.coding is None else INLINE_CODED_BYTES):
+        coded = exchange.coding is not None
+        if coded and len(body) <= INLINE_CODED_BYTES:
+            body = exchange.opened(body, min(INLINE_BYTES, settings.max_body_bytes))
+        arguments = body, exchange, model, settings, self.service.regions
+        if exchange.coding is None and len(body) <= INLINE_BYTES:
             request, nbytes = decode(*arguments)
-            if exchange.coding is None:
-                self._keep(exchange, model, body, request)
+            if not coded:
+                keep(exchange, model, body, request, self.service.templates)
             self._send(exchange, model, request, nbytes)
         else:
             exchange.body = []
             del parts, body
             decoded = self.loop.run_in_executor(None, decode, *arguments)
             decoded.add_done_callback(lambda found: self._decoded(exchange, model, found))
-
-    def _keep(self, exchange: Exchange, model: Servable, body: Buffer, request: Request) -> None:
-        """Keep what will be known of the same document with other values."""
-        if exchange.header is None:
-            self.service.templates.keep(exchange.target, model, body, request)
-        elif exchange.header and exchange.known is not None:
-            exchange.known.keep(bytes(body[: exchange.header]), model, request)
-
-    def _again(self, exchange: Exchange, model: Servable, body: Buffer) -> Request | None:
-        """The request, where one with the same document came before and reading the rest takes no time."""
-        if exchange.coding is not None:
-            return None
-        known, header = exchange.known, exchange.header
-        if header is None:
-            if len(body) > min(INLINE_BYTES, self.service.settings.max_json_bytes):
-                return None
-            return self.service.templates.find(exchange.target, model, body)
-        if known is None:
-            return None
-        found = known.requests.get(bytes(body[:header]))
-        if found is None or found[0]() is not model:
-            return None
-        _, request = found
-        assert request.common is not None
-        if len(body) - header != request.common.nbytes:
-            return None
-        if len(body) > INLINE_BYTES and not request.common.are_views:
-            return None
-        return request.again(request.common.feeds(memoryview(body)[header:]), request.id)
 
     def _decoded(self, exchange: Exchange, model: Servable, found: asyncio.Future[tuple[Request, int]]) -> None:
         """A large body was read in another thread, or could not be; the client may have left meanwhile."""
@@ -343,101 +296,7 @@ class HotPathProtocol(Connection):
                 check_again(request, model.signature)
             self._send(exchange, model, request, nbytes)
         except Exception as error:
-            self._refuse_unread(exchange, error)
-
-    def _send(self, exchange: Exchange, model: Servable, request: Request, nbytes: int) -> None:
-        exchange.request = request
-        if exchange.trace:
-            request.trace = True
-        if exchange.key is not None:
-            request.claim(exchange.key.name)
-        exchange.let_go(self.service.intake)
-        model = exchange.model = chosen(model, request)
-        exchange.job = model.submit(request, nbytes, lambda result, batch: self._done(exchange, result, batch))
-
-    def _done(self, exchange: Exchange, result: Arrays | Exception, batch: Batch | None) -> None:
-        model, request = exchange.model, exchange.request
-        assert model is not None
-        assert request is not None
-        if log.isEnabledFor(logging.DEBUG):
-            error = result if isinstance(result, RequestError) else None
-            log.debug("%s: %s", model.signature.name, explain(batch, exchange.job, error))
-        if self.service.tracing.on and exchange.job is not None:
-            self.service.tracing.record(model.signature, request.id, exchange.started_at, exchange.job, batch)
-        if isinstance(result, Exception):
-            self._refuse(exchange, request_error(result, model.signature.name))
-            return
-        try:
-            head, tail = v2_rest.respond(request, result, model.signature, self.service.regions)
-        except Exception as error:
-            self._refuse(exchange, request_error(error, model.signature.name))
-            return
-        if tail:
-            fields = [b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n" % len(head)]
-        else:
-            fields = [b"content-type: application/json\r\n"]
-        if request.trace:
-            fields.append(b"%s: %s\r\n" % (_TRACE, explain(batch, exchange.job).encode()))
-        self._reply(exchange, 200, fields, [head, *tail])
-
-    # --- replying --------------------------------------------------------------------------------------------------
-
-    def _refuse(self, exchange: Exchange, error: RequestError) -> None:
-        fields = [b"content-type: application/json\r\n"]
-        if isinstance(error, Unauthorized):
-            fields.append(b"www-authenticate: Bearer\r\n")
-        if (seconds := retry_after(error)) is not None:
-            fields.append(b"retry-after: %d\r\n" % seconds)
-        if exchange.trace:
-            fields.append(b"%s: %s\r\n" % (_TRACE, explain(None, None, error).encode()))
-        if exchange.model is not None and error.reason:
-            exchange.model.stats.refused[error.reason] += 1
-        exchange.accept = b""
-        if self.service.draining:
-            exchange.keep_alive = False  # a connection that is closed at the end could have a request under way
-        self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
-        if isinstance(error, Overloaded) and exchange.model is not None:  # not over the rate of its key
-            self.service.pace.refused()
-
-    def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
-        self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange
-        exchange.let_go(self.service.intake)
-        if exchange.response_complete or self.transport.is_closing():
-            return
-        exchange.response_complete = True
-        if exchange.accept and (chosen := coding.preferred(exchange.accept)):
-            body = [coding.compress(body, chosen)]
-            fields.append(b"content-encoding: %s\r\nvary: accept-encoding\r\n" % chosen.encode())
-        size = sum(map(len, body))
-        head = [STATUS_LINE[status], *(b"%s: %s\r\n" % h for h in self.server_state.default_headers), *fields]
-        head.append(b"content-length: %d\r\n" % size)
-        head.append(b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n")
-        if size <= JOIN_BYTES:
-            self.transport.write(b"".join([*head, *body]))
-        else:
-            self.transport.writelines([b"".join(head), *body])
-        if exchange.model is not None:
-            exchange.model.stats.replied(status, time.monotonic() - exchange.started_at)
-            exchange.model = None  # an idle connection must not keep a model that is unloaded
-        if not exchange.keep_alive:
-            self._let_go()
-            self._hang_up(exchange)
-        self.on_response_complete()
-
-    def _hang_up(self, exchange: Exchange) -> None:
-        """Close; after a reply to half a request only once the client has stopped sending, or soon anyway."""
-        if exchange.received or not self.transport.can_write_eof():
-            self.transport.close()
-            return
-        self.lingering = self.deaf = True
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.lingering:
-            self._unset_keepalive_if_required()
+            self._fail(exchange, error)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -446,13 +305,6 @@ class HotPathProtocol(Connection):
             self._begin(held)
 
     # --- leaving ---------------------------------------------------------------------------------------------------
-
-    def _let_go(self) -> None:
-        """Forget the requests that wait."""
-        for cycle in (self.cycle, self.held, *(cycle for cycle, _ in self.pipeline)):
-            if isinstance(cycle, Exchange):
-                cycle.let_go(self.service.intake)
-        self.pipeline.clear()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._let_go()
