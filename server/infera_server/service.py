@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from infera_server.access import Access
+from infera_server.access import Access, Key
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.http.intake import Intake
 from infera_server.http.pace import Pace
@@ -25,7 +25,7 @@ from infera_server.models.repository import Repository
 from infera_server.models.servable import Servable
 from infera_server.models.traffic import parse
 from infera_server.settings import Settings
-from infera_server.shared_memory import Regions
+from infera_server.shared_memory import CLOSED_REGIONS, Regions
 from infera_server.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -84,6 +84,10 @@ class Service:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         spare = files // 2 if files < 2 * SPARE_FILES else files - SPARE_FILES
         self.max_connections = min(self.settings.max_connections, max(1, spare))
+
+    def regions_for(self, key: Key | None) -> Regions:
+        """The shared memory that a request may name which came with this key, or None where none are asked for."""
+        return self.regions if key is None or key.management else CLOSED_REGIONS
 
     def model(self, name: str, version: str | None) -> Servable:
         """A model to send a request to. Raises NotFound, or Unavailable while loading or draining.

@@ -4,8 +4,8 @@ System regions are POSIX shared memory objects, mapped and read in place. CUDA r
 process, which are copied from and to. A region lives as long as something refers to it: what is unregistered while a
 request uses it stays mapped until that has been answered. Texts are Triton's.
 
-A client that may register regions is trusted with every shared memory object that the server's user can open, and not
-to shrink or change one while a request uses it.
+Who may register regions may use all of them, and nobody else may. Such a client is trusted with every shared memory
+object that the server's user can open, and not to shrink or change one while a request uses it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from infera_gpu.devices.cuda import shared_vram
 from infera_gpu.devices.ipc import HANDLE_BYTES
 from infera_gpu.errors import DeviceError
 from infera_server.codec import Buffer, short
-from infera_server.errors import BadRequest, NotFound
+from infera_server.errors import BadRequest, Forbidden, NotFound
 from infera_server.requests import Region
 
 FOLDER = Path("/dev/shm")
@@ -245,3 +245,13 @@ class Regions:
 
 NO_REGIONS = Regions(0)
 """What a request is read with where there is no shared memory."""
+
+
+class ClosedRegions(Regions):
+    """What a request is read with whose client may not use shared memory: naming a region is refused."""
+
+    def _memory(self, region: Region) -> Memory:
+        raise Forbidden("the API key is not for management, which shared memory is for")
+
+
+CLOSED_REGIONS = ClosedRegions(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def request(kind: str, /, **members: Any) -> Any:
     return json_format.ParseDict(members, message(f"inference.{kind}")())
 
 
-def call(channel: grpc.Channel, method: str, sent: Any) -> Reply:
+def call(channel: grpc.Channel, method: str, sent: Any, metadata: Sequence[tuple[str, str]] = ()) -> Reply:
     """What a server answers."""
     kind = pool().FindServiceByName(SERVICE).methods_by_name[method].output_type.full_name
     stub = channel.unary_unary(
@@ -72,7 +73,7 @@ def call(channel: grpc.Channel, method: str, sent: Any) -> Reply:
         response_deserializer=message(kind).FromString,
     )
     try:
-        return Reply("OK", message=_as_dict(stub(sent, timeout=10)))
+        return Reply("OK", message=_as_dict(stub(sent, timeout=10, metadata=metadata)))
     except grpc.RpcError as error:
         return Reply(error.code().name, error.details() or "")
 

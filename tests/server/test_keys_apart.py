@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any, TypeAlias
 
 import grpc
@@ -15,6 +16,8 @@ from websockets.sync.client import connect
 from infera_server.access import Access, Key, make_key
 from infera_server.processes.front_wire import request_in, request_out
 from infera_server.requests import Correlation, Request
+from tests.server.grpc_cases import call
+from tests.server.grpc_cases import request as message_of
 from tests.server.grpc_support import channel, infer, request, stream
 from tests.server.support import WAIT, FakeSession, Running, doubler, serving, spec
 
@@ -114,3 +117,67 @@ def test_the_engine_is_told_whose_a_sequence_is() -> None:
     asked = Request("", {"x": X}, [], correlation=Correlation(7))
     asked.claim("one")
     assert request_in(json.loads(json.dumps(request_out(asked))), {}, None).correlation == Correlation(7, owner="one")
+
+
+# --- shared memory ---------------------------------------------------------------------------------------------------
+
+PLACE = {"shared_memory_region": "mine", "shared_memory_byte_size": 16}
+PLACED = {"shared_memory_region": {"string_param": "mine"}, "shared_memory_byte_size": {"int64_param": 16}}
+VALUES = {"data": X.ravel().tolist()}
+
+
+def _status_by_http(running: Running, key: str, document: dict[str, Any]) -> int:
+    return running.infer("double", document, **bearer(key))[0]
+
+
+def _status_by_websocket(running: Running, key: str, document: dict[str, Any]) -> int:
+    with connect(f"ws://{running.address}/v2/models/double/stream", additional_headers=bearer(key)) as client:
+        client.send(json.dumps(document))
+        return int(json.loads(client.recv(timeout=WAIT)).get("status", 200))
+
+
+def _status_by_grpc(running: Running, key: str, document: dict[str, Any]) -> int:
+    reads, outputs = "data" not in document["inputs"][0], document.get("outputs", [])
+    more: dict[str, Any] = {"inputs": [{**ENTRY, "parameters": PLACED}]} if reads else {}
+    sent = request("double", X, outputs=[{"name": "y", "parameters": PLACED} for _ in outputs], **more)
+    if reads:
+        del sent.raw_input_contents[:]
+    with channel(running) as made:
+        try:
+            infer(made, sent, metadata=[("authorization", f"Bearer {key}")])
+        except grpc.RpcError as error:
+            return {"PERMISSION_DENIED": 403}[error.code().name]
+    return 200
+
+
+@pytest.mark.parametrize("ask", [_status_by_http, _status_by_websocket, _status_by_grpc])
+def test_shared_memory_is_for_who_may_register_it(ask: Callable[[Running, str, dict[str, Any]], int]) -> None:
+    reads = {"inputs": [{**ENTRY, "parameters": PLACE}]}
+    writes = {"inputs": [{**ENTRY, **VALUES}], "outputs": [{"name": "y", "parameters": PLACE}]}
+    block = SharedMemory(create=True, size=16)
+    try:
+        assert block.buf is not None
+        block.buf[:] = X.tobytes()
+        with keyed(plain={}, admin={"management": True}) as (running, keys):
+            admin, plain = keys["admin"], keys["plain"]
+            body = json.dumps({"key": block.name, "byte_size": 16})
+            assert running.request("POST", f"{MEMORY}/region/mine/register", body, bearer(admin))[0] == 200
+            for document in (reads, writes, reads):
+                assert ask(running, admin, document) == 200
+                block.buf[:] = X.tobytes()
+                assert ask(running, plain, document) == 403
+                assert bytes(block.buf) == X.tobytes()
+    finally:
+        block.close()
+        block.unlink()
+
+
+def test_what_is_registered_is_told_to_management() -> None:
+    with keyed(plain={}, admin={"management": True}) as (running, keys), channel(running) as made:
+        for name, status, code in (("plain", 403, "PERMISSION_DENIED"), ("admin", 200, "OK")):
+            for kind in ("system", "cuda"):
+                path = f"/v2/{kind}sharedmemory/status"
+                assert running.request("GET", path, None, bearer(keys[name]))[0] == status
+                method = f"{kind.title()}SharedMemoryStatus"
+                metadata = [("authorization", f"Bearer {keys[name]}")]
+                assert call(made, method, message_of(f"{method}Request"), metadata).code == code

@@ -25,6 +25,9 @@ OPEN = re.compile(r"/|/v2/health/(?:live|ready)")
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 METRICS = "/metrics"
 INDEX = "/v2/repository/index"
+MEMORY = ("/v2/systemsharedmemory/", "/v2/cudasharedmemory/")
+"""Where also reading is for who may change: it tells the names of memory."""
+
 REFUSED = 1008
 """A WebSocket's code for a violated policy."""
 
@@ -61,7 +64,8 @@ class Gate:
             raise NotFound("Not Found")
         if OPEN.fullmatch(path):
             return
-        manages = method not in READING and path != INDEX and INFERENCE.fullmatch(path) is None
+        reads = (method in READING or path == INDEX) and not path.startswith(MEMORY)
+        manages = not reads and INFERENCE.fullmatch(path) is None
         if self._access.is_open and (manages or scope["type"] == "websocket"):
             check_origin(scope["headers"], self._local)
         given = credentials(scope["headers"])

@@ -272,7 +272,7 @@ class HotPathProtocol(Replying):
         coded = exchange.coding is not None
         if coded and len(body) <= INLINE_CODED_BYTES:
             body = exchange.opened(body, min(INLINE_BYTES, settings.max_body_bytes))
-        arguments = body, exchange, model, settings, self.service.regions
+        arguments = body, exchange, model, settings, self.service.regions_for(exchange.key)
         if exchange.coding is None and len(body) <= INLINE_BYTES:
             request, nbytes = decode(*arguments)
             if not coded:

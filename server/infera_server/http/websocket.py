@@ -107,14 +107,13 @@ class _Stream:
             model = self._service.model(*self._target)
             body, header = self._parts(message)
             nbytes = len(body)
+            regions = self._service.regions_for(self._key)
             if nbytes <= INLINE_BYTES:
-                asked = v2_rest.parse(body, header, model.signature, self._service.regions)
+                asked = v2_rest.parse(body, header, model.signature, regions)
             else:
                 model.check_room(nbytes)
                 loop = asyncio.get_running_loop()
-                asked = await loop.run_in_executor(
-                    None, v2_rest.parse, body, header, model.signature, self._service.regions
-                )
+                asked = await loop.run_in_executor(None, v2_rest.parse, body, header, model.signature, regions)
             if self._key is not None:
                 asked.claim(self._key.name)
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
+from infera_server.access import Key
 from infera_server.codec import Buffer
 from infera_server.errors import RequestError, TooLarge, Unsupported, request_error
 from infera_server.models.servable import Servable
@@ -135,6 +136,12 @@ class Inference:
 
     async def prepare(self, message: v2_grpc.Message, remaining: float | None, given: str | None) -> Call:
         """The call of a message whose client waits for `remaining` seconds. Raises RequestError."""
+        return await self._prepare(message, remaining, given, None)
+
+    async def _prepare(
+        self, message: v2_grpc.Message, remaining: float | None, given: str | None, key: Key | None
+    ) -> Call:
+        """The same, where the `key` that was `given` is known if nothing is given any more."""
         began = time.monotonic()
         header = message.header
         known, asked = self._known.get(header), None
@@ -143,7 +150,8 @@ class Inference:
             name, version = asked.model_name, v2_grpc.version_of(asked.model_version)
         else:
             name, version = known.name, known.version
-        key = None if given is None else self._service.access.admit(given, name, began)
+        if given is not None:
+            key = self._service.access.admit(given, name, began)
         model = v2_grpc.look_up(self._service.model, name, version)
         signature = model.signature
         try:
@@ -151,7 +159,7 @@ class Inference:
                 asked = asked or await self._read(header)
                 known = Known(name, version, signature, await self._template(asked, header, signature))
                 self._keep(header, known)
-            arguments = known.template, message, signature, self._service.regions, remaining
+            arguments = known.template, message, signature, self._service.regions_for(key), remaining
             if message.nbytes <= INLINE_BYTES or not known.template.is_slow:
                 request = v2_grpc.fill(*arguments)
             else:
@@ -160,12 +168,10 @@ class Inference:
         except Exception as error:
             raise failed(model, began, error) from None
         if model.retired:  # while another thread was at it
-            call = await self.prepare(message, remaining, None)
-        else:
-            call = Call(chosen(model, request), request, message.nbytes, began, self._service)
+            return await self._prepare(message, remaining, None, key)
         if key is not None:
-            call.request.claim(key.name)
-        return call
+            request.claim(key.name)
+        return Call(chosen(model, request), request, message.nbytes, began, self._service)
 
     async def _read(self, header: bytes) -> Any:
         if len(header) <= INLINE_BYTES:

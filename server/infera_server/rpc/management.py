@@ -21,12 +21,14 @@ from infera_server.rpc.calls import credentials, refuse
 from infera_server.service import Service
 
 OPEN = frozenset({"ServerLive", "ServerReady"})
-CHANGING = frozenset(
+MANAGING = frozenset(
     {
         "RepositoryModelLoad",
         "RepositoryModelUnload",
+        "SystemSharedMemoryStatus",
         "SystemSharedMemoryRegister",
         "SystemSharedMemoryUnregister",
+        "CudaSharedMemoryStatus",
         "CudaSharedMemoryRegister",
         "CudaSharedMemoryUnregister",
     }
@@ -83,7 +85,7 @@ def _check_access(access: Access, name: str, request: Any, context: Any) -> None
     """Health is open, reading takes a key, the rest one for more. Raises Unauthorized or Forbidden."""
     if name in OPEN:
         return
-    if name in CHANGING or (name in SETTINGS and request.settings):
+    if name in MANAGING or (name in SETTINGS and request.settings):
         access.check_management(credentials(context))
     elif not access.is_open:
         access.identify(credentials(context))
@@ -289,4 +291,4 @@ METHODS: dict[str, Method] = {
     "LogSettings": log_settings,
 }
 
-READING_METHODS = METHODS.keys() - CHANGING - SETTINGS
+READING_METHODS = METHODS.keys() - MANAGING - SETTINGS
