@@ -116,7 +116,7 @@ class Service:
             await self.control.survey()
 
     async def roll_back(self, name: str) -> None:
-        """Serve what served before the last load of a model. Raises BadRequest where nothing is kept."""
+        """Serve what served before the last load of a model. Raises BadRequest where nothing is kept; Unavailable."""
         self._refuse_draining()
         await self.control.roll_back(name)
         await self.repository.audience.informed()
@@ -128,8 +128,12 @@ class Service:
         return {**self.repository.traffic_of(name).as_dict(), "shadowed": shadows}
 
     def set_traffic(self, name: str, document: object) -> dict[str, Any]:
-        """Set labels, split and shadow of a model, until the server ends. Raises NotFound or BadRequest."""
+        """Set labels, split and shadow of a model, until the server ends.
+
+        Raises NotFound, BadRequest, or Unavailable where nothing may change.
+        """
         self._refuse_draining()
+        self.control.check_changing()
         self.repository.get(name)
         try:
             traffic = parse(document)

@@ -399,6 +399,18 @@ def test_a_folder_that_goes_while_it_is_looked_at_has_no_files(tmp_path: Path, m
     assert not stamp(tmp_path)
 
 
+def test_in_mode_none_nothing_changes_after_the_start() -> None:
+    with scaling("1", "2", model_control="none") as (running, _):
+        for action, document in (
+            ("load", None), ("unload", None), ("rollback", None), ("traffic", {"split": {"1": 1}}),
+        ):  # fmt: skip
+            body = json.dumps(document) if document else None
+            status, _, reply = running.request("POST", f"/v2/repository/models/m/{action}", body)
+            assert (status, "--model-control none" in json.loads(reply)["error"]) == (503, True)
+        assert running.get("/v2/repository/models/m/traffic")[1]["split"] == {}
+        assert set(running.index().values()) == {"READY"}
+
+
 def test_in_poll_mode_nothing_is_loaded_by_request(tmp_path: Path) -> None:
     factor(tmp_path / "m.onnx", 1.0)
     with watched(tmp_path, watch=False, model_control="poll") as running:

@@ -133,7 +133,11 @@ class Control:
             self._take_out(loaded.name, reason)
 
     async def roll_back(self, name: str) -> None:
-        """Serve what served before the last load, which in turn is kept. Raises BadRequest where nothing was kept."""
+        """Serve what served before the last load, which in turn is kept.
+
+        Raises BadRequest where nothing was kept, or Unavailable where nothing may change.
+        """
+        self.check_changing()
         async with self._turns[name]:
             before = self._repository.previous.get(name)
             if before is None:
@@ -163,7 +167,13 @@ class Control:
         repository.sources = found.sources
         return found
 
+    def check_changing(self) -> None:
+        """Raises Unavailable where nothing may change after the start."""
+        if self._settings.model_control == "none":
+            raise Unavailable("nothing may change after the start: the server runs with --model-control none")
+
     def _check_mode(self) -> None:
+        self.check_changing()
         if self._settings.model_control != "explicit":
             raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
 
