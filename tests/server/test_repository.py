@@ -180,6 +180,21 @@ def test_of_several_versions_all_are_loaded_or_none() -> None:
         until(lambda: opened.sessions["1"][1].closed)
 
 
+def test_nothing_is_kept_of_names_that_only_requests_know() -> None:
+    with models("a") as (running, opened):
+        opened.broken.add("model")
+        service, control = running.host.service, running.host.service.control
+        for i in range(3):
+            with pytest.raises(NotFound):
+                running.call(service.load_model(f"nowhere{i}"))
+            with pytest.raises(BadRequest, match="not a model"):
+                running.call(service.load_model(f"sent{i}", "{}", {"file:1/model.onnx": b"abc"}))
+            with pytest.raises(NotFound):
+                running.call(service.unload_model(f"nowhere{i}"))
+        assert running.index() == {"a/1": "READY"}
+        assert not control._turns
+
+
 def test_without_model_control_nothing_is_loaded_or_unloaded() -> None:
     with models("a", model_control="none") as (running, _):
         for work in (running.host.service.load_model("a"), running.host.service.unload_model("a")):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from infera_server.codec import short
 from infera_server.errors import BadRequest, NotFound, Unavailable
@@ -40,7 +40,7 @@ class Control:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._settings = repository.settings
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self.evictions = Evictions(self._bring_back)
 
@@ -58,7 +58,7 @@ class Control:
         """Load a model; of an ensemble the models that are not served first, each of which is `tried` once."""
         tried.add(name)
         while True:
-            async with self._turns[name]:
+            async with self._turn(name):
                 definition = await requested(name, config, files, self._settings.max_load_bytes, self.survey)
                 missing = [m for m in definition.members if m not in tried and not self._repository.versions(m)]
                 if not missing:
@@ -72,13 +72,13 @@ class Control:
         for member in definition.members:
             if (evicted := self.evictions.definition(member)) is not None:
                 await self._bring_back(evicted)
-        async with self._turns[definition.name]:
+        async with self._turn(definition.name):
             if not self._repository.versions(definition.name):
                 await self._load(definition)
 
     async def load_changed(self, definition: Definition) -> None:
         """Load the versions of a model that are not served as they are there. Raises as `load`."""
-        async with self._turns[definition.name]:
+        async with self._turn(definition.name):
             await self._load(definition, reuse=True)
 
     async def unload(self, name: str, dependents: bool = False) -> None:
@@ -87,7 +87,7 @@ class Control:
         With `dependents` the models that an ensemble is made of go with it.
         """
         self._check_mode()
-        async with self._turns[name]:
+        async with self._turn(name):
             members = self._repository.definitions[name].members if name in self._repository.definitions else ()
             self.take_out(name)
         for member in members if dependents else ():
@@ -138,7 +138,7 @@ class Control:
         Raises BadRequest where nothing was kept, or Unavailable where nothing may change.
         """
         self.check_changing()
-        async with self._turns[name]:
+        async with self._turn(name):
             before = self._repository.previous.get(name)
             if before is None:
                 raise BadRequest(f"model '{short(name)}' has nothing to go back to: no earlier load of it is kept")
@@ -171,6 +171,12 @@ class Control:
         """Raises Unavailable where nothing may change after the start."""
         if self._settings.model_control == "none":
             raise Unavailable("nothing may change after the start: the server runs with --model-control none")
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        """The lock of a model's operations, which is kept while one has it or waits for it."""
+        if (turn := self._turns.get(name)) is None:
+            turn = self._turns[name] = asyncio.Lock()
+        return turn
 
     def _check_mode(self) -> None:
         self.check_changing()
@@ -220,6 +226,8 @@ class Control:
             self._start(self._let_go(model))
         others = {s.version: "another version could not be loaded" for s in models if s.version not in failures}
         self._repository.mark_failed(name, failures | others)
+        if not any(source.name == name for source in self._repository.sources):
+            self._repository.forget_failed(name)  # a name that only this request knows
         reasons = "".join(f"version {v} is at UNAVAILABLE state: {reason};\n" for v, reason in failures.items())
         raise BadRequest(f"load failed for model '{name}': {reasons}")
 

@@ -198,6 +198,12 @@ class Repository:
                 entry.state = State.UNAVAILABLE
         self.audience.changed()
 
+    def forget_failed(self, name: str) -> None:
+        """Keep nothing of a model no version of which was ever served."""
+        if name not in self.definitions:
+            self._entries = {other: entries for other, entries in self._entries.items() if other != name}
+            self.audience.changed()
+
     def note_problem(self, name: str, sources: Sequence[Source], reason: str) -> None:
         """What is there of a model now cannot be loaded, as the index says of all its versions."""
         known = self._entries.get(name, {})
@@ -235,7 +241,7 @@ class Repository:
 
     def mark_unloaded(self, name: str, version: str, reason: str) -> None:
         """A version that was taken out of service is gone, unless it has come back."""
-        entry = self._entries[name].get(version)
+        entry = self._entries.get(name, {}).get(version)
         if entry is not None and entry.state is State.UNLOADING:
             entry.state, entry.reason = State.UNAVAILABLE, reason
             self.audience.changed()
