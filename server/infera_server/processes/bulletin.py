@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -90,6 +90,7 @@ class Mirror:
         self._evicted = evicted
         service.recall = evicted.recall
         self._models: dict[int, Loaded] = {}
+        self._routes: dict[tuple[Sequence[int], Sequence[float]], Route] = {}
         self._log: Mapping[str, Any] = {}
 
     def read(self, told: Mapping[str, Any]) -> None:
@@ -116,10 +117,17 @@ class Mirror:
             Entry(Source(name, version, Path()), State(state), "", None if number is None else models[number])
             for name, version, state, number in told["entries"]
         ]
-        find: dict[tuple[str, str | None], Servable] = {
-            (name, version): Route([models[n].front for n in numbers], weights) if weights else models[numbers[0]].front
-            for name, version, numbers, weights in told["find"]
-        }
+        find: dict[tuple[str, str | None], Servable] = {}
+        routes: dict[tuple[Sequence[int], Sequence[float]], Route] = {}
+        for name, version, numbers, weights in told["find"]:
+            if not weights:
+                find[name, version] = models[numbers[0]].front
+                continue
+            split = tuple(numbers), tuple(weights)
+            if (route := self._routes.get(split)) is None:
+                route = Route([models[n].front for n in numbers], weights)
+            find[name, version] = routes[split] = route
+        self._routes = routes
         leaving = {loaded for loaded in (*gone, *self._repository.leaving) if loaded.front.queued}
         self._models = models
         self._repository.mirror(entries, find, leaving | set(models.values()))
