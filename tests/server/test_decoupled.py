@@ -113,7 +113,7 @@ def test_one_document_is_for_one_response(server: Running, model: Repeat) -> Non
 
 
 def test_a_reader_of_events_that_leaves_cancels(server: Running, model: Repeat) -> None:
-    model.asked = ""
+    model.asked, before = "", model.stats.success.count
     for place in (0, 1):  # before the first response, and after it
         model.held = {"b": place}
         model.cancelled.clear()
@@ -124,6 +124,7 @@ def test_a_reader_of_events_that_leaves_cancels(server: Running, model: Repeat) 
             else:
                 until(lambda: model.asked == "b")
         until(lambda: len(model.cancelled) == 1)
+    until(lambda: model.stats.success.count == before + 1)  # who has had a response was answered
     model.held = {}
 
 

@@ -87,12 +87,20 @@ async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
 
 
 async def counted_each(model: Servable, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
-    """The same, counted in the model's statistics as one request. Raises RequestError."""
-    began = time.monotonic()
+    """The same, counted in the model's statistics as one request. Raises RequestError.
+
+    A client that leaves after the first reply was answered: its status has been sent.
+    """
+    began, is_answered = time.monotonic(), False
     async with aclosing(replies):
         try:
             async for reply in replies:
+                is_answered = True
                 yield reply
+        except (GeneratorExit, asyncio.CancelledError):
+            if is_answered:
+                model.stats.replied(200, time.monotonic() - began)
+            raise
         except Exception as error:
             refusal = request_error(error, model.signature.name)
             model.stats.failed(refusal, time.monotonic() - began)
