@@ -86,15 +86,6 @@ class Ensemble:
         """Requests that are not answered."""
         return len(self._runs)
 
-    @property
-    def missing(self) -> str:
-        """Why it cannot take requests just now, as a model that it needs is not there or does not fit; else empty."""
-        try:
-            self._resolve()
-        except RequestError as error:
-            return str(error)
-        return ""
-
     def parts(self) -> Sequence[Servable] | None:
         """The models that answer just now, of ensembles within it theirs; None where requests are split over several.
 
