@@ -76,6 +76,10 @@ class Times:
         return {"count": self.count, "ns": self.ns}
 
 
+RESPONSE_STATS = ("compute_infer", "compute_output", "success", "fail", "empty_response", "cancel")
+"""What the V2 statistics count of the responses at one place among those to a request."""
+
+
 class ModelStats:
     """What one model version did. Used from the event loop's thread only."""
 
@@ -105,6 +109,9 @@ class ModelStats:
         """Bytes that the model keeps on a device, by Triton's type of memory and the device's index."""
 
         self.batches: dict[int, dict[str, Times]] = {}
+        self.responses: dict[int, dict[str, Times]] = {}
+        """Of a decoupled model, by the response's place among those to its request."""
+
         self.last_inference = 0
 
     def replied(self, status: int, seconds: float) -> None:
@@ -162,6 +169,17 @@ class ModelStats:
             size[name].add(1, seconds)
         self.last_inference = int(time.time() * 1e3)
 
+    def responded(self, index: int, seconds: float, outcome: str) -> None:
+        """One of the responses to a request to a decoupled model came so long after the one before it.
+
+        The `outcome` is one of RESPONSE_STATS. Responses are written where they are read, so output takes no time.
+        """
+        times = self.responses.get(index) or self.responses.setdefault(index, {n: Times() for n in RESPONSE_STATS})
+        times[outcome].add(1, seconds)
+        if outcome in ("success", "fail"):
+            times["compute_infer"].add(1, seconds)
+            times["compute_output"].add(1, 0.0)
+
     def as_dict(self) -> dict[str, Any]:
         """The counters as the V2 statistics extension names them."""
         return {
@@ -175,7 +193,10 @@ class ModelStats:
                 "cache_hit": self.cache_hit.as_dict(),
                 "cache_miss": self.cache_miss.as_dict(),
             },
-            "response_stats": {},
+            "response_stats": {
+                str(index): {name: times.as_dict() for name, times in found.items()}
+                for index, found in sorted(self.responses.items())
+            },
             "batch_stats": [
                 {"batch_size": rows, **{name: times.as_dict() for name, times in sizes.items()}}
                 for rows, sizes in sorted(self.batches.items())

@@ -31,7 +31,8 @@ from tests.server.decoders import (
     recurrent_logits,
     recurrent_state,
 )
-from tests.server.grpc_cases import infer, tensor
+from tests.server.grpc_cases import call, infer, tensor
+from tests.server.grpc_cases import request as message_of
 from tests.server.grpc_stream_cases import ENDS, talk
 from tests.server.grpc_support import channel, stream
 from tests.server.support import WAIT, Running, hosting, until
@@ -140,6 +141,28 @@ def test_a_stop_ends_the_text_and_is_not_told(client: grpc.Channel) -> None:
     assert (tokens_of(responses), any(finals(responses))) == (want, False)
     responses = talk(client, [ask("stops", PROMPT, parameters=ENDS)])
     assert (tokens_of(responses), finals(responses)) == (want, [False] * len(want) + [True])
+
+
+def responses_of(running: Running, model: str) -> dict[str, dict[str, int]]:
+    """How many there were at each place, by what came of them."""
+    (found,) = running.get(f"/v2/models/{model}/stats")[1]["model_stats"]
+    return {i: {n: t["count"] for n, t in times.items() if t["count"]} for i, times in found["response_stats"].items()}
+
+
+def test_responses_are_counted_by_their_place(tmp_path: Path) -> None:
+    want = by_the_book(attention_logits, PROMPT)[: by_the_book(attention_logits, PROMPT).index(STOP)]
+    put_decoder(tmp_path, "m", ATTENTION, config("input_ids", DECOUPLED, generate_stop=str(STOP)))
+    put_decoder(tmp_path, "whole", ATTENTION, config("input_ids"))
+    with hosting(Repository(Settings(), survey([tmp_path]).sources)) as running, channel(running) as made:
+        for _ in range(2):
+            talk(made, [ask("m", PROMPT)])
+        told = {str(i): {"compute_infer": 2, "compute_output": 2, "success": 2} for i in range(len(want))}
+        assert responses_of(running, "m") == told | {str(len(want)): {"empty_response": 2}}
+        (found,) = call(made, "ModelStatistics", message_of("ModelStatisticsRequest", name="m")).message["model_stats"]
+        assert found["response_stats"]["0"]["success"]["count"] == "2"
+        assert int(found["response_stats"]["0"]["success"]["ns"]) > 0
+        running.request("POST", "/v2/models/whole/generate", json.dumps({"input_ids": PROMPT}))
+        assert responses_of(running, "whole") == {}
 
 
 def test_events_and_whole_texts(server: Running) -> None:

@@ -61,6 +61,8 @@ class Text(Job):
     padding: int = 0
     read: list[int] = field(default_factory=list)
     made: list[int] = field(default_factory=list)
+    responses: int = 0
+    responded_at: float
     memory: dict[str, HostArray] | None = None
     run: Job | None = None
 
@@ -114,6 +116,7 @@ class Generator(Tap):
             nbytes=nbytes,
             deadline=now + min(request.timeout or math.inf, self._timeout),
             queued_at=now,
+            responded_at=now,
             request=request,
             sampler=Sampler(asked),
             left=asked.most,
@@ -127,6 +130,7 @@ class Generator(Tap):
             job.state = State.CANCELLED
             if job.run is not None:
                 self.model.cancel(job.run)
+            self._responded(job, "cancel")
             self._end(job)
 
     def drain(self) -> None:
@@ -138,6 +142,7 @@ class Generator(Tap):
         for text in list(self._texts):
             if text.run is not None:
                 self.model.cancel(text.run)
+            self._responded(text, "fail")
             self._end(text)
             answer(text, error)
         self.model.give_up(error)
@@ -172,12 +177,15 @@ class Generator(Tap):
             if not text.ahead:
                 token = text.sampler.choose(self.how.next_logits(result))
                 if self._is_last(text, token):
+                    told = self._told(text.made)
+                    self._responded(text, "success" if told else "empty_response")
                     self._end(text)
-                    answer(text, self._told(text.made), batch)
+                    answer(text, told, batch)
                     return
                 text.ahead = [token]
             self._go_on(text)
         except Exception as error:
+            self._responded(text, "fail")
             self._end(text)
             answer(text, error)
 
@@ -188,6 +196,7 @@ class Generator(Tap):
         text.made.append(token)
         text.left -= 1
         if text.left and self.signature.decoupled and text.request.each is not None:
+            self._responded(text, "success")
             text.request.each(self._told(text.made))
             text.made = []
         return not text.left or text.state is not State.WAITING
@@ -197,6 +206,13 @@ class Generator(Tap):
         if not tokens and self.signature.decoupled:
             return {}
         return {TOKENS: np.array([tokens], self.how.dtype)}
+
+    def _responded(self, text: Text, outcome: str) -> None:
+        """Count a response to a text that is under way, where responses are told one by one."""
+        if self.signature.decoupled and text in self._texts:
+            now = time.monotonic()
+            self.stats.responded(text.responses, now - text.responded_at, outcome)
+            text.responses, text.responded_at = text.responses + 1, now
 
     # --- accounting --------------------------------------------------------------------------------------------------
 
