@@ -44,6 +44,23 @@ def client() -> Iterator[grpc.Channel]:
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
+def test_messages_count_as_bodies_being_received() -> None:
+    with serving({"double": doubler()}, max_intake_bytes=100_000) as running, channel(running) as made:
+        intake = running.host.service.intake
+        intake.held += 90_000  # by others
+        x = np.zeros((4000, 4), np.float32)
+        assert array_of(infer(made, request("double", X))).size == X.size
+        with pytest.raises(grpc.RpcError) as error:
+            infer(made, request("double", x))
+        assert status_of(error) == (
+            "RESOURCE_EXHAUSTED",
+            "90,000 bytes of request bodies are being received, at most 100,000 are held; send the request again later",
+        )
+        told, right = stream(made)(iter([request("double", x), request("double", X)]))
+        assert (told.error_message, right.error_message) == (error.value.details(), "")
+        assert intake.held == 90_000
+
+
 def test_messages_over_the_limit_are_refused() -> None:
     with (
         serving({"double": doubler()}, max_body_bytes=1000, max_json_bytes=400_000) as running,

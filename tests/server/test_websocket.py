@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from infera_server.access import Access, Key, make_key
 from infera_server.http.websocket import MAX_UNDER_WAY, PREFIX
+from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.scheduling.rows import HostArray
 from tests.server.support import FakeSession, Running, doubler, http_request, read_reply, request_of, serving, until
 
@@ -179,3 +181,26 @@ def test_an_offer_elsewhere_is_ignored(server: Running) -> None:
     with server.connect() as sock, sock.makefile("rb") as file:
         sock.sendall(http_request(json.dumps(request_of(rows(1))).encode(), headers=offer))
         assert read_reply(file)[0] == 200
+
+
+def test_what_has_arrived_of_messages_counts_as_bodies_do() -> None:
+    half = bytes(600_000)
+    with serving({"double": doubler()}, max_intake_bytes=1_000_000, max_batch=1 << 16) as running:
+        intake = running.host.service.intake
+        for pieces in (half, iter([half[:500_000], half[500_000:]])):  # a frame, and two fragments
+            with stream(running) as slow, stream(running) as client:
+                slow.socket.sendall(b"\x82\xff" + (2 * len(half)).to_bytes(8, "big") + bytes(4) + half)
+                until(lambda: intake.held >= len(half))
+                with contextlib.suppress(ConnectionClosed):  # before all of it was sent
+                    client.send(pieces)
+                with pytest.raises(ConnectionClosed) as refused:
+                    client.recv()
+                assert refused.value.rcvd is not None
+                assert refused.value.rcvd.code == TRY_LATER
+                assert "bytes of request bodies are being received" in refused.value.rcvd.reason
+                slow.socket.close()
+            until(lambda: intake.held == 0)
+        with stream(running) as client:
+            client.send(binary(rows(30_000)))
+            assert read(client.recv())[1].shape == (30_000, 4)
+        until(lambda: intake.held == 0)

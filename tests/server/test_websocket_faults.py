@@ -14,7 +14,7 @@ from tests.server.malformed import BODY
 from tests.server.support import Running, doubler, serving, until
 
 HANDSHAKE = (
-    b"GET /v2/models/double/stream HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
+    b"GET /v2/models/double/stream HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
 CONTINUED, TEXT, BINARY, CLOSE, PING = 0, 1, 2, 8, 9

@@ -99,8 +99,7 @@ class Exchange:
 
     def hold(self, nbytes: int, intake: Intake) -> None:
         """Account for a part of the body that is kept. Raises Overloaded where too much is being received."""
-        intake.check(nbytes)
-        intake.held += nbytes
+        intake.take(nbytes)
         self.held += nbytes
 
     def let_go(self, intake: Intake) -> None:

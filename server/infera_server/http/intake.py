@@ -1,8 +1,9 @@
-"""A budget for request bodies that have not arrived completely."""
+"""A budget for request bodies that are on their way to a queue."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,20 @@ class Intake:
                 RETRY_AFTER,
             )
 
+    def take(self, nbytes: int) -> None:
+        """Count so many more. Raises Overloaded where they do not fit."""
+        self.check(nbytes)
+        self.held += nbytes
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Count a body while it is read. Raises Overloaded where it does not fit."""
+        self.take(nbytes)
+        try:
+            yield
+        finally:
+            self.held -= nbytes
+
 
 async def received(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], intake: Intake, most: int) -> bytes:
     """The body of an ASGI request. Raises TooLarge, Overloaded, or BadRequest where the client leaves meanwhile."""
@@ -41,8 +56,7 @@ async def received(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], i
             if message["type"] == "http.disconnect":
                 raise BadRequest("the request body did not arrive")  # nobody reads this
             chunk = message.get("body", b"")
-            intake.check(len(chunk))
-            intake.held += len(chunk)
+            intake.take(len(chunk))
             held += len(chunk)
             if held > most:
                 raise TooLarge(f"the request body is over the limit of {most:,} bytes")

@@ -24,6 +24,7 @@ from infera_server.errors import BadRequest, RequestError, TooLarge, Unavailable
 from infera_server.http.exchange import INLINE_BYTES
 from infera_server.http.gate import App, Message, Receive, Send
 from infera_server.http.inference import counted, responses
+from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_rest
@@ -35,8 +36,8 @@ MAX_UNDER_WAY = 64
 """Requests of one connection that are not answered yet."""
 
 PREFIX = 4
-POLICY, TRY_LATER = 1008, 1013
-"""Codes that a connection is closed with (RFC 6455, section 7.4.1, and its registry)."""
+POLICY = 1008
+"""A code that a connection is closed with (RFC 6455, section 7.4.1)."""
 
 
 class Streams:
@@ -107,13 +108,13 @@ class _Stream:
             model = self._service.model(*self._target)
             body, header = self._parts(message)
             nbytes = len(body)
-            regions = self._service.regions_for(self._key)
-            if nbytes <= INLINE_BYTES:
-                asked = v2_rest.parse(body, header, model.signature, regions)
-            else:
-                model.check_room(nbytes)
-                loop = asyncio.get_running_loop()
-                asked = await loop.run_in_executor(None, v2_rest.parse, body, header, model.signature, regions)
+            arguments = body, header, model.signature, self._service.regions_for(self._key)
+            with self._service.intake.holding(nbytes):
+                if nbytes <= INLINE_BYTES:
+                    asked = v2_rest.parse(*arguments)
+                else:
+                    model.check_room(nbytes)
+                    asked = await asyncio.get_running_loop().run_in_executor(None, v2_rest.parse, *arguments)
             if self._key is not None:
                 asked.claim(self._key.name)
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))

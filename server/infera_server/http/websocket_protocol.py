@@ -1,21 +1,29 @@
 """WebSocket connections: uvicorn's, with limits on what a client can make of them that never sends a message.
 
 A frame takes five microseconds to read, whatever it carries, and the least has six bytes: a megabyte a second of such
-frames would keep the event loop busy.
+frames would keep the event loop busy. What has arrived of messages counts as bodies being received do, until the
+application takes them.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from infera_server.errors import Overloaded
+from infera_server.http.intake import Intake
 
 PIECE = 1 << 15
 """Bytes that are read before anybody looks at what they were."""
 
 SMALL = 125
 """A fragment of no more bytes carries as good as nothing; nor do pings and pongs."""
+
+TRY_LATER = 1013
+"""The code that a connection is closed with where too much is being received (IANA's registry of RFC 6455)."""
 
 MOST_SMALL = 1000
 """How many frames in a second may carry nothing before the connection is cut."""
@@ -27,11 +35,40 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._small, self._since = 0, 0.0
+        self._intake: Intake = self.app_state["service"].intake
+        self._held = self._fragments = 0
+        self._waiting: deque[int] = deque()
+        """The sizes of messages that the application has not taken."""
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), PIECE):
             if not self.transport.is_closing():
                 super().data_received(data[start : start + PIECE] if len(data) > PIECE else data)
+                self._count_kept()
+
+    def _count_kept(self) -> None:
+        """Tell the intake what is kept now; where that is too much, end the connection."""
+        kept = 0 if self.disconnected else len(self.conn.reader.buffer) + self._fragments + sum(self._waiting)
+        more, self._held = kept - self._held, kept
+        self._intake.held += more
+        if more <= 0 or self.transport.is_closing():
+            return
+        try:
+            self._intake.check(0)
+        except Overloaded as error:
+            self.conn.fail(TRY_LATER, str(error)[:100])
+            self.handle_parser_exception()
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if message["type"] == "websocket.receive":
+            self._waiting.popleft()
+            self._count_kept()
+        return message
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._count_kept()
 
     def handle_text(self, event: Any) -> None:
         self._look(event)
@@ -57,7 +94,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.conn.data_to_send()
 
     def _look(self, event: Any) -> None:
-        if not event.fin and len(event.data) <= SMALL:
+        self._fragments += len(event.data)
+        if event.fin:
+            self._waiting.append(self._fragments)
+            self._fragments = 0
+        elif len(event.data) <= SMALL:
             self._count()
 
     def _count(self) -> None:

@@ -155,16 +155,17 @@ class Inference:
         model = v2_grpc.look_up(self._service.model, name, version)
         signature = model.signature
         try:
-            if known is None or known.signature is not signature:
-                asked = asked or await self._read(header)
-                known = Known(name, version, signature, await self._template(asked, header, signature))
-                self._keep(header, known)
-            arguments = known.template, message, signature, self._service.regions_for(key), remaining
-            if message.nbytes <= INLINE_BYTES or not known.template.is_slow:
-                request = v2_grpc.fill(*arguments)
-            else:
-                model.check_room(message.nbytes)
-                request = await _elsewhere(v2_grpc.fill, *arguments)
+            with self._service.intake.holding(message.nbytes):
+                if known is None or known.signature is not signature:
+                    asked = asked or await self._read(header)
+                    known = Known(name, version, signature, await self._template(asked, header, signature))
+                    self._keep(header, known)
+                arguments = known.template, message, signature, self._service.regions_for(key), remaining
+                if message.nbytes <= INLINE_BYTES or not known.template.is_slow:
+                    request = v2_grpc.fill(*arguments)
+                else:
+                    model.check_room(message.nbytes)
+                    request = await _elsewhere(v2_grpc.fill, *arguments)
         except Exception as error:
             raise failed(model, began, error) from None
         if model.retired:  # while another thread was at it
