@@ -10,7 +10,12 @@ from infera_server.models.repository import Repository, State
 from infera_server.models.servable import Servable
 from infera_server.scheduling.signature import Tensor
 
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters", "statistics")
+EXTENSIONS = (
+    "binary_tensor_data", "classification", "cuda_shared_memory", "logging", "model_configuration", "model_repository",
+    "model_repository(unload_dependents)", "parameters", "schedule_policy", "sequence", "statistics",
+    "system_shared_memory", "trace",
+)  # fmt: skip
+"""Triton's names of the protocol's extensions."""
 
 
 def server_version() -> str:
