@@ -25,8 +25,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from infera_server.http import connection
 from infera_server.scheduling.rows import HostArray
-from tests.server.support import WAIT, FakeSession, Running, doubler, request_of, serving, until
+from tests.server.support import (
+    WAIT,
+    FakeSession,
+    Running,
+    any_width,
+    doubler,
+    http_request,
+    read_reply,
+    request_of,
+    serving,
+    until,
+)
 
 WEIGHTS = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
 SERVE = [sys.executable, "-m", "infera_server"]
@@ -266,6 +278,27 @@ def test_a_drain_that_takes_too_long_is_given_up() -> None:
             running.host.server.should_exit = True
             assert waiting.result(WAIT)[0] == 503
             assert stuck.result(WAIT)[0] == 503
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_reads_nothing_of_a_reply_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    monkeypatch.setattr(connection, "FAREWELL_SECONDS", 0.3)
+    x = np.zeros((1, 8 << 20), np.float32)
+    tensor = {"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+    document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = f"Inference-Header-Content-Length: {len(document)}\r\n"
+    with serving({"any": any_width()}, drain_timeout=8) as running, running.connect() as sock:
+        sock.sendall(http_request(document + x.tobytes(), "/v2/models/any/infer", headers))
+        stats = running.host.repository.get("any").stats
+        until(lambda: stats.statuses[200] == 1)
+        running.host.server.should_exit = True
+        began = time.monotonic()
+        if reads:
+            with sock.makefile("rb") as stream:
+                status, _, body = read_reply(stream)
+            assert (status, body[-x.nbytes :]) == (200, x.tobytes())
+        until(lambda: not running.host.service.connections)
+    assert time.monotonic() - began < 6
 
 
 def test_runs_that_do_not_end_delay_the_exit_by_one_drain_timeout() -> None:

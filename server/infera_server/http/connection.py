@@ -53,6 +53,9 @@ PROBE_SECONDS = 0.05
 STALL_SECONDS = 60.0
 """How long a client may not read its replies before its connection is cut."""
 
+FAREWELL_SECONDS = 3.0
+"""The same while the server shuts down."""
+
 
 class Flow(FlowControl):
     """uvicorn's, which reads on after each reply, however many requests wait: not while `is_behind()`."""
@@ -386,6 +389,15 @@ class Connection(HttpToolsProtocol):
             self.refuse_rest(Unavailable("the server is shutting down; send the request to another one"))
         else:
             super().shutdown()
+        self._cut_off_unread(None)
+
+    def _cut_off_unread(self, before: int | None) -> None:
+        """Do not wait for a client that has read nothing since so many bytes were left to send."""
+        left = self.transport.get_write_buffer_size()
+        if left and left == before:
+            self.transport.abort()
+        elif self in self.service.connections:
+            self.loop.call_later(FAREWELL_SECONDS, self._cut_off_unread, left)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.service.connections.discard(self)
