@@ -80,6 +80,10 @@ class Replying(Connection):
         """What waits for the client to read."""
 
         self.lingering = False
+        self._headers: list[tuple[bytes, bytes]] = []
+        """Those of every reply, as `_common` has them; uvicorn makes new ones every second."""
+
+        self._common = b""
 
     def _send(self, exchange: Exchange, model: Servable, request: Request, nbytes: int) -> None:
         exchange.request = request
@@ -146,14 +150,17 @@ class Replying(Connection):
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
         self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange
-        exchange.let_go(self.service.intake)
+        if exchange.held or exchange.body:
+            exchange.let_go(self.service.intake)
         if exchange.response_complete or self.transport.is_closing():
             return
         exchange.response_complete = True
         size = sum(map(len, body))
-        head = [STATUS_LINE[status], *(b"%s: %s\r\n" % h for h in self.server_state.default_headers), *fields]
-        head.append(b"content-length: %d\r\n" % size)
-        head.append(b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n")
+        if self._headers is not self.server_state.default_headers:
+            self._headers = self.server_state.default_headers
+            self._common = b"".join([b"%s: %s\r\n" % header for header in self._headers])
+        end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
+        head = [STATUS_LINE[status], self._common, *fields, b"content-length: %d\r\n" % size, end]
         if size <= JOIN_BYTES:
             self.transport.write(b"".join([*head, *body]))
         else:
