@@ -156,7 +156,9 @@ def _peers() -> Iterator[Finding]:
     if found:
         yield Finding("onnxruntime", "ok", f"{found}, a reference for `infera verify`")
     else:
-        yield Finding("onnxruntime", "absent", "not installed; `infera verify` can compare devices only")
+        yield Finding(
+            "onnxruntime", "absent", "not installed; `infera verify` compares with float64 and other devices only"
+        )
 
 
 def _version(package: str) -> str | None:

@@ -158,7 +158,10 @@ def _local(path: Path, sha256: str | None, source: str) -> Path:
     if path.is_dir():
         raise FetchError(f"'{source}' is a folder; expected a file")
     if not path.is_file():
-        raise FetchError(f"'{source}' is neither a file nor a name in the catalogue{_suggestion(source)}")
+        if path.suffix.lower() == ".onnx":
+            raise FetchError(f"'{source}': no such file{_suggestion(path.stem)}")
+        hint = _suggestion(source) or "; `infera pull` lists it"
+        raise FetchError(f"'{source}' is neither a file nor a name in the catalogue{hint}")
     _verify(path, sha256, source)
     return path
 

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import numpy as np
 
 from infera_gpu.bind import Bound, Constants
-from infera_gpu.devices import Device
+from infera_gpu.devices import Device, tiles_of
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.feeds import shape_of, value_of
@@ -389,9 +389,7 @@ class Session:
         """What is measured on the session's device. Raises DeviceError where nothing may be."""
         if self.device.batch_invariant:
             raise DeviceError("batch_invariant=True fixes tiles, whatever is faster: there is nothing to tune")
-        if self.device.tiles is None:
-            raise DeviceError(f"{self.device.name} runs no kernels that have tiles: there is nothing to tune")
-        return self.device.tiles
+        return tiles_of(self.device)
 
     def tune(
         self,
@@ -478,7 +476,9 @@ class Session:
         expected = ", ".join(f"{k} {s}" for k, s in self.inputs.items()) or "none"
         for name in self.inputs:
             if name not in given:
-                raise InputError(f"input '{name}' is missing; the model's inputs are: {expected}")
+                others = ", ".join(f"'{k}'" for k in given if k not in self.inputs)
+                unknown = f", but {others} given" if others else ""
+                raise InputError(f"input '{name}' is missing{unknown}; the model's inputs are: {expected}")
         for name in given:
             if name not in self.inputs:
                 raise InputError(f"'{name}' is not an input; the model's inputs are: {expected}")

@@ -109,19 +109,23 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return True
 
 
+class NotInstalledError(InferaError):
+    """The reference is a package that is not here."""
+
+
 class OnnxRuntime:
     """The model in onnxruntime on the CPU, the reference that is not ours.
 
     Graph optimisations are off unless asked for: on x86 processors without VNNI the optimised integer kernels saturate
     their products and differ from the operators' definition by a large part of the peak.
-    Raises InferaError where onnxruntime is not installed or refuses the model.
+    Raises NotInstalledError where onnxruntime is not, and InferaError where it refuses the model.
     """
 
     def __init__(self, model: str | Path | bytes, *, threads: int | None = None, optimized: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError:
-            raise InferaError("onnxruntime is not installed: pip install onnxruntime") from None
+            raise NotInstalledError("onnxruntime is not installed: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1

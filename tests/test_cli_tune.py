@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import InputError
 from infera_kernels.launch import nominal_target
 from infera_kernels.tuning import DeviceTiles, Store
-from tests.commandline import assert_fails, infera, model
+from tests.commandline import assert_explained, assert_fails, infera, model
 
 kernels = pytest.mark.kernels
 
@@ -90,6 +91,19 @@ def test_what_cannot_be_tuned_is_said(product: Path) -> None:
 def test_without_a_gpu_predictions_alone_are_shown(product: Path) -> None:
     assert_fails(infera("tune", product, "--device", "recording", "--shape", "x=8,256"), "only pretends")
     assert infera("tune", product, "--device", "recording", "--show")[0] == 0
+
+
+def test_without_triton_it_is_said_what_to_install(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infera_gpu.devices.recording.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for arguments in (("--show",), ("--export", "tiles.json"), (product, "--show")):
+        result = infera("tune", *arguments, "--device", "recording")
+        assert_explained(result, "Triton is not installed", "infera-gpu[kernels]")
+
+
+def test_without_a_gpu_show_names_the_device_that_is_there(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infera_gpu.cli.tune.why_unavailable", lambda: "no driver")
+    assert_explained(infera("tune", product, "--show"), "no driver", "--device recording")
 
 
 def test_durations() -> None:

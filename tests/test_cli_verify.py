@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from infera_gpu.session import Session
 from infera_gpu.verify import run_in_float64
-from tests.commandline import assert_fails, infera, model, save_add
+from tests.commandline import assert_explained, assert_fails, infera, model, save_add
 
 
 @pytest.fixture
@@ -76,6 +76,11 @@ def test_float64_needs_no_onnxruntime(add: Path, monkeypatch: pytest.MonkeyPatch
     assert status == 0
     assert "ok" in out
     assert err == "onnxruntime is not installed: pip install onnxruntime; its errors are left out\n"
+
+
+def test_without_onnxruntime_there_is_another_reference(add: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert_explained(infera("verify", add, "--device", "cpu"), "pip install onnxruntime", "--against float64")
 
 
 def test_a_whole_graph_is_widened() -> None:

@@ -49,7 +49,8 @@ def test_a_local_file_with_another_sum_is_refused_and_left_alone(tmp_path: Path)
     ("source", "says"),
     [
         ("magicka", "did you mean magika"),
-        ("no/such/model.onnx", "neither a file nor a name"),
+        ("no/such/model.onnx", "'no/such/model.onnx': no such file"),
+        ("nomodel", "`infera pull` lists it"),
         (".", "is a folder"),
         ("file://elsewhere/model.onnx", "not of 'elsewhere'"),
         ("ftp://host/model.onnx", "cannot fetch from 'ftp://'"),
@@ -63,7 +64,7 @@ def test_a_local_file_with_another_sum_is_refused_and_left_alone(tmp_path: Path)
         ("https://a..invalid/x", "the host is not a name: label empty or too long"),
         ("http://local host/x", "'local host' is not a host"),
         ("https:///x", "it names no host"),
-        ("~nobody-of-that-name/model.onnx", "neither a file nor a name"),
+        ("~nobody-of-that-name/model.onnx", "no such file"),
     ],
 )
 def test_what_is_no_source_is_refused_with_a_reason(source: str, says: str, tmp_path: Path) -> None:

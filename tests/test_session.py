@@ -320,7 +320,8 @@ def test_closing_refuses_later_runs() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({}, "input 'x' is missing"),
+        ({}, "input 'x' is missing; the"),
+        ({"X": 1, **feeds("z")}, "input 'x' is missing, but 'X' given; the model's inputs are"),
         ({**feeds("x", "z"), "q": 1}, "'q' is not an input"),
         ({**feeds("x"), "z": np.zeros((3, 4))}, "input 'z' is float64, expected float32"),
         ({**feeds("x"), "z": np.zeros((3, 5), np.float32)}, r"'z' has shape \[3, 5\], expected float32\[N, 4\]"),

@@ -12,7 +12,8 @@ import typer
 from infera_gpu.cli import options
 from infera_gpu.cli.console import advancing, note, table, working
 from infera_gpu.cli.feeds import gather, on_random
-from infera_gpu.devices import open_device
+from infera_gpu.devices import open_device, tiles_of
+from infera_gpu.devices.cuda import why_unavailable
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.session import Session
 from infera_gpu.tuning import Choice, facts
@@ -58,6 +59,8 @@ def command(
             raise InputError("which model? `infera tune MODEL` measures, `infera tune --show` shows what is known")
         _show_device(device, export) if show or export else None
         return
+    if show and device == "cuda" and (reason := why_unavailable()):
+        raise DeviceError(f"no GPU is available ({reason}); --device recording shows what is predicted for an H100")
     with options.opened(options.locate(model), device, None, precision) as session:
         session.tunable()
         feeds = gather(session.tensor_inputs, input, shape, seed)
@@ -101,9 +104,9 @@ def _described(problem: Problem, names: Iterable[str]) -> str:
 def _store(device: str) -> Store:
     opened = open_device(device)
     try:
-        if opened.tiles is None or opened.tiles.store is None:
+        if (store := tiles_of(opened).store) is None:
             raise DeviceError(f"{opened.name} keeps no measurements")
-        return opened.tiles.store
+        return store
     finally:
         opened.close()
 
@@ -118,9 +121,9 @@ def _take(path: Path, device: str) -> None:
 
 def _show_device(device: str, export: Path | None) -> None:
     """All that is measured on a kind of GPU."""
+    store = _store(device)
     from infera_kernels.triton.families import FAMILIES
 
-    store = _store(device)
     known = store.load().values()
     rows = []
     for m in sorted(known, key=lambda m: -m.predicted_seconds):

@@ -15,7 +15,15 @@ from infera_gpu.departures import departures
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
 from infera_gpu.passes import Precision
-from infera_gpu.verify import TOLERANCES, Difference, OnnxRuntime, compare, run_in_float64, widened
+from infera_gpu.verify import (
+    TOLERANCES,
+    Difference,
+    NotInstalledError,
+    OnnxRuntime,
+    compare,
+    run_in_float64,
+    widened,
+)
 
 Outputs = Mapping[str, HostArray]
 ONNXRUNTIME, FLOAT64 = "onnxruntime", "float64"
@@ -65,7 +73,10 @@ def command(
     reference = against or ("cpu" if tested.startswith("cuda") or precision != "fp32" else ONNXRUNTIME)
     if reference == tested and precision == "fp32":
         raise InferaError(f"'{tested}' would be compared with itself; choose another --device or --against")
-    want = _run(path, reference, threads, feeds)
+    try:
+        want = _run(path, reference, threads, feeds)
+    except NotInstalledError as error:
+        raise InferaError(f"{error}; or compare with infera's own operators: --against {FLOAT64}") from error
     peer: Mapping[str, Difference] = {}
     if reference == FLOAT64:
         got = widened(got)

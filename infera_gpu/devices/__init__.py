@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import DeviceError
 from infera_kernels.jit import installed
+
+if TYPE_CHECKING:
+    from infera_kernels.tuning import DeviceTiles
 
 
 def open_device(
@@ -52,6 +56,18 @@ def open_device(
     raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
 
 
+def tiles_of(device: Device) -> DeviceTiles:
+    """What is measured on a device. Raises DeviceError where no kernel of it has tiles."""
+    if device.tiles is not None:
+        return device.tiles
+    if "cupy" in device.kinds:
+        raise DeviceError(
+            "tiles are those of Triton's kernels, and Triton is not installed: pip install 'infera-gpu[cuda12]' or "
+            "'infera-gpu[cuda13]', or 'infera-gpu[kernels]' where there is no GPU"
+        )
+    raise DeviceError(f"{device.name} runs no kernels that have tiles: there is nothing to tune")
+
+
 def _require_invariant(name: str) -> None:
     if name == "cpu":
         raise DeviceError(
@@ -71,4 +87,4 @@ def _compiles(jit: bool | None) -> bool:
     return installed() if jit is None else jit
 
 
-__all__ = ["Device", "open_device"]
+__all__ = ["Device", "open_device", "tiles_of"]

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from infera_gpu.cli.console import print_error
 from infera_gpu.cli.options import locate
 from infera_gpu.errors import FetchError
 from infera_server.access import Access, KeyFileError, is_local, make_key, read_keys
-from infera_server.listening import listen, reserve
+from infera_server.listening import CertificateError, check_certificates, listen, reserve
 from infera_server.models.discovery import DiscoveryError, discover, survey
 from infera_server.models.repository import Repository
 from infera_server.screen import screen
@@ -213,6 +212,8 @@ def serve(
         if slo_p99:
             given |= _goals(slo_p99)
         settings = Settings(**given)
+        if settings.tls_cert is not None:
+            check_certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         access = access_of(settings)
         names = catalogued(paths)
         paths = [names.get(path, path) for path in paths]
@@ -220,6 +221,8 @@ def serve(
         repository = Repository(settings, discover(paths, titles), rescan=partial(survey, paths, titles))
     except KeyFileError as error:
         raise typer.BadParameter(str(error), param_hint="--api-keys") from None
+    except CertificateError as error:
+        raise typer.BadParameter(str(error)) from None
     except ValidationError as error:
         raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
     except (DiscoveryError, FetchError) as error:
@@ -229,10 +232,7 @@ def serve(
     if settings.listen_grpc:
         _listen(settings.host, settings.listen_grpc, "--grpc-port", take).close()  # before anything is loaded
     metrics = None if (found := settings.listen_metrics) is None else _listen(settings.host, found, "--metrics-port")
-    try:
-        server = Host(repository, sock, access, metrics)
-    except (OSError, ssl.SSLError) as error:
-        raise typer.BadParameter(f"the certificates cannot be used: {error}", param_hint="--tls-cert") from None
+    server = Host(repository, sock, access, metrics)
     total = len(list(repository.entries()))
     with screen(total) as out:
         logging.basicConfig(

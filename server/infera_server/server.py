@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(app: App, service: Service) -> Server:
-    """Serves a service, and an application behind its gate. Raises what loading a certificate raises."""
+    """Serves a service, and an application behind its gate."""
     settings = service.settings
     return Server(
         uvicorn.Config(
@@ -143,10 +143,7 @@ class Host:
         access: Access | None = None,
         metrics: socket.socket | None = None,
     ) -> None:
-        """`sock` listens, or with workers keeps their port; `metrics` listens for who asks for metrics alone.
-
-        Raises what loading the TLS certificate raises.
-        """
+        """`sock` listens, or with workers keeps their port; `metrics` listens for who asks for metrics alone."""
         settings = repository.settings
         access = Access() if access is None else access
         self.repository = repository

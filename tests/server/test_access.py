@@ -16,6 +16,7 @@ import pytest
 from infera_server.access import Access, Key, KeyFileError, is_local, make_key, read_keys
 from infera_server.errors import Forbidden, Overloaded, Unauthorized
 from infera_server.http.gate import Gate
+from infera_server.listening import CertificateError, check_certificates
 from infera_server.settings import Settings
 from tests.commandline import assert_fails, infera
 from tests.server.support import Running, doubler, http_request, read_reply, request_of, serving
@@ -311,6 +312,25 @@ def test_tls() -> None:
                     status, headers, body = read_reply(stream)
                     assert status == 200
                     assert len(body) == int(headers["content-length"])
+
+
+@pytest.mark.parametrize(
+    ("chain", "key", "says"),
+    [
+        ("none.pem", None, "--tls-cert: .*none.pem cannot be read: No such file"),
+        ("server.key", None, "--tls-cert: .*server.key holds no certificate"),
+        ("server.pem", None, "--tls-cert: .*server.pem holds no private key; --tls-key"),
+        ("server.pem", "server.pem", "--tls-key: .*server.pem holds no private key"),
+        ("server.pem", "other.key", "--tls-key: .*other.key is not the key of the certificate"),
+        ("damaged.pem", "server.key", "damaged.pem and .*server.key cannot be used"),
+    ],
+)
+def test_certificates_that_cannot_be_used_are_named(tmp_path: Path, chain: str, key: str | None, says: str) -> None:
+    for file in CERTIFICATES.glob("*.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "damaged.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    with pytest.raises(CertificateError, match=says):
+        check_certificates(tmp_path / chain, None if key is None else tmp_path / key, None)
 
 
 @pytest.mark.parametrize("name", ["tls_key", "tls_client_ca"])
