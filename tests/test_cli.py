@@ -32,10 +32,20 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nope",), ("run",), ("run", "--nope"), ("--nope",), ("run", "x", "--seed", "a")]
+    ("arguments", "command"),
+    [
+        (("nope",), "infera"),
+        (("--nope",), "infera"),
+        (("run",), "infera run"),
+        (("run", "--nope"), "infera run"),
+        (("run", "x", "--seed", "a"), "infera run"),
+        (("ops", "--device", "gpu"), "infera ops"),
+    ],
 )
-def test_usage_errors_are_one_line(arguments: tuple[str, ...]) -> None:
-    assert_fails(infera(*arguments), "--help", status=2)
+def test_usage_errors_are_one_line(arguments: tuple[str, ...], command: str) -> None:
+    result = infera(*arguments)
+    assert_fails(result, f"(see {command} --help)", status=2)
+    assert "Value error" not in result[2]
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -192,7 +192,7 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("damage", [*HEADERS, "a damaged archive", "half an archive", "a folder"])
+@pytest.mark.parametrize("damage", [*HEADERS, "a damaged archive", "half an archive", "a text", "a folder"])
 def test_damaged_inputs_are_explained(relu: Path, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "x.npy"
     match damage:
@@ -200,12 +200,16 @@ def test_damaged_inputs_are_explained(relu: Path, tmp_path: Path, damage: str) -
             path.write_bytes(damaged_npz(tmp_path))
         case "half an archive":
             path.write_bytes(damaged_npz(tmp_path)[:300])
+        case "a text":
+            path.write_text("1.0, 2.0, 3.0\n")
         case "a folder":
             path.mkdir()
         case _:
             path.write_bytes(npy(HEADERS[damage]))
     words = "cannot be read" if damage == "a folder" else "not a .npy or .npz file that can be read"
-    assert_explained(infera("run", relu, "-i", path, "--device", "cpu"), "x.npy", words)
+    result = infera("run", relu, "-i", path, "--device", "cpu")
+    assert_explained(result, "x.npy", words)
+    assert "pickle" not in result[2]
 
 
 @pytest.mark.parametrize(

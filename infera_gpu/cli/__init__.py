@@ -91,7 +91,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     """The line for an exception and the exit status."""
     # typer's usage errors come from click, or from its own copy of it, depending on its version: no common base class.
     if hasattr(error, "format_message"):
-        return f"{error.format_message()} (see infera --help)", int(getattr(error, "exit_code", 2))
+        context = getattr(error, "ctx", None)
+        asked = "infera" if context is None else context.command_path
+        message = error.format_message().replace("Value error, ", "")  # how pydantic, also inside typer, begins
+        return f"{message} (see {asked} --help)", int(getattr(error, "exit_code", 2))
     if isinstance(error, InferaError):
         return str(error), 1
     if isinstance(error, OSError):

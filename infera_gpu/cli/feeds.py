@@ -82,7 +82,9 @@ def _load(path: str) -> HostArray | dict[str, HostArray]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # damage surfaces as whatever zipfile, zlib, tokenize or an allocation raises
-        raise InputError(f"{path}: not a .npy or .npz file that can be read: {error}") from None
+        # To NumPy everything else is a pickle.
+        reason = "it is neither, or holds Python objects" if "pickle" in str(error) else error
+        raise InputError(f"{path}: not a .npy or .npz file that can be read: {reason}") from None
 
 
 def _strings_as_objects(array: HostArray) -> HostArray:

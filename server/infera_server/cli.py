@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.cli.console import print_error
@@ -219,12 +220,13 @@ def serve(
         paths = [names.get(path, path) for path in paths]
         titles = {file: str(path) for path, file in names.items()}
         repository = Repository(settings, discover(paths, titles), rescan=partial(survey, paths, titles))
+        _require_named(repository)
     except KeyFileError as error:
         raise typer.BadParameter(str(error), param_hint="--api-keys") from None
     except CertificateError as error:
         raise typer.BadParameter(str(error)) from None
     except ValidationError as error:
-        raise typer.BadParameter("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+        raise typer.BadParameter("; ".join(map(_told, error.errors()))) from None
     except (DiscoveryError, FetchError) as error:
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
     take = reserve if settings.workers else listen
@@ -242,6 +244,9 @@ def serve(
 
         def loaded() -> None:
             ready = sum(1 for _ in server.repository.ready())
+            if server.failed and not ready:
+                out.serving(f"nothing is served: 0 of {total} could be loaded")
+                return
             told = "" if metrics is None else f", metrics on port {metrics.getsockname()[1]}"
             grpc = "" if server.grpc_port is None else f", gRPC on port {server.grpc_port}"
             some = f", workers: {settings.workers}" if settings.workers else ""
@@ -250,6 +255,22 @@ def serve(
         server.on_settled, server.on_loaded = (lambda entry: out.settled(entry, settings)), loaded
         status = server.run()
     raise typer.Exit(status)
+
+
+def _told(error: ErrorDetails) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {error['msg']}" if where else error["msg"]
+
+
+def _require_named(repository: Repository) -> None:
+    """Every model that --load-model names is there, unless files are watched: then they may still come."""
+    settings, there = repository.settings, {source.name for source in repository.sources}
+    if settings.watch or settings.model_control == "poll":
+        return
+    for name in settings.load_models:
+        if name != "*" and name not in there:
+            listed = ", ".join(sorted(there)) or "none"
+            raise typer.BadParameter(f"no model '{name}'; there are: {listed}", param_hint="--load-model")
 
 
 def _listen(host: str, port: int, option: str, take: Callable[[str, int], socket.socket] = listen) -> socket.socket:

@@ -150,7 +150,7 @@ class Host:
         self.service = Service(settings, repository, access)
         self._sockets = [sock] if metrics is None else [sock, metrics]
         self.service.metrics_port = None if metrics is None else metrics.getsockname()[1]
-        self._failed = False
+        self.failed = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.grpc: GrpcServer | None = None
         self.grpc_port: int | None = None
@@ -197,7 +197,7 @@ class Host:
 
     def _fail(self) -> None:
         """End with a status that says so."""
-        self._failed = self.server.should_exit = True
+        self.failed = self.server.should_exit = True
 
     async def _listen_grpc(self, port: int) -> int:
         """The port where gRPC is served, here or by the workers. Raises OSError."""
@@ -223,9 +223,9 @@ class Host:
         await finished.wait()
         if self.workers is not None:
             await self.workers.started.wait()
-        self.on_loaded()
         if not any(self.repository.ready()) and self.repository.has_failed:
             self._fail()
+        self.on_loaded()
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit status: 1 where no model could be loaded, else 0."""
@@ -236,4 +236,4 @@ class Host:
             self.repository.stop()
             for model in self.repository.working():
                 model.close(self.server.deadline - time.monotonic())
-        return 1 if self._failed else 0
+        return 1 if self.failed else 0

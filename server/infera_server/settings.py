@@ -28,9 +28,13 @@ _UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def seconds_of(duration: object) -> object:
-    """'20ms' -> 0.02; what is no such text is left to pydantic."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(us|µs|ms|s)\s*", duration) if isinstance(duration, str) else None
-    return float(found[1]) * _UNITS[found[2]] if found else duration
+    """'20ms' -> 0.02; what is no text is left to pydantic. Raises ValueError for a text without a unit."""
+    if not isinstance(duration, str):
+        return duration
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(us|µs|ms|s)\s*", duration)
+    if found is None:
+        raise ValueError(f"'{duration}' is no time with its unit, as 20ms, 500us or 1.5s")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, allow_inf_nan=False)]

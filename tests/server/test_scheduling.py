@@ -186,12 +186,14 @@ def test_without_a_goal_there_is_no_series() -> None:
         assert b"infera_slo" not in running.request("GET", "/metrics")[2]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("20ms", 0.02), ("1.5 s", 1.5), ("500us", 5e-4), ("2", 2.0), (0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("20ms", 0.02), ("1.5 s", 1.5), ("500us", 5e-4), (".5s", 0.5), (0.1, 0.1)]
+)
 def test_times_have_units(text: Any, seconds: float) -> None:
     assert Settings.model_validate({"slo_p99": text}).slo_p99 == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["20 minutes", "ms", "-1ms", "0", "inf", "1.2.3ms"])
+@pytest.mark.parametrize("text", ["20", "20 minutes", "ms", "-1ms", "0s", "inf", "1.2.3ms"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
         Settings.model_validate({"slo_p99": text})
@@ -200,13 +202,17 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--slo-p99", "soon"], "slo_p99"),
+        (["--slo-p99", "soon"], "slo_p99: 'soon' is no time"),
+        (["--slo-p99", "m=20"], "slo_p99_of.m: '20' is no time with its unit"),
+        (["--tls-key", "k.pem"], "--tls-key needs --tls-cert"),
+        (["--load-model", "nope"], "no model 'nope'; there are: m"),
         (["--slo-p99", "1ms", "--slo-p99", "2ms"], "one time is for all"),
         (["--share", "mlp"], "MODEL=WEIGHT"),
         (["--share", "mlp=-1"], "shares"),
     ],
 )
 def test_options_that_say_nothing_are_named(tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "m.onnx").touch()
     assert_fails(infera("serve", tmp_path / "m.onnx", *options), message, status=2)
 
 

@@ -218,7 +218,7 @@ def test_a_server_whose_workers_do_not_stay_ends(monkeypatch: pytest.MonkeyPatch
     with serving({"double": doubler()}, workers=1) as running:
         os.kill(pids(running)[0], signal.SIGKILL)
         until(lambda: running.host.server.should_exit)
-        assert running.host._failed
+        assert running.host.failed
 
 
 def test_at_last_a_drain_answers_what_was_accepted(served: Running) -> None:
