@@ -87,7 +87,7 @@ exports: $(VENV)/.with-test $(TORCH_READY)  ## models as PyTorch's exporters wri
 	@$(TORCH_PYTHON) -m bench.exporters $(EXPORTS) $(NAMES); made=$$?; \
 	INFERA_EXPORTS=$(EXPORTS) $(PY) -m pytest tests/test_exporters.py && exit $$made
 
-gpu-check:  ## on a machine with a GPU, with the packages that $(PYTHON) has: kernels, parity, memory, timings; one JSON file
+gpu-check:  ## on a machine with a GPU, with the packages that PYTHON has: kernels, parity, memory, timings; one JSON file
 	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server $(PYTHON) -m bench.gpu_check
 

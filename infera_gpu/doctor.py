@@ -134,7 +134,9 @@ def _kernels() -> Iterator[Finding]:
         device.close()
     ops = list(registry())
     counts = ", ".join(f"{sum(kind in op.kernels for op in ops)} with a '{kind}' kernel" for kind in device.kinds)
-    yield Finding("Operators", "ok", f"{len(ops)} declared: {counts}; the others run their plain function")
+    names = len({(op.domain, op.name) for op in ops})
+    told = f"{names} in {len(ops)} versions, {counts}; the others run their plain function"
+    yield Finding("Operators", "ok", told)
 
 
 def _cache() -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ def test_doctor_covers_every_subject() -> None:
     for subject in ("Python", "BLAS", "NVIDIA driver", "CuPy", "Triton", "Device 'auto'", "Cache", "onnxruntime"):
         assert subject in out
     assert status == (1 if "problem" in out else 0)
+
+
+def test_doctor_counts_operators_as_ops_does() -> None:
+    listed = infera("ops", "--device", "cpu")[1].split(" operators")[0]
+    assert re.search(rf"Operators +ok +{listed} in \d+ versions", infera("doctor")[1])
 
 
 def test_doctor_says_unknown_where_a_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:

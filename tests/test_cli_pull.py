@@ -20,6 +20,8 @@ def test_pull_copies_and_checks(relu: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
     assert infera("pull", relu, "-o", folder) == (0, f"{folder / 'relu.onnx'}\n", "")
+    made = tmp_path / "new" / "models"
+    assert infera("pull", relu, "-o", f"{made}/") == (0, f"{made / 'relu.onnx'}\n", "")
     assert infera("pull", relu, "-o", tmp_path / "b.onnx")[0] == 0
     assert (folder / "relu.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes() == relu.read_bytes()
     assert_fails(infera("pull", relu, "--sha256", "0" * 64), "SHA-256", "expected 0000")

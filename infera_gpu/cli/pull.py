@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,9 @@ def command(
         typer.Argument(help="A catalogue name, https://, pypi:// or a path; the catalogue is listed without one."),
     ] = None,
     sha256: Annotated[str | None, typer.Option("--sha256", help="Refuse anything else.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy it here: a file or a folder.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Copy it here: a file or a folder; FOLDER/ is made.")
+    ] = None,
 ) -> None:
     """Bring a model here and print its path."""
     from infera_gpu.catalogue import CATALOGUE
@@ -30,8 +33,11 @@ def command(
         return
     path = options.locate(source, sha256)
     if output is not None:
+        target = Path(output)
+        if output.endswith(os.sep):
+            target.mkdir(parents=True, exist_ok=True)
         with working(f"copying to {output}"):
-            path = _copy(source, path, output)
+            path = _copy(source, path, target)
     print(path)
 
 
@@ -43,7 +49,9 @@ def _copy(source: str, path: Path, output: Path) -> Path:
     beside = fetch_files(source)[1:] if source in CATALOGUE else ()
     if not output.is_dir():
         if any(file.parent == path.parent for file in beside):
-            raise FetchError(f"{source} is {1 + len(beside)} files; give -o an existing folder, not '{output}'")
+            raise FetchError(
+                f"{source} is {1 + len(beside)} files; give -o a folder, not '{output}'; '{output}{os.sep}' is made"
+            )
         return Path(shutil.copyfile(path, output))
     for file in beside:
         shutil.copyfile(file, output / file.name)

@@ -170,8 +170,10 @@ def read_keys(path: Path) -> dict[str, Key]:
     """The keys in a file. Raises KeyFileError, which names what is wrong."""
     try:
         document = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise KeyFileError(f"{path}: {error}") from None
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise KeyFileError(f"{path} is no file of keys as `infera key` makes it: {error}") from None
     if set(document) != {"keys"} or not isinstance(document["keys"], dict) or not document["keys"]:
         raise KeyFileError(f"{path} holds no keys: expected tables [keys.NAME]")
     return {name: _key(path, name, table) for name, table in document["keys"].items()}

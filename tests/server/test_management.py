@@ -227,10 +227,12 @@ def test_folders_of_files_and_of_versions(tmp_path: Path) -> None:
 
 def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
     touch(tmp_path, "empty/readme.txt", "two/1/a.onnx", "two/1/b.onnx", "x/m.onnx", "y/m.onnx")
+    touch(tmp_path, "models/good/1/model.onnx", "models/flat/model.onnx")
     for paths, text in (
         ([tmp_path / "nope"], "does not exist"),
         ([tmp_path / "empty"], "holds no model"),
         ([tmp_path / "two"], "none of them named model.onnx"),
+        ([tmp_path / "models"], "flat holds a model but no version: move it to .*flat/1"),
         ([tmp_path / "x", tmp_path / "y"], "would both be served as m version 1"),
     ):
         with pytest.raises(DiscoveryError, match=text):

@@ -146,7 +146,12 @@ def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
                 if _is_model(child):
                     yield Source(child.stem, "1", child, root=path)
                 elif child.is_dir():
-                    yield from versions(child, path, problems)
+                    found = list(versions(child, path, problems))
+                    yield from found
+                    if not found and any(map(_is_model, child.iterdir())):
+                        problems.setdefault(
+                            child.name, f"{child} holds a model but no version: move it to {child / '1'}"
+                        )
 
 
 def versions(folder: Path, root: Path, problems: dict[str, str], configured: bool = False) -> Iterator[Source]:

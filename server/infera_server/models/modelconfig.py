@@ -5,7 +5,9 @@ What the messages mean: https://github.com/triton-inference-server/common/blob/m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -54,7 +56,7 @@ def read(folder: Path, name: str) -> ModelConfig | None:
             raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES:,} bytes")
         config = text_format.Parse(path.read_bytes(), new())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}{_suggestion(str(error))}") from None
     check(config, name)
     return config
 
@@ -66,9 +68,19 @@ def from_json(text: str, name: str) -> ModelConfig:
     try:
         config = json_format.Parse(text, new(), max_recursion_depth=32)
     except (json_format.ParseError, RecursionError) as error:
-        raise ConfigError(f"Invalid config override: {error}") from None
+        raise ConfigError(f"Invalid config override: {error}{_suggestion(str(error))}") from None
     check(config, name)
     return config
+
+
+def _suggestion(error: str) -> str:
+    """The field that protobuf's error about an unknown one may mean."""
+    found = re.search(r'Message type "([\w.]+)" has no field named "(\w+)"', error)
+    if found is None:
+        return ""
+    fields = new().DESCRIPTOR.file.pool.FindMessageTypeByName(found[1]).fields_by_name
+    close = get_close_matches(found[2], fields, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def check(config: ModelConfig, name: str) -> None:
