@@ -137,9 +137,13 @@ def test_a_kernel_that_is_told_functions_numbers_and_types(launcher: CudaLaunche
     assert len(driver.loaded) == 3
 
 
+LARGE = tiles.Tile(128, 128, 64, 8, 4)
+"""128 KiB of half inputs."""
+
+
 def test_more_than_48_kib_is_asked_for(launcher: CudaLauncher, driver: FakeDriver) -> None:
     a = FakeArray((1024, 1024), "float16")
-    ((_, args),) = matmul.matmul(a, a, a, launcher, tile=tiles.TILES["half"][-1])
+    ((_, args),) = matmul.matmul(a, a, a, launcher, tile=LARGE)
     assert driver.allowed == [(FUNCTION + 1, 131072)]
     assert args[7] == 131072
 
@@ -149,7 +153,7 @@ def test_a_device_with_too_little_shared_memory(tmp_path: Path) -> None:
     launcher = CudaLauncher(3, STREAM, driver=driver, cache=KernelCache(tmp_path))
     a = FakeArray((1024, 1024), "float16")
     with pytest.raises(LaunchError, match=r"needs 131,072 bytes of shared memory a block, device 3 \(sm_90\) has 101,"):
-        matmul.matmul(a, a, a, launcher, tile=tiles.TILES["half"][-1])
+        matmul.matmul(a, a, a, launcher, tile=LARGE)
     assert driver.loaded == []
     matmul.matmul(a, a, a, launcher)
     assert len(driver.loaded) == 1
