@@ -191,11 +191,14 @@ def test_texts_share_batches_and_are_not_mixed_up(server: Running, client: grpc.
     """Also those of unequal lengths, where a mask hides what is between them."""
     prompts = [[(n + i * i) % WORDS for i in range(1 + n % 4)] for n in range(8)]
     stats = server.host.repository.get(model).stats
-    responses = talk(client, [ask(model, prompt, id=str(n)) for n, prompt in enumerate(prompts)])
-    for n, prompt in enumerate(prompts):
-        own = [r for r in responses if r["infer_response"]["id"] == str(n)]
-        logits, count = (attention_logits, 45) if model == "masked" else (recurrent_logits, MOST)
-        assert tokens_of(own) == by_the_book(logits, prompt, count)
+    for _ in range(5):  # on a busy machine they may come one by one
+        responses = talk(client, [ask(model, prompt, id=str(n)) for n, prompt in enumerate(prompts)])
+        for n, prompt in enumerate(prompts):
+            own = [r for r in responses if r["infer_response"]["id"] == str(n)]
+            logits, count = (attention_logits, 45) if model == "masked" else (recurrent_logits, MOST)
+            assert tokens_of(own) == by_the_book(logits, prompt, count)
+        if max(stats.batches) >= 4:
+            break
     assert max(stats.batches) >= 4
 
 
