@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from infera_server import management
+from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
 from infera_server.http import coding, inference
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES
@@ -147,13 +148,17 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[bytes, None]:
         """The replies to a flat document, as many as the model gives. Raises RequestError."""
+        most = service.settings.max_json_bytes
+        sent: Buffer = body
         coded = coding.coding_of(request.headers.get("content-encoding", "").encode("latin-1"))
+        if coded and len(sent) <= INLINE_CODED_BYTES:
+            sent, coded = coding.opened(sent, coded, min(INLINE_BYTES, most))
 
         def read() -> tuple[Asked, int]:
-            text = coding.decompress(body, coded, service.settings.max_json_bytes) if coded else body
+            text = coding.decompress(sent, coded, most) if coded else bytes(sent)
             return generate.parse(text, model.signature), len(text)
 
-        inline = len(body) <= (INLINE_CODED_BYTES if coded else INLINE_BYTES)
+        inline = coded is None and len(sent) <= INLINE_BYTES
         asked, size = read() if inline else await asyncio.get_running_loop().run_in_executor(None, read)
         if model.retired:  # while the body came or another thread was at it
             model = service.model(*_target(request))

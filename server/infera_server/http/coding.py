@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import suppress
 from typing import Literal, TypeAlias
 
 from infera_server.codec import Buffer, short
@@ -27,6 +28,13 @@ def coding_of(value: bytes) -> Coding | None:
     if name == "deflate":
         return "deflate"
     raise UnknownCoding(f"Content-Encoding '{short(name)}' is not supported, send gzip, deflate or none")
+
+
+def opened(body: Buffer, coded: Coding, limit: int) -> tuple[Buffer, Coding | None]:
+    """The body without its coding, where that has up to `limit` bytes; else as it is. Raises BadRequest."""
+    with suppress(TooLarge):
+        return decompress(body, coded, limit), None
+    return body, coded
 
 
 def preferred(accept: bytes) -> Coding | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from urllib.parse import unquote_to_bytes
 
 from infera_server.access import Key
@@ -111,8 +110,7 @@ class Exchange:
     def opened(self, body: Buffer, limit: int) -> Buffer:
         """The body without its coding, where that has up to `limit` bytes; else as it is. Raises BadRequest."""
         assert self.coding is not None
-        with suppress(TooLarge):
-            body, self.coding = coding.decompress(body, self.coding, limit), None
+        body, self.coding = coding.opened(body, self.coding, limit)
         return body
 
 
