@@ -119,7 +119,7 @@ def test_a_full_queue_and_deadlines_and_who_leaves(served: Running) -> None:
         sock.close()
         until(lambda: model.queued == 0)
         late = pool.submit(served.infer, "gated", request_of(X, parameters={"timeout": 1000}))
-        assert late.result()[0] == 504
+        assert late.result()[0] in (429, 504)  # by what is known of run times it may be refused at once
         waiting = [pool.submit(served.infer, "gated", request_of(X)) for _ in range(4)]
         until(lambda: model.queued == 4)
         status, headers, body = served.request("POST", "/v2/models/gated/infer", json.dumps(request_of(X)))
