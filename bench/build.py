@@ -104,6 +104,34 @@ def resnet50(seed: int = 0) -> onnx.ModelProto:
     )
 
 
+class Blocks:
+    """What transformers of width `hidden` are made of, in basic operators, as PyTorch exports them at opset 17."""
+
+    def __init__(self, b: Builder, hidden: int, heads: int, epsilon: float) -> None:
+        self._b, self._hidden, self._epsilon = b, hidden, epsilon
+        self._split = b.constant([0, 0, heads, hidden // heads], np.int64)
+        self.merge = b.constant([0, 0, hidden], np.int64)
+        self.one, self._half, self._root2 = b.constant(1.0), b.constant(0.5), b.constant(2.0**0.5)
+
+    def linear(self, x: str, rows: int, columns: int, std: float = 0.02) -> str:
+        b = self._b
+        return b.op("Add", b.normal(columns, std=0.02), b.op("MatMul", x, b.normal(rows, columns, std=std)))
+
+    def norm(self, x: str) -> str:
+        scale, bias = self._b.normal(self._hidden, std=0.1, mean=1.0), self._b.normal(self._hidden, std=0.1)
+        return self._b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self._epsilon)
+
+    def project(self, x: str, std: float, permutation: Sequence[int]) -> str:
+        """Heads apart, [N, T, heads, size] in the order of the permutation."""
+        split = self._b.op("Reshape", self.linear(x, self._hidden, self._hidden, std), self._split)
+        return self._b.op("Transpose", split, perm=permutation)
+
+    def gelu(self, x: str) -> str:
+        """By Erf."""
+        erf = self._b.op("Erf", self._b.op("Div", x, self._root2))
+        return self._b.op("Mul", self._b.op("Mul", x, self._b.op("Add", erf, self.one)), self._half)
+
+
 def bert(
     seed: int = 0, *, layers: int = 12, hidden: int = 768, heads: int = 12, inner: int = 3072, vocabulary: int = 30522
 ) -> onnx.ModelProto:
@@ -113,23 +141,9 @@ def bert(
     """
     b = Builder(seed)
     size = hidden // heads
-    split, merge = b.constant([0, 0, heads, size], np.int64), b.constant([0, 0, hidden], np.int64)
-    one, half, root2 = b.constant(1.0), b.constant(0.5), b.constant(2.0**0.5)
+    blocks = Blocks(b, hidden, heads, epsilon=1e-12)
+    linear, norm, project, gelu = blocks.linear, blocks.norm, blocks.project, blocks.gelu
     zero, axis1 = b.constant([0], np.int64), b.constant([1], np.int64)
-
-    def linear(x: str, rows: int, columns: int, std: float = 0.02) -> str:
-        return b.op("Add", b.normal(columns, std=0.02), b.op("MatMul", x, b.normal(rows, columns, std=std)))
-
-    def norm(x: str) -> str:
-        scale, bias = b.normal(hidden, std=0.1, mean=1.0), b.normal(hidden, std=0.1)
-        return b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-12)
-
-    def project(x: str, std: float, permutation: Sequence[int]) -> str:
-        return b.op("Transpose", b.op("Reshape", linear(x, hidden, hidden, std), split), perm=permutation)
-
-    def gelu(x: str) -> str:
-        erf = b.op("Erf", b.op("Div", x, root2))
-        return b.op("Mul", b.op("Mul", x, b.op("Add", erf, one)), half)
 
     length = b.op("Slice", b.op("Shape", "input_ids"), axis1, b.constant([2], np.int64), zero)
     positions = b.op("Slice", b.constant(np.arange(512)[None], np.int64), zero, length, axis1)
@@ -139,14 +153,14 @@ def bert(
     x = norm(b.op("Add", b.op("Add", words, types), places))
 
     visible = b.op("Cast", b.op("Unsqueeze", "attention_mask", b.constant([1, 2], np.int64)), to=TensorProto.FLOAT)
-    bias = b.op("Mul", b.op("Sub", one, visible), b.constant(float(np.finfo(np.float32).min)))
+    bias = b.op("Mul", b.op("Sub", blocks.one, visible), b.constant(float(np.finfo(np.float32).min)))
     for _ in range(layers):
         # Wider query and key weights than the rest, so that attention is peaked instead of nearly an average.
         query, key = project(x, 0.05, [0, 2, 1, 3]), project(x, 0.05, [0, 2, 3, 1])
         scores = b.op("Div", b.op("MatMul", query, key), b.constant(size**0.5))
         attention = b.op("Softmax", b.op("Add", scores, bias), axis=-1)
         context = b.op("Transpose", b.op("MatMul", attention, project(x, 0.02, [0, 2, 1, 3])), perm=[0, 2, 1, 3])
-        x = norm(b.op("Add", linear(b.op("Reshape", context, merge), hidden, hidden), x))
+        x = norm(b.op("Add", linear(b.op("Reshape", context, blocks.merge), hidden, hidden), x))
         x = norm(b.op("Add", linear(gelu(linear(x, hidden, inner)), inner, hidden), x))
     b.op("Identity", x, output="last_hidden_state")
     ids = [(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "attention_mask", "token_type_ids")]

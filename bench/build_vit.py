@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from bench.build import Builder
+from bench.build import Blocks, Builder
 
 
 def vit(
@@ -17,22 +15,8 @@ def vit(
     """`image` [N,3,side,side] to `logits` [N,1000]; norms come first in each block, GELU is by Erf."""
     b = Builder(seed)
     size, patches = hidden // heads, (side // patch) ** 2
-    split, merge = b.constant([0, 0, heads, size], np.int64), b.constant([0, 0, hidden], np.int64)
-    unit, half, root2 = b.constant(1.0), b.constant(0.5), b.constant(2.0**0.5)
-
-    def linear(x: str, rows: int, columns: int, std: float = 0.02) -> str:
-        return b.op("Add", b.normal(columns, std=0.02), b.op("MatMul", x, b.normal(rows, columns, std=std)))
-
-    def norm(x: str) -> str:
-        scale, bias = b.normal(hidden, std=0.1, mean=1.0), b.normal(hidden, std=0.1)
-        return b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-6)
-
-    def project(x: str, std: float, permutation: Sequence[int]) -> str:
-        return b.op("Transpose", b.op("Reshape", linear(x, hidden, hidden, std), split), perm=permutation)
-
-    def gelu(x: str) -> str:
-        erf = b.op("Erf", b.op("Div", x, root2))
-        return b.op("Mul", b.op("Mul", x, b.op("Add", erf, unit)), half)
+    blocks = Blocks(b, hidden, heads, epsilon=1e-6)
+    linear, norm, project, gelu = blocks.linear, blocks.norm, blocks.project, blocks.gelu
 
     kernels = b.normal(hidden, 3, patch, patch, std=(3 * patch * patch) ** -0.5)
     x = b.op("Conv", "image", kernels, b.normal(hidden, std=0.02), kernel_shape=[patch, patch], strides=[patch, patch])
@@ -47,7 +31,7 @@ def vit(
         query, key = project(y, 0.05, [0, 2, 1, 3]), project(y, 0.05, [0, 2, 3, 1])
         attention = b.op("Softmax", b.op("Div", b.op("MatMul", query, key), b.constant(size**0.5)), axis=-1)
         context = b.op("Transpose", b.op("MatMul", attention, project(y, 0.02, [0, 2, 1, 3])), perm=[0, 2, 1, 3])
-        x = b.op("Add", linear(b.op("Reshape", context, merge), hidden, hidden), x)
+        x = b.op("Add", linear(b.op("Reshape", context, blocks.merge), hidden, hidden), x)
         x = b.op("Add", linear(gelu(linear(norm(x), hidden, 4 * hidden)), 4 * hidden, hidden), x)
     one = b.constant([1], np.int64)
     first = b.op("Squeeze", b.op("Gather", norm(x), b.constant([0], np.int64), axis=1), one)
