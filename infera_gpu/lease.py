@@ -118,13 +118,17 @@ class Arena:
             raise InputError(f"max_concurrency is {max_concurrency!r}, expected a positive number")
         self.max_concurrency = max_concurrency
         self._memories: list[Memory] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0
+        """Threads that wait for a change: mostly none, and nobody has to be told."""
+
         self._users: WeakKeyDictionary[object, Device] = WeakKeyDictionary()
 
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated now."""
-        with self._changed:
+        with self._lock:
             return sum(m.nbytes for m in self._memories)
 
     def serves_others(self, device: Device) -> bool:
@@ -134,7 +138,7 @@ class Arena:
 
     def join(self, user: object, device: Device) -> None:
         """`user` may borrow from now on. Raises DeviceError where others run on another device."""
-        with self._changed:
+        with self._lock:
             other = next((d.name for d in self._users.values() if d.name != device.name), None)
             if other is not None:
                 raise DeviceError(f"the arena is on {other}, a session on {device.name} cannot share it")
@@ -142,10 +146,10 @@ class Arena:
 
     def leave(self, user: object) -> None:
         """Wait for what `user` has borrowed; it may not borrow again. The last one that leaves frees the memory."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()  # those of its runs that wait are refused
             while any(m.claim is not None and m.claim[0] is user for m in self._memories):
-                self._changed.wait()
+                self._wait()
             self._users.pop(user, None)
             if not self._users:
                 self._memories.clear()
@@ -155,26 +159,34 @@ class Arena:
 
         Who asks gives it back in any case, even where an interrupt came before he had it.
         """
-        with self._changed:
+        with self._lock:
             refuse()
             while True:
-                memory = next((m for m in self._memories if m.claim is None), None)
-                if memory is None and len(self._memories) < self.max_concurrency:
-                    memory = Memory()
-                    self._memories.append(memory)
-                if memory is not None:
-                    memory.claim = (user, run)
-                    return memory
-                self._changed.wait()
+                for memory in self._memories:
+                    if memory.claim is None:
+                        memory.claim = (user, run)
+                        return memory
+                if len(self._memories) < self.max_concurrency:
+                    self._memories.append(Memory())
+                    continue
+                self._wait()
                 refuse()
+
+    def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._waiting -= 1
 
     def give_back(self, run: object) -> None:
         """What the run has, if it has anything."""
-        with self._changed:
+        with self._lock:
             for memory in self._memories:
                 if memory.claim is not None and memory.claim[1] is run:
                     memory.claim = None
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
 
 class Lease:
@@ -255,7 +267,7 @@ class Lease:
 
     def _on_device(self, plan: Plan, entering: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs that could be read where they lie: later segments look for what they need in the arena."""
-        if not plan.segment.is_last or plan.carried:
+        if self._device.space == "host" or not plan.segment.is_last or plan.carried:
             return {}
         return {n: entering[n] for n in plan.inputs if self._device.block_of(entering[n]) is not None}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -19,21 +19,14 @@ from infera_gpu.devices import Device, tiles_of
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.feeds import shape_of, value_of
-from infera_gpu.graph import Graph
+from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
 from infera_gpu.passes import Precision, Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
 from infera_gpu.results import RESULTS
-from infera_gpu.spec import (
-    Array,
-    TensorSpec,
-    ValueSpec,
-    bind_symbols,
-    is_plain,
-    tensors_of,
-)
+from infera_gpu.spec import Array, TensorSpec, ValueSpec, bind_symbols, is_plain, tensors_of
 from infera_gpu.stages import Shapes, Stage, Stages
 
 if TYPE_CHECKING:
@@ -60,8 +53,7 @@ class Timing:
         return f"<{self.step.label}: {self.seconds * 1e6:.1f} µs>"
 
 
-@dataclass(frozen=True, slots=True)
-class Entering:
+class Entering(NamedTuple):
     """The feeds of a run: arrays, the shapes of all inputs, and what no arena holds, to which a run adds."""
 
     arrays: dict[str, Array]
@@ -120,6 +112,10 @@ class Session:
         self._inner: WeakSet[Session] = WeakSet()
         self._deriving = threading.Lock()
         self._guests = 0
+        self._expected = {
+            n: (s, s.dtype if isinstance(s, TensorSpec) and is_plain(s) else None) for n, s in self.inputs.items()
+        }
+        """Of each input its type, and what an array has that is one as it is."""
         self._all_plain = all(map(is_plain, self.inputs.values()))
         self._arena = arena or Arena()
         self._arena.join(self, device)
@@ -162,11 +158,8 @@ class Session:
         allocates no array. Raises InputError naming the feed that does not fit, or the node that met an index out of
         range.
         """
-        for name, target in (out or {}).items():
-            if not hasattr(target, "dtype"):
-                raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")
-            if name not in self.outputs:
-                raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
+        if out:
+            self._check_out(out)
         if (session := self._for(feeds)) is not self:
             with self._hosting():
                 return session.run(feeds, out)
@@ -174,6 +167,13 @@ class Session:
         if self.tuning_left > 0 and not self._stages.known(entering.shapes):
             self._tune_first(feeds)
         return self._collect(entering, out)
+
+    def _check_out(self, out: Mapping[str, Array]) -> None:
+        for name, target in out.items():
+            if not hasattr(target, "dtype"):
+                raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")
+            if name not in self.outputs:
+                raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
         results: dict[str, Any] = dict.fromkeys(self.outputs)
@@ -229,7 +229,8 @@ class Session:
 
         It returns when the steps are done: what follows copies to memory that they use.
         """
-        with self._lease() as lease, self.device.running():
+
+        def go(lease: Lease) -> None:
             stage = self._stages.first(feeds.shapes)
             entering: Mapping[str, Array] = feeds.arrays
             while True:
@@ -243,6 +244,8 @@ class Session:
                 if stage.is_last:
                     return
                 stage, entering = self._advance(stage, bound, feeds.objects)
+
+        self._with_lease(go)
 
     def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
         bound.ports.fill(entering)
@@ -296,17 +299,19 @@ class Session:
         if self._closed:
             raise DeviceError(f"the session of '{self.name}' is closed")
 
-    @contextmanager
-    def _lease(self) -> Iterator[Lease]:
+    def _with_lease(self, work: Callable[[Lease], T]) -> T:
+        """What `work` makes of memory that nothing else uses meanwhile, on the device."""
         run = object()
         try:
             memory = self._arena.borrow(self, run, self._refuse_closed)
             lease = self._leases.get(memory)
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory)
-            yield lease
+            with self.device.running():
+                made = work(lease)
             if self._arena.serves_others(self.device):
                 self.device.synchronize()  # another session's device may have a stream of its own
+            return made
         except BaseException:
             with suppress(Exception):  # what the run has begun may still use the memory
                 self.device.synchronize()
@@ -359,8 +364,7 @@ class Session:
         nbytes = 0
         with self._hosting():
             for session, own in plans.items():
-                with session._lease() as lease, self.device.running():
-                    nbytes = lease.reserve(own)
+                nbytes = session._with_lease(lambda lease, own=own: lease.reserve(own))  # type: ignore[misc]
         return nbytes
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
@@ -422,8 +426,7 @@ class Session:
             found = sorted(tuner.found.values(), key=lambda m: -m.predicted_seconds)
             tiles.learn(found, facts(self.device))
             self._stages = self._planning()
-            with self._lease() as lease:
-                lease.forget()
+            self._with_lease(Lease.forget)
         return tuple(found)
 
     def choices(self, feeds: Mapping[str, Any]) -> tuple[Choice, ...]:
@@ -452,10 +455,17 @@ class Session:
     # ---- feeds
 
     def _check(self, feeds: Mapping[str, Any]) -> Entering:
-        if not isinstance(feeds, Mapping):
+        if type(feeds) is not dict and not isinstance(feeds, Mapping):
             raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
         self._check_names(feeds)
-        found = self._sort({name: value_of(name, feeds[name], spec, self.device) for name, spec in self.inputs.items()})
+        values = {}
+        for name, (spec, dtype) in self._expected.items():
+            value = feeds[name]
+            if dtype is not None and type(value) is np.ndarray and value.dtype == dtype:
+                values[name] = value  # as it is, whatever the device
+            else:
+                values[name] = value_of(name, value, spec, self.device)
+        found = self._sort(values)
         if not self._stages.known(found.shapes):
             self._check_shapes(found.shapes)
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -219,8 +218,10 @@ class Stages:
             self._folded = 0
 
     def _touch(self, stage: Stage) -> None:
-        with suppress(KeyError):  # another thread may have dropped it just now
+        try:
             self._recent.move_to_end(stage)
+        except KeyError:  # another thread has dropped it just now
+            return
 
     def _keep(self, stage: Stage, place: _Place) -> None:
         self._recent[stage] = place

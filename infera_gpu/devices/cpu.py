@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
-from infera_gpu.devices.ports import DirectPorts, Ports
+from infera_gpu.devices.ports import HostPorts, Ports
 from infera_gpu.devices.workers import WORKERS
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
@@ -94,7 +94,7 @@ class CpuDevice:
         return calls
 
     def ports(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], staging: Any) -> Ports:
-        return DirectPorts(self, inputs, outputs)
+        return HostPorts(inputs, outputs)
 
     def graph(self, calls: Sequence[Call]) -> Call:
         raise DeviceError("the CPU has no CUDA graphs")

@@ -55,6 +55,21 @@ class DirectPorts:
         self._device.synchronize()
 
 
+class HostPorts:
+    """Copies within host memory."""
+
+    def __init__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        self._inputs, self._outputs = tuple(inputs.items()), outputs
+
+    def fill(self, entering: Mapping[str, Array]) -> None:
+        for name, target in self._inputs:
+            np.copyto(target, entering[name])
+
+    def read(self, targets: Mapping[str, Array]) -> None:
+        for name, target in targets.items():
+            np.copyto(target, self._outputs[name])
+
+
 class Streams:
     """A GPU's streams: `compute` for the steps, and one a direction for copies of host memory."""
 
