@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import ssl
+import struct
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 BACKLOG = 2048
+
+SO_ATTACH_FILTER = 26
+
+DROP_SYN = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+"""Of the flags of a TCP header take SYN and ACK; where it is SYN alone drop the segment, else take all of it. Linux's
+classic BPF: code, jump if true, jump if false, operand."""
 
 
 class CertificateError(ValueError):
@@ -30,6 +40,20 @@ def reserve(host: str, port: int) -> socket.socket:
     with _bound(host, port, shared=False) as probe:  # it does not get a port that others share already
         found = probe.getsockname()[1]
     return _bound(host, found, shared=True)
+
+
+def turn_away(sock: socket.socket) -> None:
+    """No more connections begin at a listening socket; those that have begun can be accepted.
+
+    Without it one that begins between the last look at them and the end of the socket would be reset. Clients that come
+    now begin again by themselves, a second later, at whoever listens then. Linux only, elsewhere this does nothing.
+    """
+    if sys.platform == "linux":
+        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in DROP_SYN))
+        with suppress(OSError):
+            sock.setsockopt(
+                socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(DROP_SYN), ctypes.addressof(code))
+            )
 
 
 def check_certificates(chain: Path, key: Path | None, clients: Path | None) -> None:

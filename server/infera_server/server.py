@@ -22,7 +22,7 @@ from infera_server.http.gate import App, Gate
 from infera_server.http.hotpath import HotPathProtocol
 from infera_server.http.websocket import Streams
 from infera_server.http.websocket_protocol import WebSocketProtocol
-from infera_server.listening import BACKLOG
+from infera_server.listening import BACKLOG, turn_away
 from infera_server.models.repository import Entry, Repository
 from infera_server.models.watch import Watch
 from infera_server.processes.workers import Workers
@@ -81,6 +81,8 @@ class Server(uvicorn.Server):
 
     async def _stop_listening(self, sockets: Sequence[socket.socket]) -> None:
         """Take no more connections, and answer what came on those that there are: nobody is met by a reset."""
+        for sock in sockets:
+            turn_away(sock)
         last = [sock.dup() for sock in sockets]
         for server in self.servers:
             server.close()

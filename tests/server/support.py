@@ -31,7 +31,7 @@ from infera_server.settings import Settings
 
 Result = TypeVar("Result")
 
-WAIT = 10.0
+WAIT = 30.0
 """Seconds after which a test gives up on something that takes milliseconds."""
 
 
