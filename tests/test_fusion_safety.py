@@ -47,6 +47,7 @@ def test_a_scale_may_widen_what_is_normalised(name: str, length: int) -> None:
         np.testing.assert_allclose(session.run(feeds)["y"], want, rtol=1e-5, atol=1e-6)
 
 
+WEIGHTS = ", ".join(f"{v:.2f}" for v in np.linspace(-1, 1, 48))
 IMPOSSIBLE = {
     "reshape": "(float[B, 3, 4] x) => (float[4, N] y) <int64[2] s = {6, 4}, int64[2] t = {4, -1}> "
     "{ a = Reshape(x, s)  y = Reshape(a, t) }",
@@ -61,13 +62,31 @@ IMPOSSIBLE = {
     "layer_norm": "(float[B, 3, 4] x) => (float[B, 3, 4] y) <float two = {2}, float e = {1}> "
     "{ m = ReduceMean <axes = [5]> (x)  c = Sub(x, m)  q = Pow(c, two)  v = ReduceMean <axes = [5]> (q)"
     "  a = Add(v, e)  r = Sqrt(a)  y = Div(c, r) }",
+    "rows_with_weights_of_images": f"(float[B, 3, 4] x) => (float[B, 8, N, M] y) <float[8, 3, 1, 2] w = {{{WEIGHTS}}}> "
+    "{ y = Conv(x, w) }",
+    "gemm_of_what_is_no_matrix": f"(float[B, 3, 4] x) => (float[B, 3, 6] y) <float[8, 6] w = {{{WEIGHTS}}}, "
+    "int64[3] n = {1, 1, 2}> { t = Tile(x, n)  p = Gemm(t, w)  y = Relu(p) }",
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", "recording"])
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_a_model_asks_in_vain_is_refused(name: str) -> None:
+def test_what_a_model_asks_in_vain_is_refused(name: str, device: str) -> None:
     """A fusion that drops a node must not drop the error that it would have been."""
     model = parse(f"g {IMPOSSIBLE[name]}")
     for fuse in (False, True):
-        with infera_gpu.load(model, device="cpu", fuse=fuse) as session, pytest.raises(PlanError):
+        with infera_gpu.load(model, device=device, fuse=fuse) as session, pytest.raises(PlanError):
             session.run({"x": np.ones((3, 3, 4), np.float32)})
+
+
+def test_gemm_of_an_unknown_rank_is_one_node_with_its_activation() -> None:
+    model = parse(f"""
+        g (float[B, N] x) => (float[M, 6] y) <float[8, 6] w = {{{WEIGHTS}}}, int64[2] n = {{1, 2}}> {{
+            t = Tile(x, n)
+            p = Gemm(t, w)
+            y = Relu(p)
+        }}""")
+    feeds = {"x": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)}
+    with infera_gpu.load(model, device="cpu") as fused, infera_gpu.load(model, device="cpu", fuse=False) as written:
+        assert [n.op for n in fused.graph.nodes] == ["Tile", "FusedMatMul"]
+        np.testing.assert_allclose(fused.run(feeds)["y"], written.run(feeds)["y"], rtol=1e-5, atol=1e-6)

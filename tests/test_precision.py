@@ -290,6 +290,7 @@ def test_known_products_become_integer_products(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        f"g (float[2, 4, 64] x) => (float[2, 4, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ y = Gemm(x, w) }}",
         "g (float[4, 64] x, float[64, 64] w) => (float[4, 64] y) { y = MatMul(x, w) }",
         "g (float[4, 2] x) => (float[4, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }",
         f"g (float[64, 4] x) => (float[4, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ y = Gemm <transA = 1> (x, w) }}",

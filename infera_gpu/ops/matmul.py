@@ -86,9 +86,14 @@ def _numeric(site: Site) -> bool:
     return native(site) and site.spec(0).dtype != np.float16
 
 
-def gemm_spec(site: Site) -> tuple[TensorSpec]:
+def check_matrices(site: Site) -> None:
+    """Raises PlanError where inputs 0 and 1 are not matrices."""
     if site.spec(0).ndim != 2 or site.spec(1).ndim != 2:
         raise site.fail(f"expected two matrices, got {site.spec(0)} and {site.spec(1)}")
+
+
+def gemm_spec(site: Site) -> tuple[TensorSpec]:
+    check_matrices(site)
     (spec,) = matmul_spec(site)
     if site.has(2):
         check_term(site, "C", site.spec(2), spec)
@@ -174,6 +179,8 @@ def _fused_spec(site: Site) -> tuple[TensorSpec]:
     if site.attrs["activation"] not in _ACTIVATIONS:
         known = ", ".join(repr(a) for a in _ACTIVATIONS)
         raise site.fail(f"activation is '{site.attrs['activation']}', expected one of {known}")
+    if site.attrs["matrices"]:
+        check_matrices(site)
     (spec,) = matmul_spec(site)
     for i, what in ((2, "bias"), (3, "residual")):
         if site.has(i):
@@ -239,7 +246,7 @@ def fused_supported(site: Site) -> bool:
 
 # Y = act(alpha A' @ B' + bias) + residual. A' is A, or with transA = 1 A with its last two axes swapped; so is B'.
 # The product follows MatMul's rules; bias and residual broadcast to it and may be left out. `activation` is "" (none),
-# relu, gelu (erf), gelu_tanh, tanh, sigmoid or silu.
+# relu, gelu (erf), gelu_tanh, tanh, sigmoid or silu. With matrices = 1 A and B must be, as Gemm's are.
 _FUSED = Op(
     "FusedMatMul",
     1,
@@ -253,7 +260,7 @@ _FUSED = Op(
         "_triton_matmul",
         lambda gpu: gpu.PRODUCT,
     ),
-    attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""},
+    attrs={"transA": 0, "transB": 0, "alpha": 1.0, "activation": "", "matrices": 0},
     cases=Cases(
         lambda: (
             Case("plain", (f32(5, 4), _W)),

@@ -176,6 +176,10 @@ def _reshaped(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec(tuple(sizes), x.dtype)
 
 
+def _flattened(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    return None if ins[0] is None else TensorSpec((None, None), ins[0].dtype)
+
+
 def _given_axes(facts: Facts, n: Node) -> tuple[int, ...] | None:
     """Axes from the attribute or from constant input 1; None where they are left out. Raises where they are unknown."""
     if "axes" in n.attrs:
@@ -317,7 +321,7 @@ _NORMS = (
 )
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
-    *("DepthToSpace", "SpaceToDepth", "Flatten", "Upsample", "GridSample", "RoiAlign", "Range", "TopK", "STFT", "DFT"),
+    *("DepthToSpace", "SpaceToDepth", "Upsample", "GridSample", "RoiAlign", "Range", "TopK", "STFT", "DFT"),
     *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
@@ -350,6 +354,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _convolved),
         "Transpose": _transposed,
         "Reshape": _reshaped,
+        "Flatten": _flattened,
         **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare"), _reduced),
         "Unsqueeze": _unsqueezed,
         "Squeeze": _squeezed,

@@ -47,6 +47,8 @@ def _weight(draft: Draft, n: Node) -> HostArray | None:
         return None
     if n.op == "Gemm" and (n.attrs.get("transA", 0) or n.attrs.get("alpha", 1.0) != 1.0):
         return None
+    if n.op == "Gemm" and not (x.ranked and x.ndim == 2):  # an integer product would not refuse other ranks
+        return None
     return weight.T if n.attrs.get("transB", 0) else weight
 
 

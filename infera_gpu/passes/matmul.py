@@ -98,8 +98,11 @@ def _gemm_bias_is_row(match: Match) -> bool:
 
 
 def _from_gemm(match: Match) -> Replacement:
+    """What is no matrix is refused as before, where only planning can tell."""
     g = match.nodes["gemm"]
     attrs = {k: v for k, v in g.attrs.items() if k in ("transA", "transB", "alpha")}
+    if match.rank("a") is None:
+        attrs["matrices"] = 1
     names = tuple(match.values[n] for n in ("a", "w", "b") if n in match.values)
     return Replacement(infera(match, "FusedMatMul", names, attrs))
 

@@ -64,6 +64,8 @@ def convolution(facts: Facts, node: Node, order: Order) -> Moved | None:
         return None
     if order != last_order(weight.ndim) or not only_output(node):
         return None
+    if facts.rank(node.inputs[0]) not in (weight.ndim, None):  # planning says so; as an image it might be broadcast
+        return None
     reads = {node.inputs[0]: order}
     if not is_left_out(node, 3):
         rank = facts.rank(node.inputs[3])

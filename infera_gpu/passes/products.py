@@ -11,7 +11,7 @@ from infera_gpu.passes.engine import GPU, node
 from infera_gpu.passes.pattern import Match
 from infera_gpu.passes.siblings import Joined, Siblings
 
-_DEFAULTS = {"transA": 0, "transB": 0, "alpha": 1.0, "activation": ""}
+_DEFAULTS = {"transA": 0, "transB": 0, "alpha": 1.0, "activation": "", "matrices": 0}
 
 
 def _attrs(match: Match) -> dict[str, object]:
