@@ -141,8 +141,8 @@ RELU = Fusion(
     ),
 )
 
-_SMALLEST = 1e-30
-"""A scale whose products are normal numbers."""
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Scales between them make normal numbers of 8-bit integers."""
 
 
 def _is_same(match: Match) -> bool:
@@ -150,7 +150,7 @@ def _is_same(match: Match) -> bool:
     first, second = ((match.constant(f"s{i}"), match.constant(f"z{i}")) for i in (1, 2))
     pairs = zip(first, second, strict=True)
     same = all(a.dtype == b.dtype and a.size == b.size == 1 and a.item() == b.item() for a, b in pairs)
-    return same and first[0].item() > _SMALLEST
+    return same and _SMALLEST < first[0].item() < _LARGEST
 
 
 def _is_again(match: Match) -> bool:

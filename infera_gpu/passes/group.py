@@ -40,6 +40,8 @@ def _is_grouped(match: Match) -> bool:
     count = match.constant("ones").size
     if x is None or not x.ranked or x.ndim < 3 or groups not in ([0, count, -1], [x.shape[0], count, -1]):
         return False
+    if any(match.constant(n).shape != (count,) or match.constant(n).dtype != x.dtype for n in ("ones", "zeros")):
+        return False
     rows = [_row(match, name) for name in ("scale", "shift")]
     channels = {row.size for row in rows if row is not None}
     return (
@@ -93,6 +95,17 @@ GROUP_NORM = Fusion(
         """
         channels_are_unknown (float[B, C, 3, 5] x) => (float[B, 4, 3, 5] y)
         <int64[3] g = {0, 1, -1}, float[1] one = {1}, float[1] zero = {0},
+         float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
+            r = Reshape(x, g)
+            n = InstanceNormalization(r, one, zero)
+            t = Shape(x)
+            u = Reshape(n, t)
+            m = Mul(u, s)
+            y = Add(m, b)
+        }""",
+        """
+        groups_in_a_column (float[B, 4, 3, 5] x) => (float[B, 4, 3, 5] y)
+        <int64[3] g = {0, 2, -1}, float[2, 1] one = {1, 1}, float[2] zero = {0, 0},
          float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
             r = Reshape(x, g)
             n = InstanceNormalization(r, one, zero)

@@ -31,12 +31,16 @@ def _fits_columns(parameter: HostArray, columns: int) -> bool:
 
 
 def _is_weight(weight: HostArray, scale: HostArray, zero: HostArray | None) -> bool:
-    """Whether it is an 8-bit matrix with parameters that its columns take after the product."""
+    """Whether it is an 8-bit matrix with parameters that its columns take after the product.
+
+    An infinite scale makes NaN of sums of weights that it made infinite, and infinity of the sum of the integers.
+    """
     columns = weight.shape[-1] if weight.ndim else 0
     return (
         is_byte(weight)
         and weight.ndim == 2
         and scale.dtype == np.float32
+        and bool(np.isfinite(scale).all())
         and _fits_columns(scale, columns)
         and (zero is None or (zero.dtype == weight.dtype and _fits_columns(zero, columns)))
     )
@@ -168,7 +172,7 @@ def parameters_of(graph: Graph, n: Node) -> tuple[HostArray, HostArray] | None:
     scale, zero = (graph.constants.get(i) for i in (n.inputs[1], n.inputs[2] if len(n.inputs) > 2 else ""))
     if scale is None or zero is None or scale.dtype != np.float32 or not is_byte(zero):
         return None
-    single = scale.size == zero.size == 1 and bool(scale.reshape(()) > 0)
+    single = scale.size == zero.size == 1 and 0 < scale.item() < np.inf
     plain = not n.attrs.get("block_size", 0) and (n.domain or graph.opset_of(n) < 23)
     return (scale, zero) if single and plain else None
 
