@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,52 +17,45 @@ from infera_gpu.verify import TOLERANCES, compare
 
 pytestmark = pytest.mark.kernels
 
-SMALL = {"silero-vad", "silero-vad-v6-fw", "yunet", "mobilenetv2-zoo"}
-"""Their wheels are the four that come in 26 MB together."""
 SENSITIVE = {"u2netp": 2e-4}
 """Tolerances of models that end in a small difference of large numbers: see tests/test_models.py."""
 ARENA = 1.05
 """How far above the most bytes alive at once an arena may be."""
 
 
-def marked(name: str) -> Any:
-    marks = [] if name in BUILT else [pytest.mark.models]
-    return pytest.param(name, id=name, marks=[*marks, *([] if name in SMALL else [pytest.mark.large])])
-
-
 @dataclass(frozen=True)
 class Planned:
-    """A model's session on the recording device, and on the CPU."""
+    """A model's session on the recording device, and its plans: one a segment, of every example."""
 
     name: str
-    gpu: infera_gpu.Session
-    cpu: infera_gpu.Session
-
-    def plans(self) -> Iterator[Plan]:
-        for example in EXAMPLES[self.name]:
-            yield from self.gpu.plans(example.feeds())
+    session: infera_gpu.Session
+    plans: tuple[Plan, ...]
 
 
-@pytest.fixture(scope="module", params=[marked(name) for name in EXAMPLES])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in BUILT else pytest.mark.models) for name in EXAMPLES],
+)
 def planned(request: pytest.FixtureRequest) -> Iterator[Planned]:
     name: str = request.param
     try:
         path = path_of(name)
     except UnreachableError as error:
         pytest.skip(f"{name} is out of reach: {error}")
-    with infera_gpu.load(path, device="recording") as gpu, infera_gpu.load(path, device="cpu") as cpu:
-        yield Planned(name, gpu, cpu)
+    with infera_gpu.load(path, device="recording") as session:
+        plans = [plan for example in EXAMPLES[name] for plan in session.plans(example.feeds())]
+        yield Planned(name, session, tuple(plans))
 
 
 def test_every_step_is_a_kernel_on_the_gpu(planned: Planned) -> None:
-    for plan in planned.plans():
+    for plan in planned.plans:
         assert not plan.transfers
         assert [s.label for s in plan.steps if s.space == "host"] == []
         assert [s.label for s in plan.steps if s.kind == "compute"] == [], "it runs as CuPy's functions"
 
 
 def test_what_can_be_captured_is(planned: Planned) -> None:
-    for plan in planned.plans():
+    for plan in planned.plans:
         assert plan.graphs is not None
         held = {i for span in plan.graphs for i in span}
         alone = [
@@ -81,16 +73,19 @@ def _has_neighbour(plan: Plan, i: int) -> bool:
 
 
 def test_arenas_are_near_the_lower_bound(planned: Planned) -> None:
-    for plan in planned.plans():
+    for plan in planned.plans:
         assert plan.arena_bytes <= ARENA * plan.lower_bound
 
 
 def test_answers_are_the_cpus(planned: Planned) -> None:
     """The operators' own functions stand for the kernels: what is tested is the plan, and every rewrite behind it."""
     feeds = EXAMPLES[planned.name][0].feeds()
-    want = planned.cpu.run(feeds)
-    got = planned.gpu.run(feeds)
-    integers = any(n.op.startswith(("DynamicQuantize", "QuantizeLinear", "Centre")) for n in planned.gpu.graph.nodes)
+    got = planned.session.run(feeds)
+    with infera_gpu.load(path_of(planned.name), device="cpu") as cpu:
+        want = cpu.run(feeds)
+    integers = any(
+        n.op.startswith(("DynamicQuantize", "QuantizeLinear", "Centre")) for n in planned.session.graph.nodes
+    )
     # One rounding that falls the other way moves outputs of models that quantise on the way: see verify.
     tolerance = 2 * TOLERANCES["int8"] if integers else SENSITIVE.get(planned.name, TOLERANCES["fp32"])
     for difference in compare(got, want):

@@ -187,7 +187,7 @@ def _given_axes(facts: Facts, n: Node) -> tuple[int, ...] | None:
     if len(n.inputs) < 2 or not n.inputs[1]:
         return None
     found = facts.constant(n.inputs[1])
-    if found is None:
+    if found is None or found.dtype.kind != "i":
         raise LookupError
     return tuple(found.reshape(-1).tolist())
 

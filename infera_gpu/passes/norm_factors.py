@@ -101,8 +101,10 @@ def _affine(match: Match) -> tuple[str, ...]:
 
 
 def _is_scaled(match: Match) -> bool:
+    """By finite numbers: infinity times the mean, less infinity times x, is none."""
     axis = trailing_axis(match, "variance")
-    return is_standardized(match) and axis is not None and are_rows(match, axis, *_affine(match))
+    rows = axis is not None and are_rows(match, axis, *_affine(match))
+    return rows and is_standardized(match) and bool(np.isfinite(match.constant("scale")).all())
 
 
 def _factor(x: Arg) -> P:

@@ -149,12 +149,13 @@ class Match:
 
     def axes(self, name: str) -> tuple[int, ...] | None:
         """The axes that a named reduction goes over, as they are written; None where none are, which means all or no
-        axis, or where they are computed."""
+        axis, or where they are computed, or no integers."""
         made = self.nodes[name]
         if "axes" in made.attrs:
             return tuple(int(a) for a in made.attrs["axes"]) or None
         given = self.graph.constants.get(made.inputs[1]) if len(made.inputs) > 1 and made.inputs[1] else None
-        return None if given is None else tuple(int(a) for a in given.reshape(-1)) or None
+        integers = given is not None and given.dtype.kind == "i"
+        return (tuple(given.reshape(-1).tolist()) or None) if given is not None and integers else None
 
 
 _ROUNDING: Mapping[DType, float] = MappingProxyType(

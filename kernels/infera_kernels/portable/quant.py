@@ -102,9 +102,15 @@ def centred(xp: Any, q: Array, zero: Array | None, axis: int) -> Array:
 
 def matmul_integer(xp: Any, a: Array, b: Array, a_zero: Array | None, b_zero: Array | None) -> Array:
     """(a - a_zero) @ (b - b_zero) in int32, in floating point for floats; zero points of rows of `a` and of columns
-    of `b`."""
+    of `b`.
+
+    Integers are summed in float64, exact below 2**53, because their products have no BLAS; int32 wraps around.
+    """
     rows, columns = max(a.ndim - 2, 0), b.ndim - 1
-    return xp.matmul(centred(xp, a, a_zero, rows), centred(xp, b, b_zero, columns))
+    left, right = centred(xp, a, a_zero, rows), centred(xp, b, b_zero, columns)
+    if "f" in (left.dtype.kind, right.dtype.kind):
+        return xp.matmul(left, right)
+    return xp.matmul(left.astype(xp.float64), right.astype(xp.float64)).astype(xp.int64).astype(xp.int32)
 
 
 def dynamic_matmul(xp: Any, a: Array, b: Array, scale: Array, zero: Array | None) -> Array:
