@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import socket
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from infera_server.codec import Buffer
+from infera_server.errors import Overloaded
 from infera_server.http import exchange, replying
 from infera_server.http.connection import TURN
 from infera_server.http.exchange import INLINE_CODED_BYTES
@@ -318,6 +320,32 @@ def test_a_full_queue_refuses_before_the_body_is_sent() -> None:
         until(lambda: running.host.repository.get("double").queued == 1)
         ((status, _, _),) = ask(running, http_request(b"", length=100, headers="Expect: 100-continue\r\n"))
         assert status == 429
+        session.gate.set()
+        assert [call.result(WAIT)[0] for call in calls] == [200, 200]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new heads", "a head that came before"])
+def test_nothing_is_left_of_refused_requests(known: bool) -> None:
+    """A traceback holds the request, which must not hold the error: only the garbage collection would free them."""
+    with serving({"double": doubler()}, max_queue=1) as running, ThreadPoolExecutor(2) as pool:
+        session = running.sessions["double"]
+        assert isinstance(session, FakeSession)
+        session.block()
+        calls = [pool.submit(running.infer, "double", request_of(X))]
+        session.wait_entered()
+        calls.append(pool.submit(running.infer, "double", request_of(X)))
+        until(lambda: running.host.repository.get("double").queued == 1)
+        gc.collect()
+        gc.disable()
+        try:
+            with running.connect() as sock, sock.makefile("rb") as stream:
+                for i in range(20):
+                    sock.sendall(http_request(BODY, headers="" if known else f"X-Number: {i}\r\n"))
+                    assert read_reply(stream)[0] == 429
+                left = sum(type(found) is Overloaded for found in gc.get_objects())
+        finally:
+            gc.enable()
+        assert left <= 1, "the last one may be on its way"
         session.gate.set()
         assert [call.result(WAIT)[0] for call in calls] == [200, 200]
 

@@ -150,6 +150,7 @@ class Replying(Connection):
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
         self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange
+        exchange.refusal = None  # whose traceback leads to the exchange: nothing of it would be freed
         if exchange.held or exchange.body:
             exchange.let_go(self.service.intake)
         if exchange.response_complete or self.transport.is_closing():
