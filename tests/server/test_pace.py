@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 
 from infera_server.http.pace import BURST, RATE, Pace
+from infera_server.server import SWITCH_INTERVAL
+from tests.server.support import doubler, serving
 
 
 @dataclass
@@ -38,6 +41,13 @@ def test_refusals_take_their_share_and_no_more(cost: float, slept: float) -> Non
         pace.refused()
     assert clock.slept == pytest.approx(slept * count / RATE, rel=1e-6)
     assert clock.now - began >= 0.999 * count / RATE
+
+
+def test_threads_hand_over_soon_while_a_server_runs() -> None:
+    before = sys.getswitchinterval()
+    with serving({"double": doubler()}):
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == before
 
 
 def test_now_and_then_a_refusal_is_free() -> None:
