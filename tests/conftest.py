@@ -1,10 +1,14 @@
-"""What is marked `kernels` needs Triton, and is skipped, and counted, without it."""
+"""What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -95,7 +95,7 @@ def test_extras_exist() -> None:
 
 def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
 def test_as_a_process(relu: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_constants_of_a_body_are_read_once() -> None:
 def test_deep_and_wide_functions_are_counted_before_they_are_expanded() -> None:
     made = [f"{FUNCTION} f0 (a) => (c) {{ c = Neg(a) }}"]
     made += [f"{FUNCTION} f{i} (a) => (c) {{ b = f.f{i - 1}(a)  c = f.f{i - 1}(b) }}" for i in range(1, 40)]
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InvalidModel, match=r"expand to 7,696,581,394,428 nodes and values"):
         infera_gpu.load(parsed("g (float[N] x) => (float[N] y) { y = f.f39(x) }" + "\n".join(made)), device="cpu")
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10

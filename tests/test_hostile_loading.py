@@ -48,9 +48,9 @@ def model(
 @contextmanager
 def at_most(seconds: float, megabytes: int) -> Iterator[None]:
     """Generous: what this guards against takes minutes, and gigabytes."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert time.perf_counter() - began < seconds
+    assert time.process_time() - began < seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < megabytes * 1024
 
 
@@ -314,9 +314,9 @@ def test_plans_of_many_nodes_are_made_in_time(kind: str) -> None:
         nodes = [node("Exp", ["x"], [f"t{i}"]) for i in range(n)]
         nodes.append(node("Concat", [f"t{i}" for i in range(n)], ["y"], axis=0))
     with infera_gpu.load(model(nodes), device="cpu") as session:
-        began = time.perf_counter()
+        began = time.process_time()
         assert len(session.run({"x": X})["y"]) == (2 if kind == "chain" else 2 * n)
-        assert time.perf_counter() - began < 60
+        assert time.process_time() - began < 60
 
 
 # ---- overriding

@@ -145,7 +145,7 @@ def field(number: int, data: bytes) -> bytes:
 
 
 def test_graphs_nested_deep_are_read_or_refused_at_once() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     feeds = {"x": np.ones(2, np.float32), "c": np.array(True)}
     assert infera_gpu.load(nested(8), device="cpu").run(feeds)["y"].tolist() == [1, 1]
     chain = b""
@@ -154,7 +154,7 @@ def test_graphs_nested_deep_are_read_or_refused_at_once() -> None:
         chain = field(1, field(4, b"If") + field(5, attribute))
     with pytest.raises(InvalidModel, match="do not parse"):
         infera_gpu.load(b"\x08\x08" + field(7, chain), device="cpu")
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def test_sparse_constants_are_written_out(opset: int) -> None:
     ],
 )
 def test_sparse_tensors_are_checked(tensor: onnx.SparseTensorProto, message: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InvalidModel, match=message):
         infera_gpu.load(plus(tensor), device="cpu")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 # ---- initialisers that are inputs too

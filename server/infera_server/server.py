@@ -27,15 +27,19 @@ from infera_server.listening import BACKLOG, turn_away
 from infera_server.models.repository import Entry, Repository
 from infera_server.models.watch import Watch
 from infera_server.processes.workers import Workers
-from infera_server.service import Service
+from infera_server.service import DRAIN_PERIOD, Service
 
 if TYPE_CHECKING:
     from infera_server.rpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
-LAST_REQUESTS = 0.05
-"""Seconds in which what was sent before the listener closed is read: closing earlier would reset the connection."""
+LAST_HANDSHAKES = 0.05
+"""Seconds in which connections that had begun are taken before the listener closes, which would reset them."""
+
+LAST_REQUESTS = 0.5
+"""Seconds after which a connection that is idle is closed at the end. One where something has just come or gone may be
+about to bring a request, which would be met by a reset."""
 
 SWITCH_INTERVAL = 5e-5
 """Seconds for which a thread that has the interpreter's lock keeps it from one that waits, not 0.005. An engine
@@ -86,9 +90,11 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()  # which uvicorn leaves out; it waits for nothing
 
     async def _stop_listening(self, sockets: Sequence[socket.socket]) -> None:
-        """Take no more connections, and answer what came on those that there are: nobody is met by a reset."""
+        """Take no more connections, and answer what comes on those that there are: nobody is met by a reset."""
         for sock in sockets:
             turn_away(sock)
+        if sockets and not self.force_exit:
+            await asyncio.sleep(LAST_HANDSHAKES)
         last = [sock.dup() for sock in sockets]
         for server in self.servers:
             server.close()
@@ -102,9 +108,13 @@ class Server(uvicorn.Server):
                 sock.setblocking(False)
                 while True:
                     waiting.append(sock.accept()[0])
-        if not self.force_exit:
-            taking = [asyncio.create_task(self._take(connection)) for connection in waiting]
-            await asyncio.gather(asyncio.sleep(LAST_REQUESTS), *taking)
+        await asyncio.gather(*(self._take(connection) for connection in waiting))
+        while not self.force_exit and self._expects_requests():
+            await asyncio.sleep(DRAIN_PERIOD)
+
+    def _expects_requests(self) -> bool:
+        since = time.monotonic() - LAST_REQUESTS
+        return any(c.is_idle and not c.is_over and c.waiting_since > since for c in self.service.connections)
 
     async def _take(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -114,7 +124,7 @@ class Server(uvicorn.Server):
 
         with suppress(OSError, TimeoutError):
             taken = asyncio.get_running_loop().connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
-            await asyncio.wait_for(taken, LAST_REQUESTS)
+            await asyncio.wait_for(taken, LAST_HANDSHAKES)
 
 
 def make_server(app: App, service: Service) -> Server:

@@ -53,7 +53,9 @@ class Plain:
 
 
 def fragile(started: str = "") -> Plain:
-    """x [N, 4] -> y = 2x; ends its process where the first element is CRASH. The file `started` gets its id."""
+    """x [N, 4] -> y = 2x; ends its process where the first element is CRASH. The file `started` gets its id;
+    where the element is HANG, a run does not end, and a file beside it appears.
+    """
     if started:
         with Path(started).open("a") as file:
             file.write(f"{os.getpid()}\n")
@@ -65,7 +67,8 @@ def fragile(started: str = "") -> Plain:
         if first == RAISE:
             raise np.linalg.LinAlgError("singular")
         if first == HANG:
-            time.sleep(60)
+            Path(f"{started}.hangs").touch()
+            time.sleep(600)
         if first == EXHAUST:
             raise OutOfMemoryError("a plan", needed=5, available=2)
         return {"y": feeds["x"] * 2}

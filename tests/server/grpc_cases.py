@@ -25,6 +25,9 @@ from infera_server.protocols.protos import message, pool
 RECORDED = Path(__file__).with_name("grpc_replies.json")
 SERVICE = "inference.GRPCInferenceService"
 
+PATIENCE = 60.0
+"""Seconds that an answer may take."""
+
 ZEROS = bytes(784 * 4)
 
 
@@ -73,7 +76,7 @@ def call(channel: grpc.Channel, method: str, sent: Any, metadata: Sequence[tuple
         response_deserializer=message(kind).FromString,
     )
     try:
-        return Reply("OK", message=_as_dict(stub(sent, timeout=10, metadata=metadata)))
+        return Reply("OK", message=_as_dict(stub(sent, timeout=PATIENCE, metadata=metadata)))
     except grpc.RpcError as error:
         return Reply(error.code().name, error.details() or "")
 

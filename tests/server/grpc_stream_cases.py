@@ -23,7 +23,7 @@ import numpy as np
 from google.protobuf import json_format
 
 from infera_server.protocols.protos import message, pool
-from tests.server.grpc_cases import SERVICE, infer, plain, tensor
+from tests.server.grpc_cases import PATIENCE, SERVICE, infer, plain, tensor
 
 RECORDED = Path(__file__).with_name("grpc_stream_replies.json")
 
@@ -75,7 +75,7 @@ def talk(channel: grpc.Channel, sent: Sequence[Any]) -> list[Any]:
         response_deserializer=message("inference.ModelStreamInferResponse").FromString,
     )
     found = []
-    for response in stub(iter(sent), timeout=10):
+    for response in stub(iter(sent), timeout=PATIENCE):
         made = json_format.MessageToDict(response, preserving_proto_field_name=True, descriptor_pool=pool())
         if "error_message" in made:
             made["error_message"] = plain(made["error_message"])

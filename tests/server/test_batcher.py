@@ -6,19 +6,20 @@ import asyncio
 import functools
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from infera_server.errors import Expired, Overloaded, Unavailable
+from infera_server.scheduling import batcher as batcher_module
+from infera_server.scheduling import runner
 from infera_server.scheduling.batcher import Batcher
-from infera_server.scheduling.costs import WINDOW
 from infera_server.scheduling.jobs import Batch, Job
 from infera_server.scheduling.rows import Arrays, HostArray, Layout
 from infera_server.scheduling.turns import Turns
-from tests.server.support import WAIT, until
+from tests.server.support import WAIT, flat, until
 
 LAYOUT = Layout({"x": 0}, {"y": 0}, (1, 2, 4, 8))
 
@@ -65,23 +66,31 @@ class Caller:
         np.testing.assert_array_equal(result["y"], self.x * 2)
 
 
-def flat(batcher: Batcher, group: Hashable = (3,), seconds: float = 1e-3) -> Batcher:
-    """The batcher, which believes that every bucket takes the same time: it packs what it can."""
-    costs = batcher.schedule.costs.of(group)
-    for bucket in costs.buckets:
-        for _ in range(WINDOW):
-            costs.learn(bucket, seconds)
-    return batcher
-
-
 @pytest.fixture
 def engine() -> Engine:
     return Engine()
 
 
+class Clock:
+    """The time as batches are told it: it may run ahead."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in (batcher_module, runner):
+        monkeypatch.setattr(module, "time", made)
+    return made
+
+
 @pytest.fixture
 def batcher(engine: Engine) -> Iterator[Batcher]:
-    made = flat(Batcher(engine, LAYOUT, max_queue=16))
+    made = flat(Batcher(engine, LAYOUT, max_queue=16), (3,))
     yield made
     made.close()
     engine.gate.release(1000)
@@ -214,11 +223,13 @@ def test_waiting_bytes_are_limited_too(engine: Engine) -> None:
     assert batcher.join(WAIT)
 
 
-def test_a_deadline_that_passes_in_the_queue_is_answered_without_a_run(batcher: Batcher, engine: Engine) -> None:
+def test_a_deadline_that_passes_in_the_queue_is_answered_without_a_run(
+    batcher: Batcher, engine: Engine, clock: Clock
+) -> None:
     occupy(batcher, engine)
-    late = Caller(batcher, rows(1, start=50), deadline=time.monotonic() + 0.01)
+    late = Caller(batcher, rows(1, start=50), deadline=time.monotonic() + WAIT)
     patient = Caller(batcher, rows(1))
-    time.sleep(0.02)
+    clock.ahead = 2 * WAIT
     engine.gate.release(2)
     assert isinstance(late.answer(), Expired)
     patient.check()
@@ -226,10 +237,10 @@ def test_a_deadline_that_passes_in_the_queue_is_answered_without_a_run(batcher: 
     assert batcher.queued == batcher.schedule.queued_rows == batcher.schedule.queued_bytes == 0
 
 
-def test_expire_answers_while_a_run_goes_on(batcher: Batcher, engine: Engine) -> None:
+def test_expire_answers_while_a_run_goes_on(batcher: Batcher, engine: Engine, clock: Clock) -> None:
     first = occupy(batcher, engine)
-    late = Caller(batcher, rows(1), deadline=time.monotonic() + 0.01)
-    time.sleep(0.02)
+    late = Caller(batcher, rows(1), deadline=time.monotonic() + WAIT)
+    clock.ahead = 2 * WAIT
     batcher.expire()
     assert isinstance(late.answer(), Expired)
     assert not first.results
@@ -344,16 +355,16 @@ def test_a_failing_callback_does_not_stop_the_others(batcher: Batcher, engine: E
 # --- the device ----------------------------------------------------------------------------------------------------
 
 
-def test_jobs_wait_until_the_device_is_free_and_others_join_them(engine: Engine) -> None:
+def test_jobs_wait_until_the_device_is_free_and_others_join_them(engine: Engine, clock: Clock) -> None:
     turns = Turns()
     with turns:
         batcher = Batcher(engine, LAYOUT, turns=turns)
         first = Caller(batcher, rows(1))
-        late = Caller(batcher, rows(1, start=50), deadline=time.monotonic() + 0.01)
-        time.sleep(0.02)
+        late = Caller(batcher, rows(1, start=50), deadline=time.monotonic() + WAIT)
         gone = Caller(batcher, rows(1, start=50))
         second = Caller(batcher, rows(1))
         assert batcher.queued == 4
+        clock.ahead = 2 * WAIT
         assert batcher.cancel(gone.job)
         batcher.expire()
         assert isinstance(late.answer(), Expired)
@@ -365,17 +376,18 @@ def test_jobs_wait_until_the_device_is_free_and_others_join_them(engine: Engine)
     assert batcher.join(WAIT)
 
 
-def test_waiting_for_the_device_is_no_execution(engine: Engine) -> None:
+def test_waiting_for_the_device_is_no_execution(engine: Engine, clock: Clock) -> None:
     turns = Turns()
     with turns:
         batcher = Batcher(engine, LAYOUT, turns=turns)
         caller = Caller(batcher, rows(1))
-        time.sleep(0.1)
+        until(lambda: len(turns._waiting) == 1)
+        clock.ahead = 10 * WAIT
         engine.gate.release()
     caller.check()
     assert caller.batch is not None
-    assert caller.batch.taken_at - caller.job.queued_at >= 0.1
-    assert batcher.schedule.costs.of((3,)).typical[0] < 0.1
+    assert caller.batch.taken_at - caller.job.queued_at >= 10 * WAIT
+    assert batcher.schedule.costs.of((3,)).typical[0] < 5 * WAIT
     batcher.drain()
     assert batcher.join(WAIT)
 
@@ -400,10 +412,12 @@ def test_the_device_is_handed_on_in_the_order_of_asking() -> None:
     assert turns.held_for() == 0
 
 
-def test_a_run_over_the_limit_is_answered_and_its_result_forgotten(engine: Engine) -> None:
-    batcher = Batcher(engine, LAYOUT, run_limit=0.01)
+def test_a_run_over_the_limit_is_answered_and_its_result_forgotten(engine: Engine, clock: Clock) -> None:
+    batcher = Batcher(engine, LAYOUT, run_limit=WAIT)
     stuck = occupy(batcher, engine)
-    time.sleep(0.02)
+    batcher.expire()
+    assert not stuck.results
+    clock.ahead = 2 * WAIT
     batcher.expire()
     answer = stuck.answer()
     assert isinstance(answer, Expired)

@@ -218,9 +218,14 @@ def test_more_connections_than_descriptors(tmp_path: Path) -> None:
             return False
 
         until(answers)
-        before = cpu_seconds(served.popen.pid)
-        time.sleep(0.3)
-        assert cpu_seconds(served.popen.pid) - before < 0.1
+        until(lambda: is_idle(served.popen.pid))
+
+
+def is_idle(pid: int) -> bool:
+    """Whether a process leaves the CPU alone for a while."""
+    before = cpu_seconds(pid)
+    time.sleep(0.3)
+    return cpu_seconds(pid) - before < 0.1
 
 
 def cpu_seconds(pid: int) -> float:
@@ -233,23 +238,22 @@ def cpu_seconds(pid: int) -> float:
 
 def test_slow_writers_are_cut_off_and_hold_nobody_up() -> None:
     """However busily they send bytes: the time is for the whole of a head, and of a body."""
-    with serving({"double": doubler()}, request_timeout=0.5) as server, contextlib.ExitStack() as stack:
+    with serving({"double": doubler()}, request_timeout=2.0) as server, contextlib.ExitStack() as stack:
+        connections = server.host.service.connections
         slow = [stack.enter_context(server.connect()) for _ in range(40)]
         for sock in slow:
             sock.sendall(VALID[:30] if sock is not slow[0] else VALID[:-40])
-        took = []
-        for at in range(30, 60):
+        until(lambda: sum(connection.in_head or connection.in_body for connection in connections) == len(slow))
+        assert server.infer("double", BODY)[0] == 200
+        assert len(connections) >= len(slow)  # it was answered while they went on
+        for at in range(30, 55):  # for longer than they have
             for sock in slow:
                 with contextlib.suppress(OSError):
                     sock.sendall(VALID[at : at + 1] if sock is not slow[0] else b" ")
-            asked = time.monotonic()
-            assert server.infer("double", BODY)[0] == 200
-            took.append(time.monotonic() - asked)
-            time.sleep(0.02)
-        assert sorted(took)[len(took) // 2] < 0.1
+            time.sleep(0.1)
         assert {Replies(sock).status() for sock in slow} == {408}
         stack.close()
-        until(lambda: not server.host.service.connections)
+        until(lambda: not connections)
 
 
 def wide() -> FakeSession:

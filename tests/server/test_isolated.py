@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -193,7 +192,7 @@ def test_a_crash_fails_its_own_requests_and_those_that_wait_run_afterwards(tmp_p
         replies: list[tuple[int, Any]] = []
         hanging = threading.Thread(target=lambda: replies.append(running.infer("m", first(HANG))))
         hanging.start()
-        time.sleep(0.1)
+        until(Path(f"{ids}.hangs").exists)
         waiting = [threading.Thread(target=lambda: replies.append(running.infer("m", first(1)))) for _ in range(3)]
         for client in waiting:
             client.start()

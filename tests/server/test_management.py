@@ -21,7 +21,7 @@ from infera_server.models.discovery import DiscoveryError, Source, discover
 from infera_server.models.repository import Entry, Repository, State
 from infera_server.runtime import Session
 from infera_server.settings import Settings
-from tests.server.support import FakeDevice, FakeSession, Running, doubler, request_of, serving, spec, until
+from tests.server.support import WAIT, FakeDevice, FakeSession, Running, doubler, request_of, serving, spec, until
 from tests.text import parse
 
 X = np.ones((2, 4), np.float32)
@@ -290,14 +290,14 @@ def test_no_older_version_stands_in_while_a_newer_one_loads() -> None:
     def opener(path: Path, settings: Settings) -> Session:
         if path.name == "2":
             seen.set()
-            assert release.wait(10)
+            assert release.wait(WAIT)
             raise ModelError("2: not a model")
         return doubler()
 
     repository = Repository(Settings(max_batch=1), [Source("m", v, Path(v)) for v in ("1", "2")], opener=opener)
     loading = threading.Thread(target=repository.load, args=(lambda fn, arg: fn(arg),))
     loading.start()
-    assert seen.wait(10)
+    assert seen.wait(WAIT)
     until(lambda: repository.versions("m") == ["1"])
     assert repository.get("m", "1").signature.version == "1"
     with pytest.raises(Unavailable, match="still loading"):

@@ -25,7 +25,7 @@ from infera_server.models.repository import Repository
 from infera_server.models.watch import Watch
 from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
-from tests.server.support import FakeSession, Running, hosting, request_of, spec, until
+from tests.server.support import WAIT, FakeSession, Running, hosting, request_of, spec, until
 from tests.text import parse
 
 X = np.ones((1, 4), np.float32)
@@ -86,7 +86,7 @@ def test_no_request_is_lost_over_twenty_reloads() -> None:
         stop = threading.Event()
 
         def ask() -> None:
-            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=WAIT)
             body = json.dumps(request_of(X))
             while not stop.is_set():
                 connection.request("POST", "/v2/models/m/infer", body)

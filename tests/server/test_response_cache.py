@@ -17,7 +17,7 @@ from infera_server.requests import Correlation, Output, Request
 from infera_server.scheduling.explanation import explain
 from infera_server.scheduling.rows import HostArray
 from tests.server.desk import Answer, Desk, leaves_nothing, send
-from tests.server.support import FakeSession, any_width, doubler, spec
+from tests.server.support import WAIT, FakeSession, any_width, doubler, spec
 
 
 @pytest.fixture
@@ -405,7 +405,7 @@ def test_what_waits_for_its_key_is_run_before_the_end(desk: Desk) -> None:
     away.run()
     desk.until(lambda: answer.count > 0)
     assert answer["y"][0, 0] == 6
-    assert model.join(10)
+    assert model.join(WAIT)
 
 
 def test_a_refusal_is_told_where_the_key_came_late(desk: Desk) -> None:

@@ -365,7 +365,7 @@ def test_what_was_accepted_is_run_before_the_end(desk: Desk) -> None:
     session.gate.set()
     desk.until(lambda: all(a.count for a in answers))
     assert answers[2]["y"][0, 0] == 3
-    assert model.join(10)
+    assert model.join(WAIT)
 
 
 def test_giving_up_answers_everything(desk: Desk) -> None:

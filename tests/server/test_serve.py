@@ -25,7 +25,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from infera_server import server
 from infera_server.http import connection
+from infera_server.models.model import Model
 from infera_server.scheduling.rows import HostArray
 from tests.server.support import (
     WAIT,
@@ -173,10 +175,13 @@ def test_a_reader_that_leaves_does_not_end_the_server(folder: Path) -> None:
             except OSError:
                 return False
 
-        until(lambda: popen.poll() is not None or is_ready())
-        assert running.infer("linear", request_of(np.ones((1, 6), np.float32)))[0] == 200
-        popen.terminate()
-        assert popen.wait(WAIT) == 0
+        try:
+            until(lambda: popen.poll() is not None or is_ready())
+            assert running.infer("linear", request_of(np.ones((1, 6), np.float32)))[0] == 200
+            popen.terminate()
+            assert popen.wait(WAIT) == 0
+        finally:
+            popen.kill()
 
 
 def test_nothing_loaded_is_exit_status_1(folder: Path) -> None:
@@ -281,6 +286,25 @@ def test_a_drain_that_takes_too_long_is_given_up() -> None:
             assert stuck.result(WAIT)[0] == 503
 
 
+def test_who_has_just_connected_or_asked_may_ask_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on its way as the server ends is answered, and not met by a reset."""
+    monkeypatch.setattr(server, "LAST_REQUESTS", WAIT)
+    one = http_request(json.dumps(request_of(np.ones((1, 4), np.float32))).encode())
+    with serving({"double": doubler()}) as running, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(running.connect()) for _ in range(2)]
+        streams = [stack.enter_context(sock.makefile("rb")) for sock in socks]
+        socks[0].sendall(one)
+        assert read_reply(streams[0])[0] == 200
+        until(lambda: len(running.host.service.connections) == 2)
+        running.host.server.should_exit = True
+        until(lambda: running.host.service.draining and not running.host.server.servers)
+        for sock, stream in zip(socks, streams, strict=True):
+            sock.sendall(one)
+            status, headers, _ = read_reply(stream)
+            assert (status, headers["connection"]) == (503, "close")
+            assert stream.read() == b""
+
+
 @pytest.mark.parametrize("reads", [True, False])
 def test_who_reads_nothing_of_a_reply_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
     monkeypatch.setattr(connection, "FAREWELL_SECONDS", 0.3)
@@ -288,22 +312,27 @@ def test_who_reads_nothing_of_a_reply_is_not_waited_for(monkeypatch: pytest.Monk
     tensor = {"name": "x", "shape": x.shape, "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
     document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     headers = f"Inference-Header-Content-Length: {len(document)}\r\n"
-    with serving({"any": any_width()}, drain_timeout=8) as running, running.connect() as sock:
+    with serving({"any": any_width()}, drain_timeout=10 * WAIT) as running, running.connect() as sock:
         sock.sendall(http_request(document + x.tobytes(), "/v2/models/any/infer", headers))
         stats = running.host.repository.get("any").stats
         until(lambda: stats.statuses[200] == 1)
         running.host.server.should_exit = True
-        began = time.monotonic()
         if reads:
             with sock.makefile("rb") as stream:
                 status, _, body = read_reply(stream)
             assert (status, body[-x.nbytes :]) == (200, x.tobytes())
         until(lambda: not running.host.service.connections)
-    assert time.monotonic() - began < 6
 
 
-def test_runs_that_do_not_end_delay_the_exit_by_one_drain_timeout() -> None:
+def test_runs_that_do_not_end_delay_the_exit_by_one_drain_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many models hang: their engine threads are not waited for one after the other."""
+    close, patience = Model.close, list[float]()
+
+    def spied(model: Model, timeout: float) -> None:
+        patience.append(timeout)
+        close(model, timeout)
+
+    monkeypatch.setattr(Model, "close", spied)
     sessions = {name: doubler() for name in ("a", "b", "c")}
     with ThreadPoolExecutor(3) as pool:
         with serving(sessions, drain_timeout=0.5, request_timeout=3) as running:
@@ -312,11 +341,10 @@ def test_runs_that_do_not_end_delay_the_exit_by_one_drain_timeout() -> None:
                 pool.submit(running.infer, name, request_of(np.ones((1, 4), np.float32)))
             models = list(running.host.repository.ready())
             until(lambda: sum(model.queued for model in models) == 2)  # one runs, and the device is taken
-            began = time.monotonic()
-        took = time.monotonic() - began
         for session in sessions.values():
             session.gate.set()
-    assert took < 2
+    assert len(patience) == 3
+    assert max(patience) <= 0
 
 
 def test_a_run_that_does_not_end_is_answered_and_makes_the_server_unready() -> None:
@@ -344,7 +372,7 @@ from infera_server.settings import Settings
 
 def opener(path, settings):
     print("loading", file=sys.stderr, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 sys.exit(Host(Repository(Settings(), [Source("m", "1", Path("m"))], opener=opener), listen("127.0.0.1", 0)).run())
 """
@@ -364,7 +392,7 @@ def test_a_signal_while_loading_does_not_wait_for_the_model(signals: list[signal
 
 def test_a_second_signal_does_not_wait_for_the_drain() -> None:
     with ThreadPoolExecutor(1) as pool:
-        with serving({"double": doubler()}, drain_timeout=60) as running:
+        with serving({"double": doubler()}, drain_timeout=10 * WAIT) as running:
             session = running.sessions["double"]
             assert isinstance(session, FakeSession)
             session.block()
@@ -373,10 +401,7 @@ def test_a_second_signal_does_not_wait_for_the_drain() -> None:
             running.host.server.handle_exit(signal.SIGINT, None)
             until(lambda: running.host.service.draining)
             running.host.server.handle_exit(signal.SIGINT, None)
-            began = time.monotonic()
-        took = time.monotonic() - began
         session.gate.set()
-    assert took < 2
 
 
 def test_not_ready_while_loading() -> None:

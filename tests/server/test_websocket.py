@@ -16,7 +16,17 @@ from infera_server.access import Access, Key, make_key
 from infera_server.http.websocket import MAX_UNDER_WAY, PREFIX
 from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.scheduling.rows import HostArray
-from tests.server.support import FakeSession, Running, doubler, http_request, read_reply, request_of, serving, until
+from tests.server.support import (
+    WAIT,
+    FakeSession,
+    Running,
+    doubler,
+    http_request,
+    read_reply,
+    request_of,
+    serving,
+    until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,7 @@ def server() -> Iterator[Running]:
 
 def stream(running: Running, path: str = "/v2/models/double/stream", **options: Any) -> ClientConnection:
     made: ClientConnection = connect(
-        f"ws://{running.address}{path}", open_timeout=10, close_timeout=10, max_size=None, **options
+        f"ws://{running.address}{path}", open_timeout=WAIT, close_timeout=WAIT, max_size=None, **options
     )
     return made
 

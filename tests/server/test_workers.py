@@ -17,7 +17,17 @@ import pytest
 
 from infera_server.processes import supervisor
 from infera_server.processes.workers import Workers
-from tests.server.support import FakeSession, Running, any_width, doubler, http_request, request_of, serving, until
+from tests.server.support import (
+    FakeSession,
+    Running,
+    any_width,
+    doubler,
+    flat,
+    http_request,
+    request_of,
+    serving,
+    until,
+)
 
 X = np.ones((1, 4), np.float32)
 
@@ -93,6 +103,7 @@ def test_unknown_models_and_what_is_no_inference(served: Running) -> None:
 
 def test_requests_of_all_workers_share_batches(served: Running) -> None:
     session = gated(served)
+    flat(served.model("gated").batcher)
     session.block()
     with ThreadPoolExecutor(5) as pool:
         first = pool.submit(served.infer, "gated", request_of(X))

@@ -19,7 +19,7 @@ from infera_server.access import Access, Key, make_key
 from infera_server.protocols.protos import message
 from tests.commandline import save_relu
 from tests.server import grpc_support
-from tests.server.support import Running, doubler, request_of, serving, until
+from tests.server.support import WAIT, Running, doubler, request_of, serving, until
 from tests.server.test_workers import X
 
 TOKEN, TABLE = make_key("own")
@@ -66,7 +66,7 @@ def test_grpc_is_served_by_every_worker_and_changes_are_known_to_all(served: Run
             lambda m: m.SerializeToString(),
             message(f"inference.{method}Response").FromString,
         )
-        return reply(asked, timeout=10, metadata=metadata)
+        return reply(asked, timeout=WAIT, metadata=metadata)
 
     for _ in range(6):
         with grpc_support.channel(served) as made:

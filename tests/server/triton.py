@@ -32,7 +32,7 @@ from onnx import helper, numpy_helper
 RECORDED = Path(__file__).with_name("triton_replies.jsonl")
 MODEL = "mlp"
 SIZES = (784, 512, 256, 10)
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 COUNTERS = {"ns", "count", "last_inference", "inference_count", "execution_count", "batch_size"}
 """Members whose numbers depend on what came before."""
