@@ -7,6 +7,7 @@ the rest there are the "cpu" kernels. Declares no operators itself.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array
+from infera_kernels.cpu import packed
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit.codes import CODES
@@ -99,11 +101,11 @@ def standardize(view: Callable[[Site], tuple[int, int]], supports: Callable[[Sit
 
 
 def product(
-    multiply: Callable[[Site, Buffers], list[Call]], name: Callable[[Site], str], supports: Callable[[Site], bool]
+    multiply: Callable[..., list[Call]], name: Callable[[Site], str], supports: Callable[[Site], bool]
 ) -> Kernels:
     """activation(alpha A' @ B' + bias) + residual: a bias for each column, a residual of the output's shape.
 
-    A constant matrix B is packed once; any other product is `multiply`'s.
+    A constant matrix B is packed once, for BLAS where `multiply` does that; any other product is `multiply`'s.
     """
 
     def fits(site: Site) -> bool:
@@ -120,7 +122,13 @@ def product(
 
         y = io.outs[0].reshape(-1, io.outs[0].shape[-1])
         activation, bias = name(site), vector(site, io, 2)
-        if _packs(site):
+        added = None if activation or not site.has(3) else io.ins[3]
+        if _packs(site) and _for_blas(site, io):
+            calls = multiply(site, io, sys.maxsize, bias=bias, residual=added)
+            if not activation:
+                return calls
+            bias = None
+        elif _packs(site):
             low = 0.0 if activation == "relu" and (bias is None or site.value(2) is not None) else -np.inf
             folded = None if bias is None or site.value(2) is None else bias
             calls = _packed(site, io, y, folded is not None, low)
@@ -147,6 +155,16 @@ def _packs(site: Site) -> bool:
     """Whether B is a constant matrix, and A has its rows one behind the other."""
     w = site.value(1)
     return w is not None and w.ndim == 2 and site.spec(0).ndim > 1 and not site.attrs.get("transA", 0)
+
+
+LEAST_WEIGHTS = 1 << 18
+"""Elements of a matrix from which on OpenBLAS' loops are faster than these, where its calls no longer show."""
+
+
+def _for_blas(site: Site, io: Buffers) -> bool:
+    """Whether a constant matrix B is laid out for BLAS, where that is possible, rather than for these kernels."""
+    large = site.spec(1).size >= LEAST_WEIGHTS and not io.strict
+    return large and packed.loops_for(io.outs[0], site.spec(0).dims[-1], sys.maxsize) is not None
 
 
 def _packed(site: Site, io: Buffers, y: Array, with_bias: bool, low: float) -> list[Call]:

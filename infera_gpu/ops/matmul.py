@@ -14,6 +14,7 @@ from infera_gpu.ops._families import floating, native, plain, split_of
 from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec, broadcast_shape
 from infera_kernels.cpu import matmul as cpu
+from infera_kernels.cpu import packed
 from infera_kernels.portable import matmul as portable
 
 _PACK_ROWS = 256
@@ -62,14 +63,29 @@ def given(io: Buffers, i: int) -> Array | None:
     return io.ins[i] if i < len(io.ins) else None
 
 
+def _multiply(site: Site, io: Buffers, most_rows: int = packed.MOST_ROWS, **terms: Any) -> list[Call]:
+    """`cpu.fused` of the inputs; beside up to `most_rows` rows a constant matrix is laid out for BLAS once, where it is
+    known how."""
+    out, flip = io.outs[0], bool(site.attrs.get("transB"))
+    if site.value(1) is not None and site.spec(1).ndim == 2 and site.spec(0).ndim > 1 and not io.strict:
+        a = portable.transposed(io.ins[0], site.attrs.get("transA"))
+        loops = packed.loops_for(out, a.shape[-1], most_rows)
+        if loops is not None:
+            weights = io.pack(1, f"inner{flip:d}", lambda w: packed.pack(w.T if flip else w, loops))
+            return packed.fused(a, weights, out, io.scratch, split_of(io), loops=loops, **terms)
+    return cpu.fused(*_operands(site, io), out, io.scratch, split_of(io), **terms)
+
+
 def _bind_matmul(site: Site, io: Buffers) -> list[Call]:
-    return cpu.fused(*_operands(site, io), io.outs[0], io.scratch, split_of(io))
+    return _multiply(site, io)
 
 
 def bind_gemm(site: Site, io: Buffers) -> list[Call]:
-    a, b = _operands(site, io)
-    alpha, beta = site.attrs["alpha"], site.attrs["beta"]
-    return cpu.gemm(a, b, given(io, 2), io.outs[0], io.scratch, split_of(io), alpha=alpha, beta=beta)
+    alpha, beta, c = site.attrs["alpha"], site.attrs["beta"], given(io, 2)
+    if c is None or beta == 1:
+        return _multiply(site, io, alpha=alpha, bias=c)
+    scaled, calls = cpu.scaled(c, beta, io.scratch)
+    return [*calls, *_multiply(site, io, alpha=alpha, bias=scaled)]
 
 
 def gemm(xp: Any, site: Site, a: Array, b: Array, c: Array | None = None) -> Array:
@@ -101,6 +117,8 @@ def gemm_spec(site: Site) -> tuple[TensorSpec]:
 
 
 _W = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+_LARGE = np.linspace(-1, 1, 301 * 700, dtype=np.float32).reshape(301, 700)
+"""Beside five rows a product that BLAS lays operands out for."""
 _MATMUL = Op(
     "MatMul",
     1,
@@ -108,7 +126,7 @@ _MATMUL = Op(
     compute=plain(lambda xp, site, a, b: portable.matmul(xp, a, b)),
     kernels=Kinds(
         {"cpu": Kernel(bind=_bind_matmul, supports=_numeric, strided=True, strided_out=True)}
-        | _jit.product(_bind_matmul, lambda site: "", _numeric),
+        | _jit.product(_multiply, lambda site: "", _numeric),
         "_triton_matmul",
         lambda gpu: gpu.PRODUCT,
     ),
@@ -120,6 +138,7 @@ _MATMUL = Op(
             Case("few_rows", (f32(3, 11, 40), f32(40, 128))),
             Case("few_rows_deep", (f32(61, 300), f32(300, 192))),
             Case("one_deep_row", (f32(1, 1100), f32(1100, 21))),
+            Case("large_constant", (f32(1, 5, 301), _LARGE)),
             Case("batch", (f32(2, 3, 5, 4), f32(2, 3, 4, 6))),
             Case("broadcast", (f32(2, 1, 5, 4), f32(3, 4, 6))),
             Case("vector", (f32(4), _W)),
@@ -142,7 +161,7 @@ _GEMM = Op(
     compute=plain(gemm),
     kernels=Kinds(
         {"cpu": Kernel(bind=bind_gemm, supports=blas, strided=True, strided_out=True)}
-        | _jit.product(_bind_matmul, lambda site: "", blas),
+        | _jit.product(_multiply, lambda site: "", blas),
         "_triton_matmul",
         lambda gpu: gpu.PRODUCT,
     ),
@@ -156,6 +175,9 @@ _GEMM = Op(
             Case("many_rows", (f32(301, 3), _W, f32(4)), {"transB": 1}),
             Case("both", (f32(4, 5), f32(6, 4), f32(5, 1)), {"transA": 1, "transB": 1}),
             Case("scaled", (f32(5, 4), _W, f32(5, 3)), {"alpha": 0.5, "beta": -2.0}),
+            Case(
+                "large_scaled", (f32(700, 6), _LARGE, f32(6, 1)), {"alpha": 0.5, "beta": -2.0, "transA": 1, "transB": 1}
+            ),
             Case("scalar_bias", (f32(5, 4), _W, f32()), {"alpha": 2.0}),
             Case("scalar_bias_alone", (f32(5, 4), f32(4, 1), f32())),
             Case("past_block", (f32(130, 5), f32(5, 601), f32(1, 601)), {"beta": 0.25}),
@@ -219,13 +241,9 @@ def check_term(site: Site, what: str, term: TensorSpec, spec: TensorSpec) -> Non
 
 
 def bind_fused(site: Site, io: Buffers) -> list[Call]:
-    a, b = _operands(site, io)
-    return cpu.fused(
-        a,
-        b,
-        io.outs[0],
-        io.scratch,
-        split_of(io),
+    return _multiply(
+        site,
+        io,
         alpha=site.attrs["alpha"],
         bias=given(io, 2),
         activation=_ACTIVATIONS[site.attrs.get("activation", "")],
@@ -256,7 +274,7 @@ _FUSED = Op(
     compute=plain(_fused),
     kernels=Kinds(
         {"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)}
-        | _jit.product(_bind_matmul, lambda site: _ACTIVATIONS[site.attrs["activation"]], fused_supported),
+        | _jit.product(_multiply, lambda site: _ACTIVATIONS[site.attrs["activation"]], fused_supported),
         "_triton_matmul",
         lambda gpu: gpu.PRODUCT,
     ),
@@ -270,6 +288,8 @@ _FUSED = Op(
             *(Case(act, (f32(3, 4), _W, f32(3), f32(3, 3)), {"activation": act}) for act in _ACTIVATIONS if act),
             Case("heads", (f32(2, 3, 5, 4), f32(2, 3, 6, 4), f32(2, 1, 1, 6)), {"transB": 1, "alpha": 0.125}),
             Case("left", (f32(2, 4, 5), f32(4, 6)), {"transA": 1}),
+            Case("large_residual", (f32(2, 3, 301), _LARGE, f32(700), f32(3, 1))),
+            Case("large", (f32(2, 3, 301), _LARGE, f32(700), f32(2, 3, 700)), {"activation": "gelu"}),
             Case("past_block", (f32(2, 33, 5), f32(5, 1101), f32(1101), f32(33, 1101)), {"activation": "gelu"}),
             Case("vector", (f32(4), _W, f32(3)), {"activation": "relu"}),
             Case("deep", (f32(3, 1, 1100), f32(1100, 21), f32(21), f32(3, 1, 21)), {"activation": "silu"}),

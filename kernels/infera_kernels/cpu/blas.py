@@ -7,16 +7,52 @@ does, takes as long as loading a small model.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from importlib import import_module
 from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+from infera_kernels.record import Record
 
 AVX512 = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 """What OpenBLAS calls the processors for which it has kernels of AVX-512."""
 
 _NAMES = tuple(product(("scipy_", ""), ("64_", "_64", "")))
 """What builds of OpenBLAS put before and after the names of its functions."""
+
+_SIZE, _ADDRESS = ctypes.c_ssize_t, ctypes.c_void_p
+_COPY = (_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS)
+_ARGUMENTS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "itcopy": _COPY,
+        "oncopy": _COPY,
+        "kernel": (_SIZE, _SIZE, _SIZE, ctypes.c_float, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE),
+    }
+)
+"""The functions of `Inner`, in its order, and what they take."""
+
+
+KNOWN_VERSIONS = frozenset({"0.3.27", "0.3.29", "0.3.30", "0.3.31"})
+KNOWN_PROCESSORS = frozenset({"Haswell", "SkylakeX"})
+"""Of OpenBLAS, for which its inner loops have been called as `Inner` says: those of NumPy 2.1 to 2.4."""
+
+
+class Inner(Record):
+    """What OpenBLAS makes its own products of, for the processor that it runs on (driver/level3/level3.c).
+
+    It counts columns where NumPy counts rows: A (M, K) is a weight, B (K, N) the rows that are multiplied with it and
+    C (M, N) their product, each with the elements from one column to the next. These functions are exported, but no
+    part of its interface, so that they are asked of versions alone that are known.
+    """
+
+    pack_weight: Callable[..., object]
+    """(K, M, A, lda, packed A): panels of A's rows, so that whole panels of a part of them lie together."""
+    pack_rows: Callable[..., object]
+    """(K, N, B, ldb, packed B)"""
+    multiply: Callable[..., object]
+    """(M, N, K, alpha, packed A, packed B, C, ldc): C += alpha A B"""
 
 
 class OpenBlas:
@@ -28,9 +64,25 @@ class OpenBlas:
         corename = library[f"{before}openblas_get_corename{after}"]
         corename.restype = ctypes.c_char_p
         self.architecture: str = corename().decode()
+        config = library[f"{before}openblas_get_config{after}"]
+        config.restype = ctypes.c_char_p
+        self.version = ".".join(config().decode().removeprefix("OpenBLAS ").split()[0].split(".")[:3])
+        self._library = library
 
     def threads(self) -> int:
         return int(self._get())
+
+    def inner(self) -> Inner | None:
+        """The inner loops of products in float32; None of a version that is not known, and where they are hidden."""
+        if self.version not in KNOWN_VERSIONS or self.architecture not in KNOWN_PROCESSORS:
+            return None
+        try:
+            found = [self._library[f"sgemm_{name}_{self.architecture.upper()}"] for name in _ARGUMENTS]
+        except AttributeError:
+            return None
+        for function, types in zip(found, _ARGUMENTS.values(), strict=True):
+            function.argtypes = types
+        return Inner(*found)
 
     def use(self, threads: int) -> None:
         """Run on so many threads, in the whole process."""

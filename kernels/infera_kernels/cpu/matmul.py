@@ -39,7 +39,7 @@ def readable(x: Array, scratch: Scratch) -> tuple[Array, list[Call]]:
     return dense, [copy(dense, x)]
 
 
-def _rows(x: Array) -> Array | None:
+def rows_of(x: Array) -> Array | None:
     """(..., K) as (rows, K) without a copy, or None."""
     try:
         return x.reshape((-1 if x.size else math.prod(x.shape[:-1]), x.shape[-1]), copy=False)
@@ -47,7 +47,7 @@ def _rows(x: Array) -> Array | None:
         return None
 
 
-_FEW_ROWS = 3
+FEW_ROWS = 3
 """Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first."""
 
 _LARGE, _CACHED = 1 << 25, 1 << 22
@@ -58,10 +58,10 @@ are multiplied one after the other instead."""
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     """out = a @ b by np.matmul's rules; (..., M, K) times one (K, N) matrix is one product of all rows."""
     if b.ndim == 2 and a.ndim > 2:
-        flat, target = _rows(a), _rows(out)
+        flat, target = rows_of(a), rows_of(out)
         if flat is not None and target is not None:
             a, out = flat, target
-    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= _FEW_ROWS
+    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= FEW_ROWS
     if few:
         a, out = a[:, None], out[:, None]
     a, calls = readable(a, scratch)
@@ -73,7 +73,7 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     return [*calls, *more, *((np.matmul, (a, b[:, r], out[..., r])) for r in ranges)]
 
 
-_COLUMNS, _UNPACKED = 64, 1_000_000
+_COLUMNS, UNPACKED = 64, 1_000_000
 """OpenBLAS' kernels for AVX-512 multiply up to so many terms (rows x depth x columns) without packing the operands,
 which reads a weight twice: that shows where rows are few."""
 
@@ -85,9 +85,9 @@ def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         return whole
     (rows, depth), columns = a.shape, b.shape[1]
     fits = b.strides[1] == b.itemsize and not columns % _COLUMNS
-    if not fits or not _FEW_ROWS < rows <= _COLUMNS or columns <= _COLUMNS:
+    if not fits or not FEW_ROWS < rows <= _COLUMNS or columns <= _COLUMNS:
         return whole
-    parts = -(-depth * rows * _COLUMNS // _UNPACKED)
+    parts = -(-depth * rows * _COLUMNS // UNPACKED)
     edges = [depth * i // parts for i in range(parts + 1)]
     total = out if parts == 1 else scratch(out.shape, out.dtype)
 
@@ -102,25 +102,10 @@ def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     return calls
 
 
-def gemm(
-    a: Array,
-    b: Array,
-    c: Array | None,
-    out: Array,
-    scratch: Scratch,
-    split: Split = SERIAL,
-    *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-) -> list[Call]:
-    """out = alpha a @ b + beta c with `c` broadcast to `out`; a (..., M, K), b (..., K, N) any way BLAS reads."""
-    if c is None or beta == 1:
-        return fused(a, b, out, scratch, split, alpha=alpha, bias=c)
-    scaled = scratch(c.shape, c.dtype)
-    return [
-        call(np.multiply, c, const(beta, c), scaled),
-        *fused(a, b, out, scratch, split, alpha=alpha, bias=scaled),
-    ]
+def scaled(c: Array, beta: float, scratch: Scratch) -> tuple[Array, list[Call]]:
+    """beta c, and the call that computes it."""
+    product = scratch(c.shape, c.dtype)
+    return product, [call(np.multiply, c, const(beta, c), product)]
 
 
 def fused(
@@ -149,7 +134,7 @@ def fused(
                 *matmul(p.a, p.b, p.out, scratch),
                 *epilogue(p.out, scratch, alpha=alpha, bias=p.of(bias), activation=activation, residual=p.of(residual)),
             ]
-            for p in _pieces(a, b, out, split, _ACTIVATED_NS if activation else _STORED_NS)
+            for p in pieces(a, b, out, split, activation)
         ]
     )
 
@@ -170,13 +155,13 @@ def _depths(a: Array, b: Array, out: Array, split: Split) -> list[slice]:
     Few rows are bound by reading `b`, whose rows a part then reads from end to end; with a range of columns each,
     threads would read short pieces of them.
     """
-    fits = b.ndim == 2 <= a.ndim and b.strides[1] == b.itemsize and b.shape[0] and out.size <= _FEW_ROWS * b.shape[1]
+    fits = b.ndim == 2 <= a.ndim and b.strides[1] == b.itemsize and b.shape[0] and out.size <= FEW_ROWS * b.shape[1]
     if not fits or split.threads < 2:
         return []
     return parts(b.shape[0], b.nbytes / _BYTES, split, multiple=_GRANULES[-2])
 
 
-class _Piece(Record):
+class Piece(Record):
     """A part of a product: along `axis`, counted from the end, of the output and of what broadcasts to it."""
 
     a: Array
@@ -189,7 +174,7 @@ class _Piece(Record):
         return None if term is None else along(term, self.axis, self.part)
 
 
-def _pieces(a: Array, b: Array, out: Array, split: Split, element_ns: float) -> Iterator[_Piece]:
+def pieces(a: Array, b: Array, out: Array, split: Split, activation: str) -> Iterator[Piece]:
     """The product cut along its batch, its rows or its columns; rows and batches stay contiguous.
 
     BLAS packs all of `b` for every part of the rows and all of `a` for every part of the columns, so that the longer
@@ -198,15 +183,16 @@ def _pieces(a: Array, b: Array, out: Array, split: Split, element_ns: float) -> 
     axis = next((i - out.ndim for i, d in enumerate(out.shape) if d > 1), -1)
     if axis == -2 and out.shape[-1] > out.shape[-2]:
         axis = -1
-    ns = max(2 * out.size * a.shape[-1] / _FLOPS, b.nbytes / _BYTES) + out.size * element_ns
+    ns = max(2 * out.size * a.shape[-1] / _FLOPS, b.nbytes / _BYTES)
+    ns += out.size * (_ACTIVATED_NS if activation else _STORED_NS)
     cuts = parts(out.shape[axis], ns, split, multiple=_GRANULES.get(axis, 1)) if min(a.ndim, b.ndim) > 1 else []
     if len(cuts) < 2:
-        yield _Piece(a, b, out, axis, slice(None))
+        yield Piece(a, b, out, axis, slice(None))
         return
     for part in cuts:
         left = a if axis == -1 else along(a, axis, part)
         right = b if axis == -2 else along(b, axis, part)
-        yield _Piece(left, right, along(out, axis, part), axis, part)
+        yield Piece(left, right, along(out, axis, part), axis, part)
 
 
 _GRANULES = {-1: 64, -2: 8}
@@ -259,7 +245,7 @@ def _adder(y: Array, term: Array | None) -> Callable[[Array, int], list[Call]]:
         row = term.reshape(()) if term.size == 1 else term.reshape(-1)
         return lambda block, i: [call(np.add, block, row, block)]
     full = np.broadcast_to(term, y.shape)
-    flat = _rows(full)
+    flat = rows_of(full)
     if flat is not None:
         return lambda block, i: [call(np.add, block, flat[i : i + len(block)], block)]
     lead = y.shape[:-1]

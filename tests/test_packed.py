@@ -1,0 +1,121 @@
+"""Products with weights that are laid out once for OpenBLAS' inner loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import infera_gpu
+from infera_kernels.calls import SERIAL, Array, Call, Split, one_after_the_other
+from infera_kernels.cpu import blas, packed
+from tests.buffers import Guarded
+
+LOOPS = packed.inner()
+known = pytest.mark.skipif(LOOPS is None, reason="NumPy calls a BLAS whose inner loops are not known")
+
+
+def backwards(parts: Sequence[Iterable[Call]]) -> list[Call]:
+    return one_after_the_other(parts[::-1])
+
+
+def scratch(shape: Sequence[int], dtype: object = np.float32) -> Array:
+    """Poisoned."""
+    return np.full(shape, np.nan, np.float32)
+
+
+def normal(*shape: int) -> Array:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32)
+
+
+SHAPES = [(4, 256, 1024), (7, 1000, 333), (128, 768, 768), (129, 257, 65), (33, 3072, 5), (5, 7, 4001), (64, 300, 1)]
+
+
+@known
+@pytest.mark.parametrize("split", [SERIAL, Split(3, backwards)], ids=["serial", "three"])
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_is_that_of_float64(shape: tuple[int, int, int], strided: bool, split: Split) -> None:
+    assert LOOPS is not None
+    m, k, n = shape
+    a, w, bias, out = normal(m, k + 5)[:, 2 : 2 + k], normal(k, n), normal(n), Guarded((m, n), np.float32, rows=strided)
+    laid_out = packed.pack(w, LOOPS)
+    for fn, args in packed.fused(a, laid_out, out.array, scratch, split, loops=LOOPS, alpha=0.5, bias=bias):
+        fn(*args)
+    out.check("product")
+    want = 0.5 * (a.astype(np.float64) @ w) + bias
+    np.testing.assert_allclose(out.array, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+@known
+def test_weights_begin_with_a_cache_line() -> None:
+    assert LOOPS is not None
+    for n in range(1, 9):
+        assert packed.pack(normal(3, n), LOOPS).ctypes.data % packed.LINE == 0
+
+
+Accuracy = Literal["fast", "strict"]
+
+
+def session(accuracy: Accuracy) -> infera_gpu.Session:
+    """y = x w, of any number of rows."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 300])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 700])],
+        [numpy_helper.from_array(normal(300, 700), "w")],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return infera_gpu.load(made, device="cpu", accuracy=accuracy, jit=False)
+
+
+def products_by_address(monkeypatch: pytest.MonkeyPatch, rows: int, accuracy: Accuracy = "fast") -> int:
+    """How many products a run makes by OpenBLAS' inner loops; its result is checked."""
+    made = 0
+    fused = packed.fused
+
+    def counted(*args: Any, **named: Any) -> list[Call]:
+        nonlocal made
+        made += 1
+        return fused(*args, **named)
+
+    monkeypatch.setattr(packed, "fused", counted)
+    x = normal(rows, 300)
+    with session(accuracy) as opened:
+        (y,) = opened.run({"x": x}).values()
+    np.testing.assert_allclose(y, x @ normal(300, 700), rtol=0, atol=2e-4)
+    return made
+
+
+@known
+def test_few_rows_are_multiplied_by_laid_out_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert products_by_address(monkeypatch, 17)
+
+
+@known
+def test_many_rows_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not products_by_address(monkeypatch, packed.MOST_ROWS + 1)
+
+
+def test_strict_products_are_blas_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not products_by_address(monkeypatch, 17, "strict")
+
+
+def test_loops_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = blas.Inner(lambda *args: None, lambda *args: None, lambda *args: None)
+    monkeypatch.setattr(packed, "inner", packed.inner.__wrapped__)
+    monkeypatch.setattr(blas.OpenBlas, "inner", lambda self: other)
+    assert packed.inner() is None
+    products_by_address(monkeypatch, 17)
+
+
+def test_an_unknown_version_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = blas.openblas()
+    if found is None:
+        pytest.skip("NumPy calls another BLAS")
+    monkeypatch.setattr(found, "version", "0.4.0")
+    assert found.inner() is None
