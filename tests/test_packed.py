@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import infera_gpu
 from infera_kernels.calls import SERIAL, Array, Call, Split, one_after_the_other
-from infera_kernels.cpu import blas, packed
+from infera_kernels.cpu import aligned, blas, packed
 from tests.buffers import Guarded
 
 LOOPS = packed.inner()
@@ -54,7 +54,7 @@ def test_a_product_is_that_of_float64(shape: tuple[int, int, int], strided: bool
 def test_weights_begin_with_a_cache_line() -> None:
     assert LOOPS is not None
     for n in range(1, 9):
-        assert packed.pack(normal(3, n), LOOPS).ctypes.data % packed.LINE == 0
+        assert packed.pack(normal(3, n), LOOPS).ctypes.data % aligned.LINE == 0
 
 
 Accuracy = Literal["fast", "strict"]

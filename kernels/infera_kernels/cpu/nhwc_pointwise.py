@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.aligned import aligned
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_border import joined
@@ -83,6 +84,8 @@ def packed(pack: Pack, group: int, columns: int) -> Array:
     def build(w: Array) -> Array:
         taps = by_taps(w, group)
         parts = taps.reshape(*taps.shape[:4], -1, columns, copy=False).transpose(3, 4, 0, 1, 2, 5)
-        return np.ascontiguousarray(parts).reshape(*parts.shape[:2], -1, columns)
+        made = aligned(parts.shape, w.dtype)
+        np.copyto(made, parts)
+        return made.reshape(*parts.shape[:2], -1, columns)
 
     return pack(f"columns{columns}", build)

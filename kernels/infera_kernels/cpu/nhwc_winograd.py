@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.aligned import aligned
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.conv_winograd import transform_filters, transforms
@@ -108,7 +109,7 @@ def winograd(
 
     def matrices(w: Array) -> Array:
         """(tile's elements, O / columns, C, columns)"""
-        made = np.empty((size * size, o // columns, c, columns), w.dtype)
+        made = aligned((size * size, o // columns, c, columns), w.dtype)
         transform_filters(w.swapaxes(0, 1), tile, made.swapaxes(1, 2))
         return made
 

@@ -10,11 +10,11 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
+from infera_kernels.cpu.aligned import LINE, address, aligned
 from infera_kernels.cpu.blas import Inner, openblas
 from infera_kernels.cpu.elementwise import call, const, contiguous, copy
 from infera_kernels.cpu.matmul import FEW_ROWS, UNPACKED, Piece, epilogue, pieces, rows_of
@@ -23,9 +23,6 @@ from infera_kernels.record import Record
 DEPTH, WIDTH = 256, 384
 """Rows and columns of the weights that are multiplied at a time: they stay in a second-level cache of 512 KiB while
 the rows go by."""
-
-LINE = 64
-"""Bytes of a cache line. Weights begin with one: a vector of AVX-512 that lies in two of them is read twice."""
 
 SLACK = 1024
 """Elements behind what is laid out, which is a part of large buffers where OpenBLAS calls its own loops: they may look
@@ -44,33 +41,19 @@ def inner() -> Inner | None:
 
 
 def _agree(loops: Inner) -> bool:
-    """Whether a product of theirs is np.matmul's: of two depths, odd sizes, and cut."""
+    """Whether a product of theirs is np.matmul's: of two depths, odd sizes, and cut between columns."""
     m, k, n = 29, DEPTH + 9, 3 * LINE + 7
     a = np.cos(np.arange(m * k, dtype=np.float32)).reshape(m, k)
     w = np.cos(np.arange(k * n, dtype=np.float32) * 3).reshape(k, n)
-    y = np.empty((m, n), np.float32)
-
-    def halves(parts: Sequence[Any]) -> list[Call]:
-        return [c for part in parts for c in part]
-
-    for fn, args in fused(a, pack(w, loops), y, aligned, Split(2, halves), loops=loops):
-        fn(*args)
+    y, weights = np.zeros((m, n), np.float32), pack(w, loops)
+    for part in (slice(0, LINE), slice(LINE, n)):
+        multiply, _ = _product(Piece(a, weights, y[:, part], -1, part), weights, aligned, loops, 1.0)
+        multiply()
     return bool(np.allclose(y, a @ w, rtol=0, atol=1e-3))
 
 
-def aligned(shape: Sequence[int], dtype: Any = np.float32) -> Array:
-    """An uninitialised array that begins with a cache line, with SLACK behind it."""
-    size = (int(np.prod(shape)) + SLACK) * np.dtype(dtype).itemsize
-    raw = np.empty(size + LINE, np.uint8)
-    return np.ndarray(shape, dtype, raw, -_address(raw) % LINE)
-
-
-def _address(x: Array) -> int:
-    return int(x.__array_interface__["data"][0])
-
-
 def _depths(k: int) -> list[int]:
-    """Where ranges of `k` rows of weights begin and end: of nearly one depth, whose lines begin where `k`'s do."""
+    """Where ranges of `k` rows of weights begin and end: of one depth but for the last, and never within a line."""
     count = -(-k // DEPTH)
     step = -(-k // (count * LINE)) * LINE
     return [*range(0, k, step), k]
@@ -80,9 +63,9 @@ def pack(w: Array, loops: Inner) -> Array:
     """The weights (K, N) of `fused`, float32 in any layout: as many elements in an order of OpenBLAS' own."""
     w = np.ascontiguousarray(w)
     k, n = w.shape
-    made = aligned((k, n))
+    made = aligned((k, n), slack=4 * SLACK)
     for start, stop in pairwise(_depths(k)):
-        loops.pack_weight(stop - start, n, _address(w[start:]), n, _address(made[start:]))
+        loops.pack_weight(stop - start, n, address(w[start:]), n, address(made[start:]))
     return made
 
 
@@ -163,9 +146,9 @@ def _product(p: Piece, weights: Array, scratch: Scratch, loops: Inner, alpha: fl
 
 def _steps(a: Array, weights: Array, first: int, y: Array, rows: Array, loops: Inner, alpha: float) -> Iterator[Call]:
     (m, k), (_, n), columns, item = a.shape, weights.shape, y.shape[1], a.itemsize
-    factor, room, count = ctypes.c_float(alpha), ctypes.c_void_p(_address(rows)), _size(m)
+    factor, room, count = ctypes.c_float(alpha), ctypes.c_void_p(address(rows)), _size(m)
     lda, ldy = (_size(x.strides[0] // item) for x in (a, y))
-    source, target, packed = map(_address, (a, y, weights))
+    source, target, packed = map(address, (a, y, weights))
     for start, stop in pairwise(_depths(k)):
         depth = _size(stop - start)
         yield loops.pack_rows, (depth, count, ctypes.c_void_p(source + start * item), lda, room)
