@@ -49,7 +49,8 @@ class Batcher:
 
     `run` is called by one thread at a time, while it has its turn on the device. `post(deliver, batch)` is called from
     the engine thread once a batch and must call `deliver(batch)` in the thread of the callers
-    (`loop.call_soon_threadsafe`); `observe` is then called with each batch that ran, before its jobs' callbacks.
+    (`loop.call_soon_threadsafe`); `observe` is then called with each batch that ran, after its jobs' callbacks, and by
+    `soon` where there is one: when replies have left.
     Without a `layout` every job runs alone. A run longer than `run_limit` seconds cannot be stopped, but `expire`
     answers the jobs in it. `soon(fn)` must call `fn()` in the callers' thread when that has done what it is at
     (`loop.call_soon`): what arrives until then runs together, and there if it takes up to `inline_limit` seconds.
@@ -285,10 +286,9 @@ class Batcher:
             log.warning("model '%s': %d results had nowhere to go", self.name, len(batch.jobs))
 
     def _deliver(self, batch: Batch) -> None:
-        """In the callers' thread: account for the batch, then call every job back."""
+        """In the callers' thread: call every job back, then account for the batch: nobody waits for that."""
         ran = bool(batch.padded)
         if ran:
-            self.observe(batch)
             self.schedule.answered(batch.jobs, time.monotonic())
         told, cancelled, answered = batch if ran else None, State.CANCELLED, State.ANSWERED
         for job, result in zip(batch.jobs, batch.results, strict=True):
@@ -299,6 +299,10 @@ class Batcher:
                 job.done(result, told)
             except Exception:
                 log.exception("model '%s': the callback of a request failed", self.name)
+        if ran and self.soon is not None:
+            self.soon(lambda: self.observe(batch))
+        elif ran:
+            self.observe(batch)
 
     def _post_late(self, jobs: Sequence[Job], now: float) -> None:
         for job in jobs:

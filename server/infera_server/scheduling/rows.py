@@ -83,9 +83,7 @@ def value_of(array: HostArray) -> Hashable:
 
 def in_order(feeds: Arrays) -> Arrays:
     """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
-    return {
-        n: a if (f := a.flags).c_contiguous and f.aligned else np.require(a, None, ["C", "A"]) for n, a in feeds.items()
-    }
+    return {n: a if (f := a.flags).c_contiguous and f.aligned else a.copy() for n, a in feeds.items()}
 
 
 class Gatherer:
