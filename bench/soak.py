@@ -48,8 +48,8 @@ MOST_GROWTH = 0.1
 PATIENCE, LONG_PATIENCE = 0.02, 0.25
 """Seconds between requests that are not sent as fast as possible; and for the answer to what is malformed."""
 
-GRACE = 60.0
-"""Seconds after which a soak that does not end is given up."""
+ANSWERED, GRACE = 60.0, 90.0
+"""Seconds after which an answer that has not come is a fault, and a soak that does not end is given up."""
 
 LEFT = "the handler is closed"
 """In what uvicorn logs of a client that resets its connection while the reply is written."""
@@ -118,6 +118,10 @@ async def connected(address: tuple[str, int]) -> AsyncIterator[tuple[asyncio.Str
         await asyncio.sleep(0)
 
 
+class Unanswered(Exception):
+    """What was sent, and what of the answer came."""
+
+
 class Line:
     """A connection that is opened again when it has ended."""
 
@@ -126,7 +130,15 @@ class Line:
         self._open: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, sent: bytes) -> tuple[int, bytes]:
-        """Status and body."""
+        """Status and body. Raises Unanswered."""
+        try:
+            async with asyncio.timeout(ANSWERED):
+                return await self._ask(sent)
+        except (TimeoutError, asyncio.IncompleteReadError) as error:
+            what = sent.partition(b"\r\n")[0].decode()
+            raise Unanswered(f"{what}, {len(sent):,} bytes, was not answered: {error!r}") from error
+
+    async def _ask(self, sent: bytes) -> tuple[int, bytes]:
         if self._open is None:
             self._open = await asyncio.open_connection(*self._address)
         reader, writer = self._open
@@ -192,7 +204,8 @@ class Soak:
             async with connected(self._address) as (reader, writer):
                 writer.write(damaged(self._rng, self._rng.choice(requests)))
                 with contextlib.suppress(TimeoutError, OSError):
-                    head = await asyncio.wait_for(reader.read(12), LONG_PATIENCE)
+                    async with asyncio.timeout(LONG_PATIENCE):  # wait_for may lose that this task is cancelled
+                        head = await reader.read(12)
                     self.window.statuses["malformed", int(head[9:12] or 0)] += 1
 
     async def _read_only(self) -> None:
@@ -294,11 +307,18 @@ def run(minutes: float, window: float, look: Callable[[dict[str, Any]], None]) -
     try:
         for name in ("steady", "reloaded"):
             save_model(folder / f"{name}.onnx")
+        broken: list[str] = []
         with infera(folder, "infera", "steady", str(folder / "reloaded.onnx")) as server:
-            asyncio.run(asyncio.wait_for(soaked(server, minutes, window, keep), minutes * 60 + GRACE))
+            try:
+                asyncio.run(asyncio.wait_for(soaked(server, minutes, window, keep), minutes * 60 + GRACE))
+            except ExceptionGroup as group:
+                broken = [f"the traffic ended early: {error!r}" for error in group.exceptions]
+            except TimeoutError:
+                broken = [f"the traffic did not end {GRACE:g} s after its time"]
         raised = (folder / "infera.log").read_text(errors="replace").split("Traceback")[1:]
         raised = [text for text in raised if LEFT not in text]
-        return [*faults(rows), *(f"the server's log has a traceback: {text[-1000:]}" for text in raised[:1])]
+        found = [*broken, *(faults(rows) if rows else ())]
+        return [*found, *(f"the server's log has a traceback: {text[-1000:]}" for text in raised[:1])]
     finally:
         shutil.rmtree(folder)
 

@@ -79,6 +79,11 @@ class Connection(HttpToolsProtocol):
         self.service: Service = self.app_state["service"]
         self.deaf = False
         self.ended = False
+        """Whether the client has said that it sends no more."""
+
+        self.finished = False
+        """Whether all that it sent until then is parsed."""
+
         self.only_metrics = False
         self.in_head = False
         self.in_body = False
@@ -102,6 +107,10 @@ class Connection(HttpToolsProtocol):
         raise NotImplementedError
 
     def _proceed(self, exchange: Exchange) -> None:
+        raise NotImplementedError
+
+    def _can_probe(self) -> bool:
+        """Whether an interim response may be sent: a request is at work that came in HTTP/1.1, its reply not begun."""
         raise NotImplementedError
 
     # --- receiving -------------------------------------------------------------------------------------------------
@@ -153,8 +162,8 @@ class Connection(HttpToolsProtocol):
         """What was received is parsed."""
 
     def _is_behind(self) -> bool:
-        """Whether there is enough to do without reading."""
-        return bool(self.rest) or len(self.pipeline) > TURN
+        """Whether there is enough to do without reading, or nothing to read."""
+        return self.ended or bool(self.rest) or len(self.pipeline) > TURN
 
     def _go_on_soon(self) -> None:
         """Parse the rest once others had their turn, and the requests before it have been answered."""
@@ -167,6 +176,8 @@ class Connection(HttpToolsProtocol):
         rest, self.rest = self.rest, b""
         if rest and not self.is_over:
             self.data_received(rest)
+        if self.ended and not self.rest:
+            self._finish()
         self.flow.resume_reading()
 
     def _parse(self, data: bytes) -> None:
@@ -265,21 +276,29 @@ class Connection(HttpToolsProtocol):
 
         It is sent an interim response, which every HTTP/1.1 client skips, and one that is gone answers with a reset.
         """
-        exchange = self.cycle
-        if isinstance(exchange, Exchange) and self.in_body and exchange.turn and not self.deaf:
-            self.send_400_response(f"the request body ends after {exchange.size:,} bytes, before its end")
-            return False
-        if self.deaf or self.in_body or self.in_head or self.is_idle or not self._can_probe():
-            return False
-        self.transport.write(CONTINUE)
-        self.ended = True
-        self.loop.call_later(PROBE_SECONDS, self._leave_if_gone)
-        return True
+        if not self.ended:
+            self.ended = True
+            if not self.rest:
+                self._finish()
+            if self._owes and not self.transport.is_closing() and self._can_probe():
+                self.transport.write(CONTINUE)
+                self.loop.call_later(PROBE_SECONDS, self._leave_if_gone)
+        return self._owes and self.scheme != "https"  # TLS has no half of a connection
 
-    def _can_probe(self) -> bool:
-        """Whether the last request is an inference request at work, that came in HTTP/1.1."""
-        cycle = self.cycle
-        return isinstance(cycle, Exchange) and cycle.turn and cycle.is_1_1
+    def _finish(self) -> None:
+        """All is parsed that will ever come: of the message being received that is not enough."""
+        self.finished = True
+        if self.in_body and not self.deaf:
+            cycle = self.cycle
+            size = f"after {cycle.size:,} bytes, " if isinstance(cycle, Exchange) else ""
+            self.send_400_response(f"the request body ends {size}before its end")
+        if not self._owes:
+            self.transport.close()
+
+    @property
+    def _owes(self) -> bool:
+        """Whether a request is not answered yet, or not parsed."""
+        return bool(self.rest or self.pipeline) or not (self.cycle is None or self.cycle.response_complete)
 
     def _leave_if_gone(self) -> None:
         """End the connection where the interim response was met by a reset, which no event tells of after the end."""
@@ -318,7 +337,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.waiting_since = time.monotonic()
-        if self.ended:
+        if self.finished and not self.pipeline:
             self.transport.close()
         if self.pipeline or not isinstance(self.cycle, Exchange):
             super().on_response_complete()

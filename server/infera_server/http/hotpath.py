@@ -298,6 +298,13 @@ class HotPathProtocol(Replying):
         except Exception as error:
             self._fail(exchange, error)
 
+    def _can_probe(self) -> bool:
+        cycle = self.asgi
+        if cycle is None or cycle.response_complete:
+            return self.active is not None and self.active.is_1_1
+        scope = cycle.scope  # what is only looked up is answered before long
+        return not cycle.response_started and scope["http_version"] == "1.1" and scope["method"] == "POST"
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.held is not None:

@@ -176,7 +176,7 @@ class Replying(Connection):
 
     def _hang_up(self, exchange: Exchange) -> None:
         """Close; after a reply to half a request only once the client has stopped sending, or soon anyway."""
-        if exchange.received or not self.transport.can_write_eof():
+        if exchange.received or self.ended or not self.transport.can_write_eof():
             self.transport.close()
             return
         self.lingering = self.deaf = True
