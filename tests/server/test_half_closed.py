@@ -111,7 +111,7 @@ def test_a_slow_reader_of_many_replies_gets_them_all(server: Running, pause: flo
         sender = threading.Thread(target=send if ends else lambda s, b, _: s.sendall(b), args=(sock, sent, 1 << 30))
         sender.start()
         with sock.makefile("rb") as stream:
-            found = []
+            found: list[int] = []
             while len(found) < len(wanted):
                 status = read_reply(stream)[0]
                 assert status
