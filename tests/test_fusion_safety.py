@@ -55,6 +55,10 @@ IMPOSSIBLE = {
     "{ a = Squeeze(x, s)  y = Reshape(a, t) }",
     "unsqueeze": "(float[B, 3, 4] x) => (float[4, N] y) <int64[2] s = {1, 1}, int64[2] t = {4, -1}> "
     "{ a = Unsqueeze(x, s)  y = Reshape(a, t) }",
+    "unsqueeze_twice": "(float[B, 3, 4] x) => (float[B, 3, 1, 1, 4] y) <int64[2] s = {2, 2}, int64[2] t = {1, 1}> "
+    "{ a = Unsqueeze(x, s)  y = Expand(a, t) }",
+    "quantised_twice": "(float[B, 3, 4] x) => (float[B, 3, 4] y) <float s = {0.5}, uint8 z = {3}> "
+    "{ q = QuantizeLinear(x, s, z)  p = QuantizeLinear(q, s, z)  y = DequantizeLinear(p, s, z) }",
     "softmax": "(float[B, 3, 4] x) => (float[B, 3, 4] y) <int64[1] s = {3}> "
     "{ e = Exp(x)  t = ReduceSum(e, s)  y = Div(e, t) }",
     "scale": "(float[3, 3, N] x) => (float[3, 3, M] y) <float[2] s = {1, 2}> "

@@ -61,6 +61,8 @@ def _parameters(xp: Any, site: Site, *parameters: Array | None) -> list[Array | 
 
 def _quantize_spec(site: Site) -> tuple[TensorSpec]:
     _check_scale(site)
+    if (x := site.spec(0)).dtype.kind in "iub" and x.dtype.itemsize < 4:
+        raise site.fail(f"input 0 is {x}, expected floats or int32")
     return (TensorSpec(site.spec(0).shape, _target(site)),)
 
 

@@ -209,6 +209,8 @@ def _unsqueezed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
         return _unranked(x)
     rank = x.ndim + len(axes)
     new, old = {a % rank for a in axes}, iter(x.shape)
+    if len(new) != len(axes):  # which planning refuses
+        return _unranked(x)
     return TensorSpec(tuple(1 if i in new else next(old) for i in range(rank)), x.dtype)
 
 

@@ -60,7 +60,7 @@ def _gelu_of_bias(match: Match) -> Replacement:
 BIAS_GELU = Fusion(
     name="matmul_bias_gelu",
     patterns=(node(("com.microsoft.BiasGelu", "com.microsoft.FastGelu"), ROWS, "#b"),),
-    guard=_is_row_bias,
+    guard=lambda match: match.constant("b").ndim == 1 and _is_row_bias(match),
     build=_gelu_of_bias,
     example="""
         example (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
@@ -68,6 +68,12 @@ BIAS_GELU = Fusion(
             y = com.microsoft.BiasGelu(t, b)
         }""",
     near_misses=(
+        """
+        bias_of_two_axes (float[2, 3] a) => (float[2, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[1, 2] b = {0.5, -1}> {
+            t = MatMul(a, w)
+            y = com.microsoft.BiasGelu(t, b)
+        }""",
         """
         bias_is_an_input (float[2, 3] a, float[2] b) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
             t = MatMul(a, w)
