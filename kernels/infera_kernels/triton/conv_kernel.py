@@ -8,8 +8,9 @@ the same taps, `step` apart, on neighbouring inputs. So every output gathers wha
 import triton
 import triton.language as tl
 
-from infera_kernels.triton.images import UNHINTED, pixel_of, pixel_offset, within
+from infera_kernels.triton.images import UNHINTED, pixel_of, pixel_offset, walked, within
 from infera_kernels.triton.indexing import INTERPRETED, store_type
+from infera_kernels.triton.products import tile_of
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _phase(a, kernel, dilation, pad, turn, AXIS: tl.constexpr):
 
 
 @triton.jit
-def finished(acc, bias, residual, act_alpha, act_beta, ACT: tl.constexpr):
+def _finished(acc, bias, residual, act_alpha, act_beta, ACT: tl.constexpr):
     """ACT(acc + bias + residual); bias (BN,) and residual (BM, BN), each where there is one."""
     if bias is not None:
         acc = acc + bias.to(tl.float32)[None, :]
@@ -38,6 +39,26 @@ def finished(acc, bias, residual, act_alpha, act_beta, ACT: tl.constexpr):
     if ACT is not None:
         acc = ACT(acc, act_alpha, act_beta)
     return acc
+
+
+@triton.jit
+def store_finished(
+    acc, out, bias, residual,
+    n, d, h, v, f, known, there,
+    out_strides, out_c, residual_strides, residual_c, bias_f,
+    act_alpha, act_beta,
+    ACT: tl.constexpr, OUT_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr,
+):  # fmt: skip
+    """Stores ACT(acc + bias + residual) for pixels (n, d, h, v) and output channels f: those that are `known`, and
+    `there` with the pixel."""
+    if bias is not None:
+        bias = tl.load(bias + f.to(tl.int64) * bias_f, mask=known, other=0.0)
+    if residual is not None:
+        residual += pixel_offset(n, d, h, v, residual_strides, RESIDUAL_UNIT)[:, None]
+        residual = tl.load(residual + (f.to(tl.int64) * residual_c)[None, :], mask=there, other=0.0)
+    acc = _finished(acc, bias, residual, act_alpha, act_beta, ACT)
+    out += pixel_offset(n, d, h, v, out_strides, OUT_UNIT)[:, None]
+    tl.store(out + (f.to(tl.int64) * out_c)[None, :], store_type(acc, out), mask=there)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNHINTED)
@@ -62,16 +83,7 @@ def conv_kernel(
     """
     F = F * F_UNIT
     C = C * C_UNIT
-    tiles_m = tl.cdiv(M, BM)
-    tiles_n = tl.cdiv(F, BN)
-    tile = tl.program_id(0)
-    rest = tile // (tiles_m * tiles_n)
-    tile = tile % (tiles_m * tiles_n)
-    first_m = tile // (GROUP * tiles_n) * GROUP
-    group_m = tl.minimum(tiles_m - first_m, GROUP)
-    tile = tile % (GROUP * tiles_n)
-    m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
-    f = (tile // group_m) * BN + tl.arange(0, BN)
+    rest, m, f = tile_of(M, F, BM, BN, GROUP)
     group = rest % groups
     rest = rest // groups
     split = rest % splits
@@ -151,14 +163,10 @@ def conv_kernel(
         tl.store(parts, acc, mask=(m < M)[:, None] & (f < F)[None, :])
     else:
         there = inside[:, None] & (f < F)[None, :]
-        if bias is not None:
-            bias = tl.load(bias + at.to(tl.int64) * bias_f, mask=f < F, other=0.0)
-        if residual is not None:
-            residual += pixel_offset(n, d, h, v, residual_strides, RESIDUAL_UNIT)[:, None]
-            residual = tl.load(residual + (at.to(tl.int64) * residual_c)[None, :], mask=there, other=0.0)
-        acc = finished(acc, bias, residual, act_alpha, act_beta, ACT)
-        out += pixel_offset(n, d, h, v, out_strides, OUT_UNIT)[:, None]
-        tl.store(out + (at.to(tl.int64) * out_c)[None, :], store_type(acc, out), mask=there)
+        store_finished(
+            acc, out, bias, residual, n, d, h, v, at, f < F, there,
+            out_strides, out_c, residual_strides, residual_c, bias_f, act_alpha, act_beta, ACT, OUT_UNIT, RESIDUAL_UNIT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=UNHINTED)
@@ -175,21 +183,13 @@ def join_kernel(
     F is counted in F_UNIT.
     """
     F = F * F_UNIT
-    tile = tl.program_id(0)
-    tiles_n = tl.cdiv(F, BN)
-    m = tile // tiles_n * BM + tl.arange(0, BM)
-    f = tile % tiles_n * BN + tl.arange(0, BN)
-    there = (m < M)[:, None] & (f < F)[None, :]
+    m, f, there = walked(M, F, BM, BN)
     at = parts + m.to(tl.int64)[:, None] * F + f[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for split in range(splits):
         acc += tl.load(at + (split * M).to(tl.int64) * F, mask=there, other=0.0)
     n, d, h, v = pixel_of(m, size)
-    if bias is not None:
-        bias = tl.load(bias + f.to(tl.int64) * bias_f, mask=f < F, other=0.0)
-    if residual is not None:
-        residual += pixel_offset(n, d, h, v, residual_strides, RESIDUAL_UNIT)[:, None]
-        residual = tl.load(residual + (f.to(tl.int64) * residual_c)[None, :], mask=there, other=0.0)
-    acc = finished(acc, bias, residual, act_alpha, act_beta, ACT)
-    out += pixel_offset(n, d, h, v, out_strides, OUT_UNIT)[:, None]
-    tl.store(out + (f.to(tl.int64) * out_c)[None, :], store_type(acc, out), mask=there)
+    store_finished(
+        acc, out, bias, residual, n, d, h, v, f, f < F, there,
+        out_strides, out_c, residual_strides, residual_c, bias_f, act_alpha, act_beta, ACT, OUT_UNIT, RESIDUAL_UNIT,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher
 from infera_kernels.triton.conv import NOTHING, Finish, Geometry, supports_conv
-from infera_kernels.triton.conv_kernel import finished
+from infera_kernels.triton.conv_kernel import store_finished
 from infera_kernels.triton.images import (
     UNHINTED,
     constants,
@@ -21,9 +21,9 @@ from infera_kernels.triton.images import (
     tile_of,
     unit_of,
     unrolled,
+    walked,
     within,
 )
-from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import ceil_div, fold, fold_one, name_of
 
 
@@ -42,11 +42,7 @@ def depthwise_kernel(
     M pixels in all images, F channels of the output, counted in F_UNIT; w (F, d, h, w, 1).
     """
     F = F * F_UNIT
-    tiles_n = tl.cdiv(F, BN)
-    tile = tl.program_id(0)
-    m = tile // tiles_n * BM + tl.arange(0, BM)
-    f = tile % tiles_n * BN + tl.arange(0, BN)
-    there = (m < M)[:, None] & (f < F)[None, :]
+    m, f, there = walked(M, F, BM, BN)
     n, d, h, v = pixel_of(m, out_size)
     in_d, in_h, in_v = d * strides[0] - pads[0], h * strides[1] - pads[1], v * strides[2] - pads[2]
     x += pixel_offset(n, in_d, in_h, in_v, x_strides, X_UNIT)[:, None] + ((f // MULTIPLE).to(tl.int64) * x_c)[None, :]
@@ -63,14 +59,10 @@ def depthwise_kernel(
         weight = tl.load(w + w_off, mask=f < F, other=0.0)
         acc += value.to(tl.float32) * weight.to(tl.float32)[None, :]
 
-    if bias is not None:
-        bias = tl.load(bias + f.to(tl.int64) * bias_f, mask=f < F, other=0.0)
-    if residual is not None:
-        residual += pixel_offset(n, d, h, v, residual_strides, RESIDUAL_UNIT)[:, None]
-        residual = tl.load(residual + (f.to(tl.int64) * residual_c)[None, :], mask=there, other=0.0)
-    acc = finished(acc, bias, residual, act_alpha, act_beta, ACT)
-    out += pixel_offset(n, d, h, v, out_strides, OUT_UNIT)[:, None]
-    tl.store(out + (f.to(tl.int64) * out_c)[None, :], store_type(acc, out), mask=there)
+    store_finished(
+        acc, out, bias, residual, n, d, h, v, f, f < F, there,
+        out_strides, out_c, residual_strides, residual_c, bias_f, act_alpha, act_beta, ACT, OUT_UNIT, RESIDUAL_UNIT,
+    )  # fmt: skip
 
 
 def depthwise(x: Any, w: Any, out: Any, launcher: Launcher, where: Geometry, *, finish: Finish = NOTHING) -> list[Call]:

@@ -54,6 +54,16 @@ def within(d, h, w, size):
     return (d >= 0) & (d < size[0]) & (h >= 0) & (h < size[1]) & (w >= 0) & (w < size[2])
 
 
+@triton.jit
+def walked(pixels, channels, BM: tl.constexpr, BN: tl.constexpr):
+    """(pixels, channels) of this program's tile of BM x BN, channels of the same pixels first, and which are there."""
+    tiles_n = tl.cdiv(channels, BN)
+    tile = tl.program_id(0)
+    m = tile // tiles_n * BM + tl.arange(0, BM)
+    c = tile % tiles_n * BN + tl.arange(0, BN)
+    return m, c, (m < pixels)[:, None] & (c < channels)[None, :]
+
+
 def three(values: Sequence[int], fill: int) -> Dims:
     """One value for each of three spatial axes; `fill` for those that the image lacks, which come first."""
     return (*(fill,) * (SPATIAL - len(values)), *values)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher, Typed, target_of
-from infera_kernels.triton.indexing import offset_of, store_type
+from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.integer_sums import BYTES, Scaling, scaled_sums, step_of
 from infera_kernels.triton.integer_weight import Weight
 from infera_kernels.triton.layout import (
@@ -31,7 +31,7 @@ from infera_kernels.triton.layout import (
     name_of,
     next_power_of_two,
 )
-from infera_kernels.triton.products import GROUP, tile_of
+from infera_kernels.triton.products import GROUP, in_batch, tile_of
 from infera_kernels.triton.quantise import bounds
 from infera_kernels.triton.tiles import INT8, SIZES, Tile, cycles, fitting, predicted
 from infera_kernels.tuning import Family, Tuned, choose
@@ -87,11 +87,11 @@ def integer_matmul_kernel(
     """out = (a - a_zero) @ (b - b_zero), with an integer bias; with scales times both, plus a floating-point bias, and
     with an output scale quantised again. b is `deep` deep, with zeros past K. One BM x BN tile a program."""
     matrix, m, n = tile_of(M, N, BM, BN, GROUP)
+    matrix = matrix.to(tl.int64)
     k = tl.arange(0, BK)
-    if batch is not None:
-        a += offset_of(matrix, batch, a_batch, 0, len(batch))
-        b += offset_of(matrix, batch, b_batch, 0, len(batch))
-        out += offset_of(matrix, batch, out_batch, 0, len(batch))
+    a = in_batch(a, matrix, batch, a_batch)
+    b = in_batch(b, matrix, batch, b_batch)
+    out = in_batch(out, matrix, batch, out_batch)
     # Rows and columns past the end wrap around: what they give is never stored.
     a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k.to(tl.int64)[None, :] * a_k
     b_at = b + k.to(tl.int64)[:, None] * b_k + (n % N).to(tl.int64)[None, :] * b_n

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from infera_kernels.triton.indexing import INTERPRETED, offset_of, store_type
-from infera_kernels.triton.products import finished, tile_of
+from infera_kernels.triton.indexing import INTERPRETED, store_type
+from infera_kernels.triton.products import finished, in_batch, part_of, tile_of
 
 
 @triton.jit
@@ -47,19 +47,14 @@ def matmul_kernel(
     """out = ACT(alpha * a @ b + bias + beta * residual), one BM x BN tile a program; with `depth` the sums of part
     program_id(1)."""
     matrix, m, n = tile_of(M, N, BM, BN, GROUP)
+    matrix = matrix.to(tl.int64)
     k = tl.arange(0, BK).to(tl.int64)
-    if batch is not None:
-        a += offset_of(matrix, batch, a_batch, 0, len(batch))
-        b += offset_of(matrix, batch, b_batch, 0, len(batch))
-        out += offset_of(matrix, batch, out_batch, 0, len(batch))
-        if residual is not None:
-            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
-    if depth is not None:
-        part = tl.program_id(1).to(tl.int64)
-        a += part * depth * a_k
-        b += part * depth * b_k
-        out += part * out_split
-        K = tl.minimum(K - tl.program_id(1) * depth, depth)
+    a = in_batch(a, matrix, batch, a_batch)
+    b = in_batch(b, matrix, batch, b_batch)
+    out = in_batch(out, matrix, batch, out_batch)
+    if residual is not None:
+        residual = in_batch(residual, matrix, batch, residual_batch)
+    a, b, out, K = part_of(a, b, out, K, depth, a_k, b_k, out_split)
 
     # Rows and columns past the end wrap around: loads need no mask, and what they give is never stored.
     a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k[None, :] * a_k

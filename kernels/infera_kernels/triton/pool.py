@@ -25,6 +25,7 @@ from infera_kernels.triton.images import (
     tile_of,
     unit_of,
     unrolled,
+    walked,
     within,
 )
 from infera_kernels.triton.indexing import store_type
@@ -48,11 +49,7 @@ def pool_kernel(
     apart along the axes and `plane` from one channel to the next, in images with channels first.
     """
     C = C * C_UNIT
-    tiles_n = tl.cdiv(C, BN)
-    tile = tl.program_id(0)
-    m = tile // tiles_n * BM + tl.arange(0, BM)
-    c = tile % tiles_n * BN + tl.arange(0, BN)
-    there = (m < M)[:, None] & (c < C)[None, :]
+    m, c, there = walked(M, C, BM, BN)
     n, d, h, v = pixel_of(m, out_size)
     in_d, in_h, in_v = d * strides[0] - pads[0], h * strides[1] - pads[1], v * strides[2] - pads[2]
     x += pixel_offset(n, in_d, in_h, in_v, x_strides, X_UNIT)[:, None] + (c.to(tl.int64) * x_c)[None, :]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from infera_kernels.triton.indexing import offset_of
+
 GROUP = 8
 """Tile rows whose blocks run side by side, so that they share columns of b in the L2 cache."""
 
@@ -11,12 +13,12 @@ GROUP = 8
 def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """(matrix, its rows, its columns) of this program: BM x BN tiles of matrices M x N, GROUP rows of tiles at a time.
 
-    Rows and columns may lie past the end.
+    The matrix is an int32, as wide as there may be programs. Rows and columns may lie past the end.
     """
     tiles_m = (M + BM - 1) // BM
     tiles_n = (N + BN - 1) // BN
     tile = tl.program_id(0)
-    matrix = (tile // (tiles_m * tiles_n)).to(tl.int64)
+    matrix = tile // (tiles_m * tiles_n)
     tile = tile % (tiles_m * tiles_n)
     first_m = tile // (GROUP * tiles_n) * GROUP
     group_m = tl.minimum(tiles_m - first_m, GROUP)
@@ -24,6 +26,28 @@ def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
     n = (tile // group_m) * BN + tl.arange(0, BN)
     return matrix, m, n
+
+
+@triton.jit
+def in_batch(at, matrix, batch, strides):
+    """Where matrix number `matrix` of a batch of these sizes begins, from where the first one does; there is one
+    without `batch`."""
+    if batch is not None:
+        at += offset_of(matrix, batch, strides, 0, len(batch))
+    return at
+
+
+@triton.jit
+def part_of(a, b, out, K, depth, a_k, b_k, out_split):
+    """Where the factors of part program_id(1) begin and its sums are stored, and how deep it is: parts are `depth` deep
+    but for the last one, and all there is without `depth`."""
+    if depth is not None:
+        part = tl.program_id(1).to(tl.int64)
+        a += part * depth * a_k
+        b += part * depth * b_k
+        out += part * out_split
+        K = tl.minimum(K - tl.program_id(1) * depth, depth)
+    return a, b, out, K
 
 
 @triton.jit

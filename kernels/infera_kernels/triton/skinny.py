@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from infera_kernels.launch import Target
-from infera_kernels.triton.indexing import offset_of, store_type
+from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import ceil_div, next_power_of_two
-from infera_kernels.triton.products import finished, tile_of
+from infera_kernels.triton.products import finished, in_batch, part_of, tile_of
 from infera_kernels.tuning import Family, Problem
 
 _PROGRAMS = 132
@@ -56,18 +56,12 @@ def matvec_kernel(
     matrix = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    if batch is not None:
-        a += offset_of(matrix, batch, a_batch, 0, len(batch))
-        b += offset_of(matrix, batch, b_batch, 0, len(batch))
-        out += offset_of(matrix, batch, out_batch, 0, len(batch))
-        if residual is not None:
-            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
-    if depth is not None:
-        part = tl.program_id(1).to(tl.int64)
-        a += part * depth * a_k
-        b += part * depth * b_k
-        out += part * out_split
-        K = tl.minimum(K - tl.program_id(1) * depth, depth)
+    a = in_batch(a, matrix, batch, a_batch)
+    b = in_batch(b, matrix, batch, b_batch)
+    out = in_batch(out, matrix, batch, out_batch)
+    if residual is not None:
+        residual = in_batch(residual, matrix, batch, residual_batch)
+    a, b, out, K = part_of(a, b, out, K, depth, a_k, b_k, out_split)
     a_at = a + k.to(tl.int64) * a_k
     b_at = b + k.to(tl.int64)[:, None] * b_k + n.to(tl.int64)[None, :] * b_n
     step = tl.full([], BK, tl.int64)
@@ -115,6 +109,7 @@ def parts_kernel(
     """out = ACT(alpha * sum of parts + bias + beta * residual): float32 parts (PARTS, matrices, M, N) of `size`
     elements each, always added in the same order."""
     matrix, m, n = tile_of(M, N, BM, BN, GROUP)
+    matrix = matrix.to(tl.int64)
     inside = (m < M)[:, None] & (n < N)[None, :]
     at = parts + (matrix * M + m.to(tl.int64)[:, None]) * N + n[None, :]
     step = tl.full([], 1, tl.int64) * size
@@ -122,10 +117,9 @@ def parts_kernel(
     for _ in tl.static_range(PARTS):
         acc += tl.load(at, mask=inside, other=0.0)
         at += step
-    if batch is not None:
-        out += offset_of(matrix, batch, out_batch, 0, len(batch))
-        if residual is not None:
-            residual += offset_of(matrix, batch, residual_batch, 0, len(batch))
+    out = in_batch(out, matrix, batch, out_batch)
+    if residual is not None:
+        residual = in_batch(residual, matrix, batch, residual_batch)
     acc = finished(acc, bias, residual, m, n, inside, residual_m, residual_n, alpha, beta, act_alpha, act_beta, ACT)
     at = out + m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
     tl.store(at, store_type(acc, out), mask=inside)
