@@ -60,12 +60,19 @@ def _depths(k: int) -> list[int]:
 
 
 def pack(w: Array, loops: Inner) -> Array:
-    """The weights (K, N) of `fused`, float32 in any layout: as many elements in an order of OpenBLAS' own."""
+    """The weights (K, N) of `fused`, float32 in any layout: as many elements in an order of OpenBLAS' own.
+
+    A range of columns at a time: rows of all of them would be spread over as many pages as there are panels.
+    """
     w = np.ascontiguousarray(w)
     k, n = w.shape
     made = aligned((k, n), slack=4 * SLACK)
+    source, target, item = address(w), address(made), w.itemsize
     for start, stop in pairwise(_depths(k)):
-        loops.pack_weight(stop - start, n, address(w[start:]), n, address(made[start:]))
+        depth = stop - start
+        for left in range(0, n, WIDTH):
+            rows, panels = source + (start * n + left) * item, target + (start * n + left * depth) * item
+            loops.pack_weight(depth, min(WIDTH, n - left), rows, n, panels)
     return made
 
 
