@@ -87,6 +87,9 @@ def test_run_fails_in_one_line(relu: Path, add: Path, tmp_path: Path) -> None:
         "out.npz cannot be written: No such file or directory",
     )
     assert_fails(infera("run", relu, "-i", x, "--device", "abacus"), "unknown device 'abacus'")
+    assert_fails(
+        infera("run", relu, "-i", x, "--device", "cpu", "--batch-invariant"), "batch_invariant=True is for GPUs"
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_, object])

@@ -33,11 +33,12 @@ def command(
     device: options.Device = "auto",
     threads: options.Threads = None,
     precision: options.Compute = "fp32",
+    batch_invariant: options.Invariant = False,
     seed: options.Seed = 0,
 ) -> None:
     """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
     path = options.locate(model)
-    with options.opened(path, device, threads, precision) as session:
+    with options.opened(path, device, threads, precision, batch_invariant) as session:
         _show_model(session)
         if passes:
             _show_passes(session)

@@ -32,6 +32,10 @@ Compute: TypeAlias = Annotated[
     str,
     typer.Option("--precision", help="In what a float32 model is computed: fp32, tf32, fp16, bf16 or int8."),
 ]
+Invariant: TypeAlias = Annotated[
+    bool,
+    typer.Option("--batch-invariant", help="On a GPU: an entry has the same bits in every batch, at a cost in speed."),
+]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of random inputs.")]
 
 
@@ -44,9 +48,17 @@ def locate(model: str, sha256: str | None = None) -> Path:
 
 
 @contextmanager
-def opened(path: Path, device: str, threads: int | None, precision: str = "fp32") -> Iterator[Session]:
+def opened(
+    path: Path, device: str, threads: int | None, precision: str = "fp32", batch_invariant: bool = False
+) -> Iterator[Session]:
     """A session, closed at the end. Raises ModelError, DeviceError and their kind."""
     with working(f"loading {path.name}"):
-        session = load(path, device=device, threads=threads, precision=cast(Precision, precision))
+        session = load(
+            path,
+            device=device,
+            threads=threads,
+            precision=cast(Precision, precision),
+            batch_invariant=batch_invariant,
+        )
     with session:
         yield session

@@ -27,12 +27,13 @@ def command(
     device: options.Device = "auto",
     threads: options.Threads = None,
     precision: options.Compute = "fp32",
+    batch_invariant: options.Invariant = False,
     seed: options.Seed = 0,
 ) -> None:
     """Run a model once."""
     if shape and not random:
         raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
-    with options.opened(options.locate(model), device, threads, precision) as session:
+    with options.opened(options.locate(model), device, threads, precision, batch_invariant) as session:
         feeds = (
             gather(session.tensor_inputs, input, shape, seed)
             if random

@@ -49,6 +49,7 @@ def command(
     device: options.Device = "auto",
     threads: options.Threads = None,
     precision: options.Compute = "fp32",
+    batch_invariant: options.Invariant = False,
     seed: options.Seed = 0,
 ) -> None:
     """Compare a model's outputs with a reference; exit 1 where they differ by more than the tolerance.
@@ -63,7 +64,7 @@ def command(
     With another --precision than fp32 the reference is the CPU in float32.
     """
     path = options.locate(model)
-    with options.opened(path, device, threads, precision) as session:
+    with options.opened(path, device, threads, precision, batch_invariant) as session:
         feeds = gather(session.tensor_inputs, input, shape, seed)
         tested = session.device.name
         with working(f"running on {tested}"), on_random(session.tensor_inputs, input):

@@ -82,6 +82,13 @@ def serve(
         str | None,
         typer.Option(help="In what float32 models are computed: fp32, tf32, fp16, bf16, int8. [default: fp32]"),
     ] = None,
+    batch_invariant: Annotated[
+        bool | None,
+        typer.Option(
+            "--batch-invariant",
+            help="On GPUs a request has the same bits whatever shares its batch, at a cost in speed. [default: no]",
+        ),
+    ] = None,
     vram_limit: Annotated[
         str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB. [default: what there is]")
     ] = None,

@@ -92,7 +92,13 @@ class LocalSession:
 
 
 def open_file(
-    path: str | Path, *, device: str, threads: int, precision: Precision, vram_limit: VramBudget | str | None
+    path: str | Path,
+    *,
+    device: str,
+    threads: int,
+    precision: Precision,
+    batch_invariant: bool,
+    vram_limit: VramBudget | str | None,
 ) -> LocalSession:
     """Load an ONNX file with the runtime. Raises InferaError, also where it takes or gives what is no tensor.
 
@@ -101,7 +107,13 @@ def open_file(
     import infera_gpu
 
     session = infera_gpu.load(
-        path, device=device, threads=threads, precision=precision, vram_limit=vram_limit, mapped=False
+        path,
+        device=device,
+        threads=threads,
+        precision=precision,
+        batch_invariant=batch_invariant,
+        vram_limit=vram_limit,
+        mapped=False,
     )
     try:
         return LocalSession(session)

@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     device: str = "auto"
     pins: dict[str, str] = Field(default_factory=dict)
     precision: Precision = "fp32"
+    batch_invariant: bool = False
     threads: int | None = Field(default=None, ge=1)
     vram_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
     max_body_bytes: int = Field(default=64 << 20, ge=1)

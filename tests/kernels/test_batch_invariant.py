@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import infera_gpu
@@ -14,6 +17,10 @@ from bench.models import path_of
 from infera_gpu.errors import PlanError
 from infera_gpu.source import Source
 from infera_kernels.launch import RecordingLauncher
+from infera_server.models.model import open_session
+from infera_server.models.placement import Place
+from infera_server.settings import Settings
+from tests.commandline import assert_fails, infera
 from tests.kernels.support import Facts, Noting
 from tests.kernels.test_paths import convolutions, numbers, small_bert
 from tests.text import parse
@@ -134,3 +141,14 @@ def test_what_only_moves_or_counts_is_not_refused() -> None:
         made = session.run(feeds)
     np.testing.assert_array_equal(made["j"], [3])
     assert made["y"].shape == (2, 24)
+
+
+def test_the_command_line_and_the_server_ask_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "dynamic.onnx"
+    onnx.save(parse("g (float[2, 8] x) => (uint8[2, 8] y) { y, s, z = DynamicQuantizeLinear(x) }"), path)
+    command = "inspect", path, "--device", "recording"
+    assert infera(*command)[0] == 0
+    assert_fails(infera(*command, "--batch-invariant"), WHOLE)
+    for asked in (False, True):
+        with closing(open_session(path, Settings(batch_invariant=asked), place=Place("recording", None))) as session:
+            assert vars(session.device)["batch_invariant"] is asked

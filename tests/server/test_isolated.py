@@ -103,9 +103,12 @@ def test_arrays_of_every_type_and_shape_come_back_as_they_were_sent() -> None:
         assert kept.tolist() == [1.0] * 9
 
 
+OPTIONS = {"device": "cpu", "threads": 1, "precision": "fp32", "batch_invariant": False, "vram_limit": None}
+
+
 def test_a_model_of_the_runtime_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
     path = save_relu(tmp_path)
-    arguments = {"path": str(path), "device": "cpu", "threads": 1, "precision": "fp32", "vram_limit": None}
+    arguments = OPTIONS | {"path": str(path)}
     session, local = IsolatedSession("m", "infera_server.runtime:open_file", arguments), open_file(**arguments)  # type: ignore[arg-type]
     with contextlib.closing(session), contextlib.closing(local):
         assert (session.inputs, session.outputs, session.overridable) == (local.inputs, local.outputs, {})
@@ -136,7 +139,7 @@ def test_what_the_model_raises_comes_back_as_what_it_was() -> None:
 
 
 def test_what_cannot_be_loaded_says_so() -> None:
-    arguments = {"path": "/nope.onnx", "device": "cpu", "threads": 1, "precision": "fp32", "vram_limit": None}
+    arguments = OPTIONS | {"path": "/nope.onnx"}
     with pytest.raises(ModelError, match=r"nope\.onnx"):
         IsolatedSession("m", "infera_server.runtime:open_file", arguments)
     with pytest.raises(ModelError, match="was ended by SIGKILL while it loaded the model"):

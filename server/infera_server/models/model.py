@@ -159,6 +159,7 @@ def open_session(path: Path, settings: Settings, *, place: Place) -> Session:
         device=place.device,
         threads=threads_of(settings)[0],
         precision=settings.precision,
+        batch_invariant=settings.batch_invariant,
         vram_limit=place.budget,
     )
 
@@ -170,6 +171,7 @@ def open_isolated(path: Path, settings: Settings, *, place: Place, name: str) ->
         "device": place.device,
         "threads": threads_of(settings)[0],
         "precision": settings.precision,
+        "batch_invariant": settings.batch_invariant,
         "vram_limit": settings.vram_limit,
     }
     return IsolatedSession(name, "infera_server.runtime:open_file", arguments)
