@@ -1,7 +1,8 @@
 """`python -m bench.gpu_check`: what can only be checked on a GPU, in one run of a few minutes.
 
 Every Triton kernel and every portable operator on the device against NumPy, whole models against the CPU, memory, and
-a short selection of the timings of `bench.gpu_speed`. Prints a table and writes bench/results/<gpu>-<time>.json. Exit
+a short selection of the timings of `bench.gpu_speed`. Prints a table and writes bench/results/<gpu>-<time>.json, anew
+after each section: a kernel that takes its process down, or never ends, is named, and the rest goes on in another. Exit
 code 0: nothing failed; 1: something did, or there was time for nothing; 3: there is no GPU, nothing was checked. Needs
 NumPy, CuPy, Triton and onnx; timings are compared with torch's where it is installed.
 """
@@ -12,25 +13,48 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 
-from bench import gpu_batches, gpu_models, gpu_networks, gpu_operators, gpu_speed, gpu_timings, gpu_tuning
+from bench import gpu_ahead, gpu_batches, gpu_models, gpu_networks, gpu_operators, gpu_speed, gpu_timings, gpu_tuning
 from bench.gpu_command import command
 from bench.gpu_report import Section
 
-MINUTES = 8.0
-_MODULES = (gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches, gpu_tuning)
+MINUTES = 7.5
+_MODULES = (gpu_ahead, gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches, gpu_tuning)
 _ALL: Mapping[str, Section] = {
     **{name: section for module in _MODULES for name, section in module.SECTIONS.items()},
     **gpu_speed.SHORT_SECTIONS,
 }
-_ORDER = (
-    *("facts", "kernels", "models", "memory", "replays", "precisions", "faults", "networks", "batches", "launches"),
-    *("products", "bandwidth", "convolutions", "attention", "latency", "tuning", "portable"),
-)
-SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in _ORDER}
-"""The most important first: what there is no time for is at the end."""
+SECONDS: Mapping[str, float] = {
+    "facts": 20,
+    "compiling": 100,
+    "kernels": 90,
+    "models": 60,
+    "memory": 30,
+    "replays": 20,
+    "precisions": 45,
+    "faults": 40,
+    "networks": 80,
+    "batches": 60,
+    "launches": 10,
+    "products": 30,
+    "bandwidth": 30,
+    "convolutions": 30,
+    "attention": 30,
+    "latency": 25,
+    "torch.compile": 120,
+    "tuning": 90,
+    "portable": 60,
+}
+"""The most important first, and what each may take: what there is no time for is at the end."""
+
+SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in SECONDS}
 
 main = partial(
-    command, prog="bench.gpu_check", description="check and time infera on a GPU", sections=SECTIONS, minutes=MINUTES
+    command,
+    prog="bench.gpu_check",
+    description="check and time infera on a GPU",
+    sections=SECTIONS,
+    minutes=MINUTES,
+    seconds=SECONDS,
 )
 
 if __name__ == "__main__":

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.environment import RESULTS
-from bench.gpu_report import Context, Section, check, gpu_of, table, write
+from bench.gpu_journal import Journal
+from bench.gpu_report import Context, Outcome, Section, gpu_of, loses_the_gpu, outcome_of, table, write
+from bench.gpu_workers import NO_GPU, Limits, Supervisor, Worker, work, worker_command
 from infera_gpu.devices import open_device
 from infera_gpu.devices.cuda import why_unavailable
 from infera_kernels.launch.devices import device_called
 
-NO_GPU = 3
+LIMITS = Limits()
 
 
 def command(
@@ -26,12 +30,18 @@ def command(
     sections: Mapping[str, Section],
     minutes: float,
     topic: str = "",
+    seconds: Mapping[str, float] | None = None,
     unavailable: Callable[[], str | None] = why_unavailable,
     describe: Callable[[int], dict[str, Any]] = gpu_of,
+    lost: Callable[[int], bool] | None = None,
+    limits: Limits = LIMITS,
 ) -> int:
     """0: nothing failed; 1: something did, or there was time for nothing; NO_GPU: nothing was run.
 
-    `unavailable` (why there is no GPU) and `describe` are replaced in tests.
+    Sections are run by `python -m prog` once more, which is replaced where one takes it down. `seconds` is what
+    sections may take, all that is left where it does not say; what they leave is for those that follow. The file is
+    written anew after each. `unavailable` (why there is no GPU), `describe`, `lost` (whether this process has lost a
+    GPU) and `limits` are replaced in tests.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
@@ -40,6 +50,8 @@ def command(
     )
     parser.add_argument("--only", nargs="+", choices=list(sections), metavar="SECTION", help=", ".join(sections))
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the JSON file goes")
+    parser.add_argument("--in-process", action="store_true", help="run the sections in this process, for a debugger")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
 
     reason = unavailable()
@@ -47,11 +59,48 @@ def command(
         print(f"no GPU, nothing was checked: {reason}")
         return NO_GPU
     chosen = {name: section for name, section in sections.items() if not options.only or name in options.only}
+    deadline = time.monotonic() + 60 * options.minutes
     gpu = describe(options.device)
-    card = device_called(str(gpu.get("name")))
-    context = Context(lambda: open_device(f"cuda:{options.device}"), time.monotonic() + 60 * options.minutes, card)
-    outcomes = check(chosen, context)
-    path = write(options.output, gpu, outcomes, datetime.now(UTC), topic)
-    print(f"{gpu.get('name')}, driver {gpu.get('driver')}\n{table(outcomes)}\n{path}")
-    states = {o.status for o in outcomes}
+
+    def context_of(name: str) -> Context:
+        until = min(deadline, time.monotonic() + (seconds or {}).get(name, float("inf")))
+        return Context(lambda: open_device(f"cuda:{options.device}"), until, device_called(str(gpu.get("name"))))
+
+    if options.worker:
+        return work(chosen, context_of, Journal(options.worker), lambda: (lost or _lost)(options.device))
+
+    def outcomes() -> Iterator[Outcome]:
+        if options.in_process:
+            for name, section in chosen.items():
+                yield outcome_of(name, section, context_of(name))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            journal, log = Path(folder) / "journal", Path(folder) / "log"
+
+            def start(left: float) -> Worker:
+                given = ("--device", str(options.device), "--minutes", str(left / 60), "--only", *chosen)
+                return Worker.start(worker_command(prog, journal, *given), log)
+
+            yield from Supervisor(list(chosen), Journal(journal), start, deadline, limits).outcomes()
+
+    found: list[Outcome] = []
+    began, path = datetime.now(UTC), Path()
+    for outcome in outcomes():
+        found.append(outcome)
+        print(table([outcome], len(max(chosen, key=len))), file=sys.stderr, flush=True)
+        path = write(options.output, gpu, found, list(chosen), began, topic)
+    print(f"{gpu.get('name')}, driver {gpu.get('driver')}\n{table(found)}\n{path}")
+    states = {o.status for o in found}
     return int("failed" in states or "ok" not in states)
+
+
+def _lost(index: int) -> bool:
+    """Whether CUDA works no more in this process."""
+    import cupy
+
+    try:
+        with cupy.cuda.Device(index):
+            cupy.cuda.runtime.deviceSynchronize()
+    except Exception as error:
+        return loses_the_gpu(error)
+    return False

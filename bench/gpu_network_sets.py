@@ -93,7 +93,7 @@ NETWORKS = (
         "bert-base s512", bert, partial(bert_feeds, length=512, vocabulary=VOCABULARY), "bert-base", {"fp16": (8,)}
     ),
     Network("vit-b16", vit, images, "vit-b16", {"fp16": (1, 32)}),
-    Network("gpt2-step", gpt2_step, token_feeds, "gpt2-step", {"fp16": (1, 32)}),
+    Network("gpt2-step", gpt2_step, token_feeds, "gpt2-step", {"fp16": (1, 32), "fp32": (1, 32)}),
 )
 
 

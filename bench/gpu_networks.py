@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import onnx
 
 from bench.build import bert, resnet50
 from bench.gpu_models import bert_feeds, images
+from bench.gpu_peers import Feeds
 from bench.gpu_report import CheckFailed, Context, Section
 from infera_gpu.devices import open_device
 from infera_gpu.loader import load_graph
@@ -31,12 +32,18 @@ def _small_bert() -> onnx.ModelProto:
 # ---- results
 
 
+PRECISE: Mapping[str, tuple[Callable[[], onnx.ModelProto], Feeds]] = {
+    "bert-small": (_small_bert, bert_feeds(2, 33, 100)),
+    "resnet50": (resnet50, images(1)),
+}
+"""name -> how to build it, what to feed it"""
+
+
 def precisions(context: Context) -> Result:
     """Every precision against the CPU in float32, within what `infera verify` allows it."""
     found: dict[str, Any] = {}
     wrong: list[str] = []
-    cases = {"bert-small": (_small_bert, bert_feeds(2, 33, 100)), "resnet50": (resnet50, images(1))}
-    for name, (build, feeds) in cases.items():
+    for name, (build, feeds) in PRECISE.items():
         if context.left() < 20:
             break
         graph = load_graph(build())
@@ -136,7 +143,7 @@ def faults(context: Context) -> Result:
         [sys.executable, "-c", _ILLEGAL % (device.index, POKE)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=45,
         check=False,
     )
     found["an illegal access"] = (done.stdout + done.stderr)[-2000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from infera_gpu.memory import aligned
 from infera_gpu.op import Call, Case, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import TensorSpec, spec_of
-from tests.cases import assert_close, compute, covered, inputs_of, run, site_of
+from tests.cases import Variant, assert_close, compute, covered, inputs_of, run, site_of
 
 Result = tuple[str, Mapping[str, Any]]
 Array = Any
@@ -129,14 +130,22 @@ def bindings(kernel: Kernel, site: Site) -> Iterator[dict[str, Any]]:
             yield {"strided": False, "inplace": i}
 
 
+def bound(
+    device: Any, op: Op, site: Site, ins: Sequence[HostArray | None], specs: Sequence[TensorSpec]
+) -> Iterator[tuple[dict[str, Any], DeviceBuffers, list[Call]]]:
+    """The Triton kernel in every binding, with what it is bound to and its calls."""
+    kernel = op.kernels["triton"]
+    for options in bindings(kernel, site):
+        buffers = DeviceBuffers(device, site, ins, specs, **options)
+        yield options, buffers, list(kernel.bind(site, buffers))
+
+
 def check_kernel(device: Any, op: Op, case: Case, site: Site, ins: Sequence[HostArray | None]) -> int:
     """Runs the Triton kernel in every binding against `compute`; the number of launches. Raises AssertionError."""
     kernel = op.kernels["triton"]
     want = compute(op, site, ins)[: case.n_outs]
     launches = 0
-    for options in bindings(kernel, site):
-        buffers = DeviceBuffers(device, site, ins, [spec_of(w) for w in want], **options)
-        calls = list(kernel.bind(site, buffers))
+    for options, buffers, calls in bound(device, op, site, ins, [spec_of(w) for w in want]):
         assert kernel.workspace is not None
         assert buffers.scratch_bytes == kernel.workspace(site), "more or less scratch than `workspace` announces"
         run(calls)
@@ -149,42 +158,65 @@ def check_kernel(device: Any, op: Op, case: Case, site: Site, ins: Sequence[Host
     return launches
 
 
-def _swept(what: str, ran: Counter[str], failed: Mapping[str, str], left: int, **more: Any) -> Result:
-    """The result of checking case after case. A case for which there was no time is counted, and is no failure."""
-    facts = {"cases": ran.total(), "operators": dict(ran), "failed": dict(failed), "no_time_for": left, **more}
+Checked = tuple[Op, str, Callable[[], int]]
+"""An operator, the name of one of its cases, and what checks that and gives a number to add up."""
+
+
+def by_turns(cases: Iterable[Checked]) -> list[Checked]:
+    """The first case of every operator, then the second of each: where time runs out, all were looked at."""
+    turns: Counter[str] = Counter()
+    ordered = []
+    for checked in cases:
+        turns[checked[0].qualified] += 1
+        ordered.append((turns[checked[0].qualified], checked))
+    return [checked for _, checked in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def swept(context: Context, what: str, cases: Iterable[Checked], idle: str) -> tuple[str, dict[str, Any]]:
+    """Checks case after case. One for which there was no time is counted, and is no failure; so is, under the name
+    `idle`, one of which there was nothing to check, whose number is 0. Raises CheckFailed."""
+    ran: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    numbers: Counter[str] = Counter()
+    for op, name, check in by_turns(cases):
+        tried = context.cases.known(name)
+        if tried is None:
+            if context.left() <= 0:
+                numbers["no_time_for"] += 1
+                continue
+            tried = context.cases.run(name, check)
+        numbers["done"] += tried.found or 0
+        if tried.problem:
+            failed[name] = tried.problem
+        elif tried.found:
+            ran[op.qualified] += 1
+        else:
+            numbers[idle] += 1
+    found = {"cases": ran.total(), "operators": dict(ran), "failed": failed, "no_time_for": 0, idle: 0, **numbers}
     summary = f"{ran.total()} {what} of {len(ran)} operators agree with NumPy"
-    if left:
-        summary += f", no time for {left}"
+    if numbers["no_time_for"]:
+        summary += f", no time for {numbers['no_time_for']}"
     if failed or not ran:
         name, problem = next(iter(failed.items()), ("", "nothing ran"))
-        raise CheckFailed(f"{summary}, {len(failed)} fail: {name}: {problem}", facts)
-    return summary, facts
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return f"{type(error).__name__}: {text}"[:300]
+        raise CheckFailed(f"{summary}, {len(failed)} fail: {name}: {problem}", found)
+    return summary, found
 
 
 def kernels(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -> Result:
     """Every Triton kernel on every case that it supports."""
     device = context.open()
-    ran: Counter[str] = Counter()
-    failed: dict[str, str] = {}
-    left = launches = 0
+
+    def check(op: Op, case: Case, variants: Sequence[Variant]) -> int:
+        return sum(check_kernel(device, op, case, site, ins) for site, ins in variants)
+
+    cases = (
+        (op, f"{op.qualified} {case.id}", partial(check, op, case, variants))
+        for op, case, variants in covered("triton")
+        if wanted(op)
+    )
     with device.running():
-        for op, case, variants in covered("triton"):
-            if not wanted(op):
-                continue
-            if context.left() <= 0:
-                left += 1
-                continue
-            try:
-                launches += sum(check_kernel(device, op, case, site, ins) for site, ins in variants)
-                ran[op.qualified] += 1
-            except Exception as error:
-                failed[f"{op.qualified} {case.id}"] = _first_line(error)
-    return _swept("cases", ran, failed, left, launches=launches, compiled=getattr(device.launcher, "compiled", None))
+        summary, found = swept(context, "cases", cases, "without_a_launch")
+    return summary, {**found, "compiled": getattr(device.launcher, "compiled", None)}
 
 
 def _has_type(device: Any, dtype: Any) -> bool:
@@ -196,40 +228,31 @@ def _has_type(device: Any, dtype: Any) -> bool:
     return True
 
 
-def check_portable(device: Any, op: Op, case: Case) -> bool:
-    """Runs `compute` on the device against NumPy; False where it cannot: text, shapes from data, types of the host."""
+def check_portable(device: Any, op: Op, case: Case) -> int:
+    """Runs `compute` on the device against NumPy; how many outputs. 0 where it cannot: text, shapes from data, types of
+    the host."""
     ins = inputs_of(op, case)
     site = site_of(op, case, ins)
     want = compute(op, site, ins)
     dtypes = {a.dtype for a in (*ins, *want) if a is not None}
     if len(site.outs) < case.n_outs or any(d.hasobject or not _has_type(device, d) for d in dtypes):
-        return False
+        return 0
     given = [None if x is None else device.constant(x, "device") for x in ins]
     for i, (got, w) in enumerate(zip(op.outputs(device.xp, site, given), want[: case.n_outs], strict=False)):
         assert_close(fetch(device, got), w, case.tol, f"output {i}")
-    return True
+    return case.n_outs
 
 
 def portable(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -> Result:
     """Every portable operator's own function through CuPy: what runs where there is no kernel."""
     device = context.open()
-    ran: Counter[str] = Counter()
-    failed: dict[str, str] = {}
-    left = on_host = 0
+    cases = (
+        (op, f"{op.qualified} {case.id}", partial(check_portable, device, op, case))
+        for op in registry()
+        for case in (op.cases if op.portable and op.pure and wanted(op) else ())
+    )
     with device.running():
-        for op in registry():
-            for case in op.cases if op.portable and op.pure and wanted(op) else ():
-                if context.left() <= 0:
-                    left += 1
-                    continue
-                try:
-                    if check_portable(device, op, case):
-                        ran[op.qualified] += 1
-                    else:
-                        on_host += 1
-                except Exception as error:
-                    failed[f"{op.qualified} {case.id}"] = _first_line(error)
-    return _swept("cases through CuPy", ran, failed, left, on_the_host=on_host)
+        return swept(context, "cases through CuPy", cases, "on_the_host")
 
 
 SECTIONS: Mapping[str, Section] = {"facts": facts, "kernels": kernels, "portable": portable}

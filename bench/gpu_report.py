@@ -1,4 +1,4 @@
-"""What `bench.gpu_check` runs sections with, and makes of what they return: a table and a file."""
+"""What GPU sections are run with, and what is made of what they return: outcomes, a table and a file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,94 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from bench.environment import commit, cpu_model, package_version
+from infera_gpu.devices.cuda import LOST
+from infera_gpu.errors import DeviceLostError
 from infera_kernels.launch.devices import Device
 
 PACKAGES = (
     *("infera-gpu", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "triton", "onnx", "onnxruntime", "torch"),
     *("ml_dtypes", "nvidia-ml-py"),
 )
+
+
+def loses_the_gpu(error: BaseException) -> bool:
+    """Whether no call of CUDA works in this process after it."""
+    return isinstance(error, DeviceLostError) or getattr(error, "status", None) in LOST
+
+
+def first_line(error: Exception) -> str:
+    """An error on one line, of at most 300 characters."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+class CheckFailed(Exception):
+    """A check found something wrong: what, in one line, and everything it learned."""
+
+    def __init__(self, summary: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(summary)
+        self.facts = facts
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a case came to: what is wrong (empty: nothing), and what it found, of the types that JSON has."""
+
+    problem: str
+    found: Any = None
+
+    @classmethod
+    def of(cls, check: Callable[[], Any]) -> Tried:
+        """Runs it. Raises what loses the GPU: no case after it can be run in this process."""
+        try:
+            return cls("", check())
+        except Exception as error:
+            if loses_the_gpu(error):
+                raise
+            return cls.failed(error)
+
+    @classmethod
+    def failed(cls, error: Exception) -> Tried:
+        """With the place where it was raised, unless a check says what it found."""
+        if isinstance(error, CheckFailed):
+            return cls(str(error))
+        *_, frame = traceback.extract_tb(error.__traceback__) or [None]
+        where = f" ({Path(frame.filename).name}:{frame.lineno})" if frame else ""
+        return cls(first_line(error) + where)
+
+
+CASE_SECONDS = 60.0
+"""That a case may take, compilation included, unless its section says more."""
+
+
+class Cases(Protocol):
+    """Runs the cases of a section, one after the other, by their names."""
+
+    def known(self, name: str) -> Tried | None:
+        """What an earlier process found, where the section goes on in this one."""
+        ...
+
+    def run(self, name: str, check: Callable[[], Any], seconds: float = CASE_SECONDS) -> Tried:
+        """See `Tried.of`. A case that takes longer than `seconds` may be ended, and its process with it."""
+        ...
+
+
+class OwnCases:
+    """Cases of a section that is run in one process."""
+
+    def known(self, name: str) -> Tried | None:
+        return None
+
+    def run(self, name: str, check: Callable[[], Any], seconds: float = CASE_SECONDS) -> Tried:
+        return Tried.of(check)
 
 
 @dataclass(frozen=True)
@@ -30,18 +106,11 @@ class Context:
     open: Callable[[], Any]
     deadline: float
     card: Device | None = None
+    cases: Cases = field(default_factory=OwnCases)
 
     def left(self) -> float:
         """Seconds."""
         return self.deadline - time.monotonic()
-
-
-class CheckFailed(Exception):
-    """A check found something wrong: what, in one line, and everything it learned."""
-
-    def __init__(self, summary: str, facts: Mapping[str, Any]) -> None:
-        super().__init__(summary)
-        self.facts = facts
 
 
 Section = Callable[[Context], tuple[str, Mapping[str, Any]]]
@@ -58,52 +127,72 @@ class Outcome:
     summary: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-
-def check(sections: Mapping[str, Section], context: Context) -> list[Outcome]:
-    """Runs the sections in order. One that fails does not stop the others; none starts after the deadline."""
-    outcomes = []
-    for name, section in sections.items():
-        if context.left() <= 0:
-            outcomes.append(Outcome(name, "skipped", 0.0, "out of time; see --minutes"))
-            continue
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        status: Literal["ok", "failed"] = "failed"
-        facts: Mapping[str, Any]
-        try:
-            summary, facts = section(context)
-            status = "ok"
-        except CheckFailed as failure:
-            summary, facts = str(failure), failure.facts
-        except Exception as error:
-            summary = f"{type(error).__name__}: {error}".partition("\n")[0]
-            facts = {"traceback": traceback.format_exc()}
-        outcomes.append(Outcome(name, status, round(time.monotonic() - began, 2), summary, facts))
-    return outcomes
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**vars(self), "facts": plain(self.facts)}
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """One line a section."""
-    width = max(len(o.section) for o in outcomes)
+def plain(value: Any) -> Any:
+    """The value of the types that JSON has: names are strings, and what it does not know is told in words."""
+    match value:
+        case Mapping():
+            return {str(k): plain(v) for k, v in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(v) for v in value]
+        case None | bool() | int() | float() | str():
+            return value
+        case np.generic():
+            return plain(value.item())
+        case _:
+            return str(value)
+
+
+def outcome_of(name: str, section: Section, context: Context) -> Outcome:
+    """Runs a section, unless the time is over. One that fails raises nothing."""
+    if context.left() <= 0:
+        return Outcome(name, "skipped", 0.0, "out of time; see --minutes")
+    began = time.monotonic()
+    status: Literal["ok", "failed"] = "failed"
+    facts: Mapping[str, Any]
+    try:
+        summary, facts = section(context)
+        status = "ok"
+    except CheckFailed as failure:
+        summary, facts = str(failure), failure.facts
+    except Exception as error:
+        summary, facts = first_line(error), {"traceback": traceback.format_exc()}
+    return Outcome(name, status, round(time.monotonic() - began, 2), summary, facts)
+
+
+def table(outcomes: Sequence[Outcome], width: int = 0) -> str:
+    """One line a section; `width` is the least of the first column."""
+    width = max(width, *(len(o.section) for o in outcomes))
     return "\n".join(f"{o.section:<{width}}  {o.status:<7}  {o.seconds:7.1f} s  {o.summary}" for o in outcomes)
 
 
-def write(directory: Path, gpu: Mapping[str, Any], outcomes: Sequence[Outcome], now: datetime, topic: str = "") -> Path:
-    """The results file."""
+def write(
+    directory: Path,
+    gpu: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
+    wanted: Sequence[str],
+    now: datetime,
+    topic: str = "",
+) -> Path:
+    """The results file, of a run that began `now` and is to have the outcomes `wanted`."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(gpu.get("name", "gpu")).lower()).strip("-")
     path = directory / f"{'-'.join(filter(None, (slug, topic)))}-{now:%Y-%m-%dT%H%M}.json"
     record = {
         "time": now.isoformat(timespec="seconds"),
         "commit": commit(),
-        "gpu": dict(gpu),
+        "gpu": plain(gpu),
         "cpu": cpu_model(),
         "python": sys.version.split()[0],
         "packages": {name: found for name in PACKAGES if (found := package_version(name))},
-        "passed": all(o.status == "ok" for o in outcomes),
-        "sections": [asdict(o) for o in outcomes],
+        "passed": [o.section for o in outcomes if o.status == "ok"] == list(wanted),
+        "sections": [o.record() for o in outcomes],
     }
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu_peers import REPEATED, Contender, Feeds, Peer, contenders, torch_on_gpu
-from bench.gpu_report import CheckFailed, Context, Section
+from bench.gpu_report import CASE_SECONDS, CheckFailed, Context, Section
 from bench.gpu_roofline import bound, limit
 from bench.gpu_timings import in_turn
 from bench.gpu_work import Work, bytes_of, operations_of, works_of
@@ -38,8 +38,10 @@ from infera_kernels.launch.devices import Device
 FEW = 2
 """Steps, up to which a row is repeated in a graph."""
 HOST_RUNS = 50
-LEAST_SECONDS = 20
+LEAST_SECONDS = 8
 """Left, without which no row is begun."""
+COMPILING_SECONDS = 600.0
+"""That a row with torch.compile may take."""
 
 
 @dataclass(frozen=True)
@@ -218,19 +220,23 @@ def _host_seconds(device: Any, call: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def measured(context: Context, rows: Sequence[Row], compile_mode: str = "") -> tuple[list[dict[str, Any]], list[str]]:
-    """The columns of every row that there is time for, and what is wrong."""
+def measured(
+    context: Context, rows: Sequence[Row], compile_mode: str = "", least: float = LEAST_SECONDS
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The columns of every row that there is time for, and what is wrong. None is begun with less than `least` left."""
     found: list[dict[str, Any]] = []
     wrong: list[str] = []
     for row in rows:
-        if context.left() < LEAST_SECONDS:
-            break
-        try:
-            found.append(measure(context, row, compile_mode))
-        except CheckFailed as failure:
-            wrong.append(str(failure))
-        except Exception as error:
-            wrong.append(f"{row.label}: {type(error).__name__}: {error}".partition("\n")[0])
+        tried = context.cases.known(row.label)
+        if tried is None:
+            if context.left() < least:
+                break
+            seconds = COMPILING_SECONDS if compile_mode else CASE_SECONDS
+            tried = context.cases.run(row.label, partial(measure, context, row, compile_mode), seconds)
+        if tried.problem:
+            wrong.append(tried.problem if row.label in tried.problem else f"{row.label}: {tried.problem}")
+        else:
+            found.append(tried.found)
     return found, wrong
 
 
@@ -264,13 +270,14 @@ def section(
     compile_mode: str = "",
     *,
     before: Callable[[Context], dict[str, Any]] | None = None,
+    least: float = LEAST_SECONDS,
 ) -> Section:
     """A section that measures rows, `before` another one. It fails where one is wrong, or there was time for none."""
 
     def run(context: Context) -> tuple[str, Mapping[str, Any]]:
         wanted = rows()
         first = [before(context)] if before else []
-        found, wrong = measured(context, wanted, compile_mode)
+        found, wrong = measured(context, wanted, compile_mode, least)
         facts = {"rows": [*first, *found]}
         if wrong or not found:
             raise CheckFailed("; ".join(wrong) or "no time for any row", facts)

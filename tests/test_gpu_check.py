@@ -15,8 +15,8 @@ import onnx
 import pytest
 
 from bench import gpu_check, gpu_first, gpu_speed
-from bench.gpu_command import NO_GPU
-from bench.gpu_report import CheckFailed, Context, Outcome, Section, check, table, write
+from bench.gpu_report import CheckFailed, Context, Outcome, Section, outcome_of, table, write
+from bench.gpu_workers import NO_GPU
 from tests.text import parse
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1"}
@@ -37,7 +37,10 @@ def broken(context: Context) -> tuple[str, Mapping[str, Any]]:
 
 def command(tmp_path: Path, *argv: str, sections: Mapping[str, Section], reason: str | None = None) -> int:
     return gpu_check.main(
-        [*argv, "--output", str(tmp_path)], sections=sections, unavailable=lambda: reason, describe=lambda index: GPU
+        [*argv, "--in-process", "--output", str(tmp_path)],
+        sections=sections,
+        unavailable=lambda: reason,
+        describe=lambda index: GPU,
     )
 
 
@@ -68,7 +71,7 @@ def test_a_failing_section_is_recorded_and_stops_nothing(tmp_path: Path, capsys:
     first, *rows, last = capsys.readouterr().out.splitlines()
     assert first == "NVIDIA H200, driver 580.1"
     assert [row.split()[:2] for row in rows] == [["bad", "failed"], ["broken", "failed"], ["good", "ok"]]
-    assert rows[1].endswith("ZeroDivisionError: by zero")
+    assert rows[1].endswith("ZeroDivisionError: by zero at length")
     assert last == str(path)
 
 
@@ -95,7 +98,8 @@ def test_sections_get_a_device_of_their_own() -> None:
         context.open()
         return "", {}
 
-    check({"a": opening, "b": opening}, Context(lambda: opened.append(1), float("inf")))
+    for name in "ab":
+        outcome_of(name, opening, Context(lambda: opened.append(1), float("inf")))
     assert opened == [1, 1]
 
 
@@ -105,7 +109,7 @@ def test_a_table_lines_up() -> None:
 
 
 def test_the_file_is_named_after_gpu_and_time(tmp_path: Path) -> None:
-    path = write(tmp_path / "new", GPU, [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    path = write(tmp_path / "new", GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
     assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T0304.json"
 
 

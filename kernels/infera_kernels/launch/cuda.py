@@ -108,7 +108,8 @@ class CudaLauncher:
         self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
         self._driver = driver or CupyDriver()
         self._cache = cache or KernelCache()
-        suit(self._driver.version())
+        self.driver_version = self._driver.version()
+        suit(self.driver_version)
         self.target = self._driver.target(device_id)
         self.compiled = 0
         """Kernels that were not in the cache and were compiled here."""

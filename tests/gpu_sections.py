@@ -1,0 +1,122 @@
+"""`python -m tests.gpu_sections`: sections that fail in every way, for tests/test_gpu_workers.py. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bench.gpu_command import command
+from bench.gpu_report import CheckFailed, Context, Section
+from bench.gpu_workers import Limits
+
+ILLEGAL_ADDRESS = 700
+REPLACED = 4
+
+_faults: list[Exception] = []
+
+
+class Fault(RuntimeError):
+    """As CuPy tells of an error of CUDA."""
+
+    status = ILLEGAL_ADDRESS
+
+
+def fault() -> None:
+    """CUDA works no more in this process."""
+    _faults.append(Fault("cudaErrorIllegalAddress"))
+    raise _faults[0]
+
+
+def good(context: Context) -> tuple[str, Mapping[str, Any]]:
+    odd = {"steps": Counter("abca"), "tiles": {(64, 64): np.float32(0.5)}, "left": context.left(), "type": int}
+    return f"process {os.getpid()}", {"process": os.getpid(), **odd}
+
+
+def crash(context: Context) -> tuple[str, Mapping[str, Any]]:
+    print("about to die", file=sys.stderr, flush=True)
+    os.abort()
+
+
+def losing(context: Context) -> tuple[str, Mapping[str, Any]]:
+    try:
+        fault()
+    except Fault as error:
+        raise CheckFailed("a fault that a section took for a wrong result", {"error": str(error)}) from error
+    return "", {}
+
+
+def hanging(context: Context) -> tuple[str, Mapping[str, Any]]:
+    time.sleep(600)
+    return "", {}
+
+
+def case(name: str) -> int:
+    """1, or what the name says."""
+    if name == "dies":
+        os.abort()
+    if name == "faults":
+        fault()
+    if name == "hangs":
+        time.sleep(600)
+    if name == "wrong":
+        raise AssertionError("not equal")
+    return 1
+
+
+CASES = ("first", "dies", "second", "faults", "wrong", "hangs", "last")
+
+
+def cases(context: Context) -> tuple[str, Mapping[str, Any]]:
+    tried = {name: context.cases.run(name, partial(case, name), 2) for name in CASES if not context.cases.known(name)}
+    known = {name: context.cases.known(name) or tried[name] for name in CASES}
+    problems = {name: t.problem for name, t in known.items()}
+    facts = {"problems": problems, "here": list(tried)}
+    if any(problems.values()):
+        raise CheckFailed("some fail", facts)
+    return "all well", facts
+
+
+def always(context: Context) -> tuple[str, Mapping[str, Any]]:
+    """Every case is a fault."""
+    for i in range(1000):
+        if not context.cases.known(f"case {i}"):
+            context.cases.run(f"case {i}", fault)
+    return "", {}
+
+
+SECTIONS: Mapping[str, Section] = {
+    "good": good,
+    "crash": crash,
+    "losing": losing,
+    "hanging": hanging,
+    "cases": cases,
+    "always": always,
+    "last": good,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    gone = os.environ.get("GPU_GONE_AFTER")
+    return command(
+        argv,
+        prog="tests.gpu_sections",
+        description="fail",
+        sections=SECTIONS,
+        minutes=1,
+        seconds={"hanging": 1},
+        unavailable=lambda: "it fell off the bus" if gone and os.path.exists(gone) else None,
+        describe=lambda index: {"name": "NVIDIA H200", "driver": "580.1"},
+        lost=lambda index: bool(_faults),
+        limits=Limits(grace=2, replaced=REPLACED),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Kernels compiled ahead for a card are those that its device then looks for, of operators' cases and of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import gpu_ahead
+from bench.build import bert
+from bench.gpu_models import bert_feeds
+from bench.gpu_operators import bound
+from bench.gpu_report import CheckFailed, Context
+from infera_gpu.devices import cuda
+from infera_gpu.loader import load_graph
+from infera_gpu.op import Op
+from infera_gpu.session import Session
+from infera_kernels.launch import CudaLauncher, Target, nominal_target
+from tests import fake_cupy
+from tests.cases import covered
+from tests.kernels.test_bound_model import Driver
+from tests.text import parse
+
+pytestmark = pytest.mark.kernels
+
+VERSION = 13000
+ROW = "bandwidth softmax 16384x4096"
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def opener(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[..., cuda.CudaDevice]:
+    fake_cupy.install(monkeypatch)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
+
+    def opened(**options: Any) -> cuda.CudaDevice:
+        device, driver = cuda.CudaDevice(0, **options), Driver()
+        driver.streams[device._stream.ptr] = device._stream
+        device._launcher = driver.launcher = CudaLauncher(0, device._stream, driver=driver)
+        return device
+
+    return opened
+
+
+def ahead() -> CudaLauncher:
+    return CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(90), VERSION))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_model(invariant: bool, opener: Callable[..., cuda.CudaDevice]) -> None:
+    def build() -> Any:
+        return bert(layers=1, hidden=32, heads=2, inner=64, vocabulary=50)
+
+    feeds = bert_feeds(2, 7, 50)
+    launcher = ahead()
+    gpu_ahead.planned("small", build, feeds, precision="fp16", batch_invariant=invariant).run(launcher)
+    assert launcher.compiled > 5
+    device = opener(batch_invariant=invariant)
+    with Session(load_graph(build()), device, precision="fp16") as session:
+        for _ in range(3):
+            session.run(feeds)
+        assert isinstance(device.launcher, CudaLauncher)
+        assert len(device.launcher._loaded) > 5
+        assert device.launcher.compiled == 0
+
+
+def test_operators(opener: Callable[..., cuda.CudaDevice], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanted(op: Op) -> bool:
+        return op.name in ("Where", "CumSum")
+
+    monkeypatch.setattr(gpu_ahead, "PARTS", 2)
+    launcher = ahead()
+    for part in range(2):
+        gpu_ahead.cases(part, launcher, wanted)
+    device = opener()
+    with device.running():
+        for op, case, variants in covered("triton"):
+            for site, ins in variants if wanted(op) else ():
+                for _ in bound(device, op, site, ins, site.outs[: case.n_outs]):
+                    pass
+    assert isinstance(device.launcher, CudaLauncher)
+    assert len(device.launcher._loaded) >= launcher.compiled > 5
+    assert device.launcher.compiled == 0
+
+
+def small() -> gpu_ahead.Job:
+    model = parse("g (float[N, 8] x) => (float[N, 8] y) { y = Relu(x) }")
+    return gpu_ahead.planned("small", lambda: model, {"x": np.zeros((2, 8), np.float32)})
+
+
+def test_jobs_that_fail_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(launcher: CudaLauncher) -> None:
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(gpu_ahead, "jobs", lambda: [small(), gpu_ahead.Job("broken", broken)])
+    target = nominal_target(90)
+    assert gpu_ahead._run(target, VERSION, 0) == ("small fp32", 1, "")
+    assert gpu_ahead._run(target, VERSION, 1) == ("broken", 0, "ValueError: no such model")
+
+
+def test_every_section_that_launches_has_jobs() -> None:
+    names = " ".join(job.name for job in gpu_ahead.jobs())
+    for part in ("resnet50", "bert-base", "gpt2-step", "products", "convolutions", "cases 1 of", "batch invariant"):
+        assert part in names
+    assert len({job.name for job in gpu_ahead.jobs()}) > 60
+
+
+def test_processes_share_the_jobs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, as on a GPU: a row of the short selection, and the same on a card that can hold none."""
+    monkeypatch.setattr(gpu_ahead, "default_threads", lambda: (1, ""))
+    (index,) = (i for i, job in enumerate(gpu_ahead.jobs()) if job.name == ROW)
+
+    def compiled(target: Target, deadline: float) -> tuple[str, Any]:
+        launcher = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(target, VERSION))
+        return gpu_ahead.compiled(Context(lambda: SimpleNamespace(launcher=launcher), deadline), [index])
+
+    _, facts = compiled(nominal_target(90), float("inf"))
+    assert facts["processes"] == 1
+    assert facts["compiled"] == {ROW: 1}
+    assert len(list(cache.rglob("*.kernel"))) == 1
+    summary, facts = compiled(nominal_target(90), 0.0)
+    assert facts["no_time_for"] == 1
+    assert summary.endswith("no time for 1 of 1 jobs")
+    with pytest.raises(CheckFailed, match=f"1 jobs fail: {ROW}: .* bytes of shared memory"):
+        compiled(Target(90, 132, -1), float("inf"))

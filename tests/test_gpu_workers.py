@@ -1,0 +1,96 @@
+"""Sections that take their process down: what is told of them, and that everything else is run all the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu_journal import Journal
+from tests import gpu_sections
+
+
+def outcomes(tmp_path: Path, *names: str) -> dict[str, dict[str, Any]]:
+    """By section, as the file has them."""
+    code = gpu_sections.main(["--output", str(tmp_path), "--only", *names])
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert code == int(not record["passed"])
+    return {o["section"]: o for o in record["sections"]}
+
+
+def test_sections_share_a_process_while_it_is_well(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "good", "last")
+    assert {o["status"] for o in found.values()} == {"ok"}
+    assert found["good"]["facts"]["process"] == found["last"]["facts"]["process"]
+    facts = found["good"]["facts"]
+    assert facts["steps"] == {"a": 2, "b": 1, "c": 1}
+    assert facts["tiles"] == {"(64, 64)": 0.5}
+
+
+def test_a_process_that_dies_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = outcomes(tmp_path, "good", "crash", "last")
+    assert [o["status"] for o in found.values()] == ["ok", "failed", "ok"]
+    assert found["crash"]["summary"] == "signal SIGABRT"
+    assert "about to die" in found["crash"]["facts"]["said"]
+    assert "in crash" in found["crash"]["facts"]["said"], "where it died"
+    assert found["good"]["facts"]["process"] != found["last"]["facts"]["process"]
+    assert "last" in capsys.readouterr().out
+
+
+def test_a_lost_gpu_is_a_new_process(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "good", "losing", "last")
+    assert [o["status"] for o in found.values()] == ["ok", "failed", "ok"]
+    assert found["losing"]["summary"] == "a fault that a section took for a wrong result"
+    assert found["good"]["facts"]["process"] != found["last"]["facts"]["process"]
+
+
+def test_a_section_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "hanging", "last")
+    assert found["hanging"]["summary"] == "no end after 3 s"
+    assert 3 <= found["hanging"]["seconds"] < 10
+    assert found["last"]["status"] == "ok"
+
+
+def test_every_bad_case_is_named_and_none_stops_the_others(tmp_path: Path) -> None:
+    facts = outcomes(tmp_path, "cases", "last")["cases"]["facts"]
+    assert {name: problem.partition(" (")[0] for name, problem in facts["problems"].items()} == {
+        "first": "",
+        "dies": "signal SIGABRT",
+        "second": "",
+        "faults": "Fault: cudaErrorIllegalAddress",
+        "wrong": "AssertionError: not equal",
+        "hangs": "no answer in time",
+        "last": "",
+    }
+    assert "(gpu_sections.py:" in facts["problems"]["wrong"], "where it was raised"
+    assert facts["here"] == ["last"], "those before it ran in the processes before"
+
+
+def test_a_gpu_that_every_case_loses_is_given_up(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "always", "last")
+    assert found["always"]["summary"] == "it lost the GPU again and again"
+    assert len(found["always"]["facts"]["failed"]) == gpu_sections.REPLACED + 1
+    assert found["last"]["status"] == "ok"
+
+
+def test_a_gpu_that_is_gone_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command still sees it, its worker does not."""
+    sign = tmp_path / "gone"
+    monkeypatch.setenv("GPU_GONE_AFTER", str(sign))
+    sections = {name: gpu_sections.SECTIONS[name] for name in ("good", "last")}
+    begun = Journal.state
+
+    def going(journal: Journal) -> Any:
+        sign.touch()
+        return begun(journal)
+
+    monkeypatch.setattr(Journal, "state", going)
+    found = outcomes(tmp_path, *sections)
+    assert [(o["status"], o["summary"]) for o in found.values()] == [
+        ("failed", "the GPU is gone"),
+        ("skipped", "the GPU is gone"),
+    ]
+    assert "it fell off the bus" in found["good"]["facts"]["said"]
