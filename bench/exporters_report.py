@@ -28,8 +28,9 @@ from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
 
 HEAD = """# What PyTorch's exporters write
 
-Models as PyTorch {torch} exports them, run by infera on the CPU and compared with onnxruntime (optimisations off) and
-with PyTorch at every size. `make exports` exports them and runs the comparison as a test; this page is written by
+{models} models of {architectures} architectures as PyTorch {torch} exports them, run by infera on the CPU and
+compared with onnxruntime (optimisations off) and with PyTorch at every size; an encoder, a decoder and its later steps
+are models of their own. `make exports` exports them and runs the comparison as a test; this page is written by
 `python -m bench.exporters_report DIR --out docs/exporters.md`.
 
 Weights are random, from a fixed seed; `bench/architectures.py` has every configuration. `torchscript` is
@@ -135,8 +136,10 @@ def page(rows: Sequence[Row]) -> str:
     """The page in Markdown: the table, then what each model is and its sizes."""
     notes = dict.fromkeys(UNFAITHFUL[row.export.name] for row in rows if row.export.name in UNFAITHFUL)
     models = {row.export.about["model"]: row.export for row in rows}
+    architectures = {name.partition("-")[0] for name in models}
+    torch = rows[0].export.about["torch"]
     lines = [
-        HEAD.format(torch=rows[0].export.about["torch"]) + "\n".join(map(str, rows)),
+        HEAD.format(torch=torch, models=len(models), architectures=len(architectures)) + "\n".join(map(str, rows)),
         "",
         *(textwrap.fill(f"\\* {note}.", 120) + "\n" for note in notes),
         "| Model | What | Sizes |",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from infera_server.metrics import ModelStats
@@ -70,3 +72,29 @@ class Front(Servable, Protocol):
     """A `Servable` that the repository serves and retires."""
 
     retired: bool
+
+
+class Passing(ABC):
+    """The drain of a `Servable` that others answer for: it has ended when nothing is `queued` any more."""
+
+    def __init__(self) -> None:
+        self._draining = False
+        self._ended = threading.Event()
+
+    @property
+    @abstractmethod
+    def queued(self) -> int:
+        """Requests that are not answered."""
+
+    def drain(self) -> None:
+        """Who answers must do so until `join` says that the accepted requests are."""
+        self._draining = True
+        self._check_ended()
+
+    def join(self, timeout: float | None = None) -> bool:
+        return self._ended.wait(timeout)
+
+    def _check_ended(self) -> None:
+        """To be called when a request has been answered."""
+        if self._draining and not self.queued:
+            self._ended.set()

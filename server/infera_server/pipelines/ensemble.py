@@ -11,7 +11,6 @@ on, if its tensors fit. While one is missing the ensemble takes no requests.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from weakref import ref
 from infera_server.errors import BadRequest, NotFound, RequestError, Unavailable, renamed, request_error
 from infera_server.metrics import ModelStats
 from infera_server.models.modelconfig import ConfigError, ModelConfig
-from infera_server.models.servable import Servable
+from infera_server.models.servable import Passing, Servable
 from infera_server.models.taps import Tap
 from infera_server.models.versions import Route
 from infera_server.pipelines.ensemble_graph import Graph, Step, check_members, unproven
@@ -50,7 +49,7 @@ class Fitting:
 
 
 @dataclass(eq=False)
-class Ensemble:
+class Ensemble(Passing):
     """A `Servable` over others. Made by `ensembles.build`."""
 
     graph: Graph
@@ -65,12 +64,11 @@ class Ensemble:
     retired: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        super().__init__()
         self.signature: Signature = self.graph.signature
         self._fitting: Sequence[Fitting] = ()
         self._runs: set[Run] = set()
         self._needed: dict[frozenset[str], Sequence[Step]] = {}
-        self._draining = False
-        self._ended = threading.Event()
 
     @property
     def device(self) -> str:
@@ -148,14 +146,6 @@ class Ensemble:
 
     def expire(self) -> None:
         """Steps that wait carry what is left of the request's time: their models answer them."""
-
-    def drain(self) -> None:
-        """The members must take requests until `join` says that the accepted ones are answered."""
-        self._draining = True
-        self._check_ended()
-
-    def join(self, timeout: float | None = None) -> bool:
-        return self._ended.wait(timeout)
 
     def give_up(self, error: Exception) -> None:
         for run in list(self._runs):
@@ -279,10 +269,6 @@ class Ensemble:
                 member.cancel(job)
         self._runs.discard(run)
         self._check_ended()
-
-    def _check_ended(self) -> None:
-        if self._draining and not self._runs:
-            self._ended.set()
 
     def _rows(self, feeds: Arrays) -> int:
         layout, name = self.signature.layout, self.signature.name

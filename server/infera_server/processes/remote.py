@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from infera_server.errors import QUEUE_FULL, Expired, Overloaded, RequestError, Unavailable, renamed
 from infera_server.metrics import ModelStats
 from infera_server.models.modelconfig import ModelConfig, new
+from infera_server.models.servable import Passing
 from infera_server.processes.arena import Blocks, Lent
 from infera_server.processes.engine_wire import error_in
 from infera_server.processes.front_wire import Entry, entry, kind_of, put, read, request_out, run_in, signature_in
@@ -178,13 +178,14 @@ class Link:
             asyncio.get_running_loop().call_soon(self.flush)
 
 
-class RemoteModel:
+class RemoteModel(Passing):
     """A `Servable` of the engine, by its number there."""
 
     retired = False
     lost = ""
 
     def __init__(self, uid: int, told: Mapping[str, Any], link: Link) -> None:
+        super().__init__()
         self.uid = uid
         self.signature: Signature = signature_in(told["signature"])
         self.device: str = told["device"]
@@ -197,8 +198,6 @@ class RemoteModel:
         self._config: str = told["config"]
         self._link = link
         self._jobs: dict[Sent, None] = {}
-        self._draining = False
-        self._ended = threading.Event()
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -233,13 +232,6 @@ class RemoteModel:
             answer(oldest, Expired(f"the engine has not answered within {patience:g} s"))
         self._link.flush()
 
-    def drain(self) -> None:
-        self._draining = True
-        self._check_ended()
-
-    def join(self, timeout: float | None = None) -> bool:
-        return self._ended.wait(timeout)
-
     def give_up(self, error: Exception) -> None:
         for job in list(self._jobs):
             self._link.withdraw(job)
@@ -256,7 +248,3 @@ class RemoteModel:
         """It is no more."""
         self._jobs.pop(job, None)
         self._check_ended()
-
-    def _check_ended(self) -> None:
-        if self._draining and not self._jobs:
-            self._ended.set()
