@@ -295,6 +295,31 @@ def test_clients_that_do_not_read_or_leave_in_a_reply(
     assert not [record for record in caplog.records if record.exc_info]
 
 
+class Reset:
+    """A transport of uvloop's that is closed beneath, and does not say so yet."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+
+def test_a_client_that_has_just_gone_does_not_break_the_end() -> None:
+    """Who is to be told of it in the middle of a request."""
+    with serving({"double": doubler()}) as server, server.connect() as sock:
+        sock.sendall(VALID[:-3])
+        connections = server.host.service.connections
+        until(lambda: any(connection.in_body for connection in connections))
+        for connection in connections:
+            connection.transport = Reset(connection.transport)  # type: ignore[assignment]
+        server.host.server.should_exit = True
+        until(lambda: all(connection.deaf for connection in connections))
+
+
 def test_connections_that_come_and_go() -> None:
     with serving({"double": doubler()}) as server:
         service = server.host.service

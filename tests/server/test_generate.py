@@ -108,7 +108,7 @@ def test_a_stream_has_events(server: Running) -> None:
         ("halves", {"h": [1, 2]}, 400, "receiving FP16 data via JSON is not supported"),
         ("nope", {"x": [1]}, 404, "Request for unknown model: 'nope' is not found"),
         ("double/versions/9", {"x": [1]}, 404, "'double' version 9 is not found"),
-        ("double/versions/x", {"x": [1]}, 404, "Not Found"),
+        ("double/versions/x", {"x": [1]}, 404, "no version and no label 'x'"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["generate", "generate_stream"])

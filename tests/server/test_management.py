@@ -70,13 +70,13 @@ def test_documents(server: Running, path: str, want: object) -> None:
     [
         ("GET", "/v2/models/nope", 404, "Request for unknown model: 'nope' is not found"),
         ("GET", "/v2/models/double/versions/9", 404, "Request for unknown model: 'double' version 9 is not found"),
-        ("GET", "/v2/models/double/versions/x", 404, "Not Found"),
+        ("GET", "/v2/models/double/versions/x", 404, "no version and no label 'x'"),
         ("GET", "/v2/models/..%2f..%2fetc%2fpasswd", 404, "Not Found"),
         ("GET", "/v2/", 404, "Not Found"),
         ("GET", "/nope", 404, "Not Found"),
         ("GET", "/v2/models/double/infer", 405, "Method Not Allowed"),
         ("POST", "/v2/models/double", 405, "Method Not Allowed"),
-        ("POST", "/v2/models/double/versions/x/infer", 404, "Not Found"),
+        ("POST", "/v2/models/double/versions/x/infer", 404, "no version and no label 'x'"),
         ("POST", "/v2/models/nope/infer", 404, "Request for unknown model: 'nope' is not found"),
         ("POST", "/v2/models/..%2f..%2fetc%2fpasswd/infer", 404, "unknown model: '../../etc/passwd'"),
     ],
@@ -232,7 +232,7 @@ def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
         ([tmp_path / "nope"], "does not exist"),
         ([tmp_path / "empty"], "holds no model"),
         ([tmp_path / "two"], "none of them named model.onnx"),
-        ([tmp_path / "models"], "flat holds a model but no version: move it to .*flat/1"),
+        ([tmp_path / "models"], "flat/.*onnx is in no version's folder: move it to .*flat/1/"),
         ([tmp_path / "x", tmp_path / "y"], "would both be served as m version 1"),
     ):
         with pytest.raises(DiscoveryError, match=text):

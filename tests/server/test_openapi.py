@@ -99,3 +99,11 @@ def test_no_request_is_the_servers_fault(server: Running, document: dict[str, An
 
 def quoted(name: str) -> str:
     return name if name.startswith("%") else "".join(f"%{b:02x}" for b in name.encode())
+
+
+def test_the_page_of_routes_loads_nothing_from_elsewhere(server: Running, document: dict[str, Any]) -> None:
+    status, headers, body = server.request("GET", "/docs")
+    page = body.decode()
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert all(f"<code>{path}</code>" in page for path in document["paths"])
+    assert not re.search(r"<script|src=|//", page)

@@ -68,8 +68,10 @@ def test_a_label_is_a_version_in_requests() -> None:
         assert ask(running, "m/versions/canary") == "2"
         assert ask(running) == "2"
         assert running.get("/v2/models/m/versions/stable/ready")[0] == 200
-        assert running.get("/v2/models/m/versions/nope/ready") == (404, {"error": "Not Found"})
-        assert running.infer("m/versions/nope", request_of(X)) == (404, {"error": "Not Found"})
+        for label in ("nope", "nope!"):
+            unknown = {"error": f"Request for unknown model: 'm' has no version and no label '{label}'"}
+            assert running.get(f"/v2/models/m/versions/{label}/ready") == (404, unknown)
+            assert running.infer(f"m/versions/{label}", request_of(X)) == (404, unknown)
         traffic(running, labels={"stable": 2})
         assert ask(running, "m/versions/stable") == "2"
         assert running.get("/v2/models/m/versions/canary/ready")[0] == 404

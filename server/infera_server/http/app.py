@@ -18,7 +18,7 @@ from starlette.responses import StreamingResponse
 from infera_server import management
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
-from infera_server.http import coding, inference
+from infera_server.http import coding, inference, reference
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES
 from infera_server.http.intake import MAX_MANAGEMENT_BODY, received
 from infera_server.http.routes import Call, Route, document
@@ -47,7 +47,14 @@ class Json(Response):
 
 def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     """The management application over a service."""
-    app = FastAPI(title="infera", version=server_version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="infera",
+        version=server_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     repository = service.repository
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Exposition(repository))
@@ -206,9 +213,15 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
                 openapi_extra=_described(prefix + path, document()),
             )
 
+    async def docs() -> Response:
+        return Response(reference.page(app.openapi()), media_type="text/html")
+
+    app.add_api_route("/docs", docs, include_in_schema=False)
+
     async def infer(request: Request) -> Response:
         """JSON as below, or JSON and then binary tensors, with its length in Inference-Header-Content-Length."""
-        return _error(404, "Not Found")  # what can be a model's is answered by `hotpath`
+        repository.get(*_target(request))  # what can be a model's is answered by `hotpath`: it says what is not
+        return _error(404, "Not Found")
 
     for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"):
         described = _described(path, v2_rest.SCHEMA)

@@ -162,10 +162,13 @@ class Replying(Connection):
             self._common = b"".join([b"%s: %s\r\n" % header for header in self._headers])
         end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
         head = [STATUS_LINE[status], self._common, *fields, b"content-length: %d\r\n" % size, end]
-        if size <= JOIN_BYTES:
-            self.transport.write(b"".join([*head, *body]))
-        else:
-            self.transport.writelines([b"".join(head), *body])
+        try:
+            if size <= JOIN_BYTES:
+                self.transport.write(b"".join([*head, *body]))
+            else:
+                self.transport.writelines([b"".join(head), *body])
+        except RuntimeError:  # of uvloop: its client has reset it, which `connection_lost` has yet to say
+            return
         if exchange.model is not None:
             exchange.model.stats.replied(status, time.monotonic() - exchange.started_at)
             exchange.model = None  # an idle connection must not keep a model that is unloaded

@@ -148,9 +148,9 @@ def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
                 elif child.is_dir():
                     found = list(versions(child, path, problems))
                     yield from found
-                    if not found and any(map(_is_model, child.iterdir())):
+                    if not found and (file := next(filter(_is_model, sorted(child.iterdir())), None)):
                         problems.setdefault(
-                            child.name, f"{child} holds a model but no version: move it to {child / '1'}"
+                            child.name, f"{file} is in no version's folder: move it to {child / '1' / file.name}"
                         )
 
 

@@ -304,7 +304,7 @@ class Repository:
         if versions is None:
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
         if version is not None and not (version.isascii() and version.isdigit()):
-            raise NotFound("Not Found")
+            raise NotFound(f"Request for unknown model: '{name}' has no version and no label '{short(version)}'")
         if version is not None and version not in versions:
             raise NotFound(f"Request for unknown model: '{name}' version {short(version)} is not found")
         entries = list(versions.values()) if version is None else [versions[version]]
