@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from infera_server.access import Access, Key
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.http.intake import Intake
-from infera_server.http.pace import Pace
 from infera_server.http.recall import Heads
 from infera_server.http.templates import Templates
 from infera_server.http.upload import Room, room
@@ -65,7 +64,6 @@ class Service:
     templates: Templates = field(default_factory=Templates, init=False)
     streams: int = field(default=0, init=False)
     """WebSockets that are open."""
-    pace: Pace = field(default_factory=Pace, init=False)
     room: Room = field(default_factory=lambda: room, init=False)
     """Where large bodies are received."""
 

@@ -131,6 +131,13 @@ def x_of(rows: int) -> HostArray:
     return np.random.default_rng(rows).standard_normal((rows, 6)).astype(np.float32)
 
 
+def test_threads_hand_over_soon_while_a_server_runs() -> None:
+    before = sys.getswitchinterval()
+    with serving({"double": doubler()}):
+        assert sys.getswitchinterval() == pytest.approx(server.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == before
+
+
 # --- the process ---------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from infera_server import codec
 from infera_server.codec import Buffer
-from infera_server.errors import Overloaded, RequestError, Unauthorized, request_error, retry_after
+from infera_server.errors import RequestError, Unauthorized, request_error, retry_after
 from infera_server.http import coding
 from infera_server.http.connection import Connection
 from infera_server.http.exchange import INLINE_BYTES, Exchange
@@ -145,8 +145,6 @@ class Replying(Connection):
         if self.service.draining:
             exchange.keep_alive = False  # a connection that is closed at the end could have a request under way
         self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
-        if isinstance(error, Overloaded) and exchange.model is not None:  # not over the rate of its key
-            self.service.pace.refused()
 
     def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
         self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange

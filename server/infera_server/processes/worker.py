@@ -19,7 +19,6 @@ from uvicorn.loops.auto import auto_loop_factory
 from infera_server.access import Access, Key, SharedBucket
 from infera_server.errors import Unavailable
 from infera_server.http.app import create_app
-from infera_server.http.pace import Pace
 from infera_server.listening import listen
 from infera_server.models.evictions import Elsewhere
 from infera_server.models.repository import Repository
@@ -96,7 +95,6 @@ class Worker:
         self._service = Service(settings, repository, self._access(begin))
         self._service.tracing = Passed(self._channel)
         self._service.room = self._link.memory
-        self._service.pace = Pace(sleep=lambda seconds: None)  # there are no engine threads here to make way for
         evicted = Elsewhere(partial(self._channel.tell, RECALL))
         self._mirror = Mirror(self._service, self._link, evicted)
         self._mirror.read(first)
