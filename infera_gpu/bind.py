@@ -10,70 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
-from infera_gpu.devices.base import Device, host_block, host_view, usual_buffers
+from infera_gpu.constants import Constants
+from infera_gpu.devices.base import Device, host_block, host_view
 from infera_gpu.devices.ports import Ports
 from infera_gpu.errors import InferaError, InputError, PlanError, planning
-from infera_gpu.graph import Graph, HostArray
+from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import ALIGN, aligned
-from infera_gpu.op import Call, Kernel, Launcher
+from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
 
 if TYPE_CHECKING:
     from infera_kernels.tuning import Tuned
-
-MAX_FOLDED = 1 << 27
-"""Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
-
-
-class Constants:
-    """A session's constants as the device holds them: each one, and each packed form of it, made once.
-
-    Only the arrays of `graph` are kept; what planning folded for one shape lives as long as what is bound to it.
-    """
-
-    def __init__(self, device: Device, graph: Graph) -> None:
-        self._device = device
-        self._lasting = {id(a): a for g in graph.walk() for a in g.constants.values()}
-        self._made: dict[tuple[int, str, Space], Array] = {}
-
-    def get(
-        self, host: HostArray, space: Space, tag: str = "", build: Callable[[HostArray], HostArray] | None = None
-    ) -> Array:
-        """`host` in `space`, or what `build` makes of it. `tag` names the packed form."""
-        key = (id(host), tag, space)
-        found = self._made.get(key)
-        if found is None:
-            lasting = id(host) in self._lasting
-            packed = host
-            if build is not None:
-                with usual_buffers():
-                    packed = np.ascontiguousarray(build(host))
-            found = self._device.constant(packed, space, lasting=lasting)
-            if lasting:
-                self._made[key] = found
-        return found
-
-    def missing(self, plan: Plan) -> int:
-        """Bytes of the plan's constants that the device does not have yet. Packed forms are taken to be as large."""
-        made = {key[0] for key in self._made}
-        return sum(a.nbytes for a in plan.constants.values() if id(a) not in made)
-
-    def folded(self, plan: Plan) -> int:
-        """Bytes of the plan's constants that are none of the graph's."""
-        return sum(a.nbytes for a in plan.constants.values() if id(a) not in self._lasting)
-
-    def clear(self) -> None:
-        """Let every constant go."""
-        self._lasting.clear()
-        self._made.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the constants in the device's space."""
-        return sum(int(a.nbytes) for (_, _, space), a in self._made.items() if space == self._device.space)
 
 
 class LazyInputs(Sequence["Array | None"]):
@@ -156,144 +106,8 @@ class BoundBuffers:
         return self._device.constant(np.ascontiguousarray(value), self._space)
 
 
-class _Dummies(BoundBuffers):
-    """What a kernel is bound to while planning. `parts` is into how many it splits; it does not make their calls."""
-
-    parts = 1
-
-    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
-        self.parts = max(self.parts, len(parts))
-        return []
-
-
 def _view(device: Device, block: Any, operand: Operand) -> Array:
     return host_view(block, operand) if operand.space == "host" else device.view(block, operand)
-
-
-MEASURED = 4096
-"""Answers that a measurer remembers; beyond that it forgets all of them."""
-
-SMALL = 16
-"""Elements of a constant on which a kernel's scratch may depend whatever its type; see op.Kernel."""
-
-
-class Measurer:
-    """A lower.Measure: binds a kernel to host dummies, adds up the scratch that it asks for and counts its parts.
-
-    Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
-    """
-
-    def __init__(self, device: Device, constants: Constants) -> None:
-        self._device, self._constants = device, constants
-        self._known: dict[tuple[object, ...], tuple[int, int]] = {}
-        self._room = _Room()
-
-    def __call__(
-        self, kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
-    ) -> tuple[int, int]:
-        if not any(o.nbytes for o in outs):
-            return 0, 1
-        key = _alike(kernel, placed, ins, outs)
-        found = None if key is None else self._known.get(key)
-        if found is None:
-            found = _scratch_bytes(self._device, self._constants, kernel, placed, ins, outs, self._room)
-            if key is not None:
-                if len(self._known) >= MEASURED:
-                    self._known.clear()
-                self._known[key] = found
-        return found
-
-    def rest(self) -> None:
-        """Give most of the dummies' memory back: a plan is done."""
-        self._room.shrink()
-
-
-def _scratch_bytes(
-    device: Device,
-    constants: Constants,
-    kernel: Kernel,
-    placed: Placed,
-    ins: tuple[Operand | None, ...],
-    outs: tuple[Operand, ...],
-    room: _Room,
-) -> tuple[int, int]:
-    total = 0
-
-    def scratch(nbytes: int) -> tuple[HostArray, int]:
-        nonlocal total
-        total += aligned(nbytes)
-        return room.take(nbytes)
-
-    def dummy(operand: Operand | None, value: HostArray | None = None) -> HostArray | None:
-        if operand is None or (value is not None and value.flags.c_contiguous):
-            return value
-        low, high = operand.bounds()
-        block, offset = room.take(high - low)
-        return host_view(block, operand.moved(offset - low))
-
-    try:
-        dummies = tuple(map(dummy, ins, placed.site.values))
-        io = _Dummies(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
-        kernel.bind(placed.site, io)
-    finally:
-        room.clear()
-    return total, io.parts
-
-
-class _Room:
-    """Host memory that is given out and never written to: the system has to find none for it.
-
-    A larger block stays until it is to `shrink`. Asking for memory takes longer than planning a small node, and where
-    it comes in pages of 2 MiB even a block that nobody touches may cost one of them.
-    """
-
-    LEAST, AHEAD = 1 << 20, 1 << 26
-
-    def __init__(self) -> None:
-        self._block = self._least = host_block(self.LEAST)
-        self._used = 0
-
-    def take(self, nbytes: int) -> tuple[HostArray, int]:
-        """A block, and where in it so many bytes are free."""
-        at, self._used = self._used, self._used + aligned(nbytes)
-        if self._used > self._block.nbytes:
-            self._block = host_block(max(aligned(nbytes), min(2 * self._block.nbytes, self.AHEAD)))
-            at, self._used = 0, aligned(nbytes)
-        return self._block, at
-
-    def clear(self) -> None:
-        """All of it is free again."""
-        self._used = 0
-
-    def shrink(self) -> None:
-        """LEAST bytes are left."""
-        self._block, self._used = self._least, 0
-
-
-def _alike(
-    kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
-) -> tuple[object, ...] | None:
-    """Equal for two nodes that ask for the same scratch; None where that cannot be told."""
-    site = placed.site
-    key: list[object] = [id(placed.op), id(kernel), site.opset, len(ins), *site.attrs.values()]
-    key += map(bool, site.node.outputs)
-    for value in site.values:
-        if value is None:
-            key.append(None)
-        elif value.size <= SMALL and value.dtype.kind != "O":
-            key.append(value.tobytes())
-        elif value.dtype.kind == "f":
-            key.append(True)
-        else:
-            return None
-    for o in (*ins, *outs):
-        key += (None,) if o is None else (o.shape, o.strides, o.dtype.num)
-    found = tuple(key)
-    try:
-        hash(found)
-    except TypeError:  # an attribute is an array
-        return None
-    return found
 
 
 class Given:

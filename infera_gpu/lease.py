@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from infera_gpu.bind import MAX_FOLDED, Bound, Constants, bind
+from infera_gpu.bind import Bound, bind
+from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.garbage import uncollected

@@ -14,7 +14,8 @@ from weakref import WeakSet
 
 import numpy as np
 
-from infera_gpu.bind import Bound, Constants
+from infera_gpu.bind import Bound
+from infera_gpu.constants import Constants
 from infera_gpu.devices import Device, tiles_of
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.errors import DeviceError, InputError

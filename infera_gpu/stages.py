@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from infera_gpu.bind import MAX_FOLDED, Constants, Measurer
+from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.garbage import uncollected
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.lower import lower
+from infera_gpu.measure import Measurer
 from infera_gpu.op import Registry, Site, Subgraph
 from infera_gpu.plan import Plan
 from infera_gpu.spec import TensorSpec, ValueSpec, is_plain, spec_of, value_spec

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infera_gpu.bind import SMALL, Constants, Measurer
+from infera_gpu.constants import Constants
 from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.layout import Operand, dense
+from infera_gpu.measure import SMALL, Measurer
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import spec_of

@@ -1,0 +1,64 @@
+"""A session's constants on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from infera_gpu.devices.base import Device, usual_buffers
+from infera_gpu.graph import Graph, HostArray
+from infera_gpu.layout import Space
+from infera_gpu.plan import Plan
+from infera_gpu.spec import Array
+
+MAX_FOLDED = 1 << 27
+"""Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
+
+
+class Constants:
+    """A session's constants as the device holds them: each one, and each packed form of it, made once.
+
+    Only the arrays of `graph` are kept; what planning folded for one shape lives as long as what is bound to it.
+    """
+
+    def __init__(self, device: Device, graph: Graph) -> None:
+        self._device = device
+        self._lasting = {id(a): a for g in graph.walk() for a in g.constants.values()}
+        self._made: dict[tuple[int, str, Space], Array] = {}
+
+    def get(
+        self, host: HostArray, space: Space, tag: str = "", build: Callable[[HostArray], HostArray] | None = None
+    ) -> Array:
+        """`host` in `space`, or what `build` makes of it. `tag` names the packed form."""
+        key = (id(host), tag, space)
+        found = self._made.get(key)
+        if found is None:
+            lasting = id(host) in self._lasting
+            packed = host
+            if build is not None:
+                with usual_buffers():
+                    packed = np.ascontiguousarray(build(host))
+            found = self._device.constant(packed, space, lasting=lasting)
+            if lasting:
+                self._made[key] = found
+        return found
+
+    def missing(self, plan: Plan) -> int:
+        """Bytes of the plan's constants that the device does not have yet. Packed forms are taken to be as large."""
+        made = {key[0] for key in self._made}
+        return sum(a.nbytes for a in plan.constants.values() if id(a) not in made)
+
+    def folded(self, plan: Plan) -> int:
+        """Bytes of the plan's constants that are none of the graph's."""
+        return sum(a.nbytes for a in plan.constants.values() if id(a) not in self._lasting)
+
+    def clear(self) -> None:
+        """Let every constant go."""
+        self._lasting.clear()
+        self._made.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the constants in the device's space."""
+        return sum(int(a.nbytes) for (_, _, space), a in self._made.items() if space == self._device.space)

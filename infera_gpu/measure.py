@@ -1,0 +1,149 @@
+"""How much scratch a kernel asks for and into how many parts it splits, found out while planning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from infera_gpu.bind import BoundBuffers
+from infera_gpu.constants import Constants
+from infera_gpu.devices.base import Device, host_block, host_view
+from infera_gpu.graph import HostArray
+from infera_gpu.layout import Operand
+from infera_gpu.memory import aligned
+from infera_gpu.op import Call, Kernel
+from infera_gpu.specialize import Placed
+
+MEASURED = 4096
+"""Answers that a measurer remembers; beyond that it forgets all of them."""
+
+SMALL = 16
+"""Elements of a constant on which a kernel's scratch may depend whatever its type; see op.Kernel."""
+
+
+class Measurer:
+    """A lower.Measure: binds a kernel to host dummies, adds up the scratch that it asks for and counts its parts.
+
+    Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
+    """
+
+    def __init__(self, device: Device, constants: Constants) -> None:
+        self._device, self._constants = device, constants
+        self._known: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._room = _Room()
+
+    def __call__(
+        self, kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
+    ) -> tuple[int, int]:
+        if not any(o.nbytes for o in outs):
+            return 0, 1
+        key = _alike(kernel, placed, ins, outs)
+        found = None if key is None else self._known.get(key)
+        if found is None:
+            found = _scratch_bytes(self._device, self._constants, kernel, placed, ins, outs, self._room)
+            if key is not None:
+                if len(self._known) >= MEASURED:
+                    self._known.clear()
+                self._known[key] = found
+        return found
+
+    def rest(self) -> None:
+        """Give most of the dummies' memory back: a plan is done."""
+        self._room.shrink()
+
+
+class _Dummies(BoundBuffers):
+    """What a kernel is bound to while planning. `parts` is into how many it splits; it does not make their calls."""
+
+    parts = 1
+
+    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
+        self.parts = max(self.parts, len(parts))
+        return []
+
+
+def _scratch_bytes(
+    device: Device,
+    constants: Constants,
+    kernel: Kernel,
+    placed: Placed,
+    ins: tuple[Operand | None, ...],
+    outs: tuple[Operand, ...],
+    room: _Room,
+) -> tuple[int, int]:
+    total = 0
+
+    def scratch(nbytes: int) -> tuple[HostArray, int]:
+        nonlocal total
+        total += aligned(nbytes)
+        return room.take(nbytes)
+
+    def dummy(operand: Operand | None, value: HostArray | None = None) -> HostArray | None:
+        if operand is None or (value is not None and value.flags.c_contiguous):
+            return value
+        low, high = operand.bounds()
+        block, offset = room.take(high - low)
+        return host_view(block, operand.moved(offset - low))
+
+    try:
+        dummies = tuple(map(dummy, ins, placed.site.values))
+        io = _Dummies(device, constants, placed, dummies, tuple(map(dummy, outs)), "host", scratch)
+        kernel.bind(placed.site, io)
+    finally:
+        room.clear()
+    return total, io.parts
+
+
+class _Room:
+    """Host memory that is given out and never written to: the system has to find none for it.
+
+    A larger block stays until it is to `shrink`. Asking for memory takes longer than planning a small node, and where
+    it comes in pages of 2 MiB even a block that nobody touches may cost one of them.
+    """
+
+    LEAST, AHEAD = 1 << 20, 1 << 26
+
+    def __init__(self) -> None:
+        self._block = self._least = host_block(self.LEAST)
+        self._used = 0
+
+    def take(self, nbytes: int) -> tuple[HostArray, int]:
+        """A block, and where in it so many bytes are free."""
+        at, self._used = self._used, self._used + aligned(nbytes)
+        if self._used > self._block.nbytes:
+            self._block = host_block(max(aligned(nbytes), min(2 * self._block.nbytes, self.AHEAD)))
+            at, self._used = 0, aligned(nbytes)
+        return self._block, at
+
+    def clear(self) -> None:
+        """All of it is free again."""
+        self._used = 0
+
+    def shrink(self) -> None:
+        """LEAST bytes are left."""
+        self._block, self._used = self._least, 0
+
+
+def _alike(
+    kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
+) -> tuple[object, ...] | None:
+    """Equal for two nodes that ask for the same scratch; None where that cannot be told."""
+    site = placed.site
+    key: list[object] = [id(placed.op), id(kernel), site.opset, len(ins), *site.attrs.values()]
+    key += map(bool, site.node.outputs)
+    for value in site.values:
+        if value is None:
+            key.append(None)
+        elif value.size <= SMALL and value.dtype.kind != "O":
+            key.append(value.tobytes())
+        elif value.dtype.kind == "f":
+            key.append(True)
+        else:
+            return None
+    for o in (*ins, *outs):
+        key += (None,) if o is None else (o.shape, o.strides, o.dtype.num)
+    found = tuple(key)
+    try:
+        hash(found)
+    except TypeError:  # an attribute is an array
+        return None
+    return found
