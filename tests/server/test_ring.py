@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -15,11 +16,12 @@ import pytest
 
 from infera_server.access import BUCKET_BYTES, SharedBucket
 from infera_server.errors import Overloaded, Unavailable
+from infera_server.processes import arena
 from infera_server.processes.arena import Blocks, Lent
 from infera_server.processes.channel import Channel, Content
 from infera_server.processes.front_wire import put, read
 from infera_server.processes.ring import Reader, Writer, ring_fds
-from infera_server.processes.segment import shared_file
+from infera_server.processes.segment import STEP, shared_file
 from infera_server.scheduling.rows import HostArray
 
 LIMIT = 1 << 20
@@ -97,6 +99,33 @@ def test_a_block_is_free_once_nobody_views_it(ends: tuple[Blocks, Lent]) -> None
     del row
     returned(blocks, lent)
     assert blocks.taken == 0
+
+
+def test_memory_that_nobody_needs_goes_back_to_the_system(
+    ends: tuple[Blocks, Lent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, lent = ends
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(arena, "KEPT", 1 << 16)
+    monkeypatch.setattr(arena, "LARGE", 1 << 14)
+    resident: list[int] = []
+    for most in (LIMIT // 8, LIMIT // 3, LIMIT // 16) * 10:
+        held: list[tuple[int, HostArray]] = []
+        with contextlib.suppress(Overloaded):
+            while True:
+                written = rng.integers(0, 256, int(rng.integers(1, most)), np.uint8)
+                offset = blocks.take(len(written))
+                memory = blocks.reaching(offset + len(written), grow=True)
+                memory[offset : offset + len(written)] = written.tobytes()
+                held.append((offset, written))
+        for offset, written in held:
+            np.testing.assert_array_equal(lent.block(offset, len(written)), written)
+            blocks.give_back(offset)
+        lent.returned.clear()
+        resident.append(os.fstat(blocks.fd).st_blocks * 512)
+    assert blocks.taken == 0
+    assert max(resident) <= LIMIT + STEP
+    assert min(resident) < LIMIT // 4
 
 
 @pytest.mark.parametrize("first", ["writer", "reader"])

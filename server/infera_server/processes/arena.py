@@ -16,6 +16,10 @@ RETRY_AFTER = 0.1
 """Seconds after which a request is worth another try that found no memory."""
 
 
+KEPT, LARGE = 64 << 20, 1 << 20
+"""Bytes of free blocks that keep their memory, for the next ones; large blocks beyond give it back to the system."""
+
+
 class _View(weakref.ref[HostArray]):
     """Knows when nothing views a block any more."""
 
@@ -62,14 +66,17 @@ class Blocks(_Watched):
     """The writer's end: blocks by their offsets, of at most `limit` bytes altogether, each held by one or several.
 
     A block that nobody holds is taken again for one of its size. Only where none is left and the limit is reached are
-    free neighbours joined.
+    free neighbours joined. The memory of large ones that are free goes back to the system, but for some that is kept.
     """
 
     def __init__(self, fd: int, limit: int) -> None:
         super().__init__(fd)
         self._limit = limit
-        self._end = 0
-        self._given = 0
+        self._end = self._reached = 0
+        self._given = self._idle = 0
+        self._hollow: set[int] = set()
+        """Free blocks that may have no memory."""
+
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
         self._shared: dict[int, int] = {}
@@ -84,10 +91,19 @@ class Blocks(_Watched):
         size = _rounded(nbytes)
         if free := self._free.get(size):
             offset = free.pop()
+            if offset not in self._hollow:
+                self._idle -= size
         elif (found := self._beyond(size)) is not None or (found := self._joined(size)) is not None:
             offset = found
         else:
             raise Overloaded(f"{nbytes:,} bytes of shared memory are not free, of {self._limit:,}", RETRY_AFTER)
+        if offset in self._hollow:
+            try:
+                self.refill(offset, size)
+            except OSError as error:
+                self._free[size].append(offset)
+                raise Overloaded(f"{nbytes:,} bytes of memory cannot be had: {error.strerror}", RETRY_AFTER) from None
+            self._hollow.discard(offset)
         self._sizes[offset] = size
         return offset
 
@@ -98,7 +114,12 @@ class Blocks(_Watched):
     def give_back(self, offset: int) -> None:
         """One that held a block does no more."""
         if (others := self._shared.pop(offset, 0)) == 0:
-            self._free[self._sizes.pop(offset)].append(offset)
+            self._free[size := self._sizes.pop(offset)].append(offset)
+            if size >= LARGE and self._idle + size > KEPT:
+                self.empty(offset, size)
+                self._hollow.add(offset)
+            else:
+                self._idle += size
         elif others > 1:
             self._shared[offset] = others - 1
 
@@ -145,6 +166,9 @@ class Blocks(_Watched):
         if self._end + size > self._limit:
             return None
         offset, self._end = self._end, self._end + size
+        if offset < self._reached:
+            self._hollow.add(offset)
+        self._reached = max(self._reached, self._end)
         return offset
 
     def _joined(self, size: int) -> int | None:
@@ -166,6 +190,8 @@ class Blocks(_Watched):
         self._free.clear()
         for start, length in spans:
             self._free[length].append(start)
+        self._hollow = {start for start, _ in spans} | ({found} if found is not None else set())  # or parts of them
+        self._idle = 0
         return found
 
 

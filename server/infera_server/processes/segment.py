@@ -113,11 +113,21 @@ class Segment:
                 before = 0 if self._map is None else len(self._map)
                 size = max(1, -(-max(end, before + before // 4) // STEP)) * STEP
                 try:
-                    os.posix_fallocate(self.fd, 0, size)
+                    os.posix_fallocate(self.fd, before, size - before)
                 except OSError as error:
                     raise Unavailable(f"{size:,} bytes of shared memory cannot be had: {error.strerror}") from None
             self._map = mmap.mmap(self.fd, 0)
         return self._map
+
+    def empty(self, offset: int, nbytes: int) -> None:
+        """Let the system have the memory of these bytes, which nobody views; `refill` before they are used again."""
+        start, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and start < min(end, len(self._map)):
+            self._map.madvise(mmap.MADV_REMOVE, start, min(end, len(self._map)) - start)
+
+    def refill(self, offset: int, nbytes: int) -> None:
+        """Reserve memory for these bytes where they have none. Raises OSError."""
+        os.posix_fallocate(self.fd, offset, nbytes)
 
 
 def shared_file(name: str) -> int:
