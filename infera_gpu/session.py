@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -18,8 +18,9 @@ from infera_gpu.bind import Bound
 from infera_gpu.constants import Constants
 from infera_gpu.devices import Device, tiles_of
 from infera_gpu.devices.base import require_host_memory
+from infera_gpu.entry import Entering, Entry
 from infera_gpu.errors import DeviceError, InputError
-from infera_gpu.feeds import shape_of, value_of
+from infera_gpu.feeds import shape_of
 from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
@@ -27,8 +28,8 @@ from infera_gpu.passes import Precision, Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan import Plan, Step
 from infera_gpu.results import RESULTS
-from infera_gpu.spec import Array, TensorSpec, ValueSpec, bind_symbols, is_plain, tensors_of
-from infera_gpu.stages import Shapes, Stage, Stages
+from infera_gpu.spec import Array, TensorSpec, ValueSpec, tensors_of
+from infera_gpu.stages import Stage, Stages
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
@@ -52,14 +53,6 @@ class Timing:
 
     def __repr__(self) -> str:
         return f"<{self.step.label}: {self.seconds * 1e6:.1f} µs>"
-
-
-class Entering(NamedTuple):
-    """The feeds of a run: arrays, the shapes of all inputs, and what no arena holds, to which a run adds."""
-
-    arrays: dict[str, Array]
-    shapes: Shapes
-    objects: dict[str, Any]
 
 
 def optimized(graph: Graph, device: Device, report: Report | None = None, precision: Precision = "fp32") -> Graph:
@@ -113,11 +106,7 @@ class Session:
         self._inner: WeakSet[Session] = WeakSet()
         self._deriving = threading.Lock()
         self._guests = 0
-        self._expected = {
-            n: (s, s.dtype if isinstance(s, TensorSpec) and is_plain(s) else None) for n, s in self.inputs.items()
-        }
-        """Of each input its type, and what an array has that is one as it is."""
-        self._all_plain = all(map(is_plain, self.inputs.values()))
+        self._entry = Entry(self.inputs, device)
         self._arena = arena or Arena()
         self._arena.join(self, device)
         self._inside = Arena(self._arena.max_concurrency)
@@ -221,7 +210,7 @@ class Session:
         self._inner.add(inner)
 
         def run(*values: Any) -> list[Any]:
-            return list(inner._collect(inner._sort(dict(zip(inner.inputs, values, strict=True)))).values())
+            return list(inner._collect(inner._entry.sort(dict(zip(inner.inputs, values, strict=True)))).values())
 
         return run
 
@@ -330,9 +319,9 @@ class Session:
         shapes = {name: shape_of(name, value) for name, value in inputs.items()}
         if (session := self._for(shapes)) is not self:
             return session.plan_for(inputs)
-        self._check_names(shapes)
+        self._entry.check_names(shapes)
         ordered = tuple(shapes[name] for name in self.inputs)
-        self._check_shapes(ordered)
+        self._entry.check_shapes(ordered)
         self._refuse_closed()
         return self._stages.first(ordered).plan
 
@@ -456,53 +445,10 @@ class Session:
     # ---- feeds
 
     def _check(self, feeds: Mapping[str, Any]) -> Entering:
-        if type(feeds) is not dict and not isinstance(feeds, Mapping):
-            raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
-        self._check_names(feeds)
-        values = {}
-        for name, (spec, dtype) in self._expected.items():
-            value = feeds[name]
-            if dtype is not None and type(value) is np.ndarray and value.dtype == dtype:
-                values[name] = value  # as it is, whatever the device
-            else:
-                values[name] = value_of(name, value, spec, self.device)
-        found = self._sort(values)
+        found = self._entry.take(feeds)
         if not self._stages.known(found.shapes):
-            self._check_shapes(found.shapes)
+            self._entry.check_shapes(found.shapes)
         return found
-
-    def _sort(self, values: dict[str, Any]) -> Entering:
-        if self._all_plain:
-            return Entering(values, tuple(a.shape for a in values.values()), {})
-        plain = {k: v for k, v in values.items() if is_plain(self.inputs[k])}
-        return Entering(
-            plain,
-            tuple(v.shape if isinstance(self.inputs[k], TensorSpec) else () for k, v in values.items()),
-            {k: v for k, v in values.items() if k not in plain},
-        )
-
-    def _check_names(self, given: Mapping[str, Any]) -> None:
-        if given.keys() == self.inputs.keys():
-            return
-        expected = ", ".join(f"{k} {s}" for k, s in self.inputs.items()) or "none"
-        for name in self.inputs:
-            if name not in given:
-                others = ", ".join(f"'{k}'" for k in given if k not in self.inputs)
-                unknown = f", but {others} given" if others else ""
-                raise InputError(f"input '{name}' is missing{unknown}; the model's inputs are: {expected}")
-        for name in given:
-            if name not in self.inputs:
-                raise InputError(f"'{name}' is not an input; the model's inputs are: {expected}")
-
-    def _check_shapes(self, shapes: Shapes) -> None:
-        try:
-            bind_symbols(
-                (n, s, shape)
-                for (n, s), shape in zip(self.inputs.items(), shapes, strict=True)
-                if isinstance(s, TensorSpec)
-            )
-        except ValueError as error:
-            raise InputError(f"input {error}") from None
 
     # ---- the rest
 

@@ -1,0 +1,86 @@
+"""What enters a session's runs: feeds checked against its inputs, converted, and sorted by where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infera_gpu.devices import Device
+from infera_gpu.errors import InputError
+from infera_gpu.feeds import value_of
+from infera_gpu.spec import Array, TensorSpec, ValueSpec, bind_symbols, is_plain
+from infera_gpu.stages import Shapes
+
+
+class Entering(NamedTuple):
+    """The feeds of a run: arrays, the shapes of all inputs, and what no arena holds, to which a run adds."""
+
+    arrays: dict[str, Array]
+    shapes: Shapes
+    objects: dict[str, Any]
+
+
+class Entry:
+    """The inputs of a session, on its device."""
+
+    def __init__(self, inputs: Mapping[str, ValueSpec], device: Device) -> None:
+        self.inputs, self._device = inputs, device
+        self._expected = {
+            n: (s, s.dtype if isinstance(s, TensorSpec) and is_plain(s) else None) for n, s in inputs.items()
+        }
+        """Of each input its type, and what an array has that is one as it is."""
+        self._all_plain = all(map(is_plain, inputs.values()))
+
+    def take(self, feeds: Mapping[str, Any]) -> Entering:
+        """The values of all inputs; their shapes are not checked. Raises InputError."""
+        if type(feeds) is not dict and not isinstance(feeds, Mapping):
+            raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
+        self.check_names(feeds)
+        values = {}
+        for name, (spec, dtype) in self._expected.items():
+            value = feeds[name]
+            if dtype is not None and type(value) is np.ndarray and value.dtype == dtype:
+                values[name] = value  # as it is, whatever the device
+            else:
+                values[name] = value_of(name, value, spec, self._device)
+        return self.sort(values)
+
+    def sort(self, values: dict[str, Any]) -> Entering:
+        """Values of all inputs, in their order."""
+        if self._all_plain:
+            return Entering(values, tuple(a.shape for a in values.values()), {})
+        plain = {k: v for k, v in values.items() if is_plain(self.inputs[k])}
+        return Entering(
+            plain,
+            tuple(v.shape if isinstance(self.inputs[k], TensorSpec) else () for k, v in values.items()),
+            {k: v for k, v in values.items() if k not in plain},
+        )
+
+    def check_names(self, given: Mapping[str, Any]) -> None:
+        """Raises InputError where an input is missing, or something else is given."""
+        if given.keys() == self.inputs.keys():
+            return
+        expected = ", ".join(f"{k} {s}" for k, s in self.inputs.items()) or "none"
+        for name in self.inputs:
+            if name not in given:
+                others = ", ".join(f"'{k}'" for k in given if k not in self.inputs)
+                unknown = f", but {others} given" if others else ""
+                raise InputError(f"input '{name}' is missing{unknown}; the model's inputs are: {expected}")
+        for name in given:
+            if name not in self.inputs:
+                raise InputError(f"'{name}' is not an input; the model's inputs are: {expected}")
+
+    def check_shapes(self, shapes: Shapes) -> None:
+        """Raises InputError for sizes that are not those declared, or that differ where one symbol stands for them."""
+        try:
+            bind_symbols(
+                (n, s, shape)
+                for (n, s), shape in zip(self.inputs.items(), shapes, strict=True)
+                if isinstance(s, TensorSpec)
+            )
+        except ValueError as error:
+            raise InputError(f"input {error}") from None
+
+    # ---- the rest
