@@ -19,6 +19,8 @@ from infera_gpu.session import TUNING_SECONDS, Session
 from infera_gpu.source import Source
 from infera_gpu.specialize import check_supported
 
+registry()  # what most models need is imported with the package
+
 
 @uncollected()
 def load(

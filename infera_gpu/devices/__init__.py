@@ -1,4 +1,7 @@
-"""Places to run. A device is chosen by name and opened when a session asks for it, never at import."""
+"""Places to run. A device is chosen by name and opened when a session asks for it, never at import.
+
+Only the CPU's module is imported with the package: it imports no device library, and is what there is without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import Device
+from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import DeviceError
 from infera_kernels.jit import installed
 
@@ -39,8 +43,6 @@ def open_device(
     if batch_invariant:
         _require_invariant(name)
     if name == "cpu":
-        from infera_gpu.devices.cpu import CpuDevice
-
         return CpuDevice(threads, strict, _compiles(jit))
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice

@@ -23,6 +23,10 @@ def declared(module: str) -> tuple[Op, ...]:
     return found
 
 
+COMMON = ("activation", "conv", "elementwise", "indexing", "matmul", "shape", "slicing")
+"""The files that at least half of the models of `bench.first` need. They are imported with the registry, and so with
+the package; a model that needs others imports those while it is loaded."""
+
 OLDEST = "legacy"
 """The file of what operators were before opset 7. It makes them of newer ones, whose files it imports."""
 
@@ -44,6 +48,7 @@ class _Declared(Registry):
             for name in names:
                 self._by_name.setdefault(name, []).append(module)
         self._new = [module for module in self._left if module not in indexed]
+        self._import(COMMON)
 
     def _import(self, modules: Iterable[str]) -> None:
         with self._importing:

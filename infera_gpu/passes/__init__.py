@@ -38,6 +38,7 @@ from infera_gpu.passes import (
 from infera_gpu.passes.chains import chained, may_chain
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, exhaust
+from infera_gpu.passes.facts import Known
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
 from infera_gpu.passes.int8 import quantised
@@ -115,15 +116,16 @@ class _Passes:
             graph = self.changed("int8", graph, quantised(graph))
         if not quant.INTEGERS.isdisjoint(self.kinds):
             graph = drop_dead(centre.centred(self.fused(graph, QUANTIZED), integers="cpu" not in self.kinds))
+        known: dict[str, Known] = {}
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
-            ("remove_identities", lambda g: drop_outputs(remove_identities(g))),
+            ("remove_identities", lambda g: drop_outputs(remove_identities(g, known))),
             ("share_values", lambda g: share_values(g, self.registry)),
         )
         for name, rewritten in early:
             before, graph = graph, rewritten(graph)
             self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
-        graph = self.fused(graph, FUSIONS)
+        graph = self.fused(graph, FUSIONS, known)
         for siblings in SIBLINGS:
             if siblings.fits(self.strict, self.kinds):
                 before, (graph, times) = graph, joined(graph, siblings)
@@ -140,16 +142,19 @@ class _Passes:
             graph = drop_dead(draft.finished())
         return graph
 
-    def fused(self, graph: Graph, fusions: Sequence[Fusion]) -> Graph:
-        """The graph after these fusions, in order."""
+    def fused(self, graph: Graph, fusions: Sequence[Fusion], known: dict[str, Known] | None = None) -> Graph:
+        """The graph after these fusions, in order. `known`: see `Facts`."""
         present = {n.qualified for n in graph.nodes}
-        fitting = [f for f in fusions if f.fits(self.strict, self.kinds)]
-        if not any(f.by_root(present) for f in fitting):
+        fitting = [(f, bool(f.by_root(present))) for f in fusions if f.fits(self.strict, self.kinds)]
+        if not any(may for _, may in fitting):
             return drop_dead(graph)
-        draft = Draft(graph)
-        for fusion in fitting:
-            count = len(draft)
-            self.tell(fusion.name, exhaust(draft, fusion), count, len(draft))
+        draft, changed = Draft(graph, known), False
+        for fusion, may in fitting:
+            if may or changed:  # what one makes may be what another looks for
+                count = len(draft)
+                times = exhaust(draft, fusion)
+                changed = changed or times > 0
+                self.tell(fusion.name, times, count, len(draft))
         return drop_dead(draft.finished())
 
     def inside(self, node: Node) -> Node:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.passes.facts import Facts
+from infera_gpu.passes.facts import Facts, Known
 from infera_gpu.spec import TensorSpec
 
 
@@ -14,10 +14,11 @@ class Draft:
     """The nodes of a graph, each in a slot of its place in topological order; slots fall empty, none is added.
 
     `graph` has the inputs, outputs and opsets, and the constants with those that were added; not its nodes, which
-    `finished` gives. `readers` maps a value to those who read it, by identity; captures of subgraphs count.
+    `finished` gives. `readers` maps a value to those who read it, by identity; captures of subgraphs count. `known` is
+    what an earlier pass found out of the values' types: see `Facts`.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, known: dict[str, Known] | None = None) -> None:
         self.constants: dict[str, HostArray] = dict(graph.constants)
         self.graph = replace(graph, nodes=(), constants=self.constants)
         self.slots: list[Node | None] = list(graph.nodes)
@@ -28,7 +29,7 @@ class Draft:
         self._slot: dict[int, int] = {}
         for slot, n in enumerate(graph.nodes):
             self._enter(n, slot)
-        self._facts = Facts(self.graph, self.producers)
+        self._facts = Facts(self.graph, self.producers, known)
 
     def __len__(self) -> int:
         return len(self._slot)

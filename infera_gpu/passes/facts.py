@@ -25,11 +25,11 @@ Rule: TypeAlias = Callable[["Facts", Node, Sequence[Known]], Known]
 
 class Facts:
     """The types of a graph's values, found out when they are asked for. `producers` may change as long as the values
-    of a name stay alike."""
+    of a name stay alike. `known` is what has been found out before of values of these names, and is added to."""
 
-    def __init__(self, graph: Graph, producers: Mapping[str, Node]) -> None:
+    def __init__(self, graph: Graph, producers: Mapping[str, Node], known: dict[str, Known] | None = None) -> None:
         self._graph, self._producers = graph, producers
-        self._known: dict[str, Known] = {}
+        self._known = {} if known is None else known
 
     def constant(self, value: str) -> HostArray | None:
         return self._graph.constants.get(value)

@@ -11,7 +11,7 @@ import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import Registry
-from infera_gpu.passes.facts import Facts, broadcast
+from infera_gpu.passes.facts import Facts, Known, broadcast
 from infera_gpu.spec import dtype_of_onnx
 
 Test: TypeAlias = Callable[[Node, Facts], int | None]
@@ -165,11 +165,11 @@ class _Renaming:
         return replace(self.graph, nodes=tuple(self.nodes)) if self.names else self.graph
 
 
-def remove_identities(graph: Graph) -> Graph:
-    """Nodes that give an input back vanish; an output of the graph keeps its name."""
+def remove_identities(graph: Graph, known: dict[str, Known] | None = None) -> Graph:
+    """Nodes that give an input back vanish; an output of the graph keeps its name. `known`: see `Facts`."""
     walk, read = _Renaming(graph), {v for n in graph.nodes for v in n.reads}
     producers: dict[str, Node] = {}
-    facts = Facts(graph, producers)
+    facts = Facts(graph, producers, known)
     for n in map(walk.renamed, graph.nodes):
         source = _given_back(n, facts) if n.outputs and n.outputs[0] and walk.may_go(n) else None
         if source is not None and n.inputs[source] and read.isdisjoint(n.outputs[1:]):
