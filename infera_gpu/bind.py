@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class LazyInputs(Sequence["Array | None"]):
-    """A step's inputs, each made when it is asked for: a constant that its kernel packs is not uploaded as well."""
+    """A step's inputs on a GPU, each made when it is asked for: a constant that its kernel packs is not uploaded as
+    well."""
 
     def __init__(self, operands: Sequence[Operand | None], make: Callable[[Operand], Array]) -> None:
         self._operands, self._make = operands, make
@@ -89,10 +90,10 @@ class BoundBuffers:
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
         dtype = np.dtype(dtype)
-        shape = tuple(map(int, shape))
         block, offset = self._scratch(math.prod(shape) * dtype.itemsize)
         if self._space == "host":
             return np.ndarray(shape, dtype, block, offset)
+        shape = tuple(map(int, shape))
         strides = contiguous_strides(shape, dtype.itemsize)
         return self._device.view(block, Operand("scratch", self._space, shape, dtype, strides, offset))
 
@@ -199,7 +200,9 @@ class Binder:
 
     def _kernel(self, step: Step, placed: Placed, outs: tuple[Array, ...], scratch: Scratch) -> list[Call]:
         assert step.kernel is not None
-        ins = LazyInputs(step.ins, self.array)
+        ins: Sequence[Array | None] = (
+            tuple([o and self.array(o) for o in step.ins]) if step.space == "host" else LazyInputs(step.ins, self.array)
+        )
         io = BoundBuffers(self.device, self._constants, placed, ins, outs, step.space, scratch)
         return self.device.wrap(step, list(step.kernel.bind(placed.site, io)), ins, outs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 @contextmanager
@@ -21,3 +22,16 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@cache
+def settle() -> None:
+    """Once a process, while collection is off: what there is counts as old from now on.
+
+    The next collection would look at everything that the first load made, which takes a small model as long as some
+    passes do. Not in later loads: it also puts off the next full collection, and whoever loads and drops models in a
+    loop needs those. A process that has frozen objects, to fork, keeps them frozen.
+    """
+    if not gc.isenabled() and not gc.get_freeze_count():
+        gc.freeze()
+        gc.unfreeze()  # into the oldest generation

@@ -12,7 +12,7 @@ import numpy as np
 
 from infera_gpu.bind import Bound, bind
 from infera_gpu.constants import MAX_FOLDED, Constants
-from infera_gpu.devices.base import Device
+from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.garbage import uncollected
 from infera_gpu.layout import Space, dense
@@ -229,7 +229,7 @@ class Lease:
         if found is None:
             self._require(plan)
             self._memory.fit(plan, self._device)
-            with uncollected():
+            with uncollected(), usual_buffers():
                 found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             for placed in plan.segment.nodes:
                 placed.site.forget()

@@ -56,7 +56,7 @@ class _Lowering:
         """The root of each joined value that values were written into before it was joined, or that has a border."""
         self.joined: dict[str, int] = {}
         """The step at which a slab was full: at once where no other value was written into it."""
-        self.lying = Lying(segment, choices)
+        self.lying = Lying(segment, choices) if device.space == "device" else None
         self.guests: dict[str, tuple[str, int]] = {}
         """A value that lies where a part of another lay: the root, and the step that made it."""
         self.last_read: dict[str, int] = {}
@@ -74,7 +74,8 @@ class _Lowering:
         unique = name
         while unique in self.roots:
             unique += "'"
-        self.roots[unique] = Root(space, nbytes, len(self.steps), len(self.steps) + 1)
+        begin = len(self.steps)
+        self.roots[unique] = Root(space, nbytes, begin, begin + 1)
         return unique
 
     def new(self, name: str, space: Space, spec: TensorSpec) -> Operand:
@@ -82,10 +83,12 @@ class _Lowering:
             raise PlanError(f"'{name}' is a string tensor computed at run time, which is not supported")
         return dense(self.new_root(name, space, spec.nbytes), space, spec)
 
-    def touch(self, operand: Operand | None, until: int | None = None) -> None:
+    def touch(self, operand: Operand | None) -> None:
+        """The operand is needed by the step that comes next."""
         if operand is not None and not operand.constant:
-            root = self.roots[operand.root]
-            root.end = max(root.end, (len(self.steps) if until is None else until) + 1)
+            root, end = self.roots[operand.root], len(self.steps) + 1
+            if root.end < end:
+                root.end = end
 
     def own(self, value: str, operand: Operand) -> None:
         self.homes[value] = operand
@@ -94,9 +97,11 @@ class _Lowering:
 
     def read_as(self, value: str, operand: Operand) -> None:
         """The memory holds this value too."""
-        root = self.roots[operand.root]
-        root.last_read = max(root.last_read, self.last_read.get(value, -1))
-        self.lying.add(operand, self.last_read.get(value, -1))
+        root, last = self.roots[operand.root], self.last_read.get(value, -1)
+        if last > root.last_read:
+            root.last_read = last
+        if self.lying is not None:
+            self.lying.add(operand, last)
 
     def emit(self, step: Step) -> None:
         for operand in (*step.ins, *step.outs, step.workspace):
@@ -289,7 +294,7 @@ class _Lowering:
         For a node's only output, and on the device alone: what NumPy computes with is best contiguous.
         """
         kernel = choice.kernel
-        if choice.space != "device" or not writes_strided(kernel) or name in self.without:
+        if self.lying is None or choice.space != "device" or not writes_strided(kernel) or name in self.without:
             return None
         inplace = kernel.inplace if kernel else ()
         read = [o for o in ins if o is not None and not o.constant]
@@ -328,7 +333,7 @@ class _Lowering:
             for v, operand in outputs.items():
                 outputs[v] = self.homes[v] = self.fetch(v, operand.space, strided=False)
         for operand in outputs.values():
-            self.touch(operand, until=len(self.steps))
+            self.touch(operand)
         for rank, value in enumerate(_reads(self.segment.rest), 1):
             if value in outputs and not outputs[value].constant:
                 self.roots[outputs[value].root].rank = rank

@@ -74,7 +74,9 @@ class _Arena:
         if len(periods) <= self.FEW:
             near = [*self._lasting, *chain.from_iterable([self._during[p] for p in periods])]
         free = 0
-        for low, high in sorted([(low, high) for low, high, since, until in near if since < end and until > begin]):
+        beside = [(low, high) for low, high, since, until in near if since < end and until > begin]
+        beside.sort()
+        for low, high in beside:
             if low - free >= size:
                 break
             if high > free:
@@ -87,7 +89,8 @@ class _Arena:
         periods = self._periods(begin, end)
         for among in [self._during[p] for p in periods] if len(periods) <= self.FEW else [self._lasting]:
             among.append(taken)
-        self.nbytes = max(self.nbytes, low + size)
+        if self.nbytes < low + size:
+            self.nbytes = low + size
 
     def _periods(self, begin: int, end: int) -> range:
         return range(begin // self.PERIOD, (end - 1) // self.PERIOD + 1)
@@ -198,8 +201,9 @@ def crowded(requests: Iterable[Request]) -> tuple[int, int]:
     """The most (aligned) bytes alive at one step, and the first such step."""
     changes: dict[int, int] = {}
     for r in requests:
-        changes[r.begin] = changes.get(r.begin, 0) + aligned(r.nbytes)
-        changes[r.end] = changes.get(r.end, 0) - aligned(r.nbytes)
+        nbytes = aligned(r.nbytes)
+        changes[r.begin] = changes.get(r.begin, 0) + nbytes
+        changes[r.end] = changes.get(r.end, 0) - nbytes
     alive = most = at = 0
     for step in sorted(changes):
         alive += changes[step]

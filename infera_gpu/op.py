@@ -89,7 +89,8 @@ class Site:
 
     def spec(self, i: int) -> TensorSpec:
         """Input i's spec. Raises PlanError where it is left out."""
-        spec = self.ins[i] if i < len(self.ins) else None
+        ins = self.ins
+        spec = ins[i] if i < len(ins) else None
         if spec is None:
             raise PlanError(f"{self.node}: input {i} is required")
         return spec

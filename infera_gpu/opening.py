@@ -9,7 +9,7 @@ from typing import Literal
 from infera_gpu.budget import VramBudget
 from infera_gpu.devices import open_device
 from infera_gpu.errors import InputError
-from infera_gpu.garbage import uncollected
+from infera_gpu.garbage import settle, uncollected
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
@@ -107,6 +107,7 @@ def load(
         if tune:
             session.tunable()
             session.tuning_left = TUNING_SECONDS if tune is True else float(tune)
+        settle()
         return session
     except BaseException:
         opened.close()

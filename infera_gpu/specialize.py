@@ -204,8 +204,9 @@ class _Walk:
             return
         ins = tuple([specs[i] if i else None for i in node.inputs])
         values = tuple([known.get(i) for i in node.inputs])
-        opset = version_of(node, self.opsets)
-        site = Site(node, op.fill(node), ins, values, (), opset, self.batch_invariant, self.tuned)
+        site = Site(
+            node, op.fill(node), ins, values, (), version_of(node, self.opsets), self.batch_invariant, self.tuned
+        )
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
             if unknown:
@@ -221,7 +222,7 @@ class _Walk:
             )
             return
         inferred = tuple(op.infer(site))
-        if any(node.outputs[len(inferred) :]):
+        if len(node.outputs) > len(inferred) and any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
         outs = tuple([s for s in inferred if s is not None and s.dtype.kind != "O"])
         if len(outs) == len(inferred):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from infera_gpu.constants import MAX_FOLDED, Constants
-from infera_gpu.devices.base import Device
+from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.garbage import uncollected
 from infera_gpu.graph import Graph, HostArray
@@ -278,7 +278,8 @@ class Stages:
         entering: Mapping[str, ValueSpec],
     ) -> Stage:
         try:
-            plan = lower(segment, self._device, self._measure, carried)
+            with usual_buffers():
+                plan = lower(segment, self._device, self._measure, carried)
         finally:
             self._measure.rest()
         final = tuple(o for o in wanted if o in plan.outputs)

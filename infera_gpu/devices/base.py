@@ -57,6 +57,9 @@ class quiet_numpy:  # with contextlib a function would take twice as long
 @contextmanager
 def usual_buffers() -> Iterator[None]:
     """NumPy's own buffers, within `quiet_numpy` too: for what casts large arrays once, while planning or binding."""
+    if np.getbufsize() == USUAL_BUFFER:
+        yield
+        return
     with np.errstate():
         np.setbufsize(USUAL_BUFFER)
         yield

@@ -34,10 +34,16 @@ def _moved(xp: Any, a: Array, source: int, target: int) -> Array:
     return xp.ascontiguousarray(xp.moveaxis(a, source, target))
 
 
-def _spec(spec: TensorSpec, source: int, target: int) -> TensorSpec:
-    dims = list(spec.shape)
-    dims.insert(target % len(dims), dims.pop(source))
-    return TensorSpec(tuple(dims), spec.dtype, spec.ranked)
+def _first(spec: TensorSpec) -> TensorSpec:
+    """(N, spatial..., C) as (N, C, spatial...)."""
+    batch, *spatial, channels = spec.shape
+    return TensorSpec((batch, channels, *spatial), spec.dtype, spec.ranked)
+
+
+def _last(spec: TensorSpec) -> TensorSpec:
+    """(N, C, spatial...) as (N, spatial..., C)."""
+    batch, channels, *spatial = spec.shape
+    return TensorSpec((batch, *spatial, channels), spec.dtype, spec.ranked)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class ChannelsLast:
     def site(self, site: Site) -> Site:
         """The site as `first` would meet it, under its own node. Raises PlanError where an input has no channels."""
         first = self.inputs(site)
-        return first.giving(tuple([_spec(s, -1, 1) for s in site.outs])) if site.outs else first
+        return first.giving(tuple([_first(s) for s in site.outs])) if site.outs else first
 
     def inputs(self, site: Site) -> Site:
         """`site`, without outputs."""
@@ -67,13 +73,13 @@ class ChannelsLast:
             if spec is not None:
                 if spec.ndim < 3:
                     raise site.fail(f"input {i} is {spec}, expected (batch, spatial..., channels)")
-                ins[i] = _spec(spec, -1, 1)
+                ins[i] = _first(spec)
         return Site(site.node, site.attrs, tuple(ins), site.values, (), site.opset)
 
     def infer(self, site: Site) -> Sequence[TensorSpec]:
         (made,) = self.first.infer(self.site(site))
         assert made is not None
-        return (_spec(made, 1, -1),)
+        return (_last(made),)
 
     def compute(self, xp: Any, site: Site, *ins: Array | None) -> Array:
         given = [a if a is None or i not in self.images else _moved(xp, a, -1, 1) for i, a in enumerate(ins)]
@@ -110,7 +116,7 @@ def _is_image(case: Case) -> bool:
 
 def _case_input(value: Any) -> Any:
     if isinstance(value, TensorSpec):
-        return _spec(value, 1, -1)
+        return _last(value)
     return value if value is None else np.moveaxis(value, 1, -1)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from infera_gpu.graph import Attrs, HostArray
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_recurrent
 from infera_gpu.ops._families import uniform
 from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
@@ -227,6 +226,8 @@ def _compiled(site: Site) -> bool:
 
 
 def _bind_compiled(site: Site, io: Buffers) -> Sequence[Call]:
+    from infera_gpu.ops import _jit_recurrent
+
     steps, batch, *_ = _sizes(site)
     return _jit_recurrent.bind(site, io, [given for _, given in _directions(site, io)], (_W, _R, _B), steps * batch)
 

@@ -69,20 +69,40 @@ def window(site: Site, kernel: Sequence[int] | None = None) -> Window:
     rank = len(size)
     if rank < 1:
         raise site.fail(f"input 0 is {x}, expected at least one spatial axis after (batch, channels)")
-    declared = site.attrs.get("kernel_shape")
+    declared, *written = _written(site, rank)
     if kernel is None and declared is None:
         raise site.fail("attribute 'kernel_shape' is required")
-    shape = per_axis(site, "kernel_shape", rank, 1) if declared is not None else tuple(kernel or ())
+    shape = tuple(kernel or ()) if declared is None else declared
     if kernel is not None and tuple(kernel) != shape:
         raise site.fail(f"kernel_shape is {list(shape)} but the weights' kernel is {list(kernel)}")
-    pads = pad_pairs(site, rank) if site.attrs["auto_pad"] == "NOTSET" else ((0, 0),) * rank
-    strides, dilations = per_axis(site, "strides", rank, 1), per_axis(site, "dilations", rank, 1)
     try:
-        return _window(
-            size, shape, strides, dilations, pads, site.attrs["auto_pad"], bool(site.attrs.get("ceil_mode", 0))
-        )
+        return _window(size, shape, *written)
     except ValueError as error:
         raise site.fail(str(error)) from None
+
+
+_Written: TypeAlias = tuple[
+    tuple[int, ...] | None, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], str, bool
+]
+
+
+def _written(site: Site, rank: int) -> _Written:
+    """The kernel, if the attributes give it, strides, dilations, padding, `auto_pad` and `ceil_mode`; remembered with
+    the node, like the attributes, since the same node meets many shapes."""
+    attrs = site.attrs
+    known: tuple[Any, int, _Written] | None = site.node.__dict__.get("_written")
+    if known is not None and known[0] is attrs and known[1] == rank:
+        return known[2]
+    made: _Written = (
+        None if attrs.get("kernel_shape") is None else per_axis(site, "kernel_shape", rank, 1),
+        per_axis(site, "strides", rank, 1),
+        per_axis(site, "dilations", rank, 1),
+        pad_pairs(site, rank) if attrs["auto_pad"] == "NOTSET" else ((0, 0),) * rank,
+        attrs["auto_pad"],
+        bool(attrs.get("ceil_mode", 0)),
+    )
+    site.node.__dict__["_written"] = attrs, rank, made
+    return made
 
 
 @lru_cache(maxsize=1024)

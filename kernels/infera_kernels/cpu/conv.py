@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_depthwise import depthwise
@@ -18,6 +17,7 @@ from infera_kernels.cpu.conv_epilogue import Activation, Epilogue, epilogue
 from infera_kernels.cpu.conv_planes import Pair, planes
 from infera_kernels.cpu.conv_winograd import tile_of, winograd
 from infera_kernels.cpu.parts import parts
+from infera_kernels.cpu.strides import strided
 
 COLUMN_BYTES = 1 << 21
 """Columns of one im2col block. Smaller blocks make BLAS repack the weights more often than the cache saves."""
@@ -196,7 +196,7 @@ def _windows(x: Array, kernel: Pair, out: Pair, strides: Pair, dilations: Pair) 
     n, c = x.shape[:2]
     image, channel, down, right = x.strides
     steps = (down * dilations[0], right * dilations[1], image, down * strides[0], right * strides[1])
-    return as_strided(x, (c, *kernel, n, *out), (channel, *steps), writeable=False)
+    return strided(x, (c, *kernel, n, *out), (channel, *steps))
 
 
 def _small_images(

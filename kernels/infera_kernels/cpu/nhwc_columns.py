@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
@@ -15,6 +14,7 @@ from infera_kernels.cpu.nhwc_epilogue import Blocks
 from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
 from infera_kernels.cpu.nhwc_product import product, slice_of
 from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, room_for, spans
+from infera_kernels.cpu.strides import strided
 
 BLOCK_BYTES = 1 << 21
 """Columns, or output, of one block."""
@@ -90,7 +90,7 @@ def _windows(band: Array, window: Window, shape: tuple[int, ...]) -> Array:
         down * window.dilations[0],
         right * window.dilations[1],
     )
-    return as_strided(band, shape, (*steps, shape[-1] * one, one), writeable=False)
+    return strided(band, shape, (*steps, shape[-1] * one, one))
 
 
 def _gathered(target: Array, seen: Array) -> Call:

@@ -8,12 +8,12 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
+from infera_kernels.cpu.strides import strided
 
 BLOCK_BYTES = 1 << 20
 """Output of one block. Smaller blocks load more rows twice."""
@@ -111,7 +111,7 @@ def _multiply_add(band: Array, weights: Array, y: Array, window: Window) -> Call
     """y (rows, OW * C) = the weighted sums of what its pixels see of a band."""
     down, right, one = band.strides
     steps = (down * window.strides[0], down * window.dilations[0], right * window.dilations[1], one)
-    seen = as_strided(band, (y.shape[0], *window.kernel, y.shape[1]), steps, writeable=False)
+    seen = strided(band, (y.shape[0], *window.kernel, y.shape[1]), steps)
     return partial(np.einsum, out=y), ("rijx,ijx->rx", seen, weights)
 
 
