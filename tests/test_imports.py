@@ -29,6 +29,14 @@ def test_nothing_heavy_is_loaded(work: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_what_most_models_need_comes_with_the_package_and_nothing_else() -> None:
+    work = "import infera_gpu, sys; print(*(m for m in sys.modules if m.startswith('infera_gpu.ops.')))"
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
+    found = {name.removeprefix("infera_gpu.ops.") for name in done.stdout.split()}
+    assert found >= {*ops.COMMON}
+    assert found.isdisjoint(("attention", "ml", "recurrent", "text", "_jit_recurrent"))
+
+
 def test_names_that_the_index_has_not_are_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is new, or an operator that moved: then every file is imported."""
     whole = ops.registry()
