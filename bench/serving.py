@@ -349,6 +349,29 @@ def measure(server: Server, body: str, folder: Path, connections: int, seconds: 
     return {"rps": count / took, "p50_ms": p50 / 1e3, "p99_ms": p99 / 1e3, "cpu_us": used / count * 1e6}
 
 
+def prepared(name: str) -> Path:
+    """A folder of the cache with the models and the bodies of requests, and nothing else."""
+    folder = CACHE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_model(folder / "mlp.onnx")
+    save_pick(folder / "pick.onnx")
+    save_bodies(folder)
+    return folder
+
+
+def medians(
+    samples: Mapping[tuple[str | int, ...], Sequence[Mapping[str, float]]], *names: str
+) -> list[dict[str, Any]]:
+    """A row for each key of `samples`, whose parts have these names: the medians of the rounds, and all of them."""
+    return [
+        dict(zip(names, key, strict=True))
+        | {figure: statistics.median(s[figure] for s in found) for figure in found[0]}
+        | {"samples": found}
+        for key, found in samples.items()
+    ]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
@@ -365,12 +388,7 @@ def main() -> None:
     if unknown := set(names) - {"triton", "asgi", *known}:
         sys.exit(f"no peer is called {', '.join(sorted(unknown))}; there are triton, asgi, {', '.join(known)}")
     before = environment()
-    folder = CACHE / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    save_model(folder / "mlp.onnx")
-    save_pick(folder / "pick.onnx")
-    save_bodies(folder)
+    folder = prepared("run")
     console = Console(stderr=True)
     with ExitStack() as stack:
         console.print(f"starting infera, {', '.join(names)}")
@@ -393,17 +411,12 @@ def main() -> None:
         work = [(s, b, c) for c in asked.connections for b in KINDS for s in servers if b in s.urls]
         for server, body, _ in work:
             measure(server, body, folder, 8, 1.0)  # warm
-        samples: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+        samples: dict[tuple[str | int, ...], list[dict[str, float]]] = {}
         for _ in track(range(asked.rounds), "rounds", console=console):
             for server, body, connections in work:
                 found = measure(server, body, folder, connections, asked.seconds)
                 samples.setdefault((server.name, body, connections), []).append(found)
-    rows = [
-        {"server": name, "body": body, "connections": connections}
-        | {key: statistics.median(s[key] for s in found) for key in found[0]}
-        | {"samples": found}
-        for (name, body, connections), found in samples.items()
-    ]
+    rows = medians(samples, "server", "body", "connections")
     _print(console, rows)
     options = {"seconds": asked.seconds, "rounds": asked.rounds}
     console.print(f"written: {write_results(before, options, rows, asked.out, 'serving')}")

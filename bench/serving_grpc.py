@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.environment import environment, thread_environment, write_results
-from bench.serving import CACHE, HERE, SIZES, Server, free_ports, infera, save_model, save_pick, started, triton
+from bench.serving import HERE, SIZES, Server, free_ports, infera, medians, prepared, started, triton
 from infera_server.protocols.protos import message
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -106,11 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     before = environment()
-    folder = CACHE / "grpc"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    save_model(folder / "mlp.onnx")
-    save_pick(folder / "pick.onnx")
+    folder = prepared("grpc")
     console = Console(stderr=True)
     with ExitStack() as stack:
         servers = [stack.enter_context(infera(folder, name, name)) for name in ("mlp", "pick")]
@@ -118,19 +113,14 @@ def main() -> None:
         servers += [stack.enter_context(echo(folder, mode, len(reply))) for mode in MODES]
         if not asked.no_triton:
             servers.append(stack.enter_context(triton(folder)))
-        samples: dict[tuple[str, int], list[dict[str, float]]] = {}
+        samples: dict[tuple[str | int, ...], list[dict[str, float]]] = {}
         for _ in track(range(asked.rounds), "rounds", console=console):
             for callers in asked.callers:
                 for server in servers:
                     sent = request("pick" if server.name == "pick" else "mlp", asked.rows)
                     found = uvloop.run(load(server, sent, callers, asked.seconds))
                     samples.setdefault((server.name, callers), []).append(found)
-    rows = [
-        {"server": name, "callers": callers}
-        | {key: statistics.median(s[key] for s in found) for key in found[0]}
-        | {"samples": found}
-        for (name, callers), found in samples.items()
-    ]
+    rows = medians(samples, "server", "callers")
     _print(console, rows)
     options = {"seconds": asked.seconds, "rounds": asked.rounds, "rows": asked.rows}
     console.print(f"written: {write_results(before, options, rows, asked.out, 'serving-grpc')}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.environment import environment, write_results
-from bench.serving import CACHE, Server, infera, measure, save_bodies, save_model, save_pick
+from bench.serving import Server, infera, measure, medians, prepared
 from bench.serving_grpc import load, request
 
 KINDS = ("binary", "json", "grpc")
@@ -56,14 +55,9 @@ def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("bench.workers needs wrk: apt-get install wrk")
     before = environment()
-    folder = CACHE / "workers"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    save_model(folder / "mlp.onnx")
-    save_pick(folder / "pick.onnx")
-    save_bodies(folder)
+    folder = prepared("workers")
     console = Console(stderr=True)
-    samples: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    samples: dict[tuple[str | int, ...], list[dict[str, float]]] = {}
     with ExitStack() as stack:
         servers = [
             (model, count, stack.enter_context(infera(folder, f"{model}-{count}", model, "--workers", str(count))))
@@ -77,12 +71,7 @@ def main() -> None:
             for model, kind, count, server in work:
                 found = asked_once(server, model, kind, folder, asked.connections, asked.seconds)
                 samples.setdefault((model, kind, count), []).append(found)
-    rows = [
-        {"model": model, "kind": kind, "workers": count}
-        | {key: statistics.median(s[key] for s in found) for key in found[0]}
-        | {"samples": found}
-        for (model, kind, count), found in samples.items()
-    ]
+    rows = medians(samples, "model", "kind", "workers")
     _print(console, rows)
     options = {"seconds": asked.seconds, "rounds": asked.rounds, "connections": asked.connections}
     console.print(f"written: {write_results(before, options, rows, asked.out, 'workers')}")
