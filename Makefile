@@ -40,15 +40,15 @@ CLIENTS_VENV := .venv-clients
 CLIENTS_PIP   = $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -q
 
 $(CLIENTS_VENV)/.installed:
-	@echo "installing kserve and perf_analyzer (450 MB) into $(CLIENTS_VENV)"
+	@echo "installing kserve, schemathesis and perf_analyzer (450 MB) into $(CLIENTS_VENV)"
 	@$(PYTHON) -m venv $(CLIENTS_VENV)
-	@$(CLIENTS_PIP) install kserve==0.21.0
+	@$(CLIENTS_PIP) install kserve==0.21.0 schemathesis==4.32.5
 	@$(CLIENTS_PIP) download --no-deps --only-binary=:all: --platform manylinux_2_38_x86_64 -d $(CLIENTS_VENV)/wheels perf-analyzer==2.60.0
 	@$(CLIENTS_VENV)/bin/python -m zipfile -e $(CLIENTS_VENV)/wheels/perf_analyzer-*.whl $(CLIENTS_VENV)/perf
 	@chmod +x $(CLIENTS_VENV)/perf/perf_analyzer/bin/perf_analyzer
 	@touch $@
 
-test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's clients: tritonclient, kserve, perf_analyzer
+test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's clients: tritonclient, kserve, perf_analyzer, schemathesis
 	@$(PY) -m pytest tests/clients
 
 test-all: test test-kernels test-jit test-clients  ## everything that needs no GPU, large models included

@@ -24,6 +24,14 @@ def kserve_python() -> Path:
     return FOLDER / "bin" / "python"
 
 
+def schemathesis() -> str:
+    """The command. Skips the test where it is not there."""
+    binary = FOLDER / "bin" / "schemathesis"
+    if not binary.exists():
+        pytest.skip(f"schemathesis is not in {FOLDER}: {INSTALL}")
+    return str(binary)
+
+
 def perf_analyzer() -> list[str]:
     """The command. Skips the test where it is not there or cannot run.
 
