@@ -93,14 +93,24 @@ TILES: Mapping[str, Mapping[int, tuple[Tile, ...]]] = MappingProxyType(
 """Kind of products -> the larger head size up to which -> tiles, the smallest first."""
 
 
-def registers(tile: Tile, target: Target) -> dict[str, int]:
-    """The compiler's option for a tile where blocks leave each other little shared memory.
+_TWO = frozenset((Tile(16, 32, 4, 2),))
+"""Tiles of heads of 256: where blocks have little shared memory, two of them fit beside each other, and not three."""
 
-    The assembler knows nothing of that memory: it saves registers for more blocks than fit, and spills. It is told to
-    take what three blocks of four warps leave each other.
+_HELD = frozenset((Tile(16, 32, 4, 2, 32), Tile(64, 16, 8, 3, 32), Tile(16, 16, 8, 2, 32)))
+"""Tiles in float32 for which the assembler, left alone, saves registers down to 128 and spills a few; told that it has
+128, it finds another order and spills none (Triton 3.6 and 3.9, sm_90 and sm_100)."""
+
+
+def registers(tile: Tile, target: Target) -> dict[str, int]:
+    """The compiler's option for a tile where registers would spill.
+
+    Where blocks leave each other little shared memory, the assembler, which knows nothing of that memory, saves
+    registers for more blocks than fit. It is told to take what three blocks of four warps, or two, leave each other.
     """
-    few = target.shared_bytes < 100 * 1024 and tile.warps == 4
-    return {"maxnreg": 65536 // (3 * 32 * tile.warps) // 8 * 8} if few else {}
+    if target.shared_bytes < 100 * 1024 and tile.warps == 4:
+        blocks = 2 if tile in _TWO else 3
+        return {"maxnreg": min(65536 // (blocks * 32 * tile.warps) // 8 * 8, 248)}
+    return {"maxnreg": 128} if target.arch >= 90 and tile in _HELD else {}
 
 
 def padded(size: int) -> int:
