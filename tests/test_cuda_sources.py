@@ -38,7 +38,7 @@ def test_the_packages_have_no_cuda_sources() -> None:
             assert not [name for name in MAKERS if f"{name}(" in text or "__global__" in text], path
 
 
-@pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
+@pytest.mark.parametrize("architecture", ["compute_80", "compute_86", "compute_90", "compute_100"])
 def test_the_kernel_that_faults_compiles(architecture: str) -> None:
     library = nvrtc()
     if library is None:
