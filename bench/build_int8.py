@@ -1,4 +1,8 @@
-"""Models quantised to eight bits as exporters write it: QuantizeLinear and DequantizeLinear around what multiplies."""
+"""Models quantised to eight bits as exporters write it: QuantizeLinear and DequantizeLinear around what multiplies.
+
+What a convolution's result is added to, and what a maximum is taken of, is quantised as well, as TensorRT's guide to
+explicit quantisation has it: one convolution then reads and writes integers alone.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +60,13 @@ def quantised(model: onnx.ModelProto, feeds: Mapping[str, HostArray]) -> onnx.Mo
     """
     model = folded(model)
     constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    made_by = {n.output[0]: n for n in model.graph.node}
     chosen = {n.output[0] for n in model.graph.node if n.op_type in OUTPUT_AXIS and n.input[1] in constants}
-    peaks = _peaks(model, sorted({n.input[0] for n in model.graph.node if n.output[0] in chosen}), feeds)
+    read = {n.output[0]: i for n in model.graph.node if (i := _activation(n, made_by, chosen)) is not None}
+    peaks = _peaks(model, sorted({made_by[o].input[i] for o, i in read.items()}), feeds)
+    for o in read:  # the largest of a part is at most that of all, and has its scale: integers then stay as they are
+        if made_by[o].op_type == "MaxPool" and o in peaks:
+            peaks[o] = peaks[made_by[o].input[0]]
     nodes: list[onnx.NodeProto] = []
 
     def activation(name: str) -> str:
@@ -81,13 +90,25 @@ def quantised(model: onnx.ModelProto, feeds: Mapping[str, HostArray]) -> onnx.Mo
     for given in model.graph.node:
         node = onnx.NodeProto()
         node.CopyFrom(given)
+        if given.output[0] in read:
+            i = read[given.output[0]]
+            node.input[i] = activation(given.input[i])
         if given.output[0] in chosen:
-            node.input[0] = activation(given.input[0])
             node.input[1] = weight(given.input[1], OUTPUT_AXIS[given.op_type])
         nodes.append(node)
     made = _model(model, nodes, constants)
     onnx.checker.check_model(made)
     return made
+
+
+def _activation(node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto], chosen: set[str]) -> int | None:
+    """Which input of a node is quantised, besides weights."""
+    if node.output[0] in chosen or node.op_type == "MaxPool":
+        return 0
+    if node.op_type != "Add":
+        return None
+    convolved = [i for i, name in enumerate(node.input) if name in chosen and made_by[name].op_type == "Conv"]
+    return None if not convolved else 1 - convolved[0]
 
 
 def _peaks(model: onnx.ModelProto, names: list[str], feeds: Mapping[str, HostArray]) -> dict[str, float]:

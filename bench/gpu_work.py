@@ -97,11 +97,16 @@ OPERATIONS: Mapping[str, Count] = {
             *("MatMul", "infera.FusedMatMul", "infera.NarrowMatMul", "Gemm", "com.microsoft.FusedGemm"),
             *("com.microsoft.FusedMatMul", "MatMulInteger", "QLinearMatMul", "com.microsoft.MatMulIntegerToFloat"),
             *("com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QGemm", "com.microsoft.MatMulNBits"),
+            "infera.QuantizedMatMul",
         ),
         _product,
     ),
     **dict.fromkeys(
-        ("Conv", "ConvInteger", "infera.FusedConv", "infera.FusedConvNHWC", "com.microsoft.FusedConv"), _convolution(1)
+        (
+            *("Conv", "ConvInteger", "infera.FusedConv", "infera.FusedConvNHWC", "com.microsoft.FusedConv"),
+            *("infera.QuantizedConv", "infera.QuantizedConvNHWC"),
+        ),
+        _convolution(1),
     ),
     **dict.fromkeys(("QLinearConv", "com.microsoft.QLinearConv"), _convolution(3)),
     **dict.fromkeys(("ConvTranspose", "infera.ConvTransposeNHWC"), _transposed_convolution),

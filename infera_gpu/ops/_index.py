@@ -72,6 +72,8 @@ quant com.microsoft.QuantizeLinear
 quant_conv QLinearConv
 quant_matmul MatMulInteger QLinearMatMul
 quant_narrow infera.Centre infera.DynamicCentre infera.NarrowMatMul
+quantized infera.QuantizedConv infera.QuantizedConvNHWC infera.QuantizedMatMul
+quantized_norm infera.QuantizedLayerNormalization
 random Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike
 rearrange DepthToSpace ReverseSequence SpaceToDepth Trilu
 recurrent GRU LSTM RNN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Rows:
     inputs: Inputs = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     activation: str | None = None
+    codes: tuple[int, int] | None = None
+    """The inputs that are scale and zero point of the output "codes"."""
 
 
 def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) -> Kernels:
@@ -58,6 +60,8 @@ def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) 
 
         made = of(site)
         if made is None or any(site.outs[made.outputs[n]].dtype != np.float32 for n in statistics(site, made)):
+            return False
+        if made.codes is not None and site.outs[made.outputs["codes"]].dtype.name not in ("int8", "uint8"):
             return False
         x = TensorSpec(made.shape, site.spec(0).dtype)
         terms = [i for name, (i, _) in there(site, made).items() if name in ("skip", "plus")]
@@ -83,6 +87,9 @@ def rows(of: Callable[[Site], Rows | None], *, inplace: tuple[int, ...] = (0,)) 
         arrays |= {n: io.outs[made.outputs[n]] for n in statistics(site, made)}
         if made.outputs.get("sums", len(io.outs)) < len(io.outs):
             arrays["sums"] = io.outs[made.outputs["sums"]].reshape(made.shape)
+        if made.codes is not None:
+            arrays["codes"] = io.outs[made.outputs["codes"]].reshape(made.shape)
+            arrays |= zip(("codes_scale", "codes_zero"), (io.ins[i] for i in made.codes), strict=True)
         x, out = io.ins[0].reshape(made.shape), io.outs[0].reshape(made.shape)
         how: dict[str, Any] = {"eps": made.epsilon, "invariant": site.batch_invariant}
         if made.activation is not None:
@@ -106,6 +113,10 @@ def _trailing(site: Site) -> Rows:
 
 NORM = rows(_trailing)
 """LayerNormalization and RMSNormalization."""
+
+
+QUANTIZED = rows(lambda site: replace(_trailing(site), kind="layer", outputs={"codes": 1}, codes=(3, 4)), inplace=())
+"""QuantizedLayerNormalization."""
 
 
 SIMPLIFIED = rows(

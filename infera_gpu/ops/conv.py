@@ -154,13 +154,17 @@ def _compute_fused(
     xp: Any, site: Site, x: Array, w: Array, b: Array | None = None, residual: Array | None = None
 ) -> Array:
     y = compute_conv(xp, site, x, w, b)
-    if residual is not None:
-        y = y + residual
+    return activated(xp, site, y if residual is None else y + residual)
+
+
+def activated(xp: Any, site: Site, y: Array) -> Array:
+    """y after the activation that a fused node names."""
     name, *params = activation_of(site) or ("",)
-    if name == "clip":
-        return xp.clip(y, *params)
     if not name:
         return y
+    if name == "clip":
+        clipped: Array = xp.clip(y, *params)
+        return clipped
     return activation(xp, str(name), y, **dict(zip(ACTIVATIONS[str(name)], map(float, params), strict=True)))
 
 

@@ -30,8 +30,9 @@ def _floating(site: Site) -> bool:
 # ---- over trailing axes: LayerNormalization, RMSNormalization
 
 
-def _infer_layer(site: Site) -> Sequence[TensorSpec]:
-    x, axis = site.spec(0), site.axis()
+def layer_spec(site: Site) -> TensorSpec:
+    """What is normalised. Raises PlanError where scale or bias do not broadcast to it."""
+    x = site.spec(0)
     for i in (1, 2):
         if site.has(i):
             try:
@@ -40,6 +41,11 @@ def _infer_layer(site: Site) -> Sequence[TensorSpec]:
                 fits = False
             if not fits:
                 raise site.fail(f"input {i} is {site.spec(i)}, which does not broadcast to {x}")
+    return x
+
+
+def _infer_layer(site: Site) -> Sequence[TensorSpec]:
+    x, axis = layer_spec(site), site.axis()
     if site.node.op == "RMSNormalization":
         return (x,)
     statistic = TensorSpec((*x.dims[:axis], *(1,) * (x.ndim - axis)), element_type(site, "stash_type"))

@@ -28,6 +28,9 @@ from infera_gpu.passes import (
     products,
     quant,
     quant_bias,
+    quantized,
+    quantized_finish,
+    quantized_pool,
     repeated,
     rotary,
     softmax,
@@ -43,8 +46,10 @@ from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
 from infera_gpu.passes.int8 import quantised
 from infera_gpu.passes.layout import convert
+from infera_gpu.passes.quantized_norm import quantized_norms
 from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
 from infera_gpu.passes.siblings import Siblings, joined
+from infera_gpu.passes.signed import signed
 from infera_gpu.spec import DType, OptionalSpec
 
 Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
@@ -53,7 +58,12 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HALVES: Mapping[str, DType] = MappingProxyType({"fp16": FLOAT16, "bf16": BFLOAT16})
 """The precisions whose values take two bytes."""
 
-QUANTIZED: tuple[Fusion, ...] = quant.FUSIONS
+QUANTIZED: tuple[Fusion, ...] = (
+    *quantized.FUSIONS,
+    *quantized_finish.EARLY,
+    *quantized_pool.FUSIONS,
+    *quant.FUSIONS,
+)
 """Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS: tuple[Fusion, ...] = (
@@ -79,6 +89,7 @@ FUSIONS: tuple[Fusion, ...] = (
     *conv.FUSIONS,
     *centre.FUSIONS,
     *quant_bias.FUSIONS,
+    *quantized_finish.LATE,
     *matmul.FUSIONS,
 )
 """In the order in which they are applied."""
@@ -115,7 +126,9 @@ class _Passes:
         if precision == "int8":
             graph = self.changed("int8", graph, quantised(graph))
         if not quant.INTEGERS.isdisjoint(self.kinds):
-            graph = drop_dead(centre.centred(self.fused(graph, QUANTIZED), integers="cpu" not in self.kinds))
+            integers = "cpu" not in self.kinds
+            graph = self.fused(signed(graph) if integers else graph, QUANTIZED)
+            graph = drop_dead(centre.centred(graph, integers=integers))
         known: dict[str, Known] = {}
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
@@ -130,6 +143,8 @@ class _Passes:
             if siblings.fits(self.strict, self.kinds):
                 before, (graph, times) = graph, joined(graph, siblings)
                 self.tell(siblings.name, times, len(before.nodes), len(graph.nodes))
+        if "triton" in self.kinds and not self.strict:
+            graph = self.changed("quantized_norms", graph, quantized_norms(graph))
         if precision in HALVES:
             graph = self.changed(precision, graph, halved(graph, HALVES[precision]))
         if self.channels_last:

@@ -283,6 +283,32 @@ def _expanded(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((None,) * max(x.ndim, count), x.dtype)
 
 
+def _quantized(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Of the zero point's type; without one it depends on attributes."""
+    zero = ins[2] if len(ins) > 2 else None
+    return None if zero is None else _with_dtype(ins[0], zero.dtype)
+
+
+def _centred(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    return _with_dtype(ins[0], np.dtype(np.float32))
+
+
+def _finished(product: Rule) -> Rule:
+    """A quantised product with all that follows it: of the type of the last zero point, or of floats."""
+
+    def rule(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+        zero = ins[9] if len(ins) > 9 else None
+        dtype = dtype_of_onnx(n.attrs.get("to", 1)) if zero is None else zero.dtype
+        made, residual = product(facts, n, ins), ins[3] if len(n.inputs) > 3 and n.inputs[3] else None
+        if len(n.inputs) <= 3 or not n.inputs[3]:
+            return _with_dtype(made, dtype)
+        if made is None or residual is None or not (made.ranked and residual.ranked):
+            return _unranked(made, dtype)
+        return TensorSpec(broadcast([made.shape, residual.shape]), dtype)
+
+    return rule
+
+
 def _alike(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     """Of input 0's type; its shape is not followed."""
     return _unranked(ins[0])
@@ -319,7 +345,7 @@ _NORMS = (
     *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
     *("GroupNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization"),
     *("SimplifiedLayerNormalization", "com.microsoft.SkipLayerNormalization", "infera.L2Normalization", "Trilu"),
-    *("infera.AxisNormalization", "RotaryEmbedding", "infera.Rotary"),
+    *("infera.AxisNormalization", "RotaryEmbedding", "infera.Rotary", "infera.QuantizedLayerNormalization"),
 )
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
@@ -366,6 +392,10 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Concat": _joined,
         "Einsum": _einsum,
         "DequantizeLinear": _dequantized,
+        "QuantizeLinear": _quantized,
+        "infera.Centre": _centred,
+        "infera.QuantizedConv": _finished(_convolved),
+        "infera.QuantizedMatMul": _finished(_product),
         "MatMulInteger": _integer_product,
         **dict.fromkeys((*_OTHERS, *_STORED), _alike),
         "Expand": _expanded,

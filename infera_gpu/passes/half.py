@@ -18,6 +18,8 @@ import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.passes.draft import Draft
+from infera_gpu.passes.permute import with_attrs
+from infera_gpu.passes.quantized_finish import PRODUCTS
 from infera_gpu.spec import DType, onnx_of_dtype
 
 HALF = "half"
@@ -47,6 +49,8 @@ class Way:
     may_be_bool: int = -1
     inputs: frozenset[int] | None = None
     outputs: frozenset[int] | None = frozenset({0})
+    says_type: bool = False
+    """Whether the attribute `to` is the type of what it makes, which its inputs do not tell."""
 
 
 _FIRST = frozenset({0})
@@ -89,6 +93,9 @@ _MOVES = (
     "Resize",
 )
 
+_RESIDUAL, _SCALE = 3, 8
+"""Inputs of quantised products: see `ops/quantized.py`."""
+
 _NUMBERS = frozenset({"value"})
 """Attributes that are elements of the result: of Pad, before opset 11."""
 
@@ -105,9 +112,21 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "infera.Lookup": Way(inputs=frozenset({1})),
         "infera.Rotary": Way(),
         "com.microsoft.SkipLayerNormalization": Way(outputs=frozenset({0, 3})),
+        "QuantizeLinear": Way(inputs=_FIRST, outputs=frozenset()),
+        "infera.QuantizedLayerNormalization": Way(inputs=frozenset(range(3))),
+        **dict.fromkeys(PRODUCTS, Way(seeds=True, inputs=frozenset({_RESIDUAL}), says_type=True)),
     }
 )
 """Operators that may run in half precision."""
+
+
+def way_of(node: Node) -> Way | None:
+    """How a node runs in half precision, None where it does not. What quantises its result makes integers, and reads a
+    residual as it is."""
+    way = WAYS.get(node.qualified)
+    if way is None or not way.says_type or len(node.inputs) <= _SCALE or not node.inputs[_SCALE]:
+        return way
+    return replace(way, seeds=False, outputs=frozenset(), says_type=False)
 
 
 def halved(graph: Graph, dtype: DType) -> Graph:
@@ -128,7 +147,7 @@ class _Conversion:
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
-            way = WAYS.get(node.qualified)
+            way = way_of(node)
             if way is not None and self.runs_in_half(node, way):
                 self.narrow(node, way)
             elif node.qualified in ("Shape", "Size"):
@@ -150,13 +169,15 @@ class _Conversion:
 
     def runs_in_half(self, node: Node, way: Way) -> bool:
         values = [v for i, v in enumerate(node.inputs) if v and self.has_type(i, v, way)]
-        if not values or node.subgraphs or not all(map(self.is_float, values)):
+        if not (values or way.says_type) or node.subgraphs or not all(map(self.is_float, values)):
             return False
         constants = [v for v in values if v in self.graph.constants]
         numbers = [self.graph.constants[v] for v in constants]
         numbers += [np.asarray(node.attrs[k]) for k in _NUMBERS & node.attrs.keys()]
         if not all(map(self.holds, numbers)) or (node.qualified == "Div" and not self.divides(values[1])):
             return False
+        if way.says_type:
+            return any(r.qualified in WAYS for r in self.draft.readers.get(node.outputs[0], {}).values())
         if way.seeds:
             return True
         follows = len(constants) == len(values) or any(v in self.halves for v in values)
@@ -210,7 +231,8 @@ class _Conversion:
             else:
                 outputs.append(value)
                 self.wide.add(value)
-        self.nodes.append(replace(node, inputs=inputs, outputs=tuple(outputs)))
+        made = replace(node, inputs=inputs, outputs=tuple(outputs))
+        self.nodes.append(with_attrs(made, to=onnx_of_dtype(self.dtype)) if way.says_type else made)
 
     def half(self, value: str) -> str:
         """The name of the value in half precision, which a Cast makes where nothing else did."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.ops import channels_last
+from infera_gpu.ops import channels_last, quantized
 from infera_gpu.ops.channels_last_rest import CONV_TRANSPOSE, LRN
 from infera_gpu.ops.conv import SPELLINGS
 from infera_gpu.passes import permute_axes
@@ -60,7 +60,22 @@ def _resize(facts: Facts, node: Node, order: Order) -> Moved | None:
 def convolution(facts: Facts, node: Node, order: Order) -> Moved | None:
     """A convolution of floats, with weights that are constant."""
     weight = given(facts, node, 1)
-    if weight is None or weight.ndim not in facts.ranks or weight.dtype not in facts.floats:
+    if weight is None or weight.dtype not in facts.floats:
+        return None
+    return _convolution(facts, node, order, weight, channels_last.CONV.name)
+
+
+def _quantized_convolution(facts: Facts, node: Node, order: Order) -> Moved | None:
+    """A convolution of integers with all that follows it."""
+    weight = given(facts, node, 1)
+    if weight is None or weight.ndim > 4:
+        return None
+    return _convolution(facts, node, order, weight, quantized.CONV.name)
+
+
+def _convolution(facts: Facts, node: Node, order: Order, weight: HostArray, name: str) -> Moved | None:
+    """The operator of this name for channels last, with the residual, input 3, in the same order."""
+    if weight.ndim not in facts.ranks:
         return None
     if order != last_order(weight.ndim) or not only_output(node):
         return None
@@ -74,9 +89,9 @@ def convolution(facts: Facts, node: Node, order: Order) -> Moved | None:
         reads[node.inputs[3]] = order
     attrs = dict(node.attrs)
     if attrs.get("activation", ""):
-        name = str(attrs["activation"])
-        attrs["activation"] = SPELLINGS.get(node.domain, {}).get(name, name)
-    made = Node(channels_last.CONV.name, node.inputs, node.outputs, attrs, "infera", node.name)
+        spelled = str(attrs["activation"])
+        attrs["activation"] = SPELLINGS.get(node.domain, {}).get(spelled, spelled)
+    made = Node(name, node.inputs, node.outputs, attrs, "infera", node.name)
     return Moved((made,), reads, {node.outputs[0]: order})
 
 
@@ -93,13 +108,30 @@ def _batch_norm(facts: Facts, node: Node, order: Order) -> Moved | None:
     return None if training else _twin(facts, replace(node, attrs=kept), order)
 
 
+def _quantized_mean(facts: Facts, node: Node, order: Order) -> Moved | None:
+    if not is_last(order) or node.attrs.get("channels_last", 0):
+        return None
+    return simple(with_attrs(node, channels_last=1), order)
+
+
+def _quantized_sum(facts: Facts, node: Node, order: Order) -> Moved | None:
+    """com.microsoft.QLinearAdd: images of one rank, with single scales."""
+    operands = [node.inputs[0], node.inputs[3]]
+    return simple(node, order, operands) if all(facts.rank(v) == len(order) for v in operands) else None
+
+
 RULES: Mapping[str, Rule] = {
     **permute_axes.RULES,
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     **dict.fromkeys((moved.first.name for moved in (*channels_last.POOLS, LRN, CONV_TRANSPOSE)), _twin),
     "BatchNormalization": _batch_norm,
+    "com.microsoft.QLinearGlobalAveragePool": _quantized_mean,
+    "com.microsoft.QLinearAdd": _quantized_sum,
 }
 """By qualified name. What an operator without a rule reads has its axes in their own order."""
 
-CONVOLUTIONS: Mapping[str, Rule] = dict.fromkeys(("Conv", "infera.FusedConv", "com.microsoft.FusedConv"), convolution)
+CONVOLUTIONS: Mapping[str, Rule] = {
+    **dict.fromkeys(("Conv", "infera.FusedConv", "com.microsoft.FusedConv"), convolution),
+    "infera.QuantizedConv": _quantized_convolution,
+}
 """Operators for whose sake tensors are put in another order."""

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from unittest import mock
 
 from infera_kernels.launch import CompileLauncher, Target, nominal_target
 from infera_kernels.launch.devices import architecture_of
-from infera_kernels.triton import attention, attention_tiles, conv, matmul, tiles
+from infera_kernels.triton import attention, attention_tiles, conv, matmul, quantized_conv, tiles
 from infera_kernels.tuning.cost import resident
 from tests.kernels.support import FakeArray, tensor_cores
 
@@ -130,6 +130,22 @@ def _integers(tile: tiles.Tile) -> Callable[[CompileLauncher], object]:
     return launch
 
 
+def _quantized(tile: tiles.Tile, *, added: bool) -> Callable[[CompileLauncher], object]:
+    """3 x 3 over 8 x 28 x 28 x 256 of int8, with a bias, a residual if it is `added`, and ReLU, quantised again."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        x, out, residual = (FakeArray((8, 28, 28, 256), "int8") for _ in range(3))
+        factor, bias = (FakeArray((256,), "float32") for _ in range(2))
+        scale, zero = FakeArray((), "float32"), FakeArray((), "int8")
+        finish = quantized_conv.Finish(factor, bias, activation="relu", scale=scale, zero=zero)
+        if added:
+            finish = replace(finish, residual=residual, residual_scale=scale, residual_zero=zero)
+        where, weight = quantized_conv.Places((3, 3), pads=((1, 1), (1, 1))), FakeArray((256, 9, 256), "int8")
+        return quantized_conv.quantized_conv(x, weight, out, launcher, where, finish, tile=tile)
+
+    return launch
+
+
 def _always(target: Target) -> bool:
     return True
 
@@ -151,6 +167,9 @@ def cases() -> Iterator[Case]:
     for tile in tiles.TILES[tiles.INT8]:
         limits = partial(tiles.fits, tile, tiles.INT8), partial(tiles.keeps, tile, "")
         yield Case(f"matmul int8 {_text(tile)}", _integers(tile), *limits)
+        for name, ending in (("quantized", ""), ("quantized+residual", tiles.LONG)):
+            limits = limits[0], partial(quantized_conv.keeps, tile, ending)
+            yield Case(f"{name} int8 {_text(tile)}", _quantized(tile, added=bool(ending)), *limits)
     for kind, sizes in attention_tiles.TILES.items():
         for size, some in sizes.items():
             for t in some:

@@ -11,9 +11,10 @@ from infera_kernels.triton.conv import CONV, SPLITS
 from infera_kernels.triton.integer_conv import INTEGER_CONV
 from infera_kernels.triton.integer_matmul import INTEGER_MATMUL
 from infera_kernels.triton.matmul import MATMUL, PARTS
+from infera_kernels.triton.quantized_conv import QUANTIZED_CONV
 from infera_kernels.triton.skinny import MATVEC
 from infera_kernels.tuning import Family
 
 FAMILIES: Mapping[str, Family[Any]] = MappingProxyType(
-    {f.name: f for f in (MATMUL, PARTS, MATVEC, CONV, SPLITS, INTEGER_MATMUL, INTEGER_CONV, ATTENTION)}
+    {f.name: f for f in (MATMUL, PARTS, MATVEC, CONV, SPLITS, INTEGER_MATMUL, INTEGER_CONV, QUANTIZED_CONV, ATTENTION)}
 )

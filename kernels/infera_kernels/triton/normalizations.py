@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from infera_kernels.triton.indexing import store_type
+from infera_kernels.triton.quantise import saturated
 from infera_kernels.triton.reduce import offset_at, placed
 
 
@@ -115,6 +116,9 @@ def normalize_kernel(
     bias,
     out,
     sums,
+    codes,
+    codes_scale,
+    codes_zero,
     center,
     scale,
     kept,
@@ -122,6 +126,7 @@ def normalize_kernel(
     skip_kept,
     out_kept,
     sums_kept,
+    codes_kept,
     center_kept,
     scale_kept,
     kept_count,
@@ -130,6 +135,7 @@ def normalize_kernel(
     skip_reduced,
     out_reduced,
     sums_reduced,
+    codes_reduced,
     length,
     rows,
     plus_rows,
@@ -149,6 +155,8 @@ def normalize_kernel(
     SCALE_FINISH: tl.constexpr,
     APPLY: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     GIVEN: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_SPLIT: tl.constexpr,
@@ -156,11 +164,11 @@ def normalize_kernel(
     REDUCED_SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """sums = x + skip + plus; out = ACTIVATION(APPLY(sums, center, scale) * weight + bias).
+    """sums = x + skip + plus; out = ACTIVATION(APPLY(sums, center, scale) * weight + bias); codes = out quantised.
 
     CENTER_FOLD is None where there is no centre. Where statistics are not GIVEN a tile holds whole rows, and `center`
-    and `scale` are written, if there are such arrays. x, skip, out and sums have strides along `kept` and `reduced`;
-    plus, weight and bias along `rows` and `cols`, the same dimensions merged for them.
+    and `scale` are written, if there are such arrays. x, skip, out, sums and codes have strides along `kept` and
+    `reduced`; plus, weight and bias along `rows` and `cols`, the same dimensions merged for them.
     """
     tile = tl.program_id(0)
     lane = tl.arange(0, REDUCED)[None, :]
@@ -221,3 +229,10 @@ def normalize_kernel(
         block, place, reduced, out_reduced, REDUCED_SPLIT
     )
     tl.store(out + here, store_type(y, out), mask=there)
+    if codes is not None:
+        here = offset_at(outer, at, kept, codes_kept, KEPT_SPLIT) + offset_at(
+            block, place, reduced, codes_reduced, REDUCED_SPLIT
+        )
+        inverse = tl.div_rn(1.0, tl.load(codes_scale))
+        q = saturated(y * inverse, tl.load(codes_zero).to(tl.float32), LOW, HIGH)
+        tl.store(codes + here, q.to(tl.int32).to(codes.dtype.element_ty), mask=there)

@@ -28,6 +28,7 @@ from infera_kernels.triton.layout import (
     span,
 )
 from infera_kernels.triton.normalizations import NORMALIZATIONS, Normalization, normalize_kernel
+from infera_kernels.triton.quantise import bounds
 from infera_kernels.triton.reduce import passes
 from infera_kernels.triton.reduce_walk import TILE, Operand, Walk, dense, lies_apart, most_parts, pick_walks, source
 from infera_kernels.triton.reductions import REDUCTIONS, accumulator, identity
@@ -98,7 +99,7 @@ class _Layout:
         return tuple(0 if d == 1 else s for d, s in zip(narrow, strides, strict=True))
 
 
-_FULL, _FACTORS, _STATISTICS = ("x", "skip", "out", "sums"), ("plus", "weight", "bias"), ("center", "scale")
+_FULL, _FACTORS, _STATISTICS = ("x", "skip", "out", "sums", "codes"), ("plus", "weight", "bias"), ("center", "scale")
 
 
 def _launch(
@@ -124,7 +125,7 @@ def _launch(
         "tiles_a_row": along.tiles,
         "eps": eps,
     }
-    for name in (*_FULL, *_FACTORS, *_STATISTICS):
+    for name in (*_FULL, *_FACTORS, *_STATISTICS, "codes_scale", "codes_zero"):
         args[name] = arrays.get(name)
     for suffix, names, found in (
         ("kept", (*_FULL, *_STATISTICS), along_kept),
@@ -136,6 +137,7 @@ def _launch(
             strides = found.get(name)
             repeats = suffix in ("rows", "cols") and not any(strides or ())
             args[f"{name}_{suffix}"] = None if strides is None or repeats else fold(strides)
+    low, high = (None, None) if arrays.get("codes") is None else bounds(arrays["codes"].dtype)
     center = None if family.center is None else REDUCTIONS[family.center]
     scale = None if family.scale is None else REDUCTIONS[family.scale]
     constexprs = {
@@ -147,6 +149,8 @@ def _launch(
         "SCALE_FINISH": None if scale is None else scale.finish,
         "APPLY": family.apply,
         "ACTIVATION": activation,
+        "LOW": low,
+        "HIGH": high,
         "GIVEN": given,
         "KEPT": results.block,
         "KEPT_SPLIT": results.split,
@@ -204,6 +208,9 @@ def normalize(
     sums: Any = None,
     center: Any = None,
     scale: Any = None,
+    codes: Any = None,
+    codes_scale: Any = None,
+    codes_zero: Any = None,
     activation: Any = None,
     invariant: bool = False,
 ) -> list[Call]:
@@ -211,7 +218,8 @@ def normalize(
 
     skip, plus, weight and bias, where given, broadcast to x's shape; the first two have x's type where rows do not fit
     in a block. `sums` receives x + skip + plus; `center` and `scale`, contiguous float32 arrays, the statistics, one
-    for each row. `out` may be x. `invariant` rows are the same bits however many there are.
+    for each row; `codes`, of int8 or uint8, what `out` is before it is rounded, by a scale and a zero point. `out` may
+    be x. `invariant` rows are the same bits however many there are.
     """
     others = (skip, plus, weight, bias)
     if not supports_normalization(kind, x, out, *others):
@@ -223,6 +231,7 @@ def normalize(
     kept = [a for a in range(len(shape)) if a not in axes]
     statistics = {name: a for name, a in (("center", center), ("scale", scale)) if a is not None}
     arrays = {"x": x, "skip": skip, "plus": plus, "weight": weight, "bias": bias, "out": out, "sums": sums}
+    arrays |= {"codes": codes, "codes_scale": codes_scale, "codes_zero": codes_zero}
     orders = _ordered(kept, of), _ordered(axes, of)
     if family.at_once and fits(shape, axes):
         narrow = _narrow(statistics, shape, axes)

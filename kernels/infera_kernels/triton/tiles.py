@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -110,12 +111,17 @@ def keeps(tile: Tile, layout: str, target: Target) -> bool:
 
 @lru_cache(maxsize=REMEMBERED)
 def predicted(problem: Problem, target: Target) -> Tile:
+    """The tile with the least estimated time, of those that keep all in registers."""
+    return least(problem, target, [t for t in fitting(problem, target) if keeps(t, problem.layout, target)])
+
+
+def least(problem: Problem, target: Target, among: Iterable[Tile]) -> Tile:
     """The tile with the least estimated time, of equals the larger: it loads less."""
 
     def cost(tile: Tile) -> tuple[float, int, int]:
         return cycles(problem, tile, target), -tile.m * tile.n, -tile.k
 
-    return min((t for t in fitting(problem, target) if keeps(t, problem.layout, target)), key=cost)
+    return min(among, key=cost)
 
 
 def pick_tile(m: int, n: int, k: int, batch: int, kind: str, target: Target) -> Tile:
