@@ -48,9 +48,9 @@ def load(
     one thread, in the whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
     writes, as far as BLAS does: nothing is folded into weights, no norm, softmax, attention or activation that is
-    spelled out is computed by another formula, and convolutions take no Winograd. `jit` says whether
-    the CPU runs kernels that numba compiles; None does where numba is installed. On a GPU all steps that can be are
-    captured into CUDA graphs; `graphs=False` launches them one by one. Up to `max_concurrency` runs go on at
+    spelled out is computed by another formula, convolutions take no Winograd, and nothing that numba compiles
+    runs. `jit` says whether the CPU runs such kernels; None does where numba is installed. On a GPU all steps that can
+    be are captured into CUDA graphs; `graphs=False` launches them one by one. Up to `max_concurrency` runs go on at
     once, each in an arena of its own; with `arena`, as many as that allows, over all sessions that share it.
     `vram_limit` is the most memory of a GPU that the session takes ("4GiB", or bytes), or a VramBudget, which several
     sessions have together; the CPU has none. A model whose weights do not fit is refused here, a plan that does not fit

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import infera_gpu
+from infera_gpu.devices import open_device
 from infera_gpu.errors import DeviceError
 from infera_kernels import jit
 from infera_kernels.calls import Call, Split
@@ -173,25 +174,11 @@ def test_convolution_between_borders(name: str, threads: int) -> None:
         assert np.isnan(whole).sum() == whole.size - want.size
 
 
-def test_strict_convolutions_take_no_winograd() -> None:
-    x, w = normal(1, 40, 40, 64), normal(64, 64, 3, 3, seed=1)
-    made = {}
-    for fast in (False, True):
-        y = poisoned((1, 38, 38, 64))
-        tags: list[str] = []
-
-        def pack(tag: str, build: Any, tags: list[str] = tags) -> Array:
-            tags.append(tag)
-            return np.asarray(build(w))
-
-        calls = conv2d(
-            x, w, None, y, poisoned, Split(1, backwards), strides=(1, 1), pads=((0, 0), (0, 0)), dilations=(1, 1),
-            group=1, pack=pack, pack_b=pack, fast=fast,
-        )  # fmt: skip
-        run(calls)
-        made[fast] = (tags, y)
-    assert [tags for tags, _ in made.values()] == [["panels1"], ["tiles"]]
-    np.testing.assert_allclose(made[True][1], made[False][1], rtol=0, atol=5e-6 * np.abs(made[False][1]).max())
+def test_strict_sessions_run_nothing_compiled() -> None:
+    assert open_device("cpu", strict=True).kinds == ("cpu",)
+    assert open_device("cpu").kinds == ("jit", "cpu")
+    with pytest.raises(DeviceError, match="is not for accuracy='strict'"):
+        open_device("cpu", strict=True, jit=True)
 
 
 def test_softmax_of_awkward_rows() -> None:

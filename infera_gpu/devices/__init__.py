@@ -32,9 +32,9 @@ def open_device(
     """The device called `name`: "cpu", "cuda", "cuda:1", "recording", or "auto" (the first GPU, else the CPU).
 
     `threads` is for the CPU, see `CpuDevice`, and so is `jit`: whether to run what numba compiles, None where it is
-    installed. `budget` is for GPUs: what memory there is to take, None for all of it. `strict`, `tf32`, `captures` and
-    `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or cannot be batch
-    invariant, or where numba is absent.
+    installed and nothing is `strict`. `budget` is for GPUs: what memory there is to take, None for all of it. `strict`,
+    `tf32`, `captures` and `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or cannot be batch
+    invariant, or where numba is absent or in another order than `strict` allows.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
@@ -43,7 +43,7 @@ def open_device(
     if batch_invariant:
         _require_invariant(name)
     if name == "cpu":
-        return CpuDevice(threads, strict, _compiles(jit))
+        return CpuDevice(threads, strict, _compiles(jit, strict))
     if name == "recording":
         from infera_gpu.devices.recording import RecordingDevice
 
@@ -83,10 +83,12 @@ def _require_invariant(name: str) -> None:
         )
 
 
-def _compiles(jit: bool | None) -> bool:
+def _compiles(jit: bool | None, strict: bool) -> bool:
+    if jit and strict:
+        raise DeviceError("jit=True is not for accuracy='strict': what numba compiles adds in orders of its own")
     if jit and not installed():
         raise DeviceError("jit=True needs numba: pip install 'infera-gpu[jit]'")
-    return installed() if jit is None else jit
+    return installed() and not strict if jit is None else jit
 
 
 __all__ = ["Device", "open_device", "tiles_of"]

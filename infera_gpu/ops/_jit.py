@@ -163,7 +163,7 @@ LEAST_WEIGHTS = 1 << 18
 
 def _for_blas(site: Site, io: Buffers) -> bool:
     """Whether a constant matrix B is laid out for BLAS, where that is possible, rather than for these kernels."""
-    large = site.spec(1).size >= LEAST_WEIGHTS and not io.strict
+    large = site.spec(1).size >= LEAST_WEIGHTS
     return large and packed.loops_for(io.outs[0], site.spec(0).dims[-1], sys.maxsize) is not None
 
 
@@ -204,7 +204,7 @@ def convolution(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
         def pack_b(tag: str, build: Callable[[Array], Array]) -> Array:
             return io.pack(2, tag, build)
 
-        return conv2d(**told(site, io), pack=pack, pack_b=pack_b, fast=not io.strict)
+        return conv2d(**told(site, io), pack=pack, pack_b=pack_b)
 
     return kernels(bind, fits, pays=lambda site: not _suits_numpy(site))
 

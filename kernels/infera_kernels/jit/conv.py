@@ -43,14 +43,12 @@ def conv2d(
     residual: Array | None = None,
     pack: Pack,
     pack_b: Pack,
-    fast: bool = True,
 ) -> list[Call]:
     """y = activation(conv(x, w) + b + residual).
 
     x (N, H, W, C), y and residual (N, OH, OW, O), contiguous float32; w (O, C / group, KH, KW) and b (O,) are constant:
     `pack` and `pack_b` keep what is made of them. Where `writes_rows` y may lie within a border. `pads` are (before,
-    after) of each axis and at least 0: where there are none, x may be larger than the windows reach. `fast` allows
-    Winograd's reassociation.
+    after) of each axis and at least 0: where there are none, x may be larger than the windows reach.
     """
     if (x.shape[2], y.shape[2], w.shape[3], pads[1]) == (1, 1, 1, (0, 0)):  # a column is a line
         x, y = x.transpose(0, 2, 1, 3), y.transpose(0, 2, 1, 3)
@@ -69,14 +67,13 @@ def conv2d(
     bounds = {"relu": (0.0, np.inf), "clip": values}.get(str(name)) if residual is None else None
     low, high = bounds or (-np.inf, np.inf)
     work = _Convolution(x, w, y, strides, pads, dilations, group)
-    tiled = fast and work.tiled
-    packed = pack("tiles", winograd.pack) if tiled else pack(f"panels{group}", work.pack)
+    packed = pack("tiles", winograd.pack) if work.tiled else pack(f"panels{group}", work.pack)
     bias = None if b is None else pack_b(f"panels{group}", work.pack_bias)
-    if tiled and bias is None:
+    if work.tiled and bias is None:
         bias = np.zeros((1, y.shape[3]), np.float32)
     done: list[list[Call]] = []
     for first, last in spans(y.shape[0] * y.shape[1], _parts(y[..., 0].size * w.size, split)):
-        calls = work.calls(packed, bias, first, last, scratch, low, high, tiled=tiled)
+        calls = work.calls(packed, bias, first, last, scratch, low, high)
         if not bounds and (name or residual is not None):
             rows = y.reshape(-1, *y.shape[2:])[first:last].reshape(-1, y.shape[3])
             before = None if residual is None else residual.reshape(-1, *y.shape[2:])[first:last].reshape(rows.shape)
@@ -146,8 +143,7 @@ class _Convolution:
         return [u * down + v * right for u in range(kh) for v in range(kw)], self.channels
 
     def calls(
-        self, packed: Array, bias: Array | None, first: int, last: int, scratch: Scratch, low: float, high: float,
-        *, tiled: bool,
+        self, packed: Array, bias: Array | None, first: int, last: int, scratch: Scratch, low: float, high: float
     ) -> list[Call]:  # fmt: skip
         """Lines [first, last) of all images' lines."""
         n, lines = self.y.shape[:2]
@@ -155,47 +151,47 @@ class _Convolution:
             pixels = slice(first * self.y.shape[2], last * self.y.shape[2])
             source, target = (a.reshape(1, 1, -1, a.shape[3])[:, :, pixels] for a in (self.x, self.y))
             return self.multiply(source, target, packed, bias, (0, 1), low, high)
-        if not self.padded and not tiled:
+        if not self.padded and not self.tiled:
             return self.multiply(self.x, self.y, packed, bias, (first, last), low, high)
-        most = min(self.together(packed, tiled), lines, last - first)
+        most = min(self.together(packed), lines, last - first)
         blocks = [
             (image, start, min(start + most, end))
             for image in range(n)
             for begin, end in [(max(first - image * lines, 0), min(last - image * lines, lines))]
             for start in range(begin, end, most)
         ]
-        width, made, slab = self.extent(1, self.y.shape[2], tiled), list[Call](), None
+        width, made, slab = self.extent(1, self.y.shape[2]), list[Call](), None
         left, right = self.before[1], min(width, self.before[1] + self.x.shape[2])
-        if not all(self.reaches(start, stop, width, tiled) for _, start, stop in blocks):
-            slab = scratch((1, self.extent(0, most, tiled), width, self.x.shape[3]))
+        if not all(self.reaches(start, stop, width) for _, start, stop in blocks):
+            slab = scratch((1, self.extent(0, most), width, self.x.shape[3]))
             made += [(np.copyto, (side, 0)) for side in (slab[:, :, :left], slab[:, :, right:]) if side.size]
-        room = winograd.rooms(most, self.y.shape[2], self.x.shape[3], self.y.shape[3], scratch) if tiled else None
+        room = winograd.rooms(most, self.y.shape[2], self.x.shape[3], self.y.shape[3], scratch) if self.tiled else None
         for image, start, stop in blocks:
             source, target = self.x[image : image + 1, start * self.strides[0] :], self.y[image : image + 1, start:stop]
             if slab is not None:
                 source = slab
-                made += self.load(slab, image, start, self.extent(0, stop - start, tiled), left, right)
+                made += self.load(slab, image, start, self.extent(0, stop - start), left, right)
             if room is not None:
                 made += winograd.tiles_of(source, packed, bias, target, room, low, high)
             else:
                 made += self.multiply(source, target, packed, bias, (0, stop - start), low, high)
         return made
 
-    def reaches(self, start: int, stop: int, width: int, tiled: bool) -> bool:
+    def reaches(self, start: int, stop: int, width: int) -> bool:
         """Whether the input has all that output lines [start, stop) see, without padding."""
-        rows = start * self.strides[0] + self.extent(0, stop - start, tiled)
+        rows = start * self.strides[0] + self.extent(0, stop - start)
         return not self.padded and rows <= self.x.shape[1] and width <= self.x.shape[2]
 
-    def together(self, packed: Array, tiled: bool) -> int:
+    def together(self, packed: Array) -> int:
         """Output lines of one slab."""
-        if tiled:
+        if self.tiled:
             return winograd.lines_of(self.y.shape[2], self.x.shape[3] + self.y.shape[3], packed.nbytes)
-        row_bytes: int = self.extent(1, self.y.shape[2], tiled) * self.x.shape[3] * 4
-        return max(1, (SLAB_BYTES // row_bytes - self.extent(0, 1, tiled)) // self.strides[0] + 1)
+        row_bytes: int = self.extent(1, self.y.shape[2]) * self.x.shape[3] * 4
+        return max(1, (SLAB_BYTES // row_bytes - self.extent(0, 1)) // self.strides[0] + 1)
 
-    def extent(self, axis: int, out: int, tiled: bool) -> int:
+    def extent(self, axis: int, out: int) -> int:
         """Padded input under `out` outputs."""
-        if tiled:
+        if self.tiled:
             return winograd.extent(out)
         reach: int = (self.kernel[axis] - 1) * self.dilations[axis]
         return (out - 1) * self.strides[axis] + reach + 1
