@@ -33,8 +33,8 @@ def open_device(
 
     `threads` is for the CPU, see `CpuDevice`, and so is `jit`: whether to run what numba compiles, None where it is
     installed and nothing is `strict`. `budget` is for GPUs: what memory there is to take, None for all of it. `strict`,
-    `tf32`, `captures` and `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or cannot be batch
-    invariant, or where numba is absent or in another order than `strict` allows.
+    `tf32`, `captures` and `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or
+    cannot be batch invariant, or where numba is absent or would add in another order than `strict` allows.
     """
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
