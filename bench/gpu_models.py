@@ -22,6 +22,7 @@ from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
+from infera_gpu.telemetry import snapshot
 from infera_gpu.verify import TOLERANCE, compare
 
 Result = tuple[str, Mapping[str, Any]]
@@ -97,33 +98,39 @@ def memory(context: Context, build: Callable[[], onnx.ModelProto] = _wide) -> Re
             free, total = device.xp.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
-    def cycle() -> tuple[int, int, int]:
-        """Bytes free after the first run, after more of them, and after closing."""
+    def cycle() -> tuple[int, int, int, int | None]:
+        """Bytes free after the first run, after more of them, and after closing; used before that, as NVML says."""
         session = Session(graph, context.open())
         session.run(feeds)
         first = available()[0]
         for _ in range(3):
             session.run(feeds)
-        later = available()[0]
+        later, used = available()[0], _nvml_used()
         session.close()
         gc.collect()
-        return first, later, available()[0]
+        return first, later, available()[0], used
 
     cycle()  # loads modules and libraries, which stay
-    before, total = available()
-    first, later, closed = cycle()
+    (before, total), nvml_before = available(), _nvml_used()
+    first, later, closed, nvml_open = cycle()
+    nvml_closed = _nvml_used()
     found: dict[str, Any] = {
         "total": total,
         "free_before": before,
         "after_first_run": first,
         "after_more": later,
         "closed": closed,
+        "nvml_used_before": nvml_before,
+        "nvml_used_open": nvml_open,
+        "nvml_used_closed": nvml_closed,
     }
     problems = []
     if later < first:
         problems.append(f"runs after the first took {first - later:,} bytes")
     if closed < before - SLACK:
         problems.append(f"{before - closed:,} bytes are missing after close()")
+    if nvml_before is not None and nvml_closed is not None and nvml_closed > nvml_before + SLACK:
+        problems.append(f"NVML has {nvml_closed - nvml_before:,} bytes more in use after close()")
     asked: dict[str, Callable[[], object]] = {
         "an arena": partial(device.alloc, 2 * total, "device"),
         "a temporary": partial(_temporary, device, 2 * total),
@@ -137,6 +144,12 @@ def memory(context: Context, build: Callable[[], onnx.ModelProto] = _wide) -> Re
     if problems:
         raise CheckFailed("; ".join(problems), found)
     return f"a session used {before - first:,} bytes and gave them back; too much is refused", found
+
+
+def _nvml_used() -> int | None:
+    """Bytes in use on all GPUs, as NVML says; None where it does not."""
+    used = [reading.memory_used for reading in snapshot()[0]]
+    return None if not used or None in used else sum(n for n in used if n is not None)
 
 
 def _temporary(device: Any, nbytes: int) -> None:

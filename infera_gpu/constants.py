@@ -9,6 +9,7 @@ import numpy as np
 from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Space
+from infera_gpu.memory import aligned
 from infera_gpu.plan import Plan
 from infera_gpu.spec import Array
 
@@ -44,10 +45,14 @@ class Constants:
                 self._made[key] = found
         return found
 
-    def missing(self, plan: Plan) -> int:
-        """Bytes of the plan's constants that the device does not have yet. Packed forms are taken to be as large."""
+    def missing(self, plan: Plan, *, lasting: bool = False) -> int:
+        """Bytes of the plan's constants that the device does not have yet, each aligned; only of those that last.
+
+        Packed forms are taken to be as large.
+        """
         made = {key[0] for key in self._made}
-        return sum(a.nbytes for a in plan.constants.values() if id(a) not in made)
+        wanted = {id(a): a for a in plan.constants.values() if id(a) not in made}
+        return sum(aligned(a.nbytes) for i, a in wanted.items() if not lasting or i in self._lasting)
 
     def folded(self, plan: Plan) -> int:
         """Bytes of the plan's constants that are none of the graph's."""

@@ -229,7 +229,8 @@ class Lease:
         if found is None:
             self._require(plan)
             self._memory.fit(plan, self._device)
-            with uncollected(), usual_buffers():
+            weights = self._constants.missing(plan, lasting=True)
+            with uncollected(), usual_buffers(), self._device.weights(weights):
                 found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             for placed in plan.segment.nodes:
                 placed.site.forget()

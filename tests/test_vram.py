@@ -26,6 +26,19 @@ MODEL = parse(
     }}"""
 )
 
+W = [", ".join([f"0.0{i}"] * 64 * 64) for i in (1, 2, 3)]
+LAYERS = parse(
+    f"""
+    g (float[N, 64] x) => (float[N, 64] y)
+    <float[64, 64] u = {{{W[0]}}}, float[64, 64] v = {{{W[1]}}}, float[64, 64] w = {{{W[2]}}}> {{
+        a = MatMul(x, u)
+        b = Exp(a)
+        c = MatMul(b, v)
+        d = Tanh(c)
+        y = MatMul(d, w)
+    }}"""
+)
+
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -94,6 +107,38 @@ def test_sessions_share_a_budget(device: str, cupy: Any) -> None:
     second = infera_gpu.load(MODEL, device=device, vram_limit=budget)
     assert second.run(rows(1))["y"].shape == (1, 64)
     assert repr(budget).endswith(f"of {2 * WEIGHTS:,} bytes used>")
+
+
+def test_weights_lie_in_one_block(cupy: Any) -> None:
+    device = cuda.CudaDevice(0)
+    hosts = [np.arange(n, dtype=np.float32) for n in (64, 1, 300, 7)]
+    sizes = [256, 256, 1280, 256]
+    with device.weights(sum(sizes[:3])):
+        inside = [device.constant(host, "device", lasting=True) for host in hosts[:3]]
+        assert cupy.vram.taken == 1
+        beyond = device.constant(hosts[3], "device", lasting=True)
+        assert cupy.vram.taken == 2
+    places = [a.data.ptr - inside[0].data.ptr for a in inside]
+    assert places == [0, 256, 512]
+    for host, array in zip(hosts, [*inside, beyond], strict=True):
+        np.testing.assert_array_equal(array.view(np.ndarray), host)
+    later = device.constant(hosts[0], "device", lasting=True)
+    assert cupy.vram.taken == 3
+    inside.clear()
+    del array, beyond, later
+    gc.collect()
+    assert cupy.vram.used == 0
+
+
+def test_a_sessions_weights_are_one_block_and_given_back(cupy: Any) -> None:
+    with infera_gpu.load(LAYERS, device="cuda") as session:
+        session.run(rows(2))
+        blocks = [memory.nbytes for memory in cupy.vram.blocks]
+        assert blocks.count(3 * WEIGHTS) == 1
+        assert WEIGHTS not in blocks
+    del session
+    gc.collect()
+    assert cupy.vram.used == 0
 
 
 def test_temporaries_of_portable_operators_count(cupy: Any) -> None:

@@ -129,6 +129,11 @@ class Device(Protocol):
         """Raises OutOfMemoryError, saying `what` needs it, where the device has no `nbytes` to give; takes nothing."""
         ...
 
+    def weights(self, nbytes: int) -> AbstractContextManager[None]:
+        """Lasting constants that are uploaded meanwhile are expected to take so many bytes, each aligned to
+        memory.ALIGN: on a GPU they lie in one block. Raises OutOfMemoryError."""
+        ...
+
     def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> Array:
         """The constant in `space`; uploaded at once. A `lasting` one is the model's, others come and go with shapes."""
         ...

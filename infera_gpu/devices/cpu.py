@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +80,9 @@ class CpuDevice:
         return host_view(block, operand)
 
     def require(self, what: str, nbytes: int) -> None: ...
+
+    def weights(self, nbytes: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
         return host

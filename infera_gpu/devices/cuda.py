@@ -6,7 +6,7 @@ Written against CuPy 14. Its calls that take no stream use the thread's current 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -239,13 +239,20 @@ class CudaDevice:
             return host_view(block, operand)
         return self.xp.ndarray(operand.shape, operand.dtype, block + operand.offset, operand.strides)
 
+    @contextmanager
+    def weights(self, nbytes: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            with self._device, self._failures("the weights", nbytes):
+                stack.enter_context(self._vram.weights(f"the weights on {self.name}", nbytes))
+            yield
+
     def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> Array:
         if space == "host":
             return host
         what = f"a constant of {host.nbytes:,} bytes"
         with self._device, self._failures(what, host.nbytes), self._stream:
             memory = (
-                self._vram.take(f"{what} on {self.name}", host.nbytes)
+                self._vram.weight(f"{what} on {self.name}", host.nbytes)
                 if lasting
                 else self._vram.pool.malloc(host.nbytes)
             )

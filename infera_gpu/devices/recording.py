@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -111,6 +111,9 @@ class RecordingDevice:
         if self._budget is not None:
             self._budget.take(f"{what} on {self.name}", nbytes)
             weakref.finalize(array, self._budget.give_back, nbytes)
+
+    def weights(self, nbytes: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
         if space == "device":

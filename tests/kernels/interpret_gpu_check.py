@@ -148,4 +148,15 @@ def test_memory(opener: Callable[[Any], Context]) -> None:
     small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
     _, facts = memory(opener(InterpreterLauncher), small)
     assert facts["after_first_run"] == facts["after_more"] < facts["free_before"]
+    assert facts["nvml_used_closed"] is None
     assert "missing" in facts["refusal of an arena"]
+
+
+def test_memory_that_nvml_still_sees_is_noticed(
+    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = iter([1 << 30, 1 << 30, 2 << 30, 3 << 30])
+    monkeypatch.setattr(gpu_models, "_nvml_used", lambda: next(used))
+    small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
+    with pytest.raises(CheckFailed, match=r"NVML has 2,147,483,648 bytes more in use after close"):
+        memory(opener(InterpreterLauncher), small)
