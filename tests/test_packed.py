@@ -105,6 +105,25 @@ def test_strict_products_are_blas_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not products_by_address(monkeypatch, 17, "strict")
 
 
+@pytest.mark.parametrize("rows", [17, packed.MOST_ROWS + 1])
+def test_what_is_no_number_is_none_times_0(rows: int) -> None:
+    """However many rows there are, and so whichever way weights are laid out."""
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w"], ["y"], alpha=0.0)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 300])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 700])],
+        [numpy_helper.from_array(normal(300, 700), "w")],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = normal(rows, 300)
+    x[0, 0] = np.nan
+    with infera_gpu.load(made, device="cpu", jit=False) as opened:
+        (y,) = opened.run({"x": x}).values()
+    assert np.isnan(y[0]).all()
+    assert not y[1:].any()
+
+
 def test_loops_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     other = blas.Inner(lambda *args: None, lambda *args: None, lambda *args: None)
     monkeypatch.setattr(packed, "inner", packed.inner.__wrapped__)

@@ -65,9 +65,10 @@ def given(io: Buffers, i: int) -> Array | None:
 
 def _multiply(site: Site, io: Buffers, most_rows: int = packed.MOST_ROWS, **terms: Any) -> list[Call]:
     """`cpu.fused` of the inputs; beside up to `most_rows` rows a constant matrix is laid out for BLAS once, where it is
-    known how."""
+    known how. Not what is multiplied by 0: BLAS' loops look at nothing then, and NaN and infinity become 0."""
     out, flip = io.outs[0], bool(site.attrs.get("transB"))
-    if site.value(1) is not None and site.spec(1).ndim == 2 and site.spec(0).ndim > 1 and not io.strict:
+    constant = site.value(1) is not None and site.spec(1).ndim == 2
+    if constant and site.spec(0).ndim > 1 and not io.strict and terms.get("alpha") != 0:
         a = portable.transposed(io.ins[0], site.attrs.get("transA"))
         loops = packed.loops_for(out, a.shape[-1], most_rows)
         if loops is not None:
