@@ -204,3 +204,30 @@ def test_other_zero_points_are_moved_alike() -> None:
     graph = load_graph(parse(UNSIGNED.format(outs="float[4] y", zero=3, point="other", more="")))
     x = {"x": np.array([-7, 0, 3, 200], np.float32)}
     np.testing.assert_array_equal(answer(signed(graph), x), answer(graph, x))
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Conv"])
+@pytest.mark.parametrize(("depth", "largest"), [(33_000, 127), (70_000, 127), (70_000, 1)])
+def test_sums_that_int32_does_not_hold_stay_floats(op: str, depth: int, largest: int) -> None:
+    """70 000 x 255 x 127 is more than 2**31."""
+    image = op == "Conv"
+    axes, weights = ("1, 1", f"1, {depth}, 1, 1") if image else ("", f"{depth}, 1")
+    model = parse(f"""
+        deep (float[1, {depth}{", " if image else ""}{axes}] x) => (float[1, 1{", " if image else ""}{axes}] y)
+        <float s = {{1}}, uint8 z = {{0}}> {{
+            q = QuantizeLinear(x, s, z)
+            a = DequantizeLinear(q, s, z)
+            b = DequantizeLinear(w, s)
+            y = {op}(a, b)
+        }}""")
+    shape = [int(d) for d in weights.split(",")]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(shape, largest, np.int8), "w"))
+    graph = load_graph(model)
+    made = on_gpu(graph)
+    fits = depth * 255 * largest < 2**31
+    assert any(n.op.startswith("Quantized") for n in made.nodes) == fits
+    feeds = {"x": np.full((1, depth, 1, 1) if image else (1, depth), 255, np.float32)}
+    with Session(graph, open_device("cpu")) as session:
+        (on_cpu,) = session.run(feeds).values()
+    for y in (answer(made, feeds), on_cpu):
+        np.testing.assert_allclose(y, depth * 255.0 * largest, rtol=1e-3)

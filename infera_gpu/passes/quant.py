@@ -12,6 +12,7 @@ import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, infera, node
+from infera_kernels.portable.quant import sums_fit
 
 DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
 FLOAT = 1
@@ -185,7 +186,7 @@ def _columns_of(graph: Graph, n: Node) -> bool:
         return False
     along = scale.size == 1 or n.attrs.get("axis", 1) in (1, -1)
     plain = not n.attrs.get("block_size", 0) and (n.domain or graph.opset_of(n) < 23)
-    return bool(plain) and along and _is_weight(weight, scale, zero)
+    return bool(plain) and along and _is_weight(weight, scale, zero) and sums_fit(weight, 1, zero)
 
 
 def _dequantized(match: Match, name: str) -> Node | None:

@@ -13,6 +13,7 @@ import numpy as np
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
 from infera_gpu.passes.quant import DEQUANTIZE, parameters_of
+from infera_kernels.portable.quant import sums_fit
 
 TRITON = frozenset({"triton"})
 """The `kinds` of fusions whose operators have kernels in Triton alone."""
@@ -48,7 +49,7 @@ def _weight(match: Match, value: str, axis: int) -> tuple[HostArray, HostArray] 
     if n is None or found is None:
         return None
     values, scale = found
-    if values.dtype != np.int8 or values.ndim < 2 or not np.isfinite(scale).all():
+    if values.dtype != np.int8 or values.ndim < 2 or not np.isfinite(scale).all() or not sums_fit(values, axis):
         return None
     channels = values.shape[axis]
     if scale.size == 1 and scale.ndim < 2:
@@ -71,9 +72,13 @@ _Parts = tuple[Node, HostArray, HostArray, HostArray | None]
 
 
 def _parts(match: Match, axis: int) -> _Parts | None:
+    """None where no kernel takes them: images have one or two spatial axes, and integers are int8 on either side. What
+    is uint8 still (see `signed`) mostly enters the model so."""
     left = dequantized(match, match.values["a"])
     weight = _weight(match, match.values["b"], axis)
-    if left is None or weight is None:
+    if left is None or weight is None or weight[0].ndim > 4:
+        return None
+    if match.graph.constants[left.inputs[2]].dtype != np.int8:
         return None
     added = match.values.get("c", "")
     bias = _bias(match, added, weight[0].shape[axis]) if added else None
@@ -111,7 +116,7 @@ def _conv(match: Match) -> Replacement:
 
 
 _CONV = """
-    {name} (int8[1, 2, 3, 3] q{ins}) => (float[1, 2, 2, 2] y)
+    {name} ({kind}[1, 2, 3, 3] q{ins}) => (float[1, 2, 2, 2] y)
     <float s = {{0.5}}, {kind} z = {{3}}, {weight}[2, 2, 2, 2] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7}},
      float[2] t = {{0.5, 0.25}}, {weight}[2] p = {{{zero}, 0}}, int32[2] c = {{4, -8}}, float[2] u = {{0.25, 0.125}}> {{
         a = DequantizeLinear(q, s, z)
@@ -122,9 +127,24 @@ _CONV = """
 
 
 def _conv_text(
-    name: str = "example", weight: str = "int8", axis: int = 0, zero: int = 0, bias: str = "d", ins: str = ""
+    name: str = "example",
+    weight: str = "int8",
+    axis: int = 0,
+    zero: int = 0,
+    bias: str = "d",
+    ins: str = "",
+    kind: str = "int8",
 ) -> str:
-    return _CONV.format(name=name, kind="int8", weight=weight, axis=axis, zero=zero, bias=bias, ins=ins)
+    return _CONV.format(name=name, kind=kind, weight=weight, axis=axis, zero=zero, bias=bias, ins=ins)
+
+
+_VOLUMES = """
+    volumes (int8[1, 1, 2, 2, 2] q) => (float[1, 1, 1, 1, 1] y)
+    <float s = {0.5}, int8 z = {3}, int8[1, 1, 2, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float t = {0.5}> {
+        a = DequantizeLinear(q, s, z)
+        b = DequantizeLinear(w, t)
+        y = Conv(a, b)
+    }"""
 
 
 CONV = Fusion(
@@ -138,6 +158,8 @@ CONV = Fusion(
         _conv_text("unsigned_weights", weight="uint8"),
         _conv_text("zero_points_of_weights", zero=1),
         _conv_text("bias_is_an_input", bias="f", ins=", float[2] f"),
+        _conv_text("unsigned_input", kind="uint8"),
+        _VOLUMES,
     ),
     reassociates=True,
     kinds=TRITON,

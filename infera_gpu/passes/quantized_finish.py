@@ -86,7 +86,16 @@ BIAS = Fusion(
 
 
 def _takes_residual(match: Match) -> bool:
-    return _is_bare(match) and match.values["v"] not in match.graph.constants
+    return _is_bare(match) and match.values["v"] not in match.graph.constants and not _broadcasts(match)
+
+
+def _broadcasts(match: Match) -> bool:
+    """Whether the residual is known to have other sizes than the product: the kernel reads one for each element."""
+    residual, product = match.spec("v"), match.draft.spec(match.nodes["product"].outputs[0])
+    if residual is None or product is None or not residual.ranked or not product.ranked:
+        return False
+    pairs = tuple(zip(residual.shape, product.shape, strict=False))
+    return residual.ndim != product.ndim or any(a != b and 1 in (a, b) for a, b in pairs)
 
 
 def _with_residual(match: Match) -> Replacement:
@@ -106,6 +115,8 @@ RESIDUAL = Fusion(
     near_misses=(
         _text("t = infera.QuantizedMatMul(x, w, , v, f)  y = Add(t, v)", "two_residuals"),
         _text(f"{_MADE}  y = Add(t, t)", "the_product_twice"),
+        _text(f"{_MADE}  m = ReduceMax <axes = [1]> (v)  y = Add(t, m)", "one_for_each_row"),
+        _text(f"{_MADE}  m = ReduceMax <axes = [0], keepdims = 0> (v)  y = Add(t, m)", "a_row"),
         _text(f"{_MADE}  y = Add(t, axes)", "constant", "float[1, 2, 2] y"),
         _text('t = infera.QuantizedMatMul <activation = "relu"> (x, w, , , f)  y = Add(t, v)', "activated_before"),
     ),

@@ -100,6 +100,25 @@ def centred(xp: Any, q: Array, zero: Array | None, axis: int) -> Array:
     return wide - (zero.reshape(()) if zero.size == 1 else zero)
 
 
+_INT32_MAX, _WIDEST = 2**31 - 1, 255
+"""The largest sum of integers, and the largest difference between two bytes."""
+
+
+def sums_fit(weight: Array, axis: int, zero: Array | None = None) -> bool:
+    """Whether all sums of 8-bit weights, less a zero point, times activations less theirs are int32, for each entry of
+    an axis. Only thousands of terms are more, of a model that means floats: they do not wrap around.
+
+    `zero` is one value, or one for each entry.
+    """
+    channels = weight.shape[axis]
+    if weight.size * _WIDEST**2 <= channels * _INT32_MAX:
+        return True
+    wide = np.moveaxis(weight, axis, -1).reshape(-1, channels).astype(np.int16)
+    if zero is not None:
+        wide -= zero.reshape(-1).astype(np.int16)
+    return int(np.abs(wide).sum(axis=0, dtype=np.int64).max(initial=0)) * _WIDEST <= _INT32_MAX
+
+
 def matmul_integer(xp: Any, a: Array, b: Array, a_zero: Array | None, b_zero: Array | None) -> Array:
     """(a - a_zero) @ (b - b_zero) in int32, in floating point for floats; zero points of rows of `a` and of columns
     of `b`.
