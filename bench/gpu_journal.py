@@ -45,7 +45,8 @@ class Journal:
 class State:
     """Where a run is: outcomes; the section that goes on, what its cases came to, and the case that goes on.
 
-    `since` and `case_until` are times of the clock, `left` the seconds that the section had when it began.
+    `since` and `case_until` are times of the clock, `left` the seconds that the section had when it began, `at` the
+    time of the last line.
     """
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -55,9 +56,11 @@ class State:
     tried: dict[str, Tried] = field(default_factory=dict)
     case: str = ""
     case_until: float = 0.0
+    at: float = 0.0
 
     def follow(self, line: Mapping[str, Any]) -> None:
         """Takes in one more line of the journal."""
+        self.at = line["at"]
         match line["kind"]:
             case "section":
                 if line["section"] != self.section:

@@ -24,12 +24,18 @@ POLL = 0.2
 """Seconds between looks at what a worker does."""
 
 
+END = 30.0
+"""Seconds in which a killed worker is gone."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much is put up with."""
 
     grace: float = 30.0
     """Seconds that a section may take beyond those that it was given; it is ended then."""
+    start: float = 300.0
+    """Seconds in which a worker begins a section: a driver that a fault has wedged may not let it start."""
     replaced: int = 25
     """How often a worker is replaced while cases of one section go on."""
 
@@ -74,7 +80,8 @@ class Worker:
         """It, and what it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # what waits within a driver cannot be ended
+            self.process.wait(END)
 
     def said(self) -> str:
         """The end of what it said."""
@@ -103,6 +110,7 @@ class Supervisor:
         """As they come."""
         replaced = 0
         while any(name not in self._journal.state().outcomes for name in self._names):
+            started = time.time()
             worker = self._start(self._deadline - time.monotonic())
             hung = ""
             try:
@@ -110,7 +118,7 @@ class Supervisor:
                     time.sleep(POLL)
                     state = self._journal.state()
                     yield from self._new(state)
-                    hung = self._hung(state)
+                    hung = self._hung(state, started)
             finally:
                 worker.end()
             state = self._journal.state()
@@ -125,11 +133,12 @@ class Supervisor:
                 self._told.add(name)
                 yield outcome
 
-    def _hung(self, state: State) -> str:
+    def _hung(self, state: State, started: float) -> str:
         """Why what goes on is to be ended; empty while it may go on."""
         now = time.time()
         if not state.section:
-            return ""
+            late = now - max(state.at, started) > self._limits.start
+            return f"no section begun after {self._limits.start:.0f} s" if late else ""
         limit = max(state.left, 0.0) + self._limits.grace
         if now - state.since > limit:
             return f"no end after {limit:.0f} s"

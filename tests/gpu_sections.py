@@ -102,8 +102,15 @@ SECTIONS: Mapping[str, Section] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def why_unavailable() -> str | None:
+    """As the environment says: the GPU is gone after a file appears, or asking for it in a worker does not end."""
     gone = os.environ.get("GPU_GONE_AFTER")
+    if os.environ.get("GPU_WEDGED") and "--worker" in sys.argv:
+        time.sleep(600)
+    return "it fell off the bus" if gone and os.path.exists(gone) else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     return command(
         argv,
         prog="tests.gpu_sections",
@@ -111,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections=SECTIONS,
         minutes=1,
         seconds={"hanging": 1},
-        unavailable=lambda: "it fell off the bus" if gone and os.path.exists(gone) else None,
+        unavailable=why_unavailable,
         describe=lambda index: {"name": "NVIDIA H200", "driver": "580.1"},
         lost=lambda index: bool(_faults),
-        limits=Limits(grace=2, replaced=REPLACED),
+        limits=Limits(grace=2, start=float(os.environ.get("GPU_WEDGED") or 60), replaced=REPLACED),
     )
 
 

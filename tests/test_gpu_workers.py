@@ -94,3 +94,10 @@ def test_a_gpu_that_is_gone_ends_the_run(tmp_path: Path, monkeypatch: pytest.Mon
         ("skipped", "the GPU is gone"),
     ]
     assert "it fell off the bus" in found["good"]["facts"]["said"]
+
+
+def test_a_worker_that_never_begins_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a fault has wedged the driver: it hangs before the first section."""
+    monkeypatch.setenv("GPU_WEDGED", "1")
+    found = outcomes(tmp_path, "good", "last")
+    assert [(o["status"], o["summary"]) for o in found.values()] == [("failed", "no section begun after 1 s")] * 2
