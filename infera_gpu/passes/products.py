@@ -183,6 +183,8 @@ def _alike_integers(match: Match) -> Hashable | None:
     w, root = match.constant("w"), match.root
     if root.outputs[0] in match.graph.outputs or len(match.draft.readers[match.values["w"]]) > 1:
         return None
+    if any(match.constant(name).shape != w.shape[1:] for name in ("f", "b") if name in match.values):
+        return None  # the operator refuses it
     return w.shape[0], match.values.get("z", ""), *sorted(root.attrs.items())
 
 

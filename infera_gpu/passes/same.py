@@ -96,6 +96,8 @@ def _neutral(value: float, *at: int, when: Callable[[HostArray], bool] = lambda 
             if c is None or c.size != 1 or c.dtype.kind not in "iuf" or c.reshape(-1)[0] != value or not when(c):
                 continue
             x = facts.spec(n.inputs[1 - i])
+            if x is not None and x.dtype != c.dtype and n.op != "Pow":
+                continue  # which planning refuses
             if c.ndim == 0 or (x is not None and x.ranked and x.ndim >= c.ndim):
                 return 1 - i
         return None
