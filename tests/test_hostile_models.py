@@ -63,7 +63,9 @@ def changed(x: HostArray | list[HostArray]) -> Iterator[tuple[str, Any]]:
     yield from ((how, y) for how, y in shapes.items() if y.shape != x.shape)
     for value in VALUES:
         if x.dtype.kind == "f" or (x.dtype.kind in "iu" and np.iinfo(x.dtype).min <= value < np.iinfo(x.dtype).max):
-            yield f"is {value} everywhere", np.full_like(x, value)
+            with np.errstate(over="ignore"):
+                filled = np.full_like(x, value)
+            yield f"is {value} everywhere", filled
 
 
 def wrongs(op: Op, case: Case) -> Iterator[Wrong]:

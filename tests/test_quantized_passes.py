@@ -122,6 +122,7 @@ def test_a_residual_is_read_as_integers_beside_the_sums() -> None:
     assert inputs[1][0] == inputs[1][3]
 
 
+@pytest.mark.kernels
 def test_a_transformer_keeps_floats_for_attention_and_residuals() -> None:
     """A norm writes its integers beside the floats that go on to the next sum; one product makes queries, keys and
     values; an activation is a part of the product before it."""

@@ -33,6 +33,8 @@ def _spec(site: Site, dims: tuple[int, ...], channels: int) -> tuple[TensorSpec]
     for i in (X, W):
         if site.spec(i).dtype.name not in ("int8", "uint8"):
             raise site.fail(f"input {i} is {site.spec(i)}, expected 8-bit integers")
+    if not site.has(FACTOR):
+        raise site.fail(f"input {FACTOR}, the factor of every channel's sums, is left out")
     for i in (BIAS, FACTOR):
         if site.has(i) and site.spec(i).dims != (channels,):
             raise site.fail(f"input {i} is {site.spec(i)}, expected {channels} values, one for each channel")

@@ -46,5 +46,5 @@ def _moved(graph: Graph, n: Node, constants: dict[str, HostArray]) -> Node:
     """The node with int8 and its zero point less 128."""
     point = n.inputs[2]
     name = made_name(point, "signed")
-    constants[name] = (graph.constants[point].astype(np.int16) - 128).astype(np.int8)
+    constants[name] = np.asarray(graph.constants[point].astype(np.int16) - 128, np.int8)
     return replace(n, inputs=(*n.inputs[:2], name))

@@ -109,6 +109,10 @@ class Connection(HttpToolsProtocol):
     def _proceed(self, exchange: Exchange) -> None:
         raise NotImplementedError
 
+    def _is_amid_events(self) -> bool:
+        """Whether the reply at work has begun, and is as long as its events go on."""
+        raise NotImplementedError
+
     def _can_probe(self) -> bool:
         """Whether an interim response may be sent: a request is at work that came in HTTP/1.1, its reply not begun."""
         raise NotImplementedError
@@ -275,7 +279,10 @@ class Connection(HttpToolsProtocol):
         """A client that sends no more may wait for its replies, or be gone, which look the same.
 
         It is sent an interim response, which every HTTP/1.1 client skips, and one that is gone answers with a reset.
+        Within a stream of events there is no place for one: who sends no more then is taken to be gone.
         """
+        if self._is_amid_events():
+            return False
         if not self.ended:
             self.ended = True
             if not self.rest:

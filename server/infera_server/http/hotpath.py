@@ -298,6 +298,11 @@ class HotPathProtocol(Replying):
         except Exception as error:
             self._fail(exchange, error)
 
+    def _is_amid_events(self) -> bool:
+        cycle = self.asgi
+        begun = cycle is not None and cycle.response_started and not cycle.response_complete
+        return begun and bool(cycle.chunked_encoding)
+
     def _can_probe(self) -> bool:
         cycle = self.asgi
         if cycle is None or cycle.response_complete:
