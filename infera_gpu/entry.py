@@ -82,5 +82,3 @@ class Entry:
             )
         except ValueError as error:
             raise InputError(f"input {error}") from None
-
-    # ---- the rest

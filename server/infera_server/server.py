@@ -10,8 +10,8 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,11 @@ SWITCH_INTERVAL = 5e-5
 """Seconds for which a thread that has the interpreter's lock keeps it from one that waits, not 0.005. An engine
 thread takes the lock for a few microseconds after each step of a run, which has hundreds. While the event loop is busy,
 with refusals above all, each of them could wait for as long: a third of the throughput was lost."""
+
+_intervals: list[float] = []
+"""For each server that runs the interval before the first of them."""
+
+_INTERVAL_LOCK = threading.Lock()
 
 MIN_FAREWELL = 0.5
 """Seconds that replies have to leave after a drain that took all its time."""
@@ -151,6 +156,24 @@ def make_server(app: App, service: Service) -> Server:
     )
 
 
+@contextmanager
+def _handing_over() -> Iterator[None]:
+    """Threads hand the interpreter's lock over soon while a server runs, or several in one process."""
+    with _INTERVAL_LOCK:
+        if not _intervals:
+            _intervals.append(sys.getswitchinterval())
+            sys.setswitchinterval(min(_intervals[0], SWITCH_INTERVAL))
+        else:
+            _intervals.append(_intervals[0])
+    try:
+        yield
+    finally:
+        with _INTERVAL_LOCK:
+            before = _intervals.pop()
+            if not _intervals:
+                sys.setswitchinterval(before)
+
+
 class Host:
     """One server process: listens at once, loads while it listens, exits when asked or when nothing could be loaded."""
 
@@ -247,12 +270,10 @@ class Host:
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit status: 1 where no model could be loaded, else 0."""
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(interval, SWITCH_INTERVAL))
         try:
-            self.server.run(self._sockets)
+            with _handing_over():
+                self.server.run(self._sockets)
         finally:
-            sys.setswitchinterval(interval)
             self.service.log_settings.restore()
             self.repository.stop()
             for model in self.repository.working():

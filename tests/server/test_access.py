@@ -6,6 +6,7 @@ import contextlib
 import json
 import ssl
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from infera_server.access import Access, Key, KeyFileError, is_local, make_key, read_keys
 from infera_server.errors import Forbidden, Overloaded, Unauthorized
+from infera_server.http import connection
 from infera_server.http.gate import Gate
 from infera_server.listening import CertificateError, check_certificates
 from infera_server.settings import Settings
@@ -313,6 +315,20 @@ def test_tls() -> None:
                     status, headers, body = read_reply(stream)
                     assert status == 200
                     assert len(body) == int(headers["content-length"])
+
+
+def test_a_client_that_never_ends_tls_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "FAREWELL_SECONDS", 0.1)
+    context = ssl.create_default_context(cafile=str(CERTIFICATES / "server.pem"))
+    patience = 120.0
+    files: dict[str, Any] = {"tls_cert": CERTIFICATES / "server.pem", "tls_key": CERTIFICATES / "server.key"}
+    with contextlib.ExitStack() as clients:
+        with serving({"double": doubler()}, drain_timeout=patience, **files) as running:
+            sock = clients.enter_context(context.wrap_socket(running.connect(), server_hostname="localhost"))
+            sock.sendall(http_request(BODY))
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+            began = time.monotonic()
+        assert time.monotonic() - began < patience / 2
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def test_a_message_that_ends_too_early_is_refused_after_the_replies_before_it(
         assert statuses(stream) == [status for _, status in wanted] + last
 
 
+def test_what_was_refused_before_its_body_ended_stays_refused_so(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(BODY, PATH, length=1 << 40))
+        sock.shutdown(socket.SHUT_WR)
+        assert read_reply(stream)[0] == 413
+
+
 @pytest.mark.parametrize("ends", [True, False], ids=["half-closed", "open"])
 @pytest.mark.parametrize("pause", [0.0, 0.02], ids=["reading", "reading slowly"])
 def test_a_slow_reader_of_many_replies_gets_them_all(server: Running, pause: float, ends: bool) -> None:

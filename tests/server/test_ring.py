@@ -128,6 +128,21 @@ def test_memory_that_nobody_needs_goes_back_to_the_system(
     assert min(resident) < LIMIT // 4
 
 
+def test_memory_stays_where_the_system_does_not_take_it(
+    ends: tuple[Blocks, Lent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, _ = ends
+    monkeypatch.setattr(arena, "KEPT", 0)
+    monkeypatch.setattr(arena, "LARGE", 1)
+    monkeypatch.setattr(blocks, "empty", lambda offset, nbytes: False)
+    for _ in range(3):
+        offset = blocks.take(5000)
+        blocks.reaching(offset + 5000, grow=True)[offset : offset + 3] = b"abc"
+        blocks.give_back(offset)
+    assert blocks.take(5000) == offset
+    assert blocks.taken == 1
+
+
 @pytest.mark.parametrize("first", ["writer", "reader"])
 def test_what_lies_in_shared_memory_already_is_not_copied(ends: tuple[Blocks, Lent], first: str) -> None:
     blocks, lent = ends

@@ -138,6 +138,16 @@ def test_threads_hand_over_soon_while_a_server_runs() -> None:
     assert sys.getswitchinterval() == before
 
 
+def test_servers_in_one_process_share_what_threads_keep() -> None:
+    before = sys.getswitchinterval()
+    with contextlib.ExitStack() as first:
+        first.enter_context(serving({"double": doubler()}))
+        with serving({"double": doubler()}):
+            first.close()
+            assert sys.getswitchinterval() == pytest.approx(server.SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == before
+
+
 # --- the process ---------------------------------------------------------------------------------------------------
 
 

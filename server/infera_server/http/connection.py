@@ -298,7 +298,8 @@ class Connection(HttpToolsProtocol):
         if self.in_body and not self.deaf:
             cycle = self.cycle
             size = f"after {cycle.size:,} bytes, " if isinstance(cycle, Exchange) else ""
-            self.send_400_response(f"the request body ends {size}before its end")
+            refused = cycle.refusal if isinstance(cycle, Exchange) else None
+            self.refuse_rest(refused or BadRequest(f"the request body ends {size}before its end"))
         if not self._owes:
             self.transport.close()
 
@@ -418,9 +419,9 @@ class Connection(HttpToolsProtocol):
         self._cut_off_unread(None)
 
     def _cut_off_unread(self, before: int | None) -> None:
-        """Do not wait for a client that has read nothing since so many bytes were left to send."""
+        """Do not wait for a client that has read nothing since so many bytes were left to send, or ends no TLS."""
         left = self.transport.get_write_buffer_size()
-        if left and left == before:
+        if left == before and (left or self.transport.is_closing()):
             self.transport.abort()
         elif self in self.service.connections:
             self.loop.call_later(FAREWELL_SECONDS, self._cut_off_unread, left)

@@ -115,8 +115,7 @@ class Blocks(_Watched):
         """One that held a block does no more."""
         if (others := self._shared.pop(offset, 0)) == 0:
             self._free[size := self._sizes.pop(offset)].append(offset)
-            if size >= LARGE and self._idle + size > KEPT:
-                self.empty(offset, size)
+            if size >= LARGE and self._idle + size > KEPT and self.empty(offset, size):
                 self._hollow.add(offset)
             else:
                 self._idle += size

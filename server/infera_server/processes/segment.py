@@ -119,11 +119,18 @@ class Segment:
             self._map = mmap.mmap(self.fd, 0)
         return self._map
 
-    def empty(self, offset: int, nbytes: int) -> None:
-        """Let the system have the memory of these bytes, which nobody views; `refill` before they are used again."""
+    def empty(self, offset: int, nbytes: int) -> bool:
+        """Let the system have the memory of these bytes, which nobody views; `refill` before they are used again.
+
+        Returns whether it takes them: not every kernel does.
+        """
         start, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and start < min(end, len(self._map)):
-            self._map.madvise(mmap.MADV_REMOVE, start, min(end, len(self._map)) - start)
+            try:
+                self._map.madvise(mmap.MADV_REMOVE, start, min(end, len(self._map)) - start)
+            except OSError:
+                return False
+        return True
 
     def refill(self, offset: int, nbytes: int) -> None:
         """Reserve memory for these bytes where they have none. Raises OSError."""
