@@ -44,7 +44,7 @@ about to bring a request, which would be met by a reset."""
 SWITCH_INTERVAL = 5e-5
 """Seconds for which a thread that has the interpreter's lock keeps it from one that waits, not 0.005. An engine
 thread takes the lock for a few microseconds after each step of a run, which has hundreds. While the event loop is busy,
-with refusals above all, each of them could wait for as long: a third of the throughput was lost."""
+with refusals above all, each of them could wait for as long (`python -m bench.overload`)."""
 
 _intervals: list[float] = []
 """For each server that runs the interval before the first of them."""

@@ -1,7 +1,7 @@
 """Products with weights that are laid out once for OpenBLAS' inner loops, where its version is known.
 
-np.matmul has the whole right-hand matrix laid out anew in every call. Beside a hundred rows that is a quarter of the
-time, beside a few most of it.
+np.matmul has the whole right-hand matrix laid out anew in every call: a good part of the time beside a hundred rows,
+most of it beside a few.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SLACK = 1024
 ahead."""
 
 MOST_ROWS = 512
-"""Beside more rows it costs less than a tenth to lay weights out anew, which need not be in memory twice then."""
+"""Beside more rows it costs little to lay weights out anew, which need not be in memory twice then."""
 
 
 @cache
