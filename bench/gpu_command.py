@@ -6,7 +6,8 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from bench.environment import RESULTS
 from bench.gpu_journal import Journal
 from bench.gpu_report import Context, Outcome, Section, gpu_of, loses_the_gpu, outcome_of, table, write
-from bench.gpu_workers import NO_GPU, Limits, Supervisor, Worker, work, worker_command
+from bench.gpu_workers import NO_GPU, Limits, Supervisor, Worker, end_with_parent, ending_in_order, work, worker_command
 from infera_gpu.devices import open_device
 from infera_gpu.devices.cuda import why_unavailable
 from infera_kernels.launch.devices import device_called
@@ -54,6 +55,8 @@ def command(
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
 
+    if options.worker:
+        end_with_parent()
     reason = unavailable()
     if reason:
         print(f"no GPU, nothing was checked: {reason}")
@@ -69,7 +72,7 @@ def command(
     if options.worker:
         return work(chosen, context_of, Journal(options.worker), lambda: (lost or _lost)(options.device))
 
-    def outcomes() -> Iterator[Outcome]:
+    def outcomes() -> Generator[Outcome]:
         if options.in_process:
             for name, section in chosen.items():
                 yield outcome_of(name, section, context_of(name))
@@ -85,10 +88,11 @@ def command(
 
     found: list[Outcome] = []
     began, path = datetime.now(UTC), Path()
-    for outcome in outcomes():
-        found.append(outcome)
-        print(table([outcome], len(max(chosen, key=len))), file=sys.stderr, flush=True)
-        path = write(options.output, gpu, found, list(chosen), began, topic)
+    with ending_in_order(), closing(outcomes()) as coming:
+        for outcome in coming:
+            found.append(outcome)
+            print(table([outcome], len(max(chosen, key=len))), file=sys.stderr, flush=True)
+            path = write(options.output, gpu, found, list(chosen), began, topic)
     print(f"{gpu.get('name')}, driver {gpu.get('driver')}\n{table(found)}\n{path}")
     states = {o.status for o in found}
     return int("failed" in states or "ok" not in states)

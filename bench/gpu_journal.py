@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,29 @@ from bench.gpu_report import CASE_SECONDS, Outcome, Tried, loses_the_gpu, plain
 class Journal:
     """A file of JSON lines: a section begins, a case begins, a case has come to something, a section has an outcome.
 
-    One process writes at a time. Lines are whole when they are read: each is written at one go and flushed.
+    One process writes at a time. A line that a process was killed over is cut short: it counts as not written, and the
+    next one begins anew.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, kind: str, **content: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "at": time.time(), **plain(content)}) + "\n")
+        line = json.dumps({"kind": kind, "at": time.time(), **plain(content)}).encode()
+        with self.path.open("a+b") as file:
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+                line = line if file.read() == b"\n" else b"\n" + line
+            file.write(line + b"\n")
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """What is there so far; a last line that is still being written is left out."""
+        """What is there so far; a last line that is still being written is left out, and lines that were cut short."""
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                with suppress(json.JSONDecodeError):
+                    yield json.loads(line)
 
     def state(self) -> State:
         """Where the run is."""

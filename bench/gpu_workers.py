@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from threading import Thread
+from typing import Literal, NoReturn
 
 from bench.gpu_journal import Journal, JournalledCases, State
 from bench.gpu_report import Context, Outcome, Section, Tried, outcome_of
@@ -64,6 +65,32 @@ def work(
     return 0
 
 
+def end_with_parent() -> None:
+    """In the worker: it ends, with what it has started, when nobody holds the other end of its input any more."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """A request to end, SIGTERM or SIGHUP, raises SystemExit meanwhile, so that workers and files are cleared away."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @dataclass(frozen=True)
 class Worker:
     """A started process, and the file that its standard error goes to."""
@@ -73,8 +100,11 @@ class Worker:
 
     @classmethod
     def start(cls, command: Sequence[str], log: Path) -> Worker:
+        """In a session of its own, whose processes `end` ends. Its standard input is a pipe that this process holds the
+        other end of: it is at its end when this process is, however that came about."""
         with log.open("wb") as file:
-            return cls(subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True), log)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=file, stdout=file, start_new_session=True)
+        return cls(process, log)
 
     def end(self) -> None:
         """It, and what it has started."""
@@ -82,6 +112,8 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # what waits within a driver cannot be ended
             self.process.wait(END)
+        if self.process.stdin:
+            self.process.stdin.close()
 
     def said(self) -> str:
         """The end of what it said."""

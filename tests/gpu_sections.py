@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,16 @@ def hanging(context: Context) -> tuple[str, Mapping[str, Any]]:
     return "", {}
 
 
+def lasting(context: Context) -> tuple[str, Mapping[str, Any]]:
+    """Starts a process, writes both numbers to the file that the environment names, and does not end."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    name = os.environ["GPU_PROCESSES"]
+    Path(f"{name}.part").write_text(f"{os.getpid()} {child.pid}")
+    os.replace(f"{name}.part", name)
+    time.sleep(600)
+    return "", {}
+
+
 def case(name: str) -> int:
     """1, or what the name says."""
     if name == "dies":
@@ -96,6 +108,7 @@ SECTIONS: Mapping[str, Section] = {
     "crash": crash,
     "losing": losing,
     "hanging": hanging,
+    "lasting": lasting,
     "cases": cases,
     "always": always,
     "last": good,

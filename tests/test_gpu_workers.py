@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +107,66 @@ def test_a_worker_that_never_begins_is_ended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("GPU_WEDGED", "1")
     found = outcomes(tmp_path, "good", "last")
     assert [(o["status"], o["summary"]) for o in found.values()] == [("failed", "no section begun after 1 s")] * 2
+
+
+# ---- the command itself is ended
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def ended(process: int) -> bool:
+    """Gone, or waiting for somebody who asks what became of it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_command(number: signal.Signals, tmp_path: Path) -> None:
+    processes, temporary = tmp_path / "processes", tmp_path / "temporary"
+    temporary.mkdir()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "tests.gpu_sections", "--output", str(tmp_path), "--only", "lasting"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "GPU_PROCESSES": str(processes), "TMPDIR": str(temporary)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(processes.exists)
+        started = [int(word) for word in processes.read_text().split()]
+        assert len(started) == 2
+        assert not any(map(ended, started))
+    finally:
+        command.send_signal(number)
+        code = command.wait(60)
+    wait_for(lambda: all(map(ended, started)))
+    if number in (signal.SIGTERM, signal.SIGHUP):
+        assert code == 128 + number
+    if number != signal.SIGKILL:
+        assert list(temporary.iterdir()) == [], "it clears its files away"
+
+
+# ---- the journal
+
+
+def test_a_line_that_was_cut_short_counts_as_not_written(tmp_path: Path) -> None:
+    """As where the worker was killed while it wrote."""
+    journal = Journal(tmp_path / "journal")
+    journal.write("section", section="one", left=5.0)
+    whole = journal.path.read_bytes()
+    journal.write("case", case="\N{GREEK SMALL LETTER ALPHA}", seconds=2.0)
+    line = journal.path.read_bytes()[len(whole) :]
+    for length in range(1, len(line) - 1):
+        journal.path.write_bytes(whole + line[:length])
+        assert [found["kind"] for found in journal.lines()] == ["section"]
+        journal.write("tried", case="b", problem="", found=None)
+        assert [found["kind"] for found in journal.lines()] == ["section", "tried"]
+        assert journal.state().section == "one"
+        assert list(journal.state().tried) == ["b"]
