@@ -12,10 +12,11 @@ import pytest
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
-from infera_kernels.cpu import nhwc_product
+from infera_kernels.cpu import nhwc_conv, nhwc_product, packed
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
 from infera_kernels.cpu.nhwc_conv import conv2d
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
+from infera_kernels.cpu.nhwc_windows import windows
 from infera_kernels.portable.activation import activation as plain_activation
 from infera_kernels.portable.conv import convolution
 from infera_kernels.portable.pool import average_pool, max_pool
@@ -135,6 +136,8 @@ CONVS = (
     Conv("pointwise-batch", (3, 5, 3, 16), (70, 16, 1, 1)),
     Conv("pointwise-slices", (1, 10, 11, 200), (192, 200, 1, 1)),
     Conv("pointwise-strided", (2, 7, 10, 12), (16, 12, 1, 1), strides=(2, 3)),
+    Conv("pointwise-laid-out", (3, 17, 9, 150), (200, 150, 1, 1)),
+    Conv("pointwise-laid-out-strided", (2, 21, 40, 300), (70, 300, 1, 1), strides=(1, 2)),
     Conv("pointwise-padded", (2, 4, 5, 6), (8, 6, 1, 1), pads=((1, 0), (0, 2))),
     Conv("pointwise-groups", (2, 4, 5, 12), (24, 4, 1, 1), group=3),
     Conv("one-pixel", (1, 1, 1, 40), (50, 40, 1, 1)),
@@ -151,6 +154,15 @@ CONVS = (
     Conv("rows-of-padding", (1, 2, 2, 4), (6, 4, 3, 3), pads=same(5)),
     Conv("kernel-past-input", (1, 4, 5, 6), (8, 6, 7, 7), pads=((5, 2), (2, 5))),
     Conv("long-blocks", (1, 90, 70, 40), (8, 40, 5, 5), pads=same(2)),
+    Conv("windows", (2, 7, 9, 72), (96, 72, 3, 3), pads=same(1), bound=WINOGRAD),
+    Conv("windows-unpadded", (2, 11, 13, 80), (67, 80, 2, 4)),
+    Conv("windows-one-line", (2, 1, 50, 30), (70, 30, 1, 5), pads=((0, 0), (2, 2))),
+    Conv("windows-strided", (2, 13, 16, 40), (80, 40, 3, 3), strides=(2, 2), pads=same(1)),
+    Conv("windows-far-apart", (1, 9, 21, 30), (66, 30, 2, 3), strides=(3, 4), pads=((0, 1), (1, 0))),
+    Conv("windows-lines-apart", (2, 9, 6, 70), (65, 70, 3, 1), strides=(2, 1), pads=((1, 1), (0, 0))),
+    Conv("windows-dilated", (1, 12, 11, 24), (72, 24, 3, 3), dilations=(3, 1), pads=((3, 3), (1, 1))),
+    Conv("windows-blocks", (1, 50, 45, 100), (68, 100, 3, 3), strides=(1, 2), pads=same(1)),
+    Conv("windows-narrow", (1, 30, 4, 33), (66, 33, 5, 5), pads=same(2)),
     Conv("few-outputs", (2, 15, 14, 20), (3, 20, 3, 3), pads=((1, 1), (1, 2))),
     Conv("few-outputs-dilated", (1, 9, 8, 20), (1, 20, 3, 5), dilations=(3, 2), pads=((4, 3), (5, 4))),
     Conv("few-outputs-blocks", (1, 90, 300, 8), (2, 8, 3, 3), pads=same(1)),
@@ -199,6 +211,28 @@ def test_convolution(conv: Conv, constant: bool, layout: Callable[[Array], Array
         y[...] = np.nan
         run(calls)
         assert_near(y, want, conv.bound if constant else DIRECT)
+
+
+@pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")
+@pytest.mark.parametrize("conv", [c for c in CONVS if c.name.startswith("windows")], ids=lambda c: c.name)
+def test_windows_are_read_where_they_lie(conv: Conv, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside them, and between lines that are one behind the other, there may be anything."""
+    asked: list[Any] = []
+
+    def recorded(*args: Any, **named: Any) -> list[Call]:
+        asked.append(args)
+        return windows(*args, **named)
+
+    monkeypatch.setattr(nhwc_conv, "windows", recorded)
+    rows, columns = (n + sum(pad) for n, pad in zip(conv.x[1:3], conv.window["pads"], strict=True))
+    x, w = random(0, conv.x[0], rows, columns, conv.x[3]), random(1, *conv.w)
+    seen = np.full((conv.x[0], rows + 1, columns + 2, conv.x[3]), np.nan, np.float32)
+    seen[:, :rows, :columns] = x
+    y, window = scratch(conv.y), {**conv.window, "pads": same(0)}
+    run(conv2d(seen[:, :rows], w, None, y, scratch, SPLITS["three"], pack=packer(w), **window))
+    want = last(convolution(np, first(x).astype(np.float64), w.astype(np.float64), None, conv.out, **window))
+    assert asked
+    assert_near(y, want, DIRECT)
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)

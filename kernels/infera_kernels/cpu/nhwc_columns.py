@@ -12,12 +12,9 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import Blocks
 from infera_kernels.cpu.nhwc_pointwise import by_taps, grouped, packed
-from infera_kernels.cpu.nhwc_product import product, slice_of
+from infera_kernels.cpu.nhwc_product import block_bytes, product, slice_of
 from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, room_for, spans
 from infera_kernels.cpu.strides import strided
-
-BLOCK_BYTES = 1 << 21
-"""Columns, or output, of one block."""
 
 SHORT_RUN = 24
 """Elements that one row of a window reads; see `_shaped`."""
@@ -41,7 +38,7 @@ def columns(
     c, o = x.shape[3], y.shape[3]
     kernel, taps = window.kernel, w.shape[1] * w.shape[2] * w.shape[3]
     height, width = window.out
-    most = max(1, BLOCK_BYTES // (width * max(taps * group, o) * x.itemsize))
+    most = max(1, block_bytes() // (width * max(taps * group, o) * x.itemsize))
     rows = min(most, -(-y.shape[0] * height // split.threads)) * width
     once, weights = _weights(w, group, slice_of(rows, taps, o // group), scratch, pack)
 

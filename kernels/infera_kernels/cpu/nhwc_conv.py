@@ -1,14 +1,17 @@
 """Two-dimensional convolution on NumPy and its BLAS, channels last.
 
-Five strategies, by shape: pointwise (a product straight from x), depthwise (multiply-adds of whole rows), shifted sums
-(few output channels), Winograd (3x3), and for the rest a block of columns (im2col) and a product. Every one applies the
-epilogue to a block while it is in cache, and is split by rows of the output, or by its channels where the rows are few.
+Six strategies, by shape: pointwise (a product straight from x), depthwise (multiply-adds of whole rows), shifted sums
+(few output channels), Winograd (3x3), and for the rest products of windows that OpenBLAS' own loops read where they
+lie, or, where these may not be called, a block of columns (im2col) and a product. Every one applies the epilogue to a
+block while it is in cache, and is split by rows of the output, or by its channels where the rows are few.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
@@ -19,7 +22,9 @@ from infera_kernels.cpu.nhwc_depthwise import depthwise
 from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
 from infera_kernels.cpu.nhwc_shifted import shifted
+from infera_kernels.cpu.nhwc_windows import reads, windows
 from infera_kernels.cpu.nhwc_winograd import tile_of, winograd
+from infera_kernels.cpu.packed import inner
 from infera_kernels.cpu.parts import worth
 
 FEW_OUTPUTS = 4
@@ -84,15 +89,22 @@ def conv2d(
     window = Window(out, kernel, strides, dilations, (pads[0][0], pads[1][0]))
     if _is_depthwise(w.shape, group):
         return depthwise(x, w, b, y, scratch, split, pack, window, activation=activation, residual=residual)
+    loops = inner() if group == 1 and pack is not None and x.dtype == np.float32 else None
     if kernel == (1, 1) and window.fits(x):
         return pointwise(
-            x, w, b, y, scratch, split, pack, strides=strides, group=group, activation=activation, residual=residual
-        )
+            x, w, b, y, scratch, split, pack, strides=strides, group=group, loops=loops, activation=activation,
+            residual=residual,
+        )  # fmt: skip
     if _is_shifted(w.shape, strides, group):
         return shifted(x, w, b, y, scratch, split, window, activation=activation, residual=residual)
-    tile = tile_of(w.shape, y.shape[0], out, strides, dilations, group) if pack is not None else 0
+    direct = loops is not None and reads(w.shape, window)
+    tile = 0 if pack is None else tile_of(w.shape, y.shape[0], out, strides, dilations, group, direct=direct)
     if tile and pack is not None:
         return winograd(x, w, b, y, scratch, split, pack, tile, window, activation=activation, residual=residual)
+    if direct and pack is not None and loops is not None:
+        return windows(
+            x, w, b, y, scratch, split, pack, window, loops=loops, activation=activation, residual=residual
+        )  # fmt: skip
     return columns(
         x, w, b, y, scratch, split, pack, window, group=group, activation=activation, residual=residual
     )  # fmt: skip
@@ -107,7 +119,8 @@ def border_of(
     depthwise = _is_depthwise(w, group)
     if not any(map(any, pads)) or (depthwise and strides[1] > 1) or _is_shifted(w, strides, group):
         return None
-    tile = 0 if depthwise else tile_of(tuple(w), images, out, strides, dilations, group)
+    direct = inner() is not None and reads(w, Window(out, (w[2], w[3]), strides, dilations, (0, 0)))
+    tile = 0 if depthwise else tile_of(tuple(w), images, out, strides, dilations, group, direct=direct)
     if not tile:
         return pads
     return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ TILE = 1024
 class Finish(Protocol):
     """Calls that make activation(sums + b + residual), (..., O) each, in place or to `out`, of the shape of `sums`.
 
-    Where `out` is given `sums` is (rows, W, O), contiguous, and is overwritten.
+    Where `out` is given `sums` is (rows, W, O), and is overwritten.
     """
 
     def __call__(self, sums: Array, residual: Array | None, out: Array | None = None) -> list[Call]: ...
@@ -30,11 +30,7 @@ def epilogue(
 ) -> tuple[list[Call], Finish]:
     """The calls to make once, and what finishes blocks of at most `pixels`."""
     calls, apply = activator(activation, pixels * channels, like.dtype, scratch)
-    repeat = min(pixels, max(1, TILE // channels))
-    tile = b
-    if b is not None and repeat > 1:
-        tile = scratch((repeat * channels,), b.dtype)
-        calls = [*calls, (np.copyto, (tile.reshape(repeat, channels), b))]
+    repeated, tile = _repeated(b, pixels, channels, scratch)
 
     def finish(sums: Array, residual: Array | None, out: Array | None = None) -> list[Call]:
         passes: list[Callable[[Array, Array], list[Call]]] = []
@@ -50,7 +46,44 @@ def epilogue(
         made = [call for step in before for call in step(sums, sums)]
         return made + last(sums, sums if out is None else out)
 
-    return calls, finish
+    return [*calls, *repeated], finish
+
+
+def beginning(
+    b: Array | None, pixels: int, channels: int, scratch: Scratch
+) -> tuple[list[Call], Callable[[Array, Array | None], list[Call]]]:
+    """The calls to make once, and `begin(sums, residual)`: sums = b + residual, of at most `pixels`."""
+    calls, tile = _repeated(b, pixels, channels, scratch)
+
+    def begin(sums: Array, residual: Array | None) -> list[Call]:
+        if b is None or tile is None:
+            return [(np.copyto, (sums, sums.dtype.type(0) if residual is None else residual))]
+        if residual is not None:
+            return _add_bias(residual, b, tile, sums)
+        if tile is b or not sums.flags.c_contiguous:
+            return [(np.copyto, (sums, b))]
+        return [(np.copyto, (y, part)) for y, part in _by_tile(tile, sums)]
+
+    return calls, begin
+
+
+def _repeated(b: Array | None, pixels: int, channels: int, scratch: Scratch) -> tuple[list[Call], Array | None]:
+    """b for several pixels at a time, b itself where that is too long or there is one pixel, and what makes it."""
+    repeat = min(pixels, max(1, TILE // channels))
+    if b is None or repeat == 1:
+        return [], b
+    tile = scratch((repeat * channels,), b.dtype)
+    return [(np.copyto, (tile.reshape(repeat, channels), b))], tile
+
+
+def _by_tile(tile: Array, *arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Contiguous arrays in rows as long as `tile`, and the rest of them, each with what of `tile` goes there."""
+    flat = [a.reshape(-1) for a in arrays]
+    whole = flat[0].size - flat[0].size % tile.size
+    if whole:
+        yield *(a[:whole].reshape(-1, tile.size) for a in flat), tile
+    if whole < flat[0].size:
+        yield *(a[whole:] for a in flat), tile[: flat[0].size - whole]
 
 
 def _add_bias(x: Array, b: Array, tile: Array, y: Array) -> list[Call]:
@@ -58,14 +91,9 @@ def _add_bias(x: Array, b: Array, tile: Array, y: Array) -> list[Call]:
     if tile is b or not x.flags.c_contiguous:
         return [(np.add, (x, b, y))]
     if y.flags.c_contiguous:
-        flat_x, flat_y = x.reshape(-1), y.reshape(-1)
-        whole = flat_x.size - flat_x.size % tile.size
-        first, rest = slice(0, whole), slice(whole, None)
-        parts = (
-            (flat_x[first].reshape(-1, tile.size), tile, flat_y[first].reshape(-1, tile.size)),
-            (flat_x[rest], tile[: flat_x.size - whole], flat_y[rest]),
-        )
-        return [(np.add, part) for part in parts if part[0].size]
+        return [(np.add, (source, part, target)) for source, target, part in _by_tile(tile, x, y)]
+    if y.ndim < 3:
+        return [(np.add, (x, b, y))]
     rows, width, channels = y.shape
     together = max(n for n in range(1, tile.size // channels + 1) if width % n == 0)
     if y.strides[1] != channels * y.itemsize or together == 1:
@@ -79,7 +107,8 @@ class Blocks:
     is made of them.
 
     Where y lies within a border they are computed aside, a line being a row of it, and the last pass writes them to
-    their places.
+    their places; so are lines that are longer than y's, of which the rest is left out. `before`: bias and residual are
+    there first (`begin`), and sums are added to them.
     """
 
     def __init__(
@@ -92,12 +121,20 @@ class Blocks:
         *,
         most: int,
         line: int,
+        before: bool = False,
     ) -> None:
         self.y = y.swapaxes(0, 1) if y.shape[1] == 1 else y  # images of one row are the rows of one
-        self.residual, self.line = None if residual is None else flat(residual), line
-        self.once, self._finish = epilogue(activation, b, most * line, y.shape[3], y, scratch)
-        self.flat = flat(y) if joined(y) else None
-        self.aside = None if self.flat is not None else scratch((most * line, y.shape[3]), y.dtype)
+        self.line, self._pixels = line, min(line, y.shape[2])
+        more = None if residual is None else flat(residual)
+        pixels, channels = most * line, y.shape[3]
+        self.once, self._finish = epilogue(activation, None if before else b, pixels, channels, y, scratch)
+        self._last = None if before else more
+        self._first, self._begin = more, None
+        if before:
+            once, self._begin = beginning(b, pixels, channels, scratch)
+            self.once = [*self.once, *once]
+        self.flat = flat(y) if joined(y) and line <= y.shape[2] else None
+        self.aside = None if self.flat is not None else scratch((pixels, channels), y.dtype)
 
     def sums(self, first: int, last: int) -> Array:
         """Where the sums of lines [first, last) go, (pixels, O)."""
@@ -106,16 +143,30 @@ class Blocks:
         assert self.aside is not None
         return self.aside[: (last - first) * self.line]
 
+    def begin(self, first: int, last: int) -> list[Call]:
+        """The calls that set what sums are added to."""
+        assert self._begin is not None
+        sums, rest = self.sums(first, last), self._of(self._first, first, last)
+        if rest is None or self.line == self._pixels:
+            return self._begin(sums, rest)
+        return self._begin(self._rows(sums), rest.reshape(-1, self._pixels, rest.shape[1], copy=False))
+
     def finish(self, first: int, last: int) -> list[Call]:
         """The calls that make of these sums what y holds."""
-        sums = self.sums(first, last)
-        rest = None if self.residual is None else self.residual[first * self.line : last * self.line]
+        sums, rest = self.sums(first, last), self._of(self._last, first, last)
         if self.flat is not None:
             return self._finish(sums, rest)
-        rows = sums.reshape(-1, *self.y.shape[2:])
+        rows = self._rows(sums)
         more = None if rest is None else rest.reshape(rows.shape, copy=False)
         return [
             call
             for i, row, end, at in images(first, last, self.y.shape[1])
             for call in self._finish(rows[at], None if more is None else more[at], self.y[i, row:end])
         ]
+
+    def _of(self, residual: Array | None, first: int, last: int) -> Array | None:
+        return None if residual is None else residual[first * self._pixels : last * self._pixels]
+
+    def _rows(self, sums: Array) -> Array:
+        """(rows, W, O), without what lines are longer."""
+        return sums.reshape(-1, self.line, sums.shape[1])[:, : self._pixels]

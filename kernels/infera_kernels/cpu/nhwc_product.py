@@ -19,10 +19,28 @@ FEWEST_ROWS = 14
 """Rows of a small product that is worth a call."""
 
 
+BLOCK_BYTES, SMALL_BLOCK_BYTES = 1 << 21, 1 << 19
+"""What one block of a convolution's products reads or writes, and where they are small ones. Smaller blocks stay in the
+cache for what follows, but make BLAS lay out the weights more often."""
+
+
+def block_bytes() -> int:
+    """Of the products that `product` makes."""
+    return SMALL_BLOCK_BYTES if small_product() else BLOCK_BYTES
+
+
 @cache
 def small_product() -> int:
     """Multiply-adds up to which NumPy's BLAS takes operands as they lie; 0 where it never does."""
     return 10**6 if reads_as_it_lies() else 0
+
+
+def gains(depth: int, columns: int) -> bool:
+    """Whether a product with weights (depth, columns) is faster where both sides are laid out, the weights once.
+
+    Few columns use what is laid out little: small products take it as it lies.
+    """
+    return small_product() == 0 or (depth >= SLICES[0] and columns > SLICES[0])
 
 
 def slice_of(rows: int, depth: int, columns: int) -> int:

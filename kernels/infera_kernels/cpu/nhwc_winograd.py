@@ -36,6 +36,9 @@ MANY_FILTERS = 1 << 15
 ENOUGH_TILES = 16
 """Tiles that are worth laying out many filters."""
 
+DIRECT_TILES = 32
+"""Tiles below which windows are better multiplied by weights that are laid out once."""
+
 
 class Image(NamedTuple):
     """One image, or one phase of it: views (H, W, C) and (OH, OW, O), and the padding above and left."""
@@ -46,8 +49,10 @@ class Image(NamedTuple):
     before: Pair
 
 
-def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations: Pair, group: int) -> int:
-    """The output tile that pays at this shape, 0 for none.
+def tile_of(
+    w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations: Pair, group: int, *, direct: bool = False
+) -> int:
+    """The output tile that pays at this shape, 0 for none. `direct`: where it does not, weights are laid out once.
 
     Many filters need many tiles: with few rows BLAS spends a product on laying out its other operand.
     """
@@ -56,9 +61,13 @@ def tile_of(w: tuple[int, ...], images: int, out: Pair, strides: Pair, dilations
         return 0
     if smallest < (7 if dilations == (1, 1) else 14):
         return 0
-    if w[0] * w[1] < MANY_FILTERS:
+    four, two = (images * math.prod(-(-n // tile) for n in out) for tile in (4, 2))
+    many = w[0] * w[1] >= MANY_FILTERS
+    if direct and (two if many else four) < DIRECT_TILES:
+        return 0
+    if not many or four >= (DIRECT_TILES if direct else ENOUGH_TILES):
         return 4
-    return next((tile for tile in (4, 2) if images * math.prod(-(-n // tile) for n in out) >= ENOUGH_TILES), 0)
+    return 2 if two >= ENOUGH_TILES else 0
 
 
 @cache

@@ -24,6 +24,9 @@ DEPTH, WIDTH = 256, 384
 """Rows and columns of the weights that are multiplied at a time: they stay in a second-level cache of 512 KiB while
 the rows go by."""
 
+PANEL = 4
+"""Rows of a panel of what is multiplied with weights: rows in whole panels lie one behind the other."""
+
 SLACK = 1024
 """Elements behind what is laid out, which is a part of large buffers where OpenBLAS calls its own loops: they may look
 ahead."""
@@ -41,26 +44,32 @@ def inner() -> Inner | None:
 
 
 def _agree(loops: Inner) -> bool:
-    """Whether a product of theirs is np.matmul's: of two depths, odd sizes, and cut between columns."""
+    """Whether a product of theirs is np.matmul's: of two depths, odd sizes, and cut between columns and rows."""
     m, k, n = 29, DEPTH + 9, 3 * LINE + 7
     a = np.cos(np.arange(m * k, dtype=np.float32)).reshape(m, k)
     w = np.cos(np.arange(k * n, dtype=np.float32) * 3).reshape(k, n)
     y, weights = np.zeros((m, n), np.float32), pack(w, loops)
-    for part in (slice(0, LINE), slice(LINE, n)):
-        multiply, _ = _product(Piece(a, weights, y[:, part], -1, part), weights, aligned, loops, 1.0)
+    ranges = [[a[: 2 * PANEL, start:stop], a[2 * PANEL :, start:stop]] for start, stop in pairwise(depths(k))]
+    for first, last in ((0, LINE), (LINE, n)):
+        multiply, _ = added(ranges, weights, y[:, first:last], room(m, k, aligned), loops, first=first)
         multiply()
     return bool(np.allclose(y, a @ w, rtol=0, atol=1e-3))
 
 
-def _depths(k: int) -> list[int]:
-    """Where ranges of `k` rows of weights begin and end: of one depth but for the last, and never within a line."""
-    count = -(-k // DEPTH)
-    step = -(-k // (count * LINE)) * LINE
-    return [*range(0, k, step), k]
+def depths(k: int, runs: int = 1) -> list[int]:
+    """Where ranges of `k` rows of weights begin and end: of one depth but for the last, and never within a line.
+
+    With `runs` these are the ranges of so many parts of equal length.
+    """
+    length = k // runs
+    count = -(-length // DEPTH)
+    step = -(-length // (count * LINE)) * LINE
+    return [*(run + at for run in range(0, k, length) for at in range(0, length, step)), k]
 
 
-def pack(w: Array, loops: Inner) -> Array:
-    """The weights (K, N) of `fused`, float32 in any layout: as many elements in an order of OpenBLAS' own.
+def pack(w: Array, loops: Inner, runs: int = 1) -> Array:
+    """The weights (K, N) of `fused`, or of `added` in so many `runs`, float32 in any layout: as many elements in an
+    order of OpenBLAS' own.
 
     A range of columns at a time: rows of all of them would be spread over as many pages as there are panels.
     """
@@ -68,7 +77,7 @@ def pack(w: Array, loops: Inner) -> Array:
     k, n = w.shape
     made = aligned((k, n), slack=4 * SLACK)
     source, target, item = address(w), address(made), w.itemsize
-    for start, stop in pairwise(_depths(k)):
+    for start, stop in pairwise(depths(k, runs)):
         depth = stop - start
         for left in range(0, n, WIDTH):
             rows, panels = source + (start * n + left) * item, target + (start * n + left * depth) * item
@@ -146,24 +155,60 @@ def _product(p: Piece, weights: Array, scratch: Scratch, loops: Inner, alpha: fl
     a, y = rows_of(p.a), rows_of(p.out)
     assert a is not None
     assert y is not None
-    rows = scratch((len(a) * min(a.shape[1], DEPTH) + SLACK,), np.float32)
     first = (p.part.start or 0) if p.axis == -1 else 0
-    return _Bound(tuple(_steps(a, weights, first, y, rows, loops, alpha)), (a, weights, y, rows)), ()
+    ranges = [[a[:, start:stop]] for start, stop in pairwise(depths(a.shape[1]))]
+    return added(ranges, weights, y, room(len(y), a.shape[1], scratch), loops, alpha=alpha, first=first)
 
 
-def _steps(a: Array, weights: Array, first: int, y: Array, rows: Array, loops: Inner, alpha: float) -> Iterator[Call]:
-    (m, k), (_, n), columns, item = a.shape, weights.shape, y.shape[1], a.itemsize
-    factor, room, count = ctypes.c_float(alpha), ctypes.c_void_p(address(rows)), _size(m)
-    lda, ldy = (_size(x.strides[0] // item) for x in (a, y))
-    source, target, packed = map(address, (a, y, weights))
-    for start, stop in pairwise(_depths(k)):
-        depth = _size(stop - start)
-        yield loops.pack_rows, (depth, count, ctypes.c_void_p(source + start * item), lda, room)
+def room(rows: int, depth: int, scratch: Scratch) -> Array:
+    """What `added` lays out so many rows in."""
+    return scratch((rows * min(depth, DEPTH) + SLACK,), np.float32)
+
+
+def added(
+    ranges: Sequence[Sequence[Array]],
+    weights: Array,
+    y: Array,
+    room: Array,
+    loops: Inner,
+    *,
+    alpha: float = 1.0,
+    first: int = 0,
+) -> Call:
+    """y (M, N) += alpha x @ w at the columns of w from `first` on, where `weights` is `pack`'s of w.
+
+    `ranges` has x for each of `depths`, (rows, depth) of any distance between rows: in pieces, of which all but the
+    last are of whole PANELs and which have M rows together.
+    """
+    steps = tuple(_steps(ranges, weights, first, y, room, loops, alpha))
+    return _Bound(steps, (weights, y, room, *(x for rows in ranges for x in rows))), ()
+
+
+def _steps(
+    ranges: Sequence[Sequence[Array]], weights: Array, first: int, y: Array, room: Array, loops: Inner, alpha: float
+) -> Iterator[Call]:
+    (m, columns), n, item = y.shape, weights.shape[1], y.itemsize
+    factor, begin, count, ldy = ctypes.c_float(alpha), ctypes.c_void_p(address(room)), _size(m), _line(y)
+    target, packed, start = address(y), address(weights), 0
+    for rows in ranges:
+        depth = rows[0].shape[1]
+        at = address(room)
+        for x in rows:
+            yield (
+                loops.pack_rows,
+                (_size(depth), _size(len(x)), ctypes.c_void_p(address(x)), _line(x), ctypes.c_void_p(at)),
+            )
+            at += len(x) * depth * item
         for left in range(0, columns, WIDTH):
-            at = ctypes.c_void_p(packed + (start * n + (first + left) * (stop - start)) * item)
-            result = ctypes.c_void_p(target + left * item)
-            width = _size(min(WIDTH, columns - left))
-            yield loops.multiply, (width, count, depth, factor, at, room, result, ldy)
+            source = ctypes.c_void_p(packed + (start * n + (first + left) * depth) * item)
+            result, width = ctypes.c_void_p(target + left * item), _size(min(WIDTH, columns - left))
+            yield loops.multiply, (width, count, _size(depth), factor, source, begin, result, ldy)
+        start += depth
+
+
+def _line(x: Array) -> ctypes.c_ssize_t:
+    """Elements from one row to the next."""
+    return _size(x.strides[0] // x.itemsize)
 
 
 @cache

@@ -1,0 +1,109 @@
+"""Convolution as products of windows that are laid out where they lie, channels last: no columns are made.
+
+The taps of a kernel's row and their channels lie one behind the other in an image, and the windows of a line of pixels
+a fixed distance apart: a matrix, of which OpenBLAS' own loops take any distance between rows. There is one product for
+each row of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from numpy.lib.stride_tricks import as_strided
+
+from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.blas import Inner
+from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.nhwc_epilogue import Blocks
+from infera_kernels.cpu.nhwc_pointwise import BLOCK_PIXELS, laid_out
+from infera_kernels.cpu.nhwc_product import gains
+from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, padded, room_for, spans
+from infera_kernels.cpu.packed import PANEL, added, depths, room
+
+LONGEST = 1.4
+"""How much longer lines may be for being one behind the other."""
+
+
+def reads(w: Sequence[int], window: Window) -> bool:
+    """Whether `windows` is made for weights (O, C, KH, KW): taps must lie side by side, and be many."""
+    return window.dilations[1] == 1 and window.out[1] >= PANEL and gains(w[1] * w[3], w[0])
+
+
+def windows(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y: Array,
+    scratch: Scratch,
+    split: Split,
+    pack: Pack,
+    window: Window,
+    *,
+    loops: Inner,
+    activation: Activation | None,
+    residual: Array | None,
+) -> list[Call]:
+    """y = activation(conv(x, w) + b + residual) with w (O, C, KH, KW), float32, that `reads` takes; see `conv2d`.
+
+    Lines of pixels are as long as whole panels, or as the image's where these are one behind the other: what lies
+    between is computed too, and left out.
+    """
+    height, width = window.out
+    (kh, kw), c = window.kernel, x.shape[3]
+    ready = window.fits(x) and x.strides[2] == c * x.itemsize
+    columns = x.strides[1] // x.strides[2] if ready else window.seen(1, width)
+    taps = kw * c
+    line = -(-width // PANEL) * PANEL
+    if window.strides == (1, 1) and columns <= LONGEST * width:
+        line = columns
+    most = max(1, round(BLOCK_PIXELS / line))
+    weights = laid_out(pack, loops, runs=kh)
+
+    def part(start: int, stop: int) -> Iterator[Call]:
+        step = min(most, height, stop - start)
+        blocks = Blocks(activation, b, residual, y, scratch, most=step, line=line, before=True)
+        inside = room_for(x, window, step, scratch, dense=True)
+        space = room(step * line, taps, scratch)
+
+        def calls() -> Iterator[Call]:
+            yield from blocks.once
+            for i, row, end, _ in images(start, stop, height):
+                for first, last in spans(row, end, step):
+                    band, load = padded(x[i], inside, window, first, last)
+                    yield from load
+                    numbers = i * height + first, i * height + last
+                    yield from blocks.begin(*numbers)
+                    sums = blocks.sums(*numbers)[: (last - first - 1) * line + width]
+                    seen = [_lines(band, tap, last - first, window) for tap in range(kh)]
+                    ranges = [pieces for lines in seen for pieces in _ranges(lines, taps, window, line)]
+                    yield added(ranges, weights, sums, space, loops)
+                    yield from blocks.finish(*numbers)
+
+        return calls()
+
+    return in_parts(y.shape[0] * height, split, part)
+
+
+def _lines(band: Array, tap: int, count: int, window: Window) -> Array:
+    """(count, columns, C): what a row of the kernel sees of a band."""
+    start = tap * window.dilations[0]
+    return band[start : start + (count - 1) * window.strides[0] + 1 : window.strides[0]]
+
+
+def _ranges(lines: Array, taps: int, window: Window, line: int) -> Iterator[list[Array]]:
+    """The windows of lines (count, columns, C) as pieces for `added`, for each of the depths of `taps`.
+
+    All lines are one piece where they are one behind the other, which `line` then is; else each is one, of whole panels
+    but for the last.
+    """
+    count, (down, right, item) = len(lines), lines.strides
+    width, pixel = window.out[1], right * window.strides[1]
+    flat = as_strided(lines, (count, lines.shape[1] * lines.shape[2]), (down, item), writeable=False)
+    joined = down == line * pixel
+    pixels = [(count - 1) * line + width] if joined else [line] * (count - 1) + [width]
+    for start, stop in pairwise(depths(taps)):
+        yield [
+            as_strided(flat[i, start:], (many, stop - start), (pixel, item), writeable=False)
+            for i, many in enumerate(pixels)
+        ]
