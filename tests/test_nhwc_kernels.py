@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
@@ -57,6 +58,14 @@ def sliced(a: Array, left: int = 3, right: int = 2) -> Array:
     view = wide[..., left : left + a.shape[-1]]
     view[...] = a
     return view
+
+
+def meaningless(a: Array) -> Array:
+    """A view of `a` in which the strides of axes of one element say nothing, as after NumPy has moved axes."""
+    return as_strided(a, strides=[3 * a.itemsize if n == 1 else s for n, s in zip(a.shape, a.strides, strict=True)])
+
+
+LAYOUTS = {"dense": lambda a: a, "slices": sliced, "strides": meaningless}
 
 
 def first(a: Array) -> Array:
@@ -157,6 +166,10 @@ CONVS = (
     Conv("windows", (2, 7, 9, 72), (96, 72, 3, 3), pads=same(1), bound=WINOGRAD),
     Conv("windows-unpadded", (2, 11, 13, 80), (67, 80, 2, 4)),
     Conv("windows-one-line", (2, 1, 50, 30), (70, 30, 1, 5), pads=((0, 0), (2, 2))),
+    Conv("windows-one-channel", (1, 1, 3000, 1), (70, 1, 1, 400), strides=(1, 150)),
+    Conv("windows-one-channel-dense", (2, 1, 700, 1), (210, 1, 1, 300)),
+    Conv("windows-one-channel-lines", (1, 9, 700, 1), (66, 1, 3, 300), pads=((1, 1), (7, 8))),
+    Conv("one-column", (2, 40, 1, 70), (66, 70, 9, 1)),
     Conv("windows-strided", (2, 13, 16, 40), (80, 40, 3, 3), strides=(2, 2), pads=same(1)),
     Conv("windows-far-apart", (1, 9, 21, 30), (66, 30, 2, 3), strides=(3, 4), pads=((0, 1), (1, 0))),
     Conv("windows-lines-apart", (2, 9, 6, 70), (65, 70, 3, 1), strides=(2, 1), pads=((1, 1), (0, 0))),
@@ -198,7 +211,7 @@ def reference(conv: Conv, x: Array, w: Array, b: Array | None) -> Array:
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("constant", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
 def test_convolution(conv: Conv, constant: bool, layout: Callable[[Array], Array], split: Split) -> None:
@@ -271,7 +284,7 @@ ACTIVATED = {"pointwise-batch", "columns-groups", "winograd-4", "winograd-dilate
 PARAMETERS = {"low": -0.5, "high": 0.75, "alpha": 0.2, "beta": 0.5}
 
 
-@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("conv", [c for c in CONVS if c.name in ACTIVATED], ids=lambda c: c.name)
 def test_activations(conv: Conv, name: str, layout: Callable[[Array], Array]) -> None:
@@ -332,7 +345,7 @@ POOLS = (
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("pool", POOLS, ids=lambda p: p.name)
 def test_pooling(pool: Pool, layout: Callable[[Array], Array], split: Split) -> None:
     x = random(0, *pool.x)
@@ -348,7 +361,7 @@ def test_pooling(pool: Pool, layout: Callable[[Array], Array], split: Split) -> 
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("layout", [lambda a: a, sliced], ids=["dense", "slices"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 7, 7, 64), (3, 1, 1, 5), (2, 6, 5, 4)], ids=str)
 def test_global_pooling(shape: tuple[int, ...], layout: Callable[[Array], Array], split: Split) -> None:
     x = random(0, *shape)

@@ -51,12 +51,13 @@ def windows(
     """
     height, width = window.out
     (kh, kw), c = window.kernel, x.shape[3]
-    ready = window.fits(x) and x.strides[2] == c * x.itemsize
-    columns = x.strides[1] // x.strides[2] if ready else window.seen(1, width)
-    taps = kw * c
+    pixel, taps = c * x.itemsize, kw * c
+    down = window.seen(1, width) * pixel
+    if window.fits(x) and x.strides[2] == pixel:
+        down = x.strides[1] if x.shape[1] > 1 else x.shape[2] * pixel
     line = -(-width // PANEL) * PANEL
-    if window.strides == (1, 1) and columns <= LONGEST * width:
-        line = columns
+    if window.strides == (1, 1) and down % pixel == 0 and down <= LONGEST * width * pixel:
+        line = down // pixel
     most = max(1, round(BLOCK_PIXELS / line))
     weights = laid_out(pack, loops, runs=kh)
 
@@ -76,7 +77,7 @@ def windows(
                     yield from blocks.begin(*numbers)
                     sums = blocks.sums(*numbers)[: (last - first - 1) * line + width]
                     seen = [_lines(band, tap, last - first, window) for tap in range(kh)]
-                    ranges = [pieces for lines in seen for pieces in _ranges(lines, taps, window, line)]
+                    ranges = [pieces for lines in seen for pieces in _ranges(lines, taps, down, window, line)]
                     yield added(ranges, weights, sums, space, loops)
                     yield from blocks.finish(*numbers)
 
@@ -91,14 +92,15 @@ def _lines(band: Array, tap: int, count: int, window: Window) -> Array:
     return band[start : start + (count - 1) * window.strides[0] + 1 : window.strides[0]]
 
 
-def _ranges(lines: Array, taps: int, window: Window, line: int) -> Iterator[list[Array]]:
+def _ranges(lines: Array, taps: int, down: int, window: Window, line: int) -> Iterator[list[Array]]:
     """The windows of lines (count, columns, C) as pieces for `added`, for each of the depths of `taps`.
 
-    All lines are one piece where they are one behind the other, which `line` then is; else each is one, of whole panels
-    but for the last.
+    The image's lines lie `down` bytes apart. Those of its windows are one piece where they are one behind the other,
+    which `line` then is; else each is one, of whole panels but for the last. No distance is asked of an axis, which may
+    say anything where it has one element.
     """
-    count, (down, right, item) = len(lines), lines.strides
-    width, pixel = window.out[1], right * window.strides[1]
+    count, width, item = len(lines), window.out[1], lines.itemsize
+    pixel, down = lines.shape[2] * item * window.strides[1], down * window.strides[0]
     flat = as_strided(lines, (count, lines.shape[1] * lines.shape[2]), (down, item), writeable=False)
     joined = down == line * pixel
     pixels = [(count - 1) * line + width] if joined else [line] * (count - 1) + [width]
