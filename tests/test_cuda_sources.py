@@ -38,11 +38,12 @@ def test_the_packages_have_no_cuda_sources() -> None:
             assert not [name for name in MAKERS if f"{name}(" in text or "__global__" in text], path
 
 
-@pytest.mark.parametrize("architecture", ["compute_80", "compute_86", "compute_90", "compute_100"])
+@pytest.mark.kernels
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100"])
 def test_the_kernel_that_faults_compiles(architecture: str) -> None:
     library = nvrtc()
     if library is None:
-        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
+        pytest.skip("NVRTC is not installed: pip install 'infera-gpu[kernels]'")
     program = ctypes.c_void_p()
     assert library.nvrtcCreateProgram(ctypes.byref(program), POKE.encode(), b"poke.cu", 0, None, None) == 0
     try:
@@ -53,9 +54,14 @@ def test_the_kernel_that_faults_compiles(architecture: str) -> None:
         log = ctypes.create_string_buffer(size.value)
         library.nvrtcGetProgramLog(program, log)
         assert status == 0, log.value.decode()
-        library.nvrtcGetPTXSize(program, ctypes.byref(size))
+        assert library.nvrtcGetPTXSize(program, ctypes.byref(size)) == 0
         ptx = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetPTX(program, ptx)
+        assert library.nvrtcGetPTX(program, ptx) == 0
         assert b".entry poke" in ptx.value
+        assert library.nvrtcGetCUBINSize(program, ctypes.byref(size)) == 0
+        cubin = ctypes.create_string_buffer(size.value)
+        assert library.nvrtcGetCUBIN(program, cubin) == 0
+        assert cubin.raw.startswith(b"\x7fELF")
+        assert b".text.poke" in cubin.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
