@@ -217,11 +217,14 @@ FULL, LARGE, LINE = 0.8, 28, 8
 
 
 def _suits_numpy(site: Site) -> bool:
-    """Whether NumPy's kernels are faster: where vectors are largely empty, lines are short, or channels are no whole
-    vectors, which the tiles of Winograd's convolution need here and not there."""
+    """Whether NumPy's kernels are faster: where vectors are largely empty, lines are short, weights are many and laid
+    out for BLAS, or channels are no whole vectors, which the tiles of Winograd's convolution need here and not
+    there."""
     outputs, inputs, *kernel = site.spec(1).dims
     if int(site.attrs["group"]) > 1:
         return inputs == 1 and outputs < LANES
+    if site.spec(1).size >= LEAST_WEIGHTS and packed.inner() is not None:
+        return True
     if math.prod(kernel) == 1:
         return outputs < FULL * PANEL * -(-outputs // PANEL)
     if outputs < LANES // 2 or (kernel[-1] > 1 and site.outs[0].dims[-2] < LINE):
