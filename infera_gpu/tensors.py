@@ -32,6 +32,18 @@ _PACKED_BITS: Mapping[DType, int] = {
 }
 """Types whose elements follow each other bit by bit, from the lowest bits on; NumPy gives each a byte of its own."""
 
+_NATIVE = "biufc"
+"""The kinds of types whose elements are whole bytes: a dtype takes long to look up."""
+
+_FIELDS: Mapping[int, tuple[str, DType]] = {
+    1: ("float_data", np.dtype(np.float32)),
+    **dict.fromkeys((2, 3, 6), ("int32_data", np.dtype(np.int32))),
+    7: ("int64_data", np.dtype(np.int64)),
+    11: ("double_data", np.dtype(np.float64)),
+}
+"""By data type: where a TensorProto has its elements as numbers, and as which; of the types whose fields hold nothing
+but the numbers themselves. onnx asks more of each tensor, and models of small layers have many."""
+
 _EXTERNAL = 1
 """TensorProto.DataLocation"""
 
@@ -72,7 +84,7 @@ class Tensors:
         elif tensor.HasField("raw_data"):
             array = _elements(tensor.raw_data if body is None else body, dtype, shape, what)
         else:
-            array = _typed(tensor, shape, what)
+            array = _typed(tensor, dtype, shape, what)
         array.flags.writeable = False
         return array
 
@@ -143,11 +155,15 @@ class Tensors:
 
 def nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
     """Bytes that a file needs for a tensor."""
+    if dtype.kind in _NATIVE:
+        return math.prod(shape) * dtype.itemsize
     return -(-math.prod(shape) * _PACKED_BITS.get(dtype, 8 * dtype.itemsize) // 8)
 
 
 def _shape(dims: Any, what: str) -> tuple[int, ...]:
     shape = tuple(map(int, dims))
+    if not shape or (min(shape) > 0 and len(shape) <= MAX_RANK and math.prod(shape) < 1 << 58):
+        return shape
     if any(d < 0 for d in shape):
         raise InvalidModel(f"{what} has the shape {list(shape)}")
     if len(shape) > MAX_RANK:
@@ -175,10 +191,10 @@ def _elements(data: Buffer, dtype: DType, shape: tuple[int, ...], what: str) -> 
         raise InvalidModel(f"{what} of shape {list(shape)} needs {expected:,} bytes, it has {len(data):,}")
     if not expected:
         return np.empty(shape, dtype)
-    bits = _PACKED_BITS.get(dtype)
+    bits = None if dtype.kind in _NATIVE else _PACKED_BITS.get(dtype)
     if bits:
         return _low_bits(_unpacked(np.frombuffer(data, np.uint8), bits, math.prod(shape)), dtype, bits).reshape(shape)
-    if dtype == np.bool_:
+    if dtype.kind == "b":
         truth: HostArray = np.frombuffer(data, np.uint8) != 0
         return truth.reshape(shape)
     array: HostArray = np.frombuffer(data, dtype).reshape(shape)
@@ -203,11 +219,15 @@ def _low_bits(values: HostArray, dtype: DType, bits: int) -> HostArray:
     return values.astype(dtype) if dtype.name.startswith("uint") else values.view(dtype)
 
 
-def _typed(tensor: onnx.TensorProto, shape: tuple[int, ...], what: str) -> HostArray:
+def _typed(tensor: onnx.TensorProto, dtype: DType, shape: tuple[int, ...], what: str) -> HostArray:
     """The elements of a tensor that has them in the field of their type."""
-    from onnx import numpy_helper
-
+    field = _FIELDS.get(tensor.data_type)
     try:
+        if field is not None:
+            numbers: HostArray = np.array(getattr(tensor, field[0]), field[1])
+            return numbers.astype(dtype, copy=False).reshape(shape)
+        from onnx import numpy_helper
+
         made: HostArray = numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InvalidModel(f"{what} of shape {list(shape)} is damaged: {error}") from None
