@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.cpu.conv_planes import Pair
@@ -24,8 +23,8 @@ def border(whole: Array, before: Pair, size: Pair, value: float) -> list[Call]:
     between = flat[:, first:last].reshape(count, -1, line, copy=False)[..., inner:]
     ends = [flat[:, :first], flat[:, end:]]
     if first == flat.shape[1] - end:
-        item = flat.itemsize
-        ends = [as_strided(flat, (count, 2, first), (flat.strides[0], end * item, item))]
+        steps = (flat.strides[0], end * flat.itemsize, flat.itemsize)
+        ends = [np.ndarray((count, 2, first), flat.dtype, flat, 0, steps)] if first else []
     return [(np.copyto, (part, fill)) for part in (*ends, between) if part.size]
 
 
