@@ -1,8 +1,9 @@
 """`python -m bench.first`: how long a user waits for a model to load and for its first inference.
 
-Each load is in a fresh process with one thread, infera's and onnxruntime's in turn; medians. Imports are timed apart:
-the package, and the modules that its first load imports. Model files and byte code are in the system's cache. Writes
-bench/results/<host class>-first-<date>.json.
+Each load is in a fresh process with one thread, infera's and onnxruntime's in turn; medians. infera loads each model
+twice: as one that was loaded on this machine before, whose optimised graph it has kept where it is small, and as a new
+one. Imports are timed apart: the package, and the modules that its first load imports. Model files and byte code are in
+the system's cache. Writes bench/results/<host class>-first-<date>.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.environment import environment, thread_environment, write_results
-from bench.first_worker import CONTENDERS, STAGES
+from bench.first_worker import STAGES
 from bench.inputs import EXAMPLES, Feeds
 from bench.models import path_of
 from bench.worker import OURS, PEER
@@ -33,22 +34,27 @@ TIMEOUT_S = 600
 GOAL = 1.5
 """Load and first inference over onnxruntime's, at most."""
 
+NEW = f"{OURS}, a new model"
+CONTENDERS: Mapping[str, tuple[str, bool]] = {OURS: (OURS, True), NEW: (OURS, False), PEER: (PEER, True)}
+"""What `bench.first_worker` calls each, and whether optimised graphs are kept."""
+
 Times = Mapping[str, float]
 """Seconds by stage."""
 
 
-def child_environment(cache: Path) -> dict[str, str]:
-    """One thread, and byte code kept in `cache`: installed packages have theirs."""
+def child_environment(cache: Path, *, graphs: bool = True) -> dict[str, str]:
+    """One thread, and byte code kept in `cache`: installed packages have theirs. `graphs`: keep optimised graphs."""
     kept = {k: v for k, v in thread_environment(1).items() if k != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, "PYTHONPYCACHEPREFIX": str(cache)}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(cache), "INFERA_GRAPH_CACHE": str(int(graphs))}
 
 
 def stages_of(contender: str, model: Path, feeds: Path, cache: Path) -> Times:
     """Seconds by stage in one fresh process. Raises RuntimeError with the last line of what it said."""
-    command = [sys.executable, "-m", "bench.first_worker", contender, str(model), str(feeds)]
+    called, graphs = CONTENDERS[contender]
+    command = [sys.executable, "-m", "bench.first_worker", called, str(model), str(feeds)]
     done = subprocess.run(
         command,
-        env=child_environment(cache),
+        env=child_environment(cache, graphs=graphs),
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -67,7 +73,7 @@ def summarize(samples: Sequence[Times]) -> dict[str, float]:
 
 
 def measure(model: Path, feeds: Feeds, rounds: int, cache: Path) -> dict[str, Any]:
-    """The medians of both contenders, and infera's over onnxruntime's: without imports, and with them."""
+    """The medians of all contenders; infera's over onnxruntime's without imports, with them, and of a new model."""
     taken: dict[str, list[Times]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "feeds.npz"
@@ -80,21 +86,33 @@ def measure(model: Path, feeds: Feeds, rounds: int, cache: Path) -> dict[str, An
     found = {name: summarize(samples) for name, samples in taken.items()}
     ours, peer = found[OURS], found[PEER]
     whole = [s["import"] + s["modules"] + s["first"] for s in (ours, peer)]
-    return {"milliseconds": found, "ratio": ours["first"] / peer["first"], "with_imports": whole[0] / whole[1]}
+    ratios = {"ratio": ours["first"] / peer["first"], "new_ratio": found[NEW]["first"] / peer["first"]}
+    return {"milliseconds": found, **ratios, "with_imports": whole[0] / whole[1]}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    shown = Table(title="load and first inference, ms; imports are not in the ratio, but in the last column")
+    shown = Table(title="load and first inference, ms; imports are not in the ratios, but in the last column")
     shown.add_column("model", no_wrap=True)
-    for column in ("import", "modules", "load", "run", "again", "peer import", "load", "run", "ratio", "with imports"):
+    for column in (
+        "import",
+        "modules",
+        "load",
+        "run",
+        "again",
+        "peer import",
+        "load",
+        "run",
+        "ratio",
+        "new",
+        "with imports",
+    ):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in (r for r in rows if not r["failure"]):
         ours, peer = row["milliseconds"][OURS], row["milliseconds"][PEER]
         times = (*(ours[s] for s in STAGES), *(peer[s] for s in ("import", "load", "run")))
         mark = "" if row["ratio"] <= GOAL else " !"
-        shown.add_row(
-            row["model"], *(f"{t:.1f}" for t in times), f"{row['ratio']:.2f}{mark}", f"{row['with_imports']:.2f}"
-        )
+        ratios = (f"{row['ratio']:.2f}{mark}", f"{row['new_ratio']:.2f}", f"{row['with_imports']:.2f}")
+        shown.add_row(row["model"], *(f"{t:.1f}" for t in times), *ratios)
     return shown
 
 

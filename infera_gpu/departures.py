@@ -13,7 +13,8 @@ from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import Precision
 from infera_gpu.passes.half import HALF
-from infera_gpu.session import Session, optimized
+from infera_gpu.running import optimized
+from infera_gpu.session import Session
 from infera_gpu.source import Source
 from infera_gpu.spec import TensorSpec
 from infera_gpu.verify import Difference, difference

@@ -10,6 +10,7 @@ from infera_gpu.budget import VramBudget
 from infera_gpu.devices import open_device
 from infera_gpu.errors import InputError
 from infera_gpu.garbage import settle, uncollected
+from infera_gpu.graph_cache import entry_of
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
@@ -66,6 +67,8 @@ def load(
     however large it is; a node that cannot promise it is a PlanError when it is planned, the CPU a DeviceError here.
     docs/gpu.md says what it takes to mean "entry", and what it costs.
 
+    What passes make of a small model in a file is kept on disk, so that loading it again is quick: `graph_cache`.
+
     External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
     they are while the session lives. `mapped=False` reads them, and they may change.
 
@@ -83,8 +86,6 @@ def load(
         raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if precision not in ("fp32", "tf32") and not fuse:
         raise InputError(f"precision='{precision}' rewrites the graph, fuse=False runs it as it is written")
-    graph = differentiated(load_graph(model, mapped))
-    check_supported(graph, registry())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, expected a positive number")
     budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
@@ -100,9 +101,22 @@ def load(
     )
     again = partial(load_graph, os.path.abspath(model), mapped) if isinstance(model, str | os.PathLike) else None
     try:
+        entry = entry_of(model, opened, precision) if fuse else None
+        optimised = entry.read() if entry is not None else None
+        if (graph := optimised) is None:
+            graph = differentiated(load_graph(model, mapped))
+            check_supported(graph, registry())
         session = Session(
-            graph, opened, fuse=fuse, arena=arena or Arena(max_concurrency), again=again, precision=precision
+            graph,
+            opened,
+            fuse=fuse,
+            arena=arena or Arena(max_concurrency),
+            again=again,
+            precision=precision,
+            optimised=optimised is not None,
         )
+        if entry is not None and optimised is None and not graph.overridable:
+            entry.write(session.graph)
         opened.require(f"the weights of '{session.name}'", session.constant_bytes)
         if tune:
             session.tunable()

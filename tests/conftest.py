@@ -1,11 +1,17 @@
-"""What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit."""
+"""What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit.
+
+Passes run whenever a model is loaded, in child processes too: no test may pass by what an earlier run has kept.
+"""
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+os.environ["INFERA_GRAPH_CACHE"] = "0"
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

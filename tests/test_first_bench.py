@@ -12,6 +12,7 @@ from rich.console import Console
 from bench import first, shapes
 from bench.first_worker import STAGES
 from bench.worker import OURS, PEER
+from infera_gpu import graph_cache
 
 
 def test_first_takes_medians_of_stages_and_of_their_sum() -> None:
@@ -20,8 +21,9 @@ def test_first_takes_medians_of_stages_and_of_their_sum() -> None:
     assert found == {"import": 2e3, "modules": 2e3, "load": 3e3, "run": 3e3, "again": 2e3, "first": 10e3}
 
 
-def test_first_measures_a_model_in_fresh_processes(tmp_path: Path) -> None:
+def test_first_measures_a_model_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path / "kept"))
     value = [helper.make_tensor_value_info(name, 1, ["n"]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Exp", ["x"], ["y"])], "g", value[:1], value[1:])
     path = tmp_path / "model.onnx"
@@ -30,9 +32,11 @@ def test_first_measures_a_model_in_fresh_processes(tmp_path: Path) -> None:
     )
     feeds = {"x": np.ones(3, np.float32)}
     row = first.measure(path, feeds, 1, tmp_path)
-    assert set(row["milliseconds"]) == {OURS, PEER}
+    assert set(row["milliseconds"]) == {OURS, first.NEW, PEER}
     assert all(row["milliseconds"][OURS][stage] > 0 for stage in STAGES)
     assert row["with_imports"] > 0
+    assert row["new_ratio"] > 0
+    assert len(list((tmp_path / "kept" / "graphs").iterdir())) == 1
     shown = Console(record=True, width=140)
     shown.print(
         first.table([{"model": "exp", "failure": "", **row, "ratio": 1.51}, {"model": "no", "failure": "died"}])
@@ -50,6 +54,8 @@ def test_first_lets_children_keep_byte_code(monkeypatch: pytest.MonkeyPatch, tmp
     found = first.child_environment(tmp_path)
     assert "PYTHONDONTWRITEBYTECODE" not in found
     assert found["OPENBLAS_NUM_THREADS"] == "1"
+    kept = [first.child_environment(tmp_path, graphs=graphs)["INFERA_GRAPH_CACHE"] for graphs in (True, False)]
+    assert list(map(graph_cache.enabled, ({"INFERA_GRAPH_CACHE": value} for value in kept))) == [True, False]
 
 
 @pytest.mark.parametrize("name", sorted(shapes.STREAMS))

@@ -18,7 +18,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.passes import Fired
 from infera_gpu.picture import memory_svg
 from infera_gpu.plan import Plan, Step
-from infera_gpu.session import Session, optimized
+from infera_gpu.running import optimized
+from infera_gpu.session import Session
 
 PROFILE_RUNS = 5
 

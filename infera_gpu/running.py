@@ -1,0 +1,342 @@
+"""What runs a graph: feeds in, segments one after the other, results out, from several threads at once."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Self
+from weakref import WeakSet
+
+import numpy as np
+
+from infera_gpu.bind import Bound
+from infera_gpu.constants import Constants
+from infera_gpu.devices import Device
+from infera_gpu.devices.base import require_host_memory
+from infera_gpu.entry import Entering, Entry
+from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.graph import Graph, T
+from infera_gpu.lease import Arena, Lease, Memory
+from infera_gpu.ops import registry
+from infera_gpu.passes import Precision, Report, optimize
+from infera_gpu.passes.gradient import differentiated
+from infera_gpu.results import RESULTS
+from infera_gpu.spec import Array, TensorSpec, ValueSpec, tensors_of
+from infera_gpu.stages import Stage, Stages
+
+MAX_OVERRIDING = 8
+"""Sets of overridden constants for which a session keeps plans; the least recently used is dropped beyond that."""
+
+
+def optimized(graph: Graph, device: Device, report: Report | None = None, precision: Precision = "fp32") -> Graph:
+    """What the passes make of a graph for a device."""
+    return optimize(
+        graph,
+        registry(),
+        report,
+        strict=device.strict,
+        kinds=device.kinds,
+        channels_last=device.channels_last,
+        precision=precision,
+    )
+
+
+class Running(ABC):
+    """A graph on a device, and its runs, which several threads may make.
+
+    `graph` is what passes made of the model's where `fuse` is set; where it is `optimised`, they have made it already.
+    `overridable` are the constants that a run may be given values for. `again` reads the model's graph again: with it,
+    constants that passes replaced are not kept, unless runs may override some; an `optimised` graph needs it.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        device: Device,
+        *,
+        fuse: bool = True,
+        arena: Arena | None = None,
+        constants: Constants | None = None,
+        again: Callable[[], Graph] | None = None,
+        precision: Precision = "fp32",
+        optimised: bool = False,
+    ) -> None:
+        self._again = again if fuse and not graph.overridable else None
+        self._loaded = None if self._again else graph
+        self.graph = optimized(graph, device, precision=precision) if fuse and not optimised else graph
+        self.fuse, self.precision = fuse, precision
+        self.device = device
+        self.name = graph.name
+        self.inputs: Mapping[str, ValueSpec] = graph.inputs
+        self.outputs: Mapping[str, ValueSpec] = graph.outputs
+        self.overridable: Mapping[str, ValueSpec] = graph.overridable
+        self._constants = constants or Constants(device, self.graph)
+        self._stages = self._planning()
+        self.tuning_left = 0.0
+        """Seconds for which runs with new shapes may still measure tiles first."""
+        self._measuring = threading.Lock()
+        self._overriding: OrderedDict[frozenset[str], Self] = OrderedDict()
+        self._dropped: WeakSet[Running] = WeakSet()
+        self._inner: WeakSet[Running] = WeakSet()
+        self._deriving = threading.Lock()
+        self._guests = 0
+        self._entry = Entry(self.inputs, device)
+        self._arena = arena or Arena()
+        self._arena.join(self, device)
+        self._inside = Arena(self._arena.max_concurrency)
+        self._inside.join(self, device)
+        self._leases: dict[Memory, Lease] = {}
+        self._available = threading.Condition()
+        self._closed = False
+
+    def _planning(self) -> Stages:
+        return Stages(self.graph, self.device, registry(), self._constants, self._nested)
+
+    # ---- running
+
+    @property
+    def loaded(self) -> Graph:
+        """The graph as the file has it; read again from there where it is not kept. Raises InvalidModel."""
+        if self._loaded is None:
+            assert self._again is not None
+            return differentiated(self._again())
+        return self._loaded
+
+    @property
+    def tensor_inputs(self) -> Mapping[str, TensorSpec]:
+        """`inputs`, where all of them are tensors. Raises InputError otherwise."""
+        try:
+            return tensors_of(self.inputs, "input")
+        except TypeError as error:
+            raise InputError(str(error)) from None
+
+    def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run the model: arrays in by name, arrays out by name.
+
+        Constants that the model lists as inputs too, `overridable`, may be given as well; each set of them that is
+        given has a session of its own, kept for later runs, with its own plans and its own copy of the other constants.
+
+        Arrays that lie on the session's GPU (CuPy, or anything with DLPack) never go through the host: the same array
+        given again is read where it lies, others are copied on the device. Results are new NumPy arrays, except those
+        named in `out`, which are written in place and must match in shape and dtype; with every output in `out` a run
+        allocates no array. Raises InputError naming the feed that does not fit, or the node that met an index out of
+        range.
+        """
+        if out:
+            self._check_out(out)
+        if (session := self._for(feeds)) is not self:
+            with self._hosting():
+                return session.run(feeds, out)
+        entering = self._check(feeds)
+        if self.tuning_left > 0 and not self._stages.known(entering.shapes):
+            self._tune_first(feeds)
+        return self._collect(entering, out)
+
+    @abstractmethod
+    def _tune_first(self, feeds: Mapping[str, Any]) -> None:
+        """Measure tiles in runs with these feeds, within `tuning_left`, which that shortens."""
+
+    def _check_out(self, out: Mapping[str, Array]) -> None:
+        for name, target in out.items():
+            if not hasattr(target, "dtype"):
+                raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")
+            if name not in self.outputs:
+                raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
+
+    def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
+        results: dict[str, Any] = dict.fromkeys(self.outputs)
+
+        def take(stage: Stage, bound: Bound) -> None:
+            bound.run()
+            self._read(bound, stage, results, out)
+            for name in stage.segment.objects:
+                results[name] = entering.objects[name] if name in entering.objects else stage.segment.constants[name]
+
+        self._run(entering, take)
+        return results
+
+    def _for(self, feeds: Mapping[str, Any]) -> Self:
+        """The session that takes these feeds: this one, or one whose inputs are some overridable constants as well."""
+        if not self.overridable or not isinstance(feeds, Mapping):
+            return self
+        given = frozenset(self.overridable.keys() & feeds.keys())
+        if not given:
+            return self
+        with self._deriving:  # not the lock that runs wait for: passes take their time
+            self._refuse_closed()
+            session = self._overriding.get(given)
+            if session is None:
+                session = self._overriding[given] = type(self)(
+                    self.loaded.overriding(given),
+                    self.device,
+                    fuse=self.fuse,
+                    arena=self._arena,
+                    precision=self.precision,
+                )
+                if len(self._overriding) > MAX_OVERRIDING:
+                    self._dropped.add(self._overriding.popitem(last=False)[1])  # it may still run
+            self._overriding.move_to_end(given)
+            return session
+
+    def _nested(self, graph: Graph) -> Callable[..., list[Any]]:
+        """A subgraph of this session's graph, callable; on the same device, with the same constants.
+
+        What a stage holds of it goes with the stage. Subgraphs never run at the same time within one run, and share an
+        arena.
+        """
+        inner = type(self)(graph, self.device, fuse=False, arena=self._inside, constants=self._constants)
+        self._inner.add(inner)
+
+        def run(*values: Any) -> list[Any]:
+            return list(inner._collect(inner._entry.sort(dict(zip(inner.inputs, values, strict=True)))).values())
+
+        return run
+
+    def _run(self, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
+        """The segments of one run, one after the other: `run` makes the calls and takes the outputs.
+
+        It returns when the steps are done: what follows copies to memory that they use.
+        """
+
+        def go(lease: Lease) -> None:
+            stage = self._stages.first(feeds.shapes)
+            entering: Mapping[str, Array] = feeds.arrays
+            while True:
+                bound = lease.bound(stage.plan, entering)
+                self._fill(bound, entering)
+                try:
+                    run(stage, bound)
+                finally:
+                    for given in bound.direct.values():
+                        given.array = None
+                if stage.is_last:
+                    return
+                stage, entering = self._advance(stage, bound, feeds.objects)
+
+        self._with_lease(go)
+
+    def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
+        bound.ports.fill(entering)
+        for name, given in bound.direct.items():
+            given.array = entering[name]
+
+    def _read(self, bound: Bound, stage: Stage, results: dict[str, Array], out: Mapping[str, Array] | None) -> None:
+        targets: dict[str, Array] = {}
+        for name in stage.final:
+            source = stage.plan.outputs[name]
+            target = out.get(name) if out else None
+            if target is None:
+                require_host_memory(f"output '{name}'", source.nbytes)
+                target = RESULTS.empty(source.shape, source.dtype, source.nbytes)
+            elif target.shape != source.shape or target.dtype != source.dtype:
+                raise InputError(
+                    f"out['{name}'] is {target.dtype.name}{list(target.shape)}, "
+                    f"the output is {source.dtype.name}{list(source.shape)}"
+                )
+            elif isinstance(target, np.ndarray) and not target.flags.writeable:
+                raise InputError(f"out['{name}'] is read-only")
+            targets[name] = target
+        bound.ports.read(targets)
+        results.update(targets)
+
+    def _advance(self, stage: Stage, bound: Bound, objects: dict[str, Any]) -> tuple[Stage, Mapping[str, Array]]:
+        """The stage that follows, now that the values it waits for are there; and what eager nodes made."""
+
+        def read(name: str) -> np.ndarray[Any, Any]:
+            source = stage.plan.outputs[name]
+            host = np.empty(source.shape, source.dtype)
+            bound.ports.read({name: host})
+            return host
+
+        return self._stages.advance(stage, read, objects)
+
+    @contextmanager
+    def _hosting(self) -> Iterator[None]:
+        """A run of an overriding session, which `close` waits for."""
+        with self._available:
+            self._refuse_closed()
+            self._guests += 1
+        try:
+            yield
+        finally:
+            with self._available:
+                self._guests -= 1
+                self._available.notify_all()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise DeviceError(f"the session of '{self.name}' is closed")
+
+    def _with_lease(self, work: Callable[[Lease], T]) -> T:
+        """What `work` makes of memory that nothing else uses meanwhile, on the device."""
+        run = object()
+        try:
+            memory = self._arena.borrow(self, run, self._refuse_closed)
+            lease = self._leases.get(memory)
+            if lease is None:
+                lease = self._leases[memory] = Lease(self.device, self._constants, memory)
+            with self.device.running():
+                made = work(lease)
+            if self._arena.serves_others(self.device):
+                self.device.synchronize()  # another session's device may have a stream of its own
+            return made
+        except BaseException:
+            with suppress(Exception):  # what the run has begun may still use the memory
+                self.device.synchronize()
+            raise
+        finally:
+            self._arena.give_back(run)
+
+    # ---- feeds
+
+    def _check(self, feeds: Mapping[str, Any]) -> Entering:
+        found = self._entry.take(feeds)
+        if not self._stages.known(found.shapes):
+            self._entry.check_shapes(found.shapes)
+        return found
+
+    # ---- the rest
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of the graph's constants, those of its subgraphs included."""
+        return sum(a.nbytes for graph in self.graph.walk() for a in graph.constants.values())
+
+    def close(self) -> None:
+        """Give the memory back. Runs that go on finish; later ones raise DeviceError."""
+        with self._available:
+            if self._closed:
+                return
+            self._closed = True
+            while self._guests:
+                self._available.wait()
+        everyone: list[Running] = [*self._overriding.values(), *self._dropped, self]
+        for session in everyone:
+            session._let_go()
+        self._overriding.clear()
+        self.device.close()
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._arena.leave(self)
+        for session in list(self._inner):
+            session._let_go()
+        self._inside.leave(self)
+        self._leases.clear()
+        RESULTS.clear()
+        self._stages.clear()
+        self._constants.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        ins = ", ".join(f"{k} {s}" for k, s in self.inputs.items())
+        outs = ", ".join(f"{k} {s}" for k, s in self.outputs.items())
+        return f"<{type(self).__name__} {self.name} on {self.device.name}: {ins} -> {outs}>"
