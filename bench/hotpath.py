@@ -2,8 +2,9 @@
 
 The server's protocol is handed requests on transports that keep nothing, in one event loop, by 1, 8 and 64 connections
 that ask again as soon as they have their reply. Time of the event loop's thread and of the whole process, in
-microseconds a request, minimum of many rounds. `pick` is a model with hardly any work. --profile prints where the event
-loop's thread spends its time; --against runs another checkout in turn, round by round.
+microseconds a request, minimum of many rounds. `pick` is a model with hardly any work; a `refused` request finds a full
+queue. --profile prints where the event loop's thread spends its time; --against runs another checkout in turn, round by
+round.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from bench.serving import save_bodies, save_model, save_pick
 from infera_server.http.hotpath import HotPathProtocol
 from infera_server.models.discovery import Source
 from infera_server.models.repository import Repository
+from infera_server.scheduling.backlog import Waiting
+from infera_server.scheduling.jobs import Job
 from infera_server.service import Service
 from infera_server.settings import Settings
 
@@ -72,9 +77,10 @@ async def _no_app(scope: Any, receive: Any, send: Any) -> None:
 class Load:
     """Connections that ask again once they are answered, all that were together, as readiness is told by the system."""
 
-    def __init__(self, service: Service, request: bytes) -> None:
+    def __init__(self, service: Service, request: bytes, status: int = 200) -> None:
         self.loop = asyncio.get_running_loop()
         self.request = request
+        self._expected = b"HTTP/1.1 %d " % status
         config = uvicorn.Config(_no_app, http=HotPathProtocol, ws="none", log_config=None, interface="asgi3")
         config.load()
         state = ServerState()
@@ -90,7 +96,7 @@ class Load:
 
     def answered(self, index: int, data: bytes) -> None:
         """A connection has its reply."""
-        if not data.startswith(b"HTTP/1.1 200 "):
+        if not data.startswith(self._expected):
             raise RuntimeError(f"answered {data!r}")
         self._unanswered -= 1
         if not self._unanswered:
@@ -131,20 +137,33 @@ async def measured(requests: int, profile: bool) -> dict[str, tuple[float, float
         await asyncio.to_thread(repository.load, loop.call_soon_threadsafe)
         service = Service(settings, repository)
         found = {}
-        for model, body in product(MODELS, BODIES):
-            load = Load(service, request_bytes(folder, model, body))
-            await load.run(1, 64)
-            for connections in CONNECTIONS:
-                await load.run(connections, requests)
-                found[f"{model} {body} {connections}"] = await load.run(connections, requests)
-                if profile:
-                    print(f"--- {model}, {body}, {connections} connections: {requests} requests")
-                    with cProfile.Profile(time.thread_time) as profiler:
-                        await load.run(connections, requests)
-                    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
+        for (model, body), status in product(product(MODELS, BODIES), (200, 429)):
+            load = Load(service, request_bytes(folder, model, body), status)
+            with full(repository.get(model)) if status == 429 else nullcontext():
+                await load.run(1, 64)
+                for connections in CONNECTIONS if status == 200 else CONNECTIONS[-1:]:
+                    await load.run(connections, requests)
+                    key = f"{model} {body} {connections if status == 200 else 'refused'}"
+                    found[key] = await load.run(connections, requests)
+                    if profile:
+                        print(f"--- {key}: {requests} requests")
+                        with cProfile.Profile(time.thread_time) as profiler:
+                            await load.run(connections, requests)
+                        pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
         for served in repository.working():
             served.close(1.0)
         return found
+
+
+@contextmanager
+def full(model: Any) -> Iterator[None]:
+    """The model's queue holds all that it may, and nobody runs it."""
+    schedule = model.batcher.schedule
+    for _ in range(schedule.max_queue):
+        job = Job({}, lambda result, batch: None)
+        schedule.put(job, schedule.group(None) or Waiting(None, schedule.costs.of(None)))
+    yield
+    schedule.clear()
 
 
 def request_bytes(folder: Path, model: str, body: str) -> bytes:

@@ -15,6 +15,7 @@ from infera_server.access import Access, Key
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.http.intake import Intake
 from infera_server.http.recall import Heads
+from infera_server.http.refusals import Refusals
 from infera_server.http.templates import Templates
 from infera_server.http.upload import Room, room
 from infera_server.log_settings import LogSettings
@@ -61,6 +62,7 @@ class Service:
     tracing: Tracing = field(init=False)
     max_connections: int = field(init=False)
     heads: Heads = field(default_factory=Heads, init=False)
+    refusals: Refusals = field(default_factory=Refusals, init=False)
     templates: Templates = field(default_factory=Templates, init=False)
     streams: int = field(default=0, init=False)
     """WebSockets that are open."""

@@ -57,6 +57,7 @@ class Exchange:
         "header",
         "held",
         "is_1_1",
+        "is_refused_again",
         "job",
         "keep_alive",
         "key",
@@ -91,6 +92,9 @@ class Exchange:
         self.target: tuple[str, str | None] = "", None
         self.model: Servable | None = None
         self.refusal: RequestError | None = None
+        self.is_refused_again = False
+        """Whether its refusal is that of every request like it, as long as the model's queue stays as long."""
+
         self.trace = False
         self.job: Job | None = None
         self.request: Request | None = None

@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
-from infera_server.errors import RequestError, TooLarge
+from infera_server.errors import QUEUE_FULL, Overloaded, RequestError, TooLarge
 from infera_server.http import coding
 from infera_server.http.connection import CONTINUE
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, again, decode, infer_target, keep
@@ -60,6 +61,14 @@ class HotPathProtocol(Replying):
         head, start = found
         if head.size > self.max_body:
             return False
+        now = time.monotonic()
+        model, refusal = self._model_of(head, now)
+        if model is not None and refusal is None and not head.trace:
+            headers = self.server_state.default_headers
+            reply = self.service.refusals.find(head.target, model, head.size, now, headers)
+            if reply is not None:
+                self._refuse_again(model, reply, now)
+                return True
         self.cycle = exchange = Exchange(keep_alive=True, expects_continue=False)
         exchange.received = exchange.turn = True
         exchange.known, exchange.target = head, head.target
@@ -67,15 +76,33 @@ class HotPathProtocol(Replying):
         exchange.trace, exchange.key = head.trace, head.key
         exchange.body, exchange.size = [data[start:]], head.size
         self.waiting_since = exchange.started_at
-        try:
-            if head.key is not None:
-                head.key.spend(exchange.started_at)
-            exchange.model = self.service.model(*head.target)
-            exchange.model.check_room(head.size)
-        except RequestError as error:
-            exchange.refusal = error
+        exchange.model, exchange.refusal = model, refusal
+        if model is not None and refusal is None:
+            try:
+                model.check_room(head.size)
+            except RequestError as error:
+                exchange.refusal = error
+                exchange.is_refused_again = error.reason == QUEUE_FULL
         self._proceed(exchange)
         return True
+
+    def _model_of(self, head: Head, now: float) -> tuple[Servable | None, RequestError | None]:
+        """What a request with this head is for, or why it is refused whatever its body is."""
+        try:
+            if head.key is not None:
+                head.key.spend(now)
+            return self.service.model(*head.target), None
+        except RequestError as error:
+            return None, error
+
+    def _refuse_again(self, model: Servable, reply: bytes, now: float) -> None:
+        """Send what others were refused with, since the queue is as long as it was then."""
+        self.waiting_since = now
+        model.stats.refused[QUEUE_FULL] += 1
+        model.stats.replied(Overloaded.status, 0.0)
+        self.server_state.total_requests += 1
+        with suppress(RuntimeError):  # of uvloop: its client has reset it, which `connection_lost` has yet to say
+            self.transport.write(reply)
 
     def on_headers_complete(self) -> None:
         self.in_head = False

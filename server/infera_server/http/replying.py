@@ -144,15 +144,20 @@ class Replying(Connection):
             exchange.model.stats.refused[error.reason] += 1
         if self.service.draining:
             exchange.keep_alive = False  # a connection that is closed at the end could have a request under way
-        self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
+        model = exchange.model
+        sent = self._reply(exchange, error.status, fields, [v2_rest.error_body(str(error))])
+        if sent and exchange.is_refused_again and model is not None and exchange.keep_alive and not exchange.trace:
+            refusals, now = self.service.refusals, self.waiting_since
+            refusals.keep(exchange.target, model, exchange.size, now, self._headers, sent)
 
-    def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> None:
+    def _reply(self, exchange: Exchange, status: int, fields: list[bytes], body: list[Buffer]) -> bytes:
+        """Write a reply. Returns it where it was written in one piece."""
         self.active = exchange.job = exchange.request = None  # an idle connection keeps its last exchange
         exchange.refusal = None  # whose traceback leads to the exchange: nothing of it would be freed
         if exchange.held or exchange.body:
             exchange.let_go(self.service.intake)
         if exchange.response_complete or self.transport.is_closing():
-            return
+            return b""
         exchange.response_complete = True
         size = sum(map(len, body))
         if self._headers is not self.server_state.default_headers:
@@ -160,13 +165,14 @@ class Replying(Connection):
             self._common = b"".join([b"%s: %s\r\n" % header for header in self._headers])
         end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
         head = [STATUS_LINE[status], self._common, *fields, b"content-length: %d\r\n" % size, end]
+        joined = b"".join([*head, *body]) if size <= JOIN_BYTES else b""
         try:
-            if size <= JOIN_BYTES:
-                self.transport.write(b"".join([*head, *body]))
+            if joined:
+                self.transport.write(joined)
             else:
                 self.transport.writelines([b"".join(head), *body])
         except RuntimeError:  # of uvloop: its client has reset it, which `connection_lost` has yet to say
-            return
+            return b""
         if exchange.model is not None:
             exchange.model.stats.replied(status, time.monotonic() - exchange.started_at)
             exchange.model = None  # an idle connection must not keep a model that is unloaded
@@ -174,6 +180,7 @@ class Replying(Connection):
             self._let_go()
             self._hang_up(exchange)
         self.on_response_complete()
+        return joined
 
     def _hang_up(self, exchange: Exchange) -> None:
         """Close; after a reply to half a request only once the client has stopped sending, or soon anyway."""
