@@ -47,20 +47,26 @@ class HotPathProtocol(Replying):
         self.upload: Upload | None = None
         """What receives the body of `cycle`."""
 
+        self.last_head: tuple[bytes, Head | None] = b"", None
+        """The last one that was recalled here, most likely that of the next request too."""
+
     # --- receiving -------------------------------------------------------------------------------------------------
 
     def recall(self, data: bytes) -> bool:
         """Take a request whose head came before, with all of its body. Returns whether `data` is one, and no more."""
-        if not self.is_idle or self.flow.write_paused or self.lingering or self.transport.is_closing():
+        if not self.is_idle or self.flow.write_paused or self.lingering or self.only_metrics:
             return False
-        if self.only_metrics:
+        if self.transport.is_closing():
             return False
-        found = self.service.heads.find(data)
-        if found is None:
-            return False
-        head, start = found
-        if head.size > self.max_body:
-            return False
+        text, head = self.last_head
+        if head is None or len(data) != len(text) + head.size or not data.startswith(text):
+            found = self.service.heads.find(data)
+            if found is None or found[0].size > self.max_body:
+                return False
+            head, start = found
+            self.last_head = data[:start], head
+        else:
+            start = len(text)
         now = time.monotonic()
         model, refusal = self._model_of(head, now)
         if model is not None and refusal is None and not head.trace:

@@ -108,9 +108,11 @@ class Batcher:
 
     def check_room(self, nbytes: int = 0) -> None:
         """Raises what `submit` would of any job of so many bytes: Overloaded or Unavailable."""
-        self._check_open()
-        with self._lock:
-            self.schedule.check_room(nbytes, time.monotonic())
+        if self._draining:
+            self._check_open()
+        if self.schedule.is_full(nbytes):
+            with self._lock:
+                self.schedule.check_room(nbytes, time.monotonic())
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Overloaded where it would wait too long and Unavailable once `drain` was called."""

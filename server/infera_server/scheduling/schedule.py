@@ -56,9 +56,13 @@ class Schedule(Backlog):
 
     # --- arriving ----------------------------------------------------------------------------------------------------
 
+    def is_full(self, nbytes: int) -> bool:
+        """Whether there is no room for a job of so many bytes: a look that any thread may take."""
+        return self.queued >= self.max_queue or (self.queued > 0 and self.queued_bytes + nbytes > self.max_queue_bytes)
+
     def check_room(self, nbytes: int, now: float) -> None:
         """Raises Overloaded where the queue has no room for a job of so many bytes."""
-        if self.queued >= self.max_queue or (self.queued and self.queued_bytes + nbytes > self.max_queue_bytes):
+        if self.is_full(nbytes):
             raise Overloaded(
                 f"model '{self.name}' has {self.queued} requests ({self.queued_bytes:,} bytes) waiting, "
                 f"its limit is {self.max_queue} ({self.max_queue_bytes:,} bytes); send the request again later",
