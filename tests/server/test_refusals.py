@@ -11,7 +11,7 @@ from weakref import ref
 
 import pytest
 
-from infera_server.http import hotpath, refusals
+from infera_server.http import recalling, refusals
 from infera_server.http.refusals import MAX_TARGETS, SECONDS, Refusals
 from tests.server.support import Running, doubler, http_request, read_reply, serving, until
 
@@ -47,13 +47,13 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The replies that were repeated, however slow the test is."""
     monkeypatch.setattr(refusals, "SECONDS", 60.0)
     sent: list[bytes] = []
-    again = hotpath.HotPathProtocol._refuse_again
+    again = recalling.Recalling._refuse_again
 
     def spy(self: Any, model: Any, reply: bytes, now: float) -> None:
         sent.append(reply)
         again(self, model, reply, now)
 
-    monkeypatch.setattr(hotpath.HotPathProtocol, "_refuse_again", spy)
+    monkeypatch.setattr(recalling.Recalling, "_refuse_again", spy)
     return sent
 
 
