@@ -69,6 +69,9 @@ class Service:
     room: Room = field(default_factory=lambda: room, init=False)
     """Where large bodies are received."""
 
+    room_share: float = field(default=0.0, init=False)
+    """The part of a large body that has to be there before `room` is asked for all of it."""
+
     outage: str = field(default="", init=False)
     """In a worker: why the engine is not ready; empty while it is."""
 

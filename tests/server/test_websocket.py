@@ -28,6 +28,9 @@ from tests.server.support import (
     until,
 )
 
+SERVICE_RESTART = 1012
+"""The code of a server that ends and may be back (IANA's registry of RFC 6455)."""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
@@ -214,3 +217,37 @@ def test_what_has_arrived_of_messages_counts_as_bodies_do() -> None:
             client.send(binary(rows(30_000)))
             assert read(client.recv())[1].shape == (30_000, 4)
         until(lambda: intake.held == 0)
+
+
+def test_at_the_end_what_was_accepted_is_answered_and_streams_are_closed() -> None:
+    session = doubler()
+    with serving({"double": session}) as running, stream(running) as idle, stream(running) as busy:
+        session.block()
+        busy.send(binary(rows(1), id="accepted"))
+        session.wait_entered()
+        running.host.server.should_exit = True
+        until(lambda: running.host.service.draining)
+        busy.send(binary(rows(1), id="late"))
+        assert json.loads(busy.recv(WAIT))["status"] == 503
+        session.gate.set()
+        document, y = read(busy.recv(WAIT))
+        assert document["id"] == "accepted"
+        np.testing.assert_array_equal(y, 2 * rows(1))
+        for client in (idle, busy):
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(WAIT)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == SERVICE_RESTART
+
+
+def test_a_client_that_does_not_close_its_stream_does_not_hold_the_end_up() -> None:
+    """It answers no close frame: the end comes once replies had their time to leave."""
+    with serving({"double": doubler()}, drain_timeout=1.0) as running, contextlib.closing(running.connect()) as sock:
+        key = f"Sec-WebSocket-Key: {'A' * 22}==\r\nSec-WebSocket-Version: 13"
+        head = f"Host: {running.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}"
+        sock.sendall(f"GET /v2/models/double/stream HTTP/1.1\r\n{head}\r\n\r\n".encode())
+        with sock.makefile("rb") as reply:
+            assert reply.readline().startswith(b"HTTP/1.1 101 ")
+        until(lambda: running.host.service.streams == 1)
+        running.host.server.should_exit = True
+        until(lambda: running.loop.is_closed())

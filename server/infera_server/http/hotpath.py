@@ -74,7 +74,8 @@ class HotPathProtocol(Recalling):
             exchange.refusal = error
         self._enqueue(exchange)
         if exchange.turn and exchange.refusal is None and (size := self._announced()) >= LARGE:
-            self.upload = Upload(self, size, exchange.header or 0, self.service.room)
+            first = int(size * self.service.room_share)
+            self.upload = Upload(self, size, exchange.header or 0, self.service.room, first)
 
     def _announced(self) -> int:
         """The bytes of the body that is about to come; 0 where its head does not tell."""

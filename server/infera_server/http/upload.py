@@ -47,25 +47,35 @@ class Receiver(Protocol):
 class Upload(asyncio.BufferedProtocol):
     """The transport's protocol while `size` bytes of a body are received, of which the first came with its head.
 
-    `aligned` is where in the body an aligned address is wanted, and `room` gives the memory.
+    `aligned` is where in the body an aligned address is wanted, and `room` gives the memory, once `first` bytes are
+    there: who announces a body and does not send it has no more memory than that.
     """
 
-    def __init__(self, receiver: Receiver, size: int, aligned: int, room: Room = room) -> None:
-        memory = room(size + ALIGNMENT)
-        start = -(memory.ctypes.data + aligned) % ALIGNMENT
-        self._body = memory[start : start + size].data
+    def __init__(self, receiver: Receiver, size: int, aligned: int, room: Room = room, first: int = 0) -> None:
+        self._size, self._aligned, self._room = size, aligned, room
         self._receiver = receiver
         self._at = 0
         self._scratch: memoryview | None = None
+        self._is_whole = False
+        self._body = np.empty(first, np.uint8).data
+        if not first:
+            self._take_room()
+
+    def _take_room(self) -> None:
+        """From now on there is memory for the whole body."""
+        memory = self._room(self._size + ALIGNMENT)
+        start = -(memory.ctypes.data + self._aligned) % ALIGNMENT
+        body = memory[start : start + self._size].data
+        body[: self._at] = self._body[: self._at]
+        self._body, self._is_whole = body, True
 
     def put(self, part: bytes) -> None:
         """Keep what came with the head."""
-        self._body[self._at : self._at + len(part)] = part
-        self._at += len(part)
-
-    @property
-    def is_complete(self) -> bool:
-        return self._at == len(self._body)
+        end = self._at + len(part)
+        if not self._is_whole and end >= len(self._body):
+            self._take_room()
+        self._body[self._at : end] = part
+        self._at = end
 
     @property
     def body(self) -> memoryview:
@@ -81,8 +91,12 @@ class Upload(asyncio.BufferedProtocol):
         self._at += nbytes
         if not self._receiver.body_received(nbytes):
             self._scratch, self._body = memoryview(bytearray(SCRATCH)), memoryview(b"")
-        elif self.is_complete:
+        elif self._at < len(self._body):
+            return
+        elif self._is_whole:
             self._receiver.body_complete(self.body)
+        else:
+            self._take_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._receiver.connection_lost(exc)

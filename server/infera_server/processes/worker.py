@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 PATIENCE = 5.0
 """Seconds that the engine has to answer beyond a request's own timeout."""
 
+ROOM_SHARE = 1 / 8
+"""Of a large body, before shared memory is reserved for all of it: so much is copied once more."""
+
 GONE = Unavailable("the engine process is gone; send the request to another server")
 
 
@@ -94,7 +97,7 @@ class Worker:
         repository.is_settled = True
         self._service = Service(settings, repository, self._access(begin))
         self._service.tracing = Passed(self._channel)
-        self._service.room = self._link.memory
+        self._service.room, self._service.room_share = self._link.memory, ROOM_SHARE
         evicted = Elsewhere(partial(self._channel.tell, RECALL))
         self._mirror = Mirror(self._service, self._link, evicted)
         self._mirror.read(first)
