@@ -36,5 +36,5 @@ def whole_tiles(size: Pair, out: Pair, pads: tuple[Pair, Pair], tile: int) -> tu
 
 def joined(y: Array) -> bool:
     """Whether the rows of y (N, H, W, C) lie one behind the other: it has no border."""
-    pixel = y.strides[2] * y.shape[2]
-    return all(d == 1 or s == n for d, s, n in zip(y.shape, y.strides, (y.shape[1] * pixel, pixel), strict=False))
+    (count, height, width, _), (image, line, pixel, _) = y.shape, y.strides
+    return bool((count == 1 or image == height * width * pixel) and (height == 1 or line == width * pixel))

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from numpy.lib.stride_tricks import as_strided
-
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.blas import Inner
 from infera_kernels.cpu.conv_epilogue import Activation
@@ -20,6 +18,7 @@ from infera_kernels.cpu.nhwc_pointwise import BLOCK_PIXELS, laid_out
 from infera_kernels.cpu.nhwc_product import gains
 from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, padded, room_for, spans
 from infera_kernels.cpu.packed import PANEL, added, depths, room
+from infera_kernels.cpu.strides import strided
 
 LONGEST = 1.4
 """How much longer lines may be for being one behind the other."""
@@ -101,11 +100,10 @@ def _ranges(lines: Array, taps: int, down: int, window: Window, line: int) -> It
     """
     count, width, item = len(lines), window.out[1], lines.itemsize
     pixel, down = lines.shape[2] * item * window.strides[1], down * window.strides[0]
-    flat = as_strided(lines, (count, lines.shape[1] * lines.shape[2]), (down, item), writeable=False)
     joined = down == line * pixel
     pixels = [(count - 1) * line + width] if joined else [line] * (count - 1) + [width]
     for start, stop in pairwise(depths(taps)):
         yield [
-            as_strided(flat[i, start:], (many, stop - start), (pixel, item), writeable=False)
+            strided(lines, (many, stop - start), (pixel, item), i * down + start * item)
             for i, many in enumerate(pixels)
         ]
