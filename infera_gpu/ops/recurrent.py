@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Attrs, HostArray
-from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops._families import uniform
+from infera_gpu.graph import Attrs
+from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site
 from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
@@ -21,7 +19,7 @@ from infera_kernels.record import Record
 _X, _W, _R, _B, _LENGTHS, _H, _C, _P = range(8)
 
 
-class _Kind(Record):
+class Kind(Record):
     """What tells the three apart: gates, states, default activations, the plain step, the fast direction."""
 
     gates: int
@@ -31,10 +29,10 @@ class _Kind(Record):
     fast: Callable[..., list[Call]]
 
 
-_KINDS = {
-    "LSTM": _Kind(4, 2, ("sigmoid", "tanh", "tanh"), portable.lstm_step, cpu.lstm),
-    "GRU": _Kind(3, 1, ("sigmoid", "tanh"), portable.gru_step, cpu.gru),
-    "RNN": _Kind(1, 1, ("tanh",), portable.rnn_step, cpu.rnn),
+KINDS = {
+    "LSTM": Kind(4, 2, ("sigmoid", "tanh", "tanh"), portable.lstm_step, cpu.lstm),
+    "GRU": Kind(3, 1, ("sigmoid", "tanh"), portable.gru_step, cpu.gru),
+    "RNN": Kind(1, 1, ("tanh",), portable.rnn_step, cpu.rnn),
 }
 _DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
 """Whether each direction runs backwards."""
@@ -49,7 +47,7 @@ def _reverses(site: Site) -> tuple[bool, ...]:
 
 def _names(site: Site) -> tuple[str, ...]:
     """Activations of all directions, in lower case. Raises PlanError for an unknown one or a wrong number."""
-    kind, count = _KINDS[site.node.op], len(_reverses(site))
+    kind, count = KINDS[site.node.op], len(_reverses(site))
     given = site.attrs["activations"]
     names = kind.defaults * count if not given else tuple(str(n).lower() for n in given)
     if site.node.op == "RNN" and given and len(names) > count:
@@ -71,7 +69,7 @@ def functions(site: Site) -> list[list[tuple[str, float, float]]]:
         alpha = 0.0 if function.alpha is None else float(next(alphas, function.alpha))
         beta = 0.0 if function.beta is None else float(next(betas, function.beta))
         made.append((name, alpha, beta))
-    each = len(_KINDS[site.node.op].defaults)
+    each = len(KINDS[site.node.op].defaults)
     return [made[d * each : (d + 1) * each] for d in range(len(_reverses(site)))]
 
 
@@ -104,7 +102,7 @@ def _sizes(site: Site) -> tuple[int, int, int, int]:
         raise site.fail(f"X, W and R are {x}, {w} and {r}, expected three axes each")
     steps, batch = (x.dims[1], x.dims[0]) if _batch_first(site) else x.dims[:2]
     directions, hidden = len(_reverses(site)), r.dims[2]
-    rows = _KINDS[site.node.op].gates * hidden
+    rows = KINDS[site.node.op].gates * hidden
     if w.dims != (directions, rows, x.dims[2]) or r.dims != (directions, rows, hidden):
         raise site.fail(f"W is {w} and R is {r}, expected [{directions}, {rows}, {x.dims[2]} and {hidden}]")
     if site.attrs["hidden_size"] not in (None, hidden):
@@ -125,12 +123,12 @@ def infer(site: Site) -> Sequence[TensorSpec]:
     state: tuple[int, ...] = (directions, batch, hidden)
     if _batch_first(site):
         y, state = (batch, steps, directions, hidden), (batch, directions, hidden)
-    biases, peepholes = 2 * _KINDS[site.node.op].gates * hidden, 3 * hidden
+    biases, peepholes = 2 * KINDS[site.node.op].gates * hidden, 3 * hidden
     expected = {_B: (directions, biases), _LENGTHS: (batch,), _H: state, _C: state, _P: (directions, peepholes)}
     for i, dims in expected.items():
         if site.has(i) and site.spec(i).dims != dims:
             raise site.fail(f"input {i} is {site.spec(i)}, expected {list(dims)}")
-    specs = [TensorSpec(y, dtype), *[TensorSpec(state, dtype)] * _KINDS[site.node.op].states]
+    specs = [TensorSpec(y, dtype), *[TensorSpec(state, dtype)] * KINDS[site.node.op].states]
     return specs[: max(1, len(site.node.outputs))]
 
 
@@ -147,7 +145,7 @@ def over_directions(xp: Any, site: Site, cells: Sequence[Cell], *ins: Array | No
     kept = dtype.itemsize >= 4
     wide: list[Any] = [a if kept or a is None or i == _LENGTHS else a.astype(np.float32) for i, a in enumerate(ins)]
     x, w, r, b, lengths, h, c, p = (*wide, *[None] * 8)[:8]
-    kind, first = _KINDS[site.node.op], _batch_first(site)
+    kind, first = KINDS[site.node.op], _batch_first(site)
     _, batch, _, hidden = _sizes(site)
     ys, ends = [], []
     for d, (cell, reverse) in enumerate(zip(cells, _reverses(site), strict=True)):
@@ -177,7 +175,7 @@ def _supports(site: Site) -> bool:
     return (
         whole
         and plain
-        and _names(site) == _KINDS[site.node.op].defaults * directions
+        and _names(site) == KINDS[site.node.op].defaults * directions
         and dtype in (np.float32, np.float64)
         and site.spec(_X).size > 0
     )
@@ -216,7 +214,7 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
     linear, calls = bool(site.attrs.get("linear_before_reset", 0)), []
     for d, given in _directions(site, io):
         bias = None if b is None else b[d]
-        calls += _KINDS[site.node.op].fast(w=w[d], r=r[d], b=bias, linear_before_reset=linear, **given)
+        calls += KINDS[site.node.op].fast(w=w[d], r=r[d], b=bias, linear_before_reset=linear, **given)
     return calls
 
 
@@ -230,84 +228,6 @@ def _bind_compiled(site: Site, io: Buffers) -> Sequence[Call]:
 
     steps, batch, *_ = _sizes(site)
     return _jit_recurrent.bind(site, io, [given for _, given in _directions(site, io)], (_W, _R, _B), steps * batch)
-
-
-# ---- cases
-
-
-def _ins(
-    op: str, steps: int, batch: int, features: int, hidden: int, directions: int, *, bias: bool = True
-) -> list[TensorSpec | HostArray | None]:
-    """X, W, R and B, with four optional inputs left out."""
-    rows = _KINDS[op].gates * hidden
-    weights = (f32(directions, rows, features), f32(directions, rows, hidden))
-    return [f32(steps, batch, features), *weights, f32(directions, 2 * rows) if bias else None, *[None] * 4]
-
-
-def _cases(op: str) -> tuple[Case, ...]:
-    kind = _KINDS[op]
-    n_outs = 1 + kind.states
-
-    def case(
-        name: str, steps: int, batch: int, features: int, hidden: int, directions: int = 1, *, bias: bool = True,
-        bound: float = 1.0, more: dict[int, TensorSpec | HostArray] | None = None, **attrs: Any,
-    ) -> Case:  # fmt: skip
-        ins = _ins(op, steps, batch, features, hidden, directions, bias=bias)
-        for i, value in (more or {}).items():
-            ins[i] = value
-        while ins[-1] is None:
-            ins.pop()
-        return Case(name, tuple(ins), {"hidden_size": hidden, **attrs}, n_outs, low=-bound, high=bound)
-
-    state = {_H + i: f32(2, 2, 4) for i in range(kind.states)}
-    lengths = np.array([4, 1, 3], np.int32)
-    both = "bidirectional"
-    return (
-        case("forward", 4, 2, 6, 4),
-        case("one", 1, 1, 1, 1),
-        case("no-bias", 4, 2, 3, 5, bias=False),
-        case("reverse", 4, 2, 6, 4, direction="reverse"),
-        case("both-ways", 4, 2, 6, 4, 2, direction=both, more=dict(state)),
-        # small weights: large ones make the network chaotic, and rounding errors grow from step to step
-        case("large", 3, 5, 40, 33, 2, direction=both, bound=0.2),
-        case("lengths", 4, 3, 6, 4, 2, direction=both, more={_LENGTHS: lengths}),
-        case("whole-lengths", 4, 2, 6, 4, more={_LENGTHS: np.full(2, 4, np.int32)}),
-        case("clip", 4, 2, 6, 4, clip=0.3),
-        case(
-            "activations", 4, 2, 6, 4,
-            activations=("HardSigmoid", "Elu", "LeakyRelu")[: len(kind.defaults)],
-            activation_alpha=(0.3, 0.5, 0.1)[: len(kind.defaults)], activation_beta=(0.4,),
-        ),
-    )  # fmt: skip
-
-
-def _more_cases(op: str) -> tuple[Case, ...]:
-    if op == "LSTM":
-        ins = (*_ins(op, 4, 2, 6, 4, 1)[:7], f32(1, 12))
-        return (Case("peepholes", ins, {"hidden_size": 4}, 3, low=-1, high=1),)
-    if op == "GRU":
-        return tuple(
-            Case(
-                f"linear-before-reset{name}", tuple(_ins(op, 4, 2, 6, 4, 1, bias=bias)[:end]),
-                {"linear_before_reset": 1, "hidden_size": 4}, 2, low=-1, high=1,
-            )
-            for name, bias, end in (("", True, 4), ("-no-bias", False, 3))
-        )  # fmt: skip
-    return ()
-
-
-def _half(op: str) -> tuple[Case, ...]:
-    """float16 with constant weights."""
-    specs = [s for s in _ins(op, 3, 2, 6, 4, 1)[:4] if isinstance(s, TensorSpec)]
-    ins = tuple(uniform(i, -1, 1, *s.dims).astype(np.float16) for i, s in enumerate(specs))
-    return (Case("half", ins, {"hidden_size": 4}, 1 + _KINDS[op].states, tol=2e-3),)
-
-
-def _layout_cases(op: str) -> tuple[Case, ...]:
-    """One as before, and batch first; onnxruntime has it not, and onnx's reference has one direction of it."""
-    ins, count = _ins(op, 4, 2, 6, 4, 1)[:4], 1 + _KINDS[op].states
-    first = Case("batch-first", tuple(ins), {"layout": 1, "hidden_size": 4}, count, low=-1, high=1)
-    return (_cases(op)[0], first)
 
 
 _ATTRS: Attrs = {
@@ -327,11 +247,20 @@ _KERNELS = Kinds(
     lambda gpu: gpu.recurrent(functions, _sizes),
 )
 
+
+def _cases(op: str, since: int) -> Cases:
+    """Those of a version, which a file of their own has: loading a model need not make them."""
+
+    def made() -> tuple[Case, ...]:
+        from infera_gpu.ops._recurrent_cases import cases
+
+        return cases(op, since)
+
+    return Cases(made)
+
+
 OPS: tuple[Op, ...] = tuple(
-    Op(op, since, infer, _compute, Cases(partial(cases, op)), {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
-    for op in _KINDS
-    for since, cases, more in (
-        (7, lambda op: _cases(op) + _more_cases(op) + _half(op), {}),
-        (14, _layout_cases, {"layout": 0}),
-    )
+    Op(op, since, infer, _compute, _cases(op, since), {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
+    for op in KINDS
+    for since, more in ((7, {}), (14, {"layout": 0}))
 )
