@@ -49,7 +49,7 @@ def speeds(result: Result) -> str:
 
 def first(result: Result) -> str:
     """Load and first inference in a fresh process, one thread. Where there are two ratios, the first is that of a model
-    which was loaded on the machine before: small ones keep their optimised graph."""
+    which was loaded on the machine twice before: small ones keep their optimised graph."""
 
     rows = [row for row in result["rows"] if not row["failure"]]
     new = all("new_ratio" in row for row in rows)
@@ -59,7 +59,7 @@ def first(result: Result) -> str:
         times = (ours["load"], ours["run"], ours["first"], peer["first"])
         return [row["model"], *map(time_of, times), *(f"{row[k]:.2f}" for k in ("ratio", "new_ratio")[: 1 + new])]
 
-    header = ("model", "load, ms", "first run", "both", "onnxruntime", "ratio", "of a new model")
+    header = ("model", "load, ms", "first run", "both", "onnxruntime", "ratio", "without that")
     return table(header[: 6 + new], map(cells, rows))
 
 

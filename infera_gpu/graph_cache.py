@@ -1,11 +1,13 @@
-"""What passes made of small models, kept on disk: a model that was loaded before needs neither parsing nor passes.
+"""What passes made of small models, kept on disk: a model that is loaded often needs neither parsing nor passes.
 
 Of a small model both take longer than its first inference. An entry is found by all that it depends on: the bytes of
 the model, the sources of this package, what the passes were told of the device, and the versions of NumPy and Python.
 It is written whole and holds no code (`graph_codec`); what is damaged counts as absent, and what cannot be written is
 not kept. The oldest entries go where there are more than MAX_ENTRIES, or more bytes than MAX_TOTAL.
 
-Large models are not kept: their weights are what takes long, and they would be on the disk twice.
+Entries lie in folders, one for each size of model file. The first time a model is loaded it gets its folder, the second
+time its entry: who loads a model once pays for neither, nor for a hash, and a model without a folder is not looked for.
+One that loads about as fast as it could be hashed and read gets none: it consists of weights.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ MAX_TOTAL = 1 << 27
 
 MAX_ENTRIES = 1024
 
+NS_OF_A_BYTE = 3
+"""Nanoseconds that it takes, about, to hash a byte of a model, to read one of an entry and to compare its checksum."""
+
 SWITCH = "INFERA_GRAPH_CACHE"
 """The environment variable that turns all of this off: "0", "off", "no" or "false"."""
 
@@ -55,30 +60,44 @@ _IMPORTED_NS = time.time_ns()
 
 
 class Entry:
-    """The file of one graph, which need not be there, and what it is found by: a model, and what passes are told."""
+    """The file of one graph, which need not be there, and what it is found by: a model, and what passes are told.
 
-    def __init__(self, source: Path, told: bytes, path: Path) -> None:
-        self._source, self._told, self._path = source, told, path
+    `name` is the file's in `folder`, None where there is no folder yet.
+    """
+
+    def __init__(self, source: Path, told: bytes, folder: Path, name: str | None) -> None:
+        self._source, self._told, self._folder, self._name = source, told, folder, name
 
     def read(self) -> Graph | None:
         """The graph, named after the file as when it is loaded; None where none is kept, or what is kept is damaged."""
+        if self._name is None:
+            return None
         try:
-            return replace(decoded(_content(self._path)), name=self._source.name)
+            return replace(decoded(_content(self._folder / self._name)), name=self._source.name)
         except (OSError, Damaged):
             return None
 
-    def write(self, graph: Graph) -> None:
-        """Keep the graph, where that is possible: where the model is still what it was, and all of it in one file."""
+    def keep(self, graph: Graph, seconds: float) -> None:
+        """Of a graph that took so many seconds of a processor to load: the second time it is kept, where it can be."""
         try:
-            model = self._source.read_bytes()
-            if _EXTERNAL in model or self._path.name != _name(hashlib.sha256(model), self._told):
-                return
-            content = encoded(graph)
-            if len(content) <= MAX_BYTES:
-                replace_file(self._path, content)
-                _make_room(self._path.parent)
+            if self._name is not None:
+                self._write(self._folder / self._name, graph)
+            elif seconds * 1e9 > NS_OF_A_BYTE * self._source.stat().st_size:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if len(os.listdir(self._folder.parent)) > MAX_ENTRIES:
+                    _make_room(self._folder.parent)
         except (OSError, Unencodable):
             return
+
+    def _write(self, path: Path, graph: Graph) -> None:
+        """Unless the model is no longer what it was, or not all of it in one file."""
+        model = self._source.read_bytes()
+        if _EXTERNAL in model or path.name != _name(hashlib.sha256(model), self._told):
+            return
+        content = encoded(graph)
+        if len(content) <= MAX_BYTES:
+            replace_file(path, content)
+            _make_room(self._folder.parent)
 
 
 def entry_of(source: Source, device: Device, precision: str) -> Entry | None:
@@ -88,12 +107,16 @@ def entry_of(source: Source, device: Device, precision: str) -> Entry | None:
     try:
         path = Path(os.path.abspath(os.fsdecode(source)))
         about = path.stat()
-        sources = _sources()
-        if not stat.S_ISREG(about.st_mode) or not 0 < about.st_size <= MAX_BYTES or sources is None:
+        if not stat.S_ISREG(about.st_mode) or not 0 < about.st_size <= MAX_BYTES:
+            return None
+        folder = directory() / f"{about.st_size:x}"
+        if not folder.is_dir():
+            return Entry(path, b"", folder, None)
+        if (sources := _sources()) is None:
             return None
         told = [device.strict, device.kinds, device.channels_last, precision, sources, np.__version__]
         more = json.dumps([*told, sys.version, platform.machine()]).encode()
-        return Entry(path, more, directory() / _name(_hashed(path), more))
+        return Entry(path, more, folder, _name(_hashed(path), more))
     except (OSError, RuntimeError, ValueError):  # no such file, no home: who reads the model says so
         return None
 
@@ -134,20 +157,25 @@ def _content(path: Path) -> HostArray:
         return data[:done]
 
 
-def _make_room(folder: Path) -> None:
-    """Removes the oldest entries where there are too many. Others may remove them at the same time."""
-    kept: list[tuple[int, int, str]] = []
-    with os.scandir(folder) as found:
-        for file in found:
-            with suppress(FileNotFoundError):
-                about = file.stat()
-                kept.append((about.st_mtime_ns, about.st_size, file.path))
+def _make_room(root: Path) -> None:
+    """Removes the oldest entries where there are too many, and all empty folders where there are too many of these.
+    Others may do so at the same time."""
+    folders, kept = [file.path for file in os.scandir(root)], list[tuple[int, int, str]]()
+    for folder in folders:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+            for file in found:
+                with suppress(FileNotFoundError):
+                    about = file.stat()
+                    kept.append((about.st_mtime_ns, about.st_size, file.path))
     kept.sort()
     total = sum(size for _, size, _ in kept)
     while len(kept) > MAX_ENTRIES or (total > MAX_TOTAL and kept):
         _, size, path = kept.pop(0)
         total -= size
         Path(path).unlink(missing_ok=True)
+    for folder in folders if len(folders) > MAX_ENTRIES else ():
+        with suppress(OSError):  # most of them hold an entry
+            os.rmdir(folder)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from typing import Literal
 
@@ -67,7 +68,8 @@ def load(
     however large it is; a node that cannot promise it is a PlanError when it is planned, the CPU a DeviceError here.
     docs/gpu.md says what it takes to mean "entry", and what it costs.
 
-    What passes make of a small model in a file is kept on disk, so that loading it again is quick: `graph_cache`.
+    What passes make of a small model in a file is kept on disk the second time that it is loaded, for the third and all
+    later times: `graph_cache`.
 
     External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
     they are while the session lives. `mapped=False` reads them, and they may change.
@@ -101,6 +103,7 @@ def load(
     )
     again = partial(load_graph, os.path.abspath(model), mapped) if isinstance(model, str | os.PathLike) else None
     try:
+        began = time.thread_time()
         entry = entry_of(model, opened, precision) if fuse else None
         optimised = entry.read() if entry is not None else None
         if (graph := optimised) is None:
@@ -116,7 +119,7 @@ def load(
             optimised=optimised is not None,
         )
         if entry is not None and optimised is None and not graph.overridable:
-            entry.write(session.graph)
+            entry.keep(session.graph, time.thread_time() - began)
         opened.require(f"the weights of '{session.name}'", session.constant_bytes)
         if tune:
             session.tunable()
