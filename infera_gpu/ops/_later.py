@@ -1,4 +1,5 @@
-"""Kernels whose files are imported when somebody asks for their kind. Declares no operators itself."""
+"""Kernels whose files are imported when somebody asks for their kind, and cases when somebody looks at them. Declares
+no operators itself."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from infera_gpu.graph import lazy
-from infera_gpu.op import Kernel, Op
+from infera_gpu.op import Cases, Kernel, Op
 
 
 class Kinds(Mapping[str, Kernel]):
@@ -32,6 +33,11 @@ class Kinds(Mapping[str, Kernel]):
 
     def __len__(self) -> int:
         return len(self._all)
+
+
+def cases_in(file: str, *of: str | int) -> Cases:
+    """What `cases` of a file of this package makes of these."""
+    return Cases(lambda: import_module(f"{__package__}.{file}").cases(*of))
 
 
 OPS: tuple[Op, ...] = ()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import Attrs
-from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site
-from infera_gpu.ops._later import Kinds
+from infera_gpu.op import Buffers, Call, Kernel, Op, Site
+from infera_gpu.ops._later import Kinds, cases_in
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import recurrent as cpu
 from infera_kernels.portable import recurrent as portable
@@ -248,19 +248,16 @@ _KERNELS = Kinds(
 )
 
 
-def _cases(op: str, since: int) -> Cases:
-    """Those of a version, which a file of their own has: loading a model need not make them."""
-
-    def made() -> tuple[Case, ...]:
-        from infera_gpu.ops._recurrent_cases import cases
-
-        return cases(op, since)
-
-    return Cases(made)
-
-
 OPS: tuple[Op, ...] = tuple(
-    Op(op, since, infer, _compute, _cases(op, since), {**_ATTRS, **_OWN[op], **more}, kernels=_KERNELS)
+    Op(
+        op,
+        since,
+        infer,
+        _compute,
+        cases_in("_recurrent_cases", op, since),
+        {**_ATTRS, **_OWN[op], **more},
+        kernels=_KERNELS,
+    )
     for op in KINDS
     for since, more in ((7, {}), (14, {"layout": 0}))
 )
