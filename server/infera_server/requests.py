@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
 
 from infera_server import codec
 from infera_server.codec import short
@@ -70,7 +73,7 @@ class Slice:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Common:
     """What requests of one document have in common: all that is not their id or their inputs' values.
 
@@ -80,19 +83,25 @@ class Common:
 
     slices: Sequence[Slice] = ()
     replies: dict[tuple[Hashable, ...], Sequence[bytes]] = field(default_factory=dict)
+    grouped: list[tuple[Signature, int, Hashable]] = field(default_factory=list)
+    """For the model that they were last sent to, where their shapes alone decide it: their rows, and with whom they can
+    share a batch. One entry, or none."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of what follows the document."""
         return self.slices[-1].stop if self.slices else 0
 
-    @property
+    @cached_property
     def are_views(self) -> bool:
         """Whether the arrays are views of the bytes, made in no time."""
         return all(s.tensor.dtype.kind not in "Ob" for s in self.slices)
 
-    def feeds(self, tail: memoryview) -> dict[str, HostArray]:
-        """The inputs in the bytes that follow the document."""
+    def feeds(self, body: codec.Buffer, start: int) -> dict[str, HostArray]:
+        """The inputs in the bytes that follow the document, from `start` on."""
+        if self.are_views:
+            return {s.tensor.name: np.ndarray(s.shape, s.tensor.dtype, body, start + s.start) for s in self.slices}
+        tail = memoryview(body)[start:]
         return {
             s.tensor.name: codec.from_bytes(tail[s.start : s.stop], s.tensor.dtype, s.shape, s.tensor.name)
             for s in self.slices

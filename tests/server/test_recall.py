@@ -14,8 +14,20 @@ import pytest
 from infera_server.http import hotpath
 from infera_server.http.recall import MAX_DOCUMENTS, MAX_HEAD, MAX_HEADS, Head, Heads
 from infera_server.http.upload import ALIGNMENT, LARGE
+from infera_server.models.model import Model
 from infera_server.scheduling.rows import HostArray
-from tests.server.support import Running, any_width, doubler, http_request, read_reply, request_of, serving, until
+from tests.server.support import (
+    FakeSession,
+    Running,
+    any_width,
+    doubler,
+    http_request,
+    read_reply,
+    request_of,
+    serving,
+    spec,
+    until,
+)
 
 
 def binary(x: HostArray, headers: str = "", **members: Any) -> bytes:
@@ -263,3 +275,64 @@ def test_large_bodies_are_bounded_together() -> None:
             with one.makefile("rb") as stream:
                 assert read_reply(stream)[0] == 200
         until(lambda: running.host.service.intake.held == 0)
+
+
+def test_rows_are_counted_once_for_a_document(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = 0
+    original = Model._rows
+
+    def spy(self: Model, feeds: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        return original(self, feeds)
+
+    monkeypatch.setattr(Model, "_rows", spy)
+    with contextlib.closing(server.connect()) as sock, sock.makefile("rb") as stream:
+        for name in ("double", "any"):
+            width = 4 if name == "double" else 5
+            for _ in range(4):
+                for count in (7, 6):
+                    x = rows(count, width)
+                    sock.sendall(binary(x, "x-test: rows\r\n"))
+                    status, headers, body = read_reply(stream)
+                    assert status == 200
+                    np.testing.assert_array_equal(result(headers, body), 2 * x)
+    assert counted == 4, "two documents for each of two models"
+
+
+def test_values_that_a_batch_shares_are_looked_at_in_every_request() -> None:
+    """The document is the same, and requests with other values must not run together."""
+    session = FakeSession(
+        {"x": spec("N", 4), "k": spec(1)}, {"y": spec("N", 4)}, lambda feeds: {"y": feeds["x"] * feeds["k"]}
+    )
+
+    def asked(k: float) -> bytes:
+        named = {"x": np.ones((1, 4), np.float32), "k": np.array([k], np.float32)}
+        tensors = [
+            {"name": n, "shape": a.shape, "datatype": "FP32", "parameters": {"binary_data_size": a.nbytes}}
+            for n, a in named.items()
+        ]
+        document = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+        headers = f"Inference-Header-Content-Length: {len(document)}\r\n"
+        return http_request(
+            document + b"".join(a.tobytes() for a in named.values()), "/v2/models/scaled/infer", headers
+        )
+
+    with serving({"scaled": session}, max_batch=8) as running, contextlib.ExitStack() as stack:
+        layout = running.model("scaled").signature.layout
+        assert layout is not None
+        assert layout.shared == ("k",)
+        socks = [stack.enter_context(contextlib.closing(running.connect())) for _ in range(5)]
+        for _ in range(2):  # the first time each document is read in full
+            session.block()
+            for k, sock in enumerate(socks):
+                sock.sendall(asked(k))
+                if not k:
+                    session.wait_entered()
+            until(lambda: running.model("scaled").queued == len(socks) - 1)
+            session.gate.set()
+            for k, sock in enumerate(socks):
+                with sock.makefile("rb") as stream:
+                    status, headers, body = read_reply(stream)
+                assert status == 200
+                np.testing.assert_array_equal(result(headers, body), np.full((1, 4), k, np.float32))

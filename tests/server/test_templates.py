@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -197,3 +198,22 @@ def test_refusals_are_those_of_reading_in_full() -> None:
     served = model("i")
     with pytest.raises(RequestError, match="does not fit in INT8"):
         v2_rest.parse(document(served, {"i": [128]}), None, served.signature)
+
+
+def test_what_ends_alike_is_not_the_same() -> None:
+    served = model("i")
+    body = document(served, {"i": [1, 2]})
+    template = kept(served, body)
+    end = template.pieces[-1]
+    assert template.read(body) is not None
+    for other in (
+        body + end,
+        body[: -len(end)] + b"," + end,
+        body[: -len(end)] + end[:1] + b",[3" + end,
+        end,
+        body[:-1],
+    ):
+        assert template.read(other) is None, other
+    nothing = replace(template, pieces=[b"{}"], places=[])
+    assert nothing.read(b"{}") is not None
+    assert nothing.read(b"{}{}") is None

@@ -161,4 +161,4 @@ def again(exchange: Exchange, model: Servable, body: Buffer, templates: Template
         return None
     if len(body) > INLINE_BYTES and not request.common.are_views:
         return None
-    return request.again(request.common.feeds(memoryview(body)[header:]), request.id)
+    return request.again(request.common.feeds(body, header), request.id)

@@ -37,8 +37,13 @@ class Recalling(Replying):
             self.last_head = data[:start], head
         else:
             start = len(text)
-        now = time.monotonic()
-        model, refusal = self._model_of(head, now)
+        now, model, refusal = time.monotonic(), None, None
+        try:
+            if head.key is not None:
+                head.key.spend(now)
+            model = self.service.model(*head.target)
+        except RequestError as error:
+            refusal = error
         if model is not None and refusal is None and not head.trace:
             headers = self.server_state.default_headers
             reply = self.service.refusals.find(head.target, model, head.size, now, headers)
@@ -61,15 +66,6 @@ class Recalling(Replying):
                 exchange.is_refused_again = error.reason == QUEUE_FULL
         self._proceed(exchange)
         return True
-
-    def _model_of(self, head: Head, now: float) -> tuple[Servable | None, RequestError | None]:
-        """What a request with this head is for, or why it is refused whatever its body is."""
-        try:
-            if head.key is not None:
-                head.key.spend(now)
-            return self.service.model(*head.target), None
-        except RequestError as error:
-            return None, error
 
     def _refuse_again(self, model: Servable, reply: bytes, now: float) -> None:
         """Send what others were refused with, since the queue is as long as it was then."""

@@ -75,13 +75,17 @@ class Template:
 
     def read(self, body: bytes) -> Request | None:
         """The request, where the body is this document."""
-        if not body.startswith(self.pieces[0]):
+        if not (body.startswith(self.pieces[0]) and body.endswith(self.pieces[-1])):
             return None
         start, identity = len(self.pieces[0]), self.request.id
         feeds: dict[str, HostArray] = {}
-        for place, piece in zip(self.places, self.pieces[1:], strict=True):
-            end = body.find(piece, start)
-            if end < 0:
+        for i, place in enumerate(self.places, 1):
+            piece = self.pieces[i]
+            if i == len(self.places):  # the end: what lies before it is values only if the piece is not among them
+                end = len(body) - len(piece)
+            else:
+                end = body.find(piece, start)
+            if end < start:
                 return None
             text = body[start:end]
             start = end + len(piece)

@@ -63,8 +63,13 @@ class Model:
     measured: Mapping[int, float] = field(default_factory=dict, init=False)
     """Seconds of a run by rows, as measured at load."""
 
+    _goes_by_shape: bool = field(init=False)
+    """Whether shapes alone decide with whom a request can share a batch."""
+
     def __post_init__(self) -> None:
         self.device = self.session.device.name
+        layout = self.signature.layout
+        self._goes_by_shape = layout is None or (not layout.shared and layout.padding is None)
         self.config = completed(self.definition.config, self.signature, self.device)
 
     @property
@@ -80,7 +85,13 @@ class Model:
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         """To a model without state a sequence means nothing. Raises BadRequest for inputs that do not agree."""
-        rows, group = self._rows(request.feeds)
+        common = request.common
+        if common is not None and common.grouped and common.grouped[0][0] is self.signature:
+            _, rows, group = common.grouped[0]
+        else:
+            rows, group = self._rows(request.feeds)
+            if common is not None and self._goes_by_shape:
+                common.grouped[:] = [(self.signature, rows, group)]
         now = time.monotonic()
         deadline = now + min(request.timeout or math.inf, self.timeout)
         job = Job(request.feeds, done, rows, group, nbytes, deadline, self.levels.level(request.priority), now)
