@@ -21,7 +21,7 @@ from infera_server.processes.arena import Blocks, Lent
 from infera_server.processes.channel import Channel, Content
 from infera_server.processes.front_wire import put, read
 from infera_server.processes.ring import Reader, Writer, ring_fds
-from infera_server.processes.segment import STEP, shared_file
+from infera_server.processes.segment import STEP, Segment, shared_file
 from infera_server.scheduling.rows import HostArray
 
 LIMIT = 1 << 20
@@ -262,3 +262,22 @@ def test_messages_are_answered_or_their_failure_is_told() -> None:
         one.close()
 
     asyncio.run(main())
+
+
+def test_arrays_that_lie_where_those_before_lay_are_viewed_as_they_are_now() -> None:
+    fd = shared_file("test-again")
+    ours, theirs = Segment(fd), Segment(os.dup(fd))
+    rng = np.random.default_rng(0)
+    large = {"x": rng.random(STEP, np.float32)}
+    texts = {"x": np.array(["a", "bc"], object), "y": np.zeros(2)}
+    others = {"x": rng.random((3, 4), np.float32)}, {"x": rng.random((4, 3), np.float32)}, {"y": rng.random(6)}
+    for arrays in (*others, *others, large, others[0], texts, {**texts, "x": np.array(["d", "ef"], object)}, large):
+        for scale in (1, 2):
+            sent = {n: a if a.dtype.hasobject else a * a.dtype.type(scale) for n, a in arrays.items()}
+            found = theirs.views(ours.put(sent))
+            assert list(found) == list(sent)
+            for name, array in sent.items():
+                np.testing.assert_array_equal(found[name], array)
+            found.clear()  # it is the caller's own
+    for segment in (ours, theirs):
+        segment.close()

@@ -84,6 +84,8 @@ class Segment:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._map: mmap.mmap | None = None
+        self._before: tuple[Described, mmap.mmap, dict[str, HostArray]] | None = None
+        """What was described last, and the views of it: most of what comes lies where that before it lay."""
 
     @classmethod
     def create(cls, name: str) -> Segment:
@@ -99,12 +101,18 @@ class Segment:
     def views(self, described: Described) -> dict[str, HostArray]:
         """The arrays, where they lie; strings are copied. Raises ValueError for what cannot lie there."""
         memory = self.reaching(max((offset + nbytes for _, _, offset, nbytes in described.values()), default=0))
-        return views(memory, places(described))
+        before = self._before
+        if before is not None and before[1] is memory and before[0] == described:
+            return dict(before[2])
+        found = views(memory, places(described))
+        is_all_there = not any(array.dtype.hasobject for array in found.values())  # strings are copies
+        self._before = (described, memory, found) if is_all_there else None
+        return dict(found)
 
     def close(self) -> None:
         """The memory is free once no array views it."""
         os.close(self.fd)
-        self._map = None
+        self._map = self._before = None
 
     def reaching(self, end: int, grow: bool = False) -> mmap.mmap:
         """The memory up to `end`, where there is so much; with `grow` there is. Raises Unavailable."""
