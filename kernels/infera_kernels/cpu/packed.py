@@ -48,7 +48,7 @@ def _agree(loops: Inner) -> bool:
 
     Of small integers, whose sums are exact in any order. A process pays for it in its first run.
     """
-    m, k, n = 29, DEPTH + 9, 3 * LINE + 7
+    m, k, n = 3 * PANEL + 1, DEPTH + 9, LINE + 7
     numbers = (np.arange(509) ** 3 % 509 % 17 - 8).astype(np.float32)  # a prime number: no two lines are the same
     a, w = np.resize(numbers, (m, k)), np.resize(numbers[::-1], (k, n))
     y, weights = np.zeros((m, n), np.float32), pack(w, loops)
