@@ -232,8 +232,10 @@ class Running(ABC):
                 require_host_memory(f"output '{name}'", source.nbytes)
                 target = RESULTS.empty(source.shape, source.dtype, source.nbytes)
             elif target.shape != source.shape or target.dtype != source.dtype:
+                swapped = target.dtype == source.dtype.newbyteorder()
                 raise InputError(
-                    f"out['{name}'] is {target.dtype.name}{list(target.shape)}, "
+                    f"out['{name}'] is {target.dtype.name}{list(target.shape)}"
+                    f"{' of the other byte order' if swapped else ''}, "
                     f"the output is {source.dtype.name}{list(source.shape)}"
                 )
             elif isinstance(target, np.ndarray) and not target.flags.writeable:

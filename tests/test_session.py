@@ -401,6 +401,11 @@ def test_an_out_that_does_not_fit_is_named() -> None:
     session = infera_gpu.load(parse(CHAIN), device="cpu")
     with pytest.raises(InputError, match=r"out\['y'\] is float64"):
         session.run(feeds("x", "z"), out={"y": np.zeros((3, 4))})
+    swapped = np.zeros((3, 4), np.dtype(np.float32).newbyteorder())
+    with pytest.raises(
+        InputError, match=r"out\['y'\] is float32\[3, 4\] of the other byte order, the output is float32"
+    ):
+        session.run(feeds("x", "z"), out={"y": swapped})
     with pytest.raises(InputError, match=r"out\['q'\] is not an output"):
         session.run(feeds("x", "z"), out={"q": np.zeros((3, 4))})
     fixed = np.zeros((3, 4), np.float32)
