@@ -81,13 +81,13 @@ def resident(result: Result) -> str:
     """Memory of a process, in MB: after loading, and at its peak."""
     found = {(r["model"], r["threads"], r["runtime"]): r for r in result["rows"]}
     keys = dict.fromkeys((model, threads) for model, threads, _ in found)
+    names = [name for name in (OURS, COMPILED, PEER) if any(name == runtime for _, _, runtime in found)]
 
     def cells(model: str, threads: int) -> list[str]:
-        ours, peer = (found[model, threads, runtime] for runtime in (OURS, PEER))
-        sizes = [r[what] / 1e6 for what in ("loaded", "peak") for r in (ours, peer)]
+        sizes = [found[model, threads, name][what] / 1e6 for what in ("loaded", "peak") for name in names]
         return [model, str(threads), *(f"{size:.0f}" for size in sizes)]
 
-    header = ("model", "threads", "loaded, MB", "onnxruntime", "peak, MB", "onnxruntime")
+    header = ("model", "threads", *(f"{name}, {what} MB" for what in ("loaded", "peak") for name in names))
     return table(header, (cells(*key) for key in keys))
 
 

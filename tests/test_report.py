@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import report
+from bench import report, report_cpu
 from bench.gpu_targets import TARGETS
 from bench.report import DOCS, DOCUMENT, PREDICTED_CHART, read, render
 
@@ -130,6 +130,18 @@ def test_the_newest_file_of_a_topic_counts() -> None:
     results[f"{name[:-10]}2031-01-01"] = newer
     assert "| somebody | 0.125 |" in render(results)[DOCUMENT]
     assert "NumPy by hand" not in render(results)[DOCUMENT]
+
+
+@pytest.mark.parametrize("runtimes", [("infera", "onnxruntime"), ("infera", "infera[jit]", "onnxruntime")])
+def test_memory_is_that_of_every_runtime_measured(runtimes: tuple[str, ...]) -> None:
+    sizes = {"imported": 1e6, "loaded": 2e6, "peak": 3e6}
+    rows = [{"runtime": r, "model": "m", "threads": 1, **sizes, "peak": (3 + i) * 1e6} for i, r in enumerate(runtimes)]
+    header, _, cells = report_cpu.resident({"rows": rows}).splitlines()[:3]
+    assert [cell.strip() for cell in header.split("|")[3:-1]] == [
+        *(f"{name}, loaded MB" for name in runtimes),
+        *(f"{name}, peak MB" for name in runtimes),
+    ]
+    assert [cell.strip() for cell in cells.split("|")[3:-1]] == [*("2" for _ in runtimes), *("345"[: len(runtimes)])]
 
 
 def test_every_target_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
