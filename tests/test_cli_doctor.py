@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from infera_gpu import doctor, telemetry
+from infera_kernels.cpu import blas, packed
 from tests.commandline import infera
 
 
@@ -46,6 +47,17 @@ def test_doctor_tells_unknown_from_zero(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["GPU 1"].detail.count("unknown") == 6
     monkeypatch.setattr(telemetry, "snapshot", lambda: ((), "no NVIDIA driver library"))
     assert [f.state for f in doctor._driver()] == ["absent"]
+
+
+def test_doctor_says_whether_weights_are_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = packed.inner() is not None
+    assert [f.state for f in doctor._loops()] == ["ok" if known else "absent"]
+    monkeypatch.setattr(packed, "inner", lambda: None)
+    monkeypatch.setattr(blas, "openblas", lambda: None)
+    (found,) = doctor._loops()
+    assert found.state == "absent"
+    assert "of NumPy's BLAS are hidden or not known" in found.detail
+    assert "2.1 to 2.4" in found.detail
 
 
 @pytest.mark.parametrize(
