@@ -28,7 +28,7 @@ run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real in
 test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
 	@$(PY) -m pytest -m "not large and not gpu and not kernels and not clients"
 
-test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80 and sm_90, in the plans of models
+test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80, 86, 90 and 100, in the plans of models
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
 test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)

@@ -257,6 +257,7 @@ def _cases() -> tuple[Case, ...]:
         Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
         Case("blocks", far, {"scale": 0.3}),
+        Case("many_keys", (f32(1, 2, 1, 8), f32(1, 2, 8, 600), f32(1, 2, 600, 8)), {"scale": 0.3}),
         Case("no_queries", (f32(2, 3, 0, 4), k, v)),
     )
 

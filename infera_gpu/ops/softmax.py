@@ -63,6 +63,7 @@ _CASES = (
     Case("last-axis", (f32(2, 3, 4, 9),), {"axis": 3}),
     Case("large-values", (f32(4, 9),), low=-200, high=200),
     Case("blocks", (f32(130, 521),)),
+    Case("long-rows", (f32(2, 20000),)),
     Case("channels", (f32(2, 21, 33, 35),), {"axis": 1}),
     Case("wide-inner", (f32(3, 700, 65),), {"axis": 1}),
 )

@@ -1,12 +1,21 @@
-"""Triton's own cache for one test session only, so that compilations asked for do happen; and an interpreter."""
+"""Triton's own cache for one test session only, so that compilations asked for do happen; and the interpreter's tests,
+which come last: their processes begin with the session and leave the others a processor's time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
 from infera_kernels.launch import InterpreterLauncher
+from tests.kernels.interpretations import RUNS, Reports, interpreting, test_of
+
+INTERPRETED = frozenset(test_of(*run) for run in RUNS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name in INTERPRETED)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,6 +23,16 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reports(
+    triton_cache: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Reports]:
+    """Runs of the suites whose tests are in this session."""
+    wanted = {item.name for item in request.session.items} if find_spec("triton") else set()
+    with interpreting(wanted, tmp_path_factory.mktemp("reports")) as started:
+        yield started
 
 
 @pytest.fixture

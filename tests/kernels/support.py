@@ -25,11 +25,10 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place, relative: what one rounding to the type may cost."""
 
-EVERY_ARCH: tuple[Any, ...] = (
-    *(pytest.param(arch, id=f"sm_{arch}") for arch in (80, 90)),
-    *(pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.large) for arch in (86, 100)),
-)
-"""Architectures that kernels are compiled for: A100 and H100, in `make test-all` RTX 30 and B200 too."""
+ARCHITECTURES = (80, 86, 90, 100)
+"""What kernels are compiled for: A100, RTX 30, H100 and B200."""
+
+EVERY_ARCH: tuple[Any, ...] = tuple(pytest.param(arch, id=f"sm_{arch}") for arch in ARCHITECTURES)
 
 TENSOR_CORES = tuple(f"{name}MMA" for name in ("H", "HG", "UTCH", "I", "IG", "UTCI"))
 """Instructions of tensor cores: of floats and of integers."""
@@ -57,6 +56,16 @@ def shard(items: Sequence[T]) -> list[T]:
     """The part of a suite that this process runs: all of it unless the environment says otherwise."""
     part, _, parts = os.environ.get(SHARD, "0/1").partition("/")
     return list(items[int(part) :: int(parts)])
+
+
+Family = tuple[str, frozenset[str]]
+"""A kernel's name, and the types of the elements that a launch of it reads and writes."""
+
+
+def family_of(kernel: Any, args: Mapping[str, Any], constexprs: Mapping[str, Any]) -> Family:
+    """The family of a launch."""
+    leaves = bind(kernel, args, constexprs).flat()
+    return kernel.__name__, frozenset(leaf.type for leaf in leaves if leaf.array is not None)
 
 
 Facts = tuple[str, dict[str, Any], dict[Any, Any], list[Any], dict[str, Any]]

@@ -16,7 +16,8 @@ import triton
 
 from infera_kernels.launch import nominal_target
 from tests.kernels import tile_table
-from tests.kernels.tile_table import ARCHITECTURES, CASES, compiled, differences, names_for, read, text_of
+from tests.kernels.support import ARCHITECTURES
+from tests.kernels.tile_table import CASES, compiled, differences, names_for, read, text_of
 
 pytestmark = pytest.mark.kernels
 
@@ -31,13 +32,12 @@ SOME = (
     "attention half d64 128x64 w8 s3",
     "attention ieee d64 32x32 w4 s3",
 )
-"""Compiled for sm_80 and sm_90 in `make test-kernels`; all others are large."""
+"""Compiled in `make test-kernels`; all others are large."""
 
 
 def chosen() -> list[Any]:
-    quick = {(name, arch) for name in SOME for arch in (80, 90)}
     return [
-        pytest.param(name, arch, id=f"sm_{arch} {name}", marks=[] if (name, arch) in quick else [pytest.mark.large])
+        pytest.param(name, arch, id=f"sm_{arch} {name}", marks=[] if name in SOME else [pytest.mark.large])
         for arch in ARCHITECTURES
         for name in names_for(arch)
     ]

@@ -22,10 +22,9 @@ from infera_kernels.launch import CompileLauncher, Target, nominal_target
 from infera_kernels.launch.devices import architecture_of
 from infera_kernels.triton import attention, attention_tiles, conv, matmul, quantized_conv, tiles
 from infera_kernels.tuning.cost import resident
-from tests.kernels.support import FakeArray, tensor_cores
+from tests.kernels.support import ARCHITECTURES, FakeArray, tensor_cores
 
 PATH = Path(__file__).with_name("tiles.json")
-ARCHITECTURES = (80, 86, 90, 100)
 
 WIDE = ("LDG.E.128", *(f"LDGSTS.E.{how}128" for how in ("", "LTC128B.", "BYPASS.", "BYPASS.LTC128B.")))
 """Loads of 16 bytes."""

@@ -96,6 +96,10 @@ TILES: Mapping[str, Mapping[int, tuple[Tile, ...]]] = MappingProxyType(
 _TWO = frozenset((Tile(16, 32, 4, 2),))
 """Tiles of heads of 256: where blocks have little shared memory, two of them fit beside each other, and not three."""
 
+_ALONE = frozenset((Tile(64, 64, 4, 3),))
+"""Tiles of which shared memory lets two blocks in, and which the assembler gives the registers of as many by itself:
+under a bound of its own a causal one with masks spills."""
+
 _HELD = frozenset((Tile(1, 32, 8, 1), Tile(16, 32, 4, 2, 32), Tile(64, 16, 8, 3, 32), Tile(16, 16, 8, 2, 32)))
 """Tiles in float32 for which the assembler, left alone, saves registers down to 128 and spills a few; told that it has
 128, it finds another order and spills none (Triton 3.6 to 3.9, sm_90 and sm_100)."""
@@ -107,7 +111,7 @@ def registers(tile: Tile, target: Target) -> dict[str, int]:
     Where blocks leave each other little shared memory, the assembler, which knows nothing of that memory, saves
     registers for more blocks than fit. It is told to take what three blocks of four warps, or two, leave each other.
     """
-    if target.shared_bytes < 100 * 1024 and tile.warps == 4:
+    if target.shared_bytes < 100 * 1024 and tile.warps == 4 and tile not in _ALONE:
         blocks = 2 if tile in _TWO else 3
         return {"maxnreg": min(65536 // (blocks * 32 * tile.warps) // 8 * 8, 248)}
     return {"maxnreg": 128} if target.arch >= 90 and tile in _HELD else {}
