@@ -132,6 +132,11 @@ def test_it_is_found_while_the_queue_is_no_shorter() -> None:
     assert made.find(TARGET, model, 100, 10.0, HEADERS) is None, "it is made anew"
 
 
+def test_it_is_not_kept_where_nothing_waits() -> None:
+    made, model = kept(queued=0)
+    assert made.find(TARGET, model, 100, 10.0, HEADERS) is None
+
+
 @pytest.mark.parametrize(
     ("size", "now", "headers", "is_same"),
     [

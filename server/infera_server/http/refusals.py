@@ -38,7 +38,13 @@ class Refusals:
     def keep(
         self, target: tuple[str, str | None], model: Servable, size: int, now: float, headers: object, reply: bytes
     ) -> None:
-        """A request with a body of `size` bytes was refused since the model's queue is full."""
+        """A request with a body of `size` bytes was refused since the model's queue is full.
+
+        Where it is another's that is full, of a step of an ensemble, and nothing waits for this one, nothing is kept:
+        then nobody would see that there is room again.
+        """
+        if not model.queued:
+            return
         if len(self._known) >= MAX_TARGETS:
             self._known.clear()
         self._known[target] = Refusal(ref(model), size, model.queued, now + SECONDS, headers, reply)
