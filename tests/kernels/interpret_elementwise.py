@@ -55,6 +55,24 @@ def test_tanh_keeps_small_values(interpreter: InterpreterLauncher) -> None:
     np.testing.assert_allclose(out.array, np.tanh(x.astype(np.float64)), rtol=2e-7)
 
 
+@pytest.mark.parametrize("op", ["sin", "cos", "tan"])
+def test_angles_of_every_size(op: str, interpreter: InterpreterLauncher) -> None:
+    """Beside multiples of pi/2, where most digits of the difference are those of pi, and up to the largest float32."""
+    rng = np.random.default_rng(0)
+    multiples = np.concatenate([np.arange(-80, 80), rng.integers(-(2**13), 2**13, 300), rng.integers(0, 2**23, 300)])
+    spread = np.ldexp(rng.uniform(0.5, 1, 2000), rng.integers(-40, 129, 2000)) * rng.choice([-1, 1], 2000)
+    ends = [0.0, -0.0, 1e-40, np.finfo(F32).max, 12000, np.nextafter(F32.type(12000), np.inf), -12001]
+    for some in (multiples * (np.pi / 2), spread, ends, [np.nan, np.inf, -np.inf]):
+        x = np.asarray(some).astype(F32)
+        out = Guarded(x.shape, F32)
+        execute(elementwise.unary(op, x, out.array, interpreter))
+        out.check_guards()
+        with np.errstate(invalid="ignore"):
+            want = UNARY[op][0](x.astype(np.float64))
+        np.testing.assert_allclose(out.array, want, rtol=5 * 2.0**-24 if op != "tan" else 9 * 2.0**-24)
+        np.testing.assert_array_equal(np.signbit(out.array[x == 0]), np.signbit(want[x == 0]))
+
+
 @pytest.mark.parametrize("size", [1, 3, 1023, 1024, 1025, 2049])
 def test_unary_sizes(size: int, interpreter: InterpreterLauncher) -> None:
     x, out = random((size,), F32), Guarded((size,), F32)

@@ -16,6 +16,7 @@ from infera_kernels.launch import Launcher, Typed
 from infera_kernels.triton import arithmetic as a
 from infera_kernels.triton import functions as f
 from infera_kernels.triton import hyperbolic as h
+from infera_kernels.triton import trigonometric as t
 from infera_kernels.triton.layout import FLOATS, STORED, few, name_of
 from infera_kernels.triton.pointwise import Applied, pointwise
 from infera_kernels.triton.terms import CAST, WHERE, Term
@@ -55,7 +56,7 @@ UNARY: Mapping[str, Elementwise] = MappingProxyType(
                 "atan": h.atan,
                 "atanh": h.atanh,
                 "ceil": f.ceil,
-                "cos": h.cos,
+                "cos": t.cos,
                 "cosh": h.cosh,
                 "erf": f.erf,
                 "exp": f.exp,
@@ -69,12 +70,12 @@ UNARY: Mapping[str, Elementwise] = MappingProxyType(
                 "rint": f.rint,
                 "sigmoid": f.sigmoid,
                 "silu": f.silu,
-                "sin": h.sin,
+                "sin": t.sin,
                 "sinh": h.sinh,
                 "softplus": f.softplus,
                 "softsign": f.softsign,
                 "sqrt": f.sqrt,
-                "tan": h.tan,
+                "tan": t.tan,
                 "tanh": f.tanh,
             }.items()
         },

@@ -1,28 +1,12 @@
-"""Trigonometric and hyperbolic functions and their inverses: f(x, alpha, beta), as in `functions`.
+"""Hyperbolic functions, their inverses and those of trigonometric ones: f(x, alpha, beta), as in `functions`.
 
-They are rare: the inverses and the hyperbolic ones are computed in float64 and rounded once, so that one way serves
-both types.
+They are rare, and computed in float64 and rounded once, so that one way serves both types.
 """
 
 import triton
 import triton.language as tl
 
 from infera_kernels.triton.functions import expm1
-
-
-@triton.jit
-def sin(x, alpha, beta):
-    return tl.sin(x)
-
-
-@triton.jit
-def cos(x, alpha, beta):
-    return tl.cos(x)
-
-
-@triton.jit
-def tan(x, alpha, beta):
-    return tl.sin(x) / tl.cos(x)
 
 
 @triton.jit

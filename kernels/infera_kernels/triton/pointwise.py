@@ -17,7 +17,6 @@ import triton.language as tl
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher
-from infera_kernels.triton.hyperbolic import tan
 from infera_kernels.triton.indexing import offset_in, rounded, store_type, tile_of, widened
 from infera_kernels.triton.layout import (
     INT32_MAX,
@@ -31,6 +30,7 @@ from infera_kernels.triton.layout import (
     next_power_of_two,
     span,
 )
+from infera_kernels.triton.trigonometric import tan
 
 _TILE = 1024
 _FEW = 5
