@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,10 @@ from tests.text import parse
 if not jit.installed():
     pytest.skip("needs numba: pip install 'infera-gpu[jit]'", allow_module_level=True)
 
+import numba
+
 from infera_kernels.jit import epilogue, gemm, rows
+from infera_kernels.jit.compiling import bound_by_address
 from infera_kernels.jit.conv import border_of, conv2d, writes_rows
 from infera_kernels.jit.microkernel import TILE
 
@@ -277,3 +282,18 @@ def test_outputs_of_one_pixel_have_any_stride() -> None:
     call, args = gemm.multiply(x, gemm.pack(w)[None], None, y[:, None, None], steps=(128, 0, 0), run=32)
     call(*args)
     np.testing.assert_allclose(y, x.reshape(2, 32) @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_sessions_that_bind_at_the_same_time_compile_a_function_once() -> None:
+    """Whoever comes while another thread compiles it waits for that."""
+    function = numba.njit(lambda x: x.sum())
+    start, x = threading.Barrier(4), np.ones((2, 3), np.float32)
+
+    def bind(_: int) -> object:
+        start.wait()
+        call, args = bound_by_address(function, x)
+        return call(*args)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(bind, range(4))) == [6.0] * 4
+    assert len(function.signatures) == 1

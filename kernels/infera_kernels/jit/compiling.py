@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +22,9 @@ FAST_MATH = frozenset({"contract", "nsz", "arcp", "reassoc"})
 """Fused multiply-adds, and sums in vector lanes. NaN and infinity keep their meaning."""
 
 Function = Callable[..., Any]
+
+_binding = threading.Lock()
+"""Of `bound_by_address`, which several sessions may call at the same time."""
 
 
 def compiled(function: Function, flags: frozenset[str] = FAST_MATH) -> Function:
@@ -59,8 +63,10 @@ def bound_by_address(function: Any, *args: Any) -> Call:
     if function._can_compile:
         types = map(numba.typeof, args)
         anyhow = (t.copy(layout="A", readonly=True) if isinstance(t, numba.types.Array) else t for t in types)
-        function.compile(tuple(anyhow))
-        function.disable_compile()
+        with _binding:
+            if function._can_compile:  # still: numba refuses what another thread has compiled meanwhile
+                function.compile(tuple(anyhow))
+                function.disable_compile()
     return function, args
 
 
