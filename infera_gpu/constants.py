@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +28,8 @@ class Constants:
         self._device = device
         self._lasting = {id(a): a for g in graph.walk() for a in g.constants.values()}
         self._made: dict[tuple[int, str, Space], Array] = {}
+        self.making = threading.RLock()
+        """Held while a plan is bound: each of two threads would make what both lack, and both would keep it."""
 
     def get(
         self, host: HostArray, space: Space, tag: str = "", build: Callable[[HostArray], HostArray] | None = None

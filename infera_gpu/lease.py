@@ -227,11 +227,11 @@ class Lease:
         """The plan bound to the arenas, once."""
         found = self._bound.get(plan)
         if found is None:
-            self._require(plan)
-            self._memory.fit(plan, self._device)
-            weights = self._constants.missing(plan, lasting=True)
-            with uncollected(), usual_buffers(), self._device.weights(weights):
-                found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
+            with self._constants.making, uncollected(), usual_buffers():
+                self._require(plan)
+                self._memory.fit(plan, self._device)
+                with self._device.weights(self._constants.missing(plan, lasting=True)):
+                    found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
             for placed in plan.segment.nodes:
                 placed.site.forget()
             self._folded[plan] = self._constants.folded(plan)
@@ -277,7 +277,8 @@ class Lease:
         found = self._direct.get(key)
         if found is None:
             self._memory.fit(key[0], self._device)
-            bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
+            with self._constants.making:
+                bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
             found = self._direct[key] = (bound, given)
             while len(self._direct) > MAX_DIRECT:
                 self._direct.popitem(last=False)

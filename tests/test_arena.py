@@ -7,14 +7,18 @@ import itertools
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 import infera_gpu
+from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import DeviceError, InputError
 from infera_gpu.graph import HostArray
+from infera_gpu.layout import Space
 from tests.text import parse
 
 SMALL = parse("g (float[N, 4] x) => (float[N, 4] y) { a = Exp(x) b = Sin(a) y = Add(a, b) }")
@@ -226,3 +230,30 @@ def test_an_interrupt_right_after_borrowing_loses_no_memory(monkeypatch: pytest.
             session.run(feeds)
     np.testing.assert_allclose(session.run(feeds)["y"], small(feeds["x"]), rtol=1e-6)
     session.close()
+
+
+def test_runs_that_are_first_together_make_a_constant_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    constant = CpuDevice.constant
+
+    def slow(self: CpuDevice, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
+        made.append(host.size)
+        time.sleep(0.05)
+        return constant(self, host, space, lasting=lasting)
+
+    monkeypatch.setattr(CpuDevice, "constant", slow)
+    weight = numpy_helper.from_array(np.eye(40, dtype=np.float32), "w")
+    model = parse("g (float[N, 40] x) => (float[N, 40] y) { y = MatMul(x, w) }")
+    model.graph.initializer.append(weight)
+    x = np.ones((5, 40), np.float32)
+    with infera_gpu.load(model, device="cpu", jit=False) as session, ThreadPoolExecutor(3) as pool:
+        start = threading.Barrier(3)
+
+        def first(_: int) -> HostArray:
+            start.wait()
+            y: HostArray = session.run({"x": x})["y"]
+            return y
+
+        for y in pool.map(first, range(3)):
+            np.testing.assert_array_equal(y, x)
+    assert made == [1600]
