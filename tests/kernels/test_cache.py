@@ -88,6 +88,7 @@ def test_a_directory_that_cannot_be_made_is_reported_once(tmp_path: Path, caplog
 
 def test_directories() -> None:
     assert default_directory({"INFERA_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a/kernels")
+    assert default_directory({"INFERA_CACHE_DIR": "~/a"}) == Path.home() / "a/kernels"
     assert default_directory({"XDG_CACHE_HOME": "/b"}) == Path("/b/infera-gpu/kernels")
     assert default_directory({}) == Path.home() / ".cache/infera-gpu/kernels"
 
