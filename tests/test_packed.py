@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -130,6 +131,29 @@ def test_loops_that_compute_something_else_are_not_used(monkeypatch: pytest.Monk
     monkeypatch.setattr(blas.OpenBlas, "inner", lambda self: other)
     assert packed.inner() is None
     products_by_address(monkeypatch, 17)
+
+
+def test_where_numpy_hides_its_loops_another_openblas_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package scipy-openblas64, of a version whose loops are known; it is of x86-64 as NumPy's is."""
+    if LOOPS is None:
+        pytest.skip("the processor has no loops that are known")
+    asked: list[blas.OpenBlas] = []
+    inner = blas.OpenBlas.inner
+
+    def hidden(self: blas.OpenBlas) -> blas.Inner | None:
+        asked.append(self)
+        return None if self is blas.openblas() else inner(self)
+
+    monkeypatch.setattr(blas.OpenBlas, "inner", hidden)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    monkeypatch.setattr(packed, "inner", packed.inner.__wrapped__)
+    found = packed.inner()
+    assert found is not None
+    assert len(asked) == 2
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "7"
+    assert blas.openblas() is asked[0]
+    monkeypatch.setattr(blas, "find_spec", lambda name: None)
+    assert packed.inner() is None
 
 
 def test_an_unknown_version_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,21 @@
 
 The system's loader knows what a module was linked with. To look through every library of the process, as threadpoolctl
 does, takes as long as loading a small model.
+
+Where NumPy's hides its inner loops, as from NumPy 2.5 on, those of the package scipy-openblas64 serve, if it is there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -92,13 +98,50 @@ class OpenBlas:
 @cache
 def openblas() -> OpenBlas | None:
     """NumPy's OpenBLAS; None where it calls another BLAS."""
-    for path in _libraries():
-        library = ctypes.CDLL(path)
-        for before, after in _NAMES:
-            try:
-                return OpenBlas(library, before, after)
-            except AttributeError:
-                continue
+    return next(filter(None, map(_loaded, _libraries())), None)
+
+
+def inner_loops() -> Inner | None:
+    """The inner loops of NumPy's OpenBLAS, else those of the package scipy-openblas64; None where neither has them."""
+    numpys = openblas()
+    found = numpys.inner() if numpys is not None else None
+    return found if found is not None else _packaged()
+
+
+def _packaged() -> Inner | None:
+    """The inner loops of the package scipy-openblas64, whose library is loaded for them alone."""
+    package = find_spec("scipy_openblas64")
+    for folder in (package and package.submodule_search_locations) or ():
+        for path in sorted(Path(folder, "lib").glob("libscipy_openblas*")):
+            with suppress(OSError), _environment(OPENBLAS_NUM_THREADS="1"):  # it starts threads when it is loaded
+                found = _loaded(str(path))
+                return found.inner() if found is not None else None
+    return None
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Variables that this process and what it starts have in between."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _loaded(path: str) -> OpenBlas | None:
+    """The OpenBLAS in a library, or that it is linked with; None where there is none."""
+    library = ctypes.CDLL(path)
+    for before, after in _NAMES:
+        try:
+            return OpenBlas(library, before, after)
+        except AttributeError:
+            continue
     return None
 
 

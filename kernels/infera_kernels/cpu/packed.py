@@ -15,7 +15,7 @@ import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.aligned import LINE, address, aligned
-from infera_kernels.cpu.blas import Inner, openblas
+from infera_kernels.cpu.blas import Inner, inner_loops
 from infera_kernels.cpu.elementwise import call, const, contiguous, copy
 from infera_kernels.cpu.matmul import FEW_ROWS, UNPACKED, Piece, epilogue, pieces, rows_of
 from infera_kernels.record import Record
@@ -37,9 +37,8 @@ MOST_ROWS = 512
 
 @cache
 def inner() -> Inner | None:
-    """OpenBLAS' inner loops, tried out; None where NumPy calls another BLAS or a version that is not known."""
-    found = openblas()
-    loops = None if found is None else found.inner()
+    """OpenBLAS' inner loops, tried out; None where there are none of a version that is known."""
+    loops = inner_loops()
     return loops if loops is not None and _agree(loops) else None
 
 
