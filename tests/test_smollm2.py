@@ -21,6 +21,7 @@ import infera_gpu
 from bench.inputs import Feeds
 from infera_gpu.errors import UnreachableError
 from infera_gpu.fetch import fetch
+from infera_gpu.passes import Precision
 from infera_gpu.session import Session
 from infera_gpu.verify import TOLERANCES, compare
 from tests.gguf import Array, Gguf, read
@@ -36,7 +37,7 @@ LONGEST = 64
 
 @dataclass(frozen=True)
 class Language:
-    """The model as two graphs that share their weights: a prompt, and one token after a past."""
+    """The model as two graphs of the same weights: a prompt, and one token after a past."""
 
     prompt: Path
     step: Path
@@ -61,11 +62,11 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Language:
     except UnreachableError as error:
         pytest.skip(f"SmolLM2 is out of reach: {error}")
     folder = tmp_path_factory.mktemp("smollm2")
-    paths = [folder / name for name in ("prompt.onnx", "step.onnx")]
-    for path, past in zip(paths, (False, True), strict=True):
-        model = _model(file, past=past)
+    prompt, step = folder / "prompt.onnx", folder / "step.onnx"
+    for path in (prompt, step):
+        model = _model(file, past=path == step)
         onnx.save(model, path, save_as_external_data=True, location=f"{path.stem}.bin", size_threshold=4096)
-    return Language(*paths, file.about["tokenizer.ggml.tokens"], file.about["llama.block_count"])
+    return Language(prompt, step, file.about["tokenizer.ggml.tokens"], file.about["llama.block_count"])
 
 
 def _caches(layers: int) -> Iterator[str]:
@@ -171,7 +172,7 @@ def _same_as_onnxruntime(path: Path, feeds: Feeds) -> dict[str, Any]:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_gpu_runs_all_of_it_in_kernels(language: Language, precision: str) -> None:
+def test_a_gpu_runs_all_of_it_in_kernels(language: Language, precision: Precision) -> None:
     past = {name: np.zeros((1, 3, 5, 64), np.float32) for name in _caches(language.layers)}
     for path, feeds in (
         (language.prompt, language.first(*PROMPT)),
