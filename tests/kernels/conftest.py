@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import pytest
 
 from infera_kernels.launch import InterpreterLauncher
-from tests.kernels.interpretations import RUNS, Reports, interpreting, test_of
+from tests.kernels.interpretations import RUNS, Reports, interpreting, place_of
 
-INTERPRETED = frozenset(test_of(*run) for run in RUNS)
+INTERPRETED = frozenset(place_of(*run) for run in RUNS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

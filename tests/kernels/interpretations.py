@@ -48,7 +48,7 @@ TIMEOUT = 1200
 RUNS = tuple((suite, part) for suite in SUITES for part in range(SHARDS.get(suite, 1)))
 
 
-def test_of(suite: str, part: int) -> str:
+def place_of(suite: str, part: int) -> str:
     """The name of the test that waits for a part of a suite."""
     return f"test_kernels_in_the_interpreter[{suite}-{part}]"
 
@@ -78,7 +78,7 @@ def interpreting(wanted: Container[str], folder: Path) -> Iterator[Reports]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         started = {}
         for suite, part in sorted(RUNS, key=lambda run: -SUITES[run[0]]):
-            if (test := test_of(suite, part)) in wanted:
+            if (test := place_of(suite, part)) in wanted:
                 report = folder / f"{suite}-{part}.xml"
                 started[test] = report, pool.submit(interpret, suite, part, report)
         yield started

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.kernels.interpretations import HERE, RUNS, SHARDS, SUITES, TIMEOUT, Reports, test_of
+from tests.kernels.interpretations import HERE, RUNS, SHARDS, SUITES, TIMEOUT, Reports, place_of
 
 pytestmark = pytest.mark.kernels
 
@@ -19,7 +19,7 @@ def test_every_suite_is_run() -> None:
 @pytest.mark.parametrize(("suite", "part"), RUNS, ids=[f"{suite}-{part}" for suite, part in RUNS])
 def test_kernels_in_the_interpreter(suite: str, part: int, reports: Reports) -> None:
     pytest.importorskip("triton")
-    report, running = reports[test_of(suite, part)]
+    report, running = reports[place_of(suite, part)]
     done = running.result()
     output = f"{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, output
