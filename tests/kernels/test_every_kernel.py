@@ -39,7 +39,7 @@ def _kernels() -> Iterator[str]:
 KERNELS = tuple(_kernels())
 
 
-class Noting(RecordingLauncher):
+class FirstOfFamily(RecordingLauncher):
     """Notes what the first launch of each family was asked for."""
 
     def __init__(self, arch: int) -> None:
@@ -73,7 +73,7 @@ def _sites() -> Iterator[tuple[Op, int, Variant]]:
 @cache
 def launches(arch: int) -> Mapping[Family, tuple[Any, ...]]:
     """Of each family, one. Some kernels are launched where nothing may depend on the batch, and else for many rows."""
-    launcher = Noting(arch)
+    launcher = FirstOfFamily(arch)
     for op, outputs, (site, ins) in _sites():
         kernel, among_any = op.kernels["triton"], replace(site, batch_invariant=True)
         for asked in (site, among_any) if kernel.supports(among_any) else (site,):

@@ -11,8 +11,9 @@ from itertools import pairwise
 from infera_kernels.calls import Array, Split
 
 LEAST_NS = 90_000
-"""Nanoseconds of work below which a part is not worth a thread of its own. Chosen by whole models: those of many small
-steps must not take longer with two threads than with one."""
+"""Nanoseconds of work below which a part is not worth a thread of its own. Chosen by whole models, on the EPYC of
+bench/results. Where it takes longer to wake a thread, as on the Xeon there, models of many small steps take longer with
+two threads than with one, and more work would be asked for."""
 
 
 def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[slice]:
