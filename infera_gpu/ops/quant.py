@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_quant, _triton_quant
+from infera_gpu.ops import _triton_quant
 from infera_gpu.ops._families import FLOAT32, element_type, is_native, plain
+from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, DType, TensorSpec
 from infera_kernels.cpu import quant as cpu
 from infera_kernels.portable import quant as portable
@@ -114,9 +115,12 @@ def _quantize_op(since: int, attrs: dict[str, Any], domain: str = "") -> Op:
         domain=domain,
         infer=_quantize_spec,
         compute=plain(_quantize),
-        kernels={"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)}
-        | _triton_quant.quantize(_place)
-        | _jit_quant.quantize(_quantize_supported),
+        kernels=Kinds(
+            {"cpu": Kernel(bind=_bind_quantize, supports=_quantize_supported, strided=True)}
+            | _triton_quant.quantize(_place),
+            "_jit_quant",
+            lambda jit: jit.quantize(_quantize_supported),
+        ),
         attrs=attrs,
         cases=_cases("QUANTIZE", domain, since),
     )

@@ -10,7 +10,6 @@ import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site
-from infera_gpu.ops import _jit_quant
 from infera_gpu.ops._families import INT32, plain, points, scales
 from infera_gpu.ops._triton_quant_matmul import Form, scaled
 from infera_gpu.ops._triton_quant_matmul import product as triton_product
@@ -85,8 +84,29 @@ class Arithmetic(Record):
 
 
 NUMPY = Arithmetic(of_inputs, lambda sums, factor, zero, out, io: cpu.requantize(sums, factor, zero, out, io.scratch))
-COMPILED = Arithmetic(_jit_quant.of_inputs, _jit_quant.requantize)
-"""For sites that `_jit_quant.takes` and `_jit_quant.packs`."""
+
+
+def _compiled(site: Site, io: Buffers, operands: tuple[int, int, int, int], out: Array) -> list[Call]:
+    from infera_gpu.ops import _jit_quant
+
+    return _jit_quant.of_inputs(site, io, operands, out)
+
+
+def _compiled_requantize(sums: Array, factor: Array, zero: Array, out: Array, io: Buffers) -> list[Call]:
+    from infera_gpu.ops import _jit_quant
+
+    return _jit_quant.requantize(sums, factor, zero, out, io)
+
+
+COMPILED = Arithmetic(_compiled, _compiled_requantize)
+"""For sites of which `compiles` says yes."""
+
+
+def compiles(site: Site, a: int, a_zero: int, b: int, b_zero: int) -> bool:
+    """Whether COMPILED multiplies these inputs: what `_jit_quant.takes` and `_jit_quant.packs`."""
+    from infera_gpu.ops import _jit_quant
+
+    return _jit_quant.takes(site, a, a_zero) and _jit_quant.packs(site, b, b_zero)
 
 
 def check_parameters(site: Site, single: tuple[int, ...], many: tuple[int, ...], count: int) -> None:
@@ -138,8 +158,8 @@ _MATMUL_INTEGER = Op(
             strided=True,
         ),
         "jit": Kernel(
-            bind=lambda site, io: _jit_quant.of_inputs(site, io, (0, 2, 1, 3), io.outs[0]),
-            supports=lambda site: _jit_quant.takes(site, 0, 2) and _jit_quant.packs(site, 1, 3),
+            bind=lambda site, io: _compiled(site, io, (0, 2, 1, 3), io.outs[0]),
+            supports=lambda site: compiles(site, 0, 2, 1, 3),
             strided=True,
         ),
         **triton_product(Form((0, 2, 1, 3))),
@@ -218,8 +238,7 @@ def _linear_supported(site: Site) -> bool:
 
 
 def _linear_compiled(site: Site) -> bool:
-    packs = _linear_supported(site) and _jit_quant.takes(site, 0, 2) and _jit_quant.packs(site, 3, 5)
-    return packs and site.spec(1).size == 1
+    return _linear_supported(site) and compiles(site, 0, 2, 3, 5) and site.spec(1).size == 1
 
 
 _QLINEAR_MATMUL = Op(

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops import _jit_quant, _triton_quant
-from infera_gpu.ops._families import FLOAT32, plain, points, scales
+from infera_gpu.op import Buffers, Call, Kernel, Op, Site
+from infera_gpu.ops import _triton_quant
+from infera_gpu.ops._families import FLOAT32, plain
+from infera_gpu.ops._later import Kinds, cases_in
 from infera_gpu.ops.matmul import product_dims
 from infera_gpu.ops.quant_matmul import check_parameters, column, product
 from infera_gpu.spec import Array, TensorSpec
@@ -133,6 +134,8 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
 
 
 def _bind_compiled(site: Site, io: Buffers) -> list[Call]:
+    from infera_gpu.ops import _jit_quant
+
     if not site.attrs["reach"]:
         return _jit_quant.scaled_product(site, io, _SCALE, _BIAS)
     a, scale = io.ins[0], io.ins[_A_SCALE] if site.has(_A_SCALE) else None
@@ -140,6 +143,8 @@ def _bind_compiled(site: Site, io: Buffers) -> list[Call]:
 
 
 def _compiled(site: Site) -> bool:
+    from infera_gpu.ops import _jit_quant
+
     signed = site.spec(1).dtype == np.int8 and not site.has(_ZERO) and not site.has(_A_SCALE)
     return (bool(site.attrs["reach"]) or signed) and _jit_quant.packs(site, 1, _ZERO, _SCALE, _BIAS)
 
@@ -148,15 +153,6 @@ def _narrow_constant(site: Site) -> bool:
     return site.value(1) is not None and (not site.has(_ZERO) or site.value(_ZERO) is not None)
 
 
-# ---- cases
-
-
-_CENTRED = np.linspace(-128, 127, 30, dtype=np.float32).round().reshape(2, 3, 5)
-_WEIGHT = np.arange(-60, 60, 8, dtype=np.int8).reshape(5, 3)
-_COLUMNS, _ROW = scales(0.0217, 0.0513, 0.0109), scales(0.5, -0.25, 3)
-_NAN = np.array([np.nan, 1, -np.inf, np.inf, np.nan], np.float32)
-_ENDS = np.linspace(-9, 9, 40, dtype=np.float32)
-
 OPS: tuple[Op, ...] = (
     Op(
         "DynamicCentre",
@@ -164,16 +160,8 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_dynamic,
         compute=plain(_dynamic),
-        kernels={"cpu": Kernel(_bind_dynamic, _not_empty)} | _jit_quant.dynamic_centre(),
-        cases=Cases(
-            lambda: (
-                Case("both_signs", (f32(3, 5),), n_outs=2),
-                Case("positive", (f32(3, 5),), n_outs=2, low=1, high=5),
-                Case("negative", (f32(3, 5),), n_outs=2, low=-5, high=-1),
-                Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=2),
-                Case("past_block", (f32(3, 6001),), n_outs=2),
-            )
-        ),
+        kernels=Kinds({"cpu": Kernel(_bind_dynamic, _not_empty)}, "_jit_quant", lambda jit: jit.dynamic_centre()),
+        cases=cases_in("_narrow_cases", "DynamicCentre"),
     ),
     Op(
         "Centre",
@@ -181,22 +169,13 @@ OPS: tuple[Op, ...] = (
         domain="infera",
         infer=_infer_centre,
         compute=plain(_centre),
-        kernels={"cpu": Kernel(_bind_centre, _supports_centre, inplace=(0,), strided=True)}
-        | _triton_quant.centre(_bounds)
-        | _jit_quant.centre(_bounds, _supports_centre),
-        attrs={"dequantize": 0, "relu": 0},
-        cases=Cases(
-            lambda: (
-                Case("uint8", (_ENDS, scales(0.05), points(100))),
-                Case("int8", (_ENDS, scales(0.05), points(-3, dtype=np.int8))),
-                Case("dequantized", (f32(3, 6001), scales(0.02), points(7)), {"dequantize": 1}),
-                Case("relu", (_ENDS, scales(0.05), points(-3, dtype=np.int8)), {"dequantize": 1, "relu": 1}),
-                Case("only_negative", (_ENDS, scales(0.05), points(255)), {"relu": 1}),
-                Case("integers", (np.arange(-700, 700, 100, dtype=np.int32), scales(3), points(100))),
-                Case("nan", (_NAN, scales(0.05), points(100)), {"dequantize": 1}),
-                Case("ties", (np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32), scales(1), points(3))),
-            )
+        kernels=Kinds(
+            {"cpu": Kernel(_bind_centre, _supports_centre, inplace=(0,), strided=True)} | _triton_quant.centre(_bounds),
+            "_jit_quant",
+            lambda jit: jit.centre(_bounds, _supports_centre),
         ),
+        attrs={"dequantize": 0, "relu": 0},
+        cases=cases_in("_narrow_cases", "Centre"),
     ),
     Op(
         "NarrowMatMul",
@@ -206,30 +185,6 @@ OPS: tuple[Op, ...] = (
         compute=plain(_product),
         kernels={"cpu": Kernel(_bind_product, _narrow_constant), "jit": Kernel(_bind_compiled, _compiled)},
         attrs={"reach": 0},
-        cases=Cases(
-            lambda: (
-                Case("floats", (f32(2, 4, 5), _WEIGHT, _COLUMNS, None, None, _ROW)),
-                Case("integers", (_CENTRED, _WEIGHT, _COLUMNS, points(3, dtype=np.int8), scales(0.1)), {"reach": 128}),
-                Case(
-                    "columns",
-                    (_CENTRED, _WEIGHT, scales(0.1), points(3, 0, -128, dtype=np.int8), scales(0.3), _ROW),
-                    {"reach": 255},
-                ),
-                Case(
-                    "past_panel",
-                    (
-                        np.resize(_CENTRED, (7, 1100)),
-                        np.resize(_WEIGHT.view(np.uint8), (1100, 150)),
-                        scales(0.1),
-                        points(3),
-                        scales(0.3),
-                    ),
-                    {"reach": 128},
-                ),
-                Case("vector", (f32(5), _WEIGHT, _COLUMNS)),
-                Case("empty", (f32(0, 5), _WEIGHT, _COLUMNS)),
-                Case("no_terms", (f32(2, 0), _WEIGHT[:0], _COLUMNS)),
-            )
-        ),
+        cases=cases_in("_narrow_cases", "NarrowMatMul"),
     ),
 )

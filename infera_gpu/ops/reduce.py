@@ -11,7 +11,6 @@ from infera_gpu.ops._families import INT64, i64, native, normalized, plain, sing
 from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import reduce as cpu
-from infera_kernels.portable import reduce as portable
 
 
 def _axes(site: Site) -> tuple[int, ...]:
@@ -98,6 +97,8 @@ def _reductions(name: str, kind: str) -> tuple[Op, Op]:
         return cpu.reduction(kind, io.ins[0], _axes(site), io.outs[0], io.scratch)
 
     def compute(xp: Any, site: Site, x: Array, axes: Array | None = None) -> Array:
+        from infera_kernels.portable import reduce as portable
+
         over = _axes(site)
         return portable.reduction(xp, kind, x, over, _reduced(site, over))
 
@@ -147,6 +148,8 @@ def _arg(name: str, since: int) -> Op:
         return cpu.arg_extremum(io.ins[0], site.axis(), io.outs[0], io.scratch, largest=largest, last=last(site))
 
     def compute(xp: Any, site: Site, x: Array) -> Array:
+        from infera_kernels.portable import reduce as portable
+
         axis = site.axis()
         return portable.arg_extremum(xp, x, axis, largest=largest, last=last(site)).reshape(_reduced(site, (axis,)))
 
@@ -199,6 +202,8 @@ def _scan(name: str, since: int, function: str, ufunc: Any, identity: int) -> Op
         return cpu.scan(ufunc, io.ins[0], _scan_axis(site), io.outs[0], identity=identity, **flags(site))
 
     def compute(xp: Any, site: Site, x: Array, axis: Array) -> Array:
+        from infera_kernels.portable import reduce as portable
+
         return portable.scan(xp, function, x, _scan_axis(site), identity=identity, **flags(site))
 
     return Op(
@@ -251,6 +256,8 @@ def _top_k_spec(site: Site) -> tuple[TensorSpec, TensorSpec]:
 
 def _top_k(since: int) -> Op:
     def compute(xp: Any, site: Site, x: Array, k: Array | None = None) -> tuple[Array, Array]:
+        from infera_kernels.portable import reduce as portable
+
         return portable.top_k(xp, x, _k(site), site.axis(), largest=bool(site.attrs.get("largest", 1)))
 
     attrs: dict[str, Any] = {"axis": -1}
