@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import textwrap
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -38,18 +39,27 @@ def rules_of(name: str, version: int, domain: str) -> Rules | None:
         return _asked(name, version, domain)
     found: list[str] = []
     start = f"\n{name} "
-    at = lines.find(start)
-    while at >= 0:  # the oldest first
+    at = bisect_left(range(len(lines) - 1), name, key=lambda i: _name_at(lines, i))
+    while lines.startswith(start, at):  # the oldest first
         end = lines.find("\n", at + 1)
         fields = lines[at + len(start) : end].split()
         if int(fields[0]) > version:
             break
-        found, at = fields, lines.find(start, end)
+        found, at = fields, end
     if not found:
         return None
     _, inputs, outputs, *attributes = found
     named = (a.rpartition(":") for a in attributes)
     return Rules(_range(inputs), _range(outputs), {k: int(v) for k, _, v in named})
+
+
+def _name_at(lines: str, i: int) -> str:
+    """The operator of the line that position i is in; the end of a line belongs to the next one.
+
+    Lines are in the order of these names: bisection finds the first of an operator.
+    """
+    start = lines.rfind("\n", 0, i + 1) + 1
+    return lines[start : lines.find(" ", start)]
 
 
 @cache

@@ -41,3 +41,5 @@ def test_every_operator_at_every_version_is_as_onnx_says(domain: str) -> None:
 def test_what_is_no_standard_operator_has_no_rules() -> None:
     assert rules_of("Gelu", 1, "com.microsoft") is None
     assert rules_of("NoSuch", 18, "") is None
+    for name in ("", "A", "Conv 1", "Conv\n", "\n", "zz"):  # a file may have any name
+        assert rules_of(name, 18, "") is None
