@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Literal
 
 
 @contextmanager
@@ -25,12 +26,12 @@ def uncollected() -> Iterator[None]:
 
 
 @cache
-def settle() -> None:
-    """Once a process, while collection is off: what there is counts as old from now on.
+def settle(after: Literal["load", "plan", "bind"]) -> None:
+    """Once a process after each, while collection is off: what there is counts as old from now on.
 
-    The next collection would look at everything that the first load made, which takes a small model as long as some
-    passes do. Not in later loads: it also puts off the next full collection, and whoever loads and drops models in a
-    loop needs those. A process that has frozen objects, to fork, keeps them frozen.
+    The next collection would look at everything that the first load made, or the first plan, or what was bound first,
+    which takes a small model as long as some passes do. Not later: it also puts off the next full collection, and
+    whoever loads and drops models in a loop needs those. A process that has frozen objects, to fork, keeps them frozen.
     """
     if not gc.isenabled() and not gc.get_freeze_count():
         gc.freeze()

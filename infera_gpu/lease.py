@@ -14,7 +14,7 @@ from infera_gpu.bind import Bound, bind
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.errors import DeviceError, InputError
-from infera_gpu.garbage import uncollected
+from infera_gpu.garbage import settle, uncollected
 from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
 from infera_gpu.spec import Array, TensorSpec
@@ -232,6 +232,7 @@ class Lease:
                 self._memory.fit(plan, self._device)
                 with self._device.weights(self._constants.missing(plan, lasting=True)):
                     found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
+                settle("bind")
             for placed in plan.segment.nodes:
                 placed.site.forget()
             self._folded[plan] = self._constants.folded(plan)

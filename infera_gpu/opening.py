@@ -124,7 +124,7 @@ def load(
         if tune:
             session.tunable()
             session.tuning_left = TUNING_SECONDS if tune is True else float(tune)
-        settle()
+        settle("load")
         return session
     except BaseException:
         opened.close()

@@ -13,7 +13,7 @@ import numpy as np
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.errors import PlanError, planning
-from infera_gpu.garbage import uncollected
+from infera_gpu.garbage import settle, uncollected
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.lower import lower
@@ -150,6 +150,7 @@ class Stages:
                 if stage is None:
                     stage = self._first[shapes] = self._start(shapes)
                     self._keep(stage, _Place(self._first, shapes))
+                    settle("plan")
         self._touch(stage)
         return stage
 

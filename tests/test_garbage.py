@@ -22,15 +22,24 @@ print(gc.isenabled(), len(looked), gc.get_freeze_count() > 0)
 """
 
 
-def loaded(before: str) -> list[str]:
-    """Whether collection is on after a load, how many there were by then, and whether objects are frozen."""
-    work = LOAD.replace("BEFORE", before)
+def loaded(before: str, after: str = "") -> list[str]:
+    """Whether collection is on after a load and what comes `after`, how many there were by then, and whether objects
+    are frozen."""
+    work = LOAD.replace("BEFORE", before).replace("held =", f"{after}\nheld =")
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
-def test_what_the_first_load_makes_is_not_looked_at() -> None:
+RUN = "session.run({'v0': numpy.ones(4, 'f4')})"
+
+
+def test_what_the_first_load_and_the_first_run_make_is_not_looked_at() -> None:
     assert loaded("") == ["True", "0", "False"]
+    assert loaded("import numpy", RUN) == ["True", "0", "False"]
+
+
+def test_what_later_runs_plan_is_left_to_the_collector() -> None:
+    assert int(loaded("import numpy", f"{RUN}; {RUN.replace('4', '5', 1)}")[1]) > 0
 
 
 @pytest.mark.parametrize("before", ["gc.freeze()", "infera_gpu.load(model, device='cpu'); gc.freeze()"])
