@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ _EXTERNAL = b"location"
 _PACKAGES = ("", "passes", "ops")
 """Of this package, and `portable` of infera_kernels: whose sources decide what passes make of a graph."""
 
-_CHUNK = 1 << 16
 _IMPORTED_NS = time.time_ns()
 
 
@@ -123,11 +123,8 @@ def entry_of(source: Source, device: Device, precision: str) -> Entry | None:
 
 def _hashed(path: Path) -> Any:
     """SHA-256 of a file's bytes."""
-    found, room = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(room):
-            found.update(room[:count])
-    return found
+    with path.open("rb", buffering=0) as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        return hashlib.sha256(data)
 
 
 def _name(model: Any, told: bytes) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Literal, NamedTuple, TypeAlias
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -69,13 +69,18 @@ class Operand(NamedTuple):
 
     def moved(self, by: int) -> Operand:
         """The operand `by` bytes on."""
-        return Operand(self.root, self.space, self.shape, self.dtype, self.strides, self.offset + by, self.constant)
+        root, space, shape, dtype, strides, offset, constant = self
+        return operand_of((root, space, shape, dtype, strides, offset + by, constant))
+
+
+operand_of: Callable[[tuple[Any, ...]], Operand] = partial(tuple.__new__, Operand)
+"""The operand of all of its fields, in half the time: planning makes thousands."""
 
 
 def dense(root: str, space: Space, spec: TensorSpec) -> Operand:
     """A contiguous operand at the start of its root."""
     dims, dtype = spec.dims, spec.dtype
-    return Operand(root, space, dims, dtype, contiguous_strides(dims, dtype.itemsize))
+    return operand_of((root, space, dims, dtype, contiguous_strides(dims, dtype.itemsize), 0, False))
 
 
 @lru_cache(maxsize=16384)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from infera_gpu.bind import BoundBuffers
 from infera_gpu.constants import Constants
-from infera_gpu.devices.base import Device, host_block, host_view
+from infera_gpu.devices.base import Device, host_block
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.memory import aligned
@@ -82,7 +84,10 @@ def _scratch_bytes(
             return value
         low, high = operand.bounds()
         block, offset = room.take(high - low)
-        return host_view(block, operand.moved(offset - low))
+        made: HostArray = np.ndarray(
+            operand.shape, operand.dtype, block, offset + operand.offset - low, operand.strides
+        )
+        return made
 
     try:
         dummies = tuple(map(dummy, ins, placed.site.values))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from infera_gpu.graph import HostArray
-from infera_gpu.layout import Operand, Space
+from infera_gpu.layout import Operand, Space, operand_of
 from infera_gpu.op import Kernel
 from infera_gpu.specialize import Placed, Segment
 
@@ -77,17 +77,16 @@ def unpacked(fields: Packed, nodes: Sequence[Placed]) -> Step:
     kind, label, via, ins, outs, space, number, workspace, parts = fields
     placed = None if number is None else nodes[number]
     kernel = placed.op.kernels[via] if placed is not None and kind == "kernel" else None
-    operand = Operand._make
     return Step(
         kind,
         label,
         via,
-        tuple([o and operand(o) for o in ins]),
-        tuple([operand(o) for o in outs]),
+        tuple([o and operand_of(o) for o in ins]),
+        tuple([operand_of(o) for o in outs]),
         space,
         placed,
         kernel,
-        workspace and operand(workspace),
+        workspace and operand_of(workspace),
         parts,
     )
 

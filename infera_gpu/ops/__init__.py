@@ -61,6 +61,9 @@ class _Declared(Registry):
         return self._by_name.get(f"{domain}.{name}" if domain else name, ())
 
     def find(self, domain: str, name: str, opset: int) -> Op | None:
+        found = self._found.get((domain, name, opset))
+        if found is not None:  # asked for every node, again and again
+            return found
         found = super().find(domain, name, opset)
         if found is None and OLDEST in self._left and OLDEST in self._files(domain, name):
             self._import([OLDEST])

@@ -40,7 +40,7 @@ from infera_gpu.passes import (
 )
 from infera_gpu.passes.chains import chained, may_chain
 from infera_gpu.passes.draft import Draft
-from infera_gpu.passes.engine import Fusion, exhaust
+from infera_gpu.passes.engine import Fusions, exhaust
 from infera_gpu.passes.facts import Known
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
@@ -58,15 +58,10 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HALVES: Mapping[str, DType] = MappingProxyType({"fp16": FLOAT16, "bf16": BFLOAT16})
 """The precisions whose values take two bytes."""
 
-QUANTIZED: tuple[Fusion, ...] = (
-    *quantized.FUSIONS,
-    *quantized_finish.EARLY,
-    *quantized_pool.FUSIONS,
-    *quant.FUSIONS,
-)
+QUANTIZED = Fusions(*quantized.FUSIONS, *quantized_finish.EARLY, *quantized_pool.FUSIONS, *quant.FUSIONS)
 """Applied first of all, where there are kernels for products of integers."""
 
-FUSIONS: tuple[Fusion, ...] = (
+FUSIONS = Fusions(
     *pairs.FUSIONS,
     *pad.FUSIONS,
     *norm_factors.FUSIONS,
@@ -157,10 +152,10 @@ class _Passes:
             graph = drop_dead(draft.finished())
         return graph
 
-    def fused(self, graph: Graph, fusions: Sequence[Fusion], known: dict[str, Known] | None = None) -> Graph:
+    def fused(self, graph: Graph, fusions: Fusions, known: dict[str, Known] | None = None) -> Graph:
         """The graph after these fusions, in order. `known`: see `Facts`."""
-        present = {n.qualified for n in graph.nodes}
-        fitting = [(f, bool(f.by_root(present))) for f in fusions if f.fits(self.strict, self.kinds)]
+        among = fusions.among({n.qualified for n in graph.nodes})
+        fitting = [(f, i in among) for i, f in enumerate(fusions) if among and f.fits(self.strict, self.kinds)]
         if not any(may for _, may in fitting):
             return drop_dead(graph)
         draft, changed = Draft(graph, known), False

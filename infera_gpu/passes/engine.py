@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.passes.draft import Draft
@@ -83,6 +83,29 @@ class Fusion(Rewrite):
 
     build: Callable[[Match], Replacement]
     guard: Callable[[Match], bool] = _always
+
+
+class Fusions(tuple[Fusion, ...]):
+    """Fusions in the order in which they are applied, found by the operators that their matches may end with."""
+
+    def __new__(cls, *fusions: Fusion) -> Self:
+        return super().__new__(cls, fusions)
+
+    def __init__(self, *fusions: Fusion) -> None:
+        self._by_root: dict[str, list[tuple[int, P]]] = {}
+        for i, fusion in enumerate(fusions):
+            for p in fusion.patterns:
+                for name in p.names:
+                    self._by_root.setdefault(name, []).append((i, p))
+
+    def among(self, present: AbstractSet[str]) -> set[int]:
+        """The numbers of those that may match in a graph with nodes of these operators alone."""
+        found: set[int] = set()
+        for op in present:
+            for i, p in self._by_root.get(op, ()):
+                if i not in found and p.among(present):
+                    found.add(i)
+        return found
 
 
 def fused(op: str, inputs: tuple[str, ...], **attrs: Any) -> Callable[[Match], Replacement]:
