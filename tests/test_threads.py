@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from threadpoolctl import threadpool_info
 
 import infera_gpu
 from infera_gpu import cpus
