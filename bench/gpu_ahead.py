@@ -81,7 +81,7 @@ class AheadDevice(RecordingDevice):
         self._launcher = launcher
         self.tiles = DeviceTiles.of(launcher)
 
-    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> HostArray:
         if space == "host":
             return host
         return np.ndarray(host.shape, host.dtype, host_block(host.nbytes))

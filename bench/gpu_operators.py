@@ -82,7 +82,7 @@ class DeviceBuffers:
         inplace: int,
     ) -> None:
         self.xp, self.launcher = device.xp, device.launcher
-        self.threads, self.strict, self.tf32 = 1, False, False
+        self.threads, self.least_ns, self.strict, self.tf32 = 1, 0.0, False, False
         self._device, self._site = device, site
         self.scratch_bytes = 0
         self.guarded_scratch: list[GuardedOutput] = []

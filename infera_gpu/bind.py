@@ -79,6 +79,7 @@ class BoundBuffers:
         self._device, self._constants, self._placed, self._space = device, constants, placed, space
         self._scratch = scratch
         self.threads = device.threads if space == "host" else 1
+        self.least_ns = device.least_ns
         self.strict, self.tf32 = device.strict, device.tf32
 
     @property

@@ -43,7 +43,7 @@ class Constants:
             if build is not None:
                 with usual_buffers():
                     packed = np.ascontiguousarray(build(host))
-            found = self._device.constant(packed, space, lasting=lasting)
+            found = self._device.constant(packed, space, lasting=lasting, packed=build is not None)
             if lasting:
                 self._made[key] = found
         return found

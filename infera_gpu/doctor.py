@@ -72,6 +72,20 @@ def _loops() -> Iterator[Finding]:
     )
 
 
+def _processes() -> Iterator[Finding]:
+    from infera_gpu.devices.processes import VARIABLE, unavailable
+
+    why = unavailable()
+    yield Finding(
+        "Worker processes",
+        "absent" if why else "ok",
+        f"{why}: threads make the parts of a step on the CPU, which is slower where they are small"
+        if why
+        else f"with several threads and without numba they make parts of a step on the CPU; {VARIABLE}=0 leaves it to "
+        "threads",
+    )
+
+
 def _numba() -> Iterator[Finding]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -191,6 +205,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("Python", _python),
     ("BLAS", _blas),
     ("BLAS loops", _loops),
+    ("Worker processes", _processes),
     ("numba", _numba),
     ("NVIDIA driver", _driver),
     ("CuPy", _cupy),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ class Memory:
         """Sizes below which arenas do not shrink."""
         self._needed = 0
         self._served = 0
+        _MEMORIES.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +107,20 @@ def _keep(old: Any, new: Any, nbytes: int, space: Space, device: Device) -> None
     copy, args = device.transfer(device.view(old, operand), device.view(new, operand))
     copy(*args)
     device.synchronize()
+
+
+_MEMORIES: WeakSet[Memory] = WeakSet()
+
+
+def _of_its_own() -> None:
+    """The child of a fork takes arenas of its own: those on the host may be in memory that its parent writes to."""
+    for memory in list(_MEMORIES):
+        if "device" not in memory.sizes:
+            memory.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_of_its_own)
 
 
 class Arena:

@@ -14,7 +14,7 @@ import numpy as np
 from infera_gpu.errors import InvalidModel
 from infera_gpu.functions import Function, Key, Reference, constants_first, inline
 from infera_gpu.graph import EMPTY, Graph, HostArray, Node, made_name
-from infera_gpu.source import Bodies, Source, read_model
+from infera_gpu.source import Bodies, Room, Source, read_model, usual_room
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
 from infera_gpu.wellformed import check_ir_version, check_node, domain_name, opset_versions, text, value_name
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     import onnx
 
 
-def load_graph(source: Source, mapped: bool = True) -> Graph:
+def load_graph(source: Source, mapped: bool = True, room: Room = usual_room) -> Graph:
     """The graph of an ONNX model: a path, serialised bytes or a ModelProto.
 
-    External data beside a path is mapped, or read where `mapped` is not set.
+    External data beside a path is mapped, or read where `mapped` is not set. Large initialisers of a file are read to
+    `room`.
 
     Model-local functions are inlined, Constant nodes become constants and sparse tensors dense ones. Raises
     InvalidModel for anything that is not a complete ONNX model, naming what is wrong.
     """
-    model, name, bodies = read_model(source)
+    model, name, bodies = read_model(source, room=room)
     tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None, mapped)
     try:
         check_ir_version(model.ir_version)

@@ -158,6 +158,8 @@ class Buffers(Protocol):
 
     threads: int
     """Into how many parts a kernel on the CPU may split its work; 1 elsewhere."""
+    least_ns: float
+    """Nanoseconds of work below which such a part is not worth what it costs to hand it over."""
     strict: bool
     """Whether to keep to the order of operations that the model writes, as far as BLAS does: no Winograd."""
     tf32: bool

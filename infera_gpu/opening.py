@@ -46,7 +46,8 @@ def load(
 
     `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` is how many
     threads a run on the CPU has; None is one for every core, or what the environment variable INFERA_THREADS says.
-    Sessions share their threads, and from the first run until the last session is closed or collected NumPy's BLAS has
+    Without numba all but one of them are in worker processes, from a plan's second run on, unless INFERA_PROCESSES is
+    0. Sessions share them, and from the first run until the last session is closed or collected NumPy's BLAS has
     one thread, in the whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
     writes, as far as BLAS does: nothing is folded into weights, no norm, softmax, attention or activation that is
@@ -107,7 +108,7 @@ def load(
         entry = entry_of(model, opened, precision) if fuse else None
         optimised = entry.read() if entry is not None else None
         if (graph := optimised) is None:
-            graph = differentiated(load_graph(model, mapped))
+            graph = differentiated(load_graph(model, mapped, opened.room))
             check_supported(graph, registry())
         session = Session(
             graph,

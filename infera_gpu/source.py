@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import FileIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -25,6 +25,9 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | o
 Bodies: TypeAlias = Mapping[int, Buffer]
 """The raw data of initialisers that have been cut out of a model, by the initialiser's number."""
 
+Room: TypeAlias = Callable[[int], HostArray]
+"""Memory of so many bytes."""
+
 _NONE: Bodies = {}
 
 SKIMMED = 1 << 20
@@ -34,8 +37,13 @@ MAX_BYTES = 1 << 31
 """Bytes of a model file: no protobuf is larger. What is, keeps its tensors in external files."""
 
 
-def read_model(source: Source, *, weights: bool = True) -> tuple[onnx.ModelProto, str, Bodies]:
-    """The model, its name, and what has been cut out of it; without `weights` that is not read.
+def usual_room(nbytes: int) -> HostArray:
+    """Memory of NumPy's."""
+    return np.empty(nbytes, np.uint8)
+
+
+def read_model(source: Source, *, weights: bool = True, room: Room = usual_room) -> tuple[onnx.ModelProto, str, Bodies]:
+    """The model, its name, and what has been cut out of it, in `room`; without `weights` that is not read.
 
     Raises InvalidModel for what is no model.
     """
@@ -54,7 +62,7 @@ def read_model(source: Source, *, weights: bool = True) -> tuple[onnx.ModelProto
         raise InvalidModel(f"a model is a path, bytes or an onnx.ModelProto, not {source!r:.60}")
     else:
         path = Path(os.fsdecode(source))
-        name, (payload, size, bodies) = path.name, _payload(path, weights)
+        name, (payload, size, bodies) = path.name, _payload(path, weights, room)
     if not payload:
         raise InvalidModel(f"{name}: the file is empty")
     model = onnx.ModelProto()
@@ -79,7 +87,7 @@ _OTHER_FILES = {
 """What files begin with that are often taken for models."""
 
 
-def _payload(path: Path, weights: bool) -> tuple[bytes, int, Bodies]:
+def _payload(path: Path, weights: bool, room: Room) -> tuple[bytes, int, Bodies]:
     """What is to be parsed, how many bytes the file has, and what has been cut out."""
     try:
         about = path.stat()
@@ -99,7 +107,7 @@ def _payload(path: Path, weights: bool) -> tuple[bytes, int, Bodies]:
                 payload = file.read()
                 return payload, len(payload), _NONE
             wanted = found.spans if weights else {}
-            bodies = {i: _part(file, start, stop) for i, (start, stop) in wanted.items()}
+            bodies = {i: _part(file, start, stop, room) for i, (start, stop) in wanted.items()}
             return found.skeleton, about.st_size, bodies
     except OSError as error:
         raise InvalidModel(f"{path}: {error.strerror or error}") from None
@@ -107,9 +115,9 @@ def _payload(path: Path, weights: bool) -> tuple[bytes, int, Bodies]:
         raise InvalidModel(f"the path {str(path)!r} is none: {error}") from None
 
 
-def _part(file: FileIO, start: int, stop: int) -> HostArray:
+def _part(file: FileIO, start: int, stop: int, room: Room) -> HostArray:
     """The bytes from `start` to `stop`; fewer where the file has become shorter."""
-    found, done = np.empty(stop - start, np.uint8), 0
+    found, done = room(stop - start), 0
     file.seek(start)
     while done < len(found) and (count := file.readinto(found[done:].data)):
         done += count

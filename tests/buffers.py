@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Border, Call, Launcher
 from infera_gpu.spec import TensorSpec
+from infera_kernels.calls import LEAST_NS
 
 GUARD = 64
 PATTERN = 0xA5
 POISON = 0xFF
 """As bytes of a float this is a NaN."""
+
+
+Memory: TypeAlias = Callable[[int], HostArray]
+"""So many bytes."""
+
+
+def _private(nbytes: int) -> HostArray:
+    return np.empty(nbytes, np.uint8)
 
 
 class Guarded:
@@ -23,13 +33,22 @@ class Guarded:
     One of `rows` is too, but its last two axes are contiguous.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: Any, *, strided: bool = False, rows: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: Any,
+        *,
+        strided: bool = False,
+        rows: bool = False,
+        memory: Memory = _private,
+    ) -> None:
         more = [3] * len(shape) if strided else [0] * len(shape)
         if rows:
             more = [*[3] * (len(shape) - 1), 0]
         around = tuple(d + m for d, m in zip(shape, more, strict=True))
         nbytes = int(np.prod(around, dtype=np.int64)) * np.dtype(dtype).itemsize
-        self._raw = np.full(nbytes + 2 * GUARD, PATTERN, np.uint8)
+        self._raw = memory(nbytes + 2 * GUARD)
+        self._raw[...] = PATTERN
         whole = self._raw[GUARD : GUARD + nbytes].view(dtype).reshape(around)
         starts = [min(1, m) for m in more]
         window: tuple[Any, ...] = (*(slice(a, a + d) for a, d in zip(starts, shape, strict=True)), ...)
@@ -68,11 +87,14 @@ class GuardedBuffers:
         border: Border | None = None,
         inplace: int | None = None,
         threads: int = 1,
+        least_ns: float = LEAST_NS,
+        memory: Memory = _private,
     ) -> None:
         self.xp: Any = np
-        self.threads, self.strict, self.tf32 = threads, False, False
+        self._memory = memory
+        self.threads, self.least_ns, self.strict, self.tf32 = threads, least_ns, False, False
         self._values = tuple(values)
-        self._out = [Guarded(s.dims, s.dtype, strided=strided_out, rows=rows_out) for s in specs]
+        self._out = [Guarded(s.dims, s.dtype, strided=strided_out, rows=rows_out, memory=memory) for s in specs]
         self._scratch: list[Guarded] = []
         self._given = tuple(ins)
         self.outs: tuple[HostArray, ...] = tuple(g.array for g in self._out)
@@ -85,7 +107,7 @@ class GuardedBuffers:
                 continue
             key = id(x), self._is_constant(i)
             if key not in shared:
-                shared[key] = _like(x, strided=strided)
+                shared[key] = _like(x, strided, memory)
                 if self._is_constant(i):
                     np.copyto(shared[key], x)
             self._held.append(shared[key])
@@ -99,7 +121,7 @@ class GuardedBuffers:
         """Input 0 with a border around it that the kernel has to set."""
         x = self._given[0]
         assert x is not None
-        guarded = Guarded([a + d + b for d, (a, b) in zip(x.shape, border, strict=True)], x.dtype)
+        guarded = Guarded([a + d + b for d, (a, b) in zip(x.shape, border, strict=True)], x.dtype, memory=self._memory)
         self._scratch.append(guarded)
         self._held[0] = guarded.array[tuple(slice(a, a + d) for d, (a, _) in zip(x.shape, border, strict=True))]
         self.ins = (guarded.array, *self.ins[1:])
@@ -116,7 +138,7 @@ class GuardedBuffers:
         return [call for part in reversed(parts) for call in part]
 
     def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> HostArray:
-        self._scratch.append(Guarded(shape, dtype))
+        self._scratch.append(Guarded(shape, dtype, memory=self._memory))
         return self._scratch[-1].array
 
     def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> HostArray:
@@ -154,11 +176,12 @@ class GuardedBuffers:
             g.check(f"scratch {i}")
 
 
-def _like(x: HostArray, *, strided: bool) -> HostArray:
+def _like(x: HostArray, strided: bool, memory: Memory) -> HostArray:
     """A poisoned array of x's shape and dtype."""
     shape = (*x.shape[:-1], 2 * x.shape[-1]) if strided and x.ndim else x.shape
-    made: HostArray = np.empty(shape, x.dtype, order="F" if strided else "C")
-    made.reshape(-1, order="A").view(np.uint8)[...] = POISON
+    raw = memory(math.prod(shape) * x.itemsize)
+    raw[...] = POISON
+    made: HostArray = np.ndarray(shape, x.dtype, raw, order="F" if strided else "C")
     return made[..., ::2] if strided and x.ndim else made
 
 

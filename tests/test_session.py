@@ -84,8 +84,8 @@ def test_constants_that_passes_replace_are_not_kept(tmp_path: Path, monkeypatch:
     onnx.save(parse(text), path)
     kept: list[weakref.ref[Any]] = []
 
-    def load(source: Any, mapped: bool) -> Graph:
-        graph = load_graph(source, mapped)
+    def load(source: Any, *how: Any) -> Graph:
+        graph = load_graph(source, *how)
         kept.append(weakref.ref(graph.constants["w"]))
         return graph
 

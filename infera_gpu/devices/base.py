@@ -69,11 +69,11 @@ class Device(Protocol):
     """A place to run.
 
     `kinds` are kernel kinds in order of preference; `space` is where its arena lies. `threads` is how many parts of a
-    step run at a time on the host, `concurrency` says so and why. `strict` turns off what changes the order of
-    operations beyond BLAS, `tf32` lets products of float32 round their operands to 10 bits, `batch_invariant` makes
-    kernels add in the same order whatever the size of the batch. `captures` says that its
-    calls are recorded once and replayed (`graph`), `channels_last` that it prefers convolutions whose channels are the
-    last axis. A device whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and
+    step run at a time on the host, `least_ns` how long a part takes at least, `concurrency` says so and why. `strict`
+    turns off what changes the order of operations beyond BLAS, `tf32` lets products of float32 round their operands to
+    10 bits, `batch_invariant` makes kernels add in the same order whatever the size of the batch. `captures` says that
+    its calls are recorded once and replayed (`graph`), `channels_last` that it prefers convolutions whose channels are
+    the last axis. A device whose space is "device" has a host arena too, for the steps that run on NumPy. Transfers and
     calls are ordered with each other; `synchronize` waits for all of them. `lost` says why nothing works on it any more
     in this process, and is empty while it does.
     """
@@ -84,6 +84,7 @@ class Device(Protocol):
     runs_portable: bool
     xp: Any
     threads: int
+    least_ns: float
     concurrency: str
     strict: bool
     tf32: bool
@@ -134,8 +135,13 @@ class Device(Protocol):
         memory.ALIGN: on a GPU they lie in one block. Raises OutOfMemoryError."""
         ...
 
-    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> Array:
-        """The constant in `space`; uploaded at once. A `lasting` one is the model's, others come and go with shapes."""
+    def room(self, nbytes: int) -> HostArray:
+        """Host memory that a constant is read into."""
+        ...
+
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> Array:
+        """The constant in `space`; uploaded at once. A `lasting` one is the model's, others come and go with shapes.
+        What was `packed` is in no other hands."""
         ...
 
     def transfer(self, source: Array, target: Array) -> Call:

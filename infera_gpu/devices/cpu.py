@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infera_gpu.devices import processes
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.ports import HostPorts, Ports
+from infera_gpu.devices.processes import POOL, Region
 from infera_gpu.devices.workers import WORKERS
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
+from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
-from infera_kernels.calls import one_after_the_other
+from infera_kernels.calls import LEAST_NS, one_after_the_other
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
@@ -29,11 +32,27 @@ def _usual_threads() -> tuple[int, str]:
     return default_threads()
 
 
+class _WithProcesses(quiet_numpy):
+    """How plans run where worker processes make some of their calls."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        POOL.enter()
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        POOL.leave()
+        super().__exit__(*error)
+
+
 class CpuDevice:
     """Runs "cpu" kernels, with `jit` compiled ones before them, and operators' own functions where there is none.
 
-    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. From its first
-    run until it is closed NumPy's BLAS has one thread in the whole process: see `Workers`.
+    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. Without `jit` worker
+    processes make them from a step's second run on, where there can be any, else threads: what numba compiled keeps no
+    interpreter's lock. From its first run until it is closed NumPy's BLAS has one thread in the whole process: see
+    `Workers`.
     """
 
     name = "cpu"
@@ -50,10 +69,13 @@ class CpuDevice:
 
     def __init__(self, threads: int | None = 1, strict: bool = False, jit: bool = False) -> None:
         self.threads, why = _usual_threads() if threads is None else (threads, "as asked")
-        self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''} ({why})"
         self.strict = strict
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
         self._working = False
+        self._shares = self.threads > 1 and not jit and not processes.unavailable()
+        where = f", in {self.threads} processes" if self._shares else ""
+        self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''}{where} ({why})"
+        self.least_ns = processes.LEAST_NS if self._shares else LEAST_NS
 
     @property
     def launcher(self) -> Launcher:
@@ -66,25 +88,37 @@ class CpuDevice:
         if not self._working:
             self._working = True
             WORKERS.enter(self, self.threads)
-        return quiet_numpy()
+        return _WithProcesses() if self._shares else quiet_numpy()
 
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         if self.threads == 1 or len(parts) < 2:
             return one_after_the_other(parts)
-        return [(WORKERS.run, (tuple(map(tuple, parts)), self.threads))]
+        made = tuple(map(tuple, parts))
+        if self._shares:
+            return [(POOL.run, (Region(made, self.threads, WORKERS.run),))]
+        return [(WORKERS.run, (made, self.threads))]
 
     def alloc(self, nbytes: int, space: Space) -> HostArray:
+        if self._shares and POOL.memory is not None:
+            return POOL.memory.block(nbytes)
         return host_block(nbytes)
 
     def view(self, block: Any, operand: Operand) -> HostArray:
         return host_view(block, operand)
+
+    def room(self, nbytes: int) -> HostArray:
+        if self._shares and nbytes >= processes.SHARED_ABOVE and POOL.memory is not None:
+            return POOL.memory.block(nbytes, constant=True)
+        return usual_room(nbytes)
 
     def require(self, what: str, nbytes: int) -> None: ...
 
     def weights(self, nbytes: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> HostArray:
+        if self._shares and packed and lasting and host.nbytes >= processes.SHARED_ABOVE and POOL.memory is not None:
+            return POOL.memory.copy(host)
         return host
 
     def transfer(self, source: Array, target: Array) -> Call:

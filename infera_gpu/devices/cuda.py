@@ -24,8 +24,9 @@ from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
+from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
-from infera_kernels.calls import one_after_the_other
+from infera_kernels.calls import LEAST_NS, one_after_the_other
 from infera_kernels.tuning import DeviceTiles, Tuned
 
 OUT_OF_MEMORY = 2
@@ -98,6 +99,8 @@ class CudaDevice:
     space: Space = "device"
     runs_portable = True
     threads = 1
+    least_ns = LEAST_NS
+    room = staticmethod(usual_room)
     concurrency = ""
 
     def __init__(
@@ -246,7 +249,7 @@ class CudaDevice:
                 stack.enter_context(self._vram.weights(f"the weights on {self.name}", nbytes))
             yield
 
-    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> Array:
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> Array:
         if space == "host":
             return host
         what = f"a constant of {host.nbytes:,} bytes"

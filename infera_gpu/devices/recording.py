@@ -21,8 +21,9 @@ from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
+from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
-from infera_kernels.calls import one_after_the_other
+from infera_kernels.calls import LEAST_NS, one_after_the_other
 from infera_kernels.launch import nominal_target
 from infera_kernels.tuning import DeviceTiles, Tuned
 
@@ -49,6 +50,8 @@ class RecordingDevice:
     runs_portable = True
     xp: Any = np
     threads = 1
+    least_ns = LEAST_NS
+    room = staticmethod(usual_room)
     concurrency = ""
     lost = ""
 
@@ -115,7 +118,7 @@ class RecordingDevice:
     def weights(self, nbytes: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def constant(self, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
+    def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> HostArray:
         if space == "device":
             self.events.append(Event("constant", "", host.nbytes))
             host = host.view()  # what the device has, which goes with it

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary, finalize
 
 from infera_gpu.devices.base import quiet_numpy
+from infera_gpu.devices.processes import POOL
 from infera_gpu.op import Call
 from infera_kernels.cpu.blas import on_one_thread
 
@@ -79,10 +80,11 @@ class Workers:
 
     While there are users, BLAS runs on one thread, in the whole process: its own threads would compete with these for
     the same cores, and they wait actively. The last user to leave, or to be collected, ends the threads and gives BLAS
-    back its own.
+    back its own; `ended` is called then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[], None] = lambda: None) -> None:
+        self._ended = ended
         self._users: WeakKeyDictionary[object, int] = WeakKeyDictionary()
         self._restore: Callable[[], object] | None = None
         self._forget()
@@ -125,6 +127,7 @@ class Workers:
         if self._restore is not None and not any(True for _ in self._users):
             self._restore()
             self._restore = None
+            self._ended()
 
     def leave(self, user: object) -> None:
         """`user` runs no more regions. No effect where it is no user."""
@@ -183,4 +186,4 @@ class Workers:
                     region.work()
 
 
-WORKERS = Workers()
+WORKERS = Workers(POOL.end)

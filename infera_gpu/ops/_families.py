@@ -134,7 +134,7 @@ def movable(site: Site) -> bool:
 
 def split_of(io: Buffers) -> Split:
     """How a kernel of `infera_kernels` may split its work."""
-    return Split(io.threads, io.parallel)
+    return Split(io.threads, io.parallel, io.least_ns)
 
 
 COPY_NS = 0.2
@@ -170,7 +170,7 @@ class _Part:
 
     def __init__(self, io: Buffers, ins: tuple[Array | None, ...], outs: tuple[Array, ...]) -> None:
         self.ins, self.outs, self.xp = ins, outs, io.xp
-        self.strict, self.tf32 = io.strict, io.tf32
+        self.least_ns, self.strict, self.tf32 = io.least_ns, io.strict, io.tf32
         self.scratch, self.pack, self.constant = io.scratch, io.pack, io.constant
         self._whole = io
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops import _triton_norm, conv_transpose, norm
-from infera_gpu.ops._families import reads_floats
+from infera_gpu.ops._families import reads_floats, split_of
 from infera_gpu.ops._triton_conv import Convolution
 from infera_gpu.ops.channels_last import ChannelsLast
-from infera_kernels.calls import Split
 from infera_kernels.cpu import nhwc_norm, nhwc_transpose
 
 LRN = ChannelsLast(next(o for o in norm.OPS if o.name == "LRN"))
@@ -17,9 +16,7 @@ CONV_TRANSPOSE = ChannelsLast(conv_transpose.OPS[0])
 
 
 def _bind_lrn(site: Site, io: Buffers) -> Sequence[Call]:
-    return nhwc_norm.local_response(
-        io.ins[0], io.outs[0], io.scratch, Split(io.threads, io.parallel), **norm.lrn_params(site)
-    )
+    return nhwc_norm.local_response(io.ins[0], io.outs[0], io.scratch, split_of(io), **norm.lrn_params(site))
 
 
 def _bind_transpose(site: Site, io: Buffers) -> Sequence[Call]:

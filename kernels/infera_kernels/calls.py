@@ -28,6 +28,12 @@ class Pack(Protocol):
     def __call__(self, tag: str, build: Callable[[Any], Any]) -> Array: ...
 
 
+LEAST_NS = 90_000.0
+"""Nanoseconds of work below which a part is not worth a thread of its own. Chosen by whole models, on the EPYC of
+bench/results. Where it takes longer to wake a thread, as on the Xeon there, models of many small steps take longer with
+two threads than with one, and more work would be asked for."""
+
+
 class Split(NamedTuple):
     """Into how many parts a kernel may split its work, and how the calls of the parts become one list."""
 
@@ -38,6 +44,9 @@ class Split(NamedTuple):
     Parts must not touch each other's outputs or scratch. Their scratch has been asked for by now: while planning
     nobody looks at their calls, which may be made one by one.
     """
+
+    least_ns: float = LEAST_NS
+    """Nanoseconds of work below which a part is not worth what it costs to hand it over."""
 
 
 def one_after_the_other(parts: Sequence[Iterable[Call]]) -> list[Call]:

@@ -7,9 +7,10 @@ most of it beside a few.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from infera_kernels.cpu.aligned import LINE, address, aligned
 from infera_kernels.cpu.blas import Inner, inner_loops
 from infera_kernels.cpu.elementwise import call, const, contiguous, copy
 from infera_kernels.cpu.matmul import FEW_ROWS, UNPACKED, Piece, epilogue, pieces, rows_of
-from infera_kernels.record import Record
 
 DEPTH, WIDTH = 256, 384
 """Rows and columns of the weights that are multiplied at a time: they stay in a second-level cache of 512 KiB while
@@ -141,15 +141,30 @@ def _sum(y: Array, *terms: Array | None) -> list[Call]:
     return [copy(y, given[0] if given else const(0, y))]
 
 
-class _Bound(Record):
-    """Calls by address, and the arrays that they point into."""
+class _Bound:
+    """`added`: calls by address. The arrays that they point into are kept, and tell another process what to do."""
 
-    calls: Sequence[Call]
-    kept: Sequence[Array]
+    sendable = True
+    """To another process: see `process`."""
+
+    def __init__(self, loops: Inner, *operands: Any) -> None:
+        self._operands = operands
+        self._calls = tuple(_steps(loops, *operands))
 
     def __call__(self) -> None:
-        for fn, args in self.calls:
+        for fn, args in self._calls:
             fn(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., _Bound], tuple[Any, ...]]:
+        return _elsewhere, self._operands
+
+
+def _elsewhere(ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, *rest: Any) -> _Bound:
+    """What another process bound. Raises ValueError where it cannot be bound here."""
+    loops = inner()
+    if loops is None or not (y.flags.writeable and room.flags.writeable):
+        raise ValueError("no inner loops here, or no memory that both processes may write to")
+    return _Bound(loops, ranges, weights, y, room, *rest)
 
 
 def _product(p: Piece, weights: Array, scratch: Scratch, loops: Inner, alpha: float) -> Call:
@@ -182,12 +197,11 @@ def added(
     `ranges` has x for each of `depths`, (rows, depth) of any distance between rows: in pieces, of which all but the
     last are of whole PANELs and which have M rows together.
     """
-    steps = tuple(_steps(ranges, weights, first, y, room, loops, alpha))
-    return _Bound(steps, (weights, y, room, *(x for rows in ranges for x in rows))), ()
+    return _Bound(loops, ranges, weights, y, room, alpha, first), ()
 
 
 def _steps(
-    ranges: Sequence[Sequence[Array]], weights: Array, first: int, y: Array, room: Array, loops: Inner, alpha: float
+    loops: Inner, ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, alpha: float, first: int
 ) -> Iterator[Call]:
     (m, columns), n, item = y.shape, weights.shape[1], y.itemsize
     factor, begin, count, ldy = ctypes.c_float(alpha), ctypes.c_void_p(address(room)), _size(m), _line(y)

@@ -10,11 +10,6 @@ from itertools import pairwise
 
 from infera_kernels.calls import Array, Split
 
-LEAST_NS = 90_000
-"""Nanoseconds of work below which a part is not worth a thread of its own. Chosen by whole models, on the EPYC of
-bench/results. Where it takes longer to wake a thread, as on the Xeon there, models of many small steps take longer with
-two threads than with one, and more work would be asked for."""
-
 
 def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[slice]:
     """Slices of nearly equal size that cover range(count), which is `ns` nanoseconds of work for one thread.
@@ -23,7 +18,7 @@ def parts(count: int, ns: float, split: Split, *, multiple: int = 1) -> list[sli
     of `multiple`.
     """
     units = -(-count // multiple)
-    number = max(1, min(split.threads, units, int(ns // LEAST_NS)))
+    number = max(1, min(split.threads, units, int(ns // split.least_ns)))
     edges = [min(count, units * i // number * multiple) for i in range(number + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
@@ -36,8 +31,8 @@ def spans(count: int, number: int) -> list[tuple[int, int]]:
 
 def worth(ns: float, split: Split) -> Split:
     """`split`, with no more threads than `ns` nanoseconds of work are worth."""
-    threads = max(1, min(split.threads, int(ns // LEAST_NS)))
-    return split if threads == split.threads else Split(threads, split.parallel)
+    threads = max(1, min(split.threads, int(ns // split.least_ns)))
+    return split if threads == split.threads else split._replace(threads=threads)
 
 
 def along(x: Array, axis: int, part: slice) -> Array:

@@ -1,0 +1,126 @@
+"""Host memory that worker processes have mapped too."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from bisect import bisect_right
+from mmap import PAGESIZE, mmap
+from typing import NamedTuple
+from weakref import finalize
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from infera_gpu.devices.base import require_host_memory
+from infera_gpu.graph import HostArray
+from infera_gpu.spec import Array
+from infera_kernels.cpu.aligned import address
+
+if sys.platform == "linux":
+    from mmap import MADV_REMOVE
+    from os import memfd_create
+else:  # no file without a name: `SharedMemory` raises OSError, and nothing is shared
+    MADV_REMOVE = 0
+
+    def memfd_create(name: str) -> int:
+        raise OSError("no anonymous files on this system")
+
+
+SLACK = 4096
+"""Bytes behind what was asked for: kernels may look ahead."""
+
+
+class _Block(NamedTuple):
+    begin: int
+    """Where in the file."""
+    nbytes: int
+    constant: bool
+
+
+class SharedMemory:
+    """Blocks of an anonymous file, each mapped as long as an array lies in it. Their pages go back with it.
+
+    The child of a fork has the parent's blocks, and needs memory of its own for others. It may read constants there,
+    whose pages stay then for good, and leaves all else alone. Raises OSError where the system has no such files.
+    """
+
+    def __init__(self) -> None:
+        self.file = memfd_create("infera")
+        self._lock = threading.Lock()
+        self._end = 0
+        self._kept = 0
+        self._blocks: dict[int, _Block] = {}
+        """By address."""
+        self._sorted: list[int] | None = None
+        self._copies: dict[int, HostArray] = {}
+        """Of memory elsewhere, by its address."""
+        self._process = os.getpid()
+
+    def block(self, nbytes: int, *, constant: bool = False) -> HostArray:
+        """Uninitialised memory that begins with a page. Raises OutOfMemoryError where there is not that much."""
+        require_host_memory("the arena", nbytes)
+        size = -(-(nbytes + SLACK) // PAGESIZE) * PAGESIZE
+        with self._lock:
+            begin, self._end = self._end, self._end + size
+            os.ftruncate(self.file, self._end)
+        mapping = mmap(self.file, size, offset=begin)
+        root = np.frombuffer(mapping, np.uint8)
+        at = address(root)
+        self._blocks[at] = _Block(begin, size, constant)
+        self._sorted = None
+        finalize(root, self._free, at, mapping).atexit = False
+        return root[:nbytes]
+
+    def copy(self, array: HostArray) -> HostArray:
+        """The array, in a block of its own; as it is where it lies in one."""
+        if self.place_of(array) is not None:
+            return array
+        made: HostArray = np.ndarray(array.shape, array.dtype, self.block(array.nbytes, constant=True))
+        np.copyto(made, array)
+        made.flags.writeable = False
+        return made
+
+    def place_of(self, array: Array) -> tuple[int, int, int] | None:
+        """Where the array's block begins in the file, the block's bytes and where in it the array begins."""
+        at = address(array)
+        found = self._sorted
+        if found is None:
+            found = self._sorted = sorted([*self._blocks])
+        i = bisect_right(found, at) - 1
+        block = self._blocks.get(found[i]) if i >= 0 else None
+        if block is None or at - found[i] >= block.nbytes:
+            return None
+        return block.begin, block.nbytes, at - found[i]
+
+    def place_of_copy(self, array: HostArray) -> tuple[int, int, int]:
+        """Where the array begins in a copy of all the memory that it is a window of, which never changes. The copy
+        lives as long as that memory."""
+        low, high = byte_bounds(array)
+        root = array
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        at, end = byte_bounds(root)
+        if not at <= low <= high <= end:
+            raise ValueError("an array that lies outside of what it is a window of")
+        found = self._copies.get(at)
+        if found is None:
+            copy = self.block(end - at, constant=True)
+            np.copyto(copy, np.frombuffer(memoryview((ctypes.c_uint8 * (end - at)).from_address(at)), np.uint8))
+            found = self._copies[at] = copy
+            finalize(root, self._copies.pop, at, None).atexit = False
+        place = self.place_of(found)
+        assert place is not None
+        return place[0], place[1], place[2] + address(array) - at
+
+    def keep(self) -> None:
+        """The process is about to fork: the child may read the constants that are there."""
+        self._kept = self._end
+
+    def _free(self, at: int, mapping: mmap) -> None:
+        found = self._blocks.pop(at)
+        self._sorted = None
+        if self._process == os.getpid() and not (found.constant and found.begin < self._kept):
+            mapping.madvise(MADV_REMOVE)
