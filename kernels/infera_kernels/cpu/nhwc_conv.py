@@ -1,6 +1,6 @@
 """Two-dimensional convolution on NumPy and its BLAS, channels last.
 
-Six strategies, by shape: pointwise (a product straight from x), depthwise (multiply-adds of whole rows), shifted sums
+Six strategies, by shape: pointwise (a product straight from x), depthwise (multiply-adds of channels), shifted sums
 (few output channels), Winograd (3x3), and for the rest products of windows that OpenBLAS' own loops read where they
 lie, or, where these may not be called, a block of columns (im2col) and a product. Every one applies the epilogue to a
 block while it is in cache, and is split by rows of the output, or by its channels where the rows are few.
@@ -18,7 +18,7 @@ from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_border import whole_tiles
 from infera_kernels.cpu.nhwc_columns import columns
-from infera_kernels.cpu.nhwc_depthwise import depthwise
+from infera_kernels.cpu.nhwc_depthwise import depthwise, whole_folds
 from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
 from infera_kernels.cpu.nhwc_shifted import shifted
@@ -116,11 +116,12 @@ def border_of(
 ) -> tuple[Pair, Pair] | None:  # fmt: skip
     """The border, (before, after) of each axis, within which `conv2d` reads images of `size` (H, W) without a copy;
     None where it reads them without or copies in any case."""
-    depthwise = _is_depthwise(w, group)
-    if not any(map(any, pads)) or (depthwise and strides[1] > 1) or _is_shifted(w, strides, group):
+    if not any(map(any, pads)) or _is_shifted(w, strides, group):
         return None
+    if _is_depthwise(w, group):
+        return whole_folds(size, w, out, strides=strides, pads=pads, dilations=dilations)
     direct = inner() is not None and reads(w, Window(out, (w[2], w[3]), strides, dilations, (0, 0)))
-    tile = 0 if depthwise else tile_of(tuple(w), images, out, strides, dilations, group, direct=direct)
+    tile = tile_of(tuple(w), images, out, strides, dilations, group, direct=direct)
     if not tile:
         return pads
     return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)

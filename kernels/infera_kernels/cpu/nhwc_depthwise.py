@@ -1,9 +1,8 @@
-"""Depthwise convolution, channels last: multiply-adds of whole rows."""
+"""Depthwise convolution, channels last: multiply-adds of many channels at a time."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,12 +10,23 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
+from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_rows import Window, flat, images, in_parts, longest, padded, room_for, spans
 from infera_kernels.cpu.strides import strided
 
-BLOCK_BYTES = 1 << 20
-"""Output of one block. Smaller blocks load more rows twice."""
+BLOCK_BYTES = 1 << 19
+"""Output of one block, which what follows the sums finds in the cache."""
+
+WEIGHT_BYTES = 3 << 15
+"""What the weights of all taps may take, repeated for the pixels of one inner loop: more push what they are multiplied
+with out of the cache."""
+
+SHORTEST_BYTES = 1 << 10
+"""What one inner loop reads at least, where a row is as long: a shorter one takes hardly less time."""
+
+SHORT_LOOP = 96
+"""Channels below which two pixels that lie apart are read with what lies between them."""
 
 
 def depthwise(
@@ -34,43 +44,37 @@ def depthwise(
 ) -> list[Call]:
     """y = activation(conv(x, w) + b + residual) with w (C, 1, KH, KW); see `conv2d`.
 
-    np.einsum multiplies and adds in one pass, where np.multiply and np.add make two. Its inner loop is a whole row of
-    pixels, with the weights repeated for every pixel. A horizontal stride s parts the columns of x and of the kernel
-    into s phases, each of stride 1, whose sums are added.
+    np.einsum multiplies and adds in one pass, where np.multiply and np.add make two; see `Loop`.
     """
     height, width = window.out
-    c = x.shape[3]
-    once, weights = _weights(w, width, scratch, pack)
-    phases = list(_phases(window))
+    c, fold = x.shape[3], folded(x.shape[3], window.strides, window.dilations)
+    window = _whole(window, fold)
+    loop = _loop(window, fold, c, x.itemsize)
+    once, weights = _weights(w, loop, scratch, pack)
     target, rest = flat(y), None if residual is None else flat(residual)
     dense = y.flags.c_contiguous
-    most = max(1, BLOCK_BYTES // (width * c * y.itemsize))
+    most = max(1, BLOCK_BYTES // (width * fold * c * y.itemsize))
 
     def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
         first_of_all, finish = epilogue(activation, b, step * width, c, y, scratch)
-        views = [x[:, :, phase.first :: window.strides[1]] for phase in phases]
-        rooms = [
-            room_for(view, phase.window, min(step, height), scratch, dense=True)
-            for view, phase in zip(views, phases, strict=True)
-        ]
+        room = room_for(x, window, min(step, height), scratch, dense=loop != Loop(1, 1))
         sums = None if dense else scratch((step * width, c), y.dtype)
-        more = scratch((step, width * c), y.dtype) if len(phases) > 1 else None
+        halves = None if fold == 1 else scratch((step * width, fold * c), y.dtype)
 
         def calls() -> Iterator[Call]:
             yield from first_of_all
             for first, last in spans(start, stop, step):
                 pixels = slice(first * width, last * width)
                 block = target[pixels] if sums is None else sums[: (last - first) * width]
+                made = block if halves is None else halves[: block.shape[0]]
+                into = made.reshape(last - first, -1, weights.shape[-1])
                 for i, row, end, at in images(first, last, height):
-                    into = block.reshape(-1, width * c)[at]
-                    for k, (phase, view, room) in enumerate(zip(phases, views, rooms, strict=True)):
-                        band, load = padded(view[i], room, phase.window, row, end)
-                        made = into if more is None or k == 0 else more[: end - row]
-                        yield from load
-                        yield _multiply_add(band, weights[:, phase.taps], made, phase.window)
-                        if made is not into:
-                            yield np.add, (into, made, into)
+                    band, load = padded(x[i], room, window, row, end)
+                    yield from load
+                    yield _multiply_add(band, weights, into[at], window, loop)
+                if halves is not None:
+                    yield np.add, (made[:, :c], made[:, c:], block)
                 yield from finish(block, None if rest is None else rest[pixels])
                 if sums is not None:
                     yield np.copyto, (target[pixels], block)
@@ -80,54 +84,90 @@ def depthwise(
     return [*once, *in_parts(y.shape[0] * height, split, part)]
 
 
-class Phase(NamedTuple):
-    """The columns first, first + stride, ... of x, the taps of the kernel that see them, and how."""
+class Loop(NamedTuple):
+    """What an inner loop goes over: the channels of `fold` columns of x, for each of `together` pixels of y.
 
-    first: int
-    taps: slice
-    window: Window
+    The pixels lie one behind the other, and so do what they see; the weights are repeated for each.
+    """
 
-
-def _phases(window: Window) -> Iterator[Phase]:
-    stride, dilation, before = (pair[1] for pair in (window.strides, window.dilations, window.before))
-    every = stride // math.gcd(stride, dilation)
-    for tap in range(min(every, window.kernel[1])):
-        shift, first = divmod(tap * dilation - before, stride)
-        taps = slice(tap, None, every)
-        yield Phase(
-            first + max(0, shift) * stride,
-            taps,
-            Window(
-                window.out,
-                (window.kernel[0], len(range(window.kernel[1])[taps])),
-                (window.strides[0], 1),
-                (window.dilations[0], every * dilation // stride),
-                (window.before[0], max(0, -shift)),
-            ),
-        )
+    fold: int
+    together: int
 
 
-def _multiply_add(band: Array, weights: Array, y: Array, window: Window) -> Call:
-    """y (rows, OW * C) = the weighted sums of what its pixels see of a band."""
+def folded(channels: int, strides: Pair, dilations: Pair) -> int:
+    """Columns of x that count as one pixel of more channels, so that what is seen of it lies together; 1 where few
+    channels do not make loops short.
+
+    A kernel that ends within such a pixel has weights of 0 for the rest. What is summed for each column is added up.
+    """
+    return 2 if strides[1] == 2 and dilations[1] == 1 and channels < SHORT_LOOP else 1
+
+
+def whole_folds(
+    size: Pair, w: Sequence[int], out: Pair, *, strides: Pair, pads: tuple[Pair, Pair], dilations: Pair
+) -> tuple[Pair, Pair]:
+    """The border, (before, after) of each axis, around images of `size` (H, W) that `depthwise` reads as they are."""
+    window = Window(out, (w[2], w[3]), strides, dilations, (0, 0))
+    seen = _whole(window, folded(w[0], strides, dilations)).seen(1, out[1])
+    before, after = pads[1]
+    return pads[0], (before, max(after, seen - size[1] - before))
+
+
+def _whole(window: Window, fold: int) -> Window:
+    """The window whose kernel is as wide as whole folds of columns."""
+    return window._replace(kernel=(window.kernel[0], -(-window.kernel[1] // fold) * fold))
+
+
+def _loop(window: Window, fold: int, channels: int, itemsize: int) -> Loop:
+    """The pixels of an inner loop divide a row. They are many, up to what their weights take."""
+    width, pixel = window.out[1], fold * channels * itemsize
+    if fold == 1 and window.strides[1] > 1:
+        return Loop(1, 1)
+    most = WEIGHT_BYTES // (window.kernel[0] * window.kernel[1] // fold * pixel)
+    possible = [n for n in range(1, width + 1) if width % n == 0 and n * pixel >= SHORTEST_BYTES] or [width]
+    return Loop(fold, max((n for n in possible if n <= most), default=possible[0]))
+
+
+def _multiply_add(band: Array, weights: Array, y: Array, window: Window, loop: Loop) -> Call:
+    """y (rows, OW / together, together * fold * C) = the weighted sums of what its pixels see of a band."""
     down, right, one = band.strides
-    steps = (down * window.strides[0], down * window.dilations[0], right * window.dilations[1], one)
-    seen = strided(band, (y.shape[0], *window.kernel, y.shape[1]), steps)
-    return partial(np.einsum, out=y), ("rijx,ijx->rx", seen, weights)
+    steps = (
+        down * window.strides[0],
+        down * window.dilations[0],
+        right * (window.dilations[1] if loop.fold == 1 else loop.fold),
+        right * window.strides[1] * loop.together,
+        one,
+    )
+    seen = strided(band, (y.shape[0], *weights.shape[:2], *y.shape[1:]), steps)
+    return partial(np.einsum, out=y), ("rijpx,ijx->rpx", seen, weights)
 
 
-def _weights(w: Array, width: int, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
-    """(KH, KW, width * C), and the calls that make it.
+def _weights(w: Array, loop: Loop, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
+    """(KH, KW / fold, together * fold * C), and the calls that make it.
 
     What is packed is long enough for the next power of two: of images of many widths few forms are kept.
     """
-    taps, c = w.shape[2:], w.shape[0]
-    repeat = width if pack is None else 1 << (width - 1).bit_length()
+    fold, together = loop
+    c, _, rows, columns = w.shape
+    repeat = together if pack is None else 1 << (together - 1).bit_length()
+    shape = rows, -(-columns // fold), repeat, fold, c
 
-    def in_order(w: Array) -> Array:
-        return np.broadcast_to(w[:, 0].transpose(1, 2, 0)[:, :, None], (*taps, repeat, c))
+    def packed(w: Array) -> Array:
+        made = np.zeros(shape, w.dtype)
+        for fn, args in _repeated(w, made):
+            fn(*args)
+        return made
 
     if pack is not None:
-        made = pack(f"depthwise{repeat}", lambda w: np.ascontiguousarray(in_order(w)))
-        return [], made.reshape(*taps, -1)[:, :, : width * c]
-    made = scratch((*taps, repeat * c), w.dtype)
-    return [(np.copyto, (made.reshape(*taps, repeat, c), in_order(w)))], made
+        made, once = pack(f"depthwise{fold}x{repeat}", packed), []
+    else:
+        made = scratch(shape, w.dtype)
+        once = [(np.copyto, (made, w.dtype.type(0))), *_repeated(w, made)]
+    return once, made.reshape(*shape[:2], -1)[:, :, : together * fold * c]
+
+
+def _repeated(w: Array, made: Array) -> list[Call]:
+    """Writes w (C, 1, KH, KW) to (KH, KW / fold, pixels, fold, C), except where the kernel ends before."""
+    taps = w[:, 0].transpose(1, 2, 0)[:, :, None]
+    phases = [(made[:, :, :, i], taps[:, i :: made.shape[3]]) for i in range(made.shape[3])]
+    return [(np.copyto, (target[:, : phase.shape[1]], phase)) for target, phase in phases]
