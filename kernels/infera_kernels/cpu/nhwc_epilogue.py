@@ -12,8 +12,9 @@ from infera_kernels.cpu.conv_epilogue import Activation, activator
 from infera_kernels.cpu.nhwc_border import joined
 from infera_kernels.cpu.nhwc_rows import flat, images
 
-TILE = 1024
-"""Elements of a bias repeated for several pixels, so that inner loops are long."""
+TILE = 4097
+"""Elements of a bias repeated for several pixels, or a few more: NumPy copies operands that lie in shorter rows, of
+which two fit into the buffers of its iterators (8192 elements), before it adds them."""
 
 
 class Finish(Protocol):
@@ -69,7 +70,7 @@ def beginning(
 
 def _repeated(b: Array | None, pixels: int, channels: int, scratch: Scratch) -> tuple[list[Call], Array | None]:
     """b for several pixels at a time, b itself where that is too long or there is one pixel, and what makes it."""
-    repeat = min(pixels, max(1, TILE // channels))
+    repeat = min(pixels, -(-TILE // channels))
     if b is None or repeat == 1:
         return [], b
     tile = scratch((repeat * channels,), b.dtype)
