@@ -1,9 +1,9 @@
 """`python -m bench.first`: how long a user waits for a model to load and for its first inference.
 
 Each load is in a fresh process with one thread, infera's and onnxruntime's in turn; medians. infera loads each model
-twice: as one that was loaded on this machine before, whose optimised graph it has kept where it is small, and without
-that. Imports are timed apart: the package, and the modules that its first load imports. Model files and byte code are
-in the system's cache. Writes bench/results/<host class>-first-<date>.json.
+twice: as one that was loaded on this machine before, whose optimised graph and plan it has kept where it is small, and
+without that. Imports are timed apart: the package, and the modules that its first load imports. Model files and byte
+code are in the system's cache. Writes bench/results/<host class>-first-<date>.json.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def measure(model: Path, feeds: Feeds, rounds: int, cache: Path) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "feeds.npz"
         np.savez(given, **feeds)  # type: ignore[arg-type]
-        for n in range(rounds + 2):
+        for n in range(rounds + 3):
             for name in list(CONTENDERS)[:: 1 if n % 2 else -1]:
                 times = stages_of(name, model, given, cache)
-                if n > 1:  # the first two fill the caches
+                if n > 2:  # the first three fill the caches
                     taken[name].append(times)
     found = {name: summarize(samples) for name, samples in taken.items()}
     ours, peer = found[OURS], found[PEER]

@@ -19,7 +19,7 @@ import platform
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -68,12 +68,17 @@ class Entry:
     def __init__(self, source: Path, told: bytes, folder: Path, name: str | None) -> None:
         self._source, self._told, self._folder, self._name = source, told, folder, name
 
+    @property
+    def path(self) -> Path | None:
+        """Of the entry, None where there is no folder yet."""
+        return None if self._name is None else self._folder / self._name
+
     def read(self) -> Graph | None:
         """The graph, named after the file as when it is loaded; None where none is kept, or what is kept is damaged."""
         if self._name is None:
             return None
         try:
-            return replace(decoded(_content(self._folder / self._name)), name=self._source.name)
+            return replace(decoded(content(self._folder / self._name)), name=self._source.name)
         except (OSError, Damaged):
             return None
 
@@ -85,7 +90,7 @@ class Entry:
             elif seconds * 1e9 > NS_OF_A_BYTE * self._source.stat().st_size:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if len(os.listdir(self._folder.parent)) > MAX_ENTRIES:
-                    _make_room(self._folder.parent)
+                    make_room(self._folder.parent)
         except (OSError, Unencodable):
             return
 
@@ -97,7 +102,7 @@ class Entry:
         content = encoded(graph)
         if len(content) <= MAX_BYTES:
             replace_file(path, content)
-            _make_room(self._folder.parent)
+            make_room(self._folder.parent)
 
 
 def entry_of(source: Source, device: Device, precision: str) -> Entry | None:
@@ -145,7 +150,7 @@ def directory() -> Path:
     return default_directory().with_name("graphs")
 
 
-def _content(path: Path) -> HostArray:
+def content(path: Path) -> HostArray:
     """The bytes of a file, from a cache line on. Raises OSError."""
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -154,7 +159,7 @@ def _content(path: Path) -> HostArray:
         return data[:done]
 
 
-def _make_room(root: Path) -> None:
+def make_room(root: Path) -> None:
     """Removes the oldest entries where there are too many, and all empty folders where there are too many of these.
     Others may do so at the same time."""
     folders, kept = [file.path for file in os.scandir(root)], list[tuple[int, int, str]]()
@@ -177,14 +182,19 @@ def _make_room(root: Path) -> None:
 
 @cache
 def _sources() -> str | None:
-    """Changes when a source does: how many there are, their bytes and the sum of their times. Looked at once a process.
-
-    None where one has changed since this was imported: what runs is not what is there.
-    """
+    """`fingerprint` of what decides what passes make of a graph. Looked at once a process."""
     import infera_gpu
 
     folders = [os.path.join(place, package) for place in infera_gpu.__path__ for package in _PACKAGES]
-    folders += [os.path.join(place, "portable") for place in infera_kernels.__path__]
+    found = fingerprint([*folders, *(os.path.join(place, "portable") for place in infera_kernels.__path__)])
+    return found and f"{infera_gpu.__version__} {found}"
+
+
+def fingerprint(folders: Iterable[str]) -> str | None:
+    """Changes when a source in these folders does: how many there are, their bytes and the sum of their times.
+
+    None where one has changed since this was imported: what runs is not what is there.
+    """
     count = size = times = 0
     for folder in folders:
         with os.scandir(folder) as found:
@@ -194,4 +204,4 @@ def _sources() -> str | None:
                     if about.st_mtime_ns > _IMPORTED_NS:
                         return None
                     count, size, times = count + 1, size + about.st_size, times + about.st_mtime_ns
-    return f"{infera_gpu.__version__} {count} {size} {times}"
+    return f"{count} {size} {times}"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import EMPTY, Graph, HostArray, Node
+from infera_gpu.graph import EMPTY, Graph, HostArray, Node, T
 from infera_gpu.spec import (
     MapSpec,
     OptionalSpec,
@@ -44,11 +44,16 @@ class Damaged(Exception):
 
 def encoded(graph: Graph) -> bytes:
     """The graph as bytes, of which `decoded` makes an equal one. Raises Unencodable."""
-    writer = _Writer()
-    text = json.dumps(writer.graph(graph), separators=(",", ":")).encode()
+    writer = Writer()
+    return framed(writer.graph(graph), writer.arrays)
+
+
+def framed(said: Any, arrays: Sequence[HostArray]) -> bytes:
+    """What a `Writer` said, and the arrays that it met."""
+    text = json.dumps(said, separators=(",", ":")).encode()
     start = _HEAD.size + len(text)
     parts, size = [b"\0" * (-start % LINE)], -start % LINE
-    for array in writer.arrays:
+    for array in arrays:
         parts += [array.tobytes(), b"\0" * (-array.nbytes % LINE)]
         size += array.nbytes + -array.nbytes % LINE
     body = b"".join([text, *parts])
@@ -60,18 +65,23 @@ def decoded(data: HostArray) -> Graph:
 
     Raises Damaged.
     """
+    return unframed(data, lambda reader, said: reader.graph(said))
+
+
+def unframed(data: HostArray, make: Callable[[Reader, Any], T]) -> T:
+    """What `make` makes of what was `framed`. Raises Damaged, also where it stumbles."""
     try:
         whole = memoryview(data.data)
         magic, checksum, length, size = _HEAD.unpack_from(whole)
         if magic != MAGIC or data.nbytes != _HEAD.size + length + size or zlib.crc32(whole[_HEAD.size :]) != checksum:
             raise Damaged
         start = _HEAD.size + length
-        return _Reader(data, start + -start % LINE).graph(json.loads(bytes(whole[_HEAD.size : start])))
+        return make(Reader(data, start + -start % LINE), json.loads(bytes(whole[_HEAD.size : start])))
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, struct.error) as error:
         raise Damaged from error
 
 
-class _Writer:
+class Writer:
     """Says graphs in what JSON has. `arrays` are those that it has met, each once however many names it has."""
 
     def __init__(self) -> None:
@@ -110,7 +120,7 @@ class _Writer:
         if number is None:
             number = self._numbers[id(array)] = len(self.arrays)
             self.arrays.append(array)
-        return [number, _code(array.dtype), array.shape]
+        return [number, code_of(array.dtype), array.shape]
 
     def _specs(self, specs: Mapping[str, ValueSpec]) -> dict[str, Any]:
         return {k: self.spec(s) for k, s in specs.items()}
@@ -120,24 +130,24 @@ class _Writer:
             case None:
                 return None
             case TensorSpec():
-                return ["tensor", spec.shape, _code(spec.dtype), spec.ranked]
+                return ["tensor", spec.shape, code_of(spec.dtype), spec.ranked]
             case SequenceSpec():
                 return ["sequence", self.spec(spec.elem)]
             case OptionalSpec():
                 return ["optional", self.spec(spec.elem)]
             case MapSpec():
-                return ["map", _code(spec.key), self.spec(spec.value)]
+                return ["map", code_of(spec.key), self.spec(spec.value)]
 
 
-def _code(dtype: np.dtype[Any]) -> int:
+def code_of(dtype: np.dtype[Any]) -> int:
     try:
         return onnx_of_dtype(dtype)
     except KeyError:
         raise Unencodable(str(dtype)) from None
 
 
-class _Reader:
-    """Makes graphs of what a `_Writer` said. The arrays lie in `data`, one behind the other from `start` on."""
+class Reader:
+    """Makes graphs of what a `Writer` said. The arrays lie in `data`, one behind the other from `start` on."""
 
     def __init__(self, data: HostArray, start: int) -> None:
         self._data, self._next = data, start

@@ -17,6 +17,7 @@ from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import PRECISIONS, Precision
 from infera_gpu.passes.gradient import differentiated
+from infera_gpu.plan_cache import KeptPlans
 from infera_gpu.session import TUNING_SECONDS, Session
 from infera_gpu.source import Source
 from infera_gpu.specialize import check_supported
@@ -70,7 +71,7 @@ def load(
     docs/gpu.md says what it takes to mean "entry", and what it costs.
 
     What passes make of a small model in a file is kept on disk the second time that it is loaded, for the third and all
-    later times: `graph_cache`.
+    later times: `graph_cache`. On the CPU so are its plans, as they are made from then on: `plan_cache`.
 
     External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
     they are while the session lives. `mapped=False` reads them, and they may change.
@@ -121,6 +122,8 @@ def load(
         )
         if entry is not None and optimised is None and not graph.overridable:
             entry.keep(session.graph, time.thread_time() - began)
+        if optimised is not None and entry is not None and entry.path is not None and opened.space == "host":
+            session.keep_plans(KeptPlans(entry.path, session.graph, opened, registry()))
         opened.require(f"the weights of '{session.name}'", session.constant_bytes)
         if tune:
             session.tunable()

@@ -17,7 +17,7 @@ from infera_gpu.constants import Constants
 from infera_gpu.devices import Device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.entry import Entering, Entry
-from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.errors import DeviceError, InputError, PlanError
 from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
@@ -25,7 +25,7 @@ from infera_gpu.passes import Precision, Report, optimize
 from infera_gpu.passes.gradient import differentiated
 from infera_gpu.results import RESULTS
 from infera_gpu.spec import Array, TensorSpec, ValueSpec, tensors_of
-from infera_gpu.stages import Stage, Stages
+from infera_gpu.stages import Shelf, Stage, Stages
 
 MAX_OVERRIDING = 8
 """Sets of overridden constants for which a session keeps plans; the least recently used is dropped beyond that."""
@@ -91,6 +91,10 @@ class Running(ABC):
         self._leases: dict[Memory, Lease] = {}
         self._available = threading.Condition()
         self._closed = False
+
+    def keep_plans(self, shelf: Shelf) -> None:
+        """Take plans from there, and keep those there that must be made."""
+        self._stages.shelf = shelf
 
     def _planning(self) -> Stages:
         return Stages(self.graph, self.device, registry(), self._constants, self._nested)
@@ -205,7 +209,14 @@ class Running(ABC):
             stage = self._stages.first(feeds.shapes)
             entering: Mapping[str, Array] = feeds.arrays
             while True:
-                bound = lease.bound(stage.plan, entering)
+                try:
+                    bound = lease.bound(stage.plan, entering)
+                except PlanError:
+                    if not stage.taken:
+                        raise
+                    self._stages.distrust()
+                    stage = self._stages.first(feeds.shapes)
+                    continue
                 self._fill(bound, entering)
                 try:
                     run(stage, bound)

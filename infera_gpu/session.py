@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from infera_gpu.bind import Bound
 from infera_gpu.devices import tiles_of
-from infera_gpu.errors import DeviceError
+from infera_gpu.errors import DeviceError, PlanError
 from infera_gpu.feeds import shape_of
 from infera_gpu.lease import Lease
 from infera_gpu.plan import Plan, Step
@@ -85,9 +85,14 @@ class Session(Running):
         for given in inputs:
             plans.setdefault(self._for(given), []).append(self.plan_for(given))
         nbytes = 0
-        with self._hosting():
-            for session, own in plans.items():
-                nbytes = session._with_lease(lambda lease, own=own: lease.reserve(own))  # type: ignore[misc]
+        try:
+            with self._hosting():
+                for session, own in plans.items():
+                    nbytes = session._with_lease(lambda lease, own=own: lease.reserve(own))  # type: ignore[misc]
+        except PlanError:
+            if not sum(session._stages.distrust() for session in plans):
+                raise
+            return self.reserve(*inputs)
         return nbytes
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:

@@ -6,10 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from infera_gpu.bodies import Body, Nest, value_of
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.errors import PlanError, planning
@@ -18,7 +19,7 @@ from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.lower import lower
 from infera_gpu.measure import Measurer
-from infera_gpu.op import Registry, Site, Subgraph
+from infera_gpu.op import Registry, Site
 from infera_gpu.plan import Plan
 from infera_gpu.spec import TensorSpec, ValueSpec, is_plain, spec_of, value_spec
 from infera_gpu.specialize import Eager, Known, Segment, specialize
@@ -33,8 +34,17 @@ Told: TypeAlias = tuple[tuple[object, ...], ...]
 Read: TypeAlias = Callable[[str], HostArray]
 """Fetches a value that a run left."""
 
-Nest: TypeAlias = Callable[[Graph], Callable[..., list[Any]]]
-"""Makes a graph without captured values callable: its inputs in order in, its outputs in order out."""
+
+class Shelf(Protocol):
+    """Where plans are kept from one process to the next."""
+
+    def take(self, shapes: Shapes) -> Plan | None:
+        """The plan of the first segment for inputs of these shapes, if it is there."""
+        ...
+
+    def keep(self, shapes: Shapes, plan: Plan) -> None:
+        """Keep one that has been made, if it can be."""
+        ...
 
 
 @dataclass(eq=False)
@@ -49,9 +59,11 @@ class Stage:
     missing: tuple[str, ...]
     objects: Mapping[str, ValueSpec]
     next: dict[Told, Stage] = field(default_factory=dict)
-    bodies: dict[int, _Body] = field(default_factory=dict)
+    bodies: dict[int, Body] = field(default_factory=dict)
     folded: int = 0
     """Bytes of constants that planning computed."""
+    taken: bool = False
+    """Whether its plan was kept from another process."""
 
     @property
     def segment(self) -> Segment:
@@ -60,53 +72,6 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.segment.is_last
-
-
-class _Body:
-    """A subgraph as a stage's host nodes call it; planned for every combination of types that it is called with."""
-
-    def __init__(self, graph: Graph, known: Mapping[str, HostArray], opsets: Mapping[str, int], nest: Nest) -> None:
-        captured = sorted(graph.captures())
-        self.fed = tuple(v for v in captured if v not in known)
-        constants = {**{v: known[v] for v in captured if v in known}, **graph.constants}
-        self._graph = replace(graph, constants=constants, opsets=opsets)
-        self._nest = nest
-        self._made: dict[tuple[ValueSpec, ...], Callable[..., list[Any]]] = {}
-
-    def bound(self, captured: tuple[Any, ...]) -> Subgraph:
-        return _Bound(self, captured)
-
-    @property
-    def graph(self) -> Graph:
-        return self._graph
-
-    def __call__(self, values: tuple[Any, ...]) -> list[Any]:
-        types = tuple(map(_type, values))
-        found = self._made.get(types)
-        if found is None:
-            names = (*self._graph.inputs, *self.fed)
-            graph = replace(self._graph, inputs=dict(zip(names, types, strict=True)))
-            found = self._made[types] = self._nest(graph)
-        return found(*values)
-
-
-def _type(value: Any) -> ValueSpec:
-    """The type of a value, for which a subgraph is planned: of a tensor, the element type."""
-    return TensorSpec((), value.dtype, ranked=False) if isinstance(value, np.ndarray) else value_spec(value)
-
-
-class _Bound:
-    """A body with the values that it captures: implements op.Subgraph."""
-
-    def __init__(self, body: _Body, captured: tuple[Any, ...]) -> None:
-        self._body, self._captured = body, captured
-        self.inputs = tuple(body.graph.inputs.values())
-        self.outputs = tuple(body.graph.outputs.values())
-
-    def __call__(self, *values: Any) -> list[Any]:
-        if len(values) != len(self.inputs):
-            raise PlanError(f"its subgraph has {len(self.inputs)} inputs, {len(values)} values are given")
-        return self._body((*map(_value, values), *self._captured))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +97,7 @@ class Stages:
         self._constants = constants
         self._folded = 0
         self._planning = threading.Lock()
+        self.shelf: Shelf | None = None
 
     def __len__(self) -> int:
         """Stages that are kept."""
@@ -153,6 +119,15 @@ class Stages:
                     settle("plan")
         self._touch(stage)
         return stage
+
+    def distrust(self) -> bool:
+        """Forget the stages whose plans were kept from another process, and take no more; whether there were any."""
+        with self._planning:
+            self.shelf, taken = None, [stage for stage in self._recent if stage.taken]
+            for stage in taken:
+                self._recent.pop(stage).cut()
+                self._folded -= stage.folded
+            return bool(taken)
 
     def advance(
         self, stage: Stage, read: Read, objects: MutableMapping[str, Any]
@@ -204,13 +179,13 @@ class Stages:
         for name, graph in node.subgraphs:
             body = stage.bodies.get(id(graph))
             if body is None:
-                body = stage.bodies[id(graph)] = _Body(graph, stage.segment.constants, self._graph.opsets, self._nest)
+                body = stage.bodies[id(graph)] = Body(graph, stage.segment.constants, self._graph.opsets, self._nest)
             attrs[name] = body.bound(tuple(map(value, body.fed)))
         site = Site(node, attrs, tuple(None if v is None else spec_of(v) for v in tensors), tensors, opset=eager.opset)
         if not op.host and not any(v is None and i for v, i in zip(tensors, node.inputs, strict=True)):
             site = replace(site, outs=tuple(s for s in op.infer(site) if s is not None))
         made = op.outputs(np, site, ins)
-        return {n: _value(v) for n, v in zip(node.outputs, made, strict=False) if n}
+        return {n: value_of(v) for n, v in zip(node.outputs, made, strict=False) if n}
 
     def clear(self) -> None:
         """Forget every stage."""
@@ -244,6 +219,10 @@ class Stages:
             n: TensorSpec(shape, s.dtype) if isinstance(s, TensorSpec) and is_plain(s) else s
             for (n, s), shape in zip(inputs.items(), shapes, strict=True)
         }
+        wanted = tuple(self._graph.outputs)
+        plan = None if self.shelf is None else self.shelf.take(shapes)
+        if plan is not None:
+            return self._stage(plan, wanted, specs, taken=True)
         segment = specialize(
             self._graph.nodes,
             specs=specs,
@@ -254,7 +233,10 @@ class Stages:
             batch_invariant=self._device.batch_invariant,
             tuned=self._device.tuned,
         )
-        return self._plan(segment, tuple(self._graph.outputs), {}, specs)
+        stage = self._plan(segment, wanted, {}, specs)
+        if self.shelf is not None:
+            self.shelf.keep(shapes, stage.plan)
+        return stage
 
     def _follow(self, stage: Stage, told: Mapping[str, HostArray], made: Mapping[str, ValueSpec]) -> Stage:
         segment = stage.segment
@@ -283,6 +265,12 @@ class Stages:
                 plan = lower(segment, self._device, self._measure, carried)
         finally:
             self._measure.rest()
+        return self._stage(plan, wanted, entering)
+
+    def _stage(
+        self, plan: Plan, wanted: tuple[str, ...], entering: Mapping[str, ValueSpec], *, taken: bool = False
+    ) -> Stage:
+        segment = plan.segment
         final = tuple(o for o in wanted if o in plan.outputs)
         missing = tuple(o for o in wanted if o not in plan.outputs and o not in segment.objects)
         if segment.is_last and missing:
@@ -292,14 +280,9 @@ class Stages:
             if isinstance(declared, TensorSpec) and is_declared(declared) and declared.dtype != made:
                 raise PlanError(f"output '{name}' is {made.name}, the model declares it as {declared.dtype.name}")
         objects = {k: s for k, s in entering.items() if not is_plain(s)}
-        return Stage(plan, final, missing, objects, folded=self._constants.folded(plan))
+        return Stage(plan, final, missing, objects, folded=self._constants.folded(plan), taken=taken)
 
 
 def is_declared(spec: TensorSpec) -> bool:
     """Whether a file says so: one that leaves out the type of an output is read as float32 of unknown rank."""
     return spec.ranked or spec.dtype != np.float32
-
-
-def _value(made: Any) -> Any:
-    """What a node made, as a value: arrays, lists, dicts and None."""
-    return made if made is None or isinstance(made, (list, dict)) else np.asarray(made)

@@ -1,0 +1,69 @@
+"""Subgraphs as host nodes call them: planned for every combination of types that they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from infera_gpu.errors import PlanError
+from infera_gpu.graph import Graph, HostArray
+from infera_gpu.op import Subgraph
+from infera_gpu.spec import TensorSpec, ValueSpec, value_spec
+
+Nest: TypeAlias = Callable[[Graph], Callable[..., list[Any]]]
+"""Makes a graph without captured values callable: its inputs in order in, its outputs in order out."""
+
+
+class Body:
+    """A subgraph as a stage's host nodes call it; planned for every combination of types that it is called with."""
+
+    def __init__(self, graph: Graph, known: Mapping[str, HostArray], opsets: Mapping[str, int], nest: Nest) -> None:
+        captured = sorted(graph.captures())
+        self.fed = tuple(v for v in captured if v not in known)
+        constants = {**{v: known[v] for v in captured if v in known}, **graph.constants}
+        self._graph = replace(graph, constants=constants, opsets=opsets)
+        self._nest = nest
+        self._made: dict[tuple[ValueSpec, ...], Callable[..., list[Any]]] = {}
+
+    def bound(self, captured: tuple[Any, ...]) -> Subgraph:
+        return _Bound(self, captured)
+
+    @property
+    def graph(self) -> Graph:
+        return self._graph
+
+    def __call__(self, values: tuple[Any, ...]) -> list[Any]:
+        types = tuple(map(_type, values))
+        found = self._made.get(types)
+        if found is None:
+            names = (*self._graph.inputs, *self.fed)
+            graph = replace(self._graph, inputs=dict(zip(names, types, strict=True)))
+            found = self._made[types] = self._nest(graph)
+        return found(*values)
+
+
+def _type(value: Any) -> ValueSpec:
+    """The type of a value, for which a subgraph is planned: of a tensor, the element type."""
+    return TensorSpec((), value.dtype, ranked=False) if isinstance(value, np.ndarray) else value_spec(value)
+
+
+class _Bound:
+    """A body with the values that it captures: implements op.Subgraph."""
+
+    def __init__(self, body: Body, captured: tuple[Any, ...]) -> None:
+        self._body, self._captured = body, captured
+        self.inputs = tuple(body.graph.inputs.values())
+        self.outputs = tuple(body.graph.outputs.values())
+
+    def __call__(self, *values: Any) -> list[Any]:
+        if len(values) != len(self.inputs):
+            raise PlanError(f"its subgraph has {len(self.inputs)} inputs, {len(values)} values are given")
+        return self._body((*map(value_of, values), *self._captured))
+
+
+def value_of(made: Any) -> Any:
+    """What a node made, as a value: arrays, lists, dicts and None."""
+    return made if made is None or isinstance(made, (list, dict)) else np.asarray(made)
