@@ -21,6 +21,7 @@ from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Plan, Step
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
+from infera_kernels.cpu.interleave import interleaved
 
 if TYPE_CHECKING:
     from infera_kernels.tuning import Tuned
@@ -180,7 +181,8 @@ class Binder:
         if step.placed is None:
             (source,) = ins
             assert source is not None
-            return [self.device.transfer(source, outs[0])]
+            pieces = interleaved(source, outs[0]) if step.kind == "copy" and step.space == "host" else [(source, *outs)]
+            return [self.device.transfer(piece, target) for piece, target in pieces]
         return [self.device.compute(step, tuple(ins), outs)]
 
     def apart(self, step: Step, tuned: Tuned, outs: tuple[Array, ...]) -> list[Call]:
