@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
-from infera_kernels.cpu import nhwc_conv, nhwc_product, packed
+from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, packed
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
 from infera_kernels.cpu.nhwc_conv import conv2d
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
@@ -201,6 +202,7 @@ CONVS = (
     Conv("depthwise-folded-after", (1, 6, 8, 32), (32, 1, 3, 3), group=32, pads=((0, 1), (0, 1)), strides=(2, 2)),
     Conv("depthwise-long", (2, 9, 11, 100), (100, 1, 3, 3), group=100, pads=same(1), strides=(2, 2)),
     Conv("depthwise-together", (1, 6, 36, 96), (96, 1, 3, 3), group=96, pads=same(1)),
+    Conv("depthwise-in-padding", (2, 4, 5, 6), (6, 1, 3, 3), group=6, pads=((4, 4), (5, 4))),
     Conv("depthwise-steps", (1, 9, 9, 5), (5, 1, 2, 2), group=5, strides=(4, 5), pads=same(2)),
     Conv("depthwise-dilated", (1, 9, 8, 16), (16, 1, 3, 3), group=16, dilations=(2, 3), pads=same(2)),
     Conv("depthwise-unpadded", (2, 9, 8, 6), (6, 1, 3, 3), group=6),
@@ -250,6 +252,22 @@ def test_windows_are_read_where_they_lie(conv: Conv, monkeypatch: pytest.MonkeyP
     want = last(convolution(np, first(x).astype(np.float64), w.astype(np.float64), None, conv.out, **window))
     assert asked
     assert_near(y, want, DIRECT)
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("conv", [c for c in CONVS if c.name.startswith("depthwise")], ids=lambda c: c.name)
+def test_what_reaches_into_padding_is_summed_apart(
+    conv: Conv, layout: Callable[[Array], Array], split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a padded copy, bit by bit."""
+    x, w, b = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1])))
+    made = []
+    for large in (math.inf, 0):
+        monkeypatch.setattr(nhwc_depthwise, "LARGE_BYTES", large)
+        made.append(layout(scratch(conv.y)))
+        run(conv2d(layout(x), w, b, made[-1], scratch, split, pack=packer(w), **conv.window))
+    np.testing.assert_array_equal(*made)
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,12 @@ with out of the cache."""
 
 SHORTEST_BYTES = 1 << 10
 """What one inner loop reads at least, where a row is as long: a shorter one takes hardly less time."""
+
+LARGE_BYTES = 1 << 20
+"""Images from which on what reaches into padding is summed apart, instead of from a padded copy, and ..."""
+
+FEW_TAPS = 3
+"""... horizontal taps up to which: of more, many columns would be summed one by one."""
 
 SHORT_LOOP = 96
 """Channels below which two pixels that lie apart are read with what lies between them."""
@@ -49,17 +56,19 @@ def depthwise(
     height, width = window.out
     c, fold = x.shape[3], folded(x.shape[3], window.strides, window.dilations)
     window = _whole(window, fold)
-    loop = _loop(window, fold, c, x.itemsize)
+    columns = _kinds(window, 1, x.shape[2], 0, width) if fold == 1 and _is_read_apart(x, window) else None
+    inner = width if columns is None else max(kind.last - kind.first for kind in columns)
+    loop = _loop(window, fold, inner, c * x.itemsize)
     once, weights = _weights(w, loop, scratch, pack)
     target, rest = flat(y), None if residual is None else flat(residual)
-    dense = y.flags.c_contiguous
     most = max(1, BLOCK_BYTES // (width * fold * c * y.itemsize))
 
     def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
         first_of_all, finish = epilogue(activation, b, step * width, c, y, scratch)
-        room = room_for(x, window, min(step, height), scratch, dense=loop != Loop(1, 1))
-        sums = None if dense else scratch((step * width, c), y.dtype)
+        dense = loop != Loop(1, 1)
+        room = None if columns else room_for(x, window, min(step, height), scratch, dense=dense)
+        sums = None if y.flags.c_contiguous else scratch((step * width, c), y.dtype)
         halves = None if fold == 1 else scratch((step * width, fold * c), y.dtype)
 
         def calls() -> Iterator[Call]:
@@ -68,11 +77,14 @@ def depthwise(
                 pixels = slice(first * width, last * width)
                 block = target[pixels] if sums is None else sums[: (last - first) * width]
                 made = block if halves is None else halves[: block.shape[0]]
-                into = made.reshape(last - first, -1, weights.shape[-1])
                 for i, row, end, at in images(first, last, height):
-                    band, load = padded(x[i], room, window, row, end)
-                    yield from load
-                    yield _multiply_add(band, weights, into[at], window, loop)
+                    into = made.reshape(last - first, width, -1)[at]
+                    if columns:
+                        yield from _apart(x[i], weights, into, window, loop, row, columns)
+                    else:
+                        band, load = padded(x[i], room, window, row, end)
+                        yield from load
+                        yield _multiply_add(band, weights, into, window, loop)
                 if halves is not None:
                     yield np.add, (made[:, :c], made[:, c:], block)
                 yield from finish(block, None if rest is None else rest[pixels])
@@ -95,8 +107,8 @@ class Loop(NamedTuple):
 
 
 def folded(channels: int, strides: Pair, dilations: Pair) -> int:
-    """Columns of x that count as one pixel of more channels, so that what is seen of it lies together; 1 where few
-    channels do not make loops short.
+    """Columns of x that count as one pixel of more channels: 2 where pixels of few channels are read two apart, so that
+    what is seen lies together, else 1.
 
     A kernel that ends within such a pixel has weights of 0 for the rest. What is summed for each column is added up.
     """
@@ -118,18 +130,18 @@ def _whole(window: Window, fold: int) -> Window:
     return window._replace(kernel=(window.kernel[0], -(-window.kernel[1] // fold) * fold))
 
 
-def _loop(window: Window, fold: int, channels: int, itemsize: int) -> Loop:
-    """The pixels of an inner loop divide a row. They are many, up to what their weights take."""
-    width, pixel = window.out[1], fold * channels * itemsize
+def _loop(window: Window, fold: int, width: int, pixel: int) -> Loop:
+    """The pixels of an inner loop, of `pixel` bytes each, divide `width`: as many as their weights allow."""
     if fold == 1 and window.strides[1] > 1:
         return Loop(1, 1)
+    pixel *= fold
     most = WEIGHT_BYTES // (window.kernel[0] * window.kernel[1] // fold * pixel)
     possible = [n for n in range(1, width + 1) if width % n == 0 and n * pixel >= SHORTEST_BYTES] or [width]
     return Loop(fold, max((n for n in possible if n <= most), default=possible[0]))
 
 
-def _multiply_add(band: Array, weights: Array, y: Array, window: Window, loop: Loop) -> Call:
-    """y (rows, OW / together, together * fold * C) = the weighted sums of what its pixels see of a band."""
+def _multiply_add(band: Array, weights: Array, y: Array, window: Window, loop: Loop, start: Pair = (0, 0)) -> Call:
+    """y (rows, pixels, fold * C) = the weighted sums of what they see of a band, from its row and column `start` on."""
     down, right, one = band.strides
     steps = (
         down * window.strides[0],
@@ -138,8 +150,62 @@ def _multiply_add(band: Array, weights: Array, y: Array, window: Window, loop: L
         right * window.strides[1] * loop.together,
         one,
     )
-    seen = strided(band, (y.shape[0], *weights.shape[:2], *y.shape[1:]), steps)
-    return partial(np.einsum, out=y), ("rijpx,ijx->rpx", seen, weights)
+    target = y.reshape(y.shape[0], -1, loop.together * y.shape[2], copy=False)
+    seen = strided(band, (y.shape[0], *weights.shape[:2], *target.shape[1:]), steps, start[0] * down + start[1] * right)
+    return partial(np.einsum, out=target), ("rijpx,ijx->rpx", seen, weights[:, :, : target.shape[2]])
+
+
+class Kind(NamedTuple):
+    """Rows or columns first..last of the output, and the taps low..high with which they do not reach into padding."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+
+
+def _is_read_apart(x: Array, window: Window) -> bool:
+    """Whether what reaches into padding is summed apart, which spares large images a padded copy."""
+    return (
+        x[0].nbytes >= LARGE_BYTES
+        and window.kernel[1] <= FEW_TAPS
+        and x.strides[2] == x.shape[3] * x.itemsize
+        and not window.fits(x)
+    )
+
+
+def _kinds(window: Window, axis: int, size: int, start: int, stop: int) -> list[Kind]:
+    """The kinds that rows (axis 0) or columns (1) start..stop of the output are, of an image of `size` ones."""
+    stride, dilation, before = window.strides[axis], window.dilations[axis], window.before[axis]
+
+    def taps(at: int) -> Pair:
+        first = at * stride - before
+        return max(0, -(first // dilation)), max(0, min(window.kernel[axis], (size - 1 - first) // dilation + 1))
+
+    kinds = []
+    for seen, some in groupby(range(start, stop), taps):
+        first, *rest = some
+        kinds.append(Kind(first, (rest or [first])[-1] + 1, *seen))
+    return kinds
+
+
+def _apart(
+    x: Array, weights: Array, y: Array, window: Window, loop: Loop, start: int, columns: Sequence[Kind]
+) -> Iterator[Call]:
+    """y (rows, OW, C) = the weighted sums of what rows `start` on see of an image x (H, W, C)."""
+    for down in _kinds(window, 0, x.shape[0], start, start + y.shape[0]):
+        for across in columns:
+            target = y[down.first - start : down.last - start, across.first : across.last]
+            some = weights[down.low : down.high, across.low : across.high]
+            corner = [
+                kind.first * window.strides[i] - window.before[i] + kind.low * window.dilations[i]
+                for i, kind in enumerate((down, across))
+            ]
+            one = loop if (across.last - across.first) % loop.together == 0 else Loop(1, 1)
+            if some.size:
+                yield _multiply_add(x, some, target, window, one, (corner[0], corner[1]))
+            else:
+                yield np.copyto, (target, y.dtype.type(0))
 
 
 def _weights(w: Array, loop: Loop, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
