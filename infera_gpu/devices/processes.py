@@ -170,6 +170,8 @@ class _Worker:
         self.offer, self._answer = (address(block) + WORD * (at + which) for which in (OFFER, ANSWER))
         for semaphore in (self.offer, self._answer):
             semaphores().init(semaphore, 1, 0)
+        self.broken = False
+        """Whether an interrupt may have cut off a message."""
         self.gone: deque[int] = deque()
         """Regions that it may forget."""
         self._connection, theirs = Pipe()
@@ -204,8 +206,10 @@ class _Worker:
         self._connection.send_bytes(b"")
 
     def send(self, message: bytes) -> None:
+        self.broken = True  # unless this comes to its end
         self._words[self._at + MESSAGES] += 1
         self._connection.send_bytes(message)
+        self.broken = False
 
     def name(self, region: int) -> None:
         """What will be offered."""
@@ -222,8 +226,11 @@ class _Worker:
                 self._patiently(wanted, done)
         semaphores().take(self._answer)
         if words[self._at + FAILED]:
+            self.broken = True
             words[self._at + FAILED] = 0
-            raise pickle.loads(self._connection.recv_bytes())
+            error: BaseException = pickle.loads(self._connection.recv_bytes())
+            self.broken = False
+            raise error
 
     def _patiently(self, wanted: int, done: int) -> None:
         from select import poll
@@ -259,6 +266,46 @@ class _Worker:
         """It is another process's: of the one that forked this one."""
         self._connection.close()
         self._process.returncode = 0
+
+
+class _Sharing:
+    """One run of a region by this process and workers.
+
+    Parts that no worker has begun when this process has made its own, it makes as well: nobody waits for a worker to
+    come. An interrupt finds either all or nothing done by a call that fills a list.
+    """
+
+    def __init__(self, region: Region, workers: Sequence[_Worker]) -> None:
+        self.error: BaseException | None = None
+        """The first one."""
+        self.number = len(workers) + 1
+        self._region, self._workers = region, workers
+        self._offers = [w.offer for w in workers]
+        self._offered, self._left = list[int](), list[int]()
+        self._made: set[int] = set()
+
+    def offer(self) -> None:
+        """Each worker a part. Raises OSError where one is gone."""
+        for worker in self._workers:
+            worker.name(self._region.name)
+        self._offered.extend(map(semaphores().post, self._offers))
+        for worker in self._workers:
+            if worker.asleep:
+                worker.wake()
+
+    def settle(self) -> None:
+        """Until every part that was begun has ended, and after an error nothing else is. May be called again."""
+        if len(self._left) < len(self._offered):
+            self._left.extend(map(semaphores().take, self._offers))
+        for i, taken in enumerate(self._left):
+            if taken:
+                try:
+                    self._workers[i].wait()
+                except Exception as error:
+                    self.error = self.error or error
+            elif self.error is None and i not in self._made:
+                self._made.add(i)
+                self._region.make(i + 1, self.number)
 
 
 class Processes:
@@ -340,8 +387,10 @@ class Processes:
             self._died()
 
     def _look_after(self) -> None:
-        """End all workers where one has died."""
-        if not all(w.alive for w in self.workers):
+        """End all workers where one has died, or does not understand any more."""
+        if any(w.broken for w in self.workers):
+            self._end()
+        elif not all(w.alive for w in self.workers):
             self._died()
 
     # ---- regions
@@ -362,47 +411,22 @@ class Processes:
         region.alone()
 
     def _together(self, region: Region, workers: Sequence[_Worker]) -> None:
-        """Offer the workers a part each. Those that they have not begun when this process has made its own, it makes
-        as well: nobody waits for a worker to come.
-
-        An interrupt finds either all or nothing done by a call that fills a list.
-        """
-        _, post, take = semaphores()
-        offers = [w.offer for w in workers]
-        offered, left = list[int](), list[int]()
-        error: BaseException | None = None
         self._used = True
+        shared = _Sharing(region, workers)
         try:
-            for worker in workers:
-                worker.name(region.name)
-            offered.extend(map(post, offers))
-            for worker in workers:
-                if worker.asleep:
-                    worker.wake()
-            region.make(0, len(workers) + 1)
+            shared.offer()
+            region.make(0, shared.number)
         except BaseException as raised:
-            error = raised
-        while len(left) < len(offered):
+            shared.error = raised
+        while True:  # memory that workers write to must not be given away, whatever interrupts this
             try:
-                left.extend(map(take, offers))
-                for i, taken in enumerate(left, 1):
-                    if not taken and error is None:
-                        region.make(i, len(workers) + 1)
-            except BaseException as raised:
-                error = error or raised
-        for worker, taken in zip(workers, left, strict=False):
-            while taken:
-                try:
-                    worker.wait()
-                except KeyboardInterrupt as raised:  # memory that it writes to must not be given away
-                    error = error or raised
-                    continue
-                except BaseException as raised:
-                    error = error or raised
+                shared.settle()
                 break
-        if error is not None:
+            except BaseException as raised:
+                shared.error = shared.error or raised
+        if shared.error is not None:
             self._look_after()
-            raise error
+            raise shared.error
 
     def _knowing(self, region: Region) -> Sequence[_Worker]:
         """The workers that make parts of a region and know them; none where there are not enough that are ready."""
@@ -423,6 +447,9 @@ class Processes:
         except OSError:
             self._died()
             return ()
+        except BaseException:
+            self._look_after()
+            raise
         region.sent = self.workers
         return workers
 

@@ -35,8 +35,8 @@ WANTED, REGION, MESSAGES = 0, 1, 2
 messages it was sent."""
 
 DONE, FAILED, ASLEEP, READY = LINE, LINE + 1, LINE + 2, LINE + 3
-"""Words that the worker writes: which offer is the last that it has dealt with, whether that failed and a message says
-why, whether only a message wakes it, whether it has started."""
+"""Words that the worker writes: which offer is the last that it has dealt with, whether that failed and a message
+says why, whether only a message wakes it, whether it has started."""
 
 OFFER, ANSWER = 2 * LINE, 3 * LINE
 """Where semaphores lie: the first is for who makes the calls of the offered region, the worker or the other process,
@@ -171,8 +171,8 @@ class Worker:
             for fn, args in calls:
                 fn(*args)
         except BaseException as error:
-            self._words[self._at + FAILED] = 1
             self._connection.send_bytes(_portable(error))
+            self._words[self._at + FAILED] = 1
 
 
 def _portable(error: BaseException) -> bytes:
