@@ -404,6 +404,13 @@ def test_nothing_is_started_where_it_is_unwanted(monkeypatch: pytest.MonkeyPatch
         assert not processes.POOL.workers
 
 
+@pytest.mark.parametrize(("threads", "where"), [(1, ""), (2, ", in 2 processes"), (9, "")])
+def test_the_plan_says_where_parts_are_made(threads: int, where: str) -> None:
+    with infera_gpu.load(model(), device="cpu", threads=threads, jit=False) as session:
+        some = "s" if threads > 1 else ""
+        assert f" {threads} thread{some}{where} (as asked)" in session.plan_for(feeds(64)).headline
+
+
 FORKED = """
 import os, time
 import numpy as np

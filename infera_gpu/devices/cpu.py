@@ -72,7 +72,7 @@ class CpuDevice:
         self.strict = strict
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
         self._working = False
-        self._shares = self.threads > 1 and not jit and not processes.unavailable()
+        self._shares = self.threads > 1 and not jit and not processes.unavailable(self.threads)
         where = f", in {self.threads} processes" if self._shares else ""
         self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''}{where} ({why})"
         self.least_ns = processes.LEAST_NS if self._shares else LEAST_NS

@@ -52,6 +52,9 @@ wait for it."""
 SHARED_ABOVE = 1 << 16
 """Bytes of a constant from which on it lies in shared memory; smaller ones are sent."""
 
+MOST = 8
+"""Processes, this one among them, beyond which threads are taken: each worker has 26 MB of its own."""
+
 FEW_CALLS = 8
 """Threads make the parts of a region that no process knows yet, where each is of so few calls: more of them meet at the
 interpreter's lock too often to gain anything."""
@@ -81,8 +84,10 @@ _NUMPYS = type(np.copyto)
 """Of functions of NumPy's that are written in C."""
 
 
-def unavailable() -> str:
-    """Why there can be no worker processes; empty where there can be."""
+def unavailable(threads: int = 2) -> str:
+    """Why worker processes make no parts where there are so many threads; empty where they do."""
+    if threads > MOST:
+        return f"{threads} threads are more than {MOST}"
     if os.environ.get(VARIABLE, "") == "0":
         return f"{VARIABLE} is 0"
     if not Path(sys.executable or "").name.startswith("python"):
