@@ -397,6 +397,7 @@ def _with_workers(session: infera_gpu.Session) -> bool:
 
 @pytest.mark.usefixtures("eager")
 def test_nothing_is_started_where_it_is_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.POOL.end()
     monkeypatch.setenv(processes.VARIABLE, "0")
     with infera_gpu.load(model(), device="cpu", threads=2, jit=False) as session:
         for _ in range(5):
