@@ -49,7 +49,8 @@ def speeds(result: Result) -> str:
 
 def first(result: Result) -> str:
     """Load and first inference in a fresh process, one thread. Where there are two ratios, the first is that of a model
-    which was loaded on the machine twice before: small ones keep their optimised graph."""
+    which was loaded on the machine twice before: small ones keep their optimised graph, and since 0dc414ca7a their
+    plan."""
 
     rows = [row for row in result["rows"] if not row["failure"]]
     new = all("new_ratio" in row for row in rows)

@@ -1,7 +1,8 @@
 """`python -m bench.resident`: the most memory that a process has in use which loads a model and runs it at batch 8.
 
-Every figure is from a fresh process: imports, a model loaded from its file, three runs. `imported` is what the imports
-took, `peak` all of it, both in bytes of resident memory at their highest. With numba installed the kernels that it
+Every figure is from a fresh process: imports, a model loaded from its file, runs for some seconds. `imported` is what
+the imports took, `peak` all of it, both in bytes of resident memory at their highest, and with what worker processes
+have to themselves at the end. With numba installed the kernels that it
 compiles are measured as well, and never in NumPy's place.
 """
 
@@ -13,6 +14,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,9 @@ from bench.inputs import Feeds, image, tokens
 from bench.models import path_of
 
 BATCH = 8
-RUNS = 3
+RUNS, SECONDS = 3, 3.0
+"""At least so many runs, and for so long: worker processes are started in the second one."""
+
 FEEDS: Mapping[str, Callable[[np.random.Generator], Feeds]] = {
     "resnet50": lambda rng: {"image": image(rng, BATCH, 3, 224, 224, low=-2, high=2.5)},
     "bert-base": lambda rng: tokens(rng, [128, 90, 17, 128, 64, 33, 101, 120], types=True),
@@ -74,6 +78,16 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def children() -> int:
+    """Bytes that processes which this one has started have to themselves."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/children"):
+        for child in task.read_text().split():
+            lines = Path("/proc", child, "smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    return total
+
+
 def measure(runtime: str, model: str, path: str, threads: int) -> dict[str, Any]:
     """One row; to be called in a fresh process."""
     module, load = RUNTIMES[runtime]
@@ -82,15 +96,17 @@ def measure(runtime: str, model: str, path: str, threads: int) -> dict[str, Any]
     imported = peak()
     run = load(path, threads)
     loaded = peak()
-    for _ in range(RUNS):
+    began, runs = time.monotonic(), 0
+    while runs < RUNS or time.monotonic() < began + SECONDS:
         run(feeds)
+        runs += 1
     return {
         "runtime": runtime,
         "model": model,
         "threads": threads,
         "imported": imported,
         "loaded": loaded,
-        "peak": peak(),
+        "peak": peak() + children(),
     }
 
 
@@ -126,7 +142,7 @@ def main() -> None:
                     f"{row['imported'] / 2**20:.0f} MiB, {row['peak'] / 2**20:.0f} MiB in all",
                     flush=True,
                 )
-    print(write_results(measured, {"batch": BATCH, "runs": RUNS}, rows, options.out, "resident"))
+    print(write_results(measured, {"batch": BATCH, "runs": RUNS, "seconds": SECONDS}, rows, options.out, "resident"))
 
 
 if __name__ == "__main__":
