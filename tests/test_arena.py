@@ -236,10 +236,10 @@ def test_runs_that_are_first_together_make_a_constant_once(monkeypatch: pytest.M
     made: list[int] = []
     constant = CpuDevice.constant
 
-    def slow(self: CpuDevice, host: HostArray, space: Space, *, lasting: bool = False) -> HostArray:
+    def slow(self: CpuDevice, host: HostArray, space: Space, **how: bool) -> HostArray:
         made.append(host.size)
         time.sleep(0.05)
-        return constant(self, host, space, lasting=lasting)
+        return constant(self, host, space, **how)
 
     monkeypatch.setattr(CpuDevice, "constant", slow)
     weight = numpy_helper.from_array(np.eye(40, dtype=np.float32), "w")

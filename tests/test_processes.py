@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,24 @@ def test_what_cannot_be_sent_is_made_on_threads(pool: Processes) -> None:
             pool.run(region)
         assert region.sent is False
     assert made == [1] * 6
+
+
+def test_a_ufunc_is_numpys_whatever_else_has_it(pool: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of the caller's that have imported one come before NumPy where pickle looks."""
+    (worker,) = ready(pool)
+    other = ModuleType("other")
+    vars(other).update(log=np.log, add=np.add)
+    monkeypatch.setitem(sys.modules, "other", other)
+    for name in [n for n in sys.modules if n.split(".")[0] != "other"]:
+        sys.modules[name] = sys.modules.pop(name)
+    x = array(pool, (2, 4), np.float32)
+    x[...] = 1
+    calls: list[list[Call]] = [[(np.log, (x[i], x[i])), (np.add.reduce, (x[i], 0))] for i in range(2)]
+    region = Region(calls, 2, in_turn)
+    region.runs = 1
+    pool.run(region)
+    assert not x.any()
+    assert [w.process for w in pool.workers] == [worker]
 
 
 def test_a_worker_cannot_write_to_what_it_has_a_copy_of(pool: Processes) -> None:
@@ -320,9 +339,9 @@ def test_the_pages_of_blocks_go_back(pool: Processes) -> None:
 
 
 class SharedBuffers(GuardedBuffers):
-    """Parts are made by a pool."""
+    """Parts are made by a pool, which no session ends."""
 
-    pool = processes.POOL
+    pool: Processes
 
     def __init__(self, *args: Any, **named: Any) -> None:
         assert self.pool.memory is not None
@@ -339,9 +358,10 @@ class SharedBuffers(GuardedBuffers):
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[None]:
-    ready(processes.POOL)
+    SharedBuffers.pool = Processes()
+    ready(SharedBuffers.pool)
     yield
-    processes.POOL.end()
+    SharedBuffers.pool.end()
 
 
 @pytest.mark.usefixtures("workers")
@@ -359,7 +379,7 @@ def test_parts_of_a_kernel_make_the_whole(op: Op, case: Case) -> None:
             buffers.check()
             for i, (got, w) in enumerate(zip(buffers.outs, want, strict=False)):
                 assert_close(got, w, case.tol, f"output {i}")
-        assert all(r.sent is processes.POOL.workers for r in buffers.regions)
+        assert all(r.sent is buffers.pool.workers for r in buffers.regions)
 
 
 # ---- sessions

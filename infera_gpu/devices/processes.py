@@ -40,6 +40,7 @@ from infera_kernels.cpu.process import (
     WORD,
     WORDS,
     semaphores,
+    ufunc,
 )
 
 VARIABLE = "INFERA_PROCESSES"
@@ -122,6 +123,15 @@ class _Writer(pickle.Pickler):
             place = self._memory.place_of_copy(value)
             return place, value.shape, value.dtype, value.strides, False
         return value.tobytes(), value.shape, value.dtype, None, False
+
+    def reducer_override(self, value: Any) -> Any:
+        """A ufunc by its name in NumPy: pickle would take the first module that has one of this name."""
+        if not isinstance(value, np.ufunc):
+            return NotImplemented
+        name = str(value.__name__)
+        if getattr(np, name, None) is not value:
+            raise _Unsendable
+        return ufunc, (name,)
 
 
 def _sendable(fn: Callable[..., object]) -> bool:

@@ -87,6 +87,12 @@ def semaphores() -> Semaphores:
     return Semaphores(init, post, take)
 
 
+def ufunc(name: str) -> np.ufunc:
+    """NumPy's of this name."""
+    found: np.ufunc = getattr(np, name)
+    return found
+
+
 class _Reader(pickle.Unpickler):
     """Reads calls and their arrays."""
 
