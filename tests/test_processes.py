@@ -408,7 +408,6 @@ def test_sessions(threads: int) -> None:
             want = one.run(feeds(n, seed))["y"]
             for _ in range(3):
                 np.testing.assert_allclose(several.run(feeds(n, seed))["y"], want, rtol=1e-5, atol=1e-7)
-    assert not processes.POOL.workers
 
 
 def _with_workers(session: infera_gpu.Session) -> bool:
@@ -467,6 +466,33 @@ print("fine")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_fork_has_workers_and_arenas_of_its_own() -> None:
     assert _python(FORKED) == "fine"
+
+
+CLOSED = """
+import os
+from infera_gpu.devices import processes
+import infera_gpu
+processes.LEAST_NS = 1e-3
+from tests.test_threads import feeds, model
+for _ in range(3):
+    one, two = (infera_gpu.load(model(), device="cpu", threads=2, jit=False) for _ in range(2))
+    while not (processes.POOL.workers and processes.POOL.workers[0].ready):
+        one.run(feeds(2))
+        two.run(feeds(2))
+    worker, open_files = processes.POOL.workers[0].process, len(os.listdir("/proc/self/fd"))
+    one.close()
+    assert os.path.exists(f"/proc/{worker}")
+    two.close()
+    assert not os.path.exists(f"/proc/{worker}")
+    assert len(os.listdir("/proc/self/fd")) < open_files
+    del one, two
+    assert os.fstat(processes.POOL.memory.file).st_blocks == 0
+print("fine")
+"""
+
+
+def test_workers_and_memory_go_with_the_last_session() -> None:
+    assert _python(CLOSED) == "fine"
 
 
 LEFT = """
