@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 import infera_gpu
 from infera_gpu.devices import processes
+from infera_gpu.devices import shared as shared_memory
 from infera_gpu.devices.processes import Processes, Region
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op
+from infera_kernels.cpu.process import ASLEEP
 from tests import elsewhere
 from tests.buffers import GuardedBuffers
 from tests.cases import assert_close, compute, run, variants, wrong
@@ -288,6 +291,28 @@ def test_a_worker_that_dies_between_runs_costs_nothing(pool: Processes) -> None:
     assert ready(pool) != [worker]
 
 
+def test_a_worker_that_is_killed_awake_is_replaced(pool: Processes) -> None:
+    (worker,) = ready(pool)
+    region, _ = shared(pool)
+    pool.enter()
+    pool.run(region)
+    pool.workers[0]._words[pool.workers[0]._at + ASLEEP] = 0
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: not pool.workers[0].alive)
+    pool.workers[0]._words[pool.workers[0]._at + ASLEEP] = 0
+    x = array(pool, (2,))
+    ones = Region([[(np.add, (x[i : i + 1], 1, x[i : i + 1]))] for i in range(2)], 2, in_turn)
+    ones.runs, ones.sent = 1, pool.workers
+    ones.name = region.name
+    pool.run(ones)
+    pool.leave()
+    pool.enter()
+    pool.leave()
+    assert x.tolist() == [1, 1]
+    assert not pool.workers
+    assert ready(pool) != [worker]
+
+
 def test_regions_of_many_callers(pool: Processes) -> None:
     """Some with the worker, the others on threads of their own."""
     ready(pool)
@@ -333,6 +358,38 @@ def test_the_pages_of_blocks_go_back(pool: Processes) -> None:
     assert held() >= before + (1 << 24)
     del part
     assert held() == before
+
+
+def test_a_block_that_comes_while_others_are_sorted_is_found(pool: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, made = pool.memory, list[HostArray]()
+    assert memory is not None
+    first = memory.block(8)
+
+    def slowly(addresses: list[int]) -> list[int]:
+        if not made:
+            made.append(memory.block(8))
+        return sorted(addresses)
+
+    monkeypatch.setattr(shared_memory, "sorted", slowly, raising=False)
+    assert memory.place_of(first) is not None
+    assert memory.place_of(made[0]) is not None
+
+
+def test_windows_of_one_buffer_have_copies_of_their_own(pool: Processes) -> None:
+    """Of all that each of them sees, as long as it is there."""
+    memory = pool.memory
+    assert memory is not None
+    buffer = bytes(1 << 18)
+    short, whole = np.frombuffer(buffer, np.uint8, 1 << 17), np.frombuffer(buffer, np.uint8)
+    assert memory.place_of_copy(short)[1] < 1 << 18
+    place = memory.place_of_copy(whole)
+    assert place[1] >= 1 << 18
+    del short
+    assert memory.place_of_copy(whole) == place
+    owner = np.zeros(1 << 18, np.uint8)
+    place = memory.place_of_copy(as_strided(owner, (1 << 17,), (1,)))
+    assert memory.place_of_copy(as_strided(owner, (1 << 18,), (1,))) == place
+    assert memory.place_of_copy(owner) == place
 
 
 # ---- kernels

@@ -299,6 +299,11 @@ class _Sharing:
         self._offered, self._left = list[int](), list[int]()
         self._made: set[int] = set()
 
+    @property
+    def missed(self) -> bool:
+        """Whether a worker did not come: it slept, was late, or has ended."""
+        return bool(self._made)
+
     def offer(self) -> None:
         """Each worker a part. Raises OSError where one is gone."""
         for worker in self._workers:
@@ -348,7 +353,7 @@ class Processes:
         self.workers: list[_Worker] = []
         self._words: memoryview | None = None
         self._running = 0
-        self._used = self._recent = False
+        self._used = self._recent = self._missed = False
         self._deaths = 0
         self._names = count()
 
@@ -376,8 +381,12 @@ class Processes:
             held = list[bool]()
             try:
                 held.extend(map(self._busy.acquire, NOT_WAITING))
-                if held[0] and any(w.asleep for w in self.workers):
-                    self._wake()
+                if held[0]:
+                    if self._missed:  # one that was killed awake never says that it sleeps
+                        self._missed = False
+                        self._look_after()
+                    if any(w.asleep for w in self.workers):
+                        self._wake()
             finally:
                 if True in held:
                     self._busy.release()
@@ -439,6 +448,7 @@ class Processes:
                 break
             except BaseException as raised:
                 shared.error = shared.error or raised
+        self._missed = self._missed or shared.missed
         if shared.error is not None:
             self._look_after()
             raise shared.error

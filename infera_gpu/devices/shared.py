@@ -54,9 +54,12 @@ class SharedMemory:
         self._kept = 0
         self._blocks: dict[int, _Block] = {}
         """By address."""
-        self._sorted: list[int] | None = None
+        self._version = object()
+        """Another one after every change of the blocks."""
+        self._sorted: tuple[object, list[int]] = (None, [])
+        """The version that was seen before their addresses were."""
         self._copies: dict[int, HostArray] = {}
-        """Of memory elsewhere, by its address."""
+        """Of memory elsewhere, by the identity of the array that owns it: two may be windows of one buffer."""
         self._process = os.getpid()
 
     def block(self, nbytes: int, *, constant: bool = False) -> HostArray:
@@ -70,7 +73,7 @@ class SharedMemory:
         root = np.frombuffer(mapping, np.uint8)
         at = address(root)
         self._blocks[at] = _Block(begin, size, constant)
-        self._sorted = None
+        self._version = object()
         finalize(root, self._free, at, mapping).atexit = False
         return root[:nbytes]
 
@@ -86,9 +89,11 @@ class SharedMemory:
     def place_of(self, array: Array) -> tuple[int, int, int] | None:
         """Where the array's block begins in the file, the block's bytes and where in it the array begins."""
         at = address(array)
-        found = self._sorted
-        if found is None:
-            found = self._sorted = sorted([*self._blocks])
+        version, found = self._sorted
+        if version is not self._version:
+            version = self._version
+            found = sorted([*self._blocks])
+            self._sorted = (version, found)
         i = bisect_right(found, at) - 1
         block = self._blocks.get(found[i]) if i >= 0 else None
         if block is None or at - found[i] >= block.nbytes:
@@ -99,18 +104,20 @@ class SharedMemory:
         """Where the array begins in a copy of all the memory that it is a window of, which never changes. The copy
         lives as long as that memory."""
         low, high = byte_bounds(array)
-        root = array
-        while isinstance(root.base, np.ndarray):
-            root = root.base
+        root, base = array, array.base
+        while base is not None:
+            if isinstance(base, np.ndarray):
+                root = base
+            base = getattr(base, "base", None)  # what `as_strided` puts in between is no array
         at, end = byte_bounds(root)
         if not at <= low <= high <= end:
             raise ValueError("an array that lies outside of what it is a window of")
-        found = self._copies.get(at)
+        found = self._copies.get(id(root))
         if found is None:
             copy = self.block(end - at, constant=True)
             np.copyto(copy, np.frombuffer(memoryview((ctypes.c_uint8 * (end - at)).from_address(at)), np.uint8))
-            found = self._copies[at] = copy
-            finalize(root, self._copies.pop, at, None).atexit = False
+            found = self._copies[id(root)] = copy
+            finalize(root, self._copies.pop, id(root), None).atexit = False
         place = self.place_of(found)
         assert place is not None
         return place[0], place[1], place[2] + address(array) - at
@@ -121,6 +128,6 @@ class SharedMemory:
 
     def _free(self, at: int, mapping: mmap) -> None:
         found = self._blocks.pop(at)
-        self._sorted = None
+        self._version = object()
         if self._process == os.getpid() and not (found.constant and found.begin < self._kept):
             mapping.madvise(MADV_REMOVE)
