@@ -392,6 +392,31 @@ def test_windows_of_one_buffer_have_copies_of_their_own(pool: Processes) -> None
     assert memory.place_of_copy(owner) == place
 
 
+def test_a_block_needs_no_descriptor_and_no_address_after_it_is_gone(pool: Processes) -> None:
+    memory = pool.memory
+    assert memory is not None
+
+    def mapped() -> int:
+        with open("/proc/self/maps", encoding="ascii") as lines:
+            return sum("memfd:infera" in line for line in lines)
+
+    descriptors, before = len(os.listdir("/proc/self/fd")), mapped()
+    blocks = [memory.block(1 << 16) for _ in range(20)]
+    for block in blocks:
+        block[...] = 1
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    del block, blocks
+    assert mapped() <= before
+
+
+def test_more_than_can_be_mapped_is_refused(pool: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = pool.memory
+    assert memory is not None
+    monkeypatch.setattr(shared_memory, "require_host_memory", lambda what, nbytes: None)
+    with pytest.raises(MemoryError, match="cannot be mapped"):
+        memory.block(1 << 60)
+
+
 # ---- kernels
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from bisect import bisect_right
-from mmap import PAGESIZE, mmap
+from mmap import PAGESIZE
 from typing import NamedTuple
 from weakref import finalize
 
@@ -18,6 +18,7 @@ from infera_gpu.devices.base import require_host_memory
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import Array
 from infera_kernels.cpu.aligned import address
+from infera_kernels.cpu.process import Mapping
 
 if sys.platform == "linux":
     from mmap import MADV_REMOVE
@@ -69,8 +70,8 @@ class SharedMemory:
         with self._lock:
             begin, self._end = self._end, self._end + size
             os.ftruncate(self.file, self._end)
-        mapping = mmap(self.file, size, offset=begin)
-        root = np.frombuffer(mapping, np.uint8)
+        mapping = Mapping(self.file, size, begin)
+        root: HostArray = np.asarray(mapping)
         at = address(root)
         self._blocks[at] = _Block(begin, size, constant)
         self._version = object()
@@ -126,8 +127,8 @@ class SharedMemory:
         """The process is about to fork: the child may read the constants that are there."""
         self._kept = self._end
 
-    def _free(self, at: int, mapping: mmap) -> None:
+    def _free(self, at: int, mapping: Mapping) -> None:
         found = self._blocks.pop(at)
         self._version = object()
         if self._process == os.getpid() and not (found.constant and found.begin < self._kept):
-            mapping.madvise(MADV_REMOVE)
+            mapping.advise(MADV_REMOVE)

@@ -14,7 +14,6 @@ import pickle
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
-from mmap import mmap
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -93,6 +92,36 @@ def ufunc(name: str) -> np.ufunc:
     return found
 
 
+class Mapping:
+    """Part of a file, mapped until this is let go of; an array of its bytes is `np.asarray` of it.
+
+    The system needs no descriptor for it. Python's own `mmap` keeps one each, of which a process has a thousand (its
+    `trackfd` came with 3.13). Raises MemoryError where the system maps no more.
+    """
+
+    def __init__(self, file: int, nbytes: int, begin: int) -> None:
+        from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
+
+        library = ctypes.CDLL(None, use_errno=True)
+        library.mmap.restype = ctypes.c_void_p
+        length, self._unmap, self._advise = ctypes.c_size_t(nbytes), library.munmap, library.madvise
+        found = library.mmap(None, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, ctypes.c_long(begin))
+        self._where: tuple[ctypes.c_void_p, ctypes.c_size_t] | None = None
+        if found == ctypes.c_void_p(-1).value:
+            raise MemoryError(f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
+        self._where = ctypes.c_void_p(found), length
+        self.__array_interface__ = {"data": (found, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def advise(self, what: int) -> None:
+        """One of `mmap`'s MADV_..."""
+        assert self._where is not None
+        self._advise(*self._where, what)
+
+    def __del__(self) -> None:
+        if self._where is not None:
+            self._unmap(*self._where)
+
+
 class _Reader(pickle.Unpickler):
     """Reads calls and their arrays."""
 
@@ -120,7 +149,7 @@ class _Blocks:
     def at(self, begin: int, nbytes: int) -> Array:
         found = self._mapped.get(begin)
         if found is None:
-            found = np.frombuffer(mmap(self._file, nbytes, offset=begin), np.uint8)
+            found = np.asarray(Mapping(self._file, nbytes, begin))
             self._mapped[begin] = found
         return found
 
@@ -203,8 +232,8 @@ def main(socket: int, file: int, begin: int, size: int, at: int, buffer: int) ->
         signal.signal(number, signal.SIG_IGN)
     np.seterr(all="ignore")
     np.setbufsize(buffer)
-    block = np.frombuffer(mmap(file, size, offset=begin), np.uint8)
+    block = np.asarray(Mapping(file, size, begin))
     try:
         Worker(Connection(socket), file, block, at).serve()
-    except (EOFError, OSError):
+    except (EOFError, OSError, MemoryError):
         os._exit(0)
