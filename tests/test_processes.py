@@ -417,6 +417,17 @@ def test_more_than_can_be_mapped_is_refused(pool: Processes, monkeypatch: pytest
         memory.block(1 << 60)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no files without a name")
+def test_no_workers_where_files_are_limited() -> None:
+    """The file of what they share only grows."""
+    code = """import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+from infera_gpu.devices.processes import unavailable
+print(unavailable())"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ulimit -f" in found.stdout
+
+
 # ---- kernels
 
 

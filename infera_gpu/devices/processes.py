@@ -94,7 +94,7 @@ def unavailable(threads: int = 2) -> str:
     if not Path(sys.executable or "").name.startswith("python"):
         return f"the program that runs is no Python to start others with: '{sys.executable}'"
     if POOL.memory is None:
-        return "the system has no files without a name (memfd_create) or no semaphores for several processes"
+        return "the system has no nameless files (memfd_create), limits them (ulimit -f), or lacks semaphores"
     return ""
 
 

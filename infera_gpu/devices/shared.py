@@ -23,10 +23,18 @@ from infera_kernels.cpu.process import Mapping
 if sys.platform == "linux":
     from mmap import MADV_REMOVE
     from os import memfd_create
+    from resource import RLIM_INFINITY, RLIMIT_FSIZE, getrlimit
+
+    def memory_file() -> int:
+        """One that may grow: what is freed in it counts for its size."""
+        if getrlimit(RLIMIT_FSIZE)[0] != RLIM_INFINITY:
+            raise OSError("the size of files is limited (ulimit -f)")
+        return memfd_create("infera")
+
 else:  # no file without a name: `SharedMemory` raises OSError, and nothing is shared
     MADV_REMOVE = 0
 
-    def memfd_create(name: str) -> int:
+    def memory_file() -> int:
         raise OSError("no anonymous files on this system")
 
 
@@ -49,7 +57,7 @@ class SharedMemory:
     """
 
     def __init__(self) -> None:
-        self.file = memfd_create("infera")
+        self.file = memory_file()
         self._lock = threading.Lock()
         self._end = 0
         self._kept = 0
