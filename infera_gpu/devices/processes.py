@@ -487,10 +487,12 @@ class Processes:
             finalize(region, self._forgotten, region.name).atexit = False
         number = len(workers) + 1
         for i, worker in enumerate(workers, 1):
-            gone = [worker.gone.popleft() for _ in range(len(worker.gone))]
+            gone = list(worker.gone)
             writer = _Writer(self._memory)
             writer.dump((gone, region.name, [call for part in region.parts[i::number] for call in part]))
             worker.send(writer.data.getvalue())
+            for _ in gone:
+                worker.gone.popleft()
 
     def _forgotten(self, name: int) -> None:
         for worker in self.workers:
