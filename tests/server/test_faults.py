@@ -21,6 +21,7 @@ import onnx
 import pytest
 
 from infera_server.http import connection
+from tests.descriptors import open_files
 from tests.server.malformed import BODY, VALID, Replies
 from tests.server.support import WAIT, FakeSession, Running, doubler, http_request, request_of, serving, spec, until
 from tests.server.test_serve import SERVE, WEIGHTS, Process, linear, process, write_linear, x_of
@@ -331,7 +332,7 @@ def test_connections_that_come_and_go() -> None:
                     if i % 3 == 0:
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             until(lambda: not service.connections and not server.host.repository.get("double").queued)
-            found = {"files": len(os.listdir("/proc/self/fd")), "held": service.intake.held}
+            found = {"files": open_files(), "held": service.intake.held}
             if rounds:
                 assert found == before
             before = found

@@ -18,6 +18,7 @@ import pytest
 from infera_server.http import hotpath
 from infera_server.http.connection import CONTINUE
 from infera_server.http.upload import LARGE
+from tests.descriptors import open_files
 from tests.server.malformed import statuses
 from tests.server.mutations import INFERENCE, SEEDS, mutated
 from tests.server.support import WAIT, FakeSession, Running, doubler, serving, until
@@ -89,7 +90,7 @@ def footprint(server: Running) -> dict[str, int]:
         "streams": service.streams,
         "held": service.intake.held,
         "queued": server.host.repository.get("double").queued,
-        "files": len(os.listdir("/proc/self/fd")),
+        "files": open_files(),
         "threads": threading.active_count(),
         "tasks": server.call(tasks()),
     }

@@ -26,6 +26,7 @@ from infera_server.processes.isolated import IsolatedSession
 from infera_server.runtime import open_file
 from infera_server.settings import Settings
 from tests.commandline import save_relu
+from tests.descriptors import open_files
 from tests.server.engines import CRASH, EXHAUST, HANG, RAISE
 from tests.server.support import Running, hosting, request_of, until
 
@@ -157,12 +158,12 @@ def test_a_process_that_is_killed_while_idle_is_started_again_and_loses_no_reque
 
 def test_closing_ends_the_process_and_frees_what_was_shared(tmp_path: Path) -> None:
     ids = tmp_path / "ids"
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with opened("fragile", started=str(ids)) as session:
         session.run({"x": np.ones((50_000, 4), np.float32)})
         assert is_alive(pids(ids)[0])
     assert not is_alive(pids(ids)[0])
-    until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    until(lambda: open_files() == before)
     with pytest.raises(Unavailable, match="closed"):
         session.run({"x": X})
 

@@ -22,6 +22,7 @@ from infera_server.protocols import v2_rest
 from infera_server.requests import Output, Region, Request
 from infera_server.shared_memory import Regions
 from tests import fake_cupy
+from tests.descriptors import open_files
 from tests.server.support import Running, doubler, serving
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -141,12 +142,12 @@ def test_keys_that_are_no_memory_are_refused(
 
 def test_refused_registrations_keep_no_file_open(block: posix.SharedMemory) -> None:
     regions = Regions(1 << 20)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for size in (4097, 0):
         with pytest.raises(BadRequest, match="Invalid shared memory region"):
             regions.system.register("r", block.name, 0, size)
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_a_name_is_given_once_and_sizes_add_up(block: posix.SharedMemory) -> None:
