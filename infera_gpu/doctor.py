@@ -73,7 +73,8 @@ def _loops() -> Iterator[Finding]:
 
 
 def _processes() -> Iterator[Finding]:
-    from infera_gpu.devices.processes import VARIABLE, unavailable
+    from infera_gpu.devices.processes import unavailable
+    from infera_gpu.devices.worker_process import VARIABLE
 
     why = unavailable()
     yield Finding(

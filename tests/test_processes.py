@@ -18,7 +18,9 @@ from numpy.lib.stride_tricks import as_strided
 import infera_gpu
 from infera_gpu.devices import processes
 from infera_gpu.devices import shared as shared_memory
-from infera_gpu.devices.processes import Processes, Region
+from infera_gpu.devices.processes import Processes
+from infera_gpu.devices.sending import Region
+from infera_gpu.devices.worker_process import VARIABLE
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op
@@ -510,7 +512,7 @@ def _with_workers(session: infera_gpu.Session) -> bool:
 @pytest.mark.usefixtures("eager")
 def test_nothing_is_started_where_it_is_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
     processes.POOL.end()
-    monkeypatch.setenv(processes.VARIABLE, "0")
+    monkeypatch.setenv(VARIABLE, "0")
     with infera_gpu.load(model(), device="cpu", threads=2, jit=False) as session:
         for _ in range(5):
             session.run(feeds(2))

@@ -11,7 +11,8 @@ import numpy as np
 from infera_gpu.devices import processes
 from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.ports import HostPorts, Ports
-from infera_gpu.devices.processes import POOL, Region
+from infera_gpu.devices.processes import POOL
+from infera_gpu.devices.sending import SHARED_ABOVE, Region
 from infera_gpu.devices.workers import WORKERS
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
@@ -107,7 +108,7 @@ class CpuDevice:
         return host_view(block, operand)
 
     def room(self, nbytes: int) -> HostArray:
-        if self._shares and nbytes >= processes.SHARED_ABOVE and POOL.memory is not None:
+        if self._shares and nbytes >= SHARED_ABOVE and POOL.memory is not None:
             return POOL.memory.block(nbytes, constant=True)
         return usual_room(nbytes)
 
@@ -117,7 +118,7 @@ class CpuDevice:
         return nullcontext()
 
     def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> HostArray:
-        if self._shares and packed and lasting and host.nbytes >= processes.SHARED_ABOVE and POOL.memory is not None:
+        if self._shares and packed and lasting and host.nbytes >= SHARED_ABOVE and POOL.memory is not None:
             return POOL.memory.copy(host)
         return host
 

@@ -18,7 +18,7 @@ from infera_gpu.devices.base import require_host_memory
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import Array
 from infera_kernels.cpu.aligned import address
-from infera_kernels.cpu.process import Mapping
+from infera_kernels.cpu.process import Mapping, Place
 
 if sys.platform == "linux":
     from mmap import MADV_REMOVE
@@ -95,7 +95,7 @@ class SharedMemory:
         made.flags.writeable = False
         return made
 
-    def place_of(self, array: Array) -> tuple[int, int, int] | None:
+    def place_of(self, array: Array) -> Place | None:
         """Where the array's block begins in the file, the block's bytes and where in it the array begins."""
         at = address(array)
         version, found = self._sorted
@@ -109,7 +109,7 @@ class SharedMemory:
             return None
         return block.begin, block.nbytes, at - found[i]
 
-    def place_of_copy(self, array: HostArray) -> tuple[int, int, int]:
+    def place_of_copy(self, array: HostArray) -> Place:
         """Where the array begins in a copy of all the memory that it is a window of, which never changes. The copy
         lives as long as that memory."""
         low, high = byte_bounds(array)
