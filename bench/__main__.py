@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from bench.environment import environment, thread_environment, write_results
 from bench.inputs import EXAMPLES
-from bench.models import BUILT
+from bench.report_cpu import means
 from bench.worker import Job
 
 TIMEOUT_S = 1800
@@ -97,18 +96,6 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in (row for row in rows if row["failure"]):
         where = f"{row['model']} {row['example']}, threads {row['threads']}"
         console.print(f"failed: {where}: {row['failure'][:500]}", markup=False, highlight=False)
-
-
-def means(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Geometric means of the ratios over the trained models' first examples, by the number of threads."""
-    for threads in sorted({row["threads"] for row in rows}):
-        firsts = {row["model"]: row for row in reversed(rows) if row["threads"] == threads and not row["failure"]}
-        trained = [row["ratios"] for name, row in firsts.items() if name not in BUILT]
-        for key, what in (("wall", "infera"), ("compiled_wall", "jit")):
-            found = [ratios[key] for ratios in trained if key in ratios]
-            if len(found) > 1:
-                where = f"{what}, {threads} thread{'s' if threads > 1 else ''}"
-                yield f"{where}: {statistics.geometric_mean(found):.2f}, mean of {len(found)} trained models"
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from bench.report_cpu import CHARTED, SECTIONS, Result
 
 DOCUMENT = "performance.md"
 DOCS = Path(__file__).parents[1] / "docs"
-CPU_CHART, PREDICTED_CHART = "performance-cpu.svg", "performance-predicted.svg"
+PREDICTED_CHART = "performance-predicted.svg"
 SHOWN = "H200"
 """The card whose predicted rows are drawn."""
 
@@ -116,9 +116,12 @@ def _cpus(results: Mapping[str, Result], files: dict[str, str]) -> list[str]:
     for host in dict.fromkeys(host for host, _ in newest):
         parts.append(f"### {host}")
         if charted := newest.get((host, CHARTED)):
-            files[CPU_CHART] = report_cpu.speeds(charted[1])
-            parts.append(f"![speed of all models against onnxruntime]({CPU_CHART})")
+            chart = f"performance-{slug(host)}.svg"
+            files[chart] = report_cpu.speeds(charted[1])
+            parts.append(f"![speed of all models against onnxruntime on {host}]({chart})")
             parts.append(_source("The chart is of fewer rounds than the table below.", *charted))
+            means = "; ".join(report_cpu.means(charted[1]["rows"]))
+            parts.append(f"Geometric means of the ratios over the first examples of these models: {means}.")
         for topic, (title, section) in SECTIONS.items():
             if entry := newest.get((host, topic)):
                 said = " ".join((section.__doc__ or "").split())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.charts import bars
+from bench.models import BUILT
 
 Result = Mapping[str, Any]
 """The contents of a results file."""
@@ -45,6 +47,18 @@ def speeds(result: Result) -> str:
             times = {name: s["wall_ms"] for name, s in row["summaries"].items()}
             shown[row["model"]] = {n: times[PEER] / times[n] for n in (OURS, COMPILED) if n in times}
     return bars("CPU, one thread: speed against onnxruntime", shown, unit="times as fast as onnxruntime", one=True)
+
+
+def means(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Geometric means of the ratios over the trained models' first examples, by the number of threads."""
+    for threads in sorted({row["threads"] for row in rows}):
+        firsts = {row["model"]: row for row in reversed(rows) if row["threads"] == threads and not row["failure"]}
+        trained = [row["ratios"] for name, row in firsts.items() if name not in BUILT]
+        for key, what in (("wall", "infera"), ("compiled_wall", "jit")):
+            found = [ratios[key] for ratios in trained if key in ratios]
+            if len(found) > 1:
+                where = f"{what}, {threads} thread{'s' if threads > 1 else ''}"
+                yield f"{where}: {statistics.geometric_mean(found):.2f}, mean of {len(found)} trained models"
 
 
 def first(result: Result) -> str:
