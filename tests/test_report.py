@@ -67,7 +67,8 @@ def test_charts_are_svg_and_are_shown() -> None:
     files = render({**read(), "nvidia-h200": measured(*ROWS)})
     charts = {name for name in files if name.endswith(".svg")}
     hosts = {host for host, topic in report.on_cpus(read()) if topic == report_cpu.CHARTED}
-    assert len(hosts) > 1 and len(charts) == len(hosts) + 3
+    assert len(hosts) > 1
+    assert len(charts) == len(hosts) + 3
     for name in charts:
         assert ElementTree.fromstring(files[name]).tag == "{http://www.w3.org/2000/svg}svg"
     assert set(re.findall(r"\]\(([\w-]+\.svg)\)", files[DOCUMENT])) == charts
