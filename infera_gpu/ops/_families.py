@@ -186,6 +186,8 @@ def _split(bind: Bind, ns: float) -> Bind:
     """`bind`, once a part: of the flat arrays where all lie dense, else along the first axis that is longer than 1."""
 
     def split(site: Site, io: Buffers) -> Sequence[Call]:
+        if io.threads == 1:
+            return bind(site, io)
         ins, outs = io.ins, io.outs
         shape = outs[0].shape
         if all(x is None or x.size == 1 or (x.shape == shape and x.flags.c_contiguous) for x in (*ins, *outs)):

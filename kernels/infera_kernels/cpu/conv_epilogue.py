@@ -10,7 +10,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.activation import blockwise
-from infera_kernels.cpu.elementwise import BLOCK, blocks, clamp, const
+from infera_kernels.cpu.elementwise import BLOCK, blocks, clamp
 
 Activation: TypeAlias = tuple[str | float, ...]
 """A name of `ACTIVATIONS`, then its parameters."""
@@ -49,10 +49,9 @@ def activator(
         return [], lambda x, y: []
     name = str(activation[0])
     attrs = {k: float(v) for k, v in zip(ACTIVATIONS[name], activation[1:], strict=True)}
-    if name == "relu":
-        return [], lambda x, y: [clamp(x, const(0, y), const(np.inf, y), y)]
-    if name == "clip":
-        return [], lambda x, y: [clamp(x, const(attrs["low"], y), const(attrs["high"], y), y)]
+    if name in ("relu", "clip"):
+        low, high = (np.asarray(bound, dtype) for bound in (attrs.get("low", 0), attrs.get("high", np.inf)))
+        return [], lambda x, y: [clamp(x, low, high, y)]
     once, emit = blockwise(name, min(size, BLOCK), dtype, scratch, **attrs)
     return once, lambda x, y: [c for source, target in blocks(x, y) for c in emit(source, target)]
 

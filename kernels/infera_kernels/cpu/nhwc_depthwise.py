@@ -182,11 +182,13 @@ def _kinds(window: Window, axis: int, size: int, start: int, stop: int) -> list[
         first = at * stride - before
         return max(0, -(first // dilation)), max(0, min(window.kernel[axis], (size - 1 - first) // dilation + 1))
 
-    kinds = []
-    for seen, some in groupby(range(start, stop), taps):
-        first, *rest = some
-        kinds.append(Kind(first, (rest or [first])[-1] + 1, *seen))
-    return kinds
+    low = -(-before // stride)
+    high = (size - 1 - (window.kernel[axis] - 1) * dilation + before) // stride + 1
+    inner = range(max(start, low), min(stop, high))  # most of them, which all have all taps
+    some = [*range(start, inner.start), inner.start, *range(inner.stop, stop)] if inner else range(start, stop)
+    kinds = [(next(alike), seen) for seen, alike in groupby(some, taps)]
+    ends = [*(first for first, _ in kinds[1:]), stop]
+    return [Kind(first, last, *seen) for (first, seen), last in zip(kinds, ends, strict=True)]
 
 
 def _apart(
