@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx.numpy_helper import from_array
 
 import infera_gpu
 from infera_gpu.devices import open_device
 from infera_gpu.errors import DeviceError
 from infera_kernels import jit
 from infera_kernels.calls import Call, Split
+from infera_kernels.cpu import packed
 from infera_kernels.cpu.conv import conv2d as channels_first
 from tests.text import parse
 
@@ -244,6 +246,38 @@ def test_sessions_take_it_where_it_is_installed_and_wanted() -> None:
             )
     assert [kinds for kinds, _ in found.values()] == [{"jit"}, {"jit"}, {"cpu"}]
     np.testing.assert_allclose(found[True][1], found[False][1], rtol=2e-6)
+
+
+LARGE = """
+g (float[N, 640] x) => (float[N, 512] y) <float[640, 512] w, float[512] b> {
+    s = MatMul(x, w)
+    t = Add(s, b)
+    y = Tanh(t)
+}"""
+
+
+@pytest.mark.parametrize(("rows", "panels"), [(1, 0), (2, 1), (3, 1), (packed.MOST_ROWS + 1, 0)])
+def test_large_weights_are_laid_out_where_that_is_faster(
+    rows: int, panels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row reads them once, however they lie, and beside many BLAS lays them out in every call."""
+    made = list[Array]()
+
+    def pack(w: Array, real: Any = gemm.pack) -> Array:
+        made.append(w)
+        return np.asarray(real(w))
+
+    monkeypatch.setattr(gemm, "pack", pack)
+    if packed.inner() is None:
+        panels = int(rows > 1)
+    model, w = parse(LARGE), normal(640, 512) / 25
+    model.graph.initializer.append(from_array(w, "w"))
+    model.graph.initializer.append(from_array(normal(512), "b"))
+    x = normal(rows, 640)
+    with infera_gpu.load(model, device="cpu", threads=2, jit=True) as session:
+        np.testing.assert_allclose(session.run({"x": x})["y"], np.tanh(x @ w + normal(512)), rtol=1e-4, atol=1e-4)
+        assert "1 steps in parts" in session.plan_for({"x": x}).headline
+    assert len(made) == panels
 
 
 def test_without_numba_it_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ the rest there are the "cpu" kernels. Declares no operators itself.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array
 from infera_kernels.cpu import packed
 from infera_kernels.cpu.elementwise import contiguous
+from infera_kernels.cpu.matmul import FEW_ROWS, WEIGHT_BYTES
 from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit.codes import CODES
 
@@ -25,6 +25,11 @@ Kernels = dict[str, Kernel]
 
 ELEMENT_NS, PRODUCT_NS = 0.5, 0.02
 """What an element of a compiled loop and a multiply-add of a product take, about."""
+
+
+def product_ns(ns: float, weight: Array) -> float:
+    """What a product takes whose multiply-adds take so long: few rows take as long as reading the weight does."""
+    return max(ns, float(weight.nbytes) / WEIGHT_BYTES)
 
 
 def _always(site: Site) -> bool:
@@ -105,7 +110,7 @@ def product(
 ) -> Kernels:
     """activation(alpha A' @ B' + bias) + residual: a bias for each column, a residual of the output's shape.
 
-    A constant matrix B is packed once, for BLAS where `multiply` does that; any other product is `multiply`'s.
+    A constant matrix B is packed once, or left to `multiply` where that is as fast; other products are `multiply`'s.
     """
 
     def fits(site: Site) -> bool:
@@ -123,11 +128,14 @@ def product(
         y = io.outs[0].reshape(-1, io.outs[0].shape[-1])
         activation, bias = name(site), vector(site, io, 2)
         added = None if activation or not site.has(3) else io.ins[3]
-        if _packs(site) and _for_blas(site, io):
-            calls = multiply(site, io, sys.maxsize, bias=bias, residual=added)
-            if not activation:
-                return calls
-            bias = None
+        if _packs(site) and _suits_blas(site):
+            if packed.loops_for(io.outs[0], site.spec(0).dims[-1]) is None:
+                calls = multiply(site, io)
+            else:  # which add to what is there
+                calls = multiply(site, io, bias=bias, residual=added)
+                if not activation:
+                    return calls
+                bias = None
         elif _packs(site):
             low = 0.0 if activation == "relu" and (bias is None or site.value(2) is not None) else -np.inf
             folded = None if bias is None or site.value(2) is None else bias
@@ -137,6 +145,8 @@ def product(
         else:
             calls = multiply(site, io)
         residual = None
+        if bias is None and not activation and not site.has(3):
+            return calls
         if site.has(3):
             residual, copied = contiguous(io.ins[3], io.scratch)
             residual = residual.reshape(y.shape)
@@ -161,10 +171,13 @@ LEAST_WEIGHTS = 1 << 18
 """Elements of a matrix from which on OpenBLAS' loops are faster than these, where its calls no longer show."""
 
 
-def _for_blas(site: Site, io: Buffers) -> bool:
-    """Whether a constant matrix B is laid out for BLAS, where that is possible, rather than for these kernels."""
-    large = site.spec(1).size >= LEAST_WEIGHTS
-    return large and packed.loops_for(io.outs[0], site.spec(0).dims[-1], sys.maxsize) is not None
+def _suits_blas(site: Site) -> bool:
+    """Whether a large constant matrix B is laid out for BLAS, or read as it lies, rather than packed: beside a single
+    row, which reads it once in any layout, and beside more than BLAS has slow calls for."""
+    (y,) = site.outs
+    count = y.size // y.dims[-1]
+    known = count > FEW_ROWS and packed.inner() is not None
+    return site.spec(1).size >= LEAST_WEIGHTS and (count == 1 or known)
 
 
 def _packed(site: Site, io: Buffers, y: Array, with_bias: bool, low: float) -> list[Call]:
@@ -175,7 +188,7 @@ def _packed(site: Site, io: Buffers, y: Array, with_bias: bool, low: float) -> l
     flip = bool(site.attrs.get("transB", 0))
     weight = io.pack(1, f"panels{flip:d}", lambda w: gemm.pack(w.T if flip else w))
     bias = io.pack(2, "panels", gemm.pack_bias) if with_bias else None
-    parts = worth(PRODUCT_NS * y.size * a.shape[-1], split_of(io)).threads
+    parts = worth(product_ns(PRODUCT_NS * y.size * a.shape[-1], weight), split_of(io)).threads
     return [*calls, *io.parallel(gemm.product(a.reshape(len(y), -1), weight, bias, y, low=low, parts=parts))]
 
 

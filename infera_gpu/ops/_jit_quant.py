@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.op import Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
-from infera_gpu.ops._jit import PRODUCT_NS, Kernels, rows
+from infera_gpu.ops._jit import PRODUCT_NS, Kernels, product_ns, rows
 from infera_gpu.ops.window import Window
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
@@ -61,7 +61,7 @@ def product(
             lambda w: integers.terms(transposed(w, flip), point),
         ),
     )
-    parts = worth(_DOT_NS * out.size * k, split_of(io)).threads
+    parts = worth(product_ns(_DOT_NS * out.size * k, weight.panels), split_of(io)).threads
     made = integers.product(
         left, weight, out.reshape(-1, n), scale=scale, scales=columns(scales), bias=columns(bias), parts=parts
     )
@@ -77,8 +77,9 @@ def scaled_product(site: Site, io: Buffers, scales: int, bias: int) -> list[Call
     factors = io.pack(scales, f"row {n}", lambda v: np.full(n, v.reshape(-1), np.float32))
     added = io.pack(bias, f"row {n}", lambda v: np.full(n, v.reshape(-1), np.float32)) if site.has(bias) else None
     terms = np.zeros(n, np.float32) if added is None else added
-    parts = worth(PRODUCT_NS * y.size * x.shape[-1], split_of(io)).threads
-    calls = io.parallel(gemm.product(x, io.pack(1, "panels", gemm.pack), None, y, parts=parts))
+    weight = io.pack(1, "panels", gemm.pack)
+    parts = worth(product_ns(PRODUCT_NS * y.size * x.shape[-1], weight), split_of(io)).threads
+    calls = io.parallel(gemm.product(x, weight, None, y, parts=parts))
     return [*calls, *rows(io, len(y), y.size, lambda part: epilogue.scale(y[part], factors, terms))]
 
 

@@ -63,14 +63,14 @@ def given(io: Buffers, i: int) -> Array | None:
     return io.ins[i] if i < len(io.ins) else None
 
 
-def _multiply(site: Site, io: Buffers, most_rows: int = packed.MOST_ROWS, **terms: Any) -> list[Call]:
-    """`cpu.fused` of the inputs; beside up to `most_rows` rows a constant matrix is laid out for BLAS once, where it is
-    known how. Not what is multiplied by 0: BLAS' loops look at nothing then, and NaN and infinity become 0."""
+def _multiply(site: Site, io: Buffers, **terms: Any) -> list[Call]:
+    """`cpu.fused` of the inputs; beside up to `packed.MOST_ROWS` rows a constant matrix is laid out for BLAS, where it
+    is known how. Not what is multiplied by 0: BLAS' loops look at nothing then, and NaN and infinity become 0."""
     out, flip = io.outs[0], bool(site.attrs.get("transB"))
     constant = site.value(1) is not None and site.spec(1).ndim == 2
     if constant and site.spec(0).ndim > 1 and not io.strict and terms.get("alpha") != 0:
         a = portable.transposed(io.ins[0], site.attrs.get("transA"))
-        loops = packed.loops_for(out, a.shape[-1], most_rows)
+        loops = packed.loops_for(out, a.shape[-1])
         if loops is not None:
             weights = io.pack(1, f"inner{flip:d}", lambda w: packed.pack(w.T if flip else w, loops))
             return packed.fused(a, weights, out, io.scratch, split_of(io), loops=loops, **terms)

@@ -142,7 +142,7 @@ def fused(
 _FLOPS = 60.0
 """Operations a nanosecond in a large product, about; a part is worth the more the slower a processor is."""
 
-_BYTES = 8.0
+WEIGHT_BYTES = 8.0
 """Bytes of the right-hand matrix that a product of few rows reads in a nanosecond."""
 
 _STORED_NS, _ACTIVATED_NS = 0.2, 2.0
@@ -158,7 +158,7 @@ def _depths(a: Array, b: Array, out: Array, split: Split) -> list[slice]:
     fits = b.ndim == 2 <= a.ndim and b.strides[1] == b.itemsize and b.shape[0] and out.size <= FEW_ROWS * b.shape[1]
     if not fits or split.threads < 2:
         return []
-    return parts(b.shape[0], b.nbytes / _BYTES, split, multiple=_GRANULES[-2])
+    return parts(b.shape[0], b.nbytes / WEIGHT_BYTES, split, multiple=_GRANULES[-2])
 
 
 class Piece(Record):
@@ -183,7 +183,7 @@ def pieces(a: Array, b: Array, out: Array, split: Split, activation: str) -> Ite
     axis = next((i - out.ndim for i, d in enumerate(out.shape) if d > 1), -1)
     if axis == -2 and out.shape[-1] > out.shape[-2]:
         axis = -1
-    ns = max(2 * out.size * a.shape[-1] / _FLOPS, b.nbytes / _BYTES)
+    ns = max(2 * out.size * a.shape[-1] / _FLOPS, b.nbytes / WEIGHT_BYTES)
     ns += out.size * (_ACTIVATED_NS if activation else _STORED_NS)
     cuts = parts(out.shape[axis], ns, split, multiple=_GRANULES.get(axis, 1)) if min(a.ndim, b.ndim) > 1 else []
     if len(cuts) < 2:

@@ -87,12 +87,12 @@ def pack(w: Array, loops: Inner, runs: int = 1) -> Array:
     return made
 
 
-def loops_for(out: Array, depth: int, most_rows: int = MOST_ROWS) -> Inner | None:
+def loops_for(out: Array, depth: int) -> Inner | None:
     """For `fused`, where it takes `out` and is made for a product of its size; None elsewhere."""
     y = rows_of(out)
     if y is None or y.dtype != np.float32 or y.strides[1] != y.itemsize:
         return None
-    return inner() if FEW_ROWS < len(y) <= most_rows and y.size * depth > UNPACKED else None
+    return inner() if FEW_ROWS < len(y) <= MOST_ROWS and y.size * depth > UNPACKED else None
 
 
 def fused(
