@@ -82,8 +82,7 @@ def _processes() -> Iterator[Finding]:
         "absent" if why else "ok",
         f"{why}: threads make the parts of a step on the CPU, which is slower where they are small"
         if why
-        else f"with several threads and without numba they make parts of a step on the CPU; {VARIABLE}=0 leaves it to "
-        "threads",
+        else f"with several threads they make parts of a step on the CPU; {VARIABLE}=0 leaves it to threads",
     )
 
 

@@ -47,9 +47,9 @@ def load(
 
     `device` is "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:N" or "recording". `threads` is how many
     threads a run on the CPU has; None is one for every core, or what the environment variable INFERA_THREADS says.
-    Without numba all but one of them are in worker processes, from a plan's second run on, unless INFERA_PROCESSES is
-    0. Sessions share them, and from the first run until the last session is closed or collected NumPy's BLAS has
-    one thread, in the whole process.
+    All but one of them are in worker processes, from a plan's second run on, unless INFERA_PROCESSES is 0. Sessions
+    share them, and from the first run until the last session is closed or collected NumPy's BLAS has one thread, in the
+    whole process.
     `fuse=False` runs the graph as it is written. `accuracy="strict"` keeps to the order of operations that the model
     writes, as far as BLAS does: nothing is folded into weights, no norm, softmax, attention or activation that is
     spelled out is computed by another formula, convolutions take no Winograd, and nothing that numba compiles

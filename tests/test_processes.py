@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -25,12 +26,16 @@ from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op
 from infera_kernels.cpu.process import ASLEEP
+from infera_kernels.jit import installed
 from tests import elsewhere
 from tests.buffers import GuardedBuffers
-from tests.cases import assert_close, compute, run, variants, wrong
-from tests.test_threads import LITTLE, PATIENCE, _python, feeds, model, split_cases, together
+from tests.cases import assert_close, compute, covered, run, variants, wrong
+from tests.test_threads import LITTLE, PATIENCE, _python, feeds, model, together
 
 pytestmark = pytest.mark.skipif(bool(processes.unavailable()), reason=processes.unavailable())
+
+JIT = [False, *[True] * installed()]
+"""Without compiled kernels, and with them where they can be."""
 
 
 def in_turn(parts: Sequence[Sequence[Call]], threads: int) -> None:
@@ -459,22 +464,34 @@ def workers() -> Iterator[None]:
     SharedBuffers.pool.end()
 
 
+def split_cases() -> Iterator[Any]:
+    for kind in ("cpu", *["jit"] * installed()):
+        for op, case, _ in covered(kind):
+            yield pytest.param(op, case, kind, id=f"{op.qualified}-{case.id}-{kind}")
+
+
 @pytest.mark.usefixtures("workers")
-@pytest.mark.parametrize(("op", "case"), [*split_cases()])
-def test_parts_of_a_kernel_make_the_whole(op: Op, case: Case) -> None:
-    """Where a worker makes some of them: all NumPy kernels' calls can be sent."""
-    kernel = op.kernels["cpu"]
-    for site, ins in variants(op, case, "cpu"):
+@pytest.mark.parametrize(("op", "case", "kind"), [*split_cases()])
+def test_parts_of_a_kernel_make_the_whole(op: Op, case: Case, kind: str) -> None:
+    """Where a worker makes some of them: the calls of all NumPy and compiled kernels can be sent."""
+    kernel = op.kernels[kind]
+    for site, ins in variants(op, case, kind):
         want = compute(op, site, ins)[: case.n_outs]
         buffers = SharedBuffers(ins, site.outs, site.values, threads=2, least_ns=LITTLE)
         calls = list(kernel.bind(site, buffers))
-        for _ in range(2):
-            buffers.prepare([wrong(w) for w in want])
-            run(calls)
-            buffers.check()
-            for i, (got, w) in enumerate(zip(buffers.outs, want, strict=False)):
-                assert_close(got, w, case.tol, f"output {i}")
-        assert all(r.sent is buffers.pool.workers for r in buffers.regions)
+        until(partial(_agree_and_are_told, buffers, calls, want, case.tol))
+        until(lambda: all(w.ready for w in SharedBuffers.pool.workers))
+        assert _agree_and_are_told(buffers, calls, want, case.tol)
+
+
+def _agree_and_are_told(buffers: SharedBuffers, calls: list[Call], want: Sequence[HostArray], tol: float) -> bool:
+    """Runs, and compares; whether all of it had been sent."""
+    buffers.prepare([wrong(w) for w in want])
+    run(calls)
+    buffers.check()
+    for i, (got, w) in enumerate(zip(buffers.outs, want, strict=False)):
+        assert_close(got, w, tol, f"output {i}")
+    return all(r.sent is buffers.pool.workers for r in buffers.regions)
 
 
 # ---- sessions
@@ -487,14 +504,15 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize("threads", [2, 3])
-def test_sessions(threads: int) -> None:
+def test_sessions(threads: int, jit: bool) -> None:
     """What is fed changes, and so do shapes; a session beside it is closed meanwhile."""
     with (
-        infera_gpu.load(model(), device="cpu", threads=1, jit=False) as one,
-        infera_gpu.load(model(), device="cpu", threads=threads, jit=False) as several,
+        infera_gpu.load(model(), device="cpu", threads=1, jit=jit) as one,
+        infera_gpu.load(model(), device="cpu", threads=threads, jit=jit) as several,
     ):
-        other = infera_gpu.load(model(), device="cpu", threads=threads, jit=False)
+        other = infera_gpu.load(model(), device="cpu", threads=threads, jit=jit)
         until(lambda: several.run(feeds(2)) and other.run(feeds(2)) and _with_workers(several))
         for seed in range(30):
             if seed == 15:
@@ -510,20 +528,26 @@ def _with_workers(session: infera_gpu.Session) -> bool:
 
 
 @pytest.mark.usefixtures("eager")
-def test_nothing_is_started_where_it_is_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("jit", JIT)
+def test_nothing_is_started_where_it_is_unwanted(monkeypatch: pytest.MonkeyPatch, jit: bool) -> None:
     processes.POOL.end()
     monkeypatch.setenv(VARIABLE, "0")
-    with infera_gpu.load(model(), device="cpu", threads=2, jit=False) as session:
+    with infera_gpu.load(model(), device="cpu", threads=2, jit=jit) as session:
         for _ in range(5):
             session.run(feeds(2))
         assert not processes.POOL.workers
 
 
+@pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize(("threads", "where"), [(1, ""), (2, ", in 2 processes"), (9, "")])
-def test_the_plan_says_where_parts_are_made(threads: int, where: str) -> None:
-    with infera_gpu.load(model(), device="cpu", threads=threads, jit=False) as session:
+def test_the_plan_says_where_parts_are_made(threads: int, where: str, jit: bool) -> None:
+    with infera_gpu.load(model(), device="cpu", threads=threads, jit=jit) as session:
         some = "s" if threads > 1 else ""
         assert f" {threads} thread{some}{where} (as asked)" in session.plan_for(feeds(64)).headline
+
+
+def _with(script: str, jit: bool) -> str:
+    return script.replace("JIT", str(jit))
 
 
 FORKED = """
@@ -533,7 +557,7 @@ import infera_gpu
 from infera_gpu.devices import processes
 processes.LEAST_NS = 1e-3
 from tests.test_threads import feeds, model
-session = infera_gpu.load(model(), device="cpu", threads=2, jit=False)
+session = infera_gpu.load(model(), device="cpu", threads=2, jit=JIT)
 want = session.run(feeds(2))["y"]
 while not (processes.POOL.workers and processes.POOL.workers[0].ready):
     session.run(feeds(2))
@@ -559,8 +583,9 @@ print("fine")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_fork_has_workers_and_arenas_of_its_own() -> None:
-    assert _python(FORKED) == "fine"
+@pytest.mark.parametrize("jit", JIT)
+def test_a_fork_has_workers_and_arenas_of_its_own(jit: bool) -> None:
+    assert _python(_with(FORKED, jit)) == "fine"
 
 
 CLOSED = """
@@ -570,7 +595,7 @@ import infera_gpu
 processes.LEAST_NS = 1e-3
 from tests.test_threads import feeds, model
 for _ in range(3):
-    one, two = (infera_gpu.load(model(), device="cpu", threads=2, jit=False) for _ in range(2))
+    one, two = (infera_gpu.load(model(), device="cpu", threads=2, jit=JIT) for _ in range(2))
     while not (processes.POOL.workers and processes.POOL.workers[0].ready):
         one.run(feeds(2))
         two.run(feeds(2))
@@ -586,8 +611,9 @@ print("fine")
 """
 
 
-def test_workers_and_memory_go_with_the_last_session() -> None:
-    assert _python(CLOSED) == "fine"
+@pytest.mark.parametrize("jit", JIT)
+def test_workers_and_memory_go_with_the_last_session(jit: bool) -> None:
+    assert _python(_with(CLOSED, jit)) == "fine"
 
 
 LEFT = """
@@ -596,7 +622,7 @@ from infera_gpu.devices import processes
 import infera_gpu
 processes.LEAST_NS = 1e-3
 from tests.test_threads import feeds, model
-session = infera_gpu.load(model(), device="cpu", threads=2, jit=False)
+session = infera_gpu.load(model(), device="cpu", threads=2, jit=JIT)
 while not (processes.POOL.workers and processes.POOL.workers[0].ready):
     session.run(feeds(2))
 print(processes.POOL.workers[0].process, flush=True)
@@ -605,10 +631,11 @@ if sys.argv[1:]:
 """
 
 
+@pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize("killed", [False, True])
-def test_workers_end_with_their_process(killed: bool) -> None:
+def test_workers_end_with_their_process(killed: bool, jit: bool) -> None:
     made = subprocess.run(
-        [sys.executable, "-c", LEFT, *["x"] * killed], capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", _with(LEFT, jit), *["x"] * killed], capture_output=True, text=True, timeout=PATIENCE
     )
     assert made.returncode == (-9 if killed else 0), made.stderr
     assert not made.stderr

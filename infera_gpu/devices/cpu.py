@@ -50,10 +50,9 @@ class _WithProcesses(quiet_numpy):
 class CpuDevice:
     """Runs "cpu" kernels, with `jit` compiled ones before them, and operators' own functions where there is none.
 
-    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. Without `jit` worker
-    processes make them from a step's second run on, where there can be any, else threads: what numba compiled keeps no
-    interpreter's lock. From its first run until it is closed NumPy's BLAS has one thread in the whole process: see
-    `Workers`.
+    `threads` is how many parts of a step run at a time; None asks `cpus.default_threads`. Worker processes make them
+    from a step's second run on, where there can be any, else threads. From its first run until it is closed NumPy's
+    BLAS has one thread in the whole process: see `Workers`.
     """
 
     name = "cpu"
@@ -73,7 +72,7 @@ class CpuDevice:
         self.strict = strict
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
         self._working = False
-        self._shares = self.threads > 1 and not jit and not processes.unavailable(self.threads)
+        self._shares = self.threads > 1 and not processes.unavailable(self.threads)
         where = f", in {self.threads} processes" if self._shares else ""
         self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''}{where} ({why})"
         self.least_ns = processes.LEAST_NS if self._shares else LEAST_NS

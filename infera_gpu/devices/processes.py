@@ -180,14 +180,14 @@ class Processes:
     def _knowing(self, region: Region) -> Sequence[WorkerProcess]:
         """The workers that make parts of a region and know them; none where there are not enough that are ready."""
         wanted = region.workers
-        if region.sent is self.workers:
-            return self.workers[:wanted]
-        if len(self.workers) < wanted:
+        if region.sent is not self.workers and len(self.workers) < wanted:
             self._start(wanted)
         workers = self.workers[:wanted]
-        if not all(w.ready for w in workers):
+        if not all(w.ready for w in workers):  # they start, or load functions
             self._look_after()
             return ()
+        if region.sent is self.workers:
+            return workers
         try:
             self._send(region, workers)
         except (Unsendable, pickle.PicklingError):

@@ -13,7 +13,7 @@ import numpy as np
 
 from infera_gpu.devices.shared import SharedMemory
 from infera_gpu.op import Call
-from infera_kernels.cpu.process import ufunc
+from infera_kernels.cpu.process import Told, ufunc
 
 SHARED_ABOVE = 1 << 16
 """Bytes of a constant from which on it lies in shared memory; smaller ones are sent."""
@@ -40,6 +40,8 @@ class _Writer(pickle.Pickler):
         self._memory = memory
 
     def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, Told):
+            return value.function
         if not isinstance(value, np.ndarray):
             return None
         place = self._memory.place_of(value)
@@ -63,12 +65,22 @@ class _Writer(pickle.Pickler):
 
 
 def _sendable(fn: Callable[..., object]) -> bool:
-    """Whether a process may be told to call it: a function of NumPy's, or one that says so."""
+    """Whether a process may be told to call it: a function of NumPy's, a compiled one, or one that says so."""
     if isinstance(fn, partial):
         return _sendable(fn.func)
     if isinstance(fn, BuiltinMethodType):
         return isinstance(fn.__self__, np.ufunc)
-    return isinstance(fn, np.ufunc | MethodDescriptorType | _NUMPYS) or getattr(fn, "sendable", False)
+    return (
+        isinstance(fn, np.ufunc | MethodDescriptorType | _NUMPYS)
+        or hasattr(fn, "told")
+        or getattr(fn, "sendable", False)
+    )
+
+
+def _as_told(fn: Callable[..., object], args: tuple[Any, ...]) -> Call:
+    """The call as it is sent: what numba compiled is named by where the worker finds it."""
+    told = getattr(fn, "told", None)
+    return fn if told is None else Told(told(args)), args
 
 
 class Region:
@@ -107,5 +119,5 @@ def message(memory: SharedMemory, gone: Sequence[int], region: Region, part: int
     if not all(_sendable(fn) for fn, _ in calls):
         raise Unsendable
     writer = _Writer(memory)
-    writer.dump((gone, region.name, calls))
+    writer.dump((gone, region.name, [_as_told(*call) for call in calls]))
     return writer.data.getvalue()

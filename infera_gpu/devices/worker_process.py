@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 from infera_gpu.devices.base import UFUNC_BUFFER
 from infera_gpu.devices.sending import Region
@@ -182,13 +183,14 @@ class Sharing:
         return bool(self._made)
 
     def offer(self) -> None:
-        """Each worker a part. Raises OSError where one is gone."""
+        """Each worker a part; one that is gone does not come."""
         for worker in self._workers:
             worker.name(self._region.name)
         self._offered.extend(map(semaphores().post, self._offers))
         for worker in self._workers:
             if worker.asleep:
-                worker.wake()
+                with suppress(OSError):
+                    worker.wake()
 
     def settle(self) -> None:
         """Until every part that was begun has ended, and after an error nothing else is. May be called again."""

@@ -35,7 +35,7 @@ messages it was sent."""
 
 DONE, FAILED, ASLEEP, READY = LINE, LINE + 1, LINE + 2, LINE + 3
 """Words that the worker writes: which offer is the last that it has dealt with, whether that failed and a message
-says why, whether only a message wakes it, whether it has started."""
+says why, whether only a message wakes it, whether it has started and has all functions that it was told."""
 
 OFFER, ANSWER = 2 * LINE, 3 * LINE
 """Where semaphores lie: the first is for who makes the calls of the offered region, the worker or the other process,
@@ -60,6 +60,16 @@ Place: TypeAlias = tuple[int, int, int]
 Sent: TypeAlias = "tuple[Place | bytes, tuple[int, ...], np.dtype[Any], tuple[int, ...] | None, bool]"
 """An array: where it lies in shared memory, or else its elements, which nobody may write to; its shape, dtype and
 strides, and whether it may be written to."""
+
+
+class Told:
+    """A function that takes time to have, as what numba compiled does: pickled, and had once by a worker."""
+
+    def __init__(self, function: bytes) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        raise TypeError("a function that was not sent")
 
 
 class Semaphores(NamedTuple):
@@ -125,11 +135,13 @@ class Mapping:
 class _Reader(pickle.Unpickler):
     """Reads calls and their arrays."""
 
-    def __init__(self, data: bytes, blocks: _Blocks) -> None:
+    def __init__(self, data: bytes, blocks: _Blocks, function: Callable[[bytes], object]) -> None:
         super().__init__(BytesIO(data))
-        self._blocks = blocks
+        self._blocks, self._function = blocks, function
 
-    def persistent_load(self, sent: Sent) -> Array:
+    def persistent_load(self, sent: Sent | bytes) -> object:
+        if isinstance(sent, bytes):
+            return self._function(sent)
         place, shape, dtype, strides, writeable = sent
         if isinstance(place, bytes):
             return np.ndarray(shape, dtype, place)
@@ -162,6 +174,7 @@ class Worker:
         self._words, self._at = memoryview(block).cast("q"), at
         self._offer, self._answer = (address(block) + WORD * (at + which) for which in (OFFER, ANSWER))
         self._regions: dict[int, Sequence[Call]] = {}
+        self._functions: dict[bytes, object] = {}
         self._received = 0
 
     def serve(self) -> None:
@@ -196,10 +209,18 @@ class Worker:
         message = self._connection.recv_bytes()
         if message:
             self._received += 1
-            gone, name, calls = _Reader(message, self._blocks).load()
+            gone, name, calls = _Reader(message, self._blocks, self._function).load()
             for old in gone:
                 self._regions.pop(old, None)
             self._regions[name] = calls
+            self._words[self._at + READY] = 1
+
+    def _function(self, told: bytes) -> object:
+        """What was `Told`. The first one imports numba: who has more to tell need not wait, and does without."""
+        if told not in self._functions:
+            self._words[self._at + READY] = 0
+            self._functions[told] = pickle.loads(told)
+        return self._functions[told]
 
     def _make(self, calls: Sequence[Call]) -> None:
         try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,28 @@ Function = Callable[..., Any]
 _binding = threading.Lock()
 """Of `bound_by_address`, which several sessions may call at the same time."""
 
+_made: dict[str, list[Function]] = {}
+"""What `compiled` made for each module, in order."""
+
 
 def compiled(function: Function, flags: frozenset[str] = FAST_MATH) -> Function:
-    """`function` compiled: without the GIL, bounds checks or exceptions for a division by zero; kept on disk."""
+    """`function` compiled: without the GIL, bounds checks or exceptions for a division by zero; kept on disk.
+
+    What is kept has `told`, by which other processes find it.
+    """
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": set(flags)}
-    made: Function
+    made: Any
     try:
         with _kept_below(default_directory() / f"numba-{_sources()}"):
             made = numba.njit(cache=True, **options)(function)
+        kept = _made.setdefault(function.__module__, [])
+        made.told = partial(_told, made, function.__module__, len(kept))  # see `infera_kernels.cpu.process`
+        kept.append(made)
     except (OSError, RuntimeError) as error:  # numba finds no directory that it may write to
         _log.warning("%s is compiled anew in every process: %s", function.__qualname__, error)
         made = numba.njit(**options)(function)
-    return made
+    compiled: Function = made
+    return compiled
 
 
 def exact(function: Function) -> Function:
@@ -68,6 +80,35 @@ def bound_by_address(function: Any, *args: Any) -> Call:
                 function.compile(tuple(anyhow))
                 function.disable_compile()
     return function, args
+
+
+class _Form:
+    """Unpickled, it is the compiled function."""
+
+    def __init__(self, *where: Any) -> None:
+        self._where = where
+
+    def __reduce__(self) -> tuple[Function, tuple[Any, ...]]:
+        return _load, self._where
+
+
+def _told(function: Any, module: str, number: int, args: tuple[Any, ...]) -> bytes:
+    """What a process unpickles to have what `bound` or `bound_by_address` compiled for such arguments."""
+    types = tuple(map(numba.typeof, args)) if function._can_compile else next(iter(function.overloads))
+    return _pickled(module, number, types)
+
+
+@cache
+def _pickled(*where: Any) -> bytes:
+    return pickle.dumps(_Form(*where))
+
+
+def _load(module: str, number: int, types: tuple[Any, ...]) -> Function:
+    """A module's compiled function for arguments of these types, which it takes as they are: the interpreter's calls of
+    it choose by types, and an array that was sent may be read-only where the other process's is not."""
+    import_module(module)
+    found: Function = _made[module][number].compile(types)  # type: ignore[attr-defined]
+    return found
 
 
 @cache
