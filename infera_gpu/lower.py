@@ -154,10 +154,15 @@ class _Lowering:
             return
         kernel = choice.kernel
         strided = kernel.strided if kernel else True
+        first = strided or (kernel is not None and kernel.strided_in(site))
         within = self.within(index, placed)
         ins = tuple(
             [
-                within if within and not i else self.fetch(v, choice.space, strided=strided) if v else None
+                within
+                if within and not i
+                else self.fetch(v, choice.space, strided=strided if i else first)
+                if v
+                else None
                 for i, v in enumerate(site.node.inputs)
             ]
         )

@@ -105,7 +105,9 @@ class _Slots:
         whole, inner = within(value, self.space, spec, border)
         if len(bordered) < len(readers) and not inner.is_contiguous:
             return
-        if self.nodes[maker].op.view is not None and readers == [i]:
+        kernel = self.choices[i].kernel
+        copied = kernel is not None and not kernel.strided_in(site)
+        if copied and self.nodes[maker].op.view is not None and readers == [i]:
             self.around[i] = whole, inner
         if spec.nbytes <= LARGE and self.offer(value, inner, None, all_read=True):
             self.around.update(dict.fromkeys(bordered, (whole, inner)))

@@ -106,13 +106,32 @@ def test_tiles_of_winograd_see_a_wider_border(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_copy_that_is_needed_anyway_leaves_room_for_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"""
-    g (float[2, 3, 10, 8] x) => (float[2, 5, 4, 8] y) <{weights(w=(8, 3, 3, 3))}> {{
+    g (float[2, 5, 10, 8] x) => (float[2, 5, 4, 8] y) <{weights(w=(8, 5, 3, 3))}> {{
         t = Transpose <perm = [0, 2, 3, 1]> (x)
         y = infera.FusedConvNHWC <pads = [1, 1, 1, 1], strides = [2, 2]> (t, w)
     }}"""
-    plan = check(text, {"x": numbers(2, 3, 10, 8)}, 1, monkeypatch)
+    plan = check(text, {"x": numbers(2, 5, 10, 8)}, 1, monkeypatch)
     assert plan.steps[0].kind == "copy"
     assert not plan.steps[0].outs[0].is_contiguous
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("attributes", ["pads = [1, 1, 1, 1], strides = [2, 2]", "dilations = [2, 1]"])
+def test_few_channels_that_come_first_are_read_as_they_lie(
+    attributes: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""
+    g (float[2, 3, 10, 8] x) => (float[N, H, W, C] y) <{weights(w=(8, 3, 3, 3), b=(8,))}> {{
+        t = Transpose <perm = [0, 2, 3, 1]> (x)
+        y = infera.FusedConvNHWC <{attributes}, activation = "relu"> (t, w, b)
+    }}"""
+    feeds = {"x": numbers(2, 3, 10, 8)}
+    plan, got = ran(text, feeds, threads)
+    assert [step.kind for step in plan.steps] == ["kernel"]
+    monkeypatch.setattr("infera_kernels.cpu.nhwc_conv.FEW_INPUTS", 2)
+    copied, want = ran(text, feeds, threads)
+    assert [step.kind for step in copied.steps] == ["copy", "kernel"]
+    np.testing.assert_array_equal(got["y"], want["y"])
 
 
 def test_all_who_read_a_value_see_the_same_border(monkeypatch: pytest.MonkeyPatch) -> None:

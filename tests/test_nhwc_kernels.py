@@ -16,7 +16,7 @@ from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
 from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, packed
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
-from infera_kernels.cpu.nhwc_conv import conv2d
+from infera_kernels.cpu.nhwc_conv import conv2d, reads_strided
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.nhwc_windows import windows
 from infera_kernels.portable.activation import activation as plain_activation
@@ -155,6 +155,8 @@ CONVS = (
     Conv("few-rows", (1, 2, 5, 16), (200, 16, 3, 3), pads=same(1)),
     Conv("few-channels", (1, 20, 21, 3), (16, 3, 3, 3), strides=(2, 2), pads=same(1)),
     Conv("stem", (1, 33, 30, 3), (24, 3, 7, 7), strides=(2, 2), pads=same(3)),
+    Conv("few-channels-unpadded", (2, 90, 70, 4), (20, 4, 2, 3), strides=(1, 2), dilations=(2, 1)),
+    Conv("few-channels-long-rows", (2, 9, 40, 3), (8, 3, 2, 9), pads=same(1)),
     Conv("columns-batch", (3, 6, 5, 8), (12, 8, 3, 2), pads=((0, 1), (1, 0))),
     Conv("columns-dilated", (2, 11, 12, 5), (7, 5, 3, 3), dilations=(2, 3), pads=same(3)),
     Conv("columns-slices", (1, 6, 7, 64), (64, 64, 3, 3), strides=(2, 1)),
@@ -230,6 +232,32 @@ def test_convolution(conv: Conv, constant: bool, layout: Callable[[Array], Array
         y[...] = np.nan
         run(calls)
         assert_near(y, want, conv.bound if constant else DIRECT)
+
+
+STRIDED = {"few-channels", "stem", "few-channels-unpadded"}
+
+
+def planes(a: Array) -> Array:
+    """A copy of `a` whose channels come first."""
+    return last(np.ascontiguousarray(first(a)))
+
+
+def backwards_channels(a: Array) -> Array:
+    """A copy of `a` that lies with its channels in reverse."""
+    return np.ascontiguousarray(a[..., ::-1])[..., ::-1]
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("lying", [planes, backwards_channels])
+@pytest.mark.parametrize("conv", [c for c in CONVS if c.name in STRIDED], ids=lambda c: c.name)
+def test_few_channels_may_lie_in_any_way(conv: Conv, lying: Callable[[Array], Array], split: Split) -> None:
+    assert reads_strided(conv.w, conv.out, strides=conv.strides, dilations=conv.dilations, group=conv.group)
+    x, w = random(0, *conv.x), random(1, *conv.w)
+    y = scratch(conv.y)
+    calls = conv2d(lying(x), w, None, y, scratch, split, pack=packer(w), **conv.window)
+    run(calls)
+    assert_near(y, reference(conv, x, w, None), DIRECT)
+    assert allocated(calls) < TRANSIENT_BYTES
 
 
 @pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")

@@ -20,7 +20,7 @@ from infera_gpu.ops._triton_pool import global_pooling, pooling
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.nhwc_border import border
-from infera_kernels.cpu.nhwc_conv import border_of, conv2d, writes_rows
+from infera_kernels.cpu.nhwc_conv import border_of, conv2d, reads_strided, writes_rows
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.norm import batch_norm
 
@@ -204,6 +204,13 @@ def _rows_out(site: Site) -> bool:
     return bool(site.attrs["activation"]) and writes_rows(site.spec(1).dims, int(site.attrs["group"]))
 
 
+def _strided_in(site: Site) -> bool:
+    window = conv.window_2d(conv.conv_window(CONV.inputs(site)))
+    (outputs, inputs, *_), (height, width) = site.spec(1).dims, window.out
+    given = {k: v for k, v in window.params.items() if k != "pads"}
+    return reads_strided((outputs, inputs, *window.kernel), (height, width), group=int(site.attrs["group"]), **given)
+
+
 def _compiled_border(*args: Any, **given: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """`border_of` of the compiled kernels, which import numba."""
     from infera_kernels.jit.conv import border_of
@@ -279,7 +286,11 @@ _POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
 OPS: tuple[Op, ...] = (
     CONV.op(
         _CONV_CASES,
-        {"cpu": Kernel(_within(_bind_conv), _planar, border=_border(border_of), rows_out=_rows_out)}
+        {
+            "cpu": Kernel(
+                _within(_bind_conv), _planar, border=_border(border_of), rows_out=_rows_out, strided_in=_strided_in
+            )
+        }
         | {
             kind: replace(
                 kernel, bind=_within(kernel.bind), border=_border(_compiled_border), rows_out=_compiled_rows_out

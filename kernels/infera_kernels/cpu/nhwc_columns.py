@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -20,6 +20,11 @@ SHORT_RUN = 24
 """Elements that one row of a window reads; see `_shaped`."""
 
 
+def copies_taps(w: Sequence[int], group: int) -> bool:
+    """Whether `columns` copies the taps of weights (O, C / group, KH, KW) one by one: see `_shaped`."""
+    return group == 1 and w[1] * w[3] < SHORT_RUN
+
+
 def columns(
     x: Array,
     w: Array,
@@ -34,7 +39,7 @@ def columns(
     activation: Activation | None,
     residual: Array | None,
 ) -> list[Call]:
-    """y = activation(conv(x, w) + b + residual); see `conv2d`."""
+    """y = activation(conv(x, w) + b + residual); see `conv2d`. x has any strides."""
     c, o = x.shape[3], y.shape[3]
     kernel, taps = window.kernel, w.shape[1] * w.shape[2] * w.shape[3]
     height, width = window.out
@@ -71,7 +76,7 @@ def _shaped(space: Array, pixels: Pair, window: tuple[int, int, int], group: int
     then the pixels lie side by side: that makes longer loops.
     """
     count, taps = math.prod(pixels), math.prod(window)
-    if group == 1 and window[1] * window[2] < SHORT_RUN:
+    if copies_taps((0, window[2], *window[:2]), group):
         cols = space[: taps * count].reshape(*window[:2], 1, window[2], *pixels)
         return cols.transpose(4, 5, 0, 1, 2, 3), cols.reshape(1, taps, count).transpose(0, 2, 1)
     cols = space[: group * count * taps].reshape(group, *pixels, *window)
@@ -92,7 +97,7 @@ def _windows(band: Array, window: Window, shape: tuple[int, ...]) -> Array:
 
 def _gathered(target: Array, seen: Array) -> Call:
     """target[...] = seen, (rows, OW, KH, KW, group, C / group) each."""
-    if target.strides[-1] != target.itemsize:
+    if target.strides[-1] != target.itemsize or seen.strides[-1] != seen.itemsize:
         return np.copyto, (target, seen)
     if target.shape[4] == 1 and seen.strides[3] == seen.shape[5] * seen.itemsize:
         target, seen = (_merged(a) for a in (target, seen))

@@ -17,7 +17,7 @@ from infera_kernels.calls import SERIAL, Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_border import whole_tiles
-from infera_kernels.cpu.nhwc_columns import columns
+from infera_kernels.cpu.nhwc_columns import columns, copies_taps
 from infera_kernels.cpu.nhwc_depthwise import depthwise, whole_folds
 from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
@@ -32,6 +32,9 @@ FEW_OUTPUTS = 4
 
 SOME_INPUTS = 8
 """... and input channels from which it is."""
+
+FEW_INPUTS = 4
+"""Input channels up to which those that come first are read as they lie: an image's."""
 
 ROWS_OF_A_PART = 2
 """Rows of the output, of all images, below which a part is made of channels."""
@@ -63,8 +66,9 @@ def conv2d(
 
     x (N, H, W, C), w (O, C / group, KH, KW), b (O,) or None, y and residual (N, OH, OW, O), of one floating dtype.
     w and b are contiguous, the others contiguous or channel slices of contiguous arrays. Where `writes_rows` y may lie
-    within a border. `pads` are (before, after) of each axis and at least 0: where there are none, x may be larger than
-    the windows reach. `pack` is given where w never changes and sums may be taken in another order.
+    within a border, where `reads_strided` x may have any strides. `pads` are (before, after) of each axis and at least
+    0: where there are none, x may be larger than the windows reach. `pack` is given where w never changes and sums may
+    be taken in another order.
     """
     if not y.size:
         return []
@@ -130,6 +134,13 @@ def border_of(
 def writes_rows(w: Sequence[int], group: int) -> bool:
     """Whether `conv2d` writes to a y within a border, in the last pass of its epilogue if there is one."""
     return not _is_depthwise(w, group) and not (group == 1 and w[0] <= FEW_OUTPUTS)
+
+
+def reads_strided(w: Sequence[int], out: Pair, *, strides: Pair, dilations: Pair, group: int) -> bool:
+    """Whether `conv2d` reads few channels as fast where they come first: it copies taps one by one in any case."""
+    window = Window(out, (w[2], w[3]), strides, dilations, (0, 0))
+    direct = inner() is not None and reads(w, window)
+    return w[1] <= FEW_INPUTS and math.prod(w[2:]) > 1 and copies_taps(w, group) and not direct
 
 
 def _is_depthwise(w: Sequence[int], group: int) -> bool:

@@ -98,13 +98,19 @@ def padded(x: Array, room: Array | None, window: Window, start: int, stop: int) 
     if inside.stop > first and width:
         image = x[first + top : inside.stop + top, :width]
         inner = target[inside, left : left + width]
-        dense = image.strides[1] == inner.strides[1]
-        calls.append((np.copyto, (inner, image)) if dense else moved(inner, image))
+        apart = image.strides[1] != inner.strides[1] and image.strides[2] == inner.strides[2] == image.itemsize
+        calls.append(moved(inner, image) if apart else (np.copyto, (inner, image)))
     return target, calls
 
 
 def room_for(x: Array, window: Window, rows: int, scratch: Scratch, *, dense: bool = False) -> Array | None:
-    """Room for `padded` with blocks of `rows` output rows; None where views of x do (`dense`: of dense pixels)."""
+    """Room for `padded` with blocks of `rows` output rows; None where views of x do (`dense`: of dense pixels).
+
+    Where x has its channels as planes, the room has too.
+    """
     if window.fits(x) and not (dense and x.strides[2] != x.shape[3] * x.itemsize):
         return None
-    return scratch((window.seen(0, rows), window.seen(1, window.out[1]), x.shape[3]), x.dtype)
+    size = window.seen(0, rows), window.seen(1, window.out[1])
+    if x.strides[3] > x.strides[2]:
+        return scratch((x.shape[3], *size), x.dtype).transpose(1, 2, 0)
+    return scratch((*size, x.shape[3]), x.dtype)
