@@ -1,4 +1,4 @@
-"""Real models, fetched, served and asked over HTTP. Run: make run, or python examples/demo.py [--once] [--offline]
+"""Real models, fetched, served and asked over HTTP. Run: make run, or python -m examples.demo [--once] [--offline]
 
 Three models come from PyPI (magika, YuNet, silero-vad). Where it is out of reach a small one that lies in this
 repository takes their place. Afterwards the server goes on until Ctrl-C, with commands to try printed.

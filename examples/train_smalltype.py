@@ -1,4 +1,4 @@
-"""Trains the file-type model of `smalltype.py` in NumPy and writes it as ONNX. Run: python examples/train_smalltype.py
+"""Trains the file-type model of `smalltype.py` in NumPy and writes it as ONNX. Run: python -m examples.train_smalltype
 
 Data: the files inside pinned, permissively licensed packages from PyPI, labelled by their extension; WAV, PNG, gzip and
 zip files are few there, so some are made. Whole packages are held out, so that the accuracy printed is not one of
