@@ -122,6 +122,15 @@ def test_sizes_that_contradict_a_symbol_are_refused_here_alone() -> None:
         infera_gpu.InferenceSession(MODEL, providers=CPU).run(["j"], feeds)
 
 
+def test_types_that_contradict_each_other_are_refused_in_a_run_here_and_at_load_there() -> None:
+    model = parse("g (int64[N] x) => (int64[N] y) <float one = {1.0}> { y = Add(x, one) }").SerializeToString()
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match="Type Error"):
+        onnxruntime.InferenceSession(model, quiet(onnxruntime), providers=CPU)
+    session = infera_gpu.InferenceSession(model, providers=CPU)
+    with pytest.raises(infera_gpu.PlanError, match=r"Add 'y': inputs .* differ in type"):
+        session.run(None, {"x": np.arange(3)})
+
+
 @both
 def test_run_options(ort: Any) -> None:
     session = ort.InferenceSession(MODEL, quiet(ort), providers=CPU)
