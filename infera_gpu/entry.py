@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.devices import Device
 from infera_gpu.errors import InputError
-from infera_gpu.feeds import value_of
+from infera_gpu.feeds import not_feeds, value_of
 from infera_gpu.spec import Array, TensorSpec, ValueSpec, bind_symbols, is_plain
 from infera_gpu.stages import Shapes
 
@@ -36,7 +36,7 @@ class Entry:
     def take(self, feeds: Mapping[str, Any]) -> Entering:
         """The values of all inputs; their shapes are not checked. Raises InputError."""
         if type(feeds) is not dict and not isinstance(feeds, Mapping):
-            raise InputError(f"feeds are a mapping from input names to arrays, not a {type(feeds).__name__}")
+            raise not_feeds(feeds)
         self.check_names(feeds)
         values = {}
         for name, (spec, dtype) in self._expected.items():

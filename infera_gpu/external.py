@@ -74,7 +74,7 @@ class ExternalFiles:
                 return memoryview(mmap.mmap(descriptor, about.st_size, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
             problem = (error.strerror if isinstance(error, OSError) else None) or error
-            where = f"in the model's folder, {self._model.parent.absolute()}"
+            where = f"in the model's folder {self._model.parent.absolute()}"
             raise InvalidModel(f"external data at {location!r:.200} {where} cannot be read: {problem}") from None
 
     def _open(self, parts: tuple[str, ...], stack: ExitStack) -> int:

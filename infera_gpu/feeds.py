@@ -13,6 +13,14 @@ from infera_gpu.errors import InputError
 from infera_gpu.spec import Array, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec
 
 
+def not_feeds(given: object) -> InputError:
+    """The error for `given` where the feeds of a run were expected."""
+    return InputError(
+        f"feeds are a mapping from input names to arrays, not {type(given).__name__}; "
+        "run(output_names, feeds), as in onnxruntime, is a method of infera_gpu.InferenceSession"
+    )
+
+
 def value_of(name: str, value: Any, spec: ValueSpec, device: Device) -> Any:
     """The feed as a value of the input's type. Raises InputError."""
     match spec:
@@ -63,9 +71,21 @@ def _array(name: str, value: Any, spec: TensorSpec, device: Device) -> Array:
         return array
     if array.dtype == spec.dtype.newbyteorder():
         return array.astype(spec.dtype)
-    raise InputError(
-        f"input '{name}' is {array.dtype.name}, expected {spec}; convert it with .astype('{spec.dtype.name}')"
-    )
+    raise InputError(f"input '{name}' is {_kind(array.dtype)}, expected {spec}{_remedy(value, array, spec)}")
+
+
+def _kind(dtype: DType) -> str:
+    """NumPy's name, but without the length of text: "str64" looks like a type that somebody chose."""
+    return {"U": "str", "S": "bytes"}.get(dtype.kind, dtype.name)
+
+
+def _remedy(value: Any, array: Array, spec: TensorSpec) -> str:
+    """How the feed becomes one of the right type, where one call does it: what text means only the caller knows."""
+    if array.dtype.kind not in "biufc":
+        return ""
+    if hasattr(value, "astype"):
+        return f"; convert it with .astype('{spec.dtype.name}')"
+    return f"; convert it with numpy.array(..., '{spec.dtype.name}')" if spec.dtype.isbuiltin == 1 else ""
 
 
 def _strings(name: str, value: Any) -> np.ndarray[Any, Any]:

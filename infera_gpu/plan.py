@@ -33,6 +33,9 @@ class Step(NamedTuple):
     workspace: Operand | None = None
     parts: int = 1
 
+    def __repr__(self) -> str:
+        return f"<{self.label} via {self.how}>"
+
     @property
     def how(self) -> str:
         """`via`, and into how many parts it is split."""
@@ -163,6 +166,10 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *table(rows(self))])
+
+    def __repr__(self) -> str:
+        """The same: what a notebook shows of a plan. Its fields would be megabytes of text."""
+        return str(self)
 
     @property
     def headline(self) -> str:

@@ -18,6 +18,7 @@ from infera_gpu.devices import Device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.entry import Entering, Entry
 from infera_gpu.errors import DeviceError, InputError, PlanError
+from infera_gpu.feeds import not_feeds
 from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
@@ -130,7 +131,7 @@ class Running(ABC):
         range.
         """
         if out:
-            self._check_out(out)
+            self._check_out(feeds, out)
         if (session := self._for(feeds)) is not self:
             with self._hosting():
                 return session.run(feeds, out)
@@ -143,7 +144,9 @@ class Running(ABC):
     def _tune_first(self, feeds: Mapping[str, Any]) -> None:
         """Measure tiles in runs with these feeds, within `tuning_left`, which that shortens."""
 
-    def _check_out(self, out: Mapping[str, Array]) -> None:
+    def _check_out(self, feeds: object, out: Mapping[str, Array]) -> None:
+        if not isinstance(feeds, Mapping):  # the feeds may be in the place of `out`, as onnxruntime has them
+            raise not_feeds(feeds)
         for name, target in out.items():
             if not hasattr(target, "dtype"):
                 raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from infera_gpu.bind import Bound
 from infera_gpu.devices import tiles_of
@@ -94,6 +94,13 @@ class Session(Running):
                 raise
             return self.reserve(*inputs)
         return nbytes
+
+    def __reduce__(self) -> NoReturn:
+        """Raises TypeError: memory, threads and devices belong to one process."""
+        raise TypeError(
+            f"a {type(self).__name__} is neither pickled nor copied; load '{self.name}' again, "
+            "in each process that runs it: in the initializer of a multiprocessing.Pool, for one"
+        )
 
     def profile(self, feeds: Mapping[str, Any]) -> list[Timing]:
         """Run once, timing every step of every segment; the device is synchronised after each."""

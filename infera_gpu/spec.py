@@ -210,7 +210,8 @@ def bind_symbols(pairs: Iterable[tuple[str, TensorSpec, tuple[int, ...]]]) -> di
         if not spec.ranked:
             continue
         if len(spec.shape) != len(shape):
-            raise ValueError(f"'{name}' has {len(shape)} dimensions {list(shape)}, expected {spec}")
+            dimensions = "dimension" if len(shape) == 1 else "dimensions"
+            raise ValueError(f"'{name}' has {len(shape)} {dimensions} {list(shape)}, expected {spec}")
         for declared, actual in zip(spec.shape, shape, strict=True):
             if isinstance(declared, int) and declared != actual:
                 raise ValueError(f"'{name}' has shape {list(shape)}, expected {spec}")

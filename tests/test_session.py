@@ -326,9 +326,11 @@ def test_closing_refuses_later_runs() -> None:
         ({**feeds("x"), "z": np.zeros((3, 4))}, "input 'z' is float64, expected float32"),
         ({**feeds("x"), "z": np.zeros((3, 5), np.float32)}, r"'z' has shape \[3, 5\], expected float32\[N, 4\]"),
         ({**feeds("x"), "z": np.zeros((2, 4), np.float32)}, "'N' is 2 there but 3 in 'x'"),
-        ({**feeds("x"), "z": np.zeros(4, np.float32)}, "'z' has 1 dimensions"),
-        ({**feeds("x"), "z": "no"}, "input 'z' is str"),
-        ([1, 2], "feeds are a mapping"),
+        ({**feeds("x"), "z": np.zeros(4, np.float32)}, "'z' has 1 dimension "),
+        ({**feeds("x"), "z": "no"}, r"input 'z' is str, expected float32\[N, 4\]$"),
+        ({**feeds("x"), "z": [[1j] * 4] * 3}, r"'z' is complex128, expected .*numpy.array\(\.\.\., 'float32'\)"),
+        ({**feeds("x"), "z": [[2**70] * 4] * 3}, r"'z' is object, expected float32\[N, 4\]$"),
+        ([1, 2], "feeds are a mapping from input names to arrays, not list"),
     ],
 )
 def test_a_feed_that_does_not_fit_is_named(bad: dict[str, object], message: str) -> None:
