@@ -20,7 +20,7 @@ from infera_gpu.ops._triton_pool import global_pooling, pooling
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.nhwc_border import border
-from infera_kernels.cpu.nhwc_conv import border_of, conv2d, reads_strided, writes_rows
+from infera_kernels.cpu.nhwc_conv import FEW_INPUTS, border_of, conv2d, reads_strided, writes_rows
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.norm import batch_norm
 
@@ -205,6 +205,8 @@ def _rows_out(site: Site) -> bool:
 
 
 def _strided_in(site: Site) -> bool:
+    if site.spec(1).dims[1] > FEW_INPUTS or int(site.attrs["group"]) > 1:  # most: asked first, as it costs least
+        return False
     window = conv.window_2d(conv.conv_window(CONV.inputs(site)))
     (outputs, inputs, *_), (height, width) = site.spec(1).dims, window.out
     given = {k: v for k, v in window.params.items() if k != "pads"}
