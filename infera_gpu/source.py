@@ -87,6 +87,15 @@ _OTHER_FILES = {
 """What files begin with that are often taken for models."""
 
 
+def _hint(path: Path) -> str:
+    """What else the path of a file that is not there was meant for: what shells and the command line take."""
+    if str(path).startswith("~"):
+        return "; '~' is left as it is: give os.path.expanduser of the path"
+    if str(path).startswith(("https:/", "pypi:/")) or not (path.suffix or path.is_absolute() or path.parent.name):
+        return "; fetch, in infera_gpu.fetch, brings a model of the catalogue or from an address, and gives its path"
+    return ""
+
+
 def _payload(path: Path, weights: bool, room: Room) -> tuple[bytes, int, Bodies]:
     """What is to be parsed, how many bytes the file has, and what has been cut out."""
     try:
@@ -110,7 +119,8 @@ def _payload(path: Path, weights: bool, room: Room) -> tuple[bytes, int, Bodies]
             bodies = {i: _part(file, start, stop, room) for i, (start, stop) in wanted.items()}
             return found.skeleton, about.st_size, bodies
     except OSError as error:
-        raise InvalidModel(f"{path}: {error.strerror or error}") from None
+        hint = _hint(path) if isinstance(error, FileNotFoundError) else ""
+        raise InvalidModel(f"{path}: {error.strerror or error}{hint}") from None
     except ValueError as error:
         raise InvalidModel(f"the path {str(path)!r} is none: {error}") from None
 
