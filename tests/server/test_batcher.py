@@ -485,6 +485,34 @@ def test_under_many_threads_everyone_gets_their_own_answer() -> None:
     assert batcher.queued == batcher.schedule.queued_rows == batcher.schedule.queued_bytes == 0
 
 
+def test_in_the_callers_thread_answers_come_before_what_is_learned_and_find_the_model_idle() -> None:
+    async def play() -> None:
+        loop = asyncio.get_running_loop()
+        batcher = Batcher(lambda feeds: {"y": feeds["x"] * 2}, LAYOUT, soon=loop.call_soon, inline_limit=1e3)
+        x, ended = np.ones((1, 2), np.float32), asyncio.Event()
+        costs = batcher.schedule.costs.of(x.shape[1:])
+        for _ in range(4):
+            costs.learn(1, 100.0)
+        counted = []
+
+        def answered(result: Arrays | Exception, batch: Batch | None) -> None:
+            counted.append(costs.runs(0))
+            batcher.submit(Job({"x": x}, last, 1, x.shape[1:], deadline=time.monotonic() + 50.0))  # a run takes longer
+
+        def last(result: Arrays | Exception, batch: Batch | None) -> None:
+            counted.append(costs.runs(0))
+            ended.set()
+
+        batcher.submit(Job({"x": x}, answered, 1, x.shape[1:]))
+        await asyncio.wait_for(ended.wait(), WAIT)
+        assert counted == [4, 5]
+        assert costs.runs(0) == 6
+        batcher.drain()
+        assert batcher.join(WAIT)
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_whoever_runs_every_job_is_answered_once(seed: int) -> None:
     """Two models on one device, runs short and long, in the callers' thread and in theirs, with callers that leave."""

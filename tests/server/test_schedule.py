@@ -289,6 +289,10 @@ def test_a_batch_over_the_limit_is_not_taken() -> None:
     assert made.may_take(2.5e-3)
     assert made.take(0.0, within=2.5e-3) is None
     assert made.queued == 8
+    assert made.take(0.0, within=2.5e-3, each=0.9e-3) is None
+    assert made.take(0.0, within=2.5e-3, each=1e-3) is not None
+    made.add(job())
+    assert made.take(0.0, within=1.5e-3, each=1.0) is None
     assert made.take(0.0, within=20e-3) is not None
     unknown = Schedule(BUCKETS)
     unknown.add(job())

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from infera_server.errors import Expired, RequestError, Unavailable
+from infera_server.scheduling.backlog import Selection
 from infera_server.scheduling.goal import Goal
 from infera_server.scheduling.jobs import Batch, Job, State
 from infera_server.scheduling.rows import Layout
@@ -29,6 +30,10 @@ from infera_server.scheduling.schedule import Schedule
 from infera_server.scheduling.turns import Turns
 
 log = logging.getLogger(__name__)
+
+INLINE_EACH = 1e-5
+"""Seconds by which a run in the callers' thread may be longer for each of its jobs after the first: to read a request
+and to answer it takes that thread as long and more, so that it is never the run that others wait for most."""
 
 
 def _call(deliver: Callable[[Batch], None], batch: Batch) -> None:
@@ -53,7 +58,8 @@ class Batcher:
     `soon` where there is one: when replies have left.
     Without a `layout` every job runs alone. A run longer than `run_limit` seconds cannot be stopped, but `expire`
     answers the jobs in it. `soon(fn)` must call `fn()` in the callers' thread when that has done what it is at
-    (`loop.call_soon`): what arrives until then runs together, and there if it takes up to `inline_limit` seconds.
+    (`loop.call_soon`): what arrives until then runs together, and there if one job takes up to `inline_limit` seconds,
+    and more of them INLINE_EACH longer.
     `wait_for_engine()` returns once there is something to run on; jobs wait until then, and nobody's turn is taken.
     A RequestError that `run` raises is the answer to all jobs of the batch.
     """
@@ -209,7 +215,9 @@ class Batcher:
             self.share.enter()
         batches: Sequence[Batch] = ()
         try:
-            batches = self._run_next(asked, behind)
+            batches, selection = self._run_next(asked, behind)
+            if selection is not None:
+                self._learn(selection, batches)
         finally:
             failed = bool(batches) and isinstance(batches[0].results[0], RequestError)
             self._has_turn = self.share.leave(again=bool(batches and self.schedule.queued and not failed))
@@ -228,18 +236,19 @@ class Batcher:
             if not (self.schedule.may_take(self.inline_limit) and self.share.enter(wait=False)):
                 self._ring()
                 return
-        batches: Sequence[Batch] = ()
         try:
-            batches = self._run_next(asked, "", self.inline_limit)
+            batches, selection = self._run_next(asked, "", self.inline_limit)
         finally:
             self.share.leave()
+        for batch in batches:  # before all else: somebody waits for these, and for nothing below
+            self._deliver(batch)
+        if selection is not None:
+            self._learn(selection, batches)
         with self._lock:
             if self.schedule.queued and not batches:
                 self._ring()
             else:
                 self._settle()
-        for batch in batches:
-            self._deliver(batch)
 
     def _settle(self) -> None:
         """Decide who goes on. Called under the lock."""
@@ -252,18 +261,23 @@ class Batcher:
 
     # --- a run -----------------------------------------------------------------------------------------------------
 
-    def _run_next(self, asked: float, behind: str, within: float = math.inf) -> Sequence[Batch]:
-        """Take jobs and run them: none where those that waited have left, or would take longer than `within`."""
+    def _run_next(
+        self, asked: float, behind: str, within: float = math.inf
+    ) -> tuple[Sequence[Batch], Selection | None]:
+        """Take jobs and run them: none where those that waited have left, or would take longer than `within`.
+
+        With what ran, which there is something to `_learn` of unless everybody has left.
+        """
         now = time.monotonic()
         with self._lock:
             late = self.schedule.late(now)
-            selection = self.schedule.take(now, within) if self.schedule.queued else None
+            selection = self.schedule.take(now, within, INLINE_EACH) if self.schedule.queued else None
             if selection is not None:
                 self._running_since, self._running = now, selection.jobs
         if late:
             self._post_late(late, now)
         if selection is None:
-            return ()
+            return (), None
         running = State.RUNNING
         for job in selection.jobs:
             job.state = running
@@ -272,12 +286,18 @@ class Batcher:
             batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
         if not batches:  # the batch failed, and meanwhile everybody in it has left
             self._running = ()
-            return ()
+            return (), None
         self._running, self._free_at = (), batches[-1].split_at
-        whole = batches[0].padded == selection.bucket and not isinstance(batches[0].results[0], Exception)
+        self.schedule.ended()
+        return batches, selection
+
+    def _learn(self, selection: Selection, batches: Sequence[Batch]) -> None:
+        """What the last run says of the next ones."""
+        first, began = batches[0], self._running_since
+        whole = first.padded == selection.bucket and not isinstance(first.results[0], Exception)
         with self._lock:
-            self.schedule.ran(selection, self._free_at - now, whole=whole, waited=now - asked if behind else 0.0)
-        return batches
+            waited = began - first.asked_at if first.behind else 0.0
+            self.schedule.ran(selection, batches[-1].split_at - began, whole=whole, waited=waited)
 
     # --- results ---------------------------------------------------------------------------------------------------
 

@@ -164,15 +164,16 @@ class Schedule(Backlog):
         costs = self.head.costs
         return costs.known and costs.typical[0] <= seconds
 
-    def take(self, now: float, within: float = math.inf) -> Selection | None:
+    def take(self, now: float, within: float = math.inf, each: float = 0.0) -> Selection | None:
         """Remove the jobs of the next batch, and say how it runs. Something must wait.
 
-        None where the batch would take longer than `within`, or it is unknown how long and there is such a limit.
+        None where the batch would take longer than `within`, and `each` for every job but the first, or it is unknown
+        how long and there is such a limit.
         """
         head = self.head
         index, count = self._choose(head) if self.merges else (0, 1)
         seconds = head.costs.typical[index]
-        if seconds > within or (within < math.inf and not head.costs.known):
+        if seconds > within + each * (count - 1) or (within < math.inf and not head.costs.known):
             return None
         selection = Selection(head.jobs[:count], head.group, head.costs, self.buckets[index])
         self.drop(head, count)
@@ -183,15 +184,19 @@ class Schedule(Backlog):
         self._joined = 0
         return selection
 
+    def ended(self) -> None:
+        """The batch ended: nothing runs until the next one is taken."""
+        self._forecast.running, self._ahead = None, 0.0
+
     def ran(self, selection: Selection, seconds: float, *, whole: bool = True, waited: float = 0.0) -> None:
-        """The batch ended after so long, before which the device was `waited` for.
+        """The batch took so long, before which the device was `waited` for.
 
         Unless it ran `whole`, nothing is learned from its time.
         """
         turns = self._forecast.turns
         if waited or turns:
             turns.add(waited)
-        self._forecast.running, self._ahead = None, 0.0
+        self.ended()
         if whole:
             selection.costs.ran(selection.bucket, seconds)
             if self.goal is not None:
