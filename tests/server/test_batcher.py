@@ -485,27 +485,35 @@ def test_under_many_threads_everyone_gets_their_own_answer() -> None:
     assert batcher.queued == batcher.schedule.queued_rows == batcher.schedule.queued_bytes == 0
 
 
-def test_in_the_callers_thread_answers_come_before_what_is_learned_and_find_the_model_idle() -> None:
+def test_in_the_callers_thread_answers_come_before_all_accounts_and_find_the_model_idle() -> None:
     async def play() -> None:
         loop = asyncio.get_running_loop()
-        batcher = Batcher(lambda feeds: {"y": feeds["x"] * 2}, LAYOUT, soon=loop.call_soon, inline_limit=1e3)
-        x, ended = np.ones((1, 2), np.float32), asyncio.Event()
+        x, events, counted = np.ones((1, 2), np.float32), list[str](), asyncio.Event()
+
+        def observed(batch: Batch) -> None:
+            events.append("counted")
+            if events.count("counted") == 2:
+                loop.call_soon(counted.set)
+
+        batcher = Batcher(
+            lambda feeds: {"y": feeds["x"] * 2}, LAYOUT, soon=loop.call_soon, inline_limit=1e3, observe=observed
+        )
         costs = batcher.schedule.costs.of(x.shape[1:])
         for _ in range(4):
             costs.learn(1, 100.0)
-        counted = []
 
-        def answered(result: Arrays | Exception, batch: Batch | None) -> None:
-            counted.append(costs.runs(0))
-            batcher.submit(Job({"x": x}, last, 1, x.shape[1:], deadline=time.monotonic() + 50.0))  # a run takes longer
+        def first(result: Arrays | Exception, batch: Batch | None) -> None:
+            events.append("first answer")
+            batcher.submit(
+                Job({"x": x}, second, 1, x.shape[1:], deadline=time.monotonic() + 50.0)
+            )  # a run takes longer
 
-        def last(result: Arrays | Exception, batch: Batch | None) -> None:
-            counted.append(costs.runs(0))
-            ended.set()
+        def second(result: Arrays | Exception, batch: Batch | None) -> None:
+            events.append(f"second answer, {costs.runs(0)} runs known")
 
-        batcher.submit(Job({"x": x}, answered, 1, x.shape[1:]))
-        await asyncio.wait_for(ended.wait(), WAIT)
-        assert counted == [4, 5]
+        batcher.submit(Job({"x": x}, first, 1, x.shape[1:]))
+        await asyncio.wait_for(counted.wait(), WAIT)
+        assert events == ["first answer", "second answer, 4 runs known", "counted", "counted"]
         assert costs.runs(0) == 6
         batcher.drain()
         assert batcher.join(WAIT)

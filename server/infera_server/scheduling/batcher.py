@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 from infera_server.errors import Expired, RequestError, Unavailable
 from infera_server.scheduling.backlog import Selection
@@ -95,6 +96,7 @@ class Batcher:
         )
         self.share = self.turns.share(self.name, self.weight)
         self._engine = Engine.NOBODY
+        self._owed: list[Callable[[], None]] = []
         self._running: Sequence[Job] = ()
         self._running_since = self._free_at = 0.0
         self._lock = threading.Lock()
@@ -217,7 +219,7 @@ class Batcher:
         try:
             batches, selection = self._run_next(asked, behind)
             if selection is not None:
-                self._learn(selection, batches)
+                self._learn(selection, batches, self._running_since)
         finally:
             failed = bool(batches) and isinstance(batches[0].results[0], RequestError)
             self._has_turn = self.share.leave(again=bool(batches and self.schedule.queued and not failed))
@@ -225,7 +227,14 @@ class Batcher:
             self._post(batch)
 
     def _begin(self) -> None:
-        """In the callers' thread: one batch, if it is short and the device is free. Else the engine thread goes on."""
+        """In the callers' thread: one batch, then the accounts of what was answered before."""
+        owed, self._owed = self._owed, []
+        self._run_here()
+        for account in owed:
+            account()
+
+    def _run_here(self) -> None:
+        """One batch, if it is short and the device is free. Else the engine thread goes on."""
         asked = time.monotonic()
         with self._lock:
             if self._engine is not Engine.CALLERS:
@@ -243,7 +252,7 @@ class Batcher:
         for batch in batches:  # before all else: somebody waits for these, and for nothing below
             self._deliver(batch)
         if selection is not None:
-            self._learn(selection, batches)
+            self._later(partial(self._learn, selection, batches, self._running_since))
         with self._lock:
             if self.schedule.queued and not batches:
                 self._ring()
@@ -291,9 +300,9 @@ class Batcher:
         self.schedule.ended()
         return batches, selection
 
-    def _learn(self, selection: Selection, batches: Sequence[Batch]) -> None:
-        """What the last run says of the next ones."""
-        first, began = batches[0], self._running_since
+    def _learn(self, selection: Selection, batches: Sequence[Batch], began: float) -> None:
+        """What a run says of the next ones."""
+        first = batches[0]
         whole = first.padded == selection.bucket and not isinstance(first.results[0], Exception)
         with self._lock:
             waited = began - first.asked_at if first.behind else 0.0
@@ -308,7 +317,7 @@ class Batcher:
             log.warning("model '%s': %d results had nowhere to go", self.name, len(batch.jobs))
 
     def _deliver(self, batch: Batch) -> None:
-        """In the callers' thread: call every job back, then account for the batch: nobody waits for that."""
+        """In the callers' thread: call every job back, and account for the batch later."""
         ran = bool(batch.padded)
         if ran:
             self.schedule.answered(batch.jobs, time.monotonic())
@@ -321,10 +330,25 @@ class Batcher:
                 job.done(result, told)
             except Exception:
                 log.exception("model '%s': the callback of a request failed", self.name)
-        if ran and self.soon is not None:
-            self.soon(lambda: self.observe(batch))
-        elif ran:
-            self.observe(batch)
+        if ran:
+            self._later(partial(self.observe, batch))
+
+    def _later(self, account: Callable[[], None]) -> None:
+        """Account for a batch when its replies have left, and after the answers of the next one if that waits: nobody
+        waits for accounts. Without `soon` now."""
+        if self.soon is None:
+            account()
+            return
+        if not self._owed:
+            self.soon(self._catch_up)
+        self._owed.append(account)
+
+    def _catch_up(self) -> None:
+        if self._engine is Engine.CALLERS and self.schedule.queued:
+            return  # `_begin` comes next, and does it afterwards
+        owed, self._owed = self._owed, []
+        for account in owed:
+            account()
 
     def _post_late(self, jobs: Sequence[Job], now: float) -> None:
         for job in jobs:
