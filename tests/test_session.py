@@ -423,7 +423,9 @@ def test_all_unsupported_operators_are_listed() -> None:
     with pytest.raises(UnsupportedOperatorError) as caught:
         infera_gpu.load(model, device="cpu")
     assert [op for op, _ in caught.value.missing] == ["com.microsoft.Foo", "com.microsoft.Bar", "com.microsoft.Foo"]
-    assert "com.microsoft.Foo (2: a, y)" in str(caught.value)
+    assert str(caught.value).startswith(
+        "2 unsupported operators: com.microsoft.Foo (2: a, y); com.microsoft.Bar (1: b)"
+    )
 
 
 @pytest.mark.parametrize("data", [b"", b"not a model", parse(CHAIN).SerializeToString()[:-20]])
@@ -495,7 +497,11 @@ def test_threads_are_a_positive_number(threads: object) -> None:
 
 @pytest.mark.parametrize(
     ("op", "opset", "hint"),
-    [("Gelu", 13, "there is Gelu from opset 20 on"), ("relu", 17, "there is Relu"), ("Frobnicate", 17, "CONTRIBUTING")],
+    [
+        ("Gelu", 13, "operator at opset 13: Gelu .* there is Gelu from opset 20 on"),
+        ("relu", 17, "there is Relu"),
+        ("Frobnicate", 17, "CONTRIBUTING"),
+    ],
 )
 def test_unsupported_operators_come_with_advice(op: str, opset: int, hint: str) -> None:
     model = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }", opset)
