@@ -320,10 +320,11 @@ class Op:
     of an operator that only joins its inputs, where each lies in output 0. `attrs` maps every attribute to its default
     or REQUIRED. `expand(site)` gives the nodes that do the same where the operator does not cover a site: a fused
     operator whose residual turns out to broadcast becomes its parts again. A `pure` operator gives the same outputs for
-    the same inputs; `shapes_only` says that its outputs depend on the specs of its inputs alone (Shape, Size), so that
-    planning computes it without data. A `host` operator works on what no arena holds (sequences, maps, strings,
-    subgraphs): it runs on the host between two plans, `compute(numpy, site, *values)` gets and returns values of any
-    kind, a sequence of outputs as a tuple, and `infer` is not asked for what a run will tell.
+    the same inputs, except where `draws(node)` says that the node may become one that does not; `shapes_only` says that
+    its outputs depend on the specs of its inputs alone (Shape, Size), so that planning computes it without data. A
+    `host` operator works on what no arena holds (sequences, maps, strings, subgraphs): it runs on the host between two
+    plans, `compute(numpy, site, *values)` gets and returns values of any kind, a sequence of outputs as a tuple, and
+    `infer` is not asked for what a run will tell.
     """
 
     name: str
@@ -340,6 +341,7 @@ class Op:
     expand: Callable[[Site], Expansion | None] | None = None
     portable: bool = True
     pure: bool = True
+    draws: Callable[[Node], bool] | None = None
     shapes_only: bool = False
     host: bool = False
 
@@ -350,6 +352,10 @@ class Op:
     @property
     def qualified(self) -> str:
         return f"{self.domain + '.' if self.domain else ''}{self.name}-{self.since}"
+
+    def repeats(self, node: Node) -> bool:
+        """Whether the node gives the same outputs for the same inputs in every run."""
+        return self.pure and not (self.draws is not None and self.draws(node))
 
     def fill(self, node: Node) -> Attrs:
         """The node's attributes with defaults, remembered with it. Raises PlanError for an unknown or a missing one."""

@@ -175,6 +175,21 @@ def test_constant_arithmetic_is_folded_and_dead_nodes_dropped() -> None:
     np.testing.assert_array_equal(session.run({"x": np.array([1, 1], np.float32)})["y"], [2, 4])
 
 
+def test_what_draws_is_not_folded() -> None:
+    """Dropout in training, of a constant: what it drops is another choice in every run."""
+    graph = load_graph(
+        parse("""g (float[64] x) => (float[64] y) <int64[1] s = {64}, float r = {0.5}, bool t = {1}> {
+            a = ConstantOfShape <value = float[1] {1.0}> (s)
+            b = Dropout(a, r, t)
+            y = Add(b, x)
+        }""")
+    )
+    with Session(graph, open_device("cpu")) as session:
+        first, second = (session.run({"x": np.zeros(64, np.float32)})["y"] for _ in range(2))
+    assert set(first) == set(second) == {0, 2}
+    assert (first != second).any()
+
+
 @pytest.mark.parametrize(
     "activation",
     ["Relu", "Sigmoid", "Tanh", "Softplus", "HardSigmoid <alpha = 0.3>", "LeakyRelu <alpha = 0.2>", "HardSwish"],

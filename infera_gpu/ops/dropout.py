@@ -24,6 +24,10 @@ def _is_training(site: Site) -> bool:
     return mode is not None and bool(mode.reshape(-1)[0])
 
 
+def _may_train(node: Node) -> bool:
+    return len(node.inputs) > _TRAINING and bool(node.inputs[_TRAINING])
+
+
 def _expand(site: Site) -> Expansion | None:
     if not _is_training(site):
         return None
@@ -86,7 +90,13 @@ _TRAINING_DROPOUT = Op(
 OPS: tuple[Op, ...] = (
     _TRAINING_DROPOUT,
     *(
-        Op("Dropout", since, _infer, _compute, cases, attrs, values=values, view=lambda x, site: x, expand=_expand)
+        Op(
+            *("Dropout", since, _infer, _compute, cases, attrs),
+            values=values,
+            view=lambda x, site: x,
+            expand=_expand,
+            draws=_may_train,
+        )
         for since, cases, attrs, values in (
             (7, _CASES, {"ratio": 0.5}, ()),
             (10, _CASES + _MASK, {"ratio": 0.5}, ()),

@@ -38,7 +38,7 @@ def _fold(
         return None
     opset = graph.opset_of(node)
     op = registry.find(node.domain, node.op, opset)
-    if op is None or not op.pure or op.host:
+    if op is None or not op.repeats(node) or op.host:
         return None
     values = tuple(constants[i] if i else None for i in node.inputs)
     try:

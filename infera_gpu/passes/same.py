@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.op import Registry
+from infera_gpu.op import Op, Registry
 from infera_gpu.passes.facts import Facts, Known, broadcast
 from infera_gpu.spec import dtype_of_onnx
 
@@ -194,14 +194,14 @@ def share_values(graph: Graph, registry: Registry) -> Graph:
         if name not in walk.fixed and (kept := found.setdefault(_bytes_of(value), name)) != name:
             walk.names[name] = kept
     known: dict[Hashable, list[Node]] = {}
-    pure: dict[tuple[str, str, int], bool] = {}
+    ops: dict[tuple[str, str, int], Op | None] = {}
     for n in map(walk.renamed, graph.nodes):
         if walk.may_go(n) and not n.subgraphs:
-            op = (n.domain, n.op, graph.opset_of(n))
-            if op not in pure:
-                declared = registry.find(*op)
-                pure[op] = declared is not None and declared.pure and not declared.host
-            if pure[op]:
+            asked = (n.domain, n.op, graph.opset_of(n))
+            if asked not in ops:
+                ops[asked] = registry.find(*asked)
+            op = ops[asked]
+            if op is not None and op.repeats(n) and not op.host:
                 alike = known.setdefault(_signature(n), [])
                 first = next((m for m in alike if _attributes(m) == _attributes(n)), None)
                 if first is not None:

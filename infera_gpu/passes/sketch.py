@@ -60,7 +60,7 @@ def _visit(op: Op, node: Node, opset: int, specs: dict[str, TensorSpec], known: 
     outs = tuple(op.infer(site))
     specs.update({k: s for k, s in zip(node.outputs, outs, strict=False) if k and s is not None and is_plain(s)})
     follows = op.shapes_only or all(v is not None or s is None for v, s in zip(values, ins, strict=True))
-    if not op.pure or not follows or any(s is None or s.size > FEW for s in outs):
+    if not op.repeats(node) or not follows or any(s is None or s.size > FEW for s in outs):
         return
     given: Sequence[HostArray | None] = values
     if op.shapes_only:
