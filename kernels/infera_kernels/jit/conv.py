@@ -58,6 +58,7 @@ def conv2d(
     values = tuple(map(float, given))
     if _is_depthwise(w.shape, group):
         taps = pack("taps", lambda weights: np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0)))
+        taps = taps.reshape(*w.shape[2:], -1)  # packed as the weights are stored: a column where the image is one
         bias = None if b is None else pack_b("vector", lambda row: np.array(row))
         parts = windows.depthwise(
             x, taps, bias, y, scratch, strides=strides, pads=pads, dilations=dilations, activation=str(name),
