@@ -61,6 +61,8 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
     on_cpu = model.device == "cpu"
     device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
     facts = [*head, ("device", device), *_tensors(signature)]
+    if batching.refusal:
+        facts.append(("warning", f"no request that was tried can be run: {batching.refusal}"))
     facts.append(("batching", batching.reason))
     if batching.padding:
         facts.append(("padding", batching.padding))

@@ -243,7 +243,9 @@ def test_what_can_never_be_planned_is_raised(shape: tuple[Dim, ...]) -> None:
 def test_what_other_sizes_might_make_plannable_is_served() -> None:
     model = Unplannable({"x": spec("N", 4)}, {"y": spec(4)}, lambda feeds: {"y": feeds["x"][0]})
     model.closed = True  # so that the refusals name the sizes
-    assert derive(model, 8).arena_bytes == {}
+    found = derive(model, 8)
+    assert found.arena_bytes == {}
+    assert found.refusal == "Concat 'y': strings are not computed at {'x': (1, 4)}"
 
 
 # --- inputs without a batch axis -------------------------------------------------------------------------------------

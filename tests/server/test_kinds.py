@@ -198,6 +198,16 @@ def test_answers_are_kept_where_the_configuration_asks(tmp_path: Path) -> None:
         assert running.get("/v2/models/kept/stats")[1]["model_stats"][0]["inference_stats"]["cache_miss"]["count"] == 0
 
 
+def test_a_model_of_which_no_request_could_be_planned_warns(tmp_path: Path) -> None:
+    add(tmp_path, "wrong", "(float[N, 4] x) => (float[N, 4] y) { y = Softmax <axis: int = 7> (x) }")
+    with serve(tmp_path) as running:
+        (entry,) = running.host.repository.entries()
+        (warning,) = (line for line in lines(entry, Settings()) if "warning" in line)
+        assert warning.startswith("wrong version 1: warning: no request that was tried can be run: ")
+        assert "axis 7 out of range" in warning
+        assert running.infer("wrong", document("x", ONES))[0] >= 400
+
+
 COUNTER = (
     "(float[N, 2] x, float[N, 2] total) => (float[N, 2] y, float[N, 2] sum) { sum = Add(x, total) y = Add(sum, x) }"
 )

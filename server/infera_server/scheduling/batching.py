@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeAlias
 
@@ -32,8 +32,8 @@ class Batching:
     """What was decided and why. Without a layout each request runs alone.
 
     `arena_bytes` says what the plan of a bucket needs, at `sizes` for the symbolic dimensions besides the batch; it is
-    empty where no plan could be made at the sizes tried. `padding` says whether rows of unequal length share batches,
-    and why; it is empty where their length cannot differ.
+    empty where no plan could be made at the sizes tried, and `refusal` says why then. `padding` says whether rows of
+    unequal length share batches, and why; it is empty where their length cannot differ.
     """
 
     layout: Layout | None
@@ -41,6 +41,10 @@ class Batching:
     arena_bytes: Mapping[int, int]
     sizes: Mapping[str, int]
     padding: str = ""
+    refusal: str = ""
+
+    def off(self, why: str) -> Batching:
+        return replace(self, reason=f"off: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +65,25 @@ def derive(session: Session, max_batch: int) -> Batching:
 
     Raises what planning raises where the model cannot be planned at all.
     """
-    alone, sizes = _alone(session)
+    alone = _alone(session)
     if max_batch <= 1:
-        return Batching(None, "off: max_batch is 1", alone, sizes)
+        return alone.off("max_batch is 1")
     found = list(candidates(session.inputs, session.outputs))
     if not found:
-        return Batching(None, f"off: {_no_candidate(session)}", alone, sizes)
+        return alone.off(_no_candidate(session))
     facts = session.facts(found[0].shared)
     if facts.mixes_rows:
-        return Batching(None, f"off: {found[0].origin}, but {facts.mixes_rows}", alone, sizes)
+        return alone.off(f"{found[0].origin}, but {facts.mixes_rows}")
     values = {name: _filled(session.inputs[name], points) for name, points in facts.branches.items()}
     if unknown := [name for name, points in values.items() if points is None]:
-        return Batching(None, f"off: input '{unknown[0]}' has no batch axis and chooses a branch", alone, sizes)
+        return alone.off(f"input '{unknown[0]}' has no batch axis and chooses a branch")
     refusals = []
     for candidate in found:
         proof = _proven(session, candidate, values)
         if proof.refusal is None:
             return _sized(session, candidate, max_batch, proof)
         refusals.append(f"{candidate.origin}, but {proof.refusal}")
-    return Batching(None, f"off: {'; '.join(refusals)}", alone, sizes)
+    return alone.off("; ".join(refusals))
 
 
 def _filled(spec: TensorSpec, points: Sequence[bool | int | float] | None) -> Sequence[HostArray] | None:
@@ -104,8 +108,8 @@ def _proven(session: Session, candidate: Candidate, values: Mapping[str, Sequenc
     return proof
 
 
-def _alone(session: Session) -> tuple[Mapping[int, int], Mapping[str, int]]:
-    """The arena of one request whose open dimensions all have one size, the smallest that can be planned, and that.
+def _alone(session: Session) -> Batching:
+    """That of one request whose open dimensions all have one size, the smallest that can be planned.
 
     Raises what planning raises where every size meets the same refusal: then no request can be planned. Refusals that
     differ speak of the sizes, and another may do.
@@ -115,14 +119,14 @@ def _alone(session: Session) -> tuple[Mapping[int, int], Mapping[str, int]]:
         sizes: dict[str, int] = {}
         shapes = {name: shape_at(spec, {}, size, sizes) for name, spec in session.inputs.items()}
         try:
-            return {1: arena_of(session, shapes)}, sizes
+            return Batching(None, "", {1: arena_of(session, shapes)}, sizes)
         except Exception as error:
             if not sizes or isinstance(error, OutOfMemoryError):
                 raise
             refusals.append(error)
     if len({str(error) for error in refusals}) == 1:
         raise refusals[0]
-    return {}, {}
+    return Batching(None, "", {}, {}, refusal=str(refusals[0]))
 
 
 def buckets_to(most: int) -> tuple[int, ...]:
