@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, TypeAlias
@@ -17,8 +17,14 @@ ALIGN = 256
 SLACK = 0.02
 """How far above the lower bound, as a part of it, an arena may be before a smaller one is searched for."""
 
-EFFORT = 400_000
-"""Pairs of values that a search may look at. Those for real models end long before."""
+EFFORT = 700_000
+"""Pairs of values that searches for one arena may look at together. Those for most models end long before."""
+
+ATTEMPT = 100_000
+"""Pairs that one of them may look at before the next begins, which chooses differently.
+
+How long a search takes is luck with a long tail, which restarts cut off (Gomes, Selman and Kautz, AAAI 1998).
+"""
 
 
 def aligned(nbytes: int) -> int:
@@ -100,7 +106,7 @@ class _Search:
     """Looks for offsets below a given top, by squeaky wheel optimisation (Joslin and Clements, JAIR 10, 1999).
 
     Values are placed one by one, each at its lowest free offset. One that would reach above the top moves forward in
-    the order, to before one of the values that lie in its way, and placing goes on from there. `effort` counts down.
+    the order, to before one of the values that lie in its way, and placing goes on from there.
     """
 
     def __init__(self, requests: Sequence[Request], fixed: Mapping[str, int]) -> None:
@@ -110,7 +116,13 @@ class _Search:
         self._begins = np.array([r.begin for r in requests])
         self._ends = np.array([r.end for r in requests])
         self._near: dict[int, list[int]] = {}
-        self.effort = 0
+
+    def pairs(self) -> int:
+        """The pairs of values that placing each of them once looks at."""
+        count = len(self._requests)
+        before = np.searchsorted(np.sort(self._ends), self._begins, "right")
+        after = count - np.searchsorted(np.sort(self._begins), self._ends, "left")
+        return int((count - before - after).sum()) + 10 * count
 
     def beside(self, i: int) -> list[int]:
         """The requests alive together with request i."""
@@ -122,18 +134,17 @@ class _Search:
             self._near[i] = found
         return found
 
-    def below(self, top: int) -> list[int] | None:
-        """Offsets of all requests, or None where none were found."""
-        self.effort = EFFORT
-        choose, sizes, lows = random.Random(0), self._sizes, self._fixed.copy()
+    def below(self, top: int, effort: int, seed: int) -> list[int] | None:
+        """Offsets of all requests, or None where looking at `effort` pairs found none."""
+        choose, sizes, lows = random.Random(seed), self._sizes, self._fixed.copy()
         order = [i for i, low in enumerate(lows) if low < 0]
         place = {i: k for k, i in enumerate(order)}
         k = 0
         while k < len(order):
             i = order[k]
             size, beside = sizes[i], self.beside(i)
-            self.effort -= len(beside) + 10
-            if self.effort < 0:
+            effort -= len(beside) + 10
+            if effort < 0:
                 return None
             free = 0
             for low, j in sorted([(lows[j], j) for j in beside if lows[j] >= 0]):
@@ -184,12 +195,21 @@ def _closer(wanted: Sequence[Request], fixed: Mapping[str, int], plan: ArenaPlan
     wanted = sorted(wanted, key=lambda r: (-r.nbytes * (r.end - r.begin), r.begin, r.value))
     search = _Search(wanted, fixed)
     lowest = max([plan.lower_bound, *(fixed[r.value] + aligned(r.nbytes) for r in wanted if r.value in fixed)])
-    for top in (int((1 + SLACK / 2) * lowest), (lowest + plan.nbytes) // 2):
-        lows = search.below(min(top, plan.nbytes - 1))
+    for seed, (top, effort) in enumerate(_tries(search, lowest, plan.nbytes)):
+        lows = search.below(min(top, plan.nbytes - 1), effort, seed)
         if lows is not None:
             nbytes = max(low + aligned(r.nbytes) for low, r in zip(lows, wanted, strict=True))
             return ArenaPlan(nbytes, {r.value: low for low, r in zip(lows, wanted, strict=True)}, plan.lower_bound)
     return plan
+
+
+def _tries(search: _Search, lowest: int, most: int) -> Iterator[tuple[int, int]]:
+    """Below which top to search, and how many pairs the search may look at: until within SLACK, then half the way."""
+    part, effort, left = SLACK / 2, max(ATTEMPT, 4 * search.pairs()), EFFORT
+    while left > 0:
+        yield int((1 + part) * lowest), min(effort, left)
+        part, left = SLACK, left - effort
+    yield (lowest + most) // 2, ATTEMPT
 
 
 def lower_bound(requests: Iterable[Request]) -> int:
