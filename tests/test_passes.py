@@ -258,6 +258,20 @@ def test_transposes_that_cancel_stand_between_no_other_fusion() -> None:
         np.testing.assert_allclose(session.run({"x": x})[name], want, rtol=2e-6, atol=1e-5)
 
 
+def test_statistics_that_no_weight_can_take_stay_and_warn_nobody() -> None:
+    """Warnings are errors in tests: a variance below zero is the model's own matter, and a run's."""
+    text = """
+        g (float[1, 1, 2, 2] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 1, 1] w = {1, 2}, float[2] s = {1, 1}, float[2] b = {0, 0}, float[2] v = {-4, 4}> {
+            c = Conv(x, w)
+            y = BatchNormalization <epsilon = 0.0> (c, s, b, b, v)
+        }"""
+    session = infera_gpu.load(parse(text), device="cpu")
+    got = session.run({"x": np.ones((1, 1, 2, 2), np.float32)})["y"]
+    assert np.isnan(got[0, 0]).all()
+    np.testing.assert_allclose(got[0, 1], 1, rtol=1e-6)
+
+
 def test_what_a_subgraph_captures_stays_where_transposes_cancel() -> None:
     text = """
         g (float[2, 3] x, bool k) => (float[2, 3] y, float[2, 3] z) {

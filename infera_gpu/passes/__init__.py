@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
+
 from infera_gpu.graph import Graph, Node
 from infera_gpu.op import Registry
 from infera_gpu.passes import (
@@ -204,4 +206,5 @@ def optimize(
     device runs, `channels_last` says that it prefers convolutions whose channels are the last axis, `precision` in what
     float32 graphs are computed.
     """
-    return _Passes(registry, report, strict, tuple(kinds), channels_last).run(graph, precision)
+    with np.errstate(all="ignore"):  # what is computed in advance may overflow as it would in a run
+        return _Passes(registry, report, strict, tuple(kinds), channels_last).run(graph, precision)

@@ -17,14 +17,13 @@ def fold_constants(graph: Graph, registry: Registry) -> Graph:
     constants: dict[str, HostArray] = dict(graph.constants)
     nodes: list[Node] = []
     budget = fold_budget(graph.constants)
-    with np.errstate(all="ignore"):
-        for node in graph.nodes:
-            made = _fold(node, constants, graph, registry, budget)
-            if made is None:
-                nodes.append(node)
-            else:
-                constants.update(made)
-                budget -= sum(a.nbytes for a in made.values())
+    for node in graph.nodes:
+        made = _fold(node, constants, graph, registry, budget)
+        if made is None:
+            nodes.append(node)
+        else:
+            constants.update(made)
+            budget -= sum(a.nbytes for a in made.values())
     return replace(graph, nodes=tuple(nodes), constants=constants) if len(nodes) < len(graph.nodes) else graph
 
 

@@ -76,8 +76,7 @@ def _rounded(wide: HostArray, dtype: DType) -> HostArray:
 
 def _finite(wide: HostArray, dtype: DType) -> HostArray:
     """A bias in its type. Raises FloatingPointError where it does not fit."""
-    with np.errstate(all="ignore"):
-        made = wide.astype(dtype)
+    made = wide.astype(dtype)
     if not np.isfinite(made).all():
         raise FloatingPointError
     return made
