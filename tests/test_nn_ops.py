@@ -141,6 +141,8 @@ def _zeros(*shape: int) -> HostArray:
     [
         ("Conv", (_zeros(1, 3, 5, 5), _zeros(4, 2, 3, 3)), {}, "3 channels, expected 2 in each of 1 groups"),
         ("Conv", (_zeros(1, 3, 2, 2), _zeros(4, 3, 3, 3)), {}, "does not fit into"),
+        ("MaxPool", (_zeros(1, 1, 4, 2),), {"kernel_shape": (3, 3), "strides": (2, 2)}, "does not fit into"),
+        ("AveragePool", (_zeros(1, 1, 2, 1),), {"kernel_shape": (2, 2), "strides": (3, 3)}, "does not fit into"),
         ("Conv", (_zeros(1, 3, 5, 5), _zeros(4, 3, 3, 3), _zeros(3)), {}, "bias is float32[3], expected 4"),
         ("Conv", (_zeros(1, 3, 5, 5), _zeros(4, 3, 3, 3)), {"pads": (1, 1)}, "pads has 2 values"),
         ("Conv", (_zeros(1, 3, 5, 5), _zeros(4, 3, 3, 3)), {"auto_pad": "SAME"}, "auto_pad 'SAME' is not one of"),
