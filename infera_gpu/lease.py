@@ -110,6 +110,7 @@ def _keep(old: Any, new: Any, nbytes: int, space: Space, device: Device) -> None
 
 
 _MEMORIES: WeakSet[Memory] = WeakSet()
+_ARENAS: WeakSet[Arena] = WeakSet()
 
 
 def _of_its_own() -> None:
@@ -117,6 +118,8 @@ def _of_its_own() -> None:
     for memory in list(_MEMORIES):
         if "device" not in memory.sizes:
             memory.clear()
+    for arena in list(_ARENAS):
+        arena.disown()
 
 
 if hasattr(os, "register_at_fork"):
@@ -141,6 +144,15 @@ class Arena:
         """Threads that wait for a change: mostly none, and nobody has to be told."""
 
         self._users: WeakKeyDictionary[object, Device] = WeakKeyDictionary()
+        _ARENAS.add(self)
+
+    def disown(self) -> None:
+        """For the child of a fork: what threads borrowed that it has not is free, and so is the lock."""
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0
+        for memory in self._memories:
+            memory.claim = None
 
     @property
     def nbytes(self) -> int:

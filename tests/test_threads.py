@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -500,3 +501,29 @@ assert during == [1] * len(before), during
 assert threads() == before, threads()
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # Python 3.12's, of any such fork
+def test_the_child_of_a_fork_waits_for_no_thread_of_its_parent() -> None:
+    """An arena that another thread had when the process was forked would never be given back in the child."""
+    arena = infera_gpu.Arena()
+    borrowed, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        arena.borrow(arena, done, lambda: None)
+        borrowed.set()
+        done.wait()
+        arena.give_back(done)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    borrowed.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits
+        arena.borrow(arena, child, lambda: None)
+        os._exit(0)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
