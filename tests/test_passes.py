@@ -258,6 +258,41 @@ def test_transposes_that_cancel_stand_between_no_other_fusion() -> None:
         np.testing.assert_allclose(session.run({"x": x})[name], want, rtol=2e-6, atol=1e-5)
 
 
+def test_groups_are_found_where_others_ask_for_the_shape_and_the_channels_come_by_a_gemm() -> None:
+    """As PyTorch writes a U-Net: a time embedding of a shape that nothing says is added to channels, and a Shape is
+    read by an attention too."""
+    text = """
+        g (float[B, C, 3, 5] image, float[N, 6] time, int64[2] size) => (float[B, 4, 3, 5] y, int64[4] asked)
+        <float[4, 2, 1, 1] w = {1, 2, 3, 4, -1, -2, 0.5, 1}, float[6, 4] v = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1,
+         2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, int64[1] two = {2}, int64[1] three = {3},
+         int64[3] groups = {0, 2, -1}, float[2] one = {1, 1}, float[2] zero = {0, 0},
+         float[4, 1, 1] s = {1, 2, -0.5, 3}, float[4, 1, 1] b = {0, 1, 2, -3}> {
+            c = Conv(image, w)
+            f = Reshape(time, size)
+            h = Gemm(f, v)
+            i = Unsqueeze(h, two)
+            j = Unsqueeze(i, three)
+            x = Add(c, j)
+            r = Reshape(x, groups)
+            n = InstanceNormalization(r, one, zero)
+            t = Shape(x)
+            u = Reshape(n, t)
+            m = Mul(u, s)
+            y = Add(m, b)
+            asked = Mul(t, t)
+        }"""
+    session, parts = (infera_gpu.load(parse(text), device="cpu", fuse=f) for f in (True, False))
+    assert "GroupNormalization" in [n.op for n in session.graph.nodes]
+    rng = np.random.default_rng(0)
+    feeds = {
+        "image": rng.standard_normal((2, 2, 3, 5)).astype(np.float32),
+        "time": rng.standard_normal((2, 6)).astype(np.float32),
+        "size": np.array([2, 6]),
+    }
+    for name, want in parts.run(feeds).items():
+        np.testing.assert_allclose(session.run(feeds)[name], want, rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_that_no_weight_can_take_stay_and_warn_nobody() -> None:
     """Warnings are errors in tests: a variance below zero is the model's own matter, and a run's."""
     text = """

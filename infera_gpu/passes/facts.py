@@ -123,6 +123,11 @@ def _product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((*broadcast([left[:-2], right[:-2]]), left[-2], right[-1]), a.dtype)
 
 
+def _gemm(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """A product of matrices: operands that may be anything else have two axes here."""
+    return _product(facts, n, [TensorSpec((None, None), s.dtype) if s and not s.ranked else s for s in ins[:2]])
+
+
 def _convolved(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     """(batch, channels, ...), of as many axes as the weights have."""
     x, w = ins[0], ins[1] if len(ins) > 1 and n.op.endswith(("Conv", "ConvTranspose")) else None
@@ -353,8 +358,8 @@ _OTHERS = (
     *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
-    *("MatMul", "Gemm", "infera.FusedMatMul"),
-    *("com.microsoft.FusedGemm", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
+    *("MatMul", "infera.FusedMatMul"),
+    *("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
 )
 _STORED = (
     *("infera.FusedConvNHWC", "infera.ConvTransposeNHWC", "infera.MaxPoolNHWC", "infera.AveragePoolNHWC"),
@@ -375,6 +380,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Where": _elementwise(1),
         "Cast": _cast,
         **dict.fromkeys(_PRODUCTS, _product),
+        **dict.fromkeys(("Gemm", "com.microsoft.FusedGemm"), _gemm),
         **dict.fromkeys(
             ("Conv", "infera.FusedConv", "com.microsoft.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"),
             _convolved,

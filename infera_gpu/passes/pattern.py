@@ -183,6 +183,11 @@ LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
 
 
+def is_whole_shape(n: Node) -> bool:
+    """Whether it is a Shape of all axes."""
+    return n.qualified == "Shape" and not _is_part(n)
+
+
 def _is_part(n: Node) -> bool:
     """Whether it is a Shape of some axes: no pattern means that."""
     return n.op == "Shape" and ("end" in n.attrs or n.attrs.get("start", 0) != 0)
