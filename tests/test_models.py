@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from bench.inputs import EXAMPLES, UNSTABLE, Feeds, image
 from bench.measure import Sample, interleave, sample, summarize
 from bench.models import BUILT, path_of
 from bench.reference import Reference
+from infera_gpu.devices.processes import POOL
 from infera_gpu.errors import UnreachableError
 from infera_gpu.memory import SLACK
 from infera_gpu.results import LARGE as LARGE_RESULT
@@ -42,6 +44,7 @@ LARGE_LIGHT = {"bvlc_alexnet", "vgg19", "zfnet512"}
 TRANSIENT_BYTES = 4096
 """What a thread may use and give back in a run: the interpreter's small objects, NumPy's buffers of 256 elements."""
 WARM_RUNS = 10
+PATIENCE_S = 60
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -129,6 +132,16 @@ class Allocations:
     peak: int
 
 
+def settle(run: Callable[[], object]) -> None:
+    """Run until worker processes have been told all of it: to tell them allocates, and it waits for them to start and
+    to load what numba compiled."""
+    end, told = time.monotonic() + PATIENCE_S, [-1]
+    while told != (now := [w.messages for w in POOL.workers]) or not all(w.ready for w in POOL.workers):
+        assert time.monotonic() < end, "worker processes do not get ready"
+        told = now
+        run()
+
+
 def allocations(run: Callable[[], Mapping[str, Array]]) -> tuple[Mapping[str, Array], Allocations]:
     numpy_data = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
 
@@ -136,6 +149,7 @@ def allocations(run: Callable[[], Mapping[str, Array]]) -> tuple[Mapping[str, Ar
         statistics = tracemalloc.take_snapshot().filter_traces([numpy_data]).statistics("filename")
         return sum(s.size for s in statistics)
 
+    settle(run)
     # The interpreter keeps freed tuples and floats for reuse; a collection empties these lists, runs fill them again.
     gc.collect()
     gc.disable()

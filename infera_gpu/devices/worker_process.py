@@ -98,6 +98,11 @@ class WorkerProcess:
         """Let it look at what there is. Raises OSError where it is gone."""
         self._connection.send_bytes(b"")
 
+    @property
+    def messages(self) -> int:
+        """How many it was sent."""
+        return int(self._words[self._at + MESSAGES])
+
     def send(self, message: bytes) -> None:
         self.broken = True  # unless this comes to its end
         self._words[self._at + MESSAGES] += 1

@@ -6,22 +6,18 @@ import numpy as np
 
 from infera_gpu.graph import made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, either, node, standard
-from infera_gpu.passes.pattern import is_whole_shape
 
 NORMALIZED = node(
     "Reshape",
     node("InstanceNormalization", node("Reshape", "x", "#groups"), "#ones", "#zeros", name="instance"),
-    either(node("Shape", "x"), "#shape", "asked"),
+    either(node("Shape", "x"), "#shape"),
     name="back",
 )
 
 
 def _returns(match: Match) -> bool:
-    """The last Reshape gives the shape of x: asked for, by others too perhaps, or known."""
+    """The last Reshape gives the shape of x: asked for, or known."""
     x = match.spec("x")
-    if "asked" in match.values:
-        made = match.producers.get(match.values["asked"])
-        return made is not None and is_whole_shape(made) and made.inputs == (match.values["x"],)
     if "shape" not in match.values:
         return True
     shape = match.constant("shape").tolist()

@@ -183,11 +183,6 @@ LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
 
 
-def is_whole_shape(n: Node) -> bool:
-    """Whether it is a Shape of all axes."""
-    return n.qualified == "Shape" and not _is_part(n)
-
-
 def _is_part(n: Node) -> bool:
     """Whether it is a Shape of some axes: no pattern means that."""
     return n.op == "Shape" and ("end" in n.attrs or n.attrs.get("start", 0) != 0)
@@ -202,18 +197,25 @@ class Matcher:
     def match(self, pattern: P, root: Node) -> Iterator[Match]:
         """Every way in which the pattern fits with this last node, each safe to replace."""
         for values, nodes, inside in self._node(pattern, root, {}, {}, ()):
-            if self._is_closed(inside, values):
-                yield Match(self.draft.graph, values, nodes, inside, self.draft)
+            taken = self._taken(inside, values)
+            if taken:
+                yield Match(self.draft.graph, values, nodes, taken, self.draft)
 
-    def _is_closed(self, inside: tuple[Node, ...], values: Mapping[str, str]) -> bool:
-        """Whether nobody needs what the inner nodes make: not outside the match, nor the replacement by a name."""
+    def _taken(self, inside: tuple[Node, ...], values: Mapping[str, str]) -> tuple[Node, ...]:
+        """The matched nodes that the replacement takes the place of; none where others need what one of them makes: a
+        node outside the match, an output, or the replacement by a name. A Shape that others need stays for them."""
         members, named = {id(n) for n in inside}, set(values.values())
-        return all(
-            n.outputs[0] not in self.draft.graph.outputs
-            and n.outputs[0] not in named
-            and members.issuperset(self.draft.readers.get(n.outputs[0], ()))
+        needed = {
+            id(n)
             for n in inside[1:]
-        )
+            if n.outputs[0] in self.draft.graph.outputs
+            or n.outputs[0] in named
+            or not members.issuperset(self.draft.readers.get(n.outputs[0], ()))
+        }
+        taken = tuple([n for n in inside if id(n) not in needed or n.op != "Shape"])
+        if len(taken) < len(inside):
+            return self._taken(taken, values)  # what the ones that stay read is needed outside of the match now
+        return () if needed else inside
 
     def _node(
         self, p: P, n: Node, values: dict[str, str], nodes: dict[str, Node], inside: tuple[Node, ...]

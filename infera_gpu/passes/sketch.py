@@ -29,20 +29,19 @@ def sketch(graph: Graph, registry: Registry) -> dict[str, TensorSpec]:
     specs = {k: _example(s) for k, s in graph.inputs.items() if isinstance(s, TensorSpec) and s.ranked and is_plain(s)}
     specs |= {k: spec_of(a) for k, a in graph.constants.items()}
     known: dict[str, HostArray] = {k: a for k, a in graph.constants.items() if a.size <= FEW}
-    with np.errstate(all="ignore"):  # of what is computed
-        for node in graph.nodes:
-            if node.subgraphs or any(i and i not in specs for i in node.inputs):
-                continue
-            opset = graph.opset_of(node)
-            op = registry.find(node.domain, node.op, opset)
-            if op is None or op.host:
-                continue
-            if node.op == "Squeeze" and "axes" not in node.attrs and len([i for i in node.inputs if i]) < 2:
-                continue
-            try:
-                _visit(op, node, opset, specs, known)
-            except Exception:  # the example does not fit, or the node does not: planning names what is wrong
-                continue
+    for node in graph.nodes:
+        if node.subgraphs or any(i and i not in specs for i in node.inputs):
+            continue
+        opset = graph.opset_of(node)
+        op = registry.find(node.domain, node.op, opset)
+        if op is None or op.host:
+            continue
+        if node.op == "Squeeze" and "axes" not in node.attrs and len([i for i in node.inputs if i]) < 2:
+            continue
+        try:
+            _visit(op, node, opset, specs, known)
+        except Exception:  # the example does not fit, or the node does not: planning names what is wrong
+            continue
     return specs
 
 

@@ -91,10 +91,12 @@ def test_a_full_disk_loses_traces_and_messages_and_no_request(tmp_path: Path) ->
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     command = [*SERVE, str(tmp_path / "linear.onnx"), "--port", str(port), "--trace-file", str(tmp_path / "traces")]
+    command += ["--grpc-port", "off", "--metrics-port", "off"]  # what listens on the usual ports is not ours
     server = Running(None, port, None)  # type: ignore[arg-type]
     with Path("/dev/full").open("w") as full, subprocess.Popen(command, stdout=full, stderr=full) as popen:
         try:
             until(lambda: popen.poll() is not None or is_up(server))
+            assert popen.returncode is None, "the server did not start: is another on its port?"
             settings = json.dumps({"trace_level": ["TIMESTAMPS"], "trace_rate": "1", "log_frequency": "2"})
             assert server.request("POST", "/v2/trace/setting", settings)[0] == 200
             assert server.request("POST", "/v2/logging", json.dumps({"log_verbose_level": 1}))[0] == 200
