@@ -66,25 +66,24 @@ bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads
 report: $(VENV)/.created  ## docs/performance.md and its charts from bench/results
 	@$(PY) -m bench.report
 
-# Exporting needs PyTorch, which nothing else here may import: an environment of its own, or TORCH_PYTHON=a Python with it.
-EXPORTS     ?= $(CURDIR)/.cache/exports
-TORCH_VENV  := .venv-torch
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
-ifndef TORCH_PYTHON
-TORCH_PYTHON := $(TORCH_VENV)/bin/python
-TORCH_READY  := $(TORCH_VENV)/.installed
-endif
-TORCH_PIP = $(TORCH_PYTHON) -m pip --disable-pip-version-check -q install
+# Exporting needs frameworks that nothing else here may import: each has an environment of its own, or a Python that has
+# it is named, as in PYTHON_torch=python3.
+EXPORTS      ?= $(CURDIR)/.cache/exports
+FRAMEWORKS   ?= torch
+$(foreach f,$(FRAMEWORKS),$(eval PYTHON_$f ?= .venv-$f/bin/python))
+EXPORT_READY := $(foreach f,$(FRAMEWORKS),$(filter .venv-$f/.installed,$(PYTHON_$f:%/bin/python=%/.installed)))
+EXPORT_PIP    = $(@D)/bin/python -m pip --disable-pip-version-check -q install
+TORCH_INDEX  := https://download.pytorch.org/whl/cpu
 
-$(TORCH_VENV)/.installed:
-	@echo "installing PyTorch (200 MB), transformers and diffusers into $(TORCH_VENV)"
-	@$(PYTHON) -m venv $(TORCH_VENV)
-	@$(TORCH_PIP) --retries 1 --index-url $(TORCH_INDEX) torch==2.13.0 || $(TORCH_PIP) torch==2.13.0
-	@$(TORCH_PIP) torch==2.13.0 transformers==5.24.0 diffusers==0.42.1 onnxscript==0.7.2 onnx==1.23.2
+.venv-torch/.installed:
+	@echo "installing PyTorch (200 MB), transformers and diffusers into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(EXPORT_PIP) --retries 1 --index-url $(TORCH_INDEX) torch==2.13.0 || $(EXPORT_PIP) torch==2.13.0
+	@$(EXPORT_PIP) torch==2.13.0 transformers==5.24.0 diffusers==0.42.1 onnxscript==0.7.2 onnx==1.23.2
 	@touch $@
 
-exports: $(VENV)/.with-test $(TORCH_READY)  ## models as PyTorch's exporters write them, against onnxruntime; NAMES="bert llama" for some
-	@$(TORCH_PYTHON) -m bench.exporters $(EXPORTS) $(NAMES); made=$$?; \
+exports: $(VENV)/.with-test $(EXPORT_READY)  ## models as exporters write them, against onnxruntime; FRAMEWORKS=torch NAMES="bert llama" for some
+	@made=0; $(foreach f,$(FRAMEWORKS),$(PYTHON_$f) -m bench.exporters_$f $(EXPORTS) $(NAMES) || made=1;) \
 	INFERA_EXPORTS=$(EXPORTS) $(PY) -m pytest tests/test_exporters.py && exit $$made
 
 gpu-check:  ## on a machine with a GPU, with the packages that PYTHON has: kernels, parity, memory, timings; one JSON file
@@ -99,4 +98,4 @@ docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfil
 	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-jit $(CLIENTS_VENV) $(TORCH_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-jit $(CLIENTS_VENV) $(FRAMEWORKS:%=.venv-%) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,7 +1,8 @@
-"""`python -m bench.exporters_report DIR`: what `bench.exporters` wrote, against onnxruntime and PyTorch, as a table.
+"""`python -m bench.exporters_report DIR`: what exporters wrote, against onnxruntime and their framework, as tables.
 
-NAME-EXPORTER.npz holds the arrays of every example, `0/in/input_ids`, `0/out/logits`, `1/in/...`, and under `about` a
-text in JSON: model, exporter, summary, the sizes of each example, the version of PyTorch.
+NAME-EXPORTER.npz, which `bench.exporting` writes, holds the arrays of every example, `0/in/input_ids`, `0/out/logits`,
+`1/in/...`, and under `about` a text in JSON: framework, versions (of it and its exporter), model, exporter, summary,
+the sizes of each example.
 """
 
 from __future__ import annotations
@@ -26,22 +27,26 @@ import infera_gpu
 from infera_gpu.graph import HostArray
 from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
 
-HEAD = """# What PyTorch's exporters write
+HEAD = """# What exporters write
 
-{models} models of {architectures} architectures as PyTorch {torch} exports them, run by infera on the CPU and
-compared with onnxruntime (optimisations off) and with PyTorch at every size; an encoder, a decoder and its later steps
+{models} models as the exporters of {frameworks} write them, run by infera on the CPU and compared with onnxruntime
+(optimisations off) and with the framework that they come from, at every size; an encoder, a decoder and its later steps
 are models of their own. `make exports` exports them and runs the comparison as a test; this page is written by
 `python -m bench.exporters_report DIR --out docs/exporters.md`.
 
-Weights are random, from a fixed seed; `bench/architectures.py` has every configuration. `torchscript` is
-`torch.onnx.export(dynamo=False)` of attention written out, `torchscript-sdpa` of `scaled_dot_product_attention`;
-`dynamo` and `dynamo23` are `dynamo=True`, at opset 23 with the operators Attention, RMSNormalization and
-RotaryEmbedding. The dimensions named under Sizes are free in the file, and the first size is the one exported with. A
-difference is the largest over all outputs and sizes, as a part of the output's peak.
-
-| Model | Exporter | Opset | Nodes | From onnxruntime | From PyTorch |
+Weights are random, from a fixed seed; `bench/architectures_*.py` have every configuration. The dimensions named under
+Sizes are free in the file, and the first size is the one exported with. A difference is the largest over all outputs
+and sizes, as a part of the output's peak.
+"""
+TABLE = """| Model | Exporter | Opset | Nodes | From onnxruntime | From {framework} |
 |---|---|--:|--:|--:|--:|
 """
+EXPORTERS = {
+    "PyTorch": "`torchscript` is `torch.onnx.export(dynamo=False)` of attention written out, `torchscript-sdpa` of "
+    "`scaled_dot_product_attention`; `dynamo` and `dynamo23` are `dynamo=True`, at opset 23 with the operators "
+    "Attention, RMSNormalization and RotaryEmbedding.",
+}
+"""By framework, what the exporters' names stand for."""
 
 
 MASKED = (
@@ -49,7 +54,7 @@ MASKED = (
     "lowest number, the mean of the values. No other row reads it, and onnxruntime answers as infera does"
 )
 UNFAITHFUL = {"gpt2-dynamo": MASKED, "llama-dynamo": MASKED}
-"""Files that mean something else than the PyTorch model that they are written from, and what."""
+"""Files that mean something else than the model that they are written from, and what."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Export:
 
     @cached_property
     def examples(self) -> tuple[tuple[dict[str, HostArray], dict[str, HostArray]], ...]:
-        """Feeds and PyTorch's outputs."""
+        """Feeds and the framework's outputs."""
         found: list[tuple[dict[str, HostArray], dict[str, HostArray]]] = [({}, {}) for _ in self.about["sizes"]]
         with np.load(self.path.with_suffix(".npz")) as stored:
             for key in stored.files:
@@ -86,21 +91,21 @@ class Export:
 def exports(folder: Path) -> list[Export]:
     """Every model in the folder that has examples."""
     found = [Export(path) for path in folder.glob("*.onnx") if path.with_suffix(".npz").exists()]
-    return sorted(found, key=lambda export: (export.about["model"], export.about["exporter"]))
+    return sorted(found, key=lambda export: [export.about[key] for key in ("framework", "model", "exporter")])
 
 
 def differences(export: Export, *, fuse: bool = True) -> tuple[list[Difference], list[Difference]]:
-    """Every output at every size: from onnxruntime, and from PyTorch."""
+    """Every output at every size: from onnxruntime, and from the framework."""
     reference = OnnxRuntime(export.path, threads=1)
     from_peer: list[Difference] = []
-    from_torch: list[Difference] = []
+    from_framework: list[Difference] = []
     with infera_gpu.load(export.path, device="cpu", fuse=fuse) as session:
         for feeds, wanted in export.examples:
             given = {name: feeds[name] for name in session.inputs}  # tracing drops inputs that nothing reads
             got = session.run(given)
             from_peer += compare(got, reference.run(given))
-            from_torch += compare(got, wanted)
-    return from_peer, from_torch
+            from_framework += compare(got, wanted)
+    return from_peer, from_framework
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +116,12 @@ class Row:
     opset: int
     nodes: int
     peer: float = math.inf
-    torch: float = math.inf
+    framework: float = math.inf
     problem: str = ""
 
     def __str__(self) -> str:
         mark = " \\*" if self.export.name in UNFAITHFUL else ""
-        figures = self.problem or f"{self.peer:.0e} | {self.torch:.0e}{mark}"
+        figures = self.problem or f"{self.peer:.0e} | {self.framework:.0e}{mark}"
         about = self.export.about
         return f"| {about['model']} | {about['exporter']} | {self.opset} | {self.nodes} | {figures} |"
 
@@ -126,21 +131,31 @@ def measured(export: Export) -> Row:
     opset = next(o.version for o in model.opset_import if not o.domain)
     nodes = len(model.graph.node)
     try:
-        peer, torch = (max(d.error for d in found) for found in differences(export))
+        peer, framework = (max(d.error for d in found) for found in differences(export))
     except infera_gpu.InferaError as error:
         return Row(export, opset, nodes, problem=f"{error} |")
-    return Row(export, opset, nodes, peer, torch)
+    return Row(export, opset, nodes, peer, framework)
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The page in Markdown: the table, then what each model is and its sizes."""
+    """The page in Markdown, one part for each framework."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(row.export.about["framework"], []).append(row)
+    models = {(row.export.about["framework"], row.export.about["model"]) for row in rows}
+    head = HEAD.format(models=len(models), frameworks=" and ".join(parts))
+    return "\n".join([head, *(part(framework, found) for framework, found in parts.items())])
+
+
+def part(framework: str, rows: Sequence[Row]) -> str:
+    """What was exported by which versions, the table, then what each model is and its sizes."""
     notes = dict.fromkeys(UNFAITHFUL[row.export.name] for row in rows if row.export.name in UNFAITHFUL)
     models = {row.export.about["model"]: row.export for row in rows}
-    architectures = {name.partition("-")[0] for name in models}
-    torch = rows[0].export.about["torch"]
+    about = f"{len(models)} models, by {rows[0].export.about['versions']}. {EXPORTERS[framework]}"
     lines = [
-        HEAD.format(torch=torch, models=len(models), architectures=len(architectures)) + "\n".join(map(str, rows)),
-        "",
+        f"## {framework}\n",
+        textwrap.fill(about, 120, break_on_hyphens=False) + "\n",
+        TABLE.format(framework=framework) + "\n".join(map(str, rows)) + "\n",
         *(textwrap.fill(f"\\* {note}.", 120) + "\n" for note in notes),
         "| Model | What | Sizes |",
         "|---|---|---|",
@@ -158,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = exports(options.folder)
     if not found:
         parser.error(
-            f"{options.folder} has no models with examples; `python -m bench.exporters {options.folder}` makes them"
+            f"{options.folder} has no models with examples; `make exports EXPORTS={options.folder}` makes them"
         )
     console = Console(stderr=True)
     rows = [measured(export) for export in track(found, "comparing", console=console, transient=True)]

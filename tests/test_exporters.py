@@ -1,6 +1,6 @@
-"""Models as PyTorch's exporters write them: against onnxruntime, and against PyTorch itself.
+"""Models as exporters write them: against onnxruntime, and against the framework that they come from.
 
-`python -m bench.exporters FOLDER` writes them with a Python that has PyTorch; nothing here needs it.
+`python -m bench.exporters_torch FOLDER` writes them with a Python that has PyTorch; nothing here needs it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ FOUND = exports(Path(FOLDER)) if FOLDER else []
 
 def test_there_are_exports() -> None:
     if FOLDER is None:
-        pytest.skip("INFERA_EXPORTS is not set: `make exports`, or `python -m bench.exporters FOLDER` with PyTorch")
+        pytest.skip(
+            "INFERA_EXPORTS is not set: `make exports`, or `python -m bench.exporters_torch FOLDER` with PyTorch"
+        )
     assert FOUND, f"{FOLDER} has no models with examples"
 
 
 @pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "as written"])
-def test_agrees_with_onnxruntime_and_pytorch(export: Export, fuse: bool) -> None:
-    from_peer, from_torch = differences(export, fuse=fuse)
+def test_agrees_with_onnxruntime_and_the_framework(export: Export, fuse: bool) -> None:
+    from_peer, from_framework = differences(export, fuse=fuse)
     wrong = [str(d) for d in from_peer if not d.within(AGREEMENT)]
     assert not wrong, f"from onnxruntime: {'; '.join(wrong)}"
-    apart = [str(d) for d in from_torch if not d.within()]
-    assert bool(apart) == (export.name in UNFAITHFUL), f"from PyTorch: {'; '.join(apart) or f'within {TOLERANCE}'}"
+    apart = [str(d) for d in from_framework if not d.within()]
+    assert bool(apart) == (export.name in UNFAITHFUL), (
+        f"from {export.about['framework']}: {'; '.join(apart) or f'within {TOLERANCE}'}"
+    )
 
 
 @pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
@@ -49,10 +53,10 @@ ATTENTIONS = {"bert": 2, "llama": 2, "swin": 4, "t5-encoder": 2, "vit": 2, "whis
 
 
 @pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
-def test_agrees_with_pytorch_as_cuda_would_plan_it(export: Export) -> None:
+def test_agrees_with_the_framework_as_cuda_would_plan_it(export: Export) -> None:
     with infera_gpu.load(export.path, device="recording") as session:
-        model = next((m for m in ATTENTIONS if export.name.startswith(m)), None)
-        if model is not None:
+        model = export.about["model"]
+        if model in ATTENTIONS:
             products = [n for n in session.graph.nodes if n.qualified == "infera.FusedMatMul" and "joined" in n.name]
             assert len(products) == ATTENTIONS[model]
         feeds, wanted = export.examples[0]

@@ -1,4 +1,4 @@
-"""The architectures that `bench.exporters` exports, as a table.
+"""The architectures that `bench.exporters_torch` exports, as a table.
 
 Every one is small and has random weights; depths and kinds of layers are those of the models that people export.
 """
@@ -20,21 +20,16 @@ from bench.architecture import (
     Architecture,
     Input,
     cached,
-    classify,
-    denoise,
-    encode,
-    encode_and_pool,
-    generate,
     left_padded,
     normal,
-    proceed,
     right_padded,
-    start,
     steps,
     stored,
     tokens,
 )
+from bench.calls_torch import classify, denoise, encode, encode_and_pool, generate, proceed, start
 
+WITHOUT_ATTENTION = ("torchscript13", "torchscript", "dynamo", "dynamo23")
 _T5: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": WIDTH,
@@ -95,7 +90,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _PIXELS,
         _PICTURES,
         _LOGITS,
-        attention=False,
+        exporters=WITHOUT_ATTENTION,
     ),
     "vit": Architecture(
         "2 layers, width 64, patches of 8",
@@ -124,7 +119,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _PIXELS,
         _PICTURES,
         _LOGITS,
-        attention=False,
+        exporters=WITHOUT_ATTENTION,
     ),
     "swin": Architecture(
         "2 stages of 2 blocks (shifted windows of 4), widths 32 and 64",

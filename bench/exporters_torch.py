@@ -1,4 +1,4 @@
-"""`python -m bench.exporters OUT_DIR [names...]`: architectures as PyTorch's exporters write them.
+"""`python -m bench.exporters_torch OUT_DIR [names...]`: architectures as PyTorch's exporters write them.
 
 Writes OUT_DIR/NAME-EXPORTER.onnx and, beside it, NAME-EXPORTER.npz with inputs of two or three shapes and PyTorch's own
 outputs; `bench.exporters_report` says how that file is laid out and reads it. Needs a Python with PyTorch, transformers
@@ -8,26 +8,19 @@ written before, it is left out of the folder.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
-import json
-import logging
 import sys
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from bench.architecture import Architecture, Tensors, choose_attention
-from bench.architectures import ARCHITECTURES
-
-SEED = 0
+from bench import exporting
+from bench.architecture import Architecture
+from bench.architectures_torch import ARCHITECTURES
+from bench.calls_torch import choose_attention
+from bench.exporting import SEED, Arrays, Framework
 
 
 class Adapter(torch.nn.Module):
@@ -110,82 +103,25 @@ def randomize(model: Any) -> None:
                 buffer.uniform_(0.5, 1.5)
 
 
-def applies(name: str, exporter: str) -> bool:
-    """Whether the exporter writes anything of its own for this architecture."""
-    return ARCHITECTURES[name].attention or exporter != "torchscript-sdpa"
-
-
-def export(name: str, exporter: str, folder: Path) -> None:
-    """Writes one model and its examples. Raises what the exporter raises."""
-    architecture, how = ARCHITECTURES[name], EXPORTERS[exporter]
+def export(architecture: Architecture, exporter: str, path: Path, feeds: Sequence[Arrays]) -> list[Arrays]:
+    """Writes the model and gives PyTorch's outputs."""
+    how = EXPORTERS[exporter]
     torch.manual_seed(SEED)
     adapter = Adapter(architecture).eval()
     randomize(adapter)
-    if architecture.attention:
+    if "torchscript-sdpa" in (architecture.exporters or EXPORTERS):
         choose_attention(adapter.model, how.attention)
-    rng = np.random.default_rng(SEED)
-    feeds = [{k: v.array(rng, sizes) for k, v in architecture.inputs.items()} for sizes in architecture.sizes]
-    stored: dict[str, Any] = {}
+    given = [tuple(torch.from_numpy(v.copy()) for v in arrays.values()) for arrays in feeds]
     with torch.no_grad():
-        for i, arrays in enumerate(feeds):
-            outputs = adapter(*_tensors(arrays).values())
-            stored |= {f"{i}/in/{k}": v for k, v in arrays.items()}
-            stored |= {f"{i}/out/{k}": v.numpy() for k, v in zip(architecture.outputs, outputs, strict=True)}
-        path = folder / f"{name}-{exporter}.onnx"
-        examples = path.with_suffix(".npz")
-        for file in (path, examples):
-            file.unlink(missing_ok=True)
-        how.export(adapter, tuple(_tensors(feeds[0]).values()), path, how.opset)
-    about = {
-        "model": name,
-        "exporter": exporter,
-        "summary": architecture.summary,
-        "sizes": [dict(sizes) for sizes in architecture.sizes],
-        "torch": torch.__version__,
-    }
-    np.savez(examples, about=np.array(json.dumps(about)), **stored)
-
-
-def _tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Tensors:
-    return {k: torch.from_numpy(v.copy()) for k, v in arrays.items()}
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what is at the bottom of it: the exporters wrap errors in advice."""
-    while error.__cause__:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+        made = [adapter(*tensors) for tensors in given]
+        how.export(adapter, given[0], path, how.opset)
+    return [{k: v.numpy() for k, v in zip(architecture.outputs, outputs, strict=True)} for outputs in made]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when everything was exported, else 1."""
-    parser = argparse.ArgumentParser("python -m bench.exporters", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="OUT_DIR")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; all unless given")
-    parser.add_argument("--exporters", nargs="+", choices=list(EXPORTERS), default=list(EXPORTERS))
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in ARCHITECTURES]
-    if unknown:
-        parser.error(f"there is no architecture {unknown[0]}; the table has {', '.join(ARCHITECTURES)}")
-    options.folder.mkdir(parents=True, exist_ok=True)
-    todo = [(name, e) for name in options.names or ARCHITECTURES for e in options.exporters if applies(name, e)]
-    failures = 0
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    for i, (name, exporter) in enumerate(todo, 1):
-        print(f"[{i}/{len(todo)}] {name} by {exporter} ... ", end="", flush=True)
-        started, said = time.monotonic(), io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                export(name, exporter, options.folder)
-        except Exception as error:  # every exporter has exceptions of its own
-            failures += 1
-            print(f"failed after {time.monotonic() - started:.1f} s: {reason(error)}")
-        else:
-            print(f"{time.monotonic() - started:.1f} s")
-    print(f"{len(todo) - failures} of {len(todo)} exported to {options.folder}")
-    return 1 if failures else 0
+    framework = Framework("PyTorch", f"PyTorch {torch.__version__}", ARCHITECTURES, EXPORTERS, export)
+    return exporting.main(framework, "python -m bench.exporters_torch", __doc__, argv)
 
 
 if __name__ == "__main__":
