@@ -69,7 +69,7 @@ report: $(VENV)/.created  ## docs/performance.md and its charts from bench/resul
 # Exporting needs frameworks that nothing else here may import: each has an environment of its own, or a Python that has
 # it is named, as in PYTHON_torch=python3.
 EXPORTS      ?= $(CURDIR)/.cache/exports
-FRAMEWORKS   ?= torch
+FRAMEWORKS   ?= torch tf
 $(foreach f,$(FRAMEWORKS),$(eval PYTHON_$f ?= .venv-$f/bin/python))
 EXPORT_READY := $(foreach f,$(FRAMEWORKS),$(filter .venv-$f/.installed,$(PYTHON_$f:%/bin/python=%/.installed)))
 EXPORT_PIP    = $(@D)/bin/python -m pip --disable-pip-version-check -q install
@@ -80,6 +80,12 @@ TORCH_INDEX  := https://download.pytorch.org/whl/cpu
 	@$(PYTHON) -m venv $(@D)
 	@$(EXPORT_PIP) --retries 1 --index-url $(TORCH_INDEX) torch==2.13.0 || $(EXPORT_PIP) torch==2.13.0
 	@$(EXPORT_PIP) torch==2.13.0 transformers==5.24.0 diffusers==0.42.1 onnxscript==0.7.2 onnx==1.23.2
+	@touch $@
+
+.venv-tf/.installed:
+	@echo "installing TensorFlow (250 MB), transformers and tf2onnx into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(EXPORT_PIP) tensorflow-cpu==2.15.1 transformers==4.37.2 tf2onnx==1.17.0 onnx==1.16.2 "numpy<2"
 	@touch $@
 
 exports: $(VENV)/.with-test $(EXPORT_READY)  ## models as exporters write them, against onnxruntime; FRAMEWORKS=torch NAMES="bert llama" for some

@@ -103,8 +103,10 @@ def randomize(model: Any) -> None:
                 buffer.uniform_(0.5, 1.5)
 
 
-def export(architecture: Architecture, exporter: str, path: Path, feeds: Sequence[Arrays]) -> list[Arrays]:
-    """Writes the model and gives PyTorch's outputs."""
+def export(
+    architecture: Architecture, exporter: str, path: Path, feeds: Sequence[Arrays]
+) -> list[tuple[Arrays, Arrays]]:
+    """Writes the model and gives its inputs and PyTorch's outputs."""
     how = EXPORTERS[exporter]
     torch.manual_seed(SEED)
     adapter = Adapter(architecture).eval()
@@ -115,7 +117,8 @@ def export(architecture: Architecture, exporter: str, path: Path, feeds: Sequenc
     with torch.no_grad():
         made = [adapter(*tensors) for tensors in given]
         how.export(adapter, given[0], path, how.opset)
-    return [{k: v.numpy() for k, v in zip(architecture.outputs, outputs, strict=True)} for outputs in made]
+    named = [{k: v.numpy() for k, v in zip(architecture.outputs, outputs, strict=True)} for outputs in made]
+    return list(zip(feeds, named, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,10 +28,11 @@ Arrays = Mapping[str, Array]
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """`export(architecture, exporter, path, feeds)` writes the model to `path`, and gives the framework's own outputs.
+    """`export(architecture, exporter, path, feeds)` writes the model to `path`, and gives what goes in and comes out.
 
-    What it gives is one dictionary of outputs for every one of the feeds, of which the first has the sizes to export
-    with. It raises what the exporter raises.
+    That is one pair for every one of the feeds: the inputs as the file takes them, mostly by the names and with the
+    axes of the feeds, and the framework's own outputs as the file gives them. The first of the feeds has the sizes to
+    export with. It raises what the exporter raises.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Framework:
     """Of the framework and its exporter, as the report is to name them."""
     architectures: Mapping[str, Architecture]
     exporters: Collection[str]
-    export: Callable[[Architecture, str, Path, Sequence[Arrays]], Sequence[Arrays]]
+    export: Callable[[Architecture, str, Path, Sequence[Arrays]], Sequence[tuple[Arrays, Arrays]]]
 
     def applies(self, name: str, exporter: str) -> bool:
         """Whether the exporter writes anything of its own for this architecture."""
@@ -57,9 +58,9 @@ def write(framework: Framework, name: str, exporter: str, folder: Path) -> None:
     rng = np.random.default_rng(SEED)
     feeds = [{k: v.array(rng, sizes) for k, v in architecture.inputs.items()} for sizes in architecture.sizes]
     stored: dict[str, Any] = {}
-    for i, (given, made) in enumerate(zip(feeds, framework.export(architecture, exporter, path, feeds), strict=True)):
+    for i, (given, made) in enumerate(framework.export(architecture, exporter, path, feeds)):
         stored |= {f"{i}/in/{k}": v for k, v in given.items()}
-        stored |= {f"{i}/out/{k}": made[k] for k in architecture.outputs}
+        stored |= {f"{i}/out/{k}": v for k, v in made.items()}
     about = {
         "framework": framework.name,
         "versions": framework.versions,
