@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -148,6 +148,8 @@ class _Walk:
     budget: int = 0
     batch_invariant: bool = False
     tuned: Tuned | None = None
+    _specs: dict[tuple[object, ...], TensorSpec] = field(default_factory=dict)
+    _tuples: dict[tuple[int, ...], tuple[Any, ...]] = field(default_factory=dict)
 
     def block(self, node: Node, *, keep: bool = True) -> None:
         self.blocked.update(o for o in node.outputs if o)
@@ -195,14 +197,22 @@ class _Walk:
 
     def define(self, constants: Mapping[str, HostArray]) -> None:
         self.known.update(constants)
-        self.specs.update({k: spec_of(v) for k, v in constants.items()})
+        self.specs.update({k: self.alike(spec_of(v)) for k, v in constants.items()})
+
+    def alike(self, spec: TensorSpec) -> TensorSpec:
+        """One spec for all that are equal: plans stay, and garbage collection looks through them."""
+        return self._specs.setdefault((spec.shape, spec.dtype, spec.ranked), spec)
+
+    def shared(self, specs: Sequence[TensorSpec | None]) -> tuple[Any, ...]:
+        """One tuple for all nodes with the same objects."""
+        return self._tuples.setdefault(tuple(map(id, specs)), tuple(specs))
 
     def place(self, node: Node) -> None:
         op, specs, known = self.find(node), self.specs, self.known
         if op.host or (self.objects and any(v in self.objects and v not in known for v in node.inputs)):
             self.later(op, node)
             return
-        ins = tuple([specs[i] if i else None for i in node.inputs])
+        ins = self.shared([specs[i] if i else None for i in node.inputs])
         values = tuple([known.get(i) for i in node.inputs])
         site = Site(
             node, op.fill(node), ins, values, (), version_of(node, self.opsets), self.batch_invariant, self.tuned
@@ -224,7 +234,7 @@ class _Walk:
         inferred = tuple(op.infer(site))
         if len(node.outputs) > len(inferred) and any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
-        outs = tuple([s for s in inferred if s is not None and s.dtype.kind != "O"])
+        outs = self.shared([self.alike(s) for s in inferred if s is not None and s.dtype.kind != "O"])
         if len(outs) == len(inferred):
             site.outs = outs
         if is_known(op, site) and may_fold(op, site, inferred, self.budget):

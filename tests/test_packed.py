@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -56,6 +57,21 @@ def test_weights_begin_with_a_cache_line() -> None:
     assert LOOPS is not None
     for n in range(1, 9):
         assert packed.pack(normal(3, n), LOOPS).ctypes.data % aligned.LINE == 0
+
+
+@known
+def test_garbage_collection_looks_at_nothing_in_a_bound_product() -> None:
+    """A session keeps thousands, and what a collection looks at is what a request waits for."""
+    assert LOOPS is not None
+    m, k, n = 40, 700, 900  # several ranges of rows and of columns
+    a, out = normal(m, k), np.zeros((m, n), np.float32)
+    laid_out = packed.pack(normal(k, n), LOOPS)
+    gc.collect()
+    before = len(gc.get_objects())
+    made = [packed.fused(a, laid_out, out, scratch, loops=LOOPS)[1][0] for _ in range(100)]
+    for _ in range(4):  # tuples in tuples are let go one level at a time
+        gc.collect()
+    assert len(gc.get_objects()) - before <= len(made) + 50
 
 
 Accuracy = Literal["fast", "strict"]

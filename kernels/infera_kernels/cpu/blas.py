@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from infera_kernels.record import Record
 
@@ -28,17 +27,16 @@ AVX512 = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})
 _NAMES = tuple(product(("scipy_", ""), ("64_", "_64", "")))
 """What builds of OpenBLAS put before and after the names of its functions."""
 
-_SIZE, _ADDRESS = ctypes.c_ssize_t, ctypes.c_void_p
-_COPY = (_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS)
-_ARGUMENTS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "itcopy": _COPY,
-        "oncopy": _COPY,
-        "kernel": (_SIZE, _SIZE, _SIZE, ctypes.c_float, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE),
-    }
-)
-"""The functions of `Inner`, in its order, and what they take."""
+Argument: TypeAlias = Any
+"""What SIZE, ADDRESS or FACTOR made of a number: it goes to a function of `Inner` as it is. Half as long as to convert
+numbers in each call, and garbage collection does not look at it, as it does at numbers of ctypes."""
 
+SIZE: Callable[[int], Argument] = ctypes.c_ssize_t.from_param
+ADDRESS: Callable[[int], Argument] = ctypes.c_void_p.from_param
+FACTOR: Callable[[float], Argument] = ctypes.c_float.from_param
+
+_INNER = ("itcopy", "oncopy", "kernel")
+"""What OpenBLAS calls the functions of `Inner`, in its order."""
 
 KNOWN_VERSIONS = frozenset({"0.3.27", "0.3.29", "0.3.30", "0.3.31"})
 KNOWN_PROCESSORS = frozenset({"Haswell", "SkylakeX"})
@@ -50,7 +48,8 @@ class Inner(Record):
 
     It counts columns where NumPy counts rows: A (M, K) is a weight, B (K, N) the rows that are multiplied with it and
     C (M, N) their product, each with the elements from one column to the next. These functions are exported, but no
-    part of its interface, so that they are asked of versions alone that are known.
+    part of its interface, so that they are asked of versions alone that are known. They take nothing but `Argument`s, a
+    SIZE or an ADDRESS and alpha as a FACTOR: a plain number would be passed as 32 bits.
     """
 
     pack_weight: Callable[..., object]
@@ -83,12 +82,9 @@ class OpenBlas:
         if self.version not in KNOWN_VERSIONS or self.architecture not in KNOWN_PROCESSORS:
             return None
         try:
-            found = [self._library[f"sgemm_{name}_{self.architecture.upper()}"] for name in _ARGUMENTS]
+            return Inner(*(self._library[f"sgemm_{name}_{self.architecture.upper()}"] for name in _INNER))
         except AttributeError:
             return None
-        for function, types in zip(found, _ARGUMENTS.values(), strict=True):
-            function.argtypes = types
-        return Inner(*found)
 
     def use(self, threads: int) -> None:
         """Run on so many threads, in the whole process."""

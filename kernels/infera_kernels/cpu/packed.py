@@ -6,17 +6,16 @@ most of it beside a few.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.aligned import LINE, address, aligned
-from infera_kernels.cpu.blas import Inner, inner_loops
+from infera_kernels.cpu.blas import ADDRESS, FACTOR, SIZE, Argument, Inner, inner_loops
 from infera_kernels.cpu.elementwise import call, const, contiguous, copy
 from infera_kernels.cpu.matmul import FEW_ROWS, UNPACKED, Piece, epilogue, pieces, rows_of
 
@@ -33,6 +32,9 @@ ahead."""
 
 MOST_ROWS = 512
 """Beside more rows it costs little to lay weights out anew, which need not be in memory twice then."""
+
+
+Arguments: TypeAlias = tuple[Argument, ...]
 
 
 @cache
@@ -83,7 +85,7 @@ def pack(w: Array, loops: Inner, runs: int = 1) -> Array:
         depth = stop - start
         for left in range(0, n, WIDTH):
             rows, panels = source + (start * n + left) * item, target + (start * n + left * depth) * item
-            loops.pack_weight(depth, min(WIDTH, n - left), rows, n, panels)
+            loops.pack_weight(_size(depth), _size(min(WIDTH, n - left)), ADDRESS(rows), _size(n), ADDRESS(panels))
     return made
 
 
@@ -147,13 +149,20 @@ class _Bound:
     sendable = True
     """To another process: see `process`."""
 
-    def __init__(self, loops: Inner, *operands: Any) -> None:
-        self._operands = operands
-        self._calls = tuple(_steps(loops, *operands))
+    __slots__ = ("_loops", "_operands", "_ranges")
+    # Plain tuples of what garbage collection does not look at: it passes by them, and there are thousands.
+
+    def __init__(self, loops: Inner, ranges: Sequence[Sequence[Array]], *rest: Any) -> None:
+        self._loops, self._operands = loops, (tuple(map(tuple, ranges)), *rest)
+        self._ranges = tuple(_arguments(*self._operands))
 
     def __call__(self) -> None:
-        for fn, args in self._calls:
-            fn(*args)
+        pack_rows, multiply = self._loops.pack_rows, self._loops.multiply
+        for packed, multiplied in self._ranges:
+            for args in packed:
+                pack_rows(*args)
+            for args in multiplied:
+                multiply(*args)
 
     def __reduce__(self) -> tuple[Callable[..., _Bound], tuple[Any, ...]]:
         return _elsewhere, self._operands
@@ -200,33 +209,33 @@ def added(
     return _Bound(loops, ranges, weights, y, room, alpha, first), ()
 
 
-def _steps(
-    loops: Inner, ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, alpha: float, first: int
-) -> Iterator[Call]:
+def _arguments(
+    ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, alpha: float, first: int
+) -> Iterator[tuple[tuple[Arguments, ...], tuple[Arguments, ...]]]:
+    """Of each range, those of the calls of `pack_rows` and then of `multiply`."""
     (m, columns), n, item = y.shape, weights.shape[1], y.itemsize
-    factor, begin, count, ldy = ctypes.c_float(alpha), ctypes.c_void_p(address(room)), _size(m), _line(y)
+    factor, begin, count, ldy = FACTOR(alpha), ADDRESS(address(room)), _size(m), _line(y)
     target, packed, start = address(y), address(weights), 0
     for rows in ranges:
-        depth = rows[0].shape[1]
-        at = address(room)
+        depth = _size(rows[0].shape[1])
+        pieces, at = [], address(room)
         for x in rows:
-            yield (
-                loops.pack_rows,
-                (_size(depth), _size(len(x)), ctypes.c_void_p(address(x)), _line(x), ctypes.c_void_p(at)),
-            )
-            at += len(x) * depth * item
+            pieces.append((depth, _size(len(x)), ADDRESS(address(x)), _line(x), ADDRESS(at)))
+            at += x.size * item
+        products = []
         for left in range(0, columns, WIDTH):
-            source = ctypes.c_void_p(packed + (start * n + (first + left) * depth) * item)
-            result, width = ctypes.c_void_p(target + left * item), _size(min(WIDTH, columns - left))
-            yield loops.multiply, (width, count, _size(depth), factor, source, begin, result, ldy)
-        start += depth
+            source = ADDRESS(packed + (start * n + (first + left) * rows[0].shape[1]) * item)
+            result, width = ADDRESS(target + left * item), _size(min(WIDTH, columns - left))
+            products.append((width, count, depth, factor, source, begin, result, ldy))
+        yield tuple(pieces), tuple(products)
+        start += rows[0].shape[1]
 
 
-def _line(x: Array) -> ctypes.c_ssize_t:
+def _line(x: Array) -> Argument:
     """Elements from one row to the next."""
     return _size(x.strides[0] // x.itemsize)
 
 
 @cache
-def _size(value: int) -> ctypes.c_ssize_t:
-    return ctypes.c_ssize_t(value)
+def _size(value: int) -> Argument:
+    return SIZE(value)
