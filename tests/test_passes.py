@@ -64,7 +64,7 @@ def test_never_fires_on_a_near_miss(fusion: Rewrite, text: str) -> None:
 
 
 @pytest.mark.parametrize("fusion", [pytest.param(f, id=f.name) for f in ALL if " = Shape(" in f.example])
-@pytest.mark.parametrize(("part", "times"), [("start = 0", 1), ("start = 1", 0), ("start = 0, end = 9", 0)])
+@pytest.mark.parametrize(("part", "times"), [("start = 0", 1), ("start = 1", 0), ("start = 0, end = 1", 0)])
 def test_a_part_of_a_shape_is_another_value(fusion: Rewrite, part: str, times: int) -> None:
     graph = load_graph(parse(fusion.example.replace(" = Shape(", f" = Shape <{part}> ("), fusion.opset))
     rewritten, fired = rewritten_by(graph, fusion)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.passes.facts import Facts, Known
+from infera_gpu.passes.sizes import Sizes
 from infera_gpu.spec import TensorSpec
 
 
@@ -51,6 +52,10 @@ class Draft:
     def spec(self, value: str) -> TensorSpec | None:
         """What is known of a value's type; None where not even its element type is."""
         return self._facts.spec(value)
+
+    def sizes(self, value: str) -> Sizes | None:
+        """The elements of a shape that the graph computes; None where not even their count is known."""
+        return self._facts.sizes(value)
 
     def replace(self, inside: Iterable[Node], made: Node, constants: Iterable[tuple[str, HostArray]] = ()) -> None:
         """Put `made` where the first of `inside` stands, take all of them out, and what nobody needs any more."""

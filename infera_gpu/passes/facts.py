@@ -1,6 +1,7 @@
 """What is known of values before any shape is: element types, ranks, and dimensions where they follow.
 
 Only what the inputs and constants say counts, which every run is held to; what a file claims of other values does not.
+A dimension that is not known is named by the value that it is met in, so that equal names are equal sizes (`sizes`).
 A value without a rule is unknown. Rules need not refuse what is wrong: planning does.
 """
 
@@ -12,7 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.graph import Graph, HostArray, Node, made_name
+from infera_gpu.passes import sizes
 from infera_gpu.spec import Dim, DType, TensorSpec, dtype_of_onnx, spec_of
 
 MAX_RANK = 64
@@ -28,15 +30,16 @@ class Facts:
     of a name stay alike. `known` is what has been found out before of values of these names, and is added to."""
 
     def __init__(self, graph: Graph, producers: Mapping[str, Node], known: dict[str, Known] | None = None) -> None:
-        self._graph, self._producers = graph, producers
+        self._graph, self.producers = graph, producers
         self._known = {} if known is None else known
+        self._sizes: dict[str, sizes.Sizes | None] = {}
 
     def constant(self, value: str) -> HostArray | None:
         return self._graph.constants.get(value)
 
     def spec(self, value: str) -> Known:
         """What is known of a value; None where not even its element type is."""
-        known, producers, todo = self._known, self._producers, [value]
+        known, producers, todo = self._known, self.producers, [value]
         while todo:
             asked = todo[-1]
             n = None if asked in known else producers.get(asked)
@@ -53,18 +56,31 @@ class Facts:
             todo.pop()
         return known[value]
 
+    def sizes(self, value: str) -> sizes.Sizes | None:
+        """The elements of a shape that the graph computes; None where not even their count is known."""
+        return sizes.sizes(self, value, self._sizes)
+
     def _given(self, value: str) -> Known:
         constant = self.constant(value)
         if constant is not None:
             return spec_of(constant)
         spec = self._graph.inputs.get(value)
-        return spec if isinstance(spec, TensorSpec) else None
+        return _with_names(spec, value) if isinstance(spec, TensorSpec) else None
 
     def _applied(self, rule: Rule, n: Node) -> Known:
         try:
-            return rule(self, n, [self._known.get(i) if i else None for i in n.inputs])
+            made = rule(self, n, [self._known.get(i) if i else None for i in n.inputs])
+            return made if made is None else _with_names(made, n.outputs[0])
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return None
+
+
+def _with_names(spec: TensorSpec, value: str) -> TensorSpec:
+    """Each dimension that is not known has a name: that of the value and its axis."""
+    if None not in spec.shape:
+        return spec
+    shape = tuple([made_name(value, str(i)) if d is None else d for i, d in enumerate(spec.shape)])
+    return TensorSpec(shape, spec.dtype, spec.ranked)
 
 
 def _unranked(spec: Known, dtype: DType | None = None) -> Known:
@@ -161,24 +177,14 @@ def _transposed(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _reshaped(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    x, target, of = ins[0], facts.constant(n.inputs[1]), ins[1]
+    x, target, of = ins[0], facts.sizes(n.inputs[1]), ins[1]
     if x is None or target is None:
         rank = of.shape[0] if of is not None and of.ranked and of.ndim == 1 else None
         if x is None or not isinstance(rank, int) or rank > MAX_RANK:
             return _unranked(x)
         return TensorSpec((None,) * rank, x.dtype)
-    keeps = not n.attrs.get("allowzero", 0)
-    sizes: list[Dim] = []
-    for i, size in enumerate(target.tolist()):
-        if size == 0 and keeps:
-            sizes.append(x.shape[i] if x.ranked else None)
-        else:
-            sizes.append(size if size >= 0 else None)
-    if sizes.count(None) == 1 and x.is_static and all(sizes[i] != 0 for i in range(len(sizes))):
-        rest = int(np.prod([s for s in sizes if isinstance(s, int)], dtype=np.int64))
-        if all(s is None or isinstance(s, int) for s in sizes):
-            sizes[sizes.index(None)] = x.size // rest
-    return TensorSpec(tuple(sizes), x.dtype)
+    shape = x.shape if x.ranked else (None,) * MAX_RANK
+    return TensorSpec(sizes.reshaped(shape, target, not n.attrs.get("allowzero", 0)), x.dtype)
 
 
 def _flattened(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
@@ -249,6 +255,13 @@ def _of_same_rank(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return _unranked(x) if x is None or not x.ranked else TensorSpec((None,) * x.ndim, x.dtype)
 
 
+def _counted(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """A Range: from 0 in steps of 1 as many as its end, which may be a size."""
+    start, end, step = (facts.sizes(i) for i in n.inputs)
+    count = end[0] if (start, step) == ((0,), (1,)) and end is not None else None
+    return None if ins[0] is None else TensorSpec((max(count, 0) if isinstance(count, int) else count,), ins[0].dtype)
+
+
 def _joined(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     x = ins[0]
     if x is None or not all(s is not None and s.ranked and s.ndim == x.ndim for s in ins):
@@ -277,11 +290,11 @@ def _integer_product(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _expanded(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    (x, target), shape = ins, facts.constant(n.inputs[1])
+    (x, target), shape = ins, facts.sizes(n.inputs[1])
     if x is None or not x.ranked:
         return _unranked(x)
     if shape is not None:
-        return TensorSpec(broadcast([x.shape, tuple(shape.tolist())]), x.dtype)
+        return TensorSpec(broadcast([x.shape, shape]), x.dtype)
     count = target.shape[0] if target is not None and target.ranked and target.ndim == 1 else None
     if not isinstance(count, int) or count > MAX_RANK:
         return _unranked(x)
@@ -354,7 +367,7 @@ _NORMS = (
 )
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
-    *("DepthToSpace", "SpaceToDepth", "Upsample", "GridSample", "RoiAlign", "Range", "TopK", "STFT", "DFT"),
+    *("DepthToSpace", "SpaceToDepth", "Upsample", "GridSample", "RoiAlign", "TopK", "STFT", "DFT"),
     *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
@@ -406,6 +419,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys((*_OTHERS, *_STORED), _alike),
         "Expand": _expanded,
         "Shape": _shape,
+        "Range": _counted,
     }
 )
 """Operator -> its rule."""

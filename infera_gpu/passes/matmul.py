@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, fused, infera, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.epilogue import activated, activation_of
 
 ACTIVATIONS = {name: name for name in ("relu", "tanh", "sigmoid", "gelu", "gelu_tanh")} | {"swish": "silu"}
@@ -15,15 +15,26 @@ PRODUCT = either(ROWS, node("infera.FusedMatMul", "a", "w", "?b", name="mm"))
 def _is_row_bias(match: Match) -> bool:
     """One value a column, with as many axes before as the product has at most."""
     weight, bias = match.constant("w"), match.constant("b")
-    row = bias.size == bias.shape[-1] == weight.shape[-1] and bias.ndim <= (match.rank("a") or 1)
+    columns = weight.shape[-2 if "mm" in match.nodes and match.nodes["mm"].attrs.get("transB", 0) else -1]
+    row = bias.size == bias.shape[-1] == columns and bias.ndim <= (match.rank("a") or 1)
     return weight.ndim == 2 and row and bias.dtype == weight.dtype
+
+
+def _takes_bias(match: Match) -> bool:
+    """The product is one alone: without activation, and without factors that the bias is not multiplied by."""
+    return not match.nodes["mm"].attrs.get("activation", "") and _is_row_bias(match)
+
+
+def _with_bias(match: Match) -> Replacement:
+    names = tuple(match.values[name] for name in ("a", "w", "b"))
+    return Replacement(infera(match, "FusedMatMul", names, match.nodes["mm"].attrs))
 
 
 BIAS = Fusion(
     name="matmul_bias",
-    patterns=(node("Add", node("MatMul", "a", "#w"), "#b", commutes=True),),
-    guard=_is_row_bias,
-    build=fused("FusedMatMul", ("a", "w", "b")),
+    patterns=(node("Add", node(("MatMul", "infera.FusedMatMul"), "a", "#w", name="mm"), "#b", commutes=True),),
+    guard=_takes_bias,
+    build=_with_bias,
     example="""
         example (float[2, 3] a) => (float[2, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {0.5, -1}> {
             t = MatMul(a, w)

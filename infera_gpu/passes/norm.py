@@ -22,9 +22,13 @@ def squared(x: Arg) -> Arg:
     return either(node("Pow", x, 2.0), node("Mul", x, x))
 
 
+_MEANS = ("ReduceMean", "GlobalAveragePool")
+"""tf2onnx writes the mean along the last of three axes as a pool."""
+
+
 def variance(x: Arg) -> P:
     """The mean of squares, and a small number."""
-    return node("Add", node("ReduceMean", squared(x), "?#axes", name="variance"), "%epsilon", commutes=True)
+    return node("Add", node(_MEANS, squared(x), "?#axes", name="variance"), "%epsilon", commutes=True)
 
 
 def inverse_root(variance: Arg) -> Arg:
@@ -45,7 +49,7 @@ def standardized(x: Arg, variance: P) -> tuple[P, ...]:
     return (node("Cast", either(over, times), name="narrowed"), over, times)
 
 
-MEAN = node("ReduceMean", "x", "?#mean_axes", name="mean")
+MEAN = node(_MEANS, "x", "?#mean_axes", name="mean")
 CENTERED = node("Sub", "x", MEAN, name="centered")
 
 

@@ -149,8 +149,11 @@ class Match:
 
     def axes(self, name: str) -> tuple[int, ...] | None:
         """The axes that a named reduction goes over, as they are written; None where none are, which means all or no
-        axis, or where they are computed, or no integers."""
+        axis, or where they are computed, or no integers. A global pool's are those after the channels."""
         made = self.nodes[name]
+        if made.op == "GlobalAveragePool":
+            x = self.draft.spec(made.inputs[0])
+            return (tuple(range(2, x.ndim)) or None) if x is not None and x.ranked else None
         if "axes" in made.attrs:
             return tuple(int(a) for a in made.attrs["axes"]) or None
         given = self.graph.constants.get(made.inputs[1]) if len(made.inputs) > 1 and made.inputs[1] else None
