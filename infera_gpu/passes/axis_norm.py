@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
-from infera_gpu.passes.norm import CENTERED, standardized, variance
+from infera_gpu.passes.norm import CENTERED, inverse_root, standardized, unrolled, variance
 from infera_gpu.passes.softmax import one_axis
 
 
@@ -29,7 +29,11 @@ def _along(match: Match) -> Replacement:
 
 AXIS_NORM = Fusion(
     name="axis_norm",
-    patterns=(*standardized(CENTERED, variance(CENTERED))[1:], *standardized("x", variance("x"))[1:]),
+    patterns=(
+        *standardized(CENTERED, variance(CENTERED))[1:],
+        *standardized("x", variance("x"))[1:],
+        unrolled(inverse_root(variance(CENTERED))),
+    ),
     guard=_is_along_an_axis,
     build=_along,
     reassociates=True,

@@ -53,6 +53,16 @@ MEAN = node(_MEANS, "x", "?#mean_axes", name="mean")
 CENTERED = node("Sub", "x", MEAN, name="centered")
 
 
+def unrolled(factor: Arg) -> P:
+    """x · factor − mean · factor, as TensorFlow's batch_normalization writes what has no shift."""
+    return node(
+        "Add",
+        node("Mul", "x", factor, commutes=True),
+        node("Mul", node("Neg", MEAN), factor, commutes=True),
+        commutes=True,
+    )
+
+
 def trailing_axis(match: Match, reduction: str) -> int | None:
     """The first of the trailing axes that a named reduction of x goes over and keeps, counted from the last.
 
@@ -121,7 +131,7 @@ def row_of(match: Match, name: str, axis: int) -> np.ndarray:
 
 LAYER_NORM = Fusion(
     name="layer_norm",
-    patterns=standardized(CENTERED, variance(CENTERED)),
+    patterns=(*standardized(CENTERED, variance(CENTERED)), unrolled(inverse_root(variance(CENTERED)))),
     guard=is_standardized,
     build=normalization("LayerNormalization", 1),
     reassociates=True,

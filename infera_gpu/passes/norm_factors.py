@@ -16,6 +16,7 @@ from infera_gpu.passes.norm import (
     is_standardized,
     normalization,
     trailing_axis,
+    unrolled,
     variance,
 )
 from infera_gpu.passes.pattern import Arg, P, is_close
@@ -126,6 +127,7 @@ LAYER_NORM_AS_FACTORS = Fusion(
             node("Sub", "#shift", node("Mul", MEAN, _factor(CENTERED), commutes=True)),
             commutes=True,
         ),
+        unrolled(_factor(CENTERED)),
         *_scaled(CENTERED),
     ),
     guard=_is_scaled,

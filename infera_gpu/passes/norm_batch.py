@@ -1,0 +1,255 @@
+"""Layer normalisation as a batch norm of rows: Keras lays every row out as a channel, to use its fused operator."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infera_gpu.graph import made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, node, standard
+from infera_gpu.passes.sizes import product
+
+AXES = [0, 2, 3]
+"""Of a batch norm's statistics: all but the channels."""
+
+
+def _rows(match: Match) -> tuple[str, int] | None:
+    """What was laid out as one image with a row in each channel, and the first of its axes that make a row, counted
+    from the last."""
+    made = match.producers.get(match.values["r"])
+    if made is None or made.qualified != "Reshape":
+        return None
+    x, target = match.draft.spec(made.inputs[0]), match.draft.sizes(made.inputs[1])
+    if x is None or not x.ranked or x.dtype.kind != "f" or target is None or len(target) != 4:
+        return None
+    count, row = target[1:3]
+    if target[::3] != (1, 1) or not isinstance(row, int) or row < 1 or count == 0:
+        return None
+    axis = next((axis for axis in range(-1, -x.ndim, -1) if product(x.shape[axis:]) == row), None)
+    known = axis is not None and all(isinstance(d, int) for d in x.shape[axis:])
+    return (made.inputs[0], axis) if known and axis is not None else None
+
+
+def _are_all(match: Match, name: str, number: float) -> bool:
+    """Whether a vector has this number in every place: a constant, or one widened."""
+    value = match.values[name]
+    made = match.producers.get(value)
+    constant = match.graph.constants.get(made.inputs[0] if made is not None and made.qualified == "Expand" else value)
+    return constant is not None and bool((constant == number).all())
+
+
+def _is_layer_norm(match: Match) -> bool:
+    found, bn = _rows(match), match.nodes["bn"].attrs
+    if found is None or bn.get("training_mode", 0) or not (_are_all(match, "one", 1) and _are_all(match, "zero", 0)):
+        return False
+    x, r, count = match.draft.spec(found[0]), match.spec("r"), match.producers.get(match.values["count"])
+    mean, squares = match.nodes["mean"].attrs, match.nodes["squares"].attrs
+    same_axes = match.axes("mean") == match.axes("squares") == tuple(AXES) == match.axes("flat")
+    if not same_axes or not mean.get("keepdims", 1) or squares.get("keepdims", 1):
+        return False
+    if (
+        x is None
+        or r is None
+        or count is None
+        or count.qualified != "Cast"
+        or match.draft.sizes(match.values["back"]) != x.shape
+    ):
+        return False
+    return match.draft.sizes(count.inputs[0]) == (product([r.shape[i] for i in AXES]),)
+
+
+def _normalized(match: Match) -> Replacement:
+    found = _rows(match)
+    assert found is not None
+    value, axis = found
+    x, name = match.draft.spec(value), made_name(match.root.outputs[0], "scale")
+    assert x is not None
+    attrs = {"axis": axis, "epsilon": float(match.nodes["bn"].attrs.get("epsilon", 1e-5))}
+    rows = {name: np.ones([d for d in x.shape[axis:] if isinstance(d, int)], x.dtype)}
+    return Replacement(standard(match, "LayerNormalization", 1, (value, name), attrs), rows)
+
+
+_MEAN = node("ReduceMean", "r", "?#mean_axes", name="mean")
+_SQUARES = node("ReduceSumSquare", node("Sub", "r", _MEAN), "?#axes", name="squares")
+
+LAYER_NORM_AS_BATCH_NORM = Fusion(
+    name="layer_norm_as_batch_norm",
+    patterns=(
+        node(
+            "Reshape",
+            node(
+                "BatchNormalization",
+                "r",
+                "one",
+                "zero",
+                node("Squeeze", _MEAN, "?#flat_axes", name="flat"),
+                node("Div", _SQUARES, "count"),
+                name="bn",
+            ),
+            "back",
+        ),
+    ),
+    guard=_is_layer_norm,
+    build=_normalized,
+    reassociates=True,
+    opset=15,
+    example="""
+        example (float[B, S, 4] x) => (float[B, S, 4] y)
+        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
+         int64[3] axes = {0, 2, 3}> {
+            s = Shape(x)
+            c = Cast <to = 6> (s)
+            back = Cast <to = 7> (c)
+            r = Reshape(x, rows)
+            d = Slice(c, first, third, first)
+            p = ReduceProd <axes = [0], keepdims = 0> (d)
+            q = Unsqueeze(p, first)
+            n = Cast <to = 7> (q)
+            zero = Expand(none, n)
+            one = Expand(unit, n)
+            t = Shape(r)
+            u = Gather(t, axes)
+            v = ReduceProd <axes = [0], keepdims = 0> (u)
+            count = Cast <to = 1> (v)
+            m = ReduceMean <axes = [0, 2, 3]> (r)
+            e = Sub(r, m)
+            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
+            g = Squeeze(m, axes)
+            h = Div(f, count)
+            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
+            y = Reshape(b, back)
+        }""",
+    near_misses=(
+        """
+        two_rows_a_channel (float[B, S, 4] x) => (float[B, S, 4] y)
+        <int64[4] rows = {1, -1, 8, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
+         int64[3] axes = {0, 2, 3}> {
+            s = Shape(x)
+            c = Cast <to = 6> (s)
+            back = Cast <to = 7> (c)
+            r = Reshape(x, rows)
+            d = Slice(c, first, third, first)
+            p = ReduceProd <axes = [0], keepdims = 0> (d)
+            q = Unsqueeze(p, first)
+            n = Cast <to = 7> (q)
+            zero = Expand(none, n)
+            one = Expand(unit, n)
+            t = Shape(r)
+            u = Gather(t, axes)
+            v = ReduceProd <axes = [0], keepdims = 0> (u)
+            count = Cast <to = 1> (v)
+            m = ReduceMean <axes = [0, 2, 3]> (r)
+            e = Sub(r, m)
+            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
+            g = Squeeze(m, axes)
+            h = Div(f, count)
+            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
+            y = Reshape(b, back)
+        }""",
+        """
+        rows_among_others (float[B, 2, 4] x) => (float[B, 2, 4] y)
+        <int64[4] rows = {-1, 2, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
+         int64[3] axes = {0, 2, 3}> {
+            s = Shape(x)
+            c = Cast <to = 6> (s)
+            back = Cast <to = 7> (c)
+            r = Reshape(x, rows)
+            d = Slice(c, first, third, first)
+            p = ReduceProd <axes = [0], keepdims = 0> (d)
+            q = Unsqueeze(p, first)
+            n = Cast <to = 7> (q)
+            zero = Expand(none, n)
+            one = Expand(unit, n)
+            t = Shape(r)
+            u = Gather(t, axes)
+            v = ReduceProd <axes = [0], keepdims = 0> (u)
+            count = Cast <to = 1> (v)
+            m = ReduceMean <axes = [0, 2, 3]> (r)
+            e = Sub(r, m)
+            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
+            g = Squeeze(m, axes)
+            h = Div(f, count)
+            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
+            y = Reshape(b, back)
+        }""",
+        """
+        another_count (float[B, S, 4] x) => (float[B, S, 4] y)
+        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
+         int64[3] axes = {0, 2, 3}> {
+            s = Shape(x)
+            c = Cast <to = 6> (s)
+            back = Cast <to = 7> (c)
+            r = Reshape(x, rows)
+            d = Slice(c, first, third, first)
+            p = ReduceProd <axes = [0], keepdims = 0> (d)
+            q = Unsqueeze(p, first)
+            n = Cast <to = 7> (q)
+            zero = Expand(none, n)
+            one = Expand(unit, n)
+            t = Shape(r)
+            u = Slice(t, first, third, first)
+            v = ReduceProd <axes = [0], keepdims = 0> (u)
+            count = Cast <to = 1> (v)
+            m = ReduceMean <axes = [0, 2, 3]> (r)
+            e = Sub(r, m)
+            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
+            g = Squeeze(m, axes)
+            h = Div(f, count)
+            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
+            y = Reshape(b, back)
+        }""",
+        """
+        doubled (float[B, S, 4] x) => (float[B, S, 4] y)
+        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {2}, float none = {0},
+         int64[3] axes = {0, 2, 3}> {
+            s = Shape(x)
+            c = Cast <to = 6> (s)
+            back = Cast <to = 7> (c)
+            r = Reshape(x, rows)
+            d = Slice(c, first, third, first)
+            p = ReduceProd <axes = [0], keepdims = 0> (d)
+            q = Unsqueeze(p, first)
+            n = Cast <to = 7> (q)
+            zero = Expand(none, n)
+            one = Expand(unit, n)
+            t = Shape(r)
+            u = Gather(t, axes)
+            v = ReduceProd <axes = [0], keepdims = 0> (u)
+            count = Cast <to = 1> (v)
+            m = ReduceMean <axes = [0, 2, 3]> (r)
+            e = Sub(r, m)
+            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
+            g = Squeeze(m, axes)
+            h = Div(f, count)
+            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
+            y = Reshape(b, back)
+        }""",
+        """
+        batch_norm_is_an_output (float[B, S, 4] x) => (float[B, S, 4] y, float[1, R, 4, 1] b)
+        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
+         int64[3] axes = {0, 2, 3}> {
+            s = Shape(x)
+            c = Cast <to = 6> (s)
+            back = Cast <to = 7> (c)
+            r = Reshape(x, rows)
+            d = Slice(c, first, third, first)
+            p = ReduceProd <axes = [0], keepdims = 0> (d)
+            q = Unsqueeze(p, first)
+            n = Cast <to = 7> (q)
+            zero = Expand(none, n)
+            one = Expand(unit, n)
+            t = Shape(r)
+            u = Gather(t, axes)
+            v = ReduceProd <axes = [0], keepdims = 0> (u)
+            count = Cast <to = 1> (v)
+            m = ReduceMean <axes = [0, 2, 3]> (r)
+            e = Sub(r, m)
+            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
+            g = Squeeze(m, axes)
+            h = Div(f, count)
+            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
+            y = Reshape(b, back)
+        }""",
+    ),
+)
+
+FUSIONS = (LAYER_NORM_AS_BATCH_NORM,)
