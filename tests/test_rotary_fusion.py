@@ -124,3 +124,22 @@ def test_tables_cut_from_one_value_are_not_what_is_turned() -> None:
     fused, parts = (infera_gpu.load(text, device="cpu", fuse=f) for f in (True, False))
     assert [(n.op, n.inputs[0]) for n in fused.graph.nodes] == [("Split", "t"), ("Rotary", "x")]
     np.testing.assert_allclose(fused.run(given)["y"], parts.run(given)["y"], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_tables_of_another_type_are_refused_as_written(fuse: bool) -> None:
+    text = """
+        g (float[2, 3, 5, 8] x, int64[2, 1, 5, 8] cos, float[2, 1, 5, 8] sin) => (float[2, 3, 5, 8] y)
+        <int64[1] zero = {0}, int64[1] half = {4}, int64[1] far = {9223372036854775807}, int64[1] axis = {3}> {
+            a = Slice(x, zero, half, axis)
+            b = Slice(x, half, far, axis)
+            c = Neg(b)
+            d = Concat <axis = -1> (c, a)
+            e = Mul(d, sin)
+            f = Mul(x, cos)
+            y = Add(f, e)
+        }"""
+    session = infera_gpu.load(parse(text, 17), device="cpu", fuse=fuse)
+    x = np.ones((2, 3, 5, 8), np.float32)
+    with pytest.raises(infera_gpu.InferaError, match="differ in type"):
+        session.run({"x": x, "cos": x[:, :1].astype(np.int64), "sin": x[:, :1]})

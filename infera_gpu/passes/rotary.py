@@ -161,6 +161,9 @@ def _is_turned(match: Match) -> bool:
     cut = _cut(match)
     if cut is None or match.values.get("x", cut.x) != cut.x:
         return False
+    tables = [match.draft.spec(match.values[name]) for name in ("cos", "sin")]
+    if len({spec.dtype for spec in (match.draft.spec(cut.x), *tables) if spec is not None}) > 1:
+        return False  # which planning refuses
     ranks = rank_of(match, cut.x), rank_of(match, match.values["cos"])
     return ranks[0] is None or ranks[1] is None or ranks[1] <= ranks[0]
 
