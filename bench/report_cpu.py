@@ -123,21 +123,36 @@ def serving(result: Result) -> str:
     return table(header, (cells(row) for row in result["rows"]))
 
 
+def serving_grpc(result: Result) -> str:
+    """Requests a second over gRPC from callers that wait for each answer; aio, threads and processes only echo."""
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        made = [row["server"], str(row["callers"]), f"{row['rps']:,.0f}"]
+        return [*made, f"{row['p50_ms']:.2f}", f"{row['cpu_us']:.0f}"]
+
+    header = ("server", "callers", "requests/s", "median, ms", "CPU, µs")
+    return table(header, (cells(row) for row in result["rows"]))
+
+
 _OVERLOAD = {
     "peak_rps": "requests/s at its peak",
     "asked_rps": "asked for while overloaded",
     "goodput_rps": "answered of these",
+    "goodput": "of the peak",
     "answer_p99_ms": "p99 of answers, ms",
     "refusal_p50_ms": "median of refusals, ms",
+    "refusal_p99_ms": "p99 of refusals, ms",
+    "memory_before_mb": "memory before, MB",
+    "memory_end_mb": "at the end, MB",
     "lost": "lost",
     "recovery_s": "until answers are as before, s",
 }
 
 
 def overload(result: Result) -> str:
-    """Ten times what the server can do."""
+    """Ten times what the server can do, by where the model runs."""
     rows = ([text, *(f"{row[key]:,.3g}" for row in result["rows"])] for key, text in _OVERLOAD.items())
-    return table(["", *(str(row.get("where", "")) for row in result["rows"])], rows)
+    return table(["", *(f"in {row['engine']}" for row in result["rows"])], rows)
 
 
 def trees(result: Result) -> str:
@@ -160,6 +175,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "trees": ("Ensembles of trees", trees),
     "quantized": ("Models that quantise on the way", quantized),
     "serving": ("Serving", serving),
+    "serving-grpc": ("Serving over gRPC", serving_grpc),
     "overload": ("Overload", overload),
 }
 """By topic, as results files are named: the title, and what renders it."""
