@@ -67,7 +67,9 @@ FORMS = {
     "joined": ("a = Slice(s, one, two)  y = Concat <axis = 0> (two, a, s)", (2, "S", "B", "S", 8)),
     "multiplied": ("y = ReduceProd(s)", ("8×B×S",)),
     "the_larger_of_equals": ("t = Shape(z)  y = Max(s, t)", ("B", "S", 8)),
-    "the_larger_of_others": ("t = Gather(s, i)  u = Gather(s, j)  y = Max(t, u)", None),
+    "the_larger_of_others": ("t = Gather(s, i)  u = Slice(s, zero, two)  y = Max(t, u)", ("8∨B", "B∨S")),
+    "the_larger_of_numbers": ("t = Gather(s, last)  y = Max(t, two)", (8,)),
+    "the_largest_of_unequal_lists": ("t = Gather(s, i)  u = Gather(s, j)  y = Max(t, u)", None),
     "one_as_a_scalar": ("a = Slice(s, one, two)  b = Squeeze(a)  y = Unsqueeze(b, zero)", ("S",)),
     "of_a_reshape": ("a = Gather(s, j)  r = Reshape(x, a)  y = Shape(r)", ("S", "B", 8)),
     "of_a_range": ("a = Gather(s, k)  r = Range(nothing, a, step)  y = Shape(r)", ("S",)),
@@ -81,7 +83,8 @@ def test_what_is_followed(form: str) -> None:
     model = parse(
         f"""
         g (float[B, S, 8] x, int64[N] given) => (int64[M] y)
-        <int64[2] i = {{-1, 0}}, int64[3] j = {{1, 0, 2}}, int64 k = {{1}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
+        <int64[2] i = {{-1, 0}}, int64[3] j = {{1, 0, 2}}, int64 k = {{1}}, int64[1] last = {{2}},
+         int64[1] zero = {{0}}, int64[1] one = {{1}},
          int64[1] two = {{2}}, int64 nothing = {{0}}, int64 step = {{1}}> {{
             s = Shape(x)
             z = Relu(x)

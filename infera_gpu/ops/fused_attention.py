@@ -34,8 +34,19 @@ def _repeats(site: Site) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _are_alike(site: Site) -> bool:
+    """Whether leading axes of queries, keys and values are the same and no mask has more, where that is asked for."""
+    q, *others = (site.spec(i).dims[:-2] for i in range(6) if site.has(i))
+    masks = others[2:]
+    if not site.attrs["alike"]:
+        return True
+    return others[:2] == [q, q] and all(d in (1, s) for x in masks for d, s in zip(x[::-1], q[::-1], strict=False))
+
+
 def _lead(site: Site) -> tuple[int, ...] | None:
     """The leading axes of the result; None where the operands do not fit."""
+    if not _are_alike(site):
+        return None
     repeats, (q, kt, v) = _repeats(site), (site.spec(i).dims for i in range(3))
     if repeats is None:
         return None
@@ -76,7 +87,7 @@ def _infer(site: Site) -> tuple[TensorSpec]:
 
 def _parts(site: Site) -> Expansion | None:
     """The operators apart, where vectors are multiplied or a mask or the condition is wider than the scores."""
-    if _lead(site) is not None:
+    if _lead(site) is not None or not _are_alike(site):
         return None
     attrs, names = site.attrs, (*site.node.inputs, *[""] * (10 - len(site.node.inputs)))
     q, kt, v, mask, condition, further, *shapes = names
@@ -269,7 +280,7 @@ def _cases() -> tuple[Case, ...]:
 # fill of -inf, as wide as the keys, queries whose scores are all -inf give 0, and batches are of one size. With
 # heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size). With repeated = 1 each head of keys and
 # values serves several of queries, one after the other; inputs 6 to 9 are the shapes that keys, and then values, were
-# expanded to, (batch, heads, repeats, sequence, size), and reshaped to.
+# expanded to, (batch, heads, repeats, sequence, size), and reshaped to. With alike = 1 leading axes are not broadcast.
 _FUSED = Op(
     "Attention",
     1,
@@ -292,6 +303,7 @@ _FUSED = Op(
         "swap_keys": 0,
         "repeated": 0,
         "heads_last": 0,
+        "alike": 0,
     },
     cases=Cases(_cases),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from infera_gpu.graph import Graph, HostArray, Node
@@ -12,7 +12,7 @@ from infera_gpu.spec import TensorSpec
 
 
 class Draft:
-    """The nodes of a graph, each in a slot of its place in topological order; slots fall empty, none is added.
+    """The nodes of a graph, each in a slot of its place in topological order; slots fall empty, and few are added.
 
     `graph` has the inputs, outputs and opsets, and the constants with those that were added; not its nodes, which
     `finished` gives. `readers` maps a value to those who read it, by identity; captures of subgraphs count. `known` is
@@ -57,15 +57,44 @@ class Draft:
         """The elements of a shape that the graph computes; None where not even their count is known."""
         return self._facts.sizes(value)
 
-    def replace(self, inside: Iterable[Node], made: Node, constants: Iterable[tuple[str, HostArray]] = ()) -> None:
-        """Put `made` where the first of `inside` stands, take all of them out, and what nobody needs any more."""
+    def replace(
+        self,
+        inside: Iterable[Node],
+        made: Node,
+        constants: Iterable[tuple[str, HostArray]] = (),
+        before: Sequence[Node] = (),
+    ) -> None:
+        """Put `made` where the first of `inside` stands, take all of them out, and what nobody needs any more.
+
+        `before` stand before it, in their order: they read what was made there, or each other.
+        """
         self.constants.update(constants)
         inside = tuple(inside)
         slot = self._slot[id(inside[0])]
         for n in inside:
             self._leave(n)
         self._enter(made, slot)
+        for place, n in zip(self._room(made, before), before, strict=True):
+            self._enter(n, place)
         self._sweep(v for n in inside for v in n.reads)
+
+    def _room(self, follower: Node, nodes: Sequence[Node]) -> list[int]:
+        """Empty slots for nodes before another, after all that they read."""
+        if not nodes:
+            return []
+        slot = self._slot[id(follower)]
+        read = [self.producers[v] for n in nodes for v in n.reads if v in self.producers]
+        free = [s for s in range(max((self._slot[id(n)] for n in read), default=-1) + 1, slot) if self.slots[s] is None]
+        if len(free) < len(nodes):
+            free = list(range(slot, slot + len(nodes)))
+            self.slots[slot:slot] = [None] * len(nodes)
+            moved = [(n, s) for s, n in enumerate(self.slots) if n is not None and s >= slot]
+            for n, s in moved:
+                self.by_op[n.qualified].discard(s - len(nodes))
+            for n, s in moved:
+                self._slot[id(n)] = s
+                self.by_op[n.qualified].add(s)
+        return free[-len(nodes) :]
 
     def bypass(self, n: Node) -> None:
         """Let who reads an Identity's output read its input, but for subgraphs; it goes when nobody needs it."""

@@ -33,10 +33,14 @@ CPU_AND_TRITON = frozenset({"cpu", "triton"})
 
 @dataclass(frozen=True)
 class Replacement:
-    """The node that takes a match's place, and the constants it brings."""
+    """The node that takes a match's place, the constants it brings, and nodes that it reads, in their order.
+
+    Those read values that the match does not make, or each other.
+    """
 
     node: Node
     constants: Mapping[str, HostArray] = field(default_factory=dict)
+    before: tuple[Node, ...] = ()
 
 
 def _always(match: Match) -> bool:
@@ -171,7 +175,7 @@ def _rewritten(matcher: Matcher, fusion: Fusion, patterns: list[P], n: Node) -> 
         for match in matcher.match(pattern, n):
             made = _made(fusion, match)
             if made is not None:
-                matcher.draft.replace(match.inside, made.node, made.constants.items())
+                matcher.draft.replace(match.inside, made.node, made.constants.items(), made.before)
                 if made.node.qualified == "Identity":
                     matcher.draft.bypass(made.node)
                 return True

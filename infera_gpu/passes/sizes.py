@@ -27,6 +27,7 @@ DEEP = 32
 """Nodes between a Shape and its use."""
 
 TIMES = "×"
+LARGER = "∨"
 
 
 class Known(Protocol):
@@ -146,10 +147,22 @@ def _times(known: Known, n: Node, given: Input) -> Sizes | None:
     return None if a is None or b is None or len(a) != 1 or len(b) != 1 else (product([*a, *b]),)
 
 
+def larger(a: Dim, b: Dim) -> Dim:
+    """Of two sizes, of which one may be known to be the larger; where it is not, the two in one order."""
+    if a is None or b is None or a == b:
+        return a if b is not None else None
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return LARGER.join(sorted(map(str, (a, b))))
+
+
 def _largest(known: Known, n: Node, given: Input) -> Sizes | None:
-    """Of lists that are equal."""
-    first, *others = (given(i) for i in range(len(n.inputs)))
-    return first if first is not None and None not in first and all(o == first for o in others) else None
+    """Of two lists, one by one: what exporters compute of axes that broadcast."""
+    lists = [given(i) for i in range(len(n.inputs))]
+    first, second = lists if len(lists) == 2 else (None, None)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    return tuple(map(larger, first, second))
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
