@@ -53,3 +53,34 @@ def test_nodes_are_put_before_another_where_no_slot_is_empty(count: int) -> None
     assert [n.op for n in graph.nodes] == ["Neg", *["Sqrt"] * count, "Sign", "Relu"]
     graph.check()
     assert [n.op for n in draft.candidates(["Neg", "Relu"])] == ["Relu", "Neg"]
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize(
+    ("axis", "perm", "goes"),
+    [
+        (1, "[0, 3, 1, 2, 4]", True),
+        (2, "[0, 3, 2, 1, 4]", True),
+        (-1, "[0, 2, 1, 3, 4]", True),
+        (1, "[0, 2, 1, 3, 4]", False),
+    ],
+)
+def test_heads_go_last_past_an_axis_of_one_element(opset: int, axis: int, perm: str, goes: bool) -> None:
+    unsqueeze = "Unsqueeze(p, at)" if opset > 11 else f"Unsqueeze <axes = [{axis}]> (p)"
+    text = f"""
+        g (float[B, 3, S, 2] q, float[B, 3, 2, T] kt, float[B, 3, T, 2] v) => (float[A, C, D, E, F] y)
+        <int64[1] at = {{{axis}}}> {{
+            a = MatMul(q, kt)
+            w = Softmax <axis = -1> (a)
+            p = MatMul(w, v)
+            u = {unsqueeze}
+            y = Transpose <perm = {perm}> (u)
+        }}"""
+    fused, parts = (infera_gpu.load(parse(text, opset), device="cpu", fuse=f) for f in (True, False))
+    (attention,) = (n for n in fused.graph.nodes if n.op == "Attention")
+    assert bool(attention.attrs.get("heads_last", 0)) == goes
+    assert ("Transpose" in [n.op for n in fused.graph.nodes]) != goes
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 3, 4, 2), "kt": (2, 3, 2, 5), "v": (2, 3, 5, 2)}
+    given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    np.testing.assert_allclose(fused.run(given)["y"], parts.run(given)["y"], rtol=2e-6, atol=2e-6)

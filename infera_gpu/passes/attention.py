@@ -230,7 +230,8 @@ ATTENTION = Fusion(
 # ---- a scale on queries or keys
 
 
-def _with_inputs(match: Match, **attrs: float) -> Replacement:
+def with_inputs(match: Match, **attrs: float) -> Replacement:
+    """The attention of a match over the inputs of the match, with other attributes."""
     inner = match.nodes["attention"]
     return Replacement(infera(match, "Attention", named(match, INPUTS), {**inner.attrs, **attrs}))
 
@@ -246,7 +247,7 @@ SCALE = Fusion(
         node("infera.Attention", "q", _scaled("kt"), *OPERANDS[2:], name="attention"),
     ),
     guard=lambda match: match.numbers_rank <= 1 or match.keeps_shape("q"),
-    build=lambda match: _with_inputs(
+    build=lambda match: with_inputs(
         match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * _factor(match)
     ),
     reassociates=True,
@@ -273,36 +274,4 @@ SCALE = Fusion(
     ),
 )
 
-
-# ---- heads back beside their elements
-
-HEADS_LAST = Fusion(
-    name="attention_heads_last",
-    patterns=(node("Transpose", node("infera.Attention", *OPERANDS, name="attention"), name="swap"),),
-    guard=lambda match: (
-        tuple(match.nodes["swap"].attrs.get("perm", ())) == (0, 2, 1, 3)
-        and not match.nodes["attention"].attrs.get("heads_last", 0)
-    ),
-    build=lambda match: _with_inputs(match, heads_last=1),
-    kinds=CPU_AND_TRITON,
-    example="""
-        example (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v, bool[4, 6] c)
-            => (float[2, 4, 3, 5] y) {
-            a = infera.Attention <fill = -10000.0> (q, kt, v, , c)
-            y = Transpose <perm = [0, 2, 1, 3]> (a)
-        }""",
-    near_misses=(
-        """
-        elements_first (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 5, 4] y) {
-            a = infera.Attention(q, kt, v)
-            y = Transpose <perm = [0, 1, 3, 2]> (a)
-        }""",
-        """
-        swapped_already (float[2, 3, 4, 5] q, float[2, 3, 5, 6] kt, float[2, 3, 6, 5] v) => (float[2, 3, 4, 5] y) {
-            a = infera.Attention <heads_last = 1> (q, kt, v)
-            y = Transpose <perm = [0, 2, 1, 3]> (a)
-        }""",
-    ),
-)
-
-FUSIONS = (KEYS, ATTENTION, SCALE, HEADS_LAST)
+FUSIONS = (KEYS, ATTENTION, SCALE)

@@ -160,6 +160,21 @@ def _convolved(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((x.shape[0], channels, *spatial), x.dtype)
 
 
+def _attended(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """As many vectors as there are queries, as long as values are."""
+    q, v = ins[0], ins[2]
+    if q is None or v is None or not (q.ranked and v.ranked) or min(q.ndim, v.ndim) < 2:
+        return _unranked(q)
+    lead = q.shape[:-2]
+    if not n.attrs.get("alike") and not n.attrs.get("repeated"):
+        given = [s for s, name in zip(ins[:6], n.inputs, strict=False) if name]
+        if any(s is None or not s.ranked for s in given):
+            return _unranked(q)
+        lead = broadcast([s.shape[:-2] for s in given if s is not None])
+    made = (*lead, q.shape[-2], v.shape[-1])
+    return TensorSpec((made[0], made[2], made[1], made[3]) if n.attrs.get("heads_last") else made, q.dtype)
+
+
 def _einsum(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     """As many axes as the equation names."""
     x, (_, arrow, made) = ins[0], str(n.attrs["equation"]).partition("->")
@@ -410,6 +425,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(("Slice", "Pad", "Split", "Resize"), _of_same_rank),
         "Concat": _joined,
         "Einsum": _einsum,
+        "infera.Attention": _attended,
         "DequantizeLinear": _dequantized,
         "QuantizeLinear": _quantized,
         "infera.Centre": _centred,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from infera_gpu.graph import made_name
 from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.heads import HEADS, Side, laid_out, side
@@ -69,14 +71,25 @@ def _operands(match: Match) -> tuple[Side, ...] | None:
     return (*known[:2], values, *known[2:]) if len(known) == len(found) else None
 
 
+def _unscaled(match: Match, x: Side) -> tuple[Side, float]:
+    """Queries without a factor that they were multiplied by, and the factor."""
+    made, constants = match.producers.get(x.value), match.graph.constants
+    inputs = made.inputs if made is not None and made.qualified == "Mul" else ()
+    for i, factor in enumerate(inputs):
+        number = constants.get(factor)
+        if number is not None and number.size == 1 and number.ndim <= len(x.perm):
+            return replace(x, value=inputs[1 - i]), float(number.reshape(-1)[0])
+    return x, 1.0
+
+
 def _attention(match: Match) -> Replacement:
     found, out = _operands(match), match.root.outputs[0]
     assert found is not None
-    read = [x.read(made_name(out, str(i))) for i, x in enumerate(found)]
-    return Replacement(
-        infera(match, "Attention", tuple(value for value, _ in read), {"alike": int("v" not in match.values)}),
-        before=tuple(n for _, nodes in read for n in nodes),
-    )
+    q, factor = _unscaled(match, found[0])
+    read = [x.read(made_name(out, str(i))) for i, x in enumerate((q, *found[1:]))]
+    attrs = {"alike": int("v" not in match.values), "scale": factor}
+    made = infera(match, "Attention", tuple(value for value, _ in read), attrs)
+    return Replacement(made, before=tuple(n for _, nodes in read for n in nodes))
 
 
 ATTENTION = Fusion(
@@ -90,9 +103,10 @@ ATTENTION = Fusion(
         example (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)
             => (float[B, 3, S, 2] y)
         <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}> {
+         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
+            qs = Mul(q, half)
             kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (q)
+            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
             a = MatMul(kh, qt)
             b = Add(a, mask)
             c = Softmax <axis = 2> (b)
@@ -126,9 +140,10 @@ ATTENTION = Fusion(
         softmax_over_queries (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)
             => (float[B, 3, S, 2] y)
         <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}> {
+         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
+            qs = Mul(q, half)
             kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (q)
+            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
             a = MatMul(kh, qt)
             b = Add(a, mask)
             c = Softmax <axis = 3> (b)
@@ -161,9 +176,10 @@ ATTENTION = Fusion(
         weights_are_an_output (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)
             => (float[B, 3, S, 2] y, float[B, 3, T, S] c)
         <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}> {
+         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
+            qs = Mul(q, half)
             kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (q)
+            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
             a = MatMul(kh, qt)
             b = Add(a, mask)
             c = Softmax <axis = 2> (b)
@@ -196,9 +212,10 @@ ATTENTION = Fusion(
         weights_not_turned (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, S, 3, 2] v, float[B, 1, T, 1] mask)
             => (float[B, 3, T, 2] y)
         <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}> {
+         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
+            qs = Mul(q, half)
             kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (q)
+            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
             a = MatMul(kh, qt)
             b = Add(a, mask)
             c = Softmax <axis = 2> (b)
@@ -231,9 +248,10 @@ ATTENTION = Fusion(
         one_head (float[B, S, 1, 2] q, float[B, T, 1, 2] k, float[B, T, 1, 2] v, float[B, 1, T, 1] mask)
             => (float[B, 1, S, 2] y)
         <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}> {
+         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
+            qs = Mul(q, half)
             kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (q)
+            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
             a = MatMul(kh, qt)
             b = Add(a, mask)
             c = Softmax <axis = 2> (b)
