@@ -20,8 +20,11 @@ from infera_server.cli import catalogued
 from infera_server.errors import BadRequest, NotFound, Unavailable
 from infera_server.models.discovery import Source, discover, survey
 from infera_server.models.repository import Repository
+from infera_server.protocols.protos import message
 from infera_server.settings import Settings
+from tests.server.grpc_support import METHOD, channel
 from tests.server.support import (
+    WAIT,
     FakeSession,
     Running,
     doubler,
@@ -43,8 +46,11 @@ class Opened:
 
     sessions: dict[str, list[FakeSession]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    gate: threading.Event | None = None
 
     def __call__(self, path: Path, settings: Settings) -> FakeSession:
+        if self.gate is not None:
+            assert self.gate.wait(WAIT)
         if path.stem in self.broken:
             raise ModelError(f"{path.stem}: not a model")
         session = doubler()
@@ -162,6 +168,23 @@ def test_a_load_that_fails_leaves_what_serves() -> None:
         opened.broken.clear()
         running.call(running.host.service.load_model("a"))
         assert running.index() == {"a/1": "READY"}
+
+
+def test_a_load_goes_on_when_who_asked_for_it_leaves() -> None:
+    """Else the model would be loading for ever, and what is loaded nobody's."""
+    with models("a", load_models=(), grpc_port=0) as (running, opened):
+        opened.gate = threading.Event()
+        asked = message("inference.RepositoryModelLoadRequest")(model_name="a").SerializeToString()
+        with channel(running) as made:
+            load = made.unary_unary(f"{METHOD}RepositoryModelLoad")
+            leaving = load.future(asked)
+            until(lambda: running.index() == {"a/1": "LOADING"})
+            leaving.cancel()
+            made.unary_unary(f"{METHOD}ServerLive")(b"", timeout=WAIT)  # by now the server knows
+            opened.gate.set()
+            until(lambda: running.index() == {"a/1": "READY"})
+            load(asked, timeout=WAIT)
+        assert running.infer("a", request_of(X))[0] == 200
 
 
 def test_of_several_versions_all_are_loaded_or_none() -> None:

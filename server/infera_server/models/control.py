@@ -42,6 +42,7 @@ class Control:
         self._settings = repository.settings
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loading: set[asyncio.Task[None]] = set()
         self.evictions = Evictions(self._bring_back)
 
     async def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
@@ -50,7 +51,10 @@ class Control:
         Raises NotFound, BadRequest, or Unavailable during the start.
         """
         self._check_mode()
-        await self._load_whole(name, config, files, set())
+        loading = asyncio.get_running_loop().create_task(self._load_whole(name, config, files, set()))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loading.discard)
+        await asyncio.shield(loading)  # who asked may leave: what is half loaded would be nobody's
 
     async def _load_whole(
         self, name: str, config: str | None, files: Mapping[str, bytes] | None, tried: set[str]
