@@ -287,6 +287,30 @@ def test_a_job_cancelled_during_its_run_disturbs_nobody(batcher: Batcher, engine
     assert not pair[0].results
 
 
+def test_a_job_cancelled_as_it_is_taken_stays_cancelled(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    occupy(batcher, engine)
+    pair = [Caller(batcher, rows(1)), Caller(batcher, rows(1))]
+    lock, leaving = batcher._lock, [pair[0].job]
+
+    class Lock:
+        """The batcher's; right after the pair was taken one of them leaves."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *raised: object) -> None:
+            lock.release()
+            if leaving and not batcher.queued:
+                batcher.cancel(leaving.pop())
+
+    monkeypatch.setattr(batcher, "_lock", Lock())
+    engine.gate.release(10)
+    pair[1].check()
+    assert not pair[0].results
+
+
 def test_a_poisonous_job_fails_alone(batcher: Batcher, engine: Engine) -> None:
     occupy(batcher, engine)
     good = [Caller(batcher, rows(2, start=s)) for s in (10, 20)]

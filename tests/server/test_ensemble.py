@@ -260,6 +260,22 @@ def test_a_request_that_is_cancelled_takes_its_steps_along(house: House) -> None
     assert house.sessions["square"].batches == [1]
 
 
+def test_a_step_leaves_the_version_that_it_waits_for(house: House) -> None:
+    first = house.models["double"]
+    house.add("double", unary(lambda x: x * 3))
+    other, session = house.models["double"], house.sessions["double"]
+    house.models["double"] = Route([first, other], [1e-12, 1])
+    ensemble = house.build(CHAIN)
+    session.block()
+    send(ensemble, Answer(), source=x(1))
+    session.wait_entered()
+    waiting = send(ensemble, Answer(), source=x(1))
+    assert other.queued == 1
+    ensemble.cancel(waiting)
+    assert other.queued == 0
+    session.gate.set()
+
+
 def test_what_is_left_of_the_time_goes_along_and_so_does_priority(house: House) -> None:
     seen: list[Request] = []
     square = house.models["square"]

@@ -23,7 +23,7 @@ from infera_server.metrics import ModelStats
 from infera_server.models.modelconfig import ConfigError, ModelConfig
 from infera_server.models.servable import Passing, Servable
 from infera_server.models.taps import Tap
-from infera_server.models.versions import Route
+from infera_server.models.versions import Route, chosen
 from infera_server.pipelines.ensemble_graph import Graph, Step, check_members, unproven
 from infera_server.pipelines.ensemble_run import Run
 from infera_server.pipelines.sequence_model import SequenceModel
@@ -34,6 +34,9 @@ from infera_server.scheduling.signature import Signature
 
 Lookup: TypeAlias = Callable[[str, str | None], Servable]
 """A model that can run, by name and version; None is the newest. Raises NotFound or Unavailable."""
+
+MOST_ASKED = 256
+"""Choices of outputs that are known to an ensemble; clients can make many more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ class Ensemble(Passing):
         asked = frozenset(output.name for output in request.outputs) or frozenset(self.signature.outputs)
         steps = self._needed.get(asked)
         if steps is None:
+            if len(self._needed) >= MOST_ASKED:
+                self._needed.clear()
             steps = self._needed[asked] = self.graph.needed(asked)
         self._resolve()
         now = time.monotonic()
@@ -218,6 +223,7 @@ class Ensemble(Passing):
                 check_input(tensor, tensor.datatype, feeds[own].shape, member.signature)
             correlation = asked.correlation if fitting.keeps_state else None
             request = Request(asked.id, feeds, step.asks, max(left, 1e-6), asked.priority, correlation)
+            member = chosen(member, request)
             run.under_way[step.index] = member, None
             nbytes = sum([array.nbytes for array in feeds.values()])
             job = member.submit(request, nbytes, partial(self._stepped, run, step))

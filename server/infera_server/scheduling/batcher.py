@@ -283,13 +283,13 @@ class Batcher:
             selection = self.schedule.take(now, within, INLINE_EACH) if self.schedule.queued else None
             if selection is not None:
                 self._running_since, self._running = now, selection.jobs
+                running = State.RUNNING
+                for job in selection.jobs:  # under the lock: one that is cancelled from now on must stay so
+                    job.state = running
         if late:
             self._post_late(late, now)
         if selection is None:
             return (), None
-        running = State.RUNNING
-        for job in selection.jobs:
-            job.state = running
         batches = self._runner.execute(selection)
         for batch in batches:
             batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
