@@ -5,6 +5,7 @@ Dialects read the wire and make a `Request`; the checks here give all of them th
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -128,6 +129,11 @@ class Request:
     common: Common | None = None
     each: Callable[[Arrays], None] | None = None
 
+    @property
+    def lies_with_client(self) -> bool:
+        """Whether inputs are read in memory of the client, who may change them once it is answered."""
+        return any(map(_is_shared, self.feeds.values()))
+
     def claim(self, owner: str) -> None:
         """Its sequence, if it belongs to one, is one of the API key of this name."""
         if self.correlation is not None:
@@ -143,6 +149,14 @@ class Request:
             identity, feeds, self.outputs, self.timeout, self.priority, self.correlation, self.parameters, self.trace,
             self.common,
         )  # fmt: skip
+
+
+def _is_shared(array: HostArray) -> bool:
+    """Whether an array is a view of a region, as `shared_memory` makes them."""
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return isinstance(owner, memoryview) and isinstance(owner.obj, mmap.mmap)
 
 
 @dataclass(frozen=True, slots=True)

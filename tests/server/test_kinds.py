@@ -92,6 +92,20 @@ def test_ensembles_are_loaded_after_what_they_are_made_of(root: Path) -> None:
         assert b'infera_requests_total{code="200",model="ens",version="1"} 1.0' in running.request("GET", "/metrics")[2]
 
 
+def test_classes_of_an_ensemble_have_the_labels_of_the_model_that_makes_them_or_its_own(root: Path) -> None:
+    listed = ENSEMBLE.partition("ensemble_scheduling")[0].partition("\n")[2].partition("\n")[2]
+    names = listed.replace('"source"', '"x"').replace('"out"', '"y" label_filename: "labels.txt"')
+    (root / "square" / "config.pbtxt").write_text(f"max_batch_size: 8 {names}")
+    (root / "square" / "labels.txt").write_text("cat\ndog\n")
+    (root / "a_first" / "config.pbtxt").write_text(OUTER.replace('"out" data', '"out" label_filename: "mine.txt" data'))
+    (root / "a_first" / "mine.txt").write_text("Katze\nHund\n")
+    best = [{"name": "out", "parameters": {"classification": 1}}]
+    with serve(root) as running:
+        for name, label in (("ens", "dog"), ("a_first", "Hund")):
+            asked = document("source", np.array([[0, 1, 0, 0]], np.float32)) | {"outputs": best}
+            assert running.infer(name, asked)[1]["outputs"][0]["data"] == [f"4.000000:1:{label}"]
+
+
 def test_an_ensemble_goes_with_a_model_that_it_is_made_of(root: Path) -> None:
     """As tritonserver does: it is unavailable, and not loaded again by itself."""
     with serve(root) as running:

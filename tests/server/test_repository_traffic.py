@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from infera_server.models.discovery import Source, survey
 from infera_server.models.modelconfig import ConfigError
 from infera_server.models.repository import Repository
 from infera_server.models.traffic import Shadow, Traffic, parse, read
+from infera_server.requests import Request
 from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
 from tests.server.grpc_support import channel, infer, request
@@ -197,6 +199,24 @@ def test_a_shadow_that_is_busy_or_fails_disturbs_nobody() -> None:
         assert ask(running) == "1"
         assert shadowed(running)["dropped"] == 1
         assert model.queued == 0
+
+
+def test_what_a_client_may_change_meanwhile_is_not_copied() -> None:
+    with versions("1", "2") as running:
+        traffic(running, split={"1": 1}, shadow={"version": "2"})
+        memory = mmap.mmap(-1, X.nbytes)
+        memory[:] = X.tobytes()
+        shared = np.frombuffer(memoryview(memory), np.float32).reshape(X.shape)
+        model = running.host.repository.get("m")
+        answered: list[Any] = []
+
+        async def submit() -> None:
+            model.submit(Request("", {"x": shared}, []), X.nbytes, lambda result, batch: answered.append(result))
+
+        running.call(submit())
+        until(lambda: bool(answered))
+        assert answered[0]["y"].tolist() == X.tolist()
+        assert (shadowed(running)["sent"], shadowed(running)["dropped"]) == (0, 1)
 
 
 def test_a_share_of_requests_is_copied() -> None:

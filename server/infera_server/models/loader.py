@@ -57,7 +57,7 @@ class Loader:
         """
         if definition.is_ensemble:
             timeout = self.settings.request_timeout
-            ensemble = build(source.name, source.version, definition.config, self._lookup, timeout)
+            ensemble = build(source.name, source.version, definition.config, self._lookup, timeout, definition.labels)
             return Loaded(cached(ensemble, definition, self._cache), source, definition)
         if self._opener is not None:
             return self._counted(self._joined([self._open(source, definition, self._opener, post)], source, definition))

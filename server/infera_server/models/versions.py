@@ -68,8 +68,8 @@ def chosen(model: Servable, request: Request) -> Servable:
 class Shadowed(Tap):
     """A model, copies of some of whose requests go to another, whose replies are compared and thrown away.
 
-    A copy is made only while neither has requests waiting; it never fails or delays a reply, but by taking its turn
-    on the device.
+    A copy is made only while neither has requests waiting, and of inputs that no client can change meanwhile; it never
+    fails or delays a reply, but by taking its turn on the device.
     """
 
     def __init__(self, model: Servable, shadow: Servable, share: float, tolerance: float, seed: int = 0) -> None:
@@ -88,7 +88,8 @@ class Shadowed(Tap):
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         if self._random.random() >= self._share or request.correlation is not None or request.each is not None:
             return self.model.submit(request, nbytes, done)
-        if self.model.queued or self.shadow.queued or self.shadow.retired or self._comparing >= MAX_COMPARED:
+        busy = self.model.queued or self.shadow.queued or self.shadow.retired or self._comparing >= MAX_COMPARED
+        if busy or request.lies_with_client:
             self.counts["dropped"] += 1
             return self.model.submit(request, nbytes, done)
         replies: list[Arrays | None] = [None, None]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import mmap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,15 +22,13 @@ from functools import partial
 from typing import TypeAlias
 from weakref import ref
 
-import numpy as np
-
 from infera_server.errors import Expired, Overloaded, RequestError, Unavailable
 from infera_server.models.servable import Servable
 from infera_server.models.taps import Tap
 from infera_server.pipelines.answers import ResponseCache, key_of
 from infera_server.requests import Request
 from infera_server.scheduling.jobs import Batch, Done, Job, State, answer
-from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.rows import Arrays
 
 AWAY = 1 << 16
 """Bytes of inputs above which hashing would hold up the event loop."""
@@ -105,7 +102,7 @@ class Cached(Tap):
         self._gone = False
 
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
-        if self._gone or request.correlation is not None or not all(map(_is_ours, request.feeds.values())):
+        if self._gone or request.correlation is not None or request.lies_with_client:
             return self.model.submit(request, nbytes, done)
         if self._parts is not None and not self._renewed(self._parts()):
             return self.model.submit(request, nbytes, done)
@@ -260,11 +257,3 @@ class Cached(Tap):
 def wrap(servable: Servable, cache: ResponseCache) -> Cached:
     """The model, with its answers kept in `cache` until it is drained."""
     return Cached(servable, cache)
-
-
-def _is_ours(array: HostArray) -> bool:
-    """Whether no client can change it."""
-    owner: object = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    return not (isinstance(owner, memoryview) and isinstance(owner.obj, mmap.mmap))
