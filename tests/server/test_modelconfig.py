@@ -402,16 +402,52 @@ response_cache { enable: true }
 instance_group [ { count: 2 gpus: [0, 1] rate_limiter {}
   secondary_devices {} profile: "x" passive: true host_policy: "x" } ]
 """
+NARROW = IO.replace(" dims", " is_shape_tensor: true is_non_linear_format_io: true dims")
+PIPED = """
+platform: "ensemble" default_model_filename: "x" model_warmup { name: "x" }
+instance_group [ { kind: KIND_CPU }, { kind: KIND_GPU } ]
+ensemble_scheduling { max_inflight_requests: 1 step {}, step { model_namespace: "x" } }
+"""
 BATCHING = "dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 1 preserve_ordering: true }"
 
 
 def test_every_setting_without_effect_is_found_where_it_is_asked_for() -> None:
-    asked = [message(f"{EXAMPLES} max_batch_size: 4 {more}") for more in (BATCHING, "sequence_batching {}")]
+    asked = [message(f"{EXAMPLES} max_batch_size: 4 {more}") for more in (BATCHING, "sequence_batching {}", NARROW)]
+    asked.append(message(PIPED))
     found = {note.partition(":")[0] for config in asked for note in ignored(config)}
     assert found == {rule.setting for rule in RULES}
     assert ignored(message("max_batch_size: 4 instance_group [ { count: 1 } ]" + IO)) == []
     names = message('parameters { key: "A" value { string_value: "1" } }')
     assert ignored(names) == ["parameters.A: the runtime chooses its own kernels and memory"]
+
+
+HEEDED = """
+name platform backend version_policy max_batch_size parameters model_warmup response_cache default_model_filename
+input.name input.data_type input.format input.dims input.reshape input.allow_ragged_batch input.optional
+output.name output.data_type output.dims output.reshape output.label_filename batch_input batch_output
+dynamic_batching.priority_levels dynamic_batching.default_priority_level dynamic_batching.default_queue_policy
+dynamic_batching.priority_queue_policy instance_group.name instance_group.kind instance_group.gpus sequence_batching
+ensemble_scheduling.step.model_name ensemble_scheduling.step.model_version ensemble_scheduling.step.input_map
+ensemble_scheduling.step.output_map
+"""
+"""Settings that something is made of, that are told to clients as they are, or that are refused if they cannot be."""
+
+
+def settings_of(kind: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted paths of all settings in a message."""
+    for field in kind.fields:
+        below = field.message_type
+        if below is None or below.GetOptions().map_entry:
+            yield prefix + field.name
+        else:
+            yield from [prefix + field.name] if not below.fields else settings_of(below, f"{prefix}{field.name}.")
+
+
+def test_every_setting_there_is_is_heeded_or_named() -> None:
+    known = {*HEEDED.split(), *(rule.setting for rule in RULES)}
+    paths = list(settings_of(modelconfig.new().DESCRIPTOR))
+    assert "optimization.cuda.graphs" in paths
+    assert [path for path in paths if not any(f"{path}.".startswith(f"{setting}.") for setting in known)] == []
 
 
 # --- a load request's own ------------------------------------------------------------------------------------------
@@ -461,6 +497,9 @@ def test_a_load_request_brings_its_files(tmp_path: Path) -> None:
         ):
             with pytest.raises(BadRequest, match=text):
                 running.call(load("m", config, files))
+        for name in ("", "a/b", "stats"):
+            with pytest.raises(BadRequest, match=f"'{name}' is no name that a model can be served under"):
+                running.call(load(name, "{}", {"1/model.onnx": triple}))
         assert infer(running, np.ones((1, 4)))[1]["model_version"] == "7"
 
 

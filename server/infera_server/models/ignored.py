@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,9 +60,21 @@ def _rules() -> Iterator[Ignored]:
         ("model_operations", "operators are declared in Python"),
         ("model_repository_agents", "there are no agents"),
         ("model_metrics", "histograms have fixed bounds"),
+        ("ensemble_scheduling.max_inflight_requests", "a model's queue bounds the requests that wait for it"),
     ):
         yield Ignored(setting, why, _path(setting))
     yield Ignored("model_transaction_policy.decoupled", "the model answers a request once", _decoupled_in_vain)
+    for setting, why in (
+        ("input.is_shape_tensor", "shapes follow from the graph"),
+        ("input.is_non_linear_format_io", "tensors are row-major"),
+        ("output.is_shape_tensor", "shapes follow from the graph"),
+        ("output.is_non_linear_format_io", "tensors are row-major"),
+        ("ensemble_scheduling.step.model_namespace", "a name is of one model in the whole repository"),
+    ):
+        yield Ignored(setting, why, partial(_one_asks, setting.split(".")))
+    for setting in ("instance_group", "model_warmup", "default_model_filename"):
+        yield Ignored(f"{setting} of an ensemble", "its models have their own", partial(_ensemble_asks, setting))
+    yield Ignored("instance_group.kind", "the first group's is that of all", _kinds_differ)
     for field, why in (
         ("count", "one engine runs a model; requests share its batches"),
         ("rate_limiter", "models of one device take turns"),
@@ -76,6 +88,24 @@ def _rules() -> Iterator[Ignored]:
 
 def _decoupled_in_vain(config: Any) -> bool:
     return bool(config.model_transaction_policy.decoupled) and not generates(config)
+
+
+def _one_asks(path: Sequence[str], config: Any) -> bool:
+    """Whether a setting of repeated messages is set in one of them."""
+    *parents, last = path
+    found = [config]
+    for parent in parents:
+        below = [getattr(message, parent) for message in found]
+        found = [m for value in below for m in (value if isinstance(value, Sequence) else [value])]
+    return any(getattr(message, last) for message in found)
+
+
+def _ensemble_asks(setting: str, config: Any) -> bool:
+    return bool(config.HasField("ensemble_scheduling") and getattr(config, setting))
+
+
+def _kinds_differ(config: Any) -> bool:
+    return len({group.kind for group in config.instance_group}) > 1
 
 
 def _a_group_asks(field: str, config: Any) -> bool:
