@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import threading
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from websockets.sync.client import connect
 
 from infera_gpu.errors import ModelError
 from infera_server.cli import catalogued
 from infera_server.errors import BadRequest, NotFound, Unavailable
+from infera_server.http import websocket
 from infera_server.models.discovery import Source, discover, survey
 from infera_server.models.repository import Repository
+from infera_server.protocols import v2_rest
 from infera_server.protocols.protos import message
 from infera_server.settings import Settings
 from tests.server.grpc_support import METHOD, channel
@@ -144,6 +148,24 @@ def test_a_request_that_arrives_around_a_reload_is_answered_by_the_new_session()
         connection.sendall(rest)
         assert read_reply(replies)[0] == 200
         assert opened.sessions["a"][1].batches == [1]
+
+
+def test_a_message_that_is_read_around_a_reload_is_answered_by_the_new_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    with models("a", keep_previous=0) as (running, opened):
+        parse = v2_rest.parse
+
+        def slow(*arguments: Any) -> Any:
+            """Meanwhile the model is loaded again, and what served is gone."""
+            found = parse(*arguments)
+            running.call(running.host.service.load_model("a"))
+            until(lambda: opened.sessions["a"][0].closed)
+            return found
+
+        monkeypatch.setattr(websocket, "INLINE_BYTES", 0)
+        monkeypatch.setattr(v2_rest, "parse", slow)
+        with connect(f"ws://{running.address}/v2/models/a/stream") as client:
+            client.send(json.dumps(request_of(X)))
+            assert json.loads(client.recv(WAIT))["outputs"][0]["data"] == [2.0] * X.size
 
 
 def test_a_request_that_arrives_around_an_unload_is_refused_as_unknown() -> None:

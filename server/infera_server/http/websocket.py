@@ -28,7 +28,7 @@ from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_rest
-from infera_server.requests import Request
+from infera_server.requests import Request, check_again
 from infera_server.service import Service
 
 PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/stream")
@@ -115,6 +115,9 @@ class _Stream:
                 else:
                     model.check_room(nbytes)
                     asked = await asyncio.get_running_loop().run_in_executor(None, v2_rest.parse, *arguments)
+            if model.retired:  # while another thread was at it
+                model = self._service.model(*self._target)
+                check_again(asked, model.signature)
             if self._key is not None:
                 asked.claim(self._key.name)
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))
