@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from google.protobuf import json_format
 
 from infera_server.protocols.protos import pool
+from infera_server.rpc.calls import Inference
 from tests.server.grpc_support import METHOD, array_of, channel, request, status_of, stream
 from tests.server.support import WAIT, FakeDevice, FakeSession, Running, doubler, flat, serving, until
 
@@ -181,6 +184,27 @@ def test_a_drain_answers_what_was_read_and_ends_the_stream() -> None:
         with pytest.raises(grpc.RpcError) as error:
             next(talk.call)
         assert status_of(error) == ("UNAVAILABLE", "the server is shutting down; send the request to another one")
+
+
+def test_what_is_being_read_at_the_end_is_refused_and_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    async def endless(*arguments: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Inference, "prepare", endless)
+    with serving({"double": doubler()}) as running, channel(running) as made:
+        talk = Talk(made)
+        talk.send(request("double", X, id="half"))
+        assert begun.wait(WAIT)
+        running.host.server.should_exit = True
+        refused = next(talk.call)
+        text = "the server is shutting down; send the request to another one"
+        assert (refused.infer_response.id, refused.error_message) == ("half", text)
+        with pytest.raises(grpc.RpcError) as error:
+            next(talk.call)
+        assert status_of(error) == ("UNAVAILABLE", text)
 
 
 def next_answers(talk: Talk, session: FakeSession) -> list[Any]:

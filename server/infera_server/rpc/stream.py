@@ -118,6 +118,10 @@ class Stream:
             slot.call.submit(partial(self._done, slot, slot.call))
         except RequestError as error:
             self._answer(slot, v2_grpc.refused(str(error), request_id))
+        except asyncio.CancelledError:
+            if self._stopped is not None:  # else the client has left
+                self._answer(slot, v2_grpc.refused(str(self._stopped), request_id))
+            raise
 
     # --- responses ---------------------------------------------------------------------------------------------------
 
