@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 
+from infera_server.models.servable import Servable
+from infera_server.models.traffic import Traffic
 from infera_server.processes import supervisor
 from infera_server.processes.workers import Workers
 from tests.server.support import (
@@ -174,7 +177,30 @@ def test_all_workers_know_at_once_what_is_served(served: Running) -> None:
         assert {served.infer("double", request_of(X))[0] for _ in range(6)} == {200}
 
 
-def test_a_reload_loses_no_request(served: Running) -> None:
+def set_golden(served: Running, name: str, requests: int) -> None:
+    """Keep so many requests of a model; with any, something stands before it."""
+    traffic = json.dumps({"golden": {"requests": requests}})
+    assert served.request("POST", f"/v2/repository/models/{name}/traffic", traffic)[0] == 200
+
+
+def test_what_workers_may_still_ask_for_is_there_until_they_know(served: Running) -> None:
+    set_golden(served, "double", 4)
+
+    async def replace() -> tuple[ref[Servable], bool]:
+        before = ref(served.host.repository.get("double"))
+        served.host.repository.set_traffic("double", Traffic())
+        return before, before() is not None
+
+    before, was_there = served.call(replace())
+    assert was_there
+    served.call(served.host.repository.audience.informed())
+    until(lambda: before() is None)
+    assert served.infer("double", request_of(X))[0] == 200
+
+
+@pytest.mark.parametrize("golden", [0, 4])
+def test_a_reload_loses_no_request(served: Running, golden: int) -> None:
+    set_golden(served, "wide", golden)
     statuses: list[int] = []
     stop = threading.Event()
 

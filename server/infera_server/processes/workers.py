@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,7 @@ from infera_server.http.gate import App
 from infera_server.listening import reserve
 from infera_server.models.audience import Audience
 from infera_server.models.background import detached
+from infera_server.models.servable import Servable
 from infera_server.processes.bulletin import Numbers, bulletin
 from infera_server.processes.channel import Channel
 from infera_server.processes.forward import Answering
@@ -93,6 +94,9 @@ class Workers(Audience):
         self._supervisors: list[Supervisor[Worker]] = []
         self._is_stale = False
         self._told = b""
+        self._named: Sequence[Servable] = ()
+        """What workers were last told to send requests to. Nobody else may have what only stands before a model."""
+
         self._outage = ""
         self._telling: dict[asyncio.Task[None], Worker] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -204,13 +208,15 @@ class Workers(Audience):
         self._outage = self._service.why_not_ready
         told = orjson.dumps(bulletin(self._service, self._numbers))
         if told != self._told:
+            before, self._named = self._named, list(self._service.repository.serving.find.values())
             self._told = told
             for worker in self._attached:
-                task = asyncio.create_task(self._tell(worker, told))
+                task = asyncio.create_task(self._tell(worker, told, before))
                 self._telling[task] = worker
                 task.add_done_callback(self._telling.pop)
 
-    async def _tell(self, worker: Worker, told: bytes) -> None:
+    async def _tell(self, worker: Worker, told: bytes, before: Sequence[Servable]) -> None:
+        """What it was told `before` is there until it knows: requests to that may be on their way."""
         with suppress(Unavailable):  # it is gone
             await worker.channel.ask("bulletin", None, told)
             worker.process.desk.receive()  # what it has sent before it knew
