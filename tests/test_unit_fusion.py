@@ -43,6 +43,7 @@ FORMS = {
     "unbounded": "c = ReduceL2(x, axis)  y = Div(x, c)",
     "inverse_root": "q = Mul(x, x)  s = ReduceSum(q, axis)  b = Add(s, e)  i = Pow(b, low)  y = Mul(x, i)",
     "no_upper_bound": "n = ReduceL2(x, axis)  c = Clip(n, e, )  y = Div(x, c)",
+    "largest_upper_bound": "n = ReduceL2(x, axis)  c = Clip(n, e, largest)  y = Div(x, c)",
 }
 
 
@@ -50,7 +51,8 @@ def model(text: str, axis: int = 1, width: str = "5") -> Any:
     return parse(
         f"""
         g (float[A, 4, {width}] x, int64[3] wide) => (float[A, 4, M] y)
-        <int64[1] axis = {{{axis}}}, float two = {{2}}, float one = {{1}}, float low = {{-0.5}}, float e = {{0.25}}> {{
+        <int64[1] axis = {{{axis}}}, float two = {{2}}, float one = {{1}}, float low = {{-0.5}}, float e = {{0.25}},
+         float largest = {{3.4028234663852886e38}}> {{
             {text}
         }}""",
         18,

@@ -41,6 +41,7 @@ from infera_gpu.passes import (
     repeated,
     rotary,
     rows,
+    scale,
     softmax,
     standard_attention,
     unit,
@@ -70,6 +71,7 @@ QUANTIZED = Fusions(*quantized.FUSIONS, *quantized_finish.EARLY, *quantized_pool
 """Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS = Fusions(
+    *scale.FUSIONS,
     *pairs.FUSIONS,
     *pad.FUSIONS,
     *norm_factors.FUSIONS,
@@ -94,6 +96,7 @@ FUSIONS = Fusions(
     *rows.FUSIONS,
     *columns.FUSIONS,
     matmul.BIAS,
+    conv.BIAS,
     *weights.FUSIONS,
     *conv.FUSIONS,
     *centre.FUSIONS,

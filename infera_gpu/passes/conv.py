@@ -1,11 +1,37 @@
-"""Conv with the residual and the activation that follow it."""
+"""Conv with the bias, the residual and the activation that follow it."""
 
 from __future__ import annotations
 
 from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
 from infera_gpu.passes.epilogue import ALL, activated, activation_of
+from infera_gpu.passes.weights import LINEAR, affine, is_per_channel
 
 CONV = node("Conv", "x", "#w", "?#b", name="conv")
+
+BIAS = Fusion(
+    name="conv_bias",
+    patterns=(node("Add", either(*LINEAR[:2]), "#c", commutes=True),),
+    guard=is_per_channel,
+    build=affine,
+    reassociates=True,
+    example="""
+        example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[1, 2, 1, 1] c = {1.5, -0.5},
+         float[2] s = {1.5, 0.5}, float[2] b = {0.1, -3}, float[2] m = {0.3, 0.7}, float[2] v = {1.2, 0.4}> {
+            t = Conv(x, w)
+            u = Add(t, c)
+            y = BatchNormalization(u, s, b, m, v)
+        }""",
+    near_misses=(
+        """
+        a_term_for_each_row (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[1, 1, 2, 1] c = {1.5, -0.5}> {
+            t = Conv(x, w)
+            y = Add(t, c)
+        }""",
+    ),
+)
+"""A bias that a node of its own adds, before a BatchNormalization that follows goes into the weights."""
 
 
 def _with_residual(match: Match) -> Replacement:

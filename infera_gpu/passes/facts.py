@@ -347,6 +347,10 @@ def _alike(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return _unranked(ins[0])
 
 
+def _size(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    return TensorSpec((), np.dtype(np.int64))
+
+
 def _shape(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     x = ins[0]
     axes = range(x.ndim)[n.attrs.get("start", 0) : n.attrs.get("end")] if x is not None and x.ranked else None
@@ -435,6 +439,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys((*_OTHERS, *_STORED), _alike),
         "Expand": _expanded,
         "Shape": _shape,
+        "Size": _size,
         "Range": _counted,
     }
 )

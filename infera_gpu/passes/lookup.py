@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from infera_gpu.graph import HostArray, made_name
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, either, infera, node, standard
 from infera_gpu.passes.epilogue import activated, activation_of
 from infera_gpu.spec import dtype_of_onnx
 from infera_kernels.portable.activation import FUNCTIONS, activation
@@ -174,4 +174,47 @@ LOOKUP_ACTIVATION = Fusion(
     ),
 )
 
-FUSIONS = (ONE_HOT, LOOKUP_BIAS, LOOKUP_ACTIVATION)
+
+def _alone(match: Match) -> str | None:
+    """The indices that stand alone along a new last axis of GatherND's; None where they do not."""
+    made_by = match.producers.get(match.values["index"])
+    if made_by is None or made_by.qualified != "Unsqueeze" or match.nodes["gather"].attrs.get("batch_dims", 0):
+        return None
+    given = match.graph.constants.get(made_by.inputs[1]) if len(made_by.inputs) > 1 else made_by.attrs["axes"]
+    ids = match.draft.spec(made_by.inputs[0])
+    last = {-1} if ids is None or not ids.ranked else {-1, ids.ndim}
+    axes = [] if given is None else np.ravel(given).tolist()
+    return made_by.inputs[0] if len(axes) == 1 and axes[0] in last else None
+
+
+def _of_rows(match: Match) -> Replacement:
+    ids = _alone(match)
+    assert ids is not None
+    return Replacement(standard(match, "Gather", 11, (match.values["table"], ids), {"axis": 0}))
+
+
+ROWS = Fusion(
+    name="gathered_rows",
+    patterns=(node("GatherND", "table", "index", name="gather"),),
+    guard=lambda match: _alone(match) is not None,
+    build=_of_rows,
+    example="""
+        example (float[5, 2] table, int64[B, 3] ids) => (float[B, 3, 2] y) <int64[1] last = {-1}> {
+            i = Unsqueeze(ids, last)
+            y = GatherND(table, i)
+        }""",
+    near_misses=(
+        """
+        indices_of_elements (float[5, 2] table, int64[2] ids) => (float[1] y) <int64[1] zero = {0}> {
+            i = Unsqueeze(ids, zero)
+            y = GatherND(table, i)
+        }""",
+        """
+        a_table_each (float[3, 5, 2] table, int64[3] ids) => (float[3, 2] y) <int64[1] last = {-1}> {
+            i = Unsqueeze(ids, last)
+            y = GatherND <batch_dims = 1> (table, i)
+        }""",
+    ),
+)
+
+FUSIONS = (ROWS, ONE_HOT, LOOKUP_BIAS, LOOKUP_ACTIVATION)

@@ -34,7 +34,7 @@ def _are_all(match: Match, name: str, number: float) -> bool:
     value = match.values[name]
     made = match.producers.get(value)
     constant = match.graph.constants.get(made.inputs[0] if made is not None and made.qualified == "Expand" else value)
-    return constant is not None and bool((constant == number).all())
+    return constant is not None and constant.ndim <= 1 and bool((constant == number).all())
 
 
 def _is_layer_norm(match: Match) -> bool:

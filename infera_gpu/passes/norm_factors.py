@@ -94,6 +94,63 @@ MEAN_OF_SUM = Fusion(
     ),
 )
 
+
+def _size(of: Arg) -> Arg:
+    return node("Cast", node("Size", of))
+
+
+def _is_mean_of_counted(match: Match) -> bool:
+    """Of axes that are kept, and what is counted has the shape of what is summed."""
+    counted, x = match.spec("counted"), match.spec("x")
+    if counted is None or x is None or x.dtype.kind != "f" or not (counted.ranked and x.ranked):
+        return False
+    alike = None not in x.shape and counted.shape == x.shape
+    return alike and match.axes("sum") is not None and bool(match.nodes["sum"].attrs.get("keepdims", 1))
+
+
+MEAN_BY_COUNT = Fusion(
+    name="mean_by_count",
+    patterns=(node("Div", _SUM, node("Div", _size("counted"), _size(_SUM))),),
+    guard=_is_mean_of_counted,
+    build=_mean,
+    reassociates=True,
+    example="""
+        example (float[B, 3, 8] x, float[B, 3, 1] m) => (float[B, 3, 1] y) <int64[1] last = {-1}> {
+            c = Sub(x, m)
+            t = ReduceSum(c, last)
+            a = Size(c)
+            b = Size(t)
+            d = Cast <to = 1> (a)
+            e = Cast <to = 1> (b)
+            n = Div(d, e)
+            y = Div(t, n)
+        }""",
+    near_misses=(
+        """
+        counts_another_value (float[B, 3, 8] x, float[C, 3, 8] z) => (float[B, 3, 1] y) <int64[1] last = {-1}> {
+            t = ReduceSum(x, last)
+            a = Size(z)
+            b = Size(t)
+            d = Cast <to = 1> (a)
+            e = Cast <to = 1> (b)
+            n = Div(d, e)
+            y = Div(t, n)
+        }""",
+        """
+        less_one (float[B, 3, 8] x) => (float[B, 3, 1] y) <int64[1] last = {-1}, float one = {1}> {
+            t = ReduceSum(x, last)
+            a = Size(x)
+            b = Size(t)
+            d = Cast <to = 1> (a)
+            e = Cast <to = 1> (b)
+            n = Div(d, e)
+            f = Sub(n, one)
+            y = Div(t, f)
+        }""",
+    ),
+)
+"""Paddle's `var` divides a sum by how many elements go into each of its own."""
+
 # ---- scales
 
 
@@ -213,4 +270,4 @@ RMS_NORM_AS_FACTORS = Fusion(
     ),
 )
 
-FUSIONS = (MEAN_OF_SUM, LAYER_NORM_AS_FACTORS, RMS_NORM_AS_FACTORS)
+FUSIONS = (MEAN_OF_SUM, MEAN_BY_COUNT, LAYER_NORM_AS_FACTORS, RMS_NORM_AS_FACTORS)

@@ -1,4 +1,4 @@
-"""Pad goes into the window that follows it."""
+"""Pad goes into the window that follows it, and needs no axes that nothing is padded along."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.graph import Node
+from infera_gpu.graph import Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, node
 
 PADDED = node("Pad", "x", "?#pads", "?#value", name="pad")
 
 
-def _pads(match: Match) -> tuple[int, ...] | None:
-    """The padding of spatial axes, all begins then all ends; None where other axes are padded, or any is cropped."""
+def _given(match: Match) -> Sequence[int]:
+    """The padding as the node has it, all begins then all ends."""
     pad = match.nodes["pad"]
     given: Sequence[int] = pad.attrs["pads"] if "pads" in pad.attrs else match.constant("pads").reshape(-1).tolist()
+    return given
+
+
+def _pads(match: Match) -> tuple[int, ...] | None:
+    """The padding of spatial axes, all begins then all ends; None where other axes are padded, or any is cropped."""
+    pad, given = match.nodes["pad"], _given(match)
     half = len(given) // 2
     begins, ends = given[:half], given[half:]
     if pad.attrs.get("mode", "constant") != "constant" or min(given) < 0 or half < 3:
@@ -54,6 +60,74 @@ def _with_pads(match: Match, **attrs: int) -> Replacement:
     kept = {k: v for k, v in window.attrs.items() if k != "auto_pad"}
     inputs = (match.values["x"], *window.inputs[1:])
     return Replacement(replace(window, inputs=inputs, attrs={**kept, "pads": together, **attrs}))
+
+
+def _kept(match: Match) -> list[int] | None:
+    """The padding without the axes that are there for the Pad alone; None where they are not, or are padded."""
+    added, dropped, given = match.axes("added"), match.axes("dropped"), _given(match)
+    rank = len(given) // 2
+    if added is None or dropped is None:
+        return None
+    axes = {axis % rank for axis in added}
+    if axes != {axis % rank for axis in dropped} or any(given[i] or given[rank + i] for i in axes):
+        return None
+    return [size for i, size in enumerate(given) if i % rank not in axes]
+
+
+def _without_axes(match: Match) -> Replacement:
+    pad, kept = match.nodes["pad"], _kept(match)
+    assert kept is not None
+    outputs = match.root.outputs
+    if "pads" in pad.attrs:
+        attrs = {**pad.attrs, "pads": tuple(kept)}
+        return Replacement(replace(pad, inputs=(match.values["x"],), outputs=outputs, attrs=attrs))
+    name = made_name(outputs[0], "pads")
+    inputs = (match.values["x"], name, *pad.inputs[2:])
+    return Replacement(replace(pad, inputs=inputs, outputs=outputs), {name: np.array(kept, np.int64)})
+
+
+AXES = Fusion(
+    name="pad_of_added_axes",
+    patterns=(
+        node(
+            "Squeeze",
+            node("Pad", node("Unsqueeze", "x", "?#axes", name="added"), "?#pads", "?#value", name="pad"),
+            "?#axes_after",
+            name="dropped",
+        ),
+    ),
+    guard=lambda match: _kept(match) is not None,
+    build=_without_axes,
+    example="""
+        example (float[1, 2, 3, 3] x) => (float[1, 2, 4, 6] y)
+        <int64[1] two = {2}, int64[10] p = {0, 0, 0, 1, 2, 0, 0, 0, 0, 1}> {
+            a = Unsqueeze(x, two)
+            t = Pad <mode = "reflect"> (a, p)
+            y = Squeeze(t, two)
+        }""",
+    near_misses=(
+        """
+        another_axis (float[1, 2, 3] x) => (float[3, 5, 1] y)
+        <int64[1] three = {3}, int64[1] zero = {0}, int64[8] p = {0, 1, 1, 0, 0, 0, 1, 0}> {
+            a = Unsqueeze(x, three)
+            t = Pad(a, p)
+            y = Squeeze(t, zero)
+        }""",
+        """
+        first_of_what_is_added (float[1, 2, 3] x) => (float[2, 1, 2, 3] t)
+        <int64[1] zero = {0}, int64[8] p = {1, 0, 0, 0, 0, 0, 0, 0}> {
+            a = Unsqueeze(x, zero)
+            t = Pad(a, p)
+        }""",
+        """
+        padded_and_cropped (float[1, 2, 3] x) => (float[1, 2, 3] y)
+        <int64[1] zero = {0}, int64[8] p = {1, 0, 0, 0, -1, 0, 0, 0}> {
+            a = Unsqueeze(x, zero)
+            t = Pad(a, p)
+            y = Squeeze(t, zero)
+        }""",
+    ),
+)
 
 
 CONV = Fusion(
@@ -181,4 +255,4 @@ MAXIMUM = Fusion(
     ),
 )
 
-FUSIONS = (CONV, AVERAGE, MAXIMUM)
+FUSIONS = (AXES, CONV, AVERAGE, MAXIMUM)

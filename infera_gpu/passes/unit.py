@@ -10,6 +10,9 @@ from infera_gpu.passes.norm import inverse_root, squared
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.passes.softmax import one_axis
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""What Paddle clips by where nothing is to be: no more than the length of what can be normalised."""
+
 _SQUARE = either(squared("x"), node("Pow", node("Abs", "x"), 2.0))
 _SUM = either(node("ReduceSum", _SQUARE, "?#axes", name="sum"), node("ReduceSumSquare", "x", "?#axes", name="sum"))
 
@@ -37,7 +40,7 @@ def _bound(match: Match) -> tuple[str, float] | None:
     if n.op != "Clip":
         return n.op.lower(), match.number("epsilon")
     limits = bounds(match.graph.constants, n)
-    return ("max", limits[0]) if limits is not None and limits[1] == np.inf else None
+    return ("max", limits[0]) if limits is not None and limits[1] >= _LARGEST else None
 
 
 def _is_unit(match: Match) -> bool:

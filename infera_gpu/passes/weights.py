@@ -169,7 +169,7 @@ BATCH_NORM = Fusion(
 # ---- factors and terms spelled out
 
 
-def _is_per_channel(match: Match) -> bool:
+def is_per_channel(match: Match) -> bool:
     """The constant has one value a channel, or one value, and does not widen the output."""
     linear, weight, c = match.nodes["linear"], match.constant("w"), match.constant("c")
     if match.root.op == "Div" and not c.all():
@@ -183,7 +183,7 @@ def _is_per_channel(match: Match) -> bool:
     return len(shape) == weight.ndim and shape[1] == c.size
 
 
-def _affine(match: Match) -> Replacement:
+def affine(match: Match) -> Replacement:
     op, channels = match.root.op, _channels(match)
     value = np.broadcast_to(match.constant("c").astype(np.float64).reshape(-1), (channels,))
     if op in ("Mul", "Div"):
@@ -197,8 +197,8 @@ AFFINE = Fusion(
         node(("Add", "Mul"), either(*LINEAR), "#c", commutes=True),
         node(("Sub", "Div"), either(*LINEAR), "#c"),
     ),
-    guard=_is_per_channel,
-    build=_affine,
+    guard=is_per_channel,
+    build=affine,
     reassociates=True,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
