@@ -69,7 +69,7 @@ report: $(VENV)/.created  ## docs/performance.md and its charts from bench/resul
 # Exporting needs frameworks that nothing else here may import: each has an environment of its own, or a Python that has
 # it is named, as in PYTHON_torch=python3.
 EXPORTS      ?= $(CURDIR)/.cache/exports
-FRAMEWORKS   ?= torch tf
+FRAMEWORKS   ?= torch tf paddle
 $(foreach f,$(FRAMEWORKS),$(eval PYTHON_$f ?= .venv-$f/bin/python))
 EXPORT_READY := $(foreach f,$(FRAMEWORKS),$(filter .venv-$f/.installed,$(PYTHON_$f:%/bin/python=%/.installed)))
 EXPORT_PIP    = $(@D)/bin/python -m pip --disable-pip-version-check -q install
@@ -86,6 +86,13 @@ TORCH_INDEX  := https://download.pytorch.org/whl/cpu
 	@echo "installing TensorFlow (250 MB), transformers and tf2onnx into $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@$(EXPORT_PIP) tensorflow-cpu==2.15.1 transformers==4.37.2 tf2onnx==1.17.0 onnx==1.16.2 "numpy<2"
+	@touch $@
+
+# Of what Paddle 3.3 saves, paddle2onnx 2.1.0 reads epsilons, slopes and padding as other numbers.
+.venv-paddle/.installed:
+	@echo "installing PaddlePaddle (200 MB) and paddle2onnx into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(EXPORT_PIP) paddlepaddle==3.0.0 paddle2onnx==2.1.0 onnx==1.17.0 onnx_graphsurgeon onnxruntime packaging setuptools
 	@touch $@
 
 exports: $(VENV)/.with-test $(EXPORT_READY)  ## models as exporters write them, against onnxruntime; FRAMEWORKS=torch NAMES="bert llama" for some

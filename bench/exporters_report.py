@@ -29,10 +29,10 @@ from infera_gpu.verify import TOLERANCE, Difference, OnnxRuntime, compare
 
 HEAD = """# What exporters write
 
-{models} models as the exporters of {frameworks} write them, run by infera on the CPU and compared with onnxruntime
-(optimisations off) and with the framework that they come from, at every size; an encoder, a decoder and its later steps
-are models of their own. `make exports` exports them and runs the comparison as a test; this page is written by
-`python -m bench.exporters_report DIR --out docs/exporters.md`.
+{models} models as the exporters of {frameworks} write them, run by infera on the CPU and
+compared with onnxruntime (optimisations off) and with the framework that they come from, at every size; an encoder, a
+decoder and its later steps are models of their own. `make exports` exports them and runs the comparison as
+a test; this page is written by `python -m bench.exporters_report DIR --out docs/exporters.md`.
 
 Weights are random, from a fixed seed; `bench/architectures_*.py` have every configuration. The dimensions named under
 Sizes are free in the file, and the first size is the one exported with. A difference is the largest over all outputs
@@ -48,6 +48,9 @@ EXPORTERS = {
     "TensorFlow": "`tf2onnx` with the opset's number is `tf2onnx.convert.from_function`, 15 where there is none, "
     "`tf2onnx-nchw` the same with `--inputs-as-nchw`. `tflite` is `--tflite` of what TFLite's converter made, compared "
     "with its interpreter; `tflite-int8` was quantised by it. What rounds to eight bits may be a step apart.",
+    "PaddlePaddle": "`paddle` with the opset's number is paddle2onnx of what `paddle.jit.save` wrote, 17 where there "
+    "is none, `paddle-folded` the same with constants folded by Polygraphy, as paddle2onnx does unless told otherwise; "
+    "`paddle-program` is of a `.pdmodel`, the format of Paddle 2, at opset 16.",
 }
 """By framework, what the exporters' names stand for."""
 
@@ -156,8 +159,13 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         parts.setdefault(row.export.about["framework"], []).append(row)
     models = {(row.export.about["framework"], row.export.about["model"]) for row in rows}
-    head = HEAD.format(models=len(models), frameworks=" and ".join(parts))
+    head = HEAD.format(models=len(models), frameworks=listed(list(parts)))
     return "\n".join([head, *(part(framework, found) for framework, found in parts.items())])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def part(framework: str, rows: Sequence[Row]) -> str:
