@@ -28,6 +28,7 @@ from infera_gpu.passes import (
     matmul,
     norm,
     norm_affine,
+    norm_apart,
     norm_batch,
     norm_factors,
     pad,
@@ -42,6 +43,7 @@ from infera_gpu.passes import (
     rotary,
     rows,
     scale,
+    sinking,
     softmax,
     standard_attention,
     unit,
@@ -72,6 +74,7 @@ QUANTIZED = Fusions(*quantized.FUSIONS, *quantized_finish.EARLY, *quantized_pool
 
 FUSIONS = Fusions(
     *scale.FUSIONS,
+    *sinking.FUSIONS,
     *pairs.FUSIONS,
     *pad.FUSIONS,
     *norm_factors.FUSIONS,
@@ -99,6 +102,7 @@ FUSIONS = Fusions(
     conv.BIAS,
     *weights.FUSIONS,
     *conv.FUSIONS,
+    *norm_apart.FUSIONS,
     *centre.FUSIONS,
     *quant_bias.FUSIONS,
     *quantized_finish.LATE,

@@ -104,7 +104,7 @@ def _rescaled(match: Match, factor: HostArray | None, shift: HostArray) -> Repla
 # ---- BatchNormalization
 
 
-def _statistics(match: Match) -> tuple[HostArray, HostArray]:
+def statistics(match: Match) -> tuple[HostArray, HostArray]:
     """What BatchNormalization multiplies channels by, and then adds."""
     scale, shift, mean, var = (match.constant(n).astype(np.float64) for n in ("scale", "shift", "mean", "var"))
     factor = scale / np.sqrt(var + float(match.nodes["bn"].attrs.get("epsilon", 1e-5)))
@@ -131,7 +131,7 @@ BATCH_NORM = Fusion(
     name="batchnorm_into_weights",
     patterns=(node("BatchNormalization", either(*LINEAR), *_STATISTICS, name="bn"),),
     guard=_normalizes_channels,
-    build=lambda match: _rescaled(match, *_statistics(match)),
+    build=lambda match: _rescaled(match, *statistics(match)),
     reassociates=True,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 2, 2] y)
@@ -269,7 +269,7 @@ def _may_be_preceded(match: Match) -> bool:
 def _preceded(match: Match) -> Replacement:
     """The product that takes what BatchNormalization takes: of the weights by input channel, in float64."""
     linear, weight, name = match.nodes["linear"], match.constant("w"), match.root.outputs[0]
-    factor, shift = _statistics(match)
+    factor, shift = statistics(match)
     wide = weight.astype(np.float64)
     if linear.op == "Conv":
         groups = _groups(linear)

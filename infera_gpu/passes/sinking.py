@@ -1,0 +1,121 @@
+"""Transposes behind what computes the same in any layout, as TFLite's graphs need it, whose images have channels last.
+
+tf2onnx leaves them around operators that it does not know to move them past; there they keep convolutions from what
+follows or precedes them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infera_gpu.graph import Node, made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, node
+
+ACTIVATIONS = (
+    *("HardSwish", "HardSigmoid", "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Softplus", "Mish", "Swish", "Gelu"),
+)
+"""Of one input, element by element."""
+
+
+def _activated(match: Match) -> Replacement:
+    """The activation, and the Transpose of its result."""
+    act, name = match.root, made_name(match.root.outputs[0], "activated")
+    before = Node(act.op, (match.values["x"],), (name,), act.attrs, opset=act.opset)
+    swap = match.nodes["swap"]
+    return Replacement(Node("Transpose", (name,), act.outputs, swap.attrs, name=swap.name), before=(before,))
+
+
+ACTIVATION = Fusion(
+    name="activation_before_transpose",
+    patterns=(node(ACTIVATIONS, node("Transpose", "x", name="swap")),),
+    guard=lambda match: match.draft.made_by.get(match.values["x"]) in ("Conv", "ConvTranspose"),
+    build=_activated,
+    example="""
+        example (float[B, 2, 4, 5] x) => (float[B, 4, 5, 3] y) <float[3, 2, 1, 1] w = {1, -2, 3, 0.5, -1, 2}> {
+            c = Conv(x, w)
+            t = Transpose <perm = [0, 2, 3, 1]> (c)
+            y = HardSwish(t)
+        }""",
+    near_misses=(
+        """
+        of_no_convolution (float[B, 2, 4, 5] x) => (float[B, 4, 5, 2] y) {
+            t = Transpose <perm = [0, 2, 3, 1]> (x)
+            y = HardSwish(t)
+        }""",
+        """
+        along_an_axis (float[B, 2, 4, 5] x) => (float[B, 4, 5, 3] y) <float[3, 2, 1, 1] w = {1, -2, 3, 0.5, -1, 2}> {
+            c = Conv(x, w)
+            t = Transpose <perm = [0, 2, 3, 1]> (c)
+            y = Softmax(t)
+        }""",
+        """
+        transpose_is_an_output (float[B, 2, 4, 5] x) => (float[B, 4, 5, 3] y, float[B, 4, 5, 3] t)
+        <float[3, 2, 1, 1] w = {1, -2, 3, 0.5, -1, 2}> {
+            c = Conv(x, w)
+            t = Transpose <perm = [0, 2, 3, 1]> (c)
+            y = HardSwish(t)
+        }""",
+    ),
+)
+
+
+def _feeds_convolution(match: Match) -> bool:
+    """Zeros around every axis, which only a convolution reads."""
+    pad, perm, pads = match.nodes["pad"], match.root.attrs.get("perm"), match.constant("pads")
+    readers = match.draft.readers.get(match.root.outputs[0], {}).values()
+    reads = bool(readers) and all(n.qualified == "Conv" for n in readers)
+    fill = match.number("fill") if "fill" in match.values else 0
+    zeros = pad.attrs.get("mode", "constant") == "constant" and fill == 0
+    return reads and zeros and perm is not None and pads.dtype == np.int64 and pads.shape == (2 * len(perm),)
+
+
+def _padded(match: Match) -> Replacement:
+    """The Transpose, and the Pad of its result."""
+    pad, perm, out = match.nodes["pad"], list(match.root.attrs["perm"]), match.root.outputs[0]
+    swapped, name = made_name(out, "swapped"), made_name(out, "pads")
+    pads = match.constant("pads").reshape(2, -1)[:, perm].reshape(-1)
+    before = Node("Transpose", (match.values["x"],), (swapped,), match.root.attrs)
+    inputs = (swapped, name, *((match.values["fill"],) if "fill" in match.values else ()))
+    return Replacement(Node("Pad", inputs, match.root.outputs, pad.attrs, name=pad.name), {name: pads}, (before,))
+
+
+PAD = Fusion(
+    name="pad_after_transpose",
+    patterns=(node("Transpose", node("Pad", "x", "#pads", "?%fill", name="pad")),),
+    guard=_feeds_convolution,
+    build=_padded,
+    example="""
+        example (float[B, 4, 5, 2] x) => (float[B, 3, 4, 8] y)
+        <float[3, 2, 2, 2] w = {1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2},
+         int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
+            p = Pad(x, pads)
+            t = Transpose <perm = [0, 3, 1, 2]> (p)
+            y = Conv(t, w)
+        }""",
+    near_misses=(
+        """
+        ones (float[B, 4, 5, 2] x) => (float[B, 3, 4, 8] y)
+        <float[3, 2, 2, 2] w = {1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2},
+         int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}, float one = {1}> {
+            p = Pad(x, pads, one)
+            t = Transpose <perm = [0, 3, 1, 2]> (p)
+            y = Conv(t, w)
+        }""",
+        """
+        read_by_another (float[B, 4, 5, 2] x) => (float[B, 2, 5, 9] y) <int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
+            p = Pad(x, pads)
+            t = Transpose <perm = [0, 3, 1, 2]> (p)
+            y = Relu(t)
+        }""",
+        """
+        pad_is_an_output (float[B, 4, 5, 2] x) => (float[B, 3, 4, 8] y, float[B, 5, 9, 2] p)
+        <float[3, 2, 2, 2] w = {1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2},
+         int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
+            p = Pad(x, pads)
+            t = Transpose <perm = [0, 3, 1, 2]> (p)
+            y = Conv(t, w)
+        }""",
+    ),
+)
+
+FUSIONS = (ACTIVATION, PAD)
