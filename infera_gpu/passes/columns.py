@@ -105,8 +105,10 @@ def _source(match: Match) -> str | None:
     y = match.draft.spec(made.inputs[0]) if made is not None and made.qualified == "Reshape" else None
     if made is None or laid is None or len(laid) != 3 or y is None or not y.ranked or y.shape[:2] != laid[:2]:
         return None
-    rows = match.spec("rows")
-    return made.inputs[0] if rows is not None and product(y.shape[2:]) == rows.shape[1] else None
+    rows, weight = match.spec("rows"), match.constant("w")
+    columns = weight.shape[-2 if match.nodes["mm"].attrs.get("transB", 0) else -1]
+    fits = rows is not None and product(y.shape[2:]) == rows.shape[1] and laid[2] == columns
+    return made.inputs[0] if fits else None
 
 
 def _of_three_axes(match: Match) -> Replacement:

@@ -19,6 +19,8 @@ def _rows(match: Match) -> tuple[HostArray, HostArray] | None:
         return None
     if any(row.shape != (x.shape[1],) or row.dtype != x.dtype for row in given):
         return None
+    if (given[3].astype(np.float64) + float(attrs.get("epsilon", 1e-5)) <= 0).any():
+        return None
     rows = statistics(match)
     return rows if all(np.isfinite(row.astype(x.dtype)).all() for row in rows) else None
 

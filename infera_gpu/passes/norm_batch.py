@@ -7,6 +7,7 @@ import numpy as np
 from infera_gpu.graph import made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, node, standard
 from infera_gpu.passes.sizes import product
+from infera_gpu.spec import Dim
 
 AXES = [0, 2, 3]
 """Of a batch norm's statistics: all but the channels."""
@@ -29,19 +30,26 @@ def _rows(match: Match) -> tuple[str, int] | None:
     return (made.inputs[0], axis) if known and axis is not None else None
 
 
-def _are_all(match: Match, name: str, number: float) -> bool:
-    """Whether a vector has this number in every place: a constant, or one widened."""
-    value = match.values[name]
+def _are_all(match: Match, name: str, number: float, count: Dim) -> bool:
+    """Whether a vector of so many elements has this number in every place: a constant, or one widened."""
+    value, constants = match.values[name], match.graph.constants
     made = match.producers.get(value)
-    constant = match.graph.constants.get(made.inputs[0] if made is not None and made.qualified == "Expand" else value)
-    return constant is not None and constant.ndim <= 1 and bool((constant == number).all())
+    if made is not None and made.qualified == "Expand":
+        unit = constants.get(made.inputs[0])
+        shape = match.draft.sizes(made.inputs[1])
+        return unit is not None and unit.size == 1 and unit.ndim < 2 and unit.item() == number and shape == (count,)
+    row = constants.get(value)
+    return row is not None and row.shape == (count,) and bool((row == number).all())
 
 
 def _is_layer_norm(match: Match) -> bool:
     found, bn = _rows(match), match.nodes["bn"].attrs
-    if found is None or bn.get("training_mode", 0) or not (_are_all(match, "one", 1) and _are_all(match, "zero", 0)):
+    r = match.spec("r")
+    if found is None or r is None or not r.ranked or bn.get("training_mode", 0):
         return False
-    x, r, count = match.draft.spec(found[0]), match.spec("r"), match.producers.get(match.values["count"])
+    if not (_are_all(match, "one", 1, r.shape[1]) and _are_all(match, "zero", 0, r.shape[1])):
+        return False
+    x, count = match.draft.spec(found[0]), match.producers.get(match.values["count"])
     mean, squares = match.nodes["mean"].attrs, match.nodes["squares"].attrs
     same_axes = match.axes("mean") == match.axes("squares") == tuple(AXES) == match.axes("flat")
     if not same_axes or not mean.get("keepdims", 1) or squares.get("keepdims", 1):

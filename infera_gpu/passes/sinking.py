@@ -84,33 +84,31 @@ PAD = Fusion(
     patterns=(node("Transpose", node("Pad", "x", "#pads", "?%fill", name="pad")),),
     guard=_feeds_convolution,
     build=_padded,
+    reassociates=True,
     example="""
-        example (float[B, 4, 5, 2] x) => (float[B, 3, 4, 8] y)
-        <float[3, 2, 2, 2] w = {1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2},
-         int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
+        example (float[B, 4, 5, 1] x) => (float[B, 3, 5, 9] y)
+        <float[3, 1, 1, 1] w = {1, -2, 3}, int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
             p = Pad(x, pads)
             t = Transpose <perm = [0, 3, 1, 2]> (p)
             y = Conv(t, w)
         }""",
     near_misses=(
         """
-        ones (float[B, 4, 5, 2] x) => (float[B, 3, 4, 8] y)
-        <float[3, 2, 2, 2] w = {1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2},
-         int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}, float one = {1}> {
+        ones (float[B, 4, 5, 1] x) => (float[B, 3, 5, 9] y)
+        <float[3, 1, 1, 1] w = {1, -2, 3}, int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}, float one = {1}> {
             p = Pad(x, pads, one)
             t = Transpose <perm = [0, 3, 1, 2]> (p)
             y = Conv(t, w)
         }""",
         """
-        read_by_another (float[B, 4, 5, 2] x) => (float[B, 2, 5, 9] y) <int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
+        read_by_another (float[B, 4, 5, 1] x) => (float[B, 1, 5, 9] y) <int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
             p = Pad(x, pads)
             t = Transpose <perm = [0, 3, 1, 2]> (p)
             y = Relu(t)
         }""",
         """
-        pad_is_an_output (float[B, 4, 5, 2] x) => (float[B, 3, 4, 8] y, float[B, 5, 9, 2] p)
-        <float[3, 2, 2, 2] w = {1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2, 1, -2, 3, 0.5, -1, 2},
-         int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
+        pad_is_an_output (float[B, 4, 5, 1] x) => (float[B, 3, 5, 9] y, float[B, 5, 9, 1] p)
+        <float[3, 1, 1, 1] w = {1, -2, 3}, int64[8] pads = {0, 0, 1, 0, 0, 1, 3, 0}> {
             p = Pad(x, pads)
             t = Transpose <perm = [0, 3, 1, 2]> (p)
             y = Conv(t, w)
