@@ -74,10 +74,13 @@ def engine() -> Engine:
 class Clock:
     """The time as batches are told it: it may run ahead."""
 
-    ahead = 0.0
+    ahead = worked = 0.0
 
     def monotonic(self) -> float:
         return time.monotonic() + self.ahead
+
+    def thread_time(self) -> float:
+        return time.thread_time() + self.worked
 
 
 @pytest.fixture
@@ -543,6 +546,24 @@ def test_in_the_callers_thread_answers_come_before_all_accounts_and_find_the_mod
         assert batcher.join(WAIT)
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(("worked", "own"), [(60.0, 60.0), (40.0, 100.0)], ids=["others hold the lock", "it waits"])
+def test_what_waits_for_the_interpreters_lock_still_counts_as_short(worked: float, own: float, clock: Clock) -> None:
+    """Else a run that others have slowed down goes to the engine thread for good, where they slow it down."""
+
+    def run(feeds: Arrays) -> Arrays:
+        clock.ahead += 100.0
+        clock.worked += worked
+        return {"y": feeds["x"] * 2}
+
+    batcher = Batcher(run, LAYOUT)
+    for _ in range(4):
+        Caller(batcher, rows(1)).check()
+    batcher.drain()
+    assert batcher.join(WAIT)
+    costs = batcher.schedule.costs.of((3,))
+    assert [costs.typical[0], costs.own[0]] == pytest.approx([100.0, own], abs=WAIT / 4)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from typing import TypeAlias
 
 from infera_server.errors import Expired, RequestError, Unavailable
 from infera_server.scheduling.backlog import Selection
@@ -32,9 +33,12 @@ from infera_server.scheduling.turns import Turns
 
 log = logging.getLogger(__name__)
 
-INLINE_EACH = 1e-5
+INLINE_EACH = 2e-5
 """Seconds by which a run in the callers' thread may be longer for each of its jobs after the first: to read a request
-and to answer it takes that thread as long and more, so that it is never the run that others wait for most."""
+and to answer it takes that thread as long, so that it is not the run that others wait for most."""
+
+Learn: TypeAlias = Callable[[], None]
+"""What a run says of the next ones is looked at when this is called."""
 
 
 def _call(deliver: Callable[[Batch], None], batch: Batch) -> None:
@@ -217,9 +221,9 @@ class Batcher:
             self.share.enter()
         batches: Sequence[Batch] = ()
         try:
-            batches, selection = self._run_next(asked, behind)
-            if selection is not None:
-                self._learn(selection, batches, self._running_since)
+            batches, learn = self._run_next(asked, behind)
+            if learn is not None:
+                learn()
         finally:
             failed = bool(batches) and isinstance(batches[0].results[0], RequestError)
             self._has_turn = self.share.leave(again=bool(batches and self.schedule.queued and not failed))
@@ -246,13 +250,13 @@ class Batcher:
                 self._ring()
                 return
         try:
-            batches, selection = self._run_next(asked, "", self.inline_limit)
+            batches, learn = self._run_next(asked, "", self.inline_limit)
         finally:
             self.share.leave()
         for batch in batches:  # before all else: somebody waits for these, and for nothing below
             self._deliver(batch)
-        if selection is not None:
-            self._later(partial(self._learn, selection, batches, self._running_since))
+        if learn is not None:
+            self._later(learn)
         with self._lock:
             if self.schedule.queued and not batches:
                 self._ring()
@@ -270,12 +274,10 @@ class Batcher:
 
     # --- a run -----------------------------------------------------------------------------------------------------
 
-    def _run_next(
-        self, asked: float, behind: str, within: float = math.inf
-    ) -> tuple[Sequence[Batch], Selection | None]:
+    def _run_next(self, asked: float, behind: str, within: float = math.inf) -> tuple[Sequence[Batch], Learn | None]:
         """Take jobs and run them: none where those that waited have left, or would take longer than `within`.
 
-        With what ran, which there is something to `_learn` of unless everybody has left.
+        There is something to learn of what ran, unless everybody has left.
         """
         now = time.monotonic()
         with self._lock:
@@ -290,7 +292,9 @@ class Batcher:
             self._post_late(late, now)
         if selection is None:
             return (), None
+        began, worked = self._running_since, time.thread_time()
         batches = self._runner.execute(selection)
+        worked = time.thread_time() - worked
         for batch in batches:
             batch.free_at, batch.asked_at, batch.behind = self._free_at, asked, behind
         if not batches:  # the batch failed, and meanwhile everybody in it has left
@@ -298,15 +302,17 @@ class Batcher:
             return (), None
         self._running, self._free_at = (), batches[-1].split_at
         self.schedule.ended()
-        return batches, selection
+        return batches, partial(self._learn, selection, batches, began, worked)
 
-    def _learn(self, selection: Selection, batches: Sequence[Batch], began: float) -> None:
+    def _learn(self, selection: Selection, batches: Sequence[Batch], began: float, own: float) -> None:
         """What a run says of the next ones."""
-        first = batches[0]
+        first, seconds = batches[0], batches[-1].split_at - began
         whole = first.padded == selection.bucket and not isinstance(first.results[0], Exception)
         with self._lock:
             waited = began - first.asked_at if first.behind else 0.0
-            self.schedule.ran(selection, batches[-1].split_at - began, whole=whole, waited=waited)
+            if own < seconds / 2:  # it waited for more than the interpreter's lock, and would do so in any thread
+                own = seconds
+            self.schedule.ran(selection, seconds, own, whole=whole, waited=waited)
 
     # --- results ---------------------------------------------------------------------------------------------------
 

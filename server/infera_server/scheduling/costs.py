@@ -62,37 +62,43 @@ class Window:
 class GroupCosts:
     """The times of one group, by index of the bucket.
 
-    `typical` and `high` have an entry for every bucket, 0 as long as nothing at all is known. `size` is what a row of
-    the group weighs against one of another, in any unit.
+    `typical`, `high` and `own` have an entry for every bucket, 0 as long as nothing at all is known. `own` is the
+    typical processor time of the thread that runs: what a run would take if nobody else had the interpreter's lock.
+    `size` is what a row of the group weighs against one of another, in any unit.
     """
 
-    __slots__ = ("_began", "_windows", "buckets", "high", "known", "size", "typical")
+    __slots__ = ("_began", "_own", "_windows", "buckets", "high", "known", "own", "size", "typical")
 
     def __init__(self, buckets: Sequence[int], size: float, like: GroupCosts | None = None) -> None:
         self.buckets = buckets
         self.size = size
         self._windows = [Window() for _ in buckets]
+        self._own = [Window() for _ in buckets]
         self._began: set[int] = set()
         self.known: bool = like is not None and like.known
         ratio = size / like.size if like is not None and like.size else 1.0
-        self.typical: list[float] = [s * ratio for s in like.typical] if like else [0.0] * len(buckets)
-        self.high: list[float] = [s * ratio for s in like.high] if like else [0.0] * len(buckets)
+        nothing: Sequence[float] = [0.0] * len(buckets)
+        self.typical: list[float] = [s * ratio for s in (like.typical if like else nothing)]
+        self.high: list[float] = [s * ratio for s in (like.high if like else nothing)]
+        self.own: list[float] = [s * ratio for s in (like.own if like else nothing)]
 
-    def learn(self, rows: int, seconds: float) -> None:
-        """A run of `rows` rows, a bucket's, took so long."""
+    def learn(self, rows: int, seconds: float, own: float | None = None) -> None:
+        """A run of `rows` rows, a bucket's, took so long, and `own` of it the thread that ran; all of it by default."""
         index = self.index(rows)
         window = self._windows[index]
+        self._own[index].add(seconds if own is None else own)
         if window.add(seconds):
             self.known = True
             self.typical[index], self.high[index] = window.median, min(window.high, MAX_SCATTER * window.median)
+            self.own[index] = self._own[index].median
             if not all(self._windows):
                 self._infer()
 
-    def ran(self, rows: int, seconds: float) -> None:
+    def ran(self, rows: int, seconds: float, own: float | None = None) -> None:
         """A run of requests took so long. The first of its bucket is not learned from: it made the plan as well."""
         index = self.index(rows)
         if self._windows[index] or index in self._began:
-            self.learn(rows, seconds)
+            self.learn(rows, seconds, own)
         else:
             self._began.add(index)
 
@@ -110,11 +116,13 @@ class GroupCosts:
             if not self._windows[i]:
                 near = min(ran, key=lambda j: (abs(j - i), j))
                 ratio = (1 + rows / self.buckets[near]) / 2
-                self.typical[i], self.high[i] = self.typical[near] * ratio, self.high[near] * ratio
+                for times in (self.typical, self.high, self.own):
+                    times[i] = times[near] * ratio
 
     def pass_over(self, index: int) -> None:
         """The bucket could have run and another seemed better."""
         self.typical[index] *= FADE
+        self.own[index] *= FADE
 
     def index(self, rows: float) -> int:
         """The smallest bucket that holds `rows`, which the largest does."""

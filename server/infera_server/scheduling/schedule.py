@@ -162,18 +162,17 @@ class Schedule(Backlog):
     def may_take(self, seconds: float) -> bool:
         """Whether the next batch could be as short as that: a look that costs next to nothing."""
         costs = self.head.costs
-        return costs.known and costs.typical[0] <= seconds
+        return costs.known and costs.own[0] <= seconds
 
     def take(self, now: float, within: float = math.inf, each: float = 0.0) -> Selection | None:
         """Remove the jobs of the next batch, and say how it runs. Something must wait.
 
-        None where the batch would take longer than `within`, and `each` for every job but the first, or it is unknown
-        how long and there is such a limit.
+        None where the batch would take its thread longer than `within`, and `each` for every job but the first, or it
+        is unknown how long and there is such a limit.
         """
         head = self.head
         index, count = self._choose(head) if self.merges else (0, 1)
-        seconds = head.costs.typical[index]
-        if seconds > within + each * (count - 1) or (within < math.inf and not head.costs.known):
+        if head.costs.own[index] > within + each * (count - 1) or (within < math.inf and not head.costs.known):
             return None
         selection = Selection(head.jobs[:count], head.group, head.costs, self.buckets[index])
         self.drop(head, count)
@@ -188,8 +187,10 @@ class Schedule(Backlog):
         """The batch ended: nothing runs until the next one is taken."""
         self._forecast.running, self._ahead = None, 0.0
 
-    def ran(self, selection: Selection, seconds: float, *, whole: bool = True, waited: float = 0.0) -> None:
-        """The batch took so long, before which the device was `waited` for.
+    def ran(
+        self, selection: Selection, seconds: float, own: float | None = None, *, whole: bool = True, waited: float = 0.0
+    ) -> None:
+        """The batch took so long, `own` of it its thread, before which the device was `waited` for.
 
         Unless it ran `whole`, nothing is learned from its time.
         """
@@ -198,7 +199,7 @@ class Schedule(Backlog):
             turns.add(waited)
         self.ended()
         if whole:
-            selection.costs.ran(selection.bucket, seconds)
+            selection.costs.ran(selection.bucket, seconds, own)
             if self.goal is not None:
                 self.goal.check_reach(selection.costs)
 
