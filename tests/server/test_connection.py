@@ -513,3 +513,51 @@ def test_what_a_small_body_makes_of_much_is_read_in_another_thread(
         assert server.request("POST", "/v2/models/any/infer", body, {"Content-Encoding": "gzip"})[0] == 200
     own = server.call(_thread())
     assert [thread is own for thread in threads] == [False, True]
+
+
+def test_connections_that_come_at_once_are_taken_in_a_few_turns_of_a_busy_event_loop(server: Running) -> None:
+    """libuv takes one of each listener in a turn: the last would wait for as many turns as there are connections."""
+    count, turns, busy = 48, 0, threading.Event()
+    busy.set()
+
+    def turn() -> None:
+        nonlocal turns
+        if busy.is_set():
+            time.sleep(0.005)
+            turns += 1
+            server.loop.call_soon(turn)
+
+    server.loop.call_soon_threadsafe(turn)
+    try:
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(server.connect()) for _ in range(count)]
+            before = turns
+            for connection in connections:
+                connection.sendall(GET)
+            for connection in connections:
+                assert read_reply(stack.enter_context(connection.makefile("rb")))[0] == 200
+            assert turns - before < count
+    finally:
+        busy.clear()
+
+
+def test_many_connections_over_the_limit_at_once_let_as_many_go() -> None:
+    with serving({"double": doubler()}, max_connections=6) as running, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(running.connect()) for _ in range(6)]
+        until(lambda: len(running.host.service.connections) == 6)
+        entered, go_on = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            entered.set()
+            assert go_on.wait(WAIT)
+
+        running.loop.call_soon_threadsafe(stand_still)
+        assert entered.wait(WAIT)
+        new = [stack.enter_context(running.connect()) for _ in range(5)]  # all taken in one turn of the event loop
+        go_on.set()
+        for sock in idle[:5]:
+            assert sock.recv(1) == b""
+        for sock in (idle[5], *new):
+            sock.sendall(GET)
+            with sock.makefile("rb") as stream:
+                assert read_reply(stream)[0] == 200

@@ -130,11 +130,14 @@ class Connection(HttpToolsProtocol):
 
     def _make_room(self) -> None:
         """One connection too many: the one that has been idle longest goes, else this one."""
-        idle = [c for c in self.service.connections if c is not self and c.is_idle]
+        stay = [c for c in self.service.connections if not c.transport.is_closing()]  # others may just have been let go
+        most = self.service.max_connections
+        if len(stay) <= most:
+            return
+        idle = [c for c in stay if c is not self and c.is_idle]
         if idle:
             min(idle, key=lambda c: c.waiting_since).transport.abort()
         else:
-            most = self.service.max_connections
             self.refuse_rest(Unavailable(f"{most} connections are open, all of them busy"), linger=False)
 
     def data_received(self, data: bytes) -> None:
