@@ -107,8 +107,16 @@ def _source(match: Match) -> str | None:
         return None
     rows, weight = match.spec("rows"), match.constant("w")
     columns = weight.shape[-2 if match.nodes["mm"].attrs.get("transB", 0) else -1]
-    fits = rows is not None and product(y.shape[2:]) == rows.shape[1] and laid[2] == columns
-    return made.inputs[0] if fits else None
+    matrix = product(y.shape[:2]), product(y.shape[2:])
+    fits = rows is not None and rows.shape == matrix and isinstance(matrix[1], int) and laid[2] == columns
+    return made.inputs[0] if fits and _has_row_bias(match, columns) else None
+
+
+def _has_row_bias(match: Match, columns: int) -> bool:
+    """No bias, or one value a column."""
+    bias = match.spec("b") if match.values.get("b") else None
+    row = bias is not None and bias.ranked and 0 < bias.ndim < 3 and product(bias.shape) == bias.shape[-1] == columns
+    return row or not match.values.get("b")
 
 
 def _of_three_axes(match: Match) -> Replacement:
@@ -155,6 +163,30 @@ MERGED = Fusion(
         rows_of_part_of_the_axes (float[B, S, 2, 3] x) => (float[B, S, 4] y)
         <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {1, -2},
          int64[2] m = {-1, 3}, int64[2] i = {0, 1}, int64[1] n = {4}, int64[1] one = {1}, int64[1] last = {3}> {
+            s = Shape(x)
+            g = Gather(s, i)
+            t = Concat <axis = 0> (g, n, one)
+            a = Reshape(x, m)
+            p = infera.FusedMatMul(a, w, b)
+            c = Reshape(p, t)
+            y = Squeeze(c, last)
+        }""",
+        """
+        another_count_of_rows (float[B, S, 2, 3] x) => (float[B, S, 2] y)
+        <float[6, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2] b = {1, -2},
+         int64[2] m = {5, 6}, int64[2] i = {0, 1}, int64[1] n = {2}, int64[1] one = {1}, int64[1] last = {3}> {
+            s = Shape(x)
+            g = Gather(s, i)
+            t = Concat <axis = 0> (g, n, one)
+            a = Reshape(x, m)
+            p = infera.FusedMatMul(a, w, b)
+            c = Reshape(p, t)
+            y = Squeeze(c, last)
+        }""",
+        """
+        one_value_a_row (float[B, 2, 2, 3] x) => (float[B, 2, 2] y)
+        <float[6, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2, 1] b = {1, -2},
+         int64[2] m = {-1, 6}, int64[2] i = {0, 1}, int64[1] n = {2}, int64[1] one = {1}, int64[1] last = {3}> {
             s = Shape(x)
             g = Gather(s, i)
             t = Concat <axis = 0> (g, n, one)

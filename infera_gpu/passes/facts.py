@@ -387,7 +387,7 @@ _NORMS = (
 _OTHERS = (
     *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
     *("DepthToSpace", "SpaceToDepth", "Upsample", "GridSample", "RoiAlign", "TopK", "STFT", "DFT"),
-    *("ReduceProd", "ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
+    *("ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
     *("MatMul", "infera.FusedMatMul"),
@@ -421,7 +421,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Transpose": _transposed,
         "Reshape": _reshaped,
         "Flatten": _flattened,
-        **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare"), _reduced),
+        **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"), _reduced),
+        **dict.fromkeys(("ReduceL2", "ReduceSumSquare"), _reduced),
         "Unsqueeze": _unsqueezed,
         "Squeeze": _squeezed,
         "Gather": _gathered,

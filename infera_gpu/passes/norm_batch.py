@@ -26,8 +26,9 @@ def _rows(match: Match) -> tuple[str, int] | None:
     if target[::3] != (1, 1) or not isinstance(row, int) or row < 1 or count == 0:
         return None
     axis = next((axis for axis in range(-1, -x.ndim, -1) if product(x.shape[axis:]) == row), None)
-    known = axis is not None and all(isinstance(d, int) for d in x.shape[axis:])
-    return (made.inputs[0], axis) if known and axis is not None else None
+    if axis is None or not all(isinstance(d, int) for d in x.shape[axis:]):
+        return None
+    return (made.inputs[0], axis) if count is not None and count in (-1, product(x.shape[:axis])) else None
 
 
 def _are_all(match: Match, name: str, number: float, count: Dim) -> bool:

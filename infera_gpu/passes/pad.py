@@ -9,6 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import Node, made_name
 from infera_gpu.passes.engine import Fusion, Match, Replacement, node
+from infera_gpu.passes.pattern import axis_in
 
 PADDED = node("Pad", "x", "?#pads", "?#value", name="pad")
 
@@ -68,8 +69,8 @@ def _kept(match: Match) -> list[int] | None:
     rank = len(given) // 2
     if added is None or dropped is None:
         return None
-    axes = {axis % rank for axis in added}
-    if axes != {axis % rank for axis in dropped} or any(given[i] or given[rank + i] for i in axes):
+    axes = {axis_in(axis, rank) for axis in added}
+    if axes != {axis_in(axis, rank) for axis in dropped} or any(i is None or given[i] or given[rank + i] for i in axes):
         return None
     return [size for i, size in enumerate(given) if i % rank not in axes]
 
@@ -118,6 +119,13 @@ AXES = Fusion(
         <int64[1] zero = {0}, int64[8] p = {1, 0, 0, 0, 0, 0, 0, 0}> {
             a = Unsqueeze(x, zero)
             t = Pad(a, p)
+        }""",
+        """
+        axis_out_of_range (float[1, 2, 3] x) => (float[1, 2, 3] y)
+        <int64[1] four = {4}, int64[1] zero = {0}, int64[8] p = {0, 1, 1, 0, 0, 0, 1, 0}> {
+            a = Unsqueeze(x, four)
+            t = Pad(a, p)
+            y = Squeeze(t, zero)
         }""",
         """
         padded_and_cropped (float[1, 2, 3] x) => (float[1, 2, 3] y)

@@ -6,7 +6,7 @@ tf2onnx writes a dense layer over more than two axes that way, and the Reshapes 
 from __future__ import annotations
 
 from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
-from infera_gpu.passes.sizes import reshaped
+from infera_gpu.passes.sizes import product, reshaped
 
 _PRODUCT = either(node("MatMul", "rows", "#w", name="mm"), node("Gemm", "rows", "#w", "?#b", name="mm"))
 
@@ -19,7 +19,8 @@ def _source(match: Match) -> str | None:
     x, target = match.draft.spec(made.inputs[0]), match.draft.sizes(made.inputs[1])
     if x is None or not x.ranked or not x.shape or target is None or len(target) != 2:
         return None
-    return made.inputs[0] if isinstance(x.shape[-1], int) and target[1] == x.shape[-1] > 0 else None
+    every_row = target[0] is not None and target[0] in (-1, product(x.shape[:-1]))
+    return made.inputs[0] if every_row and isinstance(x.shape[-1], int) and target[1] == x.shape[-1] > 0 else None
 
 
 def _is_laid_out_again(match: Match) -> bool:
@@ -100,6 +101,26 @@ ROWS = Fusion(
         <float[6, 6] w = {1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6,
          1, 2, 3, 4, 5, 6}, int64[2] m = {-1, 6}> {
             t = Shape(x)
+            a = Reshape(x, m)
+            p = MatMul(a, w)
+            y = Reshape(p, t)
+        }""",
+        """
+        sizes_joined_along_no_axis (float[B, S, 3] x) => (float[B, S, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, int64[2] m = {-1, 3}, int64[2] i = {0, 1}, int64[1] n = {2}> {
+            s = Shape(x)
+            g = Gather(s, i)
+            t = Concat <axis = 1> (g, n)
+            a = Reshape(x, m)
+            p = MatMul(a, w)
+            y = Reshape(p, t)
+        }""",
+        """
+        another_count_of_rows (float[B, S, 3] x) => (float[B, S, 2] y)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}, int64[2] m = {5, 3}, int64[2] i = {0, 1}, int64[1] n = {2}> {
+            s = Shape(x)
+            g = Gather(s, i)
+            t = Concat <axis = 0> (g, n)
             a = Reshape(x, m)
             p = MatMul(a, w)
             y = Reshape(p, t)

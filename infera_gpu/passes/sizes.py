@@ -119,7 +119,12 @@ def _gather(known: Known, n: Node, given: Input) -> Sizes | None:
 
 
 def _slice(known: Known, n: Node, given: Input) -> Sizes | None:
-    x = given(0)
+    x, axes = (
+        given(0),
+        n.attrs["axes"] if "axes" in n.attrs else given(3) if len(n.inputs) > 3 and n.inputs[3] else (0,),
+    )
+    if axes not in ((0,), (-1,)):
+        return None
     bounds = [n.attrs[k] if k in n.attrs else given(i) for i, k in ((1, "starts"), (2, "ends"))]
     bounds.append(given(4) if len(n.inputs) > 4 and n.inputs[4] else (1,))
     numbers = [b[0] for b in bounds if b is not None and len(b) == 1 and isinstance(b[0], int)]
@@ -127,7 +132,10 @@ def _slice(known: Known, n: Node, given: Input) -> Sizes | None:
 
 
 def _concat(known: Known, n: Node, given: Input) -> Sizes | None:
-    parts = [given(i) for i in range(len(n.inputs))]
+    """Vectors, along the axis that they have: anything else is refused, or makes no vector."""
+    specs, parts = [known.spec(i) for i in n.inputs], [given(i) for i in range(len(n.inputs))]
+    if n.attrs["axis"] not in (0, -1) or any(s is None or not s.ranked or s.ndim != 1 for s in specs):
+        return None
     return None if any(p is None for p in parts) else tuple(d for p in parts if p is not None for d in p)
 
 
@@ -139,7 +147,7 @@ def _reshaped(known: Known, n: Node, given: Input) -> Sizes | None:
 
 def _product(known: Known, n: Node, given: Input) -> Sizes | None:
     x = given(0)
-    return None if x is None else (product(x),)
+    return None if x is None or n.attrs.get("noop_with_empty_axes", 0) else (product(x),)
 
 
 def _times(known: Known, n: Node, given: Input) -> Sizes | None:

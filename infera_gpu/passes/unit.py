@@ -10,9 +10,6 @@ from infera_gpu.passes.norm import inverse_root, squared
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.passes.softmax import one_axis
 
-_LARGEST = float(np.finfo(np.float32).max)
-"""What Paddle clips by where nothing is to be: no more than the length of what can be normalised."""
-
 _SQUARE = either(squared("x"), node("Pow", node("Abs", "x"), 2.0))
 _SUM = either(node("ReduceSum", _SQUARE, "?#axes", name="sum"), node("ReduceSumSquare", "x", "?#axes", name="sum"))
 
@@ -40,7 +37,10 @@ def _bound(match: Match) -> tuple[str, float] | None:
     if n.op != "Clip":
         return n.op.lower(), match.number("epsilon")
     limits = bounds(match.graph.constants, n)
-    return ("max", limits[0]) if limits is not None and limits[1] >= _LARGEST else None
+    x = match.spec("x")
+    if limits is None or x is None or x.dtype.kind != "f" or limits[1] < np.finfo(x.dtype).max:
+        return None  # Paddle clips by the largest number where nothing is to be
+    return "max", limits[0]
 
 
 def _is_unit(match: Match) -> bool:
@@ -86,6 +86,13 @@ UNIT = Fusion(
         }""",
         """
         bounded_above (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}, float most = {5}> {
+            n = ReduceL2 <axes = [-1]> (x)
+            c = Clip(n, e, most)
+            y = Div(x, c)
+        }""",
+        """
+        bounded_above_by_a_number_of_32_bits (double[B, 3, 8] x) => (double[B, 3, 8] y)
+        <double e = {1e-12}, double most = {3.4028234663852886e38}> {
             n = ReduceL2 <axes = [-1]> (x)
             c = Clip(n, e, most)
             y = Div(x, c)
