@@ -67,7 +67,7 @@ def _kept(match: Match) -> list[int] | None:
     """The padding without the axes that are there for the Pad alone; None where they are not, or are padded."""
     added, dropped, given = match.axes("added"), match.axes("dropped"), _given(match)
     rank = len(given) // 2
-    if added is None or dropped is None:
+    if added is None or dropped is None or len(given) % 2:
         return None
     axes = {axis_in(axis, rank) for axis in added}
     if axes != {axis_in(axis, rank) for axis in dropped} or any(i is None or given[i] or given[rank + i] for i in axes):
@@ -119,6 +119,12 @@ AXES = Fusion(
         <int64[1] zero = {0}, int64[8] p = {1, 0, 0, 0, 0, 0, 0, 0}> {
             a = Unsqueeze(x, zero)
             t = Pad(a, p)
+        }""",
+        """
+        begin_without_end (float[1, 2, 3] x) => (float[1, 2, 3] y) <int64[1] zero = {0}> {
+            a = Unsqueeze(x, zero)
+            t = Pad(a, zero)
+            y = Squeeze(t, zero)
         }""",
         """
         axis_out_of_range (float[1, 2, 3] x) => (float[1, 2, 3] y)
