@@ -70,7 +70,9 @@ def _ints(facts: Facts, n: Node, i: int) -> tuple[int, ...]:
 
 def _pad(n: Node, facts: Facts) -> int | None:
     pads = n.attrs["pads"] if "pads" in n.attrs else _ints(facts, n, 1)
-    return None if any(pads) else 0
+    x = facts.spec(n.inputs[0])
+    fits = x is None or not x.ranked or len(n.inputs) > 3 or len(pads) == 2 * x.ndim
+    return 0 if fits and len(pads) % 2 == 0 and not any(pads) else None
 
 
 def _tile(n: Node, facts: Facts) -> int | None:
