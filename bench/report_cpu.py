@@ -175,6 +175,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "trees": ("Ensembles of trees", trees),
     "quantized": ("Models that quantise on the way", quantized),
     "serving": ("Serving", serving),
+    "serving-peers": ("Serving, beside Python servers", serving),
     "serving-grpc": ("Serving over gRPC", serving_grpc),
     "overload": ("Overload", overload),
 }
