@@ -35,12 +35,14 @@ def _repeats(site: Site) -> int | None:
 
 
 def _are_alike(site: Site) -> bool:
-    """Whether leading axes of queries, keys and values are the same and no mask has more, where that is asked for."""
-    q, *others = (site.spec(i).dims[:-2] for i in range(6) if site.has(i))
-    masks = others[2:]
+    """Where that is asked for: whether queries and keys have the same leading axes, and values those of the scores."""
     if not site.attrs["alike"]:
         return True
-    return others[:2] == [q, q] and all(d in (1, s) for x in masks for d, s in zip(x[::-1], q[::-1], strict=False))
+    q, kt, v, *masks = (site.spec(i).dims[:-2] for i in range(6) if site.has(i))
+    try:
+        return kt == q and v == broadcast_shape(q, *masks)
+    except ValueError:
+        return False
 
 
 def _lead(site: Site) -> tuple[int, ...] | None:
@@ -265,6 +267,7 @@ def _cases() -> tuple[Case, ...]:
         Case("keys", (q, f32(2, 1, 7, 4), v), {"swap_keys": 1, "scale": 0.5}),
         Case("repeated", _repeated(5, f32(2, 1, 5, 7)), {"swap_keys": 1, "repeated": 1, "scale": 0.5}),
         Case("repeated_step", _repeated(1, f32(2, 6, 1, 7)), {"swap_keys": 1, "repeated": 1, "heads_last": 1}),
+        Case("alike", (f32(1, 3, 5, 4), f32(1, 3, 4, 7), f32(2, 3, 7, 6), f32(2, 1, 1, 7)), {"alike": 1, "scale": 0.5}),
         Case("matrices", (f32(5, 4), f32(4, 7), f32(7, 6)), {"scale": 2.0}),
         Case("one_query", (f32(2, 3, 1, 4), f32(2, 1, 4, 7), f32(2, 1, 7, 6)), {"heads_last": 1}),
         Case("blocks", far, {"scale": 0.3}),
@@ -280,7 +283,8 @@ def _cases() -> tuple[Case, ...]:
 # fill of -inf, as wide as the keys, queries whose scores are all -inf give 0, and batches are of one size. With
 # heads_last = 1 Y has its axes 1 and 2 swapped: (batch, sequence, heads, size). With repeated = 1 each head of keys and
 # values serves several of queries, one after the other; inputs 6 to 9 are the shapes that keys, and then values, were
-# expanded to, (batch, heads, repeats, sequence, size), and reshaped to. With alike = 1 leading axes are not broadcast.
+# expanded to, (batch, heads, repeats, sequence, size), and reshaped to. With alike = 1 only masks are broadcast, as
+# around Einsums: keys have the leading axes of the queries, and values those of the scores with their masks.
 _FUSED = Op(
     "Attention",
     1,
