@@ -112,6 +112,15 @@ class Fusions(tuple[Fusion, ...]):
         return found
 
 
+def changed(example: str, *changes: tuple[str, str]) -> str:
+    """A near miss: an example with some of its text exchanged. Raises ValueError where it does not stand there once."""
+    for old, new in changes:
+        if example.count(old) != 1:
+            raise ValueError(f"{old!r} stands in the example {example.count(old)} times, expected once")
+        example = example.replace(old, new)
+    return example
+
+
 def fused(op: str, inputs: tuple[str, ...], **attrs: Any) -> Callable[[Match], Replacement]:
     """A `build` for the common case: one node of domain "infera" over named values; absent ones become ""."""
 

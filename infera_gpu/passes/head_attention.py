@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from infera_gpu.graph import made_name
-from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, either, infera, node
+from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, changed, either, infera, node
 from infera_gpu.passes.heads import HEADS, Side, laid_out, side
 from infera_gpu.passes.pattern import Matcher
 from infera_gpu.passes.sizes import larger, product
@@ -92,14 +92,7 @@ def _attention(match: Match) -> Replacement:
     return Replacement(made, before=tuple(n for _, nodes in read for n in nodes))
 
 
-ATTENTION = Fusion(
-    name="attention_of_heads",
-    patterns=(*HEADS.patterns, node("MatMul", node("Transpose", _WEIGHTS, name="turned"), "v")),
-    guard=lambda match: _operands(match) is not None,
-    build=_attention,
-    reassociates=True,
-    kinds=CPU_AND_TRITON,
-    example="""
+_EXAMPLE = """
         example (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)
             => (float[B, 3, S, 2] y)
         <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
@@ -134,152 +127,43 @@ ATTENTION = Fusion(
             ac = MatMul(m, ab)
             ad = Reshape(ac, t)
             y = Squeeze(ad, fifth)
-        }""",
+        }"""
+
+ATTENTION = Fusion(
+    name="attention_of_heads",
+    patterns=(*HEADS.patterns, node("MatMul", node("Transpose", _WEIGHTS, name="turned"), "v")),
+    guard=lambda match: _operands(match) is not None,
+    build=_attention,
+    reassociates=True,
+    kinds=CPU_AND_TRITON,
+    example=_EXAMPLE,
     near_misses=(
-        """
-        softmax_over_queries (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)
-            => (float[B, 3, S, 2] y)
-        <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
-            qs = Mul(q, half)
-            kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
-            a = MatMul(kh, qt)
-            b = Add(a, mask)
-            c = Softmax <axis = 3> (b)
-            d = Unsqueeze(c, two)
-            e = Transpose <perm = [0, 1, 4, 2, 3]> (d)
-            f = Shape(e)
-            g = Gather(f, two)
-            h = Gather(f, fifth)
-            i = Gather(f, heads)
-            j = ReduceProd <keepdims = 1> (i)
-            l = Concat <axis = 0> (j, rest, h)
-            m = Reshape(e, l)
-            n = Unsqueeze(v, two)
-            o = Transpose <perm = [0, 3, 2, 4, 1]> (n)
-            p = Shape(o)
-            r = Gather(p, fourth)
-            s = Gather(p, fifth)
-            u = Gather(p, heads)
-            w = ReduceProd <keepdims = 1> (u)
-            x = Concat <axis = 0> (w, rest, s)
-            z = Max(i, u)
-            t = Concat <axis = 0> (z, g, r, one)
-            aa = Reshape(o, x)
-            ab = Transpose <perm = [0, 2, 1]> (aa)
-            ac = MatMul(m, ab)
-            ad = Reshape(ac, t)
-            y = Squeeze(ad, fifth)
-        }""",
-        """
-        weights_are_an_output (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)
-            => (float[B, 3, S, 2] y, float[B, 3, T, S] c)
-        <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
-            qs = Mul(q, half)
-            kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
-            a = MatMul(kh, qt)
-            b = Add(a, mask)
-            c = Softmax <axis = 2> (b)
-            d = Unsqueeze(c, two)
-            e = Transpose <perm = [0, 1, 4, 2, 3]> (d)
-            f = Shape(e)
-            g = Gather(f, two)
-            h = Gather(f, fifth)
-            i = Gather(f, heads)
-            j = ReduceProd <keepdims = 1> (i)
-            l = Concat <axis = 0> (j, rest, h)
-            m = Reshape(e, l)
-            n = Unsqueeze(v, two)
-            o = Transpose <perm = [0, 3, 2, 4, 1]> (n)
-            p = Shape(o)
-            r = Gather(p, fourth)
-            s = Gather(p, fifth)
-            u = Gather(p, heads)
-            w = ReduceProd <keepdims = 1> (u)
-            x = Concat <axis = 0> (w, rest, s)
-            z = Max(i, u)
-            t = Concat <axis = 0> (z, g, r, one)
-            aa = Reshape(o, x)
-            ab = Transpose <perm = [0, 2, 1]> (aa)
-            ac = MatMul(m, ab)
-            ad = Reshape(ac, t)
-            y = Squeeze(ad, fifth)
-        }""",
-        """
-        weights_not_turned (float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, S, 3, 2] v, float[B, 1, T, 1] mask)
-            => (float[B, 3, T, 2] y)
-        <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
-            qs = Mul(q, half)
-            kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
-            a = MatMul(kh, qt)
-            b = Add(a, mask)
-            c = Softmax <axis = 2> (b)
-            d = Unsqueeze(c, two)
-            e = Transpose <perm = [0, 1, 3, 2, 4]> (d)
-            f = Shape(e)
-            g = Gather(f, two)
-            h = Gather(f, fifth)
-            i = Gather(f, heads)
-            j = ReduceProd <keepdims = 1> (i)
-            l = Concat <axis = 0> (j, rest, h)
-            m = Reshape(e, l)
-            n = Unsqueeze(v, two)
-            o = Transpose <perm = [0, 3, 2, 4, 1]> (n)
-            p = Shape(o)
-            r = Gather(p, fourth)
-            s = Gather(p, fifth)
-            u = Gather(p, heads)
-            w = ReduceProd <keepdims = 1> (u)
-            x = Concat <axis = 0> (w, rest, s)
-            z = Max(i, u)
-            t = Concat <axis = 0> (z, g, r, one)
-            aa = Reshape(o, x)
-            ab = Transpose <perm = [0, 2, 1]> (aa)
-            ac = MatMul(m, ab)
-            ad = Reshape(ac, t)
-            y = Squeeze(ad, fifth)
-        }""",
-        """
-        one_head (float[B, S, 1, 2] q, float[B, T, 1, 2] k, float[B, T, 1, 2] v, float[B, 1, T, 1] mask)
-            => (float[B, 1, S, 2] y)
-        <int64[1] first = {1}, int64[1] third = {3}, int64[2] heads = {0, 1}, int64[1] two = {2}, int64[1] rest = {-1},
-         int64[1] one = {1}, int64[1] fourth = {3}, int64[1] fifth = {4}, float half = {0.5}> {
-            qs = Mul(q, half)
-            kh = Transpose <perm = [0, 2, 1, 3]> (k)
-            qt = Transpose <perm = [0, 2, 3, 1]> (qs)
-            a = MatMul(kh, qt)
-            b = Add(a, mask)
-            c = Softmax <axis = 2> (b)
-            d = Unsqueeze(c, two)
-            e = Transpose <perm = [0, 1, 4, 2, 3]> (d)
-            f = Shape(e)
-            g = Gather(f, two)
-            h = Gather(f, fifth)
-            i = Gather(f, heads)
-            j = ReduceProd <keepdims = 1> (i)
-            l = Concat <axis = 0> (j, rest, h)
-            m = Reshape(e, l)
-            n = Unsqueeze(v, two)
-            o = Transpose <perm = [0, 3, 2, 4, 1]> (n)
-            p = Shape(o)
-            r = Gather(p, fourth)
-            s = Gather(p, fifth)
-            u = Gather(p, heads)
-            w = ReduceProd <keepdims = 1> (u)
-            x = Concat <axis = 0> (w, rest, s)
-            z = Max(i, u)
-            t = Concat <axis = 0> (z, g, r, one)
-            aa = Reshape(o, x)
-            ab = Transpose <perm = [0, 2, 1]> (aa)
-            ac = MatMul(m, ab)
-            ad = Reshape(ac, t)
-            y = Squeeze(ad, fifth)
-        }""",
+        changed(
+            _EXAMPLE,
+            ("example (", "softmax_over_queries ("),
+            ("c = Softmax <axis = 2> (b)", "c = Softmax <axis = 3> (b)"),
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "weights_are_an_output ("),
+            ("=> (float[B, 3, S, 2] y)", "=> (float[B, 3, S, 2] y, float[B, 3, T, S] c)"),
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "weights_not_turned ("),
+            ("float[B, T, 3, 2] v, float[B, 1, T, 1] mask)", "float[B, S, 3, 2] v, float[B, 1, T, 1] mask)"),
+            ("=> (float[B, 3, S, 2] y)", "=> (float[B, 3, T, 2] y)"),
+            ("e = Transpose <perm = [0, 1, 4, 2, 3]> (d)", "e = Transpose <perm = [0, 1, 3, 2, 4]> (d)"),
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "one_head ("),
+            (
+                "float[B, S, 3, 2] q, float[B, T, 3, 2] k, float[B, T, 3, 2] v, float[B, 1, T, 1] mask)",
+                "float[B, S, 1, 2] q, float[B, T, 1, 2] k, float[B, T, 1, 2] v, float[B, 1, T, 1] mask)",
+            ),
+            ("=> (float[B, 3, S, 2] y)", "=> (float[B, 1, S, 2] y)"),
+        ),
     ),
 )
 

@@ -43,7 +43,7 @@ about to bring a request, which would be met by a reset."""
 
 ACCEPTS = 8
 """How often each socket is listened at. libuv takes one connection of each listener in a turn of the event loop, which
-takes milliseconds under load: the last of 64 that came at once waited for 0.14 s."""
+takes milliseconds under load: the last of many that come at once would wait for as many turns."""
 
 SWITCH_INTERVAL = 5e-5
 """Seconds for which a thread that has the interpreter's lock keeps it from one that waits, not 0.005. An engine
