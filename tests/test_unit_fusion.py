@@ -44,6 +44,7 @@ FORMS = {
     "inverse_root": "q = Mul(x, x)  s = ReduceSum(q, axis)  b = Add(s, e)  i = Pow(b, low)  y = Mul(x, i)",
     "no_upper_bound": "n = ReduceL2(x, axis)  c = Clip(n, e, )  y = Div(x, c)",
     "largest_upper_bound": "n = ReduceL2(x, axis)  c = Clip(n, e, largest)  y = Div(x, c)",
+    "largest_sum": "s = ReduceSumSquare(x, axis)  b = Clip(s, e, largest)  c = Sqrt(b)  y = Div(x, c)",
 }
 
 
@@ -59,9 +60,10 @@ def model(text: str, axis: int = 1, width: str = "5") -> Any:
     )
 
 
-def check(text: Any, shape: tuple[int, ...], wide: tuple[int, ...] = (1, 1, 1)) -> None:
+def check(text: Any, shape: tuple[int, ...], wide: tuple[int, ...] = (1, 1, 1), first: float = 0) -> None:
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     x[0, :, 0] = 0
+    x[0, 0, 0] = first
     given = {"x": x, "wide": np.array(wide)}
     fused, parts = (infera_gpu.load(text, device="cpu", fuse=f) for f in (True, False))
     assert [n.op for n in fused.graph.nodes if n.op != "Shape"] == ["L2Normalization"]
@@ -72,6 +74,12 @@ def check(text: Any, shape: tuple[int, ...], wide: tuple[int, ...] = (1, 1, 1)) 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_is_one_operator(form: str, axis: int) -> None:
     check(model(form, axis), (3, 4, 5))
+
+
+@pytest.mark.parametrize("element", [np.inf, -np.inf, np.nan, 1e30])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_an_element_of_infinite_length_gives_what_the_parts_give(form: str, element: float) -> None:
+    check(model(form), (3, 4, 5), first=element)
 
 
 def test_lengths_wider_than_the_vectors_widen_the_result() -> None:

@@ -44,8 +44,9 @@ def _fits(site: Site) -> bool:
 
 def _infer(site: Site) -> tuple[TensorSpec]:
     site.axis()
-    if site.attrs["bound"] not in ("max", "add") or not _fits(site):
-        raise site.fail(f"bound is {site.attrs['bound']!r} and the shape {site.ints(1)} for {site.spec(0)}")
+    bound, finite = site.attrs["bound"], site.attrs["finite"]
+    if bound not in (("max",) if finite else ("max", "add")) or not _fits(site):
+        raise site.fail(f"bound is {bound!r}, finite {finite} and the shape {site.ints(1)} for {site.spec(0)}")
     return (site.spec(0),)
 
 
@@ -64,7 +65,8 @@ def _parts(site: Site) -> Expansion | None:
 
 
 def _how(site: Site) -> dict[str, Any]:
-    return {"epsilon": site.attrs["epsilon"], "bound": site.attrs["bound"], "squared": bool(site.attrs["squared"])}
+    flags = {name: bool(site.attrs[name]) for name in ("squared", "finite")}
+    return {"epsilon": site.attrs["epsilon"], "bound": site.attrs["bound"], **flags}
 
 
 def _bind(site: Site, io: Buffers) -> list[Call]:
@@ -72,12 +74,19 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
     return l2_normalize(io.ins[0].reshape(shape), io.outs[0].reshape(shape), io.scratch, split_of(io), **_how(site))
 
 
-_LENGTHS = {("max", 0): "length_at_least", ("add", 0): "length_and", ("max", 1): "root_of_at_least"}
-"""(bound, squared) -> the kind that Triton has; ("add", 1) is the remaining one."""
+_LENGTHS = {
+    ("max", 0, 0): "length_at_least",
+    ("max", 0, 1): "length_within",
+    ("max", 1, 0): "root_of_at_least",
+    ("max", 1, 1): "root_of_within",
+    ("add", 0, 0): "length_and",
+    ("add", 1, 0): "root_of_sum",
+}
+"""(bound, squared, finite) -> the kind that Triton has."""
 
 
 def _unit_rows(site: Site) -> _triton_norm.Rows:
-    kind = _LENGTHS.get((site.attrs["bound"], site.attrs["squared"]), "root_of_sum")
+    kind = _LENGTHS[site.attrs["bound"], site.attrs["squared"], site.attrs["finite"]]
     return _triton_norm.along(site, site.axis(), kind, float(site.attrs["epsilon"]))
 
 
@@ -85,9 +94,9 @@ def _compute(xp: Any, site: Site, x: Array, shape: Array | None = None) -> Array
     return l2_normalized(xp, x, site.axis(), **_how(site))
 
 
-# Y = X / n, where n is the root of the sum of squares along `axis`. With `bound` "max" n is at least `epsilon`, with
-# "add" it is greater by that; where `squared` the sum is, and not its root. The shape that n was expanded to, input 1,
-# may be left out.
+# Y = X / n, where n is the root of the sum of squares along `axis`. With `bound` "max" n is at least `epsilon`, and
+# where `finite` at most the largest number of its type; with "add" it is greater by that; where `squared` the sum is,
+# and not its root. The shape that n was expanded to, input 1, may be left out.
 _UNIT = Op(
     "L2Normalization",
     1,
@@ -96,7 +105,7 @@ _UNIT = Op(
     compute=plain(_compute),
     expand=_parts,
     kernels={"cpu": Kernel(_bind, _supported, inplace=(0,))} | _triton_norm.rows(_unit_rows),
-    attrs={"axis": -1, "epsilon": 0.0, "bound": "max", "squared": 0},
+    attrs={"axis": -1, "epsilon": 0.0, "bound": "max", "squared": 0, "finite": 0},
     values=(1,),
     cases=Cases(
         lambda: (
@@ -105,6 +114,8 @@ _UNIT = Op(
             Case("channels", (f32(2, 5, 7, 3),), {"axis": 1, "epsilon": 0.5, "bound": "add"}),
             Case("squared", (f32(2, 3, 5),), {"axis": -2, "epsilon": 0.5, "bound": "add", "squared": 1}),
             Case("at_least", (f32(4, 6),), {"epsilon": 3.0}),
+            Case("finite", (np.array([[np.inf, 1], [3, 4]], np.float32),), {"epsilon": 1e-12, "finite": 1}),
+            Case("finite_sum", (np.array([[-np.inf, 1], [3, 4]], np.float32),), {"squared": 1, "finite": 1}),
             Case("blocks", (f32(130, 521),), {"epsilon": 1e-6}),
             Case("first_axis", (f32(70, 67),), {"axis": 0}),
             Case("tiles", (f32(2, 130, 1200),), {"axis": 1}),

@@ -145,6 +145,7 @@ RELU = Fusion(
     example="example (float[3, 7] x) => (float[3, 7] y) <float z = {0}> { y = Max(z, x) }",
     near_misses=(
         "integers (int32[3, 7] x) => (int32[3, 7] y) <int32 z = {0}> { y = Max(z, x) }",
+        "zero_of_64_bits (float[3, 7] x) => (float[3, 7] y) <double z = {0}> { y = Max(z, x) }",
         "another_number (float[3, 7] x) => (float[3, 7] y) <float z = {0.1}> { y = Max(z, x) }",
     ),
 )

@@ -2,7 +2,8 @@
 
 One engine applies them, and it alone enforces what keeps a rewrite safe: the same name means the same value (or node)
 everywhere in a pattern; a value inside a match is read by nodes of the match alone and is no output of the graph;
-commutative operators match in either order; the replacement stands where the last node of the match stood.
+commutative operators match in either order; operands of arithmetic are of one type, as far as types are known; the
+replacement stands where the last node of the match stood.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Self
 
 from infera_gpu.graph import Graph, HostArray, Node
@@ -151,6 +153,23 @@ def standard(match: Match, op: str, since: int, inputs: tuple[str, ...], attrs: 
     return Node(op, inputs, root.outputs, dict(attrs), name=root.name or root.outputs[0], opset=opset)
 
 
+_OF_ONE_TYPE: Mapping[str, int] = MappingProxyType(
+    {**dict.fromkeys(("Add", "Clip", "Div", "Max", "Mean", "Min", "Mul", "PRelu", "Sub", "Sum"), 0), "Where": 1}
+)
+"""Operators whose inputs are of one type, from which on: planning refuses others, which a replacement would hide."""
+
+
+def _agrees_in_types(match: Match) -> bool:
+    for n in match.inside:
+        first = _OF_ONE_TYPE.get(n.qualified)
+        if first is None or len(n.inputs) - first < 2:
+            continue
+        specs = [match.draft.spec(i) for i in n.inputs[first:] if i]
+        if len({s.dtype for s in specs if s is not None}) > 1:
+            return False
+    return True
+
+
 def _made(fusion: Fusion, match: Match) -> Replacement | None:
     """What takes the match's place, None where the guard says no.
 
@@ -158,7 +177,7 @@ def _made(fusion: Fusion, match: Match) -> Replacement | None:
     number belongs, an input too few) is left as it is: it is named when it is planned.
     """
     try:
-        return fusion.build(match) if fusion.guard(match) else None
+        return fusion.build(match) if fusion.guard(match) and _agrees_in_types(match) else None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
 

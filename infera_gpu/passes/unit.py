@@ -29,18 +29,19 @@ _BOUNDED_SUM = _bounded(_SUM, "bounded_sum")
 _NORM = either(_bounded(_LENGTH, "bounded"), *_root(_BOUNDED_SUM), _LENGTH)
 
 
-def _bound(match: Match) -> tuple[str, float] | None:
-    """How the length or its square is kept from zero, and by how much; None where that is not known."""
+def _bound(match: Match) -> tuple[str, float, bool] | None:
+    """How the length or its square is kept from zero, by how much, and whether from infinity; None where that is not
+    known."""
     n = match.nodes.get("bounded") or match.nodes.get("bounded_sum")
     if n is None:
-        return "add", 0.0
+        return "add", 0.0, False
     if n.op != "Clip":
-        return n.op.lower(), match.number("epsilon")
+        return n.op.lower(), match.number("epsilon"), False
     limits = bounds(match.graph.constants, n)
     x = match.spec("x")
     if limits is None or x is None or x.dtype.kind != "f" or limits[1] < np.finfo(x.dtype).max:
-        return None  # Paddle clips by the largest number where nothing is to be
-    return "max", limits[0]
+        return None
+    return "max", limits[0], limits[1] < np.inf  # Paddle clips by the largest number where nothing is to be
 
 
 def _is_unit(match: Match) -> bool:
@@ -53,8 +54,8 @@ def _is_unit(match: Match) -> bool:
 def _unit(match: Match) -> Replacement:
     bound = _bound(match)
     assert bound is not None
-    kind, epsilon = bound
-    attrs = {"axis": one_axis(match, "sum"), "epsilon": epsilon, "bound": kind}
+    kind, epsilon, finite = bound
+    attrs = {"axis": one_axis(match, "sum"), "epsilon": epsilon, "bound": kind, "finite": int(finite)}
     attrs["squared"] = int("bounded_sum" in match.nodes)
     return Replacement(infera(match, "L2Normalization", named(match, ("x", "shape")), attrs))
 

@@ -52,8 +52,10 @@ REFERENCES: dict[str, Callable[[Array, Shape], Array]] = {
     "length_1": lambda x, a: x / np.abs(x).sum(a, keepdims=True),
     "length_2": _length(np.sqrt),
     "length_at_least": _length(lambda s: np.maximum(np.sqrt(s), EPS)),
+    "length_within": _length(lambda s: np.clip(np.sqrt(s), EPS, np.finfo(np.float32).max)),
     "length_and": _length(lambda s: np.sqrt(s) + EPS),
     "root_of_at_least": _length(lambda s: np.sqrt(np.maximum(s, EPS))),
+    "root_of_within": _length(lambda s: np.sqrt(np.clip(s, EPS, np.finfo(np.float32).max))),
     "root_of_sum": _length(lambda s: np.sqrt(s + EPS)),
 }
 

@@ -135,13 +135,14 @@ def l2_normalize(
     epsilon: float,
     bound: Literal["max", "add"],
     squared: bool,
+    finite: bool = False,
 ) -> list[Call]:
     """y = x / n along the middle axis of (outer, axis, inner), where n is the root of the sum of squares.
 
-    With `bound` "max" n is at least `epsilon`, with "add" it is greater by that; where `squared` the sum is, and not
-    its root. `y` may be `x`.
+    With `bound` "max" n is at least `epsilon`, and where `finite` at most the largest number; with "add" it is greater
+    by that; where `squared` the sum is, and not its root. `y` may be `x`.
     """
-    low, high, one = (const(value, x) for value in (epsilon, np.inf, 1))
+    low, high, one = (const(value, x) for value in (epsilon, np.finfo(x.dtype).max if finite else np.inf, 1))
 
     def part(tiles: Sequence[Tile]) -> list[Call]:
         most = max(x[tile].size for tile in tiles)

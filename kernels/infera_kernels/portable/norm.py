@@ -45,13 +45,18 @@ def lp_normalized(xp: Any, x: Array, axis: int, p: int) -> Array:
     return (wide / xp.where(norm == 0, 1, norm)).astype(x.dtype, copy=False)
 
 
-def l2_normalized(xp: Any, x: Array, axis: int, *, epsilon: float, bound: str, squared: bool) -> Array:
+def l2_normalized(
+    xp: Any, x: Array, axis: int, *, epsilon: float, bound: str, squared: bool, finite: bool = False
+) -> Array:
     """x over the root of its sum of squares along `axis`: the root, or where `squared` the sum, is at least `epsilon`,
-    or with `bound` "add" greater by that."""
+    and where `finite` at most the largest number, or with `bound` "add" greater by that."""
     wide = x.astype(xp.promote_types(x.dtype, xp.float32), copy=False)
 
     def bounded(n: Array) -> Array:
-        return xp.maximum(n, n.dtype.type(epsilon)) if bound == "max" else n + n.dtype.type(epsilon)
+        if bound == "add":
+            return n + n.dtype.type(epsilon)
+        n = xp.maximum(n, n.dtype.type(epsilon))
+        return xp.minimum(n, xp.finfo(n.dtype).max) if finite else n
 
     total = (wide * wide).sum(axis=axis, keepdims=True)
     return (wide / (xp.sqrt(bounded(total)) if squared else bounded(xp.sqrt(total)))).astype(x.dtype, copy=False)

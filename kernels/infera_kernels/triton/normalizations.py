@@ -87,7 +87,10 @@ NORMALIZATIONS: Mapping[str, Normalization] = MappingProxyType(
         "log_softmax": Normalization("max", "sum_exp", log_softmax_of),
         **{
             name: Normalization(None, name, divided)
-            for name in ("length_1", "length_2", "length_at_least", "length_and", "root_of_at_least", "root_of_sum")
+            for name in (
+                *("length_1", "length_2", "length_at_least", "length_within", "length_and"),
+                *("root_of_at_least", "root_of_within", "root_of_sum"),
+            )
         },
     }
 )

@@ -234,6 +234,17 @@ def root_of_at_least(x, shift, count, eps):
 
 
 @triton.jit
+def root_within(x, shift, count, eps):
+    """At least eps, and at most float32's largest number."""
+    return f.minimum(f.maximum(_root(x), eps), 3.4028234663852886e38)
+
+
+@triton.jit
+def root_of_within(x, shift, count, eps):
+    return _root(f.minimum(f.maximum(x, eps), 3.4028234663852886e38))
+
+
+@triton.jit
 def root_and(x, shift, count, eps):
     return _root(x) + eps
 
@@ -303,8 +314,10 @@ REDUCTIONS: Mapping[str, Reduction] = MappingProxyType(
         "length_1": _sums(magnitude, some),
         "length_2": _sums(square, some_root),
         "length_at_least": _sums(square, root_at_least),
+        "length_within": _sums(square, root_within),
         "length_and": _sums(square, root_and),
         "root_of_at_least": _sums(square, root_of_at_least),
+        "root_of_within": _sums(square, root_of_within),
         "root_of_sum": _sums(square, root_of_sum),
         "largest_first": _largest(key_largest_first, first_of_key),
         "largest_last": _largest(key_largest_last, last_of_key),
