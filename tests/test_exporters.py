@@ -56,6 +56,24 @@ ATTENTIONS = {
 """Models whose attentions get queries, keys and values from one input -> how many there are."""
 
 
+FUSED = {
+    ("PaddlePaddle", "llama-grouped"): {"infera.Attention repeated": 2},
+    ("PaddlePaddle", "norms"): {"infera.L2Normalization finite": 1},
+}
+"""Models whose exporters write these operators in parts -> how many there are, with a flag of theirs that is set."""
+
+
+@pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
+def test_what_is_written_in_parts_is_one_operator(export: Export) -> None:
+    wanted = FUSED.get((export.about["framework"], export.about["model"]), {})
+    with infera_gpu.load(export.path, device="cpu") as session:
+        nodes = session.graph.nodes
+        found = [
+            f"{n.qualified} {flag}".rstrip() for n in nodes for flag in ("", *n.attrs) if n.attrs.get(flag, 1) == 1
+        ]
+    assert {op: found.count(op) for op in wanted} == wanted
+
+
 @pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
 def test_agrees_with_the_framework_as_cuda_would_plan_it(export: Export) -> None:
     with infera_gpu.load(export.path, device="recording") as session:

@@ -83,6 +83,41 @@ FORMS = {
         }""",
         ["Gather", "Gather", "Unsqueeze", "Unsqueeze", "infera.Rotary"],
     ),
+    "heads of keys and values for two of queries each": (
+        """
+        g (float[N, 4, 5, 8] q, float[N, S, 2, 8] k, float[N, S, 2, 8] v) => (float[N, 5, 4, 8] y)
+        <int64[1] three = {3}, int64[1] none = {0}, int64[1] two = {2}, int64[1] four = {4}, int64[1] five = {5},
+         int64[5] wide = {-1, -1, -1, 2, -1}, int64[1] rest = {-1}, float[1] s = {0.25}, float zero = {0}> {
+            a = Mul(q, s)
+            b = Add(a, zero)
+            c = Unsqueeze(k, three)
+            d = Shape(c)
+            e = Max(d, wide)
+            f = Expand(c, e)
+            h = Shape(f)
+            i = Slice(h, none, two, none)
+            j = Slice(h, four, five, none)
+            l = Concat <axis = 0> (i, rest, j)
+            m = Reshape(f, l)
+            n = Unsqueeze(v, three)
+            o = Shape(n)
+            p = Max(o, wide)
+            r = Expand(n, p)
+            t = Shape(r)
+            u = Slice(t, none, two, none)
+            w = Slice(t, four, five, none)
+            z = Concat <axis = 0> (u, rest, w)
+            aa = Reshape(r, z)
+            ab = Transpose <perm = [0, 2, 1, 3]> (m)
+            ac = Transpose <perm = [0, 2, 1, 3]> (aa)
+            ad = Transpose <perm = [0, 1, 3, 2]> (ab)
+            ae = MatMul(b, ad)
+            af = Softmax <axis = -1> (ae)
+            ag = MatMul(af, ac)
+            y = Transpose <perm = [0, 2, 1, 3]> (ag)
+        }""",
+        ["Transpose", "Transpose", "infera.Attention"],
+    ),
     "a layer norm by var": (
         """
         g (float[N, 3, 8] x) => (float[N, 3, 8] y)

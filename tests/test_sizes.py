@@ -61,7 +61,9 @@ FORMS = {
     "shape": ("y = Shape(x)", ("B", "S", 8)),
     "part": ("y = Shape <start = 1> (x)", ("S", 8)),
     "casts": ("c = Cast <to = 6> (s)  y = Cast <to = 7> (c)", ("B", "S", 8)),
-    "floats": ("c = Cast <to = 1> (s)  y = Cast <to = 7> (c)", None),
+    "floats": ("c = Cast <to = 1> (s)  y = Cast <to = 7> (c)", ("B", "S", 8)),
+    "halves": ("c = Cast <to = 10> (s)  y = Cast <to = 7> (c)", None),
+    "fractions": ("c = Cast <to = 1> (s)  m = Max(c, thirds)  y = Cast <to = 7> (m)", None),
     "picked": ("y = Gather(s, i)", (8, "B")),
     "sliced": ("y = Slice(s, one, two)", ("S",)),
     "sliced_along_no_axis": ("y = Slice(s, one, two, one)", None),
@@ -74,6 +76,8 @@ FORMS = {
     "the_larger_of_equals": ("t = Shape(z)  y = Max(s, t)", ("B", "S", 8)),
     "the_larger_of_others": ("t = Gather(s, i)  u = Slice(s, zero, two)  y = Max(t, u)", ("8∨B", "B∨S")),
     "the_larger_of_numbers": ("t = Gather(s, last)  y = Max(t, two)", (8,)),
+    "the_larger_of_nothing": ("y = Max(s, least)", ("B", "S", 8)),
+    "the_larger_in_floats": ("c = Cast <to = 1> (s)  m = Max(lowest, c)  y = Cast <to = 7> (m)", ("B", "2∨S", 8)),
     "the_largest_of_unequal_lists": ("t = Gather(s, i)  u = Gather(s, j)  y = Max(t, u)", None),
     "one_as_a_scalar": ("a = Slice(s, one, two)  b = Squeeze(a)  y = Unsqueeze(b, zero)", ("S",)),
     "of_a_reshape": ("a = Gather(s, j)  r = Reshape(x, a)  y = Shape(r)", ("S", "B", 8)),
@@ -90,6 +94,7 @@ def test_what_is_followed(form: str) -> None:
         g (float[B, S, 8] x, int64[N] given) => (int64[M] y)
         <int64[2] i = {{-1, 0}}, int64[3] j = {{1, 0, 2}}, int64 k = {{1}}, int64[1] last = {{2}},
          int64[1] zero = {{0}}, int64[1] one = {{1}},
+         int64[3] least = {{-1, 0, -8}}, float[3] lowest = {{-1, 2, 0}}, float[3] thirds = {{0, 0, 2.5}},
          int64[1] two = {{2}}, int64 nothing = {{0}}, int64 step = {{1}}> {{
             s = Shape(x)
             z = Relu(x)

@@ -256,6 +256,17 @@ def _gathered(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), x.dtype)
 
 
+def _gathered_along_axes(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Each index in the last axis of the indices is along one of the first axes of the data."""
+    x, index = ins[:2]
+    if x is None or index is None or not (x.ranked and index.ranked) or n.attrs.get("batch_dims", 0):
+        return _unranked(x)
+    count = index.shape[-1]
+    if not isinstance(count, int) or not 0 < count <= x.ndim:
+        return _unranked(x)
+    return TensorSpec((*index.shape[:-1], *x.shape[count:]), x.dtype)
+
+
 def _looked_up(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     """Rows of a table, in place of the indices' last axis."""
     ids, table = ins[:2]
@@ -385,7 +396,7 @@ _NORMS = (
     *("infera.AxisNormalization", "RotaryEmbedding", "infera.Rotary", "infera.QuantizedLayerNormalization"),
 )
 _OTHERS = (
-    *("LSTM", "GRU", "RNN", "GatherElements", "GatherND", "ScatterND", "ScatterElements", "Compress", "Tile"),
+    *("LSTM", "GRU", "RNN", "GatherElements", "ScatterND", "ScatterElements", "Compress", "Tile"),
     *("DepthToSpace", "SpaceToDepth", "Upsample", "GridSample", "RoiAlign", "TopK", "STFT", "DFT"),
     *("ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
@@ -426,6 +437,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Unsqueeze": _unsqueezed,
         "Squeeze": _squeezed,
         "Gather": _gathered,
+        "GatherND": _gathered_along_axes,
         "infera.Lookup": _looked_up,
         **dict.fromkeys(("Slice", "Pad", "Split", "Resize"), _of_same_rank),
         "Concat": _joined,

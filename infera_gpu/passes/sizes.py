@@ -26,6 +26,9 @@ MOST = 64
 DEEP = 32
 """Nodes between a Shape and its use."""
 
+_EXACT = 2**24
+"""Whole numbers below it are numbers of float32."""
+
 TIMES = "×"
 LARGER = "∨"
 
@@ -79,7 +82,7 @@ def _factors(dim: Dim) -> tuple[int, Counter[str]] | None:
 
 
 def sizes(known: Known, value: str, found: dict[str, Sizes | None], depth: int = DEEP) -> Sizes | None:
-    """The elements of an integer vector or scalar, as sizes; None where not even their count is known.
+    """The elements of a vector or scalar of whole numbers, as sizes; None where not even their count is known.
 
     `found` is what was found out before, and is added to.
     """
@@ -88,13 +91,20 @@ def sizes(known: Known, value: str, found: dict[str, Sizes | None], depth: int =
         rule = RULES.get(n.qualified) if n is not None and depth else None
         made: Sizes | None = None
         if given is not None:
-            listed = given.ndim < 2 and given.size <= MOST and given.dtype.kind == "i"
-            made = tuple(given.reshape(-1).tolist()) if listed else None
+            listed = given.ndim < 2 and given.size <= MOST and _is_whole(given)
+            made = tuple([int(size) for size in given.reshape(-1).tolist()]) if listed else None
         elif n is not None and rule is not None:
             inputs = n.inputs
             made = rule(known, n, lambda i: sizes(known, inputs[i], found, depth - 1))
         found[value] = made if made is not None and len(made) <= MOST else None
     return found[value]
+
+
+def _is_whole(values: HostArray) -> bool:
+    """Integers, or floats that are some, as PaddlePaddle's exporter has it where Max takes floats alone."""
+    if values.dtype.kind != "f":
+        return values.dtype.kind == "i"
+    return values.dtype.itemsize > 2 and bool((np.abs(values) < _EXACT).all() and (values == np.rint(values)).all())
 
 
 Input: TypeAlias = Callable[[int], Sizes | None]
@@ -107,8 +117,8 @@ def _shape(known: Known, n: Node, given: Input) -> Sizes | None:
 
 
 def _cast(known: Known, n: Node, given: Input) -> Sizes | None:
-    """Sizes fit into 32 bits, where whoever wrote the file made them fit."""
-    return given(0) if dtype_of_onnx(n.attrs["to"]) in (np.int32, np.int64) else None
+    """Sizes fit into 32 bits, and are numbers of float32, where whoever wrote the file made them so."""
+    return given(0) if dtype_of_onnx(n.attrs["to"]) in (np.int32, np.int64, np.float32, np.float64) else None
 
 
 def _gather(known: Known, n: Node, given: Input) -> Sizes | None:
@@ -161,6 +171,9 @@ def larger(a: Dim, b: Dim) -> Dim:
         return a if b is not None else None
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b)
+    for size, least in ((a, b), (b, a)):
+        if isinstance(least, int) and least <= 0:  # no size is less
+            return size
     return LARGER.join(sorted(map(str, (a, b))))
 
 
