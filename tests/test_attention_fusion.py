@@ -190,3 +190,58 @@ def test_parts_side_by_side_compute_what_one_does(dims: tuple[int, ...], causal:
 
 def test_few_scores_stay_on_one_thread() -> None:
     assert spread(3, (1, 2, 8, 8, 4), causal=False)[0] == 1
+
+
+BY_MULTIPLICATION = """
+    s = Mul(e, r)
+    shape = Shape(s)
+    sizes = Cast <to = 6> (shape)
+    m1 = Slice(sizes, two, three, none)
+    m0 = Squeeze(m1, none)
+    n1 = Slice(sizes, three, four, none)
+    n0 = Squeeze(n1, none)
+    i = Range(first, m0, step)
+    rows = Unsqueeze(i, one_axis)
+    j = Range(first, n0, step)
+    h = Sub(j, n0)
+    columns = Add(h, m0)
+    seen = GreaterOrEqual(rows, columns)
+    f = Cast <to = 1> (seen)
+    target = Concat <axis = 0> (units, m1, n1)
+    wide = Cast <to = 7> (target)
+    b = Reshape(f, wide)
+    g = Mul(s, b)
+    o1 = Sub(one, b)
+    o2 = Mul(o1, low)
+    o3 = Sub(g, o2)
+    o4 = Add(o3, m)
+    w = Softmax <axis = -1> (o4)"""
+
+
+@pytest.mark.parametrize(("batches", "rows", "keys"), [((2, 2), 5, 7), ((1, 3), 1, 4), ((3, 1), 4, 4), ((0, 1), 2, 3)])
+def test_a_mask_multiplied_in_that_asks_scores_for_their_shape_is_a_condition(
+    batches: tuple[int, int], rows: int, keys: int
+) -> None:
+    """TensorFlow's GPT-2, by transformers."""
+    text = parse(f"""
+        g (float[P, 3, M, 4] q, float[Q, 3, 4, N] k, float[Q, 3, N, 4] v, float[1, N] m) => (float[R, 3, M, 4] y)
+        <float r = {{0.7}}, float low = {{10000}}, float one = {{1}}, int64[1] none = {{0}}, int64[1] one_axis = {{1}},
+         int64[1] two = {{2}}, int64[1] three = {{3}}, int64[1] four = {{4}}, int32 first = {{0}}, int32 step = {{1}},
+         int32[2] units = {{1, 1}}> {{
+            e = MatMul(q, k)
+            {BY_MULTIPLICATION}
+            y = MatMul(w, v)
+        }}""")
+    session, parts, strict = (
+        infera_gpu.load(text, device="cpu", **how) for how in ({}, {"fuse": False}, {"accuracy": "strict"})
+    )
+    assert "Attention" in {n.op for n in session.graph.nodes}
+    assert "MatMul" not in {n.op for n in session.graph.nodes}
+    assert "Attention" not in {n.op for n in strict.graph.nodes}
+    rng = np.random.default_rng(0)
+    shapes = {"q": (batches[0], 3, rows, 4), "k": (batches[1], 3, 4, keys), "v": (batches[1], 3, keys, 4)}
+    given: dict[str, Any] = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+    given["m"] = np.where(np.arange(keys)[None] == 0, -10000, 1e-9).astype(np.float32)
+    want = parts.run(given)["y"]
+    for got in (session.run(given)["y"], strict.run(given)["y"]):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)

@@ -58,6 +58,7 @@ ATTENTIONS = {
 
 FUSED = {
     ("PaddlePaddle", "llama-grouped"): {"infera.Attention repeated": 2},
+    ("TensorFlow", "gpt2-hub"): {"infera.Attention": 2},
     ("PaddlePaddle", "norms"): {"infera.L2Normalization finite": 1},
 }
 """Models whose exporters write these operators in parts -> how many there are, with a flag of theirs that is set."""

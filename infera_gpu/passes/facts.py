@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from infera_gpu.graph import Graph, HostArray, Node, made_name
+from infera_gpu.graph import JOINT, Graph, HostArray, Node, made_name
 from infera_gpu.passes import sizes
 from infera_gpu.spec import Dim, DType, TensorSpec, dtype_of_onnx, spec_of
 
@@ -50,7 +50,7 @@ class Facts:
                     known.update({i: self._given(i) for i in missing if i not in producers})
                     todo += [i for i in missing if i not in known]
                     continue
-                known[asked] = None if rule is None else self._applied(rule, n)
+                known[asked] = None if rule is None else self._applied(rule, n, asked)
             elif asked not in known:
                 known[asked] = self._given(asked)
             todo.pop()
@@ -67,10 +67,10 @@ class Facts:
         spec = self._graph.inputs.get(value)
         return _with_names(spec, value) if isinstance(spec, TensorSpec) else None
 
-    def _applied(self, rule: Rule, n: Node) -> Known:
+    def _applied(self, rule: Rule, n: Node, value: str) -> Known:
         try:
             made = rule(self, n, [self._known.get(i) if i else None for i in n.inputs])
-            return made if made is None else _with_names(made, n.outputs[0])
+            return made if made is None else _with_names(made, value)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return None
 
@@ -276,9 +276,20 @@ def _looked_up(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
 
 
 def _of_same_rank(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
-    """Slice, Pad, Split: which dimensions stay is not followed."""
+    """Slice, Pad: which dimensions stay is not followed."""
     x = ins[0]
     return _unranked(x) if x is None or not x.ranked else TensorSpec((None,) * x.ndim, x.dtype)
+
+
+def _split(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
+    """Of every part: its size is followed where all have the same."""
+    x = ins[0]
+    if x is None or not x.ranked:
+        return _unranked(x)
+    axis, count = int(n.attrs.get("axis", 0)) % x.ndim, len(n.outputs)
+    whole, even = x.shape[axis], "split" not in n.attrs and (len(n.inputs) < 2 or not n.inputs[1])
+    part = whole // count if even and isinstance(whole, int) and whole % count == 0 else None
+    return TensorSpec(tuple(part if i == axis else d for i, d in enumerate(x.shape)), x.dtype)
 
 
 def _counted(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
@@ -292,11 +303,16 @@ def _joined(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
     x = ins[0]
     if x is None or not all(s is not None and s.ranked and s.ndim == x.ndim for s in ins):
         return _unranked(x)
-    parts = [s.shape[int(n.attrs["axis"])] for s in ins if s is not None]
-    sizes = [d for d in parts if isinstance(d, int)]
-    whole = sum(sizes) if len(sizes) == len(parts) else None
     axis = int(n.attrs["axis"]) % x.ndim
-    return TensorSpec(tuple(whole if i == axis else d for i, d in enumerate(x.shape)), x.dtype)
+    along = [*zip(*(s.shape for s in ins if s is not None), strict=True)]
+    numbers = [d for d in along[axis] if isinstance(d, int)]
+    whole = sum(numbers) if len(numbers) == len(ins) else None
+    return TensorSpec(tuple(whole if i == axis else _best(dims) for i, dims in enumerate(along)), x.dtype)
+
+
+def _best(dims: Sequence[Dim]) -> Dim:
+    """What is best known of equal sizes: a number, a dimension of the model's inputs, or the first of their names."""
+    return min(dims, key=lambda d: 0 if isinstance(d, int) else 1 if d is not None and JOINT not in d else 2)
 
 
 def _power(facts: Facts, n: Node, ins: Sequence[Known]) -> Known:
@@ -439,7 +455,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Gather": _gathered,
         "GatherND": _gathered_along_axes,
         "infera.Lookup": _looked_up,
-        **dict.fromkeys(("Slice", "Pad", "Split", "Resize"), _of_same_rank),
+        **dict.fromkeys(("Slice", "Pad", "Resize"), _of_same_rank),
+        "Split": _split,
         "Concat": _joined,
         "Einsum": _einsum,
         "infera.Attention": _attended,
