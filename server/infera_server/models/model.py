@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
@@ -26,6 +25,7 @@ from infera_server.pipelines.text_batching import derive_for_texts
 from infera_server.processes.isolated import IsolatedSession
 from infera_server.requests import Request
 from infera_server.runtime import Session, open_file
+from infera_server.scheduling.arrivals import arrivals
 from infera_server.scheduling.batcher import Batcher
 from infera_server.scheduling.batching import Batching, derive
 from infera_server.scheduling.goal import Goal
@@ -252,7 +252,7 @@ def open_model(
         goal=goal,
         widens=widens if batching.layout and batching.layout.padding else None,
         weight=settings.shares.get(name, 1.0),
-        soon=_soon,
+        soon=arrivals.soon,
         inline_limit=settings.inline_run if session.device.name == "cpu" and supervision is None else 0.0,
         wait_for_engine=supervision.wait if supervision is not None else None,
         most_of=rules.most if rules is not None else None,
@@ -272,11 +272,6 @@ def open_model(
         settings.warmup_seconds,
     )
     return model
-
-
-def _soon(fn: Callable[[], None]) -> None:
-    """`submit` is called in the event loop's thread."""
-    asyncio.get_running_loop().call_soon(fn)
 
 
 def _batching(session: Session, config: ModelConfig | None, max_batch: int) -> Batching:

@@ -19,6 +19,7 @@ from infera_server.models.versions import chosen
 from infera_server.protocols import v2_grpc
 from infera_server.protocols.grpc_members import TRACE
 from infera_server.requests import Request
+from infera_server.scheduling.arrivals import arrivals
 from infera_server.scheduling.explanation import explain
 from infera_server.scheduling.jobs import Batch, Done, Job
 from infera_server.scheduling.rows import Arrays
@@ -61,6 +62,7 @@ class Call:
 
     def submit(self, done: Done) -> None:
         """Give it to the model, which may call `done` before this returns. Raises RequestError."""
+        arrivals.came()
         try:
             self.job = self.model.submit(self.request, self.nbytes, done)
         except Exception as error:

@@ -17,6 +17,7 @@ from infera_server.rpc.calls import Inference, ModelInfer
 from infera_server.rpc.health import Health
 from infera_server.rpc.management import METHODS, Elsewhere, handler
 from infera_server.rpc.stream import ModelStreamInfer
+from infera_server.scheduling.arrivals import arrivals
 from infera_server.service import Service
 from infera_server.settings import Settings
 
@@ -117,4 +118,5 @@ class _Routes(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
         self._handlers = handlers
 
     def service(self, details: Any) -> grpc.RpcMethodHandler | None:
+        arrivals.noted()  # a call: its message comes some turns later
         return self._handlers.get(details.method)
