@@ -82,6 +82,45 @@ FORMS = {
     "one_as_a_scalar": ("a = Slice(s, one, two)  b = Squeeze(a)  y = Unsqueeze(b, zero)", ("S",)),
     "of_a_reshape": ("a = Gather(s, j)  r = Reshape(x, a)  y = Shape(r)", ("S", "B", 8)),
     "of_a_range": ("a = Gather(s, k)  r = Range(nothing, a, step)  y = Shape(r)", ("S",)),
+    "of_a_pad": ("p = Pad(x, pads)  y = Shape(p)", ("B", "p⁄1", 11)),
+    "of_a_computed_pad": (
+        "a = Neg(one)  c = Concat <axis = 0> (zero, zero, zero, zero, a, zero)  p = Pad(x, c)  y = Shape(p)",
+        ("B", "p⁄1", 8),
+    ),
+    "of_a_slice": ("p = Slice(x, one, two, two)  y = Shape(p)", ("B", "S", 1)),
+    "of_a_slice_of_unknown_bounds": ("p = Slice(x, given, two, two)  y = Shape(p)", ("B", "S", "p⁄2")),
+    "of_a_backward_slice": ("p = Slice(x, two, far, two, back)  y = Shape(p)", ("B", "S", 3)),
+    "of_the_parts_of_a_split": (
+        "p, r = Split <axis = 2> (x)  t = Shape(p)  u = Shape(r)  y = Concat <axis = 0> (t, u)",
+        ("B", "S", 4, "B", "S", 4),
+    ),
+    "of_unequal_parts": (
+        "p, r = Split <axis = 2> (x, parts)  t = Shape(p)  u = Shape(r)  y = Concat <axis = 0> (t, u)",
+        ("B", "S", "p⁄2", "B", "S", "r⁄2"),
+    ),
+    "parts_of_a_list": ("a, b, c = Split <axis = 0> (s)  y = Concat <axis = 0> (c, a)", (8, "B")),
+    "divided": ("c = Slice(s, two, three)  y = Div(c, three)", (2,)),
+    "divided_by_a_factor": ("a = ReduceProd(s)  y = Div(a, two)", ("4×B×S",)),
+    "not_divided": ("c = Slice(s, one, two)  y = Div(c, three)", (None,)),
+    "divided_in_floats": ("c = Slice(s, two, three)  f = Cast <to = 1> (c)  y = Div(f, thirds1)", (None,)),
+    "of_a_constant": ("a = Gather(s, i)  c = ConstantOfShape(a)  y = Shape(c)", (8, "B")),
+    "of_a_join": (
+        "t = Gather(s, j)  r = Reshape(x, t)  q = Reshape(given2, q3)  c = Concat <axis = 0> (q, r)  y = Shape(c)",
+        ("c⁄0", "B", 8),
+    ),
+    "of_a_convolution": ("c = Conv <group = 2, pads = [1, 0], strides = [2]> (z4, w)  y = Shape(c)", ("P", 4, 5)),
+    "of_a_dilated_convolution": ("c = Conv <dilations = [2], pads = [2, 2]> (x4, w3)  y = Shape(c)", ("P", 4, "S")),
+    "of_a_convolution_of_unknown_size": ("c = Conv <pads = [2, 1]> (x4, w3)  y = Shape(c)", ("P", 4, "c⁄2")),
+    "of_a_convolution_padded_by_itself": (
+        'c = Conv <auto_pad = "SAME_LOWER", strides = [3]> (z4, w1)  y = Shape(c)',
+        ("P", 4, 3),
+    ),
+    "of_a_pool": ("c = MaxPool <kernel_shape = [3], strides = [2]> (z4)  y = Shape(c)", ("P", 3, 3)),
+    "of_a_pool_rounded_up": (
+        "c = MaxPool <kernel_shape = [3], strides = [2], ceil_mode = 1> (z4)  y = Shape(c)",
+        ("P", 3, "c⁄2"),
+    ),
+    "of_a_transposed_convolution": ("c = ConvTranspose <group = 2> (x, w)  y = Shape(c)", ("B", 6, "c⁄2")),
     "unknown": ("y = Identity(given)", None),
 }
 
@@ -91,9 +130,12 @@ def test_what_is_followed(form: str) -> None:
     text, wanted = FORMS[form]
     model = parse(
         f"""
-        g (float[B, S, 8] x, int64[N] given) => (int64[M] y)
+        g (float[B, S, 8] x, int64[N] given, float[N] given2, int64[3] q3, float[4, 3, 1] w,
+           float[P, 3, S] x4, float[P, 3, 8] z4, float[4, 3, 3] w3, float[4, 3, 1] w1) => (int64[M] y)
         <int64[2] i = {{-1, 0}}, int64[3] j = {{1, 0, 2}}, int64 k = {{1}}, int64[1] last = {{2}},
          int64[1] zero = {{0}}, int64[1] one = {{1}},
+         int64[6] pads = {{0, 1, 1, 0, 0, 2}}, int64[1] far = {{-9}}, int64[1] back = {{-1}},
+         int64[1] three = {{3}}, float[1] thirds1 = {{3}}, int64[2] parts = {{3, 5}},
          int64[3] least = {{-1, 0, -8}}, float[3] lowest = {{-1, 2, 0}}, float[3] thirds = {{0, 0, 2.5}},
          int64[1] two = {{2}}, int64 nothing = {{0}}, int64 step = {{1}}> {{
             s = Shape(x)

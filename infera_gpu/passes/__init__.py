@@ -54,10 +54,10 @@ from infera_gpu.passes import (
 from infera_gpu.passes.chains import chained, may_chain
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusions, exhaust
-from infera_gpu.passes.facts import Known
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
 from infera_gpu.passes.int8 import quantised
+from infera_gpu.passes.known import Known
 from infera_gpu.passes.layout import convert
 from infera_gpu.passes.quantized_norm import quantized_norms
 from infera_gpu.passes.same import drop_outputs, remove_identities, share_values

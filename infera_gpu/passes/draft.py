@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from infera_gpu.graph import Graph, HostArray, Node
-from infera_gpu.passes.facts import Facts, Known
+from infera_gpu.passes.facts import Facts
+from infera_gpu.passes.known import Known
 from infera_gpu.passes.sizes import Sizes
 from infera_gpu.spec import TensorSpec
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import Op, Registry
-from infera_gpu.passes.facts import Facts, Known, broadcast
+from infera_gpu.passes.facts import Facts
+from infera_gpu.passes.known import Known, broadcast
 from infera_gpu.spec import dtype_of_onnx
 
 Test: TypeAlias = Callable[[Node, Facts], int | None]

@@ -96,6 +96,9 @@ def sizes(known: Known, value: str, found: dict[str, Sizes | None], depth: int =
         elif n is not None and rule is not None:
             inputs = n.inputs
             made = rule(known, n, lambda i: sizes(known, inputs[i], found, depth - 1))
+        if made is not None and n is not None and len(n.outputs) > 1:
+            part, i = len(made) // len(n.outputs), n.outputs.index(value)
+            made = made[i * part : (i + 1) * part]
         found[value] = made if made is not None and len(made) <= MOST else None
     return found[value]
 
@@ -146,7 +149,21 @@ def _concat(known: Known, n: Node, given: Input) -> Sizes | None:
     specs, parts = [known.spec(i) for i in n.inputs], [given(i) for i in range(len(n.inputs))]
     if n.attrs["axis"] not in (0, -1) or any(s is None or not s.ranked or s.ndim != 1 for s in specs):
         return None
-    return None if any(p is None for p in parts) else tuple(d for p in parts if p is not None for d in p)
+    made: list[Dim] = []
+    for spec, part in zip(specs, parts, strict=True):
+        count = spec.shape[0] if spec is not None else None
+        if part is None and not (isinstance(count, int) and count <= MOST):
+            return None
+        made += (None,) * int(count or 0) if part is None else part
+    return tuple(made)
+
+
+def _split(known: Known, n: Node, given: Input) -> Sizes | None:
+    """Of all outputs, which have as many elements each."""
+    x, even = given(0), "split" not in n.attrs and (len(n.inputs) < 2 or not n.inputs[1])
+    spec = known.spec(n.inputs[0])
+    vector = spec is not None and spec.ranked and spec.ndim == 1
+    return x if x is not None and even and vector and len(x) % len(n.outputs) == 0 else None
 
 
 def _reshaped(known: Known, n: Node, given: Input) -> Sizes | None:
@@ -163,6 +180,17 @@ def _product(known: Known, n: Node, given: Input) -> Sizes | None:
 def _times(known: Known, n: Node, given: Input) -> Sizes | None:
     a, b = given(0), given(1)
     return None if a is None or b is None or len(a) != 1 or len(b) != 1 else (product([*a, *b]),)
+
+
+def _over(known: Known, n: Node, given: Input) -> Sizes | None:
+    """Integers are rounded down."""
+    a, b, x = given(0), given(1), known.spec(n.inputs[0])
+    if a is None or b is None or len(a) != 1 or len(b) != 1:
+        return None
+    whole, part = a[0], b[0]
+    if isinstance(whole, int) and isinstance(part, int) and x is not None and x.dtype.kind == "i":
+        return (whole // part,) if whole >= 0 < part else None
+    return (quotient(a, b),)
 
 
 def larger(a: Dim, b: Dim) -> Dim:
@@ -193,10 +221,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Gather": _gather,
         "Slice": _slice,
         "Concat": _concat,
+        "Split": _split,
         **dict.fromkeys(("Squeeze", "Unsqueeze", "Reshape"), _reshaped),
         "Identity": lambda known, n, given: given(0),
         "ReduceProd": _product,
         "Mul": _times,
+        "Div": _over,
         "Max": _largest,
     }
 )
