@@ -58,6 +58,8 @@ ATTENTIONS = {
 
 FUSED = {
     ("PaddlePaddle", "llama-grouped"): {"infera.Attention repeated": 2},
+    ("TensorFlow", "norms"): {"GroupNormalization": 1},
+    ("TensorFlow", "segmenter"): {"GroupNormalization": 2},
     ("TensorFlow", "gpt2-hub"): {"infera.Attention": 2},
     ("PaddlePaddle", "norms"): {"infera.L2Normalization finite": 1},
 }

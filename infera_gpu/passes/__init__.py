@@ -22,6 +22,7 @@ from infera_gpu.passes import (
     gates,
     gelu,
     group,
+    group_last,
     head_attention,
     heads,
     heads_last,
@@ -75,6 +76,7 @@ QUANTIZED = Fusions(*quantized.FUSIONS, *quantized_finish.EARLY, *quantized_pool
 """Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS = Fusions(
+    *group_last.FUSIONS,
     *scale.FUSIONS,
     *sinking.FUSIONS,
     *pairs.FUSIONS,
