@@ -1,4 +1,4 @@
-"""`python -m bench.report`: docs/performance.md and its charts, from the files in bench/results alone.
+"""`python -m bench.report`: docs/performance.md, its charts and the README's tables, from bench/results alone.
 
 Measurements are under "Measured", predictions under "Predicted"; no table or chart has both.
 """
@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench import report_cpu, report_gpu
+from bench import report_cpu, report_gpu, report_readme
 from bench.environment import RESULTS
 from bench.report_cpu import CHARTED, SECTIONS, Result
 
 DOCUMENT = "performance.md"
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 PREDICTED_CHART = "performance-predicted.svg"
 SHOWN = "H200"
 """The card whose predicted rows are drawn."""
@@ -114,7 +115,7 @@ def _cpus(results: Mapping[str, Result], files: dict[str, str]) -> list[str]:
     parts = []
     newest = on_cpus(results)
     for host in dict.fromkeys(host for host, _ in newest):
-        parts.append(f"### {host}")
+        parts += [f"### {host}", report_cpu.targets({t: result for (h, t), (_, result) in newest.items() if h == host})]
         if charted := newest.get((host, CHARTED)):
             chart = f"performance-{slug(host)}.svg"
             files[chart] = report_cpu.speeds(charted[1])
@@ -159,9 +160,13 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
     parser.add_argument("--out", type=Path, default=DOCS, metavar="DIR", help="where the document goes (docs)")
     options = parser.parse_args()
-    for name, text in render(read()).items():
-        (options.out / name).write_text(text)
-        print(options.out / name)
+    results = read()
+    files = {options.out / name: text for name, text in render(results).items()}
+    if options.out == DOCS:
+        files[README] = report_readme.filled(README.read_text(), on_cpus(results))
+    for path, text in files.items():
+        path.write_text(text)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.charts import bars
+from bench.cpu_targets import TARGETS, mean
 from bench.models import BUILT
 
 Result = Mapping[str, Any]
@@ -51,14 +51,29 @@ def speeds(result: Result) -> str:
 
 def means(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Geometric means of the ratios over the trained models' first examples, by the number of threads."""
+    trained = len({row["model"] for row in rows} - BUILT.keys())
     for threads in sorted({row["threads"] for row in rows}):
-        firsts = {row["model"]: row for row in reversed(rows) if row["threads"] == threads and not row["failure"]}
-        trained = [row["ratios"] for name, row in firsts.items() if name not in BUILT]
         for key, what in (("wall", "infera"), ("compiled_wall", "jit")):
-            found = [ratios[key] for ratios in trained if key in ratios]
-            if len(found) > 1:
+            if (found := mean(threads, key)(rows)) is not None:
                 where = f"{what}, {threads} thread{'s' if threads > 1 else ''}"
-                yield f"{where}: {statistics.geometric_mean(found):.2f}, mean of {len(found)} trained models"
+                yield f"{where}: {found:.2f}, mean of {trained} trained models"
+
+
+def targets(newest: Mapping[str, Result]) -> str:
+    """What is to be reached, held against the newest files of one processor by topic, and why what is missed is."""
+    rows, reasons = [], dict[str, list[str]]()
+    for target in TARGETS:
+        if target.topic not in newest:
+            continue
+        value = target.judge(newest[target.topic]["rows"])
+        if value is None:
+            continue
+        if not (met := target.met(value)):
+            reasons.setdefault(target.why, []).append(target.work)
+        bound = "at most" if target.at_most else "at least"
+        rows.append([target.work, f"{bound} {target.goal:g}", f"{value:.3g}", "met" if met else "**missed**"])
+    said = [f"- {'; '.join(works)}: {why}" for why, works in reasons.items() if why]
+    return "\n\n".join([table(("work", "target", "measured", ""), rows), "\n".join(said)]).rstrip()
 
 
 def first(result: Result) -> str:

@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import report, report_cpu
+from bench import report, report_cpu, report_readme
+from bench.cpu_targets import TARGETS as TARGETS_ON_CPUS
 from bench.gpu_targets import TARGETS
-from bench.report import DOCS, DOCUMENT, PREDICTED_CHART, read, render
+from bench.report import DOCS, DOCUMENT, PREDICTED_CHART, README, read, render
 
 TIMES = {"resnet50 b1": 1.0e-3, "resnet50 b32": 4.0e-3}
 
@@ -61,6 +62,38 @@ def test_the_document_is_what_the_results_give() -> None:
     for name, text in files.items():
         assert (DOCS / name).read_text() == text, f"{name} is not what bench/results gives: run `make report`"
     assert {path.name for path in DOCS.glob("performance*")} == files.keys()
+
+
+def test_the_tables_of_the_readme_are_what_the_results_give() -> None:
+    text, newest = README.read_text(), report.on_cpus(read())
+    assert report_readme.filled(text, newest) == text, "run `make report`"
+    for line in text.splitlines():
+        if line.startswith("<!-- ") and line != report_readme.END:
+            with pytest.raises(ValueError, match="no place for the table"):
+                report_readme.filled(text.replace(line, ""), newest)
+
+
+def test_targets_on_cpus_are_held_against_the_newest_files() -> None:
+    times = {"infera": {"wall_ms": 2.0}, "infera[jit]": {"wall_ms": 1.0}, "onnxruntime": {"wall_ms": 2.0}}
+    row = {"model": "vgg19", "example": "b1", "threads": 1, "failure": "", "summaries": times}
+    slow = {"rows": [{**row, "ratios": {"wall": 0.7}}, {**row, "example": "b1 dark", "ratios": {"wall": 0.6}}]}
+    text = report_cpu.targets({"": slow})
+    assert "| VGG-19, 1 thread | at most 0.65 | 0.7 | **missed** |" in text
+    assert "- VGG-19, 1 thread: The largest layers" in text
+    fast = {"rows": [{**row, "ratios": {"wall": 0.5}}]}
+    text = report_cpu.targets({"": fast, "overload": {"rows": [{"engine": "the server's process", "goodput": 0.96}]}})
+    assert "| VGG-19, 1 thread | at most 0.65 | 0.5 | met |" in text
+    assert "| answered at ten times the load, of the peak, in one process | at least 0.95 | 0.96 | met |" in text
+    assert "missed" not in text
+    assert "The largest" not in text
+
+
+def test_every_target_can_be_measured() -> None:
+    newest: dict[str, list[dict[str, Any]]] = {}
+    for (_, topic), (_, result) in report.on_cpus(read()).items():
+        newest.setdefault(topic, []).append(dict(result))
+    for target in TARGETS_ON_CPUS:
+        assert any(target.judge(result["rows"]) is not None for result in newest[target.topic]), target.work
 
 
 def test_charts_are_svg_and_are_shown() -> None:

@@ -1,0 +1,212 @@
+"""What the rows measured on a CPU are to reach, as data, and why those that do not cannot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from bench.models import BUILT
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+Judge: TypeAlias = Callable[[Rows], float | None]
+"""One number of the rows of a results file; None where what it needs was not measured."""
+
+
+def _largest(found: Sequence[float]) -> float | None:
+    return max(found, default=None)
+
+
+def ratio(model: str, threads: int, examples: Sequence[str] = ("b1",), key: str = "wall") -> Judge:
+    """Time over onnxruntime's, the largest of some examples."""
+
+    def judge(rows: Rows) -> float | None:
+        chosen = (r for r in rows if (r["model"], r["threads"]) == (model, threads) and not r["failure"])
+        return _largest(
+            [r["ratios"][key] for r in chosen if r["example"].split()[0] in examples and key in r["ratios"]]
+        )
+
+    return judge
+
+
+def mean(threads: int, key: str = "wall") -> Judge:
+    """The geometric mean of that over the trained models' first examples."""
+
+    def judge(rows: Rows) -> float | None:
+        firsts = {r["model"]: r for r in reversed(rows) if r["threads"] == threads and not r["failure"]}
+        found = [r["ratios"][key] for name, r in firsts.items() if name not in BUILT and key in r["ratios"]]
+        return statistics.geometric_mean(found) if len(found) > 1 else None
+
+    return judge
+
+
+def worst(column: str) -> Judge:
+    """The largest value of a column."""
+    return lambda rows: _largest([float(r[column]) for r in rows if not r.get("failure") and column in r])
+
+
+def planning(rows: Rows) -> float | None:
+    """Microseconds a node in the median, of the model for which it is most."""
+    return _largest([r["new"]["planning_micros_a_node"]["median"] for r in rows if not r["failure"]])
+
+
+def memory(model: str) -> Judge:
+    """Peak over onnxruntime's at as many threads, the largest."""
+
+    def judge(rows: Rows) -> float | None:
+        peaks = {(r["threads"], r["runtime"]): r["peak"] for r in rows if r["model"] == model}
+        return _largest([p / peaks[t, "onnxruntime"] for (t, name), p in peaks.items() if name == "infera"])
+
+    return judge
+
+
+def served(ours: str, peer: str, body: str, connections: int, column: str = "rps", peer_body: str = "") -> Judge:
+    """A column of ours over the peer's; with no peer ours."""
+
+    def judge(rows: Rows) -> float | None:
+        found = {(r["server"], r["body"], r["connections"]): r[column] for r in rows}
+        own, other = found.get((ours, body, connections)), found.get((peer, peer_body or body, connections))
+        if own is None or (peer and other is None):
+            return None
+        return float(own / other) if other else float(own)
+
+    return judge
+
+
+def called(ours: str, peer: str, callers: int) -> Judge:
+    """Processor time of a call over a peer's."""
+
+    def judge(rows: Rows) -> float | None:
+        found = {(r["server"], r["callers"]): r["cpu_us"] for r in rows}
+        if (ours, callers) not in found or (peer, callers) not in found:
+            return None
+        return float(found[ours, callers] / found[peer, callers])
+
+    return judge
+
+
+def overloaded(engine: str, column: str) -> Judge:
+    return lambda rows: next((float(r[column]) for r in rows if engine in r["engine"]), None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `judge` makes of the rows of the newest file of a topic is to be at least `goal`, or `at_most` that.
+
+    `unit` follows the number. `why` says what keeps it from being met where it is not.
+    """
+
+    work: str
+    topic: str
+    judge: Judge
+    goal: float
+    at_most: bool = True
+    unit: str = ""
+    why: str = ""
+
+    def met(self, value: float) -> bool:
+        """As well as the number is shown."""
+        value = float(f"{value:.3g}")
+        return value <= self.goal if self.at_most else value >= self.goal
+
+
+_CONVOLUTIONS = (
+    "The largest layers multiply a few dozen rows by weights that come from memory for each image, and OpenBLAS is no "
+    "faster there than onnxruntime."
+)
+_PRODUCTS = "Nearly all of it are OpenBLAS' products, which take as long as onnxruntime's or longer for 128 rows."
+_FIRST = (
+    "Planning and binding are Python, a fraction of a millisecond a node: what is left of it on models of a few "
+    "milliseconds. yunet's depthwise convolutions are a thousand calls."
+)
+_ALONE = (
+    "One request at a time finds Python's data and code in the farther cache, since the model's 2 MB of weights went "
+    "through the nearer one: next to no model takes less than half as long."
+)
+_TORCHSERVE = (
+    "Its front end is Java and batches; eight times as much is more than a bare handler under uvicorn answers."
+)
+_LOCK = (
+    "Each step of a run gives the interpreter's lock away and takes it back, for which it waits while a request is "
+    "refused; the load generator takes a part of the two processors too."
+)
+_GRPC = (
+    "A lone call's run and reply find the cache cold, as over HTTP; more callers share runs, but gRPC's library hands over "
+    "one call after the other."
+)
+
+_SPEEDS = (
+    ("BERT-base, 128 tokens, batch 1 and 8", "bert-base", ("b1", "b8"), 1.10, 1.25, _PRODUCTS),
+    ("ResNet-50, batch 1 and 8", "resnet50", ("b1", "b8"), 1.15, 1.35, _CONVOLUTIONS),
+    ("VGG-19", "vgg19", ("b1",), 0.65, 0.90, _CONVOLUTIONS),
+    ("SqueezeNet", "squeezenet", ("b1",), 1.6, 2.0, ""),
+    ("MobileNetV2", "mobilenetv2-zoo", ("b1",), 2.5, 3.5, ""),
+    ("GPT-2, one token after 255", "gpt2-step", ("b1",), 1.3, 1.5, ""),
+)
+
+TARGETS = (
+    *(
+        Target(f"{name}, {threads} thread{'s' * (threads > 1)}", "", ratio(model, threads, examples), goal, why=why)
+        for name, model, examples, *goals, why in _SPEEDS
+        for threads, goal in zip((1, 2), goals, strict=True)
+    ),
+    Target("mean of the trained models, 1 thread", "quick", mean(1), 1.8),
+    Target("mean of the trained models, 2 threads", "quick", mean(2), 2.2),
+    Target(
+        "with numba: BERT-base, batch 1 and 8, 1 thread", "",
+        ratio("bert-base", 1, ("b1", "b8"), "compiled_wall"), 1.0, why=_PRODUCTS,
+    ),
+    Target("with numba: MobileNetV2, 1 thread", "", ratio("mobilenetv2-zoo", 1, ("b1",), "compiled_wall"), 1.8),
+    Target("load and first inference, the worst model", "first", worst("ratio"), 1.5, why=_FIRST),
+    Target("the same of a model that is new on the machine", "first", worst("new_ratio"), 1.5, why=_FIRST),
+    Target("planning a new shape, microseconds a node", "shapes", planning, 100),
+    Target("peak memory of ResNet-50, batch 8", "resident", memory("resnet50"), 1.0),
+    Target("peak memory of BERT-base, batch 8", "resident", memory("bert-base"), 1.0),
+    Target(
+        "requests/s, binary, 64 connections, over tritonserver's", "serving",
+        served("infera", "triton", "binary", 64), 1.5, at_most=False,
+    ),
+    Target("processor time of such a request, µs", "serving", served("infera", "", "binary", 64, "cpu_us"), 75),
+    Target(
+        "median latency, binary, 1 connection, over tritonserver's", "serving",
+        served("infera", "triton", "binary", 1, "p50_ms"), 0.6, why=_ALONE,
+    ),
+    Target(
+        "requests/s, JSON, 64 connections, over tritonserver's", "serving",
+        served("infera", "triton", "json", 64), 1.2, at_most=False,
+    ),
+    Target(
+        "the same with next to no model, binary, over a bare ASGI handler's", "serving",
+        served("infera, next to no model", "asgi", "binary", 64), round(1 / 1.2, 3), at_most=False,
+    ),
+    *(
+        Target(
+            f"requests/s, JSON, 64 connections, over {name}'s", "serving-peers",
+            served("infera", peer, "json", 64, peer_body=body), 8.0, at_most=False, why=why,
+        )
+        for name, peer, body, why in (
+            ("MLServer", "mlserver", "json", ""), ("LitServe", "litserve", "rows", ""),
+            ("BentoML", "bentoml", "rows", ""), ("FastAPI with onnxruntime", "fastapi", "rows", ""),
+            ("TorchServe", "torchserve", "rows", _TORCHSERVE),
+        )
+    ),
+    *(
+        Target(
+            f"gRPC: processor time with next to no model, over an echo's, {callers} caller{'s' * (callers > 1)}",
+            "serving-grpc", called("pick", "aio", callers), 1.2, why=_GRPC,
+        )
+        for callers in (1, 8, 32)
+    ),
+    *(
+        Target(
+            f"answered at ten times the load, of the peak, {where}", "overload",
+            overloaded(engine, "goodput"), 0.95, at_most=False, why=_LOCK,
+        )
+        for where, engine in (
+            ("in one process", "server's"), ("`--isolate`", "of its own"), ("`--workers 1`", "worker")
+        )
+    ),
+    Target("p99 of refusals then, ms", "overload", worst("refusal_p99_ms"), 50),
+)  # fmt: skip
+"""In the order in which they are shown."""
