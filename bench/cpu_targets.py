@@ -132,8 +132,8 @@ _LOCK = (
     "refused; the load generator takes a part of the two processors too."
 )
 _GRPC = (
-    "A lone call's run and reply find the cache cold, as over HTTP; more callers share runs, but gRPC's library hands over "
-    "one call after the other."
+    "A lone call's run and reply find the cache cold, as over HTTP; more callers share runs, but gRPC's library hands "
+    "over one call after the other."
 )
 
 _SPEEDS = (
