@@ -58,6 +58,8 @@ ATTENTIONS = {
 
 FUSED = {
     ("PaddlePaddle", "llama-grouped"): {"infera.Attention repeated": 2},
+    ("TensorFlow", "mobilenet-v2"): {"Pad": 0},
+    ("TensorFlow", "resnet"): {"Pad": 0},
     ("TensorFlow", "norms"): {"GroupNormalization": 1},
     ("TensorFlow", "segmenter"): {"GroupNormalization": 2},
     ("TensorFlow", "gpt2-hub"): {"infera.Attention": 2},
@@ -67,9 +69,10 @@ FUSED = {
 
 
 @pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
-def test_what_is_written_in_parts_is_one_operator(export: Export) -> None:
+@pytest.mark.parametrize("device", ["cpu", "recording"])
+def test_what_is_written_in_parts_is_one_operator(export: Export, device: str) -> None:
     wanted = FUSED.get((export.about["framework"], export.about["model"]), {})
-    with infera_gpu.load(export.path, device="cpu") as session:
+    with infera_gpu.load(export.path, device=device) as session:
         nodes = session.graph.nodes
         found = [
             f"{n.qualified} {flag}".rstrip() for n in nodes for flag in ("", *n.attrs) if n.attrs.get(flag, 1) == 1

@@ -41,6 +41,7 @@ from infera_gpu.passes import (
     quant_bias,
     quantized,
     quantized_finish,
+    quantized_pad,
     quantized_pool,
     repeated,
     rotary,
@@ -72,7 +73,9 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HALVES: Mapping[str, DType] = MappingProxyType({"fp16": FLOAT16, "bf16": BFLOAT16})
 """The precisions whose values take two bytes."""
 
-QUANTIZED = Fusions(*quantized.FUSIONS, *quantized_finish.EARLY, *quantized_pool.FUSIONS, *quant.FUSIONS)
+QUANTIZED = Fusions(
+    *quantized_pad.EARLY, *quantized.FUSIONS, *quantized_finish.EARLY, *quantized_pool.FUSIONS, *quant.FUSIONS
+)
 """Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS = Fusions(
@@ -81,6 +84,7 @@ FUSIONS = Fusions(
     *sinking.FUSIONS,
     *pairs.FUSIONS,
     *pad.FUSIONS,
+    *quantized_pad.LATE,
     *norm_factors.FUSIONS,
     *norm.FUSIONS,
     *norm_batch.FUSIONS,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from infera_gpu.graph import Node, made_name
+from infera_gpu.passes.activation import bounds
 from infera_gpu.passes.engine import Fusion, Match, Replacement, node
 from infera_gpu.passes.pattern import axis_in
 
@@ -31,7 +32,7 @@ def _pads(match: Match) -> tuple[int, ...] | None:
     return None if any((*begins[:2], *ends[:2])) else (*map(int, begins[2:]), *map(int, ends[2:]))
 
 
-def _value(match: Match) -> float:
+def value_of(match: Match) -> float:
     """What is padded with."""
     if "value" in match.values:
         return match.number("value")
@@ -45,14 +46,14 @@ def _own(window: Node, pads: tuple[int, ...]) -> tuple[int, ...] | None:
     return tuple(window.attrs.get("pads", ())) or (0,) * len(pads)
 
 
-def _is_padded(match: Match, value: float) -> bool:
+def is_padded(match: Match, value: float) -> bool:
     """With a value that is the window's own beyond its input."""
     pads, window = _pads(match), match.nodes["window"]
     own = None if pads is None else _own(window, pads)
-    return pads is not None and own is not None and len(own) == len(pads) and _value(match) == value
+    return pads is not None and own is not None and len(own) == len(pads) and value_of(match) == value
 
 
-def _with_pads(match: Match, **attrs: int) -> Replacement:
+def with_pads(match: Match, **attrs: int) -> Replacement:
     window, pads = match.nodes["window"], _pads(match)
     assert pads is not None
     own = _own(window, pads)
@@ -147,8 +148,8 @@ AXES = Fusion(
 CONV = Fusion(
     name="pad_into_conv",
     patterns=(node("Conv", PADDED, "w", "?b", name="window"),),
-    guard=lambda match: _is_padded(match, 0.0),
-    build=_with_pads,
+    guard=lambda match: is_padded(match, 0.0),
+    build=with_pads,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 4, 3] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}> {
@@ -194,14 +195,14 @@ def _is_averaged(match: Match) -> bool:
     """Padding counts, which it does where the pool has none of its own; a last partial window counts otherwise."""
     window = match.nodes["window"]
     counts = bool(window.attrs.get("count_include_pad", 0)) or not any(window.attrs.get("pads", ()))
-    return counts and not window.attrs.get("ceil_mode", 0) and _is_padded(match, 0.0)
+    return counts and not window.attrs.get("ceil_mode", 0) and is_padded(match, 0.0)
 
 
 AVERAGE = Fusion(
     name="pad_into_average_pool",
     patterns=(node("AveragePool", PADDED, name="window"),),
     guard=_is_averaged,
-    build=lambda match: _with_pads(match, count_include_pad=1),
+    build=lambda match: with_pads(match, count_include_pad=1),
     example="""
         example (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
             t = Pad(x, p)
@@ -220,11 +221,27 @@ AVERAGE = Fusion(
 
 def _is_maximum(match: Match) -> bool:
     """Nothing is below what is padded with, and no window is left out for beginning in a padding of the pool's own."""
+    x = match.spec("x")
     if match.nodes["window"].attrs.get("ceil_mode", 0):
         return False
-    if _value(match) == -np.inf:
-        return _is_padded(match, -np.inf)
-    return match.draft.made_by.get(match.values["x"]) in ("Relu", "Sigmoid", "Softplus") and _is_covered(match)
+    lowest = float(np.iinfo(x.dtype).min) if x is not None and x.dtype.kind in "iu" else -np.inf
+    if value_of(match) == lowest:
+        return is_padded(match, lowest)
+    return _is_not_negative(match) and _is_covered(match)
+
+
+def _is_not_negative(match: Match) -> bool:
+    """Whether what is padded is known to have no element below zero."""
+    n, constants = match.producers.get(match.values["x"]), match.graph.constants
+    if n is None:
+        return False
+    if n.qualified in ("DequantizeLinear", "infera.Centre"):
+        scale, zero = (constants.get(n.inputs[i]) if len(n.inputs) > i else None for i in (1, 2))
+        lowest = zero is not None and zero.dtype.kind in "iu" and bool((zero == np.iinfo(zero.dtype).min).all())
+        floats = n.op == "DequantizeLinear" or bool(n.attrs.get("dequantize", 0))
+        return lowest and floats and scale is not None and bool((scale > 0).all())
+    limits = bounds(constants, n) if n.qualified == "Clip" else None
+    return n.qualified in ("Relu", "Sigmoid", "Softplus") or (limits is not None and limits[0] >= 0)
 
 
 def _is_covered(match: Match) -> bool:
@@ -233,14 +250,14 @@ def _is_covered(match: Match) -> bool:
     dilated = any(d != 1 for d in match.nodes["window"].attrs.get("dilations", ()))
     own = any(match.nodes["window"].attrs.get("pads", ()))
     reach = pads is not None and all(p < k for p, k in zip(pads, (*kernel, *kernel), strict=True))
-    return reach and not dilated and not own and _is_padded(match, 0.0)
+    return reach and not dilated and not own and is_padded(match, 0.0)
 
 
 MAXIMUM = Fusion(
     name="pad_into_max_pool",
     patterns=(node("MaxPool", PADDED, name="window"),),
     guard=_is_maximum,
-    build=_with_pads,
+    build=with_pads,
     example="""
         example (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
             r = Relu(x)
@@ -259,6 +276,26 @@ MAXIMUM = Fusion(
             r = Relu(x)
             t = Pad(r, p)
             y = MaxPool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (t)
+        }""",
+        """
+        zeros_among_negatives_that_were_quantised (int8[1, 2, 4, 3] q) => (float[1, 2, 2, 2] y)
+        <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}, float s = {0.5}, int8 z = {-127}> {
+            r = DequantizeLinear(q, s, z)
+            t = Pad(r, p)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+        """
+        bound_below_zero (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y)
+        <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}, float low = {-0.5}> {
+            r = Clip(x, low)
+            t = Pad(r, p)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
+        }""",
+        """
+        zeros_among_integers (int8[1, 2, 4, 3] x) => (int8[1, 2, 2, 2] y)
+        <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}, int8 zero = {-127}> {
+            t = Pad(x, p, zero)
+            y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)
         }""",
         """
         window_of_zeros (float[1, 2, 4, 2] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 2, 0, 0, 0, 0}> {

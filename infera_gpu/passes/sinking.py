@@ -60,13 +60,21 @@ ACTIVATION = Fusion(
 
 
 def _feeds_convolution(match: Match) -> bool:
-    """Zeros around every axis, which only a convolution reads."""
+    """What convolutions have beyond their input, around every axis, which only they read."""
     pad, perm, pads = match.nodes["pad"], match.root.attrs.get("perm"), match.constant("pads")
     readers = match.draft.readers.get(match.root.outputs[0], {}).values()
-    reads = bool(readers) and all(n.qualified == "Conv" for n in readers)
     fill = match.number("fill") if "fill" in match.values else 0
-    zeros = pad.attrs.get("mode", "constant") == "constant" and fill == 0
-    return reads and zeros and perm is not None and pads.dtype == np.int64 and pads.shape == (2 * len(perm),)
+    reads = bool(readers) and all(_beyond(match, n) == fill for n in readers)
+    constant = pad.attrs.get("mode", "constant") == "constant"
+    return reads and constant and perm is not None and pads.dtype == np.int64 and pads.shape == (2 * len(perm),)
+
+
+def _beyond(match: Match, n: Node) -> float | None:
+    """What a convolution has beyond its input: the zero point of integers. None of other nodes."""
+    if n.qualified != "infera.QuantizedConv":
+        return 0 if n.qualified == "Conv" else None
+    zero = match.graph.constants.get(n.inputs[5]) if len(n.inputs) > 5 and n.inputs[5] else np.zeros(1)
+    return float(zero.item()) if zero is not None and zero.size == 1 else None
 
 
 def _padded(match: Match) -> Replacement:
