@@ -87,13 +87,14 @@ def shape_of(value: object) -> tuple[int, ...]:
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def from_bytes(data: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> HostArray:
+def from_bytes(data: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...], name: str, model: str = "") -> HostArray:
     """The tensor in `data`, whose length is exactly that of the shape: a read-only view, maybe unaligned.
 
-    BYTES elements become str; what is not UTF-8 survives the round trip as surrogate escapes.
+    BYTES elements become str; what is not UTF-8 survives the round trip as surrogate escapes. Errors name the
+    tensor and the `model` whose it is.
     """
     if dtype.hasobject:
-        return _reshape(_strings_from_bytes(data, math.prod(shape), name), shape, name)
+        return _reshape(_strings_from_bytes(data, math.prod(shape), name, model), shape, name)
     flat = np.frombuffer(data, np.uint8 if dtype.kind == "b" else dtype)
     if dtype.kind == "b":
         flat = flat != 0  # a bool byte other than 0 and 1 is undefined behaviour in most kernels
@@ -123,22 +124,41 @@ def _encode(item: object) -> bytes:
     return item if isinstance(item, bytes) else str(item).encode("utf-8", "surrogateescape")
 
 
-def _strings_from_bytes(data: Buffer, count: int, name: str) -> HostArray:
-    if count * 4 > len(data):
-        raise BadRequest(f"input '{name}': {len(data)} bytes cannot hold {count} BYTES elements of 4 bytes and more")
-    items = np.empty(count, object)
-    offset = 0
-    for i in range(count):
+def _strings_from_bytes(data: Buffer, count: int, name: str, model: str) -> HostArray:
+    items: list[str] = []
+    offset, end = 0, len(data)
+    while offset < end:
         start = offset + 4
-        if start > len(data):
-            raise BadRequest(f"input '{name}': BYTES element {i} of {count} has no length; the data ends before it")
-        offset = start + int.from_bytes(data[offset:start], "little")
-        if offset > len(data):
-            raise BadRequest(f"input '{name}': BYTES element {i} of {count} is longer than the data that is left")
-        items[i] = bytes(data[start:offset]).decode("utf-8", "surrogateescape")
-    if offset != len(data):
-        raise BadRequest(f"input '{name}': {len(data) - offset} bytes are left after {count} BYTES elements")
-    return items
+        if start > end:
+            raise BadRequest(
+                f"incomplete string length indicator for {_input_of(name, model)}, expecting 4 bytes but only "
+                f"{end - offset} bytes available. Please make sure the string length indicator is in one buffer."
+            )
+        if len(items) == count:
+            raise BadRequest(
+                f"unexpected number of string elements {count + 1} for {_input_of(name, model)}, expecting {count}"
+            )
+        size = int.from_bytes(data[offset:start], "little")
+        offset = start + size
+        if offset > end:
+            raise BadRequest(
+                f"incomplete string data for {_input_of(name)}, expecting string of length {size} "
+                f"but only {end - start} bytes available"
+            )
+        items.append(bytes(data[start:offset]).decode("utf-8", "surrogateescape"))
+    if len(items) != count:
+        raise BadRequest(f"expected {count} string elements for {_input_of(name, model)}, got {len(items)}")
+    return _strings(items)
+
+
+def _input_of(name: str, model: str = "") -> str:
+    return f"inference input '{name}' for model '{model}'" if model else f"inference input '{name}'"
+
+
+def _strings(items: list[str]) -> HostArray:
+    flat = np.empty(len(items), object)
+    flat[:] = items
+    return flat
 
 
 def _reshape(flat: HostArray, shape: tuple[int, ...], name: str) -> HostArray:
@@ -231,16 +251,14 @@ def _strings_from_json(data: list[Any]) -> HostArray:
                 stack.append(iter(item))
                 break
             else:
-                raise BadRequest("Unable to parse 'data': attempt to access JSON non-string as string")
+                raise BadRequest("Unable to parse JSON bytes array: attempt to access JSON non-string as string")
         else:
             stack.pop()
     try:
         "".join(items).encode()
     except UnicodeEncodeError:
         raise BadRequest("Unable to parse 'data': a string holds a lone surrogate") from None
-    flat = np.empty(len(items), object)
-    flat[:] = items
-    return flat
+    return _strings(items)
 
 
 def to_json(array: HostArray, datatype: str, name: str) -> bytes:

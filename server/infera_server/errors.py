@@ -4,6 +4,7 @@
 
     RequestError
     ├── BadRequest       400  the client's mistake
+    │   └── Taken        400  the name of something that is there already
     ├── Unauthorized     401  no API key, or one that is not known
     ├── Forbidden        403  the key is not for this
     ├── NotFound         404  no such model or version
@@ -52,6 +53,12 @@ class BadRequest(RequestError):
 
     status = 400
     grpc_code = "INVALID_ARGUMENT"
+
+
+class Taken(BadRequest):
+    """The name of something that is there already."""
+
+    grpc_code = "ALREADY_EXISTS"
 
 
 class Unauthorized(RequestError):

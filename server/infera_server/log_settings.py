@@ -38,7 +38,7 @@ class LogSettings:
 
         Raises BadRequest or Unsupported, and changes nothing then.
         """
-        if "log_file" in document:
+        if document.get("log_file") is not None:
             raise Unsupported("log file location can not be updated through network protocol")
         given = {name: value for name, value in document.items() if value is not None}
         kinds = self._kinds | {name: members.flag(given[name], name) for name in KINDS if name in given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version as distribution_version
 from typing import Any
 
@@ -33,12 +34,12 @@ def find(repository: Repository, name: str, version: str | None) -> Servable:
     return repository.get(name, version)
 
 
-def model_metadata(repository: Repository, model: Servable) -> dict[str, Any]:
-    """A model's versions and tensors."""
+def model_metadata(repository: Repository, model: Servable, version: str | None) -> dict[str, Any]:
+    """A model's tensors and its versions; that one alone where a `version` was asked for."""
     signature = model.signature
     return {
         "name": signature.name,
-        "versions": repository.versions(signature.name),
+        "versions": repository.versions(signature.name) if version is None else [signature.version],
         "platform": model.config.platform or model.config.backend,
         "inputs": [_tensor(t) for t in signature.inputs.values()],
         "outputs": [_tensor(t) for t in signature.outputs.values()],
@@ -54,9 +55,16 @@ def configuration(model: Servable) -> dict[str, Any]:
     return as_dict(model.config)
 
 
-def statistics(model: Servable) -> dict[str, Any]:
-    """A model version's counters, by the statistics extension."""
-    return {"name": model.signature.name, "version": model.signature.version, **model.stats.as_dict()}
+def statistics(models: Iterable[Servable]) -> dict[str, Any]:
+    """The counters of model versions, by the statistics extension."""
+    return {
+        "model_stats": [{"name": m.signature.name, "version": m.signature.version, **m.stats.as_dict()} for m in models]
+    }
+
+
+def model_statistics(repository: Repository, model: Servable, version: str | None) -> dict[str, Any]:
+    """Those of all versions of a model; of that one alone where a `version` was asked for."""
+    return statistics(repository.ready_of(model.signature.name) if version is None else [model])
 
 
 def index(repository: Repository, only_ready: bool) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ Dialects read the wire and make a `Request`; the checks here give all of them th
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -66,12 +66,13 @@ class Correlation:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """An input that is sent as bytes: `[start, stop)` of what follows a request's document."""
+    """An input of a `model` that is sent as bytes: `[start, stop)` of what follows a request's document."""
 
     tensor: Tensor
     shape: tuple[int, ...]
     start: int
     stop: int
+    model: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Common:
             return {s.tensor.name: np.ndarray(s.shape, s.tensor.dtype, body, start + s.start) for s in self.slices}
         tail = memoryview(body)[start:]
         return {
-            s.tensor.name: codec.from_bytes(tail[s.start : s.stop], s.tensor.dtype, s.shape, s.tensor.name)
+            s.tensor.name: codec.from_bytes(tail[s.start : s.stop], s.tensor.dtype, s.shape, s.tensor.name, s.model)
             for s in self.slices
         }
 
@@ -182,7 +183,7 @@ def options(parameters: Mapping[str, Parameter]) -> Options:
     micros, priority = (_natural(others.pop(key, 0), key) for key in ("timeout", "priority"))
     identity = others.pop("sequence_id", 0)
     if isinstance(identity, bool) or not isinstance(identity, int | str):
-        raise BadRequest("parameter 'sequence_id' must be an integer or a string")
+        raise BadRequest("Unable to parse 'sequence_id': attempt to access JSON non-string as string")
     start, end = (_flag(others.pop(key, False), key) for key in ("sequence_start", "sequence_end"))
     correlation = Correlation(identity, start, end) if identity not in (0, "") or start or end else None
     return Options(min(micros, MAX_MICROSECONDS) / 1e6 or None, priority, correlation, others)
@@ -242,7 +243,7 @@ def from_bytes(tensor: Tensor, raw: memoryview | bytes, shape: tuple[int, ...], 
             f"input byte size mismatch for input '{tensor.name}' for model '{model.name}'. "
             f"Expected {need}, got {len(raw)}"
         )
-    return codec.from_bytes(raw, tensor.dtype, shape, tensor.name)
+    return codec.from_bytes(raw, tensor.dtype, shape, tensor.name, model.name)
 
 
 def check_complete(given: Collection[str], model: Signature) -> None:
@@ -251,9 +252,13 @@ def check_complete(given: Collection[str], model: Signature) -> None:
     if missing:
         raise BadRequest(
             f"expected {len(model.inputs)} inputs but got {len(given)} inputs for model '{model.name}'. "
-            f"Got input(s) {sorted(given)}, but missing required input(s) {missing}. "
+            f"Got input(s) {_quoted(sorted(given))}, but missing required input(s) {_quoted(missing)}. "
             "Please provide all required input(s)."
         )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return "[" + ",".join(f"'{name}'" for name in names) + "]"
 
 
 def check_output(name: str, classes: int, model: Signature) -> None:

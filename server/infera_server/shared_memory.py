@@ -24,7 +24,7 @@ from infera_gpu.devices.cuda import shared_vram
 from infera_gpu.devices.ipc import HANDLE_BYTES
 from infera_gpu.errors import DeviceError
 from infera_server.codec import Buffer, short
-from infera_server.errors import BadRequest, Forbidden, NotFound
+from infera_server.errors import BadRequest, Forbidden, NotFound, Taken
 from infera_server.requests import Region
 
 FOLDER = Path("/dev/shm")
@@ -146,7 +146,7 @@ class Kind:
     def _check(self, name: str, offset: int, nbytes: int) -> None:
         """Raises BadRequest where the name is taken or the limits do not allow so much more."""
         if name in self._all:
-            raise BadRequest(f"shared memory region '{short(name)}' already in manager")
+            raise Taken(f"shared memory region '{short(name)}' already in manager")
         total = sum(r.nbytes for r in self._all.values()) + nbytes
         if len(self._all) >= MAX_REGIONS or total > self._limit or offset + nbytes > MAX_SIZE:
             raise BadRequest(

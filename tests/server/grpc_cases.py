@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,15 @@ def _as_dict(reply: Any) -> Any:
 
 def plain(text: str) -> str:
     """A text of Triton's without what is not told here: the request's id in front, advice on configurations behind."""
-    return re.sub(r" NOTE: .*", "", re.sub(r"^\[request id: [^]]*\] ", "", text))
+    return re.sub(r" (NOTE: .*)?$", "", re.sub(r"^\[request id: [^]]*\] ", "", text))
 
 
-def recorded() -> dict[str, Reply]:
+@cache
+def recorded(path: Path = RECORDED) -> dict[str, Reply]:
     """Triton's replies by the cases' names."""
     return {
         name: Reply(reply["code"], plain(reply.get("text", "")), reply.get("message") or {})
-        for name, reply in json.loads(RECORDED.read_text()).items()
+        for name, reply in json.loads(path.read_text()).items()
     }
 
 
@@ -413,11 +415,16 @@ UNLIKE = {
 over HTTP."""
 
 
-def main() -> None:
-    with grpc.insecure_channel(sys.argv[1]) as channel:
-        found = {case.name: call(channel, case.method, case.request) for case in CASES}
+def record(address: str, cases: Sequence[Case], path: Path) -> None:
+    """Ask a Triton, and keep its replies."""
+    with grpc.insecure_channel(address) as channel:
+        found = {case.name: call(channel, case.method, case.request) for case in cases}
     rows = [f"{json.dumps(name)}: {json.dumps({k: v for k, v in vars(r).items() if v})}" for name, r in found.items()]
-    RECORDED.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def main() -> None:
+    record(sys.argv[1], CASES, RECORDED)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,11 @@ def test_what_is_outside_is_refused(client: grpc.Channel, memory: SharedMemory, 
     assert status_of(error) == ("INVALID_ARGUMENT", text)
 
 
+def test_a_name_that_is_taken_is_said_to_be_there_already(client: grpc.Channel, memory: SharedMemory) -> None:
+    assert register(client, memory).code == "OK"
+    assert register(client, memory) == Reply("ALREADY_EXISTS", "shared memory region 'mine' already in manager")
+
+
 def test_what_is_unregistered_is_not_found_though_the_header_is_known(
     client: grpc.Channel, memory: SharedMemory
 ) -> None:

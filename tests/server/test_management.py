@@ -272,7 +272,7 @@ def test_the_newest_version_serves_and_a_failure_stops_no_other() -> None:
     assert repository.get("m").signature.version == "10"
     assert repository.get("m", "2").signature.version == "2"
     assert repository.versions("m") == ["2", "10"]
-    with pytest.raises(NotFound, match="'m' version 11 is not at ready state"):
+    with pytest.raises(Unavailable, match="'m' version 11 is not at ready state"):
         repository.get("m", "11")
     with pytest.raises(NotFound, match="'n' has no available versions"):
         repository.get("n")

@@ -76,11 +76,11 @@ def test_an_unloaded_model_is_refused_in_tritons_words_and_comes_back() -> None:
         until(lambda: running.index()["a/1"] != "UNLOADING")
         assert running.index() == {"a/1": "UNAVAILABLE: unloaded", "b/1": "READY"}
         assert opened.sessions["a"][0].closed
-        for path, text in (
-            ("/v2/models/a", "Request for unknown model: 'a' has no available versions"),
-            ("/v2/models/a/versions/1", "Request for unknown model: 'a' version 1 is not at ready state"),
+        for path, status, text in (
+            ("/v2/models/a", 404, "Request for unknown model: 'a' has no available versions"),
+            ("/v2/models/a/versions/1", 503, "Request for unknown model: 'a' version 1 is not at ready state"),
         ):
-            assert running.get(path) == (404, {"error": text})
+            assert running.get(path) == (status, {"error": text})
         assert running.infer("a", request_of(X))[0] == 404
         assert running.infer("b", request_of(X))[0] == 200
         assert running.get("/v2/health/ready")[0] == 200

@@ -26,7 +26,7 @@ from infera_server.management import server_version
 from infera_server.metrics import Exposition
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
-from infera_server.protocols import control, generate, regions, v2_rest
+from infera_server.protocols import control, generate, members, regions, v2_rest
 from infera_server.requests import Request as Asked
 from infera_server.requests import check_again
 from infera_server.service import Service
@@ -116,11 +116,11 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     @read("/v2/models/stats")
     async def all_statistics() -> Response:
         await repository.audience.counted()
-        return Json({"model_stats": [management.statistics(m) for m in repository.ready()]})
+        return Json(management.statistics(repository.ready()))
 
     @read_model("")
     async def metadata(model: str, version: str | None = None) -> Response:
-        return Json(management.model_metadata(repository, find(model, version)))
+        return Json(management.model_metadata(repository, find(model, version), version))
 
     @read_model("/ready")
     async def model_ready(model: str, version: str | None = None) -> Response:
@@ -138,7 +138,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     @read_model("/stats")
     async def statistics(model: str, version: str | None = None) -> Response:
         await repository.audience.counted()
-        return Json({"model_stats": [management.statistics(find(model, version))]})
+        return Json(management.model_statistics(repository, find(model, version), version))
 
     @app.post("/v2/repository/index")
     async def index(request: Request) -> Response:
@@ -312,18 +312,5 @@ async def _body(request: Request, service: Service, most: int = MAX_MANAGEMENT_B
     return await received(request.receive, service.intake, most)
 
 
-def _document(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
-
-
 def _only_ready(body: bytes) -> bool:
-    if not body:
-        return False
-    document = _document(body)
-    wanted = document.get("ready", False) if isinstance(document, dict) else None
-    if not isinstance(wanted, bool):
-        raise BadRequest("attempt to access JSON non-boolean as boolean")
-    return wanted
+    return members.flag(members.body(body).get("ready", False), "ready") if body else False

@@ -305,6 +305,8 @@ class Repository:
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
         if version is not None and not (version.isascii() and version.isdigit()):
             raise NotFound(f"Request for unknown model: '{name}' has no version and no label '{short(version)}'")
+        if version is not None and version != (plain := version.lstrip("0") or "0"):
+            return self.get(name, plain)
         if version is not None and version not in versions:
             raise NotFound(f"Request for unknown model: '{name}' version {short(version)} is not found")
         entries = list(versions.values()) if version is None else [versions[version]]
@@ -312,7 +314,7 @@ class Repository:
             raise Unavailable(f"model '{name}' is still loading")
         if version is None:
             raise NotFound(f"Request for unknown model: '{name}' has no available versions")
-        raise NotFound(f"Request for unknown model: '{name}' version {version} is not at ready state")
+        raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
 
     def entries(self) -> Iterator[Entry]:
         """Everything that is or was loaded, ready or not, by name and version."""
@@ -322,6 +324,10 @@ class Repository:
     def ready(self) -> Iterator[Servable]:
         """The models that can run."""
         return (entry.loaded.front for entry in self.entries() if entry.loaded is not None)
+
+    def ready_of(self, name: str) -> Iterator[Servable]:
+        """The versions of a model that can run."""
+        return (entry.loaded.front for entry in self._entries.get(name, {}).values() if entry.loaded is not None)
 
     def loaded(self) -> list[Loaded]:
         """What serves now."""

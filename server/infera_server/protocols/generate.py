@@ -34,6 +34,8 @@ def parse(body: bytes, model: Signature) -> Request:
         for name, value in found.items():
             tensor = model.inputs.get(name)
             if tensor is not None:
+                if name in feeds:
+                    raise BadRequest(f"{where}input '{name}' already exists in request")
                 feeds[name] = _input(tensor, value)
             elif isinstance(value, str | int | float):
                 parameters[name] = value

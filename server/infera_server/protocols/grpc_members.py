@@ -159,7 +159,7 @@ def outputs_of(entries: Any, model: Signature) -> list[Output]:
             if region is not None and classes:
                 raise BadRequest("output can't set both 'shared_memory_region' and 'classification'")
         check_output(name, classes, model)
-        wanted[name] = Output(name, True, classes, region)
+        wanted.setdefault(name, Output(name, True, classes, region))
     return list(wanted.values())
 
 

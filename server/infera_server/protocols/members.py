@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from typing import Any
 
 import orjson
@@ -32,18 +33,19 @@ def body(text: bytes) -> dict[str, Any]:
     if not text.strip():
         raise BadRequest("failed to parse the request JSON buffer: The document is empty. at 0")
     try:
-        document = orjson.loads(text)
+        document = orjson.loads(text.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"failed to parse the request JSON buffer: {error}") from None
     return document if type(document) is dict else {}
 
 
 def _load_leniently(text: bytes, error: orjson.JSONDecodeError) -> tuple[Any, bool]:
-    """As Triton reads: NaN and Infinity are numbers, and what follows the document is somebody else's to refuse.
+    """As Triton reads: NaN and Infinity are numbers, a byte order mark may come first, and what follows the document is
+    somebody else's to refuse.
 
     Bytes that are not UTF-8 become surrogate escapes, which nothing that takes text from the document accepts.
     """
-    decoded = text.decode("utf-8", "surrogateescape")
+    decoded = text.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape")
     start = len(decoded) - len(decoded.lstrip(" \t\r\n"))
     try:
         document, end = json.JSONDecoder(parse_float=_finite).raw_decode(decoded, start)
@@ -113,6 +115,12 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def parameters_of(entry: dict[str, Any], what: str) -> dict[str, Any]:
+    """The parameters of an input or an output, which may be null, as writers of JSON put it that have none."""
+    value = entry.get("parameters")
+    return {} if value is None else object_of(value, what)
 
 
 def object_of(value: object, what: str) -> dict[str, Any]:

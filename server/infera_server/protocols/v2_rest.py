@@ -45,6 +45,7 @@ _HOLE = orjson.Fragment(_MARK)
 """Stands for a value; no JSON has this byte."""
 
 _PARAMETERS = {"type": "object", "additionalProperties": {"type": ["boolean", "number", "string"]}}
+_PARAMETERS_OR_NONE = _PARAMETERS | {"type": ["object", "null"]}
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["inputs"],
@@ -60,7 +61,7 @@ SCHEMA: dict[str, Any] = {
                     "name": {"type": "string"},
                     "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
                     "datatype": {"type": "string", "enum": list(codec.DATATYPES)},
-                    "parameters": _PARAMETERS,
+                    "parameters": _PARAMETERS_OR_NONE,
                     "data": {"type": "array"},
                 },
             },
@@ -70,7 +71,7 @@ SCHEMA: dict[str, Any] = {
             "items": {
                 "type": "object",
                 "required": ["name"],
-                "properties": {"name": {"type": "string"}, "parameters": _PARAMETERS},
+                "properties": {"name": {"type": "string"}, "parameters": _PARAMETERS_OR_NONE},
             },
         },
     },
@@ -238,7 +239,7 @@ def error_body(message: str) -> bytes:
 
 def _parameters(value: object) -> tuple[Options, bool]:
     """What the parameters ask for, and whether outputs are binary by default."""
-    parameters = members.object_of(value, "request params")
+    parameters = members.object_of(value, "request params.")
     for key, given in parameters.items():
         if not isinstance(given, str | int | float):
             raise BadRequest(members.NO_PARAMETER.format(short(key)))
@@ -259,7 +260,7 @@ def _input(entry: object, total: int, offset: int, model: Signature, regions: Re
     datatype = members.text(entry, "datatype")
     if datatype not in codec.DATATYPES:
         raise BadRequest(f"invalid datatype for input {short(name)}")
-    parameters = members.object_of(entry.get("parameters", {}), "input params")
+    parameters = members.parameters_of(entry, "input params")
     if ("data" in entry) + ("binary_data_size" in parameters) + ("shared_memory_region" in parameters) != 1:
         raise _not_one_source(entry, parameters)
     tensor = input_of(name, model)
@@ -276,7 +277,7 @@ def _input(entry: object, total: int, offset: int, model: Signature, regions: Re
             f"unexpected size for input '{name}', expecting {size - total + offset} additional bytes "
             f"for model '{model.name}'"
         )
-    return name, Slice(tensor, shape, offset, offset + size)
+    return name, Slice(tensor, shape, offset, offset + size, model.name)
 
 
 def _not_one_source(entry: dict[str, Any], parameters: dict[str, Any]) -> BadRequest:
@@ -299,20 +300,31 @@ def _region(parameters: dict[str, Any]) -> Region:
 
 
 def _raw_feeds(body: Buffer, model: Signature) -> dict[str, HostArray]:
-    """The whole body is the one input: one row of it, with at most one open dimension, which the size then tells."""
+    """The whole body is the one input: one row of it, with at most one open dimension, which the size then tells.
+
+    BYTES have one element, which is the body.
+    """
     if len(model.inputs) != 1:
-        raise BadRequest(f"a raw request needs a model with one input, '{model.name}' has {len(model.inputs)}")
+        raise BadRequest(
+            "Raw request must only have 1 input (found 1) to be deduced but got "
+            f"{len(model.inputs)} inputs in '{model.name}' model configuration"
+        )
     (tensor,) = model.inputs.values()
-    if tensor.datatype == "BYTES":
-        raise BadRequest(f"a raw request cannot carry BYTES, which input '{tensor.name}' of '{model.name}' is")
     shape = list(tensor.shape)
     if model.layout:
         shape[model.layout.inputs[tensor.name]] = 1
+    if tensor.datatype == "BYTES":
+        if any(d != 1 for d in shape):
+            raise BadRequest(f"For BYTE datatype raw input '{tensor.name}', the model must have input shape [1]")
+        return {tensor.name: codec.from_bytes(_one_text(body), tensor.dtype, tuple(shape), tensor.name, model.name)}
     known = math.prod(d for d in shape if d != -1) * tensor.dtype.itemsize
     if shape.count(-1) == 1 and known:
         shape[shape.index(-1)] = len(body) // known
     if -1 in shape:
-        raise BadRequest(f"a raw request of {len(body)} bytes does not tell the shape {list(tensor.shape)}")
+        raise BadRequest(
+            f"The shape of the raw input '{tensor.name}' can not be deduced because there are more than one "
+            "variable-sized dimension"
+        )
     expected = math.prod(shape) * tensor.dtype.itemsize
     if len(body) != expected:
         raise BadRequest(
@@ -320,6 +332,10 @@ def _raw_feeds(body: Buffer, model: Signature) -> dict[str, HostArray]:
             f"Expected {expected}, got {len(body)}"
         )
     return {tensor.name: codec.from_bytes(body, tensor.dtype, tuple(shape), tensor.name)}
+
+
+def _one_text(body: Buffer) -> bytes:
+    return len(body).to_bytes(4, "little") + body
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
@@ -331,7 +347,7 @@ def _outputs(document: dict[str, Any], binary: bool, model: Signature, regions: 
     for entry in entries:
         entry = members.object_of(entry, "output")
         name = members.text(entry, "name")
-        parameters = members.object_of(entry.get("parameters", {}), "output params")
+        parameters = members.parameters_of(entry, "output params")
         classes = members.natural(parameters.get("classification", 0), "classification", verb="set")
         check_output(name, classes, model)
         own = members.flag(parameters.get("binary_data", binary), "binary_data")
@@ -341,7 +357,7 @@ def _outputs(document: dict[str, Any], binary: bool, model: Signature, regions: 
                 if parameters.get(key):
                     raise BadRequest(f"Output can't set both 'shared_memory_region' and '{key}'")
             region = regions.hold(_region(parameters))
-        wanted[name] = Output(name, own, classes, region)
+        wanted.setdefault(name, Output(name, own, classes, region))
     outputs = list(wanted.values()) or all_outputs(model, binary)
     for output in outputs:
         if not (output.binary or output.classes or output.region):

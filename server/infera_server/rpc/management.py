@@ -119,7 +119,7 @@ async def server_metadata(service: Service, request: Any) -> dict[str, Any]:
 
 
 async def model_metadata(service: Service, request: Any) -> dict[str, Any]:
-    return management.model_metadata(service.repository, _find(service, request))
+    return management.model_metadata(service.repository, _find(service, request), version_of(request.version))
 
 
 async def model_config(service: Service, request: Any) -> dict[str, Any]:
@@ -128,18 +128,20 @@ async def model_config(service: Service, request: Any) -> dict[str, Any]:
 
 async def model_statistics(service: Service, request: Any) -> dict[str, Any]:
     """Of one model, or of all."""
-    await service.repository.audience.counted()
+    repository = service.repository
+    await repository.audience.counted()
+    if not request.name:
+        return management.statistics(repository.ready())
     try:
-        models = [_find(service, request)] if request.name else list(service.repository.ready())
-    except NotFound:
-        known = bool(service.repository.versions(request.name))
+        return management.model_statistics(repository, _find(service, request), version_of(request.version))
+    except (NotFound, Unavailable):
+        known = bool(repository.versions(request.name))
         which = (
             f"version is not available for model '{request.name}'"
             if known
             else f"'{short(request.name)}' is not available"
         )
         raise BadRequest(f"requested model {which}") from None
-    return {"model_stats": [management.statistics(model) for model in models]}
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
