@@ -264,6 +264,26 @@ def test_messages_are_answered_or_their_failure_is_told() -> None:
     asyncio.run(main())
 
 
+def test_no_part_that_is_sent_is_empty() -> None:
+    """asyncio's transports of Python 3.12 and 3.13 try for ever to send one that is."""
+
+    class Transport:
+        def __init__(self) -> None:
+            self.parts: list[bytes] = []
+
+        def writelines(self, parts: list[bytes]) -> None:
+            self.parts += parts
+
+    async def main() -> None:
+        channel, transport = Channel({}, lambda: None), Transport()
+        channel.connection_made(transport)  # type: ignore[arg-type]
+        channel.tell("hear", [1])
+        assert transport.parts
+        assert all(transport.parts)
+
+    asyncio.run(main())
+
+
 def test_arrays_that_lie_where_those_before_lay_are_viewed_as_they_are_now() -> None:
     fd = shared_file("test-again")
     ours, theirs = Segment(fd), Segment(os.dup(fd))

@@ -170,7 +170,8 @@ class Replying(Connection):
             if joined:
                 self.transport.write(joined)
             else:
-                self.transport.writelines([b"".join(head), *body])
+                parts = (part for part in body if len(part))  # asyncio's transports never get rid of an empty one
+                self.transport.writelines([b"".join(head), *parts])
         except RuntimeError:  # of uvloop: its client has reset it, which `connection_lost` has yet to say
             return b""
         if exchange.model is not None:

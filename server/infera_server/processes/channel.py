@@ -73,7 +73,8 @@ class Channel(asyncio.Protocol):
     def _send(self, document: Any, body: bytes) -> None:
         if self._transport is not None and not self._closed:
             head = orjson.dumps(document)
-            self._transport.writelines([_HEAD.pack(len(head), len(body)), head, body])
+            parts = [_HEAD.pack(len(head), len(body)), head]
+            self._transport.writelines([*parts, body] if body else parts)  # asyncio's never gets rid of an empty one
 
     # --- asyncio's ---------------------------------------------------------------------------------------------------
 
