@@ -241,13 +241,13 @@ def serve(
     if settings.listen_grpc:
         _listen(settings.host, settings.listen_grpc, "--grpc-port", take).close()  # before anything is loaded
     metrics = None if (found := settings.listen_metrics) is None else _listen(settings.host, found, "--metrics-port")
-    server = Host(repository, sock, access, metrics)
     total = len(list(repository.entries()))
     with screen(total) as out:
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(message)s", handlers=[out.handler()], force=True
         )
         logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
+        server = Host(repository, sock, access, metrics)  # now, since it tells what is logged
 
         def loaded() -> None:
             ready = sum(1 for _ in server.repository.ready())

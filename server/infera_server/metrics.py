@@ -126,6 +126,10 @@ class ModelStats:
             self.refused[error.reason] += 1
         self.replied(error.status, seconds)
 
+    def stepped(self, succeeded: bool, seconds: float) -> None:
+        """An ensemble's request was answered after so long: no client had a reply."""
+        (self.success if succeeded else self.fail).add(1, seconds)
+
     def handed_over(self) -> list[Any]:
         """What was counted at replies, which is forgotten here: for `add`, in another process."""
         times = [[each.count, each.ns] for each in (self.success, self.fail)]

@@ -221,6 +221,8 @@ def test_times_of_the_steps_are_those_of_the_ensemble(house: House) -> None:
     for phase in ("compute_input", "compute_infer", "compute_output"):
         assert own[phase]["ns"] == pytest.approx(sum(s[phase]["ns"] for s in steps), abs=1000)
     assert [b["batch_size"] for b in told["batch_stats"]] == [1]
+    assert [(s["success"]["count"], s["fail"]["count"]) for s in steps] == [(1, 0)] * 3
+    assert all(s["success"]["ns"] >= s["compute_infer"]["ns"] for s in steps)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -237,6 +239,7 @@ def test_a_step_that_fails_ends_the_request_and_cancels_the_others(house: House)
     assert isinstance(answer.result, BadRequest)
     assert str(answer.result).startswith("in ensemble 'ens', model 'square' cannot run on this input")
     assert house.models["double"].queued == 0
+    assert [house.models[name].stats.fail.count for name in ("square", "double")] == [1, 0]
     house.sessions["double"].gate.set()
     house.desk.until(lambda: blocker.count > 0)
     assert house.sessions["double"].batches == [1]

@@ -452,6 +452,9 @@ def test_tritonclient_manages(client: Any) -> None:
     assert client.get_model_metadata("linear")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 6]}]
     assert client.get_model_config("linear")["max_batch_size"] == 64
     assert client.get_inference_statistics("linear")["model_stats"][0]["name"] == "linear"
+    told = client.get_inference_statistics("versions")["model_stats"]
+    assert [(each["name"], each["version"]) for each in told] == [("versions", "1"), ("versions", "2")]
+    assert client.get_log_settings()["log_info"] is True
     states = {(m["name"], m["version"]): m["state"] for m in client.get_model_repository_index()}
     assert states == {
         ("broken", "1"): "UNAVAILABLE",

@@ -216,7 +216,8 @@ class Ensemble(Passing):
     def _start(self, run: Run, step: Step) -> None:
         (member, fitting), asked = self._member(step), run.request
         feeds = {own: run.tensors[tensor] for own, tensor in step.inputs.items()}
-        left = run.deadline - time.monotonic()
+        began = time.monotonic()
+        left = run.deadline - began
         try:
             for own in fitting.unproven:
                 tensor = member.signature.inputs[own]
@@ -226,14 +227,18 @@ class Ensemble(Passing):
             member = chosen(member, request)
             run.under_way[step.index] = member, None
             nbytes = sum([array.nbytes for array in feeds.values()])
-            job = member.submit(request, nbytes, partial(self._stepped, run, step))
+            job = member.submit(request, nbytes, partial(self._stepped, run, step, member.stats, began))
         except RequestError as error:
+            member.stats.stepped(False, time.monotonic() - began)
             run.under_way.pop(step.index, None)
             raise renamed(error, f"in ensemble '{self.signature.name}', {error}") from None
         if step.index in run.under_way:
             run.under_way[step.index] = member, job
 
-    def _stepped(self, run: Run, step: Step, result: Arrays | Exception, batch: Batch | None) -> None:
+    def _stepped(
+        self, run: Run, step: Step, stats: ModelStats, began: float, result: Arrays | Exception, batch: Batch | None
+    ) -> None:
+        stats.stepped(not isinstance(result, Exception), time.monotonic() - began)
         run.under_way.pop(step.index, None)
         if batch is not None:
             run.add(batch)
