@@ -98,6 +98,12 @@ FORMS = {
         "p, r = Split <axis = 2> (x, parts)  t = Shape(p)  u = Shape(r)  y = Concat <axis = 0> (t, u)",
         ("B", "S", "p⁄2", "B", "S", "r⁄2"),
     ),
+    "equal_parts_of_given_sizes": ("p, r = Split <axis = 2> (x, halves)  y = Shape(r)", ("B", "S", 4)),
+    "unequal_parts_of_a_list": (
+        "a, b = Split <axis = 0> (s, one_and_two)  y = Concat <axis = 0> (b, a)",
+        ("S", 8, "B"),
+    ),
+    "parts_of_another_list": ("a, b = Split <axis = 0> (s, halves)  y = Concat <axis = 0> (b, a)", (None,) * 8),
     "parts_of_a_list": ("a, b, c = Split <axis = 0> (s)  y = Concat <axis = 0> (c, a)", (8, "B")),
     "divided": ("c = Slice(s, two, three)  y = Div(c, three)", (2,)),
     "divided_by_a_factor": ("a = ReduceProd(s)  y = Div(a, two)", ("4×B×S",)),
@@ -136,6 +142,7 @@ def test_what_is_followed(form: str) -> None:
          int64[1] zero = {{0}}, int64[1] one = {{1}},
          int64[6] pads = {{0, 1, 1, 0, 0, 2}}, int64[1] far = {{-9}}, int64[1] back = {{-1}},
          int64[1] three = {{3}}, float[1] thirds1 = {{3}}, int64[2] parts = {{3, 5}},
+         int64[2] halves = {{4, 4}}, int64[2] one_and_two = {{1, 2}},
          int64[3] least = {{-1, 0, -8}}, float[3] lowest = {{-1, 2, 0}}, float[3] thirds = {{0, 0, 2.5}},
          int64[1] two = {{2}}, int64 nothing = {{0}}, int64 step = {{1}}> {{
             s = Shape(x)

@@ -147,7 +147,10 @@ AXES = Fusion(
 
 CONV = Fusion(
     name="pad_into_conv",
-    patterns=(node("Conv", PADDED, "w", "?b", name="window"),),
+    patterns=(
+        node("Conv", PADDED, "w", "?b", name="window"),
+        node("com.microsoft.FusedConv", PADDED, "w", "?b", "?z", name="window"),
+    ),
     guard=lambda match: is_padded(match, 0.0),
     build=with_pads,
     example="""
@@ -240,6 +243,8 @@ def _is_not_negative(match: Match) -> bool:
         lowest = zero is not None and zero.dtype.kind in "iu" and bool((zero == np.iinfo(zero.dtype).min).all())
         floats = n.op == "DequantizeLinear" or bool(n.attrs.get("dequantize", 0))
         return lowest and floats and scale is not None and bool((scale > 0).all())
+    if n.qualified == "com.microsoft.FusedConv":
+        return len(n.inputs) < 4 and n.attrs.get("activation") in ("Relu", "Sigmoid")
     limits = bounds(constants, n) if n.qualified == "Clip" else None
     return n.qualified in ("Relu", "Sigmoid", "Softplus") or (limits is not None and limits[0] >= 0)
 

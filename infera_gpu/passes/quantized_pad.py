@@ -10,29 +10,42 @@ from dataclasses import replace
 
 import numpy as np
 
-from infera_gpu.graph import HostArray, made_name
+from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, maybe, node
 from infera_gpu.passes.pad import PADDED, is_padded, value_of, with_pads
 from infera_gpu.passes.quant import DEQUANTIZE, parameters_of
 from infera_gpu.passes.quantized import TRITON, dequantized
+from infera_gpu.spec import DType
 
 _AGAIN = node("QuantizeLinear", PADDED, "#s", "#z", name="again")
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Scales between them make normal numbers of 8-bit integers."""
 
 
-def _is_exact(match: Match, *names: str) -> bool:
-    """Whether zeros are put around what was dequantised by the parameters of these nodes."""
-    made_by, pad = dequantized(match, match.values["x"]), match.nodes["pad"].attrs
-    known = None if made_by is None else parameters_of(match.graph, made_by)
-    if known is None or pad.get("mode", "constant") != "constant" or value_of(match) != 0:
+def _grid(match: Match, n: Node | None) -> tuple[float, int, DType] | None:
+    """The scale of a node that quantises or dequantises, how far its zero point is above the lowest integer, and their
+    type. Onnxruntime's optimiser writes some int8 as uint8: the numbers are the same where the first two are."""
+    known = None if n is None else parameters_of(match.graph, n)
+    if known is None:
+        return None
+    scale, zero = known
+    return float(scale.item()), int(zero.item()) - int(np.iinfo(zero.dtype).min), zero.dtype
+
+
+def _is_exact(match: Match) -> bool:
+    """Whether zeros are put around dequantised values, which are quantised to the same numbers."""
+    pad, again = match.nodes["pad"].attrs, match.nodes["again"]
+    before, after = _grid(match, dequantized(match, match.values["x"])), _grid(match, again)
+    zeros = pad.get("mode", "constant") == "constant" and value_of(match) == 0
+    if before is None or after is None or before[:2] != after[:2] or not zeros:
         return False
-    wanted = [(a.dtype, a.item()) for a in known]
-    for name in names:
-        given = parameters_of(match.graph, match.nodes[name])
-        if given is None or [(a.dtype, a.item()) for a in given] != wanted:
-            return False
-    return "output_dtype" not in match.nodes["again"].attrs and _SMALLEST < known[0].item() < _LARGEST
+    return "output_dtype" not in again.attrs and _SMALLEST < before[0] < _LARGEST
+
+
+def _keeps_type(match: Match) -> bool:
+    """Whether integers become integers of the same type."""
+    before, after = _grid(match, dequantized(match, match.values["x"])), _grid(match, match.nodes["again"])
+    return before is not None and _is_exact(match) and before == after
 
 
 # ---- floats
@@ -65,7 +78,7 @@ _MOVED = "m = Transpose <perm = [0, 2, 3, 1]> (b)  y = DequantizeLinear(m, s, z)
 REQUANTIZED = Fusion(
     name="pad_quantized_again",
     patterns=(node(DEQUANTIZE, maybe("Transpose", _AGAIN, name="moved"), "#s2", "#z2", name="back"),),
-    guard=lambda match: _is_exact(match, "again", "back"),
+    guard=lambda match: _is_exact(match) and _grid(match, match.nodes["again"]) == _grid(match, match.nodes["back"]),
     build=_in_floats,
     kinds=CPU,
     example=_text(f"p = Pad(a, pads)  b = QuantizeLinear(p, s, z)  {_MOVED}"),
@@ -98,7 +111,7 @@ def _of_integers(match: Match) -> Replacement:
 PADDED_INTEGERS = Fusion(
     name="pad_of_integers",
     patterns=(_AGAIN,),
-    guard=lambda match: match.opset() >= 13 and _is_exact(match, "again"),
+    guard=lambda match: match.opset() >= 13 and _keeps_type(match),
     build=_of_integers,
     kinds=TRITON,
     example=_text("p = Pad(a, pads)  y = QuantizeLinear(p, s, z)", outs="int8[1, 2, 6, 6] y"),
@@ -152,5 +165,51 @@ INTO_PRODUCT = Fusion(
     near_misses=(_conv("another_number", value="other"), _conv("cropped", pads="crop", size="2, 4")),
 )
 
-EARLY = (REQUANTIZED, PADDED_INTEGERS)
+
+def _reads_what_was_padded(match: Match) -> bool:
+    """The convolution takes the integers with the scale and the zero point that they were quantised by."""
+    pairs = [("s", "s2"), ("z", "z2")]
+    same = all(
+        a.dtype == b.dtype and a.size == b.size == 1 and a.item() == b.item()
+        for a, b in ((match.constant(x), match.constant(y)) for x, y in pairs)
+    )
+    return same and _keeps_type(match) and is_padded(match, 0.0)
+
+
+def _padded_qlinear(match: Match) -> Replacement:
+    made, made_by = with_pads(match).node, match.producers[match.values["x"]]
+    return Replacement(replace(made, inputs=(made_by.inputs[0], *made.inputs[1:])))
+
+
+_QLINEAR = """
+    {name} (int8[1, 1, 3, 3] q) => ({outs})
+    <float s = {{0.5}}, {kind} z = {{3}}, {kind} z2 = {{{zero}}}, int8 z0 = {{3}},
+     int8[2, 1, 2, 2] w = {{1, 2, 3, 4, 5, 6, 7, 8}}, float t = {{0.25}}, int8 none = {{0}},
+     int64[8] pads = {{0, 0, 1, 0, 0, 0, 1, 2}}> {{
+        a = DequantizeLinear(q, s, z0)
+        p = Pad(a, pads)
+        b = QuantizeLinear(p, s, z)
+        y = QLinearConv(b, s, z2, w, t, none, s, none)
+    }}"""
+
+
+def _qlinear(name: str = "example", zero: int = 3, kind: str = "int8", outs: str = "int8[1, 2, 4, 4] y") -> str:
+    return _QLINEAR.format(name=name, zero=zero, kind=kind, outs=outs)
+
+
+INTO_QLINEAR = Fusion(
+    name="pad_into_qlinear_conv",
+    patterns=(node("QLinearConv", _AGAIN, "#s2", "#z2", *("w", "ws", "wz", "ys", "yz"), "?b", name="window"),),
+    guard=_reads_what_was_padded,
+    build=_padded_qlinear,
+    example=_qlinear(),
+    near_misses=(
+        _qlinear("another_zero_point", zero=4),
+        _qlinear("other_integers", kind="uint8"),
+        _qlinear("padded_is_an_output", outs="int8[1, 2, 4, 4] y, int8[1, 1, 5, 5] b"),
+    ),
+)
+"""As onnxruntime's optimiser leaves it, which takes a Pad for no part of what is quantised."""
+
+EARLY = (REQUANTIZED, INTO_QLINEAR, PADDED_INTEGERS)
 LATE = (INTO_PRODUCT,)

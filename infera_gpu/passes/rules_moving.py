@@ -161,6 +161,9 @@ def _split(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     axis, count = int(n.attrs.get("axis", 0)) % x.ndim, len(n.outputs)
     whole, even = x.shape[axis], "split" not in n.attrs and (len(n.inputs) < 2 or not n.inputs[1])
     part = whole // count if even and isinstance(whole, int) and whole % count == 0 else None
+    lengths = _listed(facts, n, "split", 1)
+    if lengths and lengths == [lengths[0]] * count:
+        part = lengths[0]
     return TensorSpec(tuple(part if i == axis else d for i, d in enumerate(x.shape)), x.dtype)
 
 

@@ -72,7 +72,7 @@ def _feeds_convolution(match: Match) -> bool:
 def _beyond(match: Match, n: Node) -> float | None:
     """What a convolution has beyond its input: the zero point of integers. None of other nodes."""
     if n.qualified != "infera.QuantizedConv":
-        return 0 if n.qualified == "Conv" else None
+        return 0 if n.qualified in ("Conv", "com.microsoft.FusedConv") else None
     zero = match.graph.constants.get(n.inputs[5]) if len(n.inputs) > 5 and n.inputs[5] else np.zeros(1)
     return float(zero.item()) if zero is not None and zero.size == 1 else None
 

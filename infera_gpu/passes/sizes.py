@@ -96,9 +96,8 @@ def sizes(known: Known, value: str, found: dict[str, Sizes | None], depth: int =
         elif n is not None and rule is not None:
             inputs = n.inputs
             made = rule(known, n, lambda i: sizes(known, inputs[i], found, depth - 1))
-        if made is not None and n is not None and len(n.outputs) > 1:
-            part, i = len(made) // len(n.outputs), n.outputs.index(value)
-            made = made[i * part : (i + 1) * part]
+        if made is not None and n is not None and n.op == "Split":
+            made = _part(known, n, made, n.outputs.index(value))
         found[value] = made if made is not None and len(made) <= MOST else None
     return found[value]
 
@@ -159,11 +158,24 @@ def _concat(known: Known, n: Node, given: Input) -> Sizes | None:
 
 
 def _split(known: Known, n: Node, given: Input) -> Sizes | None:
-    """Of all outputs, which have as many elements each."""
-    x, even = given(0), "split" not in n.attrs and (len(n.inputs) < 2 or not n.inputs[1])
+    """Of all outputs together, of a vector."""
     spec = known.spec(n.inputs[0])
-    vector = spec is not None and spec.ranked and spec.ndim == 1
-    return x if x is not None and even and vector and len(x) % len(n.outputs) == 0 else None
+    return given(0) if spec is not None and spec.ranked and spec.ndim == 1 else None
+
+
+def _part(known: Known, n: Node, whole: Sizes, output: int) -> Sizes | None:
+    """Of one output of a Split."""
+    count = len(n.outputs)
+    lengths: Sequence[int] = n.attrs.get("split", ())
+    if len(n.inputs) > 1 and n.inputs[1]:
+        given = known.constant(n.inputs[1])
+        lengths = () if given is None else given.reshape(-1).tolist()
+    elif not lengths and len(whole) % count == 0:
+        lengths = [len(whole) // count] * count
+    if len(lengths) != count or sum(lengths) != len(whole) or min(lengths) < 0:
+        return None
+    begin = sum(lengths[:output])
+    return whole[begin : begin + lengths[output]]
 
 
 def _reshaped(known: Known, n: Node, given: Input) -> Sizes | None:
