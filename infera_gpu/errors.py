@@ -54,7 +54,7 @@ class UnsupportedOperatorError(ModelError):
         at = "" if all("." in op for op in by_op) else f" at opset {opset}"  # it is not that of another domain
         super().__init__(
             f"{len(by_op)} unsupported operator{'s' if len(by_op) > 1 else ''}{at}: {lines}"
-            + "".join(f"; {hint}" for hint in (hints or {}).values())
+            + "".join(f"; {hint}" for hint in dict.fromkeys((hints or {}).values()))
             + ("" if len(hints or {}) == len(by_op) else "; see CONTRIBUTING.md, 'Add an operator'")
         )
 

@@ -118,6 +118,11 @@ def _unsupported(nodes: Iterable[Node], graph: Graph, registry: Registry) -> Ite
 
 def _hint(qualified: str, registry: Registry) -> str:
     """What there is instead of an operator that is not there."""
+    if qualified.startswith("com.microsoft.nchwc."):
+        return (
+            "onnxruntime writes com.microsoft.nchwc at ORT_ENABLE_ALL, for the CPU that it runs on: "
+            "have it save the model at ORT_ENABLE_EXTENDED"
+        )
     since = min((o.since for o in registry if o.qualified.rsplit("-", 1)[0] == qualified), default=0)
     if since:
         return f"there is {qualified} from opset {since} on, to which onnx.version_converter brings models"

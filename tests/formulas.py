@@ -58,10 +58,10 @@ def bias_split_gelu(attrs: Mapping[str, Any], x: HostArray, bias: HostArray) -> 
 
 
 def nhwc_conv(attrs: Mapping[str, Any], x: HostArray, w: HostArray, b: HostArray | None = None) -> list[HostArray]:
-    """Every output pixel by itself, channels last; weights (outputs, inputs a group, height, width)."""
+    """Every output pixel by itself, channels last; weights (outputs, height, width, inputs a group)."""
     (top, left, bottom, right), (down, along) = attrs["pads"] or (0, 0, 0, 0), attrs["strides"] or (1, 1)
     x = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
-    outputs, inputs, height, width = w.shape
+    outputs, height, width, inputs = w.shape
     rows, columns = (x.shape[1] - height) // down + 1, (x.shape[2] - width) // along + 1
     y = np.zeros((len(x), rows, columns, outputs))
     for o in range(outputs):
@@ -69,7 +69,7 @@ def nhwc_conv(attrs: Mapping[str, Any], x: HostArray, w: HostArray, b: HostArray
         for i in range(rows):
             for j in range(columns):
                 seen = x[:, i * down : i * down + height, j * along : j * along + width, first : first + inputs]
-                y[:, i, j, o] = np.einsum("nhwc,chw->n", seen, w[o].astype(np.float64)) + (0 if b is None else b[o])
+                y[:, i, j, o] = np.einsum("nhwc,hwc->n", seen, w[o].astype(np.float64)) + (0 if b is None else b[o])
     return [y]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 import infera_gpu
 from bench.exporters_report import STEP, UNFAITHFUL, Export, differences, exports
 from infera_gpu.memory import SLACK
-from infera_gpu.verify import AGREEMENT, TOLERANCE, compare
+from infera_gpu.session import Session
+from infera_gpu.verify import AGREEMENT, TOLERANCE, OnnxRuntime, compare
 
 pytestmark = pytest.mark.large
 FOLDER = os.environ.get("INFERA_EXPORTS") or None
@@ -32,7 +34,7 @@ def test_there_are_exports() -> None:
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "as written"])
 def test_agrees_with_onnxruntime_and_the_framework(export: Export, fuse: bool) -> None:
     from_peer, from_framework = differences(export, fuse=fuse)
-    wrong = [str(d) for d in from_peer if not d.within(STEP if export.quantised else AGREEMENT)]
+    wrong = [str(d) for d in from_peer if not d.within(tolerance_of(export))]
     assert not wrong, f"from onnxruntime: {'; '.join(wrong)}"
     apart = [str(d) for d in from_framework if not d.within(STEP if export.quantised else TOLERANCE)]
     assert bool(apart) == (export.name in UNFAITHFUL), (
@@ -68,15 +70,44 @@ FUSED = {
 """Models whose exporters write these operators in parts -> how many there are, with a flag of theirs that is set."""
 
 
+def operators(session: Session) -> list[str]:
+    """Of every node, and again with each flag that is set."""
+    nodes = session.graph.nodes
+    return [f"{n.qualified} {flag}".rstrip() for n in nodes for flag in ("", *n.attrs) if n.attrs.get(flag, 1) == 1]
+
+
+def tolerance_of(export: Export) -> float:
+    return STEP if export.quantised else AGREEMENT
+
+
 @pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
 @pytest.mark.parametrize("device", ["cpu", "recording"])
 def test_what_is_written_in_parts_is_one_operator(export: Export, device: str) -> None:
     wanted = FUSED.get((export.about["framework"], export.about["model"]), {})
     with infera_gpu.load(export.path, device=device) as session:
-        nodes = session.graph.nodes
-        found = [
-            f"{n.qualified} {flag}".rstrip() for n in nodes for flag in ("", *n.attrs) if n.attrs.get(flag, 1) == 1
-        ]
+        found = operators(session)
+    assert {op: found.count(op) for op in wanted} == wanted
+
+
+LEVELS = onnxruntime.GraphOptimizationLevel
+
+
+@pytest.mark.parametrize("level", [LEVELS.ORT_ENABLE_BASIC, LEVELS.ORT_ENABLE_EXTENDED], ids=["basic", "extended"])
+@pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
+def test_what_onnxruntime_optimised_is_fused_as_well_and_agrees(
+    export: Export, level: onnxruntime.GraphOptimizationLevel, tmp_path: Path
+) -> None:
+    path, options = tmp_path / "optimised.onnx", onnxruntime.SessionOptions()
+    options.graph_optimization_level, options.optimized_model_filepath = level, str(path)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(export.path), options, providers=["CPUExecutionProvider"])
+    feeds, _ = export.examples[0]
+    with infera_gpu.load(path, device="cpu") as session:
+        given = {name: feeds[name] for name in session.inputs}
+        got, found = session.run(given), operators(session)
+    wrong = [d for d in compare(got, OnnxRuntime(path, threads=1).run(given)) if not d.within(tolerance_of(export))]
+    assert not wrong, "; ".join(map(str, wrong))
+    wanted = FUSED.get((export.about["framework"], export.about["model"]), {})
     assert {op: found.count(op) for op in wanted} == wanted
 
 

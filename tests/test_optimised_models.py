@@ -13,6 +13,7 @@ import pytest
 from onnxruntime import quantization
 
 import infera_gpu
+from infera_gpu.errors import UnsupportedOperatorError
 from infera_gpu.graph import HostArray
 from infera_gpu.verify import OnnxRuntime
 from tests.cases import assert_close
@@ -213,3 +214,44 @@ def test_what_is_written_runs(
         got = session.run(feeds)
     for name, expected in want.items():
         assert_close(np.asarray(got[name]), expected, tol, name)
+
+
+def test_the_layout_of_one_cpu_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    model = optimised(ALL)(network(IMAGES, IMAGE_WEIGHTS), tmp_path)
+    written = {n.op_type for n in model.graph.node if n.domain == "com.microsoft.nchwc"}
+    if not written:
+        pytest.skip("onnxruntime has no such layout for this CPU")
+    with pytest.raises(UnsupportedOperatorError, match="ORT_ENABLE_EXTENDED") as caught:
+        infera_gpu.load(model, device="cpu")
+    assert str(caught.value).count("ORT_ENABLE_EXTENDED") == 1
+
+
+def test_convolutions_of_channels_last_are_convolutions() -> None:
+    """As onnxruntime.transformers.optimizer writes them for diffusion models, which its CPU does not run."""
+    rng = np.random.default_rng(0)
+    text = """
+        g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {
+            t = Transpose <perm = [0, 2, 3, 1]> (x)
+            c = com.microsoft.NhwcConv <pads = [1, 1, 1, 1]> (t, w, b)
+            u = Transpose <perm = [0, 3, 1, 2]> (c)
+            y = Relu(u)
+        }"""
+    w, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3, 3, 3), (4,)))
+    models = []
+    for body, weight in (
+        (text, np.moveaxis(w, 1, -1)),
+        (
+            """
+        g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) { c = Conv <pads = [1, 1, 1, 1]> (x, w, b)  y = Relu(c) }""",
+            w,
+        ),
+    ):
+        model = parse(body)
+        model.graph.initializer.extend(map(onnx.numpy_helper.from_array, (np.ascontiguousarray(weight), b), ("w", "b")))
+        models.append(model)
+    feeds = {"x": rng.standard_normal((2, 3, 6, 6)).astype(np.float32)}
+    want = OnnxRuntime(models[1].SerializeToString(), threads=1).run(feeds)["y"]
+    for device in ("cpu", "recording"):
+        with infera_gpu.load(models[0], device=device) as session:
+            assert [n.op.replace("NHWC", "") for n in session.graph.nodes if n.op != "Transpose"] == ["FusedConv"]
+            assert_close(np.asarray(session.run(feeds)["y"]), want, CLOSE, "y")

@@ -112,7 +112,25 @@ def _split(xp: Any, site: Site, x: Array, bias: Array) -> Array:
 
 _GROUPS: dict[str, Any] = {"groups": REQUIRED, "activation": REQUIRED, "channels_last": 1, "epsilon": 1e-5}
 _IMAGES, _CHANNELS = f32(2, 5, 4, 6), (f32(6), f32(6))
-_NHWC = channels_last(conv_spec, compute_conv, lambda site: True)
+_CONV_SPEC, _CONV = channels_last(conv_spec, compute_conv, lambda site: True)
+
+
+def _weights_first(site: Site) -> Site:
+    """The site with weights (outputs, inputs a group, spatial...) instead of (outputs, spatial..., inputs a group)."""
+    w = site.spec(1)
+    dims = (*w.dims[:1], *w.dims[-1:], *w.dims[1:-1])
+    return replace(site, ins=(site.ins[0], TensorSpec(dims, w.dtype), *site.ins[2:]))
+
+
+def _infer_conv(site: Site) -> Sequence[TensorSpec]:
+    if site.spec(1).ndim < 3:
+        raise site.fail(f"weights are {site.spec(1)}, expected (outputs, spatial..., inputs a group)")
+    return _CONV_SPEC(_weights_first(site))
+
+
+def _conv(xp: Any, site: Site, x: Array, w: Array, bias: Array | None = None) -> Array:
+    return _CONV(xp, _weights_first(site), x, xp.moveaxis(w, -1, 1), bias)
+
 
 OPS: tuple[Op, ...] = (
     ms_op(
@@ -149,10 +167,11 @@ OPS: tuple[Op, ...] = (
     ms_op("BiasSplitGelu", _infer_split, _split, (Case("rows", (f32(2, 5, 8), f32(8))),)),
     ms_op(
         "NhwcConv",
-        *_NHWC,
+        _infer_conv,
+        _conv,
         (
-            Case("padded", (f32(2, 5, 6, 3), f32(4, 3, 3, 3), f32(4)), {"pads": (1, 1, 1, 1), "strides": (2, 1)}),
-            Case("grouped", (f32(1, 5, 6, 4), f32(6, 2, 2, 2)), {"group": 2}),
+            Case("padded", (f32(2, 5, 6, 4), f32(5, 3, 2, 4), f32(5)), {"pads": (1, 1, 1, 1), "strides": (2, 1)}),
+            Case("grouped", (f32(1, 5, 6, 6), f32(4, 2, 2, 3)), {"group": 2}),
         ),
         **ATTRS,
         group=1,

@@ -29,6 +29,7 @@ from infera_gpu.passes import (
     lookup,
     masked,
     matmul,
+    nhwc,
     norm,
     norm_affine,
     norm_apart,
@@ -50,6 +51,7 @@ from infera_gpu.passes import (
     sinking,
     softmax,
     standard_attention,
+    transposed,
     unit,
     weights,
 )
@@ -79,6 +81,8 @@ QUANTIZED = Fusions(
 """Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS = Fusions(
+    *transposed.FUSIONS,
+    *nhwc.FUSIONS,
     *group_last.FUSIONS,
     *scale.FUSIONS,
     *sinking.FUSIONS,
