@@ -250,8 +250,11 @@ def check_complete(given: Collection[str], model: Signature) -> None:
     """Raises BadRequest where an input is missing."""
     missing = [name for name, tensor in model.inputs.items() if name not in given and not tensor.optional]
     if missing:
+        total = len(model.inputs)
+        least = total - sum(tensor.optional for tensor in model.inputs.values())
+        expected = f"{total} inputs" if least == total else f"number of inputs between {least} and {total}"
         raise BadRequest(
-            f"expected {len(model.inputs)} inputs but got {len(given)} inputs for model '{model.name}'. "
+            f"expected {expected} but got {len(given)} inputs for model '{model.name}'. "
             f"Got input(s) {_quoted(sorted(given))}, but missing required input(s) {_quoted(missing)}. "
             "Please provide all required input(s)."
         )

@@ -41,7 +41,7 @@ MAX = 2**31 - 1
 
 
 def checked(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a document, None for one that is cleared; what else is there is ignored.
+    """The settings in a document, None for one that is cleared; what else is there is ignored, levels too.
 
     Raises BadRequest or Unsupported.
     """
@@ -52,6 +52,8 @@ def checked(document: Mapping[str, Any]) -> dict[str, Any]:
         if name in document:
             value = document[name]
             found[name] = value if value is None else _level(value) if name == "trace_level" else _number(name, value)
+    if found.get("trace_level") == []:
+        del found["trace_level"]
     return found
 
 
@@ -62,7 +64,7 @@ def _level(value: object) -> list[str]:
         raise BadRequest("Expect only one trace level 'OFF' is specified")
     if "TENSORS" in value:
         raise BadRequest("trace level TENSORS is not supported; TIMESTAMPS is")
-    return [level for level in value if level in LEVELS] or ["OFF"]
+    return [level for level in value if level in LEVELS]
 
 
 def _number(name: str, value: object) -> str:

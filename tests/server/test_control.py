@@ -191,6 +191,8 @@ def test_requests_are_traced(tmp_path: Path) -> None:
 def test_a_count_is_set_again(tmp_path: Path) -> None:
     tracing = Tracing(tmp_path / "t")
     tracing.update({"trace_level": ["TIMESTAMPS"], "trace_count": "2", "trace_rate": "1"})
+    for levels in ([], ["BOGUS"]):  # which say nothing
+        assert tracing.update({"trace_level": levels})["trace_level"] == ["TIMESTAMPS"]
     assert [tracing._all.take() for _ in range(3)] == [True, True, False]
     assert tracing.settings()["trace_count"] == "0"
     tracing.update({"trace_rate": "1"})

@@ -75,6 +75,7 @@ ask("an output without a name", "add", AB, [ONE, TWO], outputs=[{}])
 ask("too many rows", "add", [x("FP32", 5, 3, name=n) for n in "AB"], [bytes(60)] * 2)
 ask("optional left out", "optional", [x("FP32", 2)], [floats(1, 2)])
 ask("optional given", "optional", [x("FP32", 2), x("FP32", 2, name="B0")], [floats(1, 2), floats(10, 20)])
+ask("optional and no other", "optional", [], [])
 ask("no columns", "grid", [x("FP32", 1, 0, 2)], [b""])
 ask("rows and columns", "grid", [x("FP32", 1, 2, 2)], [bytes(16)])
 

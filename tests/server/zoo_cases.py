@@ -191,6 +191,7 @@ binary(
 )
 infer("optional left out", "optional", tensor("x", "FP32", [2], [1, 2]))
 infer("optional given", "optional", tensor("x", "FP32", [2], [1, 2]), tensor("B0", "FP32", [2], [10, 20]))
+infer("optional and no other", "optional")
 infer("optional alone", "optional", tensor("B0", "FP32", [2], [10, 20]))
 
 X = tensor("x", "FP32", [1, 2], [1, 2])
