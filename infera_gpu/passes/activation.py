@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, node, standard
+from infera_gpu.passes.engine import CPU, Fusion, Match, Replacement, changed, node, standard
 
 
 def bounds(constants: Mapping[str, HostArray], clip: Node) -> tuple[float, float] | None:
@@ -209,6 +209,15 @@ def _prelu(match: Match) -> Replacement:
     return Replacement(standard(match, "PRelu", 7, (match.values["x"], name), {}), {name: _slopes(match)})
 
 
+_PRELU_EXAMPLE = """
+        example (float[B, 3, 5] x) => (float[B, 3, 5] y) <float[3, 1] k = {-0.1, -0.2, -0.3}> {
+            a = Relu(x)
+            b = Neg(x)
+            c = Relu(b)
+            d = Mul(k, c)
+            y = Add(a, d)
+        }"""
+
 PRELU = Fusion(
     name="prelu",
     patterns=(
@@ -219,23 +228,9 @@ PRELU = Fusion(
     guard=_has_slopes,
     build=_prelu,
     kinds=CPU,
-    example="""
-        example (float[B, 3, 5] x) => (float[B, 3, 5] y) <float[3, 1] k = {-0.1, -0.2, -0.3}> {
-            a = Relu(x)
-            b = Neg(x)
-            c = Relu(b)
-            d = Mul(k, c)
-            y = Add(a, d)
-        }""",
+    example=_PRELU_EXAMPLE,
     near_misses=(
-        """
-        slopes_widen (float[B, 1, 5] x) => (float[B, 3, 5] y) <float[3, 1] k = {-0.1, -0.2, -0.3}> {
-            a = Relu(x)
-            b = Neg(x)
-            c = Relu(b)
-            d = Mul(k, c)
-            y = Add(a, d)
-        }""",
+        changed(_PRELU_EXAMPLE, ("example (", "slopes_widen ("), ("float[B, 3, 5] x)", "float[B, 1, 5] x)")),
         """
         another_value (float[B, 3, 5] x, float[B, 3, 5] z) => (float[B, 3, 5] y) <float k = {-0.1}> {
             a = Relu(x)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import CPU_AND_TRITON, Fusion, Match, Replacement, either, infera, named, node, standard
+from infera_gpu.passes.engine import (
+    CPU_AND_TRITON,
+    Fusion,
+    Match,
+    Replacement,
+    changed,
+    either,
+    infera,
+    named,
+    node,
+    standard,
+)
 from infera_gpu.passes.pattern import Arg, P, is_close
 
 INPUTS = ("q", "kt", "v", "mask", "condition", "further")
@@ -43,12 +54,7 @@ def _swapped(match: Match) -> Replacement:
     return Replacement(standard(match, "Transpose", 1, (match.values["k"],), {"perm": perm}))
 
 
-KEYS = Fusion(
-    name="transposed_keys",
-    patterns=(_keys(),),
-    guard=_swaps,
-    build=_swapped,
-    example="""
+_KEYS_EXAMPLE = """
         example (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)
         <int64[1] low = {-9223372036854775808}, int64[1] two = {-2}, int64[1] one = {-1},
          int64[1] high = {9223372036854775807}> {
@@ -61,36 +67,26 @@ KEYS = Fusion(
             c = Transpose <perm = [0, 2, 1]> (b)
             d = Concat <axis = 0> (heads, size, length)
             y = Reshape(c, d)
-        }""",
+        }"""
+
+KEYS = Fusion(
+    name="transposed_keys",
+    patterns=(_keys(),),
+    guard=_swaps,
+    build=_swapped,
+    example=_KEYS_EXAMPLE,
     near_misses=(
-        """
-        not_swapped_back (float[2, 3, 4, 5] k) => (float[2, 3, 4, 5] y)
-        <int64[1] low = {-9223372036854775808}, int64[1] two = {-2}, int64[1] one = {-1},
-         int64[1] high = {9223372036854775807}> {
-            s = Shape(k)
-            heads = Slice(s, low, two)
-            length = Slice(s, two, one)
-            size = Slice(s, one, high)
-            a = Concat <axis = 0> (one, length, size)
-            b = Reshape(k, a)
-            c = Transpose <perm = [0, 2, 1]> (b)
-            d = Concat <axis = 0> (heads, length, size)
-            y = Reshape(c, d)
-        }""",
-        """
-        other_permutation (float[2, 3, 4, 5] k) => (float[2, 3, 5, 4] y)
-        <int64[1] low = {-9223372036854775808}, int64[1] two = {-2}, int64[1] one = {-1},
-         int64[1] high = {9223372036854775807}> {
-            s = Shape(k)
-            heads = Slice(s, low, two)
-            length = Slice(s, two, one)
-            size = Slice(s, one, high)
-            a = Concat <axis = 0> (one, length, size)
-            b = Reshape(k, a)
-            c = Transpose <perm = [1, 0, 2]> (b)
-            d = Concat <axis = 0> (heads, size, length)
-            y = Reshape(c, d)
-        }""",
+        changed(
+            _KEYS_EXAMPLE,
+            ("example (", "not_swapped_back ("),
+            ("float[2, 3, 5, 4] y)", "float[2, 3, 4, 5] y)"),
+            ("d = Concat <axis = 0> (heads, size, length)", "d = Concat <axis = 0> (heads, length, size)"),
+        ),
+        changed(
+            _KEYS_EXAMPLE,
+            ("example (", "other_permutation ("),
+            ("c = Transpose <perm = [0, 2, 1]> (b)", "c = Transpose <perm = [1, 0, 2]> (b)"),
+        ),
     ),
 )
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from infera_gpu.graph import HostArray, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, infera, node
 from infera_gpu.passes.norm import CENTERED, inverse_root, standardized, unrolled, variance
 from infera_gpu.passes.norm_factors import LAYER_NORM_AS_FACTORS, RMS_NORM_AS_FACTORS
 from infera_gpu.passes.softmax import one_axis
@@ -31,6 +31,17 @@ def _attrs(match: Match) -> dict[str, float | None]:
     return {"axis": one_axis(match, "variance"), "epsilon": match.number("epsilon"), "center": center}
 
 
+_AXIS_NORM_EXAMPLE = """
+        example (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {
+            m = ReduceMean <axes = [1]> (x)
+            c = Sub(x, m)
+            s = Pow(c, two)
+            v = ReduceMean <axes = [1]> (s)
+            a = Add(v, e)
+            r = Sqrt(a)
+            y = Div(c, r)
+        }"""
+
 AXIS_NORM = Fusion(
     name="axis_norm",
     patterns=(
@@ -42,16 +53,7 @@ AXIS_NORM = Fusion(
     build=_along,
     reassociates=True,
     opset=13,
-    example="""
-        example (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {
-            m = ReduceMean <axes = [1]> (x)
-            c = Sub(x, m)
-            s = Pow(c, two)
-            v = ReduceMean <axes = [1]> (s)
-            a = Add(v, e)
-            r = Sqrt(a)
-            y = Div(c, r)
-        }""",
+    example=_AXIS_NORM_EXAMPLE,
     near_misses=(
         """
         rank_is_unknown (float[B, 6] z, int64[N] shape) => (float[B, 6] y) <float two = {2}, float e = {1e-6}> {
@@ -64,16 +66,11 @@ AXIS_NORM = Fusion(
             r = Sqrt(a)
             y = Div(c, r)
         }""",
-        """
-        other_axes (float[B, 6, 5, 3] x) => (float[B, 6, 5, 3] y) <float two = {2}, float e = {1e-6}> {
-            m = ReduceMean <axes = [1]> (x)
-            c = Sub(x, m)
-            s = Pow(c, two)
-            v = ReduceMean <axes = [1, 2]> (s)
-            a = Add(v, e)
-            r = Sqrt(a)
-            y = Div(c, r)
-        }""",
+        changed(
+            _AXIS_NORM_EXAMPLE,
+            ("example (", "other_axes ("),
+            ("v = ReduceMean <axes = [1]> (s)", "v = ReduceMean <axes = [1, 2]> (s)"),
+        ),
         """
         last_axis (float[B, 6, 5] x) => (float[B, 6, 5] y) <float two = {2}, float e = {1e-6}> {
             s = Pow(x, two)

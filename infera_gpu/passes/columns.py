@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from infera_gpu.graph import Node, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, infera, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, infera, node
 from infera_gpu.passes.heads import laid_out
 from infera_gpu.passes.pattern import P
 from infera_gpu.passes.sizes import Sizes, product
@@ -129,12 +129,7 @@ def _of_three_axes(match: Match) -> Replacement:
     return Replacement(infera(match, "FusedMatMul", (merged, *mm.inputs[1:]), mm.attrs), constants, (before,))
 
 
-MERGED = Fusion(
-    name="matmul_of_merged_axes",
-    patterns=(_laid_out(node("infera.FusedMatMul", "rows", "#w", "?b", name="mm")),),
-    guard=lambda match: _source(match) is not None,
-    build=_of_three_axes,
-    example="""
+_MERGED_EXAMPLE = """
         example (float[B, S, 2, 3] x) => (float[B, S, 2] y)
         <float[6, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2] b = {1, -2},
          int64[2] m = {-1, 6}, int64[2] i = {0, 1}, int64[1] n = {2}, int64[1] one = {1}, int64[1] last = {3}> {
@@ -145,20 +140,21 @@ MERGED = Fusion(
             p = infera.FusedMatMul(a, w, b)
             c = Reshape(p, t)
             y = Squeeze(c, last)
-        }""",
+        }"""
+
+MERGED = Fusion(
+    name="matmul_of_merged_axes",
+    patterns=(_laid_out(node("infera.FusedMatMul", "rows", "#w", "?b", name="mm")),),
+    guard=lambda match: _source(match) is not None,
+    build=_of_three_axes,
+    example=_MERGED_EXAMPLE,
     near_misses=(
-        """
-        axes_swapped (float[B, S, 2, 3] x) => (float[S, B, 2] y)
-        <float[6, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2] b = {1, -2},
-         int64[2] m = {-1, 6}, int64[2] i = {1, 0}, int64[1] n = {2}, int64[1] one = {1}, int64[1] last = {3}> {
-            s = Shape(x)
-            g = Gather(s, i)
-            t = Concat <axis = 0> (g, n, one)
-            a = Reshape(x, m)
-            p = infera.FusedMatMul(a, w, b)
-            c = Reshape(p, t)
-            y = Squeeze(c, last)
-        }""",
+        changed(
+            _MERGED_EXAMPLE,
+            ("example (", "axes_swapped ("),
+            ("float[B, S, 2] y)", "float[S, B, 2] y)"),
+            ("int64[2] i = {0, 1}", "int64[2] i = {1, 0}"),
+        ),
         """
         rows_of_part_of_the_axes (float[B, S, 2, 3] x) => (float[B, S, 4] y)
         <float[3, 2] w = {1, 2, 3, 4, 5, 6}, float[2] b = {1, -2},
@@ -171,30 +167,16 @@ MERGED = Fusion(
             c = Reshape(p, t)
             y = Squeeze(c, last)
         }""",
-        """
-        another_count_of_rows (float[B, S, 2, 3] x) => (float[B, S, 2] y)
-        <float[6, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2] b = {1, -2},
-         int64[2] m = {5, 6}, int64[2] i = {0, 1}, int64[1] n = {2}, int64[1] one = {1}, int64[1] last = {3}> {
-            s = Shape(x)
-            g = Gather(s, i)
-            t = Concat <axis = 0> (g, n, one)
-            a = Reshape(x, m)
-            p = infera.FusedMatMul(a, w, b)
-            c = Reshape(p, t)
-            y = Squeeze(c, last)
-        }""",
-        """
-        one_value_a_row (float[B, 2, 2, 3] x) => (float[B, 2, 2] y)
-        <float[6, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2, 1] b = {1, -2},
-         int64[2] m = {-1, 6}, int64[2] i = {0, 1}, int64[1] n = {2}, int64[1] one = {1}, int64[1] last = {3}> {
-            s = Shape(x)
-            g = Gather(s, i)
-            t = Concat <axis = 0> (g, n, one)
-            a = Reshape(x, m)
-            p = infera.FusedMatMul(a, w, b)
-            c = Reshape(p, t)
-            y = Squeeze(c, last)
-        }""",
+        changed(
+            _MERGED_EXAMPLE, ("example (", "another_count_of_rows ("), ("int64[2] m = {-1, 6}", "int64[2] m = {5, 6}")
+        ),
+        changed(
+            _MERGED_EXAMPLE,
+            ("example (", "one_value_a_row ("),
+            ("float[B, S, 2, 3] x)", "float[B, 2, 2, 3] x)"),
+            ("float[B, S, 2] y)", "float[B, 2, 2] y)"),
+            ("float[2] b = {1, -2}", "float[2, 1] b = {1, -2}"),
+        ),
     ),
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from infera_gpu.graph import HostArray, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node, standard
+from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, either, infera, node, standard
 from infera_gpu.passes.pattern import Arg, P, axis_in
 
 WIDENED = "WidenedNormalization"
@@ -129,14 +129,7 @@ def row_of(match: Match, name: str, axis: int) -> np.ndarray:
     return value.reshape(value.shape[axis:])
 
 
-LAYER_NORM = Fusion(
-    name="layer_norm",
-    patterns=(*standardized(CENTERED, variance(CENTERED)), unrolled(inverse_root(variance(CENTERED)))),
-    guard=is_standardized,
-    build=normalization("LayerNormalization", 1),
-    reassociates=True,
-    opset=13,
-    example="""
+_LAYER_NORM_EXAMPLE = """
         example (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
             m = ReduceMean <axes = [-1]> (x)
             c = Sub(x, m)
@@ -145,38 +138,34 @@ LAYER_NORM = Fusion(
             a = Add(v, e)
             r = Sqrt(a)
             y = Div(c, r)
-        }""",
+        }"""
+
+LAYER_NORM = Fusion(
+    name="layer_norm",
+    patterns=(*standardized(CENTERED, variance(CENTERED)), unrolled(inverse_root(variance(CENTERED)))),
+    guard=is_standardized,
+    build=normalization("LayerNormalization", 1),
+    reassociates=True,
+    opset=13,
+    example=_LAYER_NORM_EXAMPLE,
     near_misses=(
-        """
-        other_axes (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
-            m = ReduceMean <axes = [-1]> (x)
-            c = Sub(x, m)
-            s = Pow(c, two)
-            v = ReduceMean <axes = [-2, -1]> (s)
-            a = Add(v, e)
-            r = Sqrt(a)
-            y = Div(c, r)
-        }""",
-        """
-        inner_axis (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-5}> {
-            m = ReduceMean <axes = [1]> (x)
-            c = Sub(x, m)
-            s = Pow(c, two)
-            v = ReduceMean <axes = [1]> (s)
-            a = Add(v, e)
-            r = Sqrt(a)
-            y = Div(c, r)
-        }""",
-        """
-        cubes (float[B, 3, 8] x) => (float[B, 3, 8] y) <float three = {3}, float e = {1e-5}> {
-            m = ReduceMean <axes = [-1]> (x)
-            c = Sub(x, m)
-            s = Pow(c, three)
-            v = ReduceMean <axes = [-1]> (s)
-            a = Add(v, e)
-            r = Sqrt(a)
-            y = Div(c, r)
-        }""",
+        changed(
+            _LAYER_NORM_EXAMPLE,
+            ("example (", "other_axes ("),
+            ("v = ReduceMean <axes = [-1]> (s)", "v = ReduceMean <axes = [-2, -1]> (s)"),
+        ),
+        changed(
+            _LAYER_NORM_EXAMPLE,
+            ("example (", "inner_axis ("),
+            ("m = ReduceMean <axes = [-1]> (x)", "m = ReduceMean <axes = [1]> (x)"),
+            ("v = ReduceMean <axes = [-1]> (s)", "v = ReduceMean <axes = [1]> (s)"),
+        ),
+        changed(
+            _LAYER_NORM_EXAMPLE,
+            ("example (", "cubes ("),
+            ("float two = {2}", "float three = {3}"),
+            ("s = Pow(c, two)", "s = Pow(c, three)"),
+        ),
         """
         deviation_is_an_output (float[B, 3, 8] x) => (float[B, 3, 8] y, float[B, 3, 1] r)
         <float two = {2}, float e = {1e-5}> {
@@ -208,14 +197,7 @@ def are_rows(match: Match, axis: int, *names: str) -> bool:
     )
 
 
-RMS_NORM = Fusion(
-    name="rms_norm",
-    patterns=standardized("x", variance("x")),
-    guard=is_standardized,
-    build=normalization("RMSNormalization", 23),
-    reassociates=True,
-    opset=18,
-    example="""
+_RMS_NORM_EXAMPLE = """
         example (float[B, 3, 8] x) => (float[B, 3, 8] y)
         <float two = {2}, float e = {1e-6}, float one = {1}, int64[1] last = {-1}> {
             s = Pow(x, two)
@@ -224,7 +206,16 @@ RMS_NORM = Fusion(
             r = Sqrt(a)
             i = Div(one, r)
             y = Mul(x, i)
-        }""",
+        }"""
+
+RMS_NORM = Fusion(
+    name="rms_norm",
+    patterns=standardized("x", variance("x")),
+    guard=is_standardized,
+    build=normalization("RMSNormalization", 23),
+    reassociates=True,
+    opset=18,
+    example=_RMS_NORM_EXAMPLE,
     near_misses=(
         """
         every_axis (float[B, 3, 8] x) => (float[B, 3, 8] y) <float two = {2}, float e = {1e-6}, float one = {1}> {
@@ -235,26 +226,18 @@ RMS_NORM = Fusion(
             i = Div(one, r)
             y = Mul(x, i)
         }""",
-        """
-        another_value (float[B, 3, 8] x, float[B, 3, 8] z) => (float[B, 3, 8] y)
-        <float two = {2}, float e = {1e-6}, float one = {1}, int64[1] last = {-1}> {
-            s = Pow(z, two)
-            v = ReduceMean(s, last)
-            a = Add(v, e)
-            r = Sqrt(a)
-            i = Div(one, r)
-            y = Mul(x, i)
-        }""",
-        """
-        two_over_the_root (float[B, 3, 8] x) => (float[B, 3, 8] y)
-        <float two = {2}, float e = {1e-6}, int64[1] last = {-1}> {
-            s = Pow(x, two)
-            v = ReduceMean(s, last)
-            a = Add(v, e)
-            r = Sqrt(a)
-            i = Div(two, r)
-            y = Mul(x, i)
-        }""",
+        changed(
+            _RMS_NORM_EXAMPLE,
+            ("example (", "another_value ("),
+            ("float[B, 3, 8] x)", "float[B, 3, 8] x, float[B, 3, 8] z)"),
+            ("s = Pow(x, two)", "s = Pow(z, two)"),
+        ),
+        changed(
+            _RMS_NORM_EXAMPLE,
+            ("example (", "two_over_the_root ("),
+            ("float e = {1e-6}, float one = {1}", "float e = {1e-6}"),
+            ("i = Div(one, r)", "i = Div(two, r)"),
+        ),
     ),
 )
 

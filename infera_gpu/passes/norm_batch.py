@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from infera_gpu.graph import made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, node, standard
+from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, node, standard
 from infera_gpu.passes.sizes import product
 from infera_gpu.spec import Dim
 
@@ -80,28 +80,7 @@ def _normalized(match: Match) -> Replacement:
 _MEAN = node("ReduceMean", "r", "?#mean_axes", name="mean")
 _SQUARES = node("ReduceSumSquare", node("Sub", "r", _MEAN), "?#axes", name="squares")
 
-LAYER_NORM_AS_BATCH_NORM = Fusion(
-    name="layer_norm_as_batch_norm",
-    patterns=(
-        node(
-            "Reshape",
-            node(
-                "BatchNormalization",
-                "r",
-                "one",
-                "zero",
-                node("Squeeze", _MEAN, "?#flat_axes", name="flat"),
-                node("Div", _SQUARES, "count"),
-                name="bn",
-            ),
-            "back",
-        ),
-    ),
-    guard=_is_layer_norm,
-    build=_normalized,
-    reassociates=True,
-    opset=15,
-    example="""
+_EXAMPLE = """
         example (float[B, S, 4] x) => (float[B, S, 4] y)
         <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
          int64[3] axes = {0, 2, 3}> {
@@ -126,138 +105,52 @@ LAYER_NORM_AS_BATCH_NORM = Fusion(
             h = Div(f, count)
             b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
             y = Reshape(b, back)
-        }""",
+        }"""
+
+LAYER_NORM_AS_BATCH_NORM = Fusion(
+    name="layer_norm_as_batch_norm",
+    patterns=(
+        node(
+            "Reshape",
+            node(
+                "BatchNormalization",
+                "r",
+                "one",
+                "zero",
+                node("Squeeze", _MEAN, "?#flat_axes", name="flat"),
+                node("Div", _SQUARES, "count"),
+                name="bn",
+            ),
+            "back",
+        ),
+    ),
+    guard=_is_layer_norm,
+    build=_normalized,
+    reassociates=True,
+    opset=15,
+    example=_EXAMPLE,
     near_misses=(
-        """
-        two_rows_a_channel (float[B, S, 4] x) => (float[B, S, 4] y)
-        <int64[4] rows = {1, -1, 8, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
-         int64[3] axes = {0, 2, 3}> {
-            s = Shape(x)
-            c = Cast <to = 6> (s)
-            back = Cast <to = 7> (c)
-            r = Reshape(x, rows)
-            d = Slice(c, first, third, first)
-            p = ReduceProd <axes = [0], keepdims = 0> (d)
-            q = Unsqueeze(p, first)
-            n = Cast <to = 7> (q)
-            zero = Expand(none, n)
-            one = Expand(unit, n)
-            t = Shape(r)
-            u = Gather(t, axes)
-            v = ReduceProd <axes = [0], keepdims = 0> (u)
-            count = Cast <to = 1> (v)
-            m = ReduceMean <axes = [0, 2, 3]> (r)
-            e = Sub(r, m)
-            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
-            g = Squeeze(m, axes)
-            h = Div(f, count)
-            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
-            y = Reshape(b, back)
-        }""",
-        """
-        rows_among_others (float[B, 2, 4] x) => (float[B, 2, 4] y)
-        <int64[4] rows = {-1, 2, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
-         int64[3] axes = {0, 2, 3}> {
-            s = Shape(x)
-            c = Cast <to = 6> (s)
-            back = Cast <to = 7> (c)
-            r = Reshape(x, rows)
-            d = Slice(c, first, third, first)
-            p = ReduceProd <axes = [0], keepdims = 0> (d)
-            q = Unsqueeze(p, first)
-            n = Cast <to = 7> (q)
-            zero = Expand(none, n)
-            one = Expand(unit, n)
-            t = Shape(r)
-            u = Gather(t, axes)
-            v = ReduceProd <axes = [0], keepdims = 0> (u)
-            count = Cast <to = 1> (v)
-            m = ReduceMean <axes = [0, 2, 3]> (r)
-            e = Sub(r, m)
-            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
-            g = Squeeze(m, axes)
-            h = Div(f, count)
-            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
-            y = Reshape(b, back)
-        }""",
-        """
-        another_count (float[B, S, 4] x) => (float[B, S, 4] y)
-        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
-         int64[3] axes = {0, 2, 3}> {
-            s = Shape(x)
-            c = Cast <to = 6> (s)
-            back = Cast <to = 7> (c)
-            r = Reshape(x, rows)
-            d = Slice(c, first, third, first)
-            p = ReduceProd <axes = [0], keepdims = 0> (d)
-            q = Unsqueeze(p, first)
-            n = Cast <to = 7> (q)
-            zero = Expand(none, n)
-            one = Expand(unit, n)
-            t = Shape(r)
-            u = Slice(t, first, third, first)
-            v = ReduceProd <axes = [0], keepdims = 0> (u)
-            count = Cast <to = 1> (v)
-            m = ReduceMean <axes = [0, 2, 3]> (r)
-            e = Sub(r, m)
-            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
-            g = Squeeze(m, axes)
-            h = Div(f, count)
-            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
-            y = Reshape(b, back)
-        }""",
-        """
-        doubled (float[B, S, 4] x) => (float[B, S, 4] y)
-        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {2}, float none = {0},
-         int64[3] axes = {0, 2, 3}> {
-            s = Shape(x)
-            c = Cast <to = 6> (s)
-            back = Cast <to = 7> (c)
-            r = Reshape(x, rows)
-            d = Slice(c, first, third, first)
-            p = ReduceProd <axes = [0], keepdims = 0> (d)
-            q = Unsqueeze(p, first)
-            n = Cast <to = 7> (q)
-            zero = Expand(none, n)
-            one = Expand(unit, n)
-            t = Shape(r)
-            u = Gather(t, axes)
-            v = ReduceProd <axes = [0], keepdims = 0> (u)
-            count = Cast <to = 1> (v)
-            m = ReduceMean <axes = [0, 2, 3]> (r)
-            e = Sub(r, m)
-            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
-            g = Squeeze(m, axes)
-            h = Div(f, count)
-            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
-            y = Reshape(b, back)
-        }""",
-        """
-        batch_norm_is_an_output (float[B, S, 4] x) => (float[B, S, 4] y, float[1, R, 4, 1] b)
-        <int64[4] rows = {1, -1, 4, 1}, int64[1] first = {0}, int64[1] third = {2}, float unit = {1}, float none = {0},
-         int64[3] axes = {0, 2, 3}> {
-            s = Shape(x)
-            c = Cast <to = 6> (s)
-            back = Cast <to = 7> (c)
-            r = Reshape(x, rows)
-            d = Slice(c, first, third, first)
-            p = ReduceProd <axes = [0], keepdims = 0> (d)
-            q = Unsqueeze(p, first)
-            n = Cast <to = 7> (q)
-            zero = Expand(none, n)
-            one = Expand(unit, n)
-            t = Shape(r)
-            u = Gather(t, axes)
-            v = ReduceProd <axes = [0], keepdims = 0> (u)
-            count = Cast <to = 1> (v)
-            m = ReduceMean <axes = [0, 2, 3]> (r)
-            e = Sub(r, m)
-            f = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (e)
-            g = Squeeze(m, axes)
-            h = Div(f, count)
-            b = BatchNormalization <epsilon = 0.001> (r, one, zero, g, h)
-            y = Reshape(b, back)
-        }""",
+        changed(
+            _EXAMPLE,
+            ("example (", "two_rows_a_channel ("),
+            ("int64[4] rows = {1, -1, 4, 1}", "int64[4] rows = {1, -1, 8, 1}"),
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "rows_among_others ("),
+            ("float[B, S, 4] x)", "float[B, 2, 4] x)"),
+            ("float[B, S, 4] y)", "float[B, 2, 4] y)"),
+            ("int64[4] rows = {1, -1, 4, 1}", "int64[4] rows = {-1, 2, 4, 1}"),
+        ),
+        changed(
+            _EXAMPLE, ("example (", "another_count ("), ("u = Gather(t, axes)", "u = Slice(t, first, third, first)")
+        ),
+        changed(_EXAMPLE, ("example (", "doubled ("), ("float unit = {1}", "float unit = {2}")),
+        changed(
+            _EXAMPLE,
+            ("example (", "batch_norm_is_an_output ("),
+            ("float[B, S, 4] y)", "float[B, S, 4] y, float[1, R, 4, 1] b)"),
+        ),
     ),
 )
 
