@@ -1,31 +1,32 @@
 """What an operator is: one declaration from which planning, tests, the support table and benchmarks derive.
 
 An `Op` says what goes in and out (`infer`), how to compute it plainly (`compute`, the reference), how to compute it
-fast (`kernels`, by kind) and on what examples that must hold (`cases`). Nothing here imports a device library.
+fast (`kernels`, by kind) and on what examples that must hold (`cases`). What a declaration needs beside `Op` (`Site`,
+`Kernel`, `Buffers`) is imported from here as well. Nothing here imports a device library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Attrs, HostArray, Node, lazy
-from infera_gpu.spec import Array, DType, TensorSpec, ValueSpec, broadcast_shape
-
-if TYPE_CHECKING:
-    from infera_kernels.tuning import Tuned
-
-Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
-"""A step of a bound kernel, everything decided. A plan's hot loop is `for fn, args in calls: fn(*args)`."""
-
+from infera_gpu.kernel import Bind as Bind
+from infera_gpu.kernel import Border as Border
+from infera_gpu.kernel import Buffers as Buffers
+from infera_gpu.kernel import Call as Call
+from infera_gpu.kernel import Kernel as Kernel
+from infera_gpu.kernel import Launcher as Launcher
+from infera_gpu.site import Site as Site
+from infera_gpu.site import Subgraph as Subgraph
+from infera_gpu.spec import Array, DType, TensorSpec, broadcast_shape
 
 _F32 = np.dtype(np.float32)
-T = TypeVar("T")
 
 
 class Required:
@@ -33,213 +34,6 @@ class Required:
 
 
 REQUIRED = Required()
-
-
-@dataclass(slots=True, eq=False)
-class Site:
-    """One node at concrete shapes: everything a kernel may know while planning. Nobody changes one whose `outs` are
-    known.
-
-    `attrs` has the operator's defaults filled in. `ins[i]` is None where an optional input is left out or is no tensor,
-    and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
-    node runs on the host between two plans all its values are known, and its subgraphs are callables: see `Subgraph`.
-    `batch_invariant` says that a kernel must not add in an order that depends on the size of the batch;
-    `tuned` is what tiles were measured best on the device, where there is a GPU.
-    """
-
-    node: Node
-    attrs: Attrs
-    ins: tuple[TensorSpec | None, ...]
-    values: tuple[HostArray | None, ...]
-    outs: tuple[TensorSpec, ...] = ()
-    opset: int = 0
-    batch_invariant: bool = False
-    tuned: Tuned | None = None
-    _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
-
-    def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
-        """The same site with these outputs, and with what was found `once`."""
-        if self._found is None:
-            self._found = {}
-        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset, self.batch_invariant, self.tuned)
-        made._found = self._found
-        return made
-
-    def once(self, key: Hashable, build: Callable[[], T]) -> T:
-        """`build()`, which may look at everything but `outs`, remembered under `key`.
-
-        Rules for shapes, expansions, choices of kernels and kernels ask the same questions, and a plan is made while a
-        user waits.
-        """
-        found = self._found
-        if found is None:
-            found = self._found = {}
-        if key not in found:
-            found[key] = build()
-        made: T = found[key]
-        return made
-
-    def forget(self) -> None:
-        """Drop what was found `once`: when a plan is bound nobody asks any more."""
-        self._found = None
-
-    def has(self, i: int) -> bool:
-        """Whether input i is present."""
-        return i < len(self.ins) and self.ins[i] is not None
-
-    def spec(self, i: int) -> TensorSpec:
-        """Input i's spec. Raises PlanError where it is left out."""
-        ins = self.ins
-        spec = ins[i] if i < len(ins) else None
-        if spec is None:
-            raise PlanError(f"{self.node}: input {i} is required")
-        return spec
-
-    def value(self, i: int) -> HostArray | None:
-        """Input i's value where it is known before the run."""
-        return self.values[i] if i < len(self.values) else None
-
-    def ints(self, i: int) -> tuple[int, ...] | None:
-        """Input i's value as a tuple of integers, None where it is left out. Raises PlanError where it is unknown."""
-        if not self.has(i):
-            return None
-        value = self.value(i)
-        if value is None:
-            raise PlanError(f"{self.node}: input {i} ('{self.node.inputs[i]}') must be known while planning")
-        if value.dtype.kind not in "iu":
-            raise PlanError(f"{self.node}: input {i} is {self.ins[i]}, expected integers")
-        return tuple(int(v) for v in np.asarray(value).reshape(-1))
-
-    def axis(self, name: str = "axis", rank: int | None = None) -> int:
-        """Attribute `name` as a non-negative axis. Raises PlanError where it is out of range."""
-        n = self.spec(0).ndim if rank is None else rank
-        axis = int(self.attrs[name])
-        if not -n <= axis < max(n, 1):
-            raise PlanError(f"{self.node}: axis {axis} out of range for {self.spec(0)}")
-        return axis % n if n else 0
-
-    def fail(self, problem: str) -> PlanError:
-        """An error that names this node."""
-        return PlanError(f"{self.node}: {problem}")
-
-
-class Subgraph(Protocol):
-    """What a host operator finds in place of an attribute that is a graph: calling it runs the graph once.
-
-    Values that the graph captures are supplied. `inputs` and `outputs` are the specs that the graph declares.
-    """
-
-    inputs: tuple[ValueSpec, ...]
-    outputs: tuple[ValueSpec, ...]
-
-    def __call__(self, *values: Any) -> list[Any]: ...
-
-
-class Launcher(Protocol):
-    """Turns a Triton kernel and its arguments into a Call; see infera_kernels.launch."""
-
-    def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        args: Mapping[str, Any],
-        constexprs: Mapping[str, Any],
-        **options: Any,
-    ) -> Call: ...
-
-
-class Buffers(Protocol):
-    """The arrays that a kernel is bound to, and what it may ask for while binding."""
-
-    outs: tuple[Array, ...]
-    """Uninitialised; contiguous unless the kernel says `strided_out`."""
-    xp: Any
-    """numpy or cupy"""
-
-    threads: int
-    """Into how many parts a kernel on the CPU may split its work; 1 elsewhere."""
-    least_ns: float
-    """Nanoseconds of work below which such a part is not worth what it costs to hand it over."""
-    strict: bool
-    """Whether to keep to the order of operations that the model writes, as far as BLAS does: no Winograd."""
-    tf32: bool
-    """Whether products of float32 on a GPU may round their operands to 10 bits, for its tensor cores."""
-
-    @property
-    def ins(self) -> Sequence[Array]:
-        """None where an input is left out; contiguous unless the kernel says `strided`.
-
-        A constant is brought to the device when it is asked for: who packs one leaves it alone.
-        """
-        ...
-
-    @property
-    def launcher(self) -> Launcher: ...
-
-    def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
-        """The calls that make those of every part, at most `threads` of them at the same time, and then go on.
-
-        Parts must not touch each other's outputs or scratch. Their scratch has been asked for by now: while planning
-        nobody looks at their calls, which may be made one by one.
-        """
-        ...
-
-    def scratch(self, shape: Sequence[int], dtype: Any = np.float32) -> Array:
-        """A workspace array, alive only while this node runs. What is asked for here is planned into the arena."""
-        ...
-
-    def pack(self, i: int, tag: str, build: Callable[[HostArray], HostArray]) -> Array:
-        """`build(value of input i)`, made once a session and shared by all its plans. Input i must be constant."""
-        ...
-
-    def constant(self, value: HostArray) -> Array:
-        """`value`, small and made while binding, where the calls find it; it lives as long as they do."""
-        ...
-
-
-Bind: TypeAlias = Callable[[Site, Buffers], Sequence[Call]]
-
-Border: TypeAlias = tuple[tuple[int, int], ...]
-"""Elements before and after a value, along each of its axes."""
-
-
-def _always(site: Site) -> bool:
-    return True
-
-
-def _never(site: Site) -> bool:
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """A fast implementation. `bind` is called once while planning and returns the calls of every run.
-
-    The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
-    `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
-    `strided` gets contiguous inputs, and one that is not `strided_out` contiguous outputs. `border(site)` is what a
-    kernel wants around input 0 to read it without a copy: `io.ins[0]` may then be larger than the site says by that
-    much, contiguous all the same, and the kernel sets the border before it reads it. Where `rows_out(site)` a kernel
-    that is not `strided_out` writes an output that lies within a border, its last two axes contiguous, as fast as any
-    other; where `strided_in(site)` one that is not `strided` reads input 0 at any strides as fast. `workspace` gives
-    the bytes of scratch; None measures them by binding once on host dummies. A site that it `supports` where it does
-    not `pay` goes to a kernel of a later kind, if one supports it. What is asked for may depend on the attributes, on
-    shapes, strides and types, on small constants and on those of integers, but not on the elements of a large
-    floating-point constant: nodes that differ in nothing else are measured once. `allocates` marks a kernel that does
-    allocate, which `inspect` shows.
-    """
-
-    bind: Bind
-    supports: Callable[[Site], bool] = _always
-    workspace: Callable[[Site], int] | None = None
-    inplace: tuple[int, ...] = ()
-    strided: bool = False
-    strided_out: bool = False
-    allocates: bool = False
-    pays: Callable[[Site], bool] = _always
-    border: Callable[[Site], Border | None] | None = None
-    rows_out: Callable[[Site], bool] = _never
-    strided_in: Callable[[Site], bool] = _never
 
 
 @dataclass(frozen=True, slots=True)
