@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator
@@ -230,6 +231,9 @@ def test_a_share_of_requests_is_copied() -> None:
 
 # --- what is said --------------------------------------------------------------------------------------------------
 
+HUGE = 10**400
+"""No float holds it."""
+
 
 @pytest.mark.parametrize(
     ("document", "text"),
@@ -244,6 +248,27 @@ def test_a_share_of_requests_is_copied() -> None:
         ({"split": {"1": -1}}, r"split\.1 must be a number from 0"),
         ({"split": {"1": True}}, r"split\.1 must be a number"),
         ({"split": {"1": 0}}, "split needs a weight above 0"),
+        ({"split": {"1": math.nan}}, r"split\.1 must be a number from 0"),
+        ({"split": {"1": math.inf}}, r"split\.1 must be a number from 0"),
+        ({"split": {"1": HUGE}}, r"split\.1 must be a number from 0"),
+        ({"split": {"1": 1, "01": 2}}, "split names version 1 twice, as '1' and '01': give it one weight"),
+        ({"labels": {"a": 1}, "split": {"a": 9, "1": 1}}, "split names version 1 twice, as 'a' and '1'"),
+        ({"labels": {"a": 2, "b": 2}, "split": {"a": 0, "b": 1}}, "split names version 2 twice, as 'a' and 'b'"),
+        ({"labels": {"a": HUGE}}, "a number is no version: an integer from 0 to 9223372036854775807"),
+        ({"labels": {"a": 16**5000}}, "a number is no version"),
+        ({"labels": {"a": -1}}, "a number is no version"),
+        ({"labels": {"a": "9" * 5000}}, "'9{64}' is no version"),
+        ({"labels": {"a": 1 << 63}}, "a number is no version"),
+        ({"labels": {"a": str(1 << 63)}}, "is no version"),
+        ({"labels": {"a": True}}, "bool is no version"),
+        ({"labels": {"a": 1.0}}, "float is no version"),
+        ({"shadow": {"version": "1", "share": math.nan}}, r"shadow\.share must be a number from 0 to 1"),
+        ({"shadow": {"version": "1", "share": HUGE}}, r"shadow\.share must be a number from 0 to 1"),
+        ({"shadow": {"version": "1", "tolerance": math.inf}}, r"shadow\.tolerance must be a number from 0"),
+        ({"shadow": {"version": HUGE}}, "a number is no version"),
+        ({"golden": {"requests": HUGE}}, "golden.requests must be an integer from 0 to 1024"),
+        ({"golden": {"tolerance": HUGE}}, "golden.tolerance must be a number from 0"),
+        ({"golden": {"tolerance": math.nan}}, "golden.tolerance must be a number from 0"),
         ({"shadow": {"share": 1}}, "'' is no version"),
         ({"shadow": {"version": "1", "share": 2}}, r"shadow\.share must be a number from 0 to 1"),
         ({"shadow": {"version": "1", "what": 2}}, r"'shadow\.what' is unknown"),
@@ -281,9 +306,20 @@ def test_the_models_folder_says_it(tmp_path: Path) -> None:
         assert running.get("/v2/repository/models/m/traffic")[1]["shadow"]["share"] == 0.5
     assert read(tmp_path / "m") == Traffic({"stable": "1"}, {"stable": 1.0}, Shadow("2", 0.5))
     assert parse(read(tmp_path / "m").as_dict()) == read(tmp_path / "m")
-    for content in ("[labels", "\xff", "x = 1"):
+    assert parse({"labels": {"a": "0" * 40 + "7"}}).labels == {"a": "7"}
+    for content, says in {
+        "[labels": "infera.toml cannot be read: ",
+        "\xff": "infera.toml cannot be read: ",
+        "x = 1": "infera.toml: 'x' is unknown",
+        f"[golden]\nrequests = {HUGE}": "infera.toml: golden.requests must be an integer from 0 to 1024",
+        f"[golden]\nrequests = 1{'0' * 5000}": "infera.toml cannot be read: .*5001 digits",
+        f"[labels]\na = 0x1{'0' * 5000}": "infera.toml: a number is no version",
+        "[split]\n1 = nan": "infera.toml: split.1 must be a number from 0",
+        "[split]\n1 = 1e999": "infera.toml: split.1 must be a number from 0",
+        "#" * 65537: "infera.toml has over 65,536 bytes",
+    }.items():
         file.write_text(content, encoding="latin-1")
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=says):
             read(tmp_path / "m")
     file.unlink()
     file.symlink_to("/etc/hostname")

@@ -25,7 +25,6 @@ Read from `infera.toml` in the model's folder, or set while the server runs:
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -41,6 +40,12 @@ MAX_BYTES = 1 << 16
 
 MAX_GOLDEN = 1024
 """Requests that can be kept of one model."""
+
+MAX_VERSION = (1 << 63) - 1
+"""What the protocol has room for."""
+
+MAX_NUMBER = 1e300
+"""Of a weight or tolerance: sums of them are still finite."""
 
 LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 """What a label may be: no number, which would be a version."""
@@ -106,11 +111,17 @@ def read(folder: Path | None) -> Traffic:
     if leads_outside(path, folder):
         raise ConfigError(f"{path} leads outside the model's folder")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} has over {MAX_BYTES:,} bytes")
-        return parse(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        document = tomllib.loads(text.decode()) if len(text) <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also for an integer of over 4,300 digits
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    if document is None:
+        raise ConfigError(f"{path} has over {MAX_BYTES:,} bytes")
+    try:
+        return parse(document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def parse(document: object) -> Traffic:
@@ -120,13 +131,25 @@ def parse(document: object) -> Traffic:
     if unknown := document.keys() - {"labels", "split", "shadow", "golden", "pinned"}:
         raise ConfigError(f"'{min(map(str, unknown))}' is unknown; there are labels, split, shadow, golden and pinned")
     labels = {_label(k): _version(v) for k, v in _table(document, "labels").items()}
-    split = {_target(k, labels): _number(v, f"split.{k}", math.inf) for k, v in _table(document, "split").items()}
-    if split and not sum(split.values()) > 0:
-        raise ConfigError("split needs a weight above 0")
     pinned = document.get("pinned", False)
     if not isinstance(pinned, bool):
         raise ConfigError("pinned must be true or false")
-    return Traffic(labels, split, _shadow(document, labels), pinned, _golden(document))
+    return Traffic(labels, _split(document, labels), _shadow(document, labels), pinned, _golden(document))
+
+
+def _split(document: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, float]:
+    """Weights by version or label, each version named once."""
+    split: dict[str, float] = {}
+    named: dict[str, str] = {}
+    for name, weight in _table(document, "split").items():
+        target = _target(name, labels)
+        version = labels.get(target, target)
+        if (other := named.setdefault(version, name)) != name:
+            raise ConfigError(f"split names version {version} twice, as '{other}' and '{name}': give it one weight")
+        split[target] = _number(weight, f"split.{name}")
+    if split and not sum(split.values()) > 0:
+        raise ConfigError("split needs a weight above 0")
+    return split
 
 
 def _golden(document: Mapping[str, Any]) -> GoldenRule:
@@ -136,7 +159,7 @@ def _golden(document: Mapping[str, Any]) -> GoldenRule:
     requests, tolerance = table.get("requests"), table.get("tolerance")
     if requests is not None and (type(requests) is not int or not 0 <= requests <= MAX_GOLDEN):
         raise ConfigError(f"golden.requests must be an integer from 0 to {MAX_GOLDEN}")
-    return GoldenRule(requests, None if tolerance is None else _number(tolerance, "golden.tolerance", math.inf))
+    return GoldenRule(requests, None if tolerance is None else _number(tolerance, "golden.tolerance"))
 
 
 def _shadow(document: Mapping[str, Any], labels: Mapping[str, str]) -> Shadow | None:
@@ -146,9 +169,9 @@ def _shadow(document: Mapping[str, Any], labels: Mapping[str, str]) -> Shadow | 
     if unknown := table.keys() - {"version", "share", "tolerance"}:
         raise ConfigError(f"'shadow.{min(map(str, unknown))}' is unknown; there are version, share and tolerance")
     return Shadow(
-        _target(str(table.get("version", "")), labels),
+        _target(table.get("version", ""), labels),
         _number(table.get("share", 1.0), "shadow.share", 1.0),
-        _number(table.get("tolerance", 1e-3), "shadow.tolerance", math.inf),
+        _number(table.get("tolerance", 1e-3), "shadow.tolerance"),
     )
 
 
@@ -166,17 +189,21 @@ def _label(text: str) -> str:
 
 
 def _version(value: object) -> str:
-    text = str(value)
-    if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"'{text[:64]}' is no version: a number")
-    return str(int(text))
+    """A number, or one in a text, as a version's folder is named."""
+    if type(value) is int and 0 <= value <= MAX_VERSION:
+        return str(value)
+    if isinstance(value, str) and re.fullmatch(r"0*[0-9]{1,19}", value) and int(value[-19:]) <= MAX_VERSION:
+        return str(int(value[-19:]))
+    told = f"'{value[:64]}'" if isinstance(value, str) else "a number" if type(value) is int else type(value).__name__
+    raise ConfigError(f"{told} is no version: an integer from 0 to {MAX_VERSION}")
 
 
-def _target(text: str, labels: Mapping[str, str]) -> str:
-    return text if text in labels else _version(text)
+def _target(name: object, labels: Mapping[str, str]) -> str:
+    return name if isinstance(name, str) and name in labels else _version(name)
 
 
-def _number(value: object, what: str, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or math.isinf(value):
-        raise ConfigError(f"{what} must be a number from 0" + (f" to {most:g}" if most < math.inf else ""))
+def _number(value: object, what: str, most: float = MAX_NUMBER) -> float:
+    """A number that is said to be `what`; neither NaN nor infinite, nor an integer that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ConfigError(f"{what} must be a number from 0 to {most:g}")
     return float(value)
