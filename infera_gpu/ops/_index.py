@@ -3,8 +3,7 @@
 INDEX = """\
 activation Celu Clip Elu Gelu HardSigmoid HardSwish LeakyRelu Mish PRelu Relu Selu Shrink Sigmoid Softplus
 activation Softsign SwiGLU Swish Tanh ThresholdedRelu infera.Gelu
-attention Attention CausalConvWithState LinearAttention RotaryEmbedding TensorScatter
-attention ai.onnx.preview.FlexAttention
+attention Attention RotaryEmbedding TensorScatter ai.onnx.preview.FlexAttention
 batchnorm BatchNormalization infera.TrainingBatchNormalization
 cast BitCast Cast CastLike
 chain infera.Elementwise
@@ -27,8 +26,9 @@ fused_rotary infera.Rotary
 generate Constant ConstantOfShape EyeLike Range
 gradient infera.OnesLike infera.SumTo
 image ImageDecoder
-indexing Gather GatherElements GatherND OneHot Scatter ScatterElements ScatterND
+indexing Gather GatherElements GatherND OneHot
 legacy Add And BatchNormalization Div Equal Gemm Greater Less Mul Or PRelu Pow Sub Xor
+linear_attention CausalConvWithState LinearAttention
 loss NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss
 matmul Det Gemm MatMul infera.FusedMatMul
 ml ai.onnx.ml.ArrayFeatureExtractor ai.onnx.ml.Binarizer ai.onnx.ml.CategoryMapper
@@ -83,6 +83,7 @@ regions MaxRoiPool RoiAlign
 reordered infera.FlattenStored infera.ReshapeStored
 resize Resize Upsample
 sample AffineGrid CenterCropPad Col2Im DeformConv GridSample MaxUnpool
+scatter Scatter ScatterElements ScatterND
 select Compress NonMaxSuppression NonZero Unique
 sequence ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt SequenceConstruct
 sequence SequenceEmpty SequenceErase SequenceInsert SequenceLength SplitToSequence

@@ -1,4 +1,4 @@
-"""Gathers and scatters."""
+"""Gathers, and vectors that indices stand for."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from infera_gpu.graph import Attrs
-from infera_gpu.op import Bind, Buffers, Call, Case, Cases, Kernel, Op, Site, f32
-from infera_gpu.ops._families import i64, movable, native, plain
+from infera_gpu.op import Buffers, Call, Case, Cases, Kernel, Op, Site, f32
+from infera_gpu.ops._families import i64, movable, plain
 from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu import indexing as cpu
 from infera_kernels.portable import indexing as portable
 
 
-def _check_known(site: Site, sizes: Sequence[int]) -> None:
+def check_known(site: Site, sizes: Sequence[int]) -> None:
     """Raises PlanError where indices known while planning are out of range.
 
     With several `sizes` the indices' last axis has an index for each.
@@ -36,7 +35,7 @@ def _gather_spec(site: Site) -> tuple[TensorSpec]:
     spec, axis = site.spec(0), site.axis()
     if not spec.ndim:
         raise site.fail(f"input 0 is {spec}, which has no axis to gather along")
-    _check_known(site, (spec.dims[axis],))
+    check_known(site, (spec.dims[axis],))
     return (TensorSpec((*spec.dims[:axis], *site.spec(1).dims, *spec.dims[axis + 1 :]), spec.dtype),)
 
 
@@ -51,7 +50,7 @@ def _bind_gather(site: Site, io: Buffers) -> list[Call]:
     return cpu.take(x, indices, axis, io.outs[0], io.scratch)
 
 
-def _filled(site: Site) -> bool:
+def filled(site: Site) -> bool:
     """Whether input 0 has elements, of a kind that lies in memory as it is."""
     return movable(site) and site.spec(0).size > 0
 
@@ -61,7 +60,7 @@ _GATHER = Op(
     1,
     infer=_gather_spec,
     compute=plain(lambda xp, site, x, indices: portable.gather(xp, x, indices, site.axis())),
-    kernels=Kinds({"cpu": Kernel(bind=_bind_gather, supports=_filled)}, "_triton_move", lambda gpu: gpu.GATHER),
+    kernels=Kinds({"cpu": Kernel(bind=_bind_gather, supports=filled)}, "_triton_move", lambda gpu: gpu.GATHER),
     attrs={"axis": 0},
     cases=Cases(
         lambda: (
@@ -77,18 +76,18 @@ _GATHER = Op(
 )
 
 
-def _check_elements(site: Site) -> None:
+def check_elements(site: Site) -> None:
     x, indices, axis = site.spec(0), site.spec(1), site.axis()
     pairs = enumerate(zip(x.dims, indices.dims, strict=False))
     if x.ndim != indices.ndim or any(n > d for i, (d, n) in pairs if i != axis):
         raise site.fail(f"indices {indices} do not fit {x} along axis {axis}")
     if not x.ndim:
         raise site.fail(f"input 0 is {x}, which has no axis to index")
-    _check_known(site, (x.dims[axis],))
+    check_known(site, (x.dims[axis],))
 
 
 def _elements_spec(site: Site) -> tuple[TensorSpec]:
-    _check_elements(site)
+    check_elements(site)
     return (TensorSpec(site.spec(1).dims, site.spec(0).dtype),)
 
 
@@ -103,7 +102,7 @@ _GATHER_ELEMENTS = Op(
     infer=_elements_spec,
     compute=plain(lambda xp, site, x, indices: portable.gather_elements(xp, x, indices, site.axis())),
     kernels=Kinds(
-        {"cpu": Kernel(bind=_bind_elements, supports=_filled)}, "_triton_move", lambda gpu: gpu.GATHER_ELEMENTS
+        {"cpu": Kernel(bind=_bind_elements, supports=filled)}, "_triton_move", lambda gpu: gpu.GATHER_ELEMENTS
     ),
     attrs={"axis": 0},
     cases=Cases(
@@ -127,7 +126,7 @@ def _gather_nd_spec(site: Site) -> tuple[TensorSpec]:
     free = indices.ndim - 1 - batch
     if not depth or batch < 0 or free < 0 or depth + batch > x.ndim or x.dims[:batch] != indices.dims[:batch]:
         raise site.fail(f"indices {indices} do not fit {x} with {batch} batch dimensions")
-    _check_known(site, x.dims[batch : batch + depth])
+    check_known(site, x.dims[batch : batch + depth])
     return (TensorSpec((*indices.dims[:-1], *x.dims[batch + depth :]), x.dtype),)
 
 
@@ -143,7 +142,7 @@ def _gather_nd(since: int, attrs: dict[str, Any], extra: Sequence[Case] = ()) ->
         infer=_gather_nd_spec,
         compute=plain(lambda xp, site, x, indices: portable.gather_nd(xp, x, indices, _batch_dims(site))),
         kernels=Kinds(
-            {"cpu": Kernel(bind=_bind_gather_nd, supports=_filled)}, "_triton_move", lambda gpu: gpu.GATHER_ND
+            {"cpu": Kernel(bind=_bind_gather_nd, supports=filled)}, "_triton_move", lambda gpu: gpu.GATHER_ND
         ),
         attrs=attrs,
         cases=Cases(
@@ -167,132 +166,6 @@ _GATHER_ND = (
             Case("two_batches", (f32(2, 2, 3), np.array([[[1], [0]], [[2], [-1]]])), {"batch_dims": 2}),
         ),
     ),
-)
-
-
-def _reduction(site: Site) -> str:
-    reduction = str(site.attrs.get("reduction", "none"))
-    if reduction not in ("none", "add", "mul", "max", "min"):
-        raise site.fail(f"reduction is '{reduction}', expected none, add, mul, max or min")
-    return reduction
-
-
-def _scatter_spec(site: Site) -> tuple[TensorSpec]:
-    _check_elements(site)
-    _reduction(site)
-    if site.spec(1).dims != site.spec(2).dims:
-        raise site.fail(f"indices {site.spec(1)} and updates {site.spec(2)} differ in shape")
-    _check_updates(site)
-    return (site.spec(0),)
-
-
-def _check_updates(site: Site) -> None:
-    if site.spec(2).dtype != site.spec(0).dtype:
-        raise site.fail(f"updates are {site.spec(2)}, expected the type of {site.spec(0)}")
-    if site.spec(0).dtype == object and _reduction(site) in ("add", "mul"):
-        raise site.fail(f"reduction '{_reduction(site)}' of {site.spec(0)}: expected none, max or min for strings")
-
-
-def _scatter_supported(site: Site) -> bool:
-    return _filled(site) and (_reduction(site) == "none" or native(site))
-
-
-def _bind_scatter(site: Site, io: Buffers) -> list[Call]:
-    x, indices, updates = io.ins
-    return cpu.scatter_elements(x, indices, updates, site.axis(), io.outs[0], io.scratch, reduction=_reduction(site))
-
-
-def _scattering(bind: Bind, attrs: Attrs, *, tuples: bool) -> Kinds:
-    """Kernels of a scatter. Reductions go through ufunc.at, which allocates 5 KB of bookkeeping whatever the size."""
-    kernel = Kernel(bind=bind, supports=_scatter_supported, inplace=(0,), allocates="reduction" in attrs)
-    return Kinds({"cpu": kernel}, "_triton_move", lambda gpu: gpu.scattering(tuples=tuples))
-
-
-_SCATTER_CASES = (
-    Case("rows", (f32(3, 3), np.array([[1, 0, 2], [0, 2, 1]]), f32(2, 3))),
-    Case("columns", (f32(1, 5), np.array([[1, 3]], np.int32), f32(1, 2)), {"axis": 1}),
-    Case("negative", (f32(1, 5), np.array([[1, -1]]), f32(1, 2)), {"axis": 1}, opset=11),
-    Case("none", (f32(2, 3), np.zeros((0, 3), np.int64), f32(0, 3))),
-)
-
-
-def _reductions(names: Sequence[str], id: str, *ins: Any, **attrs: Any) -> tuple[Case, ...]:
-    return tuple(Case(f"{id}_{r}", ins, {"reduction": r, **attrs}) for r in names)
-
-
-def _scatter(name: str, since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
-    return Op(
-        name,
-        since,
-        infer=_scatter_spec,
-        compute=plain(
-            lambda xp, site, x, indices, updates: portable.scatter_elements(
-                xp, x, indices, updates, site.axis(), _reduction(site)
-            )
-        ),
-        kernels=_scattering(_bind_scatter, attrs, tuples=False),
-        attrs={"axis": 0, **attrs},
-        cases=cases,
-    )
-
-
-def _scatter_nd_spec(site: Site) -> tuple[TensorSpec]:
-    x, indices, updates = site.spec(0), site.spec(1), site.spec(2)
-    depth = indices.dims[-1] if indices.ndim else 0
-    _reduction(site)
-    if not 0 < depth <= x.ndim or updates.dims != (*indices.dims[:-1], *x.dims[depth:]):
-        raise site.fail(f"indices {indices} and updates {updates} do not fit {x}")
-    _check_updates(site)
-    _check_known(site, x.dims[:depth])
-    return (x,)
-
-
-def _bind_scatter_nd(site: Site, io: Buffers) -> list[Call]:
-    x, indices, updates = io.ins
-    return cpu.scatter_nd(x, indices, updates, io.outs[0], io.scratch, reduction=_reduction(site))
-
-
-def _scatter_nd(since: int, attrs: dict[str, Any], cases: tuple[Case, ...]) -> Op:
-    return Op(
-        "ScatterND",
-        since,
-        infer=_scatter_nd_spec,
-        compute=plain(
-            lambda xp, site, x, indices, updates: portable.scatter_nd(xp, x, indices, updates, _reduction(site))
-        ),
-        kernels=_scattering(_bind_scatter_nd, attrs, tuples=True),
-        attrs=attrs,
-        cases=cases,
-    )
-
-
-_DUPLICATES = f32(2, 3), np.array([[1, 0, 1], [1, 0, 0]]), f32(2, 3)
-_SCATTER_ND_CASES = (
-    Case("elements", (f32(3, 4), np.array([[0, 1], [2, -1]]), f32(2))),
-    Case("rows", (f32(5, 3), np.array([[4], [1]]), f32(2, 3))),
-    Case("matrices", (f32(3, 2, 4, 5), np.array([[[2, 1]], [[0, -2]]]), f32(2, 1, 4, 5))),
-    Case("none", (f32(2, 3), np.zeros((0, 1), np.int64), f32(0, 3))),
-)
-_ND_DUPLICATES = f32(4, 3), np.array([[1], [1], [3]]), f32(3, 3)
-_16, _18 = ("add", "mul"), ("max", "min")
-_MEETING = (
-    Case(
-        "meeting",
-        (f32(3, 4, 5), np.arange(-4, 20).reshape(2, 4, 3) % 8 - 4, f32(2, 4, 3)),
-        {"reduction": "add", "axis": 1},
-    ),
-    Case("long", (f32(7), np.arange(300) % 7, f32(300)), {"reduction": "add"}),
-    Case(
-        "integers",
-        (np.arange(6, dtype=np.int32).reshape(2, 3), np.array([[1, 0, 1], [1, 0, -1]]), np.full((2, 3), 3, np.int32)),
-        {"reduction": "mul"},
-    ),
-)  # fmt: skip
-_ND_MEETING = (
-    Case(
-        "meeting", (f32(3, 2, 4, 5), np.array([[[2, 1]], [[2, -1]], [[0, 0]]]), f32(3, 1, 4, 5)), {"reduction": "add"}
-    ),
-    Case("elements", (f32(3, 4), np.array([[0, 1], [2, -1], [0, 1], [0, 1]]), f32(4)), {"reduction": "mul"}),
 )
 
 
@@ -348,21 +221,4 @@ _ONE_HOT = Op(
     ),
 )
 
-OPS: tuple[Op, ...] = (
-    _GATHER,
-    _GATHER_ELEMENTS,
-    *_GATHER_ND,
-    _scatter("Scatter", 9, {}, _SCATTER_CASES[:2]),
-    _scatter("ScatterElements", 11, {}, _SCATTER_CASES),
-    _scatter("ScatterElements", 16, {"reduction": "none"}, _SCATTER_CASES[:1] + _reductions(_16, "dup", *_DUPLICATES)),
-    _scatter(
-        "ScatterElements", 18, {"reduction": "none"},
-        _SCATTER_CASES[:1] + _reductions(_18, "dup", *_DUPLICATES) + _MEETING,
-    ),
-    _scatter_nd(11, {}, _SCATTER_ND_CASES),
-    _scatter_nd(16, {"reduction": "none"}, _SCATTER_ND_CASES[:1] + _reductions(_16, "dup", *_ND_DUPLICATES)),
-    _scatter_nd(
-        18, {"reduction": "none"}, _SCATTER_ND_CASES[:1] + _reductions(_18, "dup", *_ND_DUPLICATES) + _ND_MEETING
-    ),
-    _ONE_HOT,
-)  # fmt: skip
+OPS: tuple[Op, ...] = (_GATHER, _GATHER_ELEMENTS, *_GATHER_ND, _ONE_HOT)

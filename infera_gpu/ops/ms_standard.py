@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import REQUIRED, Case, Op, Registry, Site, f32
-from infera_gpu.ops import attention, generate, indexing, pad, rearrange, sample, select, shape
+from infera_gpu.ops import generate, indexing, linear_attention, pad, rearrange, sample, select, shape
 from infera_gpu.ops._ms import ms_op, wide
 from infera_gpu.spec import Array, TensorSpec, spec_of
 
 _STANDARD = Registry(
-    op for module in (attention, generate, indexing, pad, rearrange, sample, select, shape) for op in module.OPS
+    op for module in (generate, indexing, linear_attention, pad, rearrange, sample, select, shape) for op in module.OPS
 )
 
 
