@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -252,7 +253,8 @@ def test_an_interrupt_is_raised_when_every_part_has_ended(pool: Processes) -> No
 def test_a_worker_that_does_not_come_is_not_waited_for(pool: Processes) -> None:
     (worker,) = ready(pool)
     who = array(pool, (2,))
-    region = Region([[(elsewhere.note_process, (who[i : i + 1],))] for i in range(2)], 2, in_turn)
+    notes: list[list[Call]] = [[(elsewhere.note_process, (who[i : i + 1],))] for i in range(2)]
+    region = Region([[(elsewhere.take_time, (0.01,)), *notes[0]], notes[1]], 2, in_turn)  # time enough to come
     until(lambda: made(pool, region) and who[1] == worker)
     os.kill(worker, signal.SIGSTOP)
     try:
@@ -261,6 +263,25 @@ def test_a_worker_that_does_not_come_is_not_waited_for(pool: Processes) -> None:
     finally:
         os.kill(worker, signal.SIGCONT)
     until(lambda: made(pool, region) and who[1] == worker)
+
+
+def test_a_sleeper_that_is_stopped_is_not_waited_for(pool: Processes) -> None:
+    """However often it is called: what it is called by must not fill the socket, which it does not read."""
+    (worker,) = ready(pool)
+    who = array(pool, (2,))
+    region = Region([[(elsewhere.note_process, (who[i : i + 1],))] for i in range(2)], 2, in_turn)
+    until(lambda: made(pool, region).sent)
+    until(lambda: pool.workers[0].asleep)
+    os.kill(worker, signal.SIGSTOP)
+    runs = Thread(target=lambda: [made(pool, region) for _ in range(5000)], daemon=True)
+    try:
+        runs.start()
+        runs.join(PATIENCE)
+        assert not runs.is_alive()
+        assert who.tolist() == [os.getpid()] * 2
+    finally:
+        os.kill(worker, signal.SIGCONT)
+        runs.join(PATIENCE)
 
 
 def test_a_worker_that_dies_in_a_part(pool: Processes) -> None:

@@ -67,6 +67,7 @@ class WorkerProcess:
         """Whether an interrupt may have cut off a message."""
         self.gone: deque[int] = deque()
         """Regions that it may forget."""
+        self._woken = 0
         self._connection, theirs = Pipe()
         with theirs:
             numbers = (theirs.fileno(), memory.file, place[0], block.nbytes, at, UFUNC_BUFFER)
@@ -95,8 +96,15 @@ class WorkerProcess:
         return bool(self._words[self._at + ASLEEP])
 
     def wake(self) -> None:
-        """Let it look at what there is. Raises OSError where it is gone."""
-        self._connection.send_bytes(b"")
+        """Let it look at what there is, where it sleeps. Raises OSError where it is gone.
+
+        Once for each time that it falls asleep: one that is stopped reads nothing, and a full socket would be waited
+        for.
+        """
+        asleep = self._words[self._at + ASLEEP]
+        if asleep and asleep != self._woken:
+            self._woken = asleep
+            self._connection.send_bytes(b"")
 
     @property
     def messages(self) -> int:
@@ -193,9 +201,8 @@ class Sharing:
             worker.name(self._region.name)
         self._offered.extend(map(semaphores().post, self._offers))
         for worker in self._workers:
-            if worker.asleep:
-                with suppress(OSError):
-                    worker.wake()
+            with suppress(OSError):
+                worker.wake()
 
     def settle(self) -> None:
         """Until every part that was begun has ended, and after an error nothing else is. May be called again."""

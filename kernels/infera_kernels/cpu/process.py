@@ -35,7 +35,8 @@ messages it was sent."""
 
 DONE, FAILED, ASLEEP, READY = LINE, LINE + 1, LINE + 2, LINE + 3
 """Words that the worker writes: which offer is the last that it has dealt with, whether that failed and a message
-says why, whether only a message wakes it, whether it has started and has all functions that it was told."""
+says why, how often it fell asleep where only a message wakes it and else 0, whether it has started and has all
+functions that it was told."""
 
 OFFER, ANSWER = 2 * LINE, 3 * LINE
 """Where semaphores lie: the first is for who makes the calls of the offered region, the worker or the other process,
@@ -182,6 +183,7 @@ class Worker:
         words, at, offer, answer = self._words, self._at, self._offer, self._answer
         _, post, take = semaphores()
         words[at + READY] = 1
+        sleeps = 0
         while True:
             spins = 0
             while take(offer):
@@ -191,7 +193,8 @@ class Worker:
                 if words[at + MESSAGES] != self._received:
                     self._receive()
                 elif spins > (SPINS if words[RUNNING] else IDLE_SPINS):
-                    words[at + ASLEEP] = 1
+                    sleeps += 1
+                    words[at + ASLEEP] = sleeps
                     if not take(offer):  # by who could not see yet that it had to wake this process
                         break
                     self._receive()
