@@ -31,7 +31,7 @@ from rich.table import Table
 from uvicorn.server import ServerState
 
 from bench.environment import thread_environment
-from bench.serving import save_bodies, save_model, save_pick
+from bench.served_model import save_bodies, save_model, save_pick
 from infera_server.http.hotpath import HotPathProtocol
 from infera_server.models.discovery import Source
 from infera_server.models.repository import Repository

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.environment import environment, write_results
-from bench.serving import CACHE, Server, infera
+from bench.servers import CACHE, Server, infera
 
 WIDTH, PRODUCTS = 512, 600
 CLOSED = 128

@@ -28,7 +28,9 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.environment import environment, thread_environment, write_results
-from bench.serving import HERE, SIZES, Server, free_ports, infera, medians, prepared, started, triton
+from bench.served_model import SIZES, prepared
+from bench.servers import HERE, Server, free_ports, infera, started, triton
+from bench.serving import medians
 from infera_server.protocols.protos import message
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"

@@ -22,7 +22,9 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.environment import environment, write_results
-from bench.serving import Server, infera, measure, medians, prepared
+from bench.served_model import prepared
+from bench.servers import Server, infera
+from bench.serving import measure, medians
 from bench.serving_grpc import load, request
 
 KINDS = ("binary", "json", "grpc")
