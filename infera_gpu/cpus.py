@@ -11,6 +11,9 @@ from infera_gpu.errors import InputError
 VARIABLE = "INFERA_THREADS"
 """An environment variable: how many threads a run on the CPU has where nobody says."""
 
+MAX_THREADS = 1 << 12
+"""More than any machine has CPUs, and few enough to be started."""
+
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -19,11 +22,12 @@ def default_threads() -> tuple[int, str]:
     """How many threads a run has where nobody says, and why: what INFERA_THREADS says, else one a core.
 
     Cores are those that the process may use, two hardware threads of one counting once, and no more than the control
-    group's quota of time is worth. Raises InputError where the variable is set, and no positive number.
+    group's quota of time is worth. Raises InputError where the variable is set, and no positive number up to
+    `MAX_THREADS`.
     """
     if asked := os.environ.get(VARIABLE, ""):
-        if not asked.isdecimal() or not int(asked):
-            raise InputError(f"{VARIABLE} is '{asked}', expected a positive number")
+        if not asked.isdecimal() or len(asked) > 9 or not 1 <= int(asked) <= MAX_THREADS:
+            raise InputError(f"{VARIABLE} is '{asked[:64]}', expected a positive number up to {MAX_THREADS}")
         return int(asked), VARIABLE
     cores = usable_cores()
     quota = _quota()

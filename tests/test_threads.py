@@ -461,7 +461,7 @@ def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for asked, threads in (("5", 5), ("", 8)):
         monkeypatch.setenv(cpus.VARIABLE, asked)
         assert cpus.default_threads()[0] == threads
-    for asked in ("0", "many", "-1"):
+    for asked in ("0", "many", "-1", "4097", "9" * 64, "nan"):
         monkeypatch.setenv(cpus.VARIABLE, asked)
         with pytest.raises(InputError, match=f"INFERA_THREADS is '{asked}', expected a positive number"):
             cpus.default_threads()

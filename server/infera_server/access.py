@@ -34,6 +34,9 @@ SECRET_BYTES = 32
 BUCKET_BYTES = 16
 """Of a shared bucket: two floats."""
 
+MAX_RATE = 1e9
+"""Requests a second; no server takes more."""
+
 BURST_SECONDS = 2.0
 """A key that was not used for so long may send what it might have sent meanwhile, at once."""
 
@@ -192,8 +195,8 @@ def _key(path: Path, name: str, table: object) -> Key:
         raise KeyFileError(f"{where}: sha256 must be 64 hexadecimal digits; make a key with: infera key {name}")
     if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
         raise KeyFileError(f"{where}: models must be a list of names or patterns")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0):
-        raise KeyFileError(f"{where}: rate must be a number of requests a second above 0")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= MAX_RATE):
+        raise KeyFileError(f"{where}: rate must be a number of requests a second above 0, up to {MAX_RATE:g}")
     management = table.get("management", False)
     if not isinstance(management, bool):
         raise KeyFileError(f"{where}: management must be true or false")

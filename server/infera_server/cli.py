@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -14,18 +15,19 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from pydantic_settings import SettingsError
 
 from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.cli.console import print_error
 from infera_gpu.cli.options import locate
 from infera_gpu.errors import FetchError
-from infera_server.access import Access, KeyFileError, is_local, make_key, read_keys
+from infera_server.access import MAX_RATE, Access, KeyFileError, is_local, make_key, read_keys
 from infera_server.listening import CertificateError, check_certificates, listen, reserve
 from infera_server.models.discovery import DiscoveryError, discover, survey
 from infera_server.models.repository import Repository
 from infera_server.screen import screen
 from infera_server.server import Host
-from infera_server.settings import Settings
+from infera_server.settings import Settings, unread
 
 
 def serve(
@@ -234,6 +236,8 @@ def serve(
         raise typer.BadParameter(str(error)) from None
     except ValidationError as error:
         raise typer.BadParameter("; ".join(map(_told, error.errors()))) from None
+    except SettingsError as error:
+        raise typer.BadParameter(unread(error)) from None
     except (DiscoveryError, FetchError) as error:
         raise typer.BadParameter(str(error), param_hint="PATHS") from None
     take = reserve if settings.workers else listen
@@ -300,7 +304,9 @@ def key(
     model: Annotated[
         list[str] | None, typer.Option(help="A model, or a pattern, that it is for. Repeatable. [default: all]")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second. [default: no limit]", min=0.001)] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second. [default: no limit]", min=0.001, max=MAX_RATE)
+    ] = None,
     management: Annotated[bool, typer.Option("--management", help="It may load models and change settings.")] = False,
 ) -> None:
     """Make an API key for `infera serve --api-keys FILE`. It is printed once; the file holds only its hash."""
@@ -310,6 +316,8 @@ def key(
         made, table = make_key(name)
     except KeyFileError as error:
         raise typer.BadParameter(str(error)) from None
+    if rate is not None and math.isnan(rate):  # which is in no range, and beyond none
+        raise typer.BadParameter("nan is no number of requests a second", param_hint="--rate")
     lines = [table]
     if model:
         lines.append(f"models = [{', '.join(map(json.dumps, model))}]\n")

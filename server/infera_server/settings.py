@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from infera_gpu.budget import bytes_of
+from infera_gpu.cpus import MAX_THREADS
 from infera_gpu.passes import Precision
 from infera_server.http.intake import MAX_MANAGEMENT_BODY
 from infera_server.models.traffic import MAX_GOLDEN
 from infera_server.scheduling.rows import PadRule
 
+PREFIX = "INFERA_"
 MAX_PORT = 65535
+MAX_SECONDS = 366 * 86_400.0
+"""Of any time: the system's calls have room for it."""
+
+MAX_COUNT = (1 << 31) - 1
+MAX_BYTES = (1 << 62) - 1
+MAX_WEIGHT = 1e6
 
 
 def checked_bytes(size: str) -> str:
@@ -37,13 +45,24 @@ def seconds_of(duration: object) -> object:
     return float(found[1]) * _UNITS[found[2]]
 
 
-Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, allow_inf_nan=False)]
+Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, le=MAX_SECONDS)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+Weight = Annotated[float, Field(ge=1 / MAX_WEIGHT, le=MAX_WEIGHT)]
+
+
+def unread(error: SettingsError) -> str:
+    """What to tell of an environment variable with several values that is no JSON."""
+    field = re.search(r'field "(\w+)"', str(error))
+    name = f"{PREFIX}{field[1].upper()}" if field else str(error)
+    return f"{name} is not read, expected JSON: {error.__cause__}"
 
 
 class Settings(BaseSettings):
     """Limits and choices of one server. Times are seconds, sizes bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="INFERA_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", min_length=1)  # to a socket, "" means every interface
     port: int = Field(default=8000, ge=0, le=MAX_PORT)
@@ -56,45 +75,45 @@ class Settings(BaseSettings):
     pins: dict[str, str] = Field(default_factory=dict)
     precision: Precision = "fp32"
     batch_invariant: bool = False
-    threads: int | None = Field(default=None, ge=1)
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
     vram_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
-    max_body_bytes: int = Field(default=64 << 20, ge=1)
-    max_json_bytes: int = Field(default=16 << 20, ge=1)
-    max_intake_bytes: int = Field(default=1 << 30, ge=1)
-    max_region_bytes: int = Field(default=16 << 30, ge=0)
-    max_connections: int = Field(default=4096, ge=1)
-    max_batch: int = Field(default=64, ge=1)
+    max_body_bytes: Bytes = Field(default=64 << 20, ge=1)
+    max_json_bytes: Bytes = Field(default=16 << 20, ge=1)
+    max_intake_bytes: Bytes = Field(default=1 << 30, ge=1)
+    max_region_bytes: Bytes = 16 << 30
+    max_connections: Count = 4096
+    max_batch: Count = 64
     evict: bool = False
     golden_requests: int = Field(default=0, ge=0, le=MAX_GOLDEN)
-    golden_tolerance: float = Field(default=1e-3, ge=0)
+    golden_tolerance: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     keep_deleted: bool = False
-    keep_previous: float = Field(default=600.0, ge=0)
+    keep_previous: Seconds = 600.0
     load_models: tuple[str, ...] = ("*",)
-    max_load_bytes: int = Field(default=2 << 30, ge=1)
+    max_load_bytes: Bytes = Field(default=2 << 30, ge=1)
     memory_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
     pinned: tuple[str, ...] = ()
     model_control: Literal["explicit", "none", "poll"] = "explicit"
-    poll_interval: float = Field(default=2.0, gt=0)
+    poll_interval: Seconds = Field(default=2.0, gt=0)
     watch: bool = False
-    max_sequences: int = Field(default=1024, ge=1)
-    max_sequence_bytes: int = Field(default=256 << 20, ge=0)
-    max_sequence_idle: float = Field(default=60.0, gt=0)
-    response_cache_bytes: int = Field(default=64 << 20, ge=0)
-    max_queue: int = Field(default=256, ge=1)
-    max_queue_bytes: int = Field(default=1 << 30, ge=1)
-    request_timeout: float = Field(default=30.0, gt=0)
-    drain_timeout: float = Field(default=30.0, gt=0)
+    max_sequences: Count = 1024
+    max_sequence_bytes: Bytes = 256 << 20
+    max_sequence_idle: Seconds = Field(default=60.0, gt=0)
+    response_cache_bytes: Bytes = 64 << 20
+    max_queue: Count = 256
+    max_queue_bytes: Bytes = Field(default=1 << 30, ge=1)
+    request_timeout: Seconds = Field(default=30.0, gt=0)
+    drain_timeout: Seconds = Field(default=30.0, gt=0)
     slo_p99: Duration | None = None
     slo_p99_of: dict[str, Duration] = Field(default_factory=dict)
-    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    shares: dict[str, Weight] = Field(default_factory=dict)
     pad: dict[str, PadRule] = Field(default_factory=dict)
-    priority_levels: int = Field(default=9, ge=1)
-    default_priority: int = Field(default=5, ge=1)
+    priority_levels: Count = 9
+    default_priority: Count = 5
     isolate: bool = False
     workers: int = Field(default=0, ge=0, le=64)
     """Processes that take requests, besides the one with the models; 0: that one takes them itself."""
-    inline_run: float = Field(default=0.0003, ge=0)
-    warmup_seconds: float = Field(default=2.0, ge=0)
+    inline_run: Seconds = 0.0003
+    warmup_seconds: Seconds = 2.0
     grpc_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None
     """None: the one after HTTP's, or a free one where HTTP takes a free one too."""
     metrics_port: Annotated[int, Field(ge=0, le=MAX_PORT)] | Literal["off"] | None = None

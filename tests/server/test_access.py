@@ -59,6 +59,9 @@ def test_a_key_is_made_once_and_known_by_its_hash(tmp_path: Path) -> None:
     assert keys["plain"].models == ("*",)
     assert_fails(infera("key", "mobile", "--file", file), "already", status=2)
     assert_fails(infera("key", "A b", "--file", file), "a name is of", status=2)
+    for rate in ("nan", "inf", "-1"):
+        assert_fails(infera("key", "c", "--file", file, "--rate", rate), "--rate", status=2)
+    assert set(read_keys(file)) == {"mobile", "plain"}
 
 
 DIGEST = '"' + "0" * 64 + '"'
@@ -82,6 +85,9 @@ DIGEST = '"' + "0" * 64 + '"'
         (f"[keys.a]\nsha256 = {DIGEST}\nrate = 0\n", "rate must be"),
         (f"[keys.a]\nsha256 = {DIGEST}\nrate = true\n", "rate must be"),
         (f"[keys.a]\nsha256 = {DIGEST}\nrate = nan\n", "rate must be"),
+        (f"[keys.a]\nsha256 = {DIGEST}\nrate = inf\n", "rate must be"),
+        (f"[keys.a]\nsha256 = {DIGEST}\nrate = 1{'0' * 400}\n", "rate must be"),
+        (f"[keys.a]\nsha256 = {DIGEST}\nrate = 1{'0' * 5000}\n", "5001 digits"),
         (f"[keys.a]\nsha256 = {DIGEST}\nmanagement = 1\n", "management must be"),
         (f"[keys.a]\nsha256 = {DIGEST}\ncolour = 1\n", "unknown colour"),
     ],

@@ -26,6 +26,9 @@ SERVICE = "inference.GRPCInferenceService"
 ENVELOPE_BYTES = 1 << 16
 """What a message may have beside a tensor of the largest size."""
 
+MAX_MESSAGE = (1 << 31) - 1
+"""Bytes: neither gRPC nor protobuf has room for more, however large a body may be over HTTP."""
+
 MAX_CALLS = 1024
 """Calls at a time on one connection; clients queue those beyond."""
 
@@ -65,7 +68,7 @@ class GrpcServer:
         settings = self._service.settings
         limits = {
             "grpc.so_reuseport": int(settings.workers > 0),  # else a port that is taken is an error
-            "grpc.max_receive_message_length": settings.max_body_bytes + ENVELOPE_BYTES,
+            "grpc.max_receive_message_length": min(settings.max_body_bytes + ENVELOPE_BYTES, MAX_MESSAGE),
             "grpc.max_allowed_incoming_connections": self._service.max_connections,
         }
         server = aio.server(
