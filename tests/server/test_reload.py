@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ import pytest
 from infera_gpu.errors import ModelError
 from infera_server.errors import BadRequest, Unavailable
 from infera_server.models.discovery import Source, stamp, survey
-from infera_server.models.golden import Golden, differing
+from infera_server.models.golden import Golden, Recorder, differing
 from infera_server.models.repository import Repository
 from infera_server.models.watch import Watch
+from infera_server.requests import Request
 from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
 from tests.server.support import WAIT, FakeSession, Running, hosting, request_of, spec, until
@@ -220,6 +222,57 @@ def test_a_model_says_itself_what_is_kept_and_how_equal_answers_must_be() -> Non
         load(running)
 
 
+def test_an_ensemble_that_answers_live_requests_otherwise_is_not_taken(tmp_path: Path) -> None:
+    """It is held against what its models answer as they are now, through ensembles within it too."""
+    for name, by in (("two", 2.0), ("three", 3.0)):
+        (tmp_path / name / "1").mkdir(parents=True)
+        factor(tmp_path / name / "1" / "model.onnx", by)
+    chain(tmp_path, "inner", "two")
+    chain(tmp_path, "m", "inner")
+    with hosting(
+        Repository(Settings(golden_requests=4), survey([tmp_path]).sources, rescan=lambda: survey([tmp_path]))
+    ) as running:
+        kept = running.host.repository.serving.golden["m"]
+        assert answer(running) == 2.0
+        chain(tmp_path, "m", "inner", "inner")
+        with pytest.raises(BadRequest, match=r"golden request 1 of 1: output 'y' differs by 1 of its largest"):
+            load(running)
+        assert answer(running) == 2.0
+        chain(tmp_path, "m", "two")
+        load(running)
+        assert len(kept) >= 1
+        assert answer(running) == 2.0
+        chain(tmp_path, "m", "three")
+        with pytest.raises(BadRequest, match=r"golden request 1 of \d: output 'y' differs by 0\.5 of its largest"):
+            load(running)
+        chain(tmp_path, "m", "inner")
+        load(running)
+        assert len(kept) >= 1
+        running.call(running.host.service.load_model("two"))
+        assert not kept  # of m, which is built on it by another
+        chain(tmp_path, "m", "three")
+        load(running)
+        assert answer(running) == 3.0
+
+
+def test_what_an_ensemble_answers_with_a_model_that_has_gone_is_not_kept() -> None:
+    """It was asked before another was loaded in its place."""
+    golden, x = Golden(3), np.ones((1, 4), np.float32)
+    answers: list[Callable[..., None]] = []
+    model = SimpleNamespace(
+        signature=None, config=None, stats=None, device="", submit=lambda request, nbytes, done: answers.append(done)
+    )
+    recorder = Recorder(model, golden)
+    for _ in range(2):
+        recorder.submit(Request("", {"x": x}, ()), 0, lambda result, batch: None)
+        golden.forget()
+    recorder.submit(Request("", {"x": x}, ()), 0, lambda result, batch: None)
+    for done in answers:
+        golden._next = 0.0
+        done({"y": x}, None)
+    assert len(golden) == 1
+
+
 def test_golden_requests_are_few_copies_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infera_server.models.golden.PERIOD", 0.0)
     golden, x = Golden(3), np.ones(4, np.float32)
@@ -283,6 +336,23 @@ def factor(path: Path, value: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"g (float[N, 4] x) => (float[N, 4] y) <float f = {{{value}}}> {{ y = Mul(x, f) }}"
     onnx.save(parse(text), path)
+
+
+def chain(root: Path, name: str, *models: str) -> None:
+    """Write an ensemble that passes x through these models, to y."""
+    tensors = ["x", *(f"t{i}" for i in range(1, len(models))), "y"]
+    steps = "".join(
+        f"""step {{ model_name: "{model}" model_version: -1 input_map {{ key: "x" value: "{before}" }}
+        output_map {{ key: "y" value: "{after}" }} }}"""
+        for model, before, after in zip(models, tensors, tensors[1:], strict=False)
+    )
+    (root / name / "1").mkdir(parents=True, exist_ok=True)
+    (root / name / "config.pbtxt").write_text(
+        f"""platform: "ensemble"
+        input {{ name: "x" data_type: TYPE_FP32 dims: [-1, 4] }}
+        output {{ name: "y" data_type: TYPE_FP32 dims: [-1, 4] }}
+        ensemble_scheduling {{ {steps} }}"""
+    )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from infera_server.models.background import detached
 from infera_server.models.definition import Definition
 from infera_server.models.discovery import Source, Survey
 from infera_server.models.evictions import Evictions, least_used
+from infera_server.models.golden import running
 from infera_server.models.loaded import Generation, Loaded
 from infera_server.models.loader import reason_of, return_memory
 from infera_server.models.overrides import requested
@@ -110,18 +111,12 @@ class Control:
         if before is None:
             return
         self._serve(Generation(before.definition, {}), keep=False, reason=reason)
-        for other in self._dependents(name):
+        for other in self._repository.dependents(name):
             self._take_out(other, UNLOADED)
-
-    def _dependents(self, name: str) -> set[str]:
-        """The ensembles that a model is a step of."""
-        return {loaded.name for loaded in self._repository.loaded() if name in loaded.definition.members}
 
     def _evict(self, name: str, reason: str) -> None:
         """Take a model out of service until somebody asks for it, and its ensembles with it."""
-        gone = {name}
-        while more := {other for member in gone for other in self._dependents(member)} - gone:
-            gone |= more
+        gone = {name, *self._repository.built_on(name)}
         definitions = [self._repository.definitions[one] for one in gone]
         self._take_out(name, reason)
         for definition in definitions:
@@ -278,11 +273,12 @@ class Control:
     async def _compare(self, loaded: Loaded) -> str:
         """How a model's answers differ from those kept of live traffic; empty where they do not, or none were kept."""
         golden = self._repository.serving.golden.get(loaded.name)
-        if not golden or loaded.model is None:
+        if not golden:
             return ""
         rule = (self._repository.traffic.get(loaded.name) or loaded.definition.traffic).golden
         tolerance = self._settings.golden_tolerance if rule.tolerance is None else rule.tolerance
-        run = partial(self._repository.loader.run, loaded.model)
+        model = loaded.model  # None: an ensemble, which runs by requests to its models
+        run = running(loaded.front) if model is None else partial(self._repository.loader.run, model)
         try:
             return await detached("infera-golden", partial(golden.difference, run, tolerance))
         except Exception as error:

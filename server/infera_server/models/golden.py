@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,8 @@ class Golden:
         self._kept: deque[tuple[Arrays, Arrays, int]] = deque()
         self._size, self._nbytes = size, 0
         self._next = 0.0
+        self.era = 0
+        """How often all were forgotten."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -52,6 +55,12 @@ class Golden:
         self._size = size
         self._drop_oldest()
 
+    def forget(self) -> None:
+        """Drop all: their answers were those of models that are no more."""
+        self._kept.clear()
+        self._nbytes = 0
+        self.era += 1
+
     def _drop_oldest(self) -> None:
         while len(self._kept) > self._size or self._nbytes > MAX_BYTES:
             self._nbytes -= self._kept.popleft()[2]
@@ -75,13 +84,34 @@ class Recorder(Tap):
     def submit(self, request: Request, nbytes: int, done: Done) -> Job:
         if request.correlation is not None or request.each is not None or not self._golden.is_due:
             return self.model.submit(request, nbytes, done)
+        era = self._golden.era
 
         def keep(result: Arrays | Exception, batch: Batch | None) -> None:
-            if not isinstance(result, Exception):
+            if not isinstance(result, Exception) and self._golden.era == era:
                 self._golden.keep(request.feeds, result)
             done(result, batch)
 
         return self.model.submit(request, nbytes, keep)
+
+
+def running(front: Servable) -> Callable[[Arrays], Arrays]:
+    """How requests are answered by what takes them, for another thread than the event loop's, which calls this."""
+    loop = asyncio.get_running_loop()
+    return lambda feeds: asyncio.run_coroutine_threadsafe(_answered(front, feeds), loop).result()
+
+
+async def _answered(front: Servable, feeds: Arrays) -> Arrays:
+    """Raises RequestError."""
+    answer: asyncio.Future[Arrays | Exception] = asyncio.get_running_loop().create_future()
+
+    def done(result: Arrays | Exception, batch: Batch | None) -> None:
+        answer.set_result(result)
+
+    front.submit(Request("", dict(feeds), ()), sum(array.nbytes for array in feeds.values()), done)
+    result = await answer
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _copied(arrays: Arrays) -> Arrays:

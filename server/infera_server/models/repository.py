@@ -270,6 +270,8 @@ class Repository:
         """Let requests find what the entries say."""
         models = {version: e.loaded.front for version, e in self._entries[name].items() if e.loaded is not None}
         self.serving.publish(name, models, self.traffic_of(name))
+        for other in self.built_on(name):
+            self.serving.forget_golden(other)
 
     def traffic_of(self, name: str) -> Traffic:
         """How requests for a model find a version: as set while the server ran, else as its folder says."""
@@ -332,6 +334,17 @@ class Repository:
     def loaded(self) -> list[Loaded]:
         """What serves now."""
         return [entry.loaded for entry in self.entries() if entry.loaded is not None]
+
+    def dependents(self, name: str) -> set[str]:
+        """The ensembles that a model is a step of."""
+        return {loaded.name for loaded in self.loaded() if name in loaded.definition.members}
+
+    def built_on(self, name: str) -> set[str]:
+        """These, and the ensembles that they are steps of."""
+        found = self.dependents(name)
+        while more := {other for member in found for other in self.dependents(member)} - found:
+            found |= more
+        return found
 
     def ensembles(self) -> Iterator[Servable]:
         """Those of `working` that need others to finish what they have accepted."""

@@ -37,6 +37,11 @@ class Serving:
             if key[0] == name and key not in found:
                 del self.find[key]
 
+    def forget_golden(self, name: str) -> None:
+        """What was kept of an ensemble was answered by models that answer otherwise now."""
+        if (golden := self.golden.get(name)) is not None:
+            golden.forget()
+
     def shadows(self, name: str) -> list[Shadowed]:
         """Who copies requests of a model."""
         default = self.find.get((name, None))
