@@ -104,11 +104,14 @@ def _grouped(match: Match) -> Sizes | None:
 
 
 def _is_group_norm(match: Match) -> bool:
+    """Scaled by finite numbers: infinity times x, less infinity times the mean, is none."""
     grouped, x = _grouped(match), match.spec("x")
     if grouped is None or x is None or not _is_weighted_evenly(match, grouped):
         return False
     rows = [_row(match, name, grouped) for name in ("scale", "shift") if name in match.values]
     if any(row is None or row.dtype != x.dtype for row in rows):
+        return False
+    if "scale" in match.values and rows[0] is not None and not np.isfinite(rows[0]).all():
         return False
     return match.draft.sizes(match.values["back"]) == x.shape and match.number("epsilon") >= 0 == match.numbers_rank
 
@@ -214,6 +217,11 @@ GROUP_NORM_LAST = Fusion(
             ("int32[2] single = {1, 1}", "int32[2] single = {1, 2}"),
             ("rows = Concat <axis = 0> (single, groups, size)", "rows = Concat <axis = 0> (single, groups, one)"),
             ("int64[1] two", "int32[1] one = {1}, int64[1] two"),
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "scaled_by_infinity ("),
+            ("float[4] g = {1, 2, -0.5, 3}", "float[4] g = {1, 2, inf, 3}"),
         ),
         changed(
             _EXAMPLE,

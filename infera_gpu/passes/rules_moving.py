@@ -194,7 +194,7 @@ def _expanded(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     (x, target), shape = ins, facts.sizes(n.inputs[1])
     if x is None or not x.ranked:
         return unranked(x)
-    if shape is not None:
+    if shape is not None and all(not isinstance(d, int) or d >= 0 for d in shape):
         return TensorSpec(broadcast([x.shape, shape]), x.dtype)
     count = target.shape[0] if target is not None and target.ranked and target.ndim == 1 else None
     if not isinstance(count, int) or count > MAX_RANK:
