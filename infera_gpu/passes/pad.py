@@ -33,8 +33,11 @@ def _pads(match: Match) -> tuple[int, ...] | None:
 
 
 def value_of(match: Match) -> float:
-    """What is padded with."""
+    """What is padded with. Raises ValueError where that is no one number of x's type, which planning refuses."""
     if "value" in match.values:
+        value, x = match.constant("value"), match.spec("x")
+        if value.size != 1 or (x is not None and x.dtype != value.dtype):
+            raise ValueError
         return match.number("value")
     return float(match.nodes["pad"].attrs.get("value", 0.0))
 
@@ -163,6 +166,18 @@ CONV = Fusion(
         """
         one_outside (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}, float v = {1}> {
+            t = Pad(x, p, v)
+            y = Conv(t, w)
+        }""",
+        """
+        number_of_another_type (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}, double v = {0}> {
+            t = Pad(x, p, v)
+            y = Conv(t, w)
+        }""",
+        """
+        zeros (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}, float[2] v = {0, 0}> {
             t = Pad(x, p, v)
             y = Conv(t, w)
         }""",

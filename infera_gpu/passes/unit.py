@@ -39,14 +39,14 @@ def _bound(match: Match) -> tuple[str, float, bool] | None:
         return n.op.lower(), match.number("epsilon"), False
     limits = bounds(match.graph.constants, n)
     x = match.spec("x")
-    if limits is None or x is None or x.dtype.kind != "f" or limits[1] < np.finfo(x.dtype).max:
-        return None
+    if limits is None or x is None or x.dtype.kind != "f" or not limits[1] >= np.finfo(x.dtype).max:
+        return None  # a bound that is no number is none of them
     return "max", limits[0], limits[1] < np.inf  # Paddle clips by the largest number where nothing is to be
 
 
 def _is_unit(match: Match) -> bool:
     x, bound = match.spec("x"), _bound(match)
-    if x is None or x.dtype not in (np.float32, np.float64) or bound is None or bound[1] < 0:
+    if x is None or x.dtype not in (np.float32, np.float64) or bound is None or not bound[1] >= 0:
         return False
     return one_axis(match, "sum") is not None and match.keeps_shape()
 
@@ -94,6 +94,12 @@ UNIT = Fusion(
         """
         bounded_above_by_a_number_of_32_bits (double[B, 3, 8] x) => (double[B, 3, 8] y)
         <double e = {1e-12}, double most = {3.4028234663852886e38}> {
+            n = ReduceL2 <axes = [-1]> (x)
+            c = Clip(n, e, most)
+            y = Div(x, c)
+        }""",
+        """
+        bounded_by_no_number (float[B, 3, 8] x) => (float[B, 3, 8] y) <float e = {1e-12}, float most = {nan}> {
             n = ReduceL2 <axes = [-1]> (x)
             c = Clip(n, e, most)
             y = Div(x, c)
