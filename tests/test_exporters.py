@@ -63,7 +63,7 @@ FUSED = {
     ("TensorFlow", "mobilenet-v2"): {"Pad": 0},
     ("TensorFlow", "resnet"): {"Pad": 0},
     ("TensorFlow", "norms"): {"GroupNormalization": 1},
-    ("TensorFlow", "segmenter"): {"GroupNormalization": 2},
+    ("TensorFlow", "segmenter"): {"GroupNormalization": 2, "SpaceToDepth": 0, "DepthToSpace": 0},
     ("TensorFlow", "gpt2-hub"): {"infera.Attention": 2},
     ("PaddlePaddle", "norms"): {"infera.L2Normalization finite": 1},
 }

@@ -18,6 +18,7 @@ from infera_gpu.passes import (
     centre,
     columns,
     conv,
+    dilated,
     expanded,
     gates,
     gelu,
@@ -81,6 +82,7 @@ QUANTIZED = Fusions(
 """Applied first of all, where there are kernels for products of integers."""
 
 FUSIONS = Fusions(
+    *dilated.FUSIONS,
     *transposed.FUSIONS,
     *nhwc.FUSIONS,
     *group_last.FUSIONS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from infera_gpu.graph import Node, made_name
-from infera_gpu.passes.engine import Fusion, Match, Replacement, node
+from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, node
 
 ACTIVATIONS = (
     *("HardSwish", "HardSigmoid", "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Softplus", "Mish", "Swish", "Gelu"),
@@ -124,4 +124,51 @@ PAD = Fusion(
     ),
 )
 
-FUSIONS = (ACTIVATION, PAD)
+
+def _is_of_channels(match: Match) -> bool:
+    """One value for each channel of a convolution, wherever the Transpose puts them."""
+    perm, c, x = match.nodes["swap"].attrs.get("perm"), match.constant("c"), match.spec("x")
+    made_by = match.draft.made_by.get(match.values["x"])
+    if perm is None or x is None or made_by not in ("Conv", "ConvTranspose") or c.dtype != x.dtype:
+        return False
+    return c.ndim == len(perm) and c.size == c.shape[list(perm).index(1)] > 1
+
+
+def _added(match: Match) -> Replacement:
+    """The sum, and the Transpose of it."""
+    swap, out = match.nodes["swap"], match.root.outputs[0]
+    name, made = made_name(out, "channels"), made_name(out, "sum")
+    channels = match.constant("c").reshape(-1, *(1,) * (match.constant("c").ndim - 2))
+    before = Node("Add", (match.values["x"], name), (made,), {})
+    return Replacement(
+        Node("Transpose", (made,), match.root.outputs, swap.attrs, name=swap.name), {name: channels}, (before,)
+    )
+
+
+_BIAS = """
+        example (float[B, 2, 4, 5] x) => (float[3, B, 4, 5] y)
+        <float[3, 2, 1, 1] w = {1, -2, 3, 0.5, -1, 2}, float[3, 1, 1, 1] b = {1, 2, -3}> {
+            c = Conv(x, w)
+            t = Transpose <perm = [1, 0, 2, 3]> (c)
+            y = Add(b, t)
+        }"""
+
+BIAS = Fusion(
+    name="bias_before_transpose",
+    patterns=(node("Add", node("Transpose", "x", name="swap"), "#c", commutes=True),),
+    guard=_is_of_channels,
+    build=_added,
+    example=_BIAS,
+    near_misses=(
+        changed(
+            _BIAS,
+            ("example (", "values_of_rows ("),
+            ("float[3, 1, 1, 1] b = {1, 2, -3}", "float[4, 1] b = {1, 2, -3, 4}"),
+        ),
+        changed(_BIAS, ("example (", "values_of_a_batch ("), ("float[3, 1, 1, 1] b", "float[1, 3, 1, 1] b")),
+        changed(_BIAS, ("example (", "of_no_convolution ("), ("c = Conv(x, w)", "c = Relu(x)")),
+        changed(_BIAS, ("example (", "transpose_is_an_output ("), ("y)", "y, float[3, B, 4, 5] t)")),
+    ),
+)
+
+FUSIONS = (ACTIVATION, BIAS, PAD)
