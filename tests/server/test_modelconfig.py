@@ -473,6 +473,9 @@ def test_a_load_request_brings_its_configuration(tmp_path: Path) -> None:
         assert running.index()["m/1"] == "READY"
         running.call(load("m"))
         assert running.get("/v2/models/m")[1]["versions"] == ["2"]
+        until(lambda: running.index() == {"m/1": "UNAVAILABLE: unloaded; kept for a rollback", "m/2": "READY"})
+        running.call(running.host.service.unload_model("m"))
+        until(lambda: running.index() == {"m/1": "UNAVAILABLE: unloaded", "m/2": "UNAVAILABLE: unloaded"})
 
 
 def test_a_load_request_brings_its_files(tmp_path: Path) -> None:

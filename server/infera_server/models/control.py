@@ -22,12 +22,10 @@ from infera_server.models.golden import running
 from infera_server.models.loaded import Generation, Loaded
 from infera_server.models.loader import reason_of, return_memory
 from infera_server.models.overrides import requested
-from infera_server.models.repository import UNLOADED, Repository, State
+from infera_server.models.repository import KEPT, UNLOADED, Repository, State
 from infera_server.models.room import NoRoomError
 
 log = logging.getLogger(__name__)
-
-KEPT = "unloaded; kept for a rollback"
 
 
 class Control:

@@ -29,6 +29,8 @@ MAX_LOADERS = 4
 UNLOADED = "unloaded"
 """Triton's reason for a version that was taken out of service."""
 
+KEPT = f"{UNLOADED}; kept for a rollback"
+
 
 class State(Enum):
     """How far a version is, in Triton's words."""
@@ -240,9 +242,9 @@ class Repository:
         return Generation(self.definitions[name], models) if models else None
 
     def mark_unloaded(self, name: str, version: str, reason: str) -> None:
-        """A version that was taken out of service is gone, unless it has come back."""
+        """A version that was taken out of service is gone, or kept, unless it has come back."""
         entry = self._entries.get(name, {}).get(version)
-        if entry is not None and entry.state is State.UNLOADING:
+        if entry is not None and (entry.state is State.UNLOADING or entry.reason == KEPT):
             entry.state, entry.reason = State.UNAVAILABLE, reason
             self.audience.changed()
 
