@@ -62,6 +62,39 @@ def test_what_never_ran_is_inferred_from_its_neighbour() -> None:
     assert costs.typical == [1.9, 2.0, 3.0]
 
 
+def test_a_slowdown_seen_in_one_bucket_is_one_of_all() -> None:
+    costs = Costs((1, 2, 4)).of("a")
+    for seconds, own in ((1.0, 0.5), (3.0, 0.5)):
+        costs.learn(1, seconds, own)
+    for _ in range(WINDOW):
+        costs.learn(4, 2.0, 1.0)
+    assert costs.typical == [1.0, 1.5, 2.0]
+    assert costs.own == [0.5, 0.75, 1.0]
+    for _ in range(WINDOW):
+        costs.learn(4, 3.0, 0.8)
+    assert costs.typical == pytest.approx([1.5, 2.25, 3.0])
+    assert costs.high[0] == pytest.approx(1.5 * 2.0)
+    assert costs.own == pytest.approx([0.4, 0.6, 0.8])
+    costs.learn(1, 1.5, 0.4)  # which has been remembered as it would have been now: the median of 1.5, 4.5 and 1.5
+    assert costs.typical[0] == pytest.approx(1.5)
+    for _ in range(WINDOW):
+        costs.learn(4, 2.0, 1.0)
+    assert costs.typical == pytest.approx([1.0, 1.5, 2.0])
+
+
+def test_under_load_that_slows_runs_down_batches_stay_full() -> None:
+    times = affine(1.0, 0.1)
+    made = schedule(times)
+    for _ in range(2):
+        for bucket, took in times.items():
+            made.costs.of(None).learn(bucket, took)
+    for _ in range(10):
+        made.costs.of(None).learn(64, 1.3 * times[64])
+    for _ in range(64):
+        made.add(job())
+    assert take(made) == (64, 64)
+
+
 def test_the_run_that_makes_a_bucket_s_plan_does_not_count() -> None:
     """It takes 1000 times as long here; small buckets, which ran before, would have been chosen for long."""
     made, planned = Schedule((1, 2, 4, 8)), set()

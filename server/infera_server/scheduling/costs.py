@@ -1,8 +1,9 @@
 """How long a run takes, learned from runs.
 
 For every group of equal shapes and every bucket of rows, the last runs are remembered. Their median is the typical
-time, which one stalled run does not move and a lasting change moves after half a window; nearly their longest is the
-time to reckon with where a promise is at stake. What has not run yet is inferred from what has.
+time, which one stalled run does not move and a lasting change moves after half a window, with that of the group's other
+buckets; nearly their longest is the time to reckon with where a promise is at stake. What has not run yet is inferred
+from what has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ MAX_SCATTER = 2.0
 
 FADE = 0.998
 """What is left of an estimate each time its bucket was not chosen: one that was slow by accident is tried again."""
+
+STEADY = 3
+"""Runs of a bucket, as many as at load, after which a change of its typical time is taken for one of the machine."""
 
 MAX_GROUPS = 256
 """Groups remembered; the least recently used goes."""
@@ -58,6 +62,12 @@ class Window:
         self.high = ranked[-1 - len(ranked) // 20]
         return True
 
+    def scale(self, ratio: float) -> None:
+        """As if everything had taken so many times as long."""
+        self._values = [value * ratio for value in self._values]
+        self.median *= ratio
+        self.high *= ratio
+
 
 class GroupCosts:
     """The times of one group, by index of the bucket.
@@ -85,14 +95,32 @@ class GroupCosts:
     def learn(self, rows: int, seconds: float, own: float | None = None) -> None:
         """A run of `rows` rows, a bucket's, took so long, and `own` of it the thread that ran; all of it by default."""
         index = self.index(rows)
-        window = self._windows[index]
-        self._own[index].add(seconds if own is None else own)
+        window, thread = self._windows[index], self._own[index]
+        before = window.median, thread.median
+        thread.add(seconds if own is None else own)
         if window.add(seconds):
             self.known = True
             self.typical[index], self.high[index] = window.median, min(window.high, MAX_SCATTER * window.median)
-            self.own[index] = self._own[index].median
+            self.own[index] = thread.median
             if not all(self._windows):
                 self._infer()
+            if len(window) > STEADY and all(before):
+                ratios = window.median / before[0], thread.median / before[1]
+                if all(1 / MAX_SCATTER < ratio < MAX_SCATTER for ratio in ratios):
+                    self._follow(index, *ratios)
+
+    def _follow(self, index: int, ratio: float, own: float) -> None:
+        """What made the runs of one bucket a little slower, or faster, does so to those of the others, for all we know.
+
+        Else a bucket that did not run since a slowdown would look better than those that did.
+        """
+        for i, window in enumerate(self._windows):
+            if i != index and window:
+                window.scale(ratio)
+                self._own[i].scale(own)
+                self.typical[i] *= ratio
+                self.high[i] *= ratio
+                self.own[i] *= own
 
     def ran(self, rows: int, seconds: float, own: float | None = None) -> None:
         """A run of requests took so long. The first of its bucket is not learned from: it made the plan as well."""
