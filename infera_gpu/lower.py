@@ -11,7 +11,8 @@ from infera_gpu.choice import Choice, choose
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import Node
-from infera_gpu.layout import Operand, Space, constant, dense, views_of
+from infera_gpu.homes import Homes
+from infera_gpu.layout import Operand, Space, dense, views_of
 from infera_gpu.memory import aligned, crowded
 from infera_gpu.op import Kernel
 from infera_gpu.place import Lowered, Root, place, requests
@@ -31,8 +32,8 @@ SMALL = 1 << 16
 """Bytes. What fits in that keeps its slots: copies would cost more than memory."""
 
 
-class _Lowering:
-    """A segment's steps, and the memory that they need, not yet placed.
+class _Lowering(Homes):
+    """A segment's nodes made steps, with the memory that they need, not yet placed.
 
     `without` are joined values without slots, and values that do not lie where parts of others lay.
     """
@@ -45,106 +46,18 @@ class _Lowering:
         choices: Sequence[Choice],
         without: Collection[str],
     ) -> None:
-        self.segment, self.device, self.measure, self.choices = segment, device, measure, choices
-        self.steps: list[Step] = []
-        self.roots: dict[str, Root] = {}
-        self.homes: dict[str, Operand] = {}
-        self.copies: dict[tuple[str, Space], Operand] = {}
-        self.without = without
+        super().__init__(segment, device, Lying(segment, choices) if device.space == "device" else None)
+        self.measure, self.choices, self.without = measure, choices, without
         self.places, self.around, self.padded = slots_of(segment, choices, device.space, without)
         self.slabs: dict[str, str] = {}
         """The root of each joined value that values were written into before it was joined, or that has a border."""
         self.joined: dict[str, int] = {}
         """The step at which a slab was full: at once where no other value was written into it."""
-        self.lying = Lying(segment, choices) if device.space == "device" else None
         self.guests: dict[str, tuple[str, int]] = {}
         """A value that lies where a part of another lay: the root, and the step that made it."""
-        self.last_read: dict[str, int] = {}
-        for i, p in enumerate(segment.nodes):
-            for v in p.site.node.inputs:
-                self.last_read[v] = i
-        self.last_read.update(dict.fromkeys(segment.outputs, len(segment.nodes)))
         self.staged: set[str] = set()
         self.bordered: set[str] = set()
         self.saved: Counter[str] = Counter()
-
-    # ---- memory
-
-    def new_root(self, name: str, space: Space, nbytes: int) -> str:
-        unique = name
-        while unique in self.roots:
-            unique += "'"
-        begin = len(self.steps)
-        self.roots[unique] = Root(space, nbytes, begin, begin + 1)
-        return unique
-
-    def new(self, name: str, space: Space, spec: TensorSpec) -> Operand:
-        if spec.dtype == object:
-            raise PlanError(f"'{name}' is a string tensor computed at run time, which is not supported")
-        return dense(self.new_root(name, space, spec.nbytes), space, spec)
-
-    def touch(self, operand: Operand | None) -> None:
-        """The operand is needed by the step that comes next."""
-        if operand is not None and not operand.constant:
-            root, end = self.roots[operand.root], len(self.steps) + 1
-            if root.end < end:
-                root.end = end
-
-    def own(self, value: str, operand: Operand) -> None:
-        self.homes[value] = operand
-        if not operand.constant:
-            self.read_as(value, operand)
-
-    def read_as(self, value: str, operand: Operand) -> None:
-        """The memory holds this value too."""
-        root, last = self.roots[operand.root], self.last_read.get(value, -1)
-        if last > root.last_read:
-            root.last_read = last
-        if self.lying is not None:
-            self.lying.add(operand, last)
-
-    def emit(self, step: Step) -> None:
-        for operand in (*step.ins, *step.outs, step.workspace):
-            self.touch(operand)
-        self.steps.append(step)
-
-    # ---- operands
-
-    def home(self, value: str) -> Operand:
-        """Where the value lies. A constant lies wherever it is asked for."""
-        found = self.homes.get(value)
-        if found is None:
-            found = constant(value, self.device.space, self.segment.specs[value])
-            self.homes[value] = found
-        return found
-
-    def fetch(self, value: str, space: Space, *, strided: bool) -> Operand:
-        """The value in `space`, contiguous unless `strided`; adds the copies this takes."""
-        operand = self.home(value)
-        if operand.constant:
-            return operand if operand.space == space else operand._replace(space=space)
-        if operand.space != space:
-            operand = self.copy(value, operand, space)
-        if not strided and not operand.is_contiguous:
-            operand = self.copy(value, operand, space)
-        return operand
-
-    def copy(self, value: str, source: Operand, space: Space) -> Operand:
-        """A contiguous copy of `source` in `space`, made once."""
-        key = (value, space)
-        if key in self.copies:
-            return self.copies[key]
-        if source.space != space and not source.is_contiguous:
-            source = self.copy(value, source, source.space)
-        target = self.new(f"{value}@{space}", space, TensorSpec(source.shape, source.dtype))
-        self.move(value, source, target)
-        self.copies[key] = target
-        self.read_as(value, target)
-        return target
-
-    def move(self, value: str, source: Operand, target: Operand) -> None:
-        kind = "copy" if source.space == target.space else ("upload" if target.space == "device" else "download")
-        self.emit(Step(kind, f"{kind} {value}", self.device.name, (source,), (target,), target.space))  # type: ignore[arg-type]
 
     # ---- nodes
 
