@@ -38,7 +38,7 @@ def assert_fails(result: Result, *words: str, status: int = 1) -> None:
 def assert_explained(result: Result, *words: str) -> None:
     """As `assert_fails`, and the failure is not one that nobody thought of."""
     assert_fails(result, *words)
-    assert "unexpected" not in result[2], result[2]
+    assert "(unexpected: " not in result[2], result[2]
 
 
 def model(
