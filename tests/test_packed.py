@@ -61,7 +61,7 @@ def test_weights_begin_with_a_cache_line() -> None:
 
 
 @known
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the collector looks at arguments of ctypes from Python 3.13 on")
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python 3.13 collects arguments of ctypes")
 def test_garbage_collection_looks_at_nothing_in_a_bound_product() -> None:
     """A session keeps thousands, and what a collection looks at is what a request waits for."""
     assert LOOPS is not None
