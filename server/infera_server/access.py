@@ -92,6 +92,10 @@ class Key:
         """Whether requests to this model are in its scope."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
+    def reads(self, model: str) -> bool:
+        """Whether this model is told of: one in its scope, and to who manages models any."""
+        return self.management or self.allows(model)
+
     def spend(self, now: float) -> None:
         """Account for a request at a time of `time.monotonic`. Raises Overloaded over the rate."""
         if self.rate is not None and (wait := self.bucket.take(self.rate, now)):
@@ -142,21 +146,46 @@ class Access:
         key = self.identify(credentials)
         if key is not None:
             if not key.allows(model):
-                raise Forbidden(f"key '{key.name}' is not for model '{short(model)}'")
+                raise Forbidden(_not_for(key, model))
             key.spend(now)
         return key
 
-    def check_management(self, credentials: str) -> None:
-        """Raises Unauthorized or Forbidden for who may not load models or change settings."""
+    def admit_reader(self, credentials: str, model: str | None) -> Key | None:
+        """The key of who asks about a model, or about none by its name; None where no keys are asked for.
+
+        What lists models leaves out those that `readable` says no to. Raises Unauthorized, or Forbidden where the key
+        does not read this model, whether there is one of the name or not.
+        """
+        key = self.identify(credentials)
+        if key is not None and model is not None and not key.reads(model):
+            raise Forbidden(_not_for(key, model))
+        return key
+
+    def check_management(self, credentials: str) -> Key | None:
+        """The key of who may load models and change settings; None where no keys are asked for.
+
+        Raises Unauthorized or Forbidden.
+        """
         if self.keys:
             key = self.identify(credentials)
             if key is None or not key.management:
                 raise Forbidden("the API key is not for management")
-        elif not self.open_management:
+            return key
+        if not self.open_management:
             raise Forbidden(
                 "management is closed, since the server listens on more than this machine without API keys; "
                 "start it with --api-keys, or with --open-management"
             )
+        return None
+
+
+def readable(key: Key | None, model: str) -> bool:
+    """Whether who came with this key, or with None where none are asked for, is told of a model."""
+    return key is None or key.reads(model)
+
+
+def _not_for(key: Key, model: str) -> str:
+    return f"key '{key.name}' is not for model '{short(model)}'"
 
 
 def is_local(host: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib.metadata import version as distribution_version
 from typing import Any
 
+from infera_server.access import Key, readable
 from infera_server.models.modelconfig import as_dict
 from infera_server.models.repository import Repository, State
 from infera_server.models.servable import Servable
@@ -62,13 +63,24 @@ def statistics(models: Iterable[Servable]) -> dict[str, Any]:
     }
 
 
+def names(repository: Repository, key: Key | None) -> list[str]:
+    """The models that can run, of those that a key reads."""
+    found = dict.fromkeys(m.signature.name for m in repository.ready())
+    return [name for name in found if readable(key, name)]
+
+
+def all_statistics(repository: Repository, key: Key | None) -> dict[str, Any]:
+    """Those of all models that a key reads."""
+    return statistics(m for m in repository.ready() if readable(key, m.signature.name))
+
+
 def model_statistics(repository: Repository, model: Servable, version: str | None) -> dict[str, Any]:
     """Those of all versions of a model; of that one alone where a `version` was asked for."""
     return statistics(repository.ready_of(model.signature.name) if version is None else [model])
 
 
-def index(repository: Repository, only_ready: bool) -> list[dict[str, str]]:
-    """Every version of every model and how far it is, by the model repository extension.
+def index(repository: Repository, only_ready: bool, key: Key | None) -> list[dict[str, str]]:
+    """Every version of every model that a key reads and how far it is, by the model repository extension.
 
     Of a model that was never loaded it has the name alone.
     """
@@ -78,4 +90,6 @@ def index(repository: Repository, only_ready: bool) -> list[dict[str, str]]:
         for e in repository.entries()
         if not only_ready or e.state is State.READY
     ]
-    return found if only_ready else found + [{"name": name} for name in repository.unloaded()]
+    if not only_ready:
+        found += [{"name": name} for name in repository.unloaded()]
+    return [entry for entry in found if readable(key, entry["name"])]

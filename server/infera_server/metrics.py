@@ -10,7 +10,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import (
@@ -209,6 +209,18 @@ class ModelStats:
                 {"type": kind, "id": index, "byte_size": nbytes} for (kind, index), nbytes in self.memory.items()
             ],
         }
+
+
+class Extract:
+    """A Prometheus collector of what another has about those models that `tells` says yes to, and about no model."""
+
+    def __init__(self, whole: Exposition, tells: Callable[[str], bool]) -> None:
+        self._whole, self._tells = whole, tells
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._whole.collect():
+            metric.samples = [s for s in metric.samples if "model" not in s.labels or self._tells(s.labels["model"])]
+            yield metric
 
 
 class Exposition:

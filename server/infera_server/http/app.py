@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -16,14 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from infera_server import management
+from infera_server.access import readable
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
 from infera_server.http import coding, inference, reference
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES
+from infera_server.http.gate import key_of
 from infera_server.http.intake import MAX_MANAGEMENT_BODY, received
 from infera_server.http.routes import Call, Route, document
 from infera_server.management import server_version
-from infera_server.metrics import Exposition
+from infera_server.metrics import Exposition, Extract
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import control, generate, members, regions, v2_rest
@@ -56,8 +59,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         redoc_url=None,
     )
     repository = service.repository
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Exposition(repository))
+    exposition = Exposition(repository)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
@@ -110,13 +112,13 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         return Json({"ready": False, "reason": reason}, 503) if reason else Json({"ready": True})
 
     @read("/v2/models")
-    async def models() -> Response:
-        return Json({"models": list(dict.fromkeys(m.signature.name for m in repository.ready()))})
+    async def models(request: Request) -> Response:
+        return Json({"models": management.names(repository, key_of(request.scope))})
 
     @read("/v2/models/stats")
-    async def all_statistics() -> Response:
+    async def all_statistics(request: Request) -> Response:
         await repository.audience.counted()
-        return Json(management.statistics(repository.ready()))
+        return Json(management.all_statistics(repository, key_of(request.scope)))
 
     @read_model("")
     async def metadata(model: str, version: str | None = None) -> Response:
@@ -144,13 +146,15 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     async def index(request: Request) -> Response:
         only_ready = _only_ready(await _body(request, service))
         await service.refresh()
-        return Json(management.index(repository, only_ready))
+        return Json(management.index(repository, only_ready, key_of(request.scope)))
 
     _add(app, service, (*control.ROUTES, *regions.ROUTES))
 
     @read("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         await repository.audience.counted()
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Extract(exposition, partial(readable, key_of(request.scope))))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[bytes, None]:
@@ -170,7 +174,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         if model.retired:  # while the body came or another thread was at it
             model = service.model(*_target(request))
             check_again(asked, model.signature)
-        if (key := request.scope.get("state", {}).get("key")) is not None:
+        if (key := key_of(request.scope)) is not None:
             asked.claim(key.name)
         model = chosen(model, asked)
         async with aclosing(inference.responses(model, asked, size, service.tracing)) as found:

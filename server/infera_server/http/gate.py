@@ -8,9 +8,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
-from infera_server.access import Access
+from infera_server.access import Access, Key
 from infera_server.errors import NotFound, RequestError, Unauthorized, retry_after
 from infera_server.http.origin import check_origin
+from infera_server.models.discovery import RESERVED
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -21,6 +22,9 @@ CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 """The headers that may hold a key."""
 
 INFERENCE = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?/(?:infer|generate|generate_stream|stream)")
+ABOUT = re.compile(r"/v2/(?:repository/)?models/([^/]+)(?:/.*)?", re.DOTALL)
+"""What is read of one model."""
+
 OPEN = re.compile(r"/|/v2/health/(?:live|ready)")
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 METRICS = "/metrics"
@@ -70,17 +74,25 @@ class Gate:
             check_origin(scope["headers"], self._local)
         given = credentials(scope["headers"])
         if (found := INFERENCE.fullmatch(path)) is not None:
-            scope.setdefault("state", {})["key"] = self._access.admit(given, found[1], time.monotonic())
+            key = self._access.admit(given, found[1], time.monotonic())
         elif manages:
-            self._access.check_management(given)
+            key = self._access.check_management(given)
         else:
-            self._access.identify(given)
+            about = ABOUT.fullmatch(path)
+            key = self._access.admit_reader(given, about[1] if about and about[1] not in RESERVED else None)
+        scope.setdefault("state", {})["key"] = key
 
     async def _refuse(self, scope: Message, send: Send, error: RequestError) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": REFUSED, "reason": str(error)[:100]})
         else:
             await refuse(send, error)
+
+
+def key_of(scope: Message) -> Key | None:
+    """The key that a request was let in with; None where none are asked for."""
+    found: Key | None = scope.get("state", {}).get("key")
+    return found
 
 
 async def refuse(send: Send, error: RequestError) -> None:

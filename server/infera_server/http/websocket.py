@@ -22,7 +22,7 @@ from infera_server.access import Key
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, RequestError, TooLarge, Unavailable, request_error
 from infera_server.http.exchange import INLINE_BYTES
-from infera_server.http.gate import App, Message, Receive, Send
+from infera_server.http.gate import App, Message, Receive, Send, key_of
 from infera_server.http.inference import counted, responses
 from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.models.servable import Servable
@@ -65,7 +65,7 @@ class Streams:
         await send({"type": "websocket.accept"})
         service.streams += 1
         try:
-            await _Stream(service, (found[1], found[2]), scope.get("state", {}).get("key"), send).serve(receive)
+            await _Stream(service, (found[1], found[2]), key_of(scope), send).serve(receive)
         finally:
             service.streams -= 1
 

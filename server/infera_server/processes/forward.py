@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from infera_server.access import Key
 from infera_server.errors import RequestError, request_error
-from infera_server.http.gate import INFERENCE, READING, App, Message, Receive, Send, refuse
+from infera_server.http.gate import INFERENCE, READING, App, Message, Receive, Send, key_of, refuse
 from infera_server.http.intake import MAX_MANAGEMENT_BODY, received
 from infera_server.processes.channel import Channel, Content, Handler
 from infera_server.processes.front_wire import run_in
@@ -41,6 +42,7 @@ class Forward:
             body = await received(receive, self._service.intake, most)
             asked = {name: scope[name] for name in ("method", "path", "scheme", "http_version")}
             asked["query"] = scope["query_string"].decode("latin-1")
+            asked["key"] = None if (key := key_of(scope)) is None else key.name
             asked["headers"] = [[n.decode("latin-1"), v.decode("latin-1")] for n, v in scope["headers"]]
             told, content = await self._engine.ask(HTTP, asked, body)
         except RequestError as error:
@@ -66,10 +68,15 @@ class Answering:
             RECALL: self._recall,
         }
 
-    async def _call(self, method: Any, body: bytes) -> Content:
+    def _key(self, name: str | None) -> Key | None:
+        """The key that a worker has let a request in with."""
+        return None if name is None else self._service.access.keys[name]
+
+    async def _call(self, told: Any, body: bytes) -> Content:
         from infera_server.rpc.management import READING_METHODS, answered  # grpc takes a while to import
 
-        reply = await answered(self._service, method, body)
+        method, key = told
+        reply = await answered(self._service, method, body, self._key(key))
         if method not in READING_METHODS:
             await self._service.repository.audience.informed()
         return None, reply
@@ -101,7 +108,7 @@ class Answering:
             "headers": [(n.encode("latin-1"), v.encode("latin-1")) for n, v in asked["headers"]],
             "client": None,
             "server": None,
-            "state": {},
+            "state": {"key": self._key(asked["key"])},
         }
         waiting = [body]
         told: dict[str, Any] = {}

@@ -132,9 +132,9 @@ class Worker:
             await grpc.stop(max(0.0, self._server.deadline - time.monotonic()))
         expiring.cancel()
 
-    async def _call(self, method: str, data: bytes) -> bytes:
+    async def _call(self, method: str, data: bytes, key: Key | None) -> bytes:
         assert self._channel is not None
-        return (await self._channel.ask(GRPC, method, data))[1]
+        return (await self._channel.ask(GRPC, [method, None if key is None else key.name], data))[1]
 
     async def _read(self, _: Any, body: bytes) -> Content:
         self._mirror.read(orjson.loads(body))

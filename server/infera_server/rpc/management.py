@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from infera_server import management
-from infera_server.access import Access
+from infera_server.access import Access, Key
 from infera_server.codec import short
 from infera_server.errors import BadRequest, NotFound, Unavailable, Unsupported, request_error
 from infera_server.models.servable import Servable
@@ -36,12 +36,23 @@ MANAGING = frozenset(
 SETTINGS = frozenset({"TraceSetting", "LogSettings"})
 """They read where they are given nothing to change."""
 
+NAMING = {
+    "ModelReady": "name",
+    "ModelMetadata": "name",
+    "ModelConfig": "name",
+    "ModelStatistics": "name",
+    "TraceSetting": "model_name",
+}
+"""Where requests that read have the name of a model; empty, they are about all or none."""
+
 Method: TypeAlias = Callable[[Service, Any], Awaitable[dict[str, Any]]]
 """A request's message to the members of the response's. Raises RequestError."""
 
+Listing: TypeAlias = Callable[[Service, Any, Key | None], Awaitable[dict[str, Any]]]
+"""The same, of those models that a key reads."""
 
-Elsewhere: TypeAlias = Callable[[str, bytes], Awaitable[bytes]]
-"""A method's name and its request to its response, both as bytes. Raises RequestError."""
+Elsewhere: TypeAlias = Callable[[str, bytes, Key | None], Awaitable[bytes]]
+"""A method's name, its request and its key to its response, both as bytes. Raises RequestError."""
 
 
 def handler(service: Service, name: str, elsewhere: Elsewhere | None) -> grpc.RpcMethodHandler:
@@ -50,20 +61,20 @@ def handler(service: Service, name: str, elsewhere: Elsewhere | None) -> grpc.Rp
     async def handle(data: bytes, context: Any) -> bytes:
         try:
             request = _read(name, data)
-            _check_access(service.access, name, request, context)
+            key = _admit(service.access, name, request, context)
             if elsewhere is not None:
-                return await elsewhere(name, data)
-            return await _answer(service, name, request)
+                return await elsewhere(name, data, key)
+            return await _answer(service, name, request, key)
         except Exception as error:
             await refuse(context, request_error(error, ""))
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-async def answered(service: Service, name: str, data: bytes) -> bytes:
-    """What a method's handler answers elsewhere. Raises RequestError."""
+async def answered(service: Service, name: str, data: bytes, key: Key | None) -> bytes:
+    """What a method's handler answers elsewhere, of a request that was let in. Raises RequestError."""
     try:
-        return await _answer(service, name, _read(name, data))
+        return await _answer(service, name, _read(name, data), key)
     except Exception as error:
         raise request_error(error, "") from None
 
@@ -75,20 +86,23 @@ def _read(name: str, data: bytes) -> Any:
         raise BadRequest(wire.UNREADABLE) from None
 
 
-async def _answer(service: Service, name: str, request: Any) -> bytes:
-    members = await METHODS[name](service, request)
+async def _answer(service: Service, name: str, request: Any, key: Key | None) -> bytes:
+    listing = LISTINGS.get(name)
+    members = await (METHODS[name](service, request) if listing is None else listing(service, request, key))
     made = message(f"inference.{name}Response")()
     return bytes(json_format.ParseDict(members, made, descriptor_pool=pool()).SerializeToString())
 
 
-def _check_access(access: Access, name: str, request: Any, context: Any) -> None:
-    """Health is open, reading takes a key, the rest one for more. Raises Unauthorized or Forbidden."""
+def _admit(access: Access, name: str, request: Any, context: Any) -> Key | None:
+    """The key of a call. Health is open, reading takes one, the rest one for more. Raises Unauthorized or Forbidden."""
     if name in OPEN:
-        return
+        return None
     if name in MANAGING or (name in SETTINGS and request.settings):
-        access.check_management(credentials(context))
-    elif not access.is_open:
-        access.identify(credentials(context))
+        return access.check_management(credentials(context))
+    if access.is_open:
+        return None
+    about = getattr(request, NAMING[name]) if name in NAMING else ""
+    return access.admit_reader(credentials(context), about or None)
 
 
 def _find(service: Service, request: Any) -> Servable:
@@ -126,12 +140,12 @@ async def model_config(service: Service, request: Any) -> dict[str, Any]:
     return {"config": management.configuration(_find(service, request))}
 
 
-async def model_statistics(service: Service, request: Any) -> dict[str, Any]:
+async def model_statistics(service: Service, request: Any, key: Key | None) -> dict[str, Any]:
     """Of one model, or of all."""
     repository = service.repository
     await repository.audience.counted()
     if not request.name:
-        return management.statistics(repository.ready())
+        return management.all_statistics(repository, key)
     try:
         return management.model_statistics(repository, _find(service, request), version_of(request.version))
     except (NotFound, Unavailable):
@@ -147,9 +161,9 @@ async def model_statistics(service: Service, request: Any) -> dict[str, Any]:
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
-async def repository_index(service: Service, request: Any) -> dict[str, Any]:
+async def repository_index(service: Service, request: Any, key: Key | None) -> dict[str, Any]:
     _check_repository(request)
-    return {"models": management.index(service.repository, request.ready)}
+    return {"models": management.index(service.repository, request.ready, key)}
 
 
 async def repository_model_load(service: Service, request: Any) -> dict[str, Any]:
@@ -279,8 +293,6 @@ METHODS: dict[str, Method] = {
     "ServerMetadata": server_metadata,
     "ModelMetadata": model_metadata,
     "ModelConfig": model_config,
-    "ModelStatistics": model_statistics,
-    "RepositoryIndex": repository_index,
     "RepositoryModelLoad": repository_model_load,
     "RepositoryModelUnload": repository_model_unload,
     "SystemSharedMemoryStatus": system_memory_status,
@@ -293,4 +305,8 @@ METHODS: dict[str, Method] = {
     "LogSettings": log_settings,
 }
 
-READING_METHODS = METHODS.keys() - MANAGING - SETTINGS
+LISTINGS: dict[str, Listing] = {"ModelStatistics": model_statistics, "RepositoryIndex": repository_index}
+
+NAMES = METHODS.keys() | LISTINGS.keys()
+
+READING_METHODS = NAMES - MANAGING - SETTINGS

@@ -15,7 +15,7 @@ from infera_server.errors import Unavailable
 from infera_server.rpc import health as grpc_health
 from infera_server.rpc.calls import Inference, ModelInfer
 from infera_server.rpc.health import Health
-from infera_server.rpc.management import METHODS, Elsewhere, handler
+from infera_server.rpc.management import NAMES, Elsewhere, handler
 from infera_server.rpc.stream import ModelStreamInfer
 from infera_server.scheduling.arrivals import arrivals
 from infera_server.service import Service
@@ -87,7 +87,7 @@ class GrpcServer:
     def _routes(self) -> dict[str, grpc.RpcMethodHandler]:
         reflection = grpc_health.reflection()
         return {
-            **{f"/{SERVICE}/{name}": handler(self._service, name, self._elsewhere) for name in METHODS},
+            **{f"/{SERVICE}/{name}": handler(self._service, name, self._elsewhere) for name in NAMES},
             f"/{SERVICE}/ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer.handle),
             f"/{SERVICE}/ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._streams.handle),
             f"/{grpc_health.SERVICE}/Check": grpc.unary_unary_rpc_method_handler(self._health.check),
