@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from threading import Thread
 from types import ModuleType
@@ -100,6 +101,17 @@ def shared(pool: Processes, count: int = 2) -> tuple[Region, HostArray]:
     region = Region(parts, count, in_turn)
     region.runs = 1
     return region, who
+
+
+@contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """While it makes no step, from the beginning on."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        os.waitid(os.P_PID, process, os.WSTOPPED)
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 # ---- the pool
@@ -256,12 +268,9 @@ def test_a_worker_that_does_not_come_is_not_waited_for(pool: Processes) -> None:
     notes: list[list[Call]] = [[(elsewhere.note_process, (who[i : i + 1],))] for i in range(2)]
     region = Region([[(elsewhere.take_time, (0.01,)), *notes[0]], notes[1]], 2, in_turn)  # time enough to come
     until(lambda: made(pool, region) and who[1] == worker)
-    os.kill(worker, signal.SIGSTOP)
-    try:
+    with stopped(worker):
         pool.run(region)
         assert who.tolist() == [os.getpid()] * 2
-    finally:
-        os.kill(worker, signal.SIGCONT)
     until(lambda: made(pool, region) and who[1] == worker)
 
 
@@ -272,16 +281,32 @@ def test_a_sleeper_that_is_stopped_is_not_waited_for(pool: Processes) -> None:
     region = Region([[(elsewhere.note_process, (who[i : i + 1],))] for i in range(2)], 2, in_turn)
     until(lambda: made(pool, region).sent)
     until(lambda: pool.workers[0].asleep)
-    os.kill(worker, signal.SIGSTOP)
     runs = Thread(target=lambda: [made(pool, region) for _ in range(5000)], daemon=True)
-    try:
+    with stopped(worker):
         runs.start()
         runs.join(PATIENCE)
         assert not runs.is_alive()
         assert who.tolist() == [os.getpid()] * 2
-    finally:
-        os.kill(worker, signal.SIGCONT)
-        runs.join(PATIENCE)
+
+
+def test_an_interrupt_before_a_sleeper_is_called_leaves_it_to_be_called(
+    pool: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(pool)
+    (worker,) = pool.workers
+    until(lambda: worker._words[worker._at + ASLEEP] not in (0, worker._woken))  # one that nobody has called
+    sleep = worker._words[worker._at + ASLEEP]
+
+    def interrupted(message: bytes) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker._connection, "send_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.wake()
+    assert worker._words[worker._at + ASLEEP] == sleep
+    worker.wake()
+    until(lambda: worker._words[worker._at + ASLEEP] != sleep)
 
 
 def test_a_worker_that_dies_in_a_part(pool: Processes) -> None:

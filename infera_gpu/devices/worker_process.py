@@ -103,8 +103,8 @@ class WorkerProcess:
         """
         asleep = self._words[self._at + ASLEEP]
         if asleep and asleep != self._woken:
-            self._woken = asleep
             self._connection.send_bytes(b"")
+            self._woken = asleep  # only now: an interrupt before costs a message, and not the sleeper
 
     @property
     def messages(self) -> int:
