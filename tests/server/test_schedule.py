@@ -85,14 +85,31 @@ def test_a_slowdown_seen_in_one_bucket_is_one_of_all() -> None:
 def test_under_load_that_slows_runs_down_batches_stay_full() -> None:
     times = affine(1.0, 0.1)
     made = schedule(times)
-    for _ in range(2):
-        for bucket, took in times.items():
-            made.costs.of(None).learn(bucket, took)
-    for _ in range(10):
+    for _ in range(WINDOW):
+        made.costs.of(None).learn(64, times[64])
+    for _ in range(WINDOW):
         made.costs.of(None).learn(64, 1.3 * times[64])
     for _ in range(64):
         made.add(job())
     assert take(made) == (64, 64)
+
+
+def test_a_bucket_that_alone_became_slower_is_not_chosen_for_ever() -> None:
+    """Others are taken to be as much slower, until one is tried: what is found then moves only its own time."""
+    made, now, chosen = Schedule(BUCKETS), 0.0, []
+    for _ in range(WINDOW):
+        for bucket, took in affine(40.0, 1.4).items():
+            made.costs.of(None).learn(bucket, took)
+    times = affine(40.0, 1.4) | {64: 1.9 * (40.0 + 1.4 * 64)}
+    for _ in range(3000):
+        while made.queued < 128:
+            made.add(job(at=now))
+        selection = made.take(now)
+        assert selection is not None
+        now += times[selection.bucket]
+        made.ran(selection, times[selection.bucket])
+        chosen.append(selection.bucket)
+    assert chosen[-200:].count(32) > 150
 
 
 def test_the_run_that_makes_a_bucket_s_plan_does_not_count() -> None:

@@ -24,8 +24,9 @@ MAX_SCATTER = 2.0
 FADE = 0.998
 """What is left of an estimate each time its bucket was not chosen: one that was slow by accident is tried again."""
 
-STEADY = 3
-"""Runs of a bucket, as many as at load, after which a change of its typical time is taken for one of the machine."""
+STEADY = WINDOW // 2
+"""Runs of a bucket, none long after the one before, after which a change of its typical time is taken for one of the
+machine. Before, it corrects what was believed of the bucket, which says nothing about others."""
 
 MAX_GROUPS = 256
 """Groups remembered; the least recently used goes."""
@@ -77,7 +78,20 @@ class GroupCosts:
     `size` is what a row of the group weighs against one of another, in any unit.
     """
 
-    __slots__ = ("_began", "_own", "_windows", "buckets", "high", "known", "own", "size", "typical")
+    __slots__ = (
+        "_began",
+        "_last",
+        "_own",
+        "_runs",
+        "_streaks",
+        "_windows",
+        "buckets",
+        "high",
+        "known",
+        "own",
+        "size",
+        "typical",
+    )
 
     def __init__(self, buckets: Sequence[int], size: float, like: GroupCosts | None = None) -> None:
         self.buckets = buckets
@@ -85,6 +99,13 @@ class GroupCosts:
         self._windows = [Window() for _ in buckets]
         self._own = [Window() for _ in buckets]
         self._began: set[int] = set()
+        self._runs = 0
+        self._last = [0] * len(buckets)
+        """Of how many runs each bucket's newest was the last."""
+
+        self._streaks = [0] * len(buckets)
+        """Runs of each bucket, none of them more than a window of the group's runs after the one before."""
+
         self.known: bool = like is not None and like.known
         ratio = size / like.size if like is not None and like.size else 1.0
         nothing: Sequence[float] = [0.0] * len(buckets)
@@ -96,6 +117,9 @@ class GroupCosts:
         """A run of `rows` rows, a bucket's, took so long, and `own` of it the thread that ran; all of it by default."""
         index = self.index(rows)
         window, thread = self._windows[index], self._own[index]
+        self._runs += 1
+        self._streaks[index] = self._streaks[index] + 1 if self._runs - self._last[index] <= WINDOW else 1
+        self._last[index] = self._runs
         before = window.median, thread.median
         thread.add(seconds if own is None else own)
         if window.add(seconds):
@@ -104,7 +128,7 @@ class GroupCosts:
             self.own[index] = thread.median
             if not all(self._windows):
                 self._infer()
-            if len(window) > STEADY and all(before):
+            if self._streaks[index] > STEADY and all(before):
                 ratios = window.median / before[0], thread.median / before[1]
                 if all(1 / MAX_SCATTER < ratio < MAX_SCATTER for ratio in ratios):
                     self._follow(index, *ratios)
