@@ -112,19 +112,25 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("activation", [None, ("relu",), ("clip", -0.5, 1.5), ("leaky_relu", 0.1)], ids=str)
-def test_convolution(name: str, with_residual: bool, activation: tuple[Any, ...] | None) -> None:
+def convolution(name: str) -> tuple[tuple[Array, Array, Array], tuple[int, int], Any]:
+    """Image, weights and bias; height and width of what comes out; the options."""
     shape, weights, given = CONVOLUTIONS[name]
     options: Any = {"strides": (1, 1), "pads": ((0, 0), (0, 0)), "dilations": (1, 1), "group": 1, **given}
-    x, w, b = normal(*shape), normal(*weights, seed=1), normal(weights[0], seed=2)
-    out = tuple(
+    height, width = (
         (d + sum(p) - (k - 1) * r - 1) // s + 1
         for d, k, p, r, s in zip(
             shape[1:3], weights[2:], options["pads"], options["dilations"], options["strides"], strict=True
         )
     )
+    return (normal(*shape), normal(*weights, seed=1), normal(weights[0], seed=2)), (height, width), options
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", [None, ("relu",), ("clip", -0.5, 1.5), ("leaky_relu", 0.1)], ids=str)
+def test_convolution(name: str, with_residual: bool, activation: tuple[Any, ...] | None) -> None:
+    (x, w, b), out, options = convolution(name)
+    shape, weights = x.shape, w.shape
     residual = normal(shape[0], *out, weights[0], seed=3) if with_residual else None
     want = np.full((shape[0], weights[0], *out), np.nan)
     wide = [np.ascontiguousarray(np.moveaxis(a, 3, 1), np.float64) for a in (x, residual) if a is not None]
@@ -151,15 +157,8 @@ def test_convolution(name: str, with_residual: bool, activation: tuple[Any, ...]
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_between_borders(name: str, threads: int) -> None:
     """From an image within the border that is wanted, to one whose rows have gaps: the same bits as without."""
-    shape, weights, given = CONVOLUTIONS[name]
-    options: Any = {"strides": (1, 1), "pads": ((0, 0), (0, 0)), "dilations": (1, 1), "group": 1, **given}
-    x, w, b = normal(*shape), normal(*weights, seed=1), normal(weights[0], seed=2)
-    out = tuple(
-        (d + sum(p) - (k - 1) * r - 1) // s + 1
-        for d, k, p, r, s in zip(
-            shape[1:3], weights[2:], options["pads"], options["dilations"], options["strides"], strict=True
-        )
-    )
+    (x, w, b), out, options = convolution(name)
+    shape, weights = x.shape, w.shape
 
     def made(x: Array, y: Array, **more: Any) -> Array:
         run(

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -319,15 +319,21 @@ def test_connections_have_a_limit_and_the_idlest_goes_first() -> None:
                 assert read_reply(stream)[0] == 200
 
 
+def with_a_full_queue(running: Running, pool: ThreadPoolExecutor) -> tuple[FakeSession, list[Future[tuple[int, Any]]]]:
+    """One request in a blocked run of "double" and one in its queue of one; the session, and their answers to come."""
+    session = running.sessions["double"]
+    assert isinstance(session, FakeSession)
+    session.block()
+    calls = [pool.submit(running.infer, "double", request_of(X))]
+    session.wait_entered()
+    calls.append(pool.submit(running.infer, "double", request_of(X)))
+    until(lambda: running.host.repository.get("double").queued == 1)
+    return session, calls
+
+
 def test_a_full_queue_refuses_before_the_body_is_sent() -> None:
     with serving({"double": doubler()}, max_queue=1) as running, ThreadPoolExecutor(2) as pool:
-        session = running.sessions["double"]
-        assert isinstance(session, FakeSession)
-        session.block()
-        calls = [pool.submit(running.infer, "double", request_of(X))]
-        session.wait_entered()
-        calls.append(pool.submit(running.infer, "double", request_of(X)))
-        until(lambda: running.host.repository.get("double").queued == 1)
+        session, calls = with_a_full_queue(running, pool)
         ((status, _, _),) = ask(running, http_request(b"", length=100, headers="Expect: 100-continue\r\n"))
         assert status == 429
         session.gate.set()
@@ -338,13 +344,7 @@ def test_a_full_queue_refuses_before_the_body_is_sent() -> None:
 def test_nothing_is_left_of_refused_requests(known: bool) -> None:
     """A traceback holds the request, which must not hold the error: only the garbage collection would free them."""
     with serving({"double": doubler()}, max_queue=1) as running, ThreadPoolExecutor(2) as pool:
-        session = running.sessions["double"]
-        assert isinstance(session, FakeSession)
-        session.block()
-        calls = [pool.submit(running.infer, "double", request_of(X))]
-        session.wait_entered()
-        calls.append(pool.submit(running.infer, "double", request_of(X)))
-        until(lambda: running.host.repository.get("double").queued == 1)
+        session, calls = with_a_full_queue(running, pool)
         gc.collect()
         gc.disable()
         try:
