@@ -108,7 +108,11 @@ FORMS = {
     "divided": ("c = Slice(s, two, three)  y = Div(c, three)", (2,)),
     "divided_by_a_factor": ("a = ReduceProd(s)  y = Div(a, two)", ("4×B×S",)),
     "not_divided": ("c = Slice(s, one, two)  y = Div(c, three)", (None,)),
-    "divided_in_floats": ("c = Slice(s, two, three)  f = Cast <to = 1> (c)  y = Div(f, thirds1)", (None,)),
+    "divided_in_floats": (
+        "c = Slice(s, two, three)  f = Cast <to = 1> (c)  d = Div(f, thirds1)  y = Cast <to = 7> (d)",
+        (None,),
+    ),
+    "a_shape_in_floats": ("y = Cast <to = 1> (s)", None),
     "of_a_constant": ("a = Gather(s, i)  c = ConstantOfShape(a)  y = Shape(c)", (8, "B")),
     "of_a_join": (
         "t = Gather(s, j)  r = Reshape(x, t)  q = Reshape(given2, q3)  c = Concat <axis = 0> (q, r)  y = Shape(c)",

@@ -48,8 +48,10 @@ class Facts:
         return known[value]
 
     def sizes(self, value: str) -> sizes.Sizes | None:
-        """The elements of a shape that the graph computes; None where not even their count is known."""
-        return sizes.sizes(self, value, self._sizes)
+        """The elements of a shape that the graph computes; None where not even their count is known, or they are
+        floats, which no operator takes for a shape."""
+        spec = self.spec(value)
+        return None if spec is not None and spec.dtype.kind == "f" else sizes.sizes(self, value, self._sizes)
 
     def _given(self, value: str) -> Known:
         constant = self.constant(value)

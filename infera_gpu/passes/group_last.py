@@ -40,12 +40,15 @@ _TERM = either(
 )
 
 
-def _is_full_of(match: Match, value: str, number: float) -> bool:
-    """Whether a value was made of this number alone."""
+def _is_full_of(match: Match, value: str, number: float, grouped: Sizes) -> bool:
+    """Whether a value of so many elements was made of this number alone."""
     made = match.producers.get(value)
     while made is not None and made.qualified == "Reshape":
         made = match.producers.get(made.inputs[0])
     if made is None or made.qualified != "ConstantOfShape":
+        return False
+    shape, count = _shape(match, made.outputs[0]), product(grouped)
+    if shape is None or count is None or product(shape) != count:
         return False
     return float(np.asarray(made.attrs.get("value", 0.0)).reshape(-1)[0]) == number
 
@@ -62,8 +65,8 @@ def _is_weighted_evenly(match: Match, grouped: Sizes) -> bool:
     if "mask" not in match.values:
         return True
     mask, zeros = match.values["mask"], match.nodes["zeros"].outputs[0]
-    ones = _is_full_of(match, mask, 1) and _shape(match, mask) == grouped
-    return ones and _is_full_of(match, zeros, 0) and {"mean", "variance", "total"} <= match.nodes.keys()
+    ones = _is_full_of(match, mask, 1, grouped) and _shape(match, mask) == grouped
+    return ones and _is_full_of(match, zeros, 0, grouped) and {"mean", "variance", "total"} <= match.nodes.keys()
 
 
 def _is_count(match: Match, name: str, grouped: Sizes) -> bool:
@@ -217,6 +220,13 @@ GROUP_NORM_LAST = Fusion(
             ("int32[2] single = {1, 1}", "int32[2] single = {1, 2}"),
             ("rows = Concat <axis = 0> (single, groups, size)", "rows = Concat <axis = 0> (single, groups, one)"),
             ("int64[1] two", "int32[1] one = {1}, int64[1] two"),
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "another_count_of_ones ("),
+            ("float[B, S, 4] x)", "float[B, S, 4] x, float[B, T, 4] other)"),
+            ("s = Shape(x)", "s = Shape(x)  so = Shape(other)"),
+            ("ConstantOfShape <value = float[1] {1.0}> (s)", "ConstantOfShape <value = float[1] {1.0}> (so)"),
         ),
         changed(
             _EXAMPLE,
