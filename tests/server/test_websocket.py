@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from infera_server.access import Access, Key, make_key
+from infera_server.http import websocket_protocol
 from infera_server.http.websocket import MAX_UNDER_WAY, PREFIX
 from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.scheduling.rows import HostArray
@@ -131,6 +133,52 @@ def test_too_large_a_message_ends_the_stream(server: Running) -> None:
         assert closed.value.rcvd.code == 1009
 
 
+def offered(sock: socket.socket) -> None:
+    """Has a stream over the socket."""
+    address, port = sock.getpeername()
+    key = f"Sec-WebSocket-Key: {'A' * 22}==\r\nSec-WebSocket-Version: 13"
+    head = f"Host: {address}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}"
+    sock.sendall(f"GET /v2/models/double/stream HTTP/1.1\r\n{head}\r\n\r\n".encode())
+    reply = b""
+    while not reply.endswith(b"\r\n\r\n"):
+        reply += sock.recv(1)
+    assert reply.startswith(b"HTTP/1.1 101 ")
+
+
+TOO_LARGE = b"\x82\xff" + (4 << 20).to_bytes(8, "big") + bytes(4)
+"""The head of a frame."""
+
+
+def test_who_sends_too_much_is_read_from_until_it_sees_why(server: Running) -> None:
+    """A reset, which what is sent to a closed socket is met by, could come before the close frame is read."""
+    with server.connect() as sock:
+        offered(sock)
+        sock.sendall(TOO_LARGE)
+        frame = sock.recv(4, socket.MSG_WAITALL)
+        assert frame[0] == 0x88
+        assert int.from_bytes(frame[2:4], "big") == 1009
+        for _ in range(64):
+            sock.sendall(bytes(1 << 16))
+        while sock.recv(1 << 10):  # the reason, and the end
+            pass
+
+
+def test_who_goes_on_sending_too_much_is_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket_protocol, "LINGER_SECONDS", 0.1)
+    with server.connect() as sock:
+        offered(sock)
+        sock.sendall(TOO_LARGE)
+
+        def is_reset() -> bool:
+            try:
+                sock.sendall(b"\0")
+            except ConnectionError:
+                return True
+            return False
+
+        until(is_reset)
+
+
 @pytest.mark.parametrize("path", ["/v2/models/none/stream", "/v2/models/double/versions/9/stream", "/elsewhere"])
 def test_there_are_no_others(server: Running, path: str) -> None:
     with pytest.raises(InvalidStatus), stream(server, path):
@@ -243,11 +291,7 @@ def test_at_the_end_what_was_accepted_is_answered_and_streams_are_closed() -> No
 def test_a_client_that_does_not_close_its_stream_does_not_hold_the_end_up() -> None:
     """It answers no close frame: the end comes once replies had their time to leave."""
     with serving({"double": doubler()}, drain_timeout=1.0) as running, contextlib.closing(running.connect()) as sock:
-        key = f"Sec-WebSocket-Key: {'A' * 22}==\r\nSec-WebSocket-Version: 13"
-        head = f"Host: {running.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}"
-        sock.sendall(f"GET /v2/models/double/stream HTTP/1.1\r\n{head}\r\n\r\n".encode())
-        with sock.makefile("rb") as reply:
-            assert reply.readline().startswith(b"HTTP/1.1 101 ")
+        offered(sock)
         until(lambda: running.host.service.streams == 1)
         running.host.server.should_exit = True
         until(lambda: running.loop.is_closed())

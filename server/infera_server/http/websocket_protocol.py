@@ -15,6 +15,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from infera_server.errors import Overloaded
 from infera_server.http.intake import Intake
+from infera_server.http.replying import LINGER_SECONDS
 
 PIECE = 1 << 15
 """Bytes that are read before anybody looks at what they were."""
@@ -40,9 +41,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._waiting: deque[int] = deque()
         """The sizes of messages that the application has not taken."""
 
+        self._failed = False
+        """Whether nothing more is read, after a close frame that says why."""
+
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), PIECE):
-            if not self.transport.is_closing():
+            if not self._failed and not self.transport.is_closing():
                 super().data_received(data[start : start + PIECE] if len(data) > PIECE else data)
                 self._count_kept()
 
@@ -58,6 +62,28 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         except Overloaded as error:
             self.conn.fail(TRY_LATER, str(error)[:100])
             self.handle_parser_exception()
+
+    def handle_parser_exception(self) -> None:
+        """Say what is wrong, and hang up once the client has stopped sending, or soon anyway (RFC 6455, section 7.1.1).
+
+        What it sends to a socket that is closed resets the connection: it may then not see why.
+        """
+        self._failed = True
+        self.frames, self._fragments = [], 0
+        if self.transport.is_closing() or not self.transport.can_write_eof():
+            super().handle_parser_exception()
+            return
+        assert self.conn.close_sent is not None
+        code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.transport.write_eof()
+        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        self._count_kept()
 
     async def receive(self) -> Any:
         message = await super().receive()
