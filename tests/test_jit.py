@@ -190,6 +190,16 @@ def test_strict_sessions_run_nothing_compiled() -> None:
         open_device("cpu", strict=True, jit=True)
 
 
+@pytest.mark.parametrize("length", [768, 1001])
+def test_rows_of_large_numbers_that_are_alike_are_normalised(length: int) -> None:
+    x = np.float32(1000) + normal(64, length)
+    y = poisoned(x.shape)
+    run(rows.standardize(x, y, None, None, epsilon=1e-5))
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, exact, atol=1.5e-5 * abs(exact).max())  # 3e-5 with a mean summed once
+
+
 def test_softmax_of_awkward_rows() -> None:
     x = normal(6, 37) * 40
     x[0, 5] = np.nan

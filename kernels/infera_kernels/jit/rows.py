@@ -52,6 +52,10 @@ def _standardize(x: Any, y: Any, apart: bool, scale: Any, bias: Any, epsilon: An
             for c in range(length):
                 mean += row[c]
             mean *= share
+            rest = F(0)
+            for c in range(length):  # what rounding left of it: much, where numbers are large and alike
+                rest += row[c] - mean
+            mean += rest * share
         square = F(0)
         for c in range(length):
             square += (row[c] - mean) * (row[c] - mean)
