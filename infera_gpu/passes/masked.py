@@ -25,6 +25,12 @@ def _product(match: Match) -> Node | None:
     return made if known and q is not None and kt is not None and q.ndim == kt.ndim > 2 else None
 
 
+def _stays(match: Match) -> bool:
+    """Whether the scores are made all the same: what is wrong with their product is then told."""
+    scores = match.values["scores"]
+    return scores in match.graph.outputs or len(match.draft.readers.get(scores, ())) > 1
+
+
 def _of_its_sides(match: Match) -> Replacement:
     """Axes before the last two broadcast: a size is that of the keys where that of the queries is 1."""
     product, out = _product(match), match.root.outputs[0]
@@ -56,11 +62,17 @@ _SHAPE = """
 SHAPE = Fusion(
     name="shape_of_scores",
     patterns=(node("Shape", "scores"),),
-    guard=lambda match: _product(match) is not None,
+    guard=lambda match: _product(match) is not None and _stays(match),
     build=_of_its_sides,
     example=_SHAPE,
     near_misses=(
         changed(_SHAPE, ("example (", "axes_are_added ("), ("float[B, 3, 4, T] k", "float[4, T] k")),
+        changed(
+            _SHAPE,
+            ("example (", "nobody_else_reads_them ("),
+            ("y, float[B, 3, S, T] z)", "y)"),
+            ("            z = Softmax(b)\n", ""),
+        ),
         changed(
             _SHAPE,
             ("example (", "factors_may_be_wider ("),

@@ -44,9 +44,10 @@ def value_of(match: Match) -> float:
 
 def _own(window: Node, pads: tuple[int, ...]) -> tuple[int, ...] | None:
     """The window's own padding; None where it depends on the input's size."""
-    if window.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    auto = window.attrs.get("auto_pad", "NOTSET")
+    if auto not in ("NOTSET", "VALID"):
         return None
-    return tuple(window.attrs.get("pads", ())) or (0,) * len(pads)
+    return (auto == "NOTSET" and tuple(window.attrs.get("pads", ()))) or (0,) * len(pads)
 
 
 def is_padded(match: Match, value: float) -> bool:

@@ -180,7 +180,7 @@ _ACTIVATIONS = (
 )
 _FUNCTIONS = (
     *("Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Tan", "Asin"),
-    *("Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Erf", "Not", "Identity", "Dropout", "CumSum"),
+    *("Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Erf", "Identity", "Dropout", "CumSum"),
 )
 _NORMS = (
     *("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "InstanceNormalization", "LRN"),
@@ -214,7 +214,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"), _elementwise()),
         "Pow": _power,
         **dict.fromkeys(("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"), _elementwise(dtype=_BOOL)),
-        **dict.fromkeys(("And", "Or", "Xor", "IsNaN", "IsInf"), _elementwise(dtype=_BOOL)),
+        **dict.fromkeys(("And", "Or", "Xor", "Not", "IsNaN", "IsInf"), _elementwise(dtype=_BOOL)),
         "Where": _elementwise(1),
         "Cast": _cast,
         **dict.fromkeys(_PRODUCTS, _product),

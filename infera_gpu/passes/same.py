@@ -73,7 +73,9 @@ def _pad(n: Node, facts: Facts) -> int | None:
     pads = n.attrs["pads"] if "pads" in n.attrs else _ints(facts, n, 1)
     x = facts.spec(n.inputs[0])
     fits = x is None or not x.ranked or len(n.inputs) > 3 or len(pads) == 2 * x.ndim
-    return 0 if fits and len(pads) % 2 == 0 and not any(pads) else None
+    value = facts.spec(n.inputs[2]) if len(n.inputs) > 2 and n.inputs[2] else None
+    one = value is None or (value.ranked and all(d == 1 for d in value.shape))
+    return 0 if fits and one and len(pads) % 2 == 0 and not any(pads) else None
 
 
 def _tile(n: Node, facts: Facts) -> int | None:
