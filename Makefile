@@ -61,7 +61,7 @@ check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import 
 	@$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.with-bench  ## against onnxruntime, interleaved, 1 and 2 threads; writes bench/results
-	@$(PY) -m bench
+	@$(PY) -m bench $(if $(MODELS),--models $(MODELS))
 
 report: $(VENV)/.created  ## docs/performance.md and its charts from bench/results
 	@$(PY) -m bench.report
