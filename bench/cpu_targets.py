@@ -30,12 +30,17 @@ def ratio(model: str, threads: int, examples: Sequence[str] = ("b1",), key: str 
     return judge
 
 
+def trained(rows: Rows, threads: int, key: str) -> list[float]:
+    """Time over onnxruntime's of the trained models' first examples."""
+    firsts = {r["model"]: r for r in reversed(rows) if r["threads"] == threads and not r["failure"]}
+    return [r["ratios"][key] for name, r in firsts.items() if name not in BUILT and key in r["ratios"]]
+
+
 def mean(threads: int, key: str = "wall") -> Judge:
-    """The geometric mean of that over the trained models' first examples."""
+    """The geometric mean of those."""
 
     def judge(rows: Rows) -> float | None:
-        firsts = {r["model"]: r for r in reversed(rows) if r["threads"] == threads and not r["failure"]}
-        found = [r["ratios"][key] for name, r in firsts.items() if name not in BUILT and key in r["ratios"]]
+        found = trained(rows, threads, key)
         return statistics.geometric_mean(found) if len(found) > 1 else None
 
     return judge

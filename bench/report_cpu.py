@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.charts import bars
-from bench.cpu_targets import TARGETS, mean
-from bench.models import BUILT
+from bench.cpu_targets import TARGETS, mean, trained
 
 Result = Mapping[str, Any]
 """The contents of a results file."""
@@ -51,12 +50,11 @@ def speeds(result: Result) -> str:
 
 def means(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Geometric means of the ratios over the trained models' first examples, by the number of threads."""
-    trained = len({row["model"] for row in rows} - BUILT.keys())
     for threads in sorted({row["threads"] for row in rows}):
         for key, what in (("wall", "infera"), ("compiled_wall", "jit")):
             if (found := mean(threads, key)(rows)) is not None:
                 where = f"{what}, {threads} thread{'s' if threads > 1 else ''}"
-                yield f"{where}: {found:.2f}, mean of {trained} trained models"
+                yield f"{where}: {found:.2f}, mean of {len(trained(rows, threads, key))} trained models"
 
 
 def targets(newest: Mapping[str, Result]) -> str:

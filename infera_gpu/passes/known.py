@@ -42,8 +42,10 @@ def broadcast(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
     for column in zip(*((1,) * (rank - len(s)) + s for s in shapes), strict=True):
         wide = {d for d in column if d != 1}
         sizes = [d for d in wide if isinstance(d, int)]
-        if len(sizes) > 1:  # they do not: running tells so
-            found.append(None)
+        if not wide:
+            found.append(1)
+        elif sizes or len(wide) > 1:
+            found.append(sizes[0] if len(sizes) == 1 else None)  # two that differ do not: running tells so
         else:
-            found.append(sizes[0] if sizes else wide.pop() if len(wide) == 1 else None if wide else 1)
+            found.append(wide.pop())
     return tuple(found)

@@ -44,10 +44,14 @@ def value_of(match: Match) -> float:
 
 def _own(window: Node, pads: tuple[int, ...]) -> tuple[int, ...] | None:
     """The window's own padding; None where it depends on the input's size."""
-    auto = window.attrs.get("auto_pad", "NOTSET")
-    if auto not in ("NOTSET", "VALID"):
-        return None
-    return (auto == "NOTSET" and tuple(window.attrs.get("pads", ()))) or (0,) * len(pads)
+    none = (0,) * len(pads)
+    match window.attrs.get("auto_pad", "NOTSET"):
+        case "NOTSET":
+            return tuple(window.attrs.get("pads", ())) or none
+        case "VALID":  # whatever its pads
+            return none
+        case _:
+            return None
 
 
 def is_padded(match: Match, value: float) -> bool:
