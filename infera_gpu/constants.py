@@ -13,6 +13,7 @@ from infera_gpu.layout import Space
 from infera_gpu.memory import aligned
 from infera_gpu.plan import Plan
 from infera_gpu.spec import Array
+from infera_kernels.cpu.aligned import within
 
 MAX_FOLDED = 1 << 27
 """Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
@@ -41,7 +42,7 @@ class Constants:
             lasting = id(host) in self._lasting
             packed = host
             if build is not None:
-                with usual_buffers():
+                with usual_buffers(), within(self._device.slabs if lasting else None):
                     packed = np.ascontiguousarray(build(host))
             found = self._device.constant(packed, space, lasting=lasting, packed=build is not None)
             if lasting:

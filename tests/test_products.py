@@ -1,4 +1,4 @@
-"""Products of few rows: in ranges of columns that stay in the cache, and in ranges of depth for threads."""
+"""Products of few rows: in blocks of weights that stay in the cache, and in ranges of depth for threads."""
 
 from __future__ import annotations
 
@@ -18,17 +18,24 @@ def _operands(rows: int, depth: int, columns: int) -> tuple[np.ndarray[Any, Any]
     return a, b, np.full((rows, columns), np.nan, np.float32)
 
 
-@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("rows", [2, 3, 6])
 @pytest.mark.parametrize("columns", [1, 63, 500])
-def test_few_rows_read_large_weights_once(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_LARGE", 0)
-    monkeypatch.setattr(matmul, "_CACHED", 64 * 40 * 4)
-    a, b, out = _operands(rows, 40, columns)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_rows_read_large_weights_once(
+    rows: int, columns: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = 64 * 40 * 4
+    for name, value in {"_CACHED": 0, "LARGE": 0, "_BLOCK_BYTES": block, "_BLOCK_COLUMNS": 200}.items():
+        monkeypatch.setattr(matmul, name, value)
+    a, b, out = _operands(rows, 130, columns)
+    b = np.asfortranarray(b) if transposed else b
     calls = matmul.matmul(a, b, out, np.empty)
     for fn, args in calls:
         fn(*args)
     np.testing.assert_allclose(out, a.astype(np.float64) @ b, atol=1e-5)
-    assert len(calls) == -(-columns // 64)
+    blocks = [args[1] for fn, args in calls if fn is np.matmul]
+    assert all(x.nbytes <= block and np.shares_memory(x, b) for x in blocks)
+    assert sum(x.size for x in blocks) == b.size
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -78,7 +78,7 @@ def _load(path: str) -> HostArray | dict[str, HostArray]:
             with loaded as archive:
                 return {name: _strings_as_objects(archive[name]) for name in archive.files}
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; inputs are .npy or .npz files") from None
+        raise InputError(f"{path}: no such file; inputs are .npy or .npz files, as in -i name=x.npy") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # damage surfaces as whatever zipfile, zlib, tokenize or an allocation raises

@@ -40,11 +40,11 @@ def command(
     """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
     path = options.locate(model)
     with options.opened(path, device, threads, precision, batch_invariant) as session:
+        given = read_feeds(input or [], session.tensor_inputs)
+        shapes = read_shapes(shape or [], session.tensor_inputs)
         _show_model(session)
         if passes:
             _show_passes(session)
-        given = read_feeds(input or [], session.tensor_inputs)
-        shapes = read_shapes(shape or [], session.tensor_inputs)
         free = free_dimensions(session.tensor_inputs, {**shapes, **given})
         if free:
             name = free[0].split(" ")[0].rpartition("[")[0]

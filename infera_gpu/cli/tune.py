@@ -52,6 +52,10 @@ def command(
     for an H100.
     """
     seconds = duration(budget)
+    if show and device == "cuda" and (reason := why_unavailable()):
+        raise DeviceError(
+            f"no GPU is available ({reason}); --device recording MODEL shows what is predicted for an H100"
+        )
     if take is not None:
         _take(take, device)
     if model is None:
@@ -59,8 +63,6 @@ def command(
             raise InputError("which model? `infera tune MODEL` measures, `infera tune --show` shows what is known")
         _show_device(device, export) if show or export else None
         return
-    if show and device == "cuda" and (reason := why_unavailable()):
-        raise DeviceError(f"no GPU is available ({reason}); --device recording shows what is predicted for an H100")
     with options.opened(options.locate(model), device, None, precision) as session:
         session.tunable()
         feeds = gather(session.tensor_inputs, input, shape, seed)

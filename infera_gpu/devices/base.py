@@ -19,6 +19,7 @@ from infera_gpu.memory import ALIGN
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
+from infera_kernels.cpu.aligned import Slabs
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
@@ -91,6 +92,8 @@ class Device(Protocol):
     batch_invariant: bool
     channels_last: bool
     captures: bool
+    slabs: Slabs | None
+    """Where packed constants that last are made; None: anywhere."""
 
     @property
     def tuned(self) -> Tuned | None:

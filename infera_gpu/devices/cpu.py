@@ -22,6 +22,7 @@ from infera_gpu.plan import Step
 from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
 from infera_kernels.calls import LEAST_NS, one_after_the_other
+from infera_kernels.cpu.aligned import Slabs
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
@@ -73,6 +74,7 @@ class CpuDevice:
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
         self._working = False
         self._shares = self.threads > 1 and not processes.unavailable(self.threads)
+        self.slabs: Slabs | None = None if self._shares else Slabs()
         where = f", in {self.threads} processes" if self._shares else ""
         self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''}{where} ({why})"
         self.least_ns = processes.LEAST_NS if self._shares else LEAST_NS
@@ -146,4 +148,5 @@ class CpuDevice:
 
     def close(self) -> None:
         self._working = False
+        self.slabs = None
         WORKERS.leave(self)

@@ -27,6 +27,7 @@ from infera_gpu.plan import Step
 from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
 from infera_kernels.calls import LEAST_NS, one_after_the_other
+from infera_kernels.cpu.aligned import Slabs
 from infera_kernels.tuning import DeviceTiles, Tuned
 
 OUT_OF_MEMORY = 2
@@ -96,6 +97,7 @@ class CudaDevice:
     it counts against `budget`.
     """
 
+    slabs: Slabs | None = None
     space: Space = "device"
     runs_portable = True
     threads = 1

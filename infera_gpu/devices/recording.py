@@ -24,6 +24,7 @@ from infera_gpu.plan import Step
 from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
 from infera_kernels.calls import LEAST_NS, one_after_the_other
+from infera_kernels.cpu.aligned import Slabs
 from infera_kernels.launch import nominal_target
 from infera_kernels.tuning import DeviceTiles, Tuned
 
@@ -46,6 +47,7 @@ class RecordingDevice:
     """
 
     name = "recording"
+    slabs: Slabs | None = None
     space: Space = "device"
     runs_portable = True
     xp: Any = np

@@ -1,9 +1,11 @@
-"""Where arrays begin."""
+"""Where arrays begin, and the memory of those that last."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,53 @@ from infera_kernels.calls import Array
 
 LINE = 64
 """Bytes of a cache line. A vector of AVX-512 that lies in two of them is read twice."""
+
+LARGE_PAGE = 1 << 21
+"""Bytes of a large page, of x86-64 and of most 64-bit ARM systems."""
+
+SLAB_BYTES = 1 << 26
+"""Of addresses. Memory it becomes page by page, as arrays come to lie there."""
+
+SLAB_LEAST = 1 << 18
+"""Bytes of an array that is worth a place in a slab: smaller ones are no large part of a model."""
+
+
+class Slabs:
+    """Memory for arrays that live about as long as each other, one behind the other in blocks of large pages.
+
+    NumPy asks the system for large pages from 4 MiB on, beginning within an array. Most weights are smaller: on pages
+    of 4 KiB the processor finds out anew every few lines where the next ones lie, on a virtual machine in two steps.
+    A block's memory goes back when the last array in it is let go of.
+    """
+
+    def __init__(self) -> None:
+        self._slab: Array = np.empty(0, np.uint8)
+        self._at = 0
+
+    def take(self, nbytes: int) -> Array:
+        """So many bytes, which begin with a cache line."""
+        if self._at + nbytes > len(self._slab):
+            raw = np.empty(max(SLAB_BYTES, nbytes) + LARGE_PAGE, np.uint8)
+            self._slab, self._at = raw, -address(raw) % LARGE_PAGE
+        start, self._at = self._at, self._at + -(-nbytes // LINE) * LINE
+        return self._slab[start : start + nbytes]
+
+
+class _Current(threading.local):
+    slabs: Slabs | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def within(slabs: Slabs | None) -> Iterator[None]:
+    """Large arrays that this thread asks `aligned` for meanwhile lie in slabs; with None each has memory of its own."""
+    before, _current.slabs = _current.slabs, slabs
+    try:
+        yield
+    finally:
+        _current.slabs = before
 
 
 def address(x: Array) -> int:
@@ -22,5 +71,7 @@ def address(x: Array) -> int:
 def aligned(shape: Sequence[int], dtype: Any = np.float32, slack: int = 0) -> Array:
     """An uninitialised array that begins with a cache line, with `slack` bytes behind it. NumPy aligns to 16 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    if _current.slabs is not None and size >= SLAB_LEAST:
+        return np.ndarray(shape, dtype, _current.slabs.take(size + slack))
     raw = np.empty(size + slack + LINE, np.uint8)
     return np.ndarray(shape, dtype, raw, -address(raw) % LINE)

@@ -50,9 +50,15 @@ def rows_of(x: Array) -> Array | None:
 FEW_ROWS = 3
 """Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first."""
 
-_LARGE, _CACHED = 1 << 25, 1 << 22
-"""Bytes of a right-hand matrix that no row leaves in the cache for the next one, and of the ranges of its columns that
-are multiplied one after the other instead."""
+SEVERAL_ROWS = 6
+"""The same where the right-hand matrix is LARGE, a block at a time."""
+
+_CACHED, LARGE = 1 << 20, 1 << 22
+"""Bytes of a right-hand matrix up to which each row finds it in the cache, and ..."""
+
+_BLOCK_BYTES, _BLOCK_COLUMNS = 1 << 18, 2048
+"""A block of what has more, which stays in the smallest of second-level caches while the rows go by. Where rows of the
+matrix lie in one piece each, it has so many columns of them at most: what they are added to stays too."""
 
 
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
@@ -61,16 +67,34 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         flat, target = rows_of(a), rows_of(out)
         if flat is not None and target is not None:
             a, out = flat, target
-    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= FEW_ROWS
+    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= (SEVERAL_ROWS if b.nbytes > LARGE else FEW_ROWS)
     if few:
         a, out = a[:, None], out[:, None]
     a, calls = readable(a, scratch)
     b, more = readable(b, scratch)
-    if not few or b.nbytes <= _LARGE:
-        return [*calls, *more, *_products(a, b, out, scratch)]
-    width = max(1, _CACHED // (b.shape[0] * b.itemsize))
-    ranges = [slice(j, j + width) for j in range(0, b.shape[1], width)]
-    return [*calls, *more, *((np.matmul, (a, b[:, r], out[..., r])) for r in ranges)]
+    by_row = _blockwise if few and b.nbytes > _CACHED else _products
+    return [*calls, *more, *by_row(a, b, out, scratch)]
+
+
+def _blockwise(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
+    """out (rows, 1, N) = a (rows, 1, K) @ b, each block of which is read from memory once."""
+    (k, n), item = b.shape, b.itemsize
+    if b.strides[1] != item:  # transposed: some columns lie in one piece
+        width = max(1, _BLOCK_BYTES // (k * item))
+        return [(np.matmul, (a, b[:, j : j + width], out[..., j : j + width])) for j in range(0, n, width)]
+    ranges = -(-n // _BLOCK_COLUMNS)
+    edges = [n * i // ranges for i in range(ranges + 1)]
+    width = max(stop - start for start, stop in pairwise(edges))
+    depth = max(1, _BLOCK_BYTES // (width * item))
+    sums = scratch((*out.shape[:-1], width), out.dtype)
+    calls: list[Call] = []
+    for start, stop in pairwise(edges):
+        total, more = out[..., start:stop], sums[..., : stop - start]
+        for i in range(0, k, depth):
+            calls.append((np.matmul, (a[..., i : i + depth], b[i : i + depth, start:stop], more if i else total)))
+            if i:
+                calls.append(call(np.add, total, more, total))
+    return calls
 
 
 _COLUMNS, UNPACKED = 64, 1_000_000

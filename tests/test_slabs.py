@@ -1,0 +1,88 @@
+"""Memory of what lasts: in blocks of large pages, which go back with the last array in them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import infera_gpu
+from infera_kernels.calls import Array
+from infera_kernels.cpu import aligned, packed
+from infera_kernels.cpu.aligned import LARGE_PAGE, LINE, SLAB_BYTES, SLAB_LEAST, Slabs, address, within
+
+
+def test_arrays_lie_behind_each_other_in_a_slab_and_do_not_overlap() -> None:
+    slabs = Slabs()
+    with within(slabs):
+        made = [aligned.aligned((SLAB_LEAST // 4 + i,), np.float32, slack=5) for i in range(7)]
+    assert address(made[0]) % LARGE_PAGE == 0
+    for before, after in pairwise(made):
+        assert address(after) % LINE == 0
+        assert 0 <= address(after) - (address(before) + before.nbytes + 5) < LINE
+    for i, array in enumerate(made):
+        array[:] = i
+    assert [float(a.min()) for a in made] == [float(a.max()) for a in made] == list(range(7))
+
+
+def test_small_arrays_and_those_of_other_threads_have_memory_of_their_own() -> None:
+    slabs = Slabs()
+    with within(slabs):
+        small = aligned.aligned((SLAB_LEAST // 4 - 1,))
+        with within(None):
+            apart = aligned.aligned((SLAB_LEAST,))
+        inside = aligned.aligned((SLAB_LEAST,))
+    outside = aligned.aligned((SLAB_LEAST,))
+    slab = slabs.take(1).base
+    assert np.shares_memory(inside, slab)
+    assert not any(np.shares_memory(a, slab) for a in (small, apart, outside))
+
+
+def test_what_is_larger_than_a_slab_has_one_and_slabs_go_with_their_arrays() -> None:
+    slabs = Slabs()
+    with within(slabs):
+        first = aligned.aligned((SLAB_LEAST,), np.uint8)
+        large = aligned.aligned((SLAB_BYTES + LARGE_PAGE,), np.uint8)
+    gone = weakref.ref(first.base)
+    del first
+    gc.collect()
+    assert gone() is None
+    large[-1] = 1
+    del slabs
+    assert large[-1] == 1
+
+
+@pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")
+def test_a_session_packs_into_slabs_that_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs: list[weakref.ref[Array]] = []
+    take = Slabs.take
+
+    def noted(self: Slabs, nbytes: int) -> Array:
+        found = take(self, nbytes)
+        slabs.append(weakref.ref(found.base))
+        return found
+
+    monkeypatch.setattr(Slabs, "take", noted)
+    weights = {f"w{i}": np.linspace(-1, 1 + i, 512 * 512, dtype=np.float32).reshape(512, 512) for i in range(2)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "w1"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 512]) for name in "xy"]
+    constants = [numpy_helper.from_array(w, name) for name, w in weights.items()]
+    graph = helper.make_graph(nodes, "two", values[:1], values[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    session = infera_gpu.load(model, device="cpu", threads=1, jit=False)
+    x = np.linspace(0, 1, 64 * 512, dtype=np.float32).reshape(64, 512)
+    want = np.maximum(x.astype(np.float64) @ weights["w0"], 0) @ weights["w1"]
+    np.testing.assert_allclose(session.run({"x": x})["y"], want, atol=2e-5 * np.abs(want).max())
+    assert len(slabs) == 2
+    assert slabs[0]() is slabs[1]() is not None
+    session.close()
+    gc.collect()
+    assert slabs[0]() is None
