@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import infera_gpu
 from infera_kernels.calls import Array
 from infera_kernels.cpu import aligned, packed
-from infera_kernels.cpu.aligned import LARGE_PAGE, LINE, SLAB_BYTES, SLAB_LEAST, Slabs, address, within
+from infera_kernels.cpu.aligned import LARGE_PAGE, LINE, SLAB_LEAST, SLAB_MOST, Slabs, address, within
 
 
 def test_arrays_lie_behind_each_other_in_a_slab_and_do_not_overlap() -> None:
@@ -42,18 +42,21 @@ def test_small_arrays_and_those_of_other_threads_have_memory_of_their_own() -> N
     assert not any(np.shares_memory(a, slab) for a in (small, apart, outside))
 
 
-def test_what_is_larger_than_a_slab_has_one_and_slabs_go_with_their_arrays() -> None:
+def test_slabs_go_with_their_arrays() -> None:
     slabs = Slabs()
     with within(slabs):
-        first = aligned.aligned((SLAB_LEAST,), np.uint8)
-        large = aligned.aligned((SLAB_BYTES + LARGE_PAGE,), np.uint8)
-    gone = weakref.ref(first.base)
+        first = aligned.aligned((SLAB_MOST,), np.uint8)
+        gone = weakref.ref(first.base)
+        while (last := aligned.aligned((SLAB_MOST,), np.uint8)).base is first.base:
+            pass
+        large = aligned.aligned((SLAB_MOST + 1,), np.uint8)
+    assert not np.shares_memory(large, last.base)
     del first
     gc.collect()
     assert gone() is None
-    large[-1] = 1
     del slabs
-    assert large[-1] == 1
+    last[-1] = 1
+    assert last[-1] == 1
 
 
 @pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")

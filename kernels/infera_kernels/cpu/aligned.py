@@ -21,16 +21,17 @@ LARGE_PAGE = 1 << 21
 SLAB_BYTES = 1 << 26
 """Of addresses. Memory it becomes page by page, as arrays come to lie there."""
 
-SLAB_LEAST = 1 << 18
-"""Bytes of an array that is worth a place in a slab: smaller ones are no large part of a model."""
+SLAB_LEAST, SLAB_MOST = 1 << 18, 1 << 24
+"""Bytes of an array that lies in a slab. Smaller ones are no large part of a model. Larger ones come to lie on large
+pages in any case, as NumPy asks for them, but for their ends, and may lie where weights were that are no more."""
 
 
 class Slabs:
     """Memory for arrays that live about as long as each other, one behind the other in blocks of large pages.
 
-    NumPy asks the system for large pages from 4 MiB on, beginning within an array. Most weights are smaller: on pages
-    of 4 KiB the processor finds out anew every few lines where the next ones lie, on a virtual machine in two steps.
-    A block's memory goes back when the last array in it is let go of.
+    On pages of 4 KiB the processor finds out anew every few lines where the next ones lie, on a virtual machine in two
+    steps. NumPy asks for large pages for arrays of 4 MiB and more, but memory that has been used before keeps the pages
+    it has. A block's memory goes back when the last array in it is let go of.
     """
 
     def __init__(self) -> None:
@@ -38,9 +39,9 @@ class Slabs:
         self._at = 0
 
     def take(self, nbytes: int) -> Array:
-        """So many bytes, which begin with a cache line."""
+        """So many bytes, at most SLAB_BYTES, which begin with a cache line."""
         if self._at + nbytes > len(self._slab):
-            raw = np.empty(max(SLAB_BYTES, nbytes) + LARGE_PAGE, np.uint8)
+            raw = np.empty(SLAB_BYTES + LARGE_PAGE, np.uint8)
             self._slab, self._at = raw, -address(raw) % LARGE_PAGE
         start, self._at = self._at, self._at + -(-nbytes // LINE) * LINE
         return self._slab[start : start + nbytes]
@@ -55,7 +56,7 @@ _current = _Current()
 
 @contextmanager
 def within(slabs: Slabs | None) -> Iterator[None]:
-    """Large arrays that this thread asks `aligned` for meanwhile lie in slabs; with None each has memory of its own."""
+    """This thread's calls of `aligned` find room in `slabs`; with None none does."""
     before, _current.slabs = _current.slabs, slabs
     try:
         yield
@@ -71,7 +72,7 @@ def address(x: Array) -> int:
 def aligned(shape: Sequence[int], dtype: Any = np.float32, slack: int = 0) -> Array:
     """An uninitialised array that begins with a cache line, with `slack` bytes behind it. NumPy aligns to 16 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if _current.slabs is not None and size >= SLAB_LEAST:
+    if _current.slabs is not None and SLAB_LEAST <= size <= SLAB_MOST:
         return np.ndarray(shape, dtype, _current.slabs.take(size + slack))
     raw = np.empty(size + slack + LINE, np.uint8)
     return np.ndarray(shape, dtype, raw, -address(raw) % LINE)
