@@ -121,6 +121,38 @@ def test_the_largest_bucket_depends_on_what_arrives() -> None:
     assert largest(FLOOD) == 4  # of 8 only those who come in the last quarter of a run would be in time
 
 
+def job(rows: int) -> Job:
+    return Job({}, lambda *_: None, rows, group="x")
+
+
+def slow_runs() -> Schedule:
+    """Batches of one row are all that the goal allows: they take all of it."""
+    schedule = Schedule(BUCKETS, goal=Goal(GOAL))
+    costs = schedule.costs.of("x")
+    for bucket in BUCKETS:
+        costs.learn(bucket, 0.018 + 0.002 * bucket)
+    assert schedule.goal is not None
+    assert schedule.goal.largest(costs) == 0
+    return schedule
+
+
+def test_a_request_of_many_rows_is_reckoned_as_one_run() -> None:
+    schedule = slow_runs()
+    one, _, _, _, sixteen, *_ = schedule.costs.of("x").typical
+    assert schedule.forecast(job(16), 0.0) == pytest.approx(sixteen)
+    schedule.add(job(1))
+    assert schedule.wait(0.0) == pytest.approx(one)
+    assert schedule.forecast(job(16), 0.0) == pytest.approx(one + sixteen)
+
+
+def test_requests_of_many_rows_that_wait_are_reckoned_as_one_run_each() -> None:
+    schedule = slow_runs()
+    sixteen = schedule.costs.of("x").typical[4]
+    schedule.add(job(16))
+    assert schedule.wait(0.0) == pytest.approx(sixteen)
+    assert schedule.forecast(job(16), 0.0) == pytest.approx(2 * sixteen)
+
+
 def test_nothing_is_known_before_the_first_answer() -> None:
     goal = Goal(GOAL)
     assert goal.p99 is None

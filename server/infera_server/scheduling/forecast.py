@@ -44,15 +44,16 @@ class Forecast:
             return 0.0
         return max(0.0, self._since + (self.running.high if high else self.running.typical) - now)
 
-    def clear(self, costs: GroupCosts, rows: int, high: bool, later: float = 0.0) -> float:
+    def clear(self, costs: GroupCosts, rows: int, high: bool, later: float = 0.0, least: int = 0) -> float:
         """Seconds for so many rows of a group which begin `later` seconds from now, the device's other users included.
 
         What arrives until the last of them run joins them, and makes their batch longer: that counts where `high` is
-        asked for.
+        asked for. Where a goal asks for small batches, they may be of the bucket at `least` all the same: a single job
+        needs it.
         """
         if not rows:
             return 0.0
-        largest = self.largest(costs)
+        largest = max(self.largest(costs), min(least, len(self.buckets) - 1))
         times, typical = (costs.high if high else costs.typical), costs.typical
         turn = self.turns.high if high else self.turns.median
         batches, rest = divmod(rows, self.buckets[largest])

@@ -36,6 +36,11 @@ PERIOD = 200
 """Answers between two looks at whether the goal is met."""
 
 
+def told(seconds: float) -> str:
+    """A time to three figures, in ms or, from a second on, in s."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
 class Goal:
     """The goal of one model: `seconds` from a request's arrival in the queue to its answer. Not thread-safe."""
 
@@ -80,9 +85,7 @@ class Goal:
     def check_reach(self, costs: GroupCosts) -> None:
         """Say so, once, where a single row takes longer than the goal."""
         if costs.typical[0] > self.seconds and not self._complaint:
-            self._complain(
-                f"out of reach: a run of {costs.buckets[0]} row takes {costs.typical[0] * 1e3:.3g} ms by itself"
-            )
+            self._complain(f"out of reach: a run of {costs.buckets[0]} row takes {told(costs.typical[0])} by itself")
 
     def answered(self, jobs: Sequence[Job], now: float) -> None:
         """The jobs of a batch were answered."""
@@ -100,11 +103,11 @@ class Goal:
                 self._complain(f"missed: {late} of the last {REMEMBERED} answers took longer")
         elif self._complaint and late <= ALLOWED * REMEMBERED:
             self._complaint = ""
-            log.info("model '%s': the goal of %.3g ms is met again", self._name, self.seconds * 1e3)
+            log.info("model '%s': the goal of %s is met again", self._name, told(self.seconds))
 
     def _complain(self, text: str) -> None:
         self._complaint = text
-        log.warning("model '%s': the goal of %.3g ms is %s", self._name, self.seconds * 1e3, text)
+        log.warning("model '%s': the goal of %s is %s", self._name, told(self.seconds), text)
 
     @property
     def p99(self) -> float | None:
@@ -115,9 +118,9 @@ class Goal:
     @property
     def state(self) -> str:
         """For people: `met: p99 12.3 ms of 20 ms`, or why not."""
-        p99, goal = self.p99, f"{self.seconds * 1e3:.3g} ms"
+        p99, goal = self.p99, told(self.seconds)
         if self._complaint:
             return f"{goal} is {self._complaint}"
         if p99 is None:
             return f"{goal}: nothing was answered yet"
-        return f"{goal} is {'met' if p99 <= self.seconds else 'missed'}: p99 of the last answers is {p99 * 1e3:.3g} ms"
+        return f"{goal} is {'met' if p99 <= self.seconds else 'missed'}: p99 of the last answers is {told(p99)}"

@@ -14,7 +14,7 @@ from infera_server.errors import Overloaded
 from infera_server.scheduling.backlog import Backlog, Selection, Waiting
 from infera_server.scheduling.costs import MAX_SCATTER, Costs, GroupCosts
 from infera_server.scheduling.forecast import Forecast
-from infera_server.scheduling.goal import Goal
+from infera_server.scheduling.goal import Goal, told
 from infera_server.scheduling.jobs import Job
 from infera_server.scheduling.margin import MAX_MARGIN, Margin
 
@@ -111,8 +111,8 @@ class Schedule(Backlog):
         needed = job.estimate * self.margin.value
         if needed > job.allowed:
             raise Overloaded(
-                f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
-                f"it has {job.allowed * 1e3:.3g} ms; send it again later or with a longer timeout",
+                f"model '{self.name}': the request would take about {told(needed)}, "
+                f"it has {told(job.allowed)}; send it again later or with a longer timeout",
                 needed - job.allowed,
                 "would_expire",
             )
@@ -122,8 +122,8 @@ class Schedule(Backlog):
             job.allowed = min(job.allowed, self.goal.seconds)
             if job.estimate > limit:
                 raise Overloaded(
-                    f"model '{self.name}': the request would take about {needed * 1e3:.3g} ms, "
-                    f"more than the server's goal of {self.goal.seconds * 1e3:.3g} ms allows; send it again later",
+                    f"model '{self.name}': the request would take about {told(needed)}, "
+                    f"more than the server's goal of {told(self.goal.seconds)} allows; send it again later",
                     needed - limit * self.margin.value,
                     "goal",
                 )
@@ -141,15 +141,24 @@ class Schedule(Backlog):
         seconds = self._forecast.residual(now, high)
         for waiting in self._waiting.values():
             if waiting is not own:
-                seconds += self._forecast.clear(waiting.costs, waiting.rows_before(job.level), high)
-        rows = job.rows + (own.rows_before(job.level) if own else 0)
-        return seconds + self._forecast.clear(own.costs if own else self._costs_of(job), rows, high, seconds)
+                seconds += self._clear(waiting, waiting.rows_before(job.level), high)
+        costs = own.costs if own else self._costs_of(job)
+        before, alone = own.rows_before(job.level) if own else 0, costs.index(min(job.rows, self._most))
+        first = costs.index(own.jobs[0].rows) if own else alone
+        if alone <= max(self._forecast.largest(costs), first):
+            return seconds + self._forecast.clear(costs, before + job.rows, high, seconds, first)
+        seconds += self._forecast.clear(costs, before, high, seconds, first)
+        return seconds + self._forecast.clear(costs, job.rows, high, seconds, alone)
 
     def wait(self, now: float) -> float:
         """Seconds until what waits and runs now is through."""
         return self._forecast.residual(now, False) + sum(
-            self._forecast.clear(w.costs, w.rows, False) for w in self._waiting.values()
+            self._clear(waiting, waiting.rows, False) for waiting in self._waiting.values()
         )
+
+    def _clear(self, waiting: Waiting, rows: int, high: bool) -> float:
+        """Seconds for so many rows of those that wait: a batch is as large as its first job, whatever the goal."""
+        return self._forecast.clear(waiting.costs, rows, high, least=waiting.costs.index(waiting.jobs[0].rows))
 
     def _costs_of(self, job: Job) -> GroupCosts:
         waiting = self.group(job.group)
