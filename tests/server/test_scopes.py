@@ -79,6 +79,7 @@ def test_no_stream_of_another_model_is_opened(served: tuple[Running, dict[str, s
     with pytest.raises(InvalidStatus) as refused:
         connect(f"{address}/theirs/stream", additional_headers=headers)
     assert refused.value.response.status_code == 403
+    assert json.loads(refused.value.response.body or b"") == {"error": REFUSAL.format("theirs")}
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -179,10 +179,26 @@ def test_who_goes_on_sending_too_much_is_cut_off(server: Running, monkeypatch: p
         until(is_reset)
 
 
-@pytest.mark.parametrize("path", ["/v2/models/none/stream", "/v2/models/double/versions/9/stream", "/elsewhere"])
-def test_there_are_no_others(server: Running, path: str) -> None:
-    with pytest.raises(InvalidStatus), stream(server, path):
+def refusal(running: Running, path: str, **options: Any) -> tuple[int, str]:
+    """What a WebSocket that is not opened is answered with: (status, error)."""
+    with pytest.raises(InvalidStatus) as refused, stream(running, path, **options):
         pass
+    response = refused.value.response
+    return response.status_code, json.loads(response.body or b"{}").get("error", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "text"),
+    [
+        ("/v2/models/none/stream", 404, "Request for unknown model: 'none' is not found"),
+        ("/v2/models/double/versions/9/stream", 404, "'double' version 9 is not found"),
+        ("/elsewhere", 404, ""),
+    ],
+)
+def test_there_are_no_others(server: Running, path: str, status: int, text: str) -> None:
+    found, error = refusal(server, path)
+    assert found == status
+    assert text in error
 
 
 def test_who_leaves_is_forgotten() -> None:
@@ -223,8 +239,9 @@ def test_keys_and_their_rates() -> None:
     made, table = make_key("one")
     key = Key("one", bytes.fromhex(table.split('"')[1]), rate=1.0)
     with serving({"double": doubler()}, access=Access({"one": key})) as running:
-        with pytest.raises(InvalidStatus), stream(running):
-            pass
+        status, error = refusal(running, "/v2/models/double/stream")
+        assert status == 401
+        assert "an API key is needed" in error
         with stream(running, additional_headers={"Authorization": f"Bearer {made}"}) as client:
             found = []
             for _ in range(3):

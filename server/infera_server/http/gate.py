@@ -84,7 +84,7 @@ class Gate:
 
     async def _refuse(self, scope: Message, send: Send, error: RequestError) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": REFUSED, "reason": str(error)[:100]})
+            await refuse_stream(scope, send, error, REFUSED)
         else:
             await refuse(send, error)
 
@@ -95,13 +95,21 @@ def key_of(scope: Message) -> Key | None:
     return found
 
 
-async def refuse(send: Send, error: RequestError) -> None:
-    """Answer an HTTP request with an error."""
+async def refuse_stream(scope: Message, send: Send, error: RequestError, code: int) -> None:
+    """Answer a WebSocket's handshake as an HTTP request; where the server cannot, close with the code, for HTTP 403."""
+    if "websocket.http.response" in (scope.get("extensions") or {}):
+        await refuse(send, error, "websocket.http.response")
+    else:
+        await send({"type": "websocket.close", "code": code, "reason": str(error)[:100]})
+
+
+async def refuse(send: Send, error: RequestError, kind: str = "http.response") -> None:
+    """Answer a request with an error, in messages of this kind."""
     body = json.dumps({"error": str(error)}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(error, Unauthorized):
         headers.append((b"www-authenticate", b"Bearer"))
     if (seconds := retry_after(error)) is not None:
         headers.append((b"retry-after", b"%d" % seconds))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{kind}.start", "status": error.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})

@@ -22,7 +22,7 @@ from infera_server.access import Key
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, RequestError, TooLarge, Unavailable, request_error
 from infera_server.http.exchange import INLINE_BYTES
-from infera_server.http.gate import App, Message, Receive, Send, key_of
+from infera_server.http.gate import App, Message, Receive, Send, key_of, refuse_stream
 from infera_server.http.inference import counted, responses
 from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.models.servable import Servable
@@ -60,7 +60,7 @@ class Streams:
             service.model(found[1], found[2])
         except RequestError as error:
             code = TRY_LATER if isinstance(error, Unavailable) else POLICY
-            await send({"type": "websocket.close", "code": code, "reason": str(error)[:100]})
+            await refuse_stream(scope, send, error, code)
             return
         await send({"type": "websocket.accept"})
         service.streams += 1
