@@ -38,6 +38,15 @@ def test_inspect_names_the_free_dimensions(relu: Path) -> None:
     assert "--shape x=1,3" in err
 
 
+def test_inspect_fails_where_a_plan_is_asked_for_and_dimensions_are_free(relu: Path, tmp_path: Path) -> None:
+    drawing = tmp_path / "memory.svg"
+    status, _, err = infera("inspect", relu, "--time", "--svg", drawing)
+    assert status == 2
+    assert "--shape x=1,3" in err
+    assert "--time and --svg" in err
+    assert not drawing.exists()
+
+
 def test_inspect_counts_nodes_of_subgraphs(tmp_path: Path) -> None:
     branches = {
         f"{name}_branch": helper.make_graph(

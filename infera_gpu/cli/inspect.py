@@ -50,6 +50,8 @@ def command(
             name = free[0].split(" ")[0].rpartition("[")[0]
             example = ",".join(str(d) if isinstance(d, int) else "1" for d in session.tensor_inputs[name].shape)
             note(f"free dimensions: {', '.join(free)}. Give them to see the plan, as in --shape {name}={example}")
+            if asked := [option for option, wanted in (("--time", time), ("--svg", svg)) if wanted]:
+                raise typer.BadParameter("there is no plan without these dimensions", param_hint=" and ".join(asked))
             return
         feeds = random_feeds(session.tensor_inputs, given, shapes, seed)
         plans = _show_plans(session, feeds)
