@@ -318,6 +318,8 @@ def key(
         raise typer.BadParameter(str(error)) from None
     if rate is not None and math.isnan(rate):  # which is in no range, and beyond none
         raise typer.BadParameter("nan is no number of requests a second", param_hint="--rate")
+    if model and not all(model):
+        raise typer.BadParameter("a model's name, or a pattern, is not empty", param_hint="--model")
     lines = [table]
     if model:
         lines.append(f"models = [{', '.join(map(json.dumps, model))}]\n")

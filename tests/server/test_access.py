@@ -59,6 +59,7 @@ def test_a_key_is_made_once_and_known_by_its_hash(tmp_path: Path) -> None:
     assert keys["plain"].models == ("*",)
     assert_fails(infera("key", "mobile", "--file", file), "already", status=2)
     assert_fails(infera("key", "A b", "--file", file), "a name is of", status=2)
+    assert_fails(infera("key", "c", "--file", file, "--model", ""), "--model", status=2)
     for rate in ("nan", "inf", "-1"):
         assert_fails(infera("key", "c", "--file", file, "--rate", rate), "--rate", status=2)
     assert set(read_keys(file)) == {"mobile", "plain"}

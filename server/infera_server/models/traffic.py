@@ -199,7 +199,13 @@ def _version(value: object) -> str:
 
 
 def _target(name: object, labels: Mapping[str, str]) -> str:
-    return name if isinstance(name, str) and name in labels else _version(name)
+    """A label as it is, or a version's number."""
+    if not isinstance(name, str) or name.isdecimal():
+        return _version(name)
+    if name not in labels:
+        known = f"which have {', '.join(labels)}" if labels else "which have none: they replace all earlier ones"
+        raise ConfigError(f"'{name[:64]}' is no version, and no label in these settings, {known}")
+    return name
 
 
 def _number(value: object, what: str, most: float = MAX_NUMBER) -> float:
