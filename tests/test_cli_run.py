@@ -82,6 +82,9 @@ def test_run_fails_in_one_line(relu: Path, add: Path, tmp_path: Path) -> None:
     assert_fails(infera("run", relu, "-i", x, "--shape", "1,3"), "--shape is for random inputs")
     assert_fails(infera("run", relu, "--random", "--shape", "1,a"), "'1,a' is not a list of integers")
     assert_fails(infera("run", relu, "--random", "--shape", "q=1,3"), "'q' is not an input")
+    array = tmp_path / "out.npy"
+    assert_fails(infera("run", relu, "-i", x, "-o", array), "one .npz file", "name it out.npz", status=2)
+    assert not array.exists()
     assert_fails(
         infera("run", relu, "-i", x, "-o", tmp_path / "no" / "out.npz"),
         "out.npz cannot be written: No such file or directory",

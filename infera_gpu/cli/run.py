@@ -31,6 +31,11 @@ def command(
     seed: options.Seed = 0,
 ) -> None:
     """Run a model once."""
+    if output and output.suffix == ".npy":
+        raise typer.BadParameter(
+            f"{output}: outputs go to one .npz file, by their names; name it {output.with_suffix('.npz').name}",
+            param_hint="--output",
+        )
     if shape and not random:
         raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
     with options.opened(options.locate(model), device, threads, precision, batch_invariant) as session:
