@@ -59,6 +59,14 @@ def test_slabs_go_with_their_arrays() -> None:
     assert last[-1] == 1
 
 
+def test_where_addresses_are_scarce_an_array_has_a_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aligned, "SLAB_BYTES", 1 << 62)
+    with within(Slabs()):
+        array = aligned.aligned((SLAB_LEAST,), np.uint8)
+    array[-1] = 1
+    assert address(array) % LINE == 0
+
+
 @pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")
 def test_a_session_packs_into_slabs_that_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     slabs: list[weakref.ref[Array]] = []

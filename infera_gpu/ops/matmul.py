@@ -20,9 +20,6 @@ from infera_kernels.portable import matmul as portable
 _PACK_ROWS = 256
 """Up to so many rows, BLAS gains from a constant transposed weight laid out anew."""
 
-_PACKED_BYTES = 1 << 20
-"""Of a weight from which on few rows read it in any layout as fast as memory gives it, and it is not kept twice."""
-
 
 def product_dims(site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a @ b by NumPy's rules. Raises PlanError where they do not fit."""
@@ -56,7 +53,7 @@ def _operands(site: Site, io: Buffers) -> tuple[Array, Array]:
     if not site.attrs.get("transB") or io.ins[1].ndim < 2:
         return a, io.ins[1]
     rows = a.size // max(a.shape[-1], 1)
-    large = io.ins[1].nbytes >= _PACKED_BYTES and rows <= cpu.FEW_ROWS
+    large = rows <= cpu.FEW_ROWS and io.ins[1].nbytes > cpu.CACHED  # read in any layout as fast as memory gives it
     if site.value(1) is not None and rows <= _PACK_ROWS and not large:
         return a, io.pack(1, "transposed", lambda w: np.ascontiguousarray(w.swapaxes(-1, -2)))
     return a, io.ins[1].swapaxes(-1, -2)

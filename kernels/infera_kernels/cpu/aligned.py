@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -37,14 +37,16 @@ class Slabs:
     def __init__(self) -> None:
         self._slab: Array = np.empty(0, np.uint8)
         self._at = 0
+        self._lock = threading.Lock()  # one thread may plan while another binds
 
     def take(self, nbytes: int) -> Array:
-        """So many bytes, at most SLAB_BYTES, which begin with a cache line."""
-        if self._at + nbytes > len(self._slab):
-            raw = np.empty(SLAB_BYTES + LARGE_PAGE, np.uint8)
-            self._slab, self._at = raw, -address(raw) % LARGE_PAGE
-        start, self._at = self._at, self._at + -(-nbytes // LINE) * LINE
-        return self._slab[start : start + nbytes]
+        """So many bytes, at most SLAB_BYTES, which begin with a cache line. Raises MemoryError."""
+        with self._lock:
+            if self._at + nbytes > len(self._slab):
+                raw = np.empty(SLAB_BYTES + LARGE_PAGE, np.uint8)
+                self._slab, self._at = raw, -address(raw) % LARGE_PAGE
+            start, self._at = self._at, self._at + -(-nbytes // LINE) * LINE
+            return self._slab[start : start + nbytes]
 
 
 class _Current(threading.local):
@@ -73,6 +75,7 @@ def aligned(shape: Sequence[int], dtype: Any = np.float32, slack: int = 0) -> Ar
     """An uninitialised array that begins with a cache line, with `slack` bytes behind it. NumPy aligns to 16 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if _current.slabs is not None and SLAB_LEAST <= size <= SLAB_MOST:
-        return np.ndarray(shape, dtype, _current.slabs.take(size + slack))
+        with suppress(MemoryError):  # where addresses are scarce it may have a place alone
+            return np.ndarray(shape, dtype, _current.slabs.take(size + slack))
     raw = np.empty(size + slack + LINE, np.uint8)
     return np.ndarray(shape, dtype, raw, -address(raw) % LINE)

@@ -50,15 +50,15 @@ def rows_of(x: Array) -> Array | None:
 FEW_ROWS = 3
 """Up to so many rows one GEMV each beats a GEMM, which packs the whole right-hand matrix first."""
 
-SEVERAL_ROWS = 6
-"""The same where the right-hand matrix is LARGE, a block at a time."""
-
-_CACHED, LARGE = 1 << 20, 1 << 22
-"""Bytes of a right-hand matrix up to which each row finds it in the cache, and ..."""
+CACHED = 1 << 20
+"""Bytes of a right-hand matrix up to which each of a few rows finds it in the cache."""
 
 _BLOCK_BYTES, _BLOCK_COLUMNS = 1 << 18, 2048
 """A block of what has more, which stays in the smallest of second-level caches while the rows go by. Where rows of the
 matrix lie in one piece each, it has so many columns of them at most: what they are added to stays too."""
+
+_FEWEST_COLUMNS = 16
+"""Of a block where columns lie in one piece each: what they are multiplied with is read anew for each block."""
 
 
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
@@ -67,26 +67,26 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         flat, target = rows_of(a), rows_of(out)
         if flat is not None and target is not None:
             a, out = flat, target
-    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= (SEVERAL_ROWS if b.nbytes > LARGE else FEW_ROWS)
+    few = a.ndim == b.ndim == 2 and 1 < a.shape[0] <= FEW_ROWS
     if few:
         a, out = a[:, None], out[:, None]
     a, calls = readable(a, scratch)
     b, more = readable(b, scratch)
-    by_row = _blockwise if few and b.nbytes > _CACHED else _products
-    return [*calls, *more, *by_row(a, b, out, scratch)]
+    made = _blockwise if few and b.nbytes > CACHED else _products
+    return [*calls, *more, *made(a, b, out, scratch)]
 
 
 def _blockwise(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     """out (rows, 1, N) = a (rows, 1, K) @ b, each block of which is read from memory once."""
     (k, n), item = b.shape, b.itemsize
-    if b.strides[1] != item:  # transposed: some columns lie in one piece
-        width = max(1, _BLOCK_BYTES // (k * item))
-        return [(np.matmul, (a, b[:, j : j + width], out[..., j : j + width])) for j in range(0, n, width)]
-    ranges = -(-n // _BLOCK_COLUMNS)
+    if b.strides[1] == item:
+        ranges = -(-n // _BLOCK_COLUMNS)
+    else:
+        ranges = -(-n // max(_FEWEST_COLUMNS, _BLOCK_BYTES // (k * item)))
     edges = [n * i // ranges for i in range(ranges + 1)]
     width = max(stop - start for start, stop in pairwise(edges))
     depth = max(1, _BLOCK_BYTES // (width * item))
-    sums = scratch((*out.shape[:-1], width), out.dtype)
+    sums = scratch((*out.shape[:-1], width), out.dtype) if depth < k else out
     calls: list[Call] = []
     for start, stop in pairwise(edges):
         total, more = out[..., start:stop], sums[..., : stop - start]

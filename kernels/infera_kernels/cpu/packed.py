@@ -17,7 +17,7 @@ from infera_kernels.calls import SERIAL, Array, Call, Scratch, Split
 from infera_kernels.cpu.aligned import LINE, address, aligned
 from infera_kernels.cpu.blas import ADDRESS, FACTOR, SIZE, Argument, Inner, inner_loops
 from infera_kernels.cpu.elementwise import call, const, contiguous, copy
-from infera_kernels.cpu.matmul import FEW_ROWS, LARGE, SEVERAL_ROWS, UNPACKED, Piece, epilogue, pieces, rows_of
+from infera_kernels.cpu.matmul import FEW_ROWS, UNPACKED, Piece, epilogue, pieces, rows_of
 
 DEPTH, WIDTH = 256, 384
 """Rows and columns of the weights that are multiplied at a time: they stay in a second-level cache of 512 KiB while
@@ -94,8 +94,7 @@ def loops_for(out: Array, depth: int) -> Inner | None:
     y = rows_of(out)
     if y is None or y.dtype != np.float32 or y.strides[1] != y.itemsize:
         return None
-    few = SEVERAL_ROWS if depth * y.shape[1] * y.itemsize > LARGE else FEW_ROWS
-    return inner() if few < len(y) <= MOST_ROWS and y.size * depth > UNPACKED else None
+    return inner() if FEW_ROWS < len(y) <= MOST_ROWS and y.size * depth > UNPACKED else None
 
 
 def fused(
