@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench.environment import environment, thread_environment, write_results
 from bench.inputs import EXAMPLES
+from bench.passes import combined, merged
 from bench.report_cpu import means
 from bench.worker import Job
 
@@ -31,6 +32,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9, help="quiet samples wanted of each contender (9)")
     parser.add_argument("--quick", action="store_true", help="3 short rounds of each model's first example")
+    parser.add_argument("--passes", type=int, default=1, help="all of it so many times, medians over processes (1)")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing: results of one commit as passes"
+    )
     parser.add_argument("--out", type=Path, help="the results file (bench/results/<host class>-<date>.json)")
     return parser.parse_args(argv)
 
@@ -107,19 +112,39 @@ def main() -> int:
     too_many = [t for t in options.threads if t > (os.cpu_count() or 1)]
     if too_many:
         console.print(f"warning: {too_many} threads on {os.cpu_count()} processors measure contention, not scaling")
+    if options.merge:
+        try:
+            measured, told, rows = merged(options.merge)
+        except ValueError as error:
+            console.print(f"[red]{error}[/red]")
+            return 2
+        return finish(measured, told, rows, options.out, console)
     measured = environment()
-    rows: list[dict[str, Any]] = []
+    passes: list[list[dict[str, Any]]] = [[] for _ in range(options.passes)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         todo = jobs(options)
-        task = progress.add_task("", total=len(todo))
-        for job in todo:
-            progress.update(task, description=f"{job.model}, {job.threads} thread{'s' if job.threads > 1 else ''}")
-            rows.extend(run(job))
-            progress.advance(task)
-    out = write_results(measured, {"quick": options.quick}, rows, options.out)
+        task = progress.add_task("", total=len(todo) * len(passes))
+        for rows in passes:
+            for job in todo:
+                progress.update(task, description=f"{job.model}, {job.threads} thread{'s' if job.threads > 1 else ''}")
+                rows.extend(run(job))
+                progress.advance(task)
+    rows = combined(passes) if len(passes) > 1 else passes[0]
+    return finish(measured, {"quick": options.quick}, rows, options.out, console)
+
+
+def finish(
+    measured: Mapping[str, Any],
+    told: Mapping[str, Any],
+    rows: Sequence[dict[str, Any]],
+    out: Path | None,
+    console: Console,
+) -> int:
+    """Write the results and show them; 0 where every row was measured."""
+    path = write_results(measured, told, rows, out)
     show(rows, console)
-    console.print(f"written to {out}")
+    console.print(f"written to {path}")
     return 1 if any(row["failure"] for row in rows) else 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+CHANGED = "+changes"
+"""Behind a commit that was measured with changes to it."""
 SCHEMA = 1
 PACKAGES = ("infera-gpu", "numpy", "numba", "onnx", "onnxruntime", "triton", "cupy-cuda12x", "cupy-cuda13x")
 VECTOR_FLAGS = ("avx512_vnni", "avx512f", "avx2", "sve", "asimd")
@@ -61,17 +63,21 @@ def write_results(
 
 
 def commit() -> str:
-    """The commit, with `+changes` where tracked files differ from it; "unknown" outside a checkout."""
+    """The commit, with CHANGED behind it where tracked files other than results differ from it; "unknown" outside a
+    checkout."""
     root = Path(__file__).parent.parent
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        head, changed = (
+            git("rev-parse", "HEAD"),
+            git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"),
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+changes" if changed else "")
+    return head + (CHANGED if changed else "")
 
 
 def host_class() -> str:

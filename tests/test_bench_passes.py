@@ -1,0 +1,55 @@
+"""Passes of the benchmark, taken together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.passes import combined, merged
+
+
+def row(wall: float, *, model: str = "m", threads: int = 1, failure: str = "", error: float = 1e-6) -> dict[str, Any]:
+    if failure:
+        return {"model": model, "example": "", "threads": threads, "failure": failure, "summaries": {}}
+    summary = {"wall_ms": 10 * wall, "n": 3, "disturbed": wall > 2}
+    return {
+        "model": model,
+        "example": "b1",
+        "threads": threads,
+        "failure": "",
+        "error": error,
+        "summaries": {"infera": summary, "onnxruntime": {**summary, "wall_ms": 10.0}},
+        "ratios": {"wall": wall},
+    }
+
+
+def test_a_row_is_the_median_of_its_passes() -> None:
+    (made,) = combined([[row(1.0)], [row(3.0, error=2e-6)], [row(1.5)]])
+    assert made["ratios"] == {"wall": 1.5}
+    assert made["wall_ratios"] == [1.0, 1.5, 3.0]
+    assert made["summaries"]["infera"] == {"wall_ms": 15.0, "n": 9, "disturbed": True}
+    assert made["error"] == 2e-6, "the largest"
+
+
+def test_a_failure_in_any_pass_is_one() -> None:
+    made = combined([[row(1.0), row(1.0, model="n")], [row(1.0), row(0, model="n", failure="died")]])
+    assert [(r["model"], r["failure"]) for r in made] == [("m", ""), ("n", "died")]
+    with pytest.raises(ValueError, match="pass 2 of 2 lacks"):
+        combined([[row(1.0), row(1.0, threads=2)], [row(1.0)]])
+
+
+def test_passes_of_several_commits_are_refused(tmp_path: Path) -> None:
+    def written(name: str, commit: str, wall: float) -> Path:
+        path = tmp_path / name
+        environment = {"commit": commit, "host_class": "h"}
+        path.write_text(json.dumps({"environment": environment, "options": {"quick": False}, "rows": [row(wall)]}))
+        return path
+
+    one, two, other = written("1", "a", 1.0), written("2", "a+changes", 2.0), written("3", "b", 1.0)
+    environment, options, rows = merged([one, two])
+    assert (environment["commit"], options, rows[0]["ratios"]) == ("a+changes", {"quick": False}, {"wall": 1.5})
+    with pytest.raises(ValueError, match="more than one commit: a, b"):
+        merged([one, other])
