@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -151,7 +152,7 @@ class Plan:
     def blocks(self) -> tuple[Block, ...]:
         return tuple(map(Block._make, self.placed))
 
-    @property
+    @cached_property  # each run asks
     def arena_bytes(self) -> int:
         return sum(self.arenas.values())
 

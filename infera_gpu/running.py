@@ -243,8 +243,9 @@ class Running(ABC):
             source = stage.plan.outputs[name]
             target = out.get(name) if out else None
             if target is None:
-                require_host_memory(f"output '{name}'", source.nbytes)
-                target = RESULTS.empty(source.shape, source.dtype, source.nbytes)
+                nbytes = source.nbytes
+                require_host_memory(f"output '{name}'", nbytes)
+                target = RESULTS.empty(source.shape, source.dtype, nbytes)
             elif target.shape != source.shape or target.dtype != source.dtype:
                 swapped = target.dtype == source.dtype.newbyteorder()
                 raise InputError(

@@ -65,13 +65,9 @@ class Stage:
     taken: bool = False
     """Whether its plan was kept from another process."""
 
-    @property
-    def segment(self) -> Segment:
-        return self.plan.segment
-
-    @property
-    def is_last(self) -> bool:
-        return self.segment.is_last
+    def __post_init__(self) -> None:
+        self.segment: Segment = self.plan.segment
+        self.is_last = self.segment.is_last
 
 
 @dataclass(frozen=True, slots=True)
