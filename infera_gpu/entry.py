@@ -50,7 +50,7 @@ class Entry:
     def sort(self, values: dict[str, Any]) -> Entering:
         """Values of all inputs, in their order."""
         if self._all_plain:
-            return Entering(values, tuple(a.shape for a in values.values()), {})
+            return Entering(values, tuple([a.shape for a in values.values()]), {})
         plain = {k: v for k, v in values.items() if is_plain(self.inputs[k])}
         return Entering(
             plain,
