@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -195,10 +196,13 @@ def refusal(running: Running, path: str, **options: Any) -> tuple[int, str]:
         ("/elsewhere", 404, ""),
     ],
 )
-def test_there_are_no_others(server: Running, path: str, status: int, text: str) -> None:
+def test_there_are_no_others(
+    server: Running, path: str, status: int, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     found, error = refusal(server, path)
     assert found == status
     assert text in error
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR], "a refusal is no fault of the server's"
 
 
 def test_who_leaves_is_forgotten() -> None:

@@ -85,6 +85,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
         self._count_kept()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # as after a refusal without a body, where uvicorn says so itself
+
     async def receive(self) -> Any:
         message = await super().receive()
         if message["type"] == "websocket.receive":
