@@ -37,7 +37,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing: results of one commit as passes"
     )
     parser.add_argument("--out", type=Path, help="the results file (bench/results/<host class>-<date>.json)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.passes < 1:
+        parser.error("--passes is at least 1")
+    return options
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
@@ -115,7 +118,7 @@ def main() -> int:
     if options.merge:
         try:
             measured, told, rows = merged(options.merge)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             console.print(f"[red]{error}[/red]")
             return 2
         return finish(measured, told, rows, options.out, console)

@@ -144,8 +144,6 @@ class Arena:
         """Threads that wait for a change: mostly none, and nobody has to be told."""
 
         self._users: WeakKeyDictionary[object, Device] = WeakKeyDictionary()
-        self._several = False
-        """Whether there was more than one of them when one last came or left."""
         _ARENAS.add(self)
 
     def disown(self) -> None:
@@ -164,7 +162,8 @@ class Arena:
 
     def serves_others(self, device: Device) -> bool:
         """Whether sessions with a device of their own use it too, whose streams know nothing of this one's."""
-        return self._several and any(other is not device for other in list(self._users.values()))
+        users = self._users
+        return len(users) > 1 and any(other is not device for other in list(users.values()))
 
     def join(self, user: object, device: Device) -> None:
         """`user` may borrow from now on. Raises DeviceError where others run on another device."""
@@ -173,7 +172,6 @@ class Arena:
             if other is not None:
                 raise DeviceError(f"the arena is on {other}, a session on {device.name} cannot share it")
             self._users[user] = device
-            self._several = len(self._users) > 1
 
     def leave(self, user: object) -> None:
         """Wait for what `user` has borrowed; it may not borrow again. The last one that leaves frees the memory."""
@@ -182,7 +180,6 @@ class Arena:
             while any(m.claim is not None and m.claim[0] is user for m in self._memories):
                 self._wait()
             self._users.pop(user, None)
-            self._several = len(self._users) > 1
             if not self._users:
                 self._memories.clear()
 

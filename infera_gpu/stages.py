@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -65,9 +66,13 @@ class Stage:
     taken: bool = False
     """Whether its plan was kept from another process."""
 
-    def __post_init__(self) -> None:
-        self.segment: Segment = self.plan.segment
-        self.is_last = self.segment.is_last
+    @property
+    def segment(self) -> Segment:
+        return self.plan.segment
+
+    @cached_property  # each run asks
+    def is_last(self) -> bool:
+        return self.segment.is_last
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ class _Settings(NamedTuple):
 
 @cache
 def _settings() -> _Settings | None:
-    """Those of `quiet_numpy`, made once: `np.errstate` makes them anew each time, for a fifth of a small run's time. It
-    is a private variable of NumPy's; None where there is none."""
+    """Those of `quiet_numpy`, made once: `np.errstate` makes them anew each time, which shows in small runs
+    (`python -m bench.dispatch`). It is a private variable of NumPy's; None where there is none."""
     variable = getattr(import_module("numpy._core.umath"), "_extobj_contextvar", None)
     if not isinstance(variable, ContextVar):
         return None

@@ -253,7 +253,10 @@ async def test_a_websocket_is_refused() -> None:
 
     scope = {"type": "websocket", "path": "/v2/models/double/stream", "headers": []}
     await Gate(never, access)(scope, never, send)
-    assert [(m["type"], m["code"]) for m in sent] == [("websocket.close", 1008)]
+    start, body = sent
+    assert (start["type"], start["status"]) == ("websocket.http.response.start", 401)
+    assert body["type"] == "websocket.http.response.body"
+    assert b"error" in body["body"]
 
 
 @pytest.fixture

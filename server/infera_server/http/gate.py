@@ -32,8 +32,8 @@ INDEX = "/v2/repository/index"
 MEMORY = ("/v2/systemsharedmemory/", "/v2/cudasharedmemory/")
 """Where also reading is for who may change: it tells the names of memory."""
 
-REFUSED = 1008
-"""A WebSocket's code for a violated policy."""
+STREAM = "websocket.http.response"
+"""What begins the types of messages that answer a WebSocket's handshake as a request (an extension of ASGI)."""
 
 
 def credentials(headers: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> str:
@@ -83,10 +83,7 @@ class Gate:
         scope.setdefault("state", {})["key"] = key
 
     async def _refuse(self, scope: Message, send: Send, error: RequestError) -> None:
-        if scope["type"] == "websocket":
-            await refuse_stream(scope, send, error, REFUSED)
-        else:
-            await refuse(send, error)
+        await refuse(send, error, STREAM if scope["type"] == "websocket" else "http.response")
 
 
 def key_of(scope: Message) -> Key | None:
@@ -95,16 +92,8 @@ def key_of(scope: Message) -> Key | None:
     return found
 
 
-async def refuse_stream(scope: Message, send: Send, error: RequestError, code: int) -> None:
-    """Answer a WebSocket's handshake as an HTTP request; where the server cannot, close with the code, for HTTP 403."""
-    if "websocket.http.response" in (scope.get("extensions") or {}):
-        await refuse(send, error, "websocket.http.response")
-    else:
-        await send({"type": "websocket.close", "code": code, "reason": str(error)[:100]})
-
-
 async def refuse(send: Send, error: RequestError, kind: str = "http.response") -> None:
-    """Answer a request with an error, in messages of this kind."""
+    """Answer a request, or a WebSocket's handshake with STREAM, with an error."""
     body = json.dumps({"error": str(error)}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(error, Unauthorized):

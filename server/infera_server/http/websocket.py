@@ -22,9 +22,8 @@ from infera_server.access import Key
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, RequestError, TooLarge, Unavailable, request_error
 from infera_server.http.exchange import INLINE_BYTES
-from infera_server.http.gate import App, Message, Receive, Send, key_of, refuse_stream
+from infera_server.http.gate import STREAM, App, Message, Receive, Send, key_of, refuse
 from infera_server.http.inference import counted, responses
-from infera_server.http.websocket_protocol import TRY_LATER
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_rest
@@ -36,8 +35,6 @@ MAX_UNDER_WAY = 64
 """Requests of one connection that are not answered yet."""
 
 PREFIX = 4
-POLICY = 1008
-"""A code that a connection is closed with (RFC 6455, section 7.4.1)."""
 
 
 class Streams:
@@ -59,8 +56,7 @@ class Streams:
                 raise Unavailable(f"{service.max_connections} streams are open")
             service.model(found[1], found[2])
         except RequestError as error:
-            code = TRY_LATER if isinstance(error, Unavailable) else POLICY
-            await refuse_stream(scope, send, error, code)
+            await refuse(send, error, STREAM)
             return
         await send({"type": "websocket.accept"})
         service.streams += 1

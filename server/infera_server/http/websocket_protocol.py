@@ -14,6 +14,7 @@ from typing import Any
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from infera_server.errors import Overloaded
+from infera_server.http.gate import STREAM
 from infera_server.http.intake import Intake
 from infera_server.http.replying import LINGER_SECONDS
 
@@ -87,7 +88,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     async def send(self, message: Any) -> None:
         await super().send(message)
-        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+        if message["type"] == f"{STREAM}.body" and not message.get("more_body"):
             self.handshake_complete = True  # as after a refusal without a body, where uvicorn says so itself
 
     async def receive(self) -> Any:
