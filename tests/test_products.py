@@ -38,6 +38,23 @@ def test_few_rows_read_large_weights_once(
     assert sum(x.size for x in blocks) == b.size
 
 
+@pytest.mark.parametrize("columns", [1, 3, 4, 90])
+def test_a_row_reads_long_columns_from_end_to_end(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_LONG", 500)
+    a, b, _ = _operands(1, 501, columns)
+    b, whole = np.asfortranarray(b), np.full((1, columns + 2), np.nan, np.float32)
+    out = whole[:, 1:-1]
+    calls = matmul.matmul(a, b, out, np.empty)
+    for fn, args in calls:
+        fn(*args)
+    np.testing.assert_allclose(out, a.astype(np.float64) @ b, atol=1e-5)
+    assert np.isnan(whole[:, [0, -1]]).all()
+    read = [args[1] for _, args in calls]
+    assert {x.shape[2] for x in read} <= {1, 4}
+    assert all(np.shares_memory(x, b) for x in read)
+    assert sum(x.size for x in read) == b.size
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("threads", [2, 3])
 def test_few_rows_are_split_along_the_depth(rows: int, threads: int) -> None:

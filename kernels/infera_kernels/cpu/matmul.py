@@ -60,6 +60,10 @@ matrix lie in one piece each, it has so many columns of them at most: what they 
 _FEWEST_COLUMNS = 16
 """Of a block where columns lie in one piece each: what they are multiplied with is read anew for each block."""
 
+_LONG, _TOGETHER = 1 << 12, 4
+"""Elements of columns in one piece each of which OpenBLAS' GEMV reads so many of all columns, then the next of all; and
+columns that are read from end to end at a time, as many pieces of memory as the processor sees coming."""
+
 
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     """out = a @ b by np.matmul's rules; (..., M, K) times one (K, N) matrix is one product of all rows."""
@@ -72,8 +76,22 @@ def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         a, out = a[:, None], out[:, None]
     a, calls = readable(a, scratch)
     b, more = readable(b, scratch)
-    made = _blockwise if few and b.nbytes > CACHED else _products
-    return [*calls, *more, *made(a, b, out, scratch)]
+    if few and b.nbytes > CACHED:
+        return [*calls, *more, *_blockwise(a, b, out, scratch)]
+    if a.ndim == b.ndim == 2 and len(a) == 1 and len(b) > _LONG and b.strides[0] == out.strides[1] == b.itemsize:
+        return [*calls, *more, *_by_columns(a, b, out)]
+    return [*calls, *more, *_products(a, b, out, scratch)]
+
+
+def _by_columns(a: Array, b: Array, out: Array) -> list[Call]:
+    """out (1, N) = a (1, K) @ b, whose columns lie in one piece each, a few of them at a time."""
+    whole = b.shape[1] - b.shape[1] % _TOGETHER
+    calls: list[Call] = []
+    for start, stop, width in ((0, whole, _TOGETHER), (whole, b.shape[1], 1)):
+        if start < stop:
+            some = b.T[start:stop].reshape(-1, width, len(b), copy=False).swapaxes(1, 2)
+            calls.append((np.matmul, (a, some, out[:, start:stop].reshape(-1, 1, width, copy=False))))
+    return calls
 
 
 def _blockwise(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
