@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
-from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, packed
+from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, nhwc_winograd, packed
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
 from infera_kernels.cpu.nhwc_conv import conv2d, reads_strided
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
@@ -258,6 +258,26 @@ def test_few_channels_may_lie_in_any_way(conv: Conv, lying: Callable[[Array], Ar
     run(calls)
     assert_near(y, reference(conv, x, w, None), DIRECT)
     assert allocated(calls) < TRANSIENT_BYTES
+
+
+LAID_OUT = {"winograd-2-batch", "winograd-slices", "winograd-4-blocks", "winograd-dilated"}
+
+
+@pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("conv", [c for c in CONVS if c.name in LAID_OUT], ids=lambda c: c.name)
+def test_filters_of_winograd_are_laid_out_once(conv: Conv, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nhwc_winograd, "LAID_OUT", 0)
+    x, w, b = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1])))
+    y = scratch(conv.y)
+    calls = conv2d(x, w, b, y, scratch, split, pack=packer(w), **conv.window)
+    for _ in range(2):
+        y[...] = np.nan
+        run(calls)
+        assert_near(y, reference(conv, x, w, b), conv.bound)
+    products = [fn for fn, _ in calls if getattr(fn, "sendable", False)]
+    assert products
+    assert any(len(products) % (tile + 2) ** 2 == 0 for tile in (2, 4))
 
 
 @pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")

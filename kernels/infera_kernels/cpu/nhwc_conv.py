@@ -104,7 +104,9 @@ def conv2d(
     direct = loops is not None and reads(w.shape, window)
     tile = 0 if pack is None else tile_of(w.shape, y.shape[0], out, strides, dilations, group, direct=direct)
     if tile and pack is not None:
-        return winograd(x, w, b, y, scratch, split, pack, tile, window, activation=activation, residual=residual)
+        return winograd(
+            x, w, b, y, scratch, split, pack, tile, window, loops=loops, activation=activation, residual=residual
+        )  # fmt: skip
     if direct and pack is not None and loops is not None:
         return windows(
             x, w, b, y, scratch, split, pack, window, loops=loops, activation=activation, residual=residual

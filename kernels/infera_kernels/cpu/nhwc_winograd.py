@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from itertools import groupby, pairwise
 from itertools import product as pairs
 from typing import Any, NamedTuple
 
@@ -17,18 +18,25 @@ from numpy.lib.stride_tricks import as_strided
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
 from infera_kernels.cpu.aligned import aligned
+from infera_kernels.cpu.blas import Inner
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.conv_winograd import transform_filters, transforms
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_product import product, slice_of
-from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, padded, spans
+from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, spans
+from infera_kernels.cpu.packed import added, depths
+from infera_kernels.cpu.packed import pack as pack_weights
+from infera_kernels.cpu.packed import room as inner_room
 
 BLOCK_BYTES = 1 << 20
 """Transformed tiles of one block."""
 
-BLOCK_TILES = 64
-"""Tiles of one block, even where they are larger."""
+BLOCK_TILES = 98
+"""Tiles of one block, even where they are larger: the weights come from memory anew for each."""
+
+LAID_OUT = 1 << 23
+"""Multiply-adds of a product from which OpenBLAS' own loops are faster than its products of operands as they lie."""
 
 MANY_FILTERS = 1 << 15
 """Input channels times output channels from which filters count as many; see `tile_of`."""
@@ -102,6 +110,7 @@ def winograd(
     tile: int,
     window: Window,
     *,
+    loops: Inner | None,
     activation: Activation | None,
     residual: Array | None,
 ) -> list[Call]:
@@ -112,31 +121,33 @@ def winograd(
     jobs = list(phases(x, y, residual, window))
     down, across = (-(-n // tile) for n in jobs[0].y.shape[:2])
     tiles = Window((down, across), (size, size), (tile, tile), (1, 1), (0, 0))
-    ready = all(tiles._replace(before=job.before).fits(job.x[None]) for job in jobs)
     most = max(BLOCK_BYTES // (size * size * across * max(c, o) * x.itemsize), -(-BLOCK_TILES // across))
-    columns = slice_of(min(most, -(-len(jobs) * down // split.threads)) * across, c, o)
+    together = min(most, -(-len(jobs) * down // split.threads)) * across
+    by_address = loops if together * c * o >= LAID_OUT else None
+    columns = slice_of(together, c, o) if by_address is None else o
 
     def matrices(w: Array) -> Array:
         """(tile's elements, O / columns, C, columns)"""
-        made = aligned((size * size, o // columns, c, columns), w.dtype)
+        made = (aligned if by_address is None else np.empty)((size * size, o // columns, c, columns), w.dtype)
         transform_filters(w.swapaxes(0, 1), tile, made.swapaxes(1, 2))
-        return made
+        return made if by_address is None else pack_weights(made, by_address)
 
-    filters = pack(f"winograd{tile} {columns}", matrices)
+    filters = pack(f"winograd{tile} {columns if by_address is None else 'inner'}", matrices)
 
     def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
         # `half` has one more element a column: the bias, which the last product adds.
         once, finish = epilogue(activation, None, step * tile * across * tile, o, y, scratch)
-        rows = tiles.seen(0, min(step, down))
-        room = None if ready else scratch((rows, tiles.seen(1, across), c), x.dtype)
-        gathered, halved = (scratch((rows, size, across * c), x.dtype) for _ in range(2))
+        halved = scratch((tiles.seen(0, min(step, down)), size, across * c), x.dtype)
         one, two = (scratch((size * size * step * across * max(c, o),), x.dtype) for _ in range(2))
+        space = None if by_address is None else inner_room(step * across, c, scratch)
         half = scratch((tile, size + 1, step * across * o), x.dtype)
         biases = half[:, size].reshape(tile, -1, o)
 
         def shaped(space: Array, *shape: int) -> Array:
             return space[: math.prod(shape)].reshape(shape)
+
+        gathered = shaped(two, *halved.shape)  # before there are sums
 
         def calls() -> Iterator[Call]:
             yield from once
@@ -145,11 +156,15 @@ def winograd(
                 h = last - first
                 spectrum = shaped(one, size, size, h, across * c)
                 for i, row, end, at in images(first, last, down):
-                    band, load = padded(jobs[i].x, room, tiles._replace(before=jobs[i].before), row, end)
-                    yield from load
-                    yield from _transform(band, data, gathered, halved, spectrum[:, :, at], tile)
+                    rows = tiles.seen(0, end - row)
+                    seen = gathered[:rows].reshape(rows, size, across, c)
+                    yield from _gather(jobs[i].x, row * tile - jobs[i].before[0], jobs[i].before[1], tile, seen)
+                    yield from _transform(gathered[:rows], data, halved[:rows], spectrum[:, :, at], tile)
                 sums = shaped(two, size * size, h * across, o)
-                yield from product(spectrum.reshape(size * size, -1, c), filters, sums)
+                if by_address is None or space is None:
+                    yield from product(spectrum.reshape(size * size, -1, c), filters, sums)
+                else:
+                    yield from _by_address(spectrum.reshape(size * size, -1, c), filters, sums, space, by_address)
                 rows_done = half[:, :, : h * across * o]
                 pixels = shaped(one, tile, tile, h * across * o)
                 sums = sums.reshape(size, size, -1)
@@ -167,17 +182,48 @@ def winograd(
     return in_parts(len(jobs) * down, split, part)
 
 
-def _transform(band: Array, data: Array, gathered: Array, halved: Array, spectrum: Array, tile: int) -> list[Call]:
-    """The tiles of a band, transformed, into spectrum (size, size, tile rows, across * C)."""
+def _by_address(x: Array, filters: Array, sums: Array, space: Array, loops: Inner) -> Iterator[Call]:
+    """sums (tile's elements, tiles, O) = x (tile's elements, tiles, C) @ filters, which are laid out for `loops`."""
+    yield np.copyto, (sums, sums.dtype.type(0))
+    for matrix, (weights,), total in zip(x, filters, sums, strict=True):
+        yield added(
+            [[matrix[:, start:stop]] for start, stop in pairwise(depths(x.shape[2]))], weights, total, space, loops
+        )
+
+
+def _gather(x: Array, top: int, left: int, tile: int, seen: Array) -> list[Call]:
+    """seen (rows, size, across, C) = what tiles see of an image x (H, W, C) from row `top` on, zeros outside of it.
+
+    The first tile begins `left` columns before the image. Columns that the same tiles find within it are one copy.
+    """
+    rows, size, across, _ = seen.shape
+    (height, width), zero = x.shape[:2], x.dtype.type(0)
+    inside = slice(min(rows, max(0, -top)), max(0, min(rows, height - top)))
+    outside = [seen[: inside.start], seen[max(inside.start, inside.stop) :]]
+    found: list[Call] = []
+    for (first, last), group in groupby(range(size), lambda e: _within(width + left - e, left - e, tile, across)):
+        column, *others = group
+        target = seen[inside, column : column + len(others) + 1]
+        outside += [target[:, :, :first], target[:, :, last:]]
+        if (part := target[:, :, first:last]).size:
+            corner = x[top + inside.start :, column + first * tile - left :]
+            down, right, one = x.strides
+            found.append(moved(part, as_strided(corner, part.shape, (down, right, tile * right, one), writeable=False)))
+    return [*((np.copyto, (part, zero)) for part in outside if part.size), *found]
+
+
+def _within(end: int, start: int, tile: int, across: int) -> Pair:
+    """[first, last) of `across` numbers whose multiples of `tile` lie in [start, end)."""
+    first = min(across, max(0, -(-start // tile)))
+    return first, max(first, min(across, -(-end // tile)))
+
+
+def _transform(gathered: Array, data: Array, halved: Array, spectrum: Array, tile: int) -> list[Call]:
+    """What tiles see, (rows, size, across * C), transformed, into spectrum (size, size, tile rows, across * C)."""
     size, _, h, line = spectrum.shape
-    rows, _, c = band.shape
-    down, right, one = band.strides
-    tiles = as_strided(band, (rows, size, line // c, c), (down, right, tile * right, one), writeable=False)
-    gathered, halved = gathered[:rows], halved[:rows]
-    below, column = halved.strides[:2]
+    below, column, one = halved.strides
     seen = as_strided(halved, (h, size, size, line), (tile * below, column, below, one), writeable=False)
     return [
-        moved(gathered.reshape(tiles.shape), tiles),
         (np.matmul, (data, gathered, halved)),
         (np.matmul, (data, seen, spectrum.transpose(2, 1, 0, 3))),
     ]

@@ -72,20 +72,22 @@ def depths(k: int, runs: int = 1) -> list[int]:
 
 
 def pack(w: Array, loops: Inner, runs: int = 1) -> Array:
-    """The weights (K, N) of `fused`, or of `added` in so many `runs`, float32 in any layout: as many elements in an
-    order of OpenBLAS' own.
+    """The weights (..., K, N) of `fused`, or of `added` in so many `runs`, float32 in any layout: as many elements of
+    each matrix in an order of OpenBLAS' own.
 
     A range of columns at a time: rows of all of them would be spread over as many pages as there are panels.
     """
     w = np.ascontiguousarray(w)
-    k, n = w.shape
-    made = aligned((k, n), slack=4 * SLACK)
-    source, target, item = address(w), address(made), w.itemsize
-    for start, stop in pairwise(depths(k, runs)):
-        depth = stop - start
-        for left in range(0, n, WIDTH):
-            rows, panels = source + (start * n + left) * item, target + (start * n + left * depth) * item
-            loops.pack_weight(_size(depth), _size(min(WIDTH, n - left)), ADDRESS(rows), _size(n), ADDRESS(panels))
+    *_, k, n = w.shape
+    made = aligned(w.shape, slack=4 * SLACK)
+    item = w.itemsize
+    for matrix in range(0, w.size, k * n):
+        source, target = address(w) + matrix * item, address(made) + matrix * item
+        for start, stop in pairwise(depths(k, runs)):
+            depth = stop - start
+            for left in range(0, n, WIDTH):
+                rows, panels = source + (start * n + left) * item, target + (start * n + left * depth) * item
+                loops.pack_weight(_size(depth), _size(min(WIDTH, n - left)), ADDRESS(rows), _size(n), ADDRESS(panels))
     return made
 
 
