@@ -14,11 +14,12 @@ from numpy.lib.stride_tricks import as_strided
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
-from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, nhwc_winograd, packed
+from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, nhwc_windows, nhwc_winograd, packed
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
-from infera_kernels.cpu.nhwc_conv import conv2d, reads_strided
+from infera_kernels.cpu.nhwc_conv import border_of, conv2d, reads_strided
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.nhwc_windows import windows
+from infera_kernels.cpu.packed import added
 from infera_kernels.portable.activation import activation as plain_activation
 from infera_kernels.portable.conv import convolution
 from infera_kernels.portable.pool import average_pool, max_pool
@@ -300,6 +301,31 @@ def test_windows_are_read_where_they_lie(conv: Conv, monkeypatch: pytest.MonkeyP
     want = last(convolution(np, first(x).astype(np.float64), w.astype(np.float64), None, conv.out, **window))
     assert asked
     assert_near(y, want, DIRECT)
+
+
+@pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")
+@pytest.mark.parametrize("bordered", [False, True])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_lines_are_whole_panels_where_there_is_room(
+    strides: tuple[int, int], bordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = Conv("", (1, 6, 7 * strides[1], 512), (256, 512, 3, 3), strides, same(1))
+    rows: set[int] = set()
+
+    def recorded(ranges: Sequence[Sequence[Array]], *args: Any, **named: Any) -> Call:
+        rows.update(sum(map(len, pieces)) for pieces in ranges)
+        return added(ranges, *args, **named)
+
+    monkeypatch.setattr(nhwc_windows, "added", recorded)
+    x, w, y = random(0, *conv.x), random(1, *conv.w), scratch(conv.y)
+    source, window = x, conv.window
+    if bordered:
+        border = border_of(conv.x[1:3], conv.w, 1, conv.out, **window)
+        assert border is not None
+        source, window = np.pad(x, ((0, 0), *border, (0, 0))), {**window, "pads": same(0)}
+    run(conv2d(source, w, None, y, scratch, SERIAL, pack=packer(w), **window))
+    assert_near(y, reference(conv, x, w, None), DIRECT)
+    assert rows == {conv.out[0] * 8}
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)

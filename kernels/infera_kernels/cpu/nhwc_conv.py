@@ -22,7 +22,7 @@ from infera_kernels.cpu.nhwc_depthwise import depthwise, whole_folds
 from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
 from infera_kernels.cpu.nhwc_shifted import shifted
-from infera_kernels.cpu.nhwc_windows import reads, windows
+from infera_kernels.cpu.nhwc_windows import reads, whole_panels, windows
 from infera_kernels.cpu.nhwc_winograd import tile_of, winograd
 from infera_kernels.cpu.packed import inner
 from infera_kernels.cpu.parts import worth
@@ -126,11 +126,16 @@ def border_of(
         return None
     if _is_depthwise(w, group):
         return whole_folds(size, w, out, strides=strides, pads=pads, dilations=dilations)
-    direct = inner() is not None and reads(w, Window(out, (w[2], w[3]), strides, dilations, (0, 0)))
+    window = Window(out, (w[2], w[3]), strides, dilations, (0, 0))
+    direct = group == 1 and inner() is not None and reads(w, window)
     tile = tile_of(tuple(w), images, out, strides, dilations, group, direct=direct)
-    if not tile:
-        return pads
-    return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)
+    if tile:
+        return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)
+    if direct:
+        left, right = pads[1]
+        whole = whole_panels(window)
+        return pads[0], (left, max(right, whole.seen(1, whole.out[1]) - size[1] - left))
+    return pads
 
 
 def writes_rows(w: Sequence[int], group: int) -> bool:

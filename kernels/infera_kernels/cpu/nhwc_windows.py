@@ -20,8 +20,11 @@ from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, padded, room_
 from infera_kernels.cpu.packed import PANEL, added, depths, room
 from infera_kernels.cpu.strides import strided
 
-LONGEST = 1.4
-"""How much longer lines may be for being one behind the other."""
+_REST = (0, 7, 7, 13)
+"""What OpenBLAS' loops take for the rows behind the last whole panel, in rows: as long for one as for two."""
+
+_ROW_NS, _PIECE_NS = 0.01, 150
+"""What a row takes for each of its elements and columns of weights, and to lay out a piece of rows, about."""
 
 
 def reads(w: Sequence[int], window: Window) -> bool:
@@ -45,19 +48,26 @@ def windows(
 ) -> list[Call]:
     """y = activation(conv(x, w) + b + residual) with w (O, C, KH, KW), float32, that `reads` takes; see `conv2d`.
 
-    Lines of pixels are as long as whole panels, or as the image's where these are one behind the other: what lies
-    between is computed too, and left out.
+    Lines of pixels are as long as whole panels, or as the image's where these are one behind the other and that is
+    faster: what lies between is computed too, and left out. So is what the last line needs for whole panels, where
+    there is an image, or room, to read it from.
     """
-    height, width = window.out
+    height = window.out[0]
     (kh, kw), c = window.kernel, x.shape[3]
     pixel, taps = c * x.itemsize, kw * c
-    down = window.seen(1, width) * pixel
-    if window.fits(x) and x.strides[2] == pixel:
+    lies = x.strides[2] == pixel
+    if (whole := whole_panels(window)).fits(x) or not (lies and window.fits(x)):
+        window = whole
+    down = window.seen(1, window.out[1]) * pixel
+    if lies and window.fits(x):
         down = x.strides[1] if x.shape[1] > 1 else x.shape[2] * pixel
-    line = -(-width // PANEL) * PANEL
-    if window.strides == (1, 1) and down % pixel == 0 and down <= LONGEST * width * pixel:
-        line = down // pixel
-    most = max(1, round(BLOCK_PIXELS / line))
+    line = whole.out[1]
+    if window.strides == (1, 1) and down % pixel == 0:
+        line = min(
+            line, down // pixel, key=lambda n: _nanoseconds(n, window, taps, y.shape[3], joined=n * pixel == down)
+        )
+    tail = min(line, window.out[1])
+    most = _most(line)
     weights = laid_out(pack, loops, runs=kh)
 
     def part(start: int, stop: int) -> Iterator[Call]:
@@ -74,9 +84,9 @@ def windows(
                     yield from load
                     numbers = i * height + first, i * height + last
                     yield from blocks.begin(*numbers)
-                    sums = blocks.sums(*numbers)[: (last - first - 1) * line + width]
+                    sums = blocks.sums(*numbers)[: (last - first - 1) * line + tail]
                     seen = [_lines(band, tap, last - first, window) for tap in range(kh)]
-                    ranges = [pieces for lines in seen for pieces in _ranges(lines, taps, down, window, line)]
+                    ranges = [pieces for lines in seen for pieces in _ranges(lines, taps, down, window, line, tail)]
                     yield added(ranges, weights, sums, space, loops)
                     yield from blocks.finish(*numbers)
 
@@ -85,23 +95,42 @@ def windows(
     return in_parts(y.shape[0] * height, split, part)
 
 
+def whole_panels(window: Window) -> Window:
+    """With lines of whole panels."""
+    return window._replace(out=(window.out[0], -(-window.out[1] // PANEL) * PANEL))
+
+
+def _most(line: int) -> int:
+    """Lines of a block."""
+    return max(1, round(BLOCK_PIXELS / line))
+
+
+def _nanoseconds(line: int, window: Window, taps: int, columns: int, *, joined: bool) -> float:
+    """A line takes so long, about."""
+    count = min(_most(line), window.out[0])
+    rows = (count - 1) * line + min(line, window.out[1])
+    rest = rows % PANEL
+    laying = len(depths(taps)) * (1 if joined else count) * _PIECE_NS
+    return window.kernel[0] * ((rows - rest + _REST[rest]) * taps * columns * _ROW_NS + laying) / count
+
+
 def _lines(band: Array, tap: int, count: int, window: Window) -> Array:
     """(count, columns, C): what a row of the kernel sees of a band."""
     start = tap * window.dilations[0]
     return band[start : start + (count - 1) * window.strides[0] + 1 : window.strides[0]]
 
 
-def _ranges(lines: Array, taps: int, down: int, window: Window, line: int) -> Iterator[list[Array]]:
+def _ranges(lines: Array, taps: int, down: int, window: Window, line: int, tail: int) -> Iterator[list[Array]]:
     """The windows of lines (count, columns, C) as pieces for `added`, for each of the depths of `taps`.
 
     The image's lines lie `down` bytes apart. Those of its windows are one piece where they are one behind the other,
-    which `line` then is; else each is one, of whole panels but for the last. No distance is asked of an axis, which may
-    say anything where it has one element.
+    which `line` then is; else each is one, of whole panels but for the last, which has `tail` rows. No distance is
+    asked of an axis, which may say anything where it has one element.
     """
-    count, width, item = len(lines), window.out[1], lines.itemsize
+    count, item = len(lines), lines.itemsize
     pixel, down = lines.shape[2] * item * window.strides[1], down * window.strides[0]
     joined = down == line * pixel
-    pixels = [(count - 1) * line + width] if joined else [line] * (count - 1) + [width]
+    pixels = [(count - 1) * line + tail] if joined else [line] * (count - 1) + [tail]
     for start, stop in pairwise(depths(taps)):
         yield [
             strided(lines, (many, stop - start), (pixel, item), i * down + start * item)
