@@ -14,6 +14,7 @@ from infera_server.models.repository import Entry
 from infera_server.pipelines.generator import Generator
 from infera_server.pipelines.response_cache import Cached
 from infera_server.pipelines.sequence_model import SequenceModel
+from infera_server.scheduling.goal import told
 from infera_server.scheduling.signature import Signature, Tensor
 from infera_server.settings import Settings
 
@@ -83,7 +84,7 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
     if front is not loaded.front:
         facts.append(("cache", "equal requests are answered once"))
     if model.measured:
-        times = "; ".join(f"batch {rows}: {seconds * 1e3:.3g} ms" for rows, seconds in model.measured.items())
+        times = "; ".join(f"batch {rows}: {told(seconds)}" for rows, seconds in model.measured.items())
         facts.append(("run times", times + at))
     if (goal := model.stats.goal) is not None:
         facts.append(("goal", goal.state))
