@@ -23,6 +23,10 @@ SHARE = 32768
 ROWS = 64
 """Queries of a block where those before see fewer keys."""
 
+FEWEST_QUERIES, MOST_KEYS = 16, 4
+"""Queries from which a block's scores lie key by key, and keys for each of them up to which. The largest score of each
+query is then found for several of them at a time, instead of by a loop for each."""
+
 Piece: TypeAlias = tuple[int | slice, ...]
 """An index into the leading axes and the rows of the scores."""
 
@@ -177,13 +181,15 @@ class _Operands(Record):
             heads = piece[: self.out.ndim - 2]
             count, shape = prod(out.shape[:-1]), out.shape[:-1]
             s = scores[: count * keys].reshape(*shape, keys)
+            if by_keys := self._lie_by_keys(shape[-1]):
+                s = s.reshape(*shape[:-1], keys, shape[-1]).swapaxes(-1, -2)
             high, low = top[:count].reshape(*shape, 1), total[:count].reshape(shape)
             gone = lost[:count].reshape(*shape, 1)
             if scale != 1:
                 t = queries[: count * depth].reshape(*shape, depth)
                 calls.append(call(np.multiply, q, factor, t))
                 q = t
-            calls.append((np.matmul, (q, self.kt[heads], s)))
+            calls.append((np.matmul, _transposed(self.kt[heads], q, s) if by_keys else (q, self.kt[heads], s)))
             if options.cap:
                 calls += [(np.tanh, (s, s)), (np.multiply, (s, cap, s))]
             if self.condition is not None:
@@ -203,3 +209,13 @@ class _Operands(Record):
             if options.zero:
                 calls.append(copy_where(out, zero, gone))
         return calls
+
+    def _lie_by_keys(self, queries: int) -> bool:
+        """Whether the scores of a block of so many queries do, rather than query by query as masks may."""
+        keys = self.kt.shape[-1]
+        few = queries < FEWEST_QUERIES or keys > MOST_KEYS * queries
+        return not few and self.condition is None and all(mask.strides[-2] == 0 for mask in self.masks)
+
+
+def _transposed(*operands: Array) -> tuple[Array, ...]:
+    return tuple([x.swapaxes(-1, -2) for x in operands])
