@@ -235,6 +235,22 @@ def test_convolution(conv: Conv, constant: bool, layout: Callable[[Array], Array
         assert_near(y, want, conv.bound if constant else DIRECT)
 
 
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("constant", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
+def test_the_result_may_lie_where_the_residual_does(conv: Conv, constant: bool, split: Split) -> None:
+    x, w, b, residual = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1], conv.y)))
+    want = np.maximum(reference(conv, x, w, b) + residual, 0)
+    y = residual.copy()
+    pack = packer(w) if constant else None
+    calls = conv2d(x, w, b, y, scratch, split, residual=y, pack=pack, activation=("relu",), **conv.window)
+    for _ in range(2):
+        y[...] = residual
+        run(calls)
+        assert np.isfinite(y).all()
+        assert np.abs(y - want).max() <= (conv.bound if constant else DIRECT) * max(1.0, np.abs(want).max())
+
+
 STRIDED = {"few-channels", "stem", "few-channels-unpadded"}
 
 

@@ -125,7 +125,10 @@ def _named(ops: Iterable[Op], name: str, domain: str = "") -> Op:
     return max((o for o in ops if (o.domain, o.name) == (domain, name)), key=lambda o: o.since)
 
 
-CONV = ChannelsLast(_named(conv.OPS, "FusedConv", "infera"), images=(0, 3))
+RESIDUAL = 3
+"""The input of a convolution that is added to its sums."""
+
+CONV = ChannelsLast(_named(conv.OPS, "FusedConv", "infera"), images=(0, RESIDUAL))
 BATCH_NORM = ChannelsLast(replace(_named(batchnorm.OPS, "BatchNormalization"), attrs={"epsilon": 1e-5}, expand=None))
 MAX, AVERAGE, GLOBAL_AVERAGE, GLOBAL_MAX = POOLS = tuple(
     ChannelsLast(_named(pool.OPS, name)) for name in ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
@@ -290,7 +293,12 @@ OPS: tuple[Op, ...] = (
         _CONV_CASES,
         {
             "cpu": Kernel(
-                _within(_bind_conv), _planar, border=_border(border_of), rows_out=_rows_out, strided_in=_strided_in
+                _within(_bind_conv),
+                _planar,
+                inplace=(RESIDUAL,),
+                border=_border(border_of),
+                rows_out=_rows_out,
+                strided_in=_strided_in,
             )
         }
         | {

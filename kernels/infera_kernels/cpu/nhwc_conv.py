@@ -67,8 +67,8 @@ def conv2d(
     x (N, H, W, C), w (O, C / group, KH, KW), b (O,) or None, y and residual (N, OH, OW, O), of one floating dtype.
     w and b are contiguous, the others contiguous or channel slices of contiguous arrays. Where `writes_rows` y may lie
     within a border, where `reads_strided` x may have any strides. `pads` are (before, after) of each axis and at least
-    0: where there are none, x may be larger than the windows reach. `pack` is given where w never changes and sums may
-    be taken in another order.
+    0: where there are none, x may be larger than the windows reach. The residual may be y itself. `pack` is given where
+    w never changes and sums may be taken in another order.
     """
     if not y.size:
         return []

@@ -68,7 +68,7 @@ def depthwise(
         first_of_all, finish = epilogue(activation, b, step * width, c, y, scratch)
         dense = loop != Loop(1, 1)
         room = None if columns else room_for(x, window, min(step, height), scratch, dense=dense)
-        sums = None if y.flags.c_contiguous else scratch((step * width, c), y.dtype)
+        sums = None if y.flags.c_contiguous and rest is None else scratch((step * width, c), y.dtype)
         halves = None if fold == 1 else scratch((step * width, fold * c), y.dtype)
 
         def calls() -> Iterator[Call]:

@@ -108,8 +108,8 @@ class Blocks:
     is made of them.
 
     Where y lies within a border they are computed aside, a line being a row of it, and the last pass writes them to
-    their places; so are lines that are longer than y's, of which the rest is left out. `before`: bias and residual are
-    there first (`begin`), and sums are added to them.
+    their places; so are lines that are longer than y's, of which the rest is left out, and what a residual, which may
+    lie where y does, is added to. `before`: bias and residual are there first (`begin`), and sums are added to them.
     """
 
     def __init__(
@@ -134,7 +134,8 @@ class Blocks:
         if before:
             once, self._begin = beginning(b, pixels, channels, scratch)
             self.once = [*self.once, *once]
-        self.flat = flat(y) if joined(y) and line <= y.shape[2] else None
+        ready = before or residual is None
+        self.flat = flat(y) if ready and joined(y) and line <= y.shape[2] else None
         self.aside = None if self.flat is not None else scratch((pixels, channels), y.dtype)
 
     def sums(self, first: int, last: int) -> Array:

@@ -43,6 +43,7 @@ def shifted(
         once, finish = epilogue(activation, b, step * width, o, y, scratch)
         rows = min(window.seen(0, min(step, height)), x.shape[1])
         room, sums = scratch((rows * x.shape[2], products_each), x.dtype), scratch((o, step, width), x.dtype)
+        aside = None if residual is None else scratch((step, width, o), x.dtype)
 
         def calls() -> Iterator[Call]:
             yield from once
@@ -59,8 +60,12 @@ def shifted(
                         shift = (top - low, -window.before[1])
                         for to, tap in _overlaps(total, planes, shift, window):
                             yield np.add, (to, tap, to)
-                    yield np.copyto, (block, total.transpose(1, 2, 0))
-                    yield from finish(flat(block), None if residual is None else flat(residual[i, row:end]))
+                    made = block if aside is None else aside[: end - row]
+                    yield np.copyto, (made, total.transpose(1, 2, 0))
+                    if residual is None:
+                        yield from finish(flat(block), None)
+                    else:
+                        yield from finish(made, residual[i, row:end], block)
 
         return calls()
 

@@ -174,8 +174,13 @@ def winograd(
                 for i, row, end, at in images(first, last, down):
                     image, rows_made = jobs[i], slice(row * tile, end * tile)
                     block = image.y[rows_made]
-                    yield from _scatter(made[:, :, at], block)
-                    yield from finish(block, None if image.residual is None else image.residual[rows_made])
+                    if image.residual is None:
+                        yield from _scatter(made[:, :, at], block)
+                        yield from finish(block, None)
+                    else:  # which may lie there
+                        aside = shaped(two, *block.shape)
+                        yield from _scatter(made[:, :, at], aside)
+                        yield from finish(aside, image.residual[rows_made], block)
 
         return calls()
 
