@@ -101,7 +101,7 @@ class _Slots:
         if border is None or value in site.node.inputs[1:]:
             return
         readers = self.readers[value]
-        bordered = [i] if readers == [i] else [j for j in readers if self.border(j) == border]
+        bordered = [i] if readers == [i] else [j for j in readers if self.border(j, value) == border]
         whole, inner = within(value, self.space, spec, border)
         if len(bordered) < len(readers) and not inner.is_contiguous:
             return
@@ -112,10 +112,11 @@ class _Slots:
         if spec.nbytes <= LARGE and self.offer(value, inner, None, all_read=True):
             self.around.update(dict.fromkeys(bordered, (whole, inner)))
 
-    def border(self, i: int) -> Border | None:
-        """The border that node i wants around input 0, which it reads as no other input."""
+    def border(self, i: int, value: str) -> Border | None:
+        """The border that node i wants around the value, which it reads as input 0 and no other."""
         kernel, site = self.choices[i].kernel, self.nodes[i].site
-        if kernel is None or kernel.border is None or site.node.inputs[0] in site.node.inputs[1:]:
+        first, *others = site.node.inputs
+        if kernel is None or kernel.border is None or first != value or value in others:
             return None
         return kernel.border(site)
 

@@ -69,3 +69,15 @@ def test_rows_that_see_no_key_are_zero(zero: Literal["nan", "unseen"]) -> None:
     assert lies_by_keys(calls, 20, 30)
     np.testing.assert_allclose(out[0], reference(q[:1], k[:1], v[:1], mask[:1], 0)[0], rtol=1e-5, atol=2e-6)
     np.testing.assert_array_equal(out[1], 0)
+
+
+def test_a_causal_mask_may_be_a_scalar() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, HEADS, 70, DEPTH)).astype(np.float32) for _ in range(3))
+    out = poisoned(q.shape)
+    mask = np.array(0.5, np.float32)
+    first, parts = cpu.causal(q, k.swapaxes(-1, -2), v, out, poisoned, cpu.Options(scale=0.3), before=0, masks=[mask])
+    for fn, args in [*first, *(call for part in parts for call in part)]:
+        fn(*args)
+    unseen = np.where(np.tri(70, dtype=bool), 0, -np.inf)
+    np.testing.assert_allclose(out, reference(q, k, v, unseen, 0), rtol=1e-5, atol=2e-6)

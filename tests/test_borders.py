@@ -204,6 +204,21 @@ def test_a_residual_is_read_without_a_border(monkeypatch: pytest.MonkeyPatch) ->
     check(text, {"x": numbers(1, 9, 11, 8)}, 0, monkeypatch)
 
 
+@pytest.mark.parametrize("channels", [16, 72])
+@pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 1, 2, 1)])
+def test_a_residual_of_a_convolution_that_reads_another_value_within_a_border(
+    channels: int, pads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both values could have the same border; only one of those who read the first would see it."""
+    shapes = weights(w=(channels, 4, 3, 3), u=(channels, channels, 3, 3), v=(channels, channels, 3, 3))
+    text = f"""f (float[1, 4, 9, 11] x) => (float[1, {channels}, 9, 11] z) <{shapes}> {{
+        a = Conv <pads = [1, 1, 1, 1]> (x, w) b = Relu(a)
+        c = Conv <pads = {list(pads)}> (b, u) d = Relu(c)
+        e = Conv <pads = {list(pads)}> (d, v) r = Add(e, b) z = Relu(r)
+    }}"""
+    check(text, {"x": numbers(1, 4, 9, 11)}, 1, monkeypatch)
+
+
 def test_a_joined_value_has_a_border(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that are rows of the image are written to their places as well; channels are joined by copying."""
     text = """

@@ -168,6 +168,7 @@ CONVS = (
     Conv("kernel-past-input", (1, 4, 5, 6), (8, 6, 7, 7), pads=((5, 2), (2, 5))),
     Conv("long-blocks", (1, 90, 70, 40), (8, 40, 5, 5), pads=same(2)),
     Conv("windows", (2, 7, 9, 72), (96, 72, 3, 3), pads=same(1), bound=WINOGRAD),
+    Conv("pointwise-padded", (2, 7, 9, 72), (96, 72, 1, 1), pads=((1, 0), (2, 1))),
     Conv("windows-unpadded", (2, 11, 13, 80), (67, 80, 2, 4)),
     Conv("windows-one-line", (2, 1, 50, 30), (70, 30, 1, 5), pads=((0, 0), (2, 2))),
     Conv("windows-one-channel", (1, 1, 3000, 1), (70, 1, 1, 400), strides=(1, 150)),

@@ -129,7 +129,7 @@ def _cut(mask: Array, rows: slice, keys: slice) -> Array:
     """A part of a mask that broadcasts to the scores."""
     if mask.ndim > 1 and mask.shape[-2] > 1:
         mask = mask[..., rows, :]
-    return mask if mask.shape[-1] == 1 else mask[..., keys]
+    return mask if mask.ndim == 0 or mask.shape[-1] == 1 else mask[..., keys]
 
 
 def _readable(x: Array, scratch: Scratch, first: list[Call]) -> Array:

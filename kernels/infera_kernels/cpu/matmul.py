@@ -60,9 +60,12 @@ matrix lie in one piece each, it has so many columns of them at most: what they 
 _FEWEST_COLUMNS = 16
 """Of a block where columns lie in one piece each: what they are multiplied with is read anew for each block."""
 
-_LONG, _TOGETHER = 1 << 12, 4
-"""Elements of columns in one piece each of which OpenBLAS' GEMV reads so many of all columns, then the next of all; and
-columns that are read from end to end at a time, as many pieces of memory as the processor sees coming."""
+_LONG = 1 << 12
+"""Elements of a column, where columns lie in one piece each: of longer ones OpenBLAS' GEMV reads so many of every column,
+then the next so many of every column."""
+
+_TOGETHER = 4
+"""Such columns that are read from end to end at a time: as many pieces of memory as the processor sees coming."""
 
 
 def matmul(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:

@@ -120,14 +120,14 @@ def border_of(
     size: Pair, w: Sequence[int], images: int, out: Pair, *, strides: Pair, pads: tuple[Pair, Pair], dilations: Pair,
     group: int,
 ) -> tuple[Pair, Pair] | None:  # fmt: skip
-    """The border, (before, after) of each axis, within which `conv2d` reads images of `size` (H, W) without a copy;
-    None where it reads them without or copies in any case."""
+    """The border, (before, after) of each axis, within which `conv2d` reads images of `size` (H, W) without a copy: the
+    padding, or more where it computes more than the output. None where it reads them without or copies in any case."""
     if not any(map(any, pads)) or _is_shifted(w, strides, group):
         return None
     if _is_depthwise(w, group):
         return whole_folds(size, w, out, strides=strides, pads=pads, dilations=dilations)
     window = Window(out, (w[2], w[3]), strides, dilations, (0, 0))
-    direct = group == 1 and inner() is not None and reads(w, window)
+    direct = group == 1 and window.kernel != (1, 1) and inner() is not None and reads(w, window)
     tile = tile_of(tuple(w), images, out, strides, dilations, group, direct=direct)
     if tile:
         return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)

@@ -108,8 +108,9 @@ class Blocks:
     is made of them.
 
     Where y lies within a border they are computed aside, a line being a row of it, and the last pass writes them to
-    their places; so are lines that are longer than y's, of which the rest is left out, and what a residual, which may
-    lie where y does, is added to. `before`: bias and residual are there first (`begin`), and sums are added to them.
+    their places. So are lines that are longer than y's, of which the rest is left out, and sums to which a residual is
+    added, since it may lie where y does. `before`: bias and residual are there first (`begin`), and sums are added to
+    them.
     """
 
     def __init__(
@@ -134,8 +135,8 @@ class Blocks:
         if before:
             once, self._begin = beginning(b, pixels, channels, scratch)
             self.once = [*self.once, *once]
-        ready = before or residual is None
-        self.flat = flat(y) if ready and joined(y) and line <= y.shape[2] else None
+        self._lying = flat(y) if joined(y) and line <= y.shape[2] else None
+        self.flat = self._lying if before or residual is None else None
         self.aside = None if self.flat is not None else scratch((pixels, channels), y.dtype)
 
     def sums(self, first: int, last: int) -> Array:
@@ -158,6 +159,9 @@ class Blocks:
         sums, rest = self.sums(first, last), self._of(self._last, first, last)
         if self.flat is not None:
             return self._finish(sums, rest)
+        if self._lying is not None:
+            at = slice(first * self.line, last * self.line)
+            return self._finish(sums[None], None if rest is None else rest[None], self._lying[None, at])
         rows = self._rows(sums)
         more = None if rest is None else rest.reshape(rows.shape, copy=False)
         return [

@@ -45,11 +45,10 @@ def pointwise(
     """
     o, c = y.shape[3], x.shape[3]
     height, width = y.shape[1:3]
-    count, dense = y.shape[0] * height * width, strides == (1, 1)
+    count, dense = y.shape[0] * height * width, strides == (1, 1) and x.shape[1:3] == y.shape[1:3]
+    line = 1 if dense and joined(y) else width
     fewest = -(-count // split.threads)
     by_address = loops if pack is not None and fewest > FEW_ROWS and gains(c, o) else None
-    aside = residual is not None and by_address is None
-    line = 1 if dense and joined(y) and not aside else width
     most = max(1, block_bytes() // (line * o * y.itemsize) if by_address is None else BLOCK_PIXELS // line)
     rows = min(most * line, fewest)
     weights = by_taps(w, group)[0, 0].transpose(1, 0, 2)[:, None]

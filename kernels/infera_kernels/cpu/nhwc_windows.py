@@ -21,7 +21,7 @@ from infera_kernels.cpu.packed import PANEL, added, depths, room
 from infera_kernels.cpu.strides import strided
 
 _REST = (0, 7, 7, 13)
-"""What OpenBLAS' loops take for the rows behind the last whole panel, in rows: as long for one as for two."""
+"""What 0 to 3 rows behind the last whole panel cost OpenBLAS' loops, as so many rows of whole panels do."""
 
 _ROW_NS, _PIECE_NS = 0.01, 150
 """What a row takes for each of its elements and columns of weights, and to lay out a piece of rows, about."""
@@ -124,8 +124,8 @@ def _ranges(lines: Array, taps: int, down: int, window: Window, line: int, tail:
     """The windows of lines (count, columns, C) as pieces for `added`, for each of the depths of `taps`.
 
     The image's lines lie `down` bytes apart. Those of its windows are one piece where they are one behind the other,
-    which `line` then is; else each is one, of whole panels but for the last, which has `tail` rows. No distance is
-    asked of an axis, which may say anything where it has one element.
+    which `line` then is; else each is one, of whole panels. The last line has `tail` rows in either case. No distance
+    is asked of an axis, which may say anything where it has one element.
     """
     count, item = len(lines), lines.itemsize
     pixel, down = lines.shape[2] * item * window.strides[1], down * window.strides[0]

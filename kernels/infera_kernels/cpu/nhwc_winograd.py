@@ -206,7 +206,7 @@ def _gather(x: Array, top: int, left: int, tile: int, seen: Array) -> list[Call]
     inside = slice(min(rows, max(0, -top)), max(0, min(rows, height - top)))
     outside = [seen[: inside.start], seen[max(inside.start, inside.stop) :]]
     found: list[Call] = []
-    for (first, last), group in groupby(range(size), lambda e: _within(width + left - e, left - e, tile, across)):
+    for (first, last), group in groupby(range(size), lambda e: _within(left - e, width + left - e, tile, across)):
         column, *others = group
         target = seen[inside, column : column + len(others) + 1]
         outside += [target[:, :, :first], target[:, :, last:]]
@@ -217,7 +217,7 @@ def _gather(x: Array, top: int, left: int, tile: int, seen: Array) -> list[Call]
     return [*((np.copyto, (part, zero)) for part in outside if part.size), *found]
 
 
-def _within(end: int, start: int, tile: int, across: int) -> Pair:
+def _within(start: int, end: int, tile: int, across: int) -> Pair:
     """[first, last) of `across` numbers whose multiples of `tile` lie in [start, end)."""
     first = min(across, max(0, -(-start // tile)))
     return first, max(first, min(across, -(-end // tile)))
