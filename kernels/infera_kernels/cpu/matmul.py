@@ -61,8 +61,8 @@ _FEWEST_COLUMNS = 16
 """Of a block where columns lie in one piece each: what they are multiplied with is read anew for each block."""
 
 _LONG = 1 << 12
-"""Elements of a column, where columns lie in one piece each: of longer ones OpenBLAS' GEMV reads so many of each column,
-then the next of each."""
+"""Elements of a column, where columns lie in one piece each: of longer ones OpenBLAS' GEMV reads so many of each, then
+the next so many of each."""
 
 _TOGETHER = 4
 """Such columns that are read from end to end at a time: as many pieces of memory as the processor sees coming."""
