@@ -117,9 +117,9 @@ class Target:
 
 
 _MEMORY = (
-    "Nearly all of it are products, whose weights come from memory anew each time. OpenBLAS' loops ask for them half a "
-    "kilobyte ahead, which is too late, and NumPy has nothing that fetches memory while it computes: the faster a "
-    "processor is beside its memory, the more this counts."
+    "Nearly all of it are products, whose weights come from memory anew each time. OpenBLAS' loops wait for them, and "
+    "NumPy has nothing that fetches memory while it computes: the faster a processor is beside its memory, the more "
+    "this counts."
 )
 _FIRST = (
     "Planning and binding are Python, a fraction of a millisecond a node: what is left of it on models of a few "

@@ -252,6 +252,28 @@ def test_the_result_may_lie_where_the_residual_does(conv: Conv, constant: bool, 
         assert np.abs(y - want).max() <= (conv.bound if constant else DIRECT) * max(1.0, np.abs(want).max())
 
 
+@pytest.mark.parametrize(("channels", "group"), [(24, 1), (128, 2)])
+def test_a_residual_keeps_nothing_of_one_row_together(channels: int, group: int) -> None:
+    """Images of one row are cut into parts and blocks of pixels all the same."""
+    parts: list[int] = []
+
+    def parallel(given: Sequence[Iterable[Call]]) -> list[Call]:
+        parts.append(len(given))
+        return one_after_the_other(given)
+
+    asked: list[int] = []
+
+    def recorded(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        asked.append(math.prod(shape))
+        return scratch(shape, dtype)
+
+    conv = Conv("", (1, 1, 40000, channels), (channels, channels // group, 1, 1), group=group)
+    x, w, y = random(0, *conv.x), random(1, *conv.w), scratch(conv.y)
+    conv2d(x, w, None, y, recorded, Split(2, parallel), residual=random(2, *conv.y), pack=packer(w), **conv.window)
+    assert parts == [2]
+    assert max(asked) < y.size / 4
+
+
 STRIDED = {"few-channels", "stem", "few-channels-unpadded"}
 
 
