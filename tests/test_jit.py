@@ -22,7 +22,6 @@ from infera_gpu.devices import open_device
 from infera_gpu.errors import DeviceError
 from infera_kernels import jit
 from infera_kernels.calls import Call, Split
-from infera_kernels.cpu import packed
 from infera_kernels.cpu.conv import conv2d as channels_first
 from tests.text import parse
 
@@ -74,6 +73,28 @@ def test_product(m: int, n: int, k: int) -> None:
         assert np.isnan(np.delete(wide, range(4, n + 4), axis=1)).all(), "written beside the product"
 
 
+@pytest.mark.parametrize("m", [TILE.rows + 1, 132, 300])
+@pytest.mark.parametrize("n", [TILE.lanes - 3, 3 * TILE.columns - 5])
+def test_product_in_ranges_of_many_rows_of_the_weight(m: int, n: int) -> None:
+    """All columns are multiplied with one range before the next, and clamped once they are complete."""
+    a, w, b = normal(m, 2500), normal(2500, n, seed=1), normal(n, seed=2)
+    a[m // 2, 2000] = np.nan
+    y = poisoned((m, n))
+    run(backwards(gemm.product(a, gemm.pack(w), gemm.pack_bias(b), y, low=-0.5, high=20.0)))
+    want = np.clip(a.astype(np.float64) @ w + b, -0.5, 20)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-6 * np.nanmax(np.abs(a) @ np.abs(w)))
+
+
+def test_products_of_several_images_have_a_weight_each() -> None:
+    x, w = normal(5, 150, 600), normal(5, 600, 2 * TILE.columns + 3, seed=1)
+    y = poisoned((5, 3, 50, w.shape[2]))
+    call, args = gemm.multiply(
+        x, gemm.pack_each(list(w)), None, y, steps=(x.strides[0], 50 * x.strides[1], x.strides[1]), run=600
+    )
+    call(*args)
+    np.testing.assert_allclose(y.reshape(5, 150, -1), x.astype(np.float64) @ w, rtol=0, atol=2e-3)
+
+
 def test_product_with_narrow_weights() -> None:
     a, w = normal(19, 100), np.random.default_rng(1).integers(-128, 128, (100, 3 * TILE.columns - 5), np.int8)
     y = np.empty((19, w.shape[1]), np.float32)
@@ -94,6 +115,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "stem": ((1, 31, 33, 3), (8, 3, 7, 7), {"strides": (2, 2), "pads": ((3, 3), (3, 3))}),
     "uneven": ((3, 8, 7, 4), (40, 4, 3, 2), {"strides": (2, 3), "pads": ((1, 0), (0, 2))}),
     "dilated": ((1, 12, 12, 6), (9, 6, 3, 3), {"pads": ((2, 2), (3, 3)), "dilations": (2, 3)}),
+    "many-taps": ((1, 20, 21, 24), (40, 24, 5, 5), {"pads": ((4, 4), (4, 4)), "dilations": (2, 2)}),
     "grouped": ((2, 9, 8, 6), (9, 2, 3, 3), {"group": 3, "pads": ((1, 1), (1, 1))}),
     "pointwise": ((2, 5, 7, 5), (4, 5, 1, 1), {}),
     "pointwise-strided": ((2, 5, 6, 5), (4, 5, 1, 1), {"strides": (2, 3)}),
@@ -268,11 +290,10 @@ g (float[N, 640] x) => (float[N, 512] y) <float[640, 512] w, float[512] b> {
 }"""
 
 
-@pytest.mark.parametrize(("rows", "panels"), [(1, 0), (2, 1), (3, 1), (packed.MOST_ROWS + 1, 0)])
-def test_large_weights_are_laid_out_where_that_is_faster(
+@pytest.mark.parametrize(("rows", "panels"), [(1, 0), (2, 1), (700, 1)])
+def test_large_weights_are_packed_unless_one_row_reads_them(
     rows: int, panels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row reads them once, however they lie, and beside many BLAS lays them out in every call."""
     made = list[Array]()
 
     def pack(w: Array, real: Any = gemm.pack) -> Array:
@@ -280,8 +301,6 @@ def test_large_weights_are_laid_out_where_that_is_faster(
         return np.asarray(real(w))
 
     monkeypatch.setattr(gemm, "pack", pack)
-    if packed.inner() is None:
-        panels = int(rows > 1)
     model, w = parse(LARGE), normal(640, 512) / 25
     model.graph.initializer.append(from_array(w, "w"))
     model.graph.initializer.append(from_array(normal(512), "b"))

@@ -15,9 +15,8 @@ import numpy as np
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
 from infera_gpu.ops._families import split_of
 from infera_gpu.spec import Array
-from infera_kernels.cpu import packed
 from infera_kernels.cpu.elementwise import contiguous
-from infera_kernels.cpu.matmul import FEW_ROWS, WEIGHT_BYTES
+from infera_kernels.cpu.matmul import WEIGHT_BYTES
 from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit.codes import CODES
 
@@ -110,7 +109,7 @@ def product(
 ) -> Kernels:
     """activation(alpha A' @ B' + bias) + residual: a bias for each column, a residual of the output's shape.
 
-    A constant matrix B is packed once, or left to `multiply` where that is as fast; other products are `multiply`'s.
+    A constant matrix B is packed once, unless a single row reads it; other products are `multiply`'s.
     """
 
     def fits(site: Site) -> bool:
@@ -127,16 +126,7 @@ def product(
 
         y = io.outs[0].reshape(-1, io.outs[0].shape[-1])
         activation, bias = name(site), vector(site, io, 2)
-        added = None if activation or not site.has(3) else io.ins[3]
-        if _packs(site) and _suits_blas(site):
-            if packed.loops_for(io.outs[0], site.spec(0).dims[-1]) is None:
-                calls = multiply(site, io)
-            else:  # which add to what is there
-                calls = multiply(site, io, bias=bias, residual=added)
-                if not activation:
-                    return calls
-                bias = None
-        elif _packs(site):
+        if _packs(site) and not _is_read_once(site):
             low = 0.0 if activation == "relu" and (bias is None or site.value(2) is not None) else -np.inf
             folded = None if bias is None or site.value(2) is None else bias
             calls = _packed(site, io, y, folded is not None, low)
@@ -168,16 +158,13 @@ def _packs(site: Site) -> bool:
 
 
 LEAST_WEIGHTS = 1 << 18
-"""Elements of a matrix from which on OpenBLAS' loops are faster than these, where its calls no longer show."""
+"""Elements of a matrix that a single row is multiplied with from which on it is left as it lies."""
 
 
-def _suits_blas(site: Site) -> bool:
-    """Whether a large constant matrix B is laid out for BLAS, or read as it lies, rather than packed: beside a single
-    row, which reads it once in any layout, and beside more than BLAS has slow calls for."""
+def _is_read_once(site: Site) -> bool:
+    """Whether a constant matrix B is large and beside a single row, which BLAS reads once in any layout."""
     (y,) = site.outs
-    count = y.size // y.dims[-1]
-    known = count > FEW_ROWS and packed.inner() is not None
-    return site.spec(1).size >= LEAST_WEIGHTS and (count == 1 or known)
+    return site.spec(1).size >= LEAST_WEIGHTS and y.size == y.dims[-1]
 
 
 def _packed(site: Site, io: Buffers, y: Array, with_bias: bool, low: float) -> list[Call]:
@@ -230,14 +217,11 @@ FULL, LARGE, LINE = 0.8, 28, 8
 
 
 def _suits_numpy(site: Site) -> bool:
-    """Whether NumPy's kernels are faster: where vectors are largely empty, lines are short, weights are many and laid
-    out for BLAS, or channels are no whole vectors, which the tiles of Winograd's convolution need here and not
-    there."""
+    """Whether NumPy's kernels are faster: where vectors are largely empty, lines are short, or channels are no whole
+    vectors, which the tiles of Winograd's convolution need here and not there."""
     outputs, inputs, *kernel = site.spec(1).dims
     if int(site.attrs["group"]) > 1:
         return inputs == 1 and outputs < LANES
-    if site.spec(1).size >= LEAST_WEIGHTS and packed.inner() is not None:
-        return True
     if math.prod(kernel) == 1:
         return outputs < FULL * PANEL * -(-outputs // PANEL)
     if outputs < LANES // 2 or (kernel[-1] > 1 and site.outs[0].dims[-2] < LINE):

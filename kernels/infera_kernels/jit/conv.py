@@ -16,8 +16,7 @@ from infera_kernels.cpu.nhwc_border import joined, whole_tiles
 from infera_kernels.cpu.parts import spans, worth
 from infera_kernels.jit import windows, winograd
 from infera_kernels.jit.epilogue import finish
-from infera_kernels.jit.gemm import multiply, pack_bias
-from infera_kernels.jit.gemm import pack as pack_matrix
+from infera_kernels.jit.gemm import multiply, pack_bias, pack_each
 from infera_kernels.jit.windows import Pair
 
 SLAB_BYTES = 1 << 19
@@ -130,7 +129,7 @@ class _Convolution:
     def pack(self, w: Array) -> Array:
         """(O, C / group, KH, KW) -> (group, panels, KH * KW * C / group, COLUMNS)"""
         matrices = w.reshape(self.group, -1, *w.shape[1:]).transpose(0, 3, 4, 2, 1)
-        return np.stack([pack_matrix(m.reshape(-1, m.shape[-1])) for m in matrices])
+        return pack_each([m.reshape(-1, m.shape[-1]) for m in matrices])
 
     def pack_bias(self, b: Array) -> Array:
         return np.stack([pack_bias(part) for part in b.reshape(self.group, -1)])

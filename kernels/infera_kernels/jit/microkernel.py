@@ -45,6 +45,7 @@ TILE = _tile()
 F32, I64, _I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 VECTOR = ir.VectorType(F32, TILE.lanes)
 _FIRST = ir.Constant(ir.VectorType(_I32, TILE.lanes), [0] * TILE.lanes)
+_MASK = ir.VectorType(ir.IntType(1), TILE.lanes)
 
 
 def address_of(builder: Any, address: Any, nbytes: int, kind: Any) -> Any:
@@ -101,16 +102,21 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 @intrinsic
 def multiply_tile(
     context: Any, rows: Any, packed: Any, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any, bias: Any,
-    c: Any, ldc: Any, columns: Any, low: Any, high: Any,
+    c: Any, ldc: Any, columns: Any, adds: Any, low: Any, high: Any, ahead: Any, apart: Any,
 ) -> Any:  # fmt: skip
     """One tile of 1 to TILE.rows rows; addresses, strides and offsets in bytes:
 
-    c[r, :columns] = clamp(bias + sum over t < taps, k < run of a[r, offsets[t] + k] * b[t * run + k], low, high), where
-    row r of `a` lies at a + r * lda, `b` is one panel (taps * run, TILE.columns) and `bias` has TILE.columns values. Up
-    to TILE.lanes columns take one vector a row. The panel has the type of the array `packed`: float32, or int8 that
-    becomes float32 in registers.
+    c[r, :columns] = clamp(start + sum over t < taps, k < run of a[r, offsets[t] + k] * b[t * run + k], low, high),
+    where row r of `a` lies at a + r * lda, `b` is one panel (taps * run, TILE.columns) and `start` is what is there
+    where it `adds`, else `bias`, of TILE.columns values. Up to TILE.lanes columns take one vector a row. The panel has
+    the type of the array `packed`: float32, or int8 that becomes float32 in registers.
+
+    Meanwhile memory from `ahead` on, which need not exist, comes to the second-level cache: with each row of the panel
+    the line `apart` bytes behind the last. Processors that see long runs of reads coming do not see past the many
+    products with a piece of a weight to its next piece.
     """
-    signature = types.void(types.intp, packed, *(types.intp,) * 10, types.float32, types.float32)
+    address = types.intp
+    signature = types.void(address, packed, *(address,) * 11, types.float32, types.float32, address, address)
     narrow_weights = packed.dtype == types.int8
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -125,23 +131,27 @@ def multiply_tile(
 
 def _tile_of(
     builder: Any, rows: int, vectors: int, narrow: bool, a: Any, lda: Any, offsets: Any, taps: Any, run: Any, b: Any,
-    bias: Any, c: Any, ldc: Any, columns: Any, low: Any, high: Any,
+    bias: Any, c: Any, ldc: Any, columns: Any, adds: Any, low: Any, high: Any, ahead: Any, apart: Any,
 ) -> None:  # fmt: skip
     """Emits `multiply_tile` for one size of tiles."""
     width = TILE.lanes * 4
     sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(rows)]
+    targets = _lines(builder, c, ldc, rows)
+    add = builder.icmp_signed("!=", adds, ir.Constant(I64, 0))
     for v in range(vectors):
-        start = load(builder, bias, v * width)
+        start = builder.select(add, ir.Constant(VECTOR, None), load(builder, bias, v * width))
         for r in range(rows):
             builder.store(start, sums[r][v])
-    panel = cgutils.alloca_once_value(builder, b)
+            _prefetch(builder, builder.add(targets[r], ir.Constant(I64, v * width)), FIRST_LEVEL)
+    panel, asked = cgutils.alloca_once_value(builder, b), cgutils.alloca_once_value(builder, ahead)
     with cgutils.for_range(builder, taps) as tap:
         where = builder.add(offsets, builder.mul(tap.index, ir.Constant(I64, 8)))
         shift = builder.load(builder.inttoptr(where, I64.as_pointer()))
         left = cgutils.alloca_once(builder, I64)
         builder.store(builder.add(a, shift), left)
         with cgutils.for_range(builder, run):
-            source, line = builder.load(left), builder.load(panel)
+            source, line, wanted = builder.load(left), builder.load(panel), builder.load(asked)
+            _prefetch(builder, wanted, SECOND_LEVEL)
             read = _load_bytes if narrow else load
             weights = [read(builder, line, v * (width // 4 if narrow else width)) for v in range(vectors)]
             for r in range(rows):
@@ -151,9 +161,57 @@ def _tile_of(
                     builder.store(multiply_add(builder, value, weights[v], builder.load(sums[r][v])), sums[r][v])
             builder.store(builder.add(source, ir.Constant(I64, 4)), left)
             builder.store(builder.add(line, ir.Constant(I64, TILE.columns * (1 if narrow else 4))), panel)
-    least, most = spread(builder, low), spread(builder, high)
-    made = [[clamp(builder, builder.load(s), least, most) for s in line] for line in sums]
-    store_columns(builder, made, [builder.add(c, builder.mul(ldc, ir.Constant(I64, r))) for r in range(rows)], columns)
+            builder.store(builder.add(wanted, apart), asked)
+    with builder.if_then(add):
+        add_columns(builder, sums, targets, columns)
+    with builder.if_then(_bounded(builder, low, high)):
+        least, most = spread(builder, low), spread(builder, high)
+        for held in (s for line in sums for s in line):
+            builder.store(clamp(builder, builder.load(held), least, most), held)
+    store_columns(builder, [[builder.load(s) for s in line] for line in sums], targets, columns)
+
+
+def _bounded(builder: Any, low: Any, high: Any) -> Any:
+    """Whether there is a bound."""
+    below = builder.fcmp_ordered(">", low, ir.Constant(F32, float("-inf")))
+    return builder.or_(below, builder.fcmp_ordered("<", high, ir.Constant(F32, float("inf"))))
+
+
+def _lines(builder: Any, address: Any, stride: Any, rows: int) -> list[Any]:
+    return [builder.add(address, builder.mul(stride, ir.Constant(I64, r))) for r in range(rows)]
+
+
+SECOND_LEVEL, FIRST_LEVEL = 2, 3
+"""Caches, as LLVM's prefetch calls them."""
+
+
+def _prefetch(builder: Any, address: Any, level: int) -> None:
+    """Asks for the line at an address, which need not exist, to be in a cache."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *(_I32,) * 3])
+    reading, near, data = (ir.Constant(_I32, v) for v in (0, level, 1))
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(prefetch, [builder.inttoptr(address, ir.IntType(8).as_pointer()), reading, near, data])
+
+
+def add_columns(builder: Any, held: Any, lines: Any, columns: Any) -> None:
+    """To lines of allocated vectors the first `columns` values, all where there are more, at these addresses."""
+
+    def add(place: Any, value: Any) -> None:
+        builder.store(builder.fadd(builder.load(place), value), place)
+
+    whole = builder.icmp_signed(">=", columns, ir.Constant(I64, len(held[0]) * TILE.lanes))
+    with builder.if_else(whole) as (full, partial):
+        with full:
+            for vectors, line in zip(held, lines, strict=True):
+                for v, place in enumerate(vectors):
+                    add(place, load(builder, line, v * TILE.lanes * 4))
+        with partial:
+            kind = ir.FunctionType(VECTOR, [VECTOR.as_pointer(), _I32, _MASK, VECTOR])
+            read = cgutils.get_or_insert_function(builder.module, kind, _masked("load"))
+            for v, mask in enumerate(_masks(builder, len(held[0]), columns)):
+                for vectors, line in zip(held, lines, strict=True):
+                    source = address_of(builder, line, v * TILE.lanes * 4, VECTOR)
+                    add(vectors[v], builder.call(read, [source, ir.Constant(_I32, 4), mask, ir.Constant(VECTOR, None)]))
 
 
 def store_columns(builder: Any, made: Any, lines: Any, columns: Any) -> None:
@@ -170,13 +228,21 @@ def store_columns(builder: Any, made: Any, lines: Any, columns: Any) -> None:
 
 def _store_some(builder: Any, made: Any, lines: Any, columns: Any) -> None:
     """The first `columns` values of every line."""
-    lanes = TILE.lanes
-    mask_type, counts = ir.VectorType(ir.IntType(1), lanes), ir.VectorType(I64, lanes)
-    store_type = ir.FunctionType(ir.VoidType(), [VECTOR, VECTOR.as_pointer(), _I32, mask_type])
-    store = cgutils.get_or_insert_function(builder.module, store_type, f"llvm.masked.store.v{lanes}f32.p0v{lanes}f32")
-    limit = spread(builder, columns, counts)
-    for v in range(len(made[0])):
-        mask = builder.icmp_signed("<", ir.Constant(counts, [v * lanes + i for i in range(lanes)]), limit)
+    kind = ir.FunctionType(ir.VoidType(), [VECTOR, VECTOR.as_pointer(), _I32, _MASK])
+    store = cgutils.get_or_insert_function(builder.module, kind, _masked("store"))
+    for v, mask in enumerate(_masks(builder, len(made[0]), columns)):
         for values, line in zip(made, lines, strict=True):
-            target = address_of(builder, line, v * lanes * 4, VECTOR)
+            target = address_of(builder, line, v * TILE.lanes * 4, VECTOR)
             builder.call(store, [values[v], target, ir.Constant(_I32, 4), mask])
+
+
+def _masks(builder: Any, vectors: int, columns: Any) -> list[Any]:
+    """Of each vector of a line, which lanes lie in the first `columns`."""
+    counts = ir.VectorType(I64, TILE.lanes)
+    limit = spread(builder, columns, counts)
+    places = (ir.Constant(counts, [v * TILE.lanes + i for i in range(TILE.lanes)]) for v in range(vectors))
+    return [builder.icmp_signed("<", place, limit) for place in places]
+
+
+def _masked(what: str) -> str:
+    return f"llvm.masked.{what}.v{TILE.lanes}f32.p0v{TILE.lanes}f32"

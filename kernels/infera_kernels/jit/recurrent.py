@@ -15,7 +15,7 @@ from infera_kernels.calls import Array, Call, Pack, Scratch
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.jit import gemm
 from infera_kernels.jit.compiling import bound, compiled
-from infera_kernels.jit.functions import sigmoid, tanh
+from infera_kernels.jit.functions import F, sigmoid, tanh
 from infera_kernels.jit.microkernel import TILE, multiply_tile
 
 ROWS, COLUMNS = TILE.rows, TILE.columns
@@ -33,9 +33,8 @@ def _multiply(x: Any, offsets: Any, packed: Any, bias: Any, y: Any) -> None:
         for begin in range(0, rows, ROWS):
             multiply_tile(
                 min(ROWS, rows - begin), packed, x.ctypes.data + begin * x.strides[0], x.strides[0],
-                offsets.ctypes.data, 1, k, weights, terms,
-                y.ctypes.data + begin * y.strides[0] + p * COLUMNS * 4, y.strides[0], y.shape[1] - p * COLUMNS,
-                np.float32(-np.inf), np.float32(np.inf),
+                offsets.ctypes.data, 1, k, weights, terms, y.ctypes.data + begin * y.strides[0] + p * COLUMNS * 4,
+                y.strides[0], y.shape[1] - p * COLUMNS, 0, F(-np.inf), F(np.inf), weights, 0,
             )  # fmt: skip
 
 

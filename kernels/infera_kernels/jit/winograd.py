@@ -18,8 +18,7 @@ from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.conv_winograd import transforms
 from infera_kernels.jit.compiling import bound_by_address, compiled
 from infera_kernels.jit.functions import F
-from infera_kernels.jit.gemm import multiply
-from infera_kernels.jit.gemm import pack as pack_matrix
+from infera_kernels.jit.gemm import multiply, pack_each
 from infera_kernels.jit.microkernel import I64, TILE, VECTOR, address_of, clamp, load, multiply_add, spread
 
 OUT, SIZE = 4, 6
@@ -168,7 +167,7 @@ def pack(w: Array) -> Array:
     """(O, C, 3, 3) -> (36, panels, C, COLUMNS): G w G^T in float64, rounded once, packed."""
     taps = transforms(OUT)[1]
     wide = np.kron(taps, taps) @ w.astype(np.float64).reshape(*w.shape[:2], 9).reshape(-1, 9).T
-    return np.stack([pack_matrix(part.reshape(w.shape[:2]).T) for part in wide])
+    return pack_each([part.reshape(w.shape[:2]).T for part in wide])
 
 
 def extent(out: int) -> int:
