@@ -142,7 +142,10 @@ def _tile_of(
         start = builder.select(add, ir.Constant(VECTOR, None), load(builder, bias, v * width))
         for r in range(rows):
             builder.store(start, sums[r][v])
-            _prefetch(builder, builder.add(targets[r], ir.Constant(I64, v * width)), FIRST_LEVEL)
+    with builder.if_then(add):
+        for target in targets:
+            for v in range(vectors):
+                _prefetch(builder, builder.add(target, ir.Constant(I64, v * width)), FIRST_LEVEL)
     panel, asked = cgutils.alloca_once_value(builder, b), cgutils.alloca_once_value(builder, ahead)
     with cgutils.for_range(builder, taps) as tap:
         where = builder.add(offsets, builder.mul(tap.index, ir.Constant(I64, 8)))
