@@ -31,20 +31,21 @@ ones are read: products are added to what is there, but all that is read for the
 
 
 def _multiply(
-    x: Any, image: int, line: int, pixel: int, offsets: Any, group: int, run: int, pieces: int, packed: Any, bias: Any,
-    y: Any, lines: int, first: int, last: int, cols: int, chunk: int, together: int, deep: bool, low: Any, high: Any,
+    x: Any, image: int, line: int, pixel: int, offsets: Any, group: int, run: int, packed: Any, bias: Any,
+    y: Any, lines: int, first: int, last: int, cols: int, chunk: int, together: int, deep: int, low: Any, high: Any,
 ) -> None:  # fmt: skip
     """y (images, lines, cols, N) at lines [first, last) of all images' lines.
 
     Output pixel (n, i, j) reads x from n * image + i * line + j * pixel on, in bytes. Blocks are `together` lines of
-    `chunk` pixels, whose products with rows of a panel at a time, those of `group` taps or of one of the `pieces` of a
-    run, are added up: panel by panel, or if `deep` range of rows by range of rows.
+    `chunk` pixels, whose products with rows of a panel at a time, those of `group` taps or a piece of a run, are added
+    up: panel by panel, or if `deep` range of rows by range of rows.
     """
     a, c = x.ctypes.data, y.ctypes.data
     b, starts, shifts = packed.ctypes.data, bias.ctypes.data, offsets.ctypes.data
     panels, panel, n = packed.shape[1], packed.strides[1], y.shape[3]
     another = packed.strides[0] if packed.shape[0] > 1 else 0
     taps, line_bytes, least, most = offsets.size, COLUMNS * packed.itemsize, F(-np.inf), F(np.inf)
+    pieces = (run + DEPTH - 1) // DEPTH
     blocks = (taps + group - 1) // group * pieces
     for begin in range(first, last, together):
         end = min(begin + together, last)
@@ -60,7 +61,9 @@ def _multiply(
                 skipped = run * piece // pieces
                 several, depth = min(group, taps - tap), run * (piece + 1) // pieces - skipped
                 here, size = p * panel + (tap * run + skipped) * line_bytes, several * depth * line_bytes
-                following = here + (panel if deep and p + 1 < panels else size)
+                following = here + size
+                if deep:
+                    following = here + panel if p + 1 < panels else following - p * panel
                 before, after = (least, most) if block + 1 < blocks else (low, high)
                 for at in range(begin, end):
                     source = a + (at // lines) * image + (at % lines) * line + left * pixel + skipped * 4
@@ -151,10 +154,10 @@ def multiply(
     packed = packed.reshape(-1, *packed.shape[-3:])
     if len(packed) > 1:
         together = _even(lines, together, 1)
-    deep = together * chunk * window > DEEP_BYTES
+    deep = int(together * chunk * window > DEEP_BYTES)
     x = x[(None,) * (4 - x.ndim)]
     return bound_by_address(
-        _MULTIPLY[packed.dtype], x, *steps, np.array(offsets, np.int64), group, run, -(-run // DEPTH), packed, bias, y,
+        _MULTIPLY[packed.dtype], x, *steps, np.array(offsets, np.int64), group, run, packed, bias, y,
         lines, first, last, cols, chunk, together, deep, F(low), F(high),
     )  # fmt: skip
 
