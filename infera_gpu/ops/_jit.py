@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.op import Bind, Buffers, Call, Kernel, Site
-from infera_gpu.ops._families import split_of
+from infera_gpu.ops._families import ZERO, split_of
 from infera_gpu.spec import Array
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.cpu.matmul import WEIGHT_BYTES
@@ -245,3 +245,26 @@ def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
         lambda site: len(site.outs) == 1 and site.spec(0).ndim in (3, 4),
         pays=lambda site: site.spec(0).dims[-1] >= PANEL,
     )
+
+
+SCORE_NS = 0.4
+"""What a score takes from one product to the next, about."""
+
+Operands = Callable[[Site, Buffers], tuple[tuple[Array, ...], list[Array], Array | None]]
+"""Queries, transposed keys, values and the result of an attention; its masks; a condition."""
+
+
+def attention(operands: Operands, supports: Callable[[Site], bool], pays: Callable[[Site], bool]) -> Kernels:
+    """Scaled dot-product attention, without a condition."""
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.jit.attention import attention
+
+        (q, kt, v, out), masks, _ = operands(site, io)
+        scores = out.size // out.shape[-1] * kt.shape[-1]
+        parts = worth(scores * (PRODUCT_NS * (q.shape[-1] + out.shape[-1]) + SCORE_NS), split_of(io)).threads
+        scale, zero = float(site.attrs["scale"]), ZERO[site.attrs["guarded"]]
+        first, spread = attention(q, kt, v, out, io.scratch, scale=scale, zero=zero, masks=masks, parts=parts)
+        return [*first, *io.parallel(spread)]
+
+    return {"jit": Kernel(bind, supports, strided=True, pays=pays)}

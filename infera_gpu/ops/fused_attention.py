@@ -8,6 +8,7 @@ import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.op import Buffers, Call, Case, Cases, Expansion, Kernel, Op, Site, f32
+from infera_gpu.ops import _jit
 from infera_gpu.ops._families import ZERO, i64, plain, reshapes_to, uniform
 from infera_gpu.ops._later import Kinds
 from infera_gpu.spec import Array, TensorSpec, broadcast_shape
@@ -155,7 +156,8 @@ def _apart(x: Array, heads: int, repeats: int, rows: int) -> Array:
     return x.reshape(*x.shape[:-3], *split, *kept, copy=False)
 
 
-def _bind(site: Site, io: Buffers) -> list[Call]:
+def _operands(site: Site, io: Buffers) -> tuple[tuple[Array, ...], list[Array], Array | None]:
+    """(queries, transposed keys, values, result), masks and condition as the CPU's kernels take them: views."""
     attrs, (q, kt, v), out = site.attrs, io.ins[:3], io.outs[0]
     masks, condition = [io.ins[i] for i in (3, 5) if site.has(i)], io.ins[4] if site.has(4) else None
     if attrs["swap_keys"]:
@@ -169,11 +171,13 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
         condition = None if condition is None else _apart(condition, heads, repeats, rows)
         if rows > 1:
             kt, v = kt[:, :, None], v[:, :, None]
+    return (q, kt, v, out), masks, condition
+
+
+def _bind(site: Site, io: Buffers) -> list[Call]:
+    attrs, (operands, masks, condition) = site.attrs, _operands(site, io)
     first, parts = cpu.attention(
-        q,
-        kt,
-        v,
-        out,
+        *operands,
         io.scratch,
         cpu.Options(
             scale=attrs["scale"],
@@ -227,6 +231,21 @@ def _compute(
 def _supported(site: Site) -> bool:
     floats = [s for i, s in enumerate(site.ins[:6]) if s is not None and i != 4]
     return all(s.dtype in (np.float32, np.float64) for s in floats) and all(s.size for s in (*floats, *site.outs))
+
+
+def _compiles(site: Site) -> bool:
+    """Whether the compiled kernel has what attributes and inputs ask for."""
+    floats = all(s.dtype == np.float32 for s in site.ins[:6] if s is not None)
+    return floats and _supported(site) and not site.has(4) and not site.attrs["cap"] and site.outs[0].ndim <= 5
+
+
+FEWEST_QUERIES, MOST_KEYS = 16, 32
+"""Queries from which packing the keys and values that they share pays, and keys for each of them up to which."""
+
+
+def _shares_keys(site: Site) -> bool:
+    queries = site.spec(0).dims[-2] * (_repeats(site) or 1)
+    return queries >= FEWEST_QUERIES or site.spec(2).dims[-2] <= MOST_KEYS * queries
 
 
 def _repeated(rows: int, mask: TensorSpec) -> tuple[Any, ...]:
@@ -293,7 +312,10 @@ _FUSED = Op(
     compute=plain(_compute),
     expand=_parts,
     kernels=Kinds(
-        {"cpu": Kernel(bind=_bind, supports=_supported, strided=True)},
+        {
+            **_jit.attention(_operands, _compiles, _shares_keys),
+            "cpu": Kernel(bind=_bind, supports=_supported, strided=True),
+        },
         "_triton_attention",
         lambda gpu: gpu.fused(_repeats),
     ),

@@ -17,15 +17,15 @@ from numba.extending import intrinsic
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.elementwise import copy
 from infera_kernels.cpu.parts import spans
-from infera_kernels.jit.compiling import bound_by_address, compiled, inlined
+from infera_kernels.jit.compiling import bound_by_address, compiled, inlined, widest_vectors
 from infera_kernels.jit.functions import F, exp
 from infera_kernels.jit.microkernel import F32, I64, TILE, VECTOR, add_columns, address_of, load, multiply_tile, spread
 from infera_kernels.jit.rows import FLAT_BELOW
 
 LANES, ROWS, COLUMNS = TILE.lanes, TILE.rows, TILE.columns
 
-BLOCK = 1 << 15
-"""Scores of a block, about: 128 KB, a part of the second-level cache."""
+BLOCK = 1 << 14
+"""Scores of a block, about: 64 KB, which leaves room for panels in the second-level cache."""
 
 AXES = 3
 """Leading axes of operands: batch, heads of keys, and the heads of queries that each of them serves, for one."""
@@ -191,6 +191,7 @@ def _multiply(
 @compiled
 def _weigh(row: Any, top: Any) -> Any:
     """row = softmax(row), whose largest value is `top`; the sum of its powers."""
+    widest_vectors()
     total = F(0)
     for c in range(row.size):
         below = row[c] - top

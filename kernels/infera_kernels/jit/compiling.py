@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba import types
+from numba.extending import intrinsic
 
 from infera_kernels.calls import Call
 from infera_kernels.disk import default_directory
@@ -61,6 +63,18 @@ def inlined(function: Function) -> Function:
     """`function` as a part of the compiled functions that call it."""
     made: Function = numba.njit(inline="always")(function)
     return made
+
+
+@intrinsic
+def widest_vectors(context: Any) -> Any:
+    """Called in a compiled function, has LLVM write the loops of this function with the widest vectors there are: of
+    AVX-512's it takes halves otherwise, as early processors slowed down with whole ones."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows attributes of one word
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def bound(function: Any, *args: Any) -> Call:
