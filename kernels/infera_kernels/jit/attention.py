@@ -46,23 +46,26 @@ def _floats(context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _add_line(context: Any, start: Any, source: Any, columns: Any, factor: Any, target: Any) -> Any:
-    """target = factor * (start + source), lines of TILE.columns at these addresses. Of `source` the first `columns`
-    are read, the others count as 0."""
+def _scale_line(context: Any, source: Any, columns: Any, factor: Any, target: Any) -> Any:
+    """target = factor * source, lines of TILE.columns at these addresses. Of `source` the first `columns` are read, the
+    others count as 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start, source, columns, factor, target = args
+        source, columns, factor, target = args
         held = [cgutils.alloca_once(builder, VECTOR) for _ in range(TILE.vectors)]
-        for v, place in enumerate(held):
-            builder.store(load(builder, start, v * LANES * 4), place)
+        for place in held:
+            builder.store(ir.Constant(VECTOR, None), place)
         add_columns(builder, [held], [source], columns)
         times = spread(builder, factor)
-        for v, place in enumerate(held):
-            made = builder.fmul(times, builder.load(place))
-            builder.store(made, address_of(builder, target, v * LANES * 4, VECTOR), align=4)
+        _store(builder, [builder.fmul(times, builder.load(place)) for place in held], target)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp, types.float32, types.intp), generate
+    return types.void(types.intp, types.intp, types.float32, types.intp), generate
+
+
+def _store(builder: Any, line: Sequence[Any], address: Any) -> None:
+    for v, value in enumerate(line):
+        builder.store(value, address_of(builder, address, v * LANES * 4, VECTOR), align=4)
 
 
 @intrinsic
@@ -91,30 +94,37 @@ def _turn_lines(context: Any, source: Any, stride: Any, count: Any, columns: Any
 
 
 @intrinsic
-def _largest(context: Any, address: Any, lines: Any) -> Any:
-    """Of so many lines of TILE.columns from this address on; a NaN is passed over."""
+def _raise(context: Any, row: Any, lines: Any, mask: Any, columns: Any) -> Any:
+    """The largest value, but for NaNs, of the so many lines of TILE.columns at this address, after the first `columns`
+    values there were added to those of a mask, where it has an address other than 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, lines = args
-        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
-        held = [cgutils.alloca_once(builder, VECTOR) for _ in range(TILE.vectors)]
-        for place in held:
-            builder.store(lowest, place)
+        row, lines, mask, columns = args
+        held, tops = ([cgutils.alloca_once(builder, VECTOR) for _ in range(TILE.vectors)] for _ in range(2))
+        for top in tops:
+            builder.store(ir.Constant(VECTOR, [float("-inf")] * LANES), top)
+        adds = builder.icmp_signed("!=", mask, ir.Constant(I64, 0))
         with cgutils.for_range(builder, lines) as loop:
-            line = builder.add(address, builder.mul(loop.index, ir.Constant(I64, COLUMNS * 4)))
+            before = builder.mul(loop.index, ir.Constant(I64, COLUMNS))
+            shift = builder.mul(before, ir.Constant(I64, 4))
+            line = builder.add(row, shift)
             for v, place in enumerate(held):
-                builder.store(_larger(builder, load(builder, line, v * LANES * 4), builder.load(place)), place)
-        top = builder.load(held[0])
-        for place in held[1:]:
-            top = _larger(builder, builder.load(place), top)
+                builder.store(load(builder, line, v * LANES * 4), place)
+            with builder.if_then(adds):
+                add_columns(builder, [held], [builder.add(mask, shift)], builder.sub(columns, before))
+                _store(builder, [builder.load(place) for place in held], line)
+            for place, top in zip(held, tops, strict=True):
+                builder.store(_larger(builder, builder.load(place), builder.load(top)), top)
+        most = builder.load(tops[0])
+        for top in tops[1:]:
+            most = _larger(builder, builder.load(top), most)
         step = LANES // 2
         while step:
-            order = [(i + step) % LANES for i in range(LANES)]
-            top = _larger(builder, builder.shuffle_vector(top, top, _places(order)), top)
-            step //= 2
-        return builder.extract_element(top, ir.Constant(ir.IntType(32), 0))
+            other = builder.shuffle_vector(most, most, _places([(i + step) % LANES for i in range(LANES)]))
+            most, step = _larger(builder, other, most), step // 2
+        return builder.extract_element(most, ir.Constant(ir.IntType(32), 0))
 
-    return types.float32(types.intp, types.intp), generate
+    return types.float32(*(types.intp,) * 4), generate
 
 
 def _larger(builder: Any, x: Any, y: Any) -> Any:
@@ -150,7 +160,7 @@ def _address(x: Any, i: int, j: int, k: int) -> Any:
 
 
 @compiled
-def _pack(source: int, x: Any, factor: Any, nothing: Any, panels: Any) -> None:
+def _pack(source: int, x: Any, factor: Any, panels: Any) -> None:
     """The panels of factor * the matrix of `x` (..., K, N) that begins at this address; one of its axes is contiguous.
 
     `panels` (ceil(N / COLUMNS) * K + LANES, COLUMNS) has lines to spare: a transposition writes LANES of them, which
@@ -162,7 +172,7 @@ def _pack(source: int, x: Any, factor: Any, nothing: Any, panels: Any) -> None:
         left = columns - p * COLUMNS
         if columns == 1 or right == 4:
             for k in range(depth):
-                _add_line(nothing.ctypes.data, first + k * down, left, factor, target + k * COLUMNS * 4)
+                _scale_line(first + k * down, left, factor, target + k * COLUMNS * 4)
         else:
             for k in range(0, depth, LANES):
                 for c in range(0, COLUMNS, LANES):
@@ -232,23 +242,21 @@ def _attend(
         target = _address(out, i, j, k) + begin * out.strides[3]
         at = _address(kt, i, j, k)
         if at != packed_keys:
-            _pack(at, kt, scale, nothing, keys)
+            _pack(at, kt, scale, keys)
             packed_keys = at
         at = _address(v, i, j, k)
         if at != packed_values:
-            _pack(at, v, F(1), nothing, values)
+            _pack(at, v, F(1), values)
             packed_values = at
         _multiply(rows, source, step, depth, keys, width, nothing, offsets, scores.ctypes.data, line)
         for r in range(rows):
-            here = scores.ctypes.data + r * line
-            row = carray(_floats(here), width)
+            here, more = scores.ctypes.data + r * line, 0
             if mask.size:
                 more = _address(mask, i, j, k) + (begin + r) * (mask.strides[3] if mask.shape[3] > 1 else 0)
-                for c in range(0, n, COLUMNS):
-                    _add_line(here + c * 4, more + c * 4, n - c, F(1), here + c * 4)
+            row = carray(_floats(here), width)
             for c in range(n, width):
                 row[c] = F(-np.inf)
-            top = _largest(here, width // COLUMNS)
+            top = _raise(here, width // COLUMNS, more, n)
             lost[r] = F(zero == UNSEEN and top == F(-np.inf) and not _has_nan(row))
             total = _weigh(row, top)
             if zero == NAN:
