@@ -250,7 +250,7 @@ def max_pool(told: Callable[[Site, Buffers], dict[str, Any]]) -> Kernels:
 SCORE_NS = 0.4
 """What a score takes from one product to the next, about."""
 
-Operands = Callable[[Site, Buffers], tuple[tuple[Array, ...], list[Array], Array | None]]
+Operands = Callable[[Site, Buffers], tuple[tuple[Array, Array, Array, Array], list[Array], Array | None]]
 """Queries, transposed keys, values and the result of an attention; its masks; a condition."""
 
 

@@ -156,7 +156,7 @@ def _apart(x: Array, heads: int, repeats: int, rows: int) -> Array:
     return x.reshape(*x.shape[:-3], *split, *kept, copy=False)
 
 
-def _operands(site: Site, io: Buffers) -> tuple[tuple[Array, ...], list[Array], Array | None]:
+def _operands(site: Site, io: Buffers) -> tuple[tuple[Array, Array, Array, Array], list[Array], Array | None]:
     """(queries, transposed keys, values, result), masks and condition as the CPU's kernels take them: views."""
     attrs, (q, kt, v), out = site.attrs, io.ins[:3], io.outs[0]
     masks, condition = [io.ins[i] for i in (3, 5) if site.has(i)], io.ins[4] if site.has(4) else None
