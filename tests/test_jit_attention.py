@@ -15,7 +15,10 @@ import pytest
 from infera_gpu.devices import processes
 from infera_gpu.devices.processes import Processes
 from infera_gpu.devices.sending import Region
+from infera_gpu.op import Case
+from infera_gpu.ops.fused_attention import OPS
 from infera_kernels import jit
+from tests.cases import site_of
 from tests.test_processes import array, in_turn, made, pool, ready, until
 
 if not jit.installed():
@@ -151,6 +154,23 @@ def test_several_blocks_of_queries(m: int, n: int) -> None:
         assert len(made) == parts
         run([*first, *backwards(made)])
         close(out, reference(q, k.swapaxes(-1, -2), v, [mask]))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "attrs", "chosen"),
+    [
+        (128, 128, {}, "jit"),
+        (16, 4000, {}, "jit"),
+        (1, 255, {}, "cpu"),
+        (1, 20, {}, "jit"),
+        (128, 128, {"cap": 2.0}, "cpu"),
+    ],
+)
+def test_where_packing_keys_pays(queries: int, keys: int, attrs: dict[str, Any], chosen: str) -> None:
+    operands = normal(1, 2, queries, 4), normal(1, 2, 4, keys), normal(1, 2, keys, 6)
+    site = site_of(OPS[0], Case("", (), attrs), operands)
+    kernels = {kind: OPS[0].kernels[kind] for kind in ("jit", "cpu")}
+    assert next(kind for kind, kernel in kernels.items() if kernel.supports(site) and kernel.pays(site)) == chosen
 
 
 @pytest.mark.skipif(bool(processes.unavailable()), reason=processes.unavailable())

@@ -239,7 +239,7 @@ def _compiles(site: Site) -> bool:
     return floats and _supported(site) and not site.has(4) and not site.attrs["cap"] and site.outs[0].ndim <= 5
 
 
-FEWEST_QUERIES, MOST_KEYS = 16, 32
+FEWEST_QUERIES, MOST_KEYS = 16, 24
 """Queries from which packing the keys and values that they share pays, and keys for each of them up to which."""
 
 

@@ -227,7 +227,12 @@ def _attend(
     q: Any, kt: Any, v: Any, mask: Any, out: Any, scale: Any, zero: int, blocks: int, first: int, last: int,
     offsets: Any, nothing: Any, keys: Any, values: Any, scores: Any, gone: Any,
 ) -> None:  # fmt: skip
-    """Of each head's queries in so many blocks those from `first` to before `last`, counted over all heads."""
+    """Of each head's queries, cut into so many blocks, those from `first` to before `last`, counted over all heads.
+
+    q (..., M, D), kt (..., D, N), v (..., N, E), mask (..., M or 1, N) or empty, and out (..., M, E) have AXES leading
+    axes; of all but `out` one goes for all. `offsets` is one 0, `nothing` has TILE.columns of them. Scratch: `keys` and
+    `values` for `_pack`, `scores` (rows of a block, N filled up to whole lines), and `gone`, one for each of its rows.
+    """
     heads, repeats, m, e = out.shape[1:]
     depth, n = kt.shape[3:]
     width, line = scores.shape[1], scores.strides[0]
