@@ -22,7 +22,7 @@ from infera_kernels.jit.codes import (
     SWISH,
     TANH,
 )
-from infera_kernels.jit.compiling import bound, compiled
+from infera_kernels.jit.compiling import bound, compiled, widest_vectors
 from infera_kernels.jit.functions import F, clamped, erf, gelu, gelu_tanh, sigmoid, tanh
 
 PIECE = 2048
@@ -32,6 +32,7 @@ PIECE = 2048
 @compiled
 def activate(row: Any, code: Any, a: Any, b: Any) -> None:
     """row = activation(row)"""
+    widest_vectors()
     n = row.size
     if code == CLIP:
         for c in range(n):
@@ -68,6 +69,7 @@ def activate(row: Any, code: Any, a: Any, b: Any) -> None:
 @compiled
 def _finish(y: Any, bias: Any, before: Any, after: Any, code: Any, a: Any, b: Any) -> None:
     """y = activation(y + bias + before) + after, row by row; operands without rows are left out."""
+    widest_vectors()
     for i in range(y.shape[0]):
         row = y[i]
         n = row.size
@@ -97,6 +99,7 @@ def _scale(y: Any, scales: Any, bias: Any) -> None:
 @compiled
 def _apply(x: Any, y: Any, code: Any, a: Any, b: Any) -> None:
     """y = activation(x), vectors, a piece at a time that stays in the first-level cache."""
+    widest_vectors()
     for start in range(0, x.size, PIECE):
         source, target = x[start : start + PIECE], y[start : start + PIECE]
         for c in range(source.size):
