@@ -6,6 +6,8 @@ The operator runs it on its own cases in tests/test_ops.py.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -137,7 +139,7 @@ def test_a_nan_stays_in_its_row() -> None:
 
 
 def test_scores_far_apart_and_far_out() -> None:
-    """Weights that vanish, none that is subnormal, scores that would overflow as powers."""
+    """Weights that vanish, and scores that would overflow as powers."""
     q, k, v = 40 * normal(1, 1, 20, 8), 40 * normal(1, 1, 37, 8, seed=1), normal(1, 1, 37, 9, seed=2)
     got = attend(q, k.swapaxes(-1, -2), v, poisoned((1, 1, 20, 9)))
     np.testing.assert_allclose(got, reference(q, k.swapaxes(-1, -2), v), rtol=0, atol=2e-3)
@@ -161,8 +163,9 @@ def test_several_blocks_of_queries(m: int, n: int) -> None:
     [
         (128, 128, {}, "jit"),
         (16, 4000, {}, "jit"),
-        (1, 255, {}, "cpu"),
-        (1, 20, {}, "jit"),
+        (8, 190, {}, "jit"),
+        (8, 255, {}, "cpu"),
+        (1, 20, {}, "cpu"),
         (128, 128, {"cap": 2.0}, "cpu"),
     ],
 )
@@ -171,6 +174,33 @@ def test_where_packing_keys_pays(queries: int, keys: int, attrs: dict[str, Any],
     site = site_of(OPS[0], Case("", (), attrs), operands)
     kernels = {kind: OPS[0].kernels[kind] for kind in ("jit", "cpu")}
     assert next(kind for kind, kernel in kernels.items() if kernel.supports(site) and kernel.pays(site)) == chosen
+
+
+@pytest.mark.parametrize(("columns", "chosen"), [(37, "jit"), (1, "cpu")])
+def test_masks_of_one_column_are_not_copied_to_the_size_of_the_scores(columns: int, chosen: str) -> None:
+    operands = normal(1, 2, 20, 4), normal(1, 2, 4, 37), normal(1, 2, 37, 6), normal(1, 2, 20, columns)
+    site = site_of(OPS[0], Case("", ()), operands)
+    kernels = {kind: OPS[0].kernels[kind] for kind in ("jit", "cpu")}
+    assert next(kind for kind, kernel in kernels.items() if kernel.supports(site)) == chosen
+
+
+def test_two_masks_are_not_added_up_beforehand() -> None:
+    """Their sum has the size of all scores."""
+    taken: list[int] = []
+
+    def scratch(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        taken.append(math.prod(shape))
+        return poisoned(shape, dtype)
+
+    q, k, v = normal(4, 6, 50, 8), normal(4, 6, 40, 8, seed=1), normal(4, 6, 40, 9, seed=2)
+    masks = [normal(1, 6, 50, 40, seed=3), normal(4, 1, 1, 40, seed=4)]
+    first, made = attention(
+        q, k.swapaxes(-1, -2), v, out := poisoned((4, 6, 50, 9)), scratch, scale=0.3, masks=masks, parts=1
+    )
+    assert not first
+    assert max(taken) < 50 * 100
+    run(backwards(made))
+    close(out, reference(q, k.swapaxes(-1, -2), v, masks))
 
 
 @pytest.mark.skipif(bool(processes.unavailable()), reason=processes.unavailable())

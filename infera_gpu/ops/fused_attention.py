@@ -234,18 +234,21 @@ def _supported(site: Site) -> bool:
 
 
 def _compiles(site: Site) -> bool:
-    """Whether the compiled kernel has what attributes and inputs ask for."""
+    """Whether the compiled kernel has what attributes and inputs ask for. Masks of one column would be copied to the
+    size of the scores."""
     floats = all(s.dtype == np.float32 for s in site.ins[:6] if s is not None)
-    return floats and _supported(site) and not site.has(4) and not site.attrs["cap"] and site.outs[0].ndim <= 5
+    narrow = any(site.spec(i).dims[-1:] != site.spec(2).dims[-2:-1] for i in (3, 5) if site.has(i))
+    plain = not narrow and not site.has(4) and not site.attrs["cap"]
+    return floats and plain and _supported(site) and site.outs[0].ndim <= 5
 
 
-FEWEST_QUERIES, MOST_KEYS = 16, 24
-"""Queries from which packing the keys and values that they share pays, and keys for each of them up to which."""
+FEWEST_QUERIES, FEW_QUERIES, KEYS = 8, 16, 24
+"""Queries from which packing the keys and values that they share pays: beside as many keys for each, and beside any."""
 
 
 def _shares_keys(site: Site) -> bool:
-    queries = site.spec(0).dims[-2] * (_repeats(site) or 1)
-    return queries >= FEWEST_QUERIES or site.spec(2).dims[-2] <= MOST_KEYS * queries
+    queries, keys = site.spec(0).dims[-2] * (_repeats(site) or 1), site.spec(2).dims[-2]
+    return queries >= FEW_QUERIES or (queries >= FEWEST_QUERIES and keys <= KEYS * queries)
 
 
 def _repeated(rows: int, mask: TensorSpec) -> tuple[Any, ...]:

@@ -94,25 +94,25 @@ def _turn_lines(context: Any, source: Any, stride: Any, count: Any, columns: Any
 
 
 @intrinsic
-def _raise(context: Any, row: Any, lines: Any, mask: Any, columns: Any) -> Any:
+def _raise(context: Any, row: Any, lines: Any, mask: Any, further: Any, columns: Any) -> Any:
     """The largest value, but for NaNs, of the so many lines of TILE.columns at this address, after the first `columns`
-    values there were added to those of a mask, where it has an address other than 0."""
+    values there were added to those of two masks, where these have an address other than 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        row, lines, mask, columns = args
+        row, lines, *masks, columns = args
         held, tops = ([cgutils.alloca_once(builder, VECTOR) for _ in range(TILE.vectors)] for _ in range(2))
         for top in tops:
             builder.store(ir.Constant(VECTOR, [float("-inf")] * LANES), top)
-        adds = builder.icmp_signed("!=", mask, ir.Constant(I64, 0))
         with cgutils.for_range(builder, lines) as loop:
             before = builder.mul(loop.index, ir.Constant(I64, COLUMNS))
             shift = builder.mul(before, ir.Constant(I64, 4))
             line = builder.add(row, shift)
             for v, place in enumerate(held):
                 builder.store(load(builder, line, v * LANES * 4), place)
-            with builder.if_then(adds):
-                add_columns(builder, [held], [builder.add(mask, shift)], builder.sub(columns, before))
-                _store(builder, [builder.load(place) for place in held], line)
+            for mask in masks:
+                with builder.if_then(builder.icmp_signed("!=", mask, ir.Constant(I64, 0))):
+                    add_columns(builder, [held], [builder.add(mask, shift)], builder.sub(columns, before))
+                    _store(builder, [builder.load(place) for place in held], line)
             for place, top in zip(held, tops, strict=True):
                 builder.store(_larger(builder, builder.load(place), builder.load(top)), top)
         most = builder.load(tops[0])
@@ -124,7 +124,7 @@ def _raise(context: Any, row: Any, lines: Any, mask: Any, columns: Any) -> Any:
             most, step = _larger(builder, other, most), step // 2
         return builder.extract_element(most, ir.Constant(ir.IntType(32), 0))
 
-    return types.float32(*(types.intp,) * 4), generate
+    return types.float32(*(types.intp,) * 5), generate
 
 
 def _larger(builder: Any, x: Any, y: Any) -> Any:
@@ -157,6 +157,14 @@ def _address(x: Any, i: int, j: int, k: int) -> Any:
     j = j if x.shape[1] > 1 else 0
     k = k if x.shape[2] > 1 else 0
     return x.ctypes.data + i * x.strides[0] + j * x.strides[1] + k * x.strides[2]
+
+
+@inlined
+def _row(mask: Any, i: int, j: int, k: int, query: int) -> Any:
+    """The address of a query's row of a mask, one of which may go for all; 0 where there is no mask."""
+    if mask.size == 0:
+        return 0
+    return _address(mask, i, j, k) + (query if mask.shape[3] > 1 else 0) * mask.strides[3]
 
 
 @compiled
@@ -224,14 +232,15 @@ def _has_nan(row: Any) -> Any:
 
 @compiled
 def _attend(
-    q: Any, kt: Any, v: Any, mask: Any, out: Any, scale: Any, zero: int, blocks: int, first: int, last: int,
-    offsets: Any, nothing: Any, keys: Any, values: Any, scores: Any, gone: Any,
+    q: Any, kt: Any, v: Any, mask: Any, further: Any, out: Any, scale: Any, zero: int, blocks: int, first: int,
+    last: int, offsets: Any, nothing: Any, keys: Any, values: Any, scores: Any, gone: Any,
 ) -> None:  # fmt: skip
     """Of each head's queries, cut into so many blocks, those from `first` to before `last`, counted over all heads.
 
-    q (..., M, D), kt (..., D, N), v (..., N, E), mask (..., M or 1, N) or empty, and out (..., M, E) have AXES leading
-    axes; of all but `out` one goes for all. `offsets` is one 0, `nothing` has TILE.columns of them. Scratch: `keys` and
-    `values` for `_pack`, `scores` (rows of a block, N filled up to whole lines), and `gone`, one for each of its rows.
+    q (..., M, D), kt (..., D, N), v (..., N, E), two masks (..., M or 1, N) or empty, and out (..., M, E) have AXES
+    leading axes; of all but `out` one goes for all. `offsets` is one 0, `nothing` has TILE.columns of them. Scratch:
+    `keys` and `values` for `_pack`, `scores` (rows of a block, N filled up to whole lines), and `gone`, one for each of
+    its rows.
     """
     heads, repeats, m, e = out.shape[1:]
     depth, n = kt.shape[3:]
@@ -255,13 +264,12 @@ def _attend(
             packed_values = at
         _multiply(rows, source, step, depth, keys, width, nothing, offsets, scores.ctypes.data, line)
         for r in range(rows):
-            here, more = scores.ctypes.data + r * line, 0
-            if mask.size:
-                more = _address(mask, i, j, k) + (begin + r) * (mask.strides[3] if mask.shape[3] > 1 else 0)
+            here = scores.ctypes.data + r * line
             row = carray(_floats(here), width)
             for c in range(n, width):
                 row[c] = F(-np.inf)
-            top = _raise(here, width // COLUMNS, more, n)
+            masks = _row(mask, i, j, k, begin + r), _row(further, i, j, k, begin + r)
+            top = _raise(here, width // COLUMNS, masks[0], masks[1], n)
             lost[r] = F(zero == UNSEEN and top == F(-np.inf) and not _has_nan(row))
             total = _weigh(row, top)
             if zero == NAN:
@@ -290,15 +298,17 @@ def attention(
     """out = softmax(scale q kt + masks) v: calls to make first, then up to `parts` lists that may run side by side.
 
     Arguments, all float32, are those of `cpu.attention`; `out` has at most `AXES` leading axes, and its rows are
-    contiguous. Keys are scaled where they are packed, and weights divided by their sum before the last product.
+    contiguous. There are up to two masks. Keys are scaled where they are packed, and weights divided by their sum
+    before the last product.
     """
     first: list[Call] = []
-    mask = _summed(masks, kt.shape[-1], scratch, first)
+    added = [_wide(mask, kt.shape[-1], scratch, first) for mask in masks]
+    added += [np.empty((0, 0), np.float32)] * (2 - len(added))
     (m, e), n, depth = out.shape[-2:], kt.shape[-1], q.shape[-1]
     if not _is_dense(q, -1):
         q = _copied(q, scratch, first)
     kt, v = (x if _is_dense(x, -1) or _is_dense(x, -2) else _copied(x, scratch, first) for x in (kt, v))
-    q, kt, v, mask, out = (x[(None,) * (AXES + 2 - x.ndim)] for x in (q, kt, v, mask, out))
+    q, kt, v, mask, further, out = (x[(None,) * (AXES + 2 - x.ndim)] for x in (q, kt, v, *added, out))
     heads, tiles = out.size // (m * e), -(-m // ROWS)
     width = -(-n // COLUMNS) * COLUMNS
     blocks = min(tiles, -(-m * width // BLOCK))
@@ -314,8 +324,8 @@ def attention(
         scores, gone = scratch((-(-m // blocks), width), np.float32), scratch((-(-m // blocks),), np.float32)
         spread.append([
             bound_by_address(
-                _attend, q, kt, v, mask, out, F(scale), ZERO[zero], blocks, a, b, offsets, nothing, keys, values,
-                scores, gone,
+                _attend, q, kt, v, mask, further, out, F(scale), ZERO[zero], blocks, a, b, offsets, nothing, keys,
+                values, scores, gone,
             )
         ])  # fmt: skip
     return first, spread
@@ -332,16 +342,8 @@ def _copied(x: Array, scratch: Scratch, first: list[Call]) -> Array:
     return dense
 
 
-def _summed(masks: Sequence[Array], keys: int, scratch: Scratch, first: list[Call]) -> Array:
-    """The masks as one of at least two axes, as wide as the scores and contiguous along them; none is an empty one."""
-    if not masks:
-        return np.empty((0, 0), np.float32)
-    if len(masks) == 1:
-        (mask,) = masks
-    else:
-        made = np.broadcast_shapes(*(x.shape for x in masks))
-        mask = scratch(made, np.float32)
-        first.append((np.add, (*masks, mask)))
+def _wide(mask: Array, keys: int, scratch: Scratch, first: list[Call]) -> Array:
+    """The mask with at least two axes, as wide as the scores and contiguous along them."""
     if mask.ndim == 0 or mask.shape[-1] != keys or not _is_dense(mask, -1):
         wide = scratch((*mask.shape[:-1], keys), np.float32)
         first.append(copy(wide, mask))

@@ -23,7 +23,7 @@ first-level cache, while the next ones come to the second-level cache."""
 
 BLOCK_ROWS, BLOCK_BYTES = 132, 1 << 17
 """Least of the left-hand side in a block, which is read once for every panel, from the second-level cache where it
-fits: its rows, whole tiles, or its bytes. The weight is read once for every block."""
+fits: its rows, eleven tiles with AVX-512, or its bytes. The weight is read once for every block."""
 
 DEEP_BYTES = 1 << 20
 """Of the left-hand side in a block, from which on all panels are multiplied with as many of its columns before the next
