@@ -19,7 +19,8 @@ from infera_kernels.cpu.elementwise import copy
 from infera_kernels.cpu.parts import spans
 from infera_kernels.jit.compiling import bound_by_address, compiled, inlined, widest_vectors
 from infera_kernels.jit.functions import F, exp
-from infera_kernels.jit.microkernel import F32, I64, TILE, VECTOR, add_columns, address_of, load, multiply_tile, spread
+from infera_kernels.jit.gemm import multiply_cached
+from infera_kernels.jit.microkernel import F32, I64, TILE, VECTOR, add_columns, address_of, load, spread
 from infera_kernels.jit.rows import FLAT_BELOW
 
 LANES, ROWS, COLUMNS = TILE.lanes, TILE.rows, TILE.columns
@@ -189,24 +190,6 @@ def _pack(source: int, x: Any, factor: Any, panels: Any) -> None:
 
 
 @compiled
-def _multiply(
-    rows: int, a: int, lda: int, depth: int, panels: Any, columns: int, nothing: Any, offsets: Any, c: int, ldc: int
-) -> None:
-    """c (rows, columns) = a (rows, depth) @ what was packed into `panels`; addresses, and strides in bytes."""
-    tiles, weights = (rows + ROWS - 1) // ROWS, panels.ctypes.data
-    for p in range((columns + COLUMNS - 1) // COLUMNS):
-        done = 0
-        for t in range(tiles):
-            count = rows * (t + 1) // tiles - done
-            multiply_tile(
-                count, panels, a + done * lda, lda, offsets.ctypes.data, 1, depth, weights + p * depth * COLUMNS * 4,
-                nothing.ctypes.data, c + done * ldc + p * COLUMNS * 4, ldc, columns - p * COLUMNS, 0,
-                F(-np.inf), F(np.inf), weights, 0,
-            )  # fmt: skip
-            done += count
-
-
-@compiled
 def _weigh(row: Any, top: Any) -> Any:
     """row = softmax(row), whose largest value is `top`; the sum of its powers."""
     widest_vectors()
@@ -238,7 +221,7 @@ def _attend(
     """Of each head's queries, cut into so many blocks, those from `first` to before `last`, counted over all heads.
 
     q (..., M, D), kt (..., D, N), v (..., N, E), two masks (..., M or 1, N) or empty, and out (..., M, E) have AXES
-    leading axes; of all but `out` one goes for all. `offsets` is one 0, `nothing` has TILE.columns of them. Scratch:
+    leading axes; of all but `out` one goes for all. `nothing` and `offsets` are for `multiply_cached`. Scratch:
     `keys` and `values` for `_pack`, `scores` (rows of a block, N filled up to whole lines), and `gone`, one for each of
     its rows.
     """
@@ -262,7 +245,7 @@ def _attend(
         if at != packed_values:
             _pack(at, v, F(1), values)
             packed_values = at
-        _multiply(rows, source, step, depth, keys, width, nothing, offsets, scores.ctypes.data, line)
+        multiply_cached(rows, source, step, depth, keys, nothing, offsets, scores.ctypes.data, line, width)
         for r in range(rows):
             here = scores.ctypes.data + r * line
             row = carray(_floats(here), width)
@@ -274,7 +257,7 @@ def _attend(
             total = _weigh(row, top)
             if zero == NAN:
                 lost[r] = F(np.isnan(total))
-        _multiply(rows, scores.ctypes.data, line, n, values, e, nothing, offsets, target, out.strides[3])
+        multiply_cached(rows, scores.ctypes.data, line, n, values, nothing, offsets, target, out.strides[3], e)
         if zero:
             for r in range(rows):
                 if lost[r]:
@@ -314,7 +297,7 @@ def attention(
     blocks = min(tiles, -(-m * width // BLOCK))
     while heads * blocks % parts and blocks < tiles:
         blocks += 1
-    nothing, offsets = np.zeros(COLUMNS, np.float32), np.zeros(1, np.int64)
+    nothing, offsets = np.zeros(max(width, -(-e // COLUMNS) * COLUMNS), np.float32), np.zeros(1, np.int64)
     spread: list[list[Call]] = []
     for a, b in spans(heads * blocks, parts):
         keys, values = (

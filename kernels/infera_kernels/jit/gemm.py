@@ -83,6 +83,27 @@ def _multiply(
                         ahead += apart * several * depth
 
 
+@compiled
+def multiply_cached(
+    rows: int, a: int, lda: int, depth: int, packed: Any, bias: Any, offsets: Any, c: int, ldc: int, columns: int
+) -> None:
+    """c (rows, columns) = bias + a (rows, depth) @ what was packed, at these addresses, with strides in bytes.
+
+    For a part of a compiled function whose weights are in the cache: none are asked for ahead. `offsets` is one 0.
+    """
+    tiles, weights = (rows + ROWS - 1) // ROWS, packed.ctypes.data
+    for p in range((columns + COLUMNS - 1) // COLUMNS):
+        done = 0
+        for t in range(tiles):
+            count = rows * (t + 1) // tiles - done
+            multiply_tile(
+                count, packed, a + done * lda, lda, offsets.ctypes.data, 1, depth, weights + p * depth * COLUMNS * 4,
+                bias.ctypes.data + p * COLUMNS * 4, c + done * ldc + p * COLUMNS * 4, ldc, columns - p * COLUMNS, 0,
+                F(-np.inf), F(np.inf), weights, 0,
+            )  # fmt: skip
+            done += count
+
+
 _MULTIPLY = {np.dtype(weights): compiled(_multiply) for weights in (np.float32, np.int8)}
 
 

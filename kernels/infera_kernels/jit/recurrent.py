@@ -15,10 +15,10 @@ from infera_kernels.calls import Array, Call, Pack, Scratch
 from infera_kernels.cpu.elementwise import contiguous
 from infera_kernels.jit import gemm
 from infera_kernels.jit.compiling import bound, compiled
-from infera_kernels.jit.functions import F, sigmoid, tanh
-from infera_kernels.jit.microkernel import TILE, multiply_tile
+from infera_kernels.jit.functions import sigmoid, tanh
+from infera_kernels.jit.microkernel import TILE
 
-ROWS, COLUMNS = TILE.rows, TILE.columns
+COLUMNS = TILE.columns
 KINDS = ("LSTM", "GRU", "GRU_LINEAR", "RNN")
 """A GRU resets the state or, with linear_before_reset, what is made of it."""
 LSTM, GRU, GRU_LINEAR, RNN = range(4)
@@ -27,15 +27,10 @@ LSTM, GRU, GRU_LINEAR, RNN = range(4)
 @compiled
 def _multiply(x: Any, offsets: Any, packed: Any, bias: Any, y: Any) -> None:
     """y = x @ packed + bias, matrices of few rows; `offsets` is one 0."""
-    rows, k = x.shape
-    for p in range(packed.shape[0]):
-        weights, terms = packed.ctypes.data + p * packed.strides[0], bias.ctypes.data + p * COLUMNS * 4
-        for begin in range(0, rows, ROWS):
-            multiply_tile(
-                min(ROWS, rows - begin), packed, x.ctypes.data + begin * x.strides[0], x.strides[0],
-                offsets.ctypes.data, 1, k, weights, terms, y.ctypes.data + begin * y.strides[0] + p * COLUMNS * 4,
-                y.strides[0], y.shape[1] - p * COLUMNS, 0, F(-np.inf), F(np.inf), weights, 0,
-            )  # fmt: skip
+    source, target = x.ctypes.data, y.ctypes.data
+    gemm.multiply_cached(
+        x.shape[0], source, x.strides[0], x.shape[1], packed, bias, offsets, target, y.strides[0], y.shape[1]
+    )
 
 
 @compiled
