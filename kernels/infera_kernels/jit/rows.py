@@ -11,7 +11,7 @@ from infera_kernels.jit.compiling import bound, compiled
 from infera_kernels.jit.functions import F, exp
 
 FLAT_BELOW = F(-80)
-"""Powers below 2e-35 are 0: times the share they could be subnormal, which which slow processors down a hundredfold."""
+"""Powers below 2e-35 are 0: times the share they could be subnormal, which slow processors down a hundredfold."""
 
 
 @compiled
