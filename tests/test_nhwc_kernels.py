@@ -497,7 +497,7 @@ def test_pooling(pool: Pool, layout: Callable[[Array], Array], split: Split) -> 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 7, 7, 64), (3, 1, 1, 5), (2, 6, 5, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7, 7, 64), (3, 1, 1, 5), (2, 6, 5, 4), (2, 5, 4, 41)], ids=str)
 def test_global_pooling(shape: tuple[int, ...], layout: Callable[[Array], Array], split: Split) -> None:
     x = random(0, *shape)
     y = layout(scratch((shape[0], 1, 1, shape[3])))
@@ -505,6 +505,16 @@ def test_global_pooling(shape: tuple[int, ...], layout: Callable[[Array], Array]
     np.testing.assert_array_equal(y, x.max(axis=(1, 2), keepdims=True))
     run(global_average_pool(layout(x), y, scratch, split))
     assert_near(y, x.astype(np.float64).mean(axis=(1, 2), keepdims=True), 1e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("channels", [16, 41, 1000])
+def test_channels_that_are_alike_have_one_mean(channels: int, split: Split) -> None:
+    """A softmax of large logits tells a difference of one rounding."""
+    x = np.repeat(random(0, 2, 7, 7, 1), channels, axis=3)
+    y = scratch((2, 1, 1, channels))
+    run(global_average_pool(x, y, scratch, split))
+    np.testing.assert_array_equal(y, np.repeat(y[..., :1], channels, axis=3))
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=lambda p: p.name)

@@ -21,6 +21,10 @@ BLOCK_BYTES = 1 << 18
 """Input rows reduced to output rows, of one block."""
 
 
+ALIKE = 16
+"""Columns of a matrix that BLAS' product with a vector sums in one order, if there are multiples of so many."""
+
+
 def max_pool2d(
     x: Array,
     y: Array,
@@ -63,15 +67,22 @@ def average_pool2d(
 
 
 def global_average_pool(x: Array, y: Array, scratch: Scratch, split: Split) -> list[Call]:
-    """y (N, 1, 1, C) = the mean over all pixels of x (N, H, W, C), as a product with a vector; see `max_pool2d`."""
+    """y (N, 1, 1, C) = the mean over all pixels of x (N, H, W, C), as a product with a vector; see `max_pool2d`.
+
+    Channels that are alike have one mean: the last `ALIKE`, where C is no multiple of it, are multiplied apart.
+    """
     n, height, width, c = x.shape
     mean = scratch((1, height * width), x.dtype)
     pixels, target = x.reshape(n, -1, c, copy=False), y.reshape(n, 1, c, copy=False)
 
     def part(start: int, stop: int) -> list[Call]:
-        return [(np.matmul, (mean, pixels[..., start:stop], target[..., start:stop]))]
+        first, last = start * ALIKE, min(stop * ALIKE, c)
+        whole = last - last % ALIKE
+        ranges = [(first, whole), (max(0, last - ALIKE), last)] if whole < last else [(first, last)]
+        return [(np.matmul, (mean, pixels[..., a:b], target[..., a:b])) for a, b in ranges if a < b]
 
-    return [(np.copyto, (mean, const(1 / (height * width), x))), *in_parts(c, worth(ELEMENT_NS * x.size, split), part)]
+    parts = in_parts(-(-c // ALIKE), worth(ELEMENT_NS * x.size, split), part)
+    return [(np.copyto, (mean, const(1 / (height * width), x))), *parts]
 
 
 def global_max_pool(x: Array, y: Array, scratch: Scratch, split: Split) -> list[Call]:
