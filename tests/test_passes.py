@@ -13,10 +13,11 @@ from infera_gpu.devices import open_device
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import FUSIONS, QUANTIZED, SIBLINGS
+from infera_gpu.passes import FUSIONS, QUANTIZED, SIBLINGS, Fired
 from infera_gpu.passes.engine import Either, Fusion, Rewrite, apply, node
 from infera_gpu.passes.pattern import Arg, P
 from infera_gpu.passes.siblings import Siblings, joined
+from infera_gpu.running import optimized
 from infera_gpu.session import Session
 from infera_gpu.spec import TensorSpec, tensors_of
 from tests.text import parse
@@ -150,6 +151,17 @@ def test_every_spelling_is_recognised(fusion: Fusion, spelling: P) -> None:
         next(iter(Session(g, open_device("cpu"), fuse=False).run({"x": x}).values())) for g in (graph, rewritten)
     )
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("fusion", EXAMPLES)
+def test_passes_tell_all_that_they_do(fusion: Rewrite) -> None:
+    graph = load_graph(parse(fusion.example, fusion.opset))
+    for name in ("cpu", "recording"):
+        told: list[Fired] = []
+        made = optimized(graph, open_device(name), told.append)
+        counts = [len(graph.nodes), *(count for fired in told for count in (fired.before, fired.after)), len(made.nodes)]
+        assert counts[::2] == counts[1::2]  # a pass begins where the one before it ended
+        assert told or [n.op for n in made.nodes] == [n.op for n in graph.nodes]
 
 
 def test_every_fused_operator_is_declared() -> None:

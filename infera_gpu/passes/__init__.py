@@ -159,8 +159,10 @@ class _Passes:
             graph = self.changed("int8", graph, quantised(graph))
         if not quant.INTEGERS.isdisjoint(self.kinds):
             integers = "cpu" not in self.kinds
-            graph = self.fused(signed(graph) if integers else graph, QUANTIZED)
-            graph = drop_dead(centre.centred(graph, integers=integers))
+            if integers:
+                graph = self.changed("signed", graph, signed(graph))
+            graph = self.fused(graph, QUANTIZED)
+            graph = self.alive(self.changed("centred", graph, centre.centred(graph, integers=integers)))
         known: dict[str, Known] = {}
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
             ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
@@ -186,7 +188,7 @@ class _Passes:
             draft = Draft(graph)
             count = len(draft)
             self.tell("elementwise_chains", chained(draft, self.kinds), count, len(draft))
-            graph = drop_dead(draft.finished())
+            graph = self.alive(draft.finished())
         return graph
 
     def fused(self, graph: Graph, fusions: Fusions, known: dict[str, Known] | None = None) -> Graph:
@@ -194,7 +196,7 @@ class _Passes:
         among = fusions.among({n.qualified for n in graph.nodes})
         fitting = [(f, i in among) for i, f in enumerate(fusions) if among and f.fits(self.strict, self.kinds)]
         if not any(may for _, may in fitting):
-            return drop_dead(graph)
+            return self.alive(graph)
         draft, changed = Draft(graph, known), False
         for fusion, may in fitting:
             if may or changed:  # what one makes may be what another looks for
@@ -202,7 +204,7 @@ class _Passes:
                 times = exhaust(draft, fusion)
                 changed = changed or times > 0
                 self.tell(fusion.name, times, count, len(draft))
-        return drop_dead(draft.finished())
+        return self.alive(draft.finished())
 
     def inside(self, node: Node) -> Node:
         """The node with its subgraphs rewritten."""
@@ -219,6 +221,12 @@ class _Passes:
         """The graph after a pass that looks at the whole of it."""
         self.tell(name, int(after is not before), len(before.nodes), len(after.nodes))
         return after
+
+    def alive(self, graph: Graph) -> Graph:
+        """The graph without what no output needs."""
+        before, graph = graph, drop_dead(graph)
+        self.tell("drop_dead", len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
+        return graph
 
     def tell(self, name: str, times: int, before: int, after: int) -> None:
         if times and self.report is not None:
