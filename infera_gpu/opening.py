@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 from infera_gpu.budget import VramBudget
+from infera_gpu.cpus import MAX_THREADS
 from infera_gpu.devices import open_device
 from infera_gpu.errors import InputError
 from infera_gpu.garbage import settle, uncollected
@@ -90,8 +91,8 @@ def load(
         raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if precision not in ("fp32", "tf32") and not fuse:
         raise InputError(f"precision='{precision}' rewrites the graph, fuse=False runs it as it is written")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise InputError(f"threads is {threads!r}, expected a positive number")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise InputError(f"threads is {threads!r}, expected a positive number up to {MAX_THREADS}")
     budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
     opened = open_device(
         device,

@@ -159,7 +159,11 @@ def test_passes_tell_all_that_they_do(fusion: Rewrite) -> None:
     for name in ("cpu", "recording"):
         told: list[Fired] = []
         made = optimized(graph, open_device(name), told.append)
-        counts = [len(graph.nodes), *(count for fired in told for count in (fired.before, fired.after)), len(made.nodes)]
+        counts = [
+            len(graph.nodes),
+            *(count for fired in told for count in (fired.before, fired.after)),
+            len(made.nodes),
+        ]
         assert counts[::2] == counts[1::2]  # a pass begins where the one before it ended
         assert told or [n.op for n in made.nodes] == [n.op for n in graph.nodes]
 

@@ -449,15 +449,48 @@ def test_the_plan_says_how_many_threads_and_why(monkeypatch: pytest.MonkeyPatch)
         assert all(step.parts == 1 for step in session.plan_for(feeds(64)).steps)
 
 
-def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(cpus, "_QUOTA", quota)
+CGROUPS: dict[str, tuple[str, dict[str, str], int | None]] = {
+    "none": ("0::/\n", {}, None),
+    "no limit": ("0::/\n", {"cpu.max": "max 100000"}, None),
+    "two": ("0::/\n", {"cpu.max": "250000 100000"}, 2),
+    "less than one": ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+    "of a group around it": (
+        "0::/a/b\n",
+        {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "500000 100000"},
+        3,
+    ),
+    "out of sight": ("0::/docker/12\n", {"cpu.max": "200000 100000"}, 2),
+    "version 1": (
+        "4:memory:/m\n2:cpu,cpuacct:/a\n0::/\n",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
+        | {"cpu/a/cpu.cfs_quota_us": "400000", "cpu/a/cpu.cfs_period_us": "100000"},
+        4,
+    ),
+    "version 1, no limit": ("2:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    "damaged": ("0::/\n", {"cpu.max": "many"}, None),
+}
+"""What the system says of the process's control groups, and how many CPUs' worth of time that is."""
+
+
+@pytest.mark.parametrize("case", CGROUPS.values(), ids=CGROUPS)
+def test_a_quota_of_the_control_groups_counts(
+    case: tuple[str, dict[str, str], int | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    groups, files, worth = case
+    for name, text in {"own": groups, **{f"mounted/{name}": text for name, text in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cpus, "_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cpus, "_MOUNTED", tmp_path / "mounted")
     monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
     monkeypatch.delenv(cpus.VARIABLE, raising=False)
-    assert cpus.default_threads() == (8, "every core")
-    for text, threads in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
-        quota.write_text(text)
-        assert cpus.default_threads()[0] == threads
+    why = "every core" if worth is None else "the CPU time that the control group has"
+    assert cpus.default_threads() == (worth or 8, why)
+
+
+def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "_GROUPS", Path("nowhere"))
+    monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
     for asked, threads in (("5", 5), ("", 8)):
         monkeypatch.setenv(cpus.VARIABLE, asked)
         assert cpus.default_threads()[0] == threads
@@ -467,12 +500,18 @@ def test_threads_where_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             cpus.default_threads()
 
 
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", cpus.MAX_THREADS + 1])
+def test_threads_that_there_cannot_be(threads: Any) -> None:
+    with pytest.raises(InputError, match="expected a positive number up to 4096"):
+        infera_gpu.load(model(), device="cpu", threads=threads)
+
+
 def test_cores_are_counted_once() -> None:
     assert 1 <= cpus.usable_cores() <= (os.cpu_count() or 1)
 
 
 def test_a_server_leaves_one_core_to_its_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpus, "_QUOTA", Path("nowhere"))
+    monkeypatch.setattr(cpus, "_GROUPS", Path("nowhere"))
     monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
     monkeypatch.delenv(cpus.VARIABLE, raising=False)
     assert threads_of(Settings())[0] == 7
