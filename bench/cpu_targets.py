@@ -56,12 +56,22 @@ def planning(rows: Rows) -> float | None:
     return _largest([r["new"]["planning_micros_a_node"]["median"] for r in rows if not r["failure"]])
 
 
-def memory(model: str) -> Judge:
+def planning_of(model: str) -> Judge:
+    """Milliseconds of planning a new shape of a model, in the median."""
+
+    def judge(rows: Rows) -> float | None:
+        found = [r for r in rows if r["model"] == model and not r["failure"]]
+        return _largest([r["new"]["planning_micros_a_node"]["median"] * r["nodes"] / 1e3 for r in found])
+
+    return judge
+
+
+def memory(model: str, runtime: str = "infera") -> Judge:
     """Peak over onnxruntime's at as many threads, the largest."""
 
     def judge(rows: Rows) -> float | None:
         peaks = {(r["threads"], r["runtime"]): r["peak"] for r in rows if r["model"] == model}
-        return _largest([p / peaks[t, "onnxruntime"] for (t, name), p in peaks.items() if name == "infera"])
+        return _largest([p / peaks[t, "onnxruntime"] for (t, name), p in peaks.items() if name == runtime])
 
     return judge
 
@@ -125,6 +135,7 @@ _FIRST = (
     "Planning and binding are Python, a fraction of a millisecond a node: what is left of it on models of a few "
     "milliseconds. yunet's depthwise convolutions are a thousand calls."
 )
+_COMPILER = "numba and LLVM alone take about 100 MB, whatever the model."
 _ALONE = (
     "One request at a time finds Python's data and code in the farther cache, since the model's 2 MB of weights went "
     "through the nearer one: next to no model takes less than half as long."
@@ -166,8 +177,14 @@ TARGETS = (
     Target("load and first inference, the worst model", "first", worst("ratio"), 1.5, why=_FIRST),
     Target("the same of a model that is new on the machine", "first", worst("new_ratio"), 1.5, why=_FIRST),
     Target("planning a new shape, microseconds a node", "shapes", planning, 100),
+    Target("planning a new shape of BERT-base, ms", "shapes", planning_of("bert-base"), 40),
+    Target("planning a new shape of a model of 5,000 nodes, ms", "shapes", planning_of("deep-bert"), 500),
     Target("peak memory of ResNet-50, batch 8", "resident", memory("resnet50"), 1.0),
     Target("peak memory of BERT-base, batch 8", "resident", memory("bert-base"), 1.0),
+    *(
+        Target(f"with numba: {title}, batch 8", "resident", memory(model, "infera[jit]"), 1.0, why=_COMPILER)
+        for title, model in (("peak memory of ResNet-50", "resnet50"), ("peak memory of BERT-base", "bert-base"))
+    ),
     Target(
         "requests/s, binary, 64 connections, over tritonserver's", "serving",
         served("infera", "triton", "binary", 64), 1.5, at_most=False,

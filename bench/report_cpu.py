@@ -92,16 +92,20 @@ def first(result: Result) -> str:
 
 
 def shapes(result: Result) -> str:
-    """Each run in a shape that is new, and in shapes seen before: medians."""
+    """Each run in a shape that is new, and in shapes seen before: medians, and the slowest of new ones."""
 
     def cells(row: Mapping[str, Any]) -> list[str]:
         made = [row["model"]]
-        for which in ("new", "again"):
+        for which, shown in (("new", ("median", "worst")), ("again", ("median",))):
             times = row[which]["milliseconds"]
-            made += [time_of(times[OURS]["median"]), time_of(times[PEER]["median"]), f"{row[which]['ratio']:.2f}"]
-        return made
+            made += [time_of(times[name][what]) for what in shown for name in (OURS, PEER)]
+            made.append(f"{row[which]['ratio']:.2f}")
+        return [*made, *(f"{row['new']['planning_micros_a_node'][what]:.0f}" for what in ("median", "worst"))]
 
-    header = ("model", "new shape, ms", "onnxruntime", "ratio", "seen shape, ms", "onnxruntime", "ratio")
+    header = (
+        *("model", "new shape, ms", "onnxruntime", "slowest, ms", "onnxruntime", "ratio"),
+        *("seen shape, ms", "onnxruntime", "ratio", "planning, µs a node", "slowest"),
+    )
     return table(header, (cells(row) for row in result["rows"] if not row["failure"]))
 
 

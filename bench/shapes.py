@@ -46,6 +46,7 @@ class Stream:
 
 STREAMS: Mapping[str, Stream] = {
     "bert-base": Stream(lambda rng, n: tokens(rng, [n], types=True), 8, 1),
+    "deep-bert": Stream(lambda rng, n: tokens(rng, [n], types=True), 8, 1),
     "paraphrase-minilm-l3": Stream(lambda rng, n: tokens(rng, [n], types=False), 8, 1),
     "ppocrv6-rec-small": Stream(lambda rng, n: {"x": text_line(rng, 1, n)}, 64, 4),
 }

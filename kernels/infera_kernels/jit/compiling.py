@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
@@ -29,6 +30,9 @@ Function = Callable[..., Any]
 
 _binding = threading.Lock()
 """Of `bound_by_address`, which several sessions may call at the same time."""
+
+_compiled_for: dict[Function, set[tuple[Any, ...]]] = {}
+"""The kinds of arguments for which `bound` has compiled functions."""
 
 _made: dict[str, list[Function]] = {}
 """What `compiled` made for each module, in order."""
@@ -79,8 +83,20 @@ def widest_vectors(context: Any) -> Any:
 
 def bound(function: Any, *args: Any) -> Call:
     """The call of a compiled function with these arguments, compiled for their types now and not in the first run."""
-    function.compile(tuple(map(numba.typeof, args)))
+    kinds = tuple(map(_kind, args))
+    compiled_for = _compiled_for.setdefault(function, set())
+    if kinds not in compiled_for:
+        function.compile(tuple(map(numba.typeof, args)))
+        compiled_for.add(kinds)
     return function, args
+
+
+def _kind(arg: Any) -> Any:
+    """What numba's type of an argument depends on: finding that out takes longer than all else of a binding."""
+    if isinstance(arg, np.ndarray):
+        flags = arg.flags
+        return arg.dtype, arg.ndim, flags.c_contiguous, flags.f_contiguous, flags.writeable, flags.aligned
+    return type(arg)
 
 
 def bound_by_address(function: Any, *args: Any) -> Call:
