@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ if not jit.installed():
 import numba
 
 from infera_kernels.jit import epilogue, gemm, rows
-from infera_kernels.jit.compiling import bound_by_address
+from infera_kernels.jit.compiling import bound, bound_by_address
 from infera_kernels.jit.conv import border_of, conv2d, writes_rows
 from infera_kernels.jit.microkernel import TILE
 
@@ -362,3 +364,36 @@ def test_sessions_that_bind_at_the_same_time_compile_a_function_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(bind, range(4))) == [6.0] * 4
     assert len(function.signatures) == 1
+
+
+def test_a_function_is_compiled_when_it_is_bound_for_every_kind_of_argument() -> None:
+    function = numba.njit(lambda x, n: x.sum() * n)
+    x = np.ones((2, 3), np.float32)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    for args in ((x, 1), (x[:1], 2), (x, np.float32(1)), (x.T, 1), (x[:, ::2], 1), (frozen, 1), (x.astype(int), 1)):
+        call, bound_to = bound(function, *args)
+        known = len(function.signatures)
+        assert call(*bound_to) == args[0].sum() * args[1]
+        assert len(function.signatures) == known
+    assert len(function.signatures) == 6
+
+
+def test_what_versions_compiled_that_nobody_starts_goes(tmp_path: Path) -> None:
+    kernels = tmp_path / "kernels"
+    old, recent = (kernels / f"numba-{name}" for name in ("old", "recent"))
+    for folder, days in ((old, 31), (recent, 29)):
+        (folder / "inside").mkdir(parents=True)
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+    script = "import infera_kernels.jit.rows, infera_kernels.jit.compiling as c; print(c._directory())"
+    env = {**os.environ, "INFERA_CACHE_DIR": str(tmp_path)}
+
+    def own() -> Path:
+        return Path(
+            subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout.strip()
+        )
+
+    made = own()
+    assert {*kernels.iterdir()} == {made, recent}
+    os.utime(made, (0, 0))
+    assert own().stat().st_mtime > 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +23,9 @@ from numba.extending import intrinsic
 
 from infera_kernels.calls import Call
 from infera_kernels.disk import default_directory
+
+KEPT_S = 30 * 24 * 3600
+"""Seconds for which what other versions compiled is kept."""
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ def compiled(function: Function, flags: frozenset[str] = FAST_MATH) -> Function:
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": set(flags)}
     made: Any
     try:
-        with _kept_below(default_directory() / f"numba-{_sources()}"):
+        with _kept_below(_directory()):
             made = numba.njit(cache=True, **options)(function)
         kept = _made.setdefault(function.__module__, [])
         made.told = partial(_told, made, function.__module__, len(kept))  # see `infera_kernels.cpu.process`
@@ -139,6 +145,22 @@ def _load(module: str, number: int, types: tuple[Any, ...]) -> Function:
     import_module(module)
     found: Function = _made[module][number].compile(types)  # type: ignore[attr-defined]
     return found
+
+
+@cache
+def _directory() -> Path:
+    """Where functions of these sources are kept. Those of others go when a new one comes, once no process has looked at
+    them for `KEPT_S`."""
+    own = default_directory() / f"numba-{_sources()}"
+    if own.exists():
+        with suppress(OSError):
+            os.utime(own)
+        return own
+    for other in own.parent.glob("numba-*"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > KEPT_S:
+                shutil.rmtree(other)
+    return own
 
 
 @cache
