@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -61,7 +61,7 @@ class Term:
     args: tuple[int, ...]
 
 
-@cache
+@lru_cache(1024)
 def parsed(expression: str, inputs: int) -> tuple[Term, ...]:
     """The steps of an expression. Raises ValueError where it is none over so many inputs."""
     terms: list[Term] = []

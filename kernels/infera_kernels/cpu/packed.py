@@ -7,7 +7,7 @@ most of it beside a few.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -238,6 +238,6 @@ def _line(x: Array) -> Argument:
     return _size(x.strides[0] // x.itemsize)
 
 
-@cache
+@lru_cache(4096)
 def _size(value: int) -> Argument:
     return SIZE(value)
