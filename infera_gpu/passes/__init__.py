@@ -114,6 +114,7 @@ FUSIONS = Fusions(
     *lookup.FUSIONS,
     *rows.FUSIONS,
     *columns.FUSIONS,
+    matmul.GEMM_OF_NUMBER,
     matmul.BIAS,
     conv.BIAS,
     *weights.FUSIONS,
@@ -163,7 +164,7 @@ class _Passes:
             graph = drop_dead(centre.centred(graph, integers=integers))
         known: dict[str, Known] = {}
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
-            ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
+            ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry, known))),
             ("remove_identities", lambda g: drop_outputs(remove_identities(g, known))),
             ("share_values", lambda g: share_values(g, self.registry)),
         )
