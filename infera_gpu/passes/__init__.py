@@ -55,6 +55,7 @@ from infera_gpu.passes import (
     transposed,
     unit,
     weights,
+    windows,
 )
 from infera_gpu.passes.chains import chained, may_chain
 from infera_gpu.passes.draft import Draft
@@ -106,6 +107,7 @@ FUSIONS = Fusions(
     *head_attention.FUSIONS,
     *masked.FUSIONS,
     *standard_attention.FUSIONS,
+    *windows.FUSIONS,
     *attention.FUSIONS,
     *heads_last.FUSIONS,
     *expanded.FUSIONS,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from infera_gpu.passes.engine import (
     CPU_AND_TRITON,
     Fusion,
@@ -15,6 +19,7 @@ from infera_gpu.passes.engine import (
     standard,
 )
 from infera_gpu.passes.pattern import Arg, P, is_close
+from infera_gpu.spec import dtype_of_onnx
 
 INPUTS = ("q", "kt", "v", "mask", "condition", "further")
 OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition", "?further")
@@ -97,7 +102,16 @@ _PRODUCTS = ("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
 """As onnxruntime's optimiser writes a product with a factor, or of keys that are not transposed."""
 
 
-def _core() -> P:
+def _plain(scores: Arg) -> Arg:
+    return node("Softmax", scores, name="softmax")
+
+
+def _widened(scores: Arg) -> Arg:
+    """Weights in single precision of scores in half of it."""
+    return node("Cast", _plain(node("Cast", scores, name="widened")), name="narrowed")
+
+
+def _core(weights: Callable[[Arg], Arg]) -> P:
     scores = node(("MatMul", *_PRODUCTS), "q", "kt", name="scores")
     scaled = either(node("Mul", scores, "%factor", commutes=True), node("Div", scores, "%divisor"), scores)
     inner = either(node("Div", scaled, "%cap"), node("Mul", scaled, "%inverse_cap", commutes=True))
@@ -109,12 +123,12 @@ def _core() -> P:
     )
     masked = node("Add", filled, "mask", commutes=True)
     biased = node("Add", masked, "further", commutes=True)
-    softmax = node("Softmax", either(biased, masked, filled), name="softmax")
+    softmax = weights(either(biased, masked, filled))
     guarded = node("Where", node("IsNaN", softmax), 0.0, softmax, name="guard")
     return node("MatMul", either(guarded, softmax), "v")
 
 
-def _is_last_axis(match: Match) -> bool:
+def is_last_axis(match: Match) -> bool:
     """Whether the softmax goes along the keys, scores are capped evenly, and the numbers add no axis."""
     softmax = match.nodes["softmax"]
     axis = int(softmax.attrs.get("axis", -1 if match.opset() >= 13 else 1))
@@ -137,7 +151,7 @@ def _is_cap(match: Match) -> bool:
 
 def _fused(match: Match) -> Replacement:
     scores = match.nodes["scores"].attrs
-    attrs: dict[str, float] = {"scale": _factor(match) * float(scores.get("alpha", 1.0))}
+    attrs: dict[str, float] = {"scale": factor_of(match) * float(scores.get("alpha", 1.0))}
     if scores.get("transB", 0):
         attrs["swap_keys"] = 1
     if "height" in match.values:
@@ -149,7 +163,7 @@ def _fused(match: Match) -> Replacement:
     return Replacement(infera(match, "Attention", named(match, INPUTS), attrs))
 
 
-def _factor(match: Match) -> float:
+def factor_of(match: Match) -> float:
     """What the scale of a match multiplies by."""
     if "divisor" in match.values:
         return 1 / match.number("divisor")
@@ -158,8 +172,8 @@ def _factor(match: Match) -> float:
 
 ATTENTION = Fusion(
     name="attention",
-    patterns=(_core(),),
-    guard=_is_last_axis,
+    patterns=(_core(_plain),),
+    guard=is_last_axis,
     build=_fused,
     reassociates=True,
     kinds=CPU_AND_TRITON,
@@ -223,6 +237,54 @@ ATTENTION = Fusion(
 )
 
 
+def _is_widened(match: Match) -> bool:
+    """The softmax is as precise as the operator's own, and its weights are of the type of queries again."""
+    q, wide, narrow = match.spec("q"), match.nodes["widened"].attrs["to"], match.nodes["narrowed"].attrs["to"]
+    if q is None or q.dtype.name not in ("float16", "bfloat16") or dtype_of_onnx(narrow) != q.dtype:
+        return False
+    return dtype_of_onnx(wide) in (np.float32, np.float64) and is_last_axis(match)
+
+
+_WIDENED = """
+        example (float16[2, 3, 4, 5] q, float16[2, 3, 5, 6] kt, float16[2, 3, 6, 5] v, float16[2, 1, 1, 6] m)
+            => (float16[2, 3, 4, 5] y) <float16 half = {14336}> {
+            a = MatMul(q, kt)
+            b = Mul(a, half)
+            c = Add(m, b)
+            d = Cast <to = 1> (c)
+            e = Softmax <axis = -1> (d)
+            f = Cast <to = 10> (e)
+            y = MatMul(f, v)
+        }"""
+
+HALF = Fusion(
+    name="attention_of_halves",
+    patterns=(_core(_widened),),
+    guard=_is_widened,
+    build=_fused,
+    reassociates=True,
+    kinds=frozenset({"triton"}),
+    example=_WIDENED,
+    near_misses=(
+        changed(_WIDENED, ("example (", "weights_stay_wide ("), ("Cast <to = 10> (e)", "Cast <to = 1> (e)")),
+        changed(_WIDENED, ("example (", "of_integers ("), ("Cast <to = 1> (c)", "Cast <to = 7> (c)")),
+        changed(
+            _WIDENED,
+            ("example (", "wide_weights_are_an_output ("),
+            ("5] y)", "5] y, float[2, 3, 4, 6] e)"),
+        ),
+        changed(
+            _WIDENED,
+            ("example (", "mask_in_single_precision ("),
+            ("float16[2, 1, 1, 6] m", "float[2, 1, 1, 6] m"),
+            ("c = Add(m, b)", "g = Cast <to = 1> (b)  c = Add(m, g)"),
+            ("d = Cast <to = 1> (c)", "d = Identity(c)"),
+        ),
+    ),
+)
+"""NumPy has no arithmetic of halves: on the CPU each part is quicker by its own kernel."""
+
+
 # ---- a scale on queries or keys
 
 
@@ -232,19 +294,19 @@ def with_inputs(match: Match, **attrs: float) -> Replacement:
     return Replacement(infera(match, "Attention", named(match, INPUTS), {**inner.attrs, **attrs}))
 
 
-def _scaled(x: str) -> Arg:
+def scaled(x: Arg) -> Arg:
     return either(node("Mul", x, "%factor", commutes=True), node("Div", x, "%divisor"))
 
 
 SCALE = Fusion(
     name="attention_scale",
     patterns=(
-        node("infera.Attention", _scaled("q"), *OPERANDS[1:], name="attention"),
-        node("infera.Attention", "q", _scaled("kt"), *OPERANDS[2:], name="attention"),
+        node("infera.Attention", scaled("q"), *OPERANDS[1:], name="attention"),
+        node("infera.Attention", "q", scaled("kt"), *OPERANDS[2:], name="attention"),
     ),
     guard=lambda match: match.numbers_rank <= 1 or match.keeps_shape("q"),
     build=lambda match: with_inputs(
-        match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * _factor(match)
+        match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * factor_of(match)
     ),
     reassociates=True,
     kinds=CPU_AND_TRITON,
@@ -270,4 +332,4 @@ SCALE = Fusion(
     ),
 )
 
-FUSIONS = (KEYS, ATTENTION, SCALE)
+FUSIONS = (KEYS, ATTENTION, HALF, SCALE)
