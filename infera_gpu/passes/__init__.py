@@ -14,6 +14,7 @@ from infera_gpu.op import Registry
 from infera_gpu.passes import (
     activation,
     attention,
+    attention_forms,
     axis_norm,
     centre,
     columns,
@@ -110,6 +111,7 @@ FUSIONS = Fusions(
     *masked.FUSIONS,
     *standard_attention.FUSIONS,
     *windows.FUSIONS,
+    *attention_forms.FUSIONS,
     *attention.FUSIONS,
     *heads_last.FUSIONS,
     *expanded.FUSIONS,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from infera_gpu.passes.engine import (
     CPU_AND_TRITON,
     Fusion,
@@ -19,7 +17,6 @@ from infera_gpu.passes.engine import (
     standard,
 )
 from infera_gpu.passes.pattern import Arg, P, is_close
-from infera_gpu.spec import dtype_of_onnx
 
 INPUTS = ("q", "kt", "v", "mask", "condition", "further")
 OPERANDS: tuple[Arg, ...] = ("q", "kt", "v", "?mask", "?condition", "?further")
@@ -102,28 +99,30 @@ _PRODUCTS = ("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
 """As onnxruntime's optimiser writes a product with a factor, or of keys that are not transposed."""
 
 
-def _plain(scores: Arg) -> Arg:
+def plain(scores: Arg) -> Arg:
     return node("Softmax", scores, name="softmax")
 
 
-def _widened(scores: Arg) -> Arg:
-    """Weights in single precision of scores in half of it."""
-    return node("Cast", _plain(node("Cast", scores, name="widened")), name="narrowed")
+def filled(scores: Arg) -> Arg:
+    return either(
+        node("Where", "condition", scores, "%fill", name="kept"),
+        node("Where", "condition", "%fill", scores, name="filled"),
+    )
 
 
-def _core(weights: Callable[[Arg], Arg]) -> P:
+def _masked(scores: Arg) -> Arg:
+    """Hidden scores have one number, to which masks are added."""
+    seen = either(filled(scores), scores)
+    masked = node("Add", seen, "mask", commutes=True)
+    return either(node("Add", masked, "further", commutes=True), masked, seen)
+
+
+def core(weights: Callable[[Arg], Arg], terms: Callable[[Arg], Arg] = _masked) -> P:
     scores = node(("MatMul", *_PRODUCTS), "q", "kt", name="scores")
     scaled = either(node("Mul", scores, "%factor", commutes=True), node("Div", scores, "%divisor"), scores)
     inner = either(node("Div", scaled, "%cap"), node("Mul", scaled, "%inverse_cap", commutes=True))
     capped = either(node("Mul", node("Tanh", inner), "%height", commutes=True), scaled)
-    filled = either(
-        node("Where", "condition", capped, "%fill", name="kept"),
-        node("Where", "condition", "%fill", capped, name="filled"),
-        capped,
-    )
-    masked = node("Add", filled, "mask", commutes=True)
-    biased = node("Add", masked, "further", commutes=True)
-    softmax = weights(either(biased, masked, filled))
+    softmax = weights(terms(capped))
     guarded = node("Where", node("IsNaN", softmax), 0.0, softmax, name="guard")
     return node("MatMul", either(guarded, softmax), "v")
 
@@ -149,7 +148,7 @@ def _is_cap(match: Match) -> bool:
     return height > 0 and is_close(cap, height, match.constant("height").dtype)
 
 
-def _fused(match: Match) -> Replacement:
+def fused(match: Match) -> Replacement:
     scores = match.nodes["scores"].attrs
     attrs: dict[str, float] = {"scale": factor_of(match) * float(scores.get("alpha", 1.0))}
     if scores.get("transB", 0):
@@ -172,9 +171,9 @@ def factor_of(match: Match) -> float:
 
 ATTENTION = Fusion(
     name="attention",
-    patterns=(_core(_plain),),
+    patterns=(core(plain),),
     guard=is_last_axis,
-    build=_fused,
+    build=fused,
     reassociates=True,
     kinds=CPU_AND_TRITON,
     example="""
@@ -237,54 +236,6 @@ ATTENTION = Fusion(
 )
 
 
-def _is_widened(match: Match) -> bool:
-    """The softmax is as precise as the operator's own, and its weights are of the type of queries again."""
-    q, wide, narrow = match.spec("q"), match.nodes["widened"].attrs["to"], match.nodes["narrowed"].attrs["to"]
-    if q is None or q.dtype.name not in ("float16", "bfloat16") or dtype_of_onnx(narrow) != q.dtype:
-        return False
-    return dtype_of_onnx(wide) in (np.float32, np.float64) and is_last_axis(match)
-
-
-_WIDENED = """
-        example (float16[2, 3, 4, 5] q, float16[2, 3, 5, 6] kt, float16[2, 3, 6, 5] v, float16[2, 1, 1, 6] m)
-            => (float16[2, 3, 4, 5] y) <float16 half = {14336}> {
-            a = MatMul(q, kt)
-            b = Mul(a, half)
-            c = Add(m, b)
-            d = Cast <to = 1> (c)
-            e = Softmax <axis = -1> (d)
-            f = Cast <to = 10> (e)
-            y = MatMul(f, v)
-        }"""
-
-HALF = Fusion(
-    name="attention_of_halves",
-    patterns=(_core(_widened),),
-    guard=_is_widened,
-    build=_fused,
-    reassociates=True,
-    kinds=frozenset({"triton"}),
-    example=_WIDENED,
-    near_misses=(
-        changed(_WIDENED, ("example (", "weights_stay_wide ("), ("Cast <to = 10> (e)", "Cast <to = 1> (e)")),
-        changed(_WIDENED, ("example (", "of_integers ("), ("Cast <to = 1> (c)", "Cast <to = 7> (c)")),
-        changed(
-            _WIDENED,
-            ("example (", "wide_weights_are_an_output ("),
-            ("5] y)", "5] y, float[2, 3, 4, 6] e)"),
-        ),
-        changed(
-            _WIDENED,
-            ("example (", "mask_in_single_precision ("),
-            ("float16[2, 1, 1, 6] m", "float[2, 1, 1, 6] m"),
-            ("c = Add(m, b)", "g = Cast <to = 1> (b)  c = Add(m, g)"),
-            ("d = Cast <to = 1> (c)", "d = Identity(c)"),
-        ),
-    ),
-)
-"""NumPy has no arithmetic of halves: on the CPU each part is quicker by its own kernel."""
-
-
 # ---- a scale on queries or keys
 
 
@@ -332,4 +283,4 @@ SCALE = Fusion(
     ),
 )
 
-FUSIONS = (KEYS, ATTENTION, HALF, SCALE)
+FUSIONS = (KEYS, ATTENTION, SCALE)
