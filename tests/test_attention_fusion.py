@@ -112,6 +112,61 @@ def test_a_scale_on_both_operands_is_one_on_the_scores() -> None:
     assert "Mul" not in [n.op for n in session.graph.nodes]
 
 
+_HEAD_SIZE = """
+    g (float[B, 2, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v) => (float[B, 2, S, 8] y)
+    <int64[1] last = {-1}, int64[1] end = {9223372036854775807}, float one = {1}> {
+        shape = Shape(q)
+        size = Slice(shape, last, end)
+        wide = Cast <to = 1> (size)
+        root = Sqrt(wide)
+        inverse = Div(one, root)
+        kt = Transpose <perm = [0, 1, 3, 2]> (k)
+        a = Sqrt(inverse)
+        qs = Mul(q, a)
+        b = Sqrt(inverse)
+        ks = Mul(kt, b)
+        scores = MatMul(qs, ks)
+        w = Softmax(scores)
+        y = MatMul(w, v)
+    }"""
+
+
+@pytest.mark.parametrize(
+    ("size", "outputs", "ops"),
+    [
+        ("8", "", {"Transpose", "Attention"}),
+        ("8", ", int64[1] size", {"Shape", "Slice", "Transpose", "Attention"}),
+        ("D", "", None),
+    ],
+    ids=["known", "size_is_an_output", "unknown"],
+)
+def test_a_scale_made_of_the_size_of_heads_is_a_number_where_that_is_known(
+    size: str, outputs: str, ops: set[str] | None
+) -> None:
+    """As PyTorch's TorchScript exporter writes scaled_dot_product_attention, whose other sizes are not known."""
+    text = _HEAD_SIZE.replace("S, 8] q", f"S, {size}] q").replace("T, 8] k", f"T, {size}] k")
+    text = text.replace("8] y)", f"8] y{outputs})")
+    session, parts = (infera_gpu.load(parse(text, 17), device="cpu", fuse=f) for f in (True, False))
+    made = {n.op for n in session.graph.nodes}
+    assert made == ops or (ops is None and {"Cast", "Mul"} < made)
+    rng = np.random.default_rng(0)
+    given = {k: rng.standard_normal((2, 2, n, 8)).astype(np.float32) for k, n in (("q", 5), ("k", 7), ("v", 7))}
+    for name, want in parts.run(given).items():
+        np.testing.assert_allclose(session.run(given)[name], want, rtol=2e-6, atol=2e-6)
+
+
+def test_the_size_of_what_nobody_else_needs_is_not_known_in_advance() -> None:
+    """Whether the product fits is for planning to say."""
+    text = """
+        g (float[B, 3] x, float[N, 4] w) => (float[1] y) <int64[1] last = {1}> {
+            p = MatMul(x, w)
+            s = Shape(p)
+            n = Gather(s, last)
+            y = Cast <to = 1> (n)
+        }"""
+    assert next(iter(infera_gpu.load(parse(text, 17), device="cpu").graph.nodes)).op == "MatMul"
+
+
 def test_strict_sessions_keep_the_parts() -> None:
     session = infera_gpu.load(model(SCORES["mask"]), device="cpu", accuracy="strict")
     assert "Softmax" in [n.op for n in session.graph.nodes]

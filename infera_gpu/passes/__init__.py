@@ -14,6 +14,7 @@ from infera_gpu.op import Registry
 from infera_gpu.passes import (
     activation,
     attention,
+    attention_forms,
     axis_norm,
     centre,
     columns,
@@ -52,9 +53,11 @@ from infera_gpu.passes import (
     sinking,
     softmax,
     standard_attention,
+    there_and_back,
     transposed,
     unit,
     weights,
+    windows,
 )
 from infera_gpu.passes.chains import chained, may_chain
 from infera_gpu.passes.draft import Draft
@@ -88,6 +91,7 @@ FUSIONS = Fusions(
     *group_last.FUSIONS,
     *scale.FUSIONS,
     *sinking.FUSIONS,
+    *there_and_back.FUSIONS,
     *pairs.FUSIONS,
     *pad.FUSIONS,
     *quantized_pad.LATE,
@@ -106,6 +110,8 @@ FUSIONS = Fusions(
     *head_attention.FUSIONS,
     *masked.FUSIONS,
     *standard_attention.FUSIONS,
+    *windows.FUSIONS,
+    *attention_forms.FUSIONS,
     *attention.FUSIONS,
     *heads_last.FUSIONS,
     *expanded.FUSIONS,
@@ -114,6 +120,7 @@ FUSIONS = Fusions(
     *lookup.FUSIONS,
     *rows.FUSIONS,
     *columns.FUSIONS,
+    matmul.GEMM_OF_NUMBER,
     matmul.BIAS,
     conv.BIAS,
     *weights.FUSIONS,
@@ -165,7 +172,7 @@ class _Passes:
             graph = self.alive(self.changed("centred", graph, centre.centred(graph, integers=integers)))
         known: dict[str, Known] = {}
         early: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
-            ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry))),
+            ("fold_constants", lambda g: drop_dead(fold_constants(g, self.registry, known))),
             ("remove_identities", lambda g: drop_outputs(remove_identities(g, known))),
             ("share_values", lambda g: share_values(g, self.registry)),
         )

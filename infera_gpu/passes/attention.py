@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from infera_gpu.passes.engine import (
     CPU_AND_TRITON,
     Fusion,
@@ -97,24 +99,35 @@ _PRODUCTS = ("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
 """As onnxruntime's optimiser writes a product with a factor, or of keys that are not transposed."""
 
 
-def _core() -> P:
+def plain(scores: Arg) -> Arg:
+    return node("Softmax", scores, name="softmax")
+
+
+def filled(scores: Arg) -> Arg:
+    return either(
+        node("Where", "condition", scores, "%fill", name="kept"),
+        node("Where", "condition", "%fill", scores, name="filled"),
+    )
+
+
+def _masked(scores: Arg) -> Arg:
+    """Hidden scores have one number, to which masks are added."""
+    seen = either(filled(scores), scores)
+    masked = node("Add", seen, "mask", commutes=True)
+    return either(node("Add", masked, "further", commutes=True), masked, seen)
+
+
+def core(weights: Callable[[Arg], Arg], terms: Callable[[Arg], Arg] = _masked) -> P:
     scores = node(("MatMul", *_PRODUCTS), "q", "kt", name="scores")
     scaled = either(node("Mul", scores, "%factor", commutes=True), node("Div", scores, "%divisor"), scores)
     inner = either(node("Div", scaled, "%cap"), node("Mul", scaled, "%inverse_cap", commutes=True))
     capped = either(node("Mul", node("Tanh", inner), "%height", commutes=True), scaled)
-    filled = either(
-        node("Where", "condition", capped, "%fill", name="kept"),
-        node("Where", "condition", "%fill", capped, name="filled"),
-        capped,
-    )
-    masked = node("Add", filled, "mask", commutes=True)
-    biased = node("Add", masked, "further", commutes=True)
-    softmax = node("Softmax", either(biased, masked, filled), name="softmax")
+    softmax = weights(terms(capped))
     guarded = node("Where", node("IsNaN", softmax), 0.0, softmax, name="guard")
     return node("MatMul", either(guarded, softmax), "v")
 
 
-def _is_last_axis(match: Match) -> bool:
+def is_last_axis(match: Match) -> bool:
     """Whether the softmax goes along the keys, scores are capped evenly, and the numbers add no axis."""
     softmax = match.nodes["softmax"]
     axis = int(softmax.attrs.get("axis", -1 if match.opset() >= 13 else 1))
@@ -135,9 +148,9 @@ def _is_cap(match: Match) -> bool:
     return height > 0 and is_close(cap, height, match.constant("height").dtype)
 
 
-def _fused(match: Match) -> Replacement:
+def fused(match: Match) -> Replacement:
     scores = match.nodes["scores"].attrs
-    attrs: dict[str, float] = {"scale": _factor(match) * float(scores.get("alpha", 1.0))}
+    attrs: dict[str, float] = {"scale": factor_of(match) * float(scores.get("alpha", 1.0))}
     if scores.get("transB", 0):
         attrs["swap_keys"] = 1
     if "height" in match.values:
@@ -149,7 +162,7 @@ def _fused(match: Match) -> Replacement:
     return Replacement(infera(match, "Attention", named(match, INPUTS), attrs))
 
 
-def _factor(match: Match) -> float:
+def factor_of(match: Match) -> float:
     """What the scale of a match multiplies by."""
     if "divisor" in match.values:
         return 1 / match.number("divisor")
@@ -158,9 +171,9 @@ def _factor(match: Match) -> float:
 
 ATTENTION = Fusion(
     name="attention",
-    patterns=(_core(),),
-    guard=_is_last_axis,
-    build=_fused,
+    patterns=(core(plain),),
+    guard=is_last_axis,
+    build=fused,
     reassociates=True,
     kinds=CPU_AND_TRITON,
     example="""
@@ -232,19 +245,19 @@ def with_inputs(match: Match, **attrs: float) -> Replacement:
     return Replacement(infera(match, "Attention", named(match, INPUTS), {**inner.attrs, **attrs}))
 
 
-def _scaled(x: str) -> Arg:
+def scaled(x: Arg) -> Arg:
     return either(node("Mul", x, "%factor", commutes=True), node("Div", x, "%divisor"))
 
 
 SCALE = Fusion(
     name="attention_scale",
     patterns=(
-        node("infera.Attention", _scaled("q"), *OPERANDS[1:], name="attention"),
-        node("infera.Attention", "q", _scaled("kt"), *OPERANDS[2:], name="attention"),
+        node("infera.Attention", scaled("q"), *OPERANDS[1:], name="attention"),
+        node("infera.Attention", "q", scaled("kt"), *OPERANDS[2:], name="attention"),
     ),
     guard=lambda match: match.numbers_rank <= 1 or match.keeps_shape("q"),
     build=lambda match: with_inputs(
-        match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * _factor(match)
+        match, scale=float(match.nodes["attention"].attrs.get("scale", 1.0)) * factor_of(match)
     ),
     reassociates=True,
     kinds=CPU_AND_TRITON,

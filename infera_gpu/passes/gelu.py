@@ -22,10 +22,12 @@ def _half(of: Arg) -> Arg:
     return either(_times(of, 0.5), node("Div", of, 2.0))
 
 
-def _products(factor: P) -> tuple[P, ...]:
-    """Every order in which x · ½ · factor is written."""
+def _products(odd: P) -> tuple[P, ...]:
+    """Every order in which x · ½ · (1 + odd) is written."""
+    factor = _plus(odd, 1.0)
     product = _times("x", factor)
     return (
+        _times("x", _plus(_half(odd), 0.5)),
         _times(product, 0.5),
         node("Div", product, 2.0),
         _times(_half("x"), factor),
@@ -35,7 +37,7 @@ def _products(factor: P) -> tuple[P, ...]:
 
 def _erf_forms() -> tuple[P, ...]:
     scaled = either(node("Div", "x", 2 * SQRT_HALF), _times("x", SQRT_HALF))
-    return _products(_plus(node("Erf", scaled), 1.0))
+    return _products(node("Erf", scaled))
 
 
 def _tanh_forms() -> tuple[P, ...]:
@@ -50,7 +52,7 @@ def _tanh_forms() -> tuple[P, ...]:
         _times(_times("x", slope), TANH_SCALE),
         _times("x", _times(slope, TANH_SCALE)),
     )
-    return _products(_plus(node("Tanh", inner), 1.0))
+    return _products(node("Tanh", inner))
 
 
 _GELU_EXAMPLE = """
@@ -82,6 +84,13 @@ GELU = Fusion(
         }""",
         changed(
             _GELU_EXAMPLE, ("example (", "erf_read_elsewhere ("), ("float[3, 7] y)", "float[3, 7] y, float[3, 7] b)")
+        ),
+        changed(
+            _GELU_EXAMPLE,
+            ("example (", "a_half_of_one_term ("),
+            ("c = Add(b, one)", "h = Mul(b, half)  c = Add(h, one)"),
+            ("d = Mul(x, c)", "y = Mul(x, c)"),
+            ("            y = Mul(d, half)\n", ""),
         ),
         changed(
             _GELU_EXAMPLE,

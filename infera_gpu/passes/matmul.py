@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from infera_gpu.passes.engine import Fusion, Match, Replacement, either, infera, node
+from dataclasses import replace
+
+import numpy as np
+
+from infera_gpu.graph import made_name
+from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, either, infera, node
 from infera_gpu.passes.epilogue import activated, activation_of
 
 ACTIVATIONS = {name: name for name in ("relu", "tanh", "sigmoid", "gelu", "gelu_tanh")} | {"swish": "silu"}
@@ -63,6 +68,44 @@ BIAS = Fusion(
 )
 
 
+def _is_one_number(match: Match) -> bool:
+    bias, weight = match.constant("b"), match.constant("w")
+    return bias.size == 1 and bias.ndim <= 2 and bias.dtype == weight.dtype and _columns(match) > 1
+
+
+def _columns(match: Match) -> int:
+    """Of the weights of a Gemm, a matrix."""
+    rows, columns = match.constant("w").shape
+    return int(rows if match.nodes["gemm"].attrs.get("transB", 0) else columns)
+
+
+def _with_row(match: Match) -> Replacement:
+    gemm, name = match.nodes["gemm"], made_name(match.root.outputs[0], "bias")
+    row = np.full(_columns(match), match.constant("b").reshape(-1)[0])
+    return Replacement(replace(gemm, inputs=(*gemm.inputs[:2], name)), {name: row})
+
+
+_GEMM_OF_NUMBER = """
+        example (float[2, 3] a) => (float[2, 2] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}, float b = {0.5}> {
+            y = Gemm <transB = 1, beta = 2.0> (a, w, b)
+        }"""
+
+GEMM_OF_NUMBER = Fusion(
+    name="gemm_of_one_number",
+    patterns=(node("Gemm", "a", "#w", "#b", name="gemm"),),
+    guard=_is_one_number,
+    build=_with_row,
+    example=_GEMM_OF_NUMBER,
+    near_misses=(
+        changed(_GEMM_OF_NUMBER, ("example (", "a_row ("), ("float b = {0.5}", "float[2] b = {0.5, 1}")),
+        changed(_GEMM_OF_NUMBER, ("example (", "of_another_type ("), ("float b", "double b")),
+        changed(_GEMM_OF_NUMBER, ("example (", "three_axes ("), ("float b", "float[1, 1, 1] b")),
+        changed(_GEMM_OF_NUMBER, ("example (", "an_input ("), ("a)", "a, float b)"), (", float b = {0.5}", "")),
+    ),
+)
+"""A bias that is one number is a row of it: what goes into weights has one a column."""
+
+
 def _gelu_of_bias(match: Match) -> Replacement:
     attrs = {"activation": "gelu" if match.root.op == "BiasGelu" else "gelu_tanh"}
     return Replacement(infera(match, "FusedMatMul", tuple(match.values[n] for n in ("a", "w", "b")), attrs))
@@ -109,9 +152,8 @@ def _gemm(match: Match) -> bool:
 def _gemm_bias_is_row(match: Match) -> bool:
     if "b" not in match.values:
         return True
-    bias, weight = match.constant("b"), match.constant("w")
-    columns = weight.shape[0 if match.nodes["gemm"].attrs.get("transB", 0) else 1]
-    return bias.ndim >= 1 and bias.size == bias.shape[-1] == columns and bias.ndim <= 2
+    bias = match.constant("b")
+    return bias.ndim >= 1 and bias.size == bias.shape[-1] == _columns(match) and bias.ndim <= 2
 
 
 def _from_gemm(match: Match) -> Replacement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -91,6 +92,49 @@ MEAN_OF_SUM = Fusion(
             s = ReduceSum(x, last)
             y = Div(s, count)
         }""",
+    ),
+)
+
+
+def _is_mean_of_squares(match: Match) -> bool:
+    """For a norm: a small number is added to it, and nothing else is made of it."""
+    readers = [*match.draft.readers.get(match.root.outputs[0], {}).values()]
+    small = len(readers) == 1 and readers[0].qualified == "Add"
+    return small and any(i in match.graph.constants for i in readers[0].inputs) and _is_mean(match)
+
+
+def _mean_of_squares(match: Match) -> Replacement:
+    mean, squares = _mean(match), made_name(match.root.outputs[0], "squares")
+    square = standard(match, "Mul", 7, (match.values["x"],) * 2, {})
+    made = replace(mean.node, inputs=(squares, *mean.node.inputs[1:]))
+    return Replacement(made, mean.constants, (replace(square, outputs=(squares,), name=squares),))
+
+
+_SUM_OF_SQUARES = node("ReduceSumSquare", "x", "?#axes", name="sum")
+_MEAN_SQUARE = """
+        example (float[B, 3, 4] x) => (float[B, 3, 1] y) <int64[1] last = {-1}, float count = {4}, float e = {1e-6}> {
+            s = ReduceSumSquare(x, last)
+            m = Div(s, count)
+            y = Add(m, e)
+        }"""
+
+MEAN_SQUARE = Fusion(
+    name="mean_of_sum_of_squares",
+    patterns=(node("Mul", _SUM_OF_SQUARES, "%share", commutes=True), node("Div", _SUM_OF_SQUARES, "%count")),
+    guard=_is_mean_of_squares,
+    build=_mean_of_squares,
+    reassociates=True,
+    opset=18,
+    example=_MEAN_SQUARE,
+    near_misses=(
+        changed(_MEAN_SQUARE, ("example (", "another_count ("), ("count = {4}", "count = {3}")),
+        changed(_MEAN_SQUARE, ("example (", "no_norm ("), ("y = Add(m, e)", "y = Mul(m, e)")),
+        changed(_MEAN_SQUARE, ("example (", "size_is_unknown ("), ("float[B, 3, 4] x", "float[B, 3, N] x")),
+        changed(
+            _MEAN_SQUARE,
+            ("example (", "sum_is_an_output ("),
+            ("float[B, 3, 1] y)", "float[B, 3, 1] y, float[B, 3, 1] s)"),
+        ),
     ),
 )
 
@@ -258,4 +302,4 @@ RMS_NORM_AS_FACTORS = Fusion(
     ),
 )
 
-FUSIONS = (MEAN_OF_SUM, MEAN_BY_COUNT, LAYER_NORM_AS_FACTORS, RMS_NORM_AS_FACTORS)
+FUSIONS = (MEAN_OF_SUM, MEAN_SQUARE, MEAN_BY_COUNT, LAYER_NORM_AS_FACTORS, RMS_NORM_AS_FACTORS)

@@ -12,14 +12,28 @@ from infera_gpu.passes.activation import bounds
 from infera_gpu.passes.engine import Fusion, Match, Replacement, node
 from infera_gpu.passes.pattern import axis_in
 
-PADDED = node("Pad", "x", "?#pads", "?#value", name="pad")
+PADDED = node("Pad", "x", "?#pads", "?#value", "?#pad_axes", name="pad")
 
 
 def _given(match: Match) -> Sequence[int]:
     """The padding as the node has it, all begins then all ends."""
     pad = match.nodes["pad"]
     given: Sequence[int] = pad.attrs["pads"] if "pads" in pad.attrs else match.constant("pads").reshape(-1).tolist()
-    return given
+    return _around_all(match, given) if "pad_axes" in match.values else given
+
+
+def _around_all(match: Match, given: Sequence[int]) -> list[int]:
+    """The padding of some axes as that of all. Raises ValueError where they are not known, or refused by planning."""
+    rank, written = match.rank("x"), match.constant("pad_axes")
+    axes = [axis_in(axis, rank) for axis in written.reshape(-1).tolist()] if rank is not None else []
+    if rank is None or written.dtype.kind != "i" or len(given) != 2 * len(axes) or len({*axes}) < len(axes):
+        raise ValueError
+    made = [0] * (2 * rank)
+    for i, axis in enumerate(axes):
+        if axis is None:
+            raise ValueError
+        made[axis], made[rank + axis] = given[i], given[len(axes) + i]
+    return made
 
 
 def _pads(match: Match) -> tuple[int, ...] | None:
@@ -161,6 +175,7 @@ CONV = Fusion(
     ),
     guard=lambda match: is_padded(match, 0.0),
     build=with_pads,
+    opset=18,
     example="""
         example (float[1, 1, 3, 3] x) => (float[1, 2, 4, 3] y)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}> {
@@ -205,6 +220,24 @@ CONV = Fusion(
             y = Conv(t, w)
         }""",
         """
+        channels_by_axes (float[1, 1, 3, 3] x) => (float[1, 1, 2, 2] y)
+        <float[1, 2, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[2] p = {1, 0}, int64[1] axes = {-3}> {
+            t = Pad(x, p, , axes)
+            y = Conv(t, w)
+        }""",
+        """
+        an_axis_twice (float[1, 1, 3, 3] x) => (float[1, 2, 4, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[4] p = {1, 0, 0, 1}, int64[2] axes = {-2, 2}> {
+            t = Pad(x, p, , axes)
+            y = Conv(t, w)
+        }""",
+        """
+        axes_of_another_number (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y)
+        <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[4] p = {1, 0, 0, 1}, int64[1] axes = {2}> {
+            t = Pad(x, p, , axes)
+            y = Conv(t, w)
+        }""",
+        """
         padding_read_elsewhere (float[1, 1, 3, 3] x) => (float[1, 2, 3, 2] y, float[1, 1, 4, 3] t)
         <float[2, 1, 2, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, int64[8] p = {0, 0, 0, 0, 0, 0, 1, 0}> {
             t = Pad(x, p)
@@ -226,9 +259,11 @@ AVERAGE = Fusion(
     patterns=(node("AveragePool", PADDED, name="window"),),
     guard=_is_averaged,
     build=lambda match: with_pads(match, count_include_pad=1),
+    opset=18,
     example="""
-        example (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y) <int64[8] p = {0, 0, 0, 1, 0, 0, 0, 0}> {
-            t = Pad(x, p)
+        example (float[1, 2, 4, 3] x) => (float[1, 2, 2, 2] y)
+        <int64[4] p = {1, 0, 0, 0}, int64[2] axes = {-1, 2}> {
+            t = Pad(x, p, , axes)
             y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (t)
         }""",
     near_misses=(
