@@ -281,7 +281,9 @@ def matmul_panels(
             if apart and j - i > PANEL:
                 calls.append(copy(weights, narrow))
                 left, y = (rows[:, None, None], y[:, None]) if len(rows) <= FEW_ROWS else (rows, y)
-                calls += matmul_integer(left, weights.reshape((j - i) // PANEL, k, PANEL), in_ranges(y, PANEL), ranges, scratch)
+                calls += matmul_integer(
+                    left, weights.reshape((j - i) // PANEL, k, PANEL), in_ranges(y, PANEL), ranges, scratch
+                )
                 continue
             weights, width = weights.reshape(k, j - i), min(PANEL, j - i)
             calls.append(copy(in_ranges(weights, width), narrow.reshape((j - i) // width, k, width)))
