@@ -213,9 +213,9 @@ def matmul_integer(a: Array, b: Array, out: Array, ranges: Sequence[tuple[int, i
 
 PANEL = 64
 """Columns of a panel of packed weights, whatever multiplies them: OpenBLAS reads so many where they lie."""
-_APART, _MOST_APART, _JOINED = 3 << 16, 4, 1 << 18
-"""Weights that become float32 at a time, and so many panels of them at most, where each is multiplied alone; weights
-where they are multiplied together, 1 MB."""
+_APART, _JOINED = ((4, 1 << 17), (2, 3 << 16)), 1 << 18
+"""How many panels become float32 at a time where each is multiplied alone, if they are up to so many weights, else one;
+the weights that do where they are multiplied together, 1 MB."""
 
 
 def together(rows: int, k: int) -> tuple[int, bool]:
@@ -223,7 +223,7 @@ def together(rows: int, k: int) -> tuple[int, bool]:
     alone, where it lies; else they come to lie side by side, since BLAS packs both sides of each product."""
     panel = max(1, k * PANEL)
     if rows * panel <= UNPACKED or (rows <= MOST_IN_RANGES and reads_as_it_lies()):
-        return min(max(1, _APART // panel), _MOST_APART), True
+        return next((count for count, most in _APART if count * panel <= most), 1), True
     return max(1, _JOINED // panel), False
 
 
