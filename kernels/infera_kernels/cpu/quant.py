@@ -280,10 +280,10 @@ def matmul_panels(
             narrow, weights, y = panels[k * i : k * j], wide[: k * (j - i)], target[:, i:j]
             if apart and j - i > PANEL:
                 calls.append(copy(weights, narrow))
-                left, y = (rows[:, None, None], y[:, None]) if len(rows) <= FEW_ROWS else (rows, y)
-                calls += matmul_integer(
-                    left, weights.reshape((j - i) // PANEL, k, PANEL), in_ranges(y, PANEL), ranges, scratch
-                )
+                left, right, y = rows, weights.reshape((j - i) // PANEL, k, PANEL), in_ranges(y, PANEL)
+                if len(rows) <= FEW_ROWS:
+                    left, right, y = left[:, None], right[:, None], y[:, :, None]
+                calls += matmul_integer(left, right, y, ranges, scratch)
                 continue
             weights, width = weights.reshape(k, j - i), min(PANEL, j - i)
             calls.append(copy(in_ranges(weights, width), narrow.reshape((j - i) // width, k, width)))
