@@ -69,5 +69,19 @@ class Constants:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the constants in the device's space."""
-        return sum(int(a.nbytes) for (_, _, space), a in self._made.items() if space == self._device.space)
+        """Bytes of the constants in the device's space, packed forms included."""
+        return sum(int(a.nbytes) for (_, _, space), a in self._kept() if space == self._device.space)
+
+    @property
+    def packed(self) -> int:
+        """Bytes of the packed forms, wherever they lie, but for those that are views of the constant."""
+        lasting = self._lasting.copy()
+        return sum(int(a.nbytes) for (i, tag, _), a in self._kept() if tag and not _is_view(a, lasting.get(i)))
+
+    def _kept(self) -> list[tuple[tuple[int, str, Space], Array]]:
+        """What is there now; another thread may be binding."""
+        return list(self._made.items())
+
+
+def _is_view(made: Array, host: HostArray | None) -> bool:
+    return isinstance(made, np.ndarray) and host is not None and np.may_share_memory(made, host)

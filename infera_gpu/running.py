@@ -319,8 +319,14 @@ class Running(ABC):
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of the graph's constants, those of its subgraphs included."""
+        """Bytes of the graph's constants, those of its subgraphs included; see `packed_bytes`."""
         return sum(a.nbytes for graph in self.graph.walk() for a in graph.constants.values())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of what kernels made of constants for the shapes that have come so far, in memory beside the constants
+        until the session is closed."""
+        return self._constants.packed
 
     def close(self) -> None:
         """Give the memory back. Runs that go on finish; later ones raise DeviceError."""

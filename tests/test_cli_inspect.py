@@ -27,6 +27,7 @@ def test_inspect_shows_model_plan_and_times(relu: Path) -> None:
     assert str(plan) in out
     assert f"arena {plan.arena_bytes:,} bytes (lower bound {plan.lower_bound:,}, 1.000 of it)" in out
     assert "100.0%" in out
+    assert "packed for these kernels, beside the constants: 0 bytes" in out
 
 
 def test_inspect_names_the_free_dimensions(relu: Path) -> None:

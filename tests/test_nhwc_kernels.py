@@ -206,6 +206,8 @@ CONVS = (
     Conv("depthwise-folded-after", (1, 6, 8, 32), (32, 1, 3, 3), group=32, pads=((0, 1), (0, 1)), strides=(2, 2)),
     Conv("depthwise-long", (2, 9, 11, 100), (100, 1, 3, 3), group=100, pads=same(1), strides=(2, 2)),
     Conv("depthwise-together", (1, 6, 36, 96), (96, 1, 3, 3), group=96, pads=same(1)),
+    Conv("depthwise-rest", (1, 6, 31, 96), (96, 1, 3, 3), group=96, pads=same(1)),
+    Conv("depthwise-folded-rest", (1, 5, 123, 90), (90, 1, 3, 3), group=90, pads=same(1), strides=(1, 2)),
     Conv("depthwise-in-padding", (2, 4, 5, 6), (6, 1, 3, 3), group=6, pads=((4, 4), (5, 4))),
     Conv("depthwise-steps", (1, 9, 9, 5), (5, 1, 2, 2), group=5, strides=(4, 5), pads=same(2)),
     Conv("depthwise-dilated", (1, 9, 8, 16), (16, 1, 3, 3), group=16, dilations=(2, 3), pads=same(2)),
@@ -340,6 +342,20 @@ def test_windows_are_read_where_they_lie(conv: Conv, monkeypatch: pytest.MonkeyP
     want = last(convolution(np, first(x).astype(np.float64), w.astype(np.float64), None, conv.out, **window))
     assert asked
     assert_near(y, want, DIRECT)
+
+
+def test_depthwise_weights_are_repeated_in_few_forms_whatever_widths_come() -> None:
+    made: dict[str, Array] = {}
+    w = random(1, 192, 1, 3, 3)
+
+    def pack(tag: str, build: Callable[[Any], Any]) -> Array:
+        return made.setdefault(tag, build(w))
+
+    for width in range(1, 260, 3):
+        conv = Conv("", (1, 2, width, 192), (192, 1, 3, 3), group=192, pads=same(1))
+        conv2d(random(0, *conv.x), w, None, scratch(conv.y), scratch, SERIAL, pack=pack, **conv.window)
+    assert len(made) <= 3
+    assert sum(a.nbytes for a in made.values()) <= 1.5 * nhwc_depthwise.WEIGHT_BYTES
 
 
 @pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -315,12 +316,11 @@ def test_parts_of_a_product_are_its_panels() -> None:
     rng = np.random.default_rng(5)
     a = rng.integers(-255, 256, (24, 600)).astype(np.float32)
     b = rng.integers(-128, 128, (600, 2000))
-    width = quant.panel_width(*a.shape)
     want = (a.astype(np.int64) @ b).astype(np.float32)
     for threads in (1, 2, 3):
         out = np.full(want.shape, np.nan, np.float32)
-        ranges, packed = quant.exact_ranges(600, 255, 128, b), quant.packed_panels(b, width)
-        parts = quant.matmul_panels(a, packed, width, out, ranges, np.empty, threads=threads)
+        ranges, packed = quant.exact_ranges(600, 255, 128, b), quant.packed_panels(b)
+        parts = quant.matmul_panels(a, packed, out, ranges, np.empty, threads=threads)
         assert len(parts) == threads
         for calls in reversed(parts):
             for fn, args in calls:
@@ -330,20 +330,51 @@ def test_parts_of_a_product_are_its_panels() -> None:
 
 def test_small_products_are_one_part() -> None:
     a, out = np.zeros((6, 300), np.float32), np.zeros((6, 300), np.float32)
-    packed = quant.packed_panels(np.zeros((300, 300), int), 64)
-    assert len(quant.matmul_panels(a, packed, 64, out, [(0, 300)], np.empty, threads=4)) == 1
+    packed = quant.packed_panels(np.zeros((300, 300), int))
+    assert len(quant.matmul_panels(a, packed, out, [(0, 300)], np.empty, threads=4)) == 1
 
 
-@pytest.mark.parametrize(("rows", "k"), [(0, 0), (1, 1), (6, 512), (24, 768), (32, 3072), (1000, 5)])
-def test_panels_hold_every_column(rows: int, k: int) -> None:
-    width = quant.panel_width(rows, k)
-    assert width in (32, 48, 64, 128, 256) or width % 64 == 0
+@pytest.mark.parametrize("k", [0, 1, 5, 512])
+def test_panels_hold_every_column(k: int) -> None:
+    n, width = 3 * quant.PANEL + 3, quant.PANEL
     for least, most, dtype in ((-128, 127, np.int8), (-255, 255, np.int16)):
-        b = np.resize(np.linspace(least, most, 97).round().astype(int), (k, width + 3))
-        packed = quant.packed_panels(b, width)
+        b = np.resize(np.linspace(least, most, 97).round().astype(int), (k, n))
+        packed = quant.packed_panels(b)
         assert packed.dtype == dtype or not k
-        np.testing.assert_array_equal(packed[: k * width].reshape(k, width), b[:, :width])
-        np.testing.assert_array_equal(packed[k * width :].reshape(k, 3), b[:, width:])
+        for i in range(0, n, width):
+            part = b[:, i : i + width]
+            np.testing.assert_array_equal(packed[k * i : k * (i + part.shape[1])].reshape(part.shape), part)
+
+
+@pytest.mark.parametrize("n", [1, 40, 64, 300, 2000])
+@pytest.mark.parametrize(("rows", "k"), [(1, 0), (1, 96), (2, 1024), (5, 96), (24, 1100), (70, 300), (70, 5)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_one_packed_form_serves_any_number_of_rows(rows: int, k: int, n: int, wide: bool) -> None:
+    rng = np.random.default_rng(rows)
+    a = rng.integers(-255, 256, (rows, k)).astype(np.float32)
+    b = rng.integers(-255 if wide else -128, 256 if wide else 128, (k, n))
+    out = np.full((rows, n), -1, np.int32)
+    (calls,) = quant.matmul_panels(a, quant.packed_panels(b), out, quant.exact_ranges(k, 255, 255), np.empty)
+    for fn, args in calls:
+        fn(*args)
+    np.testing.assert_array_equal(out, a.astype(np.int64) @ b)
+
+
+def test_weights_are_packed_once_whatever_shapes_come() -> None:
+    weights = np.resize(np.arange(-127, 128), (96, 640)).astype(np.int8)
+    model = parse("""
+        g (float[B, 96] x) => (float[B, 640] y) <int8[96, 640] w = {0}> {
+            q, s, z = DynamicQuantizeLinear(x)
+            i = MatMulInteger(q, w, z)
+            f = Cast <to = 1> (i)
+            y = Mul(f, s)
+        }""")
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights, "w"))
+    session = infera_gpu.load(model, device="cpu", jit=False)
+    session.run({"x": np.ones((1, 96), np.float32)})
+    for rows in (2, 4, 16, 64, 200, 1000):
+        session.run({"x": np.ones((rows, 96), np.float32)})
+    assert session.packed_bytes <= 1.1 * weights.nbytes
 
 
 def test_a_scalar_stays_one_where_scales_have_an_axis() -> None:

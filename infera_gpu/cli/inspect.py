@@ -133,6 +133,7 @@ def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
         title=f"steps: {len(steps)}, {1e3 * total:.3f} ms in all; medians of {PROFILE_RUNS} runs",
         right=("#", "ms", "share"),
     )
+    print(f"\npacked for these kernels, beside the constants: {session.packed_bytes:,} bytes")
 
 
 def _timed(index: int, step: Step, seconds: float, total: float) -> tuple[str, ...]:

@@ -61,9 +61,8 @@ def product(site: Site, io: Buffers, left: Array, left_reach: int, b: int, b_zer
     if len(ranges) > 1:
         ranges = [(int(i), int(j)) for i, j in io.pack(b, f"{tag} ranges of {left_reach}", exact)]
     if io.ins[b].ndim == 2 and left.flags.c_contiguous:
-        width = cpu.panel_width(left.size // max(k, 1), k)
-        panels = io.pack(b, f"{tag} in {width}", lambda weights: cpu.packed_panels(centred(weights), width))
-        return io.parallel(cpu.matmul_panels(left, panels, width, out, ranges, io.scratch, threads=io.threads))
+        panels = io.pack(b, f"{tag} in panels", lambda weights: cpu.packed_panels(centred(weights)))
+        return io.parallel(cpu.matmul_panels(left, panels, out, ranges, io.scratch, threads=io.threads))
     right = io.pack(b, tag, lambda weights: centred(weights).astype(np.float32))
     return cpu.matmul_integer(left, right, out, ranges, io.scratch)
 

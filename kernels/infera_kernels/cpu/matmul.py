@@ -122,26 +122,34 @@ _COLUMNS, UNPACKED = 64, 1_000_000
 """OpenBLAS' kernels for AVX-512 multiply up to so many terms (rows x depth x columns) without packing the operands,
 which reads a weight twice: that shows where rows are few."""
 
+MOST_IN_RANGES = 64
+"""Rows."""
+
+
+def in_ranges(x: Array, width: int) -> Array:
+    """x (..., M, N) as (..., ranges of `width` columns, M, width), without a copy."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // width, width, copy=False).swapaxes(-2, -3)
+
 
 def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
-    """out = a @ b, of matrices in ranges that BLAS need not pack, where it has a kernel for that."""
+    """out = a @ b, of matrices in ranges that BLAS need not pack, where it has a kernel for that; `b` and `out` may be
+    given as `in_ranges` makes them."""
     whole: list[Call] = [(np.matmul, (a, b, out))]
-    if a.ndim != 2 or b.ndim != 2 or a.dtype != np.float32 or not reads_as_it_lies():
+    if a.ndim != 2 or a.dtype != np.float32 or not reads_as_it_lies():
         return whole
-    (rows, depth), columns = a.shape, b.shape[1]
-    fits = b.strides[1] == b.itemsize and not columns % _COLUMNS
-    if not fits or not FEW_ROWS < rows <= _COLUMNS or columns <= _COLUMNS:
+    if not FEW_ROWS < len(a) <= MOST_IN_RANGES or b.strides[-1] != b.itemsize:
         return whole
-    parts = -(-depth * rows * _COLUMNS // UNPACKED)
+    if b.ndim == 2 and b.shape[1] > _COLUMNS and not b.shape[1] % _COLUMNS:
+        b, out = in_ranges(b, _COLUMNS), in_ranges(out, _COLUMNS)
+    if b.ndim != 3 or b.shape[-1] != _COLUMNS:
+        return whole
+    rows, depth = a.shape
+    parts = max(1, -(-depth * rows * _COLUMNS // UNPACKED))
     edges = [depth * i // parts for i in range(parts + 1)]
-    total = out if parts == 1 else scratch(out.shape, out.dtype)
-
-    def ranges(x: Array) -> Array:
-        return x.reshape(x.shape[0], -1, _COLUMNS, copy=False).transpose(1, 0, 2)
-
+    total = out if parts == 1 else in_ranges(scratch((rows, len(b) * _COLUMNS), out.dtype), _COLUMNS)
     calls: list[Call] = []
     for i, (start, stop) in enumerate(pairwise(edges)):
-        calls.append((np.matmul, (a[:, start:stop], ranges(b[start:stop]), ranges(total if i else out))))
+        calls.append((np.matmul, (a[:, start:stop], b[:, start:stop], total if i else out)))
         if i:
             calls.append(call(np.add, out, total, out))
     return calls

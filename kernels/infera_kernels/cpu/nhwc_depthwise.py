@@ -84,7 +84,7 @@ def depthwise(
                     else:
                         band, load = padded(x[i], room, window, row, end)
                         yield from load
-                        yield _multiply_add(band, weights, into, window, loop)
+                        yield from _multiply_add(band, weights, into, window, loop)
                 if halves is not None:
                     yield np.add, (made[:, :c], made[:, c:], block)
                 yield from finish(block, None if rest is None else rest[pixels])
@@ -99,7 +99,8 @@ def depthwise(
 class Loop(NamedTuple):
     """What an inner loop goes over: the channels of `fold` columns of x, for each of `together` pixels of y.
 
-    The pixels lie one behind the other, and so do what they see; the weights are repeated for each.
+    The pixels lie one behind the other, and so do what they see; the weights are repeated for each. What is left of a
+    row is a shorter loop.
     """
 
     fold: int
@@ -131,28 +132,44 @@ def _whole(window: Window, fold: int) -> Window:
 
 
 def _loop(window: Window, fold: int, width: int, pixel: int) -> Loop:
-    """The pixels of an inner loop, of `pixel` bytes each, divide `width`: as many as their weights allow."""
+    """The pixels of an inner loop, of `pixel` bytes each, for `width` of them: as many as their weights allow.
+
+    They divide `width`, or else they are about as many in each loop.
+    """
     if fold == 1 and window.strides[1] > 1:
         return Loop(1, 1)
     pixel *= fold
-    most = WEIGHT_BYTES // (window.kernel[0] * window.kernel[1] // fold * pixel)
-    possible = [n for n in range(1, width + 1) if width % n == 0 and n * pixel >= SHORTEST_BYTES] or [width]
-    return Loop(fold, max((n for n in possible if n <= most), default=possible[0]))
+    most = _most(window.kernel[0] * window.kernel[1] // fold * pixel)
+    possible = [n for n in range(1, min(most, width) + 1) if width % n == 0 and n * pixel >= SHORTEST_BYTES]
+    return Loop(fold, max(possible, default=-(-width // -(-width // most))))
 
 
-def _multiply_add(band: Array, weights: Array, y: Array, window: Window, loop: Loop, start: Pair = (0, 0)) -> Call:
+def _most(nbytes: int) -> int:
+    """Pixels of an inner loop, beside weights of so many bytes for each."""
+    return max(1, WEIGHT_BYTES // nbytes)
+
+
+def _multiply_add(
+    band: Array, weights: Array, y: Array, window: Window, loop: Loop, start: Pair = (0, 0)
+) -> Iterator[Call]:
     """y (rows, pixels, fold * C) = the weighted sums of what they see of a band, from its row and column `start` on."""
     down, right, one = band.strides
-    steps = (
-        down * window.strides[0],
-        down * window.dilations[0],
-        right * (window.dilations[1] if loop.fold == 1 else loop.fold),
-        right * window.strides[1] * loop.together,
-        one,
-    )
-    target = y.reshape(y.shape[0], -1, loop.together * y.shape[2], copy=False)
-    seen = strided(band, (y.shape[0], *weights.shape[:2], *target.shape[1:]), steps, start[0] * down + start[1] * right)
-    return partial(np.einsum, out=target), ("rijpx,ijx->rpx", seen, weights[:, :, : target.shape[2]])
+    whole = y.shape[1] - y.shape[1] % loop.together
+    for first, last in ((0, whole), (whole, y.shape[1])):
+        together = min(loop.together, last - first)
+        if not together:
+            continue
+        steps = (
+            down * window.strides[0],
+            down * window.dilations[0],
+            right * (window.dilations[1] if loop.fold == 1 else loop.fold),
+            right * window.strides[1] * together,
+            one,
+        )
+        target = y[:, first:last].reshape(y.shape[0], (last - first) // together, together * y.shape[2], copy=False)
+        corner = start[0] * down + (start[1] + first * window.strides[1]) * right
+        seen = strided(band, (y.shape[0], *weights.shape[:2], *target.shape[1:]), steps, corner)
+        yield partial(np.einsum, out=target), ("rijpx,ijx->rpx", seen, weights[:, :, : target.shape[2]])
 
 
 class Kind(NamedTuple):
@@ -203,9 +220,8 @@ def _apart(
                 kind.first * window.strides[i] - window.before[i] + kind.low * window.dilations[i]
                 for i, kind in enumerate((down, across))
             ]
-            one = loop if (across.last - across.first) % loop.together == 0 else Loop(1, 1)
             if some.size:
-                yield _multiply_add(x, some, target, window, one, (corner[0], corner[1]))
+                yield from _multiply_add(x, some, target, window, loop, (corner[0], corner[1]))
             else:
                 yield np.copyto, (target, y.dtype.type(0))
 
@@ -213,12 +229,15 @@ def _apart(
 def _weights(w: Array, loop: Loop, scratch: Scratch, pack: Pack | None) -> tuple[list[Call], Array]:
     """(KH, KW / fold, together * fold * C), and the calls that make it.
 
-    What is packed is long enough for the next power of two: of images of many widths few forms are kept.
+    What is packed is long enough for the next power of four: of images of many widths few forms are kept.
     """
     fold, together = loop
     c, _, rows, columns = w.shape
-    repeat = together if pack is None else 1 << (together - 1).bit_length()
-    shape = rows, -(-columns // fold), repeat, fold, c
+    steps, repeat = -(-columns // fold), together
+    if pack is not None:
+        repeat = 1 << ((together - 1).bit_length() + 1) // 2 * 2
+        repeat = max(together, min(repeat, _most(rows * steps * fold * c * w.itemsize)))
+    shape = rows, steps, repeat, fold, c
 
     def packed(w: Array) -> Array:
         made = np.zeros(shape, w.dtype)

@@ -9,15 +9,16 @@ transformers mostly need a single range: the cost is that of the float32 product
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
+from infera_kernels.cpu.blas import reads_as_it_lies
 from infera_kernels.cpu.elementwise import BLOCK, blocks, call, clamp, const, copy, copy_where, cut, limit
-from infera_kernels.cpu.matmul import matmul
+from infera_kernels.cpu.matmul import FEW_ROWS, MOST_IN_RANGES, UNPACKED, in_ranges, matmul
 
 EXACT = 2**24
 """Integers up to this size are float32s, and so are their sums up to it."""
@@ -210,23 +211,29 @@ def matmul_integer(a: Array, b: Array, out: Array, ranges: Sequence[tuple[int, i
     return calls if sums is out else [*calls, copy(out, sums)]
 
 
-_UNPACKED = 10**6
-"""Multiplications up to which OpenBLAS reads matrices where they lie; beyond, it packs panels anew in every product."""
-_WIDTHS = (256, 128, 64, 48, 32)
-"""Columns. Few, since weights are packed once for each width that occurs."""
-_PANEL = 1 << 18
-"""Weights of a panel where OpenBLAS packs: 1 MB as float32."""
+PANEL = 64
+"""Columns of a panel of packed weights, whatever multiplies them: OpenBLAS reads so many where they lie."""
+_APART, _JOINED = ((4, 1 << 17), (2, 3 << 16)), 1 << 18
+"""How many panels become float32 at a time where each is multiplied alone, if they are up to so many weights, else one;
+the weights that do where they are multiplied together, 1 MB."""
 
 
-def panel_width(rows: int, k: int) -> int:
-    """How many columns of a (K, N) matrix to multiply at a time by `rows` rows."""
-    unpacked = (w for w in _WIDTHS if w * max(rows, 1) * k <= _UNPACKED)
-    return next(unpacked, max(64, _PANEL // max(k, 1) // 64 * 64))
+def together(rows: int, k: int) -> tuple[int, bool]:
+    """How many panels of a (K, N) matrix become float32 at a time beside `rows` rows, and whether each is multiplied
+    alone, where it lies; else they come to lie side by side, since BLAS packs both sides of each product."""
+    panel = max(1, k * PANEL)
+    if rows * panel <= UNPACKED or (rows <= MOST_IN_RANGES and reads_as_it_lies()):
+        return next((count for count, most in _APART if count * panel <= most), 1), True
+    return max(1, _JOINED // panel), False
 
 
-def _panels(n: int, width: int) -> list[tuple[int, int]]:
-    """Ranges of N columns."""
-    return [(j, min(j + width, n)) for j in range(0, n, width)]
+def _panels(n: int, count: int) -> Iterator[tuple[int, int]]:
+    """Ranges of N columns: of `count` whole panels or, towards the end, as many as there are, and of what is left."""
+    whole = n - n % PANEL
+    for j in range(0, whole, count * PANEL):
+        yield j, min(j + count * PANEL, whole)
+    if whole < n:
+        yield whole, n
 
 
 def less_zero(b: Array, zero: Array | None) -> Array:
@@ -234,13 +241,13 @@ def less_zero(b: Array, zero: Array | None) -> Array:
     return b if zero is None or not zero.any() else np.subtract(b, zero, dtype=np.int16)
 
 
-def packed_panels(b: Array, width: int) -> Array:
-    """What `less_zero` makes of a (K, N) matrix as int8, or int16 where it needs that: panels of columns, one after
-    another."""
+def packed_panels(b: Array) -> Array:
+    """What `less_zero` makes of a (K, N) matrix as int8, or int16 where it needs that: panels of PANEL columns, and of
+    the rest, one after another."""
     k, n = b.shape
     small = b.dtype == np.int8 or not b.size or (b.min() >= -128 and b.max() <= 127)
     made = np.empty(b.size, np.int8 if small else np.int16)
-    for i, j in _panels(n, width):
+    for i, j in _panels(n, 1):
         np.copyto(made[k * i : k * j].reshape(k, j - i), b[:, i:j], casting="unsafe")
     return made
 
@@ -251,34 +258,36 @@ worth a thread."""
 
 
 def matmul_panels(
-    a: Array,
-    panels: Array,
-    width: int,
-    out: Array,
-    ranges: Sequence[tuple[int, int]],
-    scratch: Scratch,
-    *,
-    threads: int = 1,
+    a: Array, panels: Array, out: Array, ranges: Sequence[tuple[int, int]], scratch: Scratch, *, threads: int = 1
 ) -> list[list[Call]]:
-    """int32 or float32 out = a @ b, b (K, N) given as `packed_panels` of a width; else as `matmul_integer`.
+    """int32 or float32 out = a @ b, b (K, N) given as `packed_panels` of it; else as `matmul_integer`.
 
-    Weights are read once in a run and multiply few rows: that is bound by memory. So they stay narrow there, and a
-    panel becomes float32 in cache, where BLAS reads it.
+    Weights are read once in a run and multiply few rows: that is bound by memory. So they stay narrow there, and some
+    panels become float32 in cache, where BLAS reads them.
     Returns up to `threads` parts that may run at the same time.
     """
     k, n = a.shape[-1], out.shape[-1]
     rows, target = a.reshape(math.prod(a.shape[:-1]), k), out.reshape(-1, n)
-    edges = _panels(n, width)
-    worth = k * n * (rows.shape[0] + _ROWS_PER_WEIGHT) // _PART
+    some, apart = together(len(rows), k)
+    edges = list(_panels(n, some))
+    worth = k * n * (len(rows) + _ROWS_PER_WEIGHT) // _PART
     count = max(1, min(threads, len(edges), worth))
     parts: list[list[Call]] = []
     for part in range(count):
-        wide = scratch((k * min(width, n),), np.float32)
+        wide = scratch((k * min(some * PANEL, n),), np.float32)
         calls: list[Call] = []
         for i, j in edges[part::count]:
-            panel = wide[: k * (j - i)].reshape(k, j - i)
-            calls.append(copy(panel, panels[k * i : k * j].reshape(k, j - i)))
-            calls += matmul_integer(rows, panel, target[:, i:j], ranges, scratch)
+            narrow, weights, y = panels[k * i : k * j], wide[: k * (j - i)], target[:, i:j]
+            if apart and j - i > PANEL:
+                calls.append(copy(weights, narrow))
+                left, right, y = rows, weights.reshape((j - i) // PANEL, k, PANEL), in_ranges(y, PANEL)
+                if len(rows) <= FEW_ROWS:
+                    left, right, y = left[:, None], right[:, None], y[:, :, None]
+                calls += matmul_integer(left, right, y, ranges, scratch)
+                continue
+            weights, width = weights.reshape(k, j - i), min(PANEL, j - i)
+            calls.append(copy(in_ranges(weights, width), narrow.reshape((j - i) // width, k, width)))
+            calls += matmul_integer(rows, weights, y, ranges, scratch)
         parts.append(calls)
     return parts
 
