@@ -102,12 +102,13 @@ class Kernel:
     kernel wants around input 0 to read it without a copy: `io.ins[0]` may then be larger than the site says by that
     much, contiguous all the same, and the kernel sets the border before it reads it. Where `rows_out(site)` a kernel
     that is not `strided_out` writes an output that lies within a border, its last two axes contiguous, as fast as any
-    other; where `strided_in(site)` one that is not `strided` reads input 0 at any strides as fast. `workspace` gives
-    the bytes of scratch; None measures them by binding once on host dummies. A site that it `supports` where it does
-    not `pay` goes to a kernel of a later kind, if one supports it. What is asked for may depend on the attributes, on
-    shapes, strides and types, on small constants and on those of integers, but not on the elements of a large
-    floating-point constant: nodes that differ in nothing else are measured once. `allocates` marks a kernel that does
-    allocate, which `inspect` shows.
+    other; where `slices_out(site)` one that is a slice, along the last axis, of a contiguous array; where
+    `strided_in(site)` one that is not `strided` reads input 0 at any strides as fast. `workspace` gives the bytes of
+    scratch; None measures them by binding once on host dummies. A site that it `supports` where it does not `pay` goes
+    to a kernel of a later kind, if one supports it. What is asked for may depend on the attributes, on shapes, strides
+    and types, on small constants and on those of integers, but not on the elements of a large floating-point constant:
+    nodes that differ in nothing else are measured once. `allocates` marks a kernel that does allocate, which `inspect`
+    shows.
     """
 
     bind: Bind
@@ -120,4 +121,5 @@ class Kernel:
     pays: Callable[[Site], bool] = _always
     border: Callable[[Site], Border | None] | None = None
     rows_out: Callable[[Site], bool] = _never
+    slices_out: Callable[[Site], bool] = _never
     strided_in: Callable[[Site], bool] = _never

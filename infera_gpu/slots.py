@@ -219,7 +219,17 @@ def _writes(choice: Choice, site: Site, place: Operand) -> bool:
     kernel, size = choice.kernel, place.dtype.itemsize
     if kernel is None or writes_strided(kernel):
         return True
-    return place.strides[-2:] == (place.shape[-1] * size, size) and kernel.rows_out(site)
+    if place.strides[-2:] == (place.shape[-1] * size, size):
+        return kernel.rows_out(site)
+    return _is_slice(place) and kernel.slices_out(site)
+
+
+def _is_slice(place: Operand) -> bool:
+    """Whether it is a slice, along the last axis, of something contiguous."""
+    (*dims, _), (*strides, last) = place.shape, place.strides
+    return last == place.dtype.itemsize and all(
+        d == 1 or s == n * t for d, s, n, t in zip(dims, strides, dims[1:], strides[1:], strict=False)
+    )
 
 
 def slots_of(segment: Segment, choices: Sequence[Choice], space: Space, without: Collection[str] = ()) -> Slots:

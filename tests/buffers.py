@@ -30,7 +30,7 @@ def _private(nbytes: int) -> HostArray:
 class Guarded:
     """An array with guard bytes around it; a `strided` one is a window into a larger one, all of which guards it.
 
-    One of `rows` is too, but its last two axes are contiguous.
+    One of `rows` is too, but its last two axes are contiguous; one of `slices` is one along its last axis alone.
     """
 
     def __init__(
@@ -40,11 +40,14 @@ class Guarded:
         *,
         strided: bool = False,
         rows: bool = False,
+        slices: bool = False,
         memory: Memory = _private,
     ) -> None:
         more = [3] * len(shape) if strided else [0] * len(shape)
         if rows:
             more = [*[3] * (len(shape) - 1), 0]
+        if slices:
+            more = [*[0] * (len(shape) - 1), 3]
         around = tuple(d + m for d, m in zip(shape, more, strict=True))
         nbytes = int(np.prod(around, dtype=np.int64)) * np.dtype(dtype).itemsize
         self._raw = memory(nbytes + 2 * GUARD)
@@ -84,6 +87,7 @@ class GuardedBuffers:
         strided: bool = False,
         strided_out: bool = False,
         rows_out: bool = False,
+        slices_out: bool = False,
         border: Border | None = None,
         inplace: int | None = None,
         threads: int = 1,
@@ -94,7 +98,10 @@ class GuardedBuffers:
         self._memory = memory
         self.threads, self.least_ns, self.strict, self.tf32 = threads, least_ns, False, False
         self._values = tuple(values)
-        self._out = [Guarded(s.dims, s.dtype, strided=strided_out, rows=rows_out, memory=memory) for s in specs]
+        self._out = [
+            Guarded(s.dims, s.dtype, strided=strided_out, rows=rows_out, slices=slices_out, memory=memory)
+            for s in specs
+        ]
         self._scratch: list[Guarded] = []
         self._given = tuple(ins)
         self.outs: tuple[HostArray, ...] = tuple(g.array for g in self._out)

@@ -180,7 +180,7 @@ def test_convolution(name: str, with_residual: bool, activation: tuple[Any, ...]
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_between_borders(name: str, threads: int) -> None:
-    """From an image within the border that is wanted, to one whose rows have gaps: the same bits as without."""
+    """From an image within the border that is wanted, to one with gaps in rows, or pixels: the same bits as without."""
     (x, w, b), out, options = convolution(name)
     shape, weights = x.shape, w.shape
 
@@ -204,6 +204,9 @@ def test_convolution_between_borders(name: str, threads: int) -> None:
         whole = poisoned((shape[0], out[0] + 1, out[1] + 3, weights[0]))
         inner = whole[:, 1:, 2:-1]
         np.testing.assert_array_equal(made(x, inner), want)
+        assert np.isnan(whole).sum() == whole.size - want.size
+        whole = poisoned((*want.shape[:3], 3 + weights[0] + 2))
+        np.testing.assert_array_equal(made(x, whole[..., 3:-2]), want)
         assert np.isnan(whole).sum() == whole.size - want.size
 
 

@@ -254,6 +254,20 @@ def test_the_result_may_lie_where_the_residual_does(conv: Conv, constant: bool, 
         assert np.abs(y - want).max() <= (conv.bound if constant else DIRECT) * max(1.0, np.abs(want).max())
 
 
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("activation", [None, ("relu",), ("sigmoid",)], ids=str)
+@pytest.mark.parametrize("conv", CONVS, ids=lambda c: c.name)
+def test_what_lies_beside_a_slice_stays(conv: Conv, activation: Any, dtype: Any, split: Split) -> None:
+    x, w, b = (random(i, *s, dtype=dtype) for i, s in enumerate((conv.x, conv.w, conv.w[:1])))
+    made = []
+    for layout in (LAYOUTS["dense"], sliced):
+        made.append(layout(scratch(conv.y, dtype)))
+        run(conv2d(x, w, b, made[-1], scratch, split, activation=activation, pack=packer(w), **conv.window))
+    assert_near(made[1], made[0], 1e-6)
+    assert np.isnan(made[1].base).sum() == made[1].base.size - made[1].size
+
+
 @pytest.mark.parametrize(("channels", "group"), [(24, 1), (128, 2)])
 def test_a_residual_keeps_nothing_of_one_row_together(channels: int, group: int) -> None:
     """Images of one row are cut into parts and blocks of pixels all the same."""

@@ -141,6 +141,7 @@ def test_kernel(op: Op, case: Case, kind: str) -> None:
         options: list[dict[str, Any]] = [{}, *([{"strided": True}] if kernel.strided else [])]
         options += [{"strided_out": True}] if kernel.strided_out else []
         options += [{"rows_out": True}] if kernel.rows_out(site) else []
+        options += [{"slices_out": True}] if kernel.slices_out(site) else []
         border = kernel.border and kernel.border(site)
         options += [{"border": border}] if border and not known[0] else []
         options += [{"inplace": i} for i in kernel.inplace if site.has(i) and not known[i] and takes_over(site, i)]

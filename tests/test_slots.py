@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -270,3 +271,31 @@ def test_the_negative_of_a_column_is_written_into_a_column(columns: int, dtype: 
     x = np.arange(7 * columns).reshape(7, columns).astype(names[dtype])
     _, got = planned(text, device, {"x": x})
     np.testing.assert_array_equal(got["y"], -x[:, :2])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("jit", [False, True])
+def test_convolutions_and_pools_write_into_a_concat_of_channels(jit: bool, batch: int) -> None:
+    rng = np.random.default_rng(0)
+    w = {n: rng.standard_normal(s).astype(np.float32) for n, s in (("a", (64, 64, 1, 1)), ("b", (64, 64, 3, 3)))}
+    model = parse(
+        f"""g (float[{batch}, 64, 28, 28] x) => (float[{batch}, 64, 26, 26] y) {{
+        s = Conv (x, a)
+        p = Conv (s, a)
+        p1 = Relu (p)
+        q = Conv <pads = [1, 1, 1, 1]> (s, b)
+        q1 = Relu (q)
+        m = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (s)
+        c = Concat <axis = 1> (p1, q1, m)
+        y = Conv (c, d)
+        }}""",
+        17,
+    )
+    w["d"] = rng.standard_normal((64, 192, 3, 3)).astype(np.float32)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in w.items())
+    x = rng.standard_normal((batch, 64, 28, 28)).astype(np.float32)
+    with infera_gpu.load(model, device="cpu", jit=jit) as joined, infera_gpu.load(model, fuse=False) as apart:
+        plan, (got, want) = joined.plan_for({"x": x}), (s.run({"x": x})["y"] for s in (joined, apart))
+    assert "FusedConvNHWC" in labels(plan)
+    assert jit or "Concat" not in labels(plan)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

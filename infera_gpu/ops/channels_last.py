@@ -20,7 +20,7 @@ from infera_gpu.ops._triton_pool import global_pooling, pooling
 from infera_gpu.ops.window import window
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.cpu.nhwc_border import border
-from infera_kernels.cpu.nhwc_conv import FEW_INPUTS, border_of, conv2d, reads_strided, writes_rows
+from infera_kernels.cpu.nhwc_conv import FEW_INPUTS, border_of, conv2d, reads_strided, writes_rows, writes_slices
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
 from infera_kernels.cpu.norm import batch_norm
 
@@ -207,6 +207,15 @@ def _rows_out(site: Site) -> bool:
     return bool(site.attrs["activation"]) and writes_rows(site.spec(1).dims, int(site.attrs["group"]))
 
 
+def _slices_out(site: Site) -> bool:
+    if site.value(1) is None:
+        return False
+    window = conv.window_2d(conv.conv_window(CONV.inputs(site)))
+    given = {k: v for k, v in _geometry(site).items() if k != "pads"}
+    (height, width), shape = window.out, (*site.spec(1).dims[:2], *window.kernel)
+    return writes_slices(shape, site.spec(0).dims[0], (height, width), residual=site.has(RESIDUAL), **given)
+
+
 def _strided_in(site: Site) -> bool:
     if site.spec(1).dims[1] > FEW_INPUTS or int(site.attrs["group"]) > 1:  # most: asked first, as it costs least
         return False
@@ -273,13 +282,14 @@ _CONV_CASES = Cases(
 _POOL_KERNELS: tuple[tuple[ChannelsLast, dict[str, Kernel]], ...] = (
     (
         MAX,
-        {"cpu": Kernel(_bind_max, _planar, rows_out=_planar)}
+        {"cpu": Kernel(_bind_max, _planar, rows_out=_planar, slices_out=_planar)}
         | _jit.max_pool(_max)
         | pooling("max", MAX.site, last=True),
     ),
     (
         AVERAGE,
-        {"cpu": Kernel(_bind_average, _planar, rows_out=_planar)} | pooling("average", AVERAGE.site, last=True),
+        {"cpu": Kernel(_bind_average, _planar, rows_out=_planar, slices_out=_planar)}
+        | pooling("average", AVERAGE.site, last=True),
     ),
     (
         GLOBAL_AVERAGE,
@@ -298,12 +308,17 @@ OPS: tuple[Op, ...] = (
                 inplace=(RESIDUAL,),
                 border=_border(border_of),
                 rows_out=_rows_out,
+                slices_out=_slices_out,
                 strided_in=_strided_in,
             )
         }
         | {
             kind: replace(
-                kernel, bind=_within(kernel.bind), border=_border(_compiled_border), rows_out=_compiled_rows_out
+                kernel,
+                bind=_within(kernel.bind),
+                border=_border(_compiled_border),
+                rows_out=_compiled_rows_out,
+                slices_out=_compiled_rows_out,
             )
             for kind, kernel in _jit.convolution(_convolution).items()
         }

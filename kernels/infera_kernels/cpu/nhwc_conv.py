@@ -23,7 +23,7 @@ from infera_kernels.cpu.nhwc_pointwise import pointwise
 from infera_kernels.cpu.nhwc_rows import Window, in_parts
 from infera_kernels.cpu.nhwc_shifted import shifted
 from infera_kernels.cpu.nhwc_windows import reads, whole_panels, windows
-from infera_kernels.cpu.nhwc_winograd import tile_of, winograd
+from infera_kernels.cpu.nhwc_winograd import finishes_early, tile_of, winograd
 from infera_kernels.cpu.packed import inner
 from infera_kernels.cpu.parts import worth
 
@@ -127,11 +127,9 @@ def border_of(
     if _is_depthwise(w, group):
         return whole_folds(size, w, out, strides=strides, pads=pads, dilations=dilations)
     window = Window(out, (w[2], w[3]), strides, dilations, (0, 0))
-    direct = group == 1 and window.kernel != (1, 1) and inner() is not None and reads(w, window)
-    tile = tile_of(tuple(w), images, out, strides, dilations, group, direct=direct)
-    if tile:
+    if tile := _tile(w, images, window, group):
         return None if math.prod(dilations) > 1 else whole_tiles(size, out, pads, tile)
-    if direct:
+    if _is_direct(w, window, group):
         left, right = pads[1]
         whole = whole_panels(window)
         return pads[0], (left, max(right, whole.seen(1, whole.out[1]) - size[1] - left))
@@ -143,11 +141,33 @@ def writes_rows(w: Sequence[int], group: int) -> bool:
     return not _is_depthwise(w, group) and not (group == 1 and w[0] <= FEW_OUTPUTS)
 
 
+def writes_slices(
+    w: Sequence[int], images: int, out: Pair, *, strides: Pair, dilations: Pair, group: int,
+    activation: Activation | None, residual: bool,
+) -> bool:  # fmt: skip
+    """Whether `conv2d` with constant weights writes to a channel slice as fast as to a y that is copied there."""
+    if _is_shifted(w, strides, group):
+        return False
+    tile = _tile(w, images, Window(out, (w[2], w[3]), strides, dilations, (0, 0)), group)
+    return not tile or finishes_early(activation, residual)
+
+
 def reads_strided(w: Sequence[int], out: Pair, *, strides: Pair, dilations: Pair, group: int) -> bool:
     """Whether `conv2d` reads few channels as fast where they come first: it copies taps one by one in any case."""
     window = Window(out, (w[2], w[3]), strides, dilations, (0, 0))
-    direct = inner() is not None and reads(w, window)
-    return w[1] <= FEW_INPUTS and math.prod(w[2:]) > 1 and copies_taps(w, group) and not direct
+    few = w[1] <= FEW_INPUTS and math.prod(w[2:]) > 1 and copies_taps(w, group)
+    return few and not _is_direct(w, window, group)
+
+
+def _is_direct(w: Sequence[int], window: Window, group: int) -> bool:
+    """Whether constant float32 weights are multiplied by windows that are read where they lie, unless tiles pay."""
+    return group == 1 and window.kernel != (1, 1) and inner() is not None and reads(w, window)
+
+
+def _tile(w: Sequence[int], images: int, window: Window, group: int) -> int:
+    """`tile_of` constant float32 weights."""
+    direct = _is_direct(w, window, group)
+    return tile_of((w[0], w[1], w[2], w[3]), images, window.out, window.strides, window.dilations, group, direct=direct)
 
 
 def _is_depthwise(w: Sequence[int], group: int) -> bool:

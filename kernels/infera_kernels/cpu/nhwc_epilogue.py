@@ -10,7 +10,7 @@ import numpy as np
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.conv_epilogue import Activation, activator
 from infera_kernels.cpu.nhwc_border import joined
-from infera_kernels.cpu.nhwc_rows import flat, images
+from infera_kernels.cpu.nhwc_rows import flat, images, is_slice
 
 TILE = 4097
 """Elements of a bias repeated for several pixels, or a few more: NumPy copies operands that lie in shorter rows, of
@@ -109,8 +109,9 @@ class Blocks:
 
     Where y lies within a border they are computed aside, a line being a row of it, and the last pass writes them to
     their places. So are lines that are longer than y's, of which the rest is left out, and sums to which a residual is
-    added, since it may lie where y does. `before`: bias and residual are there first (`begin`), and sums are added to
-    them.
+    added, since it may lie where y does. Where y is a channel slice they are too, but for sums that no pass follows,
+    and then copied: a pass over pixels that lie apart takes longer than both. `before`: bias and residual are there
+    first (`begin`), and sums are added to them.
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class Blocks:
             once, self._begin = beginning(b, pixels, channels, scratch)
             self.once = [*self.once, *once]
         self._lying = flat(y) if joined(y) and line <= y.shape[2] else None
-        self.flat = self._lying if before or residual is None else None
+        self._moves = is_slice(y) and (activation is not None or b is not None)
+        self.flat = None if self._moves or (residual is not None and not before) else self._lying
         self.aside = None if self.flat is not None else scratch((pixels, channels), y.dtype)
 
     def sums(self, first: int, last: int) -> Array:
@@ -161,14 +163,20 @@ class Blocks:
             return self._finish(sums, rest)
         if self._lying is not None:
             at = slice(first * self.line, last * self.line)
-            return self._finish(sums[None], None if rest is None else rest[None], self._lying[None, at])
+            return self._placed(sums[None], None if rest is None else rest[None], self._lying[None, at])
         rows = self._rows(sums)
         more = None if rest is None else rest.reshape(rows.shape, copy=False)
         return [
             call
             for i, row, end, at in images(first, last, self.y.shape[1])
-            for call in self._finish(rows[at], None if more is None else more[at], self.y[i, row:end])
+            for call in self._placed(rows[at], None if more is None else more[at], self.y[i, row:end])
         ]
+
+    def _placed(self, sums: Array, residual: Array | None, y: Array) -> list[Call]:
+        """What is made of these sums, in y."""
+        if self._moves:
+            return [*self._finish(sums, residual), (np.copyto, (y, sums))]
+        return self._finish(sums, residual, y)
 
     def _of(self, residual: Array | None, first: int, last: int) -> Array | None:
         return None if residual is None else residual[first * self._pixels : last * self._pixels]

@@ -9,7 +9,7 @@ import numpy as np
 from infera_kernels.calls import Array, Call, Scratch, Split
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.elementwise import call, const
-from infera_kernels.cpu.nhwc_rows import images, in_parts, longest, moved, spans
+from infera_kernels.cpu.nhwc_rows import images, in_parts, is_slice, longest, moved, spans
 from infera_kernels.cpu.parts import worth
 from infera_kernels.portable.pool import counts, lowest
 from infera_kernels.portable.windows import Pads
@@ -111,7 +111,8 @@ def _pool(
 ) -> list[Call]:
     """`ufunc` over each window, times `scale`, (OH, OW, 1) or 0-d.
 
-    A horizontal stride parts the columns into phases first, so that both operands of `ufunc` are rows of pixels.
+    A horizontal stride parts the columns into phases first, so that both operands of `ufunc` are rows of pixels. Where
+    y is a channel slice its own rows are no such ones: they are made aside.
     """
     if not y.size:
         return []
@@ -124,11 +125,13 @@ def _pool(
     def part(start: int, stop: int) -> Iterator[Call]:
         step = min(height, longest(start, stop, most))
         room, apart = (scratch((step, across * stride, c), x.dtype) for _ in range(2))
+        aside = scratch((step, *y.shape[2:]), x.dtype) if is_slice(y) else None
 
         def calls() -> Iterator[Call]:
             for first, last in spans(start, stop, step):
                 for i, row, end, _ in images(first, last, height):
-                    rows, block = room[: end - row, :width], y[i, row:end]
+                    rows = room[: end - row, :width]
+                    block = y[i, row:end] if aside is None else aside[: end - row]
                     above = pads[0][0] - row * strides[0]
                     down = _taps(x.shape[1], end - row, kernel[0], strides[0], dilations[0], above)
                     yield from _reduced(ufunc, none, rows, [(rows[to], x[i, at]) for to, at in down])
@@ -143,6 +146,8 @@ def _pool(
                     yield from _reduced(ufunc, none, block, taps)
                     if scale is not None:
                         yield np.multiply, (block, scale[row:end] if scale.ndim else scale, block)
+                    if aside is not None:
+                        yield np.copyto, (y[i, row:end], block)
 
         return calls()
 

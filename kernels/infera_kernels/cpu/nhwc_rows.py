@@ -52,6 +52,11 @@ def flat(a: Array) -> Array:
     return a.reshape(-1, a.shape[-1], copy=False)
 
 
+def is_slice(y: Array) -> bool:
+    """Whether the pixels of y (N, H, W, C) lie apart: loops over channels are short there."""
+    return bool(y.strides[2] != y.shape[3] * y.itemsize and y.shape[2] > 1)
+
+
 def moved(target: Array, source: Array) -> Call:
     """target[...] = source, (..., C) each, where pixels are far apart: one item a pixel, not an inner loop over C.
 

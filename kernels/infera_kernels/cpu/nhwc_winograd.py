@@ -24,7 +24,7 @@ from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.conv_winograd import transform_filters, transforms
 from infera_kernels.cpu.nhwc_epilogue import epilogue
 from infera_kernels.cpu.nhwc_product import product, slice_of
-from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, longest, moved, spans
+from infera_kernels.cpu.nhwc_rows import Window, images, in_parts, is_slice, longest, moved, spans
 from infera_kernels.cpu.packed import added, depths
 from infera_kernels.cpu.packed import pack as pack_weights
 from infera_kernels.cpu.packed import room as inner_room
@@ -46,6 +46,10 @@ ENOUGH_TILES = 16
 
 DIRECT_TILES = 32
 """Tiles below which windows are better multiplied by weights that are laid out once."""
+
+
+CHEAP = frozenset({"relu", "clip"})
+"""Activations that cost little."""
 
 
 class Image(NamedTuple):
@@ -99,6 +103,11 @@ def phases(x: Array, y: Array, residual: Array | None, window: Window) -> Iterat
             yield Image(x[i][at], y[i][to], rest, (-top, -left))
 
 
+def finishes_early(activation: Activation | None, with_residual: bool) -> bool:
+    """Whether what follows the sums may be done to all pixels of the tiles, some of which are left out then."""
+    return not with_residual and (activation is None or activation[0] in CHEAP)
+
+
 def winograd(
     x: Array,
     w: Array,
@@ -132,6 +141,7 @@ def winograd(
         transform_filters(w.swapaxes(0, 1), tile, made.swapaxes(1, 2))
         return made if by_address is None else pack_weights(made, by_address)
 
+    early = finishes_early(activation, residual is not None) and is_slice(y)
     filters = pack(f"winograd{tile} {columns if by_address is None else 'inner'}", matrices)
 
     def part(start: int, stop: int) -> Iterator[Call]:
@@ -170,13 +180,16 @@ def winograd(
                 sums = sums.reshape(size, size, -1)
                 yield np.matmul, (out, sums.transpose(1, 0, 2), rows_done[:, :size].transpose(1, 0, 2))
                 yield np.matmul, (with_bias, rows_done, pixels)
+                if early:
+                    yield from finish(pixels.reshape(-1, o), None)
                 made = pixels.reshape(tile, tile, h, across, o)
                 for i, row, end, at in images(first, last, down):
                     image, rows_made = jobs[i], slice(row * tile, end * tile)
                     block = image.y[rows_made]
                     if image.residual is None:
                         yield from _scatter(made[:, :, at], block)
-                        yield from finish(block, None)
+                        if not early:
+                            yield from finish(block, None)
                     else:  # which may lie there
                         aside = shaped(two, *block.shape)
                         yield from _scatter(made[:, :, at], aside)
