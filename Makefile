@@ -33,7 +33,7 @@ test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, n
 
 test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
-	@.venv-jit/bin/python -m pytest -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py
+	@.venv-jit/bin/python -m pytest -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py
 
 # kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
 CLIENTS_VENV := .venv-clients

@@ -24,7 +24,7 @@ from infera_kernels.cpu.aligned import aligned
 from tests.text import parse
 
 NODES = """
-    g (float[N, 3, 9, 11] x, float[N, 4, 9, 11] z) => (float[M, K] y, float[N, 4, 9, 11] again)
+    g (float[N, 3, 9, W] x, float[N, 4, 9, W] z) => (float[M, K] y, float[N, 4, 9, W] again)
     <float[4, 3, 3, 3] w = {WEIGHTS}, float[4] b = {0.1, 0.2, 0.3, 0.4}, int64[2] to = {1, -1}> {
         c = Conv<pads = [1, 1, 1, 1]>(x, w, b)
         r = Relu(c)

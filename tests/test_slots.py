@@ -13,6 +13,7 @@ import infera_gpu
 from infera_gpu import lower
 from infera_gpu.graph import HostArray
 from infera_gpu.plan import Plan
+from infera_kernels.jit import installed
 from tests.text import parse
 
 
@@ -274,7 +275,10 @@ def test_the_negative_of_a_column_is_written_into_a_column(columns: int, dtype: 
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "jit",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not installed(), reason="needs numba: the extra jit"))],
+)
 def test_convolutions_and_pools_write_into_a_concat_of_channels(jit: bool, batch: int) -> None:
     rng = np.random.default_rng(0)
     w = {n: rng.standard_normal(s).astype(np.float32) for n, s in (("a", (64, 64, 1, 1)), ("b", (64, 64, 3, 3)))}

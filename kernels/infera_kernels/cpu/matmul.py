@@ -139,6 +139,7 @@ def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
         return whole
     if not FEW_ROWS < len(a) <= MOST_IN_RANGES or b.strides[-1] != b.itemsize:
         return whole
+    given = out
     if b.ndim == 2 and b.shape[1] > _COLUMNS and not b.shape[1] % _COLUMNS:
         b, out = in_ranges(b, _COLUMNS), in_ranges(out, _COLUMNS)
     if b.ndim != 3 or b.shape[-1] != _COLUMNS:
@@ -146,12 +147,16 @@ def _products(a: Array, b: Array, out: Array, scratch: Scratch) -> list[Call]:
     rows, depth = a.shape
     parts = max(1, -(-depth * rows * _COLUMNS // UNPACKED))
     edges = [depth * i // parts for i in range(parts + 1)]
-    total = out if parts == 1 else in_ranges(scratch((rows, len(b) * _COLUMNS), out.dtype), _COLUMNS)
+    sums = None if parts == 1 else scratch((rows, len(b) * _COLUMNS), out.dtype)
     calls: list[Call] = []
-    for i, (start, stop) in enumerate(pairwise(edges)):
-        calls.append((np.matmul, (a[:, start:stop], b[:, start:stop], total if i else out)))
-        if i:
-            calls.append(call(np.add, out, total, out))
+    for start, stop in pairwise(edges):
+        if sums is None or not start:
+            calls.append((np.matmul, (a[:, start:stop], b[:, start:stop], out)))
+            continue
+        ranges = in_ranges(sums, _COLUMNS)
+        calls.append((np.matmul, (a[:, start:stop], b[:, start:stop], ranges)))
+        # As matrices where there are any: of three axes NumPy may not see that no elements overlap, and copies them.
+        calls.append(call(np.add, given, sums if given.ndim == 2 else ranges, given))
     return calls
 
 
