@@ -135,6 +135,10 @@ _FIRST = (
     "Planning and binding are Python, a fraction of a millisecond a node: what is left of it on models of a few "
     "milliseconds. yunet's depthwise convolutions are a thousand calls."
 )
+_NUMBA = (
+    "The first function that numba finds on disk has it import more of itself and register all that it knows the types "
+    "of, in each process anew, whatever the model: `load(jit=False)` is for a process that runs little."
+)
 _COMPILER = "numba and LLVM alone take about 100 MB, whatever the model."
 _ALONE = (
     "One request at a time finds Python's data and code in the farther cache, since the model's 2 MB of weights went "
@@ -176,6 +180,7 @@ TARGETS = (
     Target("with numba: MobileNetV2, 1 thread", "", ratio("mobilenetv2-zoo", 1, ("b1",), "compiled_wall"), 1.8),
     Target("load and first inference, the worst model", "first", worst("ratio"), 1.5, why=_FIRST),
     Target("the same of a model that is new on the machine", "first", worst("new_ratio"), 1.5, why=_FIRST),
+    Target("with numba: load and first inference, the worst model", "first", worst("compiled_ratio"), 1.5, why=_NUMBA),
     Target("planning a new shape, microseconds a node", "shapes", planning, 100),
     Target("planning a new shape of BERT-base, ms", "shapes", planning_of("bert-base"), 40),
     Target("planning a new shape of a model of 5,000 nodes, ms", "shapes", planning_of("deep-bert"), 500),

@@ -58,7 +58,7 @@ def main() -> None:
     measured = environment()
     model = chain(options.nodes, options.width)
     x = np.linspace(-1, 1, options.width, dtype=np.float32)
-    session = infera_gpu.load(model, device="cpu")
+    session = infera_gpu.load(model, device="cpu", jit=False)
     last = f"v{options.nodes}"
     plain = by_hand(options.nodes, options.width)
     runs: dict[str, Callable[[], np.ndarray]] = {

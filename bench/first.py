@@ -1,9 +1,10 @@
 """`python -m bench.first`: how long a user waits for a model to load and for its first inference.
 
 Each load is in a fresh process with one thread, infera's and onnxruntime's in turn; medians. infera loads each model
-twice: as one that was loaded on this machine before, whose optimised graph and plan it has kept where it is small, and
-without that. Imports are timed apart: the package, and the modules that its first load imports. Model files and byte
-code are in the system's cache. Writes bench/results/<host class>-first-<date>.json.
+twice with NumPy's kernels: as one that was loaded on this machine before, whose optimised graph and plan it has kept
+where it is small, and without that; and, where numba is installed, once more with what that compiled before. Imports
+are timed apart: the package, and the modules that its first load imports. Model files and byte code are in the
+system's cache. Writes bench/results/<host class>-first-<date>.json.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ from bench.environment import environment, thread_environment, write_results
 from bench.first_worker import STAGES
 from bench.inputs import EXAMPLES, Feeds
 from bench.models import path_of
-from bench.worker import OURS, PEER
+from bench.worker import COMPILED, OURS, PEER
+from infera_kernels.jit import installed
 
 TIMEOUT_S = 600
 GOAL = 1.5
 """Load and first inference over onnxruntime's, at most."""
 
 NEW = f"{OURS}, no graph kept"
-CONTENDERS: Mapping[str, tuple[str, bool]] = {OURS: (OURS, True), NEW: (OURS, False), PEER: (PEER, True)}
+CONTENDERS: Mapping[str, tuple[str, bool]] = {
+    OURS: (OURS, True),
+    NEW: (OURS, False),
+    **({COMPILED: (COMPILED, True)} if installed() else {}),
+    PEER: (PEER, True),
+}
 """What `bench.first_worker` calls each, and whether optimised graphs are kept."""
 
 Times = Mapping[str, float]
@@ -87,6 +94,8 @@ def measure(model: Path, feeds: Feeds, rounds: int, cache: Path) -> dict[str, An
     ours, peer = found[OURS], found[PEER]
     whole = [s["import"] + s["modules"] + s["first"] for s in (ours, peer)]
     ratios = {"ratio": ours["first"] / peer["first"], "new_ratio": found[NEW]["first"] / peer["first"]}
+    if COMPILED in found:
+        ratios["compiled_ratio"] = found[COMPILED]["first"] / peer["first"]
     return {"milliseconds": found, **ratios, "with_imports": whole[0] / whole[1]}
 
 
@@ -104,6 +113,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "run",
         "ratio",
         "new",
+        "numba",
         "with imports",
     ):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -111,8 +121,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         ours, peer = row["milliseconds"][OURS], row["milliseconds"][PEER]
         times = (*(ours[s] for s in STAGES), *(peer[s] for s in ("import", "load", "run")))
         mark = "" if row["ratio"] <= GOAL else " !"
-        ratios = (f"{row['ratio']:.2f}{mark}", f"{row['new_ratio']:.2f}", f"{row['with_imports']:.2f}")
-        shown.add_row(row["model"], *(f"{t:.1f}" for t in times), *ratios)
+        ratios = [f"{row[k]:.2f}" if k in row else "" for k in ("new_ratio", "compiled_ratio", "with_imports")]
+        shown.add_row(row["model"], *(f"{t:.1f}" for t in times), f"{row['ratio']:.2f}{mark}", *ratios)
     return shown
 
 

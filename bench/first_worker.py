@@ -36,6 +36,14 @@ def _infera_modules() -> None:
     onnx.ModelProto()
 
 
+def _compiled_modules() -> None:
+    """The same where numba is installed; it imports more when it looks for the first function that it has compiled."""
+    import numba
+
+    _infera_modules()
+    assert numba.njit
+
+
 def _onnxruntime() -> Load:
     import onnxruntime
 
@@ -50,7 +58,8 @@ def _onnxruntime() -> Load:
 
 
 CONTENDERS: Mapping[str, tuple[Callable[[], Load], Callable[[], None]]] = {
-    "infera": (partial(_infera, device="cpu", threads=1), _infera_modules),
+    "infera": (partial(_infera, device="cpu", threads=1, jit=False), _infera_modules),
+    "infera[jit]": (partial(_infera, device="cpu", threads=1, jit=True), _compiled_modules),
     "onnxruntime": (_onnxruntime, lambda: None),
 }
 """How each is imported, and what it imports later."""

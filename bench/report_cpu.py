@@ -75,27 +75,28 @@ def targets(newest: Mapping[str, Result]) -> str:
 
 
 def first(result: Result) -> str:
-    """Load and first inference in a fresh process, one thread. Where there are two ratios, the first is that of a model
-    which was loaded on the machine twice before: small ones keep their optimised graph, and since 0dc414ca7a their
-    plan."""
+    """Load and first inference in a fresh process, one thread, without imports. Where there is more than one ratio, the
+    first is that of a model which was loaded on the machine twice before: small ones keep their optimised graph, and
+    since 0dc414ca7a their plan; the last is with numba, which has compiled its functions before."""
 
     rows = [row for row in result["rows"] if not row["failure"]]
-    new = all("new_ratio" in row for row in rows)
+    columns = {"ratio": "ratio", "new_ratio": "without that", "compiled_ratio": "with numba"}
+    given = [key for key in columns if all(key in row for row in rows)]
 
     def cells(row: Mapping[str, Any]) -> list[str]:
         ours, peer = row["milliseconds"][OURS], row["milliseconds"][PEER]
         times = (ours["load"], ours["run"], ours["first"], peer["first"])
-        return [row["model"], *map(time_of, times), *(f"{row[k]:.2f}" for k in ("ratio", "new_ratio")[: 1 + new])]
+        return [row["model"], *map(time_of, times), *(f"{row[key]:.2f}" for key in given)]
 
-    header = ("model", "load, ms", "first run", "both", "onnxruntime", "ratio", "without that")
-    return table(header[: 6 + new], map(cells, rows))
+    header = ("model", "load, ms", "first run", "both", "onnxruntime", *map(columns.__getitem__, given))
+    return table(header, map(cells, rows))
 
 
 def shapes(result: Result) -> str:
     """Each run in a shape that is new, and in shapes seen before: medians, and the slowest of new ones."""
 
     def cells(row: Mapping[str, Any]) -> list[str]:
-        made = [row["model"]]
+        made = [row["model"] + (", numba" if row.get("runtime") == COMPILED else "")]
         for which, shown in (("new", ("median", "worst")), ("again", ("median",))):
             times = row[which]["milliseconds"]
             made += [time_of(times[name][what]) for what in shown for name in (OURS, PEER)]

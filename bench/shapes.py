@@ -2,7 +2,8 @@
 
 Each model gets as many different lengths as asked for, in a seeded random order, and then all of them a second time:
 of that many a session still has the plans, but not their bindings to memory. Both runtimes get every request in turn,
-with one thread. Writes bench/results/<host class>-shapes-<date>.json.
+with one thread. Where numba is installed, this is done with the kernels that it compiles too. Writes
+bench/results/<host class>-shapes-<date>.json.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import infera_gpu
 from bench.environment import environment, write_results
 from bench.inputs import Feeds, text_line, tokens
 from bench.models import path_of
-from bench.worker import OURS, PEER
+from bench.worker import COMPILED, OURS, PEER
 from infera_gpu.verify import TOLERANCE, OnnxRuntime, compare
+from infera_kernels.jit import installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +95,22 @@ def summarize(taken: Sequence[Taken], nodes: int) -> dict[str, Any]:
     }
 
 
-def measure(name: str, count: int) -> dict[str, Any]:
+def measure(name: str, runtime: str, count: int) -> dict[str, Any]:
     """Outputs are compared at some lengths, in sessions of their own, before anything is timed."""
-    path, requests = path_of(name), STREAMS[name].requests(count)
-    row: dict[str, Any] = {"model": name, "shapes": count, "failure": ""}
+    path, requests, jit = path_of(name), STREAMS[name].requests(count), runtime == COMPILED
+    row: dict[str, Any] = {"model": name, "runtime": runtime, "shapes": count, "failure": ""}
     peer = OnnxRuntime(path, threads=1, optimized=True)
-    with infera_gpu.load(path, device="cpu", threads=1) as session:
+    with infera_gpu.load(path, device="cpu", threads=1, jit=jit) as session:
         wrong = [str(d) for f in requests[:3] for d in compare(session.run(f), peer.run(f)) if not d.within(TOLERANCE)]
         if wrong:
             return {**row, "failure": f"outputs differ: {'; '.join(wrong)}"}
     peer = OnnxRuntime(path, threads=1, optimized=True)
-    with infera_gpu.load(path, device="cpu", threads=1) as session:
+    with infera_gpu.load(path, device="cpu", threads=1, jit=jit) as session:
         row["nodes"] = len(session.graph.nodes)
         for what in ("new", "again"):
             taken = [
                 request(session, peer, feeds, i % 2 == 0)
-                for i, feeds in enumerate(track(requests, f"{name}, {what}", transient=True))
+                for i, feeds in enumerate(track(requests, f"{name}, {runtime}, {what}", transient=True))
             ]
             row[what] = summarize(taken, row["nodes"])
     return row
@@ -116,9 +118,9 @@ def measure(name: str, count: int) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table(title="requests of new shapes, and of the same shapes again")
-    for column in ("model", "shapes"):
+    for column in ("model", "", "shapes"):
         shown.add_column(column, no_wrap=True)
-    for column in ("infera ms", "worst", "onnxruntime ms", "worst", "ratio", "planning µs a node", "worst"):
+    for column in ("ms", "worst", "onnxruntime ms", "worst", "ratio", "planning µs a node", "worst"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in (r for r in rows if not r["failure"]):
         for what in ("new", "again"):
@@ -127,6 +129,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             planning = found["planning_micros_a_node"]
             shown.add_row(
                 row["model"],
+                row["runtime"],
                 f"{row['shapes']} {what}",
                 *(f"{t:.1f}" for t in (ours["median"], ours["worst"], peer["median"], peer["worst"])),
                 f"{found['ratio']:.2f}",
@@ -144,10 +147,11 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=120)
     measured = environment()
-    rows = [measure(name, options.shapes) for name in options.models]
+    runtimes = (OURS, COMPILED) if installed() else (OURS,)
+    rows = [measure(name, runtime, options.shapes) for name in options.models for runtime in runtimes]
     out = write_results(measured, {"shapes": options.shapes}, rows, options.out, "shapes")
     console.print(table(rows))
-    failures = [f"{row['model']}: {row['failure']}" for row in rows if row["failure"]]
+    failures = [f"{row['model']}, {row['runtime']}: {row['failure']}" for row in rows if row["failure"]]
     for failure in failures:
         console.print(f"failed: {failure}", markup=False, highlight=False)
     console.print(f"written to {out}")

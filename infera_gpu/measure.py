@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from infera_gpu.bind import BoundBuffers
 from infera_gpu.constants import Constants
-from infera_gpu.devices.base import Device, host_block
+from infera_gpu.devices.base import Device, host_memory, require_host_memory
+from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.memory import aligned
@@ -31,7 +34,7 @@ class Measurer:
     def __init__(self, device: Device, constants: Constants) -> None:
         self._device, self._constants = device, constants
         self._known: dict[tuple[object, ...], tuple[int, int]] = {}
-        self._room = _Room()
+        self._room = Room()
 
     def __call__(
         self, kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
@@ -49,8 +52,8 @@ class Measurer:
         return found
 
     def rest(self) -> None:
-        """Give most of the dummies' memory back: a plan is done."""
-        self._room.shrink()
+        """Give the dummies' memory back: a plan is done."""
+        self._room.close()
 
 
 class _Dummies(BoundBuffers):
@@ -70,7 +73,7 @@ def _scratch_bytes(
     placed: Placed,
     ins: tuple[Operand | None, ...],
     outs: tuple[Operand, ...],
-    room: _Room,
+    room: Room,
 ) -> tuple[int, int]:
     total = 0
 
@@ -98,24 +101,23 @@ def _scratch_bytes(
     return total, io.parts
 
 
-class _Room:
-    """Host memory that is given out and never written to: the system has to find none for it.
+class Room:
+    """Host memory that is given out and never touched: the system has to find none for it.
 
-    A larger block stays until it is to `shrink`. Asking for memory takes longer than planning a small node, and where
-    it comes in pages of 2 MiB even a block that nobody touches may cost one of them.
+    It is mapped rather than allocated, as `malloc` writes its notes into the first page of a block, which where pages
+    have 2 MiB takes longer than planning a node.
     """
 
-    LEAST, AHEAD = 1 << 20, 1 << 26
+    AHEAD = 1 << 26
 
     def __init__(self) -> None:
-        self._block = self._least = host_block(self.LEAST)
-        self._used = 0
+        self._block, self._used = _NOTHING, 0
 
     def take(self, nbytes: int) -> tuple[HostArray, int]:
         """A block, and where in it so many bytes are free."""
         at, self._used = self._used, self._used + aligned(nbytes)
         if self._used > self._block.nbytes:
-            self._block = host_block(max(aligned(nbytes), min(2 * self._block.nbytes, self.AHEAD)))
+            self._block = _mapped(max(aligned(nbytes), self.AHEAD))
             at, self._used = 0, aligned(nbytes)
         return self._block, at
 
@@ -123,9 +125,23 @@ class _Room:
         """All of it is free again."""
         self._used = 0
 
-    def shrink(self) -> None:
-        """LEAST bytes are left."""
-        self._block, self._used = self._least, 0
+    def close(self) -> None:
+        """Keep none."""
+        self._block, self._used = _NOTHING, 0
+
+
+_NOTHING: HostArray = np.empty(0, np.uint8)
+
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
+
+
+def _mapped(nbytes: int) -> HostArray:
+    """Raises OutOfMemoryError where there is not that much."""
+    require_host_memory("the arena", nbytes)
+    try:
+        return np.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), np.uint8)
+    except (OSError, OverflowError):
+        raise OutOfMemoryError("the arena", needed=nbytes, available=host_memory() or 0) from None
 
 
 def _alike(

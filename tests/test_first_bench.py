@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bench import first, shapes
 from bench.first_worker import STAGES
-from bench.worker import OURS, PEER
+from bench.worker import COMPILED, OURS, PEER
 from infera_gpu import graph_cache
 
 
@@ -32,10 +32,11 @@ def test_first_measures_a_model_in_fresh_processes(tmp_path: Path, monkeypatch: 
     )
     feeds = {"x": np.ones(3, np.float32)}
     row = first.measure(path, feeds, 1, tmp_path)
-    assert set(row["milliseconds"]) == {OURS, first.NEW, PEER}
+    assert set(row["milliseconds"]) == set(first.CONTENDERS) >= {OURS, first.NEW, PEER}
     assert all(row["milliseconds"][OURS][stage] > 0 for stage in STAGES)
     assert row["with_imports"] > 0
     assert row["new_ratio"] > 0
+    assert ("compiled_ratio" in row) == (COMPILED in first.CONTENDERS)
     assert len(list((tmp_path / "kept" / "graphs").iterdir())) == 1
     shown = Console(record=True, width=140)
     shown.print(
@@ -76,5 +77,7 @@ def test_shapes_summarizes_requests_and_planning() -> None:
     assert found["ratio"] == 2.0
     assert found["planning_micros_a_node"] == {"median": 100.0, "worst": 200.0}
     shown = Console(record=True, width=120)
-    shown.print(shapes.table([{"model": "m", "shapes": 3, "failure": "", "new": found, "again": found}]))
+    shown.print(
+        shapes.table([{"model": "m", "runtime": OURS, "shapes": 3, "failure": "", "new": found, "again": found}])
+    )
     assert "3 again" in shown.export_text()

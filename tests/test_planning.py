@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 
 from infera_gpu.constants import Constants
 from infera_gpu.devices.cpu import CpuDevice
+from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.layout import Operand, dense
-from infera_gpu.measure import SMALL, Measurer
+from infera_gpu.measure import SMALL, Measurer, Room
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import spec_of
@@ -93,3 +95,28 @@ def test_nodes_that_are_alike_are_measured_once() -> None:
         before = counting.bound
         counting.ask(op, a, b, **options)
         assert counting.bound == before + 1
+
+
+def pages() -> int:
+    """Of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory there is")
+def test_what_kernels_are_measured_on_takes_no_memory() -> None:
+    room, before, blocks = Room(), pages(), []
+    for _ in range(8):
+        blocks.append(room.take(1 << 26))
+        blocks.append(room.take(1000))
+    assert len({(block.ctypes.data, at) for block, at in blocks}) == len(blocks)
+    assert pages() - before < 256
+    room.close()
+    block, at = room.take(1000)
+    assert (at, block.nbytes >= 1000) == (0, True)
+
+
+def test_more_than_there_are_addresses_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infera_gpu.measure.require_host_memory", lambda what, nbytes: None)
+    for nbytes in (1 << 60, 1 << 64):
+        with pytest.raises(OutOfMemoryError, match=f"the arena needs {nbytes:,} bytes"):
+            Room().take(nbytes)
