@@ -53,6 +53,7 @@ test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's c
 
 test-all: test test-kernels test-jit test-clients  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"
+	@$(PY) -m pytest -m hypothesis --hypothesis-profile=others
 
 check: $(VENV)/.with-test $(VENV)/.with-dev  ## formatting, lint, types, import contracts
 	@$(VENV)/bin/ruff format --check .
