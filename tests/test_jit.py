@@ -400,3 +400,30 @@ def test_what_versions_compiled_that_nobody_starts_goes(tmp_path: Path) -> None:
     assert {*kernels.iterdir()} == {made, recent}
     os.utime(made, (0, 0))
     assert own().stat().st_mtime > 0
+
+
+def test_what_was_compiled_before_is_had_without_all_that_compiling_needs(tmp_path: Path) -> None:
+    """... which is there as soon as a function must be compiled."""
+    script = (
+        "import sys, numpy as np; from infera_kernels.jit import rows\n"
+        "x = np.array([[1, 1, 3, 3]], np.float32); y = x.copy()\n"
+        "told = lambda: 'numba.typed.typeddict' in sys.modules\n"
+        "for f, a in rows.softmax(x - x, y): f(*a)\n"
+        "assert (y == 0.25).all(); print(told())\n"
+        "for f, a in rows.standardize(x, y, None, None, epsilon=0.0, center=True): f(*a)\n"
+        "assert (y == [-1, -1, 1, 1]).all(); print(told())"
+    )
+
+    def registered(script: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "INFERA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert registered(script.partition("for f, a in rows.standardize")[0]) == ["True"]
+    assert registered(script) == ["False", "True"]
+    assert registered(script) == ["False", "False"]

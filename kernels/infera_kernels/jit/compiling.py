@@ -19,6 +19,8 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 from infera_kernels.calls import Call
@@ -92,7 +94,7 @@ def bound(function: Any, *args: Any) -> Call:
     kinds = tuple(map(_kind, args))
     compiled_for = _compiled_for.setdefault(function, set())
     if kinds not in compiled_for:
-        function.compile(tuple(map(numba.typeof, args)))
+        _compile(function, tuple(map(numba.typeof, args)))
         compiled_for.add(kinds)
     return function, args
 
@@ -113,9 +115,30 @@ def bound_by_address(function: Any, *args: Any) -> Call:
         anyhow = (t.copy(layout="A", readonly=True) if isinstance(t, numba.types.Array) else t for t in types)
         with _binding:
             if function._can_compile:  # still: numba refuses what another thread has compiled meanwhile
-                function.compile(tuple(anyhow))
+                _compile(function, tuple(anyhow))
                 function.disable_compile()
     return function, args
+
+
+def _compile(function: Any, types: tuple[Any, ...]) -> Function:
+    """The function compiled for these types, from disk if it is there.
+
+    `compile` looks there too, but has numba register all that it knows the types of before: that is needed to compile
+    alone, and takes a process longer than all else that it does for its first functions.
+    """
+    try:
+        load, target = function._cache._load_overload, function.targetctx
+    except AttributeError:  # nothing is kept, or by another numba
+        load = None
+    with global_compiler_lock:
+        if load is not None and function._can_compile and types not in function.overloads:
+            rtsys.initialize(target)
+            kept = load(types, target)
+            if kept is not None:
+                target.insert_user_function(kept.entry_point, kept.fndesc, [kept.library])
+                function.add_overload(kept)
+        made: Function = function.compile(types)
+    return made
 
 
 class _Form:
@@ -143,8 +166,7 @@ def _load(module: str, number: int, types: tuple[Any, ...]) -> Function:
     """A module's compiled function for arguments of these types, which it takes as they are: the interpreter's calls of
     it choose by types, and an array that was sent may be read-only where the other process's is not."""
     import_module(module)
-    found: Function = _made[module][number].compile(types)  # type: ignore[attr-defined]
-    return found
+    return _compile(_made[module][number], types)
 
 
 @cache
