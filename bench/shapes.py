@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -129,7 +130,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             planning = found["planning_micros_a_node"]
             shown.add_row(
                 row["model"],
-                row["runtime"],
+                escape(row["runtime"]),
                 f"{row['shapes']} {what}",
                 *(f"{t:.1f}" for t in (ours["median"], ours["worst"], peer["median"], peer["worst"])),
                 f"{found['ratio']:.2f}",
@@ -145,7 +146,7 @@ def main() -> int:
     parser.add_argument("--shapes", type=int, default=200, help="different lengths (200)")
     parser.add_argument("--out", type=Path, help="the results file (bench/results/<host class>-shapes-<date>.json)")
     options = parser.parse_args()
-    console = Console(width=120)
+    console = Console(width=140)
     measured = environment()
     runtimes = (OURS, COMPILED) if installed() else (OURS,)
     rows = [measure(name, runtime, options.shapes) for name in options.models for runtime in runtimes]
