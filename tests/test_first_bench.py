@@ -77,7 +77,11 @@ def test_shapes_summarizes_requests_and_planning() -> None:
     assert found["ratio"] == 2.0
     assert found["planning_micros_a_node"] == {"median": 100.0, "worst": 200.0}
     shown = Console(record=True, width=120)
-    shown.print(
-        shapes.table([{"model": "m", "runtime": OURS, "shapes": 3, "failure": "", "new": found, "again": found}])
-    )
-    assert "3 again" in shown.export_text()
+    rows = [
+        {"model": "m", "runtime": runtime, "shapes": 3, "failure": "", "new": found, "again": found}
+        for runtime in (OURS, COMPILED)
+    ]
+    shown.print(shapes.table(rows))
+    text = shown.export_text()
+    assert "3 again" in text
+    assert COMPILED in text
