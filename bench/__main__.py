@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing: results of one commit as passes"
     )
-    parser.add_argument("--out", type=Path, help="the results file (bench/results/<host class>-<date>.json)")
+    parser.add_argument("--out", type=Path, help="the results file (bench/results/<host class>-[quick-]<date>.json)")
     options = parser.parse_args(argv)
     if options.passes < 1:
         parser.error("--passes is at least 1")
@@ -134,7 +134,7 @@ def main() -> int:
                 rows.extend(run(job))
                 progress.advance(task)
     rows = combined(passes) if len(passes) > 1 else passes[0]
-    return finish(measured, {"quick": options.quick}, rows, options.out, console)
+    return finish(measured, {"quick": options.quick}, rows, options.out, console, "quick" if options.quick else "")
 
 
 def finish(
@@ -143,9 +143,10 @@ def finish(
     rows: Sequence[dict[str, Any]],
     out: Path | None,
     console: Console,
+    topic: str = "",
 ) -> int:
     """Write the results and show them; 0 where every row was measured."""
-    path = write_results(measured, told, rows, out)
+    path = write_results(measured, told, rows, out, topic)
     show(rows, console)
     console.print(f"written to {path}")
     return 1 if any(row["failure"] for row in rows) else 0

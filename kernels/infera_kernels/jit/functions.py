@@ -13,6 +13,17 @@ from infera_kernels.jit.compiling import inlined
 
 F = np.float32
 
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+@inlined
+def ordered(bits: Any) -> Any:
+    """A float's bits, an integer, as one that is the larger the larger the float, NaN beyond infinity; or those back.
+
+    Of integers LLVM finds the largest in SIMD lanes, of floats one after the other.
+    """
+    return np.int32(bits ^ (_MAGNITUDE if bits < np.int32(0) else np.int32(0)))
+
 
 @inlined
 def clamped(x: Any, low: Any, high: Any) -> Any:

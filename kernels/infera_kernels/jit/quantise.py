@@ -9,25 +9,18 @@ import numpy as np
 from infera_kernels.calls import Array, Call
 from infera_kernels.jit.compiling import bound, exact
 from infera_kernels.jit.epilogue import PIECE
-from infera_kernels.jit.functions import F, saturated
-
-_MAGNITUDE = np.int32(0x7FFFFFFF)
+from infera_kernels.jit.functions import F, ordered, saturated
 
 
 @exact
 def _dynamic_range(x: Any, scale: Any, limits: Any) -> None:
-    """scale, and -zero point and 255 - zero point, of x quantised to uint8 over the range that holds it and 0.
-
-    Read as integers, negative floats with their magnitude inverted, floats keep their order, NaN beyond infinity: that
-    finds the least and the largest in SIMD lanes.
-    """
+    """scale, and -zero point and 255 - zero point, of x quantised to uint8 over the range that holds it and 0."""
     bits = x.view(np.int32)
     least, most = np.int32(0), np.int32(0)
     for c in range(bits.size):
-        value = bits[c]
-        key = value ^ (_MAGNITUDE if value < np.int32(0) else np.int32(0))
+        key = ordered(bits[c])
         least, most = min(least, key), max(most, key)
-    low = np.int32(least ^ (_MAGNITUDE if least < np.int32(0) else np.int32(0))).view(np.float32)
+    low = np.int32(ordered(least)).view(np.float32)
     size = (np.int32(most).view(np.float32) - low) / F(255)
     size = F(1) if size == F(0) else size
     point = -(low / size)

@@ -8,7 +8,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.jit.compiling import bound, compiled
-from infera_kernels.jit.functions import F, exp
+from infera_kernels.jit.functions import F, exp, ordered
 
 FLAT_BELOW = F(-80)
 """Powers below 2e-35 are 0: times the share they could be subnormal, which slow processors down a hundredfold."""
@@ -23,9 +23,12 @@ def _softmax(x: Any, y: Any, apart: bool) -> None:
             source = x[i]
             for c in range(length):
                 row[c] = source[c]
-        top = row[0]
-        for c in range(1, length):
-            top = max(top, row[c])  # may pass over a NaN, which the sum then meets
+        most = np.int32(-0x80000000)
+        for c in range(length):
+            most = max(
+                most, ordered(np.float32(row[c]).view(np.int32))
+            )  # what it passes over as NaN the sum then meets
+        top = np.int32(ordered(most)).view(np.float32)
         total = F(0)
         for c in range(length):
             below = row[c] - top
