@@ -4,6 +4,10 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
+# A file of tests goes to one process as a whole: what its tests share is made once. Those of kernels use two processors
+# as they are.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help run test test-kernels test-jit test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
 
@@ -25,15 +29,15 @@ $(VENV)/.with-%: pyproject.toml $(VENV)/.created
 run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real input, leave the server running
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
-	@$(PY) -m pytest -m "not large and not gpu and not kernels and not clients"
+test: $(VENV)/.with-test  ## the tests (two cores, 8 minutes, no GPU)
+	@$(PY) -m pytest $(SPREAD) -m "not large and not gpu and not kernels and not clients"
 
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80, 86, 90 and 100, in the plans of models
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
 test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
-	@.venv-jit/bin/python -m pytest -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py
+	@.venv-jit/bin/python -m pytest $(SPREAD) -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py
 
 # kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
 CLIENTS_VENV := .venv-clients
