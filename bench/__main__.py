@@ -134,7 +134,7 @@ def main() -> int:
                 rows.extend(run(job))
                 progress.advance(task)
     rows = combined(passes) if len(passes) > 1 else passes[0]
-    return finish(measured, {"quick": options.quick}, rows, options.out, console, "quick" if options.quick else "")
+    return finish(measured, {"quick": options.quick}, rows, options.out, console)
 
 
 def finish(
@@ -143,10 +143,9 @@ def finish(
     rows: Sequence[dict[str, Any]],
     out: Path | None,
     console: Console,
-    topic: str = "",
 ) -> int:
     """Write the results and show them; 0 where every row was measured."""
-    path = write_results(measured, told, rows, out, topic)
+    path = write_results(measured, told, rows, out, "quick" if told.get("quick") else "")
     show(rows, console)
     console.print(f"written to {path}")
     return 1 if any(row["failure"] for row in rows) else 0

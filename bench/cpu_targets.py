@@ -140,8 +140,8 @@ _NUMBA = (
     "of, in each process anew, whatever the model: `load(jit=False)` is for a process that runs little."
 )
 _COMPILER = (
-    "numba and LLVM alone take about 100 MB, whatever the model; and weights of products lie in panels, which is what "
-    "makes them fast, beside the model's own."
+    "numba and LLVM alone take about 100 MB, whatever the model; and since 6c73b9d693 the weights of all products lie "
+    "in panels beside the model's own, which is what makes them fast."
 )
 _PLANNING = (
     "Planning is Python with no step that stands out: inferring shapes, binding each kernel to learn what scratch it "

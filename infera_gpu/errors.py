@@ -101,7 +101,8 @@ class OutOfMemoryError(DeviceError):
         self.needed, self.available, self.limit = needed, available, limit
         within = "" if limit is None else f" of a vram_limit of {limit:,}"
         missing = needed - available
-        super().__init__(f"{what} needs {needed:,} bytes, {available:,}{within} are available ({missing:,} missing)")
+        lack = f"({missing:,} missing)" if missing > 0 else "but not to this process, or not in one piece"
+        super().__init__(f"{what} needs {needed:,} bytes, {available:,}{within} are available {lack}")
 
 
 class FetchError(InferaError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -117,7 +118,7 @@ class Room:
         """A block, and where in it so many bytes are free."""
         at, self._used = self._used, self._used + aligned(nbytes)
         if self._used > self._block.nbytes:
-            self._block = _mapped(max(aligned(nbytes), self.AHEAD))
+            self._block = _mapped(aligned(nbytes), max(aligned(nbytes), self.AHEAD))
             at, self._used = 0, aligned(nbytes)
         return self._block, at
 
@@ -135,13 +136,13 @@ _NOTHING: HostArray = np.empty(0, np.uint8)
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
 
 
-def _mapped(nbytes: int) -> HostArray:
-    """Raises OutOfMemoryError where there is not that much."""
-    require_host_memory("the arena", nbytes)
-    try:
-        return np.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), np.uint8)
-    except (OSError, OverflowError):
-        raise OutOfMemoryError("the arena", needed=nbytes, available=host_memory() or 0) from None
+def _mapped(least: int, most: int) -> HostArray:
+    """The most bytes, or the least where the system refuses so many. Raises OutOfMemoryError where it refuses those."""
+    require_host_memory("the arena", least)
+    for nbytes in (most, least):
+        with suppress(OSError, OverflowError):
+            return np.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), np.uint8)
+    raise OutOfMemoryError("the arena", needed=least, available=host_memory() or 0)
 
 
 def _alike(

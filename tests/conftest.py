@@ -1,5 +1,5 @@
-"""What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit, and are
-tried on the same examples in every run: `--hypothesis-profile=others` tries others.
+"""What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit and try
+the same examples in every run; `--hypothesis-profile=others` has them try others.
 
 Passes run whenever a model is loaded, in child processes too: no test may pass by what an earlier run has kept.
 """
@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, settings
 
 os.environ["INFERA_GRAPH_CACHE"] = "0"
 
-settings.register_profile("others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "others", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False, print_blob=True
+)
 settings.register_profile("same", settings.get_profile("others"), derandomize=True, database=None)
 settings.load_profile("same")
 

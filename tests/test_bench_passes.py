@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from bench import environment
+from bench.__main__ import finish
 from bench.passes import combined, merged
 
 
@@ -44,12 +47,20 @@ def test_a_failure_in_any_pass_is_one() -> None:
 def test_passes_of_several_commits_are_refused(tmp_path: Path) -> None:
     def written(name: str, commit: str, wall: float) -> Path:
         path = tmp_path / name
-        environment = {"commit": commit, "host_class": "h"}
-        path.write_text(json.dumps({"environment": environment, "options": {"quick": False}, "rows": [row(wall)]}))
+        measured = {"commit": commit, "host_class": "h"}
+        path.write_text(json.dumps({"environment": measured, "options": {"quick": False}, "rows": [row(wall)]}))
         return path
 
     one, two, other = written("1", "a", 1.0), written("2", "a+changes", 2.0), written("3", "b", 1.0)
-    environment, options, rows = merged([one, two])
-    assert (environment["commit"], options, rows[0]["ratios"]) == ("a+changes", {"quick": False}, {"wall": 1.5})
+    measured, options, rows = merged([one, two])
+    assert (measured["commit"], options, rows[0]["ratios"]) == ("a+changes", {"quick": False}, {"wall": 1.5})
     with pytest.raises(ValueError, match="more than one commit: a, b"):
         merged([one, other])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_quick_results_have_a_file_of_their_own(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    assert finish({}, {"quick": quick}, [], None, Console(quiet=True)) == 0
+    (made,) = tmp_path.iterdir()
+    assert ("-quick-" in made.name) == quick

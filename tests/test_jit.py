@@ -427,3 +427,23 @@ def test_what_was_compiled_before_is_had_without_all_that_compiling_needs(tmp_pa
     assert registered(script.partition("for f, a in rows.standardize")[0]) == ["True"]
     assert registered(script) == ["False", "True"]
     assert registered(script) == ["False", "False"]
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_what_is_damaged_is_compiled_anew(ending: str, tmp_path: Path) -> None:
+    script = (
+        "import numpy as np; from infera_kernels.jit import rows; x = np.ones((2, 4), np.float32); y = x.copy()\n"
+        "for f, a in rows.softmax(x, y): f(*a)\n"
+        "assert (y == 0.25).all()"
+    )
+    env = {**os.environ, "INFERA_CACHE_DIR": str(tmp_path)}
+
+    def said() -> str:
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert not said()
+    (kept,) = tmp_path.rglob(f"*.{ending}")
+    kept.write_bytes(kept.read_bytes()[:20])
+    assert "_softmax is compiled anew" in said()

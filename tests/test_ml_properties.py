@@ -31,7 +31,7 @@ WORDS = ("a", "bb", "", "é")
 
 
 def bounded(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=PHASES)
+    return settings(max_examples=examples, phases=PHASES)
 
 
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)

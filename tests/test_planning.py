@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -120,3 +122,17 @@ def test_more_than_there_are_addresses_for_is_refused(monkeypatch: pytest.Monkey
     for nbytes in (1 << 60, 1 << 64):
         with pytest.raises(OutOfMemoryError, match=f"the arena needs {nbytes:,} bytes"):
             Room().take(nbytes)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the addresses of a process")
+def test_a_small_plan_is_made_where_there_are_few_addresses_left() -> None:
+    script = (
+        "import resource, numpy as np; from pathlib import Path; from infera_gpu.measure import Room\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + Room.AHEAD // 2,) * 2); room = Room()\n"
+        "block, at = room.take(1000); assert block.nbytes == 1024\n"
+        "try: room.take(Room.AHEAD)\n"
+        "except Exception as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "are available but not to this process" in done.stdout, done.stderr

@@ -133,7 +133,12 @@ def _compile(function: Any, types: tuple[Any, ...]) -> Function:
     with global_compiler_lock:
         if load is not None and function._can_compile and types not in function.overloads:
             rtsys.initialize(target)
-            kept = load(types, target)
+            try:
+                kept = load(types, target)
+            except (OSError, EOFError, pickle.UnpicklingError) as error:
+                _log.warning("%s is compiled anew, what was kept cannot be read: %r", function.__qualname__, error)
+                function._cache.disable()
+                kept = None
             if kept is not None:
                 target.insert_user_function(kept.entry_point, kept.fndesc, [kept.library])
                 function.add_overload(kept)
