@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def answered(model: onnx.ModelProto, fed: dict[str, HostArray]) -> list[HostArra
     child = os.fork()
     if not child:
         os.close(reading)
+        faulthandler.disable()  # of how it dies nobody needs to read
         try:
             answer = of_onnxruntime(model, fed)
         except Exception:
