@@ -29,7 +29,7 @@ $(VENV)/.with-%: pyproject.toml $(VENV)/.created
 run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real input, leave the server running
 	@$(PY) examples/demo.py
 
-test: $(VENV)/.with-test  ## the tests (two cores, 8 minutes, no GPU)
+test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
 	@$(PY) -m pytest $(SPREAD) -m "not large and not gpu and not kernels and not clients"
 
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80, 86, 90 and 100, in the plans of models

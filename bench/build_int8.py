@@ -120,6 +120,6 @@ def _peaks(model: onnx.ModelProto, names: list[str], feeds: Mapping[str, HostArr
         seen.CopyFrom(model)
         del seen.graph.output[:]
         seen.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inside)
-        with infera_gpu.load(seen, device="cpu") as session:
+        with infera_gpu.load(seen, device="cpu", jit=False) as session:
             found |= session.run(feeds)
     return {name: float(np.abs(found[name]).max()) for name in names}

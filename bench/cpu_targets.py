@@ -136,8 +136,8 @@ _FIRST = (
     "milliseconds. yunet's depthwise convolutions are a thousand calls."
 )
 _NUMBA = (
-    "The first function that numba finds on disk has it import more of itself and register all that it knows the types "
-    "of, in each process anew, whatever the model: `load(jit=False)` is for a process that runs little."
+    "In each process numba compiles its own runtime and links every function that it has kept anew, some milliseconds "
+    "each, whatever the model: `load(jit=False)` is for a process that runs little."
 )
 _COMPILER = (
     "numba and LLVM alone take about 100 MB, whatever the model; and since 6c73b9d693 the weights of all products lie "

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -37,11 +38,9 @@ def _infera_modules() -> None:
 
 
 def _compiled_modules() -> None:
-    """The same where numba is installed; it imports more when it looks for the first function that it has compiled."""
-    import numba
-
+    """The same with the kernels that numba compiles, which import it."""
+    import_module("numba")
     _infera_modules()
-    assert numba.njit
 
 
 def _onnxruntime() -> Load:

@@ -104,7 +104,10 @@ def pages() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory there is")
+asks_linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory there is")
+
+
+@asks_linux
 def test_what_kernels_are_measured_on_takes_no_memory() -> None:
     room, before, blocks = Room(), pages(), []
     for _ in range(8):
@@ -124,7 +127,7 @@ def test_more_than_there_are_addresses_for_is_refused(monkeypatch: pytest.Monkey
             Room().take(nbytes)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the addresses of a process")
+@asks_linux
 def test_a_small_plan_is_made_where_there_are_few_addresses_left() -> None:
     script = (
         "import resource, numpy as np; from pathlib import Path; from infera_gpu.measure import Room\n"

@@ -25,9 +25,8 @@ def _softmax(x: Any, y: Any, apart: bool) -> None:
                 row[c] = source[c]
         most = np.int32(-0x80000000)
         for c in range(length):
-            most = max(
-                most, ordered(np.float32(row[c]).view(np.int32))
-            )  # what it passes over as NaN the sum then meets
+            # it may pass over a NaN, which the sum then meets
+            most = max(most, ordered(np.float32(row[c]).view(np.int32)))
         top = np.int32(ordered(most)).view(np.float32)
         total = F(0)
         for c in range(length):
