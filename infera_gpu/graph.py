@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -121,6 +121,34 @@ class Node:
 def version_of(node: Node, opsets: Mapping[str, int]) -> int:
     """The version of its domain that a node belongs to, in a graph that imports `opsets`."""
     return node.opset or opsets.get(node.domain, 1)
+
+
+def ordered(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes, each behind those that make what it reads, else in the order given.
+
+    Those of a cycle have no such order, and all are given back as they are: `Graph.check` says what is wrong.
+    """
+    makers = {o: i for i, n in enumerate(nodes) for o in n.outputs if o}
+    if all(makers.get(v, -1) < i for i, n in enumerate(nodes) for v in (n.reads if n.attrs else n.inputs)):
+        return tuple(nodes)
+    found: list[Node] = []
+    begun, placed = set[int](), set[int]()
+    for first in range(len(nodes)):
+        waiting = [first]
+        while waiting:
+            i = waiting[-1]
+            before = {makers[v] for v in nodes[i].reads if v in makers} - placed
+            if i in placed or not before:
+                waiting.pop()
+                if i not in placed:
+                    placed.add(i)
+                    found.append(nodes[i])
+                continue
+            begun.add(i)
+            if not begun.isdisjoint(before):
+                return tuple(nodes)
+            waiting += sorted(before, reverse=True)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from infera_gpu.errors import InvalidModel
 from infera_gpu.functions import Function, Key, Reference, constants_first, inline
-from infera_gpu.graph import EMPTY, Graph, HostArray, Node, made_name
+from infera_gpu.graph import EMPTY, Graph, HostArray, Node, made_name, ordered
 from infera_gpu.source import Bodies, Room, Source, read_model, usual_room
 from infera_gpu.spec import Dim, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec, dtype_of_onnx
 from infera_gpu.tensors import Tensors
@@ -29,8 +29,9 @@ def load_graph(source: Source, mapped: bool = True, room: Room = usual_room) -> 
     External data beside a path is mapped, or read where `mapped` is not set. Large initialisers of a file are read to
     `room`.
 
-    Model-local functions are inlined, Constant nodes become constants and sparse tensors dense ones. Raises
-    InvalidModel for anything that is not a complete ONNX model, naming what is wrong.
+    Nodes are put in topological order: ONNX asks for it, and not every file has it. Model-local functions are inlined,
+    Constant nodes become constants and sparse tensors dense ones. Raises InvalidModel for anything that is not a
+    complete ONNX model, naming what is wrong.
     """
     model, name, bodies = read_model(source, room=room)
     tensors = Tensors(Path(os.fsdecode(source)) if isinstance(source, str | os.PathLike) else None, mapped)
@@ -103,7 +104,7 @@ class _Reader:
         for v in proto.output:
             outputs[_copied(_named(v.name, "output"), outputs, nodes)] = _spec(v, "output")
         return Graph(
-            nodes=tuple(nodes),
+            nodes=ordered(nodes),
             inputs=inputs,
             outputs=outputs,
             constants=constants,
@@ -121,7 +122,7 @@ class _Reader:
         if len(set(proto.input)) < len(proto.input):
             raise InvalidModel("it gives two inputs one name")
         inputs = {_named(name, "input"): unknown for name in proto.input}
-        body = Graph(tuple(nodes), inputs, outputs, opsets=self.opsets, name=proto.name)
+        body = Graph(ordered(nodes), inputs, outputs, opsets=self.opsets, name=proto.name)
         defaults = {a.name: self.attribute(a, lambda: proto.name) for a in proto.attribute_proto}
         body = constants_first(body, _constant)
         body.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import infera_gpu
 from infera_gpu.errors import DeviceError, InferaError, InputError, InvalidModel
+from infera_gpu.loader import load_graph
 from tests.text import parse
 
 RELU = "g (float[N] x) => (float[N] y) { y = Relu(x) }"
@@ -64,6 +66,47 @@ def test_what_is_wrong_is_named(edit: Callable[[onnx.ModelProto], object], messa
 def test_what_is_no_source_is_refused(source: object) -> None:
     with pytest.raises(InvalidModel):
         infera_gpu.load(source, device="cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_nodes_may_come_in_any_order(order: tuple[int, ...]) -> None:
+    """As onnxruntime takes them; also what only a branch reads."""
+    model = parse(
+        """g (float[N] x, bool c) => (float[N] y) {
+            a = Abs(x)
+            b = Neg(x)
+            z = If (c) <
+                then_branch = t () => (float[N] p) { p = Exp(a) },
+                else_branch = e () => (float[N] q) { q = Exp(b) }
+            >
+            y = Add(z, a)
+        }"""
+    )
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes[i] for i in order)
+    x = np.float32([1, -2])
+    for c in (True, False):
+        feeds = {"x": x, "c": np.array(c)}
+        (want,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)
+        np.testing.assert_allclose(infera_gpu.load(model, device="cpu").run(feeds)["y"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nodes", ["y = Add(x, y)", "y = Add(x, a) a = Neg(b) b = Neg(a)"])
+def test_nodes_that_wait_for_each_other_are_refused(nodes: str) -> None:
+    with pytest.raises(InvalidModel, match="is made by no node before it"):
+        infera_gpu.load(parse(f"g (float[N] x) => (float[N] y) {{ {nodes} }}"), device="cpu")
+
+
+def test_a_long_chain_backwards_takes_no_time() -> None:
+    model = parse(RELU)
+    del model.graph.node[:]
+    names = ["x", *(f"v{i}" for i in range(20_000)), "y"]
+    model.graph.node.extend(helper.make_node("Relu", [a], [b]) for a, b in reversed(list(itertools.pairwise(names))))
+    began = time.perf_counter()
+    graph = load_graph(model)
+    assert time.perf_counter() - began < 5
+    assert [n.outputs[0] for n in graph.nodes] == names[1:]
 
 
 def test_bytes_of_any_kind_are_read() -> None:
