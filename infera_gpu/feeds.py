@@ -59,7 +59,10 @@ def _array(name: str, value: Any, spec: TensorSpec, device: Device) -> Array:
         return _strings(name, value)
     array = device.accepts(value)
     if array is None and hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray | np.generic):
-        array = np.from_dlpack(value)
+        try:
+            array = np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise InputError(f"input '{name}' cannot be read on {device.name}: {error}") from None
     if array is None:
         try:
             array = np.asarray(value)

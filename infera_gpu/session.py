@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -156,13 +157,18 @@ class Session(Running):
             with self.device.running():
                 chosen = timer or self.device.timer()
             tuner = Tuner(tiles.tuned, chosen, seconds, again=again, progress=progress)
-            self._run(self._check(feeds), lambda stage, bound: tuner.survey(bound))
-            self._run(self._check(feeds), lambda stage, bound: tuner.measure(bound))
+            for look in (tuner.survey, tuner.measure):
+                self._run(self._check(feeds), partial(self._looked, look))
             found = sorted(tuner.found.values(), key=lambda m: -m.predicted_seconds)
             tiles.learn(found, facts(self.device))
             self._stages = self._planning()
             self._with_lease(Lease.forget)
         return tuple(found)
+
+    def _looked(self, look: Callable[[Bound], None], stage: Stage, bound: Bound) -> None:
+        """A run that `look` makes of a plan, done when this returns: see `_run`."""
+        look(bound)
+        self.device.synchronize()
 
     def choices(self, feeds: Mapping[str, Any]) -> tuple[Choice, ...]:
         """How kernels choose tiles in a run with these feeds, measured or predicted. Raises DeviceError as `tune`."""

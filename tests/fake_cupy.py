@@ -323,14 +323,20 @@ CURRENT = _Thread()
 
 
 class Device:
-    """A context that can be entered again."""
+    """A context that can be entered again. After a fault neither entering nor leaving it works, as any call of CUDA."""
+
+    fault = 0
+    """The error of every call from now on, where it is not 0."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        if Device.fault:
+            raise CUDARuntimeError(Device.fault)
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.__enter__()
 
 
 @contextmanager
@@ -404,4 +410,5 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: types.ModuleType | None = Non
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
     monkeypatch.setattr(cuda, "_lost", {})
+    monkeypatch.setattr(Device, "fault", 0)
     return fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ import pytest
 
 import infera_gpu
 from infera_gpu.devices import cuda
-from infera_gpu.errors import DeviceError, OutOfMemoryError
+from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
-from infera_kernels.launch import RecordingLauncher
+from infera_kernels.launch import LaunchError, RecordingLauncher
+from infera_kernels.launch.cuda import CupyDriver
 from tests import fake_cupy
 from tests.text import parse
 
@@ -139,6 +141,51 @@ def test_what_fails_in_cuda_is_a_device_error_that_names_the_step(cupy: Any) -> 
     with pytest.raises(DeviceError, match="cuda:0 failed in a run: cudaError 1") as caught:
         session.run({"x": np.ones(3, np.float32)})
     assert "boom" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+def test_a_fault_loses_the_gpu_wherever_it_is_met(cupy: Any, leaving: bool) -> None:
+    """CUDA tells of it at the next call, which may be the one that makes another GPU current again."""
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }")), cuda.CudaDevice(0))
+    other = Session(load_graph(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }")), cuda.CudaDevice(0))
+    feeds = {"x": np.ones(3, np.float32)}
+    session.run(feeds)
+    if leaving:
+        with pytest.raises(DeviceLostError, match="restart the process"), session.device.running():
+            fake_cupy.Device.fault = 700
+    else:
+        fake_cupy.Device.fault = 700
+        with pytest.raises(DeviceLostError, match="restart the process"):
+            session.run(feeds)
+    for lost in (session, other):
+        with pytest.raises(DeviceLostError, match="restart the process"):
+            lost.run(feeds)
+        lost.close()
+
+
+def test_a_device_that_is_not_closed_gives_temporaries_back(cupy: Any) -> None:
+    device = cuda.CudaDevice(0)
+    with device.running():
+        cupy.empty((1000,), np.uint8)
+    assert cupy.vram.used == 1000
+    del device
+    gc.collect()
+    assert cupy.vram.used == 0
+
+
+def test_arrays_that_cannot_be_read_are_an_input_error(cupy: Any) -> None:
+    """Of another GPU, for one."""
+
+    class Elsewhere:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 1
+
+        def __dlpack__(self, **_: object) -> object:
+            raise BufferError("it lies on cuda:1")
+
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }")), cuda.CudaDevice(0))
+    with pytest.raises(InputError, match="input 'x' cannot be read on cuda:0: it lies on cuda:1"):
+        session.run({"x": Elsewhere()})
 
 
 def test_temporaries_that_do_not_fit_are_an_out_of_memory_error(cupy: Any) -> None:
@@ -267,3 +314,21 @@ def test_strided_copies_launch_a_kernel(cupy: Any, monkeypatch: pytest.MonkeyPat
         narrow = device.xp.empty((4, 6), ml_dtypes.float8_e5m2)
         for source, target in ((x, device.xp.empty((4, 6), np.float32)), (narrow.T, narrow.reshape(6, 4))):
             assert device.transfer(source, target)[0] is device.xp.copyto
+
+
+@pytest.mark.parametrize(("status", "error"), [(209, LaunchError), (2, fake_cupy.CUDADriverError)])
+def test_only_what_is_wrong_with_a_cubin_is_a_launch_error(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, status: int, error: type[Exception]
+) -> None:
+    """What the device makes of others, where memory is out or the GPU is lost, it must see."""
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            raise fake_cupy.CUDADriverError(status)
+
+    driver = SimpleNamespace(CUDADriverError=fake_cupy.CUDADriverError, launchKernel=None)
+    api = SimpleNamespace(driver=driver, runtime=SimpleNamespace(driverGetVersion=lambda: 13000))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api", cast(Any, api))
+    monkeypatch.setattr(cupy.cuda, "function", SimpleNamespace(Module=Module), raising=False)
+    with pytest.raises(error, match=str(status)):
+        CupyDriver().load(0, b"", "kernel")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from infera_gpu.devices import cuda
-from infera_gpu.devices.graphs import CapturedCalls, Turnstile
+from infera_gpu.devices.graphs import TRIES, CapturedCalls, Turnstile
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError
 from infera_gpu.loader import load_graph
@@ -53,22 +53,84 @@ def test_calls_are_made_then_recorded_then_replayed() -> None:
     assert counts == [8]
 
 
-def test_a_recording_that_fails_is_ended_and_says_why() -> None:
-    stream = fake_cupy.Stream()
+def test_a_recording_that_is_refused_is_ended_and_says_why() -> None:
+    """Not at once: it may have been another thread's call that ended it. The run is right all the same."""
+    stream, counts = fake_cupy.Stream(), [0]
 
     def refused() -> None:
         if stream.recorded is not None:
             stream.refuse_while_recording()
 
-    calls = CapturedCalls([(refused, ())], stream, turnstile := Turnstile())
+    calls = CapturedCalls([counted(stream, counts), (refused, ())], stream, turnstile := Turnstile())
     with turnstile.entered():
-        calls()
+        for _ in range(TRIES):
+            calls()
         for _ in range(2):
             with pytest.raises(fake_cupy.CUDARuntimeError, match="900"):
                 calls()
             assert stream.recorded is None
     with turnstile.entered():  # nobody is locked out
         stream.synchronize()
+    assert counts == [TRIES]
+
+
+@pytest.mark.parametrize("at", ["a call", "the end"])
+def test_a_recording_that_another_thread_ends_is_made_in_the_next_run(at: str) -> None:
+    stream, counts, ended = fake_cupy.Stream(), [0], list[bool]()
+
+    def disturb() -> None:
+        if stream.recorded is not None and not ended:
+            ended.append(True)
+            if at == "a call":
+                stream.refuse_while_recording()
+            stream.recorded = None
+
+    calls = CapturedCalls([counted(stream, counts), (disturb, ())], stream, turnstile := Turnstile())
+    logs = []
+    with turnstile.entered():
+        for _ in range(4):
+            stream.log.clear()
+            calls()
+            logs.append(stream.log.copy())
+        stream.synchronize()
+    assert logs == [["add"], ["add"], ["replay 1"], ["replay 1"]]
+    assert counts == [4]
+
+
+def test_what_fails_while_a_stream_records_is_raised_at_once() -> None:
+    stream = fake_cupy.Stream()
+
+    def broken() -> None:
+        if stream.recorded is not None:
+            raise ValueError("broken")
+
+    calls = CapturedCalls([(broken, ())], stream, turnstile := Turnstile())
+    with turnstile.entered():
+        calls()
+        with pytest.raises(ValueError, match="broken"):
+            calls()
+    assert stream.recorded is None
+
+
+def test_nobody_waits_for_a_stream_that_records(cupy: Any) -> None:
+    """`synchronize`, after a run that failed or that shares its arena, is called outside of it."""
+    device = cuda.CudaDevice(0)
+    recording, done = threading.Event(), threading.Event()
+
+    def record() -> None:
+        with device.running(), device._turnstile.alone():
+            device._stream.begin_capture()
+            recording.set()
+            time.sleep(0.05)
+            device._stream.end_capture()
+            done.set()
+
+    thread = threading.Thread(target=record)
+    thread.start()
+    assert recording.wait(10)
+    device.synchronize()
+    assert done.is_set()
+    thread.join(10)
 
 
 def test_nobody_is_inside_while_one_records() -> None:
@@ -159,6 +221,8 @@ def test_a_capture_that_cuda_refuses_is_a_device_error(cupy: Any, monkeypatch: p
     session = Session(load_graph(parse(COPIES)), device)
     session.run(FEEDS)
     monkeypatch.setattr(device._stream, "put", lambda what, call: device._stream.refuse_while_recording())
+    for _ in range(TRIES - 1):
+        session.run(FEEDS)
     with pytest.raises(DeviceError, match="cuda:0 failed in a run"):
         session.run(FEEDS)
 

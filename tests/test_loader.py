@@ -85,7 +85,7 @@ def test_nodes_may_come_in_any_order(order: tuple[int, ...]) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend(nodes[i] for i in order)
-    x = np.float32([1, -2])
+    x = np.array([1, -2], np.float32)
     for c in (True, False):
         feeds = {"x": x, "c": np.array(c)}
         (want,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)

@@ -5,8 +5,9 @@ Written against CuPy 14. Its calls that take no stream use the thread's current 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,9 +37,10 @@ OUT_OF_MEMORY = 2
 LOST = frozenset(
     {
         *(4, 100, 999),  # the driver unloads, there is no device, an unknown error
-        *(46, 214, 220, 221),  # the device is unavailable, memory or NVLink failed beyond correction, contained or not
+        *(46, 214, 220, 226),  # the device is unavailable, memory or NVLink failed beyond correction, contained or not
         *(700, 702, 709, 710),  # illegal address, launch timeout, the context is destroyed, an assertion
         *(714, 715, 716, 717, 718, 719, 721),  # faults of kernels: stack, instruction, alignment, address space, pc
+        *(810, 911),  # the MPS client is ended, a device outside of this one failed
     }
 )
 """The errors, as the CUDA runtime and driver number them, after which every call in the process's context fails."""
@@ -129,7 +131,7 @@ class CudaDevice:
         self.index, self.name, self.xp = index, f"cuda:{index}", cupy
         self._refuse_lost()
         self._device = cupy.cuda.Device(index)
-        with self._device, self._failures("opening it"):
+        with self._failures("opening it"), self._device:
             self._streams = Streams(cupy)
             self._stream = self._streams.compute
             self._vram = Vram(cupy, budget)
@@ -171,7 +173,7 @@ class CudaDevice:
         """
         cuda = self.xp.cuda
         self._refuse_lost()
-        with self._turnstile.entered(), self._device, quiet_numpy(), self._failures("a run"):
+        with self._turnstile.entered(), quiet_numpy(), self._failures("a run"), self._device:
             ready = cuda.get_current_stream().record(cuda.Event(disable_timing=True))
             self._stream.wait_event(ready)
             with self._stream, cuda.using_allocator(self._vram.pool.malloc):
@@ -187,7 +189,11 @@ class CudaDevice:
 
     @contextmanager
     def _failures(self, what: str, nbytes: int = 0, space: Space = "device") -> Iterator[None]:
-        """Raises OutOfMemoryError or DeviceError for CuPy's exceptions; `nbytes` is what was asked for, where known."""
+        """Raises OutOfMemoryError or DeviceError for CuPy's exceptions; `nbytes` is what was asked for, where known.
+
+        Around `self._device`: to enter and to leave a GPU that is lost fails too, and its error takes the place of the
+        one that came before.
+        """
         cuda = self.xp.cuda
         try:
             yield
@@ -213,7 +219,7 @@ class CudaDevice:
             return self._vram.available()
 
     def require(self, what: str, nbytes: int) -> None:
-        with self._device, self._failures(what):
+        with self._failures(what), self._device:
             if nbytes > self._free():
                 self._vram.pool.free_all_blocks()
             if nbytes > (free := self._free()):
@@ -232,7 +238,7 @@ class CudaDevice:
         self._refuse_lost()
         cuda = self.xp.cuda
         what = "the arena" if space == "device" else "the pinned arena"
-        with self._device, self._failures(what, nbytes, space):
+        with self._failures(what, nbytes, space), self._device:
             if space == "host":  # pinned, so that transfers are asynchronous; freed with its last view, as is VRAM
                 pinned = cuda.PinnedMemoryPointer(cuda.PinnedMemory(max(nbytes, 1)), 0)
                 return np.frombuffer(pinned, np.uint8)
@@ -247,7 +253,7 @@ class CudaDevice:
     @contextmanager
     def weights(self, nbytes: int) -> Iterator[None]:
         with ExitStack() as stack:
-            with self._device, self._failures("the weights", nbytes):
+            with self._failures("the weights", nbytes), self._device:
                 stack.enter_context(self._vram.weights(f"the weights on {self.name}", nbytes))
             yield
 
@@ -255,7 +261,7 @@ class CudaDevice:
         if space == "host":
             return host
         what = f"a constant of {host.nbytes:,} bytes"
-        with self._device, self._failures(what, host.nbytes), self._stream:
+        with self._failures(what, host.nbytes), self._device, self._stream:
             memory = (
                 self._vram.weight(f"{what} on {self.name}", host.nbytes)
                 if lasting
@@ -323,8 +329,8 @@ class CudaDevice:
         kind, index = value.__dlpack_device__()
         if (int(kind), index) != (2, self.index):  # 2 is kDLCUDA
             return None
-        with self._device:  # whatever made it is ordered before the current stream, for which `running` waits
-            return cupy.from_dlpack(value)
+        with self._failures("reading an array"), self._device:
+            return cupy.from_dlpack(value)  # what made it comes before the current stream, for which `running` waits
 
     def block_of(self, array: Array) -> Any | None:
         if not isinstance(array, self.xp.ndarray) or not array.flags.c_contiguous:
@@ -332,13 +338,21 @@ class CudaDevice:
         return None if self.batch_invariant and array.data.ptr % WIDEST_LOAD else array.data
 
     def synchronize(self) -> None:
-        self._streams.synchronize()
+        """Not while a run records: to wait for a stream ends what it records."""
+        with self._turnstile.entered(), self._failures("waiting"):
+            self._streams.synchronize()
 
     def close(self) -> None:
         """Gives back the pool's memory that no array holds. Of a lost GPU nothing can be given back."""
         if not self.lost:
-            with self._device, self._failures("closing it"):
+            with self._failures("closing it"), self._device:
                 self.synchronize()
+                self._vram.pool.free_all_blocks()
+
+    def __del__(self) -> None:
+        """CuPy's pools keep their memory when they go."""
+        if not sys.is_finalizing():
+            with suppress(Exception):  # it was not opened, or is lost
                 self._vram.pool.free_all_blocks()
 
 

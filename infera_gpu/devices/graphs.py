@@ -9,6 +9,12 @@ from typing import Any
 
 from infera_gpu.op import Call
 
+ENDED = range(900, 909)
+"""The errors, as the CUDA runtime numbers them, of what a recording does not allow."""
+
+TRIES = 3
+"""How often a recording may be ended by what it does not allow: any thread of the process can do that, once."""
+
 
 class Turnstile:
     """Lets runs of several threads through side by side, and one that records alone.
@@ -76,12 +82,16 @@ class Calls:
 
 class CapturedCalls(Calls):
     """Calls that only launch on `stream`. The first run makes them one by one, which loads every kernel; the next that
-    can be alone records them, and from then on they are replayed."""
+    can be alone records them, and from then on they are replayed.
+
+    A recording that is ended by what none allows begins anew in the next run, and fails the third time.
+    """
 
     def __init__(self, calls: Sequence[Call], stream: Any, turnstile: Turnstile) -> None:
         super().__init__(calls)
         self._stream, self._turnstile = stream, turnstile
         self._warm = False
+        self._ended = 0
         self._graph: Any = None
 
     def __call__(self) -> None:
@@ -99,11 +109,15 @@ class CapturedCalls(Calls):
             self._stream.begin_capture()
             try:
                 super().__call__()
-            except BaseException:
+                self._graph = self._stream.end_capture()
+            except BaseException as error:
                 self._abandon()
-                raise
-            self._graph = self._stream.end_capture()
-        return True
+                if getattr(error, "status", 0) not in ENDED:
+                    raise
+                self._ended += 1
+                if self._ended >= TRIES:
+                    raise
+        return self._graph is not None
 
     def _abandon(self) -> None:
         """Ends a recording that failed; what CUDA says of it hides no error that came before."""

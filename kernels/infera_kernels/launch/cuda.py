@@ -19,6 +19,10 @@ from infera_kernels.launch.types import LaunchError, Target, grid_of
 _DEFAULT_SHARED = 48 * 1024
 """Dynamic shared memory that a block may use without opting in."""
 
+_UNSUITABLE = frozenset({200, 209, 218, 222, 500})
+"""The errors, as the CUDA driver numbers them, of a cubin that it cannot use: no image, or none for this card, from a
+newer assembler, without the function. Others are not the cubin's."""
+
 
 class Driver(Protocol):
     """The part of the CUDA driver that launching needs."""
@@ -35,7 +39,8 @@ class Driver(Protocol):
     def target(self, device_id: int) -> Target: ...
 
     def load(self, device_id: int, cubin: bytes, name: str) -> Address:
-        """The function `name` of a cubin; the address keeps its module loaded. Raises LaunchError."""
+        """The function `name` of a cubin; the address keeps its module loaded. Raises LaunchError for a cubin that the
+        driver cannot use; its other errors pass."""
         ...
 
     def allow_shared(self, function: int, nbytes: int) -> None:
@@ -58,13 +63,12 @@ class CupyDriver:
     def target(self, device_id: int) -> Target:
         import cupy
 
-        device = cupy.cuda.Device(device_id)
-        attributes = device.attributes
+        runtime = cupy.cuda.runtime
         return Target(
-            int(device.compute_capability),
-            attributes["MultiProcessorCount"],
-            attributes["MaxSharedMemoryPerBlockOptin"],
-            cupy.cuda.runtime.getDeviceProperties(device_id)["name"].decode(),
+            int(cupy.cuda.Device(device_id).compute_capability),
+            runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device_id),
+            runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device_id),
+            runtime.getDeviceProperties(device_id)["name"].decode(),
         )
 
     def load(self, device_id: int, cubin: bytes, name: str) -> Address:
@@ -76,6 +80,8 @@ class CupyDriver:
                 module.load(cubin)
                 function = module.get_function(name)
         except self._driver.CUDADriverError as e:
+            if e.status not in _UNSUITABLE:
+                raise
             version = self.version()
             raise LaunchError(
                 f"{name}: the driver (CUDA {version // 1000}.{version % 1000 // 10}) does not load it: {e}. Where it "
