@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-jit test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
+.PHONY: help run test test-kernels test-jit test-cupy test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ test-jit:  ## the kernels that numba compiles for the CPU, in an environment of 
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
 	@.venv-jit/bin/python -m pytest $(SPREAD) -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py
 
+test-cupy:  ## what is bound to CuPy's arrays, with CuPy and no GPU, in an environment of its own (.venv-cupy)
+	@$(MAKE) --no-print-directory VENV=.venv-cupy .venv-cupy/.with-test .venv-cupy/.with-cuda13
+	@.venv-cupy/bin/python -m pytest tests/kernels/test_real_cupy.py
+
 # kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
 CLIENTS_VENV := .venv-clients
 CLIENTS_PIP   = $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -q
@@ -55,7 +59,7 @@ $(CLIENTS_VENV)/.installed:
 test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's clients: tritonclient, kserve, perf_analyzer, schemathesis
 	@$(PY) -m pytest tests/clients
 
-test-all: test test-kernels test-jit test-clients  ## everything that needs no GPU, large models included
+test-all: test test-kernels test-jit test-cupy test-clients  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"
 	@$(PY) -m pytest -m hypothesis --hypothesis-profile=others
 
@@ -116,4 +120,4 @@ docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfil
 	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-jit $(CLIENTS_VENV) $(FRAMEWORKS:%=.venv-%) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-jit .venv-cupy $(CLIENTS_VENV) $(FRAMEWORKS:%=.venv-%) .mypy_cache .pytest_cache .ruff_cache build dist

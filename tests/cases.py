@@ -35,7 +35,7 @@ def inputs_of(op: Op, case: Case) -> tuple[HostArray | None, ...]:
 
 def _random(rng: np.random.Generator, spec: TensorSpec, case: Case) -> HostArray:
     if spec.dtype == np.bool_:
-        return rng.random(spec.dims) < 0.5
+        return np.asarray(rng.random(spec.dims) < 0.5)
     if spec.dtype.kind in "iu":
         bounds = np.iinfo(spec.dtype)
         low, high = max(int(np.ceil(case.low)), bounds.min), min(int(np.floor(case.high)), bounds.max)

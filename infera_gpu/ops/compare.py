@@ -40,7 +40,7 @@ def _compare(name: str, ufunc: str, since: int) -> Op:
 
 def _logic(name: str, ufunc: str) -> Op:
     a, b = _BITS
-    cases = (Case("table", (a, b)), Case("broadcast", (a.reshape(2, 2, 1), b)), Case("scalar", (a[0], b)))
+    cases = (Case("table", (a, b)), Case("broadcast", (a.reshape(2, 2, 1), b)), Case("scalar", (a[0, ...], b)))
     return ufunc_op(name, ufunc, cases, dtype=BOOL)
 
 
