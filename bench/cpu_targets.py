@@ -56,6 +56,12 @@ def planning(rows: Rows) -> float | None:
     return _largest([r["new"]["planning_micros_a_node"]["median"] for r in rows if not r["failure"]])
 
 
+def planning_by_onnx(rows: Rows) -> float | None:
+    """The same, counted in what onnx took meanwhile to infer the outputs of a node."""
+    found = [r["new"] for r in rows if not r["failure"] and "onnx_micros_a_node" in r["new"]]
+    return _largest([new["planning_micros_a_node"]["median"] / new["onnx_micros_a_node"] for new in found])
+
+
 def planning_of(model: str) -> Judge:
     """Milliseconds of planning a new shape of a model, in the median."""
 
@@ -189,6 +195,7 @@ TARGETS = (
     Target("the same of a model that is new on the machine", "first", worst("new_ratio"), 1.5, why=_FIRST),
     Target("with numba: load and first inference, the worst model", "first", worst("compiled_ratio"), 1.5, why=_NUMBA),
     Target("planning a new shape, microseconds a node", "shapes", planning, 100, why=_PLANNING),
+    Target("the same, in times of onnx's `infer_node_outputs`", "shapes", planning_by_onnx, 7.1, why=_PLANNING),
     Target("planning a new shape of BERT-base, ms", "shapes", planning_of("bert-base"), 40),
     Target("planning a new shape of a model of 5,000 nodes, ms", "shapes", planning_of("deep-bert"), 500),
     Target("peak memory of ResNet-50, batch 8", "resident", memory("resnet50"), 1.0),

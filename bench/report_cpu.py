@@ -101,11 +101,13 @@ def shapes(result: Result) -> str:
             times = row[which]["milliseconds"]
             made += [time_of(times[name][what]) for what in shown for name in (OURS, PEER)]
             made.append(f"{row[which]['ratio']:.2f}")
-        return [*made, *(f"{row['new']['planning_micros_a_node'][what]:.0f}" for what in ("median", "worst"))]
+        made += [f"{row['new']['planning_micros_a_node'][what]:.0f}" for what in ("median", "worst")]
+        onnx = row["new"].get("onnx_micros_a_node")
+        return [*made, "" if onnx is None else f"{onnx:.1f}"]
 
     header = (
         *("model", "new shape, ms", "onnxruntime", "slowest, ms", "onnxruntime", "ratio"),
-        *("seen shape, ms", "onnxruntime", "ratio", "planning, µs a node", "slowest"),
+        *("seen shape, ms", "onnxruntime", "ratio", "planning, µs a node", "slowest", "onnx's inference, µs a node"),
     )
     return table(header, (cells(row) for row in result["rows"] if not row["failure"]))
 

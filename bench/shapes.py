@@ -2,8 +2,9 @@
 
 Each model gets as many different lengths as asked for, in a seeded random order, and then all of them a second time:
 of that many a session still has the plans, but not their bindings to memory. Both runtimes get every request in turn,
-with one thread. Where numba is installed, this is done with the kernels that it compiles too. Writes
-bench/results/<host class>-shapes-<date>.json.
+with one thread. Where numba is installed, this is done with the kernels that it compiles too. Planning is Python, which
+takes half as long again in some hours on some machines: what ONNX's own inference of a node's outputs takes meanwhile
+stands beside it. Writes bench/results/<host class>-shapes-<date>.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -30,6 +32,12 @@ from bench.models import path_of
 from bench.worker import COMPILED, OURS, PEER
 from infera_gpu.verify import TOLERANCE, OnnxRuntime, compare
 from infera_kernels.jit import installed
+
+SMALL_BYTES = 1 << 10
+"""Initialisers whose values onnx may need to infer types."""
+
+YARDSTICK_EVERY = 20
+"""Requests between two looks at what onnx takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,34 @@ def summarize(taken: Sequence[Taken], nodes: int) -> dict[str, Any]:
     }
 
 
-def measure(name: str, runtime: str, count: int) -> dict[str, Any]:
+class Yardstick:
+    """Microseconds that onnx takes to infer the outputs of a node, on average over the nodes of a model."""
+
+    def __init__(self, model: str = "ppocrv6-rec-small") -> None:
+        typed = onnx.shape_inference.infer_shapes(onnx.load(path_of(model)))
+        graph, opset = typed.graph, typed.opset_import[0].version
+        types = {v.name: v.type for v in (*graph.value_info, *graph.input, *graph.output)}
+        types |= {i.name: onnx.helper.make_tensor_type_proto(i.data_type, i.dims) for i in graph.initializer}
+        small = {i.name: i for i in graph.initializer if len(i.raw_data) <= SMALL_BYTES}
+        self._imports = list(typed.opset_import)
+        self._nodes = [
+            (
+                onnx.defs.get_schema(node.op_type, opset, node.domain),
+                node,
+                {v: types[v] for v in node.input if v},
+                {v: small[v] for v in node.input if v in small},
+            )
+            for node in graph.node
+        ]
+
+    def micros(self) -> float:
+        start = time.perf_counter()
+        for schema, node, types, data in self._nodes:
+            onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=self._imports)
+        return 1e6 * (time.perf_counter() - start) / len(self._nodes)
+
+
+def measure(name: str, runtime: str, count: int, yardstick: Yardstick) -> dict[str, Any]:
     """Outputs are compared at some lengths, in sessions of their own, before anything is timed."""
     path, requests, jit = path_of(name), STREAMS[name].requests(count), runtime == COMPILED
     row: dict[str, Any] = {"model": name, "runtime": runtime, "shapes": count, "failure": ""}
@@ -109,11 +144,12 @@ def measure(name: str, runtime: str, count: int) -> dict[str, Any]:
     with infera_gpu.load(path, device="cpu", threads=1, jit=jit) as session:
         row["nodes"] = len(session.graph.nodes)
         for what in ("new", "again"):
-            taken = [
-                request(session, peer, feeds, i % 2 == 0)
-                for i, feeds in enumerate(track(requests, f"{name}, {runtime}, {what}", transient=True))
-            ]
-            row[what] = summarize(taken, row["nodes"])
+            taken, inferring = [], []
+            for i, feeds in enumerate(track(requests, f"{name}, {runtime}, {what}", transient=True)):
+                if i % YARDSTICK_EVERY == 0:
+                    inferring.append(yardstick.micros())
+                taken.append(request(session, peer, feeds, i % 2 == 0))
+            row[what] = {**summarize(taken, row["nodes"]), "onnx_micros_a_node": statistics.median(inferring)}
     return row
 
 
@@ -121,7 +157,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table(title="requests of new shapes, and of the same shapes again")
     for column in ("model", "", "shapes"):
         shown.add_column(column, no_wrap=True)
-    for column in ("ms", "worst", "onnxruntime ms", "worst", "ratio", "planning µs a node", "worst"):
+    for column in ("ms", "worst", "onnxruntime ms", "worst", "ratio", "planning µs a node", "worst", "onnx"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in (r for r in rows if not r["failure"]):
         for what in ("new", "again"):
@@ -134,7 +170,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 f"{row['shapes']} {what}",
                 *(f"{t:.1f}" for t in (ours["median"], ours["worst"], peer["median"], peer["worst"])),
                 f"{found['ratio']:.2f}",
-                *(f"{t:.0f}" for t in (planning["median"], planning["worst"])),
+                *(f"{t:.0f}" for t in (planning["median"], planning["worst"], found["onnx_micros_a_node"])),
             )
     return shown
 
@@ -149,7 +185,8 @@ def main() -> int:
     console = Console(width=140)
     measured = environment()
     runtimes = (OURS, COMPILED) if installed() else (OURS,)
-    rows = [measure(name, runtime, options.shapes) for name in options.models for runtime in runtimes]
+    yardstick = Yardstick()
+    rows = [measure(name, runtime, options.shapes, yardstick) for name in options.models for runtime in runtimes]
     out = write_results(measured, {"shapes": options.shapes}, rows, options.out, "shapes")
     console.print(table(rows))
     failures = [f"{row['model']}, {row['runtime']}: {row['failure']}" for row in rows if row["failure"]]

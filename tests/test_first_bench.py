@@ -76,7 +76,8 @@ def test_shapes_summarizes_requests_and_planning() -> None:
     assert found["milliseconds"] == {OURS: {"median": 4.0, "worst": 9.0}, PEER: {"median": 2.0, "worst": 3.0}}
     assert found["ratio"] == 2.0
     assert found["planning_micros_a_node"] == {"median": 100.0, "worst": 200.0}
-    shown = Console(record=True, width=120)
+    shown = Console(record=True, width=140)
+    found["onnx_micros_a_node"] = 20.0
     rows = [
         {"model": "m", "runtime": runtime, "shapes": 3, "failure": "", "new": found, "again": found}
         for runtime in (OURS, COMPILED)
