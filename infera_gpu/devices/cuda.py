@@ -146,8 +146,13 @@ class CudaDevice:
         if self._launcher is None:
             from infera_kernels.launch import CudaLauncher
 
-            self._launcher = CudaLauncher(self.index, self._stream)
+            workspace = None if self.batch_invariant or self.strict else self._workspace
+            self._launcher = CudaLauncher(self.index, self._stream, workspace=workspace)
         return self._launcher
+
+    def _workspace(self, nbytes: int) -> Any:
+        """Memory for cuBLASLt, as long as something that uses it is bound."""
+        return self._vram.take(f"cuBLASLt's workspace on {self.name}", nbytes)
 
     @property
     def tiles(self) -> DeviceTiles | None:

@@ -19,7 +19,8 @@ from bench.gpu_report import CheckFailed, Context
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
 from infera_gpu.passes import layout
-from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
+from infera_kernels.launch import InterpreterLauncher, RecordingLauncher, library_of
+from infera_kernels.launch.cublaslt import Product
 from tests import fake_cupy
 from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
 from tests.text import parse
@@ -41,6 +42,16 @@ class Streamed:
     def launch(self, *args: Any, **options: Any) -> Call:
         fn, given = self._launcher.launch(*args, **options)
         return self._stream.put, ("launch", partial(fn, *given))
+
+    @property
+    def library(self) -> Streamed | None:
+        found = library_of(self._launcher)
+        return None if found is None else Streamed(found, self._stream)
+
+    def call(self, product: Product) -> Call | None:
+        """Of a library in a launcher's place."""
+        made: Call | None = self._launcher.call(product)
+        return made and (self._stream.put, ("product", partial(made[0], *made[1])))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._launcher, name)

@@ -12,6 +12,7 @@ import pytest
 from bench import gpu_models
 from bench.gpu_report import Context
 from infera_kernels.launch import InterpreterLauncher
+from tests.fake_cublaslt import FakeCublasLt, cublaslt
 from tests.text import parse
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -55,3 +56,42 @@ def test_a_quantised_network_agrees_with_the_cpu(
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: parse(NETWORK), {"x": x}, 1)})
     _, facts = gpu_models.models(opener(InterpreterLauncher), ["small"])
     assert facts["small"]["steps"] == {"triton": 5}
+
+
+PRODUCTS = f"""
+    g (float[N, 4, 5, 8] x, float[N, 7, 8] t) => (float[N, 4, 5, 8] y, float[N, 7, 8] z) <
+        float[4, 4, 1, 1] u = {{{drawn(16, -1, 1)}}}, float[4] ub = {{{drawn(4, -1, 1)}}},
+        float[4, 4, 1, 1] v = {{{drawn(17, -1, 1).rpartition(",")[0]}}}, float[4] vb = {{{drawn(4, -1, 1)}}},
+        float[8, 6] p = {{{drawn(48, -1, 1)}}}, float[6] pb = {{{drawn(6, -1, 1)}}},
+        float[8, 6] q = {{{drawn(48, -0.5, 0.5)}}}
+    > {{
+        a = Conv(x, u, ub)
+        b = Relu(a)
+        c = Conv(b, v, vb)
+        d = Add(c, x)
+        y = Relu(d)
+        e = MatMul(t, p)
+        f = Add(e, pb)
+        h = Relu(f)
+        k = Transpose <perm = [1, 0]> (q)
+        m = MatMul(h, k)
+        z = Add(m, t)
+    }}"""
+
+
+def test_products_of_a_library_agree_with_the_cpu(
+    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution of one pixel and linear layers, with what follows them: cuBLASLt's. The rest is interpreted, the
+    convolution to which the input is added as it lies, channels first, among it."""
+    rng, library = np.random.default_rng(0), FakeCublasLt()
+    feeds = {"x": rng.standard_normal((2, 4, 5, 8), np.float32), "t": rng.standard_normal((2, 7, 8), np.float32)}
+    monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: parse(PRODUCTS), feeds, 1)})
+
+    def launcher() -> Any:
+        made: Any = InterpreterLauncher()
+        made.library = cublaslt(library)
+        return made
+
+    gpu_models.models(opener(launcher), ["small"])
+    assert sorted(operation.attributes[7] for operation in library.asked) == [1] * 2 + [6] * 4  # none, bias and ReLU

@@ -25,7 +25,7 @@ SUITES: Mapping[str, int] = {
     "matmul": 75,
     "moves": 58,
     "nbits": 27,
-    "networks": 1,
+    "networks": 2,
     "normalize": 75,
     "operators": 1400,
     "pool": 37,

@@ -18,6 +18,7 @@ from infera_kernels.launch.types import (
     Target,
     Typed,
     Unhinted,
+    library_of,
     nominal_target,
     target_of,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Target",
     "Typed",
     "Unhinted",
+    "library_of",
     "nominal_target",
     "target_of",
 ]

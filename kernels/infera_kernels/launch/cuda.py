@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from infera_kernels.calls import Call
@@ -13,6 +14,7 @@ from infera_kernels.launch.assembler import suit
 from infera_kernels.launch.cache import KernelCache
 from infera_kernels.launch.compile import Binary, cache_key, compile_kernel, compiler_options
 from infera_kernels.launch.compiling import nothing
+from infera_kernels.launch.cublaslt import CublasLt, library
 from infera_kernels.launch.signature import bind, kernel_name
 from infera_kernels.launch.types import LaunchError, Target, grid_of
 
@@ -22,6 +24,10 @@ _DEFAULT_SHARED = 48 * 1024
 _UNSUITABLE = frozenset({200, 209, 218, 222, 500})
 """The errors, as the CUDA driver numbers them, of a cubin that it cannot use: no image, or none for this card, from a
 newer assembler, without the function. Others are not the cubin's."""
+
+
+WORKSPACES = (1 << 22, 1 << 25)
+"""Bytes of cuBLASLt's workspace, as NVIDIA sizes it: before Hopper and from it on."""
 
 
 class Driver(Protocol):
@@ -104,11 +110,18 @@ class CudaLauncher:
     """Launches on one device and one stream.
 
     `stream` is a cupy stream, or its address. `launch` compiles or loads what is not there yet, so it must run
-    outside a graph capture; the Calls it returns may be captured. It may be called from several threads.
+    outside a graph capture; the Calls it returns may be captured. It may be called from several threads. `library` is
+    cuBLASLt, where there is one and `workspace`, which gives it memory of so many bytes.
     """
 
     def __init__(
-        self, device_id: int, stream: Any, *, driver: Driver | None = None, cache: KernelCache | None = None
+        self,
+        device_id: int,
+        stream: Any,
+        *,
+        driver: Driver | None = None,
+        cache: KernelCache | None = None,
+        workspace: Callable[[int], Any] | None = None,
     ) -> None:
         self.device_id = device_id
         self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
@@ -117,6 +130,10 @@ class CudaLauncher:
         self.driver_version = self._driver.version()
         suit(self.driver_version)
         self.target = self._driver.target(device_id)
+        self.library: CublasLt | None = None
+        if workspace is not None and (found := library()) is not None:
+            nbytes = WORKSPACES[self.target.arch >= 90]
+            self.library = CublasLt(found, self._stream, nbytes, partial(workspace, nbytes))
         self.compiled = 0
         """Kernels that were not in the cache and were compiled here."""
         self._loaded: dict[str, _Loaded] = {}

@@ -87,6 +87,11 @@ def target_of(launcher: Launcher) -> Target:
     return target if isinstance(target, Target) else Target(80, 64, 99 * 1024)
 
 
+def library_of(launcher: Launcher) -> Any | None:
+    """The `cublaslt.CublasLt` for the launcher's GPU and stream; None where it has none."""
+    return getattr(launcher, "library", None)
+
+
 def address_of(array: Any) -> int:
     """The address of an array's first element. Works for numpy, cupy and the CUDA array interface."""
     if isinstance(array, np.ndarray):

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Const, Launcher, Typed, nominal_target, target_of
+from infera_kernels.launch import Const, Launcher, Typed, library_of, nominal_target, target_of
+from infera_kernels.launch.cublaslt import Product
+from infera_kernels.triton.blas import product_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import (
@@ -37,11 +39,26 @@ from infera_kernels.triton.skinny import (
     parts_kernel,
     parts_predicted,
 )
-from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TF32X3, Tile, cycles, ending, fitting, predicted
+from infera_kernels.triton.tiles import (
+    EITHER,
+    HALF,
+    IEEE,
+    LIBRARY,
+    LIGHT,
+    SIZES,
+    TF32,
+    TF32X3,
+    Tile,
+    candidates,
+    cycles,
+    ending,
+    predicted,
+)
 from infera_kernels.tuning import Family, Tuned, choose
 
-MATMUL = Family("matmul", SIZES, 2, Tile, fitting, predicted, (matmul_kernel,), cycles)
-"""`layout` says which axes of the factors are contiguous (rows "m", sums "k", columns "n" or none) and the `ending`."""
+MATMUL = Family("matmul", SIZES, 2, Tile, candidates, predicted, (matmul_kernel,), cycles)
+"""`layout` says whether it is EITHER's, which axes of the factors are contiguous (rows "m", sums "k", columns "n" or
+none) and the `ending`."""
 
 PARTS = Family(
     *("matmul_parts", SIZES, 2, Parts, part_candidates, parts_predicted),
@@ -173,7 +190,12 @@ def matmul(
     how: dict[str, Any] = {"invariant": invariant, "tuned": None if invariant else tuned}
     end = ending(residual, activation)
     if partial is None:
-        return [_sums({**turned, **sums, **epilogue}, 1, act, launcher, precision, tile, end=end, **how)]
+        args = {**turned, **sums, **epilogue}
+        product = None
+        if not invariant and tile is None and activation in LIGHT and precision in (IEEE, TF32):
+            strides = [s[-2:] for s in (a_strides, b_strides, out_strides, residual_strides)]
+            product = product_of(args, strides, walked, relu=activation is not None, tf32=precision == TF32)
+        return [_sums(args, 1, act, launcher, precision, tile, end=end, product=product, **how)]
     parts, size = partial.shape[0], products * m * n
     steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))
     first = {
@@ -218,7 +240,9 @@ def _sums(
     end: str,
     invariant: bool,
     tuned: Tuned | None,
+    product: Product | None = None,
 ) -> Call:
+    """One launch. A `product` may be the library's, where the launcher has one."""
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
     products, rows, deep = math.prod(batch or (1,)), rows_seen(m, invariant=invariant), args["depth"] or k
     kind = precision if name_of(args["a"]) == "float32" else HALF
@@ -231,7 +255,16 @@ def _sums(
         return _launch(launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=4)
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
-        tile = choose(MATMUL, MATMUL.problem(kind, sizes, _layout(args) + end), target, tuned)
+        layout = _layout(args) + end
+        if product is not None and (library := library_of(launcher)) is not None:
+            tile = choose(MATMUL, MATMUL.problem(kind, sizes, EITHER + layout), target, tuned)
+            if tile == LIBRARY:
+                call: Call | None = library.call(product)
+                if call is not None:
+                    return call
+                tile = None
+        if tile is None:
+            tile = choose(MATMUL, MATMUL.problem(kind, sizes, layout), target, tuned)
     known = {
         "ACT": act,
         "PRECISION": precision,

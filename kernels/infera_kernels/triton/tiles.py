@@ -75,9 +75,21 @@ SIZES = ("m", "batch", "n", "k")
 """Of the problems of all families of products: `batch` of them, (m, k) @ (k, n). The first two follow from batches."""
 
 
+LIBRARY = Tile(0, 0, 0, 0, 0)
+"""No tile: a product by cuBLASLt (`launch.cublaslt`)."""
+
+EITHER = "="
+"""Begins the layout of a problem that LIBRARY may solve too."""
+
+
 def fitting(problem: Problem, target: Target) -> tuple[Tile, ...]:
     """The tiles of a kind of products of which a block fits on a multiprocessor."""
     return tuple(t for t in TILES[problem.kind] if fits(t, problem.kind, target))
+
+
+def candidates(problem: Problem, target: Target) -> tuple[Tile, ...]:
+    """Those, and LIBRARY where it may be."""
+    return (*fitting(problem, target), *([LIBRARY] if problem.layout.startswith(EITHER) else []))
 
 
 def fits(tile: Tile, kind: str, target: Target) -> bool:
@@ -86,7 +98,9 @@ def fits(tile: Tile, kind: str, target: Target) -> bool:
 
 
 def cycles(problem: Problem, tile: Tile, target: Target) -> float:
-    """Of all of a problem; see `tuning.cost`."""
+    """Of all of a problem; see `tuning.cost`. LIBRARY takes as long as the best tile, for all that is known."""
+    if tile == LIBRARY:
+        return min(cycles(problem, t, target) for t in fitting(problem, target))
     m, batch, n, k = problem.sizes[:4]
     return product_cycles(tile.block(problem.kind), m, n, k, batch, target)
 
@@ -94,14 +108,15 @@ def cycles(problem: Problem, tile: Tile, target: Target) -> float:
 LONG = "+"
 """Ends the layout of a problem whose results take registers of their own before they are stored."""
 
-_LIGHT = frozenset({None, "relu"})
+LIGHT = frozenset({None, "relu"})
+"""Activations of one instruction. LIBRARY has them; its GELU is another, the tanh form."""
 _WIDE = 64
 """Sums a thread: tiles that have more are predicted only where compiled kernels are known to keep all in registers."""
 
 
 def ending(residual: object, activation: str | None) -> str:
     """LONG where something is added to results, or an activation takes more than one instruction."""
-    return "" if residual is None and activation in _LIGHT else LONG
+    return "" if residual is None and activation in LIGHT else LONG
 
 
 def keeps(tile: Tile, layout: str, target: Target) -> bool:
@@ -111,7 +126,10 @@ def keeps(tile: Tile, layout: str, target: Target) -> bool:
 
 @lru_cache(maxsize=REMEMBERED)
 def predicted(problem: Problem, target: Target) -> Tile:
-    """The tile with the least estimated time, of those that keep all in registers."""
+    """The tile with the least estimated time, of those that keep all in registers; LIBRARY where it may be: nobody has
+    measured tiles of ours that are faster."""
+    if problem.layout.startswith(EITHER):
+        return LIBRARY
     return least(problem, target, [t for t in fitting(problem, target) if keeps(t, problem.layout, target)])
 
 
