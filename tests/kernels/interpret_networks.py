@@ -59,33 +59,26 @@ def test_a_quantised_network_agrees_with_the_cpu(
 
 
 PRODUCTS = f"""
-    g (float[N, 4, 5, 8] x, float[N, 7, 8] t) => (float[N, 4, 5, 8] y, float[N, 7, 8] z) <
-        float[4, 4, 1, 1] u = {{{drawn(16, -1, 1)}}}, float[4] ub = {{{drawn(4, -1, 1)}}},
-        float[4, 4, 1, 1] v = {{{drawn(17, -1, 1).rpartition(",")[0]}}}, float[4] vb = {{{drawn(4, -1, 1)}}},
-        float[8, 6] p = {{{drawn(48, -1, 1)}}}, float[6] pb = {{{drawn(6, -1, 1)}}},
-        float[8, 6] q = {{{drawn(48, -0.5, 0.5)}}}
+    g (float[N, 7, 8] x) => (float[N, 7, 8] y) <
+        float[8, 6] w = {{{drawn(48, -1, 1)}}}, float[6] b = {{{drawn(6, -1, 1)}}},
+        float[8, 6] v = {{{drawn(48, -1, 1)}}}
     > {{
-        a = Conv(x, u, ub)
-        b = Relu(a)
-        c = Conv(b, v, vb)
-        d = Add(c, x)
-        y = Relu(d)
-        e = MatMul(t, p)
-        f = Add(e, pb)
+        e = MatMul(x, w)
+        f = Add(e, b)
         h = Relu(f)
-        k = Transpose <perm = [1, 0]> (q)
+        k = Transpose <perm = [1, 0]> (v)
         m = MatMul(h, k)
-        z = Add(m, t)
+        z = Add(m, x)
+        y = Softmax(z)
     }}"""
 
 
 def test_products_of_a_library_agree_with_the_cpu(
     opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A convolution of one pixel and linear layers, with what follows them: cuBLASLt's. The rest is interpreted, the
-    convolution to which the input is added as it lies, channels first, among it."""
+    """With what follows them, read by kernels that are interpreted."""
     rng, library = np.random.default_rng(0), FakeCublasLt()
-    feeds = {"x": rng.standard_normal((2, 4, 5, 8), np.float32), "t": rng.standard_normal((2, 7, 8), np.float32)}
+    feeds = {"x": rng.standard_normal((2, 7, 8), np.float32)}
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: parse(PRODUCTS), feeds, 1)})
 
     def launcher() -> Any:
@@ -94,4 +87,4 @@ def test_products_of_a_library_agree_with_the_cpu(
         return made
 
     gpu_models.models(opener(launcher), ["small"])
-    assert sorted(operation.attributes[7] for operation in library.asked) == [1] * 2 + [6] * 4  # none, bias and ReLU
+    assert [operation.attributes[7] for operation in library.asked][:2] == [2 | 4, 1]  # bias and ReLU; nothing

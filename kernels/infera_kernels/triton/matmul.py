@@ -148,13 +148,12 @@ def matmul(
     b_strides = broadcast_strides(b, (*leading, k, n))
     out_strides = element_strides(out)
     residual_strides = (0,) * len(shape) if residual is None else broadcast_strides(residual, shape)
-    if not any(b_strides[:-2]):
-        rows, down = coalesce(shape[:-1], [s[:-1] for s in (a_strides, out_strides, residual_strides)], ones=invariant)
-        if len(rows) == 1:  # one matrix b, and rows that follow each other: one taller product
-            m, leading, b_strides = rows[0], (), b_strides[-2:]
-            a_strides, out_strides, residual_strides = (
-                (*step, s[-1]) for step, s in zip(down, (a_strides, out_strides, residual_strides), strict=True)
-            )
+    if not any(b_strides[:-2]):  # one matrix b: rows that follow each other make taller products
+        others = a_strides, out_strides, residual_strides
+        rows, down = coalesce(shape[:-1], [s[:-1] for s in others], ones=invariant)
+        m, leading = rows[0], rows[:0:-1]
+        b_strides = (*(0,) * len(leading), *b_strides[-2:])
+        a_strides, out_strides, residual_strides = ((*step[::-1], s[-1]) for step, s in zip(down, others, strict=True))
     lead = [s[:-2] for s in (a_strides, b_strides, out_strides, residual_strides)]
     batch, walked = coalesce(leading, lead, ones=invariant)
 
