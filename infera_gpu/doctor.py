@@ -152,6 +152,22 @@ def _triton() -> Iterator[Finding]:
         yield Finding("Triton", "problem", f"{found} is not among the tested releases, {low} to below {high}")
 
 
+def _cublaslt() -> Iterator[Finding]:
+    from infera_kernels.launch.cublaslt import OFF, library, version
+
+    found = library()
+    if found is not None:
+        yield Finding(
+            "cuBLASLt", "ok", f"{version(found)} multiplies matrices; {OFF}=0 leaves that to Triton's kernels"
+        )
+        return
+    yield Finding(
+        "cuBLASLt",
+        "absent",
+        f"not installed, or {OFF}=0: Triton's kernels multiply matrices; infera-gpu[cublas12] or [cublas13] brings it",
+    )
+
+
 def _kernels() -> Iterator[Finding]:
     """What "auto" chooses, and the kernel kinds that can run on it."""
     from infera_gpu.devices import open_device
@@ -210,6 +226,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("NVIDIA driver", _driver),
     ("CuPy", _cupy),
     ("Triton", _triton),
+    ("cuBLASLt", _cublaslt),
     ("Device 'auto'", _kernels),
     ("Cache", _cache),
     ("onnxruntime", _peers),

@@ -17,7 +17,17 @@ from tests.commandline import infera
 def test_doctor_covers_every_subject() -> None:
     status, out, err = infera("doctor")
     assert err == ""
-    for subject in ("Python", "BLAS", "NVIDIA driver", "CuPy", "Triton", "Device 'auto'", "Cache", "onnxruntime"):
+    for subject in (
+        "Python",
+        "BLAS",
+        "NVIDIA driver",
+        "CuPy",
+        "Triton",
+        "cuBLASLt",
+        "Device 'auto'",
+        "Cache",
+        "onnxruntime",
+    ):
         assert subject in out
     assert status == (1 if "problem" in out else 0)
 

@@ -146,7 +146,7 @@ class CudaDevice:
         if self._launcher is None:
             from infera_kernels.launch import CudaLauncher
 
-            workspace = None if self.batch_invariant or self.strict else self._workspace
+            workspace = None if self.batch_invariant else self._workspace
             self._launcher = CudaLauncher(self.index, self._stream, workspace=workspace)
         return self._launcher
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -20,6 +21,9 @@ from infera_kernels.calls import Call
 from infera_kernels.launch.types import LaunchError, address_of
 
 _log = logging.getLogger(__name__)
+
+OFF = "INFERA_CUBLASLT"
+"""Environment: 0 and it is not used."""
 
 TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
 """cudaDataType of the types that it multiplies here."""
@@ -80,7 +84,9 @@ class _Found(ctypes.Structure):
 
 @cache
 def library() -> Any | None:
-    """The library, by the functions' names; None where it is not installed."""
+    """The library, by the functions' names; None where it is not installed, or turned OFF."""
+    if os.environ.get(OFF) == "0":
+        return None
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
