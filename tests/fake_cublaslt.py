@@ -153,7 +153,11 @@ class FakeCublasLt:
         if epilogue & 4:
             memory = (ctypes.c_uint8 * (out.shape[1] * out.itemsize)).from_address(made.attributes[8])
             total += np.ndarray((out.shape[1], 1), out.dtype, memory).astype(np.float64)
-        out[...] = np.maximum(total, 0) if epilogue & 2 else total
+        if epilogue & 2:
+            total = np.maximum(total, 0)
+        if epilogue & 32:
+            total *= 0.5 * (1 + np.tanh(0.7978845608028654 * (total + 0.044715 * total**3)))
+        out[...] = total
         self.asked.append(made)
         return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
@@ -53,12 +55,18 @@ def run(launcher: Any, a: Any, b: Any, out: Any, **options: Any) -> int:
     return len(calls)
 
 
-def want(a: Any, b: Any, bias: Any, residual: Any, relu: bool, alpha: float, beta: float) -> Any:
+def want(a: Any, b: Any, bias: Any, residual: Any, activation: str | None, alpha: float, beta: float) -> Any:
     total = alpha * (a.astype(np.float64) @ b.astype(np.float64))
     total += 0 if bias is None else bias.astype(np.float64)
     total += 0 if residual is None else beta * residual.astype(np.float64)
-    return np.maximum(total, 0) if relu else total
+    return FUNCTIONS[activation](total)
 
+
+FUNCTIONS: dict[str | None, Callable[[Any], Any]] = {
+    None: lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
 
 LIES = ("rows", "columns", "rows apart", "columns apart")
 
@@ -66,7 +74,7 @@ LIES = ("rows", "columns", "rows apart", "columns apart")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("left", LIES)
 @pytest.mark.parametrize("right", LIES)
-@pytest.mark.parametrize("terms", ["", "bias", "residual", "bias residual relu", "relu"])
+@pytest.mark.parametrize("terms", ["", "bias", "residual", "bias residual relu", "relu", "bias gelu_tanh"])
 def test_products(library: FakeCublasLt, launcher: Any, dtype: Any, left: str, right: str, terms: str) -> None:
     rng = np.random.default_rng(len(left + right + terms))
     a, b = array(rng, (5, 7), left, dtype), array(rng, (7, 11), right, dtype)
@@ -74,11 +82,11 @@ def test_products(library: FakeCublasLt, launcher: Any, dtype: Any, left: str, r
     residual = array(rng, (5, 11), "rows apart", dtype) if "residual" in terms else None
     out = array(rng, (5, 11), "rows apart" if "apart" in left else "rows", dtype)
     given: dict[str, Any] = {"alpha": 0.5, "beta": 2.0 if residual is not None else 1.0}
-    relu = "relu" in terms
-    calls = run(launcher, a, b, out, bias=bias, residual=residual, activation="relu" if relu else None, **given)
+    activation = next((name for name in FUNCTIONS if name and name in terms), None)
+    calls = run(launcher, a, b, out, bias=bias, residual=residual, activation=activation, **given)
     assert (calls, len(library.asked), launcher.launches) == (1, 1, [])
     tolerance = {4: 1e-6, 2: 1e-2}[np.dtype(dtype).itemsize]
-    made = want(a, b, bias, residual, relu, **given)
+    made = want(a, b, bias, residual, activation, **given)
     np.testing.assert_allclose(out.astype(np.float64), made, rtol=tolerance, atol=tolerance)
 
 
@@ -99,7 +107,7 @@ def test_batches(library: FakeCublasLt, launcher: Any, left: Any, right: Any, li
     residual = array(rng, out.shape)
     assert run(launcher, a, b, out, residual=residual, bias=bias) == 1
     assert (len(library.asked), launcher.launches) == (1, [])
-    np.testing.assert_allclose(out, want(a, b, bias, residual, False, 1.0, 1.0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, want(a, b, bias, residual, None, 1.0, 1.0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(2, 1, 5), (5, 1, 1), (2, 3, 1), (64, 2, 3)])
@@ -217,7 +225,7 @@ def test_how_matrices_lie(rows: int, columns: int, strides: tuple[int, int], fou
 def test_products_are_alike_by_all_but_their_arrays() -> None:
     """What an algorithm goes by is compared; a new field would be, too."""
     assert Product._fields == (
-        *("sizes", "batch", "dtype", "a", "b", "out", "residual", "bias", "alpha", "beta", "relu", "tf32"),
+        *("sizes", "batch", "dtype", "a", "b", "out", "residual", "bias", "alpha", "beta", "activation", "tf32"),
     )
 
 

@@ -34,8 +34,9 @@ _FLOAT32, _TF32 = 68, 77
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS = 3, 4, 7, 8
 _BATCH, _STEP = 5, 6
 _WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)
-_PLAIN, _RELU, _ADD_BIAS = 1, 2, 4
-"""cublasLtEpilogue_t; ReLU after a bias is their sum."""
+_PLAIN, _ADD_BIAS = 1, 4
+ACTIVATIONS = {None: 0, "relu": 2, "gelu_tanh": 32}
+"""cublasLtEpilogue_t, where an activation after a bias is their sum; its GELU is the tanh form."""
 
 ALIGNED = 256
 """Bytes: what the library takes pointers to be aligned to unless it is told, and its workspace must be."""
@@ -52,8 +53,8 @@ class Matrix(NamedTuple):
 
 
 class Product(NamedTuple):
-    """out = max(alpha a @ b + bias + beta residual, 0 where `relu`), `batch` of them: a (M, K), b (K, N), out and the
-    residual (M, N) with rows in one piece, bias (N,), all of one type, and summed in float32."""
+    """out = activation(alpha a @ b + bias + beta residual), `batch` of them: a (M, K), b (K, N), out and the residual
+    (M, N) with rows in one piece, bias (N,), all of one type, and summed in float32."""
 
     sizes: tuple[int, int, int]
     """M, N, K"""
@@ -66,7 +67,7 @@ class Product(NamedTuple):
     bias: Any = None
     alpha: float = 1.0
     beta: float = 1.0
-    relu: bool = False
+    activation: str | None = None
     tf32: bool = False
 
 
@@ -198,7 +199,7 @@ class _Bound:
         (m, n, k), bias = p.sizes, c_void_p(None if p.bias is None else address_of(p.bias))
         check(found, "MatmulDescCreate", byref(self.operation), _TF32 if p.tf32 else _FLOAT32, TYPES["float32"])
         self._made.append(("MatmulDescDestroy", self.operation))
-        epilogue = (_RELU if p.relu else 0) + (0 if p.bias is None else _ADD_BIAS)
+        epilogue = ACTIVATIONS[p.activation] + (0 if p.bias is None else _ADD_BIAS)
         for attribute, value in (
             (_TRANSA, c_int32(p.b.turned)),
             (_TRANSB, c_int32(p.a.turned)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infera_kernels.launch.cublaslt import Matrix, Product, lying
+from infera_kernels.launch.cublaslt import ACTIVATIONS, Matrix, Product, lying
 from infera_kernels.triton.layout import name_of
 
 
@@ -14,13 +14,13 @@ def product_of(
     strides: Sequence[tuple[int, ...]],
     walked: Sequence[tuple[int, ...]],
     *,
-    relu: bool,
+    activation: str | None,
     tf32: bool,
 ) -> Product | None:
     """The product as a library takes it, of the matrices' own strides and those over the batch, of a, b, out and the
     residual; None for what it does not take."""
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"] or ()
-    if m == 1 or not k or len(batch) > 1:
+    if m == 1 or not k or len(batch) > 1 or activation not in ACTIVATIONS:
         return None
     made: dict[str, Matrix] = {}
     shapes = {"a": (m, k), "b": (k, n), "out": (m, n), "residual": (m, n)}
@@ -39,6 +39,6 @@ def product_of(
         bias=args["bias"],
         alpha=1.0 if args["alpha"] is None else args["alpha"],
         beta=1.0 if args["beta"] is None else args["beta"],
-        relu=relu,
+        activation=activation,
         tf32=tf32 and name_of(args["a"]) == "float32",
     )

@@ -44,7 +44,6 @@ from infera_kernels.triton.tiles import (
     HALF,
     IEEE,
     LIBRARY,
-    LIGHT,
     SIZES,
     TF32,
     TF32X3,
@@ -191,9 +190,9 @@ def matmul(
     if partial is None:
         args = {**turned, **sums, **epilogue}
         product = None
-        if not invariant and tile is None and activation in LIGHT and precision in (IEEE, TF32):
+        if not invariant and tile is None and precision in (IEEE, TF32):
             strides = [s[-2:] for s in (a_strides, b_strides, out_strides, residual_strides)]
-            product = product_of(args, strides, walked, relu=activation is not None, tf32=precision == TF32)
+            product = product_of(args, strides, walked, activation=activation, tf32=precision == TF32)
         return [_sums(args, 1, act, launcher, precision, tile, end=end, product=product, **how)]
     parts, size = partial.shape[0], products * m * n
     steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))

@@ -108,15 +108,14 @@ def cycles(problem: Problem, tile: Tile, target: Target) -> float:
 LONG = "+"
 """Ends the layout of a problem whose results take registers of their own before they are stored."""
 
-LIGHT = frozenset({None, "relu"})
-"""Activations of one instruction. LIBRARY has them; its GELU is another, the tanh form."""
+_LIGHT = frozenset({None, "relu"})
 _WIDE = 64
 """Sums a thread: tiles that have more are predicted only where compiled kernels are known to keep all in registers."""
 
 
 def ending(residual: object, activation: str | None) -> str:
     """LONG where something is added to results, or an activation takes more than one instruction."""
-    return "" if residual is None and activation in LIGHT else LONG
+    return "" if residual is None and activation in _LIGHT else LONG
 
 
 def keeps(tile: Tile, layout: str, target: Target) -> bool:
