@@ -63,8 +63,10 @@ def write_results(
 
 
 def commit() -> str:
-    """The commit, with CHANGED behind it where tracked files other than results differ from it; "unknown" outside a
-    checkout."""
+    """The commit, with CHANGED behind it where tracked files other than results differ from it; what INFERA_COMMIT says,
+    if it is set, as where there is no checkout; "unknown" otherwise."""
+    if named := os.environ.get("INFERA_COMMIT"):
+        return named
     root = Path(__file__).parent.parent
 
     def git(*args: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 from bench import gpu_check, gpu_first, gpu_speed
 from bench.gpu_report import CheckFailed, Context, Outcome, Section, outcome_of, table, write
 from bench.gpu_workers import NO_GPU
+from infera_gpu import tuning
 from tests.text import parse
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1"}
@@ -111,6 +112,12 @@ def test_a_table_lines_up() -> None:
 def test_the_file_is_named_after_gpu_and_time(tmp_path: Path) -> None:
     path = write(tmp_path / "new", GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
     assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T0304.json"
+
+
+def test_the_commit_is_named_where_there_is_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERA_COMMIT", "0123abcd")
+    path = write(tmp_path, GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    assert json.loads(path.read_text())["commit"] == tuning._commit() == "0123abcd"
 
 
 def test_an_unknown_section_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
