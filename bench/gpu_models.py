@@ -15,7 +15,8 @@ import onnx
 
 from bench.build import bert, resnet50
 from bench.gpu_report import CheckFailed, Context, Section
-from bench.gpu_rows import LEAST_SECONDS, against_roofline, described
+from bench.gpu_row_sections import LEAST_SECONDS
+from bench.gpu_rows import against_roofline, described
 from bench.gpu_work import works_of
 from infera_gpu.devices import open_device
 from infera_gpu.errors import OutOfMemoryError

@@ -18,7 +18,8 @@ from bench.gpu_first import first_run
 from bench.gpu_network_sets import decoder, integers, networks
 from bench.gpu_peers import torch_on_gpu
 from bench.gpu_report import Context, Section
-from bench.gpu_rows import Row, copies, section
+from bench.gpu_row_sections import copies, section
+from bench.gpu_rows import Row
 from bench.gpu_sets import attentions, bandwidth, convolutions, products
 
 MINUTES = 20.0
