@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import gpu_check, gpu_first, gpu_speed
+from bench import gpu_check, gpu_first, gpu_selections, gpu_speed, gpu_tuning
 from bench.gpu_report import CheckFailed, Context, Outcome, Section, outcome_of, table, write
-from bench.gpu_workers import NO_GPU
+from bench.gpu_workers import END, NO_GPU, Limits
 from infera_gpu import tuning
 from tests.text import parse
 
@@ -135,7 +135,7 @@ def test_it_runs_as_a_module() -> None:
         text=True,
         check=True,
     )
-    assert "kernels, models, memory" in " ".join(done.stdout.split())
+    assert "kernels, models, replays" in " ".join(done.stdout.split())
 
 
 def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +155,38 @@ def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_section_of_both_commands_is_known() -> None:
-    assert gpu_check.SECTIONS.keys() >= gpu_speed.SHORT.keys()
-    assert gpu_speed.SECTIONS.keys() == gpu_speed.SETS.keys() | {"first run"}
+    assert gpu_check.SECTIONS.keys() >= gpu_selections.SHORT.keys()
+    compiling = {"compiling operators", "compiling networks", "torch.compile"}
+    assert gpu_speed.SECTIONS.keys() == gpu_selections.SETS.keys() | compiling | {"first run"}
+    assert list(gpu_check.SECTIONS)[-2:] == ["torch.compile", "tuning"]
+    assert list(gpu_speed.SECTIONS)[-1] == "torch.compile"
+
+
+def test_a_call_of_either_command_ends_before_ten_minutes_are_over() -> None:
+    """The time, what a section may take beyond it, and what it takes to end its process."""
+    for module in (gpu_check, gpu_speed):
+        assert 60 * module.MINUTES + Limits().grace + END < 600
+    assert gpu_check.SECONDS["tuning"] >= 2 * (gpu_tuning.SECONDS + gpu_tuning.SPARE), "both networks"
+
+
+def test_torch_compile_begins_with_what_targets_ask_for() -> None:
+    rows = [*gpu_selections.NETWORKS["networks"](), *gpu_selections.NETWORKS["decoder"]()]
+    ordered = gpu_selections.in_order(rows)
+    names = [f"{row.name} {row.precision}" for row in ordered]
+    assert tuple(names[: len(gpu_selections.FIRST)]) == gpu_selections.FIRST
+    assert sorted(names) == sorted(f"{row.name} {row.precision}" for row in rows)
+    precisions = [row.precision for row in ordered]
+    assert precisions == sorted(precisions, key="fp16 fp32".index)
+
+
+def test_without_pytorch_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_speed, "torch_on_gpu", lambda: None)
+    for section in (gpu_speed.all_compiled, gpu_speed.short_compiled):
+        assert section(Context(lambda: None, 0)) == ("PyTorch is not installed here", {"rows": []})
 
 
 @pytest.mark.kernels
 def test_the_short_selection_names_rows_that_there_are() -> None:
     """Convolutions are named as a plan of ResNet-50 has them."""
-    for name, wanted in gpu_speed.SHORT.items():
-        assert {row.name for row in gpu_speed.selected(name)} == wanted
+    for name, wanted in gpu_selections.SHORT.items():
+        assert {row.name for row in gpu_selections.selected(name)} == wanted
