@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 from bench.environment import commit, cpu_model, package_version
 from infera_gpu.devices.cuda import LOST
 from infera_gpu.errors import DeviceLostError
-from infera_gpu.telemetry import snapshot
+from infera_gpu.telemetry import Telemetry, snapshot
 from infera_kernels.launch.devices import Device
 
 PACKAGES = (
@@ -211,10 +212,13 @@ READINGS = ("sm_clock", "power", "temperature", "throttles")
 """Of `infera_gpu.telemetry.GpuReading`."""
 
 
+_telemetry = cache(Telemetry)
+"""Stays open, so that readings are of the moment."""
+
+
 def reading_of(index: int) -> dict[str, Any]:
     """READINGS of a GPU now; None where NVML does not say."""
-    readings, _ = snapshot()
-    found = next((r for r in readings if r.index == index), None)
+    found = next((r for r in _telemetry().read() if r.index == index), None)
     return {name: getattr(found, name, None) for name in READINGS}
 
 

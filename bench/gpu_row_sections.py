@@ -18,6 +18,8 @@ LEAST_SECONDS = 8
 """Left, without which no row is begun."""
 COMPILING_SECONDS = 600.0
 """That a row with torch.compile may take."""
+NETWORK_SECONDS = 2 * CASE_SECONDS
+"""That a row may take whose model is made, or compared with the CPU, for some of that."""
 
 
 def measured(
@@ -32,7 +34,8 @@ def measured(
         if tried is None:
             if context.left() < least:
                 break
-            seconds = COMPILING_SECONDS if compile_mode else 2 * CASE_SECONDS if row.network else CASE_SECONDS
+            usual = NETWORK_SECONDS if row.network or row.exact is not None else CASE_SECONDS
+            seconds = COMPILING_SECONDS if compile_mode else usual
             tried = context.cases.run(row.label, partial(measure, context, row, compile_mode), seconds)
         if tried.problem:
             wrong.append(tried.problem if row.label in tried.problem else f"{row.label}: {tried.problem}")

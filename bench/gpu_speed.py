@@ -18,7 +18,7 @@ from bench.gpu_command import command
 from bench.gpu_first import first_run
 from bench.gpu_peers import torch_on_gpu
 from bench.gpu_report import Context, Section
-from bench.gpu_row_sections import copies, section
+from bench.gpu_row_sections import LEAST_SECONDS, copies, section
 from bench.gpu_rows import Row
 from bench.gpu_selections import NETWORKS, OPERATORS, SETS, SHORT, in_order, selected
 
@@ -34,7 +34,9 @@ def torch_compile(rows: Sequence[Row], mode: str, least: float, context: Context
 
 
 def measuring(name: str) -> Section:
-    return section(SETS[name], before=copies if name == "bandwidth" else None)
+    """A network takes up to half a minute, an operator seconds."""
+    least = 30 if name in NETWORKS else LEAST_SECONDS
+    return section(SETS[name], before=copies if name == "bandwidth" else None, least=least)
 
 
 def all_compiled(context: Context) -> tuple[str, Mapping[str, Any]]:

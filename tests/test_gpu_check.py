@@ -8,16 +8,29 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from bench import gpu_check, gpu_first, gpu_selections, gpu_speed, gpu_tuning
-from bench.gpu_report import CheckFailed, Context, Outcome, Section, outcome_of, table, write
+from bench import gpu_check, gpu_first, gpu_report, gpu_selections, gpu_speed, gpu_tuning
+from bench.gpu_report import (
+    READINGS,
+    CheckFailed,
+    Context,
+    Outcome,
+    Section,
+    loses_the_gpu,
+    outcome_of,
+    reading_of,
+    table,
+    write,
+)
 from bench.gpu_workers import END, NO_GPU, Limits
 from infera_gpu import tuning
+from infera_gpu.telemetry import GpuReading
 from tests.text import parse
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1"}
@@ -112,6 +125,32 @@ def test_a_table_lines_up() -> None:
 def test_the_file_is_named_after_gpu_and_time(tmp_path: Path) -> None:
     path = write(tmp_path / "new", GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
     assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T0304.json"
+
+
+def test_results_go_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERA_RESULTS", str(tmp_path / "out"))
+    for argv in ((), ("--output", str(tmp_path / "elsewhere"))):
+        gpu_check.main(
+            ["--in-process", *argv], sections={"good": good}, unavailable=lambda: None, describe=lambda index: GPU
+        )
+    for folder in ("out", "elsewhere"):
+        assert len(list((tmp_path / folder).iterdir())) == 1
+
+
+def test_readings_are_none_where_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = GpuReading(1, power=70_000, sm_clock=1980, throttles=("sw_power_cap",))
+    monkeypatch.setattr(gpu_report, "_telemetry", lambda: SimpleNamespace(read=lambda: (known,)))
+    assert reading_of(1) == {"sm_clock": 1980, "power": 70_000, "temperature": None, "throttles": ("sw_power_cap",)}
+    assert reading_of(0) == dict.fromkeys(READINGS)
+
+
+@pytest.mark.parametrize(("name", "lost"), [("status", True), ("error_code", True), ("errno", False)])
+def test_errors_of_cupy_and_of_pytorch_tell_that_the_gpu_is_lost(name: str, lost: bool) -> None:
+    error = RuntimeError("an illegal memory access")
+    setattr(error, name, 700)
+    assert loses_the_gpu(error) == lost
+    setattr(error, name, 2)
+    assert not loses_the_gpu(error), "out of memory"
 
 
 def test_the_commit_is_named_where_there_is_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
