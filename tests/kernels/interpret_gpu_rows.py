@@ -169,14 +169,17 @@ def test_networks_are_timed_eager_and_compiled(
     alone = measure(context, first)
     assert alone["peers"] == {}
     assert alone["steps"] > 10
-    torch = fake_torch.module()
+    torch, resets = fake_torch.module(), list[str]()
+    torch._dynamo.reset = lambda: resets.append("reset")
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
     for row in (first, *others):
         beside = replace(row, peers={"torch": partial(_module, _answer(context, row))})
         found = measure(context, beside, "max-autotune")
         assert found["peers"].keys() == {"torch eager", "torch eager, CUDA graph", "torch.compile max-autotune"}
         assert "cold" not in found
+        assert torch.backends.cudnn.benchmark
         assert found["error"] == 0
+    assert len(resets) == 3, "each network is compiled anew"
 
 
 def test_int8_says_how_far_it_is_from_float32(
