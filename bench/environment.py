@@ -63,8 +63,10 @@ def write_results(
 
 
 def commit() -> str:
-    """The commit, with CHANGED behind it where tracked files other than results differ from it; "unknown" outside a
-    checkout."""
+    """The commit, with CHANGED behind it where tracked files other than results differ from it; outside a checkout what
+    the environment's INFERA_COMMIT says, which goes before, or "unknown"."""
+    if named := os.environ.get("INFERA_COMMIT"):
+        return named
     root = Path(__file__).parent.parent
 
     def git(*args: str) -> str:

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead, by all cores at once: what the sections of `bench.gpu_check` launch, into the cache on disk.
+"""Kernels compiled ahead, by all processors at once: what sections launch, into the cache on disk.
 
 Compiling them one by one, as they are met, takes longer than everything else. Nothing here needs the GPU but to be
 told which it is: plans are bound to host memory, by a driver that loads nothing.
@@ -6,7 +6,8 @@ told which it is: plans are bound to host memory, by a driver that loads nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,8 +22,10 @@ from bench.gpu_models import LATENCIES, MODELS
 from bench.gpu_networks import PRECISE
 from bench.gpu_operators import bound
 from bench.gpu_report import CheckFailed, Context, Section, first_line
-from bench.gpu_speed import SHORT, selected
-from infera_gpu.cpus import default_threads
+from bench.gpu_rows import Row
+from bench.gpu_selections import NETWORKS as NETWORK_SETS
+from bench.gpu_selections import OPERATORS, SHORT, selected
+from infera_gpu.cpus import default_threads, usable_cores
 from infera_gpu.devices.base import host_block
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.graph import HostArray
@@ -122,11 +125,14 @@ def planned(
     return Job(full, lambda launcher: _plan(build(), feeds, precision, batch_invariant, launcher))
 
 
-def _rows(set_: str, name: str, launcher: CudaLauncher) -> None:
-    for row in selected(set_):
-        if row.name == name:
-            source, feeds = row.make()
-            _plan(source, [feeds], row.precision, False, launcher)
+def _row(row: Row, launcher: CudaLauncher) -> None:
+    source, feeds = (row.outline or row.make)()
+    _plan(source, [feeds], row.precision, False, launcher)
+
+
+def of_rows(rows: Iterable[Row]) -> list[Job]:
+    """One for each."""
+    return [Job(row.label, partial(_row, row)) for row in rows]
 
 
 def cases(part: int, launcher: CudaLauncher, wanted: Callable[[Op], bool] = lambda op: True) -> None:
@@ -140,10 +146,9 @@ def cases(part: int, launcher: CudaLauncher, wanted: Callable[[Op], bool] = lamb
                         pass
 
 
-@cache
-def jobs() -> Sequence[Job]:
-    """All of them, those that take longest first."""
-    made = [Job(f"{set_} {name}", partial(_rows, set_, name)) for set_ in SHORT for name in sorted(SHORT[set_])]
+def checked() -> Sequence[Job]:
+    """Of `bench.gpu_check`, those that take longest first."""
+    made = of_rows(row for name in SHORT for row in selected(name))
     made += [
         planned(name, build, feeds_of(1), feeds_of(BATCH), precision=precision, batch_invariant=invariant)
         for name, (build, feeds_of) in NETWORKS.items()
@@ -160,6 +165,19 @@ def jobs() -> Sequence[Job]:
     return (*made, *(Job(f"cases {part + 1} of {PARTS}", partial(cases, part)) for part in range(PARTS)))
 
 
+JOBS: Mapping[str, Callable[[], Sequence[Job]]] = {
+    "check": checked,
+    "operators": lambda: of_rows(row for rows in OPERATORS.values() for row in rows()),
+    "networks": lambda: of_rows(row for rows in NETWORK_SETS.values() for row in rows()),
+}
+"""What can be compiled ahead, by name."""
+
+
+@cache
+def jobs(name: str) -> Sequence[Job]:
+    return JOBS[name]()
+
+
 # ---- processes
 
 
@@ -168,9 +186,9 @@ def _launcher(target: Target, version: int) -> CudaLauncher:
     return CudaLauncher(0, 0, driver=AbsentDriver(target, version))
 
 
-def _run(target: Target, version: int, index: int) -> tuple[str, int, str]:
-    """The name of a job, how many kernels it compiled, and what went wrong."""
-    job, launcher = jobs()[index], _launcher(target, version)
+def _run(target: Target, version: int, name: str, index: int) -> tuple[str, int, str]:
+    """The name of one of the jobs, how many kernels it compiled, and what went wrong."""
+    job, launcher = jobs(name)[index], _launcher(target, version)
     before = launcher.compiled
     try:
         job.run(launcher)
@@ -179,14 +197,19 @@ def _run(target: Target, version: int, index: int) -> tuple[str, int, str]:
     return job.name, launcher.compiled - before, ""
 
 
-def compiled(context: Context, wanted: Sequence[int] | None = None) -> Result:
-    """Has the jobs run, by as many processes as there are cores, for as long as there is time."""
-    launcher = context.open().launcher
+def processes() -> int:
+    """One for each processor, hardware threads counted, or as many as are allowed where that is fewer than cores."""
     count, _ = default_threads()
-    wanted = range(len(jobs())) if wanted is None else wanted
+    return count if count < usable_cores() else len(os.sched_getaffinity(0))
+
+
+def ahead(which: str, context: Context, wanted: Sequence[int] | None = None) -> Result:
+    """Has jobs run, all of that name unless some are `wanted`, for as long as there is time."""
+    launcher, count = context.open().launcher, processes()
+    wanted = range(len(jobs(which))) if wanted is None else wanted
     by_job: dict[str, int] = {}
     failed: dict[str, str] = {}
-    run = partial(_run, launcher.target, launcher.driver_version)
+    run = partial(_run, launcher.target, launcher.driver_version, which)
     with get_context("spawn").Pool(count) as pool:  # leaving it ends the processes
         results = pool.imap_unordered(run, wanted)
         try:
@@ -207,4 +230,4 @@ def compiled(context: Context, wanted: Sequence[int] | None = None) -> Result:
     return summary, found
 
 
-SECTIONS: Mapping[str, Section] = {"compiling": compiled}
+SECTIONS: Mapping[str, Section] = {"compiling": partial(ahead, "check")}

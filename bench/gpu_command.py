@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.environment import RESULTS
 from bench.gpu_journal import Journal
-from bench.gpu_report import Context, Outcome, Section, gpu_of, loses_the_gpu, outcome_of, table, write
+from bench.gpu_report import Context, Outcome, Section, gpu_of, loses_the_gpu, outcome_of, reading_of, table, write
 from bench.gpu_workers import NO_GPU, Limits, Supervisor, Worker, end_with_parent, ending_in_order, work, worker_command
 from infera_gpu.devices import open_device
 from infera_gpu.devices.cuda import why_unavailable
@@ -34,6 +36,7 @@ def command(
     seconds: Mapping[str, float] | None = None,
     unavailable: Callable[[], str | None] = why_unavailable,
     describe: Callable[[int], dict[str, Any]] = gpu_of,
+    reading: Callable[[int], dict[str, Any]] = reading_of,
     lost: Callable[[int], bool] | None = None,
     limits: Limits = LIMITS,
 ) -> int:
@@ -41,8 +44,8 @@ def command(
 
     Sections are run by `python -m prog` once more, which is replaced where one takes it down. `seconds` is what
     sections may take, all that is left where it does not say; what they leave is for those that follow. The file is
-    written anew after each. `unavailable` (why there is no GPU), `describe`, `lost` (whether this process has lost a
-    GPU) and `limits` are replaced in tests.
+    written anew after each, where INFERA_RESULTS or --output says. `unavailable` (why there is no GPU), `describe`,
+    `reading` (of the GPU now), `lost` (whether this process has lost a GPU) and `limits` are replaced in tests.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
@@ -50,7 +53,13 @@ def command(
         "--minutes", type=float, default=minutes, help="begin nothing after that (default: %(default)g)"
     )
     parser.add_argument("--only", nargs="+", choices=list(sections), metavar="SECTION", help=", ".join(sections))
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the JSON file goes")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(os.environ.get("INFERA_RESULTS") or RESULTS),
+        metavar="DIR",
+        help="where the JSON file goes (default: $INFERA_RESULTS, or bench/results)",
+    )
     parser.add_argument("--in-process", action="store_true", help="run the sections in this process, for a debugger")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -65,9 +74,12 @@ def command(
     deadline = time.monotonic() + 60 * options.minutes
     gpu = describe(options.device)
 
-    def context_of(name: str) -> Context:
-        until = min(deadline, time.monotonic() + (seconds or {}).get(name, float("inf")))
-        return Context(lambda: open_device(f"cuda:{options.device}"), until, device_called(str(gpu.get("name"))))
+    def context_of(name: str, taken: float = 0.0) -> Context:
+        until = min(deadline, time.monotonic() + (seconds or {}).get(name, float("inf")) - taken)
+        card = device_called(str(gpu.get("name")))
+        return Context(
+            lambda: open_device(f"cuda:{options.device}"), until, card, reading=partial(reading, options.device)
+        )
 
     if options.worker:
         return work(chosen, context_of, Journal(options.worker), lambda: (lost or _lost)(options.device))

@@ -53,12 +53,14 @@ class Journal:
 class State:
     """Where a run is: outcomes; the section that goes on, what its cases came to, and the case that goes on.
 
-    `since` and `case_until` are times of the clock, `left` the seconds that the section had when it began, `at` the
+    `begun`, `since` and `case_until` are times of the clock: when the section began, when the process that goes on with
+    it did so, and when the case is to be over. `left` are the seconds that the section had at `since`, `at` is the
     time of the last line.
     """
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     section: str = ""
+    begun: float = 0.0
     since: float = 0.0
     left: float = 0.0
     tried: dict[str, Tried] = field(default_factory=dict)
@@ -72,12 +74,12 @@ class State:
         match line["kind"]:
             case "section":
                 if line["section"] != self.section:
-                    self.tried = {}
+                    self.tried, self.begun = {}, line["at"]
                 self.section, self.since, self.left, self.case = line["section"], line["at"], line["left"], ""
             case "case":
                 self.case, self.case_until = line["case"], line["at"] + line["seconds"]
             case "tried":
-                self.tried[line["case"]] = Tried(line["problem"], line["found"])
+                self.tried[line["case"]] = Tried(line["problem"], line["found"], line["lost"])
                 self.case = ""
             case _:
                 outcome = Outcome(**line["outcome"])

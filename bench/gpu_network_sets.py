@@ -52,7 +52,7 @@ class Network:
                 f"{self.name} b{batch}",
                 partial(self._made, batch),
                 precision,
-                partial(_moved, self.module, precision),
+                {"torch": partial(_moved, self.module, precision)},
                 network=True,
             )
             for precision, batches in self.batches.items()
@@ -184,7 +184,7 @@ def decoder(sizes: Sizes = ONE_BILLION) -> list[Row]:
             f"llama-1b {name} b{batch}",
             partial(_decoder, batch, tokens, past, sizes, values=True),
             "fp16",
-            partial(_torch_decoder, tokens, past, sizes),
+            {"torch": partial(_torch_decoder, tokens, past, sizes)},
             network=True,
             outline=partial(_decoder, batch, tokens, past, sizes, values=False),
             tolerance=5e-2,

@@ -19,7 +19,7 @@ from rich.progress import track
 from bench.environment import RESULTS, SCHEMA, commit
 from bench.gpu_roofline import ASSUMED, CARDS, bound, card_named, constants_of, limit, predicted
 from bench.gpu_rows import Row, described, planned
-from bench.gpu_speed import SETS
+from bench.gpu_selections import SETS
 from bench.gpu_work import Work
 from infera_gpu.devices.recording import RecordingDevice
 

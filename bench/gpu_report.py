@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from bench.environment import commit, cpu_model, package_version
 from infera_gpu.devices.cuda import LOST
 from infera_gpu.errors import DeviceLostError
+from infera_gpu.telemetry import Telemetry, snapshot
 from infera_kernels.launch.devices import Device
 
 PACKAGES = (
@@ -27,8 +29,10 @@ PACKAGES = (
 
 
 def loses_the_gpu(error: BaseException) -> bool:
-    """Whether no call of CUDA works in this process after it."""
-    return isinstance(error, DeviceLostError) or getattr(error, "status", None) in LOST
+    """Whether no call of CUDA works in this process after it, which CuPy's errors tell by `status`, PyTorch's by
+    `error_code`."""
+    numbers = {getattr(error, name, None) for name in ("status", "error_code")}
+    return isinstance(error, DeviceLostError) or not LOST.isdisjoint(numbers)
 
 
 def first_line(error: Exception) -> str:
@@ -47,10 +51,12 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Tried:
-    """What a case came to: what is wrong (empty: nothing), and what it found, of the types that JSON has."""
+    """What a case came to: what is wrong (empty: nothing), what it found, of the types that JSON has, and whether it
+    took the GPU or its life from its process."""
 
     problem: str
     found: Any = None
+    lost: bool = False
 
     @classmethod
     def of(cls, check: Callable[[], Any]) -> Tried:
@@ -64,12 +70,12 @@ class Tried:
 
     @classmethod
     def failed(cls, error: Exception) -> Tried:
-        """With the place where it was raised, unless a check says what it found."""
+        """With the place where it was raised, or what a check found all the same."""
         if isinstance(error, CheckFailed):
-            return cls(str(error))
+            return cls(str(error), plain(error.facts))
         *_, frame = traceback.extract_tb(error.__traceback__) or [None]
         where = f" ({Path(frame.filename).name}:{frame.lineno})" if frame else ""
-        return cls(first_line(error) + where)
+        return cls(first_line(error) + where, lost=loses_the_gpu(error))
 
 
 CASE_SECONDS = 60.0
@@ -101,12 +107,13 @@ class OwnCases:
 @dataclass(frozen=True)
 class Context:
     """`open` makes a new device; sections stop taking up work at `deadline`, by time.monotonic. `card` is the GPU's
-    peaks, where it is listed."""
+    peaks, where it is listed; `reading` says its clock, power and temperature."""
 
     open: Callable[[], Any]
     deadline: float
     card: Device | None = None
     cases: Cases = field(default_factory=OwnCases)
+    reading: Callable[[], Mapping[str, Any]] = dict
 
     def left(self) -> float:
         """Seconds."""
@@ -119,17 +126,18 @@ Section = Callable[[Context], tuple[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a section; `summary` is its line of the table."""
+    """What became of a section; `summary` is its line of the table, `readings` are of the GPU before it and after."""
 
     section: str
     status: Literal["ok", "failed", "skipped"]
     seconds: float
     summary: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    readings: Sequence[Mapping[str, Any]] = ()
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {**vars(self), "facts": plain(self.facts)}
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def plain(value: Any) -> Any:
@@ -147,11 +155,15 @@ def plain(value: Any) -> Any:
             return str(value)
 
 
-def outcome_of(name: str, section: Section, context: Context) -> Outcome:
-    """Runs a section, unless the time is over. One that fails raises nothing."""
-    if context.left() <= 0:
-        return Outcome(name, "skipped", 0.0, "out of time; see --minutes")
-    began = time.monotonic()
+OUT_OF_TIME = "out of time; see --minutes"
+
+
+def outcome_of(name: str, section: Section, context: Context, *, resumed: bool = False) -> Outcome:
+    """Runs a section, unless the time is over; one that is `resumed` then tells of what it has. One that fails raises
+    nothing."""
+    if context.left() <= 0 and not resumed:
+        return Outcome(name, "skipped", 0.0, OUT_OF_TIME)
+    began, before = time.monotonic(), context.reading()
     status: Literal["ok", "failed"] = "failed"
     facts: Mapping[str, Any]
     try:
@@ -161,7 +173,7 @@ def outcome_of(name: str, section: Section, context: Context) -> Outcome:
         summary, facts = str(failure), failure.facts
     except Exception as error:
         summary, facts = first_line(error), {"traceback": traceback.format_exc()}
-    return Outcome(name, status, round(time.monotonic() - began, 2), summary, facts)
+    return Outcome(name, status, round(time.monotonic() - began, 2), summary, facts, (before, context.reading()))
 
 
 def table(outcomes: Sequence[Outcome], width: int = 0) -> str:
@@ -196,11 +208,23 @@ def write(
     return path
 
 
+READINGS = ("sm_clock", "power", "temperature", "throttles")
+"""Of `infera_gpu.telemetry.GpuReading`."""
+
+
+_telemetry = cache(Telemetry)
+"""Stays open, so that readings are of the moment."""
+
+
+def reading_of(index: int) -> dict[str, Any]:
+    """READINGS of a GPU now; None where NVML does not say."""
+    found = next((r for r in _telemetry().read() if r.index == index), None)
+    return {name: getattr(found, name, None) for name in READINGS}
+
+
 def gpu_of(index: int) -> dict[str, Any]:
     """Name, driver and memory of a GPU that is there."""
     import cupy
-
-    from infera_gpu.telemetry import snapshot
 
     runtime = cupy.cuda.runtime
     properties = runtime.getDeviceProperties(index)

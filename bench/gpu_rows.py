@@ -2,8 +2,14 @@
 
 A single operator is a model of one node. What a row does is counted from the plan (`gpu_work`), its roofline comes from
 the card's peaks (`gpu_roofline`); nothing of that is written down by hand. Times are medians over rounds in which all
-contenders take turns. Every contender that can be is replayed from a CUDA graph; a row of one or two steps is repeated
-in it, so that the host does not show.
+contenders take turns, beside the least and the most. Every contender that can be is replayed from a CUDA graph; a row
+of one or two steps is repeated in it, so that the host does not show. Where what such a row moves would stay in the L2
+cache from one repetition to the next, it is timed `cold` too: what fills the cache is read before each, and its time
+taken off.
+
+Inputs are as the model has them: of a float32 model in half precision, casts are part of our time, while PyTorch gets
+its inputs cast, and images channels-last, beforehand. We write a decoder's caches whole, one token longer; Llama's peer
+writes into its own, GPT-2's does as we do.
 """
 
 from __future__ import annotations
@@ -19,15 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_peers import REPEATED, Contender, Feeds, Peer, contenders, torch_on_gpu
-from bench.gpu_report import CASE_SECONDS, CheckFailed, Context, Section
+from bench.gpu_peers import REPEATED, Beside, Feeds, Peer, contenders, torch_on_gpu
+from bench.gpu_report import CheckFailed, Context
 from bench.gpu_roofline import bound, limit
-from bench.gpu_timings import in_turn
+from bench.gpu_timings import FLUSHED, Contender, contended, flushing, l2_bytes
 from bench.gpu_work import Work, bytes_of, operations_of, works_of
 from infera_gpu.devices import open_device
 from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import Graph, HostArray
 from infera_gpu.loader import load_graph
+from infera_gpu.op import Call
 from infera_gpu.passes import Precision
 from infera_gpu.plan import Plan
 from infera_gpu.session import Session
@@ -38,10 +45,6 @@ from infera_kernels.launch.devices import Device
 FEW = 2
 """Steps, up to which a row is repeated in a graph."""
 HOST_RUNS = 50
-LEAST_SECONDS = 8
-"""Left, without which no row is begun."""
-COMPILING_SECONDS = 600.0
-"""That a row with torch.compile may take."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Row:
     name: str
     make: Callable[[], tuple[Source, Feeds]]
     precision: Precision = "fp32"
-    peer: Peer | None = None
+    peers: Mapping[str, Peer] = field(default_factory=dict)
     network: bool = False
-    """Whether the peer is a module: eager, and compiled where there is time."""
+    """Whether peers are modules: eager, and compiled where that is asked for."""
     outline: Callable[[], tuple[Source, Feeds]] | None = None
     tolerance: float | None = None
     """Of the peak, between answers here and the peer's; None: twice what `infera verify` allows."""
@@ -110,9 +113,9 @@ def bound_run(device: Any, session: Session, feeds: Feeds) -> tuple[Callable[[],
 
 
 def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any]:
-    """The row's columns. Raises CheckFailed where the answer is not the peer's.
+    """The row's columns. Raises CheckFailed, with all of them, where the answer is not the peer's.
 
-    `compile_mode` is what torch.compile is asked for where the peer is a module; empty: not at all.
+    `compile_mode` is what torch.compile is asked for where peers are modules; empty: not at all.
     """
     torch, device = torch_on_gpu(), context.open()
     device.tf32 = row.precision == "tf32"
@@ -124,24 +127,42 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
         began = time.perf_counter()
         call, answers = bound_run(device, session, feeds)
         made["first_run_seconds"] = time.perf_counter() - began
-        calls = {"infera": _ours(device, plan, call)}
-        if torch is not None and row.peer is not None:
-            theirs, want, failure = contenders(
-                torch, row.peer, source, feeds, row.precision, network=row.network, compile_mode=compile_mode
+        least = FLUSHED * l2_bytes(device)
+        flushed = least if not row.network and _is_short(plan) and made["bytes"] < least else 0
+        beside = Beside()
+        if torch is not None:
+            beside = contenders(
+                *(torch, row.peers, source, feeds, row.precision),
+                network=row.network,
+                compile_mode=compile_mode,
+                flushed=flushed,
             )
-            _compare(row, answers, want, "PyTorch", made)
-            calls |= theirs
-            made |= {"torch_compile_failed": failure} if failure else {}
-        elif not row.network and row.exact is None:
-            _compare_with_cupy(context, row, source, feeds, answers, made)
-        if row.exact is not None:
-            made["error_against_float32"] = _distance(load_graph(row.exact()), feeds, answers)
-        seconds = _timed(device, torch, calls)
+        beside.hot["infera"] = _ours(device, plan, call)
+        if flushed:
+            beside.cold["infera"] = _ours_flushed(device, call, flushed)
+        made |= _times(_timed(device, torch, beside.hot), _timed(device, torch, beside.cold))
+        made["gpu"] = context.reading()
         made["host_seconds"] = _host_seconds(device, call)
-    made["seconds"] = seconds.pop("infera")
-    made["peers"] = seconds
+    made |= {"peers_failed": beside.failed} if beside.failed else {}
+    made |= against_roofline(made, works, context.card)
+    if row.exact is not None:
+        made["error_against_float32"] = _distance(load_graph(row.exact()), feeds, answers)
+    if beside.want is not None:
+        _compare(row, answers, beside.want, "PyTorch", made)
+    elif not row.network and row.exact is None:
+        _compare_with_cupy(context, row, source, feeds, answers, made)
     gc.collect()
-    return made | against_roofline(made, works, context.card)
+    return made
+
+
+def _times(hot: Mapping[str, Sequence[float]], cold: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The columns of times: ours, the peers', the least and the most of each, and those with a flushed L2 cache. Of the
+    latter, which are differences, none that is not positive."""
+    peers = {name: statistics.median(rounds) for name, rounds in hot.items()}
+    columns: dict[str, Any] = {"seconds": peers.pop("infera"), "peers": peers}
+    columns["spread"] = {name: [min(rounds), max(rounds)] for name, rounds in hot.items()}
+    flushed = {name: statistics.median(rounds) for name, rounds in cold.items()}
+    return {**columns, "cold": {name: seconds for name, seconds in flushed.items() if seconds > 0}} if cold else columns
 
 
 def _distance(graph: Graph, feeds: Feeds, answers: Feeds) -> float:
@@ -154,8 +175,9 @@ def _distance(graph: Graph, feeds: Feeds, answers: Feeds) -> float:
 
 
 def against_roofline(made: Mapping[str, Any], works: Sequence[Work], card: Device | None) -> dict[str, Any]:
-    """The columns that follow from a time and the card's peaks; without a listed card only rates."""
-    seconds = made["seconds"]
+    """The columns that follow from a time and the card's peaks; without a listed card only rates. Memory's peak bounds
+    what comes from memory: the `cold` time where there is one."""
+    seconds = made.get("cold", {}).get("infera", made["seconds"])
     rates = {"operations_per_s": made["operations"] / seconds, "bytes_per_s": made["bytes"] / seconds}
     if card is None:
         return rates
@@ -163,21 +185,38 @@ def against_roofline(made: Mapping[str, Any], works: Sequence[Work], card: Devic
     return {**rates, "bound_seconds": least, "fraction": least / seconds, "limit": limit(works, card)}
 
 
+def _is_short(plan: Plan) -> bool:
+    """Whether it is a few launches and holds no graph."""
+    return not (plan.graphs or len(plan.packed) > FEW or any(step.uncapturable for step in plan.steps))
+
+
+def _graph(device: Any, calls: Sequence[Call]) -> Callable[[], object]:
+    fn, args = device.graph(calls)
+    return partial(fn, *args)
+
+
 def _ours(device: Any, plan: Plan, call: Callable[[], object]) -> Contender:
     """A plan that holds graphs replays them; one of a few launches is repeated in a graph of its own."""
-    if plan.graphs or len(plan.packed) > FEW or any(step.uncapturable for step in plan.steps):
+    if not _is_short(plan):
         return Contender(call)
-    fn, args = device.graph([(call, ())] * REPEATED)
-    return Contender(partial(fn, *args), REPEATED)
+    return Contender(_graph(device, [(call, ())] * REPEATED), REPEATED)
+
+
+def _ours_flushed(device: Any, call: Callable[[], object], nbytes: int) -> Contender:
+    """The same with so many bytes read before each repetition."""
+    with device.running():
+        flush = flushing(device, nbytes)
+    return Contender(_graph(device, [*flush, (call, ())] * REPEATED), REPEATED, _graph(device, flush * REPEATED))
 
 
 def _compare(row: Row, answers: Feeds, want: HostArray, whose: str, made: dict[str, Any]) -> None:
-    """Notes how far the first answer is from `want`. Raises CheckFailed where that is too far."""
+    """Notes how far the first answer is from `want`. Raises CheckFailed where that is too far: the row is `wrong`."""
     got = next(iter(answers.values())).astype(np.float32)
     (difference,) = compare({"output": got}, {"output": want})
     made["error"] = difference.error
     if not difference.within(row.tolerance or 2 * TOLERANCES[row.precision]):
-        raise CheckFailed(f"{row.label} differs from {whose}: {difference}", made)
+        made["wrong"] = f"differs from {whose}: {difference}"
+        raise CheckFailed(f"{row.label} {made['wrong']}", made)
 
 
 def _compare_with_cupy(
@@ -195,16 +234,15 @@ def _compare_with_cupy(
     _compare(row, answers, want.astype(np.float32), "CuPy", made)
 
 
-def _timed(device: Any, torch: Any, calls: Mapping[str, Contender]) -> dict[str, float]:
-    """Seconds of the work once, by contender."""
+def _timed(device: Any, torch: Any, calls: Mapping[str, Contender]) -> dict[str, list[float]]:
+    """`contended` on the device's stream."""
     with device.running():
         where = nullcontext()
         if torch is not None:
             stream = torch.cuda.ExternalStream(device.xp.cuda.get_current_stream().ptr)
             where = torch.cuda.stream(stream)
         with where, torch.inference_mode() if torch is not None else nullcontext():
-            found = in_turn(device, {name: c.call for name, c in calls.items()})
-    return {name: found[name] / c.times for name, c in calls.items()}
+            return contended(device, calls)
 
 
 def _host_seconds(device: Any, call: Callable[[], object]) -> float:
@@ -218,69 +256,3 @@ def _host_seconds(device: Any, call: Callable[[], object]) -> float:
             taken.append(time.perf_counter() - began)
         device.synchronize()
     return statistics.median(taken)
-
-
-def measured(
-    context: Context, rows: Sequence[Row], compile_mode: str = "", least: float = LEAST_SECONDS
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The columns of every row that there is time for, and what is wrong. None is begun with less than `least` left."""
-    found: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    for row in rows:
-        tried = context.cases.known(row.label)
-        if tried is None:
-            if context.left() < least:
-                break
-            seconds = COMPILING_SECONDS if compile_mode else CASE_SECONDS
-            tried = context.cases.run(row.label, partial(measure, context, row, compile_mode), seconds)
-        if tried.problem:
-            wrong.append(tried.problem if row.label in tried.problem else f"{row.label}: {tried.problem}")
-        else:
-            found.append(tried.found)
-    return found, wrong
-
-
-def summary(found: Sequence[Mapping[str, Any]], of: int) -> str:
-    """A line: how many rows, the least share of the roofline, and against each peer the least and the mean ratio."""
-    parts = [f"{len(found)} of {of} rows"]
-    fractions = [row["fraction"] for row in found if "fraction" in row]
-    if fractions:
-        parts.append(f"{min(fractions):.0%} to {max(fractions):.0%} of the roofline")
-    for peer in sorted({name for row in found for name in row["peers"]}):
-        ratios = [row["peers"][peer] / row["seconds"] for row in found if peer in row["peers"]]
-        parts.append(f"{min(ratios):.2f}x to {max(ratios):.2f}x {peer}, mean {statistics.geometric_mean(ratios):.2f}x")
-    return "; ".join(parts)
-
-
-def copies(context: Context, nbytes: int = 1 << 29) -> dict[str, Any]:
-    """A row: what the driver's copy inside of the GPU reaches, which bounds all that memory bounds."""
-    device = context.open()
-    with device.running():
-        source, target = (device.xp.empty((nbytes,), np.uint8) for _ in range(2))
-        call = partial(device.xp.copyto, target, source)
-        seconds = in_turn(device, {"": call})[""]
-    work = Work("copy", "", 0, 2 * nbytes)
-    made = {"set": "bandwidth", "name": f"copy of {nbytes >> 20} MiB", "precision": "", "steps": 1, "operations": 0}
-    made |= {"bytes": work.nbytes, "seconds": seconds, "peers": {}}
-    return made | against_roofline(made, [work], context.card)
-
-
-def section(
-    rows: Callable[[], Sequence[Row]],
-    compile_mode: str = "",
-    *,
-    before: Callable[[Context], dict[str, Any]] | None = None,
-    least: float = LEAST_SECONDS,
-) -> Section:
-    """A section that measures rows, `before` another one. It fails where one is wrong, or there was time for none."""
-
-    def run(context: Context) -> tuple[str, Mapping[str, Any]]:
-        wanted = rows()
-        first = [before(context)] if before else []
-        found, wrong = measured(context, wanted, compile_mode, least)
-        facts = {"rows": [*first, *found]}
-        if wrong or not found:
-            raise CheckFailed("; ".join(wrong) or "no time for any row", facts)
-        return summary(found, len(wanted)), facts
-
-    return run

@@ -13,7 +13,7 @@ import onnx
 
 from bench.build import resnet50
 from bench.gpu_models import images
-from bench.gpu_peers import Feeds, Peer, Tensors
+from bench.gpu_peers import Feeds, Peer, Tensors, compiled
 from bench.gpu_row_models import alone, drawn, model_of, node, weights_in
 from bench.gpu_rows import Row
 from infera_gpu.devices.recording import RecordingDevice
@@ -27,9 +27,16 @@ HALF = np.float16
 Made = tuple[onnx.ModelProto, Feeds]
 
 
-def row(set_: str, name: str, make: Callable[[], Made], peer: Peer, precision: Precision = "fp16", **facts: Any) -> Row:
-    """A row of an operator."""
-    return Row(set_, name, make, precision, peer, facts=facts)
+def row(
+    set_: str,
+    name: str,
+    make: Callable[[], Made],
+    peers: Peer | Mapping[str, Peer],
+    precision: Precision = "fp16",
+    **facts: Any,
+) -> Row:
+    """A row of an operator; a peer alone is called "torch"."""
+    return Row(set_, name, make, precision, peers if isinstance(peers, Mapping) else {"torch": peers}, facts=facts)
 
 
 def _weights(torch: Any, source: Source) -> list[Any]:
@@ -105,24 +112,29 @@ def _attention(length: int, size: int, *, causal: bool) -> Made:
     return model_of([made], inputs, {}, shape, HALF), inputs
 
 
-def _flash(causal: bool, torch: Any, source: Source, given: Tensors) -> Callable[[], Any]:
+BACKENDS = {"torch flash": "FLASH_ATTENTION", "torch cuDNN": "CUDNN_ATTENTION"}
+"""By peer, as torch.nn.attention.SDPBackend names them. Flash attention there is the second, which has nothing that is
+Hopper's own; cuDNN's has."""
+
+
+def _attended(backend: str, causal: bool, torch: Any, source: Source, given: Tensors) -> Callable[[], Any]:
     attention = torch.nn.attention
 
     def call() -> Any:
-        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+        with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
             return torch.nn.functional.scaled_dot_product_attention(*given, is_causal=causal)
 
     return call
 
 
 def attentions() -> list[Row]:
-    """Heads of 64 and 128, 16384 tokens of width 2048 in sequences of each length, against flash attention."""
+    """Heads of 64 and 128, 16384 tokens of width 2048 in sequences of each length: flash attention's and cuDNN's."""
     return [
         row(
             "attention",
             f"d{size} {TOKENS // length}x{length}{' causal' if causal else ''}",
             partial(_attention, length, size, causal=causal),
-            partial(_flash, causal),
+            {name: partial(_attended, backend, causal) for name, backend in BACKENDS.items()},
         )
         for size in (64, 128)
         for length in LENGTHS
@@ -241,7 +253,7 @@ def _torch_chain(torch: Any, source: Source, given: Tensors) -> Callable[[], Any
     def chain(x: Any, r: Any) -> Any:
         return torch.nn.functional.silu(x * scale + bias) + r
 
-    return partial(torch.compile(chain, dynamic=False), *given)
+    return partial(compiled(torch, chain), *given)
 
 
 def _torch_transpose(perm: Sequence[int], torch: Any, source: Source, given: Tensors) -> Callable[[], Any]:
@@ -254,12 +266,12 @@ TRANSPOSES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "matrix 8192x8192": ((8192, 8192), (1, 0)),
     "channels last 64x64x112x112": ((64, 64, 112, 112), (0, 2, 3, 1)),
     "channels first 64x112x112x64": ((64, 112, 112, 64), (0, 3, 1, 2)),
-    "heads 64x512x16x64": ((64, 512, 16, 64), (0, 2, 1, 3)),
+    "heads 256x512x16x64": ((256, 512, 16, 64), (0, 2, 1, 3)),
 }
 
 
 def bandwidth() -> list[Row]:
-    """Softmax, norms, a chain and transposes, in arrays larger than any L2; the chain's peer is compiled."""
+    """Softmax, norms, a chain and transposes, which move more than three times any L2; the chain's peer is compiled."""
     made = []
     for shape in SHAPES:
         name = "x".join(map(str, shape))

@@ -30,6 +30,9 @@ Result = tuple[str, Mapping[str, Any]]
 SECONDS = 50.0
 """Of measuring, for each network: most of it is compiling."""
 
+SPARE = 30.0
+"""For what comes before and after that."""
+
 NETWORKS: Mapping[str, tuple[Callable[[], onnx.ModelProto], dict[str, HostArray]]] = {
     "resnet50 fp16 b32": (resnet50, images(32)),
     "bert-base fp16 b32": (bert, bert_feeds(32, 128, 30522)),
@@ -45,7 +48,7 @@ def tuning(context: Context) -> Result:
         raise CheckFailed("Triton is not installed: there are no tiles", found)
     target, store = device.tiles.target, device.tiles.store
     for name, (build, feeds) in NETWORKS.items():
-        if context.left() < SECONDS + 30:
+        if context.left() < SECONDS + SPARE:
             break
         device = context.open()
         device.tiles = DeviceTiles(target)
@@ -54,13 +57,13 @@ def tuning(context: Context) -> Result:
             made = session.tune(feeds, seconds=SECONDS)
             after, got = _seconds(device, session, feeds)
         (worst,) = sorted((d.error for d in compare(got, want)), reverse=True)[:1]
-        gains = [m.predicted_seconds / m.seconds for m in made]
+        ratios = [m.predicted_seconds / m.seconds for m in made]
         found[name] = {
             "seconds_before": before,
             "seconds_after": after,
             "choices": len(made),
             "better_than_predicted": sum(m.choice != m.predicted for m in made),
-            "mean_gain": math.exp(sum(map(math.log, gains)) / len(gains)) if gains else 1.0,
+            "mean_gain": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0,
             "error_against_untuned": worst,
         }
         measured |= {m.problem: m for m in made}
@@ -71,10 +74,8 @@ def tuning(context: Context) -> Result:
     if store is not None:
         found["file"] = store.dump(list(measured.values()), [facts(device)]).decode()
     shown = {name: row for name, row in found.items() if name != "file"}
-    return ", ".join(
-        f"{name} {row['seconds_before'] * 1e3:.2f} -> {row['seconds_after'] * 1e3:.2f} ms"
-        for name, row in shown.items()
-    ), found
+    gains = [f"{n} {r['seconds_before'] * 1e3:.2f} -> {r['seconds_after'] * 1e3:.2f} ms" for n, r in shown.items()]
+    return ", ".join([*gains, *(f"no time for {name}" for name in NETWORKS if name not in found)]), found
 
 
 def _seconds(device: Any, session: Session, feeds: Mapping[str, HostArray]) -> tuple[float, Mapping[str, HostArray]]:

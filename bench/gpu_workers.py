@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Literal, NoReturn
 
 from bench.gpu_journal import Journal, JournalledCases, State
-from bench.gpu_report import Context, Outcome, Section, Tried, outcome_of
+from bench.gpu_report import OUT_OF_TIME, Context, Outcome, Section, Tried, outcome_of
 
 NO_GPU = 3
 LOST = 4
@@ -35,27 +35,31 @@ class Limits:
 
     grace: float = 30.0
     """Seconds that a section may take beyond those that it was given; it is ended then."""
-    start: float = 300.0
+    start: float = 120.0
     """Seconds in which a worker begins a section: a driver that a fault has wedged may not let it start."""
-    replaced: int = 25
+    replaced: int = 8
     """How often a worker is replaced while cases of one section go on."""
 
 
 def work(
     sections: Mapping[str, Section],
-    context_of: Callable[[str], Context],
+    context_of: Callable[[str, float], Context],
     journal: Journal,
     lost: Callable[[], bool],
 ) -> int:
-    """In the worker: runs what has no outcome yet, and returns the exit code. Cases go on behind those that ran."""
+    """In the worker: runs what has no outcome yet, and returns the exit code. Cases go on behind those that ran.
+
+    `context_of` gives the context of a section that has taken so many seconds, in processes before this one.
+    """
     state = journal.state()
     for name, section in sections.items():
         if name in state.outcomes:
             continue
-        cases = JournalledCases(journal, state.tried if name == state.section else {})
-        context = replace(context_of(name), cases=cases)
+        resumed = name == state.section
+        cases = JournalledCases(journal, state.tried if resumed else {})
+        context = replace(context_of(name, time.time() - state.begun if resumed else 0.0), cases=cases)
         journal.write("section", section=name, left=context.left())
-        outcome = outcome_of(name, section, context)
+        outcome = outcome_of(name, section, context, resumed=resumed)
         gone = lost()
         if gone and cases.some:
             return LOST
@@ -121,7 +125,7 @@ class Worker:
 
 
 class Supervisor:
-    """Starts workers until every section has an outcome.
+    """Starts workers until every section has an outcome, none after the deadline.
 
     `start(left)` starts one that has so many seconds.
     """
@@ -141,7 +145,11 @@ class Supervisor:
     def outcomes(self) -> Iterator[Outcome]:
         """As they come."""
         replaced = 0
-        while any(name not in self._journal.state().outcomes for name in self._names):
+        while self._left(state := self._journal.state()):
+            if time.monotonic() >= self._deadline:
+                self._skip(state)
+                yield from self._new(self._journal.state())
+                return
             started = time.time()
             worker = self._start(self._deadline - time.monotonic())
             hung = ""
@@ -159,6 +167,16 @@ class Supervisor:
             self._account_for(state, worker, hung, again=replaced <= self._limits.replaced)
             yield from self._new(self._journal.state())
 
+    def _left(self, state: State) -> list[str]:
+        """Sections without an outcome."""
+        return [name for name in self._names if name not in state.outcomes]
+
+    def _skip(self, state: State) -> None:
+        """Writes down that there is no time for what is left; a section that was begun keeps what it has."""
+        for name in self._left(state):
+            begun = name == state.section
+            self._close(name, OUT_OF_TIME, "", "failed" if begun else "skipped", state if begun else None)
+
     def _new(self, state: State) -> Iterator[Outcome]:
         for name, outcome in state.outcomes.items():
             if name not in self._told:
@@ -169,8 +187,9 @@ class Supervisor:
         """Why what goes on is to be ended; empty while it may go on."""
         now = time.time()
         if not state.section:
-            late = now - max(state.at, started) > self._limits.start
-            return f"no section begun after {self._limits.start:.0f} s" if late else ""
+            waited, over = now - max(state.at, started), time.monotonic() - self._deadline
+            late = waited > self._limits.start or over > self._limits.grace
+            return f"no section begun after {waited:.0f} s" if late else ""
         limit = max(state.left, 0.0) + self._limits.grace
         if now - state.since > limit:
             return f"no end after {limit:.0f} s"
@@ -181,29 +200,29 @@ class Supervisor:
     def _account_for(self, state: State, worker: Worker, hung: str, *, again: bool) -> None:
         """Writes down what an ended worker has left open."""
         code = worker.process.returncode
-        left = [name for name in self._names if name not in state.outcomes]
+        left = self._left(state)
         if not left or (code == LOST and (again or not state.section)):
             return
         if code == NO_GPU:
             for name in left:
-                self._close(name, "the GPU is gone", worker, "skipped" if name != left[0] else "failed")
+                self._close(name, "the GPU is gone", worker.said(), "skipped" if name != left[0] else "failed")
             return
         problem = hung or _ending(code)
         if state.case:
-            self._journal.write("tried", case=state.case, **asdict(Tried(problem)))
+            self._journal.write("tried", case=state.case, **asdict(Tried(problem, lost=True)))
             if again and not hung.startswith("no end"):
                 return
-        self._close(state.section or left[0], problem, worker, "failed", state)
+        self._close(state.section or left[0], problem, worker.said(), "failed", state)
 
     def _close(
         self,
         name: str,
         problem: str,
-        worker: Worker,
+        said: str,
         status: Literal["failed", "skipped"],
         state: State | None = None,
     ) -> None:
-        facts: dict[str, object] = {"said": worker.said()}
+        facts: dict[str, object] = {"said": said}
         if state is not None and state.tried:
             facts["failed"] = {case: tried.problem for case, tried in state.tried.items() if tried.problem}
             facts["rows"] = [tried.found for tried in state.tried.values() if isinstance(tried.found, dict)]

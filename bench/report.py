@@ -97,13 +97,14 @@ def _opening(gpus: Mapping[str, object]) -> str:
 
 def _gpu(name: str, found: list[Result], cards: Mapping[str, Mapping[str, object]], files: dict[str, str]) -> list[str]:
     rows = report_gpu.rows_of(found)
+    right = report_gpu.right(rows)
     parts = [f"### {name}", report_gpu.provenance(found), report_gpu.targets(rows)]
-    if any(row["peers"] and row["set"] in ("networks", "decoder") for row in rows):
+    if any(row["peers"] and row["set"] in ("networks", "decoder") for row in right):
         chart = f"performance-{slug(name)}-networks.svg"
-        files[chart] = report_gpu.throughput(name, rows)
+        files[chart] = report_gpu.throughput(name, right)
         parts.append(f"![networks on {name}, measured]({chart})")
     card = next((card for known, card in cards.items() if re.search(rf"\b{known.split()[0]}\b", name)), None)
-    points = report_gpu.points(rows, "seconds")
+    points = report_gpu.points(right, "seconds")
     if card is not None and points:
         chart = f"performance-{slug(name)}-roofline.svg"
         files[chart] = report_gpu.chart_of(f"{name}: measured", points, card)

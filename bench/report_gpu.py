@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.charts import Point, bars, roofline
+from bench.environment import CHANGED
 from bench.gpu_targets import TARGETS
 from bench.report_cpu import Result, table, time_of
 
@@ -15,13 +16,24 @@ _ROOFS = {"half": "float16", "tf32": "tf32", "ieee": "float32"}
 
 
 def rows_of(results: Iterable[Result]) -> list[Row]:
-    """The measured rows of results of one GPU, the newest of each."""
-    found: dict[tuple[str, ...], Row] = {}
+    """The measured rows of results of one GPU, the newest of each. What that does not have, as peers that it was not
+    timed beside, it has from earlier ones of the same commit and packages; so one that was wrong there is so still."""
+    found: dict[tuple[str, ...], tuple[object, Row]] = {}
     for result in sorted(results, key=lambda r: str(r["time"])):
+        commit = result["commit"]
+        certain = commit != "unknown" and not commit.endswith(CHANGED)
+        made_by = (commit, result["packages"]) if certain else result["time"]
         for section in result["sections"]:
             for row in section["facts"].get("rows", ()):
-                found[row["set"], row["name"], row["precision"]] = row
-    return list(found.values())
+                same, earlier = found.get(_key(row), (None, row))
+                both = {**earlier, **row, "peers": {**earlier["peers"], **row["peers"]}}
+                found[_key(row)] = made_by, both if same == made_by else row
+    return [row for _, row in found.values()]
+
+
+def right(rows: Iterable[Row]) -> list[Row]:
+    """Those whose answers were."""
+    return [row for row in rows if "wrong" not in row]
 
 
 def targets(rows: Sequence[Row]) -> str:
@@ -30,37 +42,51 @@ def targets(rows: Sequence[Row]) -> str:
     def cells() -> Iterator[list[str]]:
         for target in TARGETS:
             goal = f"{'at most' if target.at_most else 'at least'} {target.goal:g}{target.unit}"
-            value = target.reached(rows)
-            if value is None:
-                yield [target.work, goal, "not measured", ""]
-            else:
-                yield [target.work, goal, f"{value:.3g}{target.unit}", "met" if target.met(value) else "missed"]
+            reached = target.reached(rows)
+            shown = "not measured" if reached.value is None else f"{reached.value:.3g}{target.unit}"
+            yield [target.work, goal, shown, target.verdict(reached)]
 
     return table(("work", "target", "measured", ""), cells())
 
 
 def measured(rows: Sequence[Row]) -> str:
-    """All measured rows, set by set."""
+    """All measured rows, set by set; of wrong ones why, and no figures. Rates are of the time with a flushed L2 cache
+    where there is one."""
 
     def cells(row: Row) -> list[str]:
-        beside = [f"{t / row['seconds']:.2f}x {name}" for name, t in row["peers"].items()]
+        name = f"{row['name']} {row['precision']}".strip()
+        if "wrong" in row:
+            return [name, *[""] * 5, f"wrong: {row['wrong']}"]
+        cold = row.get("cold", {})
+        ours = cold.get("infera")
+        beside = [
+            f"{t / row['seconds']:.2f}x {peer}" + (f" ({cold[peer] / ours:.2f}x cold)" if ours and peer in cold else "")
+            for peer, t in row["peers"].items()
+        ]
         if "error_against_float32" in row:
             beside.append(f"error {row['error_against_float32']:.1e} against float32")
         rate = f"{row['operations_per_s'] / 1e12:.1f}" if row.get("operations") else ""
         moved = f"{row['bytes_per_s'] / 1e9:,.0f}" if "bytes_per_s" in row else ""
         share = f"{row['fraction']:.0%}" if "fraction" in row else ""
         return [
-            f"{row['name']} {row['precision']}".strip(),
-            time_of(row["seconds"] * 1e3),
+            name,
+            time_of(row["seconds"] * 1e3) + (f", {time_of(ours * 1e3)} cold" if ours else ""),
+            _spread(row),
             rate,
             moved,
             share,
             ", ".join(beside),
         ]
 
-    header = ("row", "ms", "TFLOP/s", "GB/s", "of the roofline", "against")
+    header = ("row", "ms", "least to most", "TFLOP/s", "GB/s", "of the roofline", "against")
     sets = dict.fromkeys(row["set"] for row in rows)
     return "\n\n".join(f"#### {name}\n\n{table(header, (cells(r) for r in rows if r['set'] == name))}" for name in sets)
+
+
+def _spread(row: Row) -> str:
+    """Of our rounds, in milliseconds."""
+    least, most = row.get("spread", {}).get("infera", (None, None))
+    return "" if least is None else f"{time_of(least * 1e3)} to {time_of(most * 1e3)}"
 
 
 def provenance(results: Sequence[Result]) -> str:
@@ -86,9 +112,13 @@ def throughput(name: str, rows: Sequence[Row]) -> str:
 
 
 def points(rows: Iterable[Row], seconds: str) -> list[Point]:
-    """Rows with operations, at the rate that a column of seconds gives."""
+    """Rows with operations, at the rate that a column of seconds gives, or the time with a flushed L2 cache."""
     return [
-        Point(row["set"], row["operations"] / row["bytes"], row["operations"] / row[seconds])
+        Point(
+            row["set"],
+            row["operations"] / row["bytes"],
+            row["operations"] / row.get("cold", {}).get("infera", row[seconds]),
+        )
         for row in rows
         if row.get("operations")
     ]

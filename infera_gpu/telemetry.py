@@ -15,6 +15,12 @@ _UNANSWERED = frozenset({3, 4, 13, 21})
 """NVML_ERROR_NOT_SUPPORTED, _NO_PERMISSION, _FUNCTION_NOT_FOUND, _NO_DATA: one value is unknown, the GPU is well."""
 
 _LIBRARY_NOT_FOUND = 12
+
+THROTTLES = (
+    *("gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost"),
+    *("sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "display_clock_setting"),
+)
+"""nvmlClocksEventReasons, from the lowest bit on."""
 _RETRY_SECONDS = 10.0
 
 
@@ -25,6 +31,8 @@ class Nvml(Protocol):
     def NVMLError(self) -> type[Exception]: ...
     @property
     def NVML_TEMPERATURE_GPU(self) -> int: ...
+    @property
+    def NVML_CLOCK_SM(self) -> int: ...
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
     def nvmlSystemGetDriverVersion(self) -> str | bytes: ...
@@ -35,6 +43,8 @@ class Nvml(Protocol):
     def nvmlDeviceGetMemoryInfo(self, handle: Any, /) -> Any: ...
     def nvmlDeviceGetTemperature(self, handle: Any, sensor: int, /) -> int: ...
     def nvmlDeviceGetPowerUsage(self, handle: Any, /) -> int: ...
+    def nvmlDeviceGetClockInfo(self, handle: Any, type: int, /) -> int: ...
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: Any, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,10 @@ class GpuReading:
     """Degrees Celsius."""
     power: int | None = None
     """Milliwatts."""
+    sm_clock: int | None = None
+    """MHz, of the multiprocessors."""
+    throttles: tuple[str, ...] | None = None
+    """What holds the clocks down at the moment, of THROTTLES; empty: nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +208,8 @@ class Telemetry:
             memory = self._answer(nvml.nvmlDeviceGetMemoryInfo, gpu.handle)
             temperature = self._answer(nvml.nvmlDeviceGetTemperature, gpu.handle, nvml.NVML_TEMPERATURE_GPU)
             power = self._answer(nvml.nvmlDeviceGetPowerUsage, gpu.handle)
+            sm_clock = self._answer(nvml.nvmlDeviceGetClockInfo, gpu.handle, nvml.NVML_CLOCK_SM)
+            throttles = self._answer(nvml.nvmlDeviceGetCurrentClocksEventReasons, gpu.handle)
         except nvml.NVMLError as e:
             problems.append(f"GPU {gpu.index} ({gpu.name or 'name unknown'}): {e}")
             return GpuReading(gpu.index, gpu.name, self._driver)
@@ -207,6 +223,8 @@ class Telemetry:
             memory_free=None if memory is None else int(memory.free),
             temperature=temperature,
             power=power,
+            sm_clock=sm_clock,
+            throttles=None if throttles is None else tuple(n for i, n in enumerate(THROTTLES) if throttles >> i & 1),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import subprocess
 import time
@@ -277,7 +278,9 @@ def facts(device: Device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the checkout that this file is in, where it is in one."""
+    """What INFERA_COMMIT says, else of the checkout that this file is in, where it is in one."""
+    if named := os.environ.get("INFERA_COMMIT"):
+        return named
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return ""

@@ -1,7 +1,7 @@
 /* A stand-in for libnvidia-ml.so.1 with two GPUs, for tests: the driver's interface as nvidia-ml-py calls it.
  *
  * FAKE_NVML_LOST_AFTER=n: questions about GPU 1 fail from the n-th on, as of a GPU that fell off the bus.
- * FAKE_NVML_NO_POWER=1: no GPU knows its power. FAKE_NVML_INIT=n: nvmlInit answers n.
+ * FAKE_NVML_NO_POWER=1: no GPU knows its power or what throttles it. FAKE_NVML_INIT=n: nvmlInit answers n.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -86,5 +86,17 @@ int nvmlDeviceGetTemperature(void *gpu, int sensor, unsigned int *celsius) {
 int nvmlDeviceGetPowerUsage(void *gpu, unsigned int *milliwatts) {
     int status = number("FAKE_NVML_NO_POWER", 0) ? NOT_SUPPORTED : state_of(gpu);
     if (status == OK) *milliwatts = 123456;
+    return status;
+}
+
+int nvmlDeviceGetClockInfo(void *gpu, int type, unsigned int *mhz) {
+    int status = state_of(gpu);
+    if (status == OK) *mhz = type == 1 ? 1980 : 0;
+    return status;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(void *gpu, unsigned long long *reasons) {
+    int status = number("FAKE_NVML_NO_POWER", 0) ? NOT_SUPPORTED : state_of(gpu);
+    if (status == OK) *reasons = 0x4 | 0x40;
     return status;
 }

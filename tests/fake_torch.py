@@ -112,7 +112,8 @@ def module() -> types.ModuleType:
         pad=lambda x, widths: np.pad(x, [(0, 0), (0, 0), widths[2:], widths[:2]]).view(Tensor),
     )
     attention = types.SimpleNamespace(
-        sdpa_kernel=lambda backend: nullcontext(), SDPBackend=types.SimpleNamespace(FLASH_ATTENTION="flash")
+        sdpa_kernel=lambda backend: nullcontext(),
+        SDPBackend=types.SimpleNamespace(FLASH_ATTENTION="flash", CUDNN_ATTENTION="cuDNN"),
     )
     made.__dict__.update(
         tensor=tensor,
@@ -123,6 +124,8 @@ def module() -> types.ModuleType:
         channels_last="channels last",
         matmul=_wide(np.matmul),
         softmax=_wide(_softmax),
+        amax=lambda x, axis, out: np.amax(x, axis, out=out),
+        _dynamo=types.SimpleNamespace(reset=lambda: None),
         _addmm_activation=_wide(lambda bias, a, b: np.maximum(a @ b + bias, 0)),
         cudnn_convolution_relu=_wide(lambda x, w, b, **where: np.maximum(_conv(x, w, b, **where), 0)),
         cudnn_convolution_add_relu=_wide(

@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from bench.gpu_command import command
+from bench.gpu_operators import swept
 from bench.gpu_report import CheckFailed, Context, Section
 from bench.gpu_workers import Limits
+from infera_gpu.ops import registry
 
 ILLEGAL_ADDRESS = 700
 REPLACED = 4
@@ -30,7 +32,7 @@ class Fault(RuntimeError):
     status = ILLEGAL_ADDRESS
 
 
-def fault() -> None:
+def fault() -> NoReturn:
     """CUDA works no more in this process."""
     _faults.append(Fault("cudaErrorIllegalAddress"))
     raise _faults[0]
@@ -103,6 +105,33 @@ def always(context: Context) -> tuple[str, Mapping[str, Any]]:
     return "", {}
 
 
+def dragging(context: Context) -> tuple[str, Mapping[str, Any]]:
+    """Every case takes a second and is a fault."""
+    names = [f"case {i}" for i in range(1000)]
+    for name in names:
+        if not context.cases.known(name) and context.left() > 0:
+            time.sleep(1)
+            context.cases.run(name, fault)
+    raise CheckFailed("faults", {"tried": [name for name in names if context.cases.known(name)]})
+
+
+def overtime(context: Context) -> tuple[str, Mapping[str, Any]]:
+    """Loses the GPU when the time is over."""
+    time.sleep(context.left() + 0.1)
+    return losing(context)
+
+
+def swept_cases(context: Context) -> tuple[str, Mapping[str, Any]]:
+    """Cases of two operators, one of which faults in every case."""
+    operators = [op for op in registry() if op.name in ("Abs", "Exp")]
+    checked = [
+        (op, f"{op.name}-{op.since} {i}", fault if op.name == "Abs" else partial(case, "well"))
+        for op in operators
+        for i in range(3)
+    ]
+    return swept(context, "cases", checked, "idle")
+
+
 SECTIONS: Mapping[str, Section] = {
     "good": good,
     "crash": crash,
@@ -111,6 +140,9 @@ SECTIONS: Mapping[str, Section] = {
     "lasting": lasting,
     "cases": cases,
     "always": always,
+    "dragging": dragging,
+    "overtime": overtime,
+    "swept": swept_cases,
     "last": good,
 }
 
@@ -130,9 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="fail",
         sections=SECTIONS,
         minutes=1,
-        seconds={"hanging": 1},
+        seconds={"hanging": 1, "dragging": 3},
         unavailable=why_unavailable,
         describe=lambda index: {"name": "NVIDIA H200", "driver": "580.1"},
+        reading=lambda index: {"sm_clock": 1980},
         lost=lambda index: bool(_faults),
         limits=Limits(grace=2, start=float(os.environ.get("GPU_WEDGED") or 60), replaced=REPLACED),
     )

@@ -8,15 +8,29 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from bench import gpu_check, gpu_first, gpu_speed
-from bench.gpu_report import CheckFailed, Context, Outcome, Section, outcome_of, table, write
-from bench.gpu_workers import NO_GPU
+from bench import gpu_check, gpu_first, gpu_report, gpu_selections, gpu_speed, gpu_tuning
+from bench.gpu_report import (
+    READINGS,
+    CheckFailed,
+    Context,
+    Outcome,
+    Section,
+    loses_the_gpu,
+    outcome_of,
+    reading_of,
+    table,
+    write,
+)
+from bench.gpu_workers import END, NO_GPU, Limits
+from infera_gpu import tuning
+from infera_gpu.telemetry import GpuReading
 from tests.text import parse
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1"}
@@ -113,6 +127,38 @@ def test_the_file_is_named_after_gpu_and_time(tmp_path: Path) -> None:
     assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T0304.json"
 
 
+def test_results_go_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERA_RESULTS", str(tmp_path / "out"))
+    for argv in ((), ("--output", str(tmp_path / "elsewhere"))):
+        gpu_check.main(
+            ["--in-process", *argv], sections={"good": good}, unavailable=lambda: None, describe=lambda index: GPU
+        )
+    for folder in ("out", "elsewhere"):
+        assert len(list((tmp_path / folder).iterdir())) == 1
+
+
+def test_readings_are_none_where_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = GpuReading(1, power=70_000, sm_clock=1980, throttles=("sw_power_cap",))
+    monkeypatch.setattr(gpu_report, "_telemetry", lambda: SimpleNamespace(read=lambda: (known,)))
+    assert reading_of(1) == {"sm_clock": 1980, "power": 70_000, "temperature": None, "throttles": ("sw_power_cap",)}
+    assert reading_of(0) == dict.fromkeys(READINGS)
+
+
+@pytest.mark.parametrize(("name", "lost"), [("status", True), ("error_code", True), ("errno", False)])
+def test_errors_of_cupy_and_of_pytorch_tell_that_the_gpu_is_lost(name: str, lost: bool) -> None:
+    error = RuntimeError("an illegal memory access")
+    setattr(error, name, 700)
+    assert loses_the_gpu(error) == lost
+    setattr(error, name, 2)
+    assert not loses_the_gpu(error), "out of memory"
+
+
+def test_the_commit_is_named_where_there_is_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERA_COMMIT", "0123abcd")
+    path = write(tmp_path, GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    assert json.loads(path.read_text())["commit"] == tuning._commit() == "0123abcd"
+
+
 def test_an_unknown_section_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command(tmp_path, "--only", "nothing", sections={"good": good})
@@ -128,7 +174,7 @@ def test_it_runs_as_a_module() -> None:
         text=True,
         check=True,
     )
-    assert "kernels, models, memory" in " ".join(done.stdout.split())
+    assert "kernels, models, replays" in " ".join(done.stdout.split())
 
 
 def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +194,38 @@ def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_section_of_both_commands_is_known() -> None:
-    assert gpu_check.SECTIONS.keys() >= gpu_speed.SHORT.keys()
-    assert gpu_speed.SECTIONS.keys() == gpu_speed.SETS.keys() | {"first run"}
+    assert gpu_check.SECTIONS.keys() >= gpu_selections.SHORT.keys()
+    compiling = {"compiling operators", "compiling networks", "torch.compile"}
+    assert gpu_speed.SECTIONS.keys() == gpu_selections.SETS.keys() | compiling | {"first run"}
+    assert list(gpu_check.SECTIONS)[-2:] == ["torch.compile", "tuning"]
+    assert list(gpu_speed.SECTIONS)[-1] == "torch.compile"
+
+
+def test_a_call_of_either_command_ends_before_ten_minutes_are_over() -> None:
+    """The time, what a section may take beyond it, and what it takes to end its process."""
+    for module in (gpu_check, gpu_speed):
+        assert 60 * module.MINUTES + Limits().grace + END < 600
+    assert gpu_check.SECONDS["tuning"] >= 2 * (gpu_tuning.SECONDS + gpu_tuning.SPARE), "both networks"
+
+
+def test_torch_compile_begins_with_what_targets_ask_for() -> None:
+    rows = [*gpu_selections.NETWORKS["networks"](), *gpu_selections.NETWORKS["decoder"]()]
+    ordered = gpu_selections.in_order(rows)
+    names = [f"{row.name} {row.precision}" for row in ordered]
+    assert tuple(names[: len(gpu_selections.FIRST)]) == gpu_selections.FIRST
+    assert sorted(names) == sorted(f"{row.name} {row.precision}" for row in rows)
+    precisions = [row.precision for row in ordered]
+    assert precisions == sorted(precisions, key="fp16 fp32".index)
+
+
+def test_without_pytorch_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_speed, "torch_on_gpu", lambda: None)
+    for section in (gpu_speed.all_compiled, gpu_speed.short_compiled):
+        assert section(Context(lambda: None, 0)) == ("PyTorch is not installed here", {"rows": []})
 
 
 @pytest.mark.kernels
 def test_the_short_selection_names_rows_that_there_are() -> None:
     """Convolutions are named as a plan of ResNet-50 has them."""
-    for name, wanted in gpu_speed.SHORT.items():
-        assert {row.name for row in gpu_speed.selected(name)} == wanted
+    for name, wanted in gpu_selections.SHORT.items():
+        assert {row.name for row in gpu_selections.selected(name)} == wanted

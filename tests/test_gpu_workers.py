@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from bench.gpu_journal import Journal
+from bench.gpu_report import OUT_OF_TIME
+from bench.gpu_workers import Worker
+from infera_gpu.ops import registry
 from tests import gpu_sections
 
 
-def outcomes(tmp_path: Path, *names: str) -> dict[str, dict[str, Any]]:
+def outcomes(tmp_path: Path, *names: str, minutes: str = "1") -> dict[str, dict[str, Any]]:
     """By section, as the file has them."""
-    code = gpu_sections.main(["--output", str(tmp_path), "--only", *names])
+    code = gpu_sections.main(["--output", str(tmp_path), f"--minutes={minutes}", "--only", *names])
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert code == int(not record["passed"])
@@ -80,6 +83,49 @@ def test_a_gpu_that_every_case_loses_is_given_up(tmp_path: Path) -> None:
     assert found["always"]["summary"] == "it lost the GPU again and again"
     assert len(found["always"]["facts"]["failed"]) == gpu_sections.REPLACED + 1
     assert found["last"]["status"] == "ok"
+
+
+def test_a_section_that_goes_on_has_no_time_of_its_own_again(tmp_path: Path) -> None:
+    """Three seconds in all, of which a process takes more than one: not three in each. Where processes are slow to
+    start, the section is ended from outside."""
+    found = outcomes(tmp_path, "dragging", "last")
+    facts = found["dragging"]["facts"]
+    assert 1 <= len(facts.get("tried") or facts["failed"]) <= 3 < gpu_sections.REPLACED
+    assert found["last"]["status"] == "ok"
+
+
+def test_an_operator_that_loses_the_gpu_twice_is_given_up(tmp_path: Path) -> None:
+    facts = outcomes(tmp_path, "swept")["swept"]["facts"]
+    assert {name.split("-")[0] for name in facts["failed"]} == {"Abs"}
+    assert len(facts["failed"]) == 2
+    versions = sum(op.name == "Abs" for op in registry())
+    assert facts["given_up"] == 3 * versions - 2
+    assert facts["cases"] == facts["done"] == 3 * sum(op.name == "Exp" for op in registry())
+
+
+def test_no_process_is_started_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def start(command: Any, log: Path) -> Worker:
+        started.append(command)
+        return begin(command, log)
+
+    begin = Worker.start
+    monkeypatch.setattr(Worker, "start", start)
+    found = outcomes(tmp_path, "overtime", "last", minutes="0.1")
+    assert [(o["status"], o["summary"]) for o in found.values()] == [
+        ("failed", "a fault that a section took for a wrong result"),
+        ("skipped", OUT_OF_TIME),
+    ]
+    assert len(started) == 1
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    assert outcomes(tmp_path, "good", minutes="-1")["good"]["summary"] == OUT_OF_TIME
+    assert len(started) == 1
+
+
+def test_readings_are_of_before_and_after(tmp_path: Path) -> None:
+    assert outcomes(tmp_path, "good")["good"]["readings"] == [{"sm_clock": 1980}] * 2
 
 
 def test_a_gpu_that_is_gone_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +212,7 @@ def test_a_line_that_was_cut_short_counts_as_not_written(tmp_path: Path) -> None
     for length in range(1, len(line) - 1):
         journal.path.write_bytes(whole + line[:length])
         assert [found["kind"] for found in journal.lines()] == ["section"]
-        journal.write("tried", case="b", problem="", found=None)
+        journal.write("tried", case="b", problem="", found=None, lost=False)
         assert [found["kind"] for found in journal.lines()] == ["section", "tried"]
         assert journal.state().section == "one"
         assert list(journal.state().tried) == ["b"]

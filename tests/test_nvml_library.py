@@ -66,6 +66,8 @@ def test_every_gpu_is_read(library: Path) -> None:
         "memory_free": 100 << 30,
         "temperature": 36,
         "power": 123456,
+        "sm_clock": 1980,
+        "throttles": ["sw_power_cap", "hw_thermal_slowdown"],
     }
     assert (second["index"], second["name"], second["utilization"]) == (1, "NVIDIA Stand-in 1", 41)
 
@@ -73,7 +75,7 @@ def test_every_gpu_is_read(library: Path) -> None:
 def test_what_a_gpu_does_not_know_is_unknown(library: Path) -> None:
     (state, readings), _ = read(1, library, FAKE_NVML_NO_POWER="1")
     assert state == ""
-    assert [r["power"] for r in readings] == [None, None]
+    assert [r["power"] for r in readings] == [r["throttles"] for r in readings] == [None, None]
     assert [r["temperature"] for r in readings] == [36, 36]
 
 
@@ -82,11 +84,11 @@ def test_a_gpu_that_is_lost_half_way_is_unknown_and_the_other_is_read(asked: int
     for state, (first, second) in read(3, library, FAKE_NVML_LOST_AFTER=str(asked))[:-1]:
         assert state == "GPU 1 (NVIDIA Stand-in 1): GPU is lost"
         assert first["utilization"] == 40
-        assert {second[k] for k in ("utilization", "memory_used", "temperature", "power")} == {None}
+        assert {second[k] for k in ("utilization", "memory_used", "temperature", "power", "sm_clock")} == {None}
 
 
 def test_a_gpu_that_is_lost_between_readings_is_told(library: Path) -> None:
-    states = [state for state, _ in read(3, library, FAKE_NVML_LOST_AFTER="5")]
+    states = [state for state, _ in read(3, library, FAKE_NVML_LOST_AFTER="7")]
     assert states == ["", *["GPU 1 (NVIDIA Stand-in 1): GPU is lost"] * 2, "closed"]
 
 

@@ -26,6 +26,7 @@ class FakeNvml:
 
     NVMLError = FakeError
     NVML_TEMPERATURE_GPU = 0
+    NVML_CLOCK_SM = 1
 
     def __init__(self, gpus: int = 2) -> None:
         self.gpus = gpus
@@ -81,6 +82,17 @@ class FakeNvml:
         self._enter("nvmlDeviceGetPowerUsage", handle)
         return 70_000 + handle
 
+    def nvmlDeviceGetClockInfo(self, handle: int, type: int, /) -> int:
+        self._enter("nvmlDeviceGetClockInfo", handle)
+        return 1980 * type - handle
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: int, /) -> int:
+        self._enter("nvmlDeviceGetCurrentClocksEventReasons", handle)
+        return 0x24 * handle
+
+
+THROTTLED = ("sw_power_cap", "sw_thermal_slowdown")
+
 
 class Clock:
     def __init__(self) -> None:
@@ -90,8 +102,8 @@ class Clock:
         return self.now
 
 
-FIRST = GpuReading(0, "NVIDIA Test 0", "580.95.05", 0, 1000, 300, 700, 50, 70_000)
-SECOND = GpuReading(1, "NVIDIA Test 1", "580.95.05", 40, 1000, 301, 699, 51, 70_001)
+FIRST = GpuReading(0, "NVIDIA Test 0", "580.95.05", 0, 1000, 300, 700, 50, 70_000, 1980, ())
+SECOND = GpuReading(1, "NVIDIA Test 1", "580.95.05", 40, 1000, 301, 699, 51, 70_001, 1979, THROTTLED)
 
 
 @pytest.fixture
@@ -163,6 +175,8 @@ def test_no_gpu() -> None:
         ("nvmlDeviceGetMemoryInfo", {"memory_total", "memory_used", "memory_free"}),
         ("nvmlDeviceGetTemperature", {"temperature"}),
         ("nvmlDeviceGetPowerUsage", {"power"}),
+        ("nvmlDeviceGetClockInfo", {"sm_clock"}),
+        ("nvmlDeviceGetCurrentClocksEventReasons", {"throttles"}),
         ("nvmlDeviceGetName", {"name"}),
     ],
 )

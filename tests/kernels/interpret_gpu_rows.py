@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_network_sets, gpu_peers, gpu_rows, gpu_sets
+from bench import gpu_network_sets, gpu_peers, gpu_rows, gpu_sets, gpu_timings
 from bench.build import bert
 from bench.build_llama import Sizes
 from bench.build_vit import vit
 from bench.gpu_models import bert_feeds
 from bench.gpu_report import CheckFailed, Context
 from bench.gpu_roofline import card_named
-from bench.gpu_rows import Row, copies, measure, section
+from bench.gpu_row_sections import copies, section, summary
+from bench.gpu_rows import Row, measure
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import layout
 from infera_gpu.session import Session
@@ -45,6 +46,8 @@ g (float[N, 3, 9, 9] image) => (float[N, 8, 5, 5] y) {
     g = Relu(f)
     y = Conv <pads = [1, 1, 1, 1]> (g, square)
 }"""
+L2_BYTES = 2048
+"""Of which most rows move less than three times as much, and some more."""
 TINY = Sizes(layers=1, hidden=32, heads=4, groups=2, inner=16, vocabulary=50)
 
 
@@ -67,7 +70,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }.items():
         monkeypatch.setattr(gpu_sets, name, value)
     monkeypatch.setattr(layout, "gain_of", lambda *given: 1e12)
-    monkeypatch.setattr(gpu_rows, "in_turn", timed)
+    monkeypatch.setattr(gpu_timings, "in_turn", timed)
+    monkeypatch.setattr(gpu_rows, "l2_bytes", lambda device: L2_BYTES)
     monkeypatch.setattr(gpu_rows, "HOST_RUNS", 1)
     monkeypatch.setattr(gpu_rows, "REPEATED", 1)
     monkeypatch.setattr(gpu_peers, "REPEATED", 1)
@@ -75,17 +79,19 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu_sets.layers_of.cache_clear()
 
 
-def timed(device: Any, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """A millisecond each, after it was called as often as one that times it does at least."""
+def timed(device: Any, calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """A millisecond each, a quarter of what is done besides, after it was called as often as one that times it does at
+    least."""
     for call in calls.values():
         for _ in range(3):
             call()
     device.synchronize()
-    return dict.fromkeys(calls, 1e-3)
+    middle = [0.9e-3, *[1e-3] * (gpu_timings.ROUNDS - 2), 1.5e-3]
+    return {name: [t / 4 for t in middle] if name.startswith("besides") else middle for name in calls}
 
 
 def listed(context: Context) -> Context:
-    return Context(context.open, context.deadline, card_named("H200"))
+    return Context(context.open, context.deadline, card_named("H200"), reading=lambda: {"sm_clock": 1980})
 
 
 SETS: Mapping[str, Callable[[], list[Row]]] = {
@@ -97,23 +103,31 @@ SETS: Mapping[str, Callable[[], list[Row]]] = {
 COLUMNS = {
     *("set", "name", "precision", "inputs", "steps", "operations", "bytes", "first_run_seconds", "host_seconds"),
     *("seconds", "peers", "error", "operations_per_s", "bytes_per_s", "bound_seconds", "fraction", "limit"),
+    *("spread", "gpu"),
 }
+PEERS = {"attention": {"torch flash", "torch cuDNN"}}
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", SETS)
 def test_operators_beside_torch(name: str, opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", fake_torch.module)
-    summary, facts = section(SETS[name])(listed(opener(InterpreterLauncher)))
+    line, facts = section(SETS[name])(listed(opener(InterpreterLauncher)))
     rows = facts["rows"]
     assert len(rows) == len(SETS[name]()) > 3
     for row in rows:
         assert row.keys() >= COLUMNS
         assert row["steps"] == 1
-        assert row["peers"].keys() == {"torch"}
+        assert row["peers"].keys() == PEERS.get(name, {"torch"})
+        assert row["spread"] == {peer: [0.9e-3, 1.5e-3] for peer in ("infera", *row["peers"])}
+        assert row["gpu"] == {"sm_clock": 1980}
+        assert row.get("cold", {}).keys() == ({"infera", *row["peers"]} if row["bytes"] < 3 * L2_BYTES else set())
+        assert set(row.get("cold", {"": 0.75e-3}).values()) == {0.75e-3}
+        assert row["bytes_per_s"] == pytest.approx(row["bytes"] / (0.75e-3 if "cold" in row else 1e-3))
         assert (row["operations"] > 0) == (name != "bandwidth")
         assert row["error"] < 0.02
-    assert "1.00x torch" in summary
+    assert any("cold" in row for row in rows) == (name != "attention")
+    assert "1.00x torch" in line
     json.dumps(facts)
 
 
@@ -155,19 +169,24 @@ def test_networks_are_timed_eager_and_compiled(
     alone = measure(context, first)
     assert alone["peers"] == {}
     assert alone["steps"] > 10
-    torch = fake_torch.module()
+    torch, resets = fake_torch.module(), list[str]()
+    torch._dynamo.reset = lambda: resets.append("reset")
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
     for row in (first, *others):
-        beside = replace(row, peer=partial(_module, _answer(context, row)))
+        beside = replace(row, peers={"torch": partial(_module, _answer(context, row))})
         found = measure(context, beside, "max-autotune")
-        assert found["peers"].keys() == {"torch eager", "torch.compile max-autotune"}
+        assert found["peers"].keys() == {"torch eager", "torch eager, CUDA graph", "torch.compile max-autotune"}
+        assert "cold" not in found
+        assert torch.backends.cudnn.benchmark
         assert found["error"] == 0
+    assert len(resets) == 3, "each network is compiled anew"
 
 
 def test_int8_says_how_far_it_is_from_float32(
     opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_rows, "in_turn", timed)
+    monkeypatch.setattr(gpu_timings, "in_turn", timed)
+    monkeypatch.setattr(gpu_rows, "l2_bytes", lambda device: L2_BYTES)
     monkeypatch.setattr(gpu_rows, "HOST_RUNS", 1)
     first, _ = NETWORKS
     monkeypatch.setattr(
@@ -202,10 +221,9 @@ def test_a_decoder_takes_its_step(
     assert "zeros" in str(outline)
     seen: list[Any] = []
     monkeypatch.setattr("bench.torch_llama.torch_llama", lambda path, **sizes: _Module(seen, path, sizes))
-    assert row.peer is not None
     torch = fake_torch.module()
     source, feeds = row.make()
-    row.peer(torch, source, [torch.tensor(a, device="cuda") for a in feeds.values()])()
+    row.peers["torch"](torch, source, [torch.tensor(a, device="cuda") for a in feeds.values()])()
     (path, sizes, shapes) = seen
     assert path.exists()
     assert sizes == {"tokens": tokens, "past": past, "sizes": TINY}
@@ -222,16 +240,68 @@ class _Module:
 
 
 def test_copies(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_rows, "in_turn", timed)
+    monkeypatch.setattr(gpu_timings, "in_turn", timed)
     row = copies(listed(opener(InterpreterLauncher)), 1 << 12)
     assert row["bytes"] == 2 << 12
     assert row["bytes_per_s"] == pytest.approx(8192e3)
 
 
 @pytest.mark.usefixtures("small")
-def test_a_wrong_answer_is_not_timed(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_is_a_row_that_says_so(
+    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch = fake_torch.module()
     torch.__dict__["matmul"] = lambda a, b: torch.tensor(np.zeros((len(a), b.shape[1]), a.dtype), device="cuda")
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
-    with pytest.raises(CheckFailed, match="differs from PyTorch"):
+    with pytest.raises(CheckFailed, match="differs from PyTorch") as caught:
+        section(lambda: gpu_sets.products()[:2])(listed(opener(InterpreterLauncher)))
+    rows = caught.value.facts["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.keys() >= COLUMNS
+        assert row["error"] > 0.5
+        assert row["wrong"].startswith("differs from PyTorch")
+    assert summary(rows, 2) == "0 of 2 rows, 2 wrong"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_peer_that_fails_loses_nothing_but_itself(
+    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called wrongly, or cannot be recorded: the others are timed, and somebody is compared with."""
+    torch = fake_torch.module()
+    monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
+    context = listed(opener(InterpreterLauncher))
+    del torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+    row = measure(context, gpu_sets.attentions()[0])
+    assert row["peers"].keys() == {"torch flash"}
+    assert row["peers_failed"].keys() == {"torch cuDNN"}
+    assert row["peers_failed"]["torch cuDNN"].startswith("AttributeError: ")
+    assert row["error"] < 0.02
+    assert "1 peers failed: d64 1x8: torch cuDNN" in summary([row], 1)
+    torch.cuda.CUDAGraph = None
+    row = measure(context, gpu_sets.products()[0])
+    assert row["peers"] == {}
+    assert row["peers_failed"].keys() == {"torch"}
+    assert row["error"] < 0.02
+    torch.__dict__["tensor"] = None
+    row = measure(context, gpu_sets.products()[0])
+    assert row["seconds"] == 1e-3
+    assert row["error"] < 0.02, "against CuPy"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_peer_that_loses_the_gpu_ends_the_process(
+    opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AcceleratorError(RuntimeError):
+        error_code = 700
+
+    def faulting(*given: Any) -> None:
+        raise AcceleratorError("an illegal memory access was encountered")
+
+    torch = fake_torch.module()
+    torch.__dict__["matmul"] = faulting
+    monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
+    with pytest.raises(AcceleratorError):
         measure(opener(InterpreterLauncher), gpu_sets.products()[0])

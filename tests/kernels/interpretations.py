@@ -21,7 +21,7 @@ SUITES: Mapping[str, int] = {
     "copies": 110,
     "elementwise": 340,
     "gpu_check": 9,
-    "gpu_rows": 11,
+    "gpu_rows": 13,
     "matmul": 75,
     "moves": 58,
     "nbits": 27,

@@ -17,6 +17,8 @@ from bench.build import bert
 from bench.gpu_models import bert_feeds
 from bench.gpu_operators import bound
 from bench.gpu_report import CheckFailed, Context
+from bench.gpu_rows import Row
+from bench.gpu_selections import NETWORKS, OPERATORS
 from infera_gpu.devices import cuda
 from infera_gpu.loader import load_graph
 from infera_gpu.op import Op
@@ -30,7 +32,7 @@ from tests.text import parse
 pytestmark = pytest.mark.kernels
 
 VERSION = 13000
-ROW = "bandwidth softmax 16384x4096"
+ROW = "bandwidth: softmax 16384x4096 fp16"
 
 
 @pytest.fixture
@@ -103,27 +105,56 @@ def test_jobs_that_fail_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     def broken(launcher: CudaLauncher) -> None:
         raise ValueError("no such model")
 
-    monkeypatch.setattr(gpu_ahead, "jobs", lambda: [small(), gpu_ahead.Job("broken", broken)])
+    monkeypatch.setattr(gpu_ahead, "jobs", lambda name: [small(), gpu_ahead.Job("broken", broken)])
     target = nominal_target(90)
-    assert gpu_ahead._run(target, VERSION, 0) == ("small fp32", 1, "")
-    assert gpu_ahead._run(target, VERSION, 1) == ("broken", 0, "ValueError: no such model")
+    assert gpu_ahead._run(target, VERSION, "check", 0) == ("small fp32", 1, "")
+    assert gpu_ahead._run(target, VERSION, "check", 1) == ("broken", 0, "ValueError: no such model")
 
 
 def test_every_section_that_launches_has_jobs() -> None:
-    names = " ".join(job.name for job in gpu_ahead.jobs())
+    names = " ".join(job.name for job in gpu_ahead.jobs("check"))
     for part in ("resnet50", "bert-base", "gpt2-step", "products", "convolutions", "cases 1 of", "batch invariant"):
         assert part in names
-    assert len({job.name for job in gpu_ahead.jobs()}) > 60
+    assert len({job.name for job in gpu_ahead.jobs("check")}) > 60
+    for part, sets in (("operators", OPERATORS), ("networks", NETWORKS)):
+        labels = [row.label for rows in sets.values() for row in rows()]
+        assert [job.name for job in gpu_ahead.jobs(part)] == labels
+        assert len(set(labels)) == len(labels)
+
+
+def test_a_decoder_is_compiled_by_its_outline() -> None:
+    """Its weights, gigabytes, are not made for that."""
+
+    def never() -> Any:
+        raise AssertionError("the model is made")
+
+    made = parse("g (float[N, 8] x) => (float[N, 8] y) { y = Relu(x) }")
+    row = Row("decoder", "small", never, outline=lambda: (made, {"x": np.zeros((2, 8), np.float32)}))
+    launcher = ahead()
+    (job,) = gpu_ahead.of_rows([row])
+    job.run(launcher)
+    assert len(launcher._loaded) == 1
+
+
+@pytest.mark.parametrize(("allowed", "count"), [(1, 1), (2, 4), (4, 4)])
+def test_hardware_threads_count_unless_less_than_the_cores_is_allowed(
+    allowed: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_ahead, "default_threads", lambda: (allowed, ""))
+    monkeypatch.setattr(gpu_ahead, "usable_cores", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4))
+    assert gpu_ahead.processes() == count
 
 
 def test_processes_share_the_jobs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, as on a GPU: a row of the short selection, and the same on a card that can hold none."""
-    monkeypatch.setattr(gpu_ahead, "default_threads", lambda: (1, ""))
-    (index,) = (i for i, job in enumerate(gpu_ahead.jobs()) if job.name == ROW)
+    monkeypatch.setattr(gpu_ahead, "processes", lambda: 1)
+    (index,) = (i for i, job in enumerate(gpu_ahead.jobs("check")) if job.name == ROW)
 
     def compiled(target: Target, deadline: float) -> tuple[str, Any]:
         launcher = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(target, VERSION))
-        return gpu_ahead.compiled(Context(lambda: SimpleNamespace(launcher=launcher), deadline), [index])
+        context = Context(lambda: SimpleNamespace(launcher=launcher), deadline)
+        return gpu_ahead.ahead("check", context, [index])
 
     _, facts = compiled(nominal_target(90), float("inf"))
     assert facts["processes"] == 1
