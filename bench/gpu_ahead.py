@@ -35,8 +35,10 @@ from infera_gpu.op import Op
 from infera_gpu.passes import PRECISIONS, Precision
 from infera_gpu.session import Session
 from infera_gpu.source import Source
-from infera_kernels.launch import CudaLauncher, LaunchError, Target
+from infera_kernels.launch import Call, CudaLauncher, LaunchError, Target, library_of
 from infera_kernels.launch.abi import Address
+from infera_kernels.launch.compiling import nothing
+from infera_kernels.launch.cublaslt import Product
 from infera_kernels.tuning import DeviceTiles
 from tests.cases import covered
 
@@ -95,10 +97,19 @@ class AheadDevice(RecordingDevice):
 
 @dataclass(frozen=True)
 class Job:
-    """Some of what sections launch. `run` binds it to a launcher that compiles."""
+    """Some of what sections launch. `run` binds it to a launcher that compiles; where there is a library, products may
+    be left to it if `shared`."""
 
     name: str
     run: Callable[[CudaLauncher], None]
+    shared: bool = True
+
+
+class TakingLibrary:
+    """Takes every product, as the library of a card that is elsewhere would take nearly all."""
+
+    def call(self, product: Product) -> Call:
+        return nothing, ()
 
 
 def _plan(
@@ -162,7 +173,7 @@ def checked() -> Sequence[Job]:
         for name, (build, feeds) in PRECISE.items()
         for precision in PRECISIONS
     ]
-    return (*made, *(Job(f"cases {part + 1} of {PARTS}", partial(cases, part)) for part in range(PARTS)))
+    return (*made, *(Job(f"cases {part + 1} of {PARTS}", partial(cases, part), shared=False) for part in range(PARTS)))
 
 
 JOBS: Mapping[str, Callable[[], Sequence[Job]]] = {
@@ -186,10 +197,11 @@ def _launcher(target: Target, version: int) -> CudaLauncher:
     return CudaLauncher(0, 0, driver=AbsentDriver(target, version))
 
 
-def _run(target: Target, version: int, name: str, index: int) -> tuple[str, int, str]:
+def _run(target: Target, version: int, library: bool, name: str, index: int) -> tuple[str, int, str]:
     """The name of one of the jobs, how many kernels it compiled, and what went wrong."""
     job, launcher = jobs(name)[index], _launcher(target, version)
-    before = launcher.compiled
+    before, there = launcher.compiled, TakingLibrary() if library and job.shared else None
+    launcher.library = there  # type: ignore[assignment]
     try:
         job.run(launcher)
     except Exception as error:
@@ -209,7 +221,7 @@ def ahead(which: str, context: Context, wanted: Sequence[int] | None = None) -> 
     wanted = range(len(jobs(which))) if wanted is None else wanted
     by_job: dict[str, int] = {}
     failed: dict[str, str] = {}
-    run = partial(_run, launcher.target, launcher.driver_version, which)
+    run = partial(_run, launcher.target, launcher.driver_version, library_of(launcher) is not None, which)
     with get_context("spawn").Pool(count) as pool:  # leaving it ends the processes
         results = pool.imap_unordered(run, wanted)
         try:

@@ -27,6 +27,7 @@ SECONDS: Mapping[str, float] = {
     "facts": 20,
     "compiling": 100,
     "kernels": 90,
+    "library": 20,
     "models": 60,
     "replays": 20,
     "networks": 80,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +19,8 @@ from infera_gpu.memory import aligned
 from infera_gpu.op import Call, Case, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import TensorSpec, spec_of
+from infera_kernels.launch import library_of
+from infera_kernels.launch.cublaslt import Product
 from tests.cases import Variant, assert_close, compute, covered, inputs_of, run, site_of
 
 Result = tuple[str, Mapping[str, Any]]
@@ -217,18 +220,54 @@ def swept(context: Context, what: str, cases: Iterable[Checked], idle: str) -> t
 def kernels(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -> Result:
     """Every Triton kernel on every case that it supports."""
     device = context.open()
+    device.launcher.library = None
 
     def check(op: Op, case: Case, variants: Sequence[Variant]) -> int:
         return sum(check_kernel(device, op, case, site, ins) for site, ins in variants)
 
-    cases = (
-        (op, f"{op.qualified} {case.id}", partial(check, op, case, variants))
-        for op, case, variants in covered("triton")
-        if wanted(op)
-    )
     with device.running():
-        summary, found = swept(context, "cases", cases, "without_a_launch")
+        summary, found = swept(context, "cases", _checked(check, wanted), "without_a_launch")
     return summary, {**found, "compiled": getattr(device.launcher, "compiled", None)}
+
+
+def _checked(check: Callable[[Op, Case, Sequence[Variant]], int], wanted: Callable[[Op], bool]) -> Iterator[Checked]:
+    for op, case, variants in covered("triton"):
+        if wanted(op):
+            yield op, f"{op.qualified} {case.id}", partial(check, op, case, variants)
+
+
+class _Counted:
+    """A library, and how many products it was given."""
+
+    def __init__(self, library: Any) -> None:
+        self._library, self.count = library, 0
+
+    def call(self, product: Product) -> Call | None:
+        made: Call | None = self._library.call(product)
+        self.count += made is not None
+        return made
+
+
+_MULTIPLY = re.compile("MatMul|Gemm|Conv|Attention|LSTM|GRU|RNN")
+
+
+def library(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -> Result:
+    """Every product that cuBLASLt is given, of the cases of operators that multiply matrices."""
+    device = context.open()
+    there = library_of(device.launcher)
+    if there is None:
+        return "cuBLASLt is not installed here", {}
+    counted = device.launcher.library = _Counted(there)
+
+    def check(op: Op, case: Case, variants: Sequence[Variant]) -> int:
+        before = counted.count
+        for site, ins in variants:
+            check_kernel(device, op, case, site, ins)
+        return counted.count - before
+
+    multiplying = _checked(check, lambda op: wanted(op) and bool(_MULTIPLY.search(op.name)))
+    with device.running():
+        return swept(context, "cases with products of cuBLASLt", multiplying, "without_a_product")
 
 
 def _has_type(device: Any, dtype: Any) -> bool:
@@ -267,4 +306,4 @@ def portable(context: Context, wanted: Callable[[Op], bool] = lambda op: True) -
         return swept(context, "cases through CuPy", cases, "on_the_host")
 
 
-SECTIONS: Mapping[str, Section] = {"facts": facts, "kernels": kernels, "portable": portable}
+SECTIONS: Mapping[str, Section] = {"facts": facts, "kernels": kernels, "library": library, "portable": portable}

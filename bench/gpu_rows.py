@@ -17,8 +17,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,7 +40,11 @@ from infera_gpu.plan import Plan
 from infera_gpu.session import Session
 from infera_gpu.source import Source
 from infera_gpu.verify import TOLERANCES, compare
+from infera_kernels.launch import library_of
 from infera_kernels.launch.devices import Device
+
+ALONE = "infera without cuBLASLt"
+"""Among the peers of products: Triton's kernels, where the library computes ours."""
 
 FEW = 2
 """Steps, up to which a row is repeated in a graph."""
@@ -120,7 +124,8 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
     torch, device = torch_on_gpu(), context.open()
     device.tf32 = row.precision == "tf32"
     source, feeds = row.make()
-    with Session(load_graph(source), device, precision=row.precision) as session:
+    with ExitStack() as sessions:
+        session = sessions.enter_context(Session(load_graph(source), device, precision=row.precision))
         plan = session.plan_for(feeds)
         works = works_of(plan, tf32=device.tf32)
         made = {**described(row.set, row.name, row.precision, feeds, works), **row.facts}
@@ -138,6 +143,8 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
                 flushed=flushed,
             )
         beside.hot["infera"] = _ours(device, plan, call)
+        if row.set.startswith("products") and library_of(device.launcher) is not None:
+            beside.hot[ALONE] = sessions.enter_context(_alone(device, row, source, feeds))
         if flushed:
             beside.cold["infera"] = _ours_flushed(device, call, flushed)
         made |= _times(_timed(device, torch, beside.hot), _timed(device, torch, beside.cold))
@@ -153,6 +160,20 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
         _compare_with_cupy(context, row, source, feeds, answers, made)
     gc.collect()
     return made
+
+
+@contextmanager
+def _alone(device: Any, row: Row, source: Source, feeds: Feeds) -> Iterator[Contender]:
+    """The row without the library, on the same stream."""
+    library, device.launcher.library = library_of(device.launcher), None
+    try:
+        with Session(load_graph(source), device, precision=row.precision) as session:
+            plan = session.plan_for(feeds)
+            call, _ = bound_run(device, session, feeds)
+            device.launcher.library = library
+            yield _ours(device, plan, call)
+    finally:
+        device.launcher.library = library
 
 
 def _times(hot: Mapping[str, Sequence[float]], cold: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from infera_gpu.devices.base import Device
 from infera_gpu.layout import Space
 from infera_gpu.op import Kernel, Site
+from infera_gpu.spec import DType
 from infera_gpu.specialize import Placed
 
 
@@ -38,7 +39,7 @@ def choose(placed: Placed, device: Device) -> Choice:
         raise placed.site.fail(
             "it has no kernel that gives the same bits in every batch, which batch_invariant=True asks for"
         )
-    if device.space == "device" and placed.op.portable and device.runs_portable:
+    if device.space == "device" and device.runs_portable and runs_on_cupy(placed):
         return Choice("portable", "device", None)
     if device.space == "device":
         kernel = placed.op.kernels.get("cpu")
@@ -47,6 +48,19 @@ def choose(placed: Placed, device: Device) -> Choice:
     return Choice("numpy", "host", None)
 
 
+def runs_on_cupy(placed: Placed) -> bool:
+    """Whether the operator's own function can be called with CuPy's arrays.
+
+    CuPy holds elements of any type, but computes with none of those that ml_dtypes adds to NumPy's, bfloat16 excepted.
+    """
+    known = (dtype.isbuiltin == 1 or dtype.name == "bfloat16" for dtype in _types(placed.site))
+    return placed.op.portable and (placed.op.view is not None or all(known))
+
+
 def _has_floats(site: Site) -> bool:
-    specs = [s for s in (*site.ins, *site.outs) if s is not None]
-    return any(s.dtype.kind not in "biuO" for s in specs)
+    return any(dtype.kind not in "biuO" for dtype in _types(site))
+
+
+def _types(site: Site) -> list[DType]:
+    """Of all operands."""
+    return [s.dtype for s in (*site.ins, *site.outs) if s is not None]

@@ -370,6 +370,9 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
         return array
 
     def copyto(target: ndarray, source: ndarray) -> None:
+        dense = all(a.flags.c_contiguous for a in (target, source))
+        if not dense and source.dtype.isbuiltin != 1 and source.dtype.name != "bfloat16":
+            raise ValueError(f"Unsupported dtype {source.dtype}")
         CURRENT.streams[-1].put(f"copy {target.nbytes}", lambda: np.copyto(target, source))
 
     fake = types.ModuleType("cupy")

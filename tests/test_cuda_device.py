@@ -15,6 +15,7 @@ import pytest
 import infera_gpu
 from infera_gpu.devices import cuda
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
+from infera_gpu.graph import HostArray
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
@@ -53,6 +54,17 @@ def test_a_session_answers_right_and_small_arrays_travel_among_its_steps(cupy: A
         assert device._stream.log[-1] == "sync event"
         assert device._stream.active == 0
     assert session.plan_for({"x": (2, 4)}).arenas.keys() == {"device"}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("float8e5m2", ml_dtypes.float8_e5m2), ("int4", ml_dtypes.int4), ("bfloat16", ml_dtypes.bfloat16), ("bool", bool)],
+)
+def test_views_of_any_type_are_copied(cupy: Any, name: str, dtype: type) -> None:
+    graph = f"g ({name}[N, 3] x) => ({name}[3, N] y) {{ y = Transpose <perm = [1, 0]> (x) }}"
+    session = Session(load_graph(parse(graph)), cuda.CudaDevice(0))
+    x: HostArray = np.arange(6).reshape(2, 3).astype(dtype)
+    np.testing.assert_array_equal(session.run({"x": x})["y"], x.T)
 
 
 def test_arrays_on_the_gpu_are_not_brought_to_the_host(cupy: Any) -> None:
@@ -302,18 +314,17 @@ def test_where_batches_do_not_matter_arrays_are_read_in_place_if_aligned(cupy: A
 
 @pytest.mark.kernels
 def test_strided_copies_launch_a_kernel(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton is there, and takes the type; dense ones are the driver's."""
+    """Where Triton is there; dense ones are the driver's."""
     monkeypatch.setattr(cuda, "find_spec", lambda name: object())
     device = cuda.CudaDevice()
     device._launcher = launcher = RecordingLauncher()
     with device.running():
-        x, y = device.xp.empty((4, 6), np.float32), device.xp.empty((6, 4), np.float32)
-        fn, args = device.transfer(x.T, y)
-        fn(*args)
-        assert [launch.kernel for launch in launcher.launches] == ["pointwise_kernel"]
-        narrow = device.xp.empty((4, 6), ml_dtypes.float8_e5m2)
-        for source, target in ((x, device.xp.empty((4, 6), np.float32)), (narrow.T, narrow.reshape(6, 4))):
-            assert device.transfer(source, target)[0] is device.xp.copyto
+        for count, dtype in enumerate((np.float32, ml_dtypes.float8_e5m2), 1):
+            x, y = device.xp.empty((4, 6), dtype), device.xp.empty((6, 4), dtype)
+            fn, args = device.transfer(x.T, y)
+            fn(*args)
+            assert [launch.kernel for launch in launcher.launches] == ["pointwise_kernel"] * count
+            assert device.transfer(x, y.reshape(4, 6))[0] is device.xp.copyto
 
 
 @pytest.mark.parametrize(("status", "error"), [(209, LaunchError), (2, fake_cupy.CUDADriverError)])

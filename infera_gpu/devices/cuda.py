@@ -289,7 +289,12 @@ class CudaDevice:
                 return self._after_stream, (np.copyto, (target, source))
 
     def _copy(self, source: Array, target: Array) -> Call:
-        """Dense arrays by the driver; others by the kernel that permutes axes through shared memory, where it can."""
+        """Dense arrays by the driver; others by the kernel that permutes axes through shared memory, where it can.
+
+        Elements of one byte are copied as such: CuPy's own copies know few of their types.
+        """
+        if source.dtype == target.dtype and source.dtype.itemsize == 1:
+            source, target = source.view(np.uint8), target.view(np.uint8)
         dense = source.flags.c_contiguous and target.flags.c_contiguous
         if not dense and "triton" in self.kinds:
             from infera_kernels.triton.elementwise import copy, supports_copy

@@ -196,7 +196,7 @@ _PRELU = Op(
 
 
 def _attr_bounds(site: Site, like: Array) -> tuple[Array, Array]:
-    return np.asarray(site.attrs["min"], like.dtype), np.asarray(site.attrs["max"], like.dtype)
+    return like.dtype.type(site.attrs["min"]), like.dtype.type(site.attrs["max"])
 
 
 def _input_bounds(site: Site, ins: tuple[Array, ...]) -> tuple[Array | None, Array | None]:

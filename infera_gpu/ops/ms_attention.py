@@ -14,6 +14,7 @@ from infera_gpu.ops._rotary import MS_ROTARY
 from infera_gpu.ops._triton_rotary import MS_ROTARY as TRITON_ROTARY
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable import attention as portable
+from infera_kernels.portable.matmul import gemm
 
 
 def _infer_mha(site: Site) -> tuple[TensorSpec, ...]:
@@ -157,7 +158,7 @@ def _attention(
     extra: Array | None = None,
     *_: Array | None,
 ) -> tuple[Array, ...]:
-    qkv = x @ w if bias is None else x @ w + bias
+    qkv = gemm(xp, x, w, bias, alpha=1.0, beta=1.0)
     a, b, _c = _widths(site)
     q, k, v = qkv[..., :a], qkv[..., a : a + b], qkv[..., a + b :]
     before = (None, None) if past is None else (past[0], past[1])

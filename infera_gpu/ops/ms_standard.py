@@ -55,8 +55,8 @@ def _with_delta(site: Site) -> Site:
 
 
 def _range(xp: Any, site: Site, start: Array, limit: Array, delta: Array | None = None) -> Array:
-    whole = _with_delta(site)
-    return _RANGE.outputs(xp, whole, (start, limit, whole.value(2) if delta is None else delta))[0]
+    step = xp.ones((), start.dtype) if delta is None else delta
+    return _RANGE.outputs(xp, _with_delta(site), (start, limit, step))[0]
 
 
 def _windows(site: Site) -> tuple[int, int, int, int]:
@@ -171,11 +171,17 @@ OPS: tuple[Op, ...] = (
         size=REQUIRED,
         step=1,
     ),
-    ms_op(
-        "Unique",
-        _infer_unique,
-        _unique,
-        (Case("repeated", (np.array([2, 1, 1, 3, 4, 3], np.float32),), n_outs=3), Case("empty", (f32(0),), n_outs=3)),
+    replace(
+        ms_op(
+            "Unique",
+            _infer_unique,
+            _unique,
+            (
+                Case("repeated", (np.array([2, 1, 1, 3, 4, 3], np.float32),), n_outs=3),
+                Case("empty", (f32(0),), n_outs=3),
+            ),
+        ),
+        portable=_UNIQUE.portable,
     ),
     ms_op(
         "CDist",

@@ -15,7 +15,7 @@ import pytest
 from bench import gpu_batches, gpu_models
 from bench.build import bert
 from bench.gpu_models import memory, models
-from bench.gpu_operators import kernels, portable
+from bench.gpu_operators import kernels, library, portable
 from bench.gpu_report import CheckFailed, Context
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
@@ -23,6 +23,7 @@ from infera_gpu.passes import layout
 from infera_kernels.launch import InterpreterLauncher, RecordingLauncher, library_of
 from infera_kernels.launch.cublaslt import Product
 from tests import fake_cupy
+from tests.fake_cublaslt import FakeCublasLt, cublaslt
 from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
 from tests.text import parse
 
@@ -39,15 +40,12 @@ class Streamed:
 
     def __init__(self, launcher: Any, stream: Any) -> None:
         self._launcher, self._stream = launcher, stream
+        found = library_of(launcher)
+        self.library = None if found is None else Streamed(found, stream)
 
     def launch(self, *args: Any, **options: Any) -> Call:
         fn, given = self._launcher.launch(*args, **options)
         return self._stream.put, ("launch", partial(fn, *given))
-
-    @property
-    def library(self) -> Streamed | None:
-        found = library_of(self._launcher)
-        return None if found is None else Streamed(found, self._stream)
 
     def call(self, product: Product) -> Call | None:
         """Of a library in a launcher's place."""
@@ -77,6 +75,26 @@ def opener(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Context]:
 
 def named(*names: str) -> Callable[[Op], bool]:
     return lambda op: op.name in names
+
+
+def test_library(opener: Callable[[Any], Context]) -> None:
+    """Of products alone, and there is none where it is not installed."""
+    made = FakeCublasLt()
+
+    def launcher() -> Any:
+        interpreting: Any = InterpreterLauncher()
+        interpreting.library = cublaslt(made)
+        return interpreting
+
+    wanted = named("MatMul", "Gemm", "Add")
+    _, facts = library(opener(launcher), wanted)
+    assert {name.split("-")[0] for name in facts["operators"]} == {"MatMul", "Gemm"}
+    assert facts["done"] == len(made.asked) > 10
+    assert facts["without_a_product"] > 0
+    assert library(opener(InterpreterLauncher), wanted) == ("cuBLASLt is not installed here", {})
+    made.asked.clear()
+    kernels(opener(launcher), wanted)
+    assert not made.asked
 
 
 def test_kernels(opener: Callable[[Any], Context]) -> None:

@@ -13,7 +13,7 @@ def divide(xp: Any, a: Array, b: Array) -> Array:
     """a / b; integers round towards zero, as in C."""
     if a.dtype.kind not in "iu":
         return xp.true_divide(a, b)
-    return xp.floor_divide(a - xp.fmod(a, b), b)
+    return xp.floor_divide(a - modulo(xp, a, b, fmod=True), b)
 
 
 def power(xp: Any, base: Array, exponent: Array) -> Array:
@@ -28,8 +28,14 @@ def power(xp: Any, base: Array, exponent: Array) -> Array:
 
 
 def modulo(xp: Any, a: Array, b: Array, *, fmod: bool) -> Array:
-    """The remainder with the dividend's sign (`fmod`, as in C) or the divisor's (as in Python)."""
-    return xp.fmod(a, b) if fmod else xp.remainder(a, b)
+    """The remainder with the dividend's sign (`fmod`, as in C) or the divisor's (as in Python).
+
+    That of integers is not left to CuPy 14's fmod, which goes through float64.
+    """
+    if fmod and a.dtype.kind not in "iu":
+        return xp.fmod(a, b)
+    rest = xp.remainder(a, b)
+    return xp.where((rest != 0) & ((a < 0) != (b < 0)), rest - b, rest) if fmod else rest
 
 
 def combine(xp: Any, ufunc: str, ins: Sequence[Array]) -> Array:

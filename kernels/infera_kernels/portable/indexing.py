@@ -49,8 +49,38 @@ def _scatter(xp: Any, out: Array, where: tuple[Array, ...], updates: Array, redu
     if reduction == "none":
         out[where] = updates
         return out
-    {"add": xp.add, "mul": xp.multiply, "max": xp.maximum, "min": xp.minimum}[reduction].at(out, where, updates)
+    combine = {"add": xp.add, "mul": xp.multiply, "max": xp.maximum, "min": xp.minimum}[reduction]
+    if xp is np or (reduction == "add" and out.dtype.name in _ATOMICALLY_ADDED):
+        combine.at(out, where, updates)
+    elif updates.size:
+        _meet(xp, combine, out, where, updates)
     return out
+
+
+_ATOMICALLY_ADDED = frozenset({"int32", "uint32", "int64", "uint64", "float16", "float32", "float64"})
+"""What CuPy 14's `add.at` takes. Its `multiply.at` takes nothing; `maximum.at` and `minimum.at` drop NaN, and compare
+float64 as float32."""
+
+
+def _meet(xp: Any, combine: Any, out: Array, where: tuple[Array, ...], updates: Array) -> None:
+    """`combine.at(out, where, updates)`, of a dense `out`.
+
+    The updates of a place are combined in pairs, these in pairs, and so on, and then with what lies there.
+    """
+    sizes, rest = out.shape[: len(where)], out.shape[len(where) :]
+    place = xp.zeros((), np.int64)
+    for at, size in zip(where, sizes, strict=True):
+        place = place * size + at % size
+    place = place.reshape(-1)
+    order = xp.argsort(place, kind="stable")
+    place, new = place[order], updates.reshape(-1, *rest)[order]
+    reach = 1
+    while reach < len(place):  # new[i] is that of update i and the next reach - 1 of its place
+        met = (place[reach:] == place[:-reach]).reshape(-1, *(1,) * len(rest))
+        new[:-reach] = xp.where(met, combine(new[:-reach], new[reach:]), new[:-reach])
+        reach *= 2
+    rows = out.reshape(-1, *rest)
+    rows[place] = combine(rows[place], new[xp.searchsorted(place, place)])
 
 
 def scatter_elements(xp: Any, x: Array, indices: Array, updates: Array, axis: int, reduction: str) -> Array:

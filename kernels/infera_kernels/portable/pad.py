@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from infera_kernels.calls import Array
 
 Pads = Sequence[tuple[int, int]]
 """(before, after) of each axis; a negative count removes elements."""
+
+Mode = Literal["constant", "edge", "reflect", "wrap"]
 
 
 def blank(xp: Any, dtype: np.dtype[Any]) -> Array:
@@ -24,7 +26,23 @@ def crop(x: Array, pads: Pads) -> tuple[Array, tuple[tuple[int, int], ...]]:
     return x[kept], tuple((max(0, b), max(0, a)) for b, a in pads)
 
 
-def pad(xp: Any, x: Array, pads: Pads, *, mode: str, value: Any = 0) -> Array:
-    """`x` padded; `mode` is NumPy's: constant, edge, reflect, wrap. Negative pads are removed first."""
+def pad(xp: Any, x: Array, pads: Pads, *, mode: Mode, value: Any = 0) -> Array:
+    """`x` padded; `mode` is NumPy's. Negative pads are removed first.
+
+    Not by the pad of CuPy 14: it takes no constant that lies on the GPU, and what it repeats more than once it may
+    repeat out of turn.
+    """
     inner, left = crop(x, pads)
-    return xp.pad(inner, left, mode=mode, **({"constant_values": value} if mode == "constant" else {}))
+    if mode == "constant":
+        return framed(xp, inner, left, value)
+    for axis, sides in enumerate(left):
+        if any(sides):
+            inner = xp.take(inner, xp.asarray(np.pad(np.arange(inner.shape[axis]), sides, mode=mode)), axis=axis)
+    return inner
+
+
+def framed(xp: Any, x: Array, pads: Pads, value: Any) -> Array:
+    """A copy of `x` within a border of `value`, which may be a 0-d array."""
+    made = xp.full([b + n + a for n, (b, a) in zip(x.shape, pads, strict=True)], value, x.dtype)
+    made[tuple(slice(b, b + n) for n, (b, _) in zip(x.shape, pads, strict=True))] = x
+    return made

@@ -101,9 +101,10 @@ def scan(xp: Any, name: str, x: Array, axis: int, *, exclusive: bool, reverse: b
 def top_k(xp: Any, x: Array, k: int, axis: int, *, largest: bool) -> tuple[Array, Array]:
     """The k extreme values along `axis` in order, and their int64 indices; of equals the lower index comes first."""
     n = x.shape[axis]
+    keys = x.astype(xp.float32) if x.dtype.name == "bfloat16" else x  # which CuPy does not sort
     if largest:
-        order = n - 1 - xp.flip(xp.argsort(xp.flip(x, axis), axis=axis, kind="stable"), axis)
+        order = n - 1 - xp.flip(xp.argsort(xp.flip(keys, axis), axis=axis, kind="stable"), axis)
     else:
-        order = xp.argsort(x, axis=axis, kind="stable")
+        order = xp.argsort(keys, axis=axis, kind="stable")
     index = xp.take(order, xp.arange(k), axis=axis)
     return xp.take_along_axis(x, index, axis), index.astype(xp.int64)

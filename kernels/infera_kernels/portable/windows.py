@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from infera_kernels.calls import Array
-
-Pads = Sequence[tuple[int, int]]
-"""(before, after) of each spatial axis."""
+from infera_kernels.portable.pad import Pads as Pads
+from infera_kernels.portable.pad import framed
 
 
 def extent(kernel: int, dilation: int) -> int:
@@ -18,13 +17,7 @@ def extent(kernel: int, dilation: int) -> int:
 
 def pad_spatial(xp: Any, x: Array, pads: Pads, value: float) -> Array:
     """`x` with its spatial axes padded by `value`; `x` itself where there is nothing to pad."""
-    if not any(map(any, pads)):
-        return x
-    shape = (*x.shape[:2], *(before + n + after for n, (before, after) in zip(x.shape[2:], pads, strict=True)))
-    padded = xp.full(shape, value, x.dtype)
-    inner = tuple(slice(before, before + n) for n, (before, _) in zip(x.shape[2:], pads, strict=True))
-    padded[(slice(None), slice(None), *inner)] = x
-    return padded
+    return framed(xp, x, ((0, 0), (0, 0), *pads), value) if any(map(any, pads)) else x
 
 
 def windows(
