@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 from infera_kernels.launch import CudaLauncher, LaunchError, RecordingLauncher, cuda, nominal_target
-from infera_kernels.launch.cublaslt import Product, lying
+from infera_kernels.launch.cublaslt import CublasLt, Product, lying
 from infera_kernels.triton.matmul import matmul
 from infera_kernels.triton.tiles import TF32, TF32X3, Tile
 from tests.fake_cublaslt import FakeCublasLt, cublaslt
@@ -196,6 +196,15 @@ def test_where_it_does_not_work_tiles_are_launched(library: FakeCublasLt, launch
     assert len(launcher.launches) == 2
 
 
+def test_without_memory_for_it_tiles_are_launched(library: FakeCublasLt) -> None:
+    launcher: Any = RecordingLauncher()
+    launcher.library = CublasLt(library, 0x50, 1 << 12, lambda: None)
+    a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
+    for _ in range(2):
+        assert run(launcher, a, b, out) == 1
+    assert len(launcher.launches) == 2
+
+
 def test_a_product_that_fails_says_so(library: FakeCublasLt, launcher: Any) -> None:
     library.status["cublasLtMatmul"] = 13
     a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
@@ -254,9 +263,12 @@ def test_a_launcher_has_it_where_it_is_installed(
     a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
     calls = matmul(a, b, out, made)
     assert asked == [nbytes]
+    made.library.close()
+    calls += matmul(a, b, out, made)
+    assert (len(asked), len(alive)) == (2, 2)
     del made
     gc.collect()
-    assert len(alive) == 1
+    assert len(alive) == 2
     del calls
     gc.collect()
     assert not alive

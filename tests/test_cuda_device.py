@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import infera_gpu
+from infera_gpu.budget import VramBudget
 from infera_gpu.devices import cuda
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
 from infera_gpu.graph import HostArray
@@ -343,3 +344,13 @@ def test_only_what_is_wrong_with_a_cubin_is_a_launch_error(
     monkeypatch.setattr(cupy.cuda, "function", SimpleNamespace(Module=Module), raising=False)
     with pytest.raises(error, match=str(status)):
         CupyDriver().load(0, b"", "kernel")
+
+
+def test_cublaslt_works_where_there_is_memory_for_it(cupy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    roomy, full = cuda.CudaDevice(0), cuda.CudaDevice(0, budget=VramBudget(1 << 20))
+    memory: Any = roomy._workspace(1 << 22)
+    assert (memory.ptr != 0, cupy.vram.used) == (True, 1 << 22)
+    del memory
+    assert cupy.vram.used == 0
+    assert full._workspace(1 << 22) is None
+    assert "products are left to Triton's kernels" in caplog.text

@@ -115,55 +115,62 @@ def lying(rows: int, columns: int, strides: tuple[int, int]) -> tuple[int, bool]
     return None
 
 
+class _Handle:
+    """The library at work on a GPU, and its workspace; None where it does not start or has no memory."""
+
+    def __init__(self, found: Any, workspace: Callable[[], Any]) -> None:
+        self._found, self.value, self.workspace = found, c_void_p(), None
+        if status := found["cublasLtCreate"](byref(self.value)):
+            _log.warning("cuBLASLt is not used, it does not start: status %d", status)
+        else:
+            self.workspace = workspace()
+
+    def __del__(self) -> None:
+        if self.value:
+            with suppress(Exception):  # at the end of the process the library may be gone
+                self._found["cublasLtDestroy"](self.value)
+
+
 class CublasLt:
     """Products on one GPU and one stream, whose launches may share a workspace.
 
-    `workspace()` gives memory of `nbytes` on that GPU when the first product is bound, which is done with it current.
+    `workspace()` gives memory of `nbytes` on that GPU when the first product is bound, which is done with it current;
+    None where there is none left.
     """
 
     def __init__(self, found: Any, stream: int, nbytes: int, workspace: Callable[[], Any]) -> None:
         self._found, self._stream, self._nbytes, self._take = found, stream, nbytes, workspace
         self._workspace: Any = None
-        self._handle: c_void_p | None = None
+        self._handle: _Handle | None = None
         self._algorithms: dict[Hashable, _Found | None] = {}
         self._lock = threading.Lock()
 
     def call(self, product: Product) -> Call | None:
         """None where the library has no algorithm for it, or does not work here. Raises LaunchError."""
         with self._lock:
-            if not self._opened():
+            if self._handle is None:
+                self._handle = _Handle(self._found, self._take)
+            handle = self._handle
+            if handle.workspace is None:
                 return None
             made = _Bound(self._found, product)
             key = (product._replace(a=None, b=None, out=None, residual=None, bias=None), *made.lies)  # type: ignore[arg-type]
             if key not in self._algorithms:
-                self._algorithms[key] = self._asked(made)
+                self._algorithms[key] = self._asked(handle, made)
             algorithm = self._algorithms[key]
         if algorithm is None:
             return None
-        made.args = (
-            *(self._handle, *made.args, byref(algorithm), c_void_p(self._workspace.ptr), c_size_t(self._nbytes)),
-            c_void_p(self._stream),
-        )
-        made.keep = (made.keep, algorithm, self)
+        room = c_void_p(handle.workspace.ptr), c_size_t(self._nbytes)
+        made.args = (handle.value, *made.args, byref(algorithm), *room, c_void_p(self._stream))
+        made.keep = (made.keep, algorithm, handle)
         return made, ()
 
-    def __del__(self) -> None:
-        if self._handle:
-            with suppress(Exception):  # at the end of the process the library may be gone
-                self._found["cublasLtDestroy"](self._handle)
+    def close(self) -> None:
+        """Lets go of the workspace, which what is bound keeps; a later product asks for another."""
+        with self._lock:
+            self._handle = None
 
-    def _opened(self) -> bool:
-        """Whether there are a handle and a workspace."""
-        if self._handle is None:
-            handle = c_void_p()
-            if status := self._found["cublasLtCreate"](byref(handle)):
-                _log.warning("cuBLASLt is not used, it does not start: status %d", status)
-            else:
-                self._workspace = self._take()
-            self._handle = handle
-        return bool(self._handle.value)
-
-    def _asked(self, made: _Bound) -> _Found | None:
+    def _asked(self, handle: _Handle, made: _Bound) -> _Found | None:
         """What the library takes to be fastest."""
         wanted, count, found = c_void_p(), c_int(), _Found()
         check(self._found, "MatmulPreferenceCreate", byref(wanted))
@@ -172,7 +179,7 @@ class CublasLt:
             for attribute, value in values:
                 check(self._found, "MatmulPreferenceSetAttribute", wanted, attribute, *_given(value))
             status = self._found["cublasLtMatmulAlgoGetHeuristic"](
-                self._handle, made.operation, *made.layouts, wanted, 1, byref(found), byref(count)
+                handle.value, made.operation, *made.layouts, wanted, 1, byref(found), byref(count)
             )
         finally:
             self._found["cublasLtMatmulPreferenceDestroy"](wanted)
