@@ -41,7 +41,7 @@ test-jit:  ## the kernels that numba compiles for the CPU, in an environment of 
 
 test-cupy:  ## what is bound to CuPy's arrays, with CuPy and no GPU, in an environment of its own (.venv-cupy)
 	@$(MAKE) --no-print-directory VENV=.venv-cupy .venv-cupy/.with-test .venv-cupy/.with-cuda13
-	@.venv-cupy/bin/python -m pytest tests/kernels/test_real_cupy.py
+	@.venv-cupy/bin/python -m pytest tests/kernels/test_real_cupy.py tests/test_portable.py
 
 # kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
 CLIENTS_VENV := .venv-clients

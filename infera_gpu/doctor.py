@@ -153,13 +153,10 @@ def _triton() -> Iterator[Finding]:
 
 
 def _cublaslt() -> Iterator[Finding]:
-    from infera_kernels.launch.cublaslt import OFF, library, version
+    from infera_kernels.launch.cublaslt import OFF, installed
 
-    found = library()
-    if found is not None:
-        yield Finding(
-            "cuBLASLt", "ok", f"{version(found)} multiplies matrices; {OFF}=0 leaves that to Triton's kernels"
-        )
+    if found := installed():
+        yield Finding("cuBLASLt", "ok", f"{found} multiplies matrices on a GPU; {OFF}=0 leaves that to Triton's kernels")
         return
     yield Finding(
         "cuBLASLt",

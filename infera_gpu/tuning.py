@@ -30,7 +30,7 @@ from infera_gpu.op import Call
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_gpu.telemetry import snapshot
-from infera_kernels.launch import LaunchError
+from infera_kernels.launch import LaunchError, cublaslt
 from infera_kernels.tuning import Family, Measured, Problem, Trial, Tuned, numbers, source_of
 
 ROUNDS = 15
@@ -270,6 +270,7 @@ def facts(device: Device) -> dict[str, str]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "method": METHOD,
+        "cublaslt": cublaslt.installed(),
     }
     for package in PACKAGES:
         with suppress(PackageNotFoundError):

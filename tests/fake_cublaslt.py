@@ -73,14 +73,14 @@ class FakeCublasLt:
             found: Any = getattr(self, name.removeprefix("cublasLt"))(*args)
             return int(found or 0)
 
-        return call
+        return call  # functions of ctypes' have a `restype`, as those of Python may
 
     def _new(self, pointer: Any, made: Any) -> None:
         pointer._obj.value = next(self._numbers)
         self.alive[pointer._obj.value] = made
 
     def GetVersion(self) -> int:
-        return 130100
+        return 130100  # 13.1.0
 
     def Create(self, pointer: Any) -> None:
         self._new(pointer, "handle")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import ml_dtypes
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("triton")
 
 from infera_kernels.launch import CudaLauncher, LaunchError, RecordingLauncher, cuda, nominal_target
+from infera_kernels.launch import cublaslt as cublaslt_module
 from infera_kernels.launch.cublaslt import CublasLt, Product, lying
 from infera_kernels.triton.matmul import matmul
 from infera_kernels.triton.tiles import TF32, TF32X3, Tile
@@ -203,6 +205,22 @@ def test_without_memory_for_it_tiles_are_launched(library: FakeCublasLt) -> None
     for _ in range(2):
         assert run(launcher, a, b, out) == 1
     assert len(launcher.launches) == 2
+
+
+def test_its_release_is_told(monkeypatch: pytest.MonkeyPatch, library: FakeCublasLt) -> None:
+    monkeypatch.setattr(cublaslt_module, "library", lambda: library)
+    assert cublaslt_module.installed() == "13.1.0"
+    monkeypatch.setattr(cublaslt_module, "library", lambda: None)
+    assert cublaslt_module.installed() == ""
+
+
+def test_it_is_turned_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = SimpleNamespace(load_nvidia_dynamic_lib=lambda name: SimpleNamespace(abs_path=None))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", cast(Any, loaded))
+    find = cublaslt_module.library.__wrapped__
+    assert find() is not None  # of no path, the process itself
+    monkeypatch.setenv(cublaslt_module.OFF, "0")
+    assert find() is None
 
 
 def test_a_product_that_fails_says_so(library: FakeCublasLt, launcher: Any) -> None:

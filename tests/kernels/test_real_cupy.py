@@ -21,6 +21,7 @@ from infera_gpu.session import Session
 from infera_gpu.spec import spec_of
 from infera_kernels.launch import RecordingLauncher
 from tests.cases import compute, covered
+from tests.fake_cublaslt import FakeCublasLt, cublaslt
 from tests.real_cupy import HostCudaDevice
 
 pytestmark = pytest.mark.kernels
@@ -46,7 +47,9 @@ def test_every_kernel_binds_to_cupys_arrays() -> None:
 def test_a_model_is_planned_bound_and_run() -> None:
     graph = load_graph(bert(layers=1, hidden=16, heads=2, inner=16, vocabulary=50))
     ids = np.random.default_rng(1).integers(0, 50, (2, 7))
-    launcher = RecordingLauncher()
+    launcher: Any = RecordingLauncher()
+    library = FakeCublasLt()
+    launcher.library = cublaslt(library)
     session = Session(graph, HostCudaDevice(launcher))
     runs = []
     for _ in range(3):
@@ -56,6 +59,7 @@ def test_a_model_is_planned_bound_and_run() -> None:
         assert {a.shape[:1] for a in out.values()} == {(2,)}
     assert runs[0] == runs[1] == runs[2]
     assert len(runs[0]) > 5
+    assert len(library.asked) >= 3 * 3  # merged projections, those of attention, one of the feed-forward part
 
 
 def _asked() -> Iterator[tuple[str, ast.Call, str]]:

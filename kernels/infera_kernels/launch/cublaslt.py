@@ -96,8 +96,11 @@ def library() -> Any | None:
         return None
 
 
-def version(found: Any) -> str:
-    """The release of the library, as 13.1.0."""
+def installed() -> str:
+    """The release of the library, as 13.1.0; empty where there is none."""
+    found = library()
+    if found is None:
+        return ""
     ask = found["cublasLtGetVersion"]
     ask.restype = c_size_t
     number = int(ask())
