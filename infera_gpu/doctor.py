@@ -156,7 +156,9 @@ def _cublaslt() -> Iterator[Finding]:
     from infera_kernels.launch.cublaslt import OFF, installed
 
     if found := installed():
-        yield Finding("cuBLASLt", "ok", f"{found} multiplies matrices on a GPU; {OFF}=0 leaves that to Triton's kernels")
+        yield Finding(
+            "cuBLASLt", "ok", f"{found} multiplies matrices on a GPU; {OFF}=0 leaves that to Triton's kernels"
+        )
         return
     yield Finding(
         "cuBLASLt",
