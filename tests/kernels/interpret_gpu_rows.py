@@ -24,9 +24,10 @@ from bench.gpu_rows import Row, copies, measure, section
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import layout
 from infera_gpu.session import Session
-from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
+from infera_kernels.launch import RecordingLauncher
 from tests import fake_torch
 from tests.kernels.test_paths import convolutions
+from tests.kernels.watching import WatchingLauncher
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
@@ -104,7 +105,7 @@ COLUMNS = {
 @pytest.mark.parametrize("name", SETS)
 def test_operators_beside_torch(name: str, opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", fake_torch.module)
-    summary, facts = section(SETS[name])(listed(opener(InterpreterLauncher)))
+    summary, facts = section(SETS[name])(listed(opener(WatchingLauncher)))
     rows = facts["rows"]
     assert len(rows) == len(SETS[name]()) > 3
     for row in rows:
@@ -119,7 +120,7 @@ def test_operators_beside_torch(name: str, opener: Callable[[Any], Context], mon
 
 @pytest.mark.usefixtures("small")
 def test_operators_beside_nobody_are_compared_with_cupys(opener: Callable[[Any], Context]) -> None:
-    _, facts = section(SETS["products"])(opener(InterpreterLauncher))
+    _, facts = section(SETS["products"])(opener(WatchingLauncher))
     assert all(row["peers"] == {} and row["error"] < 0.02 for row in facts["rows"])
     assert all("fraction" not in row and row["operations_per_s"] > 0 for row in facts["rows"])
     with pytest.raises(CheckFailed, match="differs from CuPy"):
@@ -149,7 +150,7 @@ def test_networks_are_timed_eager_and_compiled(
     opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_network_sets, "NETWORKS", NETWORKS)
-    context = listed(opener(InterpreterLauncher))
+    context = listed(opener(WatchingLauncher))
     first, *others = gpu_network_sets.networks()
     assert [row.name for row in (first, *others)] == ["bert b1", "bert b2", "vit b1"]
     alone = measure(context, first)
@@ -174,7 +175,7 @@ def test_int8_says_how_far_it_is_from_float32(
         gpu_network_sets, "QUANTISED", (gpu_network_sets.Quantised("bert", first.build, first.feeds, (1,)),)
     )
     (row,) = gpu_network_sets.integers()
-    found = measure(listed(opener(InterpreterLauncher)), row)
+    found = measure(listed(opener(WatchingLauncher)), row)
     assert 0 < found["error_against_float32"] < 0.2
     assert found["peers"] == {}
 
@@ -196,7 +197,7 @@ def test_a_decoder_takes_its_step(
 ) -> None:
     monkeypatch.setattr(gpu_network_sets, "CASES", (("step", 2, tokens, past),))
     (row,) = gpu_network_sets.decoder(TINY)
-    found = measure(opener(InterpreterLauncher), row)
+    found = measure(opener(WatchingLauncher), row)
     assert found["name"] == "llama-1b step b2"
     outline, _ = row.outline() if row.outline else (None, None)
     assert "zeros" in str(outline)
@@ -223,7 +224,7 @@ class _Module:
 
 def test_copies(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "in_turn", timed)
-    row = copies(listed(opener(InterpreterLauncher)), 1 << 12)
+    row = copies(listed(opener(WatchingLauncher)), 1 << 12)
     assert row["bytes"] == 2 << 12
     assert row["bytes_per_s"] == pytest.approx(8192e3)
 
@@ -234,4 +235,4 @@ def test_a_wrong_answer_is_not_timed(opener: Callable[[Any], Context], monkeypat
     torch.__dict__["matmul"] = lambda a, b: torch.tensor(np.zeros((len(a), b.shape[1]), a.dtype), device="cuda")
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
     with pytest.raises(CheckFailed, match="differs from PyTorch"):
-        measure(opener(InterpreterLauncher), gpu_sets.products()[0])
+        measure(opener(WatchingLauncher), gpu_sets.products()[0])
