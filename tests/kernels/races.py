@@ -30,11 +30,11 @@ class Kind(StrEnum):
     SHARED = "written by one program and read by another"
     WRITTEN = "written by several programs"
     ALIKE = "written by several programs, with the same value"
-    BACK = "read after its program wrote it"
-    LATER = "written after another lane of its program read it"
-    INPLACE = "written after the same lane read it, and others after it"
-    TWICE = "written twice by its program"
-    TWICE_ALIKE = "written twice by its program, with the same value"
+    BACK = "read after its program wrote it, without a barrier"
+    LATER = "written after another lane of its program read it, without a barrier"
+    INPLACE = "written after the same lane read it, and more after that, without a barrier"
+    TWICE = "written twice by its program, without a barrier"
+    TWICE_ALIKE = "written twice by its program, without a barrier, with the same value"
 
 
 class Race(NamedTuple):

@@ -37,7 +37,7 @@ def _told(race: Race, launch: Launch) -> str:
     programs = f"program {first}" if first == last else f"programs {first} and {last}"
     names = " = ".join(_names(launch.args, int(race.addresses[0]))) or "memory of no argument"
     return (
-        f"{launch.kernel}: {names} is {race.kind}, without a barrier: {len(race.addresses)} elements, the first by "
+        f"{launch.kernel}: {names} is {race.kind}: {len(race.addresses)} elements, the first by "
         f"{programs} of {launch.grid}"
     )
 
