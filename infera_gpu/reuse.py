@@ -47,7 +47,7 @@ class Lying:
                 (last < index or window == over)
                 and (window.shape, window.dtype) == (spec.dims, spec.dtype)
                 and all(s > 0 for d, s in zip(window.shape, window.strides, strict=True) if d > 1)
-                and not any(_overlap(window, o) for o, end in lying if end > index or (end == index and o not in mine))
+                and not any(overlap(window, o) for o, end in lying if end > index or (end == index and o not in mine))
                 and self._is_read_at(name, window)
             ):
                 return window
@@ -71,7 +71,7 @@ WORK = 10_000
 """Candidates that are tried to tell whether windows overlap; real ones need a few hundred."""
 
 
-def _overlap(a: Operand, b: Operand) -> bool:
+def overlap(a: Operand, b: Operand) -> bool:
     """Whether two windows into one block share an element, or it is too hard to tell that they do not."""
     (low_a, high_a), (low_b, high_b) = a.bounds(), b.bounds()
     low, high = min(low_a, low_b), max(high_a, high_b)

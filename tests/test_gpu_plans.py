@@ -12,7 +12,10 @@ import infera_gpu
 from bench.inputs import EXAMPLES
 from bench.models import BUILT, path_of
 from infera_gpu.errors import UnreachableError
-from infera_gpu.plan import Plan
+from infera_gpu.layout import Operand
+from infera_gpu.plan import Plan, Step
+from infera_gpu.reuse import overlap
+from infera_gpu.slots import same_place
 from infera_gpu.verify import TOLERANCES, compare
 
 pytestmark = pytest.mark.kernels
@@ -75,6 +78,28 @@ def _has_neighbour(plan: Plan, i: int) -> bool:
 def test_arenas_are_near_the_lower_bound(planned: Planned) -> None:
     for plan in planned.plans:
         assert plan.arena_bytes <= ARENA * plan.lower_bound
+
+
+def test_no_step_writes_what_it_reads(planned: Planned) -> None:
+    """But for the input that a kernel says it may overwrite, which lies exactly where its first output goes."""
+    for step in (step for plan in planned.plans for step in plan.steps):
+        written = [*step.outs, *([step.workspace] if step.workspace else [])]
+        read = [x for x in step.ins if x is not None and not x.constant]
+        over = [x for x in read if _share(x, written[0])]
+        assert len(over) <= 1, step
+        assert all(_may_overwrite(step, x) for x in over), step
+        assert not any(_share(x, y) for y in written[1:] for x in read), step
+        assert not any(_share(x, y) for i, y in enumerate(written) for x in written[:i]), step
+
+
+def _share(a: Operand, b: Operand) -> bool:
+    (low, high), (other_low, other_high) = a.bounds(), b.bounds()
+    return a.space == b.space and low < other_high and other_low < high and overlap(a, b)
+
+
+def _may_overwrite(step: Step, x: Operand) -> bool:
+    inplace = () if step.kernel is None else step.kernel.inplace
+    return step.ins.index(x) in inplace and same_place(x._replace(root=step.outs[0].root), step.outs[0])
 
 
 def test_answers_are_the_cpus(planned: Planned) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from infera_kernels.launch import InterpreterLauncher
 from tests.kernels.interpretations import RUNS, Reports, interpreting, place_of
+from tests.kernels.watching import WatchingLauncher
 
 INTERPRETED = frozenset(place_of(*run) for run in RUNS)
 
@@ -37,5 +38,5 @@ def reports(
 
 @pytest.fixture
 def interpreter() -> InterpreterLauncher:
-    """For the suites that test_interpreter.py runs."""
-    return InterpreterLauncher()
+    """For the suites that test_interpreter.py runs: kernels that race fail."""
+    return WatchingLauncher()

@@ -20,11 +20,12 @@ from bench.gpu_report import CheckFailed, Context
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
 from infera_gpu.passes import layout
-from infera_kernels.launch import InterpreterLauncher, RecordingLauncher, library_of
+from infera_kernels.launch import RecordingLauncher, library_of
 from infera_kernels.launch.cublaslt import Product
 from tests import fake_cupy
 from tests.fake_cublaslt import FakeCublasLt, cublaslt
 from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
+from tests.kernels.watching import WatchingLauncher
 from tests.text import parse
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -82,7 +83,7 @@ def test_library(opener: Callable[[Any], Context]) -> None:
     made = FakeCublasLt()
 
     def launcher() -> Any:
-        interpreting: Any = InterpreterLauncher()
+        interpreting: Any = WatchingLauncher()
         interpreting.library = cublaslt(made)
         return interpreting
 
@@ -91,7 +92,7 @@ def test_library(opener: Callable[[Any], Context]) -> None:
     assert {name.split("-")[0] for name in facts["operators"]} == {"MatMul", "Gemm"}
     assert facts["done"] == len(made.asked) > 10
     assert facts["without_a_product"] > 0
-    assert library(opener(InterpreterLauncher), wanted) == ("cuBLASLt is not installed here", {})
+    assert library(opener(WatchingLauncher), wanted) == ("cuBLASLt is not installed here", {})
     made.asked.clear()
     kernels(opener(launcher), wanted)
     assert not made.asked
@@ -99,7 +100,7 @@ def test_library(opener: Callable[[Any], Context]) -> None:
 
 def test_kernels(opener: Callable[[Any], Context]) -> None:
     names = ("Add", "Sign", "Where", "Not")
-    summary, facts = kernels(opener(InterpreterLauncher), named(*names))
+    summary, facts = kernels(opener(WatchingLauncher), named(*names))
     assert {name.split("-")[0] for name in facts["operators"]} == set(names)
     assert facts["failed"] == {}
     assert facts["done"] > facts["cases"] > 12
@@ -113,20 +114,20 @@ def test_kernels_that_do_not_run_are_found(opener: Callable[[Any], Context]) -> 
 
 
 def test_what_there_is_no_time_for_is_counted(opener: Callable[[Any], Context]) -> None:
-    context = Context(opener(InterpreterLauncher).open, 0.0)
+    context = Context(opener(WatchingLauncher).open, 0.0)
     with pytest.raises(CheckFailed, match="nothing ran") as caught:
         kernels(context, named("Mul"))
     assert caught.value.facts["no_time_for"] == 7
 
 
 def test_portable_operators(opener: Callable[[Any], Context]) -> None:
-    _, facts = portable(opener(InterpreterLauncher), named("Add", "Gather", "NonZero"))
+    _, facts = portable(opener(WatchingLauncher), named("Add", "Gather", "NonZero"))
     assert set(facts["operators"]) == {"Add-1", "Add-7", "Gather-1"}
     assert facts["on_the_host"] > 0
 
 
 def test_a_transformer_agrees_with_the_cpu(opener: Callable[[Any], Context]) -> None:
-    context = opener(InterpreterLauncher)
+    context = opener(WatchingLauncher)
     summary, facts = models(Context(context.open, time.monotonic() + 20), ["bert-small", "resnet50"])
     assert summary.startswith("bert-small agree with the CPU")
     assert summary.endswith(", no time for resnet50")
@@ -144,7 +145,7 @@ def test_convolutions_agree_with_the_cpu(opener: Callable[[Any], Context], monke
     monkeypatch.setitem(WEIGHTS, "head", (16, 4))
     image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 10, 10)).astype(np.float32)
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: convolutions(text), {"x": image}, 1)})
-    _, facts = models(opener(InterpreterLauncher), ["small"])
+    _, facts = models(opener(WatchingLauncher), ["small"])
     assert facts["small"]["steps"].keys() <= {"triton", "upload", "download", "copy"}
     assert facts["small"]["steps"].get("copy", 0) <= 1  # of the output: what leaves a GPU leaves in one piece
 
@@ -153,7 +154,7 @@ def test_entries_of_a_batch(opener: Callable[[Any], Context], monkeypatch: pytes
     small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
     monkeypatch.setattr(gpu_batches, "NETWORKS", {"small": (small, lambda batch: gpu_models.bert_feeds(batch, 5, 100))})
     monkeypatch.setattr(gpu_batches, "gpu_seconds", lambda device, call: call() or 1e-3)
-    summary, facts = gpu_batches.batches(opener(InterpreterLauncher), 3, (0, 2))
+    summary, facts = gpu_batches.batches(opener(WatchingLauncher), 3, (0, 2))
     assert (
         summary
         == "small fp32 b1 1.00 ms (1.00x), b3 1.00 ms (1.00x); small fp16 b1 1.00 ms (1.00x), b3 1.00 ms (1.00x)"
@@ -164,13 +165,13 @@ def test_entries_of_a_batch(opener: Callable[[Any], Context], monkeypatch: pytes
         gpu_batches, "NETWORKS", {"mixing": (lambda: parse(mixing), lambda batch: {"x": MIXED[:batch]})}
     )
     with pytest.raises(CheckFailed, match=r"entries differ: {'mixing fp32': \[0, 2\]"):
-        gpu_batches.batches(opener(InterpreterLauncher), 3, (0, 2))
+        gpu_batches.batches(opener(WatchingLauncher), 3, (0, 2))
 
 
 def test_latencies_are_rows(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
     small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
     monkeypatch.setattr(gpu_models, "LATENCIES", {"small": (small, gpu_models.bert_feeds(1, 5, 100))})
-    summary, facts = gpu_models.latency(opener(InterpreterLauncher))
+    summary, facts = gpu_models.latency(opener(WatchingLauncher))
     (row,) = facts["rows"]
     assert row["operations"] > 0
     assert row["bytes"] / row["seconds"] == row["bytes_per_s"]
@@ -179,7 +180,7 @@ def test_latencies_are_rows(opener: Callable[[Any], Context], monkeypatch: pytes
 
 def test_memory(opener: Callable[[Any], Context]) -> None:
     small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
-    _, facts = memory(opener(InterpreterLauncher), small)
+    _, facts = memory(opener(WatchingLauncher), small)
     assert facts["after_first_run"] == facts["after_more"] < facts["free_before"]
     assert facts["nvml_used_closed"] is None
     assert "missing" in facts["refusal of an arena"]
@@ -192,4 +193,4 @@ def test_memory_that_nvml_still_sees_is_noticed(
     monkeypatch.setattr(gpu_models, "_nvml_used", lambda: next(used))
     small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
     with pytest.raises(CheckFailed, match=r"NVML has 2,147,483,648 bytes more in use after close"):
-        memory(opener(InterpreterLauncher), small)
+        memory(opener(WatchingLauncher), small)

@@ -25,9 +25,10 @@ from bench.gpu_rows import Row, measure
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import layout
 from infera_gpu.session import Session
-from infera_kernels.launch import InterpreterLauncher, RecordingLauncher
+from infera_kernels.launch import RecordingLauncher
 from tests import fake_torch
 from tests.kernels.test_paths import convolutions
+from tests.kernels.watching import WatchingLauncher
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
@@ -112,7 +113,7 @@ PEERS = {"attention": {"torch flash", "torch cuDNN"}}
 @pytest.mark.parametrize("name", SETS)
 def test_operators_beside_torch(name: str, opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", fake_torch.module)
-    line, facts = section(SETS[name])(listed(opener(InterpreterLauncher)))
+    line, facts = section(SETS[name])(listed(opener(WatchingLauncher)))
     rows = facts["rows"]
     assert len(rows) == len(SETS[name]()) > 3
     for row in rows:
@@ -133,7 +134,7 @@ def test_operators_beside_torch(name: str, opener: Callable[[Any], Context], mon
 
 @pytest.mark.usefixtures("small")
 def test_operators_beside_nobody_are_compared_with_cupys(opener: Callable[[Any], Context]) -> None:
-    _, facts = section(SETS["products"])(opener(InterpreterLauncher))
+    _, facts = section(SETS["products"])(opener(WatchingLauncher))
     assert all(row["peers"] == {} and row["error"] < 0.02 for row in facts["rows"])
     assert all("fraction" not in row and row["operations_per_s"] > 0 for row in facts["rows"])
     with pytest.raises(CheckFailed, match="differs from CuPy"):
@@ -163,7 +164,7 @@ def test_networks_are_timed_eager_and_compiled(
     opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_network_sets, "NETWORKS", NETWORKS)
-    context = listed(opener(InterpreterLauncher))
+    context = listed(opener(WatchingLauncher))
     first, *others = gpu_network_sets.networks()
     assert [row.name for row in (first, *others)] == ["bert b1", "bert b2", "vit b1"]
     alone = measure(context, first)
@@ -193,7 +194,7 @@ def test_int8_says_how_far_it_is_from_float32(
         gpu_network_sets, "QUANTISED", (gpu_network_sets.Quantised("bert", first.build, first.feeds, (1,)),)
     )
     (row,) = gpu_network_sets.integers()
-    found = measure(listed(opener(InterpreterLauncher)), row)
+    found = measure(listed(opener(WatchingLauncher)), row)
     assert 0 < found["error_against_float32"] < 0.2
     assert found["peers"] == {}
 
@@ -215,7 +216,7 @@ def test_a_decoder_takes_its_step(
 ) -> None:
     monkeypatch.setattr(gpu_network_sets, "CASES", (("step", 2, tokens, past),))
     (row,) = gpu_network_sets.decoder(TINY)
-    found = measure(opener(InterpreterLauncher), row)
+    found = measure(opener(WatchingLauncher), row)
     assert found["name"] == "llama-1b step b2"
     outline, _ = row.outline() if row.outline else (None, None)
     assert "zeros" in str(outline)
@@ -241,7 +242,7 @@ class _Module:
 
 def test_copies(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timings, "in_turn", timed)
-    row = copies(listed(opener(InterpreterLauncher)), 1 << 12)
+    row = copies(listed(opener(WatchingLauncher)), 1 << 12)
     assert row["bytes"] == 2 << 12
     assert row["bytes_per_s"] == pytest.approx(8192e3)
 
@@ -254,7 +255,7 @@ def test_a_wrong_answer_is_a_row_that_says_so(
     torch.__dict__["matmul"] = lambda a, b: torch.tensor(np.zeros((len(a), b.shape[1]), a.dtype), device="cuda")
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
     with pytest.raises(CheckFailed, match="differs from PyTorch") as caught:
-        section(lambda: gpu_sets.products()[:2])(listed(opener(InterpreterLauncher)))
+        section(lambda: gpu_sets.products()[:2])(listed(opener(WatchingLauncher)))
     rows = caught.value.facts["rows"]
     assert len(rows) == 2
     for row in rows:
@@ -271,7 +272,7 @@ def test_a_peer_that_fails_loses_nothing_but_itself(
     """It is called wrongly, or cannot be recorded: the others are timed, and somebody is compared with."""
     torch = fake_torch.module()
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
-    context = listed(opener(InterpreterLauncher))
+    context = listed(opener(WatchingLauncher))
     del torch.nn.attention.SDPBackend.CUDNN_ATTENTION
     row = measure(context, gpu_sets.attentions()[0])
     assert row["peers"].keys() == {"torch flash"}
@@ -304,4 +305,4 @@ def test_a_peer_that_loses_the_gpu_ends_the_process(
     torch.__dict__["matmul"] = faulting
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)
     with pytest.raises(AcceleratorError):
-        measure(opener(InterpreterLauncher), gpu_sets.products()[0])
+        measure(opener(WatchingLauncher), gpu_sets.products()[0])

@@ -11,8 +11,8 @@ import pytest
 
 from bench import gpu_models
 from bench.gpu_report import Context
-from infera_kernels.launch import InterpreterLauncher
 from tests.fake_cublaslt import FakeCublasLt, cublaslt
+from tests.kernels.watching import WatchingLauncher
 from tests.text import parse
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -54,7 +54,7 @@ def test_a_quantised_network_agrees_with_the_cpu(
 ) -> None:
     x = np.random.default_rng(0).uniform(-1, 1, (4, 2, 6)).astype(np.float32)
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: parse(NETWORK), {"x": x}, 1)})
-    _, facts = gpu_models.models(opener(InterpreterLauncher), ["small"])
+    _, facts = gpu_models.models(opener(WatchingLauncher), ["small"])
     assert facts["small"]["steps"] == {"triton": 5}
 
 
@@ -82,7 +82,7 @@ def test_products_of_a_library_agree_with_the_cpu(
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: parse(PRODUCTS), feeds, 1)})
 
     def launcher() -> Any:
-        made: Any = InterpreterLauncher()
+        made: Any = WatchingLauncher()
         made.library = cublaslt(library)
         return made
 

@@ -30,6 +30,7 @@ SUITES: Mapping[str, int] = {
     "operators": 1400,
     "pool": 37,
     "quant": 43,
+    "races": 18,
     "recurrent": 17,
     "reduce": 210,
     "rotary": 40,

@@ -1,7 +1,8 @@
 """Kernels run by Triton's interpreter on NumPy arrays: numerics without a GPU.
 
 The interpreter computes bfloat16 on its 16-bit storage, silently wrong; kernels therefore widen to float32 before
-they compute (and before `tl.dot` where `INTERPRETED`). It ignores `input_precision` and sees no races.
+they compute (and before `tl.dot` where `INTERPRETED`). It ignores `input_precision`, and knows no races: tests look for
+them in the addresses.
 """
 
 from __future__ import annotations

@@ -170,7 +170,6 @@ def recurrent_kernel(
                         o += _row(peephole, H, n, H) * moved
                     made = _activated(o, clip, alphas[0], betas[0], ACT0) * ACT2(moved, alphas[2], betas[2])
                     moved = tl.where(alive, moved, cell)
-                    tl.store(c + at, moved, mask=inside)
                     if y_c is not None:
                         tl.store(y_c + end_at + n[None, :], store_type(moved, y_c), mask=inside)
                 elif CELL == "GRU":
@@ -196,6 +195,8 @@ def recurrent_kernel(
                 tl.store(y_at + n[None, :], store_type(tl.where(alive, made, 0.0), y), mask=inside)
                 if y_h is not None:
                     tl.store(y_h + end_at + n[None, :], store_type(kept, y_h), mask=inside)
+                if CELL == "LSTM":  # last: until then other threads may read the cells that `made` is made of
+                    tl.store(c + at, moved, mask=inside)
         if WHOLE:
             tl.debug_barrier()
 
