@@ -35,7 +35,7 @@ from infera_gpu.op import Op
 from infera_gpu.passes import PRECISIONS, Precision
 from infera_gpu.session import Session
 from infera_gpu.source import Source
-from infera_kernels.launch import Call, CudaLauncher, LaunchError, Target, library_of
+from infera_kernels.launch import Call, CudaLauncher, LaunchError, Target
 from infera_kernels.launch.abi import Address
 from infera_kernels.launch.compiling import nothing
 from infera_kernels.launch.cublaslt import Product
@@ -108,7 +108,7 @@ class Job:
 class TakingLibrary:
     """Takes every product, as the library of a card that is elsewhere would take nearly all."""
 
-    def call(self, product: Product) -> Call:
+    def call(self, product: Product, workspace: Any) -> Call:
         return nothing, ()
 
 
@@ -142,8 +142,8 @@ def _row(row: Row, launcher: CudaLauncher) -> None:
 
 
 def of_rows(rows: Iterable[Row]) -> list[Job]:
-    """One for each."""
-    return [Job(row.label, partial(_row, row)) for row in rows]
+    """One for each. Those of products are timed without the library too."""
+    return [Job(row.label, partial(_row, row), shared=not row.set.startswith("products")) for row in rows]
 
 
 def cases(part: int, launcher: CudaLauncher, wanted: Callable[[Op], bool] = lambda op: True) -> None:
@@ -197,10 +197,10 @@ def _launcher(target: Target, version: int) -> CudaLauncher:
     return CudaLauncher(0, 0, driver=AbsentDriver(target, version))
 
 
-def _run(target: Target, version: int, library: bool, name: str, index: int) -> tuple[str, int, str]:
+def _run(target: Target, version: int, name: str, index: int) -> tuple[str, int, str]:
     """The name of one of the jobs, how many kernels it compiled, and what went wrong."""
     job, launcher = jobs(name)[index], _launcher(target, version)
-    before, there = launcher.compiled, TakingLibrary() if library and job.shared else None
+    before, there = launcher.compiled, TakingLibrary() if target.library_bytes and job.shared else None
     launcher.library = there  # type: ignore[assignment]
     try:
         job.run(launcher)
@@ -221,7 +221,7 @@ def ahead(which: str, context: Context, wanted: Sequence[int] | None = None) -> 
     wanted = range(len(jobs(which))) if wanted is None else wanted
     by_job: dict[str, int] = {}
     failed: dict[str, str] = {}
-    run = partial(_run, launcher.target, launcher.driver_version, library_of(launcher) is not None, which)
+    run = partial(_run, launcher.target, launcher.driver_version, which)
     with get_context("spawn").Pool(count) as pool:  # leaving it ends the processes
         results = pool.imap_unordered(run, wanted)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -242,8 +242,8 @@ class _Counted:
     def __init__(self, library: Any) -> None:
         self._library, self.count = library, 0
 
-    def call(self, product: Product) -> Call | None:
-        made: Call | None = self._library.call(product)
+    def call(self, product: Product, workspace: Any) -> Call | None:
+        made: Call | None = self._library.call(product, workspace)
         self.count += made is not None
         return made
 
@@ -262,7 +262,7 @@ def library(context: Context, wanted: Callable[[Op], bool] = lambda op: True) ->
     def check(op: Op, case: Case, variants: Sequence[Variant]) -> int:
         before = counted.count
         for site, ins in variants:
-            check_kernel(device, op, case, site, ins)
+            check_kernel(device, op, case, replace(site, tuned=device.tuned), ins)
         return counted.count - before
 
     multiplying = _checked(check, lambda op: wanted(op) and bool(_MULTIPLY.search(op.name)))

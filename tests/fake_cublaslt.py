@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -127,6 +126,7 @@ class FakeCublasLt:
         assert most == 1
         self.heuristics += 1
         attributes = self.alive[wanted.value].attributes
+        assert attributes[3] == 2  # no sums in the output's type
         found._obj.algorithm[:4] = [attributes[i] for i in (5, 6, 7, 8)]
         found._obj.workspace, found._obj.state, count._obj.value = attributes[1], 0, 1
 
@@ -162,8 +162,8 @@ class FakeCublasLt:
         return 0
 
 
-def cublaslt(library: FakeCublasLt, nbytes: int = 1 << 12) -> CublasLt:
-    """cuBLASLt as a launcher has it, with a workspace of the host's."""
-    raw = np.empty(nbytes + 256, np.uint8)
-    at = raw.ctypes.data + -raw.ctypes.data % 256
-    return CublasLt(library, 0x50, nbytes, lambda: SimpleNamespace(ptr=at, memory=raw))
+def with_library(launcher: Any, library: FakeCublasLt, nbytes: int = 1 << 12) -> Any:
+    """The launcher, with cuBLASLt, which works in so many bytes."""
+    launcher.library = CublasLt(library, 0, 0x50)
+    launcher.target = replace(launcher.target, library_bytes=nbytes)
+    return launcher

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from infera_gpu.devices import cuda
+from infera_gpu.memory import ALIGN
 
 
 class CUDARuntimeError(RuntimeError):
@@ -74,7 +75,8 @@ class Memory:
             pool.cached -= nbytes
         else:
             vram.take(nbytes)
-        self.block = np.empty(nbytes, np.uint8)
+        raw = np.empty(nbytes + ALIGN, np.uint8)
+        self.block = raw[-raw.ctypes.data % ALIGN :][:nbytes]
         vram.blocks.add(self)
 
     @property

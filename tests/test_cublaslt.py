@@ -6,9 +6,9 @@ import gc
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
-from weakref import WeakSet
 
 import ml_dtypes
 import numpy as np
@@ -16,12 +16,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-from infera_kernels.launch import CudaLauncher, LaunchError, RecordingLauncher, cuda, nominal_target
+from infera_gpu.devices.recording import RecordingDevice
+from infera_gpu.loader import load_graph
+from infera_gpu.session import Session
+from infera_kernels.launch import CudaLauncher, RecordingLauncher, cuda, nominal_target
 from infera_kernels.launch import cublaslt as cublaslt_module
-from infera_kernels.launch.cublaslt import CublasLt, Product, lying
+from infera_kernels.launch.cublaslt import ALIGNED, CublasError, Product, lying
 from infera_kernels.triton.matmul import matmul
 from infera_kernels.triton.tiles import TF32, TF32X3, Tile
-from tests.fake_cublaslt import FakeCublasLt, cublaslt
+from infera_kernels.tuning import DeviceTiles
+from tests.fake_cublaslt import FakeCublasLt, with_library
+from tests.text import parse
 
 pytestmark = pytest.mark.kernels
 
@@ -33,9 +38,7 @@ def library() -> FakeCublasLt:
 
 @pytest.fixture
 def launcher(library: FakeCublasLt) -> Any:
-    made: Any = RecordingLauncher()
-    made.library = cublaslt(library)
-    return made
+    return with_library(RecordingLauncher(), library)
 
 
 def array(rng: np.random.Generator, shape: tuple[int, ...], lie: str = "rows", dtype: Any = np.float32) -> Any:
@@ -49,9 +52,15 @@ def array(rng: np.random.Generator, shape: tuple[int, ...], lie: str = "rows", d
     return made[tuple(slice(2 * apart, n + 2 * apart) for n in shape)]
 
 
+def workspace(nbytes: int = 1 << 12) -> Any:
+    """As a plan gives it, of the host's memory."""
+    raw = np.empty(nbytes + ALIGNED, np.uint8)
+    return raw[-raw.ctypes.data % ALIGNED :][:nbytes]
+
+
 def run(launcher: Any, a: Any, b: Any, out: Any, **options: Any) -> int:
     """How many calls there are, after they have been made."""
-    calls = matmul(a, b, out, launcher, **options)
+    calls = matmul(a, b, out, launcher, **{"workspace": workspace(), **options})
     for fn, given in calls:
         fn(*given)
     return len(calls)
@@ -127,7 +136,7 @@ def test_thin_matrices(library: FakeCublasLt, launcher: Any, m: int, n: int, k: 
     [
         "one row",
         "tile",
-        "invariant",
+        "no workspace",
         "gelu",
         "tf32x3",
         "parts",
@@ -145,8 +154,8 @@ def test_what_it_does_not_have_is_launched(library: FakeCublasLt, launcher: Any,
             a, out = a[:1], out[:1]
         case "tile":
             given["tile"] = Tile(16, 32, 32, 4, 3)
-        case "invariant":
-            given["invariant"] = True
+        case "no workspace":
+            given["workspace"] = None
         case "gelu":
             given["activation"] = "gelu"
         case "tf32x3":
@@ -180,7 +189,7 @@ def test_an_algorithm_is_asked_for_once_for_alike_products(library: FakeCublasLt
     calls = []
     for offset in (0, 64, 0, 16):  # the last is aligned to 64 bytes alone
         a, b, out = (x[skip + at : skip + at + 16].reshape(4, 4) for at in (offset, 256, 512))
-        calls += matmul(a, b, out, launcher)
+        calls += matmul(a, b, out, launcher, workspace=workspace())
     assert library.heuristics == 2
     for fn, args in calls:
         fn(*args)
@@ -198,13 +207,12 @@ def test_where_it_does_not_work_tiles_are_launched(library: FakeCublasLt, launch
     assert len(launcher.launches) == 2
 
 
-def test_without_memory_for_it_tiles_are_launched(library: FakeCublasLt) -> None:
-    launcher: Any = RecordingLauncher()
-    launcher.library = CublasLt(library, 0x50, 1 << 12, lambda: None)
-    a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
-    for _ in range(2):
-        assert run(launcher, a, b, out) == 1
-    assert len(launcher.launches) == 2
+def test_walked_backwards_it_is_launched(library: FakeCublasLt, launcher: Any) -> None:
+    """Over the batch, which TMA cannot."""
+    rng = np.random.default_rng(3)
+    a, b, out = array(rng, (4, 5, 7))[::-1], array(rng, (4, 7, 3)), np.empty((4, 5, 3), np.float32)
+    assert run(launcher, a, b, out) == len(launcher.launches) == 1
+    assert not library.asked
 
 
 def test_its_release_is_told(monkeypatch: pytest.MonkeyPatch, library: FakeCublasLt) -> None:
@@ -226,7 +234,7 @@ def test_it_is_turned_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_product_that_fails_says_so(library: FakeCublasLt, launcher: Any) -> None:
     library.status["cublasLtMatmul"] = 13
     a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
-    with pytest.raises(LaunchError, match="cublasLtMatmul failed with status 13"):
+    with pytest.raises(CublasError, match="cublasLtMatmul failed with status 13; INFERA_CUBLASLT=0"):
         run(launcher, a, b, out)
 
 
@@ -257,37 +265,34 @@ def test_products_are_alike_by_all_but_their_arrays() -> None:
 
 
 @pytest.mark.parametrize(("arch", "nbytes"), [(80, 1 << 22), (90, 1 << 25)])
-def test_a_launcher_has_it_where_it_is_installed(
+def test_a_launcher_has_it_where_it_is_installed_and_asked_for(
     monkeypatch: pytest.MonkeyPatch, library: FakeCublasLt, arch: int, nbytes: int
 ) -> None:
-    """The workspace is asked for when a product is bound, and let go of with the last."""
     driver: Any = SimpleNamespace(version=lambda: 13000, target=lambda device: nominal_target(arch))
-    asked, alive = list[int](), WeakSet[Any]()
 
-    class Memory:
-        ptr = 0x1000
+    def made(**options: Any) -> CudaLauncher:
+        return CudaLauncher(0, 0x50, driver=driver, **options)
 
-    def workspace(size: int) -> Memory:
-        asked.append(size)
-        made = Memory()
-        alive.add(made)
-        return made
-
-    assert CudaLauncher(0, 0x50, driver=driver, workspace=workspace).library is None
+    monkeypatch.setattr(cuda, "library", lambda: None)
+    assert (made(blas=True).library, made(blas=True).target.library_bytes) == (None, 0)
     monkeypatch.setattr(cuda, "library", lambda: library)
-    assert CudaLauncher(0, 0x50, driver=driver).library is None
-    made: Any = CudaLauncher(0, 0x50, driver=driver, workspace=workspace)
-    assert asked == []
-    a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
-    calls = matmul(a, b, out, made)
-    assert asked == [nbytes]
-    made.library.close()
-    calls += matmul(a, b, out, made)
-    assert (len(asked), len(alive)) == (2, 2)
-    del made
-    gc.collect()
-    assert len(alive) == 2
-    del calls
-    gc.collect()
-    assert not alive
-    assert library.alive == {}
+    assert (made().library, made().target.library_bytes) == (None, 0)
+    found = made(blas=True)
+    assert found.library is not None
+    assert found.target.library_bytes == nbytes
+
+
+@pytest.mark.parametrize(("activation", "wanted"), [("Identity", True), ("Relu", True), ("Sigmoid", False)])
+def test_plans_leave_room_for_it(activation: str, wanted: bool) -> None:
+    """In the arena, so that no run has that of another."""
+    model = parse(
+        f"""g (float[2, 3, 2] x) => (float[2, 3, 2] y) <float[2, 2] w = {{1, 2, 3, 4}}>
+        {{ a = MatMul(x, w) y = {activation}(a) }}"""
+    )
+    for nbytes in (0, 1 << 12):
+        device = RecordingDevice()
+        device.tiles = DeviceTiles(replace(nominal_target(90), library_bytes=nbytes))
+        session = Session(load_graph(model), device)
+        (step,) = session.plan_for({"x": (2, 3, 2)}).steps
+        assert (step.workspace.nbytes if step.workspace else 0) == wanted * nbytes
+        session.run({"x": np.ones((2, 3, 2), np.float32)})

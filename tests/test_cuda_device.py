@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import infera_gpu
-from infera_gpu.budget import VramBudget
 from infera_gpu.devices import cuda
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
 from infera_gpu.graph import HostArray
@@ -21,6 +20,7 @@ from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_kernels.launch import LaunchError, RecordingLauncher
+from infera_kernels.launch.cublaslt import CublasError
 from infera_kernels.launch.cuda import CupyDriver
 from tests import fake_cupy
 from tests.text import parse
@@ -346,11 +346,13 @@ def test_only_what_is_wrong_with_a_cubin_is_a_launch_error(
         CupyDriver().load(0, b"", "kernel")
 
 
-def test_cublaslt_works_where_there_is_memory_for_it(cupy: Any, caplog: pytest.LogCaptureFixture) -> None:
-    roomy, full = cuda.CudaDevice(0), cuda.CudaDevice(0, budget=VramBudget(1 << 20))
-    memory: Any = roomy._workspace(1 << 22)
-    assert (memory.ptr != 0, cupy.vram.used) == (True, 1 << 22)
-    del memory
-    assert cupy.vram.used == 0
-    assert full._workspace(1 << 22) is None
-    assert "products are left to Triton's kernels" in caplog.text
+def test_a_library_that_fails_is_a_device_error_that_names_the_step(cupy: Any) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fail(*_: Any) -> None:
+        raise CublasError("cublasLtMatmul failed with status 13")
+
+    cupy.exp = fail
+    with pytest.raises(DeviceError, match="cuda:0 failed in a run: cublasLtMatmul failed with status 13") as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert "boom" in caught.value.__notes__[0]

@@ -74,7 +74,7 @@ def test_a_recording_that_is_refused_is_ended_and_says_why() -> None:
     assert counts == [TRIES]
 
 
-@pytest.mark.parametrize("at", ["a call", "the end"])
+@pytest.mark.parametrize("at", ["a call", "the end", "a library's call"])
 def test_a_recording_that_another_thread_ends_is_made_in_the_next_run(at: str) -> None:
     stream, counts, ended = fake_cupy.Stream(), [0], list[bool]()
 
@@ -84,6 +84,8 @@ def test_a_recording_that_another_thread_ends_is_made_in_the_next_run(at: str) -
             if at == "a call":
                 stream.refuse_while_recording()
             stream.recorded = None
+            if at == "a library's call":
+                raise RuntimeError("status 14")  # which does not say why
 
     calls = CapturedCalls([counted(stream, counts), (disturb, ())], stream, turnstile := Turnstile())
     logs = []

@@ -5,7 +5,6 @@ Written against CuPy 14. Its calls that take no stream use the thread's current 
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,10 +29,8 @@ from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
 from infera_kernels.calls import LEAST_NS, one_after_the_other
 from infera_kernels.cpu.aligned import Slabs
-from infera_kernels.launch import library_of
+from infera_kernels.launch.cublaslt import CublasError
 from infera_kernels.tuning import DeviceTiles, Tuned
-
-_log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation; CuPy's Python modules have no name for it."""
@@ -150,19 +147,8 @@ class CudaDevice:
         if self._launcher is None:
             from infera_kernels.launch import CudaLauncher
 
-            workspace = None if self.batch_invariant else self._workspace
-            self._launcher = CudaLauncher(self.index, self._stream, workspace=workspace)
+            self._launcher = CudaLauncher(self.index, self._stream, blas=not self.batch_invariant)
         return self._launcher
-
-    def _workspace(self, nbytes: int) -> Any | None:
-        """Memory for cuBLASLt; None where none is left, since Triton's kernels need none."""
-        what = "cuBLASLt's workspace"
-        try:
-            with self._failures(what, nbytes):
-                return self._vram.take(f"{what} on {self.name}", nbytes)
-        except OutOfMemoryError as error:
-            _log.warning("%s: products are left to Triton's kernels", error)
-            return None
 
     @property
     def tiles(self) -> DeviceTiles | None:
@@ -216,6 +202,8 @@ class CudaDevice:
             needed = int(getattr(error, "_size", nbytes))
             failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
             raise _with_notes(failure, error) from error
+        except CublasError as error:
+            raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
             if error.status in LOST:
                 _lost[self.index] = (
@@ -367,8 +355,6 @@ class CudaDevice:
         if not self.lost:
             with self._failures("closing it"), self._device:
                 self.synchronize()
-                if self._launcher is not None and (library := library_of(self._launcher)) is not None:
-                    library.close()
                 self._vram.pool.free_all_blocks()
 
     def __del__(self) -> None:

@@ -111,17 +111,17 @@ class CapturedCalls(Calls):
                 super().__call__()
                 self._graph = self._stream.end_capture()
             except BaseException as error:
-                self._abandon()
-                if getattr(error, "status", 0) not in ENDED:
+                if self._abandoned() not in ENDED and getattr(error, "status", 0) not in ENDED:
                     raise
                 self._ended += 1
                 if self._ended >= TRIES:
                     raise
         return self._graph is not None
 
-    def _abandon(self) -> None:
-        """Ends a recording that failed; what CUDA says of it hides no error that came before."""
+    def _abandoned(self) -> int:
+        """Ends a recording that failed. Returns why CUDA had ended it, 0 where it had not: a library does not say."""
         try:
             self._stream.end_capture()
-        except Exception:  # CUDA invalidated the recording
-            return
+        except Exception as error:
+            return getattr(error, "status", 0)
+        return 0

@@ -122,7 +122,16 @@ class Convolution:
     def workspace(self, site: Site) -> int:
         parts, padded, x = self.parts(site), self.padded(site), self.specs(site)[0]
         copied = math.prod(x.dims[:-1]) * padded * x.dtype.itemsize if site.outs[0].size else 0
-        return aligned(4 * math.prod(parts) if parts else 0) + aligned(copied)
+        return aligned(4 * math.prod(parts) if parts else 0) + aligned(copied) + aligned(self.library_bytes(site))
+
+    def library_bytes(self, site: Site) -> int:
+        """Of a library that may compute a product."""
+        from infera_kernels.triton.blas import library_bytes
+
+        x, _, out = self.specs(site)
+        if not out.size or self.is_depthwise(site) or not self.is_product(site):
+            return 0
+        return library_bytes(site.tuned, math.prod(out.dims[:-1]), x.dims[-1], self._function(site))
 
     # ---- binding
 
@@ -142,8 +151,10 @@ class Convolution:
         where = geometry(found.kernel, found.strides, found.dilations, found.pads)
         if self.is_depthwise(site):
             return depthwise(x, self.weights(site, io), out, io.launcher, where, finish=finish)
+        room = self.library_bytes(site)
+        workspace = io.scratch((room,), np.uint8) if room else None
         if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):
-            return _product(x, io.ins[1], out, finish, io, site)
+            return _product(x, io.ins[1], out, finish, io, site, workspace)
         calls: list[Call] = []
         if padded := self.padded(site):
             from infera_kernels.triton.pad_channels import pad_channels
@@ -196,7 +207,7 @@ def _widened(w: HostArray, channels: int) -> HostArray:
     return made
 
 
-def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers, site: Site) -> list[Call]:
+def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers, site: Site, workspace: Array) -> list[Call]:
     from infera_kernels.triton.matmul import matmul
     from infera_kernels.triton.tiles import IEEE, TF32
 
@@ -211,6 +222,7 @@ def _product(x: Array, w: Array, out: Array, finish: Any, io: Buffers, site: Sit
         act_alpha=finish.alpha,
         act_beta=finish.beta,
         precision=TF32 if io.tf32 else IEEE,
+        workspace=workspace,
         invariant=site.batch_invariant,
         tuned=site.tuned,
     )

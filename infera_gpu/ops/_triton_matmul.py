@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from infera_gpu.memory import aligned
@@ -36,9 +38,18 @@ def _parts(site: Site) -> int:
     return parts_of(a, b, out, invariant=site.batch_invariant, tuned=site.tuned)
 
 
-def _partial_bytes(site: Site) -> int:
+def _library_bytes(site: Site) -> int:
+    """The scratch of a library that may compute the product, whose sums are not cut."""
+    from infera_kernels.triton.blas import library_bytes
+
+    _, b, out = _matrices(site)
+    rows = math.prod(out[:-1]) if math.prod(b[:-2]) == 1 else out[-2]
+    return library_bytes(site.tuned, rows, b[-2], site.attrs.get("activation") or None) if math.prod(out) else 0
+
+
+def _workspace(site: Site) -> int:
     parts = _parts(site)
-    return aligned(parts * site.outs[0].size * 4) if parts > 1 else 0
+    return aligned(parts * site.outs[0].size * 4 if parts > 1 else _library_bytes(site))
 
 
 def _supports_product(site: Site) -> bool:
@@ -73,6 +84,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         residual, after = after, None
     left, right, made = (x.reshape(shape) for x, shape in zip((a, b, out), shapes, strict=True))
     parts = _parts(site)
+    room = 0 if parts > 1 else _library_bytes(site)
     calls = matmul(
         left,
         right,
@@ -85,6 +97,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         activation=activation,
         precision=TF32 if io.tf32 else IEEE,
         partial=io.scratch((parts, out.size), np.float32) if parts > 1 else None,
+        workspace=io.scratch((room,), np.uint8) if room else None,
         invariant=site.batch_invariant,
         tuned=site.tuned,
     )
@@ -97,7 +110,7 @@ def _is_row(term: Array, columns: int) -> bool:
     return bool(term.size == columns and term.shape[-1:] == (columns,) and term.strides[-1] == itemsize)
 
 
-PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True, workspace=_partial_bytes)
+PRODUCT = kernels(_bind_product, _supports_product, inplace=(), strided=True, workspace=_workspace)
 """MatMul, Gemm and FusedMatMul: act(alpha A' @ B' + beta input 2) + input 3, each part where there is such an input."""
 
 OPS: tuple[Op, ...] = ()

@@ -23,7 +23,7 @@ from infera_gpu.passes import layout
 from infera_kernels.launch import RecordingLauncher, library_of
 from infera_kernels.launch.cublaslt import Product
 from tests import fake_cupy
-from tests.fake_cublaslt import FakeCublasLt, cublaslt
+from tests.fake_cublaslt import FakeCublasLt, with_library
 from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
 from tests.kernels.watching import WatchingLauncher
 from tests.text import parse
@@ -48,9 +48,9 @@ class Streamed:
         fn, given = self._launcher.launch(*args, **options)
         return self._stream.put, ("launch", partial(fn, *given))
 
-    def call(self, product: Product) -> Call | None:
+    def call(self, product: Product, workspace: Any) -> Call | None:
         """Of a library in a launcher's place."""
-        made: Call | None = self._launcher.call(product)
+        made: Call | None = self._launcher.call(product, workspace)
         return made and (self._stream.put, ("product", partial(made[0], *made[1])))
 
     def __getattr__(self, name: str) -> Any:
@@ -83,9 +83,7 @@ def test_library(opener: Callable[[Any], Context]) -> None:
     made = FakeCublasLt()
 
     def launcher() -> Any:
-        interpreting: Any = WatchingLauncher()
-        interpreting.library = cublaslt(made)
-        return interpreting
+        return with_library(WatchingLauncher(), made)
 
     wanted = named("MatMul", "Gemm", "Add")
     _, facts = library(opener(launcher), wanted)

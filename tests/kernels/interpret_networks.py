@@ -11,7 +11,7 @@ import pytest
 
 from bench import gpu_models
 from bench.gpu_report import Context
-from tests.fake_cublaslt import FakeCublasLt, cublaslt
+from tests.fake_cublaslt import FakeCublasLt, with_library
 from tests.kernels.watching import WatchingLauncher
 from tests.text import parse
 
@@ -82,9 +82,7 @@ def test_products_of_a_library_agree_with_the_cpu(
     monkeypatch.setattr(gpu_models, "MODELS", {"small": (lambda: parse(PRODUCTS), feeds, 1)})
 
     def launcher() -> Any:
-        made: Any = WatchingLauncher()
-        made.library = cublaslt(library)
-        return made
+        return with_library(WatchingLauncher(), library)
 
     gpu_models.models(opener(launcher), ["small"])
     assert [operation.attributes[7] for operation in library.asked][:2] == [2 | 4, 1]  # bias and ReLU; nothing

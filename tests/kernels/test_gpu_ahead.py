@@ -108,8 +108,8 @@ def test_jobs_that_fail_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(gpu_ahead, "jobs", lambda name: [small(), gpu_ahead.Job("broken", broken)])
     target = nominal_target(90)
-    assert gpu_ahead._run(target, VERSION, False, "check", 0) == ("small fp32", 1, "")
-    assert gpu_ahead._run(target, VERSION, False, "check", 1) == ("broken", 0, "ValueError: no such model")
+    assert gpu_ahead._run(target, VERSION, "check", 0) == ("small fp32", 1, "")
+    assert gpu_ahead._run(target, VERSION, "check", 1) == ("broken", 0, "ValueError: no such model")
 
 
 def test_what_a_library_computes_is_not_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +118,8 @@ def test_what_a_library_computes_is_not_compiled(cache: Path, monkeypatch: pytes
     feeds = {"x": np.zeros((2, 8), np.float32), "w": np.zeros((8, 4), np.float32)}
     job = gpu_ahead.planned("small", lambda: model, feeds)
     monkeypatch.setattr(gpu_ahead, "jobs", lambda name: [job, replace(job, shared=False)])
-    target = nominal_target(90)
-    assert [gpu_ahead._run(target, VERSION, True, "check", i)[1:] for i in range(2)] == [(0, ""), (1, "")]
+    target = replace(nominal_target(90), library_bytes=1 << 12)
+    assert [gpu_ahead._run(target, VERSION, "check", i)[1:] for i in range(2)] == [(0, ""), (1, "")]
 
 
 def test_every_section_that_launches_has_jobs() -> None:

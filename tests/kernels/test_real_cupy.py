@@ -21,7 +21,7 @@ from infera_gpu.session import Session
 from infera_gpu.spec import spec_of
 from infera_kernels.launch import RecordingLauncher
 from tests.cases import compute, covered
-from tests.fake_cublaslt import FakeCublasLt, cublaslt
+from tests.fake_cublaslt import FakeCublasLt, with_library
 from tests.real_cupy import HostCudaDevice
 
 pytestmark = pytest.mark.kernels
@@ -47,9 +47,8 @@ def test_every_kernel_binds_to_cupys_arrays() -> None:
 def test_a_model_is_planned_bound_and_run() -> None:
     graph = load_graph(bert(layers=1, hidden=16, heads=2, inner=16, vocabulary=50))
     ids = np.random.default_rng(1).integers(0, 50, (2, 7))
-    launcher: Any = RecordingLauncher()
     library = FakeCublasLt()
-    launcher.library = cublaslt(library)
+    launcher = with_library(RecordingLauncher(), library)
     session = Session(graph, HostCudaDevice(launcher))
     runs = []
     for _ in range(3):

@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from contextlib import suppress
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
@@ -33,13 +33,24 @@ _FLOAT32, _TF32 = 68, 77
 
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS = 3, 4, 7, 8
 _BATCH, _STEP = 5, 6
-_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)
+_WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)
+_IN_FLOAT32 = 2
+"""cublasLtReductionScheme_t: parts of a sum meet in the workspace, as they were summed. By others they meet in the
+output, in its type, and not always in one order."""
+
 _PLAIN, _ADD_BIAS = 1, 4
 ACTIVATIONS = {None: 0, "relu": 2, "gelu_tanh": 32}
 """cublasLtEpilogue_t, where an activation after a bias is their sum; its GELU is the tanh form."""
 
+REMEMBERED = 4096
+"""Algorithms that are remembered: layers of a model ask for the same ones."""
+
 ALIGNED = 256
 """Bytes: what the library takes pointers to be aligned to unless it is told, and its workspace must be."""
+
+
+class CublasError(LaunchError):
+    """The library did not do what it was asked."""
 
 
 class Matrix(NamedTuple):
@@ -118,71 +129,62 @@ def lying(rows: int, columns: int, strides: tuple[int, int]) -> tuple[int, bool]
     return None
 
 
-class _Handle:
-    """The library at work on a GPU, and its workspace; None where it does not start or has no memory."""
-
-    def __init__(self, found: Any, workspace: Callable[[], Any]) -> None:
-        self._found, self.value, self.workspace = found, c_void_p(), None
-        if status := found["cublasLtCreate"](byref(self.value)):
-            _log.warning("cuBLASLt is not used, it does not start: status %d", status)
-        else:
-            self.workspace = workspace()
-
-    def __del__(self) -> None:
-        if self.value:
-            with suppress(Exception):  # at the end of the process the library may be gone
-                self._found["cublasLtDestroy"](self.value)
+@cache
+def _handle(found: Any, device_id: int) -> c_void_p | None:
+    """The library at work on the GPU, which is current: one for the process, since to destroy one waits for the GPU.
+    None where it does not start."""
+    handle = c_void_p()
+    if status := found["cublasLtCreate"](byref(handle)):
+        _log.warning("cuBLASLt is not used, it does not start on GPU %d: status %d", device_id, status)
+        return None
+    return handle
 
 
 class CublasLt:
-    """Products on one GPU and one stream, whose launches may share a workspace.
+    """Products on one GPU and one stream. It is used with that GPU current."""
 
-    `workspace()` gives memory of `nbytes` on that GPU when the first product is bound, which is done with it current;
-    None where there is none left.
-    """
-
-    def __init__(self, found: Any, stream: int, nbytes: int, workspace: Callable[[], Any]) -> None:
-        self._found, self._stream, self._nbytes, self._take = found, stream, nbytes, workspace
-        self._workspace: Any = None
-        self._handle: _Handle | None = None
+    def __init__(self, found: Any, device_id: int, stream: int) -> None:
+        self._found, self._device_id, self._stream = found, device_id, stream
         self._algorithms: dict[Hashable, _Found | None] = {}
         self._lock = threading.Lock()
 
-    def call(self, product: Product) -> Call | None:
-        """None where the library has no algorithm for it, or does not work here. Raises LaunchError."""
+    def call(self, product: Product, workspace: Any) -> Call | None:
+        """The product, which may use `workspace` while it runs and nobody else meanwhile, ALIGNED memory of the GPU.
+
+        None where the library has no algorithm for it, or does not work here. Raises CublasError.
+        """
         with self._lock:
-            if self._handle is None:
-                self._handle = _Handle(self._found, self._take)
-            handle = self._handle
-            if handle.workspace is None:
+            handle = _handle(self._found, self._device_id)
+            if handle is None:
                 return None
             made = _Bound(self._found, product)
-            key = (product._replace(a=None, b=None, out=None, residual=None, bias=None), *made.lies)  # type: ignore[arg-type]
+            same = product._replace(a=None, b=None, out=None, residual=None, bias=None)  # type: ignore[arg-type]
+            key = (same, *made.lies, workspace.nbytes)
             if key not in self._algorithms:
-                self._algorithms[key] = self._asked(handle, made)
+                if len(self._algorithms) >= REMEMBERED:
+                    self._algorithms.clear()
+                self._algorithms[key] = self._asked(handle, made, workspace.nbytes)
             algorithm = self._algorithms[key]
         if algorithm is None:
             return None
-        room = c_void_p(handle.workspace.ptr), c_size_t(self._nbytes)
-        made.args = (handle.value, *made.args, byref(algorithm), *room, c_void_p(self._stream))
-        made.keep = (made.keep, algorithm, handle)
-        return made, ()
+        made.keep = (made.keep, algorithm, workspace)
+        room = c_void_p(address_of(workspace)), c_size_t(workspace.nbytes)
+        return made.multiply, (handle, *made.operands, byref(algorithm), *room, c_void_p(self._stream))
 
-    def close(self) -> None:
-        """Lets go of the workspace, which what is bound keeps; a later product asks for another."""
-        with self._lock:
-            self._handle = None
-
-    def _asked(self, handle: _Handle, made: _Bound) -> _Found | None:
+    def _asked(self, handle: c_void_p, made: _Bound, nbytes: int) -> _Found | None:
         """What the library takes to be fastest."""
         wanted, count, found = c_void_p(), c_int(), _Found()
         check(self._found, "MatmulPreferenceCreate", byref(wanted))
         try:
-            values = [(_WORKSPACE, c_uint64(self._nbytes)), *zip(_ALIGNMENTS, map(c_uint32, made.aligned), strict=True)]
+            values = [
+                (_WORKSPACE, c_uint64(nbytes)),
+                (_REDUCTIONS, c_uint32(_IN_FLOAT32)),
+                *zip(_ALIGNMENTS, map(c_uint32, made.aligned), strict=True),
+            ]
             for attribute, value in values:
                 check(self._found, "MatmulPreferenceSetAttribute", wanted, attribute, *_given(value))
             status = self._found["cublasLtMatmulAlgoGetHeuristic"](
-                handle.value, made.operation, *made.layouts, wanted, 1, byref(found), byref(count)
+                handle, made.operation, *made.layouts, wanted, 1, byref(found), byref(count)
             )
         finally:
             self._found["cublasLtMatmulPreferenceDestroy"](wanted)
@@ -190,9 +192,13 @@ class CublasLt:
 
 
 def check(found: Any, name: str, *args: Any) -> None:
-    """Calls a function. Raises LaunchError where that fails."""
+    """Calls a function. Raises CublasError where that fails."""
     if status := found[f"cublasLt{name}"](*args):
-        raise LaunchError(f"cublasLt{name} failed with status {status}")
+        raise _failed(name, status)
+
+
+def _failed(name: str, status: int) -> CublasError:
+    return CublasError(f"cublasLt{name} failed with status {status}; {OFF}=0 leaves products to Triton's kernels")
 
 
 def _given(value: Any) -> tuple[Any, c_size_t]:
@@ -201,7 +207,7 @@ def _given(value: Any) -> tuple[Any, c_size_t]:
 
 
 class _Bound:
-    """A product with its descriptors, which it owns. `args` are those of cublasLtMatmul, in the end all of them."""
+    """A product with its descriptors, which it owns. `operands` are arguments of cublasLtMatmul."""
 
     def __init__(self, found: Any, p: Product) -> None:
         self._found = found
@@ -231,7 +237,7 @@ class _Bound:
         )
         alpha, beta = c_float(p.alpha), c_float(0.0 if p.residual is None else p.beta)
         left, right, added, out = ((c_void_p(at), layout) for at, layout in zip(addresses, self.layouts, strict=True))
-        self.args: tuple[Any, ...] = (self.operation, byref(alpha), *left, *right, byref(beta), *added, *out)
+        self.operands: tuple[Any, ...] = (self.operation, byref(alpha), *left, *right, byref(beta), *added, *out)
         self.keep: Any = (p, alpha, beta)
         self._multiply = found["cublasLtMatmul"]
 
@@ -244,9 +250,9 @@ class _Bound:
                 check(self._found, "MatrixLayoutSetAttribute", layout, attribute, *_given(value))
         return layout
 
-    def __call__(self) -> None:
-        if status := self._multiply(*self.args):
-            raise LaunchError(f"cublasLtMatmul failed with status {status}")
+    def multiply(self, *args: Any) -> None:
+        if status := self._multiply(*args):
+            raise _failed("Matmul", status)
 
     def __del__(self) -> None:
         with suppress(Exception):  # at the end of the process the library may be gone

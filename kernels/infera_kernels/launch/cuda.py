@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from infera_kernels.calls import Call
@@ -111,7 +110,7 @@ class CudaLauncher:
 
     `stream` is a cupy stream, or its address. `launch` compiles or loads what is not there yet, so it must run
     outside a graph capture; the Calls it returns may be captured. It may be called from several threads. `library` is
-    cuBLASLt, where there is one and `workspace`, which gives it memory of so many bytes.
+    cuBLASLt, where it is installed and `blas` asks for it.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class CudaLauncher:
         *,
         driver: Driver | None = None,
         cache: KernelCache | None = None,
-        workspace: Callable[[int], Any] | None = None,
+        blas: bool = False,
     ) -> None:
         self.device_id = device_id
         self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
@@ -131,9 +130,9 @@ class CudaLauncher:
         suit(self.driver_version)
         self.target = self._driver.target(device_id)
         self.library: CublasLt | None = None
-        if workspace is not None and (found := library()) is not None:
-            nbytes = WORKSPACES[self.target.arch >= 90]
-            self.library = CublasLt(found, self._stream, nbytes, partial(workspace, nbytes))
+        if blas and (found := library()) is not None:
+            self.library = CublasLt(found, device_id, self._stream)
+            self.target = replace(self.target, library_bytes=WORKSPACES[self.target.arch >= 90])
         self.compiled = 0
         """Kernels that were not in the cache and were compiled here."""
         self._loaded: dict[str, _Loaded] = {}

@@ -47,6 +47,8 @@ class Target:
     """The most dynamic shared memory that one block may opt in to."""
     name: str = ""
     """What CUDA calls the card; empty for none in particular."""
+    library_bytes: int = 0
+    """Scratch for a product by cuBLASLt; 0 where that is not used."""
 
 
 def nominal_target(arch: int) -> Target:

@@ -117,6 +117,7 @@ def matmul(
     precision: str = IEEE,
     tile: Tile | None = None,
     partial: Any = None,
+    workspace: Any = None,
     invariant: bool = False,
     tuned: Tuned | None = None,
 ) -> list[Call]:
@@ -125,8 +126,9 @@ def matmul(
     Strides are arbitrary; `bias` must be contiguous; residual may stretch. `precision` is for float32 inputs: "ieee"
     (exact products), "tf32" (about 3 digits, tensor cores) or "tf32x3" (nearly exact, tensor cores). `tile` overrides
     what is `tuned`, or predicted. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape
-    (parts_of(a, b, out), out.size), cuts the sums into so many parts. `invariant` rows are the same bits however many
-    there are; nothing is tuned for them.
+    (parts_of(a, b, out), out.size), cuts the sums into so many parts. With a `workspace`, scratch of
+    `blas.library_bytes`, the product may be cuBLASLt's. `invariant` rows are the same bits however many there are;
+    nothing is tuned for them.
     """
     if not supports_matmul(a, b, out, bias, residual, activation):
         given = ", ".join(f"{name_of(x)}{list(x.shape)}" for x in (a, b, out, bias, residual) if x is not None)
@@ -190,10 +192,10 @@ def matmul(
     if partial is None:
         args = {**turned, **sums, **epilogue}
         product = None
-        if not invariant and tile is None and precision in (IEEE, TF32):
+        if workspace is not None and tile is None and precision in (IEEE, TF32):
             strides = [s[-2:] for s in (a_strides, b_strides, out_strides, residual_strides)]
             product = product_of(args, strides, walked, activation=activation, tf32=precision == TF32)
-        return [_sums(args, 1, act, launcher, precision, tile, end=end, product=product, **how)]
+        return [_sums(args, 1, act, launcher, precision, tile, end=end, product=product, workspace=workspace, **how)]
     parts, size = partial.shape[0], products * m * n
     steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))
     first = {
@@ -239,6 +241,7 @@ def _sums(
     invariant: bool,
     tuned: Tuned | None,
     product: Product | None = None,
+    workspace: Any = None,
 ) -> Call:
     """One launch. A `product` may be the library's, where the launcher has one."""
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
@@ -254,13 +257,12 @@ def _sums(
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
         layout = _layout(args) + end
-        if product is not None and (library := library_of(launcher)) is not None:
+        library = None if product is None else library_of(launcher)
+        call: Call | None = library and library.call(product, workspace)
+        if call is not None:
             tile = choose(MATMUL, MATMUL.problem(kind, sizes, EITHER + layout), target, tuned)
             if tile == LIBRARY:
-                call: Call | None = library.call(product)
-                if call is not None:
-                    return call
-                tile = None
+                return call
         if tile is None:
             tile = choose(MATMUL, MATMUL.problem(kind, sizes, layout), target, tuned)
     known = {
