@@ -256,7 +256,9 @@ class Graph:
         for n in self.nodes:
             for value in n.inputs:
                 if value and value not in known:
-                    raise InvalidModel(f"{n}: its input '{value}' is made by no node before it")
+                    later = any(value in other.outputs for other in self.nodes)
+                    how = "is made by a later node, and some wait for each other" if later else "is made by no node"
+                    raise InvalidModel(f"{n}: its input '{value}' {how}")
             for _, sub in n.subgraphs:
                 sub.check(known)
             for value in n.outputs:

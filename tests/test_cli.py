@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import tomllib
@@ -29,6 +30,21 @@ def test_version_and_help() -> None:
     assert status == 0
     for name in ("run", "inspect", "verify", "pull", "doctor", "serve"):
         assert f" {name} " in out
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("serve", ("(127.0.0.1)", "(8000)", "(the second after --port)", "(64 MiB)", "(no goal)")),
+        ("key", ("(no limit)", "(all)")),
+        ("verify", ("(as the precision allows)",)),
+        ("inspect", ("(one for every core)", "auto")),
+    ],
+)
+def test_help_says_what_is_usual(command: str, defaults: tuple[str, ...]) -> None:
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", infera(command, "--help")[1]).split())
+    for default in defaults:
+        assert f"[default: {default}" in said
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ Shape: TypeAlias = Annotated[
 ]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or recording.")]
 Threads: TypeAlias = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of a run on the CPU. [default: one for every core]")
+    int | None, typer.Option("--threads", min=1, help="Threads of a run on the CPU.", show_default="one for every core")
 ]
 Compute: TypeAlias = Annotated[
     str,

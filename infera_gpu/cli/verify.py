@@ -39,7 +39,7 @@ def command(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", min=0, help="Of each output's peak. [default: as the precision allows]"),
+        typer.Option("--tolerance", min=0, help="Of each output's peak.", show_default="as the precision allows"),
     ] = None,
     first: Annotated[
         bool, typer.Option("--first", help="Show the first node whose output differs from the CPU's in float32.")

@@ -21,7 +21,7 @@ from infera_gpu.compat.options import (
     set_seed,
 )
 from infera_gpu.compat.ortvalue import OrtValue
-from infera_gpu.compat.providers import get_all_providers, get_available_providers, get_device
+from infera_gpu.compat.providers import get_all_providers, get_available_providers, get_device, preload_dlls
 from infera_gpu.compat.types import ModelMetadata, NodeArg
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "get_all_providers",
     "get_available_providers",
     "get_device",
+    "preload_dlls",
     "set_default_logger_severity",
     "set_default_logger_verbosity",
     "set_seed",

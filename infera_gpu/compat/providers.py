@@ -28,6 +28,10 @@ def get_device() -> str:
     return "CPU" if why_unavailable() else "GPU"
 
 
+def preload_dlls(cuda: bool = True, cudnn: bool = True, msvc: bool = True, directory: str | None = None) -> None:
+    """Nothing: what CuPy needs of CUDA it loads itself."""
+
+
 def device_of(
     providers: Sequence[Provider] | None, options: Sequence[Mapping[str, Any]] | None
 ) -> tuple[str, list[str]]:

@@ -37,21 +37,23 @@ def serve(
             help="ONNX files, folders of them, NAME/VERSION/model.onnx trees, or names `infera pull` knows."
         ),
     ],
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default="8000")
+    ] = None,
     grpc_port: Annotated[
         str | None,
-        typer.Option(help="Port for gRPC; 0 takes a free one, off serves none. [default: the one after --port]"),
+        typer.Option(help="Port for gRPC; 0 takes a free one, off serves none.", show_default="the one after --port"),
     ] = None,
     metrics_port: Annotated[
         str | None,
         typer.Option(
-            help="Port for /metrics alone, which --port has too; 0 takes a free one, off none. "
-            "[default: the second after --port]"
+            help="Port for /metrics alone, which --port has too; 0 takes a free one, off none.",
+            show_default="the second after --port",
         ),
     ] = None,
     grpc_compression: Annotated[
-        str | None, typer.Option(help="Of gRPC's responses: none, deflate, gzip. [default: none]")
+        str | None, typer.Option(help="Of gRPC's responses: none, deflate, gzip.", show_default="none")
     ] = None,
     api_keys: Annotated[
         Path | None, typer.Option(help="File of API keys, made by `infera key`: requests need one of them.")
@@ -59,7 +61,7 @@ def serve(
     open_management: Annotated[
         bool | None,
         typer.Option(
-            "--open-management", help="Let anybody load models and change settings. [default: only on localhost]"
+            "--open-management", help="Let anybody load models and change settings.", show_default="only on localhost"
         ),
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM): serve HTTPS.")] = None,
@@ -70,7 +72,7 @@ def serve(
     device: Annotated[
         str | None,
         typer.Option(
-            help="auto, cpu, cuda, cuda:N, several with commas, or cuda:all: models are spread. [default: auto]"
+            help="auto, cpu, cuda, cuda:N, several with commas, or cuda:all: models are spread.", show_default="auto"
         ),
     ] = None,
     pin: Annotated[
@@ -78,29 +80,34 @@ def serve(
         typer.Option(help="MODEL=DEVICE: the device of one model. Repeatable.", metavar="MODEL=DEVICE"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of a run, shared by all models. [default: all but one]")
+        int | None, typer.Option(help="CPU threads of a run, shared by all models.", show_default="all but one")
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="In what float32 models are computed: fp32, tf32, fp16, bf16, int8. [default: fp32]"),
+        typer.Option(help="In what float32 models are computed: fp32, tf32, fp16, bf16, int8.", show_default="fp32"),
     ] = None,
     batch_invariant: Annotated[
         bool | None,
         typer.Option(
             "--batch-invariant",
-            help="On GPUs a request has the same bits whatever shares its batch, at a cost in speed. [default: no]",
+            help="On GPUs a request has the same bits whatever shares its batch, at a cost in speed.",
+            show_default="no",
         ),
     ] = None,
     vram_limit: Annotated[
-        str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB. [default: what there is]")
+        str | None, typer.Option(help="Most GPU memory of all models together, as 20GiB.", show_default="what there is")
     ] = None,
     memory_limit: Annotated[
         str | None,
-        typer.Option(help="Most host memory of all models on the CPU together, by their plans. [default: no limit]"),
+        typer.Option(
+            help="Most host memory of all models on the CPU together, by their plans.", show_default="no limit"
+        ),
     ] = None,
     evict: Annotated[
         bool | None,
-        typer.Option("--evict", help="A load that does not fit unloads the least recently used model. [default: no]"),
+        typer.Option(
+            "--evict", help="A load that does not fit unloads the least recently used model.", show_default="no"
+        ),
     ] = None,
     pinned: Annotated[
         list[str] | None, typer.Option("--keep", help="A model that is never evicted. Repeatable.", metavar="MODEL")
@@ -110,102 +117,120 @@ def serve(
         typer.Option(
             "--isolate",
             help="Run each model in a process of its own, which is started again after a crash; "
-            "--vram-limit is then that of each. [default: off]",
+            "--vram-limit is then that of each.",
+            show_default="off",
         ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that take requests, while one more has the models; 0: that one takes them. [default: 0]"
+            help="Processes that take requests, while one more has the models; 0: that one takes them.",
+            show_default="0",
         ),
     ] = None,
     model_control: Annotated[
         str | None,
         typer.Option(
             help="explicit: models are loaded and unloaded on request too; none: only at start; "
-            "poll: as the files say. [default: explicit]"
+            "poll: as the files say.",
+            show_default="explicit",
         ),
     ] = None,
     slo_p99: Annotated[
         list[str] | None,
         typer.Option(
-            help="Answer 99 of 100 requests within this time, as 20ms; MODEL=20ms for one model. Repeatable. "
-            "[default: no goal]",
+            help="Answer 99 of 100 requests within this time, as 20ms; MODEL=20ms for one model. Repeatable.",
+            show_default="no goal",
             metavar="[MODEL=]TIME",
         ),
     ] = None,
     share: Annotated[
         list[str] | None,
         typer.Option(
-            help="MODEL=WEIGHT: how much of a busy device's time one model gets. Repeatable. [default: 1]",
+            help="MODEL=WEIGHT: how much of a busy device's time one model gets. Repeatable.",
+            show_default="1",
             metavar="MODEL=WEIGHT",
         ),
     ] = None,
     load_models: Annotated[
         list[str] | None,
-        typer.Option("--load-model", help="Load this model at start, and no others. Repeatable. [default: all]"),
+        typer.Option("--load-model", help="Load this model at start, and no others. Repeatable.", show_default="all"),
     ] = None,
     watch: Annotated[
-        bool | None, typer.Option("--watch", help="Load models whose files change, beside requests. [default: no]")
+        bool | None, typer.Option("--watch", help="Load models whose files change, beside requests.", show_default="no")
     ] = None,
     poll_interval: Annotated[
-        float | None, typer.Option(help="Seconds between looks at the files. [default: 2]")
+        float | None, typer.Option(help="Seconds between looks at the files.", show_default="2")
     ] = None,
     keep_deleted: Annotated[
-        bool | None, typer.Option("--keep-deleted", help="A model whose files are deleted is served on. [default: no]")
+        bool | None,
+        typer.Option("--keep-deleted", help="A model whose files are deleted is served on.", show_default="no"),
     ] = None,
     keep_previous: Annotated[
         float | None,
-        typer.Option(help="Seconds that what was replaced is kept for a rollback; 0 keeps nothing. [default: 600]"),
+        typer.Option(
+            help="Seconds that what was replaced is kept for a rollback; 0 keeps nothing.", show_default="600"
+        ),
     ] = None,
     golden_requests: Annotated[
         int | None,
-        typer.Option(help="Requests of live traffic that a reload must answer as before. [default: 0]"),
+        typer.Option(help="Requests of live traffic that a reload must answer as before.", show_default="0"),
     ] = None,
     golden_tolerance: Annotated[
-        float | None, typer.Option(help="By how much of an output's largest value it may differ. [default: 0.001]")
+        float | None, typer.Option(help="By how much of an output's largest value it may differ.", show_default="0.001")
     ] = None,
     pad: Annotated[
         list[str] | None,
         typer.Option(
             help="MODEL=AXIS[:VALUE[:MASK]]: rows of one model are padded along this symbolic axis to share batches, "
-            "the input MASK with 0; MODEL=off: they are not. Repeatable. [default: where it is proven harmless]",
+            "the input MASK with 0; MODEL=off: they are not. Repeatable.",
+            show_default="where it is proven harmless",
             metavar="MODEL=AXIS",
         ),
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(help="Most rows in a batch; 1 turns batching off. [default: 64]")
+        int | None, typer.Option(help="Most rows in a batch; 1 turns batching off.", show_default="64")
     ] = None,
-    max_queue: Annotated[int | None, typer.Option(help="Most requests waiting for a model. [default: 256]")] = None,
-    max_queue_bytes: Annotated[int | None, typer.Option(help="Most bytes they may hold. [default: 1 GiB]")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body. [default: 64 MiB]")] = None,
-    max_json_bytes: Annotated[int | None, typer.Option(help="Largest JSON part of a body. [default: 16 MiB]")] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Most requests waiting for a model.", show_default="256")
+    ] = None,
+    max_queue_bytes: Annotated[int | None, typer.Option(help="Most bytes they may hold.", show_default="1 GiB")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="64 MiB")] = None,
+    max_json_bytes: Annotated[
+        int | None, typer.Option(help="Largest JSON part of a body.", show_default="16 MiB")
+    ] = None,
     max_intake_bytes: Annotated[
-        int | None, typer.Option(help="Most bytes of bodies that are being received. [default: 1 GiB]")
+        int | None, typer.Option(help="Most bytes of bodies that are being received.", show_default="1 GiB")
     ] = None,
     max_region_bytes: Annotated[
-        int | None, typer.Option(help="Most bytes of shared memory to map; 0 turns it off. [default: 16 GiB]")
+        int | None, typer.Option(help="Most bytes of shared memory to map; 0 turns it off.", show_default="16 GiB")
     ] = None,
     max_sequences: Annotated[
-        int | None, typer.Option(help="Most sequences under way, of one model. [default: 1024]")
+        int | None, typer.Option(help="Most sequences under way, of one model.", show_default="1024")
     ] = None,
     max_sequence_bytes: Annotated[
-        int | None, typer.Option(help="Most bytes their states may take. [default: 256 MiB]")
+        int | None, typer.Option(help="Most bytes their states may take.", show_default="256 MiB")
     ] = None,
     max_sequence_idle: Annotated[
-        float | None, typer.Option(help="Seconds of silence that end a sequence. [default: 60]")
+        float | None, typer.Option(help="Seconds of silence that end a sequence.", show_default="60")
     ] = None,
     response_cache_bytes: Annotated[
         int | None,
-        typer.Option(help="Most bytes of answers kept for models that ask for it; 0 keeps none. [default: 64 MiB]"),
+        typer.Option(
+            help="Most bytes of answers kept for models that ask for it; 0 keeps none.", show_default="64 MiB"
+        ),
     ] = None,
-    max_connections: Annotated[int | None, typer.Option(help="Most open connections. [default: 4096]")] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may wait. [default: 30]")] = None,
-    drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish work at exit. [default: 30]")] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Most open connections.", show_default="4096")] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a request may wait.", show_default="30")
+    ] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to finish work at exit.", show_default="30")
+    ] = None,
     trace_file: Annotated[
-        Path | None, typer.Option(help="Where traces of requests go when clients turn them on. [default: nowhere]")
+        Path | None, typer.Option(help="Where traces of requests go when clients turn them on.", show_default="nowhere")
     ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
 ) -> None:
     """Serve ONNX models over HTTP (the V2 inference protocol). No configuration: the model says what it is.
 
@@ -302,10 +327,10 @@ def key(
     name: Annotated[str, typer.Argument(help="What the key is called: a-z, 0-9 and -.")],
     file: Annotated[Path, typer.Option(help="File of keys to add it to; made where there is none.")],
     model: Annotated[
-        list[str] | None, typer.Option(help="A model, or a pattern, that it is for. Repeatable. [default: all]")
+        list[str] | None, typer.Option(help="A model, or a pattern, that it is for. Repeatable.", show_default="all")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second. [default: no limit]", min=0.001, max=MAX_RATE)
+        float | None, typer.Option(help="Requests a second.", show_default="no limit", min=0.001, max=MAX_RATE)
     ] = None,
     management: Annotated[bool, typer.Option("--management", help="It may load models and change settings.")] = False,
 ) -> None:

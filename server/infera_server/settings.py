@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -130,6 +131,16 @@ class Settings(BaseSettings):
                     f"--{name.replace('_', '-')} needs --tls-cert: without a certificate nothing is encrypted"
                 )
         return self
+
+    def named_models(self) -> dict[str, Collection[str]]:
+        """The models that options name, by option."""
+        return {
+            "--pin": self.pins,
+            "--share": self.shares,
+            "--keep": self.pinned,
+            "--slo-p99": self.slo_p99_of,
+            "--pad": self.pad,
+        }
 
     @property
     def max_load_body(self) -> int:

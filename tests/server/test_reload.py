@@ -488,3 +488,25 @@ def test_in_poll_mode_nothing_is_loaded_by_request(tmp_path: Path) -> None:
             load(running)
         factor(tmp_path / "m.onnx", 2.0)
         until(lambda: answer(running) == 2.0)
+
+
+def test_models_that_options_name_and_are_not_there_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with scaling(pins={"m": "cpu", "n": "cpu"}, pinned=("o",), shares={"p": 2.0}, slo_p99_of={"q": 0.02}):
+        pass
+    told = [record.getMessage() for record in caplog.records if "there is no such model" in record.getMessage()]
+    assert [line.split(",")[0] for line in told] == [
+        *("--pin names 'n'", "--share names 'p'", "--keep names 'o'", "--slo-p99 names 'q'")
+    ]
+
+
+def test_the_log_says_what_was_not_loaded_and_what_was_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with scaling(keep_previous=0) as (running, opener):
+        opener.factor = 0.0
+        with pytest.raises(BadRequest):
+            load(running)
+        assert "model 'm' is not loaded: load failed for model 'm': version 1" in caplog.text
+        opener.factor = 3.0
+        load(running)
+        until(lambda: "what served as version 1 before is unloaded" in caplog.text)
+        assert "unloaded model" not in caplog.text

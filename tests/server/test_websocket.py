@@ -110,6 +110,8 @@ def test_many_are_under_way_and_answers_say_whose_they_are(server: Running) -> N
         (b"\xff\xff\xff\xff{}", 400, "begins with the length"),
         ("x" * 5000, 413, "at most 4,096"),
         ((5000).to_bytes(4, "little") + bytes(6000), 413, "at most 4,096"),
+        (json.dumps({"id": "i", "inputs": []}), 400, "expected 1 inputs but got 0"),
+        (json.dumps({"id": "i"}), 400, "inputs"),
         (json.dumps(request_of(np.full((1, 4), -1, np.float32), id="i")), 400, "row cannot be used"),
         (json.dumps(request_of(np.full((1, 4), 666, np.float32), id="i")), 500, "failed"),
     ],

@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from infera_server.access import Key
@@ -119,9 +119,20 @@ class _Stream:
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))
         except Exception as error:
             refusal = request_error(error, name)
-            document: dict[str, Any] = {"id": asked.id} if asked is not None and asked.id else {}
+            identity = await self._identity(message) if asked is None else asked.id
+            document: dict[str, Any] = {"id": identity} if identity else {}
             document |= {"error": str(refusal), "status": refusal.status}
             await self._write({"type": "websocket.send", "text": json.dumps(document)})
+
+    async def _identity(self, message: Message) -> str:
+        """The id of a message that cannot be used; empty where none can be read."""
+        with suppress(RequestError):
+            body, header = self._parts(message)
+            text = memoryview(body)[:header]
+            if len(text) <= INLINE_BYTES:
+                return v2_rest.identity_of(text)
+            return await asyncio.get_running_loop().run_in_executor(None, v2_rest.identity_of, text)
+        return ""
 
     async def _reply(self, model: Servable, request: Request, nbytes: int) -> None:
         signature = model.signature

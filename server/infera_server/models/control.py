@@ -53,7 +53,11 @@ class Control:
         loading = asyncio.get_running_loop().create_task(self._load_whole(name, config, files, set()))
         self._loading.add(loading)
         loading.add_done_callback(self._loading.discard)
-        await asyncio.shield(loading)  # who asked may leave: what is half loaded would be nobody's
+        try:
+            await asyncio.shield(loading)  # who asked may leave: what is half loaded would be nobody's
+        except BadRequest as error:
+            log.warning("model '%s' is not loaded: %s", short(name), error)
+            raise
 
     async def _load_whole(
         self, name: str, config: str | None, files: Mapping[str, bytes] | None, tried: set[str]
@@ -320,7 +324,11 @@ class Control:
         del model
         await detached("infera-unload", return_memory)
         self._repository.mark_unloaded(name, version, reason)
-        log.info("unloaded model '%s' version %s", name, version)
+        now = self._repository.generation(name)
+        if now is not None and now.models:
+            log.info("model '%s': what served as version %s before is unloaded", name, version)
+        else:
+            log.info("unloaded model '%s' version %s", name, version)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from infera_server.models.servable import Servable
 from infera_server.models.serving import Serving
 from infera_server.models.traffic import Traffic
 from infera_server.settings import Settings
+
+log = logging.getLogger(__name__)
 
 MAX_LOADERS = 4
 
@@ -105,6 +108,10 @@ class Repository:
 
         `post(fn, arg)` must call `fn(arg)` in the event loop's thread. `progress` is called as each entry is settled.
         """
+        there = {source.name for source in self.sources}
+        for option, names in self.settings.named_models().items():
+            for name in sorted({*names} - there):
+                log.warning("%s names '%s', and there is no such model", option, name)
         for entries in self._waves():
             self._load_all(entries, post, progress)
         settle()

@@ -87,6 +87,11 @@ def header_length(value: bytes) -> int:
     return int(digits[:20])
 
 
+def identity_of(text: Buffer) -> str:
+    """The id in a request's JSON. Raises BadRequest where it cannot be read."""
+    return members.identity(members.load(text)[0])
+
+
 def parse(body: Buffer, header: int | None, model: Signature, regions: Regions = NO_REGIONS) -> Request:
     """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none).
 
