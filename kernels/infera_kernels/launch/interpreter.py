@@ -57,6 +57,20 @@ def _tensor(leaf: Leaf, annotated: bool) -> Any:
     return tl.tensor(TensorHandle(data, kind), kind)
 
 
+def _convertible(builder: Any, name: str) -> None:
+    """Has a builder's method give numbers of programs that bound loops, as arguments do."""
+    make = getattr(builder, name)
+    if not hasattr(make, "usual"):
+
+        def made(axis: int) -> Any:
+            handle = make(axis)
+            handle.data = handle.data.view(_Scalar)
+            return handle
+
+        made.usual = make  # type: ignore[attr-defined]
+        setattr(builder, name, made)
+
+
 @contextmanager
 def _patching_once() -> Iterator[None]:
     """Triton patches its language anew for every call of a function in a kernel, which takes longer than the function;
@@ -90,6 +104,8 @@ class InterpreterLauncher:
 
         # Watching every sum of integers for an overflow takes half of the time, and tensors here are small.
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        for name in ("create_get_program_id", "create_get_num_programs"):
+            _convertible(interpreter.interpreter_builder, name)
         self.target = target or nominal_target(90)
         self.launches: list[Launch] = []
 
