@@ -69,6 +69,10 @@ class AbsentDriver:
 
     def allow_shared(self, function: int, nbytes: int) -> None: ...
 
+    def encode(self, *_: object) -> int:
+        """Describes nothing: what is compiled here is not launched."""
+        return 0
+
     @property
     def launch(self) -> Callable[..., object]:
         return _refuse

@@ -36,6 +36,7 @@ SUITES: Mapping[str, int] = {
     "rotary": 40,
     "rows": 95,
     "scan": 80,
+    "tma": 51,
     "top_k": 20,
 }
 """interpret_<name>.py -> tests that it holds; fewer would mean that some were not collected."""

@@ -29,6 +29,7 @@ from infera_kernels.launch import (
     nominal_target,
 )
 from infera_kernels.launch.abi import Address, check_abi, pack, ptx_parameter_sizes
+from infera_kernels.launch.descriptors import Encode
 from infera_kernels.launch.signature import bind
 from tests.kernels.support import FakeArray, execute
 
@@ -56,6 +57,7 @@ class FakeDriver:
         self.launches: list[tuple[int, ...]] = []
         self.parameters: list[list[bytes]] = []
         self.sizes: list[int] = []
+        self.encode: Encode | None = None
 
     def version(self) -> int:
         return 13000

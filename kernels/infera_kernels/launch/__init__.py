@@ -9,6 +9,7 @@ from infera_kernels.launch.binary import Inspection
 from infera_kernels.launch.cache import KernelCache
 from infera_kernels.launch.compiling import CompileLauncher
 from infera_kernels.launch.cuda import CudaLauncher, CupyDriver, Driver
+from infera_kernels.launch.descriptors import Descriptor
 from infera_kernels.launch.interpreter import InterpreterLauncher
 from infera_kernels.launch.recording import Launch, RecordingLauncher
 from infera_kernels.launch.types import (
@@ -18,6 +19,7 @@ from infera_kernels.launch.types import (
     Target,
     Typed,
     Unhinted,
+    describes,
     library_of,
     nominal_target,
     target_of,
@@ -29,6 +31,7 @@ __all__ = [
     "Const",
     "CudaLauncher",
     "CupyDriver",
+    "Descriptor",
     "Driver",
     "Inspection",
     "InterpreterLauncher",
@@ -40,6 +43,7 @@ __all__ = [
     "Target",
     "Typed",
     "Unhinted",
+    "describes",
     "library_of",
     "nominal_target",
     "target_of",

@@ -2,7 +2,8 @@
 
 Since Triton 3.6 a kernel takes its non-constexpr arguments in order, then the addresses of two scratch areas
 (`global_scratch`, `profile_scratch`), which are there also when their size is 0
-(triton/backends/nvidia/driver.py, make_launcher). `check_abi` holds that against every kernel compiled.
+(triton/backends/nvidia/driver.py, make_launcher). A tensor descriptor is three of them: a CUtensorMap by value, its
+sizes and its strides. `check_abi` holds that against every kernel compiled.
 """
 
 from __future__ import annotations
@@ -13,15 +14,27 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from infera_kernels.launch.descriptors import ALIGNED, BYTES, rank_of
 from infera_kernels.launch.types import LaunchError
 
 _CODES = {"i1": "B", "i32": "i", "i64": "q", "fp32": "f"}
+_MAP = f"{BYTES}s"
 _SLOT = 8
 _SCRATCH = ("*i8", "*i8")
 
 
-def _code(type: str) -> str:
-    return "Q" if type.startswith("*") else _CODES[type]
+def _codes(types: Sequence[str]) -> list[str]:
+    """Of parameters of these types and the scratch areas, as `struct` has them."""
+    found: list[str] = []
+    for type in (*types, *_SCRATCH):
+        rank = rank_of(type)
+        found += [_MAP, *"i" * rank, *"q" * rank] if rank else ["Q" if type.startswith("*") else _CODES[type]]
+    return found
+
+
+def _room(code: str) -> int:
+    """The most bytes that a value takes, with what is left free before it."""
+    return BYTES + ALIGNED if code == _MAP else _SLOT
 
 
 class Address(int):
@@ -39,15 +52,19 @@ class Address(int):
 def pack(types: Sequence[str], values: Sequence[Any], keep: Any = None) -> Address:
     """The address of a `void *params[]` for cuLaunchKernel. It owns the block, and `keep`.
 
-    `types` are Triton's ("*fp16", "i32", "fp32", ...), one for each value; both scratch areas are passed as null.
+    `types` are Triton's ("*fp16", "i32", "fp32", ...), one for each value; both scratch areas are passed as null. The
+    value of a tensor descriptor is a tuple: the bytes of its map, then its sizes, then its strides.
     """
-    types, values = (*types, *_SCRATCH), (*values, 0, 0)
-    block = ctypes.create_string_buffer(_SLOT * len(types))
-    pointers = (ctypes.c_void_p * len(types))()
-    base = ctypes.addressof(block)
-    for i, (type, value) in enumerate(zip(types, values, strict=True)):
-        struct.pack_into("<" + _code(type), block, i * _SLOT, value)
-        pointers[i] = base + i * _SLOT
+    codes = _codes(types)
+    single = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+    block = ctypes.create_string_buffer(sum(_room(code) for code in codes) + ALIGNED)
+    pointers = (ctypes.c_void_p * len(codes))()
+    base, at = ctypes.addressof(block), 0
+    for i, (code, value) in enumerate(zip(codes, (*single, 0, 0), strict=True)):
+        at += -(base + at) % (ALIGNED if code == _MAP else _SLOT)
+        struct.pack_into("<" + code, block, at, value)
+        pointers[i] = base + at
+        at += struct.calcsize("<" + code)
     return Address.of(ctypes.addressof(pointers), (pointers, block, keep))
 
 
@@ -69,7 +86,7 @@ def ptx_parameter_sizes(ptx: str) -> list[int]:
 
 def check_abi(name: str, types: Sequence[str], threads: int, ptx: str) -> None:
     """Raises LaunchError where the compiled kernel's parameters or block are not what will be passed."""
-    expected = [struct.calcsize("<" + _code(t)) for t in (*types, *_SCRATCH)]
+    expected = [struct.calcsize("<" + code) for code in _codes(types)]
     found = ptx_parameter_sizes(ptx)
     if expected != found:
         raise LaunchError(f"{name}: parameter sizes {expected} expected, the PTX has {found}: another Triton ABI?")

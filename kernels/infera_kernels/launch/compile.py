@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from infera_kernels.launch.abi import check_abi
+from infera_kernels.launch.descriptors import FIRST_ARCH, Encoding, rank_of
 from infera_kernels.launch.signature import Binding
 from infera_kernels.launch.types import LaunchError
 
@@ -29,6 +30,8 @@ class KernelSpec:
     shared_bytes: int
     arch: int
     triton: str
+    encodings: tuple[Encoding, ...] = ()
+    """Of the descriptors among the parameters, in order."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -37,7 +40,8 @@ class KernelSpec:
     def from_json(cls, text: str) -> KernelSpec:
         """Raises ValueError, TypeError or KeyError for anything that `to_json` did not write."""
         fields = json.loads(text)
-        return cls(**{**fields, "types": tuple(fields["types"])})
+        encodings = tuple(Encoding(tuple(e["box"]), e["swizzle"]) for e in fields.get("encodings", ()))
+        return cls(**{**fields, "types": tuple(fields["types"]), "encodings": encodings})
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,10 @@ def compile_kernel(kernel: Any, binding: Binding, options: Mapping[str, Any], ar
     from triton.compiler import ASTSource
 
     _require_jit(kernel, binding.kernel)
+    types = tuple(leaf.type for leaf in binding.runtime())
+    descriptors = sum(1 for type in types if rank_of(type))
+    if descriptors and arch < FIRST_ARCH:
+        raise LaunchError(f"{binding.kernel}: takes tensor descriptors, which sm_{arch} does not have")
     source = ASTSource(
         fn=kernel,
         signature=binding.types(),
@@ -134,7 +142,9 @@ def compile_kernel(kernel: Any, binding: Binding, options: Mapping[str, Any], ar
     for what, needed in extras.items():
         if needed:
             raise LaunchError(f"{binding.kernel}: needs {what}, which this launcher does not provide")
-    types = tuple(leaf.type for leaf in binding.runtime())
-    spec = KernelSpec(meta.name, types, 32 * meta.num_warps, meta.shared, arch, triton.__version__)
+    encodings = tuple(map(Encoding.of, meta.tensordesc_meta or ())) if descriptors else ()
+    if len(encodings) != descriptors:
+        raise LaunchError(f"{binding.kernel}: {len(encodings)} encodings of {descriptors} tensor descriptors")
+    spec = KernelSpec(meta.name, types, 32 * meta.num_warps, meta.shared, arch, triton.__version__, encodings)
     check_abi(spec.name, spec.types, spec.threads, compiled.asm["ptx"])
     return Binary(spec, compiled.asm["cubin"], compiled.asm["ptx"])

@@ -8,6 +8,7 @@ from typing import Any
 from infera_kernels.calls import Call
 from infera_kernels.launch.binary import Inspection
 from infera_kernels.launch.compile import compile_kernel, compiler_options
+from infera_kernels.launch.descriptors import FIRST_ARCH
 from infera_kernels.launch.recording import Launch, launch_of
 from infera_kernels.launch.signature import bind
 from infera_kernels.launch.types import nominal_target
@@ -24,6 +25,10 @@ class CompileLauncher:
         self.target = nominal_target(arch)
         self.launches: list[Launch] = []
         self.compiled: list[Inspection] = []
+
+    @property
+    def describes(self) -> bool:
+        return self.target.arch >= FIRST_ARCH
 
     def launch(
         self,

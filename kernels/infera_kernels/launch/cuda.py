@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,11 +11,12 @@ from infera_kernels.calls import Call
 from infera_kernels.launch.abi import Address, pack
 from infera_kernels.launch.assembler import suit
 from infera_kernels.launch.cache import KernelCache
-from infera_kernels.launch.compile import Binary, cache_key, compile_kernel, compiler_options
+from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compile_kernel, compiler_options
 from infera_kernels.launch.compiling import nothing
 from infera_kernels.launch.cublaslt import CublasLt, library
-from infera_kernels.launch.signature import bind, kernel_name
-from infera_kernels.launch.types import LaunchError, Target, grid_of
+from infera_kernels.launch.descriptors import FIRST_ARCH, Descriptor, Encode, driver_encode, encoded
+from infera_kernels.launch.signature import Leaf, bind, kernel_name
+from infera_kernels.launch.types import LaunchError, Target, address_of, grid_of
 
 _DEFAULT_SHARED = 48 * 1024
 """Dynamic shared memory that a block may use without opting in."""
@@ -50,6 +51,11 @@ class Driver(Protocol):
 
     def allow_shared(self, function: int, nbytes: int) -> None:
         """Lets a function use more than 48 KiB of dynamic shared memory."""
+        ...
+
+    @property
+    def encode(self) -> Encode | None:
+        """cuTensorMapEncodeTiled, where the driver has it."""
         ...
 
 
@@ -97,6 +103,10 @@ class CupyDriver:
     def allow_shared(self, function: int, nbytes: int) -> None:
         attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._driver.funcSetAttribute(function, attribute, nbytes)
+
+    @property
+    def encode(self) -> Encode | None:
+        return driver_encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +173,30 @@ class CudaLauncher:
                 loaded = self._loaded[key] = self._load(binary)
         runtime = binding.runtime()
         spec = loaded.binary.spec
-        parameters = pack(spec.types, [leaf.value for leaf in runtime], keep=[leaf.array for leaf in runtime])
+        parameters = pack(spec.types, self._values(runtime, spec), keep=[leaf.array for leaf in runtime])
         return self._driver.launch, (
             *(loaded.function, x, y, z, spec.threads, 1, 1, spec.shared_bytes),
             *(self._stream, parameters, 0),
         )
+
+    @property
+    def describes(self) -> bool:
+        """Whether kernels may take descriptors: TMA is there, and who describes memory to it."""
+        return self.target.arch >= FIRST_ARCH and self._driver.encode is not None
+
+    def _values(self, runtime: Sequence[Leaf], spec: KernelSpec) -> list[Any]:
+        """What `pack` takes. Maps are made here, once: addresses do not change."""
+        encodings, values = iter(spec.encodings), []
+        for leaf in runtime:
+            value = leaf.value
+            if isinstance(value, Descriptor):
+                encode = self._driver.encode
+                if encode is None:
+                    raise LaunchError(f"{spec.name}: the driver has no cuTensorMapEncodeTiled: CUDA 12 is needed")
+                made = encoded(encode, value, address_of(value.array), next(encodings))
+                value = (made, *value.shape, *value.strides)
+            values.append(value)
+        return values
 
     def _load(self, binary: Binary) -> _Loaded:
         spec = binary.spec

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Call
+from infera_kernels.launch.descriptors import FIRST_ARCH, Descriptor
 from infera_kernels.launch.recording import Launch, launch_of
-from infera_kernels.launch.signature import CONSTEXPR, Leaf, bind
+from infera_kernels.launch.signature import CONSTEXPR, Leaf, bind, pointer_to
 from infera_kernels.launch.types import LaunchError, Target, nominal_target
 
 
@@ -34,19 +35,41 @@ _SCALARS = {"i1": np.bool_, "i32": np.int32, "i64": np.int64, "fp32": np.float32
 
 
 def _tensor(leaf: Leaf, annotated: bool) -> Any:
-    """What the interpreter passes for a leaf: a Triton tensor, or a plain value for a constant."""
+    """What the interpreter passes for a leaf: a Triton tensor or descriptor, or a plain value for a constant."""
     import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import TensorHandle, interpreter_semantic
 
     if leaf.type == CONSTEXPR:
         if annotated or type(leaf.value) is not int:
             return leaf.value
         leaf = Leaf(leaf.path, "i32" if -(2**31) <= leaf.value < 2**31 else "i64", leaf.value)
+    if isinstance(leaf.value, Descriptor):
+        given = leaf.value
+        base = _tensor(pointer_to(given.array), False)
+        sizes = [_tensor(Leaf(leaf.path, "i32", size), False) for size in given.shape]
+        steps = [_tensor(Leaf(leaf.path, "i64", step), False) for step in given.strides[:-1]]
+        return interpreter_semantic.make_tensor_descriptor(
+            base, sizes, [*steps, tl.constexpr(1)], [tl.constexpr(n) for n in given.block], "zero"
+        )
     if leaf.type.startswith("*"):
         kind, data = tl.pointer_type(tl.str_to_ty(leaf.type[1:], None)), np.array([leaf.value], np.uint64)
     else:
         kind, data = tl.str_to_ty(leaf.type, None), np.array([leaf.value], _SCALARS[leaf.type]).view(_Scalar)
     return tl.tensor(TensorHandle(data, kind), kind)
+
+
+def _convertible(builder: Any, name: str) -> None:
+    """Has a builder's method give numbers of programs that bound loops, as arguments do."""
+    make = getattr(builder, name)
+    if not hasattr(make, "usual"):
+
+        def made(axis: int) -> Any:
+            handle = make(axis)
+            handle.data = handle.data.view(_Scalar)
+            return handle
+
+        made.usual = make  # type: ignore[attr-defined]
+        setattr(builder, name, made)
 
 
 @contextmanager
@@ -82,8 +105,14 @@ class InterpreterLauncher:
 
         # Watching every sum of integers for an overflow takes half of the time, and tensors here are small.
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        for name in ("create_get_program_id", "create_get_num_programs"):
+            _convertible(interpreter.interpreter_builder, name)
         self.target = target or nominal_target(90)
         self.launches: list[Launch] = []
+
+    @property
+    def describes(self) -> bool:
+        return self.target.arch >= FIRST_ARCH
 
     def launch(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infera_kernels.calls import Call
+from infera_kernels.launch.descriptors import FIRST_ARCH
 from infera_kernels.launch.signature import bind, kernel_name
 from infera_kernels.launch.types import Target, grid_of, nominal_target
 
@@ -35,6 +36,10 @@ class RecordingLauncher:
     def __init__(self, target: Target | None = None) -> None:
         self.target = target or nominal_target(90)
         self.launches: list[Launch] = []
+
+    @property
+    def describes(self) -> bool:
+        return self.target.arch >= FIRST_ARCH
 
     def launch(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from infera_kernels.launch.descriptors import Descriptor
 from infera_kernels.launch.types import Const, LaunchError, Unhinted, address_of
 
 ALIGNMENT = 16
@@ -31,9 +32,10 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One scalar or pointer of the signature. `aligned` is true only where `value` is a multiple of ALIGNMENT.
+    """One scalar, pointer or descriptor of the signature. `aligned` is true only where `value` is a multiple of
+    ALIGNMENT.
 
-    `value` is an address, a number, or a constant; `array` is what the address belongs to.
+    `value` is an address, a number, a Descriptor, or a constant; `array` is what the address belongs to.
     """
 
     path: Path
@@ -97,6 +99,10 @@ def _leaf(path: Path, value: Any, where: str, *, hinted: bool = True) -> Leaf:
     if isinstance(value, float):
         with np.errstate(over="ignore"):  # beyond float32 is infinity, as in a cast
             return Leaf(path, "fp32", float(np.float32(value)))
+    if isinstance(value, Descriptor):
+        pointer = _leaf(path, value.array, where)
+        block = ", ".join(map(str, value.block))
+        return Leaf(path, f"tensordesc<{pointer.type[1:]}[{block}]>", value, array=value.array)
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         raise TypeError(f"{where}: expected an array, a number, None or a tuple of these, got {type(value).__name__}")
@@ -105,6 +111,11 @@ def _leaf(path: Path, value: Any, where: str, *, hinted: bool = True) -> Leaf:
         raise TypeError(f"{where}: no Triton type for dtype {np.dtype(dtype).name}; known are {', '.join(_ELEMENTS)}")
     address = address_of(value)
     return Leaf(path, "*" + element, address, address % ALIGNMENT == 0, value)
+
+
+def pointer_to(array: Any) -> Leaf:
+    """The leaf of an array by itself."""
+    return _leaf((0,), array, "an array")
 
 
 def kernel_name(kernel: Any) -> str:

@@ -94,6 +94,11 @@ def library_of(launcher: Launcher) -> Any | None:
     return getattr(launcher, "library", None)
 
 
+def describes(launcher: Launcher) -> bool:
+    """Whether a launcher's kernels may take descriptors."""
+    return bool(getattr(launcher, "describes", False))
+
+
 def address_of(array: Any) -> int:
     """The address of an array's first element. Works for numpy, cupy and the CUDA array interface."""
     if isinstance(array, np.ndarray):

@@ -40,6 +40,7 @@ from infera_kernels.triton.skinny import (
     parts_predicted,
 )
 from infera_kernels.triton.tiles import (
+    DESCRIBED,
     EITHER,
     HALF,
     IEEE,
@@ -48,16 +49,19 @@ from infera_kernels.triton.tiles import (
     TF32,
     TF32X3,
     Tile,
+    TmaTile,
     candidates,
     cycles,
     ending,
     predicted,
 )
+from infera_kernels.triton.tma import Factors, factors_of, multiply
+from infera_kernels.triton.tma_kernel import tma_kernel
 from infera_kernels.tuning import Family, Tuned, choose
 
-MATMUL = Family("matmul", SIZES, 2, Tile, candidates, predicted, (matmul_kernel,), cycles)
-"""`layout` says whether it is EITHER's, which axes of the factors are contiguous (rows "m", sums "k", columns "n" or
-none) and the `ending`."""
+MATMUL = Family("matmul", SIZES, 2, TmaTile, candidates, predicted, (matmul_kernel, tma_kernel), cycles)
+"""`layout` says whether it is EITHER's, whether its factors are DESCRIBED, which of their axes are contiguous (rows
+"m", sums "k", columns "n" or none) and the `ending`."""
 
 PARTS = Family(
     *("matmul_parts", SIZES, 2, Parts, part_candidates, parts_predicted),
@@ -191,10 +195,10 @@ def matmul(
     end = ending(residual, activation)
     if partial is None:
         args = {**turned, **sums, **epilogue}
-        product = None
+        product, strides = None, [s[-2:] for s in (a_strides, b_strides, out_strides, residual_strides)]
         if workspace is not None and tile is None and precision in (IEEE, TF32):
-            strides = [s[-2:] for s in (a_strides, b_strides, out_strides, residual_strides)]
             product = product_of(args, strides, walked, activation=activation, tf32=precision == TF32)
+        how["factors"] = None if invariant else factors_of(args, strides, walked, launcher)
         return [_sums(args, 1, act, launcher, precision, tile, end=end, product=product, workspace=workspace, **how)]
     parts, size = partial.shape[0], products * m * n
     steps = tuple(m * n * math.prod(batch[:i]) for i in range(len(batch)))
@@ -242,8 +246,9 @@ def _sums(
     tuned: Tuned | None,
     product: Product | None = None,
     workspace: Any = None,
+    factors: Factors | None = None,
 ) -> Call:
-    """One launch. A `product` may be the library's, where the launcher has one."""
+    """One launch. A `product` may be the library's, where the launcher has one; TMA may read `factors`."""
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
     products, rows, deep = math.prod(batch or (1,)), rows_seen(m, invariant=invariant), args["depth"] or k
     kind = precision if name_of(args["a"]) == "float32" else HALF
@@ -256,7 +261,7 @@ def _sums(
         return _launch(launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=4)
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
-        layout = _layout(args) + end
+        layout = (DESCRIBED if factors else "") + _layout(args) + end
         library = None if product is None else library_of(launcher)
         call: Call | None = library and library.call(product, workspace)
         if call is not None:
@@ -265,6 +270,10 @@ def _sums(
                 return call
         if tile is None:
             tile = choose(MATMUL, MATMUL.problem(kind, sizes, layout), target, tuned)
+    if isinstance(tile, TmaTile):
+        if factors is None:
+            raise ValueError("matmul: TMA does not read these factors")
+        return multiply(args, factors, tile, act, launcher)
     known = {
         "ACT": act,
         "PRECISION": precision,

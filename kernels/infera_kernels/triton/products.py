@@ -10,22 +10,27 @@ GROUP = 8
 
 
 @triton.jit
-def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(matrix, its rows, its columns) of this program: BM x BN tiles of matrices M x N, GROUP rows of tiles at a time.
-
-    The matrix is an int32, as wide as there may be programs. Rows and columns may lie past the end.
-    """
+def place_of(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(matrix, its first row, its first column) of a tile: BM x BN tiles of matrices M x N, GROUP rows of tiles at a
+    time."""
     tiles_m = (M + BM - 1) // BM
     tiles_n = (N + BN - 1) // BN
-    tile = tl.program_id(0)
     matrix = tile // (tiles_m * tiles_n)
     tile = tile % (tiles_m * tiles_n)
     first_m = tile // (GROUP * tiles_n) * GROUP
     group_m = tl.minimum(tiles_m - first_m, GROUP)
     tile = tile % (GROUP * tiles_n)
-    m = (first_m + tile % group_m) * BM + tl.arange(0, BM)
-    n = (tile // group_m) * BN + tl.arange(0, BN)
-    return matrix, m, n
+    return matrix, (first_m + tile % group_m) * BM, (tile // group_m) * BN
+
+
+@triton.jit
+def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(matrix, its rows, its columns) of this program: see `place_of`.
+
+    The matrix is an int32, as wide as there may be programs. Rows and columns may lie past the end.
+    """
+    matrix, row, column = place_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    return matrix, row + tl.arange(0, BM), column + tl.arange(0, BN)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from infera_kernels.launch import Target
+from infera_kernels.launch.descriptors import FIRST_ARCH
 from infera_kernels.tuning.choice import REMEMBERED, Problem
 from infera_kernels.tuning.cost import Block, product_cycles, resident
 
@@ -71,6 +72,67 @@ TILES: dict[str, tuple[Tile, ...]] = {
 }
 
 
+_AHEAD, _JOINED, _SPECIALISED = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class TmaTile(Tile):
+    """A tile whose factors TMA reads. `tma` says how far loads run ahead: 1 within a tile, 2 from one tile into the
+    next, 3 as 2, by warps that do nothing else, beside `warps`."""
+
+    tma: int
+
+    @property
+    def joined(self) -> bool:
+        return self.tma != _AHEAD
+
+    @property
+    def specialised(self) -> bool:
+        return self.tma == _SPECIALISED
+
+    @property
+    def room(self) -> int:
+        """Bytes of shared memory: sums go through those of the factors, or, where these are in use, through others."""
+        return self.shared_bytes(HALF) + _BARRIERS + (self.m * STRIP * 4 if self.joined else 0)
+
+
+STRIP = 64
+"""Columns that a TmaTile finishes and stores at a time."""
+
+_BARRIERS = 1024
+"""Bytes of shared memory beside factors and sums, at most."""
+
+TMA_TILES = (
+    TmaTile(64, 128, 64, 4, 4, _AHEAD),
+    TmaTile(64, 128, 64, 4, 4, _JOINED),
+    TmaTile(128, 128, 64, 8, 4, _AHEAD),
+    TmaTile(128, 128, 64, 8, 4, _JOINED),
+    TmaTile(128, 128, 128, 8, 3, _AHEAD),
+    TmaTile(128, 256, 64, 8, 3, _AHEAD),
+    TmaTile(128, 256, 64, 8, 4, _AHEAD),
+    TmaTile(128, 256, 64, 8, 3, _JOINED),
+    TmaTile(128, 256, 64, 8, 4, _JOINED),
+    TmaTile(64, 128, 64, 4, 4, _SPECIALISED),
+    TmaTile(128, 128, 64, 8, 4, _SPECIALISED),
+    TmaTile(128, 256, 64, 8, 3, _SPECIALISED),
+    TmaTile(128, 256, 64, 8, 4, _SPECIALISED),
+)
+"""Of half inputs. Which one is fastest is for measurements: none is ever predicted."""
+
+SPECIALISING = (100, 103)
+"""Architectures for which Triton 3.6 to 3.9 specialise warps that load by a descriptor of the host: for sm_90 they
+refuse, load amiss or have two groups of warps compute the same."""
+
+
+def tma_tiles(arch: int) -> tuple[TmaTile, ...]:
+    """Those of TMA_TILES that an architecture has and that keep all in registers there, whatever follows the sums."""
+    if arch < FIRST_ARCH:
+        return ()
+    if arch in SPECIALISING:
+        return tuple(t for t in TMA_TILES if t.specialised or (t.joined and t.m >= 128))
+    return tuple(t for t in TMA_TILES if not t.specialised)
+
+
 SIZES = ("m", "batch", "n", "k")
 """Of the problems of all families of products: `batch` of them, (m, k) @ (k, n). The first two follow from batches."""
 
@@ -82,14 +144,21 @@ EITHER = "="
 """Begins the layout of a problem that LIBRARY may solve too."""
 
 
+DESCRIBED = "@"
+"""In the layout of a problem of whose factors TMA reads blocks."""
+
+
 def fitting(problem: Problem, target: Target) -> tuple[Tile, ...]:
     """The tiles of a kind of products of which a block fits on a multiprocessor."""
     return tuple(t for t in TILES[problem.kind] if fits(t, problem.kind, target))
 
 
 def candidates(problem: Problem, target: Target) -> tuple[Tile, ...]:
-    """Those, and LIBRARY where it may be."""
-    return (*fitting(problem, target), *([LIBRARY] if problem.layout.startswith(EITHER) else []))
+    """Those, and tiles for TMA and LIBRARY where they may be."""
+    found = fitting(problem, target)
+    if DESCRIBED in problem.layout and problem.kind == HALF:
+        found += tuple(t for t in tma_tiles(target.arch) if t.room <= target.shared_bytes)
+    return (*found, *([LIBRARY] if problem.layout.startswith(EITHER) else []))
 
 
 def fits(tile: Tile, kind: str, target: Target) -> bool:

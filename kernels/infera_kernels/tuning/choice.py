@@ -55,10 +55,11 @@ class Family(Generic[T]):
         return Problem(self.name, kind, tuple(sizes[name] for name in self.sizes), layout)
 
     def described(self, choice: Sequence[int]) -> str:
-        """The numbers of a choice with their names. One of zeros alone leaves the problem to a library."""
+        """The numbers of a choice with their names, of which `form` has the most. One of zeros alone leaves the problem
+        to a library."""
         if not any(choice):
             return "library"
-        return " ".join(f"{name} {value}" for name, value in zip(_names(self.form), choice, strict=True))
+        return " ".join(f"{name} {value}" for name, value in zip(_names(self.form), choice, strict=False))
 
     def class_of(self, problem: Problem) -> Problem:
         """The problem that stands for all near it: the same for every one of them, itself included."""
