@@ -12,7 +12,8 @@ from bench import gpu_ahead
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
-from infera_kernels.launch import CudaLauncher, KernelCache, Launch, Target, nominal_target
+from infera_kernels.launch import Call, CudaLauncher, KernelCache, Launch, Target, nominal_target
+from infera_kernels.launch.compiling import nothing
 from infera_kernels.tuning import DeviceTiles, Measured, Trial, Tuned, choose, numbers, source_of
 from tests.kernels.support import FakeArray
 from tests.kernels.test_tensor_maps import DescribingDriver
@@ -125,17 +126,18 @@ def test_what_is_compiled_ahead_is_what_a_card_launches(tmp_path: Path) -> None:
 
 def test_a_library_is_still_predicted_beside_them() -> None:
     class Library:
-        def call(self, product: object) -> None: ...
+        def call(self, product: object, workspace: object) -> Call:
+            return nothing, ()
 
     driver = DescribingDriver()
     card = CudaLauncher(0, 0, driver=driver)
     card.library = Library()  # type: ignore[assignment]
     a, b, out = (FakeArray(shape, "float16") for shape in ((256, 1024), (1024, 512), (256, 512)))
     trial = Trial(Tuned(card.target), {})
-    matmul.matmul(a, b, out, card, tuned=trial)
+    (call,) = matmul.matmul(a, b, out, card, workspace=FakeArray((4096,), "uint8"), tuned=trial)
+    assert call[0] is nothing
     assert [(p.layout, made == tiles.LIBRARY) for _, p, made in trial.asked.values()] == [
         ("=@kn", True),
-        ("@kn", False),
     ]
 
 
