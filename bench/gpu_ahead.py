@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from multiprocessing import TimeoutError as Late
 from multiprocessing import get_context
 from typing import Any
@@ -25,6 +26,7 @@ from bench.gpu_report import CheckFailed, Context, Section, first_line
 from bench.gpu_rows import Row
 from bench.gpu_selections import NETWORKS as NETWORK_SETS
 from bench.gpu_selections import OPERATORS, SHORT, selected
+from bench.gpu_tma import products
 from infera_gpu.cpus import default_threads, usable_cores
 from infera_gpu.devices.base import host_block
 from infera_gpu.devices.recording import RecordingDevice
@@ -161,6 +163,13 @@ def cases(part: int, launcher: CudaLauncher, wanted: Callable[[Op], bool] = lamb
                         pass
 
 
+def tma(part: int, launcher: CudaLauncher) -> None:
+    """Every PARTS-th of the products by tiles for TMA, where the card has it."""
+    if launcher.describes:
+        for found in islice(products(launcher.target), part, None, PARTS):
+            found.bound(AheadDevice(launcher))
+
+
 def checked() -> Sequence[Job]:
     """Of `bench.gpu_check`, those that take longest first."""
     made = of_rows(row for name in SHORT for row in selected(name))
@@ -177,7 +186,8 @@ def checked() -> Sequence[Job]:
         for name, (build, feeds) in PRECISE.items()
         for precision in PRECISIONS
     ]
-    return (*made, *(Job(f"cases {part + 1} of {PARTS}", partial(cases, part), shared=False) for part in range(PARTS)))
+    made += [Job(f"cases {part + 1} of {PARTS}", partial(cases, part), shared=False) for part in range(PARTS)]
+    return (*made, *(Job(f"tiles for TMA {part + 1} of {PARTS}", partial(tma, part)) for part in range(PARTS)))
 
 
 JOBS: Mapping[str, Callable[[], Sequence[Job]]] = {

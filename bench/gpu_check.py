@@ -13,12 +13,22 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 
-from bench import gpu_ahead, gpu_batches, gpu_models, gpu_networks, gpu_operators, gpu_speed, gpu_timings, gpu_tuning
+from bench import (
+    gpu_ahead,
+    gpu_batches,
+    gpu_models,
+    gpu_networks,
+    gpu_operators,
+    gpu_speed,
+    gpu_timings,
+    gpu_tma,
+    gpu_tuning,
+)
 from bench.gpu_command import command
 from bench.gpu_report import Section
 
 MINUTES = 7.5
-_MODULES = (gpu_ahead, gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches, gpu_tuning)
+_MODULES = (gpu_ahead, gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches, gpu_tma, gpu_tuning)
 _ALL: Mapping[str, Section] = {
     **{name: section for module in _MODULES for name, section in module.SECTIONS.items()},
     **gpu_speed.SHORT_SECTIONS,
@@ -42,10 +52,11 @@ SECONDS: Mapping[str, float] = {
     "latency": 25,
     "batches": 60,
     "portable": 60,
+    "tma": 60,
     "torch.compile": 120,
     "tuning": 180,
 }
-"""The most important first, and what each may take. What there is no time for is at the end: the last two are for a
+"""The most important first, and what each may take. What there is no time for is at the end: the last three are for a
 call of their own."""
 
 SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in SECONDS}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from infera_gpu.loader import load_graph
 from infera_gpu.passes import Precision
 from infera_gpu.session import Session
 from infera_kernels.launch import Target
+from infera_kernels.launch.descriptors import FIRST_ARCH
 from infera_kernels.launch.devices import DEVICES, Device
+from infera_kernels.triton.tiles import DESCRIBED
 from infera_kernels.tuning import Family, Problem, numbers
 from infera_kernels.tuning.store import SHIPPED, class_of
 
@@ -55,8 +58,10 @@ def problems() -> Iterator[tuple[str, Family[Any], Problem]]:
 
 
 def lines(found: Mapping[Problem, tuple[Family[Any], list[str]]], device: Device) -> Iterator[str]:
-    target = target_for(device)
-    for problem, (family, where) in sorted(found.items(), key=lambda item: repr(item[0])):
+    target, known = target_for(device), found.items()
+    if device.arch < FIRST_ARCH:  # what plans ask for there
+        known = {replace(p, layout=p.layout.replace(DESCRIBED, "")): entry for p, entry in known}.items()
+    for problem, (family, where) in sorted(known, key=lambda item: repr(item[0])):
         choice = family.predict(problem, target)
         entry: dict[str, Any] = {
             "family": problem.family,

@@ -17,10 +17,11 @@ from bench.build import bert
 from bench.gpu_models import memory, models
 from bench.gpu_operators import kernels, library, portable
 from bench.gpu_report import CheckFailed, Context
+from bench.gpu_tma import tma
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
 from infera_gpu.passes import layout
-from infera_kernels.launch import RecordingLauncher, library_of
+from infera_kernels.launch import RecordingLauncher, Target, library_of, nominal_target
 from infera_kernels.launch.cublaslt import Product
 from tests import fake_cupy
 from tests.fake_cublaslt import FakeCublasLt, with_library
@@ -30,6 +31,8 @@ from tests.text import parse
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
+
+from infera_kernels.triton.tiles import tma_tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -94,6 +97,18 @@ def test_library(opener: Callable[[Any], Context]) -> None:
     made.asked.clear()
     kernels(opener(launcher), wanted)
     assert not made.asked
+
+
+def test_tiles_for_tma(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, by more tiles than programs; a launcher without descriptors is told of."""
+    few = Target(90, 1, nominal_target(90).shared_bytes)
+    monkeypatch.setattr("bench.gpu_tma.tma_tiles", lambda arch: tma_tiles(arch)[::3])
+    _, facts = tma(opener(lambda: WatchingLauncher(few)))
+    assert facts["failed"] == {}
+    assert facts["done"] == facts["cases"] == 2 * len(tma_tiles(90)[::3])
+    assert tma(opener(lambda: WatchingLauncher(nominal_target(80)))) == ("no TMA here", {})
+    with pytest.raises(CheckFailed, match="elements differ"):
+        tma(opener(lambda: RecordingLauncher(few)))
 
 
 def test_kernels(opener: Callable[[Any], Context]) -> None:

@@ -20,7 +20,7 @@ SUITES: Mapping[str, int] = {
     "conv": 75,
     "copies": 110,
     "elementwise": 340,
-    "gpu_check": 10,
+    "gpu_check": 12,
     "gpu_rows": 13,
     "matmul": 75,
     "moves": 58,

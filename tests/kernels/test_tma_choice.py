@@ -124,6 +124,15 @@ def test_what_is_compiled_ahead_is_what_a_card_launches(tmp_path: Path) -> None:
     assert args[1] == 4, "a program for each of 2 x 2 tiles"
 
 
+def test_the_checks_tiles_are_compiled_ahead(tmp_path: Path) -> None:
+    ahead = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(90), 13000), cache=KernelCache(tmp_path))
+    gpu_ahead.tma(gpu_ahead.PARTS - 30, ahead)
+    assert ahead.compiled == 1
+    older = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(80), 13000), cache=KernelCache(tmp_path))
+    gpu_ahead.tma(0, older)
+    assert older.compiled == 0
+
+
 def test_a_library_is_still_predicted_beside_them() -> None:
     class Library:
         def call(self, product: object, workspace: object) -> Call:
