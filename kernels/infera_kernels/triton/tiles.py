@@ -125,7 +125,8 @@ refuse, load amiss or have two groups of warps compute the same."""
 
 
 def tma_tiles(arch: int) -> tuple[TmaTile, ...]:
-    """Those of TMA_TILES that an architecture has and that keep all in registers there, whatever follows the sums."""
+    """Those of TMA_TILES that an architecture has. On sm_90 and sm_100 they keep all in registers, whatever follows the
+    sums (`tests/kernels/test_compile_tma.py`)."""
     if arch < FIRST_ARCH:
         return ()
     if arch in SPECIALISING:
