@@ -197,7 +197,7 @@ TARGETS = (
     Target("planning a new shape, microseconds a node", "shapes", planning, 100, why=_PLANNING),
     Target("the same, in times of onnx's `infer_node_outputs`", "shapes", planning_by_onnx, 7.14, why=_PLANNING),
     Target("planning a new shape of BERT-base, ms", "shapes", planning_of("bert-base"), 40),
-    Target("planning a new shape of a model of 5,000 nodes, ms", "shapes", planning_of("deep-bert"), 500, why=_PLANNING),
+    Target("planning a new shape of 5,000 nodes, ms", "shapes", planning_of("deep-bert"), 500, why=_PLANNING),
     Target("peak memory of ResNet-50, batch 8", "resident", memory("resnet50"), 1.0),
     Target("peak memory of BERT-base, batch 8", "resident", memory("bert-base"), 1.0),
     *(
