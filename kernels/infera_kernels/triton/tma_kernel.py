@@ -26,12 +26,6 @@ def _block(x, matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TU
 
 
 @triton.jit
-def _halves(x):
-    """The left and the right half of a tile's columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
 def _store(
     acc,
     matrix,
