@@ -17,7 +17,6 @@ from infera_gpu.op import Call
 from infera_gpu.ops import registry
 from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.launch import Target, describes
-from infera_kernels.triton.matmul import matmul
 from infera_kernels.triton.tiles import TmaTile, tma_tiles
 from tests.cases import run
 
@@ -40,6 +39,8 @@ class Product:
 
     def bound(self, device: Any) -> tuple[list[Call], GuardedOutput, Array]:
         """Its calls, where the result goes, and the result."""
+        from infera_kernels.triton.matmul import matmul
+
         random, tile = np.random.default_rng(self.tile.m + self.tile.n), self.tile
         m, n, k = tile.m + 5, tile.n + 24, 3 * tile.k + 8
         batch = device.launcher.target.multiprocessors + 1

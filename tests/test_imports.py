@@ -29,6 +29,11 @@ def test_nothing_heavy_is_loaded(work: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_checks_of_a_gpu_are_imported_where_no_triton_is_installed() -> None:
+    work = "import sys; sys.modules['triton'] = None; import bench.gpu_check, bench.gpu_speed, bench.gpu_ahead"
+    subprocess.run([sys.executable, "-c", work], check=True)
+
+
 def test_what_most_models_need_comes_with_the_package_and_nothing_else() -> None:
     work = "import infera_gpu, sys; print(*(m for m in sys.modules if m.startswith('infera_gpu.ops.')))"
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)

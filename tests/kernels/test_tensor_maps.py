@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("triton")
+
 from bench.gpu_ahead import AbsentDriver
 from infera_kernels.launch import CudaLauncher, Descriptor, KernelCache, LaunchError, RecordingLauncher, nominal_target
 from infera_kernels.launch.abi import check_abi
 from infera_kernels.launch.compile import KernelSpec
 from infera_kernels.launch.descriptors import BYTES, TYPES, Encoding, described, driver_encode, encoded, rank_of
 from infera_kernels.launch.signature import bind
+from infera_kernels.triton import matmul, tiles
 from tests.kernels.support import Array, FakeArray, execute, random
 from tests.kernels.tensor_maps import Encoder, decoded
 from tests.kernels.test_launch import STREAM, FakeDriver
-
-pytest.importorskip("triton")
-
-from infera_kernels.triton import matmul, tiles
 
 pytestmark = pytest.mark.kernels
 

@@ -8,21 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("triton")
+
 from bench import gpu_ahead
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_kernels.launch import Call, CudaLauncher, KernelCache, Launch, Target, nominal_target
 from infera_kernels.launch.compiling import nothing
+from infera_kernels.triton import matmul, tiles
 from infera_kernels.tuning import DeviceTiles, Measured, Trial, Tuned, choose, numbers, source_of
 from tests.kernels.support import FakeArray
 from tests.kernels.test_tensor_maps import DescribingDriver
 from tests.kernels.test_tuning import Timer, feeds, model, opened, store, tile
 from tests.text import parse
-
-pytest.importorskip("triton")
-
-from infera_kernels.triton import matmul, tiles
 
 pytestmark = pytest.mark.kernels
 
