@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-jit test-cupy test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
+.PHONY: help run test test-kernels test-jit test-cupy test-cudnn test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ test-cupy:  ## what is bound to CuPy's arrays, with CuPy and no GPU, in an envir
 	@$(MAKE) --no-print-directory VENV=.venv-cupy .venv-cupy/.with-test .venv-cupy/.with-cuda13
 	@.venv-cupy/bin/python -m pytest tests/kernels/test_real_cupy.py tests/test_portable.py
 
+test-cudnn:  ## what cuDNN takes of what it is asked, without a GPU, in an environment of its own (.venv-cudnn)
+	@$(MAKE) --no-print-directory VENV=.venv-cudnn .venv-cudnn/.with-test .venv-cudnn/.with-kernels .venv-cudnn/.with-cudnn13
+	@.venv-cudnn/bin/python -m pytest tests/test_cudnn.py tests/kernels/test_real_cudnn.py
+
 # kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
 CLIENTS_VENV := .venv-clients
 CLIENTS_PIP   = $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -q
@@ -59,7 +63,7 @@ $(CLIENTS_VENV)/.installed:
 test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's clients: tritonclient, kserve, perf_analyzer, schemathesis
 	@$(PY) -m pytest tests/clients
 
-test-all: test test-kernels test-jit test-cupy test-clients  ## everything that needs no GPU, large models included
+test-all: test test-kernels test-jit test-cupy test-cudnn test-clients  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"
 	@$(PY) -m pytest -m hypothesis --hypothesis-profile=others
 

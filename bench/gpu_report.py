@@ -20,7 +20,7 @@ from bench.environment import commit, cpu_model, package_version
 from infera_gpu.devices.cuda import LOST
 from infera_gpu.errors import DeviceLostError
 from infera_gpu.telemetry import Telemetry, snapshot
-from infera_kernels.launch.cublaslt import installed
+from infera_kernels.launch import cublaslt, cudnn
 from infera_kernels.launch.devices import Device
 
 PACKAGES = (
@@ -237,5 +237,6 @@ def gpu_of(index: int) -> dict[str, Any]:
         "driver": next((r.driver for r in readings if r.index == index), None) or state,
         "cuda_driver": runtime.driverGetVersion(),
         "cuda_runtime": runtime.runtimeGetVersion(),
-        "cublaslt": installed(),
+        "cublaslt": cublaslt.installed(),
+        "cudnn": cudnn.installed(),
     }

@@ -155,16 +155,22 @@ def _triton() -> Iterator[Finding]:
 def _cublaslt() -> Iterator[Finding]:
     from infera_kernels.launch.cublaslt import OFF, installed
 
-    if found := installed():
-        yield Finding(
-            "cuBLASLt", "ok", f"{found} multiplies matrices on a GPU; {OFF}=0 leaves that to Triton's kernels"
-        )
-        return
-    yield Finding(
-        "cuBLASLt",
-        "absent",
-        f"not installed, or {OFF}=0: Triton's kernels multiply matrices; infera-gpu[cublas12] or [cublas13] brings it",
-    )
+    yield _library("cuBLASLt", installed(), "multiplies matrices", "multiply matrices", OFF, "cublas")
+
+
+def _cudnn() -> Iterator[Finding]:
+    from infera_kernels.launch.cudnn import OFF, installed
+
+    does = "computes convolutions for which `infera tune` finds it faster", "compute convolutions"
+    yield _library("cuDNN", installed(), *does, OFF, "cudnn")
+
+
+def _library(name: str, release: str, does: str, do: str, off: str, extra: str) -> Finding:
+    """A library that does on a GPU what Triton's kernels do else."""
+    if release:
+        return Finding(name, "ok", f"{release} {does} on a GPU; {off}=0 leaves that to Triton's kernels")
+    brings = f"infera-gpu[{extra}12] or [{extra}13] brings it"
+    return Finding(name, "absent", f"not installed, or {off}=0: Triton's kernels {do}; {brings}")
 
 
 def _kernels() -> Iterator[Finding]:
@@ -226,6 +232,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("CuPy", _cupy),
     ("Triton", _triton),
     ("cuBLASLt", _cublaslt),
+    ("cuDNN", _cudnn),
     ("Device 'auto'", _kernels),
     ("Cache", _cache),
     ("onnxruntime", _peers),

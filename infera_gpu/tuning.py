@@ -30,7 +30,7 @@ from infera_gpu.op import Call
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_gpu.telemetry import snapshot
-from infera_kernels.launch import LaunchError, cublaslt
+from infera_kernels.launch import LaunchError, cublaslt, cudnn
 from infera_kernels.tuning import Family, Measured, Problem, Trial, Tuned, numbers, source_of
 
 ROUNDS = 15
@@ -119,14 +119,15 @@ class Tuner:
         return trial, binder.apart(step, trial, outs)
 
     def _open(self, trial: Trial) -> list[Problem]:
-        """Those of its choices that are neither measured nor without alternative."""
-        return [
+        """Those of its choices that are neither measured nor without alternative, in the order of measuring."""
+        found = [
             known
             for known, (family, problem, _) in trial.asked.items()
             if known not in self.found
             and self.base.value(family, problem) is None
             and len(family.candidates(problem, trial.target)) > 1
         ]
+        return sorted(found, key=lambda known: trial.asked[known][0].last)
 
     def _look(self, binder: Binder, step: Step) -> None:
         trial, calls = self._asked(binder, step, binder.room(step))
@@ -271,6 +272,7 @@ def facts(device: Device) -> dict[str, str]:
         "commit": _commit(),
         "method": METHOD,
         "cublaslt": cublaslt.installed(),
+        "cudnn": cudnn.installed(),
     }
     for package in PACKAGES:
         with suppress(PackageNotFoundError):

@@ -21,7 +21,8 @@ from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_kernels.launch import CudaLauncher, RecordingLauncher, cuda, nominal_target
 from infera_kernels.launch import cublaslt as cublaslt_module
-from infera_kernels.launch.cublaslt import ALIGNED, CublasError, Product, lying
+from infera_kernels.launch.cublaslt import ALIGNED, Product, lying
+from infera_kernels.launch.nvidia import LibraryError
 from infera_kernels.triton.matmul import matmul
 from infera_kernels.triton.tiles import TF32, TF32X3, Tile
 from infera_kernels.tuning import DeviceTiles
@@ -234,7 +235,7 @@ def test_it_is_turned_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_product_that_fails_says_so(library: FakeCublasLt, launcher: Any) -> None:
     library.status["cublasLtMatmul"] = 13
     a, b, out = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
-    with pytest.raises(CublasError, match="cublasLtMatmul failed with status 13; INFERA_CUBLASLT=0"):
+    with pytest.raises(LibraryError, match="cublasLtMatmul failed with status 13; INFERA_CUBLASLT=0"):
         run(launcher, a, b, out)
 
 

@@ -20,8 +20,8 @@ from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_kernels.launch import LaunchError, RecordingLauncher
-from infera_kernels.launch.cublaslt import CublasError
 from infera_kernels.launch.cuda import CupyDriver
+from infera_kernels.launch.nvidia import LibraryError
 from tests import fake_cupy
 from tests.text import parse
 
@@ -350,7 +350,7 @@ def test_a_library_that_fails_is_a_device_error_that_names_the_step(cupy: Any) -
     session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
 
     def fail(*_: Any) -> None:
-        raise CublasError("cublasLtMatmul failed with status 13")
+        raise LibraryError("cublasLtMatmul failed with status 13")
 
     cupy.exp = fail
     with pytest.raises(DeviceError, match="cuda:0 failed in a run: cublasLtMatmul failed with status 13") as caught:

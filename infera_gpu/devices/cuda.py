@@ -29,7 +29,7 @@ from infera_gpu.source import usual_room
 from infera_gpu.spec import Array
 from infera_kernels.calls import LEAST_NS, one_after_the_other
 from infera_kernels.cpu.aligned import Slabs
-from infera_kernels.launch.cublaslt import CublasError
+from infera_kernels.launch.nvidia import LibraryError
 from infera_kernels.tuning import DeviceTiles, Tuned
 
 OUT_OF_MEMORY = 2
@@ -147,7 +147,7 @@ class CudaDevice:
         if self._launcher is None:
             from infera_kernels.launch import CudaLauncher
 
-            self._launcher = CudaLauncher(self.index, self._stream, blas=not self.batch_invariant)
+            self._launcher = CudaLauncher(self.index, self._stream, libraries=not self.batch_invariant)
         return self._launcher
 
     @property
@@ -202,7 +202,7 @@ class CudaDevice:
             needed = int(getattr(error, "_size", nbytes))
             failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
             raise _with_notes(failure, error) from error
-        except CublasError as error:
+        except LibraryError as error:
             raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
             if error.status in LOST:

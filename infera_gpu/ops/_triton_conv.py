@@ -80,6 +80,24 @@ class Convolution:
             return False
         return splits_of(out, w, 1, invariant=site.batch_invariant, tuned=site.tuned) == 1
 
+    def way(self, site: Site) -> int:
+        """Which of cuDNN's plans computes it, from 1; 0 where kernels of ours do, as where channels are first."""
+        from infera_kernels.triton.dnn import way_of
+
+        _, w, out = self.specs(site)
+        if self.transposed or not self.last or self.is_depthwise(site):
+            return 0
+        return way_of(
+            w,
+            out,
+            self._geometry(site),
+            self.groups(site),
+            terms=[name for i, name in ((3, "residual"), (2, "bias")) if site.has(i)],
+            activation=self._function(site),
+            parameters=self._parameters(site),
+            tuned=None if site.batch_invariant else site.tuned,
+        )
+
     def padded(self, site: Site) -> int:
         """The channels that its input is copied with, for loads of several elements; 0 where it is read as it is."""
         x, _, _ = self.specs(site)
@@ -122,7 +140,8 @@ class Convolution:
     def workspace(self, site: Site) -> int:
         parts, padded, x = self.parts(site), self.padded(site), self.specs(site)[0]
         copied = math.prod(x.dims[:-1]) * padded * x.dtype.itemsize if site.outs[0].size else 0
-        return aligned(4 * math.prod(parts) if parts else 0) + aligned(copied) + aligned(self.library_bytes(site))
+        rooms = 4 * math.prod(parts) if parts else 0, copied, self.library_bytes(site), self.cudnn_bytes(site)
+        return sum(map(aligned, rooms))
 
     def library_bytes(self, site: Site) -> int:
         """Of a library that may compute a product."""
@@ -133,10 +152,16 @@ class Convolution:
             return 0
         return library_bytes(site.tuned, math.prod(out.dims[:-1]), x.dims[-1], self._function(site))
 
+    def cudnn_bytes(self, site: Site) -> int:
+        """Of cuDNN, where it is to compute it."""
+        from infera_kernels.launch.cudnn import WORKSPACE
+
+        return WORKSPACE if self.way(site) else 0
+
     # ---- binding
 
     def bind(self, site: Site, io: Buffers) -> list[Call]:
-        from infera_kernels.triton.conv import Finish, conv, geometry
+        from infera_kernels.triton.conv import Finish, conv
         from infera_kernels.triton.depthwise import depthwise
         from infera_kernels.triton.tiles import IEEE, TF32
 
@@ -147,20 +172,26 @@ class Convolution:
         residual = None if residual is None else moved(residual, last=self.last)
         alpha, beta = (*self._parameters(site), None, None)[:2]
         finish = Finish(bias, residual, self._function(site), alpha, beta)
-        found = self.window(self.first(site))
-        where = geometry(found.kernel, found.strides, found.dilations, found.pads)
+        where = self._geometry(site)
         if self.is_depthwise(site):
             return depthwise(x, self.weights(site, io), out, io.launcher, where, finish=finish)
-        room = self.library_bytes(site)
-        workspace = io.scratch((room,), np.uint8) if room else None
-        if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):
-            return _product(x, io.ins[1], out, finish, io, site, workspace)
         calls: list[Call] = []
         if padded := self.padded(site):
             from infera_kernels.triton.pad_channels import pad_channels
 
             wide = io.scratch((*x.shape[:-1], padded), x.dtype)
             calls, x = pad_channels(x, wide, io.launcher), wide
+        if way := self.way(site):
+            from infera_kernels.triton.dnn import by_cudnn
+
+            workspace = io.scratch((self.cudnn_bytes(site),), np.uint8)
+            call = by_cudnn(x, self.weights(site, io), out, io.launcher, where, finish, way, workspace)
+            if call is not None:
+                return [*calls, call]
+        room = self.library_bytes(site)
+        workspace = io.scratch((room,), np.uint8) if room else None
+        if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):
+            return _product(x, io.ins[1], out, finish, io, site, workspace)
         parts = self.parts(site)
         return calls + conv(
             x,
@@ -176,6 +207,12 @@ class Convolution:
             invariant=site.batch_invariant,
             tuned=site.tuned,
         )
+
+    def _geometry(self, site: Site) -> Any:
+        from infera_kernels.triton.conv import geometry
+
+        found = self.window(self.first(site))
+        return geometry(found.kernel, found.strides, found.dilations, found.pads)
 
     def weights(self, site: Site, io: Buffers) -> Array:
         """The weights (O, kernel..., C / groups): packed where they are constant and in another order, else a view."""

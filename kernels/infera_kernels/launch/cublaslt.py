@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import threading
 from collections.abc import Hashable
 from contextlib import suppress
@@ -18,7 +17,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from infera_kernels.calls import Call
-from infera_kernels.launch.types import LaunchError, address_of
+from infera_kernels.launch.nvidia import LibraryError, find
+from infera_kernels.launch.types import address_of
 
 _log = logging.getLogger(__name__)
 
@@ -47,10 +47,6 @@ REMEMBERED = 4096
 
 ALIGNED = 256
 """Bytes: what the library takes pointers to be aligned to unless it is told, and its workspace must be."""
-
-
-class CublasError(LaunchError):
-    """The library did not do what it was asked."""
 
 
 class Matrix(NamedTuple):
@@ -96,15 +92,8 @@ class _Found(ctypes.Structure):
 
 @cache
 def library() -> Any | None:
-    """The library, by the functions' names; None where it is not installed, or turned OFF."""
-    if os.environ.get(OFF) == "0":
-        return None
-    try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
-    except (ImportError, OSError, RuntimeError):  # what pathfinder raises of its own is a RuntimeError
-        return None
+    """The library; None where it is not installed, or turned OFF."""
+    return find("cublasLt", OFF)
 
 
 def installed() -> str:
@@ -151,7 +140,7 @@ class CublasLt:
     def call(self, product: Product, workspace: Any) -> Call | None:
         """The product, which may use `workspace` while it runs and nobody else meanwhile, ALIGNED memory of the GPU.
 
-        None where the library has no algorithm for it, or does not work here. Raises CublasError.
+        None where the library has no algorithm for it, or does not work here. Raises LibraryError.
         """
         with self._lock:
             handle = _handle(self._found, self._device_id)
@@ -192,13 +181,13 @@ class CublasLt:
 
 
 def check(found: Any, name: str, *args: Any) -> None:
-    """Calls a function. Raises CublasError where that fails."""
+    """Calls a function. Raises LibraryError where that fails."""
     if status := found[f"cublasLt{name}"](*args):
         raise _failed(name, status)
 
 
-def _failed(name: str, status: int) -> CublasError:
-    return CublasError(f"cublasLt{name} failed with status {status}; {OFF}=0 leaves products to Triton's kernels")
+def _failed(name: str, status: int) -> LibraryError:
+    return LibraryError(f"cublasLt{name} failed with status {status}; {OFF}=0 leaves products to Triton's kernels")
 
 
 def _given(value: Any) -> tuple[Any, c_size_t]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from infera_kernels.calls import Call
+from infera_kernels.launch import cublaslt, cudnn
 from infera_kernels.launch.abi import Address, pack
 from infera_kernels.launch.assembler import suit
 from infera_kernels.launch.cache import KernelCache
 from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compile_kernel, compiler_options
 from infera_kernels.launch.compiling import nothing
-from infera_kernels.launch.cublaslt import CublasLt, library
+from infera_kernels.launch.cublaslt import CublasLt
+from infera_kernels.launch.cudnn import Cudnn
 from infera_kernels.launch.descriptors import FIRST_ARCH, Descriptor, Encode, driver_encode, encoded
 from infera_kernels.launch.signature import Leaf, bind, kernel_name
 from infera_kernels.launch.types import LaunchError, Target, address_of, grid_of
@@ -120,7 +122,7 @@ class CudaLauncher:
 
     `stream` is a cupy stream, or its address. `launch` compiles or loads what is not there yet, so it must run
     outside a graph capture; the Calls it returns may be captured. It may be called from several threads. `library` is
-    cuBLASLt, where it is installed and `blas` asks for it.
+    cuBLASLt and `cudnn` cuDNN, where they are installed and `libraries` asks for them.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class CudaLauncher:
         *,
         driver: Driver | None = None,
         cache: KernelCache | None = None,
-        blas: bool = False,
+        libraries: bool = False,
     ) -> None:
         self.device_id = device_id
         self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
@@ -140,9 +142,13 @@ class CudaLauncher:
         suit(self.driver_version)
         self.target = self._driver.target(device_id)
         self.library: CublasLt | None = None
-        if blas and (found := library()) is not None:
+        self.cudnn: Cudnn | None = None
+        if libraries and (found := cublaslt.library()) is not None:
             self.library = CublasLt(found, device_id, self._stream)
             self.target = replace(self.target, library_bytes=WORKSPACES[self.target.arch >= 90])
+        if libraries and (found := cudnn.library()) is not None:
+            self.cudnn = Cudnn(found, device_id, self._stream)
+            self.target = replace(self.target, cudnn=cudnn.installed())
         self.compiled = 0
         """Kernels that were not in the cache and were compiled here."""
         self._loaded: dict[str, _Loaded] = {}

@@ -49,6 +49,8 @@ class Target:
     """What CUDA calls the card; empty for none in particular."""
     library_bytes: int = 0
     """Scratch for a product by cuBLASLt; 0 where that is not used."""
+    cudnn: str = ""
+    """The release of cuDNN, which may compute convolutions; empty where that is not used."""
 
 
 def nominal_target(arch: int) -> Target:
@@ -92,6 +94,11 @@ def target_of(launcher: Launcher) -> Target:
 def library_of(launcher: Launcher) -> Any | None:
     """The `cublaslt.CublasLt` for the launcher's GPU and stream; None where it has none."""
     return getattr(launcher, "library", None)
+
+
+def cudnn_of(launcher: Launcher) -> Any | None:
+    """The `cudnn.Cudnn` for the launcher's GPU and stream; None where it has none."""
+    return getattr(launcher, "cudnn", None)
 
 
 def describes(launcher: Launcher) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from infera_kernels.triton.attention import ATTENTION
 from infera_kernels.triton.conv import CONV, SPLITS
+from infera_kernels.triton.dnn import WAY
 from infera_kernels.triton.integer_conv import INTEGER_CONV
 from infera_kernels.triton.integer_matmul import INTEGER_MATMUL
 from infera_kernels.triton.matmul import MATMUL, PARTS
@@ -16,5 +17,8 @@ from infera_kernels.triton.skinny import MATVEC
 from infera_kernels.tuning import Family
 
 FAMILIES: Mapping[str, Family[Any]] = MappingProxyType(
-    {f.name: f for f in (MATMUL, PARTS, MATVEC, CONV, SPLITS, INTEGER_MATMUL, INTEGER_CONV, QUANTIZED_CONV, ATTENTION)}
+    {
+        f.name: f
+        for f in (*(MATMUL, PARTS, MATVEC, CONV, SPLITS, WAY, INTEGER_MATMUL, INTEGER_CONV, QUANTIZED_CONV, ATTENTION),)
+    }
 )

@@ -39,7 +39,8 @@ class Family(Generic[T]):
 
     `sizes` names the sizes of a problem, `varying` how many of them, the first, follow from batches and lengths of
     sequences: what is measured for one such size goes for those near it. `kernels` are those whose source a measurement
-    depends on. `estimate`, where there is one, gives the cycles of a choice; it is compared, not believed.
+    depends on. `estimate`, where there is one, gives the cycles of a choice; it is compared, not believed. A choice of
+    `zeros` alone is called so. One between the best of others is measured `last`.
     """
 
     name: str
@@ -50,15 +51,16 @@ class Family(Generic[T]):
     predict: Callable[[Problem, Target], T]
     kernels: tuple[Any, ...]
     estimate: Callable[[Problem, T, Target], float] | None = None
+    zeros: str = "library"
+    last: bool = False
 
     def problem(self, kind: str, sizes: Mapping[str, int], layout: str = "") -> Problem:
         return Problem(self.name, kind, tuple(sizes[name] for name in self.sizes), layout)
 
     def described(self, choice: Sequence[int]) -> str:
-        """The numbers of a choice with their names, of which `form` has the most. One of zeros alone leaves the problem
-        to a library."""
+        """The numbers of a choice with their names, of which `form` has the most."""
         if not any(choice):
-            return "library"
+            return self.zeros
         return " ".join(f"{name} {value}" for name, value in zip(_names(self.form), choice, strict=False))
 
     def class_of(self, problem: Problem) -> Problem:

@@ -1,0 +1,25 @@
+"""NVIDIA's libraries, that CUDA, PyTorch or an extra installed: found by name, called through their C interfaces."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+from infera_kernels.launch.types import LaunchError
+
+
+class LibraryError(LaunchError):
+    """A library did not do what it was asked."""
+
+
+def find(name: str, off: str) -> Any | None:
+    """A library, by its functions' names; None where it is not installed, or the environment has 0 for `off`."""
+    if os.environ.get(off) == "0":
+        return None
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
+    except (ImportError, OSError, RuntimeError):  # what pathfinder raises of its own is a RuntimeError
+        return None

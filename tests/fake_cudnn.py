@@ -1,0 +1,207 @@
+"""Enough of cuDNN's backend, over NumPy, to compute what its descriptors say: graphs of a convolution and what is
+applied to its sums, of tensors at addresses of the host.
+
+It refuses what the library refuses: attributes of a descriptor that is finished, or unfinished ones among them, sizes
+that do not fit a window, pointers that are aligned less than their tensors say. It shows nothing about the library's
+speed or a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+BAD, UNSUPPORTED = 2000, 3000
+TYPES = {0: np.dtype(np.float32), 2: np.dtype(np.float16), 9: np.dtype(ml_dtypes.bfloat16)}
+FUNCTIONS: Mapping[int, Callable[[Any], Any]] = {
+    100: lambda x: np.maximum(x, 0),
+    101: np.tanh,
+    102: lambda x: 1 / (1 + np.exp(-x)),
+    106: lambda x: x / (1 + np.exp(-x)),
+    107: lambda x: x / 2 * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3))),
+}
+
+
+@dataclass
+class Descriptor:
+    """cudnnBackendDescriptor_t: values by attribute; descriptors among them stand for themselves."""
+
+    kind: int
+    attributes: dict[int, list[Any]] = field(default_factory=dict)
+    finished: bool = False
+
+    def one(self, attribute: int) -> Any:
+        (value,) = self.attributes[attribute]
+        return value
+
+
+def convolved(x: Any, w: Any, window: Descriptor) -> Any:
+    """In float64: x (N, C, spatial...), w (O, C / groups, kernel...)."""
+    dilations, strides = window.attributes[102], window.attributes[103]
+    after, before = window.attributes[104], window.attributes[105]
+    x = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *zip(before, after, strict=True)])
+    w, groups = w.astype(np.float64), x.shape[1] // w.shape[1]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, w.shape[2:], strict=True)]
+    axes = tuple(range(2, x.ndim))
+    views: Any = np.lib.stride_tricks.sliding_window_view(x, reach, axes)
+    views = views[(..., *(slice(None, None, n) for n in (*strides, *dilations)))]
+    parts = [
+        np.tensordot(part, weights, ((1, *range(2 + len(axes), part.ndim)), (1, *axes)))
+        for part, weights in zip(np.split(views, groups, 1), np.split(w, groups, 0), strict=True)
+    ]
+    return np.moveaxis(np.concatenate(parts, -1), -1, 1)
+
+
+class FakeCudnn:
+    """Functions by name. `notes` are those of the engines that it offers for a graph, best ones first, `workspace` what
+    their plans take, `unprepared` the places of those that become no plan. `asked` are the graphs that were computed;
+    `status`, by name, is what a function returns instead of working."""
+
+    def __init__(self, notes: Sequence[Sequence[int]] = ((0,), (0, 2), (0,), (4,), ()), workspace: int = 131) -> None:
+        self.notes, self.workspace, self.unprepared = notes, workspace, set[int]()
+        self.asked: list[Descriptor] = []
+        self.alive: dict[int, Any] = {}
+        self.status: dict[str, int] = {}
+        self.plans = 0
+        self._numbers = itertools.count(1)
+
+    def __getitem__(self, name: str) -> Any:
+        def call(*args: Any) -> int:
+            if status := self.status.get(name, 0):
+                return status
+            found: Any = getattr(self, name.removeprefix("cudnn"))(*args)
+            return int(found or 0)
+
+        return call
+
+    def _new(self, pointer: Any, made: Any) -> None:
+        pointer._obj.value = next(self._numbers)
+        self.alive[pointer._obj.value] = made
+
+    def GetVersion(self) -> int:
+        return 92801
+
+    def Create(self, pointer: Any) -> None:
+        self._new(pointer, {"stream": None})
+
+    def SetStream(self, handle: Any, stream: Any) -> None:
+        self.alive[handle.value]["stream"] = stream.value
+
+    def BackendCreateDescriptor(self, kind: int, pointer: Any) -> None:
+        self._new(pointer, Descriptor(kind))
+
+    def BackendDestroyDescriptor(self, made: Any) -> None:
+        del self.alive[made.value]
+
+    def BackendSetAttribute(self, made: Any, attribute: int, type: int, count: Any, values: Any) -> int:
+        found = self.alive[made.value]
+        assert count.value == len(values)
+        if found.finished:
+            return BAD
+        given = list(values)
+        if type == 15:
+            given = [self.alive[value] for value in given]
+            if not all(x.finished for x in given):
+                return BAD
+        found.attributes[attribute] = given
+        return 0
+
+    def BackendFinalize(self, made: Any) -> int:
+        found = self.alive[made.value]
+        if found.finished:
+            return BAD
+        found.finished = True
+        return int(getattr(self, f"_finish_{found.kind}", lambda found: 0)(found))
+
+    def BackendGetAttribute(self, made: Any, attribute: int, type: int, most: Any, count: Any, held: Any) -> int:
+        found = self.alive[made.value]
+        if not found.finished:
+            return BAD
+        values = found.attributes[attribute]
+        count._obj.value = min(len(values), most.value) if held is not None else len(values)
+        for i, value in enumerate(values[: most.value]):
+            if type == 15:
+                filled = self.alive[held[i]]
+                assert (filled.kind, filled.finished) == (value.kind, False)
+                filled.attributes, filled.finished = value.attributes, True
+            else:
+                held[i] = value
+        return 0
+
+    def _finish_10(self, made: Descriptor) -> int:
+        """A convolution: sizes must fit."""
+        window, w, x, y = (made.one(i) for i in (702, 703, 704, 705))
+        found = [
+            (i + before + after - d * (k - 1) - 1) // s + 1
+            for i, k, before, after, d, s in zip(
+                x.attributes[902][2:],
+                w.attributes[902][2:],
+                *(window.attributes[i] for i in (105, 104, 102, 103)),
+                strict=True,
+            )
+        ]
+        fits = y.attributes[902] == [x.attributes[902][0], w.attributes[902][0], *found]
+        return 0 if fits and window.one(106) == len(found) and window.one(101) == 1 else BAD
+
+    def _finish_4(self, made: Descriptor) -> int:
+        """Engines of a graph."""
+        assert self.alive[made.one(201).one(800)] is not None
+        made.attributes[202] = [
+            Descriptor(3, {300: [Descriptor(2, {1303: list(notes)}, True)], 0: [place, made.one(201)]}, True)
+            for place, notes in enumerate(self.notes)
+        ]
+        return 0
+
+    def _finish_5(self, made: Descriptor) -> int:
+        """A plan."""
+        place, made.attributes[0] = made.one(401).attributes[0][0], made.one(401).attributes[0][1:]
+        made.attributes[402] = [self.workspace]
+        self.plans += 1
+        return UNSUPPORTED if place in self.unprepared else 0
+
+    def BackendExecute(self, handle: Any, plan: Any, pack: Any) -> int:
+        assert self.alive[handle.value]["stream"]
+        graph, given = self.alive[plan.value].one(0), self.alive[pack.value]
+        at = dict(zip(given.attributes[1000], given.attributes[1001], strict=True))
+        values: dict[int, Any] = {}
+
+        def read(tensor: Descriptor) -> Any:
+            name = tensor.one(906)
+            return values[name] if virtual(tensor) else self._at(tensor, at[name])
+
+        def virtual(tensor: Descriptor) -> bool:
+            return bool(tensor.attributes.get(907, [False])[0])
+
+        for operation in graph.attributes[801]:
+            if operation.kind == 10:
+                window, w, x, to = (operation.one(i) for i in (702, 703, 704, 705))
+                assert (operation.one(700), operation.one(701), window.one(100)) == (1.0, 0.0, 0)
+                made = convolved(read(x), read(w), window)
+            else:
+                how, to, made = operation.one(750), operation.one(753), read(operation.one(751))
+                assert how.one(1) == 0, "what follows sums is in float32"
+                if how.one(0) == 0:
+                    made = made + read(operation.one(752)).astype(np.float64)
+                else:
+                    made = FUNCTIONS[how.one(0)](made)
+            if virtual(to):
+                assert to.one(901) == 0, "sums are in float32"
+                values[to.one(906)] = made
+            else:
+                self._at(to, at[to.one(906)])[...] = made
+        assert given.one(1003), "plans may use their workspace"
+        self.asked.append(graph)
+        return 0
+
+    def _at(self, tensor: Descriptor, address: int) -> Any:
+        assert address % tensor.one(900) == 0
+        dtype, sizes, strides = TYPES[tensor.one(901)], tensor.attributes[902], tensor.attributes[903]
+        reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
+        memory = (ctypes.c_uint8 * (reach * dtype.itemsize)).from_address(address)
+        return np.ndarray(sizes, dtype, memory, 0, [s * dtype.itemsize for s in strides])

@@ -1,0 +1,419 @@
+"""Convolutions by cuDNN: what its descriptors say, computed by a stand-in. Nothing here runs on a GPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from infera_gpu.devices.recording import RecordingDevice
+from infera_gpu.loader import load_graph
+from infera_gpu.op import Call
+from infera_gpu.session import Session
+from infera_kernels.launch import CudaLauncher, RecordingLauncher, cudnn, nominal_target
+from infera_kernels.launch.cudnn import ACTIVATIONS, REMEMBERED, WORKSPACE, Cudnn
+from infera_kernels.launch.nvidia import LibraryError
+from infera_kernels.triton.conv import Finish, geometry
+from infera_kernels.triton.dnn import WAY, WAYS, Way, by_cudnn, convolution_of, way_of
+from infera_kernels.tuning import DeviceTiles, Family, Measured, Store, Trial, Tuned, source_of
+from tests.fake_cudnn import FUNCTIONS, FakeCudnn
+from tests.text import parse
+
+pytestmark = pytest.mark.kernels
+
+HALF, BFLOAT = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeCudnn:
+    """One with no handles yet."""
+    monkeypatch.setattr(cudnn, "_idle", {})
+    return FakeCudnn()
+
+
+@pytest.fixture
+def launcher(library: FakeCudnn) -> Any:
+    return with_cudnn(RecordingLauncher(), library)
+
+
+def with_cudnn(launcher: Any, library: FakeCudnn) -> Any:
+    launcher.cudnn = Cudnn(library, 0, 0x50)
+    launcher.target = replace(nominal_target(90), cudnn="9.28.1")
+    return launcher
+
+
+def array(rng: np.random.Generator, shape: Sequence[int], dtype: Any = HALF, apart: int = 0) -> Any:
+    """Random numbers with channels last, the image a part of a larger one."""
+    whole = rng.standard_normal((*shape[:1], *(n + apart for n in shape[1:])))
+    made = whole.astype(dtype)
+    return made[(slice(None), *(slice(apart, None) for _ in shape[1:]))]
+
+
+def workspace() -> Any:
+    return np.empty(WORKSPACE, np.uint8)
+
+
+def want(x: Any, w: Any, out: Any, where: Any, groups: int, finish: Finish) -> Any:
+    """Summed window by window in float64, channels last."""
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    axes = x.ndim - 2
+    kernel, strides, dilations, pads = (
+        v[3 - axes :] for v in (where.kernel, where.strides, where.dilations, where.pads)
+    )
+    total = np.zeros(out.shape)
+    share, part = x.shape[-1] // groups, out.shape[-1] // groups
+    for place in np.ndindex(*out.shape[1:-1]):
+        for tap in np.ndindex(*kernel):
+            at = [p * s + t * d - b for p, s, t, d, b in zip(place, strides, tap, dilations, pads, strict=True)]
+            if all(0 <= i < n for i, n in zip(at, x.shape[1:-1], strict=True)):
+                for g in range(groups):
+                    inside = x[(slice(None), *at, slice(g * share, (g + 1) * share))]
+                    to = slice(g * part, (g + 1) * part)
+                    total[(slice(None), *place, to)] += inside @ w[(to, *tap)].T
+    total += 0 if finish.residual is None else finish.residual.astype(np.float64)
+    total += 0 if finish.bias is None else finish.bias.astype(np.float64)
+    return total if finish.activation is None else FUNCTIONS[ACTIVATIONS[finish.activation]](total)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one pixel": {"kernel": (1, 1), "pads": ((0, 0), (0, 0))},
+    "strides": {"strides": (2, 3)},
+    "dilations": {"dilations": (2, 1), "pads": ((2, 2), (1, 1))},
+    "uneven pads": {"pads": ((0, 2), (1, 0))},
+    "a window that leaves pixels over": {"size": (8, 9), "strides": (2, 2), "pads": ((0, 0), (0, 0)), "kernel": (3, 4)},
+    "groups": {"groups": 3},
+    "a line": {"size": (9,), "kernel": (3,), "pads": ((1, 1),), "strides": (2,), "dilations": (1,)},
+    "a volume": {"size": (4, 5, 3), "kernel": (3, 1, 2), "pads": ((1, 1), (0, 0), (1, 0)), "strides": (1, 2, 1)},
+    "one channel in": {"channels": 1},
+    "one channel out": {"filters": 1},
+    "one image of one line": {"count": 1, "size": (1, 6), "kernel": (1, 3), "pads": ((0, 0), (1, 1))},
+    "parts of larger images": {"apart": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("terms", ["", "bias", "residual", "residual bias relu", "relu", "bias silu", "bias gelu_tanh"])
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions(library: FakeCudnn, launcher: Any, case: str, terms: str, dtype: Any) -> None:
+    rng, given = np.random.default_rng(len(case + terms)), CASES[case]
+    size, kernel = given.get("size", (6, 7)), given.get("kernel", (3, 3))
+    axes = len(size)
+    strides, dilations = given.get("strides", (1,) * axes), given.get("dilations", (1,) * axes)
+    pads = given.get("pads", ((1, 1),) * axes)
+    groups, apart, count = given.get("groups", 1), given.get("apart", 0), given.get("count", 2)
+    channels, filters = given.get("channels", 6), given.get("filters", 9)
+    made = [
+        (n + b + a - d * (k - 1) - 1) // s + 1
+        for n, (b, a), d, k, s in zip(size, pads, dilations, kernel, strides, strict=True)
+    ]
+    x, w = array(rng, (count, *size, channels), dtype, apart), array(rng, (filters, *kernel, channels // groups), dtype)
+    bias = array(rng, (filters,), dtype) if "bias" in terms else None
+    residual = array(rng, (count, *made, filters), dtype, apart) if "residual" in terms else None
+    out = array(rng, (count, *made, filters), dtype, apart)
+    around = out.base.copy() if apart else None
+    where = geometry(kernel, strides, dilations, pads)
+    activation = next((name for name in ACTIVATIONS if name in terms.split()), None)
+    finish = Finish(bias, residual, activation)
+    call = by_cudnn(x, w, out, launcher, where, finish, 1, workspace())
+    assert call is not None
+    run([call])
+    tolerance = {HALF: 2e-3, BFLOAT: 2e-2}[dtype]
+    wanted = want(x, w, out, where, groups, finish)
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+    assert len(library.asked) == 1
+    if around is not None:
+        out[...] = around[(slice(None), *(slice(apart, None) for _ in made), slice(apart, None))]
+        np.testing.assert_array_equal(out.base, around)
+
+
+def run(calls: Sequence[Call]) -> None:
+    for fn, args in calls:
+        fn(*args)
+
+
+def bound(given: tuple[Any, ...], launcher: Any, way: int = 1) -> Call | None:
+    """`some`, by a way of the library's."""
+    x, w, out, where, finish = given
+    return by_cudnn(x, w, out, launcher, where, finish, way, workspace())
+
+
+def some(rng: np.random.Generator, **changed: Any) -> tuple[Any, ...]:
+    """x, w, out, geometry and what follows, of a small convolution."""
+    arrays = {
+        "x": array(rng, (2, 4, 5, 8)),
+        "w": array(rng, (16, 3, 3, 8)),
+        "out": array(rng, (2, 4, 5, 16)),
+        "bias": array(rng, (16,)),
+        **changed,
+    }
+    where = geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    return arrays["x"], arrays["w"], arrays["out"], where, Finish(arrays["bias"], arrays.get("residual"), "relu")
+
+
+@pytest.mark.parametrize("name", ["x", "w", "out", "residual"])
+@pytest.mark.parametrize("how", ["channels first", "every second channel", "backwards", "one image for all"])
+def test_what_lies_otherwise_is_left_to_kernels_of_ours(launcher: Any, name: str, how: str) -> None:
+    rng = np.random.default_rng(0)
+    shape = {"x": (2, 4, 5, 8), "w": (16, 3, 3, 8)}.get(name, (2, 4, 5, 16))
+    makers: Mapping[str, Callable[[], Any]] = {
+        "channels first": lambda: np.moveaxis(array(rng, (shape[0], shape[3], *shape[1:3])), 1, -1),
+        "every second channel": lambda: array(rng, (*shape[:3], 2 * shape[3]))[..., ::2],
+        "backwards": lambda: array(rng, shape)[:, ::-1],
+        "one image for all": lambda: np.broadcast_to(array(rng, (1, *shape[1:])), shape),
+    }
+    x, w, out, where, finish = some(rng, **{name: makers[how]()})
+    assert convolution_of(x, w, out, where, finish) is None
+    assert by_cudnn(x, w, out, launcher, where, finish, 1, workspace()) is None
+
+
+def test_a_bias_in_pieces_is_left_to_kernels_of_ours() -> None:
+    rng = np.random.default_rng(0)
+    assert convolution_of(*some(rng, bias=array(rng, (32,))[::2])) is None
+    assert convolution_of(*some(rng, bias=array(rng, (16,)))) is not None
+
+
+def test_engines_that_round_otherwise_or_differ_from_run_to_run_are_passed_by(
+    library: FakeCudnn, launcher: Any
+) -> None:
+    rng = np.random.default_rng(0)
+    given = some(rng)
+    for way, place in ((1, 0), (2, 2), (3, 4)):
+        call = bound(given, launcher, way)
+        assert call is not None
+        plan = call[1][0]
+        assert library.alive[plan.at.value].one(401).attributes[0][0] == place
+    assert bound(given, launcher, 4) is None
+
+
+@pytest.mark.parametrize("what", ["graph", "engine", "workspace", "library"])
+def test_what_it_does_not_take_is_left_to_kernels_of_ours(library: FakeCudnn, launcher: Any, what: str) -> None:
+    given = some(np.random.default_rng(0))
+    if what == "graph":
+        library.status["cudnnBackendFinalize"] = 3000
+    elif what == "engine":
+        library.unprepared = {0}
+    elif what == "workspace":
+        library.workspace = WORKSPACE + 1
+    else:
+        library.status["cudnnCreate"] = 1001
+    assert bound(given, launcher) is None
+    library.status.clear()
+    assert (bound(given, launcher, 2) is not None) is (what in ("graph", "engine"))
+
+
+def test_plans_are_remembered(library: FakeCudnn, launcher: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, w, out, where, finish = some(rng)
+    for _ in range(3):
+        by_cudnn(array(rng, x.shape), w, out, launcher, where, finish, 1, workspace())
+    assert library.plans == 1
+    near = np.empty(x.size + 8, HALF)[1:][: x.size].reshape(x.shape)
+    by_cudnn(near, w, out, launcher, where, finish, 1, workspace())
+    assert library.plans == 2, "of another alignment"
+    by_cudnn(x, w, out, launcher, where, replace(finish, activation=None), 1, workspace())
+    by_cudnn(x, w, out, launcher, where, finish, 2, workspace())
+    assert library.plans == 4
+
+
+def test_plans_are_not_remembered_without_end(library: FakeCudnn, launcher: Any) -> None:
+    x, w, out, where, finish = some(np.random.default_rng(0))
+    launcher.cudnn._plans.update(dict.fromkeys(range(REMEMBERED)))
+    by_cudnn(x, w, out, launcher, where, finish, 1, workspace())
+    assert len(launcher.cudnn._plans) == 1
+
+
+def test_nothing_of_the_librarys_stays_but_its_handle(library: FakeCudnn, launcher: Any) -> None:
+    rng = np.random.default_rng(0)
+    given = some(rng)
+    bound(given, launcher)
+    del launcher.cudnn
+    gc.collect()
+    (handle,) = library.alive.values()
+    assert handle == {"stream": 0x50}
+    other = Cudnn(library, 0, 0x60)
+    made = convolution_of(*given)
+    assert made is not None
+    other.call(made, 1, workspace())
+    assert handle == {"stream": 0x60}
+    assert sum(isinstance(found, dict) for found in library.alive.values()) == 1
+
+
+def test_a_convolution_that_fails_says_so(library: FakeCudnn, launcher: Any) -> None:
+    given = some(np.random.default_rng(0))
+    call = bound(given, launcher)
+    assert call is not None
+    library.status["cudnnBackendExecute"] = 5000
+    with pytest.raises(LibraryError, match="cudnnBackendExecute failed with status 5000; INFERA_CUDNN=0"):
+        run([call])
+
+
+def test_a_launcher_has_it_where_it_is_installed_and_asked_for(monkeypatch: Any, library: FakeCudnn) -> None:
+    driver: Any = SimpleNamespace(version=lambda: 13000, target=lambda device: nominal_target(90))
+
+    def made(**options: Any) -> CudaLauncher:
+        return CudaLauncher(0, 0x50, driver=driver, **options)
+
+    monkeypatch.setattr(cudnn, "library", lambda: None)
+    assert (made(libraries=True).cudnn, made(libraries=True).target.cudnn, cudnn.installed()) == (None, "", "")
+    monkeypatch.setattr(cudnn, "library", lambda: library)
+    assert (made().cudnn, made().target.cudnn) == (None, "")
+    assert made(libraries=True).cudnn is not None
+    assert made(libraries=True).target.cudnn == cudnn.installed() == "9.28.1"
+
+
+# ---- the choice
+
+
+def measured(way: int, family: Family[Any] = WAY, release: str = "9.28.1") -> Tuned:
+    """That a way is fastest for the convolution of MODEL."""
+    target = replace(nominal_target(90), cudnn=release)
+    sizes = {"m": 2 * 5 * 6, "batch": 1, "n": 16, "k": 72, "taps": 9, "step": 1}
+    known = family.class_of(family.problem("half", sizes, "9.28.1 bias relu"))
+    return Tuned(target, {known: Measured(known, (way,), 1e-6, (0,), 2e-6, source_of(family))})
+
+
+def ask(tuned: Tuned | None, dtype: Any = HALF, activation: str | None = "relu", **options: Any) -> int:
+    w, out = np.empty((16, 3, 3, 8), dtype), np.empty((2, 5, 6, 16), dtype)
+    where = geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    terms, parameters = options.get("terms", ["bias"]), options.get("parameters", ())
+    return way_of(w, out, where, 1, terms=terms, activation=activation, parameters=parameters, tuned=tuned)
+
+
+def test_only_what_was_measured_is_its() -> None:
+    assert ask(measured(3)) == 3
+    assert ask(measured(0)) == 0
+    assert ask(None) == ask(Tuned(replace(nominal_target(90), cudnn="9.28.1"))) == 0
+    assert ask(measured(3, release="9.19.0")) == 0, "plans of another release are others"
+    assert ask(measured(3, release="")) == 0
+    assert ask(measured(WAYS + 1)) == 0, "no way of the family's"
+    assert ask(measured(3), terms=["residual", "bias"]) == 0, "what follows sums matters"
+
+
+def test_what_it_cannot_compute_is_never_asked_for() -> None:
+    for given in ({"dtype": np.float32}, {"activation": "leaky_relu"}, {"activation": "silu", "parameters": (1.5,)}):
+        trial = Trial(measured(3), {})
+        assert ask(trial, **given) == 0
+        assert not trial.asked
+    trial = Trial(measured(3), {})
+    assert ask(trial, activation="silu", parameters=(1.0,)) == 0
+    assert trial.asked, "its own SiLU has that factor"
+
+
+def test_ways_are_called_by_their_numbers() -> None:
+    assert [WAY.described((way,)) for way in (0, 2)] == ["ours", "plan 2"]
+    assert WAY.candidates(WAY.problem("half", dict.fromkeys(WAY.sizes, 1)), nominal_target(90))[0] == Way(0)
+
+
+MODEL = """
+    g (float16[N, 5, 6, C] x) => (float16[N, 5, 6, 16] y) {
+        a = Transpose <perm = [0, 3, 1, 2]> (x)
+        b = Conv <pads = [P, P, P, P]> (a, w, v)
+        c = Relu (b)
+        y = Transpose <perm = [0, 2, 3, 1]> (c)
+    }"""
+
+
+def model(channels: int = 8, window: int = 3) -> Any:
+    import onnx
+
+    text = MODEL.replace("C]", f"{channels}]").replace("P", str(window // 2), 4)
+    made, rng = parse(text), np.random.default_rng(0)
+    for name, shape in (("w", (16, channels, window, window)), ("v", (16,))):
+        values = rng.standard_normal(shape).astype(np.float16)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return made
+
+
+def feeds(n: int = 2, channels: int = 8) -> dict[str, Any]:
+    return {"x": np.random.default_rng(n).standard_normal((n, 5, 6, channels)).astype(np.float16)}
+
+
+def opened(library: FakeCudnn, store: Store | None = None, made: Any = None, **options: Any) -> Session:
+    device = RecordingDevice(**options)
+    with_cudnn(device.launcher, library)
+    device.tiles = DeviceTiles(device.launcher.target, store)  # type: ignore[attr-defined]
+    return Session(load_graph(made or model()), device)
+
+
+class Timer:
+    """Makes the calls; those of a plan of cuDNN's take `seconds`, launches 10 us."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, calls: Sequence[Call]) -> float:
+        run(calls)
+        plans = [args[0] for fn, args in calls if getattr(fn, "__name__", "") == "_run"]
+        return self.seconds[f"way{len(plans)}"] if plans else 1e-5
+
+
+def test_tuning_finds_it_last_and_the_next_plan_goes_by_it(library: FakeCudnn, tmp_path: Path) -> None:
+    store = Store("h200", "3.9.0", shipped=None, own=tmp_path)
+    session = opened(library, store)
+    before = session.run(feeds())["y"]
+    assert not library.asked
+    found = session.tune(feeds(), timer=Timer(way1=1e-6))
+    assert found[-1].problem.family == "conv_way", "between the best of others"
+    assert found[-1].choice == (1,)
+    assert [m.problem.family for m in found[:-1]].count("conv") == 1
+    for other in (session, opened(library, store)):
+        (step,) = (s for s in other.plan_for({"x": (2, 5, 6, 8)}).steps if s.workspace)
+        assert step.workspace is not None
+        assert step.workspace.nbytes >= WORKSPACE
+        del library.asked[:]
+        np.testing.assert_array_equal(other.run(feeds())["y"], before)
+        assert len(library.asked) == 1
+
+
+def test_tuning_leaves_what_is_slower(library: FakeCudnn) -> None:
+    session = opened(library)
+    found = session.tune(feeds(), timer=Timer(way1=1e-4))
+    assert found[-1].choice == found[-1].predicted == (0,)
+    del library.asked[:]
+    session.run(feeds())
+    assert not library.asked
+
+
+def test_a_plan_that_does_not_depend_on_the_batch_is_never_its(library: FakeCudnn, tmp_path: Path) -> None:
+    store = Store("h200", "3.9.0", shipped=None, own=tmp_path)
+    opened(library, store).tune(feeds(), timer=Timer(way1=1e-6))
+    del library.asked[:]
+    session = opened(library, store, batch_invariant=True)
+    session.run(feeds())
+    assert not library.asked
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("window", [1, 3])
+def test_models_go_by_it(library: FakeCudnn, channels: int, window: int) -> None:
+    """Channels that are padded for kernels of ours are so for it; a window of one pixel is no other case."""
+    session = opened(library, made=model(channels, window))
+    session.tune(feeds(channels=channels), timer=Timer(way1=1e-6))
+    del library.asked[:]
+    session.run(feeds(channels=channels))
+    (graph,) = library.asked
+    assert graph.attributes[801][0].one(704).attributes[902] == [
+        2,
+        4 if (channels, window) == (3, 3) else channels,
+        5,
+        6,
+    ]
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_what_it_computes_reaches_the_output(library: FakeCudnn, window: int) -> None:
+    session = opened(library, made=model(8, window))
+    before = session.run(feeds())["y"]
+    session.tune(feeds(), timer=Timer(way1=1e-6))
+    session.device.wrap = lambda step, calls, ins, outs: calls  # type: ignore[method-assign]
+    np.testing.assert_allclose(session.run(feeds())["y"], before, rtol=2e-3, atol=2e-3)
