@@ -16,6 +16,7 @@ from functools import partial
 from bench import (
     gpu_ahead,
     gpu_batches,
+    gpu_cudnn,
     gpu_models,
     gpu_networks,
     gpu_operators,
@@ -28,7 +29,17 @@ from bench.gpu_command import command
 from bench.gpu_report import Section
 
 MINUTES = 7.5
-_MODULES = (gpu_ahead, gpu_operators, gpu_models, gpu_networks, gpu_timings, gpu_batches, gpu_tma, gpu_tuning)
+_MODULES = (
+    gpu_ahead,
+    gpu_operators,
+    gpu_models,
+    gpu_networks,
+    gpu_timings,
+    gpu_batches,
+    gpu_tma,
+    gpu_cudnn,
+    gpu_tuning,
+)
 _ALL: Mapping[str, Section] = {
     **{name: section for module in _MODULES for name, section in module.SECTIONS.items()},
     **gpu_speed.SHORT_SECTIONS,
@@ -52,6 +63,7 @@ SECONDS: Mapping[str, float] = {
     "latency": 25,
     "batches": 60,
     "portable": 60,
+    "cudnn": 30,
     "tma": 60,
     "torch.compile": 120,
     "tuning": 180,

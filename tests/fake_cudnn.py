@@ -11,11 +11,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from infera_kernels.launch import nominal_target
+from infera_kernels.launch.cudnn import Cudnn
+from tests.kernels.windows import convolved
 
 BAD, UNSUPPORTED = 2000, 3000
 TYPES = {0: np.dtype(np.float32), 2: np.dtype(np.float16), 9: np.dtype(ml_dtypes.bfloat16)}
@@ -41,21 +45,11 @@ class Descriptor:
         return value
 
 
-def convolved(x: Any, w: Any, window: Descriptor) -> Any:
-    """In float64: x (N, C, spatial...), w (O, C / groups, kernel...)."""
-    dilations, strides = window.attributes[102], window.attributes[103]
-    after, before = window.attributes[104], window.attributes[105]
-    x = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *zip(before, after, strict=True)])
-    w, groups = w.astype(np.float64), x.shape[1] // w.shape[1]
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, w.shape[2:], strict=True)]
-    axes = tuple(range(2, x.ndim))
-    views: Any = np.lib.stride_tricks.sliding_window_view(x, reach, axes)
-    views = views[(..., *(slice(None, None, n) for n in (*strides, *dilations)))]
-    parts = [
-        np.tensordot(part, weights, ((1, *range(2 + len(axes), part.ndim)), (1, *axes)))
-        for part, weights in zip(np.split(views, groups, 1), np.split(w, groups, 0), strict=True)
-    ]
-    return np.moveaxis(np.concatenate(parts, -1), -1, 1)
+def of_window(x: Any, w: Any, window: Descriptor) -> Any:
+    """x (N, C, spatial...), w (O, C / groups, kernel...)."""
+    pads = list(zip(window.attributes[105], window.attributes[104], strict=True))
+    x, w = (np.moveaxis(a, 1, -1) for a in (x, w))
+    return np.moveaxis(convolved(x, w, window.attributes[103], pads, window.attributes[102]), -1, 1)
 
 
 class FakeCudnn:
@@ -182,7 +176,7 @@ class FakeCudnn:
             if operation.kind == 10:
                 window, w, x, to = (operation.one(i) for i in (702, 703, 704, 705))
                 assert (operation.one(700), operation.one(701), window.one(100)) == (1.0, 0.0, 0)
-                made = convolved(read(x), read(w), window)
+                made = of_window(read(x), read(w), window)
             else:
                 how, to, made = operation.one(750), operation.one(753), read(operation.one(751))
                 assert how.one(1) == 0, "what follows sums is in float32"
@@ -205,3 +199,10 @@ class FakeCudnn:
         reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
         memory = (ctypes.c_uint8 * (reach * dtype.itemsize)).from_address(address)
         return np.ndarray(sizes, dtype, memory, 0, [s * dtype.itemsize for s in strides])
+
+
+def with_cudnn(launcher: Any, library: FakeCudnn) -> Any:
+    """The launcher, with cuDNN 9.28.1."""
+    launcher.cudnn = Cudnn(library, 0, 0x50)
+    launcher.target = replace(nominal_target(90), cudnn="9.28.1")
+    return launcher

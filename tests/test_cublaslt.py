@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
-from infera_kernels.launch import CudaLauncher, RecordingLauncher, cuda, nominal_target
+from infera_kernels.launch import CudaLauncher, RecordingLauncher, nominal_target
 from infera_kernels.launch import cublaslt as cublaslt_module
 from infera_kernels.launch.cublaslt import ALIGNED, Product, lying
 from infera_kernels.launch.nvidia import LibraryError
@@ -274,11 +274,11 @@ def test_a_launcher_has_it_where_it_is_installed_and_asked_for(
     def made(**options: Any) -> CudaLauncher:
         return CudaLauncher(0, 0x50, driver=driver, **options)
 
-    monkeypatch.setattr(cuda, "library", lambda: None)
-    assert (made(blas=True).library, made(blas=True).target.library_bytes) == (None, 0)
-    monkeypatch.setattr(cuda, "library", lambda: library)
+    monkeypatch.setattr(cublaslt_module, "library", lambda: None)
+    assert (made(libraries=True).library, made(libraries=True).target.library_bytes) == (None, 0)
+    monkeypatch.setattr(cublaslt_module, "library", lambda: library)
     assert (made().library, made().target.library_bytes) == (None, 0)
-    found = made(blas=True)
+    found = made(libraries=True)
     assert found.library is not None
     assert found.target.library_bytes == nbytes
 

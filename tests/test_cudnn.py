@@ -25,7 +25,7 @@ from infera_kernels.launch.nvidia import LibraryError
 from infera_kernels.triton.conv import Finish, geometry
 from infera_kernels.triton.dnn import WAY, WAYS, Way, by_cudnn, convolution_of, way_of
 from infera_kernels.tuning import DeviceTiles, Family, Measured, Store, Trial, Tuned, source_of
-from tests.fake_cudnn import FUNCTIONS, FakeCudnn
+from tests.fake_cudnn import FUNCTIONS, FakeCudnn, with_cudnn
 from tests.text import parse
 
 pytestmark = pytest.mark.kernels
@@ -43,12 +43,6 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeCudnn:
 @pytest.fixture
 def launcher(library: FakeCudnn) -> Any:
     return with_cudnn(RecordingLauncher(), library)
-
-
-def with_cudnn(launcher: Any, library: FakeCudnn) -> Any:
-    launcher.cudnn = Cudnn(library, 0, 0x50)
-    launcher.target = replace(nominal_target(90), cudnn="9.28.1")
-    return launcher
 
 
 def array(rng: np.random.Generator, shape: Sequence[int], dtype: Any = HALF, apart: int = 0) -> Any:

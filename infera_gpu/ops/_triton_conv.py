@@ -181,18 +181,19 @@ class Convolution:
 
             wide = io.scratch((*x.shape[:-1], padded), x.dtype)
             calls, x = pad_channels(x, wide, io.launcher), wide
-        if way := self.way(site):
+        parts = None if (shape := self.parts(site)) is None else io.scratch(shape)
+        workspace, other = (
+            io.scratch((room,), np.uint8) if room else None
+            for room in (self.library_bytes(site), self.cudnn_bytes(site))
+        )
+        if other is not None:
             from infera_kernels.triton.dnn import by_cudnn
 
-            workspace = io.scratch((self.cudnn_bytes(site),), np.uint8)
-            call = by_cudnn(x, self.weights(site, io), out, io.launcher, where, finish, way, workspace)
+            call = by_cudnn(x, self.weights(site, io), out, io.launcher, where, finish, self.way(site), other)
             if call is not None:
                 return [*calls, call]
-        room = self.library_bytes(site)
-        workspace = io.scratch((room,), np.uint8) if room else None
         if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):
             return _product(x, io.ins[1], out, finish, io, site, workspace)
-        parts = self.parts(site)
         return calls + conv(
             x,
             self.weights(site, io),
@@ -201,7 +202,7 @@ class Convolution:
             where,
             groups=self.groups(site),
             finish=finish,
-            parts=None if parts is None else io.scratch(parts),
+            parts=parts,
             transposed=self.transposed,
             precision=TF32 if io.tf32 else IEEE,
             invariant=site.batch_invariant,

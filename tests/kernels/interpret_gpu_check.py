@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_batches, gpu_models
+from bench import gpu_batches, gpu_cudnn, gpu_models
 from bench.build import bert
 from bench.gpu_models import memory, models
 from bench.gpu_operators import kernels, library, portable
@@ -21,10 +21,11 @@ from bench.gpu_tma import tma
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
 from infera_gpu.passes import layout
-from infera_kernels.launch import RecordingLauncher, Target, library_of, nominal_target
+from infera_kernels.launch import RecordingLauncher, Target, cudnn, library_of, nominal_target
 from infera_kernels.launch.cublaslt import Product
 from tests import fake_cupy
 from tests.fake_cublaslt import FakeCublasLt, with_library
+from tests.fake_cudnn import FakeCudnn, with_cudnn
 from tests.kernels.test_paths import CONVOLUTIONS, WEIGHTS, convolutions
 from tests.kernels.watching import WatchingLauncher
 from tests.text import parse
@@ -32,6 +33,7 @@ from tests.text import parse
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
+from infera_kernels.triton.dnn import WAYS
 from infera_kernels.triton.tiles import tma_tiles
 
 pytestmark = pytest.mark.kernels
@@ -109,6 +111,21 @@ def test_tiles_for_tma(opener: Callable[[Any], Context], monkeypatch: pytest.Mon
     assert tma(opener(lambda: WatchingLauncher(nominal_target(80)))) == ("no TMA here", {})
     with pytest.raises(CheckFailed, match="elements differ"):
         tma(opener(lambda: RecordingLauncher(few)))
+
+
+def test_plans_of_cudnn(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it has of the ways that would be tried, of which there are as many as products say."""
+    assert WAYS == gpu_cudnn.WAYS
+    monkeypatch.setattr(cudnn, "_idle", {})
+    made = FakeCudnn()
+    _, facts = gpu_cudnn.cudnn(opener(lambda: with_cudnn(WatchingLauncher(), made)))
+    assert facts["failed"] == {}
+    assert facts["done"] == len(made.asked) == 3 * len(gpu_cudnn.CONVOLUTIONS)
+    assert facts["without_a_plan"] == (WAYS - 3) * len(gpu_cudnn.CONVOLUTIONS)
+    assert gpu_cudnn.cudnn(opener(WatchingLauncher)) == ("cuDNN is not installed here", {})
+    monkeypatch.setattr("tests.fake_cudnn.FUNCTIONS", {100: np.negative})
+    with pytest.raises(CheckFailed, match="elements differ"):
+        gpu_cudnn.cudnn(opener(lambda: with_cudnn(WatchingLauncher(), made)))
 
 
 def test_kernels(opener: Callable[[Any], Context]) -> None:
