@@ -277,6 +277,21 @@ def test_whose_factors_tma_reads(a: FakeArray, b: FakeArray, layout: str) -> Non
             matmul.matmul(a, b, out, RecordingLauncher(), tile=TILE)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "layout"),
+    [
+        (half(1 << 29, 65, 8), half(1 << 29, 8, 8), "@kn"),
+        (half(1 << 30, 65, 8), half(1 << 30, 8, 8), "kn"),
+        (half(2, (1 << 30) - 64, 8), half(8, 8), "kn"),
+        (half((1 << 30) - 64, 8), half(8, 8), "@kn"),
+    ],
+    ids=["2^30 tiles", "2^31 tiles", "rows past the last", "2^30 rows"],
+)
+def test_tiles_and_rows_are_as_few_as_int32_counts(a: FakeArray, b: FakeArray, layout: str) -> None:
+    out = FakeArray((*a.shape[:-1], b.shape[-1]), a.dtype)
+    assert asked(RecordingLauncher(), a, b, out) == layout
+
+
 def test_rows_that_keep_their_bits_have_none() -> None:
     launcher = RecordingLauncher()
     execute(matmul.matmul(half(128, 64), half(64, 128), half(128, 128), launcher, invariant=True))
