@@ -14,9 +14,8 @@ from infera_kernels.launch.descriptors import described
 from infera_kernels.launch.types import address_of
 from infera_kernels.triton.layout import INT32_MAX, ceil_div, name_of
 from infera_kernels.triton.products import GROUP
-from infera_kernels.triton.tiles import HALF, STRIP, TMA_TILES, TmaTile
+from infera_kernels.triton.tiles import STRIP, TMA_TILES, TmaTile
 from infera_kernels.triton.tma_kernel import tma_kernel
-from infera_kernels.tuning.cost import resident
 
 _MOST = INT32_MAX - 2**16
 """Tiles, which are counted in int32, and past the last by as many as are programs; rows and columns are so few, too."""
@@ -82,8 +81,6 @@ def multiply(args: Mapping[str, Any], factors: Factors, tile: TmaTile, act: Any,
     """One launch, of as many programs as run at a time."""
     target, (m, n, batch) = target_of(launcher), (args[name] for name in ("M", "N", "batch"))
     tiles = math.prod(batch or (1,)) * ceil_div(m, tile.m) * ceil_div(n, tile.n)
-    block = tile.block(HALF)
-    beside = resident(block.warps, block.registers(target), tile.room, target)
     a, b = factors
     given = {**args, "a": a.blocks(tile.m, tile.k), "b": b.blocks(tile.k, tile.n)}
     known = {
@@ -101,7 +98,7 @@ def multiply(args: Mapping[str, Any], factors: Factors, tile: TmaTile, act: Any,
     }
     return launcher.launch(
         tma_kernel,
-        (min(tiles, target.multiprocessors * max(beside, 1)),),
+        (min(tiles, target.multiprocessors * tile.beside(target)),),
         {name: given[name] for name in tma_kernel.arg_names if name in given},
         known,
         num_warps=tile.warps,
