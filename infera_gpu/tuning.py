@@ -114,9 +114,17 @@ class Tuner:
                 fn(*args)
 
     def _asked(self, binder: Binder, step: Step, outs: tuple[Array, ...]) -> tuple[Trial, list[Call]]:
-        """The step bound with what is known by now, and the choices that this asks for."""
-        trial = Trial(self.base, {p: m.choice for p, m in self.found.items()})
-        return trial, binder.apart(step, trial, outs)
+        """The step bound with what is known by now, and the choices that this asks for. A choice between the best of
+        others is set aside while one of those is open: they are measured where they count."""
+        known = {p: m.choice for p, m in self.found.items()}
+        trial = Trial(self.base, known)
+        calls = binder.apart(step, trial, outs)
+        usual = {p: numbers(f.predict(q, trial.target)) for p, (f, q, _) in trial.asked.items() if f.last}
+        aside = {p: choice for p, choice in usual.items() if choice != numbers(trial.asked[p][2])}
+        if aside and any(not trial.asked[p][0].last for p in self._open(trial)):
+            trial = Trial(self.base, known | aside)
+            calls = binder.apart(step, trial, outs)
+        return trial, calls
 
     def _open(self, trial: Trial) -> list[Problem]:
         """Those of its choices that are neither measured nor without alternative, in the order of measuring."""
@@ -148,24 +156,22 @@ class Tuner:
         until = now + (self._until - now) * work.all / rest
         other = binder.room(step)
         while (todo := self._open(trial)) and self._clock() < until:
-            family, problem, choice = trial.asked[todo[0]]
-            self._progress(f"{step.label} {family.name}", 1 - rest / self._total)
-            self._compare(binder, step, (family, problem, choice), (calls, outs), other, until)
+            self._progress(f"{step.label} {trial.asked[todo[0]][0].name}", 1 - rest / self._total)
+            self._compare(binder, step, todo[0], (trial, calls, outs), other, until)
             trial, calls = self._asked(binder, step, outs)
 
     def _compare(
         self,
         binder: Binder,
         step: Step,
-        asked: tuple[Family[Any], Problem, Any],
-        first: tuple[list[Call], tuple[Array, ...]],
+        known: Problem,
+        first: tuple[Trial, list[Call], tuple[Array, ...]],
         outs: tuple[Array, ...],
         until: float,
     ) -> None:
         """Measure the candidates for one choice of a step: the predicted one, and those that come close to it."""
-        family, problem, predicted = asked
-        known = family.class_of(problem)
-        calls, want = first
+        begun, calls, want = first
+        family, problem, predicted = begun.asked[known]
         _make(calls)
         times = {numbers(predicted): [self._least(calls)]}
         made = {numbers(predicted): calls}
@@ -177,7 +183,7 @@ class Tuner:
             if self._clock() >= until:
                 complete = False
                 break
-            trial = Trial(self.base, {**{p: m.choice for p, m in self.found.items()}, known: value})
+            trial = Trial(self.base, {**begun.replaced, known: value}, family.name)
             try:
                 calls = binder.apart(step, trial, outs)
                 _spoil(outs)

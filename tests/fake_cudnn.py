@@ -95,8 +95,13 @@ class FakeCudnn:
         pointer._obj.value = next(self._numbers)
         self.alive[pointer._obj.value] = made
 
+    _name = "/site/nvidia/cudnn/lib/libcudnn.so.9"
+
     def GetVersion(self) -> int:
         return 92801
+
+    def GetCudartVersion(self) -> int:
+        return 13050
 
     def Create(self, pointer: Any) -> None:
         self._new(pointer, {"stream": None})

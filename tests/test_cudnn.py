@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from infera_gpu.session import Session
 from infera_kernels.launch import CudaLauncher, RecordingLauncher, cudnn, nominal_target
 from infera_kernels.launch.cudnn import REMEMBERED, WORKSPACE, Cudnn
 from infera_kernels.launch.cudnn_graphs import ACTIVATIONS
-from infera_kernels.launch.nvidia import LibraryError
+from infera_kernels.launch.nvidia import LibraryError, loads
 from infera_kernels.triton import dnn_attention
 from infera_kernels.triton.attention import Options
 from infera_kernels.triton.conv import Finish, geometry
@@ -133,6 +134,16 @@ def test_convolutions(library: FakeCudnn, launcher: Any, case: str, terms: str, 
     if around is not None:
         out[...] = around[(slice(None), *(slice(apart, None) for _ in made), slice(apart, None))]
         np.testing.assert_array_equal(out.base, around)
+
+
+def test_what_reaches_farther_than_it_may_count_is_left_to_kernels_of_ours(library: FakeCudnn, launcher: Any) -> None:
+    made = convolution_of(*some(np.random.default_rng(0)))
+    assert made is not None
+    count, apart = made.x.sizes[0], made.x.strides[0]
+    for far, has in ((2**31 - apart, True), (2**31, False)):
+        asked = made._replace(x=made.x._replace(strides=(far // (count - 1), *made.x.strides[1:])))
+        assert (launcher.cudnn.call(asked, 1, workspace()) is not None) is has
+    assert library.plans == 1
 
 
 def run(calls: Sequence[Call]) -> None:
@@ -247,6 +258,53 @@ def test_nothing_of_the_librarys_stays_but_its_handle(library: FakeCudnn, launch
     assert sum(isinstance(found, dict) for found in library.alive.values()) == 1
 
 
+class Collecting(dict[int, Any]):
+    """`what` is collected as garbage whenever a list of handles is asked for."""
+
+    def __init__(self, what: list[Cudnn]) -> None:
+        self._what = what
+
+    def setdefault(self, *args: Any) -> Any:
+        self._what.clear()
+        return super().setdefault(*args)
+
+
+def test_handles_come_back_while_others_are_taken(library: FakeCudnn, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = [Cudnn(library, 0, 0x50)]
+    assert gone[0]._opened() is not None
+    monkeypatch.setattr(cudnn, "_idle", made := Collecting(gone))
+    made[0] = []
+    taking = threading.Thread(target=Cudnn(library, 0, 0x60)._opened, daemon=True)
+    taking.start()
+    taking.join(10)
+    assert not taking.is_alive()
+    assert [found["stream"] for found in library.alive.values()] == [0x60]
+
+
+def test_a_library_that_would_end_the_process_is_not_used(
+    library: FakeCudnn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    there = ["libcudnn_graph.so.9", "libcublasLt.so.13"]
+    monkeypatch.setattr(cudnn, "find", lambda name, off="": library if name == "cudnn" else None)
+    monkeypatch.setattr(cudnn, "loads", lambda *given: bool(asked.append(given)) or given[0] in there)
+    assert cudnn.library.__wrapped__() is library
+    at = [str(folder) for folder in asked[1][1:]]
+    assert at == ["/site/nvidia/cudnn/lib", "/site/nvidia/cublas/lib", "/site/nvidia/cu13/lib"]
+    for lacking in ("libcublasLt.so.13", "libcudnn_graph.so.9"):
+        there.remove(lacking)
+        assert cudnn.library.__wrapped__() is None
+        assert f"cuDNN is not used: {library._name} is there, but nowhere the {lacking}" in caplog.text
+
+
+def test_libraries_are_loaded_from_where_they_are(tmp_path: Path) -> None:
+    import _ctypes
+
+    assert not loads("libinfera_none.so.1", tmp_path)
+    (tmp_path / "libinfera_none.so.1").write_bytes(Path(_ctypes.__file__).read_bytes())
+    assert loads("libinfera_none.so.1", tmp_path / "elsewhere", tmp_path)
+
+
 def test_a_convolution_that_fails_says_so(library: FakeCudnn, launcher: Any) -> None:
     given = some(np.random.default_rng(0))
     call = bound(given, launcher)
@@ -276,14 +334,18 @@ def test_a_launcher_has_it_where_it_is_installed_and_asked_for(monkeypatch: Any,
 def measured(way: int, family: Family[Any] = WAY, release: str = "9.28.1") -> Tuned:
     """That a way is fastest for the convolution of MODEL."""
     target = replace(nominal_target(90), cudnn=release)
-    sizes = {"m": 2 * 5 * 6, "batch": 1, "n": 16, "k": 72, "taps": 9, "step": 1}
-    known = family.class_of(family.problem("half", sizes, "9.28.1 bias relu"))
+    sizes = {"m": 2 * 5 * 6, "batch": 1, "n": 16, "k": 72}
+    known = family.class_of(family.problem("half", sizes, "9.28.1 3x3 1x1 1x1 bias relu"))
     return Tuned(target, {known: Measured(known, (way,), 1e-6, (0,), 2e-6, source_of(family))})
 
 
+WINDOW = {"kernel": (3, 3), "strides": (1, 1), "dilations": (1, 1)}
+
+
 def ask(tuned: Tuned | None, dtype: Any = HALF, activation: str | None = "relu", **options: Any) -> int:
-    w, out = np.empty((16, 3, 3, 8), dtype), np.empty((2, 5, 6, 16), dtype)
-    where = geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    kernel, strides, dilations = (options.get(name, usual) for name, usual in WINDOW.items())
+    w, out = np.empty((16, *kernel, 8), dtype), np.empty((2, 5, 6, 16), dtype)
+    where = geometry(kernel, strides, dilations, ((1, 1), (1, 1)))
     terms, parameters = options.get("terms", ["bias"]), options.get("parameters", ())
     return way_of(w, out, where, 1, terms=terms, activation=activation, parameters=parameters, tuned=tuned)
 
@@ -296,6 +358,8 @@ def test_only_what_was_measured_is_its() -> None:
     assert ask(measured(3, release="")) == 0
     assert ask(measured(WAYS + 1)) == 0, "no way of the family's"
     assert ask(measured(3), terms=["residual", "bias"]) == 0, "what follows sums matters"
+    for changed in ({"kernel": (1, 9)}, {"kernel": (9, 1)}, {"strides": (1, 2)}, {"dilations": (2, 2)}):
+        assert ask(measured(3), **changed) == 0, "plans are others for another window"
 
 
 def test_what_it_cannot_compute_is_never_asked_for() -> None:
@@ -381,6 +445,27 @@ def test_tuning_leaves_what_is_slower(library: FakeCudnn) -> None:
     del library.asked[:]
     session.run(feeds())
     assert not library.asked
+
+
+def test_a_plan_that_is_not_there_is_not_measured(library: FakeCudnn) -> None:
+    """Kernels of ours would be in its name, which may seem faster than they are in their own."""
+    library.notes = ((0,),)
+    times = (1e-5 * 0.9**i for i in range(10_000))
+    found = opened(library).tune(feeds(), timer=lambda calls: next(times))
+    assert (found[-1].problem.family, found[-1].choice) == ("conv_way", (1,))
+    library.notes = ()
+    found = opened(library).tune(feeds(), timer=lambda calls: next(times))
+    assert [m.choice for m in found if m.problem.family == "conv_way"] == [(0,)]
+
+
+def test_a_plan_that_is_no_longer_there_is_no_failure(library: FakeCudnn, tmp_path: Path) -> None:
+    store = Store("h200", "3.9.0", shipped=None, own=tmp_path)
+    before = opened(library, store).run(feeds())["y"]
+    opened(library, store).tune(feeds(), timer=Timer(way1=1e-6))
+    library.notes = ()
+    session = opened(library, store)
+    np.testing.assert_array_equal(session.run(feeds())["y"], before)
+    assert session.tune(feeds(), timer=Timer(), again=True)
 
 
 def test_a_plan_that_does_not_depend_on_the_batch_is_never_its(library: FakeCudnn, tmp_path: Path) -> None:
@@ -494,6 +579,12 @@ def test_only_attention_that_was_measured_is_its() -> None:
     assert ask_attention(attention_measured(2, "9.28.1 causal"), Options(right=0, before=2)) == 2
 
 
+def test_attention_is_asked_of_releases_that_have_it_right() -> None:
+    for release, way in (("9.8.0", 0), ("9.10.1", 0), ("9.10.2", 2), ("9.19.0", 2), ("10.0.0", 2)):
+        tuned = attention_measured(2, release)
+        assert ask_attention(Tuned(replace(tuned.target, cudnn=release), tuned.measured)) == way
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -564,3 +655,21 @@ def test_tuning_finds_attention_too(library: FakeCudnn) -> None:
     session.device.wrap = lambda step, calls, ins, outs: calls  # type: ignore[method-assign]
     np.testing.assert_allclose(session.run(given)["y"], before, rtol=2e-3, atol=2e-3)
     assert len(library.asked) == 1
+
+
+GROUPED = """
+    g (float16[N, 6, L, 8] q, float16[N, 2, 20, 8] k, float16[N, 2, 20, 8] v) => (float16[N, 6, L, 8] y) {
+        y = Attention (q, k, v)
+    }"""
+
+
+def test_tiles_are_measured_without_it(library: FakeCudnn) -> None:
+    """A length near one that is measured asks for another tile, and for the same way."""
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((1, 2, 20, 8)).astype(HALF) for _ in range(2))
+    session = opened(library, made=parse(GROUPED, 23))
+    found = [
+        session.tune({"q": rng.standard_normal((1, 6, length, 8)).astype(HALF), "k": k, "v": v}, timer=timer)
+        for length, timer in ((17, Timer(way1=1e-6, way2=1e-5)), (18, Timer()))
+    ]
+    assert [[m.problem.family for m in each] for each in found] == [["attention", "attention_way"], ["attention"]]

@@ -106,7 +106,7 @@ def launches(given: Arranged, io: Buffers, site: Site) -> list[Call]:
     how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
     if way := way_of(given, site):
         workspace = io.scratch((WORKSPACE,), np.uint8)
-        call = attention_by_cudnn(q, k, v, out, io.launcher, given.options, way, workspace)
+        call = attention_by_cudnn(q, k, v, out, io.launcher, given.options, way, workspace, site.tuned)
         if call is not None:
             for shape in attention.attention_scratch(q, k, v, out, **how):
                 io.scratch(shape)

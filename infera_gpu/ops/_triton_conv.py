@@ -189,7 +189,8 @@ class Convolution:
         if other is not None:
             from infera_kernels.triton.dnn import by_cudnn
 
-            call = by_cudnn(x, self.weights(site, io), out, io.launcher, where, finish, self.way(site), other)
+            given = x, self.weights(site, io), out, io.launcher, where, finish
+            call = by_cudnn(*given, self.way(site), other, site.tuned)
             if call is not None:
                 return [*calls, call]
         if self.is_product(site) and (bias is None or bias.strides == (bias.dtype.itemsize,)):

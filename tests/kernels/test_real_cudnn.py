@@ -55,3 +55,35 @@ def test_it_has_plans_for_what_it_is_asked(tmp_path: Path) -> None:
     found = {row["name"]: row["plans"] for row in map(json.loads, done.stdout.splitlines())}
     assert len(found) == 22
     assert {name: plans for name, plans in found.items() if plans[0] is not True} == {}
+
+
+FOUND = """
+import ctypes, sys
+from infera_kernels.launch import cudnn
+other = cudnn.find if sys.argv[2:] else lambda name: None
+cudnn.find = lambda name, off="": ctypes.CDLL(sys.argv[1]) if name == "cudnn" else other(name)
+print(cudnn.installed())
+"""
+"""Says which release there is of the library that is named; cuBLASLt is found with one word more."""
+
+
+@pytest.mark.parametrize(
+    ("without", "more", "used"), [("none", ["blas"], True), ("graph", ["blas"], False), ("none", [], False)]
+)
+def test_it_is_not_used_where_it_would_end_the_process(
+    tmp_path: Path, without: str, more: list[str], used: bool
+) -> None:
+    """Its parts lie where it does not find cuBLASLt by itself."""
+    (at,) = [folder for folder in folders() if Path(folder, "libcudnn.so.9").exists()] or [None]
+    if at is None:
+        pytest.skip("needs cuDNN: make test-cudnn")
+    place = tmp_path / "nvidia" / "cudnn" / "lib"
+    place.mkdir(parents=True)
+    for part in Path(at).iterdir():
+        if without not in part.name:
+            (place / part.name).symlink_to(part)
+    command = [sys.executable, "-c", FOUND, str(place / "libcudnn.so.9"), *more]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert bool(done.stdout.strip()) is used
+    assert ("cuDNN is not used" in done.stderr) is not used

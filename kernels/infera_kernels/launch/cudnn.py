@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from ctypes import byref, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from infera_kernels.calls import Call
-from infera_kernels.launch.nvidia import LibraryError, find
+from infera_kernels.launch.nvidia import LibraryError, find, loads
 from infera_kernels.launch.types import address_of
 
 _log = logging.getLogger(__name__)
@@ -26,6 +28,9 @@ OFF = "INFERA_CUDNN"
 
 WORKSPACE = 8 << 20
 """Bytes: no plan that takes more is run."""
+
+FARTHEST = 2**31 - 1
+"""Elements from an array's first to its last: not all that it has can count further."""
 
 REMEMBERED = 1024
 """Plans that are remembered: layers of a model ask for the same ones."""
@@ -69,8 +74,28 @@ Attribute = tuple[int, Kind, Any]
 
 @cache
 def library() -> Any | None:
-    """The library; None where it is not installed, or turned OFF."""
-    return find("cudnn", OFF)
+    """The library; None where it is not installed, or turned OFF, or without others that it cannot do without."""
+    found = find("cudnn", OFF)
+    if found is not None and (lacks := _lacking(found)):
+        _log.warning("cuDNN is not used: %s is there, but nowhere the %s that it needs", found._name, lacks)
+        return None
+    return found
+
+
+def _lacking(found: Any) -> str:
+    """What is not there of the libraries for want of which it ends the process: its own part for graphs, and cuBLASLt
+    of the CUDA that it is made for. Empty where all are, and loaded."""
+    folder, graphs = Path(found._name).parent, "libcudnn_graph.so.9"
+    if os.name != "posix":  # they are called otherwise
+        return ""
+    if not loads(graphs, folder):
+        return graphs
+    ask = found["cudnnGetCudartVersion"]
+    ask.restype = c_size_t
+    major = int(ask()) // 1000
+    packages, blas = folder.parent.parent, f"libcublasLt.so.{major}"
+    places = folder, packages / "cublas" / "lib", packages / f"cu{major}" / "lib"  # where it looks itself
+    return "" if loads(blas, *places) or (find("cublasLt") is not None and loads(blas)) else blas
 
 
 def installed() -> str:
@@ -129,6 +154,11 @@ class Tensor(NamedTuple):
     array: Any
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def reach(self) -> int:
+        """Elements from the first to the last."""
+        return sum((n - 1) * step for n, step in zip(self.sizes, self.strides, strict=True))
 
 
 def tensor(found: Any, name: int, dtype: int, lies: Tensor, *more: Attribute) -> Object:
@@ -193,8 +223,8 @@ def plan_of(found: Any, place: Place, asked: Graph, way: int) -> Object | None:
 
 
 _idle: dict[int, list[c_void_p]] = {}
-"""Handles that nobody uses, by GPU: to destroy one waits for the GPU."""
-_idle_lock = threading.Lock()
+"""Handles that nobody uses, by GPU: to destroy one waits for the GPU. No lock is around it: one comes back whenever the
+garbage collector runs, which may be while another is taken."""
 
 
 class Cudnn:
@@ -214,6 +244,8 @@ class Cudnn:
         None where the library has no such way, or does not work here. Raises LibraryError.
         """
         tensors, scalars = asked.tensors(), asked.scalars()
+        if any(t.reach > FARTHEST for t in tensors.values()):
+            return None
         at = [address_of(t.array) for t in tensors.values()]
         lies = [
             (name, t.sizes, t.strides, min(ALIGNED, a & -a)) for (name, t), a in zip(tensors.items(), at, strict=True)
@@ -241,9 +273,10 @@ class Cudnn:
 
     def _opened(self) -> c_void_p | None:
         if self._handle is None and not self._broken:
-            with _idle_lock:
-                free = _idle.setdefault(self._device_id, [])
-                handle = free.pop() if free else c_void_p()
+            try:
+                handle = _idle.setdefault(self._device_id, []).pop()
+            except IndexError:
+                handle = c_void_p()
             status = 0 if handle else self._found["cudnnCreate"](byref(handle))
             status = status or self._found["cudnnSetStream"](handle, c_void_p(self._stream))
             self._broken = bool(status)
@@ -267,7 +300,7 @@ class Cudnn:
 
     def __del__(self) -> None:
         if self._handle is not None:
-            with suppress(Exception), _idle_lock:
+            with suppress(Exception):
                 _idle[self._device_id].append(self._handle)
 
 

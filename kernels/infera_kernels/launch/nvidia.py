@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 from typing import Any
 
 from infera_kernels.launch.types import LaunchError
@@ -13,9 +14,9 @@ class LibraryError(LaunchError):
     """A library did not do what it was asked."""
 
 
-def find(name: str, off: str) -> Any | None:
+def find(name: str, off: str = "") -> Any | None:
     """A library, by its functions' names; None where it is not installed, or the environment has 0 for `off`."""
-    if os.environ.get(off) == "0":
+    if off and os.environ.get(off) == "0":
         return None
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -23,3 +24,15 @@ def find(name: str, off: str) -> Any | None:
         return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
     except (ImportError, OSError, RuntimeError):  # what pathfinder raises of its own is a RuntimeError
         return None
+
+
+def loads(name: str, *folders: Path) -> bool:
+    """Whether a file of that name can be loaded, as the system finds it or from one of `folders`. Then it is, and
+    whoever asks for the name finds it."""
+    for at in (name, *(str(folder / name) for folder in folders)):
+        try:
+            ctypes.CDLL(at)
+        except OSError:
+            continue
+        return True
+    return False

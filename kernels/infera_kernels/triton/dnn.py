@@ -10,15 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Launcher, Target, Typed, cudnn_of
+from infera_kernels.launch import Launcher, LaunchError, Target, Typed, cudnn_of
 from infera_kernels.launch.cudnn import TYPES, Tensor
 from infera_kernels.launch.cudnn_graphs import ACTIVATIONS, Convolution
 from infera_kernels.triton.conv import Finish, Geometry
 from infera_kernels.triton.conv_kernel import conv_kernel
 from infera_kernels.triton.images import SPATIAL, Image, image_of
 from infera_kernels.triton.layout import Dims, name_of
+from infera_kernels.triton.matmul_kernel import matmul_kernel
 from infera_kernels.triton.tiles import HALF, SIZES
-from infera_kernels.tuning import Family, Problem, Tuned, choose
+from infera_kernels.tuning import Family, Problem, Tuned, choose, tries
 
 WAYS = 6
 """Plans of cuDNN that are tried, those that it takes to be fastest."""
@@ -42,13 +43,18 @@ def ours(problem: Problem, target: Target) -> Way:
     return OURS
 
 
-WAY = Family(
-    *("conv_way", (*SIZES, "taps", "step"), 2, Way, ways, ours, (conv_kernel,)),
-    zeros="ours",
-    last=True,
-)
+WAY = Family("conv_way", SIZES, 2, Way, ways, ours, (conv_kernel, matmul_kernel), zeros="ours", last=True)
 """`k` is the depth, all channels of all taps; `batch` counts groups; `layout` begins with the release of cuDNN, whose
-plans another may number otherwise, and goes on with what follows the sums."""
+plans another may number otherwise, and goes on with the window, its strides and dilations, for which plans are others,
+and with what follows the sums."""
+
+
+def found_or_refused(call: Call | None, way: int, family: Family[Way], tuned: Tuned | None) -> Call | None:
+    """The call of a way, None where there is none. Raises LaunchError instead where that way is to be tried: kernels of
+    ours would be measured in its name."""
+    if call is None and tries(tuned, family):
+        raise LaunchError(f"cuDNN has no plan {way} here")
+    return call
 
 
 def way_of(
@@ -72,22 +78,28 @@ def way_of(
         "batch": groups,
         "n": out.shape[-1] // groups,
         "k": math.prod(w.shape[1:]),
-        "taps": math.prod(w.shape[1:-1]),
-        "step": math.prod(where.strides),
     }
-    layout = " ".join([tuned.target.cudnn, *terms, *([activation] if activation else [])])
+    axes = max(len(w.shape) - 2, 2)
+    window = ("x".join(map(str, n[SPATIAL - axes :])) for n in (where.kernel, where.strides, where.dilations))
+    layout = " ".join([tuned.target.cudnn, *window, *terms, *([activation] if activation else [])])
     return choose(WAY, WAY.problem(HALF, sizes, layout), tuned.target, tuned).plan
 
 
 def by_cudnn(
-    x: Any, w: Any, out: Any, launcher: Launcher, where: Geometry, finish: Finish, way: int, workspace: Any
+    x: Any,
+    w: Any,
+    out: Any,
+    launcher: Launcher,
+    where: Geometry,
+    finish: Finish,
+    way: int,
+    workspace: Any,
+    tuned: Tuned | None = None,
 ) -> Call | None:
-    """The convolution by one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`; None where it has none for it."""
+    """The convolution by one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`; as `found_or_refused`."""
     library, made = cudnn_of(launcher), convolution_of(x, w, out, where, finish)
-    if library is None or made is None:
-        return None
-    call: Call | None = library.call(made, way, workspace)
-    return call
+    call = None if library is None or made is None else library.call(made, way, workspace)
+    return found_or_refused(call, way, WAY, tuned)
 
 
 def convolution_of(x: Any, w: Any, out: Any, where: Geometry, finish: Finish) -> Convolution | None:

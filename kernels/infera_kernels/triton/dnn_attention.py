@@ -13,13 +13,17 @@ from infera_kernels.launch.cudnn import TYPES, Tensor
 from infera_kernels.launch.cudnn_graphs import Attention
 from infera_kernels.triton.attention import Options
 from infera_kernels.triton.attention_kernels import attention_kernel, combine_kernel
-from infera_kernels.triton.dnn import Way, ours, ways
+from infera_kernels.triton.dnn import Way, found_or_refused, ours, ways
 from infera_kernels.triton.layout import coalesce, element_strides, name_of
 from infera_kernels.triton.tiles import HALF
 from infera_kernels.tuning import Family, Tuned, choose
 
 WIDEST = 256
 """Elements of a head: cuDNN's forward kernels have no more."""
+
+SINCE = (9, 10, 2)
+"""The release from which on attention is asked for: in the two before it is wrong, as NVIDIA's frontend knows, and
+those before that have restrictions which it is for the frontend to keep (`sdpa_support_surface.h`)."""
 
 WAY = Family(
     *("attention_way", ("queries", "matrices", "keys", "size", "repeats"), 3, Way, ways, ours),
@@ -37,6 +41,8 @@ def attention_way(
     """Which of cuDNN's plans computes attention, from 1; 0 where kernels of ours do, as where there are `others` among
     the operands: masks, whose rows of nothing but -inf it may take otherwise, conditions, lengths or sinks."""
     if tuned is None or not tuned.target.cudnn or others or name_of(q) not in TYPES or 0 in out.shape:
+        return 0
+    if tuple(map(int, tuned.target.cudnn.split("."))) < SINCE:
         return 0
     causal, sizes = _causal(options, q.shape[-2], k.shape[-2]), (q.shape[-1], v.shape[-1])
     if causal is None or max(sizes) > WIDEST or any(n % 8 for n in sizes) or len(out.shape) not in (4, 5):
@@ -65,14 +71,20 @@ def _causal(options: Options, queries: int, keys: int) -> bool | None:
 
 
 def attention_by_cudnn(
-    q: Any, k: Any, v: Any, out: Any, launcher: Launcher, options: Options, way: int, workspace: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    launcher: Launcher,
+    options: Options,
+    way: int,
+    workspace: Any,
+    tuned: Tuned | None = None,
 ) -> Call | None:
-    """Attention by one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`; None where it has none for it."""
+    """Attention by one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`; as `found_or_refused`."""
     library, made = cudnn_of(launcher), attention_of(q, k, v, out, options)
-    if library is None or made is None:
-        return None
-    call: Call | None = library.call(made, way, workspace)
-    return call
+    call = None if library is None or made is None else library.call(made, way, workspace)
+    return found_or_refused(call, way, WAY, tuned)
 
 
 def attention_of(q: Any, k: Any, v: Any, out: Any, options: Options) -> Attention | None:

@@ -149,15 +149,16 @@ class Tuned:
 
 
 class Trial(Tuned):
-    """A device's choices, some of them replaced; `asked` notes every choice that is asked for, and what was given."""
+    """A device's choices, some of them `replaced`; `asked` notes every choice that is asked for, and what was given. A
+    choice of the family `trying` is there to be tried: who would do something else instead raises LaunchError."""
 
-    def __init__(self, base: Tuned, replaced: Mapping[Problem, tuple[int, ...]]) -> None:
+    def __init__(self, base: Tuned, replaced: Mapping[Problem, tuple[int, ...]], trying: str = "") -> None:
         super().__init__(base.target, base.measured)
-        self._replaced = replaced
+        self.replaced, self.trying = replaced, trying
         self.asked: dict[Problem, tuple[Family[Any], Problem, Any]] = {}
 
     def value(self, family: Family[Any], problem: Problem) -> tuple[int, ...] | None:
-        found = self._replaced.get(family.class_of(problem))
+        found = self.replaced.get(family.class_of(problem))
         return super().value(family, problem) if found is None else found
 
 
@@ -172,6 +173,11 @@ def choose(family: Family[T], problem: Problem, target: Target, tuned: Tuned | N
     if isinstance(tuned, Trial):
         tuned.asked[family.class_of(problem)] = (family, problem, made)
     return made
+
+
+def tries(tuned: Tuned | None, family: Family[Any]) -> bool:
+    """Whether a choice of the family is there to be tried."""
+    return isinstance(tuned, Trial) and tuned.trying == family.name
 
 
 def numbers(choice: Any) -> tuple[int, ...]:
