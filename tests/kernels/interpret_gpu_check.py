@@ -21,8 +21,7 @@ from bench.gpu_tma import tma
 from infera_gpu.devices import cuda
 from infera_gpu.op import Call, Op
 from infera_gpu.passes import layout
-from infera_kernels.launch import RecordingLauncher, Target, cudnn, library_of, nominal_target
-from infera_kernels.launch.cublaslt import Product
+from infera_kernels.launch import RecordingLauncher, Target, cudnn, cudnn_of, library_of, nominal_target
 from tests import fake_cupy
 from tests.fake_cublaslt import FakeCublasLt, with_library
 from tests.fake_cudnn import FakeCudnn, with_cudnn
@@ -46,17 +45,18 @@ class Streamed:
 
     def __init__(self, launcher: Any, stream: Any) -> None:
         self._launcher, self._stream = launcher, stream
-        found = library_of(launcher)
-        self.library = None if found is None else Streamed(found, stream)
+        self.library, self.cudnn = (
+            None if found is None else Streamed(found, stream) for found in (library_of(launcher), cudnn_of(launcher))
+        )
 
     def launch(self, *args: Any, **options: Any) -> Call:
         fn, given = self._launcher.launch(*args, **options)
         return self._stream.put, ("launch", partial(fn, *given))
 
-    def call(self, product: Product, workspace: Any) -> Call | None:
+    def call(self, *asked: Any) -> Call | None:
         """Of a library in a launcher's place."""
-        made: Call | None = self._launcher.call(product, workspace)
-        return made and (self._stream.put, ("product", partial(made[0], *made[1])))
+        made: Call | None = self._launcher.call(*asked)
+        return made and (self._stream.put, ("library", partial(made[0], *made[1])))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._launcher, name)
@@ -121,11 +121,12 @@ def test_plans_of_cudnn(opener: Callable[[Any], Context], monkeypatch: pytest.Mo
     _, facts = gpu_cudnn.cudnn(opener(lambda: with_cudnn(WatchingLauncher(), made)))
     assert facts["failed"] == {}
     count = len(gpu_cudnn.CONVOLUTIONS) + len(gpu_cudnn.ATTENTIONS)
-    assert facts["done"] == len(made.asked) == 3 * count
+    assert facts["done"] == 3 * count
+    assert len(made.asked) == 3 * facts["done"], "made, recorded and replayed"
     assert facts["without_a_plan"] == (WAYS - 3) * count
     assert gpu_cudnn.cudnn(opener(WatchingLauncher)) == ("cuDNN is not installed here", {})
     monkeypatch.setattr("tests.fake_cudnn.FUNCTIONS", {100: np.negative, 13: np.exp2, 15: np.log})
-    with pytest.raises(CheckFailed, match=r"36 fail: .* elements differ"):
+    with pytest.raises(CheckFailed, match=r"45 fail: .* elements differ"):
         gpu_cudnn.cudnn(opener(lambda: with_cudnn(WatchingLauncher(), made)))
 
 
