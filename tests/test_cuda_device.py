@@ -356,3 +356,20 @@ def test_a_library_that_fails_is_a_device_error_that_names_the_step(cupy: Any) -
     with pytest.raises(DeviceError, match="cuda:0 failed in a run: cublasLtMatmul failed with status 13") as caught:
         session.run({"x": np.ones(3, np.float32)})
     assert "boom" in caught.value.__notes__[0]
+    assert session.device.lost == ""
+
+
+def test_a_library_that_fails_because_the_gpu_is_lost_says_that(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fault(self: Any) -> None:
+        raise fake_cupy.CUDARuntimeError(700)
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(fake_cupy.Stream, "synchronize", fault)
+        raise LibraryError("cudnnBackendExecute failed with status 5000")
+
+    cupy.exp = fail
+    with pytest.raises(DeviceLostError, match="a run met 'cudnnBackendExecute failed with status 5000'") as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert "boom" in caught.value.__notes__[0]

@@ -287,7 +287,12 @@ def test_a_library_that_would_end_the_process_is_not_used(
     asked: list[tuple[Any, ...]] = []
     there = ["libcudnn_graph.so.9", "libcublasLt.so.13"]
     monkeypatch.setattr(cudnn, "find", lambda name, off="": library if name == "cudnn" else None)
-    monkeypatch.setattr(cudnn, "loads", lambda *given: bool(asked.append(given)) or given[0] in there)
+
+    def loads(*given: Any) -> bool:
+        asked.append(given)
+        return given[0] in there
+
+    monkeypatch.setattr(cudnn, "loads", loads)
     assert cudnn.library.__wrapped__() is library
     at = [str(folder) for folder in asked[1][1:]]
     assert at == ["/site/nvidia/cudnn/lib", "/site/nvidia/cublas/lib", "/site/nvidia/cu13/lib"]
@@ -358,8 +363,9 @@ def test_only_what_was_measured_is_its() -> None:
     assert ask(measured(3, release="")) == 0
     assert ask(measured(WAYS + 1)) == 0, "no way of the family's"
     assert ask(measured(3), terms=["residual", "bias"]) == 0, "what follows sums matters"
-    for changed in ({"kernel": (1, 9)}, {"kernel": (9, 1)}, {"strides": (1, 2)}, {"dilations": (2, 2)}):
-        assert ask(measured(3), **changed) == 0, "plans are others for another window"
+    for name, changed in (("kernel", (1, 9)), ("kernel", (9, 1)), ("strides", (1, 2)), ("dilations", (2, 2))):
+        options: dict[str, Any] = {name: changed}
+        assert ask(measured(3), **options) == 0, "plans are others for another window"
 
 
 def test_what_it_cannot_compute_is_never_asked_for() -> None:

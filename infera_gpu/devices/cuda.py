@@ -202,20 +202,27 @@ class CudaDevice:
             needed = int(getattr(error, "_size", nbytes))
             failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
             raise _with_notes(failure, error) from error
-        except LibraryError as error:
-            raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
-        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
-            if error.status in LOST:
+        except (LibraryError, cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            status = self._met() if isinstance(error, LibraryError) else error.status
+            if status in LOST:
                 _lost[self.index] = (
                     f"{self.name} is lost to this process: {what} met '{error}', and no call works after that; "
                     "restart the process"
                 )
                 raise _with_notes(DeviceLostError(self.lost), error) from error
-            if error.status != OUT_OF_MEMORY:
+            if status != OUT_OF_MEMORY:
                 raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
             available = self._free() if space == "device" else host_memory() or 0
             failure = OutOfMemoryError(f"{what} on {self.name}", needed=nbytes, available=available)
             raise _with_notes(failure, error) from error
+
+    def _met(self) -> int:
+        """What CUDA has met, as it numbers it, where a library has failed, which does not say; 0 where nothing."""
+        try:
+            self._stream.synchronize()
+        except Exception as error:
+            return getattr(error, "status", 0)
+        return 0
 
     def _free(self) -> int:
         with self._device:

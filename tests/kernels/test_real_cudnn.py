@@ -74,7 +74,7 @@ def test_it_is_not_used_where_it_would_end_the_process(
     tmp_path: Path, without: str, more: list[str], used: bool
 ) -> None:
     """Its parts lie where it does not find cuBLASLt by itself."""
-    (at,) = [folder for folder in folders() if Path(folder, "libcudnn.so.9").exists()] or [None]
+    at = next((folder for folder in folders() if Path(folder, "libcudnn.so.9").exists()), None)
     if at is None:
         pytest.skip("needs cuDNN: make test-cudnn")
     place = tmp_path / "nvidia" / "cudnn" / "lib"
