@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import json
 import os
 import shutil
@@ -73,7 +74,8 @@ print(cudnn.installed())
 def test_it_is_not_used_where_it_would_end_the_process(
     tmp_path: Path, without: str, more: list[str], used: bool
 ) -> None:
-    """Its parts lie where it does not find cuBLASLt by itself."""
+    """Its parts lie where it does not find cuBLASLt by itself; where the system looks, another thing has a part's
+    name."""
     at = next((folder for folder in folders() if Path(folder, "libcudnn.so.9").exists()), None)
     if at is None:
         pytest.skip("needs cuDNN: make test-cudnn")
@@ -82,8 +84,10 @@ def test_it_is_not_used_where_it_would_end_the_process(
     for part in Path(at).iterdir():
         if without not in part.name:
             (place / part.name).symlink_to(part)
+    if used:
+        (tmp_path / "libcudnn_graph.so.9").write_bytes(Path(_ctypes.__file__).read_bytes())
     command = [sys.executable, "-c", FOUND, str(place / "libcudnn.so.9"), *more]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": ""})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-2000:]
     assert bool(done.stdout.strip()) is used
     assert ("cuDNN is not used" in done.stderr) is not used

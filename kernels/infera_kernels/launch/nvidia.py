@@ -27,11 +27,13 @@ def find(name: str, off: str = "") -> Any | None:
 
 
 def loads(name: str, *folders: Path) -> bool:
-    """Whether a file of that name can be loaded, as the system finds it or from one of `folders`. Then it is, and
-    whoever asks for the name finds it."""
-    for at in (name, *(str(folder / name) for folder in folders)):
+    """Whether a library of that name is loaded, or can be, from one of `folders` or else as the system finds it. Then
+    it is, and whoever asks for the name finds it."""
+    loaded = getattr(os, "RTLD_NOLOAD", None)
+    tried = [] if loaded is None else [(name, loaded)]
+    for at, mode in (*tried, *((str(folder / name), 0) for folder in folders), (name, 0)):
         try:
-            ctypes.CDLL(at)
+            ctypes.CDLL(at, mode)
         except OSError:
             continue
         return True
