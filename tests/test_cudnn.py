@@ -349,7 +349,7 @@ WINDOW = {"kernel": (3, 3), "strides": (1, 1), "dilations": (1, 1)}
 
 def ask(tuned: Tuned | None, dtype: Any = HALF, activation: str | None = "relu", **options: Any) -> int:
     kernel, strides, dilations = (options.get(name, usual) for name, usual in WINDOW.items())
-    w, out = np.empty((16, *kernel, 8), dtype), np.empty((2, 5, 6, 16), dtype)
+    w, out = np.empty((16, *kernel, 8), dtype), np.empty((options.get("images", 2), 5, 6, 16), dtype)
     where = geometry(kernel, strides, dilations, ((1, 1), (1, 1)))
     terms, parameters = options.get("terms", ["bias"]), options.get("parameters", ())
     return way_of(w, out, where, 1, terms=terms, activation=activation, parameters=parameters, tuned=tuned)
@@ -663,19 +663,24 @@ def test_tuning_finds_attention_too(library: FakeCudnn) -> None:
     assert len(library.asked) == 1
 
 
-GROUPED = """
-    g (float16[N, 6, L, 8] q, float16[N, 2, 20, 8] k, float16[N, 2, 20, 8] v) => (float16[N, 6, L, 8] y) {
-        y = Attention (q, k, v)
-    }"""
-
-
 def test_tiles_are_measured_without_it(library: FakeCudnn) -> None:
-    """A length near one that is measured asks for another tile, and for the same way."""
+    """Where a way is known, but the kernels that it was compared with are others now."""
     rng = np.random.default_rng(0)
-    k, v = (rng.standard_normal((1, 2, 20, 8)).astype(HALF) for _ in range(2))
-    session = opened(library, made=parse(GROUPED, 23))
-    found = [
-        session.tune({"q": rng.standard_normal((1, 6, length, 8)).astype(HALF), "k": k, "v": v}, timer=timer)
-        for length, timer in ((17, Timer(way1=1e-6, way2=1e-5)), (18, Timer()))
-    ]
-    assert [[m.problem.family for m in each] for each in found] == [["attention", "attention_way"], ["attention"]]
+    given = {name: rng.standard_normal((3, 2, 6, 8)).astype(HALF) for name in "qkv"}
+    tile, way = opened(library, made=parse(ATTENTION, 23)).tune(given, timer=Timer(way1=1e-6))
+    session = opened(library, made=parse(ATTENTION, 23))
+    session.device.tiles.learn([way], {})  # type: ignore[union-attr]
+    assert [m.problem for m in session.tune(given, timer=Timer())] == [tile.problem]
+    del library.asked[:]
+    session.run(given)
+    assert len(library.asked) == 1
+
+
+def test_what_has_to_be_compiled_is_for_the_sizes_that_were_measured() -> None:
+    lengths = [dnn_attention.WAY.problem("half", dict.fromkeys(dnn_attention.WAY.sizes, n)) for n in (200, 201)]
+    assert len(set(map(dnn_attention.WAY.class_of, lengths))) == 2
+    trial = Trial(measured(3), {})
+    for activation in (None, "relu", "silu"):
+        for images in (100, 101):
+            ask(trial, activation=activation, images=images)
+    assert len(trial.asked) == 1 + 1 + 2

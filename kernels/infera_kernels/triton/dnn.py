@@ -46,7 +46,11 @@ def ours(problem: Problem, target: Target) -> Way:
 WAY = Family("conv_way", SIZES, 2, Way, ways, ours, (conv_kernel, matmul_kernel), zeros="ours", last=True)
 """`k` is the depth, all channels of all taps; `batch` counts groups; `layout` begins with the release of cuDNN, whose
 plans another may number otherwise, and goes on with the window, its strides and dilations, for which plans are others,
-and with what follows the sums."""
+and with what follows the sums. Where plans have to be compiled, which takes longer than thousands of runs, it ends in
+`m`: what is measured goes for that alone."""
+
+READY = (None, "relu")
+"""Activations for which the library has kernels that are compiled."""
 
 
 def found_or_refused(call: Call | None, way: int, family: Family[Way], tuned: Tuned | None) -> Call | None:
@@ -81,7 +85,8 @@ def way_of(
     }
     axes = max(len(w.shape) - 2, 2)
     window = ("x".join(map(str, n[SPATIAL - axes :])) for n in (where.kernel, where.strides, where.dilations))
-    layout = " ".join([tuned.target.cudnn, *window, *terms, *([activation] if activation else [])])
+    end = ([activation] if activation else []) + ([] if activation in READY else [str(sizes["m"])])
+    layout = " ".join([tuned.target.cudnn, *window, *terms, *end])
     return choose(WAY, WAY.problem(HALF, sizes, layout), tuned.target, tuned).plan
 
 

@@ -26,13 +26,14 @@ SINCE = (9, 10, 2)
 those before that have restrictions which it is for the frontend to keep (`sdpa_support_surface.h`)."""
 
 WAY = Family(
-    *("attention_way", ("queries", "matrices", "keys", "size", "repeats"), 3, Way, ways, ours),
+    *("attention_way", ("queries", "matrices", "keys", "size", "repeats"), 0, Way, ways, ours),
     (attention_kernel, combine_kernel),
     zeros="ours",
     last=True,
 )
 """`repeats` heads of queries stand against the same keys; `layout` begins with the release of cuDNN, whose plans
-another may number otherwise, and may end in "causal"."""
+another may number otherwise, and may end in "causal". What is measured goes for those sizes alone: for all others the
+library compiles a plan anew, which takes longer than thousands of runs, of a cache that grows one for every token."""
 
 
 def attention_way(
