@@ -42,7 +42,8 @@ def thrice(device: Any, call: Call, out: GuardedOutput) -> Iterator[Array]:
 
 @dataclass(frozen=True)
 class Convolution:
-    """x (images, size..., channels) by filters of `window` on each axis, `apart`, with `terms` after the sums."""
+    """x (images, size..., channels) by filters of `window` on each axis, `apart`, with `terms` after the sums. Of x the
+    first `before` channels, and two more behind, are not read."""
 
     images: int
     size: tuple[int, ...]
@@ -53,11 +54,13 @@ class Convolution:
     terms: tuple[str, ...]
     groups: int = 1
     apart: int = 1
+    before: int = 0
 
     @property
     def label(self) -> str:
         size = "x".join(map(str, (self.images, *self.size, self.channels)))
         more = [f"{self.groups} groups"] * (self.groups > 1) + [f"dilation {self.apart}"] * (self.apart > 1)
+        more += [f"after {self.before} others"] * (self.before > 0)
         return " ".join((f"{size} by {self.filters} of {self.window}, stride {self.stride}", *more, *self.terms))
 
     def bound(self, device: Any, way: int, dtype: np.dtype[Any]) -> tuple[Call | None, GuardedOutput, Array]:
@@ -82,7 +85,9 @@ class Convolution:
         total = convolved(x, w, *how) + sum(value.astype(np.float64) for value in added.values())
         want = (np.maximum(total, 0) if "relu" in self.terms else total).astype(dtype)
         out = GuardedOutput(device, TensorSpec(want.shape, dtype))
-        given = {name: device.constant(value, "device") for name, value in (("x", x), ("w", w), *added.items())}
+        whole = np.pad(x, ((0, 0),) * (axes + 1) + ((self.before, 2 * bool(self.before)),), constant_values=np.nan)
+        given = {name: device.constant(value, "device") for name, value in (("x", whole), ("w", w), *added.items())}
+        given["x"] = given["x"][..., self.before : self.before + self.channels]
         finish = Finish(given.get("bias"), given.get("residual"), "relu" if "relu" in self.terms else None)
         where = geometry((self.window,) * axes, how[0], how[2], how[1])
         workspace = device.constant(np.zeros(WORKSPACE, np.uint8), "device")
@@ -112,6 +117,7 @@ CONVOLUTIONS = (
     Convolution(1, (6, 7, 8), 32, 48, 3, 1, ()),
     Convolution(2, (28, 28), 64, 128, 3, 1, ("bias", "relu"), groups=4),
     Convolution(2, (28, 28), 64, 64, 3, 1, ("bias", "relu"), apart=2),
+    Convolution(2, (28, 28), 64, 64, 3, 1, ("bias", "relu"), before=1),
 )
 
 
