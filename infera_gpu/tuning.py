@@ -30,7 +30,7 @@ from infera_gpu.op import Call
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_gpu.telemetry import snapshot
-from infera_kernels.launch import LaunchError, cublaslt, cudnn
+from infera_kernels.launch import LaunchError, Target, cublaslt, cudnn
 from infera_kernels.tuning import Family, Measured, Problem, Trial, Tuned, numbers, source_of
 
 ROUNDS = 15
@@ -105,7 +105,7 @@ class Tuner:
     def _each(self, bound: Bound, do: Callable[[Binder, Step], None]) -> None:
         calls = bound.calls
         for step, (start, stop) in zip(bound.plan.steps, pairwise(bound.starts), strict=True):
-            if step.kernel is not None and step.via == "triton" and stop > start:
+            if _chooses(step) and stop > start:
                 try:
                     do(bound.binder, step)
                 except OutOfMemoryError as error:
@@ -115,26 +115,18 @@ class Tuner:
 
     def _asked(self, binder: Binder, step: Step, outs: tuple[Array, ...]) -> tuple[Trial, list[Call]]:
         """The step bound with what is known by now, and the choices that this asks for."""
-        trial = Trial(self.base, {p: m.choice for p, m in self.found.items()})
+        trial = Trial(self.base, self._known())
         return trial, binder.apart(step, trial, outs)
 
-    def _open(self, trial: Trial) -> list[Problem]:
-        """Those of its choices that are neither measured nor without alternative, in the order of measuring."""
-        found = [
-            known
-            for known, (family, problem, _) in trial.asked.items()
-            if known not in self.found
-            and self.base.value(family, problem) is None
-            and len(family.candidates(problem, trial.target)) > 1
-        ]
-        return sorted(found, key=lambda known: trial.asked[known][0].last)
+    def _known(self) -> dict[Problem, tuple[int, ...]]:
+        return {p: m.choice for p, m in self.found.items()}
 
     def _look(self, binder: Binder, step: Step) -> None:
         trial, calls = self._asked(binder, step, binder.room(step))
         key = tuple(trial.asked)
         if key in self._works:
             self._works[key].count += 1
-        elif self._open(trial):
+        elif _open(trial):
             self._works[key] = _Work(self._least(calls))
 
     def _tune(self, binder: Binder, step: Step) -> None:
@@ -147,7 +139,7 @@ class Tuner:
         now = self._clock()
         until = now + (self._until - now) * work.all / rest
         other = binder.room(step)
-        while (todo := self._open(trial)) and self._clock() < until:
+        while (todo := _open(trial)) and self._clock() < until:
             family, problem, choice = trial.asked[todo[0]]
             self._progress(f"{step.label} {family.name}", 1 - rest / self._total)
             self._compare(binder, step, (family, problem, choice), (calls, outs), other, until)
@@ -170,14 +162,14 @@ class Tuner:
         times = {numbers(predicted): [self._least(calls)]}
         made = {numbers(predicted): calls}
         complete = True
-        for candidate in self._ordered(family, problem):
+        for candidate in _ordered(family, problem, self.base.target):
             value = numbers(candidate)
             if value in made:
                 continue
             if self._clock() >= until:
                 complete = False
                 break
-            trial = Trial(self.base, {**{p: m.choice for p, m in self.found.items()}, known: value})
+            trial = Trial(self.base, {**self._known(), known: value})
             try:
                 calls = binder.apart(step, trial, outs)
                 _spoil(outs)
@@ -219,14 +211,52 @@ class Tuner:
             best = usual
         return Measured(known, best, median[best], usual, median[usual], source_of(family))
 
-    def _ordered(self, family: Family[Any], problem: Problem) -> list[Any]:
-        """The candidates, by what they are estimated to take."""
-        target, estimate = self.base.target, family.estimate
-        candidates = list(family.candidates(problem, target))
-        return sorted(candidates, key=lambda c: estimate(problem, c, target)) if estimate else candidates
-
     def _least(self, calls: Sequence[Call]) -> float:
         return min(self._timer(calls) for _ in range(FIRST))
+
+
+def _chooses(step: Step) -> bool:
+    """Whether a step may have launches between whose tiles there is a choice."""
+    return step.kernel is not None and step.via == "triton" and any(o.nbytes for o in step.outs)
+
+
+def _open(trial: Trial) -> list[Problem]:
+    """Those of its choices that are neither known nor without alternative, in the order of measuring."""
+    found = [
+        known
+        for known, (family, problem, _) in trial.asked.items()
+        if trial.value(family, problem) is None and len(family.candidates(problem, trial.target)) > 1
+    ]
+    return sorted(found, key=lambda known: trial.asked[known][0].last)
+
+
+def _ordered(family: Family[Any], problem: Problem, target: Target) -> list[Any]:
+    """The candidates, by what they are estimated to take."""
+    estimate, candidates = family.estimate, list(family.candidates(problem, target))
+    return sorted(candidates, key=lambda c: estimate(problem, c, target)) if estimate else candidates
+
+
+def bind_candidates(bound: Bound, base: Tuned) -> int:
+    """Bind the steps of a plan for every candidate that a Tuner which begins with `base` may try, as far as each can be
+    bound, the most promising first. Nothing is launched. Returns how many there are."""
+    seen: set[Problem] = set()
+    count = 0
+    for step in filter(_chooses, bound.plan.steps):
+        outs = bound.binder.room(step)
+        ways: list[dict[Problem, tuple[int, ...]]] = [{}]
+        for way in ways:  # which grows: some choices are asked for only after others
+            trial = Trial(base, way)
+            with suppress(LaunchError, OutOfMemoryError):
+                bound.binder.apart(step, trial, outs)
+            for known in _open(trial):
+                if known in seen:
+                    continue
+                seen.add(known)
+                family, problem, made = trial.asked[known]
+                others = [v for v in map(numbers, _ordered(family, problem, base.target)) if v != numbers(made)]
+                ways += [{**way, known: value} for value in others]
+        count += len(ways) - 1
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +275,7 @@ class Choice:
 def choices(plan: Bound, tuned: Tuned) -> dict[Problem, Choice]:
     """What a plan's kernels choose where there is an alternative; nothing is launched."""
     found: dict[Problem, Choice] = {}
-    for step in plan.plan.steps:
-        if step.kernel is None or step.via != "triton" or not any(o.nbytes for o in step.outs):
-            continue
+    for step in filter(_chooses, plan.plan.steps):
         trial = Trial(tuned, {})
         plan.binder.apart(step, trial, plan.binder.room(step))
         for known, (family, problem, made) in trial.asked.items():
