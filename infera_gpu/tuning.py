@@ -54,6 +54,9 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 """Told what is measured, and how much of all is done, from 0 to 1."""
 
+Rejected = Callable[[Problem, tuple[int, ...]], None]
+"""Told of a candidate whose results were wrong."""
+
 
 @dataclass(slots=True)
 class _Work:
@@ -71,7 +74,7 @@ class Tuner:
     """Measures the choices of the plans of one run, made twice: first `survey`, then `measure`, for every plan.
 
     `base` is what was measured before; it is measured `again`, or stays. No candidate is begun after `seconds`.
-    `found` are the measurements, `rejected` the candidates whose results were wrong.
+    `found` are the measurements.
     """
 
     def __init__(
@@ -82,13 +85,14 @@ class Tuner:
         *,
         again: bool = False,
         progress: Progress | None = None,
+        rejected: Rejected | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.base = Tuned(base.target) if again else base
         self.found: dict[Problem, Measured] = {}
-        self.rejected: list[tuple[Problem, tuple[int, ...]]] = []
         self._timer, self._clock = timer, clock or time.monotonic
         self._progress = progress or (lambda what, done: None)
+        self._rejected = rejected or (lambda known, value: None)
         self._until = self._clock() + seconds
         self._works: dict[tuple[Problem, ...], _Work] = {}
         self._total = 0.0
@@ -178,7 +182,7 @@ class Tuner:
                 _log.debug("%s: %s of %s: %s", step.label, value, family.name, error)
                 continue
             if not agree(outs, want):
-                self.rejected.append((known, value))
+                self._rejected(known, value)
                 _log.warning("%s: %s of %s gives other results and is out", step.label, candidate, family.name)
                 continue
             times[value] = [self._least(calls)]
