@@ -65,6 +65,8 @@ class Reached:
 
     value: float | None
     rows: int
+    tuned: int = 0
+    """Of those, the ones that went by measured tiles."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,11 @@ class Target:
 
     def reached(self, everything: Sequence[Measured]) -> Reached:
         """Of the rows whose answers are right and which have what it takes."""
-        values = [self.value(row, everything) for row in self.rows(everything) if "wrong" not in row]
-        known = [value for value in values if value is not None]
+        right = [row for row in self.rows(everything) if "wrong" not in row]
+        known = {i: value for i, row in enumerate(right) if (value := self.value(row, everything)) is not None}
         worst = max if self.at_most else min
-        return Reached((self.how or worst)(known) if known else None, len(known))
+        tuned = sum(bool(right[i].get("tuned")) for i in known)
+        return Reached((self.how or worst)(list(known.values())) if known else None, len(known), tuned)
 
     def verdict(self, reached: Reached) -> str:
         """ "met" by all rows, "missed" by all or by one that alone is too bad, else how many there are; empty: none."""

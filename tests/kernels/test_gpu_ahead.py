@@ -159,7 +159,12 @@ def test_candidates_are_those_that_tuning_launches(opener: Callable[..., cuda.Cu
     with Session(load_graph(source), device) as session:
         before = {c.problem for c in session.choices(feeds)}
         asked: list[Any] = []
-        session.tune(feeds, timer=lambda calls: asked.append(calls) or 1e-5)
+
+        def timer(calls: Any) -> float:
+            asked.append(calls)
+            return 1e-5
+
+        session.tune(feeds, timer=timer)
         assert before
         assert len(asked) > 2
         assert isinstance(device.launcher, CudaLauncher)
