@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from infera_kernels.launch.descriptors import ALIGNED, BYTES, Encode
+from infera_kernels.launch.descriptors import BYTES, Encode
 from tests.kernels.support import BFLOAT16, Array
 
 INVALID_VALUE = 1
+ALIGNMENT = 128
+"""Of a map, in cuda.h of CUDA 13."""
+
 _DTYPES = {6: np.dtype(np.float16), 7: np.dtype(np.float32), 9: BFLOAT16}
 _SWIZZLED = {0: 2**31, 1: 32, 2: 64, 3: 128}
 """Swizzles, and the most bytes of a box's last axis with each."""
 
 _LAYOUT = "<IIIIQ5Q5Q5I"
+_MARK = 1 << 21
+"""What drivers set in the third word, bit 85 of a map, and must not for small arrays on Blackwell."""
+
 _PROTOTYPE = ctypes.CFUNCTYPE(
     *(c_int, c_void_p, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32)),
     *(POINTER(c_uint32), c_int, c_int, c_int, c_int),
@@ -38,6 +44,8 @@ class Map:
     box: tuple[int, ...]
     swizzle: int
     promotion: int
+    marked: bool
+    """Whether bit 85 is as the driver has set it."""
 
     def load(self, at: Sequence[int]) -> Array:
         """The box that begins at some coordinates, zeros where it is outside. Reads the memory that is described."""
@@ -57,7 +65,7 @@ def decoded(raw: bytes) -> Map:
     kind, rank, swizzle, promotion, address, *rest = struct.unpack_from(_LAYOUT, raw)
     shape, strides, box = rest[:rank], rest[5 : 5 + rank - 1], rest[10 : 10 + rank]
     turned = tuple(shape[::-1]), tuple(strides[::-1]), tuple(box[::-1])
-    return Map(_DTYPES[kind], address, *turned, swizzle, promotion)
+    return Map(_DTYPES[kind], address, *turned, swizzle & ~_MARK, promotion, bool(swizzle & _MARK))
 
 
 class Encoder:
@@ -89,7 +97,7 @@ class Encoder:
         room, moved = list(box[:rank]), list(steps[:rank])
         item = _DTYPES[kind].itemsize
         rules = {
-            "map": into % ALIGNED == 0,
+            "map": into % ALIGNMENT == 0,
             "rank": 1 <= rank <= 5,
             "address": address % 16 == 0,
             "sizes": all(0 < d <= 2**32 for d in dims),
@@ -106,5 +114,6 @@ class Encoder:
         if self.refused:
             return INVALID_VALUE
         padded = (*dims, *[0] * (5 - rank), *lines, *[0] * (6 - rank), *room, *[0] * (5 - rank))
-        ctypes.memmove(into, struct.pack(_LAYOUT, kind, rank, swizzle, promotion, address, *padded).ljust(BYTES), BYTES)
+        words = kind, rank, swizzle | _MARK, promotion, address, *padded
+        ctypes.memmove(into, struct.pack(_LAYOUT, *words).ljust(BYTES), BYTES)
         return 0

@@ -12,6 +12,7 @@ from tests.kernels.support import FakeArray, multiplication, tensor_cores
 pytest.importorskip("triton")
 
 from infera_kernels.triton import matmul, tiles
+from infera_kernels.tuning.cost import resident
 
 pytestmark = pytest.mark.kernels
 
@@ -76,6 +77,23 @@ def test_a_pair_of_loads_is_enough_for_wide_tiles(arch: int) -> None:
     options: dict[str, Any] = {"bias": FakeArray((1024,), "float16"), "activation": "relu"}
     matmul.matmul(x, x, x, plain, tile=tiles.Tile(128, 256, 64, 8, 3), **options)
     assert multiply(arch, tile, activation="relu").registers < plain.compiled[0].registers
+
+
+@pytest.mark.parametrize(
+    ("arch", "tile"),
+    [(90, t) for t in tiles.tma_tiles(90)[:2]] + [(100, t) for t in tiles.tma_tiles(100) if t.n == 128],
+    ids=str,
+)
+def test_programs_are_as_many_as_run_at_a_time(arch: int, tile: tiles.TmaTile) -> None:
+    """By the shared memory and registers of a kernel whose sums are stored as they are, which may need more room."""
+    launcher = CompileLauncher(arch)
+    x = FakeArray((4096, 4096), "float16")
+    matmul.matmul(x, x, x, launcher, tile=tile)
+    (launch,), (result,) = launcher.launches, launcher.compiled
+    spec, target = result.binary.spec, launcher.target
+    assert spec.shared_bytes <= tile.room
+    fit = resident(spec.threads // 32, result.registers, spec.shared_bytes, target)
+    assert launch.grid == (fit * target.multiprocessors, 1, 1)
 
 
 def test_every_tile_is_of_some_architecture() -> None:

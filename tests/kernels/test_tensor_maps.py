@@ -4,6 +4,7 @@ the driver and its cuTensorMapEncodeTiled are stand-ins."""
 from __future__ import annotations
 
 import gc
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from bench.gpu_absent import AbsentDriver
 from infera_kernels.launch import CudaLauncher, Descriptor, KernelCache, LaunchError, RecordingLauncher, nominal_target
 from infera_kernels.launch.abi import check_abi
 from infera_kernels.launch.compile import KernelSpec
-from infera_kernels.launch.descriptors import BYTES, TYPES, Encoding, described, driver_encode, encoded, rank_of
+from infera_kernels.launch.descriptors import (
+    ALIGNED,
+    BYTES,
+    TYPES,
+    Encoding,
+    described,
+    driver_encode,
+    encoded,
+    rank_of,
+)
 from infera_kernels.launch.signature import bind
 from infera_kernels.triton import matmul, tiles
 from tests.kernels.support import Array, FakeArray, execute, random
@@ -139,8 +149,45 @@ def test_a_refusal_of_the_driver_is_told() -> None:
     given = Descriptor(aligned((8, 12)), (8, 12), (12, 1), (8, 8))
     encoder = Encoder()
     with pytest.raises(LaunchError, match=r"error 1 for float16\[8, 12\], strides \[12, 1\], at .* boxes of \[8, 8\]"):
-        encoded(encoder.function, given, given.array.ctypes.data, Encoding((8, 8), 3))
+        encoded(encoder.function, given, given.array.ctypes.data, Encoding((8, 8), 3), 90)
     assert encoder.refused == "strides"
+
+
+def test_maps_lie_as_the_header_of_cuda_asks() -> None:
+    """The header that comes with Triton; and where they are made, which by chance may be right."""
+    import triton.backends.nvidia as nvidia
+
+    header = (Path(next(iter(nvidia.__path__))) / "include" / "cuda.h").read_text(errors="replace")
+    asked = re.search(r"struct CUtensorMap_st \{.*?alignas\((\d+)\)", header, re.DOTALL)
+    assert asked is not None
+    assert ALIGNED % int(asked[1]) == 0
+    given, encoder = Descriptor(aligned((8, 16)), (8, 16), (16, 1), (8, 8)), Encoder()
+    kept = []
+    for i in range(30):
+        kept.append(bytes(48 * i))
+        encoded(encoder.function, given, given.array.ctypes.data, Encoding((8, 8), 3), 90)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "line", "marked"),
+    [
+        (100, 8, 16, False),
+        (103, 8, 64, False),
+        (120, 512, 128, False),
+        (100, 513, 128, True),
+        (100, 9, 8192, True),
+        (90, 8, 16, True),
+    ],
+)
+def test_blackwells_maps_of_small_arrays_lose_the_bit_that_drivers_set_amiss(
+    arch: int, rows: int, line: int, marked: bool
+) -> None:
+    """128 KiB are 512 rows of 128 float16."""
+    given, encoder = Descriptor(aligned((8, 16)), (rows, 16), (line, 1), (8, 8)), Encoder()
+    made = encoded(encoder.function, given, given.array.ctypes.data, Encoding((8, 8), 3), arch)
+    found = decoded(made)
+    assert found.marked is marked
+    assert (found.shape, found.strides, found.swizzle, found.box) == ((rows, 16), (2 * line,), 3, (8, 8))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +275,21 @@ def test_whose_factors_tma_reads(a: FakeArray, b: FakeArray, layout: str) -> Non
     if not layout.startswith("@"):
         with pytest.raises(ValueError, match="TMA does not read these factors"):
             matmul.matmul(a, b, out, RecordingLauncher(), tile=TILE)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "layout"),
+    [
+        (half(1 << 29, 65, 8), half(1 << 29, 8, 8), "@kn"),
+        (half(1 << 30, 65, 8), half(1 << 30, 8, 8), "kn"),
+        (half(2, (1 << 30) - 64, 8), half(8, 8), "kn"),
+        (half((1 << 30) - 64, 8), half(8, 8), "@kn"),
+    ],
+    ids=["2^30 tiles", "2^31 tiles", "rows past the last", "2^30 rows"],
+)
+def test_tiles_and_rows_are_as_few_as_int32_counts(a: FakeArray, b: FakeArray, layout: str) -> None:
+    out = FakeArray((*a.shape[:-1], b.shape[-1]), a.dtype)
+    assert asked(RecordingLauncher(), a, b, out) == layout
 
 
 def test_rows_that_keep_their_bits_have_none() -> None:

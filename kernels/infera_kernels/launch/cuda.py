@@ -199,7 +199,7 @@ class CudaLauncher:
                 encode = self._driver.encode
                 if encode is None:
                     raise LaunchError(f"{spec.name}: the driver has no cuTensorMapEncodeTiled: CUDA 12 is needed")
-                made = encoded(encode, value, address_of(value.array), next(encodings))
+                made = encoded(encode, value, address_of(value.array), next(encodings), self.target.arch)
                 value = (made, *value.shape, *value.strides)
             values.append(value)
         return values

@@ -1,7 +1,7 @@
 """Arrays as the TMA unit of sm_90 and later reads them: described to it by the driver, block by block.
 
 Rules and numbers are those of cuTensorMapEncodeTiled (cuda.h of CUDA 12 and 13); how Triton has it called stands in its
-triton/backends/nvidia/driver.py (make_tensordesc_arg) and driver.c, the same in 3.6 and 3.9.
+triton/backends/nvidia/driver.py (make_tensordesc_arg) and driver.c, in 3.6 as in 3.9 but for what `_mended` does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ FIRST_ARCH = 90
 BYTES = 128
 """Of a CUtensorMap, ..."""
 
-ALIGNED = 64
-"""... and what its address is a multiple of."""
+ALIGNED = 128
+"""... and what its address is a multiple of: cuda.h of CUDA 12 asks for 64, that of CUDA 13 for 128."""
 
 TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
 """CUtensorMapDataType of the elements that are described here."""
@@ -30,6 +30,10 @@ TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
 _RANKS = range(1, 6)
 _STEP, _MOST_STEP = 16, 2**40
 _NOT_INTERLEAVED, _L2_128_BYTES, _ZEROS_OUTSIDE = 0, 2, 0
+
+_BLACKWELL = range(100, 130)
+_SMALL, _MARK = 1 << 17, 85
+"""Bytes below which Blackwell's maps must not have a bit that the driver sets, and which bit that is: see `_mended`."""
 
 Encode = Callable[..., int]
 """cuTensorMapEncodeTiled(map, type, rank, address, sizes, strides, box, element strides, interleave, swizzle, L2
@@ -82,8 +86,9 @@ def rank_of(type: str) -> int:
     return found[1].count(",") + 1 if found else 0
 
 
-def encoded(encode: Encode, given: Descriptor, address: int, how: Encoding) -> bytes:
-    """The CUtensorMap of an array. Raises LaunchError where the driver refuses."""
+def encoded(encode: Encode, given: Descriptor, address: int, how: Encoding, arch: int) -> bytes:
+    """The CUtensorMap of an array, for the GPU that is current, of sm_<arch>. Raises LaunchError where the driver
+    refuses."""
     rank = len(given.shape)
     itemsize = given.array.dtype.itemsize
     room = ctypes.create_string_buffer(BYTES + ALIGNED)
@@ -107,7 +112,20 @@ def encoded(encode: Encode, given: Descriptor, address: int, how: Encoding) -> b
             f"cuTensorMapEncodeTiled failed with error {status} for {given.array.dtype.name}{list(given.shape)}, "
             f"strides {list(given.strides)}, at {address:#x}, in boxes of {list(how.box)}, swizzle {how.swizzle}"
         )
-    return room.raw[at : at + BYTES]
+    made = room.raw[at : at + BYTES]
+    reach = itemsize * (1 + sum((size - 1) * step for size, step in zip(given.shape, given.strides, strict=True)))
+    return _mended(made) if arch in _BLACKWELL and reach < _SMALL else made
+
+
+def _mended(made: bytes) -> bytes:
+    """A map of a small array as it should be. On Blackwell the driver sets a bit with which TMA may read what is not
+    mapped (an illegal access, now and then) where an array reaches over less than 128 KiB and has gaps.
+
+    What is done here is what NVIDIA says to do (known issues of driver 595.71.05). Triton 3.9 and CUTLASS do it up to
+    CUDA 13.1; NVIDIA names 13.2 too, and no release that is mended. The bit is the hardware's, not the driver's.
+    """
+    bits = int.from_bytes(made, "little") & ~(1 << _MARK)
+    return bits.to_bytes(BYTES, "little")
 
 
 @cache

@@ -92,8 +92,16 @@ class TmaTile(Tile):
 
     @property
     def room(self) -> int:
-        """Bytes of shared memory: sums go through those of the factors, or, where these are in use, through others."""
-        return self.shared_bytes(HALF) + _BARRIERS + (self.m * STRIP * 4 if self.joined else 0)
+        """Bytes of shared memory: sums go through those of the factors, or, where these are in use, through others: all
+        at once where 64 rows leave tensor memory to warps that do nothing else."""
+        strip = self.n if self.specialised and self.m == 64 else STRIP
+        return self.shared_bytes(HALF) + _BARRIERS + (self.m * strip * 4 if self.joined else 0)
+
+    def beside(self, target: Target) -> int:
+        """How many run at a time on a multiprocessor, 1 at least: specialised warps share out all its registers."""
+        block = self.block(HALF)
+        fit = resident(block.warps, block.registers(target), self.room, target)
+        return 1 if self.specialised else max(fit, 1)
 
 
 STRIP = 64
@@ -125,8 +133,8 @@ refuse, load amiss or have two groups of warps compute the same."""
 
 
 def tma_tiles(arch: int) -> tuple[TmaTile, ...]:
-    """Those of TMA_TILES that an architecture has. On sm_90 and sm_100 they keep all in registers, whatever follows the
-    sums (`tests/kernels/test_compile_tma.py`)."""
+    """Those of TMA_TILES that an architecture has. On sm_90 and sm_100 Triton 3.9 keeps all in registers, unless an
+    activation is as long as acosh and sin are (`tests/kernels/test_compile_tma.py`)."""
     if arch < FIRST_ARCH:
         return ()
     if arch in SPECIALISING:

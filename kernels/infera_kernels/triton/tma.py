@@ -12,14 +12,15 @@ from infera_kernels.launch import Descriptor, Launcher, describes, target_of
 from infera_kernels.launch.cublaslt import lying
 from infera_kernels.launch.descriptors import described
 from infera_kernels.launch.types import address_of
-from infera_kernels.triton.layout import ceil_div, name_of
+from infera_kernels.triton.layout import INT32_MAX, ceil_div, name_of
 from infera_kernels.triton.products import GROUP
-from infera_kernels.triton.tiles import HALF, STRIP, TmaTile
+from infera_kernels.triton.tiles import STRIP, TMA_TILES, TmaTile
 from infera_kernels.triton.tma_kernel import tma_kernel
-from infera_kernels.tuning.cost import resident
 
-_MOST = 2**42
-"""Elements of a result: tiles of 4,096 or more are counted in int32, and past the last by as many as are programs."""
+_MOST = INT32_MAX - 2**16
+"""Tiles, which are counted in int32, and past the last by as many as are programs; rows and columns are so few, too."""
+
+_LEAST = min(t.m for t in TMA_TILES), min(t.n for t in TMA_TILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def factors_of(
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"] or ()
     if not describes(launcher) or name_of(args["a"]) not in ("float16", "bfloat16") or m == 1 or len(batch) > 1:
         return None
-    if math.prod(batch) * m * n > _MOST:
+    if max(m, n) > _MOST or math.prod(batch) * ceil_div(m, _LEAST[0]) * ceil_div(n, _LEAST[1]) > _MOST:
         return None
     found = [
         _factor(args[name], size, (own[0], own[1]), batch, over)
@@ -80,8 +81,6 @@ def multiply(args: Mapping[str, Any], factors: Factors, tile: TmaTile, act: Any,
     """One launch, of as many programs as run at a time."""
     target, (m, n, batch) = target_of(launcher), (args[name] for name in ("M", "N", "batch"))
     tiles = math.prod(batch or (1,)) * ceil_div(m, tile.m) * ceil_div(n, tile.n)
-    block = tile.block(HALF)
-    beside = resident(block.warps, block.registers(target), tile.room, target)
     a, b = factors
     given = {**args, "a": a.blocks(tile.m, tile.k), "b": b.blocks(tile.k, tile.n)}
     known = {
@@ -99,7 +98,7 @@ def multiply(args: Mapping[str, Any], factors: Factors, tile: TmaTile, act: Any,
     }
     return launcher.launch(
         tma_kernel,
-        (min(tiles, target.multiprocessors * max(beside, 1)),),
+        (min(tiles, target.multiprocessors * tile.beside(target)),),
         {name: given[name] for name in tma_kernel.arg_names if name in given},
         known,
         num_warps=tile.warps,
