@@ -79,14 +79,14 @@ SECTIONS: Mapping[str, Section] = {
 }
 
 SECONDS: Mapping[str, float] = {
-    "compiling operators": 60,
-    "operator candidates": 90,
-    "tuning operators": 90,
+    "compiling operators": 45,
+    "operator candidates": 75,
+    "tuning operators": 100,
     "first run": 60,
-    "compiling networks": 90,
-    "network candidates": 90,
-    "tuning networks": 100,
-    "compiling tuned networks": 30,
+    "compiling networks": 75,
+    "network candidates": 75,
+    "tuning networks": 90,
+    "compiling tuned networks": 20,
 }
 """What sections may take that are to leave time for those behind them."""
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from bench import gpu_rows, gpu_sets, gpu_tuning
-from bench.gpu_report import CheckFailed, Context
+from bench.gpu_bound import run_without
+from bench.gpu_report import CheckFailed, Context, OwnCases, Tried
 from bench.gpu_roofline import card_named
 from bench.gpu_rows import PREDICTED, Row, measure
 from infera_gpu import tuning
@@ -131,6 +132,20 @@ def test_a_row_that_fails_loses_itself_alone(context: Context) -> None:
     assert json.loads(facts["file"])["entries"], "what was measured is not lost"
 
 
+def test_rows_that_an_earlier_process_has_tuned_are_told_of_and_not_tuned_again(context: Context) -> None:
+    """One of them took that process with it."""
+    found = {"row": "a", "measured": 2, "better_than_predicted": 1, "mean_gain": 1.5, "rejected": []}
+    known = {product().label: Tried("", found), plain().label: Tried("signal SIGABRT", lost=True)}
+
+    class Earlier(OwnCases):
+        def known(self, name: str) -> Tried | None:
+            return known.get(name)
+
+    with pytest.raises(CheckFailed, match=r"1 of 2 rows: 2 choices .*; products: relu fp32: signal SIGABRT") as caught:
+        tuned(replace(context, cases=Earlier()), product(), plain())
+    assert caught.value.facts["tuned"] == [found]
+
+
 def test_no_row_is_begun_without_time(context: Context) -> None:
     late = replace(context, deadline=time.monotonic() + 0.5)
     with pytest.raises(CheckFailed, match="no row was tuned") as caught:
@@ -159,10 +174,9 @@ def test_candidates_with_other_results_are_told(context: Context, monkeypatch: p
 
 def test_tuned_tiles_that_answer_otherwise_make_a_row_wrong(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned(context, product())
-    usual = gpu_rows.run_without
 
     def other(*given: Any, **more: Any) -> Any:
-        run = usual(*given, **more)
+        run = run_without(*given, **more)
         return run._replace(answers={name: a + 1 for name, a in run.answers.items()})
 
     monkeypatch.setattr(gpu_rows, "run_without", other)
