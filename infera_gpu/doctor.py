@@ -161,7 +161,7 @@ def _cublaslt() -> Iterator[Finding]:
 def _cudnn() -> Iterator[Finding]:
     from infera_kernels.launch.cudnn import OFF, installed
 
-    does = "computes convolutions for which `infera tune` finds it faster", "compute convolutions"
+    does = "computes convolutions and attention for which `infera tune` finds it faster", "compute them"
     yield _library("cuDNN", installed(), *does, OFF, "cudnn")
 
 

@@ -1,5 +1,5 @@
-"""Enough of cuDNN's backend, over NumPy, to compute what its descriptors say: graphs of a convolution and what is
-applied to its sums, of tensors at addresses of the host.
+"""Enough of cuDNN's backend, over NumPy, to compute what its descriptors say: convolutions, products, sums and more, of
+tensors at addresses of the host.
 
 It refuses what the library refuses: attributes of a descriptor that is finished, or unfinished ones among them, sizes
 that do not fit a window, pointers that are aligned less than their tensors say. It shows nothing about the library's
@@ -22,14 +22,31 @@ from infera_kernels.launch.cudnn import Cudnn
 from tests.kernels.windows import convolved
 
 BAD, UNSUPPORTED = 2000, 3000
-TYPES = {0: np.dtype(np.float32), 2: np.dtype(np.float16), 9: np.dtype(ml_dtypes.bfloat16)}
+TYPES: Mapping[int, np.dtype[Any]] = {
+    0: np.dtype(np.float32),
+    2: np.dtype(np.float16),
+    4: np.dtype(np.int32),
+    9: np.dtype(ml_dtypes.bfloat16),
+    11: np.dtype(np.bool_),
+}
 FUNCTIONS: Mapping[int, Callable[[Any], Any]] = {
     100: lambda x: np.maximum(x, 0),
     101: np.tanh,
     102: lambda x: 1 / (1 + np.exp(-x)),
     106: lambda x: x / (1 + np.exp(-x)),
     107: lambda x: x / 2 * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3))),
+    13: np.exp,
+    15: np.log,
 }
+COMBINED: Mapping[int, Callable[..., Any]] = {
+    0: np.add,
+    1: np.multiply,
+    6: np.divide,
+    9: np.subtract,
+    303: np.greater_equal,
+    601: lambda x, other, where: np.where(where, x, other),
+}
+REDUCED: Mapping[int, Callable[..., Any]] = {0: np.sum, 3: np.max}
 
 
 @dataclass
@@ -167,31 +184,53 @@ class FakeCudnn:
 
         def read(tensor: Descriptor) -> Any:
             name = tensor.one(906)
-            return values[name] if virtual(tensor) else self._at(tensor, at[name])
-
-        def virtual(tensor: Descriptor) -> bool:
-            return bool(tensor.attributes.get(907, [False])[0])
+            found = values[name] if tensor.one(907) else self._at(tensor, at[name])
+            return found.astype(np.float64) if tensor.one(901) in (0, 2, 9) else found
 
         for operation in graph.attributes[801]:
-            if operation.kind == 10:
-                window, w, x, to = (operation.one(i) for i in (702, 703, 704, 705))
-                assert (operation.one(700), operation.one(701), window.one(100)) == (1.0, 0.0, 0)
-                made = of_window(read(x), read(w), window)
-            else:
-                how, to, made = operation.one(750), operation.one(753), read(operation.one(751))
-                assert how.one(1) == 0, "what follows sums is in float32"
-                if how.one(0) == 0:
-                    made = made + read(operation.one(752)).astype(np.float64)
-                else:
-                    made = FUNCTIONS[how.one(0)](made)
-            if virtual(to):
-                assert to.one(901) == 0, "sums are in float32"
+            to, made = getattr(self, f"_compute_{operation.kind}")(operation, read)
+            if to.one(907):
+                made = made.astype(TYPES[to.one(901)]) if to.one(901) else made
+                assert list(made.shape) == to.attributes[902]
                 values[to.one(906)] = made
             else:
                 self._at(to, at[to.one(906)])[...] = made
         assert given.one(1003), "plans may use their workspace"
         self.asked.append(graph)
         return 0
+
+    def _compute_10(self, made: Descriptor, read: Any) -> tuple[Descriptor, Any]:
+        """A convolution."""
+        window, w, x, to = (made.one(i) for i in (702, 703, 704, 705))
+        assert (made.one(700), made.one(701), window.one(100)) == (1.0, 0.0, 0)
+        return to, of_window(read(x), read(w), window)
+
+    def _compute_13(self, made: Descriptor, read: Any) -> tuple[Descriptor, Any]:
+        """A function of elements; what it computes in is what it makes, or float32."""
+        how, x, to = (made.one(i) for i in (750, 751, 753))
+        others = [read(made.one(i)) for i in (752, 758) if i in made.attributes]
+        function = how.one(0)
+        if function == 501:
+            axis = how.one(9)
+            shape = [n if i == axis else 1 for i, n in enumerate(x.attributes[902])]
+            return to, np.broadcast_to(np.arange(shape[axis]).reshape(shape), x.attributes[902])
+        assert how.one(1) == (to.one(901) if to.one(901) in (4, 11) else 0)
+        return to, COMBINED[function](read(x), *others) if others else FUNCTIONS[function](read(x))
+
+    def _compute_19(self, made: Descriptor, read: Any) -> tuple[Descriptor, Any]:
+        """Products; heads of b stand against several of a."""
+        a, b, to, how = (made.one(i) for i in (1520, 1521, 1522, 1523))
+        assert how.one(1500) == 0
+        left, right = read(a), read(b)
+        return to, left @ np.repeat(right, left.shape[1] // right.shape[1], 1)
+
+    def _compute_22(self, made: Descriptor, read: Any) -> tuple[Descriptor, Any]:
+        """Sums and maxima over the axes of which one element is left."""
+        x, to, how = (made.one(i) for i in (1610, 1611, 1612))
+        sizes, left = x.attributes[902], to.attributes[902]
+        axes = tuple(i for i, (n, m) in enumerate(zip(sizes, left, strict=True)) if n != m)
+        assert how.one(1601) == 0
+        return to, REDUCED[how.one(1600)](read(x), axis=axes, keepdims=True)
 
     def _at(self, tensor: Descriptor, address: int) -> Any:
         assert address % tensor.one(900) == 0

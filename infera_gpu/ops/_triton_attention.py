@@ -19,6 +19,7 @@ from infera_gpu.ops._attention import heads_of
 from infera_gpu.ops._families import ZERO
 from infera_gpu.ops._triton import Kernels, kernels
 from infera_gpu.spec import Array, DType, TensorSpec
+from infera_kernels.launch.cudnn import WORKSPACE
 
 if TYPE_CHECKING:
     from infera_kernels.triton.attention import Options
@@ -80,18 +81,37 @@ def room(given: Arranged | None, site: Site) -> int:
     assert given is not None
     how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
     shapes = attention_scratch(given.q, given.k, given.v, given.out, **how)
-    return sum(aligned(4 * math.prod(s)) for s in shapes)
+    other = WORKSPACE if way_of(given, site) else 0
+    return aligned(other) + sum(aligned(4 * math.prod(s)) for s in shapes)
+
+
+def way_of(given: Arranged, site: Site) -> int:
+    """Which of cuDNN's plans computes it, from 1; 0 where kernels of ours do."""
+    from infera_kernels.triton.dnn_attention import attention_way
+
+    others = bool(given.masks) or not all(x is None for x in (given.condition, given.lengths, given.sink))
+    tuned = None if site.batch_invariant else site.tuned
+    return attention_way(given.q, given.k, given.v, given.out, given.options, others=others, tuned=tuned)
 
 
 def launches(given: Arranged, io: Buffers, site: Site) -> list[Call]:
     from infera_kernels.triton import attention
     from infera_kernels.triton.cache import append
+    from infera_kernels.triton.dnn_attention import attention_by_cudnn
 
     calls: list[Call] = []
     for past, new, present in given.caches:
         calls += append(past, new, present, io.launcher, shift=0 if past is None else past.shape[2])
     q, k, v, out = given.q, given.k, given.v, given.out
-    how = {**given.operands, "invariant": site.batch_invariant, "tuned": site.tuned}
+    how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
+    if way := way_of(given, site):
+        workspace = io.scratch((WORKSPACE,), np.uint8)
+        call = attention_by_cudnn(q, k, v, out, io.launcher, given.options, way, workspace)
+        if call is not None:
+            for shape in attention.attention_scratch(q, k, v, out, **how):
+                io.scratch(shape)
+            return [*calls, call]
+    how |= given.operands
     return [*calls, *attention.attention(q, k, v, out, io.launcher, io.scratch, given.options, **how)]
 
 

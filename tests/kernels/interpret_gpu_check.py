@@ -120,11 +120,12 @@ def test_plans_of_cudnn(opener: Callable[[Any], Context], monkeypatch: pytest.Mo
     made = FakeCudnn()
     _, facts = gpu_cudnn.cudnn(opener(lambda: with_cudnn(WatchingLauncher(), made)))
     assert facts["failed"] == {}
-    assert facts["done"] == len(made.asked) == 3 * len(gpu_cudnn.CONVOLUTIONS)
-    assert facts["without_a_plan"] == (WAYS - 3) * len(gpu_cudnn.CONVOLUTIONS)
+    count = len(gpu_cudnn.CONVOLUTIONS) + len(gpu_cudnn.ATTENTIONS)
+    assert facts["done"] == len(made.asked) == 3 * count
+    assert facts["without_a_plan"] == (WAYS - 3) * count
     assert gpu_cudnn.cudnn(opener(WatchingLauncher)) == ("cuDNN is not installed here", {})
-    monkeypatch.setattr("tests.fake_cudnn.FUNCTIONS", {100: np.negative})
-    with pytest.raises(CheckFailed, match="elements differ"):
+    monkeypatch.setattr("tests.fake_cudnn.FUNCTIONS", {100: np.negative, 13: np.exp2, 15: np.log})
+    with pytest.raises(CheckFailed, match=r"36 fail: .* elements differ"):
         gpu_cudnn.cudnn(opener(lambda: with_cudnn(WatchingLauncher(), made)))
 
 

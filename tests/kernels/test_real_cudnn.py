@@ -15,11 +15,22 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.kernels
 
-DRIVER = (
-    *("cuGetErrorString", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload"),
-    *("cuTensorMapEncodeIm2col", "cuTensorMapEncodeTiled"),
+DRIVER = """
+int cuInit(int flags) { return 100; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuDeviceGetCount(int *count) { *count = 0; return 0; }
+int cuGetErrorName(int error, const char **name) { *name = "none"; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = "none"; return 0; }
+"""
+REFUSING = (
+    *("cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuTensorMapEncodeIm2col", "cuTensorMapEncodeTiled"),
+    *("cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchCooperativeKernel", "cuOccupancyMaxPotentialClusterSize"),
+    *("cuLibraryLoadData", "cuLibraryLoadFromFile", "cuLibraryUnload", "cuLibraryGetKernel", "cuKernelGetFunction"),
+    *("cuKernelSetAttribute", "cuKernelGetAttribute", "cuLinkCreate", "cuLinkAddData", "cuLinkComplete"),
+    *("cuLinkDestroy", "cuDeviceGet", "cuCtxGetCurrent", "cuCtxGetLimit", "cuCtxPushCurrent", "cuCtxPopCurrent"),
+    "cuStreamGetCtx",
 )
-"""What cuDNN's libraries want of a driver to be loaded."""
+"""What cuDNN wants of a driver to make plans, which for some it compiles: these never do anything."""
 
 
 def folders() -> list[str]:
@@ -34,7 +45,7 @@ def test_it_has_plans_for_what_it_is_asked(tmp_path: Path) -> None:
     if compiler is None or not any(Path(folder, "libcudnn.so.9").exists() for folder in folders()):
         pytest.skip("needs cuDNN and a C compiler: make test-cudnn")
     source, driver = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
-    source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in DRIVER))
+    source.write_text(DRIVER + "".join(f"int {name}(void) {{ return 100; }}\n" for name in REFUSING))
     subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", driver, source], check=True)
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([*folders(), str(tmp_path)])}
     done = subprocess.run(
@@ -42,5 +53,5 @@ def test_it_has_plans_for_what_it_is_asked(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {row["name"]: row["plans"] for row in map(json.loads, done.stdout.splitlines())}
-    assert len(found) == 10
-    assert {name: plans for name, plans in found.items() if plans != [True, True, True]} == {}
+    assert len(found) == 22
+    assert {name: plans for name, plans in found.items() if plans[0] is not True} == {}

@@ -11,7 +11,8 @@ from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Target, Typed, cudnn_of
-from infera_kernels.launch.cudnn import ACTIVATIONS, TYPES, Convolution, Tensor
+from infera_kernels.launch.cudnn import TYPES, Tensor
+from infera_kernels.launch.cudnn_graphs import ACTIVATIONS, Convolution
 from infera_kernels.triton.conv import Finish, Geometry
 from infera_kernels.triton.conv_kernel import conv_kernel
 from infera_kernels.triton.images import SPATIAL, Image, image_of
@@ -33,16 +34,16 @@ class Way:
 OURS = Way(0)
 
 
-def _ways(problem: Problem, target: Target) -> tuple[Way, ...]:
+def ways(problem: Problem, target: Target) -> tuple[Way, ...]:
     return tuple(map(Way, range(WAYS + 1)))
 
 
-def _ours(problem: Problem, target: Target) -> Way:
+def ours(problem: Problem, target: Target) -> Way:
     return OURS
 
 
 WAY = Family(
-    *("conv_way", (*SIZES, "taps", "step"), 2, Way, _ways, _ours, (conv_kernel,)),
+    *("conv_way", (*SIZES, "taps", "step"), 2, Way, ways, ours, (conv_kernel,)),
     zeros="ours",
     last=True,
 )

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from infera_kernels.triton import dnn, dnn_attention
 from infera_kernels.triton.attention import ATTENTION
 from infera_kernels.triton.conv import CONV, SPLITS
-from infera_kernels.triton.dnn import WAY
 from infera_kernels.triton.integer_conv import INTEGER_CONV
 from infera_kernels.triton.integer_matmul import INTEGER_MATMUL
 from infera_kernels.triton.matmul import MATMUL, PARTS
@@ -19,6 +19,9 @@ from infera_kernels.tuning import Family
 FAMILIES: Mapping[str, Family[Any]] = MappingProxyType(
     {
         f.name: f
-        for f in (*(MATMUL, PARTS, MATVEC, CONV, SPLITS, WAY, INTEGER_MATMUL, INTEGER_CONV, QUANTIZED_CONV, ATTENTION),)
+        for f in (
+            *(MATMUL, PARTS, MATVEC, CONV, SPLITS, INTEGER_MATMUL, INTEGER_CONV, QUANTIZED_CONV, ATTENTION),
+            *(dnn.WAY, dnn_attention.WAY),
+        )
     }
 )
