@@ -218,7 +218,10 @@ def ahead(which: str, context: Context, wanted: Sequence[int] | None = None) -> 
     wanted = range(len(jobs(which))) if wanted is None else wanted
     by_job: dict[str, int] = {}
     failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as claims, get_context("spawn").Pool(count) as pool:  # leaving it ends processes
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as claims,
+        get_context("spawn").Pool(count) as pool,
+    ):  # leaving it ends processes
         run = partial(_run, launcher.target, launcher.driver_version, Path(claims), which)
         results = pool.imap_unordered(run, wanted)
         try:

@@ -82,10 +82,10 @@ SECONDS: Mapping[str, float] = {
     "compiling operators": 45,
     "operator candidates": 75,
     "tuning operators": 100,
-    "first run": 60,
+    "first run": 50,
     "compiling networks": 75,
     "network candidates": 75,
-    "tuning networks": 90,
+    "tuning networks": 110,
     "compiling tuned networks": 20,
 }
 """What sections may take that are to leave time for those behind them."""

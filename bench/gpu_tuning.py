@@ -16,6 +16,7 @@ from typing import Any
 from bench.gpu_report import CheckFailed, Context, Section
 from bench.gpu_row_sections import Case, each, usual_seconds
 from bench.gpu_rows import Row
+from bench.gpu_targets import mean_gain
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_kernels.tuning import Measured, Problem, Store
@@ -50,6 +51,7 @@ def tuned(context: Context, row: Row, seconds: float) -> dict[str, Any]:
         taken = time.monotonic() - began
     return {
         "row": row.label,
+        "set": row.set,
         "choices": len(choices),
         "measured_before": sum(c.measured is not None for c in choices),
         **gains(made),
@@ -101,9 +103,8 @@ def summary(found: Sequence[Mapping[str, Any]], of: int) -> str:
         sum(row[name] if isinstance(row[name], int) else len(row[name]) for row in found)
         for name in ("measured", "better_than_predicted", "rejected")
     )
-    gain = math.exp(sum(row["measured"] * math.log(row["mean_gain"]) for row in found) / max(measured, 1))
     line = f"{len(found)} of {of} rows: {measured} choices measured, {better} better than predicted"
-    return f"{line}, mean gain {gain:.2f}x" + (f", {rejected} candidates rejected" if rejected else "")
+    return f"{line}, mean gain {mean_gain(found):.2f}x" + (f", {rejected} candidates rejected" if rejected else "")
 
 
 def ship(results: Path, folder: Path = SHIPPED) -> list[Path]:

@@ -105,7 +105,7 @@ def _gpu(name: str, found: list[Result], cards: Mapping[str, Mapping[str, object
     parts = [f"### {name}", report_gpu.provenance(found)]
     if any(row.get("tuned") for row in rows):
         parts.append(TUNED)
-    parts.append(report_gpu.targets(rows))
+    parts += [part for part in (report_gpu.targets(rows), report_gpu.tuning(found)) if part]
     if any(report_gpu.others(row) and row["set"] in ("networks", "decoder") for row in right):
         chart = f"performance-{slug(name)}-networks.svg"
         files[chart] = report_gpu.throughput(name, right)

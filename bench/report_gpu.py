@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.charts import Point, bars, roofline
 from bench.environment import CHANGED
-from bench.gpu_targets import TARGETS
+from bench.gpu_targets import TARGETS, mean_gain
 from bench.report_cpu import Result, table, time_of
 
 Row = Mapping[str, Any]
@@ -58,6 +58,27 @@ def targets(rows: Sequence[Row]) -> str:
             yield [target.work, goal, shown, target.verdict(reached), *(tuned if any_tuned else [])]
 
     return table(("work", "target", "measured", "", *(["rows tuned"] if any_tuned else [])), cells())
+
+
+def tuning(results: Iterable[Result]) -> str:
+    """What tuning has found, set by set; empty where nothing was tuned. Of a row the last time that it was measured."""
+    found: dict[str, Row] = {}
+    for result in sorted(results, key=lambda r: str(r["time"])):
+        for section in result["sections"]:
+            found |= {row["row"]: row for row in section["facts"].get("tuned", ()) if row["measured"]}
+
+    def cells(name: str) -> list[str]:
+        rows = [row for row in found.values() if row["set"] == name]
+        counts = (sum(row[column] for row in rows) for column in ("measured", "better_than_predicted"))
+        return [
+            name,
+            *map(str, (len(rows), *counts)),
+            f"{mean_gain(rows):.2f}x",
+            str(sum(len(row["rejected"]) for row in rows)),
+        ]
+
+    header = ("tuned", "rows", "choices measured", "better than predicted", "mean gain", "candidates rejected")
+    return table(header, (cells(name) for name in dict.fromkeys(row["set"] for row in found.values()))) if found else ""
 
 
 def measured(rows: Sequence[Row]) -> str:

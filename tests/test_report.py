@@ -217,6 +217,29 @@ def test_of_one_commit_rows_that_were_tuned_count(first: bool) -> None:
         assert row["peers"].keys() >= ({COMPILED, "torch eager"} if commit == COMMIT else set())
 
 
+def test_what_tuning_has_found_is_told_by_set() -> None:
+    found = {"set": "products", "choices": 3, "measured": 3, "better_than_predicted": 2, "mean_gain": 1.21}
+    first, second = (
+        measured(measured_row("products", "a", "fp16", 1e-5), time=f"203{i}-01-01T00:00:00") for i in range(2)
+    )
+    first["sections"].append(
+        {
+            "section": "tuning operators",
+            "facts": {
+                "tuned": [
+                    {**found, "row": "products: a fp16", "rejected": ["one"]},
+                    {**found, "row": "products: b fp16", "measured": 1, "mean_gain": 1.0, "rejected": []},
+                ]
+            },
+        }
+    )
+    again = {**found, "row": "products: a fp16", "measured": 0, "mean_gain": 1.0, "rejected": []}
+    second["sections"].append({"section": "tuning operators", "facts": {"tuned": [again]}})
+    text = render({"a": second, "b": first})[DOCUMENT]
+    assert "| products | 2 | 4 | 4 | 1.15x | 1 |" in text
+    assert report_gpu.tuning([second]) == ""
+
+
 def test_what_is_told_of_tuning_is_no_row() -> None:
     """A section that was ended says in `rows` what its cases found."""
     (row,) = report_gpu.rows_of([measured(measured_row("networks", "a", "fp16", 1.0), {"row": "a", "choices": 3})])
