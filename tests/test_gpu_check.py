@@ -270,8 +270,7 @@ def test_what_files_hold_of_the_store_is_shipped(tmp_path: Path) -> None:
     assert content["measured"] is True
     assert len(content["runs"]) == 3
     results.write_text(json.dumps({"sections": sections[:1]}))
-    with pytest.raises(ValueError, match="no measured tiles"):
-        gpu_tuning.ship(results, tmp_path / "shipped")
+    assert gpu_tuning.ship(results, tmp_path / "shipped") == []
 
 
 def test_checks_go_by_predicted_tiles() -> None:
