@@ -18,6 +18,41 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Alike:
+    """What nodes have in common that planning need not tell apart: operator, attributes, specs, small constants.
+
+    Their names differ, and the elements of large floating-point constants. `made` are the outputs of a node that is
+    computed while planning, of `nbytes`; None of others. `marks` are those of its outputs, see `alike`.
+    """
+
+    __slots__ = ("_told", "ins", "made", "marks", "nbytes", "outs")
+
+    TOLD = 64
+    """Answers that are remembered."""
+
+    def __init__(
+        self,
+        ins: tuple[TensorSpec | None, ...],
+        outs: tuple[TensorSpec, ...],
+        marks: tuple[int, ...],
+        made: tuple[HostArray, ...] | None = None,
+    ) -> None:
+        self.ins, self.outs, self.marks, self.made = ins, outs, marks, made
+        self.nbytes = sum([a.nbytes for a in made or ()])
+        self._told: dict[Hashable, Any] = {}
+
+    def told(self, key: Hashable, ask: Callable[[Site], T], site: Site) -> T:
+        """`ask(site)`, remembered under `key`: plain data, which depends on nothing in which alike nodes differ."""
+        told = self._told
+        try:
+            known: T = told[key]
+        except KeyError:
+            if len(told) >= self.TOLD:
+                told.clear()
+            known = told[key] = ask(site)
+        return known
+
+
 @dataclass(slots=True, eq=False)
 class Site:
     """One node at concrete shapes: everything a kernel may know while planning. Nobody changes one whose `outs` are
@@ -38,6 +73,8 @@ class Site:
     opset: int = 0
     batch_invariant: bool = False
     tuned: Tuned | None = None
+    alike: Alike | None = field(default=None, init=False, repr=False)
+    """What it has in common with others, where that is known."""
     _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
@@ -61,6 +98,10 @@ class Site:
             found[key] = build()
         made: T = found[key]
         return made
+
+    def told(self, key: Hashable, ask: Callable[[Site], T]) -> T:
+        """`ask(site)`, asked once for all sites that are alike: see Alike."""
+        return ask(self) if self.alike is None else self.alike.told(key, ask, self)
 
     def forget(self) -> None:
         """Drop what was found `once`: when a plan is bound nobody asks any more."""
