@@ -12,14 +12,14 @@ from infera_gpu.op import Op, Registry
 from infera_gpu.site import Alike
 from infera_gpu.spec import TensorSpec
 
-KEPT = 2048
-"""Kinds of nodes that a session remembers; beyond that it forgets all of them."""
+KEPT = 8192
+"""Kinds of nodes that a session remembers, about a kilobyte each; beyond that it forgets all of them."""
 
 SMALL = 16
-"""Elements of a constant that count among what a node is, whatever their type."""
+"""Elements of a constant that count among what a node is; larger ones are like no other, but for ..."""
 
 SMALL_FLOATS = 8
-"""The same, of floating-point numbers: biases of that few channels are rare, and factors of as many axes are not."""
+"""... floating-point numbers, of which no more count: weights of so few channels are rare, factors of axes are not."""
 
 LEFT_OUT, UNLIKE = 0, -1
 """Marks of an input that is left out, and of a value that is like no other."""
@@ -27,7 +27,7 @@ LEFT_OUT, UNLIKE = 0, -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sort:
-    """What a node is before its inputs are known; `number` is the same for all that are equal, 0 for none like it."""
+    """What a node is before its inputs are known. `number` is the same for all that are equal; 0: like no other."""
 
     node: Node
     op: Op
@@ -43,8 +43,10 @@ class AlikeNodes:
     apart, see op.Kernel. A number is given out once, so that forgetting some of them makes nothing wrong.
     """
 
-    def __init__(self, registry: Registry, opsets: Mapping[str, int]) -> None:
+    def __init__(self, registry: Registry, opsets: Mapping[str, int], lasting: Sequence[Node] = ()) -> None:
+        """`lasting` are nodes that are there as long as this is."""
         self._registry, self._opsets = registry, opsets
+        self._lasting = frozenset(map(id, lasting))
         self._numbers = count(1)
         self._numbered: dict[Hashable, int] = {}
         self._sorts: dict[int, Sort] = {}
@@ -56,9 +58,9 @@ class AlikeNodes:
         """Raises UnsupportedOperatorError, or PlanError for attributes that the operator has not."""
         found = self._sorts.get(id(node))
         if found is None:
-            if len(self._sorts) >= 4 * KEPT:
-                self._sorts.clear()
-            found = self._sorts[id(node)] = self._sort(node)
+            found = self._sort(node)
+            if id(node) in self._lasting:
+                self._sorts[id(node)] = found
         return found
 
     def _sort(self, node: Node) -> Sort:
@@ -88,7 +90,7 @@ class AlikeNodes:
     def _number(self, key: Hashable) -> int:
         found = self._numbered.get(key)
         if found is None:
-            if len(self._numbered) >= 4 * KEPT:
+            if len(self._numbered) >= KEPT:
                 self._numbered.clear()
             found = self._numbered[key] = next(self._numbers)
         return found

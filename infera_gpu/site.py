@@ -25,10 +25,7 @@ class Alike:
     computed while planning, of `nbytes`; None of others. `marks` are those of its outputs, see `alike`.
     """
 
-    __slots__ = ("_told", "ins", "made", "marks", "nbytes", "outs")
-
-    TOLD = 64
-    """Answers that are remembered."""
+    __slots__ = ("ins", "made", "marks", "nbytes", "outs", "told")
 
     def __init__(
         self,
@@ -38,19 +35,15 @@ class Alike:
         made: tuple[HostArray, ...] | None = None,
     ) -> None:
         self.ins, self.outs, self.marks, self.made = ins, outs, marks, made
-        self.nbytes = sum([a.nbytes for a in made or ()])
-        self._told: dict[Hashable, Any] = {}
+        self.nbytes = 0 if made is None else sum([a.nbytes for a in made])
+        self.told: dict[Hashable, Any] = {}
+        """What sites were told, see Site.told."""
 
-    def told(self, key: Hashable, ask: Callable[[Site], T], site: Site) -> T:
-        """`ask(site)`, remembered under `key`: plain data, which depends on nothing in which alike nodes differ."""
-        told = self._told
-        try:
-            known: T = told[key]
-        except KeyError:
-            if len(told) >= self.TOLD:
-                told.clear()
-            known = told[key] = ask(site)
-        return known
+
+TOLD = 64
+"""Answers that are remembered of alike nodes: memory may lie in many ways."""
+
+_UNTOLD: Any = object()
 
 
 @dataclass(slots=True, eq=False)
@@ -100,8 +93,20 @@ class Site:
         return made
 
     def told(self, key: Hashable, ask: Callable[[Site], T]) -> T:
-        """`ask(site)`, asked once for all sites that are alike: see Alike."""
-        return ask(self) if self.alike is None else self.alike.told(key, ask, self)
+        """`ask(site)`, asked once for all sites that are alike, and remembered under `key`.
+
+        Plain data, which depends on nothing in which alike nodes differ.
+        """
+        if self.alike is None:
+            return ask(self)
+        told = self.alike.told
+        found = told.get(key, _UNTOLD)
+        if found is _UNTOLD:
+            if len(told) >= TOLD:
+                told.clear()
+            found = told[key] = ask(self)
+        made: T = found
+        return made
 
     def forget(self) -> None:
         """Drop what was found `once`: when a plan is bound nobody asks any more."""

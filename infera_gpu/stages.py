@@ -92,7 +92,7 @@ class Stages:
 
     def __init__(self, graph: Graph, device: Device, registry: Registry, constants: Constants, nest: Nest) -> None:
         self._graph, self._device, self._nest = graph, device, nest
-        self._alike = AlikeNodes(registry, graph.opsets)
+        self._alike = AlikeNodes(registry, graph.opsets, graph.nodes)
         self._measure = Measurer(device, constants)
         self._known = Known.of(graph.constants, lasting=True)
         self._first: dict[Shapes, Stage] = {}

@@ -13,13 +13,12 @@ import infera_gpu
 from bench.inputs import EXAMPLES
 from bench.models import path_of
 from bench.shapes import STREAMS
-from infera_gpu import alike, measure
+from infera_gpu import alike, measure, site
 from infera_gpu.alike import SMALL_FLOATS, AlikeNodes
 from infera_gpu.errors import UnreachableError
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Kernel, Op, Site
 from infera_gpu.plan import Plan
-from infera_gpu.site import Alike
 from tests.cases import covered
 from tests.random_graphs import draw
 from tests.text import parse
@@ -98,7 +97,7 @@ def assert_plans_are_the_same(
     found = plans(model, requests, **options)
     with monkeypatch.context() as patch:
         patch.setattr(AlikeNodes, "add", lambda self, key, alike: None)
-        patch.setattr(Alike, "told", lambda self, key, ask, site: ask(site))
+        patch.setattr(Site, "told", lambda self, key, ask: ask(self))
         expected = plans(model, requests, **options)
     for got, want in zip(found, expected, strict=True):
         assert got == want
@@ -169,26 +168,26 @@ def test_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plans(layers(), requests, device="cpu")
     for kept in (1, 3, 5):
         monkeypatch.setattr(alike, "KEPT", kept)
-        monkeypatch.setattr(Alike, "TOLD", 1)
+        monkeypatch.setattr(site, "TOLD", 1)
         assert plans(layers(), requests, device="cpu") == expected
 
 
-def filled(site: Site, filling: float) -> Site | None:
+def filled(given: Site, filling: float) -> Site | None:
     """The site with other elements in its large floating-point constants; None where there are none."""
-    large = [v is not None and v.dtype.kind == "f" and v.size > SMALL_FLOATS for v in site.values]
+    large = [v is not None and v.dtype.kind == "f" and v.size > SMALL_FLOATS for v in given.values]
     values = tuple(
-        np.full_like(v, filling) if yes and v is not None else v for v, yes in zip(site.values, large, strict=True)
+        np.full_like(v, filling) if yes and v is not None else v for v, yes in zip(given.values, large, strict=True)
     )
-    return replace(site, values=values) if any(large) else None
+    return replace(given, values=values) if any(large) else None
 
 
-def answers(op: Op, kernel: Kernel, site: Site) -> tuple[object, ...]:
+def answers(op: Op, kernel: Kernel, given: Site) -> tuple[object, ...]:
     """What planning asks of a node, but for the scratch that its kernel wants."""
-    expanded = op.expand is not None and op.expand(site) is not None
-    found: tuple[object, ...] = (tuple(op.infer(site)), expanded, kernel.supports(site))
-    if kernel.supports(site):
+    expanded = op.expand is not None and op.expand(given) is not None
+    found: tuple[object, ...] = (tuple(op.infer(given)), expanded, kernel.supports(given))
+    if kernel.supports(given):
         asked = (kernel.pays, kernel.border, kernel.rows_out, kernel.slices_out, kernel.strided_in)
-        found += tuple(ask and ask(site) for ask in asked)
+        found += tuple(ask and ask(given) for ask in asked)
     return found
 
 
@@ -197,15 +196,15 @@ def test_answers_do_not_depend_on_what_large_constants_hold(kind: str) -> None:
     """What Kernel promises of floating-point constants, and planning relies on."""
     compared = 0
     for op, case, variants in covered(kind):
-        for site, _ in variants:
+        for given, _ in variants:
             for filling in (0.0, 1.0, -1000.0):
-                changed = filled(site, filling)
+                changed = filled(given, filling)
                 if changed is not None and all(
-                    site.values[i] is changed.values[i] for i in op.values if i < len(site.values)
+                    given.values[i] is changed.values[i] for i in op.values if i < len(given.values)
                 ):
                     kernel = op.kernels[kind]
                     with np.errstate(all="ignore"):
-                        got, want = answers(op, kernel, changed), answers(op, kernel, site)
+                        got, want = answers(op, kernel, changed), answers(op, kernel, given)
                     assert got == want, f"{op.name} {case.id}"
                     compared += 1
     assert compared or kind == "cupy"
