@@ -72,8 +72,9 @@ class AlikeNodes:
         values, inputs = tuple(attrs.values()), node.inputs
         same = tuple([i and inputs.index(i) for i in inputs])
         key = (id(op), node.domain, node.op, opset, same, tuple(map(bool, node.outputs)), values)
+        told_apart = tuple(attrs), tuple(map(type, values)), tuple(map(_zeros, values))
         try:
-            number = 0 if node.subgraphs else self._number((*key, tuple(attrs), tuple(map(type, values))))
+            number = 0 if node.subgraphs else self._number((*key, *told_apart))
         except TypeError:  # an attribute is an array
             number = 0
         return Sort(node, op, attrs, opset, number)
@@ -86,6 +87,12 @@ class AlikeNodes:
                 return next(self._numbers) if lasting else UNLIKE
             token = value.tobytes()
         return self._number((spec.shape, spec.dtype, token))
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._sorts.clear()
+        self._numbered.clear()
+        self._met.clear()
 
     def _number(self, key: Hashable) -> int:
         found = self._numbered.get(key)
@@ -102,6 +109,12 @@ class AlikeNodes:
         if len(self._met) >= KEPT:
             self._met.clear()
         self._met[key] = alike
+
+
+def _zeros(value: object) -> str:
+    """The zeros of an attribute, which are equal, with their signs."""
+    values = value if isinstance(value, tuple) else (value,)
+    return "".join([str(v) for v in values if isinstance(v, float) and not v])
 
 
 def are_exact(values: Sequence[HostArray | None]) -> bool:

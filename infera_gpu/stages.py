@@ -191,8 +191,9 @@ class Stages:
         return {n: value_of(v) for n, v in zip(node.outputs, made, strict=False) if n}
 
     def clear(self) -> None:
-        """Forget every stage."""
+        """Forget every stage, and what planning found out."""
         with self._planning:
+            self._alike.clear()
             self._first.clear()
             self._recent.clear()
             self._folded = 0

@@ -19,6 +19,8 @@ from infera_gpu.errors import UnreachableError
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Kernel, Op, Site
 from infera_gpu.plan import Plan
+from infera_kernels.launch import nominal_target
+from infera_kernels.tuning import Family, Problem, Tuned
 from tests.cases import covered
 from tests.random_graphs import draw
 from tests.text import parse
@@ -141,6 +143,22 @@ def test_models_are_planned_as_without_memory(monkeypatch: pytest.MonkeyPatch, n
     assert_plans_are_the_same(monkeypatch, path, STREAMS[name].requests(12) if name in STREAMS else examples)
 
 
+def test_zeros_of_attributes_are_told_apart_by_their_signs() -> None:
+    text = """
+        g (float[N] x) => (float[1, 1] p, float[1, 1] q) <int64[1] first = {0}, float one = {1}> {
+            s = Shape(x)
+            f = Cast<to = 1>(s)
+            m = Unsqueeze(f, first)
+            zero = Gemm<alpha = 0.0>(m, m)
+            below = Gemm<alpha = -0.0>(m, m)
+            p = Div(one, zero)
+            q = Div(one, below)
+        }"""
+    with infera_gpu.load(parse(text), device="cpu", fuse=False) as session:
+        made = session.run({"x": np.zeros(3, np.float32)})
+    assert (made["p"].item(), made["q"].item()) == (np.inf, -np.inf)
+
+
 # ---- what is alike
 
 
@@ -170,6 +188,17 @@ def test_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(alike, "KEPT", kept)
         monkeypatch.setattr(site, "TOLD", 1)
         assert plans(layers(), requests, device="cpu") == expected
+
+
+def test_a_closed_session_remembers_nothing() -> None:
+    with infera_gpu.load(layers(), device="cpu") as session:
+        session.run(request(2, 5))
+        known = session._stages._alike
+        assert known._met
+        assert known._numbered
+    assert not known._met
+    assert not known._numbered
+    assert not known._sorts
 
 
 def filled(given: Site, filling: float) -> Site | None:
@@ -208,3 +237,24 @@ def test_answers_do_not_depend_on_what_large_constants_hold(kind: str) -> None:
                     assert got == want, f"{op.name} {case.id}"
                     compared += 1
     assert compared or kind == "cupy"
+
+
+class Unread(Tuned):
+    """Measurements that nobody may look at."""
+
+    def value(self, family: Family[Any], problem: Problem) -> tuple[int, ...] | None:
+        raise AssertionError(f"{family.name} is looked up")
+
+
+def test_answers_do_not_depend_on_what_was_measured() -> None:
+    """Sessions whose constants are overridden, and subgraphs, keep what they were told when another has tuned."""
+    unread, sized = Unread(nominal_target(90)), 0
+    for op, _, variants in covered("triton", 40):
+        for given, _ in variants:
+            tuned = replace(given, tuned=unread)
+            answers(op, op.kernels["triton"], tuned)
+            try:
+                op.kernels["triton"].workspace(tuned)  # type: ignore[misc]
+            except AssertionError:
+                sized += 1
+    assert sized
