@@ -102,7 +102,7 @@ class Known:
 class _Walk:
     """The state of one pass over the nodes."""
 
-    nodes: AlikeNodes
+    kinds: AlikeNodes
     constants: Known
     specs: dict[str, TensorSpec]
     known: dict[str, HostArray]
@@ -131,7 +131,7 @@ class _Walk:
                 at.what = node
                 missing = self.blocked.intersection(node.reads) if self.blocked else None
                 control = is_control(node)
-                if missing and (control or not (missing <= self.pending and self.nodes.sort(node).op.host)):
+                if missing and (control or not (missing <= self.pending and self.kinds.sort(node).op.host)):
                     self.block(node)
                 elif control:
                     self.branch(node)
@@ -159,9 +159,9 @@ class _Walk:
 
     def define(self, constants: Mapping[str, HostArray]) -> None:
         self.known.update(constants)
-        self.specs.update({k: self.alike(spec_of(v)) for k, v in constants.items()})
+        self.specs.update({k: self.interned(spec_of(v)) for k, v in constants.items()})
 
-    def alike(self, spec: TensorSpec) -> TensorSpec:
+    def interned(self, spec: TensorSpec) -> TensorSpec:
         """One spec for all that are equal: plans stay, and garbage collection looks through them."""
         return self._specs.setdefault((spec.shape, spec.dtype, spec.ranked), spec)
 
@@ -170,7 +170,7 @@ class _Walk:
         return self._tuples.setdefault(tuple(map(id, specs)), tuple(specs))
 
     def place(self, node: Node) -> None:
-        sort = self.nodes.sort(node)
+        sort = self.kinds.sort(node)
         if sort.op.host or (self.objects and any(v in self.objects and v not in self.known for v in node.inputs)):
             self.later(sort)
             return
@@ -179,7 +179,7 @@ class _Walk:
             key = (sort.number, *[marks[i] for i in node.inputs])
         except KeyError:
             key = (sort.number, *[marks[i] if i in marks else self.mark(i) for i in node.inputs])
-        alike = self.nodes.met(key)
+        alike = self.kinds.met(key)
         if alike is None or alike.nbytes > self.budget:
             self.meet(sort, key)
             return
@@ -200,9 +200,9 @@ class _Walk:
         """That of a value which is met for the first time."""
         known, lasting = self.known.get(name), self.constants.marks
         if lasting is None or known is None or known is not self.constants.arrays.get(name):
-            made = self.marks[name] = self.nodes.mark(self.specs[name], known)
+            made = self.marks[name] = self.kinds.mark(self.specs[name], known)
         else:
-            made = self.marks[name] = lasting[name] = self.nodes.mark(self.specs[name], known, lasting=True)
+            made = self.marks[name] = lasting[name] = self.kinds.mark(self.specs[name], known, lasting=True)
         return made
 
     def meet(self, sort: Sort, key: tuple[int, ...]) -> None:
@@ -228,7 +228,7 @@ class _Walk:
         inferred = tuple(op.infer(site))
         if len(node.outputs) > len(inferred) and any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
-        outs = self.shared([self.alike(s) for s in inferred if s is not None and s.dtype.kind != "O"])
+        outs = self.shared([self.interned(s) for s in inferred if s is not None and s.dtype.kind != "O"])
         if len(outs) == len(inferred):
             site.outs = outs
         complete = is_known(op, site)
@@ -242,13 +242,13 @@ class _Walk:
             )
         else:
             self.placed.append(Placed(op, site))
-            marks = tuple([self.nodes.mark(s) for s in outs])
+            marks = tuple([self.kinds.mark(s) for s in outs])
             for name, spec, mark in zip(node.outputs, outs, marks, strict=False):
                 if name:
                     specs[name], self.marks[name] = spec, mark
             if not complete and are_exact([site.value(i) for i in op.values]):
                 site.alike = Alike(ins, outs, marks)
-                self.nodes.add(key, site.alike)
+                self.kinds.add(key, site.alike)
 
     def later(self, sort: Sort) -> None:
         """The node runs between two segments."""
@@ -274,9 +274,9 @@ class _Walk:
             and are_exact(site.values)
         ):
             outs = tuple([self.specs[o] for o in site.node.outputs])
-            marks = tuple([self.nodes.mark(s, a) for s, a in zip(outs, made, strict=True)])
+            marks = tuple([self.kinds.mark(s, a) for s, a in zip(outs, made, strict=True)])
             self.marks.update(zip(site.node.outputs, marks, strict=True))
-            self.nodes.add(key, Alike(site.ins, outs, marks, made))
+            self.kinds.add(key, Alike(site.ins, outs, marks, made))
 
 
 def is_known(op: Op, site: Site) -> bool:
