@@ -1,23 +1,25 @@
-"""Kernels compiled ahead, by all processors at once: what sections launch, into the cache on disk.
+"""Kernels compiled ahead, by all processors at once: what sections launch, or may choose to, into the cache on disk.
 
 Compiling them one by one, as they are met, takes longer than everything else. Nothing here needs the GPU but to be
-told which it is: plans are bound to host memory, by a driver that loads nothing.
+told which it is: plans are bound to host memory, by a driver that loads nothing. No kernel is compiled by two
+processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from multiprocessing import TimeoutError as Late
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bench.gpu_absent import AbsentDriver, AheadDevice, SharingLauncher, TakingLibrary
 from bench.gpu_batches import BATCH, HALVES, NETWORKS
 from bench.gpu_models import LATENCIES, MODELS
 from bench.gpu_networks import PRECISE
@@ -25,22 +27,17 @@ from bench.gpu_operators import bound
 from bench.gpu_report import CheckFailed, Context, Section, first_line
 from bench.gpu_rows import Row
 from bench.gpu_selections import NETWORKS as NETWORK_SETS
-from bench.gpu_selections import OPERATORS, SHORT, selected
+from bench.gpu_selections import OPERATORS, SHORT, selected, tuned_networks, tuned_operators
 from bench.gpu_tma import products
 from infera_gpu.cpus import default_threads, usable_cores
-from infera_gpu.devices.base import host_block
-from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.graph import HostArray
-from infera_gpu.layout import Space
 from infera_gpu.loader import load_graph
 from infera_gpu.op import Op
 from infera_gpu.passes import PRECISIONS, Precision
 from infera_gpu.session import Session
 from infera_gpu.source import Source
-from infera_kernels.launch import Call, CudaLauncher, LaunchError, Target
-from infera_kernels.launch.abi import Address
-from infera_kernels.launch.compiling import nothing
-from infera_kernels.launch.cublaslt import Product
+from infera_gpu.tuning import bind_candidates
+from infera_kernels.launch import CudaLauncher, LaunchError, Target
 from infera_kernels.tuning import DeviceTiles
 from tests.cases import covered
 
@@ -53,49 +50,8 @@ MOST_SECONDS = 3600.0
 PARTS = 32
 """Into how many jobs the operators' cases are shared out."""
 
-
-class AbsentDriver:
-    """Says of a card what the one that has it said; loads nothing, launches nothing."""
-
-    def __init__(self, target: Target, version: int) -> None:
-        self._target, self._version = target, version
-
-    def version(self) -> int:
-        return self._version
-
-    def target(self, device_id: int) -> Target:
-        return self._target
-
-    def load(self, device_id: int, cubin: bytes, name: str) -> Address:
-        return Address.of(0, None)
-
-    def allow_shared(self, function: int, nbytes: int) -> None: ...
-
-    def encode(self, *_: object) -> int:
-        """Describes nothing: what is compiled here is not launched."""
-        return 0
-
-    @property
-    def launch(self) -> Callable[..., object]:
-        return _refuse
-
-
-def _refuse(*_: int) -> None:
-    raise LaunchError("kernels are compiled ahead here, not launched")
-
-
-class AheadDevice(RecordingDevice):
-    """Plans and binds like the CUDA device of a card that is elsewhere; arrays lie as they do there, on whole words."""
-
-    def __init__(self, launcher: CudaLauncher, *, tf32: bool = False, batch_invariant: bool = False) -> None:
-        super().__init__(tf32=tf32, batch_invariant=batch_invariant)
-        self._launcher = launcher
-        self.tiles = DeviceTiles.of(launcher)
-
-    def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> HostArray:
-        if space == "host":
-            return host
-        return np.ndarray(host.shape, host.dtype, host_block(host.nbytes))
+OPERATOR_HELPERS, NETWORK_HELPERS = 2, 4
+"""Jobs that compile the candidates of one row, each what no other has begun."""
 
 
 # ---- jobs
@@ -111,23 +67,21 @@ class Job:
     shared: bool = True
 
 
-class TakingLibrary:
-    """Takes every product, as the library of a card that is elsewhere would take nearly all."""
-
-    def call(self, product: Product, workspace: Any) -> Call:
-        return nothing, ()
-
-
-def _plan(
+@contextmanager
+def _bound(
     source: Source,
     feeds: Sequence[Feeds],
     precision: Precision,
-    batch_invariant: bool,
     launcher: CudaLauncher,
-) -> None:
-    device = AheadDevice(launcher, tf32=precision == "tf32", batch_invariant=batch_invariant)
+    *,
+    batch_invariant: bool = False,
+    tiles: DeviceTiles | None = None,
+) -> Iterator[Session]:
+    """A session with its plans for some inputs bound."""
+    device = AheadDevice(launcher, tf32=precision == "tf32", batch_invariant=batch_invariant, tiles=tiles)
     with Session(load_graph(source), device, precision=precision) as session:
         session.reserve(*feeds)
+        yield session
 
 
 def planned(
@@ -138,18 +92,45 @@ def planned(
     batch_invariant: bool = False,
 ) -> Job:
     """The plans of a model at some inputs."""
-    full = f"{name} {precision}{' batch invariant' if batch_invariant else ''}"
-    return Job(full, lambda launcher: _plan(build(), feeds, precision, batch_invariant, launcher))
+
+    def run(launcher: CudaLauncher) -> None:
+        with _bound(build(), feeds, precision, launcher, batch_invariant=batch_invariant):
+            pass
+
+    return Job(f"{name} {precision}{' batch invariant' if batch_invariant else ''}", run)
 
 
 def _row(row: Row, launcher: CudaLauncher) -> None:
+    """By predicted tiles, and by those measured where there are any: both are timed."""
     source, feeds = (row.outline or row.make)()
-    _plan(source, [feeds], row.precision, False, launcher)
+    measured = DeviceTiles.of(launcher)
+    for tiles in (None, *([measured] if measured.tuned.measured else [])):
+        with _bound(source, [feeds], row.precision, launcher, tiles=tiles):
+            pass
+
+
+def _candidates(row: Row, launcher: CudaLauncher) -> None:
+    """What tuning the row may launch."""
+    source, feeds = (row.outline or row.make)()
+    tiles = DeviceTiles.of(launcher)
+    with _bound(source, [feeds], row.precision, launcher, tiles=tiles) as session:
+        (lease,) = session._leases.values()
+        for bound_plan in tuple(lease._bound.values()):
+            bind_candidates(bound_plan, tiles.tuned)
 
 
 def of_rows(rows: Iterable[Row]) -> list[Job]:
     """One for each. Those of products are timed without the library too."""
     return [Job(row.label, partial(_row, row), shared=not row.set.startswith("products")) for row in rows]
+
+
+def candidates_of(rows: Iterable[Row], helpers: int) -> list[Job]:
+    """So many for each row, next to each other."""
+    return [
+        Job(f"candidates of {row.label}, {i + 1} of {helpers}", partial(_candidates, row))
+        for row in rows
+        for i in range(helpers)
+    ]
 
 
 def cases(part: int, launcher: CudaLauncher, wanted: Callable[[Op], bool] = lambda op: True) -> None:
@@ -194,6 +175,8 @@ JOBS: Mapping[str, Callable[[], Sequence[Job]]] = {
     "check": checked,
     "operators": lambda: of_rows(row for rows in OPERATORS.values() for row in rows()),
     "networks": lambda: of_rows(row for rows in NETWORK_SETS.values() for row in rows()),
+    "operator candidates": lambda: candidates_of(tuned_operators(), OPERATOR_HELPERS),
+    "network candidates": lambda: candidates_of(tuned_networks(), NETWORK_HELPERS),
 }
 """What can be compiled ahead, by name."""
 
@@ -207,13 +190,13 @@ def jobs(name: str) -> Sequence[Job]:
 
 
 @cache
-def _launcher(target: Target, version: int) -> CudaLauncher:
-    return CudaLauncher(0, 0, driver=AbsentDriver(target, version))
+def _launcher(target: Target, version: int, claims: Path) -> CudaLauncher:
+    return SharingLauncher(AbsentDriver(target, version), claims)
 
 
-def _run(target: Target, version: int, name: str, index: int) -> tuple[str, int, str]:
+def _run(target: Target, version: int, claims: Path, name: str, index: int) -> tuple[str, int, str]:
     """The name of one of the jobs, how many kernels it compiled, and what went wrong."""
-    job, launcher = jobs(name)[index], _launcher(target, version)
+    job, launcher = jobs(name)[index], _launcher(target, version, claims)
     before, there = launcher.compiled, TakingLibrary() if target.library_bytes and job.shared else None
     launcher.library = there  # type: ignore[assignment]
     try:
@@ -235,8 +218,11 @@ def ahead(which: str, context: Context, wanted: Sequence[int] | None = None) -> 
     wanted = range(len(jobs(which))) if wanted is None else wanted
     by_job: dict[str, int] = {}
     failed: dict[str, str] = {}
-    run = partial(_run, launcher.target, launcher.driver_version, which)
-    with get_context("spawn").Pool(count) as pool:  # leaving it ends the processes
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as claims,
+        get_context("spawn").Pool(count) as pool,
+    ):  # leaving it ends processes
+        run = partial(_run, launcher.target, launcher.driver_version, Path(claims), which)
         results = pool.imap_unordered(run, wanted)
         try:
             for _ in wanted:

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 
 from bench.build import bert, resnet50
+from bench.gpu_bound import bound_run
 from bench.gpu_models import bert_feeds, images
 from bench.gpu_peers import Feeds
 from bench.gpu_report import CheckFailed, Context, Section
-from bench.gpu_rows import bound_run
 from bench.gpu_timings import gpu_seconds
 from infera_gpu.graph import Graph
 from infera_gpu.loader import load_graph
@@ -65,7 +65,7 @@ def _measured(
             differ += [i] if any(not np.array_equal(y, whole[name][i : i + 1]) for name, y in made.items()) else []
         seconds = {}
         for size in (1, len(next(iter(feeds.values())))):
-            call, _ = bound_run(device, session, {name: x[:size] for name, x in feeds.items()})
+            call = bound_run(device, session, {name: x[:size] for name, x in feeds.items()}).call
             with device.running():
                 seconds[size] = gpu_seconds(device, call)
     return {"differ": differ, "seconds": seconds}

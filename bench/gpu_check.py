@@ -1,10 +1,11 @@
 """`python -m bench.gpu_check`: what can only be checked on a GPU, in one run of a few minutes.
 
 Every Triton kernel and every portable operator on the device against NumPy, whole models against the CPU, memory, and
-a short selection of the timings of `bench.gpu_speed`. Prints a table and writes bench/results/<gpu>-<time>.json, anew
-after each section: a kernel that takes its process down, or never ends, is named, and the rest goes on in another. Exit
-code 0: nothing failed; 1: something did, or there was time for nothing; 3: there is no GPU, nothing was checked. Needs
-NumPy, CuPy, Triton and onnx; timings are compared with torch's where it is installed.
+a short selection of the timings of `bench.gpu_speed`, by predicted tiles whatever has been measured on the machine.
+Prints a table and writes bench/results/<gpu>-<time>.json, anew after each section: a kernel that takes its process
+down, or never ends, is named, and the rest goes on in another. Exit code 0: nothing failed; 1: something did, or there
+was time for nothing; 3: there is no GPU, nothing was checked. Needs NumPy, CuPy, Triton and onnx; timings are compared
+with torch's where it is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from bench import (
     gpu_speed,
     gpu_timings,
     gpu_tma,
-    gpu_tuning,
 )
 from bench.gpu_command import command
 from bench.gpu_report import Section
@@ -38,7 +38,6 @@ _MODULES = (
     gpu_batches,
     gpu_tma,
     gpu_cudnn,
-    gpu_tuning,
 )
 _ALL: Mapping[str, Section] = {
     **{name: section for module in _MODULES for name, section in module.SECTIONS.items()},
@@ -66,9 +65,8 @@ SECONDS: Mapping[str, float] = {
     "cudnn": 30,
     "tma": 60,
     "torch.compile": 120,
-    "tuning": 180,
 }
-"""The most important first, and what each may take. What there is no time for is at the end: the last three are for a
+"""The most important first, and what each may take. What there is no time for is at the end: the last two are for a
 call of their own."""
 
 SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in SECONDS}
@@ -80,6 +78,7 @@ main = partial(
     sections=SECTIONS,
     minutes=MINUTES,
     seconds=SECONDS,
+    measured=False,
 )
 
 if __name__ == "__main__":

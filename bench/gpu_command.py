@@ -34,6 +34,7 @@ def command(
     minutes: float,
     topic: str = "",
     seconds: Mapping[str, float] | None = None,
+    measured: bool = True,
     unavailable: Callable[[], str | None] = why_unavailable,
     describe: Callable[[int], dict[str, Any]] = gpu_of,
     reading: Callable[[int], dict[str, Any]] = reading_of,
@@ -43,8 +44,9 @@ def command(
     """0: nothing failed; 1: something did, or there was time for nothing; NO_GPU: nothing was run.
 
     Sections are run by `python -m prog` once more, which is replaced where one takes it down. `seconds` is what
-    sections may take, all that is left where it does not say; what they leave is for those that follow. The file is
-    written anew after each, where INFERA_RESULTS or --output says. `unavailable` (why there is no GPU), `describe`,
+    sections may take, all that is left where it does not say; what they leave is for those that follow. Devices go by
+    what has been measured on the machine if `measured`, else by predicted tiles alone. The file is written anew after
+    each section, where INFERA_RESULTS or --output says. `unavailable` (why there is no GPU), `describe`,
     `reading` (of the GPU now), `lost` (whether this process has lost a GPU) and `limits` are replaced in tests.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
@@ -78,7 +80,10 @@ def command(
         until = min(deadline, time.monotonic() + (seconds or {}).get(name, float("inf")) - taken)
         card = device_called(str(gpu.get("name")))
         return Context(
-            lambda: open_device(f"cuda:{options.device}"), until, card, reading=partial(reading, options.device)
+            partial(opened, f"cuda:{options.device}", measured=measured),
+            until,
+            card,
+            reading=partial(reading, options.device),
         )
 
     if options.worker:
@@ -108,6 +113,14 @@ def command(
     print(f"{gpu.get('name')}, driver {gpu.get('driver')}\n{table(found)}\n{path}")
     states = {o.status for o in found}
     return int("failed" in states or "ok" not in states)
+
+
+def opened(name: str, *, measured: bool) -> Any:
+    """A device, whose kernels go by what has been `measured` or by predicted tiles alone."""
+    device: Any = open_device(name)
+    if not measured and device.tiles is not None:
+        device.tiles = device.tiles.unmeasured()
+    return device
 
 
 def _lost(index: int) -> bool:

@@ -22,26 +22,45 @@ NETWORK_SECONDS = 2 * CASE_SECONDS
 """That a row may take whose model is made, or compared with the CPU, for some of that."""
 
 
-def measured(
-    context: Context, rows: Sequence[Row], compile_mode: str = "", least: float = LEAST_SECONDS
+Case = tuple[Callable[[], Any], float]
+"""What is made of a row, and the seconds that it may take."""
+
+
+def usual_seconds(row: Row) -> float:
+    """That a row may take, whatever is made of it."""
+    return NETWORK_SECONDS if row.network or row.exact is not None else CASE_SECONDS
+
+
+def each(
+    context: Context, rows: Sequence[Row], case: Callable[[Row, int], Case], least: float = LEAST_SECONDS
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The columns of every row that there is time for, wrong ones included, and what is wrong. None is begun with less
-    than `least` left."""
+    """What comes of every row that there is time for, wrong ones included, and what is wrong. None is begun with less
+    than `least` left. `case` is told how many rows are left."""
     found: list[dict[str, Any]] = []
     wrong: list[str] = []
-    for row in rows:
+    for i, row in enumerate(rows):
         tried = context.cases.known(row.label)
         if tried is None:
             if context.left() < least:
                 break
-            usual = NETWORK_SECONDS if row.network or row.exact is not None else CASE_SECONDS
-            seconds = COMPILING_SECONDS if compile_mode else usual
-            tried = context.cases.run(row.label, partial(measure, context, row, compile_mode), seconds)
+            tried = context.cases.run(row.label, *case(row, len(rows) - i))
         if tried.problem:
             wrong.append(tried.problem if row.label in tried.problem else f"{row.label}: {tried.problem}")
         if isinstance(tried.found, dict):
             found.append(tried.found)
     return found, wrong
+
+
+def measured(
+    context: Context, rows: Sequence[Row], compile_mode: str = "", least: float = LEAST_SECONDS
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The columns of every row: see `each`."""
+
+    def case(row: Row, left: int) -> Case:
+        seconds = COMPILING_SECONDS if compile_mode else usual_seconds(row)
+        return partial(measure, context, row, compile_mode), seconds
+
+    return each(context, rows, case, least)
 
 
 def summary(found: Sequence[Mapping[str, Any]], of: int) -> str:

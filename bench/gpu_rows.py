@@ -10,6 +10,9 @@ taken off.
 Inputs are as the model has them: of a float32 model in half precision, casts are part of our time, while PyTorch gets
 its inputs cast, and images channels-last, beforehand. We write a decoder's caches whole, one token longer; Llama's peer
 writes into its own, GPT-2's does as we do.
+
+A row goes by what is measured on its machine (`bench.gpu_tuning`), and says of how many of its choices something is.
+Where that is not what is predicted, infera as predicted is one more contender.
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from bench.gpu_bound import Run, bound_run, chosen, run_without, without_library, without_measurements
 from bench.gpu_peers import REPEATED, Beside, Feeds, Peer, contenders, torch_on_gpu
 from bench.gpu_report import CheckFailed, Context
 from bench.gpu_roofline import bound, limit
@@ -44,7 +48,10 @@ from infera_kernels.launch import library_of
 from infera_kernels.launch.devices import Device
 
 ALONE = "infera without cuBLASLt"
-"""Among the peers of products: Triton's kernels, where the library computes ours."""
+"""Among the peers of products: Triton's kernels, where the library may compute ours."""
+
+PREDICTED = "infera, predicted tiles"
+"""Among the peers of rows of which something else was measured to be faster."""
 
 FEW = 2
 """Steps, up to which a row is repeated in a graph."""
@@ -102,20 +109,6 @@ def planned(row: Row, device: Any) -> tuple[Feeds, tuple[Work, ...]]:
         return feeds, works_of(session.plan_for(feeds), tf32=device.tf32)
 
 
-def bound_run(device: Any, session: Session, feeds: Feeds) -> tuple[Callable[[], object], Mapping[str, Any]]:
-    """The calls of a run that reads arrays on the GPU where they lie, without copying answers out; and its answers.
-
-    Of what a run has copied in, its steps may have overwritten everything: only such a binding can run again by itself.
-    """
-    with device.running():
-        there = {name: device.constant(array, "device") for name, array in feeds.items()}
-    for _ in range(4):  # copied, bound to, recorded, replayed
-        answers = session.run(there)
-    (lease,) = session._leases.values()
-    *_, (bound_plan, _) = lease._direct.values()
-    return bound_plan.run, answers
-
-
 def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any]:
     """The row's columns. Raises CheckFailed, with all of them, where the answer is not the peer's.
 
@@ -124,14 +117,21 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
     torch, device = torch_on_gpu(), context.open()
     device.tf32 = row.precision == "tf32"
     source, feeds = row.make()
+    graph = load_graph(source)
     with ExitStack() as sessions:
-        session = sessions.enter_context(Session(load_graph(source), device, precision=row.precision))
+        session = sessions.enter_context(Session(graph, device, precision=row.precision))
         plan = session.plan_for(feeds)
         works = works_of(plan, tf32=device.tf32)
         made = {**described(row.set, row.name, row.precision, feeds, works), **row.facts}
         began = time.perf_counter()
-        call, answers = bound_run(device, session, feeds)
+        ours = {"infera": bound_run(device, session, feeds)}
         made["first_run_seconds"] = time.perf_counter() - began
+        made |= chosen(session, feeds)
+        another = partial(run_without, device=device, graph=graph, feeds=feeds, precision=row.precision)
+        if made.get("changed") and not compile_mode:
+            ours[PREDICTED] = another(without_measurements, sessions=sessions)
+        if row.set.startswith("products") and library_of(device.launcher) is not None:
+            ours[ALONE] = another(without_library, sessions=sessions)
         least = FLUSHED * l2_bytes(device)
         flushed = least if not row.network and _is_short(plan) and made["bytes"] < least else 0
         beside = Beside()
@@ -142,38 +142,25 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
                 compile_mode=compile_mode,
                 flushed=flushed,
             )
-        beside.hot["infera"] = _ours(device, plan, call)
-        if row.set.startswith("products") and library_of(device.launcher) is not None:
-            beside.hot[ALONE] = sessions.enter_context(_alone(device, row, source, feeds))
+        beside.hot |= {name: _ours(device, run) for name, run in ours.items()}
         if flushed:
-            beside.cold["infera"] = _ours_flushed(device, call, flushed)
+            beside.cold |= {n: _ours_flushed(device, run.call, flushed) for n, run in ours.items() if n != ALONE}
         made |= _times(_timed(device, torch, beside.hot), _timed(device, torch, beside.cold))
         made["gpu"] = context.reading()
-        made["host_seconds"] = _host_seconds(device, call)
+        made["host_seconds"] = _host_seconds(device, ours["infera"].call)
+    answers = ours["infera"].answers
     made |= {"peers_failed": beside.failed} if beside.failed else {}
     made |= against_roofline(made, works, context.card)
     if row.exact is not None:
         made["error_against_float32"] = _distance(load_graph(row.exact()), feeds, answers)
+    if PREDICTED in ours:
+        _compare(row, answers, next(iter(ours[PREDICTED].answers.values())), PREDICTED, made, "error_against_predicted")
     if beside.want is not None:
         _compare(row, answers, beside.want, "PyTorch", made)
     elif not row.network and row.exact is None:
-        _compare_with_cupy(context, row, source, feeds, answers, made)
+        _compare_with_cupy(context, row, graph, feeds, answers, made)
     gc.collect()
     return made
-
-
-@contextmanager
-def _alone(device: Any, row: Row, source: Source, feeds: Feeds) -> Iterator[Contender]:
-    """The row without the library, on the same stream."""
-    library, device.launcher.library = library_of(device.launcher), None
-    try:
-        with Session(load_graph(source), device, precision=row.precision) as session:
-            plan = session.plan_for(feeds)
-            call, _ = bound_run(device, session, feeds)
-            device.launcher.library = library
-            yield _ours(device, plan, call)
-    finally:
-        device.launcher.library = library
 
 
 def _times(hot: Mapping[str, Sequence[float]], cold: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -216,11 +203,11 @@ def _graph(device: Any, calls: Sequence[Call]) -> Callable[[], object]:
     return partial(fn, *args)
 
 
-def _ours(device: Any, plan: Plan, call: Callable[[], object]) -> Contender:
+def _ours(device: Any, run: Run) -> Contender:
     """A plan that holds graphs replays them; one of a few launches is repeated in a graph of its own."""
-    if not _is_short(plan):
-        return Contender(call)
-    return Contender(_graph(device, [(call, ())] * REPEATED), REPEATED)
+    if not _is_short(run.plan):
+        return Contender(run.call)
+    return Contender(_graph(device, [(run.call, ())] * REPEATED), REPEATED)
 
 
 def _ours_flushed(device: Any, call: Callable[[], object], nbytes: int) -> Contender:
@@ -230,29 +217,32 @@ def _ours_flushed(device: Any, call: Callable[[], object], nbytes: int) -> Conte
     return Contender(_graph(device, [*flush, (call, ())] * REPEATED), REPEATED, _graph(device, flush * REPEATED))
 
 
-def _compare(row: Row, answers: Feeds, want: HostArray, whose: str, made: dict[str, Any]) -> None:
+def _compare(
+    row: Row, answers: Feeds, want: HostArray, whose: str, made: dict[str, Any], column: str = "error"
+) -> None:
     """Notes how far the first answer is from `want`. Raises CheckFailed where that is too far: the row is `wrong`."""
     got = next(iter(answers.values())).astype(np.float32)
-    (difference,) = compare({"output": got}, {"output": want})
-    made["error"] = difference.error
-    if not difference.within(row.tolerance or 2 * TOLERANCES[row.precision]):
+    (difference,) = compare({"output": got}, {"output": want.astype(np.float32, copy=False)})
+    made[column] = difference.error
+    usual = 2 * TOLERANCES[row.precision] if row.exact is None else TOLERANCES["int8"]
+    if not difference.within(row.tolerance or usual):
         made["wrong"] = f"differs from {whose}: {difference}"
         raise CheckFailed(f"{row.label} {made['wrong']}", made)
 
 
 def _compare_with_cupy(
-    context: Context, row: Row, source: Source, feeds: Feeds, answers: Feeds, made: dict[str, Any]
+    context: Context, row: Row, graph: Graph, feeds: Feeds, answers: Feeds, made: dict[str, Any]
 ) -> None:
     """The same with what CuPy's functions answer, as far as the GPU has room for their temporaries."""
     device = context.open()
     device.kinds, device.channels_last = ("cupy",), False
     try:
-        with Session(load_graph(source), device, precision=row.precision) as session:
+        with Session(graph, device, precision=row.precision) as session:
             want = next(iter(session.run(feeds).values()))
     except OutOfMemoryError as error:
         made["not_compared"] = str(error)
         return
-    _compare(row, answers, want.astype(np.float32), "CuPy", made)
+    _compare(row, answers, want, "CuPy", made)
 
 
 def _timed(device: Any, torch: Any, calls: Mapping[str, Contender]) -> dict[str, list[float]]:

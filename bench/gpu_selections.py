@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, zip_longest
 
 from bench.gpu_network_sets import decoder, integers, networks
 from bench.gpu_rows import Row
@@ -46,3 +47,18 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     named = {f"{row.name} {row.precision}": row for row in rows}
     first = [named[name] for name in FIRST if name in named]
     return first + sorted((row for row in rows if row not in first), key=lambda row: row.precision != "fp16")
+
+
+TUNED = ("convolutions", "products", "attention")
+"""Sets of operators that have tiles."""
+
+
+def tuned_operators() -> list[Row]:
+    """Rows of operators in the order of tuning: the sets in turn, the short selection before others."""
+    sets = [sorted(OPERATORS[name](), key=lambda row, of=SHORT[name]: row.name not in of) for name in TUNED]  # type: ignore[misc]
+    return [row for row in chain.from_iterable(zip_longest(*sets)) if row is not None]
+
+
+def tuned_networks() -> list[Row]:
+    """Networks in the order of tuning."""
+    return in_order([row for rows in NETWORKS.values() for row in rows()])

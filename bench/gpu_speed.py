@@ -2,8 +2,10 @@
 
 Needs what `bench.gpu_check` needs, which times a short selection of these rows; PyTorch is compared with where it is
 installed. All of it takes longer than one call has, see --minutes: operators, networks and what torch.compile makes of
-networks, with max-autotune, in a fixed order and with minutes each, have a call of their own in docs/gpu.md. Writes
-<gpu>-speed-<time>.json; `make report` renders docs/performance.md from all such files in bench/results.
+networks, with max-autotune, in a fixed order and with minutes each, have a call of their own in docs/gpu.md. Rows are
+tuned first, into the store that sessions on this machine go by, as PyTorch searches for its own; peers are not timed
+meanwhile. Writes <gpu>-speed-<time>.json; `make report` renders docs/performance.md from all such files in
+bench/results.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from bench import gpu_tuning
 from bench.gpu_ahead import ahead
 from bench.gpu_command import command
 from bench.gpu_first import first_run
@@ -20,10 +23,21 @@ from bench.gpu_peers import torch_on_gpu
 from bench.gpu_report import Context, Section
 from bench.gpu_row_sections import LEAST_SECONDS, copies, section
 from bench.gpu_rows import Row
-from bench.gpu_selections import NETWORKS, OPERATORS, SETS, SHORT, in_order, selected
+from bench.gpu_selections import (
+    NETWORKS,
+    OPERATORS,
+    SETS,
+    SHORT,
+    in_order,
+    selected,
+    tuned_networks,
+    tuned_operators,
+)
 
 MINUTES = 8.5
 COMPILE = "torch.compile"
+NETWORK_SECONDS = 30
+"""Left, without which no network is begun."""
 
 
 def torch_compile(rows: Sequence[Row], mode: str, least: float, context: Context) -> tuple[str, Mapping[str, Any]]:
@@ -35,7 +49,7 @@ def torch_compile(rows: Sequence[Row], mode: str, least: float, context: Context
 
 def measuring(name: str) -> Section:
     """A network takes up to half a minute, an operator seconds."""
-    least = 30 if name in NETWORKS else LEAST_SECONDS
+    least = NETWORK_SECONDS if name in NETWORKS else LEAST_SECONDS
     return section(SETS[name], before=copies if name == "bandwidth" else None, least=least)
 
 
@@ -52,12 +66,29 @@ def short_compiled(context: Context) -> tuple[str, Mapping[str, Any]]:
 
 SECTIONS: Mapping[str, Section] = {
     "compiling operators": partial(ahead, "operators"),
+    "operator candidates": partial(ahead, "operator candidates"),
+    "tuning operators": gpu_tuning.section(tuned_operators, LEAST_SECONDS),
     **{name: measuring(name) for name in OPERATORS},
     "first run": first_run,
     "compiling networks": partial(ahead, "networks"),
+    "network candidates": partial(ahead, "network candidates"),
+    "tuning networks": gpu_tuning.section(tuned_networks, NETWORK_SECONDS),
+    "compiling tuned networks": partial(ahead, "networks"),
     **{name: measuring(name) for name in NETWORKS},
     COMPILE: all_compiled,
 }
+
+SECONDS: Mapping[str, float] = {
+    "compiling operators": 45,
+    "operator candidates": 75,
+    "tuning operators": 100,
+    "first run": 50,
+    "compiling networks": 75,
+    "network candidates": 75,
+    "tuning networks": 110,
+    "compiling tuned networks": 20,
+}
+"""What sections may take that are to leave time for those behind them."""
 
 SHORT_SECTIONS: Mapping[str, Section] = {
     **{name: section(partial(selected, name), before=copies if name == "bandwidth" else None) for name in SHORT},
@@ -70,7 +101,7 @@ main = partial(
     description="time infera on a GPU against its roofline and PyTorch",
     topic="speed",
     minutes=MINUTES,
-    seconds={"compiling operators": 150, "first run": 90, "compiling networks": 150},
+    seconds=SECONDS,
     sections=SECTIONS,
 )
 

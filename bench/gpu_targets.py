@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,12 @@ def of_halves(row: Measured, everything: Sequence[Measured]) -> float | None:
     return halves[-1] / row["seconds"] if halves else None
 
 
+def mean_gain(rows: Sequence[Measured]) -> float:
+    """How many times as fast as predicted ones the choices are that tuning has measured in rows."""
+    measured = sum(row["measured"] for row in rows)
+    return math.exp(sum(row["measured"] * math.log(row["mean_gain"]) for row in rows) / max(measured, 1))
+
+
 def column(name: str) -> Value:
     return lambda row, everything: row.get(name)
 
@@ -65,6 +72,8 @@ class Reached:
 
     value: float | None
     rows: int
+    tuned: int = 0
+    """Of those, the ones that went by measured tiles."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,11 @@ class Target:
 
     def reached(self, everything: Sequence[Measured]) -> Reached:
         """Of the rows whose answers are right and which have what it takes."""
-        values = [self.value(row, everything) for row in self.rows(everything) if "wrong" not in row]
-        known = [value for value in values if value is not None]
+        right = [row for row in self.rows(everything) if "wrong" not in row]
+        known = {i: value for i, row in enumerate(right) if (value := self.value(row, everything)) is not None}
         worst = max if self.at_most else min
-        return Reached((self.how or worst)(known) if known else None, len(known))
+        tuned = sum(bool(right[i].get("tuned")) for i in known)
+        return Reached((self.how or worst)(list(known.values())) if known else None, len(known), tuned)
 
     def verdict(self, reached: Reached) -> str:
         """ "met" by all rows, "missed" by all or by one that alone is too bad, else how many there are; empty: none."""

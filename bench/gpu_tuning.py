@@ -1,109 +1,129 @@
-"""Tiles measured on a GPU, and what that gains; `python -m bench.gpu_tuning RESULTS.json` makes of it a file that comes
-with the package."""
+"""Rows tuned on a GPU, into the store on its machine that later sections and processes go by; `python -m
+bench.gpu_tuning RESULTS.json` makes of a results file one that comes with the package."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from bench.build import bert, resnet50
-from bench.gpu_models import bert_feeds, images
 from bench.gpu_report import CheckFailed, Context, Section
-from bench.gpu_rows import bound_run
-from bench.gpu_timings import gpu_seconds
-from infera_gpu.graph import HostArray
+from bench.gpu_row_sections import Case, each, usual_seconds
+from bench.gpu_rows import Row
+from bench.gpu_targets import mean_gain
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
-from infera_gpu.tuning import facts
-from infera_gpu.verify import TOLERANCES, compare
-from infera_kernels.tuning import DeviceTiles, Store
+from infera_kernels.tuning import Measured, Problem, Store
 from infera_kernels.tuning.store import SHIPPED, import_file
 
-Result = tuple[str, Mapping[str, Any]]
-
-SECONDS = 50.0
-"""Of measuring, for each network: most of it is compiling."""
-
-SPARE = 30.0
-"""For what comes before and after that."""
-
-NETWORKS: Mapping[str, tuple[Callable[[], onnx.ModelProto], dict[str, HostArray]]] = {
-    "resnet50 fp16 b32": (resnet50, images(32)),
-    "bert-base fp16 b32": (bert, bert_feeds(32, 128, 30522)),
-}
+SPARE = 3.0
+"""Seconds left of a section in which no candidate is begun any more: what has begun is finished."""
 
 
-def tuning(context: Context) -> Result:
-    """Networks before and after their tiles are measured. Nothing of this machine is read or kept."""
-    found: dict[str, Any] = {}
-    measured: dict[Any, Any] = {}
+def share(left: float, rows: int) -> float:
+    """The seconds of the first of so many rows: twice an even share, and of the last all. What a row does not take is
+    for those behind it."""
+    return 2 * left / (rows + 1)
+
+
+def tuned(context: Context, row: Row, seconds: float) -> dict[str, Any]:
+    """Measures a row's choices, those that are not in the store, for so many seconds, which begin when it is loaded,
+    and never after the section's; what that came to."""
     device = context.open()
-    if device.tiles is None:
-        raise CheckFailed("Triton is not installed: there are no tiles", found)
-    target, store = device.tiles.target, device.tiles.store
-    for name, (build, feeds) in NETWORKS.items():
-        if context.left() < SECONDS + SPARE:
-            break
+    device.tf32 = row.precision == "tf32"
+    rejected: list[str] = []
+
+    def reject(problem: Problem, choice: tuple[int, ...]) -> None:
+        rejected.append(f"{list(choice)} of {problem}")
+
+    source, feeds = row.make()
+    with Session(load_graph(source), device, precision=row.precision) as session:
+        choices = session.choices(feeds)
+        left = max(min(seconds, context.left() - SPARE), 0.0)
+        began = time.monotonic()
+        made = session.tune(feeds, seconds=left, rejected=reject)
+        taken = time.monotonic() - began
+    return {
+        "row": row.label,
+        "set": row.set,
+        "choices": len(choices),
+        "measured_before": sum(c.measured is not None for c in choices),
+        **gains(made),
+        "rejected": rejected,
+        "tuning_seconds": taken,
+        "allowed_seconds": left,
+    }
+
+
+def gains(made: Sequence[Measured]) -> dict[str, Any]:
+    """How many choices were measured, of how many another than the predicted one is better, and how many times as fast
+    as predicted ones they are, in the mean."""
+    ratios = [m.predicted_seconds / m.seconds for m in made]
+    return {
+        "measured": len(made),
+        "better_than_predicted": sum(m.choice != m.predicted for m in made),
+        "mean_gain": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0,
+    }
+
+
+def section(rows: Callable[[], Sequence[Row]], least: float) -> Section:
+    """Tunes rows, the first with the largest share of the time; none is begun with less than `least` seconds left. The
+    facts have the store's content, whatever failed."""
+
+    def run(context: Context) -> tuple[str, Mapping[str, Any]]:
         device = context.open()
-        device.tiles = DeviceTiles(target)
-        with Session(load_graph(build()), device, precision="fp16") as session:
-            before, want = _seconds(device, session, feeds)
-            made = session.tune(feeds, seconds=SECONDS)
-            after, got = _seconds(device, session, feeds)
-        (worst,) = sorted((d.error for d in compare(got, want)), reverse=True)[:1]
-        ratios = [m.predicted_seconds / m.seconds for m in made]
-        found[name] = {
-            "seconds_before": before,
-            "seconds_after": after,
-            "choices": len(made),
-            "better_than_predicted": sum(m.choice != m.predicted for m in made),
-            "mean_gain": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0,
-            "error_against_untuned": worst,
-        }
-        measured |= {m.problem: m for m in made}
-        if worst > TOLERANCES["fp16"]:
-            raise CheckFailed(f"{name} gives other answers when tuned: off by {worst:.2g} of the peak", found)
-    if not found:
-        raise CheckFailed("no time for any network", found)
-    if store is not None:
-        found["file"] = store.dump(list(measured.values()), [facts(device)]).decode()
-    shown = {name: row for name, row in found.items() if name != "file"}
-    gains = [f"{n} {r['seconds_before'] * 1e3:.2f} -> {r['seconds_after'] * 1e3:.2f} ms" for n, r in shown.items()]
-    return ", ".join([*gains, *(f"no time for {name}" for name in NETWORKS if name not in found)]), found
+        if device.tiles is None:
+            raise CheckFailed("Triton is not installed: there are no tiles", {})
+        wanted = rows()
+
+        def case(row: Row, left: int) -> Case:
+            seconds = share(context.left() - SPARE, left)
+            return partial(tuned, context, row, seconds), seconds + usual_seconds(row)
+
+        found, wrong = each(context, wanted, case, least)
+        store: Store | None = device.tiles.store
+        facts = {"tuned": found, "failed": wrong, "file": store.content().decode() if store else ""}
+        line = summary(found, len(wanted)) if found else "no row was tuned"
+        if wrong or not found:
+            raise CheckFailed("; ".join([line, *wrong]), facts)
+        return line, facts
+
+    return run
 
 
-def _seconds(device: Any, session: Session, feeds: Mapping[str, HostArray]) -> tuple[float, Mapping[str, HostArray]]:
-    """Of the GPU for one run, and the answers."""
-    answers = session.run(feeds)
-    call, _ = bound_run(device, session, feeds)
-    with device.running():
-        return gpu_seconds(device, call), answers
+def summary(found: Sequence[Mapping[str, Any]], of: int) -> str:
+    """A line of all rows."""
+    measured, better, rejected = (
+        sum(row[name] if isinstance(row[name], int) else len(row[name]) for row in found)
+        for name in ("measured", "better_than_predicted", "rejected")
+    )
+    line = f"{len(found)} of {of} rows: {measured} choices measured, {better} better than predicted"
+    return f"{line}, mean gain {mean_gain(found):.2f}x" + (f", {rejected} candidates rejected" if rejected else "")
 
 
-def ship(results: Path, folder: Path = SHIPPED) -> Path:
-    """Write the measurements of a results file of `bench.gpu_check` to where those of the package are."""
-    sections = json.loads(results.read_text())["sections"]
-    (facts_of,) = (s["facts"] for s in sections if s["section"] == "tuning")
-    content = json.loads(facts_of["file"])
-    store = Store(content["device"], content["triton"], shipped=None, own=folder)
-    temporary = results.with_suffix(".tiles")
-    temporary.write_text(facts_of["file"])
-    try:
-        import_file(temporary, store)
-    finally:
-        temporary.unlink()
+def ship(results: Path, folder: Path = SHIPPED) -> list[Path]:
+    """Write the measurements of a results file, all that its sections have, to where those of the package are."""
+    contents = [s["facts"]["file"] for s in json.loads(results.read_text())["sections"] if s["facts"].get("file")]
+    with tempfile.TemporaryDirectory() as temporary:
+        return list(dict.fromkeys(_shipped(content, Path(temporary) / "tiles", folder) for content in contents))
+
+
+def _shipped(content: str, temporary: Path, folder: Path) -> Path:
+    head = json.loads(content)
+    store = Store(head["device"], head["triton"], shipped=None, own=folder)
+    temporary.write_text(content)
+    import_file(temporary, store)
     store.path.with_suffix(".lock").unlink(missing_ok=True)
     return store.path
 
 
-SECTIONS: Mapping[str, Section] = {"tuning": tuning}
-
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        print(ship(Path(argument)))
+        shipped = ", ".join(map(str, ship(Path(argument))))
+        print(f"{argument}: {shipped or 'no measured tiles'}")

@@ -22,6 +22,10 @@ PREDICTED_CHART = "performance-predicted.svg"
 SHOWN = "H200"
 """The card whose predicted rows are drawn."""
 
+TUNED = (
+    "Targets go by infera as it is: by tiles that were measured on the machine where any were, before rows were timed, "
+    "else by predicted ones. What tuning gains shows against *infera, predicted tiles*."
+)
 _DATE = re.compile(r"-\d{4}-\d\d-\d\d$")
 
 
@@ -98,8 +102,11 @@ def _opening(gpus: Mapping[str, object]) -> str:
 def _gpu(name: str, found: list[Result], cards: Mapping[str, Mapping[str, object]], files: dict[str, str]) -> list[str]:
     rows = report_gpu.rows_of(found)
     right = report_gpu.right(rows)
-    parts = [f"### {name}", report_gpu.provenance(found), report_gpu.targets(rows)]
-    if any(row["peers"] and row["set"] in ("networks", "decoder") for row in right):
+    parts = [f"### {name}", report_gpu.provenance(found)]
+    if any(row.get("tuned") for row in rows):
+        parts.append(TUNED)
+    parts += [part for part in (report_gpu.targets(rows), report_gpu.tuning(found)) if part]
+    if any(report_gpu.others(row) and row["set"] in ("networks", "decoder") for row in right):
         chart = f"performance-{slug(name)}-networks.svg"
         files[chart] = report_gpu.throughput(name, right)
         parts.append(f"![networks on {name}, measured]({chart})")

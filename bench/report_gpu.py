@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.charts import Point, bars, roofline
 from bench.environment import CHANGED
-from bench.gpu_targets import TARGETS
+from bench.gpu_targets import TARGETS, mean_gain
 from bench.report_cpu import Result, table, time_of
 
 Row = Mapping[str, Any]
@@ -16,8 +16,9 @@ _ROOFS = {"half": "float16", "tf32": "tf32", "ieee": "float32"}
 
 
 def rows_of(results: Iterable[Result]) -> list[Row]:
-    """The measured rows of results of one GPU, the newest of each. What that does not have, as peers that it was not
-    timed beside, it has from earlier ones of the same commit and packages; so one that was wrong there is so still."""
+    """The measured rows of results of one GPU, the newest of each, and of one commit and packages those that were tuned
+    before others. What that does not have, as peers that it was not timed beside, it has from others of them; so one
+    that was wrong there is so still."""
     found: dict[tuple[str, ...], tuple[object, Row]] = {}
     for result in sorted(results, key=lambda r: str(r["time"])):
         commit = result["commit"]
@@ -25,10 +26,18 @@ def rows_of(results: Iterable[Result]) -> list[Row]:
         made_by = (commit, result["packages"]) if certain else result["time"]
         for section in result["sections"]:
             for row in section["facts"].get("rows", ()):
+                if "seconds" not in row:
+                    continue
                 same, earlier = found.get(_key(row), (None, row))
-                both = {**earlier, **row, "peers": {**earlier["peers"], **row["peers"]}}
-                found[_key(row)] = made_by, both if same == made_by else row
+                found[_key(row)] = made_by, _both(earlier, row) if same == made_by else row
     return [row for _, row in found.values()]
+
+
+def _both(earlier: Row, later: Row) -> Row:
+    """The later row with the earlier one's peers; the other way round where only the earlier one was tuned."""
+    if earlier.get("tuned") and not later.get("tuned"):
+        earlier, later = later, earlier
+    return {**earlier, **later, "peers": {**earlier["peers"], **later["peers"]}}
 
 
 def right(rows: Iterable[Row]) -> list[Row]:
@@ -37,16 +46,39 @@ def right(rows: Iterable[Row]) -> list[Row]:
 
 
 def targets(rows: Sequence[Row]) -> str:
-    """Every target, and what was measured of it."""
+    """Every target, and what was measured of it; where tiles were tuned, of how many of its rows."""
+    any_tuned = any(row.get("tuned") for row in rows)
 
     def cells() -> Iterator[list[str]]:
         for target in TARGETS:
             goal = f"{'at most' if target.at_most else 'at least'} {target.goal:g}{target.unit}"
             reached = target.reached(rows)
             shown = "not measured" if reached.value is None else f"{reached.value:.3g}{target.unit}"
-            yield [target.work, goal, shown, target.verdict(reached)]
+            tuned = [f"{reached.tuned} of {reached.rows}" if reached.tuned else ""]
+            yield [target.work, goal, shown, target.verdict(reached), *(tuned if any_tuned else [])]
 
-    return table(("work", "target", "measured", ""), cells())
+    return table(("work", "target", "measured", "", *(["rows tuned"] if any_tuned else [])), cells())
+
+
+def tuning(results: Iterable[Result]) -> str:
+    """What tuning has found, set by set; empty where nothing was tuned. Of a row the last time that it was measured."""
+    found: dict[str, Row] = {}
+    for result in sorted(results, key=lambda r: str(r["time"])):
+        for section in result["sections"]:
+            found |= {row["row"]: row for row in section["facts"].get("tuned", ()) if row["measured"]}
+
+    def cells(name: str) -> list[str]:
+        rows = [row for row in found.values() if row["set"] == name]
+        counts = (sum(row[column] for row in rows) for column in ("measured", "better_than_predicted"))
+        return [
+            name,
+            *map(str, (len(rows), *counts)),
+            f"{mean_gain(rows):.2f}x",
+            str(sum(len(row["rejected"]) for row in rows)),
+        ]
+
+    header = ("tuned", "rows", "choices measured", "better than predicted", "mean gain", "candidates rejected")
+    return table(header, (cells(name) for name in dict.fromkeys(row["set"] for row in found.values()))) if found else ""
 
 
 def measured(rows: Sequence[Row]) -> str:
@@ -56,7 +88,7 @@ def measured(rows: Sequence[Row]) -> str:
     def cells(row: Row) -> list[str]:
         name = f"{row['name']} {row['precision']}".strip()
         if "wrong" in row:
-            return [name, *[""] * 5, f"wrong: {row['wrong']}"]
+            return [name, *[""] * 6, f"wrong: {row['wrong']}"]
         cold = row.get("cold", {})
         ours = cold.get("infera")
         beside = [
@@ -75,10 +107,11 @@ def measured(rows: Sequence[Row]) -> str:
             rate,
             moved,
             share,
+            f"{row['tuned']} of {row['choices']}" if row.get("tuned") else "",
             ", ".join(beside),
         ]
 
-    header = ("row", "ms", "least to most", "TFLOP/s", "GB/s", "of the roofline", "against")
+    header = ("row", "ms", "least to most", "TFLOP/s", "GB/s", "of the roofline", "choices tuned", "against")
     sets = dict.fromkeys(row["set"] for row in rows)
     return "\n\n".join(f"#### {name}\n\n{table(header, (cells(r) for r in rows if r['set'] == name))}" for name in sets)
 
@@ -101,12 +134,17 @@ def provenance(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def others(row: Row) -> Mapping[str, float]:
+    """The seconds of peers that are not infera in another way."""
+    return {peer: seconds for peer, seconds in row["peers"].items() if not peer.startswith("infera")}
+
+
 def throughput(name: str, rows: Sequence[Row]) -> str:
     """A chart: networks against their peers."""
     shown = {
-        f"{row['name']} {row['precision']}": {peer: t / row["seconds"] for peer, t in row["peers"].items()}
+        f"{row['name']} {row['precision']}": {peer: t / row["seconds"] for peer, t in others(row).items()}
         for row in rows
-        if row["peers"] and row["set"] in ("networks", "decoder")
+        if others(row) and row["set"] in ("networks", "decoder")
     }
     return bars(f"{name}, measured: speed against PyTorch", shown, unit="times as fast as the peer", one=True)
 

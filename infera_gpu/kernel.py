@@ -105,10 +105,11 @@ class Kernel:
     other; where `slices_out(site)` one that is a slice, along the last axis, of a contiguous array; where
     `strided_in(site)` one that is not `strided` reads input 0 at any strides as fast. `workspace` gives the bytes of
     scratch; None measures them by binding once on host dummies. A site that it `supports` where it does not `pay` goes
-    to a kernel of a later kind, if one supports it. What is asked for may depend on the attributes, on shapes, strides
-    and types, on small constants and on those of integers, but not on the elements of a large floating-point constant:
-    nodes that differ in nothing else are measured once. `allocates` marks a kernel that does allocate, which `inspect`
-    shows.
+    to a kernel of a later kind, if one supports it. What is asked for, and every answer here, may depend on the
+    attributes, on shapes, strides and types, on small constants and on those of integers, but neither on names nor on
+    the elements of a large floating-point constant: of nodes that differ in nothing else one is asked (`alike`). Nor
+    does any of it but `workspace` depend on what was measured (`Site.tuned`). `allocates` marks a kernel that does
+    allocate, which `inspect` shows.
     """
 
     bind: Bind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -12,9 +13,9 @@ from infera_gpu.devices.base import Device
 from infera_gpu.errors import PlanError, planning
 from infera_gpu.graph import Node
 from infera_gpu.homes import Homes
-from infera_gpu.layout import Operand, Space, dense, views_of
+from infera_gpu.layout import Operand, Space, dense, operand_of, views_of
 from infera_gpu.memory import aligned, crowded
-from infera_gpu.op import Kernel
+from infera_gpu.op import Kernel, Site
 from infera_gpu.place import Lowered, Root, place, requests
 from infera_gpu.plan import Plan, Step
 from infera_gpu.reuse import Lying
@@ -67,7 +68,7 @@ class _Lowering(Homes):
             return
         kernel = choice.kernel
         strided = kernel.strided if kernel else True
-        first = strided or (kernel is not None and kernel.strided_in(site))
+        first = strided or (kernel is not None and site.told("strided_in", kernel.strided_in))
         within = self.within(index, placed)
         ins = tuple(
             [
@@ -308,10 +309,20 @@ class _Lowering(Homes):
 
 def _views(source: Operand, placed: Placed) -> tuple[Operand, ...] | None:
     """The outputs as windows into input 0, which lies at `source`; None where one of them is none."""
-    apply, site = placed.op.view, placed.site
+    apply = placed.op.view
     assert apply is not None
-    made = views_of(source, lambda x: apply(x, site))
-    return None if made is None or any(site.node.outputs[len(made) :]) else made
+
+    def asked(site: Site) -> tuple[Operand, ...] | None:
+        made = views_of(source._replace(offset=0), lambda x: apply(x, site))
+        return None if made is None or any(site.node.outputs[len(made) :]) else made
+
+    made = placed.site.told((source.shape, source.strides), asked)
+    return made and tuple(
+        [
+            operand_of((source.root, source.space, shape, dtype, strides, source.offset + offset, source.constant))
+            for _, _, shape, dtype, strides, offset, _ in made
+        ]
+    )
 
 
 def _reads(nodes: Iterable[Node]) -> Iterator[str]:
@@ -327,7 +338,11 @@ def _chosen(nodes: Iterable[Placed], device: Device) -> Iterator[Choice]:
     with planning() as at:
         for placed in nodes:
             at.what = placed.site.node
-            yield choose(placed, device)
+            yield placed.site.told("choice", partial(_choice, placed, device))
+
+
+def _choice(placed: Placed, device: Device, _: Site) -> Choice:
+    return choose(placed, device)
 
 
 def lower(segment: Segment, device: Device, measure: Measure, carried: Mapping[str, Operand] | None = None) -> Plan:

@@ -16,25 +16,18 @@ from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand
 from infera_gpu.memory import aligned
-from infera_gpu.op import Call, Kernel
+from infera_gpu.op import Call, Kernel, Site
 from infera_gpu.specialize import Placed
-
-MEASURED = 4096
-"""Answers that a measurer remembers; beyond that it forgets all of them."""
-
-SMALL = 16
-"""Elements of a constant on which a kernel's scratch may depend whatever its type; see op.Kernel."""
 
 
 class Measurer:
     """A lower.Measure: binds a kernel to host dummies, adds up the scratch that it asks for and counts its parts.
 
-    Binding is most of what planning costs, and models repeat their layers: what was asked for is remembered.
+    Binding is most of what planning costs, and models repeat their layers: of nodes that are alike one is asked.
     """
 
     def __init__(self, device: Device, constants: Constants) -> None:
         self._device, self._constants = device, constants
-        self._known: dict[tuple[object, ...], tuple[int, int]] = {}
         self._room = Room()
 
     def __call__(
@@ -42,15 +35,12 @@ class Measurer:
     ) -> tuple[int, int]:
         if not any(o.nbytes for o in outs):
             return 0, 1
-        key = _alike(kernel, placed, ins, outs)
-        found = None if key is None else self._known.get(key)
-        if found is None:
-            found = _scratch_bytes(self._device, self._constants, kernel, placed, ins, outs, self._room)
-            if key is not None:
-                if len(self._known) >= MEASURED:
-                    self._known.clear()
-                self._known[key] = found
-        return found
+
+        def measured(_: Site) -> tuple[int, int]:
+            return _scratch_bytes(self._device, self._constants, kernel, placed, ins, outs, self._room)
+
+        lying = tuple([o and (o.shape, o.strides) for o in (*ins, *outs)])
+        return placed.site.told(lying, measured)
 
     def rest(self) -> None:
         """Give the dummies' memory back: a plan is done."""
@@ -143,29 +133,3 @@ def _mapped(least: int, most: int) -> HostArray:
         with suppress(OSError, OverflowError):
             return np.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), np.uint8)
     raise OutOfMemoryError("the arena", needed=least, available=host_memory() or 0)
-
-
-def _alike(
-    kernel: Kernel, placed: Placed, ins: tuple[Operand | None, ...], outs: tuple[Operand, ...]
-) -> tuple[object, ...] | None:
-    """Equal for two nodes that ask for the same scratch; None where that cannot be told."""
-    site = placed.site
-    key: list[object] = [id(placed.op), id(kernel), site.opset, len(ins), *site.attrs.values()]
-    key += map(bool, site.node.outputs)
-    for value in site.values:
-        if value is None:
-            key.append(None)
-        elif value.size <= SMALL and value.dtype.kind != "O":
-            key.append(value.tobytes())
-        elif value.dtype.kind == "f":
-            key.append(True)
-        else:
-            return None
-    for o in (*ins, *outs):
-        key += (None,) if o is None else (o.shape, o.strides, o.dtype.num)
-    found = tuple(key)
-    try:
-        hash(found)
-    except TypeError:  # an attribute is an array
-        return None
-    return found

@@ -109,7 +109,9 @@ class Op:
     `infer(site)` gives the output specs; None for a spec means that its shape depends on data, and the node then ends a
     plan segment. `compute(xp, site, *ins)` returns the output array, or a sequence of them: plain, correct, free to
     allocate; it folds constants, runs on NumPy (and on CuPy where `portable`) when no kernel supports a site, and is
-    what kernels are tested against. `values` lists the inputs whose values `infer` needs. `view(x, site)` makes output
+    what kernels are tested against. `values` lists the inputs whose values `infer` needs. Neither `infer`
+    nor whether `expand` gives something depends on names or on the elements of other large floating-point constants:
+    of nodes that differ in nothing else one is asked. `view(x, site)` makes output
     0 a view of input 0 wherever strides allow; a tuple of views where there are more outputs. `windows(y, site)` says,
     of an operator that only joins its inputs, where each lies in output 0. `attrs` maps every attribute to its default
     or REQUIRED. `expand(site)` gives the nodes that do the same where the operator does not cover a site: a fused

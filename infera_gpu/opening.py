@@ -21,7 +21,7 @@ from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan_cache import KeptPlans
 from infera_gpu.session import TUNING_SECONDS, Session
 from infera_gpu.source import Source
-from infera_gpu.specialize import check_supported
+from infera_gpu.supported import check_supported
 
 registry()  # what most models need is imported with the package
 

@@ -21,7 +21,7 @@ from infera_gpu.stages import Stage
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
-    from infera_gpu.tuning import Choice, Progress
+    from infera_gpu.tuning import Choice, Progress, Rejected
     from infera_kernels.tuning import DeviceTiles, Measured, Problem
 
 
@@ -139,24 +139,28 @@ class Session(Running):
         again: bool = False,
         timer: Timer | None = None,
         progress: Progress | None = None,
+        rejected: Rejected | None = None,
     ) -> tuple[Measured, ...]:
         """Run a few times with these feeds, measuring tiles of kernels on the way, and go by what is fastest from then
         on: in this session after it has planned anew, in others on the device's kind when they are loaded.
 
         No measurement is begun after `seconds`. What was measured before stays, unless `again`. A run may give other
-        last bits afterwards. Other work on the GPU meanwhile spoils the measurements. Returns what was measured now;
-        what is slow is first. Raises DeviceError where there is nothing to measure or to tune.
+        last bits afterwards. Other work on the GPU meanwhile spoils the measurements. `rejected` is told of candidates
+        whose results were wrong. Returns what was measured now; what is slow is first. Raises DeviceError where there
+        is nothing to measure or to tune.
         """
         if (session := self._for(feeds)) is not self:
             with self._hosting():
-                return session.tune(feeds, seconds=seconds, again=again, timer=timer, progress=progress)
+                return session.tune(
+                    feeds, seconds=seconds, again=again, timer=timer, progress=progress, rejected=rejected
+                )
         from infera_gpu.tuning import Tuner, facts
 
         tiles = self.tunable()
         with self._measuring:
             with self.device.running():
                 chosen = timer or self.device.timer()
-            tuner = Tuner(tiles.tuned, chosen, seconds, again=again, progress=progress)
+            tuner = Tuner(tiles.tuned, chosen, seconds, again=again, progress=progress, rejected=rejected)
             for look in (tuner.survey, tuner.measure):
                 self._run(self._check(feeds), partial(self._looked, look))
             found = sorted(tuner.found.values(), key=lambda m: -m.predicted_seconds)

@@ -18,6 +18,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Alike:
+    """What nodes have in common that planning need not tell apart: operator, attributes, specs, small constants.
+
+    Their names differ, and the elements of large floating-point constants. `made` are the outputs of a node that is
+    computed while planning, of `nbytes`; None of others. `marks` are those of its outputs, see `alike`.
+    """
+
+    __slots__ = ("ins", "made", "marks", "nbytes", "outs", "told")
+
+    def __init__(
+        self,
+        ins: tuple[TensorSpec | None, ...],
+        outs: tuple[TensorSpec, ...],
+        marks: tuple[int, ...],
+        made: tuple[HostArray, ...] | None = None,
+    ) -> None:
+        self.ins, self.outs, self.marks, self.made = ins, outs, marks, made
+        self.nbytes = 0 if made is None else sum([a.nbytes for a in made])
+        self.told: dict[Hashable, Any] = {}
+        """What sites were told, see Site.told."""
+
+
+TOLD = 64
+"""Answers that are remembered of alike nodes: memory may lie in many ways."""
+
+_UNTOLD: Any = object()
+
+
 @dataclass(slots=True, eq=False)
 class Site:
     """One node at concrete shapes: everything a kernel may know while planning. Nobody changes one whose `outs` are
@@ -38,6 +66,8 @@ class Site:
     opset: int = 0
     batch_invariant: bool = False
     tuned: Tuned | None = None
+    alike: Alike | None = field(default=None, init=False, repr=False)
+    """What it has in common with others, where that is known."""
     _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
 
     def giving(self, outs: tuple[TensorSpec, ...]) -> Site:
@@ -60,6 +90,22 @@ class Site:
         if key not in found:
             found[key] = build()
         made: T = found[key]
+        return made
+
+    def told(self, key: Hashable, ask: Callable[[Site], T]) -> T:
+        """`ask(site)`, asked once for all sites that are alike, and remembered under `key`.
+
+        Plain data, which depends on nothing in which alike nodes differ.
+        """
+        if self.alike is None:
+            return ask(self)
+        told = self.alike.told
+        found = told.get(key, _UNTOLD)
+        if found is _UNTOLD:
+            if len(told) >= TOLD:
+                told.clear()
+            found = told[key] = ask(self)
+        made: T = found
         return made
 
     def forget(self) -> None:

@@ -97,7 +97,7 @@ class _Slots:
         maker = self.makers.get(value)
         if maker is None or value in self.kept or value in self.without:
             return
-        border = None if self.choices[i].space != self.space else wanted(site)
+        border = None if self.choices[i].space != self.space else site.told("border", wanted)
         if border is None or value in site.node.inputs[1:]:
             return
         readers = self.readers[value]
@@ -106,7 +106,7 @@ class _Slots:
         if len(bordered) < len(readers) and not inner.is_contiguous:
             return
         kernel = self.choices[i].kernel
-        copied = kernel is not None and not kernel.strided_in(site)
+        copied = kernel is not None and not site.told("strided_in", kernel.strided_in)
         if copied and self.nodes[maker].op.view is not None and readers == [i]:
             self.around[i] = whole, inner
         if spec.nbytes <= LARGE and self.offer(value, inner, None, all_read=True):
@@ -118,7 +118,7 @@ class _Slots:
         first, *others = site.node.inputs
         if kernel is None or kernel.border is None or first != value or value in others:
             return None
-        return kernel.border(site)
+        return site.told("border", kernel.border)
 
     def parts(self, whole: Operand, i: int) -> tuple[Operand, ...]:
         return windows_of(whole, self.nodes[i])
@@ -220,8 +220,8 @@ def _writes(choice: Choice, site: Site, place: Operand) -> bool:
     if kernel is None or writes_strided(kernel):
         return True
     if place.strides[-2:] == (place.shape[-1] * size, size):
-        return kernel.rows_out(site)
-    return _is_slice(place) and kernel.slices_out(site)
+        return site.told("rows_out", kernel.rows_out)
+    return _is_slice(place) and site.told("slices_out", kernel.slices_out)
 
 
 def _is_slice(place: Operand) -> bool:

@@ -8,17 +8,20 @@ is specialised with it. Segments form a tree, cached by those values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from infera_gpu.errors import InvalidModel, PlanError, UnsupportedOperatorError, planning
+from infera_gpu.alike import LEFT_OUT, SMALL, AlikeNodes, Sort, are_exact
+from infera_gpu.errors import PlanError, planning
 from infera_gpu.folding import fold_budget, may_fold
-from infera_gpu.graph import Graph, HostArray, Node, version_of
-from infera_gpu.op import Op, Registry, Site
+from infera_gpu.graph import Graph, HostArray, Node
+from infera_gpu.op import Op, Site
+from infera_gpu.site import Alike
 from infera_gpu.spec import TensorSpec, ValueSpec, constant, is_plain, spec_of
+from infera_gpu.supported import is_control
 
 if TYPE_CHECKING:
     from infera_kernels.tuning import Tuned
@@ -73,77 +76,38 @@ class Segment:
 @dataclass(frozen=True)
 class Known:
     """Values that are known before a segment: arrays, their specs, those that are strings, and how many bytes may be
-    computed from them."""
+    computed from them.
+
+    `marks` are those of `alike`, as far as anybody has asked; None where the values are known for one segment alone.
+    """
 
     arrays: Mapping[str, HostArray]
     specs: Mapping[str, TensorSpec]
     strings: frozenset[str]
     budget: int
+    marks: dict[str, int] | None = None
 
     @classmethod
-    def of(cls, arrays: Mapping[str, HostArray]) -> Known:
+    def of(cls, arrays: Mapping[str, HostArray], *, lasting: bool = False) -> Known:
         return cls(
             arrays,
             {k: spec_of(v) for k, v in arrays.items()},
             frozenset(k for k, v in arrays.items() if v.dtype.kind == "O"),
             fold_budget(arrays),
+            {} if lasting else None,
         )
-
-
-def check_supported(graph: Graph, registry: Registry) -> None:
-    """Raises UnsupportedOperatorError listing every node without an operator, those in subgraphs included.
-
-    Raises InvalidModel where a node has an attribute that its operator has not, or lacks one.
-    """
-    missing = [*_unsupported(graph.nodes, graph, registry)]
-    if missing:
-        hints = {op: hint for op, _ in missing if (hint := _hint(op, registry))}
-        raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0), hints=hints)
-
-
-def _unsupported(nodes: Iterable[Node], graph: Graph, registry: Registry) -> Iterator[tuple[str, str]]:
-    """Operator and name of what has none, in subgraphs too; `graph` is the outermost one, whose opsets hold."""
-    for n in nodes:
-        op = None if is_control(n) else registry.find(n.domain, n.op, graph.opset_of(n))
-        if op is not None:
-            try:
-                op.fill(n)
-            except PlanError as error:
-                raise InvalidModel(f"{graph.name}: {error}") from None
-        elif not is_control(n):
-            yield n.qualified, n.name or n.outputs[0]
-        for _, sub in n.subgraphs:
-            yield from _unsupported(sub.nodes, graph, registry)
-
-
-def _hint(qualified: str, registry: Registry) -> str:
-    """What there is instead of an operator that is not there."""
-    if qualified.startswith("com.microsoft.nchwc."):
-        return (
-            "onnxruntime writes com.microsoft.nchwc at ORT_ENABLE_ALL, for the CPU that it runs on: "
-            "have it save the model at ORT_ENABLE_EXTENDED"
-        )
-    since = min((o.since for o in registry if o.qualified.rsplit("-", 1)[0] == qualified), default=0)
-    if since:
-        return f"there is {qualified} from opset {since} on, to which onnx.version_converter brings models"
-    close = {name.lower(): name for name in registry.names}.get(qualified.lower())
-    return f"there is {close}" if close else ""
-
-
-def is_control(node: Node) -> bool:
-    """Whether it is control flow that specialising takes apart, and that needs no operator of its own."""
-    return node.op == "If" and not node.domain
 
 
 @dataclass
 class _Walk:
     """The state of one pass over the nodes."""
 
-    registry: Registry
-    opsets: Mapping[str, int]
+    kinds: AlikeNodes
+    constants: Known
     specs: dict[str, TensorSpec]
     known: dict[str, HostArray]
     objects: set[str]
+    marks: dict[str, int]
     placed: list[Placed] = field(default_factory=list)
     waits: dict[str, None] = field(default_factory=dict)
     eager: list[Eager] = field(default_factory=list)
@@ -167,19 +131,12 @@ class _Walk:
                 at.what = node
                 missing = self.blocked.intersection(node.reads) if self.blocked else None
                 control = is_control(node)
-                if missing and (control or not (missing <= self.pending and self.find(node).host)):
+                if missing and (control or not (missing <= self.pending and self.kinds.sort(node).op.host)):
                     self.block(node)
                 elif control:
                     self.branch(node)
                 else:
                     self.place(node)
-
-    def find(self, node: Node) -> Op:
-        opset = version_of(node, self.opsets)
-        op = self.registry.find(node.domain, node.op, opset)
-        if op is None:
-            raise UnsupportedOperatorError([(node.qualified, node.name or node.outputs[0])], opset=opset)
-        return op
 
     def branch(self, node: Node) -> None:
         """An If whose condition is known is its branch; otherwise it waits for the condition."""
@@ -202,9 +159,9 @@ class _Walk:
 
     def define(self, constants: Mapping[str, HostArray]) -> None:
         self.known.update(constants)
-        self.specs.update({k: self.alike(spec_of(v)) for k, v in constants.items()})
+        self.specs.update({k: self.interned(spec_of(v)) for k, v in constants.items()})
 
-    def alike(self, spec: TensorSpec) -> TensorSpec:
+    def interned(self, spec: TensorSpec) -> TensorSpec:
         """One spec for all that are equal: plans stay, and garbage collection looks through them."""
         return self._specs.setdefault((spec.shape, spec.dtype, spec.ranked), spec)
 
@@ -213,15 +170,47 @@ class _Walk:
         return self._tuples.setdefault(tuple(map(id, specs)), tuple(specs))
 
     def place(self, node: Node) -> None:
-        op, specs, known = self.find(node), self.specs, self.known
-        if op.host or (self.objects and any(v in self.objects and v not in known for v in node.inputs)):
-            self.later(op, node)
+        sort = self.kinds.sort(node)
+        if sort.op.host or (self.objects and any(v in self.objects and v not in self.known for v in node.inputs)):
+            self.later(sort)
             return
+        marks = self.marks
+        try:
+            key = (sort.number, *[marks[i] for i in node.inputs])
+        except KeyError:
+            key = (sort.number, *[marks[i] if i in marks else self.mark(i) for i in node.inputs])
+        alike = self.kinds.met(key)
+        if alike is None or alike.nbytes > self.budget:
+            self.meet(sort, key)
+            return
+        if alike.made is None:
+            known = self.known.get
+            values = tuple([known(i) for i in node.inputs])
+            site = Site(node, sort.attrs, alike.ins, values, alike.outs, sort.opset, self.batch_invariant, self.tuned)
+            site.alike = alike
+            self.placed.append(Placed(sort.op, site))
+        else:
+            self.known.update((o, a) for o, a in zip(node.outputs, alike.made, strict=False) if o)
+            self.budget -= alike.nbytes
+        for name, spec, mark in zip(node.outputs, alike.outs, alike.marks, strict=False):
+            if name:
+                self.specs[name], marks[name] = spec, mark
+
+    def mark(self, name: str) -> int:
+        """That of a value which is met for the first time."""
+        known, lasting = self.known.get(name), self.constants.marks
+        if lasting is None or known is None or known is not self.constants.arrays.get(name):
+            made = self.marks[name] = self.kinds.mark(self.specs[name], known)
+        else:
+            made = self.marks[name] = lasting[name] = self.kinds.mark(self.specs[name], known, lasting=True)
+        return made
+
+    def meet(self, sort: Sort, key: tuple[int, ...]) -> None:
+        """Place a node that is like none before."""
+        node, op, specs, known = sort.node, sort.op, self.specs, self.known
         ins = self.shared([specs[i] if i else None for i in node.inputs])
         values = tuple([known.get(i) for i in node.inputs])
-        site = Site(
-            node, op.fill(node), ins, values, (), version_of(node, self.opsets), self.batch_invariant, self.tuned
-        )
+        site = Site(node, sort.attrs, ins, values, (), sort.opset, self.batch_invariant, self.tuned)
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
             if unknown:
@@ -239,37 +228,55 @@ class _Walk:
         inferred = tuple(op.infer(site))
         if len(node.outputs) > len(inferred) and any(node.outputs[len(inferred) :]):
             raise site.fail(f"it has {len(node.outputs)} outputs, {op.qualified} gives {len(inferred)}")
-        outs = self.shared([self.alike(s) for s in inferred if s is not None and s.dtype.kind != "O"])
+        outs = self.shared([self.interned(s) for s in inferred if s is not None and s.dtype.kind != "O"])
         if len(outs) == len(inferred):
             site.outs = outs
-        if is_known(op, site) and may_fold(op, site, inferred, self.budget):
-            self.fold(op, site, site.values)
+        complete = is_known(op, site)
+        if complete and may_fold(op, site, inferred, self.budget):
+            self.fold(op, site, site.values, key)
         elif len(outs) != len(inferred):
-            self.later(op, node)
+            self.later(sort)
         elif op.shapes_only:
             self.fold(
-                op, site, [None if s is None else np.broadcast_to(np.zeros((), s.dtype), s.dims) for s in site.ins]
+                op, site, [None if s is None else np.broadcast_to(np.zeros((), s.dtype), s.dims) for s in site.ins], key
             )
         else:
             self.placed.append(Placed(op, site))
-            for name, spec in zip(node.outputs, outs, strict=False):
+            marks = tuple([self.kinds.mark(s) for s in outs])
+            for name, spec, mark in zip(node.outputs, outs, marks, strict=False):
                 if name:
-                    specs[name] = spec
+                    specs[name], self.marks[name] = spec, mark
+            if not complete and are_exact([site.value(i) for i in op.values]):
+                site.alike = Alike(ins, outs, marks)
+                self.kinds.add(key, site.alike)
 
-    def later(self, op: Op, node: Node) -> None:
+    def later(self, sort: Sort) -> None:
         """The node runs between two segments."""
-        self.eager.append(Eager(op, node, version_of(node, self.opsets)))
+        node = sort.node
+        self.eager.append(Eager(sort.op, node, sort.opset))
         self.block(node, keep=False)
         self.pending.update(o for o in node.outputs if o)
 
-    def fold(self, op: Op, site: Site, values: Sequence[HostArray | None]) -> None:
-        made = op.outputs(np, site, values)
+    def fold(self, op: Op, site: Site, values: Sequence[HostArray | None], key: tuple[int, ...]) -> None:
+        made = tuple(map(constant, op.outputs(np, site, values)))
         for name, array in zip(site.node.outputs, made, strict=False):
             if name:
-                self.define({name: constant(array)})
+                self.define({name: array})
                 if array.dtype == object:
                     self.objects.add(name)
                 self.budget -= array.nbytes
+        small = all(a.size <= SMALL and a.dtype.kind != "O" for a in made)
+        if (
+            small
+            and op.repeats(site.node)
+            and len(made) == len(site.node.outputs)
+            and all(site.node.outputs)
+            and are_exact(site.values)
+        ):
+            outs = tuple([self.specs[o] for o in site.node.outputs])
+            marks = tuple([self.kinds.mark(s, a) for s, a in zip(outs, made, strict=True)])
+            self.marks.update(zip(site.node.outputs, marks, strict=True))
+            self.kinds.add(key, Alike(site.ins, outs, marks, made))
 
 
 def is_known(op: Op, site: Site) -> bool:
@@ -283,8 +290,7 @@ def specialize(
     specs: Mapping[str, ValueSpec],
     known: Known,
     outputs: Iterable[str],
-    opsets: Mapping[str, int],
-    registry: Registry,
+    alike: AlikeNodes,
     batch_invariant: bool = False,
     tuned: Tuned | None = None,
 ) -> Segment:
@@ -296,11 +302,12 @@ def specialize(
     """
     entering = {k: s for k, s in specs.items() if isinstance(s, TensorSpec) and is_plain(s)}
     walk = _Walk(
-        registry,
-        opsets,
+        alike,
+        known,
         {**entering, **known.specs},
         dict(known.arrays),
         {k for k in specs if k not in entering} | known.strings,
+        {"": LEFT_OUT, **(known.marks or {})},
         budget=known.budget,
         batch_invariant=batch_invariant,
         tuned=tuned,

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from infera_gpu.alike import AlikeNodes
 from infera_gpu.bodies import Body, Nest, value_of
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
@@ -90,9 +91,10 @@ class Stages:
     """Plans a graph, stage by stage, each once. Finding a planned stage takes no lock; planning takes one."""
 
     def __init__(self, graph: Graph, device: Device, registry: Registry, constants: Constants, nest: Nest) -> None:
-        self._graph, self._device, self._registry, self._nest = graph, device, registry, nest
+        self._graph, self._device, self._nest = graph, device, nest
+        self._alike = AlikeNodes(registry, graph.opsets, graph.nodes)
         self._measure = Measurer(device, constants)
-        self._known = Known.of(graph.constants)
+        self._known = Known.of(graph.constants, lasting=True)
         self._first: dict[Shapes, Stage] = {}
         self._recent: OrderedDict[Stage, _Place] = OrderedDict()
         self._constants = constants
@@ -189,8 +191,9 @@ class Stages:
         return {n: value_of(v) for n, v in zip(node.outputs, made, strict=False) if n}
 
     def clear(self) -> None:
-        """Forget every stage."""
+        """Forget every stage, and what planning found out."""
         with self._planning:
+            self._alike.clear()
             self._first.clear()
             self._recent.clear()
             self._folded = 0
@@ -229,8 +232,7 @@ class Stages:
             specs=specs,
             known=self._known,
             outputs=self._graph.outputs,
-            opsets=self._graph.opsets,
-            registry=self._registry,
+            alike=self._alike,
             batch_invariant=self._device.batch_invariant,
             tuned=self._device.tuned,
         )
@@ -247,8 +249,7 @@ class Stages:
             specs={v: TensorSpec(o.shape, o.dtype) for v, o in carried.items()} | dict(stage.objects) | dict(made),
             known=Known.of({**segment.constants, **told}),
             outputs=stage.missing,
-            opsets=self._graph.opsets,
-            registry=self._registry,
+            alike=self._alike,
             batch_invariant=self._device.batch_invariant,
             tuned=self._device.tuned,
         )

@@ -30,7 +30,7 @@ from infera_gpu.op import Call
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
 from infera_gpu.telemetry import snapshot
-from infera_kernels.launch import LaunchError, cublaslt, cudnn
+from infera_kernels.launch import LaunchError, Target, cublaslt, cudnn
 from infera_kernels.tuning import Family, Measured, Problem, Trial, Tuned, numbers, source_of
 
 ROUNDS = 15
@@ -54,6 +54,9 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 """Told what is measured, and how much of all is done, from 0 to 1."""
 
+Rejected = Callable[[Problem, tuple[int, ...]], None]
+"""Told of a candidate whose results were wrong."""
+
 
 @dataclass(slots=True)
 class _Work:
@@ -71,7 +74,7 @@ class Tuner:
     """Measures the choices of the plans of one run, made twice: first `survey`, then `measure`, for every plan.
 
     `base` is what was measured before; it is measured `again`, or stays. No candidate is begun after `seconds`.
-    `found` are the measurements, `rejected` the candidates whose results were wrong.
+    `found` are the measurements.
     """
 
     def __init__(
@@ -82,13 +85,14 @@ class Tuner:
         *,
         again: bool = False,
         progress: Progress | None = None,
+        rejected: Rejected | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.base = Tuned(base.target) if again else base
         self.found: dict[Problem, Measured] = {}
-        self.rejected: list[tuple[Problem, tuple[int, ...]]] = []
         self._timer, self._clock = timer, clock or time.monotonic
         self._progress = progress or (lambda what, done: None)
+        self._rejected = rejected or (lambda known, value: None)
         self._until = self._clock() + seconds
         self._works: dict[tuple[Problem, ...], _Work] = {}
         self._total = 0.0
@@ -105,7 +109,7 @@ class Tuner:
     def _each(self, bound: Bound, do: Callable[[Binder, Step], None]) -> None:
         calls = bound.calls
         for step, (start, stop) in zip(bound.plan.steps, pairwise(bound.starts), strict=True):
-            if step.kernel is not None and step.via == "triton" and stop > start:
+            if _chooses(step) and stop > start:
                 try:
                     do(bound.binder, step)
                 except OutOfMemoryError as error:
@@ -116,33 +120,25 @@ class Tuner:
     def _asked(self, binder: Binder, step: Step, outs: tuple[Array, ...]) -> tuple[Trial, list[Call]]:
         """The step bound with what is known by now, and the choices that this asks for. A choice between the best of
         others is set aside while one of those is open: they are measured where they count."""
-        known = {p: m.choice for p, m in self.found.items()}
+        known = self._known()
         trial = Trial(self.base, known)
         calls = binder.apart(step, trial, outs)
         usual = {p: numbers(f.predict(q, trial.target)) for p, (f, q, _) in trial.asked.items() if f.last}
         aside = {p: choice for p, choice in usual.items() if choice != numbers(trial.asked[p][2])}
-        if aside and any(not trial.asked[p][0].last for p in self._open(trial)):
+        if aside and any(not trial.asked[p][0].last for p in _open(trial)):
             trial = Trial(self.base, known | aside)
             calls = binder.apart(step, trial, outs)
         return trial, calls
 
-    def _open(self, trial: Trial) -> list[Problem]:
-        """Those of its choices that are neither measured nor without alternative, in the order of measuring."""
-        found = [
-            known
-            for known, (family, problem, _) in trial.asked.items()
-            if known not in self.found
-            and self.base.value(family, problem) is None
-            and len(family.candidates(problem, trial.target)) > 1
-        ]
-        return sorted(found, key=lambda known: trial.asked[known][0].last)
+    def _known(self) -> dict[Problem, tuple[int, ...]]:
+        return {p: m.choice for p, m in self.found.items()}
 
     def _look(self, binder: Binder, step: Step) -> None:
         trial, calls = self._asked(binder, step, binder.room(step))
         key = tuple(trial.asked)
         if key in self._works:
             self._works[key].count += 1
-        elif self._open(trial):
+        elif _open(trial):
             self._works[key] = _Work(self._least(calls))
 
     def _tune(self, binder: Binder, step: Step) -> None:
@@ -155,7 +151,7 @@ class Tuner:
         now = self._clock()
         until = now + (self._until - now) * work.all / rest
         other = binder.room(step)
-        while (todo := self._open(trial)) and self._clock() < until:
+        while (todo := _open(trial)) and self._clock() < until:
             self._progress(f"{step.label} {trial.asked[todo[0]][0].name}", 1 - rest / self._total)
             self._compare(binder, step, todo[0], (trial, calls, outs), other, until)
             trial, calls = self._asked(binder, step, outs)
@@ -176,7 +172,7 @@ class Tuner:
         times = {numbers(predicted): [self._least(calls)]}
         made = {numbers(predicted): calls}
         complete = True
-        for candidate in self._ordered(family, problem):
+        for candidate in _ordered(family, problem, self.base.target):
             value = numbers(candidate)
             if value in made:
                 continue
@@ -192,7 +188,7 @@ class Tuner:
                 _log.debug("%s: %s of %s: %s", step.label, value, family.name, error)
                 continue
             if not agree(outs, want):
-                self.rejected.append((known, value))
+                self._rejected(known, value)
                 _log.warning("%s: %s of %s gives other results and is out", step.label, candidate, family.name)
                 continue
             times[value] = [self._least(calls)]
@@ -225,14 +221,52 @@ class Tuner:
             best = usual
         return Measured(known, best, median[best], usual, median[usual], source_of(family))
 
-    def _ordered(self, family: Family[Any], problem: Problem) -> list[Any]:
-        """The candidates, by what they are estimated to take."""
-        target, estimate = self.base.target, family.estimate
-        candidates = list(family.candidates(problem, target))
-        return sorted(candidates, key=lambda c: estimate(problem, c, target)) if estimate else candidates
-
     def _least(self, calls: Sequence[Call]) -> float:
         return min(self._timer(calls) for _ in range(FIRST))
+
+
+def _chooses(step: Step) -> bool:
+    """Whether a step may have launches between whose tiles there is a choice."""
+    return step.kernel is not None and step.via == "triton" and any(o.nbytes for o in step.outs)
+
+
+def _open(trial: Trial) -> list[Problem]:
+    """Those of its choices that are neither known nor without alternative, in the order of measuring."""
+    found = [
+        known
+        for known, (family, problem, _) in trial.asked.items()
+        if trial.value(family, problem) is None and len(family.candidates(problem, trial.target)) > 1
+    ]
+    return sorted(found, key=lambda known: trial.asked[known][0].last)
+
+
+def _ordered(family: Family[Any], problem: Problem, target: Target) -> list[Any]:
+    """The candidates, by what they are estimated to take."""
+    estimate, candidates = family.estimate, list(family.candidates(problem, target))
+    return sorted(candidates, key=lambda c: estimate(problem, c, target)) if estimate else candidates
+
+
+def bind_candidates(bound: Bound, base: Tuned) -> int:
+    """Bind the steps of a plan for every candidate that a Tuner which begins with `base` may try, as far as each can be
+    bound, the most promising first. Nothing is launched. Returns how many there are."""
+    seen: set[Problem] = set()
+    count = 0
+    for step in filter(_chooses, bound.plan.steps):
+        outs = bound.binder.room(step)
+        ways: list[dict[Problem, tuple[int, ...]]] = [{}]
+        for way in ways:  # which grows: some choices are asked for only after others
+            trial = Trial(base, way)
+            with suppress(LaunchError, OutOfMemoryError):
+                bound.binder.apart(step, trial, outs)
+            for known in _open(trial):
+                if known in seen:
+                    continue
+                seen.add(known)
+                family, problem, made = trial.asked[known]
+                others = [v for v in map(numbers, _ordered(family, problem, base.target)) if v != numbers(made)]
+                ways += [{**way, known: value} for value in others]
+        count += len(ways) - 1
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +285,7 @@ class Choice:
 def choices(plan: Bound, tuned: Tuned) -> dict[Problem, Choice]:
     """What a plan's kernels choose where there is an alternative; nothing is launched."""
     found: dict[Problem, Choice] = {}
-    for step in plan.plan.steps:
-        if step.kernel is None or step.via != "triton" or not any(o.nbytes for o in step.outs):
-            continue
+    for step in filter(_chooses, plan.plan.steps):
         trial = Trial(tuned, {})
         plan.binder.apart(step, trial, plan.binder.room(step))
         for known, (family, problem, made) in trial.asked.items():

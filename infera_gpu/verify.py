@@ -30,7 +30,7 @@ from infera_gpu.passes import Precision
 from infera_gpu.session import Session
 from infera_gpu.source import Source
 from infera_gpu.spec import TensorSpec, ValueSpec, onnx_of_dtype, spec_of
-from infera_gpu.specialize import check_supported
+from infera_gpu.supported import check_supported
 
 TOLERANCE = 1e-4
 """Of the output's peak: what float32 kernels that sum in different orders stay well below."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from bench.gpu_report import (
 from bench.gpu_workers import END, NO_GPU, Limits
 from infera_gpu import tuning
 from infera_gpu.telemetry import GpuReading
+from infera_kernels.tuning import Measured, Problem, Store
 from tests.text import parse
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1"}
@@ -195,17 +197,85 @@ def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_section_of_both_commands_is_known() -> None:
     assert gpu_check.SECTIONS.keys() >= gpu_selections.SHORT.keys()
-    compiling = {"compiling operators", "compiling networks", "torch.compile"}
-    assert gpu_speed.SECTIONS.keys() == gpu_selections.SETS.keys() | compiling | {"first run"}
-    assert list(gpu_check.SECTIONS)[-2:] == ["torch.compile", "tuning"]
-    assert list(gpu_speed.SECTIONS)[-1] == "torch.compile"
+    kinds = {f"{what} {kind}s" for what in ("compiling", "tuning") for kind in ("operator", "network")}
+    before = {*kinds, "operator candidates", "network candidates", "compiling tuned networks"}
+    assert gpu_speed.SECTIONS.keys() == gpu_selections.SETS.keys() | before | {"first run", "torch.compile"}
+    assert gpu_speed.SECONDS.keys() == before | {"first run"}
+    assert list(gpu_check.SECTIONS)[-1] == list(gpu_speed.SECTIONS)[-1] == "torch.compile"
+    order = list(gpu_speed.SECTIONS)
+    for sets, tuned in ((gpu_selections.TUNED, "tuning operators"), (gpu_selections.NETWORKS, "tuning networks")):
+        assert all(order.index(tuned) < order.index(name) for name in sets), "rows go by what is measured"
+
+
+def test_the_calls_for_a_borrowed_machine_name_sections_and_end_in_time() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    calls = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("python3 -m bench.gpu_")]
+    timed = {"bench.gpu_check": gpu_check, "bench.gpu_speed": gpu_speed}
+    minutes, named = 0.0, list[str]()
+    for _, _, module, *options in calls[:4]:
+        known = timed[module].SECTIONS
+        _, taken, _, *sections = options
+        assert set(sections) <= known.keys()
+        minutes, named = minutes + float(taken), named + sections
+        bounded = sum(gpu_speed.SECONDS.get(name, 0) for name in sections) if module == "bench.gpu_speed" else 0
+        assert bounded < 0.7 * 60 * float(taken), "the rest is for rows"
+    assert minutes < 27
+    assert calls[0][2] == "bench.gpu_check"
+    assert set(named) >= gpu_speed.SECTIONS.keys()
+    assert {*gpu_check.SECTIONS} - {*named} == {*gpu_selections.SHORT} - {*named}
+    assert calls[4][2] == "bench.gpu_tuning"
 
 
 def test_a_call_of_either_command_ends_before_ten_minutes_are_over() -> None:
     """The time, what a section may take beyond it, and what it takes to end its process."""
     for module in (gpu_check, gpu_speed):
         assert 60 * module.MINUTES + Limits().grace + END < 600
-    assert gpu_check.SECONDS["tuning"] >= 2 * (gpu_tuning.SECONDS + gpu_tuning.SPARE), "both networks"
+
+
+def test_rows_have_twice_an_even_share_and_the_last_what_is_left() -> None:
+    left, shares = 100.0, list[float]()
+    for rows in range(10, 0, -1):
+        shares.append(gpu_tuning.share(left, rows))
+        left -= shares[-1]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == pytest.approx(2 * 100 / 11)
+    assert left == pytest.approx(0)
+    assert gpu_tuning.share(5.0, 1) == 5.0
+
+
+def kept(folder: Path, *names: str) -> str:
+    """What a store holds, of products that a name each stands for."""
+    store = Store("h200", "3.6.0", shipped=None, own=folder)
+    tiles = (64, 64, 64, 4, 4), 1e-6, (32, 64, 64, 4, 4), 2e-6
+    store.add([Measured(Problem("matmul", name, (128, 1, 512, 256)), *tiles, "source") for name in names], {"card": ""})
+    return store.content().decode()
+
+
+def test_what_files_hold_of_the_store_is_shipped(tmp_path: Path) -> None:
+    """All of what all sections hold, into what is there already; those that failed too."""
+    one, two = kept(tmp_path / "a", "half"), kept(tmp_path / "b", "tf32", "ieee")
+    sections = [
+        {"section": "products", "facts": {"rows": []}},
+        {"section": "tuning operators", "facts": {"tuned": [], "file": one}},
+        {"section": "tuning networks", "status": "failed", "facts": {"file": two}},
+        {"section": "tuning", "facts": {"file": ""}},
+    ]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"sections": sections}))
+    kept(tmp_path / "shipped", "int8")
+    (path,) = gpu_tuning.ship(results, tmp_path / "shipped")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["h200-triton-3.6.0.json"]
+    content = json.loads(path.read_text())
+    assert [e["kind"] for e in content["entries"]] == ["half", "ieee", "int8", "tf32"]
+    assert content["measured"] is True
+    assert len(content["runs"]) == 3
+    results.write_text(json.dumps({"sections": sections[:1]}))
+    assert gpu_tuning.ship(results, tmp_path / "shipped") == []
+
+
+def test_checks_go_by_predicted_tiles() -> None:
+    assert gpu_check.main.keywords["measured"] is False
+    assert "measured" not in gpu_speed.main.keywords
 
 
 def test_torch_compile_begins_with_what_targets_ask_for() -> None:

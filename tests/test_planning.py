@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infera_gpu.alike import SMALL_FLOATS, AlikeNodes
 from infera_gpu.constants import Constants
 from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.layout import Operand, dense
-from infera_gpu.measure import SMALL, Measurer, Room
+from infera_gpu.measure import Measurer, Room
 from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops import registry
 from infera_gpu.spec import spec_of
-from infera_gpu.specialize import Placed
+from infera_gpu.specialize import Known, specialize
 from tests.buffers import GuardedBuffers
 from tests.cases import covered
 
@@ -39,7 +40,7 @@ def test_scratch_does_not_depend_on_what_large_constants_hold(filling: float) ->
     for op, case, variants in covered("cpu"):
         kernel = op.kernels["cpu"]
         for site, ins in variants:
-            large = [v is not None and v.dtype.kind == "f" and v.size > SMALL for v in site.values]
+            large = [v is not None and v.dtype.kind == "f" and v.size > SMALL_FLOATS for v in site.values]
             filled = tuple(
                 np.full_like(v, filling) if is_large and v is not None else v
                 for v, is_large in zip(site.values, large, strict=True)
@@ -58,6 +59,7 @@ class Counting:
         self.bound = 0
         self.kernel = Kernel(self.bind)
         self.measure = Measurer(CpuDevice(), Constants(CpuDevice(), Graph((), {}, {})))
+        self.alike = AlikeNodes(registry(), {"": 17})
 
     def bind(self, site: Site, io: Buffers) -> list[Call]:
         self.bound += 1
@@ -67,11 +69,12 @@ class Counting:
     def ask(self, op: Op, *ins: HostArray, known: Sequence[int] = (1,), **attrs: Any) -> int:
         """Bytes for a node over these inputs, of which some are constants."""
         node = Node(op.name, tuple(f"in{i}" for i in range(len(ins))), ("y",), attrs)
-        values = tuple(x if i in known else None for i, x in enumerate(ins))
-        specs = tuple(map(spec_of, ins))
-        site = Site(node, op.fill(node), specs, values, specs[:1], 17)
-        given: tuple[Operand, ...] = tuple(dense(f"in{i}", "host", s) for i, s in enumerate(specs))
-        return self.measure(self.kernel, Placed(op, site), given, (dense("y", "host", specs[0]),))[0]
+        specs = {f"in{i}": spec_of(x) for i, x in enumerate(ins)}
+        values = Known.of({f"in{i}": x for i, x in enumerate(ins) if i in known})
+        segment = specialize([node], specs=specs, known=values, outputs=("y",), alike=self.alike)
+        given: tuple[Operand, ...] = tuple(dense(v, "host", s) for v, s in specs.items())
+        (placed,) = segment.nodes
+        return self.measure(self.kernel, placed, given, (dense("y", "host", placed.site.outs[0]),))[0]
 
 
 def test_nodes_that_are_alike_are_measured_once() -> None:
@@ -82,14 +85,14 @@ def test_nodes_that_are_alike_are_measured_once() -> None:
     first = counting.ask(op, x, w)
     assert counting.ask(op, x + 1, w + 1) == first  # other values
     assert counting.bound == 1
-    one = w[:1, :4]
+    row, one = x[:, :1], w[:1, :4]
     different: tuple[tuple[HostArray, HostArray, dict[str, Any]], ...] = (
         (x, w, {"alpha": 2.0}),
         (x, w, {"known": ()}),
         (x[:4], w, {}),
         (x.astype(np.float64), w.astype(np.float64), {}),
-        (x, one, {}),
-        (x, one + 1, {}),  # a small constant
+        (row, one, {}),
+        (row, one + 1, {}),  # a small constant
         (x, w.astype(np.int64), {}),
         (x, w.astype(np.int64), {}),  # a large one of integers
     )

@@ -139,8 +139,8 @@ def test_rows_say_what_they_were_measured_with() -> None:
     text = render({"nvidia-h200": measured(*ROWS)})[DOCUMENT]
     for fact in ("NVIDIA H200", "driver 580.1", "commit 0123456789", "torch 2.11", "triton 3.9.0"):
         assert fact in text
-    assert "| resnet50 int8 b32 fp16 | 2 |  | 0.5 | 5 | 50% | error 1.2e-02 against float32 |" in text
-    assert "| resnet50 b1 fp16 | 1 |  | 1.0 | 10 | 50% | 1.20x torch.compile max-autotune |" in text
+    assert "| resnet50 int8 b32 fp16 | 2 |  | 0.5 | 5 | 50% |  | error 1.2e-02 against float32 |" in text
+    assert "| resnet50 b1 fp16 | 1 |  | 1.0 | 10 | 50% |  | 1.20x torch.compile max-autotune |" in text
     assert "| 1x8192x2048 fp16 | 0.01, 0.02 cold | 0.009 to 0.015 |" in text
     assert "| 1.20x torch (0.90x cold) |" in text
 
@@ -182,6 +182,70 @@ def test_peers_are_those_of_all_files_of_a_commit() -> None:
         assert row["peers"] == {"torch eager": 1e-3}
 
 
+TUNED = {"choices": 4, "tuned": 3, "changed": 2}
+
+
+def test_what_tuning_gains_shows_and_targets_say_of_what_they_are() -> None:
+    peers = {COMPILED: 1.2e-3, "infera, predicted tiles": 1.1e-3}
+    rows = [{**row, **TUNED, "peers": peers} if row["name"] == "resnet50 b1" else row for row in ROWS]
+    files = render({"nvidia-h200": measured(*rows)})
+    text = files[DOCUMENT]
+    shown = "1.20x torch.compile max-autotune, 1.10x infera, predicted tiles"
+    assert f"| resnet50 b1 fp16 | 1 |  | 1.0 | 10 | 50% | 3 of 4 | {shown} |" in text
+    assert "| ResNet-50, against torch.compile | at least 1.15x | 1.2x | met | 1 of 3 |" in text
+    assert "| products, against cuBLAS | at least 0.95x | 0.9x | missed |  |" in text
+    assert "Targets go by infera as it is" in text
+    assert not any("predicted tiles" in content for name, content in files.items() if name.endswith("networks.svg"))
+    text = render({"nvidia-h200": measured(*ROWS)})[DOCUMENT]
+    assert "Targets go by infera as it is" not in text
+    assert "rows tuned" not in text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_one_commit_rows_that_were_tuned_count(first: bool) -> None:
+    """gpu-check goes by predicted tiles, also where it is run after rows were tuned."""
+    tuned = measured_row("networks", "resnet50 b1", "fp16", 8e-4, peers={"torch eager": 2e-3}, **TUNED)
+    plain = measured_row("networks", "resnet50 b1", "fp16", 1e-3, choices=4, tuned=0, peers={COMPILED: 1.2e-3})
+    times = ("2030-01-01T00:00:00", "2031-01-01T00:00:00")
+    for commit, seconds in ((COMMIT, 8e-4), ("unknown", 1e-3 if first else 8e-4)):
+        files = [
+            measured(row, time=time, commit=commit)
+            for row, time in zip((tuned, plain), times if first else times[::-1], strict=True)
+        ]
+        (row,) = report_gpu.rows_of(files)
+        assert row["seconds"] == seconds
+        assert row["peers"].keys() >= ({COMPILED, "torch eager"} if commit == COMMIT else set())
+
+
+def test_what_tuning_has_found_is_told_by_set() -> None:
+    found = {"set": "products", "choices": 3, "measured": 3, "better_than_predicted": 2, "mean_gain": 1.21}
+    first, second = (
+        measured(measured_row("products", "a", "fp16", 1e-5), time=f"203{i}-01-01T00:00:00") for i in range(2)
+    )
+    first["sections"].append(
+        {
+            "section": "tuning operators",
+            "facts": {
+                "tuned": [
+                    {**found, "row": "products: a fp16", "rejected": ["one"]},
+                    {**found, "row": "products: b fp16", "measured": 1, "mean_gain": 1.0, "rejected": []},
+                ]
+            },
+        }
+    )
+    again = {**found, "row": "products: a fp16", "measured": 0, "mean_gain": 1.0, "rejected": []}
+    second["sections"].append({"section": "tuning operators", "facts": {"tuned": [again]}})
+    text = render({"a": second, "b": first})[DOCUMENT]
+    assert "| products | 2 | 4 | 4 | 1.15x | 1 |" in text
+    assert report_gpu.tuning([second]) == ""
+
+
+def test_what_is_told_of_tuning_is_no_row() -> None:
+    """A section that was ended says in `rows` what its cases found."""
+    (row,) = report_gpu.rows_of([measured(measured_row("networks", "a", "fp16", 1.0), {"row": "a", "choices": 3})])
+    assert row["name"] == "a"
+
+
 @pytest.mark.parametrize(
     ("changed", "shown"),
     [
@@ -198,7 +262,7 @@ def test_no_target_is_met_by_rows_that_are_wrong_or_missing(changed: dict[str, A
     text = render({"nvidia-h200": measured(*rows)})[DOCUMENT]
     assert f"| ResNet-50, against torch.compile | at least 1.15x {shown}" in text
     if "wrong" in changed:
-        assert "| resnet50 b1 fp16 |  |  |  |  |  | wrong: differs from PyTorch |" in text
+        assert "| resnet50 b1 fp16 |  |  |  |  |  |  | wrong: differs from PyTorch |" in text
 
 
 def test_a_mean_is_missed_by_all_rows_or_not_at_all() -> None:

@@ -156,6 +156,11 @@ class CudaDevice:
             self._tiles = DeviceTiles.of(self.launcher)
         return self._tiles
 
+    @tiles.setter
+    def tiles(self, tiles: DeviceTiles) -> None:
+        """What is planned from now on goes by them."""
+        self._tiles = tiles
+
     @property
     def tuned(self) -> Tuned | None:
         tiles = self.tiles

@@ -159,7 +159,7 @@ def _convolution(site: Site, io: Buffers) -> dict[str, Any]:
 
 
 def _geometry(site: Site) -> dict[str, Any]:
-    first = CONV.site(site)
+    first = CONV.inputs(site)
     return {
         "group": int(site.attrs["group"]),
         "activation": conv.activation_of(first),
@@ -245,7 +245,7 @@ def _bind_conv(site: Site, io: Buffers) -> Sequence[Call]:
 
 def _max(site: Site, io: Buffers) -> dict[str, Any]:
     """What maximum pooling of two-dimensional images is told."""
-    found = conv.window_2d(window(MAX.site(site)))
+    found = conv.window_2d(window(MAX.inputs(site)))
     return {"x": _as_2d(io.ins[0]), "y": _as_2d(io.outs[0]), "kernel": found.kernel, **found.params}
 
 
@@ -254,7 +254,7 @@ def _bind_max(site: Site, io: Buffers) -> Sequence[Call]:
 
 
 def _bind_average(site: Site, io: Buffers) -> Sequence[Call]:
-    found = conv.window_2d(window(AVERAGE.site(site)))
+    found = conv.window_2d(window(AVERAGE.inputs(site)))
     padded = bool(site.attrs["count_include_pad"])
     return average_pool2d(
         _as_2d(io.ins[0]), _as_2d(io.outs[0]), io.scratch, split_of(io), kernel=found.kernel, include_pad=padded,

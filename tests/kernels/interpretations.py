@@ -22,6 +22,7 @@ SUITES: Mapping[str, int] = {
     "elementwise": 340,
     "gpu_check": 12,
     "gpu_rows": 13,
+    "gpu_tuning": 10,
     "matmul": 75,
     "moves": 58,
     "nbits": 27,

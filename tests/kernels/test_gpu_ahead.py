@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import gpu_ahead
+from bench import gpu_ahead, gpu_selections
 from bench.build import bert
+from bench.gpu_absent import AbsentDriver, AheadDevice, SharingLauncher
 from bench.gpu_models import bert_feeds
 from bench.gpu_operators import bound
 from bench.gpu_report import CheckFailed, Context
@@ -23,8 +24,10 @@ from bench.gpu_selections import NETWORKS, OPERATORS
 from infera_gpu.devices import cuda
 from infera_gpu.loader import load_graph
 from infera_gpu.op import Op
+from infera_gpu.passes import Precision
 from infera_gpu.session import Session
 from infera_kernels.launch import CudaLauncher, Target, nominal_target
+from infera_kernels.tuning import DeviceTiles, Measured, numbers, source_of
 from tests import fake_cupy
 from tests.cases import covered
 from tests.kernels.test_bound_model import Driver
@@ -57,7 +60,7 @@ def opener(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Callable[..., cuda.C
 
 
 def ahead() -> CudaLauncher:
-    return CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(90), VERSION))
+    return CudaLauncher(0, 0, driver=AbsentDriver(nominal_target(90), VERSION))
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -108,8 +111,8 @@ def test_jobs_that_fail_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(gpu_ahead, "jobs", lambda name: [small(), gpu_ahead.Job("broken", broken)])
     target = nominal_target(90)
-    assert gpu_ahead._run(target, VERSION, "check", 0) == ("small fp32", 1, "")
-    assert gpu_ahead._run(target, VERSION, "check", 1) == ("broken", 0, "ValueError: no such model")
+    assert gpu_ahead._run(target, VERSION, cache, "check", 0) == ("small fp32", 1, "")
+    assert gpu_ahead._run(target, VERSION, cache, "check", 1) == ("broken", 0, "ValueError: no such model")
 
 
 def test_what_a_library_computes_is_not_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +122,7 @@ def test_what_a_library_computes_is_not_compiled(cache: Path, monkeypatch: pytes
     job = gpu_ahead.planned("small", lambda: model, feeds)
     monkeypatch.setattr(gpu_ahead, "jobs", lambda name: [job, replace(job, shared=False)])
     target = replace(nominal_target(90), library_bytes=1 << 12)
-    assert [gpu_ahead._run(target, VERSION, "check", i)[1:] for i in range(2)] == [(0, ""), (1, "")]
+    assert [gpu_ahead._run(target, VERSION, cache, "check", i)[1:] for i in range(2)] == [(0, ""), (1, "")]
 
 
 def test_every_section_that_launches_has_jobs() -> None:
@@ -131,6 +134,71 @@ def test_every_section_that_launches_has_jobs() -> None:
         labels = [row.label for rows in sets.values() for row in rows()]
         assert [job.name for job in gpu_ahead.jobs(part)] == labels
         assert len(set(labels)) == len(labels)
+
+
+def small_product(precision: Precision = "fp32") -> Row:
+    """Of float32, which has few tiles."""
+    model = parse("g (float[N, 64] x, float[64, 32] w) => (float[N, 32] y) { y = MatMul(x, w) }")
+    x = {"x": np.ones((40, 64), np.float32), "w": np.ones((64, 32), np.float32)}
+    return Row("products", "small", lambda: (model, x), precision)
+
+
+def test_candidates_are_those_that_tuning_launches(opener: Callable[..., cuda.CudaDevice], cache: Path) -> None:
+    """Every one of every choice; helpers compile what others have not begun, and what is measured is not tried."""
+    row, target = small_product(), nominal_target(90)
+    first, second = (SharingLauncher(AbsentDriver(target, VERSION), cache / "claims") for _ in range(2))
+    (cache / "claims").mkdir()
+    jobs = gpu_ahead.candidates_of([row], 2)
+    assert [job.name for job in jobs] == [f"candidates of products: small fp32, {i} of 2" for i in (1, 2)]
+    for job, launcher in zip(jobs, (first, second), strict=True):
+        job.run(launcher)
+    assert first.compiled == len(list((cache / "kernels").glob("*.kernel"))) > 2
+    assert second.compiled == 0
+    device = opener()
+    source, feeds = row.make()
+    with Session(load_graph(source), device) as session:
+        before = {c.problem for c in session.choices(feeds)}
+        asked: list[Any] = []
+
+        def timer(calls: Any) -> float:
+            asked.append(calls)
+            return 1e-5
+
+        session.tune(feeds, timer=timer)
+        assert before
+        assert len(asked) > 2
+        assert isinstance(device.launcher, CudaLauncher)
+        assert device.launcher.compiled == 0
+    third = SharingLauncher(AbsentDriver(target, VERSION), cache)
+    gpu_ahead._candidates(row, third)
+    assert len(third._loaded) == 1, "the way that was found best"
+
+
+def test_rows_are_compiled_by_predicted_tiles_and_by_measured_ones(cache: Path) -> None:
+    row, tiles = small_product("tf32"), DeviceTiles.of(ahead())
+    launcher = ahead()
+    gpu_ahead._row(row, launcher)
+    assert len(launcher._loaded) == 1
+    source, feeds = row.make()
+    with gpu_ahead._bound(source, [feeds], "tf32", launcher) as session:
+        (choice,) = [c for c in session.choices(feeds) if c.family.name == "matmul"]
+    other = next(v for v in map(numbers, choice.family.candidates(choice.problem, tiles.target)) if v != choice.numbers)
+    tiles.learn([Measured(choice.problem, other, 1e-6, choice.predicted, 2e-6, source_of(choice.family))], {})
+    gpu_ahead._row(row, launcher)
+    assert len(launcher._loaded) == 2
+    device = AheadDevice(launcher)
+    assert device.tuned is not None
+    assert not device.tuned.measured, "checks go by predicted tiles"
+
+
+def test_candidates_of_what_targets_ask_for_come_first() -> None:
+    networks, operators = (gpu_ahead.jobs(f"{kind} candidates") for kind in ("network", "operator"))
+    assert "resnet50 b32 fp16" in networks[0].name
+    assert len({job.name for job in (*networks, *operators)}) == len(networks) + len(operators)
+    assert len(networks) == gpu_ahead.NETWORK_HELPERS * sum(len(rows()) for rows in NETWORKS.values())
+    sets = [job.name.split(":")[0].removeprefix("candidates of ") for job in operators[:: gpu_ahead.OPERATOR_HELPERS]]
+    assert sets[:6] == ["convolutions", "products", "attention"] * 2
+    assert len(sets) == sum(len(OPERATORS[name]()) for name in gpu_selections.TUNED)
 
 
 def test_a_decoder_is_compiled_by_its_outline() -> None:
@@ -163,7 +231,7 @@ def test_processes_share_the_jobs(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     (index,) = (i for i, job in enumerate(gpu_ahead.jobs("check")) if job.name == ROW)
 
     def compiled(target: Target, deadline: float) -> tuple[str, Any]:
-        launcher = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(target, VERSION))
+        launcher = CudaLauncher(0, 0, driver=AbsentDriver(target, VERSION))
         context = Context(lambda: SimpleNamespace(launcher=launcher), deadline)
         return gpu_ahead.ahead("check", context, [index])
 

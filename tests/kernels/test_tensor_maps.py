@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.gpu_ahead import AbsentDriver
+from bench.gpu_absent import AbsentDriver
 from infera_kernels.launch import CudaLauncher, Descriptor, KernelCache, LaunchError, RecordingLauncher, nominal_target
 from infera_kernels.launch.abi import check_abi
 from infera_kernels.launch.compile import KernelSpec

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import gpu_ahead
+from bench.gpu_absent import AbsentDriver
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
@@ -113,7 +114,7 @@ def measured(launcher: CudaLauncher, layout: str) -> Tuned:
 
 def test_what_is_compiled_ahead_is_what_a_card_launches(tmp_path: Path) -> None:
     a, b, out = (FakeArray(shape, "float16") for shape in ((256, 1024), (1024, 512), (256, 512)))
-    ahead = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(90), 13000), cache=KernelCache(tmp_path))
+    ahead = CudaLauncher(0, 0, driver=AbsentDriver(nominal_target(90), 13000), cache=KernelCache(tmp_path))
     matmul.matmul(a, b, out, ahead, tuned=measured(ahead, "@kn"))
     assert ahead.compiled == 1
     driver = DescribingDriver()
@@ -124,10 +125,10 @@ def test_what_is_compiled_ahead_is_what_a_card_launches(tmp_path: Path) -> None:
 
 
 def test_the_checks_tiles_are_compiled_ahead(tmp_path: Path) -> None:
-    ahead = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(90), 13000), cache=KernelCache(tmp_path))
+    ahead = CudaLauncher(0, 0, driver=AbsentDriver(nominal_target(90), 13000), cache=KernelCache(tmp_path))
     gpu_ahead.tma(gpu_ahead.PARTS - 30, ahead)
     assert ahead.compiled == 1
-    older = CudaLauncher(0, 0, driver=gpu_ahead.AbsentDriver(nominal_target(80), 13000), cache=KernelCache(tmp_path))
+    older = CudaLauncher(0, 0, driver=AbsentDriver(nominal_target(80), 13000), cache=KernelCache(tmp_path))
     gpu_ahead.tma(0, older)
     assert older.compiled == 0
 

@@ -123,11 +123,13 @@ def test_candidates_whose_results_are_wrong_never_win(caplog: pytest.LogCaptureF
         return [*made, (outs[0].fill, (1.0,))] if wrong else made
 
     session.device.wrap = spoiled.__get__(session.device)  # type: ignore[method-assign]
+    told: list[tuple[Problem, tuple[int, ...]]] = []
     with caplog.at_level(logging.WARNING):
-        (found,) = session.tune(feeds(), timer=fastest(128, 64, 64))
+        (found,) = session.tune(feeds(), timer=fastest(128, 64, 64), rejected=lambda *known: told.append(known))
     assert found.choice == found.predicted
     assert used(session) == before
     assert "gives other results" in caplog.text
+    assert [(known, choice[:3]) for known, choice in told] == [(found.problem, (128, 64, 64))]
 
 
 def test_what_a_candidate_does_not_write_shows() -> None:

@@ -65,6 +65,11 @@ class Store:
         """Where this machine's measurements come from."""
         return self._read(self.path)[1]
 
+    def content(self) -> bytes:
+        """This machine's measurements as a file's content; empty where there are none."""
+        measured, runs = self._read(self.path)
+        return self.dump(measured, runs) if measured else b""
+
     def add(self, measured: Iterable[Measured], run: Run) -> None:
         """Keep measurements, in place of older ones of the same problems. Several processes may do so at a time."""
         fresh = {m.problem: m for m in measured}
@@ -126,6 +131,10 @@ class DeviceTiles:
         import triton
 
         return cls(launcher.target, Store(class_of(launcher.target), triton.__version__))
+
+    def unmeasured(self) -> DeviceTiles:
+        """Those of the same device by prediction alone: nothing is read, nothing kept."""
+        return DeviceTiles(self.target)
 
     @property
     def tuned(self) -> Tuned:

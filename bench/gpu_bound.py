@@ -1,0 +1,79 @@
+"""Runs of a session bound to be timed: as it is, and without what it has been given, the library or measured tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from bench.gpu_peers import Feeds
+from infera_gpu.graph import Graph
+from infera_gpu.passes import Precision
+from infera_gpu.plan import Plan
+from infera_gpu.session import Session
+from infera_kernels.launch import library_of
+
+
+class Run(NamedTuple):
+    """A plan, the call that runs it, and its answers."""
+
+    plan: Plan
+    call: Callable[[], object]
+    answers: Mapping[str, Any]
+
+
+def bound_run(device: Any, session: Session, feeds: Feeds) -> Run:
+    """The calls of a run that reads arrays on the GPU where they lie, without copying answers out; and its answers.
+
+    Of what a run has copied in, its steps may have overwritten everything: only such a binding can run again by itself.
+    """
+    with device.running():
+        there = {name: device.constant(array, "device") for name, array in feeds.items()}
+    for _ in range(4):  # copied, bound to, recorded, replayed
+        answers = session.run(there)
+    (lease,) = session._leases.values()
+    *_, (bound_plan, _) = lease._direct.values()
+    return Run(bound_plan.plan, bound_plan.run, answers)
+
+
+Without = Callable[[Any], AbstractContextManager[None]]
+"""Takes something from a device, for as long as one plans and binds."""
+
+
+@contextmanager
+def without_library(device: Any) -> Iterator[None]:
+    library, device.launcher.library = library_of(device.launcher), None
+    try:
+        yield
+    finally:
+        device.launcher.library = library
+
+
+@contextmanager
+def without_measurements(device: Any) -> Iterator[None]:
+    tiles = device.tiles
+    device.tiles = tiles.unmeasured()
+    try:
+        yield
+    finally:
+        device.tiles = tiles
+
+
+def run_without(
+    what: Without, device: Any, graph: Graph, feeds: Feeds, precision: Precision, sessions: ExitStack
+) -> Run:
+    """A run of another session on the same device and stream, which `sessions` close."""
+    with what(device):
+        session = sessions.enter_context(Session(graph, device, precision=precision))
+        return bound_run(device, session, feeds)
+
+
+def chosen(session: Session, feeds: Feeds) -> dict[str, int]:
+    """Columns: how many choices a run's kernels have, of how many something is measured (`tuned`), and where that is
+    not what is predicted (`changed`). None where nothing has tiles."""
+    if session.device.tiles is None:
+        return {}
+    choices = session.choices(feeds)
+    measured = [c for c in choices if c.measured is not None]
+    changed = sum(c.numbers != c.predicted for c in measured)
+    return {"choices": len(choices), "tuned": len(measured), "changed": changed}
