@@ -170,7 +170,7 @@ def _library(name: str, release: str, does: str, do: str, off: str, extra: str) 
     if release:
         return Finding(name, "ok", f"{release} {does} on a GPU; {off}=0 leaves that to Triton's kernels")
     brings = f"infera-gpu[{extra}12] or [{extra}13] brings it"
-    return Finding(name, "absent", f"not installed, or {off}=0: Triton's kernels {do}; {brings}")
+    return Finding(name, "absent", f"not installed, not whole, or {off}=0: Triton's kernels {do}; {brings}")
 
 
 def _kernels() -> Iterator[Finding]:
