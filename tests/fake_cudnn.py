@@ -80,6 +80,7 @@ class FakeCudnn:
         self.alive: dict[int, Any] = {}
         self.status: dict[str, int] = {}
         self.plans = 0
+        self.written: dict[bytes, tuple[int, Descriptor]] = {}
         self._numbers = itertools.count(1)
 
     def __getitem__(self, name: str) -> Any:
@@ -175,10 +176,19 @@ class FakeCudnn:
         return 0
 
     def _finish_5(self, made: Descriptor) -> int:
-        """A plan."""
-        place, made.attributes[0] = made.one(401).attributes[0][0], made.one(401).attributes[0][1:]
-        made.attributes[402] = [self.workspace]
-        self.plans += 1
+        """A plan, of an engine or as it was written down."""
+        if 405 in made.attributes:
+            written = b"".join(made.attributes[405])
+            if written not in self.written:
+                return BAD
+            place, graph = self.written[written]
+        else:
+            place, graph = made.one(401).attributes[0]
+            self.plans += 1
+        written = f"the plan of engine {place} for graph {id(graph)}".encode()
+        self.written[written] = place, graph
+        made.attributes[0], made.attributes[402] = [graph], [self.workspace]
+        made.attributes[405] = [bytes([c]) for c in written]
         return UNSUPPORTED if place in self.unprepared else 0
 
     def BackendExecute(self, handle: Any, plan: Any, pack: Any) -> int:

@@ -21,6 +21,7 @@ from infera_gpu.loader import load_graph
 from infera_gpu.op import Call
 from infera_gpu.session import Session
 from infera_kernels.launch import CudaLauncher, RecordingLauncher, cudnn, nominal_target
+from infera_kernels.launch.cache import PlanCache
 from infera_kernels.launch.cudnn import REMEMBERED, WORKSPACE, Cudnn
 from infera_kernels.launch.cudnn_graphs import ACTIVATIONS
 from infera_kernels.launch.nvidia import LibraryError, loads
@@ -240,6 +241,54 @@ def test_plans_are_not_remembered_without_end(library: FakeCudnn, launcher: Any)
     launcher.cudnn._plans.update(dict.fromkeys(range(REMEMBERED)))
     by_cudnn(x, w, out, launcher, where, finish, 1, workspace())
     assert len(launcher.cudnn._plans) == 1
+
+
+def opened_again(library: FakeCudnn, folder: Path, where: str = "9.28.1 on a card") -> Any:
+    """A launcher of another process, as far as plans are kept on disk."""
+    launcher = with_cudnn(RecordingLauncher(), library)
+    launcher.cudnn = Cudnn(library, 0, 0x50, kept=PlanCache(folder), where=where)
+    return launcher
+
+
+def test_plans_are_kept_on_disk(library: FakeCudnn, tmp_path: Path) -> None:
+    given = some(np.random.default_rng(0))
+    results = []
+    for _ in range(2):
+        given[2][...] = np.nan
+        call = bound(given, opened_again(library, tmp_path))
+        assert call is not None
+        run([call])
+        results.append(given[2].copy())
+    np.testing.assert_array_equal(*results)
+    assert not np.isnan(results[0]).any()
+    assert (library.plans, len(library.asked), len([*tmp_path.iterdir()])) == (1, 2, 1)
+    bound(given, opened_again(library, tmp_path, "9.28.1 on another card"))
+    bound(given, opened_again(library, tmp_path), 2)
+    assert (library.plans, len([*tmp_path.iterdir()])) == (3, 3)
+
+
+@pytest.mark.parametrize("how", ["damaged", "refused"])
+def test_a_plan_that_is_kept_and_of_no_use_is_made_anew(
+    library: FakeCudnn, tmp_path: Path, how: str, caplog: Any
+) -> None:
+    given = some(np.random.default_rng(0))
+    bound(given, opened_again(library, tmp_path))
+    (path,) = tmp_path.iterdir()
+    if how == "damaged":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        library.written.clear()
+    assert bound(given, opened_again(library, tmp_path)) is not None
+    assert library.plans == 2
+    assert ("unreadable" if how == "damaged" else "does not take it") in caplog.text
+    assert bound(given, opened_again(library, tmp_path)) is not None
+    assert library.plans == 2
+
+
+def test_a_plan_that_cannot_be_kept_is_used(library: FakeCudnn, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "file").touch()
+    assert bound(some(np.random.default_rng(0)), opened_again(library, tmp_path / "file" / "plans")) is not None
+    assert "plans of cuDNN are not kept" in caplog.text
 
 
 def test_nothing_of_the_librarys_stays_but_its_handle(library: FakeCudnn, launcher: Any) -> None:

@@ -122,10 +122,16 @@ def main() -> int:
     for name, asked in (*convolutions(), *attentions()):
         assert asked is not None
         try:
-            plans: list[bool] | str = [cudnn.plan_of(found, place, asked, way) is not None for way in (1, 2)]
+            plans = [cudnn.plan_of(found, place, asked, way) for way in (1, 2)]
+            again = [plan and cudnn.restored(found, place, plan.text(cudnn.WRITTEN)) for plan in plans]
+            rooms = [[plan and plan.values(402, cudnn.INTEGER, 1) for plan in made] for made in (plans, again)]
+            row: dict[str, object] = {
+                "plans": sum(plan is not None for plan in plans),
+                "restored": rooms[0] == rooms[1],
+            }
         except LibraryError as error:
-            plans = str(error)
-        print(json.dumps({"name": name, "plans": plans}), flush=True)
+            row = {"error": str(error)}
+        print(json.dumps({"name": name, **row}), flush=True)
     return 0
 
 

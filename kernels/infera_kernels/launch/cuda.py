@@ -11,7 +11,7 @@ from infera_kernels.calls import Call
 from infera_kernels.launch import cublaslt, cudnn
 from infera_kernels.launch.abi import Address, pack
 from infera_kernels.launch.assembler import suit
-from infera_kernels.launch.cache import KernelCache
+from infera_kernels.launch.cache import KernelCache, PlanCache
 from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compile_kernel, compiler_options
 from infera_kernels.launch.compiling import nothing
 from infera_kernels.launch.cublaslt import CublasLt
@@ -147,8 +147,9 @@ class CudaLauncher:
             self.library = CublasLt(found, device_id, self._stream)
             self.target = replace(self.target, library_bytes=WORKSPACES[self.target.arch >= 90])
         if libraries and (found := cudnn.library()) is not None:
-            self.cudnn = Cudnn(found, device_id, self._stream)
             self.target = replace(self.target, cudnn=cudnn.installed())
+            where = f"cuDNN {self.target.cudnn}, driver {self.driver_version}, {self.target}"
+            self.cudnn = Cudnn(found, device_id, self._stream, kept=PlanCache(self._cache.directory), where=where)
         self.compiled = 0
         """Kernels that were not in the cache and were compiled here."""
         self._loaded: dict[str, _Loaded] = {}

@@ -7,17 +7,19 @@ Numbers are those of cudnn_graph.h of cuDNN 9.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import threading
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
-from ctypes import byref, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_bool, c_char, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from infera_kernels.calls import Call
+from infera_kernels.launch.cache import PlanCache
 from infera_kernels.launch.nvidia import LibraryError, find, loads
 from infera_kernels.launch.types import address_of
 
@@ -46,6 +48,9 @@ FLOAT32 = 0
 _ENGINE, _CONFIGURATION, _HEURISTICS, _PLAN, _GRAPH, _PACK, _TENSOR = 2, 3, 4, 5, 15, 16, 17
 """cudnnBackendDescriptorType_t"""
 
+WRITTEN = 405
+"""CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION"""
+
 _TREE = 3
 """CUDNN_HEUR_MODE_A, its decision trees"""
 
@@ -67,7 +72,7 @@ class Kind(NamedTuple):
 HANDLE, TYPE, BOOLEAN, INTEGER = Kind(0, c_void_p), Kind(1, c_int), Kind(2, c_bool), Kind(3, c_int64)
 FLOAT, POINTER, CONVOLUTION_MODE, HEURISTIC = Kind(4, c_float), Kind(6, c_void_p), Kind(7, c_int), Kind(8, c_int)
 NANS, NOTE, FUNCTION, REDUCTION = (Kind(i, c_int) for i in (10, 11, 14, 18))
-OBJECT = Kind(15, c_void_p)
+OBJECT, TEXT = Kind(15, c_void_p), Kind(24, c_char)
 
 Attribute = tuple[int, Kind, Any]
 
@@ -116,8 +121,12 @@ class Object:
         self._found, self.at, self._parts = found, c_void_p(), attributes
         _check(found, "BackendCreateDescriptor", kind, byref(self.at))
         for attribute, sort, value in attributes:
-            values = value if isinstance(value, (list, tuple)) else (value,)
-            given = (sort.type * len(values))(*(v.at if isinstance(v, Object) else v for v in values))
+            values = value if isinstance(value, (list, tuple, bytes)) else (value,)
+            array = sort.type * len(values)
+            if isinstance(values, bytes):
+                given = array.from_buffer_copy(values)
+            else:
+                given = array(*(v.at if isinstance(v, Object) else v for v in values))
             _check(found, "BackendSetAttribute", self.at, attribute, sort.number, c_int64(len(values)), given)
         if finished:
             _check(found, "BackendFinalize", self.at)
@@ -132,6 +141,11 @@ class Object:
         count, held = c_int64(), (sort.type * most)()
         self._get(attribute, sort, most, count, held)
         return list(held)[: count.value]
+
+    def text(self, attribute: int) -> bytes:
+        count, held = c_int64(), (c_char * self.count(attribute, TEXT))()
+        self._get(attribute, TEXT, len(held), count, held)
+        return held.raw[: count.value]
 
     def objects(self, attribute: int, kind: int, most: int) -> list[Object]:
         """The library fills descriptors that are there."""
@@ -222,16 +236,28 @@ def plan_of(found: Any, place: Place, asked: Graph, way: int) -> Object | None:
     return None
 
 
+def restored(found: Any, place: Place, written: bytes) -> Object:
+    """A plan as the library has written it down. Raises LibraryError where it does not take it."""
+    return Object(found, _PLAN, *place.plan, (WRITTEN, TEXT, written))
+
+
 _idle: dict[int, list[c_void_p]] = {}
 """Handles that nobody uses, by GPU: to destroy one waits for the GPU. No lock is around it: one comes back whenever the
 garbage collector runs, which may be while another is taken."""
 
 
 class Cudnn:
-    """Graphs on one GPU and one stream. It is used with that GPU current."""
+    """Graphs on one GPU and one stream. It is used with that GPU current.
 
-    def __init__(self, found: Any, device_id: int, stream: int) -> None:
+    Plans are `kept` on disk, since many take longer to compile than a run; `where` is whatever they are for alone: the
+    release of the library, the card and its driver.
+    """
+
+    def __init__(
+        self, found: Any, device_id: int, stream: int, *, kept: PlanCache | None = None, where: str = ""
+    ) -> None:
         self._found, self._device_id, self._stream = found, device_id, stream
+        self._kept, self._where = kept, where
         self._handle: c_void_p | None = None
         self._plans: dict[Hashable, Object | None] = {}
         self._lock = threading.Lock()
@@ -250,7 +276,7 @@ class Cudnn:
         lies = [
             (name, t.sizes, t.strides, min(ALIGNED, a & -a)) for (name, t), a in zip(tensors.items(), at, strict=True)
         ]
-        key = (type(asked), asked.key(), *lies, way)
+        key = (type(asked).__name__, asked.key(), *lies, way)
         with self._lock:
             handle = self._opened()
             if handle is None:
@@ -258,7 +284,7 @@ class Cudnn:
             if key not in self._plans:
                 if len(self._plans) >= REMEMBERED:
                     self._plans.clear()
-                self._plans[key] = self._planned(place_of(handle), asked, way)
+                self._plans[key] = self._planned(place_of(handle), asked, way, f"{self._where} {key}")
             plan = self._plans[key]
         if plan is None:
             return None
@@ -286,12 +312,22 @@ class Cudnn:
                 self._handle = handle
         return self._handle
 
-    def _planned(self, place: Place, asked: Graph, way: int) -> Object | None:
+    def _planned(self, place: Place, asked: Graph, way: int, about: str) -> Object | None:
+        key = hashlib.sha256(about.encode()).hexdigest()
+        if (written := self._kept.get(key) if self._kept else None) is not None:
+            try:
+                return restored(self._found, place, written)
+            except LibraryError as error:
+                _log.warning("a plan that is kept is made anew, cuDNN does not take it: %s", error)
         try:
-            return plan_of(self._found, place, asked, way)
+            plan = plan_of(self._found, place, asked, way)
         except LibraryError as error:
             _log.debug("a %s that cuDNN does not take: %s", type(asked).__name__, error)
             return None
+        if plan is not None and self._kept:
+            with suppress(LibraryError):
+                self._kept.put(key, about, plan.text(WRITTEN))
+        return plan
 
     def _run(self, plan: Object, pack: Object, *kept: Any) -> None:
         """One at a time: a handle is for one thread."""
