@@ -4,7 +4,7 @@ Every Triton kernel and every portable operator on the device against NumPy, who
 a short selection of the timings of `bench.gpu_speed`, by predicted tiles whatever has been measured on the machine.
 Prints a table and writes bench/results/<gpu>-<time>.json, anew after each section: a kernel that takes its process
 down, or never ends, is named, and the rest goes on in another. Exit code 0: nothing failed; 1: something did, or there
-was time for nothing; 3: there is no GPU, nothing was checked. Needs NumPy, CuPy, Triton and onnx; timings are compared
+was time for nothing; 3: there is no GPU, nothing was run. Needs NumPy, CuPy, Triton and onnx; timings are compared
 with torch's where it is installed.
 """
 
@@ -66,8 +66,8 @@ SECONDS: Mapping[str, float] = {
     "tma": 60,
     "torch.compile": 120,
 }
-"""The most important first, and what each may take. What there is no time for is at the end: the last two are for a
-call of their own."""
+"""The most important first, and what each may take. What there is no time for is at the end, and torch.compile is for a
+call of its own."""
 
 SECTIONS: Mapping[str, Section] = {name: _ALL[name] for name in SECONDS}
 

@@ -70,7 +70,7 @@ def command(
         end_with_parent()
     reason = unavailable()
     if reason:
-        print(f"no GPU, nothing was checked: {reason}")
+        print(f"no GPU, nothing was run and no results were written: {reason}")
         return NO_GPU
     chosen = {name: section for name, section in sections.items() if not options.only or name in options.only}
     deadline = time.monotonic() + 60 * options.minutes

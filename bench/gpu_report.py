@@ -193,7 +193,7 @@ def write(
 ) -> Path:
     """The results file, of a run that began `now` and is to have the outcomes `wanted`."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(gpu.get("name", "gpu")).lower()).strip("-")
-    path = directory / f"{'-'.join(filter(None, (slug, topic)))}-{now:%Y-%m-%dT%H%M}.json"
+    path = directory / f"{'-'.join(filter(None, (slug, topic)))}-{now:%Y-%m-%dT%H%M%S}.json"
     record = {
         "time": now.isoformat(timespec="seconds"),
         "commit": commit(),

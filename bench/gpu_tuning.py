@@ -3,6 +3,7 @@ bench.gpu_tuning RESULTS.json` makes of a results file one that comes with the p
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_report import CheckFailed, Context, Section
+from bench.gpu_report import CheckFailed, Context, Section, first_line
 from bench.gpu_row_sections import Case, each, usual_seconds
 from bench.gpu_rows import Row
 from bench.gpu_targets import mean_gain
@@ -123,7 +124,27 @@ def _shipped(content: str, temporary: Path, folder: Path) -> Path:
     return store.path
 
 
+def main(argv: Sequence[str] | None = None, folder: Path = SHIPPED) -> int:
+    """0: all files were read; 1: some were not, which are named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_tuning",
+        description="Write the tiles that results files hold to where those of the package are. Needs no GPU.",
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="what bench.gpu_speed wrote")
+    failed = False
+    for path in parser.parse_args(argv).results:
+        try:
+            shipped = ", ".join(map(str, ship(path, folder)))
+        except OSError as error:
+            print(f"{error.filename or path}: {error.strerror}", file=sys.stderr)
+            failed = True
+        except (KeyError, TypeError, ValueError) as error:
+            print(f"{path} holds no results: {first_line(error)}", file=sys.stderr)
+            failed = True
+        else:
+            print(f"{path}: {shipped or 'no measured tiles'}")
+    return int(failed)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        shipped = ", ".join(map(str, ship(Path(argument))))
-        print(f"{argument}: {shipped or 'no measured tiles'}")
+    sys.exit(main())

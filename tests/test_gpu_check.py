@@ -64,7 +64,7 @@ def test_without_a_gpu_it_says_so_in_a_line_and_is_no_success(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(tmp_path, sections={"good": good}, reason="the driver reports no GPU") == NO_GPU == 3
-    assert capsys.readouterr().out == "no GPU, nothing was checked: the driver reports no GPU\n"
+    assert capsys.readouterr().out == "no GPU, nothing was run and no results were written: the driver reports no GPU\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,8 +125,8 @@ def test_a_table_lines_up() -> None:
 
 
 def test_the_file_is_named_after_gpu_and_time(tmp_path: Path) -> None:
-    path = write(tmp_path / "new", GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
-    assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T0304.json"
+    path = write(tmp_path / "new", GPU, [], [], datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+    assert path == tmp_path / "new" / "nvidia-h200-2026-01-02T030405.json"
 
 
 def test_results_go_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_errors_of_cupy_and_of_pytorch_tell_that_the_gpu_is_lost(name: str, lost
 
 def test_the_commit_is_named_where_there_is_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFERA_COMMIT", "0123abcd")
-    path = write(tmp_path, GPU, [], [], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    path = write(tmp_path, GPU, [], [], datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
     assert json.loads(path.read_text())["commit"] == tuning._commit() == "0123abcd"
 
 
@@ -271,6 +271,21 @@ def test_what_files_hold_of_the_store_is_shipped(tmp_path: Path) -> None:
     assert len(content["runs"]) == 3
     results.write_text(json.dumps({"sections": sections[:1]}))
     assert gpu_tuning.ship(results, tmp_path / "shipped") == []
+
+
+def test_files_that_are_no_results_are_named_and_the_others_shipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, other, missing = tmp_path / "good.json", tmp_path / "other.json", tmp_path / "missing.json"
+    good.write_text(json.dumps({"sections": [{"facts": {"file": kept(tmp_path / "a", "half")}}]}))
+    other.write_text("[]")
+    assert gpu_tuning.main([str(missing), str(other), str(good)], tmp_path / "shipped") == 1
+    said = capsys.readouterr()
+    first, second = said.err.splitlines()
+    assert first == f"{missing}: No such file or directory"
+    assert second.startswith(f"{other} holds no results: ")
+    assert said.out == f"{good}: {tmp_path / 'shipped' / 'h200-triton-3.6.0.json'}\n"
+    assert gpu_tuning.main([str(good)], tmp_path / "shipped") == 0
 
 
 def test_checks_go_by_predicted_tiles() -> None:
