@@ -19,18 +19,6 @@ from infera_kernels.launch.recording import Launch, launch_of
 from infera_kernels.launch.signature import CONSTEXPR, Leaf, bind, pointer_to
 from infera_kernels.launch.types import LaunchError, Target, nominal_target
 
-
-class _Scalar(np.ndarray[Any, np.dtype[Any]]):
-    """A one-element array that converts to int.
-
-    Triton 3.6 makes loop bounds with `int(array of shape (1,))`, which NumPy 2.4 refuses. Arithmetic keeps the
-    subclass, so bounds computed from arguments convert as well.
-    """
-
-    def __int__(self) -> int:
-        return int(self.item())
-
-
 _SCALARS = {"i1": np.bool_, "i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
@@ -54,28 +42,21 @@ def _tensor(leaf: Leaf, annotated: bool) -> Any:
     if leaf.type.startswith("*"):
         kind, data = tl.pointer_type(tl.str_to_ty(leaf.type[1:], None)), np.array([leaf.value], np.uint64)
     else:
-        kind, data = tl.str_to_ty(leaf.type, None), np.array([leaf.value], _SCALARS[leaf.type]).view(_Scalar)
+        kind, data = tl.str_to_ty(leaf.type, None), np.array([leaf.value], _SCALARS[leaf.type])
     return tl.tensor(TensorHandle(data, kind), kind)
 
 
-def _convertible(builder: Any, name: str) -> None:
-    """Has a builder's method give numbers of programs that bound loops, as arguments do."""
-    make = getattr(builder, name)
-    if not hasattr(make, "usual"):
-
-        def made(axis: int) -> Any:
-            handle = make(axis)
-            handle.data = handle.data.view(_Scalar)
-            return handle
-
-        made.usual = make  # type: ignore[attr-defined]
-        setattr(builder, name, made)
+def _bound_of(tensor: Any) -> int:
+    """A loop's bound."""
+    return int(tensor.handle.data.item())
 
 
 @contextmanager
 def _patching_once() -> Iterator[None]:
     """Triton patches its language anew for every call of a function in a kernel, which takes longer than the function;
-    once for each module of functions does."""
+    once for each module of functions does. Triton 3.6 makes loop bounds with `int(array of shape (1,))`, which NumPy
+    2.4 refuses: they are made here, until Triton undoes its patches."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch, seen = interpreter._patch_lang, set()
@@ -84,7 +65,9 @@ def _patching_once() -> Iterator[None]:
         module = id(fn.__globals__)
         if module not in seen:
             seen.add(module)
-            return patch(fn)
+            undone = patch(fn)
+            tl.tensor.__index__ = _bound_of
+            return undone
         return None
 
     interpreter._patch_lang = once
@@ -105,8 +88,6 @@ class InterpreterLauncher:
 
         # Watching every sum of integers for an overflow takes half of the time, and tensors here are small.
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
-        for name in ("create_get_program_id", "create_get_num_programs"):
-            _convertible(interpreter.interpreter_builder, name)
         self.target = target or nominal_target(90)
         self.launches: list[Launch] = []
 
