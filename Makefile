@@ -112,11 +112,11 @@ exports: $(VENV)/.with-test $(EXPORT_READY)  ## models as exporters write them, 
 	@made=0; $(foreach f,$(FRAMEWORKS),$(PYTHON_$f) -m bench.exporters_$f $(EXPORTS) $(NAMES) || made=1;) \
 	INFERA_EXPORTS=$(EXPORTS) $(PY) -m pytest tests/test_exporters.py && exit $$made
 
-gpu-check:  ## on a machine with a GPU, with the packages that PYTHON has: kernels, parity, memory, timings; one JSON file; ARGS="--only kernels" for some
+gpu-check:  ## needs a GPU: kernels, parity, memory, timings, with PYTHON's packages; ARGS="--only kernels" for some
 	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu_check $(ARGS)
 
-gpu-speed:  ## on a machine with a GPU: every timing that a claim rests on, against its roofline and PyTorch; ARGS="--only networks" for some
+gpu-speed:  ## needs a GPU: what claims of speed rest on, against roofline and PyTorch; ARGS="--only networks" for some
 	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was timed: see make gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu_speed $(ARGS)
 
