@@ -72,6 +72,10 @@ def command(
     if reason:
         print(f"no GPU, nothing was run and no results were written: {reason}")
         return NO_GPU
+    try:  # not only when the first section has taken its minutes
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"results cannot go to {options.output}: {error.strerror}")
     chosen = {name: section for name, section in sections.items() if not options.only or name in options.only}
     deadline = time.monotonic() + 60 * options.minutes
     gpu = describe(options.device)

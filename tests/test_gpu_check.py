@@ -155,6 +155,13 @@ def test_errors_of_cupy_and_of_pytorch_tell_that_the_gpu_is_lost(name: str, lost
     assert not loses_the_gpu(error), "out of memory"
 
 
+def test_nothing_runs_where_results_cannot_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--output", str(tmp_path / "file" / "out")], unavailable=lambda: None)
+    assert f"results cannot go to {tmp_path / 'file' / 'out'}: Not a directory" in capsys.readouterr().err
+
+
 def test_the_commit_is_named_where_there_is_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFERA_COMMIT", "0123abcd")
     path = write(tmp_path, GPU, [], [], datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
