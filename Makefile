@@ -29,15 +29,16 @@ $(VENV)/.with-%: pyproject.toml $(VENV)/.created
 run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real input, leave the server running
 	@$(PY) examples/demo.py
 
+# What other targets have installed is hidden from these tests, as it is not there where nothing else was ever run.
 test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
-	@$(PY) -m pytest $(SPREAD) -m "not large and not gpu and not kernels and not clients"
+	@INFERA_TEST_WITHOUT="cupy numba torch triton" $(PY) -m pytest $(SPREAD) -m "not large and not gpu and not kernels and not clients"
 
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80, 86, 90 and 100, in the plans of models
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
 test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
-	@.venv-jit/bin/python -m pytest $(SPREAD) -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py
+	@.venv-jit/bin/python -m pytest $(SPREAD) -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py tests/test_alike.py
 
 test-cupy:  ## what is bound to CuPy's arrays, with CuPy and no GPU, in an environment of its own (.venv-cupy)
 	@$(MAKE) --no-print-directory VENV=.venv-cupy .venv-cupy/.with-test .venv-cupy/.with-cuda13

@@ -1,18 +1,23 @@
 """What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit and try
 the same examples in every run; `--hypothesis-profile=others` has them try others.
 
-Passes run whenever a model is loaded, in child processes too: no test may pass by what an earlier run has kept.
+Passes run whenever a model is loaded, in child processes too: no test may pass by what an earlier run has kept. Packages
+that INFERA_TEST_WITHOUT names count as not installed, but for child processes.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["INFERA_GRAPH_CACHE"] = "0"
+
+for name in os.environ.get("INFERA_TEST_WITHOUT", "").split():
+    sys.modules[name] = None  # type: ignore[assignment]
 
 settings.register_profile(
     "others", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False, print_blob=True
