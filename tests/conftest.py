@@ -1,8 +1,8 @@
 """What is marked `kernels` needs Triton, and is skipped, and counted, without it. Properties have no time limit and try
 the same examples in every run; `--hypothesis-profile=others` has them try others.
 
-Passes run whenever a model is loaded, in child processes too: no test may pass by what an earlier run has kept. Packages
-that INFERA_TEST_WITHOUT names count as not installed, but for child processes.
+Passes run whenever a model is loaded, in child processes too: no test may pass by what an earlier run has kept.
+Packages that INFERA_TEST_WITHOUT names count as not installed, child processes apart.
 """
 
 from __future__ import annotations
