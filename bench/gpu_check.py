@@ -48,6 +48,7 @@ SECONDS: Mapping[str, float] = {
     "compiling": 100,
     "kernels": 90,
     "library": 20,
+    "cudnn": 30,
     "models": 60,
     "replays": 20,
     "networks": 80,
@@ -57,13 +58,12 @@ SECONDS: Mapping[str, float] = {
     "bandwidth": 30,
     "faults": 40,
     "memory": 30,
+    "tma": 60,
     "precisions": 45,
     "launches": 10,
     "latency": 25,
     "batches": 60,
     "portable": 60,
-    "cudnn": 30,
-    "tma": 60,
     "torch.compile": 120,
 }
 """The most important first, and what each may take. What there is no time for is at the end, and torch.compile is for a

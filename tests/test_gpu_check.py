@@ -183,7 +183,7 @@ def test_it_runs_as_a_module() -> None:
         text=True,
         check=True,
     )
-    assert "kernels, library, models" in " ".join(done.stdout.split())
+    assert "kernels, library, cudnn, models" in " ".join(done.stdout.split())
 
 
 def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
