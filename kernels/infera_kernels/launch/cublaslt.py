@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from infera_kernels.calls import Call
-from infera_kernels.launch.nvidia import LibraryError, find
+from infera_kernels.launch.nvidia import LibraryError, find, release
 from infera_kernels.launch.types import address_of
 
 _log = logging.getLogger(__name__)
@@ -98,13 +98,7 @@ def library() -> Any | None:
 
 def installed() -> str:
     """The release of the library, as 13.1.0; empty where there is none."""
-    found = library()
-    if found is None:
-        return ""
-    ask = found["cublasLtGetVersion"]
-    ask.restype = c_size_t
-    number = int(ask())
-    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+    return release(library(), "cublasLtGetVersion")
 
 
 def lying(rows: int, columns: int, strides: tuple[int, int]) -> tuple[int, bool] | None:

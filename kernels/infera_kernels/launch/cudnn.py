@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from infera_kernels.calls import Call
 from infera_kernels.launch.cache import PlanCache
-from infera_kernels.launch.nvidia import LibraryError, find, loads
+from infera_kernels.launch.nvidia import LibraryError, find, loads, release
 from infera_kernels.launch.types import address_of
 
 _log = logging.getLogger(__name__)
@@ -105,13 +105,7 @@ def _lacking(found: Any) -> str:
 
 def installed() -> str:
     """The release of the library, as 9.28.1; empty where there is none."""
-    found = library()
-    if found is None:
-        return ""
-    ask = found["cudnnGetVersion"]
-    ask.restype = c_size_t
-    number = int(ask())
-    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+    return release(library(), "cudnnGetVersion")
 
 
 class Object:

@@ -26,6 +26,16 @@ def find(name: str, off: str = "") -> Any | None:
         return None
 
 
+def release(found: Any | None, asked: str) -> str:
+    """The release of a library, as 13.1.0, by the function that gives it as a number; empty where there is none."""
+    if found is None:
+        return ""
+    ask = found[asked]
+    ask.restype = ctypes.c_size_t
+    number = int(ask())
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+
+
 def loads(name: str, *folders: Path) -> bool:
     """Whether a library of that name is loaded, or can be, from one of `folders` or else as the system finds it. Then
     it is, and whoever asks for the name finds it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, LaunchError, Target, Typed, cudnn_of
-from infera_kernels.launch.cudnn import TYPES, Tensor
+from infera_kernels.launch.cudnn import TYPES, Graph, Tensor
 from infera_kernels.launch.cudnn_graphs import ACTIVATIONS, Convolution
 from infera_kernels.triton.conv import Finish, Geometry
 from infera_kernels.triton.conv_kernel import conv_kernel
@@ -53,9 +53,13 @@ READY = (None, "relu")
 """Activations for which the library has kernels that are compiled."""
 
 
-def found_or_refused(call: Call | None, way: int, family: Family[Way], tuned: Tuned | None) -> Call | None:
-    """The call of a way, None where there is none. Raises LaunchError instead where that way is to be tried: kernels of
-    ours would be measured in its name."""
+def asked(
+    made: Graph | None, way: int, launcher: Launcher, workspace: Any, family: Family[Way], tuned: Tuned | None
+) -> Call | None:
+    """The call of one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`, None where it has none. Raises LaunchError
+    instead where that way is to be tried: kernels of ours would be measured in its name."""
+    library = cudnn_of(launcher)
+    call: Call | None = None if library is None or made is None else library.call(made, way, workspace)
     if call is None and tries(tuned, family):
         raise LaunchError(f"cuDNN has no plan {way} here")
     return call
@@ -101,10 +105,8 @@ def by_cudnn(
     workspace: Any,
     tuned: Tuned | None = None,
 ) -> Call | None:
-    """The convolution by one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`; as `found_or_refused`."""
-    library, made = cudnn_of(launcher), convolution_of(x, w, out, where, finish)
-    call = None if library is None or made is None else library.call(made, way, workspace)
-    return found_or_refused(call, way, WAY, tuned)
+    """The convolution by one of cuDNN's plans: see `asked`."""
+    return asked(convolution_of(x, w, out, where, finish), way, launcher, workspace, WAY, tuned)
 
 
 def convolution_of(x: Any, w: Any, out: Any, where: Geometry, finish: Finish) -> Convolution | None:

@@ -8,12 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Launcher, Typed, cudnn_of
+from infera_kernels.launch import Launcher, Typed
 from infera_kernels.launch.cudnn import TYPES, Tensor
 from infera_kernels.launch.cudnn_graphs import Attention
 from infera_kernels.triton.attention import Options
 from infera_kernels.triton.attention_kernels import attention_kernel, combine_kernel
-from infera_kernels.triton.dnn import Way, found_or_refused, ours, ways
+from infera_kernels.triton.dnn import Way, asked, ours, ways
 from infera_kernels.triton.layout import coalesce, element_strides, name_of
 from infera_kernels.triton.tiles import HALF
 from infera_kernels.tuning import Family, Tuned, choose
@@ -82,10 +82,8 @@ def attention_by_cudnn(
     workspace: Any,
     tuned: Tuned | None = None,
 ) -> Call | None:
-    """Attention by one of cuDNN's plans, in scratch of `cudnn.WORKSPACE`; as `found_or_refused`."""
-    library, made = cudnn_of(launcher), attention_of(q, k, v, out, options)
-    call = None if library is None or made is None else library.call(made, way, workspace)
-    return found_or_refused(call, way, WAY, tuned)
+    """Attention by one of cuDNN's plans: see `dnn.asked`."""
+    return asked(attention_of(q, k, v, out, options), way, launcher, workspace, WAY, tuned)
 
 
 def attention_of(q: Any, k: Any, v: Any, out: Any, options: Options) -> Attention | None:
