@@ -6,7 +6,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 
 # A file of tests goes to one process as a whole: what its tests share is made once. Those of kernels use two processors
 # as they are.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-kernels test-jit test-cupy test-cudnn test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean

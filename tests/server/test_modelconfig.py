@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import onnx
@@ -238,6 +240,13 @@ def test_the_models_file_has_the_name_that_is_given(tmp_path: Path) -> None:
     put(tmp_path, "m", 'default_model_filename: "net.bin"', file="net.bin")
     with repository(tmp_path) as running:
         assert infer(running, np.ones((1, 4)))[0] == 200
+
+
+def test_the_classes_of_messages_are_never_collected() -> None:
+    """protobuf can hand out a class that is being collected: a model that was being loaded meanwhile ended the server."""
+    kind = ref(type(modelconfig.new().dynamic_batching.default_queue_policy))
+    gc.collect()
+    assert kind() is not None
 
 
 def test_the_queue_is_as_long_as_its_policy_says() -> None:

@@ -5,12 +5,15 @@ protocol added to it; `v2.binpb` is what protoc makes of them, and is made again
 
     python -m grpc_tools.protoc -I. --include_imports --descriptor_set_out=v2.binpb *.proto
 
-The messages live in a pool of their own: a process may hold a client's generated code for the same files too.
+The messages live in a pool of their own: a process may hold a client's generated code for the same files too. Their
+classes are all made at once, nested ones too, and kept: protobuf makes a class when it is first needed and holds it
+weakly, so that one which is being collected can still be handed to another thread, which then crashes the process.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -23,24 +26,25 @@ _making = threading.Lock()
 def pool() -> descriptor_pool.DescriptorPool:
     """Every message and service. There is one: messages of two pools do not go together."""
     with _making:
-        return _pool()
-
-
-@cache
-def _pool() -> descriptor_pool.DescriptorPool:
-    found = descriptor_pool.DescriptorPool()
-    data = files(__package__).joinpath("v2.binpb").read_bytes()
-    for file in descriptor_pb2.FileDescriptorSet.FromString(data).file:
-        found.Add(file)
-    return found
+        return _made()[0]
 
 
 def message(name: str) -> Any:
     """The class of a message, as `inference.ModelInferRequest`."""
     with _making:
-        return _message(name)
+        return _made()[1][name]
 
 
 @cache
-def _message(name: str) -> Any:
-    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(name))
+def _made() -> tuple[descriptor_pool.DescriptorPool, Mapping[str, Any]]:
+    found = descriptor_pool.DescriptorPool()
+    data = files(__package__).joinpath("v2.binpb").read_bytes()
+    classes: dict[str, Any] = {}
+    for file in descriptor_pb2.FileDescriptorSet.FromString(data).file:
+        found.Add(file)
+        left = [*found.FindFileByName(file.name).message_types_by_name.values()]
+        while left:
+            kind = left.pop()
+            classes[kind.full_name] = message_factory.GetMessageClass(kind)
+            left += kind.nested_types
+    return found, classes
