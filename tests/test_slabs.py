@@ -68,7 +68,8 @@ def test_where_addresses_are_scarce_an_array_has_a_place_alone(monkeypatch: pyte
 
 
 @pytest.mark.skipif(packed.inner() is None, reason="NumPy calls a BLAS whose inner loops are not known")
-def test_a_session_packs_into_slabs_that_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_session_packs_into_slabs_that_go_with_it(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     slabs: list[weakref.ref[Array]] = []
     take = Slabs.take
 
@@ -88,7 +89,7 @@ def test_a_session_packs_into_slabs_that_go_with_it(monkeypatch: pytest.MonkeyPa
     constants = [numpy_helper.from_array(w, name) for name, w in weights.items()]
     graph = helper.make_graph(nodes, "two", values[:1], values[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    session = infera_gpu.load(model, device="cpu", threads=1, jit=False)
+    session = infera_gpu.load(model, device="cpu", threads=threads, jit=False)
     x = np.linspace(0, 1, 64 * 512, dtype=np.float32).reshape(64, 512)
     want = np.maximum(x.astype(np.float64) @ weights["w0"], 0) @ weights["w1"]
     np.testing.assert_allclose(session.run({"x": x})["y"], want, atol=2e-5 * np.abs(want).max())

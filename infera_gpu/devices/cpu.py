@@ -13,6 +13,7 @@ from infera_gpu.devices.base import compute_into, host_block, host_copy, host_vi
 from infera_gpu.devices.ports import HostPorts, Ports
 from infera_gpu.devices.processes import POOL
 from infera_gpu.devices.sending import SHARED_ABOVE, Region
+from infera_gpu.devices.shared import SharedSlabs
 from infera_gpu.devices.workers import WORKERS
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
@@ -74,7 +75,7 @@ class CpuDevice:
         self.kinds: tuple[str, ...] = ("jit", "cpu") if jit else ("cpu",)
         self._working = False
         self._shares = self.threads > 1 and not processes.unavailable(self.threads)
-        self.slabs: Slabs | None = None if self._shares else Slabs()
+        self.slabs: Slabs | None = SharedSlabs(lambda: POOL.memory) if self._shares else Slabs()
         where = f", in {self.threads} processes" if self._shares else ""
         self.concurrency = f"{self.threads} thread{'s' if self.threads > 1 else ''}{where} ({why})"
         self.least_ns = processes.LEAST_NS if self._shares else LEAST_NS
@@ -120,7 +121,7 @@ class CpuDevice:
 
     def constant(self, host: HostArray, space: Space, *, lasting: bool = False, packed: bool = False) -> HostArray:
         if self._shares and packed and lasting and host.nbytes >= SHARED_ABOVE and POOL.memory is not None:
-            return POOL.memory.copy(host)
+            return POOL.memory.copy(host, self.slabs)
         return host
 
     def transfer(self, source: Array, target: Array) -> Call:

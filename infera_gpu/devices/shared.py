@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from bisect import bisect_right
+from collections.abc import Callable
 from mmap import PAGESIZE
 from typing import NamedTuple
 from weakref import finalize
@@ -17,7 +18,7 @@ from numpy.lib.array_utils import byte_bounds
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import Array
-from infera_kernels.cpu.aligned import address
+from infera_kernels.cpu.aligned import LARGE_PAGE, SLAB_BYTES, SLAB_LEAST, SLAB_MOST, Slabs, address
 from infera_kernels.cpu.process import Mapping, Place
 
 if sys.platform == "linux":
@@ -52,6 +53,10 @@ class _Block(NamedTuple):
 class SharedMemory:
     """Blocks of an anonymous file, each mapped as long as an array lies in it. Their pages go back with it.
 
+    Those of 2 MiB and more lie on large pages, as far as they fill them, and are there from the start: the system looks
+    for small ones as each is written to, and two processes that read weights there were hardly faster than one. See
+    `Slabs`.
+
     The child of a fork has the parent's blocks, and needs memory of its own for others. It may read constants there,
     whose pages stay then for good, and leaves all else alone. Raises OSError where the system has no such files.
     """
@@ -74,9 +79,22 @@ class SharedMemory:
     def block(self, nbytes: int, *, constant: bool = False) -> HostArray:
         """Uninitialised memory that begins with a page. Raises OutOfMemoryError where there is not that much."""
         require_host_memory("the arena", nbytes)
-        size = -(-(nbytes + SLACK) // PAGESIZE) * PAGESIZE
+        mapping, root = self._mapped(nbytes, constant)
+        if nbytes >= LARGE_PAGE:
+            mapping.enlarge(0, nbytes - nbytes % LARGE_PAGE)
+        return root[:nbytes]
+
+    def slab(self) -> tuple[Mapping, HostArray]:
+        """A block of SLAB_BYTES for constants, without memory yet, and what gives it large pages."""
+        mapping, root = self._mapped(SLAB_BYTES, constant=True)
+        return mapping, root[:SLAB_BYTES]
+
+    def _mapped(self, nbytes: int, constant: bool) -> tuple[Mapping, HostArray]:
+        """A block of so many bytes, and some behind them, and what maps it."""
+        size, first = -(-(nbytes + SLACK) // PAGESIZE) * PAGESIZE, LARGE_PAGE if nbytes >= LARGE_PAGE else PAGESIZE
         with self._lock:
-            begin, self._end = self._end, self._end + size
+            begin = -(-self._end // first) * first
+            self._end = begin + size
             os.ftruncate(self.file, self._end)
         mapping = Mapping(self.file, size, begin)
         root: HostArray = np.asarray(mapping)
@@ -84,13 +102,16 @@ class SharedMemory:
         self._blocks[at] = _Block(begin, size, constant)
         self._version = object()
         finalize(root, self._free, at, mapping).atexit = False
-        return root[:nbytes]
+        return mapping, root
 
-    def copy(self, array: HostArray) -> HostArray:
-        """The array, in a block of its own; as it is where it lies in one."""
+    def copy(self, array: HostArray, slabs: Slabs | None = None) -> HostArray:
+        """The array, in one of the `slabs` or in a block of its own; as it is where it lies in a block."""
         if self.place_of(array) is not None:
             return array
-        made: HostArray = np.ndarray(array.shape, array.dtype, self.block(array.nbytes, constant=True))
+        room = slabs.take(array.nbytes) if slabs is not None and SLAB_LEAST <= array.nbytes <= SLAB_MOST else None
+        if room is None:
+            room = self.block(array.nbytes, constant=True)
+        made: HostArray = np.ndarray(array.shape, array.dtype, room)
         np.copyto(made, array)
         made.flags.writeable = False
         return made
@@ -140,3 +161,29 @@ class SharedMemory:
         self._version = object()
         if self._process == os.getpid() and not (found.constant and found.begin < self._kept):
             mapping.advise(MADV_REMOVE)
+
+
+class SharedSlabs(Slabs):
+    """`Slabs` in what `memory` gives, the pool's: in the child of a fork that is another one."""
+
+    def __init__(self, memory: Callable[[], SharedMemory | None]) -> None:
+        super().__init__()
+        self._memory, self._process = memory, os.getpid()
+        self._mapping: Mapping | None = None
+        self._large = 0
+
+    def slab(self) -> Array:
+        memory = self._memory()
+        if memory is None:
+            raise MemoryError("no memory that processes share")
+        self._mapping, found = memory.slab()
+        self._large, self._process = 0, os.getpid()
+        return found
+
+    def fits(self, nbytes: int) -> bool:
+        return self._process == os.getpid() and super().fits(nbytes)
+
+    def reached(self, end: int) -> None:
+        start, self._large = self._large, -(-end // LARGE_PAGE) * LARGE_PAGE
+        if self._mapping is not None and start < self._large:
+            self._mapping.enlarge(start, self._large)

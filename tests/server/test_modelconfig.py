@@ -243,7 +243,7 @@ def test_the_models_file_has_the_name_that_is_given(tmp_path: Path) -> None:
 
 
 def test_the_classes_of_messages_are_never_collected() -> None:
-    """protobuf can hand out a class that is being collected: a model that was being loaded meanwhile ended the server."""
+    """protobuf can hand out one that is being collected: a model that was being loaded meanwhile ended the server."""
     kind = ref(type(modelconfig.new().dynamic_batching.default_queue_policy))
     gc.collect()
     assert kind() is not None

@@ -42,11 +42,23 @@ class Slabs:
     def take(self, nbytes: int) -> Array:
         """So many bytes, at most SLAB_BYTES, which begin with a cache line. Raises MemoryError."""
         with self._lock:
-            if self._at + nbytes > len(self._slab):
-                raw = np.empty(SLAB_BYTES + LARGE_PAGE, np.uint8)
-                self._slab, self._at = raw, -address(raw) % LARGE_PAGE
+            if not self.fits(nbytes):
+                self._slab = self.slab()
+                self._at = -address(self._slab) % LARGE_PAGE
             start, self._at = self._at, self._at + -(-nbytes // LINE) * LINE
+            self.reached(start + nbytes)
             return self._slab[start : start + nbytes]
+
+    def slab(self) -> Array:
+        """Memory with at least SLAB_BYTES from the first large page on. Raises MemoryError."""
+        return np.empty(SLAB_BYTES + LARGE_PAGE, np.uint8)
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether the slab at hand has room for so many bytes more."""
+        return self._at + nbytes <= len(self._slab)
+
+    def reached(self, end: int) -> None:
+        """The first `end` bytes of the slab at hand are about to be used."""
 
 
 class _Current(threading.local):

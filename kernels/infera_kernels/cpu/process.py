@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from infera_kernels.calls import Array, Call
-from infera_kernels.cpu.aligned import address
+from infera_kernels.cpu.aligned import LARGE_PAGE, address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,34 +103,61 @@ def ufunc(name: str) -> np.ufunc:
     return found
 
 
+MAP_FIXED, MADV_COLLAPSE = 0x10, 25
+"""Of Linux, and not in Python's `mmap`: see mmap(2) and madvise(2)."""
+
+
 class Mapping:
     """Part of a file, mapped until this is let go of; an array of its bytes is `np.asarray` of it.
 
     The system needs no descriptor for it. Python's own `mmap` keeps one each, of which a process has a thousand (its
-    `trackfd` came with 3.13). Raises MemoryError where the system maps no more.
+    `trackfd` came with 3.13). What begins with a large page of the file begins with one of addresses. Raises
+    MemoryError where the system maps no more.
     """
 
     def __init__(self, file: int, nbytes: int, begin: int) -> None:
-        from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
+        from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 
         library = ctypes.CDLL(None, use_errno=True)
         library.mmap.restype = ctypes.c_void_p
-        length, self._unmap, self._advise = ctypes.c_size_t(nbytes), library.munmap, library.madvise
-        found = library.mmap(None, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, ctypes.c_long(begin))
-        self._where: tuple[ctypes.c_void_p, ctypes.c_size_t] | None = None
-        if found == ctypes.c_void_p(-1).value:
-            raise MemoryError(f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
-        self._where = ctypes.c_void_p(found), length
-        self.__array_interface__ = {"data": (found, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+        self._unmap, self._advise = library.munmap, library.madvise
+        self._whole: tuple[ctypes.c_void_p, ctypes.c_size_t] | None = None
+        """All addresses that were taken."""
 
-    def advise(self, what: int) -> None:
-        """One of `mmap`'s MADV_..."""
-        assert self._where is not None
-        self._advise(*self._where, what)
+        def mapped(at: int | None, size: int, access: int, kind: int, *rest: Any) -> int:
+            found: int = library.mmap(ctypes.c_void_p(at), ctypes.c_size_t(size), access, kind, *rest)
+            if found == ctypes.c_void_p(-1).value:
+                raise MemoryError(f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
+            self._whole = self._whole or (ctypes.c_void_p(found), ctypes.c_size_t(size))
+            return found
+
+        at, kind = None, MAP_SHARED
+        if nbytes >= LARGE_PAGE and not begin % LARGE_PAGE:
+            room = mapped(None, nbytes + LARGE_PAGE, 0, MAP_PRIVATE | MAP_ANONYMOUS, -1, ctypes.c_long(0))
+            at, kind = room + -room % LARGE_PAGE, MAP_SHARED | MAP_FIXED
+        self._nbytes = nbytes
+        self._at = mapped(at, nbytes, PROT_READ | PROT_WRITE, kind, file, ctypes.c_long(begin))
+        self.__array_interface__ = {"data": (self._at, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def advise(self, what: int, start: int = 0, stop: int | None = None) -> None:
+        """One of `mmap`'s MADV_..., about bytes [start, stop)."""
+        end = self._nbytes if stop is None else stop
+        self._advise(ctypes.c_void_p(self._at + start), ctypes.c_size_t(end - start), what)
+
+    def enlarge(self, start: int, stop: int) -> None:
+        """Have bytes [start, stop), which are whole large pages, lie on large pages, now, with what they hold.
+
+        They stay on small ones where the system has no large ones left, or cannot (Linux can from 6.1 on). It makes
+        none of its own accord of memory that processes share, unless /sys/kernel/mm/transparent_hugepage says so.
+        """
+        data = np.asarray(self)
+        for page in range(start, stop, LARGE_PAGE):
+            data[page]  # one that has nothing at all yet is passed over
+        self.advise(MADV_COLLAPSE, start, stop)
 
     def __del__(self) -> None:
-        if self._where is not None:
-            self._unmap(*self._where)
+        if self._whole is not None:
+            self._unmap(*self._whole)
 
 
 class _Reader(pickle.Unpickler):
