@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from infera_gpu.devices.base import quiet_numpy
 from infera_kernels.calls import SERIAL, Array, Call, Pack, Split, one_after_the_other
-from infera_kernels.cpu import nhwc_conv, nhwc_depthwise, nhwc_product, nhwc_windows, nhwc_winograd, packed
+from infera_kernels.cpu import caches, nhwc_conv, nhwc_depthwise, nhwc_product, nhwc_windows, nhwc_winograd, packed
 from infera_kernels.cpu.conv_epilogue import ACTIVATIONS
 from infera_kernels.cpu.nhwc_conv import border_of, conv2d, reads_strided
 from infera_kernels.cpu.nhwc_pool import average_pool2d, global_average_pool, global_max_pool, max_pool2d
@@ -36,6 +36,12 @@ def backwards(parts: Sequence[Iterable[Call]]) -> list[Call]:
 
 
 SPLITS = {"serial": SERIAL, "three": Split(3, backwards), "many": Split(11, backwards)}
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever cache the machine has: there are several then."""
+    monkeypatch.setattr(caches, "_times", lambda: 1)
 
 
 def scratch(shape: Sequence[int], dtype: Any = np.float32) -> Array:
@@ -400,10 +406,12 @@ def test_lines_are_whole_panels_where_there_is_room(
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("conv", [c for c in CONVS if c.name.startswith("depthwise")], ids=lambda c: c.name)
+@pytest.mark.parametrize("block", [nhwc_depthwise.BLOCK_BYTES, 1], ids=["usual", "a-row"])
 def test_what_reaches_into_padding_is_summed_apart(
-    conv: Conv, layout: Callable[[Array], Array], split: Split, monkeypatch: pytest.MonkeyPatch
+    block: int, conv: Conv, layout: Callable[[Array], Array], split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a padded copy, bit by bit."""
+    """As with a padded copy, bit by bit, in blocks of any size."""
+    monkeypatch.setattr(nhwc_depthwise, "BLOCK_BYTES", block)
     x, w, b = (random(i, *s) for i, s in enumerate((conv.x, conv.w, conv.w[:1])))
     made = []
     for large in (math.inf, 0):

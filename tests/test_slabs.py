@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import infera_gpu
+from infera_gpu.devices.base import ON_LARGE_PAGES, host_block
 from infera_kernels.calls import Array
 from infera_kernels.cpu import aligned, packed
 from infera_kernels.cpu.aligned import LARGE_PAGE, LINE, SLAB_LEAST, SLAB_MOST, Slabs, address, within
@@ -40,6 +41,28 @@ def test_small_arrays_and_those_of_other_threads_have_memory_of_their_own() -> N
     slab = slabs.take(1).base
     assert np.shares_memory(inside, slab)
     assert not any(np.shares_memory(a, slab) for a in (small, apart, outside))
+
+
+def test_many_small_arrays_share_a_slab() -> None:
+    """A few of them are not worth a large page."""
+    slabs = Slabs()
+    with within(slabs):
+        small = [aligned.aligned((SLAB_LEAST // 16,), np.uint8) for _ in range(40)]
+    slab = slabs.take(1).base
+    assert [np.shares_memory(a, slab) for a in small] == [False] * 15 + [True] * 25
+    for i, array in enumerate(small):
+        array[:] = i
+    assert [int(a.max()) for a in small] == list(range(40))
+
+
+def test_a_large_arena_begins_and_ends_with_a_large_page() -> None:
+    block = host_block(ON_LARGE_PAGES + 1)
+    assert address(block) % LARGE_PAGE == 0
+    whole = block.base
+    assert whole is not None
+    end = address(whole) + whole.nbytes
+    assert end - (address(block) + block.nbytes) >= -(address(block) + block.nbytes) % LARGE_PAGE
+    assert block.nbytes == ON_LARGE_PAGES + 1
 
 
 def test_slabs_go_with_their_arrays() -> None:

@@ -22,7 +22,7 @@ from infera_gpu.memory import ALIGN
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
-from infera_kernels.cpu.aligned import Slabs
+from infera_kernels.cpu.aligned import LARGE_PAGE, Slabs, address
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
@@ -234,11 +234,20 @@ def require_host_memory(what: str, nbytes: int) -> None:
             raise OutOfMemoryError(what, needed=nbytes, available=available)
 
 
+ON_LARGE_PAGES = 1 << 22
+"""Bytes from which on NumPy asks the system for large pages."""
+
+
 def host_block(nbytes: int) -> HostArray:
-    """Aligned, uninitialised host memory. Raises OutOfMemoryError where there is not that much."""
+    """Aligned, uninitialised host memory. Raises OutOfMemoryError where there is not that much.
+
+    Where NumPy asks for large pages, it begins with one and has the rest of the last, so that none of it is on small
+    ones: each of those is a fault of its own in the first run.
+    """
     require_host_memory("the arena", nbytes)
-    raw = np.empty(nbytes + ALIGN, np.uint8)
-    skip = -raw.__array_interface__["data"][0] % ALIGN
+    page = LARGE_PAGE if nbytes >= ON_LARGE_PAGES else ALIGN
+    raw = np.empty(-(-nbytes // page) * page + page, np.uint8)
+    skip = -address(raw) % page
     return raw[skip : skip + nbytes]
 
 

@@ -22,8 +22,9 @@ SLAB_BYTES = 1 << 26
 """Of addresses. Memory it becomes page by page, as arrays come to lie there."""
 
 SLAB_LEAST, SLAB_MOST = 1 << 18, 1 << 24
-"""Bytes of an array that lies in a slab. Smaller ones are no large part of a model. Larger ones come to lie on large
-pages in any case, as NumPy asks for them, but for their ends, and may lie where weights were that are no more."""
+"""Bytes of an array that lies in a slab, or of smaller ones together, beyond which others do: a small model needs no
+large page. Larger ones come to lie on large pages in any case, as NumPy asks for them, but for their ends, and may lie
+where weights were that are no more."""
 
 
 class Slabs:
@@ -37,7 +38,13 @@ class Slabs:
     def __init__(self) -> None:
         self._slab: Array = np.empty(0, np.uint8)
         self._at = 0
+        self._small = 0
         self._lock = threading.Lock()  # one thread may plan while another binds
+
+    def wants(self, nbytes: int) -> bool:
+        """Whether an array of so many bytes, which are counted, is one for a slab."""
+        self._small += nbytes
+        return self._small >= SLAB_LEAST and nbytes <= SLAB_MOST
 
     def take(self, nbytes: int) -> Array:
         """So many bytes, at most SLAB_BYTES, which begin with a cache line. Raises MemoryError."""
@@ -86,7 +93,7 @@ def address(x: Array) -> int:
 def aligned(shape: Sequence[int], dtype: Any = np.float32, slack: int = 0) -> Array:
     """An uninitialised array that begins with a cache line, with `slack` bytes behind it. NumPy aligns to 16 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if _current.slabs is not None and SLAB_LEAST <= size <= SLAB_MOST:
+    if _current.slabs is not None and _current.slabs.wants(size):
         with suppress(MemoryError):  # where addresses are scarce it may have a place alone
             return np.ndarray(shape, dtype, _current.slabs.take(size + slack))
     raw = np.empty(size + slack + LINE, np.uint8)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Pack, Scratch, Split
+from infera_kernels.cpu.aligned import aligned
+from infera_kernels.cpu.caches import block_of
 from infera_kernels.cpu.conv_epilogue import Activation
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.nhwc_epilogue import epilogue
@@ -61,7 +63,7 @@ def depthwise(
     loop = _loop(window, fold, inner, c * x.itemsize)
     once, weights = _weights(w, loop, scratch, pack)
     target, rest = flat(y), None if residual is None else flat(residual)
-    most = max(1, BLOCK_BYTES // (width * fold * c * y.itemsize))
+    most = max(1, block_of(BLOCK_BYTES) // (width * fold * c * y.itemsize))
 
     def part(start: int, stop: int) -> Iterator[Call]:
         step = longest(start, stop, most)
@@ -70,17 +72,21 @@ def depthwise(
         room = None if columns else room_for(x, window, min(step, height), scratch, dense=dense)
         sums = None if y.flags.c_contiguous and rest is None else scratch((step * width, c), y.dtype)
         halves = None if fold == 1 else scratch((step * width, fold * c), y.dtype)
+        at_once, by_block = ([], columns) if sums is not None else _edges(columns)
 
         def calls() -> Iterator[Call]:
             yield from first_of_all
+            for i, row, _, at in images(start, stop, height) if at_once else ():
+                into = target[start * width : stop * width].reshape(stop - start, width, -1)[at]
+                yield from _apart(x[i], weights, into, window, loop, row, at_once)
             for first, last in spans(start, stop, step):
                 pixels = slice(first * width, last * width)
                 block = target[pixels] if sums is None else sums[: (last - first) * width]
                 made = block if halves is None else halves[: block.shape[0]]
                 for i, row, end, at in images(first, last, height):
                     into = made.reshape(last - first, width, -1)[at]
-                    if columns:
-                        yield from _apart(x[i], weights, into, window, loop, row, columns)
+                    if by_block:
+                        yield from _apart(x[i], weights, into, window, loop, row, by_block)
                     else:
                         band, load = padded(x[i], room, window, row, end)
                         yield from load
@@ -208,6 +214,14 @@ def _kinds(window: Window, axis: int, size: int, start: int, stop: int) -> list[
     return [Kind(first, last, *seen) for (first, seen), last in zip(kinds, ends, strict=True)]
 
 
+def _edges(columns: Sequence[Kind] | None) -> tuple[Sequence[Kind], Sequence[Kind] | None]:
+    """What there is beside most columns, and those: few columns of all rows are as few calls as those of a block."""
+    if columns is None:
+        return [], None
+    most = max(columns, key=lambda kind: kind.last - kind.first)
+    return [kind for kind in columns if kind is not most], [most]
+
+
 def _apart(
     x: Array, weights: Array, y: Array, window: Window, loop: Loop, start: int, columns: Sequence[Kind]
 ) -> Iterator[Call]:
@@ -240,7 +254,8 @@ def _weights(w: Array, loop: Loop, scratch: Scratch, pack: Pack | None) -> tuple
     shape = rows, steps, repeat, fold, c
 
     def packed(w: Array) -> Array:
-        made = np.zeros(shape, w.dtype)
+        made = aligned(shape, w.dtype)
+        made[...] = 0
         for fn, args in _repeated(w, made):
             fn(*args)
         return made

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch, Split
+from infera_kernels.cpu.caches import block_of
 from infera_kernels.cpu.conv_planes import Pair
 from infera_kernels.cpu.elementwise import call, const
 from infera_kernels.cpu.nhwc_rows import images, in_parts, is_slice, longest, moved, spans
@@ -119,7 +120,7 @@ def _pool(
     height, (width, c) = y.shape[1], x.shape[2:]
     stride = strides[1]
     across = -(-width // stride)
-    most = max(1, BLOCK_BYTES // (width * c * x.itemsize * strides[0]))
+    most = max(1, block_of(BLOCK_BYTES) // (width * c * x.itemsize * strides[0]))
     right = list(_taps(width, y.shape[2], kernel[1], stride, dilations[1], pads[1][0]))
 
     def part(start: int, stop: int) -> Iterator[Call]:

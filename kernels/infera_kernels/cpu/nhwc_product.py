@@ -11,6 +11,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.cpu.blas import reads_as_it_lies
+from infera_kernels.cpu.caches import block_of
 
 SLICES = (64, 48, 40, 32, 16)
 """Columns that a slice of the weights may have."""
@@ -26,7 +27,7 @@ cache for what follows, but make BLAS lay out the weights more often."""
 
 def block_bytes() -> int:
     """Of the products that `product` makes."""
-    return SMALL_BLOCK_BYTES if small_product() else BLOCK_BYTES
+    return block_of(SMALL_BLOCK_BYTES) if small_product() else BLOCK_BYTES
 
 
 @cache
