@@ -139,7 +139,7 @@ _MEMORY = (
 )
 _FIRST = (
     "Planning and binding are Python, a fraction of a millisecond a node: what is left of it on models of a few "
-    "milliseconds. yunet's depthwise convolutions are a thousand calls."
+    "milliseconds. yunet's convolutions are hundreds of calls."
 )
 _NUMBA = (
     "In each process numba compiles its own runtime and links every function that it has kept anew, some milliseconds "

@@ -114,8 +114,8 @@ def test_arrays_of_a_slab_are_shared_and_its_memory_comes_as_they_do(memory: Sha
 
 def test_what_is_copied_lies_in_a_slab_too(memory: SharedMemory) -> None:
     slabs = SharedSlabs(lambda: memory)
-    small, some, large = (np.arange(n, dtype=np.uint8) for n in (SLAB_LEAST - 1, SLAB_LEAST, SLAB_MOST + 1))
-    places = [memory.place_of(memory.copy(array, slabs)) for array in (small, some, some, large)]
+    first, some, large = (np.arange(n, dtype=np.uint8) for n in (SLAB_LEAST - 1, 1 << 16, SLAB_MOST + 1))
+    places = [memory.place_of(memory.copy(array, slabs)) for array in (first, some, some, large)]
     blocks = [place[1] for place in places if place is not None]
     assert [nbytes >= SLAB_BYTES for nbytes in blocks] == [False, True, True, False]
     copy = memory.copy(some, slabs)
@@ -123,11 +123,15 @@ def test_what_is_copied_lies_in_a_slab_too(memory: SharedMemory) -> None:
     assert memory.copy(copy, slabs) is copy
 
 
-def test_there_are_no_slabs_without_memory() -> None:
-    with within(SharedSlabs(lambda: None)):
+def test_there_are_no_slabs_without_memory(memory: SharedMemory) -> None:
+    slabs = SharedSlabs(lambda: None)
+    with within(slabs):
         array = aligned((SLAB_LEAST,), np.uint8)
     array[-1] = 1
     assert array[-1] == 1
+    copy = memory.copy(array, slabs)
+    assert memory.place_of(copy) is not None
+    assert copy[-1] == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")

@@ -18,7 +18,7 @@ from numpy.lib.array_utils import byte_bounds
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import Array
-from infera_kernels.cpu.aligned import LARGE_PAGE, SLAB_BYTES, SLAB_LEAST, SLAB_MOST, Slabs, address
+from infera_kernels.cpu.aligned import LARGE_PAGE, SLAB_BYTES, Slabs, address
 from infera_kernels.cpu.process import Mapping, Place
 
 if sys.platform == "linux":
@@ -108,7 +108,7 @@ class SharedMemory:
         """The array, in one of the `slabs` or in a block of its own; as it is where it lies in a block."""
         if self.place_of(array) is not None:
             return array
-        room = slabs.take(array.nbytes) if slabs is not None and SLAB_LEAST <= array.nbytes <= SLAB_MOST else None
+        room = None if slabs is None else slabs.room(array.nbytes)
         if room is None:
             room = self.block(array.nbytes, constant=True)
         made: HostArray = np.ndarray(array.shape, array.dtype, room)

@@ -41,10 +41,14 @@ class Slabs:
         self._small = 0
         self._lock = threading.Lock()  # one thread may plan while another binds
 
-    def wants(self, nbytes: int) -> bool:
-        """Whether an array of so many bytes, which are counted, is one for a slab."""
+    def room(self, nbytes: int, slack: int = 0) -> Array | None:
+        """What `take` gives for an array of so many bytes, and some behind it; None where it is none for a slab, or
+        where addresses are scarce: it may have a place alone."""
         self._small += nbytes
-        return self._small >= SLAB_LEAST and nbytes <= SLAB_MOST
+        if self._small >= SLAB_LEAST and nbytes <= SLAB_MOST:
+            with suppress(MemoryError):
+                return self.take(nbytes + slack)
+        return None
 
     def take(self, nbytes: int) -> Array:
         """So many bytes, at most SLAB_BYTES, which begin with a cache line. Raises MemoryError."""
@@ -93,8 +97,7 @@ def address(x: Array) -> int:
 def aligned(shape: Sequence[int], dtype: Any = np.float32, slack: int = 0) -> Array:
     """An uninitialised array that begins with a cache line, with `slack` bytes behind it. NumPy aligns to 16 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if _current.slabs is not None and _current.slabs.wants(size):
-        with suppress(MemoryError):  # where addresses are scarce it may have a place alone
-            return np.ndarray(shape, dtype, _current.slabs.take(size + slack))
+    if _current.slabs is not None and (room := _current.slabs.room(size, slack)) is not None:
+        return np.ndarray(shape, dtype, room)
     raw = np.empty(size + slack + LINE, np.uint8)
     return np.ndarray(shape, dtype, raw, -address(raw) % LINE)
