@@ -1,10 +1,10 @@
 """Plans of graphs that are kept on disk, kept beside them: what is loaded often need not be planned either.
 
 A plan lies in the folder of its graph (`graph_cache`), whose name begins its own, and is found by what it depends on
-beyond that: the shapes of the inputs, the device, and the sources of kernels. A session of a graph that was kept takes
-plans from there and keeps those that it has to make, PLANS of them at most: text comes in ever new lengths. What else
-there is to the machine, its BLAS and what that was built for, is not asked: a plan whose kernels want more memory than
-it has, or that cannot be bound for other reasons, is made anew (`Stages.distrust`).
+beyond that: the shapes of the inputs, the device, the sizes of blocks and the sources of kernels. A session of a graph
+that was kept takes plans from there and keeps those that it has to make, PLANS of them at most: text comes in ever new
+lengths. What else there is to the machine, its BLAS and what that was built for, is not asked: a plan whose kernels
+want more memory than it has, or that cannot be bound for other reasons, is made anew (`Stages.distrust`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from infera_gpu.op import Registry
 from infera_gpu.plan import Plan
 from infera_gpu.plan_codec import decoded, encoded
 from infera_gpu.stages import Shapes
+from infera_kernels.cpu.caches import block_of
 from infera_kernels.disk import replace_file
 
 PLANS = 8
@@ -38,7 +39,7 @@ class KeptPlans:
 
     def __init__(self, entry: Path, graph: Graph, device: Device, registry: Registry) -> None:
         self._entry, self._graph, self._registry = entry, graph, registry
-        self._told = [device.name, device.concurrency, device.threads, device.strict, device.kinds]
+        self._told = [device.name, device.concurrency, device.threads, device.strict, device.kinds, block_of(1)]
         self._left = PLANS
 
     def take(self, shapes: Shapes) -> Plan | None:

@@ -5,36 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from infera_kernels.cpu import caches
-from infera_kernels.cpu.caches import MOST, USUAL, block_of, second_level
+from infera_kernels.cpu.caches import MOST, USUAL, WHERE, block_of, second_level
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(caches, "WHERE", str(tmp_path))
     caches._times.cache_clear()
     yield
     caches._times.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("told", "times"),
-    [
-        (USUAL, 1),
-        (USUAL // 2, 1),
-        (3 * USUAL - 1, 2),
-        (4 * USUAL, 4),
-        (64 * USUAL, MOST),
-        (0, 1),  # a virtual machine, or a processor, that does not tell
-        (OSError("not here"), 1),
-        (ValueError("no such name"), 1),
-    ],
-)
-def test_a_block_is_larger_where_the_cache_is(
-    told: int | Exception, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def tell(monkeypatch: pytest.MonkeyPatch, told: int | Exception) -> None:
     def sysconf(name: int) -> int:
         assert name == caches.SECOND_LEVEL
         if isinstance(told, Exception):
@@ -43,7 +30,40 @@ def test_a_block_is_larger_where_the_cache_is(
 
     monkeypatch.setattr(os, "sysconf", sysconf)
     monkeypatch.setattr(sys, "platform", "linux")
+
+
+@pytest.mark.parametrize(
+    ("told", "times"), [(USUAL, 1), (USUAL // 2, 1), (3 * USUAL - 1, 2), (4 * USUAL, 4), (64 * USUAL, MOST)]
+)
+def test_a_block_is_larger_where_the_cache_is(told: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell(monkeypatch, told)
     assert block_of(1000) == times * 1000
+
+
+SILENT = [0, OSError("not here"), ValueError("no such name")]
+
+
+@pytest.mark.parametrize("silent", SILENT, ids=str)
+def test_what_the_c_library_does_not_tell_the_system_may(
+    silent: int | Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell(monkeypatch, silent)
+    (tmp_path / "uevent").touch()
+    for index, (level, size) in enumerate([("1", "64K"), ("1", "48K"), ("2", "1M"), ("3", "32M")]):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        (folder / "level").write_text(level + "\n")
+        (folder / "size").write_text(size + "\n")
+    assert second_level() == 1 << 20
+    (tmp_path / "index2" / "size").write_text("much\n")
+    assert second_level() == USUAL
+
+
+@pytest.mark.parametrize("silent", SILENT, ids=str)
+def test_where_nobody_tells_blocks_are_the_usual_ones(silent: int | Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell(monkeypatch, silent)
+    assert second_level() == USUAL
+    assert block_of(1000) == 1000
 
 
 def test_another_system_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +72,11 @@ def test_another_system_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second_level() == USUAL
 
 
-def test_the_system_tells_what_linux_does() -> None:
-    try:
-        with open("/sys/devices/system/cpu/cpu0/cache/index2/size", encoding="ascii") as file:
-            told = file.read().strip()
-    except OSError:
-        pytest.skip("the system tells nothing of its caches")
-    assert second_level() == int(told.removesuffix("K")) << 10
+def test_both_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = second_level()
+    monkeypatch.setattr(caches, "WHERE", WHERE)
+    tell(monkeypatch, 0)
+    listed = second_level()
+    if USUAL in (asked, listed):
+        pytest.skip("the C library or the system tells nothing of its caches")
+    assert asked == listed

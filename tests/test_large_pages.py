@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -138,15 +140,62 @@ def test_there_are_no_slabs_without_memory(memory: SharedMemory) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # Python 3.12's, of any such fork
 def test_a_forked_process_packs_where_its_parent_does_not() -> None:
     pool = Processes()
+    assert pool.memory is not None
     slabs = SharedSlabs(lambda: pool.memory)
     kept = slabs.take(LINE)
     kept[...] = 1
     if not (child := os.fork()):
         try:
-            slabs.take(LINE)[...] = 2
-            os._exit(0 if kept.max() == 1 and pool.memory.place_of(slabs.take(LINE)) is not None else 1)  # type: ignore[union-attr]
+            mine = slabs.take(LINE)
+            mine[...] = 2
+            os._exit(0 if kept.max() == 1 and pool.memory.place_of(mine) is not None else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
-    slabs.take(LINE)[...] = 3
     assert kept.min() == kept.max() == 1
+    before = held(pool.memory)
+    later = slabs.take(SLAB_MOST)  # which the child has never seen
+    later[...] = 3
+    assert held(pool.memory) >= before + SLAB_MOST
+    del later, slabs
+    assert held(pool.memory) == before
+
+
+def addresses() -> list[str]:
+    return Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+
+
+def test_a_block_takes_no_more_addresses_than_it_has_bytes(memory: SharedMemory) -> None:
+    memory.block(LARGE_PAGE)
+    before = len(addresses())
+    blocks = [memory.block(LARGE_PAGE) for _ in range(20)]
+    assert len(addresses()) <= before + len(blocks)
+    del blocks
+    assert len(addresses()) <= before + 1
+
+
+SCARCE = """
+import resource
+from pathlib import Path
+import numpy as np
+from infera_gpu.devices.processes import Processes
+from infera_kernels.cpu.process import Mapping
+memory, nbytes = Processes().memory, 64 << 20
+memory.block(5 << 20)[...] = 1
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = used + nbytes + (1 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+block = memory.block(nbytes)
+block[::4096] = 1
+assert block[::4096].sum() == nbytes // 4096
+try:
+    Mapping(memory.file, nbytes, 0)
+except MemoryError as error:
+    assert "cannot be mapped" in str(error)
+    print("fine")
+"""
+
+
+def test_where_addresses_are_scarce_a_block_begins_anywhere() -> None:
+    done = subprocess.run([sys.executable, "-c", SCARCE], check=True, capture_output=True, text=True)
+    assert done.stdout == "fine\n"

@@ -20,6 +20,7 @@ from infera_gpu.ops import registry
 from infera_gpu.plan import Plan
 from infera_gpu.plan_codec import decoded, encoded
 from infera_gpu.session import Session
+from infera_kernels.cpu import caches
 from infera_kernels.cpu.aligned import aligned
 from tests.text import parse
 
@@ -155,7 +156,7 @@ def test_what_planning_computed_is_kept_where_it_is_small(
         assert len(plans(kept)) == count
 
 
-def test_a_plan_depends_on_the_device_and_on_sources(
+def test_a_plan_depends_on_the_device_on_its_caches_and_on_sources(
     kept: Path, tmp_path: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = graph_kept(model_file(tmp_path / "m.onnx"))
@@ -167,12 +168,15 @@ def test_a_plan_depends_on_the_device_and_on_sources(
     for count in (1, 2, 3, 1, 2):
         run(threads=count)
     assert len(planned) == len(plans(kept)) == 3
-    monkeypatch.setattr(plan_cache, "_sources", lambda: "others")
+    monkeypatch.setattr(caches, "_times", lambda: 3)
     run(threads=1)
     assert len(planned) == len(plans(kept)) == 4
+    monkeypatch.setattr(plan_cache, "_sources", lambda: "others")
+    run(threads=1)
+    assert len(planned) == len(plans(kept)) == 5
     monkeypatch.setattr(plan_cache, "_sources", lambda: None)
     run(threads=1)
-    assert (len(planned), len(plans(kept))) == (5, 4)
+    assert (len(planned), len(plans(kept))) == (6, 5)
 
 
 def test_a_session_keeps_no_more_than_its_share(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

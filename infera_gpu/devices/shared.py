@@ -8,6 +8,7 @@ import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from mmap import PAGESIZE
 from typing import NamedTuple
 from weakref import finalize
@@ -156,34 +157,45 @@ class SharedMemory:
         """The process is about to fork: the child may read the constants that are there."""
         self._kept = self._end
 
+    def goes_back(self, array: Array) -> bool:
+        """Whether the pages of the constants that the array begins go back with them: no other process has them."""
+        return self._is_own(self._blocks[address(array)])
+
+    def _is_own(self, block: _Block) -> bool:
+        return self._process == os.getpid() and not (block.constant and block.begin < self._kept)
+
     def _free(self, at: int, mapping: Mapping) -> None:
         found = self._blocks.pop(at)
         self._version = object()
-        if self._process == os.getpid() and not (found.constant and found.begin < self._kept):
+        if self._is_own(found):
             mapping.advise(MADV_REMOVE)
 
 
 class SharedSlabs(Slabs):
-    """`Slabs` in what `memory` gives, the pool's: in the child of a fork that is another one."""
+    """`Slabs` in what `memory` gives, the pool's: in the child of a fork that is another one.
+
+    Its parent begins a new slab too. What began before stays, for the child, also of what comes to lie there later.
+    """
 
     def __init__(self, memory: Callable[[], SharedMemory | None]) -> None:
         super().__init__()
-        self._memory, self._process = memory, os.getpid()
+        self._memory = memory
+        self._of: SharedMemory | None = None
         self._mapping: Mapping | None = None
         self._large = 0
 
     def slab(self) -> Array:
-        memory = self._memory()
-        if memory is None:
+        self._of = self._memory()
+        if self._of is None:
             raise MemoryError("no memory that processes share")
-        self._mapping, found = memory.slab()
-        self._large, self._process = 0, os.getpid()
+        self._mapping, found = self._of.slab()
+        self._large = 0
         return found
 
     def fits(self, nbytes: int) -> bool:
-        return self._process == os.getpid() and super().fits(nbytes)
+        return super().fits(nbytes) and self._of is not None and self._of.goes_back(self._slab)
 
-    def reached(self, end: int) -> None:
-        start, self._large = self._large, -(-end // LARGE_PAGE) * LARGE_PAGE
-        if self._mapping is not None and start < self._large:
-            self._mapping.enlarge(start, self._large)
+    def reached(self, end: int) -> Callable[[], object]:
+        start, self._large = self._large, max(self._large, -(-end // LARGE_PAGE) * LARGE_PAGE)
+        assert self._mapping is not None
+        return partial(self._mapping.enlarge, start, self._large)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,6 +25,9 @@ SLAB_LEAST, SLAB_MOST = 1 << 18, 1 << 24
 """Bytes of an array that lies in a slab, or of smaller ones together, beyond which others do: a small model needs no
 large page. Larger ones come to lie on large pages in any case, as NumPy asks for them, but for their ends, and may lie
 where weights were that are no more."""
+
+
+def _nothing() -> None: ...
 
 
 class Slabs:
@@ -56,9 +59,11 @@ class Slabs:
             if not self.fits(nbytes):
                 self._slab = self.slab()
                 self._at = -address(self._slab) % LARGE_PAGE
-            start, self._at = self._at, self._at + -(-nbytes // LINE) * LINE
-            self.reached(start + nbytes)
-            return self._slab[start : start + nbytes]
+            slab, start = self._slab, self._at
+            self._at += -(-nbytes // LINE) * LINE
+            prepare = self.reached(start + nbytes)
+        prepare()
+        return slab[start : start + nbytes]
 
     def slab(self) -> Array:
         """Memory with at least SLAB_BYTES from the first large page on. Raises MemoryError."""
@@ -68,8 +73,9 @@ class Slabs:
         """Whether the slab at hand has room for so many bytes more."""
         return self._at + nbytes <= len(self._slab)
 
-    def reached(self, end: int) -> None:
-        """The first `end` bytes of the slab at hand are about to be used."""
+    def reached(self, end: int) -> Callable[[], object]:
+        """The first `end` bytes of the slab at hand are about to be used: what is to be done before, without a lock."""
+        return _nothing
 
 
 class _Current(threading.local):

@@ -111,8 +111,8 @@ class Mapping:
     """Part of a file, mapped until this is let go of; an array of its bytes is `np.asarray` of it.
 
     The system needs no descriptor for it. Python's own `mmap` keeps one each, of which a process has a thousand (its
-    `trackfd` came with 3.13). What begins with a large page of the file begins with one of addresses. Raises
-    MemoryError where the system maps no more.
+    `trackfd` came with 3.13). What begins with a large page of the file begins with one of addresses, unless these are
+    scarce. Raises MemoryError where the system maps no more.
     """
 
     def __init__(self, file: int, nbytes: int, begin: int) -> None:
@@ -121,23 +121,33 @@ class Mapping:
         library = ctypes.CDLL(None, use_errno=True)
         library.mmap.restype = ctypes.c_void_p
         self._unmap, self._advise = library.munmap, library.madvise
-        self._whole: tuple[ctypes.c_void_p, ctypes.c_size_t] | None = None
-        """All addresses that were taken."""
+        self._at, self._nbytes = 0, nbytes
 
-        def mapped(at: int | None, size: int, access: int, kind: int, *rest: Any) -> int:
+        def mapped(at: int | None, size: int, access: int, kind: int, *rest: Any) -> int | None:
             found: int = library.mmap(ctypes.c_void_p(at), ctypes.c_size_t(size), access, kind, *rest)
-            if found == ctypes.c_void_p(-1).value:
-                raise MemoryError(f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
-            self._whole = self._whole or (ctypes.c_void_p(found), ctypes.c_size_t(size))
-            return found
+            return None if found == ctypes.c_void_p(-1).value else found
 
-        at, kind = None, MAP_SHARED
-        if nbytes >= LARGE_PAGE and not begin % LARGE_PAGE:
+        access, of_file = PROT_READ | PROT_WRITE, (file, ctypes.c_long(begin))
+        found = room = None
+        if nbytes >= LARGE_PAGE and not begin % LARGE_PAGE:  # of more addresses those which lie as the file does
             room = mapped(None, nbytes + LARGE_PAGE, 0, MAP_PRIVATE | MAP_ANONYMOUS, -1, ctypes.c_long(0))
-            at, kind = room + -room % LARGE_PAGE, MAP_SHARED | MAP_FIXED
-        self._nbytes = nbytes
-        self._at = mapped(at, nbytes, PROT_READ | PROT_WRITE, kind, file, ctypes.c_long(begin))
-        self.__array_interface__ = {"data": (self._at, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+        if room is None:
+            found = mapped(None, nbytes, access, MAP_SHARED, *of_file)
+        else:
+            at = room + -room % LARGE_PAGE
+            found = mapped(at, nbytes, access, MAP_SHARED | MAP_FIXED, *of_file)
+            self._free(room, at if found is not None else room + nbytes + LARGE_PAGE)
+            if found is not None:
+                self._free(at + nbytes, room + nbytes + LARGE_PAGE)
+        if found is None:
+            raise MemoryError(f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
+        self._at = found
+        self.__array_interface__ = {"data": (found, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def _free(self, start: int, stop: int) -> None:
+        """Give the addresses [start, stop) back."""
+        if start < stop:
+            self._unmap(ctypes.c_void_p(start), ctypes.c_size_t(stop - start))
 
     def advise(self, what: int, start: int = 0, stop: int | None = None) -> None:
         """One of `mmap`'s MADV_..., about bytes [start, stop)."""
@@ -150,14 +160,16 @@ class Mapping:
         They stay on small ones where the system has no large ones left, or cannot (Linux can from 6.1 on). It makes
         none of its own accord of memory that processes share, unless /sys/kernel/mm/transparent_hugepage says so.
         """
+        if start == stop:
+            return
         data = np.asarray(self)
         for page in range(start, stop, LARGE_PAGE):
             data[page]  # one that has nothing at all yet is passed over
         self.advise(MADV_COLLAPSE, start, stop)
 
     def __del__(self) -> None:
-        if self._whole is not None:
-            self._unmap(*self._whole)
+        if self._at:
+            self._free(self._at, self._at + self._nbytes)
 
 
 class _Reader(pickle.Unpickler):
