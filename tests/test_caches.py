@@ -77,6 +77,4 @@ def test_both_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "WHERE", WHERE)
     tell(monkeypatch, 0)
     listed = second_level()
-    if USUAL in (asked, listed):
-        pytest.skip("the C library or the system tells nothing of its caches")
-    assert asked == listed
+    assert asked == listed or USUAL in (asked, listed), "where neither is silent"

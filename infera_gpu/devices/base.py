@@ -22,7 +22,7 @@ from infera_gpu.memory import ALIGN
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Step
 from infera_gpu.spec import Array
-from infera_kernels.cpu.aligned import LARGE_PAGE, Slabs, address
+from infera_kernels.cpu.aligned import LARGE_PAGE, Slabs, begun
 
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
@@ -246,9 +246,8 @@ def host_block(nbytes: int) -> HostArray:
     """
     require_host_memory("the arena", nbytes)
     page = LARGE_PAGE if nbytes >= ON_LARGE_PAGES else ALIGN
-    raw = np.empty(-(-nbytes // page) * page + page, np.uint8)
-    skip = -address(raw) % page
-    return raw[skip : skip + nbytes]
+    whole: HostArray = begun(-(-nbytes // page) * page, page)
+    return whole[:nbytes]
 
 
 def host_view(block: HostArray, operand: Operand) -> HostArray:

@@ -57,8 +57,7 @@ class Slabs:
         """So many bytes, at most SLAB_BYTES, which begin with a cache line. Raises MemoryError."""
         with self._lock:
             if not self.fits(nbytes):
-                self._slab = self.slab()
-                self._at = -address(self._slab) % LARGE_PAGE
+                self._slab, self._at = self.slab(), 0
             slab, start = self._slab, self._at
             self._at += -(-nbytes // LINE) * LINE
             prepare = self.reached(start + nbytes)
@@ -66,8 +65,8 @@ class Slabs:
         return slab[start : start + nbytes]
 
     def slab(self) -> Array:
-        """Memory with at least SLAB_BYTES from the first large page on. Raises MemoryError."""
-        return np.empty(SLAB_BYTES + LARGE_PAGE, np.uint8)
+        """SLAB_BYTES that begin with a large page. Raises MemoryError."""
+        return begun(SLAB_BYTES, LARGE_PAGE)
 
     def fits(self, nbytes: int) -> bool:
         """Whether the slab at hand has room for so many bytes more."""
@@ -100,10 +99,16 @@ def address(x: Array) -> int:
     return int(x.__array_interface__["data"][0])
 
 
+def begun(nbytes: int, page: int) -> Array:
+    """So many uninitialised bytes, which begin with a page, or a line, of so many."""
+    raw = np.empty(nbytes + page, np.uint8)
+    skip = -address(raw) % page
+    return raw[skip : skip + nbytes]
+
+
 def aligned(shape: Sequence[int], dtype: Any = np.float32, slack: int = 0) -> Array:
     """An uninitialised array that begins with a cache line, with `slack` bytes behind it. NumPy aligns to 16 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if _current.slabs is not None and (room := _current.slabs.room(size, slack)) is not None:
         return np.ndarray(shape, dtype, room)
-    raw = np.empty(size + slack + LINE, np.uint8)
-    return np.ndarray(shape, dtype, raw, -address(raw) % LINE)
+    return np.ndarray(shape, dtype, begun(size + slack, LINE))

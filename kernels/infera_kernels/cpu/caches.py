@@ -10,7 +10,7 @@ USUAL = 1 << 19
 """Bytes of the second-level cache that sizes of blocks were chosen for, an EPYC Milan's."""
 
 MOST = 4
-"""Times as large as that blocks become: larger ones still save few calls more."""
+"""Times as large as chosen that blocks become: beyond that there are few calls left to save."""
 
 SECOND_LEVEL = 191
 """_SC_LEVEL2_CACHE_SIZE of glibc's bits/confname.h, for which Python has no name. On ARM it is 0."""

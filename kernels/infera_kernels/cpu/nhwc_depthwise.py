@@ -255,7 +255,6 @@ def _weights(w: Array, loop: Loop, scratch: Scratch, pack: Pack | None) -> tuple
 
     def packed(w: Array) -> Array:
         made = aligned(shape, w.dtype)
-        made[...] = 0
         for fn, args in _repeated(w, made):
             fn(*args)
         return made
@@ -264,12 +263,16 @@ def _weights(w: Array, loop: Loop, scratch: Scratch, pack: Pack | None) -> tuple
         made, once = pack(f"depthwise{fold}x{repeat}", packed), []
     else:
         made = scratch(shape, w.dtype)
-        once = [(np.copyto, (made, w.dtype.type(0))), *_repeated(w, made)]
+        once = _repeated(w, made)
     return once, made.reshape(*shape[:2], -1)[:, :, : together * fold * c]
 
 
 def _repeated(w: Array, made: Array) -> list[Call]:
-    """Writes w (C, 1, KH, KW) to (KH, KW / fold, pixels, fold, C), except where the kernel ends before."""
+    """Writes w (C, 1, KH, KW) to (KH, KW / fold, pixels, fold, C), and zeros to where the kernel ends before."""
     taps = w[:, 0].transpose(1, 2, 0)[:, :, None]
     phases = [(made[:, :, :, i], taps[:, i :: made.shape[3]]) for i in range(made.shape[3])]
-    return [(np.copyto, (target[:, : phase.shape[1]], phase)) for target, phase in phases]
+    ends = w.shape[3] < made.shape[1] * made.shape[3]
+    return [
+        *([(np.copyto, (made, w.dtype.type(0)))] if ends else []),
+        *((np.copyto, (target[:, : phase.shape[1]], phase)) for target, phase in phases),
+    ]

@@ -134,11 +134,10 @@ class Mapping:
         if room is None:
             found = mapped(None, nbytes, access, MAP_SHARED, *of_file)
         else:
-            at = room + -room % LARGE_PAGE
+            at, end = room + -room % LARGE_PAGE, room + nbytes + LARGE_PAGE
             found = mapped(at, nbytes, access, MAP_SHARED | MAP_FIXED, *of_file)
-            self._free(room, at if found is not None else room + nbytes + LARGE_PAGE)
-            if found is not None:
-                self._free(at + nbytes, room + nbytes + LARGE_PAGE)
+            self._free(room, end if found is None else at)
+            self._free(end if found is None else at + nbytes, end)
         if found is None:
             raise MemoryError(f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
         self._at = found
