@@ -18,10 +18,13 @@ from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import ALIGN, aligned
 from infera_gpu.op import Call, Launcher
-from infera_gpu.plan import Plan, Step
+from infera_gpu.plan import Plan, Step, unpacked
+from infera_gpu.recipe import Held, Recipe, Surroundings, followed
+from infera_gpu.recipe import told as recipe_of
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
 from infera_kernels.cpu.interleave import interleaved
+from infera_kernels.cpu.packed import copied
 
 if TYPE_CHECKING:
     from infera_kernels.tuning import Tuned
@@ -148,6 +151,27 @@ class Binder:
         self.direct = {name: Given() for name in plan.direct}
         self._elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
 
+    @property
+    def arena(self) -> HostArray:
+        """In host memory."""
+        return self._arenas.get("host", host_block(0))  # type: ignore[no-any-return]
+
+    def followed(self, recipe: Recipe) -> list[list[Call] | None]:
+        """The calls of each step that a recipe tells. Raises PlanError where it does not suit."""
+        constants, get = self.plan.constants, self._constants.get
+
+        around = Surroundings(
+            self.arena,
+            lambda name: get(constants[name], "host"),
+            lambda name, tag, array: get(constants[name], "host", tag, lambda _: copied(array)),
+            self.direct,
+            self.device.parallel,
+        )
+        try:
+            return followed(recipe, around)
+        except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+            raise PlanError(f"a plan that was kept does not suit: {error}") from error
+
     def array(self, o: Operand) -> Array:
         """The operand's window, or constant."""
         if o.constant:
@@ -210,6 +234,12 @@ class Binder:
         return self.device.wrap(step, list(step.kernel.bind(placed.site, io)), ins, outs)
 
 
+def told(bound: Bound, held: Held) -> Recipe:
+    """How to bind the plan without its kernels, as it has been bound to host memory, with these constants."""
+    arena, parts_of = bound.binder.arena, bound.binder.device.parts_of
+    return recipe_of(bound.calls, bound.starts, arena, held, bound.direct, parts_of)
+
+
 @dataclass(frozen=True)
 class Bound:
     """A plan bound to one set of arenas: calls to make, and ports to fill before and to read after. `direct` inputs
@@ -270,10 +300,17 @@ def bind(
     binder = Binder(plan, arenas, device, constants, given)
     calls: list[Call] = []
     starts = [0]
+    if plan.recipe is None or given:
+        known: Sequence[list[Call] | None] = [None] * len(plan.packed)
+    else:
+        known = binder.followed(plan.recipe)
     with planning() as at:
-        for step in plan.steps:
-            at.what = step.label
-            calls += binder.calls(step)
+        for i, own in enumerate(known):
+            if own is None:
+                step = unpacked(plan.packed[i], plan.segment.nodes)
+                at.what = step.label
+                own = binder.calls(step)
+            calls += own
             starts.append(len(calls))
     fast, done = list[Call](), 0
     for held in plan.graphs or ():

@@ -62,6 +62,14 @@ class Constants:
         """Bytes of the plan's constants that are none of the graph's."""
         return sum(a.nbytes for a in plan.constants.values() if id(a) not in self._lasting)
 
+    def held(self, plan: Plan) -> list[tuple[str, str, Array]]:
+        """The plan's constants in host memory, and what has been packed of them: (name, tag, array), where the tag of a
+        constant itself is empty."""
+        names = {id(a): name for name, a in plan.constants.items()}
+        kept = [(names[i], tag, a) for (i, tag, space), a in self._kept() if i in names and tag and space == "host"]
+        packed = [(n, tag, a) for n, tag, a in kept if not _is_view(a, plan.constants[n])]
+        return [*((name, "", a) for name, a in plan.constants.items()), *packed]
+
     def clear(self) -> None:
         """Let every constant go."""
         self._lasting.clear()

@@ -261,8 +261,9 @@ class Lease:
                 with self._device.weights(self._constants.missing(plan, lasting=True)):
                     found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
                 settle("bind")
-            for placed in plan.segment.nodes:
-                placed.site.forget()
+            if plan.recipe is None:
+                for placed in plan.segment.nodes:
+                    placed.site.forget()
             self._folded[plan] = self._constants.folded(plan)
             while len(self._bound) > MAX_BOUND or (sum(self._folded.values()) > MAX_FOLDED and len(self._bound) > 1):
                 del self._folded[self._bound.popitem(last=False)[0]]

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, operand_of
 from infera_gpu.op import Kernel
+from infera_gpu.recipe import Recipe
 from infera_gpu.specialize import Placed, Segment
 
 StepKind: TypeAlias = Literal["kernel", "compute", "copy", "upload", "download"]
@@ -125,24 +126,26 @@ class Plan:
     readers want, which saves these a copy. `concurrency` is how many threads there are for the steps' parts, and why.
     `graphs` are the steps that CUDA graphs hold, each captured once and replayed from then on; None where nothing is
     captured. `staging` is how much page-locked host memory inputs and outputs take on their way to and from a GPU.
+    `recipe` is how steps are bound without their kernels, where the plan was kept with it.
     """
 
     device: str
     concurrency: str
     segment: Segment
-    packed: tuple[Packed, ...]
+    packed: Sequence[Packed]
     inputs: Mapping[str, Operand]
     carried: Mapping[str, Operand]
     outputs: Mapping[str, Operand]
     constants: Mapping[str, HostArray]
     arenas: Mapping[Space, int]
     lower_bounds: Mapping[Space, int]
-    placed: tuple[tuple[str, Space, int, int, int, int], ...]
+    placed: Sequence[tuple[str, Space, int, int, int, int]]
     saved: Mapping[str, int]
     direct: frozenset[str] = frozenset()
     bordered: int = 0
     graphs: tuple[range, ...] | None = None
     staging: int = 0
+    recipe: Recipe | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -2,25 +2,63 @@
 
 Only what a run needs is written: plans of one segment, in host memory. Nodes and constants of the graph are written as
 numbers and names; what planning made of its own, nodes that stand for others and folded constants, is written whole.
+Steps and nodes are read when somebody asks for them: who has a recipe for all steps does not.
 """
 
 from __future__ import annotations
 
+import json
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, overload
 
-from infera_gpu.graph import Graph, HostArray
+import numpy as np
+
+from infera_gpu.graph import Graph, HostArray, T
 from infera_gpu.graph_codec import Damaged, Reader, Unencodable, Writer, code_of, framed, unframed
 from infera_gpu.layout import operand_of
 from infera_gpu.op import Registry, Site
 from infera_gpu.plan import Packed, Plan
+from infera_gpu.recipe import Recipe
 from infera_gpu.spec import TensorSpec, dtype_of_onnx
 from infera_gpu.specialize import Placed, Segment
 
 
-def encoded(plan: Plan, graph: Graph) -> bytes:
-    """The plan of `graph` as bytes. Raises Unencodable for one of several segments, or not for host memory alone."""
+class Later(Sequence[T]):
+    """What `make` makes, once, when it is first asked for."""
+
+    def __init__(self, make: Callable[[], list[T]]) -> None:
+        self._make: Callable[[], list[T]] | None = make
+        self._made: tuple[T, ...] = ()
+        self._lock = threading.Lock()
+
+    def _whole(self) -> tuple[T, ...]:
+        if self._make is not None:
+            with self._lock:
+                if self._make is not None:
+                    self._made = tuple(self._make())
+                    self._make = None
+        return self._made
+
+    def __len__(self) -> int:
+        return len(self._whole())
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, i: int | slice) -> T | tuple[T, ...]:
+        return self._whole()[i]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._whole())
+
+
+def encoded(plan: Plan, graph: Graph, recipe: Recipe | None = None) -> bytes:
+    """The plan of `graph` as bytes, with how it is bound. Raises Unencodable for one of several segments, or not for
+    host memory alone."""
     segment = plan.segment
     if not segment.is_last or segment.objects or plan.carried or plan.staging or plan.graphs is not None:
         raise Unencodable("a plan of several segments, or on a GPU")
@@ -30,21 +68,25 @@ def encoded(plan: Plan, graph: Graph) -> bytes:
         k: None if graph.constants.get(k) is a and plan.constants[k] is a else writer.array(plan.constants[k])
         for k, a in segment.constants.items()
     }
-    said = {
-        "nodes": [_site(p.site, numbers, writer) for p in segment.nodes],
+    said: dict[str, Any] = {
         "constants": constants,
         "made": segment.outputs,
-        "steps": [_step(fields) for fields in plan.packed],
         **{k: {v: _window(o) for v, o in getattr(plan, k).items()} for k in ("inputs", "outputs")},
         "entering": {k: writer.spec(s) for k, s in segment.inputs.items()},
         "arenas": dict(plan.arenas),
         "bounds": dict(plan.lower_bounds),
-        "placed": plan.placed,
         "saved": dict(plan.saved),
         "direct": sorted(plan.direct),
         "bordered": plan.bordered,
         "device": [plan.device, plan.concurrency],
+        "recipe": recipe and [[_block(b, writer) for b in recipe.blocks], *recipe[1:]],
     }
+    later = {
+        "nodes": [_site(p.site, numbers, writer) for p in segment.nodes],
+        "steps": [_step(fields) for fields in plan.packed],
+        "placed": plan.placed,
+    }
+    said["later"] = json.dumps(later, separators=(",", ":"))
     return framed(said, writer.arrays)
 
 
@@ -89,28 +131,48 @@ def _operand(said: Sequence[Any]) -> Packed:
 def _plan(said: Mapping[str, Any], reader: Reader, graph: Graph, registry: Registry) -> Plan:
     constants = {k: graph.constants[k] if a is None else reader.array(*a) for k, a in said["constants"].items()}
     device, concurrency = said["device"]
+    recipe = _recipe(said["recipe"], reader)
+
+    @cache
+    def later() -> Mapping[str, Any]:
+        found: Mapping[str, Any] = json.loads(said["later"])
+        return found
+
     return Plan(
         device=device,
         concurrency=concurrency,
         segment=Segment(
-            nodes=tuple([_placed(p, reader, graph, registry, constants) for p in said["nodes"]]),
+            nodes=Later(lambda: [_placed(p, reader, graph, registry, constants) for p in later()["nodes"]]),
             inputs={k: reader.spec(s) for k, s in said["entering"].items()},
             outputs=tuple(said["made"]),
             specs={},
             constants=constants,
         ),
-        packed=tuple([_packed(*fields) for fields in said["steps"]]),
+        packed=Later(lambda: [_packed(*fields) for fields in later()["steps"]]),
         inputs={k: operand_of(_operand(o)) for k, o in said["inputs"].items()},
         carried={},
         outputs={k: operand_of(_operand(o)) for k, o in said["outputs"].items()},
         constants=constants,
         arenas=said["arenas"],
         lower_bounds=said["bounds"],
-        placed=tuple([tuple(b) for b in said["placed"]]),
+        placed=Later(lambda: [tuple(b) for b in later()["placed"]]),
         saved=Counter(said["saved"]),
         direct=frozenset(said["direct"]),
         bordered=said["bordered"],
+        recipe=recipe,
     )
+
+
+def _block(block: Sequence[Any], writer: Writer) -> list[Any]:
+    return [writer.array(part) if isinstance(part, np.ndarray) else part for part in block]
+
+
+def _recipe(said: Sequence[Any] | None, reader: Reader) -> Recipe | None:
+    if said is None:
+        return None
+    blocks, *rest = said
+    read = [[reader.array(*part) if isinstance(part, list) else part for part in block] for block in blocks]
+    return Recipe(read, *rest)
 
 
 def _placed(

@@ -220,6 +220,8 @@ class Running(ABC):
                     self._stages.distrust()
                     stage = self._stages.first(feeds.shapes)
                     continue
+                if stage.unkept is not None:
+                    self._stages.bound(stage, bound)
                 self._fill(bound, entering)
                 try:
                     run(stage, bound)

@@ -58,7 +58,7 @@ class Segment:
     now and that no arena can hold.
     """
 
-    nodes: tuple[Placed, ...]
+    nodes: Sequence[Placed]
     inputs: Mapping[str, TensorSpec]
     outputs: tuple[str, ...]
     specs: Mapping[str, TensorSpec]

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from infera_gpu.alike import AlikeNodes
+from infera_gpu.bind import Bound
 from infera_gpu.bodies import Body, Nest, value_of
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
@@ -44,8 +45,8 @@ class Shelf(Protocol):
         """The plan of the first segment for inputs of these shapes, if it is there."""
         ...
 
-    def keep(self, shapes: Shapes, plan: Plan) -> None:
-        """Keep one that has been made, if it can be."""
+    def keep(self, shapes: Shapes, bound: Bound, constants: Constants) -> None:
+        """Keep one that has been made and bound, if it can be."""
         ...
 
 
@@ -66,6 +67,8 @@ class Stage:
     """Bytes of constants that planning computed."""
     taken: bool = False
     """Whether its plan was kept from another process."""
+    unkept: Shapes | None = None
+    """Of which inputs its plan is to be kept, once it has been bound."""
 
     @property
     def segment(self) -> Segment:
@@ -122,6 +125,13 @@ class Stages:
                     settle("plan")
         self._touch(stage)
         return stage
+
+    def bound(self, stage: Stage, bound: Bound) -> None:
+        """A stage's plan has been bound, and has not run yet: for other processes, it may be kept."""
+        with self._planning:
+            shapes, stage.unkept = stage.unkept, None
+            if shapes is not None and self.shelf is not None:
+                self.shelf.keep(shapes, bound, self._constants)
 
     def distrust(self) -> bool:
         """Forget the stages whose plans were kept from another process, and take no more; whether there were any."""
@@ -237,8 +247,7 @@ class Stages:
             tuned=self._device.tuned,
         )
         stage = self._plan(segment, wanted, {}, specs)
-        if self.shelf is not None:
-            self.shelf.keep(shapes, stage.plan)
+        stage.unkept = None if self.shelf is None else shapes
         return stage
 
     def _follow(self, stage: Stage, told: Mapping[str, HostArray], made: Mapping[str, ValueSpec]) -> Stage:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import infera_gpu
 from infera_gpu import plan_cache
+from infera_gpu.bind import Binder
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Graph
 from infera_gpu.graph_codec import Damaged, Unencodable
 from infera_gpu.lower import lower
+from infera_gpu.op import Call
 from infera_gpu.ops import registry
-from infera_gpu.plan import Plan
+from infera_gpu.plan import Plan, Step
 from infera_gpu.plan_codec import decoded, encoded
 from infera_gpu.session import Session
 from infera_kernels.cpu import caches
 from infera_kernels.cpu.aligned import aligned
+from tests.random_graphs import draw
 from tests.text import parse
 
 NODES = """
@@ -78,10 +82,10 @@ def plans(kept: Path) -> list[Path]:
     return sorted(kept.glob("*/*.plan"))
 
 
-def graph_kept(path: Path) -> Path:
+def graph_kept(path: Path, **options: Any) -> Path:
     """The model, whose graph is kept from now on."""
     for _ in range(2):
-        infera_gpu.load(path, device="cpu").close()
+        infera_gpu.load(path, device="cpu", **options).close()
     return path
 
 
@@ -96,7 +100,8 @@ def facts(plan: Plan) -> list[Any]:
     sites = [p.site for p in plan.segment.nodes]
     return [
         str(plan),
-        *(getattr(plan, k) for k in ("packed", "inputs", "outputs", "arenas", "lower_bounds", "placed", "direct")),
+        *(getattr(plan, k) for k in ("inputs", "outputs", "arenas", "lower_bounds", "direct")),
+        *(tuple(getattr(plan, k)) for k in ("packed", "placed")),
         [
             (p.op.qualified, s.node, s.attrs, s.ins, s.outs, s.opset)
             for p, s in zip(plan.segment.nodes, sites, strict=True)
@@ -206,6 +211,136 @@ def test_what_is_damaged_or_cannot_be_written_is_in_nobodys_way(kept: Path, tmp_
     assert len(planned) == 5
 
 
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of what kind each step is that is bound."""
+    found: list[str] = []
+    calls = Binder.calls
+
+    def counted(self: Binder, step: Step) -> list[Call]:
+        found.append(step.kind)
+        return calls(self, step)
+
+    monkeypatch.setattr(Binder, "calls", counted)
+    return found
+
+
+def ran(path: Path, fed: Mapping[str, Any], **options: Any) -> list[dict[str, Any]]:
+    """Results of a session's first runs, of which workers make some calls from the second on."""
+    with infera_gpu.load(path, device="cpu", jit=False, **options) as session:
+        return [session.run(fed) for _ in range(3)]
+
+
+def assert_equal(got: Sequence[Mapping[str, Any]], want: Sequence[Mapping[str, Any]]) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert all(np.array_equal(one[k], v, equal_nan=v.dtype.kind == "f") for k, v in other.items())
+
+
+LARGE = """
+    g (float[N, 64, 40, 40] x) => (float[N, K] y, float[N, 64, 40, 40] s)
+    <float[64, 64, 1, 1] one, float[64, 1, 3, 3] each, float[64, 64, 3, 3] all, float[64, 200] m> {
+        a = Conv(x, one)
+        r = Relu(a)
+        d = Conv<pads = [1, 1, 1, 1], group = 64>(r, each)
+        c = Conv<pads = [1, 1, 1, 1]>(d, all)
+        p = GlobalAveragePool(c)
+        flat = Flatten(p)
+        y = MatMul(flat, m)
+        s = Sigmoid(c)
+    }"""
+"""What is packed in several ways, multiplied by OpenBLAS' own loops where these are known, and made in parts."""
+
+
+def large_file(path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    model = parse(LARGE, opset=13)
+    for name, shape in (("one", (64, 64, 1, 1)), ("each", (64, 1, 3, 3)), ("all", (64, 64, 3, 3)), ("m", (64, 200))):
+        value = onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 8, name)
+        model.graph.initializer.append(value)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_was_bound_before_is_bound_without_kernels(
+    kept: Path, tmp_path: Path, planned: list[int], bound: list[str], threads: int
+) -> None:
+    path = graph_kept(large_file(tmp_path / "m.onnx"), jit=False)
+    fed = {"x": np.random.default_rng(1).standard_normal((2, 64, 40, 40)).astype(np.float32)}
+    want = ran(path, fed, threads=threads)
+    assert bound
+    assert len(planned) == len(plans(kept)) == 1
+    bound.clear()
+    assert_equal(ran(path, fed, threads=threads), want)
+    assert (bound, len(planned)) == ([], 1)
+    with infera_gpu.load(path, device="cpu", jit=False, threads=threads) as session:
+        once = session.run(fed)
+        other = session.run({"x": fed["x"][:1]})  # a plan that is made, with weights that were packed by then
+        assert all(np.allclose(other[k], v[:1], atol=1e-4) for k, v in once.items())
+        assert session.packed_bytes > 0
+    assert bound
+
+
+def test_random_graphs_are_bound_as_before(
+    kept: Path, tmp_path: Path, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = 0
+    for seed in range(60):
+        path, example = tmp_path / f"{seed}.onnx", draw(seed)
+        path.write_bytes(example.model.SerializeToString())
+        graph_kept(path, jit=False)
+        before = len(plans(kept))
+        want = ran(path, example.feeds[0])
+        if len(plans(kept)) == before:
+            continue
+        bound.clear()
+        assert_equal(ran(path, example.feeds[0]), want)
+        assert set(bound) <= {"compute"}
+        told += 1
+    assert told > 15
+
+
+def test_a_recipe_is_kept_where_what_it_holds_is_small(
+    kept: Path, tmp_path: Path, bound: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = graph_kept(model_file(tmp_path / "m.onnx"), jit=False)
+    monkeypatch.setattr(plan_cache, "MAX_RECIPE", 0)
+    want = ran(path, feeds())
+    bound.clear()
+    assert_equal(ran(path, feeds()), want)
+    assert bound
+
+
+def test_a_recipe_depends_on_the_blas(
+    kept: Path, tmp_path: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = graph_kept(model_file(tmp_path / "m.onnx"), jit=False)
+    ran(path, feeds())
+    monkeypatch.setattr(plan_cache, "spoken", lambda: "another")
+    ran(path, feeds())
+    assert len(planned) == 2
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [{"values": []}, {"views": [[0, 1 << 40, 0, 0, 0]]}, {"blocks": [["constant", "none"]]}, {"tuples": [[-1]] * 99}],
+)
+def test_a_recipe_that_does_not_suit_is_not_followed(
+    kept: Path, tmp_path: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch, spoilt: dict[str, Any]
+) -> None:
+    path = graph_kept(model_file(tmp_path / "m.onnx"), jit=False)
+    want = ran(path, feeds())
+
+    def other(*args: Any) -> Plan:
+        plan = decoded(*args)
+        assert plan.recipe is not None
+        return replace(plan, recipe=plan.recipe._replace(**spoilt))
+
+    monkeypatch.setattr("infera_gpu.plan_cache.decoded", other)
+    assert_equal(ran(path, feeds()), want)
+    assert len(planned) == 2
+
+
 def run(session: Session) -> dict[str, Any]:
     return session.run(feeds())
 
@@ -231,7 +366,7 @@ def test_a_plan_that_cannot_be_bound_is_made_anew(
 
     def poorer(*args: Any) -> Plan:
         plan = decoded(*args)
-        return replace(plan, packed=tuple((*fields[:7], None, *fields[8:]) for fields in plan.packed))
+        return replace(plan, recipe=None, packed=tuple((*fields[:7], None, *fields[8:]) for fields in plan.packed))
 
     monkeypatch.setattr("infera_gpu.plan_cache.decoded", poorer)
     with infera_gpu.load(path, device="cpu") as session:

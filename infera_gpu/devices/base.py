@@ -151,6 +151,10 @@ class Device(Protocol):
         """Calls that make those of every part, up to `threads` of them at the same time; host memory only."""
         ...
 
+    def parts_of(self, call: Call) -> Sequence[Sequence[Call]] | None:
+        """Of what `parallel` made a call; None of other calls."""
+        ...
+
     def alloc(self, nbytes: int, space: Space) -> Any:
         """A block of uninitialised memory, aligned to memory.ALIGN. Raises OutOfMemoryError."""
         ...

@@ -101,6 +101,12 @@ class CpuDevice:
             return [(POOL.run, (Region(made, self.threads, WORKERS.run),))]
         return [(WORKERS.run, (made, self.threads))]
 
+    def parts_of(self, call: Call) -> Sequence[Sequence[Call]] | None:
+        fn, args = call
+        if fn == POOL.run:
+            return args[0].parts  # type: ignore[no-any-return]
+        return args[0] if fn == WORKERS.run else None
+
     def alloc(self, nbytes: int, space: Space) -> HostArray:
         if self._shares and POOL.memory is not None:
             return POOL.memory.block(nbytes)

@@ -249,6 +249,9 @@ class CudaDevice:
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         return one_after_the_other(parts)
 
+    def parts_of(self, call: Call) -> None:
+        return None
+
     def alloc(self, nbytes: int, space: Space) -> Any:
         self._refuse_lost()
         cuda = self.xp.cuda

@@ -99,19 +99,29 @@ def openblas() -> OpenBlas | None:
 
 def inner_loops() -> Inner | None:
     """The inner loops of NumPy's OpenBLAS, else those of the package scipy-openblas64; None where neither has them."""
+    found = _with_loops()
+    return None if found is None else found.inner()
+
+
+def spoken() -> str:
+    """Changes with what decides how weights are laid out: the BLAS that there is, and the processor that it is for."""
+    return " ".join(f"{one.version} {one.architecture}" for one in (openblas(), _with_loops()) if one is not None)
+
+
+@cache
+def _with_loops() -> OpenBlas | None:
     numpys = openblas()
-    found = numpys.inner() if numpys is not None else None
-    return found if found is not None else _packaged()
+    return numpys if numpys is not None and numpys.inner() is not None else _packaged()
 
 
-def _packaged() -> Inner | None:
-    """The inner loops of the package scipy-openblas64, whose library is loaded for them alone."""
+def _packaged() -> OpenBlas | None:
+    """That of the package scipy-openblas64, loaded for its inner loops alone; None where it has none."""
     package = find_spec("scipy_openblas64")
     for folder in (package and package.submodule_search_locations) or ():
         for path in sorted(Path(folder, "lib").glob("libscipy_openblas*")):
             with suppress(OSError), _environment(OPENBLAS_NUM_THREADS="1"):  # it starts threads when it is loaded
                 found = _loaded(str(path))
-                return found.inner() if found is not None else None
+                return found if found is not None and found.inner() is not None else None
     return None
 
 

@@ -25,6 +25,9 @@ def _require_range(indices: Array, size: int) -> None:
             raise IndexError(f"index {low if low < -size else high} is out of range for an axis of {size}")
 
 
+_require_range.sendable = True  # type: ignore[attr-defined]
+
+
 def take(x: Array, indices: Array, axis: int, out: Array, scratch: Scratch) -> list[Call]:
     """out = x's entries along `axis` at `indices`; all arrays are contiguous."""
     indices, calls = converted(indices, np.int64, scratch)

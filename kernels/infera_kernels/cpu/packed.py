@@ -91,6 +91,13 @@ def pack(w: Array, loops: Inner, runs: int = 1) -> Array:
     return made
 
 
+def copied(packed: Array) -> Array:
+    """What a kernel packed once more; it may be `pack`'s."""
+    made = aligned(packed.shape, packed.dtype, slack=4 * SLACK)
+    made[...] = packed
+    return made
+
+
 def loops_for(out: Array, depth: int) -> Inner | None:
     """For `fused`, where it takes `out` and is made for a product of its size; None elsewhere."""
     y = rows_of(out)
@@ -176,6 +183,9 @@ def _elsewhere(ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room
     if loops is None or not (y.flags.writeable and room.flags.writeable):
         raise ValueError("no inner loops here, or no memory that both processes may write to")
     return _Bound(loops, ranges, weights, y, room, *rest)
+
+
+_elsewhere.sendable = True  # type: ignore[attr-defined]
 
 
 def _product(p: Piece, weights: Array, scratch: Scratch, loops: Inner, alpha: float) -> Call:
