@@ -82,27 +82,33 @@ class Entry:
         except (OSError, Damaged):
             return None
 
-    def keep(self, graph: Graph, seconds: float) -> None:
-        """Of a graph that took so many seconds of a processor to load: the second time it is kept, where it can be."""
+    def keep(self, graph: Graph, seconds: float) -> bool:
+        """Of a graph that took so many seconds of a processor to load: the second time it is kept, where it can be.
+
+        Returns whether it is kept now.
+        """
         try:
             if self._name is not None:
-                self._write(self._folder / self._name, graph)
-            elif seconds * 1e9 > NS_OF_A_BYTE * self._source.stat().st_size:
+                return self._write(self._folder / self._name, graph)
+            if seconds * 1e9 > NS_OF_A_BYTE * self._source.stat().st_size:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if len(os.listdir(self._folder.parent)) > MAX_ENTRIES:
                     make_room(self._folder.parent)
         except (OSError, Unencodable):
-            return
+            pass
+        return False
 
-    def _write(self, path: Path, graph: Graph) -> None:
+    def _write(self, path: Path, graph: Graph) -> bool:
         """Unless the model is no longer what it was, or not all of it in one file."""
         model = self._source.read_bytes()
         if _EXTERNAL in model or path.name != _name(hashlib.sha256(model), self._told):
-            return
+            return False
         content = encoded(graph)
-        if len(content) <= MAX_BYTES:
-            replace_file(path, content)
-            make_room(self._folder.parent)
+        if len(content) > MAX_BYTES:
+            return False
+        replace_file(path, content)
+        make_room(self._folder.parent)
+        return True
 
 
 def entry_of(source: Source, device: Device, precision: str) -> Entry | None:

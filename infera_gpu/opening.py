@@ -72,7 +72,8 @@ def load(
     docs/gpu.md says what it takes to mean "entry", and what it costs.
 
     What passes make of a small model in a file is kept on disk the second time that it is loaded, for the third and all
-    later times: `graph_cache`. On the CPU so are its plans, as they are made from then on: `plan_cache`.
+    later times: `graph_cache`. On the CPU so are its plans, as they are made from then on, and how they were bound:
+    `plan_cache`.
 
     External data is mapped, so that processes share it and what is never needed is never read: its files must stay as
     they are while the session lives. `mapped=False` reads them, and they may change.
@@ -121,9 +122,10 @@ def load(
             precision=precision,
             optimised=optimised is not None,
         )
-        if entry is not None and optimised is None and not graph.overridable:
-            entry.keep(session.graph, time.thread_time() - began)
-        if optimised is not None and entry is not None and entry.path is not None and opened.space == "host":
+        kept = optimised is not None
+        if entry is not None and not kept and not graph.overridable:
+            kept = entry.keep(session.graph, time.thread_time() - began)
+        if kept and entry is not None and entry.path is not None and opened.space == "host":
             session.keep_plans(KeptPlans(entry.path, session.graph, opened, registry()))
         opened.require(f"the weights of '{session.name}'", session.constant_bytes)
         if tune:

@@ -150,6 +150,21 @@ def test_what_was_planned_before_is_not_planned_again(kept: Path, tmp_path: Path
     assert len(planned) == len(plans(kept)) == 2
 
 
+def test_the_session_that_keeps_a_graph_keeps_its_plans(
+    kept: Path, tmp_path: Path, planned: list[int], bound: list[str]
+) -> None:
+    path = large_file(tmp_path / "m.onnx")
+    fed = {"x": np.random.default_rng(1).standard_normal((2, 64, 40, 40)).astype(np.float32)}
+    first = ran(path, fed)
+    assert plans(kept) == []
+    assert_equal(ran(path, fed), first)
+    assert len(plans(kept)) == 1
+    planned.clear()
+    bound.clear()
+    assert_equal(ran(path, fed), first)
+    assert (planned, bound) == ([], [])
+
+
 def test_what_planning_computed_is_kept_where_it_is_small(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
