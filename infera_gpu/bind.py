@@ -19,7 +19,7 @@ from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import ALIGN, aligned
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Plan, Step, unpacked
-from infera_gpu.recipe import Held, Recipe, Surroundings, followed
+from infera_gpu.recipe import Held, Surroundings, Written, followed
 from infera_gpu.recipe import told as recipe_of
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
@@ -156,7 +156,7 @@ class Binder:
         """In host memory."""
         return self._arenas.get("host", host_block(0))  # type: ignore[no-any-return]
 
-    def followed(self, recipe: Recipe) -> list[list[Call] | None]:
+    def followed(self, recipe: Written) -> list[list[Call] | None]:
         """The calls of each step that a recipe tells. Raises PlanError where it does not suit."""
         constants, get = self.plan.constants, self._constants.get
 
@@ -168,7 +168,7 @@ class Binder:
             self.device.parallel,
         )
         try:
-            return followed(recipe, around)
+            return followed(recipe.recipe(), around)
         except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
             raise PlanError(f"a plan that was kept does not suit: {error}") from error
 
@@ -234,10 +234,10 @@ class Binder:
         return self.device.wrap(step, list(step.kernel.bind(placed.site, io)), ins, outs)
 
 
-def told(bound: Bound, held: Held) -> Recipe:
+def told(bound: Bound, held: Held) -> Written:
     """How to bind the plan without its kernels, as it has been bound to host memory, with these constants."""
     arena, parts_of = bound.binder.arena, bound.binder.device.parts_of
-    return recipe_of(bound.calls, bound.starts, arena, held, bound.direct, parts_of)
+    return Written.of(recipe_of(bound.calls, bound.starts, arena, held, bound.direct, parts_of))
 
 
 @dataclass(frozen=True)

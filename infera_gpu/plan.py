@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, operand_of
 from infera_gpu.op import Kernel
-from infera_gpu.recipe import Recipe
+from infera_gpu.recipe import Written
 from infera_gpu.specialize import Placed, Segment
 
 StepKind: TypeAlias = Literal["kernel", "compute", "copy", "upload", "download"]
@@ -145,7 +145,7 @@ class Plan:
     bordered: int = 0
     graphs: tuple[range, ...] | None = None
     staging: int = 0
-    recipe: Recipe | None = None
+    recipe: Written | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, overload
 
-import numpy as np
-
 from infera_gpu.graph import Graph, HostArray, T
 from infera_gpu.graph_codec import Damaged, Reader, Unencodable, Writer, code_of, framed, unframed
 from infera_gpu.layout import operand_of
 from infera_gpu.op import Registry, Site
 from infera_gpu.plan import Packed, Plan
-from infera_gpu.recipe import Recipe
+from infera_gpu.recipe import Written
 from infera_gpu.spec import TensorSpec, dtype_of_onnx
 from infera_gpu.specialize import Placed, Segment
 
@@ -56,7 +54,7 @@ class Later(Sequence[T]):
         return iter(self._whole())
 
 
-def encoded(plan: Plan, graph: Graph, recipe: Recipe | None = None) -> bytes:
+def encoded(plan: Plan, graph: Graph, recipe: Written | None = None) -> bytes:
     """The plan of `graph` as bytes, with how it is bound. Raises Unencodable for one of several segments, or not for
     host memory alone."""
     segment = plan.segment
@@ -79,7 +77,7 @@ def encoded(plan: Plan, graph: Graph, recipe: Recipe | None = None) -> bytes:
         "direct": sorted(plan.direct),
         "bordered": plan.bordered,
         "device": [plan.device, plan.concurrency],
-        "recipe": recipe and [[_block(b, writer) for b in recipe.blocks], *recipe[1:]],
+        "recipe": recipe and [recipe.text, list(map(writer.array, recipe.arrays))],
     }
     later = {
         "nodes": [_site(p.site, numbers, writer) for p in segment.nodes],
@@ -131,7 +129,10 @@ def _operand(said: Sequence[Any]) -> Packed:
 def _plan(said: Mapping[str, Any], reader: Reader, graph: Graph, registry: Registry) -> Plan:
     constants = {k: graph.constants[k] if a is None else reader.array(*a) for k, a in said["constants"].items()}
     device, concurrency = said["device"]
-    recipe = _recipe(said["recipe"], reader)
+    recipe = None
+    if said["recipe"] is not None:
+        text, arrays = said["recipe"]
+        recipe = Written(text, tuple([reader.array(*a) for a in arrays]))
 
     @cache
     def later() -> Mapping[str, Any]:
@@ -161,18 +162,6 @@ def _plan(said: Mapping[str, Any], reader: Reader, graph: Graph, registry: Regis
         bordered=said["bordered"],
         recipe=recipe,
     )
-
-
-def _block(block: Sequence[Any], writer: Writer) -> list[Any]:
-    return [writer.array(part) if isinstance(part, np.ndarray) else part for part in block]
-
-
-def _recipe(said: Sequence[Any] | None, reader: Reader) -> Recipe | None:
-    if said is None:
-        return None
-    blocks, *rest = said
-    read = [[reader.array(*part) if isinstance(part, list) else part for part in block] for block in blocks]
-    return Recipe(read, *rest)
 
 
 def _placed(

@@ -9,6 +9,7 @@ is named, and it is one of NUMPYS, of METHODS or of kernels that say that anothe
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -58,10 +59,30 @@ class Recipe(NamedTuple):
     steps: list[list[Any] | None]
     """Of each step its calls, [function, arguments], or lists of such lists that are made at the same time."""
 
+
+class Written(NamedTuple):
+    """A recipe in few objects: plans stay, and garbage collection looks through them."""
+
+    text: str
+    """JSON, in which numbers stand for the arrays of blocks."""
+    arrays: tuple[HostArray, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Written:
+        arrays = tuple([part for block in recipe.blocks for part in block if isinstance(part, np.ndarray)])
+        numbers = {id(a): i for i, a in enumerate(arrays)}
+        blocks = [[numbers.get(id(part), part) for part in block] for block in recipe.blocks]
+        return cls(json.dumps([blocks, *recipe[1:]], separators=(",", ":")), arrays)
+
+    def recipe(self) -> Recipe:
+        """Raises ValueError, TypeError or LookupError where there is none."""
+        blocks, *rest = json.loads(self.text)
+        read = [[self.arrays[part] if isinstance(part, int) else part for part in block] for block in blocks]
+        return Recipe(read, *rest)
+
     @property
     def nbytes(self) -> int:
-        """Of the arrays that it holds."""
-        return sum(block[-1].nbytes for block in self.blocks if block[0] in ("packed", "own"))
+        return sum(a.nbytes for a in self.arrays)
 
 
 Held: TypeAlias = Iterable[tuple[str, str, HostArray]]

@@ -22,6 +22,7 @@ from infera_gpu.op import Call
 from infera_gpu.ops import registry
 from infera_gpu.plan import Plan, Step
 from infera_gpu.plan_codec import decoded, encoded
+from infera_gpu.recipe import Written
 from infera_gpu.session import Session
 from infera_kernels.cpu import caches
 from infera_kernels.cpu.aligned import aligned
@@ -349,7 +350,7 @@ def test_a_recipe_that_does_not_suit_is_not_followed(
     def other(*args: Any) -> Plan:
         plan = decoded(*args)
         assert plan.recipe is not None
-        return replace(plan, recipe=plan.recipe._replace(**spoilt))
+        return replace(plan, recipe=Written.of(plan.recipe.recipe()._replace(**spoilt)))
 
     monkeypatch.setattr("infera_gpu.plan_cache.decoded", other)
     assert_equal(ran(path, feeds()), want)

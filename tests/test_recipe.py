@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op
 from infera_gpu.ops import registry
-from infera_gpu.recipe import Recipe, Surroundings, followed, told
+from infera_gpu.recipe import Recipe, Surroundings, Written, followed, told
 from infera_kernels.calls import one_after_the_other
 from infera_kernels.cpu.aligned import aligned
 from tests.buffers import GuardedBuffers
@@ -54,9 +53,8 @@ def around(arena: HostArray, direct: Mapping[str, Any] = {}) -> Surroundings:
 
 
 def written(recipe: Recipe) -> Recipe:
-    """As it is read: JSON, beside the arrays."""
-    blocks, *rest = recipe
-    return Recipe(blocks, *json.loads(json.dumps(rest)))
+    """As it is read."""
+    return Written.of(recipe).recipe()
 
 
 def cases() -> list[Any]:
