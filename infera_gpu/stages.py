@@ -104,6 +104,7 @@ class Stages:
         self._folded = 0
         self._planning = threading.Lock()
         self.shelf: Shelf | None = None
+        self._trusting = True
 
     def __len__(self) -> int:
         """Stages that are kept."""
@@ -134,9 +135,12 @@ class Stages:
                 self.shelf.keep(shapes, bound, self._constants)
 
     def distrust(self) -> bool:
-        """Forget the stages whose plans were kept from another process, and take no more; whether there were any."""
+        """Forget the stages whose plans were kept from another process, and take no more; whether there were any.
+
+        Those that are made in their place are kept instead of them.
+        """
         with self._planning:
-            self.shelf, taken = None, [stage for stage in self._recent if stage.taken]
+            self._trusting, taken = False, [stage for stage in self._recent if stage.taken]
             for stage in taken:
                 self._recent.pop(stage).cut()
                 self._folded -= stage.folded
@@ -234,7 +238,7 @@ class Stages:
             for (n, s), shape in zip(inputs.items(), shapes, strict=True)
         }
         wanted = tuple(self._graph.outputs)
-        plan = None if self.shelf is None else self.shelf.take(shapes)
+        plan = self.shelf.take(shapes) if self.shelf is not None and self._trusting else None
         if plan is not None:
             return self._stage(plan, wanted, specs, taken=True)
         segment = specialize(

@@ -374,11 +374,14 @@ def test_a_plan_that_cannot_be_bound_is_made_anew(
     monkeypatch: pytest.MonkeyPatch,
     use: Callable[[Session], dict[str, Any]],
 ) -> None:
-    """One from another machine, say, whose kernels took less scratch."""
+    """One from another machine, say, whose kernels took less scratch. What is made in its place is kept."""
     path = graph_kept(model_file(tmp_path / "m.onnx"))
     with infera_gpu.load(path, device="cpu") as session:
         wanted = session.run(feeds())
         assert any(step.workspace for step in session.plan_for(feeds()).steps)
+
+    (file,) = plans(kept)
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
 
     def poorer(*args: Any) -> Plan:
         plan = decoded(*args)
@@ -391,6 +394,8 @@ def test_a_plan_that_cannot_be_bound_is_made_anew(
         assert all(np.array_equal(v, wanted[k]) for k, v in session.run(feeds()).items())
         session.run(feeds(5))  # planned too: nothing is taken any more
         assert len(planned) == 3
+    assert file.read_bytes() == whole
+    assert file.stat().st_mtime_ns > written
 
 
 def test_a_plan_that_is_wrong_for_another_reason_is_an_error(
