@@ -76,8 +76,9 @@ def targets(newest: Mapping[str, Result]) -> str:
 
 def first(result: Result) -> str:
     """Load and first inference in a fresh process, one thread, without imports. Where there is more than one ratio, the
-    first is that of a model which was loaded on the machine twice before: small ones keep their optimised graph, and
-    since 0dc414ca7a their plan; the last is with numba, which has compiled its functions before."""
+    first is that of a model which was loaded on the machine twice before: small ones keep their optimised graph, since
+    0dc414ca7a their plan and since 085fdffc7c how that was bound; the last is with numba, which has compiled its
+    functions before."""
 
     rows = [row for row in result["rows"] if not row["failure"]]
     columns = {"ratio": "ratio", "new_ratio": "without that", "compiled_ratio": "with numba"}
