@@ -100,28 +100,31 @@ def openblas() -> OpenBlas | None:
 def inner_loops() -> Inner | None:
     """The inner loops of NumPy's OpenBLAS, else those of the package scipy-openblas64; None where neither has them."""
     found = _with_loops()
-    return None if found is None else found.inner()
+    return None if found is None else found[1]
 
 
 def spoken() -> str:
     """Changes with what decides how weights are laid out: the BLAS that there is, and the processor that it is for."""
-    return " ".join(f"{one.version} {one.architecture}" for one in (openblas(), _with_loops()) if one is not None)
+    loops = _with_loops()
+    there = (openblas(), None if loops is None else loops[0])
+    return " ".join(f"{one.version} {one.architecture}" for one in there if one is not None)
 
 
-@cache
-def _with_loops() -> OpenBlas | None:
+def _with_loops() -> tuple[OpenBlas, Inner] | None:
     numpys = openblas()
-    return numpys if numpys is not None and numpys.inner() is not None else _packaged()
+    found = numpys.inner() if numpys is not None else None
+    return _packaged() if numpys is None or found is None else (numpys, found)
 
 
-def _packaged() -> OpenBlas | None:
-    """That of the package scipy-openblas64, loaded for its inner loops alone; None where it has none."""
+def _packaged() -> tuple[OpenBlas, Inner] | None:
+    """The package scipy-openblas64, whose library is loaded for its inner loops alone."""
     package = find_spec("scipy_openblas64")
     for folder in (package and package.submodule_search_locations) or ():
         for path in sorted(Path(folder, "lib").glob("libscipy_openblas*")):
             with suppress(OSError), _environment(OPENBLAS_NUM_THREADS="1"):  # it starts threads when it is loaded
-                found = _loaded(str(path))
-                return found if found is not None and found.inner() is not None else None
+                library = _loaded(str(path))
+                found = library.inner() if library is not None else None
+                return None if library is None or found is None else (library, found)
     return None
 
 
