@@ -174,6 +174,16 @@ def test_where_numpy_hides_its_loops_another_openblas_has_them(monkeypatch: pyte
     assert packed.inner() is None
 
 
+@pytest.mark.parametrize(("name", "other"), [("version", "0.4.0"), ("architecture", "Zen")])
+def test_what_is_told_of_the_blas_changes_with_it(monkeypatch: pytest.MonkeyPatch, name: str, other: str) -> None:
+    found = blas.openblas()
+    if found is None:
+        pytest.skip("NumPy calls another BLAS")
+    before = blas.spoken()
+    monkeypatch.setattr(found, name, other)
+    assert blas.spoken() != before
+
+
 def test_an_unknown_version_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     found = blas.openblas()
     if found is None:
