@@ -19,12 +19,10 @@ from infera_gpu.layout import Operand, Space, contiguous_strides
 from infera_gpu.memory import ALIGN, aligned
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Plan, Step, unpacked
-from infera_gpu.recipe import Held, Surroundings, Written, followed
-from infera_gpu.recipe import told as recipe_of
+from infera_gpu.recipe import Form, Recipe, Surroundings, Written, followed, tell
 from infera_gpu.spec import Array
 from infera_gpu.specialize import Placed
 from infera_kernels.cpu.interleave import interleaved
-from infera_kernels.cpu.packed import copied
 
 if TYPE_CHECKING:
     from infera_kernels.tuning import Tuned
@@ -149,6 +147,8 @@ class Binder:
         self.plan, self.device = plan, device
         self._arenas, self._constants = dict(arenas), constants
         self.direct = {name: Given() for name in plan.direct}
+        self.asked = False
+        """Whether a kernel has been asked for its calls."""
         self._elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
 
     @property
@@ -159,17 +159,16 @@ class Binder:
     def followed(self, recipe: Written) -> list[list[Call] | None]:
         """The calls of each step that a recipe tells. Raises PlanError where it does not suit."""
         constants, get = self.plan.constants, self._constants.get
-
         around = Surroundings(
             self.arena,
             lambda name: get(constants[name], "host"),
-            lambda name, tag, array: get(constants[name], "host", tag, lambda _: copied(array)),
+            lambda name, tag: self._constants.form(constants[name], tag),
             self.direct,
             self.device.parallel,
         )
         try:
             return followed(recipe.recipe(), around)
-        except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:
             raise PlanError(f"a plan that was kept does not suit: {error}") from error
 
     def array(self, o: Operand) -> Array:
@@ -183,6 +182,7 @@ class Binder:
 
     def calls(self, step: Step) -> list[Call]:
         """The calls of a step, in the arenas."""
+        self.asked = True
         if step.kind == "copy" and step.ins[0] is not None and step.ins[0].root in self.direct:
             return [(self.direct[step.ins[0].root].copy_to, (self.array(step.outs[0]),))]
         outs = tuple(map(self.array, step.outs))
@@ -234,10 +234,10 @@ class Binder:
         return self.device.wrap(step, list(step.kernel.bind(placed.site, io)), ins, outs)
 
 
-def told(bound: Bound, held: Held) -> Written:
+def recipe_of(bound: Bound, held: Iterable[Form]) -> Recipe:
     """How to bind the plan without its kernels, as it has been bound to host memory, with these constants."""
     arena, parts_of = bound.binder.arena, bound.binder.device.parts_of
-    return Written.of(recipe_of(bound.calls, bound.starts, arena, held, bound.direct, parts_of))
+    return tell(bound.calls, bound.starts, arena, held, bound.direct, parts_of)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from infera_gpu.memory import aligned
 from infera_gpu.plan import Plan
 from infera_gpu.spec import Array
 from infera_kernels.cpu.aligned import within
+from infera_kernels.cpu.packed import copied
 
 MAX_FOLDED = 1 << 27
 """Bytes of constants that planning computed for the shapes that are kept; a plan that has more is kept alone."""
@@ -29,6 +30,7 @@ class Constants:
         self._device = device
         self._lasting = {id(a): a for g in graph.walk() for a in g.constants.values()}
         self._made: dict[tuple[int, str, Space], Array] = {}
+        self._brought: set[tuple[int, str, Space]] = set()
         self.making = threading.RLock()
         """Held while a plan is bound: each of two threads would make what both lack, and both would keep it."""
 
@@ -69,6 +71,25 @@ class Constants:
         kept = [(names[i], tag, a) for (i, tag, space), a in self._kept() if i in names and tag and space == "host"]
         packed = [(n, tag, a) for n, tag, a in kept if not _is_view(a, plan.constants[n])]
         return [*((name, "", a) for name, a in plan.constants.items()), *packed]
+
+    def bring(self, host: HostArray, tag: str, packed: HostArray) -> None:
+        """What another process packed of `host`, in host memory: copied, unless it has been packed here."""
+        with self.making:
+            key: tuple[int, str, Space] = (id(host), tag, "host")
+            if key not in self._made and id(host) in self._lasting:
+                self.get(host, "host", tag, lambda _: copied(packed))
+                self._brought.add(key)
+
+    def form(self, host: HostArray, tag: str) -> HostArray:
+        """What has been packed of `host` in host memory. Raises KeyError where that has not been."""
+        return self._made[id(host), tag, "host"]  # type: ignore[no-any-return]
+
+    def distrust(self) -> None:
+        """Let go of what other processes packed; what is bound to it keeps it."""
+        with self.making:
+            for key in self._brought:
+                self._made.pop(key, None)
+            self._brought.clear()
 
     def clear(self) -> None:
         """Let every constant go."""

@@ -183,7 +183,10 @@ class Reader:
     def array(self, number: int, code: int, shape: list[int]) -> HostArray:
         """The array of this number; they are met in the order in which they lie."""
         if number == len(self._arrays):
-            made: HostArray = np.ndarray(shape, dtype_of_onnx(code), self._data, self._next)
+            dtype = dtype_of_onnx(code)
+            if dtype.hasobject:
+                raise Damaged
+            made: HostArray = np.ndarray(shape, dtype, self._data, self._next)
             made.flags.writeable = False
             self._next += made.nbytes + -made.nbytes % LINE
             self._arrays.append(made)

@@ -219,10 +219,10 @@ class Arena:
 
 
 class Lease:
-    """A session's plans, bound to memory that one run at a time may use."""
+    """A session's plans, bound to memory that one run at a time may use. `told` is called with what has been bound."""
 
-    def __init__(self, device: Device, constants: Constants, memory: Memory) -> None:
-        self._device, self._constants, self._memory = device, constants, memory
+    def __init__(self, device: Device, constants: Constants, memory: Memory, told: Callable[[Bound], None]) -> None:
+        self._device, self._constants, self._memory, self._told = device, constants, memory, told
         self._bound: OrderedDict[Plan, Bound] = OrderedDict()
         self._folded: dict[Plan, int] = {}
         self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
@@ -261,9 +261,9 @@ class Lease:
                 with self._device.weights(self._constants.missing(plan, lasting=True)):
                     found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
                 settle("bind")
-            if plan.recipe is None:
-                for placed in plan.segment.nodes:
-                    placed.site.forget()
+            self._told(found)
+            for placed in plan.segment.nodes if found.binder.asked else ():
+                placed.site.forget()
             self._folded[plan] = self._constants.folded(plan)
             while len(self._bound) > MAX_BOUND or (sum(self._folded.values()) > MAX_FOLDED and len(self._bound) > 1):
                 del self._folded[self._bound.popitem(last=False)[0]]

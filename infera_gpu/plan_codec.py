@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, overload
 
+from infera_gpu.errors import PlanError
 from infera_gpu.graph import Graph, HostArray, T
 from infera_gpu.graph_codec import Damaged, Reader, Unencodable, Writer, code_of, framed, unframed
 from infera_gpu.layout import operand_of
@@ -36,7 +37,10 @@ class Later(Sequence[T]):
         if self._make is not None:
             with self._lock:
                 if self._make is not None:
-                    self._made = tuple(self._make())
+                    try:
+                        self._made = tuple(self._make())
+                    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, Damaged) as error:
+                        raise PlanError(f"a plan that was kept is damaged: {error}") from error
                     self._make = None
         return self._made
 
@@ -77,7 +81,7 @@ def encoded(plan: Plan, graph: Graph, recipe: Written | None = None) -> bytes:
         "direct": sorted(plan.direct),
         "bordered": plan.bordered,
         "device": [plan.device, plan.concurrency],
-        "recipe": recipe and [recipe.text, list(map(writer.array, recipe.arrays))],
+        "recipe": recipe and [recipe.text, list(map(writer.array, recipe.own)), recipe.packed],
     }
     later = {
         "nodes": [_site(p.site, numbers, writer) for p in segment.nodes],
@@ -131,8 +135,8 @@ def _plan(said: Mapping[str, Any], reader: Reader, graph: Graph, registry: Regis
     device, concurrency = said["device"]
     recipe = None
     if said["recipe"] is not None:
-        text, arrays = said["recipe"]
-        recipe = Written(text, tuple([reader.array(*a) for a in arrays]))
+        text, own, packed = said["recipe"]
+        recipe = Written(text, tuple([reader.array(*a) for a in own]), tuple([(name, tag) for name, tag in packed]))
 
     @cache
     def later() -> Mapping[str, Any]:

@@ -24,7 +24,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.graph_codec import Unencodable, code_of
 from infera_gpu.op import Call
 from infera_gpu.spec import DType, dtype_of_onnx
-from infera_kernels.cpu.aligned import address, aligned
+from infera_kernels.cpu.aligned import address, root_of
+from infera_kernels.cpu.packed import copied
 
 NUMPYS = frozenset({"copyto", "einsum"})
 """Functions of NumPy's that a recipe may name, beside ufuncs."""
@@ -35,13 +36,19 @@ METHODS = frozenset({"argmax", "argmin", "clip", "put", "take"})
 UFUNC_METHODS = frozenset({"reduce", "accumulate", "at", "reduceat"})
 """Methods of ufuncs that a recipe may name."""
 
+ALIGNED = 16
+"""Bytes that NumPy aligns memory to: what begins with so many begins with a cache line where a recipe is followed."""
+
 _NUMPYS = {getattr(np, name): name for name in NUMPYS}
 _METHODS = {getattr(np.ndarray, name): name for name in METHODS}
-_KERNELS = "infera_kernels."
+_KERNELS = "infera_kernels.cpu."
 _PLAIN = (bool, int, float, str, type(None))
 
 Block: TypeAlias = list[Any]
 """["arena"], ["constant", name], ["packed", name of the constant, tag, array] or ["own", array]: memory."""
+
+Form: TypeAlias = tuple[str, str, HostArray]
+"""What was packed of a constant: the constant's name, a tag, and what it is; a constant itself has an empty tag."""
 
 View: TypeAlias = list[int]
 """An array: which block, its first byte there, and where its shape, strides and dtype are told."""
@@ -59,45 +66,57 @@ class Recipe(NamedTuple):
     steps: list[list[Any] | None]
     """Of each step its calls, [function, arguments], or lists of such lists that are made at the same time."""
 
+    @property
+    def forms(self) -> list[Form]:
+        """What was packed, as far as it is there."""
+        return [(name, tag, array) for _, name, tag, array in (b for b in self.blocks if len(b) == 4)]
+
 
 class Written(NamedTuple):
-    """A recipe in few objects: plans stay, and garbage collection looks through them."""
+    """A recipe in few objects, without what was packed: plans stay, and garbage collection looks through them."""
 
     text: str
     """JSON, in which numbers stand for the arrays of blocks."""
-    arrays: tuple[HostArray, ...]
+    own: tuple[HostArray, ...]
+    packed: tuple[tuple[str, str], ...]
+    """Names and tags of what was packed."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Written:
-        arrays = tuple([part for block in recipe.blocks for part in block if isinstance(part, np.ndarray)])
-        numbers = {id(a): i for i, a in enumerate(arrays)}
-        blocks = [[numbers.get(id(part), part) for part in block] for block in recipe.blocks]
-        return cls(json.dumps([blocks, *recipe[1:]], separators=(",", ":")), arrays)
+        own = tuple([block[1] for block in recipe.blocks if block[0] == "own"])
+        packed = tuple([(name, tag) for name, tag, _ in recipe.forms])
+        numbers = iter(range(len(own)))
+        blocks = [["own", next(numbers)] if block[0] == "own" else block[:3] for block in recipe.blocks]
+        return cls(json.dumps([blocks, *recipe[1:]], separators=(",", ":")), own, packed)
 
     def recipe(self) -> Recipe:
-        """Raises ValueError, TypeError or LookupError where there is none."""
+        """Without what was packed. Raises ValueError, TypeError or LookupError where there is none."""
         blocks, *rest = json.loads(self.text)
-        read = [[self.arrays[part] if isinstance(part, int) else part for part in block] for block in blocks]
+        own = iter(self.own)
+        read = [["own", next(own)] if block[0] == "own" else block for block in blocks]
         return Recipe(read, *rest)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays)
+        return sum(a.nbytes for a in self.own)
 
-
-Held: TypeAlias = Iterable[tuple[str, str, HostArray]]
-"""Constants and what was packed of them: (name, tag, array), the tag of a constant itself being empty."""
 
 Parts: TypeAlias = Callable[[Call], "Sequence[Sequence[Call]] | None"]
 """The calls that a call makes at the same time; None of any other."""
 
 
-def told(
-    calls: Sequence[Call], starts: Sequence[int], arena: HostArray, held: Held, direct: Mapping[str, Any], parts: Parts
+def tell(
+    calls: Sequence[Call],
+    starts: Sequence[int],
+    arena: HostArray,
+    held: Iterable[Form],
+    direct: Mapping[str, Any],
+    parts: Parts,
 ) -> Recipe:
     """The recipe of steps that make the calls from `starts[i]` to `starts[i + 1]`.
 
-    `direct` are the objects by input name whose `copy_to` calls may be.
+    `held` are constants and what was packed of them. `direct` are the objects by input name whose `copy_to` calls may
+    be.
     """
     teller, steps = _Teller(arena, held, direct, parts), [calls[start:stop] for start, stop in pairwise(starts)]
     teller.find(steps)
@@ -116,7 +135,7 @@ def _span(a: HostArray, at: int) -> tuple[int, int]:
 class _Teller:
     """What has been told so far."""
 
-    def __init__(self, arena: HostArray, held: Held, direct: Mapping[str, Any], parts: Parts) -> None:
+    def __init__(self, arena: HostArray, held: Iterable[Form], direct: Mapping[str, Any], parts: Parts) -> None:
         self.told = Recipe([], [], [], [], [], [])
         self._parts = parts
         self._direct = {id(given): name for name, given in direct.items()}
@@ -150,12 +169,11 @@ class _Teller:
                 if place is not None:
                     self._places[id(array)] = at, *place
                 else:
-                    root = array
-                    while isinstance(root.base, np.ndarray):
-                        root = root.base
+                    root = root_of(array)
                     roots.setdefault(id(root), []).append((array, at, low, high))
         for arrays in roots.values():
             low, high = min(low for *_, low, _ in arrays), max(high for *_, high in arrays)
+            low -= low % ALIGNED
             room = np.zeros(high - low, np.uint8)
             block = ["own", room]
             for array, at, _, _ in arrays:
@@ -313,8 +331,8 @@ class Surroundings(NamedTuple):
 
     arena: HostArray
     constant: Callable[[str], HostArray]
-    packed: Callable[[str, str, HostArray], HostArray]
-    """Of a constant's name, a tag and what was packed: the same, where it is kept."""
+    packed: Callable[[str, str], HostArray]
+    """What was packed of a constant of this name, by its tag."""
     direct: Mapping[str, Any]
     parallel: Callable[[Sequence[Iterable[Call]]], list[Call]]
 
@@ -322,11 +340,10 @@ class Surroundings(NamedTuple):
 def followed(recipe: Recipe, around: Surroundings) -> list[list[Call] | None]:
     """The calls of each step; None of one that the recipe leaves out.
 
-    Raises ValueError, TypeError, LookupError or AttributeError where it does not suit: no array reaches beyond its
-    block.
+    Raises an exception of Python's where it does not suit: no array reaches beyond its block.
     """
     blocks = [_memory(block, around) for block in recipe.blocks]
-    dtypes = [np.dtype(said) if isinstance(said, str) else dtype_of_onnx(said) for said in recipe.dtypes]
+    dtypes = [_dtype(said) for said in recipe.dtypes]
     tuples = [tuple(said) for said in recipe.tuples]
     views = [
         np.ndarray(tuples[shape], dtypes[dtype], blocks[block], start, tuples[strides])
@@ -352,14 +369,23 @@ def followed(recipe: Recipe, around: Surroundings) -> list[list[Call] | None]:
     return [None if step is None else calls(step) for step in recipe.steps]
 
 
+def _dtype(said: int | str) -> DType:
+    """Raises ValueError for one whose elements are Python's objects."""
+    if isinstance(said, str):
+        return np.dtype((np.void, int(said.removeprefix("V"))))
+    found = dtype_of_onnx(said)
+    if found.hasobject:
+        raise ValueError("an array of objects")
+    return found
+
+
 def _memory(block: Block, around: Surroundings) -> HostArray:
     """The bytes of a block."""
     kind, *said = block
     if kind == "arena":
         return around.arena
-    if kind == "own":  # to which calls may write
-        made: HostArray = aligned(said[0].shape, np.uint8)
-        made[...] = said[0]
+    if kind == "own":
+        made: HostArray = copied(said[0])  # calls may write to it
         return made
     found = around.constant(*said) if kind == "constant" else around.packed(*said)
     return found.reshape(-1).view(np.uint8)

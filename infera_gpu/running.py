@@ -17,7 +17,7 @@ from infera_gpu.constants import Constants
 from infera_gpu.devices import Device
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.entry import Entering, Entry
-from infera_gpu.errors import DeviceError, InputError, PlanError
+from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError, PlanError
 from infera_gpu.feeds import not_feeds
 from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
@@ -214,20 +214,18 @@ class Running(ABC):
             while True:
                 try:
                     bound = lease.bound(stage.plan, entering)
-                except PlanError:
+                    self._fill(bound, entering)
+                    try:
+                        run(stage, bound)
+                    finally:
+                        for given in bound.direct.values():
+                            given.array = None
+                except (PlanError, OutOfMemoryError):
                     if not stage.taken:
                         raise
                     self._stages.distrust()
                     stage = self._stages.first(feeds.shapes)
                     continue
-                if stage.unkept is not None:
-                    self._stages.bound(stage, bound)
-                self._fill(bound, entering)
-                try:
-                    run(stage, bound)
-                finally:
-                    for given in bound.direct.values():
-                        given.array = None
                 if stage.is_last:
                     return
                 stage, entering = self._advance(stage, bound, feeds.objects)
@@ -296,7 +294,7 @@ class Running(ABC):
             memory = self._arena.borrow(self, run, self._refuse_closed)
             lease = self._leases.get(memory)
             if lease is None:
-                lease = self._leases[memory] = Lease(self.device, self._constants, memory)
+                lease = self._leases[memory] = Lease(self.device, self._constants, memory, self._stages.bound)
             with self.device.running():
                 made = work(lease)
             if self._arena.serves_others(self.device):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from infera_gpu.bind import Bound
 from infera_gpu.devices import tiles_of
-from infera_gpu.errors import DeviceError, PlanError
+from infera_gpu.errors import DeviceError, OutOfMemoryError, PlanError
 from infera_gpu.feeds import shape_of
 from infera_gpu.lease import Lease
 from infera_gpu.plan import Plan, Step
@@ -90,7 +90,7 @@ class Session(Running):
             with self._hosting():
                 for session, own in plans.items():
                     nbytes = session._with_lease(lambda lease, own=own: lease.reserve(own))  # type: ignore[misc]
-        except PlanError:
+        except (PlanError, OutOfMemoryError):
             if not sum(session._stages.distrust() for session in plans):
                 raise
             return self.reserve(*inputs)

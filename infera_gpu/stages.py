@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -41,7 +42,7 @@ Read: TypeAlias = Callable[[str], HostArray]
 class Shelf(Protocol):
     """Where plans are kept from one process to the next."""
 
-    def take(self, shapes: Shapes) -> Plan | None:
+    def take(self, shapes: Shapes, constants: Constants) -> Plan | None:
         """The plan of the first segment for inputs of these shapes, if it is there."""
         ...
 
@@ -67,8 +68,6 @@ class Stage:
     """Bytes of constants that planning computed."""
     taken: bool = False
     """Whether its plan was kept from another process."""
-    unkept: Shapes | None = None
-    """Of which inputs its plan is to be kept, once it has been bound."""
 
     @property
     def segment(self) -> Segment:
@@ -105,6 +104,8 @@ class Stages:
         self._planning = threading.Lock()
         self.shelf: Shelf | None = None
         self._trusting = True
+        self._unkept: WeakKeyDictionary[Plan, Shapes] = WeakKeyDictionary()
+        """Plans that are to be kept once they have been bound, and for which inputs."""
 
     def __len__(self) -> int:
         """Stages that are kept."""
@@ -127,12 +128,11 @@ class Stages:
         self._touch(stage)
         return stage
 
-    def bound(self, stage: Stage, bound: Bound) -> None:
-        """A stage's plan has been bound, and has not run yet: for other processes, it may be kept."""
-        with self._planning:
-            shapes, stage.unkept = stage.unkept, None
-            if shapes is not None and self.shelf is not None:
-                self.shelf.keep(shapes, bound, self._constants)
+    def bound(self, bound: Bound) -> None:
+        """A plan has been bound and has not run yet: it may be kept for other processes."""
+        shapes = self._unkept.pop(bound.plan, None)
+        if shapes is not None and self.shelf is not None:
+            self.shelf.keep(shapes, bound, self._constants)
 
     def distrust(self) -> bool:
         """Forget the stages whose plans were kept from another process, and take no more; whether there were any.
@@ -140,6 +140,7 @@ class Stages:
         Those that are made in their place are kept instead of them.
         """
         with self._planning:
+            self._constants.distrust()
             self._trusting, taken = False, [stage for stage in self._recent if stage.taken]
             for stage in taken:
                 self._recent.pop(stage).cut()
@@ -238,7 +239,7 @@ class Stages:
             for (n, s), shape in zip(inputs.items(), shapes, strict=True)
         }
         wanted = tuple(self._graph.outputs)
-        plan = self.shelf.take(shapes) if self.shelf is not None and self._trusting else None
+        plan = self.shelf.take(shapes, self._constants) if self.shelf is not None and self._trusting else None
         if plan is not None:
             return self._stage(plan, wanted, specs, taken=True)
         segment = specialize(
@@ -251,7 +252,8 @@ class Stages:
             tuned=self._device.tuned,
         )
         stage = self._plan(segment, wanted, {}, specs)
-        stage.unkept = None if self.shelf is None else shapes
+        if self.shelf is not None:
+            self._unkept[stage.plan] = shapes
         return stage
 
     def _follow(self, stage: Stage, told: Mapping[str, HostArray], made: Mapping[str, ValueSpec]) -> Stage:

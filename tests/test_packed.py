@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -180,7 +181,11 @@ def test_what_is_told_of_the_blas_changes_with_it(monkeypatch: pytest.MonkeyPatc
     if found is None:
         pytest.skip("NumPy calls another BLAS")
     before = blas.spoken()
-    monkeypatch.setattr(found, name, other)
+    with monkeypatch.context() as patch:
+        patch.setattr(found, name, other)
+        assert blas.spoken() != before
+    another = SimpleNamespace(**{"version": found.version, "architecture": found.architecture, name: other})
+    monkeypatch.setattr(blas, "_with_loops", lambda: (another, None))
     assert blas.spoken() != before
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from infera_gpu import plan_cache
 from infera_gpu.bind import Binder
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Graph
-from infera_gpu.graph_codec import Damaged, Unencodable
+from infera_gpu.graph_codec import Damaged, Reader, Unencodable, Writer, framed, unframed
 from infera_gpu.lower import lower
 from infera_gpu.op import Call
 from infera_gpu.ops import registry
@@ -297,9 +299,7 @@ def test_what_was_bound_before_is_bound_without_kernels(
     assert bound
 
 
-def test_random_graphs_are_bound_as_before(
-    kept: Path, tmp_path: Path, bound: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_graphs_are_bound_as_before(kept: Path, tmp_path: Path, bound: list[str]) -> None:
     told = 0
     for seed in range(60):
         path, example = tmp_path / f"{seed}.onnx", draw(seed)
@@ -316,15 +316,126 @@ def test_random_graphs_are_bound_as_before(
     assert told > 15
 
 
-def test_a_recipe_is_kept_where_what_it_holds_is_small(
-    kept: Path, tmp_path: Path, bound: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "most"), [("MAX_RECIPE", 0), ("MAX_CALLS", 3), ("RECIPES", 0)])
+def test_a_recipe_is_kept_where_it_is_small_and_of_the_first_plans(
+    kept: Path, tmp_path: Path, bound: list[str], monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
     path = graph_kept(model_file(tmp_path / "m.onnx"), jit=False)
-    monkeypatch.setattr(plan_cache, "MAX_RECIPE", 0)
+    monkeypatch.setattr(plan_cache, limit, most)
     want = ran(path, feeds())
     bound.clear()
     assert_equal(ran(path, feeds()), want)
     assert bound
+
+
+def test_what_was_packed_is_kept_once_for_all_plans(
+    kept: Path, tmp_path: Path, planned: list[int], bound: list[str]
+) -> None:
+    path = graph_kept(large_file(tmp_path / "m.onnx"), jit=False)
+    rng = np.random.default_rng(1)
+    fed = {n: {"x": rng.standard_normal((n, 64, 40, 40)).astype(np.float32)} for n in (1, 2, 5)}
+    want = {n: ran(path, fed[n], threads=1) for n in fed}
+    (packed,) = kept.glob("*/*.packed")
+    assert all(plan.stat().st_size < 1 << 16 for plan in plans(kept))
+    planned.clear()
+    bound.clear()
+    for n in reversed(fed):
+        assert_equal(ran(path, fed[n], threads=1), want[n])
+    assert (planned, bound) == ([], [])
+    for damaged in (b"", packed.read_bytes()[:-1]):  # its plans are bound by their kernels then
+        packed.write_bytes(damaged)
+        assert_equal(ran(path, fed[1], threads=1), want[1])
+        assert planned == []
+        assert bound
+
+
+def test_who_reserves_keeps_the_plan_too(kept: Path, tmp_path: Path, planned: list[int], bound: list[str]) -> None:
+    path = graph_kept(model_file(tmp_path / "m.onnx"), jit=False)
+    with infera_gpu.load(path, device="cpu", jit=False) as session:
+        session.reserve(feeds())
+    assert len(plans(kept)) == 1
+    planned.clear()
+    bound.clear()
+    with infera_gpu.load(path, device="cpu", jit=False) as session:
+        session.reserve(feeds())
+    assert (planned, bound) == ([], [])
+
+
+def changed(file: Path, change: Callable[[Any], Any]) -> None:
+    """What it says is another, with a checksum that is right."""
+    data = bytes_of(file.read_bytes())
+    arrays: list[np.ndarray[Any, Any]] = []
+
+    def read(reader: Reader, said: Any) -> Any:
+        def walk(value: Any) -> None:
+            if isinstance(value, list) and len(value) == 3 and isinstance(value[2], list) and value[0] == len(arrays):
+                with suppress(Exception):
+                    arrays.append(reader.array(*value))
+            for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+                walk(one)
+
+        walk(said)
+        return said
+
+    said = unframed(data, read)
+    file.write_bytes(framed(change(said), arrays))
+
+
+def spoilt_name(said: Any) -> Any:
+    text, *rest = said["recipe"]
+    return {**said, "recipe": [text.replace('"copyto"', '"copyxx"'), *rest]}
+
+
+def spoilt_shapes(said: Any) -> Any:
+    """It is bound, and fails when it runs."""
+    text, *rest = said["recipe"]
+    blocks, dtypes, tuples, views, values, steps = json.loads(text)
+    made = json.dumps([blocks, dtypes, tuples, views, values, [[[-1, [0] * 9]]] * len(steps)])
+    return {**said, "recipe": [made, *rest]}
+
+
+def spoilt_steps(said: Any) -> Any:
+    return {**said, "recipe": None, "later": "{"}
+
+
+def spoilt_depth(said: Any) -> Any:
+    return {**said, "recipe": ["[" * 100_000, [], []]}
+
+
+def spoilt_arena(said: Any) -> Any:
+    return {**said, "arenas": {"host": 1 << 60}}
+
+
+@pytest.mark.parametrize("spoil", [spoilt_name, spoilt_shapes, spoilt_steps, spoilt_depth, spoilt_arena])
+def test_a_plan_that_somebody_changed_is_made_anew(
+    kept: Path, tmp_path: Path, planned: list[int], spoil: Callable[[Any], Any]
+) -> None:
+    path = graph_kept(model_file(tmp_path / "m.onnx"), jit=False)
+    want = ran(path, feeds())
+    (file,) = plans(kept)
+    whole = file.read_bytes()
+    changed(file, spoil)
+    assert file.read_bytes() != whole
+    planned.clear()
+    assert_equal(ran(path, feeds()), want)
+    assert len(planned) == 1
+    assert file.read_bytes() == whole
+    assert_equal(ran(path, feeds()), want)
+    assert len(planned) == 1
+
+
+def test_what_was_packed_is_not_trusted_when_a_recipe_is_not(kept: Path, tmp_path: Path, planned: list[int]) -> None:
+    path = graph_kept(large_file(tmp_path / "m.onnx"), jit=False)
+    fed = {"x": np.random.default_rng(1).standard_normal((2, 64, 40, 40)).astype(np.float32)}
+    want = ran(path, fed, threads=1)
+    (file,), (packed,) = plans(kept), kept.glob("*/*.packed")
+    changed(file, spoilt_name)
+    wrong = unframed(bytes_of(packed.read_bytes()), lambda reader, said: [[*f[:2], reader.array(*f[2])] for f in said])
+    writer = Writer()
+    packed.write_bytes(framed([[n, t, writer.array(np.zeros_like(a))] for n, t, a in wrong], writer.arrays))
+    planned.clear()
+    assert_equal(ran(path, fed, threads=1), want)
+    assert len(planned) == 1
 
 
 def test_a_recipe_depends_on_the_blas(

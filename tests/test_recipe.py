@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op
 from infera_gpu.ops import registry
-from infera_gpu.recipe import Recipe, Surroundings, Written, followed, told
+from infera_gpu.recipe import Recipe, Surroundings, Written, followed, tell
 from infera_kernels.calls import one_after_the_other
-from infera_kernels.cpu.aligned import aligned
+from infera_kernels.cpu.aligned import LINE, address, aligned, root_of
+from infera_kernels.cpu.packed import SLACK, _elsewhere, copied, depths, inner, room
 from tests.buffers import GuardedBuffers
 from tests.cases import capped, run, variants, wrong
 
@@ -70,25 +73,25 @@ def cases() -> list[Any]:
 def test_what_a_kernel_was_bound_to_is_done_elsewhere(op: Op, case: Case) -> None:
     case = capped(case, 4096)
     for site, ins in variants(op, case, "cpu"):
-        room = Room()
-        io = GuardedBuffers(ins, site.outs, site.values, memory=room.take)
+        memory = Room()
+        io = GuardedBuffers(ins, site.outs, site.values, memory=memory.take)
         calls = list(op.kernels["cpu"].bind(site, io))
         io.prepare([wrong(out) for out in io.outs])
-        recipe = told(calls, (0, len(calls)), room.block, (), {}, nothing_together)
+        recipe = tell(calls, (0, len(calls)), memory.block, (), {}, nothing_together)
         if op.name in BY_CLOSURES:
             assert recipe == Recipe([], [], [], [], [], [None])
             continue
         assert recipe.steps[0] is not None, "it makes calls that cannot be told"
-        other = room.used().copy()
+        other = memory.used().copy()
         (same,) = followed(written(recipe), around(other))
         assert same is not None
         run(calls)
         run(same)
-        assert np.array_equal(room.used(), other)
+        assert np.array_equal(memory.used(), other)
 
 
 def made(*calls: Call, arena: HostArray, direct: Mapping[str, Any] = {}) -> Recipe:
-    return told(calls, (0, len(calls)), arena, (), direct, nothing_together)
+    return tell(calls, (0, len(calls)), arena, (), direct, nothing_together)
 
 
 def test_equal_arrays_are_told_once_and_shared_memory_stays_shared() -> None:
@@ -199,3 +202,108 @@ def test_no_array_reaches_beyond_its_block(view: list[int]) -> None:
     followed(recipe._replace(views=[[0, 0, 0, 1, 0]]), around(arena))
     with pytest.raises((LookupError, TypeError, ValueError)):
         followed(recipe, around(arena))
+
+
+@pytest.mark.parametrize("dtype", ["O", "T", "f4,O", "V8O", "V", "V-1", 8, 99])
+def test_no_array_is_of_objects(dtype: str | int) -> None:
+    arena = np.zeros(64, np.uint8)
+    recipe = Recipe([["arena"]], [dtype], [[1], [8]], [[0, 0, 0, 1, 0]], [["ufunc", "negative"]], [[[-1, [0, 0]]]])
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        followed(recipe, around(arena))
+
+
+def test_what_lies_within_another_is_told_as_what_holds_all_of_it() -> None:
+    whole = np.arange(64, dtype=np.uint8)
+    held = [("outer", "", whole), ("inner", "", whole[8:16])]
+    calls = [(np.copyto, (whole[12:40], whole[9:11]))]
+    recipe = tell(calls, (0, 1), np.zeros(64, np.uint8), held, {}, nothing_together)
+    assert recipe.blocks == [["constant", "outer"], ["constant", "inner"]]
+    assert [view[:2] for view in recipe.views] == [[0, 12], [1, 1]]
+
+
+def test_steps_are_told_after_one_that_cannot_be() -> None:
+    arena, own = np.zeros(64, np.uint8), np.full(4, 7, np.float32)
+    x = arena[:16].view(np.float32)
+    calls: list[Call] = [(np.copyto, (x, own)), (print, ()), (np.add, (x, own, x)), (np.copyto, (x[:1], own[1:2]))]
+    recipe = tell(calls, (0, 2, 3, 4), arena, (), {}, nothing_together)
+    assert recipe.steps[0] is None
+    other = np.zeros(64, np.uint8)
+    _, second, third = followed(written(recipe), around(other))
+    assert second is not None
+    assert third is not None
+    run([*second, *third])
+    assert other[:16].view(np.float32).tolist() == [7, 7, 7, 7]
+
+
+def test_windows_of_a_buffer_share_it() -> None:
+    arena = np.zeros(64, np.uint8)
+    room, y = np.zeros(8, np.float32), arena[:32].view(np.float32)
+    windows = as_strided(room, (6, 3), (4, 4))
+    calls: list[Call] = [(np.copyto, (room[1:7], np.float32(1))), (np.add.reduce, (windows, 1, None, y[:6]))]
+    recipe = tell(calls, (0, 2), arena, (), {}, nothing_together)
+    assert [block[0] for block in recipe.blocks] == ["own", "arena"]
+    other = np.zeros(64, np.uint8)
+    (made,) = followed(written(recipe), around(other))
+    run(calls)
+    run(made or ())
+    assert arena.any()
+    assert np.array_equal(arena, other)
+
+
+def test_what_kernels_made_has_the_room_behind_it_that_loops_look_into() -> None:
+    arena, own = np.zeros(64, np.uint8), aligned((3, 5))
+    own[...] = 1
+    ((call,),) = followed(written(made((np.copyto, (own, own)), arena=arena)), around(arena))  # type: ignore[misc]
+    (again, _) = call[1]
+    for array in (again, copied(own)):
+        root = root_of(array)
+        assert address(array) % LINE == 0
+        assert address(root) + root.nbytes - address(array) >= own.nbytes + 4 * SLACK
+
+
+def product() -> tuple[Any, ...]:
+    """What a product by address is bound to: ranges, weights, sums, room, a factor, the first column."""
+    m, k, n = 9, 300, 40
+    x, w, y = np.ones((m, k), np.float32), aligned((k, n), slack=4 * SLACK), np.zeros((m, n), np.float32)
+    w[...] = 0
+    ranges = tuple([(x[:, start:stop],) for start, stop in pairwise(depths(k))])
+    return ranges, w, y, room(m, k, aligned), 1.0, 0
+
+
+def other_array(i: int, change: Callable[[HostArray], HostArray]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda given: (*given[:i], change(given[i]), *given[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda given: ((), *given[1:]),
+        lambda given: (given[0] * 2, *given[1:]),
+        lambda given: (((given[0][0][0][:5],), *given[0][1:]), *given[1:]),
+        lambda given: ((((*given[0][0], *given[0][0])), *given[0][1:]), *given[1:]),
+        lambda given: (((given[0][0][0].astype(np.float64),), *given[0][1:]), *given[1:]),
+        lambda given: (((given[0][0][0][:, ::2],), *given[0][1:]), *given[1:]),
+        lambda given: (*given[:5], 1),
+        lambda given: (*given[:5], -1),
+        other_array(1, lambda w: w[:100]),
+        other_array(1, lambda w: w[:, :20]),
+        other_array(1, lambda w: np.broadcast_to(w[0], w.shape)),
+        other_array(1, lambda w: w.reshape(-1)),
+        other_array(1, lambda w: w.view(np.int32)),
+        other_array(2, lambda y: y.T),
+        other_array(2, lambda y: np.repeat(y, 2, 1)),
+        other_array(2, lambda y: np.repeat(y, 2, 0)),
+        other_array(2, lambda y: y[:, ::2]),
+        other_array(3, lambda r: r[:SLACK]),
+        other_array(3, lambda r: r[:4]),
+        other_array(3, lambda r: np.broadcast_to(r[:1], r.shape)),
+    ],
+)
+def test_a_product_by_address_is_refused_arrays_that_do_not_suit(
+    change: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+) -> None:
+    if inner() is None:
+        pytest.skip("there are no loops that are known")
+    _elsewhere(*product())()
+    with pytest.raises(ValueError, match=r"suit|write"):
+        _elsewhere(*change(product()))

@@ -19,7 +19,7 @@ from numpy.lib.array_utils import byte_bounds
 from infera_gpu.devices.base import require_host_memory
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import Array
-from infera_kernels.cpu.aligned import LARGE_PAGE, SLAB_BYTES, Slabs, address
+from infera_kernels.cpu.aligned import LARGE_PAGE, SLAB_BYTES, Slabs, address, root_of
 from infera_kernels.cpu.process import Mapping, Place
 
 if sys.platform == "linux":
@@ -135,11 +135,7 @@ class SharedMemory:
         """Where the array begins in a copy of all the memory that it is a window of, which never changes. The copy
         lives as long as that memory."""
         low, high = byte_bounds(array)
-        root, base = array, array.base
-        while base is not None:
-            if isinstance(base, np.ndarray):
-                root = base
-            base = getattr(base, "base", None)  # what `as_strided` puts in between is no array
+        root = root_of(array)
         at, end = byte_bounds(root)
         if not at <= low <= high <= end:
             raise ValueError("an array that lies outside of what it is a window of")

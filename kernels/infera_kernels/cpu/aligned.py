@@ -99,6 +99,16 @@ def address(x: Array) -> int:
     return int(x.__array_interface__["data"][0])
 
 
+def root_of(array: Array) -> Array:
+    """The outermost array that it is a window of."""
+    root, base = array, array.base
+    while base is not None:
+        if isinstance(base, np.ndarray):
+            root = base
+        base = getattr(base, "base", None)  # what `as_strided` puts in between is no array
+    return root
+
+
 def begun(nbytes: int, page: int) -> Array:
     """So many uninitialised bytes, which begin with a page, or a line, of so many."""
     raw = np.empty(nbytes + page, np.uint8)

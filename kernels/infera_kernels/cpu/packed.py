@@ -177,12 +177,37 @@ class _Bound:
         return _elsewhere, self._operands
 
 
-def _elsewhere(ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, *rest: Any) -> _Bound:
-    """What another process bound. Raises ValueError where it cannot be bound here."""
+def _elsewhere(
+    ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, alpha: float, first: int
+) -> _Bound:
+    """What was bound in another process. Raises ValueError where it cannot be bound here, or reaches too far."""
     loops = inner()
     if loops is None or not (y.flags.writeable and room.flags.writeable):
         raise ValueError("no inner loops here, or no memory that both processes may write to")
-    return _Bound(loops, ranges, weights, y, room, *rest)
+    if not _suits(ranges, weights, y, room, first):
+        raise ValueError("arrays that do not suit each other")
+    return _Bound(loops, ranges, weights, y, room, alpha, first)
+
+
+def _suits(ranges: Sequence[Sequence[Array]], weights: Array, y: Array, room: Array, first: int) -> bool:
+    """Whether `added` stays within these arrays, as their shapes and strides say where they end."""
+    pieces = [x for rows in ranges for x in rows]
+    matrices = [y, weights, *pieces]
+    if any(a.dtype != np.float32 or a.strides[-1:] != (a.itemsize,) for a in [*matrices, room]):
+        return False
+    if not all(a.ndim == 2 and a.strides[0] % a.itemsize == 0 and a.strides[0] >= 0 for a in matrices):
+        return False
+    (m, columns), (k, n) = y.shape, weights.shape
+    depths = [{x.shape[1] for x in rows} for rows in ranges]
+    return (
+        bool(ranges)
+        and all(len(depth) == 1 for depth in depths)
+        and all(sum(map(len, rows)) == m for rows in ranges)
+        and sum(map(sum, depths)) <= k
+        and 0 <= first <= n - columns
+        and weights.flags.c_contiguous
+        and m * max(map(max, depths)) + SLACK <= room.size
+    )
 
 
 _elsewhere.sendable = True  # type: ignore[attr-defined]
