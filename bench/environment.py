@@ -45,6 +45,9 @@ def environment() -> dict[str, Any]:
     }
 
 
+DATED = re.compile(r"\d{4}-\d{2}-\d{2}\.json")
+
+
 def write_results(
     measured: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -53,13 +56,26 @@ def write_results(
     topic: str = "",
 ) -> Path:
     """A results file; without `out`, bench/results/<host class>-<topic>-<date>.json. `measured` is `environment()` from
-    before the first row."""
-    parts = (host_class(), topic, f"{datetime.now(UTC):%Y-%m-%d}")
-    path = out or RESULTS / f"{'-'.join(p for p in parts if p)}.json"
+    before the first row.
+
+    The newest results of a topic are what documents are made of: those that lack models or servers that it has, or that
+    failed, go into the folder `partial` beside it instead.
+    """
+    start = "-".join(p for p in (host_class(), topic) if p)
+    name = f"{start}-{datetime.now(UTC):%Y-%m-%d}.json"
+    before = [path for path in RESULTS.glob(f"{start}-*.json") if DATED.fullmatch(path.name.removeprefix(f"{start}-"))]
+    known = json.loads(max(before).read_text())["rows"] if before else []
+    whole = _subjects(known) <= _subjects(rows) and not any(row.get("failure") for row in rows)
+    path = out or (RESULTS if whole else RESULTS / "partial") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {"schema": SCHEMA, "environment": measured, "options": options, "rows": rows, "load_after": load()}
     path.write_text(json.dumps(made, indent=1) + "\n")
     return path
+
+
+def _subjects(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The models or servers that rows are about."""
+    return {str(row[key]) for row in rows for key in ("model", "server") if key in row}
 
 
 def commit() -> str:

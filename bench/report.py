@@ -119,6 +119,14 @@ def _gpu(name: str, found: list[Result], cards: Mapping[str, Mapping[str, object
     return [*parts, report_gpu.measured(rows)]
 
 
+COMMANDS: Mapping[str, str] = {
+    "": "python -m bench",
+    "quick": "python -m bench --quick",
+    "serving-peers": "python -m bench.serving",
+}
+"""By topic, what made its results where that is no module of the topic's name."""
+
+
 def _cpus(results: Mapping[str, Result], files: dict[str, str]) -> list[str]:
     parts = []
     newest = on_cpus(results)
@@ -128,20 +136,22 @@ def _cpus(results: Mapping[str, Result], files: dict[str, str]) -> list[str]:
             chart = f"performance-{slug(host)}.svg"
             files[chart] = report_cpu.speeds(charted[1])
             parts.append(f"![speed of all models against onnxruntime on {host}]({chart})")
-            parts.append(_source("The chart is of fewer rounds than the table below.", *charted))
+            parts.append(_source("The chart is of fewer rounds than the table below.", CHARTED, *charted))
             means = "; ".join(report_cpu.means(charted[1]["rows"]))
             parts.append(f"Geometric means of the ratios over the first examples of these models: {means}.")
         for topic, (title, section) in SECTIONS.items():
             if entry := newest.get((host, topic)):
                 said = " ".join((section.__doc__ or "").split())
-                parts += [f"#### {title}", _source(said, *entry), section(entry[1])]
+                parts += [f"#### {title}", _source(said, topic, *entry), section(entry[1])]
     return parts
 
 
-def _source(said: str, name: str, result: Result) -> str:
+def _source(said: str, topic: str, name: str, result: Result) -> str:
+    command = COMMANDS.get(topic, f"python -m bench.{topic.replace('-', '_')}")
     versions = result["environment"]["packages"]
     peers = ", ".join(f"{p} {versions[p]}" for p in ("numpy", "numba", "onnxruntime") if p in versions)
-    return f"{said} bench/results/{name}.json, commit {result['environment']['commit'][:10]}, {peers}."
+    commit = result["environment"]["commit"][:10]
+    return f"{said} By `{command}`: bench/results/{name}.json, commit {commit}, {peers}."
 
 
 def _predictions(guesses: list[Result], files: dict[str, str]) -> list[str]:

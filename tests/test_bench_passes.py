@@ -64,3 +64,21 @@ def test_quick_results_have_a_file_of_their_own(quick: bool, tmp_path: Path, mon
     assert finish({}, {"quick": quick}, [], None, Console(quiet=True)) == 0
     (made,) = tmp_path.iterdir()
     assert ("-quick-" in made.name) == quick
+
+
+def test_results_that_lack_models_do_not_take_the_place_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+
+    def write(*rows: dict[str, str], topic: str = "first") -> Path:
+        return environment.write_results({}, {}, rows, topic=topic).relative_to(tmp_path).parent
+
+    both = {"model": "a", "failure": ""}, {"model": "b", "failure": ""}
+    assert write(*both) == Path()
+    assert write(both[0]) == Path("partial")
+    assert write(both[0], {"model": "b", "failure": "no"}) == Path("partial")
+    assert write(*both, {"model": "c"}) == Path()
+    assert write(*both) == Path("partial")
+    assert write({"server": "triton"}, topic="serving") == Path()
+    assert environment.write_results({}, {}, both[:1], tmp_path / "own.json").parent == tmp_path

@@ -81,9 +81,9 @@ def test_inspect_lists_what_passes_did(tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert "passes: 4 nodes become 1" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["remove_identities", "1", "4", "3"] in rows
-    assert ["matmul_bias", "1", "3", "2"] in rows
-    assert ["matmul_activation", "1", "2", "1"] in rows
+    assert ["remove_identities", "1", "4", "3", "1", "Identity"] in rows
+    assert ["matmul_bias", "1", "3", "2", "1", "Add,", "1", "MatMul", "1", "infera.FusedMatMul"] in rows
+    assert ["matmul_activation", "1", "2", "1", "1", "Relu"] in rows
 
 
 def test_inspect_says_nothing_of_passes_unasked(relu: Path) -> None:

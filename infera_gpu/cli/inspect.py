@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -77,20 +77,28 @@ def _show_model(session: Session) -> None:
 
 def _show_passes(session: Session) -> None:
     """What every pass that changed something did, to the model and its subgraphs together."""
-    times, gone = Counter[str](), Counter[str]()
+    times, less, more = Counter[str](), defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
 
     def add(fired: Fired) -> None:
         times[fired.name] += fired.times
-        gone[fired.name] += fired.before - fired.after
+        less[fired.name] += fired.before - fired.after
+        more[fired.name] += fired.after - fired.before
 
     optimized(session.loaded, session.device, add, session.precision)
     total = before = sum(len(graph.nodes) for graph in session.loaded.walk())
     rows = []
     for name, count in times.items():
-        rows.append((name, str(count), str(before), str(before - gone[name])))
-        before -= gone[name]
-    columns = ("pass", "fired", "nodes before", "after")
-    table(columns, rows, title=f"passes: {total} nodes become {before}", right=columns[1:])
+        after = before + more[name].total() - less[name].total()
+        rows.append((name, str(count), str(before), str(after), _named(less[name]), _named(more[name])))
+        before = after
+    columns = ("pass", "fired", "nodes before", "after", "went", "came")
+    table(columns, rows, title=f"passes: {total} nodes become {before}", right=columns[1:4])
+
+
+def _named(ops: Counter[str]) -> str:
+    """Operators and how many of each, the most first."""
+    ordered = sorted(ops.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {op}" for op, count in ordered)
 
 
 def _draw(plans: Sequence[Plan], path: Path) -> None:

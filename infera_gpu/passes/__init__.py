@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -139,12 +140,13 @@ SIBLINGS: tuple[Siblings, ...] = products.SIBLINGS
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """A pass that changed a graph: how often it did, and how many nodes the graph had before and after."""
+    """A pass that changed a graph: how often it did, and how many nodes of which operators the graph had before and
+    after."""
 
     name: str
     times: int
-    before: int
-    after: int
+    before: Counter[str]
+    after: Counter[str]
 
 
 Report = Callable[[Fired], None]
@@ -178,12 +180,12 @@ class _Passes:
         )
         for name, rewritten in early:
             before, graph = graph, rewritten(graph)
-            self.tell(name, len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
+            self.tell(name, len(before.nodes) - len(graph.nodes), self.ops(before), self.ops(graph))
         graph = self.fused(graph, FUSIONS, known)
         for siblings in SIBLINGS:
             if siblings.fits(self.strict, self.kinds):
                 before, (graph, times) = graph, joined(graph, siblings)
-                self.tell(siblings.name, times, len(before.nodes), len(graph.nodes))
+                self.tell(siblings.name, times, self.ops(before), self.ops(graph))
         if "triton" in self.kinds and not self.strict:
             graph = self.changed("quantized_norms", graph, quantized_norms(graph))
         if precision in HALVES:
@@ -193,8 +195,8 @@ class _Passes:
             graph = self.changed("channels_last", graph, moved)
         if not {"cpu", "triton"}.isdisjoint(self.kinds) and may_chain(graph):
             draft = Draft(graph)
-            count = len(draft)
-            self.tell("elementwise_chains", chained(draft, self.kinds), count, len(draft))
+            ops = self.ops(draft)
+            self.tell("elementwise_chains", chained(draft, self.kinds), ops, self.ops(draft))
             graph = self.alive(draft.finished())
         return graph
 
@@ -207,10 +209,10 @@ class _Passes:
         draft, changed = Draft(graph, known), False
         for fusion, may in fitting:
             if may or changed:  # what one makes may be what another looks for
-                count = len(draft)
+                ops = self.ops(draft)
                 times = exhaust(draft, fusion)
                 changed = changed or times > 0
-                self.tell(fusion.name, times, count, len(draft))
+                self.tell(fusion.name, times, ops, self.ops(draft))
         return self.alive(draft.finished())
 
     def inside(self, node: Node) -> Node:
@@ -226,16 +228,24 @@ class _Passes:
 
     def changed(self, name: str, before: Graph, after: Graph) -> Graph:
         """The graph after a pass that looks at the whole of it."""
-        self.tell(name, int(after is not before), len(before.nodes), len(after.nodes))
+        self.tell(name, int(after is not before), self.ops(before), self.ops(after))
         return after
 
     def alive(self, graph: Graph) -> Graph:
         """The graph without what no output needs."""
         before, graph = graph, drop_dead(graph)
-        self.tell("drop_dead", len(before.nodes) - len(graph.nodes), len(before.nodes), len(graph.nodes))
+        self.tell("drop_dead", len(before.nodes) - len(graph.nodes), self.ops(before), self.ops(graph))
         return graph
 
-    def tell(self, name: str, times: int, before: int, after: int) -> None:
+    def ops(self, graph: Graph | Draft) -> Counter[str]:
+        """How many nodes there are of each operator, where somebody wants to know."""
+        if self.report is None:
+            return Counter()
+        if isinstance(graph, Draft):
+            return Counter({op: len(slots) for op, slots in graph.by_op.items()})
+        return Counter(n.qualified for n in graph.nodes)
+
+    def tell(self, name: str, times: int, before: Counter[str], after: Counter[str]) -> None:
         if times and self.report is not None:
             self.report(Fired(name, times, before, after))
 
