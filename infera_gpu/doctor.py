@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from tempfile import TemporaryFile
 from typing import Literal, TypeAlias
 
 State: TypeAlias = Literal["ok", "absent", "unknown", "problem"]
@@ -198,11 +199,20 @@ def _cache() -> Iterator[Finding]:
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not os.path.isdir(existing):
         yield Finding("Cache", "problem", f"{path}: {existing} is no folder; set INFERA_CACHE_DIR to one")
-    elif not os.access(existing, os.W_OK | os.X_OK):
+    elif not _writable(existing):
         yield Finding("Cache", "problem", f"{path}: {existing} cannot be written to; set INFERA_CACHE_DIR to a folder")
     else:
         used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         yield Finding("Cache", "ok", f"{path}, {used / 1e6:,.1f} MB")
+
+
+def _writable(folder: str | os.PathLike[str]) -> bool:
+    """Whether files can be made there, which permissions alone do not tell."""
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _peers() -> Iterator[Finding]:

@@ -147,6 +147,11 @@ class Running(ABC):
     def _check_out(self, feeds: object, out: Mapping[str, Array]) -> None:
         if not isinstance(feeds, Mapping):  # the feeds may be in the place of `out`, as onnxruntime has them
             raise not_feeds(feeds)
+        if not isinstance(out, Mapping):
+            raise InputError(
+                f"out is a {type(out).__name__}, expected the arrays to write to, by output name; all outputs are "
+                "returned by name, infera_gpu.InferenceSession takes names of some"
+            )
         for name, target in out.items():
             if not hasattr(target, "dtype"):
                 raise InputError(f"out['{name}'] is a {type(target).__name__}, expected an array to write to")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,12 @@ def test_doctor_sees_whether_the_cache_can_be_made(
 
 def test_doctor_sees_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+
+    def refused(dir: Path) -> None:
+        assert dir == tmp_path
+        raise PermissionError
+
+    monkeypatch.setattr(doctor, "TemporaryFile", refused)  # root may write anywhere
     (found,) = doctor._cache()
     assert found.state == "problem"
     assert "cannot be written to" in found.detail

@@ -88,3 +88,17 @@ def test_inspect_lists_what_passes_did(tmp_path: Path) -> None:
 
 def test_inspect_says_nothing_of_passes_unasked(relu: Path) -> None:
     assert "passes:" not in infera("inspect", relu, "--device", "cpu")[1]
+
+
+def test_inspect_shows_the_plan_of_the_accuracy_and_the_kernels_asked_for(tmp_path: Path) -> None:
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    made = model([conv], {"x": [1, 16, 30, 30]}, {"y": [1, 16, 30, 30]})
+    made.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, (16, 16, 3, 3), [0.5] * 2304))
+    onnx.save(made, tmp_path / "conv.onnx")
+    given = ("inspect", tmp_path / "conv.onnx", "--device", "cpu", "--threads", "1", "--no-jit")
+    fast, strict = (infera(*given, "--accuracy", accuracy) for accuracy in ("fast", "strict"))
+    assert (fast[0], strict[0]) == (0, 0)
+    assert fast[1] != strict[1]  # Winograd takes other scratch than windows
+    status, _, err = infera(*given, "--accuracy", "exact")
+    assert status != 0
+    assert "accuracy is 'exact', expected 'fast' or 'strict'" in err

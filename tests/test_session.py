@@ -399,6 +399,12 @@ def test_an_index_out_of_range_names_the_node(op: str, index: int) -> None:
     assert session.run({"t": table, "ids": np.array([[-5], [4]])})["y"].reshape(-1).tolist() == [0, 4]
 
 
+def test_names_of_outputs_are_no_arrays_to_write_to() -> None:
+    session: Any = infera_gpu.load(parse(CHAIN), device="cpu")
+    with pytest.raises(InputError, match="out is a list, expected the arrays to write to, by output name"):
+        session.run(feeds("x", "z"), ["y"])
+
+
 def test_an_out_that_does_not_fit_is_named() -> None:
     session = infera_gpu.load(parse(CHAIN), device="cpu")
     with pytest.raises(InputError, match=r"out\['y'\] is float64"):

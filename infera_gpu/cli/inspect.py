@@ -35,11 +35,13 @@ def command(
     threads: options.Threads = None,
     precision: options.Compute = "fp32",
     batch_invariant: options.Invariant = False,
+    accuracy: options.Accuracy = "fast",
+    jit: options.Jit = None,
     seed: options.Seed = 0,
 ) -> None:
     """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
     path = options.locate(model)
-    with options.opened(path, device, threads, precision, batch_invariant) as session:
+    with options.opened(path, device, threads, precision, batch_invariant, accuracy, jit) as session:
         given = read_feeds(input or [], session.tensor_inputs)
         shapes = read_shapes(shape or [], session.tensor_inputs)
         _show_model(session)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias, cast
+from typing import Annotated, Literal, TypeAlias, cast
 
 import typer
 
@@ -36,6 +36,15 @@ Invariant: TypeAlias = Annotated[
     bool,
     typer.Option("--batch-invariant", help="On a GPU: an entry has the same bits in every batch, at a cost in speed."),
 ]
+Accuracy: TypeAlias = Annotated[
+    str, typer.Option("--accuracy", help="fast, or strict: the order of operations that the model writes.")
+]
+Jit: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--jit/--no-jit", help="Whether the CPU runs what numba compiles.", show_default="where numba is installed"
+    ),
+]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Of random inputs.")]
 
 
@@ -49,7 +58,13 @@ def locate(model: str, sha256: str | None = None) -> Path:
 
 @contextmanager
 def opened(
-    path: Path, device: str, threads: int | None, precision: str = "fp32", batch_invariant: bool = False
+    path: Path,
+    device: str,
+    threads: int | None,
+    precision: str = "fp32",
+    batch_invariant: bool = False,
+    accuracy: str = "fast",
+    jit: bool | None = None,
 ) -> Iterator[Session]:
     """A session, closed at the end. Raises ModelError, DeviceError and their kind."""
     with working(f"loading {path.name}"):
@@ -59,6 +74,8 @@ def opened(
             threads=threads,
             precision=cast(Precision, precision),
             batch_invariant=batch_invariant,
+            accuracy=cast(Literal["fast", "strict"], accuracy),
+            jit=jit,
         )
     with session:
         yield session

@@ -28,6 +28,8 @@ def command(
     threads: options.Threads = None,
     precision: options.Compute = "fp32",
     batch_invariant: options.Invariant = False,
+    accuracy: options.Accuracy = "fast",
+    jit: options.Jit = None,
     seed: options.Seed = 0,
 ) -> None:
     """Run a model once."""
@@ -38,7 +40,7 @@ def command(
         )
     if shape and not random:
         raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
-    with options.opened(options.locate(model), device, threads, precision, batch_invariant) as session:
+    with options.opened(options.locate(model), device, threads, precision, batch_invariant, accuracy, jit) as session:
         feeds = (
             gather(session.tensor_inputs, input, shape, seed)
             if random
