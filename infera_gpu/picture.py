@@ -8,12 +8,15 @@ from infera_gpu.layout import Space
 from infera_gpu.plan import Block, Plan
 
 WIDTH, HEIGHT, MARGIN, TITLE = 1200, 560, 70, 40
+NAMED, LETTER = (40, 14), 6.5
+"""Width and height of a block from which on it bears its name, and the width of a letter."""
 INK, GRID = "#1f2933", "#d5dbe3"
 COLOURS = {"input": "#4c8bf5", "output": "#2e9e6b", "scratch": "#b8bec7", "value": "#f2b441"}
 
 
 def memory_svg(plan: Plan) -> str:
-    """An SVG document: steps to the right, bytes upwards, one rectangle a block; hovering names it.
+    """An SVG document: steps to the right, bytes upwards, one rectangle a block, named where there is room; hovering
+    names all.
 
     A line marks the lower bound, the most bytes alive at one step. One chart for each memory space with an arena.
     """
@@ -36,43 +39,60 @@ def _legend(y: int) -> str:
     return "".join(parts)
 
 
-def _kind(block: Block, plan: Plan) -> str:
+def _ticks(nbytes: int) -> tuple[str, list[float]]:
+    """A unit, and round numbers of it from 0 on up to so many bytes: about five."""
+    unit, size = ("MiB", 1 << 20) if nbytes >= 1 << 19 else ("KiB", 1 << 10)
+    most = nbytes / size
+    step = next(n * 10.0**e for e in range(-3, 7) for n in (1, 2, 5) if n * 10.0**e * 5 >= most)
+    return unit, [i * step for i in range(int(most / step) + 1)]
+
+
+def _kind(block: Block, plan: Plan, steps: int) -> str:
     if block.name in plan.inputs or block.name in plan.carried:
         return "input"
     if block.name.startswith("scratch "):
         return "scratch"
     held = {o.offset for o in plan.outputs.values() if not o.constant and o.space == block.space}
-    last = block.end > len(plan.steps)
+    last = block.end > steps
     return "output" if last and any(block.offset <= at < block.offset + block.nbytes for at in held) else "value"
 
 
 def _chart(plan: Plan, space: Space, top: int) -> str:
-    arena, bound = plan.arenas[space], plan.lower_bounds[space]
-    steps = max(len(plan.steps), 1)
+    arena, bound, count = plan.arenas[space], plan.lower_bounds[space], len(plan.packed)
+    steps = max(count, 1)
     width, height = WIDTH - 2 * MARGIN, HEIGHT - MARGIN
     across, up = width / steps, height / arena
+    unit, ticks = _ticks(arena)
+    size = (1 << 20) if unit == "MiB" else (1 << 10)
 
     def y(nbytes: float) -> float:
         return top + height - nbytes * up
 
-    caption = f"{space} arena: {arena:,} bytes, lower bound {bound:,}, {len(plan.steps)} steps on {escape(plan.device)}"
-    parts = [f'<text x="{MARGIN}" y="{top - 12}" fill="{INK}" font-size="15">{caption}</text>']
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        at = y(share * arena)
+    given = ", ".join(f"{name} {o.dtype.name}{list(o.shape)}" for name, o in {**plan.inputs, **plan.carried}.items())
+    caption = f"{space} arena for {given or 'no inputs'}: {arena:,} bytes, lower bound {bound:,}, on {plan.device}"
+    parts = [f'<text x="{MARGIN}" y="{top - 12}" fill="{INK}" font-size="15">{escape(caption)}</text>']
+    for tick in ticks:
+        at = y(tick * size)
         parts.append(f'<line x1="{MARGIN}" x2="{MARGIN + width}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')
-        label = f"{share * arena / 2**20:.2f}"
-        parts.append(f'<text x="{MARGIN - 6}" y="{at + 4:.1f}" text-anchor="end" fill="{INK}">{label}</text>')
-    parts.append(f'<text x="{MARGIN - 6}" y="{top - 12}" text-anchor="end" fill="{INK}">MiB</text>')
+        parts.append(f'<text x="{MARGIN - 6}" y="{at + 4:.1f}" text-anchor="end" fill="{INK}">{tick:g}</text>')
+    parts.append(f'<text x="{MARGIN - 6}" y="{top - 12}" text-anchor="end" fill="{INK}">{unit}</text>')
     for b in plan.blocks:
         if b.space != space:
             continue
         begin, end = min(b.begin, steps), min(b.end, steps)
         title = escape(f"{b.name}: {b.nbytes:,} bytes at {b.offset:,}, steps {b.begin} to {b.end - 1}")
+        x, wide, high = MARGIN + begin * across, max((end - begin) * across, 0.8), max(b.nbytes * up, 0.8)
         parts.append(
-            f'<rect x="{MARGIN + begin * across:.2f}" y="{y(b.offset + b.nbytes):.2f}" '
-            f'width="{max((end - begin) * across, 0.8):.2f}" height="{max(b.nbytes * up, 0.8):.2f}" '
-            f'fill="{COLOURS[_kind(b, plan)]}" stroke="white" stroke-width="0.5"><title>{title}</title></rect>'
+            f'<rect x="{x:.2f}" y="{y(b.offset + b.nbytes):.2f}" width="{wide:.2f}" height="{high:.2f}" '
+            f'fill="{COLOURS[_kind(b, plan, count)]}" stroke="white" stroke-width="0.5"><title>{title}</title></rect>'
         )
+        if wide >= NAMED[0] and high >= NAMED[1]:
+            fits = int(wide / LETTER)
+            name = b.name if len(b.name) <= fits else f"{b.name[: fits - 1]}…"
+            parts.append(
+                f'<text x="{x + wide / 2:.1f}" y="{y(b.offset + b.nbytes / 2) + 4:.1f}" text-anchor="middle" '
+                f'fill="{INK}" font-size="11" pointer-events="none">{escape(name)}</text>'
+            )
     at = y(bound)
     parts.append(
         f'<line x1="{MARGIN}" x2="{MARGIN + width}" y1="{at:.1f}" y2="{at:.1f}" stroke="{INK}" stroke-dasharray="5 4"/>'
@@ -81,4 +101,5 @@ def _chart(plan: Plan, space: Space, top: int) -> str:
         f'<text x="{MARGIN + i * across:.1f}" y="{top + height + 18}" fill="{INK}" text-anchor="middle">{i}</text>'
         for i in range(0, steps + 1, max(1, steps // 10))
     ]
+    parts.append(f'<text x="{MARGIN + width}" y="{top + height + 34}" fill="{INK}" text-anchor="end">step</text>')
     return "".join(parts)

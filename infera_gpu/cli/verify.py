@@ -115,7 +115,7 @@ def _show_first(
                 print(f"first to differ, after {seen} that agree: {departure.node}: {departure.difference}")
                 return
             seen += 1
-    print(f"no value inside the model differs, of {seen} that can be compared")
+    print(f"no value before the outputs differs, of {seen} that both sides compute")
 
 
 def _run(path: Path, reference: str, threads: int | None, feeds: Outputs) -> Outputs:
