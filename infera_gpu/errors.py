@@ -41,21 +41,28 @@ class UnsupportedOperatorError(ModelError):
     """
 
     def __init__(
-        self, missing: Sequence[tuple[str, str]], *, opset: int, hints: Mapping[str, str] | None = None
+        self,
+        missing: Sequence[tuple[str, str]],
+        *,
+        opset: int,
+        hints: Mapping[str, str] | None = None,
+        model: str = "",
     ) -> None:
         self.missing = tuple(missing)
         by_op: dict[str, list[str]] = {}
         for op, node in missing:
             by_op.setdefault(op, []).append(node)
         lines = "; ".join(
-            f"{op} ({len(nodes)}: {', '.join(nodes[:3])}{', ...' if len(nodes) > 3 else ''})"
+            f"{op}{'' if '.' in op else f' of opset {opset}'}, "  # which is not that of other domains
+            f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(repr, nodes[:3]))}"
+            f"{f' and {len(nodes) - 3} more' if len(nodes) > 3 else ''}"
             for op, nodes in by_op.items()
         )
-        at = "" if all("." in op for op in by_op) else f" at opset {opset}"  # it is not that of another domain
+        advice = "; `infera ops` lists what there is, CONTRIBUTING.md says how to add an operator"
         super().__init__(
-            f"{len(by_op)} unsupported operator{'s' if len(by_op) > 1 else ''}{at}: {lines}"
+            f"{f'{model}: ' if model else ''}{len(by_op)} unsupported operator{'s' if len(by_op) > 1 else ''}: {lines}"
             + "".join(f"; {hint}" for hint in dict.fromkeys((hints or {}).values()))
-            + ("" if len(hints or {}) == len(by_op) else "; see CONTRIBUTING.md, 'Add an operator'")
+            + ("" if len(hints or {}) == len(by_op) else advice)
         )
 
 

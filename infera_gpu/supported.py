@@ -17,7 +17,7 @@ def check_supported(graph: Graph, registry: Registry) -> None:
     missing = [*_unsupported(graph.nodes, graph, registry)]
     if missing:
         hints = {op: hint for op, _ in missing if (hint := _hint(op, registry))}
-        raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0), hints=hints)
+        raise UnsupportedOperatorError(missing, opset=graph.opsets.get("", 0), hints=hints, model=graph.name)
 
 
 def _unsupported(nodes: Iterable[Node], graph: Graph, registry: Registry) -> Iterator[tuple[str, str]]:

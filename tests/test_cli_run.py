@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from infera_gpu.cli.feeds import random_feeds, read_feeds
+from infera_gpu.errors import InputError
 from infera_gpu.spec import TensorSpec, spec_of
 from tests.commandline import assert_explained, assert_fails, infera, model, save, save_add, save_relu
 from tests.text import parse
@@ -118,6 +119,48 @@ def named(tmp_path: Path) -> Path:
 
 
 AWKWARD_NAMES = ("file", "allow_pickle", "args", "StatefulPartitionedCall/block:0", "../up")
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "want"),
+    [
+        (TensorSpec((), np.dtype(np.int64)), "16000", np.array(16000, np.int64)),
+        (TensorSpec((1,), np.dtype(np.int64)), "-3", np.array([-3], np.int64)),
+        (TensorSpec((None, 3), np.dtype(np.float32)), "1, 2.5,1e3", np.array([[1, 2.5, 1000]], np.float32)),
+        (TensorSpec((2,), np.dtype(np.bool_)), "1,0", np.array([True, False])),
+        (TensorSpec((1,), np.dtype(np.float32)), "nan", np.array([np.nan], np.float32)),
+        (TensorSpec((), np.dtype(np.uint64)), str((1 << 64) - 1), np.array((1 << 64) - 1, np.uint64)),
+    ],
+)
+def test_numbers_are_inputs(spec: TensorSpec, text: str, want: Any) -> None:
+    (found,) = read_feeds([f"x={text}"], {"x": spec}).values()
+    assert (found.dtype, found.shape) == (want.dtype, want.shape)
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "text", "says"),
+    [
+        (np.int64, (1,), "1.5", "whole numbers"),
+        (np.int64, (1,), "nan", "whole numbers"),
+        (np.int64, (), "1,2", "one number"),
+        (np.uint8, (1,), "300", "out of bounds"),
+        (np.uint8, (1,), "-1", "out of bounds"),
+        (object, (1,), "1", "strings"),
+        (np.float32, (1,), "1,two", "no such file"),
+        (np.float32, (1,), "", "no such file"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_explained(dtype: Any, shape: tuple[int, ...], text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read_feeds([f"x={text}"], {"x": TensorSpec(shape, np.dtype(dtype))})
+
+
+def test_a_file_goes_before_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open("7", "wb") as file:
+        np.save(file, np.ones(1, np.float32))
+    assert read_feeds(["x=7"], {"x": TensorSpec((1,), np.dtype(np.float32))})["x"] == 1
 
 
 def test_outputs_are_written_under_any_name(named: Path, tmp_path: Path) -> None:

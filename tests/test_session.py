@@ -430,7 +430,7 @@ def test_all_unsupported_operators_are_listed() -> None:
         infera_gpu.load(model, device="cpu")
     assert [op for op, _ in caught.value.missing] == ["com.microsoft.Foo", "com.microsoft.Bar", "com.microsoft.Foo"]
     assert str(caught.value).startswith(
-        "2 unsupported operators: com.microsoft.Foo (2: a, y); com.microsoft.Bar (1: b)"
+        "g: 2 unsupported operators: com.microsoft.Foo, nodes 'a', 'y'; com.microsoft.Bar, node 'b'; `infera ops`"
     )
 
 
@@ -504,7 +504,7 @@ def test_threads_are_a_positive_number(threads: object) -> None:
 @pytest.mark.parametrize(
     ("op", "opset", "hint"),
     [
-        ("Gelu", 13, "operator at opset 13: Gelu .* there is Gelu from opset 20 on"),
+        ("Gelu", 13, "Gelu of opset 13, node .* there is Gelu from opset 20 on"),
         ("relu", 17, "there is Relu"),
         ("Frobnicate", 17, "CONTRIBUTING"),
     ],

@@ -26,12 +26,16 @@ MAX_ELEMENTS = sys.maxsize // _RANDOM_BYTES
 
 
 def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict[str, HostArray]:
-    """Arrays from `-i name=x.npy`, `-i x.npy` (the model's only input left) or `-i all.npz` (arrays by input name)."""
+    """Arrays from `-i name=x.npy`, `-i x.npy` (the model's only input left), `-i all.npz` (arrays by input name), or
+    `-i name=16000` and `-i name=1,2,3`: numbers along the input's last axis, where no file is called so."""
     feeds: dict[str, HostArray] = {}
     for option in options:
         name, equals, path = option.partition("=")
         if not equals or (name not in inputs and Path(option).exists()):
             name, path = "", option
+        if name in inputs and (numbers := _numbers(path)) is not None and not Path(path).exists():
+            feeds[name] = _of_numbers(option, numbers, inputs[name])
+            continue
         loaded = _load(path)
         if isinstance(loaded, dict):
             if name:
@@ -50,6 +54,30 @@ def read_feeds(options: Sequence[str], inputs: Mapping[str, TensorSpec]) -> dict
     return {name: _as_saved(array, inputs[name]) for name, array in feeds.items()}
 
 
+def _numbers(text: str) -> list[int | float] | None:
+    """Numbers with commas in between; None for anything else."""
+    try:
+        return [int(part) if part.strip().lstrip("+-").isdigit() else float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+
+
+def _of_numbers(option: str, numbers: Sequence[int | float], spec: TensorSpec) -> HostArray:
+    """The numbers as an array of the input's type, along its last axis."""
+    if spec.dtype.kind == "O":
+        raise InputError(f"-i {option}: the input takes strings; give them in a .npy file")
+    if spec.dtype.kind in "iub" and not all(float(n).is_integer() for n in numbers):
+        raise InputError(f"-i {option}: the input is {spec.dtype.name}, expected whole numbers")
+    rank = spec.ndim if spec.ranked else int(len(numbers) > 1)
+    if not rank and len(numbers) > 1:
+        raise InputError(f"-i {option}: the input is one number, {len(numbers)} were given")
+    try:
+        array = np.array(numbers if rank else numbers[0], object).astype(spec.dtype)
+    except (OverflowError, ValueError) as error:
+        raise InputError(f"-i {option}: {error}") from None
+    return array.reshape((1,) * (rank - 1) + (len(numbers),) if rank else ())
+
+
 def _as_saved(array: HostArray, spec: TensorSpec) -> HostArray:
     """Files know NumPy's own types only: bfloat16 and its like are saved as bytes without a type."""
     is_bytes = array.dtype.kind == "V" and array.dtype.itemsize == spec.dtype.itemsize
@@ -65,7 +93,8 @@ def on_random(inputs: Mapping[str, TensorSpec], files: Sequence[str] | None) -> 
         if len(read_feeds(files or [], inputs)) == len(inputs):
             raise
         raise InferaError(
-            f"{error}. Inputs not given are random; give sensible ones with --input name=file.npy"
+            f"{error}. Inputs not given are random; give sensible ones with --input name=file.npy, "
+            "or name=1,2 for numbers"
         ) from error
 
 

@@ -125,7 +125,10 @@ def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> Sequence[Pl
                 problem = error
     print("\n\n".join(map(str, plans)))
     if problem is not None:
-        note(f"the rest cannot be planned with these values ({problem}). Give sensible ones with --input name=file.npy")
+        note(
+            f"the rest cannot be planned with these values ({problem}). Give sensible ones with --input name=file.npy, "
+            "or name=1,2 for numbers"
+        )
     return plans
 
 

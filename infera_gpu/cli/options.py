@@ -19,7 +19,9 @@ Model: TypeAlias = Annotated[
 ]
 Input: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("-i", "--input", help="name=x.npy, x.npy for the only input, or all.npz. Repeatable."),
+    typer.Option(
+        "-i", "--input", help="name=x.npy, x.npy for the only input, all.npz, or name=1,2.5 for numbers. Repeatable."
+    ),
 ]
 Shape: TypeAlias = Annotated[
     list[str] | None, typer.Option("--shape", help="name=1,3,640,640; without a name for the only input. Repeatable.")
