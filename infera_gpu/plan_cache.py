@@ -82,6 +82,10 @@ class KeptPlans:
             return plan
         return replace(plan, recipe=None)
 
+    def distrust(self) -> None:
+        """What has been packed and kept may be wrong: from now on what is packed here takes its place."""
+        self._forms = set()
+
     def keep(self, shapes: Shapes, bound: Bound, constants: Constants) -> None:
         """Keep a plan that has been bound, where it can be, and how, where that can be told."""
         plan, path, own = bound.plan, self._path(f"{shapes}.plan"), self._graph.constants
@@ -109,7 +113,12 @@ class KeptPlans:
             return None
         self._recipes -= 1
         own, known = self._graph.constants, bound.plan.constants
-        recipe = recipe_of(bound, [form for form in constants.held(bound.plan) if known[form[0]] is own.get(form[0])])
+        held = [
+            (name, tag, array)
+            for name, tag, array in constants.held(bound.plan)
+            if not tag or known[name] is own.get(name)  # what others find by that name
+        ]
+        recipe = recipe_of(bound, held)
         written = Written.of(recipe)
         return written if written.nbytes <= MAX_RECIPE and self._keep_forms(recipe.forms, constants) else None
 

@@ -50,6 +50,10 @@ class Shelf(Protocol):
         """Keep one that has been made and bound, if it can be."""
         ...
 
+    def distrust(self) -> None:
+        """What is there has turned out to be wrong."""
+        ...
+
 
 @dataclass(eq=False)
 class Stage:
@@ -141,6 +145,8 @@ class Stages:
         """
         with self._planning:
             self._constants.distrust()
+            if self.shelf is not None:
+                self.shelf.distrust()
             self._trusting, taken = False, [stage for stage in self._recent if stage.taken]
             for stage in taken:
                 self._recent.pop(stage).cut()

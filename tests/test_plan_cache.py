@@ -424,7 +424,9 @@ def test_a_plan_that_somebody_changed_is_made_anew(
     assert len(planned) == 1
 
 
-def test_what_was_packed_is_not_trusted_when_a_recipe_is_not(kept: Path, tmp_path: Path, planned: list[int]) -> None:
+def test_what_was_packed_is_not_trusted_when_a_recipe_is_not(
+    kept: Path, tmp_path: Path, planned: list[int], bound: list[str]
+) -> None:
     path = graph_kept(large_file(tmp_path / "m.onnx"), jit=False)
     fed = {"x": np.random.default_rng(1).standard_normal((2, 64, 40, 40)).astype(np.float32)}
     want = ran(path, fed, threads=1)
@@ -436,6 +438,31 @@ def test_what_was_packed_is_not_trusted_when_a_recipe_is_not(kept: Path, tmp_pat
     planned.clear()
     assert_equal(ran(path, fed, threads=1), want)
     assert len(planned) == 1
+    bound.clear()  # both have been kept anew
+    assert_equal(ran(path, fed, threads=1), want)
+    assert (len(planned), bound) == (1, [])
+
+
+def test_folded_constants_are_not_kept_twice(kept: Path, tmp_path: Path) -> None:
+    nodes = """g (float[N, 64] x) => (float[N, 64] y)
+    <float[64, 64] w, int64[1] i = {0}> {
+        shape = Shape(x)
+        last = Gather(shape, i)
+        size = Cast<to = 1>(last)
+        scaled = Div(w, size)
+        y = MatMul(x, scaled)
+    }"""
+    model = parse(nodes, opset=13)
+    weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    graph_kept(path, jit=False)
+    fed = {"x": np.ones((1, 64), np.float32)}
+    want = ran(path, fed, threads=1)
+    (file,) = plans(kept)
+    assert weights.nbytes < file.stat().st_size < 2 * weights.nbytes
+    assert_equal(ran(path, fed, threads=1), want)
 
 
 def test_a_recipe_depends_on_the_blas(
