@@ -389,7 +389,7 @@ def test_the_first_value_that_departs_is_found(tmp_path: Path) -> None:
     assert ": c: [0, 0] is inf" in out
     status, out, _ = infera(*arguments[:5], "bf16", *arguments[6:])
     assert status == 0
-    assert "no value inside the model differs, of " in out
+    assert "no value before the outputs differs, of " in out
     assert_fails(infera("run", path, "--random", "--device", "cpu", "--precision", "half"), "expected one of fp32")
 
 
