@@ -76,8 +76,9 @@ class Written(NamedTuple):
     """A recipe in few objects, without what was packed: plans stay, and garbage collection looks through them."""
 
     text: str
-    """JSON, in which numbers stand for the arrays of blocks."""
+    """JSON, without the arrays of blocks."""
     own: tuple[HostArray, ...]
+    """Those of blocks, in their order, but for what was packed."""
     packed: tuple[tuple[str, str], ...]
     """Names and tags of what was packed."""
 
@@ -85,8 +86,7 @@ class Written(NamedTuple):
     def of(cls, recipe: Recipe) -> Written:
         own = tuple([block[1] for block in recipe.blocks if block[0] == "own"])
         packed = tuple([(name, tag) for name, tag, _ in recipe.forms])
-        numbers = iter(range(len(own)))
-        blocks = [["own", next(numbers)] if block[0] == "own" else block[:3] for block in recipe.blocks]
+        blocks = [["own"] if block[0] == "own" else block[:3] for block in recipe.blocks]
         return cls(json.dumps([blocks, *recipe[1:]], separators=(",", ":")), own, packed)
 
     def recipe(self) -> Recipe:
