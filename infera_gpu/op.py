@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 
 from infera_gpu.errors import PlanError
-from infera_gpu.graph import Attrs, HostArray, Node, lazy
+from infera_gpu.graph import Attrs, HostArray, Node, T, lazy
 from infera_gpu.kernel import Bind as Bind
 from infera_gpu.kernel import Border as Border
 from infera_gpu.kernel import Buffers as Buffers
@@ -55,27 +55,31 @@ class Case:
     opset: int | None = None
 
 
-class Cases(Sequence[Case]):
-    """The cases that `make` gives, made when somebody looks at them: loading a model does not."""
+class Later(Sequence[T]):
+    """What `make` gives, made when somebody looks at it."""
 
-    def __init__(self, make: Callable[[], Iterable[Case]]) -> None:
+    def __init__(self, make: Callable[[], Iterable[T]]) -> None:
         self._make = make
 
     @lazy
-    def _made(self) -> tuple[Case, ...]:
+    def _made(self) -> tuple[T, ...]:
         return tuple(self._make())
 
     @overload
-    def __getitem__(self, at: int) -> Case: ...
+    def __getitem__(self, at: int) -> T: ...
 
     @overload
-    def __getitem__(self, at: slice) -> tuple[Case, ...]: ...
+    def __getitem__(self, at: slice) -> tuple[T, ...]: ...
 
-    def __getitem__(self, at: int | slice) -> Case | tuple[Case, ...]:
+    def __getitem__(self, at: int | slice) -> T | tuple[T, ...]:
         return self._made[at]
 
     def __len__(self) -> int:
         return len(self._made)
+
+
+class Cases(Later[Case]):
+    """Cases that are made when somebody looks at them: loading a model does not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,52 +10,18 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from infera_gpu.errors import PlanError
 from infera_gpu.graph import Graph, HostArray, T
 from infera_gpu.graph_codec import Damaged, Reader, Unencodable, Writer, code_of, framed, unframed
 from infera_gpu.layout import operand_of
-from infera_gpu.op import Registry, Site
+from infera_gpu.op import Later, Registry, Site
 from infera_gpu.plan import Packed, Plan
 from infera_gpu.recipe import Written
 from infera_gpu.spec import TensorSpec, dtype_of_onnx
 from infera_gpu.specialize import Placed, Segment
-
-
-class Later(Sequence[T]):
-    """What `make` makes, once, when it is first asked for."""
-
-    def __init__(self, make: Callable[[], list[T]]) -> None:
-        self._make: Callable[[], list[T]] | None = make
-        self._made: tuple[T, ...] = ()
-        self._lock = threading.Lock()
-
-    def _whole(self) -> tuple[T, ...]:
-        if self._make is not None:
-            with self._lock:
-                if self._make is not None:
-                    try:
-                        self._made = tuple(self._make())
-                    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, Damaged) as error:
-                        raise PlanError(f"a plan that was kept is damaged: {error}") from error
-                    self._make = None
-        return self._made
-
-    def __len__(self) -> int:
-        return len(self._whole())
-
-    @overload
-    def __getitem__(self, i: int) -> T: ...
-    @overload
-    def __getitem__(self, i: slice) -> tuple[T, ...]: ...
-    def __getitem__(self, i: int | slice) -> T | tuple[T, ...]:
-        return self._whole()[i]
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._whole())
 
 
 def encoded(plan: Plan, graph: Graph, recipe: Written | None = None) -> bytes:
@@ -138,29 +104,36 @@ def _plan(said: Mapping[str, Any], reader: Reader, graph: Graph, registry: Regis
         text, own, packed = said["recipe"]
         recipe = Written(text, tuple([reader.array(*a) for a in own]), tuple([(name, tag) for name, tag in packed]))
 
-    @cache
-    def later() -> Mapping[str, Any]:
-        found: Mapping[str, Any] = json.loads(said["later"])
-        return found
+    reading = threading.Lock()  # arrays are read in the order in which they lie
+
+    def later(key: str, make: Callable[[Any], T]) -> Later[T]:
+        def made() -> list[T]:
+            try:
+                with reading:
+                    return [make(one) for one in json.loads(said["later"])[key]]
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, Damaged) as error:
+                raise PlanError(f"a plan that was kept is damaged: {error}") from error
+
+        return Later(made)
 
     return Plan(
         device=device,
         concurrency=concurrency,
         segment=Segment(
-            nodes=Later(lambda: [_placed(p, reader, graph, registry, constants) for p in later()["nodes"]]),
+            nodes=later("nodes", lambda p: _placed(p, reader, graph, registry, constants)),
             inputs={k: reader.spec(s) for k, s in said["entering"].items()},
             outputs=tuple(said["made"]),
             specs={},
             constants=constants,
         ),
-        packed=Later(lambda: [_packed(*fields) for fields in later()["steps"]]),
+        packed=later("steps", lambda fields: _packed(*fields)),
         inputs={k: operand_of(_operand(o)) for k, o in said["inputs"].items()},
         carried={},
         outputs={k: operand_of(_operand(o)) for k, o in said["outputs"].items()},
         constants=constants,
         arenas=said["arenas"],
         lower_bounds=said["bounds"],
-        placed=Later(lambda: [tuple(b) for b in later()["placed"]]),
+        placed=later("placed", tuple),
         saved=Counter(said["saved"]),
         direct=frozenset(said["direct"]),
         bordered=said["bordered"],
