@@ -46,7 +46,7 @@ test-cupy:  ## what is bound to CuPy's arrays, with CuPy and no GPU, in an envir
 
 test-cudnn:  ## what cuDNN takes of what it is asked, without a GPU, in an environment of its own (.venv-cudnn)
 	@$(MAKE) --no-print-directory VENV=.venv-cudnn .venv-cudnn/.with-test .venv-cudnn/.with-kernels .venv-cudnn/.with-cudnn13
-	@.venv-cudnn/bin/python -m pytest tests/test_cudnn.py tests/kernels/test_real_cudnn.py
+	@.venv-cudnn/bin/python -m pytest tests/test_cudnn.py tests/test_cudnn_choice.py tests/test_cudnn_attention.py tests/kernels/test_real_cudnn.py
 
 # kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
 CLIENTS_VENV := .venv-clients

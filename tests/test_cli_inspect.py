@@ -30,6 +30,12 @@ def test_inspect_shows_model_plan_and_times(relu: Path) -> None:
     assert "packed for these kernels, beside the constants: 0 bytes" in out
 
 
+def test_inspect_calls_a_model_by_its_name_in_the_catalogue(relu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert infera("inspect", relu, "--device", "cpu")[1].startswith(f"{relu.name}: opset")
+    monkeypatch.setattr("infera_gpu.fetch.fetch", lambda source, **options: relu)
+    assert infera("inspect", "magika", "--device", "cpu")[1].startswith("magika: opset")
+
+
 def test_inspect_names_the_free_dimensions(relu: Path) -> None:
     status, out, err = infera("inspect", relu)
     assert status == 0

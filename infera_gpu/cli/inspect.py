@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
     path = options.locate(model)
-    with options.opened(path, device, threads, precision, batch_invariant, accuracy, jit) as session:
+    with options.opened(model, path, device, threads, precision, batch_invariant, accuracy, jit) as session:
         given = read_feeds(input or [], session.tensor_inputs)
         shapes = read_shapes(shape or [], session.tensor_inputs)
         _show_model(session)

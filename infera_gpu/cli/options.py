@@ -60,6 +60,7 @@ def locate(model: str, sha256: str | None = None) -> Path:
 
 @contextmanager
 def opened(
+    model: str,
     path: Path,
     device: str,
     threads: int | None,
@@ -68,8 +69,14 @@ def opened(
     accuracy: str = "fast",
     jit: bool | None = None,
 ) -> Iterator[Session]:
-    """A session, closed at the end. Raises ModelError, DeviceError and their kind."""
-    with working(f"loading {path.name}"):
+    """A session of a `model` that was located, closed at the end. Its name is that of the catalogue, or its file's.
+
+    Raises ModelError, DeviceError and their kind.
+    """
+    from infera_gpu.catalogue import CATALOGUE
+
+    name = model if model in CATALOGUE else path.name
+    with working(f"loading {name}"):
         session = load(
             path,
             device=device,
@@ -79,5 +86,6 @@ def opened(
             accuracy=cast(Literal["fast", "strict"], accuracy),
             jit=jit,
         )
+        session.name = name
     with session:
         yield session

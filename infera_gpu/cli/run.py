@@ -40,7 +40,8 @@ def command(
         )
     if shape and not random:
         raise InputError("--shape is for random inputs; give --random too, or the arrays themselves with -i")
-    with options.opened(options.locate(model), device, threads, precision, batch_invariant, accuracy, jit) as session:
+    path = options.locate(model)
+    with options.opened(model, path, device, threads, precision, batch_invariant, accuracy, jit) as session:
         feeds = (
             gather(session.tensor_inputs, input, shape, seed)
             if random

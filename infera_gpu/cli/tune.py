@@ -63,7 +63,7 @@ def command(
             raise InputError("which model? `infera tune MODEL` measures, `infera tune --show` shows what is known")
         _show_device(device, export) if show or export else None
         return
-    with options.opened(options.locate(model), device, None, precision) as session:
+    with options.opened(model, options.locate(model), device, None, precision) as session:
         session.tunable()
         feeds = gather(session.tensor_inputs, input, shape, seed)
         with on_random(session.tensor_inputs, input):

@@ -64,7 +64,7 @@ def command(
     With another --precision than fp32 the reference is the CPU in float32.
     """
     path = options.locate(model)
-    with options.opened(path, device, threads, precision, batch_invariant) as session:
+    with options.opened(model, path, device, threads, precision, batch_invariant) as session:
         feeds = gather(session.tensor_inputs, input, shape, seed)
         tested = session.device.name
         with working(f"running on {tested}"), on_random(session.tensor_inputs, input):
@@ -124,7 +124,7 @@ def _run(path: Path, reference: str, threads: int | None, feeds: Outputs) -> Out
             if reference == FLOAT64:
                 return run_in_float64(path, feeds)
             return OnnxRuntime(path, threads=threads).run(feeds)
-    with options.opened(path, reference, threads) as session, working(f"running on {reference}"):
+    with options.opened(path.name, path, reference, threads) as session, working(f"running on {reference}"):
         return session.run(feeds)
 
 
