@@ -210,6 +210,18 @@ async def recovery(pool: Pool, limit: float) -> float:
     return last
 
 
+class Busiest:
+    """The thread of a server that works most from now on: while it is overloaded, the one that runs the model."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._before, self._began = server, server.thread_seconds(), time.monotonic()
+
+    def share(self) -> float:
+        """The part of the time since then that it had a processor."""
+        took = time.monotonic() - self._began
+        return max(v - self._before.get(k, 0.0) for k, v in self._server.thread_seconds().items()) / took
+
+
 def resident(pid: int) -> int:
     """Bytes in memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
@@ -227,11 +239,14 @@ async def measured(server: Server, seconds: float) -> dict[str, float]:
     await pool.open(CLOSED)
     await closed(pool, 1.0, CLOSED)
     alone = statistics.median((await closed(pool, 1.0, 1)).took(good=True))
+    busy = Busiest(server)
     peak = len((await closed(pool, 5.0, CLOSED)).took(good=True)) / 5.0
+    busy_at_peak = busy.share()
     await pool.open(CONNECTIONS - CLOSED)
     before, memory = resident(server.pid), list[int]()
-    began = time.monotonic()
+    busy, began = Busiest(server), time.monotonic()
     phase = await opened(pool, seconds, FACTOR * peak, server, memory)
+    busy_overloaded = busy.share()
     good = [at for at, status, _ in phase.answers if status == 200 and at - began <= seconds]
     statuses = Counter(status for _, status, _ in phase.answers)
     recovered = await recovery(pool, RECOVERED * alone + 0.005)
@@ -240,6 +255,8 @@ async def measured(server: Server, seconds: float) -> dict[str, float]:
         "asked_rps": (len(phase.answers) + phase.unsent) / seconds,
         "goodput_rps": len(good) / seconds,
         "goodput": len(good) / seconds / peak,
+        "busy_at_peak": busy_at_peak,
+        "busy": busy_overloaded,
         "refused": statuses[429],
         "lost": statuses[0],
         "failed": sum(n for status, n in statuses.items() if status not in (0, 200, 429)),

@@ -47,6 +47,11 @@ class Server:
         """Of the process that started the others."""
         return _cpu_of(self.pid)
 
+    def thread_seconds(self) -> dict[int, float]:
+        """Processor time of each thread of all its processes."""
+        threads = (int(task.name) for pid in _session(self.pid) for task in Path(f"/proc/{pid}/task").glob("*"))
+        return {thread: _cpu_of(thread) for thread in threads}
+
 
 def _session(leader: int) -> Iterator[int]:
     """The processes of a session and their descendants, which may have sessions of their own."""

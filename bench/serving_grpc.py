@@ -3,8 +3,9 @@
 As `bench.serving`: one model, every server in a process of its own, loaded in turn, medians of rounds. `aio`, `threads`
 and `processes` are handlers of raw bytes on grpc's servers (one event loop; two threads; two processes on one port),
 which read the request and answer as many bytes. `pick` is infera with a model that has hardly any work, to compare with
-them. The load comes from one event loop, a call at a time for each caller, over at most 4 connections: it takes about
-as long as the servers, so that processor time says more than requests a second.
+them, and `handler` computes the same in the one handler that anyone would write: no queue, no limits, no counters. The
+load comes from one event loop, a call at a time for each caller, over at most 4 connections: it takes about as long as
+the servers, so that processor time says more than requests a second.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from rich.table import Table
 
 from bench.environment import environment, thread_environment, write_results
 from bench.served_model import SIZES, prepared
-from bench.servers import HERE, Server, free_ports, infera, started, triton
+from bench.servers import HERE, ROOT, Server, free_ports, infera, started, triton
 from bench.serving import medians
 from infera_server.protocols.protos import message
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
-MODES = ("aio", "threads", "processes")
+MODES = ("aio", "threads", "processes", "handler")
 CHANNELS = 4
 WARM_S = 0.5
 
@@ -55,7 +56,7 @@ def echo(folder: Path, mode: str, reply_bytes: int) -> Any:
         mode,
         [sys.executable, str(HERE / "peers" / "grpc_echo.py"), mode, str(port), str(reply_bytes)],
         folder,
-        thread_environment(1),
+        {**thread_environment(1), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'server'}"},
         base,
         {"binary": base},
     )
@@ -119,7 +120,7 @@ def main() -> None:
         for _ in track(range(asked.rounds), "rounds", console=console):
             for callers in asked.callers:
                 for server in servers:
-                    sent = request("pick" if server.name == "pick" else "mlp", asked.rows)
+                    sent = request("pick" if server.name in ("pick", "handler") else "mlp", asked.rows)
                     found = uvloop.run(load(server, sent, callers, asked.seconds))
                     samples.setdefault((server.name, callers), []).append(found)
     rows = medians(samples, "server", "callers")

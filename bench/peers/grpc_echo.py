@@ -1,6 +1,7 @@
 """Handlers of raw bytes on Python's gRPC servers, which answer as many bytes: what no handler can do without.
 
-`python grpc_echo.py aio|threads|processes PORT REPLY_BYTES`: gRPC at PORT + 1, and at PORT a GET is answered.
+`python grpc_echo.py aio|threads|processes PORT REPLY_BYTES`: gRPC at PORT + 1, and at PORT a GET is answered. With
+`handler` the first ten columns of the input are answered instead, in the protocol's messages.
 """
 
 import os
@@ -36,9 +37,28 @@ async def answer(data, context):
     return REPLY
 
 
+def picking():
+    import numpy as np
+
+    from infera_server.protocols.protos import message
+
+    asked, made = message("inference.ModelInferRequest"), message("inference.ModelInferResponse")
+
+    async def pick(data, context):
+        request = asked.FromString(data)
+        x = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(list(request.inputs[0].shape))
+        y = np.ascontiguousarray(x[:, :10])
+        reply = made(model_name=request.model_name, model_version="1", id=request.id)
+        reply.outputs.add(name="output", datatype="FP32", shape=y.shape)
+        reply.raw_output_contents.append(y.tobytes())
+        return reply.SerializeToString()
+
+    return pick
+
+
 async def serve():
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((Handlers(answer),))
+    server.add_generic_rpc_handlers((Handlers(picking() if MODE == "handler" else answer),))
     server.add_insecure_port(f"127.0.0.1:{PORT + 1}")
     await server.start()
     await server.wait_for_termination()
