@@ -50,6 +50,7 @@ Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, le=MAX_SECO
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+SomeBytes = Annotated[int, Field(ge=1, le=MAX_BYTES)]
 Weight = Annotated[float, Field(ge=1 / MAX_WEIGHT, le=MAX_WEIGHT)]
 
 
@@ -78,9 +79,9 @@ class Settings(BaseSettings):
     batch_invariant: bool = False
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
     vram_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
-    max_body_bytes: Bytes = Field(default=64 << 20, ge=1)
-    max_json_bytes: Bytes = Field(default=16 << 20, ge=1)
-    max_intake_bytes: Bytes = Field(default=1 << 30, ge=1)
+    max_body_bytes: SomeBytes = 64 << 20
+    max_json_bytes: SomeBytes = 16 << 20
+    max_intake_bytes: SomeBytes = 1 << 30
     max_region_bytes: Bytes = 16 << 30
     max_connections: Count = 4096
     max_batch: Count = 64
@@ -90,7 +91,7 @@ class Settings(BaseSettings):
     keep_deleted: bool = False
     keep_previous: Seconds = 600.0
     load_models: tuple[str, ...] = ("*",)
-    max_load_bytes: Bytes = Field(default=2 << 30, ge=1)
+    max_load_bytes: SomeBytes = 2 << 30
     memory_limit: Annotated[str, AfterValidator(checked_bytes)] | None = None
     pinned: tuple[str, ...] = ()
     model_control: Literal["explicit", "none", "poll"] = "explicit"
@@ -101,7 +102,7 @@ class Settings(BaseSettings):
     max_sequence_idle: Seconds = Field(default=60.0, gt=0)
     response_cache_bytes: Bytes = 64 << 20
     max_queue: Count = 256
-    max_queue_bytes: Bytes = Field(default=1 << 30, ge=1)
+    max_queue_bytes: SomeBytes = 1 << 30
     request_timeout: Seconds = Field(default=30.0, gt=0)
     drain_timeout: Seconds = Field(default=30.0, gt=0)
     slo_p99: Duration | None = None

@@ -54,6 +54,14 @@ def test_absurd_numbers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, nam
         assert {error["loc"][0] for error in refused.value.errors()} == {name}, text[:9]
 
 
+@pytest.mark.parametrize(
+    "name", ["max_body_bytes", "max_json_bytes", "max_intake_bytes", "max_load_bytes", "max_queue_bytes"]
+)
+def test_limits_that_would_refuse_everything_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Settings.model_validate({name: 0})
+
+
 @pytest.mark.parametrize("number", ["-1", "0", "1e300", "1e999", "NaN", "Infinity", "-Infinity", DIGITS])
 @pytest.mark.parametrize("name", TABLES)
 def test_absurd_numbers_of_models_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, number: str) -> None:

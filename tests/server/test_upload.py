@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from typing import Any
 
 import numpy as np
 import pytest
 
+from infera_server.access import Access, Key
 from infera_server.http.upload import ALIGNMENT, LARGE, SCRATCH, Upload, room
 from infera_server.scheduling.rows import HostArray
 from tests.server.support import any_width, http_request, read_reply, request_of, serving, until
@@ -114,3 +116,26 @@ def whole(x: HostArray) -> bytes:
     tensor |= {"shape": x.shape, "parameters": {"binary_data_size": x.nbytes}}
     head = json.dumps(document).encode()
     return http_request(head + x.tobytes(), "/v2/models/any/infer", f"Inference-Header-Content-Length: {len(head)}\r\n")
+
+
+@pytest.mark.parametrize(
+    ("access", "more", "status"),
+    [
+        (Access(), "", 413),
+        (Access(), "Expect: 100-continue\r\n", 413),
+        (Access({"a": Key("a", bytes(32))}), "Expect: 100-continue\r\n", 401),
+    ],
+)
+def test_what_is_refused_at_once_is_given_no_memory(
+    access: Access, more: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However much it announces."""
+    with (
+        serving({"double": any_width()}, access=access) as running,
+        contextlib.closing(running.connect()) as sock,
+        sock.makefile("rb") as stream,
+    ):
+        sock.sendall(http_request(b"", headers=more, length=10**18))
+        assert read_reply(stream)[0] == status
+        sock.sendall(b"x")  # what lingers reads on
+    assert not [record.message for record in caplog.records if record.levelno > logging.INFO]

@@ -73,7 +73,9 @@ class HotPathProtocol(Recalling):
         except RequestError as error:
             exchange.refusal = error
         self._enqueue(exchange)
-        if exchange.turn and exchange.refusal is None and (size := self._announced()) >= LARGE:
+        if not exchange.turn or exchange.refusal is not None or exchange.response_complete:  # refused at once
+            return
+        if (size := self._announced()) >= LARGE:
             first = int(size * self.service.room_share)
             self.upload = Upload(self, size, exchange.header or 0, self.service.room, first)
 
