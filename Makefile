@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels test-jit test-cupy test-cudnn test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
+.PHONY: help run test test-soak test-kernels test-jit test-cupy test-cudnn test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real in
 test: $(VENV)/.with-test  ## the tests (two cores, under 15 minutes, no GPU)
 	@INFERA_TEST_WITHOUT="cupy numba torch triton" $(PY) -m pytest $(SPREAD) -m "not large and not gpu and not kernels and not clients"
 
+test-soak: $(VENV)/.with-test  ## a server under a mix of everything, for two minutes, and 10,000 requests that are none (3 minutes)
+	@$(PY) -m pytest -m large tests/server/test_soak.py tests/server/test_http_fuzz.py
+
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80, 86, 90 and 100, in the plans of models
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
@@ -48,7 +51,8 @@ test-cudnn:  ## what cuDNN takes of what it is asked, without a GPU, in an envir
 	@$(MAKE) --no-print-directory VENV=.venv-cudnn .venv-cudnn/.with-test .venv-cudnn/.with-kernels .venv-cudnn/.with-cudnn13
 	@.venv-cudnn/bin/python -m pytest tests/test_cudnn.py tests/test_cudnn_choice.py tests/test_cudnn_attention.py tests/kernels/test_real_cudnn.py
 
-# kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38; INFERA_GLIBC=folder names another.
+# kserve cannot share .venv, it wants another protobuf. perf_analyzer needs glibc 2.38: where there is an older one Debian
+# 13's loader and libraries are fetched for it alone. INFERA_GLIBC=folder names others.
 CLIENTS_VENV := .venv-clients
 CLIENTS_PIP   = $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -q
 
@@ -61,8 +65,30 @@ $(CLIENTS_VENV)/.installed:
 	@chmod +x $(CLIENTS_VENV)/perf/perf_analyzer/bin/perf_analyzer
 	@touch $@
 
-test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed  ## other people's clients: tritonclient, kserve, perf_analyzer, schemathesis
-	@$(PY) -m pytest tests/clients
+# Debian keeps the newest of each only: of packages.debian.org/trixie/amd64/libc6/download and the like.
+DEBIAN     := https://deb.debian.org/debian/pool/main
+GLIBC_DEBS := \
+	b59b0625cd1a791375d40dab23a4d5d3d0641e3d0a773501becdc3725b7f99cf:g/glibc/libc6_2.41-12+deb13u5 \
+	3c71917b490d1a17aed43196a2787a256ecf060526cdb20216a74bedc061b150:g/gcc-14/libgcc-s1_14.2.0-19 \
+	ab1fa05837aa7a92aae748fd07a18a35f7d18bb4a71c4724fe2bbf0e32089de0:g/gcc-14/libstdc++6_14.2.0-19 \
+	ffefb9af363e0e4592251b2533eb06453c8e470f7772e40263c4b2129251a6d5:o/openssl/libssl3t64_3.5.9-1~deb13u1 \
+	2f6a2aeacfc925eba8b00ac9139bc4bfccf8cacb09eb93de067074b26948eef9:libz/libzstd/libzstd1_1.5.7+dfsg-1 \
+	8c27c342230503b73dfde629642c3b352e87b554e06d60cf58772f236a305ceb:z/zlib/zlib1g_1.3.dfsg+really1.3.1-1+deb13u1
+
+$(CLIENTS_VENV)/.glibc: $(CLIENTS_VENV)/.installed
+	@found=$$(getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2); \
+	if [ "$$(uname -sm)" != "Linux x86_64" ] || [ -n "$$INFERA_GLIBC" ] || [ -z "$$found" ] \
+		|| [ "$$(printf '%s\n' 2.38 "$$found" | sort -V | head -n 1)" = 2.38 ]; then exit 0; fi; \
+	echo "fetching Debian 13's C library (7 MB) into $(@D)/glibc: perf_analyzer needs 2.38, here is $$found"; \
+	( mkdir -p $(@D)/glibc && cd $(@D)/glibc && for deb in $(GLIBC_DEBS); do \
+		curl -fsSL --retry 2 -m 120 -o one.deb "$(DEBIAN)/$${deb#*:}_amd64.deb" \
+		&& echo "$${deb%%:*}  one.deb" | sha256sum -c --quiet \
+		&& if command -v dpkg-deb >/dev/null; then dpkg-deb -x one.deb .; else ar p one.deb data.tar.xz | tar -xJ; fi \
+		|| { echo "$${deb#*:} could not be had: tests of perf_analyzer are skipped"; exit 1; }; \
+	done && rm one.deb ) && touch $@ || rm -rf $(@D)/glibc
+
+test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed $(CLIENTS_VENV)/.glibc  ## other people's clients: tritonclient, kserve, perf_analyzer, schemathesis
+	@INFERA_GLIBC="$${INFERA_GLIBC:-$(abspath $(CLIENTS_VENV)/glibc/usr/lib/x86_64-linux-gnu)}" $(PY) -m pytest tests/clients
 
 test-all: test test-kernels test-jit test-cupy test-cudnn test-clients  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.charts import bars
-from bench.cpu_targets import TARGETS, mean, trained
+from bench.cpu_targets import OLDER, TARGETS, Target, mean, trained
 
 Result = Mapping[str, Any]
 """The contents of a results file."""
@@ -59,19 +59,30 @@ def means(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def targets(newest: Mapping[str, Result]) -> str:
     """What is to be reached, held against the newest files of one processor by topic, and why what is missed is."""
-    rows, reasons = [], dict[str, list[str]]()
+    rows, reasons, older = [], dict[str, list[str]](), dict[str, str]()
     for target in TARGETS:
-        if target.topic not in newest:
+        if (found := _judged(target, newest)) is None:
             continue
-        value = target.judge(newest[target.topic]["rows"])
-        if value is None:
-            continue
+        value, topic = found
         if not (met := target.met(value)):
             reasons.setdefault(target.why, []).append(target.work)
+            commit = newest[topic].get("environment", {}).get("commit", "")[:10]
+            if commit in OLDER:
+                title, _ = SECTIONS[topic]
+                older[title] = f"measured at {commit}, before {OLDER[commit]}; not again since, for want of the machine"
         bound = "at most" if target.at_most else "at least"
         rows.append([target.work, f"{bound} {target.goal:g}", f"{value:.3g}", "met" if met else "**missed**"])
     said = [f"- {'; '.join(works)}: {why}" for why, works in reasons.items() if why]
+    said += [f"- All that is missed of *{title}*: {what}." for title, what in older.items()]
     return "\n\n".join([table(("work", "target", "measured", ""), rows), "\n".join(said)]).rstrip()
+
+
+def _judged(target: Target, newest: Mapping[str, Result]) -> tuple[float, str] | None:
+    """What was measured, and the topic whose file says so; None where none does."""
+    for topic in target.topics:
+        if topic in newest and (value := target.judge(newest[topic]["rows"])) is not None:
+            return value, topic
+    return None
 
 
 def first(result: Result) -> str:
@@ -178,8 +189,9 @@ _OVERLOAD = {
 def overload(result: Result) -> str:
     """Ten times what the server can do, by where the model runs."""
     known = [(key, text) for key, text in _OVERLOAD.items() if key in result["rows"][0]]  # older results have fewer
+    lasted = ["seconds of overload", *(f"{result['options']['seconds']:g}" for _ in result["rows"])]
     rows = ([text, *(f"{row[key]:,.3g}" for row in result["rows"])] for key, text in known)
-    return table(["", *(f"in {row['engine']}" for row in result["rows"])], rows)
+    return table(["", *(f"in {row['engine']}" for row in result["rows"])], [lasted, *rows])
 
 
 def trees(result: Result) -> str:

@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import report, report_cpu, report_gpu, report_readme
-from bench.cpu_targets import TARGETS as TARGETS_ON_CPUS
 from bench.gpu_targets import TARGETS
 from bench.report import DOCS, DOCUMENT, PREDICTED_CHART, README, read, render
 
@@ -81,29 +80,6 @@ def test_the_tables_of_the_readme_are_what_the_results_give() -> None:
         if line.startswith("<!-- ") and line != report_readme.END:
             with pytest.raises(ValueError, match="no place for the table"):
                 report_readme.filled(text.replace(line, ""), newest)
-
-
-def test_targets_on_cpus_are_held_against_the_newest_files() -> None:
-    times = {"infera": {"wall_ms": 2.0}, "infera[jit]": {"wall_ms": 1.0}, "onnxruntime": {"wall_ms": 2.0}}
-    row = {"model": "vgg19", "example": "b1", "threads": 1, "failure": "", "summaries": times}
-    slow = {"rows": [{**row, "ratios": {"wall": 0.7}}, {**row, "example": "b1 dark", "ratios": {"wall": 0.6}}]}
-    text = report_cpu.targets({"": slow})
-    assert "| VGG-19, 1 thread | at most 0.65 | 0.7 | **missed** |" in text
-    assert "- VGG-19, 1 thread: Nearly all of it are products" in text
-    fast = {"rows": [{**row, "ratios": {"wall": 0.5}}]}
-    text = report_cpu.targets({"": fast, "overload": {"rows": [{"engine": "the server's process", "goodput": 0.96}]}})
-    assert "| VGG-19, 1 thread | at most 0.65 | 0.5 | met |" in text
-    assert "| answered at ten times the load, of the peak, in one process | at least 0.95 | 0.96 | met |" in text
-    assert "missed" not in text
-    assert "The largest" not in text
-
-
-def test_every_target_can_be_measured() -> None:
-    newest: dict[str, list[dict[str, Any]]] = {}
-    for (_, topic), (_, result) in report.on_cpus(read()).items():
-        newest.setdefault(topic, []).append(dict(result))
-    for target in TARGETS_ON_CPUS:
-        assert any(target.judge(result["rows"]) is not None for result in newest[target.topic]), target.work
 
 
 def test_charts_are_svg_and_are_shown() -> None:
@@ -290,18 +266,6 @@ def test_the_newest_file_of_a_topic_counts() -> None:
     results[f"{name[:-10]}2031-01-01"] = newer
     assert "| somebody | 0.125 |" in render(results)[DOCUMENT]
     assert "NumPy by hand" not in render(results)[DOCUMENT]
-
-
-@pytest.mark.parametrize("runtimes", [("infera", "onnxruntime"), ("infera", "infera[jit]", "onnxruntime")])
-def test_memory_is_that_of_every_runtime_measured(runtimes: tuple[str, ...]) -> None:
-    sizes = {"imported": 1e6, "loaded": 2e6, "peak": 3e6}
-    rows = [{"runtime": r, "model": "m", "threads": 1, **sizes, "peak": (3 + i) * 1e6} for i, r in enumerate(runtimes)]
-    header, _, cells = report_cpu.resident({"rows": rows}).splitlines()[:3]
-    assert [cell.strip() for cell in header.split("|")[3:-1]] == [
-        *(f"{name}, loaded MB" for name in runtimes),
-        *(f"{name}, peak MB" for name in runtimes),
-    ]
-    assert [cell.strip() for cell in cells.split("|")[3:-1]] == [*("2" for _ in runtimes), *("345"[: len(runtimes)])]
 
 
 def test_every_target_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,31 @@ def test_inputs_are_never_written_to() -> None:
     np.testing.assert_allclose(out["z"], np.exp(x))
 
 
+JOINED = "g (float[N, 4] x, float[N, 4] z) => (float[N, 8] y) { y = Concat<axis = 1>(x, z) }"
+
+
+def lying(array: np.ndarray, how: str) -> np.ndarray:
+    """An equal array, whose elements lie otherwise."""
+    if how == "backwards":
+        return np.ascontiguousarray(array[::-1])[::-1]
+    if how == "apart":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    return np.frombuffer(b"?" + array.tobytes(), array.dtype, array.size, 1).reshape(array.shape)
+
+
+@pytest.mark.parametrize("how", ["backwards", "apart", "unaligned"])
+@pytest.mark.parametrize(("text", "names"), [(CHAIN, "xz"), (JOINED, "xz"), (BRANCH, "x"), (DYNAMIC, "xw")])
+def test_feeds_may_lie_anyhow(device: str, text: str, names: str, how: str) -> None:
+    session = infera_gpu.load(parse(text), device=device)
+    given = feeds(*names, shape=(5,) if names == "x" else (5, 4))
+    flag = {"flag": np.array(1)} if names == "x" else {}
+    want = session.run(given | flag)
+    for _ in range(2):
+        got = session.run({k: lying(a, how) for k, a in given.items()} | flag)
+        for name, array in want.items():
+            np.testing.assert_array_equal(got[name], array)
+
+
 def test_views_take_no_step_and_no_memory(device: str) -> None:
     model = parse(
         """

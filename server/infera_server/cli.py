@@ -272,9 +272,7 @@ def serve(
     metrics = None if (found := settings.listen_metrics) is None else _listen(settings.host, found, "--metrics-port")
     total = len(list(repository.entries()))
     with screen(total) as out:
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(message)s", handlers=[out.handler()], force=True
-        )
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[out.handler()], force=True)
         logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
         server = Host(repository, sock, access, metrics)  # now, since it tells what is logged
 

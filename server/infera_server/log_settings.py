@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from infera_server.errors import BadRequest, Unsupported
+from infera_server.log_lines import LineFormatter
 from infera_server.protocols import members
 
 KINDS = {"log_info": logging.INFO, "log_warning": logging.WARNING, "log_error": logging.ERROR}
 FORMATS = ("default", "ISO8601")
-ISO = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+ISO = LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
 
 
 class LogSettings:

@@ -76,6 +76,31 @@ class Times:
         return {"count": self.count, "ns": self.ns}
 
 
+class Phases:
+    """What runs took, by phase: a count, and seconds."""
+
+    __slots__ = ("count", "infer", "input", "output")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.input = self.infer = self.output = 0.0
+
+    def add(self, batch: Batch, count: int) -> None:
+        """A run that counts so many times."""
+        began, ended = batch.gathered_at, batch.ran_at
+        self.count += count
+        self.input += (began - batch.taken_at) * count
+        self.infer += (ended - began) * count
+        self.output += (batch.split_at - ended) * count
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """As the V2 statistics name them."""
+        return {
+            f"compute_{name}": {"count": self.count, "ns": int(getattr(self, name) * 1e9)}
+            for name in ("input", "infer", "output")
+        }
+
+
 RESPONSE_STATS = ("compute_infer", "compute_output", "success", "fail", "empty_response", "cancel")
 """What the V2 statistics count of the responses at one place among those to a request."""
 
@@ -97,7 +122,10 @@ class ModelStats:
         """Rows computed for nothing, those included that were made longer: a row half padding is half a row."""
 
         self.goal: Goal | None = None
-        self.phases = {name: Times() for name in ("queue", "compute_input", "compute_infer", "compute_output")}
+        self.waiting = Times()
+        self.phases = Phases()
+        """Of requests: a batch counts for each of its jobs."""
+
         self.success, self.fail = Times(), Times()
         self.cache_hit, self.cache_miss = Times(), Times()
         """Looks at a response cache: a hit with the time it took, a miss with that and storing the response."""
@@ -108,7 +136,9 @@ class ModelStats:
         self.memory: dict[tuple[str, int], int] = {}
         """Bytes that the model keeps on a device, by Triton's type of memory and the device's index."""
 
-        self.batches: dict[int, dict[str, Times]] = {}
+        self.batches: dict[int, Phases] = {}
+        """Of runs, by their rows."""
+
         self.responses: dict[int, dict[str, Times]] = {}
         """Of a decoupled model, by the response's place among those to its request."""
 
@@ -150,27 +180,22 @@ class ModelStats:
 
     def ran(self, batch: Batch) -> None:
         """A batch ran."""
-        jobs = len(batch.jobs)
-        self.rows.observe(batch.rows)
-        self.padding += batch.padded - batch.rows
-        self.waste += batch.padded - batch.fill * batch.rows
+        rows, padded, taken = batch.rows, batch.padded, batch.taken_at
+        self.rows.observe(rows)
+        self.padding += padded - rows
+        self.waste += padded - batch.fill * rows
         self.execution.observe(batch.ran_at - batch.gathered_at)
-        waited = 0.0
-        for job in batch.jobs:
-            wait = batch.taken_at - job.queued_at
+        waited, jobs = 0.0, batch.jobs
+        for job in jobs:
+            wait = taken - job.queued_at
             waited += wait
             self.queue.observe(wait)
-        size = self.batches.get(batch.rows) or self.batches.setdefault(
-            batch.rows, {name: Times() for name in ("compute_input", "compute_infer", "compute_output")}
-        )
-        self.phases["queue"].add(jobs, waited)
-        for name, seconds in (
-            ("compute_input", batch.gathered_at - batch.taken_at),
-            ("compute_infer", batch.ran_at - batch.gathered_at),
-            ("compute_output", batch.split_at - batch.ran_at),
-        ):
-            self.phases[name].add(jobs, seconds * jobs)
-            size[name].add(1, seconds)
+        self.waiting.add(len(jobs), waited)
+        self.phases.add(batch, len(jobs))
+        size = self.batches.get(rows)
+        if size is None:
+            size = self.batches[rows] = Phases()
+        size.add(batch, 1)
         self.last_inference = int(time.time() * 1e3)
 
     def responded(self, index: int, seconds: float, outcome: str) -> None:
@@ -193,7 +218,8 @@ class ModelStats:
             "inference_stats": {
                 "success": self.success.as_dict(),
                 "fail": self.fail.as_dict(),
-                **{name: times.as_dict() for name, times in self.phases.items()},
+                "queue": self.waiting.as_dict(),
+                **self.phases.as_dict(),
                 "cache_hit": self.cache_hit.as_dict(),
                 "cache_miss": self.cache_miss.as_dict(),
             },
@@ -201,10 +227,7 @@ class ModelStats:
                 str(index): {name: times.as_dict() for name, times in found.items()}
                 for index, found in sorted(self.responses.items())
             },
-            "batch_stats": [
-                {"batch_size": rows, **{name: times.as_dict() for name, times in sizes.items()}}
-                for rows, sizes in sorted(self.batches.items())
-            ],
+            "batch_stats": [{"batch_size": rows, **phases.as_dict()} for rows, phases in sorted(self.batches.items())],
             "memory_usage": [
                 {"type": kind, "id": index, "byte_size": nbytes} for (kind, index), nbytes in self.memory.items()
             ],

@@ -58,6 +58,7 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
     if model is None:
         return [*head, *_tensors(loaded.front.signature)]
     signature, batching = model.signature, model.batching
+    settings = loaded.definition.tuned(settings)
     threads, why = threads_of(settings)
     on_cpu = model.device == "cpu"
     device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}: {why}" if on_cpu else model.device
@@ -90,7 +91,7 @@ def _facts(loaded: Loaded, settings: Settings, path: str) -> list[tuple[str, str
         facts.append(("goal", goal.state))
     limits = (
         f"{settings.max_queue} waiting requests, {bytes_text(settings.max_queue_bytes)} of them, "
-        f"{bytes_text(settings.max_body_bytes)} a body, {settings.request_timeout:g} s a request"
+        f"{bytes_text(settings.max_body_bytes)} a body, {model.timeout:g} s a request"
     )
     facts.append(("limits", limits))
     return facts

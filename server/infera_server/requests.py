@@ -6,7 +6,7 @@ Dialects read the wire and make a `Request`; the checks here give all of them th
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,13 +16,18 @@ import numpy as np
 from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest, Unsupported
-from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.explanation import PARAMETER
+from infera_server.scheduling.jobs import Each
+from infera_server.scheduling.rows import HostArray
 from infera_server.scheduling.signature import Signature, Tensor
 
 if TYPE_CHECKING:
     from infera_server.shared_memory import Memory
 
 Parameter: TypeAlias = bool | int | float | str
+
+FINAL = "triton_final_response"
+"""A response's parameter: whether no other response to its request follows."""
 
 MAX_MICROSECONDS = 2**62
 """A timeout above it is as good as none."""
@@ -128,7 +133,7 @@ class Request:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     trace: bool = False
     common: Common | None = None
-    each: Callable[[Arrays], None] | None = None
+    each: Each | None = None
 
     @property
     def lies_with_client(self) -> bool:
@@ -168,6 +173,7 @@ class Options:
     priority: int = 0
     correlation: Correlation | None = None
     others: Mapping[str, Parameter] = field(default_factory=dict)
+    trace: bool = False
 
 
 NO_OPTIONS = Options()
@@ -186,7 +192,8 @@ def options(parameters: Mapping[str, Parameter]) -> Options:
         raise BadRequest("Unable to parse 'sequence_id': attempt to access JSON non-string as string")
     start, end = (_flag(others.pop(key, False), key) for key in ("sequence_start", "sequence_end"))
     correlation = Correlation(identity, start, end) if identity not in (0, "") or start or end else None
-    return Options(min(micros, MAX_MICROSECONDS) / 1e6 or None, priority, correlation, others)
+    trace = _flag(others.pop(PARAMETER, False), PARAMETER)
+    return Options(min(micros, MAX_MICROSECONDS) / 1e6 or None, priority, correlation, others, trace)
 
 
 def _check_sendable(name: str, value: Parameter) -> None:

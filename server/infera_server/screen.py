@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from infera_server.log_lines import LineFormatter, one_line
 from infera_server.models.repository import Entry
 from infera_server.report import lines, panel
 from infera_server.settings import Settings
@@ -30,7 +31,7 @@ class Plain:
 
     def handler(self) -> logging.Handler:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
 
     def settled(self, entry: Entry, settings: Settings) -> None:
@@ -39,7 +40,7 @@ class Plain:
 
     def serving(self, text: str) -> None:
         with suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(one_line(text), file=sys.stderr, flush=True)
 
 
 class _Console(Console):
@@ -61,7 +62,9 @@ class Terminal:
         self._progress.start()
 
     def handler(self) -> logging.Handler:
-        return RichHandler(console=self._console, show_path=False, markup=False)
+        handler = RichHandler(console=self._console, show_path=False, markup=False)
+        handler.setFormatter(LineFormatter("%(message)s"))
+        return handler
 
     def settled(self, entry: Entry, settings: Settings) -> None:
         self._progress.print(panel(entry, settings))

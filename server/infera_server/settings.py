@@ -133,6 +133,25 @@ class Settings(BaseSettings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_watch(self) -> Self:
+        if self.watch and self.model_control == "none":
+            raise ValueError(
+                "--watch loads what changes, --model-control none lets nothing change: leave one of them out"
+            )
+        return self
+
+    def without_effect(self, devices: Collection[str]) -> list[str]:
+        """What is set for nothing where models run on these devices."""
+        found = []
+        if self.keep_deleted and not self.watch and self.model_control != "poll":
+            found.append("--keep-deleted has no effect: files are watched with --watch, or --model-control poll")
+        if self.evict and self.memory_limit is None and {*devices} == {"cpu"}:
+            found.append(
+                "--evict has no effect on models on the CPU without --memory-limit, until the host has no memory left"
+            )
+        return found
+
     def named_models(self) -> dict[str, Collection[str]]:
         """The models that options name, by option."""
         return {

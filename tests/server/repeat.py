@@ -72,7 +72,7 @@ class Repeat(Tap):
             self._later(job, request, index)
         else:
             assert request.each is not None
-            request.each(_outputs(values[index], index))
+            request.each(_outputs(values[index], index), None, job)
             self._later(job, request, index + 1)
 
 

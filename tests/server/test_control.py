@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from infera_server.errors import BadRequest, NotFound, Unsupported
-from infera_server.log_settings import LogSettings
+from infera_server.log_lines import LineFormatter
+from infera_server.log_settings import ISO, LogSettings
 from infera_server.tracing import MAX_KEPT, Tracing
 from tests.server.support import Running, doubler, request_of, serving, until
 
@@ -283,6 +284,32 @@ def test_log_settings_that_cannot_be(
     with pytest.raises(error):
         settings.update(document)
     assert settings.settings() == before
+
+
+FORGED = "x\n2026-11-30 12:00:00,000 ERROR forged\r\x1b[2K\u2028\x85!"
+ESCAPED = r"x\n2026-11-30 12:00:00,000 ERROR forged\r\x1b[2K\u2028\x85!"
+
+
+@pytest.mark.parametrize("formatter", [LineFormatter("%(message)s"), ISO])
+def test_a_message_is_one_line_and_a_traceback_is_indented(
+    logged: tuple[logging.Logger, list[str]], formatter: logging.Formatter
+) -> None:
+    logger, lines = logged
+    logger.handlers[0].setFormatter(formatter)
+    logger.warning("model '%s'", FORGED)
+    logger.warning("two;\n")
+    assert lines[0].endswith(f"model '{ESCAPED}'")
+    assert lines[1].endswith("two;")
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logger.exception("failed", stack_info=True)
+    first, *more = lines[2].split("\n")
+    assert first.endswith("failed")
+    assert more[0] == "  Traceback (most recent call last):"
+    assert more[1].startswith('    File "')
+    assert r"  2026-11-30 12:00:00,000 ERROR forged\r\x1b[2K\u2028\x85!" in more
+    assert [line for line in more if not line.startswith("  ")] == []
 
 
 def test_the_log_is_asked_over_http(server: Running) -> None:

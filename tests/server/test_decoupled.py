@@ -99,6 +99,16 @@ def test_events(server: Running, model: Repeat) -> None:
     assert (status, kind, json.loads(body)) == (400, "application/json", {"error": "it failed"})
 
 
+def test_an_event_that_is_an_error_explains_itself_where_asked(server: Running, model: Repeat) -> None:
+    _, _, body = server.request(
+        "POST",
+        "/v2/models/repeat/generate_stream",
+        json.dumps({"IN": [5, 6], "FAIL": 1}),
+        {"infera-trace": "1"},
+    )
+    assert events(body)[-1] == {"error": "it failed", "infera_trace": 'refused="no run"'}
+
+
 def test_one_document_is_for_one_response(server: Running, model: Repeat) -> None:
     status, _, body = post(server, "generate", {"IN": [5]})
     assert (status, json.loads(body)["OUT"]) == (200, 5)

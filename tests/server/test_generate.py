@@ -118,6 +118,30 @@ def test_refusals(server: Running, model: str, document: Any, status: int, text:
     assert text in reply["error"]
 
 
+def test_a_reply_explains_itself_where_asked(server: Running) -> None:
+    path, body, header = "/v2/models/double/generate", b'{"x": [1, 2, 3, 4, 5, 6, 7, 8]}', {"infera-trace": "1"}
+    _, plain, document = server.request("POST", path, body)
+    _, headers, same = server.request("POST", path, body, header)
+    assert "infera-trace" not in plain
+    assert "requests=1, rows=2, " in headers["infera-trace"]
+    assert same == document
+    _, headers, _ = server.request("POST", path, b'{"x": [1, 2, 3, 4], "infera_trace": true}')
+    assert "rows=1, " in headers["infera-trace"]
+    _, _, stream = server.request("POST", path + "_stream", body, header)
+    event = json.loads(stream.removeprefix(b"data: "))
+    assert "rows=2, " in event.pop("infera_trace")
+    assert event == json.loads(document)
+
+
+@pytest.mark.parametrize("suffix", ["generate", "generate_stream"])
+def test_a_refusal_explains_itself_too(server: Running, suffix: str) -> None:
+    for model in ("double", "nope"):
+        asked = f"/v2/models/{model}/{suffix}", b'{"x": [-1, 0, 0, 0]}'
+        status, headers, _ = server.request("POST", *asked, {"infera-trace": "1"})
+        assert (status // 100, headers["infera-trace"]) == (4, 'refused="no run"')
+        assert "infera-trace" not in server.request("POST", *asked)[1]
+
+
 def test_other_verbs(server: Running) -> None:
     for verb in ("GET", "HEAD", "PUT"):
         assert server.request(verb, "/v2/models/double/generate")[0] == 405
@@ -176,8 +200,9 @@ def test_refusals_are_counted_by_their_reason() -> None:
         waiting.sendall(http_request(body, "/v2/models/double/generate"))
         model = server.host.repository.get("double")
         until(lambda: model.queued == 1)
-        status, headers, _ = server.request("POST", "/v2/models/double/generate", body)
+        status, headers, _ = server.request("POST", "/v2/models/double/generate", body, {"infera-trace": "1"})
         assert (status, int(headers["retry-after"]) >= 1) == (429, True)
+        assert headers["infera-trace"].startswith('refused="queue_full", retry-after=')
         assert list(model.stats.refused.values()) == [1]
         session.gate.set()
         for connection in (running, waiting):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from websockets.sync.client import connect
 
 from infera_server.errors import BadRequest
 from infera_server.models.discovery import survey
@@ -181,6 +184,43 @@ def test_events_and_whole_texts(server: Running) -> None:
     metadata = server.get("/v2/models/whole")[1]
     assert metadata["inputs"] == [{"name": "input_ids", "datatype": "INT64", "shape": [1, -1]}]
     assert server.get("/v2/models/attention/config")[1]["model_transaction_policy"] == {"decoupled": True}
+
+
+def test_every_response_explains_itself_where_asked(server: Running, client: grpc.Channel) -> None:
+    """By its own run: what came before it in the text was waited for by nobody."""
+    most = {"max_tokens": 4}
+    document = json.dumps({"input_ids": PROMPT, **most})
+    began = time.monotonic()
+    _, _, body = server.request("POST", "/v2/models/attention/generate_stream", document, {"infera-trace": "true"})
+    told = [json.loads(event.removeprefix(b"data: "))["infera_trace"] for event in body.split(b"\n\n") if event]
+    asks = {"infera_trace": {"bool_param": True}}
+    few = {"max_tokens": {"int64_param": "4"}}
+    responses = talk(client, [ask("attention", PROMPT, parameters=asks | few)])
+    inputs = [{"name": "input_ids", "datatype": "INT64", "shape": [1, 5], "data": PROMPT}]
+    with connect(f"ws://{server.address}/v2/models/attention/stream") as socket:
+        socket.send(json.dumps({"inputs": inputs, "parameters": most | {"infera_trace": True}}))
+        messages = [json.loads(socket.recv(WAIT))["parameters"] for _ in range(4)]
+    took = (time.monotonic() - began) * 1e3
+    assert [message["triton_final_response"] for message in messages] == [False, False, False, True]
+    told += [r["infer_response"]["parameters"]["infera_trace"]["string_param"] for r in responses]
+    told += [message["infera_trace"] for message in messages]
+    assert len(told) == 12
+    spent = 0.0
+    for text in told:
+        found = re.match(r"queued=([0-9.]+), .*requests=1, rows=1, .*ran=([0-9.]+)", text)
+        assert found, text
+        spent += float(found[1]) + float(found[2])
+    assert spent <= took
+    assert finals(responses) == [False, False, False, True]
+
+
+def test_an_end_without_tokens_explains_itself_too(client: grpc.Channel) -> None:
+    asks = {"infera_trace": {"bool_param": True}}
+    last = talk(client, [ask("stops", PROMPT, parameters=asks | ENDS)])[-1]["infer_response"]
+    assert "outputs" not in last
+    assert "rows=1" in last["parameters"]["infera_trace"]["string_param"]
+    (refused,) = talk(client, [ask("attention", [], parameters=asks)])
+    assert refused["infer_response"]["parameters"]["infera_trace"]["string_param"] == 'refused="no run"'
 
 
 # --- together --------------------------------------------------------------------------------------------------------

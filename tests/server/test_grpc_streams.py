@@ -93,6 +93,37 @@ def test_responses_and_errors_are_as_triton_s(client: grpc.Channel) -> None:
     ]
 
 
+def test_responses_and_refusals_explain_themselves_where_asked(server: Running, client: grpc.Channel) -> None:
+    asks = {"infera_trace": {"bool_param": True}}
+    session = session_of(server, "double")
+    session.block()
+    talk = Talk(client)
+    talk.send(request("double", X, parameters=asks))
+    session.wait_entered()
+    with channel(server) as other:  # a stream has at most as many requests as a queue
+        waiting = [Talk(other) for _ in range(4)]
+        for number, one in enumerate(waiting, 1):
+            one.send(request("double", X))
+            one.end()
+            until(lambda number=number: server.model("double").queued == number)  # type: ignore[misc]
+        talk.send(request("double", X, parameters=asks))
+        talk.send(request("double", BAD[:, :3], parameters=asks))
+        talk.send(request("nope", X, parameters=asks))
+        talk.end()
+        until(lambda: server.model("double").stats.refused["queue_full"] > 0)
+        session.gate.set()
+        found = [
+            response.infer_response.parameters["infera_trace"].string_param
+            if "infera_trace" in response.infer_response.parameters
+            else ""
+            for response in talk.call
+        ]
+        assert [len(list(one.call)) for one in waiting] == [1] * 4
+    assert "requests=1, rows=2, " in found[0]
+    assert found[1].startswith('refused="queue_full", retry-after=')
+    assert found[2:] == ["", ""], "what was not read has not asked"
+
+
 def test_what_is_no_message_is_answered_and_the_stream_goes_on(client: grpc.Channel) -> None:
     call = client.stream_stream(METHOD + "ModelStreamInfer")(
         iter([b"\xff\xff", request("double", X).SerializeToString()])

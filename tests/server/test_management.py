@@ -242,8 +242,13 @@ def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
 def test_names_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
     (tmp_path / "n").mkdir()
     (tmp_path / "n" / os.fsdecode(b"bad\xff.onnx")).touch()
-    touch(tmp_path, "s/stats.onnx", "v/stats/1/model.onnx")
-    for folder, text in (("n", r"bad\\udcff.onnx' is not named in UTF-8"), ("s", "taken"), ("v", "taken")):
+    touch(tmp_path, "s/stats.onnx", "v/stats/1/model.onnx", "d/...onnx")
+    for folder, text in (
+        ("n", r"bad\\udcff.onnx' is not named in UTF-8"),
+        ("s", "taken"),
+        ("v", "taken"),
+        ("d", "/v2/models/.., which is taken"),
+    ):
         with pytest.raises(DiscoveryError, match=text):
             discover([tmp_path / folder])
 

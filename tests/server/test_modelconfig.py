@@ -21,9 +21,11 @@ from infera_server.models import modelconfig
 from infera_server.models.definition import Definition, define
 from infera_server.models.discovery import Source, survey
 from infera_server.models.ignored import RULES, ignored
+from infera_server.models.limited import limited
 from infera_server.models.modelconfig import ConfigError
 from infera_server.models.repository import Repository
 from infera_server.models.samples import run_samples
+from infera_server.report import lines
 from infera_server.settings import Settings
 from tests.server.support import Running, doubler, hosting, until
 from tests.text import parse
@@ -257,9 +259,11 @@ def test_the_queue_is_as_long_as_its_policy_says() -> None:
     levels = "dynamic_batching { priority_levels: 4 default_priority_level: 2 }"
     tuned = Definition("m", [], message(levels)).tuned(Settings())
     assert (tuned.priority_levels, tuned.default_priority) == (4, 2)
-    threads = message('parameters { key: "intra_op_thread_count" value { string_value: "3" } }')
+    threads = message(THREADS.format(3))
     assert Definition("m", [], threads).tuned(Settings()).threads == 3
     assert Definition("m", [], threads).tuned(Settings(threads=1)).threads == 1
+    for default in (0, -1):
+        assert Definition("m", [], message(THREADS.format(default))).tuned(Settings()).threads is None
 
 
 def test_instances_say_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +314,7 @@ def test_samples_are_run_before_the_model_is_ready(tmp_path: Path) -> None:
 
 
 BATCHED = "max_batch_size: 4" + IO
+THREADS = 'parameters {{ key: "intra_op_thread_count" value {{ string_value: "{}" }} }}'
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,17 @@ BATCHED = "max_batch_size: 4" + IO
         (BATCHED.replace("dims: [4]", "dims: [0]", 1), "dimension must be integer >= 1, or -1"),
         ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "preferred size must be <= max batch size"),
         ("dynamic_batching { priority_levels: 2 default_priority_level: 3 }", "default priority level"),
+        (BATCHED + "dynamic_batching { priority_levels: 3 default_priority_level: 1"
+         " priority_queue_policy { key: 7 value { max_queue_size: 1 } } }",
+         "priority queue policy must have priority level in range [1, 3] for m"),
+        (BATCHED.replace("dims: [4]", "dims: [4] format: FORMAT_NCHW", 1),
+         "model input NHWC/NCHW require 3 dims for m"),
+        ("instance_group [ { kind: KIND_CPU gpus: [0] } ]",
+         "instance group m_0 of model m has kind KIND_CPU but specifies one or more GPUs"),
+        ("instance_group [ { kind: KIND_CPU }, { name: 'g' kind: KIND_MODEL gpus: [0] } ]",
+         "instance group g of model m has kind KIND_MODEL but specifies one or more GPUs"),
+        (THREADS.format("many"), "parameters.intra_op_thread_count must be an integer up to 4096, is 'many'"),
+        (THREADS.format(4097), "parameters.intra_op_thread_count must be an integer up to 4096, is '4097'"),
         ("default_model_filename: '../1/model.onnx'", "leads outside the model's folder"),
         ("default_model_filename: '/etc/passwd'", "leads outside the model's folder"),
         ("default_model_filename: 'no.onnx'", "does not exist"),
@@ -394,6 +410,44 @@ def test_a_batch_that_is_not_proven_and_a_version_that_is_not_there_are_named(tm
     (state,) = states(tmp_path).values()
     assert state.startswith("READY: ignored: version_policy.specific: version 9 is not there; max_batch_size: requests")
     assert "run one by one, batching is off" in state
+
+
+def test_a_limit_of_the_server_that_holds_in_place_of_a_setting_is_named(tmp_path: Path) -> None:
+    policy = "{ max_queue_size: 10000 default_timeout_microseconds: 60000000 }"
+    asked = message(
+        f"max_batch_size: 32 dynamic_batching {{ default_queue_policy {policy} priority_queue_policy [ "
+        f"{{ key: 2 value {policy} }}, {{ key: 10 value {{ max_queue_size: 1 }} }} ] }} {THREADS.format(8)}"
+    )
+    assert limited(asked, Settings(max_queue=10000, request_timeout=60, priority_levels=10)) == []
+    assert limited(asked, Settings(max_batch=8, threads=1)) == [
+        "max_batch_size: 32 is over --max-batch 8",
+        "dynamic_batching.priority_queue_policy[10]: levels are 1 to 9",
+        "dynamic_batching.default_queue_policy.max_queue_size: 10000 is over --max-queue 256",
+        "dynamic_batching.default_queue_policy.default_timeout_microseconds: 60 s is over --request-timeout 30",
+        "dynamic_batching.priority_queue_policy[2].max_queue_size: 10000 is over --max-queue 256",
+        "dynamic_batching.priority_queue_policy[2].default_timeout_microseconds: 60 s is over --request-timeout 30",
+        "parameters.intra_op_thread_count: --threads 1 goes before it",
+    ]
+    put(tmp_path, "m", f"dynamic_batching {{ default_queue_policy {policy} }} {BATCHED}")
+    assert "max_queue_size: 10000 is over --max-queue 256; " in states(tmp_path)["m/1"]
+
+
+def test_a_version_that_only_a_label_names_is_named(tmp_path: Path) -> None:
+    (put(tmp_path, "m", None) / "infera.toml").write_text("[labels]\nstable = 9\nold = 1\n")
+    assert states(tmp_path)["m/1"] == "READY: ignored: infera.toml: it names version 9, which is not served"
+
+
+def test_the_report_is_of_the_models_own_settings(tmp_path: Path) -> None:
+    policy = "default_queue_policy { max_queue_size: 7 default_timeout_microseconds: 5000000 }"
+    put(tmp_path, "m", f"dynamic_batching {{ {policy} }} {THREADS.format(3)} {BATCHED}")
+    settings = Settings()
+    with repository(tmp_path) as running:
+        (entry,) = running.host.repository.entries()
+        found = list(lines(entry, settings))
+    assert "m version 1: device: cpu, 3 threads: as set" in found
+    (limits,) = (line for line in found if ": limits: " in line)
+    assert "limits: 7 waiting requests, " in limits
+    assert limits.endswith(", 5 s a request")
 
 
 EXAMPLES = """
@@ -487,6 +541,27 @@ def test_a_load_request_brings_its_configuration(tmp_path: Path) -> None:
         until(lambda: running.index() == {"m/1": "UNAVAILABLE: unloaded", "m/2": "UNAVAILABLE: unloaded"})
 
 
+def test_what_is_told_can_be_loaded(tmp_path: Path) -> None:
+    """Of a file alone too, and of one whose name in its folder is its own."""
+    onnx.save(parse(DOUBLE), tmp_path / "mlp.onnx")
+    put(tmp_path, "m", None, file="net.onnx")
+    with repository(tmp_path) as running:
+        for name, file in (("mlp", "mlp.onnx"), ("m", "net.onnx")):
+            told = running.get(f"/v2/models/{name}/config")[1]
+            assert told["default_model_filename"] == file
+            running.call(running.host.service.load_model(name, json.dumps(told)))
+            assert running.get(f"/v2/models/{name}/config")[1] == told
+
+
+def test_a_file_alone_has_no_labels(tmp_path: Path) -> None:
+    onnx.save(parse(DOUBLE), tmp_path / "m.onnx")
+    output = {"name": "y", "data_type": "TYPE_FP32", "dims": [4], "label_filename": "labels.txt"}
+    with repository(tmp_path) as running:
+        with pytest.raises(BadRequest, match="load failed for model 'm'"):
+            running.call(running.host.service.load_model("m", json.dumps({"max_batch_size": 4, "output": [output]})))
+        assert running.index() == {"m/1": "READY: label_filename 'labels.txt' needs a model's folder"}
+
+
 def test_a_load_request_brings_its_files(tmp_path: Path) -> None:
     put(tmp_path, "m", None)
     triple = parse("g (float[N, 4] x) => (float[N, 4] y) { d = Add(x, x) y = Add(d, x) }").SerializeToString()
@@ -509,7 +584,7 @@ def test_a_load_request_brings_its_files(tmp_path: Path) -> None:
         ):
             with pytest.raises(BadRequest, match=text):
                 running.call(load("m", config, files))
-        for name in ("", "a/b", "stats"):
+        for name in ("", "a/b", "stats", ".", ".."):
             with pytest.raises(BadRequest, match=f"'{name}' is no name that a model can be served under"):
                 running.call(load(name, "{}", {"1/model.onnx": triple}))
         assert infer(running, np.ones((1, 4)))[1]["model_version"] == "7"

@@ -435,8 +435,11 @@ def test_a_new_version_is_loaded_and_the_others_are_not_again(tmp_path: Path) ->
         (tmp_path / "m" / "infera.toml").write_text("split = { 1 = 1 }")
         until(lambda: answer(running) == 1.0)
         assert running.host.repository.get("m", "1") is before
+        (tmp_path / "m" / "infera.toml").write_text("labels = { stable = 9 }")
+        until(once(running, "READY: ignored: infera.toml: it names version 9, which is not served"))
         (tmp_path / "m" / "infera.toml").unlink()
-        until(lambda: answer(running) == 2.0)
+        until(lambda: running.index() == {"m/1": "READY", "m/2": "READY"})
+        assert answer(running) == 2.0
         (tmp_path / "m" / "config.pbtxt").write_text("version_policy: { specific { versions: [1] } }")
         until(lambda: answer(running) == 1.0)
         until(lambda: running.index()["m/2"] == "UNAVAILABLE: unloaded")

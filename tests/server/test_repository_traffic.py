@@ -80,6 +80,17 @@ def test_a_label_is_a_version_in_requests() -> None:
         assert running.get("/v2/models/m/versions/canary/ready")[0] == 404
 
 
+def test_a_label_of_a_version_that_is_not_served_says_which(tmp_path: Path) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    onnx.save(graph("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }"), tmp_path / "m" / "1" / "model.onnx")
+    (tmp_path / "m" / "infera.toml").write_text("[labels]\nstable = 9\n")
+    text = "Request for unknown model: 'm' label 'stable' names version 9, which is not served"
+    for workers in (0, 1):
+        with hosting(Repository(Settings(workers=workers), survey([tmp_path]).sources)) as running:
+            assert running.index()["m/1"].endswith("infera.toml: it names version 9, which is not served")
+            assert running.infer("m/versions/stable", request_of(X)) == (404, {"error": text})
+
+
 def test_labels_stay_over_a_reload_and_name_what_is_served() -> None:
     with versions("1", "2") as running:
         traffic(running, labels={"stable": 1})

@@ -59,6 +59,29 @@ def test_a_reply_explains_itself_when_asked() -> None:
         assert "infera-trace" not in reply
 
 
+@pytest.mark.parametrize(
+    ("value", "asks"), [("1", True), ("true", True), ("True", True), ("0", False), ("yes", False), ("", False)]
+)
+@pytest.mark.parametrize("suffix", ["infer", "generate"])
+def test_a_header_asks_for_it_with_1_and_true(suffix: str, value: str, asks: bool) -> None:
+    body = json.dumps(request_of(rows(1)) if suffix == "infer" else {"x": [1] * 4})
+    with serving({"double": doubler()}) as running:
+        for _ in range(2):  # the second head is one that came before
+            status, headers, _ = running.request("POST", f"/v2/models/double/{suffix}", body, {"infera-trace": value})
+            assert (status, "infera-trace" in headers) == (200, asks)
+
+
+def test_a_parameter_asks_for_it_too_and_is_true_or_false() -> None:
+    with serving({"double": doubler()}) as running:
+        for value, asks in (*((True, True), (False, False)) * 2, (1, None)):
+            body = json.dumps(request_of(rows(1), parameters={"infera_trace": value}))
+            status, headers, reply = running.request("POST", "/v2/models/double/infer", body)
+            if asks is None:
+                assert (status, b"Unable to parse 'infera_trace'" in reply) == (400, True)
+            else:
+                assert (status, "rows=1" in headers.get("infera-trace", "")) == (200, asks)
+
+
 def test_what_was_waited_for_is_named() -> None:
     session = doubler()
     with serving({"double": session}) as running:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import onnx
@@ -174,6 +175,15 @@ def test_logs_are_lines_however_long() -> None:
     )
     assert "WARNING a a a" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_no_request_writes_a_line_of_its_own_into_the_log(served: Process) -> None:
+    name = "x\n2026-11-30 12:00:00,000 ERROR forged"
+    body = json.dumps({"parameters": {"config": '{"backend": "python"}', "file:1/model.onnx": "AAAA"}})
+    running = Running(None, int(served.address.rpartition(":")[2]), {})  # type: ignore[arg-type]
+    assert running.request("POST", f"/v2/repository/models/{quote(name)}/load", body)[0] == 400
+    until(lambda: "forged" in served.output)
+    assert [line for line in served.lines if line.startswith("2026-11-30 12:00:00")] == []
 
 
 def test_a_reader_that_leaves_does_not_end_the_server(folder: Path) -> None:

@@ -93,6 +93,40 @@ def test_the_command_line_says_which_in_one_line(
     assert_fails(infera("serve", tmp_path), says, status=2)
 
 
+def test_watched_files_and_a_server_where_nothing_changes_contradict_each_other(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").touch()
+    says = "--watch loads what changes, --model-control none lets nothing change"
+    assert_fails(infera("serve", tmp_path, "--watch", "--model-control", "none"), says, status=2)
+    for fine in ({"watch": True}, {"watch": True, "model_control": "poll"}, {"model_control": "none"}):
+        Settings.model_validate(fine)
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "told"),
+    [
+        ({"keep_deleted": True}, {"cpu"}, "--keep-deleted"),
+        ({"keep_deleted": True, "model_control": "none"}, {"cuda:0"}, "--keep-deleted"),
+        ({"keep_deleted": True, "watch": True}, {"cpu"}, ""),
+        ({"keep_deleted": True, "model_control": "poll"}, {"cpu"}, ""),
+        ({"evict": True}, {"cpu"}, "--evict"),
+        ({"evict": True, "vram_limit": "1GiB"}, {"cpu"}, "--evict"),
+        ({"evict": True, "memory_limit": "1GiB"}, {"cpu"}, ""),
+        ({"evict": True}, {"cuda:0", "cpu"}, ""),
+        ({"evict": True}, set(), ""),
+    ],
+)
+def test_what_is_set_for_nothing_is_told(given: dict[str, Any], devices: set[str], told: str) -> None:
+    found = Settings.model_validate(given).without_effect(devices)
+    assert [text.split(" has no effect")[0] for text in found] == ([told] if told else [])
+
+
+def test_the_log_of_a_server_tells_it(caplog: pytest.LogCaptureFixture) -> None:
+    with serving({"double": doubler()}, keep_deleted=True, evict=True):
+        pass
+    found = [record for record in caplog.records if "has no effect" in record.getMessage()]
+    assert [record.levelname for record in found] == ["WARNING"] * 2
+
+
 def test_what_tensors_are_padded_with_may_be_infinite() -> None:
     rule = Settings.model_validate({"pad": {"m": {"axis": "n", "value": "-inf"}}}).pad["m"]
     assert rule.value == -math.inf

@@ -127,6 +127,25 @@ def test_what_is_wrong_is_said_and_the_stream_goes_on(server: Running, sent: Any
         np.testing.assert_allclose(read(client.recv(10))[1], 2 * rows(1), rtol=1e-6)
 
 
+def test_a_response_explains_itself_where_asked(server: Running) -> None:
+    asks = {"infera_trace": True}
+    with stream(server) as client:
+        for sent in (
+            json.dumps(request_of(rows(2), parameters=asks)),
+            binary(rows(2), parameters=asks | {"binary_data_output": True}),
+        ):
+            client.send(sent)
+            document, y = read(client.recv(10))
+            assert "requests=1, rows=2, " in document["parameters"]["infera_trace"]
+            np.testing.assert_allclose(y, 2 * rows(2), rtol=1e-6)
+        bad = np.full((1, 4), -1, np.float32)
+        client.send(json.dumps(request_of(bad, id="i", parameters=asks)))
+        answer = json.loads(client.recv(10))
+        assert (answer["status"], answer["parameters"]) == (400, {"infera_trace": 'refused="no run"'})
+        client.send(json.dumps(request_of(rows(1))))
+        assert "parameters" not in read(client.recv(10))[0]
+
+
 def test_too_large_a_message_ends_the_stream(server: Running) -> None:
     with stream(server) as client:
         client.send(bytes((1 << 20) + 1))

@@ -74,6 +74,15 @@ def test_texts_as_events_and_over_websockets(served: Running) -> None:
     assert served.infer("texts", {"inputs": inputs})[0] == 501
 
 
+def test_each_event_says_where_its_time_went(served: Running) -> None:
+    _, _, body = served.request(
+        "POST", "/v2/models/texts/generate_stream", json.dumps({"input_ids": PROMPT}), {"infera-trace": "1"}
+    )
+    told = [json.loads(event.removeprefix(b"data: "))["infera_trace"] for event in body.split(b"\n\n") if event]
+    assert len(told) == MOST
+    assert all("requests=1, rows=1, " in text for text in told)
+
+
 def test_who_leaves_ends_its_text(served: Running) -> None:
     generator = served.host.repository.get("texts")
     for over in ("grpc", "http"):

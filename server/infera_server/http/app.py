@@ -32,6 +32,7 @@ from infera_server.models.versions import chosen
 from infera_server.protocols import control, generate, members, regions, v2_rest
 from infera_server.requests import Request as Asked
 from infera_server.requests import check_again
+from infera_server.scheduling.explanation import HEADER, explain, is_asked
 from infera_server.service import Service
 
 T = TypeVar("T")
@@ -63,7 +64,10 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return _error(error.status, str(error), retry_after(error))
+        found = _error(error.status, str(error), retry_after(error))
+        if getattr(request.state, "trace", False):
+            found.headers[HEADER] = explain(None, None, error)
+        return found
 
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
@@ -157,8 +161,14 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         registry.register(Extract(exposition, partial(readable, key_of(request.scope))))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[bytes, None]:
-        """The replies to a flat document, as many as the model gives. Raises RequestError."""
+    async def opened(request: Request) -> tuple[Servable, bytes]:
+        """The model that a flat document is for, and the document. Raises RequestError."""
+        request.state.trace = is_asked(request.headers.get(HEADER, "").encode("latin-1"))
+        model = service.model(*_target(request))
+        return model, await _body(request, service, service.settings.max_json_bytes)
+
+    async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[tuple[bytes, str], None]:
+        """The replies to a flat document, as many as the model gives, with what explains each. Raises RequestError."""
         most = service.settings.max_json_bytes
         sent: Buffer = body
         coded = coding.coding_of(request.headers.get("content-encoding", "").encode("latin-1"))
@@ -176,34 +186,35 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
             check_again(asked, model.signature)
         if (key := key_of(request.scope)) is not None:
             asked.claim(key.name)
+        request.state.trace = asked.trace = request.state.trace or asked.trace
         model = chosen(model, asked)
         async with aclosing(inference.responses(model, asked, size, service.tracing)) as found:
-            async for outputs, _ in found:
-                if outputs:
-                    yield generate.respond(asked, outputs, model.signature)
+            async for response in found:
+                if response.outputs:
+                    yield generate.respond(asked, response.outputs, model.signature), response.explained
 
     async def generated(request: Request) -> Response:
-        model = service.model(*_target(request))
-        body = await _body(request, service, service.settings.max_json_bytes)
-        reply = await inference.counted(model, _unless_gone(request, _only(documents(request, model, body))))
-        return Response(reply, media_type="application/json")
+        model, body = await opened(request)
+        answer = _unless_gone(request, inference.only(documents(request, model, body)))
+        reply, explained = await inference.counted(model, answer)
+        return Response(reply, headers={HEADER: explained} if explained else None, media_type="application/json")
 
     async def streamed(request: Request) -> Response:
         """Until the first event errors are replies of their own; then they are events."""
-        model = service.model(*_target(request))
-        body = await _body(request, service, service.settings.max_json_bytes)
+        model, body = await opened(request)
         found = inference.counted_each(model, documents(request, model, body))
-        first = await _unless_gone(request, _next(found))
+        first = await _unless_gone(request, inference.first(found))
 
         async def events() -> AsyncGenerator[bytes, None]:
             async with aclosing(found):
                 if first is not None:
-                    yield generate.event(first)
+                    yield generate.event(*first)
                 try:
-                    async for document in found:
-                        yield generate.event(document)
+                    async for document, explained in found:
+                        yield generate.event(document, explained)
                 except RequestError as error:
-                    yield generate.event(v2_rest.error_body(str(error)))
+                    explained = explain(None, None, error) if request.state.trace else ""
+                    yield generate.event(v2_rest.error_body(str(error)), explained)
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -236,23 +247,6 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 def _target(request: Request) -> tuple[str, str | None]:
     """The model and version of a path."""
     return request.path_params["model"], request.path_params.get("version")
-
-
-async def _next(found: AsyncGenerator[bytes, None]) -> bytes | None:
-    """The next one; None where there are no more."""
-    return await anext(found, None)
-
-
-async def _only(found: AsyncGenerator[bytes, None]) -> bytes:
-    """The only one. Raises BadRequest where there are none, or more."""
-    async with aclosing(found):
-        first = await anext(found, None)
-        if first is None or await anext(found, None) is not None:
-            raise BadRequest(
-                "generate expects model to produce exactly 1 response, "
-                "use generate stream for model that generates various number of responses"
-            )
-    return first
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -27,6 +27,7 @@ from infera_server.http.upload import LARGE, Upload
 from infera_server.models.servable import Servable
 from infera_server.protocols import v2_rest
 from infera_server.requests import Request, check_again
+from infera_server.scheduling.explanation import is_asked
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class HotPathProtocol(Recalling):
         if not access.is_open:
             exchange.key = access.admit(credentials(fields), target[0], exchange.started_at)
         exchange.accept = fields.get(b"accept-encoding", b"")
-        exchange.trace = fields.get(TRACE) == b"1"
+        exchange.trace = is_asked(fields.get(TRACE))
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
             exchange.keep_alive = False

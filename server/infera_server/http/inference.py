@@ -7,22 +7,36 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TypeVar
 
-from infera_server.errors import request_error
+from infera_server.errors import BadRequest, request_error
 from infera_server.models.servable import Servable
 from infera_server.requests import Request
-from infera_server.scheduling.jobs import Batch
+from infera_server.scheduling.explanation import explain
+from infera_server.scheduling.jobs import Batch, Job
 from infera_server.scheduling.rows import Arrays
 from infera_server.tracing import Tracing
 
 Reply = TypeVar("Reply")
 
 
-async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing) -> Arrays:
-    """The outputs of a request that keeps `nbytes` in memory. Raises RequestError; cancelled, it leaves the queue."""
+@dataclass(frozen=True, slots=True)
+class Response:
+    """`explained` is where its time went, empty where the request does not ask. The last one may have no outputs."""
+
+    outputs: Arrays
+    is_last: bool
+    explained: str
+
+
+async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing) -> Response:
+    """The last response to a request that keeps `nbytes` in memory; `request.each` is called with those before it.
+
+    Raises RequestError; cancelled, the request leaves the queue.
+    """
     began = time.monotonic()
-    answer: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
+    answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
 
     def done(result: Arrays | Exception, batch: Batch | None) -> None:
         if answer.done():
@@ -32,7 +46,7 @@ async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing
         if isinstance(result, Exception):
             answer.set_exception(request_error(result, model.signature.name))
         else:
-            answer.set_result(result)
+            answer.set_result(Response(result, True, explain(batch, job) if request.trace else ""))
 
     job = model.submit(request, nbytes, done)
     try:
@@ -42,21 +56,16 @@ async def infer(model: Servable, request: Request, nbytes: int, tracing: Tracing
         raise
 
 
-async def responses(
-    model: Servable, request: Request, nbytes: int, tracing: Tracing
-) -> AsyncGenerator[tuple[Arrays, bool], None]:
-    """The outputs of each response, with whether it is the last one, which may have none. Raises RequestError.
-
-    Any model gives one at least. Closed before the last, it cancels the request.
-    """
+async def responses(model: Servable, request: Request, nbytes: int, tracing: Tracing) -> AsyncGenerator[Response, None]:
+    """Each response: one at least, of any model. Raises RequestError. Closed before the last one, it cancels."""
     if not model.signature.decoupled:
-        yield await infer(model, request, nbytes, tracing), True
+        yield await infer(model, request, nbytes, tracing)
         return
-    made: deque[Arrays] = deque()
+    made: deque[Response] = deque()
     some = asyncio.Event()
 
-    def each(outputs: Arrays) -> None:
-        made.append(outputs)
+    def each(outputs: Arrays, batch: Batch | None, job: Job) -> None:
+        made.append(Response(outputs, False, explain(batch, job) if request.trace else ""))
         some.set()
 
     request.each = each
@@ -67,10 +76,27 @@ async def responses(
             await some.wait()
             some.clear()
             while made:
-                yield made.popleft(), False
-        yield last.result(), True
+                yield made.popleft()
+        yield last.result()
     finally:
         last.cancel()
+
+
+async def first(found: AsyncGenerator[Reply, None]) -> Reply | None:
+    """The next one; None where there are no more."""
+    return await anext(found, None)
+
+
+async def only(found: AsyncGenerator[Reply, None]) -> Reply:
+    """The only one. Raises BadRequest where there are none, or more."""
+    async with aclosing(found):
+        reply = await anext(found, None)
+        if reply is None or await anext(found, None) is not None:
+            raise BadRequest(
+                "generate expects model to produce exactly 1 response, "
+                "use generate stream for model that generates various number of responses"
+            )
+    return reply
 
 
 async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:

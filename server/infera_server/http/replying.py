@@ -87,8 +87,7 @@ class Replying(Connection):
 
     def _send(self, exchange: Exchange, model: Servable, request: Request, nbytes: int) -> None:
         exchange.request = request
-        if exchange.trace:
-            request.trace = True
+        exchange.trace = request.trace = exchange.trace or request.trace
         if exchange.key is not None:
             request.claim(exchange.key.name)
         exchange.let_go(self.service.intake)

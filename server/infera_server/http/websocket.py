@@ -4,8 +4,8 @@ A text message is an inference request as JSON. A binary one is four bytes, litt
 which follows, and then the tensors, as over HTTP. Responses are sent when they are ready, in the same two forms: binary
 where an output is. `id` tells which request one answers; what went wrong is `{"id", "error", "status"}`, and the
 connection goes on. A decoupled model gives any number of responses to a request: each says in its parameters whether it
-is the last one, which may have no outputs. A client with as many requests under way as it may have, or that does not
-read, is not read from.
+is the last one, which may have no outputs. With the parameter `infera_trace` responses say in theirs where their time
+went. A client with as many requests under way as it may have, or that does not read, is not read from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from infera_server.http.inference import counted, responses
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_rest
-from infera_server.requests import Request, check_again
+from infera_server.requests import FINAL, Parameter, Request, check_again
+from infera_server.scheduling.explanation import PARAMETER, explain
 from infera_server.service import Service
 
 PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/stream")
@@ -122,6 +123,8 @@ class _Stream:
             identity = await self._identity(message) if asked is None else asked.id
             document: dict[str, Any] = {"id": identity} if identity else {}
             document |= {"error": str(refusal), "status": refusal.status}
+            if asked is not None and asked.trace:
+                document["parameters"] = {PARAMETER: explain(None, None, refusal)}
             await self._write({"type": "websocket.send", "text": json.dumps(document)})
 
     async def _identity(self, message: Message) -> str:
@@ -137,14 +140,17 @@ class _Stream:
     async def _reply(self, model: Servable, request: Request, nbytes: int) -> None:
         signature = model.signature
         async with aclosing(responses(model, request, nbytes, self._service.tracing)) as found:
-            async for arrays, final in found:
-                if not arrays:
-                    await self._write(_message(v2_rest.ended(request, signature)))
-                    continue
-                document, tail = v2_rest.respond(request, arrays, signature, self._service.regions)
+            async for response in found:
+                parameters: dict[str, Parameter] = {}
                 if signature.decoupled:
-                    document = v2_rest.with_final(document, final)
-                await self._write(_message(document, tail))
+                    parameters[FINAL] = response.is_last
+                if response.explained:
+                    parameters[PARAMETER] = response.explained
+                if response.outputs:
+                    document, tail = v2_rest.respond(request, response.outputs, signature, self._service.regions)
+                else:
+                    document, tail = v2_rest.ended(request, signature), []
+                await self._write(_message(v2_rest.with_parameters(document, parameters), tail))
 
     def _parts(self, message: Message) -> tuple[Buffer, int | None]:
         """The body and how much of it is JSON. Raises BadRequest or TooLarge."""

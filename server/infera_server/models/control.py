@@ -200,6 +200,7 @@ class Control:
         new = [source for source in definition.sources if source not in kept]
         if before and not new and len(kept) == len(before.models):
             self._repository.put(Generation(definition, kept))  # it may say otherwise how requests are spread
+            _tell_notes(definition, kept)
             return
         self._repository.mark_loading(name, new)
         began = time.monotonic()
@@ -208,8 +209,7 @@ class Control:
         self.evictions.took[name] = time.monotonic() - began
         self._serve(Generation(definition, found), keep=self._settings.keep_previous > 0)
         log.info("loaded model '%s' version %s", name, ", ".join(source.version for source in definition.sources))
-        for note in found[definition.sources[-1]].notes:
-            log.warning("model '%s': ignored: %s", name, note)
+        _tell_notes(definition, found)
 
     async def _open(self, definition: Definition, sources: list[Source]) -> Mapping[Source, Loaded]:
         """All of these versions, or none of them. Raises BadRequest."""
@@ -334,3 +334,9 @@ class Control:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _tell_notes(definition: Definition, models: Mapping[Source, Loaded]) -> None:
+    """Log what has no effect of what a model asks for; its versions ask for the same."""
+    for note in models[definition.sources[-1]].notes:
+        log.warning("model '%s': ignored: %s", definition.name, note)

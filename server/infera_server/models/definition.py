@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from infera_gpu.cpus import MAX_THREADS
 from infera_gpu.devices.cuda import gpu_count
+from infera_server.codec import short
 from infera_server.models import modelconfig
 from infera_server.models.discovery import Source, Stamp, leads_outside, stamp
 from infera_server.models.ignored import THREADS, ignored
 from infera_server.models.modelconfig import ConfigError, ModelConfig
 from infera_server.models.queue_policy import policies
-from infera_server.models.traffic import Traffic
+from infera_server.models.traffic import FILE, Traffic
 from infera_server.models.traffic import read as read_traffic
 from infera_server.pipelines.generation import check
 from infera_server.settings import Settings
@@ -80,9 +83,8 @@ class Definition:
                 "priority_levels": levels,
                 "default_priority": config.dynamic_batching.default_priority_level,
             }
-        threads = next((p.string_value for name, p in config.parameters.items() if name.lower() == THREADS), "")
-        if threads.isascii() and threads.isdigit() and int(threads) > 0 and "threads" not in given:
-            changes["threads"] = int(threads)
+        if (threads := threads_asked(config)) and "threads" not in given:
+            changes["threads"] = threads
         return settings.model_copy(update=changes)
 
     def devices(self, settings: Settings) -> Sequence[str]:
@@ -115,7 +117,9 @@ class Definition:
     def labels(self, output: str) -> tuple[str, ...]:
         """The names of an output's classes. Raises ConfigError where their file cannot be read."""
         for tensor in self.config.output if self.config is not None else ():
-            if tensor.name == output and tensor.label_filename and self.folder is not None:
+            if tensor.name == output and tensor.label_filename:
+                if self.folder is None:
+                    raise ConfigError(f"label_filename '{tensor.label_filename}' needs a model's folder")
                 path = modelconfig.inside(self.folder, tensor.label_filename, "label_filename")
                 if path.stat().st_size > MAX_LABEL_BYTES:
                     raise ConfigError(f"{path} has over {MAX_LABEL_BYTES:,} bytes")
@@ -126,12 +130,21 @@ class Definition:
         return ()
 
 
+def threads_asked(config: ModelConfig) -> int:
+    """Threads of a run on the CPU; 0: as many as the server has. Raises ConfigError."""
+    text = next((p.string_value for name, p in config.parameters.items() if name.lower() == THREADS), "0")
+    if re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip()) is None or int(text) > MAX_THREADS:
+        raise ConfigError(f"parameters.{THREADS} must be an integer up to {MAX_THREADS}, is '{short(text)}'")
+    return max(0, int(text))
+
+
 def define(name: str, sources: Sequence[Source], override: ModelConfig | None = None) -> Definition:
     """What the folder of these versions says, or `override` in place of its `config.pbtxt`. Raises ConfigError."""
     folder = sources[0].folder if sources else None
     config = override if override is not None or folder is None else modelconfig.read(folder, name)
     if config is not None:
         check(config)
+        threads_asked(config)
     piped = config is not None and config.HasField("ensemble_scheduling")
     wanted = modelconfig.chosen(config, [source.version for source in sources])
     found = [
@@ -145,8 +158,11 @@ def define(name: str, sources: Sequence[Source], override: ModelConfig | None = 
     notes = ignored(config) if config is not None else []
     for version in modelconfig.absent(config, [source.version for source in sources]):
         notes.append(f"version_policy.specific: version {version} is not there")
+    traffic = read_traffic(folder)
+    for version in traffic.missing([source.version for source in found]):
+        notes.append(f"{FILE}: it names version {version}, which is not served")
     stamps = {source.version: stamp(_files(source)) for source in found}
-    return Definition(name, found, config, notes, stamps, read_traffic(folder))
+    return Definition(name, found, config, notes, stamps, traffic)
 
 
 def _files(source: Source) -> Path:

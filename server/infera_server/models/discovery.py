@@ -17,6 +17,11 @@ RESERVED = frozenset({"stats"})
 """Names in the place of a model that mean something else: `GET /v2/models/stats` is about all of them."""
 
 
+def is_free(name: str) -> bool:
+    """Whether `/v2/models/NAME` can mean a model; '.' and '..' are taken out of paths on their way."""
+    return bool(name) and "/" not in name and name not in RESERVED | {".", ".."}
+
+
 EMPTY: Mapping[Path, str] = MappingProxyType({})
 
 
@@ -124,7 +129,7 @@ def _name_problem(source: Source) -> str:
         source.name.encode()
     except UnicodeEncodeError:
         return f"{str(source.path)!a} is not named in UTF-8; rename it"
-    if source.name in RESERVED:
+    if not is_free(source.name):
         return f"{source.path} would be served at /v2/models/{source.name}, which is taken; rename it"
     if source.root is not None and leads_outside(source.path, source.root):
         return f"{source.path} leads outside {source.root}; put the file itself there"

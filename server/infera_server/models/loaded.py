@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from infera_server.models.definition import Definition
@@ -25,6 +25,9 @@ class Loaded:
     source: Source
     definition: Definition
     model: Model | None = None
+    limited: Sequence[str] = ()
+    """What of its configuration goes beyond the server's settings."""
+
     loaded_at: float = field(default_factory=lambda: time.time() * 1e3, init=False)
     """Milliseconds since the epoch, as `stats.last_inference`."""
 
@@ -48,7 +51,7 @@ class Loaded:
     @property
     def notes(self) -> list[str]:
         """What of its configuration has no effect, each with the reason."""
-        notes, config, model = list(self.definition.notes), self.definition.config, self.model
+        notes, config, model = [*self.definition.notes, *self.limited], self.definition.config, self.model
         if config is not None and config.max_batch_size > 1 and model is not None and model.batching.layout is None:
             notes.append(f"max_batch_size: requests run one by one, batching is {model.batching.reason}")
         return notes

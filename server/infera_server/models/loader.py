@@ -15,6 +15,7 @@ from infera_gpu.errors import InferaError, OutOfMemoryError
 from infera_server.metrics import ModelStats
 from infera_server.models.definition import Definition
 from infera_server.models.discovery import Source
+from infera_server.models.limited import limited
 from infera_server.models.loaded import Loaded
 from infera_server.models.model import Model, Opener, Post, open_isolated, open_model, open_session
 from infera_server.models.modelconfig import ConfigError
@@ -92,7 +93,7 @@ class Loader:
         """The version, which runs on one device or several. Raises ConfigError."""
         fronts = [front for _, front in parts]
         front = cached(fronts[0] if len(fronts) == 1 else Replicas(fronts), definition, self._cache)
-        return Loaded(front, source, definition, parts[0][0])
+        return Loaded(front, source, definition, parts[0][0], limited(definition.config, self.settings))
 
     def _counted(self, loaded: Loaded) -> Loaded:
         """The version, where there is room for it. Raises NoRoomError."""

@@ -70,7 +70,7 @@ class Model:
         self.device = self.session.device.name
         layout = self.signature.layout
         self._goes_by_shape = layout is None or (not layout.shared and layout.padding is None)
-        self.config = completed(self.definition.config, self.signature, self.device)
+        self.config = completed(self.definition.config, self.signature, self.device, self.source_name)
 
     @property
     def lost(self) -> str:

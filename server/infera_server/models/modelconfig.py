@@ -105,9 +105,18 @@ def check(config: ModelConfig, name: str) -> None:
     if config.batch_input or config.batch_output or any(i.allow_ragged_batch for i in config.input):
         raise ConfigError(f"ragged batches (batch_input, batch_output, allow_ragged_batch) cannot be served for {name}")
     _check_batching(config, name)
+    for index, group in enumerate(config.instance_group):
+        if group.gpus and group.kind in (group.KIND_CPU, group.KIND_MODEL):
+            group_name, kind = group.name or f"{name}_{index}", group.Kind.Name(group.kind)
+            raise ConfigError(
+                f"instance group {group_name} of model {name} has kind {kind} but specifies one or more GPUs"
+            )
     for kind, tensors in (("input", config.input), ("output", config.output)):
         for tensor in tensors:
             _check_tensor(tensor, f"model {kind}", name)
+    for tensor in config.input:
+        if tensor.format and len(tensor.dims) != 3:
+            raise ConfigError(f"model input NHWC/NCHW require 3 dims for {name}")
 
 
 def _check_batching(config: ModelConfig, name: str) -> None:
@@ -119,8 +128,11 @@ def _check_batching(config: ModelConfig, name: str) -> None:
             raise ConfigError(f"dynamic batching preferred size must be positive for {name}")
         if size > config.max_batch_size:
             raise ConfigError(f"dynamic batching preferred size must be <= max batch size for {name}")
-    if batching.priority_levels and not 1 <= batching.default_priority_level <= batching.priority_levels:
-        raise ConfigError(f"default priority level must be in range [1, {batching.priority_levels}] for {name}")
+    if levels := batching.priority_levels:
+        if not 1 <= batching.default_priority_level <= levels:
+            raise ConfigError(f"default priority level must be in range [1, {levels}] for {name}")
+        if not all(1 <= level <= levels for level in batching.priority_queue_policy):
+            raise ConfigError(f"priority queue policy must have priority level in range [1, {levels}] for {name}")
 
 
 def _check_tensor(tensor: Any, kind: str, name: str) -> None:
@@ -187,8 +199,8 @@ def inside(folder: Path, name: str, what: str, below: str = "") -> Path:
     return path
 
 
-def completed(config: ModelConfig | None, signature: Signature, device: str) -> ModelConfig:
-    """The configuration with what it leaves out filled in, as Triton tells it."""
+def completed(config: ModelConfig | None, signature: Signature, device: str, file: str) -> ModelConfig:
+    """The configuration of a model in `file` with what it leaves out filled in, as Triton tells it."""
     full, layout, batched = new(), signature.layout, signature.leading
     if config is not None:
         full.CopyFrom(config)
@@ -224,7 +236,7 @@ def completed(config: ModelConfig | None, signature: Signature, device: str) -> 
         group.count = group.count or 1
         if group.kind == 0:
             group.kind = 1 if device.startswith("cuda") else 2
-    full.default_model_filename = full.default_model_filename or MODEL_FILE
+    full.default_model_filename = full.default_model_filename or file
     return full
 
 

@@ -14,7 +14,7 @@ from infera_server.codec import short
 from infera_server.errors import BadRequest, NotFound
 from infera_server.models.background import detached
 from infera_server.models.definition import Definition, NoVersionError, define
-from infera_server.models.discovery import RESERVED, Survey, versions
+from infera_server.models.discovery import Survey, is_free, versions
 from infera_server.models.modelconfig import ConfigError, ModelConfig, from_json
 
 MAX_FILES = 1000
@@ -64,7 +64,7 @@ async def requested(
 
 def from_files(name: str, config: ModelConfig, files: Mapping[str, bytes], most: int) -> Definition:
     """The model in `files`, by path in its folder, `most` bytes of them. Raises ConfigError."""
-    if not name or "/" in name or name in RESERVED:
+    if not is_free(name):
         raise ConfigError(f"'{short(name)}' is no name that a model can be served under")
     if len(files) > MAX_FILES:
         raise ConfigError(f"over {MAX_FILES} files")

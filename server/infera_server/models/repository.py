@@ -12,7 +12,7 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 
 from infera_server.codec import short
-from infera_server.errors import NotFound, Unavailable
+from infera_server.errors import NotFound, RequestError, Unavailable
 from infera_server.models.audience import Audience
 from infera_server.models.definition import Definition, define
 from infera_server.models.discovery import Source, Survey
@@ -114,6 +114,8 @@ class Repository:
                 log.warning("%s names '%s', and there is no such model", option, name)
         for entries in self._waves():
             self._load_all(entries, post, progress)
+        for text in self.settings.without_effect({loaded.device for loaded in self.loaded()}):
+            log.warning("%s", text)
         settle()
         self.is_settled = True
         self.audience.changed()
@@ -230,6 +232,8 @@ class Repository:
         for entry in self._entries.get(name, {}).values():
             if entry.loaded is not None:
                 entry.loaded, entry.state = None, State.UNLOADING
+        for loaded in models.values():
+            loaded.definition = generation.definition  # what was loaded before may have other notes now
         self._note(name, [Entry(s, State.READY, loaded.ignored, loaded) for s, loaded in models.items()])
         self.definitions[name] = generation.definition
         self._serve(name)
@@ -284,7 +288,8 @@ class Repository:
 
     def traffic_of(self, name: str) -> Traffic:
         """How requests for a model find a version: as set while the server ran, else as its folder says."""
-        return self.traffic.get(name) or self.definitions[name].traffic
+        definition = self.definitions.get(name)
+        return self.traffic.get(name) or (definition.traffic if definition is not None else Traffic())
 
     def set_traffic(self, name: str, traffic: Traffic) -> None:
         """From now on, until the server ends."""
@@ -315,7 +320,7 @@ class Repository:
         if versions is None:
             raise NotFound(f"Request for unknown model: '{short(name)}' is not found")
         if version is not None and not (version.isascii() and version.isdigit()):
-            raise NotFound(f"Request for unknown model: '{name}' has no version and no label '{short(version)}'")
+            raise self._not_a_version(name, version)
         if version is not None and version != (plain := version.lstrip("0") or "0"):
             return self.get(name, plain)
         if version is not None and version not in versions:
@@ -326,6 +331,16 @@ class Repository:
         if version is None:
             raise NotFound(f"Request for unknown model: '{name}' has no available versions")
         raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
+
+    def _not_a_version(self, name: str, label: str) -> RequestError:
+        """Why a request finds nothing by a label of a model that is known."""
+        if (version := self.traffic_of(name).labels.get(label)) is None:
+            return NotFound(f"Request for unknown model: '{name}' has no version and no label '{short(label)}'")
+        if any(entry.state is State.LOADING for entry in self._entries[name].values()):
+            return Unavailable(f"model '{name}' is still loading")
+        return NotFound(
+            f"Request for unknown model: '{name}' label '{label}' names version {version}, which is not served"
+        )
 
     def entries(self) -> Iterator[Entry]:
         """Everything that is or was loaded, ready or not, by name and version."""

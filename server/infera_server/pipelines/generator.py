@@ -76,7 +76,7 @@ class Generator(Tap):
         super().__init__(model)
         self.how, self.limits = how, limits
         self.signature = _seen(model.signature, how, decoupled)
-        self.config = completed(model.definition.config, self.signature, model.device)
+        self.config = completed(model.definition.config, self.signature, model.device, model.source_name)
         self.state_bytes = 0
         self._timeout = model.timeout
         self._texts: set[Text] = set()
@@ -166,7 +166,7 @@ class Generator(Tap):
         text.run = self.model.submit(request, text.nbytes, partial(self._ran, text))
 
     def _ran(self, text: Text, result: Arrays | Exception, batch: Batch | None) -> None:
-        text.run = None
+        run, text.run = text.run or text, None
         if text.state is not State.WAITING:
             return
         try:
@@ -176,7 +176,8 @@ class Generator(Tap):
             self._keep(text, memory)
             if not text.ahead:
                 token = text.sampler.choose(self.how.next_logits(result))
-                if self._is_last(text, token):
+                text.queued_at = run.queued_at  # a response tells of the run that made its last token
+                if self._is_last(text, token, batch):
                     told = self._told(text.made)
                     self._responded(text, "success" if told else "empty_response")
                     self._end(text)
@@ -189,7 +190,7 @@ class Generator(Tap):
             self._end(text)
             answer(text, error)
 
-    def _is_last(self, text: Text, token: int) -> bool:
+    def _is_last(self, text: Text, token: int, batch: Batch | None) -> bool:
         """Take a token. What is `made` then is what the last response tells."""
         if token in self.how.stop:
             return True
@@ -197,7 +198,7 @@ class Generator(Tap):
         text.left -= 1
         if text.left and self.signature.decoupled and text.request.each is not None:
             self._responded(text, "success")
-            text.request.each(self._told(text.made))
+            text.request.each(self._told(text.made), batch, text)
             text.made = []
         return not text.left or text.state is not State.WAITING
 

@@ -200,7 +200,7 @@ class Cached(Tap):
 
     def _hit(self, began: float) -> None:
         self.stats.cache_hit.add(1, time.perf_counter() - began)
-        self.stats.phases["queue"].add(1, 0.0)  # as Triton counts it
+        self.stats.waiting.add(1, 0.0)  # as Triton counts it
 
     def _run(self, flight: Flight) -> None:
         flight.job = self.model.submit(flight.request, flight.nbytes, partial(self._landed, flight))

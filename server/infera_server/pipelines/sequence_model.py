@@ -66,7 +66,7 @@ class SequenceModel(Tap):
     ) -> None:
         super().__init__(model)
         self.signature = seen(model.signature, recurrence)
-        self.config = completed(model.definition.config, self.signature, model.device)
+        self.config = completed(model.definition.config, self.signature, model.device, model.source_name)
         self.recurrence, self.limits, self.clock = recurrence, limits, clock
         self.waiting = 0
         """Steps that are not with the batcher."""

@@ -18,6 +18,7 @@ from infera_server.models.evictions import Elsewhere
 from infera_server.models.loaded import Loaded
 from infera_server.models.repository import Entry, State
 from infera_server.models.servable import Servable
+from infera_server.models.traffic import Traffic
 from infera_server.models.versions import Route
 from infera_server.processes.front_wire import signature_out
 from infera_server.processes.remote import Link, RemoteModel
@@ -65,6 +66,9 @@ def bulletin(service: Service, numbers: Numbers) -> dict[str, Any]:
         "entries": entries,
         "find": find,
         "models": list(models.items()),
+        "labels": {
+            name: dict(labels) for name in repository.definitions if (labels := repository.traffic_of(name).labels)
+        },
         "evicted": service.control.evictions.told(),
         "regions": service.regions.told(),
         "tracing": service.tracing.on,
@@ -130,6 +134,7 @@ class Mirror:
         self._routes = routes
         leaving = {loaded for loaded in (*gone, *self._repository.leaving) if loaded.front.queued}
         self._models = models
+        self._repository.traffic = {name: Traffic(labels) for name, labels in told["labels"].items()}
         self._repository.mirror(entries, find, leaving | set(models.values()))
 
     @property

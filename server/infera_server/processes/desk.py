@@ -101,7 +101,7 @@ class Desk:
         self._under_way[number] = uid, model, None
         done = partial(self._done, number, request.outputs, explained)
         if model.signature.decoupled:
-            request.each = partial(self._part, number, request.outputs)
+            request.each = partial(self._part, number, request.outputs, explained)
         try:
             job = model.submit(request, nbytes, done)
         except Exception as error:
@@ -123,12 +123,15 @@ class Desk:
         if job is not None:
             model.cancel(job)
 
-    def _part(self, number: int, wanted: Sequence[Output], outputs: Arrays) -> None:
+    def _part(
+        self, number: int, wanted: Sequence[Output], explained: bool, outputs: Arrays, batch: Batch | None, job: Job
+    ) -> None:
         """A response that others follow."""
         if number not in self._under_way or self._closed:
             return
+        run = run_out(batch, job) if explained else None
         try:
-            offset = put(self._results, [number, None, None, True], _of(wanted, outputs))
+            offset = put(self._results, [number, None, run, True], _of(wanted, outputs))
         except RequestError:
             self._cancel(*self._under_way.pop(number))
             self._put(entry(Entry.LOST, number))

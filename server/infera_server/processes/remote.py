@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,8 +26,8 @@ from infera_server.processes.engine_wire import error_in
 from infera_server.processes.front_wire import Entry, entry, kind_of, put, read, request_out, run_in, signature_in
 from infera_server.processes.ring import Reader, Signs, Writer
 from infera_server.requests import Request, check_each
-from infera_server.scheduling.jobs import Done, Job, State, answer
-from infera_server.scheduling.rows import Arrays, HostArray
+from infera_server.scheduling.jobs import Done, Each, Job, State, answer
+from infera_server.scheduling.rows import HostArray
 from infera_server.scheduling.signature import Signature
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Sent(Job):
 
     number: int
     model: RemoteModel
-    each: Callable[[Arrays], None] | None
+    each: Each | None
 
 
 class Link:
@@ -147,7 +147,8 @@ class Link:
         (number, error, run, continues), arrays = read(self._results, offset)
         if continues:
             if (waiting := self._under_way.get(number)) is not None and waiting.each is not None:
-                waiting.each(arrays)
+                part = Job({}, waiting.done)  # the request itself was queued when it was sent
+                waiting.each(arrays, run_in(run, part) if run is not None else None, part)
             return
         job = self._taken(number)
         if job is None:

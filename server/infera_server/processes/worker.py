@@ -20,6 +20,7 @@ from infera_server.access import Access, Key, SharedBucket
 from infera_server.errors import Unavailable
 from infera_server.http.app import create_app
 from infera_server.listening import listen
+from infera_server.log_lines import LineFormatter
 from infera_server.models.evictions import Elsewhere
 from infera_server.models.repository import Repository
 from infera_server.processes.arena import Blocks, Lent
@@ -82,7 +83,7 @@ class Worker:
         begin, first = told
         settings = Settings(**begin["settings"])
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s worker {begin['number']}: %(message)s"))
+        handler.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s worker {begin['number']}: %(message)s"))
         logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
         logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.root.level))
         self._link = Link(

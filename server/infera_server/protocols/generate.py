@@ -17,6 +17,7 @@ from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.protocols import members
 from infera_server.requests import Parameter, Request, all_outputs, check_complete, options
+from infera_server.scheduling.explanation import PARAMETER
 from infera_server.scheduling.rows import Arrays, HostArray
 from infera_server.scheduling.signature import Signature, Tensor
 
@@ -53,6 +54,7 @@ def parse(body: bytes, model: Signature) -> Request:
         asked.priority,
         asked.correlation,
         asked.others,
+        asked.trace,
     )
 
 
@@ -85,6 +87,8 @@ def respond(request: Request, outputs: Arrays, model: Signature) -> bytes:
     return orjson.dumps(reply)
 
 
-def event(document: bytes) -> bytes:
-    """A document as a server-sent event."""
+def event(document: bytes, explained: str = "") -> bytes:
+    """A document as a server-sent event; what explains it is one of its members, where there is any."""
+    if explained:
+        document = b'%s,"%s":%s}' % (document[:-1], PARAMETER.encode(), orjson.dumps(explained))
     return b"data: %s\n\n" % document

@@ -11,11 +11,10 @@ from infera_server import codec
 from infera_server.codec import short
 from infera_server.errors import BadRequest
 from infera_server.requests import Options, Output, Parameter, Region, check_output, options
+from infera_server.scheduling.explanation import PARAMETER
 from infera_server.scheduling.signature import Signature
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
-TRACE = "infera_trace"
-"""A request's parameter that asks where its time went, and the reply's that says it."""
 
 # --- parameters ------------------------------------------------------------------------------------------------------
 
@@ -26,13 +25,13 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "priority": ("int64_param", "uint64_param"),
     "timeout": ("int64_param",),
     EMPTY_FINAL: ("bool_param",),
-    TRACE: ("bool_param",),
+    PARAMETER: ("bool_param",),
 }
 _OTHERS = frozenset({"int64_param", "bool_param", "string_param", "double_param"})
 
 
-def options_of(parameters: Any) -> tuple[Options, bool]:
-    """What the parameters ask for, and whether the reply is to explain itself."""
+def options_of(parameters: Any) -> Options:
+    """What the parameters ask for."""
     found: dict[str, Parameter] = {}
     for key, value in parameters.items():
         kind = value.WhichOneof("parameter_choice")
@@ -50,8 +49,7 @@ def options_of(parameters: Any) -> tuple[Options, bool]:
     for key in ("priority", "timeout"):
         if found.get(key, 0) < 0:  # type: ignore[operator]  # both are integers
             raise BadRequest(f"invalid value for '{key}', expected value >= 0.")
-    trace = bool(found.pop(TRACE, False))
-    return options(found), trace
+    return options(found)
 
 
 def _wrong_kind(key: str, expected: str) -> BadRequest:

@@ -23,6 +23,7 @@ from infera_server.protocols import grpc_members as members
 from infera_server.protocols import wire
 from infera_server.protocols.protos import message
 from infera_server.requests import (
+    FINAL,
     NO_OPTIONS,
     Options,
     Output,
@@ -44,8 +45,6 @@ StreamResponse = message("inference.ModelStreamInferResponse")
 
 RAW_INPUTS, RAW_OUTPUTS, ID, INFER_RESPONSE = 7, 6, 3, 2
 """Numbers of fields: of a request, of a response, of both, of a response on a stream."""
-
-FINAL = "triton_final_response"
 
 MAX_DIGITS = 20
 """Of a version; a longer number is none that is served."""
@@ -124,7 +123,6 @@ class Template:
     inputs: Sequence[Part]
     outputs: Sequence[Output]
     options: Options
-    trace: bool
 
     @property
     def is_slow(self) -> bool:
@@ -134,7 +132,7 @@ class Template:
 
 def template_of(asked: Any, model: Signature) -> Template:
     """What a request asks of a model. Raises BadRequest."""
-    chosen, trace = members.options_of(asked.parameters) if asked.parameters else (NO_OPTIONS, False)
+    chosen = members.options_of(asked.parameters) if asked.parameters else NO_OPTIONS
     parts: dict[str, Part] = {}
     for entry in asked.inputs:
         name = entry.name
@@ -149,7 +147,7 @@ def template_of(asked: Any, model: Signature) -> Template:
         parts[name] = Part(tensor, shape, data, region)
     check_complete(parts, model)
     outputs = members.outputs_of(asked.outputs, model) if asked.outputs else all_outputs(model, binary=True)
-    return Template(list(parts.values()), outputs, chosen, trace)
+    return Template(list(parts.values()), outputs, chosen)
 
 
 def fill(template: Template, message: Message, model: Signature, regions: Regions, remaining: float | None) -> Request:
@@ -193,7 +191,7 @@ def fill(template: Template, message: Message, model: Signature, regions: Region
         options.priority,
         options.correlation,
         options.others,
-        template.trace,
+        options.trace,
     )
 
 
@@ -220,26 +218,21 @@ def streamed(parts: list[Buffer]) -> bytes:
     return b"".join([wire.head(INFER_RESPONSE, sum(map(len, parts))), *parts])
 
 
-def refused(text: str, request_id: str) -> bytes:
-    """The answer to a request on a stream that was not taken."""
-    return bytes(StreamResponse(error_message=text, infer_response=InferResponse(id=request_id)).SerializeToString())
+def refused(text: str, request_id: str, more: bytes = b"") -> bytes:
+    """The answer to a request on a stream that was not taken; with the members of `more`, as in `respond`."""
+    parts: list[Buffer] = [InferResponse(id=request_id).SerializeToString(), more]
+    return bytes(StreamResponse(error_message=text).SerializeToString()) + streamed(parts)
 
 
-def failed(text: str, request: Request, model: Signature) -> bytes:
-    """The answer to a request on a stream that was taken and then failed."""
-    return bytes(StreamResponse(error_message=text, infer_response=_last(request, model)).SerializeToString())
+def failed(text: str, request: Request, model: Signature, more: bytes = b"") -> bytes:
+    """The answer to a request on a stream that was taken and then failed; with the members of `more`."""
+    parts = ended(request, model, final_parameter() + more)
+    return bytes(StreamResponse(error_message=text).SerializeToString()) + streamed(parts)
 
 
-def ended(request: Request, model: Signature) -> bytes:
-    """The answer to a request on a stream that says no more than that there is no other."""
-    return bytes(StreamResponse(infer_response=_last(request, model)).SerializeToString())
-
-
-def _last(request: Request, model: Signature) -> Any:
-    """Without a version, as Triton has it."""
-    made = InferResponse(id=request.id, model_name=model.name)
-    made.parameters[FINAL].bool_param = True
-    return made
+def ended(request: Request, model: Signature, more: bytes) -> list[Buffer]:
+    """The parts of a response that has the members of `more` alone. Without a version, as Triton has it."""
+    return [InferResponse(id=request.id, model_name=model.name).SerializeToString(), more]
 
 
 # --- parts of replies, serialised: concatenated messages are one message ---------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -22,6 +22,7 @@ from infera_server.requests import (
     Common,
     Options,
     Output,
+    Parameter,
     Region,
     Request,
     Slice,
@@ -139,6 +140,7 @@ def parse(body: Buffer, header: int | None, model: Signature, regions: Regions =
         asked.priority,
         asked.correlation,
         asked.others,
+        asked.trace,
         common=Common(slices) if len(slices) == len(found) and not any(out.region for out in wanted) else None,
     )
 
@@ -222,16 +224,16 @@ def _filled(pieces: Sequence[bytes], request: Request, values: list[bytes]) -> b
     return b"".join(parts)
 
 
-def with_final(document: bytes, final: bool) -> bytes:
-    """The JSON of a reply, which says besides whether it is the last one to its request."""
-    return b'%s,"parameters":{"triton_final_response":%s}}' % (document[:-1], b"true" if final else b"false")
+def with_parameters(document: bytes, parameters: Mapping[str, Parameter]) -> bytes:
+    """The JSON of a reply, which has these parameters besides."""
+    return b'%s,"parameters":%s}' % (document[:-1], orjson.dumps(parameters)) if parameters else document
 
 
 def ended(request: Request, model: Signature) -> bytes:
     """The JSON of a reply that says no more than that there is no other."""
     reply: dict[str, Any] = {"id": request.id} if request.id else {}
     reply |= {"model_name": model.name, "model_version": model.version, "outputs": []}
-    return with_final(orjson.dumps(reply), final=True)
+    return orjson.dumps(reply)
 
 
 def error_body(message: str) -> bytes:

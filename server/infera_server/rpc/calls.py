@@ -17,10 +17,10 @@ from infera_server.errors import RequestError, TooLarge, Unsupported, request_er
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_grpc
-from infera_server.protocols.grpc_members import TRACE
+from infera_server.protocols.grpc_members import EMPTY_FINAL
 from infera_server.requests import Request
 from infera_server.scheduling.arrivals import arrivals
-from infera_server.scheduling.explanation import explain
+from infera_server.scheduling.explanation import PARAMETER, explain
 from infera_server.scheduling.jobs import Batch, Done, Job
 from infera_server.scheduling.rows import Arrays
 from infera_server.scheduling.signature import Signature
@@ -73,17 +73,16 @@ class Call:
         if self.job is not None:
             self.model.cancel(self.job)
 
-    def part(self, outputs: Arrays) -> list[Buffer]:
+    def part(self, outputs: Arrays, batch: Batch | None, job: Job) -> list[Buffer]:
         """The parts of a response that others follow. Raises RequestError."""
+        more = v2_grpc.final_parameter(False) + self._explained(batch, job)
         try:
-            return v2_grpc.respond(
-                self.request, outputs, self.model.signature, self.service.regions, v2_grpc.final_parameter(False)
-            )
+            return v2_grpc.respond(self.request, outputs, self.model.signature, self.service.regions, more)
         except Exception as error:
             raise failed(self.model, self.began, error) from None
 
     def reply(self, result: Arrays | Exception, batch: Batch | None, more: bytes = b"") -> list[Buffer]:
-        """The parts of the response, with the members of `more`; none where it is the end of others and no more.
+        """The parts of the response, with the members of `more`; none for the end of others that nobody asks for.
 
         Raises RequestError where the run failed.
         """
@@ -94,14 +93,22 @@ class Call:
         try:
             if isinstance(result, Exception):
                 raise result
-            if request.trace:
-                more += v2_grpc.text_parameter(TRACE, explain(batch, job))
-            ends = model.signature.decoupled and not result
-            parts = [] if ends else v2_grpc.respond(request, result, model.signature, self.service.regions, more)
+            more += self._explained(batch, job)
+            if result or not model.signature.decoupled:
+                parts = v2_grpc.respond(request, result, model.signature, self.service.regions, more)
+            else:
+                parts = v2_grpc.ended(request, model.signature, more) if request.parameters.get(EMPTY_FINAL) else []
         except Exception as error:
             raise failed(model, self.began, error) from None
         model.stats.replied(200, time.monotonic() - self.began)
         return parts
+
+    def refused(self, error: RequestError) -> bytes:
+        """The parameter that explains an error, serialised; nothing where that is not asked for."""
+        return self._explained(None, None, error)
+
+    def _explained(self, batch: Batch | None, job: Job | None, error: RequestError | None = None) -> bytes:
+        return v2_grpc.text_parameter(PARAMETER, explain(batch, job, error)) if self.request.trace else b""
 
 
 def failed(model: Servable, began: float, error: Exception) -> RequestError:

@@ -16,9 +16,8 @@ from grpc import aio
 
 from infera_server.errors import RequestError, Unavailable
 from infera_server.protocols import v2_grpc
-from infera_server.protocols.grpc_members import EMPTY_FINAL
 from infera_server.rpc.calls import Call, Inference, refuse
-from infera_server.scheduling.jobs import Batch
+from infera_server.scheduling.jobs import Batch, Job
 from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
 
@@ -117,7 +116,8 @@ class Stream:
                 self._unordered.add(slot)
             slot.call.submit(partial(self._done, slot, slot.call))
         except RequestError as error:
-            self._answer(slot, v2_grpc.refused(str(error), request_id))
+            explained = b"" if slot.call is None else slot.call.refused(error)
+            self._answer(slot, v2_grpc.refused(str(error), request_id, explained))
         except asyncio.CancelledError:
             if self._stopped is not None:  # else the client has left
                 self._answer(slot, v2_grpc.refused(str(self._stopped), request_id))
@@ -125,25 +125,22 @@ class Stream:
 
     # --- responses ---------------------------------------------------------------------------------------------------
 
-    def _part(self, slot: Slot, call: Call, outputs: Arrays) -> None:
+    def _part(self, slot: Slot, call: Call, outputs: Arrays, batch: Batch | None, job: Job) -> None:
         """A response that is not the last one."""
         if slot not in self._unordered:
             return
         try:
-            self._send(v2_grpc.streamed(call.part(outputs)))
+            self._send(v2_grpc.streamed(call.part(outputs, batch, job)))
         except RequestError as error:
             call.cancel()
-            self._answer(slot, v2_grpc.failed(str(error), call.request, call.model.signature))
+            self._answer(slot, _failed(call, error))
 
     def _done(self, slot: Slot, call: Call, result: Arrays | Exception, batch: Batch | None) -> None:
-        request, signature = call.request, call.model.signature
         try:
-            if parts := call.reply(result, batch, v2_grpc.final_parameter()):
-                answer = v2_grpc.streamed(parts)
-            else:
-                answer = v2_grpc.ended(request, signature) if request.parameters.get(EMPTY_FINAL) else b""
+            parts = call.reply(result, batch, v2_grpc.final_parameter())
+            answer = v2_grpc.streamed(parts) if parts else b""
         except RequestError as error:
-            answer = v2_grpc.failed(str(error), request, signature)
+            answer = _failed(call, error)
         self._answer(slot, answer)
 
     def _answer(self, slot: Slot, answer: bytes) -> None:
@@ -162,6 +159,10 @@ class Stream:
             self._answered_bytes += len(answer)
         self._answered.set()
         self._written.set()
+
+
+def _failed(call: Call, error: RequestError) -> bytes:
+    return v2_grpc.failed(str(error), call.request, call.model.signature, call.refused(error))
 
 
 class ModelStreamInfer:

@@ -1,4 +1,4 @@
-"""Where a request's time went: the reply to a request that asks for it with `infera-trace: 1`.
+"""Where a request's time went: in the reply to a request that asks for it, by a header or a parameter.
 
 The text is a dictionary of RFC 9651, in one line: `queued=1.204, waited-for="own run", requests=12, rows=17, bucket=32,
 most=64, padding=0.469, copied=0.021, ran=3.412, split=0.008`. Times are milliseconds.
@@ -9,7 +9,15 @@ from __future__ import annotations
 from infera_server.errors import RequestError
 from infera_server.scheduling.jobs import Batch, Job
 
-HEADER = "infera-trace"
+HEADER, PARAMETER = "infera-trace", "infera_trace"
+"""What asks for it, and what has it in the reply."""
+
+_YES = frozenset({b"1", b"true"})
+
+
+def is_asked(value: bytes | None) -> bool:
+    """Whether the header's value, None where there is none, asks for it."""
+    return value is not None and value.lower() in _YES
 
 
 def explain(batch: Batch | None, job: Job | None, error: RequestError | None = None) -> str:

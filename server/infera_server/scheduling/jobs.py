@@ -43,6 +43,10 @@ Done: TypeAlias = Callable[[Arrays | Exception, Batch | None], None]
 """Called once a job, unless it was cancelled; without a batch where the job never ran."""
 
 
+Each: TypeAlias = Callable[[Arrays, Batch | None, "Job"], None]
+"""Called with a response that others follow, the run that made it, and the job as which that run had it."""
+
+
 class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"

@@ -81,11 +81,6 @@ def value_of(array: HostArray) -> Hashable:
     return array.item() if array.dtype.hasobject else array.tobytes()
 
 
-def in_order(feeds: Arrays) -> Arrays:
-    """The feeds, contiguous and aligned: bytes off the wire start anywhere. Copies only what is not."""
-    return {n: a if (f := a.flags).c_contiguous and f.aligned else a.copy() for n, a in feeds.items()}
-
-
 class Gatherer:
     """Concatenates feeds along the batch axes, in memory that is kept: it grows to the largest batch yet.
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from infera_server.errors import RequestError
 from infera_server.scheduling.backlog import Selection
 from infera_server.scheduling.jobs import Batch, Job, State
-from infera_server.scheduling.rows import Arrays, Gatherer, Layout, in_order, split
+from infera_server.scheduling.rows import Arrays, Gatherer, Layout, split
 
 Run: TypeAlias = Callable[[Arrays], Arrays]
 
@@ -68,13 +68,11 @@ class Runner:
         return batch
 
     def _run_alone(self, job: Job) -> Batch:
-        """The job by itself and unpadded: nothing is gathered or split."""
+        """The job by itself and unpadded: nothing is gathered or split. Its feeds may begin anywhere, as they came."""
         batch = Batch([job], job.rows, job.rows, time.monotonic(), most=self.layout.max_rows if self.layout else 1)
         batch.gathered_at = batch.taken_at
         try:
-            feeds = in_order(job.feeds)
-            batch.gathered_at = time.monotonic()
-            batch.results = [self.run(feeds)]
+            batch.results = [self.run(job.feeds)]
         except Exception as error:
             batch.results = [error]
         batch.ran_at = batch.split_at = time.monotonic()
