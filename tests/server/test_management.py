@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infera_gpu.errors import DeviceLostError, ModelError, PlanError
+from infera_server import metrics
 from infera_server.errors import NotFound, Unavailable
 from infera_server.metrics import ModelStats
 from infera_server.models.discovery import DiscoveryError, Source, discover
@@ -380,3 +382,10 @@ def test_all_models_share_the_gpu_memory_that_is_set(tmp_path: Path) -> None:
     assert any("of a vram_limit of 2,100" in reason for _, reason in states.values())
     with pytest.raises(ValueError, match="no amount of memory"):
         Settings(vram_limit="4 Gigs")
+
+
+def test_the_documents_name_all_metrics() -> None:
+    named = set(re.findall(r'"(infera_[a-z_]+)"', Path(metrics.__file__).read_text()))
+    assert len(named) > 15
+    page = (Path(__file__).parents[2] / "docs" / "rest.md").read_text()
+    assert not [name for name in named if not re.search(rf"`{name}(_total|_info)?`", page)]
