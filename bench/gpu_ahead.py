@@ -21,9 +21,10 @@ from typing import Any
 
 from bench.gpu_absent import AbsentDriver, AheadDevice, SharingLauncher, TakingLibrary
 from bench.gpu_batches import BATCH, HALVES, NETWORKS
-from bench.gpu_models import LATENCIES, MODELS
-from bench.gpu_networks import PRECISE
+from bench.gpu_models import LATENCIES, MODELS, WIDE_FEEDS, wide
+from bench.gpu_networks import PRECISE, REPLAYED, small_bert
 from bench.gpu_operators import bound
+from bench.gpu_parity import trained
 from bench.gpu_report import CheckFailed, Context, Section, first_line
 from bench.gpu_rows import Row
 from bench.gpu_selections import NETWORKS as NETWORK_SETS
@@ -161,6 +162,8 @@ def checked() -> Sequence[Job]:
         for invariant in (False, True)
     ]
     made += [planned(name, build, feeds) for name, (build, feeds, _) in MODELS.items()]
+    made += [planned("replays", small_bert, *REPLAYED.values()), planned("memory", wide, WIDE_FEEDS)]
+    made += [planned(name, build, feeds) for name, (build, feeds) in trained().items()]
     made += [planned(name, build, feeds) for name, (build, feeds) in LATENCIES.items()]
     made += [
         planned(name, build, feeds, precision=precision)

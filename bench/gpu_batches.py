@@ -29,7 +29,7 @@ BATCH, ALONE = 32, (0, 16, 31)
 """A batch, and the entries of it that run alone."""
 
 HALVES: Sequence[Precision] = ("fp32", "fp16")
-NEEDED = 30
+NEEDED = 8
 """Seconds without which a network is not begun."""
 
 

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: agreement with the CPU, memory, latency."""
+"""Whole models on a GPU: agreement with infera's CPU and onnxruntime, memory, latency."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import onnx
 
+from bench import gpu_parity
 from bench.build import bert, resnet50
+from bench.gpu_parity import OURS, PEER, TRAINED, errors, expected, told, wrong
 from bench.gpu_report import CheckFailed, Context, Section
 from bench.gpu_row_sections import LEAST_SECONDS
 from bench.gpu_rows import against_roofline, described
 from bench.gpu_work import works_of
-from infera_gpu.devices import open_device
 from infera_gpu.errors import OutOfMemoryError
+from infera_gpu.fetch import cache_dir
 from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_gpu.telemetry import snapshot
-from infera_gpu.verify import TOLERANCE, compare
+from infera_gpu.verify import TOLERANCE
 
 Result = tuple[str, Mapping[str, Any]]
 
@@ -44,57 +46,77 @@ def images(batch: int) -> dict[str, HostArray]:
     return {"image": np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)}
 
 
-MODELS: Mapping[str, tuple[Callable[[], onnx.ModelProto], dict[str, HostArray], float]] = {
+Models = Mapping[str, tuple[Callable[[], onnx.ModelProto], dict[str, HostArray], float]]
+"""name -> how to build it, what to feed it, seconds without which it is not begun"""
+
+MODELS: Models = {
     "bert-small": (
         lambda: bert(layers=2, hidden=64, heads=4, inner=256, vocabulary=100), bert_feeds(2, 33, 100), 5
     ),
-    "bert-base": (bert, bert_feeds(2, 64, 30522), 40),
-    "resnet50": (resnet50, images(2), 40),
+    "bert-base": (bert, bert_feeds(2, 64, 30522), 12),
+    "resnet50": (resnet50, images(2), 8),
 }  # fmt: skip
-"""name -> how to build it, what to feed it, seconds without which it is not begun"""
+"""With random weights, of which compilation is done before."""
 
 
 def models(context: Context, names: Sequence[str] = tuple(MODELS)) -> Result:
-    """Whole models on the GPU against the CPU, twice each: the second run reuses the plan."""
+    """Whole models on the GPU against infera's CPU and onnxruntime's, twice each: the second run reuses the plan."""
+    return _agreeing(context, {name: MODELS[name] for name in names})
+
+
+TRAINED_SECONDS = 3
+"""Without which a trained model is not begun."""
+
+
+def trained(context: Context) -> Result:
+    """The same of trained models, of the catalogue's those that are kept here."""
+    found = {name: (*source, TRAINED_SECONDS) for name, source in gpu_parity.trained().items()}
+    if not found:
+        return f"none of {', '.join(TRAINED)} is in {cache_dir()}: no trained weights were compared", {}
+    return _agreeing(context, found)
+
+
+def _agreeing(context: Context, wanted: Models) -> Result:
     found: dict[str, Any] = {}
-    wrong: list[str] = []
-    for name in names:
-        build, feeds, seconds = MODELS[name]
+    alone: dict[str, str] = {}
+    problems: list[str] = []
+    for name, (build, feeds, seconds) in wanted.items():
         if context.left() < seconds:
             found[name] = "no time"
             continue
-        graph = load_graph(build())
-        with Session(graph, open_device("cpu")) as cpu:
-            want = cpu.run(feeds)
-        with Session(graph, context.open()) as session:
+        right = expected(build(), feeds)
+        with Session(right.graph, context.open()) as session:
             for _ in range(2):
-                differences = compare(session.run(feeds), want)
+                differences = right.differences(session.run(feeds))
             (plan,) = session.plans(feeds)
         found[name] = {
-            "errors": {d.name: d.error for d in differences},
+            "errors": errors(differences),
             "steps": Counter(s.via if s.placed else s.kind for s in plan.steps),
             "arena_bytes": plan.arenas,
             "lower_bound": plan.lower_bound,
         }
-        wrong += [f"{name} {d}" for d in differences if not d.within()]
-    ran = [name for name in names if found[name] != "no time"]
-    if wrong or not ran:
-        raise CheckFailed("; ".join(wrong) or "no time for any model", found)
-    late = [name for name in names if name not in ran]
-    agree = f"{', '.join(ran)} agree with the CPU to {TOLERANCE:g} of the peak"
-    return agree + (f", no time for {', '.join(late)}" if late else ""), found
+        alone[name] = right.alone
+        problems += [f"{name} {problem}" for problem in wrong(differences, TOLERANCE)]
+    found["compared"] = {name: reason or f"with {OURS} and {PEER}" for name, reason in alone.items()}
+    if problems or not alone:
+        raise CheckFailed(("; ".join(problems) or "no time for any model") + told(alone), found)
+    late = [name for name in wanted if name not in alone]
+    by = OURS if all(alone.values()) else f"{OURS} and {PEER}"
+    agree = f"{', '.join(alone)} agree with {by} to {TOLERANCE:g} of the peak"
+    return agree + told(alone) + (f", no time for {', '.join(late)}" if late else ""), found
 
 
-def _wide() -> onnx.ModelProto:
+def wide() -> onnx.ModelProto:
     """150 MB of weights, which SLACK does not hide."""
     return bert(layers=2)
 
 
-def memory(context: Context, build: Callable[[], onnx.ModelProto] = _wide) -> Result:
+WIDE_FEEDS = bert_feeds(2, 33, 100)
+
+
+def memory(context: Context, build: Callable[[], onnx.ModelProto] = wide) -> Result:
     """Runs allocate nothing after the first, closing gives everything back, what does not fit is refused."""
-    feeds = bert_feeds(2, 33, 100)
-    graph = load_graph(build())
-    device = context.open()
+    feeds, graph, device = WIDE_FEEDS, load_graph(build()), context.open()
 
     def available() -> tuple[int, int]:
         with device.running():
@@ -192,4 +214,4 @@ def latency(context: Context) -> Result:
     return ", ".join(f"{row['name']} {row['seconds'] * 1e3:.2f} ms" for row in rows), {"rows": rows}
 
 
-SECTIONS: Mapping[str, Section] = {"models": models, "memory": memory, "latency": latency}
+SECTIONS: Mapping[str, Section] = {"models": models, "trained": trained, "memory": memory, "latency": latency}

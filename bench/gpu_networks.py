@@ -14,18 +14,18 @@ import onnx
 
 from bench.build import bert, resnet50
 from bench.gpu_models import bert_feeds, images
+from bench.gpu_parity import OURS, PEER, errors, expected, told, wrong
 from bench.gpu_peers import Feeds
 from bench.gpu_report import CheckFailed, Context, Section
-from infera_gpu.devices import open_device
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import PRECISIONS
 from infera_gpu.session import Session
-from infera_gpu.verify import TOLERANCES, compare
+from infera_gpu.verify import TOLERANCES
 
 Result = tuple[str, Mapping[str, Any]]
 
 
-def _small_bert() -> onnx.ModelProto:
+def small_bert() -> onnx.ModelProto:
     return bert(layers=2, hidden=128, heads=2, inner=256, vocabulary=100)
 
 
@@ -33,39 +33,49 @@ def _small_bert() -> onnx.ModelProto:
 
 
 PRECISE: Mapping[str, tuple[Callable[[], onnx.ModelProto], Feeds]] = {
-    "bert-small": (_small_bert, bert_feeds(2, 33, 100)),
+    "bert-small": (small_bert, bert_feeds(2, 33, 100)),
     "resnet50": (resnet50, images(1)),
 }
 """name -> how to build it, what to feed it"""
 
+LEAST_SECONDS = 10
+"""Left, without which none of them is begun."""
+
+REPLAYED = {batch: bert_feeds(batch, 33, 100) for batch in (1, 2, 5)}
+
 
 def precisions(context: Context) -> Result:
-    """Every precision against the CPU in float32, within what `infera verify` allows it."""
+    """Every precision against the CPU in float32, infera's and onnxruntime's, within what `infera verify` allows it."""
     found: dict[str, Any] = {}
-    wrong: list[str] = []
+    alone: dict[str, str] = {}
+    problems: list[str] = []
     for name, (build, feeds) in PRECISE.items():
-        if context.left() < 20:
+        if context.left() < LEAST_SECONDS:
             break
-        graph = load_graph(build())
-        with Session(graph, open_device("cpu")) as cpu:
-            want = cpu.run(feeds)
+        right = expected(build(), feeds)
         for precision in PRECISIONS:
             device = context.open()
             device.tf32 = precision == "tf32"
-            with Session(graph, device, precision=precision) as session:
-                differences = compare(session.run(feeds), want)
-            found[f"{name} {precision}"] = {d.name: d.error for d in differences}
-            wrong += [f"{name} {precision} {d}" for d in differences if not d.within(TOLERANCES[precision])]
-    if wrong or not found:
-        raise CheckFailed("; ".join(wrong) or "no time for any model", found)
-    worst = {p: max(e for k, v in found.items() if k.endswith(f" {p}") for e in v.values()) for p in PRECISIONS}
-    return "errors of the peak: " + ", ".join(f"{p} {e:.2g}" for p, e in worst.items()), found
+            with Session(right.graph, device, precision=precision) as session:
+                differences = right.differences(session.run(feeds))
+            found[f"{name} {precision}"] = errors(differences)
+            problems += [f"{name} {precision} {problem}" for problem in wrong(differences, TOLERANCES[precision])]
+        alone[name] = right.alone
+    found["compared"] = {name: reason or f"with {OURS} and {PEER}" for name, reason in alone.items()}
+    if problems or not alone:
+        raise CheckFailed(("; ".join(problems) or "no time for any model") + told(alone), found)
+    worst = {
+        p: max(error for name in alone for by in found[f"{name} {p}"].values() for error in by.values())
+        for p in PRECISIONS
+    }
+    late = [name for name in PRECISE if name not in alone]
+    summary = "errors of the peak: " + ", ".join(f"{p} {e:.2g}" for p, e in worst.items()) + told(alone)
+    return summary + (f", no time for {', '.join(late)}" if late else ""), found
 
 
 def replays(context: Context) -> Result:
     """Captured runs give the bits of eager ones, again and again, in turn with other shapes, from several threads."""
-    graph = load_graph(_small_bert())
-    feeds = {batch: bert_feeds(batch, 33, 100) for batch in (1, 2, 5)}
+    graph, feeds = load_graph(small_bert()), REPLAYED
     device = context.open()
     device.captures = False
     with Session(graph, device) as eager:
@@ -93,6 +103,9 @@ def replays(context: Context) -> Result:
 
 POKE = 'extern "C" __global__ void poke(int *p) { *p = 1; }'
 """CUDA C++ of a kernel that writes where it is told: the only one in this repository, Triton makes all others."""
+
+FAULT_SECONDS = 25
+"""That the process may take which faults: it starts, compiles two kernels and ends."""
 
 _ILLEGAL = """
 from contextlib import suppress
@@ -144,7 +157,7 @@ def faults(context: Context) -> Result:
         [sys.executable, "-c", _ILLEGAL % (device.index, POKE)],
         capture_output=True,
         text=True,
-        timeout=45,
+        timeout=FAULT_SECONDS,
         check=False,
     )
     found["an illegal access"] = (done.stdout + done.stderr)[-2000:]

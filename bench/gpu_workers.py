@@ -191,8 +191,9 @@ class Supervisor:
             late = waited > self._limits.start or over > self._limits.grace
             return f"no section begun after {waited:.0f} s" if late else ""
         limit = max(state.left, 0.0) + self._limits.grace
-        if now - state.since > limit:
-            return f"no end after {limit:.0f} s"
+        taken, over = now - state.since, time.monotonic() - self._deadline
+        if taken > limit or over > self._limits.grace:  # a worker's own deadline is later by what it took to start
+            return f"no end after {min(taken, limit):.0f} s"
         if state.case and now > state.case_until:
             return "no answer in time"
         return ""

@@ -38,6 +38,7 @@ def departures(
     device: str = "auto",
     threads: int | None = None,
     precision: Precision = "fp32",
+    batch_invariant: bool = False,
 ) -> Iterator[Departure]:
     """Every value of the model that `device` makes at `precision`, against the CPU's in float32 without fusions.
 
@@ -45,7 +46,7 @@ def departures(
     out. Raises as `infera_gpu.load` and `Session.run` do.
     """
     reference = load_graph(model).overriding(feeds)
-    opened = open_device(device, threads=threads)
+    opened = open_device(device, threads=threads, tf32=precision == "tf32", batch_invariant=batch_invariant)
     try:
         tested = optimized(reference, opened, precision=precision)
         known = {o for n in reference.nodes for o in n.outputs if o}

@@ -13,8 +13,9 @@ from typing import Literal, TypeAlias
 State: TypeAlias = Literal["ok", "absent", "unknown", "problem"]
 
 CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+CUPY_RANGE = ((14, 0), (15, 0))
 TRITON_RANGE = ((3, 6), (3, 10))
-"""The releases whose compiler and launch interface the kernels are tested with: from, and below."""
+"""The releases that are tested: from, and below. Of Triton compiler and launch interface count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,11 @@ def _cupy() -> Iterator[Finding]:
         yield Finding("CuPy", "problem", f"{' and '.join(installed)} overwrite each other: pip uninstall all but one")
         return
     reason = why_unavailable()
-    if reason is None:
+    if installed and (other := _untested(installed[0].split()[1], CUPY_RANGE)):
+        advice = "pip install 'infera-gpu[cuda12]' or '[cuda13]' brings one"
+        detail = f"{installed[0]} {other}; {advice}"
+        yield Finding("CuPy", "problem", detail if reason is None else f"{detail}. {reason}")
+    elif reason is None:
         yield Finding("CuPy", "ok", ", ".join(installed))
     else:
         yield Finding("CuPy", "problem" if installed else "absent", reason)
@@ -142,15 +147,24 @@ def _cupy() -> Iterator[Finding]:
 
 def _triton() -> Iterator[Finding]:
     found = _version("triton")
-    low, high = (".".join(map(str, v)) for v in TRITON_RANGE)
     if found is None:
         yield Finding("Triton", "absent", "not installed; it comes with infera-gpu[cuda12], [cuda13] or [kernels]")
         return
-    release = tuple(int(part) for part in found.split(".")[:2])
-    if TRITON_RANGE[0] <= release < TRITON_RANGE[1]:
-        yield Finding("Triton", "ok", found)
-    else:
-        yield Finding("Triton", "problem", f"{found} is not among the tested releases, {low} to below {high}")
+    other = _untested(found, TRITON_RANGE)
+    yield Finding("Triton", "problem" if other else "ok", f"{found} {other}" if other else found)
+
+
+Release: TypeAlias = tuple[int, int]
+
+
+def _untested(found: str, tested: tuple[Release, Release]) -> str:
+    """What is wrong with a version that is not among the releases from the first to below the second; else empty."""
+    low, high = tested
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if low <= (major, minor) < high:
+        return ""
+    from_, below = (".".join(map(str, release)) for release in tested)
+    return f"is not among the tested releases, {from_} to below {below}"
 
 
 def _cublaslt() -> Iterator[Finding]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -14,7 +15,8 @@ import numpy as np
 from infera_gpu.bind import Bound, bind
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
-from infera_gpu.errors import DeviceError, InputError
+from infera_gpu.dry import missing
+from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError
 from infera_gpu.garbage import settle, uncollected
 from infera_gpu.layout import Space, dense
 from infera_gpu.plan import Plan
@@ -76,9 +78,13 @@ class Memory:
         if self._served >= SHRINK_AFTER:
             if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed, sum(self.reserved.values())):
                 self.clear()
-                for space, nbytes in self.reserved.items():
-                    self._take(space, nbytes, device)
+                self.restore(device)
             self._served, self._needed = 0, 0
+
+    def restore(self, device: Device) -> None:
+        """Take what is reserved again, of a memory that is clear. Raises OutOfMemoryError."""
+        for space, nbytes in self.reserved.items():
+            self._take(space, nbytes, device)
 
     def fit(self, plan: Plan, device: Device) -> None:
         """Grow to what the plan needs. Raises OutOfMemoryError."""
@@ -255,11 +261,12 @@ class Lease:
         """The plan bound to the arenas, once."""
         found = self._bound.get(plan)
         if found is None:
-            with self._constants.making, uncollected(), usual_buffers():
+            with self._constants.making, uncollected(), usual_buffers(), self._constants.binding():
                 self._require(plan)
-                self._memory.fit(plan, self._device)
-                with self._device.weights(self._constants.missing(plan, lasting=True)):
-                    found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
+                with self._given_back():
+                    self._memory.fit(plan, self._device)
+                    with self._device.weights(missing(self._device, self._constants, plan, lasting=True)):
+                        found = self._bound[plan] = bind(plan, self._memory.arenas, self._device, self._constants)
                 settle("bind")
             self._told(found)
             for placed in plan.segment.nodes if found.binder.asked else ():
@@ -273,29 +280,39 @@ class Lease:
 
     def reserve(self, plans: Sequence[Plan]) -> int:
         """Binds these plans to arenas that hold the largest of them, and are kept; the bytes of all memory spaces."""
-        for plan in plans:
-            self._require(plan)
-        had = dict(self._memory.sizes)
-        try:
-            for plan in plans:
-                self._memory.fit(plan, self._device)
-            for plan in plans:
-                self._bind(plan)
-        except BaseException:
-            if self._memory.sizes != had:
-                self._memory.clear()
-            raise
+        with self._constants.binding():
+            self._require(*plans)
+            with self._given_back():
+                for plan in plans:
+                    self._memory.fit(plan, self._device)
+                for plan in plans:
+                    self._bind(plan)
         self._memory.reserved = dict(self._memory.sizes)
         return self.nbytes
 
-    def _require(self, plan: Plan) -> None:
-        """Raises OutOfMemoryError where a GPU cannot hold what is missing, before anything is allocated."""
+    @contextmanager
+    def _given_back(self) -> Iterator[None]:
+        """Arenas that grow meanwhile are given back where what is done fails, but for what is reserved."""
+        had = dict(self._memory.sizes)
+        try:
+            yield
+        except BaseException:
+            if self._memory.sizes != had:
+                self._memory.clear()
+                with suppress(OutOfMemoryError):
+                    self._memory.restore(self._device)
+            raise
+
+    def _require(self, *plans: Plan) -> None:
+        """Raises OutOfMemoryError where a GPU cannot hold all that is missing, before anything is allocated."""
         if self._device.space == "device":
-            has = 0 if plan.carried else self._memory.sizes.get("device", 0)  # given back before the new one is taken
-            wanted = plan.arenas.get("device", 0)
-            arena = wanted - has if wanted > self._memory.sizes.get("device", 0) else 0
-            weights = self._constants.missing(plan)
-            self._device.require(f"a run ({weights:,} bytes of weights, an arena of {wanted:,})", arena + weights)
+            had = self._memory.sizes.get("device", -1)
+            wanted = max([p.arenas.get("device", -1) for p in plans], default=-1)
+            carried = any(p.carried for p in plans)  # only else is the old arena given back before a new one is taken
+            arena = max(wanted, 1) - (0 if carried else max(had, 0)) if wanted > had else 0
+            weights = missing(self._device, self._constants, *plans)
+            what = f"a run ({weights:,} bytes of weights, an arena of {max(wanted, 0):,})"
+            self._device.require(what, arena + weights)
 
     def _on_device(self, plan: Plan, entering: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs that could be read where they lie: later segments look for what they need in the arena."""
@@ -306,9 +323,11 @@ class Lease:
     def _bound_to(self, key: _Key, given: Mapping[str, Array]) -> Bound:
         found = self._direct.get(key)
         if found is None:
-            self._memory.fit(key[0], self._device)
-            with self._constants.making:
-                bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
+            with self._constants.making, self._constants.binding():
+                self._require(key[0])
+                with self._given_back():
+                    self._memory.fit(key[0], self._device)
+                    bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
             found = self._direct[key] = (bound, given)
             while len(self._direct) > MAX_DIRECT:
                 self._direct.popitem(last=False)

@@ -2,6 +2,10 @@
 
 It shows what the device asks CuPy for and in which order, refuses what CuPy 14 refuses (arrays that `set` and `get`
 cannot copy at once), and counts memory. It shows nothing about CuPy's kernels or a GPU.
+
+There may be several GPUs. Each has its memory, its streams and its events, a pool keeps blocks of each apart, and every
+thread has a current one, by which most calls go. What CUDA refuses while another GPU is current is refused: launches
+and events on a stream of another, ufuncs on arrays of another (peers cannot reach each other).
 """
 
 from __future__ import annotations
@@ -10,10 +14,10 @@ import itertools
 import sys
 import threading
 import types
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import numpy as np
@@ -41,19 +45,26 @@ class PoolError(MemoryError):
         self._size = size
 
 
+INVALID_HANDLE = 400
+
+
 class _Thread(threading.local):
-    """What CuPy keeps for each thread."""
+    """What CUDA and CuPy keep for each thread."""
 
     def __init__(self) -> None:
-        self.streams: list[Stream] = [NULL]
+        self.device = 0
+        self.devices: list[int] = []
+        """Those that were current before."""
+        self.streams: defaultdict[int, list[Stream]] = defaultdict(lambda: [NULL])
+        """By GPU, the current one last."""
         self.allocators: list[Callable[[int], MemoryPointer]] = []
 
 
 class Vram:
-    """How much memory is out, blocks that a pool keeps for later included."""
+    """How much memory of a GPU is out, blocks that a pool keeps for later included."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.used, self.taken = total, 0, 0
+    def __init__(self, total: int, device_id: int = 0) -> None:
+        self.total, self.used, self.taken, self.device_id = total, 0, 0, device_id
         self.blocks: WeakSet[Memory] = WeakSet()
         """What is out."""
 
@@ -67,12 +78,11 @@ class Vram:
 class Memory:
     """A block of `vram`, given back when the last pointer to it goes; pooled blocks are given back to their pool."""
 
-    device_id = 0
-
     def __init__(self, vram: Vram, nbytes: int, pool: MemoryPool | None = None) -> None:
-        self._vram, self._pool, self.nbytes = vram, pool, nbytes
-        if pool is not None and pool.cached >= nbytes:
-            pool.cached -= nbytes
+        self._vram, self._pool, self.nbytes, self.device_id = vram, pool, nbytes, vram.device_id
+        refuse_faulty(self.device_id)
+        if pool is not None and pool.cached[self.device_id] >= nbytes:
+            pool.cached[self.device_id] -= nbytes
         else:
             vram.take(nbytes)
         raw = np.empty(nbytes + ALIGN, np.uint8)
@@ -89,15 +99,15 @@ class Memory:
         if self._pool is None:
             self._vram.used -= self.nbytes
         else:
-            self._pool.cached += self.nbytes
+            self._pool.cached[self.device_id] += self.nbytes
 
 
 class UnownedMemory:
     """Memory that its owner keeps."""
 
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int) -> None:
-        self.block, self._owner = owner.memory.block, owner
-        assert ptr == owner.memory.ptr
+        self.block, self._owner, self.device_id = owner.memory.block, owner, device_id
+        assert (ptr, device_id) == (owner.memory.ptr, owner.memory.device_id)
 
 
 class Chunk:
@@ -106,32 +116,40 @@ class Chunk:
     def __init__(self, pool: MemoryPool, whole: MemoryPointer) -> None:
         self._pool, self._whole = pool, whole
         self.block: np.ndarray[Any, Any] = whole.memory.block
+        self.device_id: int = whole.memory.device_id
 
     def __del__(self) -> None:
-        self._pool.kept.append(self._whole)
+        self._pool.kept[self.device_id].append(self._whole)
 
 
 class MemoryPool:
-    def __init__(self, vram: Vram, allocator: Callable[[int], MemoryPointer] | None = None) -> None:
-        self._vram, self._allocator, self.cached = vram, allocator, 0
-        self.kept: list[MemoryPointer] = []
+    """What it gives and what it frees is the current GPU's."""
+
+    def __init__(self, vrams: Sequence[Vram], allocator: Callable[[int], MemoryPointer] | None = None) -> None:
+        self._vrams, self._allocator = vrams, allocator
+        self.cached: Counter[int] = Counter()
+        self.kept: defaultdict[int, list[MemoryPointer]] = defaultdict(list)
 
     def malloc(self, nbytes: int) -> MemoryPointer:
         try:
-            return MemoryPointer(self._chunk(nbytes) if self._allocator else Memory(self._vram, nbytes, self), 0)
-        except CUDARuntimeError:
+            vram = self._vrams[CURRENT.device]
+            return MemoryPointer(self._chunk(nbytes) if self._allocator else Memory(vram, nbytes, self), 0)
+        except CUDARuntimeError as error:
+            if error.status != 2:
+                raise
             raise PoolError(nbytes) from None
 
     def _chunk(self, nbytes: int) -> Chunk:
         """What was kept of this size, or what the allocator gives; its errors pass, but for the driver's."""
         assert self._allocator is not None
-        sizes = [whole.memory.block.nbytes for whole in self.kept]
-        return Chunk(self, self.kept.pop(sizes.index(nbytes)) if nbytes in sizes else self._allocator(nbytes))
+        kept = self.kept[CURRENT.device]
+        sizes = [whole.memory.block.nbytes for whole in kept]
+        return Chunk(self, kept.pop(sizes.index(nbytes)) if nbytes in sizes else self._allocator(nbytes))
 
     def free_all_blocks(self) -> None:
-        self._vram.used -= self.cached
-        self.cached = 0
-        self.kept.clear()
+        here = CURRENT.device
+        self._vrams[here].used -= self.cached.pop(here, 0)
+        self.kept[here].clear()
 
 
 class MemoryPointer:
@@ -160,18 +178,26 @@ class ndarray(np.ndarray):
     """An array in "device" memory, which it keeps."""
 
     memory: Memory | UnownedMemory | Chunk | None = None
+    device_id = 0
 
     def __new__(cls, shape: Sequence[int], dtype: Any, memptr: MemoryPointer, strides: Any = None) -> ndarray:
         array = np.ndarray.__new__(cls, tuple(shape), dtype, memptr.memory.block.data, memptr.offset, strides)
-        array.memory = memptr.memory
+        array.memory, array.device_id = memptr.memory, memptr.memory.device_id
         return array
 
     def __array_finalize__(self, parent: Any) -> None:
         self.memory = getattr(parent, "memory", None)
+        self.device_id = getattr(parent, "device_id", CURRENT.device)
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        """Of what a ufunc made of arrays."""
+        for used in context[1] if context else ():
+            refuse_elsewhere(used)
+        return super().__array_wrap__(array, context, return_scalar)
 
     @property
     def device(self) -> Any:
-        return types.SimpleNamespace(id=0)
+        return types.SimpleNamespace(id=self.device_id)
 
     @property
     def data(self) -> Any:
@@ -185,7 +211,8 @@ class ndarray(np.ndarray):
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
         stream.refuse_while_recording()
-        stream.put(f"h2d {host.nbytes}", lambda: np.copyto(self, host))
+        with Device(self.device_id):
+            stream.put(f"h2d {host.nbytes}", lambda: np.copyto(self, host))
 
     def get(self, stream: Stream, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
         assert not isinstance(out, ndarray)
@@ -193,17 +220,34 @@ class ndarray(np.ndarray):
         if not (out.flags.c_contiguous or out.flags.f_contiguous):
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         stream.refuse_while_recording()
-        stream.put(f"d2h {self.nbytes}", lambda: np.copyto(out, self))
+        with Device(self.device_id):
+            stream.put(f"d2h {self.nbytes}", lambda: np.copyto(out, self))
         if blocking:
             stream.synchronize()
         return out
 
 
+def refuse_elsewhere(array: Any) -> None:
+    """As CuPy's kernels do, where a GPU cannot read its peer's memory."""
+    if isinstance(array, ndarray) and array.device_id != CURRENT.device:
+        raise ValueError(
+            f"The device where the array resides ({array.device_id}) is different from the current device "
+            f"({CURRENT.device}). Peer access is unavailable between these devices."
+        )
+
+
+def refuse_faulty(device_id: int) -> None:
+    if fault := Device.faults.get(device_id):
+        raise CUDARuntimeError(fault)
+
+
 class Event:
-    """Knows which stream it was recorded on, and behind how many calls."""
+    """Knows which stream it was recorded on, and behind how many calls. It is the GPU's that was current."""
 
     def __init__(self, disable_timing: bool = False) -> None:
         assert disable_timing
+        refuse_faulty(CURRENT.device)
+        self.device_id = CURRENT.device
         self.stream: Stream | None = None
         self.behind = 0
 
@@ -240,14 +284,20 @@ class Stream:
 
     prompt = True
 
-    def __init__(self, non_blocking: bool = False, name: str = "a stream") -> None:
+    def __init__(self, non_blocking: bool = False, name: str = "a stream", device_id: int | None = None) -> None:
         self.ptr, self.name, self.active = next(_stream_addresses), name, 0
+        self._device_id = CURRENT.device if device_id is None else device_id
         self.log: list[str] = []
         self.recorded: list[Callable[[], object]] | None = None
         self._waiting: deque[Callable[[], object]] = deque()
         self._asked = self._made = 0
         self._making = False
         self._lock = threading.RLock()
+
+    @property
+    def device_id(self) -> int:
+        """The null stream is whichever GPU's is current."""
+        return CURRENT.device if self._device_id < 0 else self._device_id
 
     def begin_capture(self) -> None:
         assert self.recorded is None
@@ -261,6 +311,9 @@ class Stream:
         return Graph(recorded)
 
     def put(self, what: str, call: Callable[[], object]) -> None:
+        if self.device_id != CURRENT.device:
+            raise CUDARuntimeError(INVALID_HANDLE)
+        refuse_faulty(self.device_id)
         if self.recorded is None:
             self.log.append(what)
             self._ask(call)
@@ -294,17 +347,25 @@ class Stream:
             raise CUDARuntimeError(900)
 
     def __enter__(self) -> Stream:
-        CURRENT.streams.append(self)
+        if self.device_id != CURRENT.device:
+            raise RuntimeError(
+                f"The device that the stream is created on ({self.device_id}) does not match with the current device "
+                f"({CURRENT.device})"
+            )
+        CURRENT.streams[self.device_id].append(self)
         with self._lock:
             self.active += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        CURRENT.streams.pop()
+        CURRENT.streams[self.device_id].pop()
         with self._lock:
             self.active -= 1
 
     def record(self, event: Event) -> Event:
+        if event.device_id != self.device_id:
+            raise CUDARuntimeError(INVALID_HANDLE)
+        refuse_faulty(self.device_id)
         event.stream, event.behind = self, self._asked
         return event
 
@@ -316,50 +377,77 @@ class Stream:
 
     def synchronize(self) -> None:
         self.refuse_while_recording()
+        refuse_faulty(self.device_id)
         self.log.append("sync")
         self.finish(self._asked)
 
 
-NULL = Stream(name="the null stream")
 CURRENT = _Thread()
+NULL = Stream(name="the null stream", device_id=-1)
 
 
 class Device:
-    """A context that can be entered again. After a fault neither entering nor leaving it works, as any call of CUDA."""
+    """A context that can be entered again, by several threads. After a fault no call works for its GPU, nor does the
+    first one that makes another current in its place."""
 
-    fault = 0
-    """The error of every call from now on, where it is not 0."""
+    faults: ClassVar[dict[int, int]] = {}
+    """The error of every call from now on, by GPU."""
+    told: ClassVar[set[int]] = set()
+    """Those whose error was seen by who left them."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, device: int) -> None:
+        self.id = device
 
-    def __enter__(self) -> None:
-        if Device.fault:
-            raise CUDARuntimeError(Device.fault)
+    def use(self) -> None:
+        left, CURRENT.device = CURRENT.device, self.id
+        if left != self.id and left in Device.faults and left not in Device.told:
+            Device.told.add(left)
+            refuse_faulty(left)
+        refuse_faulty(self.id)
+
+    def __enter__(self) -> Device:
+        CURRENT.devices.append(CURRENT.device)
+        try:
+            self.use()
+        except CUDARuntimeError:
+            CURRENT.devices.pop()
+            raise
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.__enter__()
+        Device(CURRENT.devices.pop()).use()
+
+
+def current_stream() -> Stream:
+    return CURRENT.streams[CURRENT.device][-1]
 
 
 @contextmanager
 def using_allocator(allocator: Callable[[int], MemoryPointer]) -> Iterator[None]:
     CURRENT.allocators.append(allocator)
-    yield
-    CURRENT.allocators.pop()
+    try:
+        yield
+    finally:
+        CURRENT.allocators.pop()
 
 
 def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None) -> types.ModuleType:
     """A module to stand in for cupy on a machine with `gpus` GPUs, or with a driver that fails with `error`.
 
-    `vram` on it counts the memory that is out.
+    `vrams` on it count the memory that is out, a GPU each; `vram` is the first.
     """
-    vram = Vram(free)
-    default = MemoryPool(vram)
+    vrams = [Vram(free, i) for i in range(gpus)]
+    default = MemoryPool(vrams)
 
     def count() -> int:
         if error:
             raise error
         return gpus
+
+    def memory_info() -> tuple[int, int]:
+        refuse_faulty(CURRENT.device)
+        vram = vrams[CURRENT.device]
+        return vram.total - vram.used, vram.total
 
     def empty(shape: Sequence[int], dtype: Any) -> ndarray:
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -372,10 +460,12 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
         return array
 
     def copyto(target: ndarray, source: ndarray) -> None:
+        for array in (target, source):
+            refuse_elsewhere(array)
         dense = all(a.flags.c_contiguous for a in (target, source))
         if not dense and source.dtype.isbuiltin != 1 and source.dtype.name != "bfloat16":
             raise ValueError(f"Unsupported dtype {source.dtype}")
-        CURRENT.streams[-1].put(f"copy {target.nbytes}", lambda: np.copyto(target, source))
+        current_stream().put(f"copy {target.nbytes}", lambda: np.copyto(target, source))
 
     fake = types.ModuleType("cupy")
     fake.__dict__.update(
@@ -384,24 +474,28 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
         asarray=asarray,
         empty=empty,
         copyto=copyto,
-        vram=vram,
+        vram=vrams[0] if vrams else None,
+        vrams=vrams,
+        get_default_memory_pool=lambda: default,
         cuda=types.SimpleNamespace(
             Device=Device,
             Event=Event,
             Stream=Stream,
-            Memory=lambda nbytes: Memory(vram, nbytes),
+            Memory=lambda nbytes: Memory(vrams[CURRENT.device], nbytes),
             MemoryPointer=MemoryPointer,
-            MemoryPool=lambda allocator=None: MemoryPool(vram, allocator),
+            MemoryPool=lambda allocator=None: MemoryPool(vrams, allocator),
             UnownedMemory=UnownedMemory,
             PinnedMemory=PinnedMemory,
             PinnedMemoryPointer=PinnedMemoryPointer,
-            get_current_stream=lambda: CURRENT.streams[-1],
+            get_current_stream=current_stream,
             using_allocator=using_allocator,
             memory=types.SimpleNamespace(OutOfMemoryError=PoolError),
             driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
             runtime=types.SimpleNamespace(
                 getDeviceCount=count,
-                memGetInfo=lambda: (vram.total - vram.used, vram.total),
+                getDevice=lambda: CURRENT.device,
+                setDevice=lambda device: Device(device).use(),
+                memGetInfo=memory_info,
                 CUDARuntimeError=CUDARuntimeError,
             ),
         ),
@@ -410,10 +504,12 @@ def module(*, gpus: int = 1, free: int = 1 << 30, error: Exception | None = None
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fake: types.ModuleType | None = None) -> types.ModuleType:
-    """For one test, CuPy is `fake` or a new stand-in, there is no Triton, and no GPU is lost."""
+    """For one test, CuPy is `fake` or a new stand-in, there is no Triton, no GPU is lost, and the first is current."""
     fake = fake or module()
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(cuda, "find_spec", lambda name: object() if name == "cupy" else None)
     monkeypatch.setattr(cuda, "_lost", {})
-    monkeypatch.setattr(Device, "fault", 0)
+    monkeypatch.setattr(Device, "faults", {})
+    monkeypatch.setattr(Device, "told", set())
+    monkeypatch.setattr(CURRENT, "device", 0)
     return fake

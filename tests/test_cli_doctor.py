@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infera_gpu import doctor, telemetry
+from infera_gpu.devices import cuda
 from infera_kernels.cpu import blas, packed
 from tests.commandline import infera
 
@@ -56,6 +58,53 @@ def test_doctor_tells_unknown_from_zero(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["GPU 1"].detail.count("unknown") == 6
     monkeypatch.setattr(telemetry, "snapshot", lambda: ((), "no NVIDIA driver library"))
     assert [f.state for f in doctor._driver()] == ["absent"]
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("13.6.0", "problem"), ("14.0.0", "ok"), ("14.1.1", "ok"), ("15.0.0a1", "problem"), ("15.1.0", "problem")],
+)
+@pytest.mark.parametrize("package", doctor.CUPY_PACKAGES)
+def test_doctor_knows_which_releases_of_cupy_are_tested(
+    package: str, version: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", {package: version}.get)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    (found,) = doctor._cupy()
+    wrong = (
+        f"{package} {version} is not among the tested releases, 14.0 to below 15.0; pip install 'infera-gpu[cuda12]' "
+        "or '[cuda13]' brings one"
+    )
+    assert found == doctor.Finding("CuPy", state, f"{package} {version}" if state == "ok" else wrong)  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "there is no GPU")
+    (found,) = doctor._cupy()
+    assert found.state == "problem"
+    assert found.detail == ("there is no GPU" if state == "ok" else f"{wrong}. there is no GPU")
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [("3.5.1", "problem"), ("3.6.0", "ok"), ("3.9.0+git", "ok"), ("3.10.0", "problem")]
+)
+def test_doctor_knows_which_releases_of_triton_are_tested(
+    version: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", {"triton": version}.get)
+    wrong = f"{version} is not among the tested releases, 3.6 to below 3.10"
+    (found,) = doctor._triton()
+    assert found == doctor.Finding("Triton", state, version if state == "ok" else wrong)  # type: ignore[arg-type]
+
+
+def test_ranges_of_doctor_are_those_of_the_package() -> None:
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    low, high = ".".join(map(str, doctor.CUPY_RANGE[0])), doctor.CUPY_RANGE[1][0]
+    first, below = (".".join(map(str, release)) for release in doctor.TRITON_RANGE)
+    for cuda_release in (12, 13):
+        assert extras[f"cuda{cuda_release}"] == [
+            f"cupy-cuda{cuda_release}x>={low},<{high}",
+            f"triton>={first},<{below}",
+        ]
 
 
 def test_doctor_says_whether_weights_are_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:

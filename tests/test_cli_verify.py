@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from infera_gpu import departures, opening
+from infera_gpu.devices import open_device
 from infera_gpu.session import Session
 from infera_gpu.verify import run_in_float64
 from tests.commandline import assert_explained, assert_fails, infera, model, save_add
@@ -110,3 +113,32 @@ def test_a_whole_graph_is_widened() -> None:
     assert found["y"].dtype == np.float64
     assert found["at"].dtype == np.int64
     assert found["at"].tolist() == [1]
+
+
+# ---- the first node that differs
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        (("--precision", "fp32"), (False, False)),
+        (("--precision", "tf32"), (True, False)),
+        pytest.param(("--precision", "tf32", "--batch-invariant"), (True, True), marks=pytest.mark.kernels),
+    ],
+)
+def test_the_first_to_differ_is_looked_for_as_the_model_is_run(
+    flags: tuple[str, ...], want: tuple[bool, bool], add: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        opened.append(open_device(*args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(departures, "open_device", noted)
+    monkeypatch.setattr(opening, "open_device", noted)
+    status, out, err = infera("verify", add, "--device", "recording", "--against", "cpu", "--first", *flags)
+    assert (status, err) == (0, "")
+    assert "no value before the outputs differs" in out
+    tested = [(d.tf32, d.batch_invariant) for d in opened if d.name == "recording"]
+    assert tested == [want] * 2

@@ -165,9 +165,9 @@ def test_a_fault_loses_the_gpu_wherever_it_is_met(cupy: Any, leaving: bool) -> N
     session.run(feeds)
     if leaving:
         with pytest.raises(DeviceLostError, match="restart the process"), session.device.running():
-            fake_cupy.Device.fault = 700
+            fake_cupy.Device.faults[0] = 700
     else:
-        fake_cupy.Device.fault = 700
+        fake_cupy.Device.faults[0] = 700
         with pytest.raises(DeviceLostError, match="restart the process"):
             session.run(feeds)
     for lost in (session, other):

@@ -16,7 +16,18 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import gpu_check, gpu_first, gpu_report, gpu_selections, gpu_speed, gpu_tuning
+from bench import (
+    gpu_batches,
+    gpu_check,
+    gpu_first,
+    gpu_models,
+    gpu_networks,
+    gpu_parity,
+    gpu_report,
+    gpu_selections,
+    gpu_speed,
+    gpu_tuning,
+)
 from bench.gpu_report import (
     READINGS,
     CheckFailed,
@@ -31,6 +42,7 @@ from bench.gpu_report import (
 )
 from bench.gpu_workers import END, NO_GPU, Limits
 from infera_gpu import tuning
+from infera_gpu.catalogue import CATALOGUE
 from infera_gpu.telemetry import GpuReading
 from infera_kernels.tuning import Measured, Problem, Store
 from tests.text import parse
@@ -183,7 +195,7 @@ def test_it_runs_as_a_module() -> None:
         text=True,
         check=True,
     )
-    assert "kernels, library, cudnn, models" in " ".join(done.stdout.split())
+    assert "kernels, models, replays, memory, faults" in " ".join(done.stdout.split())
 
 
 def test_first_runs_are_of_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,15 +240,35 @@ def test_the_calls_for_a_borrowed_machine_name_sections_and_end_in_time() -> Non
         assert bounded < 0.7 * 60 * float(taken), "the rest is for rows"
     assert minutes < 27
     assert calls[0][2] == "bench.gpu_check"
+    assert sum(gpu_check.CHECKS.values()) <= 60 * float(calls[0][4])
+    assert [name for name in calls[0][6:] if name in gpu_check.CHECKS] == list(gpu_check.CHECKS)
     assert set(named) >= gpu_speed.SECTIONS.keys()
     assert {*gpu_check.SECTIONS} - {*named} == {*gpu_selections.SHORT} - {*named}
     assert calls[4][2] == "bench.gpu_tuning"
 
 
-def test_a_call_of_either_command_ends_before_ten_minutes_are_over() -> None:
+@pytest.mark.parametrize(("module", "seconds"), [(gpu_check, 480), (gpu_speed, 600)], ids=["check", "speed"])
+def test_a_call_of_either_command_ends_in_time(module: Any, seconds: float) -> None:
     """The time, what a section may take beyond it, and what it takes to end its process."""
-    for module in (gpu_check, gpu_speed):
-        assert 60 * module.MINUTES + Limits().grace + END < 600
+    assert 60 * module.MINUTES + Limits().grace + END <= seconds
+
+
+def test_what_says_whether_results_are_right_comes_first_and_has_its_time() -> None:
+    """However long it takes, and the first timings have theirs."""
+    checks, timings = gpu_check.CHECKS, gpu_check.TIMINGS
+    assert list(gpu_check.SECTIONS) == [*checks, *timings]
+    assert {"kernels", "models", "replays", "memory", "faults", "precisions", "trained", "batches"} <= checks.keys()
+    assert timings.keys() == gpu_selections.SHORT.keys() | {"launches", "latency", "torch.compile"}
+    assert sum(checks.values()) + next(iter(timings.values())) <= 60 * gpu_check.MINUTES
+
+
+def test_a_section_is_given_more_than_it_needs_to_begin() -> None:
+    checks = gpu_check.CHECKS
+    assert sum(needed for *_, needed in gpu_models.MODELS.values()) < checks["models"]
+    assert len(gpu_networks.PRECISE) * gpu_networks.LEAST_SECONDS < checks["precisions"]
+    assert len(gpu_parity.TRAINED) * gpu_models.TRAINED_SECONDS < checks["trained"]
+    assert checks["batches"] > 2 * gpu_batches.NEEDED
+    assert checks["faults"] > gpu_networks.FAULT_SECONDS
 
 
 def test_rows_have_twice_an_even_share_and_the_last_what_is_left() -> None:
@@ -314,6 +346,50 @@ def test_without_pytorch_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_speed, "torch_on_gpu", lambda: None)
     for section in (gpu_speed.all_compiled, gpu_speed.short_compiled):
         assert section(Context(lambda: None, 0)) == ("PyTorch is not installed here", {"rows": []})
+
+
+def test_without_onnxruntime_models_are_compared_with_our_cpu_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes into a last Softmax is compared, too."""
+    x = {"x": np.linspace(-9, 9, 12, dtype=np.float32).reshape(3, 4)}
+
+    def model() -> onnx.ModelProto:
+        return parse("g (float[N, 4] x) => (float[N, 4] y) { z = Neg(x) y = Softmax(z) }")
+
+    right = gpu_parity.expected(model(), x)
+    assert right.alone == ""
+    assert right.wanted.keys() == {gpu_parity.OURS, gpu_parity.PEER}
+    assert all(want.keys() == {"y", "z"} for want in right.wanted.values())
+    off = {**right.wanted[gpu_parity.OURS], "z": x["x"]}
+    found = gpu_parity.wrong(right.differences(off), 1e-4)
+    assert [(line.partition(":")[0], line.rpartition(" from ")[2]) for line in found] == [
+        ("z", gpu_parity.OURS),
+        ("z", gpu_parity.PEER),
+    ]
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    alone = gpu_parity.expected(model(), x)
+    assert alone.wanted.keys() == {gpu_parity.OURS}
+    assert alone.alone == gpu_parity.ABSENT == "onnxruntime is not installed: compared with infera's CPU alone"
+    assert gpu_parity.told({"a": alone.alone, "b": alone.alone}) == f"; {gpu_parity.ABSENT}"
+    assert gpu_parity.told({"a": ""}) == ""
+
+
+def test_trained_models_are_those_that_are_kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched, and without one it is said."""
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("infera_gpu.fetch._ensure", None)
+    summary, facts = gpu_models.trained(Context(lambda: None, float("inf")))
+    assert (
+        summary == "none of magika, mobilenetv2-zoo, paraphrase-minilm-l3 is in "
+        f"{tmp_path}: no trained weights were compared"
+    )
+    assert facts == {}
+    model = parse("g (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }")
+    entry = CATALOGUE["magika"]
+    path = tmp_path / "pypi" / entry.requirement.replace("==", "-") / entry.model.member
+    path.parent.mkdir(parents=True)
+    onnx.save(model, path)
+    ((name, (build, feeds)),) = gpu_parity.trained().items()
+    assert (name, build(), {*feeds}) == ("magika", model, {"bytes"})
 
 
 @pytest.mark.kernels

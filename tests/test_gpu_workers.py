@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_journal import Journal
+from bench.gpu_journal import Journal, State
 from bench.gpu_report import OUT_OF_TIME
-from bench.gpu_workers import Worker
+from bench.gpu_workers import Limits, Supervisor, Worker
 from infera_gpu.ops import registry
 from tests import gpu_sections
 
@@ -122,6 +122,14 @@ def test_no_process_is_started_when_the_time_is_over(tmp_path: Path, monkeypatch
         path.unlink()
     assert outcomes(tmp_path, "good", minutes="-1")["good"]["summary"] == OUT_OF_TIME
     assert len(started) == 1
+
+
+@pytest.mark.parametrize(("over", "left", "ended"), [(-10, 30, False), (1, 30, False), (3, 30, True), (-10, -3, True)])
+def test_no_section_goes_on_when_the_time_of_all_is_over(tmp_path: Path, over: float, left: float, ended: bool) -> None:
+    """Whatever it has been given: a worker's clock starts later than the command's."""
+    supervisor = Supervisor(["good"], Journal(tmp_path), None, time.monotonic() - over, Limits(grace=2))  # type: ignore[arg-type]
+    state = State(section="good", since=time.time() - 2.5, left=left)
+    assert supervisor._hung(state, 0.0).startswith("no end") is ended
 
 
 def test_readings_are_of_before_and_after(tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import infera_gpu
-from infera_gpu import lease
+from bench.build import bert
+from infera_gpu import constants, lease
 from infera_gpu.budget import VramBudget, bytes_of
 from infera_gpu.devices import cuda
+from infera_gpu.dry import missing
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
+from infera_gpu.memory import ALIGN
 from tests import fake_cupy
 from tests.text import parse
 
@@ -180,6 +184,201 @@ def test_what_the_driver_refuses_is_not_counted(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(OutOfMemoryError):
         device.alloc(1000, "device")
     assert budget.used == 0
+
+
+# ---- what is announced, and what is taken
+
+
+def node(op: str, x: tuple[int, ...], y: tuple[int, ...], *weights: Any, kind: int = 1, **attrs: Any) -> Any:
+    """A model of one node, whose inputs but the first are constant."""
+    given = [helper.make_tensor_value_info("x", kind, x)]
+    made = [helper.make_tensor_value_info("y", kind, y)]
+    names = [f"w{i}" if w is not None else "" for i, w in enumerate(weights)]
+    domain = "com.microsoft" if op == "MatMulNBits" else ""
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", *names], ["y"], domain=domain, **attrs)],
+        *(op, given, made),
+        [numpy_helper.from_array(w, name) for w, name in zip(weights, names, strict=True) if w is not None],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def drawn(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def codes(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+SIZES: dict[str, Any] = {
+    "layers": (lambda: LAYERS, {"x": np.ones((5, 64), np.float32)}),
+    "float16 LSTM": (
+        lambda: node(
+            *("LSTM", (4, 1, 64), (4, 1, 1, 64), drawn(1, 256, 64, dtype=np.float16)),
+            *(drawn(1, 256, 64, dtype=np.float16),),
+            kind=TensorProto.FLOAT16,
+            hidden_size=64,
+        ),
+        {"x": drawn(4, 1, 64, dtype=np.float16)},
+    ),
+    "convolution": (
+        lambda: node("Conv", (1, 5, 9, 9), (1, 7, 7, 7), drawn(7, 5, 3, 3), drawn(7)),
+        {"x": drawn(1, 5, 9, 9)},
+    ),
+    "4 bits": (
+        lambda: node(
+            *("MatMulNBits", (3, 64), (3, 40), codes(40, 2, 16), np.abs(drawn(80)), codes(40)),
+            K=64,
+            N=40,
+            bits=4,
+            block_size=32,
+        ),
+        {"x": drawn(3, 64)},
+    ),
+    "bert": (
+        lambda: bert(layers=2, hidden=64, heads=4, inner=128, vocabulary=100),
+        dict(zip(("input_ids", "attention_mask", "token_type_ids"), [np.ones((1, 7), np.int64)] * 3, strict=True)),
+    ),
+}
+"""Models, and what they are fed. All but the first have weights that kernels pack."""
+
+
+@pytest.fixture(params=["recording", pytest.param("cuda", marks=pytest.mark.kernels)])
+def kernels(request: pytest.FixtureRequest, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device that runs what kernels there are, or does as if it did."""
+    if request.param == "cuda":
+        from infera_kernels.launch import RecordingLauncher
+
+        monkeypatch.setattr(cuda, "find_spec", lambda name: object())
+        monkeypatch.setattr(cuda.CudaDevice, "launcher", property(lambda _: RecordingLauncher()))
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_announced_is_enough_and_less_takes_nothing(name: str, kernels: str, cupy: Any) -> None:
+    make, feeds = SIZES[name]
+    model, asked = make().SerializeToString(), list[int]()
+    budget = VramBudget("1GiB")
+    with infera_gpu.load(model, device=kernels, vram_limit=budget) as session:
+        require = session.device.require
+
+        def noted(what: str, nbytes: int) -> None:
+            if what.startswith("a run"):
+                asked.append(nbytes)
+            require(what, nbytes)
+
+        session.device.require = noted  # type: ignore[method-assign]
+        session.run(feeds)
+        (announced,) = asked
+        assert budget.used <= announced
+        if kernels == "cuda":  # weights lie in one block, each aligned
+            assert budget.used == cupy.vram.used
+            assert budget.used >= announced - (constants.POOLED if name == "bert" else 0)  # whose pool does not round
+    del session
+    gc.collect()
+    assert cupy.vram.used == 0
+
+    budget = VramBudget("1GiB")
+    with infera_gpu.load(model, device=kernels, vram_limit=budget) as session:
+        budget.limit = announced
+        for _ in range(2):
+            session.run(feeds)
+        assert budget.used <= announced
+    del session
+    gc.collect()
+    assert budget.used == cupy.vram.used == 0
+
+    budget = VramBudget("1GiB")
+    with infera_gpu.load(model, device=kernels, vram_limit=budget) as session:
+        budget.limit = announced - ALIGN
+        with pytest.raises(OutOfMemoryError, match=r"a run \([\d,]+ bytes of weights, an arena of") as caught:
+            session.run(feeds)
+        assert (caught.value.needed, caught.value.available) == (announced, announced - ALIGN)
+        assert budget.used == cupy.vram.used == 0
+
+
+@pytest.mark.kernels
+def test_a_form_that_is_packed_counts_as_large_as_it_is(kernels: str, cupy: Any) -> None:
+    make, feeds = SIZES["float16 LSTM"]
+    session = infera_gpu.load(make(), device=kernels)
+    plan = session.plan_for(feeds)
+    absent = missing(session.device, session._constants, plan)
+    assert absent == 2 * 256 * 64 * (2 + 4)  # both matrices, and both in float32
+    session.run(feeds)
+    assert missing(session.device, session._constants, plan) == 0
+    assert session._constants.nbytes == absent
+
+
+def test_packed_forms_beyond_what_is_kept_are_packed_again(
+    kernels: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, feeds = SIZES["convolution"]
+    want = infera_gpu.load(make(), device="recording").run(feeds)
+    monkeypatch.setattr(constants, "MAX_AHEAD", 0)
+    monkeypatch.setattr(constants, "host_memory", lambda: None)
+    with infera_gpu.load(make(), device=kernels) as session:
+        got = session.run(feeds)
+        assert not session._constants._ahead
+    if kernels == "recording":
+        np.testing.assert_array_equal(got["y"], want["y"])
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_where_binding_fails_all_that_was_taken_is_given_back(
+    device: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = VramBudget("1MiB")
+    session = infera_gpu.load(LAYERS, device=device, vram_limit=budget)
+    upload, made = session.device.constant, list[int]()
+
+    def fail(host: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(host.nbytes)
+        if len(made) == 3:
+            raise OutOfMemoryError("a constant", needed=1, available=0)
+        return upload(host, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.device, "constant", fail)
+        with pytest.raises(OutOfMemoryError):
+            session.run(rows(3))
+    gc.collect()
+    assert budget.used == cupy.vram.used == 0
+    assert session._constants.nbytes == 0
+    assert session.run(rows(3))["y"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("device", ["cuda", "recording"])
+def test_where_binding_fails_what_is_reserved_is_taken_again(
+    device: str, cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = infera_gpu.Arena()
+    session = infera_gpu.load(LAYERS, device=device, arena=arena)
+    nbytes = session.reserve({"x": (3, 64)})
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OutOfMemoryError("a view", needed=1, available=0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.device, "ports", fail)
+        with pytest.raises(OutOfMemoryError):
+            session.run(rows(300))
+    assert arena.nbytes == nbytes
+    assert session.run(rows(3))["y"].shape == (3, 64)
+    assert arena.nbytes == nbytes
+
+
+def test_plans_that_are_reserved_together_are_announced_together(cupy: Any) -> None:
+    """Their constants once, the largest arena."""
+    session = infera_gpu.load(LAYERS, device="cuda")
+    large, small = (session.plan_for({"x": (n, 64)}) for n in (300, 3))
+    both, held = missing(session.device, session._constants, large, small), 3 * WEIGHTS
+    assert (missing(session.device, session._constants, large), both) == (held, held)
+    budget = VramBudget(held + large.arenas["device"])
+    session = infera_gpu.load(LAYERS, device="cuda", vram_limit=budget)
+    session.reserve({"x": (3, 64)}, {"x": (300, 64)})
+    assert budget.used == budget.limit
 
 
 # ---- what is reserved

@@ -88,7 +88,15 @@ def command(
         title = ", ".join(f"{len(operators)} {way}" for way, operators in found.items())
         shown = [(*row, way) for way, operators in found.items() for row in operators]
         table((*COLUMNS[:3], device.value.upper()), shown, title=f"{len(rows)} operators: {title}")
+    if not as_markdown:
+        print(DECIDING)
 
+
+DECIDING = (
+    "Types and shapes decide whether a kernel is used: `infera inspect MODEL` shows it step by step, as on a GPU with "
+    "`--device recording`."
+)
+"""Under the tables."""
 
 PAGE = """# Operators
 

@@ -93,7 +93,7 @@ def command(
         right=(errors, ONNXRUNTIME, "peak"),
     )
     if first:
-        _show_first(path, feeds, device, threads, cast(Precision, precision), tolerance)
+        _show_first(path, feeds, device, threads, cast(Precision, precision), batch_invariant, tolerance)
     wrong = [d for d in found if not d.within(tolerance)]
     if wrong:
         hint = (
@@ -105,12 +105,20 @@ def command(
 
 
 def _show_first(
-    path: Path, feeds: Outputs, device: str, threads: int | None, precision: Precision, tolerance: float
+    path: Path,
+    feeds: Outputs,
+    device: str,
+    threads: int | None,
+    precision: Precision,
+    batch_invariant: bool,
+    tolerance: float,
 ) -> None:
     """The first value inside the model that is not within the tolerance of the CPU's in float32."""
     seen = 0
     with working("comparing every value"):
-        for departure in departures(path, feeds, device=device, threads=threads, precision=precision):
+        for departure in departures(
+            path, feeds, device=device, threads=threads, precision=precision, batch_invariant=batch_invariant
+        ):
             if not departure.difference.within(tolerance):
                 print(f"first to differ, after {seen} that agree: {departure.node}: {departure.difference}")
                 return

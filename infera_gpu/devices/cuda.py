@@ -15,6 +15,7 @@ import numpy as np
 
 from infera_gpu.budget import VramBudget
 from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
+from infera_gpu.devices.cuda_current import Current
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
 from infera_gpu.devices.ipc import SharedVram
 from infera_gpu.devices.ports import Ports, StagedPorts, Streams
@@ -131,7 +132,7 @@ class CudaDevice:
             )
         self.index, self.name, self.xp = index, f"cuda:{index}", cupy
         self._refuse_lost()
-        self._device = cupy.cuda.Device(index)
+        self._device = Current(cupy, index)
         with self._failures("opening it"), self._device:
             self._streams = Streams(cupy)
             self._stream = self._streams.compute
@@ -373,9 +374,9 @@ class CudaDevice:
                 self._vram.pool.free_all_blocks()
 
     def __del__(self) -> None:
-        """CuPy's pools keep their memory when they go."""
+        """CuPy's pools keep their memory when they go, and free that of the current GPU."""
         if not sys.is_finalizing():
-            with suppress(Exception):  # it was not opened, or is lost
+            with suppress(Exception), self._device:  # it was not opened, or is lost
                 self._vram.pool.free_all_blocks()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.devices.cuda_current import Current
 from infera_gpu.errors import DeviceError
 from infera_gpu.graph import HostArray
 
@@ -28,7 +29,7 @@ class SharedVram:
     def __init__(self, cupy: Any, handle: bytes, index: int, nbytes: int) -> None:
         self.nbytes = nbytes
         self._pointer = 0
-        self._runtime, self._device = cupy.cuda.runtime, cupy.cuda.Device(index)
+        self._runtime, self._device = cupy.cuda.runtime, Current(cupy, index)
         try:
             with self._device:
                 self._pointer = int(self._runtime.ipcOpenMemHandle(handle, LAZY_PEER_ACCESS))

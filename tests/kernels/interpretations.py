@@ -20,7 +20,7 @@ SUITES: Mapping[str, int] = {
     "conv": 75,
     "copies": 110,
     "elementwise": 340,
-    "gpu_check": 12,
+    "gpu_check": 14,
     "gpu_rows": 13,
     "gpu_tuning": 10,
     "matmul": 75,

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from bench.build import bert
 from infera_gpu.devices import cuda
 from infera_gpu.loader import load_graph
+from infera_gpu.passes import Precision
 from infera_gpu.plan import Step
 from infera_gpu.session import Session
 from infera_kernels.launch import CudaLauncher, KernelCache, Target, nominal_target
@@ -93,11 +95,15 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fake
 
 
-def opened(kernels: Path, **options: Any) -> tuple[Session, Driver]:
+def opened(
+    kernels: Path, model: onnx.ModelProto | None = None, precision: Precision = "fp32", **options: Any
+) -> tuple[Session, Driver]:
+    """A session for a model, a small BERT where none is given."""
     device, driver = cuda.CudaDevice(0, **options), Driver()
     driver.streams[device._stream.ptr] = device._stream
     device._launcher = driver.launcher = CudaLauncher(0, device._stream, driver=driver, cache=KernelCache(kernels))
-    return Session(load_graph(bert(layers=2, hidden=32, heads=2, inner=64, vocabulary=50)), device), driver
+    graph = load_graph(model or bert(layers=2, hidden=32, heads=2, inner=64, vocabulary=50))
+    return Session(graph, device, precision=precision), driver
 
 
 def feeds(batch: int = 2) -> dict[str, np.ndarray]:
@@ -105,16 +111,51 @@ def feeds(batch: int = 2) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
+def pictures(batch: int = 2) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(batch).standard_normal((batch, 3, 16, 16)).astype(np.float32)}
+
+
+def network() -> onnx.ModelProto:
+    """Convolutions of three sizes and of groups, a sum, a pool and a classifier."""
+    rng = np.random.default_rng(0)
+
+    def weights(name: str, *shape: int) -> str:
+        values = ", ".join(f"{v:.3f}" for v in rng.standard_normal(shape).ravel() / 4)
+        return f"float[{', '.join(map(str, shape))}] {name} = {{{values}}}"
+
+    given = (("stem", 32, 3, 7, 7), ("a", 32, 32, 3, 3), ("d", 32, 1, 3, 3), ("b", 32, 32, 1, 1), ("w", 32, 10))
+    made = ", ".join(weights(name, *shape) for name, *shape in given)
+    return parse(
+        f"""
+        g (float[N, 3, 16, 16] x) => (float[N, 10] y) <{made}, int64[2] flat = {{0, 32}}> {{
+            s = Conv <kernel_shape = [7, 7], strides = [2, 2], pads = [3, 3, 3, 3]> (x, stem)
+            r = Relu(s)
+            c = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (r, a)
+            cr = Relu(c)
+            dw = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 32> (cr, d)
+            p = Conv <kernel_shape = [1, 1]> (dw, b)
+            e = Add(p, r)
+            er = Relu(e)
+            m = GlobalAveragePool(er)
+            f = Reshape(m, flat)
+            y = MatMul(f, w)
+        }}"""
+    )
+
+
 def launching(steps: Sequence[Step]) -> int:
     return sum(s.kind == "kernel" and s.via == "triton" for s in steps)
 
 
-def test_launches_point_into_live_memory_and_a_second_run_asks_for_nothing(cupy: Any, kernels: Path) -> None:
-    session, driver = opened(kernels, captures=False)
-    session.run(feeds())
-    plan = session.plan_for(feeds())
+def asks_for_nothing_again(
+    cupy: Any, session: Session, driver: Driver, inputs: dict[str, np.ndarray], *, least: int
+) -> None:
+    """Two runs: launches point into live memory, and the second makes the same ones, takes no memory, and waits for
+    outputs alone."""
+    session.run(inputs)
+    plan = session.plan_for(inputs)
     first = list(driver.launches)
-    assert len(first) >= launching(plan.steps) > 10
+    assert len(first) >= launching(plan.steps) > least
 
     blocks = [(m.ptr, m.ptr + m.nbytes) for m in cupy.vram.blocks]
     for launch in first:
@@ -133,7 +174,7 @@ def test_launches_point_into_live_memory_and_a_second_run_asks_for_nothing(cupy:
     for stream in (streams.entry, streams.compute, streams.exit):
         stream.log.clear()
     driver.launches.clear()
-    session.run(feeds())
+    session.run(inputs)
     assert driver.launches == first
     portable = sum(s.kind == "compute" for s in plan.steps)
     assert cupy.vram.taken - taken <= portable  # operators that run as CuPy's functions allocate, no kernel does
@@ -143,6 +184,41 @@ def test_launches_point_into_live_memory_and_a_second_run_asks_for_nothing(cupy:
     assert max(i for i, e in enumerate(log) if e == "launch") < min(i for i, e in enumerate(log) if e.startswith("d2h"))
     assert max(i for i, e in enumerate(log) if e.startswith("h2d")) < log.index("launch")
     assert streams.entry.log == streams.exit.log == []  # little enough to travel among the kernels
+
+
+def test_launches_point_into_live_memory_and_a_second_run_asks_for_nothing(cupy: Any, kernels: Path) -> None:
+    session, driver = opened(kernels, captures=False)
+    asks_for_nothing_again(cupy, session, driver, feeds(), least=10)
+
+
+def test_a_second_run_of_convolutions_in_half_precision_asks_for_nothing(cupy: Any, kernels: Path) -> None:
+    session, driver = opened(kernels, network(), "fp16", captures=False)
+    asks_for_nothing_again(cupy, session, driver, pictures(), least=5)
+    names = {launch.kernel for launch in driver.launches}
+    assert {"conv_kernel", "depthwise_kernel"} <= names
+    assert not [s for s in session.plan_for(pictures()).steps if s.kind == "compute"]
+    # Weights and what lies between are in half precision, which the launches' types say; what comes in is not.
+    pointers = [type for launch in driver.launches for type, _ in launch.parameters[:-2] if type.startswith("*")]
+    assert pointers.count("*fp16") > len(pointers) / 2
+
+
+def test_convolutions_in_half_precision_are_replayed_without_memory(cupy: Any, kernels: Path) -> None:
+    session, driver = opened(kernels, network(), "fp16")
+    log = session.device._stream.log  # type: ignore[attr-defined]
+    first: list[Launch] = []
+    for turn in range(4):
+        taken = cupy.vram.taken
+        log.clear()
+        driver.launches.clear()
+        session.run(pictures())
+        first = first or list(driver.launches)
+        assert driver.launches == first
+        assert not turn or cupy.vram.taken == taken
+        assert [e for e in log if "sync" in e] == ["sync event"]
+        graphs = session.plan_for(pictures()).graphs
+        assert graphs
+        assert sum(e.startswith("replay") for e in log) == (len(graphs) if turn else 0)
+    assert first
 
 
 def test_captured_steps_are_launched_once_more_and_then_replayed_with_the_same_parameters(

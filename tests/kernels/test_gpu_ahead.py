@@ -127,7 +127,17 @@ def test_what_a_library_computes_is_not_compiled(cache: Path, monkeypatch: pytes
 
 def test_every_section_that_launches_has_jobs() -> None:
     names = " ".join(job.name for job in gpu_ahead.jobs("check"))
-    for part in ("resnet50", "bert-base", "gpt2-step", "products", "convolutions", "cases 1 of", "batch invariant"):
+    for part in (
+        "resnet50",
+        "bert-base",
+        "gpt2-step",
+        "products",
+        "convolutions",
+        "cases 1 of",
+        "batch invariant",
+        "replays",
+        "memory",
+    ):
         assert part in names
     assert len({job.name for job in gpu_ahead.jobs("check")}) > 60
     for part, sets in (("operators", OPERATORS), ("networks", NETWORKS)):

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +65,68 @@ def test_a_model_is_planned_bound_and_run() -> None:
     assert runs[0] == runs[1] == runs[2]
     assert len(runs[0]) > 5
     assert len(library.asked) >= 3 * 3  # merged projections, those of attention, one of the feed-forward part
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a fake driver got of `cupy_launches`, in a process of its own, where it is found as the driver."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and a C compiler, to build a driver that records launches")
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).with_name("fakecuda.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.cupy_launches", str(folder / "kernels")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "LD_LIBRARY_PATH": str(folder)},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_driver_gets_what_a_launch_was_bound_to(launched: dict[str, Any]) -> None:
+    """By CuPy's own `launchKernel`: arguments byte for byte, sizes, the stream, in the order of the calls."""
+    arrays, kernels, launches = launched["arrays"], launched["kernels"], launched["launches"]
+    assert [launch["kernel"] for launch in launches] == ["softmax_kernel", "matmul_kernel", "softmax_kernel"]
+    for launch in launches:
+        kernel = kernels[launch["kernel"]]
+        assert launch["block"] == [kernel["threads"], 1, 1]
+        assert launch["shared"] == kernel["shared"]
+        assert launch["stream"] == 0x5A5A0
+        assert launch["extra"] == 0
+    softmax, matmul, again = launches
+    assert softmax == again
+    # softmax_kernel(x, out, rows, cols, x_stride, out_stride) and Triton's two areas of scratch
+    assert kernels["softmax_kernel"]["types"] == ["*fp16", "*fp16", "i32", "i32", "i32", "i32"]
+    want = struct.pack("<QQiiiiQQ", arrays["x"], arrays["out"], 7, 1000, 1000, 1000, 0, 0)
+    assert bytes.fromhex(softmax["parameters"]) == want
+    assert softmax["grid"] == [7, 1, 1]
+    assert softmax["block"] == [128, 1, 1]
+
+    assert kernels["matmul_kernel"]["types"][:3] == ["*fp16"] * 3
+    parameters = bytes.fromhex(matmul["parameters"])
+    assert struct.unpack_from("<QQQ", parameters) == (arrays["a"], arrays["b"], arrays["c"])
+    assert parameters[-16:] == bytes(16)
+    assert matmul["grid"] == [4, 1, 1]
+    assert matmul["block"] == [256, 1, 1]
+
+
+def test_a_kernel_asks_for_more_than_48_kib_of_shared_memory_once(launched: dict[str, Any]) -> None:
+    kernels = launched["kernels"]
+    assert kernels["matmul_kernel"]["shared"] > 48 << 10
+    assert kernels["matmul_kernel"]["set"] == [8, kernels["matmul_kernel"]["shared"]]
+    assert kernels["softmax_kernel"]["set"] == [0, 0]
+
+
+def test_what_the_driver_refuses_has_its_number(launched: dict[str, Any]) -> None:
+    """By which the device knows whether the GPU is lost."""
+    assert launched["status"] == 700
+    assert launched["unloaded"].startswith("softmax_kernel: the driver (CUDA 13.0) does not load it: ")
 
 
 def _asked() -> Iterator[tuple[str, ast.Call, str]]:

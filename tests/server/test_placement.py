@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import onnx
 import pytest
 
-from infera_gpu.errors import DeviceError
+from infera_gpu.errors import DeviceError, DeviceLostError
 from infera_server.models.discovery import discover
+from infera_server.models.model import Model
 from infera_server.models.placement import Placement
 from infera_server.models.repository import Repository, State
 from infera_server.settings import Settings
+from tests import fake_cupy
 from tests.commandline import assert_fails, infera
 from tests.text import parse
 
@@ -65,6 +69,32 @@ def test_models_of_a_repository_run_where_they_are_placed(tmp_path: Path) -> Non
     assert devices["a"] in ("cpu", "recording")
     for served in repository.ready():
         served.close()
+
+
+def test_a_gpu_that_is_lost_takes_its_models_along_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake: Any = fake_cupy.install(monkeypatch, fake_cupy.module(gpus=2))
+    x = np.ones((2, 4), np.float32)
+    for name in ("a", "b"):
+        onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }"), tmp_path / f"{name}.onnx")
+    settings = Settings(device="cuda:all", pins={"a": "cuda:0", "b": "cuda:1"})
+    repository = Repository(settings, list(discover([tmp_path])))
+    repository.load(lambda fn, arg: fn(arg))
+    a, b = (cast(Model, repository.get(name)) for name in ("a", "b"))
+    for model in (a, b):
+        np.testing.assert_array_equal(model.session.run({"x": x})["y"], -x)
+    assert all(vram.used for vram in fake.vrams)
+    assert repository.lost == ""
+    fake_cupy.Device.faults[1] = 700
+    with pytest.raises(DeviceLostError, match="cuda:1"):
+        b.session.run({"x": x})
+    np.testing.assert_array_equal(a.session.run({"x": x})["y"], -x)
+    assert a.lost == ""
+    assert repository.lost == b.lost != ""  # the server is not ready: a new process has both GPUs again
+    for served in repository.ready():
+        served.close()
+    assert fake.vrams[0].used == 0
 
 
 def test_a_pin_without_a_device_is_refused(tmp_path: Path) -> None:
