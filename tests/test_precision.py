@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import infera_gpu
-from bench.build import bert
+from bench.build import bert, gpt2_step
 from infera_gpu.departures import departures
 from infera_gpu.errors import InputError
 from infera_gpu.graph import Graph
@@ -325,6 +325,85 @@ def test_a_transformer_at_every_precision(device: str, precision: Any) -> None:
     if precision in ("fp16", "bf16"):
         assert counted["Cast"] <= 4  # at the edges only
         assert max(d.error for d in found) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "product", "count"), [("cpu", "NarrowMatMul", 12), ("recording", "MatMulIntegerToFloat", 8)]
+)
+def test_integer_products_take_their_scales_and_biases_with_them(device: str, product: str, count: int) -> None:
+    """Six products a layer; on a GPU queries, keys and values are one."""
+    model, feeds = small_bert()
+    with infera_gpu.load(model, device=device, precision="int8") as session:
+        got = session.run(feeds)
+        counted = Counter(n.op for n in session.graph.nodes)
+    assert counted[product] == count
+    assert counted["MatMulInteger"] == counted["MatMul"] == counted["FusedMatMul"] == counted["Mul"] == 0
+    assert counted["Cast"] <= 1, "of the mask"
+    assert counted["Add"] == 4, "the residuals"
+    assert counted["Gelu"] + counted["Elementwise"] > 0
+    (difference,) = compare(got, run(quantised(load_graph(model)), feeds))
+    assert difference.within(TOLERANCES["fp32"]), str(difference)
+
+
+@pytest.mark.parametrize("opset", [9, 12, 17])
+def test_what_is_quantised_is_fused_in_older_models(opset: int) -> None:
+    text = f"g (float[N, 64] x) => (float[N, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ y = MatMul(x, w) }}"
+    model, x = parse(text, opset), np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
+    want = run(quantised(load_graph(model)).check(), {"x": x})
+    for device, fused in (("cpu", ["DynamicCentre", "NarrowMatMul"]), ("recording", None)):
+        with infera_gpu.load(model, device=device, precision="int8") as session:
+            assert ops(session.graph) == (fused or ["DynamicQuantizeLinear", "MatMulIntegerToFloat"])
+            (difference,) = compare(session.run({"x": x}), want)
+        assert difference.within(TOLERANCES["fp32"]), str(difference)
+
+
+def test_integers_that_nothing_is_computed_in_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    text = """
+        nothing_to_quantise (float[1, 3, 8, 8] x) => (float[1, 2, 8, 8] y) <float[2, 3, 1, 1] w = {1, 2, 3, 4, 5, 6}> {
+            y = Conv(x, w)
+        }"""
+    infera_gpu.load(parse(text), device="cpu", precision="int8")
+    (told,) = caplog.messages
+    assert "'nothing_to_quantise': precision='int8' changes nothing" in told
+    assert "convolutions stay float32" in told
+    caplog.clear()
+    infera_gpu.load(small_bert()[0], device="cpu", precision="int8")
+    infera_gpu.load(parse(text), device="cpu")
+    assert not caplog.messages
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("opset", [9, 12, 17])
+def test_what_is_cast_to_half_is_bounded_in_one_launch(opset: int) -> None:
+    text = """
+        g (float[4, 8] x, float[4, 8] r) => (float[4, 8] y) {
+            a = Mul(x, r)
+            t = Transpose <perm = [1, 0]> (r)
+            m = MatMul(a, t)
+            y = MatMul(m, r)
+        }"""
+    model = parse(text, opset)
+    rng = np.random.default_rng(4)
+    feeds = {name: rng.standard_normal((4, 8)).astype(np.float32) for name in ("x", "r")}
+    want = infera_gpu.load(model, device="cpu").run(feeds)
+    with infera_gpu.load(model, device="recording", precision="fp16") as session:
+        counted = Counter(n.op for n in session.graph.nodes)
+        assert counted["Cast"] <= 1, "of the output"
+        assert counted["Clip"] == 0
+        assert all(d.within(TOLERANCES["fp16"]) for d in compare(session.run(feeds), want))
+
+
+@pytest.mark.kernels
+def test_outputs_are_float32_as_soon_as_nothing_else_reads_them() -> None:
+    """Caches of keys and values: in both types until the end, they would lie in each other's way."""
+    model = gpt2_step(past=15, layers=3, hidden=64, heads=2, vocabulary=50)
+    with infera_gpu.load(model, device="recording", precision="fp16") as session:
+        nodes = session.graph.nodes
+    attention = [i for i, n in enumerate(nodes) if n.op == "Attention"]
+    widened = [i for i, n in enumerate(nodes) if n.op == "Cast" and n.outputs[0].startswith(("key", "value"))]
+    before = [sum(a < w for a in attention) for w in widened]
+    assert before == [0, 1, 1, 2, 2, 3], "a key after its Transpose, a value after the attention of its layer"
+    assert Counter(n.op for n in nodes)["Clip"] == 0
 
 
 @pytest.mark.kernels

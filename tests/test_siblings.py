@@ -12,6 +12,7 @@ from infera_gpu.graph import Graph, HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import siblings
 from infera_gpu.passes.products import SHARED_INPUT
+from infera_gpu.passes.products_integer import SHARED_DYNAMIC
 from infera_gpu.passes.siblings import joined
 from infera_gpu.session import Session
 from tests.text import parse
@@ -177,3 +178,18 @@ def test_parts_are_cut_alike_at_every_opset(opset: int) -> None:
     assert "Split" in ops(session)
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     np.testing.assert_array_equal(session.run({"x": x})["y"], parts.run({"x": x})["y"])
+
+
+@pytest.mark.parametrize(("scale", "times"), [("s", 1), ("t", 0)])
+def test_siblings_read_what_the_maker_of_their_value_makes(scale: str, times: int) -> None:
+    """The scale that a value was quantised with, not another's."""
+    text = f"""
+        g (float[2, 3] x, float[2, 3] v) => (float[2, 2] y)
+        <int8[3, 2] u = {{1, 2, 3, 4, 5, 6}}, int8[3, 2] w = {{-1, 7, 0, 4, -2, 8}}, float[2] f = {{0.5, 0.25}}> {{
+            q, s, z = DynamicQuantizeLinear(x)
+            r, t, p = DynamicQuantizeLinear(v)
+            h = com.microsoft.MatMulIntegerToFloat(q, u, s, f, z)
+            k = com.microsoft.MatMulIntegerToFloat(q, w, {scale}, f, z)
+            y = Mul(h, k)
+        }}"""
+    assert joined(load_graph(parse(text)), SHARED_DYNAMIC)[1] == times

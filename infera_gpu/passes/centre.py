@@ -102,7 +102,7 @@ def centred(graph: Graph, *, integers: bool = False) -> Graph:
         dynamic = n.qualified == _DYNAMIC
         inner = [o for o in n.outputs if o and not (dynamic and o == n.outputs[1])]
         if (
-            n.opset
+            (n.opset and not dynamic)
             or not (dynamic or n.qualified in _QUANTIZE)
             or (dynamic and integers)
             or any(o in graph.outputs for o in inner)

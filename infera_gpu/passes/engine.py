@@ -22,6 +22,7 @@ from infera_gpu.passes.pattern import Matcher, P
 from infera_gpu.passes.pattern import either as either
 from infera_gpu.passes.pattern import maybe as maybe
 from infera_gpu.passes.pattern import node as node
+from infera_gpu.passes.pattern import own_opset as own_opset
 
 CPU = frozenset({"cpu"})
 """The `kinds` of fusions whose operators have fast kernels on the CPU alone."""
@@ -148,8 +149,7 @@ def infera(match: Match, op: str, inputs: tuple[str, ...], attrs: Mapping[str, A
 
 def standard(match: Match, op: str, since: int, inputs: tuple[str, ...], attrs: Mapping[str, Any]) -> Node:
     """A node of the standard domain that makes the match's outputs, of version `since` in older models."""
-    root = match.root
-    opset = since if match.opset() < since else 0
+    root, opset = match.root, own_opset(match.graph, since)
     return Node(op, inputs, root.outputs, dict(attrs), name=root.name or root.outputs[0], opset=opset)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.passes.draft import Draft
+from infera_gpu.passes.pattern import own_opset
 from infera_gpu.passes.permute import with_attrs
 from infera_gpu.passes.quantized_finish import PRODUCTS
 from infera_gpu.spec import DType, onnx_of_dtype
@@ -146,7 +147,12 @@ class _Conversion:
         """Values that exist as the model has them."""
 
     def run(self) -> Graph:
-        for node in self.graph.nodes:
+        last = {v: i for i, node in enumerate(self.graph.nodes) for v in (*node.outputs, *node.reads)}
+        ended: dict[int, list[str]] = {}
+        for value in self.graph.outputs:
+            if value in last:
+                ended.setdefault(last[value], []).append(value)
+        for i, node in enumerate(self.graph.nodes):
             way = way_of(node)
             if way is not None and self.runs_in_half(node, way):
                 self.narrow(node, way)
@@ -159,6 +165,8 @@ class _Conversion:
                     self.widened(value)
                 self.nodes.append(node)
                 self.wide.update(filter(None, node.outputs))
+            for value in ended.get(i, ()):  # nothing else reads it: both would take memory until the end
+                self.widened(value)
         for value in self.graph.outputs:
             self.widened(value)
         read = {v for n in self.nodes for v in n.reads} | set(self.graph.outputs)
@@ -248,8 +256,12 @@ class _Conversion:
         """The value within what half precision holds: what is computed or given may be beyond it."""
         most = LARGEST[self.dtype]
         low, high, name = (made_name(value, what) for what in ("lowest", "highest", "bounded"))
-        self.constants |= {low: np.array(-most, FLOAT32), high: np.array(most, FLOAT32)}
-        self.nodes.append(Node("Clip", (value, low, high), (name,), opset=13))
+        if own_opset(self.graph, 11):  # older ones say them as attributes
+            opset = own_opset(self.graph, 6)
+            self.nodes.append(Node("Clip", (value,), (name,), {"min": -most, "max": most}, opset=opset))
+        else:
+            self.constants |= {low: np.array(-most, FLOAT32), high: np.array(most, FLOAT32)}
+            self.nodes.append(Node("Clip", (value, low, high), (name,)))
         return name
 
     def widened(self, value: str) -> str:
@@ -260,4 +272,5 @@ class _Conversion:
         return value
 
     def cast(self, source: str, target: str, dtype: DType) -> Node:
-        return Node("Cast", (source,), (target,), {"to": onnx_of_dtype(dtype)}, opset=13)
+        since = 13 if self.dtype == BFLOAT16 else 6
+        return Node("Cast", (source,), (target,), {"to": onnx_of_dtype(dtype)}, opset=own_opset(self.graph, since))

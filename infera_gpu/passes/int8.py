@@ -14,24 +14,34 @@ import numpy as np
 
 from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.passes.draft import Draft
+from infera_gpu.passes.pattern import own_opset
 from infera_gpu.spec import onnx_of_dtype
 
 WORTH = 4096
 """Elements of a weight from which quantising pays; smaller ones are often what a result depends on most."""
 
 _FLOAT32 = np.dtype(np.float32)
-_OPSET = 13
+_SINCE = {"DynamicQuantizeLinear": 11, "MatMulInteger": 10, "Cast": 6, "Mul": 7, "Add": 7}
+"""The first version in which each operator that is made here means what it does here."""
 
 
 def quantised(graph: Graph) -> Graph:
-    """The graph with every MatMul and Gemm of known two-dimensional float32 weights as an integer product."""
+    """The graph with every MatMul and Gemm of known two-dimensional float32 weights as an integer product; itself where
+    there is none."""
     draft = Draft(graph)
     constants = dict(graph.constants)
     nodes: list[Node] = []
     made: dict[str, tuple[str, str, str]] = {}
+
+    def own(n: Node) -> Node:
+        opset = own_opset(graph, _SINCE[n.op])
+        return replace(n, opset=opset) if opset else n
+
     for n in graph.nodes:
         weight = _weight(draft, n)
-        nodes += [n] if weight is None else _product(n, weight, constants, made)
+        nodes += [n] if weight is None else map(own, _product(n, weight, constants, made))
+    if not made:
+        return graph
     read = {v for n in nodes for v in n.reads} | set(graph.outputs)
     return replace(graph, nodes=tuple(nodes), constants={k: v for k, v in constants.items() if k in read})
 
@@ -69,22 +79,22 @@ def _product(
     x, out = n.inputs[0], n.outputs[0]
     if x not in made:
         made[x] = (made_name(x, "uint8"), made_name(x, "scale"), made_name(x, "zero"))
-        yield Node("DynamicQuantizeLinear", (x,), made[x], opset=_OPSET)
+        yield Node("DynamicQuantizeLinear", (x,), made[x])
     q, scale, zero = made[x]
     w, w_scale = made_name(out, "int8"), made_name(out, "scales")
     constants[w], constants[w_scale] = by_columns(weight)
     product, wide, both, plain = (made_name(out, what) for what in ("product", "wide", "scaling", "scaled"))
     addend = n.inputs[2] if len(n.inputs) > 2 else ""
     scaled = plain if addend else out
-    yield Node("MatMulInteger", (q, w, zero), (product,), name=n.name, opset=_OPSET)
-    yield Node("Cast", (product,), (wide,), {"to": onnx_of_dtype(_FLOAT32)}, opset=_OPSET)
-    yield Node("Mul", (scale, w_scale), (both,), opset=_OPSET)
-    yield Node("Mul", (wide, both), (scaled,), opset=_OPSET)
+    yield Node("MatMulInteger", (q, w, zero), (product,), name=n.name)
+    yield Node("Cast", (product,), (wide,), {"to": onnx_of_dtype(_FLOAT32)})
+    yield Node("Mul", (scale, w_scale), (both,))
+    yield Node("Mul", (wide, both), (scaled,))
     beta = float(n.attrs.get("beta", 1.0))
     if addend and beta != 1.0:
         factor, addend_scaled = made_name(out, "beta"), made_name(out, "addend")
         constants[factor] = np.array(beta, _FLOAT32)
-        yield Node("Mul", (addend, factor), (addend_scaled,), opset=_OPSET)
+        yield Node("Mul", (addend, factor), (addend_scaled,))
         addend = addend_scaled
     if addend:
-        yield Node("Add", (plain, addend), (out,), opset=_OPSET)
+        yield Node("Add", (plain, addend), (out,))

@@ -182,8 +182,14 @@ _Found = tuple[dict[str, str], dict[str, Node], tuple[Node, ...]]
 LEGACY = "broadcast"
 """An attribute of arithmetic before opset 7, whose operands then are not aligned at the last axis."""
 
-LATER = frozenset({"HardSwish", "Mish", "RMSNormalization", "Swish"})
+LATER = frozenset({"DynamicQuantizeLinear", "HardSwish", "MatMulInteger", "Mish", "RMSNormalization", "Swish"})
 """Operators that came after opset 7 and have meant one thing since: a node of an opset of its own is like any other."""
+
+
+def own_opset(graph: Graph, since: int) -> int:
+    """The `opset` of a node that a pass makes, of the standard domain, as version `since` has it: 0 but in older
+    models. Nodes with one of their own are in no pattern and no chain."""
+    return since if graph.opsets.get("", 1) < since else 0
 
 
 def _is_part(n: Node) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from infera_gpu.graph import HostArray, Node, made_name
-from infera_gpu.passes.engine import GPU, node
+from infera_gpu.passes.engine import GPU, node, own_opset
 from infera_gpu.passes.pattern import Match
 from infera_gpu.passes.siblings import Joined, Siblings
 
@@ -61,7 +61,7 @@ def _join(matches: Sequence[Match]) -> Joined:
     if any("b" in match.values for match in matches):
         inputs, constants[bias] = (*inputs, bias), np.concatenate(list(map(_bias, matches)))
     label = first.name or names[0]
-    split_opset = 13 if matches[0].opset() < 13 else 0
+    split_opset = own_opset(matches[0].graph, 13)
     return Joined(
         (
             Node("FusedMatMul", inputs, (product,), attrs, "infera", f"{label}/joined"),
@@ -178,72 +178,4 @@ SHARED_INPUT = Siblings(
 )
 
 
-def _alike_integers(match: Match) -> Hashable | None:
-    """Products of integers with nothing but a bias beside them, by matrices that nobody else needs."""
-    w, root = match.constant("w"), match.root
-    if root.outputs[0] in match.graph.outputs or len(match.draft.readers[match.values["w"]]) > 1:
-        return None
-    if any(match.constant(name).shape != w.shape[1:] for name in ("f", "b") if name in match.values):
-        return None  # the operator refuses it
-    return w.shape[0], match.values.get("z", ""), *sorted(root.attrs.items())
-
-
-def _join_integers(matches: Sequence[Match]) -> Joined:
-    first, names = matches[0].root, tuple(match.root.outputs[0] for match in matches)
-    product = made_name(names[0], "joined")
-    weight, bias, factor, sizes = (made_name(product, what) for what in ("weight", "bias", "factor", "columns"))
-    factors = [match.constant("f") for match in matches]
-    constants = {
-        weight: np.concatenate([match.constant("w") for match in matches], axis=1),
-        factor: np.concatenate(factors),
-        sizes: np.array([f.size for f in factors], np.int64),
-    }
-    biased = any("b" in match.values for match in matches)
-    if biased:
-        rows = zip(matches, factors, strict=True)
-        constants[bias] = np.concatenate(
-            [m.constant("b") if "b" in m.values else np.full_like(f, -0.0) for m, f in rows]
-        )
-    inputs = (matches[0].values["x"], weight, bias if biased else "", "", factor, matches[0].values.get("z", ""))
-    label = first.name or names[0]
-    split_opset = 13 if matches[0].opset() < 13 else 0
-    return Joined(
-        (
-            Node("QuantizedMatMul", inputs, (product,), dict(first.attrs), "infera", f"{label}/joined"),
-            Node("Split", (product, sizes), names, {"axis": -1}, name=f"{label}/parts", opset=split_opset),
-        ),
-        constants,
-    )
-
-
-_INTEGERS = """
-    {name} (int8[2, 3] x, float[2, 2] v) => ({outs})
-    <int8[3, 2] u = {{1, 2, 3, 4, 5, 6}}, int8[3, 2] w = {{-1, 7, 0, 4, -2, 8}}, float[2] f = {{0.5, 0.25}},
-     float[2] b = {{0.5, -1}}, int8 z = {{3}}, int8 p = {{4}}, float s = {{0.5}}> {{
-        q = infera.QuantizedMatMul(x, u, b, , f, z)
-        k = {other}
-        y = Mul(q, k)
-    }}"""
-
-
-def _integers(other: str, name: str = "example", outs: str = "float[2, 2] y") -> str:
-    return _INTEGERS.format(name=name, other=other, outs=outs)
-
-
-SHARED_INTEGERS = Siblings(
-    name="quantized_products_of_one_input",
-    patterns=(node("infera.QuantizedMatMul", "x", "#w", "?#b", "?r", "#f", "?#z"),),
-    alike=_alike_integers,
-    join=_join_integers,
-    kinds=frozenset({"triton"}),
-    example=_integers("infera.QuantizedMatMul(x, w, , , f, z)"),
-    near_misses=(
-        _integers("infera.QuantizedMatMul(x, w, , , f, p)", "other_zero_point"),
-        _integers("infera.QuantizedMatMul(x, w, , v, f, z)", "residual_in_one"),
-        _integers('infera.QuantizedMatMul <activation = "relu"> (x, w, , , f, z)', "activated_differently"),
-        _integers("infera.QuantizedMatMul(x, w, , , f, z)", "output_of_the_graph", "float[2, 2] y, float[2, 2] k"),
-        _integers("infera.QuantizedMatMul(x, u, , , f, z)", "one_matrix_twice"),
-    ),
-)
-
-SIBLINGS = (SHARED_INPUT, SHARED_INTEGERS)
+SIBLINGS = (SHARED_INPUT,)

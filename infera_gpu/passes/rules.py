@@ -130,6 +130,15 @@ def _integer_product(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     return with_dtype(_product(facts, n, ins), np.dtype(np.int32))
 
 
+def _scaled_product(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    return with_dtype(_product(facts, n, ins), np.dtype(np.float32))
+
+
+def _dynamic(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    """The integers: who asks for the scale or the zero point is told nothing."""
+    return with_dtype(ins[0], np.dtype(np.uint8))
+
+
 def _quantized(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     """Of the zero point's type; without one it depends on attributes."""
     zero = ins[2] if len(ins) > 2 else None
@@ -231,6 +240,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "infera.QuantizedConv": _finished(_convolved),
         "infera.QuantizedMatMul": _finished(_product),
         "MatMulInteger": _integer_product,
+        "com.microsoft.MatMulIntegerToFloat": _scaled_product,
+        "DynamicQuantizeLinear": _dynamic,
         **dict.fromkeys((*_OTHERS, *_STORED), _alike),
     }
 )

@@ -1,8 +1,9 @@
 """Nodes that read one value and do alike with it become one: fusion across a graph, where `engine` fuses along it.
 
-The engine here alone enforces what keeps that safe. Siblings read the same value, and beside it nothing but constants:
-what takes their place can stand where the first of them stood. A node is in one match alone, what is inside a match is
-read there alone (see `pattern.Matcher`), and every output keeps its name, for outputs of the graph and subgraphs too.
+The engine here alone enforces what keeps that safe. Siblings read the same value, and beside it nothing but constants
+and what else its maker makes: what takes their place can stand where the first of them stood. A node is in one match
+alone, what is inside a match is read there alone (see `pattern.Matcher`), and every output keeps its name, for outputs
+of the graph and subgraphs too.
 """
 
 from __future__ import annotations
@@ -101,9 +102,11 @@ def _alike(siblings: Siblings, match: Match) -> Hashable | None:
 
 
 def _beside(match: Match) -> set[str]:
-    """What the nodes of a match read beside the shared value and what they make."""
+    """What the nodes of a match read beside what they make, the shared value and the other outputs of its maker."""
+    x = match.values["x"]
+    maker = match.producers.get(x)
     made = {o for n in match.inside for o in n.outputs}
-    return {v for n in match.inside for v in n.reads} - made - {match.values["x"]}
+    return {v for n in match.inside for v in n.reads} - made - {x, *(maker.outputs if maker is not None else ())}
 
 
 def _constant_bytes(match: Match) -> int:
