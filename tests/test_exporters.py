@@ -118,11 +118,26 @@ def test_agrees_with_the_framework_as_cuda_would_plan_it(export: Export) -> None
         if model in attentions:
             products = [n for n in session.graph.nodes if n.qualified == "infera.FusedMatMul" and "joined" in n.name]
             assert len(products) == attentions[model]
-        feeds, wanted = export.examples[0]
-        given = {name: feeds[name] for name in session.inputs}
-        got = session.run(given)
-        if export.name not in UNFAITHFUL:
-            tolerance = STEP if export.quantised else TOLERANCE
-            assert not [str(d) for d in compare(got, wanted) if not d.within(tolerance)]
-        for plan in session.plans(given):
-            assert plan.arena_bytes <= (1 + SLACK) * plan.lower_bound
+        for feeds, wanted in export.examples:
+            given = {name: feeds[name] for name in session.inputs}
+            got = session.run(given)
+            if export.name not in UNFAITHFUL:
+                tolerance = STEP if export.quantised else TOLERANCE
+                assert not [str(d) for d in compare(got, wanted) if not d.within(tolerance)]
+            for plan in session.plans(given):
+                assert plan.arena_bytes <= (1 + SLACK) * plan.lower_bound
+
+
+AS_CUPY: dict[str, set[str]] = {}
+"""Models that have steps without a kernel on a GPU -> their operators."""
+
+
+@pytest.mark.parametrize("export", FOUND, ids=lambda export: export.name)
+def test_every_step_is_a_kernel_as_cuda_would_plan_it(export: Export) -> None:
+    with infera_gpu.load(export.path, device="recording") as session:
+        plans = [p for feeds, _ in export.examples for p in session.plans({k: feeds[k] for k in session.inputs})]
+    for plan in plans:
+        assert not plan.transfers
+        assert not [step.label for step in plan.steps if step.space == "host"]
+    found = {str(step.placed and step.placed.node.op) for p in plans for step in p.steps if step.kind == "compute"}
+    assert found == AS_CUPY.get(export.name, set())

@@ -1,4 +1,5 @@
-"""Normalisation whose means are pools: as tf2onnx writes the mean along the last of three axes."""
+"""Normalisation whose means are pools, as tf2onnx writes the mean along the last of three axes, and Keras' batch norms
+of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 
 import infera_gpu
+from infera_gpu.passes.engine import changed
+from infera_gpu.passes.norm_batch import LAYER_NORM_AS_BATCH_NORM
 from tests.text import parse
 
 AFFINE = """
@@ -84,3 +87,16 @@ def test_pools_are_means_where_three_axes_are_known(form: str, x: str, before: s
     given = {name: feeds[name] for name in session.inputs}
     want = parts.run(given)["y"]
     np.testing.assert_allclose(session.run(given)["y"], want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("count", "fires"), [("4", True), ("8", False)])
+def test_keras_norms_whose_rows_have_a_known_length(count: str, fires: bool) -> None:
+    text = changed(
+        LAYER_NORM_AS_BATCH_NORM.example,
+        ("float none = {0},", f"float none = {{0}}, float count = {{{count}}},"),
+        ("            count = Cast <to = 1> (v)\n", ""),
+    )
+    fused, parts = (infera_gpu.load(parse(text, 15), device="cpu", fuse=f) for f in (True, False))
+    assert ([n.op for n in fused.graph.nodes] == ["LayerNormalization"]) == fires
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, 4), np.float32)}
+    np.testing.assert_allclose(fused.run(feeds)["y"], parts.run(feeds)["y"], rtol=2e-5, atol=2e-6)

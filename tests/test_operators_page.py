@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infera_gpu import ops
-from infera_gpu.cli.ops import PAGE, WAYS, markdown, support
+from infera_gpu.cli.ops import DECIDING, PAGE, WAYS, markdown, support
 from infera_gpu.ops import registry
 from infera_gpu.ops.__main__ import index
 from tests.commandline import infera
@@ -30,13 +30,15 @@ def test_the_index_of_files_is_current() -> None:
 def test_one_device_is_told_of_by_how_operators_run_there(device: str) -> None:
     status, out, _ = infera("ops", "--device", device)
     assert status == 0
-    title, *lines = filter(None, map(str.strip, out.splitlines()))
+    title, *lines, last = filter(None, map(str.strip, out.splitlines()))
     counted = {way: int(count) for count, way in re.findall(r"(\d+) (\w+)", title.partition(": ")[2])}
     ways = [line.split()[-1] for line in lines[2:]]
     assert counted == Counter(ways)
     assert title.startswith(f"{len(ways)} operators: ")
     assert list(dict.fromkeys(ways)) == [way for way in WAYS if way in counted]
     assert {"kernel", "host"} <= counted.keys() <= set(WAYS)
+    assert last == DECIDING
+    assert infera("ops")[1].endswith(f"{DECIDING}\n")
 
 
 def test_versions_of_an_operator_share_a_row() -> None:

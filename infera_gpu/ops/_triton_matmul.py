@@ -71,7 +71,7 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     from infera_kernels.triton.matmul import matmul
     from infera_kernels.triton.tiles import IEEE, TF32
 
-    a, b = (transposed(x, site.attrs.get(flag)) for x, flag in zip(io.ins[:2], ("transA", "transB"), strict=True))
+    a, b = transposed(io.ins[0], site.attrs.get("transA")), _right(site, io)
     shapes = _matrices(site)
     out = io.outs[0]
     activation, beta = site.attrs.get("activation") or None, float(site.attrs.get("beta", 1.0))
@@ -102,6 +102,15 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
         tuned=site.tuned,
     )
     return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
+
+
+def _right(site: Site, io: Buffers) -> Array:
+    """The second factor as it is multiplied. Tensor cores read float32 with its sums contiguous: a constant matrix is
+    laid out so once, for one row too, so that all plans share it."""
+    flip, spec = site.attrs.get("transB"), site.spec(1)
+    if io.tf32 and not flip and site.value(1) is not None and spec.ndim == 2 and spec.dtype == np.float32:
+        return io.pack(1, "columns", lambda w: np.ascontiguousarray(w.transpose())).transpose()
+    return transposed(io.ins[1], flip)
 
 
 def _is_row(term: Array, columns: int) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
-from infera_gpu.spec import Array
-from infera_kernels.triton.terms import AxisMap
+from infera_gpu.spec import Array, TensorSpec
+from infera_kernels.triton.terms import AxisMap, Term
 
 
 def _gathering(name: str, options: Callable[[Site], dict[str, int]]) -> Kernels:
@@ -126,6 +126,52 @@ def scattering(*, tuples: bool) -> Kernels:
         if workspace(site):
             numbers = Numbers(io.scratch((count(site),), np.int32), io.constant(np.array(-1, np.int32)))
         return scatter(x, indices, updates, io.outs[0], io.launcher, axis=axis, numbers=numbers)
+
+    return kernels(bind, supports, inplace=(0,), strided=True, strided_out=True, workspace=workspace)
+
+
+# ---- caches
+
+
+_PLACES = Term("add", (0, 1)), Term("mod", (3, 2))
+"""Where a row's updates go: their numbers after its position, around the size of a cache that is circular."""
+
+
+def appending(axis: Callable[[Site], int]) -> Kernels:
+    """The kernels of updates written along an axis of a cache, each row's from its own position on (input 2)."""
+
+    def spread(site: Site, rows: bool) -> tuple[int, ...]:
+        """The shape of the places of updates, which broadcasts to theirs."""
+        along = axis(site)
+        return tuple(d if i == along or (rows and i == 0) else 1 for i, d in enumerate(site.spec(1).dims))
+
+    def workspace(site: Site) -> int:
+        return aligned(8 * math.prod(spread(site, rows=True))) if site.has(2) else 0
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.scatter import supports_scatter
+
+        if site.has(2) and site.spec(2) != TensorSpec(site.spec(0).dims[:1], np.dtype(np.int64)):
+            return False
+        places = TensorSpec(site.spec(1).dims, np.dtype(np.int64))
+        return supports_scatter(site.spec(0), places, site.spec(1), site.outs[0])
+
+    def bind(site: Site, io: Buffers) -> list[Call]:
+        from infera_kernels.triton.elementwise import expression
+        from infera_kernels.triton.scatter import scatter
+
+        cache, updates = io.ins[:2]
+        calls: list[Call] = []
+        places = io.constant(np.arange(updates.shape[axis(site)], dtype=np.int64).reshape(spread(site, rows=False)))
+        if site.has(2):
+            size, first = np.array(cache.shape[axis(site)], np.int64), places
+            starts = io.ins[2].reshape(-1, *(1,) * (updates.ndim - 1))
+            places = io.scratch(spread(site, rows=True), np.int64)
+            terms = _PLACES[: 2 if site.attrs["mode"] == "circular" else 1]
+            operands = [first, starts, io.constant(size)][: len(terms) + 1]
+            calls = expression(terms, operands, places, io.launcher)
+        wide = io.xp.broadcast_to(places, updates.shape)
+        return calls + scatter(cache, wide, updates, io.outs[0], io.launcher, axis=axis(site), numbers=None)
 
     return kernels(bind, supports, inplace=(0,), strided=True, strided_out=True, workspace=workspace)
 

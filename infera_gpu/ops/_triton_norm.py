@@ -13,7 +13,8 @@ from infera_gpu.graph import HostArray
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import Kernels, kernels
-from infera_gpu.spec import Array, TensorSpec
+from infera_gpu.spec import Array, DType, TensorSpec, spec_of
+from infera_kernels.triton.terms import CAST, Term
 
 Shape = tuple[int, ...]
 Inputs = dict[str, tuple[int, Shape | None]]
@@ -173,22 +174,36 @@ def along(site: Site, axis: int, kind: str, epsilon: float, inputs: Inputs | Non
     return Rows(kind, shape, (1,), epsilon, inputs or {})
 
 
-def affine(of: Callable[[Site], Rows], factors: Callable[[Site], tuple[HostArray, HostArray] | None]) -> Kernels:
-    """The kernels of x * a + b for constants (a, b) = `factors(site)`, which broadcast to x and follow from the inputs
-    from 1 on; none where those are not known."""
+def affine(
+    of: Callable[[Site], Rows],
+    factors: Callable[[Site], tuple[HostArray, HostArray] | None],
+    wide: Callable[[Site, Any], Any],
+) -> Kernels:
+    """The kernels of (x - mean) * scale / sqrt(variance + epsilon) + bias, for inputs x, scale, bias, mean, variance.
+
+    Where `factors(site)`, which follow from the inputs from 1 on, are known they are x * a + b for these. `wide` gives
+    an input, or its spec's zeros, as it broadcasts to x.
+    """
 
     def supports(site: Site) -> bool:
+        from infera_kernels.triton.elementwise import supports as covers
         from infera_kernels.triton.norm import supports_rows
 
         made, known = of(site), factors(site)
+        if known is None:
+            shapes = [site.spec(0), *(_broadcast_spec(site, i, wide) for i in range(1, 5))]
+            return covers(_normalized(site), [*shapes, spec_of(_epsilon(site))], site.outs[0])
         x, out = (TensorSpec(made.shape, s.dtype) for s in (site.spec(0), site.outs[0]))
-        return known is not None and supports_rows(made.kind, x, out, *known, axes=made.axes)
+        return supports_rows(made.kind, x, out, *known, axes=made.axes)
 
     def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        from infera_kernels.triton.elementwise import expression
         from infera_kernels.triton.normalize import normalize
 
         made, known = of(site), factors(site)
-        assert known is not None
+        if known is None:
+            operands = [io.ins[0], *(wide(site, a) for a in io.ins[1:5]), io.constant(_epsilon(site))]
+            return expression(_normalized(site), operands, io.outs[0], io.launcher)
         source = " ".join(map(str, (len(made.shape), *site.node.inputs[2:], *sorted(site.attrs.items()))))
         factor, term = known
         weight, bias = io.pack(1, f"factor {source}", lambda _: factor), io.pack(1, f"term {source}", lambda _: term)
@@ -196,6 +211,37 @@ def affine(of: Callable[[Site], Rows], factors: Callable[[Site], tuple[HostArray
         return normalize(made.kind, x, made.axes, out, io.launcher, io.scratch, weight=weight, bias=bias)
 
     return kernels(bind, supports, inplace=(0,), strided=False)
+
+
+def _broadcast_spec(site: Site, i: int, wide: Callable[[Site, Any], Any]) -> TensorSpec:
+    spec = site.spec(i)
+    return spec_of(wide(site, np.broadcast_to(np.zeros((), spec.dtype), spec.dims)))
+
+
+def _wide_type(site: Site) -> DType:
+    """What is computed in: float64 where an input is, else float32."""
+    return np.dtype(np.float64 if any(site.spec(i).dtype == np.float64 for i in range(5)) else np.float32)
+
+
+def _epsilon(site: Site) -> HostArray:
+    return np.array(site.attrs["epsilon"], _wide_type(site))
+
+
+def _normalized(site: Site) -> tuple[Term, ...]:
+    """Over x, scale, bias, mean, variance and epsilon. What is narrow is cast first, and the result last."""
+    dtype, terms = _wide_type(site), list[Term]()
+
+    def add(name: str, *args: int, dtype: DType | None = None) -> int:
+        terms.append(Term(name, args, dtype=None if dtype is None else dtype.name))
+        return 5 + len(terms)
+
+    given = (add(CAST, i, dtype=dtype) if site.spec(i).dtype != dtype else i for i in range(5))
+    x, scale, bias, mean, variance = given
+    factor = add("div", scale, add("sqrt", add("add", variance, 5)))
+    made = add("add", add("mul", add("sub", x, mean), factor), bias)
+    if site.outs[0].dtype != dtype:
+        add(CAST, made, dtype=site.outs[0].dtype)
+    return tuple(terms)
 
 
 def local_response(params: Callable[[Site], dict[str, Any]], axis: int) -> Kernels:

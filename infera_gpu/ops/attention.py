@@ -9,6 +9,7 @@ import numpy as np
 from infera_gpu.op import Case, GraphText, Op, Site, f32
 from infera_gpu.ops._attention import ATTENTION
 from infera_gpu.ops._families import NARROW, element_type, narrow, normalized, plain, requiring, shaped, uniform
+from infera_gpu.ops._later import Kinds
 from infera_gpu.ops._rotary import ROTARY
 from infera_gpu.ops._triton_attention import ATTENTION as TRITON_ATTENTION
 from infera_gpu.ops._triton_rotary import ROTARY as TRITON_ROTARY
@@ -248,10 +249,13 @@ _TENSOR_SCATTER = Op(
     24,
     infer=_infer_tensor_scatter,
     compute=plain(_tensor_scatter),
+    kernels=Kinds({}, "_triton_move", lambda gpu: gpu.appending(_cache_axis)),
     attrs={"axis": -2, "mode": "linear"},
     cases=(
         Case("start", (f32(2, 3, 6, 4), f32(2, 3, 2, 4))),
         Case("rows", (f32(2, 3, 6, 4), f32(2, 3, 2, 4), np.array([3, 4]))),
+        Case("few", (f32(3, 5, 2, 7), f32(3, 1, 2, 7), np.array([4, 0, 2])), {"axis": 1}),
+        Case("whole", (f32(1, 4, 3), f32(1, 4, 3), np.array([3])), {"mode": "circular"}),
         Case("circular", (f32(2, 6, 4), f32(2, 4, 4), np.array([5, 1])), {"mode": "circular", "axis": 1}),
         *(
             Case(dtype.name, (narrow(dtype, 2, 6, 4), narrow(dtype, 2, 3, 4), np.array([2, 1])))

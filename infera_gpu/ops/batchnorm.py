@@ -82,6 +82,12 @@ _PER_ELEMENT = Case(
     (f32(2, 3, 4, 5), f32(3, 4, 5), f32(3, 4, 5), f32(3, 4, 5), _positive(60).reshape(3, 4, 5)),
     {"spatial": 0},
 )
+_HALF = TensorSpec((2, 3, 5, 7), np.dtype(np.float16))
+_NARROW = (
+    Case("half", (_HALF, *(TensorSpec((3,), _HALF.dtype),) * 3, _positive(3).astype(np.float16)), tol=2e-3),
+    Case("half_of_floats", (_HALF, f32(3), f32(3), f32(3), _positive(3)), tol=2e-3, opset=15),
+    Case("double", tuple(TensorSpec(s.shape, np.dtype(np.float64)) for s in (f32(2, 3, 5), *(f32(3),) * 4)), low=0.1),
+)
 _ATTRS: Attrs = {"epsilon": 1e-5, "momentum": 0.9}
 
 
@@ -111,10 +117,12 @@ def _last_axis(site: Site) -> Rows:
     return Rows("affine", dims, tuple(range(len(dims) - 1)))
 
 
-CHANNELS_LAST = affine(_last_axis, _flat_factors)
+CHANNELS_LAST = affine(_last_axis, _flat_factors, lambda site, a: a)
 """The kernels where channels are the last axis."""
 
-_KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True, strided_out=True)} | affine(_channels, _factors)
+_KERNELS = {"cpu": Kernel(_bind, _supports, inplace=(0,), strided=True, strided_out=True)} | affine(
+    _channels, _factors, _broadcast
+)
 
 
 def _expand(site: Site) -> Expansion | None:
@@ -161,7 +169,7 @@ OPS: tuple[Op, ...] = (
         for since, cases, more in (
             (7, (*_CASES, _PER_ELEMENT), {"spatial": 1}),
             (9, _CASES, {}),
-            (14, _CASES, {"training_mode": 0}),
+            (14, (*_CASES, *_NARROW), {"training_mode": 0}),
         )
     ),
 )

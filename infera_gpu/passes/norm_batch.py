@@ -50,20 +50,23 @@ def _is_layer_norm(match: Match) -> bool:
         return False
     if not (_are_all(match, "one", 1, r.shape[1]) and _are_all(match, "zero", 0, r.shape[1])):
         return False
-    x, count = match.draft.spec(found[0]), match.producers.get(match.values["count"])
+    x = match.draft.spec(found[0])
     mean, squares = match.nodes["mean"].attrs, match.nodes["squares"].attrs
     same_axes = match.axes("mean") == match.axes("squares") == tuple(AXES) == match.axes("flat")
     if not same_axes or not mean.get("keepdims", 1) or squares.get("keepdims", 1):
         return False
-    if (
-        x is None
-        or r is None
-        or count is None
-        or count.qualified != "Cast"
-        or match.draft.sizes(match.values["back"]) != x.shape
-    ):
+    if x is None or match.draft.sizes(match.values["back"]) != x.shape:
         return False
-    return match.draft.sizes(count.inputs[0]) == (product([r.shape[i] for i in AXES]),)
+    return _counts(match, product([r.shape[i] for i in AXES]))
+
+
+def _counts(match: Match, size: Dim) -> bool:
+    """Whether "count" is so many: cast from a size, or a number where that is known."""
+    value = match.values["count"]
+    known, made = match.graph.constants.get(value), match.producers.get(value)
+    if known is not None:
+        return known.size == 1 and known.ndim < 2 and known.item() == size
+    return made is not None and made.qualified == "Cast" and match.draft.sizes(made.inputs[0]) == (size,)
 
 
 def _normalized(match: Match) -> Replacement:
@@ -144,6 +147,12 @@ LAYER_NORM_AS_BATCH_NORM = Fusion(
         ),
         changed(
             _EXAMPLE, ("example (", "another_count ("), ("u = Gather(t, axes)", "u = Slice(t, first, third, first)")
+        ),
+        changed(
+            _EXAMPLE,
+            ("example (", "another_number ("),
+            ("float none = {0},", "float none = {0}, float count = {3},"),
+            ("            count = Cast <to = 1> (v)\n", ""),
         ),
         changed(_EXAMPLE, ("example (", "doubled ("), ("float unit = {1}", "float unit = {2}")),
         changed(

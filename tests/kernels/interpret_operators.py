@@ -64,6 +64,29 @@ def test_kernel(op: Op, case: Case, variants: list[Variant], interpreter: Interp
                 assert_close(got, w, case.tol, f"output {i} {options}")
 
 
+PRODUCTS = [
+    row for row in COVERED if row[0].name in ("MatMul", "Gemm", "FusedMatMul") and row[0].domain != "com.microsoft"
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "variants"),
+    [pytest.param(*row, id=f"{row[0].qualified}-{row[1].id}") for row in shard(PRODUCTS)],
+)
+def test_products_in_tf32(op: Op, case: Case, variants: list[Variant], interpreter: InterpreterLauncher) -> None:
+    """Constant factors are packed for them. The interpreter rounds nothing."""
+    for site, ins in variants:
+        want = compute(op, site, ins)[: case.n_outs]
+        buffers = LaunchingBuffers(interpreter, ins, [spec_of(w) for w in want], site.values)
+        buffers.tf32 = True
+        calls = list(op.kernels["triton"].bind(site, buffers))
+        buffers.prepare([wrong(w) for w in want])
+        run(calls)
+        buffers.check()
+        for i, (got, w) in enumerate(zip(buffers.outs, want, strict=True)):
+            assert_close(got, w, case.tol, f"output {i}")
+
+
 def test_every_kernel_has_a_case() -> None:
     with_kernel = {op.qualified for op in registry() if "triton" in op.kernels}
     assert with_kernel == {op.qualified for op, _, _ in COVERED}

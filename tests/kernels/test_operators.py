@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from infera_gpu.bind import LazyInputs
 from infera_gpu.op import Case, Op, f32
-from infera_gpu.ops import registry
+from infera_gpu.ops import _triton_matmul, registry
 from infera_gpu.spec import TensorSpec, spec_of
 from infera_kernels.launch import CompileLauncher
+from infera_kernels.launch.binary import Inspection
 from tests.cases import compute, inputs_of, variants
 from tests.kernels.buffers import LaunchingBuffers
 from tests.kernels.support import EVERY_ARCH
@@ -55,6 +57,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
         ),
     ),
     ("ScatterND", "", "meeting"),
+    ("TensorScatter", "", "rows"),
+    ("TensorScatter", "", "circular"),
     ("Concat", "", "last"),
     ("Tile", "", "both"),
     ("DepthToSpace", "", "crd"),
@@ -95,6 +99,7 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("EmbedLayerNormalization", "com.microsoft", "mask"),
     ("LpNormalization", "", "sum"),
     ("BatchNormalization", "", "images"),
+    ("BatchNormalization", "", "half"),
     ("LRN", "", "parameters"),
     ("LRNNHWC", "infera", "large"),
     ("MeanVarianceNormalization", "", "axes"),
@@ -187,3 +192,77 @@ def test_epilogues_are_fused_where_the_order_of_things_allows(name: str, case: C
     site, ins = variants(op, case, "triton")[0]
     op.kernels["triton"].bind(site, LaunchingBuffers(launcher, ins, site.outs, site.values))
     assert len(launcher.launches) == launches
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+@pytest.mark.parametrize(
+    ("name", "domain", "case"),
+    [
+        ("BatchNormalization", "", "images"),
+        ("BatchNormalization", "", "half_of_floats"),
+        ("BatchNormalizationNHWC", "infera", "images"),
+    ],
+)
+def test_a_batch_norm_of_computed_parameters_is_one_launch(name: str, domain: str, case: str, arch: int) -> None:
+    op = registry().find(domain, name, 28)
+    assert op is not None
+    launcher = CompileLauncher(arch)
+    site, ins = variants(op, next(c for c in op.cases if c.id == case), "triton")[0]
+    assert site.value(1) is None
+    op.kernels["triton"].bind(site, LaunchingBuffers(launcher, ins, site.outs, site.values))
+    assert [inspection.spilled_bytes for inspection in launcher.compiled] == [0]
+
+
+def product(name: str, arch: int, *, tf32: bool = True, **attrs: int) -> Inspection:
+    """A product with a constant factor, 1024 cubed."""
+    op = registry().find("infera" if name == "FusedMatMul" else "", name, 28)
+    assert op is not None
+    case = Case("packed", (f32(1024, 1024), np.zeros((1024, 1024), np.float32)), attrs)
+    site, ins = variants(op, case, "triton")[-1]
+    launcher = CompileLauncher(arch)
+    buffers = LaunchingBuffers(launcher, ins, site.outs, site.values)
+    buffers.tf32 = tf32
+    op.kernels["triton"].bind(site, buffers)
+    (inspection,) = launcher.compiled
+    return inspection
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+@pytest.mark.parametrize("name", ["MatMul", "Gemm", "FusedMatMul"])
+def test_constant_factors_are_packed_for_tf32(name: str, arch: int) -> None:
+    """Code, loads and registers are those of a factor that the file has transposed."""
+    assert product(name, arch).sass == product("Gemm", arch, transB=1).sass
+
+
+def test_packed_factors_take_half_the_copies_on_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = product("MatMul", 90)
+    monkeypatch.setattr(_triton_matmul, "_right", lambda site, io: io.ins[1])
+    plain = product("MatMul", 90)
+    assert plain.count("LDGSTS") == 2 * packed.count("LDGSTS") > 0
+    assert plain.registers > packed.registers
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_what_is_packed_takes_no_second_copy(rows: int, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a weight: one form for any rows, beside which the constant itself is not read."""
+    op = registry().find("", "MatMul", 28)
+    assert op is not None
+    case = Case("packed", (f32(rows, 24), np.zeros((24, 40), np.float32)))
+    site, ins = variants(op, case, "triton")[-1]
+    buffers = LaunchingBuffers(CompileLauncher(80), ins, site.outs, site.values)
+    asked: list[object] = []
+
+    def read(i: Any) -> Any:
+        asked.append(i)
+        return given[i]
+
+    def pack(i: int, tag: str, build: Any) -> Any:
+        asked.append((i, tag))
+        return build(ins[i])
+
+    given = buffers.ins
+    for name, value in {"tf32": tf32, "ins": LazyInputs([0, 1], read), "pack": pack}.items():  # type: ignore[list-item]
+        monkeypatch.setattr(buffers, name, value)
+    op.kernels["triton"].bind(site, buffers)
+    assert asked == [0, (1, "columns") if tf32 else 1]
