@@ -127,7 +127,7 @@ def test_sums_are_of_the_models_opset(device: str, opset: int) -> None:
     np.testing.assert_allclose(got["z"], x.sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", ["cpu", "recording"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("recording", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("dtype", ["float", "float16"])
 def test_a_plan_has_kernels_alone(device: str, dtype: str) -> None:
     text = f"""

@@ -328,7 +328,11 @@ def test_a_transformer_at_every_precision(device: str, precision: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "product", "count"), [("cpu", "NarrowMatMul", 12), ("recording", "MatMulIntegerToFloat", 8)]
+    ("device", "product", "count"),
+    [
+        ("cpu", "NarrowMatMul", 12),
+        pytest.param("recording", "MatMulIntegerToFloat", 8, marks=pytest.mark.kernels),
+    ],
 )
 def test_integer_products_take_their_scales_and_biases_with_them(device: str, product: str, count: int) -> None:
     """Six products a layer; on a GPU queries, keys and values are one."""
@@ -346,15 +350,21 @@ def test_integer_products_take_their_scales_and_biases_with_them(device: str, pr
 
 
 @pytest.mark.parametrize("opset", [9, 12, 17])
-def test_what_is_quantised_is_fused_in_older_models(opset: int) -> None:
+@pytest.mark.parametrize(
+    ("device", "fused"),
+    [
+        ("cpu", ["DynamicCentre", "NarrowMatMul"]),
+        pytest.param("recording", ["DynamicQuantizeLinear", "MatMulIntegerToFloat"], marks=pytest.mark.kernels),
+    ],
+)
+def test_what_is_quantised_is_fused_in_older_models(device: str, fused: list[str], opset: int) -> None:
     text = f"g (float[N, 64] x) => (float[N, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ y = MatMul(x, w) }}"
     model, x = parse(text, opset), np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
     want = run(quantised(load_graph(model)).check(), {"x": x})
-    for device, fused in (("cpu", ["DynamicCentre", "NarrowMatMul"]), ("recording", None)):
-        with infera_gpu.load(model, device=device, precision="int8") as session:
-            assert ops(session.graph) == (fused or ["DynamicQuantizeLinear", "MatMulIntegerToFloat"])
-            (difference,) = compare(session.run({"x": x}), want)
-        assert difference.within(TOLERANCES["fp32"]), str(difference)
+    with infera_gpu.load(model, device=device, precision="int8") as session:
+        assert ops(session.graph) == fused
+        (difference,) = compare(session.run({"x": x}), want)
+    assert difference.within(TOLERANCES["fp32"]), str(difference)
 
 
 def test_integers_that_nothing_is_computed_in_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
