@@ -49,8 +49,8 @@ class Server:
 
     def thread_seconds(self) -> dict[int, float]:
         """Processor time of each thread of all its processes."""
-        threads = (int(task.name) for pid in _session(self.pid) for task in Path(f"/proc/{pid}/task").glob("*"))
-        return {thread: _cpu_of(thread) for thread in threads}
+        tasks = (task for pid in _session(self.pid) for task in Path(f"/proc/{pid}/task").glob("*"))
+        return {int(task.name): _cpu_of(task) for task in tasks}
 
 
 def _session(leader: int) -> Iterator[int]:
@@ -74,9 +74,10 @@ def _session(leader: int) -> Iterator[int]:
             yield pid
 
 
-def _cpu_of(pid: int) -> float:
+def _cpu_of(process: int | Path) -> float:
+    """Of a process, or of the thread whose folder this is."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / TICK
