@@ -18,14 +18,19 @@ _ORDER: Mapping[str, Sequence[str]] = MappingProxyType(
 """What the patterns call the inputs."""
 
 
+def _is_free(match: Match) -> bool:
+    """Whether its matrix is nobody else's, its output none of the graph's, and scales and biases one a column."""
+    w = match.constant("w")
+    if match.root.outputs[0] in match.graph.outputs or len(match.draft.readers[match.values["w"]]) > 1:
+        return False
+    return all(match.constant(name).shape == w.shape[1:] for name in ("f", "b") if name in match.values)
+
+
 def _alike_integers(match: Match) -> Hashable | None:
     """Products of integers with nothing but a bias beside them, by matrices that nobody else needs."""
-    w, root = match.constant("w"), match.root
-    if root.outputs[0] in match.graph.outputs or len(match.draft.readers[match.values["w"]]) > 1:
+    if not _is_free(match):
         return None
-    if any(match.constant(name).shape != w.shape[1:] for name in ("f", "b") if name in match.values):
-        return None  # the operator refuses it
-    return w.shape[0], match.values.get("z", ""), *sorted(root.attrs.items())
+    return match.constant("w").shape[0], match.values.get("z", ""), *sorted(match.root.attrs.items())
 
 
 def _biases(matches: Sequence[Match], factors: Sequence[HostArray]) -> HostArray:
@@ -91,17 +96,10 @@ SHARED_INTEGERS = Siblings(
 
 def _alike_scaled(match: Match) -> Hashable | None:
     """Products of integers with a scale and a bias for each column, or none, by matrices that nobody else needs."""
-    w, root = match.constant("w"), match.root
-    if (
-        w.ndim != 2
-        or "p" in match.values
-        or root.outputs[0] in match.graph.outputs
-        or len(match.draft.readers[match.values["w"]]) > 1
-    ):
+    w = match.constant("w")
+    if w.ndim != 2 or "p" in match.values or not _is_free(match):
         return None
-    if any(match.constant(name).shape != w.shape[1:] for name in ("f", "b") if name in match.values):
-        return None
-    return w.dtype.str, w.shape[0], match.values["s"], match.values["z"], *sorted(root.attrs.items())
+    return w.dtype.str, w.shape[0], match.values["s"], match.values["z"], *sorted(match.root.attrs.items())
 
 
 _SCALED = """
