@@ -11,7 +11,7 @@ from infera_gpu.bind import BoundBuffers, LazyInputs
 from infera_gpu.constants import Constants, Wanted, hollow, pooled
 from infera_gpu.devices.base import Device
 from infera_gpu.errors import planning
-from infera_gpu.graph import HostArray
+from infera_gpu.graph import Graph, HostArray
 from infera_gpu.layout import Operand, Space
 from infera_gpu.op import Call, Launcher
 from infera_gpu.plan import Plan, Step, unpacked
@@ -27,6 +27,25 @@ def missing(device: Device, constants: Constants, *plans: Plan, lasting: bool = 
         wanted = [_wanted(plan, device, constants) for plan in plans]
         sizes = {key: nbytes for found in wanted for key, nbytes in found.lasting.items() if not constants.has(key)}
         return sum(sizes.values()) + (0 if lasting else sum(found.passing for found in wanted))
+
+
+def least_bytes(graph: Graph) -> int:
+    """Bytes of constants that a GPU holds for every plan of the graph, at the least: those of more than one axis that
+    are read with values that follow from inputs. Axes, shapes and the like are vectors, or known when planning is done.
+    """
+    varying = {*graph.inputs, *graph.overridable}
+    needed = dict[int, int]()
+    for node in graph.nodes:
+        if node.op in ("Shape", "Size") or varying.isdisjoint(node.reads):
+            continue
+        varying.update(node.outputs)
+        read = [graph.constants[v] for v in node.inputs if v in graph.constants]
+        needed.update((id(a), a.nbytes) for a in read if a.ndim > 1 and a.dtype.name in _KEPT_WHOLE)
+    return sum(needed.values())
+
+
+_KEPT_WHOLE = frozenset({"float64", "float32", "float16", "bfloat16", "int8", "uint8"})
+"""Types that no kernel packs into fewer bytes, as indices and numbers of 4 bits may be."""
 
 
 def _wanted(plan: Plan, device: Device, constants: Constants) -> Wanted:

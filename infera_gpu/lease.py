@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -19,7 +19,7 @@ from infera_gpu.dry import missing
 from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError
 from infera_gpu.garbage import settle, uncollected
 from infera_gpu.layout import Space, dense
-from infera_gpu.plan import Plan
+from infera_gpu.plan import Plan, Where
 from infera_gpu.spec import Array, TensorSpec
 
 MAX_BOUND = 256
@@ -46,11 +46,11 @@ class Memory:
     def __init__(self) -> None:
         self.claim: tuple[object, object] | None = None
         """Whose run has it, and which run; one value, so that an interrupt finds both or neither."""
-        self.arenas: dict[Space | Literal["staging"], Any] = {}
-        self.sizes: dict[Space | Literal["staging"], int] = {}
+        self.arenas: dict[Where, Any] = {}
+        self.sizes: dict[Where, int] = {}
         self.leases: WeakSet[Lease] = WeakSet()
-        self.reserved: Mapping[Space | Literal["staging"], int] = {}
-        """Sizes below which arenas do not shrink."""
+        self.reserved: Mapping[Where, int] = {}
+        """Sizes below which arenas neither begin nor shrink."""
         self._needed = 0
         self._served = 0
         _MEMORIES.add(self)
@@ -88,21 +88,18 @@ class Memory:
 
     def fit(self, plan: Plan, device: Device) -> None:
         """Grow to what the plan needs. Raises OutOfMemoryError."""
-        for space, nbytes in plan.arenas.items():
+        for space, nbytes in plan.memory.items():
             if nbytes > self.sizes.get(space, -1):
                 self._unbind()
                 if not plan.carried:  # give the old one back before asking for the new one
                     self.arenas.pop(space, None)
                     self.sizes.pop(space, None)
                 old, had = self.arenas.get(space), self.sizes.get(space, 0)
-                self._take(space, nbytes, device)
-                if old is not None and had:
+                self._take(space, max(nbytes, self.reserved.get(space, 0)), device)
+                if old is not None and had and space != "staging":
                     _keep(old, self.arenas[space], had, space, device)
-        if plan.staging > self.sizes.get("staging", 0):
-            self._unbind()
-            self._take("staging", plan.staging, device)
 
-    def _take(self, space: Space | Literal["staging"], nbytes: int, device: Device) -> None:
+    def _take(self, space: Where, nbytes: int, device: Device) -> None:
         self.arenas[space] = device.alloc(nbytes, "host" if space == "staging" else space)
         self.sizes[space] = nbytes
 
@@ -224,6 +221,11 @@ class Arena:
                 self._changed.notify_all()
 
 
+def largest(*needs: Mapping[Where, int]) -> dict[Where, int]:
+    """The most bytes of each memory that any of them asks for."""
+    return {space: max(n.get(space, 0) for n in needs) for needed in needs for space in needed}
+
+
 class Lease:
     """A session's plans, bound to memory that one run at a time may use. `told` is called with what has been bound."""
 
@@ -289,6 +291,10 @@ class Lease:
                     self._bind(plan)
         self._memory.reserved = dict(self._memory.sizes)
         return self.nbytes
+
+    def begin_with(self, sizes: Mapping[Where, int]) -> None:
+        """Arenas that are taken from now on are no smaller."""
+        self._memory.reserved = largest(self._memory.reserved, sizes)
 
     @contextmanager
     def _given_back(self) -> Iterator[None]:

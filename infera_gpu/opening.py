@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 from infera_gpu.budget import VramBudget
 from infera_gpu.cpus import MAX_THREADS
 from infera_gpu.devices import open_device
+from infera_gpu.dry import least_bytes
 from infera_gpu.errors import InputError
 from infera_gpu.garbage import settle, uncollected
 from infera_gpu.graph_cache import entry_of
@@ -21,6 +23,7 @@ from infera_gpu.passes.gradient import differentiated
 from infera_gpu.plan_cache import KeptPlans
 from infera_gpu.session import TUNING_SECONDS, Session
 from infera_gpu.source import Source
+from infera_gpu.spec import TensorSpec
 from infera_gpu.supported import check_supported
 
 registry()  # what most models need is imported with the package
@@ -43,6 +46,7 @@ def load(
     batch_invariant: bool = False,
     mapped: bool = True,
     tune: bool | float = False,
+    shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
 ) -> Session:
     """Load an ONNX model: a path, serialised bytes or a ModelProto.
 
@@ -60,6 +64,11 @@ def load(
     `vram_limit` is the most memory of a GPU that the session takes ("4GiB", or bytes), or a VramBudget, which several
     sessions have together; the CPU has none. A model whose weights do not fit is refused here, a plan that does not fit
     beside them when it is made.
+
+    `shapes` are those that inputs will have, by name: of the one run that there is, or a list, one of each. They are
+    planned here, weights are uploaded, and the arena is as large as the largest of them needs, for good: a run that
+    needs more is an OutOfMemoryError. Without them the arena grows with the largest run so far; on a GPU a model whose
+    shapes are fixed is planned here all the same.
 
     `precision` is in what float32 models are computed. "fp32" is float32 throughout. "tf32" lets products and
     convolutions round their operands to 10 bits on tensor cores. "fp16" and "bf16" compute in half precision what gains
@@ -81,8 +90,8 @@ def load(
     `tune` measures tiles of kernels on the GPU in the first runs, up to so many seconds in all (`True` is 60), as
     `Session.tune` does; what was measured before is used in any case.
 
-    Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError or
-    OutOfMemoryError.
+    Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError,
+    OutOfMemoryError, and of shapes that are planned here InputError or PlanError.
     """
     if accuracy not in ("fast", "strict"):
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
@@ -94,6 +103,9 @@ def load(
         raise InputError(f"precision='{precision}' rewrites the graph, fuse=False runs it as it is written")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise InputError(f"threads is {threads!r}, expected a positive number up to {MAX_THREADS}")
+    expected = [shapes] if isinstance(shapes, Mapping) else list(shapes or ())
+    if expected and tune:
+        raise InputError("tune measures in the first runs, shapes are planned before them: call Session.tune instead")
     budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
     opened = open_device(
         device,
@@ -127,12 +139,23 @@ def load(
             kept = entry.keep(session.graph, time.thread_time() - began)
         if kept and entry is not None and entry.path is not None and opened.space == "host":
             session.keep_plans(KeptPlans(entry.path, session.graph, opened, registry()))
-        opened.require(f"the weights of '{session.name}'", session.constant_bytes)
+        opened.require(f"the weights of '{session.name}'", least_bytes(session.graph))
         if tune:
             session.tunable()
             session.tuning_left = TUNING_SECONDS if tune is True else float(tune)
+        elif expected:
+            session.reserve(*expected, final=True)
+        elif opened.space == "device" and (fixed := _fixed(session)) is not None:
+            session.reserve(fixed)
         settle("load")
         return session
     except BaseException:
         opened.close()
         raise
+
+
+def _fixed(session: Session) -> dict[str, tuple[int, ...]] | None:
+    """The only shapes that the inputs can have, where that is so."""
+    specs = session.inputs
+    fixed = {k: s.dims for k, s in specs.items() if isinstance(s, TensorSpec) and s.is_static and s.dtype != object}
+    return fixed if len(fixed) == len(specs) else None

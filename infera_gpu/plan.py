@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, operand_of
@@ -102,6 +102,10 @@ def capturable(steps: Sequence[Step]) -> tuple[range, ...]:
     return tuple([range(a + 1, b) for a, b in pairwise(edges) if b - a > 2])
 
 
+Where: TypeAlias = Space | Literal["staging"]
+"""A memory space, or the page-locked memory of the host through which inputs and outputs travel."""
+
+
 class Block(NamedTuple):
     """A piece of an arena and the steps [begin, end) on which what lies in it is needed."""
 
@@ -158,6 +162,12 @@ class Plan:
     @cached_property  # each run asks
     def arena_bytes(self) -> int:
         return sum(self.arenas.values())
+
+    @cached_property
+    def memory(self) -> Mapping[Where, int]:
+        """Bytes of all that the plan needs an arena of: each memory space, and page-locked memory for what travels."""
+        sizes = cast(Mapping[Where, int], self.arenas)
+        return {**sizes, "staging": self.staging} if self.staging else sizes
 
     @property
     def lower_bound(self) -> int:

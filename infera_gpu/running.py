@@ -24,6 +24,7 @@ from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
 from infera_gpu.passes import Precision, Report, optimize
 from infera_gpu.passes.gradient import differentiated
+from infera_gpu.plan import Plan, Where
 from infera_gpu.results import RESULTS
 from infera_gpu.spec import Array, TensorSpec, ValueSpec, tensors_of
 from infera_gpu.stages import Shelf, Stage, Stages
@@ -78,6 +79,8 @@ class Running(ABC):
         self._stages = self._planning()
         self.tuning_left = 0.0
         """Seconds for which runs with new shapes may still measure tiles first."""
+        self.most: Mapping[Where, int] = {}
+        """Bytes beyond which arenas do not grow; none where they may."""
         self._measuring = threading.Lock()
         self._overriding: OrderedDict[frozenset[str], Self] = OrderedDict()
         self._dropped: WeakSet[Running] = WeakSet()
@@ -218,6 +221,8 @@ class Running(ABC):
             entering: Mapping[str, Array] = feeds.arrays
             while True:
                 try:
+                    if self.most and not stage.plan.carried:
+                        self._refuse_larger(stage.plan)
                     bound = lease.bound(stage.plan, entering)
                     self._fill(bound, entering)
                     try:
@@ -236,6 +241,17 @@ class Running(ABC):
                 stage, entering = self._advance(stage, bound, feeds.objects)
 
         self._with_lease(go)
+
+    def _refuse_larger(self, plan: Plan) -> None:
+        for space, nbytes in plan.memory.items():
+            if nbytes > (most := self.most.get(space, 0)):
+                given = ", ".join(f"{name}{list(o.shape)}" for name, o in plan.inputs.items())
+                where = self.device.name if space == "device" else "the host"
+                raise OutOfMemoryError(
+                    f"a run of '{self.name}' with {given}, larger than the shapes that it was loaded for, on {where}",
+                    needed=nbytes,
+                    available=most,
+                )
 
     def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
         bound.ports.fill(entering)
@@ -300,6 +316,7 @@ class Running(ABC):
             lease = self._leases.get(memory)
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory, self._stages.bound)
+                lease.begin_with(self.most)
             with self.device.running():
                 made = work(lease)
             if self._arena.serves_others(self.device):

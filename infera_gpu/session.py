@@ -13,7 +13,7 @@ from infera_gpu.bind import Bound
 from infera_gpu.devices import tiles_of
 from infera_gpu.errors import DeviceError, OutOfMemoryError, PlanError
 from infera_gpu.feeds import shape_of
-from infera_gpu.lease import Lease
+from infera_gpu.lease import Lease, largest
 from infera_gpu.plan import Plan, Step
 from infera_gpu.running import Running
 from infera_gpu.spec import Array
@@ -74,13 +74,14 @@ class Session(Running):
         self._run(self._check(feeds), note)
         return tuple(found)
 
-    def reserve(self, *inputs: Mapping[str, Sequence[int] | Array]) -> int:
+    def reserve(self, *inputs: Mapping[str, Sequence[int] | Array], final: bool = False) -> int:
         """Plan for each of these inputs, given as for `plan_for`, and get the memory that the largest of them takes.
 
         Runs with such inputs, one at a time, then neither plan nor ask for memory, and smaller ones do not either but
-        plan: what a server does for its batches before it is ready. Of a model whose shapes depend on data this is the
-        first part. Returns the bytes of the arena. Raises InputError, PlanError or OutOfMemoryError, and then no arena
-        was taken.
+        plan: what a server does for its batches before it is ready. With `final` the arena is not to grow any more, and
+        a run that needs more is an OutOfMemoryError, until more is reserved. Of a model whose shapes depend on data
+        all this is about the first part. Returns the bytes of the arena. Raises InputError, PlanError or
+        OutOfMemoryError, and then no arena was taken.
         """
         plans: dict[Session, list[Plan]] = {self: []}
         for given in inputs:
@@ -93,7 +94,10 @@ class Session(Running):
         except (PlanError, OutOfMemoryError):
             if not sum(session._stages.distrust() for session in plans):
                 raise
-            return self.reserve(*inputs)
+            return self.reserve(*inputs, final=final)
+        for session, own in plans.items():
+            if final or session.most:
+                session.most = largest(session.most, *(plan.memory for plan in own))
         return nbytes
 
     def __reduce__(self) -> NoReturn:

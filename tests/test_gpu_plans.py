@@ -12,6 +12,7 @@ import pytest
 import infera_gpu
 from bench.inputs import EXAMPLES
 from bench.models import BUILT, path_of
+from infera_gpu.dry import least_bytes, missing
 from infera_gpu.errors import UnreachableError
 from infera_gpu.layout import Operand
 from infera_gpu.passes import Precision
@@ -93,6 +94,8 @@ def test_arenas_of_other_precisions_are_near_the_lower_bound(name: str, precisio
         for example in EXAMPLES[name]:
             plan = session.plan_for(example.feeds())
             assert plan.arena_bytes <= ARENA * plan.lower_bound
+            weights = missing(session.device, session._constants, plan) + session._constants.nbytes
+            assert not plan.segment.is_last or least_bytes(session.graph) <= weights
 
 
 def test_no_step_writes_what_it_reads(planned: Planned) -> None:

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import infera_gpu
 from bench.build import bert
-from infera_gpu import constants, lease
+from infera_gpu import constants, lease, opening
 from infera_gpu.budget import VramBudget, bytes_of
 from infera_gpu.devices import cuda
-from infera_gpu.dry import missing
+from infera_gpu.dry import least_bytes, missing
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError
 from infera_gpu.memory import ALIGN
 from tests import fake_cupy
@@ -256,8 +256,16 @@ def kernels(request: pytest.FixtureRequest, cupy: Any, monkeypatch: pytest.Monke
     return str(request.param)
 
 
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of fixed shapes are planned when they run, as others are."""
+    monkeypatch.setattr(opening, "_fixed", lambda session: None)
+
+
 @pytest.mark.parametrize("name", SIZES)
-def test_what_is_announced_is_enough_and_less_takes_nothing(name: str, kernels: str, cupy: Any) -> None:
+def test_what_is_announced_is_enough_and_less_takes_nothing(
+    name: str, kernels: str, cupy: Any, unplanned: None
+) -> None:
     make, feeds = SIZES[name]
     model, asked = make().SerializeToString(), list[int]()
     budget = VramBudget("1GiB")
@@ -299,13 +307,87 @@ def test_what_is_announced_is_enough_and_less_takes_nothing(name: str, kernels: 
         assert budget.used == cupy.vram.used == 0
 
 
+@pytest.mark.parametrize("name", [n for n in SIZES if n not in ("layers", "bert")])
+def test_of_fixed_shapes_everything_is_taken_at_load_or_the_model_refused(name: str, kernels: str, cupy: Any) -> None:
+    make, feeds = SIZES[name]
+    model, budget = make().SerializeToString(), VramBudget("1GiB")
+    with infera_gpu.load(model, device=kernels, vram_limit=budget) as session:
+        used, taken = budget.used, cupy.vram.taken
+        assert used > 0
+        session.run(feeds)
+        assert (budget.used, cupy.vram.taken) == (used, taken)
+    del session
+    gc.collect()
+    with pytest.raises(OutOfMemoryError, match=r"a run \([\d,]+ bytes of weights, an arena of"):
+        infera_gpu.load(model, device=kernels, vram_limit=used - ALIGN)
+    gc.collect()
+    assert cupy.vram.used == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "recording"])
+def test_an_arena_for_given_shapes_is_taken_at_load_and_does_not_grow(device: str, cupy: Any) -> None:
+    with infera_gpu.load(MODEL, device=device, shapes=[{"x": (20, 64)}, {"x": (8, 64)}], max_concurrency=2) as session:
+        assert (nbytes := session._arena.nbytes) > 0
+        for n in (8, 20, 3):
+            assert session.run(rows(n))["y"].shape == (n, 64)
+        with pytest.raises(
+            OutOfMemoryError, match=r"a run of '.*' with x\[500, 64\], larger than the shapes that it was"
+        ):
+            session.run(rows(500))
+        assert session._arena.nbytes == nbytes
+        with session._arena._lock:  # the memory of another run at the same time is as large from its beginning
+            session._arena._memories[0].claim = (session, None)
+        session.run(rows(1))
+        assert [m.nbytes for m in session._arena._memories] == [nbytes, nbytes]
+        session._arena.give_back(None)
+        assert session.reserve({"x": (500, 64)}) > nbytes
+        assert session.run(rows(500))["y"].shape == (500, 64)
+
+
+def test_shapes_to_load_for_are_looked_at(cupy: Any) -> None:
+    with infera_gpu.load(MODEL, device="cuda", shapes={"x": (20, 64)}) as session:
+        assert session.run(rows(20))["y"].shape == (20, 64)
+    with pytest.raises(InputError, match="x"):
+        infera_gpu.load(MODEL, device="cuda", shapes={"x": (20, 63)})
+    with pytest.raises(InputError, match="missing|not given|lacks|expected"):
+        infera_gpu.load(MODEL, device="cuda", shapes=[{}])
+    with pytest.raises(InputError, match="tune measures in the first runs"):
+        infera_gpu.load(MODEL, device="cuda", shapes={"x": (20, 64)}, tune=True)
+    gc.collect()
+    assert cupy.vram.used == 0
+
+
+def test_what_no_plan_uploads_is_not_asked_for_at_load(cupy: Any) -> None:
+    graph = parse(
+        """
+        shaped (float[N, 4] x) => (float[N, 4] y)
+        {
+            dims = Shape (big)
+            ones = ConstantOfShape (dims)
+            one = ReduceMean <keepdims = 0> (ones)
+            z = Add (x, one)
+            y = MatMul (z, w)
+        }
+        """
+    )
+    for name, array in (("big", np.zeros((1000, 100), np.float32)), ("w", np.eye(4, dtype=np.float32))):
+        graph.graph.initializer.append(numpy_helper.from_array(array, name))
+    with infera_gpu.load(graph, device="cuda", fuse=False) as session:
+        assert session.constant_bytes >= 400_000
+        assert least_bytes(session.graph) == 64
+    with infera_gpu.load(graph, device="cuda", fuse=False, vram_limit=100_000) as session:
+        got = session.run({"x": np.full((2, 4), 2, np.float32)})["y"]
+    np.testing.assert_array_equal(got, np.full((2, 4), 2, np.float32))
+
+
 @pytest.mark.kernels
-def test_a_form_that_is_packed_counts_as_large_as_it_is(kernels: str, cupy: Any) -> None:
+def test_a_form_that_is_packed_counts_as_large_as_it_is(kernels: str, cupy: Any, unplanned: None) -> None:
     make, feeds = SIZES["float16 LSTM"]
     session = infera_gpu.load(make(), device=kernels)
     plan = session.plan_for(feeds)
     absent = missing(session.device, session._constants, plan)
-    assert absent == 2 * 256 * 64 * (2 + 4)  # both matrices, and both in float32
+    # both matrices in float32; as they are for the operator's own function alone, which stands in for the kernel
+    assert absent == 2 * 256 * 64 * (4 if kernels == "cuda" else 4 + 2)
     session.run(feeds)
     assert missing(session.device, session._constants, plan) == 0
     assert session._constants.nbytes == absent

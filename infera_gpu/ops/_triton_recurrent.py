@@ -64,9 +64,12 @@ def _constant(site: Site) -> bool:
     return all(site.value(i) is not None for i in _WEIGHTS if site.has(i))
 
 
-def _widened(site: Site, io: Buffers, i: int) -> Array | None:
-    """A constant input in float32."""
-    return io.pack(i, "float32", lambda v: v.astype(np.float32)) if site.has(i) else None
+def _weight(site: Site, io: Buffers, i: int) -> Array | None:
+    """An input in float32; halves are constant, and uploaded as that alone."""
+    if not site.has(i):
+        return None
+    wide = site.spec(i).dtype == np.float32
+    return io.ins[i] if wide else io.pack(i, "float32", lambda v: v.astype(np.float32))
 
 
 def _scratch(shape: tuple[int, ...], scratch: Scratch) -> Array | None:
@@ -97,13 +100,15 @@ def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
         from infera_kernels.triton.recurrent import Cell, Inputs, States, recurrent
 
         length, batch, directions, hidden = sizes(site)
-        x, w, r, bias, lengths, h, c, peephole = (*io.ins, *[None] * 8)[:8]
+        x, lengths, h, c = (io.ins[i] if site.has(i) else None for i in (0, 4, 5, 6))
+        w, r, bias, peephole = (_weight(site, io, i) for i in _WEIGHTS)
         gates, partial, states, cells, saved, wide = (_scratch(s, io.scratch) for s in _pieces(site, sizes))
         calls, invariant = list[Call](), site.batch_invariant
         if wide is not None:
             calls, x = elementwise.copy(x, wide, io.launcher), wide
-            w, r, bias, peephole = (_widened(site, io, i) for i in _WEIGHTS)
         assert gates is not None
+        assert x is not None
+        assert w is not None
         weights = w.reshape(-1, w.shape[2]).swapaxes(0, 1)
         how: dict[str, Any] = {"partial": partial, "invariant": invariant, "tuned": site.tuned}
         calls += matmul(x.reshape(-1, x.shape[2]), weights, gates, io.launcher, **how)
