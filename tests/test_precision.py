@@ -367,6 +367,32 @@ def test_what_is_quantised_is_fused_in_older_models(device: str, fused: list[str
     assert difference.within(TOLERANCES["fp32"]), str(difference)
 
 
+@pytest.mark.parametrize(
+    ("weight", "turned"),
+    [
+        ("t = Transpose(w)", True),
+        ("t = Transpose <perm = [1, 0]> (w)", True),
+        ("u = Transpose(w) v = Identity(u) t = Transpose(v)", False),
+        ("t = Transpose <perm = [0, 1]> (w)", False),
+    ],
+)
+def test_weights_behind_a_transpose_are_quantised_too(weight: str, turned: bool) -> None:
+    text = f"g (float[N, 64] x) => (float[N, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ {weight} y = MatMul(x, t) }}"
+    graph = load_graph(parse(text))
+    made = quantised(graph).check()
+    assert "MatMulInteger" in ops(made)
+    q, scales = by_columns(graph.constants["w"].T if turned else graph.constants["w"])
+    assert any(np.array_equal(c, q) for c in made.constants.values())
+    assert any(np.array_equal(c, scales) for c in made.constants.values())
+
+
+@pytest.mark.parametrize("weight", ["t = Neg(w)", "t = Transpose <perm = [1, 0, 2]> (w)", "t = Neg(x)"])
+def test_weights_that_are_computed_stay_as_they_are(weight: str) -> None:
+    text = f"g (float[64, 64] x) => (float[64, 64] y) <float[64, 64] w = {{{WEIGHTS}}}> {{ {weight} y = MatMul(x, t) }}"
+    graph = load_graph(parse(text))
+    assert quantised(graph) is graph
+
+
 def test_integers_that_nothing_is_computed_in_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     text = """
         nothing_to_quantise (float[1, 3, 8, 8] x) => (float[1, 2, 8, 8] y) <float[2, 3, 1, 1] w = {1, 2, 3, 4, 5, 6}> {

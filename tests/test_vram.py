@@ -349,7 +349,7 @@ def test_shapes_to_load_for_are_looked_at(cupy: Any) -> None:
         assert session.run(rows(20))["y"].shape == (20, 64)
     with pytest.raises(InputError, match="x"):
         infera_gpu.load(MODEL, device="cuda", shapes={"x": (20, 63)})
-    with pytest.raises(InputError, match="missing|not given|lacks|expected"):
+    with pytest.raises(InputError, match="x"):
         infera_gpu.load(MODEL, device="cuda", shapes=[{}])
     with pytest.raises(InputError, match="tune measures in the first runs"):
         infera_gpu.load(MODEL, device="cuda", shapes={"x": (20, 64)}, tune=True)

@@ -50,8 +50,8 @@ def _weight(draft: Draft, n: Node) -> HostArray | None:
     """The right side as (depth, columns), of a product that can be one of integers; None of any other node."""
     if n.qualified not in ("MatMul", "Gemm") or len(n.inputs) < 2:
         return None
-    weight, x = draft.constants.get(n.inputs[1]), draft.spec(n.inputs[0])
-    if weight is None or weight.ndim != 2 or weight.size < WORTH or weight.dtype != _FLOAT32:
+    weight, x = _lying(draft, n.inputs[1]), draft.spec(n.inputs[0])
+    if weight is None or weight.size < WORTH or weight.dtype != _FLOAT32:
         return None
     if x is None or x.dtype != _FLOAT32 or not np.isfinite(weight).all():
         return None
@@ -60,6 +60,20 @@ def _weight(draft: Draft, n: Node) -> HostArray | None:
     if n.op == "Gemm" and not (x.ranked and x.ndim == 2):  # an integer product would not refuse other ranks
         return None
     return weight.T if n.attrs.get("transB", 0) else weight
+
+
+def _lying(draft: Draft, value: str) -> HostArray | None:
+    """The matrix that is constant, or what Transpose and Identity make of one."""
+    turned = False
+    while (maker := draft.producers.get(value)) is not None:
+        perm = maker.attrs.get("perm", (1, 0)) if maker.qualified == "Transpose" else (0, 1)
+        if maker.qualified not in ("Transpose", "Identity") or perm not in ((0, 1), (1, 0)):
+            return None
+        turned, value = turned != (perm == (1, 0)), maker.inputs[0]
+    found = draft.constants.get(value)
+    if found is None or found.ndim != 2:
+        return None
+    return found.T if turned else found
 
 
 def by_columns(weight: HostArray) -> tuple[HostArray, HostArray]:
