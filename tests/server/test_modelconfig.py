@@ -298,6 +298,7 @@ def test_samples_are_run_before_the_model_is_ready(tmp_path: Path) -> None:
         ('input_data_file: "../config.pbtxt"', "leads outside the model's folder"),
         ('input_data_file: "/etc/passwd"', "leads outside the model's folder"),
         ('input_data_file: "y"', "does not exist"),
+        ("", "input 'x' needs zero_data, random_data or input_data_file"),
     ):
         put(tmp_path, "m", "max_batch_size: 4" + IO + sample.format(data=change))
         assert text in states(tmp_path)["m/1"]

@@ -60,9 +60,9 @@ def _array(sample: str, name: str, given: Any, folder: Path | None) -> HostArray
     kind = given.WhichOneof("input_data_type")
     if kind == "input_data_file":
         return _from_file(sample, name, given, dtype, shape, folder)
-    if kind == "random_data":
-        return _random(shape, dtype)
-    return _zeros(shape, dtype)
+    if kind is None:
+        raise ConfigError(f"{sample}: input '{name}' needs zero_data, random_data or input_data_file")
+    return _random(shape, dtype) if kind == "random_data" else _zeros(shape, dtype)
 
 
 def _from_file(
