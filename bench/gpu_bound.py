@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from bench.gpu_peers import Feeds
@@ -15,11 +16,12 @@ from infera_kernels.launch import library_of
 
 
 class Run(NamedTuple):
-    """A plan, the call that runs it, and its answers."""
+    """A plan, the call that runs it, its answers, and how many launches each of its steps is."""
 
     plan: Plan
     call: Callable[[], object]
     answers: Mapping[str, Any]
+    launches: tuple[int, ...]
 
 
 def bound_run(device: Any, session: Session, feeds: Feeds) -> Run:
@@ -33,7 +35,8 @@ def bound_run(device: Any, session: Session, feeds: Feeds) -> Run:
         answers = session.run(there)
     (lease,) = session._leases.values()
     *_, (bound_plan, _) = lease._direct.values()
-    return Run(bound_plan.plan, bound_plan.run, answers)
+    launches = tuple([b - a for a, b in pairwise(bound_plan.starts)])
+    return Run(bound_plan.plan, bound_plan.run, answers, launches)
 
 
 Without = Callable[[Any], AbstractContextManager[None]]

@@ -20,6 +20,7 @@ from bench.gpu_report import CheckFailed, Context, Section
 from bench.gpu_row_sections import LEAST_SECONDS
 from bench.gpu_rows import against_roofline, described
 from bench.gpu_work import works_of
+from infera_gpu.dry import launches
 from infera_gpu.errors import OutOfMemoryError
 from infera_gpu.fetch import cache_dir
 from infera_gpu.graph import HostArray
@@ -198,7 +199,8 @@ def latency(context: Context) -> Result:
         if context.left() < LEAST_SECONDS:
             break
         with Session(load(build), context.open()) as session:
-            works = works_of(session.plan_for(feeds))
+            plan = session.plan_for(feeds)
+            works = works_of(plan, launches(session.device, session._constants, plan))
             for _ in range(3):
                 session.run(feeds)
             seconds: list[float] = []

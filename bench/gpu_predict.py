@@ -65,6 +65,7 @@ def main(sets: Mapping[str, Callable[[], Sequence[Row]]] = SETS, argv: Sequence[
     parser = argparse.ArgumentParser("python -m bench.gpu_predict", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the JSON files go")
     options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
     rows = [row for make in sets.values() for row in make()]
     plans = list(track(plans_of(rows), "planning", total=len(rows), transient=True))
     for card in CARDS:

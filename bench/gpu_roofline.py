@@ -2,7 +2,7 @@
 
 The bound of a step is the larger of two times, its operations at the peak rate of what multiplies and its bytes at the
 bandwidth of memory; the bound of a plan is the sum over its steps. A network whose activations stay in the L2 cache may
-beat it. The prediction takes the shares below for reached and adds what every step costs at least. Nothing in this
+beat it. The prediction takes the shares below for reached and adds what every launch costs at least. Nothing in this
 module is measured.
 """
 
@@ -27,7 +27,7 @@ class Assumed:
     """Large products by cuBLAS reach about so much at the clocks that a card keeps up."""
     memory: float = 0.9
     """Copies on an H200 reach 4.3 of 4.8 TB/s."""
-    step_seconds: float = 2.5e-6
+    launch_seconds: float = 2.5e-6
     """From one kernel of a CUDA graph to the next that waits for it, and the ends of both."""
 
 
@@ -58,7 +58,7 @@ def predicted(works: Iterable[Work], card: Device, assumed: Assumed = ASSUMED) -
     total = 0.0
     for work in works:
         computing, moving = seconds_of(work, card)
-        total += assumed.step_seconds + max(computing / assumed.operations, moving / assumed.memory)
+        total += work.launches * assumed.launch_seconds + max(computing / assumed.operations, moving / assumed.memory)
     return total
 
 

@@ -87,8 +87,17 @@ def copies(context: Context, nbytes: int = 1 << 29) -> dict[str, Any]:
         call = partial(device.xp.copyto, target, source)
         seconds = gpu_seconds(device, call)
     work = Work("copy", "", 0, 2 * nbytes)
-    made = {"set": "bandwidth", "name": f"copy of {nbytes >> 20} MiB", "precision": "", "steps": 1, "operations": 0}
-    made |= {"bytes": work.nbytes, "seconds": seconds, "peers": {}}
+    made = {
+        "set": "bandwidth",
+        "name": f"copy of {nbytes >> 20} MiB",
+        "precision": "",
+        "seconds": seconds,
+        "peers": {},
+        "steps": 1,
+        "launches": work.launches,
+        "operations": work.operations,
+        "bytes": work.nbytes,
+    }
     return made | against_roofline(made, [work], context.card)
 
 

@@ -8,7 +8,7 @@ kernel reads again: the least that the step must move. Of a table that is looked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ class Work:
     arithmetic: str
     operations: int
     nbytes: int
+    launches: int = 1
 
 
 def visible(queries: int, keys: int, *, causal: bool) -> int:
@@ -132,7 +133,7 @@ def arithmetic_of(dtype: np.dtype[np.generic], *, tf32: bool) -> str:
     return TF32 if tf32 else IEEE
 
 
-def work_of(step: Step, *, tf32: bool = False) -> Work:
+def work_of(step: Step, launches: int, *, tf32: bool = False) -> Work:
     """What a step does; with `tf32` its products of float32 are rounded to that."""
     read = {(o.root, o.offset, o.shape, o.strides): o.nbytes for o in step.ins if o is not None}
     written = sum(o.nbytes for o in step.outs)
@@ -146,12 +147,16 @@ def work_of(step: Step, *, tf32: bool = False) -> Work:
         if count is not None:
             operations = count(site)
             arithmetic = arithmetic_of(site.spec(0).dtype, tf32=tf32)
-    return Work(step.label, arithmetic, operations, sum(read.values()) + written)
+    return Work(step.label, arithmetic, operations, sum(read.values()) + written, launches)
 
 
-def works_of(plan: Plan, *, tf32: bool = False) -> tuple[Work, ...]:
-    """Of all steps of a plan."""
-    return tuple([work_of(step, tf32=tf32) for step in plan.steps])
+def works_of(plan: Plan, launches: Sequence[int], *, tf32: bool = False) -> tuple[Work, ...]:
+    """Of all steps of a plan, each of so many launches."""
+    return tuple([work_of(step, n, tf32=tf32) for step, n in zip(plan.steps, launches, strict=True)])
+
+
+def launches_of(works: Iterable[Work]) -> int:
+    return sum(w.launches for w in works)
 
 
 def operations_of(works: Iterable[Work]) -> int:

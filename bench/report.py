@@ -157,11 +157,11 @@ def _source(said: str, topic: str, name: str, result: Result) -> str:
 def _predictions(guesses: list[Result], files: dict[str, str]) -> list[str]:
     assumed = guesses[0]["assumed"]
     said = (
-        "Nothing in this section has run. Operations and bytes are counted from plans; of a card's peaks "
-        f"{assumed['operations']:.0%} of the operations and {assumed['memory']:.0%} of the bandwidth are taken for "
-        f"reached, and {assumed['step_seconds'] * 1e6:g} µs for the least that a step takes. The sum over the steps of "
-        "the larger of the two times is the prediction: it knows nothing of tiles that do not fill the card, of "
-        "registers or of caches, and is a bound more than a forecast."
+        "Nothing in this section has run. Operations and bytes are counted from plans, launches by binding them; of a "
+        f"card's peaks {assumed['operations']:.0%} of the operations and {assumed['memory']:.0%} of the bandwidth are "
+        f"taken for reached, and {assumed['launch_seconds'] * 1e6:g} µs for the least that a launch takes. The "
+        "prediction is that for all launches, and for each step the larger of the two times: it knows nothing of tiles "
+        "that do not fill the card, of registers or of caches, and is a bound more than a forecast."
     )
     parts = ["## Predicted for GPUs, not measured", said, report_gpu.predictions(guesses)]
     shown = next((r for r in guesses if r["card"]["name"] == SHOWN), None)

@@ -176,13 +176,18 @@ def predictions(results: Sequence[Result]) -> str:
 
     def cells(key: tuple[str, ...]) -> list[str]:
         row = first[key]
-        made = [f"{row['name']} {row['precision']}", str(row["steps"]), f"{row['operations'] / 1e9:,.0f}"]
+        made = [
+            f"{row['name']} {row['precision']}",
+            str(row["steps"]),
+            str(row["launches"]),
+            f"{row['operations'] / 1e9:,.0f}",
+        ]
         made.append(f"{row['bytes'] / 1e6:,.0f}")
         for rows in by_card.values():
             made += [time_of(rows[key]["predicted_seconds"] * 1e3) if key in rows else ""]
         return made
 
-    header = ("network", "steps", "GFLOP", "MB", *(f"{name}, ms" for name in by_card))
+    header = ("network", "steps", "launches", "GFLOP", "MB", *(f"{name}, ms" for name in by_card))
     return table(header, (cells(key) for key in chosen))
 
 

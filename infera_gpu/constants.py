@@ -37,10 +37,12 @@ MAX_FOLDED = 1 << 27
 
 @dataclass(slots=True)
 class Wanted:
-    """Bytes of a GPU that a plan's constants take: those of what lasts, and of what is bound with the plan."""
+    """Bytes of a GPU that a plan's constants take: those of what lasts, and of what is bound with the plan. And how
+    many launches each of its steps is."""
 
     lasting: dict[Key, int] = field(default_factory=dict)
     passing: int = 0
+    launches: list[int] = field(default_factory=list)
 
 
 class Constants:

@@ -29,6 +29,13 @@ def missing(device: Device, constants: Constants, *plans: Plan, lasting: bool = 
         return sum(sizes.values()) + (0 if lasting else sum(found.passing for found in wanted))
 
 
+def launches(device: Device, constants: Constants, plan: Plan) -> tuple[int, ...]:
+    """How many launches each step of a plan for a GPU is, with kernels of ours alone; copies and what runs as a
+    function count as one."""
+    with constants.making:
+        return tuple(_wanted(plan, device, constants).launches)
+
+
 def least_bytes(graph: Graph) -> int:
     """Bytes of constants that a GPU holds for every plan of the graph, at the least: those of more than one axis that
     are read with values that follow from inputs. Axes, shapes and the like are vectors, or known when planning is done.
@@ -113,7 +120,7 @@ class _Counted:
 
 
 def _count(plan: Plan, device: Device, constants: Constants, wanted: Wanted) -> None:
-    """Binds the plan's steps to nothing; `constants` add to `wanted`."""
+    """Binds the plan's steps to nothing; `constants` add to `wanted`, to which launches are added here."""
     dry = cast(Device, _Dry(device, wanted))
 
     def array(o: Operand) -> Array:
@@ -122,9 +129,9 @@ def _count(plan: Plan, device: Device, constants: Constants, wanted: Wanted) -> 
     def scratch(nbytes: int) -> tuple[None, int]:
         return None, 0
 
-    def bind(step: Step) -> None:
+    def bind(step: Step) -> int:
         if not any(o.nbytes for o in step.outs):
-            return
+            return 0
         if step.kernel is None or step.placed is None:
             for o in step.ins:
                 if o is not None and o.constant:
@@ -133,13 +140,16 @@ def _count(plan: Plan, device: Device, constants: Constants, wanted: Wanted) -> 
             outs = tuple(map(array, step.outs))
             ins = LazyInputs(step.ins, array)
             io = BoundBuffers(dry, constants, step.placed, ins, outs, "device", scratch)
-            device.wrap(step, list(step.kernel.bind(step.placed.site, io)), ins, outs)
+            calls = list(step.kernel.bind(step.placed.site, io))
+            device.wrap(step, calls, ins, outs)
+            return len(calls)
+        return 1
 
     with planning() as at:
         for fields in plan.packed:
             step = unpacked(fields, plan.segment.nodes)
             at.what = step.label
-            bind(step)
+            wanted.launches.append(bind(step))
     for o in (*plan.inputs.values(), *plan.outputs.values()):
         if o.constant:
             array(o)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx
 import pytest
 
 import infera_gpu
-from bench import gpu_predict, gpu_sets
+from bench import gpu_predict, gpu_selections, gpu_sets
 from bench.build import bert, resnet50
 from bench.build_int8 import quantised
 from bench.build_llama import Sizes, llama, llama_feeds
@@ -21,6 +22,7 @@ from bench.gpu_roofline import ASSUMED, CARDS, bound, card_named, limit, predict
 from bench.gpu_row_models import model_of, node
 from bench.gpu_work import OPERATIONS, TABLES, Work, bytes_of, operations_of, visible, works_of
 from infera_gpu.devices.recording import RecordingDevice
+from infera_gpu.dry import launches
 from infera_gpu.graph import HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
@@ -32,7 +34,8 @@ from tests.text import parse
 
 def counted(source: Source, feeds: dict[str, HostArray], precision: Precision = "fp32") -> tuple[Work, ...]:
     with Session(load_graph(source), RecordingDevice(), precision=precision) as session:
-        return works_of(session.plan_for(feeds))
+        plan = session.plan_for(feeds)
+        return works_of(plan, launches(session.device, session._constants, plan))
 
 
 def of_text(text: str, **feeds: tuple[int, ...]) -> Work:
@@ -185,6 +188,32 @@ def test_every_counted_operator_is_declared() -> None:
     assert OPERATIONS.keys() | TABLES <= declared
 
 
+@pytest.mark.kernels
+def test_launches_are_counted_as_a_run_makes_them() -> None:
+    """With nothing launched or uploaded; once bound, the function that stands in for a step's launches is a call more."""
+    with Session(load_graph(bert(layers=1)), RecordingDevice(), precision="fp16") as session:
+        feeds = bert_feeds(1, 16, 30522)
+        plan = session.plan_for(feeds)
+        counted = launches(session.device, session._constants, plan)
+        assert session._constants.nbytes == 0
+        session.run(feeds)
+        (lease,) = session._leases.values()
+        starts = lease._bound[plan].starts
+    assert counted == tuple(b - a - 1 for a, b in pairwise(starts))
+    assert max(counted) > 1 == min(counted)
+
+
+@pytest.mark.kernels
+def test_committed_predictions_are_of_the_plans_that_there_are() -> None:
+    """`python -m bench.gpu_predict` writes them anew."""
+    committed = json.loads(gpu_predict.path_for(CARDS[0]).read_text())["rows"]
+    known = {(r["set"], r["name"], r["precision"]): (r["steps"], r["launches"], r["bytes"]) for r in committed}
+    rows = [row for make in gpu_selections.NETWORKS.values() for row in make()]
+    for columns, _ in gpu_predict.plans_of(rows):
+        found = columns["steps"], columns["launches"], columns["bytes"]
+        assert found == known[columns["set"], columns["name"], columns["precision"]], columns["name"]
+
+
 # ---- the roofline
 
 
@@ -196,7 +225,7 @@ def test_the_bound_is_the_larger_of_two_times() -> None:
     assert bound([computes, moves, moves], card) == pytest.approx(3, rel=1e-3)
     assert limit([computes, moves, moves], card) == "memory"
     assert limit([computes], card) == "operations"
-    assert predicted([computes], card) == pytest.approx(1 / ASSUMED.operations + ASSUMED.step_seconds, rel=1e-3)
+    assert predicted([computes], card) == pytest.approx(1 / ASSUMED.operations + ASSUMED.launch_seconds, rel=1e-3)
 
 
 def test_predictions_are_of_every_row_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
