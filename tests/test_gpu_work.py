@@ -190,7 +190,7 @@ def test_every_counted_operator_is_declared() -> None:
 
 @pytest.mark.kernels
 def test_launches_are_counted_as_a_run_makes_them() -> None:
-    """With nothing launched or uploaded; once bound, the function that stands in for a step's launches is a call more."""
+    """With nothing launched or uploaded. Once bound, the function that stands in for a step is a call more."""
     with Session(load_graph(bert(layers=1)), RecordingDevice(), precision="fp16") as session:
         feeds = bert_feeds(1, 16, 30522)
         plan = session.plan_for(feeds)
