@@ -60,11 +60,12 @@ class Memory:
         return sum(self.sizes.values())
 
     def clear(self) -> None:
-        self._unbind()
+        self.unbind()
         self.arenas.clear()
         self.sizes.clear()
 
-    def _unbind(self) -> None:
+    def unbind(self) -> None:
+        """Let go of all that is bound to these arenas, of all sessions that share them."""
         for lease in self.leases:
             lease.forget()
 
@@ -90,7 +91,7 @@ class Memory:
         """Grow to what the plan needs. Raises OutOfMemoryError."""
         for space, nbytes in plan.memory.items():
             if nbytes > self.sizes.get(space, -1):
-                self._unbind()
+                self.unbind()
                 if not plan.carried:  # give the old one back before asking for the new one
                     self.arenas.pop(space, None)
                     self.sizes.pop(space, None)
@@ -235,6 +236,9 @@ class Lease:
         self._folded: dict[Plan, int] = {}
         self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
         self._last: tuple[_Key, Mapping[str, Array]] | None = None
+        self._refused: _Key | None = None
+        """What there was no memory to bind once more: such arrays are copied."""
+
         memory.leases.add(self)
 
     @property
@@ -255,8 +259,11 @@ class Lease:
             key = (plan, tuple(int(block.ptr) for block in blocks))
             again = self._last is not None and self._last[0] == key
             self._last = (key, given)  # which keeps the arrays, so that their addresses stay theirs
-            if again or key in self._direct:
-                return self._bound_to(key, given)
+            if (again or key in self._direct) and key != self._refused:
+                try:
+                    return self._bound_to(key, given)
+                except OutOfMemoryError:
+                    self._refused = key
         return self._bind(plan)
 
     def _bind(self, plan: Plan) -> Bound:
@@ -282,13 +289,17 @@ class Lease:
 
     def reserve(self, plans: Sequence[Plan]) -> int:
         """Binds these plans to arenas that hold the largest of them, and are kept; the bytes of all memory spaces."""
-        with self._constants.binding():
+        with self._constants.making, self._constants.binding():
             self._require(*plans)
             with self._given_back():
-                for plan in plans:
-                    self._memory.fit(plan, self._device)
-                for plan in plans:
-                    self._bind(plan)
+                try:
+                    for plan in plans:
+                        self._memory.fit(plan, self._device)
+                    for plan in plans:
+                        self._bind(plan)
+                except BaseException:
+                    self.forget()  # weights of those that were bound go, too
+                    raise
         self._memory.reserved = dict(self._memory.sizes)
         return self.nbytes
 
@@ -309,16 +320,26 @@ class Lease:
                     self._memory.restore(self._device)
             raise
 
-    def _require(self, *plans: Plan) -> None:
-        """Raises OutOfMemoryError where a GPU cannot hold all that is missing, before anything is allocated."""
+    def _require(self, *plans: Plan, yielding: bool = True) -> None:
+        """Raises OutOfMemoryError where a GPU cannot hold all that is missing, before anything is allocated.
+
+        What other plans are bound with makes room, if they are `yielding`: they are bound again when they run.
+        """
         if self._device.space == "device":
             had = self._memory.sizes.get("device", -1)
             wanted = max([p.arenas.get("device", -1) for p in plans], default=-1)
             carried = any(p.carried for p in plans)  # only else is the old arena given back before a new one is taken
             arena = max(wanted, 1) - (0 if carried else max(had, 0)) if wanted > had else 0
-            weights = missing(self._device, self._constants, *plans)
+            unbound = [p for p in plans if arena or not yielding or p not in self._bound]
+            weights = missing(self._device, self._constants, *unbound)
             what = f"a run ({weights:,} bytes of weights, an arena of {max(wanted, 0):,})"
-            self._device.require(what, arena + weights)
+            try:
+                self._device.require(what, arena + weights)
+            except OutOfMemoryError:
+                if not yielding or not any(lease.holds_plans for lease in self._memory.leases):
+                    raise
+                self._memory.unbind()
+                self._require(*plans)
 
     def _on_device(self, plan: Plan, entering: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs that could be read where they lie: later segments look for what they need in the arena."""
@@ -330,7 +351,7 @@ class Lease:
         found = self._direct.get(key)
         if found is None:
             with self._constants.making, self._constants.binding():
-                self._require(key[0])
+                self._require(key[0], yielding=False)
                 with self._given_back():
                     self._memory.fit(key[0], self._device)
                     bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
@@ -339,8 +360,13 @@ class Lease:
                 self._direct.popitem(last=False)
         return found[0]
 
+    @property
+    def holds_plans(self) -> bool:
+        return bool(self._bound or self._direct)
+
     def forget(self) -> None:
         """Let go of everything that is bound to the arenas."""
+        self._refused = None
         self._bound.clear()
         self._folded.clear()
         self._direct.clear()

@@ -239,6 +239,7 @@ class Running(ABC):
                 if stage.is_last:
                     return
                 stage, entering = self._advance(stage, bound, feeds.objects)
+                del bound  # it holds its arena, in whose place there may soon be a larger one
 
         self._with_lease(go)
 

@@ -41,9 +41,9 @@ class Event:
 class RecordingDevice:
     """Prefers Triton kernels as the CUDA device does, so that its plans are the CUDA device's plans.
 
-    `events` lists what was asked, in order. Kernels are bound (to a launcher that records) but not launched: the
-    operator's own function fills their outputs, so that a session's answers are right and every offset, view, transfer
-    and reuse of memory is put to the test.
+    `events` lists what was asked, in order. Kernels are bound (to a launcher that records, and where it `remembers`
+    holds what it was given) but not launched: the operator's own function fills their outputs, so that a session's
+    answers are right and every offset, view, transfer and reuse of memory is put to the test.
     """
 
     name = "recording"
@@ -65,8 +65,10 @@ class RecordingDevice:
         tf32: bool = False,
         batch_invariant: bool = False,
         budget: VramBudget | None = None,
+        remembers: bool = False,
     ) -> None:
         self.strict, self.captures, self.tf32, self._budget = strict, captures, tf32, budget
+        self._remembers = remembers
         self.batch_invariant = batch_invariant
         self.channels_last = find_spec("triton") is not None
         self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
@@ -79,7 +81,7 @@ class RecordingDevice:
         if self._launcher is None:
             from infera_kernels.launch import RecordingLauncher
 
-            self._launcher = RecordingLauncher()
+            self._launcher = RecordingLauncher(forgets=not self._remembers)
         return self._launcher
 
     @property

@@ -61,7 +61,7 @@ def test_a_measured_one_is_taken_and_kept(tmp_path: Path) -> None:
 def test_what_tma_cannot_read_does_not_go_by_it(tmp_path: Path) -> None:
     kept = store(tmp_path)
     opened(kept).tune(feeds(), timer=Timer(joined_and_wide))
-    device = RecordingDevice()
+    device = RecordingDevice(remembers=True)
     device.tiles = DeviceTiles(nominal_target(90), kept)
     made = parse("g (float16[N, 250] x, float16[250, 512] w) => (float16[N, 512] y) { y = MatMul (x, w) }")
     session = Session(load_graph(made), device)
@@ -151,6 +151,6 @@ def test_a_library_is_still_predicted_beside_them() -> None:
 
 
 def test_the_whole_model_is_planned_without_them() -> None:
-    session = Session(load_graph(model()), RecordingDevice())
+    session = Session(load_graph(model()), RecordingDevice(remembers=True))
     session.run(feeds())
     assert {launch.kernel for launch in session.device.launcher.launches} == {"matmul_kernel"}  # type: ignore[attr-defined]

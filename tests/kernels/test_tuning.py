@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def model(n: int = 512) -> Any:
 
 
 def opened(store: Store | None = None, **options: Any) -> Session:
-    device = RecordingDevice(**options)
+    device = RecordingDevice(remembers=True, **options)
     device.tiles = DeviceTiles(nominal_target(90), store)
     return Session(load_graph(model()), device)
 
@@ -203,6 +204,7 @@ def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_session_loaded_to_be_tuned_measures_in_runs_with_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = fastest(128, 64, 64)
     monkeypatch.setattr(RecordingDevice, "timer", lambda device: timer)
+    monkeypatch.setattr(RecordingDevice, "__init__", partialmethod(RecordingDevice.__init__, remembers=True))
     with infera_gpu.load(model(), device="recording", tune=True) as session:
         session.run(feeds())
         asked = timer.asked
@@ -242,7 +244,7 @@ def test_sums_are_cut_into_as_many_parts_as_is_fastest() -> None:
 
     made = parse("g (float16[N, 4096] x) => (float16[N, 64] y) { y = MatMul (x, w) }")
     made.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4096, 64), np.float16), "w"))
-    device = RecordingDevice()
+    device = RecordingDevice(remembers=True)
     session = Session(load_graph(made), device)
     x = {"x": np.ones((32, 4096), np.float16)}
     session.run(x)
@@ -271,7 +273,7 @@ def test_attention_and_convolutions_are_tuned() -> None:
             y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w)
         }""")
     made.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((64, 64, 3, 3), np.float16), "w"))
-    session = Session(load_graph(made), RecordingDevice())
+    session = Session(load_graph(made), RecordingDevice(remembers=True))
     found = session.tune({"x": np.ones((32, 64, 14, 14), np.float16)}, timer=fastest(64, 64, 64))
     assert [m.problem.family for m in found] == ["conv"]
     assert found[0].choice[:3] == (64, 64, 64)
@@ -281,7 +283,7 @@ def test_attention_and_convolutions_are_tuned() -> None:
             y = Attention (q, k, v)
         }""")
     made.opset_import[0].version = 23
-    session = Session(load_graph(made), RecordingDevice())
+    session = Session(load_graph(made), RecordingDevice(remembers=True))
     given = {name: np.ones((2, 4, 256, 64), np.float16) for name in "qkv"}
     timer = Timer(lambda launch: 1e-6 if launch.constexprs.get("BM") == 128 else 1e-5)
     (attention,) = session.tune(given, timer=timer)
