@@ -140,11 +140,11 @@ exports: $(VENV)/.with-test $(EXPORT_READY)  ## models as exporters write them, 
 	INFERA_EXPORTS=$(EXPORTS) $(PY) -m pytest tests/test_exporters.py && exit $$made
 
 gpu-check:  ## needs a GPU: kernels, parity, memory, timings, with PYTHON's packages; ARGS="--only kernels" for some
-	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
+	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' 2>/dev/null || { echo "nothing was checked: install 'infera-gpu[cuda12]' or '[cuda13]' for $(PYTHON), or name another Python: make PYTHON=... gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu_check $(ARGS)
 
 gpu-speed:  ## needs a GPU: what claims of speed rest on, against roofline and PyTorch; ARGS="--only networks" for some
-	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' || { echo "nothing was timed: see make gpu-check"; exit 3; }
+	@$(PYTHON) -c 'import ml_dtypes, numpy, onnx' 2>/dev/null || { echo "nothing was timed: see make gpu-check"; exit 3; }
 	@PYTHONPATH=.:kernels:server$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu_speed $(ARGS)
 
 docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfile.cuda without installing (downloads 1 GB)

@@ -139,7 +139,7 @@ def load(
             kept = entry.keep(session.graph, time.thread_time() - began)
         if kept and entry is not None and entry.path is not None and opened.space == "host":
             session.keep_plans(KeptPlans(entry.path, session.graph, opened, registry()))
-        opened.require(f"the weights of '{session.name}'", least_bytes(session.graph))
+        opened.require(f"to load the weights of '{session.name}'", least_bytes(session.graph))
         if tune:
             session.tunable()
             session.tuning_left = TUNING_SECONDS if tune is True else float(tune)

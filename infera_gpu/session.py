@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from infera_gpu.bind import Bound
 from infera_gpu.devices import tiles_of
-from infera_gpu.errors import DeviceError, OutOfMemoryError, PlanError
+from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError, PlanError
 from infera_gpu.feeds import shape_of
 from infera_gpu.lease import Lease, largest
 from infera_gpu.plan import Plan, Step
@@ -48,8 +48,12 @@ class Session(Running):
     def plan_for(self, inputs: Mapping[str, Sequence[int] | Array]) -> Plan:
         """The plan for these inputs, given as shapes or as arrays: its first segment, where there are several.
 
-        `print(session.plan_for(x=...))` shows every step. Raises InputError or PlanError.
+        `print(session.plan_for({"x": (1, 3)}))` shows every step. Raises InputError or PlanError.
         """
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"inputs are a {type(inputs).__name__}, expected a mapping from input names to shapes or arrays"
+            )
         shapes = {name: shape_of(name, value) for name, value in inputs.items()}
         if (session := self._for(shapes)) is not self:
             return session.plan_for(inputs)
@@ -85,7 +89,8 @@ class Session(Running):
         """
         plans: dict[Session, list[Plan]] = {self: []}
         for given in inputs:
-            plans.setdefault(self._for(given), []).append(self.plan_for(given))
+            plan = self.plan_for(given)
+            plans.setdefault(self._for(given), []).append(plan)
         nbytes = 0
         try:
             with self._hosting():

@@ -520,6 +520,20 @@ def test_shapes_to_plan_for_are_checked(shape: object) -> None:
     assert repr(session.profile({"x": np.ones(3, np.float32)})[0]).startswith("<Relu")
 
 
+@pytest.mark.parametrize("inputs", [[{"x": (2,)}], "x", (2,), None])
+def test_inputs_to_plan_for_are_a_mapping(inputs: Any) -> None:
+    session = infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device="cpu")
+    for asked in (session.plan_for, session.reserve):
+        with pytest.raises(InputError, match="expected a mapping from input names to shapes or arrays"):
+            asked(inputs)
+
+
+@pytest.mark.parametrize("device", [0, None, b"cpu"])
+def test_devices_are_named(device: Any) -> None:
+    with pytest.raises(DeviceError, match=r"device is .*, expected a name: auto, cpu, cuda, cuda:N or recording"):
+        infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device=device)
+
+
 @pytest.mark.parametrize("threads", [0, -1, "2", 1.5])
 def test_threads_are_a_positive_number(threads: object) -> None:
     with pytest.raises(InputError, match="threads"):

@@ -36,6 +36,8 @@ def open_device(
     `tf32`, `captures` and `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or
     cannot be batch invariant, or where numba is absent or would add in another order than `strict` allows.
     """
+    if not isinstance(name, str):
+        raise DeviceError(f"device is {name!r}, expected a name: auto, cpu, cuda, cuda:N or recording")
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
 

@@ -11,6 +11,7 @@ _CENTRED = np.linspace(-128, 127, 30, dtype=np.float32).round().reshape(2, 3, 5)
 _WEIGHT = np.arange(-60, 60, 8, dtype=np.int8).reshape(5, 3)
 _COLUMNS, _ROW = scales(0.0217, 0.0513, 0.0109), scales(0.5, -0.25, 3)
 _NAN = np.array([np.nan, 1, -np.inf, np.inf, np.nan], np.float32)
+_NUMBERS_AND_NAN = np.where(np.arange(40) % 7 == 3, -np.nan, np.linspace(-2, 3, 40)).astype(np.float32)
 _ENDS = np.linspace(-9, 9, 40, dtype=np.float32)
 
 
@@ -20,6 +21,8 @@ def _dynamic() -> tuple[Case, ...]:
         Case("positive", (f32(3, 5),), n_outs=2, low=1, high=5),
         Case("negative", (f32(3, 5),), n_outs=2, low=-5, high=-1),
         Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=2),
+        Case("nan", (_NUMBERS_AND_NAN,), n_outs=2),
+        Case("nothing_but_nan", (np.full(5, np.nan, np.float32),), n_outs=2),
         Case("past_block", (f32(3, 6001),), n_outs=2),
     )
 

@@ -177,6 +177,7 @@ _DYNAMIC = Op(
             Case("positive", (f32(3, 5),), n_outs=3, low=1, high=5),
             Case("negative", (f32(3, 5),), n_outs=3, low=-5, high=-1),
             Case("zeros", (np.zeros((2, 2), np.float32),), n_outs=3),
+            Case("nan", (np.array([[1, np.nan, -2], [np.nan, 3, 0.5]], np.float32),), n_outs=3),
             Case("past_block", (f32(3, 24001),), n_outs=3),
         )
     ),

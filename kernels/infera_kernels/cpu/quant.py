@@ -17,7 +17,7 @@ import numpy as np
 
 from infera_kernels.calls import Array, Call, Scratch
 from infera_kernels.cpu.blas import reads_as_it_lies
-from infera_kernels.cpu.elementwise import BLOCK, blocks, call, clamp, const, copy, copy_where, cut, limit
+from infera_kernels.cpu.elementwise import BLOCK, blocks, call, const, copy, copy_where, cut, limit
 from infera_kernels.cpu.matmul import FEW_ROWS, MOST_IN_RANGES, UNPACKED, in_ranges, matmul
 
 EXACT = 2**24
@@ -100,12 +100,13 @@ def centre(
 
 
 def _dynamic_range(x: Array, scale: Array, point: Array, scratch: Scratch) -> list[Call]:
-    """Scale and zero point, both 0-d float32, of x quantised to uint8 over the range that holds it and 0."""
+    """Scale and zero point, both 0-d float32, of x quantised to uint8 over the range that holds it and 0, whatever NaN
+    is among it."""
     low, flat_range = scratch((), np.float32), scratch((), np.bool_)
     flat = x.reshape(-1)
     return [
-        (np.minimum.reduce, (flat, 0, None, low, False, 0)),
-        (np.maximum.reduce, (flat, 0, None, scale, False, 0)),
+        (np.fmin.reduce, (flat, 0, None, low, False, 0)),
+        (np.fmax.reduce, (flat, 0, None, scale, False, 0)),
         call(np.subtract, scale, low, scale),
         call(np.true_divide, scale, const(255, scale), scale),
         call(np.equal, scale, const(0, scale), flat_range),
@@ -129,7 +130,7 @@ def dynamic_quantize(x: Array, q: Array, scale: Array, zero: Array, scratch: Scr
 
 
 def dynamic_centre(x: Array, out: Array, scale: Array, scratch: Scratch) -> list[Call]:
-    """`dynamic_quantize` whose integers, less their zero point, are float32."""
+    """`dynamic_quantize` whose integers, less their zero point, are float32; NaN becomes the lowest."""
     low, high, point = (scratch((), np.float32) for _ in range(3))
     calls = [
         *_dynamic_range(x, scale, point, scratch),
@@ -137,7 +138,8 @@ def dynamic_centre(x: Array, out: Array, scale: Array, scratch: Scratch) -> list
         call(np.subtract, const(255, point), point, high),
     ]
     for src, dst in blocks(x, out):
-        calls += [call(np.true_divide, src, scale, dst), call(np.rint, dst, dst), clamp(dst, low, high, dst)]
+        calls += [call(np.true_divide, src, scale, dst), call(np.rint, dst, dst)]
+        calls += [call(np.fmax, dst, low, dst), call(np.fmin, dst, high, dst)]
     return calls
 
 

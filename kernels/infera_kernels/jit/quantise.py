@@ -11,14 +11,19 @@ from infera_kernels.jit.compiling import bound, exact
 from infera_kernels.jit.epilogue import PIECE
 from infera_kernels.jit.functions import F, ordered, saturated
 
+_MOST, _LEAST = np.int32(0x7F800000), np.int32(-0x7F800001)
+"""The keys of both infinities, beyond which NaN lies."""
+
 
 @exact
 def _dynamic_range(x: Any, scale: Any, limits: Any) -> None:
-    """scale, and -zero point and 255 - zero point, of x quantised to uint8 over the range that holds it and 0."""
+    """scale, and -zero point and 255 - zero point, of x quantised to uint8 over the range that holds it and 0, whatever
+    NaN is among it."""
     bits = x.view(np.int32)
     least, most = np.int32(0), np.int32(0)
     for c in range(bits.size):
         key = ordered(bits[c])
+        key = key if key >= _LEAST and key <= _MOST else np.int32(0)
         least, most = min(least, key), max(most, key)
     low = np.int32(ordered(least)).view(np.float32)
     size = (np.int32(most).view(np.float32) - low) / F(255)

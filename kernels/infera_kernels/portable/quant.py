@@ -76,9 +76,9 @@ def dequantize(xp: Any, q: Array, scale: Array, zero: Array | None, dtype: np.dt
 
 
 def dynamic_quantize(xp: Any, x: Array) -> tuple[Array, Array, Array]:
-    """x as uint8 over the range that holds it and 0; its scale and zero point."""
+    """x as uint8 over the range that holds it and 0, its scale and zero point. NaN counts for nothing in the range."""
     zero = xp.zeros((1,), x.dtype)
-    flat = xp.concatenate([x.reshape(-1), zero])
+    flat = xp.concatenate([xp.where(xp.isnan(x), zero, x).reshape(-1), zero])
     low, high = flat.min(), flat.max()
     scale = ((high - low) / xp.asarray(255, x.dtype)).astype(x.dtype)
     scale = xp.where(scale == 0, xp.ones_like(scale), scale)
