@@ -38,7 +38,7 @@ def test_inspect_calls_a_model_by_its_name_in_the_catalogue(relu: Path, monkeypa
 
 def test_plans_of_a_gpu_without_its_kernels_say_so(relu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infera_gpu.devices.recording.find_spec", lambda name: None)
-    status, out, err = infera("inspect", relu, "--shape", "x=4,3", "--device", "recording")
+    status, _, err = infera("inspect", relu, "--shape", "x=4,3", "--device", "recording")
     assert (status, err.partition(":")[0]) == (0, "Triton is not installed")
     assert "pip install 'infera-gpu[kernels]'" in err
     assert "Triton" not in infera("inspect", relu, "--shape", "x=4,3", "--device", "cpu")[2]
