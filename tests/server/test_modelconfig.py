@@ -433,6 +433,12 @@ def test_a_limit_of_the_server_that_holds_in_place_of_a_setting_is_named(tmp_pat
     assert "max_queue_size: 10000 is over --max-queue 256; " in states(tmp_path)["m/1"]
 
 
+def test_a_configuration_that_is_not_utf8_says_so(tmp_path: Path) -> None:
+    folder = put(tmp_path, "m", None)
+    (folder / "config.pbtxt").write_bytes(b"# caf\xe9\n")
+    assert states(tmp_path)["m/1"] == f"UNAVAILABLE: {folder / 'config.pbtxt'} cannot be read: byte 5 is not UTF-8"
+
+
 def test_a_device_that_an_option_says_in_place_of_the_groups_is_named(tmp_path: Path) -> None:
     def named(groups: str, *devices: str, **settings: Any) -> list[str]:
         return limited(message(f"instance_group [ {groups} ]"), Settings(**settings), "m", devices)
