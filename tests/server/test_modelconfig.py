@@ -392,7 +392,7 @@ def test_no_link_leads_out_of_the_repository(tmp_path: Path) -> None:
     (root / "c" / "config.pbtxt").symlink_to(outside / "o" / "config.pbtxt")
     found = survey([root])
     assert [source.name for source in found.sources] == ["c"]
-    assert all("leads outside" in found.problems[name] for name in ("a", "b"))
+    assert all("leads outside" in found.problems[name].reason for name in ("a", "b"))
     with pytest.raises(ConfigError, match="leads outside"):
         define("c", found.sources)
 
