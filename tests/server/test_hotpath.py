@@ -36,6 +36,8 @@ from tests.server.support import (
 LIMIT = 100_000
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 BODY = json.dumps(request_of(X)).encode()
+REFUSED = (403, 404)
+"""What there is not, or is not for a page of another host."""
 
 
 @pytest.fixture(scope="module", params=[LARGE, 1], ids=["parsed", "read by itself"])
@@ -206,6 +208,31 @@ def test_too_large_a_body_is_refused_while_it_is_sent(server: Running) -> None:
         status, headers, body = read_reply(stream)
         assert (status, headers["connection"]) == (413, "close")
         assert "at most 100,000 are accepted" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("path", ["/v2/models/double/infr", "/v2/models/double/generate", "/v2/models/nope/generate"])
+def test_a_body_that_another_route_refuses_is_read_to_its_end(server: Running, path: str) -> None:
+    """As above, of a client that is to send no other request, and does not look at the reply before."""
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(bytes(400 * LIMIT), path=path, headers="Connection: close\r\n"))
+        status, headers, body = read_reply(stream)
+        assert status == 413 if path.endswith("double/generate") else status in REFUSED
+        assert headers["connection"] == "close"
+        assert json.loads(body)["error"]
+        assert stream.read() == b""
+
+
+def send_for_ever(sock: socket.socket) -> None:
+    while True:
+        sock.sendall(bytes(1 << 16))
+
+
+def test_a_body_of_another_route_that_never_ends_is_not_read_for_ever(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(b"1", path="/nope", headers="Connection: close\r\n", length=1 << 40))
+        assert read_reply(stream)[0] in REFUSED
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_for_ever(sock)
 
 
 def test_too_large_a_chunked_body_is_refused_when_it_is(server: Running) -> None:

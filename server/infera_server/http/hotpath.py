@@ -18,6 +18,7 @@ from typing import Any
 from infera_server.errors import RequestError, TooLarge
 from infera_server.http import coding
 from infera_server.http.connection import CONTINUE
+from infera_server.http.cycle import Ending
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, again, decode, infer_target, keep
 from infera_server.http.gate import CREDENTIALS, credentials
 from infera_server.http.recall import Head
@@ -201,11 +202,20 @@ class HotPathProtocol(Recalling):
             self.asgi = cycle
             if self.service.draining:
                 cycle.keep_alive = False
+            cycle.transport = Ending(self.transport, self._end)
             super()._start_asgi_task(cycle, app)
         elif self.flow.write_paused:
             self.held = cycle
         else:
             self.loop.call_soon(self._begin, cycle)  # not a call: a long pipeline would nest as deep
+
+    def _end(self) -> None:
+        """The ASGI cycle at work closes the connection: it has answered, or cannot."""
+        if self.asgi.response_complete:
+            self._let_go()
+            self._hang_up(not self.asgi.more_body)
+        else:
+            self.transport.close()
 
     def _begin(self, exchange: Exchange) -> None:
         """It is this exchange's turn."""
