@@ -192,6 +192,31 @@ def test_expect_100_continue_is_refused_before_the_body(server: Running, request
         assert (found, headers["connection"]) == (status, "close")
 
 
+@pytest.mark.parametrize(
+    "path", ["/nope", "/v2/models/nope/generate", "/v2/models/double/infr", "/v2/repository/models/nope/bogus"]
+)
+def test_expect_100_continue_that_another_route_refuses_ends_the_connection(server: Running, path: str) -> None:
+    """Else the client's next request, since it keeps the body to itself, would be taken for that."""
+    head = http_request(b"", path=path, headers="Expect: 100-continue\r\n", length=3000)
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head)
+        found, headers, _ = read_reply(stream)
+        assert (found in REFUSED, headers["connection"]) == (True, "close")
+        sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(stream)[0] == 0
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head + bytes(3000) + http_request(BODY))
+        assert read_reply(stream)[0] in REFUSED
+        assert read_reply(stream)[0] == 200, "the body was not waited for"
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        body = b'{"x": [0, 1, 2, 3]}'
+        path = "/v2/models/double/generate"
+        sock.sendall(http_request(b"", path=path, headers="Expect: 100-continue\r\n", length=len(body)))
+        assert read_reply(stream)[0] == 100
+        sock.sendall(body + http_request(BODY))
+        assert [read_reply(stream)[0] for _ in range(2)] == [200, 200]
+
+
 def test_an_upgrade_offer_is_ignored(server: Running) -> None:
     with server.connect() as sock, sock.makefile("rb") as stream:
         sock.sendall(http_request(BODY, headers="Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"))

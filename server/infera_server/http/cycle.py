@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakMethod
+
+from infera_server.http.gate import Message, Receive, Send
 
 
 class Ending:
@@ -19,3 +22,21 @@ class Ending:
 
     def close(self) -> None:
         (self._end() or self._transport.close)()
+
+
+def expecting(app: Any, cycle: Any) -> Any:
+    """The application of a cycle whose client waits for `100 Continue`.
+
+    Where the reply comes instead of that, the connection ends with it: the client may send the body or not, the framing
+    is lost.
+    """
+
+    async def answer(scope: Message, receive: Receive, send: Send) -> None:
+        async def last(message: Message) -> None:
+            if cycle.waiting_for_100_continue and cycle.more_body:
+                cycle.keep_alive = False
+            await send(message)
+
+        await app(scope, receive, last)
+
+    return answer

@@ -18,7 +18,7 @@ from typing import Any
 from infera_server.errors import RequestError, TooLarge
 from infera_server.http import coding
 from infera_server.http.connection import CONTINUE
-from infera_server.http.cycle import Ending
+from infera_server.http.cycle import Ending, expecting
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, again, decode, infer_target, keep
 from infera_server.http.gate import CREDENTIALS, credentials
 from infera_server.http.recall import Head
@@ -203,7 +203,7 @@ class HotPathProtocol(Recalling):
             if self.service.draining:
                 cycle.keep_alive = False
             cycle.transport = Ending(self.transport, self._end)
-            super()._start_asgi_task(cycle, app)
+            super()._start_asgi_task(cycle, expecting(app, cycle) if cycle.waiting_for_100_continue else app)
         elif self.flow.write_paused:
             self.held = cycle
         else:
