@@ -19,11 +19,11 @@ from starlette.responses import StreamingResponse
 from infera_server import management
 from infera_server.access import readable
 from infera_server.codec import Buffer
-from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
+from infera_server.errors import InternalError, RequestError, Unavailable, retry_after
 from infera_server.http import coding, inference, reference
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES
 from infera_server.http.gate import key_of
-from infera_server.http.intake import MAX_MANAGEMENT_BODY, received
+from infera_server.http.intake import MAX_MANAGEMENT_BODY, Left, received
 from infera_server.http.routes import Call, Route, document
 from infera_server.management import server_version
 from infera_server.metrics import Exposition, Extract
@@ -165,7 +165,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         """The model that a flat document is for, and the document. Raises RequestError."""
         request.state.trace = is_asked(request.headers.get(HEADER, "").encode("latin-1"))
         model = service.model(*_target(request))
-        return model, await _body(request, service, service.settings.max_json_bytes)
+        with inference.counted_if_refused(model):
+            return model, await _body(request, service, service.settings.max_json_bytes)
 
     async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[tuple[bytes, str], None]:
         """The replies to a flat document, as many as the model gives, with what explains each. Raises RequestError."""
@@ -255,7 +256,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise BadRequest("the client has left")  # nobody reads this
+            raise Left("the client has left")
         return task.result()
     finally:
         task.cancel()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 from infera_server.errors import RequestError, TooLarge
@@ -97,6 +98,8 @@ class HotPathProtocol(Recalling):
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
             exchange.keep_alive = False
+            with suppress(RequestError):  # for whom it is counted
+                exchange.model = self.service.repository.get(*target)
             raise TooLarge(f"the request body has {size:,} bytes, at most {self.max_body:,} are accepted")
         exchange.target = target
         exchange.model = self.service.model(*target)
