@@ -65,7 +65,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         found = _error(error.status, str(error), retry_after(error))
-        if getattr(request.state, "trace", False):
+        if error.trace or getattr(request.state, "trace", False):
             found.headers[HEADER] = explain(None, None, error)
         return found
 
@@ -182,12 +182,12 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
         inline = coded is None and len(sent) <= INLINE_BYTES
         asked, size = read() if inline else await asyncio.get_running_loop().run_in_executor(None, read)
+        request.state.trace = asked.trace = request.state.trace or asked.trace
         if model.retired:  # while the body came or another thread was at it
             model = service.model(*_target(request))
             check_again(asked, model.signature)
         if (key := key_of(request.scope)) is not None:
             asked.claim(key.name)
-        request.state.trace = asked.trace = request.state.trace or asked.trace
         model = chosen(model, asked)
         async with aclosing(inference.responses(model, asked, size, service.tracing)) as found:
             async for response in found:

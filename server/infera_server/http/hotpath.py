@@ -279,6 +279,7 @@ class HotPathProtocol(Recalling):
             return
         try:
             request, nbytes = found.result()
+            exchange.trace = exchange.trace or request.trace
             if model.retired:
                 model = exchange.model = self.service.model(*exchange.target)
                 check_again(request, model.signature)

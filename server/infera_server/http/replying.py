@@ -137,7 +137,7 @@ class Replying(Connection):
             fields.append(b"www-authenticate: Bearer\r\n")
         if (seconds := retry_after(error)) is not None:
             fields.append(b"retry-after: %d\r\n" % seconds)
-        if exchange.trace:
+        if exchange.trace or error.trace:
             fields.append(b"%s: %s\r\n" % (TRACE, explain(None, None, error).encode()))
         if exchange.model is not None and error.reason:
             exchange.model.stats.refused[error.reason] += 1

@@ -114,10 +114,10 @@ class _Stream:
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))
         except Exception as error:
             refusal = request_error(error, name)
-            identity = await self._identity(message) if asked is None else asked.id
+            identity, trace = await self._about(message) if asked is None else (asked.id, asked.trace)
             document: dict[str, Any] = {"id": identity} if identity else {}
             document |= {"error": str(refusal), "status": refusal.status}
-            if asked is not None and asked.trace:
+            if trace:
                 document["parameters"] = {PARAMETER: explain(None, None, refusal)}
             await self._write({"type": "websocket.send", "text": json.dumps(document)})
 
@@ -132,15 +132,15 @@ class _Stream:
             model.check_room(nbytes)
             return await asyncio.get_running_loop().run_in_executor(None, v2_rest.parse, *arguments), nbytes
 
-    async def _identity(self, message: Message) -> str:
-        """The id of a message that cannot be used; empty where none can be read."""
+    async def _about(self, message: Message) -> tuple[str, bool]:
+        """The id of a message that cannot be used, and whether it asks where its time went, as far as that is told."""
         with suppress(RequestError):
             body, header = self._parts(message)
             text = memoryview(body)[:header]
             if len(text) <= INLINE_BYTES:
-                return v2_rest.identity_of(text)
-            return await asyncio.get_running_loop().run_in_executor(None, v2_rest.identity_of, text)
-        return ""
+                return v2_rest.about(text)
+            return await asyncio.get_running_loop().run_in_executor(None, v2_rest.about, text)
+        return "", False
 
     async def _reply(self, model: Servable, request: Request, nbytes: int) -> None:
         signature = model.signature
