@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -160,11 +161,17 @@ Release: TypeAlias = tuple[int, int]
 def _untested(found: str, tested: tuple[Release, Release]) -> str:
     """What is wrong with a version that is not among the releases from the first to below the second; else empty."""
     low, high = tested
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if low <= (major, minor) < high:
+    if low <= _release(found) < high:
         return ""
     from_, below = (".".join(map(str, release)) for release in tested)
     return f"is not among the tested releases, {from_} to below {below}"
+
+
+def _release(found: str) -> Release:
+    """The first two numbers of a version; 0 where there is none."""
+    numbers = [int(digits[0]) if (digits := re.match(r"\d+", part)) else 0 for part in found.split(".")[:2]]
+    major, minor = (*numbers, 0)[:2]
+    return major, minor
 
 
 def _cublaslt() -> Iterator[Finding]:

@@ -62,7 +62,19 @@ def test_doctor_tells_unknown_from_zero(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("version", "state"),
-    [("13.6.0", "problem"), ("14.0.0", "ok"), ("14.1.1", "ok"), ("15.0.0a1", "problem"), ("15.1.0", "problem")],
+    [
+        ("13.6.0", "problem"),
+        ("14.0.0", "ok"),
+        ("14.1.1", "ok"),
+        ("15.0.0a1", "problem"),
+        ("15.1.0", "problem"),
+        ("14", "ok"),
+        ("13", "problem"),
+        ("15", "problem"),
+        ("14.0a1", "ok"),
+        ("15.0a1", "problem"),
+        ("?", "problem"),
+    ],
 )
 @pytest.mark.parametrize("package", doctor.CUPY_PACKAGES)
 def test_doctor_knows_which_releases_of_cupy_are_tested(

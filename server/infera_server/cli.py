@@ -253,7 +253,9 @@ def serve(
         names = catalogued(paths)
         paths = [names.get(path, path) for path in paths]
         titles = {file: str(path) for path, file in names.items()}
-        repository = Repository(settings, discover(paths, titles), rescan=partial(survey, paths, titles))
+        there = discover(paths, titles)
+        rescan = partial(survey, paths, titles)
+        repository = Repository(settings, there.sources, rescan=rescan, problems=there.problems)
         _require_named(repository)
     except KeyFileError as error:
         raise typer.BadParameter(str(error), param_hint="--api-keys") from None
@@ -298,7 +300,7 @@ def _told(error: ErrorDetails) -> str:
 
 def _require_named(repository: Repository) -> None:
     """Every model that --load-model names is there, unless files are watched: then they may still come."""
-    settings, there = repository.settings, {source.name for source in repository.sources}
+    settings, there = repository.settings, {source.name for source in repository.sources} | repository.problems.keys()
     if settings.watch or settings.model_control == "poll":
         return
     for name in settings.load_models:

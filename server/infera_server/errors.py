@@ -47,6 +47,9 @@ class RequestError(Exception):
     retry_after: float | None = None
     """Seconds after which the same request may succeed; None: no estimate."""
 
+    trace: bool = False
+    """Whether the request, as far as it was read, asks where its time went: then this is explained too."""
+
 
 class BadRequest(RequestError):
     """The client's mistake."""
@@ -202,6 +205,13 @@ def request_error(error: Exception, model: str) -> RequestError:
     failed = f"model '{model}' failed" if model else "the server failed"
     log.error("%s", failed, exc_info=error)
     return InternalError(f"{failed}: {type(error).__name__}; the server's log says more")
+
+
+def read_error(error: Exception, model: str, trace: bool) -> RequestError:
+    """The same of what was raised while a request was read that asks, or does not, where its time went."""
+    found = request_error(error, model)
+    found.trace = trace
+    return found
 
 
 def run_error(error: Exception, model: str) -> RequestError:

@@ -155,7 +155,8 @@ class Tracing:
         if len(self._records) >= MAX_KEPT or not scope.take():
             return
         self._taken += 1
-        times = [("HTTP_RECV_START", began), ("REQUEST_START", job.queued_at), ("QUEUE_START", job.queued_at)]
+        came = job.came_at or job.queued_at
+        times = [("HTTP_RECV_START", began), ("REQUEST_START", came), ("QUEUE_START", came)]
         if batch is not None:
             times += [
                 ("COMPUTE_START", batch.taken_at),

@@ -69,7 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         if text:
             made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {text}')
             onnx.save(made, folder / "model.onnx")
-    with hosting(Repository(Settings(device="cpu", threads=1), discover([root]))) as running:
+    with hosting(Repository(Settings(device="cpu", threads=1), discover([root]).sources)) as running:
         yield running
 
 

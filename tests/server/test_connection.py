@@ -175,6 +175,21 @@ def test_bodies_on_their_way_have_a_budget() -> None:
         until(lambda: intake.held == 0)
 
 
+@pytest.mark.parametrize("path", ["/v2/models/double/infer", "/v2/models/double/generate"])
+def test_too_large_a_body_is_counted_however_it_comes(path: str) -> None:
+    chunked = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n".encode() + bytes(1000)
+    with serving({"double": doubler()}, max_body_bytes=999, max_json_bytes=999) as running:
+        for sent in (
+            http_request(bytes(1000), path=path),
+            chunked,
+            http_request(b"", path="/v2/models/nope/infer", length=1000),
+        ):
+            ((status, _, _),) = ask(running, sent)
+            assert status == 413
+        stats = running.host.repository.get("double").stats
+        assert (dict(stats.statuses), dict(stats.refused)) == ({413: 2}, {"too_large": 2})
+
+
 def test_json_has_a_limit_of_its_own() -> None:
     with serving({"double": doubler()}, max_json_bytes=1000) as running:
         ((status, _, body),) = ask(running, http_request(BODY + b" " * 1000))

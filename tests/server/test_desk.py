@@ -149,7 +149,7 @@ def test_a_run_is_explained_where_somebody_asks() -> None:
         job = both.ask(trace=True)
         await both.exchange()
         ((_, theirs),) = both.engine.asked
-        theirs.queued_at = 7.0
+        theirs.queued_at, theirs.came_at = 7.0, 6.0
         answer(theirs, {"y": X}, Batch([theirs, theirs], 3, 4, 8.0, 8.5, 9.0, 9.5, behind="other", most=64))
         both.engine.asked.clear()
         del theirs
@@ -158,7 +158,7 @@ def test_a_run_is_explained_where_somebody_asks() -> None:
         assert (len(batch.jobs), batch.rows, batch.padded, batch.ran_at, batch.behind, batch.most) == (
             2, 3, 4, 9.0, "other", 64,
         )  # fmt: skip
-        assert job.queued_at == 7.0
+        assert (job.queued_at, job.came_at) == (7.0, 6.0)
 
     run(work)
 

@@ -142,6 +142,27 @@ def test_a_refusal_explains_itself_too(server: Running, suffix: str) -> None:
         assert "infera-trace" not in server.request("POST", *asked)[1]
 
 
+@pytest.mark.parametrize("suffix", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("document", "asks"),
+    [
+        ({"infera_trace": True}, True),
+        ({"x": [1] * 4, "infera_trace": True, "z": None}, True),
+        ({"x": "a", "parameters": {"infera_trace": True}}, True),
+        ({"infera_trace": True, "parameters": 3}, True),
+        ({"id": 3, "infera_trace": True}, True),
+        ({"infera_trace": True, "parameters": {"infera_trace": False}}, False),
+        ({"infera_trace": 1, "x": [1] * 4}, False),
+        ({"x": [1]}, False),
+    ],
+)
+def test_a_document_that_is_wrong_is_explained_where_it_asks(
+    server: Running, document: Any, asks: bool, suffix: str
+) -> None:
+    status, headers, _ = server.request("POST", f"/v2/models/double/{suffix}", json.dumps(document))
+    assert (status, headers.get("infera-trace")) == (400, 'refused="no run"' if asks else None)
+
+
 def test_other_verbs(server: Running) -> None:
     for verb in ("GET", "HEAD", "PUT"):
         assert server.request(verb, "/v2/models/double/generate")[0] == 405

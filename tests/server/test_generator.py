@@ -146,6 +146,26 @@ def test_a_stop_ends_the_text_and_is_not_told(client: grpc.Channel) -> None:
     assert (tokens_of(responses), finals(responses)) == (want, [False] * len(want) + [True])
 
 
+def test_a_trace_has_the_text_queued_when_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause, ran = 0.01, Generator._ran
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(pause)
+        ran(*arguments)
+
+    monkeypatch.setattr(Generator, "_ran", slowly)
+    put_decoder(tmp_path, "whole", ATTENTION, config("input_ids"))
+    repository = Repository(Settings(trace_file=tmp_path / "trace"), survey([tmp_path]).sources)
+    with hosting(repository) as running, channel(running) as made:
+        level = json.dumps({"trace_level": ["TIMESTAMPS"], "trace_rate": "1"}).encode()
+        running.request("POST", "/v2/trace/setting", level)
+        assert tokens_of(talk(made, [ask("whole", PROMPT)])) == by_the_book(attention_logits, PROMPT)
+    _, stamps = json.loads((tmp_path / "trace").read_bytes())
+    at = {t["name"]: t["ns"] / 1e9 for t in stamps["timestamps"]}
+    assert at["REQUEST_START"] == at["QUEUE_START"]
+    assert at["HTTP_RECV_START"] <= at["QUEUE_START"] <= at["COMPUTE_START"] - (MOST - 1) * pause
+
+
 def responses_of(running: Running, model: str) -> dict[str, dict[str, int]]:
     """How many there were at each place, by what came of them."""
     (found,) = running.get(f"/v2/models/{model}/stats")[1]["model_stats"]

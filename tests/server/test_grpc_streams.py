@@ -121,7 +121,20 @@ def test_responses_and_refusals_explain_themselves_where_asked(server: Running, 
         assert [len(list(one.call)) for one in waiting] == [1] * 4
     assert "requests=1, rows=2, " in found[0]
     assert found[1].startswith('refused="queue_full", retry-after=')
-    assert found[2:] == ["", ""], "what was not read has not asked"
+    assert found[2:] == ['refused="no run"'] * 2
+
+
+def test_what_is_refused_while_it_is_read_explains_itself_where_asked(server: Running, client: grpc.Channel) -> None:
+    asks = {"infera_trace": {"bool_param": True}}
+    known: list[Any] = [request("double", X, parameters=asks), request("double", X)]
+    for entry in known:
+        entry.raw_input_contents[0] = b"short"  # of a header that came before, the second time
+    bad = [*known, *known, request("double", BAD[:, :3], parameters=asks), request("double", BAD[:, :3])]
+    bad += [request("nope", X, parameters=asks), request("double", X, parameters={"infera_trace": {"int64_param": 1}})]
+    found = [
+        "infera_trace" in response.infer_response.parameters for response in stream(client)(iter(bad), timeout=WAIT)
+    ]
+    assert found == [True, False, True, False, True, False, True, False]
 
 
 def test_what_is_no_message_is_answered_and_the_stream_goes_on(client: grpc.Channel) -> None:

@@ -36,6 +36,8 @@ from tests.server.support import (
 LIMIT = 100_000
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 BODY = json.dumps(request_of(X)).encode()
+REFUSED = (403, 404)
+"""What there is not, or is not for a page of another host."""
 
 
 @pytest.fixture(scope="module", params=[LARGE, 1], ids=["parsed", "read by itself"])
@@ -190,6 +192,31 @@ def test_expect_100_continue_is_refused_before_the_body(server: Running, request
         assert (found, headers["connection"]) == (status, "close")
 
 
+@pytest.mark.parametrize(
+    "path", ["/nope", "/v2/models/nope/generate", "/v2/models/double/infr", "/v2/repository/models/nope/bogus"]
+)
+def test_expect_100_continue_that_another_route_refuses_ends_the_connection(server: Running, path: str) -> None:
+    """Else the client's next request, since it keeps the body to itself, would be taken for that."""
+    head = http_request(b"", path=path, headers="Expect: 100-continue\r\n", length=3000)
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head)
+        found, headers, _ = read_reply(stream)
+        assert (found in REFUSED, headers["connection"]) == (True, "close")
+        sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_reply(stream)[0] == 0
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(head + bytes(3000) + http_request(BODY))
+        assert read_reply(stream)[0] in REFUSED
+        assert read_reply(stream)[0] == 200, "the body was not waited for"
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        body = b'{"x": [0, 1, 2, 3]}'
+        path = "/v2/models/double/generate"
+        sock.sendall(http_request(b"", path=path, headers="Expect: 100-continue\r\n", length=len(body)))
+        assert read_reply(stream)[0] == 100
+        sock.sendall(body + http_request(BODY))
+        assert [read_reply(stream)[0] for _ in range(2)] == [200, 200]
+
+
 def test_an_upgrade_offer_is_ignored(server: Running) -> None:
     with server.connect() as sock, sock.makefile("rb") as stream:
         sock.sendall(http_request(BODY, headers="Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"))
@@ -206,6 +233,31 @@ def test_too_large_a_body_is_refused_while_it_is_sent(server: Running) -> None:
         status, headers, body = read_reply(stream)
         assert (status, headers["connection"]) == (413, "close")
         assert "at most 100,000 are accepted" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("path", ["/v2/models/double/infr", "/v2/models/double/generate", "/v2/models/nope/generate"])
+def test_a_body_that_another_route_refuses_is_read_to_its_end(server: Running, path: str) -> None:
+    """As above, of a client that is to send no other request, and does not look at the reply before."""
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(bytes(400 * LIMIT), path=path, headers="Connection: close\r\n"))
+        status, headers, body = read_reply(stream)
+        assert status == 413 if path.endswith("double/generate") else status in REFUSED
+        assert headers["connection"] == "close"
+        assert json.loads(body)["error"]
+        assert stream.read() == b""
+
+
+def send_for_ever(sock: socket.socket) -> None:
+    while True:
+        sock.sendall(bytes(1 << 16))
+
+
+def test_a_body_of_another_route_that_never_ends_is_not_read_for_ever(server: Running) -> None:
+    with server.connect() as sock, sock.makefile("rb") as stream:
+        sock.sendall(http_request(b"1", path="/nope", headers="Connection: close\r\n", length=1 << 40))
+        assert read_reply(stream)[0] in REFUSED
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_for_ever(sock)
 
 
 def test_too_large_a_chunked_body_is_refused_when_it_is(server: Running) -> None:

@@ -23,7 +23,18 @@ from infera_server.models.discovery import DiscoveryError, Source, discover
 from infera_server.models.repository import Entry, Repository, State
 from infera_server.runtime import Session
 from infera_server.settings import Settings
-from tests.server.support import WAIT, FakeDevice, FakeSession, Running, doubler, request_of, serving, spec, until
+from tests.server.support import (
+    WAIT,
+    FakeDevice,
+    FakeSession,
+    Running,
+    doubler,
+    hosting,
+    request_of,
+    serving,
+    spec,
+    until,
+)
 from tests.text import parse
 
 X = np.ones((2, 4), np.float32)
@@ -203,7 +214,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def found_in(*paths: Path) -> set[tuple[str, str, str]]:
-    return {(s.name, s.version, s.path.name) for s in discover(paths)}
+    return {(s.name, s.version, s.path.name) for s in discover(paths).sources}
 
 
 def test_a_file_is_served_under_its_stem(tmp_path: Path) -> None:
@@ -229,7 +240,7 @@ def test_folders_of_files_and_of_versions(tmp_path: Path) -> None:
 
 def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
     touch(tmp_path, "empty/readme.txt", "two/1/a.onnx", "two/1/b.onnx", "x/m.onnx", "y/m.onnx")
-    touch(tmp_path, "models/good/1/model.onnx", "models/flat/model.onnx")
+    touch(tmp_path, "models/flat/model.onnx")
     for paths, text in (
         ([tmp_path / "nope"], "does not exist"),
         ([tmp_path / "empty"], "holds no model"),
@@ -253,6 +264,39 @@ def test_names_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DiscoveryError, match=text):
             discover([tmp_path / folder])
+
+
+def test_what_cannot_be_served_beside_what_can_stops_nothing(tmp_path: Path) -> None:
+    touch(tmp_path, "good/1/model.onnx", "stats/3/model.onnx", "two/1/a.onnx", "two/1/b.onnx", "flat/model.onnx")
+    touch(tmp_path, "both.onnx", "both/1/model.onnx")
+    (tmp_path / os.fsdecode(b"bad\xff.onnx")).touch()
+    (tmp_path / os.fsdecode(b"folder\xff")).mkdir()
+    (tmp_path / os.fsdecode(b"folder\xff") / "model.onnx").touch()
+    found = discover([tmp_path])
+    assert [str(source) for source in found.sources] == ["good version 1"]
+    assert {str(problem.source) for problem in found.problems.values()} == {
+        "stats version 3", "two version 1", "flat version 1", "both version 1", "bad\ufffd version 1",
+        "folder\ufffd version 1",
+    }  # fmt: skip
+    sessions = {"good": doubler()}
+    repository = Repository(
+        Settings(inline_run=0.0),
+        found.sources,
+        opener=lambda path, _: sessions[path.parts[-3]],
+        problems=found.problems,
+    )
+    with hosting(repository) as server:
+        index = server.index()
+        assert index.pop("good/1") == "READY"
+        assert {name: text.split(": ")[0] for name, text in index.items()} == dict.fromkeys(
+            ("stats/3", "two/1", "flat/1", "both/1", "bad\ufffd/1", "folder\ufffd/1"), "UNAVAILABLE"
+        )
+        assert index["stats/3"].endswith("would be served at /v2/models/stats, which is taken; rename it")
+        assert server.get("/v2/models/stats")[0] == 200
+        assert server.get("/v2/models/two")[0] in (400, 404)
+        assert server.get("/v2/health/ready")[0] == 200
+    only = Repository(Settings(load_models=("good",)), found.sources, problems=found.problems)
+    assert [entry.source.name for entry in only.entries()] == ["good"]
 
 
 def test_the_suffix_may_be_in_capitals(tmp_path: Path) -> None:
@@ -375,7 +419,7 @@ def test_all_models_share_the_gpu_memory_that_is_set(tmp_path: Path) -> None:
     model = parse(f"g (float[N, 16] x) => (float[N, 16] y) <float[16, 16] w = {{{ones}}}> {{ y = MatMul(x, w) }}")
     for name in ("a.onnx", "b.onnx"):
         onnx.save(model, tmp_path / name)
-    repository = Repository(Settings(device="recording", vram_limit="2100B"), list(discover([tmp_path])))
+    repository = Repository(Settings(device="recording", vram_limit="2100B"), discover([tmp_path]).sources)
     repository.load(lambda fn, arg: fn(arg))
     states = {e.source.name: (e.state, e.reason) for e in repository.entries()}
     assert sorted(state.value for state, _ in states.values()) == ["READY", "UNAVAILABLE"]

@@ -57,9 +57,9 @@ def repository(root: Path, **settings: Any) -> Iterator[Running]:
         yield running
 
 
-def states(root: Path) -> dict[str, str]:
+def states(root: Path, **settings: Any) -> dict[str, str]:
     """State and reason of each version, by `model/version`, of a repository that is loaded and closed."""
-    found = Repository(Settings(), survey([root]).sources)
+    found = Repository(Settings(**settings), survey([root]).sources)
     found.load(lambda fn, arg: fn(arg))
     for model in found.ready():
         model.close()
@@ -392,7 +392,7 @@ def test_no_link_leads_out_of_the_repository(tmp_path: Path) -> None:
     (root / "c" / "config.pbtxt").symlink_to(outside / "o" / "config.pbtxt")
     found = survey([root])
     assert [source.name for source in found.sources] == ["c"]
-    assert all("leads outside" in found.problems[name] for name in ("a", "b"))
+    assert all("leads outside" in found.problems[name].reason for name in ("a", "b"))
     with pytest.raises(ConfigError, match="leads outside"):
         define("c", found.sources)
 
@@ -419,8 +419,8 @@ def test_a_limit_of_the_server_that_holds_in_place_of_a_setting_is_named(tmp_pat
         f"max_batch_size: 32 dynamic_batching {{ default_queue_policy {policy} priority_queue_policy [ "
         f"{{ key: 2 value {policy} }}, {{ key: 10 value {{ max_queue_size: 1 }} }} ] }} {THREADS.format(8)}"
     )
-    assert limited(asked, Settings(max_queue=10000, request_timeout=60, priority_levels=10)) == []
-    assert limited(asked, Settings(max_batch=8, threads=1)) == [
+    assert limited(asked, Settings(max_queue=10000, request_timeout=60, priority_levels=10), "m", ["cpu"]) == []
+    assert limited(asked, Settings(max_batch=8, threads=1), "m", ["cpu"]) == [
         "max_batch_size: 32 is over --max-batch 8",
         "dynamic_batching.priority_queue_policy[10]: levels are 1 to 9",
         "dynamic_batching.default_queue_policy.max_queue_size: 10000 is over --max-queue 256",
@@ -431,6 +431,34 @@ def test_a_limit_of_the_server_that_holds_in_place_of_a_setting_is_named(tmp_pat
     ]
     put(tmp_path, "m", f"dynamic_batching {{ default_queue_policy {policy} }} {BATCHED}")
     assert "max_queue_size: 10000 is over --max-queue 256; " in states(tmp_path)["m/1"]
+
+
+def test_a_configuration_that_is_not_utf8_says_so(tmp_path: Path) -> None:
+    folder = put(tmp_path, "m", None)
+    (folder / "config.pbtxt").write_bytes(b"# caf\xe9\n")
+    assert states(tmp_path)["m/1"] == f"UNAVAILABLE: {folder / 'config.pbtxt'} cannot be read: byte 5 is not UTF-8"
+
+
+def test_a_device_that_an_option_says_in_place_of_the_groups_is_named(tmp_path: Path) -> None:
+    def named(groups: str, *devices: str, **settings: Any) -> list[str]:
+        return limited(message(f"instance_group [ {groups} ]"), Settings(**settings), "m", devices)
+
+    first, cpu = "{ kind: KIND_GPU gpus: [0] }", ["instance_group: --device cpu goes before it"]
+    for groups in (first, "{ gpus: [0] }", "{ kind: KIND_GPU }"):
+        assert named(groups, "cpu", device="cpu") == cpu
+        assert named(groups, "cuda:0", device="cuda") == []
+    assert named(first, "cuda:1", device="cuda:1") == ["instance_group: --device cuda:1 goes before it"]
+    assert named(first, "cuda:1", pins={"m": "cuda:1"}) == ["instance_group: --pin m=cuda:1 goes before it"]
+    assert named("{ kind: KIND_GPU }", "cuda:1", device="cuda:1") == []
+    assert named("{ kind: KIND_CPU }", "cuda:0", device="auto") == ["instance_group: --device auto goes before it"]
+    assert named("{ gpus: [0, 1] }", "cuda:0", pins={"m": "cuda:0"}) == [
+        "instance_group: --pin m=cuda:0 goes before it"
+    ]
+    for groups in ("", "{ count: 1 }", "{ kind: KIND_CPU }"):
+        assert named(groups, "cpu", device="cpu") == []
+    assert named("{ gpus: [0] }", "cpu") == [], "nothing goes before it"
+    put(tmp_path, "m", f"instance_group [ {first} ]")
+    assert states(tmp_path, device="cpu")["m/1"] == f"READY: ignored: {cpu[0]}"
 
 
 def test_a_version_that_only_a_label_names_is_named(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_models_of_a_repository_run_where_they_are_placed(tmp_path: Path) -> Non
     for name in ("a", "b", "c"):
         onnx.save(model, tmp_path / f"{name}.onnx")
     settings = Settings(device="cpu,recording", pins={"c": "recording", "b": "cpu"})
-    repository = Repository(settings, list(discover([tmp_path])))
+    repository = Repository(settings, discover([tmp_path]).sources)
     repository.load(lambda fn, arg: fn(arg))
     assert {e.source.name: e.state for e in repository.entries()} == dict.fromkeys("abc", State.READY)
     devices = {m.signature.name: m.device for m in repository.ready()}
@@ -79,7 +79,7 @@ def test_a_gpu_that_is_lost_takes_its_models_along_and_no_others(
     for name in ("a", "b"):
         onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }"), tmp_path / f"{name}.onnx")
     settings = Settings(device="cuda:all", pins={"a": "cuda:0", "b": "cuda:1"})
-    repository = Repository(settings, list(discover([tmp_path])))
+    repository = Repository(settings, discover([tmp_path]).sources)
     repository.load(lambda fn, arg: fn(arg))
     a, b = (cast(Model, repository.get(name)) for name in ("a", "b"))
     for model in (a, b):

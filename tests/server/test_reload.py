@@ -391,6 +391,26 @@ def test_a_file_that_is_truncated_or_broken_leaves_what_serves(tmp_path: Path) -
         assert running.index() == {"m/1": "READY"}
 
 
+def test_what_cannot_be_served_is_told_while_it_is_there(tmp_path: Path) -> None:
+    factor(tmp_path / "m.onnx", 1.0)
+    factor(tmp_path / "stats" / "2" / "model.onnx", 2.0)
+    at_start = survey([tmp_path])
+    repository = Repository(
+        Settings(watch=True, poll_interval=0.05),
+        at_start.sources,
+        rescan=lambda: survey([tmp_path]),
+        problems=at_start.problems,
+    )
+    with hosting(repository) as running:
+        assert "stats/2" in running.index()
+        factor(tmp_path / "flat" / "model.onnx", 3.0)
+        until(once(running, "UNAVAILABLE: " + str(tmp_path / "flat" / "model.onnx")))
+        os.replace(tmp_path / "stats", tmp_path / "statistics")
+        (tmp_path / "flat" / "1").mkdir()
+        os.replace(tmp_path / "flat" / "model.onnx", tmp_path / "flat" / "1" / "model.onnx")
+        until(lambda: running.index() == {"flat/1": "READY", "m/1": "READY", "statistics/2": "READY"})
+
+
 def test_a_file_that_is_still_being_written_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     factor(path, 1.0)

@@ -302,7 +302,7 @@ def test_a_name_of_the_catalogue_is_served_under_it(tmp_path: Path, monkeypatch:
     onnx.save(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }"), tmp_path / "model.onnx")
     monkeypatch.setattr("infera_server.cli.locate", lambda name: tmp_path / "model.onnx")
     assert catalogued([Path("magika"), tmp_path, Path("nope")]) == {Path("magika"): tmp_path / "model.onnx"}
-    (source,) = discover([tmp_path / "model.onnx"], {tmp_path / "model.onnx": "magika"})
+    (source,) = discover([tmp_path / "model.onnx"], {tmp_path / "model.onnx": "magika"}).sources
     assert (source.name, source.path) == ("magika", tmp_path / "model.onnx")
 
 

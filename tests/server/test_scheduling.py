@@ -6,12 +6,14 @@ import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from websockets.sync.client import connect
 
 from infera_server.scheduling.costs import WINDOW
 from infera_server.scheduling.explanation import explain
@@ -19,7 +21,7 @@ from infera_server.scheduling.jobs import Batch, Job
 from infera_server.scheduling.turns import Turns
 from infera_server.settings import Settings
 from tests.commandline import assert_fails, infera
-from tests.server.support import Running, any_width, doubler, flat, request_of, serving, until
+from tests.server.support import WAIT, FakeSession, Running, any_width, doubler, flat, request_of, serving, spec, until
 
 FIELD = re.compile(r'([a-z-]+)=("[^"]*"|-?[0-9.]+)(?:, |$)')
 
@@ -80,6 +82,47 @@ def test_a_parameter_asks_for_it_too_and_is_true_or_false() -> None:
                 assert (status, b"Unable to parse 'infera_trace'" in reply) == (400, True)
             else:
                 assert (status, "rows=1" in headers.get("infera-trace", "")) == (200, asks)
+
+
+def wrong() -> Iterator[dict[str, Any]]:
+    """Documents, one mistake in each."""
+    (tensor,) = request_of(rows(1))["inputs"]
+    for change in ({"shape": [1, 5]}, {"datatype": "INT32"}, {"data": ["a"] * 4}, {"name": "z"}, {"shape": None}):
+        yield {"inputs": [tensor | change]}
+    yield {"inputs": []}
+    yield {"inputs": 3}
+    yield {}
+    yield {"inputs": [tensor], "outputs": [{"name": "z"}]}
+    yield {"inputs": [tensor], "id": 3}
+
+
+def test_a_document_that_is_wrong_is_explained_where_it_asks() -> None:
+    with (
+        serving({"double": doubler()}) as running,
+        connect(f"ws://{running.address}/v2/models/double/stream") as client,
+    ):
+        for document in wrong():
+            for value in (True, False):
+                body = json.dumps(document | {"parameters": {"infera_trace": value}})
+                want = 'refused="no run"' if value else None
+                status, headers, _ = running.request("POST", "/v2/models/double/infer", body)
+                assert (status, headers.get("infera-trace")) == (400, want), document
+                client.send(body)
+                answer = json.loads(client.recv(WAIT))
+                assert (answer["status"], answer.get("parameters", {}).get("infera_trace")) == (400, want), document
+
+
+def test_bytes_that_are_wrong_are_explained_where_their_document_asks() -> None:
+    words = FakeSession({"s": spec(2, dtype=object)}, {"t": spec(2, dtype=object)}, lambda feeds: {"t": feeds["s"]})
+    right, broken = b"\1\0\0\0a\1\0\0\0b", b"\1\0\0\0a\2\0\0\0b"
+    tensor = {"name": "s", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": len(right)}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"infera_trace": True}}).encode()
+    fields = {"Inference-Header-Content-Length": str(len(head))}
+    with serving({"words": words}) as running:
+        for _ in range(3):  # the second document is one that came before
+            assert running.request("POST", "/v2/models/words/infer", head + right, fields)[0] == 200
+            status, headers, _ = running.request("POST", "/v2/models/words/infer", head + broken, fields)
+            assert (status, headers.get("infera-trace")) == (400, 'refused="no run"')
 
 
 def test_what_was_waited_for_is_named() -> None:

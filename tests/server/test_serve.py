@@ -111,6 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_linear(root / "versions" / "1" / "model.onnx")
     write_linear(root / "versions" / "2" / "model.onnx", WEIGHTS * 2)
     (root / "broken.onnx").write_bytes(b"this is no model")
+    write_linear(root / "stats" / "1" / "model.onnx")
     return root
 
 
@@ -153,18 +154,19 @@ def test_servers_in_one_process_share_what_threads_keep() -> None:
 
 
 def test_it_says_what_it_derived_and_why(served: Process) -> None:
-    assert "serving 3 of 4 on http://127.0.0.1:" in served.output
+    assert "serving 3 of 5 on http://127.0.0.1:" in served.output
     for text in (
         "x: FP32 [batch, 6]",
         "'N' occurs once in every input and output",
         "1, 2, 4, 8, 16, 32, 64: ",
         "64 MiB a body",
         "error: broken version 1: cannot be served",
+        "would be served at /v2/models/stats, which is taken; rename it",
     ):
         assert text in served.output
-    assert served.output.count("cannot be served") == 1
+    assert served.output.count("cannot be served") == 2
     assert {line.partition(":")[0] for line in served.lines} == {
-        "linear version 1", "versions version 1", "versions version 2", "error", "serving 3 of 4 on http",
+        "linear version 1", "versions version 1", "versions version 2", "error", "serving 3 of 5 on http",
     }  # fmt: skip
 
 
@@ -468,6 +470,7 @@ def test_tritonclient_manages(client: Any) -> None:
     states = {(m["name"], m["version"]): m["state"] for m in client.get_model_repository_index()}
     assert states == {
         ("broken", "1"): "UNAVAILABLE",
+        ("stats", "1"): "UNAVAILABLE",
         ("linear", "1"): "READY",
         ("versions", "1"): "READY",
         ("versions", "2"): "READY",

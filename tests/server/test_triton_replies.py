@@ -193,7 +193,7 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Repl
     onnx.save(mlp(), path)
     level = logging.root.level
     logging.root.setLevel(logging.INFO)  # as a server's is
-    with hosting(Repository(Settings(device="cpu", threads=1), discover([path]))) as server:
+    with hosting(Repository(Settings(device="cpu", threads=1), discover([path]).sources)) as server:
         yield {request["name"]: ask(server.address, request) for request, _ in EXCHANGES}
     logging.root.setLevel(level)
 

@@ -68,6 +68,23 @@ def read(message: bytes | str) -> tuple[dict[str, Any], HostArray]:
     return document, np.frombuffer(message[PREFIX + length :], np.float32).reshape(document["outputs"][0]["shape"])
 
 
+def counts(running: Running) -> tuple[dict[int, int], dict[str, int]]:
+    """Requests of "double" by status, and refused ones by reason."""
+    found = running.host.repository.get("double").stats
+    return dict(found.statuses), dict(found.refused)
+
+
+def test_what_is_refused_while_it_is_read_is_counted() -> None:
+    with serving({"double": doubler()}, max_json_bytes=4096) as running:
+        with stream(running) as client:
+            for sent in ("{", b"\x01", json.dumps(request_of(rows(2), outputs=[{"name": "z"}])), "1" * 4097):
+                client.send(sent)
+                assert "error" in json.loads(client.recv(10))
+            client.send(json.dumps(request_of(rows(2))))
+            read(client.recv(10))
+        assert counts(running) == ({400: 3, 413: 1, 200: 1}, {"too_large": 1})
+
+
 def test_both_forms(server: Running) -> None:
     with stream(server) as client:
         for sent in (

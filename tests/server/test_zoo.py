@@ -129,7 +129,7 @@ ALLOWED = by_request(DELIBERATE)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder: Path = tmp_path_factory.mktemp("zoo")
     write(folder)
-    with hosting(Repository(Settings(device="cpu", threads=1), discover([folder]))) as running:
+    with hosting(Repository(Settings(device="cpu", threads=1), discover([folder]).sources)) as running:
         yield running
 
 

@@ -19,11 +19,11 @@ from starlette.responses import StreamingResponse
 from infera_server import management
 from infera_server.access import readable
 from infera_server.codec import Buffer
-from infera_server.errors import BadRequest, InternalError, RequestError, Unavailable, retry_after
+from infera_server.errors import InternalError, RequestError, Unavailable, retry_after
 from infera_server.http import coding, inference, reference
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES
 from infera_server.http.gate import key_of
-from infera_server.http.intake import MAX_MANAGEMENT_BODY, received
+from infera_server.http.intake import MAX_MANAGEMENT_BODY, Left, received
 from infera_server.http.routes import Call, Route, document
 from infera_server.management import server_version
 from infera_server.metrics import Exposition, Extract
@@ -65,7 +65,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         found = _error(error.status, str(error), retry_after(error))
-        if getattr(request.state, "trace", False):
+        if error.trace or getattr(request.state, "trace", False):
             found.headers[HEADER] = explain(None, None, error)
         return found
 
@@ -165,7 +165,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         """The model that a flat document is for, and the document. Raises RequestError."""
         request.state.trace = is_asked(request.headers.get(HEADER, "").encode("latin-1"))
         model = service.model(*_target(request))
-        return model, await _body(request, service, service.settings.max_json_bytes)
+        with inference.counted_if_refused(model):
+            return model, await _body(request, service, service.settings.max_json_bytes)
 
     async def documents(request: Request, model: Servable, body: bytes) -> AsyncGenerator[tuple[bytes, str], None]:
         """The replies to a flat document, as many as the model gives, with what explains each. Raises RequestError."""
@@ -181,12 +182,12 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
 
         inline = coded is None and len(sent) <= INLINE_BYTES
         asked, size = read() if inline else await asyncio.get_running_loop().run_in_executor(None, read)
+        request.state.trace = asked.trace = request.state.trace or asked.trace
         if model.retired:  # while the body came or another thread was at it
             model = service.model(*_target(request))
             check_again(asked, model.signature)
         if (key := key_of(request.scope)) is not None:
             asked.claim(key.name)
-        request.state.trace = asked.trace = request.state.trace or asked.trace
         model = chosen(model, asked)
         async with aclosing(inference.responses(model, asked, size, service.tracing)) as found:
             async for response in found:
@@ -255,7 +256,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise BadRequest("the client has left")  # nobody reads this
+            raise Left("the client has left")
         return task.result()
     finally:
         task.cancel()

@@ -161,4 +161,8 @@ def again(exchange: Exchange, model: Servable, body: Buffer, templates: Template
         return None
     if len(body) > INLINE_BYTES and not request.common.are_views:
         return None
-    return request.again(request.common.feeds(body, header), request.id)
+    try:
+        return request.again(request.common.feeds(body, header), request.id)
+    except RequestError as error:
+        error.trace = request.trace
+        raise

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 from infera_server.errors import RequestError, TooLarge
 from infera_server.http import coding
 from infera_server.http.connection import CONTINUE
+from infera_server.http.cycle import Ending, expecting
 from infera_server.http.exchange import INLINE_BYTES, INLINE_CODED_BYTES, Exchange, again, decode, infer_target, keep
 from infera_server.http.gate import CREDENTIALS, credentials
 from infera_server.http.recall import Head
@@ -96,6 +98,8 @@ class HotPathProtocol(Recalling):
         size = int(fields.get(b"content-length", b"0"))
         if size > self.max_body:
             exchange.keep_alive = False
+            with suppress(RequestError):  # for whom it is counted
+                exchange.model = self.service.repository.get(*target)
             raise TooLarge(f"the request body has {size:,} bytes, at most {self.max_body:,} are accepted")
         exchange.target = target
         exchange.model = self.service.model(*target)
@@ -201,11 +205,20 @@ class HotPathProtocol(Recalling):
             self.asgi = cycle
             if self.service.draining:
                 cycle.keep_alive = False
-            super()._start_asgi_task(cycle, app)
+            cycle.transport = Ending(self.transport, self._end)
+            super()._start_asgi_task(cycle, expecting(app, cycle) if cycle.waiting_for_100_continue else app)
         elif self.flow.write_paused:
             self.held = cycle
         else:
             self.loop.call_soon(self._begin, cycle)  # not a call: a long pipeline would nest as deep
+
+    def _end(self) -> None:
+        """The ASGI cycle at work closes the connection: it has answered, or cannot."""
+        if self.asgi.response_complete:
+            self._let_go()
+            self._hang_up(not self.asgi.more_body)
+        else:
+            self.transport.close()
 
     def _begin(self, exchange: Exchange) -> None:
         """It is this exchange's turn."""
@@ -266,6 +279,7 @@ class HotPathProtocol(Recalling):
             return
         try:
             request, nbytes = found.result()
+            exchange.trace = exchange.trace or request.trace
             if model.retired:
                 model = exchange.model = self.service.model(*exchange.target)
                 check_again(request, model.signature)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from infera_server.errors import BadRequest, request_error
+from infera_server.http.intake import Left
 from infera_server.models.servable import Servable
 from infera_server.requests import Request
 from infera_server.scheduling.explanation import explain
@@ -99,15 +100,25 @@ async def only(found: AsyncGenerator[Reply, None]) -> Reply:
     return reply
 
 
-async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
-    """What `answer` gives, counted in the model's statistics as one request. Raises RequestError."""
+@contextmanager
+def counted_if_refused(model: Servable) -> Iterator[None]:
+    """What is raised within is counted in the model's statistics as one request. Raises RequestError."""
     began = time.monotonic()
     try:
-        reply = await answer
+        yield
+    except Left:
+        raise
     except Exception as error:
         refusal = request_error(error, model.signature.name)
         model.stats.failed(refusal, time.monotonic() - began)
         raise refusal from None
+
+
+async def counted(model: Servable, answer: Awaitable[Reply]) -> Reply:
+    """What `answer` gives, counted in the model's statistics as one request. Raises RequestError."""
+    began = time.monotonic()
+    with counted_if_refused(model):
+        reply = await answer
     model.stats.replied(200, time.monotonic() - began)
     return reply
 
@@ -120,15 +131,12 @@ async def counted_each(model: Servable, replies: AsyncGenerator[Reply, None]) ->
     began, is_answered = time.monotonic(), False
     async with aclosing(replies):
         try:
-            async for reply in replies:
-                is_answered = True
-                yield reply
+            with counted_if_refused(model):
+                async for reply in replies:
+                    is_answered = True
+                    yield reply
         except (GeneratorExit, asyncio.CancelledError):
             if is_answered:
                 model.stats.replied(200, time.monotonic() - began)
             raise
-        except Exception as error:
-            refusal = request_error(error, model.signature.name)
-            model.stats.failed(refusal, time.monotonic() - began)
-            raise refusal from None
     model.stats.replied(200, time.monotonic() - began)

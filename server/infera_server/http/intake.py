@@ -15,6 +15,10 @@ RETRY_AFTER = 1.0
 MAX_MANAGEMENT_BODY = 1 << 16
 
 
+class Left(BadRequest):
+    """The client has left: nobody reads this."""
+
+
 @dataclass(slots=True)
 class Intake:
     """Bytes received of bodies that are not in a queue yet, over all connections, and how many they may be."""
@@ -47,14 +51,14 @@ class Intake:
 
 
 async def received(receive: Callable[[], Awaitable[MutableMapping[str, Any]]], intake: Intake, most: int) -> bytes:
-    """The body of an ASGI request. Raises TooLarge, Overloaded, or BadRequest where the client leaves meanwhile."""
+    """The body of an ASGI request. Raises TooLarge, Overloaded, or Left where the client leaves meanwhile."""
     parts: list[bytes] = []
     held, more = 0, True
     try:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise BadRequest("the request body did not arrive")  # nobody reads this
+                raise Left("the request body did not arrive")
             chunk = message.get("body", b"")
             intake.take(len(chunk))
             held += len(chunk)

@@ -137,7 +137,7 @@ class Replying(Connection):
             fields.append(b"www-authenticate: Bearer\r\n")
         if (seconds := retry_after(error)) is not None:
             fields.append(b"retry-after: %d\r\n" % seconds)
-        if exchange.trace:
+        if exchange.trace or error.trace:
             fields.append(b"%s: %s\r\n" % (TRACE, explain(None, None, error).encode()))
         if exchange.model is not None and error.reason:
             exchange.model.stats.refused[error.reason] += 1
@@ -178,13 +178,15 @@ class Replying(Connection):
             exchange.model = None  # an idle connection must not keep a model that is unloaded
         if not exchange.keep_alive:
             self._let_go()
-            self._hang_up(exchange)
+            self._hang_up(exchange.received)
         self.on_response_complete()
         return joined
 
-    def _hang_up(self, exchange: Exchange) -> None:
-        """Close; after a reply to half a request only once the client has stopped sending, or soon anyway."""
-        if exchange.received or self.ended or not self.transport.can_write_eof():
+    def _hang_up(self, received: bool) -> None:
+        """Close; after a reply to a request that is not all `received` only once the client has stopped sending, or
+        soon anyway.
+        """
+        if received or self.ended or not self.transport.can_write_eof():
             self.transport.close()
             return
         self.lingering = self.deaf = True

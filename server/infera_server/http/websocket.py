@@ -23,7 +23,7 @@ from infera_server.codec import Buffer
 from infera_server.errors import BadRequest, RequestError, TooLarge, Unavailable, request_error
 from infera_server.http.exchange import INLINE_BYTES
 from infera_server.http.gate import STREAM, App, Message, Receive, Send, key_of, refuse
-from infera_server.http.inference import counted, responses
+from infera_server.http.inference import counted, counted_if_refused, responses
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_rest
@@ -103,39 +103,44 @@ class _Stream:
             if self._key is not None:
                 self._key.spend(time.monotonic())
             model = self._service.model(*self._target)
-            body, header = self._parts(message)
-            nbytes = len(body)
-            arguments = body, header, model.signature, self._service.regions_for(self._key)
-            with self._service.intake.holding(nbytes):
-                if nbytes <= INLINE_BYTES:
-                    asked = v2_rest.parse(*arguments)
-                else:
-                    model.check_room(nbytes)
-                    asked = await asyncio.get_running_loop().run_in_executor(None, v2_rest.parse, *arguments)
+            with counted_if_refused(model):
+                asked, nbytes = await self._read(message, model)
             if model.retired:  # while another thread was at it
                 model = self._service.model(*self._target)
-                check_again(asked, model.signature)
+                with counted_if_refused(model):
+                    check_again(asked, model.signature)
             if self._key is not None:
                 asked.claim(self._key.name)
             await counted(model, self._reply(chosen(model, asked), asked, nbytes))
         except Exception as error:
             refusal = request_error(error, name)
-            identity = await self._identity(message) if asked is None else asked.id
+            identity, trace = await self._about(message) if asked is None else (asked.id, asked.trace)
             document: dict[str, Any] = {"id": identity} if identity else {}
             document |= {"error": str(refusal), "status": refusal.status}
-            if asked is not None and asked.trace:
+            if trace:
                 document["parameters"] = {PARAMETER: explain(None, None, refusal)}
             await self._write({"type": "websocket.send", "text": json.dumps(document)})
 
-    async def _identity(self, message: Message) -> str:
-        """The id of a message that cannot be used; empty where none can be read."""
+    async def _read(self, message: Message, model: Servable) -> tuple[Request, int]:
+        """The request in a message, and the bytes that it keeps in memory. Raises RequestError."""
+        body, header = self._parts(message)
+        nbytes = len(body)
+        arguments = body, header, model.signature, self._service.regions_for(self._key)
+        with self._service.intake.holding(nbytes):
+            if nbytes <= INLINE_BYTES:
+                return v2_rest.parse(*arguments), nbytes
+            model.check_room(nbytes)
+            return await asyncio.get_running_loop().run_in_executor(None, v2_rest.parse, *arguments), nbytes
+
+    async def _about(self, message: Message) -> tuple[str, bool]:
+        """The id of a message that cannot be used, and whether it asks where its time went, as far as that is told."""
         with suppress(RequestError):
             body, header = self._parts(message)
             text = memoryview(body)[:header]
             if len(text) <= INLINE_BYTES:
-                return v2_rest.identity_of(text)
-            return await asyncio.get_running_loop().run_in_executor(None, v2_rest.identity_of, text)
-        return ""
+                return v2_rest.about(text)
+            return await asyncio.get_running_loop().run_in_executor(None, v2_rest.about, text)
+        return "", False
 
     async def _reply(self, model: Servable, request: Request, nbytes: int) -> None:
         signature = model.signature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 from stat import S_ISREG
@@ -48,50 +48,70 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """A source that cannot be served, and why, in UTF-8."""
+
+    source: Source
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """What was found: sources by name and version, and what is wrong with others, by name."""
 
     sources: Sequence[Source]
-    problems: dict[str, str]
+    problems: Mapping[str, Problem]
 
     def of(self, name: str) -> list[Source]:
         """A model's versions, oldest first."""
         return [source for source in self.sources if source.name == name]
 
 
-def discover(paths: Sequence[Path], names: Mapping[Path, str] = EMPTY) -> list[Source]:
+def discover(paths: Sequence[Path], names: Mapping[Path, str] = EMPTY) -> Survey:
     """The models at `paths`: ONNX files, folders of them, model folders (`NAME/1/model.onnx`) or folders of these.
 
-    `names` are what files are served as instead of their own names.
-    Raises DiscoveryError where a path holds none, two models would have one name, or a name cannot be served.
+    `names` are what files are served as instead of their own names. What is wrong with one model hides no other.
+    Raises DiscoveryError where a path holds none that can be served, or models of two paths would have one name.
     """
+    known: set[str] = set()
     for path in paths:
         if not path.exists():
             raise DiscoveryError(f"{path} does not exist")
-        alone = survey([path])
-        if not alone.sources and not alone.problems:
-            raise DiscoveryError(f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx")
+        alone = survey([path], names)
+        if not alone.sources:
+            reasons = [problem.reason for problem in alone.problems.values()]
+            none = f"{path} holds no model: expected .onnx files or NAME/VERSION/model.onnx"
+            raise DiscoveryError(next(iter(reasons), none))
+        known |= alone.problems.keys()
     found = survey(paths, names)
-    for problem in found.problems.values():
-        raise DiscoveryError(problem)
-    return list(found.sources)
+    for name, problem in found.problems.items():
+        if name not in known:
+            raise DiscoveryError(problem.reason)
+    return found
 
 
 def survey(paths: Sequence[Path], names: Mapping[Path, str] = EMPTY) -> Survey:
-    """As `discover`, but what is wrong with one model hides no other, and a path may hold none."""
+    """As `discover`, but a path may hold none, and models of two paths with one name are a problem like any other."""
     found: dict[tuple[str, str], Source] = {}
-    problems: dict[str, str] = {}
+    problems: dict[str, Problem] = {}
     for path in paths:
         named = [Source(names[path], "1", path)] if path in names else list(_sources(path, problems))
         for source in named:
             if problem := _name_problem(source):
-                problems[source.name] = problem
+                problems[source.name] = Problem(source, problem)
                 continue
             other = found.setdefault((source.name, source.version), source)
             if other is not source:
-                problems[source.name] = f"{other.path} and {source.path} would both be served as {source}; rename one"
+                both = f"{other.path} and {source.path} would both be served as {source}; rename one"
+                problems[source.name] = Problem(source, both)
     ordered = sorted(found.values(), key=lambda s: (s.name, int(s.version)))
-    return Survey([s for s in ordered if s.name not in problems], problems)
+    told = [Problem(replace(p.source, name=_readable(p.source.name)), _readable(p.reason)) for p in problems.values()]
+    return Survey([s for s in ordered if s.name not in problems], {problem.source.name: problem for problem in told})
+
+
+def _readable(text: str) -> str:
+    """The text where a file's name is UTF-8; else with marks for what is not."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 Stamp: TypeAlias = frozenset[tuple[str, int, int, int]]
@@ -140,7 +160,7 @@ def _is_model(path: Path) -> bool:
     return path.suffix.lower() == ".onnx" and path.is_file()
 
 
-def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
+def _sources(path: Path, problems: dict[str, Problem]) -> Iterator[Source]:
     if path.is_file():
         yield Source(path.stem, "1", path)
     elif path.is_dir():
@@ -154,12 +174,11 @@ def _sources(path: Path, problems: dict[str, str]) -> Iterator[Source]:
                     found = list(versions(child, path, problems))
                     yield from found
                     if not found and (file := next(filter(_is_model, sorted(child.iterdir())), None)):
-                        problems.setdefault(
-                            child.name, f"{file} is in no version's folder: move it to {child / '1' / file.name}"
-                        )
+                        lost = f"{file} is in no version's folder: move it to {child / '1' / file.name}"
+                        problems.setdefault(child.name, Problem(Source(child.name, "1", file, child, path), lost))
 
 
-def versions(folder: Path, root: Path, problems: dict[str, str], configured: bool = False) -> Iterator[Source]:
+def versions(folder: Path, root: Path, problems: dict[str, Problem], configured: bool = False) -> Iterator[Source]:
     """The versions in a model's folder: `model.onnx`, or the only .onnx file, in folders named by a number.
 
     Where there is a configuration every such folder is a version, whatever it holds.
@@ -177,4 +196,5 @@ def versions(folder: Path, root: Path, problems: dict[str, str], configured: boo
         elif configured:
             yield Source(name, version, child, folder, root)
         elif named:
-            problems[name] = f"{child} holds {len(named)} .onnx files, none of them named model.onnx"
+            many = f"{child} holds {len(named)} .onnx files, none of them named model.onnx"
+            problems[name] = Problem(Source(name, version, child, folder, root), many)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from infera_server.models.definition import threads_asked
 from infera_server.models.ignored import THREADS
@@ -10,9 +10,33 @@ from infera_server.models.modelconfig import ModelConfig
 from infera_server.settings import Settings
 
 
-def limited(config: ModelConfig | None, settings: Settings) -> list[str]:
-    """`setting: why` of everything that is not as the configuration says."""
-    return list(_limited(config, settings)) if config is not None else []
+def limited(config: ModelConfig | None, settings: Settings, name: str, devices: Collection[str]) -> list[str]:
+    """`setting: why` of everything that is not as the configuration of the model says, which runs on these devices."""
+    if config is None:
+        return []
+    found = list(_limited(config, settings))
+    if (option := _device_option(settings, name)) and not _as_asked(config, frozenset(devices)):
+        found.append(f"instance_group: {option} goes before it")
+    return found
+
+
+def _device_option(settings: Settings, name: str) -> str:
+    """What says the device in place of the configuration; empty where nothing does."""
+    if name in settings.pins:
+        return f"--pin {name}={settings.pins[name]}"
+    return f"--device {settings.device}" if "device" in settings.model_fields_set else ""
+
+
+def _as_asked(config: ModelConfig, devices: frozenset[str]) -> bool:
+    """Whether the devices are those that the instance groups ask for, if they do."""
+    groups = config.instance_group
+    if not groups:
+        return True
+    if groups[0].kind == groups[0].KIND_CPU:
+        return devices == {"cpu"}
+    if gpus := {f"cuda:{gpu}" for group in groups for gpu in group.gpus}:
+        return devices == gpus
+    return groups[0].kind != groups[0].KIND_GPU or "cpu" not in devices
 
 
 def _limited(config: ModelConfig, settings: Settings) -> Iterator[str]:

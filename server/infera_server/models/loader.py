@@ -93,7 +93,9 @@ class Loader:
         """The version, which runs on one device or several. Raises ConfigError."""
         fronts = [front for _, front in parts]
         front = cached(fronts[0] if len(fronts) == 1 else Replicas(fronts), definition, self._cache)
-        return Loaded(front, source, definition, parts[0][0], limited(definition.config, self.settings))
+        devices = [model.device for model, _ in parts]
+        notes = limited(definition.config, self.settings, source.name, devices)
+        return Loaded(front, source, definition, parts[0][0], notes)
 
     def _counted(self, loaded: Loaded) -> Loaded:
         """The version, where there is room for it. Raises NoRoomError."""

@@ -54,8 +54,10 @@ def read(folder: Path, name: str) -> ModelConfig | None:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES:,} bytes")
-        config = text_format.Parse(path.read_bytes(), new())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        config = text_format.Parse(path.read_bytes().decode(), new())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: byte {error.start} is not UTF-8") from None
+    except (OSError, text_format.ParseError) as error:
         raise ConfigError(f"{path} cannot be read: {error}{_suggestion(str(error))}") from None
     check(config, name)
     return config

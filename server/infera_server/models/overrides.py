@@ -14,7 +14,7 @@ from infera_server.codec import short
 from infera_server.errors import BadRequest, NotFound
 from infera_server.models.background import detached
 from infera_server.models.definition import Definition, NoVersionError, define
-from infera_server.models.discovery import Survey, is_free, versions
+from infera_server.models.discovery import Problem, Survey, is_free, versions
 from infera_server.models.modelconfig import ConfigError, ModelConfig, from_json
 
 MAX_FILES = 1000
@@ -51,7 +51,7 @@ async def requested(
             return await detached("infera-files", partial(from_files, name, override, files, most))
         found = await survey()
         if name in found.problems:
-            raise BadRequest(f"{unknown}: {found.problems[name]}")
+            raise BadRequest(f"{unknown}: {found.problems[name].reason}")
         sources = found.of(name)
         if not sources:
             raise NotFound(unknown)
@@ -79,7 +79,7 @@ def from_files(name: str, config: ModelConfig, files: Mapping[str, bytes], most:
             path.write_bytes(content)
         except OSError as error:
             raise ConfigError(f"file '{given}' cannot be kept: {error.strerror}") from None
-    problems: dict[str, str] = {}
+    problems: dict[str, Problem] = {}
     sources = [replace(source, name=name) for source in versions(folder, folder, problems, configured=True)]
     return replace(define(name, sorted(sources, key=lambda s: int(s.version)), config), held=held)
 

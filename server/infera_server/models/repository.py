@@ -15,7 +15,7 @@ from infera_server.codec import short
 from infera_server.errors import NotFound, RequestError, Unavailable
 from infera_server.models.audience import Audience
 from infera_server.models.definition import Definition, define
-from infera_server.models.discovery import Source, Survey
+from infera_server.models.discovery import Problem, Source, Survey
 from infera_server.models.loaded import Generation, Loaded
 from infera_server.models.loader import Loader, reason_of, settle
 from infera_server.models.model import Opener, Post
@@ -67,6 +67,8 @@ class Repository:
     """How a file becomes a session; None is the runtime, at the place that the settings give."""
     rescan: Callable[[], Survey] | None = None
     """Looks for models again; None: there are no others than `sources`."""
+    problems: Mapping[str, Problem] = field(default_factory=dict)
+    """What was found at the start and cannot be served, by name."""
     loader: Loader = field(init=False)
     serving: Serving = field(init=False)
     leaving: set[Loaded] = field(default_factory=set, init=False)
@@ -92,6 +94,9 @@ class Repository:
         for name in sorted({source.name for source in self.sources}):
             if "*" in wanted or name in wanted:
                 self._define(name, [source for source in self.sources if source.name == name])
+        for name, problem in self.problems.items():
+            if "*" in wanted or name in wanted:
+                self.note_problem(name, [problem.source], problem.reason)
 
     def _define(self, name: str, sources: Sequence[Source]) -> None:
         try:

@@ -30,6 +30,7 @@ class Watch:
         self._acted_on = _stamps(Survey(repository.sources, {}))
         self._seen: dict[str, Stamp] = {}
         self._missing: set[str] = set()
+        self._unservable = {*repository.problems}
 
     async def run(self) -> None:
         """Look every `poll_interval` seconds; for ever."""
@@ -48,7 +49,11 @@ class Watch:
         survey = await self._control.survey()
         stamps = await detached("infera-watch", partial(_stamps, survey))
         for name, problem in survey.problems.items():
-            self._repository.note_problem(name, [], problem)
+            known = self._repository.generation(name) is not None
+            self._repository.note_problem(name, [] if known else [problem.source], problem.reason)
+        for name in self._unservable - survey.problems.keys() - stamps.keys():
+            self._repository.forget_failed(name)
+        self._unservable = {*survey.problems}
         for name, now in stamps.items():
             if now != self._acted_on.get(name) and now == self._seen.get(name):
                 self._acted_on[name] = now

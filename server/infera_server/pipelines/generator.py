@@ -116,6 +116,7 @@ class Generator(Tap):
             nbytes=nbytes,
             deadline=now + min(request.timeout or math.inf, self._timeout),
             queued_at=now,
+            came_at=now,
             responded_at=now,
             request=request,
             sampler=Sampler(asked),

@@ -170,12 +170,12 @@ _BATCH = (
 def run_out(batch: Batch | None, job: Job) -> list[Any]:
     """How a job was run, for traces and explanations, as `run_in` reads it. (All processes have one clock.)"""
     told = None if batch is None else [len(batch.jobs), *(getattr(batch, name) for name in _BATCH)]
-    return [job.queued_at, told]
+    return [job.queued_at, job.came_at, told]
 
 
 def run_in(told: list[Any], job: Job) -> Batch | None:
     """The batch of a job, which is told when it was queued."""
-    job.queued_at, run = told
+    job.queued_at, job.came_at, run = told
     if run is None:
         return None
     jobs, *values = run

@@ -14,7 +14,7 @@ import orjson
 
 from infera_server import codec
 from infera_server.codec import short
-from infera_server.errors import BadRequest
+from infera_server.errors import BadRequest, read_error
 from infera_server.protocols import members
 from infera_server.requests import Parameter, Request, all_outputs, check_complete, options
 from infera_server.scheduling.explanation import PARAMETER
@@ -23,10 +23,19 @@ from infera_server.scheduling.signature import Signature, Tensor
 
 
 def parse(body: bytes, model: Signature) -> Request:
-    """The request in a document. Raises BadRequest."""
+    """The request in a document. Raises RequestError."""
     document = members.body(body)
-    request_id = members.identity(document)
     nested = document.pop("parameters", {})
+    try:
+        return _request(document, nested, model)
+    except Exception as error:
+        given = {**document, **nested} if type(nested) is dict else document
+        trace = PARAMETER not in model.inputs and members.traces(given)
+        raise read_error(error, model.name, trace) from None
+
+
+def _request(document: dict[str, Any], nested: object, model: Signature) -> Request:
+    request_id = members.identity(document)
     if type(nested) is not dict:
         raise BadRequest("Expected JSON object for keyword: 'parameters': attempt to access JSON non-object as object")
     feeds: dict[str, HostArray] = {}

@@ -52,6 +52,11 @@ def options_of(parameters: Any) -> Options:
     return options(found)
 
 
+def traces(parameters: Any) -> bool:
+    """Whether these parameters ask where the request's time went."""
+    return PARAMETER in parameters and bool(parameters[PARAMETER].bool_param)
+
+
 def _wrong_kind(key: str, expected: str) -> BadRequest:
     return BadRequest(f"invalid value type for '{key}' parameter, expected {expected}.")
 

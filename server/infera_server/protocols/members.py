@@ -11,6 +11,7 @@ import orjson
 
 from infera_server.codec import Buffer
 from infera_server.errors import BadRequest
+from infera_server.scheduling.explanation import PARAMETER
 
 NO_PARAMETER = "parameter '{}' has invalid type. It should be either 'int', 'bool', or 'string'."
 """Triton's text for a parameter that is none of these."""
@@ -99,6 +100,11 @@ def identity(document: dict[str, Any]) -> str:
     if type(value) is not str or not is_utf8(value):
         raise BadRequest("Unable to parse 'id': attempt to access JSON non-string as string")
     return value
+
+
+def traces(parameters: object) -> bool:
+    """Whether these parameters, whatever they are, ask where the request's time went."""
+    return type(parameters) is dict and parameters.get(PARAMETER) is True
 
 
 def flag(value: object, member: str) -> bool:

@@ -16,7 +16,7 @@ import orjson
 
 from infera_server import codec
 from infera_server.codec import Buffer, short
-from infera_server.errors import BadRequest
+from infera_server.errors import BadRequest, read_error
 from infera_server.protocols import members
 from infera_server.requests import (
     Common,
@@ -88,15 +88,20 @@ def header_length(value: bytes) -> int:
     return int(digits[:20])
 
 
-def identity_of(text: Buffer) -> str:
-    """The id in a request's JSON. Raises BadRequest where it cannot be read."""
-    return members.identity(members.load(text)[0])
+def about(text: Buffer) -> tuple[str, bool]:
+    """The id in a request's JSON, and whether it asks where its time went. Raises BadRequest where it is no JSON."""
+    document, _ = members.load(text)
+    trace = members.traces(document.get("parameters"))
+    try:
+        return members.identity(document), trace
+    except BadRequest:
+        return "", trace
 
 
 def parse(body: Buffer, header: int | None, model: Signature, regions: Regions = NO_REGIONS) -> Request:
     """Read a request whose JSON is the first `header` bytes of the body (None: all of it; 0: there is none).
 
-    Tensors in shared memory are views of it. May run in any thread.
+    Tensors in shared memory are views of it. May run in any thread. Raises RequestError.
     """
     if header == 0:
         return Request("", _raw_feeds(body, model), all_outputs(model, binary=True))
@@ -104,6 +109,14 @@ def parse(body: Buffer, header: int | None, model: Signature, regions: Regions =
         raise BadRequest(f"inference header size should be in range (0, {len(body)}), got: {header}")
     document, rest = members.load(body if header is None else memoryview(body)[:header])
     tail = memoryview(body)[len(body) if header is None else header :]
+    try:
+        return _request(document, rest, tail, model, regions)
+    except Exception as error:
+        raise read_error(error, model.name, members.traces(document.get("parameters"))) from None
+
+
+def _request(document: dict[str, Any], rest: bool, tail: memoryview, model: Signature, regions: Regions) -> Request:
+    """The request of a document, and what follows it; with `rest` more JSON does."""
     if "inputs" not in document:
         raise members.missing("inputs")
     found: dict[str, HostArray | Slice] = {}

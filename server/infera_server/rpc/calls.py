@@ -17,7 +17,7 @@ from infera_server.errors import RequestError, TooLarge, Unsupported, request_er
 from infera_server.models.servable import Servable
 from infera_server.models.versions import chosen
 from infera_server.protocols import v2_grpc
-from infera_server.protocols.grpc_members import EMPTY_FINAL
+from infera_server.protocols.grpc_members import EMPTY_FINAL, traces
 from infera_server.requests import Request
 from infera_server.scheduling.arrivals import arrivals
 from infera_server.scheduling.explanation import PARAMETER, explain
@@ -105,10 +105,15 @@ class Call:
 
     def refused(self, error: RequestError) -> bytes:
         """The parameter that explains an error, serialised; nothing where that is not asked for."""
-        return self._explained(None, None, error)
+        return explained(error) if self.request.trace else b""
 
-    def _explained(self, batch: Batch | None, job: Job | None, error: RequestError | None = None) -> bytes:
-        return v2_grpc.text_parameter(PARAMETER, explain(batch, job, error)) if self.request.trace else b""
+    def _explained(self, batch: Batch | None, job: Job | None) -> bytes:
+        return v2_grpc.text_parameter(PARAMETER, explain(batch, job)) if self.request.trace else b""
+
+
+def explained(error: RequestError) -> bytes:
+    """The parameter that explains an error, serialised."""
+    return v2_grpc.text_parameter(PARAMETER, explain(None, None, error))
 
 
 def failed(model: Servable, began: float, error: Exception) -> RequestError:
@@ -145,7 +150,11 @@ class Inference:
 
     async def prepare(self, message: v2_grpc.Message, remaining: float | None, given: str | None) -> Call:
         """The call of a message whose client waits for `remaining` seconds. Raises RequestError."""
-        return await self._prepare(message, remaining, given, None)
+        try:
+            return await self._prepare(message, remaining, given, None)
+        except RequestError as error:
+            error.trace = await self._traces(message.header)
+            raise
 
     async def _prepare(
         self, message: v2_grpc.Message, remaining: float | None, given: str | None, key: Key | None
@@ -182,6 +191,15 @@ class Inference:
         if key is not None:
             request.claim(key.name)
         return Call(chosen(model, request), request, message.nbytes, began, self._service)
+
+    async def _traces(self, header: bytes) -> bool:
+        """Whether the request asks where its time went, as far as it can be read."""
+        if (known := self._known.get(header)) is not None:
+            return known.template.options.trace
+        try:
+            return traces((await self._read(header)).parameters)
+        except RequestError:
+            return False
 
     async def _read(self, header: bytes) -> Any:
         if len(header) <= INLINE_BYTES:

@@ -16,7 +16,7 @@ from grpc import aio
 
 from infera_server.errors import RequestError, Unavailable
 from infera_server.protocols import v2_grpc
-from infera_server.rpc.calls import Call, Inference, refuse
+from infera_server.rpc.calls import Call, Inference, explained, refuse
 from infera_server.scheduling.jobs import Batch, Job
 from infera_server.scheduling.rows import Arrays
 from infera_server.settings import Settings
@@ -116,8 +116,8 @@ class Stream:
                 self._unordered.add(slot)
             slot.call.submit(partial(self._done, slot, slot.call))
         except RequestError as error:
-            explained = b"" if slot.call is None else slot.call.refused(error)
-            self._answer(slot, v2_grpc.refused(str(error), request_id, explained))
+            asks = error.trace if slot.call is None else slot.call.request.trace
+            self._answer(slot, v2_grpc.refused(str(error), request_id, explained(error) if asks else b""))
         except asyncio.CancelledError:
             if self._stopped is not None:  # else the client has left
                 self._answer(slot, v2_grpc.refused(str(self._stopped), request_id))

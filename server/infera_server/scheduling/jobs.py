@@ -85,6 +85,9 @@ class Job:
     deadline: float = math.inf
     level: int = 0
     queued_at: float = field(default_factory=time.monotonic)
+    came_at: float = 0.0
+    """When the request came, where it takes many runs and `queued_at` tells of the last one; 0: at `queued_at`."""
+
     estimate: float = 0.0
     """Seconds until its answer, at the worst, as reckoned when it came; 0 where that was not."""
 
