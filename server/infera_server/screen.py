@@ -82,7 +82,9 @@ class Terminal:
 def screen(total: int) -> Iterator[Screen]:
     """What to report to, for so many models."""
     if not sys.stderr.isatty():
-        yield Plain()
+        plain = Plain()
+        plain.serving(f"loading {total} model{'s' if total > 1 else ''}")
+        yield plain
         return
     terminal = Terminal(total)
     try:

@@ -297,8 +297,9 @@ def test_samples_are_run_before_the_model_is_ready(tmp_path: Path) -> None:
     for change, text in (
         ('input_data_file: "../config.pbtxt"', "leads outside the model's folder"),
         ('input_data_file: "/etc/passwd"', "leads outside the model's folder"),
-        ('input_data_file: "y"', "does not exist"),
+        ('input_data_file: "y"', f"'y' does not exist in {tmp_path / 'm' / 'warmup'}"),
         ("", "input 'x' needs zero_data, random_data or input_data_file"),
+        ("zero_data: true dims: 5", "warm-up sample 's': input 'x' has 3 dimensions [2, 4, 5], expected"),
     ):
         put(tmp_path, "m", "max_batch_size: 4" + IO + sample.format(data=change))
         assert text in states(tmp_path)["m/1"]

@@ -224,7 +224,7 @@ class Control:
         if not failures:
             return models
         for model in models.values():
-            self._start(self._let_go(model))
+            self._start(self._let_go(model, served=False))
         others = {s.version: "another version could not be loaded" for s in models if s.version not in failures}
         self._repository.mark_failed(name, failures | others)
         if not any(source.name == name for source in self._repository.sources):
@@ -314,8 +314,8 @@ class Control:
             if model not in needed:
                 self._start(self._let_go(model))
 
-    async def _let_go(self, model: Loaded, reason: str = UNLOADED) -> None:
-        """Wait for what a model has accepted, then give its memory back."""
+    async def _let_go(self, model: Loaded, reason: str = UNLOADED, served: bool = True) -> None:
+        """Wait for what a model has accepted, if it ever `served`, then give its memory back."""
         name, version = model.name, model.version
         await self._repository.audience.informed()
         model.front.drain()
@@ -325,7 +325,9 @@ class Control:
         await detached("infera-unload", return_memory)
         self._repository.mark_unloaded(name, version, reason)
         now = self._repository.generation(name)
-        if now is not None and now.models:
+        if not served:
+            log.info("model '%s': version %s as it was loaded in vain is let go", name, version)
+        elif now is not None and now.models:
             log.info("model '%s': what served as version %s before is unloaded", name, version)
         else:
             log.info("unloaded model '%s' version %s", name, version)

@@ -197,7 +197,7 @@ def inside(folder: Path, name: str, what: str, below: str = "") -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or leads_outside(path, folder):
         raise ConfigError(f"{what} '{name}' leads outside the model's folder")
     if not path.is_file():
-        raise ConfigError(f"{what} '{name}' does not exist in {folder}")
+        raise ConfigError(f"{what} '{name}' does not exist in {folder / below}")
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.errors import InputError
 from infera_server import codec
 from infera_server.errors import RequestError
 from infera_server.models.modelconfig import ConfigError, ModelConfig, dtype_of, inside
@@ -27,7 +28,10 @@ def run_samples(session: Session, config: ModelConfig | None, folder: Path | Non
     for sample in config.model_warmup if config is not None else ():
         feeds = _feeds(session, sample, config, folder)
         for _ in range(max(1, sample.count)):
-            session.run(feeds)
+            try:
+                session.run(feeds)
+            except InputError as error:
+                raise ConfigError(f"warm-up sample '{sample.name}': {error}") from None
             runs += 1
             if runs > MAX_RUNS:
                 raise ConfigError(f"warm-up sample '{sample.name}': over {MAX_RUNS} runs")

@@ -72,9 +72,13 @@ class Watch:
             await self._control.load_changed(definition)
         except ConfigError as error:
             self._repository.note_problem(name, sources, str(error))
-            log.warning("model '%s' is not loaded again: %s", name, error)
+            self._tell(name, error)
         except RequestError as error:
-            log.warning("model '%s' is not loaded again: %s", name, error)
+            self._tell(name, error)
+
+    def _tell(self, name: str, error: Exception) -> None:
+        serves = self._repository.generation(name) is not None
+        log.warning("model '%s' is not loaded%s: %s", name, ", what served goes on" if serves else "", error)
 
 
 def _stamps(survey: Survey) -> dict[str, Stamp]:
