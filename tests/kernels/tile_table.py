@@ -20,14 +20,11 @@ from unittest import mock
 
 from infera_kernels.launch import CompileLauncher, Target, nominal_target
 from infera_kernels.launch.devices import architecture_of
-from infera_kernels.triton import attention, attention_tiles, conv, matmul, quantized_conv, tiles
-from infera_kernels.tuning.cost import resident
-from tests.kernels.support import ARCHITECTURES, FakeArray, tensor_cores
+from infera_kernels.triton import attention, attention_tiles, conv, matmul, quantized_conv, skinny, tiles
+from infera_kernels.tuning.cost import ITEMSIZE, ROW_WARPS, Strip, resident
+from tests.kernels.support import ARCHITECTURES, FakeArray, tensor_cores, wide_loads
 
 PATH = Path(__file__).with_name("tiles.json")
-
-WIDE = ("LDG.E.128", *(f"LDGSTS.E.{how}128" for how in ("", "LTC128B.", "BYPASS.", "BYPASS.LTC128B.")))
-"""Loads of 16 bytes."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Of one architecture: the case's name -> its columns."""
@@ -42,6 +39,12 @@ class Case:
     launch: Callable[[CompileLauncher], object]
     fits: Callable[[Target], bool]
     keeps: Callable[[Target], bool]
+    kernel: int = 0
+    """Which of its launches."""
+    multiplies: bool = True
+    """On tensor cores, where there are any for its type."""
+    ahead: bool = True
+    """Whether loads pass registers by, ahead of what needs them."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,55 @@ def _quantized(tile: tiles.Tile, *, added: bool) -> Callable[[CompileLauncher], 
     return launch
 
 
+def _row(dtype: str, precision: str, layout: str, strip: Strip) -> Callable[[CompileLauncher], object]:
+    """One row of 4096 times 4096 columns, with a bias, a residual and SiLU."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        a, b, out = (FakeArray((rows, 4096), dtype, transposed=layout == "k" and rows > 1) for rows in (1, 4096, 1))
+        with mock.patch.object(matmul, "choose", return_value=strip):
+            calls = matmul.matmul(
+                a, b, out, launcher, bias=FakeArray((4096,), dtype), residual=out, activation="silu",
+                precision=precision,
+            )  # fmt: skip
+        made = launcher.launches[0].constexprs
+        assert (made["BN"], made["BK"], made["STAGES"]) == (strip.n, strip.k, strip.stages)
+        return calls
+
+    return launch
+
+
+def _parts(dtype: str, precision: str, count: int) -> Callable[[CompileLauncher], object]:
+    """16 x 4096 times 4096 x 64, its sums in so many parts, with a bias, a residual and SiLU."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        a, b, out = (FakeArray(shape, dtype) for shape in ((16, 4096), (4096, 64), (16, 64)))
+        how: dict[str, Any] = {"residual": out, "activation": "silu", "precision": precision}
+        partial = FakeArray((count, 16 * 64), "float32")
+        return matmul.matmul(a, b, out, launcher, bias=FakeArray((64,), dtype), partial=partial, **how)
+
+    return launch
+
+
+def _join(dtype: str, precision: str) -> Callable[[CompileLauncher], object]:
+    """3 x 3 over 7 x 7 x 512 to as many channels, in 16 parts, with a bias, a residual and ReLU."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        x, y = (FakeArray((1, 7, 7, 512), dtype) for _ in range(2))
+        w, finish = FakeArray((512, 3, 3, 512), dtype), conv.Finish(FakeArray((512,), dtype), y, "relu")
+        where = conv.geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+        parts = FakeArray((16, 49, 512), "float32")
+        return conv.conv(x, w, y, launcher, where, finish=finish, parts=parts, precision=precision)
+
+    return launch
+
+
 def _always(target: Target) -> bool:
     return True
+
+
+def _strip_fits(strip: Strip, kind: str, target: Target) -> bool:
+    bits = 8 * ITEMSIZE[kind]
+    return resident(ROW_WARPS, strip.registers(bits), strip.held_bytes(bits), target) > 0
 
 
 def _text(tile: tiles.Tile) -> str:
@@ -163,6 +213,18 @@ def cases() -> Iterator[Case]:
             if kind in (tiles.HALF, tiles.IEEE):
                 limits = limits[0], partial(tiles.keeps, tile, tiles.LONG)
                 yield Case(f"conv {kind} {_text(tile)}", _conv(dtype, precision, tile), *limits)
+    for kind, dtype in ((tiles.HALF, "float16"), (tiles.IEEE, "float32")):
+        how = dtype, tiles.IEEE
+        for layout, shapes in skinny.SHAPES.items():
+            for strip in (Strip(n, k, stages) for n, k in shapes for stages in skinny.STAGES):
+                name = f"matvec {kind} {layout} {strip.n}x{strip.k} s{strip.stages}"
+                fits = partial(_strip_fits, strip, kind)
+                ahead = strip.stages > 1
+                yield Case(name, _row(*how, layout, strip), fits, _always, multiplies=False, ahead=ahead)
+        for count in (2, 16):
+            name = f"parts {kind} {count}"
+            yield Case(name, _parts(*how, count), _always, _always, kernel=1, multiplies=False, ahead=False)
+        yield Case(f"join {kind}", _join(*how), _always, _always, kernel=1, multiplies=False, ahead=False)
     for tile in tiles.TILES[tiles.INT8]:
         limits = partial(tiles.fits, tile, tiles.INT8), partial(tiles.keeps, tile, "")
         yield Case(f"matmul int8 {_text(tile)}", _integers(tile), *limits)
@@ -189,10 +251,10 @@ def names_for(arch: int) -> list[str]:
 
 
 def compiled(name: str, arch: int) -> Compiled:
-    """What the case's first kernel becomes: what joins its parts is another's."""
+    """What the case's kernel becomes."""
     launcher = CompileLauncher(arch)
     CASES[name].launch(launcher)
-    found = launcher.compiled[0]
+    found = launcher.compiled[CASES[name].kernel]
     spec, registers = found.binary.spec, found.registers
     warps = spec.threads // 32
     blocks = resident(warps, registers, spec.shared_bytes, launcher.target)
@@ -202,7 +264,7 @@ def compiled(name: str, arch: int) -> Compiled:
         shared_bytes=spec.shared_bytes,
         spilled_bytes=found.spilled_bytes,
         tensor_cores=tensor_cores(found),
-        wide_loads=sum(map(found.count, WIDE)),
+        wide_loads=wide_loads(found),
         asynchronous=found.count("LDGSTS"),
         blocks=blocks,
         occupancy=round(blocks * warps / architecture_of(arch).warps, 3),
