@@ -17,7 +17,8 @@ import triton
 from infera_kernels.launch import nominal_target
 from tests.kernels import tile_table
 from tests.kernels.support import ARCHITECTURES
-from tests.kernels.tile_table import CASES, compiled, differences, names_for, read, text_of
+from tests.kernels.tile_cases import CASES
+from tests.kernels.tile_table import compiled, differences, names_for, read, text_of
 
 pytestmark = pytest.mark.kernels
 
