@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.gpu_work import Work
 from infera_kernels.launch.devices import DEVICES, Device
+from infera_kernels.tuning.cost import LAUNCH
 
 CARDS = ("H200", "H100 SXM", "A100 80GB", "L4")
 """Those that rows are predicted for."""
@@ -27,7 +28,7 @@ class Assumed:
     """Large products by cuBLAS reach about so much at the clocks that a card keeps up."""
     memory: float = 0.9
     """Copies on an H200 reach 4.3 of 4.8 TB/s."""
-    launch_seconds: float = 2.5e-6
+    launch_seconds: float = LAUNCH
     """From one kernel of a CUDA graph to the next that waits for it, and the ends of both."""
 
 

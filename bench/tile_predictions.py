@@ -16,10 +16,11 @@ from typing import Any
 import onnx
 
 from bench.build import bert, gpt2_step, resnet50
+from bench.build_vit import vit
 from bench.gpu_models import bert_feeds, images
-from bench.gpu_network_sets import token_feeds
+from bench.gpu_network_sets import decoder, token_feeds
 from infera_gpu.devices.recording import RecordingDevice
-from infera_gpu.graph import HostArray
+from infera_gpu.graph import Graph, HostArray
 from infera_gpu.loader import load_graph
 from infera_gpu.passes import Precision
 from infera_gpu.session import Session
@@ -35,6 +36,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32", "tf32")
 NETWORKS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Callable[[int], Mapping[str, HostArray]]]] = {
     "resnet50": (resnet50, images),
     "bert-base": (bert, lambda batch: bert_feeds(batch, 128, 30522)),
+    "vit-b16": (vit, images),
     "gpt2-step": (gpt2_step, token_feeds),
 }
 
@@ -45,16 +47,28 @@ def target_for(device: Device) -> Target:
     return Target(device.arch, device.multiprocessors, device.shared_bytes, names.get(device.name, device.name))
 
 
-def problems() -> Iterator[tuple[str, Family[Any], Problem]]:
-    """What the networks ask for: where, the family, the class of problems."""
+Asked = Iterator[tuple[str, Family[Any], Problem]]
+"""Where, the family, the class of problems."""
+
+
+def problems() -> Asked:
+    """What the networks ask for, and a decoder with weights that are holes in a file."""
     for name, (build, feeds_of) in NETWORKS.items():
         graph = load_graph(build())
         for precision in PRECISIONS:
             for batch in BATCHES:
-                device = RecordingDevice(tf32=precision == "tf32")
-                with Session(graph, device, precision=precision) as session:
-                    for choice in session.choices(feeds_of(batch)):
-                        yield f"{name} {precision} b{batch}", choice.family, choice.problem
+                yield from asked(f"{name} {precision} b{batch}", graph, precision, feeds_of(batch))
+    for row in decoder():
+        if row.outline is not None:
+            source, feeds = row.outline()
+            yield from asked(f"{row.name} {row.precision}", load_graph(source), row.precision, feeds)
+
+
+def asked(where: str, graph: Graph, precision: Precision, feeds: Mapping[str, HostArray]) -> Asked:
+    device = RecordingDevice(tf32=precision == "tf32")
+    with Session(graph, device, precision=precision) as session:
+        for choice in session.choices(feeds):
+            yield where, choice.family, choice.problem
 
 
 def lines(found: Mapping[Problem, tuple[Family[Any], list[str]]], device: Device) -> Iterator[str]:

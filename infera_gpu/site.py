@@ -55,7 +55,8 @@ class Site:
     and `values[i]` is input i's value where it is known before the run (an initialiser, or folded), else None. When a
     node runs on the host between two plans all its values are known, and its subgraphs are callables: see `Subgraph`.
     `batch_invariant` says that a kernel must not add in an order that depends on the size of the batch;
-    `tuned` is what tiles were measured best on the device, where there is a GPU.
+    `tuned` is what tiles were measured best on the device, where there is a GPU; `tf32` says that products of float32
+    may round their operands there.
     """
 
     node: Node
@@ -66,6 +67,7 @@ class Site:
     opset: int = 0
     batch_invariant: bool = False
     tuned: Tuned | None = None
+    tf32: bool = False
     alike: Alike | None = field(default=None, init=False, repr=False)
     """What it has in common with others, where that is known."""
     _found: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
@@ -74,7 +76,8 @@ class Site:
         """The same site with these outputs, and with what was found `once`."""
         if self._found is None:
             self._found = {}
-        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset, self.batch_invariant, self.tuned)
+        told = self.batch_invariant, self.tuned, self.tf32
+        made = Site(self.node, self.attrs, self.ins, self.values, outs, self.opset, *told)
         made._found = self._found
         return made
 

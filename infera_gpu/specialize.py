@@ -117,6 +117,7 @@ class _Walk:
     budget: int = 0
     batch_invariant: bool = False
     tuned: Tuned | None = None
+    tf32: bool = False
     _specs: dict[tuple[object, ...], TensorSpec] = field(default_factory=dict)
     _tuples: dict[tuple[int, ...], tuple[Any, ...]] = field(default_factory=dict)
 
@@ -186,7 +187,7 @@ class _Walk:
         if alike.made is None:
             known = self.known.get
             values = tuple([known(i) for i in node.inputs])
-            site = Site(node, sort.attrs, alike.ins, values, alike.outs, sort.opset, self.batch_invariant, self.tuned)
+            site = self.site(node, sort, alike.ins, values, alike.outs)
             site.alike = alike
             self.placed.append(Placed(sort.op, site))
         else:
@@ -195,6 +196,10 @@ class _Walk:
         for name, spec, mark in zip(node.outputs, alike.outs, alike.marks, strict=False):
             if name:
                 self.specs[name], marks[name] = spec, mark
+
+    def site(self, node: Node, sort: Sort, ins: Any, values: tuple[HostArray | None, ...], outs: Any) -> Site:
+        told = self.batch_invariant, self.tuned, self.tf32
+        return Site(node, sort.attrs, ins, values, outs, sort.opset, *told)
 
     def mark(self, name: str) -> int:
         """That of a value which is met for the first time."""
@@ -210,7 +215,7 @@ class _Walk:
         node, op, specs, known = sort.node, sort.op, self.specs, self.known
         ins = self.shared([specs[i] if i else None for i in node.inputs])
         values = tuple([known.get(i) for i in node.inputs])
-        site = Site(node, sort.attrs, ins, values, (), sort.opset, self.batch_invariant, self.tuned)
+        site = self.site(node, sort, ins, values, ())
         if op.values:
             unknown = [node.inputs[i] for i in op.values if site.has(i) and site.value(i) is None]
             if unknown:
@@ -293,6 +298,7 @@ def specialize(
     alike: AlikeNodes,
     batch_invariant: bool = False,
     tuned: Tuned | None = None,
+    tf32: bool = False,
 ) -> Segment:
     """The next segment.
 
@@ -311,6 +317,7 @@ def specialize(
         budget=known.budget,
         batch_invariant=batch_invariant,
         tuned=tuned,
+        tf32=tf32,
     )
     with np.errstate(all="ignore"):  # of what is folded
         walk.visit(nodes)

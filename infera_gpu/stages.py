@@ -256,6 +256,7 @@ class Stages:
             alike=self._alike,
             batch_invariant=self._device.batch_invariant,
             tuned=self._device.tuned,
+            tf32=self._device.tf32,
         )
         stage = self._plan(segment, wanted, {}, specs)
         if self.shelf is not None:
@@ -273,6 +274,7 @@ class Stages:
             alike=self._alike,
             batch_invariant=self._device.batch_invariant,
             tuned=self._device.tuned,
+            tf32=self._device.tf32,
         )
         return self._plan(following, stage.missing, carried, {**stage.objects, **made})
 

@@ -38,6 +38,11 @@ def moved_spec(spec: TensorSpec, *, last: bool) -> TensorSpec:
     return spec if last else TensorSpec((dims[0], *dims[2:], dims[1]), spec.dtype)
 
 
+def _cut(site: Site) -> dict[str, Any]:
+    """What cutting sums goes by, beside shapes."""
+    return {"invariant": site.batch_invariant, "tuned": site.tuned, "tf32": site.tf32}
+
+
 @dataclass(frozen=True)
 class Convolution:
     """A family of operators. `first` gives a site as it is with channels first, of which `window` and `activation` tell
@@ -69,16 +74,20 @@ class Convolution:
         _, w, _ = self.specs(site)
         return not self.transposed and self.groups(site) > 1 and w.dims[-1] == 1
 
+    def _plain(self, site: Site) -> bool:
+        """Whether it is one matrix product, but for what that costs."""
+        found = self.window(self.first(site))
+        one = {*found.kernel, *found.strides} == {1} and not any(map(any, found.pads)) and self.groups(site) == 1
+        return one and not self.transposed
+
     def is_product(self, site: Site) -> bool:
-        """Whether it is one matrix product, with sums long enough to fill a GPU."""
+        """Whether it is computed as one matrix product: where its sums stay whole."""
         from infera_kernels.triton.conv import splits_of
 
         _, w, out = self.specs(site)
-        found = self.window(self.first(site))
-        plain = {*found.kernel, *found.strides} == {1} and not any(map(any, found.pads)) and self.groups(site) == 1
-        if not plain or self.transposed:
+        if not self._plain(site):
             return False
-        return splits_of(out, w, 1, invariant=site.batch_invariant, tuned=site.tuned) == 1
+        return splits_of(out, w, 1, library=self._library(site) > 0, **_cut(site)) == 1
 
     def way(self, site: Site) -> int:
         """Which of cuDNN's plans computes it, from 1; 0 where kernels of ours do, as where channels are first."""
@@ -135,7 +144,8 @@ class Convolution:
         _, w, out = self.specs(site)
         if self.transposed or self.is_depthwise(site) or self.is_product(site):
             return None
-        return parts_shape(out, w, self.groups(site), invariant=site.batch_invariant, tuned=site.tuned)
+        library = self._plain(site) and self._library(site) > 0
+        return parts_shape(out, w, self.groups(site), library=library, **_cut(site))
 
     def workspace(self, site: Site) -> int:
         parts, padded, x = self.parts(site), self.padded(site), self.specs(site)[0]
@@ -145,10 +155,14 @@ class Convolution:
 
     def library_bytes(self, site: Site) -> int:
         """Of a library that may compute a product."""
+        return self._library(site) if self.specs(site)[2].size and self.is_product(site) else 0
+
+    def _library(self, site: Site) -> int:
+        """That of a convolution of one pixel, whole."""
         from infera_kernels.triton.blas import library_bytes
 
         x, _, out = self.specs(site)
-        if not out.size or self.is_depthwise(site) or not self.is_product(site):
+        if self.is_depthwise(site):
             return 0
         return library_bytes(site.tuned, math.prod(out.dims[:-1]), x.dims[-1], self._function(site))
 

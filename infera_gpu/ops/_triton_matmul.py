@@ -32,10 +32,11 @@ def _terms(site: Site) -> tuple[TensorSpec | None, TensorSpec | None]:
 
 def _parts(site: Site) -> int:
     """Into how many parts the sums are cut."""
-    from infera_kernels.triton.matmul import parts_of
+    from infera_kernels.triton.parts import parts_of
 
-    a, b, out = (TensorSpec(shape, site.outs[0].dtype) for shape in _matrices(site))
-    return parts_of(a, b, out, invariant=site.batch_invariant, tuned=site.tuned)
+    given = (TensorSpec(shape, site.outs[0].dtype) for shape in _matrices(site))
+    library = _library_bytes(site) > 0
+    return parts_of(*given, invariant=site.batch_invariant, library=library, tf32=site.tf32, tuned=site.tuned)
 
 
 def _library_bytes(site: Site) -> int:

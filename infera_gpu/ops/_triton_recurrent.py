@@ -37,12 +37,12 @@ def _gate_shape(site: Site, sizes: Sizes) -> tuple[int, ...]:
 def _pieces(site: Site, sizes: Sizes) -> list[tuple[int, ...]]:
     """The shapes of all scratch, float32: the gates, parts of their sums, both states, cells, what a GRU saves, and the
     inputs where they are halves."""
-    from infera_kernels.triton.matmul import parts_of
+    from infera_kernels.triton.parts import parts_of
 
     _, batch, directions, hidden = sizes(site)
     rows, columns = _gate_shape(site, sizes)
     depth, dtype = site.spec(0).dims[2], site.spec(0).dtype
-    a, b, out = (TensorSpec(s, dtype) for s in ((rows, depth), (depth, columns), (rows, columns)))
+    a, b, out = (TensorSpec(s, np.dtype(np.float32)) for s in ((rows, depth), (depth, columns), (rows, columns)))
     parts = parts_of(a, b, out, invariant=site.batch_invariant, tuned=site.tuned)
     state = directions, batch, hidden
     gru = site.node.op == "GRU" and not site.attrs["linear_before_reset"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Layer:
             return tuple((n - 1) * s + (k - 1) * d + 1 - sum(p) for n, k, s, d, p in axes)
         return tuple((n + sum(p) - (k - 1) * d - 1) // s + 1 for n, k, s, d, p in axes)
 
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Of one part."""
+        return self.n * math.prod(self.out), self.outputs
+
     def arrays(self, dtype: Any) -> tuple[Array, Array, Array]:
         """Images and weights (outputs, kernel..., channels / groups), channels last, and the bias."""
         x = random((self.n, *self.size, self.channels), dtype)
@@ -88,8 +94,7 @@ def run(layer: Layer, dtype: Any, interpreter: InterpreterLauncher, **options: A
     """Computes the layer, compares it, and returns the kernels that were launched."""
     x, w, b = layer.arrays(dtype)
     out = layer.guarded(dtype)
-    shape = None if layer.transposed else conv.parts_shape(out.array, w, layer.groups)
-    parts = None if shape is None else Guarded(shape, np.float32)
+    parts = Guarded((4, *layer.sums), np.float32) if layer is SPLIT else None
     execute(
         conv.conv(
             x, w, out.array, interpreter, layer.where, groups=layer.groups, finish=conv.Finish(b),
@@ -123,13 +128,14 @@ def test_every_tile(kind: str, layer: Layer, interpreter: InterpreterLauncher) -
 
 def test_sums_are_split_where_outputs_are_few() -> None:
     def splits(n: int, side: int, channels: int, outputs: int, groups: int = 1) -> int:
-        out, w = np.empty((n, side, side, outputs)), np.empty((outputs, 3, 3, channels // groups))
+        shapes = (n, side, side, outputs), (outputs, 3, 3, channels // groups)
+        out, w = (np.empty(shape, np.float16) for shape in shapes)
         return conv.splits_of(out, w, groups)
 
     assert splits(1, 7, 512, 512) == 16
-    assert splits(1, 14, 256, 256) == 8
-    assert splits(1, 28, 128, 128) == 4
-    assert splits(1, 56, 64, 64) == splits(8, 56, 64, 64) == splits(1, 7, 512, 512, groups=128) == 1
+    assert splits(32, 7, 512, 512) == 2
+    assert splits(1, 14, 256, 256) == splits(1, 28, 128, 128) == splits(1, 56, 64, 64) == 1
+    assert splits(8, 56, 64, 64) == splits(1, 7, 512, 512, groups=128) == 1
 
 
 TRANSPOSED = {
@@ -188,8 +194,7 @@ def test_what_follows(name: str, activation: str, interpreter: InterpreterLaunch
     if name == "depthwise":
         calls = depthwise.depthwise(x, w, out.array, interpreter, layer.where, finish=finish)
     else:
-        shape = conv.parts_shape(out.array, w, 1)
-        parts = None if shape is None else np.full(shape, np.nan, np.float32)
+        parts = np.full((4, *layer.sums), np.nan, np.float32) if name == "split" else None
         calls = conv.conv(x, w, out.array, interpreter, layer.where, finish=finish, parts=parts)
     execute(calls)
     assert_close(out, finished(layer, arrays, residual, activation), error=ERROR + FUNCTION_ERROR)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from infera_kernels.triton import matmul, skinny, tiles
 from infera_kernels.triton.matmul_kernel import matmul_kernel
+from infera_kernels.tuning import Problem
+from infera_kernels.tuning.cost import Strip
 
 pytestmark = pytest.mark.kernels
 
@@ -32,9 +36,13 @@ def _largest_tile(kind: str) -> tiles.Tile:
 def test_matmul(m: int, n: int, k: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
     a, b, out = random((m, k), dtype), random((k, n), dtype, seed=1), Guarded((m, n), dtype)
     execute(matmul.matmul(a, b, out.array, interpreter))
-    launch = only(interpreter, matmul_kernel if m > 1 else skinny.matvec_kernel)
-    tile = tiles.pick_tile(m, n, k, 1, "ieee" if dtype == F32 else "half", interpreter.target)
-    assert launch.constexprs["BN"] == (tile.n if m > 1 else skinny.pick_strip(n, k, 1, along_k=False).n)
+    launch, kind = (
+        only(interpreter, matmul_kernel if m > 1 else skinny.matvec_kernel),
+        "ieee" if dtype == F32 else "half",
+    )
+    tile = tiles.pick_tile(m, n, k, 1, kind, interpreter.target)
+    strip = skinny.pick_strip(Problem("matvec", kind, (1, n, k), "n"), interpreter.target)
+    assert launch.constexprs["BN"] == (tile.n if m > 1 else strip.n)
     assert_close(out, a.astype(np.float64) @ b.astype(np.float64), error=1e-6)
 
 
@@ -133,7 +141,7 @@ def test_one_row(dtype: Any, turned: bool, interpreter: InterpreterLauncher) -> 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
 @pytest.mark.parametrize(
-    ("a", "b", "parts", "kernel"),
+    ("a", "b", "count", "kernel"),
     [
         ((1, 1100), (1100, 21), 3, "matvec_kernel"),
         ((5, 1029), (1029, 7), 3, "matmul_kernel"),
@@ -142,39 +150,36 @@ def test_one_row(dtype: Any, turned: bool, interpreter: InterpreterLauncher) -> 
     ],
 )
 def test_deep_sums_are_cut_into_parts(
-    a: tuple[int, ...], b: tuple[int, ...], parts: int, kernel: str, dtype: Any, interpreter: InterpreterLauncher
+    a: tuple[int, ...], b: tuple[int, ...], count: int, kernel: str, dtype: Any, interpreter: InterpreterLauncher
 ) -> None:
     x, y, bias = random(a, dtype, low=-1, high=1), random(b, dtype, low=-1, high=1, seed=1), random(b[-1:], dtype)
     want = x.astype(np.float64) @ y.astype(np.float64) * 0.5 + bias.astype(np.float64)
     out = Guarded(want.shape, dtype)
-    assert matmul.parts_of(x, y, out.array) == parts
-    partial = Guarded((parts, want.size), F32)
+    partial = Guarded((count, want.size), F32)
     calls = matmul.matmul(x, y, out.array, interpreter, bias=bias, alpha=0.5, activation="abs", partial=partial.array)
     execute(calls)
     partial.check_guards()
     assert [launch.kernel for launch in interpreter.launches] == [kernel, "parts_kernel"]
-    assert interpreter.launches[0].grid[1] == parts
+    assert interpreter.launches[0].grid[1] == count
     assert_close(out, np.abs(want), error=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "k", "batch", "parts"),
-    [
-        (1, 768, 3072, 1, 8),
-        (1, 768, 768, 1, 1),
-        (16, 4096, 4096, 1, 3),
-        (16, 8192, 4096, 1, 1),
-        (4096, 4096, 4096, 1, 1),
-        (1, 1, 10**6, 1, 16),
-        (1, 64, 1025, 1, 3),
-        (1, 64, 4096, 96, 1),
-    ],
-)
-def test_how_many_parts_fill_a_device(m: int, n: int, k: int, batch: int, parts: int) -> None:
-    assert skinny.part_count(m, n, k, batch) == parts
-    depth = skinny.part_depth(k, parts)
-    assert depth % 128 == 0
-    assert (parts - 1) * depth < k <= parts * depth
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize(("n", "k"), [(21, 1100), (70, 64), (5, 1), (1, 513)])
+def test_every_strip(n: int, k: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    """Whichever is chosen: more stages than steps, strips past both ends, either axis contiguous."""
+    a, bias = random((1, k), dtype, low=0.1, high=1), random((n,), dtype, seed=2)
+    for layout, some in skinny.SHAPES.items():
+        b = random((n, k) if layout == "k" else (k, n), dtype, low=0.1, high=1, seed=1)
+        b = b.T if layout == "k" else b
+        want = a.astype(np.float64) @ b.astype(np.float64) + bias.astype(np.float64)
+        for (wide, deep), stages in zip(some, itertools.cycle(skinny.STAGES)):
+            strip, out = Strip(wide, deep, stages), Guarded((1, n), dtype)
+            with mock.patch.object(matmul, "choose", lambda *_, strip=strip: strip):
+                execute(matmul.matmul(a, b, out.array, interpreter, bias=bias))
+            launch = interpreter.launches[-1]
+            assert [launch.constexprs[name] for name in ("BN", "BK", "STAGES")] == [wide, deep, stages]
+            assert_close(out, want, error=2e-6)
 
 
 def test_small_shared_memory_takes_another_tile() -> None:

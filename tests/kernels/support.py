@@ -46,6 +46,15 @@ def tensor_cores(result: Inspection) -> dict[str, int]:
     return {name: count for name in TENSOR_CORES if (count := result.count(name))}
 
 
+WIDE = ("LDG.E.128", *(f"LDGSTS.E.{how}128" for how in ("", "LTC128B.", "BYPASS.", "BYPASS.LTC128B.")))
+"""Loads of 16 bytes."""
+
+
+def wide_loads(result: Inspection) -> int:
+    """Instructions that load 16 bytes."""
+    return sum(map(result.count, WIDE))
+
+
 SHARD = "INFERA_TEST_SHARD"
 """Environment: i/n runs the i-th of n parts of a suite."""
 

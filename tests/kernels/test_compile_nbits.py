@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infera_kernels.launch import CompileLauncher
-from tests.kernels.support import EVERY_ARCH, FakeArray
+from tests.kernels.support import EVERY_ARCH, FakeArray, wide_loads
 from tests.kernels.test_compile import compiled
 
 pytest.importorskip("triton")
@@ -25,4 +25,6 @@ def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, arch
     bias, out = FakeArray((n,), dtype), FakeArray((1, n), dtype)
     nbits.nbits_matmul(FakeArray((1, k), dtype), weight, bias, out, None, launcher)
     result = compiled(launcher)
-    assert result.count("LDG.E.128") >= 2
+    assert wide_loads(result) >= 2
+    assert result.count("LDGSTS") >= 8, "loads are not pipelined"
+    assert not result.spilled_bytes

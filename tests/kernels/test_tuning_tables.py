@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Target, nominal_target
 from infera_kernels.launch.devices import DEVICES, Device
-from infera_kernels.tuning import Problem, numbers
+from infera_kernels.tuning import Problem, cost, numbers
 from infera_kernels.tuning.choice import EXACT, rounded
 from infera_kernels.tuning.cost import Block, product_cycles, resident
 from infera_kernels.tuning.store import SHIPPED, class_of
@@ -92,6 +94,100 @@ def test_an_estimate_sees_waves_stages_and_what_does_not_fit() -> None:
         Block(16, 32, 128, 4, 4, "half"), 16, 32, 8192
     )
     assert math.isinf(cycles(Block(256, 256, 128, 8, 4, "half"), 512, 512, 512))
+
+
+# ---- sums in parts
+
+
+def parts(family: str, *sizes: int, kind: str = "half", layout: str = "") -> int:
+    """How many are predicted on an H200."""
+    return int(FAMILIES[family].predict(Problem(family, kind, sizes, layout), H200).count)
+
+
+def test_sums_are_cut_where_parts_and_their_join_take_less() -> None:
+    assert parts("conv_splits", 32 * 49, 1, 512, 4608, 9) == 2
+    assert parts("conv_splits", 49, 1, 512, 4608, 9) == 16
+    assert parts("conv_splits", 32 * 49, 1, 512, 2048, 1) == parts("conv_splits", 196, 1, 1024, 256, 1) == 1
+    assert parts("matmul_parts", 16, 1, 64, 16384) > 8
+    for n, k in ((3072, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (128256, 2048)):
+        assert parts("matmul_parts", 1, 1, n, k) == 1, "a step of Llama 3.2 1B, whose one row is read fast enough"
+    assert parts("matmul_parts", 4096, 1, 4096, 4096) == parts("matmul_parts", 1, 96, 64, 4096) == 1
+
+
+def test_sums_stay_whole_where_the_library_may_compute_them() -> None:
+    """It cuts them itself."""
+    for family, sizes in (("matmul_parts", (16, 1, 64, 16384)), ("conv_splits", (49, 1, 512, 2048, 1))):
+        kind = "half" if family == "matmul_parts" else "ieee"
+        assert parts(family, *sizes, kind=kind) > parts(family, *sizes, kind=kind, layout=tiles.EITHER) == 1
+        problem = Problem(family, kind, sizes, tiles.EITHER)
+        assert len(FAMILIES[family].candidates(problem, H200)) > 3
+
+
+@pytest.mark.parametrize(("seconds", "some"), [(0.0, True), (1.0, False)])
+def test_a_second_launch_has_its_price(seconds: float, some: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of problems that are cut at no price, none is at a high one."""
+    monkeypatch.setattr(cost, "LAUNCH", seconds)
+    for family, sizes in (("matmul_parts", (128, 1, 768, 3072)), ("conv_splits", (196, 1, 256, 2304, 9))):
+        FAMILIES[family].predict.cache_clear()  # type: ignore[attr-defined]
+        assert (parts(family, *sizes) > 1) == some
+        FAMILIES[family].predict.cache_clear()  # type: ignore[attr-defined]
+
+
+def test_the_part_with_the_least_estimate_is_predicted() -> None:
+    for family, kind in product(("matmul_parts", "conv_splits"), ("half", "tf32", "ieee")):
+        for m, n, k in product((1, 49, 784), (20, 512), (255, 3000, 16384)):
+            problem = Problem(family, kind, (m, 1, n, k, 1)[: len(FAMILIES[family].sizes)])
+            estimate, choice = FAMILIES[family].estimate, FAMILIES[family].predict(problem, H200)
+            assert estimate is not None
+            least = min(estimate(problem, c, H200) for c in FAMILIES[family].candidates(problem, H200))
+            assert estimate(problem, choice, H200) == least or choice.count == 1
+
+
+# ---- strips of one row
+
+
+def strip(n: int, k: int, layout: str = "n", kind: str = "half") -> Any:
+    return FAMILIES["matvec"].predict(Problem("matvec", kind, (1, n, k), layout), H200)
+
+
+@pytest.mark.parametrize("layout", ["n", "k"])
+@pytest.mark.parametrize(("n", "k"), [(3072, 2048), (2048, 2048), (2048, 8192), (8192, 2048), (768, 3072)])
+def test_one_row_has_enough_bytes_on_their_way(n: int, k: int, layout: str) -> None:
+    """As many as a memory of that bandwidth and latency wants, or as much as its blocks may hold."""
+    made = strip(n, k, layout)
+    blocks, each = -(-n // made.n), 2 * made.n * made.k
+    wanted = cost.LATENCY * cost.memory_bytes_per_cycle(H200)
+    assert made.stages > 1 or made.k >= k
+    assert blocks * each * max(made.stages - 1, 1) >= wanted or (made.n, made.stages) == (16, 5)
+
+
+def test_an_estimate_of_one_row_sees_memory_buffers_and_columns_side_by_side() -> None:
+    def cycles_of(strip: cost.Strip, n: int = 2048, k: int = 8192, **how: Any) -> float:
+        return cost.row_cycles(n, k, how.pop("bits", 16), strip, along_k=how.pop("along_k", False), target=H200, **how)
+
+    wide, narrow = cost.Strip(64, 64, 3), cost.Strip(16, 256, 3)
+    assert cycles_of(narrow) < cycles_of(wide)
+    assert cycles_of(wide, n=128256) < cycles_of(narrow, n=128256)
+    assert cycles_of(cost.Strip(16, 256, 5)) < cycles_of(narrow) < cycles_of(cost.Strip(16, 256, 1))
+    assert cycles_of(wide, n=128256) > 128256 * 8192 * 2 / cost.memory_bytes_per_cycle(H200)
+    assert cycles_of(narrow, bits=32) > cycles_of(narrow) > cycles_of(narrow, bits=8, along_k=True)
+    assert math.isinf(cycles_of(cost.Strip(64, 1024, 5)))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("made", [cost.Strip(16, 256, 3), cost.Strip(32, 128, 5), cost.Strip(64, 64, 1)], ids=str)
+def test_registers_and_shared_memory_of_one_row(made: cost.Strip, dtype: str, arch: int) -> None:
+    launcher = CompileLauncher(arch)
+    a, b, out = FakeArray((1, 4096), dtype), FakeArray((4096, 4096), dtype), FakeArray((1, 4096), dtype)
+    with mock.patch("infera_kernels.triton.matmul.choose", return_value=made):
+        matmul(a, b, out, launcher)
+    (found,) = launcher.compiled
+    item = 2 if dtype == "float16" else 4
+    held = made.held_bytes(8 * item)
+    assert held <= found.binary.spec.shared_bytes <= max(1.1 * held, 2048)
+    assert found.registers == pytest.approx(made.registers(8 * item), rel=0.5)
+    assert not found.spilled_bytes
 
 
 def test_resident_blocks() -> None:

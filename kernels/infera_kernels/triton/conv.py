@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from infera_kernels.calls import Call
@@ -14,26 +15,30 @@ from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
 from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, element_strides, fold_one, name_of
+from infera_kernels.triton.parts import Parts, cheapest, room_for_parts
 from infera_kernels.triton.products import GROUP
-from infera_kernels.triton.skinny import Parts
-from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TF32X3, Tile, cycles, ending, fitting, predicted
+from infera_kernels.triton.tiles import (
+    EITHER,
+    HALF,
+    IEEE,
+    SIZES,
+    TF32,
+    TF32X3,
+    Tile,
+    cycles,
+    ending,
+    fitting,
+    kind_of,
+    least_cycles,
+    predicted,
+)
 from infera_kernels.tuning import Family, Problem, Tuned, choose
+from infera_kernels.tuning.choice import REMEMBERED
+from infera_kernels.tuning.cost import joining_cycles
 
 CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, predicted, (conv_kernel,), cycles)
 """`k` is the depth, all channels of all taps; `batch` counts groups, phases and splits; `layout` is which axis of the
 image and of the weights is contiguous, channels "c" or none, and the `ending`."""
-
-_BUSY = 128
-"""Programs that keep a GPU busy. Of no GPU in particular: scratch is announced before there is one."""
-
-_TYPICAL = 64
-"""Rows and columns of a typical tile, ..."""
-
-_SHARE = 256
-"""... and the depth that a program should at least have, to be worth one more pass over its sums."""
-
-_WORTH = 4
-"""Parts from which on that pays: short of them, smaller tiles fill a GPU as well."""
 
 _WALKED = 4
 """Blocks of channels from which on taps are walked one by one, though the last block of each be partly empty."""
@@ -93,29 +98,42 @@ def supports_conv(
     return fits and terms and small and known
 
 
-def _split_count(problem: Problem, target: Target) -> Parts:
-    """As many programs as keep a GPU busy, where that takes enough of them."""
-    most = _most_splits(problem)
-    return Parts(most if most >= _WORTH else 1)
-
-
-def _most_splits(problem: Problem) -> int:
-    m, batch, n, k = problem.sizes[:4]
-    programs = batch * ceil_div(m, _TYPICAL) * ceil_div(n, _TYPICAL)
-    return min(_BUSY // max(programs, 1), k // _SHARE)
-
-
 def _splits(problem: Problem, target: Target) -> tuple[Parts, ...]:
-    most = _most_splits(problem)
-    return tuple(Parts(n) for n in sorted({1, most // 4, most // 2, most} - {0}))
+    """Whole sums, and powers of two that may pay."""
+    m, batch, n, k, _ = problem.sizes
+    most = room_for_parts(m, n, batch, k, target)
+    return tuple(Parts(c) for c in sorted({*(1 << i for i in range(most.bit_length())), most}))
 
 
-SPLITS = Family("conv_splits", (*SIZES, "taps"), 2, Parts, _splits, _split_count, (conv_kernel, join_kernel))
+def _split_cycles(problem: Problem, parts: Parts, target: Target) -> float:
+    m, batch, n, k, taps = problem.sizes
+    part = Problem(CONV.name, problem.kind, (m, batch * parts.count, n, ceil_div(k, parts.count), taps))
+    return least_cycles(part, target) + joining_cycles(parts.count, batch * m * n, target)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _split_count(problem: Problem, target: Target) -> Parts:
+    return cheapest(problem, target, _splits, _split_cycles)
+
+
+SPLITS = Family(
+    *("conv_splits", (*SIZES, "taps"), 2, Parts, _splits, _split_count, (conv_kernel, join_kernel), _split_cycles)
+)
 """Into how many parts the sums of a convolution are split."""
 
 
-def splits_of(out: Typed, w: Typed, groups: int, *, invariant: bool = False, tuned: Tuned | None = None) -> int:
-    """Into how many parts a convolution's sums are split, each a program's: more than 1 where the outputs are few."""
+def splits_of(
+    out: Typed,
+    w: Typed,
+    groups: int,
+    *,
+    invariant: bool = False,
+    library: bool = False,
+    tf32: bool = False,
+    tuned: Tuned | None = None,
+) -> int:
+    """Into how many parts a convolution's sums are split, each a program's: more than 1 where the outputs are few. The
+    `library` may compute whole sums, as one product."""
     images = entries_seen(out.shape[0], invariant=invariant)
     sizes = {
         "m": images * math.prod(out.shape[1:-1]),
@@ -124,16 +142,14 @@ def splits_of(out: Typed, w: Typed, groups: int, *, invariant: bool = False, tun
         "k": math.prod(w.shape[1:]),
         "taps": math.prod(w.shape[1:-1]),
     }
-    problem = SPLITS.problem(IEEE if name_of(w) == "float32" else HALF, sizes)
+    problem = SPLITS.problem(kind_of(w, tf32=tf32), sizes, EITHER * library)
     target = nominal_target(90) if tuned is None else tuned.target
     return choose(SPLITS, problem, target, None if invariant else tuned).count
 
 
-def parts_shape(
-    out: Typed, w: Typed, groups: int, *, invariant: bool = False, tuned: Tuned | None = None
-) -> Dims | None:
-    """The scratch, in float32, that a convolution takes; None where it takes none."""
-    splits = splits_of(out, w, groups, invariant=invariant, tuned=tuned)
+def parts_shape(out: Typed, w: Typed, groups: int, **how: Any) -> Dims | None:
+    """The scratch, in float32, that a convolution takes; None where it takes none. `how` is for `splits_of`."""
+    splits = splits_of(out, w, groups, **how)
     return (splits, math.prod(out.shape[:-1]), out.shape[-1]) if splits > 1 and math.prod(out.shape) else None
 
 

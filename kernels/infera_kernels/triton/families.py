@@ -11,7 +11,8 @@ from infera_kernels.triton.attention import ATTENTION
 from infera_kernels.triton.conv import CONV, SPLITS
 from infera_kernels.triton.integer_conv import INTEGER_CONV
 from infera_kernels.triton.integer_matmul import INTEGER_MATMUL
-from infera_kernels.triton.matmul import MATMUL, PARTS
+from infera_kernels.triton.matmul import MATMUL
+from infera_kernels.triton.parts import PARTS
 from infera_kernels.triton.quantized_conv import QUANTIZED_CONV
 from infera_kernels.triton.skinny import MATVEC
 from infera_kernels.tuning import Family

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import Const, Launcher, Typed, library_of, nominal_target, target_of
+from infera_kernels.launch import Const, Launcher, Typed, library_of, target_of
 from infera_kernels.launch.cublaslt import Product
 from infera_kernels.triton.blas import product_of
 from infera_kernels.triton.elementwise import UNARY
@@ -27,18 +27,9 @@ from infera_kernels.triton.layout import (
     next_power_of_two,
 )
 from infera_kernels.triton.matmul_kernel import matmul_kernel
+from infera_kernels.triton.parts import part_depth, parts_kernel
 from infera_kernels.triton.products import GROUP
-from infera_kernels.triton.skinny import (
-    MATVEC,
-    Parts,
-    Strip,
-    matvec_kernel,
-    part_candidates,
-    part_count,
-    part_depth,
-    parts_kernel,
-    parts_predicted,
-)
+from infera_kernels.triton.skinny import ALONG_K, ALONG_N, MATVEC, matvec_kernel
 from infera_kernels.triton.tiles import (
     DESCRIBED,
     EITHER,
@@ -58,16 +49,11 @@ from infera_kernels.triton.tiles import (
 from infera_kernels.triton.tma import Factors, factors_of, multiply
 from infera_kernels.triton.tma_kernel import tma_kernel
 from infera_kernels.tuning import Family, Tuned, choose
+from infera_kernels.tuning.cost import ROW_WARPS
 
 MATMUL = Family("matmul", SIZES, 2, TmaTile, candidates, predicted, (matmul_kernel, tma_kernel), cycles)
 """`layout` says whether it is EITHER's, whether its factors are DESCRIBED, which of their axes are contiguous (rows
 "m", sums "k", columns "n" or none) and the `ending`."""
-
-PARTS = Family(
-    *("matmul_parts", SIZES, 2, Parts, part_candidates, parts_predicted),
-    (matmul_kernel, matvec_kernel, parts_kernel),
-)
-"""Into how many parts sums are cut. What scratch that takes is asked before strides are known: no layout."""
 
 
 def supports_matmul(
@@ -130,7 +116,7 @@ def matmul(
     Strides are arbitrary; `bias` must be contiguous; residual may stretch. `precision` is for float32 inputs: "ieee"
     (exact products), "tf32" (about 3 digits, tensor cores) or "tf32x3" (nearly exact, tensor cores). `tile` overrides
     what is `tuned`, or predicted. K of 0 gives the epilogue of zeros. `partial`, float32 scratch of shape
-    (parts_of(a, b, out), out.size), cuts the sums into so many parts. With a `workspace`, scratch of
+    (`parts.parts_of(a, b, out)`, out.size), cuts the sums into so many parts. With a `workspace`, scratch of
     `blas.library_bytes`, the product may be cuBLASLt's. `invariant` rows are the same bits however many there are;
     nothing is tuned for them.
     """
@@ -254,11 +240,13 @@ def _sums(
     kind = precision if name_of(args["a"]) == "float32" else HALF
     target = target_of(launcher)
     if rows == 1 and tile is None:
-        layout = "k" if args["b_k"] == Const(1) and n > 1 else "n"
+        layout = ALONG_K if args["b_k"] == Const(1) and n > 1 else ALONG_N
         row = MATVEC.problem(kind, {"programs": products * parts, "n": n, "k": deep}, layout)
         strip = choose(MATVEC, row, target, tuned)
-        known = {"ACT": act, "BN": strip.n, "BK": strip.k}
-        return _launch(launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=4)
+        known = {"ACT": act, "BN": strip.n, "BK": strip.k, "STAGES": strip.stages}
+        return _launch(
+            launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=ROW_WARPS
+        )
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
         layout = (DESCRIBED if factors else "") + _layout(args) + end
@@ -296,21 +284,7 @@ def _layout(args: Mapping[str, Any]) -> str:
 
 def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, *, invariant: bool) -> Call:
     m, n = args["M"], args["N"]
-    tile = Strip(min(next_power_of_two(n), 128), 1)
-    known = {"ACT": act, "PARTS": parts, "GROUP": GROUP, "BM": tile.k, "BN": tile.n}
-    grid = (math.prod(args["batch"] or (1,)) * m * ceil_div(n, tile.n),)
+    wide = min(next_power_of_two(n), 128)
+    known = {"ACT": act, "PARTS": parts, "GROUP": GROUP, "BM": 1, "BN": wide}
+    grid = (math.prod(args["batch"] or (1,)) * m * ceil_div(n, wide),)
     return _launch(launcher, parts_kernel, grid, args, known, invariant=invariant, num_warps=1)
-
-
-def parts_of(a: Typed, b: Typed, out: Typed, *, invariant: bool = False, tuned: Tuned | None = None) -> int:
-    """Into how many parts the sums of a product are best cut: see `matmul`."""
-    shape = tuple(out.shape)
-    if not math.prod(shape):
-        return 1
-    leading = math.prod(shape[:-2])
-    m, batch = (leading * shape[-2], 1) if math.prod(b.shape[:-2]) == 1 else (shape[-2], leading)
-    if invariant:
-        return part_count(rows_seen(m, invariant=True), shape[-1], a.shape[-1], 1)
-    kind = IEEE if name_of(a) == "float32" else HALF
-    problem = PARTS.problem(kind, {"m": m, "batch": batch, "n": shape[-1], "k": a.shape[-1]})
-    return choose(PARTS, problem, nominal_target(90) if tuned is None else tuned.target, tuned).count

@@ -7,6 +7,7 @@ weights are widened to scratch first, as many columns at a time as fit, and mult
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,21 @@ import triton
 import triton.language as tl
 
 from infera_kernels.calls import Array, Call
-from infera_kernels.launch import Launcher, Typed
+from infera_kernels.launch import Launcher, Target, Typed, target_of
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of, next_power_of_two
 from infera_kernels.triton.matmul import matmul
 from infera_kernels.tuning import Tuned
+from infera_kernels.tuning.choice import REMEMBERED
+from infera_kernels.tuning.cost import ROW_WARPS, Strip, row_cycles
 
 FEW_ROWS = 8
 """Up to so many rows, reading packed weights for each of them takes less time than widening them once."""
 _WIDE_BYTES = 64 * 2**20
 """The most scratch for widened weights."""
-_ELEMENTS = 4096
-"""Bytes of weights that a program reads at a time: 32 for each of its threads."""
+_BYTES, _STAGES = 512, 3
+"""Bytes of a column's weights that a program reads at a time, and how many such steps are under way or due."""
+_COLUMNS = (8, 4, 2, 1)
 
 
 @triton.jit
@@ -43,9 +47,11 @@ def nbits_kernel(
     BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
     BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Row program_id(1) of out = a @ dequantised b + bias, BN columns a program. Byte j of a block's BYTES holds its
-    values j, j + BYTES and so on, the first in the lowest bits. Without `zero` it is the middle of the range."""
+    values j, j + BYTES and so on, the first in the lowest bits. Without `zero` it is the middle of the range. The
+    next STAGES - 1 blocks of weights are on their way to shared memory meanwhile."""
     VALUES: tl.constexpr = 8 // BITS
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -54,7 +60,7 @@ def nbits_kernel(
     a += row * K
     first_of = n.to(tl.int64)[:, None] * blocks + g[None, :]
     sums = tl.full((BN, BLOCKS, BYTES), 0.0, tl.float32)
-    for start in range(0, blocks, BLOCKS):
+    for start in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
         block = first_of + start
         inside = (n < N)[:, None] & (start + g < blocks)[None, :]
         held = tl.load(b + (block * BYTES)[:, :, None] + j[None, None, :], mask=inside[:, :, None], other=0)
@@ -149,6 +155,17 @@ def wide_columns(n: int, k: int, itemsize: int) -> int:
     return min(n, max(fitting, 16))
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _columns(n: int, k: int, bits: int, width: int, rows: int, most: int, target: Target) -> int:
+    """How many a program computes, which reads so many values of each at a time: what is estimated to take least."""
+
+    def cost(columns: int) -> float:
+        strip = Strip(columns, width, _STAGES)
+        return row_cycles(n, k, bits, strip, along_k=True, target=target, batch=rows)
+
+    return min((c for c in _COLUMNS if c <= most), key=cost)
+
+
 def nbits_matmul(
     a: Array,
     weight: Weight,
@@ -164,8 +181,9 @@ def nbits_matmul(
     (wide_columns(N, K), K), for more than FEW_ROWS rows, and for `invariant` ones always: see `matmul`."""
     (m, k), n = a.shape, out.shape[1]
     _, blocks, held = weight.packed.shape
-    many = min(next_power_of_two(blocks), max(512 // held, 1))
-    known = {"BITS": weight.bits, "BYTES": held, "BLOCKS": many, "BN": max(1, min(8, _ELEMENTS // (many * held)))}
+    many = min(next_power_of_two(blocks), max(_BYTES // held, 1))
+    most = max(1, _COLUMNS[0] * _BYTES // (many * held))
+    known = {"BITS": weight.bits, "BYTES": held, "BLOCKS": many, "BN": min(most, _COLUMNS[0])}
     if not m * n:
         return []
     if wide is None:
@@ -180,7 +198,10 @@ def nbits_matmul(
             "K": k,
             "blocks": blocks,
         }
-        return [launcher.launch(nbits_kernel, (ceil_div(n, known["BN"]), m), args, known, num_warps=4)]
+        width = many * held * 8 // weight.bits
+        columns = _columns(n, k, weight.bits, width, m, known["BN"], target_of(launcher))
+        known |= {"BN": columns, "STAGES": _STAGES}
+        return [launcher.launch(nbits_kernel, (ceil_div(n, columns), m), args, known, num_warps=ROW_WARPS)]
     calls = []
     for start in range(0, n, len(wide)):
         part = slice(start, min(start + len(wide), n))

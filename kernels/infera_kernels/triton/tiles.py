@@ -6,14 +6,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from infera_kernels.launch import Target
+from infera_kernels.launch import Target, Typed
 from infera_kernels.launch.descriptors import FIRST_ARCH
+from infera_kernels.triton.layout import name_of
 from infera_kernels.tuning.choice import REMEMBERED, Problem
 from infera_kernels.tuning.cost import Block, product_cycles, resident
 
 HALF, TF32, TF32X3, IEEE, INT8 = "half", "tf32", "tf32x3", "ieee", "int8"
 """How products are computed: half inputs on tensor cores; float32 on tensor cores, rounded to tf32 or split in three
 such products; float32 as it is, without tensor cores; integers of 8 bits on tensor cores, exactly."""
+
+
+def kind_of(x: Typed, *, tf32: bool) -> str:
+    """How products of its type are computed, where float32 is rounded to `tf32` or is not."""
+    if name_of(x) != "float32":
+        return HALF
+    return TF32 if tf32 else IEEE
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +225,11 @@ def least(problem: Problem, target: Target, among: Iterable[Tile]) -> Tile:
         return cycles(problem, tile, target), -tile.m * tile.n, -tile.k
 
     return min(among, key=cost)
+
+
+def least_cycles(problem: Problem, target: Target) -> float:
+    """Of the predicted tile; it is none of the library's."""
+    return cycles(problem, predicted(problem, target), target)
 
 
 def pick_tile(m: int, n: int, k: int, batch: int, kind: str, target: Target) -> Tile:

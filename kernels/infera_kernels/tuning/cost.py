@@ -16,6 +16,7 @@ from infera_kernels.launch.devices import (
     REGISTER_UNIT,
     RESERVED_SHARED,
     THREAD_REGISTERS,
+    Device,
     architecture_of,
     device_called,
     rates_of,
@@ -38,6 +39,14 @@ STORED_PER_CYCLE = 32
 
 STEP_CYCLES = 40
 """Of a step that nothing hides: barriers, and the issue of loads."""
+
+LAUNCH = 2.5e-6
+"""Seconds from one kernel of a CUDA graph to the next that waits for it, with the ends of both. Assumed, not measured:
+what a second launch costs beside what it reads and writes, and what `bench.gpu_roofline` takes for the least of a
+step."""
+
+LINE = 128
+"""Bytes that a multiprocessor's loads touch a cycle, in one piece: narrower pieces take as long (assumed)."""
 
 GROUPED = 8
 """Rows of tiles whose blocks run side by side, see `products.GROUP`."""
@@ -78,6 +87,29 @@ class Block:
         return min(OTHER_REGISTERS + round(sums * (1.2 if self.grouped(target) else 2.2)), THREAD_REGISTERS)
 
 
+ROW_WARPS = 4
+"""Of a block of `row_cycles`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """What a block of a product of one row reads of its matrix at a time: n columns, k deep. The next `stages` - 1 are
+    on their way to shared memory; with one stage it is loaded into registers when it is due."""
+
+    n: int
+    k: int
+    stages: int
+
+    def held_bytes(self, bits: int) -> int:
+        """Of shared memory, with elements of so many bits."""
+        return self.n * self.k * bits // 8 * (self.stages - 1)
+
+    def registers(self, bits: int) -> int:
+        """Of one thread, about."""
+        each = self.n * self.k // (32 * ROW_WARPS)
+        return OTHER_REGISTERS + each + (each * bits // 32 if self.stages == 1 else 0)
+
+
 def resident(warps: int, registers: int, shared_bytes: int, target: Target) -> int:
     """Blocks that fit on a multiprocessor beside each other; 0 where not even one does."""
     about = architecture_of(target.arch)
@@ -104,13 +136,17 @@ def products_per_cycle(kind: str, target: Target, rows: int = 64, warps: int = 4
     return rate if kind == "ieee" or target.arch < 90 or grouped else rate * WARP_PRODUCTS
 
 
+def _like(target: Target) -> Device:
+    """The card, or one that is listed and most like it."""
+    device = device_called(target.name)
+    return device or next((d for d in DEVICES if d.arch == target.arch), DEVICES[-1])
+
+
 def memory_bytes_per_cycle(target: Target) -> float:
     """From the card's memory to all multiprocessors together."""
-    device = device_called(target.name)
-    if device is not None:
-        return device.dram_bytes_per_s / device.clock_hz
-    like = next((d for d in DEVICES if d.arch == target.arch), DEVICES[-1])
-    return like.dram_bytes_per_s / like.clock_hz * target.multiprocessors / like.multiprocessors
+    like = _like(target)
+    share = 1.0 if device_called(target.name) else target.multiprocessors / like.multiprocessors
+    return like.dram_bytes_per_s / like.clock_hz * share
 
 
 def cache_bytes(target: Target) -> int:
@@ -137,6 +173,31 @@ def shared_traffic(block: Block, target: Target) -> int:
     return written + (across * block.m + down * block.n) * block.k * item
 
 
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What one block does along the depth: `steps`, each of so many cycles of a multiprocessor, in no less than
+    `waiting` after the first loads; `ending` cycles after the last. So many blocks run `beside` each other."""
+
+    beside: int
+    steps: int
+    step: float
+    waiting: float
+    ending: float
+
+    def cycles(self, blocks: int, moved: float, target: Target) -> float:
+        """Of so many blocks, which read and write `moved` bytes of memory. Infinity where not one of them fits."""
+        if not self.beside:
+            return math.inf
+        full, rest = divmod(-(-blocks // target.multiprocessors), self.beside)
+        computed = full * self._round(self.beside) + (self._round(rest) if rest else 0.0)
+        moving = moved / memory_bytes_per_cycle(target)
+        return max(computed, moving) + min(computed, moving) / 8
+
+    def _round(self, blocks: int) -> float:
+        busy = self.steps * (blocks * self.step + STEP_CYCLES)
+        return LATENCY + max(busy, self.waiting) + blocks * self.ending
+
+
 def product_cycles(block: Block, m: int, n: int, k: int, batch: int, target: Target, parts: int = 1) -> float:
     """Of `batch` products (m, k) @ (k, n), each cut into `parts` along k. Infinity where a block does not fit."""
     side_by_side = resident(block.warps, block.registers(target), block.held_bytes(target), target)
@@ -146,22 +207,50 @@ def product_cycles(block: Block, m: int, n: int, k: int, batch: int, target: Tar
     computing = block.m * block.n * block.k / products_per_cycle(block.kind, target, block.m, block.warps)
     sharing = shared_traffic(block, target) / SHARED_BYTES_PER_CYCLE
     loading = (block.m + block.n) * block.k * item / architecture_of(target.arch).l2_bytes_per_cycle
-    slowest = max(computing, sharing, loading)
     steps = -(-max(k // parts, 1) // block.k)
-    ending = block.m * block.n * item / STORED_PER_CYCLE
-
-    def round_of(blocks: int) -> float:
-        busy = steps * (blocks * slowest + STEP_CYCLES)
-        return LATENCY + max(busy, (steps - 1) * LATENCY / max(block.stages - 1, 1)) + blocks * ending
-
+    walk = Walk(
+        side_by_side,
+        steps,
+        step=max(computing, sharing, loading),
+        waiting=(steps - 1) * LATENCY / max(block.stages - 1, 1),
+        ending=block.m * block.n * item / STORED_PER_CYCLE,
+    )
     blocks = batch * parts * -(-m // block.m) * -(-n // block.n)
-    busiest = -(-blocks // target.multiprocessors)
-    full, rest = divmod(busiest, side_by_side)
-    computed = full * round_of(side_by_side) + (round_of(rest) if rest else 0.0)
     read = item * batch * (m * k + k * n)
     if read > cache_bytes(target) // 2:  # what blocks of one round do not share is read again by the next
         at_once = target.multiprocessors * side_by_side
         rows, columns = min(GROUPED * block.m, m), min(-(-at_once // GROUPED) * block.n, n)
         read = max(read, -(-blocks // at_once) * (rows + columns) * (k // parts) * item)
-    moved = (read + item * batch * m * n) / memory_bytes_per_cycle(target)
-    return max(computed, moved) + min(computed, moved) / 8
+    return walk.cycles(blocks, read + item * batch * m * n, target)
+
+
+def row_cycles(n: int, k: int, bits: int, strip: Strip, *, along_k: bool, target: Target, batch: int = 1) -> float:
+    """Of `batch` products of one row with matrices (k, n) of elements of so many bits, contiguous `along_k` or along n.
+
+    A block of ROW_WARPS warps reads a strip at a time and adds its products in registers: so many instructions an
+    element, with which it is widened and added. Without buffers one step waits for its loads before it adds them.
+    Infinity where a block does not fit.
+    """
+    instructions = 1 if bits == 32 else 2 if bits == 16 else 5  # shifted, masked, widened, moved and added
+    elements = strip.n * strip.k
+    nbytes, held = elements * bits // 8, strip.held_bytes(bits)
+    pieces, wide = (strip.n, strip.k) if along_k else (strip.k, strip.n)
+    lines = pieces * -(-wide * bits // (8 * LINE))
+    computing = instructions * elements / (rates_of(target.arch)["ieee"] / 2)
+    sharing = 2 * nbytes / SHARED_BYTES_PER_CYCLE if held else 0.0
+    step = max(computing, sharing, lines, nbytes / architecture_of(target.arch).l2_bytes_per_cycle)
+    steps = -(-k // strip.k)
+    waiting = (steps - 1) * LATENCY / (strip.stages - 1) if held else (steps - 1) * LATENCY + steps * step
+    beside = resident(ROW_WARPS, strip.registers(bits), held, target)
+    walk = Walk(beside, steps, step, waiting, ending=STEP_CYCLES)
+    return walk.cycles(batch * -(-n // strip.n), batch * n * k * bits / 8, target)
+
+
+def joining_cycles(parts: int, elements: int, target: Target) -> float:
+    """Of writing so many parts of so many sums in float32, and of a second launch that adds them; none for one part."""
+    if parts == 1:
+        return 0.0
+    nbytes = 4 * parts * elements
+    cached = target.multiprocessors * architecture_of(target.arch).l2_bytes_per_cycle
+    rate = cached if nbytes <= cache_bytes(target) // 2 else memory_bytes_per_cycle(target)
+    return LAUNCH * _like(target).clock_hz + 2 * nbytes / rate
