@@ -17,20 +17,40 @@ def _head(base, batch, group, steps, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _rows(base, row, steps, UNITS: tl.constexpr):
-    """Where rows begin, along the last axis but one."""
-    return base + row * steps[len(steps) - 2] * UNITS[len(steps) - 2]
+def _members(member, steps, UNITS: tl.constexpr):
+    """Offsets of members, for `_tile`."""
+    return (member.to(tl.int64) * steps[2] * UNITS[2])[:, None]
 
 
 @triton.jit
-def _members(base, member, query, steps, UNITS: tl.constexpr):
-    """Where rows of members begin."""
-    return base + (member * steps[2] * UNITS[2] + query * steps[3] * UNITS[3])
+def _part(begin, end, split, BN: tl.constexpr, SPLITS: tl.constexpr):
+    """The rows of one of the parts into which whole blocks are dealt."""
+    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BN), SPLITS) * BN
+    first = tl.minimum(begin + split * share, end)
+    return first, tl.minimum(first + share, end)
 
 
 @triton.jit
-def _columns(column, steps, UNITS: tl.constexpr):
-    return column * steps[len(steps) - 1] * UNITS[len(steps) - 1]
+def _tile(matrix, row, column, steps, UNITS: tl.constexpr):
+    """Addresses of a matrix' elements, rows by columns: along the last two axes."""
+    LAST: tl.constexpr = len(steps) - 1
+    row, column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
+    return matrix + (row * steps[LAST - 1] * UNITS[LAST - 1] + column * steps[LAST] * UNITS[LAST])
+
+
+@triton.jit
+def _load(matrix, row, there, steps, SIZE: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr):
+    """The rows of SIZE elements that are there, zeros elsewhere."""
+    column = tl.arange(0, PADDED)
+    at = _tile(matrix, row, column, steps, UNITS)
+    return tl.load(at, mask=there[:, None] & (column < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(matrix, row, x, there, steps, SIZE: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr):
+    """Stores the rows that are there."""
+    column = tl.arange(0, PADDED)
+    tl.store(_tile(matrix, row, column, steps, UNITS), x, mask=there[:, None] & (column < SIZE)[None, :])
 
 
 @triton.jit
@@ -43,43 +63,50 @@ def _wide(x):
 
 
 @triton.jit
+def _angles(cos, sin, place, pair, turning, cos_steps, sin_steps):
+    """Cosines and sines of pairs of rows, those of no angle where nothing turns."""
+    row, pair = place.to(tl.int64)[:, None], pair.to(tl.int64)[None, :]
+    c = tl.load(cos + (row * cos_steps[0] + pair * cos_steps[1]), mask=turning, other=1.0)
+    s = tl.load(sin + (row * sin_steps[0] + pair * sin_steps[1]), mask=turning, other=0.0)
+    return c.to(tl.float32), s.to(tl.float32)
+
+
+@triton.jit
 def _turned(
-    rows,
-    inside,
+    x,
+    matrix,
+    row,
+    there,
     place,
     cos,
     sin,
     steps,
     cos_steps,
     sin_steps,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
     UNITS: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """The rows that are inside, zeros elsewhere; of 2 HALF columns the pairs (a, b) become (a cos - b sin, b cos +
-    a sin) by the tables' rows `place`, in float32, rounded as stored."""
-    d = tl.arange(0, D_PADDED)[None, :].to(tl.int64)
-    known = inside[:, None] & (d < D)
-    x = tl.load(rows[:, None] + _columns(d, steps, UNITS), mask=known, other=0.0)
-    if cos is None:
-        return x
+    """The rows x of the matrix with the pairs (a, b) of their first 2 HALF elements as (a cos - b sin, b cos + a sin),
+    by row `place` of the tables, in float32, rounded as stored."""
+    ROWS: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    if INTERLEAVED:
+        pair = tl.arange(0, SIZE // 2)
+        turning = there[:, None] & (pair < HALF)[None, :]
+        c, s = _angles(cos, sin, place, pair, turning, cos_steps, sin_steps)
+        a, b = tl.split(x.to(tl.float32).reshape(ROWS, SIZE // 2, 2))
+        first, second = tl.where(turning, a * c - b * s, a), tl.where(turning, b * c + a * s, b)
+        made = tl.join(first, second).reshape(ROWS, SIZE)
     else:
-        if INTERLEAVED:
-            first = d % 2 == 0
-            partner = d ^ 1
-            pair = d // 2
-        else:
-            first = d < HALF
-            partner = tl.where(first, d + HALF, d - HALF)
-            pair = tl.where(first, d, d - HALF)
-        turning = inside[:, None] & (d < 2 * HALF)
-        y = tl.load(rows[:, None] + _columns(partner, steps, UNITS), mask=turning, other=0.0).to(tl.float32)
-        c = tl.load(cos + (place[:, None] * cos_steps[0] + pair * cos_steps[1]), mask=turning, other=1.0)
-        s = tl.load(sin + (place[:, None] * sin_steps[0] + pair * sin_steps[1]), mask=turning, other=0.0)
-        made = x.to(tl.float32) * c.to(tl.float32) + tl.where(first, -y, y) * s.to(tl.float32)
-        return rounded(made, x.dtype)
+        column = tl.arange(0, SIZE)
+        first = column < HALF
+        partner = tl.where(first, column + HALF, column - HALF)
+        turning = there[:, None] & (column < 2 * HALF)[None, :]
+        c, s = _angles(cos, sin, place, tl.where(first, column, column - HALF), turning, cos_steps, sin_steps)
+        y = tl.load(_tile(matrix, row, partner, steps, UNITS), mask=turning, other=0.0).to(tl.float32)
+        made = x.to(tl.float32) * c + tl.where(first[None, :], -y, y) * s
+    return rounded(made, x.dtype)
 
 
 @triton.jit
@@ -178,45 +205,33 @@ def decode_kernel(
         seen = tl.minimum(tl.maximum(count, 0), keys)
         if FROM_END:
             start = tl.minimum(tl.maximum(count - NEW, 0), rows)
-    d = tl.arange(0, D_PADDED)
-    e = tl.arange(0, E_PADDED)
-    far_d, far_e = d.to(tl.int64), e.to(tl.int64)
 
     row = tl.arange(0, BM)
     query = row % NEW
     inside = row < members * NEW
     new = tl.arange(0, NEW_PADDED)
     added = new < tl.where(split == SPLITS - 1, NEW, 0)
-    q_place = start + query
-    k_place = start + new
-    if places is not None:
-        places += batch * place_steps[0]
-        q_place = tl.load(places + query * place_steps[1], mask=inside, other=0)
-        k_place = tl.load(places + new * place_steps[1], mask=added, other=0)
-    q_place = tl.minimum(tl.maximum(q_place, 0), table_rows - 1).to(tl.int64)
-    k_place = tl.minimum(tl.maximum(k_place, 0), table_rows - 1).to(tl.int64)
-    q_at = _members(
-        _head(q, batch, group, q_steps, Q_UNITS), (row // NEW).to(tl.int64), query.to(tl.int64), q_steps, Q_UNITS
-    )
-    k_at = _rows(_head(k, batch, group, k_steps, K_UNITS), new.to(tl.int64), k_steps, K_UNITS)
-    v_at = _rows(_head(v, batch, group, v_steps, V_UNITS), new.to(tl.int64), v_steps, V_UNITS)
-    x = _turned(q_at, inside, q_place, cos, sin, q_steps, cos_steps, sin_steps, D, D_PADDED, Q_UNITS, HALF, INTERLEAVED)
-    y = _turned(k_at, added, k_place, cos, sin, k_steps, cos_steps, sin_steps, D, D_PADDED, K_UNITS, HALF, INTERLEAVED)
-    z = tl.load(
-        v_at[:, None] + _columns(far_e, v_steps, V_UNITS)[None, :], mask=added[:, None] & (e < E)[None, :], other=0.0
-    )
+    q = _head(q, batch, group, q_steps, Q_UNITS) + _members(row // NEW, q_steps, Q_UNITS)
+    k = _head(k, batch, group, k_steps, K_UNITS)
+    v = _head(v, batch, group, v_steps, V_UNITS)
     present_k = _head(present_k, batch, group, present_k_steps, PRESENT_K_UNITS)
     present_v = _head(present_v, batch, group, present_v_steps, PRESENT_V_UNITS)
-    to_k = _columns(far_d, present_k_steps, PRESENT_K_UNITS)[None, :]
-    to_v = _columns(far_e, present_v_steps, PRESENT_V_UNITS)[None, :]
+    x = _load(q, query, inside, q_steps, D, D_PADDED, Q_UNITS)
+    y = _load(k, new, added, k_steps, D, D_PADDED, K_UNITS)
+    z = _load(v, new, added, v_steps, E, E_PADDED, V_UNITS)
+    if cos is not None:
+        q_place, k_place = start + query, start + new
+        if places is not None:
+            places += batch * place_steps[0]
+            q_place = tl.load(places + query * place_steps[1], mask=inside, other=0)
+            k_place = tl.load(places + new * place_steps[1], mask=added, other=0)
+        q_place = tl.minimum(tl.maximum(q_place, 0), table_rows - 1)
+        k_place = tl.minimum(tl.maximum(k_place, 0), table_rows - 1)
+        x = _turned(x, q, query, inside, q_place, cos, sin, q_steps, cos_steps, sin_steps, Q_UNITS, HALF, INTERLEAVED)
+        y = _turned(y, k, new, added, k_place, cos, sin, k_steps, cos_steps, sin_steps, K_UNITS, HALF, INTERLEAVED)
     held = added & (start + new < rows)
-    at = (start + new).to(tl.int64)
-    tl.store(
-        _rows(present_k, at, present_k_steps, PRESENT_K_UNITS)[:, None] + to_k, y, mask=held[:, None] & (d < D)[None, :]
-    )
-    tl.store(
-        _rows(present_v, at, present_v_steps, PRESENT_V_UNITS)[:, None] + to_v, z, mask=held[:, None] & (e < E)[None, :]
-    )
+    _store(present_k, start + new, y, held, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
+    _store(present_v, start + new, z, held, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
 
     x = _wide(x)
     visible = (added & (start + new < seen))[None, :]
@@ -230,75 +245,36 @@ def decode_kernel(
 
     key = tl.arange(0, BN)
     if past_k is not None:
-        share = tl.cdiv(tl.cdiv(start, BN), SPLITS) * BN
-        begin = tl.minimum(split * share, start)
-        stop = tl.minimum(begin + share, start)
-        limit = tl.minimum(stop, seen)
+        begin, stop = _part(0, start, split, BN, SPLITS)
         past_k = _head(past_k, batch, group, past_k_steps, PAST_K_UNITS)
         past_v = _head(past_v, batch, group, past_v_steps, PAST_V_UNITS)
-        from_k = _columns(far_d, past_k_steps, PAST_K_UNITS)[None, :]
-        from_v = _columns(far_e, past_v_steps, PAST_V_UNITS)[None, :]
-        for block in range(begin, stop, BN):
-            column = block + key
-            far = column.to(tl.int64)
-            there = (column < stop)[:, None]
-            known = (column < tl.minimum(stop, kept))[:, None]
-            old_k = tl.load(
-                _rows(past_k, far, past_k_steps, PAST_K_UNITS)[:, None] + from_k,
-                mask=known & (d < D)[None, :],
-                other=0.0,
-            )
-            old_v = tl.load(
-                _rows(past_v, far, past_v_steps, PAST_V_UNITS)[:, None] + from_v,
-                mask=known & (e < E)[None, :],
-                other=0.0,
-            )
-            tl.store(
-                _rows(present_k, far, present_k_steps, PRESENT_K_UNITS)[:, None] + to_k,
-                old_k,
-                mask=there & (d < D)[None, :],
-            )
-            tl.store(
-                _rows(present_v, far, present_v_steps, PRESENT_V_UNITS)[:, None] + to_v,
-                old_v,
-                mask=there & (e < E)[None, :],
-            )
-            s_old = tl.where((column < limit)[None, :], _scores(x, _wide(old_k), BM) * scale, float("-inf"))
-            acc, peak, total = _weighed(s_old, _wide(old_v), acc, peak, total, BM)
+        for first in range(begin, stop, BN):
+            at = first + key
+            known = at < tl.minimum(stop, kept)
+            old_k = _load(past_k, at, known, past_k_steps, D, D_PADDED, PAST_K_UNITS)
+            old_v = _load(past_v, at, known, past_v_steps, E, E_PADDED, PAST_V_UNITS)
+            _store(present_k, at, old_k, at < stop, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
+            _store(present_v, at, old_v, at < stop, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
+            old = _scores(x, _wide(old_k), BM) * scale
+            old = tl.where((at < tl.minimum(stop, seen))[None, :], old, float("-inf"))
+            acc, peak, total = _weighed(old, _wide(old_v), acc, peak, total, BM)
 
-    first = tl.minimum(start + NEW, rows)
-    share = tl.cdiv(tl.cdiv(rows - first, BN), SPLITS) * BN
-    begin = tl.minimum(first + split * share, rows)
-    stop = tl.minimum(begin + share, rows)
-    for block in range(begin, stop, BN):
-        far = (block + key).to(tl.int64)
-        there = (block + key < stop)[:, None]
-        empty_k = tl.zeros((BN, D_PADDED), present_k.dtype.element_ty)
-        empty_v = tl.zeros((BN, E_PADDED), present_v.dtype.element_ty)
-        tl.store(
-            _rows(present_k, far, present_k_steps, PRESENT_K_UNITS)[:, None] + to_k,
-            empty_k,
-            mask=there & (d < D)[None, :],
-        )
-        tl.store(
-            _rows(present_v, far, present_v_steps, PRESENT_V_UNITS)[:, None] + to_v,
-            empty_v,
-            mask=there & (e < E)[None, :],
-        )
+    begin, stop = _part(start + NEW, rows, split, BN, SPLITS)
+    empty_k = tl.zeros((BN, D_PADDED), present_k.dtype.element_ty)
+    empty_v = tl.zeros((BN, E_PADDED), present_v.dtype.element_ty)
+    for first in range(begin, stop, BN):
+        at = first + key
+        _store(present_k, at, empty_k, at < stop, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
+        _store(present_v, at, empty_v, at < stop, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
 
-    held = inside[:, None] & (e < E)[None, :]
+    e = tl.arange(0, E_PADDED)
+    shown = inside[:, None] & (e < E)[None, :]
     if SPLITS > 1:
         at = (matrix * SPLITS + split) * (members * NEW) + row
         tl.store(peaks + at, peak, mask=inside)
         tl.store(totals + at, total, mask=inside)
-        tl.store(out + at[:, None] * E + e[None, :], acc, mask=held)
+        tl.store(out + (at[:, None] * E + e[None, :]), acc, mask=shown)
     else:
-        at = _members(
-            _head(out, batch, group, out_steps, OUT_UNITS),
-            (row // NEW).to(tl.int64),
-            query.to(tl.int64),
-            out_steps,
-            OUT_UNITS,
-        )
-        y = tl.where(peak[:, None] == float("-inf"), 0.0, acc / total[:, None])
-        tl.store(at[:, None] + _columns(far_e, out_steps, OUT_UNITS)[None, :], store_type(y, out), mask=held)
+        out = _head(out, batch, group, out_steps, OUT_UNITS) + _members(row // NEW, out_steps, OUT_UNITS)
+        weighed = tl.where(peak[:, None] == float("-inf"), 0.0, acc / total[:, None])
+        tl.store(_tile(out, query, e, out_steps, OUT_UNITS), store_type(weighed, out), mask=shown)
