@@ -35,42 +35,43 @@ TILES: Mapping[str, Mapping[int, tuple[Tile, ...]]] = MappingProxyType(
         },
     }
 )
-"""Kind of products -> the larger head size up to which -> tiles. One of a single row is for single rows."""
+"""Kind of products -> the larger head size up to which -> tiles, the smallest first."""
 
 
 def candidates(problem: Problem, target: Target) -> tuple[Cut, ...]:
-    """Every tile that holds the rows, with every power of two of parts that has a block of keys each."""
+    """The smallest tile that holds the rows, with every power of two of parts that has a block of keys each."""
     rows, _, keys, size = problem.sizes
-    tiles = next((tiles for most, tiles in TILES[problem.kind].items() if size <= most), TILES[problem.kind][WIDEST])
-    return tuple(
-        Cut(t.rows, t.keys, t.warps, t.stages, t.depth, 1 << i)
-        for t in tiles
-        if t.rows > 1 or rows == 1
-        for i in range(min(MOST_SPLITS, max(1, keys // t.keys)).bit_length())
-    )
+    tiles = next(tiles for most, tiles in TILES[problem.kind].items() if min(size, WIDEST) <= most)
+    t = next((t for t in tiles if t.rows >= rows), tiles[-1])
+    parts = min(MOST_SPLITS, max(1, keys // t.keys)).bit_length()
+    return tuple(Cut(t.rows, t.keys, t.warps, t.stages, t.depth, 1 << i) for i in range(parts))
 
 
 def memory_cycles(blocks: int, nbytes: int, flight: int, side_by_side: int, target: Target) -> float:
-    """Of `blocks` that move `nbytes` each, with `flight` bytes under way: the memory's time for all of them, and the
-    busiest multiprocessor's, which gets no more than its way to L2 and its loads in flight let through."""
+    """Of `blocks` that move `nbytes` each, with `flight` bytes under way: the longer of the memory's time for all of
+    them and the busiest multiprocessor's, which gets no more than its way to L2 and its loads in flight let through,
+    and an eighth of the other: neither hides all of it."""
     busiest = ceil_div(blocks, target.multiprocessors)
     through = min(busiest, side_by_side) * flight / LATENCY
     rate = min(architecture_of(target.arch).l2_bytes_per_cycle, through)
-    return max(blocks * nbytes / memory_bytes_per_cycle(target), busiest * nbytes / rate)
+    all_of_it, alone = blocks * nbytes / memory_bytes_per_cycle(target), busiest * nbytes / rate
+    return max(all_of_it, alone) + min(all_of_it, alone) / 8
 
 
 def cycles(problem: Problem, cut: Cut, target: Target) -> float:
     """Of all of a problem: the slower of memory, where keys and values are read and written once, and arithmetic. Then
     a launch to join parts, where there are some."""
-    _, matrices, keys, size = problem.sizes
+    rows, matrices, keys, size = problem.sizes
     tile, item = cut.tile, ITEMSIZE[problem.kind]
     side_by_side = tile.resident(problem.kind, size, target)
-    blocks, steps = matrices * cut.splits, ceil_div(ceil_div(keys, cut.splits), tile.keys)
-    each, flight = 2 * size * item * tile.keys, max(tile.stages - 1, 1)
-    moved = memory_cycles(blocks, 2 * steps * each, flight * each, side_by_side, target)
+    blocks, share = matrices * cut.splits, min(ceil_div(keys, cut.splits * tile.keys) * tile.keys, keys)
+    each, steps = 2 * size * item, ceil_div(share, tile.keys)
+    flight = each * tile.keys * max(tile.stages - 1, 1)
+    moved = memory_cycles(blocks, 2 * share * each, flight, side_by_side, target)
     _, products, weights = tile.step_cycles(problem.kind, size, target)
     computed = ceil_div(blocks, target.multiprocessors) * steps * (products + weights)
-    joined = LAUNCH_CYCLES + LATENCY if cut.splits > 1 else 0
+    parts = 2 * ITEMSIZE["ieee"] * rows * size * blocks if cut.splits > 1 else 0
+    joined = LAUNCH_CYCLES + LATENCY + parts / memory_bytes_per_cycle(target) if parts else 0
     return LATENCY + max(moved, computed) + joined
 
 
