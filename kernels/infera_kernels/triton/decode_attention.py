@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infera_kernels.calls import Call, Scratch
-from infera_kernels.launch import Launcher, nominal_target
+from infera_kernels.launch import Launcher, Unhinted, nominal_target
 from infera_kernels.triton.attention_kernels import combine_kernel
 from infera_kernels.triton.attention_tiles import Cut, padded
 from infera_kernels.triton.decode_kernel import decode_kernel
@@ -27,7 +27,7 @@ from infera_kernels.triton.layout import (
     name_of,
     next_power_of_two,
 )
-from infera_kernels.triton.units import each_in_units, in_units
+from infera_kernels.triton.units import each_in_units, in_units, unit
 from infera_kernels.tuning import Family, Tuned, choose
 
 DECODE = Family(
@@ -140,6 +140,19 @@ def decode_scratch(step: Step, *, invariant: bool = False, tuned: Tuned | None =
     return ((*rows, step.v.shape[-1]), rows, rows) if splits > 1 else ()
 
 
+def _walk(x: Any, *, invariant: bool) -> tuple[tuple[Any, ...], Dims]:
+    """Strides in units, and the units. What a batch of one has for its own stride is any number: `invariant` kernels
+    are told no more of it than that it is one of whole rows."""
+    if x is None:
+        return fold((0,) * 4), (1,) * 4
+    strides = element_strides(x)
+    steps, units = each_in_units(strides)
+    if not invariant:
+        return steps, units
+    common = math.gcd(unit(strides[:1]), x.shape[-1])
+    return (Unhinted(strides[0] // common), *steps[1:]), (common, *units[1:])
+
+
 def decode(
     step: Step, launcher: Launcher, scratch: Scratch, *, invariant: bool = False, tuned: Tuned | None = None
 ) -> list[Call]:
@@ -157,8 +170,8 @@ def decode(
     args: dict[str, Any] = {name: getattr(step, name) for name in ("lengths", "cos", "sin", "places")}
     units: dict[str, Dims] = {}
     for name, x in step.strided.items():
-        args[name], strides = x, (0,) * 4 if x is None else element_strides(x)
-        args[f"{name}_steps"], units[f"{name.upper()}_UNITS"] = each_in_units(strides)
+        args[name] = x
+        args[f"{name}_steps"], units[f"{name.upper()}_UNITS"] = _walk(x, invariant=invariant)
     for name, x in (("cos_steps", step.cos), ("sin_steps", step.sin)):
         args[name] = fold((0, 0) if x is None else element_strides(x))
     args |= {
@@ -211,7 +224,7 @@ def decode(
     args |= {"out": parts, "peaks": peaks, "totals": totals}
     # Left alone, the assembler saves registers for more blocks than there are and spills a few (sm_86, heads of 256).
     combining = {"num_warps": 4, "maxnreg": 128}
-    joined = of_batch(joined, "lead", invariant=invariant)
+    joined = of_batch(joined, "lead", "out_lead", invariant=invariant)
     return [
         launcher.launch(decode_kernel, grid, args, constexprs, **how),
         launcher.launch(combine_kernel, (batch * groups * step.rows,), joined, joining, **combining),
