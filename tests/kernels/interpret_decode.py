@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infera_gpu.op import Case, Op, f32
 from infera_gpu.ops import registry
 from infera_gpu.spec import TensorSpec, spec_of
 from infera_kernels.launch import InterpreterLauncher, Launch
@@ -215,13 +216,10 @@ def _cast(spec: TensorSpec | None, dtype: Any) -> TensorSpec | None:
     return spec if spec is None or spec.dtype != F32 else replace(spec, dtype=np.dtype(dtype))
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
-def test_cases_of_the_operator(name: str, dtype: Any, interpreter: InterpreterLauncher) -> None:
-    """In every type: which kernels they are, and what comes of them beside the plain definition in float32."""
-    op = registry().find("com.microsoft", "GroupQueryAttention", 1)
-    assert op is not None
-    case = next(c for c in op.cases if c.id == name)
+def kernels_of(op: Op, case: Case, dtype: Any, interpreter: InterpreterLauncher) -> list[tuple[str, ...]]:
+    """Which kernels a case is in a type, at each of its sites; what comes of them is held against the plain definition
+    in float32."""
+    found: list[tuple[str, ...]] = []
     for site, ins in variants(op, case, "triton"):
         plain = compute(op, site, ins)[: case.n_outs]
         given = [x.astype(dtype) if x is not None and x.dtype == F32 else x for x in ins]
@@ -238,7 +236,41 @@ def test_cases_of_the_operator(name: str, dtype: Any, interpreter: InterpreterLa
         buffers.prepare([wrong(w.astype(dtype)) for w in plain])
         run(calls)
         buffers.check()
-        assert tuple(launch.kernel for launch in interpreter.launches) == KERNELS[name]
+        found.append(tuple(launch.kernel for launch in interpreter.launches))
         for got, want in zip(buffers.outs, plain, strict=True):
             tol = {"float32": case.tol, "float16": 4e-3, "bfloat16": 3e-2}[np.dtype(dtype).name]
-            assert_like(np.asarray(got).astype(np.float32), want, tol, name)
+            assert_like(np.asarray(got).astype(np.float32), want, tol, case.id)
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+def test_cases_of_the_operator(name: str, dtype: Any, interpreter: InterpreterLauncher) -> None:
+    op = registry().find("com.microsoft", "GroupQueryAttention", 1)
+    assert op is not None
+    case = next(c for c in op.cases if c.id == name)
+    assert kernels_of(op, case, dtype, interpreter) == [KERNELS[name]] * len(variants(op, case, "triton"))
+
+
+HEADS, PAST = f32(2, 2, 1, 8), f32(2, 2, 7, 8)
+OTHERS = (
+    ("", "Attention", Case("step", (f32(2, 4, 1, 8), HEADS, HEADS, None, PAST, PAST), {"is_causal": 1}, n_outs=3), ONE),
+    ("", "Attention", Case("seen", (*(f32(2, 2, 3, 8),) * 3, None, PAST, PAST), n_outs=3), ONE),
+    ("", "Attention", Case("mask", (HEADS, HEADS, HEADS, f32(1, 8), PAST, PAST), n_outs=3), APPENDED),
+    ("", "Attention", Case("fewer", (HEADS, *(f32(2, 2, 3, 8),) * 2, None, PAST, PAST), n_outs=3), APPENDED),
+    (
+        *("com.microsoft", "MultiHeadAttention"),
+        Case("step", (*(f32(2, 1, 16),) * 3, None, None, None, *(f32(2, 2, 7, 8),) * 2), {"num_heads": 2}, n_outs=3),
+        ONE,
+    ),
+)
+
+
+@pytest.mark.parametrize(("domain", "name", "case", "wanted"), OTHERS, ids=lambda x: getattr(x, "id", None))
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+def test_steps_of_other_operators(
+    domain: str, name: str, case: Case, wanted: tuple[str, ...], dtype: Any, interpreter: InterpreterLauncher
+) -> None:
+    op = registry().find(domain, name, 23)
+    assert op is not None
+    assert set(kernels_of(op, case, dtype, interpreter)) == {wanted}
