@@ -23,6 +23,7 @@ from infera_kernels.launch.cudnn import WORKSPACE
 
 if TYPE_CHECKING:
     from infera_kernels.triton.attention import Options
+    from infera_kernels.triton.decode_attention import Step
 
 
 Cache = tuple[Array | None, Array, Array]
@@ -74,12 +75,46 @@ def covers(given: Arranged | None) -> bool:
     return all(supports_append(*cache) for cache in given.caches)
 
 
+def _step(given: Arranged) -> Step | None:
+    """Few new tokens after a past, as one kernel takes them; None where it does not."""
+    from infera_kernels.triton.decode_attention import Step, supports_decode
+
+    options, caches = given.options, given.caches
+    plain = not given.masks and given.condition is None and given.lengths is None and given.sink is None
+    plain = plain and not options.cap and options.left is None and options.ahead is None and options.zero == "unseen"
+    if not plain or len(caches) != 2:
+        return None
+    (past_k, k, present_k), (past_v, v, present_v) = caches
+    if past_k is None or past_v is None:
+        return None
+    before = past_k.shape[2]
+    if options.right is not None and (options.right, options.before) != (0, before):
+        return None
+    q, out = (x[:, :, None] if x.ndim == 4 else x for x in (given.q, given.out))
+    step = Step(
+        q,
+        k,
+        v,
+        out,
+        (past_k, past_v),
+        (present_k, present_v),
+        keys=present_k.shape[2],
+        before=before,
+        causal=options.right is not None,
+        scale=options.scale,
+    )
+    return step if supports_decode(step) else None
+
+
 def room(given: Arranged | None, site: Site) -> int:
     """Bytes of scratch."""
     from infera_kernels.triton.attention import attention_scratch
+    from infera_kernels.triton.decode_attention import decode_scratch
 
     assert given is not None
     how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
+    if step := _step(given):
+        return sum(aligned(4 * math.prod(s)) for s in decode_scratch(step, **how))
     shapes = attention_scratch(given.q, given.k, given.v, given.out, **how)
     other = WORKSPACE if way_of(given, site) else 0
     return aligned(other) + sum(aligned(4 * math.prod(s)) for s in shapes)
@@ -97,13 +132,16 @@ def way_of(given: Arranged, site: Site) -> int:
 def launches(given: Arranged, io: Buffers, site: Site) -> list[Call]:
     from infera_kernels.triton import attention
     from infera_kernels.triton.cache import append
+    from infera_kernels.triton.decode_attention import decode
     from infera_kernels.triton.dnn_attention import attention_by_cudnn
 
+    how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
+    if step := _step(given):
+        return decode(step, io.launcher, io.scratch, **how)
     calls: list[Call] = []
     for past, new, present in given.caches:
         calls += append(past, new, present, io.launcher, shift=0 if past is None else past.shape[2])
     q, k, v, out = given.q, given.k, given.v, given.out
-    how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
     if way := way_of(given, site):
         workspace = io.scratch((WORKSPACE,), np.uint8)
         call = attention_by_cudnn(q, k, v, out, io.launcher, given.options, way, workspace, site.tuned)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,13 +15,16 @@ from infera_gpu.ops._triton import kernels
 from infera_gpu.ops._triton_attention import Arranged, apart, covers, launches, room, stand_in
 from infera_gpu.spec import Array, TensorSpec
 
+if TYPE_CHECKING:
+    from infera_kernels.triton.decode_attention import Step
+
 
 @dataclass(frozen=True)
 class _Grouped:
     """New heads, (batch, heads, new, size), the caches that come out, and the attention over those."""
 
     new: tuple[Array, Array, Array]
-    past: tuple[Array | None, Array | None]
+    past: tuple[Array, Array] | None
     presents: Sequence[Array]
     lengths: Array
     shift: int | None
@@ -30,7 +34,7 @@ class _Grouped:
     @property
     def appended(self) -> list[dict[str, Any]]:
         """What the caches are made of."""
-        pairs = zip(self.past, self.new[1:], self.presents, strict=False)
+        pairs = zip(self.past or (None, None), self.new[1:], self.presents, strict=False)
         lengths = None if self.shift is None else self.lengths[..., 0]
         return [{"past": p, "new": n, "out": o, "lengths": lengths} for p, n, o in pairs]
 
@@ -70,7 +74,7 @@ def _arrange(site: Site, ins: Sequence[Any], outs: Sequence[Any], turned: Sequen
     if turned:
         q, k = turned
     length, size, repeats = q.shape[2], q.shape[3], heads // groups
-    past = (ins[3], ins[4]) if site.has(3) else (None, None)
+    past = (ins[3], ins[4]) if site.has(3) else None
     if not presents and (site.has(3) or length != total):
         return None
     keys, values = (x[:, :, :total] for x in presents) if presents else (k, v)
@@ -119,12 +123,44 @@ def _rotations(site: Site, given: _Grouped, ins: Sequence[Any], turned: Sequence
     return calls
 
 
+def _step(site: Site, given: _Grouped, ins: Sequence[Any]) -> Step | None:
+    """Few new tokens whose caches come out, as one kernel takes them; None where it does not."""
+    from infera_kernels.triton.decode_attention import Step, supports_decode
+
+    attention = given.attention
+    options = attention.options
+    if not given.presents or attention.masks or attention.sink is not None or options.cap or options.left is not None:
+        return None
+    turning: dict[str, Any] = {}
+    if site.attrs["do_rotary"]:
+        turning = {"cos": ins[7], "sin": ins[8], "interleaved": bool(site.attrs["rotary_interleaved"])}
+        turning["places"] = ins[9] if site.has(9) else None
+    _, k, v = given.new
+    step = Step(
+        attention.q,
+        k,
+        v,
+        attention.out,
+        None if given.shift is None else given.past,
+        (given.presents[0], given.presents[1]),
+        keys=_total(site),
+        before=0 if given.shift is None else None,
+        lengths=given.lengths.reshape(-1),
+        causal=options.right is not None,
+        scale=options.scale,
+        **turning,
+    )
+    return step if supports_decode(step) else None
+
+
 def _supports(site: Site) -> bool:
     from infera_kernels.triton.cache import supports_append
     from infera_kernels.triton.rotary import supports_rotary
 
     ins, outs = ([*map(stand_in, specs)] for specs in (site.ins, site.outs))
     given = _arrange(site, ins, outs)
+    if given is not None and _step(site, given, ins) is not None:
+        return True
     if given is None or not covers(given.attention) or not all(supports_append(**how) for how in given.appended):
         return False
     turned = [stand_in(spec) for spec in _turned_specs(site)]
@@ -133,11 +169,14 @@ def _supports(site: Site) -> bool:
 
 
 def _bind(site: Site, io: Buffers) -> list[Call]:
-    from infera_kernels.triton import cache, elementwise, rotary
+    from infera_kernels.triton import cache, decode_attention, elementwise, rotary
 
     calls: list[Call] = []
     given = _arrange(site, io.ins, io.outs)
     assert given is not None
+    if step := _step(site, given, io.ins):
+        how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
+        return decode_attention.decode(step, io.launcher, io.scratch, **how)
     turned = [io.scratch(spec.dims, spec.dtype) for spec in _turned_specs(site)]
     if turned:
         interleaved = bool(site.attrs["rotary_interleaved"])
@@ -153,8 +192,14 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
 
 
 def _workspace(site: Site) -> int:
-    given = _arrange(site, [*map(stand_in, site.ins)], [*map(stand_in, site.outs)])
+    from infera_kernels.triton.decode_attention import decode_scratch
+
+    ins = [*map(stand_in, site.ins)]
+    given = _arrange(site, ins, [*map(stand_in, site.outs)])
     assert given is not None
+    if step := _step(site, given, ins):
+        shapes = decode_scratch(step, invariant=site.batch_invariant, tuned=site.tuned)
+        return sum(aligned(4 * math.prod(shape)) for shape in shapes)
     turned = sum(aligned(spec.nbytes) for spec in _turned_specs(site))
     return turned + room(given.attention, site)
 

@@ -19,6 +19,7 @@ SUITES: Mapping[str, int] = {
     "cache": 5,
     "conv": 75,
     "copies": 110,
+    "decode": 152,
     "elementwise": 340,
     "gpu_check": 14,
     "gpu_rows": 13,

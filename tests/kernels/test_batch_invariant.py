@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 import infera_gpu
+from bench.build_llama import Sizes, llama, llama_feeds
 from bench.gpu_models import bert_feeds, images
 from bench.models import path_of
 from infera_gpu.errors import PlanError
@@ -67,6 +68,17 @@ def test_a_model_has_the_same_kernels_at_every_batch(name: str, precision: str) 
     assert alone == many
     alone, many = (noted(model, feeds(n), batch_invariant=False, precision=precision) for n in (1, 32))
     assert alone != many
+
+
+def test_a_decoders_step_has_the_same_parts_at_every_batch(tmp_path: Path) -> None:
+    sizes = Sizes(layers=1, hidden=256, heads=8, groups=2, inner=96, vocabulary=50)
+    model = llama(tmp_path, tokens=1, past=511, sizes=sizes)
+    feeds = {n: llama_feeds(n, tokens=1, past=511, sizes=sizes) for n in (1, 256)}
+    alone, many = (noted(model, feeds[n], batch_invariant=True) for n in feeds)
+    assert alone == many
+    assert {"decode_kernel", "combine_kernel"} <= {name for name, *_ in alone}
+    split, whole = ({name for name, *_ in noted(model, feeds[n], batch_invariant=False)} for n in feeds)
+    assert "combine_kernel" in split - whole
 
 
 RESIDUALS = """

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from infera_kernels.launch import CompileLauncher, Inspection
+from infera_kernels.launch.devices import DEVICES
 from tests.kernels.support import EVERY_ARCH, FakeArray, multiplication, tensor_cores
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import attention, cache, rotary
+from bench.tile_predictions import target_for
+from infera_kernels.triton import attention, cache, decode_attention, rotary
 from infera_kernels.triton.attention_tiles import MOST_SPLITS, TILES, WIDEST, pick_splits, pick_tile
+from infera_kernels.triton.decode_attention import DECODE
+from tests.kernels.fake_steps import step_of
 
 pytestmark = pytest.mark.kernels
 
@@ -99,6 +103,58 @@ def test_a_step_against_many_keys_is_split(launcher: CompileLauncher) -> None:
     assert launcher.launches[1].grid == (32, 1, 1)
     assert first.count("LDGSTS") > 0
     assert second.count("LDG.E") > 0
+
+
+def decoded(launcher: CompileLauncher, step: decode_attention.Step) -> Inspection:
+    """What the first kernel of a step becomes; none spills."""
+    decode_attention.decode(step, launcher, scratch)
+    assert not any(result.spilled_bytes for result in launcher.compiled)
+    return launcher.compiled[0]
+
+
+STEPS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("float16", 64, {}),
+    ("float16", 80, {"interleaved": True, "new": 3, "width": 40}),
+    ("bfloat16", 128, {"batch": 64, "places": True}),
+    ("float16", 64, {"uneven": False, "members": 1, "width": 0, "values": 128}),
+    ("float16", 256, {"members": 2, "new": 8, "causal": False}),
+    ("float32", 64, {"members": 16}),
+    ("float32", 128, {"interleaved": True}),
+)
+
+
+@pytest.mark.parametrize(("dtype", "size", "how"), STEPS, ids=str)
+def test_a_step_of_few_tokens(dtype: str, size: int, how: dict[str, Any], launcher: CompileLauncher) -> None:
+    """The past is on its way to shared memory while other blocks are computed, and leaves in words of 16 bytes."""
+    first = decoded(launcher, step_of(dtype, size, 511, **how))
+    assert len(launcher.compiled) == 1 + (how.get("batch") != 64)
+    assert first.binary.spec.shared_bytes <= launcher.target.shared_bytes
+    assert first.count("LDGSTS") > 0
+    assert first.count("STG.E.128") > 0
+    assert bool(tensor_cores(first)) == (dtype != "float32")
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_step_of_one_query_in_float32(size: int, launcher: CompileLauncher) -> None:
+    first = decoded(launcher, step_of("float32", size, 511, members=1))
+    assert launcher.launches[0].constexprs["BM"] == 1
+    assert first.count("LDG.E.128") > 8
+    assert first.count("STG.E.128") > 8
+
+
+def test_a_step_without_a_past(launcher: CompileLauncher) -> None:
+    for uneven in (False, True):
+        decoded(launcher, step_of("float16", 64, 0, uneven=uneven, new=4))
+    assert len(launcher.compiled) == 2
+
+
+@pytest.mark.parametrize(("sequences", "keys", "parts"), [(1, 512, 8), (64, 512, 1), (1, 64, 1), (1, 8192, 16)])
+def test_keys_are_split_where_that_pays_for_another_launch(sequences: int, keys: int, parts: int) -> None:
+    sizes = {"rows": 4, "matrices": 8 * sequences, "keys": keys, "size": 64}
+    target = target_for(DEVICES[0])
+    cut = DECODE.predict(DECODE.problem("half", sizes), target)
+    assert cut.splits == parts
+    assert cut in DECODE.candidates(DECODE.problem("half", sizes), target)
 
 
 def test_tiles_grow_from_small_to_large() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,7 +12,9 @@ import pytest
 
 import infera_gpu
 from bench.build import bert
+from bench.build_llama import Sizes, llama, llama_feeds
 from infera_gpu.plan import Plan
+from tests.kernels.test_tuning import launches
 from tests.text import parse
 
 pytest.importorskip("triton")
@@ -168,3 +171,36 @@ def test_volumes_have_channels_last_too() -> None:
     )
     assert kinds(plan) == {"FusedConvNHWC": {"triton"}, "MaxPoolNHWC": {"triton"}}
     assert copied(plan) <= set(plan.outputs)
+
+
+DECODER = Sizes(layers=2, hidden=256, heads=8, groups=2, inner=96, vocabulary=50)
+APPENDING = ["rotary_kernel"] * 2 + ["append_kernel"] * 2 + ["attention_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "past", "wanted"),
+    [
+        (1, 1, 511, ["decode_kernel", "combine_kernel"]),
+        (2, 4, 511, ["decode_kernel", "combine_kernel"]),
+        (256, 1, 511, ["decode_kernel"]),
+        (1, 1, 40, ["decode_kernel"]),
+        (1, 3, 0, ["decode_kernel"]),
+        (2, 5, 40, APPENDING),
+        (2, 30, 0, APPENDING),
+    ],
+)
+def test_a_decoders_step_attends_in_a_launch_or_two(
+    batch: int, tokens: int, past: int, wanted: list[str], tmp_path: Path
+) -> None:
+    """Those that rotate, append and attend one after the other are for more tokens."""
+    path = llama(tmp_path, tokens=tokens, past=past, sizes=DECODER)
+    with infera_gpu.load(path, device="recording") as session:
+        session.reserve(llama_feeds(batch, tokens=tokens, past=past, sizes=DECODER))
+        (lease,) = session._leases.values()
+        (bound,) = lease._bound.values()
+    found = [
+        [launch.kernel for launch in launches(bound.calls[bound.starts[i] : bound.starts[i + 1]])]
+        for i, step in enumerate(bound.plan.steps)
+        if step.placed and step.placed.node.op == "GroupQueryAttention"
+    ]
+    assert found == [wanted] * DECODER.layers

@@ -9,7 +9,17 @@ from typing import Any
 from unittest import mock
 
 from infera_kernels.launch import CompileLauncher, Target
-from infera_kernels.triton import attention, attention_tiles, conv, matmul, quantized_conv, skinny, tiles
+from infera_kernels.triton import (
+    attention,
+    attention_tiles,
+    conv,
+    decode_attention,
+    decode_tiles,
+    matmul,
+    quantized_conv,
+    skinny,
+    tiles,
+)
 from infera_kernels.tuning.cost import ITEMSIZE, ROW_WARPS, Strip, resident
 from tests.kernels.support import FakeArray
 
@@ -70,6 +80,26 @@ def _attention(kind: str, size: int, tile: attention_tiles.Tile) -> Callable[[Co
         with mock.patch.object(attention_tiles, "TILES", alone):
             calls = attention.attention(q, k, v, q, launcher, _scratch, attention.Options(right=0))
         attention_tiles.predicted.cache_clear()
+        made = launcher.launches[0]
+        assert (made.constexprs["BM"], made.constexprs["BN"]) == (tile.rows, tile.keys)
+        assert (made.options["num_warps"], made.options["num_stages"]) == (tile.warps, tile.stages)
+        return calls
+
+    return launch
+
+
+def _decode(kind: str, size: int, tile: attention_tiles.Tile) -> Callable[[CompileLauncher], object]:
+    """One token after 511, which is turned, against 8 heads; for tiles of more rows each for four of queries."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        from tests.kernels.fake_steps import step_of
+
+        dtype = "float16" if kind == "half" else "float32"
+        step = step_of(dtype, size, 511, members=1 if tile.rows == 1 else 4)
+        decode_tiles.predicted.cache_clear()
+        with mock.patch.object(decode_tiles, "TILES", {kind: {size: (tile,)}}):
+            calls = decode_attention.decode(step, launcher, _scratch)
+        decode_tiles.predicted.cache_clear()
         made = launcher.launches[0]
         assert (made.constexprs["BM"], made.constexprs["BN"]) == (tile.rows, tile.keys)
         assert (made.options["num_warps"], made.options["num_stages"]) == (tile.warps, tile.stages)
@@ -194,11 +224,15 @@ def cases() -> Iterator[Case]:
         for name, ending in (("quantized", ""), ("quantized+residual", tiles.LONG)):
             limits = limits[0], partial(quantized_conv.keeps, tile, ending)
             yield Case(f"{name} int8 {_text(tile)}", _quantized(tile, added=bool(ending)), *limits)
-    for kind, sizes in attention_tiles.TILES.items():
-        for size, some in sizes.items():
-            for t in some:
-                name = f"attention {kind} d{size} {t.rows}x{t.keys} w{t.warps} s{t.stages}"
-                yield Case(name, _attention(kind, size, t), _always, _always)
+    for word, launch, table in (
+        ("attention", _attention, attention_tiles.TILES),
+        ("decode", _decode, decode_tiles.TILES),
+    ):
+        for kind, sizes in table.items():
+            for size, some in sizes.items():
+                for t in some:
+                    name = f"{word} {kind} d{size} {t.rows}x{t.keys} w{t.warps} s{t.stages}"
+                    yield Case(name, launch(kind, size, t), _always, _always)
 
 
 CASES: Mapping[str, Case] = {case.name: case for case in cases()}

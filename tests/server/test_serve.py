@@ -166,7 +166,7 @@ def test_it_says_what_it_derived_and_why(served: Process) -> None:
         assert text in served.output
     assert served.output.count("cannot be served") == 2
     assert {line.partition(":")[0] for line in served.lines} == {
-        *("loading 5 models", "linear version 1", "versions version 1", "versions version 2", "error"),
+        *("loading 5 models\n", "linear version 1", "versions version 1", "versions version 2", "error"),
         "serving 3 of 5 on http",
     }  # fmt: skip
 
