@@ -59,6 +59,7 @@ from infera_gpu.passes import (
     there_and_back,
     transposed,
     unit,
+    unread,
     weights,
     windows,
 )
@@ -135,6 +136,7 @@ FUSIONS = Fusions(
     *quant_bias.FUSIONS,
     *quantized_finish.LATE,
     *matmul.FUSIONS,
+    *unread.FUSIONS,
 )
 """In the order in which they are applied."""
 
