@@ -116,10 +116,11 @@ def _attended(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
 
 def _attended_whole(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     """Operators that attend by themselves: a vector for each query, whose heads may be apart or lie among keys."""
-    q = ins[0]
+    q, v = ins[0], ins[2] if len(ins) > 2 else None
     if q is None or not q.ranked or q.ndim not in (3, 4, 5):
         return unranked(q)
-    return TensorSpec((*q.shape[: 2 if q.ndim == 5 else -1], None), q.dtype)
+    size = v.shape[-1] if q.ndim == 4 and v is not None and v.ndim == 4 else None
+    return TensorSpec((*q.shape[: 2 if q.ndim == 5 else -1], size), q.dtype)
 
 
 def _power(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:

@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import JOINT, Node
 from infera_gpu.passes.known import MAX_RANK, Asked, Known, Rule, broadcast, unranked
-from infera_gpu.passes.sizes import Sizes, reshaped
+from infera_gpu.passes.sizes import Sizes, lesser, reshaped
 from infera_gpu.spec import Dim, TensorSpec
 
 
@@ -132,10 +132,14 @@ def _sliced(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     if steps is None and (len(n.inputs) < 5 or not n.inputs[4]):
         steps = [1] * len(axes)
     made = list(x.shape)
+    to = ends if ends is not None or len(n.inputs) < 3 else facts.sizes(n.inputs[2])
     for i, axis in enumerate(axes):
-        whole, known = x.shape[axis], starts is not None and ends is not None and steps is not None
-        cut = slice(starts[i], ends[i], steps[i]) if starts and ends and steps else slice(0)
-        made[axis] = len(range(whole)[cut]) if known and isinstance(whole, int) else None
+        whole, known = x.shape[axis], starts is not None and to is not None and steps is not None
+        start, end, step = (starts[i], to[i], steps[i]) if starts and to and steps else (0, 0, 1)
+        if isinstance(end, int):
+            made[axis] = len(range(whole)[start:end:step]) if known and isinstance(whole, int) else None
+        else:
+            made[axis] = lesser(whole, end) if (start, step) == (0, 1) else None
     return TensorSpec(tuple(made), x.dtype)
 
 

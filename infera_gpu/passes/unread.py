@@ -18,7 +18,7 @@ from infera_gpu.graph import HostArray, Node, made_name
 from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusion, Match, Replacement, changed, node
 from infera_gpu.passes.pattern import axis_in, own_opset
-from infera_gpu.passes.unread_rules import PAYING, axes_of
+from infera_gpu.passes.unread_rules import PAYING, axes_of, shape_after
 from infera_gpu.spec import TensorSpec
 
 _MOST = np.iinfo(np.int64).max
@@ -78,7 +78,7 @@ def _sliced(match: Match, x: TensorSpec) -> _Part | None:
     if isinstance(size, int):
         some = 0 < 2 * len(range(size)[start:end]) <= size
     else:
-        some = end == start + 1 != 0 or (start == -1 and end >= _FAR)
+        some = (start, end) == (0, 1) or (start == -1 and end >= _FAR)
     return _Part(axis - x.ndim, start, end) if some else None
 
 
@@ -171,11 +171,10 @@ class _Made:
 
     def shape(self, n: Node, axis: int) -> str:
         """What a Reshape makes of it: the axes up to this one stay."""
-        x, out = (self.match.draft.spec(v) for v in (n.inputs[0], n.outputs[0]))
+        x = self.match.draft.spec(n.inputs[0])
         assert x is not None
-        assert out is not None
         kept = axis + x.ndim + 1
-        return self.numbers(n.outputs[0], *[0] * kept, *[d for d in out.shape[kept:] if isinstance(d, int)])
+        return self.numbers(n.outputs[0], *[0] * kept, *shape_after(self.match.draft, n, kept - 1) or ())
 
     def of(self, value: str, axis: int) -> str:
         """What is read of a value."""

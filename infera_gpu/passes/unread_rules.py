@@ -79,8 +79,17 @@ def _resized(draft: Draft, n: Node, out: TensorSpec, axis: int) -> Axes:
     """What changes axes after this one alone."""
     x, at = draft.spec(n.inputs[0]), axis + out.ndim
     same = x is not None and x.ranked and x.ndim > at and x.shape[: at + 1] == out.shape[: at + 1]
-    known = all(isinstance(d, int) and d > 0 for d in out.shape[at + 1 :])
-    return {0: at - x.ndim} if x is not None and same and known and len(n.inputs) == 2 else None
+    return {0: at - x.ndim} if x is not None and same and len(n.inputs) == 2 and shape_after(draft, n, at) else None
+
+
+def shape_after(draft: Draft, n: Node, at: int) -> tuple[int, ...] | None:
+    """What a Reshape makes of the axes after one that stays, of which its own shape has one left open at most."""
+    out, target = draft.spec(n.outputs[0]), draft.sizes(n.inputs[1])
+    if out is None or target is None or len(target) != out.ndim:
+        return None
+    sizes = [size if isinstance(size, int) else -1 for size in out.shape[at + 1 :]]
+    left_open = [i for i, size in enumerate(sizes, at + 1) if size == -1]
+    return tuple(sizes) if 0 not in sizes and all(target[i] == -1 for i in left_open) else None
 
 
 _GELUS = ("infera.Gelu", *(f"com.microsoft.{op}" for op in ("Gelu", "FastGelu", "BiasGelu", "QuickGelu")))
