@@ -217,14 +217,16 @@ def larger(a: Dim, b: Dim) -> Dim:
     for size, least in ((a, b), (b, a)):
         if isinstance(least, int) and least <= 0:  # no size is less
             return size
-    return LARGER.join(sorted(map(str, (a, b))))
+    names = sorted(map(str, (a, b)))
+    return None if any(TIMES in name for name in names) else LARGER.join(names)
 
 
 def lesser(most: Dim, size: Dim) -> Dim:
     """A size, where it is no more than a number."""
     if most == size:
         return size
-    return f"{LESSER}{most}{JOINT}{size}" if isinstance(most, int) and isinstance(size, str) else None
+    named = isinstance(most, int) and isinstance(size, str) and TIMES not in size
+    return f"{LESSER}{most}{JOINT}{size}" if named else None
 
 
 def is_lesser(dim: Dim, sizes: AbstractSet[Dim]) -> bool:
