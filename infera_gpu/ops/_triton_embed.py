@@ -1,14 +1,14 @@
-"""The "triton" kernel of com.microsoft's EmbedLayerNormalization. Declares no operators itself."""
+"""The "triton" kernels of sums of embeddings and their layer normalisation. Declares no operators itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from infera_gpu.memory import aligned
-from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops._triton import kernels
 
 _NAMES = {1: "segments", 4: "kinds", 5: "weight", 6: "bias", 8: "positions"}
@@ -65,5 +65,58 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
 
 
 EMBED = kernels(_bind, _supports, inplace=(), strided=False, workspace=_workspace)
+
+
+class Lookups(Protocol):
+    """Which inputs are tables, each after its indices: see `fused_embed`."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def repeated(self) -> int: ...
+    @property
+    def last(self) -> int | None: ...
+
+
+def embedded(lookups: Callable[[Site], Lookups | None]) -> Mapping[str, Kernel]:
+    """Of the operator that passes make, whose scale and shift are inputs 6 and 7."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.embed import supports_embed
+
+        found = lookups(site)
+        if found is None:
+            return False
+        tables = [i for i in (found.first, found.repeated, found.last) if i is not None]
+        indices = all(site.spec(i - 1).dtype.name in ("int32", "int64") for i in tables)
+        floats = [site.spec(i) for i in (*tables, 6, 7) if site.has(i)]
+        same = all(s.dtype == site.outs[0].dtype for s in floats if site.outs[0] is not None)
+        first = found.first
+        return indices and same and supports_embed(site.spec(first - 1), site.spec(first), site.outs[0], *floats)
+
+    def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        from infera_kernels.triton.embed import embed
+
+        found = lookups(site)
+        assert found is not None
+        first, repeated, last = found.first, found.repeated, found.last
+        arrays: dict[str, Any] = {name: io.ins[i] for name, i in (("weight", 6), ("bias", 7)) if site.has(i)}
+        if last is not None:
+            arrays |= {"segments": io.ins[last - 1], "kinds": io.ins[last]}
+        return embed(
+            io.ins[first - 1],
+            io.ins[first],
+            io.ins[repeated],
+            io.outs[0],
+            io.launcher,
+            eps=float(site.attrs["epsilon"]),
+            positions=io.ins[repeated - 1],
+            wraps=True,
+            invariant=site.batch_invariant,
+            **arrays,
+        )
+
+    return kernels(bind, supports, inplace=(), strided=False)
+
 
 OPS: tuple[Op, ...] = ()

@@ -86,6 +86,15 @@ def _gathered(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), x.dtype)
 
 
+def _embedded(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    """A row of a table for each of the indices, which broadcast to each other."""
+    indices = [s for s, name in zip(ins[:6:2], n.inputs[:6:2], strict=True) if name]
+    table, shapes = ins[1], [s.shape for s in indices if s is not None and s.ranked]
+    if table is None or not table.ranked or len(shapes) < len(indices):
+        return unranked(table)
+    return TensorSpec((*broadcast(shapes), table.shape[1]), table.dtype)
+
+
 def _gathered_along_axes(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     """Each index in the last axis of the indices is along one of the first axes of the data."""
     x, index = ins[:2]
@@ -243,6 +252,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Gather": _gathered,
         "GatherND": _gathered_along_axes,
         "infera.Lookup": _looked_up,
+        "infera.EmbeddedNormalization": _embedded,
         "Slice": _sliced,
         "Pad": _padded,
         "Resize": _of_same_rank,

@@ -19,8 +19,10 @@ from infera_kernels.triton.rows import row_tile
 
 
 @triton.jit
-def _looked_up(table, index, entries, col, cols, inside):
-    """A table's rows as float32; 0 for an index that it has not."""
+def _looked_up(table, index, entries, col, cols, inside, WRAPS: tl.constexpr):
+    """A table's rows as float32; 0 for an index that it has not. Where it WRAPS, a negative one counts from the end."""
+    if WRAPS:
+        index = tl.where(index < 0, index + entries, index)
     there = inside & (index >= 0) & (index < entries)
     return tl.load(table + index.to(tl.int64) * cols + col, mask=there, other=0).to(tl.float32)
 
@@ -46,6 +48,7 @@ def embed_kernel(
     place_count,
     kind_count,
     eps,
+    WRAPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -55,13 +58,14 @@ def embed_kernel(
     col = tl.arange(0, COLS)[None, :]
     valid = row < rows
     inside = valid & (col < cols)
-    v = _looked_up(words, tl.load(ids + row, mask=valid, other=0), word_count, col, cols, inside)
+    v = _looked_up(words, tl.load(ids + row, mask=valid, other=0), word_count, col, cols, inside, WRAPS)
     position = row % length
     if positions is not None:
         position = tl.load(positions + row % positions_period, mask=valid, other=0)
-    v += _looked_up(places, position, place_count, col, cols, inside)
+    v += _looked_up(places, position, place_count, col, cols, inside, WRAPS)
     if segments is not None:
-        v += _looked_up(kinds, tl.load(segments + row, mask=valid, other=0), kind_count, col, cols, inside)
+        segment = tl.load(segments + row, mask=valid, other=0)
+        v += _looked_up(kinds, segment, kind_count, col, cols, inside, WRAPS)
     here = row.to(tl.int64) * cols + col
     if sums is not None:
         tl.store(sums + here, store_type(v, sums), mask=inside)
@@ -105,13 +109,15 @@ def embed(
     bias: Any = None,
     sums: Any = None,
     counts: Any = None,
+    wraps: bool = False,
     invariant: bool = False,
 ) -> list[Call]:
     """sums = words[ids] + places[positions] + kinds[segments], `out` = their layer normalisation, * weight + bias.
 
     All contiguous: ids and segments (batch, length); positions (batch or 1, length), 0, 1, ... where left out; tables
-    (entries, columns). An index that a table has not gives zeros. `counts`, (batch,) of int32, becomes 0. `invariant`
-    rows are the same bits however many there are.
+    (entries, columns). An index that a table has not gives zeros; where it `wraps`, a negative one counts from the end.
+    `counts`, (batch,) of int32, becomes 0. `invariant` rows are the same bits however many there are. Ids may have any
+    number of axes, and positions those of the last of them that they repeat over.
     """
     if not supports_embed(ids, words, out, places, kinds, weight, bias):
         raise ValueError(f"embed: no kernel for {name_of(ids)}{list(ids.shape)}, {name_of(words)}{list(words.shape)}")
@@ -141,5 +147,5 @@ def embed(
         "eps": eps,
     }
     args = of_batch(args, "rows", "positions_period", invariant=invariant)
-    constexprs = {"ROWS": tile.rows, "COLS": tile.cols}
+    constexprs = {"WRAPS": wraps, "ROWS": tile.rows, "COLS": tile.cols}
     return [launcher.launch(embed_kernel, (ceil_div(rows, tile.rows),), args, constexprs, num_warps=tile.warps)]
