@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -67,51 +67,39 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
 EMBED = kernels(_bind, _supports, inplace=(), strided=False, workspace=_workspace)
 
 
-class Lookups(Protocol):
-    """Which inputs are tables, each after its indices: see `fused_embed`."""
-
-    @property
-    def first(self) -> int: ...
-    @property
-    def repeated(self) -> int: ...
-    @property
-    def last(self) -> int | None: ...
-
-
-def embedded(lookups: Callable[[Site], Lookups | None]) -> Mapping[str, Kernel]:
-    """Of the operator that passes make, whose scale and shift are inputs 6 and 7."""
+def embedded(tables_of: Callable[[Site], Sequence[int] | None]) -> Mapping[str, Kernel]:
+    """Of the operator that passes make, whose scale and shift are inputs 6 and 7. `tables_of` says which inputs are
+    tables, each after its indices; None where there is no kernel."""
 
     def supports(site: Site) -> bool:
         from infera_kernels.triton.embed import supports_embed
 
-        found = lookups(site)
-        if found is None:
+        tables, (out,) = tables_of(site), site.outs
+        if tables is None or out is None:
             return False
-        tables = [i for i in (found.first, found.repeated, found.last) if i is not None]
         indices = all(site.spec(i - 1).dtype.name in ("int32", "int64") for i in tables)
         floats = [site.spec(i) for i in (*tables, 6, 7) if site.has(i)]
-        same = all(s.dtype == site.outs[0].dtype for s in floats if site.outs[0] is not None)
-        first = found.first
-        return indices and same and supports_embed(site.spec(first - 1), site.spec(first), site.outs[0], *floats)
+        same = all(s.dtype == out.dtype for s in floats)
+        return indices and same and supports_embed(site.spec(tables[0] - 1), floats[0], out, *floats)
 
     def bind(site: Site, io: Buffers) -> Sequence[Call]:
         from infera_kernels.triton.embed import embed
 
-        found = lookups(site)
-        assert found is not None
-        first, repeated, last = found.first, found.repeated, found.last
+        tables = tables_of(site)
+        assert tables is not None
+        words, places, *kinds = tables
         arrays: dict[str, Any] = {name: io.ins[i] for name, i in (("weight", 6), ("bias", 7)) if site.has(i)}
-        if last is not None:
-            arrays |= {"segments": io.ins[last - 1], "kinds": io.ins[last]}
+        for i in kinds:
+            arrays |= {"segments": io.ins[i - 1], "kinds": io.ins[i]}
         return embed(
-            io.ins[first - 1],
-            io.ins[first],
-            io.ins[repeated],
+            io.ins[words - 1],
+            io.ins[words],
+            io.ins[places],
             io.outs[0],
             io.launcher,
             eps=float(site.attrs["epsilon"]),
-            positions=io.ins[repeated - 1],
-            wraps=True,
+            positions=io.ins[places - 1],
+            gathered=True,
             invariant=site.batch_invariant,
             **arrays,
         )

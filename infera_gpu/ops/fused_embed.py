@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,6 @@ _TABLES = (1, 3, 5)
 _SCALE, _BIAS = 6, 7
 
 
-class Lookups(NamedTuple):
-    """Which inputs are the tables of a sum, each after its indices: one index for each row; indices that may repeat
-    after some rows; one for each row again, where there are three tables."""
-
-    first: int
-    repeated: int
-    last: int | None
-
-
 def _given(site: Site) -> list[int]:
     return [i for i in _TABLES if site.has(i)]
 
@@ -38,22 +29,17 @@ def _lead(site: Site) -> tuple[int, ...]:
         raise site.fail(f"the indices {indices} do not broadcast to each other") from None
 
 
-def lookups(site: Site) -> Lookups | None:
-    """None where one launch cannot: more than one table's indices repeat, or some differ along inner axes alone."""
-    lead, given = _lead(site), _given(site)
-    whole = [i for i in given if site.spec(i - 1).dims == lead]
-    others = [i for i in given if i not in whole]
-    if len(others) > 1 or not whole:
-        return None
-    if others:
-        dims = site.spec(others[0] - 1).dims
+def _tables(site: Site) -> list[int] | None:
+    """The inputs that are tables; None where the indices of one of them vary along an axis, and not along a later one,
+    which one launch cannot have."""
+    lead = _lead(site)
+    for i in _given(site):
+        dims = site.spec(i - 1).dims
         while dims[:1] == (1,):
             dims = dims[1:]
         if dims != lead[len(lead) - len(dims) :]:
             return None
-    first, *more = whole
-    repeated = others[0] if others else more.pop(0)
-    return Lookups(first, repeated, more[0] if more else None)
+    return _given(site)
 
 
 def _infer(site: Site) -> tuple[TensorSpec]:
@@ -68,7 +54,7 @@ def _infer(site: Site) -> tuple[TensorSpec]:
 
 def _parts(site: Site) -> Expansion | None:
     """The rows of each table, their sum and its norm, where one launch cannot have them."""
-    if lookups(site) is not None:
+    if _tables(site) is not None:
         return None
     node, out = site.node, site.node.outputs[0]
     nodes: list[Node] = []
@@ -119,7 +105,7 @@ _EMBEDDED = Op(
     infer=_infer,
     compute=plain(_compute),
     expand=_parts,
-    kernels=embedded(lookups),
+    kernels=embedded(_tables),
     attrs={"epsilon": 1e-5},
     cases=Cases(
         lambda: (
@@ -127,6 +113,7 @@ _EMBEDDED = Op(
             Case("two", (_IDS, f32(6, 300), i64(2, 0, -1), f32(5, 300), None, None, f32(300))),
             Case("first_repeats", (i64(0, 1, 2), f32(6, 8), _IDS, f32(6, 8), _KINDS, f32(2, 8), f32(8), f32(8))),
             Case("whole", (_IDS, f32(6, 8), _IDS, f32(6, 8), _KINDS.astype(np.int32), f32(2, 8), f32(8), f32(8))),
+            Case("both_repeat", (_IDS[:1], f32(6, 8), i64(4, 0, 1), f32(5, 8), _KINDS, f32(2, 8), f32(8))),
             Case("apart", (_IDS, f32(6, 8), i64(1, 2).reshape(2, 1), f32(5, 8), None, None, f32(8), f32(8))),
         )
     ),
