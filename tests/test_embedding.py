@@ -29,7 +29,8 @@ def network(form: str, dtype: str) -> Any:
     def table(name: str, *shape: int) -> str:
         """Half precision is written as the bits of its numbers."""
         values = numbers[len(name) :][: int(np.prod(shape))]
-        return f"{dtype}{list(shape)} {name} = {{{', '.join(map(str, (values.view(np.uint16) if dtype == 'float16' else values).tolist()))}}}"
+        written = (values.view(np.uint16) if dtype == "float16" else values).tolist()
+        return f"{dtype}{list(shape)} {name} = {{{', '.join(map(str, written))}}}"
 
     tables = (
         table("w", 9, 6),
