@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from infera_gpu.graph import made_name
 from infera_gpu.loader import load_graph
 from infera_gpu.passes.draft import Draft
-from infera_gpu.passes.sizes import Sizes, product, quotient, reshaped
+from infera_gpu.passes.known import broadcast
+from infera_gpu.passes.sizes import Sizes, larger, lesser, product, quotient, reshaped
 from infera_gpu.spec import Dim
 from tests.text import parse
 
@@ -41,6 +43,64 @@ def test_products(dims: tuple[Dim, ...], made: Dim) -> None:
 )
 def test_quotients(dims: tuple[Dim, ...], by: tuple[Dim, ...], made: Dim) -> None:
     assert quotient(dims, by) == made
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "made"),
+    [
+        ("b", 1, "1∨b"),
+        ("b", 0, "b"),
+        ("b", "b", "b"),
+        (2, 3, 3),
+        ("s", "b", "b∨s"),
+        ("4×b", "s", None),
+        ("b", None, None),
+    ],
+)
+def test_the_larger_of_two(a: Dim, b: Dim, made: Dim) -> None:
+    assert larger(a, b) == larger(b, a) == made
+
+
+def test_the_larger_of_two_is_no_product() -> None:
+    """Which a name with a factor in it would be taken for."""
+    assert quotient((larger("4×b", "s"),), (4,)) is None
+    assert quotient((lesser(64, "4×b"),), ("b",)) is None
+
+
+def test_what_is_no_more_than_a_number_fits_beside_what_it_may_be() -> None:
+    """A table of 64 positions cut to the length of a sequence is as long as the sequence, or refused beside it."""
+    least = lesser(64, "s")
+    assert broadcast([("b", "s", 8), (1, least, 8)]) == ("b", "s", 8)
+    assert broadcast([("b", least, 8), (1, least, 8)]) == ("b", least, 8)
+    assert broadcast([("t",), (least,)]) == (None,)
+    assert lesser("s", "s") == "s"
+    assert lesser("t", "s") is None
+
+
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [
+        ("Slice(table, zero, length, one)", lesser(64, "S")),
+        ("Slice(table, one, length, one)", None),
+        ("Slice(table, zero, length, one, two)", None),
+        ("Slice(x, zero, length, one)", "S"),
+        ("Slice(table, zero, seven, one)", 7),
+    ],
+)
+def test_parts_up_to_a_size(part: str, size: Dim) -> None:
+    graph = load_graph(
+        parse(f"""
+        g (float[1, S] x, float[1, 64] table) => (float[1, N] y)
+        <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] seven = {{7}}> {{
+            whole = Shape(x)
+            length = Slice(whole, one, two)
+            y = {part}
+        }}""")
+    )
+    spec = Draft(graph).spec("y")
+    assert spec is not None
+    found = spec.shape[1]
+    assert found == (size if size is not None else made_name("y", "1"))
 
 
 @pytest.mark.parametrize(

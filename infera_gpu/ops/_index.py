@@ -20,6 +20,7 @@ einsum Einsum
 elementwise Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh Div Erf Exp Floor Log Max Mean Min Mod Mul
 elementwise Neg Pow Reciprocal Round Sign Sin Sinh Sqrt Sub Sum Tan
 fused_attention infera.Attention
+fused_embed infera.EmbeddedNormalization
 fused_lookup infera.Lookup
 fused_norm infera.AxisNormalization infera.L2Normalization infera.WidenedNormalization
 fused_rotary infera.Rotary

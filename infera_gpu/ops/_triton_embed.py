@@ -1,14 +1,14 @@
-"""The "triton" kernel of com.microsoft's EmbedLayerNormalization. Declares no operators itself."""
+"""The "triton" kernels of sums of embeddings and their layer normalisation. Declares no operators itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from infera_gpu.memory import aligned
-from infera_gpu.op import Buffers, Call, Op, Site
+from infera_gpu.op import Buffers, Call, Kernel, Op, Site
 from infera_gpu.ops._triton import kernels
 
 _NAMES = {1: "segments", 4: "kinds", 5: "weight", 6: "bias", 8: "positions"}
@@ -65,5 +65,46 @@ def _bind(site: Site, io: Buffers) -> Sequence[Call]:
 
 
 EMBED = kernels(_bind, _supports, inplace=(), strided=False, workspace=_workspace)
+
+
+def embedded(tables_of: Callable[[Site], Sequence[int] | None]) -> Mapping[str, Kernel]:
+    """Of the operator that passes make, whose scale and shift are inputs 6 and 7. `tables_of` says which inputs are
+    tables, each after its indices; None where there is no kernel."""
+
+    def supports(site: Site) -> bool:
+        from infera_kernels.triton.embed import supports_embed
+
+        tables, (out,) = tables_of(site), site.outs
+        if tables is None or out is None:
+            return False
+        indices = all(site.spec(i - 1).dtype.name in ("int32", "int64") for i in tables)
+        floats = [site.spec(i) for i in (*tables, 6, 7) if site.has(i)]
+        same = all(s.dtype == out.dtype for s in floats)
+        return indices and same and supports_embed(site.spec(tables[0] - 1), floats[0], out, *floats)
+
+    def bind(site: Site, io: Buffers) -> Sequence[Call]:
+        from infera_kernels.triton.embed import embed
+
+        tables = tables_of(site)
+        assert tables is not None
+        words, places, *kinds = tables
+        arrays: dict[str, Any] = {name: io.ins[i] for name, i in (("weight", 6), ("bias", 7)) if site.has(i)}
+        for i in kinds:
+            arrays |= {"segments": io.ins[i - 1], "kinds": io.ins[i]}
+        return embed(
+            io.ins[words - 1],
+            io.ins[words],
+            io.ins[places],
+            io.outs[0],
+            io.launcher,
+            eps=float(site.attrs["epsilon"]),
+            positions=io.ins[places - 1],
+            gathered=True,
+            invariant=site.batch_invariant,
+            **arrays,
+        )
+
+    return kernels(bind, supports, inplace=(), strided=False)
+
 
 OPS: tuple[Op, ...] = ()

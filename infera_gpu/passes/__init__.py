@@ -22,6 +22,7 @@ from infera_gpu.passes import (
     columns,
     conv,
     dilated,
+    embedding,
     expanded,
     gates,
     gelu,
@@ -59,6 +60,7 @@ from infera_gpu.passes import (
     there_and_back,
     transposed,
     unit,
+    unread,
     weights,
     windows,
 )
@@ -123,6 +125,7 @@ FUSIONS = Fusions(
     *repeated.FUSIONS,
     *gates.FUSIONS,
     *lookup.FUSIONS,
+    *embedding.FUSIONS,
     *rows.FUSIONS,
     *columns.FUSIONS,
     matmul.GEMM_OF_NUMBER,
@@ -135,6 +138,7 @@ FUSIONS = Fusions(
     *quant_bias.FUSIONS,
     *quantized_finish.LATE,
     *matmul.FUSIONS,
+    *unread.FUSIONS,
 )
 """In the order in which they are applied."""
 

@@ -111,6 +111,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "Pad": Way(inputs=frozenset({0, 2})),
         "Where": Way(inputs=frozenset({1, 2})),
         "infera.Lookup": Way(inputs=frozenset({1})),
+        "infera.EmbeddedNormalization": Way(inputs=frozenset({1, 3, 5, 6, 7})),
         "infera.Rotary": Way(),
         "com.microsoft.SkipLayerNormalization": Way(outputs=frozenset({0, 3})),
         "QuantizeLinear": Way(inputs=_FIRST, outputs=frozenset()),

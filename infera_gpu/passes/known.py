@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from infera_gpu.graph import HostArray, Node
-from infera_gpu.passes.sizes import Sizes
+from infera_gpu.passes.sizes import Sizes, is_lesser
 from infera_gpu.spec import Dim, DType, TensorSpec
 
 MAX_RANK = 64
@@ -41,6 +41,7 @@ def broadcast(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
     found: list[Dim] = []
     for column in zip(*((1,) * (rank - len(s)) + s for s in shapes), strict=True):
         wide = {d for d in column if d != 1}
+        wide = {d for d in wide if not is_lesser(d, wide)}  # who has less than another fits beside it where it has one
         sizes = [d for d in wide if isinstance(d, int)]
         if not wide:
             found.append(1)

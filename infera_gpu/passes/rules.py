@@ -114,6 +114,15 @@ def _attended(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((made[0], made[2], made[1], made[3]) if n.attrs.get("heads_last") else made, q.dtype)
 
 
+def _attended_whole(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    """Operators that attend by themselves: a vector for each query, whose heads may be apart or lie among keys."""
+    q, v = ins[0], ins[2] if len(ins) > 2 else None
+    if q is None or not q.ranked or q.ndim not in (3, 4, 5):
+        return unranked(q)
+    size = v.shape[-1] if q.ndim == 4 and v is not None and v.ndim == 4 else None
+    return TensorSpec((*q.shape[: 2 if q.ndim == 5 else -1], size), q.dtype)
+
+
 def _power(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     """Of the base's type, which the exponent's says nothing about."""
     return None if ins[0] is None else _elementwise()(facts, n, ins)
@@ -155,12 +164,22 @@ def _finished(product: Rule) -> Rule:
     def rule(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
         zero = ins[9] if len(ins) > 9 else None
         dtype = dtype_of_onnx(n.attrs.get("to", 1)) if zero is None else zero.dtype
-        made, residual = product(facts, n, ins), ins[3] if len(n.inputs) > 3 and n.inputs[3] else None
+        return with_dtype(_with_residual(product)(facts, n, ins), dtype)
+
+    return rule
+
+
+def _with_residual(product: Rule) -> Rule:
+    """A product, and what is added to it, which may be wider."""
+
+    def rule(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+        made = product(facts, n, ins)
         if len(n.inputs) <= 3 or not n.inputs[3]:
-            return with_dtype(made, dtype)
+            return made
+        residual = ins[3]
         if made is None or residual is None or not (made.ranked and residual.ranked):
-            return unranked(made, dtype)
-        return TensorSpec(broadcast([made.shape, residual.shape]), dtype)
+            return unranked(made)
+        return TensorSpec(broadcast([made.shape, residual.shape]), made.dtype)
 
     return rule
 
@@ -203,8 +222,12 @@ _OTHERS = (
     *("ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
-    *("MatMul", "infera.FusedMatMul"),
+    "MatMul",
     *("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
+)
+_ATTENTIONS = (
+    "Attention",
+    *(f"com.microsoft.{op}" for op in ("Attention", "MultiHeadAttention", "GroupQueryAttention")),
 )
 _STORED = (
     *("infera.FusedConvNHWC", "infera.ConvTransposeNHWC", "infera.MaxPoolNHWC", "infera.AveragePoolNHWC"),
@@ -227,6 +250,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Where": _elementwise(1),
         "Cast": _cast,
         **dict.fromkeys(_PRODUCTS, _product),
+        "infera.FusedMatMul": _with_residual(_product),
         **dict.fromkeys(("Gemm", "com.microsoft.FusedGemm"), _gemm),
         **dict.fromkeys(
             ("Conv", "infera.FusedConv", "com.microsoft.FusedConv", "ConvTranspose", "MaxPool", "AveragePool"),
@@ -234,6 +258,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _convolved),
         "infera.Attention": _attended,
+        **dict.fromkeys(_ATTENTIONS, _attended_whole),
         "DequantizeLinear": _dequantized,
         "QuantizeLinear": _quantized,
         "infera.Centre": _centred,

@@ -9,7 +9,7 @@ import numpy as np
 
 from infera_gpu.graph import JOINT, Node
 from infera_gpu.passes.known import MAX_RANK, Asked, Known, Rule, broadcast, unranked
-from infera_gpu.passes.sizes import Sizes, reshaped
+from infera_gpu.passes.sizes import Sizes, lesser, reshaped
 from infera_gpu.spec import Dim, TensorSpec
 
 
@@ -86,6 +86,15 @@ def _gathered(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     return TensorSpec((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), x.dtype)
 
 
+def _embedded(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
+    """A row of a table for each of the indices, which broadcast to each other."""
+    indices = [s for s, name in zip(ins[:6:2], n.inputs[:6:2], strict=True) if name]
+    table, shapes = ins[1], [s.shape for s in indices if s is not None and s.ranked]
+    if table is None or not table.ranked or len(shapes) < len(indices):
+        return unranked(table)
+    return TensorSpec((*broadcast(shapes), table.shape[1]), table.dtype)
+
+
 def _gathered_along_axes(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     """Each index in the last axis of the indices is along one of the first axes of the data."""
     x, index = ins[:2]
@@ -132,10 +141,14 @@ def _sliced(facts: Asked, n: Node, ins: Sequence[Known]) -> Known:
     if steps is None and (len(n.inputs) < 5 or not n.inputs[4]):
         steps = [1] * len(axes)
     made = list(x.shape)
+    to = ends if ends is not None or len(n.inputs) < 3 else facts.sizes(n.inputs[2])
     for i, axis in enumerate(axes):
-        whole, known = x.shape[axis], starts is not None and ends is not None and steps is not None
-        cut = slice(starts[i], ends[i], steps[i]) if starts and ends and steps else slice(0)
-        made[axis] = len(range(whole)[cut]) if known and isinstance(whole, int) else None
+        whole, known = x.shape[axis], starts is not None and to is not None and steps is not None
+        start, end, step = (starts[i], to[i], steps[i]) if starts and to and steps else (0, 0, 1)
+        if isinstance(end, int):
+            made[axis] = len(range(whole)[start:end:step]) if known and isinstance(whole, int) else None
+        else:
+            made[axis] = lesser(whole, end) if (start, step) == (0, 1) else None
     return TensorSpec(tuple(made), x.dtype)
 
 
@@ -239,6 +252,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Gather": _gathered,
         "GatherND": _gathered_along_axes,
         "infera.Lookup": _looked_up,
+        "infera.EmbeddedNormalization": _embedded,
         "Slice": _sliced,
         "Pad": _padded,
         "Resize": _of_same_rank,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from infera_gpu.graph import HostArray, Node
+from infera_gpu.graph import JOINT, HostArray, Node
 from infera_gpu.spec import Dim, TensorSpec, dtype_of_onnx
 
 Sizes: TypeAlias = tuple[Dim, ...]
@@ -31,6 +32,8 @@ _EXACT = 2**24
 
 TIMES = "×"
 LARGER = "∨"
+LESSER = f"∧{JOINT}"
+"""What the name of a size that is no more than a number begins with: the number follows, and the size it may be."""
 
 
 class Known(Protocol):
@@ -214,7 +217,21 @@ def larger(a: Dim, b: Dim) -> Dim:
     for size, least in ((a, b), (b, a)):
         if isinstance(least, int) and least <= 0:  # no size is less
             return size
-    return LARGER.join(sorted(map(str, (a, b))))
+    names = sorted(map(str, (a, b)))
+    return None if any(TIMES in name for name in names) else LARGER.join(names)
+
+
+def lesser(most: Dim, size: Dim) -> Dim:
+    """A size, where it is no more than a number."""
+    if most == size:
+        return size
+    named = isinstance(most, int) and isinstance(size, str) and TIMES not in size
+    return f"{LESSER}{most}{JOINT}{size}" if named else None
+
+
+def is_lesser(dim: Dim, sizes: AbstractSet[Dim]) -> bool:
+    """Whether it is one of these sizes, or a number that is less."""
+    return isinstance(dim, str) and dim.startswith(LESSER) and dim.split(JOINT, 2)[-1] in sizes
 
 
 def _largest(known: Known, n: Node, given: Input) -> Sizes | None:

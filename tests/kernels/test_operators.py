@@ -97,6 +97,7 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("InstanceNormalization", "", "blocks"),
     ("SkipLayerNormalization", "com.microsoft", "sum"),
     ("EmbedLayerNormalization", "com.microsoft", "mask"),
+    ("EmbeddedNormalization", "infera", "three"),
     ("LpNormalization", "", "sum"),
     ("BatchNormalization", "", "images"),
     ("BatchNormalization", "", "half"),

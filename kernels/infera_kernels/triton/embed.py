@@ -19,8 +19,10 @@ from infera_kernels.triton.rows import row_tile
 
 
 @triton.jit
-def _looked_up(table, index, entries, col, cols, inside):
-    """A table's rows as float32; 0 for an index that it has not."""
+def _looked_up(table, index, entries, col, cols, inside, WRAPS: tl.constexpr):
+    """A table's rows as float32; 0 for an index that it has not. Where it WRAPS, a negative one counts from the end."""
+    if WRAPS:
+        index = tl.where(index < 0, index + entries, index)
     there = inside & (index >= 0) & (index < entries)
     return tl.load(table + index.to(tl.int64) * cols + col, mask=there, other=0).to(tl.float32)
 
@@ -41,27 +43,37 @@ def embed_kernel(
     rows,
     cols,
     length,
+    ids_period,
     positions_period,
+    segments_period,
     word_count,
     place_count,
     kind_count,
     eps,
+    WRAPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """A tile of whole rows: one for each id. The position is the place in a sequence of `length` where `positions`,
-    which repeat after `positions_period`, are not given. `counts`, one for each sequence, become 0 where given."""
+    """A tile of whole rows: one for each id. The position is the place in a sequence of `length` where `positions` are
+    not given. Indices repeat after their periods, where they have one. `counts`, one for each sequence, become 0 where
+    given."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     valid = row < rows
     inside = valid & (col < cols)
-    v = _looked_up(words, tl.load(ids + row, mask=valid, other=0), word_count, col, cols, inside)
+    id_at, segment_at = row, row
+    if ids_period is not None:
+        id_at = row % ids_period
+    if segments_period is not None:
+        segment_at = row % segments_period
+    v = _looked_up(words, tl.load(ids + id_at, mask=valid, other=0), word_count, col, cols, inside, WRAPS)
     position = row % length
     if positions is not None:
         position = tl.load(positions + row % positions_period, mask=valid, other=0)
-    v += _looked_up(places, position, place_count, col, cols, inside)
+    v += _looked_up(places, position, place_count, col, cols, inside, WRAPS)
     if segments is not None:
-        v += _looked_up(kinds, tl.load(segments + row, mask=valid, other=0), kind_count, col, cols, inside)
+        segment = tl.load(segments + segment_at, mask=valid, other=0)
+        v += _looked_up(kinds, segment, kind_count, col, cols, inside, WRAPS)
     here = row.to(tl.int64) * cols + col
     if sums is not None:
         tl.store(sums + here, store_type(v, sums), mask=inside)
@@ -86,7 +98,7 @@ def supports_embed(ids: Typed, words: Typed, out: Typed, *floats: Typed | None) 
         and all(name_of(f) in FLOATS for f in (words, *floats) if f is not None)
         and cols > 0
         and row_tile(1, cols) is not None
-        and math.prod(ids.shape) <= INT32_MAX - 1024
+        and math.prod(out.shape[:-1]) <= INT32_MAX - 1024
     )
 
 
@@ -105,17 +117,19 @@ def embed(
     bias: Any = None,
     sums: Any = None,
     counts: Any = None,
+    gathered: bool = False,
     invariant: bool = False,
 ) -> list[Call]:
     """sums = words[ids] + places[positions] + kinds[segments], `out` = their layer normalisation, * weight + bias.
 
     All contiguous: ids and segments (batch, length); positions (batch or 1, length), 0, 1, ... where left out; tables
     (entries, columns). An index that a table has not gives zeros. `counts`, (batch,) of int32, becomes 0. `invariant`
-    rows are the same bits however many there are.
+    rows are the same bits however many there are. Where indices are `gathered`, a negative one counts from the end, and
+    all may have other axes: those of `out` but for the columns, or the last of them.
     """
     if not supports_embed(ids, words, out, places, kinds, weight, bias):
         raise ValueError(f"embed: no kernel for {name_of(ids)}{list(ids.shape)}, {name_of(words)}{list(words.shape)}")
-    rows, cols = math.prod(ids.shape), words.shape[1]
+    rows, cols = math.prod(out.shape[:-1]), words.shape[1]
     tile = row_tile(rows_seen(rows, invariant=invariant), cols)
     if not rows or tile is None:
         return []
@@ -133,13 +147,16 @@ def embed(
         "counts": counts,
         "rows": rows,
         "cols": cols,
-        "length": ids.shape[-1],
+        "length": out.shape[-2] if len(out.shape) > 1 else 1,
+        "ids_period": math.prod(ids.shape) if gathered else None,
         "positions_period": 1 if positions is None else int(np.prod(positions.shape)),
+        "segments_period": math.prod(segments.shape) if gathered and segments is not None else None,
         "word_count": words.shape[0],
         "place_count": places.shape[0],
         "kind_count": 0 if kinds is None else kinds.shape[0],
         "eps": eps,
     }
-    args = of_batch(args, "rows", "positions_period", invariant=invariant)
-    constexprs = {"ROWS": tile.rows, "COLS": tile.cols}
+    periods = ("ids_period", "positions_period", "segments_period")
+    args = of_batch(args, "rows", *periods, invariant=invariant)
+    constexprs = {"WRAPS": gathered, "ROWS": tile.rows, "COLS": tile.cols}
     return [launcher.launch(embed_kernel, (ceil_div(rows, tile.rows),), args, constexprs, num_warps=tile.warps)]
