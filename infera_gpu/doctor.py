@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 
 State: TypeAlias = Literal["ok", "absent", "unknown", "problem"]
 
+Release: TypeAlias = tuple[int, int]
+
 CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 CUPY_RANGE = ((14, 0), (15, 0))
 TRITON_RANGE = ((3, 6), (3, 10))
@@ -135,14 +137,31 @@ def _cupy() -> Iterator[Finding]:
         yield Finding("CuPy", "problem", f"{' and '.join(installed)} overwrite each other: pip uninstall all but one")
         return
     reason = why_unavailable()
-    if installed and (other := _untested(installed[0].split()[1], CUPY_RANGE)):
+    if not installed:
+        yield Finding("CuPy", "absent" if reason else "ok", reason or "")
+    elif other := _untested(installed[0].split()[1], CUPY_RANGE):
         advice = "pip install 'infera-gpu[cuda12]' or '[cuda13]' brings one"
         detail = f"{installed[0]} {other}; {advice}"
         yield Finding("CuPy", "problem", detail if reason is None else f"{detail}. {reason}")
-    elif reason is None:
-        yield Finding("CuPy", "ok", ", ".join(installed))
     else:
-        yield Finding("CuPy", "problem" if installed else "absent", reason)
+        made, supported = _cudas()
+        told = f"{installed[0]} for CUDA {made[0]}" if made else installed[0]
+        if reason and made and supported and supported[0] < made[0]:
+            extra = "; infera-gpu[cuda12] brings one for that" if supported[0] == 12 else ""
+            reason = f"the driver supports CUDA {supported[0]}.{supported[1]}{extra}"
+        yield Finding("CuPy", "problem" if reason else "ok", f"{told}: {reason}" if reason else told)
+
+
+def _cudas() -> tuple[Release | None, Release | None]:
+    """The CUDA that the installed CuPy is for, and the one that the driver supports; None where that is not known."""
+    try:
+        from cupy.cuda import runtime
+
+        found = int(runtime.runtimeGetVersion()), int(runtime.driverGetVersion())  # 12080 is 12.8, 0 no driver
+    except Exception:
+        return None, None
+    made, supported = ((n // 1000, n % 1000 // 10) if n else None for n in found)
+    return made, supported
 
 
 def _triton() -> Iterator[Finding]:
@@ -152,9 +171,6 @@ def _triton() -> Iterator[Finding]:
         return
     other = _untested(found, TRITON_RANGE)
     yield Finding("Triton", "problem" if other else "ok", f"{found} {other}" if other else found)
-
-
-Release: TypeAlias = tuple[int, int]
 
 
 def _untested(found: str, tested: tuple[Release, Release]) -> str:
