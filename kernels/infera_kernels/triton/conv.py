@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Target, Typed, nominal_target, target_of
+from infera_kernels.triton import tiles
 from infera_kernels.triton.conv_kernel import conv_kernel, join_kernel
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
@@ -16,10 +19,28 @@ from infera_kernels.triton.invariance import entries_seen, of_batch
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, element_strides, fold_one, name_of
 from infera_kernels.triton.products import GROUP
 from infera_kernels.triton.skinny import Parts
-from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TF32X3, Tile, cycles, ending, fitting, predicted
+from infera_kernels.triton.tiles import HALF, IEEE, SIZES, TF32, TF32X3, Tile, cycles, ending, fitting, least
 from infera_kernels.tuning import Family, Problem, Tuned, choose
+from infera_kernels.tuning.choice import REMEMBERED
 
-CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, predicted, (conv_kernel,), cycles)
+_NARROW = frozenset((Tile(128, 64, 64, 4, 4),))
+
+SPILLING: Mapping[str, frozenset[Tile]] = MappingProxyType({"3.6": _NARROW, "3.7": _NARROW})
+"""Release of Triton -> tiles of halves which, on sm_80 to sm_89, addresses of a window's pixels leave no registers."""
+
+
+def keeps(tile: Tile, layout: str, target: Target) -> bool:
+    """Whether all values of the kernel are known to stay in registers."""
+    release = ".".join(target.triton.split(".")[:2])
+    return not (target.arch < 90 and tile in SPILLING.get(release, ())) and tiles.keeps(tile, layout, target)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _predicted(problem: Problem, target: Target) -> Tile:
+    return least(problem, target, [t for t in fitting(problem, target) if keeps(t, problem.layout, target)])
+
+
+CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, _predicted, (conv_kernel,), cycles)
 """`k` is the depth, all channels of all taps; `batch` counts groups, phases and splits; `layout` is which axis of the
 image and of the weights is contiguous, channels "c" or none, and the `ending`."""
 
