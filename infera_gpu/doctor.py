@@ -130,7 +130,7 @@ def _known(value: float | None, scale: float, unit: str) -> str:
 
 
 def _cupy() -> Iterator[Finding]:
-    from infera_gpu.devices.cuda import why_unavailable
+    from infera_gpu.devices.cuda import releases, why_unavailable
 
     installed = [f"{name} {found}" for name in CUPY_PACKAGES if (found := _version(name))]
     if len(installed) > 1:
@@ -144,24 +144,12 @@ def _cupy() -> Iterator[Finding]:
         detail = f"{installed[0]} {other}; {advice}"
         yield Finding("CuPy", "problem", detail if reason is None else f"{detail}. {reason}")
     else:
-        made, supported = _cudas()
+        made, supported = releases()
         told = f"{installed[0]} for CUDA {made[0]}" if made else installed[0]
         if reason and made and supported and supported[0] < made[0]:
             extra = "; infera-gpu[cuda12] brings one for that" if supported[0] == 12 else ""
             reason = f"the driver supports CUDA {supported[0]}.{supported[1]}{extra}"
         yield Finding("CuPy", "problem" if reason else "ok", f"{told}: {reason}" if reason else told)
-
-
-def _cudas() -> tuple[Release | None, Release | None]:
-    """The CUDA that the installed CuPy is for, and the one that the driver supports; None where that is not known."""
-    try:
-        from cupy.cuda import runtime
-
-        found = int(runtime.runtimeGetVersion()), int(runtime.driverGetVersion())  # 12080 is 12.8, 0 no driver
-    except Exception:
-        return None, None
-    made, supported = ((n // 1000, n % 1000 // 10) if n else None for n in found)
-    return made, supported
 
 
 def _triton() -> Iterator[Finding]:

@@ -69,7 +69,7 @@ def test_doctor_knows_which_releases_of_cupy_are_tested(
     package: str, version: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_version", {package: version}.get)
-    monkeypatch.setattr(doctor, "_cudas", lambda: (None, None))
+    monkeypatch.setattr(cuda, "releases", lambda: (None, None))
     monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
     (found,) = doctor._cupy()
     wrong = (
@@ -98,7 +98,7 @@ def test_doctor_says_which_cuda_cupy_is_for(
     made: tuple[int, int], supported: tuple[int, int] | None, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_version", {"cupy-cuda12x": "14.2.0"}.get)
-    monkeypatch.setattr(doctor, "_cudas", lambda: (made, supported))
+    monkeypatch.setattr(cuda, "releases", lambda: (made, supported))
     monkeypatch.setattr(cuda, "why_unavailable", lambda: "no usable driver" if ":" in says else None)
     (found,) = doctor._cupy()
     assert found == doctor.Finding("CuPy", "problem" if ":" in says else "ok", f"cupy-cuda12x 14.2.0 {says}")

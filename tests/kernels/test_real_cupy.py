@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 from bench.build import bert
 from bench.gpu_operators import bound
 from infera_gpu import doctor
+from infera_gpu.devices.cuda import releases
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_gpu.spec import spec_of
@@ -174,7 +175,7 @@ def test_what_is_asked_of_cupy_is_there() -> None:
 def test_doctor_names_the_extra_that_is_installed() -> None:
     """Of the extras, the one whose CuPy this is; there may be a GPU or not."""
     (found,) = doctor._cupy()
-    made, _ = doctor._cudas()
+    made, _ = releases()
     assert made is not None
     package = f"cupy-cuda{made[0]}x"
     assert found.detail.startswith(f"{package} {version(package)} for CUDA {made[0]}")
