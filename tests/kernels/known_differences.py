@@ -31,19 +31,22 @@ class Difference:
 
 NONE = Difference()
 
-_WIDE = Difference("Sums of 128 x 256 come from tensor memory all at once, beside the bias.", spilled=96)
+_WIDE = Difference(
+    "After the loop all sums of 128 x 256 come from tensor memory at once: what waits for them is spilled, once.",
+    spilled=96,
+)
 _INTEGERS = Difference(
-    "On sm_100 integers are multiplied by instructions of one warp: tcgen05 is for floats only.",
+    "On sm_100 the compiler multiplies integers by instructions of one warp, from 64 rows on too.",
     instead=MappingProxyType({"UTCIMMA": "IMMA"}),
 )
 
 
 def _masks(spilled: int) -> Difference:
-    return Difference("A mask takes registers, of which more would leave room for fewer blocks.", spilled=spilled)
+    return Difference("With a mask it takes more registers than leave room for as many blocks.", spilled=spilled)
 
 
 def _fewer(occupancy: float) -> Difference:
-    return Difference("Addresses take more registers, so that fewer blocks fit.", occupancy=occupancy)
+    return Difference("The compiler takes more registers than 3.9's, so that fewer blocks fit.", occupancy=occupancy)
 
 
 _TILE = "test_tile_table.py::test_a_tile_compiles_to_what_the_table_says"
