@@ -9,12 +9,15 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-soak test-kernels test-jit test-cupy test-cudnn test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
+.PHONY: help run test test-soak test-kernels test-triton36 test-jit test-cupy cupy test-cudnn test-clients test-all check bench report exports gpu-check gpu-speed docker-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-# One stamp per set of extras: a set is installed once, and again when pyproject.toml changes.
+# One stamp per set of extras: a set is installed once, and again when pyproject.toml changes. PINNED are releases that
+# an environment is there for, in place of the newest.
+PINNED :=
+
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try: make PYTHON=python3.12 ...")'
 	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
@@ -23,7 +26,7 @@ $(VENV)/.created:
 
 $(VENV)/.with-%: pyproject.toml $(VENV)/.created
 	@echo "installing infera-gpu[$*] into $(VENV)"
-	@$(PIP) install --editable '.[$*]'
+	@$(PIP) install --editable '.[$*]' $(PINNED)
 	@touch $@
 
 run: $(VENV)/.with-server  ## fetch real models, serve them, send each a real input, leave the server running
@@ -39,13 +42,27 @@ test-soak: $(VENV)/.with-test  ## a server under a mix of everything, for two mi
 test-kernels: $(VENV)/.with-test $(VENV)/.with-kernels  ## the Triton kernels, no GPU: interpreted, compiled for sm_80, 86, 90 and 100, in the plans of models
 	@$(PY) -m pytest -m "kernels and not large and not gpu"
 
+# Tests that look at compiled code and at launches; of those in the interpreter some of every kind of kernel.
+TRITON36      := $(wildcard tests/kernels/test_compile*.py) $(patsubst %,tests/kernels/test_%.py,assembler known_differences launch tensor_maps tile_table tma_choice tuning_tables)
+TRITON36_RUNS := not batch- and not gpu_ and not networks- and not operators- or operators-0
+
+test-triton36:  ## the Triton kernels with Triton 3.6, no GPU: launched, compiled, some interpreted, in an environment of its own (.venv-triton36)
+	@$(MAKE) --no-print-directory VENV=.venv-triton36 PINNED="'triton==3.6.*'" .venv-triton36/.with-test .venv-triton36/.with-kernels
+	@.venv-triton36/bin/python -m pytest $(SPREAD) $(TRITON36)
+	@.venv-triton36/bin/python -m pytest tests/kernels/test_interpreter.py -k "$(TRITON36_RUNS)"
+
 test-jit:  ## the kernels that numba compiles for the CPU, in an environment of their own (.venv-jit)
 	@$(MAKE) --no-print-directory VENV=.venv-jit .venv-jit/.with-test .venv-jit/.with-jit
 	@.venv-jit/bin/python -m pytest $(SPREAD) -m "not large and not gpu and not kernels" tests/test_jit.py tests/test_jit_attention.py tests/test_processes.py tests/test_processes_jit.py tests/test_ops.py tests/test_models.py tests/test_session.py tests/test_quantized_models.py tests/test_slots.py tests/test_passes.py tests/test_alike.py
 
-test-cupy:  ## what is bound to CuPy's arrays, with CuPy and no GPU, in an environment of its own (.venv-cupy)
-	@$(MAKE) --no-print-directory VENV=.venv-cupy .venv-cupy/.with-test .venv-cupy/.with-cuda13
-	@.venv-cupy/bin/python -m pytest tests/kernels/test_real_cupy.py tests/test_portable.py
+test-cupy:  ## what is bound to CuPy's arrays, no GPU, with CuPy for CUDA 13 and 12, in environments of their own (.venv-cupy, .venv-cupy12)
+	@$(MAKE) --no-print-directory VENV=.venv-cupy CUDA=13 cupy
+	@$(MAKE) --no-print-directory VENV=.venv-cupy12 CUDA=12 cupy
+
+CUDA := 13
+
+cupy: $(VENV)/.with-test $(VENV)/.with-cuda$(CUDA)
+	@$(PY) -m pytest tests/kernels/test_real_cupy.py tests/test_portable.py tests/test_cli_doctor.py
 
 test-cudnn:  ## what cuDNN takes of what it is asked, without a GPU, in an environment of its own (.venv-cudnn)
 	@$(MAKE) --no-print-directory VENV=.venv-cudnn .venv-cudnn/.with-test .venv-cudnn/.with-kernels .venv-cudnn/.with-cudnn13
@@ -90,7 +107,7 @@ $(CLIENTS_VENV)/.glibc: $(CLIENTS_VENV)/.installed
 test-clients: $(VENV)/.with-test $(CLIENTS_VENV)/.installed $(CLIENTS_VENV)/.glibc  ## other people's clients: tritonclient, kserve, perf_analyzer, schemathesis
 	@INFERA_GLIBC="$${INFERA_GLIBC:-$(abspath $(CLIENTS_VENV)/glibc/usr/lib/x86_64-linux-gnu)}" $(PY) -m pytest tests/clients
 
-test-all: test test-kernels test-jit test-cupy test-cudnn test-clients  ## everything that needs no GPU, large models included
+test-all: test test-kernels test-triton36 test-jit test-cupy test-cudnn test-clients  ## everything that needs no GPU, large models included
 	@$(PY) -m pytest -m "large and not gpu"
 	@$(PY) -m pytest -m hypothesis --hypothesis-profile=others
 
@@ -151,4 +168,4 @@ docker-check: $(VENV)/.created  ## resolve every `pip install` line of Dockerfil
 	@$(PY) .ci/docker_check.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-jit .venv-cupy $(CLIENTS_VENV) $(FRAMEWORKS:%=.venv-%) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-triton36 .venv-jit .venv-cupy .venv-cupy12 .venv-cudnn $(CLIENTS_VENV) $(FRAMEWORKS:%=.venv-%) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 
 State: TypeAlias = Literal["ok", "absent", "unknown", "problem"]
 
+Release: TypeAlias = tuple[int, int]
+
 CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 CUPY_RANGE = ((14, 0), (15, 0))
 TRITON_RANGE = ((3, 6), (3, 10))
@@ -129,21 +131,26 @@ def _known(value: float | None, scale: float, unit: str) -> str:
 
 
 def _cupy() -> Iterator[Finding]:
-    from infera_gpu.devices.cuda import why_unavailable
+    from infera_gpu.devices.cuda import releases, why_unavailable
 
     installed = [f"{name} {found}" for name in CUPY_PACKAGES if (found := _version(name))]
     if len(installed) > 1:
         yield Finding("CuPy", "problem", f"{' and '.join(installed)} overwrite each other: pip uninstall all but one")
         return
     reason = why_unavailable()
-    if installed and (other := _untested(installed[0].split()[1], CUPY_RANGE)):
+    if not installed:
+        yield Finding("CuPy", "absent" if reason else "ok", reason or "")
+    elif other := _untested(installed[0].split()[1], CUPY_RANGE):
         advice = "pip install 'infera-gpu[cuda12]' or '[cuda13]' brings one"
         detail = f"{installed[0]} {other}; {advice}"
         yield Finding("CuPy", "problem", detail if reason is None else f"{detail}. {reason}")
-    elif reason is None:
-        yield Finding("CuPy", "ok", ", ".join(installed))
     else:
-        yield Finding("CuPy", "problem" if installed else "absent", reason)
+        made, supported = releases()
+        told = f"{installed[0]} for CUDA {made[0]}" if made else installed[0]
+        if reason and made and supported and supported[0] < made[0]:
+            extra = "; infera-gpu[cuda12] brings one for that" if supported[0] == 12 else ""
+            reason = f"the driver supports CUDA {supported[0]}.{supported[1]}{extra}"
+        yield Finding("CuPy", "problem" if reason else "ok", f"{told}: {reason}" if reason else told)
 
 
 def _triton() -> Iterator[Finding]:
@@ -153,9 +160,6 @@ def _triton() -> Iterator[Finding]:
         return
     other = _untested(found, TRITON_RANGE)
     yield Finding("Triton", "problem" if other else "ok", f"{found} {other}" if other else found)
-
-
-Release: TypeAlias = tuple[int, int]
 
 
 def _untested(found: str, tested: tuple[Release, Release]) -> str:

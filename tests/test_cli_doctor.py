@@ -81,6 +81,7 @@ def test_doctor_knows_which_releases_of_cupy_are_tested(
     package: str, version: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_version", {package: version}.get)
+    monkeypatch.setattr(cuda, "releases", lambda: (None, None))
     monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
     (found,) = doctor._cupy()
     wrong = (
@@ -91,7 +92,28 @@ def test_doctor_knows_which_releases_of_cupy_are_tested(
     monkeypatch.setattr(cuda, "why_unavailable", lambda: "there is no GPU")
     (found,) = doctor._cupy()
     assert found.state == "problem"
-    assert found.detail == ("there is no GPU" if state == "ok" else f"{wrong}. there is no GPU")
+    assert found.detail == (f"{package} {version}: there is no GPU" if state == "ok" else f"{wrong}. there is no GPU")
+
+
+@pytest.mark.parametrize(
+    ("made", "supported", "says"),
+    [
+        ((12, 9), (13, 1), "for CUDA 12"),
+        ((13, 2), (13, 0), "for CUDA 13"),
+        ((12, 9), None, "for CUDA 12: no usable driver"),
+        ((13, 2), (13, 0), "for CUDA 13: no usable driver"),
+        ((12, 9), (11, 8), "for CUDA 12: the driver supports CUDA 11.8"),
+        ((13, 2), (12, 4), "for CUDA 13: the driver supports CUDA 12.4; infera-gpu[cuda12] brings one for that"),
+    ],
+)
+def test_doctor_says_which_cuda_cupy_is_for(
+    made: tuple[int, int], supported: tuple[int, int] | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", {"cupy-cuda12x": "14.2.0"}.get)
+    monkeypatch.setattr(cuda, "releases", lambda: (made, supported))
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "no usable driver" if ":" in says else None)
+    (found,) = doctor._cupy()
+    assert found == doctor.Finding("CuPy", "problem" if ":" in says else "ok", f"cupy-cuda12x 14.2.0 {says}")
 
 
 @pytest.mark.parametrize(

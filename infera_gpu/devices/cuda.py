@@ -69,6 +69,18 @@ def why_unavailable() -> str | None:
     return None if count else "the driver reports no GPU"
 
 
+def releases() -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The CUDA that the installed CuPy is for, and the one that the driver supports; None where that is not known."""
+    try:
+        from cupy.cuda import runtime
+
+        found = int(runtime.runtimeGetVersion()), int(runtime.driverGetVersion())  # 12080 is 12.8, 0 no driver
+    except Exception:
+        return None, None
+    made, supported = ((n // 1000, n % 1000 // 10) if n else None for n in found)
+    return made, supported
+
+
 def gpu_count() -> int:
     """How many GPUs CUDA shows. Raises DeviceError where none can be used."""
     reason = why_unavailable()

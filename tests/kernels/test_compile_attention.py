@@ -87,7 +87,7 @@ def test_every_option(launcher: CompileLauncher) -> None:
     assert all(result.spilled_bytes == 0 for result in launcher.compiled)
 
 
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("size", [64, 256, 512])
 def test_one_query_in_float32(size: int, launcher: CompileLauncher) -> None:
     q, k = (2, 12, 1, size), (2, 12, 500, size)
     first, _ = attend(launcher, "float32", q, k, attention.Options(), (2, 1, 1, 500))

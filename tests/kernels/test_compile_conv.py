@@ -59,9 +59,9 @@ def convolve(
 
 @pytest.mark.parametrize("tile", tiles.TILES["half"][::2], ids=str)
 def test_tiles_of_halves(tile: tiles.Tile, launcher: CompileLauncher) -> None:
-    if not tiles.keeps(tile, "", launcher.target):
+    if not conv.keeps(tile, "", launcher.target):
         pytest.skip("this tile is chosen only where it is measured to be faster")
-    (result,) = convolve(launcher, "float16", 56, 64, 256, tile=tile, residual=tiles.keeps(tile, "+", launcher.target))
+    (result,) = convolve(launcher, "float16", 56, 64, 256, tile=tile, residual=conv.keeps(tile, "+", launcher.target))
     assert tensor_cores(result).keys() == {multiplication(launcher.target.arch, tile.m)}
     assert result.count("LDGSTS.E.BYPASS.LTC128B.128") + result.count("LDGSTS.E.BYPASS.128") > 0
 

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ pytest.importorskip("triton")
 
 from bench.build import bert
 from bench.gpu_operators import bound
+from infera_gpu import doctor
+from infera_gpu.devices.cuda import releases
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from infera_gpu.spec import spec_of
@@ -167,3 +170,13 @@ def test_what_is_asked_of_cupy_is_there() -> None:
             problems.append(f"{where}: cupy.{name}: {error}")
     assert not problems
     assert len(seen) > 50
+
+
+def test_doctor_names_the_extra_that_is_installed() -> None:
+    """Of the extras, the one whose CuPy this is; there may be a GPU or not."""
+    (found,) = doctor._cupy()
+    made, _ = releases()
+    assert made is not None
+    package = f"cupy-cuda{made[0]}x"
+    assert found.detail.startswith(f"{package} {version(package)} for CUDA {made[0]}")
+    assert (found.state, ": " in found.detail) in (("ok", False), ("problem", True))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import triton
 
 from infera_kernels.launch import nominal_target
 from tests.kernels import tile_table
+from tests.kernels.known_differences import Difference
 from tests.kernels.support import ARCHITECTURES
 from tests.kernels.tile_cases import CASES
 from tests.kernels.tile_table import compiled, differences, names_for, read, text_of
@@ -50,15 +51,19 @@ def chosen() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "arch"), chosen())
-def test_a_tile_compiles_to_what_the_table_says(name: str, arch: int) -> None:
+def test_a_tile_compiles_to_what_the_table_says(name: str, arch: int, known: Difference) -> None:
     row = TABLE["rows"][f"sm_{arch}"][name]
     found = asdict(compiled(name, arch))
     if triton.__version__ == TABLE["triton"]:
         assert differences({name: row}, {name: found}) == []
         return
-    assert found["spilled_bytes"] <= row["spilled_bytes"]
+    if CASES[name].keeps(replace(nominal_target(arch), triton=triton.__version__)):
+        assert found["spilled_bytes"] <= row["spilled_bytes"]
     assert found["tensor_cores"].keys() == row["tensor_cores"].keys()
-    assert found["occupancy"] >= row["occupancy"]
+    if known.occupancy is None:
+        assert found["occupancy"] >= row["occupancy"]
+    else:
+        assert found["occupancy"] == known.occupancy < row["occupancy"]
     for column in ("asynchronous", "wide_loads"):
         assert bool(found[column]) >= bool(row[column])
 

@@ -204,7 +204,7 @@ def cases() -> Iterator[Case]:
             limits = partial(tiles.fits, tile, kind), partial(tiles.keeps, tile, "")
             yield Case(f"matmul {kind} {_text(tile)}", _matmul(dtype, precision, tile), *limits)
             if kind in (tiles.HALF, tiles.IEEE):
-                limits = limits[0], partial(tiles.keeps, tile, tiles.LONG)
+                limits = limits[0], partial(conv.keeps, tile, tiles.LONG)
                 yield Case(f"conv {kind} {_text(tile)}", _conv(dtype, precision, tile), *limits)
     for kind, dtype in ((tiles.HALF, "float16"), (tiles.IEEE, "float32")):
         how = dtype, tiles.IEEE

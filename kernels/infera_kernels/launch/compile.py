@@ -54,6 +54,13 @@ class Binary:
     """Empty where the binary comes from a cache."""
 
 
+def installed() -> str:
+    """The release of Triton."""
+    import triton
+
+    return str(triton.__version__)
+
+
 def compiler_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with defaults. Raises TypeError for an unknown one.
 

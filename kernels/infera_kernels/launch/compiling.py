@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch.binary import Inspection
-from infera_kernels.launch.compile import compile_kernel, compiler_options
+from infera_kernels.launch.compile import compile_kernel, compiler_options, installed
 from infera_kernels.launch.descriptors import FIRST_ARCH
 from infera_kernels.launch.recording import Launch, launch_of
 from infera_kernels.launch.signature import bind
@@ -22,7 +23,7 @@ class CompileLauncher:
     """Compiles every kernel for sm_<arch>; `compiled[i]` is what `launches[i]` became. Its Calls do nothing."""
 
     def __init__(self, arch: int) -> None:
-        self.target = nominal_target(arch)
+        self.target = replace(nominal_target(arch), triton=installed())
         self.launches: list[Launch] = []
         self.compiled: list[Inspection] = []
 

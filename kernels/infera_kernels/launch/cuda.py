@@ -12,7 +12,7 @@ from infera_kernels.launch import cublaslt, cudnn
 from infera_kernels.launch.abi import Address, pack
 from infera_kernels.launch.assembler import suit
 from infera_kernels.launch.cache import KernelCache, PlanCache
-from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compile_kernel, compiler_options
+from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compile_kernel, compiler_options, installed
 from infera_kernels.launch.compiling import nothing
 from infera_kernels.launch.cublaslt import CublasLt
 from infera_kernels.launch.cudnn import Cudnn
@@ -140,7 +140,7 @@ class CudaLauncher:
         self._cache = cache or KernelCache()
         self.driver_version = self._driver.version()
         suit(self.driver_version)
-        self.target = self._driver.target(device_id)
+        self.target = replace(self._driver.target(device_id), triton=installed())
         self.library: CublasLt | None = None
         self.cudnn: Cudnn | None = None
         if libraries and (found := cublaslt.library()) is not None:

@@ -51,6 +51,8 @@ class Target:
     """Scratch for a product by cuBLASLt; 0 where that is not used."""
     cudnn: str = ""
     """The release of cuDNN, which may compute convolutions; empty where that is not used."""
+    triton: str = ""
+    """The release of Triton that compiles kernels; empty for the newest that is tested."""
 
 
 def nominal_target(arch: int) -> Target:

@@ -100,11 +100,20 @@ _ALONE = frozenset((Tile(64, 64, 4, 3),))
 """Tiles of which shared memory lets two blocks in, and which the assembler gives the registers of as many by itself:
 under a bound of its own a causal one with masks spills."""
 
-_HELD = frozenset(
-    (Tile(1, 128, 8, 1), Tile(1, 32, 8, 1), Tile(16, 32, 4, 2, 32), Tile(64, 16, 8, 3, 32), Tile(16, 16, 8, 2, 32))
+_HELD: Mapping[Tile, int] = MappingProxyType(
+    {
+        Tile(1, 128, 8, 1): 126,
+        Tile(1, 32, 8, 1): 118,
+        Tile(16, 32, 4, 2, 32): 128,
+        Tile(64, 16, 8, 3, 32): 128,
+        Tile(16, 16, 8, 2, 32): 128,
+    }
 )
-"""Tiles in float32 for which the assembler, left alone, saves registers and spills a few; told that it has 128, it
-finds another order and spills none (Triton 3.6 to 3.9, sm_90 and sm_100)."""
+"""Tiles in float32 for which the assembler, left alone, saves registers and spills a few; told that it has so many, it
+finds another order and spills none (Triton 3.6 to 3.9, sm_90 and sm_100), with masks and without."""
+
+_HELD_BEFORE_90: Mapping[Tile, int] = MappingProxyType({Tile(1, 128, 8, 1): 120})
+"""The same, on sm_80 to sm_89."""
 
 
 def registers(tile: Tile, target: Target) -> dict[str, int]:
@@ -116,7 +125,8 @@ def registers(tile: Tile, target: Target) -> dict[str, int]:
     if target.shared_bytes < 100 * 1024 and tile.warps == 4 and tile not in _ALONE:
         blocks = 2 if tile in _TWO else 3
         return {"maxnreg": min(65536 // (blocks * 32 * tile.warps) // 8 * 8, 248)}
-    return {"maxnreg": 128} if target.arch >= 90 and tile in _HELD else {}
+    held = (_HELD if target.arch >= 90 else _HELD_BEFORE_90).get(tile)
+    return {} if held is None else {"maxnreg": held}
 
 
 def padded(size: int) -> int:

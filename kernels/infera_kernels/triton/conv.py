@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Target, Typed, nominal_target, target_of
+from infera_kernels.triton import tiles
 from infera_kernels.triton.conv_kernel import conv_kernel, join_kernel
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
@@ -29,14 +31,30 @@ from infera_kernels.triton.tiles import (
     ending,
     fitting,
     kind_of,
-    least_cycles,
-    predicted,
+    least,
 )
 from infera_kernels.tuning import Family, Problem, Tuned, choose
 from infera_kernels.tuning.choice import REMEMBERED
 from infera_kernels.tuning.cost import joining_cycles
 
-CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, predicted, (conv_kernel,), cycles)
+_NARROW = frozenset((Tile(128, 64, 64, 4, 4),))
+
+SPILLING: Mapping[str, frozenset[Tile]] = MappingProxyType({"3.6": _NARROW, "3.7": _NARROW})
+"""Release of Triton -> tiles of halves which, on sm_80 to sm_89, addresses of a window's pixels leave no registers."""
+
+
+def keeps(tile: Tile, layout: str, target: Target) -> bool:
+    """Whether all values of the kernel are known to stay in registers."""
+    release = ".".join(target.triton.split(".")[:2])
+    return not (target.arch < 90 and tile in SPILLING.get(release, ())) and tiles.keeps(tile, layout, target)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _predicted(problem: Problem, target: Target) -> Tile:
+    return least(problem, target, [t for t in fitting(problem, target) if keeps(t, problem.layout, target)])
+
+
+CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, _predicted, (conv_kernel,), cycles)
 """`k` is the depth, all channels of all taps; `batch` counts groups, phases and splits; `layout` is which axis of the
 image and of the weights is contiguous, channels "c" or none, and the `ending`."""
 
@@ -108,7 +126,7 @@ def _splits(problem: Problem, target: Target) -> tuple[Parts, ...]:
 def _split_cycles(problem: Problem, parts: Parts, target: Target) -> float:
     m, batch, n, k, taps = problem.sizes
     part = Problem(CONV.name, problem.kind, (m, batch * parts.count, n, ceil_div(k, parts.count), taps))
-    return least_cycles(part, target) + joining_cycles(parts.count, batch * m * n, target)
+    return cycles(part, _predicted(part, target), target) + joining_cycles(parts.count, batch * m * n, target)
 
 
 @lru_cache(maxsize=REMEMBERED)
