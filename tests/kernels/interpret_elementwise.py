@@ -55,6 +55,13 @@ def test_tanh_keeps_small_values(interpreter: InterpreterLauncher) -> None:
     np.testing.assert_allclose(out.array, np.tanh(x.astype(np.float64)), rtol=2e-7)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_zeros_have_the_other_sign(dtype: str, interpreter: InterpreterLauncher) -> None:
+    out = Guarded((2,), dtype)
+    execute(elementwise.unary("neg", np.asarray([0.0, -0.0], dtype), out.array, interpreter))
+    assert np.signbit(out.array).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("op", ["sin", "cos", "tan"])
 def test_angles_of_every_size(op: str, interpreter: InterpreterLauncher) -> None:
     """Beside multiples of pi/2, where most digits of the difference are those of pi, and up to the largest float32."""

@@ -51,6 +51,13 @@ def _bound_of(tensor: Any) -> int:
     return int(tensor.handle.data.item())
 
 
+def _bfloat16(builder: Any, value: float) -> Any:
+    """A constant."""
+    import triton.language as tl
+
+    return builder.create_fp_trunc(builder.get_fp32(value), tl.bfloat16)
+
+
 @contextmanager
 def _patching_once() -> Iterator[None]:
     """Triton patches its language anew for every call of a function in a kernel, which takes longer than the function;
@@ -88,6 +95,8 @@ class InterpreterLauncher:
 
         # Watching every sum of integers for an overflow takes half of the time, and tensors here are small.
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        if not hasattr(interpreter.InterpreterBuilder, "get_bf16"):  # Triton 3.6
+            interpreter.InterpreterBuilder.get_bf16 = _bfloat16
         self.target = target or nominal_target(90)
         self.launches: list[Launch] = []
 

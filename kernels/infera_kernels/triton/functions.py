@@ -205,7 +205,11 @@ def invert(x, alpha, beta):
 
 @triton.jit
 def neg(x, alpha, beta):
-    return -x
+    # With Triton 3.6 -x is 0 - x, and so 0 where it is to be -0.
+    if x.dtype.is_floating():
+        return -1.0 * x
+    else:
+        return -x
 
 
 @triton.jit

@@ -105,8 +105,8 @@ def sin(x, alpha, beta):
     else:
         turns, angle = _reduced(x)
         value = tl.where((turns & 1) == 0, _sine(angle), _cosine(angle))
-        value = tl.where((turns & 2) == 0, value, -value)
-        return tl.where(_negative(x), -value, value)
+        value = tl.where((turns & 2) == 0, value, -1.0 * value)
+        return tl.where(_negative(x), -1.0 * value, value)
 
 
 @triton.jit
@@ -128,4 +128,4 @@ def tan(x, alpha, beta):
         s, c = _sine(angle), _cosine(angle)
         even = (turns & 1) == 0
         value = tl.where(even, s, -c) / tl.where(even, c, s)
-        return tl.where(_negative(x), -value, value)
+        return tl.where(_negative(x), -1.0 * value, value)
