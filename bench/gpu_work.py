@@ -120,8 +120,13 @@ OPERATIONS: Mapping[str, Count] = {
 }
 """By the operator's domain and name."""
 
-TABLES = frozenset(("Gather", "GatherND", "GatherElements", "infera.Lookup"))
-"""What reads as much of input 0 as comes out."""
+TABLES: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Gather", "GatherND", "GatherElements"), (0,)),
+    "infera.Lookup": (1,),
+    "infera.EmbeddedNormalization": (1, 3, 5),
+    "com.microsoft.EmbedLayerNormalization": (2, 3, 4),
+}
+"""Operator -> the inputs of which it reads no more than comes out."""
 
 
 def arithmetic_of(dtype: np.dtype[np.generic], *, tf32: bool) -> str:
@@ -141,8 +146,9 @@ def work_of(step: Step, launches: int, *, tf32: bool = False) -> Work:
     if step.placed is not None:
         op, site = step.placed
         name = f"{op.domain}.{op.name}" if op.domain else op.name
-        if name in TABLES and (table := step.ins[0]) is not None:
-            read[table.root, table.offset, table.shape, table.strides] = min(table.nbytes, written)
+        for table in (step.ins[i] for i in TABLES.get(name, ()) if i < len(step.ins)):
+            if table is not None:
+                read[table.root, table.offset, table.shape, table.strides] = min(table.nbytes, written)
         count = OPERATIONS.get(name)
         if count is not None:
             operations = count(site)
