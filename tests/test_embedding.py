@@ -55,6 +55,7 @@ FEEDS = {
 }
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ["float", "float16"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_one_launch(form: str, dtype: str) -> None:
@@ -82,6 +83,7 @@ def test_an_index_that_a_table_has_not_is_refused_where_it_was(index: int, fuse:
         session.run(feeds)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_bert_looks_its_tokens_up_in_one_launch(precision: Any) -> None:
     model = bert(layers=1, hidden=64, heads=4, inner=128, vocabulary=100)

@@ -69,7 +69,7 @@ def rows(session: Session, feeds: Feeds, op: str) -> list[int]:
     return [int(np.prod(out.dims[:-1])) for out in outs if out is not None]
 
 
-@pytest.mark.parametrize("device", ["cpu", "recording"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("recording", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_last_layer_is_computed_for_one_token(name: str, device: str) -> None:
     build, examples, length = MODELS[name]
@@ -107,6 +107,7 @@ def test_strict_sessions_compute_as_it_is_written() -> None:
         )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("precision", "within"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_in_half_precision(precision: Any, within: float) -> None:
     """Of several sequences half are so near: how far one is depends on how its numbers happen to be rounded."""

@@ -55,12 +55,20 @@ def command(
             if asked := [option for option, wanted in (("--time", time), ("--svg", svg)) if wanted]:
                 raise typer.BadParameter("there is no plan without these dimensions", param_hint=" and ".join(asked))
             return
+        if session.device.space == "device" and session.device.tiles is None:
+            note(NO_KERNELS)
         feeds = random_feeds(session.tensor_inputs, given, shapes, seed)
         plans = _show_plans(session, feeds)
         if svg is not None:
             _draw(plans, svg)
         if time:
             _show_times(session, feeds)
+
+
+NO_KERNELS = (
+    "Triton is not installed: without its kernels most steps are CuPy's functions, which allocate and no CUDA graph "
+    "holds. pip install 'infera-gpu[kernels]' shows the plans of a GPU; cuda12 and cuda13 bring it too"
+)
 
 
 def _show_model(session: Session) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias, cast
 
 import typer
 
-from infera_gpu.cli.console import downloading, note, working
+from infera_gpu.cli.console import downloading, working
 from infera_gpu.opening import load
 from infera_gpu.passes import Precision
 from infera_gpu.session import Session
@@ -87,10 +87,5 @@ def opened(
             jit=jit,
         )
         session.name = name
-    if session.device.space == "device" and session.device.tiles is None:
-        note(
-            "Triton is not installed: without its kernels most steps are CuPy's functions, which allocate and no CUDA "
-            "graph holds. pip install 'infera-gpu[kernels]' shows the plans of a GPU; cuda12 and cuda13 bring it too"
-        )
     with session:
         yield session

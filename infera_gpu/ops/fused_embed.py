@@ -46,6 +46,8 @@ def _infer(site: Site) -> tuple[TensorSpec]:
     words, given = site.spec(1), _given(site)
     if len(given) < 2 or any(site.spec(i).ndim != 2 or site.spec(i).dims[1:] != words.dims[1:] for i in given):
         raise site.fail(f"tables {', '.join(str(site.spec(i)) for i in given)}: expected two or more of equal columns")
+    if not site.has(_SCALE):
+        raise site.fail(f"input {_SCALE}, the scale of the norm, is left out; only the shift may be")
     for i in (_SCALE, _BIAS):
         if site.has(i) and site.spec(i).dims != words.dims[1:]:
             raise site.fail(f"input {i} is {site.spec(i)}, expected {list(words.dims[1:])}")
