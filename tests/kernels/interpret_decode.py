@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before kernels are imported", allow_module_level=True)
 
 from infera_kernels.triton import decode_attention as a
+from infera_kernels.triton import decode_tiles
 from tests.kernels.decoding import BATCH, GROUPS, attended, caches_of, step_of
 
 pytestmark = pytest.mark.kernels
@@ -139,6 +141,16 @@ def test_everything_seen(lengths: tuple[int, ...] | None, interpreter: Interpret
     assert not made(step, outs, interpreter).constexprs["CAUSAL"]
 
 
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Parts are joined in next to no time, so that few keys have some."""
+    decode_tiles.predicted.cache_clear()
+    monkeypatch.setattr(decode_tiles, "joining_cycles", lambda parts, elements, target: 2000.0 if parts > 1 else 0.0)
+    yield
+    decode_tiles.predicted.cache_clear()
+
+
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
 @pytest.mark.parametrize(("lengths", "past"), [(None, 1000), ((1002, 40), 1000), ((999, 2), 1020)], ids=str)
 def test_parts_of_the_keys(lengths: Any, past: int, dtype: Any, interpreter: InterpreterLauncher) -> None:
@@ -147,6 +159,7 @@ def test_parts_of_the_keys(lengths: Any, past: int, dtype: Any, interpreter: Int
     assert made(step, outs, interpreter).constexprs["SPLITS"] == (16 if dtype == F32 else 8)
 
 
+@pytest.mark.usefixtures("joined")
 def test_one_row_in_parts(interpreter: InterpreterLauncher) -> None:
     step, outs = step_of(700, size=64, members=1, batch=1)
     launch = made(step, outs, interpreter)
@@ -161,6 +174,7 @@ def test_presents_with_gaps(interpreter: InterpreterLauncher) -> None:
     made(step, outs, interpreter)
 
 
+@pytest.mark.usefixtures("joined")
 def test_alone_and_among_others_the_same_bits(interpreter: InterpreterLauncher) -> None:
     """`invariant`: as many parts whatever the batch."""
     whole, outs = step_of(300, BFLOAT16, batch=9, size=256)

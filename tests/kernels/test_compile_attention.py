@@ -126,7 +126,7 @@ STEPS: tuple[tuple[str, int, dict[str, Any]], ...] = (
 @pytest.mark.parametrize(("dtype", "size", "how"), STEPS, ids=str)
 def test_a_step_of_few_tokens(dtype: str, size: int, how: dict[str, Any], launcher: CompileLauncher) -> None:
     """The past is on its way to shared memory while other blocks are computed, and leaves in words of 16 bytes."""
-    first = decoded(launcher, step_of(dtype, size, 511, **how))
+    first = decoded(launcher, step_of(dtype, size, 8191, **how))
     assert len(launcher.compiled) == 1 + (how.get("batch") != 64)
     assert first.binary.spec.shared_bytes <= launcher.target.shared_bytes
     assert first.count("LDGSTS") > 0
@@ -148,7 +148,9 @@ def test_a_step_without_a_past(launcher: CompileLauncher) -> None:
     assert len(launcher.compiled) == 2
 
 
-@pytest.mark.parametrize(("sequences", "keys", "parts"), [(1, 512, 8), (64, 512, 1), (1, 64, 1), (1, 8192, 16)])
+@pytest.mark.parametrize(
+    ("sequences", "keys", "parts"), [(1, 512, 8), (1, 256, 1), (64, 2048, 1), (1, 64, 1), (1, 8192, 16)]
+)
 def test_keys_are_split_where_that_pays_for_another_launch(sequences: int, keys: int, parts: int) -> None:
     sizes = {"rows": 4, "matrices": 8 * sequences, "keys": keys, "size": 64}
     target = target_for(DEVICES[0])

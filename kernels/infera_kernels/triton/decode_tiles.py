@@ -11,16 +11,13 @@ from infera_kernels.launch.devices import architecture_of
 from infera_kernels.triton.attention_tiles import MOST_SPLITS, Cut, Tile
 from infera_kernels.triton.layout import ceil_div
 from infera_kernels.tuning.choice import REMEMBERED, Problem
-from infera_kernels.tuning.cost import ITEMSIZE, LATENCY, memory_bytes_per_cycle
+from infera_kernels.tuning.cost import ITEMSIZE, LATENCY, joining_cycles, memory_bytes_per_cycle
 
 MOST_ROWS = 16
 """Queries of heads that share keys: rows of the one tile that reads them."""
 
 WIDEST = 256
 """The largest head size: beyond it keys, values and sums leave no registers."""
-
-LAUNCH_CYCLES = 2000
-"""Of a second launch in a CUDA graph, which begins when the first has ended: about a microsecond."""
 
 SIZES = ("rows", "matrices", "keys", "size")
 """`rows` of queries stand against the same keys, `matrices` times; `size` is the larger of the head sizes."""
@@ -70,9 +67,7 @@ def cycles(problem: Problem, cut: Cut, target: Target) -> float:
     moved = memory_cycles(blocks, 2 * share * each, flight, side_by_side, target)
     _, products, weights = tile.step_cycles(problem.kind, size, target)
     computed = ceil_div(blocks, target.multiprocessors) * steps * (products + weights)
-    parts = 2 * ITEMSIZE["ieee"] * rows * size * blocks if cut.splits > 1 else 0
-    joined = LAUNCH_CYCLES + LATENCY + parts / memory_bytes_per_cycle(target) if parts else 0
-    return LATENCY + max(moved, computed) + joined
+    return LATENCY + max(moved, computed) + joining_cycles(cut.splits, rows * size * matrices, target)
 
 
 @lru_cache(maxsize=REMEMBERED)
