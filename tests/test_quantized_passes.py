@@ -124,17 +124,18 @@ def test_a_residual_is_read_as_integers_beside_the_sums() -> None:
 
 @pytest.mark.kernels
 def test_a_transformer_keeps_floats_for_attention_and_residuals() -> None:
-    """A norm writes its integers beside the floats that go on to the next sum; one product makes queries, keys and
-    values; an activation is a part of the product before it."""
+    """A norm writes its integers beside the floats that go on to the next sum, but for that of embeddings, which is one
+    with them; one product makes queries, keys and values; an activation is a part of the product before it."""
     build = partial(bert, layers=2, hidden=64, heads=4, inner=128, vocabulary=50)
     feeds = bert_feeds(2, 9, 50)
     graph = load_graph(quantised(build(), feeds))
     made = on_gpu(graph)
     found = Counter(n.qualified for n in made.nodes)
     assert found["infera.QuantizedMatMul"] == 2 * 4
-    assert found["infera.QuantizedLayerNormalization"] == 2 * 2
-    assert found["QuantizeLinear"] == found["infera.Attention"] == 2
-    assert found["LayerNormalization"] == 1
+    assert found["infera.QuantizedLayerNormalization"] == 2 * 2 - 1
+    assert found["infera.Attention"] == 2
+    assert found["QuantizeLinear"] == 2 + 1
+    assert found["LayerNormalization"] == found["infera.EmbeddedNormalization"] == 1
     assert not found["DequantizeLinear"]
     with Session(graph, open_device("cpu"), fuse=False) as written, Session(made, open_device("cpu"), fuse=False) as on:
         want, got = (next(iter(s.run(feeds).values())) for s in (written, on))

@@ -133,7 +133,7 @@ FAMILIES = (
         MS,
         without="bits",
     ),
-    Family("split", "Conv", ((B, 128, 64), (8, 128, 9)), {"pads": (4, 4)}, "", HALF, "bits", (1, 33)),
+    Family("split", "Conv", ((B, 64, 64), (8, 64, 9)), {"pads": (4, 4)}, without="bits", batches=(1, 33)),
     Family("pointwise", "Conv", ((B, 70, 2, 2), (8, 70, 1, 1), (8,))),
     Family("grouped", "Conv", ((B, 40, 3, 3), (8, 20, 2, 2)), {"group": 2}, without="nothing", batches=(1, 17, 33)),
     Family("depthwise", "Conv", ((B, 8, 5, 5), (8, 1, 3, 3)), {"group": 8}, without="nothing"),

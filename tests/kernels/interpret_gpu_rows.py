@@ -180,7 +180,7 @@ def test_networks_are_timed_eager_and_compiled(
     assert [row.name for row in (first, *others)] == ["bert b1", "bert b2", "vit b1"]
     alone = measure(context, first)
     assert alone["peers"] == {}
-    assert alone["steps"] > 10
+    assert alone["launches"] >= alone["steps"] >= 10
     torch, resets = fake_torch.module(), list[str]()
     torch._dynamo.reset = lambda: resets.append("reset")
     monkeypatch.setattr(gpu_rows, "torch_on_gpu", lambda: torch)

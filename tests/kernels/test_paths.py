@@ -181,7 +181,7 @@ APPENDING = ["rotary_kernel"] * 2 + ["append_kernel"] * 2 + ["attention_kernel"]
     ("batch", "tokens", "past", "wanted"),
     [
         (1, 1, 511, ["decode_kernel", "combine_kernel"]),
-        (2, 4, 511, ["decode_kernel", "combine_kernel"]),
+        (2, 4, 2047, ["decode_kernel", "combine_kernel"]),
         (256, 1, 511, ["decode_kernel"]),
         (1, 1, 40, ["decode_kernel"]),
         (1, 3, 0, ["decode_kernel"]),
