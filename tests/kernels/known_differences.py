@@ -45,6 +45,10 @@ def _masks(spilled: int) -> Difference:
     return Difference("With a mask it takes more registers than leave room for as many blocks.", spilled=spilled)
 
 
+def _saved(spilled: int) -> Difference:
+    return Difference("The assembler saves registers for as many blocks as 3.9's, and spills a few.", spilled=spilled)
+
+
 def _fewer(occupancy: float) -> Difference:
     return Difference("The compiler takes more registers than 3.9's, so that fewer blocks fit.", occupancy=occupancy)
 
@@ -95,6 +99,33 @@ KNOWN: Mapping[str, Difference] = MappingProxyType(
         f"{_TILE}[sm_100 attention half d256 16x32 w4 s2]": _fewer(0.125),
         f"{_TILE}[sm_100 attention ieee d256 32x16 w8 s2]": _fewer(0.125),
         f"{_TILE}[sm_100 attention ieee d512 1x16 w8 s1]": _fewer(0.125),
+        "test_compile_attention.py::test_a_step_of_few_tokens[sm_80-float32-64-{'members': 16}]": _saved(16),
+        f"{_TILE}[sm_80 matvec half n 64x64 s3]": _fewer(0.312),
+        f"{_TILE}[sm_80 matvec half k 8x128 s3]": _fewer(0.625),
+        f"{_TILE}[sm_80 matvec half k 8x128 s5]": _fewer(0.625),
+        f"{_TILE}[sm_80 matvec ieee k 4x1024 s1]": _fewer(0.375),
+        f"{_TILE}[sm_80 decode ieee d64 16x32 w4 s3]": _saved(8),
+        f"{_TILE}[sm_80 decode ieee d256 1x32 w8 s1]": _fewer(0.125),
+        f"{_TILE}[sm_86 matvec half k 8x128 s3]": _fewer(0.833),
+        f"{_TILE}[sm_86 decode ieee d64 1x64 w8 s1]": _fewer(0.333),
+        f"{_TILE}[sm_86 decode ieee d256 1x32 w8 s1]": _fewer(0.167),
+        f"{_TILE}[sm_90 matvec half n 16x128 s3]": _fewer(0.562),
+        f"{_TILE}[sm_90 matvec half n 16x128 s5]": _fewer(0.562),
+        f"{_TILE}[sm_90 matvec half k 4x1024 s3]": _fewer(0.438),
+        f"{_TILE}[sm_90 matvec ieee n 32x64 s1]": _fewer(0.625),
+        f"{_TILE}[sm_90 decode ieee d64 1x64 w8 s1]": _fewer(0.25),
+        f"{_TILE}[sm_90 decode ieee d256 1x32 w8 s1]": _fewer(0.125),
+        f"{_TILE}[sm_100 matvec half n 64x64 s5]": _fewer(0.25),
+        f"{_TILE}[sm_100 matvec half k 4x1024 s3]": _fewer(0.375),
+        f"{_TILE}[sm_100 matvec half k 8x512 s3]": _fewer(0.375),
+        f"{_TILE}[sm_100 matvec ieee n 16x128 s3]": _fewer(0.5),
+        f"{_TILE}[sm_100 matvec ieee n 32x64 s1]": _fewer(0.625),
+        f"{_TILE}[sm_100 matvec ieee n 32x64 s3]": _fewer(0.5),
+        f"{_TILE}[sm_100 matvec ieee n 64x32 s3]": _fewer(0.438),
+        f"{_TILE}[sm_100 matvec ieee k 4x1024 s1]": _fewer(0.375),
+        f"{_TILE}[sm_100 matvec ieee k 8x512 s1]": _fewer(0.438),
+        f"{_TILE}[sm_100 decode ieee d64 1x64 w8 s1]": _fewer(0.25),
+        f"{_TILE}[sm_100 decode ieee d256 1x32 w8 s1]": _fewer(0.125),
     }
 )
 """By the test's name, from its file on."""
