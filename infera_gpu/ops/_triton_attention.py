@@ -7,7 +7,7 @@ operands, given arrays or stand-ins of the same shapes and types.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,18 +106,29 @@ def _step(given: Arranged) -> Step | None:
     return step if supports_decode(step) else None
 
 
+def step_room(step: Step, site: Site) -> int:
+    """Bytes of scratch for a step in one kernel."""
+    from infera_kernels.triton.decode_attention import decode_scratch
+
+    return _floats(decode_scratch(step, invariant=site.batch_invariant, tuned=site.tuned))
+
+
+def _floats(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Bytes of scratch of these shapes."""
+    return sum(aligned(4 * math.prod(shape)) for shape in shapes)
+
+
 def room(given: Arranged | None, site: Site) -> int:
     """Bytes of scratch."""
     from infera_kernels.triton.attention import attention_scratch
-    from infera_kernels.triton.decode_attention import decode_scratch
 
     assert given is not None
     how: dict[str, Any] = {"invariant": site.batch_invariant, "tuned": site.tuned}
     if step := _step(given):
-        return sum(aligned(4 * math.prod(s)) for s in decode_scratch(step, **how))
+        return step_room(step, site)
     shapes = attention_scratch(given.q, given.k, given.v, given.out, **how)
     other = WORKSPACE if way_of(given, site) else 0
-    return aligned(other) + sum(aligned(4 * math.prod(s)) for s in shapes)
+    return aligned(other) + _floats(shapes)
 
 
 def way_of(given: Arranged, site: Site) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 from infera_gpu.memory import aligned
 from infera_gpu.op import Buffers, Call, Op, Site
 from infera_gpu.ops._triton import kernels
-from infera_gpu.ops._triton_attention import Arranged, apart, covers, launches, room, stand_in
+from infera_gpu.ops._triton_attention import Arranged, apart, covers, launches, room, stand_in, step_room
 from infera_gpu.spec import Array, TensorSpec
 
 if TYPE_CHECKING:
@@ -192,14 +191,11 @@ def _bind(site: Site, io: Buffers) -> list[Call]:
 
 
 def _workspace(site: Site) -> int:
-    from infera_kernels.triton.decode_attention import decode_scratch
-
     ins = [*map(stand_in, site.ins)]
     given = _arrange(site, ins, [*map(stand_in, site.outs)])
     assert given is not None
     if step := _step(site, given, ins):
-        shapes = decode_scratch(step, invariant=site.batch_invariant, tuned=site.tuned)
-        return sum(aligned(4 * math.prod(shape)) for shape in shapes)
+        return step_room(step, site)
     turned = sum(aligned(spec.nbytes) for spec in _turned_specs(site))
     return turned + room(given.attention, site)
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from infera_kernels.triton.functions import tanh
-from infera_kernels.triton.indexing import INTERPRETED, offset_of, store_type
+from infera_kernels.triton.indexing import offset_of, store_type, wide
 
 
 @triton.jit
@@ -43,15 +43,6 @@ def _load(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         return tl.load(at, mask=columns, other=0.0)
     else:
         return tl.load(at)
-
-
-@triton.jit
-def _wide(x):
-    """What products take: in the interpreter, which computes half precision wrongly, float32."""
-    if INTERPRETED:
-        return x.to(tl.float32)
-    else:
-        return x
 
 
 @triton.jit
@@ -203,7 +194,7 @@ def attention_kernel(
         total = tl.where(split == 0, total + 1.0, total)
     acc = tl.zeros((BM, E_PADDED), tl.float32)
     if DEPTH == D_PADDED:
-        x = _wide(_load(q_at, inside[:, None], (d < D)[None, :], True, D < DEPTH))
+        x = wide(_load(q_at, inside[:, None], (d < D)[None, :], True, D < DEPTH))
     for phase in tl.static_range(0 if FREE else 1, 2 if CHECKED else 1):
         for start in range(begin if phase == 0 else middle, middle if phase == 0 else end, BN):
             column = start + key
@@ -211,7 +202,7 @@ def attention_kernel(
             from_k = k + _rows(one * start, M, k_steps, K_UNITS, False)
             from_v = v + _rows(one * start, M, v_steps, V_UNITS, False)
             if DEPTH == D_PADDED:
-                y = _wide(_load(from_k + k_at, there[None, :], (d < D)[:, None], phase == 1, D < DEPTH))
+                y = wide(_load(from_k + k_at, there[None, :], (d < D)[:, None], phase == 1, D < DEPTH))
                 if BM == 1:
                     s = tl.sum(tl.trans(x) * y, axis=0)[None, :]
                 else:
@@ -261,7 +252,7 @@ def attention_kernel(
                 fade = tl.exp(peak - shift)
             total = total * fade + tl.sum(p, axis=1)
             peak = risen
-            z = _wide(_load(from_v + v_at, there[:, None], (e < E)[None, :], phase == 1, E < E_PADDED))
+            z = wide(_load(from_v + v_at, there[:, None], (e < E)[None, :], phase == 1, E < E_PADDED))
             if BM == 1:
                 acc = acc * fade[:, None] + tl.sum(tl.trans(p) * z, axis=0)[None, :]
             else:

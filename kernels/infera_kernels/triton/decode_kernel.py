@@ -7,7 +7,7 @@ that share a group's keys are members. They come in units, see `attention_kernel
 import triton
 import triton.language as tl
 
-from infera_kernels.triton.indexing import INTERPRETED, rounded, store_type
+from infera_kernels.triton.indexing import rounded, store_type, wide
 
 
 @triton.jit
@@ -51,15 +51,6 @@ def _store(matrix, row, x, there, steps, SIZE: tl.constexpr, PADDED: tl.constexp
     """Stores the rows that are there."""
     column = tl.arange(0, PADDED)
     tl.store(_tile(matrix, row, column, steps, UNITS), x, mask=there[:, None] & (column < SIZE)[None, :])
-
-
-@triton.jit
-def _wide(x):
-    """What products take: in the interpreter, which computes half precision wrongly, float32."""
-    if INTERPRETED:
-        return x.to(tl.float32)
-    else:
-        return x
 
 
 @triton.jit
@@ -233,15 +224,15 @@ def decode_kernel(
     _store(present_k, start + new, y, held, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
     _store(present_v, start + new, z, held, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
 
-    x = _wide(x)
+    x = wide(x)
     visible = (added & (start + new < seen))[None, :]
     if CAUSAL:
         visible = visible & (new[None, :] <= query[:, None])
-    s = tl.where(visible, _scores(x, _wide(y), BM) * scale, float("-inf"))
+    s = tl.where(visible, _scores(x, wide(y), BM) * scale, float("-inf"))
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, E_PADDED), tl.float32)
-    acc, peak, total = _weighed(s, _wide(z), acc, peak, total, BM)
+    acc, peak, total = _weighed(s, wide(z), acc, peak, total, BM)
 
     key = tl.arange(0, BN)
     if past_k is not None:
@@ -255,9 +246,9 @@ def decode_kernel(
             old_v = _load(past_v, at, known, past_v_steps, E, E_PADDED, PAST_V_UNITS)
             _store(present_k, at, old_k, at < stop, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
             _store(present_v, at, old_v, at < stop, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
-            old = _scores(x, _wide(old_k), BM) * scale
+            old = _scores(x, wide(old_k), BM) * scale
             old = tl.where((at < tl.minimum(stop, seen))[None, :], old, float("-inf"))
-            acc, peak, total = _weighed(old, _wide(old_v), acc, peak, total, BM)
+            acc, peak, total = _weighed(old, wide(old_v), acc, peak, total, BM)
 
     begin, stop = _part(start + NEW, rows, split, BN, SPLITS)
     empty_k = tl.zeros((BN, D_PADDED), present_k.dtype.element_ty)

@@ -81,3 +81,12 @@ def rounded(value, TYPE: tl.constexpr):
 def store_type(value, pointer):
     """`value` in the type that `pointer` points to."""
     return rounded(value, pointer.dtype.element_ty)
+
+
+@triton.jit
+def wide(x):
+    """What products take: in the interpreter, which computes half precision wrongly, float32."""
+    if INTERPRETED:
+        return x.to(tl.float32)
+    else:
+        return x
