@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from infera_kernels.cpu.packed import added
 from infera_kernels.portable.activation import activation as plain_activation
 from infera_kernels.portable.conv import convolution
 from infera_kernels.portable.pool import average_pool, max_pool
+from tests.allocations import transient
 
 DIRECT, WINOGRAD = 2e-6, 5e-6
 """Largest error of float32, relative to the largest magnitude of the result."""
@@ -100,17 +100,7 @@ def assert_near(y: Array, want: Array, bound: float) -> None:
 
 
 def allocated(calls: Sequence[Call]) -> int:
-    """The most bytes that a warm run has in use above what it started with."""
-    run(calls)
-    tracemalloc.start()
-    try:
-        run(calls)
-        level, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        run(calls)
-        return tracemalloc.get_traced_memory()[1] - level
-    finally:
-        tracemalloc.stop()
+    return transient(lambda: run(calls))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, product
@@ -18,6 +17,7 @@ from infera_gpu.graph import HostArray
 from infera_gpu.op import Call, Case, Op, Registry, Site
 from infera_gpu.spec import TensorSpec, spec_of
 from infera_kernels.jit import installed
+from tests.allocations import transient
 from tests.buffers import GuardedBuffers
 from tests.cases import OLDEST, assert_close, compute, inputs_of, opset_of, run, site_of, wrong
 from tests.oracle import oracle
@@ -37,21 +37,13 @@ ALLOWANCE = 4096
 
 
 def allocated(calls: Sequence[Call]) -> int:
-    """Bytes allocated at the peak of a second run.
+    """Bytes allocated at the peak of a warm run.
 
     NumPy's iterators copy broadcast operands through buffers of their own; the smallest buffers leave only arrays.
     """
     with np.errstate():
         np.setbufsize(16)
-        tracemalloc.start()
-        try:
-            run(calls)
-            before = tracemalloc.get_traced_memory()[0]
-            tracemalloc.reset_peak()
-            run(calls)
-            return tracemalloc.get_traced_memory()[1] - before
-        finally:
-            tracemalloc.stop()
+        return transient(lambda: run(calls))
 
 
 def others_of(op: Op, case: Case) -> tuple[HostArray | None, ...]:
