@@ -18,6 +18,7 @@ import mmap
 import re
 import secrets
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -96,13 +97,6 @@ class Key:
         """Whether this model is told of: one in its scope, and to who manages models any."""
         return self.management or self.allows(model)
 
-    def spend(self, now: float) -> None:
-        """Account for a request at a time of `time.monotonic`. Raises Overloaded over the rate."""
-        if self.rate is not None and (wait := self.bucket.take(self.rate, now)):
-            raise Overloaded(
-                f"key '{self.name}' may send {self.rate:g} requests a second; send the request again later", wait
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -113,6 +107,8 @@ class Access:
 
     keys: Mapping[str, Key] = field(default_factory=dict)
     open_management: bool = True
+    refused: Counter[str] = field(default_factory=Counter)
+    """Requests that were not let in, by why: "no_key", "unknown_key", "scope", "rate" or "management"."""
 
     @property
     def is_open(self) -> bool:
@@ -133,6 +129,7 @@ class Access:
         key = self.keys.get(name) if prefix == PREFIX else None
         digest = sha256(secret.encode("utf-8", "surrogateescape")).digest()
         if not hmac.compare_digest(digest, key.digest if key else bytes(len(digest))) or key is None:
+            self.refused["unknown_key" if token else "no_key"] += 1
             if not token:
                 raise Unauthorized("an API key is needed: send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
             raise Unauthorized("the API key is not known here")
@@ -146,9 +143,17 @@ class Access:
         key = self.identify(credentials)
         if key is not None:
             if not key.allows(model):
-                raise Forbidden(_not_for(key, model))
-            key.spend(now)
+                raise self._out_of_scope(key, model)
+            self.spend(key, now)
         return key
+
+    def spend(self, key: Key, now: float) -> None:
+        """Account for a request with this key at a time of `time.monotonic`. Raises Overloaded over its rate."""
+        if key.rate is not None and (wait := key.bucket.take(key.rate, now)):
+            self.refused["rate"] += 1
+            raise Overloaded(
+                f"key '{key.name}' may send {key.rate:g} requests a second; send the request again later", wait
+            )
 
     def admit_reader(self, credentials: str, model: str | None) -> Key | None:
         """The key of who asks about a model, or about none by its name; None where no keys are asked for.
@@ -158,7 +163,7 @@ class Access:
         """
         key = self.identify(credentials)
         if key is not None and model is not None and not key.reads(model):
-            raise Forbidden(_not_for(key, model))
+            raise self._out_of_scope(key, model)
         return key
 
     def check_management(self, credentials: str) -> Key | None:
@@ -169,23 +174,25 @@ class Access:
         if self.keys:
             key = self.identify(credentials)
             if key is None or not key.management:
+                self.refused["management"] += 1
                 raise Forbidden("the API key is not for management")
             return key
         if not self.open_management:
+            self.refused["management"] += 1
             raise Forbidden(
                 "management is closed, since the server listens on more than this machine without API keys; "
                 "start it with --api-keys, or with --open-management"
             )
         return None
 
+    def _out_of_scope(self, key: Key, model: str) -> Forbidden:
+        self.refused["scope"] += 1
+        return Forbidden(f"key '{key.name}' is not for model '{short(model)}'")
+
 
 def readable(key: Key | None, model: str) -> bool:
     """Whether who came with this key, or with None where none are asked for, is told of a model."""
     return key is None or key.reads(model)
-
-
-def _not_for(key: Key, model: str) -> str:
-    return f"key '{key.name}' is not for model '{short(model)}'"
 
 
 def is_local(host: str) -> bool:

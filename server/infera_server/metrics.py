@@ -27,6 +27,7 @@ from infera_server.scheduling.goal import Goal
 from infera_server.scheduling.jobs import Batch
 
 if TYPE_CHECKING:
+    from infera_server.access import Access
     from infera_server.models.repository import Repository
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -247,14 +248,15 @@ class Extract:
 
 
 class Exposition:
-    """A Prometheus collector over a repository's models and the machine's GPUs."""
+    """A Prometheus collector over a repository's models, who was not let in to them, and the machine's GPUs."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
+    def __init__(self, repository: Repository, access: Access) -> None:
+        self._repository, self._access = repository, access
         self._telemetry = Telemetry()
 
     def collect(self) -> Iterable[Metric]:
         yield from self._models()
+        yield from self._refused()
         yield from self._gpus()
 
     def _models(self) -> Iterator[Metric]:
@@ -318,6 +320,13 @@ class Exposition:
                 family.add_metric(key, list(histogram.cumulative()), histogram.total)
         yield from (requests, rejected, padding, waste, depth, info, *histograms.values())
         yield from (family for family in (*goals.values(), *kept.values(), cache) if family.samples)
+
+    def _refused(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("infera_access_refused", "Requests not let in, by reason.", labels=["reason"])
+        for reason, count in sorted(self._access.refused.items()):
+            family.add_metric([reason], count)
+        if family.samples:
+            yield family
 
     def _gpus(self) -> Iterator[Metric]:
         readings = self._telemetry.read()

@@ -131,24 +131,25 @@ def test_scopes() -> None:
 
 def test_rates() -> None:
     """Two seconds' worth at once, then one each tenth of a second."""
-    key = Key("a", b"", rate=10.0)
+    access, key = Access(), Key("a", b"", rate=10.0)
     for _ in range(20):
-        key.spend(100.0)
+        access.spend(key, 100.0)
     with pytest.raises(Overloaded) as refused:
-        key.spend(100.0)
+        access.spend(key, 100.0)
     assert refused.value.retry_after == pytest.approx(0.1)
     with pytest.raises(Overloaded):
-        key.spend(100.09)
-    key.spend(100.11)
+        access.spend(key, 100.09)
+    access.spend(key, 100.11)
     with pytest.raises(Overloaded):
-        key.spend(100.11)
+        access.spend(key, 100.11)
     for _ in range(20):
-        key.spend(200.0)
+        access.spend(key, 200.0)
     slow = Key("b", b"", rate=0.01)
-    slow.spend(0.0)
+    access.spend(slow, 0.0)
     with pytest.raises(Overloaded):
-        slow.spend(99.0)
-    slow.spend(101.0)
+        access.spend(slow, 99.0)
+    access.spend(slow, 101.0)
+    assert access.refused == {"rate": 4}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,7 @@ def test_a_known_head_is_still_within_its_rate() -> None:
             sock.sendall(http_request(BODY, headers=f"Authorization: Bearer {keys['few']}\r\n"))
             found.append(read_reply(stream)[0])
         assert found == [200, 200, 429, 429]
+        assert access.refused == {"rate": 2}
 
 
 @pytest.mark.parametrize(

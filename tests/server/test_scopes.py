@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -126,3 +127,28 @@ def test_grpc_tells_as_much(served: tuple[Running, dict[str, str]], key: str) ->
             assert call(made, method, message_of(f"{method}Request"), metadata).code == "OK"
         nowhere = call(made, "ModelReady", message_of("ModelReadyRequest", name="nowhere"), metadata)
         assert nowhere.code == ("PERMISSION_DENIED" if key == "some" else "OK")
+
+
+def refusals(served: tuple[Running, dict[str, str]]) -> dict[str, float]:
+    _, text = ask(served, "all", "/metrics")
+    found = re.findall(r'^infera_access_refused_total\{reason="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    return {reason: float(count) for reason, count in found}
+
+
+def test_who_is_not_let_in_is_counted(served: tuple[Running, dict[str, str]]) -> None:
+    running, keys = served
+    before = refusals(served)
+    infer = "/v2/models/theirs/infer"
+    asked = {
+        "scope": (3, infer, keys["some"], 403),
+        "no_key": (2, infer, "", 401),
+        "unknown_key": (4, infer, "Bearer infera_some_guess", 401),
+        "management": (1, "/v2/repository/models/theirs/load", keys["some"], 403),
+    }
+    for times, path, key, status in asked.values():
+        for _ in range(times):
+            assert running.request("POST", path, b"{}", {"Authorization": key})[0] == status
+    after = refusals(served)
+    assert {reason: after[reason] - before.get(reason, 0) for reason in after} == {
+        reason: times for reason, (times, *_) in asked.items()
+    }

@@ -60,7 +60,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
         redoc_url=None,
     )
     repository = service.repository
-    exposition = Exposition(repository)
+    exposition = Exposition(repository, service.access)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:

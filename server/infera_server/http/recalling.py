@@ -40,7 +40,7 @@ class Recalling(Replying):
         now, model, refusal = time.monotonic(), None, None
         try:
             if head.key is not None:
-                head.key.spend(now)
+                self.service.access.spend(head.key, now)
             model = self.service.model(*head.target)
         except RequestError as error:
             refusal = error

@@ -101,7 +101,7 @@ class _Stream:
         name, asked = self._target[0], None
         try:
             if self._key is not None:
-                self._key.spend(time.monotonic())
+                self._service.access.spend(self._key, time.monotonic())
             model = self._service.model(*self._target)
             with counted_if_refused(model):
                 asked, nbytes = await self._read(message, model)

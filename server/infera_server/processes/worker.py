@@ -143,7 +143,10 @@ class Worker:
         return None, b""
 
     async def _counted(self, told: Any, body: bytes) -> Content:
-        return [[number, model.stats.handed_over()] for number, model in self._mirror.fronts.items()], b""
+        found = [[number, model.stats.handed_over()] for number, model in self._mirror.fronts.items()]
+        refused = dict(self._service.access.refused)
+        self._service.access.refused.clear()
+        return {"models": found, "refused": refused}, b""
 
     async def _drain(self, deadline: Any, body: bytes) -> Content:
         """Refuse new requests; answers once those accepted are answered."""

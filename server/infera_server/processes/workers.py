@@ -239,7 +239,8 @@ class Workers(Audience):
     async def _count_of(self, worker: Worker) -> None:
         with suppress(Unavailable):
             counted, _ = await worker.channel.ask("counted")
-            for number, found in counted:
+            self._service.access.refused.update(counted["refused"])
+            for number, found in counted["models"]:
                 if (model := self._numbers.models.get(number)) is not None:
                     model.stats.add(found)
 
