@@ -7,7 +7,9 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from tempfile import TemporaryFile
 from typing import Literal, TypeAlias
 
@@ -153,6 +155,30 @@ def _cupy() -> Iterator[Finding]:
         yield Finding("CuPy", "problem" if reason else "ok", f"{told}: {reason}" if reason else told)
 
 
+def _libraries() -> Iterator[Finding]:
+    """What CuPy loads of CUDA, which is in none of its wheels."""
+    if find_spec("cupy") is None:
+        return
+    try:
+        from cupy.cuda import nvrtc
+
+        yield Finding("NVRTC", "ok", "{}.{} compiles CuPy's functions".format(*nvrtc.getVersion()))
+    except Exception as error:  # of cuda-pathfinder, where no library is found
+        advice = "infera-gpu[cuda12] or [cuda13] brings it, and so does a CUDA toolkit"
+        yield Finding("NVRTC", "problem", f"cannot be loaded, and compiles CuPy's functions: {_line(error)}; {advice}")
+    try:
+        import_module("cupy_backends.cuda.libs.cublas")
+        yield Finding("cuBLAS", "ok", "multiplies what has no kernel here: float64, integers")
+    except Exception as error:
+        advice = "infera-gpu[cublas12] or [cublas13] brings it, and so does a CUDA toolkit"
+        told = f"float64 and integers cannot be multiplied on a GPU: {_line(error)}; {advice}"
+        yield Finding("cuBLAS", "absent", told)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _triton() -> Iterator[Finding]:
     found = _version("triton")
     if found is None:
@@ -265,6 +291,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("numba", _numba),
     ("NVIDIA driver", _driver),
     ("CuPy", _cupy),
+    ("CUDA libraries", _libraries),
     ("Triton", _triton),
     ("cuBLASLt", _cublaslt),
     ("cuDNN", _cudnn),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +116,37 @@ def test_doctor_says_which_cuda_cupy_is_for(
     monkeypatch.setattr(cuda, "why_unavailable", lambda: "no usable driver" if ":" in says else None)
     (found,) = doctor._cupy()
     assert found == doctor.Finding("CuPy", "problem" if ":" in says else "ok", f"cupy-cuda12x 14.2.0 {says}")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_doctor_knows_what_cupy_loads_of_cuda(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    def found() -> tuple[int, int]:
+        if not there:
+            raise RuntimeError("Failure finding\n'libnvrtc.so.13'")
+        return 13, 1
+
+    def module(name: str) -> Any:
+        assert name == "cupy_backends.cuda.libs.cublas"
+        if not there:
+            raise ImportError("libcublas.so.13: no such file")
+
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor, "import_module", module)
+    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nvrtc=SimpleNamespace(getVersion=found)))
+    nvrtc, cublas = doctor._libraries()
+    if there:
+        assert (nvrtc.state, cublas.state) == ("ok", "ok")
+        assert nvrtc.detail.startswith("13.1 ")
+    else:
+        assert (nvrtc.state, cublas.state) == ("problem", "absent")
+        assert "Failure finding 'libnvrtc.so.13'; infera-gpu[cuda12]" in nvrtc.detail
+        assert "[cublas13]" in cublas.detail
+
+
+def test_doctor_does_not_look_for_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert not list(doctor._libraries())
 
 
 @pytest.mark.parametrize(

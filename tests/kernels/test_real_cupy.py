@@ -180,3 +180,13 @@ def test_doctor_names_the_extra_that_is_installed() -> None:
     package = f"cupy-cuda{made[0]}x"
     assert found.detail.startswith(f"{package} {version(package)} for CUDA {made[0]}")
     assert (found.state, ": " in found.detail) in (("ok", False), ("problem", True))
+
+
+def test_the_extra_brings_what_compiles_cupys_functions() -> None:
+    """And doctor says so. cuBLAS, which is half a gigabyte, is an extra of its own."""
+    findings = {finding.subject: finding for finding in doctor.examine()}
+    assert findings["NVRTC"].state == "ok"
+    compiled_for = releases()[0]
+    assert compiled_for is not None
+    assert findings["NVRTC"].detail.startswith(f"{compiled_for[0]}.")
+    assert findings["cuBLAS"].state == findings["cuBLASLt"].state
