@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import threading
@@ -171,6 +172,9 @@ def settle() -> None:
     long as there are objects of models."""
     gc.collect()
     gc.freeze()
+
+
+atexit.register(gc.unfreeze)  # libraries complain of what is never freed: Triton's does, in thirty lines
 
 
 def return_memory() -> None:
