@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,16 @@ from infera_gpu.graph_cache import entry_of
 from infera_gpu.lease import Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import PRECISIONS, Precision
+from infera_gpu.passes import HALVES, PRECISIONS, Precision
 from infera_gpu.passes.gradient import differentiated
+from infera_gpu.passes.int8 import WORTH, is_quantised
 from infera_gpu.plan_cache import KeptPlans
 from infera_gpu.session import TUNING_SECONDS, Session
 from infera_gpu.source import Source
 from infera_gpu.spec import TensorSpec
 from infera_gpu.supported import check_supported
+
+_log = logging.getLogger(__name__)
 
 registry()  # what most models need is imported with the package
 
@@ -117,6 +121,8 @@ def load(
         batch_invariant=batch_invariant,
         budget=budget,
     )
+    if device == "auto" and opened.space == "host" and precision in HALVES:
+        _log.warning("there is no GPU: precision='%s' is computed on the CPU, slower than in fp32", precision)
     again = partial(load_graph, os.path.abspath(model), mapped) if isinstance(model, str | os.PathLike) else None
     try:
         began = time.thread_time()
@@ -125,6 +131,14 @@ def load(
         if (graph := optimised) is None:
             graph = differentiated(load_graph(model, mapped, opened.room))
             check_supported(graph, registry())
+            if precision == "int8" and not is_quantised(graph):
+                _log.warning(
+                    "'%s': precision='int8' changes nothing: no float32 product has known weights of %s elements or "
+                    "more; convolutions, and what loops and branches compute, stay float32",
+                    graph.name,
+                    f"{WORTH:,}",
+                )
+                entry = None  # a graph that is kept would not warn
         session = Session(
             graph,
             opened,

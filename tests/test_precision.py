@@ -15,6 +15,7 @@ import pytest
 import infera_gpu
 from bench.build import bert, gpt2_step
 from infera_gpu.departures import departures
+from infera_gpu.devices import cuda
 from infera_gpu.errors import InputError
 from infera_gpu.graph import Graph
 from infera_gpu.loader import load_graph
@@ -25,6 +26,8 @@ from infera_gpu.passes.int8 import by_columns, quantised
 from infera_gpu.verify import TOLERANCES, compare
 from tests.commandline import assert_fails, infera
 from tests.text import parse
+
+ROOT = Path(__file__).parents[1]
 
 WEIGHTS = ", ".join(f"{v:.3f}" for v in np.random.default_rng(0).uniform(-1, 1, 64 * 64))
 
@@ -393,6 +396,19 @@ def test_weights_that_are_computed_stay_as_they_are(weight: str) -> None:
     assert quantised(graph) is graph
 
 
+def test_half_precision_without_a_gpu_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a GPU is expected. Whoever asks for the CPU means to check results."""
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "no driver")
+    model = parse("half (float[1, 8] x) => (float[1, 8] y) { y = Relu(x) }")
+    infera_gpu.load(model, precision="fp32")
+    infera_gpu.load(model, device="cpu", precision="fp16")
+    assert not caplog.messages
+    infera_gpu.load(model, precision="bf16")
+    assert caplog.messages == ["there is no GPU: precision='bf16' is computed on the CPU, slower than in fp32"]
+
+
 def test_integers_that_nothing_is_computed_in_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     text = """
         nothing_to_quantise (float[1, 3, 8, 8] x) => (float[1, 2, 8, 8] y) <float[2, 3, 1, 1] w = {1, 2, 3, 4, 5, 6}> {
@@ -401,11 +417,22 @@ def test_integers_that_nothing_is_computed_in_are_told_once(caplog: pytest.LogCa
     infera_gpu.load(parse(text), device="cpu", precision="int8")
     (told,) = caplog.messages
     assert "'nothing_to_quantise': precision='int8' changes nothing" in told
-    assert "convolutions stay float32" in told
+    assert "convolutions, and what loops and branches compute, stay float32" in told
     caplog.clear()
     infera_gpu.load(small_bert()[0], device="cpu", precision="int8")
     infera_gpu.load(parse(text), device="cpu")
     assert not caplog.messages
+
+
+def test_every_load_tells_that_nothing_is_computed_in_integers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of a model does not keep it from that."""
+    monkeypatch.setenv("INFERA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("INFERA_GRAPH_CACHE", "1")
+    for _ in range(4):
+        infera_gpu.load(ROOT / "examples/data/smalltype.onnx", device="cpu", precision="int8")
+    assert ["changes nothing" in told for told in caplog.messages] == [True] * 4
 
 
 @pytest.mark.kernels

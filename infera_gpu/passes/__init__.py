@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +68,7 @@ from infera_gpu.passes.draft import Draft
 from infera_gpu.passes.engine import Fusions, exhaust
 from infera_gpu.passes.fold import drop_dead, fold_constants
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, halved
-from infera_gpu.passes.int8 import WORTH, quantised
+from infera_gpu.passes.int8 import quantised
 from infera_gpu.passes.known import Known
 from infera_gpu.passes.layout import convert
 from infera_gpu.passes.quantized_norm import quantized_norms
@@ -77,8 +76,6 @@ from infera_gpu.passes.same import drop_outputs, remove_identities, share_values
 from infera_gpu.passes.siblings import Siblings, joined
 from infera_gpu.passes.signed import signed
 from infera_gpu.spec import DType, OptionalSpec
-
-_log = logging.getLogger(__name__)
 
 Precision: TypeAlias = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -173,14 +170,7 @@ class _Passes:
         if any(n.subgraphs for n in graph.nodes):
             graph = replace(graph, nodes=tuple(map(self.inside, graph.nodes)))
         if precision == "int8":
-            before, graph = graph, self.changed("int8", graph, quantised(graph))
-            if graph is before:
-                _log.warning(
-                    "'%s': precision='int8' changes nothing: no float32 product has known weights of %s elements or "
-                    "more; convolutions stay float32",
-                    graph.name,
-                    f"{WORTH:,}",
-                )
+            graph = self.changed("int8", graph, quantised(graph))
         if not quant.INTEGERS.isdisjoint(self.kinds):
             integers = "cpu" not in self.kinds
             if integers:

@@ -46,6 +46,12 @@ def quantised(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes), constants={k: v for k, v in constants.items() if k in read})
 
 
+def is_quantised(graph: Graph) -> bool:
+    """Whether `quantised` changes it."""
+    draft = Draft(graph)
+    return any(_weight(draft, n) is not None for n in graph.nodes)
+
+
 def _weight(draft: Draft, n: Node) -> HostArray | None:
     """The right side as (depth, columns), of a product that can be one of integers; None of any other node."""
     if n.qualified not in ("MatMul", "Gemm") or len(n.inputs) < 2:
