@@ -98,7 +98,8 @@ def planned(
         with _bound(build(), feeds, precision, launcher, batch_invariant=batch_invariant):
             pass
 
-    return Job(f"{name} {precision}{' batch invariant' if batch_invariant else ''}", run)
+    invariant = " batch invariant" if batch_invariant else ""
+    return Job(f"{name} {precision}{invariant}", run, shared=not batch_invariant)
 
 
 def _row(row: Row, launcher: CudaLauncher) -> None:

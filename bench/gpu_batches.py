@@ -55,8 +55,7 @@ def _measured(
     context: Context, graph: Graph, feeds: Feeds, alone: Sequence[int], precision: Precision, *, batch_invariant: bool
 ) -> dict[str, Any]:
     """The entries that differ from those of the batch, and seconds of the GPU for one and for the batch."""
-    device = context.open()
-    device.batch_invariant = batch_invariant
+    device = context.open(batch_invariant=batch_invariant)
     with Session(graph, device, precision=precision) as session:
         whole = session.run(feeds)
         differ = []

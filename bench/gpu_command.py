@@ -119,9 +119,9 @@ def command(
     return int("failed" in states or "ok" not in states)
 
 
-def opened(name: str, *, measured: bool) -> Any:
+def opened(name: str, *, measured: bool, batch_invariant: bool = False) -> Any:
     """A device, whose kernels go by what has been `measured` or by predicted tiles alone."""
-    device: Any = open_device(name)
+    device: Any = open_device(name, batch_invariant=batch_invariant)
     if not measured and device.tiles is not None:
         device.tiles = device.tiles.unmeasured()
     return device

@@ -151,7 +151,7 @@ def memory(context: Context, build: Callable[[], onnx.ModelProto] = wide) -> Res
         "nvml_used_closed": nvml_closed,
     }
     problems = []
-    if later < first:
+    if later < first - SLACK:  # the second run makes a CUDA graph
         problems.append(f"runs after the first took {first - later:,} bytes")
     if closed < before - SLACK:
         problems.append(f"{before - closed:,} bytes are missing after close()")

@@ -107,10 +107,10 @@ class OwnCases:
 
 @dataclass(frozen=True)
 class Context:
-    """`open` makes a new device; sections stop taking up work at `deadline`, by time.monotonic. `card` is the GPU's
-    peaks, where it is listed; `reading` says its clock, power and temperature."""
+    """`open` makes a new device, with or without `batch_invariant`; sections stop taking up work at `deadline`, by
+    time.monotonic. `card` is the GPU's peaks, where it is listed; `reading` says its clock, power and temperature."""
 
-    open: Callable[[], Any]
+    open: Callable[..., Any]
     deadline: float
     card: Device | None = None
     cases: Cases = field(default_factory=OwnCases)

@@ -21,6 +21,7 @@ from bench.gpu_parity import OURS, PEER
 from bench.gpu_report import CheckFailed, Context, Section
 from bench.gpu_tma import tma
 from infera_gpu.devices import cuda
+from infera_gpu.loader import load_graph
 from infera_gpu.op import Call, Op
 from infera_gpu.passes import layout
 from infera_gpu.verify import compare
@@ -72,8 +73,8 @@ def opener(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Context]:
     monkeypatch.setattr(cuda, "find_spec", lambda name: object())
 
     def context(launcher: Any) -> Context:
-        def opened() -> cuda.CudaDevice:
-            device = cuda.CudaDevice(0)
+        def opened(*, batch_invariant: bool = False) -> cuda.CudaDevice:
+            device = cuda.CudaDevice(0, batch_invariant=batch_invariant)
             device._launcher = Streamed(launcher(), device._stream)
             return device
 
@@ -231,6 +232,13 @@ def test_entries_of_a_batch(opener: Callable[[Any], Context], monkeypatch: pytes
         == "small fp32 b1 1.00 ms (1.00x), b3 1.00 ms (1.00x); small fp16 b1 1.00 ms (1.00x), b3 1.00 ms (1.00x)"
     )
     assert facts["small fp16"]["with"]["seconds"].keys() == {1, 3}
+    made = FakeCublasLt()
+    context = opener(lambda: with_library(WatchingLauncher(), made))
+    for option in (False, True):
+        made.asked.clear()
+        feeds = gpu_models.bert_feeds(3, 5, 100)
+        gpu_batches._measured(context, load_graph(small()), feeds, (0,), "fp16", batch_invariant=option)
+        assert bool(made.asked) is not option, "a library promises nothing of a batch"
     mixing = "g (float[N, 4] x) => (float[N, 4] y) { m = ReduceMean <axes = [0]> (x) y = Sub(x, m) }"
     monkeypatch.setattr(
         gpu_batches, "NETWORKS", {"mixing": (lambda: parse(mixing), lambda batch: {"x": MIXED[:batch]})}

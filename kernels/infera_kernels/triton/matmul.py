@@ -182,7 +182,7 @@ def matmul(
     if partial is None:
         args = {**turned, **sums, **epilogue}
         product, strides = None, [s[-2:] for s in (a_strides, b_strides, out_strides, residual_strides)]
-        if workspace is not None and tile is None and precision in (IEEE, TF32):
+        if workspace is not None and tile is None and not invariant and precision in (IEEE, TF32):
             product = product_of(args, strides, walked, activation=activation, tf32=precision == TF32)
         how["factors"] = None if invariant else factors_of(args, strides, walked, launcher)
         return [_sums(args, 1, act, launcher, precision, tile, end=end, product=product, workspace=workspace, **how)]
