@@ -57,9 +57,9 @@ def _scatter(xp: Any, out: Array, where: tuple[Array, ...], updates: Array, redu
     return out
 
 
-_ATOMICALLY_ADDED = frozenset({"int32", "uint32", "int64", "uint64", "float16", "float32", "float64"})
-"""What CuPy 14's `add.at` takes. Its `multiply.at` takes nothing; `maximum.at` and `minimum.at` drop NaN, and compare
-float64 as float32."""
+_ATOMICALLY_ADDED = frozenset({"int32", "uint32", "int64", "uint64"})
+"""What CuPy 14's `add.at` adds in any order. Floats would have other last bits every time. Its `multiply.at` takes
+nothing; `maximum.at` and `minimum.at` drop NaN, and compare float64 as float32."""
 
 
 def _meet(xp: Any, combine: Any, out: Array, where: tuple[Array, ...], updates: Array) -> None:

@@ -47,12 +47,13 @@ def gather_blocks_kernel(
     SIGN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """TILE values of the row that index program_id(1) names, of `lines` times K, dequantised; 0 outside of the table.
+    """TILE values of the row that an index names, of `lines` times K, dequantised; 0 outside of the table.
 
-    Without `zero` the zero point is `middle`.
+    Programs follow each other along a row, then from index to index. Without `zero` the zero point is `middle`.
     """
-    at = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tiles = (lines * K + TILE - 1) // TILE
+    at = (tl.program_id(0) // tiles).to(tl.int64)
+    e = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     row = tl.full((TILE,), 0, tl.int64) + tl.load(indices + at)
     row = tl.where(row < 0, row + rows, row)
     inside = (e < lines * K) & (row >= 0) & (row < rows)
@@ -69,6 +70,11 @@ def gather_blocks_kernel(
     tl.store(out + at * (lines * K) + e, store_type(made, out), mask=e < lines * K)
 
 
+def _programs(count: int, row: int) -> int:
+    """How many make `count` rows of so many values."""
+    return count * ceil_div(row, min(next_power_of_two(row), _TILE)) if row else 0
+
+
 def supports_gather_blocks(table: Typed, indices: Typed, scale: Typed, zero: Typed | None, out: Typed) -> bool:
     """A table of a type of TABLES, its zero points of the same, int32 or int64 indices into its first axis, scales of
     float32, float16 or bfloat16, the output's type."""
@@ -78,8 +84,8 @@ def supports_gather_blocks(table: Typed, indices: Typed, scale: Typed, zero: Typ
         and name_of(indices) in ("int32", "int64")
         and name_of(scale) in FLOATS
         and name_of(out) == name_of(scale)
-        and math.prod(indices.shape) < 2**16
         and math.prod(out.shape[len(indices.shape) :]) <= INT32_MAX - _TILE
+        and _programs(math.prod(indices.shape), math.prod(out.shape[len(indices.shape) :])) <= INT32_MAX
     )
 
 
@@ -128,5 +134,5 @@ def gather_blocks(
         "SIGN": TABLES[name_of(table)],
         "TILE": tile,
     }
-    grid = (ceil_div(lines * k, tile), count)
+    grid = (_programs(count, lines * k),)
     return [launcher.launch(gather_blocks_kernel, grid, args, known, num_warps=4)]
