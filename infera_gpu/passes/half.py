@@ -254,15 +254,22 @@ class _Conversion:
         return self.halves[value]
 
     def bounded(self, value: str) -> str:
-        """The value within what half precision holds: what is computed or given may be beyond it."""
+        """The value within what half precision holds: what is computed or given may be beyond it. Infinities stay: a
+        row of a mask that has no other value is one that sees nothing."""
         most = LARGEST[self.dtype]
-        low, high, name = (made_name(value, what) for what in ("lowest", "highest", "bounded"))
+        low, high, name, within, endless = (
+            made_name(value, what) for what in ("lowest", "highest", "bounded", "within", "endless")
+        )
         if own_opset(self.graph, 11):  # older ones say them as attributes
             opset = own_opset(self.graph, 6)
-            self.nodes.append(Node("Clip", (value,), (name,), {"min": -most, "max": most}, opset=opset))
+            self.nodes.append(Node("Clip", (value,), (within,), {"min": -most, "max": most}, opset=opset))
         else:
             self.constants |= {low: np.array(-most, FLOAT32), high: np.array(most, FLOAT32)}
-            self.nodes.append(Node("Clip", (value, low, high), (name,)))
+            self.nodes.append(Node("Clip", (value, low, high), (within,)))
+        self.nodes += [
+            Node("IsInf", (value,), (endless,), opset=own_opset(self.graph, 10)),
+            Node("Where", (endless, value, within), (name,), opset=own_opset(self.graph, 9)),
+        ]
         return name
 
     def widened(self, value: str) -> str:
