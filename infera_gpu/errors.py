@@ -102,11 +102,15 @@ class DeviceLostError(DeviceError):
 
 
 class OutOfMemoryError(DeviceError):
-    """`what` needs `needed` bytes where only `available` are, of a `limit` if one was set; nothing was allocated."""
+    """`what` needs `needed` bytes, 0 where that is not known, and only `available` are there, of a `limit` if one was
+    set; nothing was allocated."""
 
     def __init__(self, what: str, *, needed: int, available: int, limit: int | None = None) -> None:
         self.needed, self.available, self.limit = needed, available, limit
         within = "" if limit is None else f" of a vram_limit of {limit:,}"
+        if not needed:
+            super().__init__(f"{what} needs more memory than CUDA gives; {available:,} bytes{within} are available")
+            return
         missing = needed - available
         lack = f"({missing:,} missing)" if missing > 0 else "but not to this process, or not in one piece"
         super().__init__(f"{what} needs {needed:,} bytes, {available:,}{within} are available {lack}")

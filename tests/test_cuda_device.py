@@ -373,3 +373,61 @@ def test_a_library_that_fails_because_the_gpu_is_lost_says_that(cupy: Any, monke
     with pytest.raises(DeviceLostError, match="a run met 'cudnnBackendExecute failed with status 5000'") as caught:
         session.run({"x": np.ones(3, np.float32)})
     assert "boom" in caught.value.__notes__[0]
+
+
+class CUBLASError(RuntimeError):
+    """Of CuPy; its `status` is no number of CUDA's."""
+
+    __module__ = "cupy_backends.cuda.libs.cublas"
+    status = 700
+
+
+class CompileException(Exception):
+    __module__ = "cupy.cuda.compiler"
+
+
+class DynamicLibNotFoundError(RuntimeError):
+    __module__ = "cuda.pathfinder._dynamic_libs.load_dl_common"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED"), DeviceError, "failed in a run: CUBLAS_STATUS_EXECUTION_FAILED"),
+        (CUBLASError("CUBLAS_STATUS_ALLOC_FAILED"), OutOfMemoryError, "needs more memory than CUDA gives"),
+        (CompileException("nvrtc: error: x"), DeviceError, "failed in a run: nvrtc: error: x"),
+        (DynamicLibNotFoundError("libnvrtc.so.13"), DeviceError, "libnvrtc.so.13; `infera doctor` says which"),
+        (ImportError("libcublas.so.13: cannot open"), DeviceError, "cannot open; `infera doctor` says which"),
+        (KeyError("ours"), KeyError, "ours"),
+    ],
+    ids=lambda x: getattr(x, "__name__", type(x).__name__) if not isinstance(x, str) else "",
+)
+def test_what_fails_in_libraries_of_cupys_is_a_device_error(
+    cupy: Any, error: Exception, kind: type[Exception], says: str
+) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    cupy.exp = fail
+    with pytest.raises(kind, match=says) as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert type(caught.value) is kind
+    assert "boom" in caught.value.__notes__[0]
+    assert session.device.lost == ""
+
+
+def test_a_fault_that_a_library_of_cupys_meets_loses_the_gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fault(self: Any) -> None:
+        raise fake_cupy.CUDARuntimeError(700)
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(fake_cupy.Stream, "synchronize", fault)
+        raise CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED")
+
+    cupy.exp = fail
+    with pytest.raises(DeviceLostError, match="a run met 'CUBLAS_STATUS_EXECUTION_FAILED'"):
+        session.run({"x": np.ones(3, np.float32)})

@@ -179,6 +179,42 @@ def test_two_that_want_to_be_alone_do_not_wait_for_each_other() -> None:
     assert sorted(answers) in ([False, True], [True, True])
 
 
+def test_a_run_that_stays_inside_holds_up_nobody_for_long() -> None:
+    """One that plans a new shape does. Who would record goes on without; newcomers wait for a twentieth of the time."""
+    turnstile, planned, answers = Turnstile(), threading.Event(), []
+
+    def plan() -> None:
+        with turnstile.entered():
+            planned.wait(10)
+
+    planning = threading.Thread(target=plan)
+    planning.start()
+    waited, until = [], time.monotonic() + 1.5
+
+    def run() -> None:
+        while time.monotonic() < until:
+            began = time.monotonic()
+            with turnstile.entered():
+                waited.append(time.monotonic() - began)
+                with turnstile.alone() as alone:
+                    answers.append(alone)
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(answers)
+    assert max(waited) < 0.5
+    assert sum(waited) < 0.25 * 3 * 1.5
+    planned.set()
+    planning.join(10)
+    turnstile._resumes_at = 0.0
+    with turnstile.entered(), turnstile.alone() as alone:
+        assert alone
+
+
 def test_a_run_within_a_run_does_not_wait_for_a_recording() -> None:
     turnstile, started = Turnstile(), threading.Event()
 
@@ -254,7 +290,7 @@ def test_an_interrupt_while_waiting_to_be_alone_locks_nobody_out(monkeypatch: py
     with turnstile.entered():
         turnstile._inside += 1  # another run that goes on
 
-        def interrupted() -> None:
+        def interrupted(timeout: float) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:

@@ -47,6 +47,10 @@ LOST = frozenset(
 )
 """The errors, as the CUDA runtime and driver number them, after which every call in the process's context fails."""
 
+CUPY = frozenset({"cupy", "cupy_backends", "cupyx", "cuda"})
+"""Packages whose exceptions are failures of a GPU or of one of CUDA's libraries, each of a class and with numbers of
+its own. The last is cuda-pathfinder's, which looks for libraries."""
+
 WIDEST_LOAD = 16
 """Bytes. Kernels for arrays that are aligned less are others, which may add in another order."""
 
@@ -220,8 +224,13 @@ class CudaDevice:
             needed = int(getattr(error, "_size", nbytes))
             failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
             raise _with_notes(failure, error) from error
-        except (LibraryError, cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
-            status = self._met() if isinstance(error, LibraryError) else error.status
+        except Exception as error:
+            if isinstance(error, cuda.runtime.CUDARuntimeError | cuda.driver.CUDADriverError):
+                status = error.status
+            elif isinstance(error, LibraryError | ImportError) or type(error).__module__.split(".")[0] in CUPY:
+                status = self._met() or (OUT_OF_MEMORY if "ALLOC_FAILED" in str(error) else 0)
+            else:
+                raise
             if status in LOST:
                 _lost[self.index] = (
                     f"{self.name} is lost to this process: {what} met '{error}', and no call works after that; "
@@ -229,7 +238,9 @@ class CudaDevice:
                 )
                 raise _with_notes(DeviceLostError(self.lost), error) from error
             if status != OUT_OF_MEMORY:
-                raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}"), error) from error
+                missing = isinstance(error, ImportError) or type(error).__module__.startswith("cuda.")
+                advice = "; `infera doctor` says which of CUDA's libraries are there" if missing else ""
+                raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}{advice}"), error) from error
             available = self._free() if space == "device" else host_memory() or 0
             failure = OutOfMemoryError(f"{what} on {self.name}", needed=nbytes, available=available)
             raise _with_notes(failure, error) from error
@@ -300,6 +311,8 @@ class CudaDevice:
             )
             array = self.xp.ndarray(host.shape, host.dtype, memory)
             array.set(host, self._stream)
+            if packed:  # it is gone when this returns; where memory is coherent the GPU reads it as it lies
+                self._stream.synchronize()
         return array
 
     def transfer(self, source: Array, target: Array) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,12 @@ ENDED = range(900, 909)
 
 TRIES = 3
 """How often a recording may be ended by what it does not allow: any thread of the process can do that, once."""
+
+PATIENCE = 0.05, 1.0
+"""Seconds that one who records waits for the others at first, and at most: twice as long each time that some stayed."""
+
+PAUSE = 20
+"""Times as long as was waited in vain nobody waits again: others are held up for a twentieth of the time at most."""
 
 
 class Turnstile:
@@ -27,6 +34,7 @@ class Turnstile:
         self._inside = 0
         self._recording = False
         self._mine = threading.local()
+        self._patience, self._resumes_at = PATIENCE[0], 0.0
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -49,21 +57,32 @@ class Turnstile:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """For a run inside: True when no other is. False, at once, where another one waits for that already."""
+        """For a run inside: True when no other is. False where another one waits for that already, or where others stay
+        inside, as one does that plans: newcomers, who wait meanwhile, are not to wait for that."""
         with self._changed:
-            first = not self._recording
-            self._recording = True
+            first = not self._recording and self._may_wait()
+            self._recording |= first
         try:
-            if first:
-                with self._changed:
-                    while self._inside > 1:
-                        self._changed.wait()
-            yield first
+            yield first and self._waited()
         finally:
             if first:
                 with self._changed:
                     self._recording = False
                     self._changed.notify_all()
+
+    def _may_wait(self) -> bool:
+        return self._inside == 1 or time.monotonic() >= self._resumes_at
+
+    def _waited(self) -> bool:
+        """Whether all others left."""
+        with self._changed:
+            left = self._changed.wait_for(lambda: self._inside == 1, self._patience)
+            if left:
+                self._patience = PATIENCE[0]
+            else:
+                self._resumes_at = time.monotonic() + PAUSE * self._patience
+                self._patience = min(2 * self._patience, PATIENCE[1])
+            return left
 
 
 class Calls:
@@ -111,6 +130,7 @@ class CapturedCalls(Calls):
                 super().__call__()
                 self._graph = self._stream.end_capture()
             except BaseException as error:
+                error.add_note(f"in recording a CUDA graph of {len(self._calls)} launches, which takes memory, too")
                 if self._abandoned() not in ENDED and getattr(error, "status", 0) not in ENDED:
                     raise
                 self._ended += 1

@@ -56,6 +56,8 @@ class SharedVram:
         try:
             with self._device:
                 self._runtime.memcpy(target, source, nbytes, kind)
+                if kind == HOST_TO_DEVICE:  # which may return while the last bytes are on their way
+                    self._runtime.streamSynchronize(0)
         except self._runtime.CUDARuntimeError as error:
             raise DeviceError(f"a copy of {nbytes:,} bytes of shared GPU memory failed: {error}") from error
 

@@ -247,6 +247,7 @@ class Ipc:
         self.error = error
         self.allocations: dict[bytes, np.ndarray[Any, Any]] = {}
         self.opened: list[int] = []
+        self._under_way: list[tuple[int, int, int]] = []
 
     def open(self, handle: bytes, flags: int) -> int:
         if handle not in self.allocations:
@@ -260,7 +261,15 @@ class Ipc:
             a.ctypes.data <= device and device + nbytes <= a.ctypes.data + a.nbytes for a in self.allocations.values()
         ):
             raise self.error(1)
-        ctypes.memmove(target, source, nbytes)
+        if kind == 2:
+            ctypes.memmove(target, source, nbytes)
+        else:  # what is uploaded may be on its way when the call returns
+            self._under_way.append((target, source, nbytes))
+
+    def synchronize(self, stream: int) -> None:
+        assert stream == 0
+        while self._under_way:
+            ctypes.memmove(*self._under_way.pop(0))
 
 
 @pytest.fixture
@@ -269,6 +278,7 @@ def ipc(monkeypatch: pytest.MonkeyPatch) -> Ipc:
     runtime = fake.cuda.runtime
     made = Ipc(runtime.CUDARuntimeError)
     runtime.ipcOpenMemHandle, runtime.memcpy, runtime.ipcCloseMemHandle = made.open, made.copy, made.opened.remove
+    runtime.streamSynchronize = made.synchronize
     return made
 
 
