@@ -142,3 +142,55 @@ def test_the_first_to_differ_is_looked_for_as_the_model_is_run(
     assert "no value before the outputs differs" in out
     tested = [(d.tf32, d.batch_invariant) for d in opened if d.name == "recording"]
     assert tested == [want] * 2
+
+
+def save_overflowing(folder: Path) -> Path:
+    """Three depthwise convolutions, each with ReLU, the second of which makes values beyond float16's."""
+    weights = {f"w{i}": np.full((8, 1, 3, 3), scale, np.float32) for i, scale in enumerate((10, 1000, 1e-4))}
+    nodes = []
+    for i, (weight, value) in enumerate(zip(weights, ("x", "r0", "r1"), strict=True)):
+        nodes.append(helper.make_node("Conv", [value, weight], [f"c{i}"], pads=[1, 1, 1, 1], group=8))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
+    made = model(nodes, {"x": [1, 8, 32, 32]}, {"r2": [1, 8, 32, 32]})
+    made.graph.initializer.extend([numpy_helper.from_array(w, name) for name, w in weights.items()])
+    onnx.save(made, folder / "convover.onnx")
+    np.save(folder / "ones.npy", np.ones((1, 8, 32, 32), np.float32))
+    return folder / "convover.onnx"
+
+
+@pytest.mark.kernels
+def test_the_first_to_differ_is_found_where_channels_are_last(tmp_path: Path) -> None:
+    """A GPU's plan has values with channels last, under other names: they are put back, and as many are compared."""
+    path = save_overflowing(tmp_path)
+    given = ("verify", path, "-i", f"x={tmp_path / 'ones.npy'}", "--first", "--precision", "fp16", "--device")
+    lines = [infera(*given, device)[1].splitlines()[-1] for device in ("cpu", "recording")]
+    assert [line.partition(": ")[2].partition(" ")[2] for line in lines] == [lines[0].partition("FusedConv ")[2]] * 2
+    for line in lines:
+        assert line.startswith("first to differ, after 1 that agree: FusedConv")
+        assert "'r1': r1: [0, 0, 0, 0] is inf" in line
+    feeds = {"x": np.load(tmp_path / "ones.npy")}
+    for precision in ("fp16", "fp32"):
+        found = list(departures.departures(path, feeds, device="recording", precision=precision))
+        assert {d.difference.name for d in found} == {"r0", "r1", "r2"}
+
+
+def test_values_with_channels_last_are_compared_on_the_cpu(tmp_path: Path) -> None:
+    path = save_overflowing(tmp_path)
+    found = list(departures.departures(path, {"x": np.load(tmp_path / "ones.npy")}, device="cpu"))
+    assert {d.difference.name for d in found} == {"r0", "r1", "r2"}
+    assert all(d.difference.within(1e-5) for d in found)
+
+
+def test_little_that_could_be_compared_is_no_agreement(add: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(departures, "_counterpart", lambda name, known: None)
+    status, out, _ = infera("verify", add, "--device", "cpu", "--first")
+    assert status == 0
+    assert "no value before the outputs differs" not in out
+    assert "little could be compared: 0 values" in out
+
+
+def test_verify_says_where_nothing_is_rounded_to_tf32(add: Path) -> None:
+    for device in ("cpu", "recording"):
+        status, out, _ = infera("verify", add, "--device", device, "--precision", "tf32")
+        assert status == 0
+        assert f"{device} in float32 (only a GPU rounds to tf32: what that changes is not shown) against cpu" in out

@@ -88,8 +88,7 @@ def command(
     table(
         columns,
         [_row(d, peer.get(d.name), tolerance) for d in found],
-        title=f"{tested}{'' if precision == 'fp32' else f' in {precision}'} against {reference}, "
-        f"tolerance {tolerance:g} of the peak",
+        title=f"{tested}{_computed(tested, precision)} against {reference}, tolerance {tolerance:g} of the peak",
         right=(errors, ONNXRUNTIME, "peak"),
     )
     if first:
@@ -114,16 +113,33 @@ def _show_first(
     tolerance: float,
 ) -> None:
     """The first value inside the model that is not within the tolerance of the CPU's in float32."""
-    seen = 0
+    seen = made = 0
     with working("comparing every value"):
         for departure in departures(
             path, feeds, device=device, threads=threads, precision=precision, batch_invariant=batch_invariant
         ):
             if not departure.difference.within(tolerance):
-                print(f"first to differ, after {seen} that agree: {departure.node}: {departure.difference}")
+                unknown = f" and {departure.at - seen} that cannot be compared" if departure.at > seen else ""
+                print(f"first to differ, after {seen} that agree{unknown}: {departure.node}: {departure.difference}")
                 return
-            seen += 1
-    print(f"no value before the outputs differs, of {seen} that both sides compute")
+            seen, made = seen + 1, departure.made
+    if 2 * seen > made:
+        print(f"no value before the outputs differs, of {seen} that both sides compute")
+    else:
+        print(f"little could be compared: {seen} values, which agree{_of(made)}; what is wrong in others is not shown")
+
+
+def _of(made: int) -> str:
+    return f", of {made} that are made" if made else ""
+
+
+def _computed(tested: str, precision: str) -> str:
+    """In what the model is computed, for a title."""
+    if precision == "fp32":
+        return ""
+    if precision == "tf32" and not tested.startswith("cuda"):
+        return f" in float32 (only a GPU rounds to {precision}: what that changes is not shown)"
+    return f" in {precision}"
 
 
 def _run(path: Path, reference: str, threads: int | None, feeds: Outputs) -> Outputs:

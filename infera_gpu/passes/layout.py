@@ -18,7 +18,7 @@ from infera_gpu.graph import Graph, HostArray, Node, made_name
 from infera_gpu.op import Registry
 from infera_gpu.passes.fold import drop_dead
 from infera_gpu.passes.layout_gains import KINDS, Convolutions, gain_of
-from infera_gpu.passes.permute import Moved, Order, inverse, last_order
+from infera_gpu.passes.permute import Moved, Order, inverse, last_order, ordered_name
 from infera_gpu.passes.permute_images import CONVOLUTIONS, RULES
 from infera_gpu.passes.sketch import sketch
 from infera_gpu.spec import DType, TensorSpec, constant
@@ -174,7 +174,7 @@ class _Conversion:
         if total == straight:
             return base
         if (base, total) not in self.made:
-            name = made_name(value, *order)
+            name = ordered_name(value, order)
             self.transpose(base, total, name)
             self.gains[name] -= self.cost(base, total)
             if base in self.members:
@@ -186,7 +186,7 @@ class _Conversion:
         array = self.graph.constants[value]
         if array.size == 1 and array.ndim <= len(order):
             return value
-        name = made_name(value, *order)
+        name = ordered_name(value, order)
         if name not in self.constants:
             wide = array.reshape((1,) * (len(order) - array.ndim) + array.shape)
             self.constants[name] = constant(np.ascontiguousarray(wide.transpose(order)))
@@ -274,7 +274,7 @@ class _Conversion:
         """Emits what a rule made of node i."""
         reads = {value: self.stored(value, order) for value, order in moved.reads.items()}
         makes = {
-            value: value if order == tuple(range(len(order))) else made_name(value, *order)
+            value: value if order == tuple(range(len(order))) else ordered_name(value, order)
             for value, order in moved.makes.items()
         }
         for n in moved.nodes:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from infera_gpu.graph import HostArray, Node, made_name
+from infera_gpu.graph import JOINT, HostArray, Node, made_name
 from infera_gpu.spec import DType, TensorSpec
 
 Order: TypeAlias = tuple[int, ...]
@@ -20,6 +20,21 @@ Order: TypeAlias = tuple[int, ...]
 def inverse(order: Order) -> Order:
     """The order that undoes this one."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def ordered_name(value: str, order: Order) -> str:
+    """What a value is called whose axes stand in this order."""
+    return made_name(value, *order)
+
+
+def named_order(name: str) -> tuple[str, Order] | None:
+    """The value and the order of whose `ordered_name` this may be; None where it is none."""
+    parts = name.split(JOINT)
+    for start in range(1, len(parts)):
+        order = tuple([int(p) for p in parts[start:] if p.isdecimal()])
+        if len(order) == len(parts) - start > 1 and sorted(order) == list(range(len(order))):
+            return JOINT.join(parts[:start]), order
+    return None
 
 
 def last_order(rank: int) -> Order:
