@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
+from infera_gpu import between
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, operand_of
 from infera_gpu.op import Kernel
@@ -188,9 +189,11 @@ class Plan:
     @property
     def headline(self) -> str:
         ins = ", ".join(f"{k} {_spec(o)}" for k, o in {**self.inputs, **self.carried}.items())
+        after = between.summary(self.segment, self.outputs)
         text = (
             f"plan on {self.device}{self._threads}: {ins or 'no inputs'}\n"
-            f"{len(self.packed)} steps, {len(self.transfers)} transfers, arena {self.arena_bytes:,} bytes "
+            f"{len(self.packed)} steps, {len(self.transfers)} transfers{', then ' if after else ''}{after}, "
+            f"arena {self.arena_bytes:,} bytes "
             f"(lower bound {self.lower_bound:,}, {self.arena_bytes / max(self.lower_bound, 1):.3f} of it)"
         )
         if any(self.saved.values()):
@@ -221,7 +224,7 @@ HEADER = ("#", "step", "via", "output", "at", "bytes", "scratch")
 
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
-    """The plan as rows of text under HEADER."""
+    """The plan as rows of text under HEADER, with what runs behind its steps; that has no number."""
     found: list[tuple[str, ...]] = []
     for i, s in enumerate(plan.steps):
         out = s.outs[0]
@@ -238,7 +241,8 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
                 f"{s.workspace.nbytes:,}" if s.workspace else "",
             )
         )
-    return found
+    after = between.places(plan.segment, plan.outputs, copies="device" in plan.arenas)
+    return found + [("", name, where, "", "", "", "") for name, where in after]
 
 
 def table(body: list[tuple[str, ...]]) -> list[str]:

@@ -77,6 +77,42 @@ def test_inspect_counts_nodes_of_subgraphs(tmp_path: Path) -> None:
     assert "nodes after optimisation: 3" in out
 
 
+def save_nonzero(folder: Path) -> Path:
+    """Where x is positive, and what is in it: the shapes of both depend on data."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("NonZero", ["a"], ["n"]),
+        helper.make_node("Unique", ["x"], ["u"]),
+        helper.make_node("Neg", ["u"], ["y"]),
+    ]
+    made = model(nodes, {"x": [4, 3]}, {"y": ["k"]})
+    made.graph.output.append(helper.make_tensor_value_info("n", TensorProto.INT64, [2, "m"]))
+    onnx.save(made, folder / "nonzero.onnx")
+    return folder / "nonzero.onnx"
+
+
+def test_inspect_shows_what_runs_on_numpy_between_two_plans(tmp_path: Path) -> None:
+    path = save_nonzero(tmp_path)
+    status, out, _ = infera("inspect", path, "--device", "recording")
+    assert status == 0
+    assert "1 steps, 0 transfers, then 2 nodes on NumPy with 2 copies to the host, arena" in out
+    rows = [line.strip() for line in out.splitlines()]
+    assert "NonZero 'n'  NumPy (copies 'a' to the host and 'n' back)" in rows
+    assert "Unique 'u'   NumPy (copies 'x' to the host and 'u' back)" in rows
+    out = infera("inspect", path, "--device", "cpu")[1]
+    assert "1 steps, 0 transfers, then 2 nodes on NumPy, arena" in out
+    assert "NonZero 'n'  NumPy" in [line.strip() for line in out.splitlines()]
+
+
+def test_inspect_counts_what_the_host_reads_before_it_plans_on(tmp_path: Path) -> None:
+    made = model([helper.make_node("Reshape", ["x", "s"], ["y"])], {"x": [4, 3]}, {"y": ["a", "b"]})
+    made.graph.input.append(helper.make_tensor_value_info("s", TensorProto.INT64, [2]))
+    onnx.save(made, tmp_path / "reshape.onnx")
+    status, out, _ = infera("inspect", tmp_path / "reshape.onnx", "--device", "recording", "-i", "s=3,4")
+    assert status == 0
+    assert "0 transfers, then 1 copy to the host, arena" in out
+
+
 def test_inspect_lists_what_passes_did(tmp_path: Path) -> None:
     weights = [
         helper.make_tensor(name, TensorProto.FLOAT, shape, [0.5] * math.prod(shape))
