@@ -48,7 +48,7 @@ class Step(NamedTuple):
     def uncapturable(self) -> str:
         """Why no CUDA graph can hold the step; empty where one can."""
         if self.kind in ("upload", "download"):
-            return "copies between host and device"
+            return "copies to the host" if self.kind == "download" else "copies to the device"
         if self.space == "host":
             return "runs on the host"
         return "allocates" if self.allocates else ""
@@ -101,6 +101,15 @@ def capturable(steps: Sequence[Step]) -> tuple[range, ...]:
     """The steps that CUDA graphs can hold: ranges, as long as possible, of two or more."""
     edges = [-1, *(i for i, s in enumerate(steps) if s.uncapturable), len(steps)]
     return tuple([range(a + 1, b) for a, b in pairwise(edges) if b - a > 2])
+
+
+ALONE = "alone: a graph of one step saves little"
+
+
+def uncaptured(steps: Sequence[Step], graphs: Sequence[range]) -> list[str]:
+    """For each step why it is in none of the graphs; empty where it is in one."""
+    held = {i for span in graphs for i in span}
+    return ["" if i in held else step.uncapturable or ALONE for i, step in enumerate(steps)]
 
 
 Where: TypeAlias = Space | Literal["staging"]
@@ -226,9 +235,13 @@ HEADER = ("#", "step", "via", "output", "at", "bytes", "scratch")
 def rows(plan: Plan) -> list[tuple[str, ...]]:
     """The plan as rows of text under HEADER, with what runs behind its steps; that has no number."""
     found: list[tuple[str, ...]] = []
-    for i, s in enumerate(plan.steps):
+    steps = plan.steps
+    if plan.graphs is None:
+        notes = ["allocates" if s.allocates else "" for s in steps]
+    else:
+        notes = uncaptured(steps, plan.graphs)
+    for i, (s, note) in enumerate(zip(steps, notes, strict=True)):
         out = s.outs[0]
-        note = s.uncapturable if plan.graphs is not None else "allocates" if s.allocates else ""
         in_place = any(o is not None and not o.constant and o.offset == out.offset for o in s.ins)
         found.append(
             (

@@ -15,6 +15,7 @@ from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import DeviceError
 from infera_gpu.loader import load_graph
 from infera_gpu.op import Call
+from infera_gpu.plan import ALONE, uncaptured
 from infera_gpu.session import Session
 from tests import fake_cupy
 from tests.text import parse
@@ -263,6 +264,35 @@ def test_a_capture_that_cuda_refuses_is_a_device_error(cupy: Any, monkeypatch: p
         session.run(FEEDS)
     with pytest.raises(DeviceError, match="cuda:0 failed in a run"):
         session.run(FEEDS)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("nodes", "reasons"),
+    [
+        ("y = Exp(x)", [ALONE]),
+        ("a = Exp(x) b = Softmax(a) y = MatMul(b, x)", [""] * 3),
+        ("a = Softmax(x) b = Det(a) y = Add(a, b)", [ALONE, "allocates", ALONE]),
+    ],
+)
+def test_plans_give_a_reason_for_each_step_in_no_graph(nodes: str, reasons: list[str]) -> None:
+    graph = load_graph(parse(f"g (float[4, 4] x) => (float[4, 4] y) {{ {nodes} }}"))
+    with Session(graph, RecordingDevice()) as session:
+        plan = session.plan_for({"x": (4, 4)})
+    assert plan.graphs is not None
+    assert uncaptured(plan.steps, plan.graphs) == reasons
+    for line, reason in zip(str(plan).splitlines()[-len(reasons) :], reasons, strict=True):
+        assert f"({reason})" in line if reason else "(" not in line
+
+
+def test_steps_that_copy_say_where_to() -> None:
+    graph = load_graph(parse("g (float[4, 4] x) => (float[4, 4] y) { a = Exp(x) b = Bernoulli(a) y = Softmax(b) }"))
+    with Session(graph, RecordingDevice()) as session:
+        plan = session.plan_for({"x": (4, 4)})
+    assert plan.graphs is not None
+    reasons = dict(zip([s.kind for s in plan.steps], uncaptured(plan.steps, plan.graphs), strict=True))
+    assert (reasons["download"], reasons["upload"]) == ("copies to the host", "copies to the device")
+    assert uncaptured(plan.steps, plan.graphs)[2] == "runs on the host"
 
 
 @pytest.mark.kernels
