@@ -4,17 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from infera_gpu.errors import PlanError
-from infera_gpu.graph import Graph, HostArray
+from infera_gpu.graph import Graph, HostArray, Node
 from infera_gpu.op import Subgraph
+from infera_gpu.plan import Plan
 from infera_gpu.spec import TensorSpec, ValueSpec, value_spec
 
-Nest: TypeAlias = Callable[[Graph], Callable[..., list[Any]]]
-"""Makes a graph without captured values callable: its inputs in order in, its outputs in order out."""
+
+class Inside(NamedTuple):
+    """A node with a subgraph, which attribute that is, and the plans that it has been run by so far."""
+
+    node: Node
+    name: str
+    plans: tuple[Plan, ...]
+
+
+class Nested(Protocol):
+    """A graph without captured values that can be called."""
+
+    def called(self, *values: Any) -> list[Any]:
+        """Its inputs in order in, its outputs in order out."""
+        ...
+
+    @property
+    def planned(self) -> tuple[Plan, ...]:
+        """The plans of its runs so far."""
+        ...
+
+    def inside(self) -> list[Inside]:
+        """Those of its own subgraphs."""
+        ...
+
+
+Nest: TypeAlias = Callable[[Graph], Nested]
+"""Makes a graph without captured values callable."""
 
 
 class Body:
@@ -26,7 +53,7 @@ class Body:
         constants = {**{v: known[v] for v in captured if v in known}, **graph.constants}
         self._graph = replace(graph, constants=constants, opsets=opsets)
         self._nest = nest
-        self._made: dict[tuple[ValueSpec, ...], Callable[..., list[Any]]] = {}
+        self._made: dict[tuple[ValueSpec, ...], Nested] = {}
 
     def bound(self, captured: tuple[Any, ...]) -> Subgraph:
         return _Bound(self, captured)
@@ -42,7 +69,13 @@ class Body:
             names = (*self._graph.inputs, *self.fed)
             graph = replace(self._graph, inputs=dict(zip(names, types, strict=True)))
             found = self._made[types] = self._nest(graph)
-        return found(*values)
+        return found.called(*values)
+
+    def inside(self, node: Node, name: str) -> list[Inside]:
+        """The plans that it has been run by, and those of its own subgraphs, as the subgraph `name` of a node."""
+        made = list(self._made.values())
+        own = Inside(node, name, tuple([plan for nested in made for plan in nested.planned]))
+        return [own, *(deeper for nested in made for deeper in nested.inside())]
 
 
 def _type(value: Any) -> ValueSpec:

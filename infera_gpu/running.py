@@ -13,6 +13,7 @@ from weakref import WeakSet
 import numpy as np
 
 from infera_gpu.bind import Bound
+from infera_gpu.bodies import Inside, Nested
 from infera_gpu.constants import Constants
 from infera_gpu.devices import Device
 from infera_gpu.devices.base import require_host_memory
@@ -196,7 +197,7 @@ class Running(ABC):
             self._overriding.move_to_end(given)
             return session
 
-    def _nested(self, graph: Graph) -> Callable[..., list[Any]]:
+    def _nested(self, graph: Graph) -> Nested:
         """A subgraph of this session's graph, callable; on the same device, with the same constants.
 
         What a stage holds of it goes with the stage. Subgraphs never run at the same time within one run, and share an
@@ -204,11 +205,23 @@ class Running(ABC):
         """
         inner = type(self)(graph, self.device, fuse=False, arena=self._inside, constants=self._constants)
         self._inner.add(inner)
+        return inner
 
-        def run(*values: Any) -> list[Any]:
-            return list(inner._collect(inner._entry.sort(dict(zip(inner.inputs, values, strict=True)))).values())
+    def called(self, *values: Any) -> list[Any]:
+        """A run of a subgraph: inputs in their order in, outputs in theirs out."""
+        return list(self._collect(self._entry.sort(dict(zip(self.inputs, values, strict=True)))).values())
 
-        return run
+    @property
+    def planned(self) -> tuple[Plan, ...]:
+        """The plans that are kept, of every shape and segment."""
+        return self._stages.plans
+
+    def inside(self) -> list[Inside]:
+        """The plans by which subgraphs of Loop, Scan and their kind have been run, on the way of plans that are kept.
+
+        An If has none: the branch that is taken is planned with what follows.
+        """
+        return self._stages.inside()
 
     def _run(self, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
         """The segments of one run, one after the other: `run` makes the calls and takes the outputs.

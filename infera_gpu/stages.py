@@ -14,7 +14,7 @@ import numpy as np
 
 from infera_gpu.alike import AlikeNodes
 from infera_gpu.bind import Bound
-from infera_gpu.bodies import Body, Nest, value_of
+from infera_gpu.bodies import Body, Inside, Nest, value_of
 from infera_gpu.constants import MAX_FOLDED, Constants
 from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.errors import PlanError, planning
@@ -210,6 +210,25 @@ class Stages:
             site = replace(site, outs=tuple(s for s in op.infer(site) if s is not None))
         made = op.outputs(np, site, ins)
         return {n: value_of(v) for n, v in zip(node.outputs, made, strict=False) if n}
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Those of the stages that are kept."""
+        with self._planning:
+            return tuple([stage.plan for stage in self._recent])
+
+    def inside(self) -> list[Inside]:
+        """The plans by which subgraphs have been run, of the nodes of the stages that are kept."""
+        with self._planning:
+            kept = list(self._recent)
+        called = [(stage.bodies, eager.node) for stage in kept for eager in stage.segment.eager]
+        return [
+            found
+            for bodies, node in called
+            for name, graph in node.subgraphs
+            if id(graph) in bodies
+            for found in bodies[id(graph)].inside(node, name)
+        ]
 
     def clear(self) -> None:
         """Forget every stage, and what planning found out."""

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 import infera_gpu
 from tests.commandline import infera, model, save_relu
+from tests.text import parse
 
 
 @pytest.fixture
@@ -95,13 +96,76 @@ def test_inspect_shows_what_runs_on_numpy_between_two_plans(tmp_path: Path) -> N
     path = save_nonzero(tmp_path)
     status, out, _ = infera("inspect", path, "--device", "recording")
     assert status == 0
-    assert "1 steps, 0 transfers, then 2 nodes on NumPy with 2 copies to the host, arena" in out
+    assert "1 steps, 0 transfers, then 2 nodes on NumPy, with 2 copies to the host, arena" in out
     rows = [line.strip() for line in out.splitlines()]
     assert "NonZero 'n'  NumPy (copies 'a' to the host and 'n' back)" in rows
     assert "Unique 'u'   NumPy (copies 'x' to the host and 'u' back)" in rows
     out = infera("inspect", path, "--device", "cpu")[1]
     assert "1 steps, 0 transfers, then 2 nodes on NumPy, arena" in out
     assert "NonZero 'n'  NumPy" in [line.strip() for line in out.splitlines()]
+
+
+def save_loop(folder: Path, trips: int) -> Path:
+    """A body of three nodes, so many times."""
+    text = f"""
+        g (float[4] x) => (float[4] y) <int64 n = {{{trips}}}, float[4] w = {{1, 2, 3, 4}}> {{
+            y = Loop (n, , x) <body = each (int64 i, bool c, float[4] s) => (bool go, float[4] t) {{
+                go = Identity (c) p = MatMul (s, w) t = Add (s, p)
+            }}>
+        }}"""
+    onnx.save(parse(text), folder / "loop.onnx")
+    return folder / "loop.onnx"
+
+
+@pytest.mark.parametrize("device", ["cpu", "recording"])
+def test_inspect_shows_what_bodies_run_as(device: str, tmp_path: Path) -> None:
+    status, out, _ = infera("inspect", save_loop(tmp_path, 3), "--device", device)
+    assert status == 0
+    assert "0 steps, 0 transfers, then 1 node with subgraphs" in out
+    assert "Loop 'y'  body of " in out
+    assert "planned when run" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("Loop 'y': with these values its body has ")
+    assert f" in 1 plan on {device}: " in last
+
+
+def test_inspect_says_so_where_a_body_does_not_run(tmp_path: Path) -> None:
+    out = infera("inspect", save_loop(tmp_path, 0), "--device", "cpu")[1]
+    assert out.splitlines()[-1] == "Loop 'y': with these values its body does not run, and has no plan"
+
+
+def test_inspect_shows_bodies_within_bodies(tmp_path: Path) -> None:
+    text = """
+        g (float[4] x) => (float[4] y) <int64 n = {2}> {
+            y = Loop (n, , x) <body = outer (int64 i, bool c, float[4] s) => (bool go, float[4] t) {
+                go = Identity (c)
+                a = Neg (s)
+                t = Loop (n, , a) <body = inner (int64 j, bool d, float[4] u) => (bool on, float[4] v) {
+                    on = Identity (d) v = Exp (u)
+                }>
+            }>
+        }"""
+    onnx.save(parse(text), tmp_path / "loops.onnx")
+    out = infera("inspect", tmp_path / "loops.onnx", "--device", "cpu")[1]
+    assert [line.partition(" has ")[2] for line in out.splitlines()[-3::2]] == [
+        "1 step, in 2 plans on cpu: 1 cpu",
+        "1 step, in 1 plan on cpu: 1 cpu",
+    ]
+
+
+def test_inspect_names_the_branches_that_an_if_may_take(tmp_path: Path) -> None:
+    text = """
+        g (float[4] x, bool c) => (float[4] y) {
+            y = If (c) <
+                then_branch = yes () => (float[4] p) { p = Exp (x) },
+                else_branch = no () => (float[4] q) { r = Tanh (x) q = MatMul (r, r) }
+            >
+        }"""
+    onnx.save(parse(text), tmp_path / "if.onnx")
+    out = infera("inspect", tmp_path / "if.onnx", "--device", "recording")[1]
+    assert "0 steps, 0 transfers, then 1 node with subgraphs, with 1 copy to the host" in out
+    assert "then_branch of 1 node" in out
+    assert "else_branch of 2 nodes" in out
 
 
 def test_inspect_counts_what_the_host_reads_before_it_plans_on(tmp_path: Path) -> None:

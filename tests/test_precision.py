@@ -20,7 +20,7 @@ from infera_gpu.errors import InputError
 from infera_gpu.graph import Graph
 from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
-from infera_gpu.passes import Precision
+from infera_gpu.passes import PRECISIONS, Precision
 from infera_gpu.passes.half import BFLOAT16, FLOAT16, WAYS, halved
 from infera_gpu.passes.int8 import by_columns, quantised
 from infera_gpu.verify import TOLERANCES, compare
@@ -571,3 +571,26 @@ def test_values_are_compared_for_constants_that_a_run_gives_and_beside_sequences
     feeds = {"x": np.eye(2, dtype=np.float32), "w": np.full((2, 2), 5, np.float32)}
     found = [d.difference for d in departures(model, feeds, device="cpu")]
     assert [(d.name, d.error, d.peak) for d in found] == [("a", 0, 5), ("y", 0, 5)]
+
+
+# ---- subgraphs
+
+IN_A_LOOP = f"""
+    g (float[4, 64] x) => (float[4, 64] y) <int64 n = {{2}}, float[64, 64] w = {{{WEIGHTS}}}> {{
+        a = MatMul (x, w)
+        b = Loop (n, , a) <body = each (int64 i, bool c, float[4, 64] s) => (bool go, float[4, 64] t) {{
+            go = Identity (c) t = MatMul (s, w)
+        }}>
+        y = MatMul (b, w)
+    }}"""
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bodies_stay_in_float32_but_for_tf32(precision: Precision) -> None:
+    feeds = {"x": np.ones((4, 64), np.float32)}
+    with infera_gpu.load(parse(IN_A_LOOP), device="recording", precision=precision) as session:
+        session.run(feeds)
+        plans = [plan for body in session.inside() for plan in body.plans]
+    sites = [placed.site for plan in plans for placed in plan.segment.nodes if placed.node.op == "MatMul"]
+    assert {spec.dtype for site in sites for spec in site.outs} == {np.dtype(np.float32)}
+    assert {site.tf32 for site in sites} == {precision == "tf32"}

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from infera_gpu.between import counted
 from infera_gpu.cli import options
 from infera_gpu.cli.console import note, table, working
 from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
@@ -132,12 +133,30 @@ def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> Sequence[Pl
             except InferaError as error:  # random values need not make sense to the model
                 problem = error
     print("\n\n".join(map(str, plans)))
+    _show_bodies(session)
     if problem is not None:
         note(
             f"the rest cannot be planned with these values ({problem}). Give sensible ones with --input name=file.npy, "
             "or name=1,2 for numbers"
         )
     return plans
+
+
+def _show_bodies(session: Session) -> None:
+    """How many steps the subgraphs of Loop and its kind have had in runs, and what they are run by."""
+    found: defaultdict[str, list[Plan]] = defaultdict(list)
+    for body in session.inside():
+        found[f"{body.node}: with these values its {body.name}"] += body.plans
+    for body_of, plans in found.items():
+        print(f"\n{body_of} {_steps(plans) if plans else 'does not run, and has no plan'}")
+
+
+def _steps(plans: Sequence[Plan]) -> str:
+    via = Counter(step.via for plan in plans for step in plan.steps)
+    steps = via.total()
+    via["on NumPy between plans"] += sum(not e.node.subgraphs for plan in plans for e in plan.segment.eager)
+    ways = _named(+via)
+    return f"has {counted(steps, 'step')}, in {counted(len(plans), 'plan')} on {plans[0].device}{ways and f': {ways}'}"
 
 
 def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
