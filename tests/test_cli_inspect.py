@@ -37,12 +37,22 @@ def test_inspect_calls_a_model_by_its_name_in_the_catalogue(relu: Path, monkeypa
     assert infera("inspect", "magika", "--device", "cpu")[1].startswith("magika: opset")
 
 
-def test_plans_of_a_gpu_without_its_kernels_say_so(relu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [("--shape", "x=4,3"), ()])
+def test_what_is_shown_of_a_gpu_without_its_kernels_says_so(
+    shape: tuple[str, ...], relu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stdout, where the plan is; and where dimensions are free, and there is none yet."""
     monkeypatch.setattr("infera_gpu.devices.recording.find_spec", lambda name: None)
-    status, _, err = infera("inspect", relu, "--shape", "x=4,3", "--device", "recording")
-    assert (status, err.partition(":")[0]) == (0, "Triton is not installed")
-    assert "pip install 'infera-gpu[kernels]'" in err
-    assert "Triton" not in infera("inspect", relu, "--shape", "x=4,3", "--device", "cpu")[2]
+    status, out, _ = infera("inspect", relu, *shape, "--device", "recording")
+    assert status == 0
+    assert out.count("Triton is not installed") == 1
+    assert "pip install 'infera-gpu[kernels]'" in out.partition("plan on recording")[0]
+    assert "Triton" not in infera("inspect", relu, *shape, "--device", "cpu")[1]
+
+
+@pytest.mark.kernels
+def test_nothing_is_said_of_kernels_that_are_there(relu: Path) -> None:
+    assert "Triton" not in infera("inspect", relu, "--shape", "x=4,3", "--device", "recording")[1]
 
 
 def test_inspect_names_the_free_dimensions(relu: Path) -> None:

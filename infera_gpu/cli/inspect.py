@@ -48,6 +48,8 @@ def command(
         _show_model(session)
         if passes:
             _show_passes(session)
+        if session.device.space == "device" and session.device.tiles is None:
+            print(f"{NO_KERNELS}\n")
         free = free_dimensions(session.tensor_inputs, {**shapes, **given})
         if free:
             name = free[0].split(" ")[0].rpartition("[")[0]
@@ -56,8 +58,6 @@ def command(
             if asked := [option for option, wanted in (("--time", time), ("--svg", svg)) if wanted]:
                 raise typer.BadParameter("there is no plan without these dimensions", param_hint=" and ".join(asked))
             return
-        if session.device.space == "device" and session.device.tiles is None:
-            note(NO_KERNELS)
         feeds = random_feeds(session.tensor_inputs, given, shapes, seed)
         plans = _show_plans(session, feeds)
         if svg is not None:
@@ -67,8 +67,9 @@ def command(
 
 
 NO_KERNELS = (
-    "Triton is not installed: without its kernels most steps are CuPy's functions, which allocate and no CUDA graph "
-    "holds. pip install 'infera-gpu[kernels]' shows the plans of a GPU; cuda12 and cuda13 bring it too"
+    "This is not what a GPU runs with its kernels: Triton is not installed, and without it most steps are CuPy's "
+    "functions, which allocate and no CUDA graph holds. pip install 'infera-gpu[kernels]' shows the plans of a GPU; "
+    "cuda12 and cuda13 bring it too"
 )
 
 
