@@ -118,9 +118,13 @@ def address_of(array: Any) -> int:
     return int(pointer)
 
 
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+"""Blocks of a launch in each dimension, of every GPU."""
+
+
 def grid_of(grid: Sequence[int], kernel: str) -> tuple[int, int, int]:
     """The grid in three dimensions. Raises LaunchError where a dimension is beyond CUDA's limit."""
     x, y, z = (*grid, 1, 1, 1)[:3] if len(grid) <= 3 else (-1, -1, -1)
-    if not (0 <= x < 2**31 and 0 <= y < 2**16 and 0 <= z < 2**16):
-        raise LaunchError(f"{kernel}: grid {tuple(grid)} is outside CUDA's limits (2147483647, 65535, 65535)")
+    if not all(0 <= n <= most for n, most in zip((x, y, z), MAX_GRID, strict=True)):
+        raise LaunchError(f"{kernel}: grid {tuple(grid)} is outside CUDA's limits {MAX_GRID}")
     return x, y, z

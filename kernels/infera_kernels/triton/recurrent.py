@@ -169,7 +169,7 @@ def recurrent(
     }
     args = of_batch(args, "B", "swap", "gates_t", "y_t", "y_d", "end_d", invariant=invariant)
     blocks = 1 if tiling.whole else ceil_div(hidden, tiling.h)
-    grid = (ceil_div(batch, tiling.b), blocks, directions)
+    grid = (blocks, ceil_div(batch, tiling.b), directions)
     two = cell.kind == "GRU" and not cell.linear and not tiling.whole
     for first in (0,) if tiling.whole else range(steps):
         for phase in (1, 2) if two else (0,):

@@ -100,7 +100,7 @@ def recurrent_kernel(
     a GRU that is not LINEAR needs for its second product: there PHASE 1 is what comes before, 2 the rest, 0 both.
     """
     d = tl.program_id(2)
-    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    b = tl.program_id(1) * BB + tl.arange(0, BB)
     real = b < B
     back = d + REVERSE > 0
     gates += d * G * H
@@ -114,7 +114,7 @@ def recurrent_kernel(
         saved += d * B * H
     if peephole is not None:
         peephole += d * 3 * H
-    begin = tl.program_id(1) * BH
+    begin = tl.program_id(0) * BH
     end = begin + 1
     if WHOLE:
         end = H
