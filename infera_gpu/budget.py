@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import threading
+from contextlib import suppress
 from queue import SimpleQueue
+from typing import SupportsIndex
 
 from infera_gpu.errors import InputError, OutOfMemoryError
 
@@ -13,16 +16,20 @@ for _power, _prefix in enumerate("kmgt", 1):
     _UNITS |= {f"{_prefix}b": 1000**_power, f"{_prefix}ib": 1024**_power}
 
 
-def bytes_of(size: int | str) -> int:
-    """A number of bytes, plain or with a unit: 1000, "4GiB", "1.5 GB". Raises InputError."""
+def bytes_of(size: SupportsIndex | str) -> int:
+    """A number of bytes, plain (NumPy's integers too) or with a unit: 1000, "4GiB", "1.5 GB". Raises InputError."""
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z]*)\s*", size)
         unit = _UNITS.get(match[2].lower()) if match else None
         if match and unit:
             return int(float(match[1]) * unit)
-    elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    raise InputError(f"{size!r} is no amount of memory; expected bytes, or a string as '4GiB' or '4.3GB'")
+    elif not isinstance(size, bool):
+        with suppress(TypeError):
+            if (nbytes := operator.index(size)) >= 0:
+                return nbytes
+    raise InputError(
+        f"{size!r} is no amount of memory; expected bytes as a whole number, or a string as '4GiB' or '4.3GB'"
+    )
 
 
 class VramBudget:
@@ -32,7 +39,7 @@ class VramBudget:
     is the driver's, and not counted.
     """
 
-    def __init__(self, limit: int | str) -> None:
+    def __init__(self, limit: SupportsIndex | str) -> None:
         self.limit = bytes_of(limit)
         self._used = 0
         self._changing = threading.Lock()

@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from numbers import Real
+from typing import Literal, SupportsIndex
 
 from infera_gpu.budget import VramBudget
 from infera_gpu.cpus import MAX_THREADS
@@ -45,7 +46,7 @@ def load(
     graphs: bool = True,
     max_concurrency: int = 4,
     arena: Arena | None = None,
-    vram_limit: int | str | VramBudget | None = None,
+    vram_limit: SupportsIndex | str | VramBudget | None = None,
     precision: Precision = "fp32",
     batch_invariant: bool = False,
     mapped: bool = True,
@@ -97,6 +98,11 @@ def load(
     Raises InvalidModel (not a model, damaged), UnsupportedOperatorError (all of them listed), DeviceError,
     OutOfMemoryError, and of shapes that are planned here InputError or PlanError.
     """
+    _require_flags(fuse=fuse, graphs=graphs, batch_invariant=batch_invariant, mapped=mapped)
+    if jit is not None:
+        _require_flags(jit=jit)
+    if not isinstance(tune, Real) or not tune >= 0:  # nan neither
+        raise InputError(f"tune is {tune!r}, expected True, False, or a number of seconds as 60")
     if accuracy not in ("fast", "strict"):
         raise InputError(f"accuracy is {accuracy!r}, expected 'fast' or 'strict'")
     if arena is not None and not isinstance(arena, Arena):
@@ -110,7 +116,7 @@ def load(
     expected = [shapes] if isinstance(shapes, Mapping) else list(shapes or ())
     if expected and tune:
         raise InputError("tune measures in the first runs, shapes are planned before them: call Session.tune instead")
-    budget = VramBudget(vram_limit) if isinstance(vram_limit, int | str) else vram_limit
+    budget = vram_limit if vram_limit is None or isinstance(vram_limit, VramBudget) else VramBudget(vram_limit)
     opened = open_device(
         device,
         threads=threads,
@@ -156,6 +162,8 @@ def load(
         opened.require(f"to load the weights of '{session.name}'", least_bytes(session.graph))
         if tune:
             session.tunable()
+            with opened.running():
+                opened.timer()  # or the first run would find that there is none
             session.tuning_left = TUNING_SECONDS if tune is True else float(tune)
         elif expected:
             session.reserve(*expected, final=True)
@@ -166,6 +174,13 @@ def load(
     except BaseException:
         opened.close()
         raise
+
+
+def _require_flags(**given: object) -> None:
+    """Raises InputError for what is neither True nor False: "no" would be taken as true."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}, expected True or False")
 
 
 def _fixed(session: Session) -> dict[str, tuple[int, ...]] | None:

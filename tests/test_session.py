@@ -488,8 +488,14 @@ def test_an_output_too_large_for_memory_is_refused_with_the_bytes() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(DeviceError, match="unknown device 'tpu'"):
-        infera_gpu.load(parse(CHAIN), device="tpu")
+    for name in ("tpu", "CPU", "", "cuda:", "cuda:-1", "cuda:²", "cuda: 0", "cuda:0:1", f"cuda:{'9' * 5000}"):
+        with pytest.raises(DeviceError, match=f"unknown device '{name}'; expected auto, cpu, cuda"):
+            infera_gpu.load(parse(CHAIN), device=name)
+
+
+def test_all_gpus_are_for_servers() -> None:
+    with pytest.raises(DeviceError, match=r"'cuda:all' is for `infera serve --device`, .*; expected one of auto"):
+        infera_gpu.load(parse(CHAIN), device="cuda:all")
 
 
 def test_batch_invariance_is_for_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,6 +534,20 @@ def test_inputs_to_plan_for_are_a_mapping(inputs: Any) -> None:
 def test_devices_are_named(device: Any) -> None:
     with pytest.raises(DeviceError, match=r"device is .*, expected a name: auto, cpu, cuda, cuda:N or recording"):
         infera_gpu.load(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }"), device=device)
+
+
+@pytest.mark.parametrize("value", ["yes", "no", 1, 0, [], 1.0])
+@pytest.mark.parametrize("name", ["fuse", "jit", "graphs", "batch_invariant", "mapped"])
+def test_switches_are_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"{name} is .*, expected True or False"):
+        infera_gpu.load(parse(CHAIN), device="recording", **{name: value})
+
+
+@pytest.mark.parametrize("device", ["cpu", "recording"])
+@pytest.mark.parametrize("tune", ["60s", "60", -1, -0.5, float("nan"), None, [60]])
+def test_times_to_tune_are_seconds(tune: Any, device: str) -> None:
+    with pytest.raises(InputError, match=r"tune is .*, expected True, False, or a number of seconds as 60"):
+        infera_gpu.load(parse(CHAIN), device=device, tune=tune)
 
 
 @pytest.mark.parametrize("threads", [0, -1, "2", 1.5])

@@ -55,16 +55,36 @@ def rows(n: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("size", "want"),
-    [(0, 0), (123, 123), ("123", 123), ("4GiB", 4 << 30), (" 1.5 gb ", 1_500_000_000), ("2 KiB", 2048), ("7b", 7)],
+    [
+        (0, 0),
+        (123, 123),
+        (np.int64(123), 123),
+        ("123", 123),
+        ("4GiB", 4 << 30),
+        (" 1.5 gb ", 1_500_000_000),
+        ("2 KiB", 2048),
+        ("7b", 7),
+    ],
 )
 def test_amounts_of_memory(size: int | str, want: int) -> None:
     assert bytes_of(size) == want
 
 
-@pytest.mark.parametrize("size", ["", "GiB", "4 G", "-1", "1e9", "4 GiBs", "0x10", -1, True, 1.5, None, "9" * 400])
+@pytest.mark.parametrize(
+    "size", ["", "GiB", "4 G", "-1", "1e9", "4 GiBs", "0x10", -1, True, 1.5, 4e9, None, b"4GiB", ["4GiB"], "9" * 400]
+)
 def test_what_is_no_amount_is_refused(size: Any) -> None:
     with pytest.raises(InputError, match="no amount of memory"):
         bytes_of(size)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "recording"])
+def test_limits_are_looked_at_on_every_device(device: str, cupy: Any) -> None:
+    for limit in (4e9, 1.5, -1, True, b"4GiB", ["4GiB"], VramBudget):
+        with pytest.raises(InputError, match="no amount of memory; expected bytes as a whole number, or a string as"):
+            infera_gpu.load(MODEL, device=device, vram_limit=limit)  # type: ignore[arg-type]
+    with infera_gpu.load(MODEL, device=device, vram_limit=np.int64(1 << 30)) as session:
+        assert session.run(rows(1))["y"].shape == (1, 64)
 
 
 @pytest.mark.parametrize("device", ["cuda", "recording"])

@@ -5,6 +5,7 @@ Only the CPU's module is imported with the package: it imports no device library
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,13 @@ from infera_kernels.jit import installed
 
 if TYPE_CHECKING:
     from infera_kernels.tuning import DeviceTiles
+
+
+NAMES = "auto, cpu, cuda, cuda:N or recording"
+ALL = "cuda:all"
+"""To a server every GPU that CUDA shows; no device."""
+
+_NAME = re.compile("auto|cpu|recording|cuda(:[0-9]{1,9})?")
 
 
 def open_device(
@@ -36,8 +44,7 @@ def open_device(
     `tf32`, `captures` and `batch_invariant`: see `Device`. Raises DeviceError where the device is unknown or absent, or
     cannot be batch invariant, or where numba is absent or would add in another order than `strict` allows.
     """
-    if not isinstance(name, str):
-        raise DeviceError(f"device is {name!r}, expected a name: auto, cpu, cuda, cuda:N or recording")
+    check_name(name)
     if name == "auto":
         from infera_gpu.devices.cuda import why_unavailable
 
@@ -50,14 +57,20 @@ def open_device(
         from infera_gpu.devices.recording import RecordingDevice
 
         return RecordingDevice(strict, captures=captures, tf32=tf32, batch_invariant=batch_invariant, budget=budget)
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and (index.isdigit() or not index):
-        from infera_gpu.devices.cuda import CudaDevice
+    from infera_gpu.devices.cuda import CudaDevice
 
-        return CudaDevice(
-            int(index or 0), strict, captures=captures, tf32=tf32, batch_invariant=batch_invariant, budget=budget
-        )
-    raise DeviceError(f"unknown device '{name}'; expected auto, cpu, cuda, cuda:N or recording")
+    index = int(name.partition(":")[2] or 0)
+    return CudaDevice(index, strict, captures=captures, tf32=tf32, batch_invariant=batch_invariant, budget=budget)
+
+
+def check_name(name: object) -> None:
+    """Raises DeviceError for what names no device, whether or not it would be here."""
+    if not isinstance(name, str):
+        raise DeviceError(f"device is {name!r}, expected a name: {NAMES}")
+    if name == ALL:
+        raise DeviceError(f"'{ALL}' is for `infera serve --device`, which spreads models; expected one of {NAMES}")
+    if not _NAME.fullmatch(name):
+        raise DeviceError(f"unknown device '{name}'; expected {NAMES}")
 
 
 def tiles_of(device: Device) -> DeviceTiles:
@@ -93,4 +106,4 @@ def _compiles(jit: bool | None, strict: bool) -> bool:
     return installed() and not strict if jit is None else jit
 
 
-__all__ = ["Device", "open_device", "tiles_of"]
+__all__ = ["ALL", "Device", "check_name", "open_device", "tiles_of"]

@@ -236,6 +236,8 @@ def test_a_device_without_kernels_and_one_without_time_say_so() -> None:
         infera_gpu.load(model(), device="cpu", tune=10)
     with pytest.raises(DeviceError, match="only pretends"):
         opened().tune(feeds())
+    with pytest.raises(DeviceError, match="only pretends to launch: there is nothing to measure"):
+        infera_gpu.load(model(), device="recording", tune=True)
 
 
 def test_sums_are_cut_into_as_many_parts_as_is_fastest() -> None:
