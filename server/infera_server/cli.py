@@ -239,11 +239,12 @@ def serve(
     given = {name: value for name, value in locals().items() if name in Settings.model_fields and value is not None}
     try:
         if pin:
-            given["pins"] = dict(_pair(p, "--pin", "MODEL=DEVICE") for p in pin)
+            given["pins"] = _pairs(pin, "--pin", "MODEL=DEVICE")
         if share:
-            given["shares"] = dict(_pair(s, "--share", "MODEL=WEIGHT") for s in share)
+            given["shares"] = _pairs(share, "--share", "MODEL=WEIGHT")
         if pad:
-            given["pad"] = dict(_padded(p) for p in pad)
+            rules = _pairs(pad, "--pad", "MODEL=AXIS[:VALUE[:MASK]]")
+            given["pad"] = {model: _padded(rule) for model, rule in rules.items()}
         if slo_p99:
             given |= _goals(slo_p99)
         settings = Settings(**given)
@@ -368,17 +369,22 @@ def catalogued(paths: Sequence[Path]) -> dict[Path, Path]:
     return {path: locate(str(path)) for path in paths if not path.exists() and str(path) in CATALOGUE}
 
 
-def _pair(text: str, option: str, form: str) -> tuple[str, str]:
-    model, equals, value = text.partition("=")
-    if not (model and equals and value):
-        raise typer.BadParameter(f"'{text}' is not {form}", param_hint=option)
-    return model, value
+def _pairs(texts: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """What an option that may be repeated says of each model, once at most."""
+    found: dict[str, str] = {}
+    for text in texts:
+        model, equals, value = text.partition("=")
+        if not (model and equals and value):
+            raise typer.BadParameter(f"'{text}' is not {form}", param_hint=option)
+        if model in found:
+            said = f"'{model}' is given twice, '{found[model]}' and '{value}': leave one out"
+            raise typer.BadParameter(said, param_hint=option)
+        found[model] = value
+    return found
 
 
-def _padded(text: str) -> tuple[str, dict[str, str]]:
-    model, rule = _pair(text, "--pad", "MODEL=AXIS[:VALUE[:MASK]]")
-    parts = rule.split(":", 2)
-    return model, {} if rule == "off" else dict(zip(("axis", "value", "mask"), parts, strict=False))
+def _padded(rule: str) -> dict[str, str]:
+    return {} if rule == "off" else dict(zip(("axis", "value", "mask"), rule.split(":", 2), strict=False))
 
 
 def _goals(texts: list[str]) -> dict[str, Any]:
@@ -386,5 +392,5 @@ def _goals(texts: list[str]) -> dict[str, Any]:
     general = [text for text in texts if "=" not in text]
     if len(general) > 1:
         raise typer.BadParameter(f"{' and '.join(general)}: one time is for all models", param_hint="--slo-p99")
-    own = dict(_pair(text, "--slo-p99", "[MODEL=]TIME") for text in texts if "=" in text)
+    own = _pairs([text for text in texts if "=" in text], "--slo-p99", "[MODEL=]TIME")
     return {"slo_p99": general[0] if general else None, "slo_p99_of": own}

@@ -12,8 +12,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from infera_gpu.budget import bytes_of
 from infera_gpu.cpus import MAX_THREADS
+from infera_gpu.devices import check_name
+from infera_gpu.errors import DeviceError
 from infera_gpu.passes import Precision
 from infera_server.http.intake import MAX_MANAGEMENT_BODY
+from infera_server.models.placement import named_devices
 from infera_server.models.traffic import MAX_GOLDEN
 from infera_server.scheduling.rows import PadRule
 
@@ -31,6 +34,24 @@ def checked_bytes(size: str) -> str:
     """The text, where it is an amount of memory. Raises ValueError."""
     bytes_of(size)
     return size
+
+
+def checked_device(device: str) -> str:
+    """The text, where it is a device's name. Raises ValueError."""
+    try:
+        check_name(device)
+    except DeviceError as error:
+        raise ValueError(str(error)) from None
+    return device
+
+
+def checked_devices(devices: str) -> str:
+    """The text, where it is a list of devices as `Placement` takes it. Raises ValueError."""
+    try:
+        named_devices(devices)
+    except DeviceError as error:
+        raise ValueError(str(error)) from None
+    return devices
 
 
 _UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -73,8 +94,8 @@ class Settings(BaseSettings):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
-    device: str = "auto"
-    pins: dict[str, str] = Field(default_factory=dict)
+    device: Annotated[str, AfterValidator(checked_devices)] = "auto"
+    pins: dict[str, Annotated[str, AfterValidator(checked_device)]] = Field(default_factory=dict)
     precision: Precision = "fp32"
     batch_invariant: bool = False
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
@@ -146,6 +167,8 @@ class Settings(BaseSettings):
         found = []
         if self.keep_deleted and not self.watch and self.model_control != "poll":
             found.append("--keep-deleted has no effect: files are watched with --watch, or --model-control poll")
+        if self.vram_limit is not None and {*devices} == {"cpu"}:
+            found.append("--vram-limit has no effect on models on the CPU: --memory-limit is theirs")
         if self.evict and self.memory_limit is None and {*devices} == {"cpu"}:
             found.append(
                 "--evict has no effect on models on the CPU without --memory-limit, until the host has no memory left"

@@ -50,9 +50,12 @@ def test_all_gpus_are_those_that_cuda_shows() -> None:
     assert [placement.take("m", 1).device for _ in range(5)] == ["cuda:0", "cuda:1", "cuda:2", "cpu", "cuda:0"]
 
 
-@pytest.mark.parametrize("devices", ["", " , "])
-def test_a_list_of_nothing_is_refused(devices: str) -> None:
-    with pytest.raises(DeviceError, match="names no device"):
+@pytest.mark.parametrize(
+    ("devices", "says"),
+    [("", "names no device"), (" , ", "names no device"), ("cpu,gpu", "unknown device 'gpu'"), ("cuda:", "'cuda:'")],
+)
+def test_a_list_of_nothing_and_names_of_nothing_are_refused(devices: str, says: str) -> None:
+    with pytest.raises(DeviceError, match=says):
         Placement(devices)
 
 
@@ -97,6 +100,21 @@ def test_a_gpu_that_is_lost_takes_its_models_along_and_no_others(
     assert fake.vrams[0].used == 0
 
 
-def test_a_pin_without_a_device_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--pin m", "'m' is not MODEL=DEVICE"),
+        ("--pin m=cpu --pin m=recording", "'m' is given twice, 'cpu' and 'recording'"),
+        ("--share m=1 --share n=1 --share m=2", "'m' is given twice, '1' and '2'"),
+        ("--pad m=off --pad m=T", "'m' is given twice, 'off' and 'T'"),
+        ("--slo-p99 m=1ms --slo-p99 1s --slo-p99 m=2ms", "'m' is given twice, '1ms' and '2ms'"),
+        ("--pin m=gpu", "pins.m: unknown device 'gpu'; expected auto, cpu, cuda, cuda:N or recording"),
+        ("--pin m=cuda:all", "pins.m: 'cuda:all' is for `infera serve --device`"),
+        ("--device gpu", "device: unknown device 'gpu'"),
+        ("--device cpu,cuda:", "device: unknown device 'cuda:'"),
+        ("--device ,", "device: ',' names no device"),
+    ],
+)
+def test_devices_and_models_of_options_are_looked_at_first(tmp_path: Path, options: str, says: str) -> None:
     onnx.save(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), tmp_path / "m.onnx")
-    assert_fails(infera("serve", tmp_path / "m.onnx", "--pin", "m"), "'m' is not MODEL=DEVICE", status=2)
+    assert_fails(infera("serve", tmp_path / "m.onnx", *options.split()), says, status=2)

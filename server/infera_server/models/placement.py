@@ -7,11 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from infera_gpu.budget import VramBudget
+from infera_gpu.devices import ALL, check_name
 from infera_gpu.devices.cuda import gpu_count
 from infera_gpu.errors import DeviceError
 
-ALL = "cuda:all"
-"""Every GPU that CUDA shows."""
+
+def named_devices(text: str) -> list[str]:
+    """The devices of a comma-separated list; `ALL` stays as it is. Raises DeviceError for none, and no such name."""
+    named = [d.strip() for d in text.split(",") if d.strip()]
+    if not named:
+        raise DeviceError(f"'{text}' names no device")
+    for name in named:
+        if name != ALL:
+            check_name(name)
+    return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,7 @@ class Placement:
         count: Callable[[], int] = gpu_count,
     ) -> None:
         self._pins = dict(pins or {})
-        named = [d.strip() for d in devices.split(",") if d.strip()]
-        if not named:
-            raise DeviceError(f"'{devices}' names no device")
+        named = named_devices(devices)
         self._devices = list(
             dict.fromkeys(d for n in named for d in ([f"cuda:{i}" for i in range(count())] if n == ALL else [n]))
         )
