@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from infera_gpu.devices.base import Device
+from infera_gpu.errors import InvarianceError
 from infera_gpu.layout import Space
 from infera_gpu.op import Kernel, Site
 from infera_gpu.spec import DType
@@ -22,8 +23,8 @@ class Choice(NamedTuple):
 def choose(placed: Placed, device: Device) -> Choice:
     """The first kernel that the device prefers, that supports the site and pays, else the operator's `compute`.
 
-    Raises PlanError naming the node where a device that is `batch_invariant` would compute floats by another library,
-    which adds in an order of its own.
+    Raises InvarianceError naming the node where a device that is `batch_invariant` would compute floats by another
+    library, which adds in an order of its own.
     """
     spare: Choice | None = None
     for kind in device.kinds:
@@ -36,8 +37,9 @@ def choose(placed: Placed, device: Device) -> Choice:
     if spare is not None:
         return spare
     if device.batch_invariant and placed.op.view is None and placed.op.windows is None and _has_floats(placed.site):
-        raise placed.site.fail(
-            "it has no kernel that gives the same bits in every batch, which batch_invariant=True asks for"
+        raise InvarianceError(
+            f"{placed.site.node}: it has no kernel that gives the same bits in every batch, which "
+            "batch_invariant=True asks for"
         )
     if device.space == "device" and device.runs_portable and runs_on_cupy(placed):
         return Choice("portable", "device", None)

@@ -8,6 +8,7 @@
     │   └── UnsupportedOperatorError  operators without a declaration, all of them listed
     ├── InputError                    a feed is missing, unknown, of the wrong type or shape
     ├── PlanError                     a node cannot be planned at these shapes
+    │   └── InvarianceError           it would not give the same bits in every batch, which was asked for
     ├── DeviceError                   the device is absent, unsupported or failed
     │   ├── DeviceLostError           nothing works on it any more in this process
     │   └── OutOfMemoryError          a plan needs more memory than there is; nothing was allocated
@@ -72,6 +73,10 @@ class InputError(InferaError, ValueError):
 
 class PlanError(InferaError):
     """A node cannot be planned at these shapes."""
+
+
+class InvarianceError(PlanError):
+    """A node has no kernel that gives the same bits in every batch, and the session is to be batch invariant."""
 
 
 class planning:

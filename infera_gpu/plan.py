@@ -12,6 +12,7 @@ from infera_gpu import between
 from infera_gpu.graph import HostArray
 from infera_gpu.layout import Operand, Space, operand_of
 from infera_gpu.op import Kernel
+from infera_gpu.printable import printable
 from infera_gpu.recipe import Written
 from infera_gpu.specialize import Placed, Segment
 
@@ -197,14 +198,15 @@ class Plan:
 
     @property
     def headline(self) -> str:
-        ins = ", ".join(f"{k} {_spec(o)}" for k, o in {**self.inputs, **self.carried}.items())
+        ins = ", ".join(f"{printable(k)} {_spec(o)}" for k, o in {**self.inputs, **self.carried}.items())
         after = between.summary(self.segment, self.outputs)
         text = (
             f"plan on {self.device}{self._threads}: {ins or 'no inputs'}\n"
             f"{len(self.packed)} steps, {len(self.transfers)} transfers{', then ' if after else ''}{after}, "
-            f"arena {self.arena_bytes:,} bytes "
-            f"(lower bound {self.lower_bound:,}, {self.arena_bytes / max(self.lower_bound, 1):.3f} of it)"
+            f"arena {self.arena_bytes:,} bytes"
         )
+        if self.lower_bound:
+            text += f" (lower bound {self.lower_bound:,}, {self.arena_bytes / self.lower_bound:.3f} of it)"
         if any(self.saved.values()):
             text += "\nbytes without memory of their own: " + ", ".join(
                 f"{nbytes:,} {how}" for how, nbytes in self.saved.items() if nbytes
@@ -216,7 +218,7 @@ class Plan:
             text += f"\n{held} of {len(self.packed)} steps in {len(self.graphs)} CUDA graphs"
         if not self.segment.is_last:
             why = ", ".join([f"'{w}'" for w in self.segment.waits] + [str(e.node) for e in self.segment.eager])
-            text += f"\nthe rest is planned when known: {why}"
+            text += f"\nthe rest is planned when known: {printable(why)}"
         return text
 
     @property
@@ -233,7 +235,8 @@ HEADER = ("#", "step", "via", "output", "at", "bytes", "scratch")
 
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
-    """The plan as rows of text under HEADER, with what runs behind its steps; that has no number."""
+    """The plan as rows of text under HEADER, with what runs behind its steps; that has no number. Control characters in
+    names are shown."""
     found: list[tuple[str, ...]] = []
     steps = plan.steps
     if plan.graphs is None:
@@ -246,7 +249,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
         found.append(
             (
                 str(i),
-                s.label,
+                printable(s.label),
                 s.how + (f" ({note})" if note else ""),
                 _spec(out),
                 f"{out.offset:,}" + (" in place" if in_place and out.nbytes else ""),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 import infera_gpu
-from tests.commandline import infera, model, save_relu
+from tests.commandline import assert_fails, infera, model, save, save_relu
 from tests.text import parse
 
 
@@ -71,6 +72,43 @@ def test_inspect_fails_where_a_plan_is_asked_for_and_dimensions_are_free(relu: P
     assert "--shape x=1,3" in err
     assert "--time and --svg" in err
     assert not drawing.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("memory.png", "the drawing is SVG; name it memory.svg"), ("none/memory.svg", "no folder")]
+)
+def test_inspect_sees_first_what_cannot_be_drawn_to(relu: Path, tmp_path: Path, name: str, says: str) -> None:
+    result = infera("inspect", relu, "--shape", "4,3", "--device", "cpu", "--svg", tmp_path / name)
+    assert_fails(result, says, "--svg", status=2)
+    assert result[1] == ""
+    assert [*tmp_path.iterdir()] == [relu]
+
+
+def test_inspect_says_whose_times_a_recording_has(relu: Path) -> None:
+    arguments = "inspect", relu, "--shape", "4,3", "--time", "--device"
+    said = "of NumPy on this CPU, which stands in for the kernels"
+    assert said in infera(*arguments, "recording")[1]
+    assert said not in infera(*arguments, "cpu")[1]
+
+
+def test_what_cannot_be_planned_is_blamed_on_values_only_where_they_are_random(tmp_path: Path) -> None:
+    onnx.save(parse("g (float[N] x, int64[M] s) => (float[A,B] y) { y = Reshape(x, s) }"), tmp_path / "m.onnx")
+    x, s = save(tmp_path / "x.npy", np.ones(7, np.float32)), save(tmp_path / "s.npy", np.array([2, 3]))
+    asked = "inspect", tmp_path / "m.onnx", "--device", "cpu", "-i", f"x={x}"
+    status, _, err = infera(*asked, "--shape", "s=2")
+    assert status == 0
+    assert "the rest cannot be planned: Reshape" in err
+    assert "are random; give sensible ones" in err
+    status, _, err = infera(*asked, "-i", f"s={s}")
+    assert "the rest cannot be planned: Reshape" in err
+    assert "random" not in err
+
+
+def test_a_plan_without_memory_has_no_bound(tmp_path: Path) -> None:
+    onnx.save(parse("g (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }"), tmp_path / "m.onnx")
+    out = infera("inspect", tmp_path / "m.onnx", "--shape", "0,2", "--device", "cpu")[1]
+    assert "transfers, arena 0 bytes\n" in out
+    assert "lower bound" not in out
 
 
 def test_inspect_counts_nodes_of_subgraphs(tmp_path: Path) -> None:

@@ -14,8 +14,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import infera_gpu
 from infera_gpu.cli.feeds import random_feeds, read_feeds
-from infera_gpu.errors import InputError
+from infera_gpu.errors import (
+    DeviceError,
+    InferaError,
+    InputError,
+    InvarianceError,
+    OutOfMemoryError,
+    PlanError,
+)
 from infera_gpu.spec import TensorSpec, spec_of
 from tests.commandline import assert_explained, assert_fails, infera, model, save, save_add, save_relu
 from tests.text import parse
@@ -327,3 +335,52 @@ def test_random_values_that_make_no_sense_come_with_advice(tmp_path: Path) -> No
     onnx.save(parse("g (float[N] x, int64[M] s) => (float[A,B] y) { y = Reshape(x, s) }"), tmp_path / "m.onnx")
     result = infera("run", tmp_path / "m.onnx", "--random", "--shape", "x=7", "--shape", "s=2", "--device", "cpu")
     assert_fails(result, "are random; give sensible ones")
+
+
+def test_what_random_values_are_not_to_blame_for_comes_without_advice(
+    relu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = "run", relu, "--random", "--shape", "2,3", "--device", "cpu"
+    causes: list[tuple[InferaError, bool]] = [
+        (InputError("a value"), True),
+        (PlanError("a shape"), True),
+        (InvarianceError("no kernel"), False),
+        (DeviceError("no device"), False),
+        (OutOfMemoryError("an arena", needed=2, available=1), False),
+    ]
+    for cause, advised in causes:
+
+        def failing(*_: object, cause: InferaError = cause) -> None:
+            raise cause
+
+        monkeypatch.setattr("infera_gpu.session.Session.run", failing)
+        result = infera(*asked)
+        assert_explained(result, str(cause))
+        assert ("are random" in result[2]) == advised
+
+
+ODD = "x\x1b[31m\n\x07"
+SHOWN = r"x\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run",),  # an error
+        ("run", "--random"),  # a note, and a table
+        ("inspect", "--shape", "2,3", "--passes", "--time"),
+        ("verify", "--first", "--shape", "2,3"),
+    ],
+    ids=str,
+)
+def test_names_do_nothing_to_a_terminal(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    path = tmp_path / "odd.onnx"
+    nodes = [helper.make_node("Relu", [ODD], ["t" + ODD], name=ODD), helper.make_node("Exp", ["t" + ODD], ["y" + ODD])]
+    onnx.save(model(nodes, {ODD: ["N", 3]}, {"y" + ODD: ["N", 3]}), path)
+    command, *options = arguments
+    _, out, err = infera(command, path, *options, "--device", "cpu")
+    assert SHOWN in out + err
+    assert not {"\x1b", "\x07"} & {*out, *err}
+    plan = infera_gpu.load(path, device="cpu").plan_for({ODD: (2, 3)})
+    assert plan.headline.count("\n") == 1
+    assert len(str(plan).splitlines()) == 4

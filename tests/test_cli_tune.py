@@ -16,7 +16,7 @@ from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.errors import InputError
 from infera_kernels.launch import nominal_target
 from infera_kernels.tuning import DeviceTiles, Store
-from tests.commandline import assert_explained, assert_fails, infera, model
+from tests.commandline import assert_explained, assert_fails, infera, model, save_relu
 
 kernels = pytest.mark.kernels
 
@@ -91,6 +91,16 @@ def test_what_cannot_be_tuned_is_said(product: Path) -> None:
 def test_without_a_gpu_predictions_alone_are_shown(product: Path) -> None:
     assert_fails(infera("tune", product, "--device", "recording", "--shape", "x=8,256"), "only pretends")
     assert infera("tune", product, "--device", "recording", "--show")[0] == 0
+
+
+@kernels
+def test_what_has_no_tiles_is_said_in_place_of_an_empty_table(tmp_path: Path, kept: Path) -> None:
+    status, out, err = infera("tune", save_relu(tmp_path), "--device", "recording", "--show", "--shape", "4,3")
+    assert (status, out) == (0, "")
+    assert err == "no step of this plan runs a kernel that has tiles: there is nothing to tune\n"
+    status, out, err = infera("tune", "--device", "recording", "--show")
+    assert (status, out) == (0, "")
+    assert err == "nothing is measured on h200 with Triton 3.6.0: tiles are those predicted\n"
 
 
 def test_without_triton_it_is_said_what_to_install(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,13 @@ def test_verify_refuses_to_compare_a_device_with_itself(add: Path) -> None:
     assert_fails(infera("verify", add, "--device", "cpu", "--against", "cpu"), "compared with itself")
 
 
+def test_verify_looks_at_the_reference_before_anything_runs(add: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("run"))
+    result = infera("verify", add, "--device", "cpu", "--against", "recordin")
+    assert_explained(result, "--against: unknown device 'recordin'", "recording, or onnxruntime or float64")
+    assert_fails(infera("verify", add, "--device", "cpu", "--against", "cpu"), "compared with itself")
+
+
 # ---- against float64
 
 

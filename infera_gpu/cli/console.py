@@ -7,17 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
+from infera_gpu.printable import printable
+
 
 def print_error(message: str) -> None:
     """One line on stderr, however the message was wrapped."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     colour = sys.stderr.isatty()
     print(f"\x1b[1;31merror:\x1b[0m {line}" if colour else f"error: {line}", file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """A remark on stderr."""
-    print(message, file=sys.stderr)
+    """A remark of one line on stderr."""
+    print(printable(message), file=sys.stderr)
+
+
+def say(line: str) -> None:
+    """A line on stdout with names in it, which a model may have written anything into."""
+    print(printable(line))
 
 
 Progress: TypeAlias = Callable[[int, int | None], None]
@@ -70,7 +77,8 @@ def _spinning(what: str, *, bytes_too: bool = False, bar: bool = False) -> Itera
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
-    """Print a table to stdout; the columns named in `right` are aligned right. Cells are text, not markup."""
+    """Print a table to stdout; the columns named in `right` are aligned right. Cells are text, not
+    markup, whose control characters are shown."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -80,7 +88,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     for column in columns:
         shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: do not fold what a program may read

@@ -12,7 +12,7 @@ import numpy as np
 
 from infera_gpu.cli.console import note
 from infera_gpu.devices.base import host_memory
-from infera_gpu.errors import InferaError, InputError, OutOfMemoryError
+from infera_gpu.errors import InferaError, InputError, InvarianceError, OutOfMemoryError, PlanError
 from infera_gpu.graph import HostArray
 from infera_gpu.spec import TensorSpec, spec_of
 
@@ -86,16 +86,22 @@ def _as_saved(array: HostArray, spec: TensorSpec) -> HostArray:
 
 @contextmanager
 def on_random(inputs: Mapping[str, TensorSpec], files: Sequence[str] | None) -> Iterator[None]:
-    """What fails in here says that inputs not given are random, which need not make sense to the model."""
+    """What fails in here, and may do so for values or shapes, says that inputs not given are random."""
     try:
         yield
     except InferaError as error:
-        if len(read_feeds(files or [], inputs)) == len(inputs):
+        if not (said := advice(error, inputs, read_feeds(files or [], inputs))):
             raise
-        raise InferaError(
-            f"{error}. Inputs not given are random; give sensible ones with --input name=file.npy, "
-            "or name=1,2 for numbers"
-        ) from error
+        raise InferaError(f"{error}{said}") from error
+
+
+def advice(error: InferaError, inputs: Mapping[str, TensorSpec], given: Mapping[str, HostArray]) -> str:
+    """What to say behind an error of a run whose inputs are random, but for those `given`: nothing where these are not
+    to blame. Random values and shapes need not make sense to a model."""
+    blamed = isinstance(error, InputError | PlanError) and not isinstance(error, InvarianceError)
+    if not blamed or len(given) == len(inputs):
+        return ""
+    return ". Inputs not given are random; give sensible ones with --input name=file.npy, or name=1,2 for numbers"
 
 
 def _load(path: str) -> HostArray | dict[str, HostArray]:

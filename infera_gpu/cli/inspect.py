@@ -12,8 +12,8 @@ import typer
 
 from infera_gpu.between import counted
 from infera_gpu.cli import options
-from infera_gpu.cli.console import note, table, working
-from infera_gpu.cli.feeds import free_dimensions, random_feeds, read_feeds, read_shapes
+from infera_gpu.cli.console import note, say, table, working
+from infera_gpu.cli.feeds import advice, free_dimensions, random_feeds, read_feeds, read_shapes
 from infera_gpu.errors import InferaError
 from infera_gpu.graph import HostArray
 from infera_gpu.passes import Fired
@@ -29,8 +29,15 @@ def command(
     model: options.Model,
     shape: options.Shape = None,
     input: options.Input = None,
-    time: Annotated[bool, typer.Option("--time", help=f"Time every step, over {PROFILE_RUNS} runs.")] = False,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Draw memory over the steps to this file.")] = None,
+    time: Annotated[
+        bool,
+        typer.Option(
+            "--time",
+            help=f"Time every step, over {PROFILE_RUNS} runs. On the recording device NumPy on this CPU is timed, no "
+            "kernel.",
+        ),
+    ] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw memory over the steps to this .svg file.")] = None,
     passes: Annotated[bool, typer.Option("--passes", help="List what every pass did to the model.")] = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -41,6 +48,8 @@ def command(
     seed: options.Seed = 0,
 ) -> None:
     """Show a model's inputs, outputs and operators, and its plan: kernels, offsets, bytes, times."""
+    if svg is not None:
+        _require_drawable(svg)
     path = options.locate(model)
     with options.opened(model, path, device, threads, precision, batch_invariant, accuracy, jit) as session:
         given = read_feeds(input or [], session.tensor_inputs)
@@ -59,7 +68,7 @@ def command(
                 raise typer.BadParameter("there is no plan without these dimensions", param_hint=" and ".join(asked))
             return
         feeds = random_feeds(session.tensor_inputs, given, shapes, seed)
-        plans = _show_plans(session, feeds)
+        plans = _show_plans(session, feeds, given)
         if svg is not None:
             _draw(plans, svg)
         if time:
@@ -75,7 +84,7 @@ NO_KERNELS = (
 
 def _show_model(session: Session) -> None:
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in session.graph.opsets.items())
-    print(f"{session.name}: opset {opsets}, {session.constant_bytes:,} bytes of constants")
+    say(f"{session.name}: opset {opsets}, {session.constant_bytes:,} bytes of constants")
     sides = (("input", session.inputs), ("output", session.outputs))
     table(("", "name", "type"), [(side, name, str(spec)) for side, specs in sides for name, spec in specs.items()])
     counts = Counter(node.qualified for graph in session.graph.walk() for node in graph.nodes)
@@ -113,18 +122,28 @@ def _named(ops: Counter[str]) -> str:
     return ", ".join(f"{count} {op}" for op, count in ordered)
 
 
+def _require_drawable(path: Path) -> None:
+    """Raises BadParameter, before anything is done, for what a drawing should not or cannot be written to."""
+    if path.suffix.lower() not in ("", ".svg"):
+        named = path.with_suffix(".svg").name
+        raise typer.BadParameter(f"{path}: the drawing is SVG; name it {named}", param_hint="--svg")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{path}: there is no folder {path.parent}", param_hint="--svg")
+
+
 def _draw(plans: Sequence[Plan], path: Path) -> None:
     """The memory of the plan with the largest arena."""
     plan = max(plans, key=lambda p: p.arena_bytes)
     try:
         path.write_text(memory_svg(plan))
     except OSError as error:
-        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint="--svg") from None
     note(f"memory over {len(plan.steps)} steps: {path}")
 
 
-def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> Sequence[Plan]:
-    """Every segment's plan. What follows the first depends on values, so it is shown for these feeds."""
+def _show_plans(session: Session, feeds: Mapping[str, HostArray], given: Mapping[str, HostArray]) -> Sequence[Plan]:
+    """Every segment's plan. What follows the first depends on values, so it is shown for these feeds, which are random
+    but for those `given`."""
     problem = None
     with working("planning"):
         plans: tuple[Plan, ...] = (session.plan_for(feeds),)
@@ -136,10 +155,7 @@ def _show_plans(session: Session, feeds: Mapping[str, HostArray]) -> Sequence[Pl
     print("\n\n".join(map(str, plans)))
     _show_bodies(session)
     if problem is not None:
-        note(
-            f"the rest cannot be planned with these values ({problem}). Give sensible ones with --input name=file.npy, "
-            "or name=1,2 for numbers"
-        )
+        note(f"the rest cannot be planned: {problem}{advice(problem, session.tensor_inputs, given)}")
     return plans
 
 
@@ -171,10 +187,17 @@ def _show_times(session: Session, feeds: Mapping[str, HostArray]) -> None:
     table(
         columns,
         [_timed(i, step, seconds, total) for i, (step, seconds) in enumerate(zip(steps, medians, strict=True))],
-        title=f"steps: {len(steps)}, {1e3 * total:.3f} ms in all; medians of {PROFILE_RUNS} runs",
+        title=f"steps: {len(steps)}, {1e3 * total:.3f} ms in all; medians of {PROFILE_RUNS} runs{_of_what(session)}",
         right=("#", "ms", "share"),
     )
     print(f"\npacked for these kernels, beside the constants: {session.packed_bytes:,} bytes")
+
+
+def _of_what(session: Session) -> str:
+    """Whose times they are, where that is not the kernels that the plan names."""
+    if session.device.name != "recording":
+        return ""
+    return "\nof NumPy on this CPU, which stands in for the kernels: they say nothing of a GPU"
 
 
 def _timed(index: int, step: Step, seconds: float, total: float) -> tuple[str, ...]:

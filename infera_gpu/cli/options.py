@@ -36,7 +36,11 @@ Compute: TypeAlias = Annotated[
 ]
 Invariant: TypeAlias = Annotated[
     bool,
-    typer.Option("--batch-invariant", help="On a GPU: an entry has the same bits in every batch, at a cost in speed."),
+    typer.Option(
+        "--batch-invariant",
+        help="On a GPU: an entry has the same bits in every batch, at a cost in speed. The recording device shows "
+        "whether there are kernels for it, no bits: it computes on NumPy.",
+    ),
 ]
 Accuracy: TypeAlias = Annotated[
     str, typer.Option("--accuracy", help="fast, or strict: the order of operations that the model writes.")

@@ -74,7 +74,10 @@ def command(
                 note(f"{len(found)} choices measured, {gained} of them are faster than predicted")
             with working("planning"):
                 made = session.choices(feeds)
-        table(COLUMNS, [_row(c) for c in made], right=("steps", "gain"))
+        if made:
+            table(COLUMNS, [_row(c) for c in made], right=("steps", "gain"))
+        else:
+            note("no step of this plan runs a kernel that has tiles: there is nothing to tune")
         if export is not None:
             known = session.tunable().tuned.measured
             _export(session, export, [known[c.problem] for c in made if c.measured])
@@ -132,7 +135,10 @@ def _show_device(device: str, export: Path | None) -> None:
         family = FAMILIES.get(m.problem.family)
         if family is not None:
             rows.append(_row(Choice(family, m.problem, m.choice, m.predicted, m, 0)))
-    table(COLUMNS, [(*row[:3], "", *row[4:]) for row in rows], title=f"{store.device}, Triton {store.triton}")
+    if rows:
+        table(COLUMNS, [(*row[:3], "", *row[4:]) for row in rows], title=f"{store.device}, Triton {store.triton}")
+    else:
+        note(f"nothing is measured on {store.device} with Triton {store.triton}: tiles are those predicted")
     if export is not None:
         write_file(store, export, list(known), store.runs())
         note(f"{len(rows)} measurements written to {export}")

@@ -9,10 +9,11 @@ from typing import Annotated, cast
 import typer
 
 from infera_gpu.cli import options
-from infera_gpu.cli.console import note, table, working
+from infera_gpu.cli.console import note, say, table, working
 from infera_gpu.cli.feeds import gather, on_random
 from infera_gpu.departures import departures
-from infera_gpu.errors import InferaError
+from infera_gpu.devices import check_name
+from infera_gpu.errors import DeviceError, InferaError, InputError
 from infera_gpu.graph import HostArray
 from infera_gpu.passes import Precision
 from infera_gpu.verify import (
@@ -63,17 +64,19 @@ def command(
 
     With another --precision than fp32 the reference is the CPU in float32.
     """
+    if against is not None:
+        _require_reference(against)
     path = options.locate(model)
     with options.opened(model, path, device, threads, precision, batch_invariant) as session:
-        feeds = gather(session.tensor_inputs, input, shape, seed)
         tested = session.device.name
+        reference = against or ("cpu" if tested.startswith("cuda") or precision != "fp32" else ONNXRUNTIME)
+        if reference == tested and precision == "fp32":
+            raise InferaError(f"'{tested}' would be compared with itself; choose another --device or --against")
+        feeds = gather(session.tensor_inputs, input, shape, seed)
         with working(f"running on {tested}"), on_random(session.tensor_inputs, input):
             got: Outputs = session.run(feeds)
     if tolerance is None:
         tolerance = TOLERANCES[cast(Precision, precision)]
-    reference = against or ("cpu" if tested.startswith("cuda") or precision != "fp32" else ONNXRUNTIME)
-    if reference == tested and precision == "fp32":
-        raise InferaError(f"'{tested}' would be compared with itself; choose another --device or --against")
     try:
         want = _run(path, reference, threads, feeds)
     except NotInstalledError as error:
@@ -103,6 +106,16 @@ def command(
         raise InferaError(f"{len(wrong)} of {len(found)} outputs differ: {'; '.join(map(str, wrong[:3]))}{hint}")
 
 
+def _require_reference(name: str) -> None:
+    """Raises InputError for what is no reference, whether or not it is here."""
+    if name in (ONNXRUNTIME, FLOAT64):
+        return
+    try:
+        check_name(name)
+    except DeviceError as error:
+        raise InputError(f"--against: {error}, or {ONNXRUNTIME} or {FLOAT64}") from None
+
+
 def _show_first(
     path: Path,
     feeds: Outputs,
@@ -120,7 +133,7 @@ def _show_first(
         ):
             if not departure.difference.within(tolerance):
                 unknown = f" and {departure.at - seen} that cannot be compared" if departure.at > seen else ""
-                print(f"first to differ, after {seen} that agree{unknown}: {departure.node}: {departure.difference}")
+                say(f"first to differ, after {seen} that agree{unknown}: {departure.node}: {departure.difference}")
                 return
             seen, made = seen + 1, departure.made
     if 2 * seen > made:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 from types import TracebackType
 from typing import TypeAlias
 
-ExcInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+from infera_gpu.printable import printable
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""What begins a line somewhere, or moves a terminal's cursor."""
+ExcInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
 def one_line(text: str) -> str:
     """The text with control characters as Python writes them; what ends it is left out."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text.rstrip())
+    return printable(text.rstrip())
 
 
 class LineFormatter(logging.Formatter):

@@ -15,7 +15,7 @@ import infera_gpu
 from bench.build_llama import Sizes, llama, llama_feeds
 from bench.gpu_models import bert_feeds, images
 from bench.models import path_of
-from infera_gpu.errors import PlanError
+from infera_gpu.errors import InvarianceError, PlanError
 from infera_gpu.source import Source
 from infera_kernels.launch import RecordingLauncher
 from infera_server.models.model import open_session
@@ -127,7 +127,7 @@ def test_what_depends_on_the_whole_batch_or_on_another_library_is_refused(text: 
     model = parse(text)
     with infera_gpu.load(model, device="recording", batch_invariant=True) as session:
         (spec,) = session.tensor_inputs.values()
-        with pytest.raises(PlanError, match=f"{node}.*{WHOLE}"):
+        with pytest.raises(InvarianceError, match=f"{node}.*{WHOLE}"):
             session.plan_for({"x": (2, *(8,) * (len(spec.shape) - 1))})
 
 
