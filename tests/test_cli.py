@@ -117,7 +117,7 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
 def test_as_a_process(relu: Path, tmp_path: Path) -> None:
     done = python("-m", "infera_gpu.cli", "run", relu, "--random", "--shape", "2,3", "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
-    done = python("-m", "infera_gpu.cli", "run", tmp_path / "none.onnx")
+    done = python("-m", "infera_gpu", "run", tmp_path / "none.onnx")
     assert_fails((done.returncode, done.stdout, done.stderr), "none.onnx")
 
 
