@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal, TypeAlias
 
@@ -110,7 +111,7 @@ def _driver() -> Iterator[Finding]:
 
     readings, state = snapshot()
     if not readings:
-        yield Finding("NVIDIA driver", "absent" if state.startswith("no ") else "unknown", state)
+        yield Finding("NVIDIA driver", "absent" if _no_driver(state) else "unknown", state)
         return
     versions = {r.driver for r in readings if r.driver}
     yield Finding("NVIDIA driver", "ok" if versions else "unknown", ", ".join(versions) or "NVML tells no version")
@@ -128,12 +129,18 @@ def _driver() -> Iterator[Finding]:
         yield Finding("NVML", "problem", state)
 
 
+def _no_driver(state: str) -> bool:
+    """Whether it is for want of a driver that NVML tells nothing."""
+    return state.startswith("no ")
+
+
 def _known(value: float | None, scale: float, unit: str) -> str:
     return "unknown" if value is None else f"{value * scale:,.4g}{unit}"
 
 
 def _cupy() -> Iterator[Finding]:
-    from infera_gpu.devices.cuda import releases, why_unavailable
+    from infera_gpu.devices.cuda import NO_DRIVER, releases, why_unavailable
+    from infera_gpu.telemetry import snapshot
 
     installed = [f"{name} {found}" for name in CUPY_PACKAGES if (found := _version(name))]
     if len(installed) > 1:
@@ -149,6 +156,9 @@ def _cupy() -> Iterator[Finding]:
     else:
         made, supported = releases()
         told = f"{installed[0]} for CUDA {made[0]}" if made else installed[0]
+        if reason == NO_DRIVER and _no_driver(snapshot()[1]):
+            yield Finding("CuPy", "ok", f"{told}, and no driver: the CPU is used")
+            return
         if reason and made and supported and supported[0] < made[0]:
             extra = "; infera-gpu[cuda12] brings one for that" if supported[0] == 12 else ""
             reason = f"the driver supports CUDA {supported[0]}.{supported[1]}{extra}"
@@ -244,17 +254,22 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from infera_gpu.fetch import cache_dir
+    from infera_kernels.disk import default_directory
 
-    path = cache_dir()
+    path = default_directory().parent
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not os.path.isdir(existing):
         yield Finding("Cache", "problem", f"{path}: {existing} is no folder; set INFERA_CACHE_DIR to one")
-    elif not _writable(existing):
-        yield Finding("Cache", "problem", f"{path}: {existing} cannot be written to; set INFERA_CACHE_DIR to a folder")
+    elif locked := next((folder for folder in (existing, *_kept(path)) if not _writable(folder)), None):
+        yield Finding("Cache", "problem", f"{path}: {locked} cannot be written to; set INFERA_CACHE_DIR to a folder")
     else:
         used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         yield Finding("Cache", "ok", f"{path}, {used / 1e6:,.1f} MB")
+
+
+def _kept(cache: Path) -> list[Path]:
+    """The folders of the cache that are there already: of models, kernels, what passes made, measurements."""
+    return [folder for name in ("models", "kernels", "graphs", "tuned") if (folder := cache / name).is_dir()]
 
 
 def _writable(folder: str | os.PathLike[str]) -> bool:

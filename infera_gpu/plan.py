@@ -258,7 +258,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
             )
         )
     after = between.places(plan.segment, plan.outputs, copies="device" in plan.arenas)
-    return found + [("", name, where, "", "", "", "") for name, where in after]
+    return found + [("", printable(name), where, "", "", "", "") for name, where in after]
 
 
 def table(body: list[tuple[str, ...]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from infera_gpu import doctor, telemetry
 from infera_gpu.devices import cuda
 from infera_kernels.cpu import blas, packed
+from tests import fake_cupy
 from tests.commandline import infera
 
 
@@ -102,7 +104,6 @@ def test_doctor_knows_which_releases_of_cupy_are_tested(
     [
         ((12, 9), (13, 1), "for CUDA 12"),
         ((13, 2), (13, 0), "for CUDA 13"),
-        ((12, 9), None, "for CUDA 12: no usable driver"),
         ((13, 2), (13, 0), "for CUDA 13: no usable driver"),
         ((12, 9), (11, 8), "for CUDA 12: the driver supports CUDA 11.8"),
         ((13, 2), (12, 4), "for CUDA 13: the driver supports CUDA 12.4; infera-gpu[cuda12] brings one for that"),
@@ -147,6 +148,25 @@ def test_doctor_knows_what_cupy_loads_of_cuda(monkeypatch: pytest.MonkeyPatch, t
 def test_doctor_does_not_look_for_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert not list(doctor._libraries())
+
+
+@pytest.mark.parametrize(
+    ("nvml", "state", "says"),
+    [
+        ("no NVIDIA driver library", "ok", "for CUDA 13, and no driver: the CPU is used"),
+        ("the NVIDIA driver sees no GPU", "problem", "for CUDA 13: CuPy has no NVIDIA driver here"),
+    ],
+)
+def test_cupy_without_a_driver_is_no_problem_of_its_own(
+    nvml: str, state: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = fake_cupy.module(error=RuntimeError("CUDA driver version is insufficient for CUDA runtime version"))
+    fake_cupy.install(monkeypatch, old)
+    monkeypatch.setattr(cuda, "releases", lambda: ((13, 2), None))
+    monkeypatch.setattr(doctor, "_version", {"cupy-cuda13x": "14.2.0"}.get)
+    monkeypatch.setattr(telemetry, "snapshot", lambda: ((), nvml))
+    (found,) = doctor._cupy()
+    assert (found.state, found.detail) == (state, f"cupy-cuda13x 14.2.0 {says}")
 
 
 @pytest.mark.parametrize(
@@ -220,3 +240,29 @@ def test_doctor_sees_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch:
     (found,) = doctor._cache()
     assert found.state == "problem"
     assert "cannot be written to" in found.detail
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_doctor_counts_and_tries_the_whole_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    cache = tmp_path / "infera-gpu"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("INFERA_CACHE_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("INFERA_CACHE_DIR", str(cache))
+    for name in ("models", "kernels", "graphs", "tuned"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "file").write_bytes(bytes(1_000_000))
+    tried = []
+
+    def writes(dir: Path) -> Any:
+        tried.append(dir)
+        if dir.name == "tuned":
+            raise PermissionError
+        return nullcontext()
+
+    (found,) = doctor._cache()
+    assert (found.state, found.detail) == ("ok", f"{cache}, 4.0 MB")
+    monkeypatch.setattr(doctor, "TemporaryFile", writes)
+    (found,) = doctor._cache()
+    assert (found.state, len(tried)) == ("problem", 5)
+    assert f"{cache / 'tuned'} cannot be written to" in found.detail

@@ -60,6 +60,9 @@ _lost: dict[int, str] = {}
 INSTALL = "pip install 'infera-gpu[cuda12]' or 'infera-gpu[cuda13]', whichever CUDA the driver supports, never both"
 
 
+NO_DRIVER = "CuPy has no NVIDIA driver here"
+
+
 def why_unavailable() -> str | None:
     """Why no GPU can be used, in one line; None where one can."""
     if find_spec("cupy") is None:
@@ -69,7 +72,8 @@ def why_unavailable() -> str | None:
 
         count = int(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:  # a missing driver library surfaces as ImportError, OSError or CUDARuntimeError
-        return f"CuPy finds no usable driver: {error}"
+        made, supported = releases()
+        return NO_DRIVER if made and not supported else f"CuPy finds no usable driver: {error}"
     return None if count else "the driver reports no GPU"
 
 
