@@ -52,7 +52,7 @@ def command(
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument(
-        "--minutes", type=float, default=minutes, help="begin nothing after that (default: %(default)g)"
+        "--minutes", type=_minutes, default=minutes, help="begin nothing after that (default: %(default)g)"
     )
     parser.add_argument("--only", nargs="+", choices=list(sections), metavar="SECTION", help=", ".join(sections))
     parser.add_argument(
@@ -102,7 +102,7 @@ def command(
             journal, log = Path(folder) / "journal", Path(folder) / "log"
 
             def start(left: float) -> Worker:
-                given = ("--device", str(options.device), "--minutes", str(left / 60), "--only", *chosen)
+                given = ("--device", str(options.device), "--minutes", str(max(left, 0.0) / 60), "--only", *chosen)
                 return Worker.start(worker_command(prog, journal, *given), log)
 
             yield from Supervisor(list(chosen), Journal(journal), start, deadline, limits).outcomes()
@@ -117,6 +117,17 @@ def command(
     print(f"{gpu.get('name')}, driver {gpu.get('driver')}\n{table(found)}\n{path}")
     states = {o.status for o in found}
     return int("failed" in states or "ok" not in states)
+
+
+def _minutes(text: str) -> float:
+    """What --minutes says. Raises ArgumentTypeError for what is no time."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not found >= 0:  # nan neither
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of minutes, expected 0 or more")
+    return found
 
 
 def opened(name: str, *, measured: bool, batch_invariant: bool = False) -> Any:

@@ -6,9 +6,10 @@ people and the tests, which hold the estimate against them: whoever changes it s
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,14 @@ def lines(found: Mapping[Problem, tuple[Family[Any], list[str]]], device: Device
         yield json.dumps({**entry, "where": where[0]})
 
 
-def main(folder: Path = SHIPPED) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tile_predictions", description="write the tiles that are predicted, anew"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=SHIPPED, metavar="DIR", help="where the files go (default: %(default)s)"
+    )
+    folder: Path = parser.parse_args(argv).output
     found: dict[Problem, tuple[Family[Any], list[str]]] = {}
     for where, family, problem in problems():
         found.setdefault(problem, (family, []))[1].append(where)

@@ -111,7 +111,11 @@ def test_all_well_is_zero_and_only_runs_what_is_named(tmp_path: Path) -> None:
     assert len(record["sections"]) == 1
 
 
-def test_nothing_begins_after_the_deadline(tmp_path: Path) -> None:
+def test_nothing_begins_after_the_deadline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for minutes in ("-3", "nan", "long"):
+        with pytest.raises(SystemExit, match="2"):
+            command(tmp_path, f"--minutes={minutes}", sections={"good": good})
+        assert f"'{minutes}' is no number of minutes, expected 0 or more" in capsys.readouterr().err
     assert command(tmp_path, "--minutes", "0", sections={"good": good}) == 1, "nothing was checked"
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text())

@@ -120,7 +120,7 @@ def test_no_process_is_started_when_the_time_is_over(tmp_path: Path, monkeypatch
     assert len(started) == 1
     for path in tmp_path.glob("*.json"):
         path.unlink()
-    assert outcomes(tmp_path, "good", minutes="-1")["good"]["summary"] == OUT_OF_TIME
+    assert outcomes(tmp_path, "good", minutes="0")["good"]["summary"] == OUT_OF_TIME
     assert len(started) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from tests.kernels.support import FakeArray
 
 pytest.importorskip("triton")
 
+from bench import tile_predictions
 from bench.tile_predictions import target_for
 from infera_kernels.triton import tiles
 from infera_kernels.triton.families import FAMILIES
@@ -44,6 +46,17 @@ def test_tables_are_what_is_predicted(device: Device) -> None:
         choice = family.predict(problem, target)
         assert numbers(choice) == tuple(entry["predicted"]), entry
         assert choice in family.candidates(problem, target)
+
+
+def test_the_command_explains_itself_and_writes_where_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tile_predictions, "problems", lambda: iter(()))
+    with pytest.raises(SystemExit, match="0"):
+        tile_predictions.main(["--help"])
+    assert "--output DIR" in capsys.readouterr().out
+    tile_predictions.main(["--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {f"{class_of(target_for(d))}.predicted.json" for d in DEVICES}
 
 
 def test_every_measured_table_is_of_a_listed_gpu() -> None:
