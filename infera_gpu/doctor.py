@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 State: TypeAlias = Literal["ok", "absent", "unknown", "problem"]
@@ -167,26 +166,29 @@ def _cupy() -> Iterator[Finding]:
 
 def _libraries() -> Iterator[Finding]:
     """What CuPy loads of CUDA, which is in none of its wheels."""
-    if find_spec("cupy") is None:
-        return
-    try:
-        from cupy.cuda import nvrtc
+    from infera_gpu.devices.cuda import libraries
 
-        yield Finding("NVRTC", "ok", "{}.{} compiles CuPy's functions".format(*nvrtc.getVersion()))
-    except Exception as error:  # of cuda-pathfinder, where no library is found
-        advice = "infera-gpu[cuda12] or [cuda13] brings it, and so does a CUDA toolkit"
-        yield Finding("NVRTC", "problem", f"cannot be loaded, and compiles CuPy's functions: {_line(error)}; {advice}")
-    try:
-        import_module("cupy_backends.cuda.libs.cublas")
-        yield Finding("cuBLAS", "ok", "multiplies what has no kernel here: float64, integers")
-    except Exception as error:
-        advice = "infera-gpu[cublas12] or [cublas13] brings it, and so does a CUDA toolkit"
-        told = f"float64 and integers cannot be multiplied on a GPU: {_line(error)}; {advice}"
-        yield Finding("cuBLAS", "absent", told)
+    for name, (release, error) in libraries().items():
+        does, without, extra, state = _LOADED[name]
+        if error is None:
+            yield Finding(name, "ok", f"{release} {does}".strip())
+        else:
+            advice = f"infera-gpu[{extra}12] or [{extra}13] brings it, and so does a CUDA toolkit"
+            yield Finding(name, state, f"{without}: {' '.join(str(error).split())}; {advice}")
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+_LOADED: Mapping[str, tuple[str, str, str, State]] = MappingProxyType(
+    {
+        "NVRTC": ("compiles CuPy's functions", "CuPy's functions cannot be compiled", "cuda", "problem"),
+        "cuBLAS": (
+            "multiplies what has no kernel here: float64, integers",
+            "float64 and integers cannot be multiplied on a GPU",
+            "cublas",
+            "absent",
+        ),
+    }
+)
+"""What each does, what is not without it, the extras that bring it, and how much that matters."""
 
 
 def _triton() -> Iterator[Finding]:

@@ -131,8 +131,8 @@ def test_doctor_knows_what_cupy_loads_of_cuda(monkeypatch: pytest.MonkeyPatch, t
         if not there:
             raise ImportError("libcublas.so.13: no such file")
 
-    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
-    monkeypatch.setattr(doctor, "import_module", module)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda, "import_module", module)
     monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
     monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nvrtc=SimpleNamespace(getVersion=found)))
     nvrtc, cublas = doctor._libraries()
@@ -146,7 +146,7 @@ def test_doctor_knows_what_cupy_loads_of_cuda(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_doctor_does_not_look_for_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     assert not list(doctor._libraries())
 
 

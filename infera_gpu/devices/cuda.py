@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -75,6 +76,31 @@ def why_unavailable() -> str | None:
         made, supported = releases()
         return NO_DRIVER if made and not supported else f"CuPy finds no usable driver: {error}"
     return None if count else "the driver reports no GPU"
+
+
+def libraries() -> dict[str, tuple[str, Exception | None]]:
+    """What CuPy loads when it first needs it: the release, where it tells one, or why it cannot be loaded. None without
+    CuPy."""
+    if find_spec("cupy") is None:
+        return {}
+    found: dict[str, tuple[str, Exception | None]] = {}
+    for name, load in (("NVRTC", _nvrtc), ("cuBLAS", _cublas)):
+        try:
+            found[name] = load(), None
+        except Exception as error:  # of the import, or of cuda-pathfinder, which looks for the library
+            found[name] = "", error
+    return found
+
+
+def _nvrtc() -> str:
+    from cupy.cuda import nvrtc
+
+    return "{}.{}".format(*nvrtc.getVersion())
+
+
+def _cublas() -> str:
+    import_module("cupy_backends.cuda.libs.cublas")
+    return ""
 
 
 def releases() -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
