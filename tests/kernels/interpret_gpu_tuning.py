@@ -214,7 +214,9 @@ def test_a_device_goes_by_predicted_tiles_where_that_is_asked_for(
     from bench import gpu_command
 
     tuned(context, product())
-    monkeypatch.setattr(gpu_command, "open_device", lambda name: context.open())
+    monkeypatch.setattr(
+        gpu_command, "open_device", lambda name, batch_invariant: context.open(batch_invariant=batch_invariant)
+    )
     for measured in (True, False):
         tiles = gpu_command.opened("cuda:0", measured=measured).tiles
         assert isinstance(tiles, DeviceTiles)
