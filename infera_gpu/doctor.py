@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from tempfile import TemporaryFile
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -262,16 +261,11 @@ def _cache() -> Iterator[Finding]:
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not os.path.isdir(existing):
         yield Finding("Cache", "problem", f"{path}: {existing} is no folder; set INFERA_CACHE_DIR to one")
-    elif locked := next((folder for folder in (existing, *_kept(path)) if not _writable(folder)), None):
+    elif locked := next((p for p in (existing, *sorted(path.glob("*"))) if p.is_dir() and not _writable(p)), None):
         yield Finding("Cache", "problem", f"{path}: {locked} cannot be written to; set INFERA_CACHE_DIR to a folder")
     else:
         used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         yield Finding("Cache", "ok", f"{path}, {used / 1e6:,.1f} MB")
-
-
-def _kept(cache: Path) -> list[Path]:
-    """The folders of the cache that are there already: of models, kernels, what passes made, measurements."""
-    return [folder for name in ("models", "kernels", "graphs", "tuned") if (folder := cache / name).is_dir()]
 
 
 def _writable(folder: str | os.PathLike[str]) -> bool:

@@ -22,7 +22,7 @@ from infera_gpu.loader import load_graph
 from infera_gpu.ops import registry
 from infera_gpu.passes import HALVES, PRECISIONS, Precision
 from infera_gpu.passes.gradient import differentiated
-from infera_gpu.passes.int8 import WORTH, is_quantised
+from infera_gpu.passes.int8 import WORTH, quantises
 from infera_gpu.plan_cache import KeptPlans
 from infera_gpu.session import TUNING_SECONDS, Session
 from infera_gpu.source import Source
@@ -137,7 +137,7 @@ def load(
         if (graph := optimised) is None:
             graph = differentiated(load_graph(model, mapped, opened.room))
             check_supported(graph, registry())
-            if precision == "int8" and not is_quantised(graph):
+            if precision == "int8" and not quantises(graph):
                 _log.warning(
                     "'%s': precision='int8' changes nothing: no float32 product has known weights of %s elements or "
                     "more; convolutions, and what loops and branches compute, stay float32",

@@ -346,35 +346,6 @@ def test_only_what_is_wrong_with_a_cubin_is_a_launch_error(
         CupyDriver().load(0, b"", "kernel")
 
 
-def test_a_library_that_fails_is_a_device_error_that_names_the_step(cupy: Any) -> None:
-    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
-
-    def fail(*_: Any) -> None:
-        raise LibraryError("cublasLtMatmul failed with status 13")
-
-    cupy.exp = fail
-    with pytest.raises(DeviceError, match="cuda:0 failed in a run: cublasLtMatmul failed with status 13") as caught:
-        session.run({"x": np.ones(3, np.float32)})
-    assert "boom" in caught.value.__notes__[0]
-    assert session.device.lost == ""
-
-
-def test_a_library_that_fails_because_the_gpu_is_lost_says_that(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
-
-    def fault(self: Any) -> None:
-        raise fake_cupy.CUDARuntimeError(700)
-
-    def fail(*_: Any) -> None:
-        monkeypatch.setattr(fake_cupy.Stream, "synchronize", fault)
-        raise LibraryError("cudnnBackendExecute failed with status 5000")
-
-    cupy.exp = fail
-    with pytest.raises(DeviceLostError, match="a run met 'cudnnBackendExecute failed with status 5000'") as caught:
-        session.run({"x": np.ones(3, np.float32)})
-    assert "boom" in caught.value.__notes__[0]
-
-
 class CUBLASError(RuntimeError):
     """Of CuPy; its `status` is no number of CUDA's."""
 
@@ -391,8 +362,32 @@ class DynamicLibNotFoundError(RuntimeError):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [LibraryError("cudnnBackendExecute failed with status 5000"), CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED")],
+    ids=["ours", "of_cupy"],
+)
+def test_a_library_that_fails_because_the_gpu_is_lost_says_that(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
+
+    def fault(self: Any) -> None:
+        raise fake_cupy.CUDARuntimeError(700)
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(fake_cupy.Stream, "synchronize", fault)
+        raise error
+
+    cupy.exp = fail
+    with pytest.raises(DeviceLostError, match=f"a run met '{error}'") as caught:
+        session.run({"x": np.ones(3, np.float32)})
+    assert "boom" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
     ("error", "kind", "says"),
     [
+        (LibraryError("cublasLtMatmul failed with status 13"), DeviceError, "cuda:0 failed in a run: cublasLtMatmul"),
         (CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED"), DeviceError, "failed in a run: CUBLAS_STATUS_EXECUTION_FAILED"),
         (CUBLASError("CUBLAS_STATUS_ALLOC_FAILED"), OutOfMemoryError, "needs more memory than CUDA gives"),
         (CompileException("nvrtc: error: x"), DeviceError, "failed in a run: nvrtc: error: x"),
@@ -402,7 +397,7 @@ class DynamicLibNotFoundError(RuntimeError):
     ],
     ids=lambda x: getattr(x, "__name__", type(x).__name__) if not isinstance(x, str) else "",
 )
-def test_what_fails_in_libraries_of_cupys_is_a_device_error(
+def test_a_library_that_fails_is_a_device_error_that_names_the_step(
     cupy: Any, error: Exception, kind: type[Exception], says: str
 ) -> None:
     session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { [boom] y = Exp(x) }")), cuda.CudaDevice(0))
@@ -416,18 +411,3 @@ def test_what_fails_in_libraries_of_cupys_is_a_device_error(
     assert type(caught.value) is kind
     assert "boom" in caught.value.__notes__[0]
     assert session.device.lost == ""
-
-
-def test_a_fault_that_a_library_of_cupys_meets_loses_the_gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(load_graph(parse("g (float[N] x) => (float[N] y) { y = Exp(x) }")), cuda.CudaDevice(0))
-
-    def fault(self: Any) -> None:
-        raise fake_cupy.CUDARuntimeError(700)
-
-    def fail(*_: Any) -> None:
-        monkeypatch.setattr(fake_cupy.Stream, "synchronize", fault)
-        raise CUBLASError("CUBLAS_STATUS_EXECUTION_FAILED")
-
-    cupy.exp = fail
-    with pytest.raises(DeviceLostError, match="a run met 'CUBLAS_STATUS_EXECUTION_FAILED'"):
-        session.run({"x": np.ones(3, np.float32)})

@@ -81,9 +81,8 @@ def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
     float32, as by the operator's own function; their weights must be constant."""
 
     def supports(site: Site) -> bool:
-        from infera_kernels.launch.types import MAX_GRID
         from infera_kernels.triton.layout import FLOATS
-        from infera_kernels.triton.recurrent import FUNCTIONS
+        from infera_kernels.triton.recurrent import FUNCTIONS, supports_batch
 
         steps, batch, directions, hidden = sizes(site)
         given = functions(site)
@@ -92,7 +91,8 @@ def recurrent(functions: Functions, sizes: Sizes) -> Kernels:
         floats = len(dtypes) == 1 and dtypes <= FLOATS and (dtypes == {"float32"} or _constant(site))
         integers = not site.has(4) or site.spec(4).dtype == np.int32
         same = all(list(g) == list(given[0]) for g in given)
-        small = max(batch * directions * hidden, site.spec(2).size) < 2**30 and batch <= MAX_GRID[1]
+        small = max(batch * directions * hidden, site.spec(2).size) < 2**30
+        small = small and supports_batch(site.node.op, batch, directions, hidden, invariant=site.batch_invariant)
         return floats and integers and known and same and small and 0 not in (steps, *site.spec(0).dims, hidden)
 
     def bind(site: Site, io: Buffers) -> list[Call]:

@@ -46,7 +46,7 @@ def quantised(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes), constants={k: v for k, v in constants.items() if k in read})
 
 
-def is_quantised(graph: Graph) -> bool:
+def quantises(graph: Graph) -> bool:
     """Whether `quantised` changes it."""
     draft = Draft(graph)
     return any(_weight(draft, n) is not None for n in graph.nodes)

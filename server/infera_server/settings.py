@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -38,20 +39,25 @@ def checked_bytes(size: str) -> str:
 
 def checked_device(device: str) -> str:
     """The text, where it is a device's name. Raises ValueError."""
-    try:
+    with _naming_devices():
         check_name(device)
-    except DeviceError as error:
-        raise ValueError(str(error)) from None
     return device
 
 
 def checked_devices(devices: str) -> str:
     """The text, where it is a list of devices as `Placement` takes it. Raises ValueError."""
-    try:
+    with _naming_devices():
         named_devices(devices)
+    return devices
+
+
+@contextmanager
+def _naming_devices() -> Iterator[None]:
+    """What is raised in here, as pydantic expects it."""
+    try:
+        yield
     except DeviceError as error:
         raise ValueError(str(error)) from None
-    return devices
 
 
 _UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 import infera_gpu
+from infera_gpu.errors import InvarianceError
 from tests.text import parse
 
 pytestmark = pytest.mark.kernels
@@ -30,8 +31,8 @@ RECURRENT = """
     }"""
 
 
-def kinds(text: str, shape: Mapping[str, tuple[int, ...]], dtype: Any) -> list[str]:
-    session = infera_gpu.load(parse(text), device="recording")
+def kinds(text: str, shape: Mapping[str, tuple[int, ...]], dtype: Any, *, batch_invariant: bool = False) -> list[str]:
+    session = infera_gpu.load(parse(text), device="recording", batch_invariant=batch_invariant)
     plan = session.plan_for({name: np.zeros(s, dtype) for name, s in shape.items()})
     return [step.via for step in plan.steps]
 
@@ -41,6 +42,13 @@ def test_tokens_are_as_many_as_memory_holds(batch: int) -> None:
     assert kinds(EMBEDDING, {"i": (batch, 2048)}, np.int64) == ["triton"]
 
 
-@pytest.mark.parametrize(("batch", "kind"), [(ROWS - 1, "triton"), (ROWS, "portable")])
+@pytest.mark.parametrize(("batch", "kind"), [(16 * ROWS - 16, "triton"), (16 * ROWS, "portable")])
 def test_sequences_have_a_kernel_as_far_as_grids_go(batch: int, kind: str) -> None:
+    """A program has 16 of them."""
     assert kinds(RECURRENT, {"x": (1, batch, 1)}, np.float32) == [kind]
+
+
+def test_sequences_of_a_program_each_are_refused_beyond_that() -> None:
+    assert kinds(RECURRENT, {"x": (1, ROWS - 1, 1)}, np.float32, batch_invariant=True) == ["triton"]
+    with pytest.raises(InvarianceError):
+        kinds(RECURRENT, {"x": (1, ROWS, 1)}, np.float32, batch_invariant=True)

@@ -70,9 +70,14 @@ def gather_blocks_kernel(
     tl.store(out + at * (lines * K) + e, store_type(made, out), mask=e < lines * K)
 
 
+def _tile(row: int) -> int:
+    """Of a row of so many values those that one program makes."""
+    return min(next_power_of_two(row), _TILE)
+
+
 def _programs(count: int, row: int) -> int:
     """How many make `count` rows of so many values."""
-    return count * ceil_div(row, min(next_power_of_two(row), _TILE)) if row else 0
+    return count * ceil_div(row, _tile(row)) if row else 0
 
 
 def supports_gather_blocks(table: Typed, indices: Typed, scale: Typed, zero: Typed | None, out: Typed) -> bool:
@@ -108,7 +113,6 @@ def gather_blocks(
     values = 8 // bits if packed else 1
     count = indices.size
     k, lines = out.shape[-1], out.size // (count * out.shape[-1])
-    tile = min(next_power_of_two(lines * k), _TILE)
 
     def held(array: Any) -> Any:
         return array if array is None or packed else array.view(np.uint8)
@@ -132,7 +136,7 @@ def gather_blocks(
         "VALUES": values,
         "MASK": (1 << (bits if packed else 4)) - 1,
         "SIGN": TABLES[name_of(table)],
-        "TILE": tile,
+        "TILE": _tile(lines * k),
     }
     grid = (_programs(count, lines * k),)
     return [launcher.launch(gather_blocks_kernel, grid, args, known, num_warps=4)]

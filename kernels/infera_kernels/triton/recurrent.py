@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher
+from infera_kernels.launch.types import MAX_GRID
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.invariance import of_batch, rows_seen
 from infera_kernels.triton.layout import ceil_div, element_strides, next_power_of_two
@@ -93,6 +94,12 @@ def pick_tiling(kind: str, batch: int, directions: int, hidden: int) -> Tiling:
     if batch < 8:
         return Tiling(1, min(width, max(1024 // deep, 1)), deep, whole=False)
     return Tiling(16, 16, min(deep, 32), whole=False)
+
+
+def supports_batch(kind: str, batch: int, directions: int, hidden: int, *, invariant: bool = False) -> bool:
+    """Whether a grid has blocks for so many sequences."""
+    tiling = pick_tiling(kind, rows_seen(batch, invariant=invariant), directions, hidden)
+    return ceil_div(batch, tiling.b) <= MAX_GRID[1]
 
 
 def recurrent(
