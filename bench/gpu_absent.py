@@ -46,6 +46,10 @@ class AbsentDriver:
     def launch(self) -> Callable[..., object]:
         return _refuse
 
+    @property
+    def launch_early(self) -> Callable[..., object] | None:
+        return _refuse if self._target.pdl else None
+
 
 def _refuse(*_: int) -> None:
     raise LaunchError("kernels are compiled ahead here, not launched")
@@ -89,7 +93,9 @@ class SharingLauncher(CudaLauncher):
         constexprs: Mapping[str, Any],
         **options: Any,
     ) -> Call:
-        key = cache_key(kernel, bind(kernel, args, constexprs), compiler_options(options), self.target.arch)
+        key = cache_key(
+            kernel, bind(kernel, args, constexprs), compiler_options(options, self.target), self.target.arch
+        )
         if key not in self._loaded and not self._claimed(key):
             return nothing, ()
         return super().launch(kernel, grid, args, constexprs, **options)

@@ -19,6 +19,7 @@ from bench import (
     gpu_ahead,
     gpu_batches,
     gpu_cudnn,
+    gpu_early,
     gpu_models,
     gpu_networks,
     gpu_operators,
@@ -29,7 +30,7 @@ from bench import (
 from bench.gpu_command import command
 from bench.gpu_report import Section
 
-MINUTES = 6.5
+MINUTES = 6.7
 """With what a section may take beyond them, and with what it takes to end its process, less than 8."""
 
 _MODULES = (
@@ -39,6 +40,7 @@ _MODULES = (
     gpu_networks,
     gpu_timings,
     gpu_batches,
+    gpu_early,
     gpu_tma,
     gpu_cudnn,
 )
@@ -54,6 +56,7 @@ CHECKS: Mapping[str, float] = {
     "replays": 15,
     "memory": 15,
     "faults": 30,
+    "early": 10,
     "precisions": 30,
     "library": 10,
     "cudnn": 15,

@@ -338,7 +338,7 @@ def test_only_what_is_wrong_with_a_cubin_is_a_launch_error(
         def load(self, cubin: bytes) -> None:
             raise fake_cupy.CUDADriverError(status)
 
-    driver = SimpleNamespace(CUDADriverError=fake_cupy.CUDADriverError, launchKernel=None)
+    driver = SimpleNamespace(CUDADriverError=fake_cupy.CUDADriverError, launchKernel=None, check_status=None)
     api = SimpleNamespace(driver=driver, runtime=SimpleNamespace(driverGetVersion=lambda: 13000))
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api", cast(Any, api))
     monkeypatch.setattr(cupy.cuda, "function", SimpleNamespace(Module=Module), raising=False)

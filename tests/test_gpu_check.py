@@ -19,6 +19,7 @@ import pytest
 from bench import (
     gpu_batches,
     gpu_check,
+    gpu_early,
     gpu_first,
     gpu_models,
     gpu_networks,
@@ -272,6 +273,7 @@ def test_a_section_is_given_more_than_it_needs_to_begin() -> None:
     assert len(gpu_networks.PRECISE) * gpu_networks.LEAST_SECONDS < checks["precisions"]
     assert len(gpu_parity.TRAINED) * gpu_models.TRAINED_SECONDS < checks["trained"]
     assert checks["batches"] > 2 * gpu_batches.NEEDED
+    assert checks["early"] > len(gpu_batches.NETWORKS) * gpu_early.NEEDED
     assert checks["faults"] > gpu_networks.FAULT_SECONDS
 
 

@@ -192,9 +192,12 @@ class CudaDevice:
     @property
     def launcher(self) -> Launcher:
         if self._launcher is None:
+            from infera_gpu.devices import dependent
             from infera_kernels.launch import CudaLauncher
 
-            self._launcher = CudaLauncher(self.index, self._stream, libraries=not self.batch_invariant)
+            with self._failures("opening it"), self._device:
+                pdl = dependent.works(self.xp, self.index, self._vram.pool.malloc)
+            self._launcher = CudaLauncher(self.index, self._stream, libraries=not self.batch_invariant, pdl=pdl)
         return self._launcher
 
     @property

@@ -39,6 +39,7 @@ class FakeLaunch(ctypes.Structure):
         ("shared", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
         ("extra", ctypes.c_uint64),
+        ("attribute", ctypes.c_int * 2),
         ("parameters", ctypes.c_ubyte * 1024),
     )
 
@@ -141,6 +142,7 @@ def main(folder: str) -> None:
             "shared": launch.shared,
             "stream": launch.stream,
             "extra": launch.extra,
+            "attribute": list(launch.attribute),
             "parameters": bytes(launch.parameters[: launch.bytes]).hex(),
         }
         for launch in launches

@@ -19,6 +19,7 @@ struct launch {
     int kernel, bytes;
     uint32_t grid[3], block[3], shared;
     uint64_t stream, extra;
+    int attribute, value; /* of the launch, 0 where there is none */
     unsigned char parameters[BYTES]; /* one behind the other */
 };
 static struct launch launches[LAUNCHES];
@@ -109,6 +110,30 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
         made->bytes += k->sizes[i];
     }
     launched++;
+    return 0;
+}
+
+struct attribute {
+    int id;
+    char padding[4];
+    union {
+        char room[64];
+        int value;
+    };
+};
+struct config {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    struct attribute *attributes;
+    unsigned count;
+};
+
+int cuLaunchKernelEx(const struct config *c, void *function, void **parameters, void **extra) {
+    const unsigned *g = c->grid, *b = c->block;
+    int failed = cuLaunchKernel(function, g[0], g[1], g[2], b[0], b[1], b[2], c->shared, c->stream, parameters, extra);
+    if (failed) return failed;
+    if (c->count != 1) return INVALID_VALUE;
+    launches[launched - 1].attribute = c->attributes->id, launches[launched - 1].value = c->attributes->value;
     return 0;
 }
 

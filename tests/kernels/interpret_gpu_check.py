@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import gpu_batches, gpu_cudnn, gpu_models, gpu_networks, gpu_parity
+from bench import gpu_batches, gpu_cudnn, gpu_early, gpu_models, gpu_networks, gpu_parity
 from bench.build import bert
 from bench.gpu_models import memory, models, trained
 from bench.gpu_networks import precisions
@@ -81,6 +82,19 @@ def opener(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Context]:
         return Context(opened, float("inf"))
 
     return context
+
+
+class EarlyLauncher(WatchingLauncher):
+    """Of a card whose kernels come early; the fifth of one that is `wrong` is lost."""
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__(replace(nominal_target(90), pdl=True))
+        self._wrong, self._made = wrong, 0
+
+    def _run(self, *given: Any) -> None:
+        self._made += 1
+        if not self._wrong or self._made != 5:
+            super()._run(*given)
 
 
 def named(*names: str) -> Callable[[Op], bool]:
@@ -245,6 +259,25 @@ def test_entries_of_a_batch(opener: Callable[[Any], Context], monkeypatch: pytes
     )
     with pytest.raises(CheckFailed, match=r"entries differ: {'mixing fp32': \[0, 2\]"):
         gpu_batches.batches(opener(WatchingLauncher), 3, (0, 2))
+
+
+def test_kernels_that_come_early(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = partial(bert, layers=1, hidden=8, heads=1, inner=8, vocabulary=100)
+    monkeypatch.setattr(gpu_early, "NETWORKS", {"small": (small, lambda batch: gpu_models.bert_feeds(batch, 5, 100))})
+    monkeypatch.setattr(gpu_early, "gpu_seconds", lambda device, call: call() or 1e-3)
+    monkeypatch.setattr(gpu_early, "RUNS", 3)
+    assert gpu_early.early(opener(WatchingLauncher)) == ("not on this GPU, or not by its driver", {})
+    made: list[EarlyLauncher] = []
+
+    def launcher(wrong: bool = False) -> EarlyLauncher:
+        made.append(EarlyLauncher(wrong and len(made) % 2 == 1))
+        return made[-1]
+
+    summary, facts = gpu_early.early(opener(launcher))
+    assert summary == "small 1.000 ms (1.00x)"
+    assert facts["small"] == {"seconds": {"as ever": 1e-3, "early": 1e-3}, "wrong_runs": 0}
+    with pytest.raises(CheckFailed, match=r"runs with other bits: {'small': 1}"):
+        gpu_early.early(opener(partial(launcher, wrong=True)))
 
 
 def test_latencies_are_rows(opener: Callable[[Any], Context], monkeypatch: pytest.MonkeyPatch) -> None:

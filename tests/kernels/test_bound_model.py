@@ -60,6 +60,8 @@ class Driver:
         self._names.append(name)
         return Address.of(len(self._names), cubin)
 
+    launch_early = None
+
     def allow_shared(self, function: int, nbytes: int) -> None: ...
 
     def encode(self, *_: object) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from infera_kernels.disk import default_directory
-from infera_kernels.launch import CompileLauncher, CudaLauncher, KernelCache
+from infera_kernels.launch import CompileLauncher, CudaLauncher, KernelCache, nominal_target
 from infera_kernels.launch.compile import Binary, KernelSpec, cache_key, compiler_options
 from infera_kernels.launch.signature import bind
 from tests.kernels.support import FakeArray
@@ -139,7 +139,7 @@ def key(arch: int = 90, *, cols: int = 64, dtype: str = "float32", log: bool = F
     x = FakeArray((4, cols), dtype)
     args = {"x": x, "out": x, "rows": 4, "cols": cols, "x_stride": cols, "out_stride": cols}
     binding = bind(softmax.softmax_kernel, args, {"LOG": log, "ROWS": 4, "COLS": 64})
-    return cache_key(softmax.softmax_kernel, binding, compiler_options(options), arch)
+    return cache_key(softmax.softmax_kernel, binding, compiler_options(options, nominal_target(arch)), arch)
 
 
 def test_a_key_depends_on_what_the_binary_depends_on() -> None:

@@ -97,6 +97,8 @@ def test_a_kernel_compiles_for_all_types_of_its_cases(name: str, arch: int) -> N
             launcher.launch(*asked, **options)
     assert launcher.compiled, "no operator's case launches it"
     assert [result.spilled_bytes for result in launcher.compiled] == [0] * len(launcher.compiled)
+    if launcher.target.pdl:
+        assert all(result.waits_first for result in launcher.compiled)
 
 
 def test_launches_are_of_known_kernels() -> None:

@@ -58,6 +58,7 @@ class FakeDriver:
         self.parameters: list[list[bytes]] = []
         self.sizes: list[int] = []
         self.encode: Encode | None = None
+        self.launch_early: Callable[..., object] | None = None
 
     def version(self) -> int:
         return 13000

@@ -69,6 +69,8 @@ class Driver:
 
         return SimpleNamespace(load=cubins.append, get_function=function)
 
+    def check_status(self, status: int) -> None: ...
+
     def funcSetAttribute(self, function: int, attribute: int, value: int) -> None: ...
 
     @property

@@ -93,7 +93,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_the_driver_gets_what_a_launch_was_bound_to(launched: dict[str, Any]) -> None:
-    """By CuPy's own `launchKernel`: arguments byte for byte, sizes, the stream, in the order of the calls."""
+    """Through the driver's interface: arguments byte for byte, sizes, the stream, the attribute of a kernel that comes
+    early, in the order of the calls."""
     arrays, kernels, launches = launched["arrays"], launched["kernels"], launched["launches"]
     assert [launch["kernel"] for launch in launches] == ["softmax_kernel", "matmul_kernel", "softmax_kernel"]
     for launch in launches:
@@ -102,6 +103,7 @@ def test_the_driver_gets_what_a_launch_was_bound_to(launched: dict[str, Any]) ->
         assert launch["shared"] == kernel["shared"]
         assert launch["stream"] == 0x5A5A0
         assert launch["extra"] == 0
+        assert launch["attribute"] == [6, 1]
     softmax, matmul, again = launches
     assert softmax == again
     # softmax_kernel(x, out, rows, cols, x_stride, out_stride) and Triton's two areas of scratch

@@ -312,4 +312,4 @@ def test_descriptors_are_refused_before_sm_90() -> None:
     (launch,) = launcher.launches
     binding = bind(tma_kernel, launch.args, launch.constexprs)
     with pytest.raises(LaunchError, match="takes tensor descriptors, which sm_80 does not have"):
-        compile_kernel(tma_kernel, binding, compiler_options(launch.options), 80)
+        compile_kernel(tma_kernel, binding, compiler_options(launch.options, nominal_target(80)), 80)

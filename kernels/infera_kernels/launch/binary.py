@@ -12,6 +12,9 @@ from pathlib import Path
 from infera_kernels.launch.compile import Binary
 from infera_kernels.launch.types import LaunchError
 
+_MEMORY = re.compile(r"\b(LD|ST|LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|UBLK\w+|UTMA\w+|CCTL\w*)\b")
+"""Instructions that read, write or fetch ahead what is in the GPU's memory."""
+
 
 def _tool(name: str, *args: str) -> str:
     import triton.backends.nvidia as nvidia
@@ -56,6 +59,12 @@ class Inspection:
     def spilled_bytes(self) -> int:
         """Bytes of stack and local memory a thread: 0 where every value stays in registers."""
         return self._usage.get("STACK", 0) + self._usage.get("LOCAL", 0)
+
+    @property
+    def waits_first(self) -> bool:
+        """Whether a kernel touches the GPU's memory only after it has waited for the one in front of it."""
+        found = re.search(r"\bACQBULK\b", self.sass)
+        return found is not None and _MEMORY.search(self.sass, endpos=found.start()) is None
 
     def count(self, instruction: str) -> int:
         """How often an instruction, with any suffix, stands in the machine code: `LDGSTS`, `HMMA`, `LDG.E.128`."""

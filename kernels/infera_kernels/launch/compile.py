@@ -6,16 +6,20 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from infera_kernels.launch.abi import check_abi
+from infera_kernels.launch.dependent import WAITS, compiled_waiting
 from infera_kernels.launch.descriptors import FIRST_ARCH, Encoding, rank_of
 from infera_kernels.launch.signature import Binding
-from infera_kernels.launch.types import LaunchError
+from infera_kernels.launch.types import LaunchError, Target
 
-_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None, "enable_fp_fusion": True}
+_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None, "enable_fp_fusion": True, "pdl": False}
+"""With `pdl` a kernel begins as `dependent` says; the others are Triton's."""
+
 _TOOLCHAIN = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS")
 """Environment that changes the binary and nothing else in the key."""
 
@@ -32,6 +36,8 @@ class KernelSpec:
     triton: str
     encodings: tuple[Encoding, ...] = ()
     """Of the descriptors among the parameters, in order."""
+    pdl: bool = False
+    """Whether it may be launched before the kernel in front of it is done, for which it waits."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -61,15 +67,15 @@ def installed() -> str:
     return str(triton.__version__)
 
 
-def compiler_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with defaults. Raises TypeError for an unknown one.
+def compiler_options(options: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """The options with defaults, for a target. Raises TypeError for an unknown one.
 
     Fusing a * b + c is asked for explicitly: Triton's default for it changes in 3.10.
     """
     unknown = [k for k in options if k not in _OPTIONS]
     if unknown:
         raise TypeError(f"unknown compiler option '{unknown[0]}'; known are {', '.join(_OPTIONS)}")
-    return {**_OPTIONS, **options}
+    return {**_OPTIONS, "pdl": target.pdl, **options}
 
 
 def _require_jit(kernel: Any, name: str) -> None:
@@ -133,16 +139,17 @@ def compile_kernel(kernel: Any, binding: Binding, options: Mapping[str, Any], ar
     )
     # Triton keeps binaries too, under a name that knows functions inside of tuples by their names alone.
     source.hash = partial(cache_key, kernel, binding, options, arch)
-    given = {k: v for k, v in options.items() if v is not None}
+    given = {k: v for k, v in options.items() if v is not None and k != "pdl"}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given)
+        with compiled_waiting() if options["pdl"] else nullcontext():
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given)
     except Exception as e:
         raise LaunchError(f"{binding.kernel}: Triton {triton.__version__} cannot compile it for sm_{arch}: {e}") from e
     meta = compiled.metadata
     extras = {
         "clusters": meta.num_ctas != 1,
         "a cooperative grid": meta.launch_cooperative_grid,
-        "programmatic dependent launch": meta.launch_pdl,
+        "Triton's own programmatic dependent launch": meta.launch_pdl,
         "global scratch memory": meta.global_scratch_size,
         "profiling memory": meta.profile_scratch_size,
     }
@@ -152,6 +159,8 @@ def compile_kernel(kernel: Any, binding: Binding, options: Mapping[str, Any], ar
     encodings = tuple(map(Encoding.of, meta.tensordesc_meta or ())) if descriptors else ()
     if len(encodings) != descriptors:
         raise LaunchError(f"{binding.kernel}: {len(encodings)} encodings of {descriptors} tensor descriptors")
-    spec = KernelSpec(meta.name, types, 32 * meta.num_warps, meta.shared, arch, triton.__version__, encodings)
-    check_abi(spec.name, spec.types, spec.threads, compiled.asm["ptx"])
-    return Binary(spec, compiled.asm["cubin"], compiled.asm["ptx"])
+    ptx = compiled.asm["ptx"]
+    waits = WAITS in ptx
+    spec = KernelSpec(meta.name, types, 32 * meta.num_warps, meta.shared, arch, triton.__version__, encodings, waits)
+    check_abi(spec.name, spec.types, spec.threads, ptx)
+    return Binary(spec, compiled.asm["cubin"], ptx)

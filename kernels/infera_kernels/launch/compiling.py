@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from infera_kernels.calls import Call
+from infera_kernels.launch import dependent
 from infera_kernels.launch.binary import Inspection
 from infera_kernels.launch.compile import compile_kernel, compiler_options, installed
 from infera_kernels.launch.descriptors import FIRST_ARCH
@@ -23,7 +24,7 @@ class CompileLauncher:
     """Compiles every kernel for sm_<arch>; `compiled[i]` is what `launches[i]` became. Its Calls do nothing."""
 
     def __init__(self, arch: int) -> None:
-        self.target = replace(nominal_target(arch), triton=installed())
+        self.target = replace(nominal_target(arch), triton=installed(), pdl=arch >= dependent.FIRST_ARCH)
         self.launches: list[Launch] = []
         self.compiled: list[Inspection] = []
 
@@ -39,7 +40,7 @@ class CompileLauncher:
         constexprs: Mapping[str, Any],
         **options: Any,
     ) -> Call:
-        settings = compiler_options(options)
+        settings = compiler_options(options, self.target)
         launch = launch_of(kernel, grid, args, constexprs, options)
         binary = compile_kernel(kernel, bind(kernel, args, constexprs), settings, self.target.arch)
         self.launches.append(launch)

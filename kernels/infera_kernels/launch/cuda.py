@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from infera_kernels.calls import Call
-from infera_kernels.launch import cublaslt, cudnn
+from infera_kernels.launch import cublaslt, cudnn, dependent
 from infera_kernels.launch.abi import Address, pack
 from infera_kernels.launch.assembler import suit
 from infera_kernels.launch.cache import KernelCache, PlanCache
@@ -60,6 +60,11 @@ class Driver(Protocol):
         """cuTensorMapEncodeTiled, where the driver has it."""
         ...
 
+    @property
+    def launch_early(self) -> Callable[..., object] | None:
+        """cuLaunchKernelEx, see `dependent`, where the driver has it and it is wanted."""
+        ...
+
 
 class CupyDriver:
     """The driver by way of CuPy, which a process with CUDA arrays has loaded anyway."""
@@ -69,6 +74,7 @@ class CupyDriver:
 
         self._driver, self._driver_version = driver, runtime.driverGetVersion
         self.launch: Callable[..., object] = driver.launchKernel
+        self.launch_early = dependent.driver_launch(driver.check_status)
 
     def version(self) -> int:
         return int(self._driver_version())
@@ -122,7 +128,8 @@ class CudaLauncher:
 
     `stream` is a cupy stream, or its address. `launch` compiles or loads what is not there yet, so it must run
     outside a graph capture; the Calls it returns may be captured. It may be called from several threads. `library` is
-    cuBLASLt and `cudnn` cuDNN, where they are installed and `libraries` asks for them.
+    cuBLASLt and `cudnn` cuDNN, where they are installed and `libraries` asks for them. Kernels come early, see
+    `dependent`, where the GPU and its driver have that, unless `pdl` is false.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class CudaLauncher:
         driver: Driver | None = None,
         cache: KernelCache | None = None,
         libraries: bool = False,
+        pdl: bool = True,
     ) -> None:
         self.device_id = device_id
         self._stream = Address.of(int(getattr(stream, "ptr", stream)), stream)
@@ -140,7 +148,11 @@ class CudaLauncher:
         self._cache = cache or KernelCache()
         self.driver_version = self._driver.version()
         suit(self.driver_version)
-        self.target = replace(self._driver.target(device_id), triton=installed())
+        self.target = self._driver.target(device_id)
+        early = self.target.arch >= dependent.FIRST_ARCH and self.driver_version >= dependent.FIRST_DRIVER
+        self.launch_early = self._driver.launch_early if pdl and early else None
+        """By which kernels come early; without it they are launched as ever, the same ones too."""
+        self.target = replace(self.target, triton=installed(), pdl=self.launch_early is not None)
         self.library: CublasLt | None = None
         self.cudnn: Cudnn | None = None
         if libraries and (found := cublaslt.library()) is not None:
@@ -165,7 +177,7 @@ class CudaLauncher:
     ) -> Call:
         x, y, z = grid_of(grid, kernel_name(kernel))
         binding = bind(kernel, args, constexprs)
-        settings = compiler_options(options)
+        settings = compiler_options(options, self.target)
         if x * y * z == 0:
             return nothing, ()
         key = cache_key(kernel, binding, settings, self.target.arch)
@@ -181,6 +193,9 @@ class CudaLauncher:
         runtime = binding.runtime()
         spec = loaded.binary.spec
         parameters = pack(spec.types, self._values(runtime, spec), keep=[leaf.array for leaf in runtime])
+        if spec.pdl and self.launch_early is not None:
+            config = dependent.configured((x, y, z), spec.threads, spec.shared_bytes, self._stream)
+            return self.launch_early, (config, loaded.function, parameters, 0)
         return self._driver.launch, (
             *(loaded.function, x, y, z, spec.threads, 1, 1, spec.shared_bytes),
             *(self._stream, parameters, 0),

@@ -53,6 +53,8 @@ class Target:
     """The release of cuDNN, which may compute convolutions; empty where that is not used."""
     triton: str = ""
     """The release of Triton that compiles kernels; empty for the newest that is tested."""
+    pdl: bool = False
+    """Whether kernels are launched before the one in front of them is done, see `dependent`."""
 
 
 def nominal_target(arch: int) -> Target:
