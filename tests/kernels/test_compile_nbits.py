@@ -28,3 +28,6 @@ def test_weights_are_read_in_whole_words(dtype: str, bits: int, block: int, arch
     assert wide_loads(result) >= 2
     assert result.count("LDGSTS") >= 8, "loads are not pipelined"
     assert not result.spilled_bytes
+    if launcher.target.pdl:
+        assert result.waits_first
+        assert "CCTL.E.PF2" in result.sass.partition("ACQBULK")[0], "no weights are fetched before it waits"

@@ -16,14 +16,14 @@ import pytest
 
 from infera_gpu.devices import dependent as trial
 from infera_kernels.launch import CompileLauncher, CudaLauncher, KernelCache, LaunchError, nominal_target
-from infera_kernels.launch.dependent import OFF, WAITS, compiled_waiting, driver_launch, waiting
+from infera_kernels.launch.dependent import OFF, compiled_waiting, driver_launch, waiting, waits
 from tests import fake_cupy
 from tests.kernels.support import EVERY_ARCH, FakeArray, execute
 from tests.kernels.test_launch import FUNCTION, STREAM, FakeDriver
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import matmul, softmax
+from infera_kernels.triton import ahead, conv, matmul, softmax
 
 pytestmark = pytest.mark.kernels
 
@@ -134,6 +134,14 @@ def test_waiting_comes_before_the_first_instruction() -> None:
     assert before.endswith("// %bb.0:\n")
     assert behind.startswith("\tmov.u32")
     assert before + behind == PTX
+    assert waits(made)
+    assert not waits(PTX)
+
+
+@pytest.mark.parametrize("written", ["griddepcontrol.wait;", "griddepcontrol.wait ;"])
+def test_a_kernel_that_waits_where_it_wants_to_is_left_alone(written: str) -> None:
+    ptx = PTX.replace("ret;", f"{written}\n\tret;")
+    assert waiting(ptx) == ptx
 
 
 @pytest.mark.parametrize("ptx", ["", PTX + PTX], ids=["none", "two"])
@@ -162,7 +170,7 @@ def test_stages_are_changed_for_one_thread_and_not_for_good(monkeypatch: pytest.
         thread = threading.Thread(target=lambda: elsewhere.append(compiled()))
         thread.start()
         thread.join()
-        assert WAITS in compiled()
+        assert waits(compiled())
         assert knobs.runtime.add_stages_inspection_hook() == ("key", "hash")
     assert (elsewhere, len(asked)) == ([PTX], 3)
     assert knobs.runtime.add_stages_inspection_hook is others
@@ -247,3 +255,70 @@ def test_what_fails_is_not_used(
 def test_where_there_is_none_nothing_is_said(tried: Callable[..., bool], caplog: pytest.LogCaptureFixture) -> None:
     assert not tried(pdl=False)
     assert caplog.messages == []
+
+
+# What is fetched before
+
+
+def fetching(arch: int, rows: int, *, transposed: bool = False, invariant: bool = False) -> CompileLauncher:
+    launcher = CompileLauncher(arch)
+    x, out = FakeArray((rows, 2048), "float16"), FakeArray((rows, 1024), "float16")
+    matmul.matmul(x, FakeArray((2048, 1024), "float16", transposed=transposed), out, launcher, invariant=invariant)
+    return launcher
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_few_rows_fetch_weights_before_they_wait(transposed: bool, rows: int, arch: int) -> None:
+    launcher = fetching(arch, rows, transposed=transposed)
+    (made,) = launcher.compiled
+    if arch < 90:
+        assert launcher.launches[0].constexprs["AHEAD"] is None
+        return
+    before, waited, behind = made.sass.partition("ACQBULK")
+    assert waited
+    assert made.waits_first
+    assert "CCTL.E.PF2" in before
+    assert "CCTL.E.PF2" not in behind
+    assert before.count("PREEXIT") == 0, "one kernel at a time is to fetch ahead"
+    assert behind.count("PREEXIT") == 1
+    assert made.spilled_bytes == 0
+
+
+def test_others_do_not() -> None:
+    """Many rows take longer than the weights; what is to be the same binary in every batch is."""
+    for launcher in (fetching(90, 512), fetching(90, 16, invariant=True)):
+        assert launcher.launches[0].constexprs["AHEAD"] is None
+        assert launcher.compiled[0].waits_first
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("images", [1, 32])
+def test_convolutions_of_an_image_fetch_weights(images: int, arch: int) -> None:
+    launcher = CompileLauncher(arch)
+    x, w = FakeArray((images, 14, 14, 256), "float16"), FakeArray((128, 3, 3, 256), "float16")
+    where = conv.geometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    conv.conv(x, w, FakeArray((images, 14, 14, 128), "float16"), launcher, where)
+    (made,) = launcher.compiled
+    assert made.waits_first
+    assert ("CCTL.E.PF2" in made.sass.partition("ACQBULK")[0]) == (images == 1)
+    assert made.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("along_k", [False, True])
+@pytest.mark.parametrize("wide", [4, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("programs", [1, 100, 1000, 100_000])
+def test_pieces_are_a_few_hundred_and_lie_in_the_columns(
+    programs: int, wide: int, along_k: bool, itemsize: int
+) -> None:
+    launcher = CompileLauncher(90)
+    made = ahead.ahead(launcher, programs, wide, itemsize, along_k=along_k)
+    assert made is not None
+    rows, columns, step_k, step_n = made
+    assert ahead.LEAST <= rows * columns <= ahead.MOST
+    assert rows & (rows - 1) == columns & (columns - 1) == 0
+    assert columns * step_n <= max(wide, ahead.PIECE // itemsize)
+    assert {step_k, step_n} == {1, ahead.PIECE // itemsize}
+    assert ahead.ahead(CompileLauncher(80), programs, wide, itemsize, along_k=along_k) is None

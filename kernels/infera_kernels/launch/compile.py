@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from infera_kernels.launch.abi import check_abi
-from infera_kernels.launch.dependent import WAITS, compiled_waiting
+from infera_kernels.launch.dependent import compiled_waiting, waits
 from infera_kernels.launch.descriptors import FIRST_ARCH, Encoding, rank_of
 from infera_kernels.launch.signature import Binding
 from infera_kernels.launch.types import LaunchError, Target
@@ -160,7 +160,8 @@ def compile_kernel(kernel: Any, binding: Binding, options: Mapping[str, Any], ar
     if len(encodings) != descriptors:
         raise LaunchError(f"{binding.kernel}: {len(encodings)} encodings of {descriptors} tensor descriptors")
     ptx = compiled.asm["ptx"]
-    waits = WAITS in ptx
-    spec = KernelSpec(meta.name, types, 32 * meta.num_warps, meta.shared, arch, triton.__version__, encodings, waits)
+    spec = KernelSpec(
+        meta.name, types, 32 * meta.num_warps, meta.shared, arch, triton.__version__, encodings, waits(ptx)
+    )
     check_abi(spec.name, spec.types, spec.threads, ptx)
     return Binary(spec, compiled.asm["cubin"], ptx)

@@ -32,9 +32,7 @@ FIRST_DRIVER = 12030
 """The first driver, as cuDriverGetVersion says it, that records such launches in CUDA graphs ("Edge Data" in the CUDA
 Programming Guide)."""
 
-WAITS = "griddepcontrol.wait;"
-
-_BEGINNING = f"\tgriddepcontrol.launch_dependents;\n\t{WAITS}\n"
+_BEGINNING = "\tgriddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;\n"
 """What a kernel does first. The next one may come, and waits itself: to say so early promises it nothing."""
 
 _ENTRY = re.compile(r"^\.visible \.entry [^{]*^\{\n", re.MULTILINE)
@@ -47,8 +45,16 @@ _STREAM_SERIALIZATION = 6
 _stages = threading.Lock()
 
 
+def waits(ptx: str) -> bool:
+    """Whether there is a kernel in it that waits for the one in front of it."""
+    return re.search(r"griddepcontrol\.wait\s*;", ptx) is not None
+
+
 def waiting(ptx: str) -> str:
-    """The PTX of a module with one kernel, which begins as said above. Raises LaunchError where there is no one."""
+    """The PTX of a module with one kernel, which begins as said above, unless it waits where it wants to. Raises
+    LaunchError where there is no one kernel."""
+    if waits(ptx):
+        return ptx
     entries = list(_ENTRY.finditer(ptx))
     if len(entries) != 1:
         raise LaunchError(f"{len(entries)} kernels in the PTX, expected one: another Triton?")

@@ -12,11 +12,12 @@ from typing import Any
 from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Target, Typed, nominal_target, target_of
 from infera_kernels.triton import tiles
+from infera_kernels.triton.ahead import ahead
 from infera_kernels.triton.conv_kernel import conv_kernel, join_kernel
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.images import SPATIAL, Image, Pads, constants, image_of, three, unit_of
 from infera_kernels.triton.invariance import entries_seen, of_batch
-from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, element_strides, fold_one, name_of
+from infera_kernels.triton.layout import FLOATS, INT32_MAX, Dims, ceil_div, coalesce, element_strides, fold_one, name_of
 from infera_kernels.triton.parts import Parts, cheapest, room_for_parts
 from infera_kernels.triton.products import GROUP
 from infera_kernels.triton.tiles import (
@@ -57,6 +58,9 @@ def _predicted(problem: Problem, target: Target) -> Tile:
 CONV = Family("conv", (*SIZES, "taps"), 2, Tile, fitting, _predicted, (conv_kernel,), cycles)
 """`k` is the depth, all channels of all taps; `batch` counts groups, phases and splits; `layout` is which axis of the
 image and of the weights is contiguous, channels "c" or none, and the `ending`."""
+
+FEW_PIXELS = 4096
+"""Up to so many, those of an image or a few small ones, weights count as much as what is made of them."""
 
 _WALKED = 4
 """Blocks of channels from which on taps are walked one by one, though the last block of each be partly empty."""
@@ -289,8 +293,12 @@ def conv(
         "BK": tile.k,
         "GROUP": GROUP,
         "WHOLE": (c * where.taps if flat and not transposed else c) % tile.k == 0,
+        "AHEAD": None,
     }
     grid = (splits * phases * groups * ceil_div(m, tile.m) * ceil_div(f, tile.n),)
+    _, (deep,) = coalesce(tuple(w.shape[1:]), [element_strides(w)[1:]])
+    if m <= FEW_PIXELS and not (transposed or invariant) and deep == (1,):
+        constexprs["AHEAD"] = ahead(launcher, grid[0], tile.n, w.dtype.itemsize, along_k=True)
     args = of_batch(args, "M", invariant=invariant)
     call = launcher.launch(conv_kernel, grid, args, constexprs, num_warps=tile.warps, num_stages=tile.stages)
     return [call] if parts is None else [call, _join(parts, target, out, finish, launcher, invariant=invariant)]

@@ -8,9 +8,10 @@ the same taps, `step` apart, on neighbouring inputs. So every output gathers wha
 import triton
 import triton.language as tl
 
+from infera_kernels.triton.ahead import begun
 from infera_kernels.triton.images import UNHINTED, pixel_of, pixel_offset, walked, within
 from infera_kernels.triton.indexing import INTERPRETED, store_type
-from infera_kernels.triton.products import tile_of
+from infera_kernels.triton.products import place_of
 
 
 @triton.jit
@@ -72,6 +73,7 @@ def conv_kernel(
     F_UNIT: tl.constexpr, C_UNIT: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out = ACT(conv(x, w) + bias + residual), one BM x BN tile of one group (and phase, and split) a program.
 
@@ -79,15 +81,20 @@ def conv_kernel(
     and C are the channels of a group, counted in F_UNIT and C_UNIT; w (groups * F, d, h, w, C). With `parts` (splits,
     M, groups * F), each split stores its part of the sums there, in float32, and nothing else. `turn` is None but for
     transposed convolutions. The depth is walked tap by tap, or FLAT: then C is compiled in, and a block may hold
-    several taps. WHOLE: it is full blocks.
+    several taps. WHOLE: it is full blocks. AHEAD: see `ahead`; then the depth lies in one piece.
     """
     F = F * F_UNIT
     C = C * C_UNIT
-    rest, m, f = tile_of(M, F, BM, BN, GROUP)
+    rest, row, column = place_of(tl.program_id(0), M, F, BM, BN, GROUP)
+    m, f = row + tl.arange(0, BM), column + tl.arange(0, BN)
     group = rest % groups
     rest = rest // groups
     split = rest % splits
     phase = rest // splits
+    if AHEAD is not None:
+        share = kernel[0] * kernel[1] * kernel[2] * C // splits
+        own = w + (group * F).to(tl.int64) * w_strides[0] * W_UNIT + split * share
+        begun(own, share, F, column, 1, w_strides[0] * W_UNIT, AHEAD)
 
     n, d, h, v = pixel_of(m, rows)
     if turn is None:

@@ -11,6 +11,7 @@ import numpy as np
 from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Typed, library_of, target_of
 from infera_kernels.launch.cublaslt import Product
+from infera_kernels.triton.ahead import FEW_ROWS, Ahead, ahead
 from infera_kernels.triton.blas import product_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.invariance import of_batch, rows_seen
@@ -243,10 +244,10 @@ def _sums(
         layout = ALONG_K if args["b_k"] == Const(1) and n > 1 else ALONG_N
         row = MATVEC.problem(kind, {"programs": products * parts, "n": n, "k": deep}, layout)
         strip = choose(MATVEC, row, target, tuned)
-        known = {"ACT": act, "BN": strip.n, "BK": strip.k, "STAGES": strip.stages}
-        return _launch(
-            launcher, matvec_kernel, (products * ceil_div(n, strip.n), parts), args, known, num_warps=ROW_WARPS
-        )
+        grid = products * ceil_div(n, strip.n), parts
+        fetched = _ahead(args, grid, strip.n, launcher, invariant=invariant)
+        known = {"ACT": act, "BN": strip.n, "BK": strip.k, "STAGES": strip.stages, "AHEAD": fetched}
+        return _launch(launcher, matvec_kernel, grid, args, known, num_warps=ROW_WARPS)
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
         layout = (DESCRIBED if factors else "") + _layout(args) + end
@@ -262,6 +263,7 @@ def _sums(
         if factors is None:
             raise ValueError("matmul: TMA does not read these factors")
         return multiply(args, factors, tile, act, launcher)
+    grid = (products * ceil_div(m, tile.m) * ceil_div(n, tile.n), parts)
     known = {
         "ACT": act,
         "PRECISION": precision,
@@ -270,10 +272,20 @@ def _sums(
         "BN": tile.n,
         "BK": tile.k,
         "WHOLE_K": k % tile.k == 0,
+        "AHEAD": _ahead(args, grid, tile.n, launcher, invariant=invariant) if m <= FEW_ROWS else None,
     }
-    grid = (products * ceil_div(m, tile.m) * ceil_div(n, tile.n), parts)
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     return _launch(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
+
+
+def _ahead(
+    args: Mapping[str, Any], grid: tuple[int, int], wide: int, launcher: Launcher, *, invariant: bool
+) -> Ahead | None:
+    """What programs fetch of b; nothing where all must be the same binary, or b lies apart."""
+    one, itemsize = Const(1), args["b"].dtype.itemsize
+    if invariant or one not in (args["b_k"], args["b_n"]):
+        return None
+    return ahead(launcher, math.prod(grid), wide, itemsize, along_k=args["b_k"] == one)
 
 
 def _layout(args: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from infera_kernels.triton.ahead import begun
 from infera_kernels.triton.indexing import INTERPRETED, store_type
-from infera_kernels.triton.products import finished, in_batch, part_of, tile_of
+from infera_kernels.triton.products import finished, in_batch, part_of, place_of
 
 
 @triton.jit
@@ -43,11 +44,12 @@ def matmul_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out = ACT(alpha * a @ b + bias + beta * residual), one BM x BN tile a program; with `depth` the sums of part
-    program_id(1)."""
-    matrix, m, n = tile_of(M, N, BM, BN, GROUP)
-    matrix = matrix.to(tl.int64)
+    program_id(1). AHEAD: see `ahead`."""
+    matrix, row, column = place_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    matrix, m, n = matrix.to(tl.int64), row + tl.arange(0, BM), column + tl.arange(0, BN)
     k = tl.arange(0, BK).to(tl.int64)
     a = in_batch(a, matrix, batch, a_batch)
     b = in_batch(b, matrix, batch, b_batch)
@@ -55,6 +57,7 @@ def matmul_kernel(
     if residual is not None:
         residual = in_batch(residual, matrix, batch, residual_batch)
     a, b, out, K = part_of(a, b, out, K, depth, a_k, b_k, out_split)
+    begun(b, K, N, column, b_k, b_n, AHEAD)
 
     # Rows and columns past the end wrap around: loads need no mask, and what they give is never stored.
     a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k[None, :] * a_k

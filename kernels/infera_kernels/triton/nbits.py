@@ -6,6 +6,7 @@ weights are widened to scratch first, as many columns at a time as fit, and mult
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from infera_kernels.calls import Array, Call
 from infera_kernels.launch import Launcher, Target, Typed, target_of
+from infera_kernels.triton.ahead import ahead, begun
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import FLOATS, INT32_MAX, ceil_div, name_of, next_power_of_two
 from infera_kernels.triton.matmul import matmul
@@ -48,10 +50,12 @@ def nbits_kernel(
     BLOCKS: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Row program_id(1) of out = a @ dequantised b + bias, BN columns a program. Byte j of a block's BYTES holds its
     values j, j + BYTES and so on, the first in the lowest bits. Without `zero` it is the middle of the range. The
-    next STAGES - 1 blocks of weights are on their way to shared memory meanwhile."""
+    next STAGES - 1 blocks of weights are on their way to shared memory meanwhile. AHEAD: see `ahead`."""
+    begun(b, blocks * BYTES, N, tl.program_id(0) * BN, 1, blocks * BYTES, AHEAD)
     VALUES: tl.constexpr = 8 // BITS
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -200,8 +204,10 @@ def nbits_matmul(
         }
         width = many * held * 8 // weight.bits
         columns = _columns(n, k, weight.bits, width, m, known["BN"], target_of(launcher))
-        known |= {"BN": columns, "STAGES": _STAGES}
-        return [launcher.launch(nbits_kernel, (ceil_div(n, columns), m), args, known, num_warps=ROW_WARPS)]
+        grid = ceil_div(n, columns), m
+        fetched = ahead(launcher, math.prod(grid), columns, 1, along_k=True)
+        known |= {"BN": columns, "STAGES": _STAGES, "AHEAD": fetched}
+        return [launcher.launch(nbits_kernel, grid, args, known, num_warps=ROW_WARPS)]
     calls = []
     for start in range(0, n, len(wide)):
         part = slice(start, min(start + len(wide), n))

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from infera_kernels.launch import Target
+from infera_kernels.triton.ahead import begun
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import next_power_of_two
 from infera_kernels.triton.products import finished, in_batch, part_of
@@ -45,10 +46,12 @@ def matvec_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out = ACT(alpha * a @ b + bias + beta * residual) of one row a, BN columns a program; with `depth` the sums of
     part program_id(1). Every thread adds up its own elements, and they are added once. The next STAGES - 1 blocks are
-    on their way to shared memory meanwhile; with one stage, elements are loaded into registers when they are due."""
+    on their way to shared memory meanwhile; with one stage, elements are loaded into registers when they are due.
+    AHEAD: see `ahead`."""
     tiles = (N + BN - 1) // BN
     matrix = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
@@ -59,6 +62,7 @@ def matvec_kernel(
     if residual is not None:
         residual = in_batch(residual, matrix, batch, residual_batch)
     a, b, out, K = part_of(a, b, out, K, depth, a_k, b_k, out_split)
+    begun(b, K, N, tl.program_id(0) % tiles * BN, b_k, b_n, AHEAD)
     a_at = a + k.to(tl.int64) * a_k
     b_at = b + k.to(tl.int64)[:, None] * b_k + n.to(tl.int64)[None, :] * b_n
     step = tl.full([], BK, tl.int64)
