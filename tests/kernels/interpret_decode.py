@@ -167,6 +167,36 @@ def test_one_row_in_parts(interpreter: InterpreterLauncher) -> None:
     assert launch.constexprs["SPLITS"] == 8
 
 
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize(
+    ("past", "lengths", "new"), [(40, (35, 20), 1), (40, (35, 2), 3), (9, (0, 8), 1), (700, (630, 40), 2)], ids=str
+)
+def test_caches_in_place(
+    past: int, lengths: tuple[int, ...], new: int, dtype: Any, interpreter: InterpreterLauncher
+) -> None:
+    """The new keys and values are written where they belong, and nothing else; what lies there is not read."""
+    step, outs = step_of(past, dtype, new=new, lengths=lengths, rows=past, keys=max(lengths) + 1, width=16)
+    execute(a.decode(step, interpreter, unchecked))
+    want = [out.array.copy() for out in outs]
+    assert step.past is not None
+    for cache, old in zip(step.present, step.past, strict=True):
+        cache[...] = old
+        for b, last in enumerate(lengths):
+            cache[b, :, last + 1 - new :] = np.nan
+    interpreter.launches.clear()
+    calls = a.decode(replace(step, past=step.present), interpreter, unchecked)
+    execute(calls)
+    assert interpreter.launches[0].constexprs["IN_PLACE"]
+    assert len(calls) == 1 + (past == 700)
+    np.testing.assert_array_equal(outs[0].array, want[0])
+    for out, whole in zip(outs[1:], want[1:], strict=True):
+        out.check_guards()
+        for b, last in enumerate(lengths):
+            np.testing.assert_array_equal(out.array[b, :, : last + 1], whole[b, :, : last + 1])
+            assert np.isnan(out.array[b, :, last + 1 :].astype(np.float32)).all()
+
+
 def test_presents_with_gaps(interpreter: InterpreterLauncher) -> None:
     step, outs = step_of(20, new=2)
     outs = [Guarded(out.array.shape, F32, step=2) for out in outs]

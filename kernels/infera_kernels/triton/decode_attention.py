@@ -11,6 +11,7 @@ import numpy as np
 
 from infera_kernels.calls import Call, Scratch
 from infera_kernels.launch import Launcher, Unhinted, nominal_target
+from infera_kernels.launch.types import address_of
 from infera_kernels.triton.attention_kernels import combine_kernel
 from infera_kernels.triton.attention_tiles import Cut, padded
 from infera_kernels.triton.decode_kernel import decode_kernel
@@ -45,7 +46,8 @@ class Step:
 
     An entry has `before` keys before its first new one, or, where that is None, `lengths` + 1 in all, new ones
     included. Those come from the past as far as it reaches, are zeros beyond, and go to the presents with the new ones
-    after them and then zeros. What is seen ends with the entry's length, where there are lengths, and with `keys`; if
+    after them and then zeros. Presents in the very place of the pasts get the new ones, and else keep what they have.
+    What is seen ends with the entry's length, where there are lengths, and with `keys`; if
     `causal`, with the query's own key.
 
     With `cos` and `sin` (rows, width / 2) the first `width` elements of queries and new keys are turned, by the row of
@@ -81,6 +83,14 @@ class Step:
         (past_k, past_v), (present_k, present_v) = self.past or (None, None), self.present
         new = {"q": self.q, "k": self.k, "v": self.v, "out": self.out}
         return {**new, "past_k": past_k, "past_v": past_v, "present_k": present_k, "present_v": present_v}
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the presents lie where the pasts do, as long: then there is nothing to move."""
+        if self.past is None:
+            return False
+        pairs = zip(self.past, self.present, strict=True)
+        return all(address_of(p) == address_of(q) and p.shape == q.shape and p.strides == q.strides for p, q in pairs)
 
     @property
     def rows(self) -> int:
@@ -157,7 +167,7 @@ def decode(
     step: Step, launcher: Launcher, scratch: Scratch, *, invariant: bool = False, tuned: Tuned | None = None
 ) -> list[Call]:
     """out = softmax(scale q kᵀ) v with sums and weights in float32, rows that see nothing 0, and the presents. Any
-    strides; nothing overlaps what is written.
+    strides; nothing overlaps what is written, but for pasts and presents in one place.
 
     `invariant` entries are the same bits however many there are; nothing is tuned for them.
     """
@@ -202,6 +212,7 @@ def decode(
         "INTERLEAVED": step.interleaved,
         "FROM_END": step.before is None,
         "CAUSAL": step.causal,
+        "IN_PLACE": step.in_place,
     }
     how = {"num_warps": cut.warps, "num_stages": cut.stages}
     grid = (batch * groups * cut.splits,)
