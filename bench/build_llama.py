@@ -100,25 +100,28 @@ def matrices_of(folder: Path, sizes: Sizes, *, values: bool = True) -> Path:
     return folder / f"{sizes.name}-{REVISION}{'' if values else '-zeros'}.bin"
 
 
-def llama(folder: Path, *, tokens: int, past: int, sizes: Sizes = ONE_BILLION, values: bool = True) -> Path:
+def llama(
+    folder: Path, *, tokens: int, past: int, room: int = 0, sizes: Sizes = ONE_BILLION, values: bool = True
+) -> Path:
     """The file of a step over `tokens` new tokens after `past` ones, made in `folder` unless it is there.
 
     `input_ids` [N,tokens], `seqlens_k` [N] (the index of the last token), and where there is a past a cache of keys and
-    values a layer, each [N,groups,past,head], to `logits` [N,1,vocabulary] of the last token and the caches with the
-    new tokens. Without `values` matrices are next to empty and take no room on the disk: enough to plan with.
+    values a layer, each [N,groups,past + room,head], to `logits` [N,1,vocabulary] of the last token and the caches with
+    the new tokens: as long as they were, where there is room. Without `values` matrices are next to empty and take no
+    room on the disk: enough to plan with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     matrices = matrices_of(folder, sizes, values=values)
     _write_matrices(matrices, sizes, values=values)
-    path = matrices.with_name(f"{matrices.stem}-{tokens}-after-{past}.onnx")
+    path = matrices.with_name(f"{matrices.stem}-{tokens}-after-{past}{f'-of-{past + room}' if room else ''}.onnx")
     if not path.exists():
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(_graph(sizes, tokens, past, matrices.name).SerializeToString())
+        partial.write_bytes(_graph(sizes, tokens, past, room, matrices.name).SerializeToString())
         partial.replace(path)
     return path
 
 
-def _graph(sizes: Sizes, tokens: int, past: int, location: str) -> onnx.ModelProto:
+def _graph(sizes: Sizes, tokens: int, past: int, room: int, location: str) -> onnx.ModelProto:
     initializers = list(_external(sizes, location))
     nodes: list[onnx.NodeProto] = []
     total = past + tokens
@@ -163,7 +166,7 @@ def _graph(sizes: Sizes, tokens: int, past: int, location: str) -> onnx.ModelPro
         x = op("Add", x, op("MatMul", gated, f"down_{i}"))
     last = op("Gather", x, constant("last", [tokens - 1], np.int64), axis=1) if tokens > 1 else x
     op("MatMul", norm(last, "final"), op("Transpose", "embedding", perm=[1, 0]), outputs=("logits",))
-    return _model(sizes, tokens, past, nodes, initializers, caches)
+    return _model(sizes, tokens, past, room, nodes, initializers, caches)
 
 
 def _external(sizes: Sizes, location: str) -> Iterator[TensorProto]:
@@ -183,6 +186,7 @@ def _model(
     sizes: Sizes,
     tokens: int,
     past: int,
+    room: int,
     nodes: list[onnx.NodeProto],
     initializers: list[TensorProto],
     caches: list[str],
@@ -195,15 +199,15 @@ def _model(
 
     inputs = [value("input_ids", TensorProto.INT64, "N", tokens), value("seqlens_k", TensorProto.INT32, "N")]
     if past:
-        inputs += [cache(f"past_{name}", past) for name in caches]
+        inputs += [cache(f"past_{name}", past + room) for name in caches]
     outputs = [value("logits", TensorProto.FLOAT16, "N", 1, sizes.vocabulary)]
-    outputs += [cache(name, past + tokens) for name in caches]
+    outputs += [cache(name, past + max(tokens, room)) for name in caches]
     graph = helper.make_graph(nodes, "llama", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=11)
 
 
-def llama_feeds(batch: int, *, tokens: int, past: int, sizes: Sizes = ONE_BILLION) -> Mapping[str, Any]:
+def llama_feeds(batch: int, *, tokens: int, past: int, room: int = 0, sizes: Sizes = ONE_BILLION) -> Mapping[str, Any]:
     """What `llama` takes."""
     rng = np.random.default_rng(0)
     feeds: dict[str, Any] = {
@@ -212,6 +216,6 @@ def llama_feeds(batch: int, *, tokens: int, past: int, sizes: Sizes = ONE_BILLIO
     }
     for i in range(sizes.layers if past else 0):
         for part in ("key", "value"):
-            shape = (batch, sizes.groups, past, sizes.head)
+            shape = (batch, sizes.groups, past + room, sizes.head)
             feeds[f"past_{part}_{i}"] = rng.standard_normal(shape, np.float32).astype(np.float16)
     return feeds

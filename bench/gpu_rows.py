@@ -78,6 +78,8 @@ class Row:
     """The float32 model of which this one is quantised: how far answers are from its, on the CPU, is a column."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further columns, as how often a network has the layer."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Outputs that lie in the place of inputs, as a decoder's caches do from step to step."""
 
     @property
     def label(self) -> str:
@@ -109,7 +111,8 @@ def planned(row: Row, device: Any) -> tuple[Feeds, tuple[Work, ...]]:
     device.tf32 = row.precision == "tf32"
     with Session(load_graph(source), device, precision=row.precision) as session:
         plan = session.plan_for(feeds)
-        return feeds, works_of(plan, launches(device, session._constants, plan), tf32=device.tf32)
+        made = launches(device, session._constants, plan)
+        return feeds, works_of(plan, made, tf32=device.tf32, kept=row.kept)
 
 
 def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any]:
@@ -125,12 +128,12 @@ def measure(context: Context, row: Row, compile_mode: str = "") -> dict[str, Any
         session = sessions.enter_context(Session(graph, device, precision=row.precision))
         plan = session.plan_for(feeds)
         began = time.perf_counter()
-        ours = {"infera": bound_run(device, session, feeds)}
+        ours = {"infera": bound_run(device, session, feeds, row.kept)}
         first = time.perf_counter() - began
-        works = works_of(plan, ours["infera"].launches, tf32=device.tf32)
+        works = works_of(plan, ours["infera"].launches, tf32=device.tf32, kept=row.kept)
         made = {**described(row.set, row.name, row.precision, feeds, works), **row.facts, "first_run_seconds": first}
         made |= chosen(session, feeds)
-        another = partial(run_without, device=device, graph=graph, feeds=feeds, precision=row.precision)
+        another = partial(run_without, device=device, graph=graph, feeds=feeds, precision=row.precision, kept=row.kept)
         if made.get("changed") and not compile_mode:
             ours[PREDICTED] = another(without_measurements, sessions=sessions)
         if row.set.startswith("products") and library_of(device.launcher) is not None:

@@ -8,7 +8,7 @@ kernel reads again: the least that the step must move. Of a table that is looked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +129,12 @@ TABLES: Mapping[str, tuple[int, ...]] = {
 """Operator -> the inputs of which it reads no more than comes out."""
 
 
+APPENDED: Mapping[str, Callable[[Site], float]] = {
+    "com.microsoft.GroupQueryAttention": lambda site: site.spec(0).dims[1] / site.outs[1].dims[2],
+}
+"""Operator -> the share of an output in the place of an input that it writes: of caches, the new tokens."""
+
+
 def arithmetic_of(dtype: np.dtype[np.generic], *, tf32: bool) -> str:
     """What multiplies operands of a type."""
     if dtype.itemsize == 1:
@@ -138,27 +144,39 @@ def arithmetic_of(dtype: np.dtype[np.generic], *, tf32: bool) -> str:
     return TF32 if tf32 else IEEE
 
 
-def work_of(step: Step, launches: int, *, tf32: bool = False) -> Work:
-    """What a step does; with `tf32` its products of float32 are rounded to that."""
+def _name_of(step: Step) -> str:
+    """The step's operator, by domain and name."""
+    if step.placed is None:
+        return ""
+    op = step.placed.op
+    return f"{op.domain}.{op.name}" if op.domain else op.name
+
+
+def work_of(step: Step, launches: int, *, tf32: bool = False, kept: Collection[str] = ()) -> Work:
+    """What a step does; with `tf32` its products of float32 are rounded to that. What lies in the blocks of memory that
+    are `kept` is in the place of an input."""
     read = {(o.root, o.offset, o.shape, o.strides): o.nbytes for o in step.ins if o is not None}
-    written = sum(o.nbytes for o in step.outs)
+    name = _name_of(step)
+    appended = APPENDED[name](step.placed.site) if step.placed is not None and name in APPENDED else 1.0
+    written = round(sum(o.nbytes * (appended if o.root in kept else 1) for o in step.outs))
     operations, arithmetic = 0, ""
     if step.placed is not None:
-        op, site = step.placed
-        name = f"{op.domain}.{op.name}" if op.domain else op.name
         for table in (step.ins[i] for i in TABLES.get(name, ()) if i < len(step.ins)):
             if table is not None:
                 read[table.root, table.offset, table.shape, table.strides] = min(table.nbytes, written)
         count = OPERATIONS.get(name)
         if count is not None:
-            operations = count(site)
-            arithmetic = arithmetic_of(site.spec(0).dtype, tf32=tf32)
+            operations = count(step.placed.site)
+            arithmetic = arithmetic_of(step.placed.site.spec(0).dtype, tf32=tf32)
     return Work(step.label, arithmetic, operations, sum(read.values()) + written, launches)
 
 
-def works_of(plan: Plan, launches: Sequence[int], *, tf32: bool = False) -> tuple[Work, ...]:
-    """Of all steps of a plan, each of so many launches."""
-    return tuple([work_of(step, n, tf32=tf32) for step, n in zip(plan.steps, launches, strict=True)])
+def works_of(
+    plan: Plan, launches: Sequence[int], *, tf32: bool = False, kept: Collection[str] = ()
+) -> tuple[Work, ...]:
+    """Of all steps of a plan, each of so many launches; outputs that are `kept` lie in the place of inputs."""
+    roots = {plan.outputs[name].root for name in kept}
+    return tuple([work_of(step, n, tf32=tf32, kept=roots) for step, n in zip(plan.steps, launches, strict=True)])
 
 
 def launches_of(works: Iterable[Work]) -> int:

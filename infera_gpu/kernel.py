@@ -92,24 +92,29 @@ def _never(site: Site) -> bool:
     return False
 
 
+def _nothing(site: Site) -> tuple[tuple[int, int], ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A fast implementation. `bind` is called once while planning and returns the calls of every run.
 
     The calls write every element of `io.outs`, and allocate nothing: temporaries come from `io.scratch`, ufuncs get
-    `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). A kernel that is not
-    `strided` gets contiguous inputs, and one that is not `strided_out` contiguous outputs. `border(site)` is what a
-    kernel wants around input 0 to read it without a copy: `io.ins[0]` may then be larger than the site says by that
-    much, contiguous all the same, and the kernel sets the border before it reads it. Where `rows_out(site)` a kernel
-    that is not `strided_out` writes an output that lies within a border, its last two axes contiguous, as fast as any
-    other; where `slices_out(site)` one that is a slice, along the last axis, of a contiguous array; where
-    `strided_in(site)` one that is not `strided` reads input 0 at any strides as fast. `workspace` gives the bytes of
-    scratch; None measures them by binding once on host dummies. A site that it `supports` where it does not `pay` goes
-    to a kernel of a later kind, if one supports it. What is asked for, and every answer here, may depend on the
-    attributes, on shapes, strides and types, on small constants and on those of integers, but neither on names nor on
-    the elements of a large floating-point constant: of nodes that differ in nothing else one is asked (`alike`). Nor
-    does any of it but `workspace` depend on what was measured (`Site.tuned`). `allocates` marks a kernel that does
-    allocate, which `inspect` shows.
+    `out=`. `inplace` lists the inputs whose memory output 0 may take over (same shape and dtype). `shares(site)` are
+    outputs and inputs, by number, that may be one array of the caller's, which the kernel finds out by their addresses:
+    what an input keeps is not written then. A kernel that is not `strided` gets contiguous inputs, and one that is not
+    `strided_out` contiguous outputs. `border(site)` is what a kernel wants around input 0 to read it without a copy:
+    `io.ins[0]` may then be larger than the site says by that much, contiguous all the same, and the kernel sets the
+    border before it reads it. Where `rows_out(site)` a kernel that is not `strided_out` writes an output that lies
+    within a border, its last two axes contiguous, as fast as any other; where `slices_out(site)` one that is a slice,
+    along the last axis, of a contiguous array; where `strided_in(site)` one that is not `strided` reads input 0 at any
+    strides as fast. `workspace` gives the bytes of scratch; None measures them by binding once on host dummies. A site
+    that it `supports` where it does not `pay` goes to a kernel of a later kind, if one supports it. What is asked for,
+    and every answer here, may depend on the attributes, on shapes, strides and types, on small constants and on those
+    of integers, but neither on names nor on the elements of a large floating-point constant: of nodes that differ in
+    nothing else one is asked (`alike`). Nor does any of it but `workspace` depend on what was measured (`Site.tuned`).
+    `allocates` marks a kernel that does allocate, which `inspect` shows.
     """
 
     bind: Bind
@@ -124,3 +129,4 @@ class Kernel:
     rows_out: Callable[[Site], bool] = _never
     slices_out: Callable[[Site], bool] = _never
     strided_in: Callable[[Site], bool] = _never
+    shares: Callable[[Site], Sequence[tuple[int, int]]] = _nothing

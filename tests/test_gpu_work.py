@@ -21,6 +21,7 @@ from bench.gpu_models import bert_feeds, images
 from bench.gpu_roofline import ASSUMED, CARDS, bound, card_named, limit, predicted
 from bench.gpu_row_models import model_of, node
 from bench.gpu_work import OPERATIONS, TABLES, Work, bytes_of, operations_of, visible, works_of
+from infera_gpu.destinations import destinations
 from infera_gpu.devices.recording import RecordingDevice
 from infera_gpu.dry import launches
 from infera_gpu.graph import HostArray
@@ -187,6 +188,20 @@ def test_a_decoder_reads_its_weights_and_caches(tmp_path: Path) -> None:
     assert operations_of(works) == 2 * 3 * weights + scores
     caches = sizes.layers * 2 * 3 * sizes.groups * (6 + 7) * sizes.head
     assert 2 * (weights + caches) < bytes_of(works) < 2.3 * (weights + caches)
+
+
+@pytest.mark.kernels
+def test_caches_in_their_place_are_read_and_added_to(tmp_path: Path) -> None:
+    sizes = Sizes(layers=2, hidden=64, heads=4, groups=2, inner=96, vocabulary=300)
+    path = llama(tmp_path, tokens=1, past=6, room=2, sizes=sizes)
+    feeds = dict(llama_feeds(3, tokens=1, past=6, room=2, sizes=sizes))
+    with Session(load_graph(path), RecordingDevice()) as session:
+        plan = session.plan_for(feeds)
+    names = [f"{part}_{i}" for part in ("key", "value") for i in range(2)]
+    assert {name: set(destinations(plan)[name]) for name in names} == {name: {f"past_{name}"} for name in names}
+    moved, kept = (bytes_of(works_of(plan, [1] * len(plan.packed), kept=k)) for k in ((), names))
+    cache = 2 * 3 * sizes.groups * 8 * sizes.head
+    assert moved - kept == len(names) * cache * 7 // 8
 
 
 def test_an_outline_plans_like_the_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ operators itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from infera_gpu.op import Bind, Kernel, Op, Site
 
@@ -26,13 +27,15 @@ def kernels(
     strided: bool,
     strided_out: bool | None = None,
     workspace: Callable[[Site], int] = _none,
+    **more: Any,
 ) -> Kernels:
     """A kernel of the kind "triton". One that is `strided` writes any strides too, unless `strided_out` says otherwise.
 
-    `workspace` gives the bytes of all its scratch, each piece `memory.aligned`.
+    `workspace` gives the bytes of all its scratch, each piece `memory.aligned`; `more` are fields of Kernel.
     """
     writes = strided if strided_out is None else strided_out
-    return {"triton": Kernel(bind, supports, workspace, inplace=inplace, strided=strided, strided_out=writes)}
+    made = Kernel(bind, supports, workspace, inplace=inplace, strided=strided, strided_out=writes, **more)
+    return {"triton": made}
 
 
 OPS: tuple[Op, ...] = ()

@@ -200,6 +200,13 @@ def _workspace(site: Site) -> int:
     return turned + room(given.attention, site)
 
 
-GROUPED = kernels(_bind, _supports, inplace=(), strided=True, workspace=_workspace)
+def _shares(site: Site) -> tuple[tuple[int, int], ...]:
+    """The caches that come out, where one kernel writes the new tokens, with those that go in."""
+    ins = [*map(stand_in, site.ins)]
+    given = _arrange(site, ins, [*map(stand_in, site.outs)])
+    return () if given is None or given.past is None or _step(site, given, ins) is None else ((1, 3), (2, 4))
+
+
+GROUPED = kernels(_bind, _supports, inplace=(), strided=True, workspace=_workspace, shares=_shares)
 
 OPS: tuple[Op, ...] = ()
