@@ -262,12 +262,22 @@ class Bound:
     def calls(self) -> tuple[Call, ...]:
         return tuple(zip(*self.made, strict=True))
 
+    def give(self, entering: Mapping[str, Array]) -> None:
+        """The `direct` inputs, for a run."""
+        for name, given in self.direct.items():
+            given.array = entering[name]
+
+    def let_go(self) -> None:
+        """Of the `direct` inputs."""
+        for given in self.direct.values():
+            given.array = None
+
     def run(self) -> None:
         """Make the calls. What fails is an InferaError naming the node: InputError for an index out of range."""
         fn: Callable[..., object] = self.run
         args: tuple[Any, ...] = ()
         try:
-            for fn, args in zip(*self.fast, strict=True):
+            for fn, args in zip(*self.fast):  # noqa: B905 - `strict` takes as long as half a small call
                 fn(*args)
         except InferaError:
             raise

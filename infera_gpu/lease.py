@@ -7,7 +7,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from operator import is_
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -30,6 +31,19 @@ MAX_DIRECT = 4
 """Sets of the caller's arrays on the device that plans stay bound to; as long as they are, their memory is held."""
 
 _Key: TypeAlias = tuple[Plan, tuple[int, ...]]
+
+
+class Repeated(NamedTuple):
+    """What the last run was bound to, where that reads all of its inputs where they lie: `given`."""
+
+    plan: Plan
+    given: Mapping[str, Array]
+    bound: Bound
+
+    def suits(self, plan: Plan, entering: Mapping[str, Array]) -> bool:
+        """Whether they are the same arrays: of what shape the plan says, and an array's address does not change."""
+        return self.plan is plan and all(map(is_, map(entering.get, self.given), self.given.values()))
+
 
 SHRINK_ABOVE = 1 << 26
 SHRINK_AFTER = 64
@@ -75,7 +89,8 @@ class Memory:
         Raises OutOfMemoryError where what is reserved is not to be had again.
         """
         self._served += 1
-        self._needed = max(self._needed, plan.arena_bytes + plan.staging)
+        if plan.nbytes > self._needed:
+            self._needed = plan.nbytes
         if self._served >= SHRINK_AFTER:
             if self.nbytes > max(SHRINK_ABOVE, 4 * self._needed, sum(self.reserved.values())):
                 self.clear()
@@ -148,6 +163,9 @@ class Arena:
         """Threads that wait for a change: mostly none, and nobody has to be told."""
 
         self._users: WeakKeyDictionary[object, Device] = WeakKeyDictionary()
+        self._shared = False
+        """Whether there were several when one joined or left: each run asks, and most arenas are one session's."""
+
         _ARENAS.add(self)
 
     def disown(self) -> None:
@@ -166,8 +184,7 @@ class Arena:
 
     def serves_others(self, device: Device) -> bool:
         """Whether sessions with a device of their own use it too, whose streams know nothing of this one's."""
-        users = self._users
-        return len(users) > 1 and any(other is not device for other in list(users.values()))
+        return self._shared and any(other is not device for other in list(self._users.values()))
 
     def join(self, user: object, device: Device) -> None:
         """`user` may borrow from now on. Raises DeviceError where others run on another device."""
@@ -176,6 +193,7 @@ class Arena:
             if other is not None:
                 raise DeviceError(f"the arena is on {other}, a session on {device.name} cannot share it")
             self._users[user] = device
+            self._shared = len(self._users) > 1
 
     def leave(self, user: object) -> None:
         """Wait for what `user` has borrowed; it may not borrow again. The last one that leaves frees the memory."""
@@ -184,6 +202,7 @@ class Arena:
             while any(m.claim is not None and m.claim[0] is user for m in self._memories):
                 self._wait()
             self._users.pop(user, None)
+            self._shared = len(self._users) > 1
             if not self._users:
                 self._memories.clear()
 
@@ -236,6 +255,7 @@ class Lease:
         self._folded: dict[Plan, int] = {}
         self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
         self._last: tuple[_Key, Mapping[str, Array]] | None = None
+        self.repeated: Repeated | None = None
         self._refused: _Key | None = None
         """What there was no memory to bind once more: such arrays are copied."""
 
@@ -253,6 +273,11 @@ class Lease:
         """
         if not plan.carried:
             self._memory.consider(plan, self._device)
+        if self._device.space == "host":
+            return self._bind(plan)
+        if self.repeated is not None and self.repeated.suits(plan, entering):
+            return self.repeated.bound
+        self.repeated = None
         given = self._on_device(plan, entering)
         if given:
             blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
@@ -261,10 +286,21 @@ class Lease:
             self._last = (key, given)  # which keeps the arrays, so that their addresses stay theirs
             if (again or key in self._direct) and key != self._refused:
                 try:
-                    return self._bound_to(key, given)
+                    found = self._bound_to(key, given)
+                    if len(given) == len(plan.inputs):
+                        self.repeated = Repeated(plan, given, found)
+                    return found
                 except OutOfMemoryError:
                     self._refused = key
         return self._bind(plan)
+
+    def again(self, plan: Plan, entering: Mapping[str, Array]) -> Bound | None:
+        """What `bound` answers without binding anything: None where this is no repetition of the last run."""
+        last = self.repeated
+        if last is None or not last.suits(plan, entering):
+            return None
+        self._memory.consider(plan, self._device)
+        return last.bound if last is self.repeated else None  # it is not where the arenas have been given back
 
     def _bind(self, plan: Plan) -> Bound:
         """The plan bound to the arenas, once."""
@@ -289,7 +325,7 @@ class Lease:
 
     def reserve(self, plans: Sequence[Plan]) -> int:
         """Binds these plans to arenas that hold the largest of them, and are kept; the bytes of all memory spaces."""
-        with self._constants.making, self._constants.binding():
+        with self._device.running(), self._constants.making, self._constants.binding():
             self._require(*plans)
             with self._given_back():
                 try:
@@ -343,7 +379,7 @@ class Lease:
 
     def _on_device(self, plan: Plan, entering: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs that could be read where they lie: later segments look for what they need in the arena."""
-        if self._device.space == "host" or not plan.segment.is_last or plan.carried:
+        if not plan.segment.is_last or plan.carried:
             return {}
         return {n: entering[n] for n in plan.inputs if self._device.block_of(entering[n]) is not None}
 
@@ -366,7 +402,7 @@ class Lease:
 
     def forget(self) -> None:
         """Let go of everything that is bound to the arenas."""
-        self._refused = None
+        self._refused = self.repeated = None
         self._bound.clear()
         self._folded.clear()
         self._direct.clear()

@@ -170,7 +170,7 @@ class Plan:
     def blocks(self) -> tuple[Block, ...]:
         return tuple(map(Block._make, self.placed))
 
-    @cached_property  # each run asks
+    @property
     def arena_bytes(self) -> int:
         return sum(self.arenas.values())
 
@@ -179,6 +179,17 @@ class Plan:
         """Bytes of all that the plan needs an arena of: each memory space, and page-locked memory for what travels."""
         sizes = cast(Mapping[Where, int], self.arenas)
         return {**sizes, "staging": self.staging} if self.staging else sizes
+
+    @cached_property  # each run asks
+    def nbytes(self) -> int:
+        """Of all arenas, and of what travels."""
+        return self.arena_bytes + self.staging
+
+    @cached_property  # runs ask
+    def only_launches(self) -> bool:
+        """Whether no step allocates, or touches the host, nor reading an output does: each is in one piece."""
+        dense = all(o.is_contiguous for o in self.outputs.values())
+        return dense and not any(step.uncapturable for step in self.steps)
 
     @property
     def lower_bound(self) -> int:

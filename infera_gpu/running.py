@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Any, Self, TypeVarTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -16,10 +16,10 @@ from infera_gpu.bind import Bound
 from infera_gpu.bodies import Inside, Nested
 from infera_gpu.constants import Constants
 from infera_gpu.devices import Device
-from infera_gpu.devices.base import require_host_memory
+from infera_gpu.devices.base import CHECK_ABOVE, require_host_memory
 from infera_gpu.entry import Entering, Entry
 from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError, PlanError
-from infera_gpu.feeds import not_feeds
+from infera_gpu.feeds import is_mapping, not_feeds
 from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
@@ -29,6 +29,8 @@ from infera_gpu.plan import Plan, Where
 from infera_gpu.results import RESULTS
 from infera_gpu.spec import Array, TensorSpec, ValueSpec, tensors_of
 from infera_gpu.stages import Shelf, Stage, Stages
+
+Given = TypeVarTuple("Given")
 
 MAX_OVERRIDING = 8
 """Sets of overridden constants for which a session keeps plans; the least recently used is dropped beyond that."""
@@ -76,6 +78,7 @@ class Running(ABC):
         self.inputs: Mapping[str, ValueSpec] = graph.inputs
         self.outputs: Mapping[str, ValueSpec] = graph.outputs
         self.overridable: Mapping[str, ValueSpec] = graph.overridable
+        self._no_results: dict[str, Any] = dict.fromkeys(self.outputs)
         self._constants = constants or Constants(device, self.graph)
         self._stages = self._planning()
         self.tuning_left = 0.0
@@ -136,7 +139,7 @@ class Running(ABC):
         """
         if out:
             self._check_out(feeds, out)
-        if (session := self._for(feeds)) is not self:
+        if self.overridable and (session := self._for(feeds)) is not self:
             with self._hosting():
                 return session.run(feeds, out)
         entering = self._check(feeds)
@@ -149,9 +152,9 @@ class Running(ABC):
         """Measure tiles in runs with these feeds, within `tuning_left`, which that shortens."""
 
     def _check_out(self, feeds: object, out: Mapping[str, Array]) -> None:
-        if not isinstance(feeds, Mapping):  # the feeds may be in the place of `out`, as onnxruntime has them
+        if not is_mapping(feeds):  # the feeds may be in the place of `out`, as onnxruntime has them
             raise not_feeds(feeds)
-        if not isinstance(out, Mapping):
+        if not is_mapping(out):
             raise InputError(
                 f"out is a {type(out).__name__}, expected the arrays to write to, by output name; all outputs are "
                 "returned by name, infera_gpu.InferenceSession takes names of some"
@@ -163,15 +166,15 @@ class Running(ABC):
                 raise InputError(f"out['{name}'] is not an output; the outputs are: {', '.join(self.outputs)}")
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
-        results: dict[str, Any] = dict.fromkeys(self.outputs)
+        results = self._no_results.copy()
 
         def take(stage: Stage, bound: Bound) -> None:
             bound.run()
             self._read(bound, stage, results, out)
-            for name in stage.segment.objects:
+            for name in stage.plan.segment.objects:
                 results[name] = entering.objects[name] if name in entering.objects else stage.segment.constants[name]
 
-        self._run(entering, take)
+        self._with_lease(self._run_again, entering, take)
         return results
 
     def _for(self, feeds: Mapping[str, Any]) -> Self:
@@ -228,8 +231,33 @@ class Running(ABC):
 
         It returns when the steps are done: what follows copies to memory that they use.
         """
+        self._with_lease(self._run_stages, feeds, run)
 
-        def go(lease: Lease) -> None:
+    def _run_again(self, lease: Lease, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
+        """The same of a run whose `run` only launches, too: shorter where it repeats the last run."""
+        if lease.repeated is None or not self._repeats(lease, feeds, run):
+            self._run_stages(lease, feeds, run)
+
+    def _repeats(self, lease: Lease, feeds: Entering, run: Callable[[Stage, Bound], None]) -> bool:
+        """Whether that was a run of what the last run was bound to, which only launches."""
+        stage = self._stages.kept(feeds.shapes)
+        if stage is None or not stage.plan.only_launches:
+            return False
+        try:
+            if self.most:
+                self._refuse_larger(stage.plan)
+            bound = lease.again(stage.plan, feeds.arrays)
+            if bound is None:
+                return False
+            self.device.launch(run, stage, bound)
+        except (PlanError, OutOfMemoryError):
+            if not stage.taken:
+                raise
+            return False
+        return True
+
+    def _run_stages(self, lease: Lease, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
+        with self.device.running():
             stage = self._stages.first(feeds.shapes)
             entering: Mapping[str, Array] = feeds.arrays
             while True:
@@ -237,12 +265,14 @@ class Running(ABC):
                     if self.most and not stage.plan.carried:
                         self._refuse_larger(stage.plan)
                     bound = lease.bound(stage.plan, entering)
-                    self._fill(bound, entering)
+                    bound.ports.fill(entering)
+                    if bound.direct:
+                        bound.give(entering)
                     try:
                         run(stage, bound)
                     finally:
-                        for given in bound.direct.values():
-                            given.array = None
+                        if bound.direct:
+                            bound.let_go()
                 except (PlanError, OutOfMemoryError):
                     if not stage.taken:
                         raise
@@ -253,8 +283,6 @@ class Running(ABC):
                     return
                 stage, entering = self._advance(stage, bound, feeds.objects)
                 del bound  # it holds its arena, in whose place there may soon be a larger one
-
-        self._with_lease(go)
 
     def _refuse_larger(self, plan: Plan) -> None:
         for space, nbytes in plan.memory.items():
@@ -267,26 +295,20 @@ class Running(ABC):
                     available=most,
                 )
 
-    def _fill(self, bound: Bound, entering: Mapping[str, Array]) -> None:
-        bound.ports.fill(entering)
-        for name, given in bound.direct.items():
-            given.array = entering[name]
-
     def _read(self, bound: Bound, stage: Stage, results: dict[str, Array], out: Mapping[str, Array] | None) -> None:
         targets: dict[str, Array] = {}
-        for name in stage.final:
-            source = stage.plan.outputs[name]
+        for name, shape, dtype, nbytes in stage.made:
             target = out.get(name) if out else None
             if target is None:
-                nbytes = source.nbytes
-                require_host_memory(f"output '{name}'", nbytes)
-                target = RESULTS.empty(source.shape, source.dtype, nbytes)
-            elif target.shape != source.shape or target.dtype != source.dtype:
-                swapped = target.dtype == source.dtype.newbyteorder()
+                if nbytes > CHECK_ABOVE:
+                    require_host_memory(f"output '{name}'", nbytes)
+                target = RESULTS.empty(shape, dtype, nbytes)
+            elif target.shape != shape or target.dtype != dtype:
+                swapped = target.dtype == dtype.newbyteorder()
                 raise InputError(
                     f"out['{name}'] is {target.dtype.name}{list(target.shape)}"
                     f"{' of the other byte order' if swapped else ''}, "
-                    f"the output is {source.dtype.name}{list(source.shape)}"
+                    f"the output is {dtype.name}{list(shape)}"
                 )
             elif isinstance(target, np.ndarray) and not target.flags.writeable:
                 raise InputError(f"out['{name}'] is read-only")
@@ -322,8 +344,8 @@ class Running(ABC):
         if self._closed:
             raise DeviceError(f"the session of '{self.name}' is closed")
 
-    def _with_lease(self, work: Callable[[Lease], T]) -> T:
-        """What `work` makes of memory that nothing else uses meanwhile, on the device."""
+    def _with_lease(self, work: Callable[[Lease, *Given], T], *given: *Given) -> T:
+        """What `work` makes of memory that nothing else uses meanwhile."""
         run = object()
         try:
             memory = self._arena.borrow(self, run, self._refuse_closed)
@@ -331,8 +353,7 @@ class Running(ABC):
             if lease is None:
                 lease = self._leases[memory] = Lease(self.device, self._constants, memory, self._stages.bound)
                 lease.begin_with(self.most)
-            with self.device.running():
-                made = work(lease)
+            made = work(lease, *given)
             if self._arena.serves_others(self.device):
                 self.device.synchronize()  # another session's device may have a stream of its own
             return made

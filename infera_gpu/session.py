@@ -95,7 +95,7 @@ class Session(Running):
         try:
             with self._hosting():
                 for session, own in plans.items():
-                    nbytes = session._with_lease(lambda lease, own=own: lease.reserve(own))  # type: ignore[misc]
+                    nbytes = session._with_lease(Lease.reserve, own)
         except (PlanError, OutOfMemoryError):
             if not sum(session._stages.distrust() for session in plans):
                 raise

@@ -25,7 +25,7 @@ from infera_gpu.lower import lower
 from infera_gpu.measure import Measurer
 from infera_gpu.op import Registry, Site
 from infera_gpu.plan import Plan
-from infera_gpu.spec import TensorSpec, ValueSpec, is_plain, spec_of, value_spec
+from infera_gpu.spec import DType, TensorSpec, ValueSpec, is_plain, spec_of, value_spec
 from infera_gpu.specialize import Eager, Known, Segment, specialize
 
 MAX_STAGES = 256
@@ -77,9 +77,15 @@ class Stage:
     def segment(self) -> Segment:
         return self.plan.segment
 
-    @cached_property  # each run asks
+    @cached_property  # each run asks, as for `made`
     def is_last(self) -> bool:
         return self.segment.is_last
+
+    @cached_property
+    def made(self) -> tuple[tuple[str, tuple[int, ...], DType, int], ...]:
+        """Name, shape, type and bytes of each of the `final` outputs."""
+        outputs = [(name, self.plan.outputs[name]) for name in self.final]
+        return tuple([(name, o.shape, o.dtype, o.nbytes) for name, o in outputs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,10 @@ class Stages:
     def known(self, shapes: Shapes) -> bool:
         """Whether inputs of these shapes have been planned."""
         return shapes in self._first
+
+    def kept(self, shapes: Shapes) -> Stage | None:
+        """The first stage for these inputs, if it has been planned."""
+        return self.first(shapes) if shapes in self._first else None
 
     def first(self, shapes: Shapes) -> Stage:
         """The stage that starts with the graph's inputs, in their order. Raises PlanError."""

@@ -163,6 +163,10 @@ class MemoryPointer:
     def __add__(self, by: int) -> MemoryPointer:
         return MemoryPointer(self.memory, self.offset + by)
 
+    def copy_from_device_async(self, source: MemoryPointer, size: int, stream: Stream) -> None:
+        here, there = (p.memory.block[p.offset :][:size] for p in (self, source))
+        stream.put(f"copy {size}", lambda: np.copyto(here, there))
+
 
 class PinnedMemory:
     def __init__(self, nbytes: int) -> None:

@@ -3,7 +3,7 @@ the array type that a GPU gives it, which `fake_cupy` cannot show. Nothing is la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.budget import VramBudget
-from infera_gpu.devices.base import host_block, quiet_numpy
+from infera_gpu.devices.base import Given, host_block, quiet_numpy
 from infera_gpu.devices.cuda import CudaDevice
 from infera_gpu.devices.graphs import Calls
 from infera_gpu.devices.ports import DirectPorts, Ports
@@ -54,6 +54,10 @@ class HostCudaDevice(CudaDevice):
         self._stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
         self.channels_last, self.kinds = True, ("triton", "cupy")
         self._launcher, self._tiles = launcher or RecordingLauncher(), None
+
+    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+        with self.running():
+            run(*given)
 
     @contextmanager
     def running(self) -> Iterator[None]:

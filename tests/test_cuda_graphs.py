@@ -45,7 +45,7 @@ def test_calls_are_made_then_recorded_then_replayed() -> None:
     calls = CapturedCalls([counted(stream, counts), counted(stream, counts)], stream, turnstile := Turnstile())
     logs = []
     for _ in range(4):
-        with turnstile.entered():
+        with turnstile:
             stream.log.clear()
             calls()
             logs.append(stream.log.copy())
@@ -63,14 +63,14 @@ def test_a_recording_that_is_refused_is_ended_and_says_why() -> None:
             stream.refuse_while_recording()
 
     calls = CapturedCalls([counted(stream, counts), (refused, ())], stream, turnstile := Turnstile())
-    with turnstile.entered():
+    with turnstile:
         for _ in range(TRIES):
             calls()
         for _ in range(2):
             with pytest.raises(fake_cupy.CUDARuntimeError, match="900"):
                 calls()
             assert stream.recorded is None
-    with turnstile.entered():  # nobody is locked out
+    with turnstile:  # nobody is locked out
         stream.synchronize()
     assert counts == [TRIES]
 
@@ -90,7 +90,7 @@ def test_a_recording_that_another_thread_ends_is_made_in_the_next_run(at: str) -
 
     calls = CapturedCalls([counted(stream, counts), (disturb, ())], stream, turnstile := Turnstile())
     logs = []
-    with turnstile.entered():
+    with turnstile:
         for _ in range(4):
             stream.log.clear()
             calls()
@@ -108,7 +108,7 @@ def test_what_fails_while_a_stream_records_is_raised_at_once() -> None:
             raise ValueError("broken")
 
     calls = CapturedCalls([(broken, ())], stream, turnstile := Turnstile())
-    with turnstile.entered():
+    with turnstile:
         calls()
         with pytest.raises(ValueError, match="broken"):
             calls()
@@ -146,7 +146,7 @@ def test_nobody_is_inside_while_one_records() -> None:
             for _ in range(20):
                 calls = CapturedCalls([counted(stream, counts, i)] * 3, stream, turnstile)
                 for _ in range(4):
-                    with turnstile.entered():
+                    with turnstile:
                         calls()
                         time.sleep(0)
         except BaseException as error:
@@ -167,7 +167,7 @@ def test_two_that_want_to_be_alone_do_not_wait_for_each_other() -> None:
     inside = threading.Barrier(2)
 
     def run() -> None:
-        with turnstile.entered():
+        with turnstile:
             inside.wait(10)
             with turnstile.alone() as alone:
                 answers.append(alone)
@@ -185,7 +185,7 @@ def test_a_run_that_stays_inside_holds_up_nobody_for_long() -> None:
     turnstile, planned, answers = Turnstile(), threading.Event(), []
 
     def plan() -> None:
-        with turnstile.entered():
+        with turnstile:
             planned.wait(10)
 
     planning = threading.Thread(target=plan)
@@ -195,7 +195,7 @@ def test_a_run_that_stays_inside_holds_up_nobody_for_long() -> None:
     def run() -> None:
         while time.monotonic() < until:
             began = time.monotonic()
-            with turnstile.entered():
+            with turnstile:
                 waited.append(time.monotonic() - began)
                 with turnstile.alone() as alone:
                     answers.append(alone)
@@ -211,7 +211,7 @@ def test_a_run_that_stays_inside_holds_up_nobody_for_long() -> None:
     planned.set()
     planning.join(10)
     turnstile._resumes_at = 0.0
-    with turnstile.entered(), turnstile.alone() as alone:
+    with turnstile, turnstile.alone() as alone:
         assert alone
 
 
@@ -220,15 +220,15 @@ def test_a_run_within_a_run_does_not_wait_for_a_recording() -> None:
 
     def record() -> None:
         started.set()
-        with turnstile.entered(), turnstile.alone():
+        with turnstile, turnstile.alone():
             pass
 
-    with turnstile.entered():
+    with turnstile:
         thread = threading.Thread(target=record)
         thread.start()
         started.wait(10)
         time.sleep(0.05)  # it waits for this run by now
-        with turnstile.entered():
+        with turnstile:
             pass
     thread.join(10)
     assert not thread.is_alive()
@@ -316,7 +316,7 @@ def test_plans_say_what_is_captured_and_why_not() -> None:
 
 def test_an_interrupt_while_waiting_to_be_alone_locks_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     turnstile = Turnstile()
-    with turnstile.entered():
+    with turnstile:
         turnstile._inside += 1  # another run that goes on
 
         def interrupted(timeout: float) -> None:
@@ -327,5 +327,5 @@ def test_an_interrupt_while_waiting_to_be_alone_locks_nobody_out(monkeypatch: py
             with pytest.raises(KeyboardInterrupt), turnstile.alone():
                 pass
         turnstile._inside -= 1
-    with turnstile.entered(), turnstile.alone() as alone:
+    with turnstile, turnstile.alone() as alone:
         assert alone

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVarTuple
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from infera_kernels.cpu.aligned import LARGE_PAGE, Slabs, begun
 if TYPE_CHECKING:
     from infera_gpu.devices.timing import Timer
     from infera_kernels.tuning import DeviceTiles, Tuned
+
+Given = TypeVarTuple("Given")
 
 UFUNC_BUFFER = 64
 """Elements. NumPy's ufuncs take buffers of this size for operands that they cannot walk in one stride or must cast;
@@ -81,8 +83,13 @@ class quiet_numpy:  # with contextlib a function would take twice as long
         else:
             self._before.__exit__(kind, error, trace)
         if isinstance(error, MemoryError):
-            needed = math.prod(getattr(error, "shape", ())) * getattr(error, "dtype", np.dtype(np.uint8)).itemsize
-            raise OutOfMemoryError("an array on the host", needed=needed, available=host_memory() or 0) from error
+            raise out_of_host_memory(error) from error
+
+
+def out_of_host_memory(error: MemoryError) -> OutOfMemoryError:
+    """What is raised for NumPy's error."""
+    needed = math.prod(getattr(error, "shape", ())) * getattr(error, "dtype", np.dtype(np.uint8)).itemsize
+    return OutOfMemoryError("an array on the host", needed=needed, available=host_memory() or 0)
 
 
 @contextmanager
@@ -145,6 +152,11 @@ class Device(Protocol):
 
     def running(self) -> AbstractContextManager[None]:
         """What binding and running happen in: the thread's current GPU and stream, NumPy's settings."""
+        ...
+
+    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+        """Make the call as in `running`, where it only launches on the device and copies: nothing is allocated there,
+        or computed on the host."""
         ...
 
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infera_gpu.devices import processes
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.base import Given, compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.ports import HostPorts, Ports
 from infera_gpu.devices.processes import POOL
 from infera_gpu.devices.sending import SHARED_ABOVE, Region
@@ -92,6 +92,10 @@ class CpuDevice:
             self._working = True
             WORKERS.enter(self, self.threads)
         return _WithProcesses() if self._shares else quiet_numpy()
+
+    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+        with self.running():
+            run(*given)
 
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         if self.threads == 1 or len(parts) < 2:

@@ -6,7 +6,8 @@ Written against CuPy 14. Its calls that take no stream use the thread's current 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.budget import VramBudget
-from infera_gpu.devices.base import compute_into, host_memory, host_view, quiet_numpy
+from infera_gpu.devices.base import Given, compute_into, host_memory, host_view, out_of_host_memory, quiet_numpy
 from infera_gpu.devices.cuda_current import Current
 from infera_gpu.devices.graphs import CapturedCalls, Turnstile
 from infera_gpu.devices.ipc import SharedVram
@@ -181,7 +182,7 @@ class CudaDevice:
         self._device = Current(cupy, index)
         with self._failures("opening it"), self._device:
             self._streams = Streams(cupy)
-            self._stream = self._streams.compute
+            self._stream, self._ready = self._streams.compute, _Ready(cupy)
             self._vram = Vram(cupy, budget)
         self.channels_last = find_spec("triton") is not None
         self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
@@ -227,56 +228,82 @@ class CudaDevice:
         The stream waits for what the caller has queued on a stream of his own: it may still be writing the arrays that
         he gives, or reading those that he wants results in.
         """
-        cuda = self.xp.cuda
         self._refuse_lost()
-        with self._turnstile.entered(), quiet_numpy(), self._failures("a run"), self._device:
-            ready = cuda.get_current_stream().record(cuda.Event(disable_timing=True))
-            self._stream.wait_event(ready)
-            with self._stream, cuda.using_allocator(self._vram.pool.malloc):
+        with self._turnstile, quiet_numpy(), self._failures("a run"), self._device:
+            self._wait_for_caller()
+            with self._stream, self.xp.cuda.using_allocator(self._vram.pool.malloc):
                 yield
+
+    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+        if self.index in _lost:
+            self._refuse_lost()
+        with self._turnstile:
+            try:
+                with self._device:
+                    self._wait_for_caller()
+                    with self._stream:
+                        run(*given)
+            except Exception as error:
+                self._raise_for(error, "a run")
+                raise
+
+    def _wait_for_caller(self) -> None:
+        self._stream.wait_event(self.xp.cuda.get_current_stream().record(self._ready.event))
 
     @property
     def lost(self) -> str:
         return _lost.get(self.index, "")
 
     def _refuse_lost(self) -> None:
-        if self.lost:
+        if self.index in _lost:
             raise DeviceLostError(self.lost)
 
-    @contextmanager
-    def _failures(self, what: str, nbytes: int = 0, space: Space = "device") -> Iterator[None]:
-        """Raises OutOfMemoryError or DeviceError for CuPy's exceptions; `nbytes` is what was asked for, where known.
+    def _failures(self, what: str, nbytes: int = 0, space: Space = "device") -> _Failures:
+        """A context that raises OutOfMemoryError or DeviceError for CuPy's exceptions; `nbytes` is what was asked for,
+        where known.
 
         Around `self._device`: to enter and to leave a GPU that is lost fails too, and its error takes the place of the
         one that came before.
         """
+        return _Failures(self, what, nbytes, space)
+
+    def _raise_for(self, error: Exception, what: str, nbytes: int = 0, space: Space = "device") -> None:
+        """Raises what `_failures` says, with the notes of the error, which name the step. Nothing where that is another
+        one."""
+        failure = self._failure(error, what, nbytes, space)
+        if failure is not None:
+            for note in getattr(error, "__notes__", ()):
+                failure.add_note(note)
+            try:
+                raise failure from error
+            finally:
+                del failure  # else it and this frame would hold each other, and the session with them
+
+    def _failure(self, error: Exception, what: str, nbytes: int, space: Space) -> DeviceError | None:
         cuda = self.xp.cuda
-        try:
-            yield
-        except cuda.memory.OutOfMemoryError as error:  # of the pool
+        if isinstance(error, cuda.memory.OutOfMemoryError):  # of the pool
             needed = int(getattr(error, "_size", nbytes))
-            failure: DeviceError = OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
-            raise _with_notes(failure, error) from error
-        except Exception as error:
-            if isinstance(error, cuda.runtime.CUDARuntimeError | cuda.driver.CUDADriverError):
-                status = error.status
-            elif isinstance(error, LibraryError | ImportError) or type(error).__module__.split(".")[0] in CUPY:
-                status = self._met() or (OUT_OF_MEMORY if "ALLOC_FAILED" in str(error) else 0)
-            else:
-                raise
-            if status in LOST:
-                _lost[self.index] = (
-                    f"{self.name} is lost to this process: {what} met '{error}', and no call works after that; "
-                    "restart the process"
-                )
-                raise _with_notes(DeviceLostError(self.lost), error) from error
-            if status != OUT_OF_MEMORY:
-                missing = isinstance(error, ImportError) or type(error).__module__.startswith("cuda.")
-                advice = "; `infera doctor` says which of CUDA's libraries are there" if missing else ""
-                raise _with_notes(DeviceError(f"{self.name} failed in {what}: {error}{advice}"), error) from error
-            available = self._free() if space == "device" else host_memory() or 0
-            failure = OutOfMemoryError(f"{what} on {self.name}", needed=nbytes, available=available)
-            raise _with_notes(failure, error) from error
+            return OutOfMemoryError(f"{what} on {self.name}", needed=needed, available=self._free())
+        if isinstance(error, MemoryError):
+            return out_of_host_memory(error)
+        if isinstance(error, cuda.runtime.CUDARuntimeError | cuda.driver.CUDADriverError):
+            status = error.status
+        elif isinstance(error, LibraryError | ImportError) or type(error).__module__.split(".")[0] in CUPY:
+            status = self._met() or (OUT_OF_MEMORY if "ALLOC_FAILED" in str(error) else 0)
+        else:
+            return None
+        if status in LOST:
+            _lost[self.index] = (
+                f"{self.name} is lost to this process: {what} met '{error}', and no call works after that; "
+                "restart the process"
+            )
+            return DeviceLostError(self.lost)
+        if status != OUT_OF_MEMORY:
+            missing = isinstance(error, ImportError) or type(error).__module__.startswith("cuda.")
+            advice = "; `infera doctor` says which of CUDA's libraries are there" if missing else ""
+            return DeviceError(f"{self.name} failed in {what}: {error}{advice}")
+        available = self._free() if space == "device" else host_memory() or 0
+        return OutOfMemoryError(f"{what} on {self.name}", needed=nbytes, available=available)
 
     def _met(self) -> int:
         """What CUDA has met, as it numbers it, where a library has failed, which does not say; 0 where nothing."""
@@ -421,7 +448,7 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """Not while a run records: to wait for a stream ends what it records."""
-        with self._turnstile.entered(), self._failures("waiting"):
+        with self._turnstile, self._failures("waiting"):
             self._streams.synchronize()
 
     def close(self) -> None:
@@ -438,8 +465,23 @@ class CudaDevice:
                 self._vram.pool.free_all_blocks()
 
 
-def _with_notes(failure: DeviceError, error: BaseException) -> DeviceError:
-    """The failure with the notes of what caused it, which name the step."""
-    for note in getattr(error, "__notes__", ()):
-        failure.add_note(note)
-    return failure
+class _Failures:  # with contextlib it would take three times as long, and each run has one
+    """See `CudaDevice._failures`."""
+
+    __slots__ = ("_about", "_device")
+
+    def __init__(self, device: CudaDevice, *about: *tuple[str, int, Space]) -> None:
+        self._device, self._about = device, about
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._device._raise_for(error, *self._about)
+
+
+class _Ready(threading.local):
+    """An event of each thread's, for what it has queued before a run."""
+
+    def __init__(self, cupy: Any) -> None:
+        self.event = cupy.cuda.Event(disable_timing=True)

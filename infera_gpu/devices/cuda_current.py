@@ -7,6 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 
+class _Mine(threading.local):
+    """The GPUs that were current before, in this thread."""
+
+    def __init__(self) -> None:
+        self.before: list[int] = []
+
+
 class Current:
     """A context in which GPU `index` is the thread's current one; then the one before is again.
 
@@ -17,16 +24,20 @@ class Current:
 
     def __init__(self, cupy: Any, index: int) -> None:
         self._runtime, self._index = cupy.cuda.runtime, index
-        self._mine = threading.local()
+        self._mine = _Mine()
 
     def __enter__(self) -> None:
         before = self._runtime.getDevice()
         if before != self._index:
-            self._use()
-        self._stack().append(before)
+            try:
+                self._use()
+            except self._runtime.CUDARuntimeError:
+                self._go_back(before)  # a finaliser may ask, in the middle of what runs on another GPU
+                raise
+        self._mine.before.append(before)
 
     def __exit__(self, *_: object) -> None:
-        runtime, before = self._runtime, self._stack().pop()
+        runtime, before = self._runtime, self._mine.before.pop()
         try:
             runtime.setDevice(before)
         except runtime.CUDARuntimeError:
@@ -36,8 +47,11 @@ class Current:
                 self._use()
                 runtime.memGetInfo()  # fails where it is this one that is lost
             finally:
-                with suppress(runtime.CUDARuntimeError):
-                    runtime.setDevice(before)
+                self._go_back(before)
+
+    def _go_back(self, before: int) -> None:
+        with suppress(self._runtime.CUDARuntimeError):
+            self._runtime.setDevice(before)
 
     def _use(self) -> None:
         runtime = self._runtime
@@ -45,8 +59,3 @@ class Current:
             runtime.setDevice(self._index)
             return
         runtime.setDevice(self._index)  # the other one's fault is told once
-
-    def _stack(self) -> list[int]:
-        """The GPUs that were current before, in this thread."""
-        stack: list[int] = self._mine.__dict__.setdefault("stack", [])
-        return stack

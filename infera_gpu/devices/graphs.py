@@ -23,37 +23,44 @@ PAUSE = 20
 """Times as long as was waited in vain nobody waits again: others are held up for a twentieth of the time at most."""
 
 
+class _Depth(threading.local):
+    """How many runs a thread is in, each within the one before."""
+
+    depth = 0
+
+
 class Turnstile:
     """Lets runs of several threads through side by side, and one that records alone.
 
     What a stream is asked while it records becomes a part of the graph, whoever asks: nobody else may be there then.
+    A run is inside `with turnstile`, and waits before it while another one records; a run within a run of the same
+    thread does not.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._recording = False
-        self._mine = threading.local()
+        self._mine = _Depth()
         self._patience, self._resumes_at = PATIENCE[0], 0.0
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """A run, which waits while another one records; a run within a run of the same thread does not."""
-        depth: int = getattr(self._mine, "depth", 0)
+    def __enter__(self) -> None:
+        depth = self._mine.depth
         if not depth:
-            with self._changed:
+            with self._lock:
                 while self._recording:
                     self._changed.wait()
                 self._inside += 1
         self._mine.depth = depth + 1
-        try:
-            yield
-        finally:
-            self._mine.depth = depth
-            if not depth:
-                with self._changed:
-                    self._inside -= 1
-                    self._changed.notify_all()
+
+    def __exit__(self, *_: object) -> None:
+        depth = self._mine.depth = self._mine.depth - 1
+        if not depth:
+            with self._lock:
+                self._inside -= 1
+                if self._recording:
+                    self._changed.notify_all()  # who waits to be alone
 
     @contextmanager
     def alone(self) -> Iterator[bool]:

@@ -63,11 +63,11 @@ class HostPorts:
 
     def fill(self, entering: Mapping[str, Array]) -> None:
         for name, target in self._inputs:
-            np.copyto(target, entering[name])
+            target[...] = entering[name]  # np.copyto does the same, and takes three times as long for a few elements
 
     def read(self, targets: Mapping[str, Array]) -> None:
         for name, target in targets.items():
-            np.copyto(target, self._outputs[name])
+            target[...] = self._outputs[name]
 
 
 class Streams:
@@ -109,6 +109,7 @@ class StagedPorts:
         self._inputs = {k: (a, staged(a)) for k, a in inputs.items()}
         self._on_host = {k: a for k, a in outputs.items() if not isinstance(a, self._cupy.ndarray)}
         self._outputs = {k: (a, staged(a), self._event()) for k, a in outputs.items() if k not in self._on_host}
+        self._dense = {k: (a.data, a.nbytes) for k, (a, *_) in self._outputs.items() if a.flags.c_contiguous}
         self._entry = self._stream(inputs, streams.entry)
         self._exit = self._stream(outputs, streams.exit)
         self._entered, self._computed = self._event(), self._event()
@@ -139,10 +140,12 @@ class StagedPorts:
         for name, target in targets.items():
             if name in self._on_host or not target.nbytes:
                 continue
-            if isinstance(target, self._cupy.ndarray):
-                self._cupy.copyto(target, self._outputs[name][0])
-            else:
+            if not isinstance(target, self._cupy.ndarray):
                 away[name] = target
+            elif name in self._dense and target.flags.c_contiguous:
+                target.data.copy_from_device_async(*self._dense[name], compute)
+            else:
+                self._cupy.copyto(target, self._outputs[name][0])
         computed = compute.record(self._computed)
         if leaving is not compute:
             leaving.wait_event(computed)

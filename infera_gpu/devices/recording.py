@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from infera_gpu.budget import VramBudget
-from infera_gpu.devices.base import compute_into, host_block, host_copy, host_view, quiet_numpy
+from infera_gpu.devices.base import Given, compute_into, host_block, host_copy, host_view, quiet_numpy
 from infera_gpu.devices.graphs import Calls
 from infera_gpu.devices.ports import DirectPorts, Ports
 from infera_gpu.devices.timing import Timer
@@ -93,6 +93,10 @@ class RecordingDevice:
 
     def running(self) -> AbstractContextManager[None]:
         return quiet_numpy()
+
+    def launch(self, run: Callable[[*Given], None], *given: *Given) -> None:
+        with self.running():
+            run(*given)
 
     def parallel(self, parts: Sequence[Iterable[Call]]) -> list[Call]:
         return one_after_the_other(parts)
