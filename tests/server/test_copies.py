@@ -15,7 +15,7 @@ import onnx.parser
 import pytest
 
 import infera_gpu
-from infera_gpu.devices import ports
+from infera_gpu.devices.ports import HostPorts
 from infera_server.http import upload
 from infera_server.http.upload import LARGE, Upload
 from infera_server.protocols import v2_grpc
@@ -66,10 +66,9 @@ class Copies:
 def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
     found = Copies()
 
-    def copyto(target: HostArray, source: HostArray) -> None:
-        if source.nbytes >= X.nbytes:
-            found.entered.append(source)
-        np.copyto(target, source)
+    def fill(self: HostPorts, entering: Arrays) -> None:
+        found.entered.extend(a for name, _ in self._inputs if (a := entering[name]).nbytes >= X.nbytes)
+        filling(self, entering)
 
     def concatenate(parts: Sequence[HostArray], **more: Any) -> HostArray:
         if sum(part.nbytes for part in parts) >= X.nbytes:
@@ -84,11 +83,11 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
         found.received.append(np.frombuffer(data, np.uint8))
         return cutting(data)
 
-    putting, cutting = Upload.put, v2_grpc.cut
+    putting, cutting, filling = Upload.put, v2_grpc.cut, HostPorts.fill
     monkeypatch.setattr(Upload, "put", put)
     monkeypatch.setattr(v2_grpc, "cut", cut)
     monkeypatch.setattr(rows, "np", Numpy(concatenate=concatenate))
-    monkeypatch.setattr(ports, "np", Numpy(copyto=copyto))
+    monkeypatch.setattr(HostPorts, "fill", fill)
     return found
 
 
