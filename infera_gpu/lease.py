@@ -34,7 +34,7 @@ _Key: TypeAlias = tuple[Plan, tuple[int, ...]]
 
 
 class Repeated(NamedTuple):
-    """What the last run was bound to, where that reads all of its inputs where they lie: `given`."""
+    """What the last run was bound to, where it read all of its inputs where they lie: `given`."""
 
     plan: Plan
     given: Mapping[str, Array]
@@ -280,8 +280,7 @@ class Lease:
         self.repeated = None
         given = self._on_device(plan, entering)
         if given:
-            blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
-            key = (plan, tuple(int(block.ptr) for block in blocks))
+            key = self._key(plan, given)
             again = self._last is not None and self._last[0] == key
             self._last = (key, given)  # which keeps the arrays, so that their addresses stay theirs
             if (again or key in self._direct) and key != self._refused:
@@ -295,12 +294,25 @@ class Lease:
         return self._bind(plan)
 
     def again(self, plan: Plan, entering: Mapping[str, Array]) -> Bound | None:
-        """What `bound` answers without binding anything: None where this is no repetition of the last run."""
+        """What `bound` answers where the plan is bound to these arrays, all of its inputs; None where it is not."""
         last = self.repeated
         if last is None or not last.suits(plan, entering):
-            return None
+            last = self.repeated = self._bound_before(plan, entering)
+            if last is None:
+                return None
         self._memory.consider(plan, self._device)
         return last.bound if last is self.repeated else None  # it is not where the arenas have been given back
+
+    def _bound_before(self, plan: Plan, entering: Mapping[str, Array]) -> Repeated | None:
+        given = self._on_device(plan, entering)
+        if len(given) < len(plan.inputs):
+            return None
+        key = self._key(plan, given)
+        found = self._direct.get(key)
+        if found is None:
+            return None
+        self._last = (key, given)
+        return Repeated(plan, given, found[0])
 
     def _bind(self, plan: Plan) -> Bound:
         """The plan bound to the arenas, once."""
@@ -382,6 +394,11 @@ class Lease:
         if not plan.segment.is_last or plan.carried:
             return {}
         return {n: entering[n] for n in plan.inputs if self._device.block_of(entering[n]) is not None}
+
+    def _key(self, plan: Plan, given: Mapping[str, Array]) -> _Key:
+        """Which arrays a plan is bound to; all of them lie on the device."""
+        blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
+        return plan, tuple([int(block.ptr) for block in blocks])
 
     def _bound_to(self, key: _Key, given: Mapping[str, Array]) -> Bound:
         found = self._direct.get(key)

@@ -234,12 +234,12 @@ class Running(ABC):
         self._with_lease(self._run_stages, feeds, run)
 
     def _run_again(self, lease: Lease, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
-        """The same of a run whose `run` only launches, too: shorter where it repeats the last run."""
+        """The same of a run whose `run` only launches, too: shorter where it repeats an earlier one."""
         if lease.repeated is None or not self._repeats(lease, feeds, run):
             self._run_stages(lease, feeds, run)
 
     def _repeats(self, lease: Lease, feeds: Entering, run: Callable[[Stage, Bound], None]) -> bool:
-        """Whether that was a run of what the last run was bound to, which only launches."""
+        """Whether that was a run of what a plan was bound to before, and which only launches."""
         stage = self._stages.kept(feeds.shapes)
         if stage is None or not stage.plan.only_launches:
             return False

@@ -154,7 +154,7 @@ class MemoryPool:
 
 class MemoryPointer:
     def __init__(self, memory: Memory | UnownedMemory | Chunk, offset: int) -> None:
-        self.memory, self.offset = memory, offset
+        self.memory, self.offset, self.device_id = memory, offset, memory.device_id
 
     @property
     def ptr(self) -> int:

@@ -172,6 +172,25 @@ def test_a_binding_runs_with_what_is_bound_last(repeating: Repeating) -> None:
 # ---- as right as any
 
 
+def test_arrays_that_take_turns_are_repeated_too(repeating: Repeating, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As caches of keys and values do, one read and one written."""
+    launch, launched = repeating.device.launch, list[int]()
+
+    def counted(run: Any, *given: Any) -> None:
+        launched.append(1)
+        launch(run, *given)
+
+    sets = [repeating.feeds, *({name: repeating.there((3, 4)) for name in "xz"} for _ in range(2))]
+    for repeating.feeds in sets[1:]:
+        for _ in range(2):
+            repeating.run()
+    monkeypatch.setattr(repeating.device, "launch", counted)
+    for n in range(9):
+        repeating.feeds = sets[n % 3]
+        repeating.run(n)
+    assert len(launched) == 9
+
+
 def test_other_arrays_and_other_shapes_between(repeating: Repeating) -> None:
     first = repeating.feeds, repeating.out
     second = (

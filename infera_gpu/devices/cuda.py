@@ -432,7 +432,7 @@ class CudaDevice:
         """A CuPy array on this GPU as it is; anything else that offers its GPU memory through DLPack, wrapped."""
         cupy = self.xp
         if isinstance(value, cupy.ndarray):
-            return value if value.device.id == self.index else None
+            return value if value.data.device_id == self.index else None
         if not hasattr(value, "__dlpack_device__"):
             return None
         kind, index = value.__dlpack_device__()
