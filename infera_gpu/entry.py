@@ -11,7 +11,7 @@ import numpy as np
 
 from infera_gpu.devices import Device
 from infera_gpu.errors import InputError
-from infera_gpu.feeds import is_mapping, not_feeds, value_of
+from infera_gpu.feeds import not_feeds, value_of
 from infera_gpu.spec import Array, TensorSpec, ValueSpec, bind_symbols, is_plain
 from infera_gpu.stages import Shapes
 
@@ -40,7 +40,7 @@ class Entry:
 
     def take(self, feeds: Mapping[str, Any]) -> Entering:
         """The values of all inputs; their shapes are not checked. Raises InputError."""
-        if not is_mapping(feeds):
+        if type(feeds) is not dict and not isinstance(feeds, Mapping):
             raise not_feeds(feeds)
         if feeds.keys() != self.inputs.keys():
             self.check_names(feeds)

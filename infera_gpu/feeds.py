@@ -13,11 +13,6 @@ from infera_gpu.errors import InputError
 from infera_gpu.spec import Array, DType, MapSpec, OptionalSpec, SequenceSpec, TensorSpec, ValueSpec
 
 
-def is_mapping(given: object) -> bool:
-    """Whether it is one; to ask a dict whether it is a Mapping takes longer."""
-    return type(given) is dict or isinstance(given, Mapping)
-
-
 def not_feeds(given: object) -> InputError:
     """The error for `given` where the feeds of a run were expected."""
     return InputError(

@@ -19,7 +19,7 @@ from infera_gpu.devices import Device
 from infera_gpu.devices.base import CHECK_ABOVE, require_host_memory
 from infera_gpu.entry import Entering, Entry
 from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError, PlanError
-from infera_gpu.feeds import is_mapping, not_feeds
+from infera_gpu.feeds import not_feeds
 from infera_gpu.graph import Graph, T
 from infera_gpu.lease import Arena, Lease, Memory
 from infera_gpu.ops import registry
@@ -152,9 +152,11 @@ class Running(ABC):
         """Measure tiles in runs with these feeds, within `tuning_left`, which that shortens."""
 
     def _check_out(self, feeds: object, out: Mapping[str, Array]) -> None:
-        if not is_mapping(feeds):  # the feeds may be in the place of `out`, as onnxruntime has them
+        if type(feeds) is not dict and not isinstance(
+            feeds, Mapping
+        ):  # the feeds may be in the place of `out`, as onnxruntime has them
             raise not_feeds(feeds)
-        if not is_mapping(out):
+        if type(out) is not dict and not isinstance(out, Mapping):
             raise InputError(
                 f"out is a {type(out).__name__}, expected the arrays to write to, by output name; all outputs are "
                 "returned by name, infera_gpu.InferenceSession takes names of some"

@@ -183,6 +183,7 @@ class CudaDevice:
         with self._failures("opening it"), self._device:
             self._streams = Streams(cupy)
             self._stream, self._ready = self._streams.compute, _Ready(cupy)
+            self._callers_stream = cupy.cuda.get_current_stream
             self._vram = Vram(cupy, budget)
         self.channels_last = find_spec("triton") is not None
         self.kinds: tuple[str, ...] = ("triton", "cupy") if self.channels_last else ("cupy",)
@@ -248,7 +249,7 @@ class CudaDevice:
                 raise
 
     def _wait_for_caller(self) -> None:
-        self._stream.wait_event(self.xp.cuda.get_current_stream().record(self._ready.event))
+        self._stream.wait_event(self._callers_stream().record(self._ready.event))
 
     @property
     def lost(self) -> str:
