@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Self, TypeVarTuple
+from typing import Any, Self
 from weakref import WeakSet
 
 import numpy as np
@@ -16,7 +16,7 @@ from infera_gpu.bind import Bound
 from infera_gpu.bodies import Inside, Nested
 from infera_gpu.constants import Constants
 from infera_gpu.devices import Device
-from infera_gpu.devices.base import CHECK_ABOVE, require_host_memory
+from infera_gpu.devices.base import CHECK_ABOVE, Given, require_host_memory
 from infera_gpu.entry import Entering, Entry
 from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError, PlanError
 from infera_gpu.feeds import not_feeds
@@ -29,8 +29,6 @@ from infera_gpu.plan import Plan, Where
 from infera_gpu.results import RESULTS
 from infera_gpu.spec import Array, TensorSpec, ValueSpec, tensors_of
 from infera_gpu.stages import Shelf, Stage, Stages
-
-Given = TypeVarTuple("Given")
 
 MAX_OVERRIDING = 8
 """Sets of overridden constants for which a session keeps plans; the least recently used is dropped beyond that."""
@@ -236,7 +234,8 @@ class Running(ABC):
         self._with_lease(self._run_stages, feeds, run)
 
     def _run_again(self, lease: Lease, feeds: Entering, run: Callable[[Stage, Bound], None]) -> None:
-        """The same of a run whose `run` only launches, too: shorter where it repeats an earlier one."""
+        """The same, shorter where a run repeats an earlier one: for a `run` that only launches and copies where the
+        plan's steps do."""
         if lease.repeated is None or not self._repeats(lease, feeds, run):
             self._run_stages(lease, feeds, run)
 
