@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from infera_gpu.compat.ortvalue import OrtValue
 from infera_gpu.devices import cuda
 from infera_gpu.devices.cpu import CpuDevice
 from infera_gpu.errors import DeviceError, DeviceLostError, InputError, OutOfMemoryError, PlanError
-from infera_gpu.lease import SHRINK_ABOVE, SHRINK_AFTER
+from infera_gpu.lease import SHRINK_ABOVE, SHRINK_AFTER, Arena
 from infera_gpu.loader import load_graph
 from infera_gpu.session import Session
 from tests import fake_cupy
@@ -201,6 +202,22 @@ def test_other_arrays_and_other_shapes_between(repeating: Repeating) -> None:
     for seed, (feeds, out) in enumerate([first, second, second, second, first, third, third, third, first, first]):
         repeating.feeds, repeating.out = feeds, out
         repeating.run(seed)
+
+
+def test_threads_that_repeat_runs_of_their_own(repeating: Repeating) -> None:
+    session = Session(load_graph(COPIES), repeating.device, arena=Arena(2))
+
+    def answers(seed: int) -> None:
+        feeds = {name: repeating.there((3, 4)) for name in "xz"}
+        out = {name: repeating.there((4, 3)) for name in "yw"}
+        for n in range(30):
+            for i, array in enumerate(feeds.values()):
+                np.copyto(array, 100 * seed + 2 * n + i)
+            session.run(feeds, out)
+            assert [np.unique(array).tolist() for array in out.values()] == [[100 * seed + 2 * n + i] for i in (0, 1)]
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(answers, range(1, 4)))
 
 
 def test_results_in_other_arrays_and_in_none(repeating: Repeating) -> None:
