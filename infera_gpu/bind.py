@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -137,19 +138,30 @@ def _apart(calls: Sequence[Call]) -> Apart:
 
 Arenas: TypeAlias = Mapping[Space | Literal["staging"], Any]
 
+NOWHERE: Mapping[str, Array] = MappingProxyType({})
+"""None of the caller's arrays."""
+
 
 class Binder:
-    """Binds the steps of a plan to arenas. Inputs in `given`, dense arrays on the device, are read where they lie."""
+    """Binds the steps of a plan to arenas. Inputs in `given` and outputs in `written`, dense arrays on the device, stay
+    where they lie."""
 
     def __init__(
-        self, plan: Plan, arenas: Arenas, device: Device, constants: Constants, given: Mapping[str, Array]
+        self,
+        plan: Plan,
+        arenas: Arenas,
+        device: Device,
+        constants: Constants,
+        given: Mapping[str, Array],
+        written: Mapping[str, Array],
     ) -> None:
         self.plan, self.device = plan, device
         self._arenas, self._constants = dict(arenas), constants
         self.direct = {name: Given() for name in plan.direct}
         self.asked = False
         """Whether a kernel has been asked for its calls."""
-        self._elsewhere = {plan.inputs[n].root: (device.block_of(a), plan.inputs[n].offset) for n, a in given.items()}
+        lying = [(plan.inputs[n], a) for n, a in given.items()] + [(plan.outputs[n], a) for n, a in written.items()]
+        self._elsewhere = {o.root: (device.block_of(a), o.offset) for o, a in lying}
 
     @property
     def arena(self) -> HostArray:
@@ -246,8 +258,8 @@ class Bound:
     are set.
 
     The plan's step i makes the calls from `starts[i]` to `starts[i + 1]`. `fast` are the calls of a run: the same, but
-    for what a CUDA graph replays at one go. What is called and what with are kept apart: Python's garbage collection
-    passes by tuples of arrays, but not by those that hold a ufunc too.
+    for what a CUDA graph replays at one go. Outputs that are `written` need not be read. What is called and what with
+    are kept apart: Python's garbage collection passes by tuples of arrays, but not by those that hold a ufunc too.
     """
 
     plan: Plan
@@ -257,6 +269,7 @@ class Bound:
     starts: tuple[int, ...]
     fast: Apart
     binder: Binder
+    written: frozenset[str]
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -303,14 +316,15 @@ def bind(
     arenas: Arenas,
     device: Device,
     constants: Constants,
-    given: Mapping[str, Array] | None = None,
+    given: Mapping[str, Array] = NOWHERE,
+    written: Mapping[str, Array] = NOWHERE,
 ) -> Bound:
-    """Bind every step to its memory. Inputs in `given`, dense arrays on the device, are read where they lie."""
-    given = given or {}
-    binder = Binder(plan, arenas, device, constants, given)
+    """Bind every step to its memory. Inputs in `given`, dense arrays on the device, are read where they lie, outputs in
+    `written` made where those lie: see `destinations`."""
+    binder = Binder(plan, arenas, device, constants, given, written)
     calls: list[Call] = []
     starts = [0]
-    if plan.recipe is None or given:
+    if plan.recipe is None or given or written:
         known: Sequence[list[Call] | None] = [None] * len(plan.packed)
     else:
         known = binder.followed(plan.recipe)
@@ -329,7 +343,7 @@ def bind(
         done = stop
     made = _apart(calls)
     inputs = {v: binder.array(o) for v, o in plan.inputs.items() if v not in given and v not in binder.direct}
-    outputs = {v: binder.array(o) for v, o in plan.outputs.items()}
+    outputs = {v: binder.array(o) for v, o in plan.outputs.items() if v not in written}
     return Bound(
         plan,
         device.ports(inputs, outputs, arenas.get("staging")),
@@ -338,4 +352,5 @@ def bind(
         tuple(starts),
         _apart([*fast, *calls[done:]]) if fast else made,
         binder,
+        frozenset(written),
     )

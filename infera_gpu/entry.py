@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from infera_gpu.bind import NOWHERE
 from infera_gpu.devices import Device
 from infera_gpu.errors import InputError
 from infera_gpu.feeds import not_feeds, value_of
@@ -20,11 +21,13 @@ _SHAPE = attrgetter("shape")
 
 @dataclass(slots=True)  # a named tuple takes twice as long to make
 class Entering:
-    """The feeds of a run: arrays, the shapes of all inputs, and what no arena holds, to which a run adds."""
+    """The feeds of a run: arrays, the shapes of all inputs, and what no arena holds, to which a run adds. `out` are
+    arrays for outputs."""
 
     arrays: dict[str, Array]
     shapes: Shapes
     objects: dict[str, Any]
+    out: Mapping[str, Array]
 
 
 class Entry:
@@ -60,12 +63,13 @@ class Entry:
     def sort(self, values: dict[str, Any]) -> Entering:
         """Values of all inputs, in their order."""
         if self._all_plain:
-            return Entering(values, tuple(map(_SHAPE, values.values())), {})
+            return Entering(values, tuple(map(_SHAPE, values.values())), {}, NOWHERE)
         plain = {k: v for k, v in values.items() if is_plain(self.inputs[k])}
         return Entering(
             plain,
             tuple(v.shape if isinstance(self.inputs[k], TensorSpec) else () for k, v in values.items()),
             {k: v for k, v in values.items() if k not in plain},
+            NOWHERE,
         )
 
     def check_names(self, given: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from infera_gpu.bind import Bound, bind
+from infera_gpu.bind import NOWHERE, Bound, bind
 from infera_gpu.constants import MAX_FOLDED, Constants
+from infera_gpu.destinations import destinations
 from infera_gpu.devices.base import Device, usual_buffers
 from infera_gpu.dry import missing
 from infera_gpu.errors import DeviceError, InputError, OutOfMemoryError
@@ -30,19 +31,35 @@ MAX_BOUND = 256
 MAX_DIRECT = 4
 """Sets of the caller's arrays on the device that plans stay bound to; as long as they are, their memory is held."""
 
-_Key: TypeAlias = tuple[Plan, tuple[int, ...]]
+_Key: TypeAlias = tuple[Plan, tuple[int, ...], tuple[int, ...]]
+
+
+class Direct(NamedTuple):
+    """Arrays of the caller's on the device, to which a plan is bound: inputs that are read where they lie, and outputs
+    that are written where he wants them."""
+
+    given: Mapping[str, Array]
+    written: Mapping[str, Array]
 
 
 class Repeated(NamedTuple):
-    """What the last run was bound to, where it read all of its inputs where they lie: `given`."""
+    """What the last run was bound to, where it read all of its inputs where they lie, and wrote what it could of the
+    `wanted` outputs."""
 
     plan: Plan
-    given: Mapping[str, Array]
+    arrays: Direct
+    wanted: int
     bound: Bound
 
-    def suits(self, plan: Plan, entering: Mapping[str, Array]) -> bool:
+    def suits(self, plan: Plan, entering: Mapping[str, Array], out: Mapping[str, Array]) -> bool:
         """Whether they are the same arrays: of what shape the plan says, and an array's address does not change."""
-        return self.plan is plan and all(map(is_, map(entering.get, self.given), self.given.values()))
+        given, written = self.arrays
+        return (
+            self.plan is plan
+            and self.wanted == len(out)
+            and all(map(is_, map(entering.get, given), given.values()))
+            and all(map(is_, map(out.get, written), written.values()))
+        )
 
 
 SHRINK_ABOVE = 1 << 26
@@ -253,8 +270,9 @@ class Lease:
         self._device, self._constants, self._memory, self._told = device, constants, memory, told
         self._bound: OrderedDict[Plan, Bound] = OrderedDict()
         self._folded: dict[Plan, int] = {}
-        self._direct: OrderedDict[_Key, tuple[Bound, Mapping[str, Array]]] = OrderedDict()
-        self._last: tuple[_Key, Mapping[str, Array]] | None = None
+        self._lying: dict[Plan, Mapping[str, frozenset[str]]] = {}
+        self._direct: OrderedDict[_Key, tuple[Bound, Direct]] = OrderedDict()
+        self._last: tuple[_Key, Direct] | None = None
         self.repeated: Repeated | None = None
         self._refused: _Key | None = None
         """What there was no memory to bind once more: such arrays are copied."""
@@ -265,54 +283,66 @@ class Lease:
     def nbytes(self) -> int:
         return self._memory.nbytes
 
-    def bound(self, plan: Plan, entering: Mapping[str, Array]) -> Bound:
+    def bound(self, plan: Plan, entering: Mapping[str, Array], out: Mapping[str, Array] = NOWHERE) -> Bound:
         """The plan bound to these arenas, which grow first if it needs more than they have.
 
-        Arrays on the device that enter twice in a row are read where they lie from then on: binding a plan anew costs
-        more than copying once.
+        Arrays on the device that enter twice in a row are read where they lie from then on, and so are outputs written
+        that are wanted twice in the same place: binding a plan anew costs more than copying once.
         """
         if not plan.carried:
             self._memory.consider(plan, self._device)
         if self._device.space == "host":
             return self._bind(plan)
-        if self.repeated is not None and self.repeated.suits(plan, entering):
+        if self.repeated is not None and self.repeated.suits(plan, entering, out):
             return self.repeated.bound
         self.repeated = None
-        given = self._on_device(plan, entering)
-        if given:
-            key = self._key(plan, given)
-            again = self._last is not None and self._last[0] == key
-            self._last = (key, given)  # which keeps the arrays, so that their addresses stay theirs
-            if (again or key in self._direct) and key != self._refused:
-                try:
-                    found = self._bound_to(key, given)
-                    if len(given) == len(plan.inputs):
-                        self.repeated = Repeated(plan, given, found)
-                    return found
-                except OutOfMemoryError:
-                    self._refused = key
-        return self._bind(plan)
+        arrays = self._on_device(plan, entering, out)
+        if not arrays.given:
+            return self._bind(plan)
+        key, last = self._key(plan, arrays), self._last
+        self._last = (key, arrays)  # which keeps the arrays, so that their addresses stay theirs
+        if not self._known(key, last):  # outputs may be wanted elsewhere every time
+            arrays = Direct(arrays.given, NOWHERE)
+            key = self._key(plan, arrays)
+            if last is not None:
+                last = self._key(last[0][0], Direct(last[1].given, NOWHERE)), last[1]
+            if not self._known(key, last):
+                return self._bind(plan)
+        if key == self._refused:
+            return self._bind(plan)
+        try:
+            found = self._bound_to(key, arrays)
+        except OutOfMemoryError:
+            self._refused = key
+            return self._bind(plan)
+        if len(arrays.given) == len(plan.inputs) and key == self._last[0]:
+            self.repeated = Repeated(plan, arrays, len(out), found)
+        return found
 
-    def again(self, plan: Plan, entering: Mapping[str, Array]) -> Bound | None:
+    def _known(self, key: _Key, last: tuple[_Key, Direct] | None) -> bool:
+        """Whether these arrays came in the last run, or a plan is bound to them."""
+        return key in self._direct or (last is not None and last[0] == key)
+
+    def again(self, plan: Plan, entering: Mapping[str, Array], out: Mapping[str, Array] = NOWHERE) -> Bound | None:
         """What `bound` answers where the plan is bound to these arrays, all of its inputs; None where it is not."""
         last = self.repeated
-        if last is None or not last.suits(plan, entering):
-            last = self.repeated = self._bound_before(plan, entering)
+        if last is None or not last.suits(plan, entering, out):
+            last = self.repeated = self._bound_before(plan, entering, out)
             if last is None:
                 return None
         self._memory.consider(plan, self._device)
         return last.bound if last is self.repeated else None  # it is not where the arenas have been given back
 
-    def _bound_before(self, plan: Plan, entering: Mapping[str, Array]) -> Repeated | None:
-        given = self._on_device(plan, entering)
-        if len(given) < len(plan.inputs):
+    def _bound_before(self, plan: Plan, entering: Mapping[str, Array], out: Mapping[str, Array]) -> Repeated | None:
+        arrays = self._on_device(plan, entering, out)
+        if len(arrays.given) < len(plan.inputs):
             return None
-        key = self._key(plan, given)
+        key = self._key(plan, arrays)
         found = self._direct.get(key)
         if found is None:
             return None
-        self._last = (key, given)
-        return Repeated(plan, given, found[0])
+        self._last = (key, arrays)
+        return Repeated(plan, arrays, len(out), found[0])
 
     def _bind(self, plan: Plan) -> Bound:
         """The plan bound to the arenas, once."""
@@ -389,26 +419,56 @@ class Lease:
                 self._memory.unbind()
                 self._require(*plans)
 
-    def _on_device(self, plan: Plan, entering: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs that could be read where they lie: later segments look for what they need in the arena."""
+    def _on_device(self, plan: Plan, entering: Mapping[str, Array], out: Mapping[str, Array]) -> Direct:
+        """Inputs that could be read where they lie, and outputs that could be written where they are wanted: later
+        segments look for what they need in the arena."""
         if not plan.segment.is_last or plan.carried:
-            return {}
-        return {n: entering[n] for n in plan.inputs if self._device.block_of(entering[n]) is not None}
+            return Direct(NOWHERE, NOWHERE)
+        given = {n: entering[n] for n in plan.inputs if self._device.block_of(entering[n]) is not None}
+        return Direct(given, self._written(plan, given, out) if given and out else NOWHERE)
 
-    def _key(self, plan: Plan, given: Mapping[str, Array]) -> _Key:
+    def _written(self, plan: Plan, given: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Of the wanted outputs those that have the right form, and that lie apart from everything else, or in the very
+        place of an input that they may take."""
+        lying = self._lying.get(plan)
+        if lying is None:
+            lying = self._lying[plan] = destinations(plan)
+        taken = [(name, *self._extent(a)) for name, a in given.items()]
+        found: dict[str, Array] = {}
+        for name, over in lying.items():
+            a, o = out.get(name), plan.outputs[name]
+            if a is None or not self._lies_here(a):
+                continue
+            begin, end = self._extent(a)
+            met = {(n, b, e) for n, b, e in taken if b < end and begin < e}
+            if (a.shape, a.dtype) == (o.shape, o.dtype) and met <= {(n, begin, end) for n in over}:
+                found[name] = a
+            taken.append(("", begin, end))
+        return found
+
+    def _lies_here(self, array: Array) -> bool:
+        """Whether an array of the caller's is one of the device's own, in one piece."""
+        return self._device.accepts(array) is array and self._device.block_of(array) is not None
+
+    def _extent(self, array: Array) -> tuple[int, int]:
+        """Where an array on the device, in one piece, begins and ends."""
+        begin = int(self._device.block_of(array).ptr)  # type: ignore[union-attr]
+        return begin, begin + array.nbytes
+
+    def _key(self, plan: Plan, arrays: Direct) -> _Key:
         """Which arrays a plan is bound to; all of them lie on the device."""
-        blocks: list[Any] = [self._device.block_of(a) for a in given.values()]
-        return plan, tuple([int(block.ptr) for block in blocks])
+        given, written = ([self._extent(a)[0] for a in some.values()] for some in arrays)
+        return plan, tuple(given), tuple(written)
 
-    def _bound_to(self, key: _Key, given: Mapping[str, Array]) -> Bound:
+    def _bound_to(self, key: _Key, arrays: Direct) -> Bound:
         found = self._direct.get(key)
         if found is None:
             with self._constants.making, self._constants.binding():
                 self._require(key[0], yielding=False)
                 with self._given_back():
                     self._memory.fit(key[0], self._device)
-                    bound = bind(key[0], self._memory.arenas, self._device, self._constants, given)
-            found = self._direct[key] = (bound, given)
+                    bound = bind(key[0], self._memory.arenas, self._device, self._constants, *arrays)
+            found = self._direct[key] = (bound, arrays)
             while len(self._direct) > MAX_DIRECT:
                 self._direct.popitem(last=False)
         return found[0]
@@ -420,6 +480,7 @@ class Lease:
     def forget(self) -> None:
         """Let go of everything that is bound to the arenas."""
         self._refused = self.repeated = None
+        self._lying.clear()
         self._bound.clear()
         self._folded.clear()
         self._direct.clear()

@@ -167,6 +167,8 @@ class Running(ABC):
 
     def _collect(self, entering: Entering, out: Mapping[str, Array] | None = None) -> dict[str, Any]:
         results = self._no_results.copy()
+        if out:
+            entering.out = out
 
         def take(stage: Stage, bound: Bound) -> None:
             bound.run()
@@ -247,7 +249,7 @@ class Running(ABC):
         try:
             if self.most:
                 self._refuse_larger(stage.plan)
-            bound = lease.again(stage.plan, feeds.arrays)
+            bound = lease.again(stage.plan, feeds.arrays, feeds.out)
             if bound is None:
                 return False
             self.device.launch(run, stage, bound)
@@ -265,7 +267,7 @@ class Running(ABC):
                 try:
                     if self.most and not stage.plan.carried:
                         self._refuse_larger(stage.plan)
-                    bound = lease.bound(stage.plan, entering)
+                    bound = lease.bound(stage.plan, entering, feeds.out)
                     bound.ports.fill(entering)
                     if bound.direct:
                         bound.give(entering)
@@ -313,7 +315,10 @@ class Running(ABC):
                 )
             elif isinstance(target, np.ndarray) and not target.flags.writeable:
                 raise InputError(f"out['{name}'] is read-only")
-            targets[name] = target
+            if name in bound.written:
+                results[name] = target
+            else:
+                targets[name] = target
         bound.ports.read(targets)
         results.update(targets)
 

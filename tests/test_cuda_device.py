@@ -281,7 +281,7 @@ def test_arrays_on_the_gpu_that_come_again_are_read_where_they_lie(cupy: Any) ->
     device._stream.log.clear()
     session.run({"x": x[:], "z": z[:]})
     assert device._stream.log.count("copy 48") == 1  # of what Sub makes, none for an input
-    assert np.shares_memory(held["x"], x)
+    assert np.shares_memory(held.given["x"], x)
 
 
 def test_arrays_that_change_or_lie_apart_are_copied(cupy: Any) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bench import gpu_models
+from bench.build_llama import Sizes, llama, llama_feeds
 from bench.gpu_report import Context
+from infera_gpu.devices import open_device
+from infera_gpu.loader import load_graph
+from infera_gpu.session import Session
 from tests.fake_cublaslt import FakeCublasLt, with_library
 from tests.kernels.watching import WatchingLauncher
 from tests.text import parse
@@ -86,3 +91,40 @@ def test_products_of_a_library_agree_with_the_cpu(
 
     gpu_models.models(opener(launcher), ["small"])
     assert [operation.attributes[7] for operation in library.asked][:2] == [2 | 4, 1]  # bias and ReLU; nothing
+
+
+def test_a_decoder_generates_with_caches_that_stay_in_their_place(
+    opener: Callable[[Any], Context], tmp_path: Path
+) -> None:
+    """Six steps of two sequences of their own lengths, against caches that are longer in every step, on the CPU. From
+    the second step on nothing of a cache is copied: only the new tokens are written."""
+    sizes = Sizes(layers=1, hidden=16, heads=2, groups=1, inner=24, vocabulary=40)
+    how: dict[str, Any] = {"tokens": 1, "past": 20, "sizes": sizes}
+    path = llama(tmp_path, room=4, **how)
+    first = dict(llama_feeds(2, room=4, **how))
+    lengths = np.array([20, 14], np.int32)  # the index of the new token
+    device = opener(WatchingLauncher).open()
+    reference = Session(load_graph(path), open_device("cpu"))
+    with Session(load_graph(path), device) as session:
+        there = {name: device.xp.asarray(array) for name, array in first.items()}
+        kept = {name: there[f"past_{name}"] for name in ("key_0", "value_0")}
+        want = first
+        for step in range(6):
+            there["seqlens_k"][...] = want["seqlens_k"] = lengths + np.int32(min(step, 3))
+            there["input_ids"][...] = want["input_ids"] = np.array([[3], [7]]) + step
+            device._stream.log.clear()
+            got = session.run(there, kept)
+            made = reference.run(want)
+            np.testing.assert_allclose(got["logits"], made["logits"], atol=2e-2)
+            for name, cache in kept.items():
+                assert got[name] is cache
+                for entry, length in enumerate(want["seqlens_k"] + 1):
+                    ours, theirs = (np.asarray(x)[entry, :, :length] for x in (cache, made[name]))
+                    np.testing.assert_allclose(ours, theirs, atol=2e-2)
+            copies = [line for line in device._stream.log if line == f"copy {kept['key_0'].nbytes}"]
+            assert bool(copies) == (step == 0)
+            want = {**want, "past_key_0": made["key_0"], "past_value_0": made["value_0"]}
+        (lease,) = session._leases.values()
+        ((bound, arrays),) = lease._direct.values()
+    assert bound.written == {"key_0", "value_0"}
+    assert arrays.given.keys() == there.keys()
