@@ -132,8 +132,8 @@ class Running(ABC):
         Arrays that lie on the session's GPU (CuPy, or anything with DLPack) never go through the host: the same array
         given again is read where it lies, others are copied on the device. Results are new NumPy arrays, except those
         named in `out`, which are written in place and must match in shape and dtype; with every output in `out` a run
-        allocates no array. Raises InputError naming the feed that does not fit, or the node that met an index out of
-        range.
+        allocates no array. After an error they may hold anything. `out` may name arrays that are inputs too. Raises
+        InputError naming the feed that does not fit, or the node that met an index out of range.
         """
         if out:
             self._check_out(feeds, out)

@@ -55,7 +55,7 @@ class Repeating:
         self.out = {name: self.there((4, rows)) for name in "yw"}
         for seed in range(4):
             self.run(seed)
-        assert self.log()[1:] == ["replay 2", *[f"copy {16 * rows}"] * 2, "sync event"]
+        assert self.log()[1:] == ["replay 2", "sync event"]
 
     def there(self, shape: tuple[int, ...]) -> Any:
         return self._cupy.asarray(np.zeros(shape, np.float32))
