@@ -10,7 +10,8 @@ from infera_gpu.plan import Plan, Step
 
 def destinations(plan: Plan) -> Mapping[str, frozenset[str]]:
     """The outputs on the device that have a block of memory to themselves, each with the inputs in whose very place it
-    may lie: those that nothing reads but the one kernel that writes it, which says that it can (`Kernel.shares`).
+    may lie: those that nothing reads but the one kernel that writes it, which says that it can (`Kernel.shares`,
+    `Kernel.inplace`).
 
     A decoder's caches so come out where they went in, with nothing to move but the new tokens.
     """
@@ -44,7 +45,7 @@ def _shared(step: Step, root: str) -> Iterator[str]:
     """The roots of the inputs of a step in whose place it may write what lies in `root`."""
     if step.kernel is None or step.placed is None:
         return
-    for i, j in step.kernel.shares(step.placed.site):
-        out, given = step.outs[i], step.ins[j]
+    for i, j in (*step.kernel.shares(step.placed.site), *((0, j) for j in step.kernel.inplace)):
+        out, given = step.outs[i], step.ins[j] if j < len(step.ins) else None
         if out.root == root and given is not None and (out.shape, out.dtype) == (given.shape, given.dtype):
             yield given.root

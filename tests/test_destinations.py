@@ -162,17 +162,19 @@ g (float[N, 4] x, float[N, 4] z) => (float[N, 4] y%s) {
 
 
 @pytest.mark.parametrize(
+    "how", [{"shares": lambda site: ((0, 0),)}, {"inplace": (0,)}, {}], ids=["shares", "in place", "neither"]
+)
+@pytest.mark.parametrize(
     ("outputs", "read", "wanted"),
     [(", float[N, 4] w", "b", {"z"}), (", float[N, 4] w", "z", set()), (", float[N, 4] w, float[N, 4] z", "b", set())],
     ids=["read once", "read again", "goes out too"],
 )
 def test_an_input_is_overwritten_by_its_only_reader_alone(
-    outputs: str, read: str, wanted: set[str], monkeypatch: pytest.MonkeyPatch
+    outputs: str, read: str, wanted: set[str], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where that says that it can."""
     plan = plan_of(SHARED % (outputs, read), {"x": (3, 4), "z": (3, 4)})
-    assert not any(destinations(plan).values())
-    sharing = Kernel(lambda site, io: [], shares=lambda site: ((0, 0),))
-    steps = tuple(step._replace(kernel=sharing) for step in plan.steps)
+    kernel = Kernel(lambda site, io: [], **how)
+    steps = tuple(step._replace(kernel=kernel) for step in plan.steps)
     monkeypatch.setattr(Plan, "steps", property(lambda self: steps))
-    assert destinations(plan)["y"] == wanted
+    assert destinations(plan)["y"] == (wanted if how else set())
