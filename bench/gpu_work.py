@@ -48,6 +48,11 @@ def _product(site: Site) -> int:
     return 2 * site.outs[0].size * depth
 
 
+def _gated(site: Site) -> int:
+    """Two products."""
+    return 2 * _product(site)
+
+
 def _convolution(weight: int) -> Count:
     """Two for each element of the result and of a filter, (outputs, inputs / groups, window...)."""
     return lambda site: 2 * site.outs[0].size * math.prod(site.spec(weight).dims[1:])
@@ -102,6 +107,7 @@ OPERATIONS: Mapping[str, Count] = {
         ),
         _product,
     ),
+    "infera.GatedMatMul": _gated,
     **dict.fromkeys(
         (
             *("Conv", "ConvInteger", "infera.FusedConv", "infera.FusedConvNHWC", "com.microsoft.FusedConv"),

@@ -24,6 +24,7 @@ fused_embed infera.EmbeddedNormalization
 fused_lookup infera.Lookup
 fused_norm infera.AxisNormalization infera.L2Normalization infera.WidenedNormalization
 fused_rotary infera.Rotary
+gated infera.GatedMatMul
 generate Constant ConstantOfShape EyeLike Range
 gradient infera.OnesLike infera.SumTo
 image ImageDecoder

@@ -14,7 +14,7 @@ from infera_gpu.spec import Array, TensorSpec
 from infera_kernels.portable.matmul import transposed
 
 
-def _matrices(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def matrices(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The shapes of both factors, transposed as the attributes say, and of the output: vectors as matrices."""
     a = swapped(site.spec(0).dims, site.attrs.get("transA"))
     b = swapped(site.spec(1).dims, site.attrs.get("transB"))
@@ -34,7 +34,7 @@ def _parts(site: Site) -> int:
     """Into how many parts the sums are cut."""
     from infera_kernels.triton.parts import parts_of
 
-    given = (TensorSpec(shape, site.outs[0].dtype) for shape in _matrices(site))
+    given = (TensorSpec(shape, site.outs[0].dtype) for shape in matrices(site))
     library = _library_bytes(site) > 0
     return parts_of(*given, invariant=site.batch_invariant, library=library, tf32=site.tf32, tuned=site.tuned)
 
@@ -43,7 +43,7 @@ def _library_bytes(site: Site) -> int:
     """The scratch of a library that may compute the product, whose sums are not cut."""
     from infera_kernels.triton.blas import library_bytes
 
-    _, b, out = _matrices(site)
+    _, b, out = matrices(site)
     rows = math.prod(out[:-1]) if math.prod(b[:-2]) == 1 else out[-2]
     return library_bytes(site.tuned, rows, b[-2], site.attrs.get("activation") or None) if math.prod(out) else 0
 
@@ -57,7 +57,7 @@ def _supports_product(site: Site) -> bool:
     from infera_kernels.triton.matmul import supports_matmul
 
     dtypes = site.spec(0).dtype, site.spec(1).dtype, site.outs[0].dtype
-    a, b, out = (TensorSpec(s, d) for s, d in zip(_matrices(site), dtypes, strict=True))
+    a, b, out = (TensorSpec(s, d) for s, d in zip(matrices(site), dtypes, strict=True))
     terms = _terms(site)
     lifted = out.shape != site.outs[0].shape
     if lifted and any(terms):
@@ -72,8 +72,8 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     from infera_kernels.triton.matmul import matmul
     from infera_kernels.triton.tiles import IEEE, TF32
 
-    a, b = transposed(io.ins[0], site.attrs.get("transA")), _right(site, io)
-    shapes = _matrices(site)
+    a, b = transposed(io.ins[0], site.attrs.get("transA")), right_factor(site, io)
+    shapes = matrices(site)
     out = io.outs[0]
     activation, beta = site.attrs.get("activation") or None, float(site.attrs.get("beta", 1.0))
     before, after = (*io.ins[2:], None, None)[:2]
@@ -105,13 +105,13 @@ def _bind_product(site: Site, io: Buffers) -> list[Call]:
     return calls if after is None else [*calls, *elementwise.binary("add", out, after, out, io.launcher)]
 
 
-def _right(site: Site, io: Buffers) -> Array:
-    """The second factor as it is multiplied. Tensor cores read float32 with its sums contiguous: a constant matrix is
-    laid out so once, for one row too, so that all plans share it."""
-    flip, spec = site.attrs.get("transB"), site.spec(1)
-    if io.tf32 and not flip and site.value(1) is not None and spec.ndim == 2 and spec.dtype == np.float32:
-        return io.pack(1, "columns", lambda w: np.ascontiguousarray(w.transpose())).transpose()
-    return transposed(io.ins[1], flip)
+def right_factor(site: Site, io: Buffers, i: int = 1) -> Array:
+    """Input i as it is multiplied. Tensor cores read float32 with its sums contiguous: a constant matrix is laid out so
+    once, for one row too, so that all plans share it."""
+    flip, spec = site.attrs.get("transB"), site.spec(i)
+    if io.tf32 and not flip and site.value(i) is not None and spec.ndim == 2 and spec.dtype == np.float32:
+        return io.pack(i, "columns", lambda w: np.ascontiguousarray(w.transpose())).transpose()
+    return transposed(io.ins[i], flip)
 
 
 def _is_row(term: Array, columns: int) -> bool:

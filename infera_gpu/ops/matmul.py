@@ -188,7 +188,7 @@ _GEMM = Op(
 )
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "": "",
     "relu": "relu",
     "gelu": "gelu",
@@ -197,12 +197,18 @@ _ACTIVATIONS = {
     "sigmoid": "sigmoid",
     "silu": "swish",
 }
+"""What may follow a product, "" for nothing -> its name in `portable.activation`."""
+
+
+def check_activation(site: Site) -> None:
+    """Raises PlanError where the activation is none of them."""
+    if site.attrs["activation"] not in ACTIVATIONS:
+        known = ", ".join(repr(a) for a in ACTIVATIONS)
+        raise site.fail(f"activation is '{site.attrs['activation']}', expected one of {known}")
 
 
 def _fused_spec(site: Site) -> tuple[TensorSpec]:
-    if site.attrs["activation"] not in _ACTIVATIONS:
-        known = ", ".join(repr(a) for a in _ACTIVATIONS)
-        raise site.fail(f"activation is '{site.attrs['activation']}', expected one of {known}")
+    check_activation(site)
     if site.attrs["matrices"]:
         check_matrices(site)
     (spec,) = matmul_spec(site)
@@ -248,14 +254,14 @@ def bind_fused(site: Site, io: Buffers) -> list[Call]:
         io,
         alpha=site.attrs["alpha"],
         bias=given(io, 2),
-        activation=_ACTIVATIONS[site.attrs.get("activation", "")],
+        activation=ACTIVATIONS[site.attrs.get("activation", "")],
         residual=given(io, 3),
     )
 
 
 def _fused(xp: Any, site: Site, a: Array, b: Array, bias: Array | None = None, residual: Array | None = None) -> Array:
     a, b = portable.transposed(a, site.attrs["transA"]), portable.transposed(b, site.attrs["transB"])
-    act = _ACTIVATIONS[site.attrs["activation"]]
+    act = ACTIVATIONS[site.attrs["activation"]]
     return portable.fused_matmul(xp, a, b, bias, residual, alpha=site.attrs["alpha"], act=act)
 
 
@@ -276,7 +282,7 @@ _FUSED = Op(
     compute=plain(_fused),
     kernels=Kinds(
         {"cpu": Kernel(bind=bind_fused, supports=fused_supported, strided=True)}
-        | _jit.product(_multiply, lambda site: _ACTIVATIONS[site.attrs["activation"]], fused_supported),
+        | _jit.product(_multiply, lambda site: ACTIVATIONS[site.attrs["activation"]], fused_supported),
         "_triton_matmul",
         lambda gpu: gpu.PRODUCT,
     ),
@@ -287,7 +293,7 @@ _FUSED = Op(
             Case("bias", (f32(2, 5, 4), _W, f32(3))),
             Case("residual", (f32(2, 5, 4), _W, None, f32(2, 5, 3))),
             Case("row_residual", (f32(2, 5, 4), _W, f32(3), f32(5, 1))),
-            *(Case(act, (f32(3, 4), _W, f32(3), f32(3, 3)), {"activation": act}) for act in _ACTIVATIONS if act),
+            *(Case(act, (f32(3, 4), _W, f32(3), f32(3, 3)), {"activation": act}) for act in ACTIVATIONS if act),
             Case("heads", (f32(2, 3, 5, 4), f32(2, 3, 6, 4), f32(2, 1, 1, 6)), {"transB": 1, "alpha": 0.125}),
             Case("left", (f32(2, 4, 5), f32(4, 6)), {"transA": 1}),
             Case("large_residual", (f32(2, 3, 301), _LARGE, f32(700), f32(3, 1))),

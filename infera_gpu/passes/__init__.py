@@ -23,6 +23,7 @@ from infera_gpu.passes import (
     dilated,
     embedding,
     expanded,
+    gated,
     gates,
     gelu,
     group,
@@ -136,6 +137,7 @@ FUSIONS = Fusions(
     *quantized_finish.LATE,
     *matmul.FUSIONS,
     *unread.FUSIONS,
+    *gated.FUSIONS,
 )
 """In the order in which they are applied."""
 

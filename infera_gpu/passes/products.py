@@ -11,11 +11,12 @@ from infera_gpu.passes.engine import GPU, node, own_opset
 from infera_gpu.passes.pattern import Match
 from infera_gpu.passes.siblings import Joined, Siblings
 
-_DEFAULTS = {"transA": 0, "transB": 0, "alpha": 1.0, "activation": "", "matrices": 0}
+DEFAULTS = {"transA": 0, "transB": 0, "alpha": 1.0, "activation": "", "matrices": 0}
+"""The attributes of infera.FusedMatMul."""
 
 
 def _attrs(match: Match) -> dict[str, object]:
-    return {**_DEFAULTS, **match.root.attrs}
+    return {**DEFAULTS, **match.root.attrs}
 
 
 def _columns(match: Match) -> int:

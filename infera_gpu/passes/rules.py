@@ -222,7 +222,7 @@ _OTHERS = (
     *("ReduceL1", "ReduceLogSumExp", "ReduceLogSum", "LpPool"),
 )
 _PRODUCTS = (
-    "MatMul",
+    *("MatMul", "infera.GatedMatMul"),
     *("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"),
 )
 _ATTENTIONS = (

@@ -10,6 +10,7 @@ from infera_kernels.triton import dnn, dnn_attention
 from infera_kernels.triton.attention import ATTENTION
 from infera_kernels.triton.conv import CONV, SPLITS
 from infera_kernels.triton.decode_attention import DECODE
+from infera_kernels.triton.gated import GATED, GATED_ROW
 from infera_kernels.triton.integer_conv import INTEGER_CONV
 from infera_kernels.triton.integer_matmul import INTEGER_MATMUL
 from infera_kernels.triton.matmul import MATMUL
@@ -23,7 +24,7 @@ FAMILIES: Mapping[str, Family[Any]] = MappingProxyType(
         f.name: f
         for f in (
             *(MATMUL, PARTS, MATVEC, CONV, SPLITS, INTEGER_MATMUL, INTEGER_CONV, QUANTIZED_CONV, ATTENTION, DECODE),
-            *(dnn.WAY, dnn_attention.WAY),
+            *(GATED, GATED_ROW, dnn.WAY, dnn_attention.WAY),
         )
     }
 )

@@ -205,7 +205,7 @@ def matmul(
     ]
 
 
-def _launch(
+def launched(
     launcher: Launcher,
     kernel: Any,
     grid: tuple[int, ...],
@@ -247,10 +247,10 @@ def _sums(
         grid = products * ceil_div(n, strip.n), parts
         fetched = _ahead(args, grid, strip.n, launcher, invariant=invariant)
         known = {"ACT": act, "BN": strip.n, "BK": strip.k, "STAGES": strip.stages, "AHEAD": fetched}
-        return _launch(launcher, matvec_kernel, grid, args, known, num_warps=ROW_WARPS)
+        return launched(launcher, matvec_kernel, grid, args, known, num_warps=ROW_WARPS)
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
-        layout = (DESCRIBED if factors else "") + _layout(args) + end
+        layout = (DESCRIBED if factors else "") + layout_of(args, "b") + end
         library = None if product is None else library_of(launcher)
         call: Call | None = library and library.call(product, workspace)
         if call is not None:
@@ -275,7 +275,7 @@ def _sums(
         "AHEAD": _ahead(args, grid, tile.n, launcher, invariant=invariant) if m <= FEW_ROWS else None,
     }
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return _launch(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
+    return launched(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
 
 
 def _ahead(
@@ -288,10 +288,13 @@ def _ahead(
     return ahead(launcher, math.prod(grid), wide, itemsize, along_k=args["b_k"] == one)
 
 
-def _layout(args: Mapping[str, Any]) -> str:
-    one = Const(1)
-    left = "k" if args["a_k"] == one else "m" if args["a_m"] == one else "-"
-    return left + ("k" if args["b_k"] == one else "n" if args["b_n"] == one else "-")
+def layout_of(args: Mapping[str, Any], *factors: str) -> str:
+    """Which axes are contiguous, of a and of all the right `factors`: see MATMUL."""
+    left, right = (
+        next((axis for axis in axes if all(args[f"{x}_{axis}"] == Const(1) for x in named)), "-")
+        for axes, named in (("km", "a"), ("kn", factors))
+    )
+    return left + right
 
 
 def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, *, invariant: bool) -> Call:
@@ -299,4 +302,4 @@ def _added(args: dict[str, Any], parts: int, act: Any, launcher: Launcher, *, in
     wide = min(next_power_of_two(n), 128)
     known = {"ACT": act, "PARTS": parts, "GROUP": GROUP, "BM": 1, "BN": wide}
     grid = (math.prod(args["batch"] or (1,)) * m * ceil_div(n, wide),)
-    return _launch(launcher, parts_kernel, grid, args, known, invariant=invariant, num_warps=1)
+    return launched(launcher, parts_kernel, grid, args, known, invariant=invariant, num_warps=1)

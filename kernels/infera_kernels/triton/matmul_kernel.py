@@ -5,7 +5,7 @@ import triton.language as tl
 
 from infera_kernels.triton.ahead import begun
 from infera_kernels.triton.indexing import INTERPRETED, store_type
-from infera_kernels.triton.products import finished, in_batch, part_of, place_of
+from infera_kernels.triton.products import block_at, finished, in_batch, part_of, place_of
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def matmul_kernel(
     begun(b, K, N, column, b_k, b_n, AHEAD)
 
     # Rows and columns past the end wrap around: loads need no mask, and what they give is never stored.
-    a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k[None, :] * a_k
-    b_at = b + k[:, None] * b_k + (n % N).to(tl.int64)[None, :] * b_n
+    a_at = block_at(a, m % M, k, a_m, a_k)
+    b_at = block_at(b, k, n % N, b_k, b_n)
     step = tl.full([], BK, tl.int64)
     acc = tl.full((BM, BN), 0.0, tl.float32)
     for start in range(0, K, BK):
@@ -80,5 +80,4 @@ def matmul_kernel(
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     acc = finished(acc, bias, residual, m, n, inside, residual_m, residual_n, alpha, beta, act_alpha, act_beta, ACT)
-    at = out + m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
-    tl.store(at, store_type(acc, out), mask=inside)
+    tl.store(block_at(out, m, n, out_m, out_n), store_type(acc, out), mask=inside)

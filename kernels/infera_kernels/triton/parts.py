@@ -15,7 +15,7 @@ from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.invariance import rows_seen
 from infera_kernels.triton.layout import ceil_div
 from infera_kernels.triton.matmul_kernel import matmul_kernel
-from infera_kernels.triton.products import finished, in_batch, tile_of
+from infera_kernels.triton.products import block_at, finished, in_batch, tile_of
 from infera_kernels.triton.skinny import ALONG_N, MATVEC, matvec_kernel, pick_strip, strip_cycles
 from infera_kernels.triton.tiles import EITHER, SIZES, kind_of, least_cycles
 from infera_kernels.tuning import Family, Problem, Tuned, choose
@@ -71,8 +71,7 @@ def parts_kernel(
     if residual is not None:
         residual = in_batch(residual, matrix, batch, residual_batch)
     acc = finished(acc, bias, residual, m, n, inside, residual_m, residual_n, alpha, beta, act_alpha, act_beta, ACT)
-    at = out + m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
-    tl.store(at, store_type(acc, out), mask=inside)
+    tl.store(block_at(out, m, n, out_m, out_n), store_type(acc, out), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)

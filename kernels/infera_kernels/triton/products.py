@@ -34,6 +34,19 @@ def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def columns_of(N, BN: tl.constexpr):
+    """(matrix, its columns) of this program: BN of N of one row. Columns may lie past the end."""
+    tiles = (N + BN - 1) // BN
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+
+
+@triton.jit
+def block_at(matrix, i, j, i_stride, j_stride):
+    """Where the elements of rows i and columns j of a matrix are."""
+    return matrix + i.to(tl.int64)[:, None] * i_stride + j.to(tl.int64)[None, :] * j_stride
+
+
+@triton.jit
 def in_batch(at, matrix, batch, strides):
     """Where matrix number `matrix` of a batch of these sizes begins, from where the first one does; there is one
     without `batch`."""
@@ -77,8 +90,7 @@ def finished(
     if bias is not None:
         acc = acc + tl.load(bias + n[None, :], mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        at = residual + m.to(tl.int64)[:, None] * residual_m + n.to(tl.int64)[None, :] * residual_n
-        r = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(block_at(residual, m, n, residual_m, residual_n), mask=inside, other=0.0).to(tl.float32)
         if beta is not None:
             r = r * beta
         acc = acc + r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import triton
@@ -11,7 +12,7 @@ from infera_kernels.launch import Target
 from infera_kernels.triton.ahead import begun
 from infera_kernels.triton.indexing import store_type
 from infera_kernels.triton.layout import next_power_of_two
-from infera_kernels.triton.products import finished, in_batch, part_of
+from infera_kernels.triton.products import block_at, columns_of, finished, in_batch, part_of
 from infera_kernels.tuning import Family, Problem
 from infera_kernels.tuning.choice import REMEMBERED
 from infera_kernels.tuning.cost import ITEMSIZE, Strip, row_cycles
@@ -52,9 +53,8 @@ def matvec_kernel(
     part program_id(1). Every thread adds up its own elements, and they are added once. The next STAGES - 1 blocks are
     on their way to shared memory meanwhile; with one stage, elements are loaded into registers when they are due.
     AHEAD: see `ahead`."""
-    tiles = (N + BN - 1) // BN
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
-    n = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    matrix, column = columns_of(N, BN)
+    matrix, n = matrix.to(tl.int64), column + tl.arange(0, BN)
     k = tl.arange(0, BK)
     a = in_batch(a, matrix, batch, a_batch)
     b = in_batch(b, matrix, batch, b_batch)
@@ -62,9 +62,9 @@ def matvec_kernel(
     if residual is not None:
         residual = in_batch(residual, matrix, batch, residual_batch)
     a, b, out, K = part_of(a, b, out, K, depth, a_k, b_k, out_split)
-    begun(b, K, N, tl.program_id(0) % tiles * BN, b_k, b_n, AHEAD)
+    begun(b, K, N, column, b_k, b_n, AHEAD)
     a_at = a + k.to(tl.int64) * a_k
-    b_at = b + k.to(tl.int64)[:, None] * b_k + n.to(tl.int64)[None, :] * b_n
+    b_at = block_at(b, k, n, b_k, b_n)
     step = tl.full([], BK, tl.int64)
     sums = tl.full((BK, BN), 0.0, tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
@@ -93,14 +93,18 @@ SHAPES = {
 STAGES = (1, 3, 5)
 
 
-def strip_candidates(problem: Problem, target: Target) -> tuple[Strip, ...]:
-    """Strips that do not reach far past the end; the least where all do."""
+def strips(problem: Problem, shapes: Sequence[tuple[int, int]]) -> tuple[Strip, ...]:
+    """Strips of these shapes that do not reach far past the end; the least where all do."""
     _, n, k = problem.sizes
-    shapes = SHAPES[problem.layout or ALONG_N]
     wide, deep = (next_power_of_two(size) for size in (n, k))
     least = shapes[0]
     near = [(w, d) for w, d in shapes if w <= max(wide, least[0]) and d <= max(deep, least[1])]
     return tuple(Strip(w, d, stages) for stages in STAGES for w, d in near)
+
+
+def strip_candidates(problem: Problem, target: Target) -> tuple[Strip, ...]:
+    """Those of the layout's shapes."""
+    return strips(problem, SHAPES[problem.layout or ALONG_N])
 
 
 def strip_cycles(problem: Problem, strip: Strip, target: Target) -> float:
@@ -110,16 +114,23 @@ def strip_cycles(problem: Problem, strip: Strip, target: Target) -> float:
     return row_cycles(n, k, bits, strip, along_k=along_k, target=target, batch=programs)
 
 
-@lru_cache(maxsize=REMEMBERED)
-def pick_strip(problem: Problem, target: Target) -> Strip:
+def least_strip(
+    problem: Problem, target: Target, among: Iterable[Strip], estimate: Callable[[Problem, Strip, Target], float]
+) -> Strip:
     """The strip with the least estimated time; of equals one that loads ahead where there are several steps, with the
     fewest stages, then the smallest."""
 
     def cost(strip: Strip) -> tuple[float, bool, int, int]:
         alone = strip.stages == 1 and strip.k < problem.sizes[2]
-        return strip_cycles(problem, strip, target), alone, strip.stages, strip.k * strip.n
+        return estimate(problem, strip, target), alone, strip.stages, strip.k * strip.n
 
-    return min(strip_candidates(problem, target), key=cost)
+    return min(among, key=cost)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def pick_strip(problem: Problem, target: Target) -> Strip:
+    """The predicted one."""
+    return least_strip(problem, target, strip_candidates(problem, target), strip_cycles)
 
 
 MATVEC = Family(

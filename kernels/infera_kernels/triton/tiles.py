@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -218,11 +218,16 @@ def predicted(problem: Problem, target: Target) -> Tile:
     return least(problem, target, [t for t in fitting(problem, target) if keeps(t, problem.layout, target)])
 
 
-def least(problem: Problem, target: Target, among: Iterable[Tile]) -> Tile:
+def least(
+    problem: Problem,
+    target: Target,
+    among: Iterable[Tile],
+    estimate: Callable[[Problem, Tile, Target], float] = cycles,
+) -> Tile:
     """The tile with the least estimated time, of equals the larger: it loads less."""
 
     def cost(tile: Tile) -> tuple[float, int, int]:
-        return cycles(problem, tile, target), -tile.m * tile.n, -tile.k
+        return estimate(problem, tile, target), -tile.m * tile.n, -tile.k
 
     return min(among, key=cost)
 

@@ -58,7 +58,8 @@ kernels lie within a third of that (`tests/kernels/test_tuning_tables.py`)."""
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What one block computes at a time: m x n outputs, k deep; `stages` buffers for what is loaded."""
+    """What one block computes at a time: m x n outputs, k deep; `stages` buffers for what is loaded. Its columns are of
+    so many `matrices`, each multiplied by itself."""
 
     m: int
     n: int
@@ -66,6 +67,7 @@ class Block:
     warps: int
     stages: int
     kind: str
+    matrices: int = 1
 
     @property
     def shared_bytes(self) -> int:
@@ -158,8 +160,8 @@ def cache_bytes(target: Target) -> int:
 def shared_traffic(block: Block, target: Target) -> int:
     """Bytes of shared memory that a step writes and reads.
 
-    Where four warps multiply together (sm_90 and later, from 64 rows on), every 64 rows read all columns; else warps
-    stand in a grid, and each reads its rows and columns.
+    Where four warps multiply together (sm_90 and later, from 64 rows on), every 64 rows read all columns, and are read
+    once for each matrix; else warps stand in a grid, and each reads its rows and columns.
     """
     item = ITEMSIZE[block.kind]
     written = (block.m + block.n) * block.k * item
@@ -167,8 +169,11 @@ def shared_traffic(block: Block, target: Target) -> int:
         threads = 32 * block.warps
         return written + round(2 * math.sqrt(block.m * block.n / threads) * threads * block.k * item)
     if block.grouped(target):
-        return written + block.m // 64 * (64 + block.n) * block.k * item
-    down = max(1, min(block.warps, 1 << round(math.log2(math.sqrt(block.warps * block.m / block.n)))))
+        return written + block.m // 64 * (64 * block.matrices + block.n) * block.k * item
+    if block.matrices > 1:  # that share rows: all warps stand along the longer side (Triton's chained products)
+        down = block.warps if block.m >= block.n // block.matrices else 1
+    else:
+        down = max(1, min(block.warps, 1 << round(math.log2(math.sqrt(block.warps * block.m / block.n)))))
     across = max(1, block.warps // down)
     return written + (across * block.m + down * block.n) * block.k * item
 
@@ -224,17 +229,19 @@ def product_cycles(block: Block, m: int, n: int, k: int, batch: int, target: Tar
     return walk.cycles(blocks, read + item * batch * m * n, target)
 
 
-def row_cycles(n: int, k: int, bits: int, strip: Strip, *, along_k: bool, target: Target, batch: int = 1) -> float:
+def row_cycles(
+    n: int, k: int, bits: int, strip: Strip, *, along_k: bool, target: Target, batch: int = 1, matrices: int = 1
+) -> float:
     """Of `batch` products of one row with matrices (k, n) of elements of so many bits, contiguous `along_k` or along n.
 
-    A block of ROW_WARPS warps reads a strip at a time and adds its products in registers: so many instructions an
-    element, with which it is widened and added. Without buffers one step waits for its loads before it adds them.
-    Infinity where a block does not fit.
+    Columns are of so many `matrices` side by side, of which a strip has as many each. A block of ROW_WARPS warps reads
+    a strip at a time and adds its products in registers: so many instructions an element, with which it is widened and
+    added. Without buffers one step waits for its loads before it adds them. Infinity where a block does not fit.
     """
     instructions = 1 if bits == 32 else 2 if bits == 16 else 5  # shifted, masked, widened, moved and added
     elements = strip.n * strip.k
     nbytes, held = elements * bits // 8, strip.held_bytes(bits)
-    pieces, wide = (strip.n, strip.k) if along_k else (strip.k, strip.n)
+    pieces, wide = (strip.n, strip.k) if along_k else (matrices * strip.k, strip.n // matrices)
     lines = pieces * -(-wide * bits // (8 * LINE))
     computing = instructions * elements / (rates_of(target.arch)["ieee"] / 2)
     sharing = 2 * nbytes / SHARED_BYTES_PER_CYCLE if held else 0.0
