@@ -57,6 +57,13 @@ def test_a_product_of_something_turned() -> None:
     assert of_text(text, a=(7, 5), b=(7, 3)).operations == 2 * 5 * 7 * 3
 
 
+def test_a_gated_product_is_two() -> None:
+    text = "g (float[5, 7] x, float[7, 3] v, float[7, 3] w) => (float[5, 3] y) { y = infera.GatedMatMul(x, v, w) }"
+    work = of_text(text, x=(5, 7), v=(7, 3), w=(7, 3))
+    assert work.operations == 2 * 2 * 5 * 7 * 3
+    assert work.nbytes == 4 * (5 * 7 + 2 * 7 * 3 + 5 * 3)
+
+
 def test_operands_count_once() -> None:
     work = of_text("g (float[4, 4] a) => (float[4, 4] y) { y = MatMul(a, a) }", a=(4, 4))
     assert work.nbytes == 2 * 4 * 4 * 4

@@ -138,6 +138,7 @@ def test_a_decoder_computes_what_follows_the_last_keys_for_its_last_token(tmp_pa
     for device in ("cpu", "recording"):
         with infera_gpu.load(path, device=device) as session:
             products = rows(session, feeds, "FusedMatMul") + rows(session, feeds, "MatMul")
+            products += 2 * rows(session, feeds, "GatedMatMul")
             assert sorted(products) == [2] * 5 + [16] * 6
             got = session.run(feeds)
         for name, expected in want.items():

@@ -125,6 +125,7 @@ FAMILIES = (
     Family("transposed", "Gemm", ((B, 300), (24, 300), (24,)), {"transB": 1}, without="bits"),
     Family("epilogue", "FusedMatMul", ((B, 300), (300, 24), (24,)), {"activation": "gelu"}, OURS, BRAIN),
     Family("terms", "FusedMatMul", ((B, 64), (64, 24), (B, 24), (B, 24)), {}, OURS, HALF, without="bits"),
+    Family("gated", "GatedMatMul", ((B, 3, 300), (300, 24), (300, 24)), {}, OURS, HALF),
     Family(
         "few-bits",
         "MatMulNBits",

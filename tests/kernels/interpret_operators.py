@@ -64,9 +64,8 @@ def test_kernel(op: Op, case: Case, variants: list[Variant], interpreter: Interp
                 assert_close(got, w, case.tol, f"output {i} {options}")
 
 
-PRODUCTS = [
-    row for row in COVERED if row[0].name in ("MatMul", "Gemm", "FusedMatMul") and row[0].domain != "com.microsoft"
-]
+NAMES = ("MatMul", "Gemm", "FusedMatMul", "GatedMatMul")
+PRODUCTS = [row for row in COVERED if row[0].name in NAMES and row[0].domain != "com.microsoft"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +109,7 @@ def test_families_are_covered() -> None:
         "TopK": 8,
         "MatMul": 9,
         "FusedMatMul": 12,
+        "GatedMatMul": 13,
         "Conv": 23,
         "FusedConv": 26,
         "FusedConvNHWC": 40,

@@ -21,6 +21,7 @@ SUITES: Mapping[str, int] = {
     "copies": 110,
     "decode": 164,
     "elementwise": 340,
+    "gated": 78,
     "gpu_check": 15,
     "gpu_rows": 13,
     "gpu_tuning": 10,

@@ -13,7 +13,7 @@ from tests.kernels.support import EVERY_ARCH, FakeArray, multiplication, tensor_
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import elementwise, layout, matmul, norm, softmax, tiles
+from infera_kernels.triton import elementwise, gated, layout, matmul, norm, softmax, tiles
 from infera_kernels.triton.terms import Term
 
 pytestmark = pytest.mark.kernels
@@ -170,6 +170,20 @@ def test_one_row_reads_a_matrix_in_whole_words(dtype: str, turned: bool, launche
     result = compiled(launcher)
     assert wide_loads(result) >= (4 if dtype == "float16" else 8)
     assert result.count("LDGSTS") >= 8 or launcher.launches[0].constexprs["STAGES"] == 1
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "float16"), (16, "float16"), (512, "bfloat16"), (1, "float32")])
+def test_gated_products(rows: int, dtype: str, turned: bool, activation: str, launcher: CompileLauncher) -> None:
+    """What a step of Llama 3.2 1B, and a prompt, launch."""
+    a, out = FakeArray((rows, 2048), dtype), FakeArray((rows, 8192), dtype)
+    gate, up = (FakeArray((2048, 8192), dtype, transposed=turned) for _ in range(2))
+    gated.gated(a, gate, up, out, launcher, activation=activation)
+    result, made = compiled(launcher), launcher.launches[0].constexprs
+    assert wide_loads(result) >= 4
+    assert result.count("LDGSTS") >= 8 or made.get("STAGES") == 1
+    assert tensor_cores(result).keys() == ({multiplication(launcher.target.arch, made["BM"])} if rows > 1 else set())
 
 
 @pytest.mark.parametrize("rows", [1, 16])

@@ -136,6 +136,8 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("Gemm", "", "many_rows"),
     ("FusedMatMul", "infera", "gelu"),
     ("FusedMatMul", "infera", "heads"),
+    ("GatedMatMul", "infera", "rows"),
+    ("GatedMatMul", "infera", "one_row"),
     ("Conv", "", "3d"),
     ("FusedConvNHWC", "infera", "depthwise"),
     ("FusedConvNHWC", "infera", "pointwise"),
@@ -148,6 +150,11 @@ CHOSEN: tuple[tuple[str, str, str | Case], ...] = (
     ("MaxPool", "", Case("positions", (f32(2, 8, 9, 9),), {"kernel_shape": (3, 3)}, n_outs=2)),
     ("MaxPool", "", "uint8"),
     ("GlobalAveragePoolNHWC", "infera", "large"),
+    (
+        "GatedMatMul",
+        "infera",
+        Case("half", (*(TensorSpec(s, HALF) for s in ((128, 64), (64, 256), (64, 256))),), tol=1),
+    ),
     ("FusedMatMul", "infera", Case("half", (*(TensorSpec(s, HALF) for s in ((128, 64), (64, 256), (256,))),), tol=1)),
 )
 

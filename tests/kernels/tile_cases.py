@@ -15,6 +15,7 @@ from infera_kernels.triton import (
     conv,
     decode_attention,
     decode_tiles,
+    gated,
     matmul,
     quantized_conv,
     skinny,
@@ -52,6 +53,16 @@ def _matmul(dtype: str, precision: str, tile: tiles.Tile) -> Callable[[CompileLa
         a, b, out = (FakeArray((1024, 1024), dtype) for _ in range(3))
         bias = FakeArray((1024,), dtype)
         return matmul.matmul(a, b, out, launcher, bias=bias, activation="relu", precision=precision, tile=tile)
+
+    return launch
+
+
+def _gated(dtype: str, precision: str, tile: tiles.Tile) -> Callable[[CompileLauncher], object]:
+    """1024 cubed, twice, with SiLU."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        a, gate, up, out = (FakeArray((1024, 1024), dtype) for _ in range(4))
+        return gated.gated(a, gate, up, out, launcher, activation="silu", precision=precision, tile=tile)
 
     return launch
 
@@ -158,6 +169,21 @@ def _row(dtype: str, precision: str, layout: str, strip: Strip) -> Callable[[Com
     return launch
 
 
+def _gated_row(dtype: str, layout: str, strip: Strip) -> Callable[[CompileLauncher], object]:
+    """One row of 2048 times 8192 columns of each matrix, with SiLU."""
+
+    def launch(launcher: CompileLauncher) -> object:
+        gate, up = (FakeArray((2048, 8192), dtype, transposed=layout == skinny.ALONG_K) for _ in range(2))
+        a, out = FakeArray((1, 2048), dtype), FakeArray((1, 8192), dtype)
+        with mock.patch.object(gated, "choose", return_value=strip):
+            calls = gated.gated(a, gate, up, out, launcher, activation="silu")
+        made = launcher.launches[0].constexprs
+        assert (made["BN"], made["BK"], made["STAGES"]) == (strip.n // 2, strip.k, strip.stages)
+        return calls
+
+    return launch
+
+
 def _parts(dtype: str, precision: str, count: int) -> Callable[[CompileLauncher], object]:
     """16 x 4096 times 4096 x 512, its sums in so many parts, with a bias, a residual and SiLU."""
 
@@ -206,6 +232,9 @@ def cases() -> Iterator[Case]:
             if kind in (tiles.HALF, tiles.IEEE):
                 limits = limits[0], partial(conv.keeps, tile, tiles.LONG)
                 yield Case(f"conv {kind} {_text(tile)}", _conv(dtype, precision, tile), *limits)
+        for tile in gated.GATED_TILES.get(kind, ()):
+            limits = partial(tiles.fits, tile, kind), partial(tiles.keeps, tile, "")
+            yield Case(f"gated {kind} {_text(tile)}", _gated(dtype, precision, tile), *limits)
     for kind, dtype in ((tiles.HALF, "float16"), (tiles.IEEE, "float32")):
         how = dtype, tiles.IEEE
         for layout, shapes in skinny.SHAPES.items():
@@ -214,6 +243,11 @@ def cases() -> Iterator[Case]:
                 fits = partial(_strip_fits, strip, kind)
                 ahead = strip.stages > 1
                 yield Case(name, _row(*how, layout, strip), fits, _always, multiplies=False, ahead=ahead)
+            for strip in (Strip(*s, stages) for s in gated.gated_shapes(kind, layout) for stages in skinny.STAGES):
+                name = f"gated_row {kind} {layout} {strip.n}x{strip.k} s{strip.stages}"
+                fits = partial(_strip_fits, strip, kind)
+                ahead = strip.stages > 1
+                yield Case(name, _gated_row(dtype, layout, strip), fits, _always, multiplies=False, ahead=ahead)
         for count in (2, 16):
             name = f"parts {kind} {count}"
             yield Case(name, _parts(*how, count), _always, _always, kernel=1, multiplies=False, ahead=False)

@@ -41,13 +41,22 @@ a factor, Triton puts all warps along the longer side of each: there are rows, o
 
 _PIECE = 32
 """Bytes of a row of a matrix that memory gives in one piece."""
+_WORD = 16
+"""Bytes that a thread loads at once."""
+
+
+def gated_shapes(kind: str, layout: str) -> tuple[tuple[int, int], ...]:
+    """Those of strips that have whole pieces of each matrix, and a whole word of each for every thread: columns of
+    both, and how deep."""
+    item = ITEMSIZE[kind]
+    least = 1 if layout == ALONG_K else _PIECE // item
+    shapes = ((n, k) for n, k in SHAPES[layout] if n // MATRICES >= least)
+    return tuple((n, k) for n, k in shapes if n // MATRICES * k * item >= _WORD * 32 * ROW_WARPS)
 
 
 def gated_candidates(problem: Problem, target: Target) -> tuple[Strip, ...]:
-    """Strips of which each matrix has whole pieces."""
-    layout = problem.layout or ALONG_N
-    least = 1 if layout == ALONG_K else _PIECE // ITEMSIZE[problem.kind]
-    return strips(problem, [(n, k) for n, k in SHAPES[layout] if n // MATRICES >= least])
+    """Strips of these shapes."""
+    return strips(problem, gated_shapes(problem.kind, problem.layout or ALONG_N))
 
 
 def gated_strip_cycles(problem: Problem, strip: Strip, target: Target) -> float:
