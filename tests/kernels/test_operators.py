@@ -244,7 +244,7 @@ def test_constant_factors_are_packed_for_tf32(name: str, arch: int) -> None:
 
 def test_packed_factors_take_half_the_copies_on_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = product("MatMul", 90)
-    monkeypatch.setattr(_triton_matmul, "_right", lambda site, io: io.ins[1])
+    monkeypatch.setattr(_triton_matmul, "right_factor", lambda site, io: io.ins[1])
     plain = product("MatMul", 90)
     assert plain.count("LDGSTS") == 2 * packed.count("LDGSTS") > 0
     assert plain.registers > packed.registers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ pytest.importorskip("triton")
 
 from bench import tile_predictions
 from bench.tile_predictions import target_for
-from infera_kernels.triton import tiles
+from infera_kernels.triton import gated, tiles
 from infera_kernels.triton.families import FAMILIES
 from infera_kernels.triton.matmul import matmul
 
@@ -201,6 +202,59 @@ def test_registers_and_shared_memory_of_one_row(made: cost.Strip, dtype: str, ar
     assert held <= found.binary.spec.shared_bytes <= max(1.1 * held, 2048)
     assert found.registers == pytest.approx(made.registers(8 * item), rel=0.5)
     assert not found.spilled_bytes
+
+
+# ---- gated products
+
+
+def test_a_gated_product_is_tiled_as_one_of_twice_the_columns() -> None:
+    """But for what shared memory has to give of rows for each matrix."""
+    for sizes in product((2, 16, 64, 512, 4096), (1,), (2 * 8192, 2 * 768), (2048,)):
+        problem = Problem("gated", "half", sizes)
+        estimates = {t: gated.gated_cycles(problem, t, H200) for t in gated.GATED.candidates(problem, H200)}
+        assert all(tiles.cycles(problem, t, H200) <= cycles for t, cycles in estimates.items())
+        assert estimates[gated.GATED.predict(problem, H200)] == min(estimates.values())
+    wide = Block(128, 128, 64, 8, 3, "half")
+    assert cost.shared_traffic(replace(wide, matrices=2), H200) > cost.shared_traffic(wide, H200)
+
+
+@pytest.mark.parametrize("layout", ["n", "k"])
+def test_a_gated_row_has_enough_bytes_on_their_way(layout: str) -> None:
+    n, k = 2 * 8192, 2048
+    made = gated.GATED_ROW.predict(Problem("gated_row", "half", (1, n, k), layout), H200)
+    assert made.stages > 1
+    wanted = cost.LATENCY * cost.memory_bytes_per_cycle(H200)
+    assert -(-n // made.n) * 2 * made.n * made.k * (made.stages - 1) >= wanted
+
+
+def test_a_strip_of_two_matrices_reads_lines_of_each() -> None:
+    how: dict[str, Any] = {"along_k": False, "target": H200}
+    one, two = (cost.row_cycles(2048, 8192, 16, cost.Strip(64, 64, 5), matrices=m, **how) for m in (1, 4))
+    assert one < two
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("made", [cost.Strip(32, 128, 3), cost.Strip(64, 64, 5)], ids=str)
+def test_registers_and_shared_memory_of_a_gated_row(made: cost.Strip, arch: int) -> None:
+    launcher = CompileLauncher(arch)
+    a, gate, up, out = (FakeArray((rows, 4096), "float16") for rows in (1, 4096, 4096, 1))
+    with mock.patch.object(gated, "choose", return_value=made):
+        gated.gated(a, gate, up, out, launcher, activation="silu")
+    (found,) = launcher.compiled
+    assert made.held_bytes(16) <= found.binary.spec.shared_bytes <= max(1.1 * made.held_bytes(16), 2048)
+    assert found.registers == pytest.approx(made.registers(16), rel=0.5)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("index", [0, 1, 2, 5])
+def test_shared_memory_and_registers_of_gated_tiles(index: int, arch: int) -> None:
+    launcher = CompileLauncher(arch)
+    tile = gated.GATED_TILES["half"][index]
+    gated.gated(*(FakeArray((4096, 4096), "float16") for _ in range(4)), launcher, activation="silu", tile=tile)
+    (made,) = launcher.compiled
+    block = tile.block("half")
+    assert made.binary.spec.shared_bytes == block.held_bytes(launcher.target)
+    assert made.registers <= 4 / 3 * block.registers(launcher.target)
 
 
 def test_resident_blocks() -> None:

@@ -46,10 +46,10 @@ _WORD = 16
 
 
 def gated_shapes(kind: str, layout: str) -> tuple[tuple[int, int], ...]:
-    """Those of strips that have whole pieces of each matrix, and a whole word of each for every thread: columns of
-    both, and how deep."""
+    """Those of strips, columns of both matrices and how deep, that have whole pieces of each, or some columns that are
+    pieces (two of 1,024 leave registers on sm_100), and a word of each for every thread."""
     item = ITEMSIZE[kind]
-    least = 1 if layout == ALONG_K else _PIECE // item
+    least = 4 if layout == ALONG_K else _PIECE // item
     shapes = ((n, k) for n, k in SHAPES[layout] if n // MATRICES >= least)
     return tuple((n, k) for n, k in shapes if n // MATRICES * k * item >= _WORD * 32 * ROW_WARPS)
 
