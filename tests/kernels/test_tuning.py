@@ -292,6 +292,26 @@ def test_attention_and_convolutions_are_tuned() -> None:
     assert (attention.problem.family, attention.choice[0]) == ("attention", 128)
 
 
+@pytest.mark.parametrize(("rows", "family", "choice"), [(64, "gated", (64, 64, 64)), (1, "gated_row", (64, 64, 5))])
+def test_gated_products_are_tuned(rows: int, family: str, choice: tuple[int, ...]) -> None:
+    """Half of a tile's columns are of one matrix."""
+    made = parse("""
+        g (float16[N, 256] x, float16[256, 512] v, float16[256, 512] w) => (float16[N, 512] y) {
+            y = infera.GatedMatMul (x, v, w)
+        }""")
+    m, n, k = choice if rows > 1 else (None, *choice[:2])
+    wanted = {"BM": m, "BN": n // 2, "BK": k, "STAGES": None if rows > 1 else choice[2]}
+
+    def seconds(launch: Launch) -> float:
+        return 1e-6 if {name: launch.constexprs.get(name) for name in wanted} == wanted else 1e-5
+
+    session = Session(load_graph(made), RecordingDevice(remembers=True))
+    given = {"x": np.ones((rows, 256), np.float16)} | dict.fromkeys("vw", np.ones((256, 512), np.float16))
+    (found,) = session.tune(given, timer=Timer(seconds))
+    assert (found.problem.family, found.problem.sizes[-2:]) == (family, (1024, 256))
+    assert found.choice[:3] == choice
+
+
 # ---- files
 
 PROBLEM = Problem("matmul", "half", (128, 1, 512, 256), "kn")
