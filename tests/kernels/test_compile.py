@@ -195,7 +195,8 @@ def test_gates_of_every_activation_stay_in_registers(kind: str, activation: str 
         tile = max((t for t in gated.GATED_TILES[kind] if tiles.keeps(t, "", nominal_target(arch))), key=lambda t: t.n)
         launcher, dtype = CompileLauncher(arch), "float16" if kind == "half" else "float32"
         how: dict[str, Any] = {"activation": activation, "precision": "ieee" if kind == "half" else kind, "tile": tile}
-        gated.gated(*(square(dtype) for _ in range(4)), launcher, **how)
+        a, gate, up, out = (square(dtype) for _ in range(4))
+        gated.gated(a, gate, up, out, launcher, **how)
         compiled(launcher)
 
 

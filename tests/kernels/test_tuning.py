@@ -299,8 +299,8 @@ def test_gated_products_are_tuned(rows: int, family: str, choice: tuple[int, ...
         g (float16[N, 256] x, float16[256, 512] v, float16[256, 512] w) => (float16[N, 512] y) {
             y = infera.GatedMatMul (x, v, w)
         }""")
-    m, n, k = choice if rows > 1 else (None, *choice[:2])
-    wanted = {"BM": m, "BN": n // 2, "BK": k, "STAGES": None if rows > 1 else choice[2]}
+    names = ("BM", "BN", "BK") if rows > 1 else ("BN", "BK", "STAGES")
+    wanted = {name: size // 2 if name == "BN" else size for name, size in zip(names, choice, strict=True)}
 
     def seconds(launch: Launch) -> float:
         return 1e-6 if {name: launch.constexprs.get(name) for name in wanted} == wanted else 1e-5

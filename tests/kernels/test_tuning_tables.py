@@ -252,7 +252,8 @@ def test_registers_and_shared_memory_of_a_gated_row(made: cost.Strip, arch: int)
 def test_shared_memory_and_registers_of_gated_tiles(index: int, arch: int) -> None:
     launcher = CompileLauncher(arch)
     tile = gated.GATED_TILES["half"][index]
-    gated.gated(*(FakeArray((4096, 4096), "float16") for _ in range(4)), launcher, activation="silu", tile=tile)
+    a, gate, up, out = (FakeArray((4096, 4096), "float16") for _ in range(4))
+    gated.gated(a, gate, up, out, launcher, activation="silu", tile=tile)
     (made,) = launcher.compiled
     block = tile.block("half")
     assert made.binary.spec.shared_bytes == block.held_bytes(launcher.target)
