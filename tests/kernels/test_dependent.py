@@ -23,7 +23,7 @@ from tests.kernels.test_launch import FUNCTION, STREAM, FakeDriver
 
 pytest.importorskip("triton")
 
-from infera_kernels.triton import ahead, conv, matmul, softmax
+from infera_kernels.triton import ahead, conv, gated, matmul, softmax
 
 pytestmark = pytest.mark.kernels
 
@@ -286,6 +286,20 @@ def test_products_of_few_rows_fetch_weights_before_they_wait(transposed: bool, r
     assert made.spilled_bytes == 0
 
 
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("rows", [1, 16, 512])
+def test_gated_products_fetch_of_both_matrices(rows: int, arch: int) -> None:
+    launcher = CompileLauncher(arch)
+    x, out = FakeArray((rows, 2048), "float16"), FakeArray((rows, 8192), "float16")
+    gate, up = FakeArray((2048, 8192), "float16"), FakeArray((2048, 8192), "float16", address=0x7E0000000000)
+    gated.gated(x, gate, up, out, launcher, activation="swish")
+    (made,) = launcher.compiled
+    assert made.waits_first
+    assert ("CCTL.E.PF2" in made.sass.partition("ACQBULK")[0]) == (rows < 512)
+    assert made.sass.count("ACQBULK") == 1
+    assert made.spilled_bytes == 0
+
+
 def test_others_do_not() -> None:
     """Many rows take longer than the weights; what is to be the same binary in every batch is."""
     for launcher in (fetching(90, 512), fetching(90, 16, invariant=True)):
@@ -306,19 +320,19 @@ def test_convolutions_of_an_image_fetch_weights(images: int, arch: int) -> None:
     assert made.spilled_bytes == 0
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("along_k", [False, True])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("axis", ["k", "n"])
 @pytest.mark.parametrize("wide", [4, 16, 32, 64, 128, 256])
-@pytest.mark.parametrize("programs", [1, 100, 1000, 100_000])
-def test_pieces_are_a_few_hundred_and_lie_in_the_columns(
-    programs: int, wide: int, along_k: bool, itemsize: int
-) -> None:
+def test_pieces_are_a_few_hundred_and_lie_in_the_columns(wide: int, axis: str, itemsize: int) -> None:
     launcher = CompileLauncher(90)
-    made = ahead.ahead(launcher, programs, wide, itemsize, along_k=along_k)
-    assert made is not None
-    rows, columns, step_k, step_n = made
-    assert ahead.LEAST <= rows * columns <= ahead.MOST
-    assert rows & (rows - 1) == columns & (columns - 1) == 0
-    assert columns * step_n <= max(wide, ahead.PIECE // itemsize)
-    assert {step_k, step_n} == {1, ahead.PIECE // itemsize}
-    assert ahead.ahead(CompileLauncher(80), programs, wide, itemsize, along_k=along_k) is None
+    for programs in (1, 100, 1000, 100_000):
+        made = ahead.ahead(launcher, programs, wide, itemsize, axis)
+        assert made is not None
+        rows, columns, step_k, step_n = made
+        assert ahead.LEAST <= rows * columns <= ahead.MOST
+        assert rows & (rows - 1) == columns & (columns - 1) == 0
+        assert columns * step_n <= max(wide, ahead.PIECE // itemsize)
+        assert {step_k, step_n} == {1, ahead.PIECE // itemsize}
+    assert ahead.ahead(CompileLauncher(80), 100, wide, itemsize, axis) is None
+    assert ahead.ahead(launcher, 100, wide, itemsize, axis, invariant=True) is None
+    assert ahead.ahead(launcher, 100, wide, itemsize, "-") is None

@@ -31,24 +31,25 @@ Ahead: TypeAlias = tuple[int, int, int, int]
 """Rows and columns of a grid of pieces, and the elements from one to the next along k and along n."""
 
 
-def ahead(launcher: Launcher, programs: int, wide: int, itemsize: int, *, along_k: bool) -> Ahead | None:
-    """What each of so many programs fetches that begin with `wide` columns of a matrix, contiguous along k or along n;
-    None where kernels do not come early."""
-    if not target_of(launcher).pdl:
+def ahead(
+    launcher: Launcher, programs: int, wide: int, itemsize: int, axis: str, *, invariant: bool = False
+) -> Ahead | None:
+    """What each of so many programs fetches that begin with `wide` columns of a matrix whose `axis` "k" or "n" is
+    contiguous; None where neither is, where kernels do not come early, and where all have to be the same binary."""
+    if not target_of(launcher).pdl or axis not in ("k", "n") or invariant:
         return None
     wanted = FETCHED // PIECE // max(programs, 1)
     pieces = 1 << (max(LEAST, min(wanted, MOST)).bit_length() - 1)
     step = PIECE // itemsize
-    if along_k:
+    if axis == "k":
         return max(pieces // wide, 1), wide, step, 1
     across = max(wide // step, 1)
     return max(pieces // across, 1), across, 1, step
 
 
 @triton.jit
-def begun(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
-    """Fetches pieces of the matrix b (K, N) from column n on, and waits for the kernel in front; neither without
-    AHEAD."""
+def fetch(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
+    """Has L2 fetch pieces of the matrix b (K, N) from column n on, none without AHEAD."""
     if AHEAD is not None:
         k = tl.arange(0, AHEAD[0]) * AHEAD[2]
         n = n + tl.arange(0, AHEAD[1]) * AHEAD[3]
@@ -62,5 +63,12 @@ def begun(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def begun(b, K, N, n, b_k, b_n, AHEAD: tl.constexpr):
+    """Fetches, and waits for the kernel in front; neither without AHEAD."""
+    fetch(b, K, N, n, b_k, b_n, AHEAD)
+    if AHEAD is not None:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

@@ -15,6 +15,7 @@ from typing import Any
 
 from infera_kernels.calls import Call
 from infera_kernels.launch import Launcher, Target, Typed, target_of
+from infera_kernels.triton.ahead import FEW_ROWS, ahead
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.gated_kernels import gated_kernel, gated_row_kernel
 from infera_kernels.triton.invariance import rows_seen
@@ -163,15 +164,18 @@ def gated(
         along = ALONG_K if layout.endswith("k") and n > 1 else ALONG_N
         strip = choose(GATED_ROW, GATED_ROW.problem(kind, sizes, along), target, tuned)
         wide = strip.n // MATRICES
-        known = {"ACT": act, "BN": wide, "BK": strip.k, "STAGES": strip.stages}
         grid = (products * ceil_div(n, wide),)
+        fetched = ahead(launcher, MATRICES * grid[0], wide, ITEMSIZE[kind], layout[-1])
+        known: dict[str, Any] = {"ACT": act, "BN": wide, "BK": strip.k, "STAGES": strip.stages, "AHEAD": fetched}
         return [launched(launcher, gated_row_kernel, grid, args, known, num_warps=ROW_WARPS)]
     if tile is None:
         sizes = {"m": seen, "batch": 1 if invariant else products, "n": MATRICES * n, "k": k}
         tile = choose(GATED, GATED.problem(kind, sizes, layout), target, tuned)
     wide = tile.n // MATRICES
     known = {"ACT": act, "PRECISION": precision, "GROUP": GROUP, "BM": tile.m, "BN": wide, "BK": tile.k}
-    known["WHOLE_K"] = k % tile.k == 0
     grid = (products * ceil_div(m, tile.m) * ceil_div(n, wide),)
+    known |= {"WHOLE_K": k % tile.k == 0, "AHEAD": None}
+    if m <= FEW_ROWS:
+        known["AHEAD"] = ahead(launcher, MATRICES * grid[0], wide, ITEMSIZE[kind], layout[-1], invariant=invariant)
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     return [launched(launcher, gated_kernel, grid, args, known, invariant=invariant, **how)]

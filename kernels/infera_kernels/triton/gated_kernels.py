@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from infera_kernels.triton.ahead import begun, fetch
 from infera_kernels.triton.indexing import INTERPRETED, store_type
-from infera_kernels.triton.products import block_at, columns_of, in_batch, tile_of
+from infera_kernels.triton.products import block_at, columns_of, in_batch, place_of
 
 
 @triton.jit
@@ -48,11 +49,14 @@ def gated_row_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out = ACT(a @ gate) * (a @ up) of one row a, BN columns of both matrices a program: see
     `skinny.matvec_kernel`."""
-    row, n = columns_of(N, BN)
-    row = row.to(tl.int64)
+    row, column = columns_of(N, BN)
+    row, n = row.to(tl.int64), column + tl.arange(0, BN)
+    fetch(gate, K, N, column, gate_k, gate_n, AHEAD)
+    begun(up, K, N, column, up_k, up_n, AHEAD)
     k = tl.arange(0, BK)
     a = in_batch(a, row, batch, a_batch)
     out = in_batch(out, row, batch, out_batch)
@@ -104,11 +108,14 @@ def gated_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out = ACT(a @ gate) * (a @ up), one BM x BN tile of both products a program: blocks of a are read once for
-    both."""
-    rows, m, n = tile_of(M, N, BM, BN, GROUP)
-    rows = rows.to(tl.int64)
+    both. AHEAD: see `ahead`."""
+    rows, row, column = place_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    rows, m, n = rows.to(tl.int64), row + tl.arange(0, BM), column + tl.arange(0, BN)
+    fetch(gate, K, N, column, gate_k, gate_n, AHEAD)
+    begun(up, K, N, column, up_k, up_n, AHEAD)
     k = tl.arange(0, BK)
     a = in_batch(a, rows, batch, a_batch)
     out = in_batch(out, rows, batch, out_batch)

@@ -11,7 +11,7 @@ import numpy as np
 from infera_kernels.calls import Call
 from infera_kernels.launch import Const, Launcher, Typed, library_of, target_of
 from infera_kernels.launch.cublaslt import Product
-from infera_kernels.triton.ahead import FEW_ROWS, Ahead, ahead
+from infera_kernels.triton.ahead import FEW_ROWS, ahead
 from infera_kernels.triton.blas import product_of
 from infera_kernels.triton.elementwise import UNARY
 from infera_kernels.triton.invariance import of_batch, rows_seen
@@ -50,7 +50,7 @@ from infera_kernels.triton.tiles import (
 from infera_kernels.triton.tma import Factors, factors_of, multiply
 from infera_kernels.triton.tma_kernel import tma_kernel
 from infera_kernels.tuning import Family, Tuned, choose
-from infera_kernels.tuning.cost import ROW_WARPS
+from infera_kernels.tuning.cost import ITEMSIZE, ROW_WARPS
 
 MATMUL = Family("matmul", SIZES, 2, TmaTile, candidates, predicted, (matmul_kernel, tma_kernel), cycles)
 """`layout` says whether it is EITHER's, whether its factors are DESCRIBED, which of their axes are contiguous (rows
@@ -239,18 +239,18 @@ def _sums(
     m, n, k, batch = args["M"], args["N"], args["K"], args["batch"]
     products, rows, deep = math.prod(batch or (1,)), rows_seen(m, invariant=invariant), args["depth"] or k
     kind = precision if name_of(args["a"]) == "float32" else HALF
-    target = target_of(launcher)
+    target, axes, item = target_of(launcher), layout_of(args, "b"), ITEMSIZE[kind]
     if rows == 1 and tile is None:
         layout = ALONG_K if args["b_k"] == Const(1) and n > 1 else ALONG_N
         row = MATVEC.problem(kind, {"programs": products * parts, "n": n, "k": deep}, layout)
         strip = choose(MATVEC, row, target, tuned)
         grid = products * ceil_div(n, strip.n), parts
-        fetched = _ahead(args, grid, strip.n, launcher, invariant=invariant)
+        fetched = ahead(launcher, math.prod(grid), strip.n, item, axes[-1])
         known = {"ACT": act, "BN": strip.n, "BK": strip.k, "STAGES": strip.stages, "AHEAD": fetched}
         return launched(launcher, matvec_kernel, grid, args, known, num_warps=ROW_WARPS)
     if tile is None:
         sizes = {"m": rows, "batch": parts if invariant else products * parts, "n": n, "k": deep}
-        layout = (DESCRIBED if factors else "") + layout_of(args, "b") + end
+        layout = (DESCRIBED if factors else "") + axes + end
         library = None if product is None else library_of(launcher)
         call: Call | None = library and library.call(product, workspace)
         if call is not None:
@@ -272,20 +272,12 @@ def _sums(
         "BN": tile.n,
         "BK": tile.k,
         "WHOLE_K": k % tile.k == 0,
-        "AHEAD": _ahead(args, grid, tile.n, launcher, invariant=invariant) if m <= FEW_ROWS else None,
+        "AHEAD": None,
     }
+    if m <= FEW_ROWS:
+        known["AHEAD"] = ahead(launcher, math.prod(grid), tile.n, item, axes[-1], invariant=invariant)
     how = {"num_warps": tile.warps, "num_stages": tile.stages}
     return launched(launcher, matmul_kernel, grid, args, known, invariant=invariant, **how)
-
-
-def _ahead(
-    args: Mapping[str, Any], grid: tuple[int, int], wide: int, launcher: Launcher, *, invariant: bool
-) -> Ahead | None:
-    """What programs fetch of b; nothing where all must be the same binary, or b lies apart."""
-    one, itemsize = Const(1), args["b"].dtype.itemsize
-    if invariant or one not in (args["b_k"], args["b_n"]):
-        return None
-    return ahead(launcher, math.prod(grid), wide, itemsize, along_k=args["b_k"] == one)
 
 
 def layout_of(args: Mapping[str, Any], *factors: str) -> str:

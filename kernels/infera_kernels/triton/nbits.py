@@ -205,7 +205,7 @@ def nbits_matmul(
         width = many * held * 8 // weight.bits
         columns = _columns(n, k, weight.bits, width, m, known["BN"], target_of(launcher))
         grid = ceil_div(n, columns), m
-        fetched = ahead(launcher, math.prod(grid), columns, 1, along_k=True)
+        fetched = ahead(launcher, math.prod(grid), columns, 1, "k")
         known |= {"BN": columns, "STAGES": _STAGES, "AHEAD": fetched}
         return [launcher.launch(nbits_kernel, grid, args, known, num_warps=ROW_WARPS)]
     calls = []

@@ -35,9 +35,9 @@ def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def columns_of(N, BN: tl.constexpr):
-    """(matrix, its columns) of this program: BN of N of one row. Columns may lie past the end."""
+    """(matrix, its first column) of this program: BN of N of one row."""
     tiles = (N + BN - 1) // BN
-    return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BN
 
 
 @triton.jit
