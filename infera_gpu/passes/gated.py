@@ -8,20 +8,19 @@ from infera_gpu.passes.products import DEFAULTS
 
 
 def _is_gated(match: Match) -> bool:
-    """One product is activated, the other is plain, and their weights are alike: two matrices."""
+    """One product is activated, and otherwise they are alike and plain, of two matrices of one shape and type."""
     gate, up = ({**DEFAULTS, **match.nodes[name].attrs} for name in ("gate", "up"))
-    same = {**DEFAULTS, "transB": gate["transB"]}
-    weights = [match.spec(name) for name in ("wg", "wu")]
-    first, second = weights
+    plain = {**DEFAULTS, "transB": up["transB"]}
+    weight = match.spec("wg")
     return (
         gate["activation"] != ""
-        and {**gate, "activation": ""} == up == same
-        and first is not None
-        and first == second
-        and first.ranked
-        and first.ndim == 2
-        and None not in first.shape
-        and first.dtype in (FLOAT16, BFLOAT16, FLOAT32)
+        and {**gate, "activation": ""} == up == plain
+        and weight is not None
+        and weight == match.spec("wu")
+        and weight.ranked
+        and weight.ndim == 2
+        and None not in weight.shape
+        and weight.dtype in (FLOAT16, BFLOAT16, FLOAT32)
     )
 
 

@@ -60,8 +60,8 @@ def matmul_kernel(
     begun(b, K, N, column, b_k, b_n, AHEAD)
 
     # Rows and columns past the end wrap around: loads need no mask, and what they give is never stored.
-    a_at = block_at(a, m % M, k, a_m, a_k)
-    b_at = block_at(b, k, n % N, b_k, b_n)
+    a_at = a + (m % M).to(tl.int64)[:, None] * a_m + k[None, :] * a_k
+    b_at = b + k[:, None] * b_k + (n % N).to(tl.int64)[None, :] * b_n
     step = tl.full([], BK, tl.int64)
     acc = tl.full((BM, BN), 0.0, tl.float32)
     for start in range(0, K, BK):
