@@ -47,5 +47,7 @@ def _shared(step: Step, root: str) -> Iterator[str]:
         return
     for i, j in (*step.kernel.shares(step.placed.site), *((0, j) for j in step.kernel.inplace)):
         out, given = step.outs[i], step.ins[j] if j < len(step.ins) else None
-        if out.root == root and given is not None and (out.shape, out.dtype) == (given.shape, given.dtype):
+        if given is None or out.root != root or not (out.is_contiguous and given.is_contiguous):
+            continue
+        if (out.shape, out.dtype) == (given.shape, given.dtype):
             yield given.root

@@ -31,7 +31,7 @@ MAX_BOUND = 256
 MAX_DIRECT = 4
 """Sets of the caller's arrays on the device that plans stay bound to; as long as they are, their memory is held."""
 
-_Key: TypeAlias = tuple[Plan, tuple[int, ...], tuple[int, ...]]
+_Key: TypeAlias = tuple[Plan, tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]]
 
 
 class Direct(NamedTuple):
@@ -270,7 +270,7 @@ class Lease:
         self._device, self._constants, self._memory, self._told = device, constants, memory, told
         self._bound: OrderedDict[Plan, Bound] = OrderedDict()
         self._folded: dict[Plan, int] = {}
-        self._lying: dict[Plan, Mapping[str, frozenset[str]]] = {}
+        self._lying: WeakKeyDictionary[Plan, Mapping[str, frozenset[str]]] = WeakKeyDictionary()
         self._direct: OrderedDict[_Key, tuple[Bound, Direct]] = OrderedDict()
         self._last: tuple[_Key, Direct] | None = None
         self.repeated: Repeated | None = None
@@ -299,10 +299,16 @@ class Lease:
         arrays = self._on_device(plan, entering, out)
         if not arrays.given:
             return self._bind(plan)
+        found = self._bound_among(plan, arrays, len(out))
+        self._last = (self._key(plan, arrays), arrays)  # which keeps the arrays, so that their addresses stay theirs
+        return found
+
+    def _bound_among(self, plan: Plan, arrays: Direct, wanted: int) -> Bound:
+        """The plan bound to as many of these arrays as came before, if there are some."""
         key, last = self._key(plan, arrays), self._last
-        self._last = (key, arrays)  # which keeps the arrays, so that their addresses stay theirs
+        repeats = len(arrays.given) == len(plan.inputs)
         if not self._known(key, last):  # outputs may be wanted elsewhere every time
-            arrays = Direct(arrays.given, NOWHERE)
+            repeats, arrays = False, Direct(arrays.given, NOWHERE)
             key = self._key(plan, arrays)
             if last is not None:
                 last = self._key(last[0][0], Direct(last[1].given, NOWHERE)), last[1]
@@ -315,8 +321,8 @@ class Lease:
         except OutOfMemoryError:
             self._refused = key
             return self._bind(plan)
-        if len(arrays.given) == len(plan.inputs) and key == self._last[0]:
-            self.repeated = Repeated(plan, arrays, len(out), found)
+        if repeats:
+            self.repeated = Repeated(plan, arrays, wanted, found)
         return found
 
     def _known(self, key: _Key, last: tuple[_Key, Direct] | None) -> bool:
@@ -424,7 +430,12 @@ class Lease:
         segments look for what they need in the arena."""
         if not plan.segment.is_last or plan.carried:
             return Direct(NOWHERE, NOWHERE)
-        given = {n: entering[n] for n in plan.inputs if self._device.block_of(entering[n]) is not None}
+        leaving = {o.root for o in plan.outputs.values()} if out else ()  # results may be wanted in their place
+        given = {
+            n: entering[n]
+            for n, o in plan.inputs.items()
+            if o.root not in leaving and self._device.block_of(entering[n]) is not None
+        }
         return Direct(given, self._written(plan, given, out) if given and out else NOWHERE)
 
     def _written(self, plan: Plan, given: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -457,7 +468,7 @@ class Lease:
 
     def _key(self, plan: Plan, arrays: Direct) -> _Key:
         """Which arrays a plan is bound to; all of them lie on the device."""
-        given, written = ([self._extent(a)[0] for a in some.values()] for some in arrays)
+        given, written = ([(n, self._extent(a)[0]) for n, a in some.items()] for some in arrays)
         return plan, tuple(given), tuple(written)
 
     def _bound_to(self, key: _Key, arrays: Direct) -> Bound:
@@ -479,8 +490,7 @@ class Lease:
 
     def forget(self) -> None:
         """Let go of everything that is bound to the arenas."""
-        self._refused = self.repeated = None
-        self._lying.clear()
+        self._refused = self.repeated = self._last = None
         self._bound.clear()
         self._folded.clear()
         self._direct.clear()

@@ -3,6 +3,8 @@ here runs on a GPU; a decoder's caches are in tests/kernels/interpret_networks.p
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -125,6 +127,54 @@ def test_what_does_not_fit_is_refused_as_ever(wrong: str, runs: Runs) -> None:
     runs.copies(feeds, out)
 
 
+def test_the_same_array_for_one_result_and_then_another(runs: Runs) -> None:
+    """And as one input, then the other: what a plan is bound to has a name."""
+    feeds, one = {n: runs.array(4, 4) for n in "xz"}, runs.array(4, 4)
+    for out in ({"y": one}, {"w": one}, {"y": one}):
+        for _ in range(4):
+            runs.copies(feeds, out)
+    for here, elsewhere in ("xz", "zx", "xz"):
+        mixed = {here: one, elsewhere: np.zeros((4, 4), np.float32)}
+        for _ in range(3):
+            runs.copies(dict(sorted(mixed.items())), {})
+
+
+def test_an_input_that_is_a_result_is_read_before_another_takes_its_place(runs: Runs) -> None:
+    session = Session(
+        load_graph(
+            parse(
+                "g (float[N, N] x, float[N, N] z) => (float[N, N] y, float[N, N] w) "
+                "{ y = Transpose <perm = [1, 0]>(z) w = Identity(x) }"
+            )
+        ),
+        runs.device,
+    )
+    x, z, w = (runs.array(4, 4) for _ in range(3))
+    for out in ({"y": x, "w": w}, {"y": x}):
+        for _ in range(4):
+            np.copyto(x, np.arange(16.0).reshape(4, 4))
+            got = session.run({"x": x, "z": z}, out)
+            np.testing.assert_array_equal(np.asarray(got["w"]), np.arange(16.0).reshape(4, 4))
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(z).T)
+
+
+def test_arrays_and_plans_are_let_go(runs: Runs) -> None:
+    """Arrays where memory is given back, plans where the session lets go of them."""
+    feeds, out = {n: runs.array(4, 4) for n in "xz"}, {n: runs.array(4, 4) for n in "yw"}
+    for _ in range(4):
+        runs.copies(feeds, out)
+    (lease,) = runs.session._leases.values()
+    assert len(lease._lying) == 1
+    lease._memory.unbind()
+    seen = [weakref.ref(array) for array in (*feeds.values(), *out.values())]
+    del feeds, out
+    gc.collect()
+    assert not any(ref() is not None for ref in seen)
+    runs.session._stages.clear()
+    gc.collect()
+    assert not lease._lying
+
+
 def test_arrays_go_with_the_session(runs: Runs) -> None:
     feeds, out = {n: runs.array(4, 4) for n in "xz"}, {n: runs.array(4, 4) for n in "yw"}
     for _ in range(3):
@@ -178,3 +228,16 @@ def test_an_input_is_overwritten_by_its_only_reader_alone(
     steps = tuple(step._replace(kernel=kernel) for step in plan.steps)
     monkeypatch.setattr(Plan, "steps", property(lambda self: steps))
     assert destinations(plan)["y"] == (wanted if how else set())
+
+
+def test_an_input_is_not_overwritten_by_who_reads_it_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program would write what another still reads."""
+    plan = plan_of("g (float[N, 4] x) => (float[N, 4] y) { y = Softmax(x) }", {"x": (4, 4)})
+    (step,) = plan.steps
+    (x,) = step.ins
+    assert x is not None
+    turned = x._replace(strides=x.strides[::-1])
+    for given, wanted in ((x, {"x"}), (turned, set())):
+        steps = (step._replace(kernel=Kernel(lambda site, io: [], inplace=(0,)), ins=(given,)),)
+        monkeypatch.setattr(Plan, "steps", steps)
+        assert destinations(plan)["y"] == wanted

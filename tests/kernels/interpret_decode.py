@@ -175,26 +175,31 @@ def test_one_row_in_parts(interpreter: InterpreterLauncher) -> None:
 def test_caches_in_place(
     past: int, lengths: tuple[int, ...], new: int, dtype: Any, interpreter: InterpreterLauncher
 ) -> None:
-    """The new keys and values are written where they belong, and nothing else; what lies there is not read."""
+    """The new keys and values are written where they belong, and nothing else; what lies there is not read. Either may
+    be in its place alone."""
     step, outs = step_of(past, dtype, new=new, lengths=lengths, rows=past, keys=max(lengths) + 1, width=16)
     execute(a.decode(step, interpreter, unchecked))
     want = [out.array.copy() for out in outs]
     assert step.past is not None
-    for cache, old in zip(step.present, step.past, strict=True):
-        cache[...] = old
-        for b, last in enumerate(lengths):
-            cache[b, :, last + 1 - new :] = np.nan
-    interpreter.launches.clear()
-    calls = a.decode(replace(step, past=step.present), interpreter, unchecked)
-    execute(calls)
-    assert interpreter.launches[0].constexprs["IN_PLACE"]
-    assert len(calls) == 1 + (past == 700)
-    np.testing.assert_array_equal(outs[0].array, want[0])
-    for out, whole in zip(outs[1:], want[1:], strict=True):
-        out.check_guards()
-        for b, last in enumerate(lengths):
-            np.testing.assert_array_equal(out.array[b, :, : last + 1], whole[b, :, : last + 1])
-            assert np.isnan(out.array[b, :, last + 1 :].astype(np.float32)).all()
+    for shared in ((True, True), (True, False), (False, True)):
+        pasts = [q if there else p for p, q, there in zip(step.past, step.present, shared, strict=True)]
+        for cache, old in zip(step.present, step.past, strict=True):
+            cache[...] = old
+            for b, last in enumerate(lengths):
+                cache[b, :, last + 1 - new :] = np.nan
+        interpreter.launches.clear()
+        calls = a.decode(replace(step, past=(pasts[0], pasts[1])), interpreter, unchecked)
+        execute(calls)
+        known = interpreter.launches[0].constexprs
+        assert (known["KEYS_IN_PLACE"], known["VALUES_IN_PLACE"]) == shared
+        assert len(calls) == 1 + (past == 700)
+        np.testing.assert_array_equal(outs[0].array, want[0])
+        for out, whole, there in zip(outs[1:], want[1:], shared, strict=True):
+            out.check_guards()
+            for b, last in enumerate(lengths):
+                np.testing.assert_array_equal(out.array[b, :, : last + 1], whole[b, :, : last + 1])
+                behind = out.array[b, :, last + 1 :].astype(np.float32)
+                assert np.isnan(behind).all() if there else not behind.any()
 
 
 def test_presents_with_gaps(interpreter: InterpreterLauncher) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from infera_gpu.devices import dependent as trial
+from infera_gpu.errors import OutOfMemoryError
 from infera_kernels.launch import CompileLauncher, CudaLauncher, KernelCache, LaunchError, nominal_target
 from infera_kernels.launch.dependent import OFF, compiled_waiting, driver_launch, waiting, waits
 from tests import fake_cupy
@@ -202,11 +203,11 @@ class Adding:
     def __init__(self, index: int, stream: fake_cupy.Stream) -> None:
         self.target, self.stream, self.made = SimpleNamespace(pdl=self.pdl), stream, 0
 
-    def call(self, x: Any, one: Any) -> Any:
+    def call(self, x: Any, one: Any, out: Any) -> Any:
         def added() -> None:
             self.made += 1
             if self.made != type(self).lost:
-                np.add(np.asarray(x), np.asarray(one), out=np.asarray(x))
+                np.add(np.asarray(x), np.asarray(one), out=np.asarray(out))
 
         return lambda: self.stream.put("launch", added), ()
 
@@ -217,7 +218,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     monkeypatch.setattr(trial, "CudaLauncher", Adding)
     monkeypatch.setattr(trial, "_works", {})
     monkeypatch.setattr(
-        "infera_kernels.triton.elementwise.binary", lambda op, x, one, out, launcher: [launcher.call(x, one)]
+        "infera_kernels.triton.elementwise.binary", lambda op, x, one, out, launcher: [launcher.call(x, one, out)]
     )
 
     def works(**settings: Any) -> bool:
@@ -243,13 +244,29 @@ def test_what_loses_a_sum_is_not_used(tried: Callable[..., bool], caplog: pytest
 def test_what_fails_is_not_used(
     tried: Callable[..., bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: Adding, x: Any, one: Any) -> Any:
+    def broken(self: Adding, *_: Any) -> Any:
         raise fake_cupy.CUDADriverError(400)
 
-    monkeypatch.setattr(Adding, "call", broken)
-    with caplog.at_level(logging.WARNING):
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Adding, "call", broken)
         assert not tried()
     assert caplog.messages == ["cuda:0: no programmatic dependent launch, trying it failed: cudaError 400"]
+    assert not tried()
+
+
+def test_where_memory_was_short_it_is_tried_again(
+    tried: Callable[..., bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for error in (fake_cupy.PoolError(64), OutOfMemoryError("temporaries", needed=64, available=0)):
+
+        def short(self: Adding, *_: Any, error: Exception = error) -> Any:
+            raise error
+
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(Adding, "call", short)
+            assert not tried()
+    assert len(caplog.messages) == 2
+    assert tried()
 
 
 def test_where_there_is_none_nothing_is_said(tried: Callable[..., bool], caplog: pytest.LogCaptureFixture) -> None:

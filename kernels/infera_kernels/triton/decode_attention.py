@@ -85,12 +85,11 @@ class Step:
         return {**new, "past_k": past_k, "past_v": past_v, "present_k": present_k, "present_v": present_v}
 
     @property
-    def in_place(self) -> bool:
-        """Whether the presents lie where the pasts do, as long: then there is nothing to move."""
-        if self.past is None:
-            return False
-        pairs = zip(self.past, self.present, strict=True)
-        return all(address_of(p) == address_of(q) and p.shape == q.shape and p.strides == q.strides for p, q in pairs)
+    def in_place(self) -> tuple[bool, ...]:
+        """Whether present keys, and values, lie where the past ones do, as long: then there is nothing to move."""
+        pairs = [] if self.past is None else zip(self.past, self.present, strict=True)
+        found = [address_of(p) == address_of(q) and p.shape == q.shape and p.strides == q.strides for p, q in pairs]
+        return tuple(found) or (False, False)
 
     @property
     def rows(self) -> int:
@@ -212,7 +211,8 @@ def decode(
         "INTERLEAVED": step.interleaved,
         "FROM_END": step.before is None,
         "CAUSAL": step.causal,
-        "IN_PLACE": step.in_place,
+        "KEYS_IN_PLACE": step.in_place[0],
+        "VALUES_IN_PLACE": step.in_place[1],
     }
     how = {"num_warps": cut.warps, "num_stages": cut.stages}
     grid = (batch * groups * cut.splits,)

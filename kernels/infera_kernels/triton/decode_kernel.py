@@ -173,7 +173,8 @@ def decode_kernel(
     INTERLEAVED: tl.constexpr,
     FROM_END: tl.constexpr,
     CAUSAL: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    KEYS_IN_PLACE: tl.constexpr,
+    VALUES_IN_PLACE: tl.constexpr,
     Q_UNITS: tl.constexpr,
     K_UNITS: tl.constexpr,
     V_UNITS: tl.constexpr,
@@ -184,8 +185,8 @@ def decode_kernel(
     PRESENT_V_UNITS: tl.constexpr,
 ):
     """All queries of a group against a part of its keys, which go from past to present on the way, unless the present
-    lies IN_PLACE of the past; the last part has the new ones, too. Sums of several parts are joined by
-    `attention_kernels.combine_kernel`."""
+    keys or values lie in the place of the past ones; the last part has the new ones, too. Sums of several parts are
+    joined by `attention_kernels.combine_kernel`."""
     program = tl.program_id(0)
     split = program % SPLITS
     matrix = (program // SPLITS).to(tl.int64)
@@ -246,21 +247,24 @@ def decode_kernel(
             known = at < tl.minimum(stop, kept)
             old_k = _load(past_k, at, known, past_k_steps, D, D_PADDED, PAST_K_UNITS)
             old_v = _load(past_v, at, known, past_v_steps, E, E_PADDED, PAST_V_UNITS)
-            if not IN_PLACE:
+            if not KEYS_IN_PLACE:
                 _store(present_k, at, old_k, at < stop, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
+            if not VALUES_IN_PLACE:
                 _store(present_v, at, old_v, at < stop, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
             old = _scores(x, wide(old_k), BM) * scale
             old = tl.where((at < tl.minimum(stop, seen))[None, :], old, float("-inf"))
             acc, peak, total = _weighed(old, wide(old_v), acc, peak, total, BM)
 
-    if not IN_PLACE:
+    if not (KEYS_IN_PLACE and VALUES_IN_PLACE):
         begin, stop = _part(start + NEW, rows, split, BN, SPLITS)
         empty_k = tl.zeros((BN, D_PADDED), present_k.dtype.element_ty)
         empty_v = tl.zeros((BN, E_PADDED), present_v.dtype.element_ty)
         for first in range(begin, stop, BN):
             at = first + key
-            _store(present_k, at, empty_k, at < stop, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
-            _store(present_v, at, empty_v, at < stop, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
+            if not KEYS_IN_PLACE:
+                _store(present_k, at, empty_k, at < stop, present_k_steps, D, D_PADDED, PRESENT_K_UNITS)
+            if not VALUES_IN_PLACE:
+                _store(present_v, at, empty_v, at < stop, present_v_steps, E, E_PADDED, PRESENT_V_UNITS)
 
     e = tl.arange(0, E_PADDED)
     shown = inside[:, None] & (e < E)[None, :]
